@@ -1,0 +1,230 @@
+//! The errors of the whole crate: one variant per cause, each with what, where, which value and the remedy.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The result of everything here that can fail.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong. The text names the file, tensor, step and value, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A profile's parameter lies outside its domain.
+    #[error("{name} = {value}: {allowed}")]
+    Parameter {
+        /// The parameter, such as `sigma_rel`.
+        name: &'static str,
+        /// The value that was given.
+        value: f64,
+        /// What is allowed, and what to do.
+        allowed: String,
+    },
+    /// A tabulated profile is no cumulative distribution.
+    #[error("table of a profile, point {point}: {reason}")]
+    Table {
+        /// The offending point, counted from 1.
+        point: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A profile that one running average cannot track was given to a tracker.
+    #[error(
+        "the profile {profile} cannot be tracked by a running average: track power-function or exponential profiles, and ask for this one as a target afterwards"
+    )]
+    NotTrackable {
+        /// The profile.
+        profile: String,
+    },
+    /// A history of updates is not a growing list of times.
+    #[error("history of updates: {0}")]
+    History(String),
+    /// Two sources are the same average.
+    #[error("{first} and {second} are the same average (same profile, same step): remove one of them")]
+    DuplicateSource {
+        /// The first of the pair.
+        first: String,
+        /// The second of the pair.
+        second: String,
+    },
+    /// The sources cannot be told apart by the solve.
+    #[error(
+        "the weights cannot be solved: {first} and {second} weigh the updates almost alike (cosine {cosine}): leave one of them out, or track profiles that lie further apart"
+    )]
+    DependentSources {
+        /// One of the most alike pair.
+        first: String,
+        /// The other.
+        second: String,
+        /// The cosine of the angle between their densities.
+        cosine: f64,
+    },
+    /// No source lies at or before the target time.
+    #[error("the target time {at} is before the first snapshot (step {first}): ask for step {first} or later")]
+    TargetBefore {
+        /// The time that was asked for.
+        at: u64,
+        /// The first time that can be had.
+        first: u64,
+    },
+    /// The target time lies after the last update.
+    #[error("the target time {at} is after the last snapshot (step {last}): ask for step {last} or earlier")]
+    TargetAfter {
+        /// The time that was asked for.
+        at: u64,
+        /// The last time that can be had.
+        last: u64,
+    },
+    /// A plan or a list of targets is empty.
+    #[error("nothing to do: {0}")]
+    Nothing(String),
+
+    /// The operating system refused something.
+    #[error("cannot {action} {}: {source}{}", path.display(), remedy(source))]
+    Io {
+        /// What was attempted, as a verb.
+        action: &'static str,
+        /// On which file or directory.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+    /// A directory holds no run.
+    #[error("{}: no run here ({reason}): name the directory that a tracker writes its snapshots to", path.display())]
+    NoRun {
+        /// The directory.
+        path: PathBuf,
+        /// What was found instead.
+        reason: String,
+    },
+    /// A new run was to be made where one exists.
+    #[error("{}: the directory already holds a run ({found}): go on with it with `resume`, or choose another directory", path.display())]
+    RunExists {
+        /// The directory.
+        path: PathBuf,
+        /// A file that shows it.
+        found: String,
+    },
+    /// Another process (or tracker) writes this run.
+    #[error("{}: another tracker is writing this run: stop it first, or choose another directory", path.display())]
+    Locked {
+        /// The run's directory.
+        path: PathBuf,
+    },
+    /// A safetensors file is damaged.
+    #[error("{}: {reason}: the file is damaged or incomplete; move it out of the directory to go on without it", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file is sound but is not what was expected.
+    #[error("{}: {reason}", path.display())]
+    Unexpected {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// A snapshot differs from its siblings.
+    #[error("{}: {reason} than in {}: the two do not belong to one run; move one of them out of the directory", path.display(), other.display())]
+    Mismatch {
+        /// The file.
+        path: PathBuf,
+        /// The sibling that it was compared with.
+        other: PathBuf,
+        /// The difference: the text goes on with "than in".
+        reason: String,
+    },
+
+    /// The parameters given to an update are not those the run began with.
+    #[error(
+        "tensor `{tensor}`: {reason}: a run averages one set of names, shapes and dtypes; start a new run for a changed model"
+    )]
+    Changed {
+        /// The tensor's name.
+        tensor: String,
+        /// How it differs.
+        reason: String,
+    },
+    /// A tensor cannot be averaged.
+    #[error("tensor `{tensor}`: {reason}")]
+    Tensor {
+        /// The tensor's name.
+        tensor: String,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// A NaN or an infinity in an average.
+    #[error(
+        "tensor `{tensor}`: the average {profile} holds {value} at element {element} at step {step}: the snapshot was not written. Training diverged at or before this step: go back to the newest snapshot and resume from there"
+    )]
+    NonFinite {
+        /// The tensor's name.
+        tensor: String,
+        /// The profile whose average holds it.
+        profile: String,
+        /// The flat index of the first such element.
+        element: usize,
+        /// The value.
+        value: f32,
+        /// The step of the newest update.
+        step: u64,
+    },
+    /// Time did not move forward.
+    #[error("update at time {time}, but the last one was at {last}: times must grow")]
+    Time {
+        /// The time that was given.
+        time: u64,
+        /// The time of the call before.
+        last: u64,
+    },
+    /// An option of a tracker is out of range or contradicts the run on disk.
+    #[error("option {option}: {reason}")]
+    Setting {
+        /// The option's name.
+        option: &'static str,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// Wraps an error of the operating system; for `map_err`.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+        let path = path.to_owned();
+        move |source| Error::Io { action, path, source }
+    }
+
+    pub(crate) fn damaged(path: &Path, reason: impl fmt::Display) -> Error {
+        Error::Damaged { path: path.to_owned(), reason: reason.to_string() }
+    }
+
+    pub(crate) fn unexpected(path: &Path, reason: impl Into<String>) -> Error {
+        Error::Unexpected { path: path.to_owned(), reason: reason.into() }
+    }
+
+    pub(crate) fn tensor(tensor: &str, reason: impl Into<String>) -> Error {
+        Error::Tensor { tensor: tensor.to_owned(), reason: reason.into() }
+    }
+
+    pub(crate) fn changed(tensor: &str, reason: impl Into<String>) -> Error {
+        Error::Changed { tensor: tensor.to_owned(), reason: reason.into() }
+    }
+}
+
+/// What a user can do about the commonest errors of the operating system.
+fn remedy(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            ": free some space or choose another disk; what was there before is untouched"
+        }
+        io::ErrorKind::PermissionDenied => ": check the permissions of the file and its directory",
+        io::ErrorKind::ReadOnlyFilesystem => ": the disk is mounted read-only",
+        io::ErrorKind::NotFound => ": check the path",
+        _ => "",
+    }
+}

@@ -1,0 +1,9 @@
+//! Averages of network weights of any length, chosen after training.
+
+mod error;
+pub mod math;
+pub mod tensor;
+
+pub use error::{Error, Result};
+pub use math::{Profile, Shape, Window};
+pub use tensor::*;

@@ -1,0 +1,31 @@
+//! The mathematics, in f64: profiles, histories of updates, Gram matrices and the solve. No files, no devices.
+//!
+//! | symbol | name here | where |
+//! | --- | --- | --- |
+//! | `F_T(tau)` share of the average at time `T` seen by time `tau` | [`Profile::cumulative`] | `profile` |
+//! | `beta_k` decay of update `k` | [`Decays::decay`](chain::Decays) | `chain` |
+//! | `w_k` weight of update `k` in an average | [`Chain::densities`](chain::Chain) | `chain` |
+//! | `t_k`, `delta_k` time of update `k`, and since the one before | `times`, `interval` | `history` |
+//! | `<a, b>` inner product of two averages | `gram` | `gram` |
+//! | `x` weights of the snapshots | [`Solution::weights`] | `solve` |
+//!
+//! Karras et al. 2023, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696,
+//! section 3 and appendix C, is the source where an equation is numbered.
+
+pub mod chain;
+mod conversion;
+mod gram;
+pub mod history;
+mod profile;
+pub mod schedule;
+mod solve;
+
+pub use chain::Chain;
+pub use conversion::{
+    MAX_SIGMA_REL, beta_to_sigma_rel, gamma_to_sigma_rel, half_life_to_beta, sigma_rel_to_beta, sigma_rel_to_gamma,
+};
+pub use gram::power_function_gram;
+pub use history::History;
+pub use profile::{Profile, Shape, Window};
+pub use schedule::Schedule;
+pub use solve::{Solution, Source, System};

@@ -1,0 +1,249 @@
+//! The solve against golden values and by identities.
+
+use super::*;
+use crate::math::Schedule;
+
+#[derive(serde::Deserialize)]
+struct Golden {
+    cases: Vec<Case>,
+    foreign: Vec<Case>,
+}
+
+#[derive(serde::Deserialize)]
+struct Case {
+    update_every: Option<u64>,
+    checkpoint_every: Option<u64>,
+    update_after_step: Option<u64>,
+    steps: u64,
+    at: u64,
+    tracked: Vec<serde_json::Value>,
+    snapshots: Vec<(usize, u64)>,
+    targets: Vec<Target>,
+}
+
+#[derive(serde::Deserialize)]
+struct Target {
+    profile: serde_json::Value,
+    relative_error: f64,
+    noise_gain: f64,
+    weights: Vec<f64>,
+}
+
+fn golden() -> Golden {
+    serde_json::from_str(include_str!("../../../tests/data/plans.json")).unwrap()
+}
+
+/// The golden file gives power functions by `sigma_rel`.
+fn profile(value: &serde_json::Value) -> Profile {
+    match value["sigma_rel"].as_f64() {
+        Some(sigma_rel) => Profile::sigma_rel(sigma_rel).unwrap(),
+        None => serde_json::from_value(value.clone()).unwrap(),
+    }
+}
+
+fn sources(chains: &[Chain], snapshots: &[(usize, u64)]) -> Vec<Source> {
+    let label = |&(index, step): &(usize, u64)| format!("snapshot {index}.{step}");
+    snapshots.iter().map(|s| Source { chain: chains[s.0].clone(), step: s.1, label: label(s) }).collect()
+}
+
+fn compare(case: &Case, history: &History, chains: &[Chain]) {
+    let system = System::new(history, case.at, &sources(chains, &case.snapshots), 0.0).unwrap();
+    for target in &case.targets {
+        let solution = system.solve(&profile(&target.profile)).unwrap();
+        let name = format!("{} steps, {}", case.steps, target.profile);
+        let tolerance = 1e-9 * target.noise_gain;
+        for (x, expected) in solution.weights.iter().zip(&target.weights) {
+            assert!((x - expected).abs() <= tolerance, "{name}: weight {x} is not {expected}");
+        }
+        assert_eq!(solution.weights.len(), target.weights.len());
+        let difference = (solution.relative_error - target.relative_error).abs();
+        assert!(difference <= 1e-9, "{name}: error {} is not {}", solution.relative_error, target.relative_error);
+        assert!((solution.noise_gain - target.noise_gain).abs() <= tolerance, "{name}: {}", solution.noise_gain);
+        assert!(solution.condition > 1.0 && solution.condition.is_finite());
+    }
+}
+
+#[test]
+fn golden_plans_are_met() {
+    let golden = golden();
+    assert_eq!(golden.cases.len(), 8);
+    for case in golden.cases {
+        let schedule = Schedule {
+            update_every: case.update_every.unwrap(),
+            update_after_step: case.update_after_step.unwrap(),
+            checkpoint_every: case.checkpoint_every.unwrap(),
+        };
+        let chains: Vec<Chain> = case.tracked.iter().map(|p| Chain::Tracked(profile(p))).collect();
+        compare(&case, &schedule.updates(case.steps).unwrap(), &chains);
+    }
+}
+
+#[test]
+fn golden_foreign_plans_are_met() {
+    let golden = golden();
+    assert_eq!(golden.foreign.len(), 1);
+    for case in golden.foreign {
+        let history = History::from_times((0..=(case.steps - 100) / 10).map(|k| 100 + 10 * k)).unwrap();
+        let gamma = |p: &serde_json::Value| profile(p).as_gamma().unwrap();
+        let chains: Vec<Chain> =
+            case.tracked.iter().map(|p| Chain::Counter { gamma: gamma(p), stride: 10, offset: 2 }).collect();
+        compare(&case, &history, &chains);
+    }
+}
+
+fn power(sigma_rel: f64) -> Profile {
+    Profile::sigma_rel(sigma_rel).unwrap()
+}
+
+fn tracked(sigma_rels: &[f64]) -> Vec<Chain> {
+    sigma_rels.iter().map(|&s| Chain::Tracked(power(s))).collect()
+}
+
+/// Two profiles, a snapshot every 1,000 of 20,000 steps.
+fn usual() -> (History, Vec<Source>) {
+    let steps: Vec<(usize, u64)> = (0..2).flat_map(|p| (1..=20).map(move |i| (p, 1000 * i))).collect();
+    let history = Schedule::default().updates(20_000).unwrap();
+    (history, sources(&tracked(&[0.05, 0.28]), &steps))
+}
+
+#[test]
+fn a_stored_profile_comes_back_alone() {
+    let (history, sources) = usual();
+    for at in [1000, 7000, 20_000] {
+        let sources: Vec<Source> = sources.iter().filter(|s| s.step <= at).cloned().collect();
+        let system = System::new(&history, at, &sources, 0.0).unwrap();
+        for (sigma_rel, chain) in [(0.05, 0), (0.28, 1)] {
+            let solution = system.solve(&power(sigma_rel)).unwrap();
+            assert!(solution.relative_error < 1e-11, "{}", solution.relative_error);
+            let own = sources.iter().position(|s| s.step == at && s.chain == tracked(&[0.05, 0.28])[chain]).unwrap();
+            // At the first snapshot both averages are near each other: weights are good to the condition number.
+            assert!((solution.weights[own] - 1.0).abs() < 1e-9);
+        }
+    }
+}
+
+#[test]
+fn weights_sum_to_one_and_the_reported_error_is_the_true_one() {
+    let (history, sources) = usual();
+    let system = System::new(&history, 20_000, &sources, 0.0).unwrap();
+    let times = history.times();
+    let window = crate::math::Window::Steps(3333.0);
+    for target in [power(0.11), Profile::beta(0.9995).unwrap(), Profile::uniform(window).unwrap()] {
+        let solution = system.solve(&target).unwrap();
+        assert!((solution.weights.iter().sum::<f64>() - 1.0).abs() < 1e-13);
+        let (mut blend, mut reached) = (vec![0.0; times.len()], 0.0);
+        for (source, x) in sources.iter().zip(&solution.weights) {
+            let updates = &times[..times.partition_point(|&t| t <= source.step)];
+            for (sum, weight) in blend.iter_mut().zip(source.chain.densities(updates)) {
+                *sum += x * weight;
+            }
+        }
+        let (mut square, mut norm) = (0.0, 0.0);
+        for (k, &time) in times.iter().enumerate() {
+            let share = target.cumulative(time as f64, 20_000.0);
+            square += (blend[k] - (share - reached)).powi(2) / 10.0;
+            norm += (share - reached).powi(2) / 10.0;
+            reached = share;
+        }
+        let error = (square / norm).sqrt();
+        assert!((error - solution.relative_error).abs() < 1e-9 * error, "{error} {}", solution.relative_error);
+    }
+}
+
+#[test]
+fn no_other_weights_do_better() {
+    let (history, sources) = usual();
+    let system = System::new(&history, 20_000, &sources, 0.0).unwrap();
+    let Products::Updates(updates) = &system.products else { unreachable!() };
+    let target = updates.target(&power(0.1), 20_000);
+    let error = |x: &[f64]| updates.norm(&updates.difference(x, &target)) / updates.norm(&target);
+    let best = system.solve(&power(0.1)).unwrap();
+    for i in 0..sources.len() {
+        for step in [1e-3, -1e-3] {
+            let mut moved = best.weights.clone();
+            moved[i] += step;
+            moved[(i + 7) % sources.len()] -= step;
+            assert!(error(&moved) > best.relative_error);
+        }
+    }
+}
+
+#[test]
+fn regularisation_lowers_the_noise_gain_and_costs_error() {
+    let (history, sources) = usual();
+    let plain = System::new(&history, 20_000, &sources, 0.0).unwrap().solve(&power(0.03)).unwrap();
+    let quiet = System::new(&history, 20_000, &sources, 1e-3).unwrap().solve(&power(0.03)).unwrap();
+    assert!(quiet.noise_gain < 0.8 * plain.noise_gain, "{} {}", quiet.noise_gain, plain.noise_gain);
+    assert!(quiet.relative_error > plain.relative_error);
+    assert!((quiet.weights.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+}
+
+#[test]
+fn the_closed_form_agrees_with_dense_updates() {
+    let history = History::from_times(1..=20_000).unwrap();
+    let (_, sources) = usual();
+    let dense = System::new(&history, 20_000, &sources, 0.0).unwrap();
+    let closed = System::closed_form(20_000, &sources, 0.0).unwrap();
+    for sigma_rel in [0.08, 0.15, 0.25] {
+        let (a, b) = (dense.solve(&power(sigma_rel)).unwrap(), closed.solve(&power(sigma_rel)).unwrap());
+        assert!((a.relative_error - b.relative_error).abs() < 1e-2 * a.relative_error);
+        let largest = a.weights.iter().zip(&b.weights).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(largest < 1e-2 * a.noise_gain, "{largest}");
+    }
+    assert!(closed.solve(&Profile::beta(0.99).unwrap()).is_err());
+}
+
+#[test]
+fn repeated_sources_are_named() {
+    let (history, mut sources) = usual();
+    sources.push(Source { label: "the copy".into(), ..sources[3].clone() });
+    let text = System::new(&history, 20_000, &sources, 0.0).err().unwrap().to_string();
+    assert!(text.contains("snapshot 0.4000") && text.contains("the copy") && text.contains("same profile"), "{text}");
+}
+
+#[test]
+fn profiles_that_hold_the_same_values_share_one_weight() {
+    // After the first update every average is a copy of the parameters.
+    let history = Schedule { update_after_step: 1000, ..Schedule::default() }.updates(3000).unwrap();
+    let snapshots: Vec<(usize, u64)> = (0..2).flat_map(|p| (1..=3).map(move |i| (p, 1000 * i))).collect();
+    let sources = sources(&tracked(&[0.05, 0.28]), &snapshots);
+    let mut without = sources.clone();
+    without.remove(3);
+    let solve = |sources: &[Source]| System::new(&history, 3000, sources, 0.0).unwrap().solve(&power(0.15)).unwrap();
+    let (mut all, five) = (solve(&sources), solve(&without));
+    assert_eq!(all.weights.remove(3), 0.0);
+    assert_eq!(all.weights, five.weights);
+    assert_eq!(all.relative_error, five.relative_error);
+}
+
+#[test]
+fn raw_checkpoints_make_a_plain_mean() {
+    let history = History::from_times([10, 20, 30, 40]).unwrap();
+    let sources: Vec<Source> =
+        [10, 20, 30, 40].map(|step| Source { chain: Chain::Raw, step, label: step.to_string() }).to_vec();
+    let solution = System::new(&history, 40, &sources, 0.0).unwrap().solve(&Profile::gamma(0.0).unwrap()).unwrap();
+    assert!(solution.weights.iter().all(|x| (x - 0.25).abs() < 1e-14), "{:?}", solution.weights);
+}
+
+#[test]
+fn a_source_between_updates_is_refused() {
+    let (history, mut sources) = usual();
+    sources[2].step += 1;
+    let text = System::new(&history, 20_000, &sources, 0.0).err().unwrap().to_string();
+    assert!(text.contains("step 3001, where there was no update"), "{text}");
+}
+
+#[test]
+fn two_times_256_snapshots_solve_quickly() {
+    let steps: Vec<(usize, u64)> = (0..2).flat_map(|p| (1..=256).map(move |i| (p, 1000 * i))).collect();
+    let history = Schedule::default().updates(256_000).unwrap();
+    let sources = sources(&tracked(&[0.05, 0.28]), &steps);
+    let seconds = |_| {
+        let start = std::time::Instant::now();
+        let solution = System::new(&history, 256_000, &sources, 0.0).unwrap().solve(&power(0.15)).unwrap();
+        assert!(solution.relative_error < 0.01);
+        start.elapsed().as_secs_f64()
+    };
+    let best = (0..5).map(seconds).fold(f64::MAX, f64::min);
+    assert!(best < 0.05, "{best} s");
+}

@@ -1,0 +1,298 @@
+//! Named views of tensors in somebody's memory, and the traits through which a model lends them.
+
+use std::collections::BTreeMap;
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+
+use crate::error::{Error, Result};
+
+/// The element types of safetensors files.
+pub use safetensors::Dtype;
+
+/// The bytes that one element of `dtype` takes; `None` for types that share bytes (4 and 6 bits).
+pub fn element_size(dtype: Dtype) -> Option<usize> {
+    let bits = dtype.bitsize();
+    bits.is_multiple_of(8).then_some(bits / 8)
+}
+
+/// The dtypes that are averaged; all others are copied from the newest update.
+pub fn is_averaged(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64)
+}
+
+/// Where the elements of a tensor lie.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Memory<'a> {
+    /// Host memory: the elements in C order, little endian, of any alignment.
+    Host(&'a [u8]),
+}
+
+/// A tensor that can be read: name, dtype, shape and contiguous elements.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorView<'a> {
+    /// The name, unique within the model.
+    pub name: &'a str,
+    /// The element type.
+    pub dtype: Dtype,
+    /// The shape; empty for a scalar.
+    pub shape: &'a [usize],
+    /// The elements.
+    pub memory: Memory<'a>,
+}
+
+impl<'a> TensorView<'a> {
+    /// A view of elements in host memory.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where shape and dtype do not make up the number of bytes given.
+    pub fn host(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Result<Self> {
+        check_size(name, dtype, shape, bytes.len())?;
+        Ok(TensorView { name, dtype, shape, memory: Memory::Host(bytes) })
+    }
+
+    /// The number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The elements as bytes of host memory.
+    pub(crate) fn host_bytes(&self) -> &'a [u8] {
+        let Memory::Host(bytes) = self.memory;
+        bytes
+    }
+}
+
+/// A tensor that can be written.
+#[derive(Debug)]
+pub struct TensorViewMut<'a> {
+    /// The name, unique within the model.
+    pub name: &'a str,
+    /// The element type.
+    pub dtype: Dtype,
+    /// The shape; empty for a scalar.
+    pub shape: &'a [usize],
+    /// The elements in C order, little endian, of any alignment.
+    pub bytes: &'a mut [u8],
+}
+
+impl<'a> TensorViewMut<'a> {
+    /// A view of elements in host memory.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where shape and dtype do not make up the number of bytes given.
+    pub fn host(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a mut [u8]) -> Result<Self> {
+        check_size(name, dtype, shape, bytes.len())?;
+        Ok(TensorViewMut { name, dtype, shape, bytes })
+    }
+}
+
+/// The bytes that a tensor takes, in checked arithmetic.
+pub fn byte_size(name: &str, dtype: Dtype, shape: &[usize]) -> Result<usize> {
+    let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+    let bits = elements.and_then(|n| n.checked_mul(dtype.bitsize()));
+    match bits {
+        Some(bits) if bits.is_multiple_of(8) => Ok(bits / 8),
+        _ => Err(Error::tensor(name, format!("shape {shape:?} of {dtype} is no whole number of bytes below 2^64"))),
+    }
+}
+
+fn check_size(name: &str, dtype: Dtype, shape: &[usize], bytes: usize) -> Result<()> {
+    let expected = byte_size(name, dtype, shape)?;
+    if expected != bytes {
+        return Err(Error::tensor(
+            name,
+            format!("shape {shape:?} of {dtype} takes {expected} bytes, {bytes} were given"),
+        ));
+    }
+    Ok(())
+}
+
+/// A model's tensors, lent for reading.
+///
+/// Implemented for lists of `(name, slice)` pairs, [`Tensors`], safetensors files in memory and, in the crate
+/// `posthoc-ema-candle`, for candle's `VarMap`.
+pub trait Parameters {
+    /// Calls `read` once with a view of every tensor. The order does not matter; names must be unique.
+    ///
+    /// # Errors
+    /// What `read` returns, or what the model reports when it cannot lend its tensors.
+    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()>;
+}
+
+/// A model's tensors, lent for writing.
+pub trait ParametersMut: Parameters {
+    /// Calls `write` for every tensor, one after the other.
+    ///
+    /// # Errors
+    /// What `write` returns, or what the model reports when it cannot lend its tensors.
+    fn for_each_mut(&mut self, write: &mut dyn FnMut(TensorViewMut<'_>) -> Result<()>) -> Result<()>;
+}
+
+/// A Rust type that is an element type of tensors.
+pub trait Element: Pod {
+    /// The dtype of such elements.
+    const DTYPE: Dtype;
+}
+
+macro_rules! elements {
+    ($($rust:ty => $dtype:ident),* $(,)?) => {
+        $(impl Element for $rust { const DTYPE: Dtype = Dtype::$dtype; })*
+    };
+}
+elements! {
+    f32 => F32, f64 => F64, f16 => F16, bf16 => BF16,
+    u8 => U8, i8 => I8, u16 => U16, i16 => I16, u32 => U32, i32 => I32, u64 => U64, i64 => I64,
+}
+
+/// `(name, elements)` pairs: each a tensor of one dimension.
+impl<N: AsRef<str>, T: Element> Parameters for [(N, Vec<T>)] {
+    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
+        with_pairs(self.iter().map(|(name, values)| (name.as_ref(), values.as_slice())), read)
+    }
+}
+
+impl<N: AsRef<str>, T: Element> Parameters for Vec<(N, Vec<T>)> {
+    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
+        self.as_slice().with_tensors(read)
+    }
+}
+
+/// `(name, slice)` pairs: each a tensor of one dimension.
+impl<T: Element> Parameters for [(&str, &[T])] {
+    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
+        with_pairs(self.iter().copied(), read)
+    }
+}
+
+impl<T: Element, const N: usize> Parameters for [(&str, &[T]); N] {
+    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
+        self.as_slice().with_tensors(read)
+    }
+}
+
+fn with_pairs<'a, T: Element>(
+    pairs: impl Iterator<Item = (&'a str, &'a [T])>,
+    read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>,
+) -> Result<()> {
+    let pairs: Vec<_> = pairs.map(|(name, values)| (name, [values.len()], values)).collect();
+    let views: Vec<_> = pairs
+        .iter()
+        .map(|(name, shape, values)| TensorView::host(name, T::DTYPE, shape, bytemuck::cast_slice(values)))
+        .collect::<Result<_>>()?;
+    read(&views)
+}
+
+impl<N: AsRef<str>, T: Element> ParametersMut for Vec<(N, Vec<T>)> {
+    fn for_each_mut(&mut self, write: &mut dyn FnMut(TensorViewMut<'_>) -> Result<()>) -> Result<()> {
+        for (name, values) in self.iter_mut() {
+            let shape = [values.len()];
+            write(TensorViewMut::host(name.as_ref(), T::DTYPE, &shape, bytemuck::cast_slice_mut(values))?)?;
+        }
+        Ok(())
+    }
+}
+
+/// One tensor in memory of its own.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    /// The element type.
+    pub dtype: Dtype,
+    /// The shape; empty for a scalar.
+    pub shape: Vec<usize>,
+    /// The elements in C order, little endian.
+    pub bytes: Vec<u8>,
+}
+
+impl Tensor {
+    /// A tensor of the given elements.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where the shape does not hold that many elements.
+    pub fn new<T: Element>(shape: &[usize], values: &[T]) -> Result<Tensor> {
+        let bytes = bytemuck::cast_slice(values).to_vec();
+        check_size("new", T::DTYPE, shape, bytes.len())?;
+        Ok(Tensor { dtype: T::DTYPE, shape: shape.to_vec(), bytes })
+    }
+
+    /// The elements, where they are of type `T`.
+    pub fn to_vec<T: Element>(&self) -> Option<Vec<T>> {
+        (self.dtype == T::DTYPE).then(|| bytemuck::allocation::pod_collect_to_vec(&self.bytes))
+    }
+}
+
+/// A set of named tensors in memory of its own: what a synthesis into memory returns.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tensors(BTreeMap<String, Tensor>);
+
+impl Tensors {
+    /// The tensor of that name.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.0.get(name)
+    }
+
+    /// All tensors, by name.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Tensor)> {
+        self.0.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// How many tensors there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is no tensor at all.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Adds a tensor, or replaces the one of that name.
+    pub fn insert(&mut self, name: impl Into<String>, tensor: Tensor) {
+        self.0.insert(name.into(), tensor);
+    }
+}
+
+impl FromIterator<(String, Tensor)> for Tensors {
+    fn from_iter<I: IntoIterator<Item = (String, Tensor)>>(tensors: I) -> Self {
+        Tensors(tensors.into_iter().collect())
+    }
+}
+
+impl IntoIterator for Tensors {
+    type Item = (String, Tensor);
+    type IntoIter = std::collections::btree_map::IntoIter<String, Tensor>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+impl Parameters for Tensors {
+    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
+        let views: Vec<_> =
+            self.iter().map(|(name, t)| TensorView::host(name, t.dtype, &t.shape, &t.bytes)).collect::<Result<_>>()?;
+        read(&views)
+    }
+}
+
+impl ParametersMut for Tensors {
+    fn for_each_mut(&mut self, write: &mut dyn FnMut(TensorViewMut<'_>) -> Result<()>) -> Result<()> {
+        for (name, t) in &mut self.0 {
+            write(TensorViewMut::host(name, t.dtype, &t.shape, &mut t.bytes)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// A safetensors file in memory, or mapped.
+impl Parameters for safetensors::SafeTensors<'_> {
+    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
+        let tensors = self.tensors();
+        let views: Vec<_> = tensors
+            .iter()
+            .map(|(name, t)| TensorView::host(name, t.dtype(), t.shape(), t.data()))
+            .collect::<Result<_>>()?;
+        read(&views)
+    }
+}
