@@ -1,5 +1,6 @@
 //! Averages of network weights of any length, chosen after training.
 
+pub mod compute;
 mod error;
 pub mod math;
 pub mod tensor;

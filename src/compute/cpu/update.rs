@@ -1,0 +1,260 @@
+//! The update of all profiles in one pass over the parameters.
+//!
+//! Plain:       `e <- fma(w, p - e, e)`.
+//! Compensated: `d = fma(w, p - e, c); s = e + d; c <- bf16(d - (s - e)); e <- s`: the low-order term `c` keeps what the
+//! sum could not hold, so that increments below half an ulp of `e` are not lost.
+//!
+//! A chunk of parameters is read once, converted to f32 in the first-level cache, and folded into each profile's
+//! averages from there: 4 to 8 bytes a parameter are read, and 8 (plain) or 12 (compensated) read and written per profile.
+
+use half::bf16;
+use rayon::prelude::*;
+use safetensors::Dtype;
+
+use super::convert::{bf16_to_f32, f32_to_bf16, to_f32};
+use super::{Averages, CHUNK, Layout, vectorised};
+
+/// Parameters converted at a time: 4 KiB of f32, small beside the first-level cache.
+const TILE: usize = 1024;
+
+/// A tensor's new parameters.
+#[derive(Clone, Copy, Debug)]
+pub struct Incoming<'a> {
+    /// An averaged dtype.
+    pub dtype: Dtype,
+    /// The elements, of any alignment.
+    pub bytes: &'a [u8],
+}
+
+/// Folds new parameters into the averages of every profile, with the weight `1 - beta` of each.
+///
+/// `incoming` holds one entry for each tensor of `layout`, with as many elements.
+pub fn update(averages: &mut [Averages], incoming: &[Incoming<'_>], layout: &Layout, weights: &[f32]) {
+    debug_assert_eq!(averages.len(), weights.len());
+    debug_assert_eq!(incoming.len(), layout.len());
+    cut(averages, incoming, layout).into_par_iter().for_each(|chunk| {
+        vectorised(
+            #[inline(always)]
+            || chunk.update(weights),
+        );
+    });
+}
+
+/// A stretch of one tensor with its averages under every profile.
+struct Chunk<'a> {
+    incoming: Incoming<'a>,
+    states: Vec<State<'a>>,
+}
+
+/// A stretch of one profile's averages.
+struct State<'a> {
+    high: &'a mut [f32],
+    low: Option<&'a mut [bf16]>,
+}
+
+impl<'a> State<'a> {
+    /// Takes the first `n` elements off.
+    fn take(&mut self, n: usize) -> State<'a> {
+        let high = self.high.split_off_mut(..n).unwrap_or_default();
+        let low = self.low.as_mut().map(|low| low.split_off_mut(..n).unwrap_or_default());
+        State { high, low }
+    }
+}
+
+/// Cuts all tensors into chunks that threads can work on independently.
+fn cut<'a>(averages: &'a mut [Averages], incoming: &[Incoming<'a>], layout: &Layout) -> Vec<Chunk<'a>> {
+    let mut rest: Vec<State<'a>> =
+        averages.iter_mut().map(|a| State { high: &mut a.high, low: a.low.as_deref_mut() }).collect();
+    let mut chunks = Vec::new();
+    let mut taken = 0;
+    for (i, tensor) in incoming.iter().enumerate() {
+        let place = layout.place(i);
+        rest.iter_mut().for_each(|state| drop(state.take(place.start - taken)));
+        let size = tensor.dtype.bitsize() / 8;
+        for bytes in tensor.bytes.chunks(CHUNK * size) {
+            let states = rest.iter_mut().map(|state| state.take(bytes.len() / size)).collect();
+            chunks.push(Chunk { incoming: Incoming { bytes, ..*tensor }, states });
+        }
+        taken = place.end;
+    }
+    chunks
+}
+
+impl Chunk<'_> {
+    #[inline(always)]
+    fn update(mut self, weights: &[f32]) {
+        let Incoming { dtype, bytes } = self.incoming;
+        let size = dtype.bitsize() / 8;
+        let mut tile = [0.0; TILE];
+        for (i, bytes) in bytes.chunks(TILE * size).enumerate() {
+            let parameters = &mut tile[..bytes.len() / size];
+            to_f32(parameters, bytes, dtype);
+            let place = i * TILE..i * TILE + parameters.len();
+            for (state, &weight) in self.states.iter_mut().zip(weights) {
+                let high = &mut state.high[place.clone()];
+                match &mut state.low {
+                    Some(low) => compensated(high, &mut low[place.clone()], parameters, weight),
+                    None => plain(high, parameters, weight),
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn plain(high: &mut [f32], parameters: &[f32], weight: f32) {
+    for (e, &p) in high.iter_mut().zip(parameters) {
+        *e = weight.mul_add(p - *e, *e);
+    }
+}
+
+#[inline(always)]
+fn compensated(high: &mut [f32], low: &mut [bf16], parameters: &[f32], weight: f32) {
+    for ((e, c), &p) in high.iter_mut().zip(low).zip(parameters) {
+        let increment = weight.mul_add(p - *e, bf16_to_f32(c.to_bits()));
+        let sum = *e + increment;
+        *c = bf16::from_bits(f32_to_bf16(increment - (sum - *e)));
+        *e = sum;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Precision;
+    use super::*;
+    use rand::{Rng, SeedableRng};
+
+    /// The definition, one element at a time.
+    fn oracle(high: &mut f32, low: Option<&mut bf16>, p: f32, w: f32) {
+        let Some(low) = low else {
+            *high = w.mul_add(p - *high, *high);
+            return;
+        };
+        let d = w.mul_add(p - *high, low.to_f32());
+        let s = *high + d;
+        *low = bf16::from_f32(d - (s - *high));
+        *high = s;
+    }
+
+    fn element(bytes: &[u8], dtype: Dtype, i: usize) -> f32 {
+        let mut value = [0.0];
+        let size = dtype.bitsize() / 8;
+        to_f32(&mut value, &bytes[i * size..][..size], dtype);
+        value[0]
+    }
+
+    /// Random bit patterns, without NaN and infinity in the 16-bit types.
+    fn random_bytes(random: &mut impl Rng, dtype: Dtype, elements: usize) -> Vec<u8> {
+        let value = |random: &mut dyn FnMut() -> f32| random() * 4.0 - 2.0;
+        let mut next = || random.random::<f32>();
+        (0..elements)
+            .flat_map(|_| match dtype {
+                Dtype::F32 => value(&mut next).to_le_bytes().to_vec(),
+                Dtype::F64 => f64::from(value(&mut next)).to_le_bytes().to_vec(),
+                Dtype::F16 => half::f16::from_f32(value(&mut next)).to_le_bytes().to_vec(),
+                _ => bf16::from_f32(value(&mut next)).to_le_bytes().to_vec(),
+            })
+            .collect()
+    }
+
+    fn check(lengths: &[usize], dtypes: &[Dtype], profiles: usize, precision: Precision, shift: usize) {
+        let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(7);
+        let layout = Layout::new(lengths.iter().copied());
+        let mut averages = vec![Averages::zeros(&layout, precision); profiles];
+        let mut expected = averages.clone();
+        for step in 0..3 {
+            let weights: Vec<f32> = (0..profiles).map(|p| if step == 0 { 1.0 } else { 0.3 / (p + 1) as f32 }).collect();
+            let tensors: Vec<(Dtype, Vec<u8>)> = lengths
+                .iter()
+                .enumerate()
+                .map(|(i, &n)| {
+                    let dtype = dtypes[i % dtypes.len()];
+                    let mut bytes = vec![0; shift];
+                    bytes.extend(random_bytes(&mut random, dtype, n));
+                    (dtype, bytes)
+                })
+                .collect();
+            let incoming: Vec<Incoming<'_>> =
+                tensors.iter().map(|(dtype, bytes)| Incoming { dtype: *dtype, bytes: &bytes[shift..] }).collect();
+            update(&mut averages, &incoming, &layout, &weights);
+            for (averages, &w) in expected.iter_mut().zip(&weights) {
+                for (i, tensor) in incoming.iter().enumerate() {
+                    for (j, at) in layout.place(i).enumerate() {
+                        let low = averages.low.as_mut().map(|low| &mut low[at]);
+                        oracle(&mut averages.high[at], low, element(tensor.bytes, tensor.dtype, j), w);
+                    }
+                }
+            }
+        }
+        for (got, expected) in averages.iter().zip(&expected) {
+            let bits = |a: &Averages| a.high.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(got), bits(expected));
+            assert_eq!(got.low, expected.low);
+        }
+    }
+
+    const ALL: [Dtype; 4] = [Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F64];
+
+    #[test]
+    fn every_length_dtype_precision_and_number_of_profiles() {
+        for profiles in [1, 2, 3, 8] {
+            for precision in [Precision::Plain, Precision::Compensated] {
+                for shift in [0, 1, 3] {
+                    check(&(0..70).collect::<Vec<_>>(), &ALL, profiles, precision, shift);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn around_tiles_and_chunks() {
+        let lengths = [TILE - 1, TILE, TILE + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5];
+        for precision in [Precision::Plain, Precision::Compensated] {
+            for dtype in ALL {
+                check(&lengths, &[dtype], 2, precision, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_update_copies_the_parameters() {
+        let values = [1.5f32, -0.25, 1e-30, 3e38];
+        let layout = Layout::new([values.len()]);
+        for precision in [Precision::Plain, Precision::Compensated] {
+            let mut averages = [Averages::zeros(&layout, precision)];
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            update(&mut averages, &[Incoming { dtype: Dtype::F32, bytes: &bytes }], &layout, &[1.0]);
+            assert_eq!(averages[0].high, values);
+        }
+    }
+
+    /// The accuracy that DESIGN promises: over a million steps the compensated average stays within 1e-7 of the weights'
+    /// RMS from an f64 average, where the plain one does not.
+    #[test]
+    fn a_million_steps_stay_within_1e_7() {
+        const ELEMENTS: usize = 64;
+        let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(3);
+        let centre: Vec<f32> = (0..ELEMENTS).map(|_| random.random::<f32>() * 2.0 - 1.0).collect();
+        let layout = Layout::new([ELEMENTS]);
+        let [mut best, mut plain] = [Precision::Compensated, Precision::Plain].map(|p| [Averages::zeros(&layout, p)]);
+        let mut exact = vec![0f64; ELEMENTS];
+        for update_number in 1..=100_000u32 {
+            // Updates every 10 of 1,000,000 steps, sigma_rel 0.28 (gamma 0.169), parameters with 0.1% noise.
+            let time = f64::from(update_number) * 10.0;
+            let weight = 1.0 - ((time - 10.0) / time).powf(1.1693);
+            let values: Vec<f32> = centre.iter().map(|c| c * (1.0 + 1e-3 * (random.random::<f32>() - 0.5))).collect();
+            let bytes: &[u8] = bytemuck::cast_slice(&values);
+            for averages in [&mut best, &mut plain] {
+                update(averages, &[Incoming { dtype: Dtype::F32, bytes }], &layout, &[weight as f32]);
+            }
+            exact.iter_mut().zip(&values).for_each(|(e, &v)| *e += weight * (f64::from(v) - *e));
+        }
+        let rms = (exact.iter().map(|x| x * x).sum::<f64>() / ELEMENTS as f64).sqrt();
+        let distance = |averages: &Averages| {
+            let squares = averages.high.iter().zip(&exact).map(|(a, e)| (f64::from(*a) - e).powi(2));
+            (squares.sum::<f64>() / ELEMENTS as f64).sqrt() / rms
+        };
+        assert!(distance(&best[0]) < 1e-7, "compensated: {:e}", distance(&best[0]));
+        assert!(distance(&plain[0]) > 1e-6, "plain: {:e}", distance(&plain[0]));
+    }
+}
