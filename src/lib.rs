@@ -3,6 +3,7 @@
 pub mod compute;
 mod error;
 pub mod math;
+pub mod snapshot;
 pub mod tensor;
 
 pub use error::{Error, Result};

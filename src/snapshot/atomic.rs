@@ -1,0 +1,128 @@
+//! Files that appear whole or not at all: written beside, synced, renamed, the directory synced.
+
+use std::fs::{File, Permissions};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use tempfile::NamedTempFile;
+
+use crate::error::{Error, Result};
+
+/// How the temporary names in a run begin and end; what a killed writer left is known by it.
+const PREFIX: &str = ".tmp-";
+
+/// Bytes that one thread writes at a time.
+const STRETCH: usize = 4 << 20;
+
+/// A file that is being written under a temporary name. Dropped before [`AtomicFile::commit`], it leaves nothing.
+#[derive(Debug)]
+pub struct AtomicFile {
+    file: NamedTempFile,
+    path: PathBuf,
+}
+
+impl AtomicFile {
+    /// Begins a file that will be called `path`, in the same directory.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the directory cannot be written.
+    pub fn create(path: &Path) -> Result<AtomicFile> {
+        // The mode that the process's umask gives any new file; tempfile's own default is private to the user.
+        let permissions = Permissions::from_mode(0o666);
+        let file = tempfile::Builder::new().prefix(PREFIX).permissions(permissions).tempfile_in(directory(path));
+        let file = file.map_err(Error::io("write", path))?;
+        Ok(AtomicFile { file, path: path.to_owned() })
+    }
+
+    /// The final name.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes bytes at an offset; callers may do so in any order and from several threads.
+    ///
+    /// # Errors
+    /// [`Error::Io`], a full disk among them.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.file.as_file().write_all_at(bytes, offset).map_err(Error::io("write", &self.path))
+    }
+
+    /// Writes a large block with several threads.
+    ///
+    /// # Errors
+    /// As [`AtomicFile::write_at`].
+    pub fn write_block_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let stretches = bytes.par_chunks(STRETCH).enumerate();
+        stretches.try_for_each(|(i, bytes)| self.write_at(offset + (i * STRETCH) as u64, bytes))
+    }
+
+    /// Makes the file durable under its final name, in place of any file of that name.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; the temporary file is then removed and what was there before is untouched.
+    pub fn commit(self) -> Result<()> {
+        self.file.as_file().sync_all().map_err(Error::io("sync", &self.path))?;
+        self.file.persist(&self.path).map_err(|failed| Error::io("rename into place", &self.path)(failed.error))?;
+        sync_directory(directory(&self.path))
+    }
+}
+
+/// Makes renames and removals in a directory durable.
+pub(super) fn sync_directory(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", dir))
+}
+
+/// Whether a file's name is one of a writer that was killed.
+pub(super) fn is_leftover(name: &str) -> bool {
+    name.starts_with(PREFIX)
+}
+
+fn directory(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_seen_before_the_commit_and_nothing_is_left_without_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "before").unwrap();
+        let file = AtomicFile::create(&path).unwrap();
+        file.write_at(0, b"after!!").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"before");
+        drop(file);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+
+        let file = AtomicFile::create(&path).unwrap();
+        let block: Vec<u8> = (0..2 * STRETCH + 5).map(|i| (i % 251) as u8).collect();
+        file.write_block_at(3, &block).unwrap();
+        file.write_at(0, b"abc").unwrap();
+        file.commit().unwrap();
+        let written = std::fs::read(&path).unwrap();
+        assert!(written.starts_with(b"abc") && written[3..] == block);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn files_have_the_mode_of_the_umask() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, plain) = (dir.path().join("ours"), dir.path().join("plain"));
+        AtomicFile::create(&ours).unwrap().commit().unwrap();
+        File::create(&plain).unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode(&ours), mode(&plain));
+    }
+
+    #[test]
+    fn a_missing_directory_is_an_error_with_the_path() {
+        let text = AtomicFile::create(Path::new("/nonexistent/x")).unwrap_err().to_string();
+        assert!(text.contains("/nonexistent/x") && text.contains("check the path"), "{text}");
+    }
+}

@@ -1,0 +1,137 @@
+//! Runs on disk: names, shards, siblings.
+
+use super::*;
+use crate::snapshot::{TensorSpec, write_snapshot};
+use std::ops::Range;
+
+fn specs() -> Vec<TensorSpec> {
+    let spec = |name: &str, dtype, n: usize| TensorSpec { name: name.into(), dtype, shape: vec![n] };
+    vec![spec("a", Dtype::F32, 100), spec("b", Dtype::F32, 50), spec("n", Dtype::I64, 3), spec("z", Dtype::F16, 700)]
+}
+
+fn meta(step: u64) -> Meta {
+    Meta {
+        profile: "{}".into(),
+        step,
+        run: Some("r".into()),
+        tied: BTreeMap::from([("head".into(), "a".into())]),
+        ..Meta::default()
+    }
+}
+
+fn fill(index: usize, range: Range<usize>, dst: &mut [u8]) {
+    dst.iter_mut().zip(range).for_each(|(d, i)| *d = (i * 7 + index) as u8);
+}
+
+fn write(dir: &Path, index: usize, step: u64, meta: &Meta, shard_size: u64) -> Vec<PathBuf> {
+    write_snapshot(dir, Stem { index, step }, specs(), meta, shard_size, &fill).unwrap()
+}
+
+fn check_contents(snapshot: &Snapshot) {
+    for (index, spec) in specs().iter().enumerate() {
+        let (tensor, bytes) = snapshot.tensor(&spec.name).unwrap();
+        assert_eq!((tensor.dtype, &tensor.shape), (spec.dtype, &spec.shape));
+        let mut expected = vec![0; bytes.len()];
+        fill(index, 0..bytes.len(), &mut expected);
+        assert_eq!(bytes, expected);
+    }
+    assert_eq!(snapshot.meta.tied["head"], "a");
+    snapshot.files().iter().for_each(|file| file.verify().unwrap());
+}
+
+#[test]
+fn names_parse_only_as_they_are_written() {
+    let stem = Stem { index: 1, step: 2000 };
+    assert_eq!(parse("1.2000.safetensors"), Some((stem, Part::Whole)));
+    assert_eq!(parse("1.2000-00002-of-00003.safetensors"), Some((stem, Part::Shard { i: 2, n: 3 })));
+    assert_eq!(parse("1.2000.safetensors.index.json"), Some((stem, Part::Index)));
+    for other in
+        ["01.2000.safetensors", "1.+2.safetensors", "1.safetensors", "state.safetensors", "1.2-2-of-3.safetensors", "x"]
+    {
+        assert_eq!(parse(other), None, "{other}");
+    }
+}
+
+#[test]
+fn one_file_and_shards_hold_the_same() {
+    for shard_size in [u64::MAX, 1000, 300, 1] {
+        let dir = tempfile::tempdir().unwrap();
+        let files = write(dir.path(), 0, 10, &meta(10), shard_size);
+        let snapshots = open_all(dir.path()).unwrap();
+        assert_eq!(snapshots.len(), 1);
+        assert_eq!(snapshots[0].files().len(), files.len());
+        check_contents(&snapshots[0]);
+        if shard_size == u64::MAX {
+            assert_eq!(files.len(), 1);
+            continue;
+        }
+        let index = fs::read_to_string(dir.path().join("0.10.safetensors.index.json")).unwrap();
+        let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+        assert_eq!(index["metadata"]["total_size"], 400 + 200 + 24 + 1400);
+        for file in snapshots[0].files() {
+            let name = file.path().file_name().unwrap().to_str().unwrap();
+            assert!(file.tensors().keys().all(|tensor| index["weight_map"][tensor] == name));
+        }
+        remove(dir.path(), Stem { index: 0, step: 10 }, &files).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn unfinished_shards_are_left_out_and_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 0, 10, &meta(10), u64::MAX);
+    let files = write(dir.path(), 0, 20, &meta(20), 300);
+    fs::remove_file(files.last().unwrap()).unwrap();
+    let text = open_all(dir.path()).unwrap_err().to_string();
+    assert!(text.contains("missing"), "{text}");
+    fs::remove_file(dir.path().join("0.20.safetensors.index.json")).unwrap();
+    assert_eq!(open_all(dir.path()).unwrap().len(), 1);
+    fs::write(dir.path().join(".tmp-abc"), "half a file").unwrap();
+    remove_leftovers(dir.path()).unwrap();
+    let left: Vec<String> = names(dir.path()).unwrap();
+    assert_eq!(left, ["0.10.safetensors"]);
+}
+
+#[test]
+fn strangers_are_named() {
+    let cases: [(&str, fn(&mut Meta, &mut Vec<TensorSpec>)); 7] = [
+        ("another run's id", |meta, _| meta.run = Some("other".into())),
+        ("another profile", |meta, _| meta.profile = "[]".into()),
+        ("tensor `a` has another shape ([99], not [100])", |_, specs| specs[0].shape = vec![99]),
+        ("tensor `a` has another dtype (BF16, not F32)", |_, specs| specs[0].dtype = Dtype::BF16),
+        ("a tensor `new` more", |_, specs| specs.push(TensorSpec { name: "new".into(), ..specs[1].clone() })),
+        ("a tensor `b` less", |_, specs| drop(specs.remove(1))),
+        ("step 5", |meta, _| meta.step = 5),
+    ];
+    for (expected, change) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), 0, 10, &meta(10), u64::MAX);
+        let (mut meta, mut specs) = (meta(20), specs());
+        change(&mut meta, &mut specs);
+        write_snapshot(dir.path(), Stem { index: 0, step: 20 }, specs, &meta, u64::MAX, &fill).unwrap();
+        let text = open_all(dir.path()).unwrap_err().to_string();
+        assert!(text.contains(expected) && text.contains("0.20.safetensors"), "{expected}: {text}");
+    }
+}
+
+#[test]
+fn a_tensor_kept_in_a_wider_dtype_is_no_stranger() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 0, 10, &meta(10), u64::MAX);
+    let (mut meta, mut specs) = (meta(20), specs());
+    specs[3].dtype = Dtype::F32;
+    meta.dtypes.insert("z".into(), Dtype::F16);
+    write_snapshot(dir.path(), Stem { index: 0, step: 20 }, specs, &meta, u64::MAX, &fill).unwrap();
+    assert_eq!(open_all(dir.path()).unwrap().len(), 2);
+}
+
+#[test]
+fn directories_without_a_run_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(open_all(dir.path()).unwrap_err().to_string().contains("no snapshot in it"));
+    assert!(open_all(&dir.path().join("none")).unwrap_err().to_string().contains("does not exist"));
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    assert!(open_all(&file).unwrap_err().to_string().contains("no directory"));
+}

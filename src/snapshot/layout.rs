@@ -1,0 +1,165 @@
+//! Where tensors lie in a safetensors file, and the header that says so.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorInfo;
+
+use crate::error::{Error, Result};
+use crate::tensor::byte_size;
+
+/// The header, with the 8 bytes of its length, is padded to whole pages, so that the data lies on pages too.
+const PAGE: usize = 4096;
+
+/// No reader takes a longer header.
+const MAX_HEADER: usize = 100_000_000;
+
+/// The entry of a header that is no tensor.
+const METADATA: &str = "__metadata__";
+
+/// What a tensor is, without its elements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// The name.
+    pub name: String,
+    /// The element type in the file.
+    pub dtype: Dtype,
+    /// The shape.
+    pub shape: Vec<usize>,
+}
+
+/// A tensor's place in a file.
+#[derive(Clone, Debug)]
+pub struct Placed {
+    /// Its index in the list that was laid out.
+    pub index: usize,
+    /// Its bytes within the data section.
+    pub range: Range<usize>,
+}
+
+/// The order of tensors in a file: by alignment, then by name, without holes.
+#[derive(Clone, Debug)]
+pub struct FileLayout {
+    specs: Vec<TensorSpec>,
+    places: Vec<Placed>,
+}
+
+impl FileLayout {
+    /// Lays out tensors.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for a name that occurs twice or that the format reserves, or a size beyond the address space.
+    pub fn new(specs: Vec<TensorSpec>) -> Result<FileLayout> {
+        let mut order: Vec<usize> = (0..specs.len()).collect();
+        order.sort_by_key(|&i| (Reverse(specs[i].dtype), &specs[i].name));
+        let mut places = Vec::with_capacity(specs.len());
+        let mut end = 0usize;
+        for index in order {
+            let spec = &specs[index];
+            let size = byte_size(&spec.name, spec.dtype, &spec.shape)?;
+            let too_large = || Error::tensor(&spec.name, "all tensors together take more than 2^63 bytes");
+            let next = end.checked_add(size).filter(|&n| n <= isize::MAX as usize).ok_or_else(too_large)?;
+            places.push(Placed { index, range: end..next });
+            end = next;
+        }
+        check_names(&specs)?;
+        Ok(FileLayout { specs, places })
+    }
+
+    /// The tensors as they were given.
+    pub fn specs(&self) -> &[TensorSpec] {
+        &self.specs
+    }
+
+    /// All places, in the order of the file.
+    pub fn places(&self) -> &[Placed] {
+        &self.places
+    }
+
+    /// The length of the data section.
+    pub fn data_len(&self) -> usize {
+        self.places.last().map_or(0, |place| place.range.end)
+    }
+
+    /// The bytes before the data section: the header's length and the header, a multiple of 4,096 in all.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where the header exceeds the format's limit of 100 MB.
+    pub fn header(&self, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+        let entry = |place: &Placed| {
+            let TensorSpec { name, dtype, shape } = self.specs[place.index].clone();
+            (name, serde_json::json!(TensorInfo { dtype, shape, data_offsets: (place.range.start, place.range.end) }))
+        };
+        let mut entries: serde_json::Map<_, _> = self.places.iter().map(entry).collect();
+        entries.insert(METADATA.into(), serde_json::json!(metadata));
+        let json = serde_json::Value::Object(entries).to_string();
+        let total = (8 + json.len()).next_multiple_of(PAGE);
+        if total - 8 > MAX_HEADER {
+            let first = self.specs.first().map_or("", |spec| &spec.name);
+            return Err(Error::tensor(first, "the header of so many tensors exceeds the format's limit of 100 MB"));
+        }
+        let mut bytes = ((total - 8) as u64).to_le_bytes().to_vec();
+        bytes.extend(json.bytes());
+        bytes.resize(total, b' ');
+        Ok(bytes)
+    }
+}
+
+fn check_names(specs: &[TensorSpec]) -> Result<()> {
+    let mut names: Vec<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
+    names.sort_unstable();
+    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(Error::tensor(pair[0], "the name occurs twice: names must be unique"));
+    }
+    if names.binary_search(&METADATA).is_ok() {
+        return Err(Error::tensor(METADATA, "the safetensors format reserves this name: rename the tensor"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::SafeTensors;
+
+    fn spec(name: &str, dtype: Dtype, shape: &[usize]) -> TensorSpec {
+        TensorSpec { name: name.into(), dtype, shape: shape.to_vec() }
+    }
+
+    #[test]
+    fn the_reference_reader_takes_the_header() {
+        let specs = vec![
+            spec("b", Dtype::F16, &[3]),
+            spec("é\"\n", Dtype::F32, &[2, 2]),
+            spec("a", Dtype::F16, &[]),
+            spec("empty", Dtype::I64, &[0, 7]),
+        ];
+        let layout = FileLayout::new(specs).unwrap();
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        let mut file = layout.header(&metadata).unwrap();
+        assert_eq!(file.len(), PAGE);
+        file.extend((0..layout.data_len()).map(|i| i as u8));
+        let read = SafeTensors::deserialize(&file).unwrap();
+        assert_eq!(read.len(), 4);
+        assert_eq!(read.tensor("é\"\n").unwrap().data(), (0..16).collect::<Vec<u8>>());
+        assert_eq!(read.tensor("a").unwrap().data(), [16, 17]);
+        assert_eq!(read.tensor("empty").unwrap().shape(), [0, 7]);
+        let (_, header) = SafeTensors::read_metadata(&file).unwrap();
+        assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
+    }
+
+    #[test]
+    fn bad_names_and_sizes_are_refused() {
+        for (specs, expected) in [
+            (vec![spec("a", Dtype::F32, &[1]), spec("a", Dtype::I64, &[1])], "occurs twice"),
+            (vec![spec("__metadata__", Dtype::F32, &[1])], "reserves"),
+            (vec![spec("a", Dtype::F32, &[1 << 40, 1 << 40])], "2^64"),
+            (vec![spec("a", Dtype::F4, &[3])], "whole number of bytes"),
+        ] {
+            let text = FileLayout::new(specs).unwrap_err().to_string();
+            assert!(text.contains(expected), "{text}");
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! The lock that a run holds while it is being written.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// The name of the lock within a run. It stays behind, unlocked: removing it would race with the next writer.
+const LOCK_FILE: &str = ".lock";
+
+/// Held as long as this lives; the system releases it even when the process is killed.
+#[derive(Debug)]
+pub struct Lock(#[allow(dead_code, reason = "held for its lifetime")] File);
+
+impl Lock {
+    /// Locks a run for writing.
+    ///
+    /// # Errors
+    /// [`Error::Locked`] where another writer holds it, [`Error::Io`] where the lock cannot be made.
+    pub fn acquire(dir: &Path) -> Result<Lock> {
+        let path = dir.join(LOCK_FILE);
+        let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+        let file = open.map_err(Error::io("lock", &path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Lock(file)),
+            Err(TryLockError::WouldBlock) => Err(Error::Locked { path: dir.to_owned() }),
+            Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_writer_is_refused_until_the_first_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Lock::acquire(dir.path()).unwrap();
+        let text = Lock::acquire(dir.path()).unwrap_err().to_string();
+        assert!(text.contains("another tracker") && text.contains(dir.path().to_str().unwrap()), "{text}");
+        drop(first);
+        Lock::acquire(dir.path()).unwrap();
+    }
+}

@@ -1,0 +1,149 @@
+//! The metadata that makes a snapshot describe itself.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::Dtype;
+
+use crate::error::{Error, Result};
+
+/// The key of the profile.
+pub const PROFILE: &str = "profile";
+/// The key of the step.
+pub const STEP: &str = "step";
+const FORMAT: &str = "format";
+const VERSION: &str = "posthoc_ema";
+const HISTORY: &str = "history";
+const DTYPES: &str = "dtypes";
+const RUN: &str = "run";
+/// The key of the checksum of the data section.
+pub(super) const CHECKSUM: &str = "checksum";
+
+/// Every key that has a meaning here; any other names a tied tensor.
+const KEYS: [&str; 8] = [FORMAT, VERSION, PROFILE, STEP, HISTORY, DTYPES, RUN, CHECKSUM];
+
+/// What a snapshot says of itself.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Meta {
+    /// The profile, JSON.
+    pub profile: String,
+    /// The time of the last update contained.
+    pub step: u64,
+    /// The updates contained, JSON; none for a snapshot that does not tell.
+    pub history: Option<String>,
+    /// The model's dtype of each tensor that is stored in another.
+    pub dtypes: BTreeMap<String, Dtype>,
+    /// The run that wrote the snapshot: drawn at random when a run begins.
+    pub run: Option<String>,
+    /// Names that share another tensor's elements, as `dropped name -> kept name`.
+    pub tied: BTreeMap<String, String>,
+}
+
+impl Meta {
+    /// Whether a tensor of this name can be listed as tied: not where it reads as one of the other keys.
+    pub fn can_be_tied(name: &str) -> bool {
+        !KEYS.contains(&name)
+    }
+
+    /// The strings of `__metadata__`, without the checksum.
+    pub fn to_strings(&self) -> BTreeMap<String, String> {
+        let mut strings = self.tied.clone();
+        strings.extend(base_strings());
+        strings.insert(PROFILE.into(), self.profile.clone());
+        strings.insert(STEP.into(), self.step.to_string());
+        strings.insert(DTYPES.into(), serde_json::json!(self.dtypes).to_string());
+        strings.extend(self.history.clone().map(|history| (HISTORY.into(), history)));
+        strings.extend(self.run.clone().map(|run| (RUN.into(), run)));
+        strings
+    }
+
+    /// Reads the strings of `__metadata__` of the file at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`] for a file that is not a snapshot or of a newer version, [`Error::Damaged`] for one whose
+    /// values do not parse.
+    pub fn from_strings(path: &Path, strings: &BTreeMap<String, String>) -> Result<Meta> {
+        check_version(path, strings)?;
+        let text = |key: &str| {
+            strings.get(key).cloned().ok_or_else(|| Error::damaged(path, format!("the metadata lack `{key}`")))
+        };
+        let wrong = |key: &str, value: &str| Error::damaged(path, format!("the metadata's `{key}` is `{value}`"));
+        let step = text(STEP)?;
+        let dtypes = strings.get(DTYPES).map_or("{}", String::as_str);
+        Ok(Meta {
+            profile: text(PROFILE)?,
+            step: step.parse().map_err(|_| wrong(STEP, &step))?,
+            history: strings.get(HISTORY).cloned(),
+            dtypes: serde_json::from_str(dtypes).map_err(|_| wrong(DTYPES, dtypes))?,
+            run: strings.get(RUN).cloned(),
+            tied: tied(strings),
+        })
+    }
+}
+
+/// The strings that every file of a run carries: `format` is what Hugging Face's tools insist on.
+pub(crate) fn base_strings() -> BTreeMap<String, String> {
+    BTreeMap::from([(FORMAT.into(), "pt".into()), (VERSION.into(), "1".into())])
+}
+
+/// Names that share another tensor's elements.
+pub(super) fn tied(strings: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let other = strings.iter().filter(|(key, _)| !KEYS.contains(&key.as_str()));
+    other.map(|(dropped, kept)| (dropped.clone(), kept.clone())).collect()
+}
+
+/// Checks that a file is ours and that this version can read it.
+pub(crate) fn check_version(path: &Path, strings: &BTreeMap<String, String>) -> Result<()> {
+    match strings.get(VERSION).map(String::as_str) {
+        Some("1") => Ok(()),
+        Some(version) => {
+            let why = format!("the file is of version {version}, and this program reads version 1: use a newer one");
+            Err(Error::unexpected(path, why))
+        }
+        None => Err(Error::unexpected(
+            path,
+            "no snapshot of a run (its metadata lack `posthoc_ema`): move the file out of the directory",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn meta() -> Meta {
+        Meta {
+            profile: r#"{"kind":"power","gamma":1.5}"#.into(),
+            step: u64::MAX,
+            history: Some("[[10,20,10]]".into()),
+            dtypes: BTreeMap::from([("w".into(), Dtype::BF16)]),
+            run: Some("abc".into()),
+            tied: BTreeMap::from([("head".into(), "embedding".into())]),
+        }
+    }
+
+    #[test]
+    fn what_is_written_comes_back() {
+        let strings = meta().to_strings();
+        assert_eq!(strings["format"], "pt");
+        assert_eq!(strings["head"], "embedding");
+        assert_eq!(Meta::from_strings(Path::new("f"), &strings).unwrap(), meta());
+    }
+
+    #[test]
+    fn what_is_missing_or_wrong_is_named() {
+        for (key, value, expected) in [
+            ("posthoc_ema", None, "no snapshot of a run"),
+            ("posthoc_ema", Some("2"), "use a newer one"),
+            ("profile", None, "lack `profile`"),
+            ("step", Some("-3"), "`step` is `-3`"),
+            ("dtypes", Some("[]"), "`dtypes` is `[]`"),
+        ] {
+            let mut strings = meta().to_strings();
+            strings.remove(key);
+            strings.extend(value.map(|value| (key.to_owned(), value.to_owned())));
+            let text = Meta::from_strings(Path::new("the.file"), &strings).unwrap_err().to_string();
+            assert!(text.contains(expected) && text.contains("the.file"), "{text}");
+        }
+    }
+}

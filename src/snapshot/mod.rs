@@ -1,0 +1,26 @@
+//! The files of a run: self-describing safetensors, written atomically, read mapped, found by listing the directory.
+//!
+//! Nothing here interprets profiles or histories; they pass through as JSON text.
+
+mod atomic;
+mod directory;
+mod layout;
+mod lock;
+mod meta;
+mod read;
+mod shards;
+mod write;
+
+pub use atomic::AtomicFile;
+pub use directory::{Snapshot, Stem, list, open_all, remove, remove_leftovers};
+pub use layout::{FileLayout, Placed, TensorSpec};
+pub use lock::Lock;
+pub use meta::{Meta, PROFILE, STEP};
+pub use read::{StoredFile, StoredTensor};
+pub use write::{Fill, write_file, write_snapshot};
+
+/// The live state of a run, for resuming.
+pub const STATE_FILE: &str = "state.safetensors";
+
+/// The shard size beyond which a snapshot is split, as Hugging Face's tools have it: 5 GB.
+pub const SHARD_SIZE: u64 = 5_000_000_000;

@@ -1,0 +1,55 @@
+//! Snapshots in several files, by Hugging Face's conventions.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use super::atomic::AtomicFile;
+use super::directory::Stem;
+use super::layout::{FileLayout, TensorSpec};
+use super::meta::Meta;
+use crate::error::Result;
+use crate::tensor::byte_size;
+
+/// Deals tensors out to shards of at most `shard_size` bytes, in the order of a single file; a tensor that is larger
+/// has a shard to itself. Always at least one shard.
+pub(super) fn split(specs: &[TensorSpec], shard_size: u64) -> Result<Vec<Vec<usize>>> {
+    let layout = FileLayout::new(specs.to_vec())?;
+    let mut shards: Vec<Vec<usize>> = vec![Vec::new()];
+    let mut filled = 0;
+    for place in layout.places() {
+        let size = place.range.len() as u64;
+        if filled > 0 && filled + size > shard_size {
+            shards.push(Vec::new());
+            filled = 0;
+        }
+        shards.last_mut().expect("there is one").push(place.index);
+        filled += size;
+    }
+    Ok(shards)
+}
+
+/// The metadata of a shard: only what concerns its tensors.
+pub(super) fn restrict(meta: &Meta, specs: &[TensorSpec]) -> Meta {
+    let names: BTreeSet<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
+    let mut meta = meta.clone();
+    meta.dtypes.retain(|name, _| names.contains(name.as_str()));
+    meta.tied.retain(|_, kept| names.contains(kept.as_str()));
+    meta
+}
+
+/// Writes the index that Hugging Face's loaders look for; the shards themselves remain what counts.
+pub(super) fn write_index(dir: &Path, stem: Stem, specs: &[TensorSpec], shards: &[Vec<usize>]) -> Result<()> {
+    let mut weight_map = BTreeMap::new();
+    let mut total_size = 0;
+    for (i, shard) in shards.iter().enumerate() {
+        for &member in shard {
+            let TensorSpec { name, dtype, shape } = &specs[member];
+            total_size += byte_size(name, *dtype, shape)?;
+            weight_map.insert(name, stem.shard_name(i + 1, shards.len()));
+        }
+    }
+    let index = serde_json::json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
+    let file = AtomicFile::create(&dir.join(stem.index_name()))?;
+    file.write_at(0, format!("{index:#}\n").as_bytes())?;
+    file.commit()
+}
