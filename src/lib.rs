@@ -4,8 +4,13 @@ pub mod compute;
 mod error;
 pub mod math;
 pub mod snapshot;
+mod synthesis;
 pub mod tensor;
+mod tracker;
 
+pub use compute::cpu::Precision;
 pub use error::{Error, Result};
 pub use math::{Profile, Shape, Window};
+pub use synthesis::{At, Output, Plan, Run, Weight, WriteOptions};
 pub use tensor::*;
+pub use tracker::{Options, PostHocEma, Step};

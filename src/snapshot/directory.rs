@@ -288,6 +288,9 @@ impl Snapshot {
         if self.meta.tied != other.meta.tied {
             return differs("other tensors are tied".into());
         }
+        if self.meta.copied != other.meta.copied {
+            return differs("other tensors are copied instead of averaged".into());
+        }
         Ok(())
     }
 }
@@ -309,6 +312,7 @@ fn merge(meta: &mut Meta, own: Meta, path: &Path, other: &Path) -> Result<()> {
         return Err(Error::Mismatch { path: path.to_owned(), other: other.to_owned(), reason });
     }
     meta.dtypes.extend(own.dtypes);
+    meta.copied.extend(own.copied);
     meta.tied.extend(own.tied);
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The metadata that makes a snapshot describe itself.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -15,12 +15,13 @@ const FORMAT: &str = "format";
 const VERSION: &str = "posthoc_ema";
 const HISTORY: &str = "history";
 const DTYPES: &str = "dtypes";
+const COPIED: &str = "copied";
 const RUN: &str = "run";
 /// The key of the checksum of the data section.
 pub(super) const CHECKSUM: &str = "checksum";
 
 /// Every key that has a meaning here; any other names a tied tensor.
-const KEYS: [&str; 8] = [FORMAT, VERSION, PROFILE, STEP, HISTORY, DTYPES, RUN, CHECKSUM];
+const KEYS: [&str; 9] = [FORMAT, VERSION, PROFILE, STEP, HISTORY, DTYPES, COPIED, RUN, CHECKSUM];
 
 /// What a snapshot says of itself.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -33,6 +34,8 @@ pub struct Meta {
     pub history: Option<String>,
     /// The model's dtype of each tensor that is stored in another.
     pub dtypes: BTreeMap<String, Dtype>,
+    /// Floating-point tensors that are copied from the newest update, not averaged.
+    pub copied: BTreeSet<String>,
     /// The run that wrote the snapshot: drawn at random when a run begins.
     pub run: Option<String>,
     /// Names that share another tensor's elements, as `dropped name -> kept name`.
@@ -52,6 +55,7 @@ impl Meta {
         strings.insert(PROFILE.into(), self.profile.clone());
         strings.insert(STEP.into(), self.step.to_string());
         strings.insert(DTYPES.into(), serde_json::json!(self.dtypes).to_string());
+        strings.insert(COPIED.into(), serde_json::json!(self.copied).to_string());
         strings.extend(self.history.clone().map(|history| (HISTORY.into(), history)));
         strings.extend(self.run.clone().map(|run| (RUN.into(), run)));
         strings
@@ -70,11 +74,13 @@ impl Meta {
         let wrong = |key: &str, value: &str| Error::damaged(path, format!("the metadata's `{key}` is `{value}`"));
         let step = text(STEP)?;
         let dtypes = strings.get(DTYPES).map_or("{}", String::as_str);
+        let copied = strings.get(COPIED).map_or("[]", String::as_str);
         Ok(Meta {
             profile: text(PROFILE)?,
             step: step.parse().map_err(|_| wrong(STEP, &step))?,
             history: strings.get(HISTORY).cloned(),
             dtypes: serde_json::from_str(dtypes).map_err(|_| wrong(DTYPES, dtypes))?,
+            copied: serde_json::from_str(copied).map_err(|_| wrong(COPIED, copied))?,
             run: strings.get(RUN).cloned(),
             tied: tied(strings),
         })
@@ -117,6 +123,7 @@ mod tests {
             step: u64::MAX,
             history: Some("[[10,20,10]]".into()),
             dtypes: BTreeMap::from([("w".into(), Dtype::BF16)]),
+            copied: BTreeSet::from(["b".into()]),
             run: Some("abc".into()),
             tied: BTreeMap::from([("head".into(), "embedding".into())]),
         }

@@ -16,6 +16,7 @@ pub use directory::{Snapshot, Stem, list, open_all, remove, remove_leftovers};
 pub use layout::{FileLayout, Placed, TensorSpec};
 pub use lock::Lock;
 pub use meta::{Meta, PROFILE, STEP};
+pub(crate) use meta::{base_strings, check_version};
 pub use read::{StoredFile, StoredTensor};
 pub use write::{Fill, write_file, write_snapshot};
 

@@ -33,6 +33,7 @@ pub(super) fn restrict(meta: &Meta, specs: &[TensorSpec]) -> Meta {
     let names: BTreeSet<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
     let mut meta = meta.clone();
     meta.dtypes.retain(|name, _| names.contains(name.as_str()));
+    meta.copied.retain(|name| names.contains(name.as_str()));
     meta.tied.retain(|_, kept| names.contains(kept.as_str()));
     meta
 }

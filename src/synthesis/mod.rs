@@ -1,0 +1,16 @@
+//! From a plan to weights: solved for a run's snapshots, streamed to files, into memory or into a live model.
+
+mod blend;
+mod output;
+mod plan;
+mod pool;
+mod run;
+mod stored;
+
+pub use output::{Output, WriteOptions};
+pub use plan::{At, Plan, Weight};
+pub use run::Run;
+
+pub(crate) use plan::solve;
+pub(crate) use pool::{Holder, Pool, PoolTensor, Source};
+pub(crate) use stored::profile_json;

@@ -1,0 +1,105 @@
+//! What is blended: snapshots on disk and live averages, seen alike.
+
+use std::collections::BTreeMap;
+
+use safetensors::Dtype;
+
+use super::plan::{Plan, Weight};
+use crate::error::{Error, Result};
+use crate::math::{self, Chain};
+use crate::snapshot::Snapshot;
+
+/// An average as the solve sees it.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    pub index: usize,
+    pub step: u64,
+    pub chain: Chain,
+    /// What errors call it: a file's path, or the live average.
+    pub label: String,
+}
+
+impl Source {
+    pub(crate) fn for_solve(&self) -> math::Source {
+        math::Source { chain: self.chain.clone(), step: self.step, label: self.label.clone() }
+    }
+}
+
+/// Whatever holds the tensors of an average in host memory or mapped.
+pub(crate) trait Holder: Sync {
+    /// A tensor's stored dtype and elements.
+    fn stored(&self, name: &str) -> Option<(Dtype, &[u8])>;
+}
+
+impl Holder for Snapshot {
+    fn stored(&self, name: &str) -> Option<(Dtype, &[u8])> {
+        self.tensor(name).map(|(tensor, bytes)| (tensor.dtype, bytes))
+    }
+}
+
+/// A tensor of the model.
+#[derive(Clone, Debug)]
+pub(crate) struct PoolTensor {
+    pub name: String,
+    /// The model's dtype.
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// Whether it is averaged; otherwise the newest source's is taken.
+    pub averaged: bool,
+}
+
+/// Everything that a blend reads from.
+pub(crate) struct Pool<'a> {
+    /// In order of their names.
+    pub tensors: Vec<PoolTensor>,
+    /// `dropped name -> kept name`.
+    pub tied: BTreeMap<String, String>,
+    pub holders: Vec<(Source, &'a dyn Holder)>,
+}
+
+/// The sources that some plans use, and the weights of each plan for all of them.
+pub(crate) struct Selection<'a> {
+    /// In the order of the pool, and so of the summation.
+    pub holders: Vec<&'a dyn Holder>,
+    /// The weights of plan 0 for all holders, then those of plan 1, and so on.
+    pub weights: Vec<f64>,
+    /// The newest source at or before the time of each plan.
+    pub newest: Vec<&'a dyn Holder>,
+}
+
+impl<'a> Pool<'a> {
+    /// Finds the sources of plans.
+    ///
+    /// # Errors
+    /// [`Error::Nothing`] without a plan, or for one that was made for other snapshots.
+    pub(crate) fn select(&self, plans: &[&Plan]) -> Result<Selection<'a>> {
+        if plans.is_empty() {
+            return Err(Error::Nothing("no target was given".into()));
+        }
+        let weight_of = |plan: &Plan, source: &Source| {
+            let own = |weight: &&Weight| (weight.index, weight.step) == (source.index, source.step);
+            plan.weights.iter().find(own).map_or(0.0, |weight| weight.weight)
+        };
+        for weight in plans.iter().flat_map(|plan| &plan.weights) {
+            if !self.holders.iter().any(|(source, _)| (source.index, source.step) == (weight.index, weight.step)) {
+                let gone =
+                    format!("snapshot {}.{} of the plan is not in the run: plan anew", weight.index, weight.step);
+                return Err(Error::Nothing(gone));
+            }
+        }
+        let used = |source: &Source| plans.iter().any(|plan| weight_of(plan, source) != 0.0);
+        let chosen: Vec<_> = self.holders.iter().filter(|(source, _)| used(source)).collect();
+        let row = |plan: &&Plan| chosen.iter().map(|(source, _)| weight_of(plan, source)).collect::<Vec<_>>();
+        Ok(Selection {
+            holders: chosen.iter().map(|(_, holder)| *holder).collect(),
+            weights: plans.iter().flat_map(row).collect(),
+            newest: plans.iter().map(|plan| self.newest(plan.at)).collect::<Result<_>>()?,
+        })
+    }
+
+    fn newest(&self, at: u64) -> Result<&'a dyn Holder> {
+        let until = self.holders.iter().filter(|(source, _)| source.step <= at);
+        let newest = until.max_by_key(|(source, _)| source.step).map(|(_, holder)| *holder);
+        newest.ok_or_else(|| Error::Nothing("there is no snapshot to copy from".into()))
+    }
+}

@@ -1,0 +1,194 @@
+//! A run on disk, opened for reading.
+
+use std::path::{Path, PathBuf};
+
+use super::output::{Output, WriteOptions};
+use super::plan::{At, Plan, solve};
+use super::pool::{Holder, Pool, PoolTensor, Source};
+use super::stored::read_chain;
+use crate::error::{Error, Result};
+use crate::math::{Chain, History, Profile};
+use crate::snapshot::{self, Snapshot};
+use crate::tensor::{Tensors, is_averaged};
+
+/// A run's snapshots, mapped and checked against each other.
+///
+/// The files stay open: a tracker that goes on and drops old snapshots does not disturb a plan that was made.
+#[derive(Debug)]
+pub struct Run {
+    dir: PathBuf,
+    snapshots: Vec<Snapshot>,
+    profiles: Vec<Profile>,
+    chains: Vec<Chain>,
+    /// The updates of the newest snapshot; none where a snapshot does not tell.
+    history: Option<History>,
+}
+
+impl Run {
+    /// Opens all snapshots in a directory.
+    ///
+    /// # Errors
+    /// [`Error::NoRun`], [`Error::Damaged`], [`Error::Unexpected`] or [`Error::Mismatch`], each naming the file.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Run> {
+        let dir = dir.as_ref();
+        let snapshots = snapshot::open_all(dir)?;
+        let mut read = Vec::with_capacity(snapshots.len());
+        for snapshot in &snapshots {
+            read.push(read_chain(snapshot)?);
+        }
+        let history = common_history(&snapshots, &read)?;
+        let (profiles, chains) = read.into_iter().map(|(profile, chain, _)| (profile, chain)).unzip();
+        Ok(Run { dir: dir.to_owned(), snapshots, profiles, chains, history })
+    }
+
+    /// The run's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The snapshots, in order of profile and step.
+    pub fn snapshots(&self) -> &[Snapshot] {
+        &self.snapshots
+    }
+
+    /// The profile of each snapshot.
+    pub fn profiles(&self) -> &[Profile] {
+        &self.profiles
+    }
+
+    /// The updates up to the newest snapshot; none where the snapshots do not tell.
+    pub fn history(&self) -> Option<&History> {
+        self.history.as_ref()
+    }
+
+    /// Solves a target.
+    ///
+    /// # Errors
+    /// [`Error::TargetBefore`] or [`Error::TargetAfter`] outside the snapshots' steps, and those of the solve.
+    pub fn plan(&self, profile: Profile, at: At) -> Result<Plan> {
+        Ok(self.plans(&[profile], at)?.remove(0))
+    }
+
+    /// Solves several targets at one time; the system is factored once.
+    ///
+    /// # Errors
+    /// As [`Run::plan`].
+    pub fn plans(&self, profiles: &[Profile], at: At) -> Result<Vec<Plan>> {
+        solve(&self.sources(), self.history.as_ref(), profiles, at, 0.0)
+    }
+
+    /// Writes one planned average as a safetensors file, in the model's dtypes.
+    ///
+    /// # Errors
+    /// As [`Run::write_all`].
+    pub fn write(&self, plan: &Plan, path: impl AsRef<Path>) -> Result<()> {
+        self.write_all(&[Output { plan, path: path.as_ref() }], &WriteOptions::default())
+    }
+
+    /// Writes several planned averages in one pass over the snapshots. Each file appears whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Tensor`] for a result that the dtype cannot hold, [`Error::Unexpected`] for an output
+    /// within the run's own directory.
+    pub fn write_all(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<()> {
+        outputs.iter().try_for_each(|output| self.check_outside(output.path))?;
+        self.pool().write(outputs, options)
+    }
+
+    /// Blends one planned average into memory, in the model's dtypes; tied tensors appear under each of their names.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for a result that the dtype cannot hold.
+    pub fn load(&self, plan: &Plan) -> Result<Tensors> {
+        self.pool().load(plan)
+    }
+
+    /// The bytes of snapshots that a synthesis of these plans reads, whatever the number of targets.
+    pub fn bytes_to_read(&self, plans: &[Plan]) -> u64 {
+        let used = |snapshot: &&Snapshot| {
+            let own = |plan: &Plan| {
+                plan.weights
+                    .iter()
+                    .any(|w| (w.index, w.step) == (snapshot.stem.index, snapshot.stem.step) && w.weight != 0.0)
+            };
+            plans.iter().any(own)
+        };
+        let averaged: Vec<PoolTensor> = self.tensors().into_iter().filter(|tensor| tensor.averaged).collect();
+        let bytes = |snapshot: &Snapshot| -> u64 {
+            averaged.iter().filter_map(|t| snapshot.stored(&t.name)).map(|(_, bytes)| bytes.len() as u64).sum()
+        };
+        self.snapshots.iter().filter(used).map(bytes).sum()
+    }
+
+    /// Reads every byte of every snapshot and compares its checksum.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] for the first file whose data do not match.
+    pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> Result<()> {
+        for file in self.snapshots.iter().flat_map(Snapshot::files) {
+            file.verify()?;
+            progress(file.len());
+        }
+        Ok(())
+    }
+
+    fn check_outside(&self, path: &Path) -> Result<()> {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let same = matches!((parent.canonicalize(), self.dir.canonicalize()), (Ok(a), Ok(b)) if a == b);
+        if same {
+            return Err(Error::unexpected(path, "a run's directory holds nothing but its snapshots: write elsewhere"));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn sources(&self) -> Vec<Source> {
+        let source = |(snapshot, chain): (&Snapshot, &Chain)| Source {
+            index: snapshot.stem.index,
+            step: snapshot.stem.step,
+            chain: chain.clone(),
+            label: snapshot.path().display().to_string(),
+        };
+        self.snapshots.iter().zip(&self.chains).map(source).collect()
+    }
+
+    fn tensors(&self) -> Vec<PoolTensor> {
+        let first = &self.snapshots[0];
+        let tensor = |(name, stored): (&str, &snapshot::StoredTensor)| {
+            let dtype = first.model_dtype(name, stored.dtype);
+            let averaged = is_averaged(dtype) && !first.meta.copied.contains(name);
+            PoolTensor { name: name.to_owned(), dtype, shape: stored.shape.clone(), averaged }
+        };
+        first.tensors().map(tensor).collect()
+    }
+
+    pub(crate) fn pool(&self) -> Pool<'_> {
+        let holders = self.sources().into_iter().zip(&self.snapshots);
+        Pool {
+            tensors: self.tensors(),
+            tied: self.snapshots[0].meta.tied.clone(),
+            holders: holders.map(|(source, snapshot)| (source, snapshot as &dyn Holder)).collect(),
+        }
+    }
+}
+
+/// The updates of the newest snapshot, of which those of all others must be the beginning.
+fn common_history(snapshots: &[Snapshot], read: &[(Profile, Chain, Option<History>)]) -> Result<Option<History>> {
+    if read.iter().any(|(_, _, history)| history.is_none()) {
+        return Ok(None);
+    }
+    let histories =
+        snapshots.iter().zip(read).filter_map(|(snapshot, (_, _, history))| Some((snapshot, history.as_ref()?)));
+    let Some((newest, longest)) = histories.clone().max_by_key(|(snapshot, _)| snapshot.stem.step) else {
+        return Ok(None);
+    };
+    for (snapshot, history) in histories {
+        if !history.is_prefix_of(longest) {
+            return Err(Error::Mismatch {
+                path: snapshot.path().to_owned(),
+                other: newest.path().to_owned(),
+                reason: "other updates are recorded".into(),
+            });
+        }
+    }
+    Ok(Some(longest.clone()))
+}

@@ -1,0 +1,53 @@
+//! What the JSON strings of a snapshot's metadata mean.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::math::{Chain, History, Profile};
+use crate::snapshot::Snapshot;
+
+/// `history`: the updates, and for a chain that another tool wrote the rule of its decays.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum StoredHistory {
+    Tracked(History),
+    Foreign { updates: History, decay: StoredDecay },
+}
+
+/// The rule of a foreign chain's decays.
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+enum StoredDecay {
+    /// [`Chain::Counter`]; its `gamma` is that of the stored profile.
+    Counter { stride: u64, offset: u64 },
+}
+
+/// The metadata string of a profile.
+pub(crate) fn profile_json(profile: &Profile) -> String {
+    serde_json::json!(profile).to_string()
+}
+
+/// The profile, chain and updates of a snapshot; no updates where it does not tell.
+pub(crate) fn read_chain(snapshot: &Snapshot) -> Result<(Profile, Chain, Option<History>)> {
+    let damaged = |key: &str, error: serde_json::Error| {
+        Error::damaged(snapshot.path(), format!("the metadata's `{key}` cannot be understood: {error}"))
+    };
+    let profile: Profile = serde_json::from_str(&snapshot.meta.profile).map_err(|e| damaged("profile", e))?;
+    let Some(history) = &snapshot.meta.history else {
+        return Ok((profile.clone(), Chain::Tracked(profile), None));
+    };
+    let (chain, updates) = match serde_json::from_str(history).map_err(|e| damaged("history", e))? {
+        StoredHistory::Tracked(updates) => (Chain::Tracked(profile.clone()), updates),
+        StoredHistory::Foreign { updates, decay: StoredDecay::Counter { stride, offset } } => {
+            let gamma = profile.as_gamma().ok_or_else(|| {
+                Error::damaged(snapshot.path(), "a decay by a counter belongs to a power-function profile")
+            })?;
+            (Chain::Counter { gamma, stride, offset }, updates)
+        }
+    };
+    if updates.last() != Some(snapshot.stem.step) {
+        let why = format!("the history ends at {:?}, not at step {}", updates.last().unwrap_or(0), snapshot.stem.step);
+        return Err(Error::damaged(snapshot.path(), why));
+    }
+    Ok((profile, chain, Some(updates)))
+}

@@ -1,0 +1,148 @@
+//! What a training loop calls: updates, snapshots, resume, Switch EMA.
+
+mod checkpoint;
+mod live;
+mod options;
+mod state;
+mod table;
+
+use std::path::{Path, PathBuf};
+
+use crate::compute::cpu::{Averages, Incoming, update};
+use crate::error::{Error, Result};
+use crate::math::{History, Profile};
+use crate::snapshot::Lock;
+use crate::tensor::{Parameters, TensorView};
+
+pub use options::Options;
+use options::Settings;
+use table::Table;
+
+/// What a call of [`PostHocEma::update`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing was due.
+    Skipped,
+    /// The averages were updated.
+    Updated,
+    /// The averages were updated and a snapshot of each was stored.
+    Stored,
+}
+
+/// Running averages of a model's parameters under several profiles, stored now and then in a run's directory.
+///
+/// ```
+/// use posthoc_ema::{PostHocEma, Profile};
+///
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let dir = dir.path().join("ema");
+/// let mut weights = vec![("layer.weight", vec![0.0f32; 8])];
+/// let mut ema = PostHocEma::options(&dir).sigma_rels([0.05, 0.28]).update_every(2).create(&weights)?;
+/// for step in 0..100 {
+///     weights[0].1.iter_mut().for_each(|w| *w += step as f32); // the optimiser's step
+///     ema.update(&weights)?;
+/// }
+/// let average = ema.synthesize(Profile::sigma_rel(0.15)?)?;
+/// assert_eq!(average.get("layer.weight").unwrap().shape, [8]);
+/// ema.finish()?;
+/// # Ok::<(), posthoc_ema::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct PostHocEma {
+    dir: PathBuf,
+    settings: Settings,
+    table: Table,
+    averages: Vec<Averages>,
+    /// The newest values of the tensors that are copied.
+    copies: Vec<Vec<u8>>,
+    /// The time of the last call.
+    clock: u64,
+    history: History,
+    /// The newest step of which snapshots are, or are being, stored.
+    stored: Option<u64>,
+    /// Drawn at random when the run began; every snapshot carries it.
+    run: String,
+    _lock: Lock,
+}
+
+impl PostHocEma {
+    /// Begins to describe a run in `dir`; [`Options::create`] or [`Options::resume`] opens it.
+    pub fn options(dir: impl AsRef<Path>) -> Options {
+        Options::new(dir.as_ref())
+    }
+
+    /// To be called once after each training step: updates the averages and stores snapshots when they are due.
+    ///
+    /// # Errors
+    /// [`Error::Changed`] where names, shapes or dtypes are not those of the first call, [`Error::NonFinite`] where an
+    /// average to be stored holds NaN or infinity, [`Error::Io`] where it cannot be written. The run on disk is then
+    /// as it was before.
+    pub fn update(&mut self, params: &(impl Parameters + ?Sized)) -> Result<Step> {
+        self.update_at(self.clock + 1, params)
+    }
+
+    /// As [`PostHocEma::update`], on a clock of the caller's own: images, tokens, or steps counted elsewhere.
+    ///
+    /// Intervals are in the units of that clock, and are due at the first call in or after each multiple.
+    ///
+    /// # Errors
+    /// As [`PostHocEma::update`], and [`Error::Time`] unless `time` grows from call to call.
+    pub fn update_at(&mut self, time: u64, params: &(impl Parameters + ?Sized)) -> Result<Step> {
+        let previous = self.clock;
+        if time <= previous {
+            return Err(Error::Time { time, last: previous });
+        }
+        self.clock = time;
+        if !self.settings.schedule.is_update_due(previous, time) {
+            return Ok(Step::Skipped);
+        }
+        params.with_tensors(&mut |views| self.fold(time, views))?;
+        if !self.settings.schedule.is_snapshot_due(previous, time) {
+            return Ok(Step::Updated);
+        }
+        self.checkpoint()?;
+        Ok(Step::Stored)
+    }
+
+    /// Folds the parameters at `time` into every average.
+    fn fold(&mut self, time: u64, views: &[TensorView<'_>]) -> Result<()> {
+        let matched = self.table.match_views(views)?;
+        let last = self.history.last().unwrap_or(0);
+        let weight = |profile: &Profile| profile.gain(last as f64, time as f64) as f32;
+        let weights: Vec<f32> = self.settings.profiles.iter().map(weight).collect();
+        self.history.push(time)?;
+        let incoming: Vec<Incoming<'_>> = matched.averaged.iter().map(|view| incoming(view)).collect();
+        update(&mut self.averages, &incoming, self.table.layout(), &weights);
+        for (copy, view) in self.copies.iter_mut().zip(&matched.copied) {
+            copy.copy_from_slice(view.host_bytes());
+        }
+        Ok(())
+    }
+
+    /// The time of the last call: where training goes on after a resume.
+    pub fn step(&self) -> u64 {
+        self.clock
+    }
+
+    /// The profiles that are tracked.
+    pub fn profiles(&self) -> &[Profile] {
+        &self.settings.profiles
+    }
+
+    /// The updates so far.
+    pub fn history(&self) -> &History {
+        &self.history
+    }
+
+    /// The run's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+}
+
+fn incoming<'a>(view: &TensorView<'a>) -> Incoming<'a> {
+    Incoming { dtype: view.dtype, bytes: view.host_bytes() }
+}
+
+#[cfg(test)]
+mod tests;

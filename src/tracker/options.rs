@@ -1,0 +1,353 @@
+//! The options of a run, with the defaults that users of the existing tools know.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use globset::{Glob, GlobSet, GlobSetBuilder};
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+
+use super::table::Table;
+use super::{PostHocEma, state};
+use crate::compute::cpu::{Averages, Precision};
+use crate::error::{Error, Result};
+use crate::math::{History, Profile, Schedule};
+use crate::snapshot::{self, Lock, SHARD_SIZE, STATE_FILE};
+use crate::tensor::{Parameters, is_averaged};
+
+/// A profile as it was asked for; it is checked when the run is opened.
+#[derive(Clone, Debug)]
+enum Track {
+    SigmaRel(f64),
+    Gamma(f64),
+    Beta(f64),
+    HalfLife(f64),
+    Profile(Profile),
+}
+
+impl Track {
+    fn profile(&self) -> Result<Profile> {
+        match self {
+            Track::SigmaRel(sigma_rel) => Profile::sigma_rel(*sigma_rel),
+            Track::Gamma(gamma) => Profile::gamma(*gamma),
+            Track::Beta(beta) => Profile::beta(*beta),
+            Track::HalfLife(steps) => Profile::half_life(*steps),
+            Track::Profile(profile) => Ok(profile.clone()),
+        }
+    }
+}
+
+/// A run that is about to be created or resumed. What is not set keeps its default, on a resume what the run has.
+#[derive(Clone, Debug)]
+#[must_use = "nothing happens before `create` or `resume`"]
+pub struct Options {
+    dir: PathBuf,
+    tracks: Vec<Track>,
+    update_every: Option<u64>,
+    update_after_step: Option<u64>,
+    checkpoint_every: Option<u64>,
+    max_checkpoints: Option<usize>,
+    checkpoint_dtype: Option<Option<Dtype>>,
+    precision: Option<Precision>,
+    shard_size: Option<u64>,
+    copy: Option<Vec<String>>,
+    leave_out: Option<Vec<String>>,
+}
+
+/// What a run goes by, all of it decided. It is stored with the live state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Settings {
+    pub profiles: Vec<Profile>,
+    pub schedule: Schedule,
+    pub max_checkpoints: usize,
+    pub checkpoint_dtype: Option<Dtype>,
+    pub precision: Precision,
+    pub shard_size: u64,
+    pub copy: Vec<String>,
+    pub leave_out: Vec<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            profiles: Vec::new(),
+            schedule: Schedule::default(),
+            max_checkpoints: 20,
+            checkpoint_dtype: None,
+            precision: Precision::default(),
+            shard_size: SHARD_SIZE,
+            copy: Vec::new(),
+            leave_out: Vec::new(),
+        }
+    }
+}
+
+impl Options {
+    pub(super) fn new(dir: &Path) -> Options {
+        Options {
+            dir: dir.to_owned(),
+            tracks: Vec::new(),
+            update_every: None,
+            update_after_step: None,
+            checkpoint_every: None,
+            max_checkpoints: None,
+            checkpoint_dtype: None,
+            precision: None,
+            shard_size: None,
+            copy: None,
+            leave_out: None,
+        }
+    }
+
+    /// Tracks power-function profiles of these relative standard deviations. Default: 0.05 and 0.28.
+    ///
+    /// Calls add up, this one and those of the other parametrisations.
+    pub fn sigma_rels(self, sigma_rels: impl IntoIterator<Item = f64>) -> Self {
+        self.track(sigma_rels.into_iter().map(Track::SigmaRel))
+    }
+
+    /// Tracks power-function profiles of these exponents.
+    pub fn gammas(self, gammas: impl IntoIterator<Item = f64>) -> Self {
+        self.track(gammas.into_iter().map(Track::Gamma))
+    }
+
+    /// Tracks exponential profiles (classical EMA) of these decays per step, whatever the interval of updates.
+    pub fn betas(self, betas: impl IntoIterator<Item = f64>) -> Self {
+        self.track(betas.into_iter().map(Track::Beta))
+    }
+
+    /// Tracks exponential profiles of these half-lives in steps.
+    pub fn half_lives(self, half_lives: impl IntoIterator<Item = f64>) -> Self {
+        self.track(half_lives.into_iter().map(Track::HalfLife))
+    }
+
+    /// Tracks these profiles.
+    pub fn profiles(self, profiles: impl IntoIterator<Item = Profile>) -> Self {
+        self.track(profiles.into_iter().map(Track::Profile))
+    }
+
+    fn track(mut self, tracks: impl Iterator<Item = Track>) -> Self {
+        self.tracks.extend(tracks);
+        self
+    }
+
+    /// Steps between updates. Default: 10.
+    pub fn update_every(mut self, steps: u64) -> Self {
+        self.update_every = Some(steps);
+        self
+    }
+
+    /// No update before this step. Default: 0.
+    pub fn update_after_step(mut self, step: u64) -> Self {
+        self.update_after_step = Some(step);
+        self
+    }
+
+    /// Steps between snapshots; the averages are updated at each. Default: 1000.
+    pub fn checkpoint_every(mut self, steps: u64) -> Self {
+        self.checkpoint_every = Some(steps);
+        self
+    }
+
+    /// How many steps' snapshots are kept, the newest. Default: 20.
+    pub fn max_checkpoints(mut self, steps: usize) -> Self {
+        self.max_checkpoints = Some(steps);
+        self
+    }
+
+    /// The dtype of averages in snapshots. Default: each tensor's own. A tensor with a value beyond its dtype is kept
+    /// in f32 instead, with a warning.
+    pub fn checkpoint_dtype(mut self, dtype: impl Into<Option<Dtype>>) -> Self {
+        self.checkpoint_dtype = Some(dtype.into());
+        self
+    }
+
+    /// How running averages are kept. Default: compensated.
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.precision = Some(precision);
+        self
+    }
+
+    /// The size in bytes beyond which a snapshot is split into shards. Default: 5 GB.
+    pub fn shard_size(mut self, bytes: u64) -> Self {
+        self.shard_size = Some(bytes);
+        self
+    }
+
+    /// Tensors, by name or glob (`*.running_mean`), to copy from the newest update instead of averaging them.
+    pub fn copy<S: Into<String>>(mut self, globs: impl IntoIterator<Item = S>) -> Self {
+        self.copy = Some(globs.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Tensors, by name or glob, to leave out altogether.
+    pub fn leave_out<S: Into<String>>(mut self, globs: impl IntoIterator<Item = S>) -> Self {
+        self.leave_out = Some(globs.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Begins a new run.
+    ///
+    /// # Errors
+    /// [`Error::RunExists`] where the directory already holds one, [`Error::Parameter`], [`Error::NotTrackable`] or
+    /// [`Error::Setting`] for options that make no sense, [`Error::Tensor`] for a tensor that cannot be averaged,
+    /// [`Error::Locked`] and [`Error::Io`].
+    pub fn create(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
+        let settings = self.settings(Settings::default())?;
+        check_settings(&settings)?;
+        let mut table = Table::default();
+        params.with_tensors(&mut |views| {
+            table = Table::new(views, &globs("copy", &settings.copy)?, &globs("leave_out", &settings.leave_out)?)?;
+            Ok(())
+        })?;
+        fs::create_dir_all(&self.dir).map_err(Error::io("create", &self.dir))?;
+        check_empty(&self.dir)?;
+        let lock = Lock::acquire(&self.dir)?;
+        check_empty(&self.dir)?;
+        snapshot::remove_leftovers(&self.dir)?;
+        Ok(PostHocEma {
+            dir: self.dir,
+            averages: vec![Averages::zeros(table.layout(), settings.precision); settings.profiles.len()],
+            copies: table.copied().iter().map(|entry| vec![0; entry.bytes]).collect(),
+            settings,
+            table,
+            clock: 0,
+            history: History::default(),
+            stored: None,
+            run: state::new_run_id(),
+            _lock: lock,
+        })
+    }
+
+    /// Goes on with a run from its newest live state; [`PostHocEma::step`] tells where that is.
+    ///
+    /// Schedule, retention, dtype and shard size may be changed; profiles, precision and the choice of tensors may not.
+    ///
+    /// # Errors
+    /// [`Error::NoRun`] without a live state, [`Error::Setting`] for an option that contradicts the run,
+    /// [`Error::Changed`] for other parameters, [`Error::Damaged`], [`Error::Locked`] and [`Error::Io`].
+    pub fn resume(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
+        let path = self.dir.join(STATE_FILE);
+        if !path.is_file() {
+            let reason = format!("there is no {STATE_FILE} to go on from");
+            return Err(Error::NoRun { path: self.dir, reason });
+        }
+        let lock = Lock::acquire(&self.dir)?;
+        let saved = state::Saved::read(&path)?;
+        let settings = self.settings(saved.settings.clone())?;
+        check_settings(&settings)?;
+        check_unchanged(&saved.settings, &settings)?;
+        let mut table = Table::default();
+        params.with_tensors(&mut |views| {
+            let (copy, leave_out) = (globs("copy", &settings.copy)?, globs("leave_out", &settings.leave_out)?);
+            table = Table::resumed(views, &copy, &leave_out, &saved.tied)?;
+            Ok(())
+        })?;
+        snapshot::remove_leftovers(&self.dir)?;
+        let mut tracker = saved.into_tracker(self.dir, settings, table, lock)?;
+        tracker.complete()?;
+        Ok(tracker)
+    }
+
+    /// Goes on with a run where there is one, and begins a new one otherwise: what a job that may be restarted calls.
+    ///
+    /// # Errors
+    /// As [`Options::create`] and [`Options::resume`].
+    pub fn resume_or_create(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
+        if self.dir.join(STATE_FILE).exists() { self.resume(params) } else { self.create(params) }
+    }
+
+    /// What was set, over what holds otherwise.
+    fn settings(&self, base: Settings) -> Result<Settings> {
+        let mut profiles: Vec<Profile> = self.tracks.iter().map(Track::profile).collect::<Result<_>>()?;
+        if profiles.is_empty() {
+            profiles = base.profiles;
+        }
+        if profiles.is_empty() {
+            profiles = vec![Profile::sigma_rel(0.05)?, Profile::sigma_rel(0.28)?];
+        }
+        let schedule = Schedule {
+            update_every: self.update_every.unwrap_or(base.schedule.update_every),
+            update_after_step: self.update_after_step.unwrap_or(base.schedule.update_after_step),
+            checkpoint_every: self.checkpoint_every.unwrap_or(base.schedule.checkpoint_every),
+        };
+        Ok(Settings {
+            profiles,
+            schedule,
+            max_checkpoints: self.max_checkpoints.unwrap_or(base.max_checkpoints),
+            checkpoint_dtype: self.checkpoint_dtype.unwrap_or(base.checkpoint_dtype),
+            precision: self.precision.unwrap_or(base.precision),
+            shard_size: self.shard_size.unwrap_or(base.shard_size),
+            copy: self.copy.clone().unwrap_or(base.copy),
+            leave_out: self.leave_out.clone().unwrap_or(base.leave_out),
+        })
+    }
+}
+
+fn check_settings(settings: &Settings) -> Result<()> {
+    let fail = |option, reason: String| Err(Error::Setting { option, reason });
+    settings.schedule.check()?;
+    for (i, profile) in settings.profiles.iter().enumerate() {
+        if !profile.is_trackable() {
+            return Err(Error::NotTrackable { profile: profile.to_string() });
+        }
+        if settings.profiles[..i].contains(profile) {
+            return fail("profiles", format!("{profile} is given twice: one average of each profile is enough"));
+        }
+    }
+    if settings.max_checkpoints == 0 {
+        return fail("max_checkpoints", "0 would keep nothing: keep at least 1".into());
+    }
+    if settings.shard_size == 0 {
+        return fail("shard_size", "a shard holds at least 1 byte".into());
+    }
+    match settings.checkpoint_dtype {
+        Some(dtype) if !is_averaged(dtype) => {
+            fail("checkpoint_dtype", format!("{dtype} is no dtype for averages: choose f32, bf16, f16 or f64"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What a resume cannot change.
+fn check_unchanged(saved: &Settings, now: &Settings) -> Result<()> {
+    let fail = |option, saved: String, now: String| {
+        let reason = format!("the run has {saved}, asked for is {now}: leave it as it is, or start a new run");
+        Err(Error::Setting { option, reason })
+    };
+    let names = |profiles: &[Profile]| profiles.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    if saved.profiles != now.profiles {
+        return fail("profiles", names(&saved.profiles), names(&now.profiles));
+    }
+    if saved.precision != now.precision {
+        return fail("precision", format!("{:?}", saved.precision), format!("{:?}", now.precision));
+    }
+    if saved.copy != now.copy {
+        return fail("copy", format!("{:?}", saved.copy), format!("{:?}", now.copy));
+    }
+    if saved.leave_out != now.leave_out {
+        return fail("leave_out", format!("{:?}", saved.leave_out), format!("{:?}", now.leave_out));
+    }
+    Ok(())
+}
+
+fn globs(option: &'static str, patterns: &[String]) -> Result<GlobSet> {
+    let mut set = GlobSetBuilder::new();
+    for pattern in patterns {
+        set.add(Glob::new(pattern).map_err(|error| Error::Setting { option, reason: error.to_string() })?);
+    }
+    set.build().map_err(|error| Error::Setting { option, reason: error.to_string() })
+}
+
+/// A directory for a new run holds no state and no snapshot; other files do not matter.
+fn check_empty(dir: &Path) -> Result<()> {
+    let found = if dir.join(STATE_FILE).exists() {
+        Some(STATE_FILE.to_owned())
+    } else {
+        snapshot::list(dir)?.keys().next().map(|stem| stem.file_name())
+    };
+    match found {
+        Some(found) => Err(Error::RunExists { path: dir.to_owned(), found }),
+        None => Ok(()),
+    }
+}

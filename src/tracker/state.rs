@@ -1,0 +1,194 @@
+//! The live state on disk: everything that a resume needs to go on with the same bits.
+
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+
+use super::PostHocEma;
+use super::options::Settings;
+use super::table::{Entry, Table};
+use crate::compute::cpu::{Averages, Precision};
+use crate::error::{Error, Result};
+use crate::math::History;
+use crate::snapshot::{self, Lock, STATE_FILE, StoredFile, TensorSpec, write_file};
+use crate::synthesis::Run;
+
+/// The key of the JSON in the file's metadata.
+const STATE: &str = "state";
+
+/// What is stored beside the tensors.
+#[derive(Serialize, Deserialize)]
+struct Document {
+    run: String,
+    clock: u64,
+    history: History,
+    stored: Option<u64>,
+    tied: BTreeMap<String, String>,
+    settings: Settings,
+    /// The model's dtype of each averaged tensor.
+    dtypes: BTreeMap<String, Dtype>,
+}
+
+/// A name that no other run has: two words of the system's randomness.
+pub(super) fn new_run_id() -> String {
+    let word = || RandomState::new().build_hasher().finish();
+    format!("{:016x}{:016x}", word(), word())
+}
+
+fn high_name(index: usize, tensor: &str) -> String {
+    format!("{index}.average.{tensor}")
+}
+
+fn low_name(index: usize, tensor: &str) -> String {
+    format!("{index}.low.{tensor}")
+}
+
+fn copy_name(tensor: &str) -> String {
+    format!("copied.{tensor}")
+}
+
+/// Writes the live state of a tracker.
+pub(super) fn write(tracker: &PostHocEma) -> Result<()> {
+    let table = &tracker.table;
+    let mut specs = Vec::new();
+    let mut sources: Vec<&[u8]> = Vec::new();
+    let mut add = |name: String, dtype, shape: &[usize], bytes| {
+        specs.push(TensorSpec { name, dtype, shape: shape.to_vec() });
+        sources.push(bytes);
+    };
+    for (index, averages) in tracker.averages.iter().enumerate() {
+        for (i, Entry { name, shape, .. }) in table.averaged().iter().enumerate() {
+            let place = table.layout().place(i);
+            add(high_name(index, name), Dtype::F32, shape, bytemuck::cast_slice(&averages.high[place.clone()]));
+            if let Some(low) = &averages.low {
+                add(low_name(index, name), Dtype::BF16, shape, bytemuck::cast_slice(&low[place]));
+            }
+        }
+    }
+    for (Entry { name, dtype, shape, .. }, bytes) in table.copied().iter().zip(&tracker.copies) {
+        add(copy_name(name), *dtype, shape, bytes);
+    }
+    let document = Document {
+        run: tracker.run.clone(),
+        clock: tracker.clock,
+        history: tracker.history.clone(),
+        stored: tracker.stored,
+        tied: table.tied().clone(),
+        settings: tracker.settings.clone(),
+        dtypes: table.averaged().iter().map(|entry| (entry.name.clone(), entry.dtype)).collect(),
+    };
+    let mut metadata = snapshot::base_strings();
+    metadata.insert(STATE.into(), serde_json::json!(document).to_string());
+    let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| {
+        dst.copy_from_slice(&sources[i][range]);
+    };
+    write_file(&tracker.dir.join(STATE_FILE), specs, metadata, &fill)
+}
+
+/// A live state as it was read.
+pub(super) struct Saved {
+    file: StoredFile,
+    document: Document,
+    pub settings: Settings,
+    pub tied: BTreeMap<String, String>,
+}
+
+impl Saved {
+    /// Reads and verifies a state.
+    pub(super) fn read(path: &Path) -> Result<Saved> {
+        let file = StoredFile::open(path)?;
+        snapshot::check_version(path, file.metadata())?;
+        file.verify()?;
+        let text = file.metadata().get(STATE).map(String::as_str).unwrap_or_default();
+        let document: Document = serde_json::from_str(text)
+            .map_err(|error| Error::damaged(path, format!("the metadata's `{STATE}` cannot be understood: {error}")))?;
+        let (settings, tied) = (document.settings.clone(), document.tied.clone());
+        Ok(Saved { file, document, settings, tied })
+    }
+
+    /// Rebuilds the tracker for a model whose tensors must be those of the state.
+    pub(super) fn into_tracker(self, dir: PathBuf, settings: Settings, table: Table, lock: Lock) -> Result<PostHocEma> {
+        self.check_tensors(&table)?;
+        let Document { run, clock, history, stored, .. } = &self.document;
+        check_snapshots(&dir, run, history)?;
+        let averages = (0..settings.profiles.len()).map(|index| self.averages(index, &table, settings.precision));
+        let averages = averages.collect::<Result<_>>()?;
+        let copies = table.copied().iter().map(|entry| self.bytes(&copy_name(&entry.name), entry.dtype, &entry.shape));
+        let copies = copies.map(|bytes| bytes.map(<[u8]>::to_vec)).collect::<Result<_>>()?;
+        let (run, clock, history, stored) = (run.clone(), *clock, history.clone(), *stored);
+        Ok(PostHocEma { dir, settings, table, averages, copies, clock, history, stored, run, _lock: lock })
+    }
+
+    /// Checks that the model averages exactly the tensors of the state, in the same dtypes.
+    fn check_tensors(&self, table: &Table) -> Result<()> {
+        let saved = &self.document.dtypes;
+        for entry in table.averaged() {
+            match saved.get(&entry.name) {
+                None => return Err(Error::changed(&entry.name, "it was not averaged when the run began")),
+                Some(&dtype) if dtype != entry.dtype => {
+                    return Err(Error::changed(&entry.name, format!("its dtype is {}, it was {dtype}", entry.dtype)));
+                }
+                Some(_) => {}
+            }
+        }
+        let averaged = |name: &&String| matches!(table.find(name), Some(Ok(_)));
+        match saved.keys().find(|name| !averaged(name)) {
+            Some(missing) => Err(Error::changed(missing, "it is no longer there to be averaged")),
+            None => Ok(()),
+        }
+    }
+
+    fn averages(&self, index: usize, table: &Table, precision: Precision) -> Result<Averages> {
+        let mut averages = Averages::zeros(table.layout(), precision);
+        for (i, Entry { name, shape, .. }) in table.averaged().iter().enumerate() {
+            let place = table.layout().place(i);
+            let high: &mut [u8] = bytemuck::cast_slice_mut(&mut averages.high[place.clone()]);
+            high.copy_from_slice(self.bytes(&high_name(index, name), Dtype::F32, shape)?);
+            if let Some(low) = &mut averages.low {
+                let low: &mut [u8] = bytemuck::cast_slice_mut(&mut low[place]);
+                low.copy_from_slice(self.bytes(&low_name(index, name), Dtype::BF16, shape)?);
+            }
+        }
+        Ok(averages)
+    }
+
+    fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
+        let path = self.file.path();
+        let Some(tensor) = self.file.tensors().get(name) else {
+            return Err(Error::damaged(path, format!("it lacks the tensor `{name}`")));
+        };
+        if tensor.dtype != dtype || tensor.shape != shape {
+            let reason = format!("it is {dtype} {shape:?}, in {} {} {:?}", path.display(), tensor.dtype, tensor.shape);
+            return Err(Error::changed(name, reason));
+        }
+        Ok(self.file.bytes(tensor))
+    }
+}
+
+/// Checks that the snapshots in the directory are this run's and none is newer than the state.
+fn check_snapshots(dir: &Path, run: &str, history: &History) -> Result<()> {
+    if snapshot::list(dir)?.is_empty() {
+        return Ok(());
+    }
+    let on_disk = Run::open(dir)?;
+    for snapshot in on_disk.snapshots() {
+        if snapshot.meta.run.as_deref() != Some(run) {
+            let why = format!("the snapshot belongs to another run than {STATE_FILE}: move it out of the directory");
+            return Err(Error::unexpected(snapshot.path(), why));
+        }
+        if !history.contains(snapshot.stem.step) {
+            let why = format!(
+                "the snapshot is of step {}, which {STATE_FILE} (at step {}) does not lead to: move it out of the \
+                 directory, or bring back the state that wrote it",
+                snapshot.stem.step,
+                history.last().unwrap_or(0)
+            );
+            return Err(Error::unexpected(snapshot.path(), why));
+        }
+    }
+    Ok(())
+}

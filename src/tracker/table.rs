@@ -1,0 +1,240 @@
+//! The tensors of a run: which are averaged, which copied, which tied, and where each lies.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use globset::GlobSet;
+use safetensors::Dtype;
+
+use crate::compute::cpu::Layout;
+use crate::error::{Error, Result};
+use crate::snapshot::Meta;
+use crate::tensor::{TensorView, is_averaged};
+
+/// A tensor of the run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// Its size in the model.
+    pub bytes: usize,
+}
+
+/// What becomes of a tensor at an update.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Slot {
+    Averaged(usize),
+    Copied(usize),
+    /// It shares the elements of the tensor of this name.
+    Tied(String),
+    LeftOut,
+}
+
+/// All tensors of a run, in order of their names.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Table {
+    averaged: Vec<Entry>,
+    copied: Vec<Entry>,
+    tied: BTreeMap<String, String>,
+    slots: BTreeMap<String, Slot>,
+    layout: Layout,
+    /// The order in which the model last listed its tensors, with the slot of each: models keep to one order.
+    order: Vec<(String, Slot)>,
+}
+
+/// The views of one update, in the order of the table.
+pub(super) struct Matched<'v, 'a> {
+    pub averaged: Vec<&'v TensorView<'a>>,
+    pub copied: Vec<&'v TensorView<'a>>,
+}
+
+impl Table {
+    /// Sorts the tensors of a new run.
+    pub(super) fn new(views: &[TensorView<'_>], copy: &GlobSet, leave_out: &GlobSet) -> Result<Table> {
+        let kept: Vec<&TensorView<'_>> = views.iter().filter(|view| !leave_out.is_match(view.name)).collect();
+        let tied = find_tied(&kept);
+        Table::build(views, copy, leave_out, tied)
+    }
+
+    /// Sorts the tensors of a run whose ties are known.
+    pub(super) fn resumed(
+        views: &[TensorView<'_>],
+        copy: &GlobSet,
+        leave_out: &GlobSet,
+        tied: &BTreeMap<String, String>,
+    ) -> Result<Table> {
+        Table::build(views, copy, leave_out, tied.clone())
+    }
+
+    fn build(
+        views: &[TensorView<'_>],
+        copy: &GlobSet,
+        leave_out: &GlobSet,
+        tied: BTreeMap<String, String>,
+    ) -> Result<Table> {
+        let mut sorted: Vec<&TensorView<'_>> = views.iter().collect();
+        sorted.sort_by_key(|view| view.name);
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0].name == pair[1].name) {
+            return Err(Error::tensor(pair[0].name, "the name occurs twice: names must be unique"));
+        }
+        let mut table = Table { tied, ..Table::default() };
+        for view in sorted {
+            let slot = table.add(view, copy.is_match(view.name), leave_out.is_match(view.name))?;
+            table.slots.insert(view.name.to_owned(), slot);
+        }
+        if table.averaged.is_empty() {
+            return Err(Error::Nothing("the model has no floating-point tensor to average".into()));
+        }
+        table.layout = Layout::new(table.averaged.iter().map(|entry| entry.shape.iter().product()));
+        Ok(table)
+    }
+
+    fn add(&mut self, view: &TensorView<'_>, copy: bool, leave_out: bool) -> Result<Slot> {
+        if leave_out {
+            return Ok(Slot::LeftOut);
+        }
+        if let Some(kept) = self.tied.get(view.name) {
+            return Ok(Slot::Tied(kept.clone()));
+        }
+        let entry = Entry {
+            name: view.name.to_owned(),
+            dtype: view.dtype,
+            shape: view.shape.to_vec(),
+            bytes: view.host_bytes().len(),
+        };
+        if !copy && is_averaged(view.dtype) {
+            self.averaged.push(entry);
+            return Ok(Slot::Averaged(self.averaged.len() - 1));
+        }
+        if !copy && !is_copied(view.dtype) {
+            let dtype = view.dtype;
+            return Err(Error::tensor(
+                view.name,
+                format!("{dtype} cannot be averaged: name it among those to copy or to leave out"),
+            ));
+        }
+        self.copied.push(entry);
+        Ok(Slot::Copied(self.copied.len() - 1))
+    }
+
+    /// Puts the views of an update in the order of the table, checking that they are the same tensors.
+    pub(super) fn match_views<'v, 'a>(&mut self, views: &'v [TensorView<'a>]) -> Result<Matched<'v, 'a>> {
+        let usual =
+            views.len() == self.order.len() && views.iter().zip(&self.order).all(|(view, (name, _))| view.name == name);
+        if !usual {
+            self.order = self.find_order(views)?;
+        }
+        let mut averaged = vec![None; self.averaged.len()];
+        let mut copied = vec![None; self.copied.len()];
+        for (view, (_, slot)) in views.iter().zip(&self.order) {
+            match slot {
+                Slot::Averaged(i) => averaged[*i] = Some(check(view, &self.averaged[*i])?),
+                Slot::Copied(i) => copied[*i] = Some(check(view, &self.copied[*i])?),
+                Slot::Tied(_) | Slot::LeftOut => {}
+            }
+        }
+        self.check_ties(views)?;
+        Ok(Matched {
+            averaged: averaged.into_iter().flatten().collect(),
+            copied: copied.into_iter().flatten().collect(),
+        })
+    }
+
+    /// Finds each view's slot; every tensor of the run must be there once, and nothing else.
+    fn find_order(&self, views: &[TensorView<'_>]) -> Result<Vec<(String, Slot)>> {
+        let mut seen = BTreeSet::new();
+        let mut order = Vec::with_capacity(views.len());
+        for view in views {
+            let Some(slot) = self.slots.get(view.name) else {
+                return Err(Error::changed(view.name, "it was not there when the run began"));
+            };
+            if !seen.insert(view.name) {
+                return Err(Error::tensor(view.name, "the name occurs twice: names must be unique"));
+            }
+            order.push((view.name.to_owned(), slot.clone()));
+        }
+        match self.slots.keys().find(|name| !seen.contains(name.as_str())) {
+            Some(missing) => Err(Error::changed(missing, "it is no longer there")),
+            None => Ok(order),
+        }
+    }
+
+    fn check_ties(&self, views: &[TensorView<'_>]) -> Result<()> {
+        if self.tied.is_empty() {
+            return Ok(());
+        }
+        let by_name: HashMap<&str, &TensorView<'_>> = views.iter().map(|view| (view.name, view)).collect();
+        for (dropped, kept) in &self.tied {
+            let (Some(a), Some(b)) = (by_name.get(dropped.as_str()), by_name.get(kept.as_str())) else { continue };
+            if place(a) != place(b) {
+                let reason = format!("it shared its elements with `{kept}` when the run began, and no longer does");
+                return Err(Error::changed(dropped, reason));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn averaged(&self) -> &[Entry] {
+        &self.averaged
+    }
+
+    pub(super) fn copied(&self) -> &[Entry] {
+        &self.copied
+    }
+
+    pub(super) fn tied(&self) -> &BTreeMap<String, String> {
+        &self.tied
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The index of an averaged tensor, or of a copied one.
+    pub(super) fn find(&self, name: &str) -> Option<Result<usize, usize>> {
+        match self.slots.get(name)? {
+            Slot::Averaged(i) => Some(Ok(*i)),
+            Slot::Copied(i) => Some(Err(*i)),
+            Slot::Tied(_) | Slot::LeftOut => None,
+        }
+    }
+}
+
+/// The dtypes that are copied without being asked for: integers and booleans. Floating-point numbers of 8 bits and
+/// fewer, and complex ones, need a decision.
+fn is_copied(dtype: Dtype) -> bool {
+    use Dtype::{BOOL, I8, I16, I32, I64, U8, U16, U32, U64};
+    matches!(dtype, BOOL | U8 | I8 | U16 | I16 | U32 | I32 | U64 | I64)
+}
+
+fn check<'v, 'a>(view: &'v TensorView<'a>, entry: &Entry) -> Result<&'v TensorView<'a>> {
+    if view.shape != entry.shape {
+        return Err(Error::changed(view.name, format!("its shape is {:?}, it was {:?}", view.shape, entry.shape)));
+    }
+    if view.dtype != entry.dtype {
+        return Err(Error::changed(view.name, format!("its dtype is {}, it was {}", view.dtype, entry.dtype)));
+    }
+    Ok(view)
+}
+
+/// What makes two views the same memory.
+fn place<'v>(view: &'v TensorView<'_>) -> (usize, usize, Dtype, &'v [usize]) {
+    let bytes = view.host_bytes();
+    (bytes.as_ptr().addr(), bytes.len(), view.dtype, view.shape)
+}
+
+/// Finds tensors that share their elements with one of an earlier name: `dropped name -> kept name`.
+fn find_tied(views: &[&TensorView<'_>]) -> BTreeMap<String, String> {
+    let mut sorted: Vec<&TensorView<'_>> = views.iter().copied().filter(|view| !view.host_bytes().is_empty()).collect();
+    sorted.sort_by_key(|view| view.name);
+    let mut kept: BTreeMap<_, &str> = BTreeMap::new();
+    let mut tied = BTreeMap::new();
+    for view in sorted {
+        match kept.get(&place(view)) {
+            Some(first) if Meta::can_be_tied(view.name) => drop(tied.insert(view.name.to_owned(), (*first).to_owned())),
+            Some(_) => {}
+            None => drop(kept.insert(place(view), view.name)),
+        }
+    }
+    tied
+}
