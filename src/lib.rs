@@ -3,6 +3,8 @@
 pub mod compute;
 mod error;
 pub mod math;
+#[cfg(feature = "report")]
+pub mod report;
 pub mod snapshot;
 mod synthesis;
 pub mod tensor;
@@ -11,6 +13,6 @@ mod tracker;
 pub use compute::cpu::Precision;
 pub use error::{Error, Result};
 pub use math::{Profile, Shape, Window};
-pub use synthesis::{At, Output, Plan, Run, Weight, WriteOptions};
+pub use synthesis::{At, Forecast, Output, Plan, Run, Weight, WriteOptions};
 pub use tensor::*;
 pub use tracker::{Options, PostHocEma, Step};

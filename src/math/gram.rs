@@ -12,30 +12,23 @@ pub fn power_function_gram(gamma_a: f64, at_a: f64, gamma_b: f64, at_b: f64) -> 
 
 /// `S(t_k) = beta_a beta_b S(t_{k-1}) + (1-beta_a)(1-beta_b)/delta_k` at each of the updates `marks`, which grow.
 pub(super) fn recurrence(a: &Decays, b: &Decays, intervals: &[f64], marks: &[usize]) -> Vec<f64> {
-    let mut products = Vec::with_capacity(marks.len());
-    let (mut s, mut next) = (0.0, 0);
-    for &mark in marks {
-        for k in next..=mark {
-            s = a.decay[k] * b.decay[k] * s + a.gain[k] * b.gain[k] / intervals[k];
-        }
-        next = mark + 1;
-        products.push(s);
-    }
-    products
+    at_marks(marks, |s, k| a.decay[k] * b.decay[k] * s + a.gain[k] * b.gain[k] / intervals[k])
 }
 
 /// `S(t_k) = beta S(t_{k-1}) + (1-beta) r_k / delta_k` at each of the updates `marks`: against a target's weights `r`.
 pub(super) fn target_recurrence(a: &Decays, target: &[f64], intervals: &[f64], marks: &[usize]) -> Vec<f64> {
-    let mut products = Vec::with_capacity(marks.len());
+    at_marks(marks, |s, k| a.decay[k] * s + a.gain[k] * target[k] / intervals[k])
+}
+
+/// Goes through the updates, `s` from the one before and the index of the next, and keeps `s` at each mark.
+fn at_marks(marks: &[usize], step: impl Fn(f64, usize) -> f64) -> Vec<f64> {
     let (mut s, mut next) = (0.0, 0);
-    for &mark in marks {
-        for k in next..=mark {
-            s = a.decay[k] * s + a.gain[k] * target[k] / intervals[k];
-        }
+    let mut advance = |mark: usize| {
+        s = (next..=mark).fold(s, &step);
         next = mark + 1;
-        products.push(s);
-    }
-    products
+        s
+    };
+    marks.iter().map(|&mark| advance(mark)).collect()
 }
 
 /// The product of the decays after each mark up to the next: how a snapshot fades into the one after it.

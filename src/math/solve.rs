@@ -249,9 +249,9 @@ impl Updates {
         let fades: Vec<Vec<f64>> = self.decays.iter().map(|decays| fading(decays, &self.marks)).collect();
         let mut gram = Mat::zeros(self.sources.len(), self.sources.len());
         for a in 0..self.decays.len() {
-            for b in 0..self.decays.len() {
+            for (b, fade) in fades.iter().enumerate() {
                 let products = recurrence(&self.decays[a], &self.decays[b], &self.intervals, &self.marks);
-                self.fill(&mut gram, (a, b), &products, &fades[b]);
+                self.fill(&mut gram, (a, b), &products, fade);
             }
         }
         gram

@@ -1,12 +1,14 @@
 //! From a plan to weights: solved for a run's snapshots, streamed to files, into memory or into a live model.
 
 mod blend;
+mod forecast;
 mod output;
 mod plan;
 mod pool;
 mod run;
 mod stored;
 
+pub use forecast::Forecast;
 pub use output::{Output, WriteOptions};
 pub use plan::{At, Plan, Weight};
 pub use run::Run;

@@ -69,7 +69,9 @@ fn cut<'a>(averages: &'a mut [Averages], incoming: &[Incoming<'a>], layout: &Lay
     let mut taken = 0;
     for (i, tensor) in incoming.iter().enumerate() {
         let place = layout.place(i);
-        rest.iter_mut().for_each(|state| drop(state.take(place.start - taken)));
+        for state in &mut rest {
+            state.take(place.start - taken);
+        }
         let size = tensor.dtype.bitsize() / 8;
         for bytes in tensor.bytes.chunks(CHUNK * size) {
             let states = rest.iter_mut().map(|state| state.take(bytes.len() / size)).collect();

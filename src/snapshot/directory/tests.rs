@@ -95,7 +95,8 @@ fn unfinished_shards_are_left_out_and_removed() {
 
 #[test]
 fn strangers_are_named() {
-    let cases: [(&str, fn(&mut Meta, &mut Vec<TensorSpec>)); 7] = [
+    type Change = fn(&mut Meta, &mut Vec<TensorSpec>);
+    let cases: [(&str, Change); 7] = [
         ("another run's id", |meta, _| meta.run = Some("other".into())),
         ("another profile", |meta, _| meta.profile = "[]".into()),
         ("tensor `a` has another shape ([99], not [100])", |_, specs| specs[0].shape = vec![99]),

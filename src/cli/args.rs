@@ -1,0 +1,205 @@
+//! The arguments of every command.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::list::{Numbers, Windows};
+
+/// Averages of network weights of any length, chosen after training.
+///
+/// A run is a directory in which training stored snapshots of two or more running averages. From them an average of
+/// any length is synthesized (post-hoc EMA, Karras et al. 2023, arXiv:2312.02696).
+#[derive(Parser)]
+#[command(name = "posthoc-ema", version, term_width = 100, disable_help_subcommand = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    Synthesize(Synthesize),
+    Plan(Plan),
+    Inspect(Inspect),
+    Error(ErrorOver),
+    Profile(Profile),
+    Verify(Verify),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// What is asked for.
+#[derive(Args, Default)]
+#[command(next_help_heading = "Targets (in lists ... is an evenly spaced rest: 0.05,0.06,...,0.28)")]
+pub struct Targets {
+    /// Power-function profiles by relative standard deviation, above 0 and at most 0.288675
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
+    pub sigma_rel: Vec<Numbers>,
+    /// Power-function profiles by exponent
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
+    pub gamma: Vec<Numbers>,
+    /// Exponential profiles (classical EMA) by decay per step
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
+    pub beta: Vec<Numbers>,
+    /// Exponential profiles by half-life in steps
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
+    pub half_life: Vec<Numbers>,
+    /// Plain means over a window in steps, or in percent of the time: 5000,20%
+    #[arg(long, value_name = "LIST")]
+    pub uniform: Vec<Windows>,
+    /// Linearly growing weights over a window
+    #[arg(long, value_name = "LIST")]
+    pub linear: Vec<Windows>,
+    /// Stand-ins for learning-rate decay over a window; shapes: linear, cosine, 1-sqrt
+    #[arg(long, value_name = "SHAPE:WINDOW", value_delimiter = ',')]
+    pub lr_decay: Vec<String>,
+    /// Profiles from two-column CSV files: time as a share of the whole, cumulative share
+    #[arg(long, value_name = "FILE")]
+    pub profile_csv: Vec<PathBuf>,
+}
+
+/// A training that has not happened yet
+#[derive(Args)]
+#[command(next_help_heading = "Before training (instead of RUN)")]
+pub struct Before {
+    /// Length of the training in steps
+    #[arg(long, value_name = "N", conflicts_with = "run")]
+    pub steps: Option<u64>,
+    /// Steps between updates
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub update_every: u64,
+    /// No update before this step
+    #[arg(long, value_name = "STEP", default_value_t = 0)]
+    pub update_after_step: u64,
+    /// Steps between snapshots
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub checkpoint_every: u64,
+    /// How many steps' snapshots are kept, the newest
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub keep: usize,
+    /// Tracked power-function profiles by relative standard deviation [default: 0.05,0.28]
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
+    pub track: Vec<Numbers>,
+    /// Tracked exponential profiles by decay per step
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
+    pub track_beta: Vec<Numbers>,
+}
+
+/// Synthesize averages from a run's snapshots
+///
+/// Several targets are synthesized in one pass over the snapshots. Files appear whole or not at all.
+#[derive(Args)]
+pub struct Synthesize {
+    /// Directory of the run
+    pub run: PathBuf,
+    /// Time of the targets [default: the newest snapshot]
+    #[arg(long, value_name = "STEP")]
+    pub at: Option<u64>,
+    /// Write the only target to this file
+    #[arg(short, long, value_name = "FILE", conflicts_with = "out_dir")]
+    pub output: Option<PathBuf>,
+    /// Write each target to a file of its own in this directory, which is made where it is missing
+    #[arg(long, value_name = "DIR")]
+    pub out_dir: Option<PathBuf>,
+    /// Dtype of averaged tensors [default: the model's]
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeName>,
+    /// Where to blend: auto, cpu, or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: String,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub targets: Targets,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum DtypeName {
+    F32,
+    F16,
+    Bf16,
+    F64,
+}
+
+/// Show the weights, error and noise gain of targets, on a run or before training
+#[derive(Args)]
+pub struct Plan {
+    /// Directory of the run
+    pub run: Option<PathBuf>,
+    /// Time of the targets [default: the newest snapshot]
+    #[arg(long, value_name = "STEP")]
+    pub at: Option<u64>,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub targets: Targets,
+    #[command(flatten)]
+    pub before: Before,
+}
+
+/// Show a run's snapshots, profiles, sizes and health
+#[derive(Args)]
+pub struct Inspect {
+    /// Directory of the run
+    pub run: PathBuf,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Show the reconstruction error over the length of the average, of a run or before training
+#[derive(Args)]
+pub struct ErrorOver {
+    /// Directory of the run
+    pub run: Option<PathBuf>,
+    /// Lengths by relative standard deviation
+    #[arg(long, value_name = "LIST", default_value = "0.02,0.03,...,0.28", allow_negative_numbers = true)]
+    pub sigma_rel: Vec<Numbers>,
+    /// Time of the targets [default: the newest snapshot]
+    #[arg(long, value_name = "STEP")]
+    pub at: Option<u64>,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub before: Before,
+}
+
+/// Convert between the parametrisations of profiles
+#[derive(Args)]
+pub struct Profile {
+    /// Power-function profiles by relative standard deviation
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
+    pub sigma_rel: Vec<Numbers>,
+    /// Power-function profiles by exponent
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
+    pub gamma: Vec<Numbers>,
+    /// Exponential profiles by decay per step
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
+    pub beta: Vec<Numbers>,
+    /// Exponential profiles by half-life in steps
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
+    pub half_life: Vec<Numbers>,
+    /// Training length at which the two families are compared
+    #[arg(long, value_name = "T")]
+    pub steps: Option<u64>,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Read every file of a run and check its checksum
+#[derive(Args)]
+pub struct Verify {
+    /// Directory of the run
+    pub run: PathBuf,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,119 @@
+//! `posthoc-ema inspect`.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use posthoc_ema::snapshot::{self, STATE_FILE, Snapshot, Stem, StoredFile};
+use posthoc_ema::{Profile, Run, report};
+use serde_json::json;
+
+use super::args::Inspect;
+use super::output::{bytes, print, print_json};
+use super::{Failure, Outcome};
+
+/// A snapshot, or why it could not be opened.
+struct Entry {
+    stem: Stem,
+    opened: Result<Snapshot, String>,
+}
+
+/// Shows what a run holds; a damaged snapshot is shown as such beside the sound ones.
+pub fn run(arguments: &Inspect) -> Outcome {
+    let listed = snapshot::list(&arguments.run)?;
+    let entries: Vec<Entry> = listed.iter().map(|(stem, files)| open(*stem, files)).collect();
+    // What is wrong with the run as a whole, an empty directory included.
+    let trouble = Run::open(&arguments.run).err().map(|error| error.to_string());
+    if arguments.json {
+        print_json(&document(&arguments.run, &entries, trouble.as_deref()));
+    } else if !entries.is_empty() {
+        print(&table(&entries).to_string());
+        print(&summary(&arguments.run, &entries));
+    }
+    match trouble {
+        Some(trouble) => Err(Failure::Unhealthy(trouble)),
+        None => Ok(()),
+    }
+}
+
+fn open(stem: Stem, files: &[PathBuf]) -> Entry {
+    Entry { stem, opened: Snapshot::open(stem, files).map_err(|error| error.to_string()) }
+}
+
+fn profile(snapshot: &Snapshot) -> String {
+    let profile: Result<Profile, _> = serde_json::from_str(&snapshot.meta.profile);
+    profile.map_or_else(|_| snapshot.meta.profile.clone(), |profile| profile.to_string())
+}
+
+fn dtypes(snapshot: &Snapshot) -> BTreeSet<String> {
+    snapshot.tensors().map(|(_, tensor)| tensor.dtype.to_string()).collect()
+}
+
+fn elements(snapshot: &Snapshot) -> usize {
+    snapshot.tensors().map(|(_, tensor)| tensor.shape.iter().product::<usize>()).sum()
+}
+
+fn table(entries: &[Entry]) -> comfy_table::Table {
+    let mut table =
+        report::table(&["snapshot", "profile", "step", "size", "files", "tensors", "parameters", "dtypes", "health"]);
+    for Entry { stem, opened } in entries {
+        let mut row = vec![stem.to_string()];
+        match opened {
+            Ok(snapshot) => row.extend([
+                profile(snapshot),
+                stem.step.to_string(),
+                bytes(snapshot.len()),
+                snapshot.files().len().to_string(),
+                snapshot.tensors().count().to_string(),
+                elements(snapshot).to_string(),
+                dtypes(snapshot).into_iter().collect::<Vec<_>>().join(" "),
+                "ok".into(),
+            ]),
+            Err(_) => {
+                row.extend(["?".into(), stem.step.to_string()]);
+                row.extend(["", "", "", "", "", "damaged"].map(String::from));
+            }
+        }
+        table.add_row(row);
+    }
+    table
+}
+
+fn total(entries: &[Entry]) -> u64 {
+    entries.iter().filter_map(|entry| entry.opened.as_ref().ok()).map(Snapshot::len).sum()
+}
+
+fn summary(run: &Path, entries: &[Entry]) -> String {
+    let steps: BTreeSet<u64> = entries.iter().map(|entry| entry.stem.step).collect();
+    let range = match (steps.first(), steps.last()) {
+        (Some(first), Some(last)) => format!("steps {first} to {last}"),
+        _ => "no step".into(),
+    };
+    let state = match StoredFile::open(&run.join(STATE_FILE)) {
+        Ok(file) => format!("live state {}", bytes(file.len())),
+        Err(_) => "no live state: the run cannot be resumed".into(),
+    };
+    format!("{} snapshots at {} steps ({range}), {}; {state}", entries.len(), steps.len(), bytes(total(entries)))
+}
+
+fn document(run: &Path, entries: &[Entry], trouble: Option<&str>) -> serde_json::Value {
+    let snapshots: Vec<_> = entries.iter().map(entry_json).collect();
+    let state = StoredFile::open(&run.join(STATE_FILE)).ok().map(|file| json!({ "bytes": file.len() }));
+    json!({ "run": run, "snapshots": snapshots, "bytes": total(entries), "state": state, "trouble": trouble })
+}
+
+fn entry_json(Entry { stem, opened }: &Entry) -> serde_json::Value {
+    match opened {
+        Err(trouble) => json!({ "index": stem.index, "step": stem.step, "trouble": trouble }),
+        Ok(snapshot) => json!({
+            "index": stem.index,
+            "step": stem.step,
+            "profile": serde_json::from_str::<serde_json::Value>(&snapshot.meta.profile).ok(),
+            "files": snapshot.files().iter().map(|file| file.path()).collect::<Vec<_>>(),
+            "bytes": snapshot.len(),
+            "tensors": snapshot.tensors().count(),
+            "parameters": elements(snapshot),
+            "dtypes": dtypes(snapshot),
+            "trouble": null,
+        }),
+    }
+}

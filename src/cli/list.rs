@@ -1,0 +1,133 @@
+//! Lists on the command line: `0.05,0.06,...,0.28` and `5000,20%`.
+
+use std::str::FromStr;
+
+use posthoc_ema::Window;
+
+/// No list is longer: a slip such as `1,2,...,1e9` should not fill the memory.
+const MAX_LENGTH: usize = 10_000;
+
+/// A list of numbers, `...` spelled out.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Numbers(pub Vec<f64>);
+
+/// A list of windows in steps or in percent.
+#[derive(Clone, Debug)]
+pub struct Windows(pub Vec<Window>);
+
+impl FromStr for Numbers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut values: Vec<f64> = Vec::new();
+        let mut items = text.split(',').map(str::trim);
+        while let Some(item) = items.next() {
+            if item == "..." {
+                let last = items.next().ok_or("`...` needs a last number after it")?;
+                extend(&mut values, number(last)?)?;
+            } else {
+                values.push(number(item)?);
+            }
+        }
+        Ok(Numbers(values))
+    }
+}
+
+impl FromStr for Windows {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.split(',').map(|item| window(item.trim())).collect::<Result<_, _>>().map(Windows)
+    }
+}
+
+/// A window: a number of steps, or a share of the time in percent.
+pub fn window(text: &str) -> Result<Window, String> {
+    match text.strip_suffix('%') {
+        Some(percent) => Ok(Window::Fraction(number(percent)? / 100.0)),
+        None => Ok(Window::Steps(number(text)?)),
+    }
+}
+
+fn number(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) => Ok(value),
+        Err(_) if text.is_empty() => Err("a number is missing".into()),
+        Err(_) => Err(format!("`{text}` is no number")),
+    }
+}
+
+/// Goes on from the last two values, by their difference, to `last`.
+fn extend(values: &mut Vec<f64>, last: f64) -> Result<(), String> {
+    let &[.., before, first] = values.as_slice() else {
+        return Err("`...` needs two numbers before it, whose difference is the step".into());
+    };
+    let step = first - before;
+    let count = (last - first) / step;
+    let whole = count.round();
+    if !(whole >= 1.0 && (count - whole).abs() < 1e-6 * whole) {
+        return Err(format!("steps of {} from {first} do not reach {last}", round(step)));
+    }
+    if values.len() as f64 + whole > MAX_LENGTH as f64 {
+        return Err(format!("more than {MAX_LENGTH} numbers"));
+    }
+    values.extend((1..whole as usize).map(|i| round(first + i as f64 * step)));
+    values.push(last);
+    Ok(())
+}
+
+/// To twelve significant digits: what a person would have written.
+fn round(value: f64) -> f64 {
+    format!("{value:.11e}").parse().unwrap_or(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Vec<f64> {
+        text.parse::<Numbers>().unwrap().0
+    }
+
+    #[test]
+    fn dots_stand_for_an_evenly_spaced_rest() {
+        assert_eq!(parse("0.1"), [0.1]);
+        assert_eq!(parse("0.05, 0.06, ..., 0.1"), [0.05, 0.06, 0.07, 0.08, 0.09, 0.1]);
+        assert_eq!(parse("0.01,0.05,0.06,...,0.08,0.2"), [0.01, 0.05, 0.06, 0.07, 0.08, 0.2]);
+        assert_eq!(parse("3,2,...,0"), [3.0, 2.0, 1.0, 0.0]);
+        assert_eq!(parse("0.05,0.06,...,0.28").len(), 24);
+        // Each is what a person would have typed, to the bit.
+        assert!(
+            parse("0.01,0.02,...,0.28")
+                .iter()
+                .enumerate()
+                .all(|(i, &v)| v == format!("0.{:02}", i + 1).parse::<f64>().unwrap())
+        );
+    }
+
+    #[test]
+    fn slips_are_explained() {
+        for (text, part) in [
+            ("", "missing"),
+            ("0.1,", "missing"),
+            ("a", "`a` is no number"),
+            ("0.1,...,0.2", "two numbers before"),
+            ("0.1,0.2,...", "a last number"),
+            ("0.1,0.2,...,0.25", "do not reach"),
+            ("0.1,0.2,...,0.0", "do not reach"),
+            ("1,1,...,2", "do not reach"),
+            ("1,2,...,1e9", "more than 10000"),
+            ("1,2,...,NaN", "do not reach"),
+        ] {
+            let error = text.parse::<Numbers>().unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn windows_are_steps_or_percent() {
+        let windows = "5000,20%".parse::<Windows>().unwrap().0;
+        assert_eq!(windows, [Window::Steps(5000.0), Window::Fraction(0.2)]);
+        assert!("x%".parse::<Windows>().is_err());
+    }
+}

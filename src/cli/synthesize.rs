@@ -1,0 +1,102 @@
+//! `posthoc-ema synthesize`.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use posthoc_ema::{At, Dtype, Error, Output, Plan, Run, WriteOptions, report};
+use serde_json::json;
+
+use super::args::{DtypeName, Synthesize};
+use super::output::{byte_bar, bytes, print, print_json};
+use super::{Failure, Outcome};
+
+/// Solves the targets, blends them in one pass and writes a file for each.
+pub fn run(arguments: &Synthesize) -> Outcome {
+    let profiles = arguments.targets.profiles()?;
+    check_device(&arguments.device)?;
+    if arguments.output.is_some() && profiles.len() > 1 {
+        let why = format!("-o names one file, and there are {} targets: use --out-dir DIR", profiles.len());
+        return Err(Failure::Usage(why));
+    }
+    if arguments.output.is_none() && arguments.out_dir.is_none() {
+        return Err(Failure::Usage("nowhere to write to: give -o FILE, or --out-dir DIR for several targets".into()));
+    }
+    let run = Run::open(&arguments.run)?;
+    let plans = run.plans(&profiles, arguments.at.map_or(At::Latest, At::Step))?;
+    let paths = paths(arguments, &plans)?;
+    let seconds = write(&run, &plans, &paths, arguments.dtype)?;
+    let read = run.bytes_to_read(&plans);
+    if arguments.json {
+        let targets: Vec<_> = plans.iter().zip(&paths).map(|(plan, path)| target_json(plan, path)).collect();
+        print_json(&json!({ "targets": targets, "bytes_read": read, "seconds": seconds }));
+        return Ok(());
+    }
+    let mut table = report::table(&["file", "target", "at", "relative error", "noise gain"]);
+    for (plan, path) in plans.iter().zip(&paths) {
+        let figures = [report::number(plan.relative_error), report::number(plan.noise_gain)];
+        let [error, gain] = figures;
+        table.add_row([path.display().to_string(), plan.profile.to_string(), plan.at.to_string(), error, gain]);
+    }
+    print(&table.to_string());
+    print(&format!("{} of snapshots read in {seconds:.2} s", bytes(read)));
+    Ok(())
+}
+
+/// The only device of this build is the CPU.
+fn check_device(device: &str) -> Outcome {
+    match device {
+        "auto" | "cpu" => Ok(()),
+        cuda if cuda.strip_prefix("cuda:").is_some_and(|n| n.parse::<usize>().is_ok()) => {
+            let reason = format!("this program was built without CUDA and cannot use {cuda}: use --device cpu");
+            Err(Failure::Failed(Error::Setting { option: "device", reason }))
+        }
+        other => Err(Failure::Usage(format!("--device {other}: the devices are auto, cpu and cuda:N"))),
+    }
+}
+
+/// One file for each target.
+fn paths(arguments: &Synthesize, plans: &[Plan]) -> Result<Vec<PathBuf>, Failure> {
+    let Some(dir) = &arguments.out_dir else {
+        return Ok(arguments.output.iter().cloned().collect());
+    };
+    std::fs::create_dir_all(dir)
+        .map_err(|source| Failure::Failed(Error::Io { action: "create", path: dir.clone(), source }))?;
+    Ok(plans.iter().map(|plan| dir.join(file_name(plan))).collect())
+}
+
+/// `sigma_rel-0.15.step-20000.safetensors`: the target as its file's name.
+fn file_name(plan: &Plan) -> String {
+    let target = plan.profile.to_string().replace(' ', "-");
+    format!("{target}.step-{}.safetensors", plan.at)
+}
+
+fn write(run: &Run, plans: &[Plan], paths: &[PathBuf], dtype: Option<DtypeName>) -> Result<f64, Failure> {
+    let outputs: Vec<Output<'_>> = plans.iter().zip(paths).map(|(plan, path)| Output { plan, path }).collect();
+    let bar = byte_bar(run.bytes_to_read(plans), "synthesizing");
+    let progress = |bytes| bar.inc(bytes);
+    let start = Instant::now();
+    run.write_all(&outputs, &WriteOptions { dtype: dtype.map(Dtype::from), progress: Some(&progress) })?;
+    bar.finish_and_clear();
+    Ok(start.elapsed().as_secs_f64())
+}
+
+fn target_json(plan: &Plan, path: &Path) -> serde_json::Value {
+    json!({
+        "path": path,
+        "profile": plan.profile,
+        "at": plan.at,
+        "relative_error": plan.relative_error,
+        "noise_gain": plan.noise_gain,
+    })
+}
+
+impl From<DtypeName> for Dtype {
+    fn from(name: DtypeName) -> Dtype {
+        match name {
+            DtypeName::F32 => Dtype::F32,
+            DtypeName::F16 => Dtype::F16,
+            DtypeName::Bf16 => Dtype::BF16,
+            DtypeName::F64 => Dtype::F64,
+        }
+    }
+}

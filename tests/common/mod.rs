@@ -1,0 +1,40 @@
+//! A small run that every test of the command line can use.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use posthoc_ema::{Dtype, PostHocEma};
+
+/// Trains a toy model for 500 steps with a snapshot every 50.
+pub fn train(dir: &Path) {
+    let mut model = vec![("layer.weight", vec![0.5f32; 1000]), ("layer.bias", vec![0.1f32; 10])];
+    let options = PostHocEma::options(dir).checkpoint_every(50).checkpoint_dtype(Dtype::F16);
+    let mut ema = options.create(&model).unwrap();
+    for step in 0..500 {
+        for (i, value) in model.iter_mut().flat_map(|(_, values)| values).enumerate() {
+            *value += 1e-3 * ((step * 7 + i * 13) as f32).sin();
+        }
+        ema.update(&model).unwrap();
+    }
+    ema.finish().unwrap();
+}
+
+/// Runs the program and returns what it did.
+pub fn posthoc_ema(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_posthoc-ema")).args(arguments).output().unwrap()
+}
+
+/// Standard output of a command that must succeed without a word on standard error.
+pub fn stdout(arguments: &[&str]) -> String {
+    let output = posthoc_ema(arguments);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && stderr.is_empty(), "{arguments:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Exit status and standard error of a command that must fail, with nothing on standard output.
+pub fn failure(arguments: &[&str]) -> (i32, String) {
+    let output = posthoc_ema(arguments);
+    assert!(output.stdout.is_empty(), "{arguments:?} printed {}", String::from_utf8_lossy(&output.stdout));
+    (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+}

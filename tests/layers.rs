@@ -1,0 +1,86 @@
+//! The layers of the architecture, held by a look at the sources.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Every Rust file below a folder of `src`, or the one file of that name.
+fn sources(part: &str) -> Vec<(PathBuf, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(part);
+    let mut files = Vec::new();
+    let mut folders = vec![root];
+    while let Some(path) = folders.pop() {
+        if path.is_dir() {
+            folders.extend(fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+        } else {
+            let text = fs::read_to_string(&path).unwrap();
+            files.push((path, text));
+        }
+    }
+    assert!(!files.is_empty(), "{part} has moved: move the rule along");
+    files
+}
+
+/// The lines of a file that are no comment.
+fn code(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter(|line| !line.trim_start().starts_with("//"))
+}
+
+fn assert_without(part: &str, words: &[&str]) {
+    for (path, text) in sources(part) {
+        for line in code(&text) {
+            for word in words {
+                assert!(!line.contains(word), "{}: `{word}` in: {line}", path.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn mathematics_files_and_arithmetic_do_not_use_each_other() {
+    let others = ["crate::tracker", "crate::synthesis", "crate::report"];
+    assert_without("math", &[&others[..], &["crate::snapshot", "crate::compute", "std::fs", "std::path"]].concat());
+    assert_without("snapshot", &[&others[..], &["crate::math", "crate::compute"]].concat());
+    assert_without("compute", &[&others[..], &["crate::math", "crate::snapshot"]].concat());
+}
+
+#[test]
+fn what_everything_shares_uses_nothing() {
+    for part in ["error.rs", "tensor.rs"] {
+        assert_without(
+            part,
+            &["crate::math", "crate::snapshot", "crate::compute", "crate::tracker", "crate::synthesis"],
+        );
+    }
+}
+
+#[test]
+fn synthesis_does_not_know_the_tracker() {
+    assert_without("synthesis", &["crate::tracker", "crate::report"]);
+    assert_without("tracker", &["crate::report"]);
+}
+
+#[test]
+fn the_command_line_uses_only_what_is_public() {
+    assert_without("cli", &["crate::math", "crate::snapshot", "crate::compute", "unsafe"]);
+}
+
+#[test]
+fn unsafe_code_is_in_compute_and_the_mapping_only() {
+    for part in ["math", "tracker", "synthesis", "report", "error.rs", "tensor.rs", "lib.rs", "main.rs"] {
+        assert_without(part, &["unsafe"]);
+    }
+    let blocks: Vec<PathBuf> = sources("snapshot")
+        .into_iter()
+        .filter(|(_, text)| code(text).any(|l| l.contains("unsafe")))
+        .map(|f| f.0)
+        .collect();
+    assert!(blocks.len() == 1 && blocks[0].ends_with("snapshot/read.rs"), "{blocks:?}");
+}
+
+#[test]
+fn only_the_cuda_half_of_compute_names_cudarc() {
+    for (path, text) in sources("") {
+        let within = path.to_str().unwrap().contains("/compute/cuda");
+        assert!(within || !code(&text).any(|line| line.contains("cudarc")), "{}", path.display());
+    }
+}

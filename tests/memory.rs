@@ -1,0 +1,54 @@
+//! Synthesis in bounded memory: a model larger than the bound, many targets, measured in a process of its own.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use posthoc_ema::{At, Dtype, Output, PostHocEma, Profile, Run, WriteOptions};
+
+/// Anonymous memory of this process in bytes; mapped files do not count.
+fn anonymous() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+/// Two snapshots of a model of 300 MB, so that anything that grows with the model shows.
+fn train(dir: &std::path::Path) {
+    let mut model = vec![("large", vec![1.0f32; 70_000_000]), ("small", vec![1.0f32; 5_000_000])];
+    let options = PostHocEma::options(dir).sigma_rels([0.2]).update_every(1).checkpoint_every(1);
+    let mut ema = options.checkpoint_dtype(Dtype::F16).create(&model).unwrap();
+    for _ in 0..2 {
+        model.iter_mut().for_each(|(_, values)| values.iter_mut().step_by(1000).for_each(|v| *v += 1.0));
+        ema.update(&model).unwrap();
+    }
+}
+
+#[test]
+fn many_targets_of_a_large_model_take_less_than_256_mib() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("run");
+    train(&dir);
+    let run = Run::open(&dir).unwrap();
+    let profiles: Vec<Profile> = [0.1, 0.15, 0.2, 0.25].map(|s| Profile::sigma_rel(s).unwrap()).to_vec();
+    let plans = run.plans(&profiles, At::Latest).unwrap();
+    let paths: Vec<PathBuf> = (0..plans.len()).map(|i| temp.path().join(i.to_string())).collect();
+    let outputs: Vec<Output<'_>> = plans.iter().zip(&paths).map(|(plan, path)| Output { plan, path }).collect();
+    let (done, most) = (AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                most.fetch_max(anonymous(), Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(2));
+            }
+        });
+        let before = anonymous();
+        run.write_all(&outputs, &WriteOptions { dtype: Some(Dtype::F16), progress: None }).unwrap();
+        done.store(true, Ordering::Relaxed);
+        println!("anonymous memory: {before} bytes before, at most {most:?}");
+    });
+    assert_eq!(std::fs::metadata(&paths[0]).unwrap().len(), 4096 + 150_000_000);
+    let most = most.load(Ordering::Relaxed);
+    assert!(most > 0 && most < 256 << 20, "{most}");
+}
