@@ -246,9 +246,9 @@ fn what_cannot_be_done_exits_with_1_and_leaves_no_file() {
     assert_eq!(left, 0);
 }
 
-/// A file system of a megabyte fills up while an average is written: one error, and nothing is left behind.
+/// A quota is reached while an average is written: one error, and nothing is left behind.
 #[test]
-fn a_full_disk_is_reported_and_leaves_nothing() {
+fn a_reached_quota_is_reported_and_leaves_nothing() {
     let (temp, dir) = run();
     let limit = "ulimit -f 4; trap '' XFSZ; exec \"$@\"";
     let out = temp.path().join("out.safetensors");

@@ -18,14 +18,12 @@ impl PostHocEma {
     /// The state comes first: should the process die before all snapshots are written, a resume writes the rest.
     pub(super) fn checkpoint(&mut self) -> Result<()> {
         let dtypes = self.stored_dtypes()?;
-        let before = self.stored;
-        self.stored = self.history.last();
-        if let Err(error) = self.save() {
+        let before = std::mem::replace(&mut self.stored, self.history.last());
+        let average = |(index, dtypes): (usize, &Vec<Dtype>)| self.write_average(index, dtypes);
+        if let Err(error) = self.save().and_then(|()| dtypes.iter().enumerate().try_for_each(average)) {
+            // What is missing is written by the next checkpoint, by `finish` or by a resume.
             self.stored = before;
             return Err(error);
-        }
-        for (index, dtypes) in dtypes.iter().enumerate() {
-            self.write_average(index, dtypes)?;
         }
         self.drop_oldest()
     }

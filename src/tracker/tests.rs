@@ -483,6 +483,21 @@ fn an_interrupted_checkpoint_is_completed_on_resume() {
 }
 
 #[test]
+fn a_checkpoint_that_could_not_be_written_is_made_up_for() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(3);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 99);
+    std::fs::remove_dir_all(&dir).unwrap();
+    let text = ema.update(walk.step()).unwrap_err().to_string();
+    assert!(text.contains("state.safetensors") && text.contains("check the path"), "{text}");
+    std::fs::create_dir(&dir).unwrap();
+    ema.finish().unwrap();
+    let run = Run::open(&dir).unwrap();
+    assert_eq!(run.snapshots().iter().map(|s| s.stem.to_string()).collect::<Vec<_>>(), ["0.100", "1.100"]);
+}
+
+#[test]
 fn a_clock_of_images_may_jump() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(6);

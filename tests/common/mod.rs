@@ -1,5 +1,7 @@
 //! A small run that every test of the command line can use.
 
+#![allow(dead_code, reason = "each test uses some of these")]
+
 use std::path::Path;
 use std::process::{Command, Output};
 

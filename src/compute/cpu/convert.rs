@@ -6,6 +6,8 @@
 use half::bf16;
 use safetensors::Dtype;
 
+use super::f16c::Widen;
+
 /// `0x7fff`: the NaN that CUDA's conversions write, for f16 and bf16 alike.
 const NAN_16: u16 = 0x7fff;
 
@@ -75,12 +77,19 @@ fn fill<T>(dst: &mut [T], values: impl Iterator<Item = T>) {
     dst.iter_mut().zip(values).for_each(|(dst, value)| *dst = value);
 }
 
+/// f16 by the CPU's own instruction as far as that goes, the rest in integers.
+#[inline(always)]
+fn widen<T: Widen>(dst: &mut [T], src: &[u8], from: impl Fn([u8; 2]) -> T) {
+    let done = T::widen(dst, src);
+    fill(&mut dst[done..], values(&src[2 * done..], from));
+}
+
 /// Reads elements of an averaged dtype from bytes of any alignment. `src` holds `dst.len()` elements.
 #[inline(always)]
 pub fn to_f32(dst: &mut [f32], src: &[u8], dtype: Dtype) {
     match dtype {
         Dtype::F32 => fill(dst, values(src, f32::from_le_bytes)),
-        Dtype::F16 => fill(dst, values(src, |b| f16_to_f32(u16::from_le_bytes(b)))),
+        Dtype::F16 => widen(dst, src, |b| f16_to_f32(u16::from_le_bytes(b))),
         Dtype::BF16 => fill(dst, values(src, |b| bf16_to_f32(u16::from_le_bytes(b)))),
         Dtype::F64 => fill(dst, values(src, |b| f64::from_le_bytes(b) as f32)),
         _ => unreachable!("{dtype} is not averaged"),
@@ -92,7 +101,7 @@ pub fn to_f32(dst: &mut [f32], src: &[u8], dtype: Dtype) {
 pub(super) fn to_f64(dst: &mut [f64], src: &[u8], dtype: Dtype) {
     match dtype {
         Dtype::F32 => fill(dst, values(src, |b| f64::from(f32::from_le_bytes(b)))),
-        Dtype::F16 => fill(dst, values(src, |b| f64::from(f16_to_f32(u16::from_le_bytes(b))))),
+        Dtype::F16 => widen(dst, src, |b| f64::from(f16_to_f32(u16::from_le_bytes(b)))),
         Dtype::BF16 => fill(dst, values(src, |b| f64::from(bf16_to_f32(u16::from_le_bytes(b))))),
         Dtype::F64 => fill(dst, values(src, f64::from_le_bytes)),
         _ => unreachable!("{dtype} is not averaged"),
@@ -144,6 +153,22 @@ mod tests {
             assert!(got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan()), "{bits:#x}");
             let (got, expected) = (bf16_to_f32(bits), bf16::from_bits(bits).to_f32());
             assert!(got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan()), "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn whole_slices_of_f16_read_as_single_ones() {
+        let bits: Vec<u16> = (0..=u16::MAX).collect();
+        for shift in [0, 1, 5, 8] {
+            let bytes: &[u8] = bytemuck::cast_slice(&bits[shift..]);
+            let (mut singles, mut doubles) = (vec![0f32; bits.len() - shift], vec![0f64; bits.len() - shift]);
+            to_f32(&mut singles, bytes, Dtype::F16);
+            to_f64(&mut doubles, bytes, Dtype::F16);
+            for (i, &half) in bits[shift..].iter().enumerate() {
+                let expected = f16_to_f32(half);
+                let same = singles[i].to_bits() == expected.to_bits() && doubles[i] == f64::from(expected);
+                assert!(same || (expected.is_nan() && singles[i].is_nan() && doubles[i].is_nan()), "{half:#x}");
+            }
         }
     }
 

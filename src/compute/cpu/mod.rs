@@ -7,6 +7,7 @@
 mod averages;
 mod blend;
 mod convert;
+mod f16c;
 mod scan;
 mod update;
 

@@ -225,6 +225,28 @@ fn raw_checkpoints_make_a_plain_mean() {
     assert!(solution.weights.iter().all(|x| (x - 0.25).abs() < 1e-14), "{:?}", solution.weights);
 }
 
+/// What a decay that ignores the interval does (DESIGN section 1): one step's decay is applied every ten steps, and
+/// the weights are solved as if it were the exact one. A ramp from 0 to 1 over 20,000 steps, averaged at sigma_rel
+/// 0.15, should be 0.82.
+#[test]
+fn a_decay_that_ignores_the_interval_gives_another_average() {
+    let (history, sources) = usual();
+    let times = history.times();
+    let weights = System::new(&history, 20_000, &sources, 0.0).unwrap().solve(&power(0.15)).unwrap().weights;
+    let ramp = |chain: &Chain, step: u64| -> f64 {
+        let updates = &times[..times.partition_point(|&t| t <= step)];
+        chain.densities(updates).iter().zip(updates).map(|(w, &t)| w * t as f64 / 20_000.0).sum()
+    };
+    let ignoring = |source: &Source| {
+        let Chain::Tracked(profile) = &source.chain else { unreachable!() };
+        Chain::Counter { gamma: profile.as_gamma().unwrap(), stride: 10, offset: 2 }
+    };
+    let exact: f64 = sources.iter().zip(&weights).map(|(s, x)| x * ramp(&s.chain, s.step)).sum();
+    let wrong: f64 = sources.iter().zip(&weights).map(|(s, x)| x * ramp(&ignoring(s), s.step)).sum();
+    assert!((exact - 0.82).abs() < 0.005, "{exact}");
+    assert!((wrong - 0.24).abs() < 0.01, "{wrong}");
+}
+
 #[test]
 fn a_source_between_updates_is_refused() {
     let (history, mut sources) = usual();
