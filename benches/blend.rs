@@ -1,11 +1,12 @@
-//! Synthesis from 40 mapped snapshots, beside adding up the same files.
+//! Synthesis from 40 mapped snapshots, beside adding up the same files; the blend's arithmetic alone.
 
 mod limits;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use posthoc_ema::{At, Dtype, Output, Plan, PostHocEma, Profile, Run, WriteOptions};
+use posthoc_ema::compute::cpu::{Blend, blend, to_f32};
+use posthoc_ema::{At, Dtype, Plan, PostHocEma, Profile, Run, Tensors};
 
 const PARAMETERS: usize = 10_000_000;
 
@@ -21,58 +22,73 @@ fn train(dir: &Path, dtype: Dtype, tensors: usize) {
     }
 }
 
-/// A model whose elements are all alike has averages that are all alike: known from one of them.
-fn check(path: &Path, plan: &Plan, run: &Run) {
-    let written = std::fs::read(path).expect("it was written");
-    let written = safetensors::SafeTensors::deserialize(&written).expect("it is whole");
-    let sum = |name: &str| -> f64 {
-        let value = |index, step| {
-            let found = run.snapshots().iter().find(|s| (s.stem.index, s.stem.step) == (index, step));
-            let (tensor, bytes) = found.and_then(|s| s.tensor(name)).expect("it is in the run");
-            let mut value = [0.0];
-            posthoc_ema::compute::cpu::to_f32(&mut value, &bytes[..tensor.dtype.bitsize() / 8], tensor.dtype);
-            f64::from(value[0])
-        };
-        plan.weights.iter().map(|w| w.weight * value(w.index, w.step)).sum()
+/// A model whose elements are all alike has averages that are all alike: known from the first element.
+fn check(result: &Tensors, plan: &Plan, run: &Run) {
+    let first = |name: &str, index, step| -> f64 {
+        let found = run.snapshots().iter().find(|s| (s.stem.index, s.stem.step) == (index, step));
+        let (tensor, bytes) = found.and_then(|s| s.tensor(name)).expect("it is in the run");
+        let mut value = [0.0];
+        to_f32(&mut value, &bytes[..tensor.dtype.bitsize() / 8], tensor.dtype);
+        f64::from(value[0])
     };
-    for (name, tensor) in written.tensors() {
-        let values: &[f32] = bytemuck::cast_slice(tensor.data());
-        let expected = sum(&name) as f32;
+    for (name, tensor) in result.iter() {
+        let expected = plan.weights.iter().map(|w| w.weight * first(name, w.index, w.step)).sum::<f64>() as f32;
+        let values: &[f32] = bytemuck::cast_slice(&tensor.bytes);
         assert!(values.iter().all(|&v| (v - expected).abs() <= expected.abs() * f32::EPSILON), "{name}");
     }
 }
 
-fn bench(criterion: &mut Criterion, name: &str, dtype: Dtype, tensors: usize, targets: usize) {
+/// Times synthesis into memory: what is read, converted and added up, without the disk that a result goes to.
+fn bench(criterion: &mut Criterion, name: &str, dtype: Dtype, tensors: usize) {
     let temp = tempfile::tempdir().expect("there is a temporary folder");
     let dir = temp.path().join("run");
     train(&dir, dtype, tensors);
     let run = Run::open(&dir).expect("it was just written");
-    let profile = |i: usize| Profile::sigma_rel(0.05 + 0.007 * i as f64).expect("it is in range");
-    let profiles: Vec<Profile> = (0..targets).map(profile).collect();
-    let plans = run.plans(&profiles, At::Latest).expect("it can be solved");
-    let paths: Vec<PathBuf> = (0..targets).map(|i| temp.path().join(i.to_string())).collect();
-    let outputs: Vec<Output<'_>> = plans.iter().zip(&paths).map(|(plan, path)| Output { plan, path }).collect();
-    let write = || run.write_all(&outputs, &WriteOptions::default()).expect("the disk holds it");
-    write();
-    paths.iter().zip(&plans).for_each(|(path, plan)| check(path, plan, &run));
-    let bytes = run.bytes_to_read(&plans) as usize;
+    let profile = Profile::sigma_rel(0.15).expect("it is in range");
+    let plan = run.plan(profile, At::Latest).expect("it can be solved");
+    let load = || run.load(&plan).expect("the snapshots are whole");
+    check(&load(), &plan, &run);
+    let bytes = run.bytes_to_read(std::slice::from_ref(&plan)) as usize;
     let mut group = criterion.benchmark_group("synthesis");
-    group.throughput(Throughput::Bytes(bytes as u64)).sample_size(10);
-    group.bench_function(name, |bench| bench.iter(write));
+    group.throughput(Throughput::Bytes(bytes as u64)).sample_size(20);
+    group.bench_function(name, |bench| bench.iter(load));
     group.finish();
     let snapshots = run.snapshots().iter();
     let slices: Vec<&[u8]> =
         snapshots.flat_map(|s| s.tensors().filter_map(|(n, _)| s.tensor(n)).map(|t| t.1)).collect();
     let scan = limits::scan_bytes_per_second(&slices);
-    limits::report(name, bytes, limits::best_seconds(write), scan, "adding up the same mapped files");
+    let seconds = limits::best_seconds(|| drop(load()));
+    limits::report(name, bytes, seconds, scan, "adding up the same mapped files");
+}
+
+/// Times a blend of 40 stretches in the caches into many targets: the arithmetic alone.
+fn bench_targets(criterion: &mut Criterion, targets: usize) {
+    const ELEMENTS: usize = 1 << 14;
+    let sources: Vec<Vec<f32>> = (0..40).map(|k| vec![k as f32; ELEMENTS]).collect();
+    let sources: Vec<&[u8]> = sources.iter().map(|source| bytemuck::cast_slice(source)).collect();
+    let weights = vec![0.5; 40 * targets];
+    let task = Blend { dtypes: &[Dtype::F32; 40], weights: &weights, output: Dtype::F32 };
+    let mut results = vec![vec![0f32; ELEMENTS]; targets];
+    let mut run = || {
+        let mut dst: Vec<&mut [u8]> = results.iter_mut().map(|result| bytemuck::cast_slice_mut(result)).collect();
+        blend(&mut dst, &sources, &task).expect("the sums are finite");
+    };
+    run();
+    let mut group = criterion.benchmark_group("blend");
+    group.throughput(Throughput::Elements((40 * targets * ELEMENTS) as u64));
+    group.bench_function(format!("40 sources to {targets} targets, multiply-adds on one thread"), |bench| {
+        bench.iter(&mut run)
+    });
+    group.finish();
+    assert!(results.iter().flatten().all(|&sum| sum == 390.0));
 }
 
 fn benchmark(criterion: &mut Criterion) {
-    bench(criterion, "40 f16 snapshots to 1 target", Dtype::F16, 1, 1);
-    bench(criterion, "40 f16 snapshots of 400 tensors to 1 target", Dtype::F16, 400, 1);
-    bench(criterion, "40 f16 snapshots to 31 targets", Dtype::F16, 1, 31);
-    bench(criterion, "40 bf16 snapshots to 1 target", Dtype::BF16, 1, 1);
-    bench(criterion, "40 f32 snapshots to 1 target", Dtype::F32, 1, 1);
+    bench(criterion, "40 f16 snapshots", Dtype::F16, 1);
+    bench(criterion, "40 f16 snapshots of 400 tensors", Dtype::F16, 400);
+    bench(criterion, "40 bf16 snapshots", Dtype::BF16, 1);
+    bench(criterion, "40 f32 snapshots", Dtype::F32, 1);
+    [1, 8, 31].into_iter().for_each(|targets| bench_targets(criterion, targets));
 }
 
 criterion_group!(benches, benchmark);

@@ -1,4 +1,32 @@
-//! Averages of network weights of any length, chosen after training.
+//! Averages of network weights of any length, chosen after training: post-hoc EMA.
+//!
+//! While a network trains, [`PostHocEma`] tracks running averages of its parameters under two or more [`Profile`]s and
+//! stores snapshots of them in a run's directory. Afterwards a [`Run`] solves for the weights with which the snapshots
+//! blend into the average of any other profile ([`Plan`]) and writes the result, streamed, in bounded memory.
+//! Karras et al. 2023, arXiv:2312.02696, section 3 and appendix C.
+//!
+//! ```
+//! use posthoc_ema::{At, PostHocEma, Profile, Run};
+//!
+//! # let temp = tempfile::tempdir().unwrap();
+//! # let dir = temp.path().join("ema");
+//! let mut params = vec![("layer.weight", vec![0.0f32; 100])];
+//! let mut ema = PostHocEma::options(&dir).checkpoint_every(100).create(&params)?;
+//! for step in 0..1000 {
+//!     params[0].1.iter_mut().for_each(|w| *w += 1e-3 * step as f32); // the optimiser's step
+//!     ema.update(&params)?;
+//! }
+//! ema.finish()?;
+//!
+//! let run = Run::open(&dir)?;
+//! let plan = run.plan(Profile::sigma_rel(0.15)?, At::Latest)?;
+//! assert!(plan.relative_error < 0.02);
+//! run.write(&plan, temp.path().join("ema.safetensors"))?;
+//! # Ok::<(), posthoc_ema::Error>(())
+//! ```
+//!
+//! Features: `cli` (default) builds the command line and brings `report`, tables for people. A library needs neither:
+//! `default-features = false`.
 
 pub mod compute;
 mod error;
@@ -7,12 +35,19 @@ pub mod math;
 pub mod report;
 pub mod snapshot;
 mod synthesis;
-pub mod tensor;
+mod tensor;
 mod tracker;
 
 pub use compute::cpu::Precision;
 pub use error::{Error, Result};
 pub use math::{Profile, Shape, Window};
 pub use synthesis::{At, Forecast, Output, Plan, Run, Weight, WriteOptions};
-pub use tensor::*;
+pub use tensor::{
+    Dtype, Element, Memory, Parameters, ParametersMut, Tensor, TensorView, TensorViewMut, Tensors, is_averaged,
+};
 pub use tracker::{Options, PostHocEma, Step};
+
+/// The examples of the README are compiled with the documentation's tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

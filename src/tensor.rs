@@ -10,12 +10,6 @@ use crate::error::{Error, Result};
 /// The element types of safetensors files.
 pub use safetensors::Dtype;
 
-/// The bytes that one element of `dtype` takes; `None` for types that share bytes (4 and 6 bits).
-pub fn element_size(dtype: Dtype) -> Option<usize> {
-    let bits = dtype.bitsize();
-    bits.is_multiple_of(8).then_some(bits / 8)
-}
-
 /// The dtypes that are averaged; all others are copied from the newest update.
 pub fn is_averaged(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64)
