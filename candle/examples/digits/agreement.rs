@@ -1,0 +1,116 @@
+//! Synthesized averages beside those tracked directly, and what their difference may be.
+//!
+//! A synthesis weighs the weights `p_k` of the updates by `x_k` where the target weighs them by `r_k`. Both sums of
+//! weights are 1, so a constant `c` may be taken off, and Cauchy-Schwarz bounds the difference for every single weight:
+//!
+//! `|sum_k (x_k - r_k) (p_k - c)| <= ||x - r|| sqrt(sum_k delta_k (p_k - c)^2)`, `||a||^2 = sum_k a_k^2 / delta_k`
+//!
+//! with `delta_k` the steps since the update before. A plan predicts `||x - r|| / ||r||`.
+
+use std::iter::zip;
+
+use anyhow::{Result, ensure};
+use candle_nn::VarMap;
+use posthoc_ema::{At, Plan, Profile, Run, Tensors};
+
+use crate::model;
+use crate::track::{Tracked, Trajectory};
+
+/// What was found for one length; all differences are root mean squares over the weights.
+pub struct Agreement {
+    pub sigma_rel: f64,
+    /// `||x - r|| / ||r||`, as the plan has it.
+    pub predicted_error: f64,
+    /// Between the last weights and the average: the scale of all the others.
+    pub distance: f64,
+    /// Between the synthesized and the tracked average.
+    pub difference: f64,
+    /// What that difference may be.
+    pub allowed: f64,
+    /// The weight that comes closest to its own bound, as a share of it.
+    worst: f64,
+}
+
+impl Agreement {
+    /// # Errors
+    /// Where any single weight differs by more than the predicted error allows.
+    pub fn check(&self) -> Result<()> {
+        ensure!(
+            self.worst <= 1.0,
+            "sigma_rel {}: synthesized and tracked average differ by {:.2} times what the predicted error allows",
+            self.sigma_rel,
+            self.worst
+        );
+        Ok(())
+    }
+}
+
+/// Synthesizes each length that was tracked directly, and compares.
+pub fn measure(run: &Run, tracked: &Tracked, vars: &VarMap) -> Result<Vec<Agreement>> {
+    let last = model::flatten(vars)?;
+    let one = |(sigma_rel, direct): &(f64, Tensors)| {
+        let plan = run.plan(Profile::sigma_rel(*sigma_rel)?, At::Latest)?;
+        let weights = Weights { last: &last, direct: &floats(direct)?, synthesized: &floats(&run.load(&plan)?)? };
+        Ok(compare(*sigma_rel, &plan, &weights, &bounds(&plan, &tracked.trajectory)))
+    };
+    tracked.direct.iter().map(one).collect()
+}
+
+/// All weights, tensor after tensor in order of name.
+struct Weights<'a> {
+    last: &'a [f32],
+    direct: &'a [f32],
+    synthesized: &'a [f32],
+}
+
+fn compare(sigma_rel: f64, plan: &Plan, weights: &Weights<'_>, bounds: &[f64]) -> Agreement {
+    let differences = || zip(weights.synthesized, weights.direct).map(|(&a, &b)| f64::from(a) - f64::from(b));
+    let distances = zip(weights.last, weights.direct).map(|(&a, &b)| f64::from(a) - f64::from(b));
+    let share = |(difference, bound): (f64, &f64)| {
+        let share = difference.abs() / bound.max(f64::MIN_POSITIVE);
+        // The greatest of several is taken, which passes over NaN.
+        if share.is_nan() { f64::INFINITY } else { share }
+    };
+    Agreement {
+        sigma_rel,
+        predicted_error: plan.relative_error,
+        distance: root_mean_square(distances),
+        difference: root_mean_square(differences()),
+        allowed: root_mean_square(bounds.iter().copied()),
+        worst: zip(differences(), bounds).map(share).fold(0.0, f64::max),
+    }
+}
+
+/// By how much each weight may differ: the profile's error, and the rounding of snapshots and results to f32.
+fn bounds(plan: &Plan, trajectory: &Trajectory) -> Vec<f64> {
+    let profile_error = plan.relative_error * target_norm(plan, &trajectory.times);
+    let roundings = 2.0 + plan.weights.iter().map(|weight| weight.weight.abs()).sum::<f64>();
+    let rounding = 0.5 * f64::from(f32::EPSILON) * roundings;
+    let bound = |(norm, largest): (f64, f64)| profile_error * norm + rounding * largest;
+    zip(trajectory.norms(), trajectory.largest()).map(bound).collect()
+}
+
+/// `||r||` over the updates: the target's weight of each is its profile's mass since the update before.
+fn target_norm(plan: &Plan, times: &[u64]) -> f64 {
+    let (mut square, mut before, mut share) = (0.0, 0, 0.0);
+    for &time in times {
+        let next = plan.profile.cumulative(time as f64, plan.at as f64);
+        square += (next - share).powi(2) / (time - before) as f64;
+        (before, share) = (time, next);
+    }
+    square.sqrt()
+}
+
+fn floats(tensors: &Tensors) -> Result<Vec<f32>> {
+    let mut all = Vec::new();
+    for (name, tensor) in tensors.iter() {
+        let values = tensor.to_vec::<f32>();
+        all.extend(values.ok_or_else(|| anyhow::anyhow!("{name} is of {}, not f32", tensor.dtype))?);
+    }
+    Ok(all)
+}
+
+fn root_mean_square(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = values.len().max(1) as f64;
+    (values.map(|value| value * value).sum::<f64>() / count).sqrt()
+}
