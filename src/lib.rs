@@ -20,7 +20,7 @@
 //!
 //! let run = Run::open(&dir)?;
 //! let plan = run.plan(Profile::sigma_rel(0.15)?, At::Latest)?;
-//! assert!(plan.relative_error < 0.02);
+//! assert!(plan.relative_error < 0.05);
 //! run.write(&plan, temp.path().join("ema.safetensors"))?;
 //! # Ok::<(), posthoc_ema::Error>(())
 //! ```

@@ -51,8 +51,14 @@ impl<'a> TensorView<'a> {
         self.shape.iter().product()
     }
 
-    /// The elements as bytes of host memory.
-    pub(crate) fn host_bytes(&self) -> &'a [u8] {
+    /// The elements, where they lie in host memory.
+    pub fn host_bytes(&self) -> Option<&'a [u8]> {
+        let Memory::Host(bytes) = self.memory;
+        Some(bytes)
+    }
+
+    /// The elements of a tensor in host memory, the only kind so far.
+    pub(crate) fn bytes(&self) -> &'a [u8] {
         let Memory::Host(bytes) = self.memory;
         bytes
     }

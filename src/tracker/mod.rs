@@ -114,7 +114,7 @@ impl PostHocEma {
         let incoming: Vec<Incoming<'_>> = matched.averaged.iter().map(|view| incoming(view)).collect();
         update(&mut self.averages, &incoming, self.table.layout(), &weights);
         for (copy, view) in self.copies.iter_mut().zip(&matched.copied) {
-            copy.copy_from_slice(view.host_bytes());
+            copy.copy_from_slice(view.bytes());
         }
         Ok(())
     }
@@ -141,7 +141,7 @@ impl PostHocEma {
 }
 
 fn incoming<'a>(view: &TensorView<'a>) -> Incoming<'a> {
-    Incoming { dtype: view.dtype, bytes: view.host_bytes() }
+    Incoming { dtype: view.dtype, bytes: view.bytes() }
 }
 
 #[cfg(test)]

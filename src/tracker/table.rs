@@ -100,7 +100,7 @@ impl Table {
             name: view.name.to_owned(),
             dtype: view.dtype,
             shape: view.shape.to_vec(),
-            bytes: view.host_bytes().len(),
+            bytes: view.bytes().len(),
         };
         if !copy && is_averaged(view.dtype) {
             self.averaged.push(entry);
@@ -219,13 +219,13 @@ fn check<'v, 'a>(view: &'v TensorView<'a>, entry: &Entry) -> Result<&'v TensorVi
 
 /// What makes two views the same memory.
 fn place<'v>(view: &'v TensorView<'_>) -> (usize, usize, Dtype, &'v [usize]) {
-    let bytes = view.host_bytes();
+    let bytes = view.bytes();
     (bytes.as_ptr().addr(), bytes.len(), view.dtype, view.shape)
 }
 
 /// Finds tensors that share their elements with one of an earlier name: `dropped name -> kept name`.
 fn find_tied(views: &[&TensorView<'_>]) -> BTreeMap<String, String> {
-    let mut sorted: Vec<&TensorView<'_>> = views.iter().copied().filter(|view| !view.host_bytes().is_empty()).collect();
+    let mut sorted: Vec<&TensorView<'_>> = views.iter().copied().filter(|view| !view.bytes().is_empty()).collect();
     sorted.sort_by_key(|view| view.name);
     let mut kept: BTreeMap<_, &str> = BTreeMap::new();
     let mut tied = BTreeMap::new();
