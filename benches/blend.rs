@@ -17,24 +17,28 @@ fn train(dir: &Path, dtype: Dtype, tensors: usize) {
     let options = PostHocEma::options(dir).update_every(1).checkpoint_every(1).checkpoint_dtype(dtype);
     let mut ema = options.create(&model).expect("the run is new");
     for step in 1..=20u16 {
-        model.iter_mut().flat_map(|(_, values)| values).for_each(|value| *value += f32::from(step % 3));
+        let values = model.iter_mut().flat_map(|(_, values)| values);
+        values.enumerate().for_each(|(i, value)| *value += f32::from(step % 3) + (i % 1021) as f32 / 1024.0);
         ema.update(&model).expect("the disk holds it");
     }
 }
 
-/// A model whose elements are all alike has averages that are all alike: known from the first element.
+/// Adds up a sample of the elements one by one.
 fn check(result: &Tensors, plan: &Plan, run: &Run) {
-    let first = |name: &str, index, step| -> f64 {
+    let element = |name: &str, i: usize, index, step| -> f64 {
         let found = run.snapshots().iter().find(|s| (s.stem.index, s.stem.step) == (index, step));
         let (tensor, bytes) = found.and_then(|s| s.tensor(name)).expect("it is in the run");
-        let mut value = [0.0];
-        to_f32(&mut value, &bytes[..tensor.dtype.bitsize() / 8], tensor.dtype);
+        let (mut value, size) = ([0.0], tensor.dtype.bitsize() / 8);
+        to_f32(&mut value, &bytes[i * size..][..size], tensor.dtype);
         f64::from(value[0])
     };
     for (name, tensor) in result.iter() {
-        let expected = plan.weights.iter().map(|w| w.weight * first(name, w.index, w.step)).sum::<f64>() as f32;
         let values: &[f32] = bytemuck::cast_slice(&tensor.bytes);
-        assert!(values.iter().all(|&v| (v - expected).abs() <= expected.abs() * f32::EPSILON), "{name}");
+        for i in (0..values.len()).step_by(9973) {
+            let expected =
+                plan.weights.iter().map(|w| w.weight * element(name, i, w.index, w.step)).sum::<f64>() as f32;
+            assert!((values[i] - expected).abs() <= expected.abs() * f32::EPSILON, "{name} at {i}");
+        }
     }
 }
 

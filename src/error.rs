@@ -140,9 +140,9 @@ pub enum Error {
         reason: String,
     },
 
-    /// The parameters given to an update are not those the run began with.
+    /// The parameters given are not those the run began with.
     #[error(
-        "tensor `{tensor}`: {reason}: a run averages one set of names, shapes and dtypes; start a new run for a changed model"
+        "tensor `{tensor}`: {reason}: pass the model that the run began with, or start a new run for a changed one"
     )]
     Changed {
         /// The tensor's name.
@@ -225,6 +225,7 @@ fn remedy(source: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => ": check the permissions of the file and its directory",
         io::ErrorKind::ReadOnlyFilesystem => ": the disk is mounted read-only",
         io::ErrorKind::NotFound => ": check the path",
+        io::ErrorKind::Unsupported => ": this file system cannot do that: put the run on another one",
         _ => "",
     }
 }

@@ -28,6 +28,7 @@
 //! Features: `cli` (default) builds the command line and brings `report`, tables for people. A library needs neither:
 //! `default-features = false`.
 
+#[doc(hidden)]
 pub mod compute;
 mod error;
 pub mod math;

@@ -184,6 +184,23 @@ fn with_pairs<'a, T: Element>(
     read(&views)
 }
 
+/// `(name, mutable slice)` pairs, which Switch EMA can write into.
+impl<T: Element> Parameters for [(&str, &mut [T])] {
+    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
+        with_pairs(self.iter().map(|(name, values)| (*name, &**values)), read)
+    }
+}
+
+impl<T: Element> ParametersMut for [(&str, &mut [T])] {
+    fn for_each_mut(&mut self, write: &mut dyn FnMut(TensorViewMut<'_>) -> Result<()>) -> Result<()> {
+        for (name, values) in self.iter_mut() {
+            let shape = [values.len()];
+            write(TensorViewMut::host(name, T::DTYPE, &shape, bytemuck::cast_slice_mut(values))?)?;
+        }
+        Ok(())
+    }
+}
+
 impl<N: AsRef<str>, T: Element> ParametersMut for Vec<(N, Vec<T>)> {
     fn for_each_mut(&mut self, write: &mut dyn FnMut(TensorViewMut<'_>) -> Result<()>) -> Result<()> {
         for (name, values) in self.iter_mut() {

@@ -146,15 +146,22 @@ fn inspect_shows_every_snapshot_and_what_is_damaged() {
 #[test]
 fn verify_finds_a_flipped_bit() {
     let (_temp, dir) = run();
-    assert!(stdout(&["verify", &dir]).contains("21 files checked"));
+    assert!(stdout(&["verify", &dir]).contains("21 files read"));
     let path = Path::new(&dir).join("0.350.safetensors");
     let mut bytes = fs::read(&path).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&path, bytes).unwrap();
+    // One file cut short does not keep the others from being read.
+    let path = Path::new(&dir).join("1.50.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
     let output = posthoc_ema(&["verify", &dir, "--json"]);
     assert_eq!(output.status.code(), Some(1));
     let document: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert!(document["damaged"][0].as_str().unwrap().contains("0.350.safetensors"));
+    let damaged: Vec<&str> =
+        document["damaged"].as_array().unwrap().iter().map(|line| line.as_str().unwrap()).collect();
+    assert_eq!(damaged.len(), 2, "{damaged:?}");
+    assert!(damaged[0].contains("1.50.safetensors") && damaged[1].contains("0.350.safetensors"), "{damaged:?}");
 }
 
 #[test]
@@ -179,6 +186,18 @@ fn tables_of_profiles_are_read() {
     fs::write(&csv, "0.5, 0.1\n0.6, x\n1, 1\n").unwrap();
     let (status, text) = failure(&["plan", &dir, "--profile-csv", csv.to_str().unwrap()]);
     assert!(status == 1 && text.contains("row 2"), "{text}");
+}
+
+#[test]
+fn several_tables_go_to_several_files() {
+    let (temp, dir) = run();
+    let csv = temp.path().join("profile.csv");
+    fs::write(&csv, "0.5,0.1\n1,1\n").unwrap();
+    let (csv, out) = (csv.to_str().unwrap(), temp.path().join("out"));
+    let arguments =
+        ["synthesize", &dir, "--profile-csv", csv, "--profile-csv", csv, "--out-dir", out.to_str().unwrap()];
+    stdout(&arguments);
+    assert_eq!(fs::read_dir(out).unwrap().count(), 2);
 }
 
 #[test]
@@ -208,6 +227,7 @@ fn bad_usage_exits_with_2_and_says_what_to_do() {
         (vec!["plan", dir, "--lr-decay", "steps:10"], "linear, cosine and 1-sqrt"),
         (vec!["plan", dir, "--uniform", "150%"], "at most 1"),
         (vec!["plan", dir, "--steps", "100", "--sigma-rel", "0.1"], "cannot be used with"),
+        (vec!["plan", dir, "--sigma-rel", "0.1", "--keep", "5"], "cannot be used with"),
         (vec!["plan", "--sigma-rel", "0.1"], "--steps"),
         (vec!["plan", "--steps", "100", "--sigma-rel", "0.1"], "no snapshot is left"),
         (vec!["plan", "--steps", "10000", "--update-every", "0", "--sigma-rel", "0.1"], "update_every"),
@@ -235,6 +255,7 @@ fn what_cannot_be_done_exits_with_1_and_leaves_no_file() {
         (vec!["plan", &dir, "--uniform", "501"], "no longer than the target time"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &inside], "write elsewhere"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", "/nonexistent/x"], "/nonexistent/x"),
+        (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &empty], "name a file in it"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &out, "--device", "cuda:0"], "without CUDA"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1,0.1", "--out-dir", &out], "two targets"),
     ] {

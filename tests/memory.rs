@@ -43,12 +43,12 @@ fn many_targets_of_a_large_model_take_less_than_256_mib() {
                 thread::sleep(Duration::from_millis(2));
             }
         });
-        let before = anonymous();
-        run.write_all(&outputs, &WriteOptions { dtype: Some(Dtype::F16), progress: None }).unwrap();
+        let written = run.write_all(&outputs, &WriteOptions { dtype: Some(Dtype::F32), progress: None });
         done.store(true, Ordering::Relaxed);
-        println!("anonymous memory: {before} bytes before, at most {most:?}");
+        written.unwrap();
     });
-    assert_eq!(std::fs::metadata(&paths[0]).unwrap().len(), 4096 + 150_000_000);
+    // One result alone is larger than the bound.
+    assert_eq!(std::fs::metadata(&paths[0]).unwrap().len(), 4096 + 300_000_000);
     let most = most.load(Ordering::Relaxed);
     assert!(most > 0 && most < 256 << 20, "{most}");
 }

@@ -70,22 +70,22 @@ pub struct Before {
     #[arg(long, value_name = "N", conflicts_with = "run")]
     pub steps: Option<u64>,
     /// Steps between updates
-    #[arg(long, value_name = "N", default_value_t = 10)]
+    #[arg(long, value_name = "N", default_value_t = 10, conflicts_with = "run")]
     pub update_every: u64,
     /// No update before this step
-    #[arg(long, value_name = "STEP", default_value_t = 0)]
+    #[arg(long, value_name = "STEP", default_value_t = 0, conflicts_with = "run")]
     pub update_after_step: u64,
     /// Steps between snapshots
-    #[arg(long, value_name = "N", default_value_t = 1000)]
+    #[arg(long, value_name = "N", default_value_t = 1000, conflicts_with = "run")]
     pub checkpoint_every: u64,
     /// How many steps' snapshots are kept, the newest
-    #[arg(long, value_name = "N", default_value_t = 20)]
+    #[arg(long, value_name = "N", default_value_t = 20, conflicts_with = "run")]
     pub keep: usize,
     /// Tracked power-function profiles by relative standard deviation [default: 0.05,0.28]
-    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
+    #[arg(long, conflicts_with = "run", value_name = "LIST", allow_negative_numbers = true)]
     pub track: Vec<Numbers>,
     /// Tracked exponential profiles by decay per step
-    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
+    #[arg(long, conflicts_with = "run", value_name = "LIST", allow_negative_numbers = true)]
     pub track_beta: Vec<Numbers>,
 }
 

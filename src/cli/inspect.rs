@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use posthoc_ema::snapshot::{self, STATE_FILE, Snapshot, Stem, StoredFile};
-use posthoc_ema::{Profile, Run, report};
+use posthoc_ema::{Error, Profile, Run, report};
 use serde_json::json;
 
 use super::args::Inspect;
@@ -19,8 +19,8 @@ struct Entry {
 
 /// Shows what a run holds; a damaged snapshot is shown as such beside the sound ones.
 pub fn run(arguments: &Inspect) -> Outcome {
-    let listed = snapshot::list(&arguments.run)?;
-    let entries: Vec<Entry> = listed.iter().map(|(stem, files)| open(*stem, files)).collect();
+    let listed = snapshot::list_each(&arguments.run)?;
+    let entries: Vec<Entry> = listed.into_iter().map(|(stem, files)| open(stem, files)).collect();
     // What is wrong with the run as a whole, an empty directory included.
     let trouble = Run::open(&arguments.run).err().map(|error| error.to_string());
     if arguments.json {
@@ -35,8 +35,8 @@ pub fn run(arguments: &Inspect) -> Outcome {
     }
 }
 
-fn open(stem: Stem, files: &[PathBuf]) -> Entry {
-    Entry { stem, opened: Snapshot::open(stem, files).map_err(|error| error.to_string()) }
+fn open(stem: Stem, files: Result<Vec<PathBuf>, Error>) -> Entry {
+    Entry { stem, opened: files.and_then(|files| Snapshot::open(stem, &files)).map_err(|error| error.to_string()) }
 }
 
 fn profile(snapshot: &Snapshot) -> String {

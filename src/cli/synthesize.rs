@@ -61,13 +61,14 @@ fn paths(arguments: &Synthesize, plans: &[Plan]) -> Result<Vec<PathBuf>, Failure
     };
     std::fs::create_dir_all(dir)
         .map_err(|source| Failure::Failed(Error::Io { action: "create", path: dir.clone(), source }))?;
-    Ok(plans.iter().map(|plan| dir.join(file_name(plan))).collect())
+    Ok(plans.iter().enumerate().map(|(i, plan)| dir.join(file_name(i, plan))).collect())
 }
 
-/// `sigma_rel-0.15.step-20000.safetensors`: the target as its file's name.
-fn file_name(plan: &Plan) -> String {
+/// `sigma_rel-0.15.step-20000.safetensors`: the target as its file's name; tables, which have no name, by their number.
+fn file_name(i: usize, plan: &Plan) -> String {
     let target = plan.profile.to_string().replace(' ', "-");
-    format!("{target}.step-{}.safetensors", plan.at)
+    let number = if target.starts_with("table") { format!("-{}", i + 1) } else { String::new() };
+    format!("{target}{number}.step-{}.safetensors", plan.at)
 }
 
 fn write(run: &Run, plans: &[Plan], paths: &[PathBuf], dtype: Option<DtypeName>) -> Result<f64, Failure> {

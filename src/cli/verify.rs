@@ -1,39 +1,62 @@
 //! `posthoc-ema verify`.
 
-use posthoc_ema::{Run, snapshot};
+use std::path::{Path, PathBuf};
+
+use posthoc_ema::Run;
+use posthoc_ema::snapshot::{self, STATE_FILE, Snapshot, StoredFile};
 
 use super::args::Verify;
 use super::output::{byte_bar, bytes, print, print_json};
 use super::{Failure, Outcome};
 
-/// Reads every file of a run and compares its checksum.
+/// Reads every file of a run, compares its checksum, and checks that the snapshots belong together. What is damaged does
+/// not keep the rest from being read.
 pub fn run(arguments: &Verify) -> Outcome {
-    let run = Run::open(&arguments.run)?;
-    let files: Vec<_> = run.snapshots().iter().flat_map(|snapshot| snapshot.files()).collect();
-    let state = arguments.run.join(snapshot::STATE_FILE);
-    let state = state.exists().then(|| snapshot::StoredFile::open(&state));
-    let bar = byte_bar(files.iter().map(|file| file.len()).sum(), "verifying");
-    let mut damaged: Vec<String> = Vec::new();
-    let mut total = 0;
-    for file in &files {
-        damaged.extend(file.verify().err().map(|error| error.to_string()));
-        total += file.len();
-        bar.inc(file.len());
+    let mut trouble = Vec::new();
+    let (mut paths, mut sound) = (Vec::new(), true);
+    for (stem, files) in snapshot::list_each(&arguments.run)? {
+        let opened = files.and_then(|files| {
+            paths.extend(files.iter().cloned());
+            Snapshot::open(stem, &files)
+        });
+        sound &= opened.is_ok();
+        trouble.extend(opened.err().map(|error| error.to_string()));
     }
-    if let Some(state) = &state {
-        let checked = state.as_ref().map_err(ToString::to_string).and_then(|f| f.verify().map_err(|e| e.to_string()));
-        damaged.extend(checked.err());
+    if sound {
+        trouble.extend(Run::open(&arguments.run).err().map(|error| error.to_string()));
     }
-    bar.finish_and_clear();
-    let count = files.len() + usize::from(state.is_some());
+    paths.push(arguments.run.join(STATE_FILE));
+    paths.retain(|path| path.exists());
+    let total = check(&paths, &mut trouble);
     if arguments.json {
-        print_json(&serde_json::json!({ "files": count, "snapshot_bytes": total, "damaged": damaged }));
+        print_json(&serde_json::json!({ "files": paths.len(), "bytes": total, "damaged": trouble }));
     } else {
-        damaged.iter().for_each(|line| print(line));
-        print(&format!("{count} files checked ({} of snapshots), {} damaged", bytes(total), damaged.len()));
+        trouble.iter().for_each(|line| print(line));
+        print(&format!("{} files read ({}), {} findings", paths.len(), bytes(total), trouble.len()));
     }
-    if damaged.is_empty() {
+    if trouble.is_empty() {
         return Ok(());
     }
-    Err(Failure::Unhealthy(format!("{} of {count} files are damaged", damaged.len())))
+    Err(Failure::Unhealthy(format!("{}: {} findings", arguments.run.display(), trouble.len())))
+}
+
+/// Reads files and adds what is wrong with them; returns how many bytes were read.
+fn check(paths: &[PathBuf], trouble: &mut Vec<String>) -> u64 {
+    let size = |path: &Path| path.metadata().map_or(0, |metadata| metadata.len());
+    let bar = byte_bar(paths.iter().map(|path| size(path)).sum(), "verifying");
+    let mut total = 0;
+    for path in paths {
+        match StoredFile::open(path) {
+            Ok(file) => {
+                trouble.extend(file.verify().err().map(|error| error.to_string()));
+                total += file.len();
+            }
+            // A snapshot's file that does not open was reported with its snapshot.
+            Err(error) if path.ends_with(STATE_FILE) => trouble.push(error.to_string()),
+            Err(_) => {}
+        }
+        bar.inc(size(path));
+    }
+    bar.finish_and_clear();
+    total
 }

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// No history may hold more updates than this (half a gigabyte when decoded): a file that claims more is refused.
+/// No history may hold more updates than this: a file that claims more is refused. A solve over so many takes some
+/// gigabytes; a training of ten million steps with an update every ten needs 1.5% of it.
 pub(crate) const MAX_UPDATES: u64 = 1 << 26;
 
 /// Only so many runs, the newest, are looked at for one that a new update extends.
@@ -68,6 +69,10 @@ impl History {
         let last = self.last().unwrap_or(0);
         if time <= last {
             return Err(Error::History(format!("an update at {time} cannot follow one at {last}: times must grow")));
+        }
+        if self.runs.iter().map(|run| run.count()).sum::<u64>() >= MAX_UPDATES {
+            let why = format!("{MAX_UPDATES} updates are the most that a run can hold: update less often");
+            return Err(Error::History(why));
         }
         let open = self.runs.len().saturating_sub(OPEN_RUNS);
         let runs = &mut self.runs[open..];

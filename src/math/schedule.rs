@@ -50,14 +50,16 @@ impl Schedule {
     /// The snapshots of a training of `steps` steps.
     pub fn snapshots(&self, steps: u64) -> Vec<u64> {
         let every = self.checkpoint_every;
-        (1..=steps / every).map(|i| i * every).filter(|&t| t >= self.update_after_step).collect()
+        let count = steps.checked_div(every).unwrap_or(0);
+        (1..=count).map(|i| i * every).filter(|&t| t >= self.update_after_step).collect()
     }
 
     /// The updates of a training of `steps` steps.
     ///
     /// # Errors
-    /// [`Error::Setting`] where that makes too many updates to list.
+    /// [`Error::Setting`] for an interval of 0, or where that makes too many updates to list.
     pub fn updates(&self, steps: u64) -> Result<History> {
+        self.check()?;
         if steps / self.update_every.min(self.checkpoint_every) > MAX_UPDATES {
             let reason = format!("{steps} steps make more than {MAX_UPDATES} updates: plan with a longer interval");
             return Err(Error::Setting { option: "update_every", reason });
@@ -72,7 +74,7 @@ impl Schedule {
 }
 
 fn crosses(every: u64, previous: u64, time: u64) -> bool {
-    time / every > previous / every
+    every > 0 && time / every > previous / every
 }
 
 #[cfg(test)]

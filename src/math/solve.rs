@@ -15,6 +15,9 @@ const SAME: f64 = 8.0 * f64::EPSILON;
 /// Corrections after the first solve: the golden weights need one, the second is for worse conditions.
 const REFINEMENTS: usize = 2;
 
+/// The most sources of one solve: their Gram matrix and its factors take 1.5 GB.
+const MAX_SOURCES: usize = 8192;
+
 /// An average that can be blended: a chain of updates up to `step`.
 #[derive(Clone, Debug)]
 pub struct Source {
@@ -163,6 +166,10 @@ impl System {
 fn check_distinct(sources: &[Source]) -> Result<()> {
     if sources.is_empty() {
         return Err(Error::Nothing("there is no snapshot to blend".into()));
+    }
+    if sources.len() > MAX_SOURCES {
+        let reason = format!("{} snapshots are more than the {MAX_SOURCES} of one solve: keep fewer", sources.len());
+        return Err(Error::Setting { option: "max_checkpoints", reason });
     }
     for (i, first) in sources.iter().enumerate() {
         for second in &sources[i + 1..] {

@@ -10,7 +10,7 @@ use tempfile::NamedTempFile;
 use crate::error::{Error, Result};
 
 /// How the temporary names in a run begin and end; what a killed writer left is known by it.
-const PREFIX: &str = ".tmp-";
+const PREFIX: &str = ".posthoc-ema-";
 
 /// Bytes that one thread writes at a time.
 const STRETCH: usize = 4 << 20;
@@ -26,18 +26,16 @@ impl AtomicFile {
     /// Begins a file that will be called `path`, in the same directory.
     ///
     /// # Errors
-    /// [`Error::Io`] where the directory cannot be written.
+    /// [`Error::Io`] where the directory cannot be written, [`Error::Unexpected`] where `path` is a directory itself.
     pub fn create(path: &Path) -> Result<AtomicFile> {
+        if path.is_dir() {
+            return Err(Error::unexpected(path, "this is a directory: name a file in it"));
+        }
         // The mode that the process's umask gives any new file; tempfile's own default is private to the user.
         let permissions = Permissions::from_mode(0o666);
         let file = tempfile::Builder::new().prefix(PREFIX).permissions(permissions).tempfile_in(directory(path));
         let file = file.map_err(Error::io("write", path))?;
         Ok(AtomicFile { file, path: path.to_owned() })
-    }
-
-    /// The final name.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Writes bytes at an offset; callers may do so in any order and from several threads.

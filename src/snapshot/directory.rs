@@ -12,6 +12,7 @@ use super::atomic::{is_leftover, sync_directory};
 use super::meta::Meta;
 use super::read::{StoredFile, StoredTensor};
 use crate::error::{Error, Result};
+use crate::tensor::is_averaged;
 
 /// What a snapshot's file names begin with: profile index and step, `0.1000`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -77,12 +78,20 @@ fn parse(name: &str) -> Option<(Stem, Part)> {
     (canonical == name).then_some((stem, part))
 }
 
-/// The snapshots of a run and the files of each, without opening them. A set of shards that is incomplete and has no
-/// index was never finished: it is left out, with a warning.
+/// The snapshots of a run and the files of each, without opening them.
 ///
 /// # Errors
-/// [`Error::Io`] where the directory cannot be read, [`Error::Damaged`] for a finished set with a shard missing.
+/// As [`list_each`], and [`Error::Unexpected`] for a finished set with a shard missing.
 pub fn list(dir: &Path) -> Result<BTreeMap<Stem, Vec<PathBuf>>> {
+    list_each(dir)?.into_iter().map(|(stem, files)| Ok((stem, files?))).collect()
+}
+
+/// The snapshots of a run and the files of each, or why a snapshot is not whole. A set of shards that is incomplete
+/// and has no index was never finished: it is left out, with a warning.
+///
+/// # Errors
+/// [`Error::NoRun`] where there is no such directory, [`Error::Io`] where it cannot be read.
+pub fn list_each(dir: &Path) -> Result<BTreeMap<Stem, Result<Vec<PathBuf>>>> {
     let mut found: BTreeMap<Stem, Vec<Part>> = BTreeMap::new();
     for name in names(dir)? {
         if let Some((stem, part)) = parse(&name) {
@@ -91,11 +100,19 @@ pub fn list(dir: &Path) -> Result<BTreeMap<Stem, Vec<PathBuf>>> {
     }
     let mut snapshots = BTreeMap::new();
     for (stem, parts) in found {
-        if let Some(files) = complete(dir, stem, &parts)? {
+        if let Some(files) = complete(dir, stem, &parts).transpose() {
             snapshots.insert(stem, files);
         }
     }
     Ok(snapshots)
+}
+
+/// The name of any file in a directory that is part of a snapshot, finished or not.
+///
+/// # Errors
+/// As [`list_each`].
+pub fn any_part(dir: &Path) -> Result<Option<String>> {
+    Ok(names(dir)?.into_iter().find(|name| parse(name).is_some()))
 }
 
 fn complete(dir: &Path, stem: Stem, parts: &[Part]) -> Result<Option<Vec<PathBuf>>> {
@@ -108,9 +125,13 @@ fn complete(dir: &Path, stem: Stem, parts: &[Part]) -> Result<Option<Vec<PathBuf
     match (of, missing) {
         (Some(n), None) => Ok(Some((1..=n).map(|i| dir.join(stem.shard_name(i, n))).collect())),
         (Some(n), Some(i)) if parts.contains(&Part::Index) => {
-            Err(Error::damaged(&dir.join(stem.shard_name(i, n)), "this shard of a snapshot is missing"))
+            let why = format!("this shard is missing: bring it back, or move all files of snapshot {stem} out");
+            Err(Error::unexpected(&dir.join(stem.shard_name(i, n)), why))
         }
-        (None, _) => Err(Error::damaged(&dir.join(stem.index_name()), "an index without any of its shards")),
+        (None, _) => {
+            let why = "none of its shards is there: bring them back, or remove it";
+            Err(Error::unexpected(&dir.join(stem.index_name()), why))
+        }
         _ => {
             tracing::warn!("{}: snapshot {stem} was not written to its end and is left out", dir.display());
             Ok(None)
@@ -149,7 +170,7 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
     for name in names(dir)? {
         let path = dir.join(&name);
         let unfinished = matches!(parse(&name), Some((_, Part::Shard { .. }))) && !finished.contains(&path);
-        if is_leftover(&name) || unfinished {
+        if path.is_file() && (is_leftover(&name) || unfinished) {
             fs::remove_file(&path).map_err(Error::io("remove", &path))?;
         }
     }
@@ -207,6 +228,7 @@ impl Snapshot {
             }
         }
         let meta = meta.ok_or_else(|| Error::Nothing(format!("snapshot {stem} has no file")))?;
+        check_dtypes(&files, &meta)?;
         if let Some((dropped, kept)) = meta.tied.iter().find(|(_, kept)| !places.contains_key(*kept)) {
             let why = format!("the metadata tie `{dropped}` to `{kept}`, which is not there");
             return Err(Error::damaged(files[0].path(), why));
@@ -295,6 +317,20 @@ impl Snapshot {
     }
 }
 
+/// Checks the dtypes that the metadata claim: only an averaged tensor is stored in another dtype than the model's.
+fn check_dtypes(files: &[StoredFile], meta: &Meta) -> Result<()> {
+    for (name, &dtype) in &meta.dtypes {
+        let stored = files.iter().find_map(|file| file.tensors().get(name));
+        let fits =
+            |stored: &StoredTensor| is_averaged(stored.dtype) && is_averaged(dtype) && !meta.copied.contains(name);
+        if !stored.is_some_and(fits) {
+            let why = format!("the metadata give tensor `{name}` the dtype {dtype}, which cannot be");
+            return Err(Error::damaged(files[0].path(), why));
+        }
+    }
+    Ok(())
+}
+
 fn check_stem(file: &StoredFile, stem: Stem, meta: &Meta) -> Result<()> {
     if meta.step == stem.step {
         return Ok(());
@@ -322,6 +358,17 @@ fn merge(meta: &mut Meta, own: Meta, path: &Path, other: &Path) -> Result<()> {
 /// # Errors
 /// [`Error::NoRun`] where there is none; those of [`Snapshot::open`] and [`Snapshot::check_sibling`].
 pub fn open_all(dir: &Path) -> Result<Vec<Snapshot>> {
+    // A tracker beside this reader may drop a snapshot between the listing and the opening: then the listing is old.
+    for _ in 0..9 {
+        match try_open_all(dir) {
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {}
+            result => return result,
+        }
+    }
+    try_open_all(dir)
+}
+
+fn try_open_all(dir: &Path) -> Result<Vec<Snapshot>> {
     let snapshots: Vec<Snapshot> =
         list(dir)?.iter().map(|(&stem, paths)| Snapshot::open(stem, paths)).collect::<Result<_>>()?;
     let Some(first) = snapshots.first() else {

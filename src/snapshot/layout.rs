@@ -14,7 +14,7 @@ use crate::tensor::byte_size;
 const PAGE: usize = 4096;
 
 /// No reader takes a longer header.
-const MAX_HEADER: usize = 100_000_000;
+pub(super) const MAX_HEADER: usize = 100_000_000;
 
 /// The entry of a header that is no tensor.
 const METADATA: &str = "__metadata__";

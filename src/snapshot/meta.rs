@@ -16,12 +16,10 @@ const VERSION: &str = "posthoc_ema";
 const HISTORY: &str = "history";
 const DTYPES: &str = "dtypes";
 const COPIED: &str = "copied";
+const TIED: &str = "tied";
 const RUN: &str = "run";
 /// The key of the checksum of the data section.
 pub(super) const CHECKSUM: &str = "checksum";
-
-/// Every key that has a meaning here; any other names a tied tensor.
-const KEYS: [&str; 9] = [FORMAT, VERSION, PROFILE, STEP, HISTORY, DTYPES, COPIED, RUN, CHECKSUM];
 
 /// What a snapshot says of itself.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -43,18 +41,16 @@ pub struct Meta {
 }
 
 impl Meta {
-    /// Whether a tensor of this name can be listed as tied: not where it reads as one of the other keys.
-    pub fn can_be_tied(name: &str) -> bool {
-        !KEYS.contains(&name)
-    }
-
     /// The strings of `__metadata__`, without the checksum.
     pub fn to_strings(&self) -> BTreeMap<String, String> {
+        // As Hugging Face's `save_model` has it, `dropped name -> kept name`, for its tools; what counts here is one key
+        // of our own, which no tensor's name can be taken for.
         let mut strings = self.tied.clone();
         strings.extend(base_strings());
         strings.insert(PROFILE.into(), self.profile.clone());
         strings.insert(STEP.into(), self.step.to_string());
         strings.insert(DTYPES.into(), serde_json::json!(self.dtypes).to_string());
+        strings.insert(TIED.into(), serde_json::json!(self.tied).to_string());
         strings.insert(COPIED.into(), serde_json::json!(self.copied).to_string());
         strings.extend(self.history.clone().map(|history| (HISTORY.into(), history)));
         strings.extend(self.run.clone().map(|run| (RUN.into(), run)));
@@ -74,6 +70,7 @@ impl Meta {
         let wrong = |key: &str, value: &str| Error::damaged(path, format!("the metadata's `{key}` is `{value}`"));
         let step = text(STEP)?;
         let dtypes = strings.get(DTYPES).map_or("{}", String::as_str);
+        let tied = strings.get(TIED).map_or("{}", String::as_str);
         let copied = strings.get(COPIED).map_or("[]", String::as_str);
         Ok(Meta {
             profile: text(PROFILE)?,
@@ -82,7 +79,7 @@ impl Meta {
             dtypes: serde_json::from_str(dtypes).map_err(|_| wrong(DTYPES, dtypes))?,
             copied: serde_json::from_str(copied).map_err(|_| wrong(COPIED, copied))?,
             run: strings.get(RUN).cloned(),
-            tied: tied(strings),
+            tied: serde_json::from_str(tied).map_err(|_| wrong(TIED, tied))?,
         })
     }
 }
@@ -90,12 +87,6 @@ impl Meta {
 /// The strings that every file of a run carries: `format` is what Hugging Face's tools insist on.
 pub(crate) fn base_strings() -> BTreeMap<String, String> {
     BTreeMap::from([(FORMAT.into(), "pt".into()), (VERSION.into(), "1".into())])
-}
-
-/// Names that share another tensor's elements.
-pub(super) fn tied(strings: &BTreeMap<String, String>) -> BTreeMap<String, String> {
-    let other = strings.iter().filter(|(key, _)| !KEYS.contains(&key.as_str()));
-    other.map(|(dropped, kept)| (dropped.clone(), kept.clone())).collect()
 }
 
 /// Checks that a file is ours and that this version can read it.
@@ -134,6 +125,9 @@ mod tests {
         let strings = meta().to_strings();
         assert_eq!(strings["format"], "pt");
         assert_eq!(strings["head"], "embedding");
+        let mut foreign = strings.clone();
+        foreign.insert("license".into(), "mit".into());
+        assert_eq!(Meta::from_strings(Path::new("f"), &foreign).unwrap(), meta());
         assert_eq!(Meta::from_strings(Path::new("f"), &strings).unwrap(), meta());
     }
 

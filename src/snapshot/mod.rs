@@ -11,14 +11,15 @@ mod read;
 mod shards;
 mod write;
 
-pub use atomic::AtomicFile;
-pub use directory::{Snapshot, Stem, list, open_all, remove, remove_leftovers};
-pub use layout::{FileLayout, Placed, TensorSpec};
-pub use lock::Lock;
-pub use meta::{Meta, PROFILE, STEP};
-pub(crate) use meta::{base_strings, check_version};
+pub(crate) use atomic::AtomicFile;
+pub use directory::{Snapshot, Stem, list, list_each};
+pub(crate) use directory::{any_part, open_all, remove, remove_leftovers};
+pub(crate) use layout::{FileLayout, TensorSpec};
+pub(crate) use lock::Lock;
+pub use meta::Meta;
+pub(crate) use meta::{PROFILE, STEP, base_strings, check_version};
 pub use read::{StoredFile, StoredTensor};
-pub use write::{Fill, write_file, write_snapshot};
+pub(crate) use write::{write_file, write_snapshot};
 
 /// The live state of a run, for resuming.
 pub const STATE_FILE: &str = "state.safetensors";

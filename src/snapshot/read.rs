@@ -6,8 +6,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 
+use super::layout::MAX_HEADER;
 use super::meta::CHECKSUM;
 use crate::error::{Error, Result};
 
@@ -49,8 +51,7 @@ impl StoredFile {
         // SAFETY: the mapping is private and read-only. Files of a run are only ever replaced by renaming, never changed
         // in place, so the bytes do not change under the borrow as long as nobody else writes into the run's files.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        let (header, parsed) = SafeTensors::read_metadata(&map).map_err(|error| Error::damaged(path, error))?;
-        let data = header + 8;
+        let (data, parsed) = read_header(path, &map)?;
         let place = |(start, end): (usize, usize)| data + start..data + end;
         let tensors = parsed.tensors().into_iter().map(|(name, info)| {
             (name, StoredTensor { dtype: info.dtype, shape: info.shape.clone(), range: place(info.data_offsets) })
@@ -107,6 +108,22 @@ impl StoredFile {
     }
 }
 
+/// Where the data begin, and the header. The crate checks every entry; the sum of all lengths is checked here, because
+/// its own sum overflows for a hostile header.
+fn read_header(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata)> {
+    let damaged = |reason: &str| Error::damaged(path, reason);
+    let (length, rest) = bytes.split_first_chunk::<8>().ok_or_else(|| damaged("the file is shorter than 8 bytes"))?;
+    let length = usize::try_from(u64::from_le_bytes(*length)).ok().filter(|&n| n <= MAX_HEADER);
+    let length = length.ok_or_else(|| damaged("the header is longer than the format allows"))?;
+    let header = rest.get(..length).ok_or_else(|| damaged("the file ends within its header"))?;
+    let parsed: Metadata = serde_json::from_slice(header).map_err(|error| Error::damaged(path, error))?;
+    let (told, found) = (parsed.data_len(), rest.len() - length);
+    if told != found {
+        return Err(damaged(&format!("the header tells of {told} bytes of data, and there are {found}")));
+    }
+    Ok((8 + length, parsed))
+}
+
 /// A checksum as the metadata have it.
 pub(super) fn format_checksum(hasher: &blake3::Hasher) -> String {
     format!("{ALGORITHM}{}", hasher.finalize().to_hex())
@@ -157,6 +174,13 @@ mod tests {
             std::fs::write(&path, &whole[..length]).unwrap();
             assert!(matches!(StoredFile::open(&path), Err(Error::Damaged { .. })), "{length}");
         }
+        // Lengths that add up to 2^64 - 8.
+        let each = (1u64 << 61) - 1;
+        let entry = |i: u64| {
+            let (start, end) = (i * each, (i + 1) * each);
+            format!("\"{i}\":{{\"dtype\":\"U8\",\"shape\":[{each}],\"data_offsets\":[{start},{end}]}}")
+        };
+        let overflowing = format!("{{{}}}", (0..8).map(entry).collect::<Vec<_>>().join(","));
         let header = |json: &str| [&(json.len() as u64).to_le_bytes()[..], json.as_bytes(), &[0; 16]].concat();
         for bytes in [
             u64::MAX.to_le_bytes().to_vec(),
@@ -166,6 +190,7 @@ mod tests {
             header("{\"w\":{\"dtype\":\"U8\",\"shape\":[18446744073709551615,9],\"data_offsets\":[0,16]}}"),
             header("{\"w\":{\"dtype\":\"Q8\",\"shape\":[16],\"data_offsets\":[0,16]}}"),
             header("{}"),
+            header(&overflowing),
         ] {
             std::fs::write(&path, bytes).unwrap();
             assert!(matches!(StoredFile::open(&path), Err(Error::Damaged { .. })));

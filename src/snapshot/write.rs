@@ -17,7 +17,8 @@ const BLOCK: usize = 32 << 20;
 
 /// Fills a stretch of a tensor: its index in the list of specs, the range of its bytes, and where they go.
 ///
-/// A stretch begins and ends at multiples of 64 bytes or at the tensor's end, so it never cuts an element.
+/// A stretch never cuts an element: tensors lie in order of falling element size, so each begins at a multiple of its
+/// own, and blocks end at multiples of the largest.
 pub type Fill<'a> = dyn Fn(usize, Range<usize>, &mut [u8]) + Sync + 'a;
 
 /// Writes one file.

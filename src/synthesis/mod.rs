@@ -7,6 +7,7 @@ mod plan;
 mod pool;
 mod run;
 mod stored;
+mod streaming;
 
 pub use forecast::Forecast;
 pub use output::{Output, WriteOptions};
@@ -16,3 +17,6 @@ pub use run::Run;
 pub(crate) use plan::solve;
 pub(crate) use pool::{Holder, Pool, PoolTensor, Source};
 pub(crate) use stored::profile_json;
+
+#[cfg(test)]
+mod tests;

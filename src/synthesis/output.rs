@@ -1,7 +1,6 @@
 //! Where blends go: files, memory, a live model.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -11,15 +10,13 @@ use super::blend::TensorBlend;
 use super::plan::Plan;
 use super::pool::{Pool, PoolTensor, Selection};
 use super::stored::profile_json;
+use super::streaming::Streaming;
 use crate::error::{Error, Result};
 use crate::snapshot::{AtomicFile, FileLayout, Meta, PROFILE, STEP, TensorSpec};
 use crate::tensor::{ParametersMut, Tensor, TensorViewMut, Tensors, byte_size, is_averaged};
 
-/// Bytes of results that all threads together hold at a time.
-const BUFFERED: usize = 64 << 20;
-
-/// The most elements that a thread blends before it writes.
-const MOST_ELEMENTS: usize = 1 << 18;
+/// Targets of one pass: more would exceed the memory promised, and the files that a process may have open.
+const MAX_TARGETS: usize = 256;
 
 /// A plan and the file that its result goes to.
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +99,13 @@ impl Pool<'_> {
             let reason = format!("{dtype} is no dtype for averages: choose f32, bf16, f16 or f64");
             return Err(Error::Setting { option: "dtype", reason });
         }
+        if outputs.is_empty() {
+            return Err(Error::Nothing("no target was given".into()));
+        }
+        outputs.chunks(MAX_TARGETS).try_for_each(|outputs| self.write_pass(outputs, options))
+    }
+
+    fn write_pass(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<()> {
         let plans: Vec<&Plan> = outputs.iter().map(|output| output.plan).collect();
         let selection = self.select(&plans)?;
         let layout = FileLayout::new(self.tensors.iter().map(|tensor| spec(tensor, options.dtype)).collect())?;
@@ -112,8 +116,20 @@ impl Pool<'_> {
             file.write_at(0, &header)?;
             files.push((file, header.len() as u64));
         }
-        Streaming { pool: self, selection: &selection, layout: &layout, files: &files, options }.run()?;
+        self.copy(&selection, &layout, &files)?;
+        Streaming::new(self, &selection, &layout, &files, options)?.run()?;
         files.into_iter().try_for_each(|(file, _)| file.commit())
+    }
+
+    /// Copies the tensors that are not averaged.
+    fn copy(&self, selection: &Selection<'_>, layout: &FileLayout, files: &[(AtomicFile, u64)]) -> Result<()> {
+        for place in layout.places().iter().filter(|place| !self.tensors[place.index].averaged) {
+            for (target, (file, data)) in files.iter().enumerate() {
+                let bytes = copied(selection, target, &self.tensors[place.index])?;
+                file.write_block_at(data + place.range.start as u64, bytes)?;
+            }
+        }
+        Ok(())
     }
 
     fn metadata(&self, plan: &Plan) -> BTreeMap<String, String> {
@@ -153,106 +169,5 @@ fn check_distinct(outputs: &[Output<'_>]) -> Result<()> {
             Err(Error::unexpected(&pair[0], "two targets are to be written to this one file: name them apart"))
         }
         None => Ok(()),
-    }
-}
-
-fn take<'a>(rest: &mut &'a mut [u8], n: usize) -> &'a mut [u8] {
-    rest.split_off_mut(..n).unwrap_or_default()
-}
-
-/// One pass over the sources, a block of the output at a time.
-struct Streaming<'a> {
-    pool: &'a Pool<'a>,
-    selection: &'a Selection<'a>,
-    layout: &'a FileLayout,
-    /// Each target's file and where its data section begins.
-    files: &'a [(AtomicFile, u64)],
-    options: &'a WriteOptions<'a>,
-}
-
-/// A stretch of one tensor and where it goes in the data section.
-struct Stretch {
-    tensor: usize,
-    elements: Range<usize>,
-    offset: usize,
-}
-
-impl Streaming<'_> {
-    fn run(&self) -> Result<()> {
-        self.copy()?;
-        let blends = self.pool.tensors.iter().enumerate().map(|(i, tensor)| {
-            let dtype = self.layout.specs()[i].dtype;
-            tensor.averaged.then(|| TensorBlend::new(self.selection, tensor, dtype)).transpose()
-        });
-        let blends: Vec<Option<TensorBlend<'_>>> = blends.collect::<Result<_>>()?;
-        let blocks = self.blocks();
-        blocks.par_iter().try_for_each_init(
-            || vec![Vec::new(); self.files.len()],
-            |buffers, block| self.block(&blends, block, buffers),
-        )
-    }
-
-    /// Copies the tensors that are not averaged.
-    fn copy(&self) -> Result<()> {
-        for place in self.layout.places() {
-            let tensor = &self.pool.tensors[place.index];
-            if tensor.averaged {
-                continue;
-            }
-            for (target, (file, data)) in self.files.iter().enumerate() {
-                file.write_block_at(data + place.range.start as u64, copied(self.selection, target, tensor)?)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Cuts the averaged tensors, in the order of the file, into blocks of adjacent stretches.
-    fn blocks(&self) -> Vec<Vec<Stretch>> {
-        let held = self.files.len() * 8 * rayon::current_num_threads();
-        let most = (BUFFERED / held).clamp(1 << 12, MOST_ELEMENTS);
-        let mut blocks: Vec<Vec<Stretch>> = vec![Vec::new()];
-        let (mut filled, mut end) = (0, 0);
-        for place in self.layout.places().iter().filter(|place| self.pool.tensors[place.index].averaged) {
-            let size = self.layout.specs()[place.index].dtype.bitsize() / 8;
-            let total = place.range.len() / size;
-            let mut start = 0;
-            while start < total {
-                if filled >= most || place.range.start + start * size != end {
-                    blocks.push(Vec::new());
-                    filled = 0;
-                }
-                let n = (most - filled).min(total - start);
-                let offset = place.range.start + start * size;
-                let stretch = Stretch { tensor: place.index, elements: start..start + n, offset };
-                blocks.last_mut().expect("there is one").push(stretch);
-                (start, filled, end) = (start + n, filled + n, offset + n * size);
-            }
-        }
-        blocks
-    }
-
-    fn block(&self, blends: &[Option<TensorBlend<'_>>], block: &[Stretch], buffers: &mut [Vec<u8>]) -> Result<()> {
-        let Some(first) = block.first() else { return Ok(()) };
-        let size = |stretch: &Stretch| stretch.elements.len() * self.layout.specs()[stretch.tensor].dtype.bitsize() / 8;
-        let total = block.iter().map(size).sum();
-        buffers.iter_mut().for_each(|buffer| buffer.resize(total, 0));
-        let mut rest: Vec<&mut [u8]> = buffers.iter_mut().map(|buffer| &mut buffer[..total]).collect();
-        for stretch in block {
-            let mut dst: Vec<&mut [u8]> = rest.iter_mut().map(|rest| take(rest, size(stretch))).collect();
-            if let Some(blend) = &blends[stretch.tensor] {
-                blend.stretch(&mut dst, stretch.elements.clone())?;
-                self.report(blend.bytes_read(stretch.elements.len()));
-            }
-        }
-        for (buffer, (file, data)) in buffers.iter().zip(self.files) {
-            file.write_at(data + first.offset as u64, &buffer[..total])?;
-        }
-        Ok(())
-    }
-
-    fn report(&self, bytes: u64) {
-        if let Some(progress) = self.options.progress {
-            progress(bytes);
-        }
     }
 }

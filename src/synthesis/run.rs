@@ -1,5 +1,6 @@
 //! A run on disk, opened for reading.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::output::{Output, WriteOptions};
@@ -18,6 +19,7 @@ use crate::tensor::{Tensors, is_averaged};
 pub struct Run {
     dir: PathBuf,
     snapshots: Vec<Snapshot>,
+    /// Of each snapshot, as its chain.
     profiles: Vec<Profile>,
     chains: Vec<Chain>,
     /// The updates of the newest snapshot; none where a snapshot does not tell.
@@ -51,9 +53,9 @@ impl Run {
         &self.snapshots
     }
 
-    /// The profile of each snapshot.
-    pub fn profiles(&self) -> &[Profile] {
-        &self.profiles
+    /// The tracked profiles, by their index within the run.
+    pub fn profiles(&self) -> BTreeMap<usize, &Profile> {
+        self.snapshots.iter().map(|snapshot| snapshot.stem.index).zip(&self.profiles).collect()
     }
 
     /// The updates up to the newest snapshot; none where the snapshots do not tell.

@@ -6,12 +6,11 @@ use crate::error::{Error, Result};
 use crate::math::{Chain, History, Profile};
 use crate::snapshot::Snapshot;
 
-/// `history`: the updates, and for a chain that another tool wrote the rule of its decays.
+/// `history` of a chain that another tool wrote: the updates and the rule of their decays.
 #[derive(Serialize, Deserialize)]
-#[serde(untagged)]
-enum StoredHistory {
-    Tracked(History),
-    Foreign { updates: History, decay: StoredDecay },
+struct ForeignHistory {
+    updates: History,
+    decay: StoredDecay,
 }
 
 /// The rule of a foreign chain's decays.
@@ -33,17 +32,24 @@ pub(crate) fn read_chain(snapshot: &Snapshot) -> Result<(Profile, Chain, Option<
         Error::damaged(snapshot.path(), format!("the metadata's `{key}` cannot be understood: {error}"))
     };
     let profile: Profile = serde_json::from_str(&snapshot.meta.profile).map_err(|e| damaged("profile", e))?;
+    if !profile.is_trackable() {
+        let why = format!("the metadata's `profile` is {profile}, which no running average can track");
+        return Err(Error::damaged(snapshot.path(), why));
+    }
     let Some(history) = &snapshot.meta.history else {
         return Ok((profile.clone(), Chain::Tracked(profile), None));
     };
-    let (chain, updates) = match serde_json::from_str(history).map_err(|e| damaged("history", e))? {
-        StoredHistory::Tracked(updates) => (Chain::Tracked(profile.clone()), updates),
-        StoredHistory::Foreign { updates, decay: StoredDecay::Counter { stride, offset } } => {
-            let gamma = profile.as_gamma().ok_or_else(|| {
-                Error::damaged(snapshot.path(), "a decay by a counter belongs to a power-function profile")
-            })?;
-            (Chain::Counter { gamma, stride, offset }, updates)
-        }
+    // A list is the updates of a chain of our own.
+    let (chain, updates) = if history.trim_start().starts_with('[') {
+        let updates = serde_json::from_str(history).map_err(|e| damaged("history", e))?;
+        (Chain::Tracked(profile.clone()), updates)
+    } else {
+        let ForeignHistory { updates, decay } = serde_json::from_str(history).map_err(|e| damaged("history", e))?;
+        let StoredDecay::Counter { stride, offset } = decay;
+        let gamma = profile.as_gamma().filter(|_| stride > 0).ok_or_else(|| {
+            Error::damaged(snapshot.path(), "a decay by a growing counter belongs to a power-function profile")
+        })?;
+        (Chain::Counter { gamma, stride, offset }, updates)
     };
     if updates.last() != Some(snapshot.stem.step) {
         let why = format!("the history ends at {:?}, not at step {}", updates.last().unwrap_or(0), snapshot.stem.step);

@@ -20,12 +20,24 @@ impl PostHocEma {
         let dtypes = self.stored_dtypes()?;
         let before = std::mem::replace(&mut self.stored, self.history.last());
         let average = |(index, dtypes): (usize, &Vec<Dtype>)| self.write_average(index, dtypes);
-        if let Err(error) = self.save().and_then(|()| dtypes.iter().enumerate().try_for_each(average)) {
-            // What is missing is written by the next checkpoint, by `finish` or by a resume.
+        let written = super::state::write(self).and_then(|()| dtypes.iter().enumerate().try_for_each(average));
+        self.pending = written.is_err();
+        if written.is_err() {
             self.stored = before;
-            return Err(error);
         }
+        written?;
         self.drop_oldest()
+    }
+
+    /// Tries once more to store what could not be stored, before the averages move on.
+    pub(super) fn retry(&mut self) {
+        if !self.pending {
+            return;
+        }
+        if let Err(error) = self.checkpoint() {
+            tracing::warn!("the snapshot of step {} is given up: {error}", self.history.last().unwrap_or(0));
+            self.pending = false;
+        }
     }
 
     /// Writes what a process that died left unwritten of its last checkpoint.
@@ -49,16 +61,18 @@ impl PostHocEma {
     /// To be called wherever the training's own checkpoints are saved.
     ///
     /// # Errors
-    /// [`Error::Io`]; the state that was stored before is then untouched.
+    /// [`Error::NonFinite`] where an average holds NaN or infinity, [`Error::Io`]; the state that was stored before is
+    /// then untouched.
     pub fn save(&self) -> Result<()> {
+        self.stored_dtypes()?;
         super::state::write(self)
     }
 
     /// Ends the run: stores a snapshot of the newest update where there is none yet, and the live state.
     ///
     /// # Errors
-    /// As [`PostHocEma::update`].
-    pub fn finish(mut self) -> Result<()> {
+    /// As [`PostHocEma::update`]; it can then be called again.
+    pub fn finish(&mut self) -> Result<()> {
         if self.history.is_empty() {
             return Ok(());
         }
@@ -87,19 +101,22 @@ impl PostHocEma {
             return Err(Error::NonFinite { tensor, profile, element, value: values[element], step });
         }
         let dtype = self.settings.checkpoint_dtype.unwrap_or(entry.dtype);
-        if cpu::max_finite(dtype).is_some_and(|most| f64::from(range.largest) <= most) {
-            return Ok(dtype);
-        }
-        tracing::warn!(
-            "tensor `{}` holds {} at step {step}, beyond {dtype}: its snapshot is kept in F32",
-            entry.name,
-            range.largest
-        );
-        Ok(Dtype::F32)
+        let fits = cpu::max_finite(dtype).is_some_and(|most| f64::from(range.largest) <= most);
+        Ok(if fits { dtype } else { Dtype::F32 })
     }
 
     fn write_average(&self, index: usize, dtypes: &[Dtype]) -> Result<()> {
         let (averaged, copied) = (self.table.averaged(), self.table.copied());
+        for (entry, &stored) in averaged.iter().zip(dtypes) {
+            let wanted = self.settings.checkpoint_dtype.unwrap_or(entry.dtype);
+            if stored != wanted {
+                let stem = self.stem(index);
+                tracing::warn!(
+                    "snapshot {stem}: tensor `{}` holds values beyond {wanted} and is kept in {stored}",
+                    entry.name
+                );
+            }
+        }
         let spec = |entry: &Entry, dtype| TensorSpec { name: entry.name.clone(), dtype, shape: entry.shape.clone() };
         let mut specs: Vec<TensorSpec> =
             averaged.iter().zip(dtypes).map(|(entry, &dtype)| spec(entry, dtype)).collect();

@@ -65,7 +65,7 @@ impl PostHocEma {
         if let Some(run) = &run {
             pool.holders.extend(run.pool().holders);
         }
-        // The live averages hold more digits than the snapshots of the same step.
+        // A snapshot of the newest step is the live average again, in fewer digits where its dtype is narrower.
         pool.holders.retain(|(source, _)| source.step < step);
         pool.holders.extend(live.iter().map(|live| (self.live_source(live.index, step), live as &dyn Holder)));
         pool.holders.sort_by_key(|(source, _)| (source.index, source.step));

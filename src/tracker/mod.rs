@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod live;
+mod names;
 mod options;
 mod state;
 mod table;
@@ -47,7 +48,6 @@ pub enum Step {
 /// ema.finish()?;
 /// # Ok::<(), posthoc_ema::Error>(())
 /// ```
-#[derive(Debug)]
 pub struct PostHocEma {
     dir: PathBuf,
     settings: Settings,
@@ -60,6 +60,8 @@ pub struct PostHocEma {
     history: History,
     /// The newest step of which snapshots are, or are being, stored.
     stored: Option<u64>,
+    /// Whether the snapshots of the newest update could not be stored and are still to be.
+    pending: bool,
     /// Drawn at random when the run began; every snapshot carries it.
     run: String,
     _lock: Lock,
@@ -74,11 +76,13 @@ impl PostHocEma {
     /// To be called once after each training step: updates the averages and stores snapshots when they are due.
     ///
     /// # Errors
-    /// [`Error::Changed`] where names, shapes or dtypes are not those of the first call, [`Error::NonFinite`] where an
-    /// average to be stored holds NaN or infinity, [`Error::Io`] where it cannot be written. The run on disk is then
-    /// as it was before.
+    /// [`Error::Changed`] where names, shapes or dtypes are not those the run began with: the call then did not happen.
+    /// [`Error::NonFinite`] where an average to be stored holds NaN or infinity: nothing is written then.
+    /// [`Error::Io`] where a snapshot cannot be written: the averages are up to date, no file is half written, training
+    /// can go on, and the snapshot is tried again before the next update, and given up with a warning if that fails too.
     pub fn update(&mut self, params: &(impl Parameters + ?Sized)) -> Result<Step> {
-        self.update_at(self.clock + 1, params)
+        let time = self.clock.checked_add(1).ok_or(Error::Time { time: self.clock, last: self.clock })?;
+        self.update_at(time, params)
     }
 
     /// As [`PostHocEma::update`], on a clock of the caller's own: images, tokens, or steps counted elsewhere.
@@ -92,11 +96,13 @@ impl PostHocEma {
         if time <= previous {
             return Err(Error::Time { time, last: previous });
         }
-        self.clock = time;
         if !self.settings.schedule.is_update_due(previous, time) {
+            self.clock = time;
             return Ok(Step::Skipped);
         }
+        self.retry();
         params.with_tensors(&mut |views| self.fold(time, views))?;
+        self.clock = time;
         if !self.settings.schedule.is_snapshot_due(previous, time) {
             return Ok(Step::Updated);
         }
@@ -137,6 +143,17 @@ impl PostHocEma {
     /// The run's directory.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+}
+
+impl std::fmt::Debug for PostHocEma {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (dir, clock, settings) = (&self.dir, &self.clock, &self.settings);
+        f.debug_struct("PostHocEma")
+            .field("dir", dir)
+            .field("clock", clock)
+            .field("settings", settings)
+            .finish_non_exhaustive()
     }
 }
 

@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use globset::{Glob, GlobSet, GlobSetBuilder};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
+use super::names::{Choice, Names};
 use super::table::Table;
 use super::{PostHocEma, state};
 use crate::compute::cpu::{Averages, Precision};
@@ -50,6 +50,7 @@ pub struct Options {
     checkpoint_dtype: Option<Option<Dtype>>,
     precision: Option<Precision>,
     shard_size: Option<u64>,
+    average: Option<Vec<String>>,
     copy: Option<Vec<String>>,
     leave_out: Option<Vec<String>>,
 }
@@ -63,6 +64,8 @@ pub(super) struct Settings {
     pub checkpoint_dtype: Option<Dtype>,
     pub precision: Precision,
     pub shard_size: u64,
+    /// Only these are averaged, where given.
+    pub average: Option<Vec<String>>,
     pub copy: Vec<String>,
     pub leave_out: Vec<String>,
 }
@@ -76,6 +79,7 @@ impl Default for Settings {
             checkpoint_dtype: None,
             precision: Precision::default(),
             shard_size: SHARD_SIZE,
+            average: None,
             copy: Vec::new(),
             leave_out: Vec::new(),
         }
@@ -94,6 +98,7 @@ impl Options {
             checkpoint_dtype: None,
             precision: None,
             shard_size: None,
+            average: None,
             copy: None,
             leave_out: None,
         }
@@ -174,6 +179,13 @@ impl Options {
         self
     }
 
+    /// Tensors, by name or glob (`*.lora_*`), to average. Default: all of floating-point dtypes; where names are given,
+    /// the others are copied.
+    pub fn average<S: Into<String>>(mut self, globs: impl IntoIterator<Item = S>) -> Self {
+        self.average = Some(globs.into_iter().map(Into::into).collect());
+        self
+    }
+
     /// Tensors, by name or glob (`*.running_mean`), to copy from the newest update instead of averaging them.
     pub fn copy<S: Into<String>>(mut self, globs: impl IntoIterator<Item = S>) -> Self {
         self.copy = Some(globs.into_iter().map(Into::into).collect());
@@ -197,7 +209,9 @@ impl Options {
         check_settings(&settings)?;
         let mut table = Table::default();
         params.with_tensors(&mut |views| {
-            table = Table::new(views, &globs("copy", &settings.copy)?, &globs("leave_out", &settings.leave_out)?)?;
+            let choice = settings.choice()?;
+            choice.check(views)?;
+            table = Table::new(views, &choice)?;
             Ok(())
         })?;
         fs::create_dir_all(&self.dir).map_err(Error::io("create", &self.dir))?;
@@ -214,6 +228,7 @@ impl Options {
             clock: 0,
             history: History::default(),
             stored: None,
+            pending: false,
             run: state::new_run_id(),
             _lock: lock,
         })
@@ -229,7 +244,9 @@ impl Options {
     pub fn resume(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let path = self.dir.join(STATE_FILE);
         if !path.is_file() {
-            let reason = format!("there is no {STATE_FILE} to go on from");
+            let snapshots = self.dir.is_dir() && snapshot::any_part(&self.dir)?.is_some();
+            let what = if snapshots { "snapshots but" } else { "" };
+            let reason = format!("{what} no {STATE_FILE} to go on from").trim_start().to_owned();
             return Err(Error::NoRun { path: self.dir, reason });
         }
         let lock = Lock::acquire(&self.dir)?;
@@ -239,12 +256,11 @@ impl Options {
         check_unchanged(&saved.settings, &settings)?;
         let mut table = Table::default();
         params.with_tensors(&mut |views| {
-            let (copy, leave_out) = (globs("copy", &settings.copy)?, globs("leave_out", &settings.leave_out)?);
-            table = Table::resumed(views, &copy, &leave_out, &saved.tied)?;
+            table = Table::resumed(views, &settings.choice()?, &saved.tied)?;
             Ok(())
         })?;
-        snapshot::remove_leftovers(&self.dir)?;
         let mut tracker = saved.into_tracker(self.dir, settings, table, lock)?;
+        snapshot::remove_leftovers(&tracker.dir)?;
         tracker.complete()?;
         Ok(tracker)
     }
@@ -278,6 +294,7 @@ impl Options {
             checkpoint_dtype: self.checkpoint_dtype.unwrap_or(base.checkpoint_dtype),
             precision: self.precision.unwrap_or(base.precision),
             shard_size: self.shard_size.unwrap_or(base.shard_size),
+            average: self.average.clone().or(base.average),
             copy: self.copy.clone().unwrap_or(base.copy),
             leave_out: self.leave_out.clone().unwrap_or(base.leave_out),
         })
@@ -322,6 +339,9 @@ fn check_unchanged(saved: &Settings, now: &Settings) -> Result<()> {
     if saved.precision != now.precision {
         return fail("precision", format!("{:?}", saved.precision), format!("{:?}", now.precision));
     }
+    if saved.average != now.average {
+        return fail("average", format!("{:?}", saved.average), format!("{:?}", now.average));
+    }
     if saved.copy != now.copy {
         return fail("copy", format!("{:?}", saved.copy), format!("{:?}", now.copy));
     }
@@ -331,21 +351,20 @@ fn check_unchanged(saved: &Settings, now: &Settings) -> Result<()> {
     Ok(())
 }
 
-fn globs(option: &'static str, patterns: &[String]) -> Result<GlobSet> {
-    let mut set = GlobSetBuilder::new();
-    for pattern in patterns {
-        set.add(Glob::new(pattern).map_err(|error| Error::Setting { option, reason: error.to_string() })?);
+impl Settings {
+    fn choice(&self) -> Result<Choice> {
+        Ok(Choice {
+            average: self.average.as_ref().map(|patterns| Names::new("average", patterns)).transpose()?,
+            copy: Names::new("copy", &self.copy)?,
+            leave_out: Names::new("leave_out", &self.leave_out)?,
+        })
     }
-    set.build().map_err(|error| Error::Setting { option, reason: error.to_string() })
 }
 
-/// A directory for a new run holds no state and no snapshot; other files do not matter.
+/// A directory for a new run holds no state and no part of a snapshot; other files do not matter.
 fn check_empty(dir: &Path) -> Result<()> {
-    let found = if dir.join(STATE_FILE).exists() {
-        Some(STATE_FILE.to_owned())
-    } else {
-        snapshot::list(dir)?.keys().next().map(|stem| stem.file_name())
-    };
+    let state = dir.join(STATE_FILE).exists().then(|| STATE_FILE.to_owned());
+    let found = if state.is_some() { state } else { snapshot::any_part(dir)? };
     match found {
         Some(found) => Err(Error::RunExists { path: dir.to_owned(), found }),
         None => Ok(()),

@@ -20,6 +20,9 @@ use crate::synthesis::Run;
 /// The key of the JSON in the file's metadata.
 const STATE: &str = "state";
 
+/// How the names of copied tensors begin in the file.
+const COPIED: &str = "copied.";
+
 /// What is stored beside the tensors.
 #[derive(Serialize, Deserialize)]
 struct Document {
@@ -48,7 +51,7 @@ fn low_name(index: usize, tensor: &str) -> String {
 }
 
 fn copy_name(tensor: &str) -> String {
-    format!("copied.{tensor}")
+    format!("{COPIED}{tensor}")
 }
 
 /// Writes the live state of a tracker.
@@ -120,7 +123,19 @@ impl Saved {
         let copies = table.copied().iter().map(|entry| self.bytes(&copy_name(&entry.name), entry.dtype, &entry.shape));
         let copies = copies.map(|bytes| bytes.map(<[u8]>::to_vec)).collect::<Result<_>>()?;
         let (run, clock, history, stored) = (run.clone(), *clock, history.clone(), *stored);
-        Ok(PostHocEma { dir, settings, table, averages, copies, clock, history, stored, run, _lock: lock })
+        Ok(PostHocEma {
+            dir,
+            settings,
+            table,
+            averages,
+            copies,
+            clock,
+            history,
+            stored,
+            pending: false,
+            run,
+            _lock: lock,
+        })
     }
 
     /// Checks that the model averages exactly the tensors of the state, in the same dtypes.
@@ -136,8 +151,20 @@ impl Saved {
             }
         }
         let averaged = |name: &&String| matches!(table.find(name), Some(Ok(_)));
-        match saved.keys().find(|name| !averaged(name)) {
-            Some(missing) => Err(Error::changed(missing, "it is no longer there to be averaged")),
+        if let Some(missing) = saved.keys().find(|name| !averaged(name)) {
+            return Err(Error::changed(missing, "it is no longer there to be averaged"));
+        }
+        self.check_copied(table)
+    }
+
+    /// Checks that the model copies exactly the tensors that the state has copies of.
+    fn check_copied(&self, table: &Table) -> Result<()> {
+        let saved = || self.file.tensors().keys().filter_map(|name| name.strip_prefix(COPIED));
+        if let Some(new) = table.copied().iter().find(|entry| !saved().any(|name| name == entry.name)) {
+            return Err(Error::changed(&new.name, "it was not there when the run began"));
+        }
+        match saved().find(|name| !matches!(table.find(name), Some(Err(_)))) {
+            Some(missing) => Err(Error::changed(missing, "it is no longer there to be copied")),
             None => Ok(()),
         }
     }

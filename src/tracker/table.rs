@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use globset::GlobSet;
 use safetensors::Dtype;
 
 use crate::compute::cpu::Layout;
 use crate::error::{Error, Result};
-use crate::snapshot::Meta;
-use crate::tensor::{TensorView, is_averaged};
+use crate::snapshot::{FileLayout, TensorSpec};
+use crate::tensor::{TensorView, byte_size, is_averaged};
+
+use super::names::Choice;
 
 /// A tensor of the run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +19,12 @@ pub(super) struct Entry {
     pub shape: Vec<usize>,
     /// Its size in the model.
     pub bytes: usize,
+}
+
+impl Entry {
+    fn spec(&self) -> TensorSpec {
+        TensorSpec { name: self.name.clone(), dtype: self.dtype, shape: self.shape.clone() }
+    }
 }
 
 /// What becomes of a tensor at an update.
@@ -50,28 +57,17 @@ pub(super) struct Matched<'v, 'a> {
 
 impl Table {
     /// Sorts the tensors of a new run.
-    pub(super) fn new(views: &[TensorView<'_>], copy: &GlobSet, leave_out: &GlobSet) -> Result<Table> {
-        let kept: Vec<&TensorView<'_>> = views.iter().filter(|view| !leave_out.is_match(view.name)).collect();
-        let tied = find_tied(&kept);
-        Table::build(views, copy, leave_out, tied)
+    pub(super) fn new(views: &[TensorView<'_>], choice: &Choice) -> Result<Table> {
+        let kept: Vec<&TensorView<'_>> = views.iter().filter(|view| !choice.leave_out.contains(view.name)).collect();
+        Table::build(views, choice, find_tied(&kept))
     }
 
     /// Sorts the tensors of a run whose ties are known.
-    pub(super) fn resumed(
-        views: &[TensorView<'_>],
-        copy: &GlobSet,
-        leave_out: &GlobSet,
-        tied: &BTreeMap<String, String>,
-    ) -> Result<Table> {
-        Table::build(views, copy, leave_out, tied.clone())
+    pub(super) fn resumed(views: &[TensorView<'_>], choice: &Choice, tied: &BTreeMap<String, String>) -> Result<Table> {
+        Table::build(views, choice, tied.clone())
     }
 
-    fn build(
-        views: &[TensorView<'_>],
-        copy: &GlobSet,
-        leave_out: &GlobSet,
-        tied: BTreeMap<String, String>,
-    ) -> Result<Table> {
+    fn build(views: &[TensorView<'_>], choice: &Choice, tied: BTreeMap<String, String>) -> Result<Table> {
         let mut sorted: Vec<&TensorView<'_>> = views.iter().collect();
         sorted.sort_by_key(|view| view.name);
         if let Some(pair) = sorted.windows(2).find(|pair| pair[0].name == pair[1].name) {
@@ -79,39 +75,38 @@ impl Table {
         }
         let mut table = Table { tied, ..Table::default() };
         for view in sorted {
-            let slot = table.add(view, copy.is_match(view.name), leave_out.is_match(view.name))?;
+            let slot = table.add(view, choice)?;
             table.slots.insert(view.name.to_owned(), slot);
         }
         if table.averaged.is_empty() {
             return Err(Error::Nothing("the model has no floating-point tensor to average".into()));
         }
+        // What a file could not hold is found now and not at the first snapshot.
+        let specs = table.averaged.iter().chain(&table.copied).map(Entry::spec).collect();
+        FileLayout::new(specs)?;
         table.layout = Layout::new(table.averaged.iter().map(|entry| entry.shape.iter().product()));
         Ok(table)
     }
 
-    fn add(&mut self, view: &TensorView<'_>, copy: bool, leave_out: bool) -> Result<Slot> {
-        if leave_out {
+    fn add(&mut self, view: &TensorView<'_>, choice: &Choice) -> Result<Slot> {
+        if choice.leave_out.contains(view.name) {
             return Ok(Slot::LeftOut);
         }
         if let Some(kept) = self.tied.get(view.name) {
             return Ok(Slot::Tied(kept.clone()));
         }
-        let entry = Entry {
-            name: view.name.to_owned(),
-            dtype: view.dtype,
-            shape: view.shape.to_vec(),
-            bytes: view.bytes().len(),
-        };
-        if !copy && is_averaged(view.dtype) {
+        let bytes = byte_size(view.name, view.dtype, view.shape)?;
+        let entry = Entry { name: view.name.to_owned(), dtype: view.dtype, shape: view.shape.to_vec(), bytes };
+        check(view, &entry)?;
+        let copy = choice.copy.contains(view.name);
+        let asked = choice.average.as_ref().is_none_or(|average| average.contains(view.name));
+        if !copy && is_averaged(view.dtype) && asked {
             self.averaged.push(entry);
             return Ok(Slot::Averaged(self.averaged.len() - 1));
         }
-        if !copy && !is_copied(view.dtype) {
-            let dtype = view.dtype;
-            return Err(Error::tensor(
-                view.name,
-                format!("{dtype} cannot be averaged: name it among those to copy or to leave out"),
-            ));
+        if !copy && !is_averaged(view.dtype) && !is_copied(view.dtype) {
+            let why = format!("{} cannot be averaged: name it among those to copy or to leave out", view.dtype);
+            return Err(Error::tensor(view.name, why));
         }
         self.copied.push(entry);
         Ok(Slot::Copied(self.copied.len() - 1))
@@ -214,6 +209,11 @@ fn check<'v, 'a>(view: &'v TensorView<'a>, entry: &Entry) -> Result<&'v TensorVi
     if view.dtype != entry.dtype {
         return Err(Error::changed(view.name, format!("its dtype is {}, it was {}", view.dtype, entry.dtype)));
     }
+    // A view is a plain struct, so nothing before has tied its bytes to its shape.
+    if view.bytes().len() != entry.bytes {
+        let (given, bytes) = (view.bytes().len(), entry.bytes);
+        return Err(Error::tensor(view.name, format!("{given} bytes were lent, its shape and dtype take {bytes}")));
+    }
     Ok(view)
 }
 
@@ -231,8 +231,7 @@ fn find_tied(views: &[&TensorView<'_>]) -> BTreeMap<String, String> {
     let mut tied = BTreeMap::new();
     for view in sorted {
         match kept.get(&place(view)) {
-            Some(first) if Meta::can_be_tied(view.name) => drop(tied.insert(view.name.to_owned(), (*first).to_owned())),
-            Some(_) => {}
+            Some(first) => drop(tied.insert(view.name.to_owned(), (*first).to_owned())),
             None => drop(kept.insert(place(view), view.name)),
         }
     }

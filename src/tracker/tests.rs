@@ -353,9 +353,14 @@ fn every_dtype_is_averaged_copied_or_left_out_and_comes_back_as_it_was() {
     let file = safetensors::SafeTensors::deserialize(&file).unwrap();
     assert_eq!(file.tensor("bf16").unwrap().dtype(), Dtype::F32);
     assert_eq!(file.tensor("steps").unwrap().dtype(), Dtype::I64);
-    // A resume knows the copies too.
+    // A resume knows the copies too, and insists on them.
     ema.save().unwrap();
     drop(ema);
+    let fewer: Tensors = mixed(3).into_iter().filter(|(name, _)| name != "steps").collect();
+    assert!(options().resume(&fewer).unwrap_err().to_string().contains("`steps`: it is no longer there to be copied"));
+    let mut more = mixed(3);
+    more.insert("new", Tensor::new(&[1], &[1i64]).unwrap());
+    assert!(options().resume(&more).unwrap_err().to_string().contains("`new`: it was not there when the run began"));
     let ema = options().resume(&mixed(3)).unwrap();
     assert_eq!(ema.synthesize(Profile::gamma(0.0).unwrap()).unwrap().get("steps"), mixed(20).get("steps"));
 }
@@ -477,7 +482,7 @@ fn an_interrupted_checkpoint_is_completed_on_resume() {
     drop(ema);
     let whole = listing(&dir);
     std::fs::remove_file(dir.join("1.100.safetensors")).unwrap();
-    std::fs::write(dir.join(".tmp-left-behind"), "x").unwrap();
+    std::fs::write(dir.join(".posthoc-ema-left-behind"), "x").unwrap();
     drop(PostHocEma::options(&dir).resume(&walk.model).unwrap());
     assert_eq!(listing(&dir), whole);
 }
@@ -488,13 +493,106 @@ fn a_checkpoint_that_could_not_be_written_is_made_up_for() {
     let mut walk = Walk::new(3);
     let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&walk.model).unwrap();
     train(&mut ema, &mut walk, 99);
-    std::fs::remove_dir_all(&dir).unwrap();
+    let aside = dir.with_extension("aside");
+    let stems = || Run::open(&dir).unwrap().snapshots().iter().map(|s| s.stem.to_string()).collect::<Vec<_>>();
+    std::fs::rename(&dir, &aside).unwrap();
     let text = ema.update(walk.step()).unwrap_err().to_string();
     assert!(text.contains("state.safetensors") && text.contains("check the path"), "{text}");
-    std::fs::create_dir(&dir).unwrap();
+    // finish() can be called again when there is room again.
+    assert!(ema.finish().is_err());
+    std::fs::rename(&aside, &dir).unwrap();
+    // So does the next update.
+    train(&mut ema, &mut walk, 10);
+    assert_eq!(stems(), ["0.50", "0.100", "1.50", "1.100"]);
     ema.finish().unwrap();
+    assert_eq!(stems(), ["0.50", "0.100", "0.110", "1.50", "1.100", "1.110"]);
+    // What is stored afterwards is what an undisturbed run stores.
+    let (_temp, straight) = scratch();
+    let mut walk = Walk::new(3);
+    let mut ema = PostHocEma::options(&straight).checkpoint_every(50).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 110);
+    ema.finish().unwrap();
+    assert_eq!(snapshot_bytes(&dir), snapshot_bytes(&straight));
+}
+
+#[test]
+fn a_poisoned_average_does_not_replace_a_sound_state() {
+    let (_temp, dir) = scratch();
+    let mut model = vec![("w", vec![1.0f32; 9])];
+    let mut ema = PostHocEma::options(&dir).update_every(1).checkpoint_every(2).create(&model).unwrap();
+    ema.update(&model).unwrap();
+    ema.update(&model).unwrap();
+    let before = listing(&dir);
+    model[0].1[4] = f32::NAN;
+    ema.update(&model).unwrap();
+    assert!(matches!(ema.save(), Err(Error::NonFinite { element: 4, .. })));
+    assert!(matches!(ema.finish(), Err(Error::NonFinite { .. })));
+    assert_eq!(listing(&dir), before);
+}
+
+#[test]
+fn a_resume_may_change_the_schedule_and_stays_exact() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(12);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&walk.model).unwrap();
+    let mut trajectory = train(&mut ema, &mut walk, 205);
+    ema.save().unwrap();
+    drop(ema);
+    let options = PostHocEma::options(&dir).update_every(3).checkpoint_every(70).max_checkpoints(2);
+    let mut ema = options.checkpoint_dtype(Dtype::F16).shard_size(50).resume_or_create(&walk.model).unwrap();
+    trajectory.extend(train(&mut ema, &mut walk, 150));
     let run = Run::open(&dir).unwrap();
-    assert_eq!(run.snapshots().iter().map(|s| s.stem.to_string()).collect::<Vec<_>>(), ["0.100", "1.100"]);
+    let stems: Vec<String> = run.snapshots().iter().map(|s| s.stem.to_string()).collect();
+    assert_eq!(stems, ["0.280", "0.350", "1.280", "1.350"]);
+    assert_eq!(run.snapshots()[0].files().len(), 2);
+    assert_eq!(ema.history().times(), trajectory.iter().map(|(t, _)| *t).collect::<Vec<_>>());
+    let profile = Profile::sigma_rel(0.28).unwrap();
+    let got = floats(&ema.synthesize(profile.clone()).unwrap());
+    assert!(largest_difference(&got, &direct(&trajectory, &profile, 354)) < 2.4e-7);
+}
+
+#[test]
+fn names_choose_what_is_averaged() {
+    let (_temp, dir) = scratch();
+    let model =
+        |v: f32| vec![("layers[0].lora_a", vec![v]), ("layers[0].weight", vec![v]), ("layers[1].lora_a", vec![v])];
+    let options = || PostHocEma::options(&dir).update_every(1).checkpoint_every(2);
+    for (options, part) in [
+        (options().copy(["*.loar_*"]), "`*.loar_*` stands for no tensor"),
+        (options().average(["nothing"]), "`nothing` stands for no tensor"),
+        (options().leave_out(["layers[2].weight"]), "stands for no tensor"),
+    ] {
+        let text = options.create(&model(0.0)).unwrap_err().to_string();
+        assert!(text.contains(part), "{text}");
+    }
+    // A name with brackets is a glob too, but stands for itself.
+    let mut ema = options().average(["*.lora_*"]).leave_out(["layers[1].lora_a"]).create(&model(0.0)).unwrap();
+    ema.update(&model(1.0)).unwrap();
+    ema.update(&model(2.0)).unwrap();
+    let average = ema.synthesize(Profile::gamma(0.0).unwrap()).unwrap();
+    let value = |name: &str| average.get(name).map(|tensor| tensor.to_vec::<f32>().unwrap()[0]);
+    assert_eq!(value("layers[0].weight"), Some(2.0));
+    assert!(value("layers[0].lora_a").unwrap() < 2.0);
+    assert_eq!(value("layers[1].lora_a"), None);
+}
+
+#[test]
+fn views_that_lie_about_their_size_are_refused() {
+    struct Lying(usize);
+    impl Parameters for Lying {
+        fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
+            let bytes = [0u8; 64];
+            let memory = crate::tensor::Memory::Host(&bytes[..self.0]);
+            read(&[TensorView { name: "w", dtype: Dtype::F32, shape: &[4], memory }])
+        }
+    }
+    let (_temp, dir) = scratch();
+    assert!(PostHocEma::options(&dir).create(&Lying(20)).unwrap_err().to_string().contains("20 bytes were lent"));
+    let mut ema = PostHocEma::options(&dir).update_every(1).create(&Lying(16)).unwrap();
+    assert!(ema.update(&Lying(12)).unwrap_err().to_string().contains("12 bytes were lent"));
+    // A call that was refused did not happen.
+    assert_eq!(ema.step(), 0);
+    assert_eq!(ema.update(&Lying(16)).unwrap(), Step::Updated);
 }
 
 #[test]
@@ -554,7 +652,14 @@ fn runs_are_not_overwritten_shared_or_mixed() {
     let (temp, dir) = scratch();
     let mut walk = Walk::new(1);
     let text = |result: Result<PostHocEma>| result.unwrap_err().to_string();
-    assert!(text(PostHocEma::options(&dir).resume(&walk.model)).contains("no run here"));
+    assert!(text(PostHocEma::options(&dir).resume(&walk.model)).contains("no run here (no state.safetensors"));
+    let part = temp.path().join("part");
+    std::fs::create_dir(&part).unwrap();
+    std::fs::write(part.join("0.20-00001-of-00002.safetensors"), "still being copied in").unwrap();
+    assert!(text(PostHocEma::options(&part).create(&walk.model)).contains("already holds a run (0.20-00001"));
+    assert!(text(PostHocEma::options(&part).resume_or_create(&walk.model)).contains("already holds a run"));
+    assert!(text(PostHocEma::options(&part).resume(&walk.model)).contains("snapshots but no state.safetensors"));
+    assert_eq!(std::fs::read_dir(&part).unwrap().count(), 1);
     let mut ema = PostHocEma::options(&dir).checkpoint_every(20).create(&walk.model).unwrap();
     assert!(text(PostHocEma::options(&dir).create(&walk.model)).contains("another tracker is writing"));
     train(&mut ema, &mut walk, 40);

@@ -62,7 +62,7 @@ impl Trackers {
         Ok(())
     }
 
-    pub fn finish(self) -> Result<Tracked> {
+    pub fn finish(mut self) -> Result<Tracked> {
         let profiles = self.direct.profiles().iter();
         let direct = zip(DIRECT, profiles)
             .map(|(sigma_rel, profile)| Ok((sigma_rel, self.direct.synthesize(profile.clone())?)))

@@ -87,10 +87,12 @@ fn unfinished_shards_are_left_out_and_removed() {
     assert!(text.contains("missing"), "{text}");
     fs::remove_file(dir.path().join("0.20.safetensors.index.json")).unwrap();
     assert_eq!(open_all(dir.path()).unwrap().len(), 1);
-    fs::write(dir.path().join(".tmp-abc"), "half a file").unwrap();
+    fs::write(dir.path().join(".posthoc-ema-abc"), "half a file").unwrap();
+    fs::create_dir(dir.path().join(".posthoc-ema-folder")).unwrap();
+    fs::write(dir.path().join(".tmp-of-another-tool"), "not ours").unwrap();
     remove_leftovers(dir.path()).unwrap();
     let left: Vec<String> = names(dir.path()).unwrap();
-    assert_eq!(left, ["0.10.safetensors"]);
+    assert_eq!(left, [".posthoc-ema-folder", ".tmp-of-another-tool", "0.10.safetensors"]);
 }
 
 #[test]
@@ -125,6 +127,19 @@ fn a_tensor_kept_in_a_wider_dtype_is_no_stranger() {
     meta.dtypes.insert("z".into(), Dtype::F16);
     write_snapshot(dir.path(), Stem { index: 0, step: 20 }, specs, &meta, u64::MAX, &fill).unwrap();
     assert_eq!(open_all(dir.path()).unwrap().len(), 2);
+}
+
+#[test]
+fn dtypes_that_cannot_be_are_refused() {
+    for (name, dtype) in [("n", Dtype::F32), ("a", Dtype::I64), ("none", Dtype::F32), ("b", Dtype::F16)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut meta = meta(10);
+        meta.copied.insert("b".into());
+        meta.dtypes.insert(name.into(), dtype);
+        write(dir.path(), 0, 10, &meta, u64::MAX);
+        let text = open_all(dir.path()).unwrap_err().to_string();
+        assert!(text.contains(&format!("tensor `{name}` the dtype {dtype}")), "{text}");
+    }
 }
 
 #[test]

@@ -1,0 +1,95 @@
+//! Runs that were written elsewhere, and what their metadata mean.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::Dtype;
+
+use super::stored::profile_json;
+use super::*;
+use crate::math::Profile;
+use crate::snapshot::{Meta, Stem, TensorSpec, write_snapshot};
+
+fn write(dir: &Path, index: usize, step: u64, profile: &Profile, history: Option<String>) {
+    let spec = TensorSpec { name: "w".into(), dtype: Dtype::F32, shape: vec![2] };
+    let meta = Meta { profile: profile_json(profile), step, history, ..Meta::default() };
+    let fill = |_: usize, range: std::ops::Range<usize>, dst: &mut [u8]| {
+        let values = [step as f32, 1.0];
+        dst.copy_from_slice(&bytemuck::cast_slice(&values)[range]);
+    };
+    write_snapshot(dir, Stem { index, step }, vec![spec], &meta, u64::MAX, &fill).unwrap();
+}
+
+fn power(sigma_rel: f64) -> Profile {
+    Profile::sigma_rel(sigma_rel).unwrap()
+}
+
+/// The golden chains of another tool, by way of files.
+#[test]
+fn chains_of_other_tools_are_solved_as_they_are() {
+    let golden: serde_json::Value = serde_json::from_str(include_str!("../../tests/data/plans.json")).unwrap();
+    let case = &golden["foreign"][0];
+    let dir = tempfile::tempdir().unwrap();
+    for step in (1..=20).map(|i| 1000 * i) {
+        let history = format!(r#"{{"updates":[[100,{step},10]],"decay":{{"kind":"counter","stride":10,"offset":2}}}}"#);
+        write(dir.path(), 0, step, &power(0.05), Some(history.clone()));
+        write(dir.path(), 1, step, &power(0.28), Some(history));
+    }
+    let run = Run::open(dir.path()).unwrap();
+    assert_eq!(run.profiles(), BTreeMap::from([(0, &power(0.05)), (1, &power(0.28))]));
+    for target in case["targets"].as_array().unwrap() {
+        let plan = run.plan(power(target["profile"]["sigma_rel"].as_f64().unwrap()), At::Latest).unwrap();
+        let gain = target["noise_gain"].as_f64().unwrap();
+        for (weight, expected) in plan.weights.iter().zip(target["weights"].as_array().unwrap()) {
+            let difference = (weight.weight - expected.as_f64().unwrap()).abs();
+            assert!(difference <= 1e-9 * gain, "{}.{}: {difference}", weight.index, weight.step);
+        }
+        assert_eq!(plan.weights.len(), 40);
+    }
+}
+
+#[test]
+fn snapshots_without_a_history_are_taken_as_dense() {
+    let dir = tempfile::tempdir().unwrap();
+    for step in (1..=20).map(|i| 1000 * i) {
+        write(dir.path(), 0, step, &power(0.05), None);
+        write(dir.path(), 1, step, &power(0.28), None);
+    }
+    let run = Run::open(dir.path()).unwrap();
+    assert!(run.history().is_none());
+    let plan = run.plan(power(0.15), At::Step(12_000)).unwrap();
+    assert!(plan.relative_error < 0.05 && (plan.sum - 1.0).abs() < 1e-12, "{plan:?}");
+    let weights = run.load(&plan).unwrap();
+    assert_eq!(weights.get("w").unwrap().to_vec::<f32>().unwrap()[1], 1.0);
+    let text = run.plan(Profile::beta(0.99).unwrap(), At::Latest).unwrap_err().to_string();
+    assert!(text.contains("no history of updates"), "{text}");
+}
+
+#[test]
+fn metadata_that_make_no_sense_are_named() {
+    let uniform = Profile::uniform(crate::math::Window::Steps(10.0)).unwrap();
+    let beta = Profile::beta(0.9).unwrap();
+    let counter = r#"{"updates":[[10,100,10]],"decay":{"kind":"counter","stride":10,"offset":2}}"#;
+    for (profile, history, part) in [
+        (&uniform, "[[10,100,10]]", "no running average can track"),
+        (&power(0.1), "[[10,105,10]]", "whole strides"),
+        (&power(0.1), "[[10,90,10]]", "ends at 90, not at step 100"),
+        (&power(0.1), "[[10,", "`history` cannot be understood"),
+        (&power(0.1), "{}", "missing field `updates`"),
+        (&beta, counter, "belongs to a power-function profile"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), 0, 100, profile, Some(history.into()));
+        let text = Run::open(dir.path()).unwrap_err().to_string();
+        assert!(text.contains(part) && text.contains("0.100.safetensors"), "{text}");
+    }
+}
+
+#[test]
+fn histories_that_part_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 0, 100, &power(0.1), Some("[[10,100,10]]".into()));
+    write(dir.path(), 0, 200, &power(0.1), Some("[[20,200,20]]".into()));
+    let text = Run::open(dir.path()).unwrap_err().to_string();
+    assert!(text.contains("0.100.safetensors: other updates are recorded than in") && text.contains("0.200"), "{text}");
+}

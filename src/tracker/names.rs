@@ -1,0 +1,67 @@
+//! Names of tensors, given as they are or by globs.
+
+use std::collections::BTreeSet;
+
+use globset::{Glob, GlobSet, GlobSetBuilder};
+
+use crate::error::{Error, Result};
+use crate::tensor::TensorView;
+
+/// Which tensors are averaged, copied and left out, as the user named them.
+#[derive(Debug, Default)]
+pub(super) struct Choice {
+    /// Where given, only these are averaged, and other floating-point tensors are copied.
+    pub average: Option<Names>,
+    pub copy: Names,
+    pub leave_out: Names,
+}
+
+/// A set of names. A pattern stands for the tensor of exactly that name too: `layers[0].weight` is a name and a glob.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    option: &'static str,
+    literal: BTreeSet<String>,
+    globs: GlobSet,
+}
+
+impl Names {
+    /// Reads the patterns of an option.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a pattern that is no glob.
+    pub(super) fn new(option: &'static str, patterns: &[String]) -> Result<Names> {
+        let setting = |error: globset::Error| Error::Setting { option, reason: error.to_string() };
+        let mut globs = GlobSetBuilder::new();
+        for pattern in patterns {
+            globs.add(Glob::new(pattern).map_err(setting)?);
+        }
+        Ok(Names { option, literal: patterns.iter().cloned().collect(), globs: globs.build().map_err(setting)? })
+    }
+
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.literal.contains(name) || self.globs.is_match(name)
+    }
+
+    /// Checks that every pattern stands for some tensor: a slip would otherwise average what should not be.
+    fn check(&self, views: &[TensorView<'_>]) -> Result<()> {
+        for pattern in &self.literal {
+            let glob = Glob::new(pattern).map(|glob| glob.compile_matcher());
+            let matches = |name: &str| name == pattern || glob.as_ref().is_ok_and(|glob| glob.is_match(name));
+            if !views.iter().any(|view| matches(view.name)) {
+                let reason = format!("`{pattern}` stands for no tensor of the model: check its spelling");
+                return Err(Error::Setting { option: self.option, reason });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Choice {
+    /// Checks that every pattern stands for some tensor.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for one that does not.
+    pub(super) fn check(&self, views: &[TensorView<'_>]) -> Result<()> {
+        self.average.iter().chain([&self.copy, &self.leave_out]).try_for_each(|names| names.check(views))
+    }
+}
