@@ -167,7 +167,7 @@ fn verify_finds_a_flipped_bit() {
 #[test]
 fn profile_converts() {
     let text = stdout(&["profile", "--sigma-rel", "0.1", "--steps", "10000"]);
-    assert!(text.contains("6.93720393760180") && text.contains("0.999"), "{text}");
+    assert!(text.contains("6.9372039376018") && text.contains("0.999"), "{text}");
     let document = json(&["profile", "--beta", "0.999,0.9999", "--steps", "10000", "--json"]);
     let profiles = document["profiles"].as_array().unwrap();
     assert!((profiles[0]["sigma_rel"].as_f64().unwrap() - 0.1).abs() < 1e-9);

@@ -32,10 +32,9 @@ pub enum Command {
     },
 }
 
-/// What is asked for.
-#[derive(Args, Default)]
-#[command(next_help_heading = "Targets (in lists ... is an evenly spaced rest: 0.05,0.06,...,0.28)")]
-pub struct Targets {
+/// Profiles that one running average can track, in each of their parametrisations.
+#[derive(Args)]
+pub struct Families {
     /// Power-function profiles by relative standard deviation, above 0 and at most 0.288675
     #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
     pub sigma_rel: Vec<Numbers>,
@@ -48,6 +47,14 @@ pub struct Targets {
     /// Exponential profiles by half-life in steps
     #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
     pub half_life: Vec<Numbers>,
+}
+
+/// What is asked for.
+#[derive(Args)]
+#[command(next_help_heading = "Targets (in lists ... is an evenly spaced rest: 0.05,0.06,...,0.28)")]
+pub struct Targets {
+    #[command(flatten)]
+    pub families: Families,
     /// Plain means over a window in steps, or in percent of the time: 5000,20%
     #[arg(long, value_name = "LIST")]
     pub uniform: Vec<Windows>,
@@ -174,18 +181,8 @@ pub struct ErrorOver {
 /// Convert between the parametrisations of profiles
 #[derive(Args)]
 pub struct Profile {
-    /// Power-function profiles by relative standard deviation
-    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
-    pub sigma_rel: Vec<Numbers>,
-    /// Power-function profiles by exponent
-    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
-    pub gamma: Vec<Numbers>,
-    /// Exponential profiles by decay per step
-    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
-    pub beta: Vec<Numbers>,
-    /// Exponential profiles by half-life in steps
-    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
-    pub half_life: Vec<Numbers>,
+    #[command(flatten)]
+    pub families: Families,
     /// Training length at which the two families are compared
     #[arg(long, value_name = "T")]
     pub steps: Option<u64>,

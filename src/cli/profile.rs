@@ -5,7 +5,6 @@ use posthoc_ema::{Profile, report};
 
 use super::args::Profile as Arguments;
 use super::output::{print, print_json};
-use super::targets::profiles;
 use super::{Failure, Outcome};
 
 /// A profile in every parametrisation that it has.
@@ -21,11 +20,7 @@ struct Conversion {
 
 /// Converts profiles; the two families match at one training length only, so that needs `--steps`.
 pub fn run(arguments: &Arguments) -> Outcome {
-    let all: Vec<Profile> = profiles(&arguments.sigma_rel, Profile::sigma_rel)
-        .chain(profiles(&arguments.gamma, Profile::gamma))
-        .chain(profiles(&arguments.beta, Profile::beta))
-        .chain(profiles(&arguments.half_life, Profile::half_life))
-        .collect::<Result<_, Failure>>()?;
+    let all = arguments.families.profiles()?;
     if all.is_empty() {
         return Err(Failure::Usage("no profile: name one by --sigma-rel, --gamma, --beta or --half-life".into()));
     }
@@ -64,7 +59,7 @@ fn convert(profile: Profile, steps: Option<f64>) -> Conversion {
 
 impl Conversion {
     fn row(&self) -> [String; 6] {
-        let show = |value: Option<f64>| value.map_or("-".into(), |value| value.to_string());
+        let show = |value: Option<f64>| value.map_or("-".into(), report::exact);
         let short = |value: Option<f64>| value.map_or("-".into(), report::number);
         [
             self.profile.to_string(),

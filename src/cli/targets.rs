@@ -5,7 +5,7 @@ use std::path::Path;
 use posthoc_ema::{At, Error, Forecast, Plan, Profile, Run, Shape, math::Schedule};
 
 use super::Failure;
-use super::args::{Before, Targets};
+use super::args::{Before, Families, Targets};
 use super::list::{Numbers, window};
 
 /// A value out of range on the command line is bad usage.
@@ -31,14 +31,21 @@ pub fn profiles(
     numbers(lists).map(move |value| make(value).map_err(usage))
 }
 
-impl Targets {
-    /// All targets, in the order of the flags' documentation.
+impl Families {
+    /// All profiles, in the order of the flags' documentation.
     pub fn profiles(&self) -> Result<Vec<Profile>, Failure> {
-        let mut targets: Vec<Profile> = profiles(&self.sigma_rel, Profile::sigma_rel)
+        profiles(&self.sigma_rel, Profile::sigma_rel)
             .chain(profiles(&self.gamma, Profile::gamma))
             .chain(profiles(&self.beta, Profile::beta))
             .chain(profiles(&self.half_life, Profile::half_life))
-            .collect::<Result<_, _>>()?;
+            .collect()
+    }
+}
+
+impl Targets {
+    /// All targets, in the order of the flags' documentation.
+    pub fn profiles(&self) -> Result<Vec<Profile>, Failure> {
+        let mut targets = self.families.profiles()?;
         for (windows, make) in [(&self.uniform, Profile::uniform as fn(_) -> _), (&self.linear, Profile::linear)] {
             for window in windows.iter().flat_map(|windows| &windows.0) {
                 targets.push(make(*window).map_err(usage)?);

@@ -2,4 +2,4 @@
 
 mod table;
 
-pub use table::{errors, number, plans, table, weights};
+pub use table::{errors, exact, number, plans, table, weights};

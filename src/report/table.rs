@@ -4,10 +4,10 @@ use comfy_table::{CellAlignment, Table, presets};
 
 use crate::synthesis::Plan;
 
-/// An empty table in the style of all tables here: numbers to the right, rules only where they help.
+/// An empty table in the style of all tables here: no rules, numbers to the right.
 pub fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(header.to_vec());
+    table.load_style(presets::NOTHING).set_header(header.to_vec());
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
@@ -22,8 +22,16 @@ pub fn number(value: f64) -> String {
     if !(1e-3..1e6).contains(&value.abs()) {
         return format!("{value:.3e}");
     }
-    let digits = (3 - value.abs().log10().floor() as i32).max(0) as usize;
+    // The exponent after rounding to four digits: 0.99999 is 1.000 and not 1.0000.
+    let exponent: i32 = format!("{value:.3e}").rsplit('e').next().and_then(|e| e.parse().ok()).unwrap_or(0);
+    let digits = (3 - exponent).max(0) as usize;
     format!("{value:.digits$}")
+}
+
+/// A number to the fifteen digits that an f64 holds for sure: 0.1, where the last bits would make it 0.10000000000000002.
+pub fn exact(value: f64) -> String {
+    let rounded: f64 = format!("{value:.14e}").parse().unwrap_or(value);
+    rounded.to_string()
 }
 
 /// What each target will be like.
@@ -69,6 +77,8 @@ mod tests {
         for (value, text) in [
             (0.0, "0"),
             (1.0, "1.000"),
+            (0.999_999, "1.000"),
+            (999_999.9, "1000000"),
             (0.034115096, "0.03412"),
             (13.366189, "13.37"),
             (-222.2639, "-222.3"),
