@@ -146,7 +146,7 @@ fn inspect_shows_every_snapshot_and_what_is_damaged() {
 #[test]
 fn verify_finds_a_flipped_bit() {
     let (_temp, dir) = run();
-    assert!(stdout(&["verify", &dir]).contains("21 files read"));
+    assert!(stdout(&["verify", &dir]).contains("21 files ("));
     let path = Path::new(&dir).join("0.350.safetensors");
     let mut bytes = fs::read(&path).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
@@ -162,6 +162,7 @@ fn verify_finds_a_flipped_bit() {
         document["damaged"].as_array().unwrap().iter().map(|line| line.as_str().unwrap()).collect();
     assert_eq!(damaged.len(), 2, "{damaged:?}");
     assert!(damaged[0].contains("1.50.safetensors") && damaged[1].contains("0.350.safetensors"), "{damaged:?}");
+    assert_eq!(document["files"], 21);
 }
 
 #[test]

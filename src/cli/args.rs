@@ -98,7 +98,7 @@ pub struct Before {
 
 /// Synthesize averages from a run's snapshots
 ///
-/// Several targets are synthesized in one pass over the snapshots. Files appear whole or not at all.
+/// Up to 256 targets are synthesized in one pass over the snapshots. Files appear whole or not at all.
 #[derive(Args)]
 pub struct Synthesize {
     /// Directory of the run

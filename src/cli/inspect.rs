@@ -90,7 +90,10 @@ fn summary(run: &Path, entries: &[Entry]) -> String {
     };
     let state = match StoredFile::open(&run.join(STATE_FILE)) {
         Ok(file) => format!("live state {}", bytes(file.len())),
-        Err(_) => "no live state: the run cannot be resumed".into(),
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            "no live state: the run cannot be resumed".into()
+        }
+        Err(error) => format!("the live state is damaged: {error}"),
     };
     format!("{} snapshots at {} steps ({range}), {}; {state}", entries.len(), steps.len(), bytes(total(entries)))
 }

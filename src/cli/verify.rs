@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use posthoc_ema::Run;
-use posthoc_ema::snapshot::{self, STATE_FILE, Snapshot, StoredFile};
+use posthoc_ema::snapshot::{self, Snapshot, StoredFile};
+use posthoc_ema::{Error, Run};
 
 use super::args::Verify;
 use super::output::{byte_bar, bytes, print, print_json};
@@ -12,49 +12,64 @@ use super::{Failure, Outcome};
 /// Reads every file of a run, compares its checksum, and checks that the snapshots belong together. What is damaged does
 /// not keep the rest from being read.
 pub fn run(arguments: &Verify) -> Outcome {
-    let mut trouble = Vec::new();
-    let (mut paths, mut sound) = (Vec::new(), true);
+    let mut findings = Findings::default();
     for (stem, files) in snapshot::list_each(&arguments.run)? {
-        let opened = files.and_then(|files| {
-            paths.extend(files.iter().cloned());
-            Snapshot::open(stem, &files)
-        });
-        sound &= opened.is_ok();
-        trouble.extend(opened.err().map(|error| error.to_string()));
+        findings.add(files.and_then(|files| Snapshot::open(stem, &files)));
     }
-    if sound {
-        trouble.extend(Run::open(&arguments.run).err().map(|error| error.to_string()));
+    if findings.0.is_empty() {
+        findings.add(Run::open(&arguments.run));
     }
-    paths.push(arguments.run.join(STATE_FILE));
-    paths.retain(|path| path.exists());
-    let total = check(&paths, &mut trouble);
+    let paths = files(&arguments.run)?;
+    let total = check(&paths, &mut findings);
+    let findings = findings.0;
     if arguments.json {
-        print_json(&serde_json::json!({ "files": paths.len(), "bytes": total, "damaged": trouble }));
+        print_json(&serde_json::json!({ "files": paths.len(), "bytes": total, "damaged": findings }));
     } else {
-        trouble.iter().for_each(|line| print(line));
-        print(&format!("{} files read ({}), {} findings", paths.len(), bytes(total), trouble.len()));
+        findings.iter().for_each(|line| print(line));
+        print(&format!("{} files ({} read), {} findings", paths.len(), bytes(total), findings.len()));
     }
-    if trouble.is_empty() {
+    if findings.is_empty() {
         return Ok(());
     }
-    Err(Failure::Unhealthy(format!("{}: {} findings", arguments.run.display(), trouble.len())))
+    Err(Failure::Unhealthy(format!("{}: {} findings", arguments.run.display(), findings.len())))
 }
 
-/// Reads files and adds what is wrong with them; returns how many bytes were read.
-fn check(paths: &[PathBuf], trouble: &mut Vec<String>) -> u64 {
+/// What is wrong, each thing once.
+#[derive(Default)]
+struct Findings(Vec<String>);
+
+impl Findings {
+    /// A file that is gone was dropped by a tracker since the listing: that is no damage.
+    fn add<T>(&mut self, result: Result<T, Error>) {
+        let Err(error) = result else { return };
+        let gone = matches!(&error, Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound);
+        let text = error.to_string();
+        if !gone && !self.0.contains(&text) {
+            self.0.push(text);
+        }
+    }
+}
+
+/// Every safetensors file of the run: shards of sets that are not whole are among them.
+fn files(run: &Path) -> Result<Vec<PathBuf>, Error> {
+    let io = |source| Error::Io { action: "list", path: run.to_owned(), source };
+    let entries: Vec<_> = std::fs::read_dir(run).map_err(io)?.collect::<Result<_, _>>().map_err(io)?;
+    let paths = entries.into_iter().map(|entry| entry.path());
+    let mut paths: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
+    paths.retain(|path| !path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")));
+    paths.sort();
+    Ok(paths)
+}
+
+/// Reads files and notes what is wrong with them; returns how many bytes were read.
+fn check(paths: &[PathBuf], findings: &mut Findings) -> u64 {
     let size = |path: &Path| path.metadata().map_or(0, |metadata| metadata.len());
     let bar = byte_bar(paths.iter().map(|path| size(path)).sum(), "verifying");
     let mut total = 0;
     for path in paths {
-        match StoredFile::open(path) {
-            Ok(file) => {
-                trouble.extend(file.verify().err().map(|error| error.to_string()));
-                total += file.len();
-            }
-            // A snapshot's file that does not open was reported with its snapshot.
-            Err(error) if path.ends_with(STATE_FILE) => trouble.push(error.to_string()),
-            Err(_) => {}
-        }
+        let verified = StoredFile::open(path).and_then(|file| file.verify().map(|()| file.len()));
+        total += verified.as_ref().copied().unwrap_or(0);
+        findings.add(verified);
         bar.inc(size(path));
     }
     bar.finish_and_clear();

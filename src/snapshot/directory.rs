@@ -229,8 +229,10 @@ impl Snapshot {
         }
         let meta = meta.ok_or_else(|| Error::Nothing(format!("snapshot {stem} has no file")))?;
         check_dtypes(&files, &meta)?;
-        if let Some((dropped, kept)) = meta.tied.iter().find(|(_, kept)| !places.contains_key(*kept)) {
-            let why = format!("the metadata tie `{dropped}` to `{kept}`, which is not there");
+        let odd = |(dropped, kept): &(&String, &String)| !places.contains_key(*kept) || places.contains_key(*dropped);
+        if let Some((dropped, kept)) = meta.tied.iter().find(odd) {
+            let why =
+                format!("the metadata tie `{dropped}` to `{kept}`, of which only the second can and must be there");
             return Err(Error::damaged(files[0].path(), why));
         }
         Ok(Snapshot { stem, meta, files, places })

@@ -16,7 +16,7 @@ use crate::snapshot::{AtomicFile, FileLayout, Meta, PROFILE, STEP, TensorSpec};
 use crate::tensor::{ParametersMut, Tensor, TensorViewMut, Tensors, byte_size, is_averaged};
 
 /// Targets of one pass: more would exceed the memory promised, and the files that a process may have open.
-const MAX_TARGETS: usize = 256;
+pub(super) const MAX_TARGETS: usize = 256;
 
 /// A plan and the file that its result goes to.
 #[derive(Clone, Copy, Debug)]

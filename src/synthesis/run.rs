@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::output::{Output, WriteOptions};
+use super::output::{MAX_TARGETS, Output, WriteOptions};
 use super::plan::{At, Plan, solve};
 use super::pool::{Holder, Pool, PoolTensor, Source};
 use super::stored::read_chain;
@@ -87,7 +87,7 @@ impl Run {
         self.write_all(&[Output { plan, path: path.as_ref() }], &WriteOptions::default())
     }
 
-    /// Writes several planned averages in one pass over the snapshots. Each file appears whole or not at all.
+    /// Writes several planned averages, up to 256 in one pass over the snapshots. Each file appears whole or not at all.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Tensor`] for a result that the dtype cannot hold, [`Error::Unexpected`] for an output
@@ -105,8 +105,12 @@ impl Run {
         self.pool().load(plan)
     }
 
-    /// The bytes of snapshots that a synthesis of these plans reads, whatever the number of targets.
+    /// The bytes of snapshots that a synthesis of these plans reads: once for up to 256 targets.
     pub fn bytes_to_read(&self, plans: &[Plan]) -> u64 {
+        plans.chunks(MAX_TARGETS).map(|plans| self.bytes_of_pass(plans)).sum()
+    }
+
+    fn bytes_of_pass(&self, plans: &[Plan]) -> u64 {
         let used = |snapshot: &&Snapshot| {
             let own = |plan: &Plan| {
                 plan.weights

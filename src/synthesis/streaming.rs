@@ -10,11 +10,11 @@ use super::pool::{Pool, Selection};
 use crate::error::Result;
 use crate::snapshot::{AtomicFile, FileLayout};
 
-/// Bytes of results that all threads together hold at a time.
+/// Bytes of results that all threads together hold at a time, on machines of up to a hundred threads or so.
 const BUFFERED: usize = 64 << 20;
 
 /// The elements that a thread blends before it writes: at most, and at least.
-const BLOCK_ELEMENTS: (usize, usize) = (1 << 18, 1 << 10);
+const BLOCK_ELEMENTS: (usize, usize) = (1 << 18, 1 << 9);
 
 /// What a pass works on.
 pub(super) struct Streaming<'a> {

@@ -46,7 +46,12 @@ impl PostHocEma {
             return Ok(());
         }
         let there = snapshot::list(&self.dir)?;
-        let missing = |index: &usize| !there.contains_key(&self.stem(*index));
+        // Shards without their index are read here, but not by Hugging Face's loaders.
+        let whole = |stem: Stem, files: &Vec<_>| files.len() == 1 || self.dir.join(stem.index_name()).is_file();
+        let missing = |index: &usize| {
+            let stem = self.stem(*index);
+            !there.get(&stem).is_some_and(|files| whole(stem, files))
+        };
         let missing: Vec<usize> = (0..self.averages.len()).filter(missing).collect();
         if missing.is_empty() {
             return Ok(());

@@ -79,7 +79,8 @@ pub(super) fn write(tracker: &PostHocEma) -> Result<()> {
         run: tracker.run.clone(),
         clock: tracker.clock,
         history: tracker.history.clone(),
-        stored: tracker.stored,
+        // A checkpoint that is still to be completed is the resume's to complete, whoever wrote the state last.
+        stored: if tracker.pending { tracker.history.last() } else { tracker.stored },
         tied: table.tied().clone(),
         settings: tracker.settings.clone(),
         dtypes: table.averaged().iter().map(|entry| (entry.name.clone(), entry.dtype)).collect(),
@@ -109,6 +110,10 @@ impl Saved {
         let text = file.metadata().get(STATE).map(String::as_str).unwrap_or_default();
         let document: Document = serde_json::from_str(text)
             .map_err(|error| Error::damaged(path, format!("the metadata's `{STATE}` cannot be understood: {error}")))?;
+        if document.history.last().is_some_and(|last| last > document.clock) {
+            let why = format!("its clock, {}, is before its last update", document.clock);
+            return Err(Error::damaged(path, why));
+        }
         let (settings, tied) = (document.settings.clone(), document.tied.clone());
         Ok(Saved { file, document, settings, tied })
     }

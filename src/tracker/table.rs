@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::snapshot::{FileLayout, TensorSpec};
 use crate::tensor::{TensorView, byte_size, is_averaged};
 
-use super::names::Choice;
+use super::names::{Choice, Names};
 
 /// A tensor of the run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,18 +98,26 @@ impl Table {
         let bytes = byte_size(view.name, view.dtype, view.shape)?;
         let entry = Entry { name: view.name.to_owned(), dtype: view.dtype, shape: view.shape.to_vec(), bytes };
         check(view, &entry)?;
-        let copy = choice.copy.contains(view.name);
-        let asked = choice.average.as_ref().is_none_or(|average| average.contains(view.name));
-        if !copy && is_averaged(view.dtype) && asked {
+        let named = |names: &Names| self.names_of(view.name).any(|name| names.contains(name));
+        let copy = named(&choice.copy);
+        let asked = choice.average.as_ref().map(named);
+        if !copy && is_averaged(view.dtype) && asked != Some(false) {
             self.averaged.push(entry);
             return Ok(Slot::Averaged(self.averaged.len() - 1));
         }
-        if !copy && !is_averaged(view.dtype) && !is_copied(view.dtype) {
+        let undecided = asked.is_none() && !is_copied(view.dtype);
+        if !copy && !is_averaged(view.dtype) && (undecided || asked == Some(true)) {
             let why = format!("{} cannot be averaged: name it among those to copy or to leave out", view.dtype);
             return Err(Error::tensor(view.name, why));
         }
         self.copied.push(entry);
         Ok(Slot::Copied(self.copied.len() - 1))
+    }
+
+    /// A kept tensor's own name and those tied to it: whichever of them the user gave stands for all.
+    fn names_of<'n>(&'n self, kept: &'n str) -> impl Iterator<Item = &'n str> {
+        let dropped = self.tied.iter().filter(move |(_, k)| *k == kept).map(|(dropped, _)| dropped.as_str());
+        std::iter::once(kept).chain(dropped)
     }
 
     /// Puts the views of an update in the order of the table, checking that they are the same tensors.

@@ -515,6 +515,51 @@ fn a_checkpoint_that_could_not_be_written_is_made_up_for() {
     assert_eq!(snapshot_bytes(&dir), snapshot_bytes(&straight));
 }
 
+/// The disk fills between the state and the last snapshot, and the training saves its own checkpoint before it dies.
+#[test]
+fn a_checkpoint_cut_short_is_completed_after_a_save_too() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(3);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 49);
+    // What stands in the way of the second profile's file alone.
+    let obstacle = dir.join("1.50.safetensors");
+    std::fs::create_dir(&obstacle).unwrap();
+    let text = ema.update(walk.step()).unwrap_err().to_string();
+    assert!(text.contains("1.50.safetensors"), "{text}");
+    ema.save().unwrap();
+    drop(ema);
+    std::fs::remove_dir(&obstacle).unwrap();
+    drop(PostHocEma::options(&dir).resume(&walk.model).unwrap());
+    let run = Run::open(&dir).unwrap();
+    assert_eq!(run.snapshots().iter().map(|s| s.stem.to_string()).collect::<Vec<_>>(), ["0.50", "1.50"]);
+}
+
+#[test]
+fn an_index_of_shards_that_is_missing_is_written_on_resume() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(3);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(50).shard_size(100).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 50);
+    drop(ema);
+    let whole = listing(&dir);
+    std::fs::remove_file(dir.join("1.50.safetensors.index.json")).unwrap();
+    drop(PostHocEma::options(&dir).resume(&walk.model).unwrap());
+    assert_eq!(listing(&dir), whole);
+}
+
+#[test]
+fn any_name_of_a_tied_tensor_stands_for_it() {
+    let model = Tied { values: vec![1.5; 10], apart: Cell::new(false) };
+    let (_temp, dir) = scratch();
+    let options = PostHocEma::options(&dir).average(["head"]).update_every(1).checkpoint_every(1);
+    options.create(&model).unwrap().update(&model).unwrap();
+    assert!(Run::open(&dir).unwrap().snapshots()[0].meta.copied.is_empty());
+    let (_temp, dir) = scratch();
+    let text = PostHocEma::options(&dir).copy(["head"]).create(&model).unwrap_err().to_string();
+    assert!(text.contains("no floating-point tensor to average"), "{text}");
+}
+
 #[test]
 fn a_poisoned_average_does_not_replace_a_sound_state() {
     let (_temp, dir) = scratch();
@@ -565,6 +610,13 @@ fn names_choose_what_is_averaged() {
         let text = options.create(&model(0.0)).unwrap_err().to_string();
         assert!(text.contains(part), "{text}");
     }
+    // What is named to be averaged has to be a dtype that can be; what is not named is copied, whatever its dtype.
+    let mut odd = mixed(0);
+    odd.insert("base", Tensor { dtype: Dtype::F8_E4M3, shape: vec![2], bytes: vec![0; 2] });
+    let text = options().average(["f32", "steps"]).create(&odd).unwrap_err().to_string();
+    assert!(text.contains("`steps`: I64 cannot be averaged"), "{text}");
+    let (_elsewhere, elsewhere) = scratch();
+    PostHocEma::options(&elsewhere).average(["f32"]).create(&odd).unwrap();
     // A name with brackets is a glob too, but stands for itself.
     let mut ema = options().average(["*.lora_*"]).leave_out(["layers[1].lora_a"]).create(&model(0.0)).unwrap();
     ema.update(&model(1.0)).unwrap();

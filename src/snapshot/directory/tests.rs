@@ -143,6 +143,17 @@ fn dtypes_that_cannot_be_are_refused() {
 }
 
 #[test]
+fn ties_to_what_is_not_there_or_of_what_is_are_refused() {
+    for (dropped, kept) in [("head", "none"), ("b", "a")] {
+        let dir = tempfile::tempdir().unwrap();
+        let meta = Meta { tied: BTreeMap::from([(dropped.into(), kept.into())]), ..meta(10) };
+        write(dir.path(), 0, 10, &meta, u64::MAX);
+        let text = open_all(dir.path()).unwrap_err().to_string();
+        assert!(text.contains(&format!("tie `{dropped}` to `{kept}`")), "{text}");
+    }
+}
+
+#[test]
 fn directories_without_a_run_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     assert!(open_all(dir.path()).unwrap_err().to_string().contains("no snapshot in it"));
