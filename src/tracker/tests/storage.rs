@@ -1,0 +1,265 @@
+//! What is stored, resumed, kept and dropped.
+
+use super::*;
+
+#[test]
+fn stopping_and_resuming_gives_the_same_bits() {
+    let targets = [0.03, 0.1, 0.2].map(|s| Profile::sigma_rel(s).unwrap());
+    let straight = {
+        let (_temp, dir) = scratch();
+        let mut walk = Walk::new(5);
+        let mut ema = PostHocEma::options(&dir).checkpoint_every(100).create(&walk.model).unwrap();
+        train(&mut ema, &mut walk, 1000);
+        (ema.averages.clone(), targets.clone().map(|p| ema.synthesize(p).unwrap()), snapshot_bytes(&dir))
+    };
+    // In the middle of an interval, at an update, at a snapshot.
+    for stop in [503, 510, 500] {
+        let (_temp, dir) = scratch();
+        let mut walk = Walk::new(5);
+        let mut ema = PostHocEma::options(&dir).checkpoint_every(100).create(&walk.model).unwrap();
+        train(&mut ema, &mut walk, stop);
+        ema.save().unwrap();
+        drop(ema);
+        let mut ema = PostHocEma::options(&dir).resume(&walk.model).unwrap();
+        assert_eq!(ema.step(), stop);
+        train(&mut ema, &mut walk, 1000 - stop);
+        for (a, b) in ema.averages.iter().zip(&straight.0) {
+            assert_eq!((&a.high, &a.low), (&b.high, &b.low));
+        }
+        assert_eq!(targets.clone().map(|p| ema.synthesize(p).unwrap()), straight.1);
+        assert_eq!(snapshot_bytes(&dir), straight.2);
+    }
+}
+
+/// The data of every snapshot of a run.
+fn snapshot_bytes(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let run = Run::open(dir).unwrap();
+    let tensors = run.snapshots().iter().flat_map(|snapshot| {
+        snapshot
+            .tensors()
+            .map(|(name, _)| (format!("{} {name}", snapshot.stem), snapshot.tensor(name).unwrap().1.to_vec()))
+    });
+    tensors.collect()
+}
+
+#[test]
+fn values_that_are_not_finite_are_named_and_nothing_is_written() {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let (_temp, dir) = scratch();
+        let mut model = vec![("w", vec![1.0f32; 9])];
+        let mut ema = PostHocEma::options(&dir).update_every(1).checkpoint_every(2).create(&model).unwrap();
+        ema.update(&model).unwrap();
+        ema.update(&model).unwrap();
+        let before = listing(&dir);
+        model[0].1[4] = bad;
+        ema.update(&model).unwrap();
+        let text = ema.update(&model).unwrap_err().to_string();
+        for part in ["`w`", "element 4", "step 4", "sigma_rel 0.05"] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert_eq!(listing(&dir), before);
+        drop(ema);
+        assert_eq!(PostHocEma::options(&dir).resume(&model).unwrap().step(), 2);
+    }
+}
+
+/// Every file of a run with its contents.
+fn listing(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut files: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files.into_iter().map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
+}
+
+#[test]
+fn only_the_newest_snapshots_are_kept() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(1);
+    let options = PostHocEma::options(&dir).checkpoint_every(20).max_checkpoints(3).shard_size(100);
+    let mut ema = options.create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 130);
+    let run = Run::open(&dir).unwrap();
+    let stems: Vec<String> = run.snapshots().iter().map(|snapshot| snapshot.stem.to_string()).collect();
+    assert_eq!(stems, ["0.80", "0.100", "0.120", "1.80", "1.100", "1.120"]);
+    assert_eq!(run.snapshots()[0].files().len(), 2);
+    // finish() stores what the last snapshot does not hold.
+    ema.finish().unwrap();
+    let run = Run::open(&dir).unwrap();
+    assert_eq!(run.snapshots().last().unwrap().stem.to_string(), "1.130");
+    assert_eq!(run.snapshots().len(), 6);
+}
+
+#[test]
+fn an_interrupted_checkpoint_is_completed_on_resume() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(3);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 100);
+    drop(ema);
+    let whole = listing(&dir);
+    std::fs::remove_file(dir.join("1.100.safetensors")).unwrap();
+    std::fs::write(dir.join(".posthoc-ema-left-behind"), "x").unwrap();
+    drop(PostHocEma::options(&dir).resume(&walk.model).unwrap());
+    assert_eq!(listing(&dir), whole);
+}
+
+#[test]
+fn a_checkpoint_that_could_not_be_written_is_made_up_for() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(3);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 99);
+    let aside = dir.with_extension("aside");
+    let stems = || Run::open(&dir).unwrap().snapshots().iter().map(|s| s.stem.to_string()).collect::<Vec<_>>();
+    std::fs::rename(&dir, &aside).unwrap();
+    let text = ema.update(walk.step()).unwrap_err().to_string();
+    assert!(text.contains("state.safetensors") && text.contains("check the path"), "{text}");
+    // finish() can be called again when there is room again.
+    assert!(ema.finish().is_err());
+    std::fs::rename(&aside, &dir).unwrap();
+    // So does the next update.
+    train(&mut ema, &mut walk, 10);
+    assert_eq!(stems(), ["0.50", "0.100", "1.50", "1.100"]);
+    ema.finish().unwrap();
+    assert_eq!(stems(), ["0.50", "0.100", "0.110", "1.50", "1.100", "1.110"]);
+    // What is stored afterwards is what an undisturbed run stores.
+    let (_temp, straight) = scratch();
+    let mut walk = Walk::new(3);
+    let mut ema = PostHocEma::options(&straight).checkpoint_every(50).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 110);
+    ema.finish().unwrap();
+    assert_eq!(snapshot_bytes(&dir), snapshot_bytes(&straight));
+}
+
+/// The disk fills between the state and the last snapshot, and the training saves its own checkpoint before it dies.
+#[test]
+fn a_checkpoint_cut_short_is_completed_after_a_save_too() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(3);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 49);
+    // What stands in the way of the second profile's file alone.
+    let obstacle = dir.join("1.50.safetensors");
+    std::fs::create_dir(&obstacle).unwrap();
+    let text = ema.update(walk.step()).unwrap_err().to_string();
+    assert!(text.contains("1.50.safetensors"), "{text}");
+    ema.save().unwrap();
+    drop(ema);
+    std::fs::remove_dir(&obstacle).unwrap();
+    drop(PostHocEma::options(&dir).resume(&walk.model).unwrap());
+    let run = Run::open(&dir).unwrap();
+    assert_eq!(run.snapshots().iter().map(|s| s.stem.to_string()).collect::<Vec<_>>(), ["0.50", "1.50"]);
+}
+
+#[test]
+fn an_index_of_shards_that_is_missing_is_written_on_resume() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(3);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(50).shard_size(100).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 50);
+    drop(ema);
+    let whole = listing(&dir);
+    std::fs::remove_file(dir.join("1.50.safetensors.index.json")).unwrap();
+    drop(PostHocEma::options(&dir).resume(&walk.model).unwrap());
+    assert_eq!(listing(&dir), whole);
+}
+
+#[test]
+fn a_poisoned_average_does_not_replace_a_sound_state() {
+    let (_temp, dir) = scratch();
+    let mut model = vec![("w", vec![1.0f32; 9])];
+    let mut ema = PostHocEma::options(&dir).update_every(1).checkpoint_every(2).create(&model).unwrap();
+    ema.update(&model).unwrap();
+    ema.update(&model).unwrap();
+    let before = listing(&dir);
+    model[0].1[4] = f32::NAN;
+    ema.update(&model).unwrap();
+    assert!(matches!(ema.save(), Err(Error::NonFinite { element: 4, .. })));
+    assert!(matches!(ema.finish(), Err(Error::NonFinite { .. })));
+    assert_eq!(listing(&dir), before);
+}
+
+#[test]
+fn a_resume_may_change_the_schedule_and_stays_exact() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(12);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&walk.model).unwrap();
+    let mut trajectory = train(&mut ema, &mut walk, 205);
+    ema.save().unwrap();
+    drop(ema);
+    let options = PostHocEma::options(&dir).update_every(3).checkpoint_every(70).max_checkpoints(2);
+    let mut ema = options.checkpoint_dtype(Dtype::F16).shard_size(50).resume_or_create(&walk.model).unwrap();
+    trajectory.extend(train(&mut ema, &mut walk, 150));
+    let run = Run::open(&dir).unwrap();
+    let stems: Vec<String> = run.snapshots().iter().map(|s| s.stem.to_string()).collect();
+    assert_eq!(stems, ["0.280", "0.350", "1.280", "1.350"]);
+    assert_eq!(run.snapshots()[0].files().len(), 2);
+    assert_eq!(ema.history().times(), trajectory.iter().map(|(t, _)| *t).collect::<Vec<_>>());
+    let profile = Profile::sigma_rel(0.28).unwrap();
+    let got = floats(&ema.synthesize(profile.clone()).unwrap());
+    assert!(largest_difference(&got, &direct(&trajectory, &profile, 354)) < 2.4e-7);
+}
+
+#[test]
+fn runs_are_not_overwritten_shared_or_mixed() {
+    let (temp, dir) = scratch();
+    let mut walk = Walk::new(1);
+    let text = |result: Result<PostHocEma>| result.unwrap_err().to_string();
+    assert!(text(PostHocEma::options(&dir).resume(&walk.model)).contains("no run here (no state.safetensors"));
+    let part = temp.path().join("part");
+    std::fs::create_dir(&part).unwrap();
+    std::fs::write(part.join("0.20-00001-of-00002.safetensors"), "still being copied in").unwrap();
+    assert!(text(PostHocEma::options(&part).create(&walk.model)).contains("already holds a run (0.20-00001"));
+    assert!(text(PostHocEma::options(&part).resume_or_create(&walk.model)).contains("already holds a run"));
+    assert!(text(PostHocEma::options(&part).resume(&walk.model)).contains("snapshots but no state.safetensors"));
+    assert_eq!(std::fs::read_dir(&part).unwrap().count(), 1);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(20).create(&walk.model).unwrap();
+    assert!(text(PostHocEma::options(&dir).create(&walk.model)).contains("another tracker is writing"));
+    train(&mut ema, &mut walk, 40);
+    assert!(text(PostHocEma::options(&dir).resume(&walk.model)).contains("another tracker is writing"));
+    drop(ema);
+    let whole = listing(&dir);
+    assert!(text(PostHocEma::options(&dir).create(&walk.model)).contains("already holds a run"));
+    let other = PostHocEma::options(&dir).sigma_rels([0.1]);
+    assert!(text(other.resume(&walk.model)).contains("the run has sigma_rel 0.05, sigma_rel 0.28"));
+    let plain = PostHocEma::options(&dir).precision(Precision::Plain);
+    assert!(text(plain.resume(&walk.model)).contains("precision"));
+    assert!(text(PostHocEma::options(&dir).resume(&walk.model[..2].to_vec())).contains("c.bias"));
+    assert_eq!(listing(&dir), whole);
+
+    // A snapshot of a run with the same options is still another run's.
+    let second = temp.path().join("second");
+    let mut ema = PostHocEma::options(&second).checkpoint_every(20).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 60);
+    std::fs::copy(second.join("0.60.safetensors"), dir.join("0.60.safetensors")).unwrap();
+    assert!(Run::open(&dir).unwrap_err().to_string().contains("0.60.safetensors: another run's id"));
+    assert!(text(PostHocEma::options(&dir).resume(&walk.model)).contains("another run's id"));
+}
+
+#[test]
+fn an_older_state_does_not_go_on_under_newer_snapshots() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(1);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(20).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 20);
+    let old = std::fs::read(dir.join("state.safetensors")).unwrap();
+    train(&mut ema, &mut walk, 20);
+    drop(ema);
+    std::fs::write(dir.join("state.safetensors"), old).unwrap();
+    let text = PostHocEma::options(&dir).resume(&walk.model).unwrap_err().to_string();
+    assert!(text.contains("step 40") && text.contains("at step 20"), "{text}");
+}
+
+#[test]
+fn a_damaged_state_is_refused() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(1);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(20).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 20);
+    drop(ema);
+    let path = dir.join("state.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 0x40;
+    std::fs::write(&path, bytes).unwrap();
+    let text = PostHocEma::options(&dir).resume(&walk.model).unwrap_err().to_string();
+    assert!(text.contains("checksum") && text.contains("state.safetensors"), "{text}");
+}
