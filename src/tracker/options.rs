@@ -245,9 +245,8 @@ impl Options {
         let path = self.dir.join(STATE_FILE);
         if !path.is_file() {
             let snapshots = self.dir.is_dir() && snapshot::any_part(&self.dir)?.is_some();
-            let what = if snapshots { "snapshots but" } else { "" };
-            let reason = format!("{what} no {STATE_FILE} to go on from").trim_start().to_owned();
-            return Err(Error::NoRun { path: self.dir, reason });
+            let but = if snapshots { "snapshots but " } else { "" };
+            return Err(Error::NoRun { path: self.dir, reason: format!("{but}no {STATE_FILE} to go on from") });
         }
         let lock = Lock::acquire(&self.dir)?;
         let saved = state::Saved::read(&path)?;

@@ -1,5 +1,5 @@
-//! f16 to wider types by the CPU's own instruction (F16C), where it has one: the integer form in `convert` takes several
-//! times as long, and f16 snapshots are what synthesis reads most.
+//! f16 to wider types by the CPU's own instruction (F16C), where it has one: one instead of the dozen of the integer form
+//! in `convert`, and f16 snapshots are what synthesis reads most.
 
 /// Widens whole groups of eight elements and returns how many elements that were: 0 on CPUs without the instruction.
 pub(super) trait Widen: Sized {
