@@ -174,6 +174,16 @@ pub enum Error {
         /// The step of the newest update.
         step: u64,
     },
+    /// A CUDA device, or its driver, cannot do what was asked for.
+    #[error("cuda:{device}: cannot {action}: {reason}")]
+    Cuda {
+        /// The device's number.
+        device: usize,
+        /// What was attempted, as a verb.
+        action: String,
+        /// The driver's answer and the remedy.
+        reason: String,
+    },
     /// Time did not move forward.
     #[error("update at time {time}, but the last one was at {last}: times must grow")]
     Time {
@@ -209,6 +219,11 @@ impl Error {
 
     pub(crate) fn tensor(tensor: &str, reason: impl Into<String>) -> Error {
         Error::Tensor { tensor: tensor.to_owned(), reason: reason.into() }
+    }
+
+    /// A tensor whose memory this build cannot reach.
+    pub(crate) fn on_device(tensor: &str) -> Error {
+        Error::tensor(tensor, "it lies on a CUDA device: pass tensors in host memory here, or a copy on the host")
     }
 
     pub(crate) fn changed(tensor: &str, reason: impl Into<String>) -> Error {

@@ -30,6 +30,7 @@
 
 #[doc(hidden)]
 pub mod compute;
+mod device;
 mod error;
 pub mod math;
 #[cfg(feature = "report")]
@@ -40,11 +41,13 @@ mod tensor;
 mod tracker;
 
 pub use compute::cpu::Precision;
+pub use device::Device;
 pub use error::{Error, Result};
 pub use math::{Profile, Shape, Window};
 pub use synthesis::{At, Forecast, Output, Plan, Run, Weight, WriteOptions};
 pub use tensor::{
-    Dtype, Element, Memory, Parameters, ParametersMut, Tensor, TensorView, TensorViewMut, Tensors, is_averaged,
+    CudaMemory, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView, TensorViewMut,
+    Tensors, is_averaged,
 };
 pub use tracker::{Options, PostHocEma, Step};
 

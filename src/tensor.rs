@@ -1,6 +1,7 @@
 //! Named views of tensors in somebody's memory, and the traits through which a model lends them.
 
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
 
 use bytemuck::Pod;
 use half::{bf16, f16};
@@ -21,6 +22,59 @@ pub fn is_averaged(dtype: Dtype) -> bool {
 pub enum Memory<'a> {
     /// Host memory: the elements in C order, little endian, of any alignment.
     Host(&'a [u8]),
+    /// Memory of a CUDA device: the elements in C order, little endian.
+    Cuda(CudaMemory<'a>),
+}
+
+/// Where the elements of a tensor that is written lie.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum MemoryMut<'a> {
+    /// Host memory: the elements in C order, little endian, of any alignment.
+    Host(&'a mut [u8]),
+    /// Memory of a CUDA device: the elements in C order, little endian.
+    Cuda(CudaMemory<'a>),
+}
+
+/// Somebody's memory on a CUDA device, with the stream on which its owner works with it.
+///
+/// It is read and written in the order of that stream: after all that was queued there before, and before what is queued
+/// there later. Made with the feature `cuda`, by `CudaMemory::from_raw`.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "nothing makes one without the feature"))]
+pub struct CudaMemory<'a> {
+    /// The device's number.
+    pub(crate) device: usize,
+    /// The owner's `CUstream`, as a number; 0 is the legacy default stream.
+    pub(crate) stream: usize,
+    /// The address on the device.
+    pub(crate) address: u64,
+    pub(crate) bytes: usize,
+    /// Whether the owner leaves the memory alone until the tracker's fence has passed, on whatever stream.
+    pub(crate) until_fence: bool,
+    pub(crate) lent: PhantomData<&'a [u8]>,
+}
+
+impl CudaMemory<'_> {
+    /// The number of the device.
+    pub fn device(&self) -> usize {
+        self.device
+    }
+
+    /// The address on the device.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// The number of bytes.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
 }
 
 /// A tensor that can be read: name, dtype, shape and contiguous elements.
@@ -53,14 +107,26 @@ impl<'a> TensorView<'a> {
 
     /// The elements, where they lie in host memory.
     pub fn host_bytes(&self) -> Option<&'a [u8]> {
-        let Memory::Host(bytes) = self.memory;
-        Some(bytes)
+        match self.memory {
+            Memory::Host(bytes) => Some(bytes),
+            Memory::Cuda(_) => None,
+        }
     }
 
-    /// The elements of a tensor in host memory, the only kind so far.
-    pub(crate) fn bytes(&self) -> &'a [u8] {
-        let Memory::Host(bytes) = self.memory;
-        bytes
+    /// The bytes lent.
+    pub fn byte_len(&self) -> usize {
+        match self.memory {
+            Memory::Host(bytes) => bytes.len(),
+            Memory::Cuda(memory) => memory.bytes,
+        }
+    }
+
+    /// What makes two views the same memory: the device, none for the host, and the address.
+    pub(crate) fn place(&self) -> (Option<usize>, u64) {
+        match self.memory {
+            Memory::Host(bytes) => (None, bytes.as_ptr().addr() as u64),
+            Memory::Cuda(memory) => (Some(memory.device), memory.address),
+        }
     }
 }
 
@@ -73,8 +139,8 @@ pub struct TensorViewMut<'a> {
     pub dtype: Dtype,
     /// The shape; empty for a scalar.
     pub shape: &'a [usize],
-    /// The elements in C order, little endian, of any alignment.
-    pub bytes: &'a mut [u8],
+    /// The elements.
+    pub memory: MemoryMut<'a>,
 }
 
 impl<'a> TensorViewMut<'a> {
@@ -84,7 +150,15 @@ impl<'a> TensorViewMut<'a> {
     /// [`Error::Tensor`] where shape and dtype do not make up the number of bytes given.
     pub fn host(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a mut [u8]) -> Result<Self> {
         check_size(name, dtype, shape, bytes.len())?;
-        Ok(TensorViewMut { name, dtype, shape, bytes })
+        Ok(TensorViewMut { name, dtype, shape, memory: MemoryMut::Host(bytes) })
+    }
+
+    /// The elements, where they lie in host memory.
+    pub fn into_host_bytes(self) -> Option<&'a mut [u8]> {
+        match self.memory {
+            MemoryMut::Host(bytes) => Some(bytes),
+            MemoryMut::Cuda(_) => None,
+        }
     }
 }
 

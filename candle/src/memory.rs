@@ -157,8 +157,9 @@ mod tests {
         let var = var.unwrap();
         let mut seen = Vec::new();
         let mut swap = |view: TensorViewMut<'_>| {
-            seen = view.bytes.to_vec();
-            view.bytes.swap(0, 1);
+            let bytes = view.into_host_bytes().unwrap();
+            seen = bytes.to_vec();
+            bytes.swap(0, 1);
             Ok(())
         };
         write("w", &var, &mut swap).unwrap();

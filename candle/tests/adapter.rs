@@ -111,7 +111,7 @@ fn every_dtype_is_read_and_written() {
         assert_eq!((got.1, got.2, &got.4), (stored, vec![2], &bytes), "{dtype:?}");
         let half = bytes.len() / 2;
         let swap = &mut |view: posthoc_ema::TensorViewMut<'_>| {
-            view.bytes.rotate_left(half);
+            view.into_host_bytes().unwrap().rotate_left(half);
             Ok(())
         };
         NamedVars::from(&vars[..]).for_each_mut(swap).unwrap();
@@ -133,8 +133,9 @@ fn scalars_and_empty_tensors_are_tensors_too() {
     assert_eq!((&got[1].2, &got[1].4), (&vec![], &bytes_of(&[3.0])));
     let mut lengths = Vec::new();
     let write = &mut |view: posthoc_ema::TensorViewMut<'_>| {
-        lengths.push(view.bytes.len());
-        view.bytes.fill(0);
+        let bytes = view.into_host_bytes().unwrap();
+        lengths.push(bytes.len());
+        bytes.fill(0);
         Ok(())
     };
     Variables(&vars).for_each_mut(write).unwrap();
@@ -199,7 +200,7 @@ fn what_is_written_is_seen_by_the_layers_and_errors_come_back() {
     let refused = Variables(&vars).for_each_mut(refuse).unwrap_err();
     assert!(matches!(refused, Error::Nothing(name) if name == "first.bias"));
     let clear = &mut |view: posthoc_ema::TensorViewMut<'_>| {
-        view.bytes.fill(0);
+        view.into_host_bytes().unwrap().fill(0);
         Ok(())
     };
     Variables(&vars).for_each_mut(clear).unwrap();

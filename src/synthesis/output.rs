@@ -73,7 +73,11 @@ impl Pool<'_> {
             self.check_complete(views.iter().map(|view| view.name).collect())
         })?;
         params.for_each_mut(&mut |view: TensorViewMut<'_>| match self.averaged(view.name) {
-            Some(tensor) => TensorBlend::new(&selection, tensor, view.dtype)?.whole(view.bytes),
+            Some(tensor) => {
+                let blend = TensorBlend::new(&selection, tensor, view.dtype)?;
+                let elsewhere = || Error::on_device(&tensor.name);
+                blend.whole(view.into_host_bytes().ok_or_else(elsewhere)?)
+            }
             None => Ok(()),
         })
     }

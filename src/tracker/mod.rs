@@ -117,10 +117,10 @@ impl PostHocEma {
         let weight = |profile: &Profile| profile.gain(last as f64, time as f64) as f32;
         let weights: Vec<f32> = self.settings.profiles.iter().map(weight).collect();
         self.history.push(time)?;
-        let incoming: Vec<Incoming<'_>> = matched.averaged.iter().map(|view| incoming(view)).collect();
+        let incoming = matched.averaged.iter().map(|view| incoming(view)).collect::<Result<Vec<Incoming<'_>>>>()?;
         update(&mut self.averages, &incoming, self.table.layout(), &weights);
         for (copy, view) in self.copies.iter_mut().zip(&matched.copied) {
-            copy.copy_from_slice(view.bytes());
+            copy.copy_from_slice(view.host_bytes().ok_or_else(|| Error::on_device(view.name))?);
         }
         Ok(())
     }
@@ -157,8 +157,9 @@ impl std::fmt::Debug for PostHocEma {
     }
 }
 
-fn incoming<'a>(view: &TensorView<'a>) -> Incoming<'a> {
-    Incoming { dtype: view.dtype, bytes: view.bytes() }
+fn incoming<'a>(view: &TensorView<'a>) -> Result<Incoming<'a>> {
+    let bytes = view.host_bytes().ok_or_else(|| Error::on_device(view.name))?;
+    Ok(Incoming { dtype: view.dtype, bytes })
 }
 
 #[cfg(test)]

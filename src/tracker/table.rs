@@ -218,22 +218,21 @@ fn check<'v, 'a>(view: &'v TensorView<'a>, entry: &Entry) -> Result<&'v TensorVi
         return Err(Error::changed(view.name, format!("its dtype is {}, it was {}", view.dtype, entry.dtype)));
     }
     // A view is a plain struct, so nothing before has tied its bytes to its shape.
-    if view.bytes().len() != entry.bytes {
-        let (given, bytes) = (view.bytes().len(), entry.bytes);
+    if view.byte_len() != entry.bytes {
+        let (given, bytes) = (view.byte_len(), entry.bytes);
         return Err(Error::tensor(view.name, format!("{given} bytes were lent, its shape and dtype take {bytes}")));
     }
     Ok(view)
 }
 
 /// What makes two views the same memory.
-fn place<'v>(view: &'v TensorView<'_>) -> (usize, usize, Dtype, &'v [usize]) {
-    let bytes = view.bytes();
-    (bytes.as_ptr().addr(), bytes.len(), view.dtype, view.shape)
+fn place<'v>(view: &'v TensorView<'_>) -> ((Option<usize>, u64), usize, Dtype, &'v [usize]) {
+    (view.place(), view.byte_len(), view.dtype, view.shape)
 }
 
 /// Finds tensors that share their elements with one of an earlier name: `dropped name -> kept name`.
 fn find_tied(views: &[&TensorView<'_>]) -> BTreeMap<String, String> {
-    let mut sorted: Vec<&TensorView<'_>> = views.iter().copied().filter(|view| !view.bytes().is_empty()).collect();
+    let mut sorted: Vec<&TensorView<'_>> = views.iter().copied().filter(|view| view.byte_len() > 0).collect();
     sorted.sort_by_key(|view| view.name);
     let mut kept: BTreeMap<_, &str> = BTreeMap::new();
     let mut tied = BTreeMap::new();
