@@ -3,3 +3,5 @@
 //! Nothing here knows of files, profiles or runs: weights come in as numbers, tensors as bytes.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;

@@ -1,0 +1,173 @@
+//! Compiles `kernels/*.cu` into fatbins for every GPU since 2020, under the feature `cuda`.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, exit};
+use std::{env, fs, thread};
+
+const KERNELS: [&str; 3] = ["update", "blend", "convert"];
+
+/// Machine code for these, and PTX of the first for every other and later GPU. Machine code of 8.0 runs on 8.6 and 8.9
+/// too, that of 10.0 on 10.3, that of 12.0 on 12.1.
+const ARCHITECTURES: [u32; 4] = [80, 90, 100, 120];
+
+/// Overrides the list above, as `90` or `80,90`: one architecture compiles in a quarter of the time.
+const ARCHITECTURES_VARIABLE: &str = "POSTHOC_EMA_CUDA_ARCHS";
+
+/// All parts of one version: nvcc's own package lets pip choose newer ones, which do not fit it.
+const PIP: &str = "pip install 'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-crt==13.0.*' \
+                   'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cccl==13.0.*'";
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=kernels");
+    let watched = ["NVCC", "CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "NVCC_CCBIN", "VIRTUAL_ENV", ARCHITECTURES_VARIABLE];
+    for variable in watched {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
+    if env::var_os("DOCS_RS").is_some() {
+        // docs.rs has no nvcc, and nothing runs there.
+        for kernel in KERNELS {
+            fs::write(fatbin(&out, kernel), []).unwrap_or_else(|error| fail(&[error.to_string()]));
+        }
+        return;
+    }
+    let nvcc = find_nvcc().unwrap_or_else(|tried| fail(&not_found(&tried)));
+    println!("cargo::rustc-env=POSTHOC_EMA_CUDA_VERSION={}", version(&nvcc));
+    compile(&nvcc, &architectures(&nvcc), &out);
+}
+
+/// Ends the build with a message instead of a panic's backtrace.
+fn fail(lines: &[String]) -> ! {
+    for line in lines {
+        println!("cargo::error={line}");
+    }
+    exit(1)
+}
+
+fn fatbin(out: &Path, kernel: &str) -> PathBuf {
+    out.join(format!("{kernel}.fatbin"))
+}
+
+/// The compiler, or the places where it was looked for.
+fn find_nvcc() -> Result<PathBuf, Vec<String>> {
+    let mut tried = Vec::new();
+    if let Some(path) = env::var_os("NVCC").map(PathBuf::from) {
+        // An explicit choice never falls through to another compiler.
+        return if path.is_file() { Ok(path) } else { Err(vec![format!("NVCC: {} (not there)", path.display())]) };
+    }
+    let variables = ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"];
+    let homes = variables.iter().filter_map(|v| Some((*v, PathBuf::from(env::var_os(v)?).join("bin"))));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let paths = env::split_paths(&path).map(|dir| ("PATH", dir));
+    let usual = ["/usr/local/cuda/bin", "/opt/cuda/bin", "/usr/lib/cuda/bin"].map(|dir| ("usual place", dir.into()));
+    for (why, dir) in homes.chain(paths).chain(python_packages()).chain(usual) {
+        let nvcc = dir.join(format!("nvcc{}", env::consts::EXE_SUFFIX));
+        if nvcc.is_file() {
+            return Ok(nvcc);
+        }
+        if why != "PATH" {
+            tried.push(format!("{why}: {} (not there)", nvcc.display()));
+        }
+    }
+    tried.push("PATH: no nvcc in any of its folders".to_owned());
+    Err(tried)
+}
+
+/// Where `pip install nvidia-cuda-nvcc` puts the compiler of the active Python.
+fn python_packages() -> Vec<(&'static str, PathBuf)> {
+    let code = "import importlib.util as u; s = u.find_spec('nvidia'); print(*(s.submodule_search_locations if s else []), sep='\\n')";
+    let mut found = Vec::new();
+    for python in ["python3", "python"] {
+        let Ok(output) = Command::new(python).args(["-c", code]).output() else { continue };
+        for location in String::from_utf8_lossy(&output.stdout).lines().map(str::trim).filter(|line| !line.is_empty()) {
+            found.extend(["cu13", "cu14"].map(|cuda| (python, Path::new(location).join(cuda).join("bin"))));
+        }
+    }
+    found
+}
+
+fn not_found(tried: &[String]) -> Vec<String> {
+    let mut lines = vec!["the feature `cuda` needs CUDA's compiler, nvcc 12.8 or later, and none was found".to_owned()];
+    lines.extend(tried.iter().map(|place| format!("  looked at {place}")));
+    lines.push(format!("  install CUDA, set NVCC or CUDA_HOME, or: {PIP}"));
+    lines.push("  or build without the feature: everything works on the CPU".to_owned());
+    lines
+}
+
+/// The compiler's version, such as `13.0`: drivers older than its major version do not run what it makes.
+fn version(nvcc: &Path) -> String {
+    let output = match Command::new(nvcc).arg("--version").output() {
+        Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Err(error) => fail(&[format!("{} --version: {error}", nvcc.display())]),
+    };
+    let version = output.split("release ").nth(1).and_then(|rest| rest.split(',').next());
+    version.map_or_else(|| fail(&[format!("{} --version tells no version: {output}", nvcc.display())]), str::to_owned)
+}
+
+/// The architectures that are wanted and that this compiler knows.
+fn architectures(nvcc: &Path) -> Vec<u32> {
+    let known = match Command::new(nvcc).arg("--list-gpu-code").output() {
+        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Ok(output) => fail(&[format!("{} --list-gpu-code: {}", nvcc.display(), output.status)]),
+        Err(error) => fail(&[format!("{}: {error}", nvcc.display())]),
+    };
+    let wanted: Vec<u32> = match env::var(ARCHITECTURES_VARIABLE) {
+        Ok(list) => {
+            list.split(',').map(|item| item.trim().parse().unwrap_or_else(|_| fail(&[bad_list(&list)]))).collect()
+        }
+        Err(_) => ARCHITECTURES.to_vec(),
+    };
+    let is_known = |arch: &u32| known.lines().any(|line| line.trim() == format!("sm_{arch}"));
+    let chosen: Vec<u32> = wanted.iter().copied().filter(is_known).collect();
+    if chosen.is_empty() {
+        let known = known.split_whitespace().collect::<Vec<_>>().join(" ");
+        fail(&[format!("{} compiles for none of {wanted:?}; it knows {known}", nvcc.display())]);
+    }
+    chosen
+}
+
+fn bad_list(list: &str) -> String {
+    format!("{ARCHITECTURES_VARIABLE}={list}: a list of architectures such as 80,90 is expected")
+}
+
+/// Compiles all files at the same time.
+fn compile(nvcc: &Path, architectures: &[u32], out: &Path) {
+    let outcomes: Vec<Result<(), String>> = thread::scope(|scope| {
+        let compile = |kernel| scope.spawn(move || compile_one(nvcc, architectures, kernel, &fatbin(out, kernel)));
+        let running: Vec<_> = KERNELS.map(compile).into();
+        running.into_iter().map(|job| job.join().unwrap_or_else(|_| Err("the build script panicked".into()))).collect()
+    });
+    let errors: Vec<String> = outcomes.into_iter().filter_map(Result::err).collect();
+    if !errors.is_empty() {
+        let lines = errors.iter().flat_map(|text| text.lines().map(str::to_owned));
+        let versions = "  where ptxas says `Unsupported .version`, parts of several CUDA versions are mixed: ";
+        fail(&lines.chain([format!("{versions}{PIP}")]).collect::<Vec<_>>());
+    }
+}
+
+fn compile_one(nvcc: &Path, architectures: &[u32], kernel: &str, out: &Path) -> Result<(), String> {
+    let mut command = Command::new(nvcc);
+    // No contraction and no flushing of subnormals: the CPU's bits depend on it.
+    command.args(["-std=c++17", "-O3", "-fmad=false", "-ftz=false", "-fatbin", "--compress-mode=size"]);
+    for arch in architectures {
+        command.args(["-gencode", &format!("arch=compute_{arch},code=sm_{arch}")]);
+    }
+    let oldest = architectures.iter().min().copied().unwrap_or(ARCHITECTURES[0]);
+    command.args(["-gencode", &format!("arch=compute_{oldest},code=compute_{oldest}")]);
+    if let Some(compiler) = env::var_os("NVCC_CCBIN") {
+        command.arg("-ccbin").arg(compiler);
+    }
+    command.arg("-o").arg(out).arg(format!("kernels/{kernel}.cu"));
+    match command.output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => {
+            let text = [output.stdout, output.stderr].concat();
+            Err(format!("{command:?}\n{}", String::from_utf8_lossy(&text)))
+        }
+        Err(error) => Err(format!("{command:?}: {error}")),
+    }
+}

@@ -1,0 +1,165 @@
+// Element types and the arithmetic on them: the whole numeric contract with the CPU, which gives the same bits.
+//
+// Every operation is a named one that rounds to nearest even and that no compiler contracts or reorders. Kernels use
+// neither shared memory nor barriers nor warp intrinsics, so that the very same files compile as plain C++ (shim.h) and
+// run under the stand-in driver of the tests.
+#pragma once
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define DEVICE static __device__ __forceinline__
+
+// All data are touched once: "streaming" accesses leave the caches to others.
+template <class T> DEVICE T load(const T* p) { return __ldcs(p); }
+template <class T> DEVICE void store(T* p, T value) { __stcs(p, value); }
+DEVICE void atomic_max(uint32_t* p, uint32_t value) { atomicMax(p, value); }
+DEVICE void atomic_min(uint64_t* p, uint64_t value) { atomicMin(reinterpret_cast<unsigned long long*>(p), value); }
+
+DEVICE float bits_f32(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE uint32_t f32_bits(float value) { return __float_as_uint(value); }
+DEVICE double bits_f64(uint64_t bits) { return __longlong_as_double(bits); }
+DEVICE uint64_t f64_bits(double value) { return __double_as_longlong(value); }
+
+DEVICE float fma_f32(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float add_f32(float a, float b) { return __fadd_rn(a, b); }
+DEVICE float sub_f32(float a, float b) { return __fsub_rn(a, b); }
+DEVICE double fma_f64(double a, double b, double c) { return __fma_rn(a, b, c); }
+
+DEVICE double f32_to_f64(float value) { return value; }
+DEVICE float f64_to_f32(double value) { return __double2float_rn(value); }
+DEVICE float f16_to_f32(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+DEVICE uint16_t f32_to_f16(float value) { return __half_as_ushort(__float2half_rn(value)); }
+DEVICE float bf16_to_f32(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+DEVICE uint16_t f32_to_bf16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+#else
+#include "shim.h"
+#endif
+
+// The element types, by the numbers that the host gives them.
+enum Kind : uint32_t { KIND_F32 = 0, KIND_F16 = 1, KIND_BF16 = 2, KIND_F64 = 3, KIND_BYTES = 4 };
+
+struct F32 {
+    typedef uint32_t Bits;
+    DEVICE float single(uint32_t bits) { return bits_f32(bits); }
+    DEVICE double whole(uint32_t bits) { return f32_to_f64(bits_f32(bits)); }
+    DEVICE uint32_t round(double value) { return f32_bits(f64_to_f32(value)); }
+    DEVICE uint32_t round_single(float value) { return f32_bits(value); }
+};
+
+struct F16 {
+    typedef uint16_t Bits;
+    DEVICE float single(uint16_t bits) { return f16_to_f32(bits); }
+    DEVICE double whole(uint16_t bits) { return f32_to_f64(f16_to_f32(bits)); }
+    DEVICE uint16_t round(double value) { return f32_to_f16(f64_to_f32(value)); }
+    DEVICE uint16_t round_single(float value) { return f32_to_f16(value); }
+};
+
+struct BF16 {
+    typedef uint16_t Bits;
+    DEVICE float single(uint16_t bits) { return bf16_to_f32(bits); }
+    DEVICE double whole(uint16_t bits) { return f32_to_f64(bf16_to_f32(bits)); }
+    DEVICE uint16_t round(double value) { return f32_to_bf16(f64_to_f32(value)); }
+    DEVICE uint16_t round_single(float value) { return f32_to_bf16(value); }
+};
+
+struct F64 {
+    typedef uint64_t Bits;
+    DEVICE float single(uint64_t bits) { return f64_to_f32(bits_f64(bits)); }
+    DEVICE double whole(uint64_t bits) { return bits_f64(bits); }
+    DEVICE uint64_t round(double value) { return f64_bits(value); }
+    DEVICE uint64_t round_single(float value) { return f64_bits(f32_to_f64(value)); }
+};
+
+// V consecutive elements of type T as 32-bit words, moved with the widest access that divides them.
+template <class T, int V> struct Vector {
+    static const int WORDS = V * static_cast<int>(sizeof(typename T::Bits)) / 4;
+    uint32_t words[WORDS];
+};
+
+// The alignment in bytes that load_vector and store_vector ask for: 16, or all of a smaller vector.
+template <class T, int V> struct Alignment {
+    static const uint64_t BYTES = Vector<T, V>::WORDS % 4 == 0 ? 16 : 8;
+};
+
+template <class T, int V> DEVICE Vector<T, V> load_vector(uint64_t address) {
+    Vector<T, V> r;
+    if (Vector<T, V>::WORDS % 4 == 0) {
+        #pragma unroll
+        for (int i = 0; i < Vector<T, V>::WORDS / 4; i++) {
+            const uint4 q = load(reinterpret_cast<const uint4*>(address) + i);
+            r.words[4 * i] = q.x;
+            r.words[4 * i + 1] = q.y;
+            r.words[4 * i + 2] = q.z;
+            r.words[4 * i + 3] = q.w;
+        }
+    } else {
+        const uint2 q = load(reinterpret_cast<const uint2*>(address));
+        r.words[0] = q.x;
+        r.words[Vector<T, V>::WORDS - 1] = q.y;
+    }
+    return r;
+}
+
+template <class T, int V> DEVICE void store_vector(uint64_t address, const Vector<T, V>& v) {
+    if (Vector<T, V>::WORDS % 4 == 0) {
+        #pragma unroll
+        for (int i = 0; i < Vector<T, V>::WORDS / 4; i++) {
+            uint4 q;
+            q.x = v.words[4 * i];
+            q.y = v.words[4 * i + 1];
+            q.z = v.words[4 * i + 2];
+            q.w = v.words[4 * i + 3];
+            store(reinterpret_cast<uint4*>(address) + i, q);
+        }
+    } else {
+        uint2 q;
+        q.x = v.words[0];
+        q.y = v.words[Vector<T, V>::WORDS - 1];
+        store(reinterpret_cast<uint2*>(address), q);
+    }
+}
+
+// Element by element, for addresses that are not aligned.
+template <class T, int V> DEVICE Vector<T, V> load_elements(uint64_t address) {
+    const typename T::Bits* p = reinterpret_cast<const typename T::Bits*>(address);
+    Vector<T, V> r;
+    #pragma unroll
+    for (int i = 0; i < Vector<T, V>::WORDS; i++) {
+        if (sizeof(*p) == 2) {
+            r.words[i] = static_cast<uint32_t>(load(p + 2 * i)) | static_cast<uint32_t>(load(p + 2 * i + 1)) << 16;
+        } else if (sizeof(*p) == 4) {
+            r.words[i] = static_cast<uint32_t>(load(p + i));
+        } else {
+            r.words[i] = static_cast<uint32_t>(static_cast<uint64_t>(load(p + i / 2)) >> (32 * (i & 1)));
+        }
+    }
+    return r;
+}
+
+// The bits of element i.
+template <class T, int V> DEVICE typename T::Bits element(const Vector<T, V>& v, int i) {
+    if (sizeof(typename T::Bits) == 2) return static_cast<typename T::Bits>(v.words[i / 2] >> (16 * (i & 1)));
+    if (sizeof(typename T::Bits) == 4) return static_cast<typename T::Bits>(v.words[i]);
+    const int last = Vector<T, V>::WORDS - 1;  // keeps the indices below valid where they are compiled but never run
+    const int low = 2 * i < last ? 2 * i : last, high = 2 * i + 1 < last ? 2 * i + 1 : last;
+    return static_cast<typename T::Bits>(static_cast<uint64_t>(v.words[low]) | static_cast<uint64_t>(v.words[high]) << 32);
+}
+
+// Sets elements i and i + 1, i even.
+template <class T, int V> DEVICE void set_pair(Vector<T, V>& v, int i, typename T::Bits a, typename T::Bits b) {
+    if (sizeof(typename T::Bits) == 2) {
+        v.words[i / 2] = static_cast<uint32_t>(a) | static_cast<uint32_t>(b) << 16;
+    } else if (sizeof(typename T::Bits) == 4) {
+        v.words[i] = static_cast<uint32_t>(a);
+        v.words[i + 1] = static_cast<uint32_t>(b);
+    } else {
+        const int last = Vector<T, V>::WORDS - 1, first = 2 * i + 3 <= last ? 2 * i : last - 3;
+        v.words[first] = static_cast<uint32_t>(a);
+        v.words[first + 1] = static_cast<uint32_t>(static_cast<uint64_t>(a) >> 32);
+        v.words[first + 2] = static_cast<uint32_t>(b);
+        v.words[first + 3] = static_cast<uint32_t>(static_cast<uint64_t>(b) >> 32);
+    }
+}

@@ -1,0 +1,171 @@
+// The update of up to 8 profiles in one pass over the parameters, all tensors in one launch.
+//
+// Plain:       e <- fma(w, p - e, e)
+// Compensated: d = fma(w, p - e, c); s = e + d; c <- bf16(d - (s - e)); e <- s
+//
+// A block works on one chunk. Averages lie in one arena per profile, all of one layout, every tensor at 16 bytes: so the
+// averages are always read and written in vectors, whatever the alignment of the parameters.
+#include "chunk.cuh"
+
+struct UpdateArgs {
+    const Chunk* chunks;
+    float* high[8];     // the f32 part of each profile's averages
+    uint16_t* low[8];   // the bf16 low-order terms of compensated ones
+    float weights[8];   // 1 - beta
+    uint8_t* copies;    // tensors that are copied, not averaged
+};
+
+#define THREADS 256
+#define V 4  // elements that a thread takes at a time: 16 bytes of f32
+
+template <bool COMPENSATED> DEVICE void step(float p, float w, float& e, float& c) {
+    if (!COMPENSATED) {
+        e = fma_f32(w, sub_f32(p, e), e);
+        return;
+    }
+    const float d = fma_f32(w, sub_f32(p, e), c), s = add_f32(e, d);
+    c = sub_f32(d, sub_f32(s, e));
+    e = s;
+}
+
+// Profiles whose averages a thread holds at a time: more would spill registers.
+template <int PROFILES, bool COMPENSATED> struct Group { static const int SIZE = !COMPENSATED ? 4 : PROFILES < 8 ? 3 : 2; };
+
+// Vectors of each average that a thread reads before it computes: enough loads in flight to fill the memory's latency.
+template <int PROFILES, bool COMPENSATED> struct Unroll {
+    static const int COUNT = COMPENSATED ? (PROFILES == 1 ? 2 : 1) : PROFILES == 1 ? 4 : PROFILES <= 3 ? 2 : 1;
+};
+
+DEVICE uint64_t address_of(const void* base, uint64_t offset, uint64_t size) {
+    return reinterpret_cast<uint64_t>(base) + offset * size;
+}
+
+// The profiles from FIRST on, a group at a time.
+template <class T, int FIRST, int PROFILES, bool COMPENSATED, int U> struct Profiles {
+    DEVICE void run(const UpdateArgs& a, uint64_t offset, uint32_t stride, const Vector<T, V>* p) {
+        const int GROUP = Group<PROFILES, COMPENSATED>::SIZE, N = GROUP < PROFILES - FIRST ? GROUP : PROFILES - FIRST;
+        Vector<F32, V> high[U][N];
+        Vector<BF16, V> low[U][COMPENSATED ? N : 1];
+        // All loads come before all stores: averages might overlap for all the compiler knows, so it would not move them.
+        #pragma unroll
+        for (int u = 0; u < U; u++) {
+            const uint64_t at = offset + static_cast<uint64_t>(u) * stride * V;
+            #pragma unroll
+            for (int j = 0; j < N; j++) {
+                high[u][j] = load_vector<F32, V>(address_of(a.high[FIRST + j], at, 4));
+                if (COMPENSATED) low[u][j] = load_vector<BF16, V>(address_of(a.low[FIRST + j], at, 2));
+            }
+        }
+        #pragma unroll
+        for (int u = 0; u < U; u++) {
+            const uint64_t at = offset + static_cast<uint64_t>(u) * stride * V;
+            #pragma unroll
+            for (int j = 0; j < N; j++) {
+                update_vector(a.weights[FIRST + j], p[u], high[u][j], low[u][COMPENSATED ? j : 0]);
+                store_vector(address_of(a.high[FIRST + j], at, 4), high[u][j]);
+                if (COMPENSATED) store_vector(address_of(a.low[FIRST + j], at, 2), low[u][j]);
+            }
+        }
+        const int NEXT = FIRST + N;
+        Profiles<T, NEXT, PROFILES, COMPENSATED, U>::run(a, offset, stride, p);
+    }
+
+    DEVICE void update_vector(float w, const Vector<T, V>& p, Vector<F32, V>& high, Vector<BF16, V>& low) {
+        #pragma unroll
+        for (int i = 0; i < V; i += 2) {
+            float e0 = bits_f32(element(high, i)), e1 = bits_f32(element(high, i + 1));
+            float c0 = COMPENSATED ? bf16_to_f32(element(low, i)) : 0, c1 = COMPENSATED ? bf16_to_f32(element(low, i + 1)) : 0;
+            step<COMPENSATED>(T::single(element(p, i)), w, e0, c0);
+            step<COMPENSATED>(T::single(element(p, i + 1)), w, e1, c1);
+            set_pair(high, i, f32_bits(e0), f32_bits(e1));
+            if (COMPENSATED) set_pair(low, i, f32_to_bf16(c0), f32_to_bf16(c1));
+        }
+    }
+};
+
+template <class T, int PROFILES, bool COMPENSATED, int U> struct Profiles<T, PROFILES, PROFILES, COMPENSATED, U> {
+    DEVICE void run(const UpdateArgs&, uint64_t, uint32_t, const Vector<T, V>*) {}
+};
+
+template <class T, int PROFILES, bool COMPENSATED, int U, bool ALIGNED>
+DEVICE void update_vectors(const UpdateArgs& a, const Chunk& c, uint32_t i) {
+    Vector<T, V> p[U];
+    #pragma unroll
+    for (int u = 0; u < U; u++) {
+        const uint64_t at = c.address + static_cast<uint64_t>(i + u * THREADS) * V * sizeof(typename T::Bits);
+        p[u] = ALIGNED ? load_vector<T, V>(at) : load_elements<T, V>(at);
+    }
+    Profiles<T, 0, PROFILES, COMPENSATED, U>::run(a, c.offset + static_cast<uint64_t>(i) * V, THREADS, p);
+}
+
+template <class T, int PROFILES, bool COMPENSATED, int U, bool ALIGNED>
+DEVICE void update_whole(const UpdateArgs& a, const Chunk& c) {
+    const uint32_t vectors = c.elements / V;
+    uint32_t i = threadIdx.x;
+    for (; i + (U - 1) * THREADS < vectors; i += U * THREADS) update_vectors<T, PROFILES, COMPENSATED, U, ALIGNED>(a, c, i);
+    if (U > 1) {
+        for (; i < vectors; i += THREADS) update_vectors<T, PROFILES, COMPENSATED, 1, ALIGNED>(a, c, i);
+    }
+}
+
+// The last, at most V - 1, elements.
+template <class T, int PROFILES, bool COMPENSATED> DEVICE void update_rest(const UpdateArgs& a, const Chunk& c) {
+    const uint32_t i = c.elements / V * V + threadIdx.x;
+    if (i >= c.elements) return;
+    const float p = T::single(load(reinterpret_cast<const typename T::Bits*>(c.address) + i));
+    for (int j = 0; j < PROFILES; j++) {
+        uint32_t* high = reinterpret_cast<uint32_t*>(a.high[j]) + c.offset + i;
+        uint16_t* low = a.low[j] + c.offset + i;
+        float e = bits_f32(load(high)), term = COMPENSATED ? bf16_to_f32(load(low)) : 0;
+        step<COMPENSATED>(p, a.weights[j], e, term);
+        store(high, f32_bits(e));
+        if (COMPENSATED) store(low, f32_to_bf16(term));
+    }
+}
+
+template <class T, int PROFILES, bool COMPENSATED> DEVICE void update_chunk(const UpdateArgs& a, const Chunk& c) {
+    const int U = Unroll<PROFILES, COMPENSATED>::COUNT;
+    if (c.address % Alignment<T, V>::BYTES == 0) {
+        update_whole<T, PROFILES, COMPENSATED, U, true>(a, c);
+    } else {
+        update_whole<T, PROFILES, COMPENSATED, 1, false>(a, c);
+    }
+    update_rest<T, PROFILES, COMPENSATED>(a, c);
+}
+
+template <int PROFILES, bool COMPENSATED> DEVICE void update(const UpdateArgs& a) {
+    const Chunk c = load_chunk(a.chunks);
+    switch (c.kind) {
+        case KIND_F32: update_chunk<F32, PROFILES, COMPENSATED>(a, c); break;
+        case KIND_F16: update_chunk<F16, PROFILES, COMPENSATED>(a, c); break;
+        case KIND_BF16: update_chunk<BF16, PROFILES, COMPENSATED>(a, c); break;
+        // f64 parameters are rare: the path for any alignment will do.
+        case KIND_F64:
+            update_whole<F64, PROFILES, COMPENSATED, 1, false>(a, c);
+            update_rest<F64, PROFILES, COMPENSATED>(a, c);
+            break;
+        default: copy_bytes(address_of(a.copies, c.offset, 1), c.address, c.elements);
+    }
+}
+
+// Blocks per multiprocessor that the registers must allow: 4 give 64 a thread, 3 give 80, which compensated averages of
+// many profiles need; what a thread has in flight grows with them.
+#define BLOCKS(PROFILES, COMPENSATED) ((COMPENSATED) && (PROFILES) >= 5 ? 3 : 4)
+#define UPDATE(PROFILES, name, COMPENSATED) \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS(PROFILES, COMPENSATED)) \
+    update_##name##_##PROFILES(const __grid_constant__ UpdateArgs a) { \
+        update<PROFILES, COMPENSATED>(a); \
+    }
+#define UPDATE_ALL(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)
+#define UPDATE_BOTH(PROFILES) UPDATE(PROFILES, plain, false) UPDATE(PROFILES, compensated, true)
+UPDATE_ALL(UPDATE_BOTH)
+
+// The names of all kernels, for the stand-in driver.
+#define UPDATE_KERNELS(X) \
+    X(update_plain_1) X(update_plain_2) X(update_plain_3) X(update_plain_4) \
+    X(update_plain_5) X(update_plain_6) X(update_plain_7) X(update_plain_8) \
+    X(update_compensated_1) X(update_compensated_2) X(update_compensated_3) X(update_compensated_4) \
+    X(update_compensated_5) X(update_compensated_6) X(update_compensated_7) X(update_compensated_8)
+
+#undef V
+#undef THREADS

@@ -1,0 +1,257 @@
+//! Running averages on a device: one fused launch per update, on the stream of whoever trains.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaEvent, CudaStream, result};
+use safetensors::Dtype;
+
+use super::chunks::{Chunk64, Table, chunk_size, cut};
+use super::kernels::{KIND_BYTES, PROFILES, UpdateArgs, kind};
+use super::{Buffer, Device, Reader};
+use crate::compute::cpu::{Averages, Layout, Precision};
+use crate::error::{Error, Result};
+use crate::tensor::CudaMemory;
+
+/// The memory of all averages, shared with whoever reads them in the background.
+#[derive(Debug)]
+pub(super) struct Arenas {
+    pub(super) device: Arc<Device>,
+    pub(super) layout: Layout,
+    /// Of each profile, the f32 part and the low-order terms, by the layout.
+    pub(super) high: Vec<Buffer>,
+    pub(super) low: Vec<Buffer>,
+    /// The tensors that are copied, one after the other, each at 16 bytes.
+    pub(super) copies: Buffer,
+    /// Where each lies.
+    pub(super) places: Vec<std::ops::Range<usize>>,
+}
+
+/// The running averages of several profiles on a device, and the newest values of tensors that are copied.
+#[derive(Debug)]
+pub struct DeviceAverages {
+    arenas: Arc<Arenas>,
+    table: Table,
+    /// What the table was made for, in order: averaged tensors, then copied ones.
+    lent: Vec<(u64, Dtype)>,
+    /// Passes when the newest update has run.
+    updated: CudaEvent,
+    /// The stream of the newest update.
+    stream: Option<usize>,
+}
+
+/// The one device and stream of all tensors.
+pub(super) fn common<'a>(mut lent: impl Iterator<Item = &'a CudaMemory<'a>>) -> Result<Option<(usize, usize)>> {
+    let Some(first) = lent.next() else { return Ok(None) };
+    match lent.find(|memory| (memory.device, memory.stream) != (first.device, first.stream)) {
+        Some(other) if other.device != first.device => {
+            let reason = format!("the model's tensors lie on cuda:{} too: lend those of one device", other.device);
+            Err(Error::Cuda { device: first.device, action: "read the parameters".into(), reason })
+        }
+        Some(_) => {
+            let reason = "the model's tensors come with several streams: lend all with the one that trains".into();
+            Err(Error::Cuda { device: first.device, action: "read the parameters".into(), reason })
+        }
+        None => Ok(Some((first.device, first.stream))),
+    }
+}
+
+impl DeviceAverages {
+    /// Averages of zeros for tensors of a layout, and room for copied tensors of these sizes in bytes.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] where the device has too little memory.
+    pub fn zeros(
+        device: &Arc<Device>,
+        layout: &Layout,
+        profiles: usize,
+        precision: Precision,
+        copied: &[usize],
+    ) -> Result<DeviceAverages> {
+        let arena = |size: usize| Buffer::new(device, layout.total() * size, "running averages");
+        let high = (0..profiles).map(|_| arena(4)).collect::<Result<Vec<_>>>()?;
+        let terms = if precision == Precision::Compensated { profiles } else { 0 };
+        let low = (0..terms).map(|_| arena(2)).collect::<Result<Vec<_>>>()?;
+        let mut places = Vec::with_capacity(copied.len());
+        let mut end = 0;
+        for &bytes in copied {
+            places.push(end..end + bytes);
+            end += bytes.next_multiple_of(16);
+        }
+        let copies = Buffer::new(device, end, "copied tensors")?;
+        let arenas = Arenas { device: device.clone(), layout: layout.clone(), high, low, copies, places };
+        let stream = device.stream()?;
+        for buffer in arenas.high.iter().chain(&arenas.low).chain([&arenas.copies]) {
+            buffer.clear(&stream)?;
+        }
+        let averages = DeviceAverages {
+            arenas: Arc::new(arenas),
+            table: Table::new(device),
+            lent: Vec::new(),
+            updated: device.event()?,
+            stream: None,
+        };
+        averages.mark(&stream)?;
+        averages.wait()?;
+        Ok(averages)
+    }
+
+    /// Averages with the values of others, and of tensors that are copied.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] where the device has too little memory.
+    pub fn upload(
+        device: &Arc<Device>,
+        layout: &Layout,
+        averages: &[Averages],
+        precision: Precision,
+        copies: &[Vec<u8>],
+    ) -> Result<DeviceAverages> {
+        let sizes: Vec<usize> = copies.iter().map(Vec::len).collect();
+        let made = DeviceAverages::zeros(device, layout, averages.len(), precision, &sizes)?;
+        let stream = device.stream()?;
+        let arenas = &made.arenas;
+        for (values, buffer) in averages.iter().zip(&arenas.high) {
+            write(device, &stream, buffer.address(), bytemuck::cast_slice(&values.high))?;
+        }
+        for (values, buffer) in averages.iter().zip(&arenas.low) {
+            write(device, &stream, buffer.address(), bytemuck::cast_slice(values.low.as_deref().unwrap_or_default()))?;
+        }
+        for (copy, place) in copies.iter().zip(&arenas.places) {
+            write(device, &stream, arenas.copies.address() + place.start as u64, copy)?;
+        }
+        made.mark(&stream)?;
+        made.wait()?;
+        Ok(made)
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.arenas.device
+    }
+
+    /// Queues the folding of new parameters into all averages, and the copying of the others, on the parameters' stream.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] where tensors lie on another device or come with several streams: nothing is changed then; and
+    /// where the driver refuses the launch.
+    pub fn update(
+        &mut self,
+        averaged: &[(Dtype, CudaMemory<'_>)],
+        copied: &[CudaMemory<'_>],
+        weights: &[f32],
+    ) -> Result<()> {
+        let Some((number, stream)) = common(averaged.iter().map(|(_, memory)| memory).chain(copied))? else {
+            return Ok(());
+        };
+        let device = self.device().clone();
+        if number != device.number() {
+            let reason = format!("they lie on cuda:{number}: keep the model on one device");
+            return Err(Error::Cuda { device: device.number(), action: "read the parameters".into(), reason });
+        }
+        let _bound = device.bind()?;
+        let borrowed = device.borrow_stream(stream);
+        if self.stream != Some(stream) {
+            borrowed.wait(&self.updated).map_err(device.refused("order two streams"))?;
+        }
+        self.tabulate(&borrowed, averaged, copied)?;
+        for (group, weights) in weights.chunks(PROFILES).enumerate() {
+            self.launch(&borrowed, group * PROFILES, weights)?;
+        }
+        self.mark(&borrowed)?;
+        self.stream = Some(stream);
+        Ok(())
+    }
+
+    /// Makes the table of chunks anew where the tensors lie elsewhere than at the last update.
+    fn tabulate(
+        &mut self,
+        stream: &CudaStream,
+        averaged: &[(Dtype, CudaMemory<'_>)],
+        copied: &[CudaMemory<'_>],
+    ) -> Result<()> {
+        let lent = averaged.iter().map(|&(dtype, memory)| (memory.address, dtype));
+        let lent = lent.chain(copied.iter().map(|memory| (memory.address, Dtype::U8)));
+        if lent.clone().eq(self.lent.iter().copied()) {
+            return Ok(());
+        }
+        let lent: Vec<(u64, Dtype)> = lent.collect();
+        let most = chunk_size(&self.arenas.device, self.arenas.layout.total());
+        let mut chunks = Vec::new();
+        for (i, (dtype, memory)) in averaged.iter().enumerate() {
+            let place = self.arenas.layout.place(i);
+            let (elements, offset) = (place.len(), place.start as u64);
+            let tensor = Chunk64 { address: memory.address, offset, elements, kind: kind(*dtype) };
+            cut(&mut chunks, tensor, dtype.bitsize() / 8, 1, most);
+        }
+        for (memory, place) in copied.iter().zip(&self.arenas.places) {
+            let (elements, offset) = (place.len(), place.start as u64);
+            cut(&mut chunks, Chunk64 { address: memory.address, offset, elements, kind: KIND_BYTES }, 1, 1, most * 4);
+        }
+        self.lent.clear();
+        self.table.set(stream, chunks)?;
+        self.lent = lent;
+        Ok(())
+    }
+
+    fn launch(&self, stream: &CudaStream, first: usize, weights: &[f32]) -> Result<()> {
+        let arenas = &self.arenas;
+        let mut args =
+            UpdateArgs { chunks: self.table.address(), copies: arenas.copies.address(), ..Default::default() };
+        for (i, &weight) in weights.iter().enumerate() {
+            args.weights[i] = weight;
+            args.high[i] = arenas.high[first + i].address();
+            args.low[i] = arenas.low.get(first + i).map_or(0, Buffer::address);
+        }
+        let compensated = !arenas.low.is_empty();
+        // SAFETY: arenas and table are ours and live longer than the stream's work on them: freeing them waits. The
+        // parameters are lent for the stream's order.
+        unsafe { arenas.device.kernels.update(stream, &args, weights.len(), compensated, self.table.len()) }
+            .map_err(arenas.device.refused("launch the update"))
+    }
+
+    fn mark(&self, stream: &CudaStream) -> Result<()> {
+        self.updated.record(stream).map_err(self.device().refused("record an event"))
+    }
+
+    /// Waits until all updates have run.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] where one of them failed.
+    pub fn wait(&self) -> Result<()> {
+        let _bound = self.device().bind()?;
+        self.updated.synchronize().map_err(self.device().refused("finish the update"))
+    }
+
+    /// What reads the averages as the newest update leaves them, from any thread. The next update waits until it is done:
+    /// that is the caller's to see to.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] where the driver refuses a stream.
+    pub fn reader(&self) -> Result<Reader> {
+        let stream = self.device().stream()?;
+        let _bound = self.device().bind()?;
+        stream.wait(&self.updated).map_err(self.device().refused("order two streams"))?;
+        Ok(Reader::new(self.arenas.clone(), stream))
+    }
+
+    /// The place of an averaged tensor of one profile on the device.
+    pub fn place(&self, profile: usize, tensor: usize) -> super::Input<'_> {
+        let place = self.arenas.layout.place(tensor);
+        super::Input::Device {
+            address: self.arenas.high[profile].address() + 4 * place.start as u64,
+            bytes: 4 * place.len(),
+        }
+    }
+}
+
+/// Queues a copy from ordinary memory, which the driver has taken when this returns.
+fn write(device: &Device, stream: &CudaStream, to: u64, bytes: &[u8]) -> Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let _bound = device.bind()?;
+    // SAFETY: the destination is ours and of that length: both come from one layout.
+    unsafe { result::memcpy_htod_async(to, bytes, stream.cu_stream()) }
+        .map_err(device.refused("copy to the device"))?;
+    stream.synchronize().map_err(device.refused("copy to the device"))
+}

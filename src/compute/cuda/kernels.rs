@@ -1,0 +1,239 @@
+//! The kernels and their arguments, as `kernels/*.cu` declare them.
+
+use std::sync::Arc;
+
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
+};
+use cudarc::nvrtc::Ptx;
+use safetensors::Dtype;
+
+/// Profiles that one launch of the update takes.
+pub(super) const PROFILES: usize = 8;
+
+/// Sources that one launch of the blend takes.
+pub(super) const SOURCES: usize = 64;
+
+/// Targets that one launch of the blend takes.
+pub(super) const TARGETS: usize = 8;
+
+/// Threads of a block.
+pub(super) const THREADS: usize = 256;
+
+static UPDATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/update.fatbin"));
+static BLEND: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/blend.fatbin"));
+static CONVERT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/convert.fatbin"));
+
+/// The number of an averaged dtype in the kernels.
+pub(super) fn kind(dtype: Dtype) -> u32 {
+    match dtype {
+        Dtype::F32 => 0,
+        Dtype::F16 => 1,
+        Dtype::BF16 => 2,
+        Dtype::F64 => 3,
+        _ => unreachable!("{dtype} is not averaged"),
+    }
+}
+
+/// The number of plain bytes in the kernels.
+pub(super) const KIND_BYTES: u32 = 4;
+
+/// A piece of one tensor that a block works on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub(super) struct Chunk {
+    pub address: u64,
+    pub offset: u64,
+    pub elements: u32,
+    pub kind: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct UpdateArgs {
+    pub chunks: u64,
+    pub high: [u64; PROFILES],
+    pub low: [u64; PROFILES],
+    pub weights: [f32; PROFILES],
+    pub copies: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BlendArgs {
+    pub sources: [u64; SOURCES],
+    pub targets: [u64; TARGETS],
+    pub weights: [f64; SOURCES * TARGETS],
+    pub sums: u64,
+    pub pitch: u64,
+    pub unfit: u64,
+    pub elements: u64,
+    pub limit: f64,
+    pub count: u32,
+    pub output: u32,
+    pub first: u32,
+    pub last: u32,
+    pub aligned: u32,
+    pub kinds: [u8; SOURCES],
+    /// The structure is as long as C++ makes it.
+    pub padding: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ConvertArgs {
+    pub high: u64,
+    pub low: u64,
+    pub to: u64,
+    pub elements: u64,
+    pub output: u32,
+    pub aligned: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ScanArgs {
+    pub chunks: u64,
+    pub high: u64,
+    pub largest: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GatherArgs {
+    pub chunks: u64,
+    pub to: u64,
+}
+
+// SAFETY: plain numbers in C's layout, without references; the sizes below are those of the C++ structures.
+unsafe impl DeviceRepr for UpdateArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for BlendArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for ConvertArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for ScanArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for GatherArgs {}
+
+const _: () = assert!(size_of::<Chunk>() == 24);
+const _: () = assert!(size_of::<UpdateArgs>() == 176);
+const _: () = assert!(size_of::<BlendArgs>() == 4800 && std::mem::offset_of!(BlendArgs, kinds) == 4732);
+const _: () = assert!(size_of::<ConvertArgs>() == 40);
+
+/// All kernels of a device.
+#[derive(Debug)]
+pub(super) struct Kernels {
+    plain: Vec<CudaFunction>,
+    compensated: Vec<CudaFunction>,
+    blend: Vec<CudaFunction>,
+    convert: CudaFunction,
+    scan: CudaFunction,
+    gather: CudaFunction,
+}
+
+impl Kernels {
+    pub(super) fn load(context: &Arc<CudaContext>) -> Result<Kernels, DriverError> {
+        let module = |image: &[u8]| context.load_module(Ptx::from_binary(image.to_vec()));
+        let (update, blend, convert) = (module(UPDATE)?, module(BLEND)?, module(CONVERT)?);
+        let numbered = |module: &Arc<CudaModule>, name: &str, most: usize| {
+            (1..=most).map(|n| module.load_function(&format!("{name}_{n}"))).collect::<Result<Vec<_>, _>>()
+        };
+        Ok(Kernels {
+            plain: numbered(&update, "update_plain", PROFILES)?,
+            compensated: numbered(&update, "update_compensated", PROFILES)?,
+            blend: numbered(&blend, "blend", TARGETS)?,
+            convert: convert.load_function("convert")?,
+            scan: convert.load_function("scan")?,
+            gather: convert.load_function("gather")?,
+        })
+    }
+
+    /// Queues the update of up to 8 profiles: one block for each chunk.
+    ///
+    /// # Safety
+    /// The addresses in `args` and in its table of `chunks` are valid until the launch has run.
+    pub(super) unsafe fn update(
+        &self,
+        stream: &CudaStream,
+        args: &UpdateArgs,
+        profiles: usize,
+        compensated: bool,
+        chunks: usize,
+    ) -> Result<(), DriverError> {
+        let kernel = if compensated { &self.compensated[profiles - 1] } else { &self.plain[profiles - 1] };
+        // SAFETY: the kernel takes this structure by value; the rest is the caller's promise.
+        unsafe { launch(stream, kernel, args, chunks) }
+    }
+
+    /// Queues the blend of up to 64 sources into up to 8 targets.
+    ///
+    /// # Safety
+    /// As [`Kernels::update`].
+    pub(super) unsafe fn blend(
+        &self,
+        stream: &CudaStream,
+        args: &BlendArgs,
+        targets: usize,
+    ) -> Result<(), DriverError> {
+        // As the kernels are instantiated: see the end of `blend.cu`.
+        let per_thread = if targets <= 2 { 8 } else { 4 };
+        let blocks = (args.elements as usize).div_ceil(THREADS * per_thread);
+        // SAFETY: as in `update`.
+        unsafe { launch(stream, &self.blend[targets - 1], args, blocks) }
+    }
+
+    /// Queues the conversion of a stretch of averages.
+    ///
+    /// # Safety
+    /// As [`Kernels::update`].
+    pub(super) unsafe fn convert(&self, stream: &CudaStream, args: &ConvertArgs) -> Result<(), DriverError> {
+        let blocks = (args.elements as usize).div_ceil(THREADS * 4);
+        // SAFETY: as in `update`.
+        unsafe { launch(stream, &self.convert, args, blocks) }
+    }
+
+    /// Queues the search for the largest magnitude of every tensor.
+    ///
+    /// # Safety
+    /// As [`Kernels::update`].
+    pub(super) unsafe fn scan(&self, stream: &CudaStream, args: &ScanArgs, chunks: usize) -> Result<(), DriverError> {
+        // SAFETY: as in `update`.
+        unsafe { launch(stream, &self.scan, args, chunks) }
+    }
+
+    /// Queues the copying of many small tensors into one place.
+    ///
+    /// # Safety
+    /// As [`Kernels::update`].
+    pub(super) unsafe fn gather(
+        &self,
+        stream: &CudaStream,
+        args: &GatherArgs,
+        chunks: usize,
+    ) -> Result<(), DriverError> {
+        // SAFETY: as in `update`.
+        unsafe { launch(stream, &self.gather, args, chunks) }
+    }
+}
+
+/// Blocks of one launch: the largest grid.
+const GRID: usize = i32::MAX as usize;
+
+/// # Safety
+/// `kernel` takes a `T` by value, and the addresses in it are valid until it has run.
+unsafe fn launch<T: DeviceRepr>(
+    stream: &CudaStream,
+    kernel: &CudaFunction,
+    args: &T,
+    blocks: usize,
+) -> Result<(), DriverError> {
+    if blocks == 0 {
+        return Ok(());
+    }
+    assert!(blocks <= GRID, "{blocks} blocks: the caller splits its work");
+    let grid_dim = (blocks as u32, 1, 1);
+    let config = LaunchConfig { grid_dim, block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 };
+    // SAFETY: the caller's promise.
+    unsafe { stream.launch_builder(kernel).arg(args).launch(config) }.map(drop)
+}

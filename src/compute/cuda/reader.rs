@@ -1,0 +1,225 @@
+//! Averages on their way from a device to the host, as the newest update left them: in blocks, through two pinned buffers,
+//! so that one is emptied while the other fills.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaEvent, CudaStream};
+use half::bf16;
+use rayon::prelude::*;
+use safetensors::Dtype;
+
+use super::averages::Arenas;
+use super::chunks::{Chunk64, Table, chunk_size, cut};
+use super::kernels::{ConvertArgs, ScanArgs, kind};
+use super::memory::{Pinned, copy_out};
+use super::{Buffer, Device};
+use crate::compute::cpu::{self, Averages};
+use crate::error::Result;
+
+/// Bytes of a block: long enough for the bus, and all that is locked of the host's memory is two of them.
+const BLOCK: usize = 32 << 20;
+
+/// Bytes that one thread moves from a pinned buffer.
+const PIECE: usize = 1 << 20;
+
+/// Reads averages from a device; the next update must not run before it is done.
+#[derive(Debug)]
+pub struct Reader {
+    arenas: Arc<Arenas>,
+    stream: Arc<CudaStream>,
+    stages: Vec<Stage>,
+}
+
+/// A buffer on either side of the bus.
+#[derive(Debug)]
+struct Stage {
+    pinned: Pinned,
+    /// Where values are converted before they travel.
+    scratch: Buffer,
+    ready: CudaEvent,
+}
+
+impl Reader {
+    pub(super) fn new(arenas: Arc<Arenas>, stream: Arc<CudaStream>) -> Reader {
+        Reader { arenas, stream, stages: Vec::new() }
+    }
+
+    fn device(&self) -> &Arc<Device> {
+        &self.arenas.device
+    }
+
+    /// The range of every tensor's values, by profile.
+    ///
+    /// # Errors
+    /// [`crate::Error::Cuda`] where the device fails, as of all methods.
+    pub fn ranges(&mut self) -> Result<Vec<Vec<cpu::Range>>> {
+        let (arenas, tensors) = (self.arenas.clone(), self.arenas.layout.len());
+        let device = self.device().clone();
+        let mut table = Table::new(&device);
+        let most = chunk_size(&device, arenas.layout.total());
+        let mut chunks = Vec::new();
+        for i in 0..tensors {
+            let place = arenas.layout.place(i);
+            let tensor = Chunk64 { address: i as u64, offset: place.start as u64, elements: place.len(), kind: 0 };
+            // The "address" is the tensor's index: it does not move on from chunk to chunk.
+            cut(&mut chunks, tensor, 0, 1, most);
+        }
+        table.set(&self.stream, chunks)?;
+        let largest = Buffer::new(&device, 4 * tensors, "the ranges of averages")?;
+        let mut all = Vec::with_capacity(arenas.high.len());
+        for high in &arenas.high {
+            largest.clear(&self.stream)?;
+            let args = ScanArgs { chunks: table.address(), high: high.address(), largest: largest.address() };
+            let _bound = device.bind()?;
+            // SAFETY: all three are ours and live until `read` below has waited for the stream.
+            unsafe { device.kernels.scan(&self.stream, &args, table.len()) }
+                .map_err(device.refused("launch the scan"))?;
+            let mut bits = vec![0u32; tensors];
+            self.read(bytemuck::cast_slice_mut(&mut bits), largest.address())?;
+            let ranges = bits.iter().enumerate().map(|(i, &bits)| self.range(high, i, f32::from_bits(bits)));
+            all.push(ranges.collect::<Result<_>>()?);
+        }
+        Ok(all)
+    }
+
+    /// The range of one tensor, whose largest magnitude is known: where it is not finite, the first such value is sought.
+    fn range(&mut self, high: &Buffer, tensor: usize, largest: f32) -> Result<cpu::Range> {
+        if largest.is_finite() {
+            return Ok(cpu::Range { largest, first_not_finite: None });
+        }
+        let place = self.arenas.layout.place(tensor);
+        let mut values = vec![0f32; place.len()];
+        self.read(bytemuck::cast_slice_mut(&mut values), high.address() + 4 * place.start as u64)?;
+        Ok(cpu::scan(&values))
+    }
+
+    /// All bits of the averages of one profile.
+    ///
+    /// # Errors
+    /// As [`Reader::ranges`].
+    pub fn averages(&mut self, profile: usize) -> Result<Averages> {
+        let arenas = self.arenas.clone();
+        let mut high = vec![0f32; arenas.layout.total()];
+        self.read(bytemuck::cast_slice_mut(&mut high), arenas.high[profile].address())?;
+        let low = arenas.low.get(profile).map(|from| {
+            let mut low = vec![bf16::ZERO; arenas.layout.total()];
+            self.read(bytemuck::cast_slice_mut(&mut low), from.address()).map(|()| low)
+        });
+        Ok(Averages { high, low: low.transpose()? })
+    }
+
+    /// The tensors that are copied, as of the newest update.
+    ///
+    /// # Errors
+    /// As [`Reader::ranges`].
+    pub fn copies(&mut self) -> Result<Vec<Vec<u8>>> {
+        let arenas = self.arenas.clone();
+        let mut all = vec![0; arenas.copies.len()];
+        self.read(&mut all, arenas.copies.address())?;
+        Ok(arenas.places.iter().map(|place| all[place.clone()].to_vec()).collect())
+    }
+
+    /// The averages of one profile, each tensor converted on the device to its dtype, and where each lies in the bytes.
+    ///
+    /// # Errors
+    /// As [`Reader::ranges`].
+    pub fn converted(&mut self, profile: usize, dtypes: &[Dtype]) -> Result<(Vec<u8>, Vec<Range<usize>>)> {
+        let layout = self.arenas.layout.clone();
+        let (mut bytes, mut ranges) = (Vec::new(), Vec::with_capacity(dtypes.len()));
+        // Neighbours of one dtype are converted together, with the few elements of padding between them.
+        let mut first = 0;
+        for run in dtypes.chunk_by(|a, b| a == b) {
+            let (size, start, before) = (run[0].bitsize() / 8, layout.place(first).start, bytes.len());
+            for place in (first..first + run.len()).map(|i| layout.place(i)) {
+                ranges.push(before + (place.start - start) * size..before + (place.end - start) * size);
+            }
+            let end = layout.place(first + run.len() - 1).end;
+            bytes.resize(before + (end - start) * size, 0);
+            self.convert(&mut bytes[before..], profile, start, run[0])?;
+            first += run.len();
+        }
+        Ok((bytes, ranges))
+    }
+
+    /// Converts averages from element `start` of the arena on.
+    fn convert(&mut self, dst: &mut [u8], profile: usize, start: usize, dtype: Dtype) -> Result<()> {
+        let (arenas, size) = (self.arenas.clone(), dtype.bitsize() / 8);
+        let queue = |stage: &Stage, stream: &CudaStream, from: usize, bytes: usize| {
+            let at = (start + from / size) as u64;
+            let high = arenas.high[profile].address() + 4 * at;
+            let low = arenas.low.get(profile).map_or(0, |low| low.address() + 2 * at);
+            let aligned = u32::from(high.is_multiple_of(16) && low.is_multiple_of(8));
+            let elements = (bytes / size) as u64;
+            let args = ConvertArgs { high, low, to: stage.scratch.address(), elements, output: kind(dtype), aligned };
+            // SAFETY: within the arena and the scratch, which live until `fetch` has waited for the stream.
+            unsafe { arenas.device.kernels.convert(stream, &args) }
+                .map_err(arenas.device.refused("launch the conversion"))?;
+            Ok(stage.scratch.address())
+        };
+        self.fetch(dst, &queue)
+    }
+
+    /// Reads bytes as they are.
+    fn read(&mut self, dst: &mut [u8], from: u64) -> Result<()> {
+        self.fetch(dst, &|_, _, start, _| Ok(from + start as u64))
+    }
+
+    /// Reads blocks from wherever `queue` says that they will lie: given a stage, a stream, and a range of `dst`.
+    fn fetch(
+        &mut self,
+        dst: &mut [u8],
+        queue: &dyn Fn(&Stage, &CudaStream, usize, usize) -> Result<u64>,
+    ) -> Result<()> {
+        let device = self.device().clone();
+        let _bound = device.bind()?;
+        self.prepare()?;
+        let mut under_way: Vec<(usize, &mut [u8])> = Vec::new();
+        for (i, block) in dst.chunks_mut(BLOCK).enumerate() {
+            let at = i % self.stages.len();
+            if under_way.len() == self.stages.len() {
+                let (stage, block) = under_way.remove(0);
+                self.stages[stage].empty(&device, block)?;
+            }
+            let stage = &self.stages[at];
+            let from = queue(stage, &self.stream, i * BLOCK, block.len())?;
+            // SAFETY: a block is as long as the pinned buffer at most; nobody looks at it before `empty` has waited.
+            unsafe { copy_out(&device, &self.stream, &stage.pinned, 0, from, block.len()) }?;
+            stage.ready.record(&self.stream).map_err(device.refused("record an event"))?;
+            under_way.push((at, block));
+        }
+        under_way.into_iter().try_for_each(|(stage, block)| self.stages[stage].empty(&device, block))
+    }
+
+    fn prepare(&mut self) -> Result<()> {
+        while self.stages.len() < 2 {
+            let device = self.device();
+            let pinned = Pinned::new(device, BLOCK)?;
+            let scratch = Buffer::new(device, BLOCK, "the conversion of averages")?;
+            let ready = device.event()?;
+            self.stages.push(Stage { pinned, scratch, ready });
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        // After an error copies may still be under way. What fails now failed before.
+        let _ = self.stream.synchronize();
+    }
+}
+
+impl Stage {
+    /// Waits for the copy and moves its bytes on.
+    fn empty(&self, device: &Device, block: &mut [u8]) -> Result<()> {
+        self.ready.synchronize().map_err(device.refused("copy averages to the host"))?;
+        // SAFETY: the copy has run, and the next is queued after this.
+        let bytes = unsafe { self.pinned.bytes() };
+        block.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE)).for_each(|(dst, src)| {
+            let length = dst.len();
+            dst.copy_from_slice(&src[..length]);
+        });
+        Ok(())
+    }
+}
