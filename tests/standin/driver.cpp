@@ -2,10 +2,11 @@
 #include <chrono>
 #include <mutex>
 
-#include "kernels.h"
 #include "ordering.h"
+// The kernels come last: their names and macros are global.
+#include "kernels.h"
 
-using namespace standin;
+namespace standin {
 
 #define API extern "C" __attribute__((visibility("default"))) int
 typedef unsigned long long Pointer;
@@ -511,3 +512,5 @@ extern "C" __attribute__((visibility("default"))) uint64_t standin_count(const c
     fprintf(stderr, "stand-in driver: nothing is counted as \"%s\"\n", what);
     return UINT64_MAX;
 }
+
+}  // namespace standin
