@@ -40,10 +40,9 @@ static void touch_allocation(Allocation& allocation, uint64_t page) {
     if (allocation.touched[reads].empty()) {
         uint64_t count = ((allocation.end() - 1) >> page_shift) - (allocation.begin >> page_shift) + 1;
         for (auto& bits : allocation.touched) bits.assign(count * words_per_page, 0);
-        allocation.touched_first = 1, allocation.touched_last = 0;
     }
     if (allocation.touched_first > allocation.touched_last) {
-        if (launch.first_touch) launch.first_touch(allocation);
+        launch.first_touch(allocation);
         launch.touched.push_back(&allocation);
         allocation.touched_first = allocation.touched_last = page;
     }
@@ -83,7 +82,7 @@ static inline void begin_touching(const char* kernel, int device, void (*first_t
 // The byte ranges that were touched, in order and merged, as offsets; forgets them.
 static inline std::vector<Range> take_ranges(Allocation& allocation, Access access) {
     std::vector<Range> ranges;
-    uint64_t shift = allocation.begin % (1u << page_shift);
+    uint64_t shift = allocation.begin % (1u << page_shift);  // bit 0 is the start of the page
     uint64_t first = allocation.touched_first * words_per_page, last = (allocation.touched_last + 1) * words_per_page;
     for (uint64_t i = first; i < last; i++) {
         uint64_t word = allocation.touched[access][i];

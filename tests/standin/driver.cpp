@@ -2,7 +2,7 @@
 #include <chrono>
 #include <mutex>
 
-#include "ordering.h"
+#include "staging.h"
 // The kernels come last: their names and macros are global.
 #include "kernels.h"
 
@@ -72,7 +72,11 @@ static Stream& per_thread_stream() {
 static Stream& stream_of(void* handle) {
     if (handle == nullptr || handle == (void*)1) return *context().legacy;
     if (handle == (void*)2) return per_thread_stream();
-    Stream& stream = live<Stream>(driver().streams, handle, "stream");
+    return live<Stream>(driver().streams, handle, "stream");
+}
+// The stream that takes work: it must be of the current context, which a wait need not be.
+static Stream& working_stream(void* handle) {
+    Stream& stream = stream_of(handle);
     if (stream.context != &context())
         refuse(invalid_handle, "%s is used in the context of device %d", ordering().lanes[stream.lane].c_str(), current->device);
     return stream;
@@ -174,9 +178,6 @@ API cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 
 // ---- Waiting: the host catches up with a clock
 
-static void host_reaches(const Clock& clock) {
-    ordering().host.join(clock);
-}
 static void host_waits(const Clock& clock) {
     count("host_waits")++;
     host_reaches(clock);
@@ -284,8 +285,10 @@ API cuMemAlloc_v2(Pointer* out, size_t bytes) {
 }
 API cuMemAllocAsync(Pointer* out, size_t bytes, void* handle) {
     return call([=] {
-        stream_of(handle);
-        *out = (Pointer)new_memory(device_memory, bytes, true);
+        Stream& stream = working_stream(handle);
+        Allocation& made = allocate(device_memory, stream.context->device, bytes, true);
+        note(whole(made), writes, enqueue(stream, "cuMemAllocAsync"), stream.clock);
+        *out = made.begin;
     });
 }
 API cuMemHostAlloc(void** out, size_t bytes, unsigned) {
@@ -295,24 +298,35 @@ API cuMemAllocHost_v2(void** out, size_t bytes) { return cuMemHostAlloc(out, byt
 API cuMemHostGetDevicePointer_v2(Pointer* out, void* pointer, unsigned) {
     return call([=] { *out = device_span("cuMemHostGetDevicePointer", context().device, (uintptr_t)pointer, 1).address; });
 }
+static void check_finished(const Allocation& gone) {
+    if (Work work = unfinished(gone))
+        break_device(launch_failed, "freeing %s, while the host has not waited for %s", gone.name().c_str(), describe(work).c_str());
+}
+// Waits for the whole device, but not where the memory came from cuMemAllocAsync: the caller has to.
 API cuMemFree_v2(Pointer pointer) {
     return call(tolerant, [=] {
         if (!pointer) return;
         Allocation& gone = owned(pointer, device_memory);
-        if (!sticky_code) host_waits(driver().contexts[gone.device]->everything);
+        if (!sticky_code && gone.stream_ordered) check_finished(gone);
+        if (!sticky_code && !gone.stream_ordered) host_waits(driver().contexts[gone.device]->everything);
         deallocate(gone);
     });
 }
 API cuMemFreeAsync(Pointer pointer, void* handle) {
     return call(tolerant, [=] {
         Allocation& gone = owned(pointer, device_memory);
-        if (!sticky_code) stream_of(handle);
+        if (!sticky_code) {
+            Stream& stream = working_stream(handle);
+            note(whole(gone), writes, enqueue(stream, "cuMemFreeAsync"), stream.clock);
+        }
         deallocate(gone);
     });
 }
 API cuMemFreeHost(void* pointer) {
     return call(tolerant, [=] {
         Allocation& gone = owned((uintptr_t)pointer, pinned_memory);
+        if (!sticky_code) check_finished(gone);
+        staged().erase(&gone);
         deallocate(gone);
     });
 }
@@ -341,18 +355,25 @@ static void count_copy(const char* direction, uint64_t bytes) {
     count(direction) += bytes;
 }
 static void copy(const char* name, Stream& stream, const Span& to, const Span& from) {
-    enqueue(stream, name);
+    Work work = enqueue(stream, name);
+    note(from, reads, work, stream.clock), note(to, writes, work, stream.clock);
+    open_for_device(from, reads), open_for_device(to, writes);
     memcpy(to.data(), from.data(), to.bytes);
+    close_for_device(from, reads, work), close_for_device(to, writes, work);
 }
-static void copy_to_device(const char* name, void* handle, Pointer dst, const void* src, size_t bytes, bool) {
-    Stream& stream = stream_of(handle);
+static void copy_to_device(const char* name, void* handle, Pointer dst, const void* src, size_t bytes, bool wait) {
+    Stream& stream = working_stream(handle);
     if (!bytes) return;
     Span to = device_span(name, context().device, dst, bytes), from = host_span(name, src, bytes);
     count_copy("h2d_bytes", bytes);
+    catch_up(stream);
+    // From pageable memory CUDA waits for the stream first, and returns when the source has been read, not copied.
+    if (wait && !from.memory) host_waits(stream.clock);
     copy(name, stream, to, from);
+    if (wait && from.memory) host_waits(stream.clock);
 }
 static void copy_to_host(const char* name, void* handle, void* dst, Pointer src, size_t bytes, bool wait) {
-    Stream& stream = stream_of(handle);
+    Stream& stream = working_stream(handle);
     if (!bytes) return;
     Span to = host_span(name, dst, bytes), from = device_span(name, context().device, src, bytes);
     count_copy("d2h_bytes", bytes);
@@ -360,7 +381,7 @@ static void copy_to_host(const char* name, void* handle, void* dst, Pointer src,
     if (wait || !to.memory) host_waits(stream.clock);  // a copy to pageable memory returns when it is done
 }
 static void copy_on_device(const char* name, void* handle, Pointer dst, int dst_device, Pointer src, int src_device, size_t bytes) {
-    Stream& stream = stream_of(handle);
+    Stream& stream = working_stream(handle);
     if (!bytes) return;
     Span to = device_span(name, dst_device, dst, bytes), from = device_span(name, src_device, src, bytes);
     if (dst < src + bytes && src < dst + bytes) refuse(invalid_value, "%s: source and destination overlap", name);
@@ -389,13 +410,16 @@ API cuMemcpyPeerAsync(Pointer dst, Context* to, Pointer src, Context* from, size
 }
 
 template <class T> static void fill(const char* name, void* handle, Pointer dst, T value, size_t elements) {
-    Stream& stream = stream_of(handle);
+    Stream& stream = working_stream(handle);
     if (!elements) return;
     if (dst % sizeof(T)) refuse(invalid_value, "%s: 0x%llx is misaligned", name, dst);
     Span to = device_span(name, context().device, dst, elements * sizeof(T));
     count("memsets")++;
-    enqueue(stream, name);
+    Work work = enqueue(stream, name);
+    note(to, writes, work, stream.clock);
+    open_for_device(to, writes);
     std::fill_n((T*)to.data(), elements, value);
+    close_for_device(to, writes, work);
 }
 API cuMemsetD8Async(Pointer dst, unsigned char value, size_t elements, void* stream) {
     return call([=] { fill("cuMemsetD8Async", stream, dst, value, elements); });
@@ -467,26 +491,44 @@ static void check_extents(const char* kernel, const standin_index& grid, const s
         refuse(invalid_value, "kernel %s: no device takes a grid of %u x %u x %u blocks of %u x %u x %u threads", kernel,
                grid.x, grid.y, grid.z, block.x, block.y, block.z);
 }
+// Takes the marks of the launch from every allocation, and orders them unless the kernel failed.
+static void finish_launch(Stream& stream, Work work) {
+    for (Allocation* it : launch.touched) {
+        auto read = take_ranges(*it, reads), written = take_ranges(*it, writes);
+        it->touched_first = 1, it->touched_last = 0;
+        for (const Range& range : read) count("kernel_read_bytes") += range.end - range.begin;
+        for (const Range& range : written) count("kernel_written_bytes") += range.end - range.begin;
+        if (!work) read.clear(), written.clear();
+        for (const Range& range : read) note_read(*it, range, work, stream.clock);
+        for (const Range& range : written) note_write(*it, range, work, stream.clock);
+        close_for_device(*it, read, written, work);
+    }
+}
+static void run_kernel(const Function& function, Stream& stream, const void* arguments) {
+    Work work = enqueue(stream, "kernel " + function.name);
+    // Which pinned memory a kernel touches shows only as it runs: each is opened as a whole when it does.
+    auto open = [](Allocation& it) { open_for_device(it, {0, it.bytes}, writes); };
+    begin_touching(function.name.c_str(), stream.context->device, open);
+    try {
+        function.run(arguments, settings().reverse);
+    } catch (...) {
+        finish_launch(stream, 0);
+        throw;
+    }
+    finish_launch(stream, work);
+}
 API cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned,
                    void* stream_handle, void** arguments, void**) {
     return call([=] {
         Function& function = live<Function>(driver().functions, handle, "function");
-        Stream& stream = stream_of(stream_handle);
+        Stream& stream = working_stream(stream_handle);
         const char* name = function.name.c_str();
         if (function.module->context != stream.context) refuse(invalid_handle, "kernel %s is of another context", name);
         check_extents(name, {gx, gy, gz}, {bx, by, bz});
         if (++count("launches") == settings().fail_launch)
             break_device(illegal_address, "kernel %s: this launch fails, as told by STANDIN_FAIL_LAUNCH", name);
-        enqueue(stream, "kernel " + function.name);
         gridDim = {gx, gy, gz}, blockDim = {bx, by, bz};
-        begin_touching(name, stream.context->device, nullptr);
-        function.run(arguments[0], settings().reverse);
-        for (Allocation* it : launch.touched) {
-            for (Access access : {reads, writes})
-                for (const Range& range : take_ranges(*it, access))
-                    count(access == reads ? "kernel_read_bytes" : "kernel_written_bytes") += range.end - range.begin;
-            it->touched_first = 1, it->touched_last = 0;
-        }
+        run_kernel(function, stream, arguments[0]);
     });
 }
 

@@ -16,6 +16,19 @@ enum Kind { device_memory, pinned_memory };
 
 struct Range { uint64_t begin, end; };  // bytes within an allocation
 
+typedef uint32_t Work;  // a piece of work by its number, see ordering.h
+
+// Who last wrote some bytes, and who has read them since.
+struct Segment {
+    uint64_t end;
+    Work writer;
+    std::vector<Work> readers;
+};
+
+// What work has put into pinned memory, or taken from it, unknown to the host as yet: see staging.h.
+struct Arrival { Range range; Work work; std::vector<uint8_t> data; bool visible; };
+struct Departure { Range range; Work work; uint64_t hash; };
+
 struct Allocation {
     uintptr_t begin;
     uint64_t bytes;
@@ -24,7 +37,10 @@ struct Allocation {
     bool stream_ordered;
     // One bit per byte, from the start of the first page: what the launch in progress has read [0] and written [1].
     std::vector<uint64_t> touched[2];
-    uint64_t touched_first, touched_last;  // pages
+    uint64_t touched_first = 1, touched_last = 0;  // pages
+    std::map<uint64_t, Segment> history;
+    std::vector<Arrival> arrivals;
+    std::vector<Departure> departures;
 
     uintptr_t end() const { return begin + bytes; }
     std::string name() const {

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <set>
 
-#include "memory.h"
+#include "access.h"
 
 namespace standin {
 
@@ -59,7 +59,6 @@ struct Operation {
     uint64_t time;
     const char* name;
 };
-typedef uint32_t Work;
 
 struct Ordering {
     Clock host;
@@ -117,6 +116,90 @@ static inline void wait_for(Stream& stream, const Event& event) {
     catch_up(stream);
     stream.clock.join(event.clock);
     publish(stream);
+}
+
+// ---- Which bytes were touched by which work
+
+static inline std::string describe(const Range& range, const Allocation& allocation) {
+    return "bytes [" + std::to_string(range.begin) + ", " + std::to_string(range.end) + ") of " + allocation.name();
+}
+[[noreturn]] __attribute__((cold)) static inline void conflict(const Allocation& allocation, Range range, Work work,
+                                                               const char* does, Work earlier, const char* did) {
+    break_device(launch_failed, "%s %s %s, which %s %s, and nothing orders the one after the other: an event or a wait is missing",
+                 describe(work).c_str(), does, describe(range, allocation).c_str(), describe(earlier).c_str(), did);
+}
+
+static inline void split(std::map<uint64_t, Segment>& history, uint64_t at) {
+    auto after = history.upper_bound(at);
+    if (after == history.begin()) return;
+    auto it = std::prev(after);
+    if (it->first == at || it->second.end <= at) return;
+    Segment tail = it->second;
+    it->second.end = at;
+    history.emplace_hint(after, at, std::move(tail));
+}
+
+static inline void note_write(Allocation& allocation, Range range, Work work, const Clock& clock) {
+    auto& history = allocation.history;
+    split(history, range.begin), split(history, range.end);
+    auto first = history.lower_bound(range.begin), last = history.lower_bound(range.end);
+    for (auto it = first; it != last; ++it) {
+        Range part{it->first, it->second.end};
+        if (!done_before(it->second.writer, clock)) conflict(allocation, part, work, "writes", it->second.writer, "writes");
+        for (Work reader : it->second.readers)
+            if (!done_before(reader, clock)) conflict(allocation, part, work, "writes", reader, "reads");
+    }
+    history.erase(first, last);
+    history[range.begin] = {range.end, work, {}};
+}
+
+// Forgets what can conflict with nothing any more: readers that the new one follows, and a writer that the host has
+// waited for.
+static inline void add_reader(Segment& segment, Work work, const Clock& clock) {
+    auto& readers = segment.readers;
+    readers.erase(std::remove_if(readers.begin(), readers.end(), [&](Work it) { return done_before(it, clock); }), readers.end());
+    readers.push_back(work);
+    if (done_before(segment.writer, ordering().host)) segment.writer = 0;
+}
+
+static inline void note_read(Allocation& allocation, Range range, Work work, const Clock& clock) {
+    auto& history = allocation.history;
+    split(history, range.begin), split(history, range.end);
+    auto it = history.lower_bound(range.begin);
+    for (uint64_t at = range.begin; at < range.end;) {
+        if (it == history.end() || it->first > at) {  // never touched so far
+            uint64_t end = it == history.end() ? range.end : std::min(range.end, it->first);
+            it = history.emplace_hint(it, at, Segment{end, 0, {}});
+        }
+        Segment& here = it->second;
+        if (!done_before(here.writer, clock)) conflict(allocation, {at, here.end}, work, "reads", here.writer, "writes");
+        add_reader(here, work, clock);
+        at = here.end;
+        auto next = std::next(it);
+        if (it != history.begin()) {
+            auto& before = std::prev(it)->second;
+            if (before.end == it->first && before.writer == here.writer && before.readers == here.readers)
+                before.end = here.end, history.erase(it);
+        }
+        it = next;
+    }
+}
+
+static inline void note(const Span& span, Access access, Work work, const Clock& clock) {
+    if (!span.memory) return;
+    Range range{span.offset(), span.offset() + span.bytes};
+    access == reads ? note_read(*span.memory, range, work, clock) : note_write(*span.memory, range, work, clock);
+}
+
+// Some work on the allocation that the host has not waited for, or 0.
+static inline Work unfinished(const Allocation& allocation) {
+    const Clock& host = ordering().host;
+    for (auto& [begin, segment] : allocation.history) {
+        if (!done_before(segment.writer, host)) return segment.writer;
+        for (Work reader : segment.readers)
+            if (!done_before(reader, host)) return reader;
+    }
+    return 0;
 }
 
 }  // namespace standin
