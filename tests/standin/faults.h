@@ -1,0 +1,104 @@
+// What can go wrong: settings from the environment, errors as exceptions inside, codes outside, and what is counted.
+#pragma once
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <map>
+#include <string>
+
+namespace standin {
+
+// CUresult values, as in cuda.h.
+enum Code {
+    success = 0, invalid_value = 1, out_of_memory = 2, not_initialized = 3, no_device = 100, invalid_device = 101,
+    invalid_image = 200, invalid_context = 201, no_binary_for_gpu = 209, unsupported_ptx = 222, invalid_handle = 400,
+    not_found = 500, not_ready = 600, illegal_address = 700, misaligned_address = 716, launch_failed = 719,
+    not_supported = 801,
+};
+
+struct CodeName { int code; const char *name, *text; };
+static const CodeName code_names[] = {
+    {success, "CUDA_SUCCESS", "no error"},
+    {invalid_value, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
+    {out_of_memory, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
+    {not_initialized, "CUDA_ERROR_NOT_INITIALIZED", "initialization error"},
+    {no_device, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"},
+    {invalid_device, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
+    {invalid_image, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
+    {invalid_context, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
+    {no_binary_for_gpu, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"},
+    {unsupported_ptx, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "the PTX was compiled with an unsupported toolchain"},
+    {invalid_handle, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
+    {not_found, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
+    {not_ready, "CUDA_ERROR_NOT_READY", "device not ready"},
+    {illegal_address, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
+    {misaligned_address, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
+    {launch_failed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
+    {not_supported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
+};
+
+static inline uint64_t environment(const char* name, uint64_t otherwise) {
+    const char* text = getenv(name);
+    return text && *text ? strtoull(text, nullptr, 0) : otherwise;
+}
+
+struct Settings {
+    uint64_t devices = environment("STANDIN_DEVICES", 2), init = environment("STANDIN_INIT", 0);
+    uint64_t driver = environment("STANDIN_DRIVER", 13000), capability = environment("STANDIN_CAPABILITY", 90);
+    uint64_t memory = environment("STANDIN_MEMORY", 8ull << 30), pinned = environment("STANDIN_PINNED", 8ull << 30);
+    uint64_t queries = environment("STANDIN_QUERIES", 1), reverse = environment("STANDIN_REVERSE", 0);
+    uint64_t fail_launch = environment("STANDIN_FAIL_LAUNCH", 0), fail_copy = environment("STANDIN_FAIL_COPY", 0);
+    uint64_t fail_alloc = environment("STANDIN_FAIL_ALLOC", 0), reject_image = environment("STANDIN_REJECT_IMAGE", 0);
+};
+static inline const Settings& settings() {
+    static const Settings once;
+    return once;
+}
+
+// State is never destroyed: other threads may still call while the process exits.
+static inline std::map<std::string, uint64_t>& counters() {
+    static auto* all = new std::map<std::string, uint64_t>{
+        {"launches", 0}, {"copies", 0}, {"memsets", 0}, {"h2d_bytes", 0}, {"d2h_bytes", 0}, {"d2d_bytes", 0},
+        {"allocations", 0}, {"device_bytes", 0}, {"peak_device_bytes", 0}, {"pinned_bytes", 0},
+        {"peak_pinned_bytes", 0}, {"events", 0}, {"host_waits", 0}, {"kernel_read_bytes", 0},
+        {"kernel_written_bytes", 0}};
+    return *all;
+}
+static inline uint64_t& count(const char* what) { return counters().at(what); }
+
+// An error on its way out of an entry point; a sticky one is returned by every later call, as on a broken device.
+struct Failure {
+    int code;
+    bool sticky;
+    std::string text;
+};
+static int sticky_code = success;
+
+static inline std::string format(const char* pattern, va_list arguments) {
+    char text[1024];
+    vsnprintf(text, sizeof text, pattern, arguments);
+    return text;
+}
+[[noreturn]] __attribute__((cold, format(printf, 2, 3))) static inline void refuse(int code, const char* pattern, ...) {
+    va_list arguments;
+    va_start(arguments, pattern);
+    std::string text = format(pattern, arguments);
+    va_end(arguments);
+    throw Failure{code, false, text};
+}
+[[noreturn]] __attribute__((cold, format(printf, 2, 3))) static inline void break_device(int code, const char* pattern, ...) {
+    va_list arguments;
+    va_start(arguments, pattern);
+    std::string text = format(pattern, arguments);
+    va_end(arguments);
+    throw Failure{code, true, text};
+}
+static inline int report(const Failure& failure) {
+    if (!failure.text.empty()) fprintf(stderr, "stand-in driver: error %d: %s\n", failure.code, failure.text.c_str());
+    if (failure.sticky && sticky_code == success) sticky_code = failure.code;
+    return failure.code;
+}
+
+}  // namespace standin

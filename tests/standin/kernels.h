@@ -1,0 +1,48 @@
+// The kernels by name, and how one is run: threads one after another.
+#pragma once
+#include <map>
+#include <string>
+
+#include "shim.h"
+
+#ifdef STANDIN_SELFTEST
+#include "selftest.cu"
+#define STANDIN_KERNELS(X) SELFTEST_KERNELS(X)
+#else
+#include "update.cu"
+#include "blend.cu"
+#include "convert.cu"
+#define STANDIN_KERNELS(X) UPDATE_KERNELS(X) BLEND_KERNELS(X) CONVERT_KERNELS(X)
+#endif
+
+namespace standin {
+
+typedef void (*Runner)(const void* arguments, bool reverse);
+
+static inline uint64_t volume(const standin_index& extent) { return (uint64_t)extent.x * extent.y * extent.z; }
+static inline standin_index position(uint64_t number, const standin_index& extent) {
+    return {(unsigned)(number % extent.x), (unsigned)(number / extent.x % extent.y), (unsigned)(number / extent.x / extent.y)};
+}
+
+// The order must not matter; running it backwards shows where it does.
+template <class Arguments, void (*kernel)(Arguments)> static void run(const void* arguments, bool reverse) {
+    const Arguments& values = *(const Arguments*)arguments;
+    uint64_t blocks = volume(gridDim), threads = volume(blockDim);
+    for (uint64_t block = 0; block < blocks; block++) {
+        blockIdx = position(reverse ? blocks - 1 - block : block, gridDim);
+        for (uint64_t thread = 0; thread < threads; thread++) {
+            threadIdx = position(reverse ? threads - 1 - thread : thread, blockDim);
+            kernel(values);
+        }
+    }
+}
+template <class Arguments> static Arguments argument_of(void (*)(Arguments));
+
+static inline Runner kernel_named(const std::string& name) {
+#define STANDIN_ENTRY(kernel) {#kernel, run<decltype(argument_of(kernel)), kernel>},
+    static const auto* all = new std::map<std::string, Runner>{STANDIN_KERNELS(STANDIN_ENTRY)};
+    auto at = all->find(name);
+    return at == all->end() ? nullptr : at->second;
+}
+
+}  // namespace standin

@@ -1,0 +1,114 @@
+// What the host may see of pinned memory. Work runs at once, but the host learns of it only when it waits: until then
+// what a device wrote lies aside and the host finds poison; and what a device reads must not change meanwhile.
+#pragma once
+#include "ordering.h"
+
+namespace standin {
+
+const uint8_t poison = 0xA5;
+
+static inline std::set<Allocation*>& staged() {
+    static auto* all = new std::set<Allocation*>;
+    return *all;
+}
+static inline bool overlap(const Range& a, const Range& b) { return a.begin < b.end && b.begin < a.end; }
+static inline bool overlap(const Range& a, const std::vector<Range>& many) {
+    return std::any_of(many.begin(), many.end(), [&](const Range& it) { return overlap(a, it); });
+}
+template <class T, class Condition> static void remove_where(std::vector<T>& items, Condition condition) {
+    items.erase(std::remove_if(items.begin(), items.end(), condition), items.end());
+}
+static inline uint8_t* bytes_at(const Allocation& allocation, uint64_t offset) { return (uint8_t*)allocation.begin + offset; }
+
+static inline uint64_t hash(const uint8_t* bytes, uint64_t count) {
+    uint64_t state = count, word = 0;
+    for (; count >= 8; bytes += 8, count -= 8) {
+        memcpy(&word, bytes, 8);
+        state = (state ^ word) * 0x9E3779B97F4A7C15u;
+        state ^= state >> 29;
+    }
+    word = 0;
+    memcpy(&word, bytes, count);
+    state = (state ^ word) * 0x9E3779B97F4A7C15u;
+    return state ^ state >> 32;
+}
+
+static inline void hide(Allocation& allocation, Arrival& it) {
+    uint8_t* begin = bytes_at(allocation, it.range.begin);
+    it.data.assign(begin, begin + (it.range.end - it.range.begin));
+    memset(begin, poison, it.data.size());
+    it.visible = false;
+}
+static inline void show(Allocation& allocation, Arrival& it) {
+    if (it.visible) return;
+    uint8_t* begin = bytes_at(allocation, it.range.begin);
+    if (!std::all_of(begin, begin + it.data.size(), [](uint8_t byte) { return byte == poison; }))
+        break_device(launch_failed, "the host wrote to %s without waiting for %s, which writes there",
+                     describe(it.range, allocation).c_str(), describe(it.work).c_str());
+    memcpy(begin, it.data.data(), it.data.size());
+    it.visible = true;
+}
+static inline void show_overlapping(Allocation& allocation, const Range& range) {
+    for (auto& it : allocation.arrivals)
+        if (overlap(it.range, range)) show(allocation, it);
+}
+static inline void hide_all(Allocation& allocation) {
+    for (auto& it : allocation.arrivals)
+        if (it.visible) hide(allocation, it);
+}
+static inline void check_unchanged(Allocation& allocation, const Departure& it) {
+    show_overlapping(allocation, it.range);
+    if (hash(bytes_at(allocation, it.range.begin), it.range.end - it.range.begin) == it.hash) return;
+    break_device(launch_failed, "the host changed %s without waiting for %s, which reads it",
+                 describe(it.range, allocation).c_str(), describe(it.work).c_str());
+}
+
+// Before work: memory as the device sees it. `range` is what the work may touch.
+static inline void open_for_device(Allocation& allocation, Range range, Access access) {
+    if (allocation.kind != pinned_memory) return;
+    show_overlapping(allocation, range);
+    if (access == reads) return;
+    for (auto& it : allocation.departures)
+        if (overlap(it.range, range)) check_unchanged(allocation, it);
+}
+
+// After work: memory as the host sees it. What was written in part before is given up as a whole, a little early.
+static inline void close_for_device(Allocation& allocation, const std::vector<Range>& read, const std::vector<Range>& written, Work work) {
+    if (allocation.kind != pinned_memory) return;
+    remove_where(allocation.departures, [&](const Departure& it) { return overlap(it.range, written); });
+    remove_where(allocation.arrivals, [&](const Arrival& it) { return overlap(it.range, written); });
+    for (auto& it : read)
+        if (!overlap(it, written))
+            allocation.departures.push_back({it, work, hash(bytes_at(allocation, it.begin), it.end - it.begin)});
+    for (auto& it : written) allocation.arrivals.push_back({it, work, {}, true});
+    hide_all(allocation);
+    staged().insert(&allocation);
+}
+
+static inline void open_for_device(const Span& span, Access access) {
+    if (span.memory) open_for_device(*span.memory, {span.offset(), span.offset() + span.bytes}, access);
+}
+static inline void close_for_device(const Span& span, Access access, Work work) {
+    if (!span.memory) return;
+    std::vector<Range> touched{{span.offset(), span.offset() + span.bytes}}, none;
+    close_for_device(*span.memory, access == reads ? touched : none, access == writes ? touched : none, work);
+}
+
+// The host has caught up with the clock: what it covers becomes visible, and what was read is free to change.
+static inline void host_reaches(const Clock& clock) {
+    Clock& host = ordering().host;
+    host.join(clock);
+    for (auto at = staged().begin(); at != staged().end();) {
+        Allocation& allocation = **at;
+        for (auto& it : allocation.arrivals)
+            if (done_before(it.work, host)) show(allocation, it);
+        remove_where(allocation.arrivals, [&](const Arrival& it) { return done_before(it.work, host); });
+        for (auto& it : allocation.departures)
+            if (done_before(it.work, host)) check_unchanged(allocation, it);
+        remove_where(allocation.departures, [&](const Departure& it) { return done_before(it.work, host); });
+        hide_all(allocation);
+        at = allocation.arrivals.empty() && allocation.departures.empty() ? staged().erase(at) : std::next(at);
+    }
+}
+
+}  // namespace standin
