@@ -1,0 +1,187 @@
+//! The blend on a device.
+
+use std::cell::RefCell;
+
+use posthoc_ema::compute::cpu::{self, Blend, Unfit};
+use posthoc_ema::compute::cuda::{Blender, Delivery, Device, Input, Stretch};
+use posthoc_ema::{Dtype, Error, Result};
+use rand::Rng;
+
+use crate::owner::{Owned, Owner};
+use crate::values::{AVERAGED, encode, random, size, tame};
+
+/// A tensor of all sources, and what it is blended into.
+struct Case {
+    dtypes: Vec<Dtype>,
+    output: Dtype,
+    elements: usize,
+    sources: Vec<Vec<u8>>,
+}
+
+impl Case {
+    fn new(dtypes: &[Dtype], output: Dtype, elements: usize, seed: u64) -> Case {
+        let mut random = random(seed);
+        let sources = dtypes.iter().map(|&dtype| tame(&mut random, dtype, elements)).collect();
+        Case { dtypes: dtypes.to_vec(), output, elements, sources }
+    }
+
+    fn expected(&self, weights: &[f64], targets: usize) -> Vec<Vec<u8>> {
+        let mut results = vec![vec![0u8; self.elements * size(self.output)]; targets];
+        let mut dst: Vec<&mut [u8]> = results.iter_mut().map(Vec::as_mut_slice).collect();
+        let sources: Vec<&[u8]> = self.sources.iter().map(Vec::as_slice).collect();
+        cpu::blend(&mut dst, &sources, &Blend { dtypes: &self.dtypes, weights, output: self.output }).unwrap();
+        results
+    }
+
+    fn stretch(&self) -> Stretch<'_> {
+        let sources = self.sources.iter().map(|bytes| Input::Host(bytes)).collect();
+        Stretch { sources, dtypes: &self.dtypes, output: self.output, elements: self.elements }
+    }
+}
+
+fn weights(sources: usize, targets: usize, seed: u64) -> Vec<f64> {
+    let mut random = random(seed);
+    (0..sources * targets).map(|_| random.random::<f64>() * 6.0 - 2.9).collect()
+}
+
+fn report(stretch: usize, unfit: Unfit) -> Error {
+    Error::Nothing(format!("stretch {stretch} target {} element {} is {}", unfit.target, unfit.element, unfit.value))
+}
+
+/// Blends several tensors in one block and compares every byte with the CPU's.
+fn check(cases: &[Case], targets: usize) {
+    crate::driver::driver();
+    let weights = weights(cases[0].dtypes.len(), targets, 11);
+    let got = RefCell::new(Vec::new());
+    let mut blender = Blender::new(&Device::open(0).unwrap()).unwrap();
+    let deliver = |results: &[&[u8]]| -> Result<()> {
+        *got.borrow_mut() = results.iter().map(|bytes| bytes.to_vec()).collect();
+        Ok(())
+    };
+    let stretches = cases.iter().map(Case::stretch).collect();
+    blender.submit(stretches, &weights, targets, Delivery::Host(Box::new(deliver)), Box::new(report)).unwrap();
+    blender.flush().unwrap();
+    for (target, got) in got.borrow().iter().enumerate() {
+        let expected: Vec<u8> =
+            cases.iter().flat_map(|case| case.expected(&weights, targets)[target].clone()).collect();
+        assert_eq!(got.len(), expected.len());
+        assert!(*got == expected, "target {target} of {targets}");
+    }
+}
+
+#[test]
+fn every_dtype_into_every_other_and_every_number_of_targets() {
+    for input in AVERAGED {
+        for output in AVERAGED {
+            for targets in 1..=9 {
+                check(&[Case::new(&[input; 5], output, 1037, 2)], targets);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_length() {
+    for elements in 0..70 {
+        check(&[Case::new(&[Dtype::F16, Dtype::F16, Dtype::F32], Dtype::BF16, elements, 4)], 1);
+        check(&[Case::new(&[Dtype::BF16; 6], Dtype::F32, elements, 4)], 3);
+    }
+}
+
+#[test]
+fn sources_of_mixed_dtypes_in_their_order() {
+    let dtypes: Vec<Dtype> = (0..23).map(|i| AVERAGED[i * i % 7 % 4]).collect();
+    for targets in [1, 2, 4, 8] {
+        check(&[Case::new(&dtypes, Dtype::F32, 3001, 5)], targets);
+    }
+}
+
+#[test]
+fn more_sources_than_one_launch_takes() {
+    for sources in [63, 64, 65, 130, 200] {
+        let dtypes: Vec<Dtype> = (0..sources).map(|i| AVERAGED[i / 50 % 3]).collect();
+        check(&[Case::new(&dtypes, Dtype::F32, 1025, 6)], 1);
+        check(&[Case::new(&dtypes, Dtype::BF16, 77, 6)], 10);
+    }
+}
+
+#[test]
+fn many_tensors_in_one_block() {
+    let case = |i: usize| Case::new(&[Dtype::F16; 4], [Dtype::F16, Dtype::F32][i / 20 % 2], 1 + 37 * i % 500, i as u64);
+    let cases: Vec<Case> = (0..80).map(case).collect();
+    check(&cases, 3);
+}
+
+#[test]
+fn blocks_take_turns_and_arrive_in_order() {
+    crate::driver::driver();
+    let cases: Vec<Case> = (0..7).map(|i| Case::new(&[Dtype::F32; 3], Dtype::F32, 100 * (i + 1), i as u64)).collect();
+    let weights = weights(3, 2, 1);
+    let order = RefCell::new(Vec::new());
+    let order = &order;
+    let mut blender = Blender::new(&Device::open(0).unwrap()).unwrap();
+    for (i, case) in cases.iter().enumerate() {
+        let expected = case.expected(&weights, 2);
+        let deliver = move |results: &[&[u8]]| -> Result<()> {
+            assert!(results.iter().zip(&expected).all(|(got, expected)| got == expected));
+            order.borrow_mut().push(i);
+            Ok(())
+        };
+        let delivery = Delivery::Host(Box::new(deliver));
+        blender.submit(vec![case.stretch()], &weights, 2, delivery, Box::new(report)).unwrap();
+    }
+    blender.flush().unwrap();
+    assert_eq!(*order.borrow(), [0, 1, 2, 3, 4, 5, 6]);
+}
+
+#[test]
+fn results_go_into_somebodys_memory_and_sources_may_be_there_too() {
+    let owner = Owner::new();
+    let cases = [
+        Case::new(&[Dtype::F16, Dtype::F32], Dtype::BF16, 501, 1),
+        Case::new(&[Dtype::F16, Dtype::F32], Dtype::BF16, 64, 2),
+    ];
+    let weights = [0.75, -2.5];
+    let owned: Vec<Owned<'_>> = cases.iter().map(|case| owner.own(&vec![9; case.elements * 2], 2)).collect();
+    let sources: Vec<Owned<'_>> = cases.iter().map(|case| owner.own(&case.sources[1], 0)).collect();
+    owner.wait();
+    let stretches = cases.iter().zip(&sources).map(|(case, source)| {
+        let device = Input::Device { address: source.address(), bytes: source.bytes };
+        Stretch { sources: vec![Input::Host(&case.sources[0]), device], ..case.stretch() }
+    });
+    let mut blender = Blender::new(&Device::open(0).unwrap()).unwrap();
+    let to = Delivery::Device(owned.iter().map(Owned::lend).collect());
+    blender.submit(stretches.collect(), &weights, 1, to, Box::new(report)).unwrap();
+    // What the owner queues next comes after the results, without any waiting by the host.
+    let copies: Vec<Vec<u8>> = owned.iter().map(Owned::get).collect();
+    blender.flush().unwrap();
+    for (case, got) in cases.iter().zip(copies) {
+        assert_eq!(got, case.expected(&weights, 1)[0]);
+    }
+}
+
+#[test]
+fn sums_that_do_not_fit_are_reported_as_on_the_cpu() {
+    crate::driver::driver();
+    let mut case = Case::new(&[Dtype::F32; 3], Dtype::F16, 1000, 3);
+    let whole = Case::new(&[Dtype::F32; 3], Dtype::F16, 50, 4);
+    for (element, value) in [(0, 65_520.0), (777, f64::NAN), (999, -1e30)] {
+        let before = case.sources[1][4 * element..][..4].to_vec();
+        case.sources[1][4 * element..][..4].copy_from_slice(&encode(value, Dtype::F32));
+        let weights = [0.0, 0.0, 0.0, 0.0, 1.0, 0.0];
+        let mut blender = Blender::new(&Device::open(0).unwrap()).unwrap();
+        let deliver = |_: &[&[u8]]| -> Result<()> { panic!("delivered") };
+        let stretches = vec![whole.stretch(), case.stretch()];
+        blender.submit(stretches, &weights, 2, Delivery::Host(Box::new(deliver)), Box::new(report)).unwrap();
+        let text = blender.flush().unwrap_err().to_string();
+        drop(blender);
+        let expected = if value.is_nan() { "NaN".into() } else { f64::from(value as f32).to_string() };
+        // Nothing times NaN is NaN too, so the first target has it already.
+        let target = usize::from(!value.is_nan());
+        assert!(text.contains(&format!("stretch 1 target {target} element {element} is {expected}")), "{text}");
+        case.sources[1][4 * element..][..4].copy_from_slice(&before);
+    }
+    // The largest value that rounds to a finite one still fits.
+    case.sources[1][..4].copy_from_slice(&65_519.0f32.to_le_bytes());
+    check(&[case], 1);
+}

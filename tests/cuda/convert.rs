@@ -1,0 +1,101 @@
+//! What leaves a device: converted averages, their ranges.
+
+use half::bf16;
+use posthoc_ema::Dtype;
+use posthoc_ema::compute::cpu::{self, Averages, Layout, Precision};
+use posthoc_ema::compute::cuda::{Device, DeviceAverages};
+use rand::Rng;
+
+use crate::driver::driver;
+use crate::values::{AVERAGED, random, wild};
+
+/// Averages of any bits.
+fn averages(lengths: &[usize], precision: Precision, seed: u64) -> (Layout, Averages) {
+    let layout = Layout::new(lengths.iter().copied());
+    let mut random = random(seed);
+    let mut averages = Averages::zeros(&layout, precision);
+    for i in 0..layout.len() {
+        let place = layout.place(i);
+        let values = wild(&mut random, Dtype::F32, place.len());
+        bytemuck::cast_slice_mut(&mut averages.high[place.clone()]).copy_from_slice(&values);
+        if let Some(low) = &mut averages.low {
+            low[place].iter_mut().for_each(|c| *c = bf16::from_f32(random.random::<f32>() * 1e-6));
+        }
+    }
+    (layout, averages)
+}
+
+/// NaN of f32 and f64 keep their payload on the way, so even those are compared bit by bit, but for f64's.
+#[test]
+fn every_dtype_rounds_as_on_the_cpu() {
+    driver();
+    let device = Device::open(0).unwrap();
+    let lengths: Vec<usize> = (0..20).chain([1000, 2049, 70_001]).collect();
+    for precision in [Precision::Plain, Precision::Compensated] {
+        let (layout, averages) = averages(&lengths, precision, 3);
+        let on_device = DeviceAverages::upload(&device, &layout, &[averages.clone()], precision, &[]).unwrap();
+        let mut reader = on_device.reader().unwrap();
+        let mixed: Vec<Dtype> = (0..lengths.len()).map(|i| AVERAGED[i / 3 % 4]).collect();
+        let same = AVERAGED.map(|dtype| vec![dtype; lengths.len()]);
+        for dtypes in same.iter().chain([&mixed]) {
+            let (bytes, ranges) = reader.converted(0, dtypes).unwrap();
+            for (i, (&dtype, range)) in dtypes.iter().zip(ranges).enumerate() {
+                let place = layout.place(i);
+                let mut expected = vec![0; place.len() * dtype.bitsize() / 8];
+                averages.store(&mut expected, place, dtype);
+                assert_eq!(canonical(&bytes[range], dtype), canonical(&expected, dtype), "{dtype} tensor {i}");
+            }
+        }
+    }
+}
+
+fn canonical(bytes: &[u8], dtype: Dtype) -> Vec<u64> {
+    match dtype {
+        Dtype::F64 => {
+            let value = |b: &[u8]| f64::from_le_bytes(b.try_into().unwrap());
+            bytes.chunks(8).map(|b| if value(b).is_nan() { u64::MAX } else { value(b).to_bits() }).collect()
+        }
+        _ => bytes.iter().map(|&b| u64::from(b)).collect(),
+    }
+}
+
+#[test]
+fn ranges_are_the_cpus_and_name_the_first_bad_value() {
+    driver();
+    let device = Device::open(0).unwrap();
+    let lengths = [0usize, 1, 2, 3, 4, 5, 100, 5000, 140_001];
+    for seed in 0..6 {
+        let (layout, mut averages) = averages(&lengths, Precision::Plain, seed);
+        if seed > 0 {
+            // Without NaN and infinities in most tensors.
+            for (i, value) in averages.high.iter_mut().enumerate() {
+                *value = if value.is_finite() { *value } else { i as f32 };
+            }
+            averages.high[layout.place(8).end - seed as usize] = [f32::NAN, f32::INFINITY][seed as usize % 2];
+        }
+        let profiles = [averages.clone(), Averages::zeros(&layout, Precision::Plain)];
+        let on_device = DeviceAverages::upload(&device, &layout, &profiles, Precision::Plain, &[]).unwrap();
+        let ranges = on_device.reader().unwrap().ranges().unwrap();
+        for i in 0..lengths.len() {
+            let expected = cpu::scan(&averages.high[layout.place(i)]);
+            assert_eq!(ranges[0][i].first_not_finite, expected.first_not_finite, "tensor {i}");
+            if expected.first_not_finite.is_none() {
+                assert_eq!(ranges[0][i], expected, "tensor {i}");
+            }
+            assert_eq!(ranges[1][i], cpu::Range::default());
+        }
+    }
+}
+
+/// More than a block, so that both pinned buffers take their turns.
+#[test]
+fn averages_larger_than_the_staging_arrive_whole() {
+    driver();
+    let device = Device::open(0).unwrap();
+    let n = (32 << 20) / 4 * 3 + 12_345;
+    let layout = Layout::new([n]);
+    let mut averages = Averages::zeros(&layout, Precision::Plain);
+    averages.high.iter_mut().enumerate().for_each(|(i, value)| *value = i as f32);
+    let on_device = DeviceAverages::upload(&device, &layout, &[averages.clone()], Precision::Plain, &[]).unwrap();
+    assert_eq!(on_device.reader().unwrap().averages(0).unwrap().high, averages.high);
+}

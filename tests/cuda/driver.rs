@@ -1,0 +1,98 @@
+//! Which driver the tests run on, and the building of the stand-in.
+
+use std::collections::hash_map::DefaultHasher;
+use std::ffi::CString;
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use libloading::{Library, Symbol};
+
+/// Chooses another build of the stand-in, by path: a sanitized or a mutated one.
+pub const LIBRARY: &str = "POSTHOC_EMA_STANDIN";
+
+/// The flags of the stand-in: no contraction of products and sums, as for the GPU.
+pub const FLAGS: [&str; 9] = [
+    "-std=c++17",
+    "-O2",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-shared",
+    "-fPIC",
+    "-Wl,-soname,libcuda.so.1",
+];
+
+/// What the tests run on.
+pub enum Driver {
+    Real,
+    StandIn(Library),
+}
+
+/// Loads the driver, once. Every test begins with it.
+pub fn driver() -> &'static Driver {
+    static DRIVER: OnceLock<Driver> = OnceLock::new();
+    DRIVER.get_or_init(|| {
+        // SAFETY: loading a driver runs its initialisers only.
+        let load = |path: &Path| unsafe { Library::new(path) };
+        if let Some(path) = std::env::var_os(LIBRARY) {
+            return Driver::StandIn(load(path.as_ref()).unwrap());
+        }
+        match load("libcuda.so.1".as_ref()) {
+            Ok(real) => {
+                std::mem::forget(real);
+                Driver::Real
+            }
+            // Its SONAME is the driver's: whoever asks for libcuda.so.1 from now on gets the one that is loaded.
+            Err(_) => Driver::StandIn(load(&standin()).unwrap()),
+        }
+    })
+}
+
+/// A counter of the stand-in, such as `launches`; none on a real device.
+pub fn count(what: &str) -> Option<u64> {
+    let Driver::StandIn(library) = driver() else { return None };
+    // SAFETY: the stand-in's header declares it so.
+    let count: Symbol<'_, unsafe extern "C" fn(*const i8) -> u64> = unsafe { library.get(b"standin_count") }.unwrap();
+    let what = CString::new(what).unwrap();
+    // SAFETY: a string that ends with 0 and lives for the call.
+    Some(unsafe { count(what.as_ptr().cast()) })
+}
+
+/// The stand-in, built where its sources have changed.
+pub fn standin() -> PathBuf {
+    build(&Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels"), &[])
+}
+
+/// Builds the stand-in from a folder of kernels.
+pub fn build(kernels: &Path, flags: &[&str]) -> PathBuf {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standin");
+    let mut hasher = DefaultHasher::new();
+    (FLAGS, flags).hash(&mut hasher);
+    for folder in [kernels, &tests] {
+        let mut files: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        files.iter().for_each(|file| fs::read(file).unwrap().hash(&mut hasher));
+    }
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("standin-{:016x}", hasher.finish()));
+    let library = folder.join("libcuda.so.1");
+    if library.is_file() {
+        return library;
+    }
+    fs::create_dir_all(&folder).unwrap();
+    let unfinished = folder.join(format!("unfinished-{}", std::process::id()));
+    let mut compiler = Command::new("g++");
+    compiler.args(FLAGS).args(flags);
+    if cfg!(target_arch = "x86_64") {
+        // Products and sums of one rounding in hardware, instead of by a function.
+        compiler.arg("-mfma");
+    }
+    compiler.arg("-I").arg(kernels).arg("-I").arg(&tests).arg("-o").arg(&unfinished).arg(tests.join("driver.cpp"));
+    let output = compiler.output().expect("a C++ compiler (g++) builds the stand-in driver");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    fs::rename(&unfinished, &library).unwrap();
+    library
+}

@@ -1,0 +1,72 @@
+//! Parameters copied to the host while their owner trains on.
+
+use posthoc_ema::CudaMemory;
+use posthoc_ema::compute::cuda::{Device, Offload};
+use rand::Rng;
+
+use crate::owner::{Owned, Owner};
+use crate::values::random;
+
+const SIZES: [usize; 9] = [0, 1, 2, 15, 16, 17, 4099, (1 << 20) - 1, (1 << 20) + 13];
+
+fn bytes(seed: u64, n: usize) -> Vec<u8> {
+    let mut random = random(seed);
+    (0..n).map(|_| random.random()).collect()
+}
+
+#[test]
+fn tensors_of_every_size_and_alignment_arrive() {
+    let owner = Owner::new();
+    let device = Device::open(0).unwrap();
+    let mut offload = Offload::new(&device, &SIZES).unwrap();
+    for round in 0..5 {
+        let values: Vec<Vec<u8>> = SIZES.iter().map(|&n| bytes(round + n as u64, n)).collect();
+        let owned: Vec<Owned<'_>> = values.iter().map(|v| owner.own(v, round as usize)).collect();
+        let lent: Vec<CudaMemory<'_>> = owned.iter().map(Owned::lend).collect();
+        let (staged, _) = offload.copy(&lent).unwrap();
+        // The optimiser's next step, on the stream that waits for the copy.
+        owned.iter().for_each(|memory| memory.set(&vec![0xee; memory.bytes]));
+        let arrived = staged.wait().unwrap();
+        values.iter().enumerate().for_each(|(i, v)| assert_eq!(arrived.tensor(i), v, "round {round}, tensor {i}"));
+    }
+}
+
+#[test]
+fn the_fence_lets_training_go_on_meanwhile() {
+    let owner = Owner::new();
+    let device = Device::open(0).unwrap();
+    let value = bytes(1, 3_000_000);
+    let owned = owner.own(&value, 0);
+    let mut offload = Offload::new(&device, &[value.len()]).unwrap();
+    // SAFETY: the memory changes only after its stream has waited for the fence.
+    let lent = unsafe { owned.lend().until_fence() };
+    let (staged, fence) = offload.copy(&[lent]).unwrap();
+    // SAFETY: the owner's own stream, in the same context.
+    unsafe { fence.wait_on(owner.stream()) }.unwrap();
+    owned.set(&vec![1; value.len()]);
+    assert_eq!(staged.wait().unwrap().tensor(0), value);
+    fence.wait().unwrap();
+}
+
+/// The third copy waits until one of the first two has been folded, so what is locked is bounded.
+#[test]
+fn two_copies_may_wait_and_the_third_blocks() {
+    let owner = Owner::new();
+    let device = Device::open(0).unwrap();
+    let owned = owner.own(&[5; 100], 0);
+    let mut offload = Offload::new(&device, &[100]).unwrap();
+    let first = offload.copy(&[owned.lend()]).unwrap().0;
+    let second = offload.copy(&[owned.lend()]).unwrap().0;
+    let (done, folded) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let third = offload.copy(&[owned.lend()]).unwrap().0;
+            done.send(()).unwrap();
+            assert_eq!(third.wait().unwrap().tensor(0), [5; 100]);
+        });
+        assert!(folded.recv_timeout(std::time::Duration::from_millis(100)).is_err(), "the third did not wait");
+        drop(first.wait().unwrap());
+        folded.recv().unwrap();
+    });
+    assert_eq!(second.wait().unwrap().tensor(0), [5; 100]);
+}

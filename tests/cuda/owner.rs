@@ -1,0 +1,99 @@
+//! Somebody else's memory on a device, as PyTorch would hand it over.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaStream, result};
+use posthoc_ema::CudaMemory;
+
+use crate::driver::driver;
+
+/// Whoever trains: a context object and a stream of their own.
+pub struct Owner {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+}
+
+/// Memory of an owner, at any alignment.
+pub struct Owned<'o> {
+    owner: &'o Owner,
+    allocation: u64,
+    shift: usize,
+    pub bytes: usize,
+}
+
+impl Owner {
+    pub fn new() -> Owner {
+        Owner::on(0)
+    }
+
+    pub fn on(device: usize) -> Owner {
+        driver();
+        let context = CudaContext::new(device).unwrap();
+        let stream = context.new_stream().unwrap();
+        Owner { context, stream }
+    }
+
+    pub fn stream(&self) -> usize {
+        self.stream.cu_stream().addr()
+    }
+
+    pub fn other_stream(&self) -> Arc<CudaStream> {
+        self.context.new_stream().unwrap()
+    }
+
+    pub fn wait(&self) {
+        self.stream.synchronize().unwrap();
+    }
+
+    /// Memory with these bytes, `shift` bytes from where an allocation begins.
+    pub fn own(&self, bytes: &[u8], shift: usize) -> Owned<'_> {
+        self.context.bind_to_thread().unwrap();
+        // SAFETY: the context is current, and the size is not 0.
+        let allocation = unsafe { result::malloc_sync(bytes.len() + shift + 1) }.unwrap();
+        let owned = Owned { owner: self, allocation, shift, bytes: bytes.len() };
+        owned.set(bytes);
+        owned
+    }
+}
+
+impl Owned<'_> {
+    /// Queues other bytes, on the owner's stream, as an optimiser would.
+    pub fn set(&self, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.bytes);
+        if bytes.is_empty() {
+            return;
+        }
+        self.owner.context.bind_to_thread().unwrap();
+        // SAFETY: within the allocation; pageable memory is taken when the call returns.
+        unsafe { result::memcpy_htod_async(self.address(), bytes, self.owner.stream.cu_stream()) }.unwrap();
+    }
+
+    pub fn get(&self) -> Vec<u8> {
+        self.owner.context.bind_to_thread().unwrap();
+        let mut bytes = vec![0; self.bytes];
+        if !bytes.is_empty() {
+            // SAFETY: within the allocation, and the destination is as long.
+            unsafe { result::memcpy_dtoh_async(&mut bytes, self.address(), self.owner.stream.cu_stream()) }.unwrap();
+            self.owner.wait();
+        }
+        bytes
+    }
+
+    pub fn address(&self) -> u64 {
+        self.allocation + self.shift as u64
+    }
+
+    pub fn lend(&self) -> CudaMemory<'_> {
+        let device = self.owner.context.ordinal();
+        // SAFETY: the allocation lives as long as `self`, and freeing it waits for the device.
+        unsafe { CudaMemory::from_raw(device, self.owner.stream(), self.address(), self.bytes) }
+    }
+}
+
+impl Drop for Owned<'_> {
+    fn drop(&mut self) {
+        let _ = self.owner.context.bind_to_thread();
+        // SAFETY: allocated by `own`, freed once.
+        let _ = unsafe { result::free_sync(self.allocation) };
+    }
+}

@@ -1,0 +1,169 @@
+//! The update on a device.
+
+use posthoc_ema::compute::cpu::{self, Averages, Incoming, Layout, Precision};
+use posthoc_ema::compute::cuda::{Device, DeviceAverages};
+use posthoc_ema::{CudaMemory, Dtype};
+use rand::Rng;
+
+use crate::driver::driver;
+use crate::owner::{Owned, Owner};
+use crate::values::{AVERAGED, bits, random, size, wild};
+
+/// A model on both sides: the bytes, and somebody's device memory with the same.
+struct Model<'o> {
+    tensors: Vec<(Dtype, Vec<u8>, Owned<'o>)>,
+    copied: Vec<(Vec<u8>, Owned<'o>)>,
+}
+
+fn check(lengths: &[usize], dtypes: &[Dtype], profiles: usize, precision: Precision, shifts: &[usize]) {
+    driver();
+    let mut random = random(lengths.len() as u64 + 100 * profiles as u64);
+    let owner = Owner::new();
+    let tensors = lengths.iter().enumerate().map(|(i, &n)| {
+        let dtype = dtypes[i % dtypes.len()];
+        let bytes = wild(&mut random, dtype, n);
+        let owned = owner.own(&bytes, shifts[i % shifts.len()] * size(dtype));
+        (dtype, bytes, owned)
+    });
+    let tensors = tensors.collect();
+    let copied = [0usize, 1, 3, 16, 1001].map(|n| {
+        let bytes: Vec<u8> = (0..n).map(|_| random.random()).collect();
+        let owned = owner.own(&bytes, shifts[n % shifts.len()]);
+        (bytes, owned)
+    });
+    let mut model = Model { tensors, copied: copied.into() };
+    let layout = Layout::new(lengths.iter().copied());
+    let sizes: Vec<usize> = model.copied.iter().map(|(bytes, _)| bytes.len()).collect();
+    let device = Device::open(0).unwrap();
+    let mut got = DeviceAverages::zeros(&device, &layout, profiles, precision, &sizes).unwrap();
+    let mut expected = vec![Averages::zeros(&layout, precision); profiles];
+    for step in 0..3 {
+        let weights: Vec<f32> = (0..profiles).map(|p| if step == 0 { 1.0 } else { 0.9 / (p + 2) as f32 }).collect();
+        let averaged: Vec<(Dtype, CudaMemory<'_>)> = model.tensors.iter().map(|(d, _, m)| (*d, m.lend())).collect();
+        let copied: Vec<CudaMemory<'_>> = model.copied.iter().map(|(_, memory)| memory.lend()).collect();
+        got.update(&averaged, &copied, &weights).unwrap();
+        let incoming: Vec<Incoming<'_>> =
+            model.tensors.iter().map(|(dtype, bytes, _)| Incoming { dtype: *dtype, bytes }).collect();
+        cpu::update(&mut expected, &incoming, &layout, &weights);
+        compare(&got, &expected, &layout, &model);
+        // The optimiser's step: other values in the same place.
+        for (dtype, bytes, owned) in &mut model.tensors {
+            *bytes = wild(&mut random, *dtype, bytes.len() / size(*dtype));
+            owned.set(bytes);
+        }
+    }
+}
+
+fn compare(got: &DeviceAverages, expected: &[Averages], layout: &Layout, model: &Model<'_>) {
+    let mut reader = got.reader().unwrap();
+    for (profile, expected) in expected.iter().enumerate() {
+        let got = reader.averages(profile).unwrap();
+        for i in 0..layout.len() {
+            let place = layout.place(i);
+            assert_eq!(bits(&got.high[place.clone()]), bits(&expected.high[place.clone()]), "tensor {i}");
+            let low = |averages: &Averages| {
+                averages.low.as_ref().map(|low| low[place.clone()].iter().map(|c| c.to_bits()).collect::<Vec<_>>())
+            };
+            assert_eq!(low(&got), low(expected), "tensor {i}");
+        }
+    }
+    let copies: Vec<&Vec<u8>> = model.copied.iter().map(|(bytes, _)| bytes).collect();
+    assert_eq!(reader.copies().unwrap().iter().collect::<Vec<_>>(), copies);
+}
+
+#[test]
+fn every_length_dtype_precision_and_number_of_profiles() {
+    let lengths: Vec<usize> = (0..35).chain([1000, 1023, 4099]).collect();
+    for profiles in 1..=8 {
+        for precision in [Precision::Plain, Precision::Compensated] {
+            check(&lengths, &AVERAGED, profiles, precision, &[0, 1, 3]);
+        }
+    }
+}
+
+#[test]
+fn one_dtype_alone_aligned_and_not() {
+    for dtype in AVERAGED {
+        for precision in [Precision::Plain, Precision::Compensated] {
+            check(&[1, 2047, 2048, 2049, 10_000], &[dtype], 2, precision, &[0]);
+            check(&[1, 2047, 2048, 2049, 10_000], &[dtype], 2, precision, &[1, 2, 3]);
+        }
+    }
+}
+
+#[test]
+fn more_profiles_than_one_launch_takes() {
+    check(&[5, 300, 4097], &[Dtype::BF16, Dtype::F32], 9, Precision::Compensated, &[0]);
+    check(&[5, 300, 4097], &[Dtype::F16], 17, Precision::Plain, &[1]);
+}
+
+#[test]
+fn chunks_of_the_largest_size_and_many_tensors() {
+    check(&[(1 << 16) + 3, 200_001, 1], &[Dtype::F32, Dtype::BF16], 2, Precision::Compensated, &[0, 1]);
+    check(&vec![7; 2000], &[Dtype::BF16], 1, Precision::Plain, &[0, 1]);
+}
+
+#[test]
+fn parameters_that_move_and_streams_that_change() {
+    let (first, second) = (Owner::new(), Owner::new());
+    let layout = Layout::new([1000]);
+    let device = Device::open(0).unwrap();
+    let mut got = DeviceAverages::zeros(&device, &layout, 2, Precision::Compensated, &[]).unwrap();
+    let mut expected = vec![Averages::zeros(&layout, Precision::Compensated); 2];
+    let mut random = random(5);
+    for step in 0..6 {
+        let owner = if step % 2 == 0 { &first } else { &second };
+        let bytes = wild(&mut random, Dtype::F16, 1000);
+        let owned = owner.own(&bytes, 2 * (step % 3));
+        got.update(&[(Dtype::F16, owned.lend())], &[], &[0.5, 0.25]).unwrap();
+        cpu::update(&mut expected, &[Incoming { dtype: Dtype::F16, bytes: &bytes }], &layout, &[0.5, 0.25]);
+    }
+    let mut reader = got.reader().unwrap();
+    for (profile, expected) in expected.iter().enumerate() {
+        assert_eq!(bits(&reader.averages(profile).unwrap().high), bits(&expected.high));
+    }
+}
+
+#[test]
+fn averages_that_were_on_the_host_go_on_alike() {
+    let owner = Owner::new();
+    let layout = Layout::new([100, 33]);
+    let mut random = random(9);
+    let values: Vec<Vec<u8>> = [100, 33].map(|n| wild(&mut random, Dtype::F32, n)).into();
+    let incoming: Vec<Incoming<'_>> = values.iter().map(|bytes| Incoming { dtype: Dtype::F32, bytes }).collect();
+    let owned: Vec<Owned<'_>> = values.iter().map(|bytes| owner.own(bytes, 0)).collect();
+    for precision in [Precision::Plain, Precision::Compensated] {
+        let mut expected = vec![Averages::zeros(&layout, precision); 2];
+        cpu::update(&mut expected, &incoming, &layout, &[0.7, 0.3]);
+        let copies = [vec![1u8, 2, 3], vec![]];
+        let device = Device::open(0).unwrap();
+        let mut got = DeviceAverages::upload(&device, &layout, &expected, precision, &copies).unwrap();
+        let reader = &mut got.reader().unwrap();
+        assert_eq!(reader.copies().unwrap(), copies);
+        let small = [owner.own(&[7, 8, 9], 0), owner.own(&[], 0)];
+        let averaged: Vec<(Dtype, CudaMemory<'_>)> = owned.iter().map(|memory| (Dtype::F32, memory.lend())).collect();
+        got.update(&averaged, &[small[0].lend(), small[1].lend()], &[0.1, 0.2]).unwrap();
+        cpu::update(&mut expected, &incoming, &layout, &[0.1, 0.2]);
+        let reader = &mut got.reader().unwrap();
+        assert_eq!(reader.copies().unwrap(), [vec![7, 8, 9], vec![]]);
+        for (profile, expected) in expected.iter().enumerate() {
+            let got = reader.averages(profile).unwrap();
+            assert_eq!(bits(&got.high), bits(&expected.high));
+            assert_eq!(got.low, expected.low);
+        }
+    }
+}
+
+#[test]
+fn tensors_of_several_streams_or_devices_are_refused_and_nothing_changes() {
+    let (one, other) = (Owner::new(), Owner::new());
+    let bytes = [0u8; 16];
+    let (a, b) = (one.own(&bytes, 0), other.own(&bytes, 0));
+    let device = Device::open(0).unwrap();
+    let layout = Layout::new([4, 4]);
+    let mut averages = DeviceAverages::zeros(&device, &layout, 1, Precision::Plain, &[]).unwrap();
+    let mixed = [(Dtype::F32, a.lend()), (Dtype::F32, b.lend())];
+    let text = averages.update(&mixed, &[], &[1.0]).unwrap_err().to_string();
+    assert!(text.contains("several streams"), "{text}");
+    assert!(averages.reader().unwrap().averages(0).unwrap().high.iter().all(|&v| v == 0.0));
+}
