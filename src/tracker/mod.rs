@@ -9,6 +9,9 @@ mod options;
 mod state;
 mod table;
 mod values;
+#[cfg(any(test, feature = "cuda"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "used by the engines on a device"))]
+mod writer;
 
 use std::path::{Path, PathBuf};
 
@@ -102,28 +105,20 @@ impl PostHocEma {
         if time <= previous {
             return Err(Error::Time { time, last: previous });
         }
-        let step = self.advance(time, params)?;
-        match self.engine.take_error() {
-            Some(error) => Err(error),
-            None => Ok(step),
+        let mut step = Step::Skipped;
+        if self.settings.schedule.is_update_due(previous, time) {
+            self.retry();
+            params.with_tensors(&mut |views| self.fold(time, views))?;
+            step = Step::Updated;
         }
-    }
-
-    /// Does what is due at `time`, which is later than the clock.
-    fn advance(&mut self, time: u64, params: &(impl Parameters + ?Sized)) -> Result<Step> {
-        let previous = self.clock;
-        if !self.settings.schedule.is_update_due(previous, time) {
-            self.clock = time;
-            return Ok(Step::Skipped);
-        }
-        self.retry();
-        params.with_tensors(&mut |views| self.fold(time, views))?;
         self.clock = time;
+        // Asked for before another checkpoint is queued: what becomes of that is a later call's to tell.
+        let earlier = self.engine.take_error().map_or(Ok(()), Err);
         if !self.settings.schedule.is_snapshot_due(previous, time) {
-            return Ok(Step::Updated);
+            return earlier.map(|()| step);
         }
-        self.checkpoint()?;
-        Ok(Step::Stored)
+        let stored = self.checkpoint();
+        earlier.and(stored).map(|()| Step::Stored)
     }
 
     /// Folds the parameters at `time` into every average.

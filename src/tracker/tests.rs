@@ -1,8 +1,11 @@
 //! The tracker by identities and against naive oracles.
 
+mod log;
 mod moments;
+mod queued;
 mod storage;
 mod tensors;
+mod writer;
 
 use std::cell::Cell;
 use std::path::PathBuf;

@@ -82,12 +82,18 @@ impl OwnedValues {
 pub(super) enum Held<'a> {
     /// They lie in host memory and are lent from there.
     Borrowed(Values<'a>),
+    /// They were brought there for this.
+    #[cfg(any(test, feature = "cuda"))]
+    #[cfg_attr(not(test), allow(dead_code, reason = "lent by the engines on a device"))]
+    Owned(OwnedValues),
 }
 
 impl Held<'_> {
     pub(super) fn values(&self) -> Values<'_> {
         match self {
             Held::Borrowed(values) => *values,
+            #[cfg(any(test, feature = "cuda"))]
+            Held::Owned(values) => values.as_values(),
         }
     }
 }

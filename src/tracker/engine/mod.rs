@@ -1,6 +1,8 @@
 //! Where the running averages lie, and who updates and writes them.
 
 mod host;
+#[cfg(test)]
+mod queued;
 
 use super::moment::{Failure, Moment};
 use super::table::Matched;
@@ -9,6 +11,8 @@ use crate::compute::cpu::Layout;
 use crate::error::{Error, Result};
 
 pub(super) use host::HostEngine;
+#[cfg(test)]
+pub(super) use queued::QueuedEngine;
 
 /// The averages of a tracker, with what it takes to update and to store them.
 ///
@@ -17,6 +21,9 @@ pub(super) use host::HostEngine;
 pub(super) enum Engine {
     /// In host memory, at once, by the calling thread.
     Host(HostEngine),
+    /// In host memory, written by a thread of its own: what the tracker does with such engines is tested with this one.
+    #[cfg(test)]
+    Queued(QueuedEngine),
 }
 
 impl Engine {
@@ -28,6 +35,8 @@ impl Engine {
     pub(super) fn fold(&mut self, matched: &Matched<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
         match self {
             Engine::Host(host) => host.fold(matched, layout, weights),
+            #[cfg(test)]
+            Engine::Queued(queued) => queued.host.fold(matched, layout, weights),
         }
     }
 
@@ -38,6 +47,8 @@ impl Engine {
     pub(super) fn values(&self) -> Result<Held<'_>> {
         match self {
             Engine::Host(host) => Ok(Held::Borrowed(host.values())),
+            #[cfg(test)]
+            Engine::Queued(queued) => Ok(Held::Owned(queued.copy())),
         }
     }
 
@@ -49,6 +60,8 @@ impl Engine {
     pub(super) fn checkpoint(&mut self, moment: Moment) -> Result<(), Failure> {
         match self {
             Engine::Host(host) => host.checkpoint(&moment),
+            #[cfg(test)]
+            Engine::Queued(queued) => queued.checkpoint(moment),
         }
     }
 
@@ -56,6 +69,8 @@ impl Engine {
     pub(super) fn take_error(&self) -> Option<Error> {
         match self {
             Engine::Host(_) => None,
+            #[cfg(test)]
+            Engine::Queued(queued) => queued.writer.take_error(),
         }
     }
 
@@ -64,6 +79,8 @@ impl Engine {
     pub(super) fn flush(&self) -> Result<()> {
         match self {
             Engine::Host(_) => Ok(()),
+            #[cfg(test)]
+            Engine::Queued(queued) => queued.writer.flush(),
         }
     }
 
@@ -71,6 +88,8 @@ impl Engine {
     pub(super) fn given_up(&self) -> Option<u64> {
         match self {
             Engine::Host(_) => None,
+            #[cfg(test)]
+            Engine::Queued(queued) => queued.writer.given_up(),
         }
     }
 }

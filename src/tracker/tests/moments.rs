@@ -7,7 +7,7 @@ use crate::tracker::moment::{Failure, Moment};
 use crate::tracker::values::{Converted, OwnedValues};
 
 /// The run as it is now, to be written into another directory, and its values.
-fn moment_for(ema: &PostHocEma, dir: &Path) -> (Moment, OwnedValues) {
+pub(super) fn moment_for(ema: &PostHocEma, dir: &Path) -> (Moment, OwnedValues) {
     std::fs::create_dir_all(dir).unwrap();
     let moment = Moment { dir: dir.to_owned(), ..ema.moment(ema.stored) };
     let held = ema.engine.values().unwrap();
@@ -33,13 +33,13 @@ fn converted(moment: &Moment, averages: &[Averages], dtypes: &[Dtype]) -> Vec<Co
 }
 
 /// Names and contents, without the directory.
-fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
+pub(super) fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let names = listing(dir).into_iter().map(|(path, bytes)| (path.file_name().unwrap().to_owned(), bytes));
     names.map(|(name, bytes)| (name.into_string().unwrap(), bytes)).filter(|(name, _)| name != ".lock").collect()
 }
 
 /// A model with a tensor that f16 cannot hold and one that is copied.
-fn model(step: u16) -> Tensors {
+pub(super) fn model(step: u16) -> Tensors {
     let value = f32::from(step);
     let mut model = Tensors::default();
     model.insert("fine", Tensor::new(&[2, 3], &[value, 0.1, -0.0, 1e-7, 3.0, value / 3.0]).unwrap());
@@ -48,7 +48,7 @@ fn model(step: u16) -> Tensors {
     model
 }
 
-fn trained(dir: &Path) -> PostHocEma {
+pub(super) fn trained(dir: &Path) -> PostHocEma {
     let options = PostHocEma::options(dir).update_every(1).checkpoint_every(20).checkpoint_dtype(Dtype::F16);
     let mut ema = options.create(&model(0)).unwrap();
     for step in 1..=20 {
