@@ -3,6 +3,8 @@
 use safetensors::Dtype;
 
 use super::PostHocEma;
+use super::table::Table;
+use super::values::Values;
 use crate::error::{Error, Result};
 use crate::math::{Chain, Profile};
 use crate::synthesis::{At, Holder, Plan, Pool, PoolTensor, Run, Source, solve};
@@ -10,19 +12,19 @@ use crate::tensor::{ParametersMut, Tensors};
 
 /// The live averages of one profile.
 struct Live<'a> {
-    tracker: &'a PostHocEma,
+    table: &'a Table,
+    values: Values<'a>,
     index: usize,
 }
 
 impl Holder for Live<'_> {
     fn stored(&self, name: &str) -> Option<(Dtype, &[u8])> {
-        let table = &self.tracker.table;
-        Some(match table.find(name)? {
+        Some(match self.table.find(name)? {
             Ok(i) => {
-                let values = &self.tracker.averages[self.index].high[table.layout().place(i)];
+                let values = &self.values.averages[self.index].high[self.table.layout().place(i)];
                 (Dtype::F32, bytemuck::cast_slice(values))
             }
-            Err(i) => (table.copied()[i].dtype, &self.tracker.copies[i]),
+            Err(i) => (self.table.copied()[i].dtype, &self.values.copies[i]),
         })
     }
 }
@@ -60,7 +62,9 @@ impl PostHocEma {
             return Err(Error::Nothing("there was no update yet: train until the first one is due".into()));
         };
         let run = if crate::snapshot::list(&self.dir)?.is_empty() { None } else { Some(Run::open(&self.dir)?) };
-        let live: Vec<Live<'_>> = (0..self.averages.len()).map(|index| Live { tracker: self, index }).collect();
+        let held = self.engine.values()?;
+        let live = |index| Live { table: &self.table, values: held.values(), index };
+        let live: Vec<Live<'_>> = (0..self.settings.profiles.len()).map(live).collect();
         let mut pool = Pool { tensors: self.pool_tensors(), tied: self.table.tied().clone(), holders: Vec::new() };
         if let Some(run) = &run {
             pool.holders.extend(run.pool().holders);

@@ -1,20 +1,26 @@
 //! What a training loop calls: updates, snapshots, resume, Switch EMA.
 
 mod checkpoint;
+mod engine;
 mod live;
+mod moment;
 mod names;
 mod options;
 mod state;
 mod table;
+mod values;
+#[cfg(any(test, feature = "cuda"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "used by the engines on a device"))]
+mod writer;
 
 use std::path::{Path, PathBuf};
 
-use crate::compute::cpu::{Averages, Incoming, update};
 use crate::error::{Error, Result};
 use crate::math::{History, Profile};
 use crate::snapshot::Lock;
 use crate::tensor::{Parameters, TensorView};
 
+use engine::Engine;
 pub use options::Options;
 use options::Settings;
 use table::Table;
@@ -27,6 +33,9 @@ pub enum Step {
     /// The averages were updated.
     Updated,
     /// The averages were updated and a snapshot of each was stored.
+    ///
+    /// Where the averages are written in the background, it was queued: should it fail, a later call of
+    /// [`PostHocEma::update`] or [`PostHocEma::save`] returns the error, [`PostHocEma::finish`] at the latest.
     Stored,
 }
 
@@ -52,9 +61,8 @@ pub struct PostHocEma {
     dir: PathBuf,
     settings: Settings,
     table: Table,
-    averages: Vec<Averages>,
-    /// The newest values of the tensors that are copied.
-    copies: Vec<Vec<u8>>,
+    /// Before the lock, and so dropped before it: what an engine still writes then is written under the lock.
+    engine: Engine,
     /// The time of the last call.
     clock: u64,
     history: History,
@@ -80,6 +88,7 @@ impl PostHocEma {
     /// [`Error::NonFinite`] where an average to be stored holds NaN or infinity: nothing is written then.
     /// [`Error::Io`] where a snapshot cannot be written: the averages are up to date, no file is half written, training
     /// can go on, and the snapshot is tried again before the next update, and given up with a warning if that fails too.
+    /// The same holds for an error of a snapshot that was written in the background: the call has done its part.
     pub fn update(&mut self, params: &(impl Parameters + ?Sized)) -> Result<Step> {
         let time = self.clock.checked_add(1).ok_or(Error::Time { time: self.clock, last: self.clock })?;
         self.update_at(time, params)
@@ -96,18 +105,20 @@ impl PostHocEma {
         if time <= previous {
             return Err(Error::Time { time, last: previous });
         }
-        if !self.settings.schedule.is_update_due(previous, time) {
-            self.clock = time;
-            return Ok(Step::Skipped);
+        let mut step = Step::Skipped;
+        if self.settings.schedule.is_update_due(previous, time) {
+            self.retry();
+            params.with_tensors(&mut |views| self.fold(time, views))?;
+            step = Step::Updated;
         }
-        self.retry();
-        params.with_tensors(&mut |views| self.fold(time, views))?;
         self.clock = time;
+        // Asked for before another checkpoint is queued: what becomes of that is a later call's to tell.
+        let earlier = self.engine.take_error().map_or(Ok(()), Err);
         if !self.settings.schedule.is_snapshot_due(previous, time) {
-            return Ok(Step::Updated);
+            return earlier.map(|()| step);
         }
-        self.checkpoint()?;
-        Ok(Step::Stored)
+        let stored = self.checkpoint();
+        earlier.and(stored).map(|()| Step::Stored)
     }
 
     /// Folds the parameters at `time` into every average.
@@ -116,12 +127,11 @@ impl PostHocEma {
         let last = self.history.last().unwrap_or(0);
         let weight = |profile: &Profile| profile.gain(last as f64, time as f64) as f32;
         let weights: Vec<f32> = self.settings.profiles.iter().map(weight).collect();
-        self.history.push(time)?;
-        let incoming = matched.averaged.iter().map(|view| incoming(view)).collect::<Result<Vec<Incoming<'_>>>>()?;
-        update(&mut self.averages, &incoming, self.table.layout(), &weights);
-        for (copy, view) in self.copies.iter_mut().zip(&matched.copied) {
-            copy.copy_from_slice(view.host_bytes().ok_or_else(|| Error::on_device(view.name))?);
-        }
+        // Neither the history nor the averages may move where the other cannot.
+        let mut history = self.history.clone();
+        history.push(time)?;
+        self.engine.fold(&matched, self.table.layout(), &weights)?;
+        self.history = history;
         Ok(())
     }
 
@@ -155,11 +165,6 @@ impl std::fmt::Debug for PostHocEma {
             .field("settings", settings)
             .finish_non_exhaustive()
     }
-}
-
-fn incoming<'a>(view: &TensorView<'a>) -> Result<Incoming<'a>> {
-    let bytes = view.host_bytes().ok_or_else(|| Error::on_device(view.name))?;
-    Ok(Incoming { dtype: view.dtype, bytes })
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
+use super::engine::{Engine, HostEngine};
 use super::names::{Choice, Names};
 use super::table::Table;
 use super::{PostHocEma, state};
@@ -219,10 +220,11 @@ impl Options {
         let lock = Lock::acquire(&self.dir)?;
         check_empty(&self.dir)?;
         snapshot::remove_leftovers(&self.dir)?;
+        let averages = vec![Averages::zeros(table.layout(), settings.precision); settings.profiles.len()];
+        let copies = table.copied().iter().map(|entry| vec![0; entry.bytes]).collect();
         Ok(PostHocEma {
             dir: self.dir,
-            averages: vec![Averages::zeros(table.layout(), settings.precision); settings.profiles.len()],
-            copies: table.copied().iter().map(|entry| vec![0; entry.bytes]).collect(),
+            engine: Engine::Host(HostEngine::new(averages, copies)),
             settings,
             table,
             clock: 0,

@@ -9,8 +9,11 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::PostHocEma;
+use super::engine::{Engine, HostEngine};
+use super::moment::Moment;
 use super::options::Settings;
 use super::table::{Entry, Table};
+use super::values::Values;
 use crate::compute::cpu::{Averages, Precision};
 use crate::error::{Error, Result};
 use crate::math::History;
@@ -54,43 +57,46 @@ fn copy_name(tensor: &str) -> String {
     format!("{COPIED}{tensor}")
 }
 
-/// Writes the live state of a tracker.
-pub(super) fn write(tracker: &PostHocEma) -> Result<()> {
-    let table = &tracker.table;
-    let mut specs = Vec::new();
-    let mut sources: Vec<&[u8]> = Vec::new();
-    let mut add = |name: String, dtype, shape: &[usize], bytes| {
-        specs.push(TensorSpec { name, dtype, shape: shape.to_vec() });
-        sources.push(bytes);
-    };
-    for (index, averages) in tracker.averages.iter().enumerate() {
-        for (i, Entry { name, shape, .. }) in table.averaged().iter().enumerate() {
-            let place = table.layout().place(i);
-            add(high_name(index, name), Dtype::F32, shape, bytemuck::cast_slice(&averages.high[place.clone()]));
-            if let Some(low) = &averages.low {
-                add(low_name(index, name), Dtype::BF16, shape, bytemuck::cast_slice(&low[place]));
+impl Moment {
+    /// Writes the live state.
+    pub(super) fn write_state(&self, values: &Values<'_>) -> Result<()> {
+        let mut specs = Vec::new();
+        let mut sources: Vec<&[u8]> = Vec::new();
+        let mut add = |name: String, dtype, shape: &[usize], bytes| {
+            specs.push(TensorSpec { name, dtype, shape: shape.to_vec() });
+            sources.push(bytes);
+        };
+        for (index, averages) in values.averages.iter().enumerate() {
+            for (i, Entry { name, shape, .. }) in self.table.averaged().iter().enumerate() {
+                let place = self.table.layout().place(i);
+                add(high_name(index, name), Dtype::F32, shape, bytemuck::cast_slice(&averages.high[place.clone()]));
+                if let Some(low) = &averages.low {
+                    add(low_name(index, name), Dtype::BF16, shape, bytemuck::cast_slice(&low[place]));
+                }
             }
         }
+        for (Entry { name, dtype, shape, .. }, bytes) in self.table.copied().iter().zip(values.copies) {
+            add(copy_name(name), *dtype, shape, bytes);
+        }
+        let mut metadata = snapshot::base_strings();
+        metadata.insert(STATE.into(), serde_json::json!(self.document()).to_string());
+        let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| {
+            dst.copy_from_slice(&sources[i][range]);
+        };
+        write_file(&self.dir.join(STATE_FILE), specs, metadata, &fill)
     }
-    for (Entry { name, dtype, shape, .. }, bytes) in table.copied().iter().zip(&tracker.copies) {
-        add(copy_name(name), *dtype, shape, bytes);
+
+    fn document(&self) -> Document {
+        Document {
+            run: self.run.clone(),
+            clock: self.clock,
+            history: self.history.clone(),
+            stored: self.stored,
+            tied: self.table.tied().clone(),
+            settings: self.settings.clone(),
+            dtypes: self.table.averaged().iter().map(|entry| (entry.name.clone(), entry.dtype)).collect(),
+        }
     }
-    let document = Document {
-        run: tracker.run.clone(),
-        clock: tracker.clock,
-        history: tracker.history.clone(),
-        // A checkpoint that is still to be completed is the resume's to complete, whoever wrote the state last.
-        stored: if tracker.pending { tracker.history.last() } else { tracker.stored },
-        tied: table.tied().clone(),
-        settings: tracker.settings.clone(),
-        dtypes: table.averaged().iter().map(|entry| (entry.name.clone(), entry.dtype)).collect(),
-    };
-    let mut metadata = snapshot::base_strings();
-    metadata.insert(STATE.into(), serde_json::json!(document).to_string());
-    let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| {
-        dst.copy_from_slice(&sources[i][range]);
-    };
-    write_file(&tracker.dir.join(STATE_FILE), specs, metadata, &fill)
 }
 
 /// A live state as it was read.
@@ -132,8 +138,7 @@ impl Saved {
             dir,
             settings,
             table,
-            averages,
-            copies,
+            engine: Engine::Host(HostEngine::new(averages, copies)),
             clock,
             history,
             stored,

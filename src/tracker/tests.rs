@@ -1,7 +1,11 @@
 //! The tracker by identities and against naive oracles.
 
+mod log;
+mod moments;
+mod queued;
 mod storage;
 mod tensors;
+mod writer;
 
 use std::cell::Cell;
 use std::path::PathBuf;
@@ -12,7 +16,7 @@ use safetensors::Dtype;
 use tempfile::TempDir;
 
 use super::*;
-use crate::compute::cpu::Precision;
+use crate::compute::cpu::{Averages, Precision};
 use crate::math::{Chain, Schedule, Window};
 use crate::synthesis::{At, Output, Run, WriteOptions};
 use crate::tensor::{Tensor, Tensors};
@@ -50,6 +54,11 @@ impl Walk {
     fn values(model: &Model) -> Vec<f64> {
         model.iter().flat_map(|(_, values)| values.iter().map(|&v| f64::from(v))).collect()
     }
+}
+
+/// The running averages, wherever the engine has them.
+fn averages(ema: &PostHocEma) -> Vec<Averages> {
+    ema.engine.values().unwrap().values().averages.to_vec()
 }
 
 fn floats(tensors: &Tensors) -> Vec<f64> {
@@ -105,7 +114,7 @@ fn the_running_average_is_the_direct_sum_for_every_schedule() {
         for (index, profile) in ema.profiles().to_vec().iter().enumerate() {
             let exact = direct(&trajectory, profile, last);
             let layout = ema.table.layout();
-            let high = &ema.averages[index].high;
+            let high = &averages(&ema)[index].high;
             let got: Vec<f64> = (0..3).flat_map(|i| high[layout.place(i)].iter().map(|&x| f64::from(x))).collect();
             // Half an ulp of f32 near 1, and as much again for the rounded weights.
             assert!(largest_difference(&got, &exact) < 1.2e-7, "{profile} every {every}");

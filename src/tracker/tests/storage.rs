@@ -10,7 +10,7 @@ fn stopping_and_resuming_gives_the_same_bits() {
         let mut walk = Walk::new(5);
         let mut ema = PostHocEma::options(&dir).checkpoint_every(100).create(&walk.model).unwrap();
         train(&mut ema, &mut walk, 1000);
-        (ema.averages.clone(), targets.clone().map(|p| ema.synthesize(p).unwrap()), snapshot_bytes(&dir))
+        (averages(&ema), targets.clone().map(|p| ema.synthesize(p).unwrap()), snapshot_bytes(&dir))
     };
     // In the middle of an interval, at an update, at a snapshot.
     for stop in [503, 510, 500] {
@@ -23,7 +23,7 @@ fn stopping_and_resuming_gives_the_same_bits() {
         let mut ema = PostHocEma::options(&dir).resume(&walk.model).unwrap();
         assert_eq!(ema.step(), stop);
         train(&mut ema, &mut walk, 1000 - stop);
-        for (a, b) in ema.averages.iter().zip(&straight.0) {
+        for (a, b) in averages(&ema).iter().zip(&straight.0) {
             assert_eq!((&a.high, &a.low), (&b.high, &b.low));
         }
         assert_eq!(targets.clone().map(|p| ema.synthesize(p).unwrap()), straight.1);
@@ -64,7 +64,7 @@ fn values_that_are_not_finite_are_named_and_nothing_is_written() {
 }
 
 /// Every file of a run with its contents.
-fn listing(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+pub(super) fn listing(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut files: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
     files.into_iter().map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()

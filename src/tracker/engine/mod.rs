@@ -1,0 +1,95 @@
+//! Where the running averages lie, and who updates and writes them.
+
+mod host;
+#[cfg(test)]
+mod queued;
+
+use super::moment::{Failure, Moment};
+use super::table::Matched;
+use super::values::Held;
+use crate::compute::cpu::Layout;
+use crate::error::{Error, Result};
+
+pub(super) use host::HostEngine;
+#[cfg(test)]
+pub(super) use queued::QueuedEngine;
+
+/// The averages of a tracker, with what it takes to update and to store them.
+///
+/// An engine may do its work in the background. It then copies what it needs before the averages move on, and keeps an
+/// error until the tracker asks for it.
+pub(super) enum Engine {
+    /// In host memory, at once, by the calling thread.
+    Host(HostEngine),
+    /// In host memory, written by a thread of its own: what the tracker does with such engines is tested with this one.
+    #[cfg(test)]
+    Queued(QueuedEngine),
+}
+
+impl Engine {
+    /// Folds new parameters into the averages of every profile, with the weight `1 - beta` of each, and takes the new
+    /// copies.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for memory that this engine cannot reach; no average has then changed.
+    pub(super) fn fold(&mut self, matched: &Matched<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
+        match self {
+            Engine::Host(host) => host.fold(matched, layout, weights),
+            #[cfg(test)]
+            Engine::Queued(queued) => queued.host.fold(matched, layout, weights),
+        }
+    }
+
+    /// The values after the newest [`Engine::fold`], in host memory.
+    ///
+    /// # Errors
+    /// What keeps them from being brought there.
+    pub(super) fn values(&self) -> Result<Held<'_>> {
+        match self {
+            Engine::Host(host) => Ok(Held::Borrowed(host.values())),
+            #[cfg(test)]
+            Engine::Queued(queued) => Ok(Held::Owned(queued.copy())),
+        }
+    }
+
+    /// Stores the averages as they are now, or sees to it that they will be: [`Engine::flush`] waits for that.
+    ///
+    /// # Errors
+    /// [`Failure`], of this checkpoint alone. What fails in the background is tried once more there, and is told by
+    /// [`Engine::take_error`].
+    pub(super) fn checkpoint(&mut self, moment: Moment) -> Result<(), Failure> {
+        match self {
+            Engine::Host(host) => host.checkpoint(&moment),
+            #[cfg(test)]
+            Engine::Queued(queued) => queued.checkpoint(moment),
+        }
+    }
+
+    /// The first error of the background that was not told yet.
+    pub(super) fn take_error(&self) -> Option<Error> {
+        match self {
+            Engine::Host(_) => None,
+            #[cfg(test)]
+            Engine::Queued(queued) => queued.writer.take_error(),
+        }
+    }
+
+    /// Waits until all checkpoints are written, tries the newest once more if it failed, and tells the first error that
+    /// was not told yet.
+    pub(super) fn flush(&self) -> Result<()> {
+        match self {
+            Engine::Host(_) => Ok(()),
+            #[cfg(test)]
+            Engine::Queued(queued) => queued.writer.flush(),
+        }
+    }
+
+    /// The newest step that was accepted by [`Engine::checkpoint`] and could not be stored after all.
+    pub(super) fn given_up(&self) -> Option<u64> {
+        match self {
+            Engine::Host(_) => None,
+            #[cfg(test)]
+            Engine::Queued(queued) => queued.writer.given_up(),
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! The run at one update, and how it is stored: the live state, a snapshot of every average, the oldest dropped.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::path::PathBuf;
+
+use safetensors::Dtype;
+
+use super::options::Settings;
+use super::table::{Entry, Table};
+use super::values::Values;
+use crate::compute::cpu;
+use crate::error::{Error, Result};
+use crate::math::History;
+use crate::snapshot::{self, Meta, Stem, TensorSpec, write_snapshot};
+use crate::synthesis::profile_json;
+
+/// Everything that files say about the run at one update, beside the values themselves.
+///
+/// It owns what it holds, so that a thread may write it while the tracker goes on.
+#[derive(Clone, Debug)]
+pub(super) struct Moment {
+    pub dir: PathBuf,
+    pub settings: Settings,
+    pub table: Table,
+    /// The time of the tracker's last call.
+    pub clock: u64,
+    /// The updates so far; the values are those of the newest.
+    pub history: History,
+    /// The newest step of which snapshots are, or are being, stored: where it is the newest update, a resume completes
+    /// them.
+    pub stored: Option<u64>,
+    /// The run's id.
+    pub run: String,
+}
+
+/// Why a moment was not stored, or not wholly.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The averages hold what is never stored: nothing was written, and another try would find the same.
+    Values(Error),
+    /// Files could not be written: another try may write them.
+    Files(Error),
+    /// All is written, but older snapshots could not be removed.
+    Removal(Error),
+}
+
+impl Failure {
+    pub(super) fn into_error(self) -> Error {
+        match self {
+            Failure::Values(error) | Failure::Files(error) | Failure::Removal(error) => error,
+        }
+    }
+}
+
+impl Moment {
+    /// The time of the newest update.
+    pub(super) fn step(&self) -> u64 {
+        self.history.last().unwrap_or(0)
+    }
+
+    /// Stores the live state and a snapshot of every average, then drops the oldest beyond those to be kept.
+    ///
+    /// The state comes first: should the process die before all snapshots are written, a resume writes the rest.
+    pub(super) fn store(&self, values: &Values<'_>) -> Result<(), Failure> {
+        let dtypes = self.stored_dtypes(values).map_err(Failure::Values)?;
+        let average = |(index, dtypes): (usize, &Vec<Dtype>)| self.write_average(values, index, dtypes);
+        let averages = || dtypes.iter().enumerate().try_for_each(average);
+        self.write_state(values).and_then(|()| averages()).map_err(Failure::Files)?;
+        self.drop_oldest().map_err(Failure::Removal)
+    }
+
+    /// Stores the live state alone.
+    pub(super) fn save(&self, values: &Values<'_>) -> Result<()> {
+        self.stored_dtypes(values)?;
+        self.write_state(values)
+    }
+
+    /// The profiles of which the directory holds no whole snapshot of this moment.
+    pub(super) fn missing(&self) -> Result<Vec<usize>> {
+        let there = snapshot::list(&self.dir)?;
+        // Shards without their index are read here, but not by Hugging Face's loaders.
+        let whole = |stem: Stem, files: &Vec<_>| files.len() == 1 || self.dir.join(stem.index_name()).is_file();
+        let missing = |index: &usize| {
+            let stem = self.stem(*index);
+            !there.get(&stem).is_some_and(|files| whole(stem, files))
+        };
+        Ok((0..self.settings.profiles.len()).filter(missing).collect())
+    }
+
+    /// Stores the snapshots of these profiles, then drops the oldest.
+    pub(super) fn complete(&self, values: &Values<'_>, missing: &[usize]) -> Result<()> {
+        let dtypes = self.stored_dtypes(values)?;
+        missing.iter().try_for_each(|&index| self.write_average(values, index, &dtypes[index]))?;
+        self.drop_oldest()
+    }
+
+    fn stem(&self, index: usize) -> Stem {
+        Stem { index, step: self.step() }
+    }
+
+    /// The dtype that each averaged tensor of each profile is stored in, after a look at all values.
+    fn stored_dtypes(&self, values: &Values<'_>) -> Result<Vec<Vec<Dtype>>> {
+        if let Some(converted) = values.converted {
+            return Ok(converted.iter().map(|converted| converted.dtypes.clone()).collect());
+        }
+        let of_profile = |(profile, averages): (usize, &cpu::Averages)| {
+            let tensor = |i: usize| &averages.high[self.table.layout().place(i)];
+            let ranges: Vec<cpu::Range> = (0..self.table.averaged().len()).map(|i| cpu::scan(tensor(i))).collect();
+            self.choose_dtypes(profile, &ranges, |i, element| Ok(tensor(i)[element]))
+        };
+        values.averages.iter().enumerate().map(of_profile).collect()
+    }
+
+    /// The dtype that each averaged tensor of a profile is stored in, given the range of its values: the one asked for,
+    /// or f32 where that cannot hold them. `value` looks up an element of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] for a tensor that holds NaN or infinity, and what `value` returns.
+    pub(super) fn choose_dtypes(
+        &self,
+        profile: usize,
+        ranges: &[cpu::Range],
+        value: impl Fn(usize, usize) -> Result<f32>,
+    ) -> Result<Vec<Dtype>> {
+        let mut dtypes = Vec::with_capacity(ranges.len());
+        for (i, (entry, range)) in self.table.averaged().iter().zip(ranges).enumerate() {
+            if let Some(element) = range.first_not_finite {
+                let (tensor, profile) = (entry.name.clone(), self.settings.profiles[profile].to_string());
+                return Err(Error::NonFinite {
+                    tensor,
+                    profile,
+                    element,
+                    value: value(i, element)?,
+                    step: self.step(),
+                });
+            }
+            let dtype = self.wanted_dtype(entry);
+            let fits = cpu::max_finite(dtype).is_some_and(|most| f64::from(range.largest) <= most);
+            dtypes.push(if fits { dtype } else { Dtype::F32 });
+        }
+        Ok(dtypes)
+    }
+
+    fn wanted_dtype(&self, entry: &Entry) -> Dtype {
+        self.settings.checkpoint_dtype.unwrap_or(entry.dtype)
+    }
+
+    fn write_average(&self, values: &Values<'_>, index: usize, dtypes: &[Dtype]) -> Result<()> {
+        self.warn_of_others(index, dtypes);
+        let (averaged, copied) = (self.table.averaged(), self.table.copied());
+        let spec = |entry: &Entry, dtype| TensorSpec { name: entry.name.clone(), dtype, shape: entry.shape.clone() };
+        let mut specs: Vec<TensorSpec> =
+            averaged.iter().zip(dtypes).map(|(entry, &dtype)| spec(entry, dtype)).collect();
+        specs.extend(copied.iter().map(|entry| spec(entry, entry.dtype)));
+        let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| match i.checked_sub(averaged.len()) {
+            Some(copy) => dst.copy_from_slice(&values.copies[copy][range]),
+            None => values.store(dst, self.table.layout(), index, i, range, dtypes[i]),
+        };
+        let meta = self.meta(index, dtypes);
+        write_snapshot(&self.dir, self.stem(index), specs, &meta, self.settings.shard_size, &fill)?;
+        Ok(())
+    }
+
+    /// Names the tensors that are kept in another dtype than asked for.
+    fn warn_of_others(&self, index: usize, dtypes: &[Dtype]) {
+        for (entry, &stored) in self.table.averaged().iter().zip(dtypes) {
+            let wanted = self.wanted_dtype(entry);
+            if stored != wanted {
+                let (stem, name) = (self.stem(index), &entry.name);
+                tracing::warn!("snapshot {stem}: tensor `{name}` holds values beyond {wanted} and is kept in {stored}");
+            }
+        }
+    }
+
+    fn meta(&self, index: usize, dtypes: &[Dtype]) -> Meta {
+        let entries = self.table.averaged().iter().zip(dtypes);
+        let other = entries.filter(|(entry, stored)| entry.dtype != **stored);
+        let floats = self.table.copied().iter().filter(|entry| crate::tensor::is_averaged(entry.dtype));
+        Meta {
+            profile: profile_json(&self.settings.profiles[index]),
+            step: self.step(),
+            history: Some(serde_json::json!(self.history).to_string()),
+            dtypes: other.map(|(entry, _)| (entry.name.clone(), entry.dtype)).collect(),
+            copied: floats.map(|entry| entry.name.clone()).collect(),
+            run: Some(self.run.clone()),
+            tied: self.table.tied().clone(),
+        }
+    }
+
+    /// Removes the snapshots of the oldest steps beyond those to be kept.
+    fn drop_oldest(&self) -> Result<()> {
+        let there = snapshot::list(&self.dir)?;
+        let steps: BTreeSet<u64> = there.keys().map(|stem| stem.step).collect();
+        let excess = steps.len().saturating_sub(self.settings.max_checkpoints);
+        for step in steps.into_iter().take(excess) {
+            for (stem, files) in there.iter().filter(|(stem, _)| stem.step == step) {
+                snapshot::remove(&self.dir, *stem, files)?;
+            }
+        }
+        Ok(())
+    }
+}

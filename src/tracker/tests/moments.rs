@@ -1,0 +1,128 @@
+//! Moments with values of their own: what other threads and devices hand over.
+
+use super::storage::listing;
+use super::*;
+use crate::compute::cpu;
+use crate::tracker::moment::{Failure, Moment};
+use crate::tracker::values::{Converted, OwnedValues};
+
+/// The run as it is now, to be written into another directory, and its values.
+pub(super) fn moment_for(ema: &PostHocEma, dir: &Path) -> (Moment, OwnedValues) {
+    std::fs::create_dir_all(dir).unwrap();
+    let moment = Moment { dir: dir.to_owned(), ..ema.moment(ema.stored) };
+    let held = ema.engine.values().unwrap();
+    let values = held.values();
+    (moment, OwnedValues { averages: values.averages.to_vec(), copies: values.copies.to_vec(), converted: None })
+}
+
+/// What snapshots of these averages store, worked out beforehand, with gaps between the tensors.
+fn converted(moment: &Moment, averages: &[Averages], dtypes: &[Dtype]) -> Vec<Converted> {
+    let layout = moment.table.layout();
+    let of_profile = |averages: &Averages| {
+        let mut converted = Converted { dtypes: dtypes.to_vec(), places: Vec::new(), bytes: Vec::new() };
+        for (i, &dtype) in dtypes.iter().enumerate() {
+            let start = converted.bytes.len() + 3;
+            let end = start + layout.place(i).len() * dtype.bitsize() / 8;
+            converted.bytes.resize(end, 0xee);
+            averages.store(&mut converted.bytes[start..], layout.place(i), dtype);
+            converted.places.push(start..end);
+        }
+        converted
+    };
+    averages.iter().map(of_profile).collect()
+}
+
+/// Names and contents, without the directory.
+pub(super) fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let names = listing(dir).into_iter().map(|(path, bytes)| (path.file_name().unwrap().to_owned(), bytes));
+    names.map(|(name, bytes)| (name.into_string().unwrap(), bytes)).filter(|(name, _)| name != ".lock").collect()
+}
+
+/// A model with a tensor that f16 cannot hold and one that is copied.
+pub(super) fn model(step: u16) -> Tensors {
+    let value = f32::from(step);
+    let mut model = Tensors::default();
+    model.insert("fine", Tensor::new(&[2, 3], &[value, 0.1, -0.0, 1e-7, 3.0, value / 3.0]).unwrap());
+    model.insert("large", Tensor::new(&[5], &[70_000.0, value, 1.0, 2.0, 3.0]).unwrap());
+    model.insert("steps", Tensor::new(&[1], &[i64::from(step)]).unwrap());
+    model
+}
+
+pub(super) fn trained(dir: &Path) -> PostHocEma {
+    let options = PostHocEma::options(dir).update_every(1).checkpoint_every(20).checkpoint_dtype(Dtype::F16);
+    let mut ema = options.create(&model(0)).unwrap();
+    for step in 1..=20 {
+        ema.update(&model(step)).unwrap();
+    }
+    ema
+}
+
+#[test]
+fn values_converted_elsewhere_give_the_same_files() {
+    let (temp, dir) = scratch();
+    let ema = trained(&dir);
+    let (moment, mut values) = moment_for(&ema, &temp.path().join("other"));
+    moment.store(&values.as_values()).unwrap();
+    assert_eq!(contents(&moment.dir), contents(&dir));
+
+    values.converted = Some(converted(&moment, &values.averages, &[Dtype::F16, Dtype::F32]));
+    let moment = Moment { dir: temp.path().join("converted"), ..moment };
+    std::fs::create_dir(&moment.dir).unwrap();
+    moment.store(&values.as_values()).unwrap();
+    assert_eq!(contents(&moment.dir), contents(&dir));
+
+    // They are what is stored, and not the averages beside them; the state keeps those.
+    let first = &mut values.converted.as_mut().unwrap()[1];
+    let start = first.places[1].start;
+    first.bytes[start..start + 4].copy_from_slice(&7.5f32.to_le_bytes());
+    moment.store(&values.as_values()).unwrap();
+    let run = Run::open(&moment.dir).unwrap();
+    let large = |i: usize| bytemuck::pod_read_unaligned::<f32>(&run.snapshots()[i].tensor("large").unwrap().1[..4]);
+    assert_eq!((large(0), large(1)), (70_000.0, 7.5));
+    let state = |dir: &Path| std::fs::read(dir.join("state.safetensors")).unwrap();
+    assert_eq!(state(&moment.dir), state(&dir));
+}
+
+#[test]
+fn dtypes_are_chosen_by_ranges_that_were_found_elsewhere() {
+    let (temp, dir) = scratch();
+    let ema = trained(&dir);
+    let (moment, values) = moment_for(&ema, &temp.path().join("other"));
+    let range = |largest| cpu::Range { largest, first_not_finite: None };
+    let never = |_: usize, _: usize| -> Result<f32> { panic!("no element has to be looked up") };
+    // The largest value that f16 takes, and the first that it would round to infinity.
+    let chosen = moment.choose_dtypes(0, &[range(65_519.996), range(65_520.0)], never).unwrap();
+    assert_eq!(chosen, [Dtype::F16, Dtype::F32]);
+    let bad = cpu::Range { largest: 0.0, first_not_finite: Some(3) };
+    let look_up = |tensor: usize, element: usize| {
+        assert_eq!((tensor, element), (1, 3));
+        Ok(f32::NEG_INFINITY)
+    };
+    let text = moment.choose_dtypes(1, &[range(1.0), bad], look_up).unwrap_err().to_string();
+    for part in ["`large`", "sigma_rel 0.28", "-inf", "element 3", "step 20"] {
+        assert!(text.contains(part), "{text}");
+    }
+    // Without ranges, a look at the values finds the same.
+    let mut poisoned = values.clone();
+    let place = moment.table.layout().place(1);
+    poisoned.averages[1].high[place.start + 3] = f32::NEG_INFINITY;
+    let failure = moment.store(&poisoned.as_values()).unwrap_err();
+    assert!(matches!(failure, Failure::Values(_)) && failure.into_error().to_string() == text);
+    assert!(contents(&moment.dir).is_empty());
+}
+
+#[test]
+fn a_failure_tells_whether_another_try_makes_sense() {
+    let (temp, dir) = scratch();
+    let ema = trained(&dir);
+    let (moment, values) = moment_for(&ema, &temp.path().join("other"));
+    let gone = Moment { dir: temp.path().join("gone"), ..moment.clone() };
+    assert!(matches!(gone.store(&values.as_values()), Err(Failure::Files(Error::Io { .. }))));
+    // An old snapshot that cannot be removed does not undo the new one.
+    let mut moment = moment;
+    moment.settings.max_checkpoints = 1;
+    std::fs::create_dir(moment.dir.join("0.10.safetensors")).unwrap();
+    let failure = moment.store(&values.as_values()).unwrap_err();
+    assert!(matches!(failure, Failure::Removal(_)));
+    assert!(moment.missing().unwrap().is_empty());
+}

@@ -1,0 +1,169 @@
+//! The tracker over an engine that writes in the background.
+
+use super::log::logged;
+use super::storage::listing;
+use super::*;
+use crate::tracker::engine::{Engine, HostEngine, QueuedEngine};
+use crate::tracker::writer::Writer;
+
+/// Lets a tracker write in the background from now on.
+fn queued(mut ema: PostHocEma) -> PostHocEma {
+    let (averages, copies) = {
+        let held = ema.engine.values().unwrap();
+        (held.values().averages.to_vec(), held.values().copies.to_vec())
+    };
+    let writer = Writer::start(&ema.dir).unwrap();
+    ema.engine = Engine::Queued(QueuedEngine { host: HostEngine::new(averages, copies), writer });
+    ema
+}
+
+fn options(dir: &Path) -> Options {
+    PostHocEma::options(dir).checkpoint_every(50).max_checkpoints(3)
+}
+
+fn stems(dir: &Path) -> Vec<String> {
+    Run::open(dir).unwrap().snapshots().iter().map(|s| s.stem.to_string()).collect()
+}
+
+/// Everything but the run's id, which is drawn at random.
+fn tensors(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let run = Run::open(dir).unwrap();
+    let bytes = run.snapshots().iter().flat_map(|snapshot| {
+        let stem = snapshot.stem;
+        snapshot.tensors().map(move |(name, _)| (format!("{stem} {name}"), snapshot.tensor(name).unwrap().1.to_vec()))
+    });
+    bytes.collect()
+}
+
+#[test]
+fn a_run_is_the_same_as_when_it_is_written_at_once() {
+    let ((_a, straight), (_b, dir)) = (scratch(), scratch());
+    let (mut one, mut other) = (Walk::new(4), Walk::new(4));
+    let mut ema = options(&straight).create(&one.model).unwrap();
+    let mut background = queued(options(&dir).create(&other.model).unwrap());
+    assert!(train(&mut ema, &mut one, 333) == train(&mut background, &mut other, 333));
+    let profile = Profile::sigma_rel(0.1).unwrap();
+    background.save().unwrap();
+    assert_eq!(background.synthesize(profile.clone()).unwrap(), ema.synthesize(profile).unwrap());
+    ema.finish().unwrap();
+    background.finish().unwrap();
+    assert_eq!(stems(&dir), ["0.250", "0.300", "0.330", "1.250", "1.300", "1.330"]);
+    assert_eq!(tensors(&dir), tensors(&straight));
+    drop(background);
+    let resumed = options(&dir).resume(&other.model).unwrap();
+    assert_eq!(resumed.step(), 333);
+    for (a, b) in averages(&resumed).iter().zip(averages(&ema)) {
+        assert_eq!((&a.high, &a.low), (&b.high, &b.low));
+    }
+}
+
+#[test]
+fn a_later_save_is_not_undone_by_an_older_checkpoint() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(4);
+    let mut ema = queued(options(&dir).create(&walk.model).unwrap());
+    train(&mut ema, &mut walk, 53);
+    ema.save().unwrap();
+    drop(ema);
+    assert_eq!(options(&dir).resume(&walk.model).unwrap().step(), 53);
+}
+
+#[test]
+fn an_error_of_the_background_comes_from_a_later_call_which_has_done_its_part() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(4);
+    let options = PostHocEma::options(&dir).checkpoint_every(5000);
+    let mut ema = queued(options.create(&walk.model).unwrap());
+    train(&mut ema, &mut walk, 4999);
+    let aside = dir.with_extension("aside");
+    std::fs::rename(&dir, &aside).unwrap();
+    assert_eq!(ema.update(walk.step()).unwrap(), Step::Stored);
+    let error = loop {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        if let Err(error) = ema.update(walk.step()) {
+            break error;
+        }
+    };
+    assert!(error.to_string().contains("state.safetensors") && ema.step() < 10_000, "{error}");
+    std::fs::rename(&aside, &dir).unwrap();
+    // The next checkpoint is preceded by the one that failed, and no update was lost over it.
+    while ema.step() < 10_000 {
+        ema.update(walk.step()).unwrap();
+    }
+    ema.finish().unwrap();
+    assert_eq!(stems(&dir), ["0.5000", "0.10000", "1.5000", "1.10000"]);
+    assert_eq!(ema.history().times(), (1..=1000).map(|i| 10 * i).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_last_snapshot_that_failed_is_written_by_a_second_finish() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(4);
+    let mut ema = queued(options(&dir).create(&walk.model).unwrap());
+    train(&mut ema, &mut walk, 99);
+    ema.save().unwrap();
+    let aside = dir.with_extension("aside");
+    std::fs::rename(&dir, &aside).unwrap();
+    assert_eq!(ema.update(walk.step()).unwrap(), Step::Stored);
+    for _ in 0..2 {
+        let text = ema.finish().unwrap_err().to_string();
+        assert!(text.contains("check the path"), "{text}");
+    }
+    std::fs::rename(&aside, &dir).unwrap();
+    assert_eq!(stems(&dir), ["0.50", "1.50"]);
+    ema.finish().unwrap();
+    assert_eq!(stems(&dir), ["0.50", "0.100", "1.50", "1.100"]);
+    let before = listing(&dir);
+    ema.finish().unwrap();
+    assert_eq!(listing(&dir), before);
+}
+
+/// The state is stored, the snapshot's file is not: the state tells a resume what is missing.
+#[test]
+fn a_save_stores_the_state_and_tells_of_the_snapshot_that_failed() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(4);
+    let mut ema = queued(options(&dir).create(&walk.model).unwrap());
+    train(&mut ema, &mut walk, 49);
+    let obstacle = dir.join("1.50.safetensors");
+    std::fs::create_dir(&obstacle).unwrap();
+    assert_eq!(ema.update(walk.step()).unwrap(), Step::Stored);
+    let text = ema.save().unwrap_err().to_string();
+    assert!(text.contains("1.50.safetensors"), "{text}");
+    drop(ema);
+    std::fs::remove_dir(&obstacle).unwrap();
+    drop(options(&dir).resume(&walk.model).unwrap());
+    assert_eq!(stems(&dir), ["0.50", "1.50"]);
+}
+
+#[test]
+fn a_tracker_dropped_without_finish_writes_what_is_queued_under_its_lock() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(4);
+    let lines = logged(|| {
+        let mut ema = queued(options(&dir).create(&walk.model).unwrap());
+        train(&mut ema, &mut walk, 100);
+        drop(ema);
+    });
+    assert!(lines.is_empty(), "{lines:?}");
+    assert_eq!(stems(&dir), ["0.50", "0.100", "1.50", "1.100"]);
+    assert_eq!(options(&dir).resume(&walk.model).unwrap().step(), 100);
+}
+
+#[test]
+fn a_poisoned_average_is_told_and_not_stored() {
+    let (_temp, dir) = scratch();
+    let mut model = vec![("w", vec![1.0f32; 9])];
+    let mut ema = queued(options(&dir).update_every(1).checkpoint_every(2).create(&model).unwrap());
+    ema.update(&model).unwrap();
+    ema.update(&model).unwrap();
+    ema.finish().unwrap();
+    let before = listing(&dir);
+    model[0].1[4] = f32::NAN;
+    ema.update(&model).unwrap();
+    assert_eq!(ema.update(&model).unwrap(), Step::Stored);
+    for _ in 0..2 {
+        assert!(matches!(ema.finish(), Err(Error::NonFinite { element: 4, step: 4, .. })));
+    }
+    assert_eq!(listing(&dir), before);
+}
