@@ -41,6 +41,8 @@ mod tensor;
 mod tracker;
 
 pub use compute::cpu::Precision;
+#[cfg(feature = "cuda")]
+pub use compute::cuda::Fence;
 pub use device::Device;
 pub use error::{Error, Result};
 pub use math::{Profile, Shape, Window};

@@ -100,6 +100,15 @@ impl<'a> TensorView<'a> {
         Ok(TensorView { name, dtype, shape, memory: Memory::Host(bytes) })
     }
 
+    /// A view of elements in memory of a CUDA device.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where shape and dtype do not make up the number of bytes lent.
+    pub fn cuda(name: &'a str, dtype: Dtype, shape: &'a [usize], memory: CudaMemory<'a>) -> Result<Self> {
+        check_size(name, dtype, shape, memory.bytes)?;
+        Ok(TensorView { name, dtype, shape, memory: Memory::Cuda(memory) })
+    }
+
     /// The number of elements.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
@@ -151,6 +160,15 @@ impl<'a> TensorViewMut<'a> {
     pub fn host(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a mut [u8]) -> Result<Self> {
         check_size(name, dtype, shape, bytes.len())?;
         Ok(TensorViewMut { name, dtype, shape, memory: MemoryMut::Host(bytes) })
+    }
+
+    /// A view of elements in memory of a CUDA device.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] where shape and dtype do not make up the number of bytes lent.
+    pub fn cuda(name: &'a str, dtype: Dtype, shape: &'a [usize], memory: CudaMemory<'a>) -> Result<Self> {
+        check_size(name, dtype, shape, memory.bytes)?;
+        Ok(TensorViewMut { name, dtype, shape, memory: MemoryMut::Cuda(memory) })
     }
 
     /// The elements, where they lie in host memory.

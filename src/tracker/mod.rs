@@ -10,7 +10,6 @@ mod state;
 mod table;
 mod values;
 #[cfg(any(test, feature = "cuda"))]
-#[cfg_attr(not(test), allow(dead_code, reason = "used by the engines on a device"))]
 mod writer;
 
 use std::path::{Path, PathBuf};
@@ -133,6 +132,16 @@ impl PostHocEma {
         self.engine.fold(&matched, self.table.layout(), &weights)?;
         self.history = history;
         Ok(())
+    }
+
+    /// What whoever trains waits for before the parameters of the newest update are changed or freed, where they were lent
+    /// until then ([`CudaMemory::until_fence`](crate::CudaMemory::until_fence)) and the averages are kept on the host.
+    ///
+    /// None where there is nothing to wait for. Parameters that are lent in the order of their stream need no fence: the
+    /// stream itself waits.
+    #[cfg(feature = "cuda")]
+    pub fn fence(&self) -> Option<&crate::compute::cuda::Fence> {
+        self.engine.fence()
     }
 
     /// The time of the last call: where training goes on after a resume.

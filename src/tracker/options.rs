@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
-use super::engine::{Engine, HostEngine};
+use super::engine::{Engine, Start, lent_on};
 use super::names::{Choice, Names};
 use super::table::Table;
 use super::{PostHocEma, state};
-use crate::compute::cpu::{Averages, Precision};
+use crate::compute::cpu::Precision;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::math::{History, Profile, Schedule};
 use crate::snapshot::{self, Lock, SHARD_SIZE, STATE_FILE};
@@ -54,6 +55,7 @@ pub struct Options {
     average: Option<Vec<String>>,
     copy: Option<Vec<String>>,
     leave_out: Option<Vec<String>>,
+    device: Device,
 }
 
 /// What a run goes by, all of it decided. It is stored with the live state.
@@ -102,6 +104,7 @@ impl Options {
             average: None,
             copy: None,
             leave_out: None,
+            device: Device::Cpu,
         }
     }
 
@@ -199,20 +202,34 @@ impl Options {
         self
     }
 
+    /// Where the averages of parameters on a CUDA device are kept. Default: [`Device::Cpu`].
+    ///
+    /// * [`Device::Cpu`]: on the host. Each update copies the parameters there once, in their own dtype, beside the
+    ///   training; the device gives no memory.
+    /// * [`Device::Cuda`]: on the parameters' device; an update is one launch on the stream that trains.
+    /// * [`Device::Auto`]: on the device where they take at most a quarter of its free memory, otherwise on the host.
+    ///
+    /// The averages are the same, bit for bit, and a resume may choose anew. Those of parameters in host memory stay there.
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
     /// Begins a new run.
     ///
     /// # Errors
     /// [`Error::RunExists`] where the directory already holds one, [`Error::Parameter`], [`Error::NotTrackable`] or
     /// [`Error::Setting`] for options that make no sense, [`Error::Tensor`] for a tensor that cannot be averaged,
-    /// [`Error::Locked`] and [`Error::Io`].
+    /// [`Error::Locked`], [`Error::Io`] and [`Error::Cuda`].
     pub fn create(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let settings = self.settings(Settings::default())?;
         check_settings(&settings)?;
-        let mut table = Table::default();
+        let (mut table, mut device) = (Table::default(), None);
         params.with_tensors(&mut |views| {
             let choice = settings.choice()?;
             choice.check(views)?;
             table = Table::new(views, &choice)?;
+            device = lent_on(table.match_views(views)?.all())?;
             Ok(())
         })?;
         fs::create_dir_all(&self.dir).map_err(Error::io("create", &self.dir))?;
@@ -220,11 +237,11 @@ impl Options {
         let lock = Lock::acquire(&self.dir)?;
         check_empty(&self.dir)?;
         snapshot::remove_leftovers(&self.dir)?;
-        let averages = vec![Averages::zeros(table.layout(), settings.precision); settings.profiles.len()];
-        let copies = table.copied().iter().map(|entry| vec![0; entry.bytes]).collect();
+        let start = Start::new(&table, &settings);
+        let engine = Engine::start(&self.dir, table.layout(), device, self.device, start)?;
         Ok(PostHocEma {
             dir: self.dir,
-            engine: Engine::Host(HostEngine::new(averages, copies)),
+            engine,
             settings,
             table,
             clock: 0,
@@ -255,12 +272,13 @@ impl Options {
         let settings = self.settings(saved.settings.clone())?;
         check_settings(&settings)?;
         check_unchanged(&saved.settings, &settings)?;
-        let mut table = Table::default();
+        let (mut table, mut device) = (Table::default(), None);
         params.with_tensors(&mut |views| {
             table = Table::resumed(views, &settings.choice()?, &saved.tied)?;
+            device = lent_on(table.match_views(views)?.all())?;
             Ok(())
         })?;
-        let mut tracker = saved.into_tracker(self.dir, settings, table, lock)?;
+        let mut tracker = saved.into_tracker(self.dir, settings, table, device, self.device, lock)?;
         snapshot::remove_leftovers(&tracker.dir)?;
         tracker.complete()?;
         Ok(tracker)

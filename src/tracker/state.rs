@@ -9,12 +9,13 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::PostHocEma;
-use super::engine::{Engine, HostEngine};
+use super::engine::{Engine, Start};
 use super::moment::Moment;
 use super::options::Settings;
 use super::table::{Entry, Table};
 use super::values::Values;
 use crate::compute::cpu::{Averages, Precision};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::math::History;
 use crate::snapshot::{self, Lock, STATE_FILE, StoredFile, TensorSpec, write_file};
@@ -125,7 +126,15 @@ impl Saved {
     }
 
     /// Rebuilds the tracker for a model whose tensors must be those of the state.
-    pub(super) fn into_tracker(self, dir: PathBuf, settings: Settings, table: Table, lock: Lock) -> Result<PostHocEma> {
+    pub(super) fn into_tracker(
+        self,
+        dir: PathBuf,
+        settings: Settings,
+        table: Table,
+        lent_on: Option<usize>,
+        device: Device,
+        lock: Lock,
+    ) -> Result<PostHocEma> {
         self.check_tensors(&table)?;
         let Document { run, clock, history, stored, .. } = &self.document;
         check_snapshots(&dir, run, history)?;
@@ -134,18 +143,9 @@ impl Saved {
         let copies = table.copied().iter().map(|entry| self.bytes(&copy_name(&entry.name), entry.dtype, &entry.shape));
         let copies = copies.map(|bytes| bytes.map(<[u8]>::to_vec)).collect::<Result<_>>()?;
         let (run, clock, history, stored) = (run.clone(), *clock, history.clone(), *stored);
-        Ok(PostHocEma {
-            dir,
-            settings,
-            table,
-            engine: Engine::Host(HostEngine::new(averages, copies)),
-            clock,
-            history,
-            stored,
-            pending: false,
-            run,
-            _lock: lock,
-        })
+        let start = Start { values: Some((averages, copies)), ..Start::new(&table, &settings) };
+        let engine = Engine::start(&dir, table.layout(), lent_on, device, start)?;
+        Ok(PostHocEma { dir, settings, table, engine, clock, history, stored, pending: false, run, _lock: lock })
     }
 
     /// Checks that the model averages exactly the tensors of the state, in the same dtypes.

@@ -55,6 +55,13 @@ pub(super) struct Matched<'v, 'a> {
     pub copied: Vec<&'v TensorView<'a>>,
 }
 
+impl<'v, 'a> Matched<'v, 'a> {
+    /// All of them.
+    pub(super) fn all(&self) -> impl Iterator<Item = &'v TensorView<'a>> {
+        self.averaged.iter().chain(&self.copied).copied()
+    }
+}
+
 impl Table {
     /// Sorts the tensors of a new run.
     pub(super) fn new(views: &[TensorView<'_>], choice: &Choice) -> Result<Table> {

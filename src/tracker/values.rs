@@ -44,7 +44,7 @@ impl Values<'_> {
 /// Whoever makes one chooses the dtypes by [`Moment::choose_dtypes`](super::moment::Moment::choose_dtypes), which
 /// refuses values that are not finite.
 #[derive(Clone, Debug)]
-#[cfg_attr(not(test), allow(dead_code, reason = "made by the engines that convert on a device"))]
+#[cfg_attr(not(any(test, feature = "cuda")), allow(dead_code, reason = "made by the engine that converts on a device"))]
 pub(super) struct Converted {
     /// The dtype of each averaged tensor.
     pub dtypes: Vec<Dtype>,
@@ -63,7 +63,6 @@ impl Converted {
 /// As [`Values`], in memory of its own: what a thread takes along.
 #[derive(Clone, Debug)]
 #[cfg(any(test, feature = "cuda"))]
-#[cfg_attr(not(test), allow(dead_code, reason = "made by the engines that write in the background"))]
 pub(super) struct OwnedValues {
     pub averages: Vec<Averages>,
     pub copies: Vec<Vec<u8>>,
@@ -71,7 +70,6 @@ pub(super) struct OwnedValues {
 }
 
 #[cfg(any(test, feature = "cuda"))]
-#[cfg_attr(not(test), allow(dead_code, reason = "as the type"))]
 impl OwnedValues {
     pub(super) fn as_values(&self) -> Values<'_> {
         Values { averages: &self.averages, copies: &self.copies, converted: self.converted.as_deref() }
@@ -84,8 +82,10 @@ pub(super) enum Held<'a> {
     Borrowed(Values<'a>),
     /// They were brought there for this.
     #[cfg(any(test, feature = "cuda"))]
-    #[cfg_attr(not(test), allow(dead_code, reason = "lent by the engines on a device"))]
     Owned(OwnedValues),
+    /// They lie in host memory, where a thread works on them at other times.
+    #[cfg(feature = "cuda")]
+    Locked(std::sync::MutexGuard<'a, super::engine::OffloadedAverages>),
 }
 
 impl Held<'_> {
@@ -94,6 +94,8 @@ impl Held<'_> {
             Held::Borrowed(values) => *values,
             #[cfg(any(test, feature = "cuda"))]
             Held::Owned(values) => values.as_values(),
+            #[cfg(feature = "cuda")]
+            Held::Locked(averages) => averages.host().values(),
         }
     }
 }

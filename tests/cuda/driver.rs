@@ -96,3 +96,17 @@ pub fn build(kernels: &Path, flags: &[&str]) -> PathBuf {
     fs::rename(&unfinished, &library).unwrap();
     library
 }
+
+/// Runs one ignored test in a process of its own, on the stand-in, with other variables set.
+pub fn alone(test: &str, variables: &[(&str, &str)]) {
+    let output = run_alone(test, variables, &standin());
+    let text = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&text));
+}
+
+/// As [`alone`], on a library, whatever comes of it.
+pub fn run_alone(test: &str, variables: &[(&str, &str)], library: &Path) -> std::process::Output {
+    let mut process = Command::new(std::env::current_exe().unwrap());
+    process.args([test, "--exact", "--include-ignored", "--nocapture"]).env(LIBRARY, library);
+    process.envs(variables.iter().copied()).output().unwrap()
+}

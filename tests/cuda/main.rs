@@ -4,7 +4,9 @@
 mod blend;
 mod convert;
 mod driver;
+mod model;
 mod offload;
 mod owner;
+mod tracker;
 mod update;
 mod values;

@@ -129,6 +129,11 @@ impl DeviceAverages {
         &self.arenas.device
     }
 
+    /// The number of profiles.
+    pub fn profiles(&self) -> usize {
+        self.arenas.high.len()
+    }
+
     /// Queues the folding of new parameters into all averages, and the copying of the others, on the parameters' stream.
     ///
     /// # Errors

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaEvent, CudaStream};
+use cudarc::driver::{CudaEvent, CudaStream, result};
 use half::bf16;
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -92,6 +92,22 @@ impl Reader {
         let mut values = vec![0f32; place.len()];
         self.read(bytemuck::cast_slice_mut(&mut values), high.address() + 4 * place.start as u64)?;
         Ok(cpu::scan(&values))
+    }
+
+    /// One value.
+    ///
+    /// # Errors
+    /// As [`Reader::ranges`].
+    pub fn value(&self, profile: usize, tensor: usize, element: usize) -> Result<f32> {
+        let device = self.device();
+        let _bound = device.bind()?;
+        let from = self.arenas.high[profile].address() + 4 * (self.arenas.layout.place(tensor).start + element) as u64;
+        let mut value = [0f32];
+        // SAFETY: within the arena; the value is looked at after the stream has been waited for.
+        unsafe { result::memcpy_dtoh_async(&mut value, from, self.stream.cu_stream()) }
+            .and_then(|()| self.stream.synchronize())
+            .map_err(device.refused("read an average"))?;
+        Ok(value[0])
     }
 
     /// All bits of the averages of one profile.

@@ -23,13 +23,23 @@ impl HostEngine {
         // All views are looked at before the first average changes.
         let incoming = matched.averaged.iter().map(|view| incoming(view)).collect::<Result<Vec<_>>>()?;
         let copied = matched.copied.iter().map(|view| host_bytes(view)).collect::<Result<Vec<_>>>()?;
-        update(&mut self.averages, &incoming, layout, weights);
-        self.copies.iter_mut().zip(copied).for_each(|(copy, bytes)| copy.copy_from_slice(bytes));
+        self.update(&incoming, &copied, layout, weights);
         Ok(())
     }
 
-    pub(super) fn values(&self) -> Values<'_> {
+    pub(super) fn update(&mut self, incoming: &[Incoming<'_>], copied: &[&[u8]], layout: &Layout, weights: &[f32]) {
+        update(&mut self.averages, incoming, layout, weights);
+        self.copies.iter_mut().zip(copied).for_each(|(copy, bytes)| copy.copy_from_slice(bytes));
+    }
+
+    pub(in crate::tracker) fn values(&self) -> Values<'_> {
         Values { averages: &self.averages, copies: &self.copies, converted: None }
+    }
+
+    /// The number of tensors that are copied.
+    #[cfg(feature = "cuda")]
+    pub(super) fn copies(&self) -> usize {
+        self.copies.len()
     }
 
     pub(super) fn checkpoint(&self, moment: &Moment) -> Result<(), Failure> {

@@ -1,18 +1,36 @@
 //! Where the running averages lie, and who updates and writes them.
 
+#[cfg(feature = "cuda")]
+mod background;
+#[cfg(feature = "cuda")]
+mod device;
 mod host;
+#[cfg(feature = "cuda")]
+mod offloaded;
 #[cfg(test)]
 mod queued;
+mod start;
+#[cfg(feature = "cuda")]
+mod worker;
 
 use super::moment::{Failure, Moment};
 use super::table::Matched;
 use super::values::Held;
 use crate::compute::cpu::Layout;
+#[cfg(feature = "cuda")]
+use crate::compute::cuda::{DeviceAverages, Fence};
 use crate::error::{Error, Result};
 
+#[cfg(feature = "cuda")]
+use device::DeviceEngine;
 pub(super) use host::HostEngine;
+#[cfg(feature = "cuda")]
+pub(super) use offloaded::Averages as OffloadedAverages;
+#[cfg(feature = "cuda")]
+use offloaded::OffloadedEngine;
 #[cfg(test)]
 pub(super) use queued::QueuedEngine;
+pub(super) use start::{Start, lent_on};
 
 /// The averages of a tracker, with what it takes to update and to store them.
 ///
@@ -21,6 +39,12 @@ pub(super) use queued::QueuedEngine;
 pub(super) enum Engine {
     /// In host memory, at once, by the calling thread.
     Host(HostEngine),
+    /// On the device of the parameters.
+    #[cfg(feature = "cuda")]
+    Device(DeviceEngine),
+    /// In host memory, of parameters on a device.
+    #[cfg(feature = "cuda")]
+    Offloaded(OffloadedEngine),
     /// In host memory, written by a thread of its own: what the tracker does with such engines is tested with this one.
     #[cfg(test)]
     Queued(QueuedEngine),
@@ -31,10 +55,14 @@ impl Engine {
     /// copies.
     ///
     /// # Errors
-    /// [`Error::Tensor`] for memory that this engine cannot reach; no average has then changed.
+    /// [`Error::Tensor`] for memory that this engine cannot reach, [`Error::Cuda`]; no average has then changed.
     pub(super) fn fold(&mut self, matched: &Matched<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
         match self {
             Engine::Host(host) => host.fold(matched, layout, weights),
+            #[cfg(feature = "cuda")]
+            Engine::Device(device) => device.fold(matched, weights),
+            #[cfg(feature = "cuda")]
+            Engine::Offloaded(offloaded) => offloaded.fold(matched, weights),
             #[cfg(test)]
             Engine::Queued(queued) => queued.host.fold(matched, layout, weights),
         }
@@ -47,6 +75,10 @@ impl Engine {
     pub(super) fn values(&self) -> Result<Held<'_>> {
         match self {
             Engine::Host(host) => Ok(Held::Borrowed(host.values())),
+            #[cfg(feature = "cuda")]
+            Engine::Device(device) => device.values().map(Held::Owned),
+            #[cfg(feature = "cuda")]
+            Engine::Offloaded(offloaded) => offloaded.averages().map(Held::Locked),
             #[cfg(test)]
             Engine::Queued(queued) => Ok(Held::Owned(queued.copy())),
         }
@@ -60,6 +92,10 @@ impl Engine {
     pub(super) fn checkpoint(&mut self, moment: Moment) -> Result<(), Failure> {
         match self {
             Engine::Host(host) => host.checkpoint(&moment),
+            #[cfg(feature = "cuda")]
+            Engine::Device(device) => device.checkpoint(moment),
+            #[cfg(feature = "cuda")]
+            Engine::Offloaded(offloaded) => offloaded.checkpoint(moment),
             #[cfg(test)]
             Engine::Queued(queued) => queued.checkpoint(moment),
         }
@@ -69,6 +105,10 @@ impl Engine {
     pub(super) fn take_error(&self) -> Option<Error> {
         match self {
             Engine::Host(_) => None,
+            #[cfg(feature = "cuda")]
+            Engine::Device(device) => device.background().take_error(),
+            #[cfg(feature = "cuda")]
+            Engine::Offloaded(offloaded) => offloaded.background().take_error(),
             #[cfg(test)]
             Engine::Queued(queued) => queued.writer.take_error(),
         }
@@ -79,6 +119,10 @@ impl Engine {
     pub(super) fn flush(&self) -> Result<()> {
         match self {
             Engine::Host(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Engine::Device(device) => device.background().flush(),
+            #[cfg(feature = "cuda")]
+            Engine::Offloaded(offloaded) => offloaded.background().flush(),
             #[cfg(test)]
             Engine::Queued(queued) => queued.writer.flush(),
         }
@@ -88,8 +132,41 @@ impl Engine {
     pub(super) fn given_up(&self) -> Option<u64> {
         match self {
             Engine::Host(_) => None,
+            #[cfg(feature = "cuda")]
+            Engine::Device(device) => device.background().given_up(),
+            #[cfg(feature = "cuda")]
+            Engine::Offloaded(offloaded) => offloaded.background().given_up(),
             #[cfg(test)]
             Engine::Queued(queued) => queued.writer.given_up(),
+        }
+    }
+
+    /// What the parameters' owner waits for before it changes them.
+    #[cfg(feature = "cuda")]
+    pub(super) fn fence(&self) -> Option<&Fence> {
+        match self {
+            Engine::Offloaded(offloaded) => offloaded.fence(),
+            _ => None,
+        }
+    }
+
+    /// The averages, where they lie on a device.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_device(&self) -> Option<&DeviceAverages> {
+        match self {
+            Engine::Device(device) => Some(device.averages()),
+            _ => None,
+        }
+    }
+}
+
+/// A view's memory on a device.
+#[cfg(feature = "cuda")]
+fn cuda_memory<'a>(view: &crate::tensor::TensorView<'a>) -> Result<crate::tensor::CudaMemory<'a>> {
+    match view.memory {
+        crate::tensor::Memory::Cuda(memory) => Ok(memory),
+        crate::tensor::Memory::Host(_) => {
+            Err(Error::changed(view.name, "it lies in host memory, and on a CUDA device when the tracker was made"))
         }
     }
 }

@@ -1,0 +1,70 @@
+//! Storing what an engine holds elsewhere: copied by one thread, written by another.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::worker::Worker;
+use crate::error::{Error, Result};
+use crate::tracker::moment::{Failure, Moment};
+use crate::tracker::values::OwnedValues;
+use crate::tracker::writer::{Job, Writer};
+
+/// A thread that works on the averages and one that writes files.
+pub(super) struct Background {
+    // Dropped first: its jobs hand over to the writer.
+    worker: Worker,
+    writer: Arc<Writer>,
+    /// The newest step whose values could not be had; 0 for none, since updates begin at 1.
+    lost: Arc<AtomicU64>,
+}
+
+impl Background {
+    pub(super) fn start(dir: &Path) -> Result<Background> {
+        let (worker, writer) = (Worker::start(dir)?, Arc::new(Writer::start(dir)?));
+        Ok(Background { worker, writer, lost: Arc::default() })
+    }
+
+    /// Adds a job that works on the averages.
+    pub(super) fn work(&self, job: impl FnOnce() -> Result<()> + Send + 'static) {
+        self.worker.submit(job);
+    }
+
+    /// Waits until all jobs on the averages are done; files may still be written.
+    pub(super) fn wait(&self) {
+        self.worker.wait();
+    }
+
+    /// Has the worker get the values of a moment and hand them to the writer.
+    pub(super) fn store(
+        &self,
+        moment: Moment,
+        get: impl FnOnce(&Moment) -> Result<OwnedValues, Failure> + Send + 'static,
+    ) {
+        let (writer, lost) = (self.writer.clone(), self.lost.clone());
+        self.worker.submit(move || {
+            let step = moment.step();
+            let values =
+                get(&moment).inspect_err(|_| lost.store(step, Ordering::Relaxed)).map_err(Failure::into_error)?;
+            writer.submit(Job { moment, values })
+        });
+    }
+
+    /// The first error that was not told yet.
+    pub(super) fn take_error(&self) -> Option<Error> {
+        self.worker.take_error().or_else(|| self.writer.take_error())
+    }
+
+    /// Waits until everything is written.
+    pub(super) fn flush(&self) -> Result<()> {
+        self.worker.wait();
+        let written = self.writer.flush();
+        self.worker.take_error().map_or(written, Err)
+    }
+
+    /// The newest step that was to be stored and could not be.
+    pub(super) fn given_up(&self) -> Option<u64> {
+        let lost = self.lost.load(Ordering::Relaxed);
+        self.writer.given_up().into_iter().chain((lost > 0).then_some(lost)).max()
+    }
+}

@@ -1,0 +1,85 @@
+//! Averages on a CUDA device: updated by one launch on the stream that trains, stored by way of the host in the background.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use safetensors::Dtype;
+
+use super::background::Background;
+use super::{Start, cuda_memory};
+use crate::compute::cpu::Layout;
+use crate::compute::cuda::{Device, DeviceAverages, Reader};
+use crate::error::Result;
+use crate::tensor::CudaMemory;
+use crate::tracker::moment::{Failure, Moment};
+use crate::tracker::table::Matched;
+use crate::tracker::values::{Converted, OwnedValues};
+
+/// The averages of parameters on a device, beside them.
+pub(in crate::tracker) struct DeviceEngine {
+    // Dropped first: its thread reads the averages.
+    background: Background,
+    averages: DeviceAverages,
+}
+
+impl DeviceEngine {
+    pub(super) fn start(device: &Arc<Device>, dir: &Path, layout: &Layout, start: Start) -> Result<DeviceEngine> {
+        let averages = match start.values {
+            Some((averages, copies)) => DeviceAverages::upload(device, layout, &averages, start.precision, &copies)?,
+            None => DeviceAverages::zeros(device, layout, start.profiles, start.precision, &start.copied)?,
+        };
+        Ok(DeviceEngine { background: Background::start(dir)?, averages })
+    }
+
+    pub(super) fn fold(&mut self, matched: &Matched<'_, '_>, weights: &[f32]) -> Result<()> {
+        let averaged = matched.averaged.iter().map(|view| Ok((view.dtype, cuda_memory(view)?)));
+        let averaged = averaged.collect::<Result<Vec<(Dtype, CudaMemory<'_>)>>>()?;
+        let copied = matched.copied.iter().map(|view| cuda_memory(view)).collect::<Result<Vec<_>>>()?;
+        // What is on its way to a snapshot must not move meanwhile.
+        self.background.wait();
+        self.averages.update(&averaged, &copied, weights)
+    }
+
+    pub(super) fn values(&self) -> Result<OwnedValues> {
+        self.background.wait();
+        let mut reader = self.averages.reader()?;
+        let profiles = 0..self.averages.profiles();
+        let averages = profiles.map(|profile| reader.averages(profile)).collect::<Result<_>>()?;
+        Ok(OwnedValues { averages, copies: reader.copies()?, converted: None })
+    }
+
+    pub(super) fn averages(&self) -> &DeviceAverages {
+        &self.averages
+    }
+
+    pub(super) fn checkpoint(&self, moment: Moment) -> Result<(), Failure> {
+        let reader = self.averages.reader().map_err(Failure::Files)?;
+        self.background.store(moment, move |moment| read(reader, moment));
+        Ok(())
+    }
+
+    pub(super) fn background(&self) -> &Background {
+        &self.background
+    }
+}
+
+/// Brings the averages to the host: all bits for the live state, and converted on the device for the snapshots.
+fn read(mut reader: Reader, moment: &Moment) -> Result<OwnedValues, Failure> {
+    let ranges = reader.ranges().map_err(Failure::Files)?;
+    let mut dtypes = Vec::with_capacity(ranges.len());
+    for (profile, ranges) in ranges.iter().enumerate() {
+        let value = |tensor: usize, element: usize| reader.value(profile, tensor, element);
+        dtypes.push(moment.choose_dtypes(profile, ranges, value).map_err(Failure::Values)?);
+    }
+    copy(&mut reader, dtypes).map_err(Failure::Files)
+}
+
+fn copy(reader: &mut Reader, dtypes: Vec<Vec<Dtype>>) -> Result<OwnedValues> {
+    let (mut averages, mut converted) = (Vec::with_capacity(dtypes.len()), Vec::with_capacity(dtypes.len()));
+    for (profile, dtypes) in dtypes.into_iter().enumerate() {
+        averages.push(reader.averages(profile)?);
+        let (bytes, places) = reader.converted(profile, &dtypes)?;
+        converted.push(Converted { dtypes, places, bytes });
+    }
+    Ok(OwnedValues { averages, copies: reader.copies()?, converted: Some(converted) })
+}

@@ -1,0 +1,129 @@
+//! Choosing an engine by where the parameters lie and where the averages are to be.
+
+use std::path::Path;
+
+use super::{Engine, HostEngine};
+use crate::compute::cpu::{Averages, Layout, Precision};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::tensor::{Memory, TensorView};
+use crate::tracker::options::Settings;
+use crate::tracker::table::Table;
+
+/// What an engine begins with.
+pub(in crate::tracker) struct Start {
+    pub profiles: usize,
+    pub precision: Precision,
+    /// The sizes in bytes of the averaged tensors.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only staging needs them"))]
+    pub averaged: Vec<usize>,
+    /// The sizes in bytes of the copied tensors.
+    pub copied: Vec<usize>,
+    /// What averages and copies hold already, in a run that goes on.
+    pub values: Option<(Vec<Averages>, Vec<Vec<u8>>)>,
+}
+
+impl Start {
+    pub(in crate::tracker) fn new(table: &Table, settings: &Settings) -> Start {
+        Start {
+            profiles: settings.profiles.len(),
+            precision: settings.precision,
+            averaged: table.averaged().iter().map(|entry| entry.bytes).collect(),
+            copied: table.copied().iter().map(|entry| entry.bytes).collect(),
+            values: None,
+        }
+    }
+
+    /// The averages in host memory: zeros at first, which the first update replaces.
+    pub(super) fn host(self, layout: &Layout) -> HostEngine {
+        let (averages, copies) = self.values.unwrap_or_else(|| {
+            let averages = vec![Averages::zeros(layout, self.precision); self.profiles];
+            (averages, self.copied.iter().map(|&bytes| vec![0; bytes]).collect())
+        });
+        HostEngine::new(averages, copies)
+    }
+}
+
+/// The device on which a model lies; none for the host.
+///
+/// # Errors
+/// [`Error::Tensor`] where it lies on both, or on several devices.
+pub(in crate::tracker) fn lent_on<'v, 'a: 'v>(
+    mut views: impl Iterator<Item = &'v TensorView<'a>>,
+) -> Result<Option<usize>> {
+    let device = |view: &TensorView<'_>| match view.memory {
+        Memory::Host(_) => None,
+        Memory::Cuda(memory) => Some(memory.device),
+    };
+    let name = |device: Option<usize>| device.map_or("in host memory".to_owned(), |number| format!("on cuda:{number}"));
+    let Some(first) = views.next() else { return Ok(None) };
+    match views.find(|view| device(view) != device(first)) {
+        Some(other) => {
+            let (here, there) = (name(device(other)), name(device(first)));
+            let reason =
+                format!("it lies {here} and `{}` {there}: move the model to one device, or leave out", first.name);
+            Err(Error::tensor(other.name, format!("{reason} the tensors of one of them")))
+        }
+        None => Ok(device(first)),
+    }
+}
+
+impl Engine {
+    /// Starts the engine for parameters that lie on a device, or on the host, with averages on `device`.
+    pub(in crate::tracker) fn start(
+        dir: &Path,
+        layout: &Layout,
+        lent_on: Option<usize>,
+        device: Device,
+        start: Start,
+    ) -> Result<Engine> {
+        match (lent_on, device) {
+            (None, Device::Cuda(number)) => {
+                let reason =
+                    format!("the parameters lie in host memory: averages on cuda:{number} need them there too");
+                Err(Error::Setting { option: "device", reason })
+            }
+            (None, _) => Ok(Engine::Host(start.host(layout))),
+            (Some(number), _) => Engine::for_device(dir, layout, number, device, start),
+        }
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn for_device(_: &Path, _: &Layout, number: usize, _: Device, _: Start) -> Result<Engine> {
+        let reason =
+            format!("the parameters lie on cuda:{number}, and this build has no CUDA: build with feature `cuda`");
+        Err(Error::Setting { option: "device", reason })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn for_device(dir: &Path, layout: &Layout, number: usize, device: Device, start: Start) -> Result<Engine> {
+        use super::{DeviceEngine, OffloadedEngine};
+        let opened = crate::compute::cuda::Device::open(number)?;
+        let beside = match device {
+            Device::Cpu => false,
+            Device::Cuda(wanted) if wanted == number => true,
+            Device::Cuda(wanted) => {
+                let reason = format!("the parameters lie on cuda:{number}: averages cannot be kept on cuda:{wanted}");
+                return Err(Error::Setting { option: "device", reason });
+            }
+            Device::Auto => start.bytes(layout) <= opened.memory()?.0 / AUTO_SHARE,
+        };
+        Ok(match beside {
+            true => Engine::Device(DeviceEngine::start(&opened, dir, layout, start)?),
+            false => Engine::Offloaded(OffloadedEngine::start(&opened, dir, layout, start)?),
+        })
+    }
+}
+
+/// Which part of a device's free memory averages may take without being asked for there: training needs the rest.
+#[cfg(feature = "cuda")]
+const AUTO_SHARE: usize = 4;
+
+#[cfg(feature = "cuda")]
+impl Start {
+    /// The memory that the averages take.
+    fn bytes(&self, layout: &Layout) -> usize {
+        let each = if self.precision == Precision::Compensated { 6 } else { 4 };
+        self.profiles * layout.total() * each + self.copied.iter().sum::<usize>()
+    }
+}

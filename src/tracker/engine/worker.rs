@@ -1,0 +1,152 @@
+//! A thread that does an engine's jobs in the order in which they come.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use crate::error::{Error, Result};
+
+type Job = Box<dyn FnOnce() -> Result<()> + Send>;
+
+/// Does jobs in the background; the first error is kept until somebody asks for it.
+///
+/// Dropped, it does what waits, and logs an error that nobody has asked for.
+pub(super) struct Worker {
+    send: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    state: Arc<State>,
+}
+
+#[derive(Default)]
+struct State {
+    progress: Mutex<Progress>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Progress {
+    waiting: usize,
+    error: Option<Error>,
+}
+
+impl State {
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn done(&self, outcome: Result<()>) {
+        let mut progress = self.lock();
+        progress.waiting -= 1;
+        if let Err(error) = outcome {
+            progress.error.get_or_insert(error);
+        }
+        self.changed.notify_all();
+    }
+}
+
+impl Worker {
+    /// Starts the thread for the run in `dir`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the system has no thread left.
+    pub(super) fn start(dir: &Path) -> Result<Worker> {
+        let state = Arc::new(State::default());
+        let (send, jobs) = channel::<Job>();
+        let log = tracing::dispatcher::get_default(Clone::clone);
+        let (shared, place) = (state.clone(), dir.to_owned());
+        let run = move || {
+            for job in jobs {
+                let outcome = catch_unwind(AssertUnwindSafe(job));
+                let panicked =
+                    || Error::unexpected(&place, "the thread that works on the averages panicked: resume the run");
+                shared.done(outcome.unwrap_or_else(|_| Err(panicked())));
+            }
+        };
+        let body = move || tracing::dispatcher::with_default(&log, run);
+        let thread = thread::Builder::new().name("posthoc-ema-worker".into()).spawn(body);
+        let thread = thread.map_err(Error::io("start the thread that works on the averages", dir))?;
+        Ok(Worker { send: Some(send), thread: Some(thread), state })
+    }
+
+    /// Adds a job.
+    pub(super) fn submit(&self, job: impl FnOnce() -> Result<()> + Send + 'static) {
+        self.state.lock().waiting += 1;
+        // The thread ends only when the sender is dropped.
+        if let Some(send) = &self.send {
+            let _ = send.send(Box::new(job));
+        }
+    }
+
+    /// Waits until all jobs are done.
+    pub(super) fn wait(&self) {
+        let mut progress = self.state.lock();
+        while progress.waiting > 0 {
+            progress = self.state.changed.wait(progress).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The first error that was not told yet.
+    pub(super) fn take_error(&self) -> Option<Error> {
+        self.state.lock().error.take()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.send = None;
+        if let Some(thread) = self.thread.take() {
+            // Jobs do not panic past the loop, so there is nothing to be learnt from how it ended.
+            let _ = thread.join();
+        }
+        if let Some(error) = self.take_error() {
+            tracing::error!("an error that came too late to be told: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn jobs_are_done_in_order_and_waited_for() {
+        let worker = Worker::start(Path::new("run")).unwrap();
+        let (send, receive) = mpsc::channel();
+        for i in 0..100 {
+            let send = send.clone();
+            worker.submit(move || send.send(i).map_err(|_| Error::Nothing("gone".into())));
+        }
+        worker.wait();
+        assert_eq!(receive.try_iter().collect::<Vec<_>>(), (0..100).collect::<Vec<_>>());
+        assert!(worker.take_error().is_none());
+    }
+
+    #[test]
+    fn the_first_error_is_told_once_and_a_panic_is_one() {
+        let worker = Worker::start(Path::new("run")).unwrap();
+        worker.submit(|| Err(Error::Nothing("first".into())));
+        worker.submit(|| Err(Error::Nothing("second".into())));
+        worker.wait();
+        assert!(worker.take_error().unwrap().to_string().contains("first"));
+        assert!(worker.take_error().is_none());
+        worker.submit(|| panic!("on purpose"));
+        worker.wait();
+        assert!(worker.take_error().unwrap().to_string().contains("panicked"));
+    }
+
+    #[test]
+    fn what_waits_is_done_before_the_end() {
+        let (send, receive) = mpsc::channel();
+        let worker = Worker::start(Path::new("run")).unwrap();
+        worker.submit(move || {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            send.send(()).map_err(|_| Error::Nothing("gone".into()))
+        });
+        drop(worker);
+        assert!(receive.try_recv().is_ok());
+    }
+}

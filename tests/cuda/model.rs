@@ -1,0 +1,124 @@
+//! A model that is trained twice: in host memory, and on a device.
+
+use std::path::Path;
+
+use posthoc_ema::{Dtype, Parameters, ParametersMut, Result, Tensor, TensorView, TensorViewMut, Tensors};
+use rand::Rng;
+
+use crate::owner::{Owned, Owner};
+use crate::values::{encode, random};
+
+/// The same tensors on both sides; they change together.
+pub struct Model<'o> {
+    pub host: Tensors,
+    pub device: OnDevice<'o>,
+}
+
+/// Tensors on a device.
+pub struct OnDevice<'o> {
+    pub owner: &'o Owner,
+    pub tensors: Vec<(String, Tensor, Owned<'o>)>,
+    /// Whether they are lent until the fence has passed.
+    pub until_fence: bool,
+}
+
+/// Mixed dtypes, small and odd sizes, copied tensors, and a tie.
+const TENSORS: [(&str, Dtype, &[usize]); 8] = [
+    ("a.weight", Dtype::F32, &[33, 7]),
+    ("b.weight", Dtype::BF16, &[5, 1001]),
+    ("c.scale", Dtype::F32, &[]),
+    ("d.half", Dtype::F16, &[130]),
+    ("e.double", Dtype::F64, &[17]),
+    ("f.empty", Dtype::F32, &[0, 4]),
+    ("g.count", Dtype::I64, &[]),
+    ("h.mask", Dtype::BOOL, &[13]),
+];
+
+impl<'o> Model<'o> {
+    pub fn new(owner: &'o Owner) -> Model<'o> {
+        let mut random = random(77);
+        let mut host = Tensors::default();
+        let mut tensors = Vec::new();
+        for (i, (name, dtype, shape)) in TENSORS.into_iter().enumerate() {
+            let elements = shape.iter().product::<usize>();
+            let bytes: Vec<u8> = match dtype {
+                Dtype::I64 => 3i64.to_le_bytes().to_vec(),
+                Dtype::BOOL => (0..elements).map(|i| (i % 3 == 0) as u8).collect(),
+                dtype => (0..elements).flat_map(|_| encode(random.random::<f64>() - 0.5, dtype)).collect(),
+            };
+            let owned = owner.own(&bytes, [0, 8, 4][i % 3] * (dtype.bitsize() / 8).min(2));
+            let tensor = Tensor { dtype, shape: shape.to_vec(), bytes };
+            host.insert(name, tensor.clone());
+            tensors.push((name.to_owned(), tensor, owned));
+        }
+        Model { host, device: OnDevice { owner, tensors, until_fence: false } }
+    }
+
+    /// The optimiser's step.
+    pub fn train(&mut self, step: u64) {
+        let mut random = random(1000 + step);
+        for (name, tensor, owned) in &mut self.device.tensors {
+            tensor.bytes = match tensor.dtype {
+                Dtype::I64 => (step as i64).to_le_bytes().to_vec(),
+                Dtype::BOOL => tensor.bytes.iter().map(|b| 1 - b).collect(),
+                dtype => {
+                    let elements = tensor.shape.iter().product::<usize>();
+                    let value = |i: usize| (step as f64 / 7.0 + i as f64).sin() + 0.1;
+                    (0..elements).flat_map(|i| encode(value(i) + 0.1 * random.random::<f64>(), dtype)).collect()
+                }
+            };
+            owned.set(&tensor.bytes);
+            self.host.insert(name.clone(), tensor.clone());
+        }
+    }
+
+    /// What the device holds, read from there.
+    pub fn on_device(&self) -> Tensors {
+        let read = |(name, tensor, owned): &(String, Tensor, Owned<'_>)| {
+            (name.clone(), Tensor { bytes: owned.get(), ..tensor.clone() })
+        };
+        self.device.tensors.iter().map(read).collect()
+    }
+}
+
+impl Parameters for OnDevice<'_> {
+    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
+        let mut views = Vec::new();
+        for (name, tensor, owned) in &self.tensors {
+            let lent = owned.lend();
+            // SAFETY: the tests change the memory after its stream has waited for the fence.
+            let lent = if self.until_fence { unsafe { lent.until_fence() } } else { lent };
+            views.push(TensorView::cuda(name, tensor.dtype, &tensor.shape, lent)?);
+        }
+        read(&views)
+    }
+}
+
+impl ParametersMut for OnDevice<'_> {
+    fn for_each_mut(&mut self, write: &mut dyn FnMut(TensorViewMut<'_>) -> Result<()>) -> Result<()> {
+        for (name, tensor, owned) in &self.tensors {
+            write(TensorViewMut::cuda(name, tensor.dtype, &tensor.shape, owned.lend())?)?;
+        }
+        Ok(())
+    }
+}
+
+/// The files of a run: every tensor's bytes, and the metadata but for what is drawn at random.
+pub fn files(dir: &Path) -> Vec<(String, Vec<(String, Tensor)>, Vec<(String, String)>)> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.retain(|name| name.ends_with(".safetensors"));
+    names.sort();
+    let read = |name: String| {
+        let file = posthoc_ema::snapshot::StoredFile::open(&dir.join(&name)).unwrap();
+        file.verify().unwrap();
+        let tensor = |(name, t): (&String, &posthoc_ema::snapshot::StoredTensor)| {
+            (name.clone(), Tensor { dtype: t.dtype, shape: t.shape.clone(), bytes: file.bytes(t).to_vec() })
+        };
+        let tensors: Vec<(String, Tensor)> = file.tensors().iter().map(tensor).collect();
+        let mut metadata: Vec<(String, String)> = file.metadata().clone().into_iter().collect();
+        metadata.retain(|(key, _)| key != "run" && key != "state");
+        (name, tensors, metadata)
+    };
+    names.into_iter().map(read).collect()
+}

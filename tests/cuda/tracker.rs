@@ -1,0 +1,206 @@
+//! The tracker, with averages on the device and on the host, against the tracker of parameters in host memory.
+
+use posthoc_ema::{Device, Dtype, Error, Options, PostHocEma, Precision, Step};
+
+use crate::driver::count;
+use crate::model::{Model, files};
+use crate::owner::Owner;
+
+fn options(dir: &std::path::Path) -> Options {
+    PostHocEma::options(dir).update_every(2).checkpoint_every(10).max_checkpoints(3).checkpoint_dtype(Dtype::F16)
+}
+
+/// Trains alike on both sides and compares every file.
+fn check(device: Device, set: impl Fn(Options) -> Options, until_fence: bool) {
+    let temp = tempfile::tempdir().unwrap();
+    let (on_host, on_device) = (temp.path().join("host"), temp.path().join("device"));
+    let owner = Owner::new();
+    let mut model = Model::new(&owner);
+    model.device.until_fence = until_fence;
+    let mut expected = set(options(&on_host)).create(&model.host).unwrap();
+    let mut got = set(options(&on_device)).device(device).create(&model.device).unwrap();
+    for step in 1..=47 {
+        // SAFETY: the owner's stream, in the primary context.
+        got.fence().map(|fence| unsafe { fence.wait_on(owner.stream()) }.unwrap());
+        model.train(step);
+        let want = expected.update(&model.host).unwrap();
+        assert_eq!(got.update(&model.device).unwrap(), want);
+        if step == 25 {
+            got.save().unwrap();
+        }
+    }
+    expected.finish().unwrap();
+    got.finish().unwrap();
+    assert_eq!(files(&on_device), files(&on_host));
+    assert_eq!(files(&on_device).len(), 1 + 3 * got.profiles().len());
+    drop(got);
+    drop(expected);
+
+    // Gone on with, on the other place: the same again.
+    let other = if device == Device::Cpu { Device::Cuda(0) } else { Device::Cpu };
+    let mut expected = set(options(&on_host)).resume(&model.host).unwrap();
+    let mut got = set(options(&on_device)).device(other).resume(&model.device).unwrap();
+    assert_eq!(got.step(), 47);
+    for step in 48..=63 {
+        got.fence().map(|fence| fence.wait().unwrap());
+        model.train(step);
+        assert_eq!(got.update(&model.device).unwrap(), expected.update(&model.host).unwrap());
+    }
+    expected.finish().unwrap();
+    got.finish().unwrap();
+    assert_eq!(files(&on_device), files(&on_host));
+}
+
+#[test]
+fn averages_on_the_device_store_the_same_files() {
+    check(Device::Cuda(0), |options| options, false);
+}
+
+#[test]
+fn averages_on_the_host_store_the_same_files() {
+    check(Device::Cpu, |options| options, false);
+}
+
+#[test]
+fn the_fence_lets_the_parameters_be_read_later() {
+    check(Device::Cpu, |options| options, true);
+}
+
+#[test]
+fn every_precision_dtype_and_number_of_profiles() {
+    for device in [Device::Cuda(0), Device::Cpu] {
+        check(device, |options| options.precision(Precision::Plain).checkpoint_dtype(None), false);
+        let many = |options: Options| options.betas([0.5, 0.8, 0.9, 0.95, 0.99]).sigma_rels([0.05, 0.1, 0.2, 0.28]);
+        check(device, |options| many(options).checkpoint_dtype(Dtype::F64), false);
+        check(device, |options| options.checkpoint_dtype(Dtype::BF16).shard_size(3000), false);
+        check(device, |options| options.copy(["d.half"]).leave_out(["a.*"]), false);
+    }
+}
+
+#[test]
+fn the_place_is_chosen_by_what_fits() {
+    let temp = tempfile::tempdir().unwrap();
+    let owner = Owner::new();
+    let model = Model::new(&owner);
+    let ema = options(temp.path()).device(Device::Auto).create(&model.device).unwrap();
+    // On the device there is nothing to wait for, before or after the first update.
+    assert!(ema.fence().is_none());
+}
+
+#[test]
+fn values_that_are_not_finite_are_told_at_the_next_call_and_training_goes_on() {
+    for device in [Device::Cuda(0), Device::Cpu] {
+        let temp = tempfile::tempdir().unwrap();
+        let owner = Owner::new();
+        let mut model = Model::new(&owner);
+        let mut ema = options(temp.path()).device(device).create(&model.device).unwrap();
+        for step in 1..10 {
+            model.train(step);
+            ema.update(&model.device).unwrap();
+        }
+        let (_, tensor, owned) = &mut model.device.tensors[1];
+        tensor.bytes[2002..2004].copy_from_slice(&[0xc0, 0x7f]);
+        owned.set(&tensor.bytes);
+        assert_eq!(ema.update(&model.device).unwrap(), Step::Stored);
+        let error = ema.finish().unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, Error::NonFinite { element: 1001, step: 10, .. }), "{text}");
+        assert!(text.contains("b.weight"), "{text}");
+        assert!(files(temp.path()).is_empty());
+    }
+}
+
+#[test]
+fn values_beyond_f16_are_kept_in_f32_as_on_the_host() {
+    for device in [Device::Cuda(0), Device::Cpu] {
+        let temp = tempfile::tempdir().unwrap();
+        let owner = Owner::new();
+        let mut model = Model::new(&owner);
+        let mut ema = options(temp.path()).device(device).create(&model.device).unwrap();
+        let (_, tensor, owned) = &mut model.device.tensors[0];
+        tensor.bytes[..4].copy_from_slice(&1e6f32.to_le_bytes());
+        owned.set(&tensor.bytes);
+        (1..=10).for_each(|_| drop(ema.update(&model.device).unwrap()));
+        ema.finish().unwrap();
+        let files = files(temp.path());
+        let dtype = |name: &str| files[0].1.iter().find(|(n, _)| n == name).unwrap().1.dtype;
+        assert_eq!((dtype("a.weight"), dtype("b.weight")), (Dtype::F32, Dtype::F16));
+    }
+}
+
+#[test]
+fn parameters_and_averages_in_places_that_do_not_fit_are_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    let (owner, second) = (Owner::new(), Owner::on(1));
+    let (mut model, elsewhere) = (Model::new(&owner), Model::new(&second));
+    let text = |outcome: posthoc_ema::Result<PostHocEma>| outcome.unwrap_err().to_string();
+    let create = |device| options(&temp.path().join("run")).device(device);
+    let error = text(create(Device::Cuda(0)).create(&model.host));
+    assert!(error.contains("option device") && error.contains("host memory"), "{error}");
+    let error = text(create(Device::Cuda(1)).create(&model.device));
+    assert!(error.contains("on cuda:0") && error.contains("cuda:1"), "{error}");
+    // A model that is spread over two devices, and one that has moved.
+    model.device.tensors.swap_remove(2);
+    let mut ema = create(Device::Cuda(0)).create(&model.device).unwrap();
+    ema.update_at(2, &model.device).unwrap();
+    let host = {
+        let mut host = model.host.clone();
+        host = host.into_iter().filter(|(name, _)| name != "c.scale").collect();
+        host
+    };
+    let error = ema.update_at(4, &host).unwrap_err().to_string();
+    assert!(error.contains("host memory"), "{error}");
+    let mut spread = elsewhere;
+    let moved = spread.device.tensors.swap_remove(0);
+    model.device.tensors.push(moved);
+    model.device.tensors.swap_remove(0);
+    let error = ema.update_at(5, &model.device).err().map(|e| e.to_string());
+    assert_eq!(error, None, "5 is not due");
+    let error = ema.update_at(6, &model.device).unwrap_err().to_string();
+    assert!(error.contains("cuda:1") || error.contains("cuda:0"), "{error}");
+}
+
+/// Counters of the stand-in are of the whole process, so this runs by itself, in a process of its own.
+#[test]
+#[ignore = "run by `costs_are_bounded`"]
+fn costs() {
+    let Some(before) = count("launches") else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let owner = Owner::new();
+    let mut model = Model::new(&owner);
+    let mut ema = options(temp.path()).device(Device::Cuda(0)).create(&model.device).unwrap();
+    let device_work = || ["launches", "copies", "allocations", "events"].map(|what| count(what).unwrap());
+    let launches = || count("launches").unwrap();
+    assert_eq!(launches(), before, "no kernel runs before the first update");
+    model.train(1);
+    let idle = device_work();
+    assert_eq!(ema.update(&model.device).unwrap(), Step::Skipped);
+    assert_eq!(device_work(), idle, "an update that is not due costs nothing");
+    assert_eq!(ema.update(&model.device).unwrap(), Step::Updated);
+    model.train(3);
+    assert_eq!(ema.update(&model.device).unwrap(), Step::Skipped);
+    let idle = device_work();
+    assert_eq!(ema.update(&model.device).unwrap(), Step::Updated);
+    let [launched, copied, allocated, _] = device_work();
+    assert_eq!(launched, idle[0] + 1, "an update is one launch");
+    assert_eq!((copied, allocated), (idle[1], idle[2]), "the table of tensors is there already");
+    drop(ema);
+
+    // Averages on the host: the device gives only the table of small tensors.
+    let temp = tempfile::tempdir().unwrap();
+    let memory = count("device_bytes").unwrap();
+    let mut ema = options(temp.path()).create(&model.device).unwrap();
+    let bus = count("d2h_bytes").unwrap();
+    for step in 4..14 {
+        model.train(step);
+        ema.update(&model.device).unwrap();
+    }
+    ema.finish().unwrap();
+    assert!(count("device_bytes").unwrap() - memory < 4096);
+    assert_eq!(count("d2h_bytes").unwrap(), bus, "small tensors are gathered by a kernel");
+}
+
+#[test]
+fn costs_are_bounded() {
+    crate::driver::alone("tracker::costs", &[]);
+}
