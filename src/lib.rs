@@ -44,7 +44,7 @@ pub use compute::cpu::Precision;
 pub use device::Device;
 pub use error::{Error, Result};
 pub use math::{Profile, Shape, Window};
-pub use synthesis::{At, Forecast, Output, Plan, Run, Weight, WriteOptions};
+pub use synthesis::{At, Forecast, Output, Plan, Run, SwappedIn, Weight, WriteOptions};
 pub use tensor::{
     CudaMemory, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView, TensorViewMut,
     Tensors, is_averaged,
