@@ -8,11 +8,13 @@ mod pool;
 mod run;
 mod stored;
 mod streaming;
+mod swap;
 
 pub use forecast::Forecast;
 pub use output::{Output, WriteOptions};
 pub use plan::{At, Plan, Weight};
 pub use run::Run;
+pub use swap::SwappedIn;
 
 pub(crate) use plan::solve;
 pub(crate) use pool::{Holder, Pool, PoolTensor, Source};

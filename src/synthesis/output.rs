@@ -63,18 +63,32 @@ impl Pool<'_> {
     /// Everything that can fail is tried before the first byte is written.
     pub(crate) fn write_into(&self, plan: &Plan, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
         let selection = self.select(&[plan])?;
+        self.check_model(&selection, params)?;
+        self.blend_into(&selection, params)
+    }
+
+    /// Tries everything that can fail when a single target is blended into a model.
+    pub(super) fn check_model(&self, selection: &Selection<'_>, params: &(impl ParametersMut + ?Sized)) -> Result<()> {
         params.with_tensors(&mut |views| {
             for view in views {
                 if let Some(tensor) = self.averaged(view.name) {
                     check_target(tensor, view.dtype, view.shape)?;
-                    TensorBlend::new(&selection, tensor, view.dtype)?.check(view.elements())?;
+                    TensorBlend::new(selection, tensor, view.dtype)?.check(view.elements())?;
                 }
             }
             self.check_complete(views.iter().map(|view| view.name).collect())
-        })?;
+        })
+    }
+
+    /// Blends a single target into a model that was checked.
+    pub(super) fn blend_into(
+        &self,
+        selection: &Selection<'_>,
+        params: &mut (impl ParametersMut + ?Sized),
+    ) -> Result<()> {
         params.for_each_mut(&mut |view: TensorViewMut<'_>| match self.averaged(view.name) {
             Some(tensor) => {
-                let blend = TensorBlend::new(&selection, tensor, view.dtype)?;
+                let blend = TensorBlend::new(selection, tensor, view.dtype)?;
                 let elsewhere = || Error::on_device(&tensor.name);
                 blend.whole(view.into_host_bytes().ok_or_else(elsewhere)?)
             }
@@ -83,7 +97,7 @@ impl Pool<'_> {
     }
 
     /// The averaged tensor that a name stands for, tied names included.
-    fn averaged(&self, name: &str) -> Option<&PoolTensor> {
+    pub(super) fn averaged(&self, name: &str) -> Option<&PoolTensor> {
         let kept = self.tied.get(name).map_or(name, String::as_str);
         let found = self.tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(kept)).ok()?;
         Some(&self.tensors[found]).filter(|tensor| tensor.averaged)

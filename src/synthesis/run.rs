@@ -7,10 +7,11 @@ use super::output::{MAX_TARGETS, Output, WriteOptions};
 use super::plan::{At, Plan, solve};
 use super::pool::{Holder, Pool, PoolTensor, Source};
 use super::stored::read_chain;
+use super::swap::SwappedIn;
 use crate::error::{Error, Result};
 use crate::math::{Chain, History, Profile};
 use crate::snapshot::{self, Snapshot};
-use crate::tensor::{Tensors, is_averaged};
+use crate::tensor::{ParametersMut, Tensors, is_averaged};
 
 /// A run's snapshots, mapped and checked against each other.
 ///
@@ -103,6 +104,40 @@ impl Run {
     /// [`Error::Tensor`] for a result that the dtype cannot hold.
     pub fn load(&self, plan: &Plan) -> Result<Tensors> {
         self.pool().load(plan)
+    }
+
+    /// Puts one planned average into a live model, in the model's own dtypes, until what is returned is dropped.
+    ///
+    /// The original of every averaged tensor is kept in host memory meanwhile; tied tensors take theirs once. Tensors
+    /// that are not averaged stay as they are.
+    ///
+    /// ```
+    /// use posthoc_ema::{At, PostHocEma, Profile, Run};
+    ///
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let dir = dir.path().join("ema");
+    /// # let mut weights = vec![("layer.weight", vec![0.0f32; 8])];
+    /// # let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&weights)?;
+    /// # for step in 0..100 {
+    /// #     weights[0].1.iter_mut().for_each(|w| *w += step as f32);
+    /// #     ema.update(&weights)?;
+    /// # }
+    /// # let trained = weights.clone();
+    /// let run = Run::open(&dir)?;
+    /// for sigma_rel in [0.05, 0.1, 0.15] {
+    ///     let plan = run.plan(Profile::sigma_rel(sigma_rel)?, At::Latest)?;
+    ///     let averaged = run.swap_in(&plan, &mut weights)?;
+    ///     println!("{sigma_rel}: {}", averaged[0].1[0]); // the evaluation
+    /// } // here the weights are the trained ones again
+    /// # assert_eq!(weights, trained);
+    /// # Ok::<(), posthoc_ema::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Changed`] for a model with other tensors, [`Error::Tensor`] for a result that its dtype cannot hold or a
+    /// tensor on a device; the model is then as it was.
+    pub fn swap_in<'p, P: ParametersMut + ?Sized>(&self, plan: &Plan, params: &'p mut P) -> Result<SwappedIn<'p, P>> {
+        self.pool().swap_in(plan, params)
     }
 
     /// The bytes of snapshots that a synthesis of these plans reads: once for up to 256 targets.

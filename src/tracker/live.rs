@@ -7,7 +7,7 @@ use super::table::Table;
 use super::values::Values;
 use crate::error::{Error, Result};
 use crate::math::{Chain, Profile};
-use crate::synthesis::{At, Holder, Plan, Pool, PoolTensor, Run, Source, solve};
+use crate::synthesis::{At, Holder, Plan, Pool, PoolTensor, Run, Source, SwappedIn, solve};
 use crate::tensor::{ParametersMut, Tensors};
 
 /// The live averages of one profile.
@@ -54,6 +54,40 @@ impl PostHocEma {
     /// As [`PostHocEma::synthesize`], and [`Error::Changed`] for a model with other tensors; the model is then as it was.
     pub fn switch_to(&self, profile: Profile, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
         self.with_pool(&profile, |pool, plan| pool.write_into(plan, params))
+    }
+
+    /// The model becomes its average at the newest update until what is returned is dropped: for evaluation.
+    ///
+    /// The original of every averaged tensor is kept in host memory meanwhile; tied tensors take theirs once. Tensors
+    /// that are not averaged stay as they are.
+    ///
+    /// ```
+    /// use posthoc_ema::{PostHocEma, Profile};
+    ///
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let dir = dir.path().join("ema");
+    /// let mut weights = vec![("layer.weight", vec![0.0f32; 8])];
+    /// let mut ema = PostHocEma::options(&dir).create(&weights)?;
+    /// for step in 0..100 {
+    ///     weights[0].1.iter_mut().for_each(|w| *w += step as f32); // the optimiser's step
+    ///     ema.update(&weights)?;
+    /// }
+    /// let trained = weights.clone();
+    /// let averaged = ema.swap_in(Profile::sigma_rel(0.15)?, &mut weights)?;
+    /// assert!(averaged[0].1[0] < trained[0].1[0]); // the evaluation; an error in it restores the weights too
+    /// averaged.restore()?;
+    /// assert_eq!(weights, trained);
+    /// # Ok::<(), posthoc_ema::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`PostHocEma::switch_to`], and [`Error::Tensor`] for a tensor on a device; the model is then as it was.
+    pub fn swap_in<'p, P: ParametersMut + ?Sized>(
+        &self,
+        profile: Profile,
+        params: &'p mut P,
+    ) -> Result<SwappedIn<'p, P>> {
+        self.with_pool(&profile, |pool, plan| pool.swap_in(plan, params))
     }
 
     /// Opens the snapshots, adds the live averages, solves, and hands both on.

@@ -4,6 +4,7 @@ mod log;
 mod moments;
 mod queued;
 mod storage;
+mod swapping;
 mod tensors;
 mod writer;
 

@@ -4,15 +4,29 @@ use super::log::logged;
 use super::storage::listing;
 use super::*;
 use crate::tracker::engine::{Engine, HostEngine, QueuedEngine};
-use crate::tracker::writer::Writer;
+use crate::tracker::writer::{Job, Writer};
 
 /// Lets a tracker write in the background from now on.
-fn queued(mut ema: PostHocEma) -> PostHocEma {
+fn queued(ema: PostHocEma) -> PostHocEma {
+    let writer = Writer::start(&ema.dir).unwrap();
+    over(writer, ema)
+}
+
+/// As [`queued`], on a slow disk; everything is written under the run's lock.
+fn slowly_queued(ema: PostHocEma) -> PostHocEma {
+    let writer = Writer::start_with(&ema.dir, |job: &Job| {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert!(matches!(Lock::acquire(&job.moment.dir), Err(Error::Locked { .. })));
+        job.moment.store(&job.values.as_values())
+    });
+    over(writer.unwrap(), ema)
+}
+
+fn over(writer: Writer, mut ema: PostHocEma) -> PostHocEma {
     let (averages, copies) = {
         let held = ema.engine.values().unwrap();
         (held.values().averages.to_vec(), held.values().copies.to_vec())
     };
-    let writer = Writer::start(&ema.dir).unwrap();
     ema.engine = Engine::Queued(QueuedEngine { host: HostEngine::new(averages, copies), writer });
     ema
 }
@@ -61,7 +75,7 @@ fn a_run_is_the_same_as_when_it_is_written_at_once() {
 fn a_later_save_is_not_undone_by_an_older_checkpoint() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
-    let mut ema = queued(options(&dir).create(&walk.model).unwrap());
+    let mut ema = slowly_queued(options(&dir).create(&walk.model).unwrap());
     train(&mut ema, &mut walk, 53);
     ema.save().unwrap();
     drop(ema);
@@ -141,7 +155,7 @@ fn a_tracker_dropped_without_finish_writes_what_is_queued_under_its_lock() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
     let lines = logged(|| {
-        let mut ema = queued(options(&dir).create(&walk.model).unwrap());
+        let mut ema = slowly_queued(options(&dir).create(&walk.model).unwrap());
         train(&mut ema, &mut walk, 100);
         drop(ema);
     });

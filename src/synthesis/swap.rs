@@ -1,0 +1,177 @@
+//! An average in the place of a live model's weights, for as long as it is looked at.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+
+use rayon::prelude::*;
+
+use super::plan::Plan;
+use super::pool::Pool;
+use crate::error::{Error, Result};
+use crate::tensor::{Parameters, ParametersMut, Tensor, TensorView, TensorViewMut};
+
+/// Parameters that hold an average, until this is dropped: then every averaged tensor has its own bits back.
+///
+/// Made by [`PostHocEma::swap_in`](crate::PostHocEma::swap_in) and [`Run::swap_in`](crate::Run::swap_in); it stands for
+/// the parameters. They are restored when the scope is left by an error or a panic, too. What a failure of that leaves
+/// behind is logged; [`SwappedIn::restore`] returns it as an error instead.
+#[must_use = "the parameters are restored as soon as this is dropped"]
+pub struct SwappedIn<'p, P: ParametersMut + ?Sized> {
+    params: &'p mut P,
+    /// None where there is nothing to restore any more.
+    originals: Option<Originals>,
+}
+
+impl<P: ParametersMut + ?Sized> SwappedIn<'_, P> {
+    /// Gives every averaged tensor its own bits back: what dropping does, with the error if that fails.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for a tensor whose shape or dtype changed meanwhile, or that is gone; all others are restored.
+    pub fn restore(mut self) -> Result<()> {
+        self.originals.take().map_or(Ok(()), |originals| originals.restore(self.params))
+    }
+
+    /// Leaves the average where it is, for good: Switch EMA after a look at it.
+    pub fn keep(mut self) {
+        self.originals = None;
+    }
+}
+
+impl<P: ParametersMut + ?Sized> Drop for SwappedIn<'_, P> {
+    fn drop(&mut self) {
+        let restored = self.originals.take().map_or(Ok(()), |originals| originals.restore(self.params));
+        if let Err(error) = restored {
+            tracing::error!("the parameters may still hold an average in part: {error}");
+        }
+    }
+}
+
+impl<P: ParametersMut + ?Sized> Deref for SwappedIn<'_, P> {
+    type Target = P;
+
+    fn deref(&self) -> &P {
+        self.params
+    }
+}
+
+impl<P: ParametersMut + ?Sized> DerefMut for SwappedIn<'_, P> {
+    fn deref_mut(&mut self) -> &mut P {
+        self.params
+    }
+}
+
+impl<P: ParametersMut + ?Sized> fmt::Debug for SwappedIn<'_, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SwappedIn").finish_non_exhaustive()
+    }
+}
+
+impl Pool<'_> {
+    /// Blends a plan into a live model, as [`Pool::write_into`], and keeps what was there.
+    ///
+    /// Nothing is written before all is read; what was written before an error or a panic is restored.
+    pub(crate) fn swap_in<'p, P: ParametersMut + ?Sized>(
+        &self,
+        plan: &Plan,
+        params: &'p mut P,
+    ) -> Result<SwappedIn<'p, P>> {
+        let selection = self.select(&[plan])?;
+        self.check_model(&selection, params)?;
+        let originals = Originals::read(params, |name| self.averaged(name).is_some())?;
+        let swapped = SwappedIn { params, originals: Some(originals) };
+        self.blend_into(&selection, swapped.params)?;
+        Ok(swapped)
+    }
+}
+
+/// What tensors held before.
+#[derive(Default)]
+struct Originals {
+    /// Every piece of memory once, however many tensors share it.
+    tensors: Vec<Tensor>,
+    /// The place in `tensors` of each name.
+    names: BTreeMap<String, usize>,
+}
+
+impl Originals {
+    /// Copies the tensors of which `is_wanted` holds.
+    fn read(params: &(impl Parameters + ?Sized), is_wanted: impl Fn(&str) -> bool) -> Result<Originals> {
+        let mut originals = Originals::default();
+        params.with_tensors(&mut |views| {
+            let mut places = BTreeMap::new();
+            let mut distinct = Vec::new();
+            for view in views.iter().filter(|view| is_wanted(view.name)) {
+                let place = (view.place(), view.byte_len(), view.dtype, view.shape);
+                let index = *places.entry(place).or_insert(distinct.len());
+                if index == distinct.len() {
+                    distinct.push(view);
+                }
+                if originals.names.insert(view.name.to_owned(), index).is_some() {
+                    return Err(Error::tensor(view.name, "the name occurs twice: names must be unique"));
+                }
+            }
+            originals.tensors = distinct.par_iter().map(|view| read_tensor(view)).collect::<Result<_>>()?;
+            Ok(())
+        })?;
+        Ok(originals)
+    }
+
+    /// Writes everything back that can be, and returns the first error.
+    fn restore(&self, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
+        let mut first = None;
+        let mut missing: BTreeSet<&str> = self.names.keys().map(String::as_str).collect();
+        params.for_each_mut(&mut |view| {
+            if let Some(&index) = self.names.get(view.name) {
+                missing.remove(view.name);
+                if let Err(error) = write_tensor(view, &self.tensors[index]) {
+                    first.get_or_insert(error);
+                }
+            }
+            Ok(())
+        })?;
+        let gone = || missing.first().map(|name| lost(name, "it is gone"));
+        first.or_else(gone).map_or(Ok(()), Err)
+    }
+}
+
+/// A copy of a tensor's elements.
+fn read_tensor(view: &TensorView<'_>) -> Result<Tensor> {
+    let bytes = view.host_bytes().ok_or_else(|| Error::on_device(view.name))?;
+    Ok(Tensor { dtype: view.dtype, shape: view.shape.to_vec(), bytes: bytes.to_vec() })
+}
+
+/// Writes a tensor's elements back.
+fn write_tensor(view: TensorViewMut<'_>, original: &Tensor) -> Result<()> {
+    let name = view.name;
+    if view.shape != original.shape || view.dtype != original.dtype {
+        let now = format!("it is {} {:?} now, and was {} {:?}", view.dtype, view.shape, original.dtype, original.shape);
+        return Err(lost(name, &now));
+    }
+    let dst = view.into_host_bytes().ok_or_else(|| Error::on_device(name))?;
+    if dst.len() != original.bytes.len() {
+        return Err(lost(name, &format!("{} bytes are lent, and were {}", dst.len(), original.bytes.len())));
+    }
+    dst.copy_from_slice(&original.bytes);
+    Ok(())
+}
+
+fn lost(name: &str, how: &str) -> Error {
+    let reason = format!("{how}: the average that stands for it cannot be taken out; load the model's own checkpoint");
+    Error::tensor(name, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_tensors_share_is_kept_once() {
+        let (shared, apart) = ([1.0f32, 2.0], [1.0f32, 2.0]);
+        let params = [("a", &shared[..]), ("apart", &apart), ("b", &shared), ("half", &shared[..1]), ("not", &apart)];
+        let originals = Originals::read(&params, |name| name != "not").unwrap();
+        assert_eq!(originals.tensors.len(), 3);
+        let names = BTreeMap::from([("a", 0), ("apart", 1), ("b", 0), ("half", 2)]);
+        assert_eq!(originals.names, names.into_iter().map(|(name, i)| (name.to_owned(), i)).collect());
+    }
+}
