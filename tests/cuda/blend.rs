@@ -35,7 +35,7 @@ impl Case {
 
     fn stretch(&self) -> Stretch<'_> {
         let sources = self.sources.iter().map(|bytes| Input::Host(bytes)).collect();
-        Stretch { sources, dtypes: &self.dtypes, output: self.output, elements: self.elements }
+        Stretch { sources, dtypes: self.dtypes.clone(), output: self.output, elements: self.elements }
     }
 }
 

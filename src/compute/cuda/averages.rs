@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaEvent, CudaStream, result};
+use cudarc::driver::{CudaEvent, CudaStream};
 use safetensors::Dtype;
 
 use super::chunks::{Chunk64, Table, chunk_size, cut};
 use super::kernels::{KIND_BYTES, PROFILES, UpdateArgs, kind};
+use super::staging::Staging;
 use super::{Buffer, Device, Reader};
 use crate::compute::cpu::{Averages, Layout, Precision};
 use crate::error::{Error, Result};
@@ -108,16 +109,18 @@ impl DeviceAverages {
     ) -> Result<DeviceAverages> {
         let sizes: Vec<usize> = copies.iter().map(Vec::len).collect();
         let made = DeviceAverages::zeros(device, layout, averages.len(), precision, &sizes)?;
-        let stream = device.stream()?;
-        let arenas = &made.arenas;
+        let (stream, arenas) = (device.stream()?, &made.arenas);
+        let mut staging = Staging::new(device, 4 * layout.total())?;
+        // SAFETY: the destinations are ours, and as long: both sides come from one layout and the same sizes.
+        let mut write = |to: u64, bytes: &[u8]| unsafe { staging.send(&stream, to, bytes) };
         for (values, buffer) in averages.iter().zip(&arenas.high) {
-            write(device, &stream, buffer.address(), bytemuck::cast_slice(&values.high))?;
+            write(buffer.address(), bytemuck::cast_slice(&values.high))?;
         }
         for (values, buffer) in averages.iter().zip(&arenas.low) {
-            write(device, &stream, buffer.address(), bytemuck::cast_slice(values.low.as_deref().unwrap_or_default()))?;
+            write(buffer.address(), bytemuck::cast_slice(values.low.as_deref().unwrap_or_default()))?;
         }
         for (copy, place) in copies.iter().zip(&arenas.places) {
-            write(device, &stream, arenas.copies.address() + place.start as u64, copy)?;
+            write(arenas.copies.address() + place.start as u64, copy)?;
         }
         made.mark(&stream)?;
         made.wait()?;
@@ -247,16 +250,4 @@ impl DeviceAverages {
             bytes: 4 * place.len(),
         }
     }
-}
-
-/// Queues a copy from ordinary memory, which the driver has taken when this returns.
-fn write(device: &Device, stream: &CudaStream, to: u64, bytes: &[u8]) -> Result<()> {
-    if bytes.is_empty() {
-        return Ok(());
-    }
-    let _bound = device.bind()?;
-    // SAFETY: the destination is ours and of that length: both come from one layout.
-    unsafe { result::memcpy_htod_async(to, bytes, stream.cu_stream()) }
-        .map_err(device.refused("copy to the device"))?;
-    stream.synchronize().map_err(device.refused("copy to the device"))
 }

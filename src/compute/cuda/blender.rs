@@ -67,7 +67,7 @@ pub struct Stretch<'a> {
     /// Of every source, the same number of elements.
     pub sources: Vec<Input<'a>>,
     /// The dtype of every source.
-    pub dtypes: &'a [Dtype],
+    pub dtypes: Vec<Dtype>,
     /// The dtype of the results.
     pub output: Dtype,
     /// How many elements there are.
@@ -78,11 +78,12 @@ pub struct Stretch<'a> {
 pub type Deliver<'a> = Box<dyn FnOnce(&[&[u8]]) -> Result<()> + 'a>;
 
 /// Where the results of a block go.
-pub enum Delivery<'a> {
+pub enum Delivery<'a, 'm> {
     /// To this function, later.
     Host(Deliver<'a>),
-    /// The results of the only target, stretch by stretch, in the order of the memory's stream.
-    Device(Vec<CudaMemory<'a>>),
+    /// The results of the only target, stretch by stretch, in the order of the memory's stream: all is queued there
+    /// before the block's submission returns.
+    Device(Vec<CudaMemory<'m>>),
 }
 
 /// Called with a stretch's index and the element that does not fit: makes the error.
@@ -164,7 +165,7 @@ impl<'a> Blender<'a> {
         stretches: Vec<Stretch<'a>>,
         weights: &'a [f64],
         targets: usize,
-        delivery: Delivery<'a>,
+        delivery: Delivery<'a, '_>,
         report: Report<'a>,
     ) -> Result<()> {
         let device = self.device.clone();
@@ -312,15 +313,15 @@ impl Job<'_> {
         let first = &self.stretches[group.stretches.start];
         let count = first.dtypes.len();
         let mut values = vec![[0u8; 8]; count];
-        for ((value, dtype), start) in values.iter_mut().zip(first.dtypes).zip(&group.sources) {
+        for ((value, dtype), start) in values.iter_mut().zip(&first.dtypes).zip(&group.sources) {
             let size = dtype.bitsize() / 8;
             let from = inputs.1.address() + (start + element * size) as u64;
             // SAFETY: within the inputs, and the stream has no work left that writes them.
             unsafe { result::memcpy_dtoh_sync(&mut value[..size], from) }.map_err(device.refused("read an element"))?;
         }
-        let sources: Vec<&[u8]> = values.iter().zip(first.dtypes).map(|(v, d)| &v[..d.bitsize() / 8]).collect();
+        let sources: Vec<&[u8]> = values.iter().zip(&first.dtypes).map(|(v, d)| &v[..d.bitsize() / 8]).collect();
         let weights = &self.weights[target * count..][..count];
-        let blend = Blend { dtypes: first.dtypes, weights, output: first.output };
+        let blend = Blend { dtypes: &first.dtypes, weights, output: first.output };
         let mut result = [0u8; 8];
         let outcome = cpu::blend(&mut [&mut result[..first.output.bitsize() / 8]], &sources, &blend);
         let value = outcome.err().map_or(f64::NAN, |unfit| unfit.value);

@@ -15,6 +15,7 @@ mod memory;
 mod offload;
 mod probe;
 mod reader;
+mod staging;
 
 pub use averages::DeviceAverages;
 pub use blender::{Blender, Deliver, Delivery, Input, Report, Stretch};
@@ -23,3 +24,4 @@ pub use memory::{Buffer, Pinned};
 pub use offload::{Arrived, Fence, Offload, Staged};
 pub use probe::{Unavailable, devices};
 pub use reader::Reader;
+pub use staging::Staging;

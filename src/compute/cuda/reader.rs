@@ -1,48 +1,32 @@
-//! Averages on their way from a device to the host, as the newest update left them: in blocks, through two pinned buffers,
-//! so that one is emptied while the other fills.
+//! Averages on their way from a device to the host, as the newest update left them.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaEvent, CudaStream, result};
+use cudarc::driver::{CudaStream, result};
 use half::bf16;
-use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::averages::Arenas;
 use super::chunks::{Chunk64, Table, chunk_size, cut};
 use super::kernels::{ConvertArgs, ScanArgs, kind};
-use super::memory::{Pinned, copy_out};
+use super::staging::Staging;
 use super::{Buffer, Device};
 use crate::compute::cpu::{self, Averages};
 use crate::error::Result;
-
-/// Bytes of a block: long enough for the bus, and all that is locked of the host's memory is two of them.
-const BLOCK: usize = 32 << 20;
-
-/// Bytes that one thread moves from a pinned buffer.
-const PIECE: usize = 1 << 20;
 
 /// Reads averages from a device; the next update must not run before it is done.
 #[derive(Debug)]
 pub struct Reader {
     arenas: Arc<Arenas>,
     stream: Arc<CudaStream>,
-    stages: Vec<Stage>,
-}
-
-/// A buffer on either side of the bus.
-#[derive(Debug)]
-struct Stage {
-    pinned: Pinned,
-    /// Where values are converted before they travel.
-    scratch: Buffer,
-    ready: CudaEvent,
+    /// Pinned buffers for copies of up to so many bytes at a time.
+    staging: Option<(usize, Staging)>,
 }
 
 impl Reader {
     pub(super) fn new(arenas: Arc<Arenas>, stream: Arc<CudaStream>) -> Reader {
-        Reader { arenas, stream, stages: Vec::new() }
+        Reader { arenas, stream, staging: None }
     }
 
     fn device(&self) -> &Arc<Device> {
@@ -160,62 +144,34 @@ impl Reader {
 
     /// Converts averages from element `start` of the arena on.
     fn convert(&mut self, dst: &mut [u8], profile: usize, start: usize, dtype: Dtype) -> Result<()> {
-        let (arenas, size) = (self.arenas.clone(), dtype.bitsize() / 8);
-        let queue = |stage: &Stage, stream: &CudaStream, from: usize, bytes: usize| {
+        let (arenas, stream, size) = (self.arenas.clone(), self.stream.clone(), dtype.bitsize() / 8);
+        self.staging(dst.len())?.fetch(&stream, dst, &mut |stage, from, bytes| {
             let at = (start + from / size) as u64;
             let high = arenas.high[profile].address() + 4 * at;
             let low = arenas.low.get(profile).map_or(0, |low| low.address() + 2 * at);
             let aligned = u32::from(high.is_multiple_of(16) && low.is_multiple_of(8));
-            let elements = (bytes / size) as u64;
-            let args = ConvertArgs { high, low, to: stage.scratch.address(), elements, output: kind(dtype), aligned };
+            let (to, elements) = (stage.scratch(&arenas.device)?, (bytes / size) as u64);
+            let args = ConvertArgs { high, low, to, elements, output: kind(dtype), aligned };
             // SAFETY: within the arena and the scratch, which live until `fetch` has waited for the stream.
-            unsafe { arenas.device.kernels.convert(stream, &args) }
+            unsafe { arenas.device.kernels.convert(&stream, &args) }
                 .map_err(arenas.device.refused("launch the conversion"))?;
-            Ok(stage.scratch.address())
-        };
-        self.fetch(dst, &queue)
+            Ok(to)
+        })
     }
 
     /// Reads bytes as they are.
     fn read(&mut self, dst: &mut [u8], from: u64) -> Result<()> {
-        self.fetch(dst, &|_, _, start, _| Ok(from + start as u64))
+        let stream = self.stream.clone();
+        self.staging(dst.len())?.fetch(&stream, dst, &mut |_, start, _| Ok(from + start as u64))
     }
 
-    /// Reads blocks from wherever `queue` says that they will lie: given a stage, a stream, and a range of `dst`.
-    fn fetch(
-        &mut self,
-        dst: &mut [u8],
-        queue: &dyn Fn(&Stage, &CudaStream, usize, usize) -> Result<u64>,
-    ) -> Result<()> {
-        let device = self.device().clone();
-        let _bound = device.bind()?;
-        self.prepare()?;
-        let mut under_way: Vec<(usize, &mut [u8])> = Vec::new();
-        for (i, block) in dst.chunks_mut(BLOCK).enumerate() {
-            let at = i % self.stages.len();
-            if under_way.len() == self.stages.len() {
-                let (stage, block) = under_way.remove(0);
-                self.stages[stage].empty(&device, block)?;
-            }
-            let stage = &self.stages[at];
-            let from = queue(stage, &self.stream, i * BLOCK, block.len())?;
-            // SAFETY: a block is as long as the pinned buffer at most; nobody looks at it before `empty` has waited.
-            unsafe { copy_out(&device, &self.stream, &stage.pinned, 0, from, block.len()) }?;
-            stage.ready.record(&self.stream).map_err(device.refused("record an event"))?;
-            under_way.push((at, block));
-        }
-        under_way.into_iter().try_for_each(|(stage, block)| self.stages[stage].empty(&device, block))
-    }
-
-    fn prepare(&mut self) -> Result<()> {
-        while self.stages.len() < 2 {
-            let device = self.device();
-            let pinned = Pinned::new(device, BLOCK)?;
-            let scratch = Buffer::new(device, BLOCK, "the conversion of averages")?;
-            let ready = device.event()?;
-            self.stages.push(Stage { pinned, scratch, ready });
-        }
-        Ok(())
+    /// The pinned buffers, large enough for so many bytes or for a whole block.
+    fn staging(&mut self, bytes: usize) -> Result<&mut Staging> {
+        let staging = match self.staging.take() {
+            Some((size, staging)) if size >= bytes => (size, staging),
+            _ => (bytes, Staging::new(self.device(), bytes)?),
+        };
+        Ok(&mut self.staging.insert(staging).1)
     }
 }
 
@@ -223,19 +179,5 @@ impl Drop for Reader {
     fn drop(&mut self) {
         // After an error copies may still be under way. What fails now failed before.
         let _ = self.stream.synchronize();
-    }
-}
-
-impl Stage {
-    /// Waits for the copy and moves its bytes on.
-    fn empty(&self, device: &Device, block: &mut [u8]) -> Result<()> {
-        self.ready.synchronize().map_err(device.refused("copy averages to the host"))?;
-        // SAFETY: the copy has run, and the next is queued after this.
-        let bytes = unsafe { self.pinned.bytes() };
-        block.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE)).for_each(|(dst, src)| {
-            let length = dst.len();
-            dst.copy_from_slice(&src[..length]);
-        });
-        Ok(())
     }
 }
