@@ -25,7 +25,7 @@
 //! # Ok::<(), posthoc_ema::Error>(())
 //! ```
 //!
-//! Features: `cli` (default) builds the command line and brings `report`, tables for people and `bench`, which
+//! Features: `cli` (default) builds the command line and brings `report`, tables and plots for people and `bench`, which
 //! measures the machine. A library needs none of them: `default-features = false`.
 
 #[cfg(feature = "report")]
