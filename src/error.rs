@@ -200,6 +200,16 @@ pub enum Error {
         /// What is wrong and what to do.
         reason: String,
     },
+    /// What was to be timed gave a wrong answer.
+    #[error(
+        "{what}: {reason}: nothing is timed that computes wrongly; report this with the machine's model, and test its memory"
+    )]
+    Wrong {
+        /// The work, and the device that did it.
+        what: String,
+        /// What came out, and what should have.
+        reason: String,
+    },
 }
 
 impl Error {

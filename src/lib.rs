@@ -25,9 +25,11 @@
 //! # Ok::<(), posthoc_ema::Error>(())
 //! ```
 //!
-//! Features: `cli` (default) builds the command line and brings `report`, tables for people. A library needs neither:
-//! `default-features = false`.
+//! Features: `cli` (default) builds the command line and brings `report`, tables and plots for people and `bench`, which
+//! measures the machine. A library needs none of them: `default-features = false`.
 
+#[cfg(feature = "report")]
+pub mod bench;
 #[doc(hidden)]
 pub mod compute;
 mod device;

@@ -36,7 +36,7 @@ fn load(path: &Path) -> Tensors {
 #[test]
 fn help_texts_are_as_recorded() {
     let bless = std::env::var_os("BLESS").is_some();
-    for command in ["", "synthesize", "plan", "inspect", "error", "profile", "verify", "completions"] {
+    for command in ["", "synthesize", "plan", "inspect", "error", "profile", "verify", "bench", "completions"] {
         let arguments: Vec<&str> = [command, "--help"].into_iter().filter(|word| !word.is_empty()).collect();
         let text = stdout(&arguments);
         let name = if command.is_empty() { "posthoc-ema" } else { command };
@@ -201,6 +201,49 @@ fn several_tables_go_to_several_files() {
     assert_eq!(fs::read_dir(out).unwrap().count(), 2);
 }
 
+/// The arguments of a measurement that takes no time to speak of.
+const SMALL: [&str; 10] =
+    ["bench", "--device", "cpu", "--parameters", "10000", "--tensors", "30", "--snapshots", "3", "--repeats=2"];
+
+#[test]
+fn bench_measures_prints_and_draws() {
+    let temp = tempfile::tempdir().unwrap();
+    let plot = temp.path().join("plot.svg");
+    let document = json(&[&SMALL[..], &["--plot", plot.to_str().unwrap(), "--json"]].concat());
+    assert_eq!(document["version"], env!("CARGO_PKG_VERSION"));
+    assert!(document["machine"]["threads"].as_u64().unwrap() > 0);
+    assert_eq!(document["options"]["parameters"], 10_000);
+    let rows = document["measurements"].as_array().unwrap();
+    let of = |work: &str| rows.iter().filter(|row| row["work"] == work).count();
+    assert_eq!((of("limit"), of("update"), of("blend")), (5, 8, 6));
+    for row in rows {
+        assert_eq!(row["device"], "cpu");
+        assert_eq!(row["seconds_all"].as_array().unwrap().len(), 2);
+        assert!(row["bytes_per_second"].as_f64().unwrap() > 0.0);
+        assert_eq!(row["share_of_limit"].is_null(), row["work"] == "limit");
+    }
+    let compensated = rows.iter().find(|row| row["name"] == "f32, compensated, 30 tensors").unwrap();
+    // A parameter read, and two averages of 6 bytes read and written.
+    assert_eq!(compensated["bytes"], 10_000 * (4 + 2 * 2 * 6));
+    let svg = fs::read_to_string(plot).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("f32, compensated, 30 tensors"), "{svg}");
+
+    let text = stdout(&[&SMALL[..], &["--targets", "2"]].concat());
+    assert!(text.contains("3 f16 snapshots to 2 targets") && text.contains("3 streams added up, 2 written"), "{text}");
+    assert_eq!(text.lines().count(), 20);
+}
+
+#[test]
+fn bench_says_why_no_cuda_device_was_measured() {
+    let output = posthoc_ema(&[&["bench", "--device", "auto"], &SMALL[3..]].concat());
+    assert!(output.status.success());
+    let (text, why) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert!(text.contains("cuda:0") || why.starts_with("no CUDA device was measured: "), "{text}{why}");
+    let number = u32::MAX.to_string();
+    let (status, text) = failure(&["bench", "--device", &format!("cuda:{number}")]);
+    assert!(status == 1 && text.contains(&number) && text.lines().count() == 1, "{text}");
+}
+
 #[test]
 fn completions_are_printed_for_every_shell() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
@@ -234,6 +277,10 @@ fn bad_usage_exits_with_2_and_says_what_to_do() {
         (vec!["plan", "--steps", "10000", "--update-every", "0", "--sigma-rel", "0.1"], "update_every"),
         (vec!["plan", "--steps", "1000000000000", "--update-every", "1", "--sigma-rel", "0.1"], "longer interval"),
         (vec!["profile"], "no profile"),
+        (vec!["bench", "--parameters", "0"], "1 or more"),
+        (vec!["bench", "--tensors", "3", "--parameters", "2"], "at most 2"),
+        (vec!["bench", "--device", "tpu"], "auto, cpu and cuda:N"),
+        (vec!["bench", "--plot", "plot.png"], "ends in .svg"),
         (vec!["frobnicate"], "unrecognized subcommand"),
     ] {
         let (status, text) = failure(&arguments);

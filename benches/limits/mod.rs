@@ -5,9 +5,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use rayon::prelude::*;
-
-const CHUNK: usize = 1 << 20;
+use posthoc_ema::bench::limits;
 
 /// The best of several runs, in seconds.
 pub fn best_seconds(mut run: impl FnMut()) -> f64 {
@@ -21,10 +19,9 @@ pub fn best_seconds(mut run: impl FnMut()) -> f64 {
 
 /// Bytes read and written per second by a copy with all threads.
 pub fn copy_bytes_per_second(bytes: usize) -> f64 {
-    let src = vec![1u8; bytes];
-    let mut dst = vec![0u8; bytes];
-    let copy = || dst.par_chunks_mut(CHUNK).zip(src.par_chunks(CHUNK)).for_each(|(dst, src)| dst.copy_from_slice(src));
-    let seconds = best_seconds(copy);
+    let src = vec![1f32; bytes / size_of::<f32>()];
+    let mut dst = vec![0f32; src.len()];
+    let seconds = best_seconds(|| limits::copy(&mut dst, &src));
     assert_eq!(black_box(&dst), &src);
     2.0 * bytes as f64 / seconds
 }
@@ -32,12 +29,8 @@ pub fn copy_bytes_per_second(bytes: usize) -> f64 {
 /// Bytes per second of adding up mapped files with all threads, as 64-bit words.
 pub fn scan_bytes_per_second(slices: &[&[u8]]) -> f64 {
     let total: usize = slices.iter().map(|slice| slice.len()).sum();
-    let word = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("words have 8 bytes"));
-    let sum = |chunk: &[u8]| chunk.chunks_exact(8).map(word).fold(0, u64::wrapping_add);
-    let scan = || slices.par_iter().map(|slice| slice.par_chunks(CHUNK).map(sum).reduce(|| 0, u64::wrapping_add)).sum();
     let seconds = best_seconds(|| {
-        let total: u64 = scan();
-        black_box(total);
+        black_box(limits::scan(slices));
     });
     total as f64 / seconds
 }

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use posthoc_ema::Device;
+use posthoc_ema::bench::Options;
 
 use super::list::{Numbers, Windows};
 
@@ -25,6 +27,7 @@ pub enum Command {
     Error(ErrorOver),
     Profile(Profile),
     Verify(Verify),
+    Bench(Bench),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -199,4 +202,43 @@ pub struct Verify {
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
+}
+
+/// Measure update and blend on this machine, beside the machine's limits
+///
+/// Every piece of work is compared with a loop that moves the same bytes and does next to nothing else, timed in turns
+/// with it. Answers are checked before anything is timed. The snapshots that are blended lie in a temporary file.
+#[derive(Args)]
+pub struct Bench {
+    /// Parameters of the model
+    #[arg(long, value_name = "N", default_value_t = Options::default().parameters)]
+    pub parameters: usize,
+    /// Tensors of the model that has many small ones
+    #[arg(long, value_name = "N", default_value_t = Options::default().tensors)]
+    pub tensors: usize,
+    /// Snapshots that are blended
+    #[arg(long, value_name = "N", default_value_t = Options::default().snapshots)]
+    pub snapshots: usize,
+    /// Targets that they are blended into in one pass, beside a pass for one
+    #[arg(long, value_name = "N", default_value_t = Options::default().targets)]
+    pub targets: usize,
+    /// How often each piece of work is timed; medians are shown
+    #[arg(long, value_name = "N", default_value_t = Options::default().repeats)]
+    pub repeats: usize,
+    /// Where: auto (the CPU and every CUDA device), cpu, or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = Options::default().device)]
+    pub device: Device,
+    /// Draw the rates and their limits
+    #[arg(long, value_name = "FILE.svg", value_parser = svg)]
+    pub plot: Option<PathBuf>,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The path of a picture, which tells its format.
+fn svg(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    let known = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("svg"));
+    if known { Ok(path) } else { Err("plots are SVG: name a file that ends in .svg".into()) }
 }

@@ -1,6 +1,7 @@
 //! The commands.
 
 mod args;
+mod bench;
 mod error;
 mod inspect;
 mod list;
@@ -62,6 +63,7 @@ fn dispatch(command: &Command) -> Outcome {
         Command::Error(arguments) => error::run(arguments),
         Command::Profile(arguments) => profile::run(arguments),
         Command::Verify(arguments) => verify::run(arguments),
+        Command::Bench(arguments) => bench::run(arguments),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Arguments::command(), "posthoc-ema", &mut script);

@@ -24,9 +24,17 @@ pub fn print_json(document: &serde_json::Value) {
 
 /// A bar of bytes on stderr; none where stderr is no terminal.
 pub fn byte_bar(total: u64, what: &'static str) -> ProgressBar {
-    let template = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    bar(total, "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}").with_message(what)
+}
+
+/// A bar of rounds on stderr, whose message and length change; none where stderr is no terminal.
+pub fn round_bar() -> ProgressBar {
+    bar(0, "{msg} {wide_bar} {pos}/{len}")
+}
+
+fn bar(total: u64, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr()).with_style(style).with_message(what)
+    ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr()).with_style(style)
 }
 
 /// A number of bytes for people.

@@ -1,5 +1,7 @@
-//! Tables for people to read.
+//! Tables and plots for people to read.
 
+mod plot;
 mod table;
 
-pub use table::{errors, exact, number, plans, table, weights};
+pub use plot::plot;
+pub use table::{errors, exact, measurements, number, plans, table, weights};

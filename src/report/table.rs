@@ -1,7 +1,8 @@
-//! Plans and errors as tables.
+//! Plans, errors and measurements as tables.
 
 use comfy_table::{CellAlignment, Table, presets};
 
+use crate::bench::Measurement;
 use crate::synthesis::Plan;
 
 /// An empty table in the style of all tables here: no rules, numbers to the right.
@@ -66,6 +67,31 @@ pub fn errors(plans: &[Plan]) -> Table {
         table.add_row([plan.profile.to_string(), number(plan.relative_error), number(plan.noise_gain)]);
     }
     table
+}
+
+/// How fast each piece of work is, and by how much it misses its limit. Gigabytes are 10^9 bytes.
+pub fn measurements(rows: &[Measurement]) -> Table {
+    let mut table = table(&["device", "work", "what", "ms", "GB/s", "of the limit", "which is"]);
+    for column in table.column_iter_mut().filter(|column| matches!(column.index, 1 | 2 | 6)) {
+        column.set_cell_alignment(CellAlignment::Left);
+    }
+    for row in rows {
+        table.add_row([
+            row.device.clone(),
+            row.work.to_string(),
+            row.name.clone(),
+            number(1e3 * row.seconds_median),
+            number(row.bytes_per_second / 1e9),
+            row.share_of_limit.map(percent).unwrap_or_default(),
+            row.limit.clone().unwrap_or_default(),
+        ]);
+    }
+    table
+}
+
+/// A share in whole percent.
+pub(super) fn percent(share: f64) -> String {
+    format!("{:.0}%", 100.0 * share)
 }
 
 #[cfg(test)]

@@ -22,6 +22,6 @@ pub(crate) const CHUNK: usize = 1 << 16;
 
 /// Runs a loop compiled for the widest instruction set of this machine.
 #[inline(always)]
-fn vectorised<R>(body: impl FnOnce() -> R) -> R {
+pub(crate) fn vectorised<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
 }
