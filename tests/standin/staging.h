@@ -15,10 +15,9 @@ static inline bool overlap(const Range& a, const Range& b) { return a.begin < b.
 static inline bool overlap(const Range& a, const std::vector<Range>& many) {
     return std::any_of(many.begin(), many.end(), [&](const Range& it) { return overlap(a, it); });
 }
-template <class T, class Condition> static void remove_where(std::vector<T>& items, Condition condition) {
-    items.erase(std::remove_if(items.begin(), items.end(), condition), items.end());
+static inline uint8_t* bytes_at(const Allocation& allocation, uint64_t offset) {
+    return (uint8_t*)allocation.begin + offset;
 }
-static inline uint8_t* bytes_at(const Allocation& allocation, uint64_t offset) { return (uint8_t*)allocation.begin + offset; }
 
 static inline uint64_t hash(const uint8_t* bytes, uint64_t count) {
     uint64_t state = count, word = 0;
@@ -73,7 +72,8 @@ static inline void open_for_device(Allocation& allocation, Range range, Access a
 }
 
 // After work: memory as the host sees it. What was written in part before is given up as a whole, a little early.
-static inline void close_for_device(Allocation& allocation, const std::vector<Range>& read, const std::vector<Range>& written, Work work) {
+static inline void close_for_device(Allocation& allocation, const std::vector<Range>& read,
+                                    const std::vector<Range>& written, Work work) {
     if (allocation.kind != pinned_memory) return;
     remove_where(allocation.departures, [&](const Departure& it) { return overlap(it.range, written); });
     remove_where(allocation.arrivals, [&](const Arrival& it) { return overlap(it.range, written); });
