@@ -132,9 +132,9 @@ static size_t differing_sums(const float* sum, size_t n) {
     return count;
 }
 
-CASE(one_stream_computes, "", nullptr) {
+static void one_stream() {
     context_of(0);
-    const size_t n = 1001, bytes = n * 4;
+    const size_t n = 5001, bytes = n * 4;
     Pointer a = device(bytes), b = device(bytes), c = device(bytes);
     Handle s = stream();
     std::vector<float> sum(n);
@@ -155,9 +155,21 @@ CASE(one_stream_computes, "", nullptr) {
     EXPECT(counted("device_bytes"), 0);
     EXPECT(counted("peak_device_bytes"), 3 * bytes);
 }
+CASE(one_stream_computes, "", nullptr) { one_stream(); }
+CASE(one_stream_computes_in_reverse, "STANDIN_REVERSE=1", nullptr) { one_stream(); }
+CASE(what_depends_on_the_order_of_threads_shows, "STANDIN_REVERSE=1", nullptr) {
+    context_of(0);
+    Pointer a = device(48);
+    uint8_t host[48] = {};
+    host[0] = 1, host[16] = 2;
+    OK(upload(a, host, 48, nullptr));
+    OK(launch("copy_vectors", Vectors{a + 16, a, 2}, nullptr));
+    OK(download(host, a, 48, nullptr));
+    EXPECT(host[32], 2);  // forwards it would be 1
+}
 
 // Three streams, ordered by events; what arrives in pinned memory is seen after the wait and not before.
-static void pipeline() {
+CASE(events_order_streams, "", nullptr) {
     context_of(0);
     const size_t n = 512, bytes = n * 4;
     Pointer a = device(bytes), c = device(bytes);
@@ -182,8 +194,6 @@ static void pipeline() {
     EXPECT(counted("pinned_bytes"), 0);
     EXPECT(counted("host_waits"), 0);
 }
-CASE(events_order_streams, "", nullptr) { pipeline(); }
-CASE(order_of_threads_does_not_matter, "STANDIN_REVERSE=1", nullptr) { pipeline(); }
 
 CASE(default_stream_waits_for_blocking_ones_and_they_for_it, "", nullptr) {
     context_of(0);
@@ -201,6 +211,13 @@ CASE(default_stream_does_not_order_non_blocking_ones, "", "which cuMemsetD8Async
     Handle s = stream();
     OK(fill(a, 1, 64, nullptr));
     EXPECT(fill(a, 1, 64, s), FAILED);
+}
+CASE(non_blocking_streams_do_not_order_the_default_one, "", "which cuMemsetD8Async on non-blocking stream") {
+    context_of(0);
+    Pointer a = device(64);
+    Handle s = stream();
+    OK(fill(a, 1, 64, s));
+    EXPECT(fill(a, 1, 64, nullptr), FAILED);
 }
 CASE(per_thread_streams_are_streams_of_their_own, "", "per-thread default stream") {
     Handle context = context_of(0);
@@ -250,6 +267,38 @@ CASE(an_event_covers_only_what_came_before_it, "", "an event or a wait is missin
     OK(cu("cuStreamWaitEvent", second, early, 0u));
     EXPECT(fill(a, 1, 64, second), FAILED);
 }
+CASE(an_event_covers_no_other_stream, "", "an event or a wait is missing") {
+    context_of(0);
+    Pointer a = device(64);
+    Handle first = stream(), second = stream();
+    OK(fill(a, 1, 64, first)), order(second, second);
+    EXPECT(fill(a, 1, 64, second), FAILED);
+}
+CASE(neighbours_do_not_conflict, "", nullptr) {
+    context_of(0);
+    Pointer a = device(128);
+    Handle first = stream(), second = stream();
+    for (int i = 0; i < 2; i++) {
+        OK(launch("copy_vectors", Vectors{a, a + 16, 1}, first));
+        OK(launch("copy_vectors", Vectors{a + 32, a + 48, 5}, second));
+    }
+}
+CASE(a_piece_written_later_hides_no_earlier_write, "", "writes bytes [40, 48) of") {
+    context_of(0);
+    Pointer a = device(64);
+    Handle first = stream(), second = stream();
+    OK(fill(a, 1, 64, first)), order(second, first);
+    OK(fill(a + 16, 2, 16, second));
+    EXPECT(fill(a + 40, 3, 8, stream()), FAILED);
+}
+CASE(a_reader_hides_no_writer, "", "reads bytes [0, 64) of") {
+    context_of(0);
+    Pointer a = device(64), b = device(64), c = device(64);
+    Handle first = stream(), second = stream();
+    OK(fill(a, 1, 64, first)), order(second, first);
+    OK(move(b, a, 64, second));
+    EXPECT(move(c, a, 64, stream()), FAILED);
+}
 CASE(readers_may_meet, "", nullptr) {
     context_of(0);
     Pointer a = device(64), b = device(64), c = device(64);
@@ -276,12 +325,43 @@ CASE(a_wait_of_the_host_orders, "", nullptr) {
     OK(fill(a, 1, 64, streams[3]));
     EXPECT(counted("host_waits"), 3);
 }
+CASE(a_wait_covers_no_other_stream, "", nullptr) {
+    context_of(0);
+    Pointer a = device(64);
+    uint8_t* host = pinned(128);
+    Handle first = stream(), second = stream();
+    OK(fill(a, 1, 64, first)), order(second, first);
+    OK(download(host, a, 64, first)), OK(download(host + 64, a, 64, second));
+    OK(synchronize(first));
+    OK(cu("cuStreamQuery", first));  // known to be done
+    EXPECT(host[1], 1);
+    EXPECT(host[65], 0xA5);
+    EXPECT(cu("cuStreamQuery", second), NOT_READY);
+}
+CASE(freeing_waits, "", nullptr) {
+    context_of(0);
+    Pointer a = device(64), b = device(64);
+    uint8_t* host = pinned(64);
+    Handle s = stream();
+    OK(fill(a, 1, 64, s)), OK(download(host, a, 64, s));
+    OK(cu("cuMemFree_v2", b));
+    EXPECT(host[1], 1);
+    EXPECT(counted("host_waits"), 1);
+}
 CASE(a_plain_copy_from_pageable_memory_orders_no_stream, "", "which cuMemcpyHtoD on legacy") {
     context_of(0);
     Pointer a = device(64);
     char host[64] = {};
     OK(cu("cuMemcpyHtoD_v2", a, (const void*)host, (size_t)64));
     EXPECT(fill(a, 1, 64, stream()), FAILED);
+}
+CASE(a_plain_copy_waits_for_earlier_work, "", nullptr) {
+    context_of(0);
+    Pointer a = device(64), b = device(64);
+    char host[64] = {};
+    OK(fill(b, 1, 64, nullptr));
+    OK(cu("cuMemcpyHtoD_v2", a, (const void*)host, (size_t)64));
+    OK(fill(b, 2, 64, stream()));
 }
 CASE(the_host_sees_plain_copies, "", nullptr) {
     context_of(0);
@@ -355,6 +435,26 @@ CASE(devices_see_what_the_host_does_not, "", nullptr) {
     OK(synchronize(other));
     EXPECT(differing_sums((float*)host, n), 0);
     EXPECT(((float*)host)[2 * n + 5] == 1.25f, true);
+}
+CASE(a_source_is_compared_as_the_device_saw_it, "", nullptr) {
+    context_of(0);
+    Pointer a = device(64);
+    uint8_t* host = pinned(64);
+    Handle s = stream();
+    OK(fill(a, 9, 64, s));
+    OK(download(host, a, 32, s)), OK(download(host + 32, a, 32, s));
+    OK(upload(a, host, 64, s));
+    OK(download(host + 32, a, 32, s));
+    EXPECT(host[0], 0xA5);
+    OK(synchronize(s));
+    EXPECT(host[0], 9);
+}
+CASE(pinned_memory_freed_while_read, "", "while the host has not waited for cuMemcpyHtoDAsync") {
+    context_of(0);
+    uint8_t* host = pinned(64);
+    OK(upload(device(64), host, 64, stream()));
+    EXPECT(cu("cuMemFreeHost", (void*)host), FAILED);
+    OK(cu("cuMemFreeHost", (void*)host));  // once all is lost, frees are quiet
 }
 CASE(pinned_memory_freed_too_early, "", "while the host has not waited for cuMemcpyDtoHAsync") {
     context_of(0);
@@ -455,6 +555,7 @@ CASE(foreign_device, "", "lies on device 0, but the context is that of device 1"
     EXPECT(launch("add", Add{b, b, a, 16}, nullptr), INVALID);
     EXPECT(fill(b, 1, 64, s), HANDLE);
     OK(launch("add", Add{b, b, b, 16}, nullptr));
+    EXPECT(counted("kernel_written_bytes"), 64);
     OK(cu("cuCtxSynchronize"));
 }
 CASE(atomics, "", nullptr) {

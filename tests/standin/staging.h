@@ -106,7 +106,6 @@ static inline void host_reaches(const Clock& clock) {
         for (auto& it : allocation.departures)
             if (done_before(it.work, host)) check_unchanged(allocation, it);
         remove_where(allocation.departures, [&](const Departure& it) { return done_before(it.work, host); });
-        hide_all(allocation);
         at = allocation.arrivals.empty() && allocation.departures.empty() ? staged().erase(at) : std::next(at);
     }
 }
