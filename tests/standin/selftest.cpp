@@ -140,7 +140,7 @@ static void one_stream() {
     std::vector<float> sum(n);
     OK(upload(a, ramp(n, 1).data(), bytes, s));
     OK(upload(b, ramp(n, 0.5).data(), bytes, s));
-    OK(launch("add", Add{c, a, b, n}, s));
+    OK(launch("add", Add{c, a, b, n}, s, 79));  // over several pages, whichever block comes first
     OK(download(sum.data(), c, bytes, s));
     EXPECT(differing_sums(sum.data(), n), 0);
     EXPECT(counted("launches"), 1);
@@ -160,12 +160,14 @@ CASE(one_stream_computes_in_reverse, "STANDIN_REVERSE=1", nullptr) { one_stream(
 CASE(what_depends_on_the_order_of_threads_shows, "STANDIN_REVERSE=1", nullptr) {
     context_of(0);
     Pointer a = device(48);
-    uint8_t host[48] = {};
-    host[0] = 1, host[16] = 2;
-    OK(upload(a, host, 48, nullptr));
-    OK(launch("copy_vectors", Vectors{a + 16, a, 2}, nullptr));
-    OK(download(host, a, 48, nullptr));
-    EXPECT(host[32], 2);  // forwards it would be 1
+    for (unsigned blocks : {1, 2}) {
+        uint8_t host[48] = {};
+        host[0] = 1, host[16] = 2;
+        OK(upload(a, host, 48, nullptr));
+        OK(launch("copy_vectors", Vectors{a + 16, a, 2}, nullptr, blocks, 2 / blocks));
+        OK(download(host, a, 48, nullptr));
+        EXPECT(host[32], 2);  // forwards it would be 1
+    }
 }
 
 // Three streams, ordered by events; what arrives in pinned memory is seen after the wait and not before.
@@ -553,6 +555,7 @@ CASE(foreign_device, "", "lies on device 0, but the context is that of device 1"
     EXPECT(upload(a, host, 64, nullptr), INVALID);
     EXPECT(move(b, a, 64, nullptr), INVALID);
     EXPECT(launch("add", Add{b, b, a, 16}, nullptr), INVALID);
+    EXPECT(launch("add", Add{b, a, b, 16}, nullptr), INVALID);
     EXPECT(fill(b, 1, 64, s), HANDLE);
     OK(launch("add", Add{b, b, b, 16}, nullptr));
     EXPECT(counted("kernel_written_bytes"), 64);
