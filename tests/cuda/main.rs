@@ -7,6 +7,7 @@ mod driver;
 mod model;
 mod offload;
 mod owner;
+mod synthesis;
 mod tracker;
 mod update;
 mod values;
