@@ -4,8 +4,11 @@
 mod blend;
 mod convert;
 mod driver;
+mod faults;
 mod model;
+mod mutations;
 mod offload;
+mod ordering;
 mod owner;
 mod synthesis;
 mod tracker;

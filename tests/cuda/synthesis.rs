@@ -40,7 +40,9 @@ fn write(run: &Run, targets: usize, dtype: Option<Dtype>, device: Device, dir: &
     let paths: Vec<PathBuf> = (0..targets).map(|i| dir.join(format!("{i}.safetensors"))).collect();
     let outputs: Vec<Output<'_>> = plans.iter().zip(&paths).map(|(plan, path)| Output { plan, path }).collect();
     let read = std::sync::atomic::AtomicU64::new(0);
-    let progress = |bytes| drop(read.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed));
+    let progress = |bytes| {
+        read.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
+    };
     let used = run.write_all(&outputs, &WriteOptions { dtype, device, progress: Some(&progress) }).unwrap();
     assert_eq!(read.into_inner(), run.bytes_to_read(&plans));
     (used, paths.iter().map(|path| std::fs::read(path).unwrap()).collect())
