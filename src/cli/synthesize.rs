@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use posthoc_ema::{At, Device, Dtype, Error, Output, Plan, Run, WriteOptions, report};
+use posthoc_ema::{At, Device, Dtype, Error, Output, Plan, Run, WriteOptions, cuda_devices, report};
 use serde_json::json;
 
 use super::args::{DtypeName, Synthesize};
@@ -39,8 +39,15 @@ pub fn run(arguments: &Synthesize) -> Outcome {
         table.add_row([path.display().to_string(), plan.profile.to_string(), plan.at.to_string(), error, gain]);
     }
     print(&table.to_string());
-    print(&format!("{} of snapshots read in {seconds:.2} s, blended on {device}", bytes(read)));
+    let why = why_not_cuda(arguments.device);
+    print(&format!("{} of snapshots read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
     Ok(())
+}
+
+/// Where the choice was free in a program that has CUDA: why there was none.
+fn why_not_cuda(asked: Device) -> String {
+    let looked = cfg!(feature = "cuda") && asked == Device::Auto;
+    cuda_devices().err().filter(|_| looked).map_or(String::new(), |why| format!(": {why}"))
 }
 
 /// One file for each target.

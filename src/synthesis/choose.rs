@@ -39,6 +39,17 @@ impl Chosen {
     }
 }
 
+/// The number of CUDA devices that can be used.
+///
+/// # Errors
+/// Why there is none: no driver, one too old, no device, or a build without the feature `cuda`.
+pub fn cuda_devices() -> Result<usize, String> {
+    #[cfg(feature = "cuda")]
+    return crate::compute::cuda::devices().map_err(|why| why.to_string());
+    #[cfg(not(feature = "cuda"))]
+    Err("this program was built without the feature `cuda`".into())
+}
+
 /// Decides where a pass is blended: where it was asked for, or where a trial on its own data is faster.
 pub(super) fn choose(streaming: &Streaming<'_>, wanted: Device) -> Result<Chosen> {
     #[cfg(feature = "cuda")]

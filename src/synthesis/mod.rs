@@ -13,6 +13,7 @@ mod stored;
 mod streaming;
 mod swap;
 
+pub use choose::cuda_devices;
 pub use forecast::Forecast;
 pub use output::{Output, WriteOptions};
 pub use plan::{At, Plan, Weight};

@@ -10,6 +10,7 @@ mod mutations;
 mod offload;
 mod ordering;
 mod owner;
+mod program;
 mod synthesis;
 mod tracker;
 mod update;

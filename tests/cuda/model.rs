@@ -112,8 +112,11 @@ impl ParametersMut for OnDevice<'_> {
     }
 }
 
+/// A file's name, its tensors and its metadata, both by name.
+pub type Contents = (String, Vec<(String, Tensor)>, Vec<(String, String)>);
+
 /// The files of a run: every tensor's bytes, and the metadata but for what is drawn at random.
-pub fn files(dir: &Path) -> Vec<(String, Vec<(String, Tensor)>, Vec<(String, String)>)> {
+pub fn files(dir: &Path) -> Vec<Contents> {
     let mut names: Vec<String> =
         std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.retain(|name| name.ends_with(".safetensors"));

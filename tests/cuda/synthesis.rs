@@ -191,7 +191,7 @@ fn an_evaluation_gives_every_bit_back() {
             let profile = profiles(1).remove(0);
             let average = on_host.synthesize(profile.clone()).unwrap();
             let averaged = on_device.swap_in(profile.clone(), &mut model.device).unwrap();
-            check_averaged(&*averaged, &average);
+            check_averaged(&averaged, &average);
             averaged.restore().unwrap();
             assert!(model.on_device() == before);
             // After a panic.
