@@ -88,7 +88,7 @@ struct GatherArgs {
 
 extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_constant__ GatherArgs a) {
     const Chunk c = load_chunk(a.chunks);
-    copy_bytes(a.to + c.offset, c.address, c.elements);
+    copy_bytes(a.to + c.offset, c.address, c.elements, THREADS);
 }
 
 #define CONVERT_KERNELS(X) X(convert) X(scan) X(gather)
