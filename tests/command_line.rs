@@ -304,7 +304,8 @@ fn what_cannot_be_done_exits_with_1_and_leaves_no_file() {
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &inside], "write elsewhere"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", "/nonexistent/x"], "/nonexistent/x"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &empty], "name a file in it"),
-        (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &out, "--device", "cuda:0"], "without CUDA"),
+        // Without CUDA, or with a number that no machine has.
+        (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &out, "--device", "cuda:4096"], "cuda:4096"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1,0.1", "--out-dir", &out], "two targets"),
     ] {
         let (status, text) = failure(&arguments);

@@ -43,7 +43,7 @@ fn many_targets_of_a_large_model_take_less_than_256_mib() {
                 thread::sleep(Duration::from_millis(2));
             }
         });
-        let written = run.write_all(&outputs, &WriteOptions { dtype: Some(Dtype::F32), progress: None });
+        let written = run.write_all(&outputs, &WriteOptions { dtype: Some(Dtype::F32), ..WriteOptions::default() });
         done.store(true, Ordering::Relaxed);
         written.unwrap();
     });

@@ -118,9 +118,9 @@ pub struct Synthesize {
     /// Dtype of averaged tensors [default: the model's]
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
-    /// Where to blend: auto, cpu, or cuda:N
+    /// Where to blend: auto (whichever is faster for the job), cpu, or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    pub device: String,
+    pub device: Device,
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,

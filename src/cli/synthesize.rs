@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use posthoc_ema::{At, Dtype, Error, Output, Plan, Run, WriteOptions, report};
+use posthoc_ema::{At, Device, Dtype, Error, Output, Plan, Run, WriteOptions, cuda_devices, report};
 use serde_json::json;
 
 use super::args::{DtypeName, Synthesize};
@@ -13,7 +13,6 @@ use super::{Failure, Outcome};
 /// Solves the targets, blends them in one pass and writes a file for each.
 pub fn run(arguments: &Synthesize) -> Outcome {
     let profiles = arguments.targets.profiles()?;
-    check_device(&arguments.device)?;
     if arguments.output.is_some() && profiles.len() > 1 {
         let why = format!("-o names one file, and there are {} targets: use --out-dir DIR", profiles.len());
         return Err(Failure::Usage(why));
@@ -24,11 +23,13 @@ pub fn run(arguments: &Synthesize) -> Outcome {
     let run = Run::open(&arguments.run)?;
     let plans = run.plans(&profiles, arguments.at.map_or(At::Latest, At::Step))?;
     let paths = paths(arguments, &plans)?;
-    let seconds = write(&run, &plans, &paths, arguments.dtype)?;
+    let (seconds, device) = write(&run, &plans, &paths, arguments)?;
     let read = run.bytes_to_read(&plans);
     if arguments.json {
         let targets: Vec<_> = plans.iter().zip(&paths).map(|(plan, path)| target_json(plan, path)).collect();
-        print_json(&json!({ "targets": targets, "bytes_read": read, "seconds": seconds }));
+        print_json(
+            &json!({ "targets": targets, "bytes_read": read, "seconds": seconds, "device": device.to_string() }),
+        );
         return Ok(());
     }
     let mut table = report::table(&["file", "target", "at", "relative error", "noise gain"]);
@@ -38,20 +39,15 @@ pub fn run(arguments: &Synthesize) -> Outcome {
         table.add_row([path.display().to_string(), plan.profile.to_string(), plan.at.to_string(), error, gain]);
     }
     print(&table.to_string());
-    print(&format!("{} of snapshots read in {seconds:.2} s", bytes(read)));
+    let why = why_not_cuda(arguments.device);
+    print(&format!("{} of snapshots read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
     Ok(())
 }
 
-/// The only device of this build is the CPU.
-fn check_device(device: &str) -> Outcome {
-    match device {
-        "auto" | "cpu" => Ok(()),
-        cuda if cuda.strip_prefix("cuda:").is_some_and(|n| n.parse::<usize>().is_ok()) => {
-            let reason = format!("this program was built without CUDA and cannot use {cuda}: use --device cpu");
-            Err(Failure::Failed(Error::Setting { option: "device", reason }))
-        }
-        other => Err(Failure::Usage(format!("--device {other}: the devices are auto, cpu and cuda:N"))),
-    }
+/// Where the choice was free in a program that has CUDA: why there was none.
+fn why_not_cuda(asked: Device) -> String {
+    let looked = cfg!(feature = "cuda") && asked == Device::Auto;
+    cuda_devices().err().filter(|_| looked).map_or(String::new(), |why| format!(": {why}"))
 }
 
 /// One file for each target.
@@ -71,14 +67,17 @@ fn file_name(i: usize, plan: &Plan) -> String {
     format!("{target}{number}.step-{}.safetensors", plan.at)
 }
 
-fn write(run: &Run, plans: &[Plan], paths: &[PathBuf], dtype: Option<DtypeName>) -> Result<f64, Failure> {
+/// Writes all files; returns the seconds and the device it took.
+fn write(run: &Run, plans: &[Plan], paths: &[PathBuf], arguments: &Synthesize) -> Result<(f64, Device), Failure> {
     let outputs: Vec<Output<'_>> = plans.iter().zip(paths).map(|(plan, path)| Output { plan, path }).collect();
     let bar = byte_bar(run.bytes_to_read(plans), "synthesizing");
     let progress = |bytes| bar.inc(bytes);
     let start = Instant::now();
-    run.write_all(&outputs, &WriteOptions { dtype: dtype.map(Dtype::from), progress: Some(&progress) })?;
+    let dtype = arguments.dtype.map(Dtype::from);
+    let device =
+        run.write_all(&outputs, &WriteOptions { dtype, device: arguments.device, progress: Some(&progress) })?;
     bar.finish_and_clear();
-    Ok(start.elapsed().as_secs_f64())
+    Ok((start.elapsed().as_secs_f64(), device))
 }
 
 fn target_json(plan: &Plan, path: &Path) -> serde_json::Value {

@@ -5,15 +5,17 @@ use std::ops::Range;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use super::pool::{PoolTensor, Selection};
+use super::pool::{Elements, PoolTensor, Selection};
 use crate::compute::cpu::{self, Unfit};
+#[cfg(feature = "cuda")]
+use crate::compute::cuda;
 use crate::error::{Error, Result};
 
 /// The sources of one averaged tensor, ready to be blended.
 pub(super) struct TensorBlend<'a> {
     tensor: &'a PoolTensor,
     dtypes: Vec<Dtype>,
-    bytes: Vec<&'a [u8]>,
+    stored: Vec<Elements<'a>>,
     weights: &'a [f64],
     output: Dtype,
 }
@@ -24,18 +26,19 @@ impl<'a> TensorBlend<'a> {
         let find = |holder: &&'a dyn super::Holder| {
             holder.stored(&tensor.name).ok_or_else(|| Error::tensor(&tensor.name, "a snapshot lacks it"))
         };
-        let stored: Vec<(Dtype, &[u8])> = selection.holders.iter().map(find).collect::<Result<_>>()?;
-        let (dtypes, bytes) = stored.into_iter().unzip();
-        Ok(TensorBlend { tensor, dtypes, bytes, weights: &selection.weights, output })
+        let stored: Vec<(Dtype, Elements<'_>)> = selection.holders.iter().map(find).collect::<Result<_>>()?;
+        let (dtypes, stored) = stored.into_iter().unzip();
+        Ok(TensorBlend { tensor, dtypes, stored, weights: &selection.weights, output })
     }
 
     /// Blends a range of elements into one slice per target.
     pub(super) fn stretch(&self, dst: &mut [&mut [u8]], elements: Range<usize>) -> Result<()> {
-        let cut = |(bytes, dtype): (&&'a [u8], &Dtype)| {
+        let cut = |(stored, dtype): (&Elements<'a>, &Dtype)| {
             let size = dtype.bitsize() / 8;
-            &bytes[elements.start * size..elements.end * size]
+            let bytes = stored.host().ok_or_else(|| Error::on_device(&self.tensor.name))?;
+            Ok(&bytes[elements.start * size..elements.end * size])
         };
-        let sources: Vec<&[u8]> = self.bytes.iter().zip(&self.dtypes).map(cut).collect();
+        let sources: Vec<&[u8]> = self.stored.iter().zip(&self.dtypes).map(cut).collect::<Result<_>>()?;
         let blend = cpu::Blend { dtypes: &self.dtypes, weights: self.weights, output: self.output };
         cpu::blend(dst, &sources, &blend).map_err(|unfit| self.unfit(unfit, elements.start))
     }
@@ -70,12 +73,65 @@ impl<'a> TensorBlend<'a> {
     }
 
     fn unfit(&self, unfit: Unfit, start: usize) -> Error {
-        let (value, element) = (unfit.value, start + unfit.element);
-        let reason = if value.is_finite() {
-            format!("the average is {value} at element {element}, beyond {}: choose bf16 or f32", self.output)
-        } else {
-            format!("the average is {value} at element {element}: a snapshot holds values that are not finite")
+        unfit_error(&self.tensor.name, self.output, unfit, start)
+    }
+}
+
+/// The error for a sum that a dtype cannot hold, in a stretch of a tensor that begins at element `start`.
+fn unfit_error(tensor: &str, output: Dtype, unfit: Unfit, start: usize) -> Error {
+    let (value, element) = (unfit.value, start + unfit.element);
+    let reason = if value.is_finite() {
+        format!("the average is {value} at element {element}, beyond {output}: choose bf16 or f32")
+    } else {
+        format!("the average is {value} at element {element}: a snapshot holds values that are not finite")
+    };
+    Error::tensor(tensor, reason)
+}
+
+/// What a device needs of it.
+#[cfg(feature = "cuda")]
+impl<'a> TensorBlend<'a> {
+    /// The weights of target 0 for all sources, then those of target 1, and so on.
+    pub(super) fn weights(&self) -> &'a [f64] {
+        self.weights
+    }
+
+    /// The dtype of the results.
+    pub(super) fn output(&self) -> Dtype {
+        self.output
+    }
+
+    /// A range of elements, to be blended on a device.
+    pub(super) fn on_device(&self, elements: Range<usize>) -> cuda::Stretch<'a> {
+        let cut = |(stored, dtype): (&Elements<'a>, &Dtype)| {
+            let size = dtype.bitsize() / 8;
+            let input = match *stored {
+                Elements::Host(bytes) => cuda::Input::Host(bytes),
+                Elements::Device(input) => input,
+            };
+            input.slice(elements.start * size..elements.end * size)
         };
-        Error::tensor(&self.tensor.name, reason)
+        let sources = self.stored.iter().zip(&self.dtypes).map(cut).collect();
+        cuda::Stretch { sources, dtypes: self.dtypes.clone(), output: self.output, elements: elements.len() }
+    }
+
+    /// What the error of a stretch names: the tensor, the dtype of the results, and the stretch's first element.
+    pub(super) fn origin(&self, start: usize) -> Origin<'a> {
+        Origin { tensor: &self.tensor.name, output: self.output, start }
+    }
+}
+
+/// Where a stretch comes from.
+#[cfg(feature = "cuda")]
+pub(super) struct Origin<'a> {
+    tensor: &'a str,
+    output: Dtype,
+    start: usize,
+}
+
+#[cfg(feature = "cuda")]
+impl Origin<'_> {
+    pub(super) fn unfit(&self, unfit: Unfit) -> Error {
+        unfit_error(self.tensor, self.output, unfit, self.start)
     }
 }

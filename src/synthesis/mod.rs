@@ -1,7 +1,10 @@
 //! From a plan to weights: solved for a run's snapshots, streamed to files, into memory or into a live model.
 
 mod blend;
+mod choose;
 mod forecast;
+#[cfg(feature = "cuda")]
+mod on_device;
 mod output;
 mod plan;
 mod pool;
@@ -10,6 +13,7 @@ mod stored;
 mod streaming;
 mod swap;
 
+pub use choose::cuda_devices;
 pub use forecast::Forecast;
 pub use output::{Output, WriteOptions};
 pub use plan::{At, Plan, Weight};
@@ -17,7 +21,7 @@ pub use run::Run;
 pub use swap::SwappedIn;
 
 pub(crate) use plan::solve;
-pub(crate) use pool::{Holder, Pool, PoolTensor, Source};
+pub(crate) use pool::{Elements, Holder, Pool, PoolTensor, Source};
 pub(crate) use stored::profile_json;
 
 #[cfg(test)]

@@ -7,13 +7,15 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::blend::TensorBlend;
+use super::choose::{Chosen, choose};
 use super::plan::Plan;
 use super::pool::{Pool, PoolTensor, Selection};
 use super::stored::profile_json;
 use super::streaming::Streaming;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::snapshot::{AtomicFile, FileLayout, Meta, PROFILE, STEP, TensorSpec};
-use crate::tensor::{ParametersMut, Tensor, TensorViewMut, Tensors, byte_size, is_averaged};
+use crate::tensor::{Memory, ParametersMut, Tensor, TensorView, TensorViewMut, Tensors, byte_size, is_averaged};
 
 /// Targets of one pass: more would exceed the memory promised, and the files that a process may have open.
 pub(super) const MAX_TARGETS: usize = 256;
@@ -32,24 +34,21 @@ pub struct Output<'a> {
 pub struct WriteOptions<'a> {
     /// The dtype of averaged tensors; the model's own where it is not given.
     pub dtype: Option<Dtype>,
+    /// Where they are blended; the bits are the same everywhere.
+    pub device: Device,
     /// Called with the bytes of snapshots that were read since the last call, from any thread.
     pub progress: Option<&'a (dyn Fn(u64) + Sync)>,
 }
 
 impl Pool<'_> {
-    /// Blends all plans into memory of their own.
+    /// Blends a plan into memory of its own.
     pub(crate) fn load(&self, plan: &Plan) -> Result<Tensors> {
         let selection = self.select(&[plan])?;
-        let load = |tensor: &PoolTensor| {
-            let mut bytes = vec![0; byte_size(&tensor.name, tensor.dtype, &tensor.shape)?];
-            if tensor.averaged {
-                TensorBlend::new(&selection, tensor, tensor.dtype)?.whole(&mut bytes)?;
-            } else {
-                bytes.copy_from_slice(copied(&selection, 0, tensor)?);
-            }
-            Ok((tensor.name.clone(), Tensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes }))
+        let mut tensors = match Chosen::asked(self.device(Device::Cpu))? {
+            Chosen::Cpu => self.load_cpu(&selection)?,
+            #[cfg(feature = "cuda")]
+            Chosen::Cuda(device) => self.load_on(&device, &selection)?,
         };
-        let mut tensors: Tensors = self.tensors.par_iter().map(load).collect::<Result<Vec<_>>>()?.into_iter().collect();
         for (dropped, kept) in &self.tied {
             if let Some(tensor) = tensors.get(kept).cloned() {
                 tensors.insert(dropped.clone(), tensor);
@@ -58,29 +57,79 @@ impl Pool<'_> {
         Ok(tensors)
     }
 
-    /// Blends a plan into a live model, in the model's own dtypes; tensors that are not averaged stay as they are.
-    ///
-    /// Everything that can fail is tried before the first byte is written.
-    pub(crate) fn write_into(&self, plan: &Plan, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
-        let selection = self.select(&[plan])?;
-        self.check_model(&selection, params)?;
-        self.blend_into(&selection, params)
+    /// The device of the sources, where there is one; otherwise the one asked for.
+    fn device(&self, wanted: Device) -> Device {
+        self.holders.iter().find_map(|(_, holder)| holder.device()).map_or(wanted, Device::Cuda)
     }
 
-    /// Tries everything that can fail when a single target is blended into a model.
-    pub(super) fn check_model(&self, selection: &Selection<'_>, params: &(impl ParametersMut + ?Sized)) -> Result<()> {
+    fn load_cpu(&self, selection: &Selection<'_>) -> Result<Tensors> {
+        let load = |tensor: &PoolTensor| {
+            let mut bytes = vec![0; byte_size(&tensor.name, tensor.dtype, &tensor.shape)?];
+            if tensor.averaged {
+                TensorBlend::new(selection, tensor, tensor.dtype)?.whole(&mut bytes)?;
+            } else {
+                bytes.copy_from_slice(copied(selection, 0, tensor)?);
+            }
+            Ok((tensor.name.clone(), Tensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes }))
+        };
+        Ok(self.tensors.par_iter().map(load).collect::<Result<Vec<_>>>()?.into_iter().collect())
+    }
+
+    /// Blends a plan into a live model, in the model's own dtypes; tensors that are not averaged stay as they are.
+    ///
+    /// In host memory everything that can fail is tried before the first byte is written. On a device that would take
+    /// another pass over the bus: there the originals are kept until all is well.
+    pub(crate) fn write_into(&self, plan: &Plan, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
+        let selection = self.select(&[plan])?;
+        match self.place_of(params)? {
+            Chosen::Cpu => {
+                self.check_model(&selection, params, true)?;
+                self.blend_into(&selection, params)
+            }
+            #[cfg(feature = "cuda")]
+            Chosen::Cuda(_) => {
+                self.swap_in(plan, params)?.keep();
+                Ok(())
+            }
+        }
+    }
+
+    /// Where a model is blended into: on its own device, or on that of the sources.
+    pub(super) fn place_of(&self, params: &(impl ParametersMut + ?Sized)) -> Result<Chosen> {
+        let mut device = Device::Cpu;
+        params.with_tensors(&mut |views| {
+            let on_device = |view: &TensorView<'_>| match view.memory {
+                Memory::Cuda(memory) => Some(memory.device),
+                Memory::Host(_) => None,
+            };
+            device = views.iter().find_map(on_device).map_or(device, Device::Cuda);
+            Ok(())
+        })?;
+        Chosen::asked(self.device(device))
+    }
+
+    /// Checks that a model has the tensors of the run; with `sums`, that every sum of a single target fits, too.
+    pub(super) fn check_model(
+        &self,
+        selection: &Selection<'_>,
+        params: &(impl ParametersMut + ?Sized),
+        sums: bool,
+    ) -> Result<()> {
         params.with_tensors(&mut |views| {
             for view in views {
                 if let Some(tensor) = self.averaged(view.name) {
                     check_target(tensor, view.dtype, view.shape)?;
-                    TensorBlend::new(selection, tensor, view.dtype)?.check(view.elements())?;
+                    let blend = TensorBlend::new(selection, tensor, view.dtype)?;
+                    if sums {
+                        blend.check(view.elements())?;
+                    }
                 }
             }
             self.check_complete(views.iter().map(|view| view.name).collect())
         })
     }
 
-    /// Blends a single target into a model that was checked.
+    /// Blends a single target into a model in host memory that was checked.
     pub(super) fn blend_into(
         &self,
         selection: &Selection<'_>,
@@ -110,8 +159,8 @@ impl Pool<'_> {
         }
     }
 
-    /// Blends several plans into files in one pass over the sources.
-    pub(crate) fn write(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<()> {
+    /// Blends several plans into files in one pass over the sources, and tells where.
+    pub(crate) fn write(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<Device> {
         check_distinct(outputs)?;
         if let Some(dtype) = options.dtype.filter(|&dtype| !is_averaged(dtype)) {
             let reason = format!("{dtype} is no dtype for averages: choose f32, bf16, f16 or f64");
@@ -120,10 +169,15 @@ impl Pool<'_> {
         if outputs.is_empty() {
             return Err(Error::Nothing("no target was given".into()));
         }
-        outputs.chunks(MAX_TARGETS).try_for_each(|outputs| self.write_pass(outputs, options))
+        // Before any file is made.
+        let mut device = Chosen::asked(options.device)?.device();
+        for outputs in outputs.chunks(MAX_TARGETS) {
+            device = self.write_pass(outputs, options)?;
+        }
+        Ok(device)
     }
 
-    fn write_pass(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<()> {
+    fn write_pass(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<Device> {
         let plans: Vec<&Plan> = outputs.iter().map(|output| output.plan).collect();
         let selection = self.select(&plans)?;
         let layout = FileLayout::new(self.tensors.iter().map(|tensor| spec(tensor, options.dtype)).collect())?;
@@ -135,8 +189,15 @@ impl Pool<'_> {
             files.push((file, header.len() as u64));
         }
         self.copy(&selection, &layout, &files)?;
-        Streaming::new(self, &selection, &layout, &files, options)?.run()?;
-        files.into_iter().try_for_each(|(file, _)| file.commit())
+        let streaming = Streaming::new(self, &selection, &layout, &files, options)?;
+        let chosen = choose(&streaming, self.device(options.device))?;
+        match &chosen {
+            Chosen::Cpu => streaming.run()?,
+            #[cfg(feature = "cuda")]
+            Chosen::Cuda(device) => streaming.run_on(device)?,
+        }
+        files.into_iter().try_for_each(|(file, _)| file.commit())?;
+        Ok(chosen.device())
     }
 
     /// Copies the tensors that are not averaged.
@@ -164,9 +225,10 @@ fn spec(tensor: &PoolTensor, dtype: Option<Dtype>) -> TensorSpec {
     TensorSpec { name: tensor.name.clone(), dtype, shape: tensor.shape.clone() }
 }
 
-fn copied<'a>(selection: &Selection<'a>, target: usize, tensor: &PoolTensor) -> Result<&'a [u8]> {
-    let stored = selection.newest[target].stored(&tensor.name);
-    stored.map(|(_, bytes)| bytes).ok_or_else(|| Error::tensor(&tensor.name, "the newest snapshot lacks it"))
+/// The newest elements of a tensor that is copied.
+pub(super) fn copied<'a>(selection: &Selection<'a>, target: usize, tensor: &PoolTensor) -> Result<&'a [u8]> {
+    let stored = selection.newest[target].stored(&tensor.name).and_then(|(_, elements)| elements.host());
+    stored.ok_or_else(|| Error::tensor(&tensor.name, "the newest snapshot lacks it"))
 }
 
 fn check_target(tensor: &PoolTensor, dtype: Dtype, shape: &[usize]) -> Result<()> {

@@ -25,15 +25,41 @@ impl Source {
     }
 }
 
-/// Whatever holds the tensors of an average in host memory or mapped.
+/// Where the elements of a stored tensor lie.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Elements<'a> {
+    /// In host memory, mapped files included.
+    Host(&'a [u8]),
+    /// In memory of the holder's device.
+    #[cfg(feature = "cuda")]
+    Device(crate::compute::cuda::Input<'a>),
+}
+
+impl<'a> Elements<'a> {
+    /// Those in host memory.
+    pub(crate) fn host(self) -> Option<&'a [u8]> {
+        match self {
+            Elements::Host(bytes) => Some(bytes),
+            #[cfg(feature = "cuda")]
+            Elements::Device(_) => None,
+        }
+    }
+}
+
+/// Whatever holds the tensors of an average.
 pub(crate) trait Holder: Sync {
     /// A tensor's stored dtype and elements.
-    fn stored(&self, name: &str) -> Option<(Dtype, &[u8])>;
+    fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)>;
+
+    /// The device on which averaged tensors lie; none for the host.
+    fn device(&self) -> Option<usize> {
+        None
+    }
 }
 
 impl Holder for Snapshot {
-    fn stored(&self, name: &str) -> Option<(Dtype, &[u8])> {
-        self.tensor(name).map(|(tensor, bytes)| (tensor.dtype, bytes))
+    fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
+        self.tensor(name).map(|(tensor, bytes)| (tensor.dtype, Elements::Host(bytes)))
     }
 }
 

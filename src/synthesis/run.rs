@@ -8,6 +8,7 @@ use super::plan::{At, Plan, solve};
 use super::pool::{Holder, Pool, PoolTensor, Source};
 use super::stored::read_chain;
 use super::swap::SwappedIn;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::math::{Chain, History, Profile};
 use crate::snapshot::{self, Snapshot};
@@ -85,15 +86,16 @@ impl Run {
     /// # Errors
     /// As [`Run::write_all`].
     pub fn write(&self, plan: &Plan, path: impl AsRef<Path>) -> Result<()> {
-        self.write_all(&[Output { plan, path: path.as_ref() }], &WriteOptions::default())
+        self.write_all(&[Output { plan, path: path.as_ref() }], &WriteOptions::default()).map(drop)
     }
 
-    /// Writes several planned averages, up to 256 in one pass over the snapshots. Each file appears whole or not at all.
+    /// Writes several planned averages, up to 256 in one pass over the snapshots, and tells where they were blended. Each
+    /// file appears whole or not at all.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Tensor`] for a result that the dtype cannot hold, [`Error::Unexpected`] for an output
-    /// within the run's own directory.
-    pub fn write_all(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<()> {
+    /// within the run's own directory, [`Error::Cuda`] for a device that was asked for and cannot be used.
+    pub fn write_all(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<Device> {
         outputs.iter().try_for_each(|output| self.check_outside(output.path))?;
         self.pool().write(outputs, options)
     }
@@ -134,8 +136,8 @@ impl Run {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Changed`] for a model with other tensors, [`Error::Tensor`] for a result that its dtype cannot hold or a
-    /// tensor on a device; the model is then as it was.
+    /// [`Error::Changed`] for a model with other tensors, [`Error::Tensor`] for a result that its dtype cannot
+    /// hold, [`Error::Cuda`]; the model is then as it was.
     pub fn swap_in<'p, P: ParametersMut + ?Sized>(&self, plan: &Plan, params: &'p mut P) -> Result<SwappedIn<'p, P>> {
         self.pool().swap_in(plan, params)
     }
@@ -156,7 +158,7 @@ impl Run {
         };
         let averaged: Vec<PoolTensor> = self.tensors().into_iter().filter(|tensor| tensor.averaged).collect();
         let bytes = |snapshot: &Snapshot| -> u64 {
-            averaged.iter().filter_map(|t| snapshot.stored(&t.name)).map(|(_, bytes)| bytes.len() as u64).sum()
+            averaged.iter().filter_map(|t| snapshot.tensor(&t.name)).map(|(_, bytes)| bytes.len() as u64).sum()
         };
         self.snapshots.iter().filter(used).map(bytes).sum()
     }

@@ -1,12 +1,18 @@
 //! One pass over the sources: a block of the output at a time, blended for all targets and written at its place.
 
 use std::ops::Range;
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
 use super::blend::TensorBlend;
+#[cfg(feature = "cuda")]
+use super::on_device;
 use super::output::WriteOptions;
 use super::pool::{Pool, Selection};
+#[cfg(feature = "cuda")]
+use crate::compute::cuda;
 use crate::error::Result;
 use crate::snapshot::{AtomicFile, FileLayout};
 
@@ -64,14 +70,18 @@ impl<'a> Streaming<'a> {
 
     /// Blends and writes everything.
     pub(super) fn run(&self) -> Result<()> {
-        let total = self.before[self.tensors.len()];
-        let held = self.files.len() * size_of::<f64>() * rayon::current_num_threads();
-        let (most, least) = BLOCK_ELEMENTS;
-        let each = (BUFFERED / held).clamp(least, most);
+        let (total, each) = (self.elements(), self.block_elements());
         (0..total.div_ceil(each)).into_par_iter().try_for_each_init(
             || vec![Vec::new(); self.files.len()],
             |buffers, block| self.block(block * each..total.min((block + 1) * each), buffers),
         )
+    }
+
+    /// The elements of a block: so few that the blocks of all threads stay within what may be buffered.
+    fn block_elements(&self) -> usize {
+        let held = self.files.len() * size_of::<f64>() * rayon::current_num_threads();
+        let (most, least) = BLOCK_ELEMENTS;
+        (BUFFERED / held).clamp(least, most)
     }
 
     /// The stretches that a range of all averaged elements is made of.
@@ -101,28 +111,100 @@ impl<'a> Streaming<'a> {
 
     fn block(&self, elements: Range<usize>, buffers: &mut [Vec<u8>]) -> Result<()> {
         let stretches = self.stretches(elements);
+        self.blend(&stretches, buffers)?;
+        let results: Vec<&[u8]> = buffers.iter().map(Vec::as_slice).collect();
+        self.write(&stretches, &results)?;
+        self.report(self.bytes_read(&stretches));
+        Ok(())
+    }
+
+    /// Blends stretches into one buffer for each target.
+    fn blend(&self, stretches: &[Stretch], buffers: &mut [Vec<u8>]) -> Result<()> {
         let total = stretches.last().map_or(0, |last| last.buffer.end);
         buffers.iter_mut().for_each(|buffer| buffer.resize(total, 0));
-        for Stretch { tensor, elements, buffer, .. } in &stretches {
+        for Stretch { tensor, elements, buffer, .. } in stretches {
             let mut dst: Vec<&mut [u8]> = buffers.iter_mut().map(|whole| &mut whole[buffer.clone()]).collect();
-            let blend = &self.tensors[*tensor].blend;
-            blend.stretch(&mut dst, elements.clone())?;
-            self.report(blend.bytes_read(elements.len()));
+            self.tensors[*tensor].blend.stretch(&mut dst, elements.clone())?;
         }
+        Ok(())
+    }
+
+    /// Writes the results of each target at their places.
+    fn write(&self, stretches: &[Stretch], results: &[&[u8]]) -> Result<()> {
         // Stretches that lie side by side in the file, as they all but always do, are written together.
         let adjacent = |a: &Stretch, b: &Stretch| a.offset + a.buffer.len() == b.offset;
         for group in stretches.chunk_by(adjacent) {
             let bytes = group[0].buffer.start..group[group.len() - 1].buffer.end;
-            for (buffer, (file, data)) in buffers.iter().zip(self.files) {
-                file.write_at(data + group[0].offset as u64, &buffer[bytes.clone()])?;
+            for (results, (file, data)) in results.iter().zip(self.files) {
+                file.write_at(data + group[0].offset as u64, &results[bytes.clone()])?;
             }
         }
         Ok(())
+    }
+
+    /// The bytes of all sources that the blend of some stretches reads.
+    fn bytes_read(&self, stretches: &[Stretch]) -> u64 {
+        let read = |stretch: &Stretch| self.tensors[stretch.tensor].blend.bytes_read(stretch.elements.len());
+        stretches.iter().map(read).sum()
+    }
+
+    /// The elements of all averaged tensors.
+    pub(super) fn elements(&self) -> usize {
+        self.before[self.tensors.len()]
+    }
+
+    /// Blends the first so many elements on the CPU, as [`Streaming::run`] would, and writes nothing.
+    #[cfg(feature = "cuda")]
+    pub(super) fn try_cpu(&self, elements: usize) -> Result<()> {
+        let each = self.block_elements();
+        (0..elements.div_ceil(each)).into_par_iter().try_for_each_init(
+            || vec![Vec::new(); self.files.len()],
+            |buffers, block| self.blend(&self.stretches(block * each..elements.min((block + 1) * each)), buffers),
+        )
     }
 
     fn report(&self, bytes: u64) {
         if let Some(progress) = self.options.progress {
             progress(bytes);
         }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Streaming<'_> {
+    /// As [`Streaming::run`], blended on a device.
+    pub(super) fn run_on(&self, device: &Arc<cuda::Device>) -> Result<()> {
+        let mut blender = cuda::Blender::new(device)?;
+        for block in on_device::blocks(self.elements(), self.bytes_per_element()) {
+            let stretches = self.stretches(block);
+            let parts = self.parts(&stretches);
+            let deliver = move |results: &[&[u8]]| {
+                self.write(&stretches, results)?;
+                self.report(self.bytes_read(&stretches));
+                Ok(())
+            };
+            on_device::submit(&mut blender, &parts, self.files.len(), cuda::Delivery::Host(Box::new(deliver)))?;
+        }
+        blender.flush()
+    }
+
+    /// Blends the first so many elements on a device, and writes nothing.
+    pub(super) fn try_on<'s>(&'s self, blender: &mut cuda::Blender<'s>, elements: usize) -> Result<()> {
+        for block in on_device::blocks(elements, self.bytes_per_element()) {
+            let parts = self.parts(&self.stretches(block));
+            on_device::submit(blender, &parts, self.files.len(), cuda::Delivery::Host(Box::new(|_| Ok(()))))?;
+        }
+        blender.flush()
+    }
+
+    fn parts<'s>(&'s self, stretches: &[Stretch]) -> Vec<on_device::Part<'s>> {
+        let part = |stretch: &Stretch| (&self.tensors[stretch.tensor].blend, stretch.elements.clone());
+        stretches.iter().map(part).collect()
+    }
+
+    /// The most bytes that an element takes in all sources and results.
+    pub(super) fn bytes_per_element(&self) -> usize {
+        let bytes = |placed: &Placed<'_>| placed.blend.bytes_read(1) as usize + self.files.len() * placed.size;
+        self.tensors.iter().map(bytes).max().unwrap_or(0)
     }
 }

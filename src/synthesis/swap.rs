@@ -6,10 +6,13 @@ use std::ops::{Deref, DerefMut};
 
 use rayon::prelude::*;
 
+use super::choose::Chosen;
 use super::plan::Plan;
 use super::pool::Pool;
+#[cfg(feature = "cuda")]
+use crate::compute::cuda::{self, Staging};
 use crate::error::{Error, Result};
-use crate::tensor::{Parameters, ParametersMut, Tensor, TensorView, TensorViewMut};
+use crate::tensor::{Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView, TensorViewMut};
 
 /// Parameters that hold an average, until this is dropped: then every averaged tensor has its own bits back.
 ///
@@ -77,10 +80,15 @@ impl Pool<'_> {
         params: &'p mut P,
     ) -> Result<SwappedIn<'p, P>> {
         let selection = self.select(&[plan])?;
-        self.check_model(&selection, params)?;
+        let place = self.place_of(params)?;
+        self.check_model(&selection, params, matches!(place, Chosen::Cpu))?;
         let originals = Originals::read(params, |name| self.averaged(name).is_some())?;
         let swapped = SwappedIn { params, originals: Some(originals) };
-        self.blend_into(&selection, swapped.params)?;
+        match place {
+            Chosen::Cpu => self.blend_into(&selection, swapped.params)?,
+            #[cfg(feature = "cuda")]
+            Chosen::Cuda(device) => self.blend_into_on(&device, &selection, swapped.params)?,
+        }
         Ok(swapped)
     }
 }
@@ -111,7 +119,7 @@ impl Originals {
                     return Err(Error::tensor(view.name, "the name occurs twice: names must be unique"));
                 }
             }
-            originals.tensors = distinct.par_iter().map(|view| read_tensor(view)).collect::<Result<_>>()?;
+            originals.tensors = read_all(&distinct)?;
             Ok(())
         })?;
         Ok(originals)
@@ -119,12 +127,12 @@ impl Originals {
 
     /// Writes everything back that can be, and returns the first error.
     fn restore(&self, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
-        let mut first = None;
+        let (mut first, mut bus) = (None, Bus::default());
         let mut missing: BTreeSet<&str> = self.names.keys().map(String::as_str).collect();
         params.for_each_mut(&mut |view| {
             if let Some(&index) = self.names.get(view.name) {
                 missing.remove(view.name);
-                if let Err(error) = write_tensor(view, &self.tensors[index]) {
+                if let Err(error) = write_tensor(view, &self.tensors[index], &mut bus) {
                     first.get_or_insert(error);
                 }
             }
@@ -135,25 +143,72 @@ impl Originals {
     }
 }
 
-/// A copy of a tensor's elements.
-fn read_tensor(view: &TensorView<'_>) -> Result<Tensor> {
-    let bytes = view.host_bytes().ok_or_else(|| Error::on_device(view.name))?;
-    Ok(Tensor { dtype: view.dtype, shape: view.shape.to_vec(), bytes: bytes.to_vec() })
+/// Copies tensors: those in host memory with all threads, those on a device one after the other over the bus.
+fn read_all(views: &[&TensorView<'_>]) -> Result<Vec<Tensor>> {
+    let tensor = |view: &TensorView<'_>, bytes| Tensor { dtype: view.dtype, shape: view.shape.to_vec(), bytes };
+    if views.iter().all(|view| view.host_bytes().is_some()) {
+        let copy = |view: &&TensorView<'_>| tensor(view, view.host_bytes().unwrap_or_default().to_vec());
+        return Ok(views.par_iter().map(copy).collect());
+    }
+    let mut bus = Bus::default();
+    views.iter().map(|view| Ok(tensor(view, bus.read(view)?))).collect()
+}
+
+/// Copies between host memory and a model's, wherever that lies.
+#[derive(Default)]
+struct Bus {
+    #[cfg(feature = "cuda")]
+    staging: Option<Staging>,
+}
+
+impl Bus {
+    fn read(&mut self, view: &TensorView<'_>) -> Result<Vec<u8>> {
+        match view.memory {
+            Memory::Host(bytes) => Ok(bytes.to_vec()),
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(memory) => self.staging(memory.device)?.read(&memory),
+            #[cfg(not(feature = "cuda"))]
+            Memory::Cuda(_) => Err(Error::on_device(view.name)),
+        }
+    }
+
+    fn write(&mut self, name: &str, memory: MemoryMut<'_>, bytes: &[u8]) -> Result<()> {
+        let length = match &memory {
+            MemoryMut::Host(dst) => dst.len(),
+            MemoryMut::Cuda(memory) => memory.bytes,
+        };
+        if length != bytes.len() {
+            return Err(lost(name, &format!("{length} bytes are lent, and were {}", bytes.len())));
+        }
+        match memory {
+            MemoryMut::Host(dst) => dst.copy_from_slice(bytes),
+            #[cfg(feature = "cuda")]
+            MemoryMut::Cuda(memory) => self.staging(memory.device)?.write(&memory, bytes)?,
+            #[cfg(not(feature = "cuda"))]
+            MemoryMut::Cuda(_) => return Err(Error::on_device(name)),
+        }
+        Ok(())
+    }
+
+    /// The pinned buffers for copies from and to a device.
+    #[cfg(feature = "cuda")]
+    fn staging(&mut self, device: usize) -> Result<&mut Staging> {
+        let staging = match self.staging.take() {
+            Some(staging) if staging.device().number() == device => staging,
+            _ => Staging::new(&cuda::Device::open(device)?, usize::MAX)?,
+        };
+        Ok(self.staging.insert(staging))
+    }
 }
 
 /// Writes a tensor's elements back.
-fn write_tensor(view: TensorViewMut<'_>, original: &Tensor) -> Result<()> {
+fn write_tensor(view: TensorViewMut<'_>, original: &Tensor, bus: &mut Bus) -> Result<()> {
     let name = view.name;
     if view.shape != original.shape || view.dtype != original.dtype {
         let now = format!("it is {} {:?} now, and was {} {:?}", view.dtype, view.shape, original.dtype, original.shape);
         return Err(lost(name, &now));
     }
-    let dst = view.into_host_bytes().ok_or_else(|| Error::on_device(name))?;
-    if dst.len() != original.bytes.len() {
-        return Err(lost(name, &format!("{} bytes are lent, and were {}", dst.len(), original.bytes.len())));
-    }
-    dst.copy_from_slice(&original.bytes);
-    Ok(())
+    bus.write(name, view.memory, &original.bytes)
 }
 
 fn lost(name: &str, how: &str) -> Error {

@@ -4,28 +4,73 @@ use safetensors::Dtype;
 
 use super::PostHocEma;
 use super::table::Table;
-use super::values::Values;
+use super::values::{Held, Values};
+#[cfg(feature = "cuda")]
+use crate::compute::cuda::DeviceAverages;
 use crate::error::{Error, Result};
 use crate::math::{Chain, Profile};
-use crate::synthesis::{At, Holder, Plan, Pool, PoolTensor, Run, Source, SwappedIn, solve};
+use crate::synthesis::{At, Elements, Holder, Plan, Pool, PoolTensor, Run, Source, SwappedIn, solve};
 use crate::tensor::{ParametersMut, Tensors};
 
 /// The live averages of one profile.
 struct Live<'a> {
     table: &'a Table,
-    values: Values<'a>,
+    values: LiveValues<'a>,
     index: usize,
 }
 
+/// Where live averages lie, with the newest values of copied tensors.
+#[derive(Clone, Copy)]
+enum LiveValues<'a> {
+    Host(Values<'a>),
+    #[cfg(feature = "cuda")]
+    Device(&'a DeviceAverages, &'a [Vec<u8>]),
+}
+
+/// What an engine lends for a synthesis.
+enum LiveHeld<'a> {
+    Host(Held<'a>),
+    /// The averages stay where they are; only the copied tensors are brought to the host.
+    #[cfg(feature = "cuda")]
+    Device(&'a DeviceAverages, Vec<Vec<u8>>),
+}
+
+impl LiveHeld<'_> {
+    fn values(&self) -> LiveValues<'_> {
+        match self {
+            LiveHeld::Host(held) => LiveValues::Host(held.values()),
+            #[cfg(feature = "cuda")]
+            LiveHeld::Device(averages, copies) => LiveValues::Device(averages, copies),
+        }
+    }
+}
+
 impl Holder for Live<'_> {
-    fn stored(&self, name: &str) -> Option<(Dtype, &[u8])> {
-        Some(match self.table.find(name)? {
-            Ok(i) => {
-                let values = &self.values.averages[self.index].high[self.table.layout().place(i)];
-                (Dtype::F32, bytemuck::cast_slice(values))
+    fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
+        let found = self.table.find(name)?;
+        match (self.values, found) {
+            (LiveValues::Host(values), Ok(i)) => {
+                let average = &values.averages[self.index].high[self.table.layout().place(i)];
+                Some((Dtype::F32, Elements::Host(bytemuck::cast_slice(average))))
             }
-            Err(i) => (self.table.copied()[i].dtype, &self.values.copies[i]),
-        })
+            (LiveValues::Host(Values { copies, .. }), Err(i)) => {
+                Some((self.table.copied()[i].dtype, Elements::Host(&copies[i])))
+            }
+            #[cfg(feature = "cuda")]
+            (LiveValues::Device(averages, _), Ok(i)) => {
+                Some((Dtype::F32, Elements::Device(averages.place(self.index, i))))
+            }
+            #[cfg(feature = "cuda")]
+            (LiveValues::Device(_, copies), Err(i)) => Some((self.table.copied()[i].dtype, Elements::Host(&copies[i]))),
+        }
+    }
+
+    fn device(&self) -> Option<usize> {
+        match self.values {
+            LiveValues::Host(_) => None,
+            #[cfg(feature = "cuda")]
+            LiveValues::Device(averages, _) => Some(averages.device().number()),
+        }
     }
 }
 
@@ -35,7 +80,8 @@ impl PostHocEma {
     /// # Errors
     /// [`Error::Nothing`] before the first update, and those of [`Run::open`] and the solve.
     pub fn plan(&self, profile: Profile) -> Result<Plan> {
-        self.with_pool(&profile, |_, plan| Ok(plan.clone()))
+        let (run, step) = self.on_disk()?;
+        self.solve_live(&self.sources(run.as_ref(), step), &profile)
     }
 
     /// The average of `profile` at the newest update, in the model's dtypes.
@@ -81,7 +127,7 @@ impl PostHocEma {
     /// ```
     ///
     /// # Errors
-    /// As [`PostHocEma::switch_to`], and [`Error::Tensor`] for a tensor on a device; the model is then as it was.
+    /// As [`PostHocEma::switch_to`]; the model is then as it was.
     pub fn swap_in<'p, P: ParametersMut + ?Sized>(
         &self,
         profile: Profile,
@@ -90,26 +136,56 @@ impl PostHocEma {
         self.with_pool(&profile, |pool, plan| pool.swap_in(plan, params))
     }
 
-    /// Opens the snapshots, adds the live averages, solves, and hands both on.
-    fn with_pool<R>(&self, profile: &Profile, act: impl FnOnce(&Pool<'_>, &Plan) -> Result<R>) -> Result<R> {
+    /// The snapshots, where there are any, and the step of the live averages.
+    fn on_disk(&self) -> Result<(Option<Run>, u64)> {
         let Some(step) = self.history.last() else {
             return Err(Error::Nothing("there was no update yet: train until the first one is due".into()));
         };
         let run = if crate::snapshot::list(&self.dir)?.is_empty() { None } else { Some(Run::open(&self.dir)?) };
-        let held = self.engine.values()?;
+        Ok((run, step))
+    }
+
+    /// The snapshots before `step` and the live averages, in order of profile and step.
+    fn sources(&self, run: Option<&Run>, step: u64) -> Vec<Source> {
+        let mut sources = run.map(Run::sources).unwrap_or_default();
+        // A snapshot of the newest step is the live average again, in fewer digits where its dtype is narrower.
+        sources.retain(|source| source.step < step);
+        sources.extend((0..self.settings.profiles.len()).map(|index| self.live_source(index, step)));
+        sources.sort_by_key(|source| (source.index, source.step));
+        sources
+    }
+
+    fn solve_live(&self, sources: &[Source], profile: &Profile) -> Result<Plan> {
+        Ok(solve(sources, Some(&self.history), std::slice::from_ref(profile), At::Latest, 0.0)?.remove(0))
+    }
+
+    /// Opens the snapshots, adds the live averages, solves, and hands both on.
+    fn with_pool<R>(&self, profile: &Profile, act: impl FnOnce(&Pool<'_>, &Plan) -> Result<R>) -> Result<R> {
+        let (run, step) = self.on_disk()?;
+        let sources = self.sources(run.as_ref(), step);
+        let plan = self.solve_live(&sources, profile)?;
+        let held = self.live_values()?;
         let live = |index| Live { table: &self.table, values: held.values(), index };
         let live: Vec<Live<'_>> = (0..self.settings.profiles.len()).map(live).collect();
-        let mut pool = Pool { tensors: self.pool_tensors(), tied: self.table.tied().clone(), holders: Vec::new() };
-        if let Some(run) = &run {
-            pool.holders.extend(run.pool().holders);
+        let stored = run.as_ref().map(|run| run.pool().holders).unwrap_or_default();
+        let find = |source: Source| {
+            let same = |(other, _): &&(Source, _)| (other.index, other.step) == (source.index, source.step);
+            let holder = stored.iter().find(same).filter(|_| source.step < step).map(|(_, holder)| *holder);
+            let holder = holder.unwrap_or(&live[source.index]);
+            (source, holder)
+        };
+        let holders = sources.into_iter().map(find).collect();
+        act(&Pool { tensors: self.pool_tensors(), tied: self.table.tied().clone(), holders }, &plan)
+    }
+
+    /// The live averages, where they lie.
+    fn live_values(&self) -> Result<LiveHeld<'_>> {
+        #[cfg(feature = "cuda")]
+        if let Some(averages) = self.engine.on_device() {
+            averages.wait()?;
+            return Ok(LiveHeld::Device(averages, averages.reader()?.copies()?));
         }
-        // A snapshot of the newest step is the live average again, in fewer digits where its dtype is narrower.
-        pool.holders.retain(|(source, _)| source.step < step);
-        pool.holders.extend(live.iter().map(|live| (self.live_source(live.index, step), live as &dyn Holder)));
-        pool.holders.sort_by_key(|(source, _)| (source.index, source.step));
-        let sources: Vec<Source> = pool.holders.iter().map(|(source, _)| source.clone()).collect();
-        let plan = solve(&sources, Some(&self.history), std::slice::from_ref(profile), At::Latest, 0.0)?.remove(0);
-        act(&pool, &plan)
+        self.engine.values().map(LiveHeld::Host)
     }
 
     fn live_source(&self, index: usize, step: u64) -> Source {

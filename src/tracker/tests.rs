@@ -216,7 +216,7 @@ fn many_targets_in_one_pass_equal_many_passes_for_any_number_of_threads() {
         let paths: Vec<PathBuf> = (0..plans.len()).map(|i| temp.path().join(format!("{name}{i}"))).collect();
         let outputs: Vec<Output<'_>> = plans.iter().zip(&paths).map(|(plan, path)| Output { plan, path }).collect();
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| run.write_all(&outputs, &WriteOptions { dtype, progress: None })).unwrap();
+        pool.install(|| run.write_all(&outputs, &WriteOptions { dtype, ..WriteOptions::default() })).unwrap();
         paths.iter().map(|path| std::fs::read(path).unwrap()).collect()
     };
     for dtype in [None, Some(Dtype::BF16)] {
@@ -224,7 +224,7 @@ fn many_targets_in_one_pass_equal_many_passes_for_any_number_of_threads() {
         assert_eq!(write(5, "five", dtype), together);
         for (i, plan) in plans.iter().enumerate() {
             let path = temp.path().join("alone");
-            run.write_all(&[Output { plan, path: &path }], &WriteOptions { dtype, progress: None }).unwrap();
+            run.write_all(&[Output { plan, path: &path }], &WriteOptions { dtype, ..WriteOptions::default() }).unwrap();
             assert_eq!(std::fs::read(&path).unwrap(), together[i]);
             if dtype.is_none() {
                 let file = std::fs::read(&path).unwrap();

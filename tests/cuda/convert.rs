@@ -33,7 +33,8 @@ fn every_dtype_rounds_as_on_the_cpu() {
     let lengths: Vec<usize> = (0..20).chain([1000, 2049, 70_001]).collect();
     for precision in [Precision::Plain, Precision::Compensated] {
         let (layout, averages) = averages(&lengths, precision, 3);
-        let on_device = DeviceAverages::upload(&device, &layout, &[averages.clone()], precision, &[]).unwrap();
+        let on_device =
+            DeviceAverages::upload(&device, &layout, std::slice::from_ref(&averages), precision, &[]).unwrap();
         let mut reader = on_device.reader().unwrap();
         let mixed: Vec<Dtype> = (0..lengths.len()).map(|i| AVERAGED[i / 3 % 4]).collect();
         let same = AVERAGED.map(|dtype| vec![dtype; lengths.len()]);
@@ -76,13 +77,13 @@ fn ranges_are_the_cpus_and_name_the_first_bad_value() {
         let profiles = [averages.clone(), Averages::zeros(&layout, Precision::Plain)];
         let on_device = DeviceAverages::upload(&device, &layout, &profiles, Precision::Plain, &[]).unwrap();
         let ranges = on_device.reader().unwrap().ranges().unwrap();
-        for i in 0..lengths.len() {
+        for (i, (got, zeros)) in ranges[0].iter().zip(&ranges[1]).enumerate() {
             let expected = cpu::scan(&averages.high[layout.place(i)]);
-            assert_eq!(ranges[0][i].first_not_finite, expected.first_not_finite, "tensor {i}");
+            assert_eq!(got.first_not_finite, expected.first_not_finite, "tensor {i}");
             if expected.first_not_finite.is_none() {
-                assert_eq!(ranges[0][i], expected, "tensor {i}");
+                assert_eq!(*got, expected, "tensor {i}");
             }
-            assert_eq!(ranges[1][i], cpu::Range::default());
+            assert_eq!(*zeros, cpu::Range::default());
         }
     }
 }
@@ -96,6 +97,7 @@ fn averages_larger_than_the_staging_arrive_whole() {
     let layout = Layout::new([n]);
     let mut averages = Averages::zeros(&layout, Precision::Plain);
     averages.high.iter_mut().enumerate().for_each(|(i, value)| *value = i as f32);
-    let on_device = DeviceAverages::upload(&device, &layout, &[averages.clone()], Precision::Plain, &[]).unwrap();
+    let on_device =
+        DeviceAverages::upload(&device, &layout, std::slice::from_ref(&averages), Precision::Plain, &[]).unwrap();
     assert_eq!(on_device.reader().unwrap().averages(0).unwrap().high, averages.high);
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libloading::{Library, Symbol};
 
@@ -14,13 +14,14 @@ use libloading::{Library, Symbol};
 pub const LIBRARY: &str = "POSTHOC_EMA_STANDIN";
 
 /// The flags of the stand-in: no contraction of products and sums, as for the GPU.
-pub const FLAGS: [&str; 9] = [
+pub const FLAGS: [&str; 10] = [
     "-std=c++17",
     "-O2",
     "-ffp-contract=off",
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
+    "-fvisibility=hidden",
     "-shared",
     "-fPIC",
     "-Wl,-soname,libcuda.so.1",
@@ -79,6 +80,9 @@ pub fn build(kernels: &Path, flags: &[&str]) -> PathBuf {
     }
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("standin-{:016x}", hasher.finish()));
     let library = folder.join("libcuda.so.1");
+    // One build at a time in this process; another process that builds the same one ends with the same file.
+    static BUILDING: Mutex<()> = Mutex::new(());
+    let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
     if library.is_file() {
         return library;
     }
@@ -104,9 +108,16 @@ pub fn alone(test: &str, variables: &[(&str, &str)]) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&text));
 }
 
-/// As [`alone`], on a library, whatever comes of it.
+/// As [`alone`], on a library, whatever comes of it. A test whose name ends with `::` stands for all below it that are
+/// not ignored.
 pub fn run_alone(test: &str, variables: &[(&str, &str)], library: &Path) -> std::process::Output {
     let mut process = Command::new(std::env::current_exe().unwrap());
-    process.args([test, "--exact", "--include-ignored", "--nocapture"]).env(LIBRARY, library);
+    let one: &[&str] = if test.ends_with("::") { &[] } else { &["--exact", "--include-ignored", "--nocapture"] };
+    process.arg(test).args(one).env(LIBRARY, library);
     process.envs(variables.iter().copied()).output().unwrap()
+}
+
+/// Whether the driver is the stand-in.
+pub fn is_standin() -> bool {
+    matches!(driver(), Driver::StandIn(_))
 }

@@ -16,7 +16,6 @@ pub struct Model<'o> {
 
 /// Tensors on a device.
 pub struct OnDevice<'o> {
-    pub owner: &'o Owner,
     pub tensors: Vec<(String, Tensor, Owned<'o>)>,
     /// Whether they are lent until the fence has passed.
     pub until_fence: bool,
@@ -51,13 +50,19 @@ impl<'o> Model<'o> {
             host.insert(name, tensor.clone());
             tensors.push((name.to_owned(), tensor, owned));
         }
-        Model { host, device: OnDevice { owner, tensors, until_fence: false } }
+        Model { host, device: OnDevice { tensors, until_fence: false } }
     }
 
     /// The optimiser's step.
     pub fn train(&mut self, step: u64) {
+        self.train_host(step);
+        self.try_train_device().unwrap();
+    }
+
+    /// On the host alone.
+    pub fn train_host(&mut self, step: u64) {
         let mut random = random(1000 + step);
-        for (name, tensor, owned) in &mut self.device.tensors {
+        for (name, tensor, _) in &mut self.device.tensors {
             tensor.bytes = match tensor.dtype {
                 Dtype::I64 => (step as i64).to_le_bytes().to_vec(),
                 Dtype::BOOL => tensor.bytes.iter().map(|b| 1 - b).collect(),
@@ -67,9 +72,13 @@ impl<'o> Model<'o> {
                     (0..elements).flat_map(|i| encode(value(i) + 0.1 * random.random::<f64>(), dtype)).collect()
                 }
             };
-            owned.set(&tensor.bytes);
             self.host.insert(name.clone(), tensor.clone());
         }
+    }
+
+    /// The same on the device, which may fail.
+    pub fn try_train_device(&self) -> Result<(), String> {
+        self.device.tensors.iter().try_for_each(|(_, tensor, owned)| owned.try_set(&tensor.bytes))
     }
 
     /// What the device holds, read from there.
@@ -103,8 +112,11 @@ impl ParametersMut for OnDevice<'_> {
     }
 }
 
+/// A file's name, its tensors and its metadata, both by name.
+pub type Contents = (String, Vec<(String, Tensor)>, Vec<(String, String)>);
+
 /// The files of a run: every tensor's bytes, and the metadata but for what is drawn at random.
-pub fn files(dir: &Path) -> Vec<(String, Vec<(String, Tensor)>, Vec<(String, String)>)> {
+pub fn files(dir: &Path) -> Vec<Contents> {
     let mut names: Vec<String> =
         std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.retain(|name| name.ends_with(".safetensors"));

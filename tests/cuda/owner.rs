@@ -37,10 +37,6 @@ impl Owner {
         self.stream.cu_stream().addr()
     }
 
-    pub fn other_stream(&self) -> Arc<CudaStream> {
-        self.context.new_stream().unwrap()
-    }
-
     pub fn wait(&self) {
         self.stream.synchronize().unwrap();
     }
@@ -59,13 +55,18 @@ impl Owner {
 impl Owned<'_> {
     /// Queues other bytes, on the owner's stream, as an optimiser would.
     pub fn set(&self, bytes: &[u8]) {
+        self.try_set(bytes).unwrap();
+    }
+
+    pub fn try_set(&self, bytes: &[u8]) -> Result<(), String> {
         assert_eq!(bytes.len(), self.bytes);
         if bytes.is_empty() {
-            return;
+            return Ok(());
         }
-        self.owner.context.bind_to_thread().unwrap();
+        self.owner.context.bind_to_thread().map_err(|error| error.to_string())?;
         // SAFETY: within the allocation; pageable memory is taken when the call returns.
-        unsafe { result::memcpy_htod_async(self.address(), bytes, self.owner.stream.cu_stream()) }.unwrap();
+        unsafe { result::memcpy_htod_async(self.address(), bytes, self.owner.stream.cu_stream()) }
+            .map_err(|error| error.to_string())
     }
 
     pub fn get(&self) -> Vec<u8> {

@@ -28,12 +28,13 @@ static inline Page& cached_page(uintptr_t address) {
 }
 
 [[noreturn]] __attribute__((cold, noinline)) static void wild_access(uintptr_t address, unsigned bytes, Access access) {
-    break_device(illegal_address, "kernel %s %s %u bytes at 0x%llx outside of any allocation, %s", launch.kernel,
-                 access == reads ? "reads" : "writes", bytes, (unsigned long long)address, whereabouts(address).c_str());
+    const char* does = access == reads ? "reads" : "writes";
+    break_device(illegal_address, "kernel %s %s %u bytes at 0x%lx outside of any allocation, %s", launch.kernel, does,
+                 bytes, address, whereabouts(address).c_str());
 }
 [[noreturn]] __attribute__((cold, noinline)) static void misaligned(uintptr_t address, unsigned bytes, Access access) {
-    break_device(misaligned_address, "kernel %s %s %u bytes at 0x%llx, which is misaligned", launch.kernel,
-                 access == reads ? "reads" : "writes", bytes, (unsigned long long)address);
+    break_device(misaligned_address, "kernel %s %s %u bytes at 0x%lx, which is misaligned", launch.kernel,
+                 access == reads ? "reads" : "writes", bytes, address);
 }
 
 static void touch_allocation(Allocation& allocation, uint64_t page) {

@@ -37,6 +37,11 @@ static const CodeName code_names[] = {
     {misaligned_address, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
     {launch_failed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
     {not_supported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
+    // Only ever given by STANDIN_INIT.
+    {34, "CUDA_ERROR_STUB_LIBRARY", "CUDA driver is a stub library"},
+    {46, "CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA-capable device(s) is/are busy or unavailable"},
+    {803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "system has unsupported display driver / cuda driver combination"},
+    {999, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 
 static inline uint64_t environment(const char* name, uint64_t otherwise) {
@@ -76,27 +81,28 @@ struct Failure {
 };
 static int sticky_code = success;
 
-static inline std::string format(const char* pattern, va_list arguments) {
+#define STANDIN_MESSAGE __attribute__((cold, format(printf, 2, 3)))
+[[noreturn]] static inline void fail(int code, bool sticky, const char* pattern, va_list arguments) {
     char text[1024];
     vsnprintf(text, sizeof text, pattern, arguments);
-    return text;
+    va_end(arguments);
+    throw Failure{code, sticky, text};
 }
-[[noreturn]] __attribute__((cold, format(printf, 2, 3))) static inline void refuse(int code, const char* pattern, ...) {
+// The call is wrong; nothing has happened.
+[[noreturn]] STANDIN_MESSAGE static inline void refuse(int code, const char* pattern, ...) {
     va_list arguments;
     va_start(arguments, pattern);
-    std::string text = format(pattern, arguments);
-    va_end(arguments);
-    throw Failure{code, false, text};
+    fail(code, false, pattern, arguments);
 }
-[[noreturn]] __attribute__((cold, format(printf, 2, 3))) static inline void break_device(int code, const char* pattern, ...) {
+// Something has gone wrong on the device.
+[[noreturn]] STANDIN_MESSAGE static inline void break_device(int code, const char* pattern, ...) {
     va_list arguments;
     va_start(arguments, pattern);
-    std::string text = format(pattern, arguments);
-    va_end(arguments);
-    throw Failure{code, true, text};
+    fail(code, true, pattern, arguments);
 }
 static inline int report(const Failure& failure) {
-    if (!failure.text.empty()) fprintf(stderr, "stand-in driver: error %d: %s\n", failure.code, failure.text.c_str());
+    const char* text = failure.text.c_str();
+    if (*text) fprintf(stderr, "stand-in driver: error %d: %s\n", failure.code, text);
     if (failure.sticky && sticky_code == success) sticky_code = failure.code;
     return failure.code;
 }

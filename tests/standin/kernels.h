@@ -21,7 +21,8 @@ typedef void (*Runner)(const void* arguments, bool reverse);
 
 static inline uint64_t volume(const standin_index& extent) { return (uint64_t)extent.x * extent.y * extent.z; }
 static inline standin_index position(uint64_t number, const standin_index& extent) {
-    return {(unsigned)(number % extent.x), (unsigned)(number / extent.x % extent.y), (unsigned)(number / extent.x / extent.y)};
+    uint64_t row = number / extent.x;
+    return {(unsigned)(number % extent.x), (unsigned)(row % extent.y), (unsigned)(row / extent.y)};
 }
 
 // The order must not matter; running it backwards shows where it does.

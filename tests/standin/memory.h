@@ -46,8 +46,8 @@ struct Allocation {
     std::string name() const {
         char text[120];
         const char* what = kind == device_memory ? "device" : "pinned";
-        snprintf(text, sizeof text, "%s allocation %d (%llu bytes at 0x%llx)", what, number, (unsigned long long)bytes,
-                 (unsigned long long)begin);
+        snprintf(text, sizeof text, "%s allocation %d (%lu bytes at 0x%lx)", what, number, bytes,
+                 begin);
         return text;
     }
 };
@@ -56,7 +56,8 @@ struct Memory {
     std::map<uintptr_t, std::unique_ptr<Allocation>> live;
     // Freed blocks are held back for a while, so that a late access meets a dead block and not a new one.
     std::deque<std::unique_ptr<Allocation>> freed;
-    uint64_t freed_bytes = 0, device_bytes[64] = {}, pinned_bytes = 0;
+    uint64_t freed_bytes = 0, pinned_bytes = 0;
+    std::map<int, uint64_t> device_bytes;
     int numbers = 0;
 };
 static inline Memory& memory() {
@@ -83,7 +84,8 @@ static inline std::string whereabouts(uintptr_t address) {
         if (distance < least) least = distance, nearest = it.get();
     }
     if (!nearest) return "and nothing is allocated";
-    return std::to_string(least) + (address < nearest->begin ? " bytes before " : " bytes past the end of ") + nearest->name();
+    const char* side = address < nearest->begin ? " bytes before " : " bytes past the end of ";
+    return std::to_string(least) + side + nearest->name();
 }
 
 // Exactly the bytes asked for, so that AddressSanitizer sees an overrun; garbage, so that a test sees a missing write.
@@ -111,7 +113,8 @@ static inline void release(Kind kind, int device, uint64_t bytes) {
 
 static inline Allocation& allocate(Kind kind, int device, uint64_t bytes, bool stream_ordered) {
     if (bytes == 0) refuse(invalid_value, "an allocation of 0 bytes");
-    if (kind == device_memory && ++count("allocations") == settings().fail_alloc) throw Failure{out_of_memory, false, ""};
+    bool told_to_fail = kind == device_memory && ++count("allocations") == settings().fail_alloc;
+    if (told_to_fail) throw Failure{out_of_memory, false, ""};
     reserve(kind, device, bytes);
     void* begin = block(bytes);
     if (!begin) {
@@ -128,7 +131,7 @@ static inline Allocation& allocate(Kind kind, int device, uint64_t bytes, bool s
 static inline Allocation& owned(uintptr_t address, Kind kind) {
     auto at = memory().live.find(address);
     if (at != memory().live.end() && at->second->kind == kind) return *at->second;
-    refuse(invalid_value, "freeing 0x%llx, which is no %s allocation: %s", (unsigned long long)address,
+    refuse(invalid_value, "freeing 0x%lx, which is no %s allocation: %s", address,
            kind == device_memory ? "device" : "pinned", whereabouts(address).c_str());
 }
 
@@ -160,9 +163,9 @@ static inline Span whole(Allocation& allocation) { return {&allocation, allocati
 
 static inline void check_bounds(const char* what, const Span& span) {
     if (span.bytes > span.memory->end() - span.address)
-        refuse(invalid_value, "%s: %llu bytes at 0x%llx end %llu bytes past the end of %s", what,
-               (unsigned long long)span.bytes, (unsigned long long)span.address,
-               (unsigned long long)(span.bytes - (span.memory->end() - span.address)), span.memory->name().c_str());
+        refuse(invalid_value, "%s: %lu bytes at 0x%lx end %lu bytes past the end of %s", what,
+               span.bytes, span.address,
+               (span.bytes - (span.memory->end() - span.address)), span.memory->name().c_str());
 }
 static inline void check_device(const char* what, const Allocation& allocation, int device) {
     if (allocation.kind == device_memory && allocation.device != device)
@@ -172,7 +175,7 @@ static inline void check_device(const char* what, const Allocation& allocation, 
 static inline Span device_span(const char* what, int device, uintptr_t address, uint64_t bytes) {
     Span span{find(address), address, bytes};
     if (!span.memory)
-        refuse(invalid_value, "%s: 0x%llx is in no live allocation, %s", what, (unsigned long long)address,
+        refuse(invalid_value, "%s: 0x%lx is in no live allocation, %s", what, address,
                whereabouts(address).c_str());
     check_bounds(what, span);
     check_device(what, *span.memory, device);
@@ -183,7 +186,7 @@ static inline Span host_span(const char* what, const void* pointer, uint64_t byt
     if (!pointer) refuse(invalid_value, "%s: the host pointer is null", what);
     if (!span.memory) return span;
     if (span.memory->kind == device_memory)
-        refuse(invalid_value, "%s: the host pointer 0x%llx is in %s", what, (unsigned long long)span.address,
+        refuse(invalid_value, "%s: the host pointer 0x%lx is in %s", what, span.address,
                span.memory->name().c_str());
     check_bounds(what, span);
     return span;

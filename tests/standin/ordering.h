@@ -120,12 +120,15 @@ static inline void wait_for(Stream& stream, const Event& event) {
 
 // ---- Which bytes were touched by which work
 
+template <class T, class Condition> static void remove_where(std::vector<T>& items, Condition condition) {
+    items.erase(std::remove_if(items.begin(), items.end(), condition), items.end());
+}
 static inline std::string describe(const Range& range, const Allocation& allocation) {
     return "bytes [" + std::to_string(range.begin) + ", " + std::to_string(range.end) + ") of " + allocation.name();
 }
 [[noreturn]] __attribute__((cold)) static inline void conflict(const Allocation& allocation, Range range, Work work,
                                                                const char* does, Work earlier, const char* did) {
-    break_device(launch_failed, "%s %s %s, which %s %s, and nothing orders the one after the other: an event or a wait is missing",
+    break_device(launch_failed, "%s %s %s, which %s %s, and nothing orders the two: an event or a wait is missing",
                  describe(work).c_str(), does, describe(range, allocation).c_str(), describe(earlier).c_str(), did);
 }
 
@@ -145,7 +148,8 @@ static inline void note_write(Allocation& allocation, Range range, Work work, co
     auto first = history.lower_bound(range.begin), last = history.lower_bound(range.end);
     for (auto it = first; it != last; ++it) {
         Range part{it->first, it->second.end};
-        if (!done_before(it->second.writer, clock)) conflict(allocation, part, work, "writes", it->second.writer, "writes");
+        Work writer = it->second.writer;
+        if (!done_before(writer, clock)) conflict(allocation, part, work, "writes", writer, "writes");
         for (Work reader : it->second.readers)
             if (!done_before(reader, clock)) conflict(allocation, part, work, "writes", reader, "reads");
     }
@@ -156,9 +160,8 @@ static inline void note_write(Allocation& allocation, Range range, Work work, co
 // Forgets what can conflict with nothing any more: readers that the new one follows, and a writer that the host has
 // waited for.
 static inline void add_reader(Segment& segment, Work work, const Clock& clock) {
-    auto& readers = segment.readers;
-    readers.erase(std::remove_if(readers.begin(), readers.end(), [&](Work it) { return done_before(it, clock); }), readers.end());
-    readers.push_back(work);
+    remove_where(segment.readers, [&](Work it) { return done_before(it, clock); });
+    segment.readers.push_back(work);
     if (done_before(segment.writer, ordering().host)) segment.writer = 0;
 }
 
@@ -172,7 +175,8 @@ static inline void note_read(Allocation& allocation, Range range, Work work, con
             it = history.emplace_hint(it, at, Segment{end, 0, {}});
         }
         Segment& here = it->second;
-        if (!done_before(here.writer, clock)) conflict(allocation, {at, here.end}, work, "reads", here.writer, "writes");
+        Range part{at, here.end};
+        if (!done_before(here.writer, clock)) conflict(allocation, part, work, "reads", here.writer, "writes");
         add_reader(here, work, clock);
         at = here.end;
         auto next = std::next(it);

@@ -1,18 +1,21 @@
 // Kernels for the stand-in driver's own tests.
 #include "shim.h"
 
+DEVICE uint64_t first_index() { return (uint64_t)blockIdx.x * blockDim.x + threadIdx.x; }
+DEVICE uint64_t stride() { return (uint64_t)gridDim.x * blockDim.x; }
+
 struct AddArgs { float *dst; const float *a, *b; uint64_t n; };
 
 // dst = a + b
 extern "C" __global__ void add(const __grid_constant__ AddArgs args) {
-    for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < args.n; i += (uint64_t)gridDim.x * blockDim.x)
+    for (uint64_t i = first_index(); i < args.n; i += stride())
         store(args.dst + i, add_f32(load(args.a + i), load(args.b + i)));
 }
 
 struct VectorArgs { uint4 *dst; const uint4 *src; uint64_t n; };
 
 extern "C" __global__ void copy_vectors(const __grid_constant__ VectorArgs args) {
-    for (uint64_t i = threadIdx.x + blockIdx.x * (uint64_t)blockDim.x; i < args.n; i += (uint64_t)gridDim.x * blockDim.x)
+    for (uint64_t i = first_index(); i < args.n; i += stride())
         store(args.dst + i, load(args.src + i));
 }
 

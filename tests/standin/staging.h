@@ -15,10 +15,9 @@ static inline bool overlap(const Range& a, const Range& b) { return a.begin < b.
 static inline bool overlap(const Range& a, const std::vector<Range>& many) {
     return std::any_of(many.begin(), many.end(), [&](const Range& it) { return overlap(a, it); });
 }
-template <class T, class Condition> static void remove_where(std::vector<T>& items, Condition condition) {
-    items.erase(std::remove_if(items.begin(), items.end(), condition), items.end());
+static inline uint8_t* bytes_at(const Allocation& allocation, uint64_t offset) {
+    return (uint8_t*)allocation.begin + offset;
 }
-static inline uint8_t* bytes_at(const Allocation& allocation, uint64_t offset) { return (uint8_t*)allocation.begin + offset; }
 
 static inline uint64_t hash(const uint8_t* bytes, uint64_t count) {
     uint64_t state = count, word = 0;
@@ -42,7 +41,8 @@ static inline void hide(Allocation& allocation, Arrival& it) {
 static inline void show(Allocation& allocation, Arrival& it) {
     if (it.visible) return;
     uint8_t* begin = bytes_at(allocation, it.range.begin);
-    if (!std::all_of(begin, begin + it.data.size(), [](uint8_t byte) { return byte == poison; }))
+    bool untouched = begin[0] == poison && memcmp(begin, begin + 1, it.data.size() - 1) == 0;
+    if (!untouched)
         break_device(launch_failed, "the host wrote to %s without waiting for %s, which writes there",
                      describe(it.range, allocation).c_str(), describe(it.work).c_str());
     memcpy(begin, it.data.data(), it.data.size());
@@ -73,7 +73,8 @@ static inline void open_for_device(Allocation& allocation, Range range, Access a
 }
 
 // After work: memory as the host sees it. What was written in part before is given up as a whole, a little early.
-static inline void close_for_device(Allocation& allocation, const std::vector<Range>& read, const std::vector<Range>& written, Work work) {
+static inline void close_for_device(Allocation& allocation, const std::vector<Range>& read,
+                                    const std::vector<Range>& written, Work work) {
     if (allocation.kind != pinned_memory) return;
     remove_where(allocation.departures, [&](const Departure& it) { return overlap(it.range, written); });
     remove_where(allocation.arrivals, [&](const Arrival& it) { return overlap(it.range, written); });
@@ -106,7 +107,6 @@ static inline void host_reaches(const Clock& clock) {
         for (auto& it : allocation.departures)
             if (done_before(it.work, host)) check_unchanged(allocation, it);
         remove_where(allocation.departures, [&](const Departure& it) { return done_before(it.work, host); });
-        hide_all(allocation);
         at = allocation.arrivals.empty() && allocation.departures.empty() ? staged().erase(at) : std::next(at);
     }
 }

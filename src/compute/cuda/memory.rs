@@ -3,10 +3,10 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaStream, result};
+use cudarc::driver::{CudaStream, DriverError, result, sys};
 
 use super::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Memory on a device. Its owner orders all work on it.
 #[derive(Debug)]
@@ -92,10 +92,19 @@ impl Pinned {
         /// Pinned for every context.
         const PORTABLE: u32 = 1;
         let _bound = device.bind()?;
-        let action = format!("lock {} of the host's memory for copies", megabytes(bytes));
+        let refused = |error: DriverError| {
+            let action = format!("lock {} of the host's memory for copies", megabytes(bytes));
+            match error.0 {
+                sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                    let reason =
+                        "the system has not so much to lock: free memory of the host, or raise its limit".into();
+                    Error::Cuda { device: device.number(), action, reason }
+                }
+                _ => device.refused(&action)(error),
+            }
+        };
         // SAFETY: the device's context is current.
-        let start =
-            unsafe { result::malloc_host(bytes.max(1), PORTABLE) }.map_err(device.refused(&action))?.cast::<u8>();
+        let start = unsafe { result::malloc_host(bytes.max(1), PORTABLE) }.map_err(refused)?.cast::<u8>();
         // SAFETY: so many bytes were just allocated.
         unsafe { start.write_bytes(0, bytes) };
         Ok(Pinned { device: device.clone(), start, bytes })

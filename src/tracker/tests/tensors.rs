@@ -42,8 +42,11 @@ fn every_dtype_is_averaged_copied_or_left_out_and_comes_back_as_it_was() {
         assert_eq!((tensor.dtype, &tensor.shape), (original.dtype, &original.shape));
     }
     let path = temp.path().join("out");
-    run.write_all(&[Output { plan: &plan, path: &path }], &WriteOptions { dtype: Some(Dtype::F32), progress: None })
-        .unwrap();
+    run.write_all(
+        &[Output { plan: &plan, path: &path }],
+        &WriteOptions { dtype: Some(Dtype::F32), ..WriteOptions::default() },
+    )
+    .unwrap();
     let file = std::fs::read(&path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&file).unwrap();
     assert_eq!(file.tensor("bf16").unwrap().dtype(), Dtype::F32);

@@ -1,0 +1,107 @@
+//! Where a job is blended.
+
+use super::streaming::Streaming;
+use crate::device::Device;
+use crate::error::Result;
+
+/// A device that is ready.
+pub(super) enum Chosen {
+    Cpu,
+    #[cfg(feature = "cuda")]
+    Cuda(std::sync::Arc<crate::compute::cuda::Device>),
+}
+
+impl Chosen {
+    /// The device that was asked for, or the CPU where the choice is free.
+    ///
+    /// # Errors
+    /// [`Error::Setting`](crate::Error::Setting) for a CUDA device in a build without, [`Error::Cuda`](crate::Error::Cuda) for one that cannot be used.
+    pub(super) fn asked(device: Device) -> Result<Chosen> {
+        match device {
+            Device::Auto | Device::Cpu => Ok(Chosen::Cpu),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(number) => crate::compute::cuda::Device::open(number).map(Chosen::Cuda),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(_) => {
+                let reason = format!("this program was built without CUDA and cannot use {device}: use the CPU");
+                Err(crate::Error::Setting { option: "device", reason })
+            }
+        }
+    }
+
+    /// What a caller is told.
+    pub(super) fn device(&self) -> Device {
+        match self {
+            Chosen::Cpu => Device::Cpu,
+            #[cfg(feature = "cuda")]
+            Chosen::Cuda(device) => Device::Cuda(device.number()),
+        }
+    }
+}
+
+/// The number of CUDA devices that can be used.
+///
+/// # Errors
+/// Why there is none: no driver, one too old, no device, or a build without the feature `cuda`.
+pub fn cuda_devices() -> Result<usize, String> {
+    #[cfg(feature = "cuda")]
+    return crate::compute::cuda::devices().map_err(|why| why.to_string());
+    #[cfg(not(feature = "cuda"))]
+    Err("this program was built without the feature `cuda`".into())
+}
+
+/// Decides where a pass is blended: where it was asked for, or where a trial on its own data is faster.
+pub(super) fn choose(streaming: &Streaming<'_>, wanted: Device) -> Result<Chosen> {
+    #[cfg(feature = "cuda")]
+    if wanted == Device::Auto {
+        return trial::faster(streaming);
+    }
+    let _ = streaming;
+    Chosen::asked(wanted)
+}
+
+#[cfg(feature = "cuda")]
+mod trial {
+    use std::time::Instant;
+
+    use super::{Chosen, Result, Streaming};
+    use crate::compute::cuda::{Blender, Device, devices};
+
+    /// Bytes of sources and results that a trial takes: some hundredths of a second.
+    const BYTES: usize = 256 << 20;
+
+    /// Below this time in seconds, a job is done before a device is ready.
+    const SHORT: f64 = 0.75;
+
+    /// Tries both on the beginning of the job. A device that fails the trial is not chosen.
+    pub(super) fn faster(streaming: &Streaming<'_>) -> Result<Chosen> {
+        let elements = streaming.elements();
+        let some = elements.min(BYTES / streaming.bytes_per_element().max(1));
+        if devices().is_err() || some == 0 {
+            return Ok(Chosen::Cpu);
+        }
+        // The second time: what the first one fetched from a disk would count for the CPU alone.
+        let seconds = |run: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
+            run()?;
+            let start = Instant::now();
+            run()?;
+            Ok(start.elapsed().as_secs_f64() * elements as f64 / some as f64)
+        };
+        let cpu = seconds(&mut || streaming.try_cpu(some))?;
+        if cpu < SHORT {
+            return Ok(Chosen::Cpu);
+        }
+        let on_device = Device::open(0).and_then(|device| {
+            let mut blender = Blender::new(&device)?;
+            Ok((seconds(&mut || streaming.try_on(&mut blender, some))?, device.clone()))
+        });
+        match on_device {
+            Ok((cuda, device)) if cuda < cpu => Ok(Chosen::Cuda(device)),
+            Ok(_) => Ok(Chosen::Cpu),
+            Err(error) => {
+                tracing::warn!("blending on the CPU: {error}");
+                Ok(Chosen::Cpu)
+            }
+        }
+    }
+}

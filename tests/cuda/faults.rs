@@ -1,0 +1,183 @@
+//! Drivers and devices that fail: clear errors, and nothing lost that was stored.
+
+use std::path::Path;
+
+use posthoc_ema::compute::cuda::{self, Unavailable, devices};
+use posthoc_ema::{At, Device, Options, Output, PostHocEma, Profile, Run, WriteOptions};
+
+use crate::driver::{alone, count, driver, is_standin};
+use crate::model::{Model, files};
+use crate::owner::Owner;
+
+fn options(dir: &Path) -> Options {
+    PostHocEma::options(dir).update_every(1).checkpoint_every(5)
+}
+
+/// Each of these needs a driver of its own, and so a process.
+#[test]
+fn every_fault() {
+    if !is_standin() {
+        return;
+    }
+    alone("faults::no_device", &[("STANDIN_DEVICES", "0")]);
+    alone("faults::stub_of_the_toolkit", &[("STANDIN_INIT", "34")]);
+    alone("faults::driver_that_does_not_start", &[("STANDIN_INIT", "999")]);
+    alone("faults::old_driver", &[("STANDIN_DRIVER", "12080")]);
+    alone("faults::no_code_for_the_device", &[("STANDIN_REJECT_IMAGE", "1"), ("STANDIN_CAPABILITY", "75")]);
+    alone("faults::too_little_memory", &[("STANDIN_MEMORY", "60000")]);
+    alone("faults::too_little_to_pin", &[("STANDIN_PINNED", "15000")]);
+    alone("faults::failed_synthesis", &[("STANDIN_FAIL_LAUNCH", "1")]);
+    for launch in ["1", "3", "12", "20", "40"] {
+        alone("faults::failed_launch", &[("STANDIN_FAIL_LAUNCH", launch)]);
+    }
+    for copy in ["30", "45", "50", "70"] {
+        alone("faults::failed_launch", &[("STANDIN_FAIL_COPY", copy)]);
+        alone("faults::failed_copy", &[("STANDIN_FAIL_COPY", copy)]);
+    }
+}
+
+fn reason() -> String {
+    driver();
+    let text = devices().unwrap_err().to_string();
+    let error = cuda::Device::open(0).unwrap_err().to_string();
+    assert!(error.contains("cuda:0: cannot use the device") && error.contains(&text), "{error}");
+    text
+}
+
+#[test]
+#[ignore = "run by `every_fault`"]
+fn no_device() {
+    driver();
+    assert_eq!(devices(), Err(Unavailable::NoDevice));
+    assert!(reason().contains("CUDA_VISIBLE_DEVICES"));
+}
+
+#[test]
+#[ignore = "run by `every_fault`"]
+fn stub_of_the_toolkit() {
+    assert!(reason().contains("LD_LIBRARY_PATH"));
+}
+
+#[test]
+#[ignore = "run by `every_fault`"]
+fn driver_that_does_not_start() {
+    assert!(reason().contains("error 999") && reason().contains("nvidia-smi"));
+}
+
+#[test]
+#[ignore = "run by `every_fault`"]
+fn old_driver() {
+    let text = reason();
+    assert!(text.contains("CUDA 12.8") && text.contains("update the driver"), "{text}");
+}
+
+#[test]
+#[ignore = "run by `every_fault`"]
+fn no_code_for_the_device() {
+    driver();
+    let text = cuda::Device::open(0).unwrap_err().to_string();
+    assert!(text.contains("compute capability 7.5") && text.contains("POSTHOC_EMA_CUDA_ARCHS"), "{text}");
+}
+
+#[test]
+#[ignore = "run by `every_fault`"]
+fn too_little_memory() {
+    let temp = tempfile::tempdir().unwrap();
+    let owner = Owner::new();
+    let model = Model::new(&owner);
+    let text = options(temp.path()).device(Device::Cuda(0)).create(&model.device).unwrap_err().to_string();
+    assert!(text.contains("running averages") && text.contains("are free") && text.contains("on the host"), "{text}");
+    // There is room for them on the host, and `Auto` finds that out by itself.
+    let mut ema = options(temp.path()).device(Device::Auto).create(&model.device).unwrap();
+    ema.update(&model.device).unwrap();
+    assert!(ema.fence().is_some());
+    ema.finish().unwrap();
+}
+
+#[test]
+#[ignore = "run by `every_fault`"]
+fn too_little_to_pin() {
+    let temp = tempfile::tempdir().unwrap();
+    let owner = Owner::new();
+    let model = Model::new(&owner);
+    let text = options(temp.path()).create(&model.device).unwrap_err().to_string();
+    assert!(text.contains("lock") && text.contains("host's memory") && !text.contains("device's memory"), "{text}");
+}
+
+/// Trains until the device fails, and checks that what was stored before is whole and goes on without the device.
+fn until_failure(device: Device) {
+    let temp = tempfile::tempdir().unwrap();
+    let owner = Owner::new();
+    let mut model = Model::new(&owner);
+    // Stores every step: where the failed run ends depends on the fault.
+    let reference = options(&temp.path().join("reference")).checkpoint_every(1).max_checkpoints(100);
+    let mut reference = reference.create(&model.host).unwrap();
+    let dir = temp.path().join("run");
+    let mut failed = None;
+    match options(&dir).device(device).create(&model.device) {
+        Err(error) => failed = Some(error.to_string()),
+        Ok(mut ema) => {
+            for step in 1..=40 {
+                model.train_host(step);
+                reference.update(&model.host).unwrap();
+                let mut updated = || ema.update(&model.device).map(drop).map_err(|error| error.to_string());
+                failed = model.try_train_device().and_then(|()| updated()).err();
+                if failed.is_some() {
+                    break;
+                }
+            }
+            let last = ema.finish().and_then(|()| ema.finish());
+            failed = failed.or(last.err().map(|error| error.to_string()));
+        }
+    }
+    let text = failed.expect("the fault was to be met");
+    assert!(text.contains("cuda:0") || text.contains("lost") || text.contains("CUDA_ERROR"), "{text}");
+    // Every file is whole, and holds what an undisturbed run held at that step.
+    if !dir.join("state.safetensors").exists() {
+        return;
+    }
+    drop(reference);
+    let (stored, expected) = (files(&dir), files(&temp.path().join("reference")));
+    for (name, tensors, metadata) in stored.iter().filter(|(name, ..)| name != "state.safetensors") {
+        let (_, same, also) = expected.iter().find(|(other, ..)| other == name).unwrap();
+        assert!(tensors == same && metadata == also, "{name}");
+    }
+    let resumed = options(&dir).resume(&model.host).unwrap();
+    assert!(resumed.step() > 0);
+}
+
+#[test]
+#[ignore = "run by `every_fault`"]
+fn failed_launch() {
+    until_failure(Device::Cuda(0));
+}
+
+#[test]
+#[ignore = "run by `every_fault`"]
+fn failed_copy() {
+    until_failure(Device::Cpu);
+}
+
+#[test]
+#[ignore = "run by `every_fault`"]
+fn failed_synthesis() {
+    driver();
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("run");
+    let model = vec![("w", vec![1.0f32; 1000])];
+    let mut ema = options(&dir).create(&model).unwrap();
+    for _ in 0..20 {
+        ema.update(&model).unwrap();
+    }
+    let run = Run::open(&dir).unwrap();
+    let plan = run.plan(Profile::sigma_rel(0.1).unwrap(), At::Latest).unwrap();
+    let path = temp.path().join("out.safetensors");
+    let options = |device| WriteOptions { device, ..WriteOptions::default() };
+    let output = [Output { plan: &plan, path: &path }];
+    let text = run.write_all(&output, &options(Device::Cuda(0))).unwrap_err().to_string();
+    assert!(text.contains("launch the blend") && text.contains("(700)"), "{text}");
+    assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 1, "nothing but the run");
+    // The CPU goes on.
+    assert_eq!(run.write_all(&output, &options(Device::Cpu)).unwrap(), Device::Cpu);
+    assert!(count("launches").unwrap() > 0);
+}

@@ -1,0 +1,145 @@
+//! Kernels that are wrong on purpose are caught by the tests; and the right ones hold under the address sanitizer.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use crate::driver::{build, is_standin, run_alone};
+
+/// A fault: its name, the file, what is replaced by what, and the tests that must notice.
+struct Mutation(&'static str, &'static str, &'static str, &'static str, &'static str);
+
+const MUTATIONS: [Mutation; 14] = [
+    Mutation(
+        "an unfused product",
+        "update.cu",
+        "e = fma_f32(w, sub_f32(p, e), e);",
+        "e = add_f32(w * sub_f32(p, e), e);",
+        "update::",
+    ),
+    Mutation("a lost low-order term", "update.cu", "c = sub_f32(d, sub_f32(s, e));", "c = 0.0f;", "update::"),
+    Mutation("a dropped tail", "update.cu", "    if (i >= c.elements) return;", "    return;", "update::"),
+    Mutation(
+        "a vector too many",
+        "update.cu",
+        "vectors = c.elements / V;",
+        "vectors = (c.elements + V - 1) / V;",
+        "update::",
+    ),
+    Mutation(
+        "alignment taken for granted",
+        "update.cu",
+        "if (c.address % Alignment<T, V>::BYTES == 0)",
+        "if (true)",
+        "update::",
+    ),
+    Mutation(
+        "the weight of another profile",
+        "update.cu",
+        "update_vector(a.weights[FIRST + j]",
+        "update_vector(a.weights[j]",
+        "update::",
+    ),
+    Mutation(
+        "sums in f32",
+        "blend.cu",
+        "sum[m][v] = fma_f64(a.weights[k * M + m], value, sum[m][v]);",
+        "sum[m][v] = f64_to_f32(fma_f64(a.weights[k * M + m], value, sum[m][v]));",
+        "blend::",
+    ),
+    Mutation("sums begun anew", "blend.cu", "a.first ? 0.0 : load(sum_at(a, m, i + v))", "0.0", "blend::"),
+    Mutation("unfit sums unnoticed", "blend.cu", "if (!fits(sum[m][v], a.limit))", "if (false)", "blend::"),
+    Mutation(
+        "the last source left out",
+        "blend.cu",
+        "        for (; k < end; k++) one(",
+        "        for (; k + 1 < end; k++) one(",
+        "blend::",
+    ),
+    Mutation(
+        "the low-order term left out of f64",
+        "convert.cu",
+        "a.low ? fma_f64(1.0, high, low) : high",
+        "high",
+        "convert::",
+    ),
+    Mutation("signs in the range", "convert.cu", "element(x, v) & 0x7fffffff", "element(x, v)", "convert::"),
+    Mutation(
+        "bytes left behind",
+        "chunk.cuh",
+        "i = rest + halves * 2 + threadIdx.x; i < bytes;",
+        "i = rest + halves * 2 + threadIdx.x; i + 1 < bytes;",
+        "offload::",
+    ),
+    Mutation(
+        "truncated bf16",
+        "update.cu",
+        "set_pair(low, i, f32_to_bf16(c0), f32_to_bf16(c1))",
+        "set_pair(low, i, f32_bits(c0) >> 16, f32_bits(c1) >> 16)",
+        "update::",
+    ),
+];
+
+#[test]
+#[ignore = "builds the stand-in many times: minutes"]
+fn every_fault_of_a_kernel_is_caught() {
+    if !is_standin() {
+        return;
+    }
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    for Mutation(name, file, from, to, tests) in &MUTATIONS {
+        let temp = tempfile::tempdir().unwrap();
+        for entry in fs::read_dir(&kernels).unwrap() {
+            let path = entry.unwrap().path();
+            let mut text = fs::read_to_string(&path).unwrap();
+            if path.ends_with(file) {
+                assert_eq!(text.matches(from).count(), 1, "{name}: `{from}` has moved");
+                text = text.replace(from, to);
+            }
+            fs::write(temp.path().join(path.file_name().unwrap()), text).unwrap();
+        }
+        let library = build(temp.path(), &["-O1", "-w"]);
+        let output = run_alone(tests, &[], &library);
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(!output.status.success() && text.contains("test result: FAILED"), "{name} was not noticed by {tests}");
+        fs::remove_dir_all(library.parent().unwrap()).unwrap();
+    }
+}
+
+/// Device memory is memory of this process: whatever reads or writes beside it is caught.
+#[test]
+#[ignore = "builds the stand-in anew: a minute"]
+fn the_address_sanitizer_finds_nothing() {
+    if !is_standin() {
+        return;
+    }
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let library = build(&kernels, &["-g", "-O1", "-fsanitize=address", "-w"]);
+    let runtime = Command::new("g++").arg("-print-file-name=libasan.so").output().unwrap();
+    let runtime = String::from_utf8(runtime.stdout).unwrap();
+    let variables = [("LD_PRELOAD", runtime.trim()), ("ASAN_OPTIONS", "detect_leaks=0:halt_on_error=1")];
+    for part in ["update::", "blend::", "convert::", "offload::", "tracker::", "synthesis::"] {
+        let output = run_alone(part, &variables, &library);
+        let text = [output.stdout, output.stderr].concat();
+        assert!(output.status.success(), "{part}: {}", String::from_utf8_lossy(&text));
+    }
+}
+
+/// The stand-in's own test.
+#[test]
+#[ignore = "builds the stand-in anew: half a minute"]
+fn the_stand_in_notices_what_it_should() {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standin");
+    let temp = tempfile::tempdir().unwrap();
+    let (library, program) = (temp.path().join("selftest-libcuda.so.1"), temp.path().join("selftest"));
+    let compile = |arguments: &[&str], source: &str, out: &Path| {
+        let mut compiler = Command::new("g++");
+        compiler.args(arguments).arg("-I").arg(&tests).arg("-o").arg(out).arg(tests.join(source));
+        let output = compiler.args(["-ldl", "-lpthread"]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    compile(&[&crate::driver::FLAGS[..], &["-DSTANDIN_SELFTEST"]].concat(), "driver.cpp", &library);
+    compile(&["-std=c++17", "-O1", "-ffp-contract=off"], "selftest.cpp", &program);
+    let output = Command::new(&program).arg(&library).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&[output.stdout, output.stderr].concat()));
+}

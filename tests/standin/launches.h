@@ -1,0 +1,110 @@
+// Entry points: modules and launches.
+#pragma once
+#include "streams.h"
+// After all else: the names and macros of the kernels are global.
+#include "kernels.h"
+
+namespace standin {
+
+struct Function;
+struct Module { Context* context; std::map<std::string, Function*> functions; };
+struct Function { Module* module; std::string name; Runner run; };
+
+API cuModuleLoadData(void** out, const void* image) {
+    return call([=] {
+        const uint32_t fatbin_magic = 0xba55ed50;
+        if (memcmp(image, &fatbin_magic, 4)) refuse(invalid_image, "the image is no fatbin");
+        if (settings().reject_image) throw Failure{no_binary_for_gpu, false, ""};
+        if (settings().driver < 13000) throw Failure{unsupported_ptx, false, ""};
+        auto* made = new Module{&context(), {}};
+        driver().modules.insert(made);
+        *out = made;
+    });
+}
+API cuModuleUnload(void* handle) {
+    return call(tolerant, [=] {
+        Module* gone = &live<Module>(driver().modules, handle, "module");
+        for (auto& [name, function] : gone->functions) driver().functions.erase(function), delete function;
+        driver().modules.erase(gone);
+        delete gone;
+        if (sticky_code) throw Failure{sticky_code, true, ""};
+    });
+}
+API cuModuleGetFunction(void** out, void* handle, const char* name) {
+    return call([=] {
+        Module& module = live<Module>(driver().modules, handle, "module");
+        Runner run = kernel_named(name);
+        if (!run) refuse(not_found, "there is no kernel %s", name);
+        Function*& function = module.functions[name];
+        if (!function) driver().functions.insert(function = new Function{&module, name, run});
+        *out = function;
+    });
+}
+API cuFuncGetAttribute(int* value, int attribute, void* handle) {
+    return call([=] {
+        live<Function>(driver().functions, handle, "function");
+        int capability = (int)settings().capability;
+        *value = attribute == 0 ? 1024 : attribute == 4 ? 32 : attribute == 5 || attribute == 6 ? capability : 0;
+    });
+}
+API cuFuncSetAttribute(void*, int, int) { return call([] { context(); }); }
+API cuFuncSetCacheConfig(void*, int) { return call([] { context(); }); }
+API cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, void* handle, int threads, size_t, unsigned) {
+    return call([=] {
+        live<Function>(driver().functions, handle, "function");
+        *blocks = threads > 0 ? std::min(2048 / threads, 32) : 0;
+    });
+}
+API cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* handle, int threads, size_t shared) {
+    return cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, handle, threads, shared, 0);
+}
+
+static void check_extents(const char* kernel, const standin_index& grid, const standin_index& block) {
+    bool fits = volume(block) > 0 && volume(block) <= 1024 && block.x <= 1024 && block.y <= 1024 && block.z <= 64 &&
+                volume(grid) > 0 && grid.x <= 2147483647u && grid.y <= 65535 && grid.z <= 65535;
+    if (!fits)
+        refuse(invalid_value, "kernel %s: no device takes %u x %u x %u blocks of %u x %u x %u threads", kernel, grid.x,
+               grid.y, grid.z, block.x, block.y, block.z);
+}
+// Takes the marks of the launch from every allocation, and orders them unless the kernel failed.
+static void finish_launch(Stream& stream, Work work) {
+    for (Allocation* it : launch.touched) {
+        auto read = take_ranges(*it, reads), written = take_ranges(*it, writes);
+        it->touched_first = 1, it->touched_last = 0;
+        for (const Range& range : read) count("kernel_read_bytes") += range.end - range.begin;
+        for (const Range& range : written) count("kernel_written_bytes") += range.end - range.begin;
+        if (!work) read.clear(), written.clear();
+        for (const Range& range : read) note_read(*it, range, work, stream.clock);
+        for (const Range& range : written) note_write(*it, range, work, stream.clock);
+        close_for_device(*it, read, written, work);
+    }
+}
+static void run_kernel(const Function& function, Stream& stream, const void* arguments) {
+    Work work = enqueue(stream, "kernel " + function.name);
+    // Which pinned memory a kernel touches shows only as it runs: each is opened as a whole when it does.
+    auto open = [](Allocation& it) { open_for_device(it, {0, it.bytes}, writes); };
+    begin_touching(function.name.c_str(), stream.context->device, open);
+    try {
+        function.run(arguments, settings().reverse);
+    } catch (...) {
+        finish_launch(stream, 0);
+        throw;
+    }
+    finish_launch(stream, work);
+}
+API cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned,
+                   void* stream_handle, void** arguments, void**) {
+    return call([=] {
+        Function& function = live<Function>(driver().functions, handle, "function");
+        Stream& stream = working_stream(stream_handle);
+        const char* name = function.name.c_str();
+        if (function.module->context != stream.context) refuse(invalid_handle, "kernel %s is of another context", name);
+        check_extents(name, {gx, gy, gz}, {bx, by, bz});
+        if (++count("launches") == settings().fail_launch)
+            break_device(illegal_address, "kernel %s was told to fail by STANDIN_FAIL_LAUNCH", name);
+        gridDim = {gx, gy, gz}, blockDim = {bx, by, bz};
+        run_kernel(function, stream, arguments[0]);
+    });
+}
+
+}  // namespace standin

@@ -1,0 +1,110 @@
+// Entry points: streams, events, and the host's waits.
+#pragma once
+#include <chrono>
+
+#include "handles.h"
+
+namespace standin {
+
+// The host waits until a clock is reached, as a synchronization does.
+static void host_waits(const Clock& clock) {
+    count("host_waits")++;
+    host_reaches(clock);
+}
+// A query succeeds only after a few refusals, unless the host knows already that the work is done.
+static void query(const Clock& clock, uint64_t& refusals) {
+    if (ordering().host.covers(clock)) return;
+    if (refusals > 0) {
+        refusals--;
+        throw Failure{not_ready, false, ""};
+    }
+    host_reaches(clock);
+}
+API cuCtxSynchronize() { return call([] { host_waits(context().everything); }); }
+
+// ---- Streams and events
+
+API cuStreamCreateWithPriority(void** out, unsigned flags, int) {
+    return call([=] {
+        Stream* made = flags & 1 ? new_stream(context(), Stream::non_blocking, "non-blocking stream")
+                                 : new_stream(context(), Stream::blocking, "blocking stream");
+        driver().streams.insert(made);
+        *out = made;
+    });
+}
+API cuStreamCreate(void** out, unsigned flags) { return cuStreamCreateWithPriority(out, flags, 0); }
+API cuStreamDestroy_v2(void* handle) {
+    return call(tolerant, [=] {
+        Stream* gone = &live<Stream>(driver().streams, handle, "stream");
+        driver().streams.erase(gone);
+        delete gone;
+        if (sticky_code) throw Failure{sticky_code, true, ""};
+    });
+}
+API cuStreamSynchronize(void* stream) {
+    return call([=] { host_waits(stream_of(stream).clock); });
+}
+API cuStreamQuery(void* handle) {
+    return call([=] {
+        Stream& stream = stream_of(handle);
+        query(stream.clock, stream.queries);
+    });
+}
+API cuStreamWaitEvent(void* stream, void* event, unsigned) {
+    return call([=] { wait_for(stream_of(stream), event_of(event)); });
+}
+API cuStreamIsCapturing(void*, int* status) { return *status = 0, success; }
+
+static double milliseconds_now() {
+    auto now = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration<double, std::milli>(now).count();
+}
+API cuEventCreate(void** out, unsigned flags) {
+    return call([=] {
+        auto* made = new Event{&context(), !(flags & 2), false, {}, 0, 0};
+        driver().events.insert(made);
+        *out = made;
+    });
+}
+API cuEventDestroy_v2(void* handle) {
+    return call(tolerant, [=] {
+        Event* gone = &event_of(handle);
+        driver().events.erase(gone);
+        delete gone;
+        if (sticky_code) throw Failure{sticky_code, true, ""};
+    });
+}
+API cuEventRecord(void* handle, void* stream_handle) {
+    return call([=] {
+        Event& event = event_of(handle);
+        Stream& stream = stream_of(stream_handle);
+        if (event.context != stream.context) refuse(invalid_handle, "event and stream are of different contexts");
+        count("events")++;
+        record(event, stream);
+        event.milliseconds = milliseconds_now();
+    });
+}
+API cuEventSynchronize(void* event) {
+    return call([=] { host_waits(event_of(event).clock); });
+}
+API cuEventQuery(void* handle) {
+    return call([=] {
+        Event& event = event_of(handle);
+        query(event.clock, event.queries);
+    });
+}
+API cuEventElapsedTime_v2(float* milliseconds, void* first, void* last) {
+    return call([=] {
+        Event &start = event_of(first), &end = event_of(last);
+        if (!start.timed || !end.timed || !start.recorded || !end.recorded)
+            refuse(invalid_handle, "elapsed time needs two recorded events that were created with timing");
+        const Clock& host = ordering().host;
+        if (!host.covers(start.clock) || !host.covers(end.clock)) throw Failure{not_ready, false, ""};
+        *milliseconds = (float)(end.milliseconds - start.milliseconds);
+    });
+}
+API cuEventElapsedTime(float* milliseconds, void* first, void* last) {
+    return cuEventElapsedTime_v2(milliseconds, first, last);
+}
+
+}  // namespace standin
