@@ -20,24 +20,25 @@ DEVICE Chunk load_chunk(const Chunk* table, uint64_t index) {
     return chunk;
 }
 
-// Copies bytes of any alignment with all threads of a block.
-DEVICE void copy_bytes(uint64_t to, uint64_t from, uint32_t bytes) {
+// Copies bytes of any alignment with all threads of a block. Their number is a constant to the compiler: it would divide
+// by `blockDim` to unroll the loops.
+DEVICE void copy_bytes(uint64_t to, uint64_t from, uint32_t bytes, uint32_t threads) {
     const uint32_t wide = (to | from) % 16 == 0 ? bytes / 16 : 0;
-    for (uint32_t i = threadIdx.x; i < wide; i += blockDim.x) {
+    for (uint32_t i = threadIdx.x; i < wide; i += threads) {
         store(reinterpret_cast<uint4*>(to) + i, load(reinterpret_cast<const uint4*>(from) + i));
     }
     const uint32_t done = wide * 16;
     // Elements of 2 and 4 bytes, the usual ones, need not go byte by byte where only the vector is out of place.
     const uint32_t words = (to | from) % 4 == 0 ? (bytes - done) / 4 : 0;
-    for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) {
+    for (uint32_t i = threadIdx.x; i < words; i += threads) {
         store(reinterpret_cast<uint32_t*>(to + done) + i, load(reinterpret_cast<const uint32_t*>(from + done) + i));
     }
     const uint32_t rest = done + words * 4;
     const uint32_t halves = (to | from) % 2 == 0 ? (bytes - rest) / 2 : 0;
-    for (uint32_t i = threadIdx.x; i < halves; i += blockDim.x) {
+    for (uint32_t i = threadIdx.x; i < halves; i += threads) {
         store(reinterpret_cast<uint16_t*>(to + rest) + i, load(reinterpret_cast<const uint16_t*>(from + rest) + i));
     }
-    for (uint32_t i = rest + halves * 2 + threadIdx.x; i < bytes; i += blockDim.x) {
+    for (uint32_t i = rest + halves * 2 + threadIdx.x; i < bytes; i += threads) {
         store(reinterpret_cast<uint8_t*>(to) + i, load(reinterpret_cast<const uint8_t*>(from) + i));
     }
 }

@@ -90,7 +90,7 @@ struct GatherArgs {
 extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_constant__ GatherArgs a) {
     for (uint64_t i = blockIdx.x; i < a.count; i += gridDim.x) {
         const Chunk c = load_chunk(a.chunks, i);
-        copy_bytes(a.to + c.offset, c.address, c.elements);
+        copy_bytes(a.to + c.offset, c.address, c.elements, THREADS);
     }
 }
 

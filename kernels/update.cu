@@ -144,7 +144,7 @@ template <int PROFILES, bool COMPENSATED> DEVICE void update(const UpdateArgs& a
             update_whole<F64, PROFILES, COMPENSATED, 1, false>(a, c);
             update_rest<F64, PROFILES, COMPENSATED>(a, c);
             break;
-        default: copy_bytes(address_of(a.copies, c.offset, 1), c.address, c.elements);
+        default: copy_bytes(address_of(a.copies, c.offset, 1), c.address, c.elements, THREADS);
     }
 }
 

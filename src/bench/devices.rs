@@ -1,8 +1,9 @@
 //! The devices that can be measured.
 
+use super::Result;
+use super::cases::Sizes;
 use super::cpu::Cpu;
 use super::session::Session;
-use super::{Options, Result};
 use crate::device::Device;
 use crate::error::Error;
 
@@ -11,8 +12,14 @@ pub(super) trait Bench {
     /// Its name, as [`Device`] writes it.
     fn device(&self) -> String;
 
+    /// Its maker's name for it.
+    fn model(&self) -> String;
+
+    /// As many parameters as show what it can do, beside the other sizes, where nobody says how many.
+    fn parameters(&self, asked: &Sizes) -> Result<usize>;
+
     /// Measures everything, one call of [`Session::measure`] for what shares its memory and its limits.
-    fn run(&self, options: &Options, session: &mut Session<'_>) -> Result<()>;
+    fn run(&self, sizes: &Sizes, session: &mut Session<'_>) -> Result<()>;
 }
 
 /// What was found.
@@ -43,6 +50,17 @@ pub(super) fn find(device: Device) -> Result<Found> {
 }
 
 /// The CUDA device of this number, or all of them; or why there is none.
+#[cfg(feature = "cuda")]
+fn cuda(number: Option<usize>) -> Result<Vec<Box<dyn Bench>>, String> {
+    use crate::compute::cuda;
+    let count = cuda::devices().map_err(|why| why.to_string())?;
+    let numbers = number.map_or(0..count, |number| number..number + 1);
+    let open = |number| cuda::Device::open(number).map(|device| Box::new(super::cuda::Cuda(device)) as Box<dyn Bench>);
+    numbers.map(open).collect::<Result<_>>().map_err(|error| error.to_string())
+}
+
+/// Why there is no CUDA device.
+#[cfg(not(feature = "cuda"))]
 fn cuda(_number: Option<usize>) -> Result<Vec<Box<dyn Bench>>, String> {
     Err("this program was built without the feature `cuda`".into())
 }

@@ -4,7 +4,10 @@
 //! each piece of work is compared with a loop that moves the same bytes and does nothing else, the two are timed in turns,
 //! and medians are compared. Nothing is timed before its answer was checked.
 
+mod cases;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod devices;
 #[doc(hidden)]
 pub mod limits;
@@ -16,17 +19,23 @@ use serde::Serialize;
 use crate::device::Device;
 use crate::error::{Error, Result};
 
+use cases::Sizes;
+use devices::Bench;
 pub use machine::Machine;
 use session::Session;
 
 /// The running averages that an update folds parameters into: two, as a run tracks them by default.
 const PROFILES: usize = 2;
 
+/// Parameters on the CPU by default: arrays far larger than caches, below 2 GB and half a minute on two cores.
+const CPU_PARAMETERS: usize = 20_000_000;
+
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Options {
-    /// Parameters of the model.
-    pub parameters: usize,
+    /// Parameters of the model; by default 20 million on the CPU, and on a GPU, which is done with those in no time,
+    /// 200 million, or as many as fit.
+    pub parameters: Option<usize>,
     /// Tensors of the model that has many small ones.
     pub tensors: usize,
     /// Snapshots that are blended.
@@ -40,11 +49,10 @@ pub struct Options {
     pub device: Device,
 }
 
-/// Arrays far larger than caches, below 2 GB and half a minute on two cores.
 impl Default for Options {
     fn default() -> Options {
-        let (parameters, tensors, snapshots, targets, repeats) = (20_000_000, 1000, 12, 8, 7);
-        Options { parameters, tensors, snapshots, targets, repeats, device: Device::Auto }
+        let (tensors, snapshots, targets, repeats) = (1000, 12, 8, 7);
+        Options { parameters: None, tensors, snapshots, targets, repeats, device: Device::Auto }
     }
 }
 
@@ -54,7 +62,8 @@ impl Options {
     /// # Errors
     /// [`Error::Setting`] for a number of zero, and for more tensors than parameters.
     pub fn check(&self) -> Result<()> {
-        let Options { parameters, tensors, snapshots, targets, repeats, .. } = *self;
+        let Options { tensors, snapshots, targets, repeats, .. } = *self;
+        let parameters = self.parameters.unwrap_or(CPU_PARAMETERS);
         let counts = [
             ("parameters", parameters),
             ("tensors", tensors),
@@ -82,6 +91,8 @@ pub enum Work {
     Limit,
     /// New parameters folded into running averages.
     Update,
+    /// Parameters on their way from a device to averages on the host.
+    Offload,
     /// Snapshots blended into targets.
     Blend,
 }
@@ -91,6 +102,7 @@ impl std::fmt::Display for Work {
         f.write_str(match self {
             Work::Limit => "limit",
             Work::Update => "update",
+            Work::Offload => "offload",
             Work::Blend => "blend",
         })
     }
@@ -119,9 +131,22 @@ pub struct Measurement {
     pub share_of_limit: Option<f64>,
 }
 
+/// A device that was measured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Measured {
+    /// Its name here: `cpu` or `cuda:N`.
+    pub device: String,
+    /// Its name by its maker.
+    pub model: String,
+    /// The parameters of the model that was updated on it, and of each snapshot that was blended.
+    pub parameters: usize,
+}
+
 /// All that was measured.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Measurements {
+    /// The devices.
+    pub devices: Vec<Measured>,
     /// Device by device.
     pub rows: Vec<Measurement>,
     /// Why no CUDA device is among them, where they were asked for by [`Device::Auto`] alone.
@@ -147,13 +172,22 @@ pub struct Progress {
 pub fn run(options: &Options, progress: &mut dyn FnMut(&Progress)) -> Result<Measurements> {
     options.check()?;
     let devices::Found { benches, without_cuda } = devices::find(options.device)?;
-    let mut rows = Vec::new();
+    let (mut devices, mut rows) = (Vec::new(), Vec::new());
     for bench in benches {
-        let mut session = Session::new(bench.device(), options.repeats, progress);
-        bench.run(options, &mut session)?;
+        let sizes = sizes(options, &*bench)?;
+        let (device, model) = (bench.device(), bench.model());
+        let mut session = Session::new(device.clone(), options.repeats, progress);
+        bench.run(&sizes, &mut session)?;
         rows.append(&mut session.into_measurements());
+        devices.push(Measured { device, model, parameters: sizes.parameters });
     }
-    Ok(Measurements { rows, without_cuda })
+    Ok(Measurements { devices, rows, without_cuda })
+}
+
+fn sizes(options: &Options, bench: &dyn Bench) -> Result<Sizes> {
+    let Options { parameters, tensors, snapshots, targets, .. } = *options;
+    let asked = Sizes { parameters: parameters.unwrap_or_default(), tensors, snapshots, targets };
+    Ok(Sizes { parameters: parameters.map_or_else(|| bench.parameters(&asked), Ok)?, ..asked })
 }
 
 #[cfg(test)]
@@ -162,7 +196,7 @@ mod tests {
 
     /// Small, and of sizes that nothing divides.
     fn small() -> Options {
-        Options { parameters: 70_001, tensors: 37, snapshots: 5, targets: 3, repeats: 3, device: Device::Cpu }
+        Options { parameters: Some(70_001), tensors: 37, snapshots: 5, targets: 3, repeats: 3, device: Device::Cpu }
     }
 
     #[test]
@@ -180,12 +214,13 @@ mod tests {
             assert!(row.limit.iter().all(|limit| limits.contains(&limit.as_str())), "{row:?}");
         }
         assert_eq!(measured.without_cuda, None);
+        assert!(matches!(&measured.devices[..], [cpu] if cpu.device == "cpu" && cpu.parameters == 70_001));
         assert!(rounds.iter().any(|p| p.what == "cpu: update" && p.done == 3 && p.of == 3), "{rounds:?}");
     }
 
     #[test]
     fn nothing_is_measured_twice_where_many_are_few() {
-        let options = Options { parameters: 3, tensors: 3, snapshots: 1, targets: 1, ..small() };
+        let options = Options { parameters: Some(3), tensors: 3, snapshots: 1, targets: 1, ..small() };
         let rows = run(&options, &mut |_| {}).unwrap().rows;
         let mut names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
         assert_eq!(names.len(), 2 + 4 + 2 + 3);
@@ -197,10 +232,11 @@ mod tests {
     #[test]
     fn options_that_make_no_sense_are_refused() {
         for (options, part) in [
-            (Options { parameters: 0, ..small() }, "parameters"),
+            (Options { parameters: Some(0), ..small() }, "parameters"),
             (Options { repeats: 0, ..small() }, "repeats"),
             (Options { tensors: 70_002, ..small() }, "at most 70001"),
-            (Options { parameters: usize::MAX, ..small() }, "fewer parameters"),
+            (Options { parameters: None, tensors: 20_000_001, ..small() }, "at most 20000000"),
+            (Options { parameters: Some(usize::MAX), ..small() }, "fewer parameters"),
         ] {
             let text = run(&options, &mut |_| {}).unwrap_err().to_string();
             assert!(text.contains(part), "{text}");

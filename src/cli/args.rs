@@ -207,12 +207,13 @@ pub struct Verify {
 /// Measure update and blend on this machine, beside the machine's limits
 ///
 /// Every piece of work is compared with a loop that moves the same bytes and does next to nothing else, timed in turns
-/// with it. Answers are checked before anything is timed. The snapshots that are blended lie in a temporary file.
+/// with it; on a GPU with a copy within it, or over the bus. Answers are checked before anything is timed. The
+/// snapshots that the CPU blends lie in a temporary file.
 #[derive(Args)]
 pub struct Bench {
-    /// Parameters of the model
-    #[arg(long, value_name = "N", default_value_t = Options::default().parameters)]
-    pub parameters: usize,
+    /// Parameters of the model [default: 20 million on the CPU, 200 million, or what fits, on a GPU]
+    #[arg(long, value_name = "N")]
+    pub parameters: Option<usize>,
     /// Tensors of the model that has many small ones
     #[arg(long, value_name = "N", default_value_t = Options::default().tensors)]
     pub tensors: usize,

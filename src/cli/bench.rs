@@ -1,7 +1,7 @@
 //! `posthoc-ema bench`.
 
 use indicatif::HumanCount;
-use posthoc_ema::bench::{self, Machine, Measurements, Options, Progress};
+use posthoc_ema::bench::{self, Machine, Measured, Measurements, Options, Progress};
 use posthoc_ema::report;
 use serde_json::json;
 
@@ -15,18 +15,23 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub fn run(arguments: &Bench) -> Outcome {
     let options = options(arguments);
     options.check().map_err(|error| Failure::Usage(error.to_string()))?;
-    let machine = Machine::this();
-    let Measurements { rows, without_cuda } = measure(&options)?;
+    let Measurements { devices, rows, without_cuda } = measure(&options)?;
     if let Some(why) = without_cuda {
         eprintln!("no CUDA device was measured: {why}");
     }
     if arguments.json {
-        print_json(&json!({ "version": VERSION, "machine": machine, "options": options, "measurements": rows }));
+        print_json(&json!({
+            "version": VERSION,
+            "machine": Machine::this(),
+            "options": options,
+            "devices": devices,
+            "measurements": rows,
+        }));
     } else {
         print(&report::measurements(&rows).to_string());
     }
     if let Some(path) = &arguments.plot {
-        report::plot(path, &rows, &title(&options, &machine))?;
+        report::plot(path, &rows, &title(&devices))?;
     }
     Ok(())
 }
@@ -47,6 +52,10 @@ fn measure(options: &Options) -> Result<Measurements, Failure> {
     Ok(measured?)
 }
 
-fn title(options: &Options, Machine { cpu, threads, .. }: &Machine) -> String {
-    format!("posthoc-ema {VERSION}, {} parameters, on {cpu}, {threads} threads", HumanCount(options.parameters as u64))
+fn title(devices: &[Measured]) -> String {
+    let about = |Measured { model, parameters, .. }: &Measured| {
+        format!("{} parameters on {model}", HumanCount(*parameters as u64))
+    };
+    let about: Vec<String> = devices.iter().map(about).collect();
+    format!("posthoc-ema {VERSION}: {}", about.join(", "))
 }

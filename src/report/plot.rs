@@ -82,6 +82,7 @@ fn color(work: Work) -> RGBColor {
     match work {
         Work::Limit => RGBColor(190, 190, 190),
         Work::Update => RGBColor(0, 90, 160),
+        Work::Offload => RGBColor(60, 140, 90),
         Work::Blend => RGBColor(200, 110, 30),
     }
 }

@@ -1,6 +1,7 @@
 //! The CUDA path against the CPU's, bit for bit: on the real driver where there is one, and otherwise on the stand-in that
 //! is built here from the very same kernels.
 
+mod bench;
 mod blend;
 mod convert;
 mod driver;

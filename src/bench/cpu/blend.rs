@@ -9,15 +9,13 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use super::super::cases::{self, Sizes, target_counts, word};
+use super::super::limits;
 use super::super::limits::stretches;
 use super::super::session::{Row, Session, Task, timed};
-use super::super::{Options, Work, limits};
 use crate::compute::cpu::{self, CHUNK};
 use crate::error::{Error, Result};
 use crate::snapshot::{FileLayout, StoredFile, TensorSpec};
-
-/// The dtypes of snapshots that are timed.
-const DTYPES: [Dtype; 3] = [Dtype::F16, Dtype::BF16, Dtype::F32];
 
 /// Elements between those whose answers are compared; a prime, so that no place in a chunk is left out.
 const SAMPLED: usize = 9973;
@@ -31,26 +29,18 @@ const TENSOR: &str = "snapshots";
 const SCAN: &str = "mapped file read";
 
 /// Times all cases.
-pub(super) fn measure(options: &Options, session: &mut Session<'_>) -> Result<()> {
-    let Options { parameters, snapshots, .. } = *options;
+pub(super) fn measure(sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
+    let Sizes { parameters, snapshots, targets, .. } = *sizes;
     let file = write_snapshots(parameters * snapshots * size_of::<f32>(), session)?;
     let bytes = file.bytes(&file.tensors()[TENSOR]);
-    let mut targets = vec![1, options.targets];
-    targets.dedup();
     let mut tasks: Vec<Box<dyn Task<State> + '_>> = vec![Box::new(Scan(bytes))];
-    let case = |dtype: Dtype, targets| Case { dtype, sources: cut(bytes, options, dtype), parameters, targets };
-    tasks.extend(targets.iter().map(|&targets| Box::new(Loop(case(Dtype::F32, targets))) as _));
-    for dtype in DTYPES {
-        tasks.extend(targets.iter().map(|&targets| Box::new(case(dtype, targets)) as _));
-    }
-    let mut state = State { results: (0..options.targets).map(|_| vec![0; parameters * size_of::<f32>()]).collect() };
+    let case = |case: cases::Blend| Case { sources: cut(bytes, &case), case };
+    let loops = target_counts(sizes).into_iter();
+    let loops = loops.map(|targets| cases::Blend { dtype: Dtype::F32, sources: snapshots, targets, parameters });
+    tasks.extend(loops.map(|it| Box::new(Loop(case(it))) as _));
+    tasks.extend(cases::Blend::all(sizes).into_iter().map(|it| Box::new(case(it)) as _));
+    let mut state = State { results: (0..targets).map(|_| vec![0; parameters * size_of::<f32>()]).collect() };
     session.measure("blend", &mut state, &tasks)
-}
-
-/// Every 16 bits are `0x3c00` to `0x3fff`: whether read as f16, as bf16 or as f32, they are finite and at most 2.
-fn word(i: usize) -> u64 {
-    let mixed = (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    0x3c00_3c00_3c00_3c00 | (mixed & 0x03ff_03ff_03ff_03ff)
 }
 
 /// A mapped file of so many bytes, rounded up to words, in the page cache. Its name is gone at once: whatever ends the
@@ -78,8 +68,8 @@ fn create(path: &Path, header: &[u8]) -> Result<File> {
 }
 
 /// The snapshots of a dtype.
-fn cut<'a>(bytes: &'a [u8], options: &Options, dtype: Dtype) -> Vec<&'a [u8]> {
-    bytes.chunks_exact(options.parameters * dtype.bitsize() / 8).take(options.snapshots).collect()
+fn cut<'a>(bytes: &'a [u8], case: &cases::Blend) -> Vec<&'a [u8]> {
+    bytes.chunks_exact(case.result_bytes()).take(case.sources).collect()
 }
 
 /// What is written.
@@ -124,7 +114,7 @@ struct Loop<'a>(Case<'a>);
 
 impl Task<State> for Loop<'_> {
     fn row(&self) -> Row {
-        Row::limit(self.0.loop_name(), self.0.bytes())
+        Row::limit(self.0.loop_name(), self.0.case.bytes())
     }
 
     fn check(&self, state: &mut State) -> Result<()> {
@@ -132,10 +122,10 @@ impl Task<State> for Loop<'_> {
         self.seconds(state)?;
         let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
         let at = |i: usize| 8 * i..8 * i + 8;
-        for i in (0..self.0.result_bytes() / 8).step_by(SAMPLED) {
+        for i in (0..self.0.case.result_bytes() / 8).step_by(SAMPLED) {
             let sources = self.0.sources.iter().map(|source| word(&source[at(i)]));
             let expected = sources.fold(0, u64::wrapping_add);
-            for result in &state.results[..self.0.targets] {
+            for result in &state.results[..self.0.case.targets] {
                 let got = word(&result[at(i)]);
                 if got != expected {
                     return Err(wrong(&self.row().name, format!("sum {i} is {got:#x}, not {expected:#x}")));
@@ -146,44 +136,27 @@ impl Task<State> for Loop<'_> {
     }
 
     fn seconds(&self, state: &mut State) -> Result<f64> {
-        let mut dst = state.dst(self.0.targets, self.0.result_bytes());
+        let mut dst = state.dst(self.0.case.targets, self.0.case.result_bytes());
         Ok(timed(|| limits::blend(&mut dst, &self.0.sources)))
     }
 }
 
-/// A blend of all snapshots of a dtype into results of the same.
+/// A case, and the snapshots that it blends.
 struct Case<'a> {
-    dtype: Dtype,
+    case: cases::Blend,
     sources: Vec<&'a [u8]>,
-    parameters: usize,
-    targets: usize,
 }
 
 impl Case<'_> {
-    fn result_bytes(&self) -> usize {
-        self.parameters * self.dtype.bitsize() / 8
-    }
-
-    fn bytes(&self) -> usize {
-        (self.sources.len() + self.targets) * self.result_bytes()
-    }
-
     /// The name of the [`Loop`] over the same streams.
     fn loop_name(&self) -> String {
-        format!("{} streams added up, {} written", self.sources.len(), self.targets)
-    }
-
-    /// Weights of both signs, different for every target.
-    fn weights(&self) -> Vec<f64> {
-        let sources = self.sources.len();
-        let weight = |i: usize| (((7 * (i % sources) + 3 * (i / sources)) % 5) as f64 - 0.7) / sources as f64;
-        (0..sources * self.targets).map(weight).collect()
+        format!("{} streams added up, {} written", self.case.sources, self.case.targets)
     }
 
     fn blend(&self, dst: &mut [&mut [u8]]) -> Result<()> {
-        let size = self.dtype.bitsize() / 8;
-        let (dtypes, weights) = (vec![self.dtype; self.sources.len()], self.weights());
-        let blend = cpu::Blend { dtypes: &dtypes, weights: &weights, output: self.dtype };
+        let (dtype, weights) = (self.case.dtype, self.case.weights());
+        let (size, dtypes) = (dtype.bitsize() / 8, vec![dtype; self.sources.len()]);
+        let blend = cpu::Blend { dtypes: &dtypes, weights: &weights, output: dtype };
         stretches(dst, CHUNK * size).into_par_iter().enumerate().try_for_each(|(i, mut dst)| {
             let range = i * CHUNK * size..i * CHUNK * size + dst[0].len();
             let sources: Vec<&[u8]> = self.sources.iter().map(|source| &source[range.clone()]).collect();
@@ -194,17 +167,17 @@ impl Case<'_> {
 
     /// Half a unit in the last place, and a little for sums near zero.
     fn compare(&self, results: &[Vec<u8>]) -> Result<()> {
-        let weights = self.weights();
-        let precision = match self.dtype {
+        let weights = self.case.weights();
+        let precision = match self.case.dtype {
             Dtype::F16 => f64::from(f16::EPSILON),
             Dtype::BF16 => f64::from(bf16::EPSILON),
             _ => f64::from(f32::EPSILON),
         };
-        for i in (0..self.parameters).step_by(SAMPLED).chain([self.parameters - 1]) {
-            let values: Vec<f64> = self.sources.iter().map(|source| element(source, self.dtype, i)).collect();
+        for i in (0..self.case.parameters).step_by(SAMPLED).chain([self.case.parameters - 1]) {
+            let values: Vec<f64> = self.sources.iter().map(|source| element(source, self.case.dtype, i)).collect();
             for (result, weights) in results.iter().zip(weights.chunks(values.len())) {
                 let expected: f64 = weights.iter().zip(&values).map(|(w, x)| w * x).sum();
-                let got = element(result, self.dtype, i);
+                let got = element(result, self.case.dtype, i);
                 if !((got - expected).abs() <= 0.5 * precision * (expected.abs() + 0.01)) {
                     return Err(wrong(&self.row().name, format!("element {i} is {got}, not {expected}")));
                 }
@@ -216,24 +189,17 @@ impl Case<'_> {
 
 impl Task<State> for Case<'_> {
     fn row(&self) -> Row {
-        let dtype = self.dtype.to_string().to_lowercase();
-        let plural = if self.targets == 1 { "" } else { "s" };
-        Row {
-            name: format!("{} {dtype} snapshots to {} target{plural}", self.sources.len(), self.targets),
-            work: Work::Blend,
-            bytes: self.bytes() as u64,
-            limit: Some(self.loop_name()),
-        }
+        self.case.row(self.loop_name())
     }
 
     fn check(&self, state: &mut State) -> Result<()> {
         state.poison();
         self.seconds(state)?;
-        self.compare(&state.results[..self.targets])
+        self.compare(&state.results[..self.case.targets])
     }
 
     fn seconds(&self, state: &mut State) -> Result<f64> {
-        let mut dst = state.dst(self.targets, self.result_bytes());
+        let mut dst = state.dst(self.case.targets, self.case.result_bytes());
         let mut done = Ok(());
         let seconds = timed(|| done = self.blend(&mut dst));
         done.map(|()| seconds)
@@ -263,9 +229,9 @@ mod tests {
         let words: Vec<u64> = (0..30).map(word).collect();
         let bytes = bytemuck::cast_slice(&words);
         for (dtype, size) in [(Dtype::F16, 2), (Dtype::BF16, 2), (Dtype::F32, 4)] {
-            let sources = bytes.chunks_exact(20 * size).take(3).collect();
-            let case = Case { dtype, sources, parameters: 20, targets: 2 };
-            let mut results = vec![vec![0; case.result_bytes()]; 2];
+            let case = cases::Blend { dtype, sources: 3, targets: 2, parameters: 20 };
+            let case = Case { sources: cut(bytes, &case), case };
+            let mut results = vec![vec![0; case.case.result_bytes()]; 2];
             let mut dst: Vec<&mut [u8]> = results.iter_mut().map(Vec::as_mut_slice).collect();
             case.blend(&mut dst).unwrap();
             case.compare(&results).unwrap();

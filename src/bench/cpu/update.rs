@@ -4,16 +4,11 @@ use half::bf16;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use super::super::cases::{Sizes, Update, WEIGHTS, parameter, split, tensor_counts};
 use super::super::session::{Row, Session, Task, timed};
-use super::super::{Options, PROFILES, Work, limits};
+use super::super::{PROFILES, limits};
 use crate::compute::cpu::{Averages, CHUNK, Incoming, Layout, Precision, update};
 use crate::error::{Error, Result};
-
-/// The large tensors.
-const FEW: usize = 4;
-
-/// What an update weighs new parameters with, profile by profile.
-const WEIGHTS: [f32; PROFILES] = [0.3, 0.05];
 
 /// Elements between those whose answers are compared; a prime, so that no place in a chunk is left out.
 const SAMPLED: usize = 997;
@@ -21,26 +16,12 @@ const SAMPLED: usize = 997;
 const COPY: &str = "copy";
 
 /// Times all cases.
-pub(super) fn measure(options: &Options, session: &mut Session<'_>) -> Result<()> {
-    let n = options.parameters;
-    let mut tensors = vec![FEW.min(n), options.tensors];
-    tensors.dedup();
+pub(super) fn measure(sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
+    let n = sizes.parameters;
     let mut tasks: Vec<Box<dyn Task<State>>> = vec![Box::new(Copy(n)), Box::new(Loop(n))];
-    for tensors in tensors {
-        for dtype in [Dtype::F32, Dtype::BF16] {
-            for precision in [Precision::Plain, Precision::Compensated] {
-                tasks.push(Box::new(Case { dtype, precision, elements: split(n, tensors) }));
-            }
-        }
-    }
-    let mut state = State::new(n, Layout::new(split(n, options.tensors)).total());
-    session.measure("update", &mut state, &tasks)
-}
-
-/// `n` parameters in tensors of all but equal sizes.
-fn split(n: usize, tensors: usize) -> Vec<usize> {
-    let (each, rest) = (n / tensors, n % tensors);
-    (0..tensors).map(|i| each + usize::from(i < rest)).collect()
+    tasks.extend(Update::all(sizes).into_iter().map(|case| Box::new(Case(case)) as _));
+    let totals = tensor_counts(sizes).into_iter().map(|tensors| Layout::new(split(n, tensors)).total());
+    session.measure("update", &mut State::new(n, totals.max().unwrap_or(n)), &tasks)
 }
 
 /// The model in both dtypes, and averages that have room for every layout.
@@ -50,16 +31,11 @@ struct State {
     averages: Vec<Averages>,
 }
 
-/// Parameter `i`, in both dtypes alike: 255 values are exact in bf16, and 251 is prime.
-fn value(i: usize) -> f32 {
-    (i % 251) as f32 / 128.0 - 1.0
-}
-
 impl State {
     fn new(n: usize, total: usize) -> State {
-        let f32s = (0..n).into_par_iter().map(value).collect();
-        let bf16s = (0..n).into_par_iter().map(|i| bf16::from_f32(value(i))).collect();
-        let layout = Layout::new([total.max(Layout::new(split(n, FEW.min(n))).total())]);
+        let f32s = (0..n).into_par_iter().map(parameter).collect();
+        let bf16s = (0..n).into_par_iter().map(|i| bf16::from_f32(parameter(i))).collect();
+        let layout = Layout::new([total]);
         State {
             f32s,
             bf16s,
@@ -87,9 +63,9 @@ impl Task<State> for Copy {
     fn check(&self, state: &mut State) -> Result<()> {
         state.clear();
         self.seconds(state)?;
-        let wrong = |i: &usize| state.averages[0].high[*i] != value(*i);
+        let wrong = |i: &usize| state.averages[0].high[*i] != parameter(*i);
         match (0..self.0).step_by(SAMPLED).find(wrong) {
-            Some(i) => Err(wrong_at(COPY, i, state.averages[0].high[i].into(), value(i).into())),
+            Some(i) => Err(wrong_at(COPY, i, state.averages[0].high[i].into(), parameter(i).into())),
             None => Ok(()),
         }
     }
@@ -117,9 +93,9 @@ impl Task<State> for Loop {
         state.clear();
         self.seconds(state)?;
         for averages in &state.averages {
-            let wrong = |i: &usize| averages.high[*i] != value(*i);
+            let wrong = |i: &usize| averages.high[*i] != parameter(*i);
             if let Some(i) = (0..self.0).step_by(SAMPLED).find(wrong) {
-                return Err(wrong_at(&loop_name(), i, averages.high[i].into(), value(i).into()));
+                return Err(wrong_at(&loop_name(), i, averages.high[i].into(), parameter(i).into()));
             }
         }
         Ok(())
@@ -132,42 +108,29 @@ impl Task<State> for Loop {
     }
 }
 
-/// An update of a model of these tensors.
-struct Case {
-    dtype: Dtype,
-    precision: Precision,
-    elements: Vec<usize>,
-}
+struct Case(Update);
 
 impl Case {
-    fn parameters(&self) -> usize {
-        self.elements.iter().sum()
-    }
-
-    fn layout(&self) -> Layout {
-        Layout::new(self.elements.iter().copied())
-    }
-
     /// The seconds of one update of every profile.
     fn update(&self, averages: &mut [Averages], parameters: &[u8], layout: &Layout) -> f64 {
-        let size = self.dtype.bitsize() / 8;
+        let size = self.0.dtype.bitsize() / 8;
         let mut rest = parameters;
-        let tensors = self.elements.iter().map(|n| rest.split_off(..n * size).unwrap_or_default());
-        let incoming: Vec<Incoming<'_>> = tensors.map(|bytes| Incoming { dtype: self.dtype, bytes }).collect();
+        let tensors = self.0.elements.iter().map(|n| rest.split_off(..n * size).unwrap_or_default());
+        let incoming: Vec<Incoming<'_>> = tensors.map(|bytes| Incoming { dtype: self.0.dtype, bytes }).collect();
         timed(|| update(averages, &incoming, layout, &WEIGHTS))
     }
 
     /// From zeros, two updates leave `1 - (1 - w)^2` of a parameter.
     fn compare(&self, averages: &[Averages], layout: &Layout) -> Result<()> {
         let mut before = 0;
-        for (tensor, &elements) in self.elements.iter().enumerate() {
+        for (tensor, &elements) in self.0.elements.iter().enumerate() {
             let place = layout.place(tensor);
             for i in (0..elements).step_by(SAMPLED).chain(elements.checked_sub(1)) {
                 for (averages, &weight) in averages.iter().zip(&WEIGHTS) {
-                    let (parameter, weight) = (f64::from(value(before + i)), f64::from(weight));
-                    let expected = parameter * (1.0 - (1.0 - weight) * (1.0 - weight));
+                    let (p, weight) = (f64::from(parameter(before + i)), f64::from(weight));
+                    let expected = p * (1.0 - (1.0 - weight) * (1.0 - weight));
                     let got = f64::from(averages.high[place.start + i]);
-                    if !((got - expected).abs() <= 1e-6 * parameter.abs()) {
+                    if !((got - expected).abs() <= 1e-6 * p.abs()) {
                         return Err(wrong_at(&self.row().name, before + i, got, expected));
                     }
                 }
@@ -180,33 +143,22 @@ impl Case {
 
 impl Task<State> for Case {
     fn row(&self) -> Row {
-        let low = if self.precision == Precision::Plain { 0 } else { size_of::<bf16>() };
-        let each = self.dtype.bitsize() / 8 + PROFILES * 2 * (size_of::<f32>() + low);
-        let precision = if self.precision == Precision::Plain { "plain" } else { "compensated" };
-        let dtype = self.dtype.to_string().to_lowercase();
-        let tensors = self.elements.len();
-        let plural = if tensors == 1 { "" } else { "s" };
-        Row {
-            name: format!("{dtype}, {precision}, {tensors} tensor{plural}"),
-            work: Work::Update,
-            bytes: (each * self.parameters()) as u64,
-            limit: Some(loop_name()),
-        }
+        self.0.row(loop_name())
     }
 
     fn check(&self, state: &mut State) -> Result<()> {
         state.clear();
         self.seconds(state)?;
         self.seconds(state)?;
-        self.compare(&state.averages, &self.layout())
+        self.compare(&state.averages, &self.0.layout())
     }
 
     fn seconds(&self, state: &mut State) -> Result<f64> {
         let State { f32s, bf16s, averages } = state;
         let parameters =
-            if self.dtype == Dtype::F32 { bytemuck::cast_slice(f32s) } else { bytemuck::cast_slice(bf16s) };
-        let layout = self.layout();
-        if self.precision == Precision::Compensated {
+            if self.0.dtype == Dtype::F32 { bytemuck::cast_slice(f32s) } else { bytemuck::cast_slice(bf16s) };
+        let layout = self.0.layout();
+        if self.0.precision == Precision::Compensated {
             return Ok(self.update(averages, parameters, &layout));
         }
         // Plain averages are compensated ones whose low-order terms lie aside.
@@ -230,14 +182,15 @@ mod tests {
     fn a_wrong_element_is_found() {
         let elements = split(100, 3);
         assert_eq!(elements, [34, 33, 33]);
-        let case = Case { dtype: Dtype::BF16, precision: Precision::Plain, elements };
-        let mut state = State::new(100, case.layout().total());
+        let case = Case(Update { dtype: Dtype::BF16, precision: Precision::Plain, elements });
+        let layout = case.0.layout();
+        let mut state = State::new(100, layout.total());
         case.check(&mut state).unwrap();
-        let last = case.layout().place(2).end - 1;
+        let last = layout.place(2).end - 1;
         for wrong in [1.0001, f32::NAN] {
             let mut averages = state.averages.clone();
             averages[1].high[last] *= wrong;
-            let text = case.compare(&averages, &case.layout()).unwrap_err().to_string();
+            let text = case.compare(&averages, &layout).unwrap_err().to_string();
             assert!(text.contains("element 99") && text.contains("bf16, plain, 3 tensors"), "{text}");
         }
     }

@@ -133,6 +133,10 @@ impl DeviceAverages {
         &self.arenas.device
     }
 
+    pub(super) fn arenas(&self) -> &Arenas {
+        &self.arenas
+    }
+
     /// The number of profiles.
     pub fn profiles(&self) -> usize {
         self.arenas.high.len()

@@ -528,6 +528,36 @@ impl<'a> Queue<'_, 'a> {
     }
 }
 
+/// Memory for the launches of one stretch alone: the inputs are there already, each source at the next multiple of 16
+/// bytes, and so will be the results of each target.
+#[cfg(feature = "report")]
+pub(super) struct Resident<'r> {
+    pub inputs: &'r Buffer,
+    pub outputs: &'r Buffer,
+    pub unfit: &'r Buffer,
+    pub sums: Option<&'r Buffer>,
+}
+
+#[cfg(feature = "report")]
+impl Resident<'_> {
+    /// Queues the launches of a block, without its copies; the memory must live until they have run.
+    pub fn blend(&self, device: &Device, stream: &CudaStream, stretch: Stretch<'_>, weights: &[f64]) -> Result<()> {
+        let (targets, stretches) = (weights.len() / stretch.dtypes.len().max(1), vec![stretch]);
+        let groups = group(&stretches, targets);
+        let report: Report<'_> = Box::new(|_, unfit| Error::Nothing(format!("a sum is {}", unfit.value)));
+        let job = Job { groups, stretches, weights, targets, deliver: None, report, packed: 0 };
+        let group = &job.groups[0];
+        let sums = 8 * TARGETS.min(targets) * group.elements.next_multiple_of(4);
+        let fits = job.input_bytes() <= self.inputs.len()
+            && group.pitch * targets <= self.outputs.len()
+            && 8 * targets <= self.unfit.len()
+            && (group.sources.len() <= SOURCES || self.sums.is_some_and(|buffer| sums <= buffer.len()));
+        assert!(fits, "the memory is too small for a blend of {} elements", group.elements);
+        let queue = Queue { device, stream, job: &job };
+        queue.blend(self.inputs, self.outputs, self.unfit, self.sums)
+    }
+}
+
 impl Default for BlendArgs {
     fn default() -> Self {
         BlendArgs {

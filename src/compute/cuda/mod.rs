@@ -16,6 +16,8 @@ mod offload;
 mod probe;
 mod reader;
 mod staging;
+#[cfg(feature = "report")]
+mod trial;
 
 pub use averages::DeviceAverages;
 pub use blender::{Blender, Deliver, Delivery, Input, Report, Stretch};
@@ -25,3 +27,5 @@ pub use offload::{Arrived, Fence, Offload, Staged};
 pub use probe::{Unavailable, devices};
 pub use reader::Reader;
 pub use staging::Staging;
+#[cfg(feature = "report")]
+pub use trial::{Locked, Sums, Trial};

@@ -1,0 +1,298 @@
+#!/usr/bin/env python3
+"""Compiles the kernels for every architecture and reads the machine code: what the sources promise must be in it.
+
+Needs nvcc (NVCC, or PATH) and cuobjdump (CUOBJDUMP, beside nvcc, or PATH). Exits with 1 where a promise is broken.
+See README.md for the promises.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ["update", "blend", "convert"]
+ARCHITECTURES = [80, 90, 100, 120]
+# As build.rs compiles them.
+FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ftz=false"]
+THREADS = 256
+REGISTERS = 65536  # of a multiprocessor, on every architecture here
+
+# What must not occur: local memory, shared memory, barriers, exchange between threads, and arithmetic that is not ours.
+FORBIDDEN = {
+    "LDL": "local memory is read",
+    "STL": "local memory is written",
+    "LDS": "shared memory is read",
+    "STS": "shared memory is written",
+    "ATOMS": "shared memory is used",
+    "BAR": "threads wait for each other",
+    "SHFL": "threads exchange values",
+    "MUFU": "a function is approximated",
+    "FMUL": "an f32 product is rounded by itself",
+    "DMUL": "an f64 product is rounded by itself",
+    "RET": "a function is called",
+}
+
+
+def numbered(prefix, last):
+    return [f"{prefix}_{i}" for i in range(1, last + 1)]
+
+
+KERNELS = {
+    "update": numbered("update_plain", 8) + numbered("update_compensated", 8),
+    "blend": numbered("blend", 8),
+    "convert": ["convert", "scan", "gather"],
+}
+ALL = [kernel for names in KERNELS.values() for kernel in names]
+
+
+def blocks(kernel):
+    """Blocks per multiprocessor that the launch bounds ask for."""
+    number = int(kernel.rsplit("_", 1)[-1]) if "_" in kernel else 0
+    if kernel.startswith("update"):
+        return 3 if "compensated" in kernel and number >= 5 else 4
+    if kernel.startswith("blend"):
+        return 3 if number <= 4 else 2
+    return 1
+
+
+def most_registers(kernel):
+    """Registers of a thread so that as many blocks fit; they are handed out 8 at a time, 255 are addressable."""
+    return min(255, REGISTERS // (THREADS * blocks(kernel)) // 8 * 8)
+
+
+def expected(kernel):
+    """The accesses of each main loop, of which there must be so many: pieces of code without a jump, with no narrower
+    access to the global memory than those, and with at least so many. See README.md."""
+    number = int(kernel.rsplit("_", 1)[1]) if "_" in kernel else 0
+    if kernel.startswith("update"):
+        return expected_update(number, "compensated" in kernel)
+    if kernel.startswith("blend"):
+        return expected_blend(number)
+    one = {
+        "convert": [(1, {"LDG.128": 1, "STG.128": 1}), (2, {"LDG.128": 1, "STG.64": 1})],
+        "scan": [(1, {"LDG.128": 1})],
+        "gather": [(1, {"LDG.128": 1, "STG.128": 1})],
+    }
+    return one[kernel]
+
+
+def expected_update(profiles, compensated):
+    # As Unroll in update.cu.
+    unroll = (2 if profiles == 1 else 1) if compensated else 4 if profiles == 1 else 2 if profiles <= 3 else 1
+    averages, terms = unroll * profiles, unroll * profiles if compensated else 0
+    written = {"STG.128": averages, "STG.64": terms}
+    return [
+        (1, {"LDG.128": unroll + averages, "LDG.64": terms, **written}),  # f32 parameters
+        (2, {"LDG.128": averages, "LDG.64": unroll + terms, **written}),  # f16, bf16
+    ]
+
+
+def expected_blend(targets):
+    # Four sources are loaded before they are added, of f64 two.
+    if targets <= 2:  # 8 elements of each
+        return [(2, {"LDG.128": 4, "DFMA": 32 * targets}), (1, {"LDG.128": 8, "DFMA": 32 * targets})]
+    return [(2, {"LDG.64": 4, "DFMA": 16 * targets}), (1, {"LDG.128": 4, "DFMA": 16 * targets})]
+
+
+def find_tools():
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+    if not nvcc or not Path(nvcc).is_file():
+        sys.exit("nvcc is not there: set NVCC, or put it on PATH")
+    beside = Path(nvcc).resolve().parent / "cuobjdump"
+    cuobjdump = os.environ.get("CUOBJDUMP") or (str(beside) if beside.is_file() else shutil.which("cuobjdump"))
+    if not cuobjdump:
+        packages = "nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        sys.exit(f"cuobjdump is not there: set CUOBJDUMP, or install it beside nvcc (pip install {packages})")
+    return nvcc, cuobjdump
+
+
+def run(command):
+    # cuobjdump calls nvdisasm, which lies beside it.
+    path = f"{Path(command[0]).resolve().parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def compile_one(tools, folder, source, arch):
+    """The compiler's report and the machine code of one source for one architecture."""
+    nvcc, cuobjdump = tools
+    cubin = Path(folder) / f"{source}.{arch}.cubin"
+    compiler = ["-ccbin", os.environ["NVCC_CCBIN"]] if "NVCC_CCBIN" in os.environ else []
+    target = ["-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", "-o", str(cubin)]
+    report = run([nvcc, *FLAGS, *compiler, *target, str(HERE / f"{source}.cu")])
+    return report, run([cuobjdump, "-sass", str(cubin)])
+
+
+def resources(report):
+    """Of each kernel, by the compiler's report: registers, stack and spills."""
+    pattern = re.compile(
+        r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
+        r"ptxas info\s*: Used (\d+) registers"
+    )
+    found = {}
+    for name, stack, stores, loads, registers in pattern.findall(report):
+        found[name] = {"registers": int(registers), "stack": int(stack), "spills": int(stores) + int(loads)}
+    return found
+
+
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9]*[A-Za-z0-9_.]*)(.*);")
+JUMPS = ("BRA", "BRX", "JMP", "CALL", "EXIT", "RET", "BSYNC", "BREAK")
+
+
+def instructions(sass):
+    """Of each kernel, its instructions: address, name with modifiers, operands."""
+    found, code = {}, None
+    for line in sass.splitlines():
+        if "Function :" in line:
+            code = found.setdefault(line.split(":")[1].strip(), [])
+        elif code is not None and (match := LINE.match(line)):
+            code.append((int(match.group(1), 16), match.group(3), match.group(4)))
+    return found
+
+
+def pieces(code):
+    """The instructions of each piece of code into which nothing jumps and out of which nothing does, counted."""
+    targets = set()
+    for _, opcode, operands in code:
+        if opcode.split(".")[0] in JUMPS:
+            targets |= {int(text, 16) for text in re.findall(r"0x([0-9a-f]+)", operands)}
+    found, counter = [], Counter()
+    for address, opcode, _ in code:
+        if address in targets:
+            found.append(counter)
+            counter = Counter()
+        counter[opcode] += 1
+        if opcode.split(".")[0] in JUMPS:
+            found.append(counter)
+            counter = Counter()
+    return [*found, counter]
+
+
+def count(counter, name, width=None):
+    """Instructions of a name, whatever their modifiers; of a width in bits where one is given."""
+    total = 0
+    for opcode, n in counter.items():
+        parts = opcode.split(".")
+        if parts[0] == name and (width is None or str(width) in parts):
+            total += n
+    return total
+
+
+def pairs(counter, name):
+    """f32 operations; newer architectures do two at a time."""
+    return count(counter, name) + 2 * count(counter, name + "2")
+
+
+def accesses(counter):
+    return {f"{name}.{width}": count(counter, name, width) for name in ("LDG", "STG") for width in (128, 64)}
+
+
+def loops(kernel, code):
+    """Whether the main loops are there, in vectors."""
+    problems = []
+    for times, least in expected(kernel):
+        found = 0
+        for counter in pieces(code):
+            wide = {**accesses(counter), "DFMA": count(counter, "DFMA")}
+            narrow = count(counter, "LDG") + count(counter, "STG") - sum(accesses(counter).values())
+            found += narrow == 0 and all(wide[name] >= n for name, n in least.items())
+        if found < times:
+            asked = ", ".join(f"{n} x {name}" for name, n in least.items() if n)
+            problems.append(f"{found} loops in vectors with {asked}: the source has {times}")
+    return problems
+
+
+def row(kernel, arch, used, code):
+    counter = Counter(opcode for _, opcode, _ in code)
+    wide = accesses(counter)
+    problems = []
+    if used["spills"] or used["stack"]:
+        problems.append(f"{used['spills']} bytes are spilled, {used['stack']} bytes of stack are used")
+    if used["registers"] > most_registers(kernel):
+        problems.append(f"{used['registers']} registers: the launch bounds allow {most_registers(kernel)}")
+    problems += [f"{count(counter, name)} x {name}: {why}" for name, why in FORBIDDEN.items() if count(counter, name)]
+    flushed = [opcode for opcode in counter if "FTZ" in opcode.split(".")]
+    problems += [f"{opcode}: subnormals are flushed" for opcode in flushed]
+    generic = [opcode for opcode in counter if opcode.split(".")[0] in ("LD", "ST")]
+    problems += [f"{opcode}: the memory's kind is not known" for opcode in generic]
+    problems += loops(kernel, code)
+    problems += arithmetic(kernel, counter)
+    return {"kernel": kernel, "arch": f"sm_{arch}", **used, **wide, "problems": problems}
+
+
+def arithmetic(kernel, counter):
+    """Whether the sums and products are those of the source, none contracted, none split."""
+    if kernel.startswith("update"):
+        fused, single = pairs(counter, "FFMA"), pairs(counter, "FADD")
+        each = 4 if "compensated" in kernel else 1
+        if fused == 0 or single != each * fused:
+            return [f"{single} f32 sums beside {fused} fused products: the source has {each} for each"]
+    if kernel.startswith("blend") and (count(counter, "DADD") or not count(counter, "DFMA")):
+        return [f"{count(counter, 'DADD')} f64 sums: the source has only fused products"]
+    return []
+
+
+def check(tools, jobs):
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        work = [(source, arch) for source in SOURCES for arch in ARCHITECTURES]
+        done = list(pool.map(lambda item: compile_one(tools, folder, *item), work))
+    rows = []
+    for (source, arch), (report, sass) in zip(work, done):
+        used, code = resources(report), instructions(sass)
+        if sorted(used) != sorted(KERNELS[source]) or sorted(code) != sorted(KERNELS[source]):
+            sys.exit(f"{source}.cu, sm_{arch}: the kernels are {sorted(code)}: tell this script of new ones")
+        rows += [row(kernel, arch, used[kernel], code[kernel]) for kernel in KERNELS[source]]
+    order = {kernel: i for i, kernel in enumerate(ALL)}
+    return sorted(rows, key=lambda r: order[r["kernel"]])
+
+
+COLUMNS = ["kernel", "arch", "registers", "allowed", "spills", "LDG.128", "LDG.64", "STG.128", "STG.64"]
+
+
+def table(rows):
+    cells = [COLUMNS] + [[str({**r, "allowed": most_registers(r["kernel"])}[c]) for c in COLUMNS] for r in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    pad = lambda i, text: text.ljust(widths[i]) if i < 2 else text.rjust(widths[i])
+    return "\n".join("  ".join(pad(i, text) for i, text in enumerate(line)).rstrip() for line in cells)
+
+
+def markdown(rows):
+    """The registers, kernel by kernel, with the architectures side by side."""
+    lines = [["kernel", "allowed", *(f"sm_{arch}" for arch in ARCHITECTURES)]]
+    lines.append(["---", *["---:"] * (1 + len(ARCHITECTURES))])
+    for kernel in ALL:
+        used = [str(r["registers"]) for r in rows if r["kernel"] == kernel]
+        lines.append([f"`{kernel}`", str(most_registers(kernel)), *used])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--markdown", action="store_true", help="print the table of registers in README.md")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers that run at the same time")
+    options = parser.parse_args()
+    tools = find_tools()
+    version = re.search(r"release ([\d.]+)", run([tools[0], "--version"]))
+    rows = check(tools, options.jobs)
+    if options.json:
+        print(json.dumps({"nvcc": version and version.group(1), "kernels": rows}))
+    else:
+        print(markdown(rows) if options.markdown else table(rows))
+    problems = [f"{r['kernel']}, {r['arch']}: {problem}" for r in rows for problem in r["problems"]]
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()
