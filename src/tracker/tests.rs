@@ -97,6 +97,13 @@ fn train(ema: &mut PostHocEma, walk: &mut Walk, steps: u64) -> Vec<(u64, Vec<f64
     trajectory
 }
 
+/// A training loop may move its tracker to another thread, with whatever engine.
+#[test]
+fn a_tracker_can_be_sent() {
+    fn is_send<T: Send>() {}
+    is_send::<PostHocEma>();
+}
+
 #[test]
 fn the_running_average_is_the_direct_sum_for_every_schedule() {
     for (every, after, checkpoint) in
