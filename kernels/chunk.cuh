@@ -9,8 +9,8 @@ struct Chunk {
     uint32_t kind;
 };
 
-DEVICE Chunk load_chunk(const Chunk* table) {
-    const uint64_t* words = reinterpret_cast<const uint64_t*>(table + blockIdx.x);
+DEVICE Chunk load_chunk(const Chunk* table, uint64_t index) {
+    const uint64_t* words = reinterpret_cast<const uint64_t*>(table + index);
     const uint64_t last = load(words + 2);
     Chunk chunk;
     chunk.address = load(words);

@@ -61,7 +61,7 @@ struct ScanArgs {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant__ ScanArgs a) {
-    const Chunk c = load_chunk(a.chunks);
+    const Chunk c = load_chunk(a.chunks, blockIdx.x);
     const uint64_t from = reinterpret_cast<uint64_t>(a.high + c.offset);
     uint32_t largest = 0;
     // Chunks begin at 16 bytes, as tensors do in an arena.
@@ -84,11 +84,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
 struct GatherArgs {
     const Chunk* chunks;
     uint64_t to;
+    uint64_t count;  // of chunks: a few blocks take them in turns
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_constant__ GatherArgs a) {
-    const Chunk c = load_chunk(a.chunks);
-    copy_bytes(a.to + c.offset, c.address, c.elements, THREADS);
+    for (uint64_t i = blockIdx.x; i < a.count; i += gridDim.x) {
+        const Chunk c = load_chunk(a.chunks, i);
+        copy_bytes(a.to + c.offset, c.address, c.elements, THREADS);
+    }
 }
 
 #define CONVERT_KERNELS(X) X(convert) X(scan) X(gather)

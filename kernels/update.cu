@@ -134,7 +134,7 @@ template <class T, int PROFILES, bool COMPENSATED> DEVICE void update_chunk(cons
 }
 
 template <int PROFILES, bool COMPENSATED> DEVICE void update(const UpdateArgs& a) {
-    const Chunk c = load_chunk(a.chunks);
+    const Chunk c = load_chunk(a.chunks, blockIdx.x);
     switch (c.kind) {
         case KIND_F32: update_chunk<F32, PROFILES, COMPENSATED>(a, c); break;
         case KIND_F16: update_chunk<F16, PROFILES, COMPENSATED>(a, c); break;

@@ -50,8 +50,8 @@ pub use error::{Error, Result};
 pub use math::{Profile, Shape, Window};
 pub use synthesis::{At, Forecast, Output, Plan, Run, SwappedIn, Weight, WriteOptions, cuda_devices};
 pub use tensor::{
-    CudaMemory, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView, TensorViewMut,
-    Tensors, is_averaged,
+    CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView,
+    TensorViewMut, Tensors, is_averaged,
 };
 pub use tracker::{Options, PostHocEma, Step};
 

@@ -33,7 +33,7 @@ pub enum MemoryMut<'a> {
     /// Host memory: the elements in C order, little endian, of any alignment.
     Host(&'a mut [u8]),
     /// Memory of a CUDA device: the elements in C order, little endian.
-    Cuda(CudaMemory<'a>),
+    Cuda(CudaMemoryMut<'a>),
 }
 
 /// Somebody's memory on a CUDA device, with the stream on which its owner works with it.
@@ -54,6 +54,10 @@ pub struct CudaMemory<'a> {
     pub(crate) until_fence: bool,
     pub(crate) lent: PhantomData<&'a [u8]>,
 }
+
+/// As [`CudaMemory`], lent for writing.
+#[derive(Debug)]
+pub struct CudaMemoryMut<'a>(pub(crate) CudaMemory<'a>);
 
 impl CudaMemory<'_> {
     /// The number of the device.
@@ -166,8 +170,8 @@ impl<'a> TensorViewMut<'a> {
     ///
     /// # Errors
     /// [`Error::Tensor`] where shape and dtype do not make up the number of bytes lent.
-    pub fn cuda(name: &'a str, dtype: Dtype, shape: &'a [usize], memory: CudaMemory<'a>) -> Result<Self> {
-        check_size(name, dtype, shape, memory.bytes)?;
+    pub fn cuda(name: &'a str, dtype: Dtype, shape: &'a [usize], memory: CudaMemoryMut<'a>) -> Result<Self> {
+        check_size(name, dtype, shape, memory.0.bytes)?;
         Ok(TensorViewMut { name, dtype, shape, memory: MemoryMut::Cuda(memory) })
     }
 

@@ -96,6 +96,16 @@ impl<'a> TensorBlend<'a> {
         self.weights
     }
 
+    /// The number of elements.
+    pub(super) fn elements(&self) -> usize {
+        self.tensor.shape.iter().product()
+    }
+
+    /// An error of this tensor.
+    pub(super) fn error(&self, reason: String) -> Error {
+        Error::tensor(&self.tensor.name, reason)
+    }
+
     /// The dtype of the results.
     pub(super) fn output(&self) -> Dtype {
         self.output

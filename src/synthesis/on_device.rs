@@ -1,14 +1,16 @@
 //! Blending on a CUDA device: the sources travel there in blocks, and the results come back or stay.
 
+use std::cell::RefCell;
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use super::blend::TensorBlend;
 use super::output::copied;
 use super::pool::{Pool, PoolTensor, Selection};
 use crate::compute::cuda::{Blender, Delivery, Device};
-use crate::error::{Error, Result};
-use crate::tensor::{MemoryMut, ParametersMut, Tensor, TensorViewMut, Tensors, byte_size};
+use crate::error::Result;
+use crate::tensor::{CudaMemory, CudaMemoryMut, MemoryMut, ParametersMut, Tensor, TensorViewMut, Tensors, byte_size};
 
 /// Bytes of a block, sources and results together. Twice as much is taken of the device's memory and locked of the host's.
 const BLOCK: usize = 64 << 20;
@@ -96,27 +98,56 @@ impl Pool<'_> {
             let Some(tensor) = self.averaged(view.name) else { return Ok(()) };
             let blend = TensorBlend::new(selection, tensor, view.dtype)?;
             match view.memory {
-                MemoryMut::Cuda(memory) if memory.device == device.number() => {
-                    let size = view.dtype.bitsize() / 8;
-                    for elements in blocks(memory.bytes / size, blend.bytes_read(1) as usize + size) {
-                        let (start, bytes) = (elements.start * size, elements.len() * size);
-                        let place = crate::CudaMemory { address: memory.address + start as u64, bytes, ..memory };
-                        let origin = blend.origin(elements.start);
-                        let report = Box::new(move |_, unfit| origin.unfit(unfit));
-                        let delivery = Delivery::Device(vec![place]);
-                        blender.submit(vec![blend.on_device(elements)], blend.weights(), 1, delivery, report)?;
-                    }
-                    Ok(())
-                }
-                MemoryMut::Cuda(memory) => {
-                    let reason = format!("it lies on cuda:{}, the averages on {}", memory.device, device.number());
-                    Err(Error::tensor(&tensor.name, reason + ": keep the model on one device"))
-                }
-                MemoryMut::Host(bytes) => into_host(device, &blend, bytes),
+                MemoryMut::Cuda(memory) => into_device(&mut blender, &blend, memory.0),
+                MemoryMut::Host(bytes) => into_host(&mut blender, &blend, bytes),
             }
         })?;
         blender.flush()
     }
+}
+
+/// Blends a tensor into its place in a model on the device.
+fn into_device<'a>(blender: &mut Blender<'a>, blend: &TensorBlend<'a>, memory: CudaMemory<'_>) -> Result<()> {
+    if memory.device != blender.device().number() {
+        let (there, here) = (memory.device, blender.device().number());
+        return Err(
+            blend.error(format!("it lies on cuda:{there}, the averages on cuda:{here}: keep both on one device"))
+        );
+    }
+    let size = blend.output().bitsize() / 8;
+    if memory.bytes != blend.elements() * size {
+        return Err(blend.error(format!("{} bytes are lent, it has {} elements", memory.bytes, blend.elements())));
+    }
+    for elements in blocks(blend.elements(), blend.bytes_read(1) as usize + size) {
+        let (start, bytes) = (elements.start * size, elements.len() * size);
+        let place = CudaMemoryMut(CudaMemory { address: memory.address + start as u64, bytes, ..memory });
+        let origin = blend.origin(elements.start);
+        let report = Box::new(move |_, unfit| origin.unfit(unfit));
+        let delivery = Delivery::Device(vec![place]);
+        blender.submit(vec![blend.on_device(elements)], blend.weights(), 1, delivery, report)?;
+    }
+    Ok(())
+}
+
+/// Blends a tensor of a model in host memory, of sources of which some lie on a device.
+fn into_host<'a>(blender: &mut Blender<'a>, blend: &TensorBlend<'a>, bytes: &mut [u8]) -> Result<()> {
+    let size = blend.output().bitsize() / 8;
+    let arrived = Rc::new(RefCell::new(Vec::with_capacity(bytes.len())));
+    for elements in blocks(bytes.len() / size, blend.bytes_read(1) as usize + size) {
+        let origin = blend.origin(elements.start);
+        let report = Box::new(move |_, unfit| origin.unfit(unfit));
+        // Blocks are delivered in their order.
+        let arrived = arrived.clone();
+        let deliver = move |results: &[&[u8]]| {
+            arrived.borrow_mut().extend_from_slice(results.first().copied().unwrap_or_default());
+            Ok(())
+        };
+        let delivery = Delivery::Host(Box::new(deliver));
+        blender.submit(vec![blend.on_device(elements)], blend.weights(), 1, delivery, report)?;
+    }
+    blender.flush()?;
+    bytes.copy_from_slice(&arrived.borrow());
+    Ok(())
 }
 
 /// Queues a block whose results go to these places, one for each part.
@@ -134,17 +165,4 @@ fn deliver_into<'a>(blender: &mut Blender<'a>, parts: &[Part<'a>], places: Vec<&
         Ok(())
     };
     submit(blender, parts, 1, Delivery::Host(Box::new(deliver)))
-}
-
-/// Blends a tensor of a model in host memory, of sources of which some lie on a device.
-fn into_host(device: &Arc<Device>, blend: &TensorBlend<'_>, bytes: &mut [u8]) -> Result<()> {
-    let size = blend.output().bitsize() / 8;
-    let mut blender = Blender::new(device)?;
-    let mut rest = bytes;
-    for elements in blocks(rest.len() / size, blend.bytes_read(1) as usize + size) {
-        let (own, tail) = std::mem::take(&mut rest).split_at_mut(elements.len() * size);
-        rest = tail;
-        deliver_into(&mut blender, &[(blend, elements)], vec![own])?;
-    }
-    blender.flush()
 }

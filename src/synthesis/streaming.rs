@@ -135,9 +135,9 @@ impl<'a> Streaming<'a> {
         let adjacent = |a: &Stretch, b: &Stretch| a.offset + a.buffer.len() == b.offset;
         for group in stretches.chunk_by(adjacent) {
             let bytes = group[0].buffer.start..group[group.len() - 1].buffer.end;
-            for (results, (file, data)) in results.iter().zip(self.files) {
-                file.write_at(data + group[0].offset as u64, &results[bytes.clone()])?;
-            }
+            results.par_iter().zip(self.files).try_for_each(|(results, (file, data))| {
+                file.write_at(data + group[0].offset as u64, &results[bytes.clone()])
+            })?;
         }
         Ok(())
     }

@@ -175,7 +175,7 @@ impl Bus {
     fn write(&mut self, name: &str, memory: MemoryMut<'_>, bytes: &[u8]) -> Result<()> {
         let length = match &memory {
             MemoryMut::Host(dst) => dst.len(),
-            MemoryMut::Cuda(memory) => memory.bytes,
+            MemoryMut::Cuda(memory) => memory.0.bytes,
         };
         if length != bytes.len() {
             return Err(lost(name, &format!("{length} bytes are lent, and were {}", bytes.len())));
@@ -183,7 +183,7 @@ impl Bus {
         match memory {
             MemoryMut::Host(dst) => dst.copy_from_slice(bytes),
             #[cfg(feature = "cuda")]
-            MemoryMut::Cuda(memory) => self.staging(memory.device)?.write(&memory, bytes)?,
+            MemoryMut::Cuda(memory) => self.staging(memory.0.device)?.write(&memory, bytes)?,
             #[cfg(not(feature = "cuda"))]
             MemoryMut::Cuda(_) => return Err(Error::on_device(name)),
         }

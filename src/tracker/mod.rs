@@ -126,12 +126,9 @@ impl PostHocEma {
         let last = self.history.last().unwrap_or(0);
         let weight = |profile: &Profile| profile.gain(last as f64, time as f64) as f32;
         let weights: Vec<f32> = self.settings.profiles.iter().map(weight).collect();
-        // Neither the history nor the averages may move where the other cannot.
-        let mut history = self.history.clone();
-        history.push(time)?;
         self.engine.fold(&matched, self.table.layout(), &weights)?;
-        self.history = history;
-        Ok(())
+        // After the last update, as the caller has checked, so that it cannot fail where the averages have moved.
+        self.history.push(time)
     }
 
     /// What whoever trains waits for before the parameters of the newest update are changed or freed, where they were lent

@@ -224,6 +224,14 @@ fn check<'v, 'a>(view: &'v TensorView<'a>, entry: &Entry) -> Result<&'v TensorVi
     if view.dtype != entry.dtype {
         return Err(Error::changed(view.name, format!("its dtype is {}, it was {}", view.dtype, entry.dtype)));
     }
+    let size = (entry.dtype.bitsize() / 8).max(1) as u64;
+    if let (Some(device), address) = view.place()
+        && !address.is_multiple_of(size)
+    {
+        let reason =
+            format!("its address on cuda:{device}, {address:#x}, is no multiple of the {size} bytes of an element");
+        return Err(Error::tensor(view.name, reason));
+    }
     // A view is a plain struct, so nothing before has tied its bytes to its shape.
     if view.byte_len() != entry.bytes {
         let (given, bytes) = (view.byte_len(), entry.bytes);

@@ -85,7 +85,7 @@ pub(super) enum Held<'a> {
     Owned(OwnedValues),
     /// They lie in host memory, where a thread works on them at other times.
     #[cfg(feature = "cuda")]
-    Locked(std::sync::MutexGuard<'a, super::engine::OffloadedAverages>),
+    Locked(std::sync::MutexGuard<'a, super::engine::HostEngine>),
 }
 
 impl Held<'_> {
@@ -95,7 +95,7 @@ impl Held<'_> {
             #[cfg(any(test, feature = "cuda"))]
             Held::Owned(values) => values.as_values(),
             #[cfg(feature = "cuda")]
-            Held::Locked(averages) => averages.host().values(),
+            Held::Locked(host) => host.values(),
         }
     }
 }

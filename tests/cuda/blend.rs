@@ -150,7 +150,7 @@ fn results_go_into_somebodys_memory_and_sources_may_be_there_too() {
         Stretch { sources: vec![Input::Host(&case.sources[0]), device], ..case.stretch() }
     });
     let mut blender = Blender::new(&Device::open(0).unwrap()).unwrap();
-    let to = Delivery::Device(owned.iter().map(Owned::lend).collect());
+    let to = Delivery::Device(owned.iter().map(Owned::lend_mut).collect());
     blender.submit(stretches.collect(), &weights, 1, to, Box::new(report)).unwrap();
     // What the owner queues next comes after the results, without any waiting by the host.
     let copies: Vec<Vec<u8>> = owned.iter().map(Owned::get).collect();

@@ -103,6 +103,9 @@ pub fn build(kernels: &Path, flags: &[&str]) -> PathBuf {
 
 /// Runs one ignored test in a process of its own, on the stand-in, with other variables set.
 pub fn alone(test: &str, variables: &[(&str, &str)]) {
+    if !is_standin() {
+        return;
+    }
     let output = run_alone(test, variables, &standin());
     let text = [output.stdout, output.stderr].concat();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&text));
@@ -114,6 +117,7 @@ pub fn run_alone(test: &str, variables: &[(&str, &str)], library: &Path) -> std:
     let mut process = Command::new(std::env::current_exe().unwrap());
     let one: &[&str] = if test.ends_with("::") { &[] } else { &["--exact", "--include-ignored", "--nocapture"] };
     process.arg(test).args(one).env(LIBRARY, library);
+    process.env("LD_LIBRARY_PATH", library.parent().unwrap());
     process.envs(variables.iter().copied()).output().unwrap()
 }
 

@@ -106,7 +106,7 @@ impl Parameters for OnDevice<'_> {
 impl ParametersMut for OnDevice<'_> {
     fn for_each_mut(&mut self, write: &mut dyn FnMut(TensorViewMut<'_>) -> Result<()>) -> Result<()> {
         for (name, tensor, owned) in &self.tensors {
-            write(TensorViewMut::cuda(name, tensor.dtype, &tensor.shape, owned.lend())?)?;
+            write(TensorViewMut::cuda(name, tensor.dtype, &tensor.shape, owned.lend_mut())?)?;
         }
         Ok(())
     }

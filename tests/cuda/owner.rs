@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, result};
-use posthoc_ema::CudaMemory;
+use posthoc_ema::{CudaMemory, CudaMemoryMut};
 
 use crate::driver::driver;
 
@@ -35,6 +35,11 @@ impl Owner {
 
     pub fn stream(&self) -> usize {
         self.stream.cu_stream().addr()
+    }
+
+    /// Makes its device the thread's own.
+    pub fn make_current(&self) {
+        self.context.bind_to_thread().unwrap();
     }
 
     pub fn wait(&self) {
@@ -88,6 +93,14 @@ impl Owned<'_> {
         let device = self.owner.context.ordinal();
         // SAFETY: the allocation lives as long as `self`, and freeing it waits for the device.
         unsafe { CudaMemory::from_raw(device, self.owner.stream(), self.address(), self.bytes) }
+    }
+}
+
+impl Owned<'_> {
+    pub fn lend_mut(&self) -> CudaMemoryMut<'_> {
+        let device = self.owner.context.ordinal();
+        // SAFETY: as in `lend`; the owner's own work is all on this stream.
+        unsafe { CudaMemoryMut::from_raw(device, self.owner.stream(), self.address(), self.bytes) }
     }
 }
 

@@ -254,7 +254,7 @@ fn evaluation() {
     }
     impl ParametersMut for Large<'_> {
         fn for_each_mut(&mut self, write: &mut dyn FnMut(posthoc_ema::TensorViewMut<'_>) -> Result<()>) -> Result<()> {
-            write(posthoc_ema::TensorViewMut::cuda("w", Dtype::F32, &SHAPE, self.0.lend())?)
+            write(posthoc_ema::TensorViewMut::cuda("w", Dtype::F32, &SHAPE, self.0.lend_mut())?)
         }
     }
     let mut model = Large(memory);

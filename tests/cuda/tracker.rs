@@ -1,8 +1,9 @@
 //! The tracker, with averages on the device and on the host, against the tracker of parameters in host memory.
 
+use posthoc_ema::compute::cuda::devices;
 use posthoc_ema::{Device, Dtype, Error, Options, PostHocEma, Precision, Step};
 
-use crate::driver::count;
+use crate::driver::{count, driver};
 use crate::model::{Model, files};
 use crate::owner::Owner;
 
@@ -136,6 +137,15 @@ fn values_beyond_f16_are_kept_in_f32_as_on_the_host() {
 
 #[test]
 fn parameters_and_averages_in_places_that_do_not_fit_are_refused() {
+    driver();
+    if devices().unwrap() < 2 {
+        return;
+    }
+    places(Device::Cuda(0));
+    places(Device::Cpu);
+}
+
+fn places(device: Device) {
     let temp = tempfile::tempdir().unwrap();
     let (owner, second) = (Owner::new(), Owner::on(1));
     let (mut model, elsewhere) = (Model::new(&owner), Model::new(&second));
@@ -147,7 +157,7 @@ fn parameters_and_averages_in_places_that_do_not_fit_are_refused() {
     assert!(error.contains("on cuda:0") && error.contains("cuda:1"), "{error}");
     // A model that is spread over two devices, and one that has moved.
     model.device.tensors.swap_remove(2);
-    let mut ema = create(Device::Cuda(0)).create(&model.device).unwrap();
+    let mut ema = create(device).create(&model.device).unwrap();
     ema.update_at(2, &model.device).unwrap();
     let host = {
         let mut host = model.host.clone();
@@ -156,12 +166,15 @@ fn parameters_and_averages_in_places_that_do_not_fit_are_refused() {
     };
     let error = ema.update_at(4, &host).unwrap_err().to_string();
     assert!(error.contains("host memory"), "{error}");
-    let mut spread = elsewhere;
-    let moved = spread.device.tensors.swap_remove(0);
+    let mut elsewhere = elsewhere;
+    elsewhere.device.tensors.swap_remove(2);
+    let error = ema.update_at(5, &elsewhere.device).unwrap_err().to_string();
+    assert!(error.contains("cuda:0: cannot read the parameters: they lie on cuda:1 now"), "{error}");
+    let moved = elsewhere.device.tensors.swap_remove(0);
     model.device.tensors.push(moved);
     model.device.tensors.swap_remove(0);
     let error = ema.update_at(6, &model.device).unwrap_err().to_string();
-    assert!(error.contains("cuda:1") || error.contains("cuda:0"), "{error}");
+    assert!(error.contains("the model's tensors lie on cuda:"), "{error}");
 }
 
 /// Counters of the stand-in are of the whole process, so this runs by itself, in a process of its own.
@@ -207,4 +220,69 @@ fn costs() {
 #[test]
 fn costs_are_bounded() {
     crate::driver::alone("tracker::costs", &[]);
+}
+
+/// Which device a thread works with is the caller's to say: PyTorch goes by it.
+#[test]
+fn the_threads_context_is_left_as_it_was() {
+    driver();
+    let current = || cudarc::driver::result::ctx::get_current().unwrap();
+    for device in [Device::Cuda(0), Device::Cpu] {
+        let temp = tempfile::tempdir().unwrap();
+        let owner = Owner::new();
+        let mut model = Model::new(&owner);
+        let other = (devices().unwrap() > 1).then(|| Owner::on(1));
+        let mut step = 0;
+        let mut check = |what: &str, model: &mut Model<'_>, act: &mut dyn FnMut(&mut Model<'_>)| {
+            step += 1;
+            model.train(step);
+            owner.wait();
+            match &other {
+                Some(other) => other.make_current(),
+                // SAFETY: no context at all, as in a thread that has not used CUDA.
+                None => unsafe { cudarc::driver::result::ctx::set_current(std::ptr::null_mut()) }.unwrap(),
+            }
+            let before = current();
+            act(model);
+            assert_eq!(current(), before, "{what}");
+        };
+        let mut ema = None;
+        check("create", &mut model, &mut |model| {
+            ema = Some(options(temp.path()).device(device).create(&model.device).unwrap());
+        });
+        let mut ema = ema.unwrap();
+        for _ in 0..12 {
+            check("update", &mut model, &mut |model| {
+                ema.update(&model.device).unwrap();
+            });
+        }
+        check("save", &mut model, &mut |_| ema.save().unwrap());
+        let profile = posthoc_ema::Profile::sigma_rel(0.1).unwrap();
+        check("swap in", &mut model, &mut |model| {
+            ema.swap_in(profile.clone(), &mut model.device).unwrap().restore().unwrap()
+        });
+        check("finish", &mut model, &mut |_| ema.finish().unwrap());
+        let mut ema = Some(ema);
+        check("drop", &mut model, &mut |_| drop(ema.take()));
+    }
+}
+
+#[test]
+fn elements_that_are_not_aligned_are_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    let owner = Owner::new();
+    let memory = owner.own(&[0; 17], 1);
+    struct Askew<'o>(crate::owner::Owned<'o>);
+    impl posthoc_ema::Parameters for Askew<'_> {
+        fn with_tensors(
+            &self,
+            read: &mut dyn FnMut(&[posthoc_ema::TensorView<'_>]) -> posthoc_ema::Result<()>,
+        ) -> posthoc_ema::Result<()> {
+            // SAFETY: four elements of four bytes from the first on.
+            let lent = unsafe { posthoc_ema::CudaMemory::from_raw(0, self.0.lend().device(), self.0.address(), 16) };
+            read(&[posthoc_ema::TensorView::cuda("w", Dtype::F32, &[4], lent)?])
+        }
+    }
+    let error = options(temp.path()).create(&Askew(memory)).unwrap_err().to_string();
+    assert!(error.contains("`w`") && error.contains("no multiple of the 4 bytes"), "{error}");
 }

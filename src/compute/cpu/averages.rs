@@ -77,6 +77,11 @@ impl Averages {
         Averages { high: vec![0.0; layout.total()], low }
     }
 
+    /// A copy, made with all threads.
+    pub fn copy(&self) -> Averages {
+        Averages { high: copy(&self.high, 0.0), low: self.low.as_ref().map(|low| copy(low, bf16::ZERO)) }
+    }
+
     /// Writes the elements of a stretch of an arena in `dtype`.
     pub fn store(&self, dst: &mut [u8], place: std::ops::Range<usize>, dtype: Dtype) {
         let size = dtype.bitsize() / 8;
@@ -90,6 +95,12 @@ impl Averages {
             );
         });
     }
+}
+
+fn copy<T: Copy + Send + Sync>(values: &[T], zero: T) -> Vec<T> {
+    let mut copy = vec![zero; values.len()];
+    copy.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
+    copy
 }
 
 #[cfg(test)]

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaEvent, CudaStream};
+use cudarc::driver::CudaStream;
 use safetensors::Dtype;
 
 use super::chunks::{Chunk64, Table, chunk_size, cut};
+use super::device::Event;
 use super::kernels::{KIND_BYTES, PROFILES, UpdateArgs, kind};
 use super::staging::Staging;
 use super::{Buffer, Device, Reader};
@@ -35,9 +36,9 @@ pub struct DeviceAverages {
     /// What the table was made for, in order: averaged tensors, then copied ones.
     lent: Vec<(u64, Dtype)>,
     /// Passes when the newest update has run.
-    updated: CudaEvent,
-    /// The stream of the newest update.
-    stream: Option<usize>,
+    updated: Event,
+    /// Whether an update was queued in part: the averages are then of no use.
+    torn: bool,
 }
 
 /// The one device and stream of all tensors.
@@ -86,10 +87,10 @@ impl DeviceAverages {
         }
         let averages = DeviceAverages {
             arenas: Arc::new(arenas),
-            table: Table::new(device),
+            table: Table::new(device)?,
             lent: Vec::new(),
-            updated: device.event()?,
-            stream: None,
+            updated: device.order_event()?,
+            torn: false,
         };
         averages.mark(&stream)?;
         averages.wait()?;
@@ -145,8 +146,8 @@ impl DeviceAverages {
     /// Queues the folding of new parameters into all averages, and the copying of the others, on the parameters' stream.
     ///
     /// # Errors
-    /// [`Error::Cuda`] where tensors lie on another device or come with several streams: nothing is changed then; and
-    /// where the driver refuses the launch.
+    /// [`Error::Cuda`] where tensors lie on another device, come with several streams, or are of other sizes: nothing is
+    /// changed then; and where the driver refuses the launch.
     pub fn update(
         &mut self,
         averaged: &[(Dtype, CudaMemory<'_>)],
@@ -157,22 +158,48 @@ impl DeviceAverages {
             return Ok(());
         };
         let device = self.device().clone();
-        if number != device.number() {
-            let reason = format!("they lie on cuda:{number}: keep the model on one device");
-            return Err(Error::Cuda { device: device.number(), action: "read the parameters".into(), reason });
-        }
+        device.check_is(number, stream)?;
+        self.check(averaged, copied, weights)?;
         let _bound = device.bind()?;
         let borrowed = device.borrow_stream(stream);
-        if self.stream != Some(stream) {
-            borrowed.wait(&self.updated).map_err(device.refused("order two streams"))?;
-        }
+        // Also where the number is that of the last update: one number may stand for several streams, one after the
+        // other or, the default stream of each thread, at the same time.
+        borrowed.wait(&self.updated).map_err(device.refused("order two streams"))?;
         self.tabulate(&borrowed, averaged, copied)?;
         for (group, weights) in weights.chunks(PROFILES).enumerate() {
-            self.launch(&borrowed, group * PROFILES, weights)?;
+            let launched = self.launch(&borrowed, group * PROFILES, weights);
+            self.torn |= launched.is_err() && group > 0;
+            launched?;
         }
-        self.mark(&borrowed)?;
-        self.stream = Some(stream);
+        let marked = self.mark(&borrowed);
+        self.torn |= marked.is_err();
+        marked
+    }
+
+    /// Checks that the tensors are as long as their places.
+    fn check(&self, averaged: &[(Dtype, CudaMemory<'_>)], copied: &[CudaMemory<'_>], weights: &[f32]) -> Result<()> {
+        let arenas = &self.arenas;
+        let fits = |(i, (dtype, memory)): (usize, &(Dtype, CudaMemory<'_>))| {
+            memory.bytes == arenas.layout.place(i).len() * dtype.bitsize() / 8
+        };
+        let counts = averaged.len() == arenas.layout.len() && copied.len() == arenas.places.len();
+        let averaged = averaged.iter().enumerate().take(arenas.layout.len()).all(fits);
+        let copied = copied.iter().zip(&arenas.places).all(|(memory, place)| memory.bytes == place.len());
+        if !(counts && averaged && copied && weights.len() == self.profiles()) {
+            return Err(self.unusable("update the averages", "the tensors are not those that they were made for"));
+        }
+        self.check_whole("update the averages")
+    }
+
+    fn check_whole(&self, action: &str) -> Result<()> {
+        if self.torn {
+            return Err(self.unusable(action, "an update was lost in part: start again and resume the run"));
+        }
         Ok(())
+    }
+
+    fn unusable(&self, action: &str, reason: &str) -> Error {
+        Error::Cuda { device: self.device().number(), action: action.into(), reason: reason.into() }
     }
 
     /// Makes the table of chunks anew where the tensors lie elsewhere than at the last update.
@@ -223,6 +250,7 @@ impl DeviceAverages {
     }
 
     fn mark(&self, stream: &CudaStream) -> Result<()> {
+        let _bound = self.device().bind()?;
         self.updated.record(stream).map_err(self.device().refused("record an event"))
     }
 
@@ -241,10 +269,18 @@ impl DeviceAverages {
     /// # Errors
     /// [`Error::Cuda`] where the driver refuses a stream.
     pub fn reader(&self) -> Result<Reader> {
-        let stream = self.device().stream()?;
-        let _bound = self.device().bind()?;
-        stream.wait(&self.updated).map_err(self.device().refused("order two streams"))?;
-        Ok(Reader::new(self.arenas.clone(), stream))
+        let reader = Reader::new(self.arenas.clone(), self.device().stream()?);
+        self.follow(&reader)?;
+        Ok(reader)
+    }
+
+    /// Has a reader of these averages read them as the newest update leaves them.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] where an update was lost in part, or the driver refuses.
+    pub fn follow(&self, reader: &Reader) -> Result<()> {
+        self.check_whole("read the averages")?;
+        reader.wait_for(&self.updated)
     }
 
     /// The place of an averaged tensor of one profile on the device.

@@ -5,16 +5,17 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaEvent, CudaStream, result};
+use cudarc::driver::{CudaStream, result};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::Device;
+use super::device::{Bound, Event, Stream};
 use super::kernels::{BlendArgs, SOURCES, TARGETS, kind};
 use super::memory::{Buffer, Pinned, copy_in, copy_out, copy_within};
 use crate::compute::cpu::{self, Blend, Unfit};
 use crate::error::{Error, Result};
-use crate::tensor::CudaMemory;
+use crate::tensor::{CudaMemory, CudaMemoryMut};
 
 /// Bytes that one thread moves into a pinned buffer at a time.
 const PIECE: usize = 1 << 20;
@@ -41,7 +42,8 @@ impl<'a> Input<'a> {
     pub fn slice(self, range: Range<usize>) -> Input<'a> {
         match self {
             Input::Host(bytes) => Input::Host(&bytes[range]),
-            Input::Device { address, .. } => {
+            Input::Device { address, bytes } => {
+                assert!(range.start <= range.end && range.end <= bytes, "{range:?} of {bytes} bytes");
                 Input::Device { address: address + range.start as u64, bytes: range.len() }
             }
         }
@@ -83,7 +85,7 @@ pub enum Delivery<'a, 'm> {
     Host(Deliver<'a>),
     /// The results of the only target, stretch by stretch, in the order of the memory's stream: all is queued there
     /// before the block's submission returns.
-    Device(Vec<CudaMemory<'m>>),
+    Device(Vec<CudaMemoryMut<'m>>),
 }
 
 /// Called with a stretch's index and the element that does not fit: makes the error.
@@ -98,9 +100,9 @@ pub struct Blender<'a> {
 
 /// The buffers of one block and the stream on which it is worked on.
 struct Slot<'a> {
-    stream: Arc<CudaStream>,
+    stream: Stream,
     /// Passes when the block is done.
-    done: CudaEvent,
+    done: Event,
     inputs: Option<(Pinned, Buffer)>,
     outputs: Option<(Pinned, Buffer)>,
     /// Sums between launches, where there are more sources than one takes.
@@ -169,6 +171,7 @@ impl<'a> Blender<'a> {
         report: Report<'a>,
     ) -> Result<()> {
         let device = self.device.clone();
+        check(&device, &stretches, weights, targets, &delivery)?;
         let _bound = device.bind()?;
         let slot = &mut self.slots[self.next % 2];
         self.next += 1;
@@ -177,7 +180,7 @@ impl<'a> Blender<'a> {
         let packed = groups.last().map_or(0, |group| group.before + group.bytes);
         let (deliver, to) = match delivery {
             Delivery::Host(deliver) => (Some(deliver), Vec::new()),
-            Delivery::Device(to) => (None, to),
+            Delivery::Device(to) => (None, to.into_iter().map(|memory| memory.0).collect()),
         };
         let job = Job { groups, stretches, weights, targets, deliver, report, packed };
         slot.prepare(&device, &job)?;
@@ -209,6 +212,7 @@ impl<'a> Blender<'a> {
 impl Drop for Slot<'_> {
     fn drop(&mut self) {
         // The buffers must not be given back under a copy. What fails now failed before.
+        let _bound = Bound::new();
         let _ = self.stream.synchronize();
     }
 }
@@ -216,6 +220,36 @@ impl Drop for Slot<'_> {
 /// The pair that `prepare` has just made.
 fn pair<T>(slot: &mut Option<T>) -> Result<&mut T> {
     slot.as_mut().ok_or_else(|| Error::Nothing("the blend has no buffers".into()))
+}
+
+/// Checks that everything is as long as the rest of it says.
+fn check(
+    device: &Device,
+    stretches: &[Stretch<'_>],
+    weights: &[f64],
+    targets: usize,
+    delivery: &Delivery<'_, '_>,
+) -> Result<()> {
+    let whole = |stretch: &Stretch<'_>| {
+        let fits = |(source, dtype): (&Input<'_>, &Dtype)| source.len() == stretch.elements * dtype.bitsize() / 8;
+        let counts = stretch.sources.len() == stretch.dtypes.len() && stretch.dtypes.len() * targets == weights.len();
+        counts && stretch.sources.iter().zip(&stretch.dtypes).all(fits)
+    };
+    let delivered = match delivery {
+        Delivery::Host(_) => true,
+        Delivery::Device(to) => {
+            let fits = |(memory, stretch): (&CudaMemoryMut<'_>, &Stretch<'_>)| {
+                let bytes = stretch.elements * stretch.output.bitsize() / 8;
+                memory.0.device == device.number() && memory.0.bytes == bytes
+            };
+            targets == 1 && to.len() == stretches.len() && to.iter().zip(stretches).all(fits)
+        }
+    };
+    if stretches.iter().all(whole) && delivered {
+        return Ok(());
+    }
+    let reason = "sources, weights and results are not of one size".into();
+    Err(Error::Cuda { device: device.number(), action: "blend".into(), reason })
 }
 
 /// Puts neighbouring stretches of equal dtypes together and gives every group its places.
@@ -285,6 +319,8 @@ impl Slot<'_> {
 /// Makes a pair of buffers at least so large; the old pair, idle now, is given back first.
 fn grow(pair: &mut Option<(Pinned, Buffer)>, device: &Arc<Device>, bytes: usize) -> Result<()> {
     if pair.as_ref().is_none_or(|(pinned, _)| pinned.len() < bytes) {
+        // A little more, so that slightly larger blocks do not each ask for more.
+        let bytes = bytes.next_power_of_two();
         *pair = None;
         *pair = Some((Pinned::new(device, bytes)?, Buffer::new(device, bytes, "a block of snapshots")?));
     }
@@ -469,7 +505,7 @@ impl<'a> Queue<'_, 'a> {
     }
 
     /// Queues the way into somebody's memory, in the order of its stream, and marks the end of the block.
-    fn hand_over(&self, outputs: &Buffer, to: &[CudaMemory<'_>], done: &CudaEvent) -> Result<()> {
+    fn hand_over(&self, outputs: &Buffer, to: &[CudaMemory<'_>], done: &Event) -> Result<()> {
         let order = || self.device.refused("order two streams");
         let owner = to.first().map(|memory| self.device.borrow_stream(memory.stream));
         if let Some(owner) = &owner {

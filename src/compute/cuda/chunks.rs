@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaStream, result};
+use cudarc::driver::CudaStream;
 
+use super::device::Event;
 use super::kernels::Chunk;
-use super::{Buffer, Device};
-use crate::error::Result;
+use super::memory::copy_in;
+use super::{Buffer, Device, Pinned};
+use crate::error::{Error, Result};
 
 /// The most and the fewest elements of a chunk: below, starting a block costs more than its work.
 const SIZES: (usize, usize) = (1 << 16, 1 << 11);
@@ -48,12 +50,17 @@ pub(super) struct Chunk64 {
 pub(super) struct Table {
     device: Arc<Device>,
     chunks: Vec<Chunk>,
+    /// What the copy to the device reads: pinned, so that it waits for nothing else that is queued.
+    pinned: Option<Pinned>,
     buffer: Option<Buffer>,
+    /// Passes when the newest upload has run.
+    uploaded: Event,
 }
 
 impl Table {
-    pub(super) fn new(device: &Arc<Device>) -> Table {
-        Table { device: device.clone(), chunks: Vec::new(), buffer: None }
+    pub(super) fn new(device: &Arc<Device>) -> Result<Table> {
+        let uploaded = device.event()?;
+        Ok(Table { device: device.clone(), chunks: Vec::new(), pinned: None, buffer: None, uploaded })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -69,17 +76,46 @@ impl Table {
         if chunks == self.chunks {
             return Ok(());
         }
-        let bytes: &[u8] = bytemuck::cast_slice(&chunks);
-        if self.buffer.as_ref().is_none_or(|buffer| buffer.len() < bytes.len()) {
-            self.chunks.clear();
-            self.buffer = None;
-            self.buffer = Some(Buffer::new(&self.device, bytes.len(), "the table of tensors")?);
-        }
+        // Whatever fails from here on, the old table is not there any more.
+        self.chunks.clear();
         let _bound = self.device.bind()?;
-        // SAFETY: the buffer is large enough and ours. The source is pageable: the driver has taken it when this returns.
-        unsafe { result::memcpy_htod_async(self.address(), bytes, stream.cu_stream()) }
-            .map_err(self.device.refused("copy the table of tensors to the device"))?;
+        self.uploaded.synchronize().map_err(self.device.refused("upload the table of tensors"))?;
+        let bytes: &[u8] = bytemuck::cast_slice(&chunks);
+        let device = self.device.clone();
+        let (pinned, buffer) = self.room(bytes.len())?;
+        // SAFETY: the newest upload, the only work that reads it, has been waited for.
+        unsafe { &mut pinned.bytes_mut()[..bytes.len()] }.copy_from_slice(bytes);
+        let (pinned, to) = (&*pinned, buffer.address());
+        // SAFETY: both are so long; the pinned one is waited for before it changes or goes.
+        unsafe { copy_in(&device, stream, to, pinned, 0, bytes.len()) }?;
+        let recorded = self.uploaded.record(stream);
+        if recorded.is_err() {
+            let _ = stream.synchronize();
+        }
+        recorded.map_err(self.device.refused("record an event"))?;
         self.chunks = chunks;
         Ok(())
+    }
+
+    /// Memory on both sides for so many bytes.
+    fn room(&mut self, bytes: usize) -> Result<(&mut Pinned, &Buffer)> {
+        if self.buffer.as_ref().is_none_or(|buffer| buffer.len() < bytes) {
+            let bytes = bytes.next_power_of_two();
+            (self.pinned, self.buffer) = (None, None);
+            self.pinned = Some(Pinned::new(&self.device, bytes)?);
+            self.buffer = Some(Buffer::new(&self.device, bytes, "the table of tensors")?);
+        }
+        match (&mut self.pinned, &self.buffer) {
+            (Some(pinned), Some(buffer)) => Ok((pinned, buffer)),
+            _ => Err(Error::Nothing("there is no room for the table of tensors".into())),
+        }
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        // Pinned memory must not be given back under a copy. What fails now failed before.
+        let _bound = self.device.bind();
+        let _ = self.uploaded.synchronize();
     }
 }

@@ -1,7 +1,9 @@
 //! A device: its primary context, the kernels, and a way to name what its driver refuses.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
@@ -18,25 +20,54 @@ pub struct Device {
     pub(super) kernels: Kernels,
 }
 
-/// Sets a thread's context back to what it was: the caller's own CUDA work goes by it.
-pub(super) struct Bound(Option<sys::CUcontext>);
+/// Sets a thread's context back to what it was, none included: the caller's own CUDA work goes by it.
+pub(super) struct Bound(sys::CUcontext);
 
-impl Drop for Bound {
-    fn drop(&mut self) {
-        if let Some(context) = self.0 {
-            // SAFETY: it was this thread's context a moment ago. A failure leaves ours, which works as well on one device.
-            let _ = unsafe { result::ctx::set_current(context) };
-        }
+impl Bound {
+    /// Remembers the thread's context.
+    pub(super) fn new() -> std::result::Result<Bound, DriverError> {
+        Ok(Bound(result::ctx::get_current()?.unwrap_or(std::ptr::null_mut())))
     }
 }
 
+impl Drop for Bound {
+    fn drop(&mut self) {
+        // SAFETY: it was this thread's context a moment ago, or none was. A failure leaves ours.
+        let _ = unsafe { result::ctx::set_current(self.0) };
+    }
+}
+
+/// One of cudarc's objects, whose end does not leave the thread with our context.
+#[derive(Debug)]
+pub(super) struct Own<T>(ManuallyDrop<T>);
+
+impl<T> Deref for Own<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T> Drop for Own<T> {
+    fn drop(&mut self) {
+        let _bound = Bound::new();
+        // SAFETY: dropped here once, and not used afterwards.
+        unsafe { ManuallyDrop::drop(&mut self.0) };
+    }
+}
+
+/// A stream and an event of our own.
+pub(super) type Stream = Own<Arc<CudaStream>>;
+pub(super) type Event = Own<CudaEvent>;
+
 impl Device {
-    /// Opens a device, or returns it where it is open already.
+    /// Opens a device, or returns it where it is open already. It stays open: contexts and kernels take long to load.
     ///
     /// # Errors
     /// [`Error::Cuda`] without a driver, a device of this number, or code that it can run.
     pub fn open(number: usize) -> Result<Arc<Device>> {
-        static OPEN: Mutex<BTreeMap<usize, Weak<Device>>> = Mutex::new(BTreeMap::new());
+        static OPEN: Mutex<BTreeMap<usize, Arc<Device>>> = Mutex::new(BTreeMap::new());
         let unavailable = |reason: String| Error::Cuda { device: number, action: "use the device".into(), reason };
         let count = devices().map_err(|why| unavailable(why.to_string()))?;
         if number >= count {
@@ -44,11 +75,11 @@ impl Device {
             return Err(unavailable(format!("there are {count} devices here: choose cuda:0 to cuda:{last}")));
         }
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(device) = open.get(&number).and_then(Weak::upgrade) {
-            return Ok(device);
+        if let Some(device) = open.get(&number) {
+            return Ok(device.clone());
         }
         let device = Arc::new(Device::start(number)?);
-        open.insert(number, Arc::downgrade(&device));
+        open.insert(number, device.clone());
         Ok(device)
     }
 
@@ -57,9 +88,8 @@ impl Device {
             let action = action.to_owned();
             move |error| refusal(number, action, error)
         };
-        let before = result::ctx::get_current().map_err(refused("read the thread's context"))?;
+        let _bound = Bound::new().map_err(refused("read the thread's context"))?;
         let context = CudaContext::new(number).map_err(refused("open the device"))?;
-        let _bound = Bound(before);
         // SAFETY: all work is ordered by hand, with events.
         unsafe { context.disable_event_tracking() };
         let name = context.name().map_err(refused("read the device's name"))?;
@@ -94,15 +124,18 @@ impl Device {
 
     /// Makes the context this thread's, until the guard is dropped.
     pub(super) fn bind(&self) -> Result<Bound> {
-        let before = result::ctx::get_current().map_err(self.refused("read the thread's context"))?;
+        let bound = Bound::new().map_err(self.refused("read the thread's context"))?;
+        // An error that cudarc kept from the end of some object says nothing about what is asked for now.
+        let _ = self.context.check_err();
         self.context.bind_to_thread().map_err(self.refused("use the device from this thread"))?;
-        Ok(Bound(before.filter(|&context| context != self.context.cu_ctx())))
+        Ok(bound)
     }
 
     /// A stream of our own, which waits for no other.
-    pub(super) fn stream(&self) -> Result<Arc<CudaStream>> {
+    pub(super) fn stream(&self) -> Result<Stream> {
         let _bound = self.bind()?;
-        self.context.new_stream().map_err(self.refused("make a stream"))
+        let stream = self.context.new_stream().map_err(self.refused("make a stream"))?;
+        Ok(Own(ManuallyDrop::new(stream)))
     }
 
     /// Somebody's stream.
@@ -113,9 +146,28 @@ impl Device {
     }
 
     /// An event on which the host sleeps instead of spinning.
-    pub(super) fn event(&self) -> Result<CudaEvent> {
+    pub(super) fn event(&self) -> Result<Event> {
+        self.make_event(Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC))
+    }
+
+    /// An event that orders streams: the host hardly ever waits for it.
+    pub(super) fn order_event(&self) -> Result<Event> {
+        self.make_event(None)
+    }
+
+    fn make_event(&self, flags: Option<sys::CUevent_flags>) -> Result<Event> {
         let _bound = self.bind()?;
-        self.context.new_event(Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC)).map_err(self.refused("make an event"))
+        let event = self.context.new_event(flags).map_err(self.refused("make an event"))?;
+        Ok(Own(ManuallyDrop::new(event)))
+    }
+
+    /// Refuses memory of another device.
+    pub(super) fn check_is(&self, number: usize, stream: usize) -> Result<()> {
+        if number == self.number {
+            return Ok(());
+        }
+        let reason = format!("they lie on cuda:{number} now (stream {stream:#x}): keep the model on one device");
+        Err(Error::Cuda { device: self.number, action: "read the parameters".into(), reason })
     }
 
     /// For `map_err`: what could not be done on this device.
@@ -131,12 +183,26 @@ pub(super) fn refusal(device: usize, action: String, error: DriverError) -> Erro
     let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
     let text = text.unwrap_or_else(|_| format!("{:?}", error.0));
     let remedy = match error.0 {
-        Code::CUDA_ERROR_OUT_OF_MEMORY => ": free some of the device's memory, or keep the averages on the host",
+        Code::CUDA_ERROR_OUT_OF_MEMORY => {
+            ": free some of the device's memory (PyTorch keeps what it has freed: torch.cuda.empty_cache()), or keep the \
+             averages on the host and blend on the CPU"
+        }
         Code::CUDA_ERROR_NO_BINARY_FOR_GPU | Code::CUDA_ERROR_INVALID_PTX => {
             ": build for it with POSTHOC_EMA_CUDA_ARCHS, or use the CPU"
         }
         Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => ": update the NVIDIA driver",
-        Code::CUDA_ERROR_ILLEGAL_ADDRESS | Code::CUDA_ERROR_LAUNCH_FAILED | Code::CUDA_ERROR_MISALIGNED_ADDRESS => {
+        Code::CUDA_ERROR_INVALID_CONTEXT | Code::CUDA_ERROR_INVALID_HANDLE => {
+            ": the stream that the memory was lent with is not one of this device, or exists no longer"
+        }
+        code if (900..=907).contains(&(code as u32)) => ": call this outside of the capture of a graph",
+        Code::CUDA_ERROR_ILLEGAL_ADDRESS
+        | Code::CUDA_ERROR_LAUNCH_FAILED
+        | Code::CUDA_ERROR_MISALIGNED_ADDRESS
+        | Code::CUDA_ERROR_ECC_UNCORRECTABLE
+        | Code::CUDA_ERROR_LAUNCH_TIMEOUT
+        | Code::CUDA_ERROR_HARDWARE_STACK_ERROR
+        | Code::CUDA_ERROR_ILLEGAL_INSTRUCTION
+        | Code::CUDA_ERROR_INVALID_PC => {
             ": a kernel of this process failed, and the device cannot be used before a restart; what is on disk is whole"
         }
         _ => "",

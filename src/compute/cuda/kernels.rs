@@ -103,6 +103,7 @@ pub(super) struct ScanArgs {
 pub(super) struct GatherArgs {
     pub chunks: u64,
     pub to: u64,
+    pub count: u64,
 }
 
 // SAFETY: plain numbers in C's layout, without references; the sizes below are those of the C++ structures.
@@ -206,14 +207,11 @@ impl Kernels {
     ///
     /// # Safety
     /// As [`Kernels::update`].
-    pub(super) unsafe fn gather(
-        &self,
-        stream: &CudaStream,
-        args: &GatherArgs,
-        chunks: usize,
-    ) -> Result<(), DriverError> {
+    pub(super) unsafe fn gather(&self, stream: &CudaStream, args: &GatherArgs) -> Result<(), DriverError> {
+        /// Enough to fill the bus; more would keep multiprocessors from the training beside it.
+        const BLOCKS: usize = 32;
         // SAFETY: as in `update`.
-        unsafe { launch(stream, &self.gather, args, chunks) }
+        unsafe { launch(stream, &self.gather, args, BLOCKS.min(args.count as usize)) }
     }
 }
 

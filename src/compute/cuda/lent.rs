@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use crate::tensor::CudaMemory;
+use crate::tensor::{CudaMemory, CudaMemoryMut};
 
 impl CudaMemory<'_> {
     /// Memory on a device, with the stream on which its owner works with it: what PyTorch and other libraries hand over.
@@ -11,9 +11,10 @@ impl CudaMemory<'_> {
     /// the order of that stream, so whatever the owner queues there afterwards comes after.
     ///
     /// # Safety
-    /// `address` must lie in memory of that device, allocated in its primary context, with `bytes` bytes from there on
-    /// that stay allocated for `'a`, or are freed in the order of `stream` later. `stream` must belong to the same context
-    /// and exist for `'a`. Where the memory is lent for writing, nobody else may use it meanwhile.
+    /// `address` must lie in memory of that device, allocated in its primary context, with `bytes` initialised bytes from
+    /// there on that stay allocated for `'a`, and that are freed, reused or written after that only in the order of
+    /// `stream`. `stream` must belong to the same context and exist for `'a`. Number 2, the default stream of each thread,
+    /// stands for that of the thread that makes the call the memory is lent for.
     pub unsafe fn from_raw(device: usize, stream: usize, address: u64, bytes: usize) -> Self {
         CudaMemory { device, stream, address, bytes, until_fence: false, lent: PhantomData }
     }
@@ -27,5 +28,16 @@ impl CudaMemory<'_> {
     pub unsafe fn until_fence(mut self) -> Self {
         self.until_fence = true;
         self
+    }
+}
+
+impl CudaMemoryMut<'_> {
+    /// As [`CudaMemory::from_raw`], for writing.
+    ///
+    /// # Safety
+    /// As there; and whoever else uses the memory does so in the order of `stream`.
+    pub unsafe fn from_raw(device: usize, stream: usize, address: u64, bytes: usize) -> Self {
+        // SAFETY: the caller's promise.
+        CudaMemoryMut(unsafe { CudaMemory::from_raw(device, stream, address, bytes) })
     }
 }

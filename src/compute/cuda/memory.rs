@@ -52,6 +52,9 @@ impl Buffer {
 
     /// Queues the filling of all bytes with zeros.
     pub(super) fn clear(&self, stream: &CudaStream) -> Result<()> {
+        if self.bytes == 0 {
+            return Ok(());
+        }
         let _bound = self.device.bind()?;
         // SAFETY: the memory is ours and that long; the stream is of the same context.
         unsafe { result::memset_d8_async(self.address, 0, self.bytes, stream.cu_stream()) }

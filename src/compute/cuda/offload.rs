@@ -4,14 +4,13 @@
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use cudarc::driver::{CudaEvent, CudaStream};
-
 use super::Device;
 use super::averages::common;
 use super::chunks::{Chunk64, Table, chunk_size, cut};
+use super::device::{Event, Stream};
 use super::kernels::{GatherArgs, KIND_BYTES};
 use super::memory::{Pinned, copy_out};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
 
 /// Copies that may be under way or waiting to be folded at a time.
@@ -25,12 +24,12 @@ const SMALL: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Offload {
     device: Arc<Device>,
-    stream: Arc<CudaStream>,
+    stream: Stream,
     small: Table,
     /// Where each tensor lies in a slot, at 16 bytes.
     places: Arc<[Range<usize>]>,
     /// Passes when the parameters may be read.
-    begin: CudaEvent,
+    begin: Event,
     free: Arc<Free>,
 }
 
@@ -46,7 +45,7 @@ struct Free {
 struct Slot {
     pinned: Pinned,
     /// Passes when the copy into it has run.
-    done: Arc<CudaEvent>,
+    done: Arc<Event>,
     device: Arc<Device>,
 }
 
@@ -74,7 +73,7 @@ pub struct Arrived(Staged);
 #[derive(Clone, Debug)]
 pub struct Fence {
     device: Arc<Device>,
-    done: Arc<CudaEvent>,
+    done: Arc<Event>,
 }
 
 impl Offload {
@@ -97,9 +96,9 @@ impl Offload {
         let slots = (0..SLOTS).map(slot).collect::<Result<Vec<_>>>()?;
         Ok(Offload {
             stream: device.stream()?,
-            small: Table::new(device),
+            small: Table::new(device)?,
             places,
-            begin: device.event()?,
+            begin: device.order_event()?,
             free: Arc::new(Free { slots: Mutex::new(slots), returned: Condvar::new() }),
             device: device.clone(),
         })
@@ -120,7 +119,13 @@ impl Offload {
     /// refuses.
     pub fn copy(&mut self, tensors: &[CudaMemory<'_>]) -> Result<(Staged, Fence)> {
         let device = self.device.clone();
-        let stream = common(tensors.iter())?.map_or(0, |(_, stream)| stream);
+        let (number, stream) = common(tensors.iter())?.unwrap_or((device.number(), 0));
+        device.check_is(number, stream)?;
+        let fits = |(memory, place): (&CudaMemory<'_>, &Range<usize>)| memory.bytes == place.len();
+        if tensors.len() != self.places.len() || !tensors.iter().zip(self.places.iter()).all(fits) {
+            let reason = "the tensors are not those that the copy was prepared for".into();
+            return Err(Error::Cuda { device: number, action: "read the parameters".into(), reason });
+        }
         let staged = Staged { slot: Some(self.free.take()), free: self.free.clone(), places: self.places.clone() };
         let _bound = device.bind()?;
         let owner = device.borrow_stream(stream);
@@ -128,8 +133,12 @@ impl Offload {
         self.begin.record(&owner).map_err(order())?;
         self.stream.wait(&self.begin).map_err(order())?;
         if let Some(slot) = &staged.slot {
-            self.queue(slot, tensors)?;
-            slot.done.record(&self.stream).map_err(order())?;
+            let queued = self.queue(slot, tensors).and_then(|()| slot.done.record(&self.stream).map_err(order()));
+            if queued.is_err() {
+                // Nothing may be under way that no event tells of.
+                let _ = self.stream.synchronize();
+            }
+            queued?;
             if tensors.iter().any(|memory| !memory.until_fence) {
                 owner.wait(&slot.done).map_err(order())?;
             }
@@ -153,9 +162,10 @@ impl Offload {
             }
         }
         self.small.set(&self.stream, chunks)?;
-        let args = GatherArgs { chunks: self.small.address(), to: slot.pinned.address() };
+        let count = self.small.len() as u64;
+        let args = GatherArgs { chunks: self.small.address(), to: slot.pinned.address(), count };
         // SAFETY: as above; pinned memory has one address on both sides.
-        unsafe { self.device.kernels.gather(&self.stream, &args, self.small.len()) }
+        unsafe { self.device.kernels.gather(&self.stream, &args) }
             .map_err(self.device.refused("launch the gathering of small tensors"))
     }
 }
@@ -173,7 +183,7 @@ impl Free {
 }
 
 impl Staged {
-    fn done(&self) -> &Arc<CudaEvent> {
+    fn done(&self) -> &Arc<Event> {
         match &self.slot {
             Some(slot) => &slot.done,
             None => unreachable!("a slot is given back only when its owner is dropped"),

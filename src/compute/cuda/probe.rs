@@ -40,6 +40,12 @@ impl fmt::Display for Unavailable {
             Unavailable::Refused(34) => f.write_str(
                 "the libcuda.so that is found is a stub of the CUDA toolkit: take its folder off LD_LIBRARY_PATH",
             ),
+            Unavailable::Refused(802) => f.write_str(
+                "the NVIDIA driver is not ready (error 802): on machines with NVSwitch its fabric manager must run first",
+            ),
+            Unavailable::Refused(803) => f.write_str(
+                "parts of the NVIDIA driver are of different versions (error 803): reboot after its update",
+            ),
             Unavailable::Refused(code) => {
                 write!(f, "the NVIDIA driver does not start (error {code}): see whether nvidia-smi works")
             }
@@ -55,10 +61,9 @@ const KERNELS: &str = match option_env!("POSTHOC_EMA_CUDA_VERSION") {
 };
 
 /// What is called, here or by way of cudarc, which panics for a function that is missing.
-const NEEDED: [&str; 32] = [
+const NEEDED: [&str; 33] = [
     "cuInit",
     "cuDriverGetVersion",
-    "cuGetErrorName",
     "cuGetErrorString",
     "cuDeviceGet",
     "cuDeviceGetCount",
@@ -81,11 +86,13 @@ const NEEDED: [&str; 32] = [
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyDtoDAsync_v2",
+    "cuMemcpyDtoH_v2",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
     "cuEventCreate",
+    "cuEventDestroy_v2",
     "cuEventRecord",
     "cuEventSynchronize",
 ];
@@ -100,9 +107,10 @@ pub fn devices() -> Result<usize, Unavailable> {
 }
 
 fn probe() -> Result<usize, Unavailable> {
+    // In cudarc's order, so that what is looked at is what is used.
     // SAFETY: loading the driver's library runs its initialisers, as every CUDA program does.
     let open = |name: &&str| unsafe { Library::new(*name) }.ok();
-    let library = ["libcuda.so.1", "libcuda.so"].iter().find_map(open).ok_or(Unavailable::NoDriver)?;
+    let library = ["libcuda.so", "libcuda.so.1"].iter().find_map(open).ok_or(Unavailable::NoDriver)?;
     for name in NEEDED {
         // SAFETY: the symbol is only looked up, never called through this type.
         if unsafe { library.get::<*const ()>(name.as_bytes()) }.is_err() {

@@ -3,14 +3,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaStream, result};
+use cudarc::driver::result;
 use half::bf16;
 use safetensors::Dtype;
 
 use super::averages::Arenas;
 use super::chunks::{Chunk64, Table, chunk_size, cut};
+use super::device::{Event, Stream};
 use super::kernels::{ConvertArgs, ScanArgs, kind};
-use super::staging::Staging;
+use super::staging::{BLOCK, Staging};
 use super::{Buffer, Device};
 use crate::compute::cpu::{self, Averages};
 use crate::error::Result;
@@ -19,14 +20,22 @@ use crate::error::Result;
 #[derive(Debug)]
 pub struct Reader {
     arenas: Arc<Arenas>,
-    stream: Arc<CudaStream>,
+    stream: Stream,
     /// Pinned buffers for copies of up to so many bytes at a time.
     staging: Option<(usize, Staging)>,
+    /// What the scan works with: where each tensor lies, and room for the results.
+    scan: Option<(Table, Buffer)>,
 }
 
 impl Reader {
-    pub(super) fn new(arenas: Arc<Arenas>, stream: Arc<CudaStream>) -> Reader {
-        Reader { arenas, stream, staging: None }
+    pub(super) fn new(arenas: Arc<Arenas>, stream: Stream) -> Reader {
+        Reader { arenas, stream, staging: None, scan: None }
+    }
+
+    /// Puts all that is read from now on behind an event.
+    pub(super) fn wait_for(&self, event: &Event) -> Result<()> {
+        let _bound = self.device().bind()?;
+        self.stream.wait(event).map_err(self.device().refused("order two streams"))
     }
 
     fn device(&self) -> &Arc<Device> {
@@ -38,33 +47,41 @@ impl Reader {
     /// # Errors
     /// [`crate::Error::Cuda`] where the device fails, as of all methods.
     pub fn ranges(&mut self) -> Result<Vec<Vec<cpu::Range>>> {
-        let (arenas, tensors) = (self.arenas.clone(), self.arenas.layout.len());
-        let device = self.device().clone();
-        let mut table = Table::new(&device);
-        let most = chunk_size(&device, arenas.layout.total());
-        let mut chunks = Vec::new();
-        for i in 0..tensors {
-            let place = arenas.layout.place(i);
-            let tensor = Chunk64 { address: i as u64, offset: place.start as u64, elements: place.len(), kind: 0 };
-            // The "address" is the tensor's index: it does not move on from chunk to chunk.
-            cut(&mut chunks, tensor, 0, 1, most);
-        }
-        table.set(&self.stream, chunks)?;
-        let largest = Buffer::new(&device, 4 * tensors, "the ranges of averages")?;
+        let (arenas, device) = (self.arenas.clone(), self.device().clone());
+        let (table, largest) = match self.scan.take() {
+            Some(scan) => scan,
+            None => self.prepare_scan()?,
+        };
         let mut all = Vec::with_capacity(arenas.high.len());
         for high in &arenas.high {
             largest.clear(&self.stream)?;
             let args = ScanArgs { chunks: table.address(), high: high.address(), largest: largest.address() };
-            let _bound = device.bind()?;
+            let bound = device.bind()?;
             // SAFETY: all three are ours and live until `read` below has waited for the stream.
             unsafe { device.kernels.scan(&self.stream, &args, table.len()) }
                 .map_err(device.refused("launch the scan"))?;
-            let mut bits = vec![0u32; tensors];
+            drop(bound);
+            let mut bits = vec![0u32; arenas.layout.len()];
             self.read(bytemuck::cast_slice_mut(&mut bits), largest.address())?;
             let ranges = bits.iter().enumerate().map(|(i, &bits)| self.range(high, i, f32::from_bits(bits)));
             all.push(ranges.collect::<Result<_>>()?);
         }
+        self.scan = Some((table, largest));
         Ok(all)
+    }
+
+    fn prepare_scan(&self) -> Result<(Table, Buffer)> {
+        let (device, layout) = (self.device(), &self.arenas.layout);
+        let (mut chunks, most) = (Vec::new(), chunk_size(device, layout.total()));
+        for i in 0..layout.len() {
+            let place = layout.place(i);
+            let tensor = Chunk64 { address: i as u64, offset: place.start as u64, elements: place.len(), kind: 0 };
+            // The "address" is the tensor's index: it does not move on from chunk to chunk.
+            cut(&mut chunks, tensor, 0, 1, most);
+        }
+        let mut table = Table::new(device)?;
+        table.set(&self.stream, chunks)?;
+        Ok((table, Buffer::new(device, 4 * layout.len(), "the ranges of averages")?))
     }
 
     /// The range of one tensor, whose largest magnitude is known: where it is not finite, the first such value is sought.
@@ -144,7 +161,7 @@ impl Reader {
 
     /// Converts averages from element `start` of the arena on.
     fn convert(&mut self, dst: &mut [u8], profile: usize, start: usize, dtype: Dtype) -> Result<()> {
-        let (arenas, stream, size) = (self.arenas.clone(), self.stream.clone(), dtype.bitsize() / 8);
+        let (arenas, stream, size) = (self.arenas.clone(), Arc::clone(&self.stream), dtype.bitsize() / 8);
         self.staging(dst.len())?.fetch(&stream, dst, &mut |stage, from, bytes| {
             let at = (start + from / size) as u64;
             let high = arenas.high[profile].address() + 4 * at;
@@ -161,14 +178,14 @@ impl Reader {
 
     /// Reads bytes as they are.
     fn read(&mut self, dst: &mut [u8], from: u64) -> Result<()> {
-        let stream = self.stream.clone();
+        let stream = Arc::clone(&self.stream);
         self.staging(dst.len())?.fetch(&stream, dst, &mut |_, start, _| Ok(from + start as u64))
     }
 
     /// The pinned buffers, large enough for so many bytes or for a whole block.
     fn staging(&mut self, bytes: usize) -> Result<&mut Staging> {
         let staging = match self.staging.take() {
-            Some((size, staging)) if size >= bytes => (size, staging),
+            Some((size, staging)) if size >= bytes.min(BLOCK) => (size, staging),
             _ => (bytes, Staging::new(self.device(), bytes)?),
         };
         Ok(&mut self.staging.insert(staging).1)
@@ -178,6 +195,7 @@ impl Reader {
 impl Drop for Reader {
     fn drop(&mut self) {
         // After an error copies may still be under way. What fails now failed before.
+        let _bound = self.device().bind();
         let _ = self.stream.synchronize();
     }
 }

@@ -3,16 +3,17 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaEvent, CudaStream};
+use cudarc::driver::CudaStream;
 use rayon::prelude::*;
 
+use super::device::Event;
 use super::memory::{Pinned, copy_in, copy_out};
 use super::{Buffer, Device};
 use crate::error::Result;
-use crate::tensor::CudaMemory;
+use crate::tensor::{CudaMemory, CudaMemoryMut};
 
 /// Bytes of a block: long enough for the bus; twice as much of the host's memory is locked.
-const BLOCK: usize = 32 << 20;
+pub(super) const BLOCK: usize = 32 << 20;
 
 /// Bytes that one thread moves from or to a pinned buffer at a time.
 const PIECE: usize = 1 << 20;
@@ -31,7 +32,7 @@ pub(super) struct Stage {
     /// Where values are converted before they travel, made when it is first asked for.
     scratch: Option<Buffer>,
     /// Passes when the newest copy has run.
-    done: CudaEvent,
+    done: Event,
 }
 
 /// Queues whatever makes some bytes, given by their place in the whole and their number, and tells where they will lie.
@@ -68,7 +69,8 @@ impl Staging {
     ///
     /// # Errors
     /// As [`Staging::read`].
-    pub fn write(&mut self, memory: &CudaMemory<'_>, bytes: &[u8]) -> Result<()> {
+    pub fn write(&mut self, memory: &CudaMemoryMut<'_>, bytes: &[u8]) -> Result<()> {
+        let memory = &memory.0;
         let stream = self.device.borrow_stream(memory.stream);
         // SAFETY: the memory is lent for writing, and is used up to its end at most.
         unsafe { self.send(&stream, memory.address, &bytes[..bytes.len().min(memory.bytes)]) }
@@ -87,7 +89,7 @@ impl Staging {
             stage.fill(bytes);
             // SAFETY: the caller's promise; the buffer is that long, and is waited for before it is used again.
             unsafe { copy_in(&self.device, stream, to + (i * block) as u64, &stage.pinned, 0, bytes.len()) }?;
-            stage.done.record(stream).map_err(self.device.refused("record an event"))?;
+            stage.mark(&self.device, stream)?;
         }
         self.stages.iter().try_for_each(|stage| stage.wait(&self.device))
     }
@@ -105,7 +107,7 @@ impl Staging {
             let from = make(stage, i * size, block.len())?;
             // SAFETY: the block is no longer than the buffer; nobody looks at it before `empty` has waited.
             unsafe { copy_out(&self.device, stream, &stage.pinned, 0, from, block.len()) }?;
-            stage.done.record(stream).map_err(self.device.refused("record an event"))?;
+            stage.mark(&self.device, stream)?;
             under_way[i % 2] = Some(block);
         }
         let stages = self.stages.iter().zip(under_way);
@@ -130,6 +132,15 @@ impl Stage {
         }
         let scratch = Buffer::new(device, self.pinned.len(), "the conversion of averages")?;
         Ok(self.scratch.insert(scratch).address())
+    }
+
+    /// Marks the end of the copy that was just queued; where that fails, nothing may be under way behind our back.
+    fn mark(&self, device: &Device, stream: &CudaStream) -> Result<()> {
+        let recorded = self.done.record(stream);
+        if recorded.is_err() {
+            let _ = stream.synchronize();
+        }
+        recorded.map_err(device.refused("record an event"))
     }
 
     fn wait(&self, device: &Device) -> Result<()> {

@@ -7,11 +7,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaEvent, CudaStream, result, sys};
+use cudarc::driver::{result, sys};
 use half::bf16;
 use safetensors::Dtype;
 
 use super::blender::{Resident, Stretch};
+use super::device::{Event, Stream};
 use super::kernels::{SOURCES, TARGETS};
 use super::memory::{copy_in, copy_out, copy_within};
 use super::{Buffer, Device, DeviceAverages, Offload, Pinned};
@@ -26,9 +27,9 @@ const CLOCK: i32 = 12080;
 #[derive(Debug)]
 pub struct Trial {
     device: Arc<Device>,
-    stream: Arc<CudaStream>,
-    begin: CudaEvent,
-    end: CudaEvent,
+    stream: Stream,
+    begin: Event,
+    end: Event,
 }
 
 /// Pinned memory that no copy is using.
@@ -119,7 +120,8 @@ impl Trial {
         self.stop()
     }
 
-    fn mark(&self, event: &CudaEvent) -> Result<()> {
+    fn mark(&self, event: &Event) -> Result<()> {
+        let _bound = self.device.bind()?;
         event.record(&self.stream).map_err(self.device.refused("record an event"))
     }
 

@@ -1,8 +1,8 @@
 //! Storing what an engine holds elsewhere: copied by one thread, written by another.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::worker::Worker;
 use crate::error::{Error, Result};
@@ -17,12 +17,33 @@ pub(super) struct Background {
     writer: Arc<Writer>,
     /// The newest step whose values could not be had; 0 for none, since updates begin at 1.
     lost: Arc<AtomicU64>,
+    reads: Arc<Reads>,
+}
+
+/// How many moments' values are still to be read, and a way to wait for them.
+type Reads = (Mutex<usize>, Condvar);
+
+/// One that is; over when it is dropped, by a panic too.
+struct Reading(Arc<Reads>);
+
+impl Reading {
+    fn begin(reads: &Arc<Reads>) -> Reading {
+        *reads.0.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        Reading(reads.clone())
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.1.notify_all();
+    }
 }
 
 impl Background {
     pub(super) fn start(dir: &Path) -> Result<Background> {
         let (worker, writer) = (Worker::start(dir)?, Arc::new(Writer::start(dir)?));
-        Ok(Background { worker, writer, lost: Arc::default() })
+        Ok(Background { worker, writer, lost: Arc::default(), reads: Arc::default() })
     }
 
     /// Adds a job that works on the averages.
@@ -35,18 +56,28 @@ impl Background {
         self.worker.wait();
     }
 
+    /// Waits until all values that are to be stored have been read.
+    pub(super) fn wait_for_reads(&self) {
+        let (count, done) = &*self.reads;
+        let mut reading = count.lock().unwrap_or_else(PoisonError::into_inner);
+        while *reading > 0 {
+            reading = done.wait(reading).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
     /// Has the worker get the values of a moment and hand them to the writer.
     pub(super) fn store(
         &self,
         moment: Moment,
         get: impl FnOnce(&Moment) -> Result<OwnedValues, Failure> + Send + 'static,
     ) {
-        let (writer, lost) = (self.writer.clone(), self.lost.clone());
+        let (writer, lost, reading) = (self.writer.clone(), self.lost.clone(), Reading::begin(&self.reads));
         self.worker.submit(move || {
             let step = moment.step();
-            let values =
-                get(&moment).inspect_err(|_| lost.store(step, Ordering::Relaxed)).map_err(Failure::into_error)?;
-            writer.submit(Job { moment, values })
+            let values = get(&moment).inspect_err(|_| lost.store(step, Ordering::Relaxed));
+            // Before the writer is waited for: the averages may move on now.
+            drop(reading);
+            writer.submit(Job { moment, values: values.map_err(Failure::into_error)? })
         });
     }
 
@@ -59,7 +90,13 @@ impl Background {
     pub(super) fn flush(&self) -> Result<()> {
         self.worker.wait();
         let written = self.writer.flush();
-        self.worker.take_error().map_or(written, Err)
+        match (self.worker.take_error(), written) {
+            (Some(error), Err(other)) => {
+                tracing::error!("{other}");
+                Err(error)
+            }
+            (error, written) => error.map_or(written, Err),
+        }
     }
 
     /// The newest step that was to be stored and could not be.

@@ -1,7 +1,7 @@
 //! Averages on a CUDA device: updated by one launch on the stream that trains, stored by way of the host in the background.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use safetensors::Dtype;
 
@@ -20,6 +20,8 @@ pub(in crate::tracker) struct DeviceEngine {
     // Dropped first: its thread reads the averages.
     background: Background,
     averages: DeviceAverages,
+    /// What reads the averages, kept from checkpoint to checkpoint with its buffers.
+    reader: Arc<Mutex<Option<Reader>>>,
 }
 
 impl DeviceEngine {
@@ -28,7 +30,7 @@ impl DeviceEngine {
             Some((averages, copies)) => DeviceAverages::upload(device, layout, &averages, start.precision, &copies)?,
             None => DeviceAverages::zeros(device, layout, start.profiles, start.precision, &start.copied)?,
         };
-        Ok(DeviceEngine { background: Background::start(dir)?, averages })
+        Ok(DeviceEngine { background: Background::start(dir)?, averages, reader: Arc::default() })
     }
 
     pub(super) fn fold(&mut self, matched: &Matched<'_, '_>, weights: &[f32]) -> Result<()> {
@@ -36,7 +38,7 @@ impl DeviceEngine {
         let averaged = averaged.collect::<Result<Vec<(Dtype, CudaMemory<'_>)>>>()?;
         let copied = matched.copied.iter().map(|view| cuda_memory(view)).collect::<Result<Vec<_>>>()?;
         // What is on its way to a snapshot must not move meanwhile.
-        self.background.wait();
+        self.background.wait_for_reads();
         self.averages.update(&averaged, &copied, weights)
     }
 
@@ -53,8 +55,19 @@ impl DeviceEngine {
     }
 
     pub(super) fn checkpoint(&self, moment: Moment) -> Result<(), Failure> {
-        let reader = self.averages.reader().map_err(Failure::Files)?;
-        self.background.store(moment, move |moment| read(reader, moment));
+        // An earlier moment is read by now, or is waited for here: the updates since have waited already.
+        self.background.wait_for_reads();
+        let kept = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let reader = match kept {
+            Some(reader) => self.averages.follow(&reader).map(|()| reader),
+            None => self.averages.reader(),
+        };
+        let (mut reader, keep) = (reader.map_err(Failure::Files)?, self.reader.clone());
+        self.background.store(moment, move |moment| {
+            let values = read(&mut reader, moment);
+            *keep.lock().unwrap_or_else(PoisonError::into_inner) = Some(reader);
+            values
+        });
         Ok(())
     }
 
@@ -64,14 +77,14 @@ impl DeviceEngine {
 }
 
 /// Brings the averages to the host: all bits for the live state, and converted on the device for the snapshots.
-fn read(mut reader: Reader, moment: &Moment) -> Result<OwnedValues, Failure> {
+fn read(reader: &mut Reader, moment: &Moment) -> Result<OwnedValues, Failure> {
     let ranges = reader.ranges().map_err(Failure::Files)?;
     let mut dtypes = Vec::with_capacity(ranges.len());
     for (profile, ranges) in ranges.iter().enumerate() {
         let value = |tensor: usize, element: usize| reader.value(profile, tensor, element);
         dtypes.push(moment.choose_dtypes(profile, ranges, value).map_err(Failure::Values)?);
     }
-    copy(&mut reader, dtypes).map_err(Failure::Files)
+    copy(reader, dtypes).map_err(Failure::Files)
 }
 
 fn copy(reader: &mut Reader, dtypes: Vec<Vec<Dtype>>) -> Result<OwnedValues> {

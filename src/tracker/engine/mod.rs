@@ -25,8 +25,6 @@ use crate::error::{Error, Result};
 use device::DeviceEngine;
 pub(super) use host::HostEngine;
 #[cfg(feature = "cuda")]
-pub(super) use offloaded::Averages as OffloadedAverages;
-#[cfg(feature = "cuda")]
 use offloaded::OffloadedEngine;
 #[cfg(test)]
 pub(super) use queued::QueuedEngine;

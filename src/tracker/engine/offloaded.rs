@@ -2,13 +2,13 @@
 //! the training, and a thread folds them in when they have arrived.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use safetensors::Dtype;
 
 use super::background::Background;
 use super::{HostEngine, Start, cuda_memory};
-use crate::compute::cpu::{Incoming, Layout};
+use crate::compute::cpu::{self, Incoming, Layout};
 use crate::compute::cuda::{Arrived, Device, Fence, Offload};
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
@@ -21,41 +21,49 @@ pub(in crate::tracker) struct OffloadedEngine {
     // Dropped first: its thread folds what has arrived.
     background: Background,
     offload: Offload,
-    averages: Arc<Mutex<Averages>>,
+    averages: Arc<Averages>,
     layout: Arc<Layout>,
     fence: Option<Fence>,
 }
 
 /// The averages, and whether an update is missing in them.
-pub(in crate::tracker) struct Averages {
-    host: HostEngine,
-    /// What became of an update that never arrived: nothing may be stored after it.
-    lost: Option<String>,
+struct Averages {
+    host: Mutex<HostEngine>,
+    /// What became of an update that was not folded in, or not wholly: nothing may be stored after it. Beside the lock,
+    /// so that whoever trains need not wait for a fold to look.
+    lost: OnceLock<String>,
 }
 
 impl Averages {
-    pub(in crate::tracker) fn host(&self) -> &HostEngine {
-        &self.host
-    }
-
     fn check(&self) -> Result<()> {
-        match &self.lost {
+        match self.lost.get() {
             Some(reason) => Err(Error::Nothing(format!(
                 "an update of the averages was lost ({reason}): they are not stored; start again and resume the run"
             ))),
             None => Ok(()),
         }
     }
+
+    /// The averages, whole.
+    fn lock(&self) -> Result<MutexGuard<'_, HostEngine>> {
+        let host = self.host.lock().unwrap_or_else(|poisoned| {
+            // Some tensors may be folded in and others not.
+            self.lost.get_or_init(|| "the thread that folds it in panicked".into());
+            poisoned.into_inner()
+        });
+        self.check()?;
+        Ok(host)
+    }
 }
 
 impl OffloadedEngine {
     pub(super) fn start(device: &Arc<Device>, dir: &Path, layout: &Layout, start: Start) -> Result<OffloadedEngine> {
         let sizes: Vec<usize> = start.averaged.iter().chain(&start.copied).copied().collect();
-        let averages = Averages { host: start.host(layout), lost: None };
+        let averages = Averages { host: Mutex::new(start.host(layout)), lost: OnceLock::new() };
         Ok(OffloadedEngine {
             background: Background::start(dir)?,
             offload: Offload::new(device, &sizes)?,
-            averages: Arc::new(Mutex::new(averages)),
+            averages: Arc::new(averages),
             layout: Arc::new(layout.clone()),
             fence: None,
         })
@@ -64,41 +72,34 @@ impl OffloadedEngine {
     pub(super) fn fold(&mut self, matched: &Matched<'_, '_>, weights: &[f32]) -> Result<()> {
         let views = matched.averaged.iter().chain(&matched.copied);
         let tensors = views.map(|view| cuda_memory(view)).collect::<Result<Vec<CudaMemory<'_>>>>()?;
-        lock(&self.averages).check()?;
+        self.averages.check()?;
         let (staged, fence) = self.offload.copy(&tensors)?;
         self.fence = Some(fence);
         let dtypes: Vec<Dtype> = matched.averaged.iter().map(|view| view.dtype).collect();
         let (averages, layout, weights) = (self.averages.clone(), self.layout.clone(), weights.to_vec());
         self.background.work(move || {
-            let arrived = staged.wait();
-            let mut averages = lock(&averages);
-            match arrived {
-                Ok(arrived) => fold(&mut averages.host, &arrived, &dtypes, &layout, &weights),
-                Err(error) => {
-                    averages.lost.get_or_insert(error.to_string());
-                    return Err(error);
-                }
-            }
+            let arrived = staged.wait().inspect_err(|error| {
+                averages.lost.get_or_init(|| error.to_string());
+            })?;
+            fold(&mut *averages.lock()?, &arrived, &dtypes, &layout, &weights);
             Ok(())
         });
         Ok(())
     }
 
     /// The averages with all updates folded in.
-    pub(super) fn averages(&self) -> Result<MutexGuard<'_, Averages>> {
+    pub(super) fn averages(&self) -> Result<MutexGuard<'_, HostEngine>> {
         self.background.wait();
-        let averages = lock(&self.averages);
-        averages.check()?;
-        Ok(averages)
+        self.averages.lock()
     }
 
     pub(super) fn checkpoint(&self, moment: Moment) -> Result<(), Failure> {
         let averages = self.averages.clone();
         self.background.store(moment, move |_| {
-            let averages = lock(&averages);
-            averages.check().map_err(Failure::Values)?;
-            let values = averages.host.values();
-            Ok(OwnedValues { averages: values.averages.to_vec(), copies: values.copies.to_vec(), converted: None })
+            let host = averages.lock().map_err(Failure::Values)?;
+            let values = host.values();
+            let averages = values.averages.iter().map(cpu::Averages::copy).collect();
+            Ok(OwnedValues { averages, copies: values.copies.to_vec(), converted: None })
         });
         Ok(())
     }
@@ -117,9 +118,4 @@ fn fold(host: &mut HostEngine, arrived: &Arrived, dtypes: &[Dtype], layout: &Lay
     let incoming: Vec<Incoming<'_>> = incoming.collect();
     let copied: Vec<&[u8]> = (0..host.copies()).map(|i| arrived.tensor(dtypes.len() + i)).collect();
     host.update(&incoming, &copied, layout, weights);
-}
-
-/// A thread that panicked while it held the lock has left whole numbers behind, and told of it.
-fn lock(averages: &Mutex<Averages>) -> MutexGuard<'_, Averages> {
-    averages.lock().unwrap_or_else(PoisonError::into_inner)
 }
