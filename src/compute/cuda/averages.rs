@@ -133,6 +133,7 @@ impl DeviceAverages {
         &self.arenas.device
     }
 
+    #[cfg(feature = "report")]
     pub(super) fn arenas(&self) -> &Arenas {
         &self.arenas
     }

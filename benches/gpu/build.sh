@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Builds what the GPU check runs, for a machine without Rust, into gpu-check/ (or the folder that is named).
+# Needs Rust and nvcc (see build.rs); POSTHOC_EMA_CUDA_ARCHS=90 compiles for the H200 alone.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+folder=${1:-gpu-check}
+export CARGO_PROFILE_RELEASE_STRIP=symbols CARGO_TERM_COLOR=never
+
+mkdir -p "$folder"
+cargo build --release --features cuda --bin posthoc-ema --example gpu-check-run
+# Tests are built for the check alone; the path of what was built is in cargo's messages.
+tests=$(cargo test --release --features cuda --test cuda --no-run --message-format=json \
+    | python3 -c '
+import json, sys
+built = [json.loads(line) for line in sys.stdin if line.startswith("{")]
+print(next(b["executable"] for b in built if b.get("executable") and b["target"]["name"] == "cuda"))')
+release=${CARGO_TARGET_DIR:-target}/release
+install "$release/posthoc-ema" "$release/examples/gpu-check-run" "$folder/"
+install "$tests" "$folder/cuda-tests"
+
+nvcc=${NVCC:-nvcc}
+{
+    echo "built $(date -u +%FT%TZ)"
+    echo "commit $(git rev-parse HEAD)$(git diff --quiet HEAD || echo ', changed')"
+    "$folder/posthoc-ema" --version
+    rustc --version
+    echo "nvcc $("$nvcc" --version 2>/dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p')"
+    echo "architectures ${POSTHOC_EMA_CUDA_ARCHS:-all}"
+    (cd "$folder" && sha256sum posthoc-ema gpu-check-run cuda-tests)
+} >"$folder/manifest.txt"
+du -ch "$folder"/* | tail -n 1

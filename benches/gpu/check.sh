@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# The GPU check: tests, figures and sanitizers on one device, in one call of at most ten minutes, from binaries that
+# build.sh made. See README.md.
+#
+#     benches/gpu/check.sh [FOLDER]      # of the binaries; gpu-check by default
+#
+# Variables: RECORD (the folder of the results, benches/record), DEVICE (cuda:0), LIMIT (seconds for all, 570), and the
+# sizes below. What is not installed is skipped with a message: python3 with torch, compute-sanitizer.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+here=benches/gpu
+folder=$(realpath "${1:-gpu-check}")
+record=${RECORD:-benches/record}
+export DEVICE=${DEVICE:-cuda:0}
+export PARAMETERS=${PARAMETERS:-1000000000} FEW=${FEW:-300} MANY=${MANY:-10000} REPEATS=${REPEATS:-7}
+export SNAPSHOT_PARAMETERS=${SNAPSHOT_PARAMETERS:-250000000} SNAPSHOTS=${SNAPSHOTS:-40} TARGETS=${TARGETS:-8}
+export RUN_PARAMETERS=${RUN_PARAMETERS:-100000000} RUN_SNAPSHOTS=${RUN_SNAPSHOTS:-40}
+limit=${LIMIT:-570}
+
+# Files of a run are read from memory, whatever the disk is like.
+roomy=/dev/shm
+[ -w "$roomy" ] || roomy=${TMPDIR:-/tmp}
+work=$(mktemp -d "$roomy/gpu-check.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$record" "$work/results"
+
+# stage NAME SECONDS COMMAND...: runs it for so long at most, and no longer than is left; notes how it ended.
+stage() {
+    local name=$1 most=$2 left=$((limit - SECONDS)) begun=$SECONDS status
+    shift 2
+    if ((left < 5)); then
+        echo "$name: skipped, no time is left" | tee -a "$work/results/stages.txt"
+        return 1
+    fi
+    echo "== $name (at ${SECONDS} s)"
+    timeout --kill-after=5 "$((most < left ? most : left))" "$@"
+    status=$?
+    local outcome=passed
+    ((status == 0)) || outcome="failed ($status)"
+    ((status == 124 || status == 137)) && outcome="out of time"
+    echo "$name: $outcome, $((SECONDS - begun)) s" | tee -a "$work/results/stages.txt"
+    return $status
+}
+into() { local file=$1; shift; "$@" >"$file"; }
+
+tests() { "$folder/cuda-tests" --test-threads 1 "$@"; }
+
+bench() { # NAME ARGUMENTS...
+    local name=$1
+    shift
+    into "$work/results/$name.json" "$folder/posthoc-ema" bench --device "$DEVICE" --repeats "$REPEATS" --json "$@"
+}
+
+synthesis() {
+    local run=$work/run
+    "$folder/gpu-check-run" write "$run" "$RUN_PARAMETERS" "$RUN_SNAPSHOTS" &&
+        into "$work/results/synthesis.json" \
+            "$folder/gpu-check-run" synthesize "$run" "$DEVICE" "$work/out.safetensors" "$REPEATS" &&
+        into "$work/results/synthesize-command.json" \
+            "$folder/posthoc-ema" synthesize "$run" --sigma-rel 0.15 --dtype f16 -o "$work/command.safetensors" \
+            --device "$DEVICE" --json &&
+        "$folder/posthoc-ema" synthesize "$run" --sigma-rel 0.15 --dtype f16 -o "$work/cpu.safetensors" --device cpu &&
+        cmp "$work/command.safetensors" "$work/cpu.safetensors" && cmp "$work/out.safetensors" "$work/cpu.safetensors"
+    local status=$?
+    rm -rf "$run" "$work"/*.safetensors
+    return $status
+}
+
+sanitize() { # TOOL TEST...
+    local tool=$1
+    shift
+    compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/cuda-tests" --test-threads 1 "$@"
+}
+
+# `timeout` takes no functions: each stage runs in a shell of its own.
+export here folder work
+export -f into tests bench synthesis sanitize
+
+if nvidia-smi -L >/dev/null 2>&1; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader >"$work/results/device.txt"
+else
+    echo "no nvidia-smi: a stand-in, or none" | tee "$work/results/device.txt"
+fi
+cp "$folder/manifest.txt" "$work/results/" 2>/dev/null
+
+stage "tests" 150 bash -c tests
+stage "update, $FEW tensors" 75 bash -c "bench few --parameters $PARAMETERS --tensors $FEW --snapshots 1 --targets 1"
+stage "update, $MANY tensors" 75 bash -c "bench many --parameters $PARAMETERS --tensors $MANY --snapshots 1 --targets 1"
+stage "blend" 75 bash -c \
+    "bench blend --parameters $SNAPSHOT_PARAMETERS --tensors $FEW --snapshots $SNAPSHOTS --targets $TARGETS"
+stage "synthesis" 120 bash -c synthesis
+if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+    stage "peers" 120 bash -c 'into "$work/results/peers.json" python3 "$here/peers.py"'
+else
+    echo "peers: skipped, python3 has no torch that sees a device" | tee -a "$work/results/stages.txt"
+fi
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck initcheck; do
+        stage "$tool" 60 bash -c "sanitize $tool one_dtype_alone blend::every_length offload::tensors convert::ranges"
+    done
+else
+    echo "sanitizers: skipped, there is no compute-sanitizer" | tee -a "$work/results/stages.txt"
+fi
+
+python3 "$here/report.py" "$work/results" "$record"

@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""The same update by PyTorch, on the device of the check: seconds, by the device's clock, as one JSON document.
+
+For each number of tensors and each dtype of the parameters, with two profiles and averages in f32:
+
+foreach     torch._foreach_lerp_, once for each profile; bf16 parameters are converted by torch._foreach_copy_ before
+compile     torch.compile of the update of all profiles of one tensor, for each tensor, replayed as one CUDA graph
+compile, 1  the same on all parameters as one tensor, which no model is: the most that a compiler could fuse
+copy        Tensor.copy_ within the device: bytes read and written both count
+"""
+
+import json
+import os
+import statistics
+import sys
+
+import torch
+
+WEIGHTS = [0.3, 0.05]  # as posthoc-ema bench has them
+ALIGNMENT = 128
+
+
+def timed(work, repeats):
+    """The median of the seconds of `work`, queued twice: the host queues the second round while the first runs."""
+    seconds = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        work()
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return {"seconds_median": statistics.median(seconds), "seconds_all": seconds}
+
+
+def split(flat, parameters, tensors):
+    """Views of a flat tensor, of all but equal sizes, each at a place as an allocator would give it."""
+    views, at = [], 0
+    for i in range(tensors):
+        n = parameters // tensors + (i < parameters % tensors)
+        views.append(flat[at : at + n])
+        at += -(-n // ALIGNMENT) * ALIGNMENT
+    return views
+
+
+def foreach(averages, parameters, converted):
+    if converted is not None:
+        torch._foreach_copy_(converted, parameters)
+    for average, weight in zip(averages, WEIGHTS):
+        torch._foreach_lerp_(average, parameters if converted is None else converted, weight)
+
+
+def both(first, second, parameter):
+    p = parameter.float()
+    first.lerp_(p, WEIGHTS[0])
+    second.lerp_(p, WEIGHTS[1])
+
+
+def graphed(work):
+    """The same work without Python's share of it."""
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def check(name, averages, parameters):
+    """Two updates from zeros leave 1 - (1 - w)^2 of a parameter."""
+    for average, weight in zip(averages, WEIGHTS):
+        for e, p in list(zip(average, parameters))[:: max(1, len(parameters) // 20)]:
+            expected = p[:1000].double() * (1 - (1 - weight) ** 2)
+            if not torch.allclose(e[:1000].double(), expected, rtol=1e-5, atol=1e-6):
+                sys.exit(f"{name}: the averages are wrong")
+
+
+def measure(name, work, averages, parameters, bytes_, repeats):
+    for average in averages:
+        torch._foreach_zero_(average)
+    work()
+    work()
+    check(name, averages, parameters)
+    row = {"name": name, "bytes": bytes_, **timed(work, repeats)}
+    print(f"{name}: {1e3 * row['seconds_median']:.3f} ms", file=sys.stderr)
+    return row
+
+
+def main():
+    size, few, many, repeats = (int(os.environ[k]) for k in ("PARAMETERS", "FEW", "MANY", "REPEATS"))
+    device = torch.device(os.environ.get("DEVICE", "cuda:0"))
+    torch.cuda.set_device(device)
+    room = size + ALIGNMENT * max(few, many)
+    flats = [torch.zeros(room, device=device) for _ in WEIGHTS]
+    values = torch.arange(room, device=device) % 251 / 128 - 1
+    rows = [{"name": "copy", "bytes": 8 * room, **timed(lambda: flats[0].copy_(values), repeats)}]
+    compiled = torch.compile(both)
+    for dtype in (torch.float32, torch.bfloat16):
+        short = "f32" if dtype == torch.float32 else "bf16"
+        given = values.to(dtype)
+        bytes_ = size * (given.element_size() + 8 * len(WEIGHTS))
+        scratch = torch.empty(room, device=device) if dtype == torch.bfloat16 else None
+        for tensors in (few, many):
+            averages, parameters = [split(flat, size, tensors) for flat in flats], split(given, size, tensors)
+            converted = None if scratch is None else split(scratch, size, tensors)
+            work = lambda: foreach(averages, parameters, converted)
+            rows.append(measure(f"foreach, {short}, {tensors}", work, averages, parameters, bytes_, repeats))
+        averages, parameters = [split(flat, size, few) for flat in flats], split(given, size, few)
+        work = graphed(lambda: [compiled(*each) for each in zip(*averages, parameters)])
+        rows.append(measure(f"compile, {short}, {few}", work, averages, parameters, bytes_, repeats))
+        whole = [[flat[:size]] for flat in flats]
+        work = graphed(lambda: compiled(whole[0][0], whole[1][0], given[:size]))
+        rows.append(measure(f"compile, {short}, 1", work, whole, [given[:size]], bytes_, repeats))
+    about = {"torch": torch.__version__, "device": torch.cuda.get_device_name(device)}
+    print(json.dumps({**about, "measurements": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+//! A made-up run for the GPU check: written, and synthesized from again and again in one process.
+
+use std::error::Error;
+use std::path::Path;
+use std::time::Instant;
+
+use posthoc_ema::{At, Device, Dtype, Output, PostHocEma, Profile, Run, WriteOptions};
+use serde_json::json;
+
+/// Tensors of the model.
+const TENSORS: usize = 100;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["write", dir, parameters, snapshots] => write(Path::new(dir), parameters.parse()?, snapshots.parse()?),
+        ["synthesize", dir, device, out, times] => {
+            synthesize(Path::new(dir), device.parse()?, Path::new(out), times.parse()?)
+        }
+        _ => Err("gpu-check-run write DIR PARAMETERS SNAPSHOTS | synthesize DIR DEVICE FILE TIMES".into()),
+    }
+}
+
+/// Two profiles, snapshots in f16 after every update.
+fn write(dir: &Path, parameters: usize, snapshots: u64) -> Result<(), Box<dyn Error>> {
+    let each = (parameters / TENSORS).max(1);
+    let value = |i: usize| (i % 1009) as f32 / 1009.0 - 0.5;
+    let tensor = |t: usize| (format!("layer.{t}.weight"), (0..each).map(|i| value(i + t)).collect::<Vec<f32>>());
+    let mut model: Vec<(String, Vec<f32>)> = (0..TENSORS).map(tensor).collect();
+    let mut ema = PostHocEma::options(dir).checkpoint_every(1).checkpoint_dtype(Dtype::F16).create(&model)?;
+    for step in 1..=snapshots {
+        let (keep, add) = (1.0 - 0.1 / step as f32, 0.01 * (step % 7) as f32);
+        model.iter_mut().for_each(|(_, values)| values.iter_mut().for_each(|v| *v = *v * keep + add));
+        ema.update(&model)?;
+    }
+    ema.finish()?;
+    Ok(())
+}
+
+/// The seconds of each time; the device stays open in between, and the files stay in the page cache.
+fn synthesize(dir: &Path, device: Device, out: &Path, times: usize) -> Result<(), Box<dyn Error>> {
+    let run = Run::open(dir)?;
+    let plans = run.plans(&[Profile::sigma_rel(0.15)?], At::Latest)?;
+    #[cfg(feature = "cuda")]
+    let _open = match device {
+        Device::Cuda(number) => Some(posthoc_ema::compute::cuda::Device::open(number)?),
+        _ => None,
+    };
+    let mut seconds = Vec::new();
+    for _ in 0..times {
+        let start = Instant::now();
+        let options = WriteOptions { dtype: Some(Dtype::F16), device, progress: None };
+        run.write_all(&[Output { plan: &plans[0], path: out }], &options)?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    println!("{}", json!({ "bytes_read": run.bytes_to_read(&plans), "seconds": seconds }));
+    Ok(())
+}
