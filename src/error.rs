@@ -233,7 +233,8 @@ impl Error {
 
     /// A tensor whose memory this build cannot reach.
     pub(crate) fn on_device(tensor: &str) -> Error {
-        Error::tensor(tensor, "it lies on a CUDA device: pass tensors in host memory here, or a copy on the host")
+        let remedy = if cfg!(feature = "cuda") { "pass" } else { "build with the feature `cuda`, or pass" };
+        Error::tensor(tensor, format!("it lies on a CUDA device: {remedy} tensors in host memory here"))
     }
 
     pub(crate) fn changed(tensor: &str, reason: impl Into<String>) -> Error {

@@ -15,7 +15,7 @@ use super::streaming::Streaming;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::snapshot::{AtomicFile, FileLayout, Meta, PROFILE, STEP, TensorSpec};
-use crate::tensor::{Memory, ParametersMut, Tensor, TensorView, TensorViewMut, Tensors, byte_size, is_averaged};
+use crate::tensor::{Memory, ParametersMut, Tensor, TensorViewMut, Tensors, byte_size, is_averaged};
 
 /// Targets of one pass: more would exceed the memory promised, and the files that a process may have open.
 pub(super) const MAX_TARGETS: usize = 256;
@@ -98,11 +98,13 @@ impl Pool<'_> {
     pub(super) fn place_of(&self, params: &(impl ParametersMut + ?Sized)) -> Result<Chosen> {
         let mut device = Device::Cpu;
         params.with_tensors(&mut |views| {
-            let on_device = |view: &TensorView<'_>| match view.memory {
-                Memory::Cuda(memory) => Some(memory.device),
-                Memory::Host(_) => None,
-            };
-            device = views.iter().find_map(on_device).map_or(device, Device::Cuda);
+            for view in views {
+                let Memory::Cuda(memory) = view.memory else { continue };
+                if cfg!(not(feature = "cuda")) {
+                    return Err(Error::on_device(view.name));
+                }
+                device = Device::Cuda(memory.device);
+            }
             Ok(())
         })?;
         Chosen::asked(self.device(device))
