@@ -1,8 +1,8 @@
 //! [Post-hoc EMA](posthoc_ema) for candle: a [`VarMap`](candle_nn::VarMap), or named tensors and variables of any
 //! origin, as [`Parameters`](posthoc_ema::Parameters).
 //!
-//! Each type here borrows what it wraps, so it is made on the spot, at every call. Elements in CPU memory are read
-//! and written where they lie.
+//! Each type here borrows what it wraps, so it is made on the spot, at every call. Elements are read and written where
+//! they lie: in CPU memory, and with the feature `cuda` on CUDA devices too, in the order of the stream that candle uses.
 //!
 //! ```
 //! use candle_core::{DType, Device, Module, Tensor};
@@ -28,6 +28,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod lend;
 mod memory;
 mod named;

@@ -4,9 +4,14 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Storage, Tensor, Var};
 use posthoc_ema::{Dtype, Error, Result, TensorViewMut};
 use zerocopy::IntoBytes;
+
+#[cfg(feature = "cuda")]
+use crate::cuda;
 
 /// What the owner of a variable does with its elements.
 type Writer<'a> = dyn FnMut(TensorViewMut<'_>) -> Result<()> + 'a;
@@ -36,13 +41,13 @@ pub fn dtype(name: &str, dtype: DType) -> Result<Dtype> {
 
 /// The storage, where the CPU can read it.
 pub fn on_cpu<'a>(name: &str, storage: &'a Storage) -> Result<&'a CpuStorage> {
-    match storage {
-        Storage::Cpu(storage) => Ok(storage),
-        Storage::Cuda(_) | Storage::Metal(_) => Err(tensor_error(
-            name,
-            "not in CPU memory: pass a copy, made with `to_device(&Device::Cpu)`, as one of `NamedTensors`",
-        )),
-    }
+    let remedy = match storage {
+        Storage::Cpu(storage) => return Ok(storage),
+        Storage::Cuda(_) => "on a CUDA device: build posthoc-ema-candle with its feature `cuda`, or pass",
+        Storage::Metal(_) => "on a Metal device: pass",
+    };
+    let copy = "a copy, made with `to_device(&Device::Cpu)`, as one of `NamedTensors`";
+    Err(tensor_error(name, format!("{remedy} {copy}")))
 }
 
 /// The elements of a contiguous tensor, in place but for the one dtype whose bits cannot be seen from outside.
@@ -70,9 +75,13 @@ pub fn bytes<'a>(name: &str, storage: &'a CpuStorage, layout: &Layout) -> Result
 /// Lends a variable's elements for writing.
 pub fn write(name: &str, var: &Var, write: &mut Writer<'_>) -> Result<()> {
     let dtype = dtype(name, var.dtype())?;
-    // Candle's own refusal does not say what to do.
-    on_cpu(name, &var.storage_and_layout().0)?;
-    if dtype == Dtype::F8_E4M3 {
+    let on_host = match &*var.storage_and_layout().0 {
+        #[cfg(feature = "cuda")]
+        Storage::Cuda(_) => false,
+        // Candle's own refusal does not say what to do.
+        storage => on_cpu(name, storage).map(|_| true)?,
+    };
+    if on_host && dtype == Dtype::F8_E4M3 {
         return write_copy(name, var, write);
     }
     let lent = Lent { name, dtype, write: RefCell::new(write), outcome: RefCell::new(Ok(())) };
@@ -127,20 +136,29 @@ impl InplaceOp1 for Lent<'_, '_> {
         *self.outcome.borrow_mut() = view.and_then(|view| (self.write.borrow_mut())(view));
         Ok(())
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> candle_core::Result<()> {
+        *self.outcome.borrow_mut() = cuda::lend_mut(self.name, storage, layout, |memory| {
+            let view = TensorViewMut::cuda(self.name, self.dtype, layout.dims(), memory)?;
+            (self.write.borrow_mut())(view)
+        });
+        Ok(())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{CudaStorage, Device};
+    use candle_core::Device;
 
+    #[cfg(not(feature = "cuda"))]
     #[test]
-    fn memory_of_a_gpu_is_refused_with_the_remedy() {
-        let text = on_cpu("layer.weight", &Storage::Cuda(CudaStorage)).unwrap_err().to_string();
-        assert!(
-            text.contains("`layer.weight`: not in CPU memory") && text.contains("to_device(&Device::Cpu)"),
-            "{text}"
-        );
+    fn memory_of_a_gpu_is_refused_with_the_remedies() {
+        let text = on_cpu("layer.weight", &Storage::Cuda(candle_core::CudaStorage)).unwrap_err().to_string();
+        for part in ["`layer.weight`: on a CUDA device", "feature `cuda`", "to_device(&Device::Cpu)"] {
+            assert!(text.contains(part), "{text}");
+        }
     }
 
     #[test]
