@@ -59,27 +59,33 @@ pub struct CudaMemory<'a> {
 #[derive(Debug)]
 pub struct CudaMemoryMut<'a>(pub(crate) CudaMemory<'a>);
 
-impl CudaMemory<'_> {
-    /// The number of the device.
-    pub fn device(&self) -> usize {
-        self.device
-    }
+macro_rules! tell {
+    ($memory:ident, $self:ident => $read:expr) => {
+        impl $memory<'_> {
+            /// The number of the device.
+            pub fn device(&$self) -> usize {
+                $read.device
+            }
 
-    /// The address on the device.
-    pub fn address(&self) -> u64 {
-        self.address
-    }
+            /// The address on the device.
+            pub fn address(&$self) -> u64 {
+                $read.address
+            }
 
-    /// The number of bytes.
-    pub fn len(&self) -> usize {
-        self.bytes
-    }
+            /// The number of bytes.
+            pub fn len(&$self) -> usize {
+                $read.bytes
+            }
 
-    /// Whether there are no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.bytes == 0
-    }
+            /// Whether there are no bytes.
+            pub fn is_empty(&$self) -> bool {
+                $read.bytes == 0
+            }
+        }
+    };
 }
+tell!(CudaMemory, self => self);
+tell!(CudaMemoryMut, self => self.0);
 
 /// A tensor that can be read: name, dtype, shape and contiguous elements.
 #[derive(Clone, Copy, Debug)]

@@ -12,7 +12,7 @@ use std::ops::Range;
 use candle_core::Layout;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DeviceSlice, SyncOnDrop};
 use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice};
-use posthoc_ema::{CudaMemory, Result};
+use posthoc_ema::{CudaMemory, CudaMemoryMut, Result};
 
 use crate::memory::tensor_error;
 
@@ -63,7 +63,7 @@ pub fn lend_mut(
     name: &str,
     storage: &mut CudaStorage,
     layout: &Layout,
-    write: impl FnOnce(CudaMemory<'_>) -> Result<()>,
+    write: impl FnOnce(CudaMemoryMut<'_>) -> Result<()>,
 ) -> Result<()> {
     let place = place(name, layout)?;
     with_slice!(name, &mut storage.slice, slice => {
@@ -72,7 +72,7 @@ pub fn lend_mut(
         let view = slice.try_slice_mut(place).ok_or_else(|| tensor_error(name, "beyond its storage"))?;
         let bytes = view.num_bytes();
         let (address, _queued) = view.view_ptr_mut(&stream);
-        write(Lent { stream: &stream, address, bytes, _queued }.memory())
+        write(Lent { stream: &stream, address, bytes, _queued }.memory_mut())
     })
 }
 
@@ -98,5 +98,12 @@ impl Lent<'_> {
         // writing where it is lent so. Afterwards cudarc frees a slice by `cuMemFreeAsync` on this very stream, or waits
         // for the stream and frees it then where the device has no memory pools.
         unsafe { CudaMemory::from_raw(device, stream, self.address, self.bytes) }
+    }
+
+    /// As [`Lent::memory`], for writing.
+    fn memory_mut(&mut self) -> CudaMemoryMut<'_> {
+        let (device, stream) = (self.stream.context().ordinal(), self.stream.cu_stream().addr());
+        // SAFETY: as above; the only caller has the storage borrowed for writing.
+        unsafe { CudaMemoryMut::from_raw(device, stream, self.address, self.bytes) }
     }
 }
