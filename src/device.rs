@@ -6,7 +6,8 @@ use std::str::FromStr;
 /// A device to compute on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
-    /// Whichever is faster for the job at hand.
+    /// Left to whoever computes: a synthesis takes whichever is faster for the job, a tracker keeps averages on the
+    /// device where there is ample room, a benchmark measures all there is.
     Auto,
     /// The CPU.
     #[default]

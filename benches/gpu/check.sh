@@ -7,19 +7,23 @@
 # Variables: RECORD (the folder of the results, benches/record), DEVICE (cuda:0), LIMIT (seconds for all, 570), and the
 # sizes below. What is not installed is skipped with a message: python3 with torch, compute-sanitizer.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
 here=benches/gpu
-folder=$(realpath "${1:-gpu-check}")
+folder=${1:+$(realpath "$1")}
+cd "$(dirname "$0")/../.."
+folder=${folder:-$PWD/gpu-check}
 record=${RECORD:-benches/record}
 export DEVICE=${DEVICE:-cuda:0}
 export PARAMETERS=${PARAMETERS:-1000000000} FEW=${FEW:-300} MANY=${MANY:-10000} REPEATS=${REPEATS:-7}
 export SNAPSHOT_PARAMETERS=${SNAPSHOT_PARAMETERS:-250000000} SNAPSHOTS=${SNAPSHOTS:-40} TARGETS=${TARGETS:-8}
-export RUN_PARAMETERS=${RUN_PARAMETERS:-100000000} RUN_SNAPSHOTS=${RUN_SNAPSHOTS:-40}
+export RUN_PARAMETERS=${RUN_PARAMETERS:-100000000} RUN_SNAPSHOTS=${RUN_SNAPSHOTS:-20}
 limit=${LIMIT:-570}
 
 # Files of a run are read from memory, whatever the disk is like.
 roomy=/dev/shm
-[ -w "$roomy" ] || roomy=${TMPDIR:-/tmp}
+# A run of two profiles: each step a snapshot in f16 each, and the live state in full; and the results.
+needed=$((RUN_PARAMETERS * (4 * RUN_SNAPSHOTS + 40)))
+free=$(df --output=avail -B1 "$roomy" 2>/dev/null | tail -1)
+{ [ -w "$roomy" ] && ((${free:-0} > needed)); } || roomy=${TMPDIR:-/tmp}
 work=$(mktemp -d "$roomy/gpu-check.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$record" "$work/results"
@@ -94,12 +98,16 @@ if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
 else
     echo "peers: skipped, python3 has no torch that sees a device" | tee -a "$work/results/stages.txt"
 fi
-if command -v compute-sanitizer >/dev/null; then
+if ! command -v compute-sanitizer >/dev/null; then
+    echo "sanitizers: skipped, there is no compute-sanitizer" | tee -a "$work/results/stages.txt"
+elif compute-sanitizer "$folder/cuda-tests" --exact offload::the_fence_lets_training_go_on_meanwhile 2>&1 |
+    grep -qiE "not supported|unable to find"; then
+    # Where the device is virtual, for one.
+    echo "sanitizers: skipped, compute-sanitizer does not support this device" | tee -a "$work/results/stages.txt"
+else
     for tool in memcheck racecheck initcheck; do
         stage "$tool" 60 bash -c "sanitize $tool one_dtype_alone blend::every_length offload::tensors convert::ranges"
     done
-else
-    echo "sanitizers: skipped, there is no compute-sanitizer" | tee -a "$work/results/stages.txt"
 fi
 
 python3 "$here/report.py" "$work/results" "$record"

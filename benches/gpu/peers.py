@@ -3,7 +3,8 @@
 
 For each number of tensors and each dtype of the parameters, with two profiles and averages in f32:
 
-foreach     torch._foreach_lerp_, once for each profile; bf16 parameters are converted by torch._foreach_copy_ before
+foreach     torch._foreach_lerp_, once for each profile; bf16 parameters are converted by torch._foreach_copy_ before;
+            and the same replayed as one CUDA graph
 compile     torch.compile of the update of all profiles of one tensor, for each tensor, replayed as one CUDA graph
 compile, 1  the same on all parameters as one tensor, which no model is: the most that a compiler could fuse
 copy        Tensor.copy_ within the device: bytes read and written both count
@@ -88,6 +89,15 @@ def measure(name, work, averages, parameters, bytes_, repeats):
     return row
 
 
+def attempt(name, work, averages, parameters, bytes_, repeats):
+    """A row that a compiler or a graph may refuse; wrong averages still end the program."""
+    try:
+        return measure(name, graphed(work), averages, parameters, bytes_, repeats)
+    except Exception as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return {"name": name, "bytes": bytes_, "error": str(error)}
+
+
 def main():
     size, few, many, repeats = (int(os.environ[k]) for k in ("PARAMETERS", "FEW", "MANY", "REPEATS"))
     device = torch.device(os.environ.get("DEVICE", "cuda:0"))
@@ -107,12 +117,17 @@ def main():
             converted = None if scratch is None else split(scratch, size, tensors)
             work = lambda: foreach(averages, parameters, converted)
             rows.append(measure(f"foreach, {short}, {tensors}", work, averages, parameters, bytes_, repeats))
+            # Thousands of launches may take Python longer than the device: the same without Python, too.
+            name = f"foreach, graph, {short}, {tensors}"
+            rows.append(attempt(name, work, averages, parameters, bytes_, repeats))
         averages, parameters = [split(flat, size, few) for flat in flats], split(given, size, few)
-        work = graphed(lambda: [compiled(*each) for each in zip(*averages, parameters)])
-        rows.append(measure(f"compile, {short}, {few}", work, averages, parameters, bytes_, repeats))
+        work = lambda: [compiled(*each) for each in zip(*averages, parameters)]
+        rows.append(attempt(f"compile, {short}, {few}", work, averages, parameters, bytes_, repeats))
+        # Otherwise it would be compiled for any size, which is what came before.
+        torch._dynamo.reset()
         whole = [[flat[:size]] for flat in flats]
-        work = graphed(lambda: compiled(whole[0][0], whole[1][0], given[:size]))
-        rows.append(measure(f"compile, {short}, 1", work, whole, [given[:size]], bytes_, repeats))
+        work = lambda: compiled(whole[0][0], whole[1][0], given[:size])
+        rows.append(attempt(f"compile, {short}, 1", work, whole, [given[:size]], bytes_, repeats))
     about = {"torch": torch.__version__, "device": torch.cuda.get_device_name(device)}
     print(json.dumps({**about, "measurements": rows}))
 

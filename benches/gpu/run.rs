@@ -28,7 +28,8 @@ fn write(dir: &Path, parameters: usize, snapshots: u64) -> Result<(), Box<dyn Er
     let value = |i: usize| (i % 1009) as f32 / 1009.0 - 0.5;
     let tensor = |t: usize| (format!("layer.{t}.weight"), (0..each).map(|i| value(i + t)).collect::<Vec<f32>>());
     let mut model: Vec<(String, Vec<f32>)> = (0..TENSORS).map(tensor).collect();
-    let mut ema = PostHocEma::options(dir).checkpoint_every(1).checkpoint_dtype(Dtype::F16).create(&model)?;
+    let options = PostHocEma::options(dir).update_every(1).checkpoint_every(1).max_checkpoints(snapshots as usize);
+    let mut ema = options.checkpoint_dtype(Dtype::F16).create(&model)?;
     for step in 1..=snapshots {
         let (keep, add) = (1.0 - 0.1 / step as f32, 0.01 * (step % 7) as f32);
         model.iter_mut().for_each(|(_, values)| values.iter_mut().for_each(|v| *v = *v * keep + add));

@@ -34,7 +34,8 @@ pub struct Output<'a> {
 pub struct WriteOptions<'a> {
     /// The dtype of averaged tensors; the model's own where it is not given.
     pub dtype: Option<Dtype>,
-    /// Where they are blended; the bits are the same everywhere.
+    /// Where they are blended, by default on the CPU; the bits are the same everywhere. [`Device::Auto`] tries the CPU and
+    /// the first CUDA device on the beginning of the job, unless it is over before a device would be ready.
     pub device: Device,
     /// Called with the bytes of snapshots that were read since the last call, from any thread.
     pub progress: Option<&'a (dyn Fn(u64) + Sync)>,

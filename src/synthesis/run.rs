@@ -94,7 +94,8 @@ impl Run {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Tensor`] for a result that the dtype cannot hold, [`Error::Unexpected`] for an output
-    /// within the run's own directory, [`Error::Cuda`] for a device that was asked for and cannot be used.
+    /// within the run's own directory, [`Error::Cuda`] for a device that was asked for and cannot be used,
+    /// [`Error::Setting`] for one in a build without the feature `cuda`.
     pub fn write_all(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<Device> {
         outputs.iter().try_for_each(|output| self.check_outside(output.path))?;
         self.pool().write(outputs, options)

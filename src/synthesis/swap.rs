@@ -31,6 +31,7 @@ impl<P: ParametersMut + ?Sized> SwappedIn<'_, P> {
     ///
     /// # Errors
     /// [`Error::Tensor`] for a tensor whose shape or dtype changed meanwhile, or that is gone; all others are restored.
+    /// [`Error::Cuda`] where a device fails.
     pub fn restore(mut self) -> Result<()> {
         self.originals.take().map_or(Ok(()), |originals| originals.restore(self.params))
     }

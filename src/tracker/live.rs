@@ -87,7 +87,7 @@ impl PostHocEma {
     /// The average of `profile` at the newest update, in the model's dtypes.
     ///
     /// # Errors
-    /// As [`PostHocEma::plan`], and [`Error::Tensor`] for a result that its dtype cannot hold.
+    /// As [`PostHocEma::plan`], [`Error::Tensor`] for a result that its dtype cannot hold, and [`Error::Cuda`].
     pub fn synthesize(&self, profile: Profile) -> Result<Tensors> {
         self.with_pool(&profile, |pool, plan| pool.load(plan))
     }

@@ -88,6 +88,8 @@ impl PostHocEma {
     /// [`Error::Io`] where a snapshot cannot be written: the averages are up to date, no file is half written, training
     /// can go on, and the snapshot is tried again before the next update, and given up with a warning if that fails too.
     /// The same holds for an error of a snapshot that was written in the background: the call has done its part.
+    /// [`Error::Cuda`] where a device fails: the call then did not happen, or, where an update is said to be lost, nothing
+    /// more is stored and the run is to be resumed by a new process.
     pub fn update(&mut self, params: &(impl Parameters + ?Sized)) -> Result<Step> {
         let time = self.clock.checked_add(1).ok_or(Error::Time { time: self.clock, last: self.clock })?;
         self.update_at(time, params)

@@ -204,12 +204,14 @@ impl Options {
 
     /// Where the averages of parameters on a CUDA device are kept. Default: [`Device::Cpu`].
     ///
-    /// * [`Device::Cpu`]: on the host. Each update copies the parameters there once, in their own dtype, beside the
-    ///   training; the device gives no memory.
+    /// * [`Device::Cpu`]: on the host. Each update copies the parameters there once, in their own dtype; the stream that
+    ///   trains waits for the copy but not for the folding, and not for the copy either where they are lent until the
+    ///   fence ([`CudaMemory::until_fence`](crate::CudaMemory)). The device gives no memory.
     /// * [`Device::Cuda`]: on the parameters' device; an update is one launch on the stream that trains.
     /// * [`Device::Auto`]: on the device where they take at most a quarter of its free memory, otherwise on the host.
     ///
-    /// The averages are the same, bit for bit, and a resume may choose anew. Those of parameters in host memory stay there.
+    /// The averages are the same, bit for bit, and a resume may choose anew. For parameters in host memory the averages
+    /// stay there too; to ask for a device then is an [`Error::Setting`].
     pub fn device(mut self, device: Device) -> Self {
         self.device = device;
         self
@@ -259,7 +261,8 @@ impl Options {
     ///
     /// # Errors
     /// [`Error::NoRun`] without a live state, [`Error::Setting`] for an option that contradicts the run,
-    /// [`Error::Changed`] for other parameters, [`Error::Damaged`], [`Error::Locked`] and [`Error::Io`].
+    /// [`Error::Changed`] or [`Error::Tensor`] for other parameters, [`Error::Unexpected`] for snapshots that are not of
+    /// this run, [`Error::Damaged`], [`Error::Locked`], [`Error::Io`] and [`Error::Cuda`].
     pub fn resume(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let path = self.dir.join(STATE_FILE);
         if !path.is_file() {

@@ -50,7 +50,7 @@ pub(super) struct Chunk64 {
 pub(super) struct Table {
     device: Arc<Device>,
     chunks: Vec<Chunk>,
-    /// What the copy to the device reads: pinned, so that it waits for nothing else that is queued.
+    /// What the copy to the device reads: pinned, so that the call returns at once.
     pinned: Option<Pinned>,
     buffer: Option<Buffer>,
     /// Passes when the newest upload has run.
@@ -71,7 +71,8 @@ impl Table {
         self.buffer.as_ref().map_or(0, Buffer::address)
     }
 
-    /// Queues the upload of another table. All earlier launches that read the old one come before in `stream`'s order.
+    /// Queues the upload of another table, after the one before has run: whoever moves tensors at every update is at most
+    /// one update ahead of the device. All earlier launches that read the old one come before in `stream`'s order.
     pub(super) fn set(&mut self, stream: &CudaStream, chunks: Vec<Chunk>) -> Result<()> {
         if chunks == self.chunks {
             return Ok(());

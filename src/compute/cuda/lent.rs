@@ -7,6 +7,8 @@ use crate::tensor::{CudaMemory, CudaMemoryMut};
 impl CudaMemory<'_> {
     /// Memory on a device, with the stream on which its owner works with it: what PyTorch and other libraries hand over.
     ///
+    /// Elements lie at multiples of their size; others are refused when the memory is used.
+    ///
     /// `stream` is the owner's `CUstream` as a number; 0 is the legacy default stream. The memory is read and written in
     /// the order of that stream, so whatever the owner queues there afterwards comes after.
     ///

@@ -154,14 +154,14 @@ impl Offload {
             if memory.bytes < SMALL {
                 let (address, offset, elements) = (memory.address, place.start as u64, memory.bytes);
                 cut(&mut chunks, Chunk64 { address, offset, elements, kind: KIND_BYTES }, 1, 1, most);
-            } else {
-                // SAFETY: a place is as long as its tensor, and the slot is not looked at before `done` has passed.
-                unsafe {
-                    copy_out(&self.device, &self.stream, &slot.pinned, place.start, memory.address, memory.bytes)
-                }?;
             }
         }
+        // Before the copies: where tensors have moved, it waits for its last upload, which then waits for none of them.
         self.small.set(&self.stream, chunks)?;
+        for (memory, place) in tensors.iter().zip(self.places.iter()).filter(|(memory, _)| memory.bytes >= SMALL) {
+            // SAFETY: a place is as long as its tensor, and the slot is not looked at before `done` has passed.
+            unsafe { copy_out(&self.device, &self.stream, &slot.pinned, place.start, memory.address, memory.bytes) }?;
+        }
         let count = self.small.len() as u64;
         let args = GatherArgs { chunks: self.small.address(), to: slot.pinned.address(), count };
         // SAFETY: as above; pinned memory has one address on both sides.

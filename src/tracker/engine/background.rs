@@ -71,10 +71,13 @@ impl Background {
         moment: Moment,
         get: impl FnOnce(&Moment) -> Result<OwnedValues, Failure> + Send + 'static,
     ) {
-        let (writer, lost, reading) = (self.writer.clone(), self.lost.clone(), Reading::begin(&self.reads));
+        let (writer, reading) = (self.writer.clone(), Reading::begin(&self.reads));
+        // Taken back where the values are had: a panic leaves it.
+        let lost = self.lost.clone();
         self.worker.submit(move || {
-            let step = moment.step();
-            let values = get(&moment).inspect_err(|_| lost.store(step, Ordering::Relaxed));
+            let (step, before) = (moment.step(), lost.load(Ordering::Relaxed));
+            lost.store(step, Ordering::Relaxed);
+            let values = get(&moment).inspect(|_| lost.store(before, Ordering::Relaxed));
             // Before the writer is waited for: the averages may move on now.
             drop(reading);
             writer.submit(Job { moment, values: values.map_err(Failure::into_error)? })

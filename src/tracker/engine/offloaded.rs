@@ -28,6 +28,8 @@ pub(in crate::tracker) struct OffloadedEngine {
 
 /// The averages, and whether an update is missing in them.
 struct Averages {
+    /// The device of the parameters.
+    device: usize,
     host: Mutex<HostEngine>,
     /// What became of an update that was not folded in, or not wholly: nothing may be stored after it. Beside the lock,
     /// so that whoever trains need not wait for a fold to look.
@@ -37,9 +39,11 @@ struct Averages {
 impl Averages {
     fn check(&self) -> Result<()> {
         match self.lost.get() {
-            Some(reason) => Err(Error::Nothing(format!(
-                "an update of the averages was lost ({reason}): they are not stored; start again and resume the run"
-            ))),
+            Some(reason) => Err(Error::Cuda {
+                device: self.device,
+                action: "go on with the averages".into(),
+                reason: format!("an update was lost ({reason}): nothing is stored; start again and resume the run"),
+            }),
             None => Ok(()),
         }
     }
@@ -59,7 +63,8 @@ impl Averages {
 impl OffloadedEngine {
     pub(super) fn start(device: &Arc<Device>, dir: &Path, layout: &Layout, start: Start) -> Result<OffloadedEngine> {
         let sizes: Vec<usize> = start.averaged.iter().chain(&start.copied).copied().collect();
-        let averages = Averages { host: Mutex::new(start.host(layout)), lost: OnceLock::new() };
+        let averages =
+            Averages { device: device.number(), host: Mutex::new(start.host(layout)), lost: OnceLock::new() };
         Ok(OffloadedEngine {
             background: Background::start(dir)?,
             offload: Offload::new(device, &sizes)?,
