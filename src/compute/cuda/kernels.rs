@@ -79,6 +79,28 @@ pub(super) struct BlendArgs {
     pub padding: u32,
 }
 
+impl Default for BlendArgs {
+    fn default() -> Self {
+        BlendArgs {
+            sources: [0; SOURCES],
+            targets: [0; TARGETS],
+            weights: [0.0; SOURCES * TARGETS],
+            sums: 0,
+            pitch: 0,
+            unfit: 0,
+            elements: 0,
+            limit: 0.0,
+            count: 0,
+            output: 0,
+            first: 0,
+            last: 0,
+            aligned: 0,
+            kinds: [0; SOURCES],
+            padding: 0,
+        }
+    }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ConvertArgs {
