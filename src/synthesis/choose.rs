@@ -70,30 +70,35 @@ mod trial {
     /// Bytes of sources and results that a trial takes: some hundredths of a second.
     const BYTES: usize = 256 << 20;
 
+    /// Bytes from which the length of the whole job is guessed first: most jobs need no trial.
+    const GLANCE: usize = 16 << 20;
+
     /// Below this time in seconds, a job is done before a device is ready.
     const SHORT: f64 = 0.75;
 
     /// Tries both on the beginning of the job. A device that fails the trial is not chosen.
     pub(super) fn faster(streaming: &Streaming<'_>) -> Result<Chosen> {
         let elements = streaming.elements();
-        let some = elements.min(BYTES / streaming.bytes_per_element().max(1));
-        if devices().is_err() || some == 0 {
+        let part = |bytes: usize| elements.min(bytes / streaming.bytes_per_element().max(1)).max(1);
+        if devices().is_err() || elements == 0 {
             return Ok(Chosen::Cpu);
         }
         // The second time: what the first one fetched from a disk would count for the CPU alone.
-        let seconds = |run: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
+        let seconds = |some: usize, run: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
             run()?;
             let start = Instant::now();
             run()?;
             Ok(start.elapsed().as_secs_f64() * elements as f64 / some as f64)
         };
-        let cpu = seconds(&mut || streaming.try_cpu(some))?;
-        if cpu < SHORT {
+        let on_cpu = |some| seconds(some, &mut || streaming.try_cpu(some));
+        if on_cpu(part(GLANCE))? < SHORT {
             return Ok(Chosen::Cpu);
         }
+        let some = part(BYTES);
+        let cpu = on_cpu(some)?;
         let on_device = Device::open(0).and_then(|device| {
             let mut blender = Blender::new(&device)?;
-            Ok((seconds(&mut || streaming.try_on(&mut blender, some))?, device.clone()))
+            Ok((seconds(some, &mut || streaming.try_on(&mut blender, some))?, device.clone()))
         });
         match on_device {
             Ok((cuda, device)) if cuda < cpu => Ok(Chosen::Cuda(device)),

@@ -87,9 +87,14 @@ fn the_place_is_chosen_by_what_fits() {
     let temp = tempfile::tempdir().unwrap();
     let owner = Owner::new();
     let model = Model::new(&owner);
-    let ema = options(temp.path()).device(Device::Auto).create(&model.device).unwrap();
-    // On the device there is nothing to wait for, before or after the first update.
-    assert!(ema.fence().is_none());
+    let fence_after_an_update = |device, dir: &str| {
+        let mut ema = options(&temp.path().join(dir)).device(device).create(&model.device).unwrap();
+        assert_eq!(ema.update_at(2, &model.device).unwrap(), Step::Updated);
+        ema.fence().is_some()
+    };
+    // On the device there is nothing to wait for.
+    assert!(!fence_after_an_update(Device::Auto, "auto"));
+    assert!(fence_after_an_update(Device::Cpu, "host"));
 }
 
 #[test]

@@ -158,7 +158,7 @@ impl DeviceAverages {
             return Ok(());
         };
         let device = self.device().clone();
-        device.check_is(number, stream)?;
+        device.check_is(number)?;
         self.check(averaged, copied, weights)?;
         let _bound = device.bind()?;
         let borrowed = device.borrow_stream(stream);

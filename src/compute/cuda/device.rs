@@ -162,11 +162,11 @@ impl Device {
     }
 
     /// Refuses memory of another device.
-    pub(super) fn check_is(&self, number: usize, stream: usize) -> Result<()> {
+    pub(super) fn check_is(&self, number: usize) -> Result<()> {
         if number == self.number {
             return Ok(());
         }
-        let reason = format!("they lie on cuda:{number} now (stream {stream:#x}): keep the model on one device");
+        let reason = format!("they lie on cuda:{number} now: keep the model on one device");
         Err(Error::Cuda { device: self.number, action: "read the parameters".into(), reason })
     }
 

@@ -120,7 +120,7 @@ impl Offload {
     pub fn copy(&mut self, tensors: &[CudaMemory<'_>]) -> Result<(Staged, Fence)> {
         let device = self.device.clone();
         let (number, stream) = common(tensors.iter())?.unwrap_or((device.number(), 0));
-        device.check_is(number, stream)?;
+        device.check_is(number)?;
         let fits = |(memory, place): (&CudaMemory<'_>, &Range<usize>)| memory.bytes == place.len();
         if tensors.len() != self.places.len() || !tensors.iter().zip(self.places.iter()).all(fits) {
             let reason = "the tensors are not those that the copy was prepared for".into();
