@@ -48,7 +48,8 @@ pub use compute::cuda::Fence;
 pub use device::Device;
 pub use error::{Error, Result};
 pub use math::{Profile, Shape, Window};
-pub use synthesis::{At, Forecast, Output, Plan, Run, SwappedIn, Weight, WriteOptions, cuda_devices};
+pub use snapshot::TensorSpec;
+pub use synthesis::{At, Forecast, Originals, Output, Plan, Run, SwappedIn, Weight, WriteOptions, cuda_devices};
 pub use tensor::{
     CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView,
     TensorViewMut, Tensors, is_averaged,

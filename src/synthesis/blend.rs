@@ -67,6 +67,11 @@ impl<'a> TensorBlend<'a> {
         )
     }
 
+    /// The size of an element of the results.
+    pub(super) fn size(&self) -> usize {
+        self.output.bitsize() / 8
+    }
+
     /// The bytes of all sources that a blend of so many elements reads.
     pub(super) fn bytes_read(&self, elements: usize) -> u64 {
         self.dtypes.iter().map(|dtype| (dtype.bitsize() / 8 * elements) as u64).sum()

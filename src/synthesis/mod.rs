@@ -2,6 +2,7 @@
 
 mod blend;
 mod choose;
+mod fill;
 mod forecast;
 #[cfg(feature = "cuda")]
 mod on_device;
@@ -18,7 +19,7 @@ pub use forecast::Forecast;
 pub use output::{Output, WriteOptions};
 pub use plan::{At, Plan, Weight};
 pub use run::Run;
-pub use swap::SwappedIn;
+pub use swap::{Originals, SwappedIn};
 
 pub(crate) use plan::solve;
 pub(crate) use pool::{Elements, Holder, Pool, PoolTensor, Source};

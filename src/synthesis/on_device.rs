@@ -130,7 +130,7 @@ fn into_device<'a>(blender: &mut Blender<'a>, blend: &TensorBlend<'a>, memory: C
 }
 
 /// Blends a tensor of a model in host memory, of sources of which some lie on a device.
-fn into_host<'a>(blender: &mut Blender<'a>, blend: &TensorBlend<'a>, bytes: &mut [u8]) -> Result<()> {
+pub(super) fn into_host<'a>(blender: &mut Blender<'a>, blend: &TensorBlend<'a>, bytes: &mut [u8]) -> Result<()> {
     let size = blend.output().bitsize() / 8;
     let arrived = Rc::new(RefCell::new(Vec::with_capacity(bytes.len())));
     for elements in blocks(bytes.len() / size, blend.bytes_read(1) as usize + size) {

@@ -59,7 +59,7 @@ impl Pool<'_> {
     }
 
     /// The device of the sources, where there is one; otherwise the one asked for.
-    fn device(&self, wanted: Device) -> Device {
+    pub(super) fn device(&self, wanted: Device) -> Device {
         self.holders.iter().find_map(|(_, holder)| holder.device()).map_or(wanted, Device::Cuda)
     }
 
@@ -111,7 +111,7 @@ impl Pool<'_> {
         Chosen::asked(self.device(device))
     }
 
-    /// Checks that a model has the tensors of the run; with `sums`, that every sum of a single target fits, too.
+    /// Checks that a model has the averaged tensors of the run; with `sums`, that every sum of a single target fits, too.
     pub(super) fn check_model(
         &self,
         selection: &Selection<'_>,
@@ -150,9 +150,14 @@ impl Pool<'_> {
 
     /// The averaged tensor that a name stands for, tied names included.
     pub(super) fn averaged(&self, name: &str) -> Option<&PoolTensor> {
+        self.find(name).filter(|tensor| tensor.averaged)
+    }
+
+    /// The tensor that a name stands for, tied names included.
+    pub(super) fn find(&self, name: &str) -> Option<&PoolTensor> {
         let kept = self.tied.get(name).map_or(name, String::as_str);
         let found = self.tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(kept)).ok()?;
-        Some(&self.tensors[found]).filter(|tensor| tensor.averaged)
+        Some(&self.tensors[found])
     }
 
     fn check_complete(&self, given: std::collections::BTreeSet<&str>) -> Result<()> {

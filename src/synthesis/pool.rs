@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use super::plan::{Plan, Weight};
 use crate::error::{Error, Result};
 use crate::math::{self, Chain};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Snapshot, TensorSpec};
 
 /// An average as the solve sees it.
 #[derive(Clone, Debug)]
@@ -72,6 +72,12 @@ pub(crate) struct PoolTensor {
     pub shape: Vec<usize>,
     /// Whether it is averaged; otherwise the newest source's is taken.
     pub averaged: bool,
+}
+
+impl PoolTensor {
+    pub(crate) fn into_spec(self) -> TensorSpec {
+        TensorSpec { name: self.name, dtype: self.dtype, shape: self.shape }
+    }
 }
 
 /// Everything that a blend reads from.

@@ -11,8 +11,8 @@ use super::swap::SwappedIn;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::math::{Chain, History, Profile};
-use crate::snapshot::{self, Snapshot};
-use crate::tensor::{ParametersMut, Tensors, is_averaged};
+use crate::snapshot::{self, Snapshot, TensorSpec};
+use crate::tensor::{ParametersMut, TensorViewMut, Tensors, is_averaged};
 
 /// A run's snapshots, mapped and checked against each other.
 ///
@@ -109,10 +109,38 @@ impl Run {
         self.pool().load(plan)
     }
 
+    /// Blends several planned averages into the caller's memory, in one pass over the snapshots.
+    ///
+    /// Each plan comes with its views: one for each of [`Run::tensors`], in host memory. Averaged tensors may be of any
+    /// dtype for averages, the same for all plans; copied ones are of their own. `progress` is told the bytes of
+    /// snapshots that were read since the last call, from any thread.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for a view that does not fit, or a result that its dtype cannot hold; what lies in the memory
+    /// is then undefined.
+    pub fn load_into(
+        &self,
+        plans: &[Plan],
+        outputs: Vec<Vec<TensorViewMut<'_>>>,
+        progress: Option<&(dyn Fn(u64) + Sync)>,
+    ) -> Result<()> {
+        self.pool().load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)
+    }
+
+    /// The tensors of a synthesis, in order of their names: the model's dtypes, and of tied tensors the one that is kept.
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        self.pool_tensors().into_iter().map(PoolTensor::into_spec).collect()
+    }
+
+    /// The names that share another tensor's elements, and that other's name.
+    pub fn tied(&self) -> &BTreeMap<String, String> {
+        &self.snapshots[0].meta.tied
+    }
+
     /// Puts one planned average into a live model, in the model's own dtypes, until what is returned is dropped.
     ///
-    /// The original of every averaged tensor is kept in host memory meanwhile; tied tensors take theirs once. Tensors
-    /// that are not averaged stay as they are.
+    /// The model becomes what a synthesis writes: tensors that are not averaged take their stored values. The originals
+    /// are kept in host memory meanwhile, those of tied tensors once. Tensors that the run does not have stay as they are.
     ///
     /// ```
     /// use posthoc_ema::{At, PostHocEma, Profile, Run};
@@ -157,7 +185,7 @@ impl Run {
             };
             plans.iter().any(own)
         };
-        let averaged: Vec<PoolTensor> = self.tensors().into_iter().filter(|tensor| tensor.averaged).collect();
+        let averaged: Vec<PoolTensor> = self.pool_tensors().into_iter().filter(|tensor| tensor.averaged).collect();
         let bytes = |snapshot: &Snapshot| -> u64 {
             averaged.iter().filter_map(|t| snapshot.tensor(&t.name)).map(|(_, bytes)| bytes.len() as u64).sum()
         };
@@ -195,7 +223,7 @@ impl Run {
         self.snapshots.iter().zip(&self.chains).map(source).collect()
     }
 
-    fn tensors(&self) -> Vec<PoolTensor> {
+    fn pool_tensors(&self) -> Vec<PoolTensor> {
         let first = &self.snapshots[0];
         let tensor = |(name, stored): (&str, &snapshot::StoredTensor)| {
             let dtype = first.model_dtype(name, stored.dtype);
@@ -208,7 +236,7 @@ impl Run {
     pub(crate) fn pool(&self) -> Pool<'_> {
         let holders = self.sources().into_iter().zip(&self.snapshots);
         Pool {
-            tensors: self.tensors(),
+            tensors: self.pool_tensors(),
             tied: self.snapshots[0].meta.tied.clone(),
             holders: holders.map(|(source, snapshot)| (source, snapshot as &dyn Holder)).collect(),
         }

@@ -7,14 +7,15 @@ use std::ops::{Deref, DerefMut};
 use rayon::prelude::*;
 
 use super::choose::Chosen;
+use super::output::copied;
 use super::plan::Plan;
-use super::pool::Pool;
+use super::pool::{Pool, Selection};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda::{self, Staging};
 use crate::error::{Error, Result};
 use crate::tensor::{Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView, TensorViewMut};
 
-/// Parameters that hold an average, until this is dropped: then every averaged tensor has its own bits back.
+/// Parameters that hold an average, until this is dropped: then every tensor has its own bits back.
 ///
 /// Made by [`PostHocEma::swap_in`](crate::PostHocEma::swap_in) and [`Run::swap_in`](crate::Run::swap_in); it stands for
 /// the parameters. They are restored when the scope is left by an error or a panic, too. What a failure of that leaves
@@ -27,7 +28,7 @@ pub struct SwappedIn<'p, P: ParametersMut + ?Sized> {
 }
 
 impl<P: ParametersMut + ?Sized> SwappedIn<'_, P> {
-    /// Gives every averaged tensor its own bits back: what dropping does, with the error if that fails.
+    /// Gives every tensor its own bits back: what dropping does, with the error if that fails.
     ///
     /// # Errors
     /// [`Error::Tensor`] for a tensor whose shape or dtype changed meanwhile, or that is gone; all others are restored.
@@ -39,6 +40,12 @@ impl<P: ParametersMut + ?Sized> SwappedIn<'_, P> {
     /// Leaves the average where it is, for good: Switch EMA after a look at it.
     pub fn keep(mut self) {
         self.originals = None;
+    }
+
+    /// Leaves the average where it is, and hands out what restores the parameters: for a caller, such as a binding to
+    /// another language, that cannot hold on to the borrow.
+    pub fn into_originals(mut self) -> Originals {
+        self.originals.take().unwrap_or_default()
     }
 }
 
@@ -83,20 +90,47 @@ impl Pool<'_> {
         let selection = self.select(&[plan])?;
         let place = self.place_of(params)?;
         self.check_model(&selection, params, matches!(place, Chosen::Cpu))?;
-        let originals = Originals::read(params, |name| self.averaged(name).is_some())?;
+        self.check_copied(params)?;
+        let originals = Originals::read(params, |name| self.find(name).is_some())?;
         let swapped = SwappedIn { params, originals: Some(originals) };
         match place {
             Chosen::Cpu => self.blend_into(&selection, swapped.params)?,
             #[cfg(feature = "cuda")]
             Chosen::Cuda(device) => self.blend_into_on(&device, &selection, swapped.params)?,
         }
+        self.copy_into_model(&selection, swapped.params)?;
         Ok(swapped)
+    }
+
+    /// Checks that the model's tensors that are not averaged can take their stored values.
+    fn check_copied(&self, params: &(impl Parameters + ?Sized)) -> Result<()> {
+        params.with_tensors(&mut |views| {
+            let copied = views.iter().filter_map(|view| Some((view, self.find(view.name)?)));
+            for (view, tensor) in copied.filter(|(_, tensor)| !tensor.averaged) {
+                if (view.dtype, view.shape) != (tensor.dtype, &tensor.shape[..]) {
+                    let now = format!("it is {} {:?}", view.dtype, view.shape);
+                    let stored = format!("in the run {} {:?}", tensor.dtype, tensor.shape);
+                    return Err(Error::changed(view.name, format!("{now}, {stored}")));
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Gives the model's tensors that are not averaged their stored values.
+    fn copy_into_model(&self, selection: &Selection<'_>, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
+        let mut bus = Bus::default();
+        params.for_each_mut(&mut |view| match self.find(view.name) {
+            Some(tensor) if !tensor.averaged => bus.write(view.name, view.memory, copied(selection, 0, tensor)?),
+            _ => Ok(()),
+        })
     }
 }
 
-/// What tensors held before.
+/// What tensors held before an average was put in their place: see [`SwappedIn::into_originals`].
 #[derive(Default)]
-struct Originals {
+#[must_use = "nothing is restored unless `restore` is called"]
+pub struct Originals {
     /// Every piece of memory once, however many tensors share it.
     tensors: Vec<Tensor>,
     /// The place in `tensors` of each name.
@@ -127,7 +161,10 @@ impl Originals {
     }
 
     /// Writes everything back that can be, and returns the first error.
-    fn restore(&self, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
+    ///
+    /// # Errors
+    /// As [`SwappedIn::restore`].
+    pub fn restore(&self, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
         let (mut first, mut bus) = (None, Bus::default());
         let mut missing: BTreeSet<&str> = self.names.keys().map(String::as_str).collect();
         params.for_each_mut(&mut |view| {
@@ -141,6 +178,12 @@ impl Originals {
         })?;
         let gone = || missing.first().map(|name| lost(name, "it is gone"));
         first.or_else(gone).map_or(Ok(()), Err)
+    }
+}
+
+impl fmt::Debug for Originals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Originals").field("tensors", &self.tensors.len()).finish_non_exhaustive()
     }
 }
 

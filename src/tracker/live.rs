@@ -1,5 +1,7 @@
 //! Synthesis during training: the live averages are sources beside the snapshots, so it reaches the newest update.
 
+use std::collections::BTreeMap;
+
 use safetensors::Dtype;
 
 use super::PostHocEma;
@@ -9,8 +11,9 @@ use super::values::{Held, Values};
 use crate::compute::cuda::DeviceAverages;
 use crate::error::{Error, Result};
 use crate::math::{Chain, Profile};
-use crate::synthesis::{At, Elements, Holder, Plan, Pool, PoolTensor, Run, Source, SwappedIn, solve};
-use crate::tensor::{ParametersMut, Tensors};
+use crate::snapshot::TensorSpec;
+use crate::synthesis::{At, Elements, Holder, Plan, Pool, PoolTensor, Run, Source, SwappedIn, Weight, solve};
+use crate::tensor::{ParametersMut, TensorViewMut, Tensors};
 
 /// The live averages of one profile.
 struct Live<'a> {
@@ -80,8 +83,16 @@ impl PostHocEma {
     /// # Errors
     /// [`Error::Nothing`] before the first update, and those of [`Run::open`] and the solve.
     pub fn plan(&self, profile: Profile) -> Result<Plan> {
+        Ok(self.plans(&[profile])?.remove(0))
+    }
+
+    /// Solves several targets at the newest update; the system is factored once.
+    ///
+    /// # Errors
+    /// As [`PostHocEma::plan`].
+    pub fn plans(&self, profiles: &[Profile]) -> Result<Vec<Plan>> {
         let (run, step) = self.on_disk()?;
-        self.solve_live(&self.sources(run.as_ref(), step), &profile)
+        self.solve_live(&self.sources(run.as_ref(), step), profiles)
     }
 
     /// The average of `profile` at the newest update, in the model's dtypes.
@@ -90,6 +101,57 @@ impl PostHocEma {
     /// As [`PostHocEma::plan`], [`Error::Tensor`] for a result that its dtype cannot hold, and [`Error::Cuda`].
     pub fn synthesize(&self, profile: Profile) -> Result<Tensors> {
         self.with_pool(&profile, |pool, plan| pool.load(plan))
+    }
+
+    /// The averages of several profiles at the newest update, in the caller's memory: as [`Run::load_into`].
+    ///
+    /// # Errors
+    /// As [`PostHocEma::plan`] and [`Run::load_into`], and [`Error::Cuda`].
+    pub fn load_into(
+        &self,
+        profiles: &[Profile],
+        outputs: Vec<Vec<TensorViewMut<'_>>>,
+        progress: Option<&(dyn Fn(u64) + Sync)>,
+    ) -> Result<Vec<Plan>> {
+        let solve = |sources: &[Source]| self.solve_live(sources, profiles);
+        self.with_pools(solve, |pool, plans| {
+            pool.load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)?;
+            Ok(plans)
+        })
+    }
+
+    /// The running average of profile number `index` itself, in the caller's memory: as [`Run::load_into`].
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for an index of no profile, [`Error::Nothing`] before the first update, and those of
+    /// [`Run::load_into`] and of a device.
+    pub fn load_tracked_into(&self, index: usize, output: Vec<TensorViewMut<'_>>) -> Result<()> {
+        let Some(profile) = self.settings.profiles.get(index) else {
+            let reason = format!("there is no number {index}: {} are tracked", self.settings.profiles.len());
+            return Err(Error::Setting { option: "profiles", reason });
+        };
+        let Some(at) = self.history.last() else { return Err(no_update()) };
+        let weights = vec![Weight { index, step: at, weight: 1.0 }];
+        let itself = Plan {
+            profile: profile.clone(),
+            at,
+            relative_error: 0.0,
+            noise_gain: 1.0,
+            condition: 1.0,
+            sum: 1.0,
+            weights,
+        };
+        self.with_pools(|_| Ok(vec![itself]), |pool, plans| pool.load_into(&[&plans[0]], vec![output], None))
+    }
+
+    /// The tensors of a synthesis, in order of their names: the model's dtypes, and of tied tensors the one that is kept.
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        self.pool_tensors().into_iter().map(PoolTensor::into_spec).collect()
+    }
+
+    /// The names that share another tensor's elements, and that other's name.
+    pub fn tied(&self) -> &BTreeMap<String, String> {
+        self.table.tied()
     }
 
     /// Switch EMA: the model becomes its average at the newest update, in place, and training goes on from there.
@@ -104,8 +166,8 @@ impl PostHocEma {
 
     /// The model becomes its average at the newest update until what is returned is dropped: for evaluation.
     ///
-    /// The original of every averaged tensor is kept in host memory meanwhile; tied tensors take theirs once. Tensors
-    /// that are not averaged stay as they are.
+    /// The model becomes what [`PostHocEma::synthesize`] returns: tensors that are not averaged take their values of the
+    /// newest update. The originals are kept in host memory meanwhile, those of tied tensors once.
     ///
     /// ```
     /// use posthoc_ema::{PostHocEma, Profile};
@@ -139,7 +201,7 @@ impl PostHocEma {
     /// The snapshots, where there are any, and the step of the live averages.
     fn on_disk(&self) -> Result<(Option<Run>, u64)> {
         let Some(step) = self.history.last() else {
-            return Err(Error::Nothing("there was no update yet: train until the first one is due".into()));
+            return Err(no_update());
         };
         let run = if crate::snapshot::list(&self.dir)?.is_empty() { None } else { Some(Run::open(&self.dir)?) };
         Ok((run, step))
@@ -155,15 +217,25 @@ impl PostHocEma {
         sources
     }
 
-    fn solve_live(&self, sources: &[Source], profile: &Profile) -> Result<Plan> {
-        Ok(solve(sources, Some(&self.history), std::slice::from_ref(profile), At::Latest, 0.0)?.remove(0))
+    fn solve_live(&self, sources: &[Source], profiles: &[Profile]) -> Result<Vec<Plan>> {
+        solve(sources, Some(&self.history), profiles, At::Latest, 0.0)
     }
 
     /// Opens the snapshots, adds the live averages, solves, and hands both on.
     fn with_pool<R>(&self, profile: &Profile, act: impl FnOnce(&Pool<'_>, &Plan) -> Result<R>) -> Result<R> {
+        let solve = |sources: &[Source]| self.solve_live(sources, std::slice::from_ref(profile));
+        self.with_pools(solve, |pool, plans| act(pool, &plans[0]))
+    }
+
+    /// As above, for the plans that `solve` makes of the sources.
+    fn with_pools<R>(
+        &self,
+        solve: impl FnOnce(&[Source]) -> Result<Vec<Plan>>,
+        act: impl FnOnce(&Pool<'_>, Vec<Plan>) -> Result<R>,
+    ) -> Result<R> {
         let (run, step) = self.on_disk()?;
         let sources = self.sources(run.as_ref(), step);
-        let plan = self.solve_live(&sources, profile)?;
+        let plans = solve(&sources)?;
         let held = self.live_values()?;
         let live = |index| Live { table: &self.table, values: held.values(), index };
         let live: Vec<Live<'_>> = (0..self.settings.profiles.len()).map(live).collect();
@@ -175,7 +247,7 @@ impl PostHocEma {
             (source, holder)
         };
         let holders = sources.into_iter().map(find).collect();
-        act(&Pool { tensors: self.pool_tensors(), tied: self.table.tied().clone(), holders }, &plan)
+        act(&Pool { tensors: self.pool_tensors(), tied: self.table.tied().clone(), holders }, plans)
     }
 
     /// The live averages, where they lie.
@@ -207,4 +279,8 @@ impl PostHocEma {
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
         tensors
     }
+}
+
+fn no_update() -> Error {
+    Error::Nothing("there was no update yet: train until the first one is due".into())
 }

@@ -143,6 +143,11 @@ impl PostHocEma {
         self.engine.fence()
     }
 
+    /// Whether the next call of [`PostHocEma::update`] reads the parameters.
+    pub fn is_due(&self) -> bool {
+        self.settings.schedule.is_update_due(self.clock, self.clock.saturating_add(1))
+    }
+
     /// The time of the last call: where training goes on after a resume.
     pub fn step(&self) -> u64 {
         self.clock

@@ -1,5 +1,6 @@
 //! The tracker by identities and against naive oracles.
 
+mod filling;
 mod log;
 mod moments;
 mod queued;
