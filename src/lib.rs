@@ -52,7 +52,7 @@ pub use snapshot::TensorSpec;
 pub use synthesis::{At, Forecast, Originals, Output, Plan, Run, SwappedIn, Weight, WriteOptions, cuda_devices};
 pub use tensor::{
     CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView,
-    TensorViewMut, Tensors, is_averaged,
+    TensorViewMut, Tensors, byte_size, is_averaged,
 };
 pub use tracker::{Options, PostHocEma, Step};
 

@@ -1,0 +1,34 @@
+//! The library's errors as Python's own exceptions, with the text that names file, tensor, value and remedy.
+
+use std::io;
+
+use posthoc_ema::Error;
+use pyo3::PyErr;
+use pyo3::exceptions::{PyFileExistsError, PyFileNotFoundError, PyOSError, PyRuntimeError, PyValueError};
+
+/// For `map_err`.
+pub fn to_python(error: Error) -> PyErr {
+    let text = error.to_string();
+    match error {
+        Error::Io { path, source, .. } => from_io(&path.display().to_string(), &source, text),
+        Error::NoRun { .. } => PyFileNotFoundError::new_err(text),
+        Error::RunExists { .. } => PyFileExistsError::new_err(text),
+        Error::Locked { .. } | Error::NonFinite { .. } | Error::Cuda { .. } | Error::Nothing(_) | Error::Wrong { .. } => {
+            PyRuntimeError::new_err(text)
+        }
+        _ => PyValueError::new_err(text),
+    }
+}
+
+/// `OSError`, which Python makes a `PermissionError` and so on by its number.
+fn from_io(path: &str, source: &io::Error, text: String) -> PyErr {
+    match source.raw_os_error() {
+        Some(number) => PyOSError::new_err((number, text, path.to_owned())),
+        None => PyOSError::new_err(text),
+    }
+}
+
+/// An argument that no caller of the package can pass.
+pub fn argument(what: impl std::fmt::Display) -> PyErr {
+    PyValueError::new_err(what.to_string())
+}

@@ -1,0 +1,32 @@
+//! The native part of the Python package `posthoc_ema`: trackers, runs and plans over memory lent by address.
+//!
+//! Private to the package, whose modules know PyTorch and numpy: here a tensor is a name, a dtype, a shape, a device and
+//! an address. Profiles, options and plans travel as JSON, in the form that the library reads and writes anyway.
+
+mod errors;
+mod import;
+mod jobs;
+mod lend;
+mod plans;
+mod run;
+mod tracker;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("CUDA", cfg!(feature = "cuda"))?;
+    module.add_class::<lend::Layout>()?;
+    module.add_class::<tracker::Tracker>()?;
+    module.add_class::<tracker::Originals>()?;
+    module.add_class::<run::Run>()?;
+    module.add_function(wrap_pyfunction!(plans::cuda_devices, module)?)?;
+    module.add_function(wrap_pyfunction!(plans::check_profile, module)?)?;
+    module.add_function(wrap_pyfunction!(plans::track, module)?)?;
+    module.add_function(wrap_pyfunction!(plans::as_sigma_rel, module)?)?;
+    module.add_function(wrap_pyfunction!(plans::cumulative, module)?)?;
+    module.add_function(wrap_pyfunction!(plans::forecast, module)?)?;
+    module.add_function(wrap_pyfunction!(import::import_run, module)?)?;
+    Ok(())
+}

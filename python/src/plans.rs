@@ -1,0 +1,100 @@
+//! Profiles and plans, which need no tensors.
+
+use posthoc_ema::math::Schedule;
+use posthoc_ema::{At, Forecast, Plan, Profile};
+use pyo3::prelude::*;
+use serde::Deserialize;
+
+use crate::errors::{argument, to_python};
+
+/// Reads a profile's JSON.
+pub fn profile(json: &str) -> PyResult<Profile> {
+    serde_json::from_str(json).map_err(|error| argument(strip_place(&error)))
+}
+
+pub fn profiles(jsons: &[String]) -> PyResult<Vec<Profile>> {
+    jsons.iter().map(|json| profile(json)).collect()
+}
+
+/// Plans as JSON, or one list of them.
+pub fn plans_json(plans: &[Plan]) -> PyResult<String> {
+    serde_json::to_string(plans).map_err(argument)
+}
+
+/// The text without line and column: the user did not write the JSON.
+fn strip_place(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    text.split(" at line ").next().unwrap_or(&text).to_owned()
+}
+
+pub fn at(step: Option<u64>) -> At {
+    step.map_or(At::Latest, At::Step)
+}
+
+/// The number of CUDA devices that can be used, and otherwise why there is none.
+#[pyfunction]
+pub fn cuda_devices() -> (usize, Option<String>) {
+    match posthoc_ema::cuda_devices() {
+        Ok(devices) => (devices, None),
+        Err(why) => (0, Some(why)),
+    }
+}
+
+/// Checks a profile's JSON; returns it in full, and its name for people.
+#[pyfunction]
+pub fn check_profile(json: &str) -> PyResult<(String, String)> {
+    let profile = profile(json)?;
+    Ok((serde_json::to_string(&profile).map_err(argument)?, profile.to_string()))
+}
+
+/// The JSON of a profile from one of the parametrisations of those that can be tracked.
+#[pyfunction]
+pub fn track(kind: &str, value: f64) -> PyResult<String> {
+    let profile = match kind {
+        "sigma_rel" => Profile::sigma_rel(value),
+        "gamma" => Profile::gamma(value),
+        "beta" => Profile::beta(value),
+        "half_life" => Profile::half_life(value),
+        other => return Err(argument(format!("`{other}` is no parametrisation"))),
+    };
+    serde_json::to_string(&profile.map_err(to_python)?).map_err(argument)
+}
+
+/// The relative standard deviation of a power-function profile.
+#[pyfunction]
+pub fn as_sigma_rel(json: &str) -> PyResult<Option<f64>> {
+    Ok(profile(json)?.as_sigma_rel())
+}
+
+/// `F_T(tau)`: the share of the average at time `at` that belongs to what was seen by each time.
+#[pyfunction]
+pub fn cumulative(json: &str, times: Vec<f64>, at: f64) -> PyResult<Vec<f64>> {
+    let profile = profile(json)?;
+    profile.check_at(at).map_err(to_python)?;
+    Ok(times.into_iter().map(|time| profile.cumulative(time, at)).collect())
+}
+
+/// A training that has not happened yet.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Training {
+    steps: u64,
+    update_every: u64,
+    update_after_step: u64,
+    checkpoint_every: u64,
+    max_checkpoints: usize,
+    tracked: Vec<Profile>,
+}
+
+/// Solves targets over the snapshots that a training will leave.
+#[pyfunction]
+#[pyo3(signature = (training, targets, at_step=None))]
+pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: Option<u64>) -> PyResult<String> {
+    let training: Training = serde_json::from_str(training).map_err(|error| argument(strip_place(&error)))?;
+    let Training { steps, update_every, update_after_step, checkpoint_every, max_checkpoints, tracked } = training;
+    let schedule = Schedule { update_every, update_after_step, checkpoint_every };
+    let forecast = Forecast { schedule, steps, keep: max_checkpoints, tracked };
+    let targets = profiles(&targets)?;
+    let plans = py.detach(|| forecast.plans(&targets, at(at_step))).map_err(to_python)?;
+    plans_json(&plans)
+}

@@ -1,0 +1,128 @@
+//! `Run`: the snapshots of a training, read.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use posthoc_ema::{Device, Output, Plan, WriteOptions};
+use pyo3::prelude::*;
+
+use crate::errors::{argument, to_python};
+use crate::jobs;
+use crate::lend::{Layout, Lent};
+use crate::plans::{at, plans_json, profile, profiles};
+use crate::tracker::{Originals, describe, some_dtype};
+
+/// A run's snapshots, mapped.
+#[pyclass(frozen, module = "posthoc_ema._native")]
+pub struct Run(posthoc_ema::Run);
+
+impl Run {
+    fn solve(&self, py: Python<'_>, targets: &[String], step: Option<u64>) -> PyResult<Vec<Plan>> {
+        let targets = profiles(targets)?;
+        py.detach(|| self.0.plans(&targets, at(step))).map_err(to_python)
+    }
+}
+
+#[pymethods]
+impl Run {
+    /// Opens and checks all snapshots in a directory.
+    #[new]
+    fn new(py: Python<'_>, directory: PathBuf) -> PyResult<Run> {
+        py.detach(|| posthoc_ema::Run::open(directory)).map(Run).map_err(to_python)
+    }
+
+    /// Profile index and step of each snapshot.
+    fn snapshots(&self) -> Vec<(usize, u64)> {
+        self.0.snapshots().iter().map(|snapshot| (snapshot.stem.index, snapshot.stem.step)).collect()
+    }
+
+    /// The tracked profiles by their index, as JSON.
+    fn profiles(&self) -> PyResult<BTreeMap<usize, String>> {
+        let json = |(index, profile)| Ok((index, serde_json::to_string(profile).map_err(argument)?));
+        self.0.profiles().into_iter().map(json).collect()
+    }
+
+    /// Name, dtype and shape of the tensors of a synthesis.
+    fn tensors(&self) -> Vec<(String, String, Vec<usize>)> {
+        describe(self.0.tensors())
+    }
+
+    /// The names that share another tensor's elements, and that other's name.
+    fn tied(&self) -> BTreeMap<String, String> {
+        self.0.tied().clone()
+    }
+
+    /// Solves targets.
+    fn plans(&self, py: Python<'_>, targets: Vec<String>, step: Option<u64>) -> PyResult<String> {
+        plans_json(&self.solve(py, &targets, step)?)
+    }
+
+    /// The bytes of snapshots that a synthesis reads.
+    fn bytes_to_read(&self, py: Python<'_>, targets: Vec<String>, step: Option<u64>) -> PyResult<u64> {
+        Ok(self.0.bytes_to_read(&self.solve(py, &targets, step)?))
+    }
+
+    /// Blends targets into fresh memory, one list of addresses for each, in one pass.
+    fn load_into(
+        &self,
+        py: Python<'_>,
+        targets: Vec<String>,
+        step: Option<u64>,
+        layout: &Layout,
+        addresses: Vec<Vec<u64>>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<String> {
+        let plans = self.solve(py, &targets, step)?;
+        let mut lent = addresses.into_iter().map(|list| Lent::new(layout, list, 0)).collect::<PyResult<Vec<_>>>()?;
+        let views = Lent::fresh(&mut lent)?;
+        jobs::run(py, progress, |progress| self.0.load_into(&plans, views, progress))?;
+        plans_json(&plans)
+    }
+
+    /// Writes each target to a file, in one pass; returns the plans and the device that blended them.
+    #[expect(clippy::too_many_arguments, reason = "called by name, by the package only")]
+    fn write(
+        &self,
+        py: Python<'_>,
+        targets: Vec<String>,
+        step: Option<u64>,
+        paths: Vec<PathBuf>,
+        dtype: Option<&str>,
+        device: &str,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<(String, String)> {
+        let plans = self.solve(py, &targets, step)?;
+        if plans.len() != paths.len() {
+            return Err(argument(format!("{} targets, and {} files", plans.len(), paths.len())));
+        }
+        let outputs: Vec<Output<'_>> = plans.iter().zip(&paths).map(|(plan, path)| Output { plan, path }).collect();
+        let dtype = some_dtype(dtype)?;
+        let device: Device = device.parse().map_err(argument)?;
+        let write = |progress: jobs::Progress<'_>| self.0.write_all(&outputs, &WriteOptions { dtype, device, progress });
+        let device = jobs::run(py, progress, write)?;
+        Ok((plans_json(&plans)?, device.to_string()))
+    }
+
+    /// Puts an average into the lent tensors, and returns what they held.
+    fn swap_in(
+        &self,
+        py: Python<'_>,
+        target: &str,
+        step: Option<u64>,
+        layout: &Layout,
+        addresses: Vec<u64>,
+        stream: usize,
+    ) -> PyResult<Originals> {
+        let (target, mut lent) = (profile(target)?, Lent::new(layout, addresses, stream)?);
+        let swapped = py.detach(|| {
+            let plan = self.0.plan(target, at(step))?;
+            self.0.swap_in(&plan, &mut lent).map(|swapped| swapped.into_originals())
+        });
+        swapped.map(Originals).map_err(to_python)
+    }
+
+    /// Reads every byte of every snapshot and compares its checksum.
+    fn verify(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.0.verify(&mut |_| ())).map_err(to_python)
+    }
+}

@@ -1,0 +1,267 @@
+//! `Tracker`: the running averages of a training.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use posthoc_ema::{Dtype, Options, PostHocEma, Precision, Profile, Step};
+use pyo3::prelude::*;
+use serde::Deserialize;
+
+use crate::errors::{argument, to_python};
+use crate::jobs;
+use crate::lend::{Layout, Lent, dtype_name, parse_dtype};
+use crate::plans::{plans_json, profile, profiles};
+
+/// Options of a run; what is absent keeps its default, on a resume what the run has.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct Settings {
+    profiles: Vec<Profile>,
+    update_every: Option<u64>,
+    update_after_step: Option<u64>,
+    checkpoint_every: Option<u64>,
+    max_checkpoints: Option<usize>,
+    /// `null` stands for the model's dtypes; an absent one for what the run has.
+    #[serde(with = "serde_some")]
+    checkpoint_dtype: Option<Option<Dtype>>,
+    compensated: Option<bool>,
+    shard_size: Option<u64>,
+    average: Option<Vec<String>>,
+    copy: Option<Vec<String>>,
+    leave_out: Option<Vec<String>>,
+    device: Option<String>,
+}
+
+/// Tells `null` from what is absent.
+mod serde_some {
+    use serde::{Deserialize, Deserializer};
+
+    pub fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Option<T>, D::Error> {
+        T::deserialize(from).map(Some)
+    }
+}
+
+impl Settings {
+    fn options(self, directory: &str) -> PyResult<Options> {
+        let mut options = PostHocEma::options(directory).profiles(self.profiles);
+        macro_rules! set {
+            ($($name:ident),*) => { $(if let Some(value) = self.$name { options = options.$name(value); })* };
+        }
+        set!(update_every, update_after_step, checkpoint_every, max_checkpoints, checkpoint_dtype, shard_size);
+        set!(average, copy, leave_out);
+        if let Some(compensated) = self.compensated {
+            options = options.precision(if compensated { Precision::Compensated } else { Precision::Plain });
+        }
+        match self.device {
+            Some(device) => Ok(options.device(device.parse().map_err(argument)?)),
+            None => Ok(options),
+        }
+    }
+}
+
+/// Running averages of lent tensors, stored in a run's directory.
+#[pyclass(frozen, module = "posthoc_ema._native")]
+pub struct Tracker(Mutex<PostHocEma>);
+
+impl Tracker {
+    /// The tracker; a panic in another thread leaves it usable, as an error would.
+    fn lock(&self) -> MutexGuard<'_, PostHocEma> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl Tracker {
+    /// Opens a run: `mode` is "create", "resume" or "either".
+    #[staticmethod]
+    fn open(
+        py: Python<'_>,
+        directory: &str,
+        mode: &str,
+        options: &str,
+        layout: &Layout,
+        addresses: Vec<u64>,
+        stream: usize,
+    ) -> PyResult<Tracker> {
+        let settings: Settings = serde_json::from_str(options).map_err(argument)?;
+        let options = settings.options(directory)?;
+        let lent = Lent::new(layout, addresses, stream)?;
+        let opened = py.detach(|| match mode {
+            "create" => options.create(&lent),
+            "resume" => options.resume(&lent),
+            _ => options.resume_or_create(&lent),
+        });
+        opened.map(|tracker| Tracker(Mutex::new(tracker))).map_err(to_python)
+    }
+
+    /// Counts a step where nothing is due, and returns true; otherwise does nothing.
+    fn skip(&self, py: Python<'_>) -> PyResult<bool> {
+        // Held by another thread for the length of an update at most.
+        let mut tracker = match self.0.try_lock() {
+            Ok(tracker) => tracker,
+            Err(_) => return py.detach(|| skip(&mut self.lock())).map_err(to_python),
+        };
+        skip(&mut tracker).map_err(to_python)
+    }
+
+    /// Counts a step and does what is due: 0 nothing, 1 an update, 2 a snapshot too.
+    fn update(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, stream: usize) -> PyResult<u8> {
+        let lent = Lent::new(layout, addresses, stream)?;
+        py.detach(|| self.lock().update(&lent)).map(code).map_err(to_python)
+    }
+
+    /// As `update`, on the caller's clock.
+    fn update_at(
+        &self,
+        py: Python<'_>,
+        time: u64,
+        layout: &Layout,
+        addresses: Vec<u64>,
+        stream: usize,
+    ) -> PyResult<u8> {
+        let lent = Lent::new(layout, addresses, stream)?;
+        py.detach(|| self.lock().update_at(time, &lent)).map(code).map_err(to_python)
+    }
+
+    /// Stores the live state.
+    fn save(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.lock().save()).map_err(to_python)
+    }
+
+    /// Ends the run.
+    fn finish(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.lock().finish()).map_err(to_python)
+    }
+
+    /// The time of the last call.
+    #[getter]
+    fn step(&self, py: Python<'_>) -> u64 {
+        py.detach(|| self.lock().step())
+    }
+
+    /// The time of the newest update.
+    #[getter]
+    fn last_update(&self, py: Python<'_>) -> Option<u64> {
+        py.detach(|| self.lock().history().last())
+    }
+
+    /// The tracked profiles, as JSON.
+    fn profiles(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        let profiles = py.detach(|| self.lock().profiles().to_vec());
+        profiles.iter().map(|profile| serde_json::to_string(profile).map_err(argument)).collect()
+    }
+
+    /// Name, dtype and shape of the tensors of a synthesis.
+    fn tensors(&self, py: Python<'_>) -> Vec<(String, String, Vec<usize>)> {
+        describe(py.detach(|| self.lock().tensors()))
+    }
+
+    /// The names that share another tensor's elements, and that other's name.
+    fn tied(&self, py: Python<'_>) -> BTreeMap<String, String> {
+        py.detach(|| self.lock().tied().clone())
+    }
+
+    /// Solves targets at the newest update.
+    fn plans(&self, py: Python<'_>, targets: Vec<String>) -> PyResult<String> {
+        let targets = profiles(&targets)?;
+        plans_json(&py.detach(|| self.lock().plans(&targets)).map_err(to_python)?)
+    }
+
+    /// Blends targets at the newest update into fresh memory, one list of addresses for each.
+    fn load_into(
+        &self,
+        py: Python<'_>,
+        targets: Vec<String>,
+        layout: &Layout,
+        addresses: Vec<Vec<u64>>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<String> {
+        let targets = profiles(&targets)?;
+        let mut lent = addresses.into_iter().map(|list| Lent::new(layout, list, 0)).collect::<PyResult<Vec<_>>>()?;
+        let views = Lent::fresh(&mut lent)?;
+        let load = move |progress: jobs::Progress<'_>| self.lock().load_into(&targets, views, progress);
+        plans_json(&jobs::run(py, progress, load)?)
+    }
+
+    /// The running average of one profile, into fresh memory.
+    fn load_tracked_into(&self, py: Python<'_>, index: usize, layout: &Layout, addresses: Vec<u64>) -> PyResult<()> {
+        let views = Lent::fresh(&mut [Lent::new(layout, addresses, 0)?])?.remove(0);
+        py.detach(|| self.lock().load_tracked_into(index, views)).map_err(to_python)
+    }
+
+    /// Puts an average into the lent tensors, and returns what they held.
+    fn swap_in(
+        &self,
+        py: Python<'_>,
+        target: &str,
+        layout: &Layout,
+        addresses: Vec<u64>,
+        stream: usize,
+    ) -> PyResult<Originals> {
+        let (target, mut lent) = (profile(target)?, Lent::new(layout, addresses, stream)?);
+        let swapped = py.detach(|| self.lock().swap_in(target, &mut lent).map(|swapped| swapped.into_originals()));
+        swapped.map(Originals).map_err(to_python)
+    }
+
+    /// Puts an average into the lent tensors for good.
+    fn switch_to(
+        &self,
+        py: Python<'_>,
+        target: &str,
+        layout: &Layout,
+        addresses: Vec<u64>,
+        stream: usize,
+    ) -> PyResult<()> {
+        let (target, mut lent) = (profile(target)?, Lent::new(layout, addresses, stream)?);
+        py.detach(|| self.lock().switch_to(target, &mut lent)).map_err(to_python)
+    }
+}
+
+/// Nothing, for a step at which nothing is read.
+struct Nothing;
+
+impl posthoc_ema::Parameters for Nothing {
+    fn with_tensors(
+        &self,
+        read: &mut dyn FnMut(&[posthoc_ema::TensorView<'_>]) -> posthoc_ema::Result<()>,
+    ) -> posthoc_ema::Result<()> {
+        read(&[])
+    }
+}
+
+fn skip(tracker: &mut PostHocEma) -> posthoc_ema::Result<bool> {
+    if tracker.is_due() {
+        return Ok(false);
+    }
+    tracker.update(&Nothing).map(|_| true)
+}
+
+fn code(step: Step) -> u8 {
+    match step {
+        Step::Skipped => 0,
+        Step::Updated => 1,
+        Step::Stored => 2,
+    }
+}
+
+pub fn describe(tensors: Vec<posthoc_ema::TensorSpec>) -> Vec<(String, String, Vec<usize>)> {
+    tensors.into_iter().map(|tensor| (tensor.name, dtype_name(tensor.dtype), tensor.shape)).collect()
+}
+
+/// What lent tensors held before an average was put in their place.
+#[pyclass(frozen, module = "posthoc_ema._native")]
+pub struct Originals(pub posthoc_ema::Originals);
+
+#[pymethods]
+impl Originals {
+    /// Gives every tensor its own bits back.
+    fn restore(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, stream: usize) -> PyResult<()> {
+        let mut lent = Lent::new(layout, addresses, stream)?;
+        py.detach(|| self.0.restore(&mut lent)).map_err(to_python)
+    }
+}
+
+/// A dtype, where there is one.
+pub fn some_dtype(name: Option<&str>) -> PyResult<Option<Dtype>> {
+    name.map(parse_dtype).transpose()
+}
