@@ -1,0 +1,31 @@
+"""Averages of network weights of any length, chosen after training: post-hoc EMA (Karras et al. 2023, arXiv:2312.02696).
+
+    ema = PostHocEMA.from_model(model, "runs/ema")
+    for batch in batches:
+        ...                                                # the training step
+        ema.update_(model)
+
+    with ema.model(model, sigma_rel=0.15) as averaged:     # evaluate, then train on
+        evaluate(averaged)
+
+    with PostHocEMA.from_path("runs/ema").state_dict(sigma_rel=0.15) as state_dict:
+        model.load_state_dict(state_dict)
+"""
+
+from . import visualization
+from ._native import __version__
+from .karras_ema import KarrasEMA
+from .posthoc_ema import PostHocEMA
+from .profiles import Plan, Profile, Target, Weight, plan
+
+__all__ = [
+    "KarrasEMA",
+    "Plan",
+    "PostHocEMA",
+    "Profile",
+    "Target",
+    "Weight",
+    "__version__",
+    "plan",
+    "visualization",
+]

@@ -1,0 +1,215 @@
+"""Tensors of PyTorch, numpy and others, lent to the native part by address.
+
+A tensor is lent where it lies when it is contiguous and the native part can reach it: in host memory, and on CUDA devices
+in a build with CUDA. All others go by way of a contiguous copy, made for the call and dropped after it.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _native
+
+# As PyTorch and numpy name dtypes, and as safetensors files do.
+DTYPES = {
+    "float32": "F32",
+    "float64": "F64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
+}
+
+HOST = -1
+"""Instead of the number of a CUDA device."""
+
+
+def torch_module() -> Any | None:
+    """PyTorch, where the program has imported it."""
+    return sys.modules.get("torch")
+
+
+@cache
+def cuda_usable() -> bool:
+    """Whether the native part can work on CUDA devices."""
+    return _native.CUDA and _native.cuda_devices()[0] > 0
+
+
+def is_torch(tensor: Any) -> bool:
+    """Whether it is a tensor of PyTorch."""
+    torch = torch_module()
+    return torch is not None and isinstance(tensor, torch.Tensor)
+
+
+def dtype_name(name: str, dtype: Any) -> str:
+    """A dtype of PyTorch or numpy, as safetensors files name it."""
+    text = getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
+    if text not in DTYPES:
+        raise ValueError(
+            f"tensor `{name}`: {dtype} cannot be stored in safetensors files: name it in `leave_out`, or convert it"
+        )
+    return DTYPES[text]
+
+
+class Facts(NamedTuple):
+    """What must not change between two calls without anybody noticing."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None
+
+
+def as_array(name: str, tensor: Any) -> Any:
+    """A tensor of PyTorch or an array of numpy that shares its elements."""
+    if is_torch(tensor) or isinstance(tensor, np.ndarray):
+        return tensor
+    if hasattr(tensor, "__dlpack__"):
+        torch = torch_module()
+        try:
+            return torch.from_dlpack(tensor) if torch is not None else np.from_dlpack(tensor)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"tensor `{name}`: its elements cannot be shared by DLPack: {error}") from error
+    raise TypeError(
+        f"tensor `{name}`: {type(tensor).__name__} is no tensor: PyTorch's, numpy's and those with DLPack can be lent"
+    )
+
+
+class Lender:
+    """Named tensors, ready to be lent again and again.
+
+    Args:
+        named: pairs of names and tensors: of PyTorch, of numpy, or with DLPack; names must be unique.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, Any]]):
+        self.names = [name for name, _ in named]
+        self.originals = [tensor for _, tensor in named]
+        self.tensors = [as_array(name, tensor) for name, tensor in named]
+        self._torch = [is_torch(tensor) for tensor in self.tensors]
+        self._facts = [self._facts_of(i) for i in range(len(self.tensors))]
+        self._indirect = [i for i in range(len(self.tensors)) if not self._is_direct(i)]
+        places = [self._place(i) for i in range(len(self.tensors))]
+        self._device = next((place for place in places if place != HOST), None)
+        described = [
+            (name, dtype_name(name, facts.dtype), list(facts.shape), place)
+            for name, facts, place in zip(self.names, self._facts, places)
+        ]
+        self.layout = _native.Layout(described)
+        # The usual case, for which it all must be quick.
+        self._all_torch = all(self._torch)
+        self._dtypes = [facts.dtype for facts in self._facts]
+        self._shapes = [facts.shape for facts in self._facts]
+        self._strides = [facts.stride for facts in self._facts]
+        self._devices = [tensor.device for tensor in self.tensors] if self._all_torch else []
+        self._addresses: list[int] = []
+
+    def _facts_of(self, i: int) -> Facts:
+        tensor = self.tensors[i]
+        if self._torch[i]:
+            return Facts(tensor.dtype, tensor.shape, tensor.stride())
+        return Facts(tensor.dtype, tensor.shape, tensor.strides)
+
+    def _place(self, i: int) -> int:
+        tensor = self.tensors[i]
+        return tensor.device.index if self._torch[i] and tensor.is_cuda and cuda_usable() else HOST
+
+    def _is_direct(self, i: int) -> bool:
+        tensor = self.tensors[i]
+        if not self._torch[i]:
+            return bool(tensor.flags.c_contiguous)
+        reachable = tensor.device.type == "cpu" or (tensor.is_cuda and cuda_usable())
+        return reachable and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+    def is_current(self) -> bool:
+        """Whether the tensors are of the dtypes, shapes and strides, and on the devices, that they were when this was made."""
+        if not self._all_torch:
+            return all(self._facts_of(i) == facts for i, facts in enumerate(self._facts))
+        tensors = self.tensors
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if addresses != self._addresses:
+            # Memory that has not moved has not changed its device.
+            if [tensor.device for tensor in tensors] != self._devices:
+                return False
+            self._addresses = addresses
+        return (
+            all(map(operator.is_, [tensor.dtype for tensor in tensors], self._dtypes))
+            and [tensor.shape for tensor in tensors] == self._shapes
+            and [tensor.stride() for tensor in tensors] == self._strides
+        )
+
+    @property
+    def stream(self) -> int:
+        """The `CUstream` on which PyTorch works with the tensors at the moment; 0 where they are in host memory."""
+        torch = torch_module()
+        if self._device is None or torch is None:
+            return 0
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
+
+    def _address(self, i: int) -> int:
+        tensor = self.tensors[i]
+        return tensor.data_ptr() if self._torch[i] else tensor.ctypes.data
+
+    def _copy(self, i: int) -> Any:
+        """A contiguous copy that the native part can reach."""
+        tensor = self.tensors[i]
+        if not self._torch[i]:
+            return np.ascontiguousarray(tensor)
+        torch = torch_module()
+        device = tensor.device if tensor.is_cuda and cuda_usable() else "cpu"
+        assert torch is not None
+        return tensor.detach().to(device).resolve_conj().resolve_neg().contiguous()
+
+    @contextmanager
+    def reading(self) -> Iterator[tuple[list[int], int]]:
+        """Addresses and stream, for as long as the tensors are read."""
+        if not self._indirect and self._all_torch:
+            yield [tensor.data_ptr() for tensor in self.tensors], self.stream
+            return
+        copies = {i: self._copy(i) for i in self._indirect}
+        yield self._with(copies), self.stream
+
+    @contextmanager
+    def writing(self) -> Iterator[tuple[list[int], int]]:
+        """Addresses and stream, for as long as the tensors are written; what they held is there before."""
+        self._check_writable()
+        copies = {i: self._copy(i) for i in self._indirect}
+        yield self._with(copies), self.stream
+        for i, copy in copies.items():
+            if self._torch[i]:
+                # By way of `data`: autograd must not take it for an operation of the model's.
+                self.tensors[i].data.copy_(copy)
+            else:
+                np.copyto(self.tensors[i], copy)
+
+    def _with(self, copies: dict[int, Any]) -> list[int]:
+        addresses = []
+        for i in range(len(self.tensors)):
+            if i in copies:
+                copy = copies[i]
+                addresses.append(copy.data_ptr() if self._torch[i] else copy.ctypes.data)
+            else:
+                addresses.append(self._address(i))
+        return addresses
+
+    def _check_writable(self) -> None:
+        for name, tensor, of_torch in zip(self.names, self.tensors, self._torch):
+            if not of_torch and not tensor.flags.writeable:
+                raise ValueError(f"tensor `{name}`: the array is read-only: pass a copy")

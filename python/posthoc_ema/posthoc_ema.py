@@ -1,0 +1,561 @@
+"""Running averages of a model while it trains, and averages of any length afterwards (Karras et al. 2023)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import _native, _results, _swap
+from ._averages import TrackedAverage
+from ._lend import is_torch, torch_module
+from ._model import MappingTensors, ModuleTensors, tensors_of
+from ._progress import Progress, following
+from .profiles import Plan, Profile, Target, as_profile, to_json
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["PostHocEMA"]
+
+Model = Any
+"""A module of PyTorch, or a mapping of names to tensors of PyTorch, arrays of numpy, or anything with DLPack."""
+
+
+class PostHocEMA:
+    """Tracks running averages of a model, stores snapshots of them, and synthesizes averages of any length from these.
+
+    Made by :meth:`from_model` to train, and by :meth:`from_path` to synthesize afterwards.
+
+    A floating-point tensor (f32, f16, bf16, f64) is averaged in f32 with a compensation term, exact for any interval of
+    updates; integers and booleans are copied from the newest update. Sums of a synthesis are taken in f64. A number as a
+    target is a ``sigma_rel``, the standard deviation of the average relative to the training so far, in (0, 0.288675];
+    see :class:`posthoc_ema.Profile` for others.
+    """
+
+    def __init__(self) -> None:
+        raise TypeError("make one with PostHocEMA.from_model or PostHocEMA.from_path")
+
+    # Every instance has these; which are there is decided by the class methods.
+    _tracker: _native.Tracker | None
+    _tensors: ModuleTensors | MappingTensors | None
+    checkpoint_dir: Path
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Model,
+        checkpoint_dir: str | os.PathLike[str],
+        max_checkpoints: int = 20,
+        sigma_rels: Iterable[float] | None = None,
+        update_every: int = 10,
+        checkpoint_every: int = 1000,
+        checkpoint_dtype: Any = None,
+        calculation_dtype: Any = None,
+        only_save_diff: bool = False,
+        update_after_step: int = 100,
+        *,
+        gammas: Iterable[float] = (),
+        betas: Iterable[float] = (),
+        profiles: Iterable[Profile] = (),
+        device: str = "cpu",
+        resume: bool = False,
+        average: Sequence[str] | None = None,
+        copy: Sequence[str] = (),
+        leave_out: Sequence[str] = (),
+        compensated: bool = True,
+        rank_zero_only: bool = False,
+    ) -> PostHocEMA:
+        """Begins to track a model, or goes on with a run.
+
+        Args:
+            model: a module of PyTorch (wrappers such as DistributedDataParallel and ``torch.compile`` are looked
+                through), or a mapping of names to tensors or arrays.
+            checkpoint_dir: the run's directory; made where it is not there.
+            max_checkpoints: how many steps' snapshots are kept, the newest.
+            sigma_rels: power-function profiles to track; 0.05 and 0.28 where no profile is given at all.
+            update_every: steps between updates.
+            checkpoint_every: steps between snapshots; the averages are updated at each.
+            checkpoint_dtype: dtype of averages in snapshots, such as ``torch.float16``; each tensor's own where it is None.
+            calculation_dtype: taken for compatibility; sums are always in f64.
+            only_save_diff: track parameters that require grad and the statistics of batch normalisation, nothing else.
+            update_after_step: no update before this step.
+            gammas: power-function profiles to track, by exponent.
+            betas: classical EMAs to track, by decay per training step (not per update).
+            profiles: further profiles to track.
+            device: where averages are kept: "cpu" (no memory of the GPU is taken), "cuda" or "cuda:N" (beside the
+                parameters; an update is one launch), "auto" (on the device where they take at most a quarter of what is
+                free). It makes no difference to any bit.
+            resume: go on with the run in `checkpoint_dir` where there is one: :attr:`step` tells from where.
+            average: names or globs of the only tensors to average; others are copied.
+            copy: names or globs of tensors to copy from the newest update instead of averaging them.
+            leave_out: names or globs of tensors to leave out altogether.
+            compensated: keep a low-order term of each average, without which late updates are lost: 6 bytes a parameter
+                and profile instead of 4.
+            rank_zero_only: switch off on all processes of ``torch.distributed`` but that of rank 0, which there only
+                count steps. Under data parallelism all ranks hold the same parameters, and a run has one writer.
+
+        Raises:
+            ValueError: "already contains checkpoints" where there is a run and `resume` is not set, and for options or
+                tensors that make no sense, naming them.
+            OSError: where the directory cannot be made or written.
+        """
+        _check_calculation_dtype(calculation_dtype)
+        directory = Path(checkpoint_dir)
+        _check_old_checkpoints(directory, "already contains checkpoints")
+        tracked = [*map(Profile.sigma_rel, sigma_rels or ()), *map(Profile.gamma, gammas), *map(Profile.beta, betas)]
+        tracked += profiles
+        options = {
+            "profiles": [profile.to_dict() for profile in tracked],
+            "update_every": _count("update_every", update_every),
+            "update_after_step": _count("update_after_step", update_after_step),
+            "checkpoint_every": _count("checkpoint_every", checkpoint_every),
+            "max_checkpoints": _count("max_checkpoints", max_checkpoints),
+            "checkpoint_dtype": _results.stored_name(checkpoint_dtype),
+            "compensated": bool(compensated),
+            "copy": list(copy),
+            "leave_out": list(leave_out),
+            "device": str(device),
+        }
+        if average is not None:
+            options["average"] = list(average)
+        self = cls._bare(directory, options)
+        if rank_zero_only and _rank() != 0:
+            return self
+        _swap.check_own_weights(model)
+        tensors = tensors_of(model, only_save_diff)
+        _check_device(device, tensors)
+        lender = tensors.lender()
+        try:
+            with lender.reading() as (addresses, stream):
+                mode = "either" if resume else "create"
+                tracker = _native.Tracker.open(
+                    str(directory), mode, json.dumps(options), lender.layout, addresses, stream
+                )
+        except FileExistsError as error:
+            raise ValueError(
+                f"{directory} already contains checkpoints: go on with them with `resume=True`, read them with "
+                f"`PostHocEMA.from_path`, or choose another directory"
+            ) from error
+        if isinstance(tensors, ModuleTensors):
+            tensors.keep = frozenset(lender.names)
+        self._only_save_diff = only_save_diff
+        self._tracker, self._tensors, self._of_torch = tracker, tensors, any(map(is_torch, lender.tensors))
+        self._skip = tracker.skip
+        self.profiles = [Profile(text) for text in tracker.profiles()]
+        if isinstance(tensors, ModuleTensors):
+            self.ema_models = [TrackedAverage(self, index) for index in range(len(self.profiles))]
+        return self
+
+    @classmethod
+    def from_path(
+        cls,
+        checkpoint_dir: str | os.PathLike[str],
+        model: Model = None,
+        max_checkpoints: int = 20,
+        sigma_rels: Iterable[float] | None = None,
+        update_every: int = 10,
+        checkpoint_every: int = 1000,
+        checkpoint_dtype: Any = None,
+        calculation_dtype: Any = None,
+        only_save_diff: bool = False,
+        update_after_step: int = 100,
+    ) -> PostHocEMA:
+        """Opens a run to synthesize from; to go on training, use :meth:`from_model` with ``resume=True``.
+
+        The snapshots themselves tell their profiles and updates, so that the other options, which are taken for
+        compatibility, decide nothing.
+
+        Args:
+            checkpoint_dir: the run's directory.
+            model: a model of the run's structure, for :attr:`ema_models`; it is not changed.
+            sigma_rels: where given, checked against the run's profiles.
+
+        Raises:
+            FileNotFoundError: where there is no run.
+            ValueError: for other `sigma_rels` than the run's, damaged snapshots, and checkpoints of other tools, with
+                the command that imports them.
+        """
+        _check_calculation_dtype(calculation_dtype)
+        directory = Path(checkpoint_dir)
+        _check_old_checkpoints(directory, "holds checkpoints of another tool")
+        run = _native.Run(directory)
+        self = cls._bare(directory, {})
+        self.profiles = [Profile(text) for _, text in sorted(run.profiles().items())]
+        if sigma_rels is not None and [Profile.sigma_rel(s) for s in sigma_rels] != self.profiles:
+            tracked = ", ".join(map(str, self.profiles))
+            raise ValueError(f"{directory} tracked {tracked}, not sigma_rels {list(sigma_rels)}: leave them out here")
+        torch = torch_module() is not None or importlib.util.find_spec("torch") is not None
+        self._of_torch, self._only_save_diff = torch, only_save_diff
+        if model is not None:
+            self._tensors = tensors_of(model, only_save_diff)
+            self._of_torch = any(map(is_torch, self._tensors.lender().tensors))
+            if isinstance(self._tensors, ModuleTensors):
+                self.ema_models = [TrackedAverage(self, index) for index in range(len(self.profiles))]
+        return self
+
+    @classmethod
+    def _bare(cls, directory: Path, options: dict[str, Any]) -> PostHocEMA:
+        self = object.__new__(cls)
+        self.checkpoint_dir, self._options = directory, options
+        self._tracker = self._tensors = self.ema_models = None
+        self._of_torch, self._only_save_diff = True, False
+        self._counted = 0
+        self.profiles: list[Profile] = []
+        self._skip: Callable[[], bool] = self._count_only if options else self._refuse
+        return self
+
+    # --- while training
+
+    def update_(self, model: Model) -> None:
+        """To be called once after each training step: updates the averages and stores snapshots when they are due.
+
+        A step at which nothing is due costs less than a microsecond or two.
+
+        Raises:
+            ValueError: for a model whose tensors are not those the run began with, naming the first difference.
+            RuntimeError: where an average to be stored holds NaN or infinity (nothing is written then), where the model
+                holds an average, and where a device fails.
+            OSError: where a snapshot cannot be written: the averages are up to date, training can go on, and it is tried
+                once more before the next update.
+        """
+        if _swap.holding:
+            _swap.check_own_weights(model)
+        if self._skip():
+            return
+        assert self._tracker is not None
+        with self._lent(model) as lender, lender.reading() as (addresses, stream):
+            self._tracker.update(lender.layout, addresses, stream)
+
+    def update_at_(self, time: int, model: Model) -> None:
+        """As :meth:`update_`, on a clock of the caller's own, such as images or tokens seen: `time` must grow.
+
+        Intervals are in the units of that clock.
+        """
+        if self._tracker is None:
+            self._skip()
+            return
+        with self._lent(model) as lender, lender.reading() as (addresses, stream):
+            self._tracker.update_at(time, lender.layout, addresses, stream)
+
+    @contextmanager
+    def _lent(self, model: Model) -> Iterator[Any]:
+        _swap.check_own_weights(model)
+        yield self._tensors_of(model).lender()
+
+    def _tensors_of(self, model: Model) -> ModuleTensors | MappingTensors:
+        """The tensors of a model, listed anew only for another object than last time."""
+        if self._tensors is None or self._tensors.model is not model:
+            keep = self._tensors.keep if isinstance(self._tensors, ModuleTensors) else ()
+            tensors = tensors_of(model, self._only_save_diff, keep)
+            if self._tracker is None:
+                return tensors
+            self._tensors = tensors
+        return self._tensors
+
+    def _count_only(self) -> bool:
+        """In the place of an update, on a process that is switched off."""
+        self._counted += 1
+        return True
+
+    def _refuse(self) -> bool:
+        raise RuntimeError(
+            f"{self.checkpoint_dir} was opened to synthesize from: to go on training, open it with "
+            f"PostHocEMA.from_model(model, {str(self.checkpoint_dir)!r}, resume=True)"
+        )
+
+    @property
+    def step(self) -> int:
+        """The steps counted so far: where training goes on after a resume. Of a run opened by path, the newest snapshot's."""
+        if self._tracker is not None:
+            return self._tracker.step
+        return self._counted if self._options else max(step for _, step in self._run().snapshots())
+
+    @property
+    def sigma_rels(self) -> tuple[float, ...]:
+        """The relative standard deviations of the tracked power functions; exponentials have none."""
+        return tuple(s for s in (profile.as_sigma_rel for profile in self.profiles) if s is not None)
+
+    @property
+    def gammas(self) -> tuple[float, ...]:
+        """The exponents of the tracked power functions."""
+        described = (profile.to_dict() for profile in self.profiles)
+        return tuple(description["gamma"] for description in described if description["kind"] == "power")
+
+    def save(self) -> None:
+        """Stores the live state, from which ``resume=True`` goes on with the same bits; no snapshot is written.
+
+        To be called wherever the training's own checkpoints are saved.
+        """
+        if self._tracker is not None:
+            self._tracker.save()
+
+    def finish(self) -> None:
+        """Ends the run: stores a snapshot of the newest update where there is none yet, and the live state."""
+        if self._tracker is not None:
+            self._tracker.finish()
+
+    def __enter__(self) -> PostHocEMA:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        # After an error the averages are left as they were last stored.
+        if kind is None:
+            self.finish()
+
+    # --- averages of any length
+
+    @contextmanager
+    def model(
+        self,
+        model: Model,
+        sigma_rel: Target,
+        step: int | None = None,
+        calculation_dtype: Any = None,
+    ) -> Iterator[Model]:
+        """The model with averaged weights, in place and in eval mode, for the length of a ``with`` block.
+
+        Afterwards, also when the block raises, every tensor has its own bits back, every part of the model its training
+        flag, and all is on the device where it was. The originals are kept in host memory meanwhile: one copy of the
+        tensors, none of them on the GPU. Blocks may be nested.
+
+        Args:
+            model: the model that is tracked, or another of its structure.
+            sigma_rel: the length of the average, or any profile.
+            step: the step of the average: the newest update while training, the newest snapshot of a run opened by path.
+            calculation_dtype: taken for compatibility; sums are always in f64.
+
+        Raises:
+            ValueError: for a model of another structure, and a target outside the run.
+            RuntimeError: where there was no update yet.
+        """
+        _check_calculation_dtype(calculation_dtype)
+        target = as_profile(sigma_rel)._json
+        live = self._live(step)
+        if live is not None:
+            swap = lambda *lent: live.swap_in(target, *lent)  # noqa: E731
+        else:
+            run = self._run()
+            swap = lambda *lent: run.swap_in(target, step, *lent)  # noqa: E731
+        with _swap.average_in(self._tensors_of(model), swap):
+            yield model
+
+    @contextmanager
+    def state_dict(
+        self,
+        sigma_rel: Target,
+        step: int | None = None,
+        calculation_dtype: Any = None,
+    ) -> Iterator[dict[str, Any]]:
+        """An average as a state dict of fresh tensors in host memory, in the model's dtypes, for ``load_state_dict``.
+
+        With `only_save_diff`, load it with ``strict=False``. The tensors may be kept after the ``with`` block.
+
+        Args and errors as of :meth:`model`.
+        """
+        _check_calculation_dtype(calculation_dtype)
+        yield self.synthesize([sigma_rel], step)[0]
+
+    def synthesize(
+        self,
+        targets: Iterable[Target],
+        step: int | None = None,
+        *,
+        dtype: Any = None,
+        progress: Progress = None,
+    ) -> list[dict[str, Any]]:
+        """Averages of several lengths in one pass over the snapshots, each a state dict of fresh tensors in host memory.
+
+        Args:
+            targets: profiles, or numbers as sigma_rel.
+            step: as of :meth:`model`.
+            dtype: of averaged tensors; each its own in the model where it is not given.
+            progress: a function of the bytes read so far and in all, or whether to draw a bar; None draws one on a
+                terminal.
+
+        Returns:
+            A state dict for each target, in their order. Tied names share one tensor.
+        """
+        jsons = to_json(targets)
+        source, at = self._source(step)
+        specs, tied = source.tensors(), source.tied()
+        averaged = [name for name, own, _ in specs if own in ("F32", "F16", "BF16", "F64")]
+        fresh = _results.Fresh(specs, len(jsons), _results.stored_name(dtype), self._of_torch, averaged)
+        total = source.bytes_to_read(jsons, step) if isinstance(source, _native.Run) else None
+        with following(progress, total, "synthesizing") as told:
+            source.load_into(jsons, *at, fresh.layout, fresh.addresses(), told)
+        return [{**target, **{name: target[kept] for name, kept in tied.items()}} for target in fresh.targets]
+
+    def write(
+        self,
+        targets: Iterable[Target],
+        directory: str | os.PathLike[str],
+        step: int | None = None,
+        *,
+        dtype: Any = None,
+        device: str = "auto",
+        progress: Progress = None,
+    ) -> list[Path]:
+        """Writes averages of several lengths as safetensors files, in one pass over the stored snapshots.
+
+        Memory stays bounded, whatever the size of the model.
+
+        Args:
+            targets: profiles, or numbers as sigma_rel.
+            directory: where the files go, named after target and step; made where it is not there.
+            step: the step of the averages, the newest snapshot where it is not given.
+            dtype: of averaged tensors; each its own in the model where it is not given.
+            device: where they are blended: "auto" tries, "cpu", "cuda:N". The bits are the same.
+            progress: as of :meth:`synthesize`.
+
+        Returns:
+            The files, in the order of the targets.
+        """
+        profiles, run = [as_profile(target) for target in targets], self._run()
+        jsons = to_json(profiles)
+        plans = Plan.from_json(run.plans(jsons, step))
+        names = [f"{str(plan.profile).replace(' ', '-')}.step-{plan.at}.safetensors" for plan in plans]
+        if len(set(names)) < len(names):
+            names = [f"{i}.{name}" for i, name in enumerate(names, 1)]
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / name for name in names]
+        with following(progress, run.bytes_to_read(jsons, step), "synthesizing") as told:
+            run.write(jsons, step, paths, _results.stored_name(dtype), device, told)
+        return paths
+
+    def plan(self, targets: Iterable[Target], step: int | None = None) -> list[Plan]:
+        """The solved weights of targets, with the error that is to be expected of each; no tensor is read.
+
+        Args:
+            targets: profiles, or numbers as sigma_rel.
+            step: as of :meth:`model`.
+        """
+        source, at = self._source(step)
+        return Plan.from_json(source.plans(to_json(targets), *at))
+
+    def switch_(self, model: Model, sigma_rel: Target) -> Model:
+        """Switch EMA (arXiv:2402.09240): the model becomes its average at the newest update, and training goes on there.
+
+        Tensors that are not averaged stay as they are, and so do the running averages.
+
+        Returns:
+            The model.
+        """
+        if self._tracker is None:
+            self._skip()
+            raise RuntimeError("this process does not track (rank_zero_only): switch on rank 0, and broadcast")
+        target = as_profile(sigma_rel)._json
+        with self._lent(model) as lender, lender.writing() as (addresses, stream):
+            self._tracker.switch_to(target, lender.layout, addresses, stream)
+        torch = torch_module()
+        increment = getattr(getattr(getattr(torch, "autograd", None), "graph", None), "increment_version", None)
+        for tensor in lender.tensors:
+            # A backward pass through what was computed with the old weights then fails instead of being wrong.
+            if increment is not None and is_torch(tensor) and not tensor.is_inference():
+                increment(tensor)
+        return model
+
+    def reconstruction_error(self, target_sigma_rel_range: tuple[float, float] | None = None) -> Image.Image:
+        """A picture of how well each length can be synthesized: the relative error over sigma_rel.
+
+        Of the snapshots and averages there are, or before the first update, of those there will be after
+        ``max_checkpoints * checkpoint_every`` steps.
+
+        Args:
+            target_sigma_rel_range: smallest and largest sigma_rel; 0.05 and 0.28 where it is not given.
+
+        Returns:
+            A PNG picture.
+        """
+        from . import visualization
+
+        sources = self.sigma_rels
+        if self._tracker is not None and self._tracker.last_update is None:
+            options = {key: self._options[key] for key in ("max_checkpoints", "update_every", "checkpoint_every")}
+            return visualization.reconstruction_error(sources, target_sigma_rel_range, **options)
+        targets = visualization.target_points(sources, target_sigma_rel_range)
+        errors = [plan.relative_error for plan in self.plan(targets)]
+        return visualization.plot_reconstruction_errors(targets, errors, sources)
+
+    def verify(self) -> None:
+        """Reads every byte of every snapshot and compares its checksum.
+
+        Raises:
+            ValueError: for the first file that does not match.
+        """
+        self._run().verify()
+
+    def _live(self, step: int | None) -> _native.Tracker | None:
+        """The tracker, where the newest update is asked for."""
+        if self._tracker is None:
+            if self._options:
+                raise RuntimeError(
+                    "this process does not track (rank_zero_only): synthesize on rank 0, or open the run by path"
+                )
+            return None
+        newest = self._tracker.last_update
+        if step is None or (newest is not None and newest <= step <= self._tracker.step):
+            return self._tracker
+        return None
+
+    def _source(self, step: int | None) -> tuple[Any, tuple[Any, ...]]:
+        """What a synthesis reads, and its further argument."""
+        live = self._live(step)
+        return (live, ()) if live is not None else (self._run(), (step,))
+
+    def _run(self) -> _native.Run:
+        """The snapshots that are there now."""
+        return _native.Run(self.checkpoint_dir)
+
+    def __repr__(self) -> str:
+        tracked = ", ".join(map(str, self.profiles))
+        return f"<PostHocEMA {self.checkpoint_dir}: {tracked}>"
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value or value < 0:
+        raise ValueError(f"{name} = {value!r}: must be a whole number, 0 or more")
+    return int(value)
+
+
+def _check_calculation_dtype(dtype: Any) -> None:
+    """Sums are in f64; what is no floating-point dtype is a slip all the same."""
+    if dtype is not None:
+        _results.stored_name(dtype)
+
+
+def _check_old_checkpoints(directory: Path, what: str) -> None:
+    old = next(directory.glob("*.*.pt"), None) if directory.is_dir() else None
+    if old is not None and old.stem.replace(".", "").isdigit():
+        raise ValueError(
+            f"{directory} {what} ({old.name}), which pytorch-posthoc-ema or ema-pytorch wrote: make a run of them with "
+            f"`posthoc_ema.import_run` (or `posthoc-ema import`), and use another directory for new ones"
+        )
+
+
+def _check_device(device: str, tensors: ModuleTensors | MappingTensors) -> None:
+    """Says in Python's terms why averages cannot be kept on a device."""
+    if not str(device).startswith("cuda"):
+        return
+    if not _native.CUDA:
+        raise RuntimeError(
+            f"device={device!r}: this build of posthoc_ema has no CUDA kernels: install it anew where nvcc is found, with "
+            f"POSTHOC_EMA_CUDA=1, or keep the averages on the host with device='cpu'"
+        )
+    devices, why = _native.cuda_devices()
+    if devices == 0:
+        raise RuntimeError(f"device={device!r}: {why}: keep the averages on the host with device='cpu'")
+
+
+def _rank() -> int:
+    """This process's rank in ``torch.distributed``; 0 where there is none."""
+    torch = torch_module()
+    distributed = getattr(torch, "distributed", None)
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    return int(os.environ.get("RANK", "0"))
