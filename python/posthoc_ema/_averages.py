@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from . import _native
 from ._lend import HOST, dtype_name, torch_module
 from ._model import plain_name, unwrap
 from ._results import Specs
-
-if TYPE_CHECKING:
-    from .posthoc_ema import PostHocEMA
-    from .profiles import Profile
+from .profiles import Profile, to_json
 
 
 def copy_on_cpu(model: Any) -> Any:
@@ -37,17 +35,20 @@ def addresses_in(module: Any, specs: Specs) -> tuple[_native.Layout, list[int]]:
 
 
 class TrackedAverage:
-    """One of the running averages of a :class:`posthoc_ema.PostHocEMA`."""
+    """One of the running averages of a :class:`posthoc_ema.PostHocEMA`.
 
-    def __init__(self, ema: PostHocEMA, index: int):
-        self._ema, self._index = ema, index
+    Args:
+        index: its number among the profiles.
+        profile: what is tracked.
+        model: the module that it is an average of.
+        source: the tracker, or the directory of a run that is only read.
+    """
+
+    def __init__(self, index: int, profile: Profile, model: Any, source: _native.Tracker | Path):
+        self.profile, self._index = profile, index
+        self._model, self._source = model, source
         self._module: Any = None
         self._update: int | None = None
-
-    @property
-    def profile(self) -> Profile:
-        """What is tracked."""
-        return self._ema.profiles[self._index]
 
     @property
     def ema_model(self) -> Any:
@@ -55,17 +56,19 @@ class TrackedAverage:
 
         It is the same object at every call, and its weights are brought up to date by the call.
         """
-        assert self._ema._tensors is not None
         if self._module is None:
-            self._module = copy_on_cpu(self._ema._tensors.model)
-        tracker = self._ema._tracker
-        newest = tracker.last_update if tracker is not None else self._ema.step
-        if newest is not None and newest != self._update:
-            source = tracker if tracker is not None else self._ema._run()
-            layout, addresses = addresses_in(self._module, source.tensors())
-            if tracker is not None:
-                tracker.load_tracked_into(self._index, layout, addresses)
-            else:
-                source.load_into([self.profile._json], newest, layout, [addresses], None)
-            self._update = newest
+            self._module = copy_on_cpu(self._model)
+        if isinstance(self._source, Path):
+            self._read(_native.Run(self._source))
+        elif self._source.last_update != self._update:
+            self._source.load_tracked_into(self._index, *addresses_in(self._module, self._source.tensors()))
+            self._update = self._source.last_update
         return self._module
+
+    def _read(self, run: _native.Run) -> None:
+        """Takes the newest snapshot."""
+        newest = max(step for index, step in run.snapshots() if index == self._index)
+        if newest != self._update:
+            layout, addresses = addresses_in(self._module, run.tensors())
+            run.load_into(to_json([self.profile]), newest, layout, [addresses], None)
+            self._update = newest

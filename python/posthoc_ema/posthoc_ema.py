@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,8 +148,7 @@ class PostHocEMA:
         self._tracker, self._tensors, self._of_torch = tracker, tensors, any(map(is_torch, lender.tensors))
         self._skip = tracker.skip
         self.profiles = [Profile(text) for text in tracker.profiles()]
-        if isinstance(tensors, ModuleTensors):
-            self.ema_models = [TrackedAverage(self, index) for index in range(len(self.profiles))]
+        self._track_models(tensors, tracker)
         return self
 
     @classmethod
@@ -194,8 +194,7 @@ class PostHocEMA:
         if model is not None:
             self._tensors = tensors_of(model, only_save_diff)
             self._of_torch = any(map(is_torch, self._tensors.lender().tensors))
-            if isinstance(self._tensors, ModuleTensors):
-                self.ema_models = [TrackedAverage(self, index) for index in range(len(self.profiles))]
+            self._track_models(self._tensors, directory)
         return self
 
     @classmethod
@@ -204,10 +203,15 @@ class PostHocEMA:
         self.checkpoint_dir, self._options = directory, options
         self._tracker = self._tensors = self.ema_models = None
         self._of_torch, self._only_save_diff = True, False
-        self._counted = 0
         self.profiles: list[Profile] = []
-        self._skip: Callable[[], bool] = self._count_only if options else self._refuse
+        # No method of its own: an object that refers to itself would hold the run's lock for longer than it is held.
+        self._skip: Callable[[], bool] = _Counter() if options else partial(_refuse, directory)
         return self
+
+    def _track_models(self, tensors: ModuleTensors | MappingTensors, source: _native.Tracker | Path) -> None:
+        if isinstance(tensors, ModuleTensors):
+            profiles = enumerate(self.profiles)
+            self.ema_models = [TrackedAverage(index, profile, tensors.model, source) for index, profile in profiles]
 
     # --- while training
 
@@ -257,23 +261,12 @@ class PostHocEMA:
             self._tensors = tensors
         return self._tensors
 
-    def _count_only(self) -> bool:
-        """In the place of an update, on a process that is switched off."""
-        self._counted += 1
-        return True
-
-    def _refuse(self) -> bool:
-        raise RuntimeError(
-            f"{self.checkpoint_dir} was opened to synthesize from: to go on training, open it with "
-            f"PostHocEMA.from_model(model, {str(self.checkpoint_dir)!r}, resume=True)"
-        )
-
     @property
     def step(self) -> int:
         """The steps counted so far: where training goes on after a resume. Of a run opened by path, the newest snapshot's."""
         if self._tracker is not None:
             return self._tracker.step
-        return self._counted if self._options else max(step for _, step in self._run().snapshots())
+        return self._skip.steps if isinstance(self._skip, _Counter) else max(step for _, step in self._run().snapshots())
 
     @property
     def sigma_rels(self) -> tuple[float, ...]:
@@ -299,13 +292,24 @@ class PostHocEMA:
         if self._tracker is not None:
             self._tracker.finish()
 
+    def close(self) -> None:
+        """Gives the run free for another tracker, without storing anything more: call :meth:`finish` or :meth:`save` before.
+
+        It happens by itself when nothing refers to this object any more.
+        """
+        if self._tracker is not None:
+            self._tracker.close()
+
     def __enter__(self) -> PostHocEMA:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         # After an error the averages are left as they were last stored.
-        if kind is None:
-            self.finish()
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
 
     # --- averages of any length
 
@@ -515,6 +519,24 @@ class PostHocEMA:
     def __repr__(self) -> str:
         tracked = ", ".join(map(str, self.profiles))
         return f"<PostHocEMA {self.checkpoint_dir}: {tracked}>"
+
+
+class _Counter:
+    """In the place of updates on a process that is switched off: counts steps."""
+
+    steps = 0
+
+    def __call__(self) -> bool:
+        self.steps += 1
+        return True
+
+
+def _refuse(directory: Path) -> bool:
+    """In the place of updates of a run that was opened by path."""
+    raise RuntimeError(
+        f"{directory} was opened to synthesize from: to go on training, open it with "
+        f"PostHocEMA.from_model(model, {str(directory)!r}, resume=True)"
+    )
 
 
 def _count(name: str, value: Any) -> int:

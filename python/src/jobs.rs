@@ -4,10 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use posthoc_ema::Result;
 use pyo3::prelude::*;
-
-use crate::errors::to_python;
 
 /// How often progress is told, and signals are looked for.
 const TICK: Duration = Duration::from_millis(50);
@@ -21,9 +18,9 @@ pub type Progress<'a> = Option<&'a (dyn Fn(u64) + Sync)>;
 pub fn run<R: Send>(
     py: Python<'_>,
     progress: Option<&Bound<'_, PyAny>>,
-    work: impl FnOnce(Progress<'_>) -> Result<R> + Send,
+    work: impl FnOnce(Progress<'_>) -> PyResult<R> + Send,
 ) -> PyResult<R> {
-    let Some(callback) = progress else { return py.detach(|| work(None)).map_err(to_python) };
+    let Some(callback) = progress else { return py.detach(|| work(None)) };
     let (done, over, mut raised) = (AtomicU64::new(0), AtomicBool::new(false), None);
     let caller = thread::current();
     let result = thread::scope(|scope| {
@@ -45,7 +42,7 @@ pub fn run<R: Send>(
         }
         py.detach(|| worker.join())
     });
-    let result = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map_err(to_python);
+    let result = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     if let Some(error) = raised {
         return Err(error);
     }

@@ -75,7 +75,7 @@ impl Run {
         let plans = self.solve(py, &targets, step)?;
         let mut lent = addresses.into_iter().map(|list| Lent::new(layout, list, 0)).collect::<PyResult<Vec<_>>>()?;
         let views = Lent::fresh(&mut lent)?;
-        jobs::run(py, progress, |progress| self.0.load_into(&plans, views, progress))?;
+        jobs::run(py, progress, |progress| self.0.load_into(&plans, views, progress).map_err(to_python))?;
         plans_json(&plans)
     }
 
@@ -98,7 +98,9 @@ impl Run {
         let outputs: Vec<Output<'_>> = plans.iter().zip(&paths).map(|(plan, path)| Output { plan, path }).collect();
         let dtype = some_dtype(dtype)?;
         let device: Device = device.parse().map_err(argument)?;
-        let write = |progress: jobs::Progress<'_>| self.0.write_all(&outputs, &WriteOptions { dtype, device, progress });
+        let write = |progress: jobs::Progress<'_>| {
+            self.0.write_all(&outputs, &WriteOptions { dtype, device, progress }).map_err(to_python)
+        };
         let device = jobs::run(py, progress, write)?;
         Ok((plans_json(&plans)?, device.to_string()))
     }

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use posthoc_ema::{Dtype, Options, PostHocEma, Precision, Profile, Step};
+use posthoc_ema::{
+    Dtype, Options, Parameters, PostHocEma, Precision, Profile, Result, Step, SwappedIn, TensorSpec, TensorView,
+};
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use serde::Deserialize;
 
@@ -59,14 +62,26 @@ impl Settings {
     }
 }
 
-/// Running averages of lent tensors, stored in a run's directory.
+/// Running averages of lent tensors, stored in a run's directory; none once it is closed.
 #[pyclass(frozen, module = "posthoc_ema._native")]
-pub struct Tracker(Mutex<PostHocEma>);
+pub struct Tracker(Mutex<Option<PostHocEma>>);
 
 impl Tracker {
+    /// Does something with the tracker, without the interpreter's lock.
+    fn with<R: Send>(&self, py: Python<'_>, act: impl FnOnce(&mut PostHocEma) -> Result<R> + Send) -> PyResult<R> {
+        py.detach(|| with(&mut self.lock(), act))
+    }
+
     /// The tracker; a panic in another thread leaves it usable, as an error would.
-    fn lock(&self) -> MutexGuard<'_, PostHocEma> {
+    fn lock(&self) -> MutexGuard<'_, Option<PostHocEma>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn with<R>(tracker: &mut Option<PostHocEma>, act: impl FnOnce(&mut PostHocEma) -> Result<R>) -> PyResult<R> {
+    match tracker {
+        Some(tracker) => act(tracker).map_err(to_python),
+        None => Err(PyRuntimeError::new_err("the run was closed: open it anew with `resume=True` to go on")),
     }
 }
 
@@ -91,23 +106,22 @@ impl Tracker {
             "resume" => options.resume(&lent),
             _ => options.resume_or_create(&lent),
         });
-        opened.map(|tracker| Tracker(Mutex::new(tracker))).map_err(to_python)
+        opened.map(|tracker| Tracker(Mutex::new(Some(tracker)))).map_err(to_python)
     }
 
     /// Counts a step where nothing is due, and returns true; otherwise does nothing.
     fn skip(&self, py: Python<'_>) -> PyResult<bool> {
         // Held by another thread for the length of an update at most.
-        let mut tracker = match self.0.try_lock() {
-            Ok(tracker) => tracker,
-            Err(_) => return py.detach(|| skip(&mut self.lock())).map_err(to_python),
-        };
-        skip(&mut tracker).map_err(to_python)
+        match self.0.try_lock() {
+            Ok(mut tracker) => with(&mut tracker, skip),
+            Err(_) => self.with(py, skip),
+        }
     }
 
     /// Counts a step and does what is due: 0 nothing, 1 an update, 2 a snapshot too.
     fn update(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, stream: usize) -> PyResult<u8> {
         let lent = Lent::new(layout, addresses, stream)?;
-        py.detach(|| self.lock().update(&lent)).map(code).map_err(to_python)
+        self.with(py, |tracker| tracker.update(&lent)).map(code)
     }
 
     /// As `update`, on the caller's clock.
@@ -120,51 +134,56 @@ impl Tracker {
         stream: usize,
     ) -> PyResult<u8> {
         let lent = Lent::new(layout, addresses, stream)?;
-        py.detach(|| self.lock().update_at(time, &lent)).map(code).map_err(to_python)
+        self.with(py, |tracker| tracker.update_at(time, &lent)).map(code)
     }
 
     /// Stores the live state.
     fn save(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.lock().save()).map_err(to_python)
+        self.with(py, |tracker| tracker.save())
     }
 
     /// Ends the run.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.lock().finish()).map_err(to_python)
+        self.with(py, PostHocEma::finish)
+    }
+
+    /// Gives the run free, when what is being stored is stored.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| drop(self.lock().take()));
     }
 
     /// The time of the last call.
     #[getter]
-    fn step(&self, py: Python<'_>) -> u64 {
-        py.detach(|| self.lock().step())
+    fn step(&self, py: Python<'_>) -> PyResult<u64> {
+        self.with(py, |tracker| Ok(tracker.step()))
     }
 
     /// The time of the newest update.
     #[getter]
-    fn last_update(&self, py: Python<'_>) -> Option<u64> {
-        py.detach(|| self.lock().history().last())
+    fn last_update(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        self.with(py, |tracker| Ok(tracker.history().last()))
     }
 
     /// The tracked profiles, as JSON.
     fn profiles(&self, py: Python<'_>) -> PyResult<Vec<String>> {
-        let profiles = py.detach(|| self.lock().profiles().to_vec());
+        let profiles = self.with(py, |tracker| Ok(tracker.profiles().to_vec()))?;
         profiles.iter().map(|profile| serde_json::to_string(profile).map_err(argument)).collect()
     }
 
     /// Name, dtype and shape of the tensors of a synthesis.
-    fn tensors(&self, py: Python<'_>) -> Vec<(String, String, Vec<usize>)> {
-        describe(py.detach(|| self.lock().tensors()))
+    fn tensors(&self, py: Python<'_>) -> PyResult<Vec<(String, String, Vec<usize>)>> {
+        self.with(py, |tracker| Ok(tracker.tensors())).map(describe)
     }
 
     /// The names that share another tensor's elements, and that other's name.
-    fn tied(&self, py: Python<'_>) -> BTreeMap<String, String> {
-        py.detach(|| self.lock().tied().clone())
+    fn tied(&self, py: Python<'_>) -> PyResult<BTreeMap<String, String>> {
+        self.with(py, |tracker| Ok(tracker.tied().clone()))
     }
 
     /// Solves targets at the newest update.
     fn plans(&self, py: Python<'_>, targets: Vec<String>) -> PyResult<String> {
         let targets = profiles(&targets)?;
-        plans_json(&py.detach(|| self.lock().plans(&targets)).map_err(to_python)?)
+        plans_json(&self.with(py, |tracker| tracker.plans(&targets))?)
     }
 
     /// Blends targets at the newest update into fresh memory, one list of addresses for each.
@@ -179,14 +198,16 @@ impl Tracker {
         let targets = profiles(&targets)?;
         let mut lent = addresses.into_iter().map(|list| Lent::new(layout, list, 0)).collect::<PyResult<Vec<_>>>()?;
         let views = Lent::fresh(&mut lent)?;
-        let load = move |progress: jobs::Progress<'_>| self.lock().load_into(&targets, views, progress);
+        let load = move |progress: jobs::Progress<'_>| {
+            with(&mut self.lock(), |tracker| tracker.load_into(&targets, views, progress))
+        };
         plans_json(&jobs::run(py, progress, load)?)
     }
 
     /// The running average of one profile, into fresh memory.
     fn load_tracked_into(&self, py: Python<'_>, index: usize, layout: &Layout, addresses: Vec<u64>) -> PyResult<()> {
         let views = Lent::fresh(&mut [Lent::new(layout, addresses, 0)?])?.remove(0);
-        py.detach(|| self.lock().load_tracked_into(index, views)).map_err(to_python)
+        self.with(py, |tracker| tracker.load_tracked_into(index, views))
     }
 
     /// Puts an average into the lent tensors, and returns what they held.
@@ -199,8 +220,8 @@ impl Tracker {
         stream: usize,
     ) -> PyResult<Originals> {
         let (target, mut lent) = (profile(target)?, Lent::new(layout, addresses, stream)?);
-        let swapped = py.detach(|| self.lock().swap_in(target, &mut lent).map(|swapped| swapped.into_originals()));
-        swapped.map(Originals).map_err(to_python)
+        let swap = |tracker: &mut PostHocEma| tracker.swap_in(target, &mut lent).map(SwappedIn::into_originals);
+        self.with(py, swap).map(Originals)
     }
 
     /// Puts an average into the lent tensors for good.
@@ -213,23 +234,20 @@ impl Tracker {
         stream: usize,
     ) -> PyResult<()> {
         let (target, mut lent) = (profile(target)?, Lent::new(layout, addresses, stream)?);
-        py.detach(|| self.lock().switch_to(target, &mut lent)).map_err(to_python)
+        self.with(py, |tracker| tracker.switch_to(target, &mut lent))
     }
 }
 
 /// Nothing, for a step at which nothing is read.
 struct Nothing;
 
-impl posthoc_ema::Parameters for Nothing {
-    fn with_tensors(
-        &self,
-        read: &mut dyn FnMut(&[posthoc_ema::TensorView<'_>]) -> posthoc_ema::Result<()>,
-    ) -> posthoc_ema::Result<()> {
+impl Parameters for Nothing {
+    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
         read(&[])
     }
 }
 
-fn skip(tracker: &mut PostHocEma) -> posthoc_ema::Result<bool> {
+fn skip(tracker: &mut PostHocEma) -> Result<bool> {
     if tracker.is_due() {
         return Ok(false);
     }
@@ -244,7 +262,7 @@ fn code(step: Step) -> u8 {
     }
 }
 
-pub fn describe(tensors: Vec<posthoc_ema::TensorSpec>) -> Vec<(String, String, Vec<usize>)> {
+pub fn describe(tensors: Vec<TensorSpec>) -> Vec<(String, String, Vec<usize>)> {
     tensors.into_iter().map(|tensor| (tensor.name, dtype_name(tensor.dtype), tensor.shape)).collect()
 }
 
