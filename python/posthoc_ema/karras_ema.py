@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -108,8 +110,10 @@ class KarrasEMA:
             "leave_out": left,
             "device": self._device,
         }
-        self._directory = tempfile.TemporaryDirectory(prefix="posthoc-ema-", ignore_cleanup_errors=True)
-        return _native.Tracker.open(self._directory.name, "create", json.dumps(options), *lent)
+        directory = tempfile.mkdtemp(prefix="posthoc-ema-")
+        tracker = _native.Tracker.open(directory, "create", json.dumps(options), *lent)
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        return tracker
 
     @property
     def ema_model(self) -> Any:

@@ -1,0 +1,305 @@
+"""What is tracked of a model, under which names, and what is said of models that cannot be."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import shake, train
+
+from posthoc_ema import PostHocEMA
+
+OPTIONS = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 10}
+
+
+def net() -> torch.nn.Sequential:
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+
+
+def names(ema: PostHocEMA) -> set[str]:
+    with ema.state_dict(0.15) as state_dict:
+        return set(state_dict)
+
+
+def test_only_save_diff_keeps_what_trains_and_the_batch_statistics(run_dir: Path) -> None:
+    model = net()
+    model.register_buffer("scale", torch.ones(3))
+    model[0].requires_grad_(False)
+    ema = PostHocEMA.from_model(model, run_dir, only_save_diff=True, **OPTIONS)
+    train(ema, model, 10)
+    statistics = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert names(ema) == {"1.weight", "1.bias", "2.weight", "2.bias"} | statistics
+    frozen = model[0].weight.detach().clone()
+    with ema.model(model, 0.15):
+        assert torch.equal(model[0].weight, frozen)
+    # What is frozen later stays tracked; what is thawed cannot be added.
+    model[2].requires_grad_(False)
+    train(ema, model, 1)
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match="tensor `0.weight`: it was not there when the run began"):
+        train(ema, model, 1)
+
+
+def test_integers_and_booleans_are_copied(run_dir: Path) -> None:
+    model = net()
+    model.register_buffer("mask", torch.tensor([True, False]))
+    model.register_buffer("cache", torch.ones(3), persistent=False)
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    for i in range(20):
+        model(torch.randn(8, 4))
+        model.mask[i % 2] = not model.mask[i % 2]
+        shake(model)
+        ema.update_(model)
+    with ema.state_dict(0.1) as state_dict:
+        assert state_dict["1.num_batches_tracked"].item() == 20
+        assert torch.equal(state_dict["mask"], model.mask)
+        assert "cache" not in state_dict
+        assert not torch.equal(state_dict["1.running_var"], model[1].running_var)
+
+
+def test_names_choose_what_is_averaged(run_dir: Path) -> None:
+    model = net()
+    ema = PostHocEMA.from_model(model, run_dir, copy=["1.*"], leave_out=["2.bias"], **OPTIONS)
+    train(ema, model, 15)
+    with ema.state_dict(0.1) as state_dict:
+        assert "2.bias" not in state_dict
+        assert torch.equal(state_dict["1.weight"], model[1].weight)
+        assert not torch.equal(state_dict["0.weight"], model[0].weight)
+    with pytest.raises(ValueError, match="`3.*` stands for no tensor"):
+        PostHocEMA.from_model(model, run_dir.parent / "other", copy=["3.*"])
+
+
+class Sharded(torch.nn.Module):
+    """A wrapper as FSDP names its own."""
+
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+
+@pytest.fixture
+def process_group(tmp_path: Path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_wrappers_do_not_show_in_names(tmp_path: Path, process_group: None) -> None:
+    plain = net()
+    inner = net()
+    inner[2] = Sharded(inner[2])
+    named_module = torch.nn.Module()
+    named_module.module = net()
+    for i, (model, expected) in enumerate(
+        [
+            (torch.compile(net()), set(plain.state_dict())),
+            (torch.nn.parallel.DistributedDataParallel(net()), set(plain.state_dict())),
+            (torch.nn.parallel.DistributedDataParallel(torch.compile(net())), set(plain.state_dict())),
+            (torch.nn.DataParallel(net()), set(plain.state_dict())),
+            (inner, set(plain.state_dict())),
+            # A part of the model that happens to be called so is no wrapper.
+            (named_module, {f"module.{name}" for name in plain.state_dict()}),
+        ]
+    ):
+        ema = PostHocEMA.from_model(model, tmp_path / str(i), **OPTIONS)
+        train(ema, model, 10)
+        assert names(ema) == expected
+        with ema.model(model, 0.1) as averaged:
+            assert averaged is model
+        assert set(ema.ema_models[0].ema_model.state_dict()) >= set()
+
+
+def test_a_model_that_changed_is_named(run_dir: Path) -> None:
+    model = net()
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    train(ema, model, 3)
+
+    def attempt(expected: str) -> None:
+        with pytest.raises(ValueError, match=expected):
+            ema.update_(model)
+
+    weight = model[0].weight
+    model[0].weight = torch.nn.Parameter(torch.zeros(4, 5))
+    attempt(r"tensor `0.weight`: its shape is \[4, 5\], it was \[4, 4\]")
+    model[0].weight = torch.nn.Parameter(torch.zeros(4, 4))
+    ema.update_(model)
+    model[0].weight = weight
+    model.add_module("3", torch.nn.Linear(2, 2))
+    attempt("tensor `3.weight`: it was not there when the run began")
+    del model[3]
+    model[2].bias = None
+    attempt("tensor `2.bias`: it is no longer there")
+    model[2].bias = torch.nn.Parameter(torch.zeros(2))
+    model[1].register_buffer("extra", torch.zeros(1))
+    attempt("tensor `1.extra`: it was not there")
+    del model[1].extra
+    model.half()
+    attempt("tensor `0.weight`: its dtype is F16, it was F32")
+    model.float()
+    model[0].weight.data = model[0].weight.data[:2]
+    attempt(r"tensor `0.weight`: its shape is \[2, 4\]")
+    model[0].weight.data = torch.arange(16.0).reshape(4, 4)
+    ema.update_(model)
+    step, before = ema.step, ema.ema_models[0].ema_model[0].weight.detach().clone()
+    model[0].weight.data = model[0].weight.data.t()
+    ema.update_(model)
+    after = ema.ema_models[0].ema_model[0].weight
+    # The elements are read in the order of the shape, not in that of the memory.
+    moved = (after - before) / (torch.arange(16.0).reshape(4, 4).t() - before)
+    assert torch.allclose(moved, moved[0, 0].expand(4, 4), rtol=1e-3)
+    assert ema.step == step + 1
+
+
+def test_an_error_does_not_count_the_step(run_dir: Path) -> None:
+    model = net()
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    train(ema, model, 5)
+    with pytest.raises(ValueError):
+        ema.update_(torch.nn.Linear(1, 1))
+    assert ema.step == 5
+    train(ema, model, 1)
+    assert ema.step == 6
+
+
+def unready() -> dict[str, tuple[torch.nn.Module, str]]:
+    zero = torch.nn.Linear(2, 2)
+    for parameter in zero.parameters():
+        parameter.ds_id, parameter.ds_numel = 1, parameter.numel()
+        parameter.data = torch.empty(0)
+    freed = torch.nn.Linear(2, 2)
+    freed.weight.untyped_storage().resize_(0)
+    sparse = torch.nn.Module()
+    sparse.register_buffer("values", torch.eye(3).to_sparse())
+    with torch.device("meta"):
+        meta = torch.nn.Linear(2, 2)
+    phases = torch.nn.Module()
+    phases.phase = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    small = torch.nn.Linear(2, 2)
+    small.register_buffer("scale", torch.zeros(2).to(torch.float8_e4m3fn))
+    wide = torch.nn.Module()
+    wide.phase = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex128))
+    return {
+        "meta": (meta, "`weight`: it is on the meta device"),
+        "lazy": (torch.nn.LazyLinear(3), "`weight`: it has no shape yet"),
+        "ZeRO-3": (zero, "`weight`: ZeRO-3 .*GatheredParameters"),
+        "freed": (freed, "`weight`: its storage has been freed"),
+        "sparse": (sparse, "`values`: its layout is torch.sparse_coo"),
+        "complex": (phases, "`phase`: C64 cannot be averaged: name it among those to copy or to leave out"),
+        "complex128": (wide, "`phase`: torch.complex128 cannot be stored"),
+        "float8": (small, "`scale`: F8_E4M3 cannot be averaged: name it among those to copy or to leave out"),
+        "nothing": (torch.nn.ReLU(), "no floating-point tensor to average"),
+    }
+
+
+@pytest.mark.parametrize("what", list(unready()))
+def test_tensors_that_are_not_there_are_named(run_dir: Path, what: str) -> None:
+    model, expected = unready()[what]
+    with pytest.raises((ValueError, RuntimeError), match=expected):
+        PostHocEMA.from_model(model, run_dir)
+    assert not list(run_dir.glob("*.safetensors"))
+
+
+def test_what_cannot_be_averaged_can_be_copied(run_dir: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("scale", torch.ones(2).to(torch.float8_e4m3fn))
+    model.phase = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64), requires_grad=False)
+    ema = PostHocEMA.from_model(model, run_dir, copy=["scale"], leave_out=["phase"], **OPTIONS)
+    train(ema, model, 10, lambda _: None)
+    with ema.state_dict(0.1) as state_dict:
+        assert torch.equal(state_dict["scale"].float(), torch.ones(2))
+        assert "phase" not in state_dict
+
+
+def test_dtensors_are_refused_with_the_remedy(run_dir: Path, process_group: None) -> None:
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1,))
+    model = distribute_module(
+        torch.nn.Linear(4, 4),
+        mesh,
+        lambda _, module, mesh: module.register_parameter(
+            "weight", torch.nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
+        ),
+    )
+    with pytest.raises(ValueError, match="`weight`: it is a DTensor"):
+        PostHocEMA.from_model(model, run_dir)
+    gathered = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+    ema = PostHocEMA.from_model({name: tensor.detach() for name, tensor in gathered.items()}, run_dir, **OPTIONS)
+    assert ema.ema_models is None
+
+
+def test_mappings_of_arrays(run_dir: Path) -> None:
+    generator = np.random.default_rng(0)
+    arrays = {"a": generator.standard_normal((3, 4)), "b": generator.standard_normal(8)[::2].astype(np.float32)}
+    arrays["steps"] = np.array(0)
+    ema = PostHocEMA.from_model(arrays, run_dir, **OPTIONS)
+    seen = []
+    for step in range(1, 21):
+        arrays["a"] += generator.standard_normal((3, 4))
+        # Immutable arrays are replaced at every step.
+        arrays["b"] = (arrays["b"] + 1)[::1]
+        arrays["steps"] = np.array(step)
+        ema.update_(arrays)
+        seen.append(arrays["a"].copy())
+    with ema.state_dict(0.28) as average:
+        assert {type(array) for array in average.values()} == {np.ndarray}
+        assert average["a"].dtype == np.float64 and average["steps"] == 20
+        shares = np.diff(ema.profiles[1].cumulative(range(0, 21), 20.0))
+        assert np.allclose(average["a"], np.tensordot(shares, np.stack(seen), axes=1), rtol=0, atol=1e-6)
+    before = {name: array.copy() for name, array in arrays.items()}
+    with ema.model(arrays, 0.28):
+        assert all(np.array_equal(arrays[name], average[name]) for name in arrays)
+    assert all(np.array_equal(arrays[name], before[name]) for name in arrays)
+    arrays["b"].flags.writeable = False
+    with pytest.raises(ValueError, match="`b`: the array is read-only"):
+        with ema.model(arrays, 0.28):
+            pytest.fail("must not come here")
+    with pytest.raises(TypeError, match="`a`: list is no tensor"):
+        ema.update_({**arrays, "a": [1.0]})
+
+
+class Exchanged:
+    """Somebody's array, of which nothing but DLPack is known."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+def test_dlpack_shares_elements(run_dir: Path) -> None:
+    array = np.zeros(5, dtype=np.float32)
+    ema = PostHocEMA.from_model({"w": Exchanged(array)}, run_dir, **OPTIONS)
+    for step in range(1, 5):
+        array += 1
+        ema.update_({"w": Exchanged(array)})
+    with ema.state_dict(0.28) as average:
+        assert 1 < float(average["w"][0]) < 4
+
+
+def test_without_pytorch_there_is_numpy(run_dir: Path) -> None:
+    program = f"""
+import sys
+sys.modules["torch"] = None
+import numpy as np
+from posthoc_ema import PostHocEMA, plan
+weights = {{"w": np.zeros(4, dtype=np.float32)}}
+ema = PostHocEMA.from_model(weights, {str(run_dir)!r}, update_every=1, update_after_step=0, checkpoint_every=5)
+for step in range(20):
+    weights["w"] += 1
+    ema.update_(weights)
+ema.finish()
+with PostHocEMA.from_path({str(run_dir)!r}).state_dict(0.1) as average:
+    assert isinstance(average["w"], np.ndarray) and 15 < average["w"][0] < 20
+assert plan([0.1], steps=20000)[0].relative_error < 0.01
+"""
+    import subprocess
+
+    subprocess.run([sys.executable, "-c", program], check=True)
