@@ -26,7 +26,8 @@
 //! ```
 //!
 //! Features: `cli` (default) builds the command line and brings `report`, tables and plots for people and `bench`, which
-//! measures the machine. A library needs none of them: `default-features = false`.
+//! measures the machine, and `import`, which reads the checkpoints of other tools. A library needs none of them:
+//! `default-features = false`.
 
 #[cfg(feature = "report")]
 pub mod bench;
@@ -34,6 +35,8 @@ pub mod bench;
 pub mod compute;
 mod device;
 mod error;
+#[cfg(feature = "import")]
+mod import;
 pub mod math;
 #[cfg(feature = "report")]
 pub mod report;
@@ -47,6 +50,8 @@ pub use compute::cpu::Precision;
 pub use compute::cuda::Fence;
 pub use device::Device;
 pub use error::{Error, Result};
+#[cfg(feature = "import")]
+pub use import::{Import, Imported, Tool};
 pub use math::{Profile, Shape, Window};
 pub use snapshot::TensorSpec;
 pub use synthesis::{At, Forecast, Originals, Output, Plan, Run, SwappedIn, Weight, WriteOptions, cuda_devices};

@@ -36,7 +36,8 @@ fn load(path: &Path) -> Tensors {
 #[test]
 fn help_texts_are_as_recorded() {
     let bless = std::env::var_os("BLESS").is_some();
-    for command in ["", "synthesize", "plan", "inspect", "error", "profile", "verify", "bench", "completions"] {
+    for command in ["", "synthesize", "plan", "inspect", "error", "profile", "verify", "import", "bench", "completions"]
+    {
         let arguments: Vec<&str> = [command, "--help"].into_iter().filter(|word| !word.is_empty()).collect();
         let text = stdout(&arguments);
         let name = if command.is_empty() { "posthoc-ema" } else { command };
@@ -314,6 +315,74 @@ fn what_cannot_be_done_exits_with_1_and_leaves_no_file() {
     }
     let left = fs::read_dir(&out).map(Iterator::count).unwrap_or(0);
     assert_eq!(left, 0);
+}
+
+/// Checkpoints that pytorch-posthoc-ema wrote of a ramp from 0 to 1: its own average of sigma_rel 0.15 is 0.244.
+#[test]
+fn checkpoints_of_another_tool_are_imported_and_give_the_average_asked_for() {
+    let temp = tempfile::tempdir().unwrap();
+    let (run, out) = (temp.path().join("run"), temp.path().join("ema.safetensors"));
+    let run = run.to_str().unwrap();
+    let options = ["--from", "pytorch-posthoc-ema", "--sigma-rels", "0.05,0.28", "--update-every", "10"];
+    let document = json(&[&["import", &foreign("ramp"), run][..], &options, &["--json"]].concat());
+    assert_eq!(document["snapshots"], 40);
+    assert_eq!(document["steps"][19], 20_000);
+    assert_eq!(document["profiles"][0]["kind"], "power");
+    assert_eq!(document["warnings"], Value::Array(vec![]));
+    assert!(document["bytes_written"].as_u64().unwrap() > 40 * 4096);
+    stdout(&["verify", run]);
+    stdout(&["synthesize", run, "--sigma-rel", "0.15", "-o", out.to_str().unwrap()]);
+    let weight = load(&out).get("weight").unwrap().to_vec::<f32>().unwrap();
+    assert!((weight[0] - 0.820).abs() < 1e-3, "{weight:?}");
+}
+
+#[test]
+fn an_import_tells_what_it_did_and_what_to_know() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = temp.path().join("run").to_str().unwrap().to_owned();
+    let options = ["--from", "pytorch-posthoc-ema", "--gammas", "16.97,0.083", "--update-every", "10"];
+    let output = posthoc_ema(&[&["import", &foreign("prefixed"), &run][..], &options].concat());
+    let (text, why) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert!(output.status.success() && text.contains("at 3 steps (191 to 591)"), "{text}");
+    assert!(why.starts_with("warning: `norm.running_mean` is the same") && why.lines().count() == 1, "{why}");
+
+    let none = temp.path().join("none").to_str().unwrap().to_owned();
+    let ramp = foreign("ramp");
+    let usual = ["--from", "pytorch-posthoc-ema", "--sigma-rels", "0.05,0.28", "--update-every", "10"];
+    for (arguments, expected, part) in [
+        (vec!["import", &ramp, &none, "--from", "keras", "--update-every", "10"], 2, "ema-pytorch"),
+        (vec!["import", &ramp, &none, "--from", "ema-pytorch", "--update-every", "10"], 2, "--sigma-rels"),
+        ([&["import", &ramp, &none], &usual[..4], &["--update-every", "0"]].concat(), 2, "option update_every"),
+        ([&["import", &ramp, &none], &usual[..4]].concat(), 2, "--update-every"),
+        ([&["import", &ramp, &none], &usual[..], &["--step-size-correction"]].concat(), 2, "no such option"),
+        ([&["import", &ramp, &none], &usual[..], &["--update-after-step", "0"]].concat(), 1, "100 would fit"),
+        ([&["import", &ramp, &run], &usual[..]].concat(), 1, "already holds a run"),
+        ([&["import", &none, &none], &usual[..]].concat(), 1, "check the path"),
+    ] {
+        let (status, text) = failure(&arguments);
+        assert!(status == expected && text.contains(part), "{arguments:?}: {status} {text}");
+    }
+    assert!(!Path::new(&none).exists());
+}
+
+/// A quota is reached while an import writes: one error, and the directory is gone again.
+#[test]
+fn an_import_that_cannot_be_written_leaves_nothing() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = temp.path().join("deep/run");
+    let limit = "ulimit -f 2; trap '' XFSZ; exec \"$@\"";
+    let options = ["--from", "ema-pytorch", "--sigma-rels", "0.05,0.28", "--update-every", "10"];
+    let arguments = ["-c", limit, "sh", env!("CARGO_BIN_EXE_posthoc-ema"), "import"];
+    let mut command = std::process::Command::new("sh");
+    let output = command.args(arguments).arg(foreign("ema")).arg(&run).args(options).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && text.contains("File too large") && text.lines().count() == 1, "{text}");
+    assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
+}
+
+/// A folder of checkpoints that another tool wrote.
+fn foreign(case: &str) -> String {
+    format!("{}/tests/data/foreign/{case}", env!("CARGO_MANIFEST_DIR"))
 }
 
 /// A quota is reached while an average is written: one error, and nothing is left behind.

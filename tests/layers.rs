@@ -37,7 +37,7 @@ fn assert_without(part: &str, words: &[&str]) {
 
 #[test]
 fn mathematics_files_and_arithmetic_do_not_use_each_other() {
-    let others = ["crate::tracker", "crate::synthesis", "crate::bench", "crate::report"];
+    let others = ["crate::tracker", "crate::synthesis", "crate::bench", "crate::report", "crate::import"];
     assert_without("math", &[&others[..], &["crate::snapshot", "crate::compute", "std::fs", "std::path"]].concat());
     assert_without("snapshot", &[&others[..], &["crate::math", "crate::compute"]].concat());
     assert_without("compute", &[&others[..], &["crate::math", "crate::snapshot"]].concat());
@@ -48,20 +48,41 @@ fn what_everything_shares_uses_nothing() {
     for part in ["error.rs", "tensor.rs"] {
         assert_without(
             part,
-            &["crate::math", "crate::snapshot", "crate::compute", "crate::tracker", "crate::synthesis", "crate::bench"],
+            &[
+                "crate::math",
+                "crate::snapshot",
+                "crate::compute",
+                "crate::tracker",
+                "crate::synthesis",
+                "crate::bench",
+                "crate::import",
+            ],
         );
     }
 }
 
 #[test]
 fn synthesis_does_not_know_the_tracker() {
-    assert_without("synthesis", &["crate::tracker", "crate::bench", "crate::report"]);
-    assert_without("tracker", &["crate::bench", "crate::report"]);
+    assert_without("synthesis", &["crate::tracker", "crate::bench", "crate::report", "crate::import"]);
+    assert_without("tracker", &["crate::bench", "crate::report", "crate::import"]);
+}
+
+#[test]
+fn an_import_joins_files_and_chains_and_computes_nothing() {
+    assert_without("import", &["crate::tracker", "crate::compute", "crate::bench", "crate::report"]);
+}
+
+#[test]
+fn only_one_file_reads_those_of_pytorch() {
+    for (path, text) in sources("") {
+        let foreign = path.ends_with("src/snapshot/foreign.rs");
+        assert!(foreign || !code(&text).any(|line| line.contains("pytorch_reader")), "{}", path.display());
+    }
 }
 
 #[test]
 fn what_measures_the_machine_knows_no_runs() {
-    assert_without("bench", &["crate::math", "crate::tracker", "crate::report"]);
+    assert_without("bench", &["crate::math", "crate::tracker", "crate::report", "crate::import"]);
 }
 
 #[test]
@@ -72,7 +93,9 @@ fn the_command_line_uses_only_what_is_public() {
 
 #[test]
 fn unsafe_code_is_in_compute_and_the_mapping_only() {
-    for part in ["math", "tracker", "synthesis", "bench", "report", "error.rs", "tensor.rs", "lib.rs", "main.rs"] {
+    for part in
+        ["math", "tracker", "synthesis", "import", "bench", "report", "error.rs", "tensor.rs", "lib.rs", "main.rs"]
+    {
         assert_without(part, &["unsafe"]);
     }
     let blocks: Vec<PathBuf> = sources("snapshot")

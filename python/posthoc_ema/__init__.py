@@ -14,11 +14,13 @@
 
 from . import visualization
 from ._native import __version__
+from .importing import Imported, import_run
 from .karras_ema import KarrasEMA
 from .posthoc_ema import PostHocEMA
 from .profiles import Plan, Profile, Target, Weight, plan
 
 __all__ = [
+    "Imported",
     "KarrasEMA",
     "Plan",
     "PostHocEMA",
@@ -26,6 +28,7 @@ __all__ = [
     "Target",
     "Weight",
     "__version__",
+    "import_run",
     "plan",
     "visualization",
 ]

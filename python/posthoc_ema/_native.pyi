@@ -1,6 +1,6 @@
 """The native part: private to the package. Profiles, options and plans are JSON; tensors are lent by address."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Literal
 
@@ -90,4 +90,13 @@ def track(kind: str, value: float) -> str: ...
 def as_sigma_rel(json: str) -> float | None: ...
 def cumulative(json: str, times: Sequence[float], at: float) -> list[float]: ...
 def forecast(training: str, targets: Sequence[str], at_step: int | None = None) -> str: ...
-def import_run() -> None: ...
+def import_run(
+    source: str | PathLike[str],
+    run: str | PathLike[str],
+    tool: str,
+    tracked: Sequence[str],
+    update_every: int,
+    update_after_step: int | None,
+    step_size_correction: bool,
+    progress: Progress,
+) -> tuple[int, list[int], int, list[str]]: ...

@@ -13,9 +13,11 @@ pub fn to_python(error: Error) -> PyErr {
         Error::Io { path, source, .. } => from_io(&path.display().to_string(), &source, text),
         Error::NoRun { .. } => PyFileNotFoundError::new_err(text),
         Error::RunExists { .. } => PyFileExistsError::new_err(text),
-        Error::Locked { .. } | Error::NonFinite { .. } | Error::Cuda { .. } | Error::Nothing(_) | Error::Wrong { .. } => {
-            PyRuntimeError::new_err(text)
-        }
+        Error::Locked { .. }
+        | Error::NonFinite { .. }
+        | Error::Cuda { .. }
+        | Error::Nothing(_)
+        | Error::Wrong { .. } => PyRuntimeError::new_err(text),
         _ => PyValueError::new_err(text),
     }
 }

@@ -2,9 +2,9 @@
 
 use std::slice;
 
-use posthoc_ema::{Dtype, Parameters, ParametersMut, Result, TensorView, TensorViewMut};
 #[cfg(feature = "cuda")]
 use posthoc_ema::{CudaMemory, CudaMemoryMut};
+use posthoc_ema::{Dtype, Parameters, ParametersMut, Result, TensorView, TensorViewMut};
 use pyo3::prelude::*;
 
 use crate::errors::argument;

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use posthoc_ema::Device;
 use posthoc_ema::bench::Options;
+use posthoc_ema::{Device, Tool};
 
 use super::list::{Numbers, Windows};
 
@@ -27,6 +27,7 @@ pub enum Command {
     Error(ErrorOver),
     Profile(Profile),
     Verify(Verify),
+    Import(Import),
     Bench(Bench),
     /// Print a completion script for a shell
     Completions {
@@ -202,6 +203,59 @@ pub struct Verify {
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
+}
+
+/// Write another tool's checkpoints as a run
+///
+/// pytorch-posthoc-ema, ema-pytorch and nitrous-ema apply a step's decay once every --update-every steps, and then
+/// synthesize as if they had applied it at every step. Their averages are sound, but of other profiles than asked for: the
+/// run tells which, so that a synthesis from it gives the lengths that theirs should have given. The checkpoints are only
+/// read, and no code in them is run. The options say what the training used: the files do not tell.
+#[derive(Args)]
+pub struct Import {
+    /// Directory of the checkpoints (INDEX.STEP.pt)
+    pub dir: PathBuf,
+    /// Directory of the run, which is made where it is missing
+    pub run: PathBuf,
+    /// The tool that wrote them
+    #[arg(long, value_enum, value_name = "TOOL")]
+    pub from: ToolName,
+    /// Profiles that it tracked, in its order, by relative standard deviation
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true, required_unless_present = "gammas")]
+    pub sigma_rels: Option<Numbers>,
+    /// The same by exponent
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true, conflicts_with = "sigma_rels")]
+    pub gammas: Option<Numbers>,
+    /// Its steps between updates (the default of pytorch-posthoc-ema is 10, that of the others 100)
+    #[arg(long, value_name = "N")]
+    pub update_every: u64,
+    /// No update before this step [default: 100 for pytorch-posthoc-ema, as there; give 0 for its versions 1.0.6 and 1.0.7,
+    /// which have no such option]
+    #[arg(long, value_name = "STEP")]
+    pub update_after_step: Option<u64>,
+    /// nitrous-ema was made with step_size_correction=True
+    #[arg(long)]
+    pub step_size_correction: bool,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum ToolName {
+    PytorchPosthocEma,
+    EmaPytorch,
+    NitrousEma,
+}
+
+impl From<ToolName> for Tool {
+    fn from(name: ToolName) -> Tool {
+        match name {
+            ToolName::PytorchPosthocEma => Tool::PytorchPosthocEma,
+            ToolName::EmaPytorch => Tool::EmaPytorch,
+            ToolName::NitrousEma => Tool::NitrousEma,
+        }
+    }
 }
 
 /// Measure update and blend on this machine, beside the machine's limits

@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod error;
+mod import;
 mod inspect;
 mod list;
 mod output;
@@ -63,6 +64,7 @@ fn dispatch(command: &Command) -> Outcome {
         Command::Error(arguments) => error::run(arguments),
         Command::Profile(arguments) => profile::run(arguments),
         Command::Verify(arguments) => verify::run(arguments),
+        Command::Import(arguments) => import::run(arguments),
         Command::Bench(arguments) => bench::run(arguments),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -9,7 +9,7 @@ use super::args::{Before, Families, Targets};
 use super::list::{Numbers, window};
 
 /// A value out of range on the command line is bad usage.
-fn usage(error: Error) -> Failure {
+pub fn usage(error: Error) -> Failure {
     match error {
         Error::Parameter { .. } | Error::NotTrackable { .. } | Error::Setting { .. } => {
             Failure::Usage(error.to_string())

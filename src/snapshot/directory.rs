@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
+use super::STATE_FILE;
 use super::atomic::{is_leftover, sync_directory};
 use super::meta::Meta;
 use super::read::{StoredFile, StoredTensor};
@@ -113,6 +114,19 @@ pub fn list_each(dir: &Path) -> Result<BTreeMap<Stem, Result<Vec<PathBuf>>>> {
 /// As [`list_each`].
 pub fn any_part(dir: &Path) -> Result<Option<String>> {
     Ok(names(dir)?.into_iter().find(|name| parse(name).is_some()))
+}
+
+/// Checks that a directory can take a new run: it holds no live state and no part of a snapshot; other files do not matter.
+///
+/// # Errors
+/// [`Error::RunExists`], and as [`list_each`].
+pub fn check_empty(dir: &Path) -> Result<()> {
+    let state = dir.join(STATE_FILE).exists().then(|| STATE_FILE.to_owned());
+    let found = if state.is_some() { state } else { any_part(dir)? };
+    match found {
+        Some(found) => Err(Error::RunExists { path: dir.to_owned(), found }),
+        None => Ok(()),
+    }
 }
 
 fn complete(dir: &Path, stem: Stem, parts: &[Part]) -> Result<Option<Vec<PathBuf>>> {

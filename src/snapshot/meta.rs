@@ -1,6 +1,7 @@
 //! The metadata that makes a snapshot describe itself.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -82,6 +83,12 @@ impl Meta {
             tied: serde_json::from_str(tied).map_err(|_| wrong(TIED, tied))?,
         })
     }
+}
+
+/// A name that no other run has: two words of the system's randomness.
+pub fn new_run_id() -> String {
+    let word = || RandomState::new().build_hasher().finish();
+    format!("{:016x}{:016x}", word(), word())
 }
 
 /// The strings that every file of a run carries: `format` is what Hugging Face's tools insist on.

@@ -4,6 +4,8 @@
 
 mod atomic;
 mod directory;
+#[cfg(feature = "import")]
+pub(crate) mod foreign;
 mod layout;
 mod lock;
 mod meta;
@@ -13,12 +15,12 @@ mod write;
 
 pub(crate) use atomic::AtomicFile;
 pub use directory::{Snapshot, Stem, list, list_each};
-pub(crate) use directory::{any_part, open_all, remove, remove_leftovers};
+pub(crate) use directory::{any_part, check_empty, open_all, remove, remove_leftovers};
 pub(crate) use layout::FileLayout;
 pub use layout::TensorSpec;
 pub(crate) use lock::Lock;
 pub use meta::Meta;
-pub(crate) use meta::{PROFILE, STEP, base_strings, check_version};
+pub(crate) use meta::{PROFILE, STEP, base_strings, check_version, new_run_id};
 pub use read::{StoredFile, StoredTensor};
 pub(crate) use write::{write_file, write_snapshot};
 

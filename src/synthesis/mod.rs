@@ -23,6 +23,8 @@ pub use swap::{Originals, SwappedIn};
 
 pub(crate) use plan::solve;
 pub(crate) use pool::{Elements, Holder, Pool, PoolTensor, Source};
+#[cfg(feature = "import")]
+pub(crate) use stored::history_json;
 pub(crate) use stored::profile_json;
 
 #[cfg(test)]

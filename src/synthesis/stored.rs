@@ -19,11 +19,39 @@ struct ForeignHistory {
 enum StoredDecay {
     /// [`Chain::Counter`]; its `gamma` is that of the stored profile.
     Counter { stride: u64, offset: u64 },
+    /// [`Chain::CorrectedCounter`], likewise. A kind of its own: a reader that does not know it must not take it for a plain
+    /// counter.
+    CorrectedCounter { stride: u64, offset: u64 },
+}
+
+impl StoredDecay {
+    fn chain(self, gamma: f64) -> Chain {
+        match self {
+            StoredDecay::Counter { stride, offset } => Chain::Counter { gamma, stride, offset },
+            StoredDecay::CorrectedCounter { stride, offset } => Chain::CorrectedCounter { gamma, stride, offset },
+        }
+    }
+
+    fn stride(&self) -> u64 {
+        let (StoredDecay::Counter { stride, .. } | StoredDecay::CorrectedCounter { stride, .. }) = self;
+        *stride
+    }
 }
 
 /// The metadata string of a profile.
 pub(crate) fn profile_json(profile: &Profile) -> String {
     serde_json::json!(profile).to_string()
+}
+
+/// The metadata string of the updates of a chain: a list, with the rule of the decays where they follow a counter.
+#[cfg(feature = "import")]
+pub(crate) fn history_json(chain: &Chain, updates: History) -> String {
+    let decay = match *chain {
+        Chain::Counter { stride, offset, .. } => StoredDecay::Counter { stride, offset },
+        Chain::CorrectedCounter { stride, offset, .. } => StoredDecay::CorrectedCounter { stride, offset },
+        Chain::Tracked(_) | Chain::Raw => return serde_json::json!(updates).to_string(),
+    };
+    serde_json::json!(ForeignHistory { updates, decay }).to_string()
 }
 
 /// The profile, chain and updates of a snapshot; no updates where it does not tell.
@@ -45,11 +73,10 @@ pub(crate) fn read_chain(snapshot: &Snapshot) -> Result<(Profile, Chain, Option<
         (Chain::Tracked(profile.clone()), updates)
     } else {
         let ForeignHistory { updates, decay } = serde_json::from_str(history).map_err(|e| damaged("history", e))?;
-        let StoredDecay::Counter { stride, offset } = decay;
-        let gamma = profile.as_gamma().filter(|_| stride > 0).ok_or_else(|| {
+        let gamma = profile.as_gamma().filter(|_| decay.stride() > 0).ok_or_else(|| {
             Error::damaged(snapshot.path(), "a decay by a growing counter belongs to a power-function profile")
         })?;
-        (Chain::Counter { gamma, stride, offset }, updates)
+        (decay.chain(gamma), updates)
     };
     if updates.last() != Some(snapshot.stem.step) {
         let why = format!("the history ends at {:?}, not at step {}", updates.last().unwrap_or(0), snapshot.stem.step);

@@ -70,6 +70,8 @@ fn metadata_that_make_no_sense_are_named() {
     let uniform = Profile::uniform(crate::math::Window::Steps(10.0)).unwrap();
     let beta = Profile::beta(0.9).unwrap();
     let counter = r#"{"updates":[[10,100,10]],"decay":{"kind":"counter","stride":10,"offset":2}}"#;
+    let corrected = r#"{"updates":[[10,100,10]],"decay":{"kind":"corrected-counter","stride":0,"offset":2}}"#;
+    let unknown = r#"{"updates":[[10,100,10]],"decay":{"kind":"spiral","stride":10,"offset":2}}"#;
     for (profile, history, part) in [
         (&uniform, "[[10,100,10]]", "no running average can track"),
         (&power(0.1), "[[10,105,10]]", "whole strides"),
@@ -77,6 +79,8 @@ fn metadata_that_make_no_sense_are_named() {
         (&power(0.1), "[[10,", "`history` cannot be understood"),
         (&power(0.1), "{}", "missing field `updates`"),
         (&beta, counter, "belongs to a power-function profile"),
+        (&power(0.1), corrected, "belongs to a power-function profile"),
+        (&power(0.1), unknown, "unknown variant `spiral`"),
     ] {
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), 0, 100, profile, Some(history.into()));

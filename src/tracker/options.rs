@@ -235,9 +235,9 @@ impl Options {
             Ok(())
         })?;
         fs::create_dir_all(&self.dir).map_err(Error::io("create", &self.dir))?;
-        check_empty(&self.dir)?;
+        snapshot::check_empty(&self.dir)?;
         let lock = Lock::acquire(&self.dir)?;
-        check_empty(&self.dir)?;
+        snapshot::check_empty(&self.dir)?;
         snapshot::remove_leftovers(&self.dir)?;
         let start = Start::new(&table, &settings);
         let engine = Engine::start(&self.dir, table.layout(), device, self.device, start)?;
@@ -250,7 +250,7 @@ impl Options {
             history: History::default(),
             stored: None,
             pending: false,
-            run: state::new_run_id(),
+            run: snapshot::new_run_id(),
             _lock: lock,
         })
     }
@@ -380,15 +380,5 @@ impl Settings {
             copy: Names::new("copy", &self.copy)?,
             leave_out: Names::new("leave_out", &self.leave_out)?,
         })
-    }
-}
-
-/// A directory for a new run holds no state and no part of a snapshot; other files do not matter.
-fn check_empty(dir: &Path) -> Result<()> {
-    let state = dir.join(STATE_FILE).exists().then(|| STATE_FILE.to_owned());
-    let found = if state.is_some() { state } else { snapshot::any_part(dir)? };
-    match found {
-        Some(found) => Err(Error::RunExists { path: dir.to_owned(), found }),
-        None => Ok(()),
     }
 }

@@ -1,7 +1,6 @@
 //! The live state on disk: everything that a resume needs to go on with the same bits.
 
 use std::collections::BTreeMap;
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -38,12 +37,6 @@ struct Document {
     settings: Settings,
     /// The model's dtype of each averaged tensor.
     dtypes: BTreeMap<String, Dtype>,
-}
-
-/// A name that no other run has: two words of the system's randomness.
-pub(super) fn new_run_id() -> String {
-    let word = || RandomState::new().build_hasher().finish();
-    format!("{:016x}{:016x}", word(), word())
 }
 
 fn high_name(index: usize, tensor: &str) -> String {

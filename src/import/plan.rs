@@ -1,0 +1,260 @@
+//! Everything that an import will write, checked as far as it can be without the values of the averages.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use safetensors::Dtype;
+
+use super::Import;
+use super::clock::{Clock, stands_for};
+use super::layout::{Laid, Layout};
+use super::listing::{self, File};
+use super::write::are;
+use crate::error::{Error, Result};
+use crate::math::{Chain, History, Profile};
+use crate::snapshot::foreign::{self, Checkpoint, Number};
+use crate::snapshot::{Stem, TensorSpec};
+use crate::tensor::is_averaged;
+
+/// How the name of a tensor ends that counts batches, which tools round to floating point.
+const COUNTER: &str = "num_batches_tracked";
+
+/// What is to be written.
+pub(super) struct Plan {
+    pub profiles: Vec<Profile>,
+    /// Of each profile.
+    pub chains: Vec<Chain>,
+    /// The oldest first.
+    pub sources: Vec<Source>,
+    pub tensors: Tensors,
+    pub warnings: Vec<String>,
+}
+
+/// A checkpoint that becomes a snapshot.
+pub(super) struct Source {
+    pub file: File,
+    /// Its name in the run: the step is that of the last update contained.
+    pub stem: Stem,
+    pub updates: History,
+}
+
+/// The tensors that every checkpoint of a run holds.
+pub(super) struct Tensors {
+    pub layout: Layout,
+    /// As they lie in the files, in the model's names.
+    pub specs: Vec<TensorSpec>,
+    /// The name of each in the files.
+    pub keys: Vec<String>,
+    /// Those that count, and are whole numbers in the model.
+    pub counters: BTreeSet<String>,
+}
+
+impl Plan {
+    /// Reads the headers of all checkpoints, and of their tensors only those of one element.
+    ///
+    /// # Errors
+    /// As [`Import::write`].
+    pub(super) fn new(import: &Import, dir: &Path) -> Result<Plan> {
+        let (files, others) = listing::list(import.from, dir, import.profiles.len())?;
+        let mut warnings: Vec<String> =
+            others.iter().map(|name| format!("{name} is left out: its name is not INDEX.STEP.pt")).collect();
+        let (mut tensors, mut sources) = (None::<Tensors>, Vec::new());
+        let (mut counters, mut left_out) = (Counters::default(), BTreeSet::new());
+        for file in &files {
+            let checkpoint = Checkpoint::open(&file.path)?;
+            let laid = Laid::new(import.from, &checkpoint)?;
+            let own = Tensors::new(&checkpoint, &laid)?;
+            match &tensors {
+                Some(first) => own.check_sibling(first, &file.path, &files[0].path)?,
+                None => tensors = Some(own),
+            }
+            sources.push(Source::new(import, file, &laid)?);
+            counters.look(&checkpoint, &laid)?;
+            left_out.extend(laid.left_out);
+        }
+        let mut tensors = tensors.ok_or_else(|| Error::Nothing("there is no checkpoint to import".into()))?;
+        tensors.counters = counters.whole();
+        warnings.extend(left_out.iter().map(|key| format!("the entry `{key}` is left out: it is no tensor")));
+        warnings.extend(counters.warning());
+        let sources = drop_repeated(import, sources, &tensors, &mut warnings)?;
+        let profiles = import.profiles.clone();
+        Ok(Plan { chains: profiles.iter().map(|p| import.chain(p)).collect(), profiles, sources, tensors, warnings })
+    }
+}
+
+impl Source {
+    fn new(import: &Import, file: &File, laid: &Laid) -> Result<Source> {
+        let clock = import.clock(laid.layout);
+        check_count(import, clock, file, laid)?;
+        let last = clock.last_update(file.call).ok_or_else(|| before_the_first(clock, file))?;
+        let updates = clock.updates(last).map_err(|error| Error::unexpected(&file.path, error.to_string()))?;
+        Ok(Source { file: file.clone(), stem: Stem { index: file.index, step: last }, updates })
+    }
+}
+
+/// Compares what the tool had counted with the file's name.
+fn check_count(import: &Import, clock: Clock, file: &File, laid: &Laid) -> Result<()> {
+    let (call, expected) = (file.call, clock.counted(file.call));
+    if stands_for(laid.counted, expected) {
+        return Ok(());
+    }
+    let value = match laid.counted {
+        Number::Whole(value) => value as f64,
+        Number::Rounded(value, _) => value,
+    };
+    let told = format!("its `step` is {value}, and at step {call} it would be {expected}");
+    let why = if import.from == super::Tool::PytorchPosthocEma && value >= 1.0 && value <= call as f64 {
+        let (after, fits) = (clock.first, call.saturating_add(1) - value as u64);
+        // A first update at step 1 is what an update_after_step of 0 means.
+        let plain = |first: u64| if first == 1 { 0 } else { first };
+        let about = if matches!(laid.counted, Number::Rounded(..)) { "about " } else { "" };
+        format!("{told} with update_after_step {}: {about}{} would fit", plain(after), plain(fits))
+    } else {
+        format!("{told}: give the file its own name back, or move it out of the directory")
+    };
+    Err(Error::unexpected(&file.path, why))
+}
+
+fn before_the_first(clock: Clock, file: &File) -> Error {
+    let why = format!("step {} is before the first update, at {}: check update_after_step", file.call, clock.first);
+    Error::unexpected(&file.path, why)
+}
+
+impl Tensors {
+    pub(super) fn new(checkpoint: &Checkpoint, laid: &Laid) -> Result<Tensors> {
+        let spec = |(name, key): (&String, &String)| Ok(TensorSpec { name: name.clone(), ..checkpoint.spec(key)? });
+        Ok(Tensors {
+            layout: laid.layout,
+            specs: laid.keys.iter().map(spec).collect::<Result<_>>()?,
+            keys: laid.keys.values().cloned().collect(),
+            counters: BTreeSet::new(),
+        })
+    }
+
+    /// # Errors
+    /// [`Error::Mismatch`] for other names, shapes or dtypes than a sibling's.
+    pub(super) fn check_sibling(&self, other: &Tensors, path: &Path, its: &Path) -> Result<()> {
+        let differs = |reason: String| Err(Error::Mismatch { path: path.to_owned(), other: its.to_owned(), reason });
+        if self.layout != other.layout {
+            return differs("entries are laid out otherwise".into());
+        }
+        let theirs: BTreeMap<&str, &TensorSpec> = other.specs.iter().map(|s| (s.name.as_str(), s)).collect();
+        for TensorSpec { name, dtype, shape } in &self.specs {
+            match theirs.get(name.as_str()) {
+                None => return differs(format!("a tensor `{name}` more is stored")),
+                Some(its) if its.shape != *shape => {
+                    return differs(format!("tensor `{name}` has another shape ({shape:?}, not {:?})", its.shape));
+                }
+                Some(its) if its.dtype != *dtype => {
+                    return differs(format!("tensor `{name}` has another dtype ({dtype}, not {})", its.dtype));
+                }
+                Some(_) => {}
+            }
+        }
+        let own: BTreeSet<&str> = self.specs.iter().map(|spec| spec.name.as_str()).collect();
+        match theirs.keys().find(|name| !own.contains(*name)) {
+            Some(name) => differs(format!("a tensor `{name}` less is stored")),
+            None => Ok(()),
+        }
+    }
+
+    /// What a snapshot holds.
+    pub(super) fn stored_specs(&self) -> Vec<TensorSpec> {
+        let mut specs = self.specs.clone();
+        for spec in specs.iter_mut().filter(|spec| self.counters.contains(&spec.name)) {
+            spec.dtype = Dtype::I64;
+        }
+        specs
+    }
+}
+
+/// Tensors that count batches, rounded to floating point.
+#[derive(Default)]
+struct Counters {
+    /// Whether each was a whole number, or beyond the dtype, in every checkpoint.
+    seen: BTreeMap<String, bool>,
+    beyond: BTreeSet<String>,
+}
+
+impl Counters {
+    fn look(&mut self, checkpoint: &Checkpoint, laid: &Laid) -> Result<()> {
+        for (name, key) in laid.keys.iter().filter(|(name, _)| name.rsplit('.').next() == Some(COUNTER)) {
+            let spec = checkpoint.spec(key)?;
+            if !spec.shape.is_empty() || !is_averaged(spec.dtype) {
+                continue;
+            }
+            let whole = counted(&checkpoint.read(key)?, spec.dtype);
+            *self.seen.entry(name.clone()).or_insert(true) &= whole.is_some();
+            if whole == Some(None) {
+                self.beyond.insert(name.clone());
+            }
+        }
+        Ok(())
+    }
+
+    fn whole(&self) -> BTreeSet<String> {
+        self.seen.iter().filter(|(_, whole)| **whole).map(|(name, _)| name.clone()).collect()
+    }
+
+    fn warning(&self) -> Option<String> {
+        let beyond: Vec<&str> = self.beyond.iter().filter(|name| self.seen[*name]).map(String::as_str).collect();
+        let why = "infinite where the count is beyond the dtype: the step of the last update takes its place";
+        (!beyond.is_empty()).then(|| format!("{} {why}", are(&beyond)))
+    }
+}
+
+/// The whole number that a rounded count stands for: some number, none within where it is beyond the dtype, and none at all
+/// where it is no count.
+pub(super) fn counted(bytes: &[u8], dtype: Dtype) -> Option<Option<i64>> {
+    match foreign::number(dtype, bytes)? {
+        Number::Whole(value) => Some(Some(value)),
+        Number::Rounded(f64::INFINITY, _) => Some(None),
+        Number::Rounded(value, _) => {
+            (value >= 0.0 && value < 2f64.powi(63) && value.fract() == 0.0).then_some(Some(value as i64))
+        }
+    }
+}
+
+/// Keeps one of several checkpoints that contain the same last update: they are the same average.
+///
+/// # Errors
+/// [`Error::Unexpected`] where their values differ: then the updates were others than the options say.
+fn drop_repeated(
+    import: &Import,
+    sources: Vec<Source>,
+    tensors: &Tensors,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<Source>> {
+    let mut kept: Vec<Source> = Vec::with_capacity(sources.len());
+    let mut places: BTreeMap<Stem, usize> = BTreeMap::new();
+    for source in sources {
+        let Some(&place) = places.get(&source.stem) else {
+            places.insert(source.stem, kept.len());
+            kept.push(source);
+            continue;
+        };
+        let (first, name) = (&kept[place].file, source.file.name());
+        check_same(import, &source, first, tensors)?;
+        let step = source.stem.step;
+        warnings
+            .push(format!("{name} is left out: it is the average of {}, both of the update at {step}", first.name()));
+    }
+    Ok(kept)
+}
+
+fn check_same(import: &Import, source: &Source, first: &File, tensors: &Tensors) -> Result<()> {
+    let (own, its) = (Checkpoint::open(&source.file.path)?, Checkpoint::open(&first.path)?);
+    for (spec, key) in tensors.specs.iter().zip(&tensors.keys) {
+        if own.read(key)? != its.read(key)? {
+            let why = format!(
+                "tensor `{}` differs from that of {}, though with update_every {} no update lies between them: check \
+                 update_every",
+                spec.name,
+                first.name(),
+                import.update_every
+            );
+            return Err(Error::unexpected(&source.file.path, why));
+        }
+    }
+    Ok(())
+}

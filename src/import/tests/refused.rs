@@ -1,0 +1,240 @@
+//! What is refused, with the file and the remedy, and without a trace in the target.
+
+use super::pt::{call, legacy};
+use super::*;
+use crate::error::Error;
+use crate::snapshot::Lock;
+
+fn one(from: Tool) -> Import {
+    import(from, &[0.1], 10)
+}
+
+/// What an import of one file `0.100.pt` says.
+fn refusal(bytes: &[u8]) -> String {
+    let temp = tempfile::tempdir().unwrap();
+    fs::create_dir(temp.path().join("source")).unwrap();
+    fs::write(temp.path().join("source/0.100.pt"), bytes).unwrap();
+    let target = temp.path().join("run");
+    let text = one(Tool::PytorchPosthocEma).write(temp.path().join("source"), &target, None).unwrap_err().to_string();
+    assert!(text.contains("0.100.pt: "), "the file is named: {text}");
+    assert!(!target.exists(), "{text}");
+    text
+}
+
+fn sound() -> Pt {
+    Pt::with_step(1).floats("w", &[1.0, 2.0])
+}
+
+#[test]
+fn files_that_pytorch_did_not_write_are_damaged() {
+    let whole = sound().archive();
+    for bytes in [&b""[..], b"text", b"PK\x03\x04", b"\x80\x02}.", b"\x80\x02}", &legacy(b"\x80\x02]."), &[0xff; 4000]]
+    {
+        let text = refusal(bytes);
+        assert!(text.contains("damaged or incomplete; move it out"), "{text}");
+    }
+    for length in (0..whole.len()).step_by(11) {
+        refusal(&whole[..length]);
+    }
+    // A flipped bit may change nothing that counts, but never does more harm than an error.
+    for bit in 0..8 * whole.len() {
+        let mut bytes = whole.clone();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        let temp = tempfile::tempdir().unwrap();
+        fs::write(temp.path().join("0.100.pt"), bytes).unwrap();
+        let _ = one(Tool::PytorchPosthocEma).write(temp.path(), temp.path().join("run"), None);
+    }
+}
+
+#[test]
+fn code_is_refused_and_never_run() {
+    let temp = tempfile::tempdir().unwrap();
+    let trace = temp.path().join("trace");
+    let command = format!("touch {}", trace.display());
+    let code = call("posix", "system", &command);
+    let nested = [b"}(X\x01\0\0\0a", &code[..], b"u"].concat();
+    let listed = [b"](", &code[..], b"e"].concat();
+    for value in [&code, &nested, &listed] {
+        let text = refusal(&sound().entry("config", value).archive());
+        assert!(text.contains("`posix.system`, which is never run"), "{text}");
+    }
+    for pickle in [[b"\x80\x02", &code[..], b"."].concat(), sound().entry("a", &code).pickle()] {
+        refusal(&pickle);
+        refusal(&legacy(&pickle));
+        refusal(&Pt::default().entry("x", &pickle).archive());
+    }
+    // A call with a tensor as its argument, such as that of a sparse one.
+    let text = refusal(
+        &sound().entry("sparse", b"ctorch._utils\n_rebuild_sparse_tensor\n(ctorch\nFloatStorage\ntR").archive(),
+    );
+    assert!(text.contains("sparse"), "{text}");
+    assert!(!trace.exists());
+}
+
+#[test]
+fn what_is_no_checkpoint_of_the_tool_is_named() {
+    let long = |step: i64| step.to_le_bytes();
+    let bare = || Pt::default().floats("w", &[1.0]);
+    for (pt, part) in [
+        (bare(), "no checkpoint of pytorch-posthoc-ema: it lacks `step` and `initted`"),
+        (Pt::with_step(1), "no tensor of a model"),
+        (sound().floats("x", &[1.0, f32::NAN]), "tensor `x` holds NaN at element 1"),
+        (sound().floats("x", &[f32::NEG_INFINITY]), "tensor `x` holds -inf at element 0"),
+        (sound().tensor("h", "HalfStorage", &[2], &[0, 0, 0, 0x7c]), "tensor `h` holds inf at element 1"),
+        (sound().tensor("c", "ComplexFloatStorage", &[1], &[0; 8]), "Complex"),
+        (Pt::with_step(100).floats("w", &[1.0]), "update_after_step 100: 0 would fit"),
+        (Pt::with_step(51).floats("w", &[1.0]), "update_after_step 100: 50 would fit"),
+        (Pt::with_step(0).floats("w", &[1.0]), "its `step` is 0, and at step 100 it would be 1"),
+        (Pt::with_step(-7).floats("w", &[1.0]), "its `step` is -7"),
+        (
+            bare().tensor("initted", "BoolStorage", &[], &[0]).tensor("step", "LongStorage", &[], &long(1)),
+            "no average had begun",
+        ),
+        (
+            bare().tensor("initted", "BoolStorage", &[], &[1]).tensor("step", "LongStorage", &[2], &[0; 16]),
+            "a single number",
+        ),
+        (
+            bare().tensor("initted", "BoolStorage", &[], &[1]).tensor("step", "HalfStorage", &[], &[0, 0x7e]),
+            "`step` is NaN",
+        ),
+        (
+            bare().tensor("initted", "BoolStorage", &[], &[1]).tensor("step", "HalfStorage", &[], &[0x40, 0x56]),
+            "about 0 would fit",
+        ),
+    ] {
+        let text = refusal(&pt.archive());
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+#[test]
+fn files_of_another_tool_are_told_apart() {
+    for (case, from, owner) in [
+        ("ramp", Tool::EmaPytorch, "pytorch-posthoc-ema"),
+        ("prefixed", Tool::NitrousEma, "pytorch-posthoc-ema"),
+        ("ema", Tool::NitrousEma, "ema-pytorch"),
+        ("nitrous", Tool::PytorchPosthocEma, "nitrous-ema"),
+    ] {
+        let text = usual(from).write(fixture(case), "/nonexistent/run", None).unwrap_err().to_string();
+        assert!(text.contains(&format!("laid out as those of {owner}")) && text.contains(".pt: "), "{text}");
+    }
+}
+
+#[test]
+fn other_options_than_the_training_s_are_found_out() {
+    let ramp = usual(Tool::PytorchPosthocEma);
+    let after = |step| Import { update_after_step: Some(step), ..ramp.clone() };
+    let many = import(Tool::PytorchPosthocEma, &[0.05, 0.1, 0.28], 10);
+    for (options, part) in [
+        (
+            after(0),
+            "0.1000.pt: its `step` is 901, and at step 1000 it would be 1000 with update_after_step 0: 100 would fit",
+        ),
+        (after(5000), "0.1000.pt: its `step` is 901, and at step 1000 it would be 0 with update_after_step 5000: 100"),
+        (import(Tool::PytorchPosthocEma, &[0.05], 10), "1.1000.pt: this is an average of profile 1"),
+        (many, "no checkpoint of profile 2"),
+    ] {
+        let text = options.write(fixture("ramp"), "/nonexistent/run", None).unwrap_err().to_string();
+        assert!(text.contains(part), "{text}");
+    }
+    let after = Import { update_after_step: Some(200), ..import(Tool::PytorchPosthocEma, &[0.1, 0.25], 20) };
+    let text = after.write(fixture("halves"), "/nonexistent/run", None).unwrap_err().to_string();
+    assert!(text.contains("with update_after_step 200: about 100 would fit"), "{text}");
+}
+
+#[test]
+fn options_that_make_no_sense_are_named() {
+    let usual = usual(Tool::EmaPytorch);
+    for (options, part) in [
+        (Import { update_every: 0, ..usual.clone() }, "option update_every: 0"),
+        (Import { update_after_step: Some(1), ..usual.clone() }, "ema-pytorch has no such option"),
+        (Import { step_size_correction: true, ..usual.clone() }, "option step_size_correction"),
+        (Import { profiles: vec![], ..usual.clone() }, "none is given"),
+        (Import { profiles: powers(&[0.1, 0.1]), ..usual.clone() }, "given twice"),
+        (Import { profiles: vec![Profile::beta(0.9).unwrap()], ..usual }, "power-function profiles only"),
+    ] {
+        let error = options.write(fixture("ema"), "/nonexistent/run", None).unwrap_err();
+        assert!(matches!(error, Error::Setting { .. }) && error.to_string().contains(part), "{error}");
+    }
+    for tool in Tool::ALL {
+        assert_eq!(tool.name().parse(), Ok(tool));
+    }
+    assert!("torch".parse::<Tool>().unwrap_err().contains("nitrous-ema"));
+}
+
+#[test]
+fn files_of_different_models_do_not_mix() {
+    for (pt, part) in [
+        (Pt::with_step(11).floats("w", &[1.0]).floats("more", &[1.0]), "a tensor `more` more is stored than in"),
+        (Pt::with_step(11).floats("v", &[1.0]), "a tensor `v` more"),
+        (Pt::with_step(11).floats("w", &[1.0, 2.0]), "another shape ([2], not [1])"),
+        (Pt::with_step(11).tensor("w", "HalfStorage", &[1], &[0, 0]), "another dtype (F16, not F32)"),
+        (Pt::with_step(11), "holds no tensor of a model"),
+    ] {
+        let temp = tempfile::tempdir().unwrap();
+        Pt::with_step(1).floats("w", &[1.0]).save(temp.path().join("0.100.pt"));
+        pt.save(temp.path().join("0.110.pt"));
+        let text =
+            one(Tool::PytorchPosthocEma).write(temp.path(), temp.path().join("run"), None).unwrap_err().to_string();
+        assert!(text.contains(part) && text.contains("0.110.pt"), "{text}");
+    }
+    // One tensor less.
+    let temp = tempfile::tempdir().unwrap();
+    Pt::with_step(1).floats("w", &[1.0]).floats("x", &[1.0]).save(temp.path().join("0.100.pt"));
+    Pt::with_step(11).floats("w", &[1.0]).save(temp.path().join("0.110.pt"));
+    let text = one(Tool::PytorchPosthocEma).write(temp.path(), temp.path().join("run"), None).unwrap_err().to_string();
+    assert!(text.contains("a tensor `x` less is stored"), "{text}");
+}
+
+#[test]
+fn sources_and_targets_that_will_not_do_are_named() {
+    let temp = tempfile::tempdir().unwrap();
+    let (empty, file) = (temp.path().join("empty"), temp.path().join("file"));
+    fs::create_dir(&empty).unwrap();
+    fs::write(&file, "").unwrap();
+    let (_other, run, _) = imported(&usual(Tool::EmaPytorch), &fixture("ema"));
+    let ema = fixture("ema");
+    for (source, target, part) in [
+        (&empty, &run.join("x"), "no checkpoint is in it (INDEX.STEP.pt"),
+        (&temp.path().join("none"), &empty, "check the path"),
+        (&ema, &ema, "name another one for the run"),
+        (&ema, &run, "already holds a run (0.201.safetensors)"),
+        (&ema, &file, "no run here (it is no directory)"),
+        (&ema, &file.join("run"), "cannot create"),
+        (&ema, &PathBuf::from("/proc/run"), "cannot create /proc/run"),
+    ] {
+        let text = usual(Tool::EmaPytorch).write(source, target, None).unwrap_err().to_string();
+        assert!(text.contains(part), "{text}");
+    }
+    let lock = Lock::acquire(&empty).unwrap();
+    let error = usual(Tool::EmaPytorch).write(&ema, &empty, None).unwrap_err();
+    assert!(matches!(error, Error::Locked { .. }), "{error}");
+    drop(lock);
+    usual(Tool::EmaPytorch).write(&ema, &empty, None).unwrap();
+}
+
+#[test]
+fn an_import_that_fails_midway_leaves_the_target_as_it_was() {
+    let temp = tempfile::tempdir().unwrap();
+    let source = temp.path().join("source");
+    fs::create_dir(&source).unwrap();
+    Pt::with_step(1).floats("w", &[1.0]).save(source.join("0.100.pt"));
+    Pt::with_step(11).floats("w", &[f32::NAN]).save(source.join("0.110.pt"));
+    let fail = |target: &Path| {
+        let error = one(Tool::PytorchPosthocEma).write(&source, target, None).unwrap_err();
+        assert!(error.to_string().contains("0.110.pt: tensor `w` holds NaN"), "{error}");
+    };
+    fail(&temp.path().join("deep/run"));
+    assert!(!temp.path().join("deep").exists());
+    // A directory that was there stays, with what was in it.
+    let target = temp.path().join("run");
+    fs::create_dir(&target).unwrap();
+    fs::write(target.join("notes.txt"), "mine").unwrap();
+    fail(&target);
+    let mut left: Vec<_> = fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, [".lock", "notes.txt"]);
+    fs::remove_file(source.join("0.110.pt")).unwrap();
+    one(Tool::PytorchPosthocEma).write(&source, &target, None).unwrap();
+}
