@@ -1,0 +1,177 @@
+"""Models on CUDA devices: the bits of the host, wherever the averages are.
+
+They run on the GPU where PyTorch has one. Otherwise `POSTHOC_EMA_STANDIN` may name the stand-in driver that the library's
+own tests build (tests/standin): its device memory is the process's, so that a tensor of PyTorch can lie in it and be lent
+as if it were on a device. Both need a build of the package with CUDA.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import bits, shake
+
+from posthoc_ema import KarrasEMA, PostHocEMA, _lend, _native
+
+STANDIN = os.environ.get("POSTHOC_EMA_STANDIN")
+REAL = torch.cuda.is_available() and not STANDIN
+
+if STANDIN:
+    # Whoever opens libcuda.so.1 from now on gets this one.
+    DRIVER = ctypes.CDLL(STANDIN, mode=ctypes.RTLD_GLOBAL)
+
+pytestmark = [
+    pytest.mark.skipif(not _native.CUDA, reason="the package was built without CUDA"),
+    pytest.mark.skipif(not (REAL or STANDIN), reason="no GPU, and POSTHOC_EMA_STANDIN names no stand-in driver"),
+]
+
+ToDevice = Callable[[torch.nn.Module], torch.nn.Module]
+
+
+def call(name: str, *arguments: object) -> None:
+    assert getattr(DRIVER, name)(*arguments) == 0, name
+
+
+def in_device_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor in memory of the stand-in's device."""
+    address, size = ctypes.c_uint64(), tensor.numel() * tensor.element_size()
+    call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+    memory = (ctypes.c_char * size).from_address(address.value)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+@pytest.fixture
+def to_device(monkeypatch: pytest.MonkeyPatch) -> ToDevice:
+    """Moves a module to the device, and sees to it that the tensors of such modules are lent as lying there."""
+    if REAL:
+        return lambda module: module.cuda()
+    context, stream = ctypes.c_void_p(), ctypes.c_void_p()
+    call("cuInit", 0)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+    call("cuCtxSetCurrent", context)
+    call("cuStreamCreate", ctypes.byref(stream), 1)
+    there: set[int] = set()
+
+    def move(module: torch.nn.Module) -> torch.nn.Module:
+        with torch.no_grad():
+            for tensor in [*module.parameters(), *module.buffers()]:
+                tensor.data = in_device_memory(tensor)
+                there.add(tensor.data_ptr())
+        return module
+
+    def place(lender: _lend.Lender, i: int) -> int:
+        return 0 if lender.tensors[i].data_ptr() in there else _lend.HOST
+
+    monkeypatch.setattr(_lend.Lender, "_place", place)
+    monkeypatch.setattr(_lend.Lender, "stream", property(lambda lender: stream.value if lender._device == 0 else 0))
+    return move
+
+
+def net() -> torch.nn.Module:
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(33, 17), torch.nn.BatchNorm1d(17), torch.nn.Linear(17, 5))
+    model[2].to(torch.bfloat16)
+    return model
+
+
+def trained(model: torch.nn.Module, run_dir: Path, device: str) -> PostHocEMA:
+    # Within the first calls every kernel is loaded, and the buffers are made.
+    ema = PostHocEMA.from_model(
+        model, run_dir, device=device, update_every=2, update_after_step=0, checkpoint_every=10
+    )
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(35):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                change = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                parameter.add_(change.to(parameter.device) * 0.1)
+            model[1].num_batches_tracked += 1
+        ema.update_(model)
+    return ema
+
+
+def on_host(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in state_dict.items()}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "auto"])
+def test_averages_have_the_bits_of_the_host(tmp_path: Path, to_device: ToDevice, device: str) -> None:
+    host, model = net(), to_device(net())
+    expected, ema = trained(host, tmp_path / "host", "cpu"), trained(model, tmp_path / "device", device)
+    before = on_host(model.state_dict())
+    for right, got in zip(expected.synthesize([0.06, 0.15]), ema.synthesize([0.06, 0.15])):
+        assert all(torch.equal(tensor, got[name]) for name, tensor in right.items())
+    with expected.model(host, 0.15), ema.model(model, 0.15):
+        held, right = on_host(model.state_dict()), on_host(host.state_dict())
+        assert all(torch.equal(held[name], tensor) for name, tensor in right.items())
+    after = on_host(model.state_dict())
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    first = ema.ema_models[1].ema_model.state_dict()
+    assert {tensor.device.type for tensor in first.values()} == {"cpu"}
+    assert all(torch.equal(first[n], t) for n, t in expected.ema_models[1].ema_model.state_dict().items())
+    ema.switch_(model, 0.2), expected.switch_(host, 0.2)
+    switched = on_host(model.state_dict())
+    assert all(torch.equal(switched[name], tensor) for name, tensor in host.state_dict().items())
+    ema.finish(), expected.finish()
+    stored, right = (PostHocEMA.from_path(tmp_path / run).synthesize([0.1])[0] for run in ("device", "host"))
+    assert all(torch.equal(stored[name], tensor) for name, tensor in right.items())
+
+
+def test_a_run_s_average_goes_into_a_model_on_the_device(tmp_path: Path, to_device: ToDevice) -> None:
+    host = net()
+    trained(host, tmp_path / "host", "cpu").finish()
+    run, model = PostHocEMA.from_path(tmp_path / "host"), to_device(net())
+    before = on_host(model.state_dict())
+    with run.state_dict(0.1) as right:
+        pass
+    with pytest.raises(ZeroDivisionError):
+        with run.model(model, 0.1):
+            held = on_host(model.state_dict())
+            assert all(torch.equal(held[name], tensor) for name, tensor in right.items())
+            raise ZeroDivisionError
+    assert all(torch.equal(on_host(model.state_dict())[name], tensor) for name, tensor in before.items())
+
+
+def test_one_average_in_memory(to_device: ToDevice) -> None:
+    host, model = net(), to_device(net())
+    averages = [KarrasEMA(each, sigma_rel=0.1, update_every=3) for each in (host, model)]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        changes = [torch.randn(parameter.shape, generator=generator) for parameter in host.parameters()]
+        for each in (host, model):
+            with torch.no_grad():
+                for parameter, change in zip(each.parameters(), changes):
+                    parameter.add_(change.to(parameter.device, parameter.dtype))
+        for average in averages:
+            average.update()
+    assert bits(averages[0].ema_model) == bits(averages[1].ema_model)
+
+
+@pytest.mark.skipif(not REAL, reason="needs a GPU")
+def test_strided_tensors_and_moves(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    model = model.cuda().to(memory_format=torch.channels_last)
+    ema = PostHocEMA.from_model(model, tmp_path / "ema", update_every=1, update_after_step=0, checkpoint_every=10)
+    for _ in range(12):
+        shake(model)
+        ema.update_(model)
+    before, strides = on_host(model.state_dict()), [p.stride() for p in model.parameters()]
+    allocated = torch.cuda.memory_allocated()
+    with ema.model(model, 0.1):
+        assert all(parameter.is_cuda for parameter in model.parameters())
+        model.cpu()
+    assert all(parameter.is_cuda for parameter in model.parameters())
+    assert [parameter.stride() for parameter in model.parameters()] == strides
+    assert all(torch.equal(on_host(model.state_dict())[name], tensor) for name, tensor in before.items())
+    assert torch.cuda.memory_allocated() <= allocated
+    # Another stream, as a training may use one.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        shake(model)
+        ema.update_(model)
+        torch.cuda.current_stream().synchronize()
+    ema.finish()
