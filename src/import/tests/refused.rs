@@ -121,6 +121,16 @@ fn files_of_another_tool_are_told_apart() {
     }
 }
 
+/// A model may have all it has in `ema_model`; much more likely it is a file of ema-pytorch.
+#[test]
+fn files_that_two_tools_could_have_written_are_told() {
+    let usual = usual(Tool::PytorchPosthocEma);
+    let text = usual.write(fixture("ema"), "/nonexistent/run", None).unwrap_err().to_string();
+    assert!(text.contains("laid out as those of ema-pytorch: import it as such"), "{text}");
+    let (_temp, _, report) = imported(&Import { update_after_step: Some(0), ..usual }, &fixture("ema"));
+    assert!(report.warnings.iter().any(|text| text.contains("as ema-pytorch has them")), "{report:?}");
+}
+
 #[test]
 fn other_options_than_the_training_s_are_found_out() {
     let ramp = usual(Tool::PytorchPosthocEma);
