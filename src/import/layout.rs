@@ -31,6 +31,8 @@ pub(super) enum Layout {
 /// A checkpoint in the model's own names.
 pub(super) struct Laid {
     pub layout: Layout,
+    /// Whether another tool lays its checkpoints out in this way too, and more likely.
+    pub doubtful: Option<Tool>,
     /// The name of each tensor in the file, by the model's.
     pub keys: BTreeMap<String, String>,
     /// How far the tool had counted.
@@ -62,7 +64,9 @@ impl Laid {
                 "it holds no tensor of a model: move it out of the directory",
             ));
         }
-        Ok(Laid { layout, keys, counted, left_out })
+        let doubtful =
+            (layout == Layout::Plain && found(checkpoint) == Some(Layout::Module)).then_some(Tool::EmaPytorch);
+        Ok(Laid { layout, doubtful, keys, counted, left_out })
     }
 }
 

