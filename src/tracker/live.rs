@@ -203,6 +203,8 @@ impl PostHocEma {
         let Some(step) = self.history.last() else {
             return Err(no_update());
         };
+        // Otherwise what is synthesized would depend on how far the writing has come.
+        self.engine.settle()?;
         let run = if crate::snapshot::list(&self.dir)?.is_empty() { None } else { Some(Run::open(&self.dir)?) };
         Ok((run, step))
     }

@@ -95,10 +95,18 @@ impl Writer {
     /// Waits until all checkpoints are written or given up, and returns what [`Writer::take_error`] would. A checkpoint
     /// that failed before is tried once more.
     pub(super) fn flush(&self) -> Result<()> {
+        self.settle()?;
+        self.take_error().map_or(Ok(()), Err)
+    }
+
+    /// Waits as [`Writer::flush`]; errors of checkpoints are kept for who asks.
+    ///
+    /// # Errors
+    /// As [`Writer::submit`].
+    pub(super) fn settle(&self) -> Result<()> {
         let (done, wait) = channel();
         self.send(Message::Flush(done))?;
-        wait.recv().map_err(|_| self.ended())?;
-        self.take_error().map_or(Ok(()), Err)
+        wait.recv().map_err(|_| self.ended())
     }
 
     /// The first error that was not told yet, of a checkpoint that has not been written since.

@@ -102,6 +102,12 @@ impl Background {
         }
     }
 
+    /// Waits until everything is written; errors of checkpoints are kept for who asks.
+    pub(super) fn settle(&self) -> Result<()> {
+        self.worker.wait();
+        self.writer.settle()
+    }
+
     /// The newest step that was to be stored and could not be.
     pub(super) fn given_up(&self) -> Option<u64> {
         let lost = self.lost.load(Ordering::Relaxed);

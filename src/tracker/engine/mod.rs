@@ -126,6 +126,22 @@ impl Engine {
         }
     }
 
+    /// Waits until all checkpoints are written or given up; their errors are kept for who asks.
+    ///
+    /// # Errors
+    /// A fault of the thread that writes.
+    pub(super) fn settle(&self) -> Result<()> {
+        match self {
+            Engine::Host(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Engine::Device(device) => device.background().settle(),
+            #[cfg(feature = "cuda")]
+            Engine::Offloaded(offloaded) => offloaded.background().settle(),
+            #[cfg(test)]
+            Engine::Queued(queued) => queued.writer.settle(),
+        }
+    }
+
     /// The newest step that was accepted by [`Engine::checkpoint`] and could not be stored after all.
     pub(super) fn given_up(&self) -> Option<u64> {
         match self {

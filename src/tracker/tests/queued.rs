@@ -72,6 +72,19 @@ fn a_run_is_the_same_as_when_it_is_written_at_once() {
 }
 
 #[test]
+fn a_synthesis_uses_the_snapshots_that_are_still_being_written() {
+    let ((_a, straight), (_b, dir)) = (scratch(), scratch());
+    let (mut one, mut other) = (Walk::new(4), Walk::new(4));
+    let mut ema = options(&straight).create(&one.model).unwrap();
+    let mut background = slowly_queued(options(&dir).create(&other.model).unwrap());
+    train(&mut ema, &mut one, 110);
+    train(&mut background, &mut other, 110);
+    let profile = Profile::sigma_rel(0.1).unwrap();
+    assert_eq!(background.plan(profile.clone()).unwrap().weights, ema.plan(profile.clone()).unwrap().weights);
+    assert_eq!(background.synthesize(profile.clone()).unwrap(), ema.synthesize(profile).unwrap());
+}
+
+#[test]
 fn a_later_save_is_not_undone_by_an_older_checkpoint() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
