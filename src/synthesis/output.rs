@@ -89,7 +89,7 @@ impl Pool<'_> {
             }
             #[cfg(feature = "cuda")]
             Chosen::Cuda(_) => {
-                self.swap_in(plan, params)?.keep();
+                self.swap(plan, params, |_| false)?.keep();
                 Ok(())
             }
         }

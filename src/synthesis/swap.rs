@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::choose::Chosen;
 use super::output::copied;
 use super::plan::Plan;
-use super::pool::{Pool, Selection};
+use super::pool::{Pool, PoolTensor, Selection};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda::{self, Staging};
 use crate::error::{Error, Result};
@@ -79,26 +79,38 @@ impl<P: ParametersMut + ?Sized> fmt::Debug for SwappedIn<'_, P> {
 }
 
 impl Pool<'_> {
-    /// Blends a plan into a live model, as [`Pool::write_into`], and keeps what was there.
-    ///
-    /// Nothing is written before all is read; what was written before an error or a panic is restored.
+    /// Makes a live model what a synthesis of a plan gives, copied tensors included, and keeps what was there.
     pub(crate) fn swap_in<'p, P: ParametersMut + ?Sized>(
         &self,
         plan: &Plan,
         params: &'p mut P,
     ) -> Result<SwappedIn<'p, P>> {
+        self.check_copied(params)?;
+        let mut swapped = self.swap(plan, params, |_| true)?;
+        self.copy_into_model(&self.select(&[plan])?, &mut *swapped)?;
+        Ok(swapped)
+    }
+
+    /// Blends a plan into a live model, and keeps what was there of its averaged tensors; of others where `is_kept` says.
+    ///
+    /// Nothing is written before all is read; what was written before an error or a panic is restored.
+    pub(super) fn swap<'p, P: ParametersMut + ?Sized>(
+        &self,
+        plan: &Plan,
+        params: &'p mut P,
+        is_kept: impl Fn(&PoolTensor) -> bool,
+    ) -> Result<SwappedIn<'p, P>> {
         let selection = self.select(&[plan])?;
         let place = self.place_of(params)?;
         self.check_model(&selection, params, matches!(place, Chosen::Cpu))?;
-        self.check_copied(params)?;
-        let originals = Originals::read(params, |name| self.find(name).is_some())?;
+        let is_wanted = |name: &str| self.find(name).is_some_and(|tensor| tensor.averaged || is_kept(tensor));
+        let originals = Originals::read(params, is_wanted)?;
         let swapped = SwappedIn { params, originals: Some(originals) };
         match place {
             Chosen::Cpu => self.blend_into(&selection, swapped.params)?,
             #[cfg(feature = "cuda")]
             Chosen::Cuda(device) => self.blend_into_on(&device, &selection, swapped.params)?,
         }
-        self.copy_into_model(&selection, swapped.params)?;
         Ok(swapped)
     }
 
