@@ -9,8 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from maturin import *  # noqa: F401,F403  the hooks of PEP 517 that are not wrapped here
 import maturin
+from maturin import *  # noqa: F403  the hooks of PEP 517 that are not wrapped here
 
 
 def _nvcc():

@@ -1,5 +1,7 @@
 """Averages of network weights of any length, chosen after training: post-hoc EMA (Karras et al. 2023, arXiv:2312.02696).
 
+While training, and afterwards:
+
     ema = PostHocEMA.from_model(model, "runs/ema")
     for batch in batches:
         ...                                                # the training step

@@ -55,11 +55,14 @@ class KarrasEMA:
         only_save_diff: bool = False,
         device: str = "cpu",
     ):
-        if (sigma_rel is None) == (gamma is None):
-            raise ValueError("give either sigma_rel or gamma")
         if update_every < 1:
             raise ValueError(f"update_every = {update_every}: an interval is at least 1 call")
-        self.profile = Profile.sigma_rel(sigma_rel) if sigma_rel is not None else Profile.gamma(gamma)
+        if sigma_rel is not None and gamma is None:
+            self.profile = Profile.sigma_rel(sigma_rel)
+        elif gamma is not None and sigma_rel is None:
+            self.profile = Profile.gamma(gamma)
+        else:
+            raise ValueError("give either sigma_rel or gamma")
         self.gamma: float = self.profile.to_dict()["gamma"]
         self.update_every, self.frozen, self.only_save_diff = update_every, frozen, only_save_diff
         self._device = device

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _native, _results, _swap
 from ._averages import TrackedAverage
+from ._checks import Counter, check_calculation_dtype, check_device, check_old_checkpoints, count, rank, refuse
 from ._lend import is_torch, torch_module
 from ._model import MappingTensors, ModuleTensors, tensors_of
 from ._progress import Progress, following
@@ -41,10 +42,24 @@ class PostHocEMA:
     def __init__(self) -> None:
         raise TypeError("make one with PostHocEMA.from_model or PostHocEMA.from_path")
 
-    # Every instance has these; which are there is decided by the class methods.
-    _tracker: _native.Tracker | None
-    _tensors: ModuleTensors | MappingTensors | None
     checkpoint_dir: Path
+    """The run's directory."""
+    profiles: list[Profile]
+    """What is tracked."""
+    ema_models: list[TrackedAverage] | None = None
+    """The running averages, where the model is a module; None without one."""
+
+    # None where the run is only read, and on a process that is switched off.
+    _tracker: _native.Tracker | None = None
+    # Those of the model that was given last.
+    _tensors: ModuleTensors | MappingTensors | None = None
+    # Empty where the run is only read.
+    _options: dict[str, Any]
+    _only_save_diff = False
+    # Whether a synthesis gives tensors of PyTorch, or arrays of numpy.
+    _of_torch = True
+    # Counts a step at which nothing is due.
+    _skip: Callable[[], bool]
 
     @classmethod
     def from_model(
@@ -105,17 +120,17 @@ class PostHocEMA:
                 tensors that make no sense, naming them.
             OSError: where the directory cannot be made or written.
         """
-        _check_calculation_dtype(calculation_dtype)
+        check_calculation_dtype(calculation_dtype)
         directory = Path(checkpoint_dir)
-        _check_old_checkpoints(directory, "already contains checkpoints")
+        check_old_checkpoints(directory, "already contains checkpoints")
         tracked = [*map(Profile.sigma_rel, sigma_rels or ()), *map(Profile.gamma, gammas), *map(Profile.beta, betas)]
         tracked += profiles
-        options = {
+        options: dict[str, Any] = {
             "profiles": [profile.to_dict() for profile in tracked],
-            "update_every": _count("update_every", update_every),
-            "update_after_step": _count("update_after_step", update_after_step),
-            "checkpoint_every": _count("checkpoint_every", checkpoint_every),
-            "max_checkpoints": _count("max_checkpoints", max_checkpoints),
+            "update_every": count("update_every", update_every),
+            "update_after_step": count("update_after_step", update_after_step),
+            "checkpoint_every": count("checkpoint_every", checkpoint_every),
+            "max_checkpoints": count("max_checkpoints", max_checkpoints),
             "checkpoint_dtype": _results.stored_name(checkpoint_dtype),
             "compensated": bool(compensated),
             "copy": list(copy),
@@ -125,17 +140,17 @@ class PostHocEMA:
         if average is not None:
             options["average"] = list(average)
         self = cls._bare(directory, options)
-        if rank_zero_only and _rank() != 0:
+        if rank_zero_only and rank() != 0:
             return self
         _swap.check_own_weights(model)
         tensors = tensors_of(model, only_save_diff)
-        _check_device(device, tensors)
+        check_device(device)
         lender = tensors.lender()
         try:
             with lender.reading() as (addresses, stream):
-                mode = "either" if resume else "create"
+                lent = (lender.layout, addresses, stream)
                 tracker = _native.Tracker.open(
-                    str(directory), mode, json.dumps(options), lender.layout, addresses, stream
+                    str(directory), "either" if resume else "create", json.dumps(options), *lent
                 )
         except FileExistsError as error:
             raise ValueError(
@@ -180,9 +195,9 @@ class PostHocEMA:
             ValueError: for other `sigma_rels` than the run's, damaged snapshots, and checkpoints of other tools, with
                 the command that imports them.
         """
-        _check_calculation_dtype(calculation_dtype)
+        check_calculation_dtype(calculation_dtype)
         directory = Path(checkpoint_dir)
-        _check_old_checkpoints(directory, "holds checkpoints of another tool")
+        check_old_checkpoints(directory, "holds checkpoints of another tool")
         run = _native.Run(directory)
         self = cls._bare(directory, {})
         self.profiles = [Profile(text) for _, text in sorted(run.profiles().items())]
@@ -201,11 +216,9 @@ class PostHocEMA:
     def _bare(cls, directory: Path, options: dict[str, Any]) -> PostHocEMA:
         self = object.__new__(cls)
         self.checkpoint_dir, self._options = directory, options
-        self._tracker = self._tensors = self.ema_models = None
-        self._of_torch, self._only_save_diff = True, False
-        self.profiles: list[Profile] = []
+        self.profiles = []
         # No method of its own: an object that refers to itself would hold the run's lock for longer than it is held.
-        self._skip: Callable[[], bool] = _Counter() if options else partial(_refuse, directory)
+        self._skip = Counter() if options else partial(refuse, directory)
         return self
 
     def _track_models(self, tensors: ModuleTensors | MappingTensors, source: _native.Tracker | Path) -> None:
@@ -266,7 +279,7 @@ class PostHocEMA:
         """The steps counted so far: where training goes on after a resume. Of a run opened by path, the newest snapshot's."""
         if self._tracker is not None:
             return self._tracker.step
-        return self._skip.steps if isinstance(self._skip, _Counter) else max(step for _, step in self._run().snapshots())
+        return self._skip.steps if isinstance(self._skip, Counter) else max(step for _, step in self._run().snapshots())
 
     @property
     def sigma_rels(self) -> tuple[float, ...]:
@@ -337,7 +350,7 @@ class PostHocEMA:
             ValueError: for a model of another structure, and a target outside the run.
             RuntimeError: where there was no update yet.
         """
-        _check_calculation_dtype(calculation_dtype)
+        check_calculation_dtype(calculation_dtype)
         target = as_profile(sigma_rel)._json
         live = self._live(step)
         if live is not None:
@@ -361,7 +374,7 @@ class PostHocEMA:
 
         Args and errors as of :meth:`model`.
         """
-        _check_calculation_dtype(calculation_dtype)
+        check_calculation_dtype(calculation_dtype)
         yield self.synthesize([sigma_rel], step)[0]
 
     def synthesize(
@@ -519,65 +532,3 @@ class PostHocEMA:
     def __repr__(self) -> str:
         tracked = ", ".join(map(str, self.profiles))
         return f"<PostHocEMA {self.checkpoint_dir}: {tracked}>"
-
-
-class _Counter:
-    """In the place of updates on a process that is switched off: counts steps."""
-
-    steps = 0
-
-    def __call__(self) -> bool:
-        self.steps += 1
-        return True
-
-
-def _refuse(directory: Path) -> bool:
-    """In the place of updates of a run that was opened by path."""
-    raise RuntimeError(
-        f"{directory} was opened to synthesize from: to go on training, open it with "
-        f"PostHocEMA.from_model(model, {str(directory)!r}, resume=True)"
-    )
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 0:
-        raise ValueError(f"{name} = {value!r}: must be a whole number, 0 or more")
-    return int(value)
-
-
-def _check_calculation_dtype(dtype: Any) -> None:
-    """Sums are in f64; what is no floating-point dtype is a slip all the same."""
-    if dtype is not None:
-        _results.stored_name(dtype)
-
-
-def _check_old_checkpoints(directory: Path, what: str) -> None:
-    old = next(directory.glob("*.*.pt"), None) if directory.is_dir() else None
-    if old is not None and old.stem.replace(".", "").isdigit():
-        raise ValueError(
-            f"{directory} {what} ({old.name}), which pytorch-posthoc-ema or ema-pytorch wrote: make a run of them with "
-            f"`posthoc_ema.import_run` (or `posthoc-ema import`), and use another directory for new ones"
-        )
-
-
-def _check_device(device: str, tensors: ModuleTensors | MappingTensors) -> None:
-    """Says in Python's terms why averages cannot be kept on a device."""
-    if not str(device).startswith("cuda"):
-        return
-    if not _native.CUDA:
-        raise RuntimeError(
-            f"device={device!r}: this build of posthoc_ema has no CUDA kernels: install it anew where nvcc is found, with "
-            f"POSTHOC_EMA_CUDA=1, or keep the averages on the host with device='cpu'"
-        )
-    devices, why = _native.cuda_devices()
-    if devices == 0:
-        raise RuntimeError(f"device={device!r}: {why}: keep the averages on the host with device='cpu'")
-
-
-def _rank() -> int:
-    """This process's rank in ``torch.distributed``; 0 where there is none."""
-    torch = torch_module()
-    distributed = getattr(torch, "distributed", None)
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_rank())
-    return int(os.environ.get("RANK", "0"))

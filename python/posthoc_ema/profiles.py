@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from . import _native
 
@@ -92,7 +92,7 @@ class Profile:
         return self._name
 
 
-Target = Union[float, Profile]
+Target = float | Profile
 """A profile, or a number that stands for ``Profile.sigma_rel(number)``."""
 
 

@@ -277,7 +277,7 @@ class Exchanged:
 def test_dlpack_shares_elements(run_dir: Path) -> None:
     array = np.zeros(5, dtype=np.float32)
     ema = PostHocEMA.from_model({"w": Exchanged(array)}, run_dir, **OPTIONS)
-    for step in range(1, 5):
+    for _ in range(4):
         array += 1
         ema.update_({"w": Exchanged(array)})
     with ema.state_dict(0.28) as average:
