@@ -106,6 +106,15 @@ fn unsafe_code_is_in_compute_and_the_mapping_only() {
     assert!(blocks.len() == 1 && blocks[0].ends_with("snapshot/read.rs"), "{blocks:?}");
 }
 
+/// The binding to Python takes tensors by address in one place.
+#[test]
+fn unsafe_code_of_the_binding_is_in_the_lending_only() {
+    for (path, text) in sources("../python/src") {
+        let lends = path.ends_with("lend.rs");
+        assert!(lends || !code(&text).any(|line| line.contains("unsafe")), "{}", path.display());
+    }
+}
+
 #[test]
 fn only_the_cuda_half_of_compute_names_cudarc() {
     for (path, text) in sources("") {

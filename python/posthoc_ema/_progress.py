@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
 Progress = Callable[[int, int | None], object] | bool | None
 """A function of the bytes read so far and in all (None where that is not known), or whether to draw a bar.
 

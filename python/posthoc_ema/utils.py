@@ -18,7 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, Union
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,7 @@ MAX_SIGMA_REL = 1.0 / math.sqrt(12.0)
 """The longest power-function profile: gamma 0, the plain mean."""
 
 # What a function is given, it gives back; functions of several values take a mixture of them.
-Values = TypeVar("Values", bound="Union[float, npt.NDArray[Any], torch.Tensor]")
+Values = TypeVar("Values", bound="float | npt.NDArray[Any] | torch.Tensor")
 _Floats = npt.NDArray[np.float64]
 
 

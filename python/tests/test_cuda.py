@@ -81,9 +81,7 @@ def net() -> torch.nn.Module:
 
 def trained(model: torch.nn.Module, run_dir: Path, device: str) -> PostHocEMA:
     # Within the first calls every kernel is loaded, and the buffers are made.
-    ema = PostHocEMA.from_model(
-        model, run_dir, device=device, update_every=2, update_after_step=0, checkpoint_every=10
-    )
+    ema = PostHocEMA.from_model(model, run_dir, device=device, update_every=2, update_after_step=0, checkpoint_every=10)
     generator = torch.Generator().manual_seed(5)
     for _ in range(35):
         with torch.no_grad():

@@ -51,9 +51,7 @@ def test_a_ramp_of_pytorch_posthoc_ema_comes_out_right(tmp_path: Path) -> None:
     ],
 )
 def test_other_tools(tmp_path: Path, tool: str, folder: str, options: dict[str, bool], noise: float) -> None:
-    imported = import_run(
-        FILES / folder, tmp_path / "run", tool, sigma_rels=(0.05, 0.28), update_every=10, **options
-    )
+    imported = import_run(FILES / folder, tmp_path / "run", tool, sigma_rels=(0.05, 0.28), update_every=10, **options)
     assert imported.steps == (201, 401, 611, 811)
     run = PostHocEMA.from_path(tmp_path / "run")
     times = np.arange(1, 812, 10)
