@@ -160,7 +160,7 @@ pub enum Error {
     },
     /// A NaN or an infinity in an average.
     #[error(
-        "tensor `{tensor}`: the average {profile} holds {value} at element {element} at step {step}: the snapshot was not written. Training diverged at or before this step: go back to the newest snapshot and resume from there"
+        "tensor `{tensor}`: the average {profile} holds {value} at element {element} at step {step}: the snapshot was not written. Training diverged at or before this step: go back to the newest snapshot and resume from there. Where the value is meant, as in a mask, name the tensor among those to copy"
     )]
     NonFinite {
         /// The tensor's name.

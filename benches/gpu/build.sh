@@ -18,6 +18,14 @@ release=${CARGO_TARGET_DIR:-target}/release
 install "$release/posthoc-ema" "$release/examples/gpu-check-run" "$folder/"
 install "$tests" "$folder/cuda-tests"
 
+# The Python package, where there is maturin.
+rm -f "$folder"/*.whl
+if command -v maturin >/dev/null; then
+    maturin build --quiet --release --features cuda --compatibility linux --manifest-path python/Cargo.toml --out "$folder"
+else
+    echo "no wheel of the Python package: there is no maturin (pip install maturin)"
+fi
+
 nvcc=${NVCC:-nvcc}
 {
     echo "built $(date -u +%FT%TZ)"

@@ -70,6 +70,12 @@ synthesis() {
     return $status
 }
 
+# The Python package beside PyTorch. Its own dependencies but numpy are not needed for this.
+python_tests() { PYTHONPATH=$work/python python3 -m pytest -q -p no:cacheprovider python/tests/test_cuda.py; }
+python_compare() {
+    PYTHONPATH=$work/python python3 python/benches/compare.py --device cuda --json "$work/results/python.json"
+}
+
 sanitize() { # TOOL TEST...
     local tool=$1
     shift
@@ -78,7 +84,7 @@ sanitize() { # TOOL TEST...
 
 # `timeout` takes no functions: each stage runs in a shell of its own.
 export here folder work
-export -f into tests bench synthesis sanitize
+export -f into tests bench synthesis python_tests python_compare sanitize
 
 if nvidia-smi -L >/dev/null 2>&1; then
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader >"$work/results/device.txt"
@@ -97,6 +103,19 @@ if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
     stage "peers" 120 bash -c 'into "$work/results/peers.json" python3 "$here/peers.py"'
 else
     echo "peers: skipped, python3 has no torch that sees a device" | tee -a "$work/results/stages.txt"
+fi
+if ! ls "$folder"/*.whl >/dev/null 2>&1; then
+    echo "python: skipped, build.sh made no wheel" | tee -a "$work/results/stages.txt"
+elif ! python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+    echo "python: skipped, python3 has no torch that sees a device" | tee -a "$work/results/stages.txt"
+else
+    python3 -m zipfile -e "$folder"/*.whl "$work/python"
+    if python3 -c 'import pytest' 2>/dev/null; then
+        stage "python, tests" 90 bash -c python_tests
+    else
+        echo "python, tests: skipped, there is no pytest" | tee -a "$work/results/stages.txt"
+    fi
+    stage "python, beside PyTorch" 120 bash -c python_compare
 fi
 if ! command -v compute-sanitizer >/dev/null; then
     echo "sanitizers: skipped, there is no compute-sanitizer" | tee -a "$work/results/stages.txt"

@@ -22,6 +22,7 @@ class Results:
         self.peers = self.document("peers.json")
         self.synthesis = self.document("synthesis.json")
         self.command = self.document("synthesize-command.json")
+        self.python = self.document("python.json")
 
     def document(self, name):
         """What a stage printed; nothing where it did not come to its end."""
@@ -186,7 +187,7 @@ def main():
     lines += synthesis(results) + offloads(results, few, many)
     facts = about(results, date)
     document = {**facts, "sizes": sizes, "figures": lines, "bench": results.benches, "peers": results.peers}
-    document |= {"synthesis": results.synthesis, "command": results.command}
+    document |= {"synthesis": results.synthesis, "command": results.command, "python": results.python}
     Path(record, f"{date}-gpu.json").write_text(json.dumps(document) + "\n")
     listed = [f"* {line}" for key in ("device", "host", "binaries", "stages") for line in facts[key]]
     torch = [f"* torch {facts['torch']}"] if facts["torch"] else []
