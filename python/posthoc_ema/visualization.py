@@ -170,7 +170,7 @@ def target_points(
     tracked = {float(sigma_rel) for sigma_rel in sigma_rels if shortest <= sigma_rel <= longest}
     if num_target_points < max(1, len(tracked)):
         raise ValueError(
-            f"num_target_points = {num_target_points}: give at least 1, and at least the {len(tracked)} that are tracked"
+            f"num_target_points = {num_target_points}: at least 1, and the {len(tracked)} that are tracked"
         )
     points = np.linspace(shortest, longest, num_target_points)
     moved = np.zeros(points.shape, dtype=bool)
@@ -201,7 +201,7 @@ def _draw(axes: Axes, lengths: _Floats, errors: _Floats, tracked: _Floats, title
 
 
 def _mark(axes: Axes, tracked: _Floats, size: float) -> None:
-    """Lines at the tracked lengths, and one key above the axes: texts at the lines would collide where lines are close."""
+    """Lines at the tracked lengths, and one key above the axes: texts at close lines would collide."""
     for sigma_rel in tracked:
         line = axes.axvline(sigma_rel, color=_TRACKED, linewidth=1.2, linestyle=(0, (5, 4)), zorder=1)
     if tracked.size:

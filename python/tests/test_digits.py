@@ -1,4 +1,4 @@
-"""The worked example, on a short training: what it finds out is no matter, that every piece works and its bounds hold is."""
+"""The worked example, on a short training: not what it finds out, but that every piece works and its bounds hold."""
 
 from __future__ import annotations
 
