@@ -61,9 +61,7 @@ def main() -> None:
     peers = trackers.import_peers(options.peers.resolve()) if options.peers else None
     if peers is None:
         print("pytorch-posthoc-ema and ema-pytorch are left out: no --peers DIR", file=sys.stderr)
-    updates = [
-        compare_updates(options.device, peers, name, dtype, size) for name in size.models for dtype in DTYPES
-    ]
+    updates = [compare_updates(options.device, peers, name, dtype, size) for name in size.models for dtype in DTYPES]
     report = {
         **about(options.device),
         "updates": updates,

@@ -124,7 +124,9 @@ def plot_reconstruction_errors(
 
     # No pyplot: its list of figures belongs to the user.
     figure = Figure(figsize=figsize, dpi=_DOTS_PER_INCH, layout="constrained", facecolor="white")
-    _draw(figure.add_subplot(), lengths, values, tracked, title or "Error of synthesized averages")
+    # Text keeps its share of a smaller picture.
+    size = 15.0 * min(figsize[0] / 10.0, figsize[1] / 6.0)
+    _draw(figure.add_subplot(), lengths, values, tracked, title or "Error of synthesized averages", size)
     return _rendered(figure)
 
 
@@ -180,10 +182,8 @@ def target_points(
     return sorted(points.tolist())
 
 
-def _draw(axes: Axes, lengths: _Floats, errors: _Floats, tracked: _Floats, title: str) -> None:
+def _draw(axes: Axes, lengths: _Floats, errors: _Floats, tracked: _Floats, title: str, size: float) -> None:
     """The curve, the tracked lengths as lines, and what the axes mean."""
-    width, height = axes.figure.get_size_inches()
-    size = 15.0 * min(width / 10.0, height / 6.0)
     top = max(float(errors.max()), _LEAST)
     bottom = top / 10.0**_DECADES
     # Below the axis, so that the line leaves it; zero has no place on a logarithmic one.
