@@ -194,7 +194,7 @@ def _least_squares(gammas: _Floats, times: _Floats, target_gamma: float) -> _Flo
     profiles share their weight.
     """
     gram = _p_dot_p(times[:, None], gammas[:, None], times[None, :], gammas[None, :])
-    right = _p_dot_p(times, gammas, times[-1], np.float64(target_gamma))
+    right = _p_dot_p(times, gammas, times[-1], np.asarray(target_gamma))
     scale = 1.0 / np.sqrt(np.diagonal(gram))
     return scale * np.linalg.lstsq(scale[:, None] * gram * scale, scale * right, rcond=None)[0]
 

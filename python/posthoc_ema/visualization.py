@@ -124,7 +124,9 @@ def plot_reconstruction_errors(
 
     # No pyplot: its list of figures belongs to the user.
     figure = Figure(figsize=figsize, dpi=_DOTS_PER_INCH, layout="constrained", facecolor="white")
-    _draw(figure.add_subplot(), lengths, values, tracked, title or "Error of synthesized averages")
+    # Text keeps its share of a smaller picture.
+    size = 15.0 * min(figsize[0] / 10.0, figsize[1] / 6.0)
+    _draw(figure.add_subplot(), lengths, values, tracked, title or "Error of synthesized averages", size)
     return _rendered(figure)
 
 
@@ -170,7 +172,7 @@ def target_points(
     tracked = {float(sigma_rel) for sigma_rel in sigma_rels if shortest <= sigma_rel <= longest}
     if num_target_points < max(1, len(tracked)):
         raise ValueError(
-            f"num_target_points = {num_target_points}: give at least 1, and at least the {len(tracked)} that are tracked"
+            f"num_target_points = {num_target_points}: at least 1, and the {len(tracked)} that are tracked"
         )
     points = np.linspace(shortest, longest, num_target_points)
     moved = np.zeros(points.shape, dtype=bool)
@@ -180,10 +182,8 @@ def target_points(
     return sorted(points.tolist())
 
 
-def _draw(axes: Axes, lengths: _Floats, errors: _Floats, tracked: _Floats, title: str) -> None:
+def _draw(axes: Axes, lengths: _Floats, errors: _Floats, tracked: _Floats, title: str, size: float) -> None:
     """The curve, the tracked lengths as lines, and what the axes mean."""
-    width, height = axes.figure.get_size_inches()
-    size = 15.0 * min(width / 10.0, height / 6.0)
     top = max(float(errors.max()), _LEAST)
     bottom = top / 10.0**_DECADES
     # Below the axis, so that the line leaves it; zero has no place on a logarithmic one.
@@ -201,7 +201,7 @@ def _draw(axes: Axes, lengths: _Floats, errors: _Floats, tracked: _Floats, title
 
 
 def _mark(axes: Axes, tracked: _Floats, size: float) -> None:
-    """Lines at the tracked lengths, and one key above the axes: texts at the lines would collide where lines are close."""
+    """Lines at the tracked lengths, and one key above the axes: texts at close lines would collide."""
     for sigma_rel in tracked:
         line = axes.axvline(sigma_rel, color=_TRACKED, linewidth=1.2, linestyle=(0, (5, 4)), zorder=1)
     if tracked.size:
