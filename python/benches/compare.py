@@ -101,6 +101,7 @@ def model_of(matrices: int, side: int, vectors: int, dtype: torch.dtype, device:
 def all_trackers(model: nn.Module, folder: Path, peers: Any, update_every: int) -> list[trackers.Tracker]:
     """Those that can be compared on this machine; the first is this package, its averages on the host."""
     found: list[trackers.Tracker] = [trackers.PosthocEma(model, folder / "host", update_every, "cpu")]
+    found.append(trackers.PosthocEma(model, folder / "plain", update_every, "cpu", compensated=False))
     if next(model.parameters()).is_cuda:
         if _native.CUDA:
             found.append(trackers.PosthocEma(model, folder / "device", update_every, "cuda"))

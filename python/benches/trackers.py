@@ -47,10 +47,12 @@ class PosthocEma:
 
     tolerance = 2e-6
 
-    def __init__(self, model: nn.Module, directory: Path, update_every: int, device: str):
+    def __init__(self, model: nn.Module, directory: Path, update_every: int, device: str, compensated: bool = True):
         self.name = "posthoc-ema" if device == "cpu" else "posthoc-ema, averages on the device"
         if device == "cpu" and next(model.parameters()).is_cuda:
             self.name = "posthoc-ema, averages on the host"
+        if not compensated:
+            self.name += ", uncompensated as the others"
         self.model = model
         self.ema = posthoc_ema.PostHocEMA.from_model(
             model,
@@ -60,6 +62,7 @@ class PosthocEma:
             checkpoint_every=NEVER,
             update_after_step=0,
             device=device,
+            compensated=compensated,
         )
 
     def update(self) -> None:

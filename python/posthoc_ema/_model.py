@@ -76,6 +76,11 @@ class MappingTensors:
         self.model = model
         self._lender = Lender(list(model.items()))
 
+    @property
+    def names(self) -> list[str]:
+        """The names as they were last listed, in the model's order."""
+        return self._lender.names
+
     def lender(self) -> Lender:
         """The tensors as they are now."""
         same = self._lender.names == list(self.model) and all(
@@ -140,6 +145,11 @@ class ModuleTensors:
 
     def _is_wanted(self, name: str, key: str, tensor: Any) -> bool:
         return not self._only_save_diff or tensor.requires_grad or key in BATCH_STATISTICS or name in self.keep
+
+    @property
+    def names(self) -> list[str]:
+        """The names as they were last listed, in the order of the state dict."""
+        return self._lender.names
 
     def lender(self) -> Lender:
         """The tensors as they are now."""

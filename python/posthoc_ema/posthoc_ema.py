@@ -17,7 +17,7 @@ from ._checks import Counter, check_calculation_dtype, check_device, check_old_c
 from ._lend import is_torch, torch_module
 from ._model import MappingTensors, ModuleTensors, tensors_of
 from ._progress import Progress, following
-from .profiles import Plan, Profile, Target, as_profile, to_json
+from .profiles import Plan, Profile, Target, as_profile, plan, to_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -405,7 +405,15 @@ class PostHocEMA:
         total = source.bytes_to_read(jsons, step) if isinstance(source, _native.Run) else None
         with following(progress, total, "synthesizing") as told:
             source.load_into(jsons, *at, fresh.layout, fresh.addresses(), told)
-        return [{**target, **{name: target[kept] for name, kept in tied.items()}} for target in fresh.targets]
+        for target in fresh.targets:
+            target.update({name: target[kept] for name, kept in tied.items()})
+        return [self._in_order(target) for target in fresh.targets]
+
+    def _in_order(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The tensors as the model has them, where that is known: some zip the values with a model's."""
+        names = self._tensors.names if self._tensors is not None else []
+        known = {name: state_dict[name] for name in names if name in state_dict}
+        return known | {name: tensor for name, tensor in state_dict.items() if name not in known}
 
     def write(
         self,
@@ -480,24 +488,28 @@ class PostHocEMA:
     def reconstruction_error(self, target_sigma_rel_range: tuple[float, float] | None = None) -> Image.Image:
         """A picture of how well each length can be synthesized: the relative error over sigma_rel.
 
-        Of the snapshots and averages there are, or before the first update, of those there will be after
-        ``max_checkpoints * checkpoint_every`` steps.
+        Of the snapshots and averages there are; before the first update, of those there will be when there are
+        `max_checkpoints`.
 
         Args:
             target_sigma_rel_range: smallest and largest sigma_rel; 0.05 and 0.28 where it is not given.
 
         Returns:
-            A PNG picture.
+            A picture of PIL.
         """
         from . import visualization
 
-        sources = self.sigma_rels
-        if self._tracker is not None and self._tracker.last_update is None:
-            options = {key: self._options[key] for key in ("max_checkpoints", "update_every", "checkpoint_every")}
-            return visualization.reconstruction_error(sources, target_sigma_rel_range, **options)
-        targets = visualization.target_points(sources, target_sigma_rel_range)
-        errors = [plan.relative_error for plan in self.plan(targets)]
-        return visualization.plot_reconstruction_errors(targets, errors, sources)
+        targets = visualization.target_points(self.sigma_rels, target_sigma_rel_range)
+        before = self._tracker is not None and self._tracker.last_update is None
+        plans = self._forecast(targets) if before else self.plan(targets)
+        return visualization.plot_reconstruction_errors(targets, [p.relative_error for p in plans], self.sigma_rels)
+
+    def _forecast(self, targets: list[float]) -> list[Plan]:
+        """What can be expected of a training that fills the checkpoints."""
+        schedule = ("max_checkpoints", "update_every", "update_after_step", "checkpoint_every")
+        options = {name: self._options[name] for name in schedule}
+        steps = options["update_after_step"] + options["max_checkpoints"] * options["checkpoint_every"]
+        return plan(targets, steps=steps, profiles=self.profiles, **options)
 
     def verify(self) -> None:
         """Reads every byte of every snapshot and compares its checksum.

@@ -131,6 +131,8 @@ def test_classical_averages_beside_power_functions(run_dir: Path) -> None:
     for index, profile in enumerate([Profile.sigma_rel(0.1), Profile.beta(0.99), Profile.half_life(30)]):
         got = ema.ema_models[index].ema_model.weight.detach().double().numpy()
         assert np.allclose(got, exact(profile, times, values), rtol=0, atol=1e-6)
+    other = PostHocEMA.from_model(torch.nn.Linear(1, 1), run_dir.parent / "other", betas=(0.99, 0.999))
+    assert other.reconstruction_error().size > (100, 100)
     uniform = ema.synthesize([Profile.uniform(fraction=0.5), Profile.linear(200)])
     assert all(torch.isfinite(target["weight"]).all() for target in uniform)
 
