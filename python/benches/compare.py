@@ -118,6 +118,8 @@ def compare_updates(device: str, peers: Any, name: str, dtype: str, size: Size) 
     model = model_of(*size.models[name], DTYPES[dtype], device)
     with tempfile.TemporaryDirectory() as folder:
         compared = [*all_trackers(model, Path(folder), peers, update_every=1), trackers.Foreach(model)]
+        if dtype != "f32":
+            compared.append(trackers.ForeachOfFloats(model))
         for tracker in compared:
             trackers.check(tracker, model)
         work = {tracker.name: tracker.update for tracker in compared}

@@ -155,6 +155,22 @@ class Foreach:
         return ((update - 1) / update) ** (gamma + 1)
 
 
+class ForeachOfFloats(Foreach):
+    """As :class:`Foreach`, without memory of its own for converted parameters: each average converts them for itself."""
+
+    name = "torch._foreach_lerp_ of p.float()"
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.converted = []
+
+    def update(self) -> None:
+        self.updates += 1
+        for averages, gamma in zip(self.both, GAMMAS):
+            floats = [parameter.float() for parameter in self.parameters]
+            torch._foreach_lerp_(averages, floats, 1.0 - self.decay(self.updates, gamma))
+
+
 def own_tolerance(model: nn.Module) -> float:
     """A few roundings of averages in the parameters' own dtype."""
     return 16.0 * torch.finfo(next(model.parameters()).dtype).eps

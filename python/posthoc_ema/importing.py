@@ -64,7 +64,10 @@ def import_run(
     """
     tracked = [*map(Profile.sigma_rel, sigma_rels), *map(Profile.gamma, gammas)]
     folder = Path(source)
-    total = sum(path.stat().st_size for path in folder.glob("*.pt")) if folder.is_dir() else None
+
+    def total() -> int | None:
+        return sum(path.stat().st_size for path in folder.glob("*.pt")) if folder.is_dir() else None
+
     with following(progress, total, "importing") as told:
         snapshots, steps, written, notes = _native.import_run(
             folder,

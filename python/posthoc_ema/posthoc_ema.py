@@ -402,7 +402,10 @@ class PostHocEMA:
         specs, tied = source.tensors(), source.tied()
         averaged = [name for name, own, _ in specs if own in ("F32", "F16", "BF16", "F64")]
         fresh = _results.Fresh(specs, len(jsons), _results.stored_name(dtype), self._of_torch, averaged)
-        total = source.bytes_to_read(jsons, step) if isinstance(source, _native.Run) else None
+
+        def total() -> int | None:
+            return source.bytes_to_read(jsons, step) if isinstance(source, _native.Run) else None
+
         with following(progress, total, "synthesizing") as told:
             source.load_into(jsons, *at, fresh.layout, fresh.addresses(), told)
         for target in fresh.targets:
@@ -449,7 +452,7 @@ class PostHocEMA:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in names]
-        with following(progress, run.bytes_to_read(jsons, step), "synthesizing") as told:
+        with following(progress, lambda: run.bytes_to_read(jsons, step), "synthesizing") as told:
             run.write(jsons, step, paths, _results.stored_name(dtype), device, told)
         return paths
 
