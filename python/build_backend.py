@@ -5,7 +5,9 @@
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,26 +26,55 @@ def _nvcc():
     return shutil.which("nvcc")
 
 
+# Older ones do not know an option that the kernels are compiled with.
+_OLDEST = (12, 8)
+
+
+def _version(nvcc):
+    """The version of nvcc as two numbers, or None where it cannot be started."""
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def _with_cuda():
     wanted = os.environ.get("POSTHOC_EMA_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         raise SystemExit(f"POSTHOC_EMA_CUDA={wanted}: it is 1 (with CUDA), 0 (without) or auto")
-    return wanted == "1" or (wanted == "auto" and _nvcc() is not None)
+    if wanted != "auto":
+        return wanted == "1"
+    nvcc = _nvcc()
+    version = _version(nvcc) if nvcc else None
+    if nvcc and (version is None or version < _OLDEST):
+        found = "cannot be started" if version is None else "is version {}.{}".format(*version)
+        print(f"posthoc-ema: building without CUDA kernels: {nvcc} {found}, and 12.8 is needed", file=sys.stderr)
+        return False
+    return nvcc is not None
 
 
-def _choose():
+def _choose(config_settings):
     """Tells maturin which features to build, unless the caller has."""
     arguments = os.environ.get("MATURIN_PEP517_ARGS", "")
-    if "--features" not in arguments and _with_cuda():
+    own = "build-args" in (config_settings or {}) or "--features" in arguments
+    if own:
+        if os.environ.get("POSTHOC_EMA_CUDA") == "1":
+            raise SystemExit(
+                "POSTHOC_EMA_CUDA=1 beside arguments for maturin: give `--features cuda` among these instead"
+            )
+        return
+    if _with_cuda():
         print("posthoc-ema: building with CUDA kernels (POSTHOC_EMA_CUDA=0 leaves them out)", file=sys.stderr)
         os.environ["MATURIN_PEP517_ARGS"] = f"{arguments} --features cuda".strip()
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    _choose()
+    _choose(config_settings)
     return maturin.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    _choose()
+    _choose(config_settings)
     return maturin.build_editable(wheel_directory, config_settings, metadata_directory)

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import _native
 from ._lend import HOST, dtype_name, torch_module
-from ._model import plain_name, unwrap
+from ._model import ModuleTensors, unwrap
 from ._results import Specs
 from .profiles import Profile, to_json
 
@@ -19,19 +19,32 @@ def copy_on_cpu(model: Any) -> Any:
     torch = torch_module()
     assert torch is not None
     model, memo = unwrap(model), {}
+    made: dict[Any, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
-        twin = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        # Several tensors that share their elements go on sharing them.
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        elements = made.get(place)
+        if elements is None or tensor.numel() == 0:
+            elements = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            made[place] = elements
         if isinstance(tensor, torch.nn.Parameter):
-            twin = torch.nn.Parameter(twin, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = twin
+            memo[id(tensor)] = torch.nn.Parameter(elements, requires_grad=tensor.requires_grad)
+        else:
+            memo[id(tensor)] = elements.detach()
     return copy.deepcopy(model, memo)
 
 
 def addresses_in(module: Any, specs: Specs) -> tuple[_native.Layout, list[int]]:
     """Where the tensors of a synthesis lie in a copy of the model, in the copy's dtypes."""
-    own = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    own = named_tensors(module)
     described = [(name, dtype_name(name, own[name].dtype), shape, HOST) for name, _, shape in specs]
     return _native.Layout(described), [own[name].data_ptr() for name, _, _ in specs]
+
+
+def named_tensors(module: Any) -> dict[str, Any]:
+    """A module's tensors by the names of the run, whatever its state dict calls them."""
+    tensors = ModuleTensors(module).lender()
+    return dict(zip(tensors.names, tensors.tensors))
 
 
 class TrackedAverage:

@@ -10,11 +10,18 @@ from . import _native
 from ._lend import torch_module
 from ._results import stored_name
 
+STATE = "state.safetensors"
+"""The live state within a run."""
+
+DEFAULTS = {"update_every": 10, "update_after_step": 100, "checkpoint_every": 1000, "max_checkpoints": 20}
+"""Of a new run, as pytorch-posthoc-ema has them."""
+
 
 class Counter:
     """In the place of updates on a process that is switched off: counts steps."""
 
-    steps = 0
+    def __init__(self, steps: int = 0):
+        self.steps = steps
 
     def __call__(self) -> bool:
         self.steps += 1
@@ -29,7 +36,10 @@ def refuse(directory: Path) -> bool:
     )
 
 
-def count(name: str, value: Any) -> int:
+def count(name: str, value: Any) -> int | None:
+    """A whole number, where one is given."""
+    if value is None:
+        return None
     if isinstance(value, bool) or int(value) != value or value < 0:
         raise ValueError(f"{name} = {value!r}: must be a whole number, 0 or more")
     return int(value)

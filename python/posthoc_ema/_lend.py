@@ -74,7 +74,8 @@ class Facts(NamedTuple):
 
     dtype: Any
     shape: tuple[int, ...]
-    stride: tuple[int, ...] | None
+    stride: tuple[int, ...]
+    device: Any
 
 
 def as_array(name: str, tensor: Any) -> Any:
@@ -120,15 +121,28 @@ class Lender:
             indirect = set(self._indirect)
             self._dtypes = [facts.dtype for facts in self._facts]
             self._numels = [tensor.numel() for tensor in self.tensors]
-            self._devices = [tensor.device for tensor in self.tensors]
             self._direct = [tensor for i, tensor in enumerate(self.tensors) if i not in indirect]
             self._addresses = [tensor.data_ptr() for tensor in self.tensors]
+
+        self._check_storages()
+
+    def _check_storages(self) -> None:
+        """Refuses tensors that reach beyond their storage, which somebody has made smaller."""
+        for name, tensor, of_torch in zip(self.names, self.tensors, self._torch):
+            if not of_torch or tensor.numel() == 0:
+                continue
+            last = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+            if (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError(
+                    f"tensor `{name}`: it reaches beyond its storage, which has been made smaller: "
+                    f"call this while its elements are there"
+                )
 
     def _facts_of(self, i: int) -> Facts:
         tensor = self.tensors[i]
         if self._torch[i]:
-            return Facts(tensor.dtype, tensor.shape, tensor.stride())
-        return Facts(tensor.dtype, tensor.shape, tensor.strides)
+            return Facts(tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        return Facts(tensor.dtype, tensor.shape, tensor.strides, None)
 
     def _place(self, i: int) -> int:
         tensor = self.tensors[i]
@@ -137,7 +151,7 @@ class Lender:
     def _is_direct(self, i: int) -> bool:
         tensor = self.tensors[i]
         if not self._torch[i]:
-            return bool(tensor.flags.c_contiguous)
+            return bool(tensor.flags.c_contiguous) and tensor.dtype.isnative
         reachable = tensor.device.type == "cpu" or (tensor.is_cuda and cuda_usable())
         return reachable and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
@@ -152,9 +166,9 @@ class Lender:
         tensors, kind = self.tensors, self._kind
         addresses = list(map(kind.data_ptr, tensors))
         if addresses != self._addresses:
-            same = all(self._facts_of(i) == facts for i, facts in enumerate(self._facts))
-            if not same or [tensor.device for tensor in tensors] != self._devices:
+            if any(self._facts_of(i) != facts for i, facts in enumerate(self._facts)):
                 return False
+            self._check_storages()
             self._addresses = addresses
         return (
             all(map(operator.is_, [tensor.dtype for tensor in tensors], self._dtypes))
@@ -179,7 +193,7 @@ class Lender:
         """A contiguous copy that the native part can reach."""
         tensor = self.tensors[i]
         if not self._torch[i]:
-            return np.ascontiguousarray(tensor)
+            return np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("="))
         torch = torch_module()
         device = tensor.device if tensor.is_cuda and cuda_usable() else "cpu"
         assert torch is not None
@@ -191,14 +205,27 @@ class Lender:
         if not self._indirect and self._all_torch:
             yield list(map(self._kind.data_ptr, self.tensors)), self.stream
             return
-        copies = {i: self._copy(i) for i in self._indirect}
+        # In a variable: the copies must live until the block is left.
+        copies = self._copies()
         yield self._with(copies), self.stream
+        del copies
+
+    def _copies(self) -> dict[int, Any]:
+        """Contiguous copies of what cannot be lent where it lies; names that share their elements share the copy."""
+        made: dict[Any, Any] = {}
+        copies = {}
+        for i in self._indirect:
+            place = (self._torch[i], self._address(i), self._facts[i])
+            if place not in made:
+                made[place] = self._copy(i)
+            copies[i] = made[place]
+        return copies
 
     @contextmanager
     def writing(self) -> Iterator[tuple[list[int], int]]:
         """Addresses and stream, for as long as the tensors are written; what they held is there before."""
         self._check_writable()
-        copies = {i: self._copy(i) for i in self._indirect}
+        copies = self._copies()
         yield self._with(copies), self.stream
         for i, copy in copies.items():
             if self._torch[i]:
@@ -218,6 +245,15 @@ class Lender:
         return addresses
 
     def _check_writable(self) -> None:
-        for name, tensor, of_torch in zip(self.names, self.tensors, self._torch):
-            if not of_torch and not tensor.flags.writeable:
-                raise ValueError(f"tensor `{name}`: the array is read-only: pass a copy")
+        """Refuses, before anything is written, what cannot be."""
+        for name, own, tensor, of_torch in zip(self.names, self.originals, self.tensors, self._torch):
+            if own is not tensor:
+                # DLPack does not tell whether its owner allows it.
+                reason = "it came by DLPack, which is for reading here: pass a tensor of PyTorch or an array of numpy"
+            elif not of_torch and not tensor.flags.writeable:
+                reason = "the array is read-only: pass a copy"
+            elif of_torch and any(step == 0 and n > 1 for n, step in zip(tensor.shape, tensor.stride())):
+                reason = "elements share memory (it was expanded): name it in `leave_out`, or give it its own"
+            else:
+                continue
+            raise ValueError(f"tensor `{name}`: {reason}")

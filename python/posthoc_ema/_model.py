@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
-from ._lend import Lender, torch_module
+from ._lend import Lender, dtype_name, torch_module
 
 # Saved whatever requires grad: without them an averaged network with batch normalisation cannot be evaluated.
 BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -15,7 +16,7 @@ BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _WRAPPERS = {"DistributedDataParallel", "DataParallel", "DeepSpeedEngine", "FullyShardedDataParallel"}
 
 # What wrappers put into the names of parameters, wherever they stand.
-_IN_NAMES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_IN_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def unwrap(module: Any) -> Any:
@@ -31,9 +32,7 @@ def unwrap(module: Any) -> Any:
 
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers have put into it."""
-    for part in _IN_NAMES:
-        name = name.replace(part, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _IN_NAMES)
 
 
 def check_tensor(name: str, tensor: Any) -> None:
@@ -52,6 +51,11 @@ def check_tensor(name: str, tensor: Any) -> None:
         reason = (
             "ZeRO-3 has put its elements elsewhere: call this within `deepspeed.zero.GatheredParameters(params)`, "
             "for the methods that write with `modifier_rank=0`"
+        )
+    elif type(tensor).__name__ == "FlatParameter" or hasattr(tensor, "_fsdp_flattened"):
+        reason = (
+            "FSDP has cut it into shards: call this within `FullyShardedDataParallel.summon_full_params(model)`, or pass "
+            "a mapping of names to gathered tensors"
         )
     elif hasattr(tensor, "to_local") and hasattr(tensor, "device_mesh"):
         reason = (
@@ -75,6 +79,10 @@ class MappingTensors:
     def __init__(self, model: Mapping[str, Any]):
         self.model = model
         self._lender = Lender(list(model.items()))
+
+    def patterns_in_use(self, patterns: Sequence[str]) -> list[str]:
+        """All of them: whatever a mapping holds must be fit to be lent."""
+        return list(patterns)
 
     @property
     def names(self) -> list[str]:
@@ -101,13 +109,24 @@ class ModuleTensors:
         module: what is to be tracked; wrappers are looked through.
         only_save_diff: leave out parameters that do not require grad, and buffers but for those of batch normalisation.
         keep: names that stay, whether or not they require grad by now.
+        leave_out: names and globs; what they stand for may be of any kind.
     """
 
-    def __init__(self, module: Any, only_save_diff: bool = False, keep: Container[str] = ()):
+    def __init__(
+        self, module: Any, only_save_diff: bool = False, keep: Container[str] = (), leave_out: Sequence[str] = ()
+    ):
         self.model = module
         self._only_save_diff = only_save_diff
         self.keep = keep
+        self._leave_out = leave_out
         self._list()
+
+    def patterns_in_use(self, patterns: Sequence[str]) -> list[str]:
+        """Those that stand for a tensor that is lent, and those that stand for none at all, for the error."""
+        lent, unfit = self.names, self._unfit
+        return [
+            p for p in patterns if any(_stands_for(p, n) for n in lent) or not any(_stands_for(p, n) for n in unfit)
+        ]
 
     def _list(self) -> None:
         """Looks through the module."""
@@ -116,6 +135,8 @@ class ModuleTensors:
         self._children: list[tuple[dict[str, Any], str]] = []
         self._parameters: list[tuple[dict[str, Any], str]] = []
         self._absent: list[tuple[dict[str, Any], str]] = []
+        # What cannot be lent, and is left out.
+        self._unfit: list[str] = []
         chosen: dict[str, tuple[dict[str, Any], str]] = {}
         for prefix, module in unwrap(self.model).named_modules(remove_duplicate=False):
             parameters, buffers, children = module._parameters, module._buffers, module._modules
@@ -127,8 +148,7 @@ class ModuleTensors:
                 name = plain_name(f"{prefix}.{key}" if prefix else key)
                 if name in chosen:
                     raise ValueError(f"tensor `{name}`: two tensors have this name once wrappers' parts are taken out")
-                if self._is_wanted(name, key, dictionary[key]):
-                    check_tensor(name, dictionary[key])
+                if self._is_wanted(name, key, dictionary[key]) and self._is_fit(name, dictionary[key]):
                     chosen[name] = (dictionary, key)
         self._sizes = list(map(len, self._dictionaries))
         self._child_modules = [children[key] for children, key in self._children]
@@ -142,6 +162,17 @@ class ModuleTensors:
         buffers = [key for key in module._buffers if key not in module._non_persistent_buffers_set]
         places = [(module._parameters, key) for key in module._parameters] + [(module._buffers, key) for key in buffers]
         return [(dictionary, key) for dictionary, key in places if dictionary[key] is not None]
+
+    def _is_fit(self, name: str, tensor: Any) -> bool:
+        try:
+            check_tensor(name, tensor)
+            dtype_name(name, tensor.dtype)
+        except ValueError:
+            if not any(_stands_for(pattern, name) for pattern in self._leave_out):
+                raise
+            self._unfit.append(name)
+            return False
+        return True
 
     def _is_wanted(self, name: str, key: str, tensor: Any) -> bool:
         return not self._only_save_diff or tensor.requires_grad or key in BATCH_STATISTICS or name in self.keep
@@ -175,7 +206,14 @@ class ModuleTensors:
         return [parameters[key].requires_grad for parameters, key in self._parameters]
 
 
-def tensors_of(model: Any, only_save_diff: bool = False, keep: Container[str] = ()) -> ModuleTensors | MappingTensors:
+def _stands_for(pattern: str, name: str) -> bool:
+    """Whether a name, or a glob, stands for a tensor."""
+    return pattern == name or fnmatchcase(name, pattern)
+
+
+def tensors_of(
+    model: Any, only_save_diff: bool = False, keep: Container[str] = (), leave_out: Sequence[str] = ()
+) -> ModuleTensors | MappingTensors:
     """What can be lent of a model.
 
     Raises:
@@ -185,7 +223,7 @@ def tensors_of(model: Any, only_save_diff: bool = False, keep: Container[str] = 
         return MappingTensors(model)
     torch = torch_module()
     if torch is not None and isinstance(unwrap(model), torch.nn.Module):
-        return ModuleTensors(model, only_save_diff, keep)
+        return ModuleTensors(model, only_save_diff, keep, leave_out)
     raise TypeError(
         f"{type(model).__name__} is no model: pass a module of PyTorch, or a mapping of names to tensors or arrays"
     )

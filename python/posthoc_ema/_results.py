@@ -49,7 +49,8 @@ def _torch_tensor(name: str, dtype: str, shape: list[int]) -> Any:
     own = getattr(torch, _NAMES.get(dtype, ""), None)
     if own is None:
         raise ValueError(f"tensor `{name}`: PyTorch has no dtype {dtype}")
-    return torch.empty(shape, dtype=own)
+    # Wherever fresh tensors go by default: the native part writes these.
+    return torch.empty(shape, dtype=own, device="cpu")
 
 
 def _numpy_array(name: str, dtype: str, shape: list[int]) -> Any:

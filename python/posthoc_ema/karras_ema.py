@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from . import _native
-from ._averages import addresses_in, copy_on_cpu
+from ._averages import addresses_in, copy_on_cpu, named_tensors
 from ._lend import torch_module
-from ._model import ModuleTensors, plain_name
+from ._model import ModuleTensors
 from ._swap import check_own_weights
 from .profiles import Profile
 
@@ -90,14 +90,14 @@ class KarrasEMA:
         Raises:
             ValueError: for a model whose tensors are not those at the first update, naming the first difference.
         """
+        due = self._calls % self.update_every == 0 and not (self.frozen and self._tracker is not None)
+        if due:
+            self._fold(self._tensors, self._calls + 1)
         self._calls += 1
-        if (self._calls - 1) % self.update_every or (self.frozen and self._tracker is not None):
-            return
-        check_own_weights(self.model)
-        self._fold(self._tensors, self._calls)
 
     def _fold(self, tensors: ModuleTensors, time: int) -> None:
         lender = tensors.lender()
+        check_own_weights(lender.tensors)
         with lender.reading() as (addresses, stream):
             if self._tracker is None:
                 self._tracker = self._start(lender.names, (lender.layout, addresses, stream))
@@ -114,9 +114,8 @@ class KarrasEMA:
             "device": self._device,
         }
         directory = tempfile.mkdtemp(prefix="posthoc-ema-")
-        tracker = _native.Tracker.open(directory, "create", json.dumps(options), *lent)
         weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
-        return tracker
+        return _native.Tracker.open(directory, "create", json.dumps(options), *lent)
 
     @property
     def ema_model(self) -> Any:
@@ -139,8 +138,8 @@ class KarrasEMA:
         torch = torch_module()
         assert torch is not None
         names = self._tensors.lender().names
-        held = {plain_name(name): tensor for name, tensor in self.ema_model.state_dict().items()}
-        state = {name: held[name].clone() for name in names}
+        held = named_tensors(self.ema_model)
+        state = {name: held[name].detach().clone() for name in names}
         return {**state, "initted": torch.tensor(self._tracker is not None), "step": torch.tensor(self._calls)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -153,7 +152,7 @@ class KarrasEMA:
         """
         calls, begun = int(state_dict["step"]), bool(state_dict["initted"])
         names = self._tensors.lender().names
-        own = {plain_name(name): tensor for name, tensor in self._module.state_dict(keep_vars=True).items()}
+        own = named_tensors(self._module)
         for name in names:
             own[name].data.copy_(state_dict[name])
         self._tracker = self._shown = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from . import _native, _results, _swap
 from ._averages import TrackedAverage
-from ._checks import Counter, check_calculation_dtype, check_device, check_old_checkpoints, count, rank, refuse
-from ._lend import is_torch, torch_module
+from ._checks import (
+    DEFAULTS,
+    STATE,
+    Counter,
+    check_calculation_dtype,
+    check_device,
+    check_old_checkpoints,
+    count,
+    rank,
+    refuse,
+)
+from ._lend import Lender, is_torch, torch_module
 from ._model import MappingTensors, ModuleTensors, tensors_of
 from ._progress import Progress, following
 from .profiles import Plan, Profile, Target, as_profile, plan, to_json
@@ -56,8 +66,11 @@ class PostHocEMA:
     # Empty where the run is only read.
     _options: dict[str, Any]
     _only_save_diff = False
+    _leave_out: tuple[str, ...] = ()
     # Whether a synthesis gives tensors of PyTorch, or arrays of numpy.
     _of_torch = True
+    # The step at which a tracker was closed.
+    _closed_at: int | None = None
     # Counts a step at which nothing is due.
     _skip: Callable[[], bool]
 
@@ -66,14 +79,14 @@ class PostHocEMA:
         cls,
         model: Model,
         checkpoint_dir: str | os.PathLike[str],
-        max_checkpoints: int = 20,
+        max_checkpoints: int | None = None,
         sigma_rels: Iterable[float] | None = None,
-        update_every: int = 10,
-        checkpoint_every: int = 1000,
+        update_every: int | None = None,
+        checkpoint_every: int | None = None,
         checkpoint_dtype: Any = None,
         calculation_dtype: Any = None,
         only_save_diff: bool = False,
-        update_after_step: int = 100,
+        update_after_step: int | None = None,
         *,
         gammas: Iterable[float] = (),
         betas: Iterable[float] = (),
@@ -81,25 +94,27 @@ class PostHocEMA:
         device: str = "cpu",
         resume: bool = False,
         average: Sequence[str] | None = None,
-        copy: Sequence[str] = (),
-        leave_out: Sequence[str] = (),
-        compensated: bool = True,
+        copy: Sequence[str] | None = None,
+        leave_out: Sequence[str] | None = None,
+        compensated: bool | None = None,
         rank_zero_only: bool = False,
     ) -> PostHocEMA:
         """Begins to track a model, or goes on with a run.
+
+        An option that is not given has its default in a new run, and on a resume what the run has.
 
         Args:
             model: a module of PyTorch (wrappers such as DistributedDataParallel and ``torch.compile`` are looked
                 through), or a mapping of names to tensors or arrays.
             checkpoint_dir: the run's directory; made where it is not there.
-            max_checkpoints: how many steps' snapshots are kept, the newest.
+            max_checkpoints: how many steps' snapshots are kept, the newest; default 20.
             sigma_rels: power-function profiles to track; 0.05 and 0.28 where no profile is given at all.
-            update_every: steps between updates.
-            checkpoint_every: steps between snapshots; the averages are updated at each.
+            update_every: steps between updates; default 10.
+            checkpoint_every: steps between snapshots, default 1000; the averages are updated at each.
             checkpoint_dtype: dtype of averages in snapshots, such as ``torch.float16``; each tensor's own where it is None.
             calculation_dtype: taken for compatibility; sums are always in f64.
             only_save_diff: track parameters that require grad and the statistics of batch normalisation, nothing else.
-            update_after_step: no update before this step.
+            update_after_step: no update before this step; default 100.
             gammas: power-function profiles to track, by exponent.
             betas: classical EMAs to track, by decay per training step (not per update).
             profiles: further profiles to track.
@@ -111,9 +126,9 @@ class PostHocEMA:
             copy: names or globs of tensors to copy from the newest update instead of averaging them.
             leave_out: names or globs of tensors to leave out altogether.
             compensated: keep a low-order term of each average, without which late updates are lost: 6 bytes a parameter
-                and profile instead of 4.
+                and profile instead of 4; the default.
             rank_zero_only: switch off on all processes of ``torch.distributed`` but that of rank 0, which there only
-                count steps. Under data parallelism all ranks hold the same parameters, and a run has one writer.
+                count steps, from where the run is. Under data parallelism all ranks hold the same parameters, and a run has one writer.
 
         Raises:
             ValueError: "already contains checkpoints" where there is a run and `resume` is not set, and for options or
@@ -125,27 +140,30 @@ class PostHocEMA:
         check_old_checkpoints(directory, "already contains checkpoints")
         tracked = [*map(Profile.sigma_rel, sigma_rels or ()), *map(Profile.gamma, gammas), *map(Profile.beta, betas)]
         tracked += profiles
-        options: dict[str, Any] = {
-            "profiles": [profile.to_dict() for profile in tracked],
+        given: dict[str, Any] = {
             "update_every": count("update_every", update_every),
             "update_after_step": count("update_after_step", update_after_step),
             "checkpoint_every": count("checkpoint_every", checkpoint_every),
             "max_checkpoints": count("max_checkpoints", max_checkpoints),
             "checkpoint_dtype": _results.stored_name(checkpoint_dtype),
-            "compensated": bool(compensated),
-            "copy": list(copy),
-            "leave_out": list(leave_out),
-            "device": str(device),
+            "compensated": compensated,
+            "average": average,
+            "copy": copy,
         }
-        if average is not None:
-            options["average"] = list(average)
+        options = {name: value for name, value in given.items() if value is not None}
+        options |= {"profiles": [profile.to_dict() for profile in tracked], "device": str(device)}
+        if not (resume and (directory / STATE).exists()):
+            options = {**DEFAULTS, **options}
         self = cls._bare(directory, options)
         if rank_zero_only and rank() != 0:
+            self._skip = Counter(_native.saved_step(directory) or 0 if resume else 0)
             return self
-        _swap.check_own_weights(model)
-        tensors = tensors_of(model, only_save_diff)
         check_device(device)
+        tensors = tensors_of(model, only_save_diff, leave_out=leave_out or ())
         lender = tensors.lender()
+        _swap.check_own_weights(lender.tensors)
+        if leave_out is not None:
+            options["leave_out"] = tensors.patterns_in_use(leave_out)
         try:
             with lender.reading() as (addresses, stream):
                 lent = (lender.layout, addresses, stream)
@@ -153,13 +171,14 @@ class PostHocEMA:
                     str(directory), "either" if resume else "create", json.dumps(options), *lent
                 )
         except FileExistsError as error:
+            go_on = f"there is no {STATE} to go on from" if resume else "go on with them with `resume=True`"
             raise ValueError(
-                f"{directory} already contains checkpoints: go on with them with `resume=True`, read them with "
-                f"`PostHocEMA.from_path`, or choose another directory"
+                f"{directory} already contains checkpoints: {go_on}, read them with `PostHocEMA.from_path`, "
+                f"or choose another directory"
             ) from error
         if isinstance(tensors, ModuleTensors):
             tensors.keep = frozenset(lender.names)
-        self._only_save_diff = only_save_diff
+        self._only_save_diff, self._leave_out = only_save_diff, tuple(leave_out or ())
         self._tracker, self._tensors, self._of_torch = tracker, tensors, any(map(is_torch, lender.tensors))
         self._skip = tracker.skip
         self.profiles = [Profile(text) for text in tracker.profiles()]
@@ -176,9 +195,8 @@ class PostHocEMA:
         update_every: int = 10,
         checkpoint_every: int = 1000,
         checkpoint_dtype: Any = None,
-        calculation_dtype: Any = None,
         only_save_diff: bool = False,
-        update_after_step: int = 100,
+        calculation_dtype: Any = None,
     ) -> PostHocEMA:
         """Opens a run to synthesize from; to go on training, use :meth:`from_model` with ``resume=True``.
 
@@ -207,7 +225,7 @@ class PostHocEMA:
         torch = torch_module() is not None or importlib.util.find_spec("torch") is not None
         self._of_torch, self._only_save_diff = torch, only_save_diff
         if model is not None:
-            self._tensors = tensors_of(model, only_save_diff)
+            self._tensors = tensors_of(model, only_save_diff, self._names(run))
             self._of_torch = any(map(is_torch, self._tensors.lender().tensors))
             self._track_models(self._tensors, directory)
         return self
@@ -241,11 +259,12 @@ class PostHocEMA:
                 once more before the next update.
         """
         if _swap.holding:
-            _swap.check_own_weights(model)
+            _swap.check_own_weights(self._tensors_of(model).lender().tensors)
         if self._skip():
             return
         assert self._tracker is not None
-        with self._lent(model) as lender, lender.reading() as (addresses, stream):
+        lender = self._tracked(model)
+        with lender.reading() as (addresses, stream):
             self._tracker.update(lender.layout, addresses, stream)
 
     def update_at_(self, time: int, model: Model) -> None:
@@ -255,28 +274,40 @@ class PostHocEMA:
         """
         if self._tracker is None:
             self._skip()
+            if isinstance(self._skip, Counter):
+                self._skip.steps = time
             return
-        with self._lent(model) as lender, lender.reading() as (addresses, stream):
+        lender = self._tracked(model)
+        with lender.reading() as (addresses, stream):
             self._tracker.update_at(time, lender.layout, addresses, stream)
 
-    @contextmanager
-    def _lent(self, model: Model) -> Iterator[Any]:
-        _swap.check_own_weights(model)
-        yield self._tensors_of(model).lender()
+    def _tracked(self, model: Model) -> Lender:
+        """The tensors of the model that trains; they are kept listed."""
+        self._tensors = self._tensors_of(model)
+        lender = self._tensors.lender()
+        _swap.check_own_weights(lender.tensors)
+        return lender
 
     def _tensors_of(self, model: Model) -> ModuleTensors | MappingTensors:
-        """The tensors of a model, listed anew only for another object than last time."""
-        if self._tensors is None or self._tensors.model is not model:
+        """The tensors of a model, listed anew only for another object than that of last time."""
+        if self._tensors is not None and self._tensors.model is model:
+            return self._tensors
+        if self._tracker is None:
+            keep: Container[str] = self._names(self._run())
+        else:
             keep = self._tensors.keep if isinstance(self._tensors, ModuleTensors) else ()
-            tensors = tensors_of(model, self._only_save_diff, keep)
-            if self._tracker is None:
-                return tensors
-            self._tensors = tensors
-        return self._tensors
+        return tensors_of(model, self._only_save_diff, keep, self._leave_out)
+
+    @staticmethod
+    def _names(run: _native.Run) -> frozenset[str]:
+        """The names that a run's tensors have in the model."""
+        return frozenset([name for name, _, _ in run.tensors()]) | frozenset(run.tied())
 
     @property
     def step(self) -> int:
         """The steps counted so far: where training goes on after a resume. Of a run opened by path, the newest snapshot's."""
+        if self._closed_at is not None:
+            return self._closed_at
         if self._tracker is not None:
             return self._tracker.step
         return self._skip.steps if isinstance(self._skip, Counter) else max(step for _, step in self._run().snapshots())
@@ -308,9 +339,10 @@ class PostHocEMA:
     def close(self) -> None:
         """Gives the run free for another tracker, without storing anything more: call :meth:`finish` or :meth:`save` before.
 
-        It happens by itself when nothing refers to this object any more.
+        What is stored can still be synthesized from. It happens by itself when nothing refers to this object any more.
         """
-        if self._tracker is not None:
+        if self._tracker is not None and self._closed_at is None:
+            self._closed_at = self._tracker.step
             self._tracker.close()
 
     def __enter__(self) -> PostHocEMA:
@@ -336,9 +368,10 @@ class PostHocEMA:
     ) -> Iterator[Model]:
         """The model with averaged weights, in place and in eval mode, for the length of a ``with`` block.
 
-        Afterwards, also when the block raises, every tensor has its own bits back, every part of the model its training
-        flag, and all is on the device where it was. The originals are kept in host memory meanwhile: one copy of the
-        tensors, none of them on the GPU. Blocks may be nested.
+        Afterwards, also when the block raises, every tensor of the run has its own bits back, every part of the model its
+        training flag, every parameter its gradient, and all is in the place and on the device where it was. The originals
+        are kept in host memory meanwhile, one copy of the tensors; only strided ones take memory on a GPU, while they are
+        written. Blocks may be nested. A backward pass after the block through what was computed in it fails, as it should.
 
         Args:
             model: the model that is tracked, or another of its structure.
@@ -353,11 +386,12 @@ class PostHocEMA:
         check_calculation_dtype(calculation_dtype)
         target = as_profile(sigma_rel)._json
         live = self._live(step)
+        swap: _swap.Swap
         if live is not None:
-            swap = lambda *lent: live.swap_in(target, *lent)  # noqa: E731
+            swap = partial(live.swap_in, target)
         else:
             run = self._run()
-            swap = lambda *lent: run.swap_in(target, step, *lent)  # noqa: E731
+            swap = partial(run.swap_in, target, step)
         with _swap.average_in(self._tensors_of(model), swap):
             yield model
 
@@ -400,8 +434,7 @@ class PostHocEMA:
         jsons = to_json(targets)
         source, at = self._source(step)
         specs, tied = source.tensors(), source.tied()
-        averaged = [name for name, own, _ in specs if own in ("F32", "F16", "BF16", "F64")]
-        fresh = _results.Fresh(specs, len(jsons), _results.stored_name(dtype), self._of_torch, averaged)
+        fresh = _results.Fresh(specs, len(jsons), _results.stored_name(dtype), self._of_torch, source.averaged())
 
         def total() -> int | None:
             return source.bytes_to_read(jsons, step) if isinstance(source, _native.Run) else None
@@ -477,15 +510,11 @@ class PostHocEMA:
         if self._tracker is None:
             self._skip()
             raise RuntimeError("this process does not track (rank_zero_only): switch on rank 0, and broadcast")
-        target = as_profile(sigma_rel)._json
-        with self._lent(model) as lender, lender.writing() as (addresses, stream):
+        target, lender = as_profile(sigma_rel)._json, self._tracked(model)
+        with lender.writing() as (addresses, stream):
             self._tracker.switch_to(target, lender.layout, addresses, stream)
-        torch = torch_module()
-        increment = getattr(getattr(getattr(torch, "autograd", None), "graph", None), "increment_version", None)
-        for tensor in lender.tensors:
-            # A backward pass through what was computed with the old weights then fails instead of being wrong.
-            if increment is not None and is_torch(tensor) and not tensor.is_inference():
-                increment(tensor)
+        # A backward pass through what was computed with the old weights then fails instead of being wrong.
+        _swap.increment(lender.tensors)
         return model
 
     def reconstruction_error(self, target_sigma_rel_range: tuple[float, float] | None = None) -> Image.Image:
@@ -510,7 +539,7 @@ class PostHocEMA:
     def _forecast(self, targets: list[float]) -> list[Plan]:
         """What can be expected of a training that fills the checkpoints."""
         schedule = ("max_checkpoints", "update_every", "update_after_step", "checkpoint_every")
-        options = {name: self._options[name] for name in schedule}
+        options = {name: self._options.get(name, DEFAULTS[name]) for name in schedule}
         steps = options["update_after_step"] + options["max_checkpoints"] * options["checkpoint_every"]
         return plan(targets, steps=steps, profiles=self.profiles, **options)
 
@@ -524,8 +553,8 @@ class PostHocEMA:
 
     def _live(self, step: int | None) -> _native.Tracker | None:
         """The tracker, where the newest update is asked for."""
-        if self._tracker is None:
-            if self._options:
+        if self._tracker is None or self._closed_at is not None:
+            if isinstance(self._skip, Counter):
                 raise RuntimeError(
                     "this process does not track (rank_zero_only): synthesize on rank 0, or open the run by path"
                 )

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 
+use crate::process;
+
 /// How often progress is told, and signals are looked for.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -20,6 +22,7 @@ pub fn run<R: Send>(
     progress: Option<&Bound<'_, PyAny>>,
     work: impl FnOnce(Progress<'_>) -> PyResult<R> + Send,
 ) -> PyResult<R> {
+    process::check()?;
     let Some(callback) = progress else { return py.detach(|| work(None)) };
     let (done, over, mut raised) = (AtomicU64::new(0), AtomicBool::new(false), None);
     let caller = thread::current();

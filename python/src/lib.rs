@@ -8,6 +8,7 @@ mod import;
 mod jobs;
 mod lend;
 mod plans;
+mod process;
 mod run;
 mod tracker;
 
@@ -15,6 +16,15 @@ use pyo3::prelude::*;
 
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    process::note();
+    // The library's warnings, to the standard error. It takes none of the interpreter's locks, and a program that has
+    // set a subscriber of its own keeps it.
+    let _ = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .without_time()
+        .with_target(false)
+        .try_init();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("CUDA", cfg!(feature = "cuda"))?;
     module.add_class::<lend::Layout>()?;
@@ -22,6 +32,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<tracker::Originals>()?;
     module.add_class::<run::Run>()?;
     module.add_function(wrap_pyfunction!(plans::cuda_devices, module)?)?;
+    module.add_function(wrap_pyfunction!(tracker::saved_step, module)?)?;
     module.add_function(wrap_pyfunction!(plans::check_profile, module)?)?;
     module.add_function(wrap_pyfunction!(plans::track, module)?)?;
     module.add_function(wrap_pyfunction!(plans::as_sigma_rel, module)?)?;

@@ -10,6 +10,7 @@ use crate::errors::{argument, to_python};
 use crate::jobs;
 use crate::lend::{Layout, Lent};
 use crate::plans::{at, plans_json, profile, profiles};
+use crate::process;
 use crate::tracker::{Originals, describe, some_dtype};
 
 /// A run's snapshots, mapped.
@@ -18,6 +19,7 @@ pub struct Run(posthoc_ema::Run);
 
 impl Run {
     fn solve(&self, py: Python<'_>, targets: &[String], step: Option<u64>) -> PyResult<Vec<Plan>> {
+        process::check()?;
         let targets = profiles(targets)?;
         py.detach(|| self.0.plans(&targets, at(step))).map_err(to_python)
     }
@@ -28,6 +30,7 @@ impl Run {
     /// Opens and checks all snapshots in a directory.
     #[new]
     fn new(py: Python<'_>, directory: PathBuf) -> PyResult<Run> {
+        process::check()?;
         py.detach(|| posthoc_ema::Run::open(directory)).map(Run).map_err(to_python)
     }
 
@@ -45,6 +48,11 @@ impl Run {
     /// Name, dtype and shape of the tensors of a synthesis.
     fn tensors(&self) -> Vec<(String, String, Vec<usize>)> {
         describe(self.0.tensors())
+    }
+
+    /// The names of those that are averaged.
+    fn averaged(&self) -> Vec<String> {
+        self.0.averaged()
     }
 
     /// The names that share another tensor's elements, and that other's name.
@@ -105,22 +113,25 @@ impl Run {
         Ok((plans_json(&plans)?, device.to_string()))
     }
 
-    /// Puts an average into the lent tensors, and returns what they held.
+    /// Puts an average into the lent tensors, and what they held into `originals`.
+    #[expect(clippy::too_many_arguments, reason = "called by the package only")]
     fn swap_in(
         &self,
         py: Python<'_>,
         target: &str,
         step: Option<u64>,
+        originals: &Originals,
         layout: &Layout,
         addresses: Vec<u64>,
         stream: usize,
-    ) -> PyResult<Originals> {
+    ) -> PyResult<()> {
+        process::check()?;
         let (target, mut lent) = (profile(target)?, Lent::new(layout, addresses, stream)?);
-        let swapped = py.detach(|| {
+        let swap = || {
             let plan = self.0.plan(target, at(step))?;
-            self.0.swap_in(&plan, &mut lent).map(|swapped| swapped.into_originals())
-        });
-        swapped.map(Originals).map_err(to_python)
+            originals.fill(|| self.0.swap_in(&plan, &mut lent).map(|swapped| swapped.into_originals()))
+        };
+        py.detach(swap).map_err(to_python)
     }
 
     /// Reads every byte of every snapshot and compares its checksum.

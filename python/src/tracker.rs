@@ -1,6 +1,7 @@
 //! `Tracker`: the running averages of a training.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use posthoc_ema::{
@@ -14,6 +15,7 @@ use crate::errors::{argument, to_python};
 use crate::jobs;
 use crate::lend::{Layout, Lent, dtype_name, parse_dtype};
 use crate::plans::{plans_json, profile, profiles};
+use crate::process;
 
 /// Options of a run; what is absent keeps its default, on a resume what the run has.
 #[derive(Deserialize, Default)]
@@ -69,6 +71,7 @@ pub struct Tracker(Mutex<Option<PostHocEma>>);
 impl Tracker {
     /// Does something with the tracker, without the interpreter's lock.
     fn with<R: Send>(&self, py: Python<'_>, act: impl FnOnce(&mut PostHocEma) -> Result<R> + Send) -> PyResult<R> {
+        process::check()?;
         py.detach(|| with(&mut self.lock(), act))
     }
 
@@ -98,6 +101,7 @@ impl Tracker {
         addresses: Vec<u64>,
         stream: usize,
     ) -> PyResult<Tracker> {
+        process::check()?;
         let settings: Settings = serde_json::from_str(options).map_err(argument)?;
         let options = settings.options(directory)?;
         let lent = Lent::new(layout, addresses, stream)?;
@@ -111,7 +115,7 @@ impl Tracker {
 
     /// Counts a step where nothing is due, and returns true; otherwise does nothing.
     fn skip(&self, py: Python<'_>) -> PyResult<bool> {
-        // Held by another thread for the length of an update at most.
+        // Held by another thread for the length of what it does: an update, or a synthesis.
         match self.0.try_lock() {
             Ok(mut tracker) => with(&mut tracker, skip),
             Err(_) => self.with(py, skip),
@@ -175,6 +179,11 @@ impl Tracker {
         self.with(py, |tracker| Ok(tracker.tensors())).map(describe)
     }
 
+    /// The names of those that are averaged.
+    fn averaged(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        self.with(py, |tracker| Ok(tracker.averaged()))
+    }
+
     /// The names that share another tensor's elements, and that other's name.
     fn tied(&self, py: Python<'_>) -> PyResult<BTreeMap<String, String>> {
         self.with(py, |tracker| Ok(tracker.tied().clone()))
@@ -210,18 +219,18 @@ impl Tracker {
         self.with(py, |tracker| tracker.load_tracked_into(index, views))
     }
 
-    /// Puts an average into the lent tensors, and returns what they held.
+    /// Puts an average into the lent tensors, and what they held into `originals`.
     fn swap_in(
         &self,
         py: Python<'_>,
         target: &str,
+        originals: &Originals,
         layout: &Layout,
         addresses: Vec<u64>,
         stream: usize,
-    ) -> PyResult<Originals> {
+    ) -> PyResult<()> {
         let (target, mut lent) = (profile(target)?, Lent::new(layout, addresses, stream)?);
-        let swap = |tracker: &mut PostHocEma| tracker.swap_in(target, &mut lent).map(SwappedIn::into_originals);
-        self.with(py, swap).map(Originals)
+        self.with(py, |tracker| originals.fill(|| tracker.swap_in(target, &mut lent).map(SwappedIn::into_originals)))
     }
 
     /// Puts an average into the lent tensors for good.
@@ -266,17 +275,48 @@ pub fn describe(tensors: Vec<TensorSpec>) -> Vec<(String, String, Vec<usize>)> {
     tensors.into_iter().map(|tensor| (tensor.name, dtype_name(tensor.dtype), tensor.shape)).collect()
 }
 
-/// What lent tensors held before an average was put in their place.
+/// What lent tensors held before an average was put in their place; nothing before that.
+///
+/// It is there before the average is put in, so that no exception between the two, Ctrl-C for one, can lose it.
 #[pyclass(frozen, module = "posthoc_ema._native")]
-pub struct Originals(pub posthoc_ema::Originals);
+pub struct Originals(Mutex<Option<posthoc_ema::Originals>>);
+
+impl Originals {
+    /// Keeps what `swap` returns.
+    pub fn fill(&self, swap: impl FnOnce() -> Result<posthoc_ema::Originals>) -> Result<()> {
+        *self.lock() = Some(swap()?);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<posthoc_ema::Originals>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 #[pymethods]
 impl Originals {
-    /// Gives every tensor its own bits back.
+    #[new]
+    fn new() -> Originals {
+        Originals(Mutex::new(None))
+    }
+
+    /// Whether an average was put in.
+    #[getter]
+    fn filled(&self) -> bool {
+        self.lock().is_some()
+    }
+
+    /// Gives every tensor its own bits back; may be called again.
     fn restore(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, stream: usize) -> PyResult<()> {
         let mut lent = Lent::new(layout, addresses, stream)?;
-        py.detach(|| self.0.restore(&mut lent)).map_err(to_python)
+        py.detach(|| self.lock().as_ref().map_or(Ok(()), |originals| originals.restore(&mut lent))).map_err(to_python)
     }
+}
+
+/// The step from which a resume would go on; none without a live state.
+#[pyfunction]
+pub fn saved_step(directory: PathBuf) -> PyResult<Option<u64>> {
+    PostHocEma::saved_step(directory).map_err(to_python)
 }
 
 /// A dtype, where there is one.

@@ -109,7 +109,6 @@ def test_wrappers_do_not_show_in_names(tmp_path: Path, process_group: None) -> N
         assert names(ema) == expected
         with ema.model(model, 0.1) as averaged:
             assert averaged is model
-        assert set(ema.ema_models[0].ema_model.state_dict()) >= set()
 
 
 def test_a_model_that_changed_is_named(run_dir: Path) -> None:
@@ -148,8 +147,9 @@ def test_a_model_that_changed_is_named(run_dir: Path) -> None:
     ema.update_(model)
     after = ema.ema_models[0].ema_model[0].weight
     # The elements are read in the order of the shape, not in that of the memory.
-    moved = (after - before) / (torch.arange(16.0).reshape(4, 4).t() - before)
-    assert torch.allclose(moved, moved[0, 0].expand(4, 4), rtol=1e-3)
+    aim = torch.arange(16.0).reshape(4, 4).t()
+    weight = (after[3, 3] - before[3, 3]) / (aim[3, 3] - before[3, 3])
+    assert torch.allclose(after, before + weight * (aim - before), rtol=0, atol=1e-4)
     assert ema.step == step + 1
 
 

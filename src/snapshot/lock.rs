@@ -10,7 +10,21 @@ const LOCK_FILE: &str = ".lock";
 
 /// Held as long as this lives; the system releases it even when the process is killed.
 #[derive(Debug)]
-pub struct Lock(#[allow(dead_code, reason = "held for its lifetime")] File);
+pub struct Lock {
+    file: File,
+    /// Who took it: a forked child shares the open file, and must not release what its parent holds.
+    process: u32,
+}
+
+/// Closing the file would not do while a forked child, such as a process that loads data, has it open too.
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if self.process == std::process::id() {
+            // Closed in a moment, and released then where this fails.
+            let _ = self.file.unlock();
+        }
+    }
+}
 
 impl Lock {
     /// Locks a run for writing.
@@ -22,7 +36,7 @@ impl Lock {
         let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let file = open.map_err(Error::io("lock", &path))?;
         match file.try_lock() {
-            Ok(()) => Ok(Lock(file)),
+            Ok(()) => Ok(Lock { file, process: std::process::id() }),
             Err(TryLockError::WouldBlock) => Err(Error::Locked { path: dir.to_owned() }),
             Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
         }

@@ -132,6 +132,11 @@ impl Run {
         self.pool_tensors().into_iter().map(PoolTensor::into_spec).collect()
     }
 
+    /// The names of those that are averaged; the others are copied.
+    pub fn averaged(&self) -> Vec<String> {
+        self.pool_tensors().into_iter().filter(|tensor| tensor.averaged).map(|tensor| tensor.name).collect()
+    }
+
     /// The names that share another tensor's elements, and that other's name.
     pub fn tied(&self) -> &BTreeMap<String, String> {
         &self.snapshots[0].meta.tied

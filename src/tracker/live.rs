@@ -149,6 +149,11 @@ impl PostHocEma {
         self.pool_tensors().into_iter().map(PoolTensor::into_spec).collect()
     }
 
+    /// The names of those that are averaged; the others are copied.
+    pub fn averaged(&self) -> Vec<String> {
+        self.table.averaged().iter().map(|entry| entry.name.clone()).collect()
+    }
+
     /// The names that share another tensor's elements, and that other's name.
     pub fn tied(&self) -> &BTreeMap<String, String> {
         self.table.tied()

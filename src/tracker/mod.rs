@@ -148,6 +148,18 @@ impl PostHocEma {
         self.settings.schedule.is_update_due(self.clock, self.clock.saturating_add(1))
     }
 
+    /// The step from which a resume would go on, of a run that has a live state: for who only counts along.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] and [`Error::Io`] for a state that cannot be read.
+    pub fn saved_step(dir: impl AsRef<Path>) -> Result<Option<u64>> {
+        let path = dir.as_ref().join(crate::snapshot::STATE_FILE);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        state::Saved::read(&path).map(|saved| Some(saved.step()))
+    }
+
     /// The time of the last call: where training goes on after a resume.
     pub fn step(&self) -> u64 {
         self.clock

@@ -118,6 +118,11 @@ impl Saved {
         Ok(Saved { file, document, settings, tied })
     }
 
+    /// The time of the last call.
+    pub(super) fn step(&self) -> u64 {
+        self.document.clock
+    }
+
     /// Rebuilds the tracker for a model whose tensors must be those of the state.
     pub(super) fn into_tracker(
         self,

@@ -1,0 +1,357 @@
+"""What happens around the package: interrupts, forks, other defaults, memory that others change or share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import bits, shake, train
+
+from posthoc_ema import KarrasEMA, PostHocEMA, _lend
+from posthoc_ema._model import plain_name
+
+OPTIONS = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 10}
+
+
+def trained(model: object, run_dir: Path, steps: int = 15, **options: object) -> PostHocEMA:
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS, **options)
+    train(ema, model, steps)
+    return ema
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_an_interrupt_at_any_moment_gives_everything_back(run_dir: Path, strided: bool) -> None:
+    model = torch.nn.Sequential(*[torch.nn.Linear(200, 200) for _ in range(4)])
+    if strided:
+        for layer in model:
+            layer.weight.data = torch.randn(200, 200).t()
+    ema = trained(model, run_dir)
+    before, main, hits = bits(model), threading.get_ident(), 0
+    for attempt in range(40):
+        delay = 0.0005 * attempt
+        timer = threading.Timer(delay, signal.pthread_kill, (main, signal.SIGINT))
+        try:
+            timer.start()
+            with ema.model(model, 0.1):
+                pass
+            timer.join()
+            time.sleep(0.002)
+        except KeyboardInterrupt:
+            hits += 1
+        timer.join()
+        assert bits(model) == before, attempt
+        assert model.training
+    assert hits > 20
+    train(ema, model, 1)
+
+
+def test_an_interrupt_is_raised_when_all_is_given_back(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(3, 3)
+    ema = trained(model, run_dir)
+    before, presses = bits(model), iter([True, True, False])
+    check = _lend.Lender._check_writable
+
+    def pressed(lender: _lend.Lender) -> None:
+        check(lender)
+        if next(presses, False):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        with ema.model(model, 0.1):
+            monkeypatch.setattr(_lend.Lender, "_check_writable", pressed)
+    assert bits(model) == before
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is(run_dir: Path) -> None:
+    model = torch.nn.Linear(3, 3)
+    model.register_buffer("wide", torch.zeros(1).expand(5))
+    ema = trained(model, run_dir)
+    before = bits(model)
+    for act in (lambda: ema.switch_(model, 0.1), lambda: ema.model(model, 0.1).__enter__()):
+        with pytest.raises(ValueError, match="`wide`: elements share memory"):
+            act()
+        assert bits(model) == before and model.training
+    ema.update_(model)
+
+
+def test_gradients_structure_and_order_are_given_back(run_dir: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    ema = trained(model, run_dir)
+    model(torch.randn(4, 3)).sum().backward()
+    parts, names = list(model.modules()), list(model.state_dict())
+    gradients = [parameter.grad for parameter in model.parameters()]
+    values, before = [grad.clone() for grad in gradients], bits(model)
+    with ema.model(model, 0.1):
+        model.half()
+        model.requires_grad_(False)
+        model[2] = torch.nn.Identity()
+        del model[0].weight
+        model[1].register_buffer("extra", torch.zeros(1))
+    assert [id(part) for part in model.modules()] == list(map(id, parts))
+    assert list(model.state_dict()) == names and bits(model) == before
+    for parameter, grad, value in zip(model.parameters(), gradients, values):
+        assert parameter.requires_grad and parameter.dtype == torch.float32
+        assert parameter.grad is grad and torch.equal(grad, value)
+
+
+def test_a_backward_pass_knows_which_weights_it_goes_through(run_dir: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+    ema = trained(model, run_dir)
+    inputs = torch.randn(4, 3, requires_grad=True)
+    loss = model(inputs).sum()
+    (expected,) = torch.autograd.grad(loss, inputs, retain_graph=True)
+    with ema.model(model, 0.2):
+        inner = model(inputs).sum()
+        assert torch.isfinite(torch.autograd.grad(inner, inputs, retain_graph=True)[0]).all()
+    assert torch.equal(torch.autograd.grad(loss, inputs)[0], expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(inner, inputs)
+
+
+def test_wrappers_are_in_eval_mode_too(run_dir: Path) -> None:
+    model = torch.nn.DataParallel(torch.nn.Linear(3, 3))
+    ema = trained(model, run_dir)
+    with ema.model(model, 0.1) as averaged:
+        assert not averaged.training and not averaged.module.training
+    assert model.training and model.module.training
+
+
+def test_no_part_of_a_model_that_holds_an_average_is_averaged(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    whole = torch.nn.Sequential(model, torch.nn.Linear(1, 1))
+    ema, outer = trained(model, tmp_path / "model"), trained(whole, tmp_path / "whole")
+    part = trained(model[0], tmp_path / "part")
+    loose = PostHocEMA.from_model(dict(model.named_parameters()), tmp_path / "loose", **OPTIONS)
+    single = KarrasEMA(model, sigma_rel=0.1, update_every=1)
+    single.update()
+    with ema.model(model, 0.1):
+        for act in (
+            lambda: outer.update_(whole),
+            lambda: part.update_(model[0]),
+            lambda: loose.update_({name: p.detach() for name, p in model.named_parameters()}),
+            lambda: outer.switch_(whole, 0.1),
+            single.update,
+        ):
+            with pytest.raises(RuntimeError, match="averages of averages"):
+                act()
+    assert (outer.step, part.step, loose.step, single.step) == (15, 15, 0, 1)
+    outer.update_(whole)
+    single.update()
+
+
+def test_another_default_device_does_not_matter(run_dir: Path) -> None:
+    model = torch.nn.Linear(3, 3)
+    ema = trained(model, run_dir)
+    with torch.device("meta"), ema.state_dict(0.1) as state_dict:
+        assert state_dict["weight"].device.type == "cpu"
+
+
+FORKED = """
+    import os, sys, torch
+    from posthoc_ema import PostHocEMA
+    model = torch.nn.Linear(3, 3)
+    ema = PostHocEMA.from_model(model, sys.argv[1], update_every=1, update_after_step=0, checkpoint_every=5)
+    for _ in range(10):
+        ema.update_(model)
+    ready, held = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        for act in (lambda: ema.update_(model), lambda: PostHocEMA.from_path(sys.argv[1]).synthesize([0.1])):
+            try:
+                act()
+                os._exit(1)
+            except RuntimeError as error:
+                assert "spawn" in str(error), error
+        os.write(ready[1], b"x")
+        os.read(held[0], 1)      # lives on, as a worker that loads data does
+        os._exit(0)
+    assert os.read(ready[0], 1) == b"x"
+    ema.finish()
+    ema.close()
+    again = PostHocEMA.from_model(model, sys.argv[1], resume=True)
+    assert again.step == 10
+    os.write(held[1], b"x")
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_is_refused_and_does_not_hold_the_lock(run_dir: Path) -> None:
+    program = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORKED), str(run_dir)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_parameters_over_one_memory_stay_tied(run_dir: Path) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
+    model["b"].weight = torch.nn.Parameter(model["a"].weight.data)
+    ema, single = PostHocEMA.from_model(model, run_dir, **OPTIONS), KarrasEMA(model, sigma_rel=0.05, update_every=1)
+    for _ in range(12):
+        with torch.no_grad():
+            model["a"].weight.add_(torch.randn(3, 3))
+        ema.update_(model)
+        single.update()
+    average = ema.ema_models[0].ema_model
+    assert torch.equal(average["a"].weight, average["b"].weight)
+    assert torch.equal(average["a"].weight, single.state_dict()["b.weight"])
+    assert not torch.equal(average["a"].weight, model["a"].weight)
+
+
+def test_tied_tensors_may_become_strided(run_dir: Path) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    ema = trained(model, run_dir)
+    model["a"].weight.data = torch.randn(3, 3).t()
+    train(ema, model, 2)
+    before = bits(model)
+    with ema.model(model, 0.1):
+        assert torch.equal(model["a"].weight, ema.synthesize([0.1])[0]["b.weight"])
+    assert bits(model) == before
+
+
+def test_arrays_of_the_other_byte_order(run_dir: Path) -> None:
+    arrays = {"w": np.ones(4, dtype=">f4")}
+    ema = PostHocEMA.from_model(arrays, run_dir, **OPTIONS)
+    for _ in range(3):
+        ema.update_(arrays)
+    assert np.array_equal(ema.synthesize([0.1])[0]["w"], np.ones(4))
+    with ema.model(arrays, 0.1):
+        assert np.array_equal(arrays["w"], np.ones(4))
+
+
+class ReadOnly:
+    """An array that must not be written, which DLPack does not tell."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+def test_what_came_by_dlpack_is_not_written(run_dir: Path) -> None:
+    shared = {"w": ReadOnly(np.ones(4, dtype=np.float32))}
+    ema = PostHocEMA.from_model(shared, run_dir, **OPTIONS)
+    ema.update_(shared)
+    with pytest.raises(ValueError, match="`w`: it came by DLPack, which is for reading"):
+        ema.switch_(shared, 0.1)
+    assert np.array_equal(shared["w"].array, np.ones(4))
+
+
+def test_storages_that_were_made_smaller(run_dir: Path) -> None:
+    model = torch.nn.Linear(400, 400)
+    model.weight.untyped_storage().resize_(64)
+    with pytest.raises(ValueError, match="`weight`: it reaches beyond its storage"):
+        PostHocEMA.from_model(model, run_dir)
+
+
+def test_a_resume_keeps_what_is_not_asked_for(run_dir: Path) -> None:
+    model = torch.nn.Linear(3, 3)
+    options = {"copy": ["bias"], "checkpoint_dtype": torch.bfloat16, "sigma_rels": (0.1, 0.2), "compensated": False}
+    ema = PostHocEMA.from_model(model, run_dir, max_checkpoints=50, **OPTIONS, **options)
+    train(ema, model, 300)
+    ema.save()
+    ema.close()
+    again = PostHocEMA.from_model(model, run_dir, resume=True)
+    train(again, model, 60)
+    assert len(list(run_dir.glob("0.*.safetensors"))) == 36
+    assert again.sigma_rels == pytest.approx((0.1, 0.2))
+
+
+def test_other_ranks_count_from_where_the_run_is(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(3, 3)
+    ema = trained(model, run_dir, 40)
+    ema.save()
+    ema.close()
+    monkeypatch.setenv("RANK", "1")
+    other = PostHocEMA.from_model(model, run_dir, resume=True, rank_zero_only=True)
+    assert other.step == 40
+    other.update_at_(1000, model)
+    assert other.step == 1000
+
+
+def test_a_run_that_is_closed_can_be_read(run_dir: Path) -> None:
+    model = torch.nn.Linear(3, 3)
+    with PostHocEMA.from_model(model, run_dir, **OPTIONS) as ema:
+        train(ema, model, 17)
+    assert ema.step == 17 and ema.plan([0.1])[0].at == 17
+    with ema.model(model, 0.1), ema.state_dict(0.1) as state_dict:
+        assert torch.equal(model.weight, state_dict["weight"])
+    with pytest.raises(RuntimeError, match="the run was closed"):
+        ema.update_(model)
+
+
+def test_what_is_left_out_may_be_of_any_kind(run_dir: Path) -> None:
+    model = torch.nn.Linear(3, 3)
+    model.register_buffer("values", torch.eye(3).to_sparse())
+    model.phase = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex128), requires_grad=False)
+    ema = trained(model, run_dir, leave_out=["val*", "phase"])
+    with ema.model(model, 0.1):
+        assert model.values.is_sparse
+    assert set(ema.synthesize([0.1])[0]) == {"weight", "bias"}
+    with pytest.raises(ValueError, match="`nothing` stands for no tensor"):
+        PostHocEMA.from_model(model, run_dir.parent / "other", leave_out=["values", "phase", "nothing"])
+
+
+def test_copied_tensors_keep_their_dtype(run_dir: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    ema = trained(model, run_dir, copy=["1.running_*"])
+    ema.finish()
+    for source in (ema, PostHocEMA.from_path(run_dir)):
+        half = source.synthesize([0.1], dtype=torch.float16)[0]
+        assert half["0.weight"].dtype == torch.float16 and half["1.running_mean"].dtype == torch.float32
+
+
+def test_names_that_only_look_like_a_wrapper_s() -> None:
+    assert plain_name("my_orig_mod.weight") == "my_orig_mod.weight"
+    assert plain_name("a._orig_mod.b._fsdp_wrapped_module.weight") == "a.b.weight"
+
+
+def test_an_infinite_mask_is_told_with_the_remedy(run_dir: Path) -> None:
+    model = torch.nn.Linear(3, 3)
+    model.register_buffer("mask", torch.full((3,), -torch.inf))
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    with pytest.raises(RuntimeError, match="`mask`.*as in a mask, name the tensor among those to copy"):
+        train(ema, model, 10)
+    ema.close()
+    ema = trained(model, run_dir.parent / "other", copy=["mask"])
+    assert torch.equal(ema.synthesize([0.1])[0]["mask"], model.mask)
+
+
+def test_warnings_of_the_library_reach_the_standard_error(run_dir: Path) -> None:
+    program = f"""
+        import torch
+        from posthoc_ema import PostHocEMA
+        model = torch.nn.Linear(3, 3)
+        model.weight.data.fill_(1e6)
+        ema = PostHocEMA.from_model(model, {str(run_dir)!r}, update_every=1, update_after_step=0, checkpoint_every=2,
+                                    checkpoint_dtype=torch.float16)
+        for _ in range(2):
+            ema.update_(model)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    assert "WARN" in done.stderr and "weight" in done.stderr
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    model = torch.nn.Linear(3, 3)
+    ema = KarrasEMA(model, sigma_rel=0.1, device="nowhere")
+    with pytest.raises(ValueError, match="`nowhere` is no device"):
+        ema.update()
+    assert ema.step == 0
+    del ema
+    assert not list(tmp_path.iterdir())
+    shake(model)
