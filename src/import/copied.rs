@@ -4,11 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::plan::{Source, Tensors};
-use super::write::{are, first_not_finite, number_at};
+use super::write::{first_not_finite, number_at};
 use crate::error::Result;
 use crate::snapshot::TensorSpec;
 use crate::snapshot::foreign::Checkpoint;
@@ -86,32 +85,38 @@ impl Copied {
         let warnings = [
             (
                 left_out.iter().map(String::as_str).collect::<Vec<_>>(),
-                "left out: NaN is in it in every checkpoint, which the tool makes of infinite constants such as masks; take \
-                 it from the model",
+                "left out: NaN in every checkpoint, which the tool makes of infinite constants such as masks; take the values \
+                 from the model",
             ),
-            (meant, "infinite in places and alike for all profiles: it is copied, not averaged"),
+            (meant, "infinite in places and alike for all profiles: copied, not averaged"),
             (
                 overflown,
-                "infinite in places and alike for all profiles: it is copied, not averaged; in 16 bits this may be an \
-                 overflow: then take it from the model",
+                "infinite in places and alike for all profiles: copied, not averaged; in 16 bits this may be an overflow: \
+                 then take the values from the model",
             ),
             (
                 rounded.iter().map(String::as_str).collect(),
-                "constant and whole, with numbers that its 16 bits do not all hold: it was probably an integer buffer that the \
-                 tool rounded; take it from the model",
+                "constant and whole, with numbers that 16 bits do not all hold: probably integers that the tool rounded; take \
+                 the values from the model",
             ),
             (
                 moved.iter().map(String::as_str).collect(),
-                "alike for all profiles at every step: the tool copied it, and a synthesis takes the newest",
+                "alike for all profiles at every step: copied by the tool, so a synthesis takes the newest",
             ),
         ];
         let warnings = warnings.iter().filter(|(names, _)| !names.is_empty());
         Copied {
-            warnings: warnings.map(|(names, what)| format!("{} {what}", are(names))).collect(),
+            warnings: warnings.map(|(names, what)| format!("{} {what}", each(names))).collect(),
             names: infinite.iter().map(|&name| name.to_owned()).chain(rounded).chain(moved).collect(),
             left_out,
         }
     }
+}
+
+/// "`a` is" or "`a`, `b` are": all of them, for whoever takes them from the model.
+fn each(names: &[&str]) -> String {
+    let verb = if names.len() == 1 { "is" } else { "are" };
+    format!("`{}` {verb}", names.join("`, `"))
 }
 
 fn candidates(tensors: &Tensors) -> Vec<Candidate<'_>> {
@@ -142,8 +147,8 @@ fn still<'a>(candidates: Vec<Candidate<'a>>, files: &[&Source], constant: bool) 
         });
         Ok((one.constant || !constant).then_some(one))
     };
-    let still: Vec<Result<Option<Candidate>>> = candidates.into_par_iter().map(one).collect();
-    still.into_iter().filter_map(Result::transpose).collect()
+    // One after the other: several at a time could be more than a checkpoint.
+    candidates.into_iter().map(one).filter_map(Result::transpose).collect()
 }
 
 /// What all files hold, or none where they differ. At most two copies of the tensor are held.

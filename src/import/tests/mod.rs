@@ -274,6 +274,7 @@ fn what_a_tool_copied_is_copied() {
         let overflow = halves(&[f32::INFINITY, 1.0]);
         pt.floats("moved", &[call as f32])
             .floats("mask", &[0.0, f32::NEG_INFINITY])
+            .floats("other", &[f32::INFINITY])
             .floats("spoiled", &[f32::NAN, 0.0])
             .floats("frozen", &[1.5])
             .tensor("table", "HalfStorage", &[2], &overflow)
@@ -284,9 +285,9 @@ fn what_a_tool_copied_is_copied() {
     let told = |start: &str| report.warnings.iter().filter(|text| text.starts_with(start)).count();
     for start in [
         "`moved` is alike for all profiles at every step",
-        "`mask` is infinite in places and alike for all profiles: it is copied",
-        "`spoiled` is left out: NaN is in it in every checkpoint",
-        "`table` is infinite in places and alike for all profiles: it is copied, not averaged; in 16 bits",
+        "`mask`, `other` are infinite in places and alike for all profiles: copied",
+        "`spoiled` is left out: NaN in every checkpoint",
+        "`table` is infinite in places and alike for all profiles: copied, not averaged; in 16 bits",
         "`ids` is constant and whole",
     ] {
         assert_eq!(told(start), 1, "{start}: {report:?}");
@@ -294,7 +295,11 @@ fn what_a_tool_copied_is_copied() {
     assert_eq!(report.warnings.len(), 5, "{report:?}");
     let run = Run::open(&dir).unwrap();
     for snapshot in run.snapshots() {
-        assert!(snapshot.meta.copied.iter().eq(["ids", "mask", "moved", "table"]), "{:?}", snapshot.meta.copied);
+        assert!(
+            snapshot.meta.copied.iter().eq(["ids", "mask", "moved", "other", "table"]),
+            "{:?}",
+            snapshot.meta.copied
+        );
         assert!(snapshot.tensor("spoiled").is_none());
     }
     let plan = run.plan(Profile::sigma_rel(0.15).unwrap(), At::Latest).unwrap();
