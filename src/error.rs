@@ -100,7 +100,7 @@ pub enum Error {
         reason: String,
     },
     /// A new run was to be made where one exists.
-    #[error("{}: the directory already holds a run ({found}): go on with it with `resume`, or choose another directory", path.display())]
+    #[error("{}: the directory already holds a run ({found}): train on with `resume`, or choose another directory", path.display())]
     RunExists {
         /// The directory.
         path: PathBuf,

@@ -25,6 +25,8 @@ class Imported:
     """Their steps: the time of the last update that each contains, often before the step in the old file's name."""
     bytes: int
     """The size of all files written."""
+    warnings: tuple[str, ...]
+    """What is worth knowing about the files, in words; each is a :class:`UserWarning`, too."""
 
 
 def import_run(
@@ -43,11 +45,12 @@ def import_run(
 
     Those tools apply the decay of one step once every `update_every` steps, and synthesize as if they had applied it at
     every step. What they stored is a sound average all the same, of a profile that follows from their decays; synthesized
-    from the run, it gives the averages that are asked for. The source is only read, and no pickle is run.
+    from the run, it gives the averages that are asked for. The source is only read. No code that a pickle names is ever run,
+    and an entry that is an object is refused. The run appears whole: after an error nothing is left behind.
 
     Args:
         source: the folder with the ``.pt`` files.
-        run: the directory of the new run, which must not hold one.
+        run: the directory of the new run, which is empty or missing.
         tool: "pytorch-posthoc-ema", "ema-pytorch" or "nitrous-ema".
         sigma_rels: the profiles that were tracked, in the order of the files' first number.
         gammas: the same by exponent, instead.
@@ -58,7 +61,8 @@ def import_run(
         progress: a function of the bytes read so far and in all, or whether to draw a bar; None draws one on a terminal.
 
     Raises:
-        ValueError: for files that contradict the options or each other, are damaged or hold code, naming the file.
+        ValueError: for files that contradict the options or each other, are damaged or hold objects, naming the file; where
+            `run` holds other files.
         FileExistsError: where `run` holds a run.
         OSError: where something cannot be read or written.
     """
@@ -66,7 +70,7 @@ def import_run(
     folder = Path(source)
 
     def total() -> int | None:
-        return sum(path.stat().st_size for path in folder.glob("*.pt")) if folder.is_dir() else None
+        return sum(map(_size, folder.glob("*.pt"))) if folder.is_dir() else None
 
     with following(progress, total, "importing") as told:
         snapshots, steps, written, notes = _native.import_run(
@@ -81,4 +85,12 @@ def import_run(
         )
     for note in notes:
         warnings.warn(note, stacklevel=2)
-    return Imported(snapshots, tuple(steps), written)
+    return Imported(snapshots, tuple(steps), written, tuple(notes))
+
+
+def _size(path: Path) -> int:
+    """The size of a file; where it cannot be told, as with a link to nothing, the import says why."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

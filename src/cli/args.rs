@@ -210,12 +210,12 @@ pub struct Verify {
 /// pytorch-posthoc-ema, ema-pytorch and nitrous-ema apply a step's decay once every --update-every steps, and then
 /// synthesize as if they had applied it at every step. Their averages are sound, but of other profiles than asked for: the
 /// run tells which, so that a synthesis from it gives the lengths that theirs should have given. The checkpoints are only
-/// read, and no code in them is run. The options say what the training used: the files do not tell.
+/// read, and no code is ever run. The options say what the training used: the files do not tell.
 #[derive(Args)]
 pub struct Import {
     /// Directory of the checkpoints (INDEX.STEP.pt)
     pub dir: PathBuf,
-    /// Directory of the run, which is made where it is missing
+    /// Directory of the run: an empty or a new one
     pub run: PathBuf,
     /// The tool that wrote them
     #[arg(long, value_enum, value_name = "TOOL")]

@@ -50,6 +50,12 @@ pub(super) fn stands_for(number: Number, count: u64) -> bool {
     }
 }
 
+/// Whether a stored number tells a count from those that are so far apart from it.
+pub(super) fn tells(number: Number, count: u64, apart: u64) -> bool {
+    let others = [count.checked_add(apart), count.checked_sub(apart)];
+    others.into_iter().flatten().all(|other| !stands_for(number, other))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,6 +97,15 @@ mod tests {
             (5, f64::NAN, Dtype::F16, false),
         ] {
             assert_eq!(stands_for(Number::Rounded(value, dtype), count), fits, "{count} as {value} of {dtype}");
+        }
+        for (count, value, dtype, told) in [
+            (20_000, 20_000.0, Dtype::F16, true),
+            (70_000, f64::INFINITY, Dtype::F16, false),
+            (65_000, 65_000.0, Dtype::F16, true),
+            (100_000, 99_840.0, Dtype::BF16, false),
+            (100_000, 100_000.0, Dtype::F32, true),
+        ] {
+            assert_eq!(tells(Number::Rounded(value, dtype), count, 100), told, "{count} as {value} of {dtype}");
         }
         assert!(stands_for(Number::Whole(7), 7) && !stands_for(Number::Whole(-7), 7));
     }

@@ -5,6 +5,7 @@
 //! follows from their decays ([`Chain::Counter`]); solved with that profile, it gives the averages asked for.
 
 mod clock;
+mod copied;
 mod layout;
 mod listing;
 mod plan;
@@ -135,20 +136,24 @@ impl Import {
         Ok(())
     }
 
-    /// Reads the checkpoints in `source` and writes a run to `target`, which must hold none and is made where it is missing.
+    /// Reads the checkpoints in `source` and writes a run to `target`, which is a directory that is empty or missing.
     ///
-    /// Everything is checked before the first byte is written, but for the values of tensors, which are read once. Files
-    /// appear whole, the oldest first; after an error nothing is left behind. The source is only read, and no code that
-    /// a file may hold is run. At most one checkpoint is held in memory. `progress` is called with the bytes of tensors
-    /// that were read since the last call, from any thread.
+    /// Everything but the values of averages is checked before the first byte is written. The run appears whole, with its
+    /// directory: it is written to a hidden one beside it (`.posthoc-ema-import-*`, which a killed import leaves) and
+    /// renamed. After an error nothing is left behind. The source is only read, no code that a file may name is ever
+    /// run, and an entry that is an object is refused. At most one checkpoint is held in memory. `progress` is called with
+    /// the bytes of tensors that were read for the run since the last call, from any thread.
     ///
     /// Tensors keep their dtypes, but for `num_batches_tracked`: where a tool has rounded it to floating point, it becomes
-    /// a whole number again.
+    /// a whole number again. A tensor that changes, but is alike for all profiles at every step after the first update, was
+    /// copied by the tool: so it is marked, and a synthesis takes the newest. So are infinite constants, and whole ones
+    /// that 16 bits have rounded. A constant of NaN is left out. Each of them is a warning.
     ///
     /// # Errors
     /// [`Error::Setting`] as [`Import::check`]; [`Error::Unexpected`] for checkpoints that contradict the options or hold
     /// what is no average, [`Error::Mismatch`] for those of another model, [`Error::Damaged`] for what PyTorch did not
-    /// write; [`Error::RunExists`] and [`Error::Locked`] for the target; [`Error::Io`].
+    /// write; [`Error::RunExists`] for a target that holds a run, and [`Error::Unexpected`] for one that holds anything
+    /// else; [`Error::Io`].
     pub fn write(
         &self,
         source: impl AsRef<Path>,

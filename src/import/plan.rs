@@ -5,11 +5,12 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use super::Import;
-use super::clock::{Clock, stands_for};
+use super::clock::{Clock, stands_for, tells};
+use super::copied::Copied;
 use super::layout::{Laid, Layout};
 use super::listing::{self, File};
 use super::write::are;
+use super::{Import, Tool};
 use crate::error::{Error, Result};
 use crate::math::{Chain, History, Profile};
 use crate::snapshot::foreign::{self, Checkpoint, Number};
@@ -47,10 +48,12 @@ pub(super) struct Tensors {
     pub keys: Vec<String>,
     /// Those that count, and are whole numbers in the model.
     pub counters: BTreeSet<String>,
+    /// Those that were not averaged.
+    pub copied: BTreeSet<String>,
 }
 
 impl Plan {
-    /// Reads the headers of all checkpoints, and of their tensors only those of one element.
+    /// Reads the headers of all checkpoints, and of their tensors those of one element and those that tell what was copied.
     ///
     /// # Errors
     /// As [`Import::write`].
@@ -58,7 +61,7 @@ impl Plan {
         let (files, others) = listing::list(import.from, dir, import.profiles.len())?;
         let mut warnings: Vec<String> =
             others.iter().map(|name| format!("{name} is left out: its name is not INDEX.STEP.pt")).collect();
-        let (mut tensors, mut sources) = (None::<Tensors>, Vec::new());
+        let (mut tensors, mut sources, mut told) = (None::<Tensors>, Vec::new(), false);
         let (mut counters, mut left_out, mut doubtful) = (Counters::default(), BTreeSet::new(), None);
         for file in &files {
             let checkpoint = Checkpoint::open(&file.path)?;
@@ -70,6 +73,8 @@ impl Plan {
             }
             sources.push(Source::new(import, file, &laid)?);
             counters.look(&checkpoint, &laid)?;
+            let clock = import.clock(laid.layout);
+            told |= tells(laid.counted, clock.counted(file.call), apart(clock));
             left_out.extend(laid.left_out);
             doubtful = laid.doubtful;
         }
@@ -80,7 +85,12 @@ impl Plan {
         warnings.extend(doubtful.map(|tool| {
             format!("all names begin with `ema_model.`, as {tool} has them: where it wrote the files, import them as its own")
         }));
+        warnings.extend((!told).then(|| untold(import, &tensors)).flatten());
         let sources = drop_repeated(import, sources, &tensors, &mut warnings)?;
+        let copied = Copied::find(&sources, &tensors)?;
+        tensors.leave_out(&copied.left_out);
+        tensors.copied = copied.names;
+        warnings.extend(copied.warnings);
         let profiles = import.profiles.clone();
         Ok(Plan { chains: profiles.iter().map(|p| import.chain(p)).collect(), profiles, sources, tensors, warnings })
     }
@@ -109,7 +119,7 @@ fn check_count(import: &Import, clock: Clock, file: &File, laid: &Laid) -> Resul
     let told = format!("its `step` is {value}, and at step {call} it would be {expected}");
     let why = if let Some(tool) = laid.doubtful {
         format!("{told}; it is laid out as those of {tool}: import it as such")
-    } else if import.from == super::Tool::PytorchPosthocEma && value >= 1.0 && value <= call as f64 {
+    } else if import.from == Tool::PytorchPosthocEma && value >= 1.0 && value <= call as f64 {
         let (after, fits) = (clock.first, call.saturating_add(1) - value as u64);
         // A first update at step 1 is what an update_after_step of 0 means.
         let plain = |first: u64| if first == 1 { 0 } else { first };
@@ -119,6 +129,24 @@ fn check_count(import: &Import, clock: Clock, file: &File, laid: &Laid) -> Resul
         format!("{told}: give the file its own name back, or move it out of the directory")
     };
     Err(Error::unexpected(&file.path, why))
+}
+
+/// By how much an update_after_step must be wrong for the counts to show it: the defaults are 100 apart.
+fn apart(clock: Clock) -> u64 {
+    clock.every.max(100)
+}
+
+/// What is said where no count shows whether the update_after_step is right.
+fn untold(import: &Import, tensors: &Tensors) -> Option<String> {
+    let first = import.clock(tensors.layout).first;
+    let after = import.update_after_step.unwrap_or(if first == 1 { 0 } else { first });
+    let source = if import.update_after_step.is_some() { "as given" } else { "the default" };
+    (import.from == Tool::PytorchPosthocEma).then(|| {
+        format!(
+            "update_after_step is taken to be {after}, {source}: the tool rounded `step` so far in every checkpoint that it \
+             does not tell; make sure that the training used this value"
+        )
+    })
 }
 
 fn before_the_first(clock: Clock, file: &File) -> Error {
@@ -134,6 +162,7 @@ impl Tensors {
             specs: laid.keys.iter().map(spec).collect::<Result<_>>()?,
             keys: laid.keys.values().cloned().collect(),
             counters: BTreeSet::new(),
+            copied: BTreeSet::new(),
         })
     }
 
@@ -162,6 +191,11 @@ impl Tensors {
             Some(name) => differs(format!("a tensor `{name}` less is stored")),
             None => Ok(()),
         }
+    }
+
+    fn leave_out(&mut self, names: &BTreeSet<String>) {
+        let (specs, keys) = (std::mem::take(&mut self.specs), std::mem::take(&mut self.keys));
+        (self.specs, self.keys) = specs.into_iter().zip(keys).filter(|(spec, _)| !names.contains(&spec.name)).unzip();
     }
 
     /// What a snapshot holds.

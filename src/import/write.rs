@@ -19,6 +19,7 @@ use crate::synthesis::{Run, history_json, profile_json};
 /// Writes a run, or nothing.
 pub(super) fn write(plan: &Plan, dir: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<Imported> {
     let target = Target::open(dir)?;
+    let dir = target.path();
     let (run, mut bytes) = (new_run_id(), 0);
     let mut statistics = Statistics::default();
     for source in &plan.sources {
@@ -26,9 +27,9 @@ pub(super) fn write(plan: &Plan, dir: &Path, progress: &(dyn Fn(u64) + Sync)) ->
         statistics.look(&plan.tensors, source.stem.step, &values);
         bytes += write_one(plan, source, dir, &run, &values)?;
     }
-    // What a reader checks across the files is checked while they can still be taken back.
+    // What a reader checks across the files is checked before anybody can take them for a run.
     Run::open(dir)?;
-    target.keep();
+    target.keep()?;
     let steps: BTreeSet<u64> = plan.sources.iter().map(|source| source.stem.step).collect();
     Ok(Imported {
         snapshots: plan.sources.len(),
@@ -50,7 +51,7 @@ fn read(plan: &Plan, source: &Source, progress: &(dyn Fn(u64) + Sync)) -> Result
         if tensors.counters.contains(&spec.name) {
             let count = counted(&bytes, spec.dtype).flatten();
             bytes = count.unwrap_or(source.stem.step as i64).to_le_bytes().to_vec();
-        } else {
+        } else if !tensors.copied.contains(&spec.name) {
             check_finite(&source.file.path, spec, &bytes)?;
         }
         Ok(bytes)
@@ -72,11 +73,7 @@ fn check_unchanged(plan: &Plan, source: &Source, checkpoint: &Checkpoint) -> Res
 
 fn check_finite(path: &Path, spec: &TensorSpec, bytes: &[u8]) -> Result<()> {
     let Some(element) = first_not_finite(spec.dtype, bytes) else { return Ok(()) };
-    let size = spec.dtype.bitsize() / 8;
-    let value = match foreign::number(spec.dtype, &bytes[element * size..(element + 1) * size]) {
-        Some(Number::Rounded(value, _)) => value,
-        _ => f64::NAN,
-    };
+    let value = number_at(spec.dtype, bytes, element);
     let why = format!(
         "tensor `{}` holds {value} at element {element}, and every average that it is blended into would: move the checkpoints \
          of this step out of the directory",
@@ -85,8 +82,17 @@ fn check_finite(path: &Path, spec: &TensorSpec, bytes: &[u8]) -> Result<()> {
     Err(Error::unexpected(path, why))
 }
 
+/// One element of a floating-point tensor.
+pub(super) fn number_at(dtype: Dtype, bytes: &[u8], element: usize) -> f64 {
+    let size = dtype.bitsize() / 8;
+    match foreign::number(dtype, &bytes[element * size..(element + 1) * size]) {
+        Some(Number::Rounded(value, _)) => value,
+        _ => f64::NAN,
+    }
+}
+
 /// The first element that is NaN or infinite: its exponent is all ones.
-fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+pub(super) fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
     match dtype {
         Dtype::F16 => first_where(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
         Dtype::BF16 => first_where(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
@@ -115,6 +121,7 @@ fn write_one(plan: &Plan, source: &Source, dir: &Path, run: &str, values: &[Vec<
         step: stem.step,
         history: Some(history_json(&plan.chains[stem.index], updates.clone())),
         run: Some(run.to_owned()),
+        copied: plan.tensors.copied.clone(),
         ..Meta::default()
     };
     let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| dst.copy_from_slice(&values[i][range]);
@@ -123,7 +130,7 @@ fn write_one(plan: &Plan, source: &Source, dir: &Path, run: &str, values: &[Vec<
     paths.iter().map(size).sum()
 }
 
-/// Running means of norms, which early versions of pytorch-posthoc-ema store but never update.
+/// Running means of norms, which pytorch-posthoc-ema stores but does not always update.
 #[derive(Default)]
 struct Statistics {
     steps: BTreeSet<u64>,
@@ -148,8 +155,8 @@ impl Statistics {
             self.same.iter().filter(|(_, same)| same.is_some()).map(|(name, _)| name.as_str()).collect();
         (!same.is_empty() && self.steps.len() > 1).then(|| {
             format!(
-                "{} the same in all checkpoints (pytorch-posthoc-ema up to 1.0.5 never updates the statistics of norms): \
-                 unless the model kept them so, estimate them anew before an evaluation",
+                "{} the same in all checkpoints (pytorch-posthoc-ema up to 1.0.5, and with `only_save_diff` later \
+                 versions too, never updates the statistics of norms): unless the model kept them so, estimate them anew before an evaluation",
                 are(&same)
             )
         })

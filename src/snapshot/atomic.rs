@@ -67,7 +67,7 @@ impl AtomicFile {
 }
 
 /// Makes renames and removals in a directory durable.
-pub(super) fn sync_directory(dir: &Path) -> Result<()> {
+pub fn sync_directory(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", dir))
 }
 

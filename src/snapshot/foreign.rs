@@ -1,8 +1,9 @@
-//! Checkpoints of PyTorch (`.pt`): a dict of tensors and of plain values beside them. Whatever code a file holds is never
-//! run, and a file that holds any is refused.
+//! Checkpoints of PyTorch (`.pt`): a dict of tensors and of plain values beside them. No code that a file may name is ever
+//! run, and an entry that is an object is refused.
+
+mod guard;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -47,12 +48,10 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::Io`] where it cannot be read, [`Error::Damaged`] where it is no whole file of PyTorch's, and
-    /// [`Error::Unexpected`] where it holds anything but tensors and plain values.
+    /// [`Error::Unexpected`] where it holds anything but tensors and plain values, or is no regular file, or is one that
+    /// would grow beyond measure when it is read.
     pub fn open(path: &Path) -> Result<Checkpoint> {
-        let length = File::open(path).and_then(|file| file.metadata()).map_err(Error::io("read", path))?.len();
-        if length == 0 {
-            return Err(Error::damaged(path, "the file is empty"));
-        }
+        let length = guard::check_file(path)?;
         let reader = PytorchReader::new(path).map_err(|error| refused(path, error))?;
         // Old archives are read into memory whole, and what else there is holds no tensors; none of the tools writes them.
         if !matches!(reader.metadata().format_type, FileFormat::Zip | FileFormat::Legacy) {
@@ -63,6 +62,7 @@ impl Checkpoint {
             return Err(Error::damaged(path, "no dict of tensors"));
         };
         let mut found = reader.into_tensors();
+        guard::check_tensors(path, length, &root, &found)?;
         let (mut tensors, mut values) = (BTreeMap::new(), BTreeMap::new());
         for (name, value) in root {
             match found.remove(&name) {
@@ -144,6 +144,9 @@ fn refused(path: &Path, error: PytorchError) -> Error {
     }
 }
 
+/// The type of an entry that is a tensor.
+const TENSOR: &str = "torch.Tensor";
+
 const REMEDY: &str = "where you trust the file, load it with PyTorch, leave that entry out and save it again";
 
 /// An entry without code.
@@ -162,7 +165,7 @@ fn plain(path: &Path, name: &str, value: PickleValue) -> Result<Value> {
             values.into_iter().enumerate().try_for_each(|(i, v)| plain(path, &format!("{name}.{i}"), v).map(drop))?;
             Value::Other
         }
-        PickleValue::Unsupported(kind) if kind != "torch.Tensor" => {
+        PickleValue::Unsupported(kind) if kind != TENSOR => {
             let why = format!("`{name}` is no tensor but a Python object, `{kind}`, which is never run: {REMEDY}");
             return Err(Error::unexpected(path, why));
         }

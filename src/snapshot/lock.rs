@@ -41,13 +41,6 @@ impl Lock {
             Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
         }
     }
-
-    /// Gives the lock up and removes its file, for a directory that its holder made and is about to remove.
-    #[cfg(feature = "import")]
-    pub fn discard(self, dir: &Path) {
-        // Before it is released: who opens the file now is refused the lock, and who comes later makes a new one.
-        let _ = std::fs::remove_file(dir.join(LOCK_FILE));
-    }
 }
 
 #[cfg(test)]

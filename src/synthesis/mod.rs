@@ -26,6 +26,8 @@ pub(crate) use pool::{Elements, Holder, Pool, PoolTensor, Source};
 #[cfg(feature = "import")]
 pub(crate) use stored::history_json;
 pub(crate) use stored::profile_json;
+#[cfg(all(test, feature = "import"))]
+pub(crate) use stored::read_chain;
 
 #[cfg(test)]
 mod tests;

@@ -11,7 +11,7 @@ use safetensors::Dtype;
 use self::pt::Pt;
 use super::*;
 use crate::math::Profile;
-use crate::synthesis::{At, Plan, Run};
+use crate::synthesis::{At, Plan, Run, read_chain};
 
 fn fixture(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/foreign").join(case)
@@ -122,7 +122,10 @@ fn every_tool_s_chain_is_the_one_it_computed() {
             let call = calls * (i % report.steps.len() + 1) as u64;
             let updates: Vec<u64> = times.iter().copied().filter(|&time| time <= call).collect();
             assert_eq!(updates.last(), Some(&snapshot.stem.step), "{case}: what file {call} contains");
-            let shares = options.chain(&options.profiles[snapshot.stem.index]).densities(&updates);
+            let (profile, chain, stored) = read_chain(snapshot).unwrap();
+            assert_eq!(profile, options.profiles[snapshot.stem.index]);
+            assert_eq!(stored.unwrap().times(), updates);
+            let shares = chain.densities(&updates);
             let (tensor, bytes) = snapshot.tensor("weight").unwrap();
             assert_eq!(tensor.shape, [2, 3]);
             for element in 0..6 {
@@ -249,6 +252,135 @@ fn statistics_that_were_never_updated_are_told() {
         let tool = if case == "ema" { Tool::EmaPytorch } else { Tool::NitrousEma };
         assert!(imported(&usual(tool), &fixture(case)).2.warnings.is_empty(), "{case}");
     }
+}
+
+/// Three steps of two profiles, the first update among them, where both averages are the same.
+fn three_steps(dir: &Path, more: impl Fn(Pt, i64) -> Pt) {
+    for (call, index) in [(100, 0), (100, 1), (200, 0), (200, 1), (300, 0), (300, 1)] {
+        let average = if call == 100 { 0.0 } else { call as f32 / (index + 2) as f32 };
+        let pt = Pt::with_step(call - 99).floats("w", &[average]);
+        more(pt, call).save(dir.join(format!("{index}.{call}.pt")));
+    }
+}
+
+fn halves(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|&value| half::f16::from_f32(value).to_le_bytes()).collect()
+}
+
+#[test]
+fn what_a_tool_copied_is_copied() {
+    let temp = tempfile::tempdir().unwrap();
+    three_steps(temp.path(), |pt, call| {
+        let overflow = halves(&[f32::INFINITY, 1.0]);
+        pt.floats("moved", &[call as f32])
+            .floats("mask", &[0.0, f32::NEG_INFINITY])
+            .floats("other", &[f32::INFINITY])
+            .floats("spoiled", &[f32::NAN, 0.0])
+            .floats("frozen", &[1.5])
+            .tensor("table", "HalfStorage", &[2], &overflow)
+            .tensor("ids", "HalfStorage", &[3], &halves(&[0.0, 2048.0, 4096.0]))
+            .tensor("small", "HalfStorage", &[2], &halves(&[0.0, 2048.0]))
+    });
+    let (_temp, dir, report) = imported(&usual(Tool::PytorchPosthocEma), temp.path());
+    let told = |start: &str| report.warnings.iter().filter(|text| text.starts_with(start)).count();
+    for start in [
+        "`moved` is alike for all profiles at every step",
+        "`mask`, `other` are infinite in places and alike for all profiles: copied",
+        "`spoiled` is left out: NaN in every checkpoint",
+        "`table` is infinite in places and alike for all profiles: copied, not averaged; in 16 bits",
+        "`ids` is constant and whole",
+    ] {
+        assert_eq!(told(start), 1, "{start}: {report:?}");
+    }
+    assert_eq!(report.warnings.len(), 5, "{report:?}");
+    let run = Run::open(&dir).unwrap();
+    for snapshot in run.snapshots() {
+        assert!(
+            snapshot.meta.copied.iter().eq(["ids", "mask", "moved", "other", "table"]),
+            "{:?}",
+            snapshot.meta.copied
+        );
+        assert!(snapshot.tensor("spoiled").is_none());
+    }
+    let plan = run.plan(Profile::sigma_rel(0.15).unwrap(), At::Latest).unwrap();
+    let tensors = run.load(&plan).unwrap();
+    let values = |name: &str| tensors.get(name).unwrap().to_vec::<f32>().unwrap();
+    assert_eq!(values("moved"), [300.0]);
+    assert_eq!(values("mask"), [0.0, f32::NEG_INFINITY]);
+    assert!((values("frozen")[0] - 1.5).abs() < 1e-5);
+}
+
+/// What is alike at the first update alone, or at some steps only, was averaged.
+#[test]
+fn what_only_looks_copied_is_averaged() {
+    let temp = tempfile::tempdir().unwrap();
+    three_steps(temp.path(), |pt, _| pt);
+    let (_temp, dir, report) = imported(&usual(Tool::PytorchPosthocEma), temp.path());
+    assert!(report.warnings.is_empty(), "{report:?}");
+    assert!(Run::open(&dir).unwrap().snapshots().iter().all(|snapshot| snapshot.meta.copied.is_empty()));
+    for call in [200, 300] {
+        (0..2).for_each(|index| fs::remove_file(temp.path().join(format!("{index}.{call}.pt"))).unwrap());
+    }
+    let (_temp, dir, report) = imported(&usual(Tool::PytorchPosthocEma), temp.path());
+    assert!(report.warnings.is_empty() && Run::open(&dir).unwrap().snapshots()[0].meta.copied.is_empty());
+    // Alike at the newest step, but not at the one before.
+    for (call, index, value) in [(200, 0, 1.0), (200, 1, 2.0), (300, 0, 3.0), (300, 1, 3.0)] {
+        let pt = Pt::with_step(call - 99).floats("w", &[value]);
+        pt.save(temp.path().join(format!("{index}.{call}.pt")));
+    }
+    let (_temp, dir, report) = imported(&usual(Tool::PytorchPosthocEma), temp.path());
+    assert!(report.warnings.is_empty() && Run::open(&dir).unwrap().snapshots()[0].meta.copied.is_empty());
+}
+
+/// With one profile only constants can be told.
+#[test]
+fn an_infinite_constant_of_one_profile_is_copied() {
+    let temp = tempfile::tempdir().unwrap();
+    for call in [100, 200] {
+        let pt = Pt::with_step(call - 99).floats("w", &[call as f32]).floats("mask", &[f32::NEG_INFINITY]);
+        pt.save(temp.path().join(format!("0.{call}.pt")));
+    }
+    let (_temp, dir, report) = imported(&import(Tool::PytorchPosthocEma, &[0.1], 10), temp.path());
+    assert!(report.warnings.len() == 1 && report.warnings[0].starts_with("`mask` is infinite"), "{report:?}");
+    assert!(Run::open(&dir).unwrap().snapshots()[1].meta.copied.iter().eq(["mask"]));
+}
+
+#[test]
+fn an_update_after_step_that_no_count_tells_is_warned_of() {
+    let temp = tempfile::tempdir().unwrap();
+    let half = |pt: Pt, name: &str, value: f32| pt.tensor(name, "HalfStorage", &[], &halves(&[value]));
+    let file = |call: u64, counted: f32| {
+        let pt = half(half(Pt::default(), "initted", 1.0), "step", counted).floats("w", &[call as f32]);
+        pt.save(temp.path().join(format!("0.{call}.pt")));
+    };
+    file(80_000, f32::INFINITY);
+    let options = import(Tool::PytorchPosthocEma, &[0.1], 10);
+    let warnings = |options: &Import| imported(options, temp.path()).2.warnings;
+    assert!(warnings(&options)[0].starts_with("update_after_step is taken to be 100, the default: "));
+    let given = warnings(&Import { update_after_step: Some(0), ..options.clone() });
+    assert!(given[0].starts_with("update_after_step is taken to be 0, as given: "), "{given:?}");
+    // One file that tells is enough.
+    file(1000, 901.0);
+    assert!(warnings(&options).is_empty());
+}
+
+#[test]
+fn the_run_appears_whole() {
+    let temp = tempfile::tempdir().unwrap();
+    let target = temp.path().join("deep/run");
+    let seen = std::sync::Mutex::new(Vec::new());
+    let look = |_| {
+        let beside = fs::read_dir(temp.path().join("deep")).unwrap();
+        let names = beside.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        seen.lock().unwrap().extend(names);
+    };
+    usual(Tool::EmaPytorch).write(fixture("ema"), &target, Some(&look)).unwrap();
+    let seen = seen.into_inner().unwrap();
+    assert!(!seen.is_empty() && seen.iter().all(|name| name.starts_with(".posthoc-ema-import-")), "{seen:?}");
+    assert_eq!(fs::read_dir(temp.path().join("deep")).unwrap().count(), 1);
+    // Its mode is that of any new directory.
+    let mode = |dir: &Path| std::os::unix::fs::PermissionsExt::mode(&fs::metadata(dir).unwrap().permissions());
+    assert_eq!(mode(&target), mode(&temp.path().join("deep")));
 }
 
 #[test]

@@ -52,6 +52,14 @@ impl Pt {
         self.tensor(name, "FloatStorage", &[values.len()], bytemuck::cast_slice(values))
     }
 
+    /// Adds a dict with f32 values in it.
+    pub fn nested(self, outer: &str, name: &str, values: &[f32]) -> Pt {
+        let before = self.entries.len();
+        let mut pt = self.floats(name, values);
+        let inner = pt.entries.split_off(before);
+        pt.entry(outer, &[b"}(", &inner[..], b"u"].concat())
+    }
+
     /// Adds any pickled value.
     pub fn entry(mut self, name: &str, value: &[u8]) -> Pt {
         self.entries.extend([text(name), value.to_vec()].concat());

@@ -72,6 +72,50 @@ fn code_is_refused_and_never_run() {
 }
 
 #[test]
+fn files_that_cost_more_than_they_are_worth_are_refused() {
+    let ones = [1; 65];
+    let bytes = 1f32.to_le_bytes();
+    let mut packed = sound().archive();
+    let directory = packed.windows(4).position(|window| window == b"PK\x01\x02").unwrap();
+    packed[directory + 10] = 8;
+    let mut tar = vec![0; 1024];
+    tar[257..262].copy_from_slice(b"ustar");
+    for (bytes, part) in [
+        (packed, "`data.pkl` is compressed"),
+        (tar, "a TAR archive"),
+        (
+            sound().strided("deep", "FloatStorage", 1, &ones, &ones, &bytes).archive(),
+            "`deep` has more than 64 dimensions",
+        ),
+        (sound().strided("wide", "FloatStorage", 1, &[1 << 20], &[0], &bytes).archive(), "its tensors take 41943"),
+        (sound().floats("a.b", &[1.0]).nested("a", "b", &[2.0]).archive(), "of its 5 tensors only 4 have a name"),
+    ] {
+        let text = refusal(&bytes);
+        assert!(text.contains(part), "{text}");
+    }
+    // A few elements may be repeated.
+    let temp = tempfile::tempdir().unwrap();
+    sound().strided("row", "FloatStorage", 1, &[1000], &[0], &bytes).save(temp.path().join("0.100.pt"));
+    one(Tool::PytorchPosthocEma).write(temp.path(), temp.path().join("run"), None).unwrap();
+}
+
+#[test]
+fn what_is_no_regular_file_is_not_opened() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("0.100.pt");
+    let refused = || {
+        let text =
+            one(Tool::PytorchPosthocEma).write(temp.path(), temp.path().join("run"), None).unwrap_err().to_string();
+        assert!(text.contains("0.100.pt: this is no regular file"), "{text}");
+    };
+    fs::create_dir(&path).unwrap();
+    refused();
+    fs::remove_dir(&path).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+    refused();
+}
+
+#[test]
 fn what_is_no_checkpoint_of_the_tool_is_named() {
     let long = |step: i64| step.to_le_bytes();
     let bare = || Pt::default().floats("w", &[1.0]);
@@ -217,10 +261,12 @@ fn sources_and_targets_that_will_not_do_are_named() {
         let text = usual(Tool::EmaPytorch).write(source, target, None).unwrap_err().to_string();
         assert!(text.contains(part), "{text}");
     }
+    // What a tracker has begun to write is not empty.
     let lock = Lock::acquire(&empty).unwrap();
-    let error = usual(Tool::EmaPytorch).write(&ema, &empty, None).unwrap_err();
-    assert!(matches!(error, Error::Locked { .. }), "{error}");
+    let text = usual(Tool::EmaPytorch).write(&ema, &empty, None).unwrap_err().to_string();
+    assert!(text.contains("the directory is not empty (`.lock`): name an empty or a new one"), "{text}");
     drop(lock);
+    fs::remove_file(empty.join(".lock")).unwrap();
     usual(Tool::EmaPytorch).write(&ema, &empty, None).unwrap();
 }
 
@@ -237,14 +283,28 @@ fn an_import_that_fails_midway_leaves_the_target_as_it_was() {
     };
     fail(&temp.path().join("deep/run"));
     assert!(!temp.path().join("deep").exists());
-    // A directory that was there stays, with what was in it.
+    // A directory that was there stays, and is still empty.
     let target = temp.path().join("run");
     fs::create_dir(&target).unwrap();
-    fs::write(target.join("notes.txt"), "mine").unwrap();
     fail(&target);
-    let mut left: Vec<_> = fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    left.sort();
-    assert_eq!(left, [".lock", "notes.txt"]);
+    assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 2);
     fs::remove_file(source.join("0.110.pt")).unwrap();
     one(Tool::PytorchPosthocEma).write(&source, &target, None).unwrap();
+    assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
+}
+
+/// Somebody else begins to use the directory while the import reads.
+#[test]
+fn a_target_that_is_no_longer_empty_is_left_as_it_is() {
+    let temp = tempfile::tempdir().unwrap();
+    let target = temp.path().join("run");
+    let intrude = |_| {
+        let _ = fs::create_dir(&target);
+        fs::write(target.join("mine"), "").unwrap();
+    };
+    let error = usual(Tool::EmaPytorch).write(fixture("ema"), &target, Some(&intrude)).unwrap_err();
+    assert!(error.to_string().contains("cannot rename into place"), "{error}");
+    assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1);
 }
