@@ -74,7 +74,12 @@ def test_a_link_to_nothing_is_left_out(tmp_path: Path) -> None:
     (source / "model.pt").symlink_to(tmp_path / "nothing")
     with pytest.warns(UserWarning, match="model.pt is left out"):
         import_run(
-            source, tmp_path / "run", "ema-pytorch", sigma_rels=(0.05, 0.28), update_every=10, progress=lambda done, total: None
+            source,
+            tmp_path / "run",
+            "ema-pytorch",
+            sigma_rels=(0.05, 0.28),
+            update_every=10,
+            progress=lambda done, total: None,
         )
 
 
