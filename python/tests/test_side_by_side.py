@@ -56,10 +56,15 @@ def test_the_average_of_a_ramp(tmp_path: Path) -> None:
     ours = average_of_the_ramp(here, tmp_path / "ours")
     theirs = average_of_the_ramp(Path(str(PEERS)).resolve(), tmp_path / "theirs")
     # The mean of a power-function profile over time: (gamma + 1) / (gamma + 2).
+    # Its own checkpoints, imported.
+    posthoc_ema.import_run(tmp_path / "theirs", tmp_path / "imported", sigma_rels=(0.05, 0.28), update_every=10)
+    imported = posthoc_ema.PostHocEMA.from_path(tmp_path / "imported").synthesize([SIGMA_REL])[0]["weight"].item()
     gamma = sigma_rel_to_gamma(SIGMA_REL)
     right = (gamma + 1.0) / (gamma + 2.0)
     print(f"\na ramp 0..1 averaged at sigma_rel {SIGMA_REL}: right {right:.4f}")
     print(f"posthoc-ema {ours:.4f}\npytorch-posthoc-ema 1.0.10 {theirs:.4f}")
+    print(f"its checkpoints, imported {imported:.4f}")
     assert right == pytest.approx(0.820, abs=0.001)
     assert ours == pytest.approx(right, abs=0.001)
+    assert imported == pytest.approx(right, abs=0.002)
     assert theirs == pytest.approx(0.244, abs=0.001)
