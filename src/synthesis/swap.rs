@@ -1,15 +1,18 @@
 //! An average in the place of a live model's weights, for as long as it is looked at.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 
 use rayon::prelude::*;
+use safetensors::Dtype;
 
 use super::choose::Chosen;
 use super::output::copied;
 use super::plan::Plan;
 use super::pool::{Pool, PoolTensor, Selection};
+use crate::compute::cpu::{f32_to_bf16, f32_to_f16, to_f32};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda::{self, Staging};
 use crate::error::{Error, Result};
@@ -119,7 +122,7 @@ impl Pool<'_> {
         params.with_tensors(&mut |views| {
             let copied = views.iter().filter_map(|view| Some((view, self.find(view.name)?)));
             for (view, tensor) in copied.filter(|(_, tensor)| !tensor.averaged) {
-                if (view.dtype, view.shape) != (tensor.dtype, &tensor.shape[..]) {
+                if view.shape != tensor.shape || !can_become(tensor.dtype, view.dtype) {
                     let now = format!("it is {} {:?}", view.dtype, view.shape);
                     let stored = format!("in the run {} {:?}", tensor.dtype, tensor.shape);
                     return Err(Error::changed(view.name, format!("{now}, {stored}")));
@@ -133,9 +136,33 @@ impl Pool<'_> {
     fn copy_into_model(&self, selection: &Selection<'_>, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
         let mut bus = Bus::default();
         params.for_each_mut(&mut |view| match self.find(view.name) {
-            Some(tensor) if !tensor.averaged => bus.write(view.name, view.memory, copied(selection, 0, tensor)?),
+            Some(tensor) if !tensor.averaged => {
+                let bytes = converted(copied(selection, 0, tensor)?, tensor.dtype, view.dtype);
+                bus.write(view.name, view.memory, &bytes)
+            }
             _ => Ok(()),
         })
+    }
+}
+
+/// Whether a copied tensor of one dtype can be put into a model of another: an import may have 16 bits of a model in f32.
+fn can_become(from: Dtype, to: Dtype) -> bool {
+    let by_way_of_f32 = |dtype| matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
+    from == to || (by_way_of_f32(from) && by_way_of_f32(to))
+}
+
+/// A copied tensor's elements in another dtype that they can become.
+fn converted(bytes: &[u8], from: Dtype, to: Dtype) -> Cow<'_, [u8]> {
+    if from == to {
+        return bytes.into();
+    }
+    let mut values = vec![0.0; bytes.len() * 8 / from.bitsize()];
+    to_f32(&mut values, bytes, from);
+    let halves = |half: fn(f32) -> u16| values.iter().flat_map(|value| half(*value).to_le_bytes()).collect();
+    match to {
+        Dtype::F16 => halves(f32_to_f16),
+        Dtype::BF16 => halves(f32_to_bf16),
+        _ => Cow::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect()),
     }
 }
 
@@ -275,6 +302,19 @@ fn lost(name: &str, how: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn copied_tensors_of_16_bits_go_into_models_of_more() {
+        let halves: Vec<u8> =
+            [1.0f32, f32::NEG_INFINITY, -0.5].iter().flat_map(|x| f32_to_f16(*x).to_le_bytes()).collect();
+        let wide = converted(&halves, Dtype::F16, Dtype::F32);
+        assert_eq!(*wide, *[1.0f32, f32::NEG_INFINITY, -0.5].map(f32::to_le_bytes).as_flattened());
+        assert_eq!(*converted(&wide, Dtype::F32, Dtype::F16), *halves);
+        let brains = converted(&halves, Dtype::F16, Dtype::BF16);
+        assert_eq!(*converted(&brains, Dtype::BF16, Dtype::F32), *wide);
+        assert!(can_become(Dtype::I64, Dtype::I64) && can_become(Dtype::BF16, Dtype::F32));
+        assert!(!can_become(Dtype::I64, Dtype::F32) && !can_become(Dtype::F64, Dtype::F32));
+    }
 
     #[test]
     fn memory_that_tensors_share_is_kept_once() {
