@@ -15,8 +15,8 @@ from ._results import address
 Swap = Callable[[_native.Originals, _native.Layout, list[int], int], None]
 """Puts an average into tensors at addresses, on a stream, and what they held into the first argument."""
 
-holding: dict[int, int] = {}
-"""How many averages the tensor at each address holds at the moment, one upon the other."""
+holding: dict[object, frozenset[int]] = {}
+"""The addresses of the tensors that hold an average at the moment, for each block that put one in."""
 
 
 def check_own_weights(tensors: Iterable[Any]) -> None:
@@ -25,11 +25,16 @@ def check_own_weights(tensors: Iterable[Any]) -> None:
     Raises:
         RuntimeError: within the body of `PostHocEMA.model`.
     """
-    if holding and any(address(tensor) in holding for tensor in tensors):
+    if holding and not places_of(tensors).isdisjoint(frozenset().union(*holding.values())):
         raise RuntimeError(
             "the model holds an average at the moment, and averages of averages would spoil the run: "
             "leave the `with` block of `PostHocEMA.model` first"
         )
+
+
+def places_of(tensors: Iterable[Any]) -> frozenset[int]:
+    """Where tensors lie; those without elements lie nowhere."""
+    return frozenset(map(address, tensors)) - {0}
 
 
 class _Module:
@@ -105,30 +110,31 @@ def average_in(tensors: ModuleTensors | MappingTensors, swap: Swap) -> Iterator[
     """Puts an average into a model; every bit, flag and device is as before when the block is left, however that is."""
     lender = tensors.lender()
     module = _Module(tensors.model) if isinstance(tensors, ModuleTensors) else None
-    versions, originals, places = _Versions(lender.tensors), _native.Originals(), list(map(address, lender.tensors))
+    versions, originals, places = _Versions(lender.tensors), _native.Originals(), places_of(lender.tensors)
+    block = object()
     try:
         # Whatever interrupts this, even between two lines, the originals are there or nothing has been written.
         with lender.writing() as (addresses, stream):
             swap(originals, lender.layout, addresses, stream)
         versions.changed()
-        _count(places, 1)
-        try:
-            if isinstance(tensors, ModuleTensors):
-                tensors.model.eval()
-            yield
-        finally:
-            _count(places, -1)
+        holding[block] = places
+        if isinstance(tensors, ModuleTensors):
+            tensors.model.eval()
+        yield
     finally:
-        _uninterrupted(lambda: _give_back(module, lender, originals, versions))
+        _uninterrupted(lambda: _give_back(module, lender, originals, versions, block))
 
 
-def _give_back(module: _Module | None, lender: Lender, originals: _native.Originals, versions: _Versions) -> None:
+def _give_back(
+    module: _Module | None, lender: Lender, originals: _native.Originals, versions: _Versions, block: object
+) -> None:
     if module is not None:
         module.put_back()
     if originals.filled:
         with lender.writing() as (addresses, stream):
             originals.restore(lender.layout, addresses, stream)
         versions.put_back()
+    holding.pop(block, None)
 
 
 def _uninterrupted(act: Callable[[], None]) -> None:
@@ -142,12 +148,3 @@ def _uninterrupted(act: Callable[[], None]) -> None:
             interrupt = pressed
     if interrupt is not None:
         raise interrupt
-
-
-def _count(places: list[int], by: int) -> None:
-    for place in places:
-        held = holding.get(place, 0) + by
-        if held:
-            holding[place] = held
-        else:
-            holding.pop(place, None)

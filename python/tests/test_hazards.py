@@ -148,6 +148,16 @@ def test_no_part_of_a_model_that_holds_an_average_is_averaged(tmp_path: Path) ->
     single.update()
 
 
+def test_models_without_a_common_element_do_not_disturb_each_other(tmp_path: Path) -> None:
+    # Tensors without elements all lie nowhere.
+    first = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(0)), torch.nn.Parameter(torch.zeros(3))])
+    second = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(0)), torch.nn.Parameter(torch.zeros(3))])
+    one, other = trained(first, tmp_path / "first"), trained(second, tmp_path / "second")
+    with one.model(first, 0.1):
+        other.update_(second)
+    assert other.step == 16
+
+
 def test_another_default_device_does_not_matter(run_dir: Path) -> None:
     model = torch.nn.Linear(3, 3)
     ema = trained(model, run_dir)
