@@ -37,6 +37,19 @@ def train(ema: PostHocEMA, model: torch.nn.Module, steps: int, step: Callable[[i
         ema.update_(model)
 
 
+class Exchanged:
+    """Somebody's array, of which nothing but DLPack is known: not even whether it may be written."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
 def bits(model: torch.nn.Module) -> dict[str, bytes]:
     """Every bit of a model's parameters and buffers, in the order of their indices."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

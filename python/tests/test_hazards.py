@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import bits, shake, train
+from conftest import Exchanged, bits, train
 
 from posthoc_ema import KarrasEMA, PostHocEMA, _lend
 from posthoc_ema._model import plain_name
@@ -237,21 +237,8 @@ def test_arrays_of_the_other_byte_order(run_dir: Path) -> None:
         assert np.array_equal(arrays["w"], np.ones(4))
 
 
-class ReadOnly:
-    """An array that must not be written, which DLPack does not tell."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-
-    def __dlpack__(self, **options: object) -> object:
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.array.__dlpack_device__()
-
-
 def test_what_came_by_dlpack_is_not_written(run_dir: Path) -> None:
-    shared = {"w": ReadOnly(np.ones(4, dtype=np.float32))}
+    shared = {"w": Exchanged(np.ones(4, dtype=np.float32))}
     ema = PostHocEMA.from_model(shared, run_dir, **OPTIONS)
     ema.update_(shared)
     with pytest.raises(ValueError, match="`w`: it came by DLPack, which is for reading"):
@@ -364,4 +351,3 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert ema.step == 0
     del ema
     assert not list(tmp_path.iterdir())
-    shake(model)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import shake, train
+from conftest import Exchanged, shake, train
 
 from posthoc_ema import PostHocEMA
 
@@ -259,19 +259,6 @@ def test_mappings_of_arrays(run_dir: Path) -> None:
             pytest.fail("must not come here")
     with pytest.raises(TypeError, match="`a`: list is no tensor"):
         ema.update_({**arrays, "a": [1.0]})
-
-
-class Exchanged:
-    """Somebody's array, of which nothing but DLPack is known."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-
-    def __dlpack__(self, **options: object) -> object:
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.array.__dlpack_device__()
 
 
 def test_dlpack_shares_elements(run_dir: Path) -> None:
