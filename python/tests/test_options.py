@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -182,12 +183,17 @@ def test_an_update_of_many_small_tensors_is_quick(run_dir: Path) -> None:
     model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(500)])
     ema = PostHocEMA.from_model(model, run_dir, update_every=1, update_after_step=0, checkpoint_every=10**9)
 
-    def seconds() -> float:
+    def seconds(work: Callable[[], object]) -> float:
         start = time.perf_counter()
-        ema.update_(model)
+        work()
         return time.perf_counter() - start
 
-    assert min(seconds() for _ in range(100)) < 1e-3
+    def look_at_all() -> object:
+        return [(name, p.data_ptr(), p.dtype, p.shape) for name, p in model.named_parameters()]
+
+    # How long a millisecond's work takes depends on the machine; both do on the same one, in turns.
+    turns = [(seconds(lambda: ema.update_(model)), seconds(look_at_all)) for _ in range(100)]
+    assert min(update for update, _ in turns) < 1.5 * min(look for _, look in turns)
 
 
 def test_progress_is_told_and_its_errors_are_raised(run_dir: Path) -> None:
