@@ -1,18 +1,60 @@
 //! `posthoc-ema bench`.
 
+use std::path::PathBuf;
+
+use clap::Args;
 use indicatif::HumanCount;
 use posthoc_ema::bench::{self, Machine, Measured, Measurements, Options, Progress};
-use posthoc_ema::report;
+use posthoc_ema::{Device, report};
 use serde_json::json;
 
-use super::args::Bench;
 use super::output::{print, print_json, round_bar};
 use super::{Failure, Outcome};
+
+/// Measure update and blend on this machine, beside the machine's limits
+///
+/// Every piece of work is compared with a loop that moves the same bytes and does next to nothing else, timed in turns
+/// with it; on a GPU with a copy within it, or over the bus. Answers are checked before anything is timed. The
+/// snapshots that the CPU blends lie in a temporary file.
+#[derive(Args)]
+pub struct Arguments {
+    /// Parameters of the model [default: 20 million on the CPU, 200 million, or what fits, on a GPU]
+    #[arg(long, value_name = "N")]
+    pub parameters: Option<usize>,
+    /// Tensors of the model that has many small ones
+    #[arg(long, value_name = "N", default_value_t = Options::default().tensors)]
+    pub tensors: usize,
+    /// Snapshots that are blended
+    #[arg(long, value_name = "N", default_value_t = Options::default().snapshots)]
+    pub snapshots: usize,
+    /// Targets that they are blended into in one pass, beside a pass for one
+    #[arg(long, value_name = "N", default_value_t = Options::default().targets)]
+    pub targets: usize,
+    /// How often each piece of work is timed; medians are shown
+    #[arg(long, value_name = "N", default_value_t = Options::default().repeats)]
+    pub repeats: usize,
+    /// Where: auto (the CPU and every CUDA device), cpu, or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = Options::default().device)]
+    pub device: Device,
+    /// Draw the rates and their limits
+    #[arg(long, value_name = "FILE.svg", value_parser = svg)]
+    pub plot: Option<PathBuf>,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The path of a picture, which tells its format.
+fn svg(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    let known = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("svg"));
+    if known { Ok(path) } else { Err("plots are SVG: name a file that ends in .svg".into()) }
+}
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Measures, shows what was measured, and draws it where a file is named.
-pub fn run(arguments: &Bench) -> Outcome {
+pub fn run(arguments: &Arguments) -> Outcome {
     let options = options(arguments);
     options.check().map_err(|error| Failure::Usage(error.to_string()))?;
     let Measurements { devices, rows, without_cuda } = measure(&options)?;
@@ -36,8 +78,8 @@ pub fn run(arguments: &Bench) -> Outcome {
     Ok(())
 }
 
-fn options(arguments: &Bench) -> Options {
-    let Bench { parameters, tensors, snapshots, targets, repeats, device, .. } = *arguments;
+fn options(arguments: &Arguments) -> Options {
+    let Arguments { parameters, tensors, snapshots, targets, repeats, device, .. } = *arguments;
     Options { parameters, tensors, snapshots, targets, repeats, device }
 }
 

@@ -1,14 +1,68 @@
 //! `posthoc-ema import`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use posthoc_ema::{Import, Imported, Profile};
+use clap::{Args, ValueEnum};
+use posthoc_ema::{Import, Imported, Profile, Tool};
 use serde_json::json;
 
-use super::args::Import as Arguments;
+use super::list::Numbers;
 use super::output::{byte_bar, bytes, print, print_json};
 use super::{Failure, Outcome, targets};
+
+/// Write another tool's checkpoints as a run
+///
+/// pytorch-posthoc-ema, ema-pytorch and nitrous-ema apply a step's decay once every --update-every steps, and then
+/// synthesize as if they had applied it at every step. Their averages are sound, but of other profiles than asked for: the
+/// run tells which, so that a synthesis from it gives the lengths that theirs should have given. The checkpoints are only
+/// read, and no code is ever run. The options say what the training used: the files do not tell.
+#[derive(Args)]
+pub struct Arguments {
+    /// Directory of the checkpoints (INDEX.STEP.pt)
+    pub dir: PathBuf,
+    /// Directory of the run: an empty or a new one
+    pub run: PathBuf,
+    /// The tool that wrote them
+    #[arg(long, value_enum, value_name = "TOOL")]
+    pub from: ToolName,
+    /// Profiles that it tracked, in its order, by relative standard deviation
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true, required_unless_present = "gammas")]
+    pub sigma_rels: Option<Numbers>,
+    /// The same by exponent
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true, conflicts_with = "sigma_rels")]
+    pub gammas: Option<Numbers>,
+    /// Its steps between updates (the default of pytorch-posthoc-ema is 10, that of the others 100)
+    #[arg(long, value_name = "N")]
+    pub update_every: u64,
+    /// No update before this step [default: 100 for pytorch-posthoc-ema, as there; give 0 for its versions 1.0.6 and 1.0.7,
+    /// which have no such option]
+    #[arg(long, value_name = "STEP")]
+    pub update_after_step: Option<u64>,
+    /// nitrous-ema was made with step_size_correction=True
+    #[arg(long)]
+    pub step_size_correction: bool,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum ToolName {
+    PytorchPosthocEma,
+    EmaPytorch,
+    NitrousEma,
+}
+
+impl From<ToolName> for Tool {
+    fn from(name: ToolName) -> Tool {
+        match name {
+            ToolName::PytorchPosthocEma => Tool::PytorchPosthocEma,
+            ToolName::EmaPytorch => Tool::EmaPytorch,
+            ToolName::NitrousEma => Tool::NitrousEma,
+        }
+    }
+}
 
 /// Writes another tool's checkpoints as a run.
 pub fn run(arguments: &Arguments) -> Outcome {

@@ -3,13 +3,23 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use clap::Args;
 use posthoc_ema::snapshot::{self, STATE_FILE, Snapshot, Stem, StoredFile};
 use posthoc_ema::{Error, Profile, Run, report};
 use serde_json::json;
 
-use super::args::Inspect;
 use super::output::{bytes, print, print_json};
 use super::{Failure, Outcome};
+
+/// Show a run's snapshots, profiles, sizes and health
+#[derive(Args)]
+pub struct Arguments {
+    /// Directory of the run
+    pub run: PathBuf,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
 
 /// A snapshot, or why it could not be opened.
 struct Entry {
@@ -18,7 +28,7 @@ struct Entry {
 }
 
 /// Shows what a run holds; a damaged snapshot is shown as such beside the sound ones.
-pub fn run(arguments: &Inspect) -> Outcome {
+pub fn run(arguments: &Arguments) -> Outcome {
     let listed = snapshot::list_each(&arguments.run)?;
     let entries: Vec<Entry> = listed.into_iter().map(|(stem, files)| open(stem, files)).collect();
     // What is wrong with the run as a whole, an empty directory included.

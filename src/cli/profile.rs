@@ -1,11 +1,25 @@
 //! `posthoc-ema profile`.
 
+use clap::Args;
 use posthoc_ema::math::{MAX_SIGMA_REL, beta_to_sigma_rel, sigma_rel_to_beta};
 use posthoc_ema::{Profile, report};
 
-use super::args::Profile as Arguments;
+use super::args::Families;
 use super::output::{print, print_json};
 use super::{Failure, Outcome};
+
+/// Convert between the parametrisations of profiles
+#[derive(Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    pub families: Families,
+    /// Training length at which the two families are compared
+    #[arg(long, value_name = "T")]
+    pub steps: Option<u64>,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
 
 /// A profile in every parametrisation that it has.
 struct Conversion {

@@ -3,15 +3,45 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use clap::Args;
 use posthoc_ema::{At, Device, Dtype, Error, Output, Plan, Run, WriteOptions, cuda_devices, report};
 use serde_json::json;
 
-use super::args::{DtypeName, Synthesize};
+use super::args::{DtypeName, Targets};
 use super::output::{byte_bar, bytes, print, print_json};
 use super::{Failure, Outcome};
 
+/// Synthesize averages from a run's snapshots
+///
+/// Up to 256 targets are synthesized in one pass over the snapshots. Files appear whole or not at all.
+#[derive(Args)]
+pub struct Arguments {
+    /// Directory of the run
+    pub run: PathBuf,
+    /// Time of the targets [default: the newest snapshot]
+    #[arg(long, value_name = "STEP")]
+    pub at: Option<u64>,
+    /// Write the only target to this file
+    #[arg(short, long, value_name = "FILE", conflicts_with = "out_dir")]
+    pub output: Option<PathBuf>,
+    /// Write each target to a file of its own in this directory, which is made where it is missing
+    #[arg(long, value_name = "DIR")]
+    pub out_dir: Option<PathBuf>,
+    /// Dtype of averaged tensors [default: the model's]
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeName>,
+    /// Where to blend: auto (whichever is faster for the job), cpu, or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: Device,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub targets: Targets,
+}
+
 /// Solves the targets, blends them in one pass and writes a file for each.
-pub fn run(arguments: &Synthesize) -> Outcome {
+pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
     if arguments.output.is_some() && profiles.len() > 1 {
         let why = format!("-o names one file, and there are {} targets: use --out-dir DIR", profiles.len());
@@ -51,7 +81,7 @@ fn why_not_cuda(asked: Device) -> String {
 }
 
 /// One file for each target.
-fn paths(arguments: &Synthesize, plans: &[Plan]) -> Result<Vec<PathBuf>, Failure> {
+fn paths(arguments: &Arguments, plans: &[Plan]) -> Result<Vec<PathBuf>, Failure> {
     let Some(dir) = &arguments.out_dir else {
         return Ok(arguments.output.iter().cloned().collect());
     };
@@ -68,7 +98,7 @@ fn file_name(i: usize, plan: &Plan) -> String {
 }
 
 /// Writes all files; returns the seconds and the device it took.
-fn write(run: &Run, plans: &[Plan], paths: &[PathBuf], arguments: &Synthesize) -> Result<(f64, Device), Failure> {
+fn write(run: &Run, plans: &[Plan], paths: &[PathBuf], arguments: &Arguments) -> Result<(f64, Device), Failure> {
     let outputs: Vec<Output<'_>> = plans.iter().zip(paths).map(|(plan, path)| Output { plan, path }).collect();
     let bar = byte_bar(run.bytes_to_read(plans), "synthesizing");
     let progress = |bytes| bar.inc(bytes);
@@ -88,15 +118,4 @@ fn target_json(plan: &Plan, path: &Path) -> serde_json::Value {
         "relative_error": plan.relative_error,
         "noise_gain": plan.noise_gain,
     })
-}
-
-impl From<DtypeName> for Dtype {
-    fn from(name: DtypeName) -> Dtype {
-        match name {
-            DtypeName::F32 => Dtype::F32,
-            DtypeName::F16 => Dtype::F16,
-            DtypeName::Bf16 => Dtype::BF16,
-            DtypeName::F64 => Dtype::F64,
-        }
-    }
 }

@@ -2,16 +2,26 @@
 
 use std::path::{Path, PathBuf};
 
+use clap::Args;
 use posthoc_ema::snapshot::{self, Snapshot, StoredFile};
 use posthoc_ema::{Error, Run};
 
-use super::args::Verify;
 use super::output::{byte_bar, bytes, print, print_json};
 use super::{Failure, Outcome};
 
+/// Read every file of a run and check its checksum
+#[derive(Args)]
+pub struct Arguments {
+    /// Directory of the run
+    pub run: PathBuf,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Reads every file of a run, compares its checksum, and checks that the snapshots belong together. What is damaged does
 /// not keep the rest from being read.
-pub fn run(arguments: &Verify) -> Outcome {
+pub fn run(arguments: &Arguments) -> Outcome {
     let mut findings = Findings::default();
     for (stem, files) in snapshot::list_each(&arguments.run)? {
         findings.add(files.and_then(|files| Snapshot::open(stem, &files)));
