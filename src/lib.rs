@@ -52,7 +52,7 @@ pub use device::Device;
 pub use error::{Error, Result};
 #[cfg(feature = "import")]
 pub use import::{Import, Imported, Tool};
-pub use math::{Profile, Shape, Window};
+pub use math::{Profile, Retention, Shape, Window};
 pub use snapshot::TensorSpec;
 pub use synthesis::{At, Forecast, Originals, Output, Plan, Run, SwappedIn, Weight, WriteOptions, cuda_devices};
 pub use tensor::{

@@ -1,7 +1,7 @@
 //! Profiles and plans, which need no tensors.
 
 use posthoc_ema::math::Schedule;
-use posthoc_ema::{At, Forecast, Plan, Profile};
+use posthoc_ema::{At, Forecast, Plan, Profile, Retention};
 use pyo3::prelude::*;
 use serde::Deserialize;
 
@@ -83,6 +83,8 @@ struct Training {
     update_after_step: u64,
     checkpoint_every: u64,
     max_checkpoints: usize,
+    #[serde(default)]
+    retention: Retention,
     tracked: Vec<Profile>,
 }
 
@@ -91,9 +93,10 @@ struct Training {
 #[pyo3(signature = (training, targets, at_step=None))]
 pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: Option<u64>) -> PyResult<String> {
     let training: Training = serde_json::from_str(training).map_err(|error| argument(strip_place(&error)))?;
-    let Training { steps, update_every, update_after_step, checkpoint_every, max_checkpoints, tracked } = training;
+    let Training { steps, update_every, update_after_step, checkpoint_every, max_checkpoints, retention, tracked } =
+        training;
     let schedule = Schedule { update_every, update_after_step, checkpoint_every };
-    let forecast = Forecast { schedule, steps, keep: max_checkpoints, tracked };
+    let forecast = Forecast { schedule, steps, keep: max_checkpoints, retention, tracked };
     let targets = profiles(&targets)?;
     let plans = py.detach(|| forecast.plans(&targets, at(at_step))).map_err(to_python)?;
     plans_json(&plans)

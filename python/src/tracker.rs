@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use posthoc_ema::{
-    Dtype, Options, Parameters, PostHocEma, Precision, Profile, Result, Step, SwappedIn, TensorSpec, TensorView,
+    Dtype, Options, Parameters, PostHocEma, Precision, Profile, Result, Retention, Step, SwappedIn, TensorSpec,
+    TensorView,
 };
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -26,6 +27,7 @@ struct Settings {
     update_after_step: Option<u64>,
     checkpoint_every: Option<u64>,
     max_checkpoints: Option<usize>,
+    retention: Option<Retention>,
     /// `null` stands for the model's dtypes; an absent one for what the run has.
     #[serde(with = "serde_some")]
     checkpoint_dtype: Option<Option<Dtype>>,
@@ -52,7 +54,15 @@ impl Settings {
         macro_rules! set {
             ($($name:ident),*) => { $(if let Some(value) = self.$name { options = options.$name(value); })* };
         }
-        set!(update_every, update_after_step, checkpoint_every, max_checkpoints, checkpoint_dtype, shard_size);
+        set!(
+            update_every,
+            update_after_step,
+            checkpoint_every,
+            max_checkpoints,
+            retention,
+            checkpoint_dtype,
+            shard_size
+        );
         set!(average, copy, leave_out);
         if let Some(compensated) = self.compensated {
             options = options.precision(if compensated { Precision::Compensated } else { Precision::Plain });

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use posthoc_ema::Dtype;
 
-use super::list::{Numbers, Windows};
+use super::list::{Kept, Numbers, Windows};
 use super::{bench, error, import, inspect, plan, profile, synthesize, verify};
 
 /// Averages of network weights of any length, chosen after training.
@@ -89,9 +89,12 @@ pub struct Before {
     /// Steps between snapshots
     #[arg(long, value_name = "N", default_value_t = 1000, conflicts_with = "run")]
     pub checkpoint_every: u64,
-    /// How many steps' snapshots are kept, the newest
+    /// How many steps' snapshots are kept
     #[arg(long, value_name = "N", default_value_t = 20, conflicts_with = "run")]
     pub keep: usize,
+    /// Which ones: those that serve a range of lengths (sigma_rel) best, or `latest`
+    #[arg(long, value_name = "FROM..TO", default_value = "0.05..0.28", conflicts_with = "run")]
+    pub retention: Kept,
     /// Tracked power-function profiles by relative standard deviation [default: 0.05,0.28]
     #[arg(long, conflicts_with = "run", value_name = "LIST", allow_negative_numbers = true)]
     pub track: Vec<Numbers>,

@@ -1,8 +1,8 @@
-//! Lists on the command line: `0.05,0.06,...,0.28` and `5000,20%`.
+//! Lists and ranges on the command line: `0.05,0.06,...,0.28`, `5000,20%` and `0.05..0.28`.
 
 use std::str::FromStr;
 
-use posthoc_ema::Window;
+use posthoc_ema::{Retention, Window};
 
 /// No list is longer: a slip such as `1,2,...,1e9` should not fill the memory.
 const MAX_LENGTH: usize = 10_000;
@@ -14,6 +14,24 @@ pub struct Numbers(pub Vec<f64>);
 /// A list of windows in steps or in percent.
 #[derive(Clone, Debug)]
 pub struct Windows(pub Vec<Window>);
+
+/// Which snapshots are kept: `latest`, or those that serve a range of lengths.
+#[derive(Clone, Debug)]
+pub struct Kept(pub Retention);
+
+impl FromStr for Kept {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "latest" {
+            return Ok(Kept(Retention::Latest));
+        }
+        let (from, to) = text.split_once("..").ok_or("write it as FROM..TO, such as 0.05..0.28, or `latest`")?;
+        let retention = Retention::Range { from: number(from)?, to: number(to)? };
+        retention.check().map_err(|error| error.to_string())?;
+        Ok(Kept(retention))
+    }
+}
 
 impl FromStr for Numbers {
     type Err = String;
@@ -121,6 +139,16 @@ mod tests {
         ] {
             let error = text.parse::<Numbers>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_kept_is_a_range_or_the_newest() {
+        assert_eq!("latest".parse::<Kept>().unwrap().0, Retention::Latest);
+        assert_eq!("0.05..0.2".parse::<Kept>().unwrap().0, Retention::Range { from: 0.05, to: 0.2 });
+        for (text, part) in [("newest", "FROM..TO"), ("0.1..", "missing"), ("0.2..0.1", "the shorter sigma_rel first")]
+        {
+            assert!(text.parse::<Kept>().unwrap_err().contains(part), "{text}");
         }
     }
 

@@ -119,6 +119,6 @@ impl Before {
             update_after_step: self.update_after_step,
             checkpoint_every: self.checkpoint_every,
         };
-        Ok(Forecast { schedule, steps, keep: self.keep, tracked })
+        Ok(Forecast { schedule, steps, keep: self.keep, retention: self.retention.0.clone(), tracked })
     }
 }

@@ -1,6 +1,7 @@
 //! Inner products of averages: `<a, b> = sum_k a_k b_k / delta_k` over the updates.
 
 use super::chain::Decays;
+use super::profile::Profile;
 
 /// The inner product of two power-function profiles under dense updates, snapshots at `at_a` and `at_b`: Karras eq. 151.
 pub fn power_function_gram(gamma_a: f64, at_a: f64, gamma_b: f64, at_b: f64) -> f64 {
@@ -8,6 +9,41 @@ pub fn power_function_gram(gamma_a: f64, at_a: f64, gamma_b: f64, at_b: f64) -> 
         return power_function_gram(gamma_b, at_b, gamma_a, at_a);
     }
     (gamma_a + 1.0) * (gamma_b + 1.0) * (at_a / at_b).powf(gamma_b) / ((gamma_a + gamma_b + 1.0) * at_b)
+}
+
+/// The inner product at one time of two tracked averages under dense updates, the first of them at `first`.
+///
+/// An average at `at` against one of a profile `b` at a later `T` is this times `F_T(at)` of `b`.
+pub(super) fn dense_product(a: &Profile, b: &Profile, at: f64, first: f64) -> f64 {
+    // What an exponential profile weighs before the first update belongs to that update alone.
+    let at_first = |a: &Profile, b: &Profile| a.cumulative(first, at) * b.cumulative(first, at) / first;
+    match (a.as_gamma(), b.as_gamma()) {
+        (Some(gamma_a), Some(gamma_b)) => power_function_gram(gamma_a, at, gamma_b, at),
+        (Some(gamma), None) => at_first(a, b) + power_with_exponential(gamma, rate(b), at, first),
+        (None, Some(gamma)) => at_first(a, b) + power_with_exponential(gamma, rate(a), at, first),
+        (None, None) => {
+            let both = rate(a) + rate(b);
+            at_first(a, b) - rate(a) * rate(b) / both * (-both * (at - first)).exp_m1()
+        }
+    }
+}
+
+/// `lambda` of an exponential profile.
+fn rate(profile: &Profile) -> f64 {
+    -profile.as_beta().unwrap_or(1.0).ln()
+}
+
+/// `integral of (gamma+1) tau^gamma / T^(gamma+1) lambda e^(-lambda (T - tau))` from `first` to `T = at`, by Simpson's rule over
+/// what is not negligible.
+fn power_with_exponential(gamma: f64, lambda: f64, at: f64, first: f64) -> f64 {
+    const HALVES: usize = 128;
+    let span = (at - first).min(40.0 / lambda);
+    let value = |i: usize| {
+        let back = span * i as f64 / (2 * HALVES) as f64;
+        (1.0 - back / at).powf(gamma) * (-lambda * back).exp()
+    };
+    let inner: f64 = (1..2 * HALVES).map(|i| if i % 2 == 1 { 4.0 * value(i) } else { 2.0 * value(i) }).sum();
+    (gamma + 1.0) / at * lambda * span / (6 * HALVES) as f64 * (value(0) + inner + value(2 * HALVES))
 }
 
 /// `S(t_k) = beta_a beta_b S(t_{k-1}) + (1-beta_a)(1-beta_b)/delta_k` at each of the updates `marks`, which grow.
@@ -64,6 +100,20 @@ mod tests {
             assert!((at_target - later).abs() <= 1e-13 * later);
             let faded = products[i] * fades[i..].iter().product::<f64>();
             assert!((faded - later).abs() <= 1e-12 * later, "{faded} {later}");
+        }
+    }
+
+    #[test]
+    fn dense_products_are_what_the_recurrence_approaches() {
+        let times: Vec<u64> = (1..=30_000).collect();
+        let intervals = vec![1.0; times.len()];
+        let all = [Profile::gamma(6.9), Profile::gamma(0.0), Profile::beta(0.999), Profile::half_life(20_000.0)];
+        let all = all.map(Result::unwrap);
+        for (a, b) in all.iter().flat_map(|a| all.iter().map(move |b| (a, b))) {
+            let decays = |profile: &Profile| Chain::Tracked(profile.clone()).decays(&times);
+            let exact = recurrence(&decays(a), &decays(b), &intervals, &[29_999])[0];
+            let dense = dense_product(a, b, 30_000.0, 1.0);
+            assert!((dense / exact - 1.0).abs() < 1e-3, "{a}, {b}: {dense} is not {exact}");
         }
     }
 

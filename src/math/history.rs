@@ -92,6 +92,11 @@ impl History {
         Ok(())
     }
 
+    /// The time of the first update.
+    pub fn first(&self) -> Option<u64> {
+        self.runs.iter().map(|run| run.first).min()
+    }
+
     /// The time of the newest update.
     pub fn last(&self) -> Option<u64> {
         self.runs.iter().map(|run| run.last).max()

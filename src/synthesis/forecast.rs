@@ -3,7 +3,7 @@
 use super::plan::{At, Plan, solve};
 use super::pool::Source;
 use crate::error::{Error, Result};
-use crate::math::{Chain, Profile, Schedule};
+use crate::math::{Chain, History, Profile, Retention, Schedule};
 
 /// A training that has not happened yet.
 #[derive(Clone, Debug, PartialEq)]
@@ -12,8 +12,10 @@ pub struct Forecast {
     pub schedule: Schedule,
     /// The length of the training in steps.
     pub steps: u64,
-    /// How many steps' snapshots will be kept, the newest.
+    /// How many steps' snapshots will be kept.
     pub keep: usize,
+    /// Which ones.
+    pub retention: Retention,
     /// The profiles that will be tracked.
     pub tracked: Vec<Profile>,
 }
@@ -29,13 +31,7 @@ impl Forecast {
             return Err(Error::NotTrackable { profile: profile.to_string() });
         }
         let history = self.schedule.updates(self.steps)?;
-        let snapshots = self.schedule.snapshots(self.steps);
-        let kept = &snapshots[snapshots.len().saturating_sub(self.keep)..];
-        if kept.is_empty() {
-            let reason =
-                format!("no snapshot is left after {} steps: store one sooner, and keep at least 1", self.steps);
-            return Err(Error::Setting { option: "checkpoint_every", reason });
-        }
+        let kept = self.kept(&history)?;
         let source = |(index, profile): (usize, &Profile), step| Source {
             index,
             step,
@@ -46,6 +42,24 @@ impl Forecast {
         let sources: Vec<Source> = self.tracked.iter().enumerate().flat_map(of_profile).collect();
         solve(&sources, Some(&history), profiles, at, 0.0)
     }
+
+    /// The steps whose snapshots the training will leave, those of the end at last: what retention keeps, snapshot by snapshot.
+    fn kept(&self, history: &History) -> Result<Vec<u64>> {
+        self.retention.check()?;
+        let first = history.first().unwrap_or(1);
+        let mut kept: Vec<u64> = Vec::new();
+        for step in self.schedule.snapshots(self.steps).into_iter().take_while(|_| self.keep > 0) {
+            kept.push(step);
+            let surplus = self.retention.surplus(&self.tracked, first, &kept, self.keep);
+            kept.retain(|step| !surplus.contains(step));
+        }
+        if kept.is_empty() {
+            let reason =
+                format!("no snapshot is left after {} steps: store one sooner, and keep at least 1", self.steps);
+            return Err(Error::Setting { option: "checkpoint_every", reason });
+        }
+        Ok(kept)
+    }
 }
 
 #[cfg(test)]
@@ -54,7 +68,7 @@ mod tests {
 
     fn forecast(keep: usize) -> Forecast {
         let tracked = [0.05, 0.28].map(|s| Profile::sigma_rel(s).unwrap()).to_vec();
-        Forecast { schedule: Schedule::default(), steps: 1_000_000, keep, tracked }
+        Forecast { schedule: Schedule::default(), steps: 1_000_000, keep, retention: Retention::Latest, tracked }
     }
 
     /// The figure of DESIGN section 1: keeping the newest 20 of a long training loses the middle lengths.
@@ -63,6 +77,14 @@ mod tests {
         let plans = forecast(20).plans(&[Profile::sigma_rel(0.15).unwrap()], At::Latest).unwrap();
         assert_eq!(plans[0].weights.len(), 40);
         assert!((plans[0].relative_error - 0.41).abs() < 0.005, "{}", plans[0].relative_error);
+    }
+
+    #[test]
+    fn the_twenty_that_matter_miss_it_by_less_than_a_percent() {
+        let forecast = Forecast { retention: Retention::default(), ..forecast(20) };
+        let plans = forecast.plans(&[Profile::sigma_rel(0.15).unwrap()], At::Latest).unwrap();
+        assert_eq!((plans[0].weights.len(), plans[0].weights[39].step), (40, 1_000_000));
+        assert!(plans[0].relative_error < 0.0095, "{}", plans[0].relative_error);
     }
 
     #[test]

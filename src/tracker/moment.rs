@@ -1,4 +1,4 @@
-//! The run at one update, and how it is stored: the live state, a snapshot of every average, the oldest dropped.
+//! The run at one update, and how it is stored: the live state, a snapshot of every average, and what is dropped for it.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -12,7 +12,7 @@ use super::values::Values;
 use crate::compute::cpu;
 use crate::error::{Error, Result};
 use crate::math::History;
-use crate::snapshot::{self, Meta, Stem, TensorSpec, write_snapshot};
+use crate::snapshot::{self, Meta, Snapshot, Stem, TensorSpec, write_snapshot};
 use crate::synthesis::profile_json;
 
 /// Everything that files say about the run at one update, beside the values themselves.
@@ -59,7 +59,7 @@ impl Moment {
         self.history.last().unwrap_or(0)
     }
 
-    /// Stores the live state and a snapshot of every average, then drops the oldest beyond those to be kept.
+    /// Stores the live state and a snapshot of every average, then drops what is beyond those to be kept.
     ///
     /// The state comes first: should the process die before all snapshots are written, a resume writes the rest.
     pub(super) fn store(&self, values: &Values<'_>) -> Result<(), Failure> {
@@ -67,7 +67,7 @@ impl Moment {
         let average = |(index, dtypes): (usize, &Vec<Dtype>)| self.write_average(values, index, dtypes);
         let averages = || dtypes.iter().enumerate().try_for_each(average);
         self.write_state(values).and_then(|()| averages()).map_err(Failure::Files)?;
-        self.drop_oldest().map_err(Failure::Removal)
+        self.drop_surplus().map_err(Failure::Removal)
     }
 
     /// Stores the live state alone.
@@ -88,11 +88,11 @@ impl Moment {
         Ok((0..self.settings.profiles.len()).filter(missing).collect())
     }
 
-    /// Stores the snapshots of these profiles, then drops the oldest.
+    /// Stores the snapshots of these profiles, then drops what is beyond those to be kept.
     pub(super) fn complete(&self, values: &Values<'_>, missing: &[usize]) -> Result<()> {
         let dtypes = self.stored_dtypes(values)?;
         missing.iter().try_for_each(|&index| self.write_average(values, index, &dtypes[index]))?;
-        self.drop_oldest()
+        self.drop_surplus()
     }
 
     fn stem(&self, index: usize) -> Stem {
@@ -188,16 +188,29 @@ impl Moment {
         }
     }
 
-    /// Removes the snapshots of the oldest steps beyond those to be kept.
-    fn drop_oldest(&self) -> Result<()> {
+    /// Removes the snapshots of the steps that retention does not keep. What it keeps, the newest included, is on disk by now.
+    fn drop_surplus(&self) -> Result<()> {
+        let Settings { profiles, retention, max_checkpoints, .. } = &self.settings;
         let there = snapshot::list(&self.dir)?;
         let steps: BTreeSet<u64> = there.keys().map(|stem| stem.step).collect();
-        let excess = steps.len().saturating_sub(self.settings.max_checkpoints);
-        for step in steps.into_iter().take(excess) {
+        let steps: Vec<u64> = steps.into_iter().collect();
+        let first = self.history.first().unwrap_or(1);
+        for step in retention.surplus(profiles, first, &steps, *max_checkpoints) {
             for (stem, files) in there.iter().filter(|(stem, _)| stem.step == step) {
+                self.check_own(*stem, files)?;
                 snapshot::remove(&self.dir, *stem, files)?;
             }
         }
         Ok(())
+    }
+
+    /// Only this run's own files are ever removed.
+    fn check_own(&self, stem: Stem, files: &[PathBuf]) -> Result<()> {
+        let snapshot = Snapshot::open(stem, files)?;
+        if snapshot.meta.run.as_deref() == Some(&self.run) {
+            return Ok(());
+        }
+        let why = "the snapshot belongs to another run and is not dropped: move it out of the directory";
+        Err(Error::unexpected(snapshot.path(), why))
     }
 }

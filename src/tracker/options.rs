@@ -13,7 +13,7 @@ use super::{PostHocEma, state};
 use crate::compute::cpu::Precision;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::math::{History, Profile, Schedule};
+use crate::math::{History, Profile, Retention, Schedule};
 use crate::snapshot::{self, Lock, SHARD_SIZE, STATE_FILE};
 use crate::tensor::{Parameters, is_averaged};
 
@@ -49,6 +49,7 @@ pub struct Options {
     update_after_step: Option<u64>,
     checkpoint_every: Option<u64>,
     max_checkpoints: Option<usize>,
+    retention: Option<Retention>,
     checkpoint_dtype: Option<Option<Dtype>>,
     precision: Option<Precision>,
     shard_size: Option<u64>,
@@ -64,6 +65,8 @@ pub(super) struct Settings {
     pub profiles: Vec<Profile>,
     pub schedule: Schedule,
     pub max_checkpoints: usize,
+    #[serde(default)]
+    pub retention: Retention,
     pub checkpoint_dtype: Option<Dtype>,
     pub precision: Precision,
     pub shard_size: u64,
@@ -79,6 +82,7 @@ impl Default for Settings {
             profiles: Vec::new(),
             schedule: Schedule::default(),
             max_checkpoints: 20,
+            retention: Retention::default(),
             checkpoint_dtype: None,
             precision: Precision::default(),
             shard_size: SHARD_SIZE,
@@ -98,6 +102,7 @@ impl Options {
             update_after_step: None,
             checkpoint_every: None,
             max_checkpoints: None,
+            retention: None,
             checkpoint_dtype: None,
             precision: None,
             shard_size: None,
@@ -158,9 +163,15 @@ impl Options {
         self
     }
 
-    /// How many steps' snapshots are kept, the newest. Default: 20.
+    /// How many steps' snapshots are kept. Default: 20.
     pub fn max_checkpoints(mut self, steps: usize) -> Self {
         self.max_checkpoints = Some(steps);
+        self
+    }
+
+    /// Which steps' snapshots are kept. Default: those that serve all lengths from 0.05 to 0.28 best.
+    pub fn retention(mut self, retention: Retention) -> Self {
+        self.retention = Some(retention);
         self
     }
 
@@ -313,6 +324,7 @@ impl Options {
             profiles,
             schedule,
             max_checkpoints: self.max_checkpoints.unwrap_or(base.max_checkpoints),
+            retention: self.retention.clone().unwrap_or(base.retention),
             checkpoint_dtype: self.checkpoint_dtype.unwrap_or(base.checkpoint_dtype),
             precision: self.precision.unwrap_or(base.precision),
             shard_size: self.shard_size.unwrap_or(base.shard_size),
@@ -326,6 +338,7 @@ impl Options {
 fn check_settings(settings: &Settings) -> Result<()> {
     let fail = |option, reason: String| Err(Error::Setting { option, reason });
     settings.schedule.check()?;
+    settings.retention.check()?;
     for (i, profile) in settings.profiles.iter().enumerate() {
         if !profile.is_trackable() {
             return Err(Error::NotTrackable { profile: profile.to_string() });

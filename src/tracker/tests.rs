@@ -19,7 +19,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::compute::cpu::{Averages, Precision};
-use crate::math::{Chain, Schedule, Window};
+use crate::math::{Chain, Retention, Schedule, Window};
 use crate::synthesis::{At, Output, Run, WriteOptions};
 use crate::tensor::{Tensor, Tensors};
 

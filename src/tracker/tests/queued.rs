@@ -32,7 +32,7 @@ fn over(writer: Writer, mut ema: PostHocEma) -> PostHocEma {
 }
 
 fn options(dir: &Path) -> Options {
-    PostHocEma::options(dir).checkpoint_every(50).max_checkpoints(3)
+    PostHocEma::options(dir).checkpoint_every(50).max_checkpoints(3).retention(Retention::Latest)
 }
 
 fn stems(dir: &Path) -> Vec<String> {

@@ -70,11 +70,59 @@ pub(super) fn listing(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     files.into_iter().map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
 }
 
+fn steps(dir: &Path) -> Vec<u64> {
+    let steps: std::collections::BTreeSet<u64> =
+        crate::snapshot::list(dir).unwrap().keys().map(|stem| stem.step).collect();
+    steps.into_iter().collect()
+}
+
 #[test]
-fn only_the_newest_snapshots_are_kept() {
+fn the_snapshots_that_matter_are_kept_and_a_resume_can_choose_anew() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(1);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(10).max_checkpoints(5).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 300);
+    let kept = steps(&dir);
+    assert_eq!((kept.len(), kept[4]), (5, 300));
+    // The newest five would be 260 to 300, with which the long averages would be lost.
+    assert!(kept[0] < 100 && kept[2] < 240, "{kept:?}");
+    let plans = Run::open(&dir).unwrap().plans(&[Profile::sigma_rel(0.2).unwrap()], At::Latest).unwrap();
+    assert!(plans[0].relative_error < 0.1, "{}", plans[0].relative_error);
+    ema.save().unwrap();
+    drop(ema);
+    let options = PostHocEma::options(&dir).retention(Retention::Steps(vec![kept[1], 315]));
+    let mut ema = options.resume(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 40);
+    assert_eq!(steps(&dir), [kept[1], 320, 340]);
+    drop(ema);
+    // The state remembers what was asked for.
+    let mut ema = PostHocEma::options(&dir).resume(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 10);
+    assert_eq!(steps(&dir), [kept[1], 320, 350]);
+}
+
+#[test]
+fn another_runs_snapshot_is_not_dropped() {
+    let (temp, dir) = scratch();
+    let other = temp.path().join("other");
+    let mut walk = Walk::new(1);
+    let options = |dir: &Path| PostHocEma::options(dir).checkpoint_every(10).max_checkpoints(2);
+    let mut ema = options(&dir).retention(Retention::Latest).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 29);
+    let mut second = options(&other).create(&walk.model).unwrap();
+    train(&mut second, &mut walk, 10);
+    std::fs::copy(other.join("0.10.safetensors"), dir.join("0.10.safetensors")).unwrap();
+    let text = ema.update(&walk.model).unwrap_err().to_string();
+    assert!(text.contains("0.10.safetensors") && text.contains("another run and is not dropped"), "{text}");
+    assert_eq!(steps(&dir), [10, 20, 30]);
+}
+
+#[test]
+fn only_the_newest_snapshots_are_kept_where_that_is_asked_for() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(1);
     let options = PostHocEma::options(&dir).checkpoint_every(20).max_checkpoints(3).shard_size(100);
+    let options = options.retention(Retention::Latest);
     let mut ema = options.create(&walk.model).unwrap();
     train(&mut ema, &mut walk, 130);
     let run = Run::open(&dir).unwrap();
@@ -187,6 +235,7 @@ fn a_resume_may_change_the_schedule_and_stays_exact() {
     ema.save().unwrap();
     drop(ema);
     let options = PostHocEma::options(&dir).update_every(3).checkpoint_every(70).max_checkpoints(2);
+    let options = options.retention(Retention::Latest);
     let mut ema = options.checkpoint_dtype(Dtype::F16).shard_size(50).resume_or_create(&walk.model).unwrap();
     trajectory.extend(train(&mut ema, &mut walk, 150));
     let run = Run::open(&dir).unwrap();
