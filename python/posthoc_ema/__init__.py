@@ -19,7 +19,7 @@ from ._native import __version__
 from .importing import Imported, import_run
 from .karras_ema import KarrasEMA
 from .posthoc_ema import PostHocEMA
-from .profiles import Plan, Profile, Target, Weight, plan
+from .profiles import Plan, Profile, Retention, Target, Weight, plan
 
 __all__ = [
     "Imported",
@@ -27,6 +27,7 @@ __all__ = [
     "Plan",
     "PostHocEMA",
     "Profile",
+    "Retention",
     "Target",
     "Weight",
     "__version__",

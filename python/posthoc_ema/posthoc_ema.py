@@ -27,7 +27,7 @@ from ._checks import (
 from ._lend import Lender, is_torch, torch_module
 from ._model import MappingTensors, ModuleTensors, tensors_of
 from ._progress import Progress, following
-from .profiles import Plan, Profile, Target, as_profile, plan, to_json
+from .profiles import Plan, Profile, Retention, Target, as_profile, plan, retention_to_dict, to_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,6 +97,7 @@ class PostHocEMA:
         copy: Sequence[str] | None = None,
         leave_out: Sequence[str] | None = None,
         compensated: bool | None = None,
+        retention: Retention | None = None,
         rank_zero_only: bool = False,
     ) -> PostHocEMA:
         """Begins to track a model, or goes on with a run.
@@ -107,7 +108,7 @@ class PostHocEMA:
             model: a module of PyTorch (wrappers such as DistributedDataParallel and ``torch.compile`` are looked
                 through), or a mapping of names to tensors or arrays.
             checkpoint_dir: the run's directory; made where it is not there.
-            max_checkpoints: how many steps' snapshots are kept, the newest; default 20.
+            max_checkpoints: how many steps' snapshots are kept; default 20.
             sigma_rels: power-function profiles to track; 0.05 and 0.28 where no profile is given at all.
             update_every: steps between updates; default 10.
             checkpoint_every: steps between snapshots, default 1000; the averages are updated at each.
@@ -127,6 +128,8 @@ class PostHocEMA:
             leave_out: names or globs of tensors to leave out altogether.
             compensated: keep a low-order term of each average, without which late updates are lost: 6 bytes a parameter
                 and profile instead of 4; the default.
+            retention: which steps' snapshots are kept: those that serve a range of sigma_rel best, by default ``(0.05, 0.28)``;
+                "latest"; or, for each step of a list, the first snapshot at or after it, however many.
             rank_zero_only: switch off on all processes of ``torch.distributed`` but that of rank 0, which there only
                 count steps, from where the run is. Under data parallelism all ranks hold the same parameters, and a run has one writer.
 
@@ -145,6 +148,7 @@ class PostHocEMA:
             "update_after_step": count("update_after_step", update_after_step),
             "checkpoint_every": count("checkpoint_every", checkpoint_every),
             "max_checkpoints": count("max_checkpoints", max_checkpoints),
+            "retention": None if retention is None else retention_to_dict(retention),
             "checkpoint_dtype": _results.stored_name(checkpoint_dtype),
             "compensated": compensated,
             "average": average,

@@ -151,6 +151,30 @@ class Plan:
         return [plan(each) for each in json.loads(text)]
 
 
+Retention = str | Sequence[float]
+"""Which snapshots are kept: "latest", a range of sigma_rel such as ``(0.05, 0.28)``, or a list of steps (whole numbers)."""
+
+
+def retention_to_dict(retention: Retention) -> Any:
+    """As the native part reads it.
+
+    Raises:
+        ValueError: for anything else than "latest", two sigma_rel or whole numbers.
+    """
+    if retention == "latest":
+        return retention
+    if isinstance(retention, str):
+        raise ValueError(
+            f"retention = {retention!r}: must be 'latest', a range such as (0.05, 0.28), or a list of steps"
+        )
+    values = list(retention)
+    if all(float(value).is_integer() and value >= 0 for value in values):
+        return {"steps": [int(value) for value in values]}
+    if len(values) != 2:
+        raise ValueError(f"retention = {retention!r}: a range is two sigma_rel, steps are whole numbers")
+    return {"range": {"from": float(values[0]), "to": float(values[1])}}
+
+
 def plan(
     targets: Iterable[Target],
     *,
@@ -161,6 +185,7 @@ def plan(
     update_after_step: int = 100,
     checkpoint_every: int = 1000,
     max_checkpoints: int = 20,
+    retention: Retention = (0.05, 0.28),
     step: int | None = None,
 ) -> list[Plan]:
     """Tells before a training how well each target can be synthesized after it.
@@ -173,7 +198,8 @@ def plan(
         update_every: steps between updates.
         update_after_step: no update before this step.
         checkpoint_every: steps between snapshots.
-        max_checkpoints: how many steps' snapshots are kept, the newest.
+        max_checkpoints: how many steps' snapshots are kept.
+        retention: which ones: those that serve a range of sigma_rel best, "latest", or a list of steps.
         step: the step of the targets; the last snapshot where it is not given.
 
     Raises:
@@ -187,6 +213,7 @@ def plan(
         "update_after_step": int(update_after_step),
         "checkpoint_every": int(checkpoint_every),
         "max_checkpoints": int(max_checkpoints),
+        "retention": retention_to_dict(retention),
         "tracked": [profile.to_dict() for profile in tracked],
     }
     return Plan.from_json(_native.forecast(json.dumps(training), to_json(targets), step))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from posthoc_ema import KarrasEMA, Plan, PostHocEMA, Profile, _native, plan
         ({"checkpoint_every": -5}, "checkpoint_every = -5: must be a whole number, 0 or more"),
         ({"update_after_step": 1.5}, "update_after_step = 1.5: must be a whole number"),
         ({"max_checkpoints": 0}, "max_checkpoints: 0 would keep nothing"),
+        ({"retention": "newest"}, "retention = 'newest': must be 'latest'"),
+        ({"retention": (0.1, 0.15, 0.2)}, "a range is two sigma_rel, steps are whole numbers"),
+        ({"retention": (0.2, 0.1)}, "option retention: the range of lengths 0.2 to 0.1"),
         ({"sigma_rels": (0.05, 0.4)}, "sigma_rel = 0.4: must be above 0 and at most"),
         ({"sigma_rels": (0.1, 0.1)}, "sigma_rel 0.1 is given twice"),
         ({"betas": (1.5,)}, "beta = 1.5"),
@@ -163,6 +167,22 @@ def test_profiles_describe_themselves() -> None:
     ]:
         with pytest.raises(ValueError, match=expected):
             wrong()
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [("latest", [26, 28, 30]), ([4, 9], [4, 10, 30]), ((0.05, 0.28), None), (None, None)],
+)
+def test_what_is_kept_can_be_chosen(run_dir: Path, retention: Any, kept: list[int] | None) -> None:
+    model = torch.nn.Linear(2, 2)
+    options = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 2, "max_checkpoints": 3}
+    ema = PostHocEMA.from_model(model, run_dir, retention=retention, **options)
+    train(ema, model, 30)
+    steps = sorted({int(path.name.split(".")[1]) for path in run_dir.glob("*.*.safetensors")})
+    if kept is None:
+        assert len(steps) == 3 and steps[0] < 20 and steps[2] == 30, steps
+        kept = sorted({weight.step for weight in plan([0.1], steps=30, **options)[0].weights})
+    assert steps == kept
 
 
 def test_a_step_at_which_nothing_is_due_costs_next_to_nothing(run_dir: Path) -> None:
