@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use posthoc_ema::Dtype;
 
-use super::list::{Kept, Numbers, Windows};
+use super::list::{Count, Kept, Numbers, Windows};
 use super::{bench, error, import, inspect, plan, profile, synthesize, verify};
 
 /// Averages of network weights of any length, chosen after training.
@@ -95,6 +95,9 @@ pub struct Before {
     /// Which ones: those that serve a range of lengths (sigma_rel) best, or `latest`
     #[arg(long, value_name = "FROM..TO", default_value = "0.05..0.28", conflicts_with = "run")]
     pub retention: Kept,
+    /// Averaged elements of the model, such as 7B: tells what the run takes on disk
+    #[arg(long, value_name = "N", conflicts_with = "run")]
+    pub parameters: Option<Count>,
     /// Tracked power-function profiles by relative standard deviation [default: 0.05,0.28]
     #[arg(long, conflicts_with = "run", value_name = "LIST", allow_negative_numbers = true)]
     pub track: Vec<Numbers>,

@@ -15,6 +15,44 @@ pub struct Numbers(pub Vec<f64>);
 #[derive(Clone, Debug)]
 pub struct Windows(pub Vec<Window>);
 
+/// A number of elements or bytes, with a unit where it is large: `1.3B`, `500M`, `40GB`, `64GiB`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Count(pub u64);
+
+/// What stands after a number, and what it multiplies it by.
+const UNITS: [(&str, f64); 13] = [
+    ("", 1.0),
+    ("K", 1e3),
+    ("M", 1e6),
+    ("B", 1e9),
+    ("T", 1e12),
+    ("KB", 1e3),
+    ("MB", 1e6),
+    ("GB", 1e9),
+    ("TB", 1e12),
+    ("KIB", 1024.0),
+    ("MIB", 1048576.0),
+    ("GIB", 1073741824.0),
+    ("TIB", 1099511627776.0),
+];
+
+impl FromStr for Count {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let unit = text[digits.len()..].to_ascii_uppercase();
+        let Some((_, factor)) = UNITS.iter().find(|(name, _)| *name == unit) else {
+            return Err(format!("`{unit}` is no unit: K, M, B and T count elements, KB to TB and KiB to TiB bytes"));
+        };
+        let value = number(digits)? * factor;
+        if !(value >= 1.0 && value < 1e18) {
+            return Err(format!("{text} is no number of elements or bytes from 1 to 1e18"));
+        }
+        Ok(Count(value.round() as u64))
+    }
+}
+
 /// Which snapshots are kept: `latest`, or those that serve a range of lengths.
 #[derive(Clone, Debug)]
 pub struct Kept(pub Retention);
@@ -139,6 +177,25 @@ mod tests {
         ] {
             let error = text.parse::<Numbers>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn counts_have_units() {
+        for (text, value) in [
+            ("7B", 7_000_000_000),
+            ("1.3b", 1_300_000_000),
+            ("500M", 500_000_000),
+            ("40GB", 40_000_000_000),
+            ("2GiB", 1 << 31),
+            ("12", 12),
+        ] {
+            assert_eq!(text.parse(), Ok(Count(value)), "{text}");
+        }
+        for (text, part) in
+            [("7G", "no unit"), ("GB", "missing"), ("-3M", "from 1 to"), ("0", "from 1 to"), ("NaN", "no unit")]
+        {
+            assert!(text.parse::<Count>().unwrap_err().contains(part), "{text}");
         }
     }
 

@@ -18,6 +18,7 @@ mod gram;
 pub mod history;
 mod profile;
 mod retention;
+mod rounding;
 pub mod schedule;
 mod solve;
 
@@ -29,5 +30,6 @@ pub use gram::power_function_gram;
 pub use history::History;
 pub use profile::{Profile, Shape, Window};
 pub use retention::Retention;
+pub use rounding::relative_rounding;
 pub use schedule::Schedule;
 pub use solve::{Solution, Source, System};

@@ -1,5 +1,6 @@
 //! From a plan to weights: solved for a run's snapshots, streamed to files, into memory or into a live model.
 
+mod advise;
 mod blend;
 mod choose;
 mod fill;
@@ -14,6 +15,7 @@ mod stored;
 mod streaming;
 mod swap;
 
+pub use advise::{Advice, Wish, Worst, advise};
 pub use choose::cuda_devices;
 pub use forecast::Forecast;
 pub use output::{Output, WriteOptions};
