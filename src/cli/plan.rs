@@ -3,13 +3,19 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use posthoc_ema::report;
+use posthoc_ema::report::{self, MAX_PANELS, ProfilePanel, Profiles};
+use posthoc_ema::{Plan, Profile};
 
 use super::args::{Before, Targets};
 use super::output::{print, print_json};
-use super::{Outcome, targets};
+use super::picture::Plot;
+use super::subject::Subject;
+use super::{Failure, Outcome};
 
 /// Show the weights, error and noise gain of targets, on a run or before training
+///
+/// A picture shows each target's profile over the training, that of the blend, their difference, and the snapshots'
+/// weights.
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
@@ -17,6 +23,8 @@ pub struct Arguments {
     /// Time of the targets [default: the newest snapshot]
     #[arg(long, value_name = "STEP")]
     pub at: Option<u64>,
+    #[command(flatten)]
+    pub plot: Plot,
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
@@ -29,14 +37,30 @@ pub struct Arguments {
 /// Solves targets and shows what they will be like; a single one with its weights.
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
-    let plans = targets::plans(arguments.run.as_deref(), &arguments.before, &profiles, arguments.at)?;
+    if !arguments.plot.is_empty() && profiles.len() > MAX_PANELS {
+        let why = format!("--plot shows at most {MAX_PANELS} targets, not {}: name fewer", profiles.len());
+        return Err(Failure::Usage(why));
+    }
+    let subject = Subject::open(arguments.run.as_deref(), &arguments.before)?;
+    let plans = subject.plans(&profiles, arguments.at)?;
     if arguments.json {
         print_json(&serde_json::json!({ "targets": plans }));
-        return Ok(());
+    } else {
+        print(&report::plans(&plans).to_string());
+        if let [plan] = plans.as_slice() {
+            print(&report::weights(plan).to_string());
+        }
     }
-    print(&report::plans(&plans).to_string());
-    if let [plan] = plans.as_slice() {
-        print(&report::weights(plan).to_string());
-    }
-    Ok(())
+    if arguments.plot.is_empty() { Ok(()) } else { draw(&arguments.plot, &subject, &plans) }
+}
+
+fn draw(plot: &Plot, subject: &Subject, plans: &[Plan]) -> Outcome {
+    let panel = |plan| Ok(ProfilePanel { plan, densities: subject.densities(plan)? });
+    let name = |(index, profile): (usize, Profile)| (index, profile.to_string());
+    let picture = Profiles {
+        panels: plans.iter().map(panel).collect::<Result<_, Failure>>()?,
+        tracked: subject.tracked().into_iter().map(name).collect(),
+        rounding: Some(subject.rounding()),
+    };
+    plot.draw(|path| report::profiles(path, &picture))
 }

@@ -17,6 +17,7 @@ mod conversion;
 mod gram;
 pub mod history;
 mod profile;
+mod rounding;
 pub mod schedule;
 mod solve;
 
@@ -27,5 +28,6 @@ pub use conversion::{
 pub use gram::power_function_gram;
 pub use history::History;
 pub use profile::{Profile, Shape, Window};
+pub use rounding::relative_rounding;
 pub use schedule::Schedule;
-pub use solve::{Solution, Source, System};
+pub use solve::{Densities, Solution, Source, System};

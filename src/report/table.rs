@@ -2,6 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 
+use super::axis;
 use crate::bench::Measurement;
 use crate::synthesis::Plan;
 
@@ -94,6 +95,17 @@ pub(super) fn percent(share: f64) -> String {
     format!("{:.0}%", 100.0 * share)
 }
 
+/// A share in percent to two digits or so; the smallest as powers of ten.
+pub(super) fn short_percent(share: f64) -> String {
+    let percent = 100.0 * share;
+    match percent {
+        10.0.. => format!("{percent:.0}%"),
+        1.0.. => format!("{percent:.1}%"),
+        0.01.. => format!("{percent:.2}%"),
+        _ => axis::label(format!("{share:.1e}").parse().unwrap_or(share)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,6 +125,14 @@ mod tests {
             (3.5e8, "3.500e8"),
         ] {
             assert_eq!(number(value), text);
+        }
+    }
+
+    #[test]
+    fn shares_are_short() {
+        for (share, text) in [(0.26, "26%"), (0.0612, "6.1%"), (0.00617, "0.62%"), (1.23e-5, "1.2×10⁻⁵"), (0.0, "0")]
+        {
+            assert_eq!(short_percent(share), text);
         }
     }
 }

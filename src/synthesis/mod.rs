@@ -2,6 +2,7 @@
 
 mod blend;
 mod choose;
+mod density;
 mod fill;
 mod forecast;
 #[cfg(feature = "cuda")]
