@@ -22,4 +22,3 @@ pub use rounding::Rounding;
 pub use sweep::{SweepCurve, SweepPoint, sweep_curve};
 pub use table::{errors, exact, measurements, number, plans, table, weights};
 pub use timeline::{Timeline, TimelineRow, timeline};
-#[cfg(test)]
