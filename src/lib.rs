@@ -62,7 +62,7 @@ pub use tensor::{
     CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView,
     TensorViewMut, Tensors, byte_size, is_averaged,
 };
-pub use tracker::{Options, PostHocEma, Step};
+pub use tracker::{Options, PostHocEma, SavedState, Step};
 
 /// The examples of the README are compiled with the documentation's tests.
 #[cfg(doctest)]

@@ -281,7 +281,7 @@ fn bad_usage_exits_with_2_and_says_what_to_do() {
         (vec!["bench", "--parameters", "0"], "1 or more"),
         (vec!["bench", "--tensors", "3", "--parameters", "2"], "at most 2"),
         (vec!["bench", "--device", "tpu"], "auto, cpu and cuda:N"),
-        (vec!["bench", "--plot", "plot.png"], "ends in .svg"),
+        (vec!["bench", "--plot", "plot.pdf"], "ends in .svg or .png"),
         (vec!["frobnicate"], "unrecognized subcommand"),
     ] {
         let (status, text) = failure(&arguments);

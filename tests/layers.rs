@@ -11,7 +11,7 @@ fn sources(part: &str) -> Vec<(PathBuf, String)> {
     while let Some(path) = folders.pop() {
         if path.is_dir() {
             folders.extend(fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
-        } else {
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
             let text = fs::read_to_string(&path).unwrap();
             files.push((path, text));
         }
@@ -77,6 +77,17 @@ fn only_the_foreign_files_read_those_of_pytorch() {
     for (path, text) in sources("") {
         let foreign = path.to_str().unwrap().contains("/snapshot/foreign");
         assert!(foreign || !code(&text).any(|line| line.contains("pytorch_reader")), "{}", path.display());
+    }
+}
+
+/// Pictures are drawn on one sheet and stored in one place: what they are made with is known there only.
+#[test]
+fn only_the_sheet_and_the_file_of_pictures_name_their_libraries() {
+    for (library, place) in [("plotters", "src/report/canvas.rs"), ("resvg", "src/report/file.rs")] {
+        for (path, text) in sources("") {
+            let own = path.ends_with(place);
+            assert!(own || !code(&text).any(|line| line.contains(library)), "{}: {library}", path.display());
+        }
     }
 }
 

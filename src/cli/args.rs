@@ -104,6 +104,9 @@ pub struct Before {
     /// Tracked exponential profiles by decay per step
     #[arg(long, conflicts_with = "run", value_name = "LIST", allow_negative_numbers = true)]
     pub track_beta: Vec<Numbers>,
+    /// What snapshots are stored as [default: f32]
+    #[arg(long, value_name = "DTYPE", conflicts_with = "run")]
+    pub checkpoint_dtype: Option<DtypeName>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]

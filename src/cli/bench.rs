@@ -1,7 +1,5 @@
 //! `posthoc-ema bench`.
 
-use std::path::PathBuf;
-
 use clap::Args;
 use indicatif::HumanCount;
 use posthoc_ema::bench::{self, Machine, Measured, Measurements, Options, Progress};
@@ -9,6 +7,7 @@ use posthoc_ema::{Device, report};
 use serde_json::json;
 
 use super::output::{print, print_json, round_bar};
+use super::picture::Plot;
 use super::{Failure, Outcome};
 
 /// Measure update and blend on this machine, beside the machine's limits
@@ -36,19 +35,11 @@ pub struct Arguments {
     /// Where: auto (the CPU and every CUDA device), cpu, or cuda:N
     #[arg(long, value_name = "DEVICE", default_value_t = Options::default().device)]
     pub device: Device,
-    /// Draw the rates and their limits
-    #[arg(long, value_name = "FILE.svg", value_parser = svg)]
-    pub plot: Option<PathBuf>,
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
-}
-
-/// The path of a picture, which tells its format.
-fn svg(text: &str) -> Result<PathBuf, String> {
-    let path = PathBuf::from(text);
-    let known = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("svg"));
-    if known { Ok(path) } else { Err("plots are SVG: name a file that ends in .svg".into()) }
+    #[command(flatten)]
+    pub plot: Plot,
 }
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -72,10 +63,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     } else {
         print(&report::measurements(&rows).to_string());
     }
-    if let Some(path) = &arguments.plot {
-        report::plot(path, &rows, &title(&devices))?;
-    }
-    Ok(())
+    arguments.plot.draw(|path| report::bench(path, &rows, &title(&devices)))
 }
 
 fn options(arguments: &Arguments) -> Options {

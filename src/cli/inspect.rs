@@ -4,18 +4,25 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use posthoc_ema::snapshot::{self, STATE_FILE, Snapshot, Stem, StoredFile};
-use posthoc_ema::{Error, Profile, Run, report};
+use posthoc_ema::report::{self, Timeline, TimelineRow};
+use posthoc_ema::snapshot::{self, Snapshot, Stem};
+use posthoc_ema::{Error, Profile, Run, SavedState};
 use serde_json::json;
 
 use super::output::{bytes, print, print_json};
+use super::picture::Plot;
 use super::{Failure, Outcome};
 
 /// Show a run's snapshots, profiles, sizes and health
+///
+/// A picture shows the snapshots over the steps of the training, a row for each profile, with the damaged ones crossed, the
+/// newest update and the live state.
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
     pub run: PathBuf,
+    #[command(flatten)]
+    pub plot: Plot,
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
@@ -39,6 +46,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         print(&table(&entries).to_string());
         print(&summary(&arguments.run, &entries));
     }
+    arguments.plot.draw(|path| report::timeline(path, &timeline(&arguments.run, &entries)))?;
     match trouble {
         Some(trouble) => Err(Failure::Unhealthy(trouble)),
         None => Ok(()),
@@ -98,19 +106,52 @@ fn summary(run: &Path, entries: &[Entry]) -> String {
         (Some(first), Some(last)) => format!("steps {first} to {last}"),
         _ => "no step".into(),
     };
-    let state = match StoredFile::open(&run.join(STATE_FILE)) {
-        Ok(file) => format!("live state {}", bytes(file.len())),
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-            "no live state: the run cannot be resumed".into()
-        }
+    let state = match SavedState::of(run) {
+        Ok(Some(state)) => format!("live state {}", bytes(state.bytes)),
+        Ok(None) => "no live state: the run cannot be resumed".into(),
         Err(error) => format!("the live state is damaged: {error}"),
     };
     format!("{} snapshots at {} steps ({range}), {}; {state}", entries.len(), steps.len(), bytes(total(entries)))
 }
 
+fn timeline(run: &Path, entries: &[Entry]) -> Timeline {
+    let state = SavedState::of(run).ok().flatten();
+    let indices: BTreeSet<usize> = entries.iter().map(|entry| entry.stem.index).collect();
+    let name = run.file_name().unwrap_or(run.as_os_str());
+    let newest = entries.iter().filter(|entry| entry.opened.is_ok()).map(|entry| entry.stem.step).max();
+    Timeline {
+        title: format!("{}: {} snapshots, {}", name.to_string_lossy(), entries.len(), bytes(total(entries))),
+        rows: indices.into_iter().map(|index| timeline_row(index, entries)).collect(),
+        newest: newest.max(state.and_then(|state| state.updated)),
+        state: state.map(|state| (state.step, bytes(state.bytes))),
+    }
+}
+
+/// The snapshots of one profile; its name is in any that can be read.
+fn timeline_row(index: usize, entries: &[Entry]) -> TimelineRow {
+    let own = || entries.iter().filter(move |entry| entry.stem.index == index);
+    let sound: Vec<&Snapshot> = own().filter_map(|entry| entry.opened.as_ref().ok()).collect();
+    let largest = sound.iter().map(|snapshot| snapshot.len()).max();
+    let mut note = largest.map(|largest| format!("{} × {}", sound.len(), bytes(largest))).unwrap_or_default();
+    let damaged = own().count() - sound.len();
+    if damaged > 0 {
+        note = [note, format!("{damaged} damaged")]
+            .into_iter()
+            .filter(|part| !part.is_empty())
+            .collect::<Vec<_>>()
+            .join(", ");
+    }
+    TimelineRow {
+        label: sound.first().map_or_else(|| format!("profile {index}"), |snapshot| profile(snapshot)),
+        snapshots: own().map(|entry| (entry.stem.step, entry.opened.is_ok())).collect(),
+        note,
+    }
+}
+
 fn document(run: &Path, entries: &[Entry], trouble: Option<&str>) -> serde_json::Value {
     let snapshots: Vec<_> = entries.iter().map(entry_json).collect();
-    let state = StoredFile::open(&run.join(STATE_FILE)).ok().map(|file| json!({ "bytes": file.len() }));
+    let state = SavedState::of(run).ok().flatten();
+    let state = state.map(|state| json!({ "step": state.step, "bytes": state.bytes }));
     json!({ "run": run, "snapshots": snapshots, "bytes": total(entries), "state": state, "trouble": trouble })
 }
 

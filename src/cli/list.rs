@@ -46,7 +46,7 @@ impl FromStr for Count {
             return Err(format!("`{unit}` is no unit: K, M, B and T count elements, KB to TB and KiB to TiB bytes"));
         };
         let value = number(digits)? * factor;
-        if !(value >= 1.0 && value < 1e18) {
+        if !(1.0..1e18).contains(&value) {
             return Err(format!("{text} is no number of elements or bytes from 1 to 1e18"));
         }
         Ok(Count(value.round() as u64))

@@ -1,5 +1,6 @@
 //! The commands.
 
+mod advise;
 mod args;
 mod bench;
 mod error;
@@ -7,8 +8,10 @@ mod import;
 mod inspect;
 mod list;
 mod output;
+mod picture;
 mod plan;
 mod profile;
+mod subject;
 mod synthesize;
 mod targets;
 mod verify;

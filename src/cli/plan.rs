@@ -3,13 +3,21 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use posthoc_ema::report;
+use posthoc_ema::report::{self, MAX_PANELS, ProfilePanel, Profiles};
+use posthoc_ema::{Plan, Profile};
 
 use super::args::{Before, Targets};
-use super::output::{print, print_json};
-use super::{Outcome, targets};
+use super::list::Count;
+use super::output::{bytes, print, print_json};
+use super::picture::Plot;
+use super::subject::Subject;
+use super::{Failure, Outcome, advise};
 
 /// Show the weights, error and noise gain of targets, on a run or before training
+///
+/// A picture shows each target's profile over the training, that of the blend, their difference, and the snapshots'
+/// weights. --advise, with --steps, --parameters, --disk and a range of lengths (--retention), tells which profiles,
+/// spacing and number of snapshots make the worst error over the range smallest.
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
@@ -17,6 +25,14 @@ pub struct Arguments {
     /// Time of the targets [default: the newest snapshot]
     #[arg(long, value_name = "STEP")]
     pub at: Option<u64>,
+    /// Instead of targets: which profiles to track, how often to store and how many to keep
+    #[arg(long, conflicts_with_all = ["run", "plot", "at"], requires = "disk")]
+    pub advise: bool,
+    /// What the run may take on disk, such as 100GB
+    #[arg(long, value_name = "BYTES", requires = "advise")]
+    pub disk: Option<Count>,
+    #[command(flatten)]
+    pub plot: Plot,
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
@@ -28,15 +44,40 @@ pub struct Arguments {
 
 /// Solves targets and shows what they will be like; a single one with its weights.
 pub fn run(arguments: &Arguments) -> Outcome {
+    if let (true, Some(disk)) = (arguments.advise, arguments.disk) {
+        return advise::run(&arguments.before, disk, arguments.json);
+    }
     let profiles = arguments.targets.profiles()?;
-    let plans = targets::plans(arguments.run.as_deref(), &arguments.before, &profiles, arguments.at)?;
+    if !arguments.plot.is_empty() && profiles.len() > MAX_PANELS {
+        let why = format!("--plot shows at most {MAX_PANELS} targets, not {}: name fewer", profiles.len());
+        return Err(Failure::Usage(why));
+    }
+    let subject = Subject::open(arguments.run.as_deref(), &arguments.before)?;
+    let plans = subject.plans(&profiles, arguments.at)?;
     if arguments.json {
-        print_json(&serde_json::json!({ "targets": plans }));
-        return Ok(());
+        let disk = subject.disk(&arguments.before);
+        let disk = disk.map(|disk| ("disk".to_owned(), serde_json::json!(disk)));
+        let targets = ("targets".to_owned(), serde_json::json!(plans));
+        print_json(&[targets].into_iter().chain(disk).collect());
+    } else {
+        print(&report::plans(&plans).to_string());
+        if let [plan] = plans.as_slice() {
+            print(&report::weights(plan).to_string());
+        }
+        if let Some(disk) = subject.disk(&arguments.before) {
+            print(&format!("The run takes at most {} on disk, its live state included.", bytes(disk)));
+        }
     }
-    print(&report::plans(&plans).to_string());
-    if let [plan] = plans.as_slice() {
-        print(&report::weights(plan).to_string());
-    }
-    Ok(())
+    if arguments.plot.is_empty() { Ok(()) } else { draw(&arguments.plot, &subject, &plans) }
+}
+
+fn draw(plot: &Plot, subject: &Subject, plans: &[Plan]) -> Outcome {
+    let panel = |plan| Ok(ProfilePanel { plan, densities: subject.densities(plan)? });
+    let name = |(index, profile): (usize, Profile)| (index, profile.to_string());
+    let picture = Profiles {
+        panels: plans.iter().map(panel).collect::<Result<_, Failure>>()?,
+        tracked: subject.tracked().into_iter().map(name).collect(),
+        rounding: Some(subject.rounding()),
+    };
+    plot.draw(|path| report::profiles(path, &picture))
 }

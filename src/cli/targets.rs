@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use posthoc_ema::{At, Error, Forecast, Plan, Profile, Run, Shape, math::Schedule};
+use posthoc_ema::{Error, Forecast, Profile, Shape, math::Schedule};
 
 use super::Failure;
 use super::args::{Before, Families, Targets};
@@ -95,20 +95,9 @@ fn read_table(path: &Path) -> Result<Profile, Failure> {
     Profile::table(points).map_err(|error| wrong(error.to_string()))
 }
 
-/// Solves targets on a run, or before training.
-pub fn plans(run: Option<&Path>, before: &Before, targets: &[Profile], at: Option<u64>) -> Result<Vec<Plan>, Failure> {
-    let at = at.map_or(At::Latest, At::Step);
-    match (run, before.steps) {
-        (Some(run), _) => Ok(Run::open(run)?.plans(targets, at)?),
-        (None, Some(steps)) => before.forecast(steps)?.plans(targets, at).map_err(usage),
-        (None, None) => {
-            Err(Failure::Usage("name the directory of a run, or give --steps to plan before training".into()))
-        }
-    }
-}
-
 impl Before {
-    fn forecast(&self, steps: u64) -> Result<Forecast, Failure> {
+    /// The training that the flags tell of.
+    pub fn forecast(&self, steps: u64) -> Result<Forecast, Failure> {
         let tracked = profiles(&self.track, Profile::sigma_rel).chain(profiles(&self.track_beta, Profile::beta));
         let mut tracked: Vec<Profile> = tracked.collect::<Result<_, _>>()?;
         if tracked.is_empty() {

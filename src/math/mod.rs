@@ -32,4 +32,4 @@ pub use profile::{Profile, Shape, Window};
 pub use retention::Retention;
 pub use rounding::relative_rounding;
 pub use schedule::Schedule;
-pub use solve::{Solution, Source, System};
+pub use solve::{Densities, Solution, Source, System};

@@ -1,5 +1,7 @@
 //! The solve: weights of snapshots whose blend comes closest to a target profile.
 
+mod density;
+
 use faer::Mat;
 use faer::linalg::solvers::{Lblt, Solve};
 
@@ -8,6 +10,8 @@ use super::gram::{fading, power_function_gram, recurrence, target_recurrence};
 use super::history::History;
 use super::profile::Profile;
 use crate::error::{Error, Result};
+
+pub use density::Densities;
 
 /// Two sources whose cosine differs from 1 by no more than this hold the same average to the last digits.
 const SAME: f64 = 8.0 * f64::EPSILON;

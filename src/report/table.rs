@@ -2,8 +2,10 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 
+use super::axis;
 use crate::bench::Measurement;
-use crate::synthesis::Plan;
+use crate::math::Profile;
+use crate::synthesis::{Advice, Plan};
 
 /// An empty table in the style of all tables here: no rules, numbers to the right.
 pub fn table(header: &[&str]) -> Table {
@@ -51,6 +53,40 @@ pub fn plans(plans: &[Plan]) -> Table {
     table
 }
 
+/// What a disk is best spent on.
+pub fn advice(all: &[Advice]) -> Table {
+    let header = ["track", "kept", "every", "on disk", "worst error", "noise gain", "with rounding", "at sigma_rel"];
+    let mut table = table(&header);
+    for Advice { forecast, worst, disk } in all {
+        table.add_row([
+            lengths(&forecast.tracked),
+            forecast.keep.to_string(),
+            forecast.schedule.checkpoint_every.to_string(),
+            gigabytes(*disk),
+            number(worst.relative_error),
+            number(worst.noise_gain),
+            number(worst.error),
+            number(worst.sigma_rel),
+        ]);
+    }
+    table
+}
+
+/// Profiles, power functions by their length alone: `0.05, 0.28`.
+pub fn lengths(profiles: &[Profile]) -> String {
+    profiles.iter().map(length_name).collect::<Vec<_>>().join(", ")
+}
+
+/// The short name of a profile where lengths are spoken of: the length alone, where it is one.
+pub fn length_name(profile: &Profile) -> String {
+    let text = profile.to_string();
+    text.strip_prefix("sigma_rel ").map_or_else(|| text.clone(), str::to_owned)
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{} GB", number(bytes as f64 / 1e9))
+}
+
 /// The weight of each snapshot in one target.
 pub fn weights(plan: &Plan) -> Table {
     let mut table = table(&["snapshot", "weight"]);
@@ -94,6 +130,17 @@ pub(super) fn percent(share: f64) -> String {
     format!("{:.0}%", 100.0 * share)
 }
 
+/// A share in percent to two digits or so; the smallest as powers of ten.
+pub(super) fn short_percent(share: f64) -> String {
+    let percent = 100.0 * share;
+    match percent {
+        10.0.. => format!("{percent:.0}%"),
+        1.0.. => format!("{percent:.1}%"),
+        0.01.. => format!("{percent:.2}%"),
+        _ => axis::label(format!("{share:.1e}").parse().unwrap_or(share)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,6 +160,14 @@ mod tests {
             (3.5e8, "3.500e8"),
         ] {
             assert_eq!(number(value), text);
+        }
+    }
+
+    #[test]
+    fn shares_are_short() {
+        for (share, text) in [(0.26, "26%"), (0.0612, "6.1%"), (0.00617, "0.62%"), (1.23e-5, "1.2×10⁻⁵"), (0.0, "0")]
+        {
+            assert_eq!(short_percent(share), text);
         }
     }
 }

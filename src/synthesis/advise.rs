@@ -80,7 +80,7 @@ impl Worst {
 }
 
 /// The relative rounding error of a snapshot's elements, as a root mean square.
-fn rounding(dtype: Dtype) -> f64 {
+pub(crate) fn rounding(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::F16 => relative_rounding(11),
         Dtype::BF16 => relative_rounding(8),

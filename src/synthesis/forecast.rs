@@ -26,6 +26,12 @@ impl Forecast {
     /// # Errors
     /// [`Error::Setting`] for a schedule that leaves no snapshot, [`Error::NotTrackable`], and those of the solve.
     pub fn plans(&self, profiles: &[Profile], at: At) -> Result<Vec<Plan>> {
+        let (sources, history) = self.sources()?;
+        solve(&sources, Some(&history), profiles, at, 0.0)
+    }
+
+    /// The snapshots that the training will leave, and its updates.
+    pub(super) fn sources(&self) -> Result<(Vec<Source>, History)> {
         self.schedule.check()?;
         if let Some(profile) = self.tracked.iter().find(|profile| !profile.is_trackable()) {
             return Err(Error::NotTrackable { profile: profile.to_string() });
@@ -39,8 +45,7 @@ impl Forecast {
             label: format!("the snapshot of {profile} at step {step}"),
         };
         let of_profile = |tracked| kept.iter().map(move |&step| source(tracked, step));
-        let sources: Vec<Source> = self.tracked.iter().enumerate().flat_map(of_profile).collect();
-        solve(&sources, Some(&history), profiles, at, 0.0)
+        Ok((self.tracked.iter().enumerate().flat_map(of_profile).collect(), history))
     }
 
     /// The steps whose snapshots the training will leave, those of the end at last: what retention keeps, snapshot by snapshot.

@@ -3,6 +3,7 @@
 mod advise;
 mod blend;
 mod choose;
+mod density;
 mod fill;
 mod forecast;
 #[cfg(feature = "cuda")]
@@ -15,6 +16,8 @@ mod stored;
 mod streaming;
 mod swap;
 
+#[cfg(feature = "report")]
+pub(crate) use advise::rounding;
 pub use advise::{Advice, Wish, Worst, advise};
 pub use choose::cuda_devices;
 pub use forecast::Forecast;

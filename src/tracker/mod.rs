@@ -22,6 +22,7 @@ use crate::tensor::{Parameters, TensorView};
 use engine::Engine;
 pub use options::Options;
 use options::Settings;
+pub use state::SavedState;
 use table::Table;
 
 /// What a call of [`PostHocEma::update`] did.

@@ -93,6 +93,47 @@ impl Moment {
     }
 }
 
+/// Opens a state and reads what it says of itself, not its data.
+fn open(path: &Path) -> Result<(StoredFile, Document)> {
+    let file = StoredFile::open(path)?;
+    snapshot::check_version(path, file.metadata())?;
+    let text = file.metadata().get(STATE).map(String::as_str).unwrap_or_default();
+    let document: Document = serde_json::from_str(text)
+        .map_err(|error| Error::damaged(path, format!("the metadata's `{STATE}` cannot be understood: {error}")))?;
+    if document.history.last().is_some_and(|last| last > document.clock) {
+        let why = format!("its clock, {}, is before its last update", document.clock);
+        return Err(Error::damaged(path, why));
+    }
+    Ok((file, document))
+}
+
+/// What a run's live state says of itself: where a resume would go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedState {
+    /// The time of the last call.
+    pub step: u64,
+    /// The time of the last update; none before the first.
+    pub updated: Option<u64>,
+    /// The size of the file.
+    pub bytes: u64,
+}
+
+impl SavedState {
+    /// Looks at the live state of the run in a directory, without reading its data; none where there is no such file.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Damaged`] or [`Error::Unexpected`] for a file that cannot be used.
+    pub fn of(run: impl AsRef<Path>) -> Result<Option<SavedState>> {
+        match open(&run.as_ref().join(STATE_FILE)) {
+            Ok((file, document)) => {
+                Ok(Some(SavedState { step: document.clock, updated: document.history.last(), bytes: file.len() }))
+            }
+            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
 /// A live state as it was read.
 pub(super) struct Saved {
     file: StoredFile,
@@ -104,16 +145,8 @@ pub(super) struct Saved {
 impl Saved {
     /// Reads and verifies a state.
     pub(super) fn read(path: &Path) -> Result<Saved> {
-        let file = StoredFile::open(path)?;
-        snapshot::check_version(path, file.metadata())?;
+        let (file, document) = open(path)?;
         file.verify()?;
-        let text = file.metadata().get(STATE).map(String::as_str).unwrap_or_default();
-        let document: Document = serde_json::from_str(text)
-            .map_err(|error| Error::damaged(path, format!("the metadata's `{STATE}` cannot be understood: {error}")))?;
-        if document.history.last().is_some_and(|last| last > document.clock) {
-            let why = format!("its clock, {}, is before its last update", document.clock);
-            return Err(Error::damaged(path, why));
-        }
         let (settings, tied) = (document.settings.clone(), document.tied.clone());
         Ok(Saved { file, document, settings, tied })
     }
