@@ -15,7 +15,7 @@ mod tests;
 mod track;
 mod train;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -55,6 +55,9 @@ struct Args {
     /// Replace the output of an earlier run
     #[arg(long)]
     force: bool,
+    /// Train nothing: print the held-out loss of the weights in this file, as an evaluation for `posthoc-ema sweep`
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["steps", "seed", "force"])]
+    evaluate: Option<PathBuf>,
     /// Draws of noise and time with which each held-out digit is evaluated
     #[arg(long, value_name = "N", default_value_t = 16, hide = true, value_parser = clap::value_parser!(u64).range(1..))]
     draws: u64,
@@ -62,16 +65,29 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    if let Some(weights) = &args.evaluate {
+        return print_loss(weights, args.draws);
+    }
     let start = Instant::now();
     let losses = run(&args)?;
     println!("\n{:.0} s in all", start.elapsed().as_secs_f64());
     if args.steps == STEPS { check(&losses) } else { Ok(()) }
 }
 
+fn print_loss(weights: &Path, draws: u64) -> Result<()> {
+    let held_out = held_out(&data::load(TRAINED_ON, 0)?, draws)?;
+    println!("{}", held_out.loss(&model::read(weights)?)?);
+    Ok(())
+}
+
+fn held_out(split: &Split, draws: u64) -> Result<HeldOut> {
+    HeldOut::new(&split.held_out, draws, 1)
+}
+
 fn run(args: &Args) -> Result<Losses> {
     let folder = Folder::prepare(&args.out, args.force)?;
     let split = data::load(TRAINED_ON, 0)?;
-    let held_out = HeldOut::new(&split.held_out, args.draws, 1)?;
+    let held_out = held_out(&split, args.draws)?;
     let (vars, tracked) = train(args, &folder, &split)?;
 
     let run = Run::open(folder.run())?;
