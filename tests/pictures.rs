@@ -96,7 +96,12 @@ fn plan_draws_its_targets() {
     for text in ["sigma_rel 0.15 at step 500", "target", "synthesized", "difference", "weights of", "step"] {
         assert_eq!(texts.iter().filter(|own| *own == text).count(), 1, "{text}: {texts:?}");
     }
-    assert!(texts.iter().any(|text| text.contains("f16 rounding: ")), "{texts:?}");
+    // The rounding of f16, 2.07e-4, times the noise gain, as four digits and as two.
+    let heading = texts.iter().find(|text| text.contains("f16 rounding: ")).unwrap();
+    let after =
+        |part: &str| heading.split(part).nth(1).unwrap().split([' ', '%']).next().unwrap().parse::<f64>().unwrap();
+    let (gain, rounding) = (after("noise gain "), after("f16 rounding: "));
+    assert!((100.0 * 2.0735e-4 * gain - rounding).abs() <= 0.0051, "{heading}");
     let several = draw(&["plan", &dir, "--sigma-rel", "0.05,0.1", "--uniform", "100", "--at", "425"]);
     assert_eq!(several.matches("synthesized").count(), 3);
     assert_eq!(size(&several).0, 2 * size(&svg).0);
@@ -109,6 +114,8 @@ fn inspect_draws_what_is_damaged_too() {
     for text in ["sigma_rel 0.05", "sigma_rel 0.28", "newest update 500", "live state"] {
         assert!(texts(&svg).iter().any(|own| own == text), "{text}: {svg}");
     }
+    let document: serde_json::Value = serde_json::from_str(&stdout(&["inspect", &dir, "--json"])).unwrap();
+    assert_eq!(document["state"]["step"], 500);
     fs::write(Path::new(&dir).join("1.200.safetensors"), "cut").unwrap();
     let plot = temp.path().join("damaged.svg");
     let output = posthoc_ema(&["inspect", &dir, "--plot", plot.to_str().unwrap()]);

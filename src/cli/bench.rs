@@ -63,7 +63,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     } else {
         print(&report::measurements(&rows).to_string());
     }
-    arguments.plot.draw(|path| report::bench(path, &rows, &title(&devices)))
+    Ok(arguments.plot.draw(|path| report::bench(path, &rows, &title(&devices)))?)
 }
 
 fn options(arguments: &Arguments) -> Options {

@@ -80,5 +80,5 @@ fn draw(arguments: &Arguments, subject: &Subject, listed: &[Plan]) -> Outcome {
         tracked,
         rounding: Some(subject.rounding()),
     };
-    arguments.plot.draw(|path| report::error_curve(path, &curve))
+    Ok(arguments.plot.draw(|path| report::error_curve(path, &curve))?)
 }

@@ -46,10 +46,11 @@ pub fn run(arguments: &Arguments) -> Outcome {
         print(&table(&entries).to_string());
         print(&summary(&arguments.run, &entries));
     }
-    arguments.plot.draw(|path| report::timeline(path, &timeline(&arguments.run, &entries)))?;
-    match trouble {
-        Some(trouble) => Err(Failure::Unhealthy(trouble)),
-        None => Ok(()),
+    let drawn = if entries.is_empty() { Ok(()) } else { draw(arguments, &entries) };
+    match (trouble, drawn) {
+        (Some(trouble), Err(error)) => Err(Failure::Unhealthy(format!("{trouble}\nerror: {error}"))),
+        (Some(trouble), Ok(())) => Err(Failure::Unhealthy(trouble)),
+        (None, drawn) => Ok(drawn?),
     }
 }
 
@@ -112,6 +113,11 @@ fn summary(run: &Path, entries: &[Entry]) -> String {
         Err(error) => format!("the live state is damaged: {error}"),
     };
     format!("{} snapshots at {} steps ({range}), {}; {state}", entries.len(), steps.len(), bytes(total(entries)))
+}
+
+fn draw(arguments: &Arguments, entries: &[Entry]) -> Result<(), Error> {
+    let timeline = timeline(&arguments.run, entries);
+    arguments.plot.draw(|path| report::timeline(path, &timeline))
 }
 
 fn timeline(run: &Path, entries: &[Entry]) -> Timeline {

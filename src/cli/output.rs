@@ -1,6 +1,7 @@
 //! What goes to stdout and stderr.
 
 use std::io::{ErrorKind, Write};
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -30,6 +31,13 @@ pub fn byte_bar(total: u64, what: &'static str) -> ProgressBar {
 /// A bar of rounds on stderr, whose message and length change; none where stderr is no terminal.
 pub fn round_bar() -> ProgressBar {
     bar(0, "{msg} {wide_bar} {pos}/{len}")
+}
+
+/// A sign of work on stderr that goes until it is cleared; none where stderr is no terminal.
+pub fn spinner(what: String) -> ProgressBar {
+    let spinner = bar(0, "{spinner} {msg} {elapsed}").with_message(what);
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    spinner
 }
 
 fn bar(total: u64, template: &str) -> ProgressBar {

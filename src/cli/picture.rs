@@ -3,9 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use posthoc_ema::Result;
 use posthoc_ema::report::Format;
-
-use super::Outcome;
 
 /// Where a picture goes.
 #[derive(Args)]
@@ -16,7 +15,7 @@ pub struct Plot {
 }
 
 /// The path of a picture, which tells its format.
-fn path(text: &str) -> Result<PathBuf, String> {
+fn path(text: &str) -> std::result::Result<PathBuf, String> {
     let path = PathBuf::from(text);
     Format::of(&path).map(|_| path).map_err(|_| "pictures are SVG or PNG: name a file that ends in .svg or .png".into())
 }
@@ -28,7 +27,7 @@ impl Plot {
     }
 
     /// Draws into each file. Called after everything is printed: a picture that fails loses nothing else.
-    pub fn draw(&self, draw: impl Fn(&Path) -> posthoc_ema::Result<()>) -> Outcome {
-        self.plot.iter().try_for_each(|path| Ok(draw(path)?))
+    pub fn draw(&self, draw: impl Fn(&Path) -> Result<()>) -> Result<()> {
+        self.plot.iter().try_for_each(|path| draw(path))
     }
 }

@@ -79,5 +79,5 @@ fn draw(plot: &Plot, subject: &Subject, plans: &[Plan]) -> Outcome {
         tracked: subject.tracked().into_iter().map(name).collect(),
         rounding: Some(subject.rounding()),
     };
-    plot.draw(|path| report::profiles(path, &picture))
+    Ok(plot.draw(|path| report::profiles(path, &picture))?)
 }

@@ -9,6 +9,7 @@ use posthoc_ema::{At, Dtype, Forecast, Plan, Profile, Run, report};
 use super::Failure;
 use super::args::Before;
 use super::list::Count;
+use super::output::spinner;
 use super::targets::usage;
 
 /// A run on disk, or a forecast and what its snapshots will be stored as.
@@ -35,10 +36,13 @@ impl Subject {
     /// Solves targets.
     pub fn plans(&self, targets: &[Profile], at: Option<u64>) -> Result<Vec<Plan>, Failure> {
         let at = at.map_or(At::Latest, At::Step);
-        match self {
-            Subject::Run(run) => Ok(run.plans(targets, at)?),
+        let spinner = spinner(format!("solving {} targets", targets.len()));
+        let plans = match self {
+            Subject::Run(run) => run.plans(targets, at).map_err(Failure::from),
             Subject::Forecast(forecast, _) => forecast.plans(targets, at).map_err(usage),
-        }
+        };
+        spinner.finish_and_clear();
+        plans
     }
 
     /// What a plan and its target weigh over time.
@@ -77,7 +81,7 @@ impl Subject {
     pub fn title(&self) -> String {
         match self {
             Subject::Run(run) => {
-                let name = run.dir().file_name().map_or_else(|| run.dir().as_os_str(), |name| name);
+                let name = run.dir().file_name().unwrap_or(run.dir().as_os_str());
                 name.to_string_lossy().into_owned()
             }
             Subject::Forecast(forecast, _) => {

@@ -1,5 +1,6 @@
 //! Plans: the solved weights of a target, with their error.
 
+use rayon::prelude::*;
 use serde::Serialize;
 
 use super::pool::Source;
@@ -70,7 +71,9 @@ pub(crate) fn solve(
         Some(history) => System::new(history, at, &inputs, rho)?,
         None => System::closed_form(at, &inputs, rho)?,
     };
-    profiles.iter().map(|profile| plan(&system, &usable, profile, at)).collect()
+    // All of them first: of several errors the first target's is told, whichever thread is done first.
+    let plans: Vec<Result<Plan>> = profiles.par_iter().map(|profile| plan(&system, &usable, profile, at)).collect();
+    plans.into_iter().collect()
 }
 
 fn plan(system: &System, usable: &[&Source], profile: &Profile, at: u64) -> Result<Plan> {
