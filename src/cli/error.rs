@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use posthoc_ema::{Plan, Profile, report};
 
-use super::args::Before;
+use super::args::{Before, Rounding};
 use super::list::Numbers;
 use super::output::{print, print_json};
 use super::{Failure, Outcome, targets};
@@ -25,6 +25,8 @@ pub struct Arguments {
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
+    pub rounding: Rounding,
+    #[command(flatten)]
     pub before: Before,
 }
 
@@ -32,7 +34,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles: Vec<Profile> =
         targets::profiles(&arguments.sigma_rel, Profile::sigma_rel).collect::<Result<_, Failure>>()?;
-    let plans = targets::plans(arguments.run.as_deref(), &arguments.before, &profiles, arguments.at)?;
+    let plans = targets::plans(arguments.run.as_deref(), &arguments.before, &profiles, arguments.at, arguments.rounding.noise)?;
     if arguments.json {
         let errors = targets::numbers(&arguments.sigma_rel).zip(&plans).map(point);
         print_json(&serde_json::json!({ "errors": errors.collect::<Vec<_>>() }));
@@ -48,5 +50,7 @@ fn point((sigma_rel, plan): (f64, &Plan)) -> serde_json::Value {
         "at": plan.at,
         "relative_error": plan.relative_error,
         "noise_gain": plan.noise_gain,
+        "rho": plan.rho,
+        "predicted": plan.predicted,
     })
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use posthoc_ema::report;
 
-use super::args::{Before, Targets};
+use super::args::{Before, Rounding, Targets};
 use super::output::{print, print_json};
 use super::{Outcome, targets};
 
@@ -21,6 +21,8 @@ pub struct Arguments {
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
+    pub rounding: Rounding,
+    #[command(flatten)]
     pub targets: Targets,
     #[command(flatten)]
     pub before: Before,
@@ -29,7 +31,7 @@ pub struct Arguments {
 /// Solves targets and shows what they will be like; a single one with its weights.
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
-    let plans = targets::plans(arguments.run.as_deref(), &arguments.before, &profiles, arguments.at)?;
+    let plans = targets::plans(arguments.run.as_deref(), &arguments.before, &profiles, arguments.at, arguments.rounding.noise)?;
     if arguments.json {
         print_json(&serde_json::json!({ "targets": plans }));
         return Ok(());

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use posthoc_ema::{At, Error, Forecast, Plan, Profile, Run, Shape, math::Schedule};
+use posthoc_ema::{At, Error, Forecast, Noise, Plan, Profile, Run, Shape, math::Schedule};
 
 use super::Failure;
 use super::args::{Before, Families, Targets};
@@ -96,13 +96,33 @@ fn read_table(path: &Path) -> Result<Profile, Failure> {
 }
 
 /// Solves targets on a run, or before training.
-pub fn plans(run: Option<&Path>, before: &Before, targets: &[Profile], at: Option<u64>) -> Result<Vec<Plan>, Failure> {
+pub fn plans(
+    run: Option<&Path>,
+    before: &Before,
+    targets: &[Profile],
+    at: Option<u64>,
+    noise: Noise,
+) -> Result<Vec<Plan>, Failure> {
     let at = at.map_or(At::Latest, At::Step);
     match (run, before.steps) {
-        (Some(run), _) => Ok(Run::open(run)?.plans(targets, at)?),
-        (None, Some(steps)) => before.forecast(steps)?.plans(targets, at).map_err(usage),
+        (Some(run), _) => Ok(Run::open(run)?.plans_with(targets, at, noise)?),
+        (None, Some(steps)) => {
+            before.forecast(steps)?.plans_with(targets, at, rho_before(noise)?).map_err(usage)
+        }
         (None, None) => {
             Err(Failure::Usage("name the directory of a run, or give --steps to plan before training".into()))
+        }
+    }
+}
+
+/// The regularisation of a plan before training.
+fn rho_before(noise: Noise) -> Result<f64, Failure> {
+    match noise {
+        Noise::Off => Ok(0.0),
+        Noise::Rho(rho) => Ok(rho),
+        Noise::Auto => {
+            let why = "--noise auto looks at stored snapshots, and before training there are none: give a number";
+            Err(Failure::Usage(why.into()))
         }
     }
 }

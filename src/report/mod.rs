@@ -4,4 +4,5 @@ mod plot;
 mod table;
 
 pub use plot::plot;
-pub use table::{errors, exact, measurements, number, plans, table, weights};
+pub use comfy_table::Table;
+pub use table::{errors, exact, measurements, number, plans, predicted, predicted_header, table, weights};

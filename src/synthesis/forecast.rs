@@ -1,5 +1,6 @@
 //! Plans before there is a run: what a schedule of updates and snapshots will be able to synthesize.
 
+use super::noise::Noise;
 use super::plan::{At, Plan, solve};
 use super::pool::Source;
 use crate::error::{Error, Result};
@@ -24,6 +25,14 @@ impl Forecast {
     /// # Errors
     /// [`Error::Setting`] for a schedule that leaves no snapshot, [`Error::NotTrackable`], and those of the solve.
     pub fn plans(&self, profiles: &[Profile], at: At) -> Result<Vec<Plan>> {
+        self.plans_with(profiles, at, 0.0)
+    }
+
+    /// As [`Forecast::plans`], with a regularisation: [`Noise::Rho`].
+    ///
+    /// # Errors
+    /// As [`Forecast::plans`], and [`Error::Parameter`] for a `rho` that is negative, infinite or NaN.
+    pub fn plans_with(&self, profiles: &[Profile], at: At, rho: f64) -> Result<Vec<Plan>> {
         self.schedule.check()?;
         if let Some(profile) = self.tracked.iter().find(|profile| !profile.is_trackable()) {
             return Err(Error::NotTrackable { profile: profile.to_string() });
@@ -44,7 +53,7 @@ impl Forecast {
         };
         let of_profile = |tracked| kept.iter().map(move |&step| source(tracked, step));
         let sources: Vec<Source> = self.tracked.iter().enumerate().flat_map(of_profile).collect();
-        solve(&sources, Some(&history), profiles, at, 0.0)
+        solve(&sources, Some(&history), profiles, at, Noise::Rho(rho), None)
     }
 }
 

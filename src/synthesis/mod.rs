@@ -4,6 +4,7 @@ mod blend;
 mod choose;
 mod fill;
 mod forecast;
+mod noise;
 #[cfg(feature = "cuda")]
 mod on_device;
 mod output;
@@ -16,6 +17,7 @@ mod swap;
 
 pub use choose::cuda_devices;
 pub use forecast::Forecast;
+pub use noise::{Noise, Predicted};
 pub use output::{Output, WriteOptions};
 pub use plan::{At, Plan, Weight};
 pub use run::Run;
