@@ -54,7 +54,9 @@ pub use error::{Error, Result};
 pub use import::{Import, Imported, Tool};
 pub use math::{Profile, Shape, Window};
 pub use snapshot::TensorSpec;
-pub use synthesis::{At, Forecast, Noise, Originals, Output, Plan, Predicted, Run, SwappedIn, Weight, WriteOptions, cuda_devices};
+pub use synthesis::{
+    At, Forecast, Noise, Originals, Output, Plan, Predicted, Run, SwappedIn, Weight, WriteOptions, cuda_devices,
+};
 pub use tensor::{
     CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView,
     TensorViewMut, Tensors, byte_size, is_averaged,

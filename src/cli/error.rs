@@ -34,7 +34,8 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles: Vec<Profile> =
         targets::profiles(&arguments.sigma_rel, Profile::sigma_rel).collect::<Result<_, Failure>>()?;
-    let plans = targets::plans(arguments.run.as_deref(), &arguments.before, &profiles, arguments.at, arguments.rounding.noise)?;
+    let plans =
+        targets::plans(arguments.run.as_deref(), &arguments.before, &profiles, arguments.at, arguments.rounding.noise)?;
     if arguments.json {
         let errors = targets::numbers(&arguments.sigma_rel).zip(&plans).map(point);
         print_json(&serde_json::json!({ "errors": errors.collect::<Vec<_>>() }));

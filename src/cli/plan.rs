@@ -31,7 +31,8 @@ pub struct Arguments {
 /// Solves targets and shows what they will be like; a single one with its weights.
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
-    let plans = targets::plans(arguments.run.as_deref(), &arguments.before, &profiles, arguments.at, arguments.rounding.noise)?;
+    let plans =
+        targets::plans(arguments.run.as_deref(), &arguments.before, &profiles, arguments.at, arguments.rounding.noise)?;
     if arguments.json {
         print_json(&serde_json::json!({ "targets": plans }));
         return Ok(());

@@ -106,9 +106,7 @@ pub fn plans(
     let at = at.map_or(At::Latest, At::Step);
     match (run, before.steps) {
         (Some(run), _) => Ok(Run::open(run)?.plans_with(targets, at, noise)?),
-        (None, Some(steps)) => {
-            before.forecast(steps)?.plans_with(targets, at, rho_before(noise)?).map_err(usage)
-        }
+        (None, Some(steps)) => before.forecast(steps)?.plans_with(targets, at, rho_before(noise)?).map_err(usage),
         (None, None) => {
             Err(Failure::Usage("name the directory of a run, or give --steps to plan before training".into()))
         }

@@ -50,7 +50,8 @@ impl FromStr for Noise {
             "off" => Ok(Noise::Off),
             "auto" => Ok(Noise::Auto),
             _ => {
-                let noise = text.parse().map(Noise::Rho).map_err(|_| format!("`{text}` is not off, auto or a number"))?;
+                let noise =
+                    text.parse().map(Noise::Rho).map_err(|_| format!("`{text}` is not off, auto or a number"))?;
                 noise.rho().map(|_| noise).map_err(|error| error.to_string())
             }
         }
@@ -104,7 +105,12 @@ impl StoredNoise {
     }
 
     /// The model of a system of some of the snapshots.
-    pub(crate) fn model<'a>(&self, system: &'a System, sources: &[Source], usable: &[usize]) -> Option<ScaledModel<'a>> {
+    pub(crate) fn model<'a>(
+        &self,
+        system: &'a System,
+        sources: &[Source],
+        usable: &[usize],
+    ) -> Option<ScaledModel<'a>> {
         let mut steps: Vec<u64> = usable.iter().map(|&i| sources[i].step).collect();
         steps.sort_unstable();
         steps.dedup();

@@ -48,8 +48,15 @@ impl Movement {
 
     /// Mixtures, each kind alone, and movements below the rounding of 16 bits.
     pub fn all() -> Vec<Movement> {
-        let of = |name, [ramp, bent, walk, white]: [f64; 4]| {
-            Movement { name, ramp, bent, power: 0.5, walk, memory: f64::INFINITY, white, cooling: false }
+        let of = |name, [ramp, bent, walk, white]: [f64; 4]| Movement {
+            name,
+            ramp,
+            bent,
+            power: 0.5,
+            walk,
+            memory: f64::INFINITY,
+            white,
+            cooling: false,
         };
         vec![
             of("mixed", [0.5, 0.0, 0.3, 0.05]),

@@ -39,7 +39,9 @@ pub(crate) fn measure(sample: &Sample) -> Measured {
     // In a fixed order, so that the figures do not depend on the number of threads.
     let parts: Vec<Measured> =
         groups.par_chunks(groups.len().div_ceil(PARTS).max(1)).map(|part| part.iter().fold(zero(), add)).collect();
-    parts.into_iter().fold(zero(), |sum, part| Measured { moved: sum.moved + part.moved, rounding: sum.rounding + part.rounding })
+    parts
+        .into_iter()
+        .fold(zero(), |sum, part| Measured { moved: sum.moved + part.moved, rounding: sum.rounding + part.rounding })
 }
 
 /// Into how many parts the work is cut.

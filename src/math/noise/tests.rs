@@ -20,10 +20,8 @@ fn system() -> (Vec<u64>, Vec<Source>, System) {
     let tracked = Chain::Tracked(Profile::sigma_rel(0.1).unwrap());
     let counter = Chain::Counter { gamma: 0.5, stride: 3, offset: 2 };
     let source = |chain: &Chain, k: usize| Source { chain: chain.clone(), step: times[k], label: format!("{k}") };
-    let sources: Vec<Source> = [&tracked, &counter]
-        .into_iter()
-        .flat_map(|chain| [20, 21, 90, 150, 199].map(|k| source(chain, k)))
-        .collect();
+    let sources: Vec<Source> =
+        [&tracked, &counter].into_iter().flat_map(|chain| [20, 21, 90, 150, 199].map(|k| source(chain, k))).collect();
     let history = History::from_times(times.iter().copied()).unwrap();
     let system = System::new(&history, times[199], &sources, 0.0).unwrap();
     (times, sources, system)
@@ -139,8 +137,7 @@ fn simulated_elements_are_measured_and_fitted() {
         assert!((measured.moved[(i, j)] / direct(i, j) - 1.0).abs() < 1e-9);
         let d = difference(&weights[i], &weights[j]);
         let straight = times.iter().zip(&d).map(|(&t, d)| t as f64 * d).sum::<f64>().powi(2);
-        let expected =
-            Trajectory { drift: 0.0, ..truth }.mean_square(&times, &d) + truth.drift * straight;
+        let expected = Trajectory { drift: 0.0, ..truth }.mean_square(&times, &d) + truth.drift * straight;
         // Six deviations of a mean square over the elements.
         let tolerance = 6.0 * (2.0 / elements as f64).sqrt();
         assert!((direct(i, j) / expected - 1.0).abs() < tolerance, "{i} {j}: {} is not {expected}", direct(i, j));
@@ -215,7 +212,13 @@ fn a_regularisation_is_chosen_where_rounding_counts_only() {
     // No other regularisation does much better.
     for power in -60..10 {
         let rho = 10f64.powf(0.1 * f64::from(power));
-        let other = System::new(&History::from_times(system.updates().unwrap().times.clone()).unwrap(), sources[4].step, &sources, rho).unwrap();
+        let other = System::new(
+            &History::from_times(system.updates().unwrap().times.clone()).unwrap(),
+            sources[4].step,
+            &sources,
+            rho,
+        )
+        .unwrap();
         let rounding = Mat::from_fn(n, n, |i, j| if i == j { noise } else { 0.0 });
         let other = Model::new(&other, Measured { moved: Mat::from_fn(n, n, moved), rounding }).unwrap();
         let other = other.given(&target, rho).unwrap().expected.total();
