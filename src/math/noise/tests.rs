@@ -127,7 +127,8 @@ fn simulated_elements_are_measured_and_fitted() {
         }
     }
     // Exact values: nothing is taken for rounding.
-    let sample = Sample { ulps: vec![vec![1e-12; elements]; sources.len()], values, blocks: vec![0..elements] };
+    let sample =
+        Sample { ulps: vec![vec![1e-12; elements]; sources.len()], values, blocks: vec![0..5000, 5000..elements] };
     let measured = measure(&sample);
     let direct = |i: usize, j: usize| {
         let pairs = sample.values[i].iter().zip(&sample.values[j]);
