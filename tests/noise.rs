@@ -67,7 +67,7 @@ fn table(chains: Chains, cases: &[Case]) -> String {
         write!(text, "| {} | {dtype:?} | {sigma_rel} ", movement.name).unwrap();
         for Blended { plan, error } in [off, auto] {
             let predicted = plan.predicted.unwrap().total;
-            write!(text, "| {:.4} | {error:.1e} | {predicted:.1e} ", plan.noise_gain).unwrap();
+            write!(text, "| {:.1} | {error:.1e} | {predicted:.1e} ", plan.noise_gain).unwrap();
         }
         text += "|\n";
     }
