@@ -55,8 +55,8 @@ pub use import::{Import, Imported, Tool};
 pub use math::{Profile, Retention, Shape, Window};
 pub use snapshot::TensorSpec;
 pub use synthesis::{
-    Advice, At, Forecast, Originals, Output, Plan, Run, SwappedIn, Weight, Wish, Worst, WriteOptions, advise,
-    cuda_devices,
+    Advice, At, Forecast, Noise, Originals, Output, Plan, Predicted, Run, SwappedIn, Weight, Wish, Worst, WriteOptions,
+    advise, cuda_devices,
 };
 pub use tensor::{
     CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView,

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use common::{failure, posthoc_ema, stdout, train};
-use posthoc_ema::{At, Profile, Run, Tensors};
+use posthoc_ema::{At, Noise, Profile, Run, Tensors};
 use serde_json::Value;
 
 /// A run and its directory's name, in a temporary folder.
@@ -110,8 +110,47 @@ fn planning_before_training_agrees_with_the_run() {
     let targets = ["--sigma-rel", "0.07,0.15", "--json"];
     let flags = ["plan", "--steps", "500", "--checkpoint-every", "50", "--track", "0.05,0.28"];
     let before = json(&[&flags[..], &targets[..]].concat());
-    let after = json(&[&["plan", &dir][..], &targets[..]].concat());
+    let mut after = json(&[&["plan", &dir][..], &targets[..]].concat());
+    // What cannot be known before training.
+    for target in after["targets"].as_array_mut().unwrap() {
+        assert!(target["predicted"]["total"].as_f64().unwrap() > 0.0);
+        target["predicted"] = Value::Null;
+    }
     assert_eq!(before, after);
+}
+
+/// Snapshots in f16 of a model that moves little: a short average is mostly their rounding.
+#[test]
+fn noise_auto_lowers_the_predicted_error() {
+    let (temp, dir) = run();
+    let total = |target: &Value| target["predicted"]["total"].as_f64().unwrap();
+    let targets = ["--sigma-rel", "0.01,0.05", "--json"];
+    let plain = json(&[&["plan", &dir][..], &targets].concat());
+    let auto = json(&[&["plan", &dir, "--noise", "auto"][..], &targets].concat());
+    let (plain, auto) = (&plain["targets"], &auto["targets"]);
+    assert_eq!((&plain[0]["rho"], &plain[1]), (&Value::from(0.0), &auto[1]));
+    assert!(auto[0]["rho"].as_f64().unwrap() > 0.0 && total(&auto[0]) < 0.9 * total(&plain[0]), "{auto}");
+    let parts = |part: &str| auto[0]["predicted"][part].as_f64().unwrap();
+    assert!((parts("profile").hypot(parts("rounding")) / total(&auto[0]) - 1.0).abs() < 1e-12);
+
+    // The same regularisation by its number gives the same weights, and a synthesis writes them.
+    let rho = auto[0]["rho"].to_string();
+    let by_number = json(&["plan", &dir, "--noise", &rho, "--sigma-rel", "0.01", "--json"]);
+    assert_eq!(by_number["targets"][0], auto[0]);
+    let out = temp.path().join("ema.safetensors");
+    let target = ["--sigma-rel", "0.01", "--noise", "auto", "-o", out.to_str().unwrap()];
+    let written = json(&[&["synthesize", &dir, "--json"][..], &target].concat());
+    assert_eq!(written["targets"][0]["predicted"], auto[0]["predicted"]);
+    let run = Run::open(&dir).unwrap();
+    let plan = run.plans_with(&[Profile::sigma_rel(0.01).unwrap()], At::Latest, Noise::Auto).unwrap().remove(0);
+    assert_eq!(load(&out), run.load(&plan).unwrap());
+    let errors = json(&["error", &dir, "--sigma-rel", "0.01", "--noise", "auto", "--json"]);
+    assert_eq!(errors["errors"][0]["predicted"], auto[0]["predicted"]);
+    let text = stdout(&["plan", &dir, "--sigma-rel", "0.01"]);
+    assert!(text.contains("predicted error") && text.contains("by rounding"), "{text}");
+    // Too few snapshots to predict from.
+    let early = json(&["plan", &dir, "--sigma-rel", "0.1", "--at", "100", "--noise", "auto", "--json"]);
+    assert_eq!((&early["targets"][0]["predicted"], &early["targets"][0]["rho"]), (&Value::Null, &Value::from(0.0)));
 }
 
 #[test]
@@ -277,6 +316,10 @@ fn bad_usage_exits_with_2_and_says_what_to_do() {
         (vec!["plan", "--steps", "100", "--sigma-rel", "0.1"], "no snapshot is left"),
         (vec!["plan", "--steps", "10000", "--update-every", "0", "--sigma-rel", "0.1"], "update_every"),
         (vec!["plan", "--steps", "1000000000000", "--update-every", "1", "--sigma-rel", "0.1"], "longer interval"),
+        (vec!["plan", "--steps", "10000", "--noise", "auto", "--sigma-rel", "0.1"], "before training there are none"),
+        (vec!["error", "--steps", "10000", "--noise", "auto"], "before training there are none"),
+        (vec!["plan", dir, "--noise", "on", "--sigma-rel", "0.1"], "off, auto or a number"),
+        (vec!["plan", dir, "--noise", "-1", "--sigma-rel", "0.1"], "0 or more"),
         (vec!["profile"], "no profile"),
         (vec!["bench", "--parameters", "0"], "1 or more"),
         (vec!["bench", "--tensors", "3", "--parameters", "2"], "at most 2"),

@@ -2,7 +2,7 @@
 //! nearly perfectly (Karras et al. 2023, arXiv:2312.02696, section 3.2), in figures.
 
 use posthoc_ema::math::Schedule;
-use posthoc_ema::{At, Forecast, Profile};
+use posthoc_ema::{At, Forecast, Profile, Retention};
 
 const STEPS: u64 = 96_000;
 
@@ -13,6 +13,7 @@ fn worst([first, last]: [f64; 2], tracked: [f64; 2], snapshots: usize) -> f64 {
         schedule: Schedule { checkpoint_every: STEPS / snapshots as u64, ..Schedule::default() },
         steps: STEPS,
         keep: snapshots,
+        retention: Retention::Latest,
         tracked: tracked.map(|sigma_rel| Profile::sigma_rel(sigma_rel).unwrap()).to_vec(),
     };
     let length = |i: u32| first + (last - first) * f64::from(i) / 200.0;

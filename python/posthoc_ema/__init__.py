@@ -19,13 +19,15 @@ from ._native import __version__
 from .importing import Imported, import_run
 from .karras_ema import KarrasEMA
 from .posthoc_ema import PostHocEMA
-from .profiles import Plan, Profile, Retention, Target, Weight, plan
+from .profiles import Noise, Plan, Predicted, Profile, Retention, Target, Weight, plan
 
 __all__ = [
     "Imported",
     "KarrasEMA",
+    "Noise",
     "Plan",
     "PostHocEMA",
+    "Predicted",
     "Profile",
     "Retention",
     "Target",

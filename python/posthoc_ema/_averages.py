@@ -83,5 +83,5 @@ class TrackedAverage:
         newest = max(step for index, step in run.snapshots() if index == self._index)
         if newest != self._update:
             layout, addresses = addresses_in(self._module, run.tensors())
-            run.load_into(to_json([self.profile]), newest, layout, [addresses], None)
+            run.load_into(to_json([self.profile]), newest, "off", layout, [addresses], None)
             self._update = newest

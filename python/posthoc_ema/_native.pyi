@@ -67,12 +67,13 @@ class Run:
     def tensors(self) -> list[tuple[str, str, list[int]]]: ...
     def averaged(self) -> list[str]: ...
     def tied(self) -> dict[str, str]: ...
-    def plans(self, targets: Sequence[str], step: int | None) -> str: ...
+    def plans(self, targets: Sequence[str], step: int | None, noise: str) -> str: ...
     def bytes_to_read(self, targets: Sequence[str], step: int | None) -> int: ...
     def load_into(
         self,
         targets: Sequence[str],
         step: int | None,
+        noise: str,
         layout: Layout,
         addresses: Sequence[Sequence[int]],
         progress: Progress,
@@ -81,6 +82,7 @@ class Run:
         self,
         targets: Sequence[str],
         step: int | None,
+        noise: str,
         paths: Sequence[str | PathLike[str]],
         dtype: str | None,
         device: str,
@@ -90,6 +92,7 @@ class Run:
         self,
         target: str,
         step: int | None,
+        noise: str,
         originals: Originals,
         layout: Layout,
         addresses: Sequence[int],

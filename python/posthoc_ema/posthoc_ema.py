@@ -27,7 +27,18 @@ from ._checks import (
 from ._lend import Lender, is_torch, torch_module
 from ._model import MappingTensors, ModuleTensors, tensors_of
 from ._progress import Progress, following
-from .profiles import Plan, Profile, Retention, Target, as_profile, plan, retention_to_dict, to_json
+from .profiles import (
+    Noise,
+    Plan,
+    Profile,
+    Retention,
+    Target,
+    as_profile,
+    noise_text,
+    plan,
+    retention_to_dict,
+    to_json,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -369,6 +380,8 @@ class PostHocEMA:
         sigma_rel: Target,
         step: int | None = None,
         calculation_dtype: Any = None,
+        *,
+        noise: Noise = "off",
     ) -> Iterator[Model]:
         """The model with averaged weights, in place and in eval mode, for the length of a ``with`` block.
 
@@ -382,6 +395,9 @@ class PostHocEMA:
             sigma_rel: the length of the average, or any profile.
             step: the step of the average: the newest update while training, the newest snapshot of a run opened by path.
             calculation_dtype: taken for compatibility; sums are always in f64.
+            noise: what to do about the rounding of stored snapshots, which short averages and those of other tools amplify:
+                "off", "auto" (the regularisation of which the smallest error is predicted), or a number. Only for stored
+                snapshots: of a run opened by path, or of an earlier `step`.
 
         Raises:
             ValueError: for a model of another structure, and a target outside the run.
@@ -389,13 +405,8 @@ class PostHocEMA:
         """
         check_calculation_dtype(calculation_dtype)
         target = as_profile(sigma_rel)._json
-        live = self._live(step)
-        swap: _swap.Swap
-        if live is not None:
-            swap = partial(live.swap_in, target)
-        else:
-            run = self._run()
-            swap = partial(run.swap_in, target, step)
+        source, at = self._source(step, noise)
+        swap: _swap.Swap = partial(source.swap_in, target, *at)
         with _swap.average_in(self._tensors_of(model), swap):
             yield model
 
@@ -405,6 +416,8 @@ class PostHocEMA:
         sigma_rel: Target,
         step: int | None = None,
         calculation_dtype: Any = None,
+        *,
+        noise: Noise = "off",
     ) -> Iterator[dict[str, Any]]:
         """An average as a state dict of fresh tensors in host memory, in the model's dtypes, for ``load_state_dict``.
 
@@ -413,7 +426,7 @@ class PostHocEMA:
         Args and errors as of :meth:`model`.
         """
         check_calculation_dtype(calculation_dtype)
-        yield self.synthesize([sigma_rel], step)[0]
+        yield self.synthesize([sigma_rel], step, noise=noise)[0]
 
     def synthesize(
         self,
@@ -421,6 +434,7 @@ class PostHocEMA:
         step: int | None = None,
         *,
         dtype: Any = None,
+        noise: Noise = "off",
         progress: Progress = None,
     ) -> list[dict[str, Any]]:
         """Averages of several lengths in one pass over the snapshots, each a state dict of fresh tensors in host memory.
@@ -429,6 +443,7 @@ class PostHocEMA:
             targets: profiles, or numbers as sigma_rel.
             step: as of :meth:`model`.
             dtype: of averaged tensors; each its own in the model where it is not given.
+            noise: as of :meth:`model`.
             progress: a function of the bytes read so far and in all, or whether to draw a bar; None draws one on a
                 terminal.
 
@@ -436,7 +451,7 @@ class PostHocEMA:
             A state dict for each target, in their order. Tied names share one tensor.
         """
         jsons = to_json(targets)
-        source, at = self._source(step)
+        source, at = self._source(step, noise)
         specs, tied = source.tensors(), source.tied()
         fresh = _results.Fresh(specs, len(jsons), _results.stored_name(dtype), self._of_torch, source.averaged())
 
@@ -463,6 +478,7 @@ class PostHocEMA:
         *,
         dtype: Any = None,
         device: str = "auto",
+        noise: Noise = "off",
         progress: Progress = None,
     ) -> list[Path]:
         """Writes averages of several lengths as safetensors files, in one pass over the stored snapshots.
@@ -475,6 +491,7 @@ class PostHocEMA:
             step: the step of the averages, the newest snapshot where it is not given.
             dtype: of averaged tensors; each its own in the model where it is not given.
             device: where they are blended: "auto" tries, "cpu", "cuda:N". The bits are the same.
+            noise: as of :meth:`model`.
             progress: as of :meth:`synthesize`.
 
         Returns:
@@ -482,7 +499,7 @@ class PostHocEMA:
         """
         profiles, run = [as_profile(target) for target in targets], self._run()
         jsons = to_json(profiles)
-        plans = Plan.from_json(run.plans(jsons, step))
+        plans = Plan.from_json(run.plans(jsons, step, "off"))
         names = [f"{str(plan.profile).replace(' ', '-')}.step-{plan.at}.safetensors" for plan in plans]
         if len(set(names)) < len(names):
             names = [f"{i}.{name}" for i, name in enumerate(names, 1)]
@@ -490,17 +507,18 @@ class PostHocEMA:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in names]
         with following(progress, lambda: run.bytes_to_read(jsons, step), "synthesizing") as told:
-            run.write(jsons, step, paths, _results.stored_name(dtype), device, told)
+            run.write(jsons, step, noise_text(noise), paths, _results.stored_name(dtype), device, told)
         return paths
 
-    def plan(self, targets: Iterable[Target], step: int | None = None) -> list[Plan]:
-        """The solved weights of targets, with the error that is to be expected of each; no tensor is read.
+    def plan(self, targets: Iterable[Target], step: int | None = None, *, noise: Noise = "off") -> list[Plan]:
+        """The solved weights of targets, with the error that is to be expected of each; of stored tensors a sample is read.
 
         Args:
             targets: profiles, or numbers as sigma_rel.
             step: as of :meth:`model`.
+            noise: as of :meth:`model`.
         """
-        source, at = self._source(step)
+        source, at = self._source(step, noise)
         return Plan.from_json(source.plans(to_json(targets), *at))
 
     def switch_(self, model: Model, sigma_rel: Target) -> Model:
@@ -568,10 +586,17 @@ class PostHocEMA:
             return self._tracker
         return None
 
-    def _source(self, step: int | None) -> tuple[Any, tuple[Any, ...]]:
-        """What a synthesis reads, and its further argument."""
+    def _source(self, step: int | None, noise: Noise) -> tuple[Any, tuple[Any, ...]]:
+        """What a synthesis reads, and its further arguments."""
         live = self._live(step)
-        return (live, ()) if live is not None else (self._run(), (step,))
+        if live is None:
+            return self._run(), (step, noise_text(noise))
+        if noise != "off":
+            raise ValueError(
+                f"noise={noise!r} is for stored snapshots, and this is the newest update of a training: give the `step` of an "
+                f"earlier snapshot, or open the run with `PostHocEMA.from_path`"
+            )
+        return live, ()
 
     def _run(self) -> _native.Run:
         """The snapshots that are there now."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from . import _native
 
-__all__ = ["Plan", "Profile", "Target", "Weight", "plan"]
+__all__ = ["Noise", "Plan", "Predicted", "Profile", "Target", "Weight", "plan"]
 
 
 class Profile:
@@ -124,6 +124,28 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """The error that is to be expected of an average: root mean squares over its elements, relative to the weights'."""
+
+    profile: float
+    """Because the blend's profile is not the target's."""
+    rounding: float
+    """Because snapshots are stored rounded."""
+    total: float
+    """Both together."""
+
+
+Noise = Literal["off", "auto"] | float
+"""What a solve does against the rounding of stored snapshots: nothing, the regularisation of which the smallest error is
+predicted, or a given one."""
+
+
+def noise_text(noise: Noise) -> str:
+    """What the native part takes."""
+    return noise if isinstance(noise, str) else repr(float(noise))
+
+
+@dataclass(frozen=True)
 class Plan:
     """The solved weights of a target, with their error."""
 
@@ -138,6 +160,11 @@ class Plan:
     """The condition number of the scaled system."""
     sum: float
     """The sum of the weights: 1 but for rounding."""
+    rho: float
+    """The regularisation of the solve; 0 for none."""
+    predicted: Predicted | None
+    """The error of the average before it is rounded to its dtype. None before training, for averages at the newest update of a
+    training, and where stored snapshots are too few (fewer than three steps) or tell no updates."""
     weights: tuple[Weight, ...]
 
     @staticmethod
@@ -146,7 +173,9 @@ class Plan:
 
         def plan(plan: dict[str, Any]) -> Plan:
             weights = tuple(Weight(**weight) for weight in plan.pop("weights"))
-            return Plan(profile=Profile(plan.pop("profile")), weights=weights, **plan)
+            found = plan.pop("predicted")
+            predicted = Predicted(**found) if found is not None else None
+            return Plan(profile=Profile(plan.pop("profile")), weights=weights, predicted=predicted, **plan)
 
         return [plan(each) for each in json.loads(text)]
 

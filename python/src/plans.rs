@@ -1,7 +1,7 @@
 //! Profiles and plans, which need no tensors.
 
 use posthoc_ema::math::Schedule;
-use posthoc_ema::{At, Forecast, Plan, Profile, Retention};
+use posthoc_ema::{At, Forecast, Noise, Plan, Profile, Retention};
 use pyo3::prelude::*;
 use serde::Deserialize;
 
@@ -29,6 +29,11 @@ fn strip_place(error: &serde_json::Error) -> String {
 
 pub fn at(step: Option<u64>) -> At {
     step.map_or(At::Latest, At::Step)
+}
+
+/// What a solve does against rounding: "off", "auto", or a number.
+pub fn noise(text: &str) -> PyResult<Noise> {
+    text.parse().map_err(|why| argument(format!("noise: {why}")))
 }
 
 /// The number of CUDA devices that can be used, and otherwise why there is none.

@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use crate::errors::{argument, to_python};
 use crate::jobs;
 use crate::lend::{Layout, Lent};
-use crate::plans::{at, plans_json, profile, profiles};
+use crate::plans::{at, noise, plans_json, profiles};
 use crate::process;
 use crate::tracker::{Originals, describe, some_dtype};
 
@@ -18,10 +18,10 @@ use crate::tracker::{Originals, describe, some_dtype};
 pub struct Run(posthoc_ema::Run);
 
 impl Run {
-    fn solve(&self, py: Python<'_>, targets: &[String], step: Option<u64>) -> PyResult<Vec<Plan>> {
+    fn solve(&self, py: Python<'_>, targets: &[String], step: Option<u64>, against: &str) -> PyResult<Vec<Plan>> {
         process::check()?;
-        let targets = profiles(targets)?;
-        py.detach(|| self.0.plans(&targets, at(step))).map_err(to_python)
+        let (targets, noise) = (profiles(targets)?, noise(against)?);
+        py.detach(|| self.0.plans_with(&targets, at(step), noise)).map_err(to_python)
     }
 }
 
@@ -60,27 +60,30 @@ impl Run {
         self.0.tied().clone()
     }
 
-    /// Solves targets.
-    fn plans(&self, py: Python<'_>, targets: Vec<String>, step: Option<u64>) -> PyResult<String> {
-        plans_json(&self.solve(py, &targets, step)?)
+    /// Solves targets; `noise` is "off", "auto" or a number.
+    fn plans(&self, py: Python<'_>, targets: Vec<String>, step: Option<u64>, noise: &str) -> PyResult<String> {
+        plans_json(&self.solve(py, &targets, step, noise)?)
     }
 
     /// The bytes of snapshots that a synthesis reads.
     fn bytes_to_read(&self, py: Python<'_>, targets: Vec<String>, step: Option<u64>) -> PyResult<u64> {
-        Ok(self.0.bytes_to_read(&self.solve(py, &targets, step)?))
+        // A regularisation makes no weight 0.
+        Ok(self.0.bytes_to_read(&self.solve(py, &targets, step, "off")?))
     }
 
     /// Blends targets into fresh memory, one list of addresses for each, in one pass.
+    #[expect(clippy::too_many_arguments, reason = "called by the package only")]
     fn load_into(
         &self,
         py: Python<'_>,
         targets: Vec<String>,
         step: Option<u64>,
+        noise: &str,
         layout: &Layout,
         addresses: Vec<Vec<u64>>,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<String> {
-        let plans = self.solve(py, &targets, step)?;
+        let plans = self.solve(py, &targets, step, noise)?;
         let mut lent = addresses.into_iter().map(|list| Lent::new(layout, list, 0)).collect::<PyResult<Vec<_>>>()?;
         let views = Lent::fresh(&mut lent)?;
         jobs::run(py, progress, |progress| self.0.load_into(&plans, views, progress).map_err(to_python))?;
@@ -94,12 +97,13 @@ impl Run {
         py: Python<'_>,
         targets: Vec<String>,
         step: Option<u64>,
+        noise: &str,
         paths: Vec<PathBuf>,
         dtype: Option<&str>,
         device: &str,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<(String, String)> {
-        let plans = self.solve(py, &targets, step)?;
+        let plans = self.solve(py, &targets, step, noise)?;
         if plans.len() != paths.len() {
             return Err(argument(format!("{} targets, and {} files", plans.len(), paths.len())));
         }
@@ -120,17 +124,15 @@ impl Run {
         py: Python<'_>,
         target: &str,
         step: Option<u64>,
+        noise: &str,
         originals: &Originals,
         layout: &Layout,
         addresses: Vec<u64>,
         stream: usize,
     ) -> PyResult<()> {
-        process::check()?;
-        let (target, mut lent) = (profile(target)?, Lent::new(layout, addresses, stream)?);
-        let swap = || {
-            let plan = self.0.plan(target, at(step))?;
-            originals.fill(|| self.0.swap_in(&plan, &mut lent).map(|swapped| swapped.into_originals()))
-        };
+        let plan = self.solve(py, &[target.to_owned()], step, noise)?.remove(0);
+        let mut lent = Lent::new(layout, addresses, stream)?;
+        let swap = || originals.fill(|| self.0.swap_in(&plan, &mut lent).map(|swapped| swapped.into_originals()));
         py.detach(swap).map_err(to_python)
     }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use posthoc_ema::Dtype;
+use posthoc_ema::{Dtype, Noise};
 
 use super::list::{Count, Kept, Numbers, Windows};
 use super::{bench, error, import, inspect, plan, profile, synthesize, verify};
@@ -71,6 +71,14 @@ pub struct Targets {
     /// Profiles from two-column CSV files: time as a share of the whole, cumulative share
     #[arg(long, value_name = "FILE")]
     pub profile_csv: Vec<PathBuf>,
+}
+
+/// What to do about the rounding of stored snapshots.
+#[derive(Args)]
+pub struct Rounding {
+    /// Weigh the snapshots' rounding, too: off, auto (whatever regularisation has the smallest predicted error), or RHO
+    #[arg(long, value_name = "off|auto|RHO", default_value = "off", allow_negative_numbers = true)]
+    pub noise: Noise,
 }
 
 /// A training that has not happened yet

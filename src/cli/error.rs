@@ -6,7 +6,7 @@ use clap::Args;
 use posthoc_ema::report::{self, ErrorCurve, ErrorPoint};
 use posthoc_ema::{Plan, Profile};
 
-use super::args::Before;
+use super::args::{Before, Rounding};
 use super::list::Numbers;
 use super::output::{print, print_json};
 use super::picture::Plot;
@@ -33,6 +33,8 @@ pub struct Arguments {
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
+    pub rounding: Rounding,
+    #[command(flatten)]
     pub before: Before,
 }
 
@@ -41,7 +43,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let profiles: Vec<Profile> =
         targets::profiles(&arguments.sigma_rel, Profile::sigma_rel).collect::<Result<_, Failure>>()?;
     let subject = Subject::open(arguments.run.as_deref(), &arguments.before)?;
-    let plans = subject.plans(&profiles, arguments.at)?;
+    let plans = subject.plans(&profiles, arguments.at, arguments.rounding.noise)?;
     if arguments.json {
         let errors = targets::numbers(&arguments.sigma_rel).zip(&plans).map(point);
         print_json(&serde_json::json!({ "errors": errors.collect::<Vec<_>>() }));
@@ -57,6 +59,8 @@ fn point((sigma_rel, plan): (f64, &Plan)) -> serde_json::Value {
         "at": plan.at,
         "relative_error": plan.relative_error,
         "noise_gain": plan.noise_gain,
+        "rho": plan.rho,
+        "predicted": plan.predicted,
     })
 }
 
@@ -73,7 +77,7 @@ fn draw(arguments: &Arguments, subject: &Subject, listed: &[Plan]) -> Outcome {
     let marks: Vec<f64> = tracked.iter().map(|(sigma_rel, _)| *sigma_rel).collect();
     let grid = report::error_grid(first, last, &marks);
     let grid: Vec<Profile> = grid.into_iter().map(Profile::sigma_rel).collect::<Result<_, _>>()?;
-    let plans = subject.plans(&grid, Some(at))?;
+    let plans = subject.plans(&grid, Some(at), arguments.rounding.noise)?;
     let curve = ErrorCurve {
         title: format!("{}, at step {at}", subject.title()),
         points: plans.iter().filter_map(ErrorPoint::of).collect(),

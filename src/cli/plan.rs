@@ -6,7 +6,7 @@ use clap::Args;
 use posthoc_ema::report::{self, MAX_PANELS, ProfilePanel, Profiles};
 use posthoc_ema::{Plan, Profile};
 
-use super::args::{Before, Targets};
+use super::args::{Before, Rounding, Targets};
 use super::list::Count;
 use super::output::{bytes, print, print_json};
 use super::picture::Plot;
@@ -37,6 +37,8 @@ pub struct Arguments {
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
+    pub rounding: Rounding,
+    #[command(flatten)]
     pub targets: Targets,
     #[command(flatten)]
     pub before: Before,
@@ -53,7 +55,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         return Err(Failure::Usage(why));
     }
     let subject = Subject::open(arguments.run.as_deref(), &arguments.before)?;
-    let plans = subject.plans(&profiles, arguments.at)?;
+    let plans = subject.plans(&profiles, arguments.at, arguments.rounding.noise)?;
     if arguments.json {
         let disk = subject.disk(&arguments.before);
         let disk = disk.map(|disk| ("disk".to_owned(), serde_json::json!(disk)));

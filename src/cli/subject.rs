@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use posthoc_ema::math::{Densities, beta_to_sigma_rel};
-use posthoc_ema::{At, Dtype, Forecast, Plan, Profile, Run, report};
+use posthoc_ema::{At, Dtype, Forecast, Noise, Plan, Profile, Run, report};
 
 use super::Failure;
 use super::args::Before;
@@ -34,12 +34,14 @@ impl Subject {
     }
 
     /// Solves targets.
-    pub fn plans(&self, targets: &[Profile], at: Option<u64>) -> Result<Vec<Plan>, Failure> {
+    pub fn plans(&self, targets: &[Profile], at: Option<u64>, noise: Noise) -> Result<Vec<Plan>, Failure> {
         let at = at.map_or(At::Latest, At::Step);
         let spinner = spinner(format!("solving {} targets", targets.len()));
         let plans = match self {
-            Subject::Run(run) => run.plans(targets, at).map_err(Failure::from),
-            Subject::Forecast(forecast, _) => forecast.plans(targets, at).map_err(usage),
+            Subject::Run(run) => run.plans_with(targets, at, noise).map_err(Failure::from),
+            Subject::Forecast(forecast, _) => {
+                rho_before(noise).and_then(|rho| forecast.plans_with(targets, at, rho).map_err(usage))
+            }
         };
         spinner.finish_and_clear();
         plans
@@ -95,4 +97,16 @@ impl Subject {
 /// The length that a tracked profile has at a time: its own, or that of about the same standard deviation.
 pub fn length_at(profile: &Profile, at: u64) -> Option<f64> {
     profile.as_sigma_rel().or_else(|| profile.as_beta().map(|beta| beta_to_sigma_rel(beta, at as f64)))
+}
+
+/// The regularisation of a plan before training.
+fn rho_before(noise: Noise) -> Result<f64, Failure> {
+    match noise {
+        Noise::Off => Ok(0.0),
+        Noise::Rho(rho) => Ok(rho),
+        Noise::Auto => {
+            let why = "--noise auto looks at stored snapshots, and before training there are none: give a number";
+            Err(Failure::Usage(why.into()))
+        }
+    }
 }

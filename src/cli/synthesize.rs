@@ -7,7 +7,7 @@ use clap::Args;
 use posthoc_ema::{At, Device, Dtype, Error, Output, Plan, Run, WriteOptions, cuda_devices, report};
 use serde_json::json;
 
-use super::args::{DtypeName, Targets};
+use super::args::{DtypeName, Rounding, Targets};
 use super::output::{byte_bar, bytes, print, print_json};
 use super::{Failure, Outcome};
 
@@ -37,6 +37,8 @@ pub struct Arguments {
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
+    pub rounding: Rounding,
+    #[command(flatten)]
     pub targets: Targets,
 }
 
@@ -51,7 +53,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         return Err(Failure::Usage("nowhere to write to: give -o FILE, or --out-dir DIR for several targets".into()));
     }
     let run = Run::open(&arguments.run)?;
-    let plans = run.plans(&profiles, arguments.at.map_or(At::Latest, At::Step))?;
+    let plans = run.plans_with(&profiles, arguments.at.map_or(At::Latest, At::Step), arguments.rounding.noise)?;
     let paths = paths(arguments, &plans)?;
     let (seconds, device) = write(&run, &plans, &paths, arguments)?;
     let read = run.bytes_to_read(&plans);
@@ -62,16 +64,22 @@ pub fn run(arguments: &Arguments) -> Outcome {
         );
         return Ok(());
     }
-    let mut table = report::table(&["file", "target", "at", "relative error", "noise gain"]);
-    for (plan, path) in plans.iter().zip(&paths) {
-        let figures = [report::number(plan.relative_error), report::number(plan.noise_gain)];
-        let [error, gain] = figures;
-        table.add_row([path.display().to_string(), plan.profile.to_string(), plan.at.to_string(), error, gain]);
-    }
-    print(&table.to_string());
+    print(&table(&plans, &paths).to_string());
     let why = why_not_cuda(arguments.device);
     print(&format!("{} of snapshots read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
     Ok(())
+}
+
+/// What was written, and how good it is to be expected.
+fn table(plans: &[Plan], paths: &[PathBuf]) -> report::Table {
+    let header = ["file", "target", "at", "relative error", "noise gain"];
+    let mut table = report::table(&[&header[..], report::predicted_header(plans)].concat());
+    for (plan, path) in plans.iter().zip(paths) {
+        let figures = [report::number(plan.relative_error), report::number(plan.noise_gain)];
+        let about = [path.display().to_string(), plan.profile.to_string(), plan.at.to_string()];
+        table.add_row(about.into_iter().chain(figures).chain(report::predicted(plan)));
+    }
+    table
 }
 
 /// Where the choice was free in a program that has CUDA: why there was none.
@@ -117,5 +125,7 @@ fn target_json(plan: &Plan, path: &Path) -> serde_json::Value {
         "at": plan.at,
         "relative_error": plan.relative_error,
         "noise_gain": plan.noise_gain,
+        "rho": plan.rho,
+        "predicted": plan.predicted,
     })
 }

@@ -16,6 +16,7 @@ pub mod chain;
 mod conversion;
 mod gram;
 pub mod history;
+pub(crate) mod noise;
 mod profile;
 mod retention;
 mod rounding;

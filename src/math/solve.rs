@@ -46,11 +46,27 @@ pub struct Solution {
     pub condition: f64,
 }
 
+impl Solution {
+    fn new(weights: Vec<f64>, relative_error: f64, kkt: &Kkt) -> Solution {
+        let noise_gain = weights.iter().map(|x| x * x).sum::<f64>().sqrt();
+        Solution { weights, relative_error, noise_gain, condition: kkt.condition }
+    }
+}
+
+/// A solution, and `sum_i x_i p_i - r` on each update.
+pub(super) struct Blend {
+    pub solution: Solution,
+    pub difference: Vec<f64>,
+}
+
 /// The factored system of one set of sources at one time: minimise `||sum_i x_i p_i - r||^2 + rho^2 ||x||^2` subject
 /// to `sum_i x_i = 1`.
 pub struct System {
     at: u64,
     products: Products,
+    gram: Mat<f64>,
+    /// The sources that are solved for.
+    order: Vec<usize>,
     kkt: Kkt,
     /// For each source the position among those solved for; none for one that repeats another's values.
     kept: Vec<Option<usize>>,
@@ -77,7 +93,7 @@ impl System {
         check_distinct(sources)?;
         let updates = Updates::new(history, at, sources)?;
         let gram = updates.gram();
-        System::factor(at, Products::Updates(updates), &gram, sources, rho)
+        Ok(System::factor(at, Products::Updates(updates), gram, sources, rho))
     }
 
     /// The system of power-function snapshots that carry no history: updates are taken as dense.
@@ -90,15 +106,15 @@ impl System {
         let gram = Mat::from_fn(powers.len(), powers.len(), |i, j| {
             power_function_gram(powers[i].0, powers[i].1, powers[j].0, powers[j].1)
         });
-        System::factor(at, Products::PowerFunctions(powers), &gram, sources, rho)
+        Ok(System::factor(at, Products::PowerFunctions(powers), gram, sources, rho))
     }
 
-    fn factor(at: u64, products: Products, gram: &Mat<f64>, sources: &[Source], rho: f64) -> Result<System> {
-        let kept = drop_repeated(gram);
+    fn factor(at: u64, products: Products, gram: Mat<f64>, sources: &[Source], rho: f64) -> System {
+        let kept = drop_repeated(&gram);
         let order: Vec<usize> = (0..sources.len()).filter(|&i| kept[i].is_some()).collect();
-        let kkt = Kkt::new(gram, &order, rho);
+        let kkt = Kkt::new(&gram, &order, rho);
         let labels = sources.iter().map(|source| source.label.clone()).collect();
-        Ok(System { at, products, kkt, kept, labels })
+        System { at, products, gram, order, kkt, kept, labels }
     }
 
     /// The weights of `profile` at the system's time.
@@ -108,48 +124,75 @@ impl System {
     /// much alike to be solved for.
     pub fn solve(&self, profile: &Profile) -> Result<Solution> {
         profile.check_at(self.at as f64)?;
-        let (weights, relative_error) = match &self.products {
-            Products::Updates(updates) => self.solve_updates(updates, profile)?,
-            Products::PowerFunctions(sources) => self.solve_closed_form(sources, profile)?,
-        };
-        let noise_gain = weights.iter().map(|x| x * x).sum::<f64>().sqrt();
-        Ok(Solution { weights, relative_error, noise_gain, condition: self.kkt.condition })
+        match &self.products {
+            Products::Updates(updates) => {
+                self.solve_updates(updates, &updates.target(profile, self.at), &self.kkt).map(|blend| blend.solution)
+            }
+            Products::PowerFunctions(sources) => self.solve_closed_form(sources, profile),
+        }
     }
 
-    fn solve_updates(&self, updates: &Updates, profile: &Profile) -> Result<(Vec<f64>, f64)> {
-        let target = updates.target(profile, self.at);
-        let mut weights = self.step(&updates.products(&target), 1.0);
+    /// The updates that inner products are summed over; none where the sources carry no history.
+    pub(super) fn updates(&self) -> Option<&Updates> {
+        match &self.products {
+            Products::Updates(updates) => Some(updates),
+            Products::PowerFunctions(_) => None,
+        }
+    }
+
+    /// The weights of a profile on the updates.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a window longer than the time.
+    pub(super) fn target(&self, updates: &Updates, profile: &Profile) -> Result<Vec<f64>> {
+        profile.check_at(self.at as f64)?;
+        Ok(updates.target(profile, self.at))
+    }
+
+    /// As [`System::solve`] for the weights of a target on the updates, with the difference that is left.
+    pub(super) fn blend(&self, updates: &Updates, target: &[f64]) -> Result<Blend> {
+        self.solve_updates(updates, target, &self.kkt)
+    }
+
+    /// As [`System::blend`], with another regularisation than the system's.
+    pub(super) fn blend_with(&self, updates: &Updates, target: &[f64], rho: f64) -> Result<Blend> {
+        self.solve_updates(updates, target, &Kkt::new(&self.gram, &self.order, rho))
+    }
+
+    fn solve_updates(&self, updates: &Updates, target: &[f64], kkt: &Kkt) -> Result<Blend> {
+        let mut weights = self.step(kkt, &updates.products(target), 1.0);
         for _ in 0..REFINEMENTS {
             // The gradient taken from the difference itself keeps the digits that the Gram matrix has squared away.
-            let gradient = updates.products(&updates.difference(&weights, &target));
-            let right: Vec<f64> = gradient.iter().zip(&weights).map(|(g, x)| -g - self.kkt.ridge * x).collect();
-            let correction = self.step(&right, 1.0 - weights.iter().sum::<f64>());
+            let gradient = updates.products(&updates.difference(&weights, target));
+            let right: Vec<f64> = gradient.iter().zip(&weights).map(|(g, x)| -g - kkt.ridge * x).collect();
+            let correction = self.step(kkt, &right, 1.0 - weights.iter().sum::<f64>());
             weights.iter_mut().zip(correction).for_each(|(x, c)| *x += c);
         }
         self.check_sum(&weights)?;
-        let relative_error = updates.norm(&updates.difference(&weights, &target)) / updates.norm(&target);
-        Ok((weights, relative_error))
+        let difference = updates.difference(&weights, target);
+        let relative_error = updates.norm(&difference) / updates.norm(target);
+        Ok(Blend { solution: Solution::new(weights, relative_error, kkt), difference })
     }
 
-    fn solve_closed_form(&self, sources: &[(f64, f64)], profile: &Profile) -> Result<(Vec<f64>, f64)> {
+    fn solve_closed_form(&self, sources: &[(f64, f64)], profile: &Profile) -> Result<Solution> {
         let (gamma, at) = (profile.as_gamma(), self.at as f64);
         let gamma = gamma.ok_or_else(|| {
             let why = format!("the snapshots carry no history of updates, and {profile} cannot be solved without one");
             Error::History(why)
         })?;
         let products: Vec<f64> = sources.iter().map(|&(g, t)| power_function_gram(g, t, gamma, at)).collect();
-        let weights = self.step(&products, 1.0);
+        let weights = self.step(&self.kkt, &products, 1.0);
         self.check_sum(&weights)?;
         let own = power_function_gram(gamma, at, gamma, at);
         let square = own + closed_form_distance(sources, &products, &weights);
-        Ok((weights, (square.max(0.0) / own).sqrt()))
+        Ok(Solution::new(weights, (square.max(0.0) / own).sqrt(), &self.kkt))
     }
 
     /// The weights of all sources from those solved for.
-    fn step(&self, right: &[f64], sum: f64) -> Vec<f64> {
+    fn step(&self, kkt: &Kkt, right: &[f64], sum: f64) -> Vec<f64> {
         let solved_for = |(kept, value): (&Option<usize>, &f64)| kept.map(|_| *value);
         let right: Vec<f64> = self.kept.iter().zip(right).filter_map(solved_for).collect();
-        let solved = self.kkt.solve(&right, sum);
+        let solved = kkt.solve(&right, sum);
         self.kept.iter().map(|kept| kept.map_or(0.0, |i| solved[i])).collect()
     }
 
@@ -220,14 +263,14 @@ fn closed_form_distance(sources: &[(f64, f64)], products: &[f64], weights: &[f64
 }
 
 /// Everything that is summed over the updates.
-struct Updates {
-    times: Vec<u64>,
+pub(super) struct Updates {
+    pub times: Vec<u64>,
     intervals: Vec<f64>,
-    decays: Vec<Decays>,
+    pub decays: Vec<Decays>,
     /// The updates at which there are sources.
-    marks: Vec<usize>,
+    pub marks: Vec<usize>,
     /// `(chain, mark)` of each source.
-    sources: Vec<(usize, usize)>,
+    pub sources: Vec<(usize, usize)>,
 }
 
 impl Updates {
@@ -257,29 +300,42 @@ impl Updates {
 
     /// The Gram matrix of the sources, from one pass over the updates per pair of chains.
     fn gram(&self) -> Mat<f64> {
+        self.gram_over(&self.intervals)
+    }
+
+    /// `sum_k a_k b_k / delta_k` of all pairs of sources, for any `delta`.
+    pub(super) fn gram_over(&self, intervals: &[f64]) -> Mat<f64> {
+        self.pairs(|a, b| {
+            let products = recurrence(&self.decays[a], &self.decays[b], intervals, &self.marks);
+            move |from: usize, fade: f64| products[from] * fade
+        })
+    }
+
+    /// A symmetric matrix over the sources. `of_chains` gives for a pair of chains the function that knows an entry from the
+    /// mark of the earlier source, of the first chain, and from how much the second chain has faded from there to the later.
+    pub(super) fn pairs<F: Fn(usize, f64) -> f64>(&self, of_chains: impl Fn(usize, usize) -> F) -> Mat<f64> {
         let fades: Vec<Vec<f64>> = self.decays.iter().map(|decays| fading(decays, &self.marks)).collect();
-        let mut gram = Mat::zeros(self.sources.len(), self.sources.len());
+        let mut matrix = Mat::zeros(self.sources.len(), self.sources.len());
         for a in 0..self.decays.len() {
             for (b, fade) in fades.iter().enumerate() {
-                let products = recurrence(&self.decays[a], &self.decays[b], &self.intervals, &self.marks);
-                self.fill(&mut gram, (a, b), &products, fade);
+                self.fill(&mut matrix, (a, b), fade, of_chains(a, b));
             }
         }
-        gram
+        matrix
     }
 
     /// Fills in the pairs of which the one of chain `a` is not later than the one of chain `b`.
-    fn fill(&self, gram: &mut Mat<f64>, (a, b): (usize, usize), products: &[f64], fade: &[f64]) {
+    fn fill(&self, matrix: &mut Mat<f64>, (a, b): (usize, usize), fade: &[f64], entry: impl Fn(usize, f64) -> f64) {
         let of = |chain| self.sources.iter().enumerate().filter(move |(_, source)| source.0 == chain);
         let mut faded = vec![0.0; self.marks.len()];
         for (i, &(_, from)) in of(a) {
-            faded[from] = products[from];
+            faded[from] = 1.0;
             for mark in from + 1..self.marks.len() {
                 faded[mark] = faded[mark - 1] * fade[mark - 1];
             }
             for (j, &(_, to)) in of(b).filter(|(_, source)| source.1 >= from) {
-                gram[(i, j)] = faded[to];
-                gram[(j, i)] = faded[to];
+                matrix[(i, j)] = entry(from, faded[to]);
+                matrix[(j, i)] = matrix[(i, j)];
             }
         }
     }
@@ -318,7 +374,8 @@ impl Updates {
         difference
     }
 
-    fn norm(&self, values: &[f64]) -> f64 {
+    /// `sqrt(<v, v>)`.
+    pub(super) fn norm(&self, values: &[f64]) -> f64 {
         values.iter().zip(&self.intervals).map(|(v, delta)| v * v / delta).sum::<f64>().sqrt()
     }
 

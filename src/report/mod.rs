@@ -15,10 +15,14 @@ mod table;
 mod timeline;
 
 pub use bench::bench;
+pub use comfy_table::Table;
 pub use errors::{ErrorCurve, ErrorPoint, error_curve, error_grid};
 pub use file::Format;
 pub use profiles::{MAX_PANELS, ProfilePanel, Profiles, profiles};
 pub use rounding::Rounding;
 pub use sweep::{SweepCurve, SweepPoint, sweep_curve};
-pub use table::{advice, errors, exact, length_name, lengths, measurements, number, plans, table, weights};
+pub use table::{
+    advice, errors, exact, length_name, lengths, measurements, number, plans, predicted, predicted_header, table,
+    weights,
+};
 pub use timeline::{Timeline, TimelineRow, timeline};

@@ -231,13 +231,13 @@ fn scale(canvas: &Canvas<'_>, frame: Frame, value: &Axis, ticks: &[f64]) -> Draw
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::math::{Profile, Schedule};
+    use crate::math::{Profile, Retention, Schedule};
     use crate::synthesis::{At, Forecast};
     use crate::tensor::Dtype;
 
     fn forecast(steps: u64) -> Forecast {
         let tracked = [0.05, 0.28].map(|s| Profile::sigma_rel(s).unwrap()).to_vec();
-        Forecast { schedule: Schedule::default(), steps, keep: 20, tracked }
+        Forecast { schedule: Schedule::default(), steps, keep: 20, retention: Retention::Latest, tracked }
     }
 
     fn svg(forecast: &Forecast, targets: &[Profile]) -> String {

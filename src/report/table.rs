@@ -39,16 +39,13 @@ pub fn exact(value: f64) -> String {
 
 /// What each target will be like.
 pub fn plans(plans: &[Plan]) -> Table {
-    let mut table = table(&["target", "at", "relative error", "noise gain", "condition", "snapshots"]);
+    let header = ["target", "at", "relative error", "noise gain", "rho", "condition", "snapshots"];
+    let mut table = table(&[&header[..], predicted_header(plans)].concat());
     for plan in plans {
-        table.add_row([
-            plan.profile.to_string(),
-            plan.at.to_string(),
-            number(plan.relative_error),
-            number(plan.noise_gain),
-            number(plan.condition),
-            plan.weights.len().to_string(),
-        ]);
+        let about = [plan.profile.to_string(), plan.at.to_string()];
+        let figures = [plan.relative_error, plan.noise_gain, plan.rho, plan.condition].map(number);
+        let row = about.into_iter().chain(figures).chain([plan.weights.len().to_string()]);
+        table.add_row(row.chain(predicted(plan)));
     }
     table
 }
@@ -87,6 +84,18 @@ fn gigabytes(bytes: u64) -> String {
     format!("{} GB", number(bytes as f64 / 1e9))
 }
 
+/// The columns of [`predicted`], where any of the plans has a prediction: the error of the average that is to be expected,
+/// relative to the weights, and its parts.
+pub fn predicted_header(plans: &[Plan]) -> &'static [&'static str] {
+    let any = plans.iter().any(|plan| plan.predicted.is_some());
+    if any { &["predicted error", "by profile", "by rounding"] } else { &[] }
+}
+
+/// The predicted error of a plan and its parts; nothing where there is no prediction.
+pub fn predicted(plan: &Plan) -> Vec<String> {
+    plan.predicted.map_or(Vec::new(), |error| [error.total, error.profile, error.rounding].map(number).to_vec())
+}
+
 /// The weight of each snapshot in one target.
 pub fn weights(plan: &Plan) -> Table {
     let mut table = table(&["snapshot", "weight"]);
@@ -98,9 +107,10 @@ pub fn weights(plan: &Plan) -> Table {
 
 /// The reconstruction error over the targets.
 pub fn errors(plans: &[Plan]) -> Table {
-    let mut table = table(&["target", "relative error", "noise gain"]);
+    let mut table = table(&[&["target", "relative error", "noise gain"], predicted_header(plans)].concat());
     for plan in plans {
-        table.add_row([plan.profile.to_string(), number(plan.relative_error), number(plan.noise_gain)]);
+        let figures = [plan.relative_error, plan.noise_gain].map(number);
+        table.add_row(std::iter::once(plan.profile.to_string()).chain(figures).chain(predicted(plan)));
     }
     table
 }

@@ -1,5 +1,6 @@
 //! Plans before there is a run: what a schedule of updates and snapshots will be able to synthesize.
 
+use super::noise::Noise;
 use super::plan::{At, Plan, solve};
 use super::pool::Source;
 use crate::error::{Error, Result};
@@ -26,8 +27,16 @@ impl Forecast {
     /// # Errors
     /// [`Error::Setting`] for a schedule that leaves no snapshot, [`Error::NotTrackable`], and those of the solve.
     pub fn plans(&self, profiles: &[Profile], at: At) -> Result<Vec<Plan>> {
+        self.plans_with(profiles, at, 0.0)
+    }
+
+    /// As [`Forecast::plans`], with a regularisation: [`Noise::Rho`].
+    ///
+    /// # Errors
+    /// As [`Forecast::plans`], and [`Error::Parameter`] for a `rho` that is negative, infinite or NaN.
+    pub fn plans_with(&self, profiles: &[Profile], at: At, rho: f64) -> Result<Vec<Plan>> {
         let (sources, history) = self.sources()?;
-        solve(&sources, Some(&history), profiles, at, 0.0)
+        solve(&sources, Some(&history), profiles, at, Noise::Rho(rho), None)
     }
 
     /// The snapshots that the training will leave, and its updates.

@@ -6,6 +6,7 @@ mod choose;
 mod density;
 mod fill;
 mod forecast;
+mod noise;
 #[cfg(feature = "cuda")]
 mod on_device;
 mod output;
@@ -21,6 +22,7 @@ pub(crate) use advise::rounding;
 pub use advise::{Advice, Wish, Worst, advise};
 pub use choose::cuda_devices;
 pub use forecast::Forecast;
+pub use noise::{Noise, Predicted};
 pub use output::{Output, WriteOptions};
 pub use plan::{At, Plan, Weight};
 pub use run::Run;

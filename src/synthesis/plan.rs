@@ -3,9 +3,10 @@
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::noise::{Noise, Predicted, ScaledModel, StoredNoise};
 use super::pool::Source;
 use crate::error::{Error, Result};
-use crate::math::{self, History, Profile, System};
+use crate::math::{self, History, Profile, Solution, System};
 
 /// The time of a target.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,6 +33,12 @@ pub struct Plan {
     pub condition: f64,
     /// The sum of the weights: 1 but for rounding.
     pub sum: f64,
+    /// The regularisation `rho` of the solve, in the units of the profiles' norm (1/sqrt steps); 0 for none.
+    pub rho: f64,
+    /// The error that is to be expected of the weights themselves, before they are rounded to the output's dtype. None before
+    /// training, for live averages, and where there is too little to estimate it from: snapshots at fewer than three steps,
+    /// or ones that tell no updates; and where all weights are 0.
+    pub predicted: Option<Predicted>,
     /// The weights, in order of profile and step.
     pub weights: Vec<Weight>,
 }
@@ -48,48 +55,80 @@ pub struct Weight {
 }
 
 /// Solves several targets at one time over the same sources; the system is factored once.
+///
+/// `stored` tells of the sources' movement and rounding, in their order.
 pub(crate) fn solve(
     sources: &[Source],
     history: Option<&History>,
     profiles: &[Profile],
     at: At,
-    rho: f64,
+    noise: Noise,
+    stored: Option<&StoredNoise>,
 ) -> Result<Vec<Plan>> {
-    let steps = sources.iter().map(|source| source.step);
-    let (Some(first), Some(last)) = (steps.clone().min(), steps.max()) else {
-        return Err(Error::Nothing("there is no snapshot to blend".into()));
-    };
-    let at = match at {
-        At::Latest => last,
-        At::Step(at) if at > last => return Err(Error::TargetAfter { at, last }),
-        At::Step(at) if at < first => return Err(Error::TargetBefore { at, first }),
-        At::Step(at) => at,
-    };
-    let usable: Vec<&Source> = sources.iter().filter(|source| source.step <= at).collect();
-    let inputs: Vec<math::Source> = usable.iter().map(|source| source.for_solve()).collect();
+    let rho = noise.rho()?;
+    let at = time(sources, at)?;
+    let usable: Vec<usize> = (0..sources.len()).filter(|&i| sources[i].step <= at).collect();
+    let inputs: Vec<math::Source> = usable.iter().map(|&i| sources[i].for_solve()).collect();
     let system = match history {
         Some(history) => System::new(history, at, &inputs, rho)?,
         None => System::closed_form(at, &inputs, rho)?,
     };
+    let model = stored.and_then(|stored| stored.model(&system, sources, &usable));
+    let solver = Solver { system: &system, model: model.as_ref(), noise, rho };
+    let usable: Vec<&Source> = usable.iter().map(|&i| &sources[i]).collect();
     // All of them first: of several errors the first target's is told, whichever thread is done first.
-    let plans: Vec<Result<Plan>> = profiles.par_iter().map(|profile| plan(&system, &usable, profile, at)).collect();
+    let plans: Vec<Result<Plan>> = profiles.par_iter().map(|profile| solver.plan(&usable, profile, at)).collect();
     plans.into_iter().collect()
 }
 
-fn plan(system: &System, usable: &[&Source], profile: &Profile, at: u64) -> Result<Plan> {
-    let solution = system.solve(profile)?;
-    let weights: Vec<Weight> = usable
-        .iter()
-        .zip(&solution.weights)
-        .map(|(source, &weight)| Weight { index: source.index, step: source.step, weight })
-        .collect();
-    Ok(Plan {
-        profile: profile.clone(),
-        at,
-        relative_error: solution.relative_error,
-        noise_gain: solution.noise_gain,
-        condition: solution.condition,
-        sum: solution.weights.iter().sum(),
-        weights,
-    })
+/// The time of a target among the sources'.
+fn time(sources: &[Source], at: At) -> Result<u64> {
+    let steps = sources.iter().map(|source| source.step);
+    let (Some(first), Some(last)) = (steps.clone().min(), steps.max()) else {
+        return Err(Error::Nothing("there is no snapshot to blend".into()));
+    };
+    match at {
+        At::Latest => Ok(last),
+        At::Step(at) if at > last => Err(Error::TargetAfter { at, last }),
+        At::Step(at) if at < first => Err(Error::TargetBefore { at, first }),
+        At::Step(at) => Ok(at),
+    }
+}
+
+/// How the targets of one time are solved.
+struct Solver<'a> {
+    system: &'a System,
+    model: Option<&'a ScaledModel<'a>>,
+    noise: Noise,
+    rho: f64,
+}
+
+impl Solver<'_> {
+    fn solve(&self, profile: &Profile) -> Result<(Solution, f64, Option<Predicted>)> {
+        match (self.model, self.noise) {
+            (None, _) => Ok((self.system.solve(profile)?, self.rho, None)),
+            (Some(model), Noise::Auto) => model.best(profile),
+            (Some(model), _) => model.given(profile, self.rho),
+        }
+    }
+
+    fn plan(&self, usable: &[&Source], profile: &Profile, at: u64) -> Result<Plan> {
+        let (solution, rho, predicted) = self.solve(profile)?;
+        let weights: Vec<Weight> = usable
+            .iter()
+            .zip(&solution.weights)
+            .map(|(source, &weight)| Weight { index: source.index, step: source.step, weight })
+            .collect();
+        Ok(Plan {
+            profile: profile.clone(),
+            at,
+            relative_error: solution.relative_error,
+            noise_gain: solution.noise_gain,
+            condition: solution.condition,
+            sum: solution.weights.iter().sum(),
+            rho,
+            predicted,
+            weights,
+        })
+    }
 }

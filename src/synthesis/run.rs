@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
+use super::noise::{Noise, StoredNoise};
 use super::output::{MAX_TARGETS, Output, WriteOptions};
 use super::plan::{At, Plan, solve};
 use super::pool::{Holder, Pool, PoolTensor, Source};
@@ -26,6 +28,8 @@ pub struct Run {
     chains: Vec<Chain>,
     /// The updates of the newest snapshot; none where a snapshot does not tell.
     history: Option<History>,
+    /// From a sample of the elements, taken when the first plan is made.
+    noise: OnceLock<Option<StoredNoise>>,
 }
 
 impl Run {
@@ -42,7 +46,7 @@ impl Run {
         }
         let history = common_history(&snapshots, &read)?;
         let (profiles, chains) = read.into_iter().map(|(profile, chain, _)| (profile, chain)).unzip();
-        Ok(Run { dir: dir.to_owned(), snapshots, profiles, chains, history })
+        Ok(Run { dir: dir.to_owned(), snapshots, profiles, chains, history, noise: OnceLock::new() })
     }
 
     /// The run's directory.
@@ -78,7 +82,22 @@ impl Run {
     /// # Errors
     /// As [`Run::plan`].
     pub fn plans(&self, profiles: &[Profile], at: At) -> Result<Vec<Plan>> {
-        solve(&self.sources(), self.history.as_ref(), profiles, at, 0.0)
+        self.plans_with(profiles, at, Noise::Off)
+    }
+
+    /// As [`Run::plans`], with a regularisation against the rounding of the stored snapshots.
+    ///
+    /// # Errors
+    /// As [`Run::plan`], and [`Error::Parameter`] for a `rho` that is negative, infinite or NaN.
+    pub fn plans_with(&self, profiles: &[Profile], at: At, noise: Noise) -> Result<Vec<Plan>> {
+        solve(&self.sources(), self.history.as_ref(), profiles, at, noise, self.stored_noise())
+    }
+
+    /// What a sample of the snapshots tells of their movement and rounding, taken once; none for few snapshots, or for ones
+    /// that tell no updates.
+    fn stored_noise(&self) -> Option<&StoredNoise> {
+        let sample = || self.history.as_ref().and_then(|_| StoredNoise::of(&self.snapshots, &self.pool_tensors()));
+        self.noise.get_or_init(sample).as_ref()
     }
 
     /// Writes one planned average as a safetensors file, in the model's dtypes.

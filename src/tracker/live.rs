@@ -12,7 +12,7 @@ use crate::compute::cuda::DeviceAverages;
 use crate::error::{Error, Result};
 use crate::math::{Chain, Profile};
 use crate::snapshot::TensorSpec;
-use crate::synthesis::{At, Elements, Holder, Plan, Pool, PoolTensor, Run, Source, SwappedIn, Weight, solve};
+use crate::synthesis::{At, Elements, Holder, Noise, Plan, Pool, PoolTensor, Run, Source, SwappedIn, Weight, solve};
 use crate::tensor::{ParametersMut, TensorViewMut, Tensors};
 
 /// The live averages of one profile.
@@ -139,6 +139,8 @@ impl PostHocEma {
             noise_gain: 1.0,
             condition: 1.0,
             sum: 1.0,
+            rho: 0.0,
+            predicted: None,
             weights,
         };
         self.with_pools(|_| Ok(vec![itself]), |pool, plans| pool.load_into(&[&plans[0]], vec![output], None))
@@ -225,7 +227,7 @@ impl PostHocEma {
     }
 
     fn solve_live(&self, sources: &[Source], profiles: &[Profile]) -> Result<Vec<Plan>> {
-        solve(sources, Some(&self.history), profiles, At::Latest, 0.0)
+        solve(sources, Some(&self.history), profiles, At::Latest, Noise::Off, None)
     }
 
     /// Opens the snapshots, adds the live averages, solves, and hands both on.

@@ -1,0 +1,89 @@
+"""Predicted errors of plans, and regularisations against the rounding of stored snapshots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from posthoc_ema import PostHocEMA, plan
+from posthoc_ema.utils import sigma_rel_to_gamma
+
+
+def drifting(run_dir: Path, steps: int = 400) -> tuple[PostHocEMA, torch.nn.Linear, dict[float, np.ndarray]]:
+    """A model that drifts slowly, its snapshots in f16, and the exact averages of sigma_rel 0.01 and 0.02."""
+    model = torch.nn.Linear(40, 40, bias=False)
+    ema = PostHocEMA.from_model(
+        model, run_dir, update_every=1, update_after_step=0, checkpoint_every=20, checkpoint_dtype=torch.float16
+    )
+    slope = torch.randn_like(model.weight) * 1e-6
+    seen = []
+    for _ in range(steps):
+        with torch.no_grad():
+            model.weight.add_(slope)
+        ema.update_(model)
+        seen.append(model.weight.detach().double().numpy().copy())
+    ema.finish()
+    times = np.arange(steps + 1) / steps
+    exact = {}
+    for sigma_rel in (0.01, 0.02):
+        masses = np.diff(times ** (sigma_rel_to_gamma(sigma_rel) + 1))
+        exact[sigma_rel] = np.tensordot(masses, np.stack(seen), axes=1)
+    return ema, model, exact
+
+
+def test_auto_lowers_the_error_that_rounding_makes(run_dir: Path, tmp_path: Path) -> None:
+    _, model, exact = drifting(run_dir)
+    run = PostHocEMA.from_path(run_dir)
+    targets = list(exact)
+    size = float(np.sqrt(np.mean(model.weight.detach().double().numpy() ** 2)))
+
+    def errors(averages: list[dict[str, torch.Tensor]]) -> list[float]:
+        pairs = zip(averages, exact.values(), strict=True)
+        return [float(np.sqrt(np.mean((a["weight"].double().numpy() - e) ** 2))) / size for a, e in pairs]
+
+    off, auto = run.synthesize(targets), run.synthesize(targets, noise="auto")
+    plans, chosen = run.plan(targets), run.plan(targets, noise="auto")
+    for before, after, plain, quiet in zip(errors(off), errors(auto), plans, chosen, strict=True):
+        assert after < before / 3
+        assert quiet.rho > plain.rho == 0.0 and quiet.noise_gain < plain.noise_gain
+        for found, planned in ((before, plain), (after, quiet)):
+            assert planned.predicted is not None
+            assert 0.5 < planned.predicted.total / found < 2
+            together = np.hypot(planned.predicted.profile, planned.predicted.rounding)
+            assert abs(together / planned.predicted.total - 1) < 1e-12
+
+    # Every way to an average takes the same argument, and gives the same average.
+    files = run.write(targets, tmp_path / "out", noise="auto")
+    for file, average in zip(files, auto, strict=True):
+        assert torch.equal(load_file(file)["weight"], average["weight"])
+    with run.state_dict(targets[0], noise="auto") as state_dict:
+        assert torch.equal(state_dict["weight"], auto[0]["weight"])
+    with run.model(model, targets[0], noise="auto") as averaged:
+        assert torch.equal(averaged.weight, auto[0]["weight"])
+    (by_number,) = run.plan(targets[:1], noise=chosen[0].rho)
+    assert by_number == chosen[0]
+
+
+def test_the_newest_update_of_a_training_has_no_prediction(run_dir: Path) -> None:
+    ema, model, _ = drifting(run_dir, 130)
+    assert ema.plan([0.1])[0].predicted is None
+    with pytest.raises(ValueError, match="stored snapshots.*from_path"):
+        ema.plan([0.1], noise="auto")
+    with pytest.raises(ValueError, match="stored snapshots"), ema.model(model, 0.1, noise="auto"):
+        pass
+    # A stored step is one of the run, and three steps are enough.
+    assert ema.plan([0.1], step=60, noise="auto")[0].predicted is not None
+    (early,) = ema.plan([0.1], step=40, noise="auto")
+    assert (early.predicted, early.rho) == (None, 0.0)
+    assert plan([0.1], steps=10_000)[0].predicted is None
+
+
+@pytest.mark.parametrize("noise", ["on", -1.0, float("nan")])
+def test_a_noise_that_makes_no_sense_is_named(run_dir: Path, noise: float) -> None:
+    drifting(run_dir, 80)
+    with pytest.raises(ValueError, match="noise.*(off, auto or a number|0 or more)"):
+        PostHocEMA.from_path(run_dir).plan([0.1], noise=noise)

@@ -1,0 +1,280 @@
+//! The rounding of stored snapshots beside the parameters' movement, from a sample of the elements.
+
+use std::ops::Range;
+use std::str::FromStr;
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+use safetensors::Dtype;
+use serde::Serialize;
+
+use super::pool::{Holder, PoolTensor, Source};
+use crate::error::{Error, Result};
+use crate::math::noise::{Choice, Measured, Model, Sample, measure};
+use crate::math::{Profile, Solution, System};
+use crate::snapshot::Snapshot;
+
+/// What a solve does against the rounding of stored snapshots, which a blend amplifies by its noise gain.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Noise {
+    /// Nothing: the blend's profile comes as near to the target as it can.
+    #[default]
+    Off,
+    /// For each target the regularisation of which the smallest error is predicted; none unless it takes more than a tenth
+    /// off. Off where there is too little to predict from ([`Plan::predicted`](super::Plan::predicted)).
+    Auto,
+    /// This regularisation `rho`, in the units of the profiles' norm (1/sqrt steps): `rho^2 ||x||^2` is added to the squared
+    /// distance of the profiles.
+    Rho(f64),
+}
+
+impl Noise {
+    /// The regularisation that is the same for all targets.
+    pub(crate) fn rho(self) -> Result<f64> {
+        match self {
+            Noise::Off | Noise::Auto => Ok(0.0),
+            Noise::Rho(rho) if rho >= 0.0 && (rho * rho).is_finite() => Ok(rho),
+            Noise::Rho(value) => {
+                let allowed = "a regularisation is 0 or more and finite; 0 is none".into();
+                Err(Error::Parameter { name: "rho", value, allowed })
+            }
+        }
+    }
+}
+
+impl FromStr for Noise {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Noise, String> {
+        match text {
+            "off" => Ok(Noise::Off),
+            "auto" => Ok(Noise::Auto),
+            _ => {
+                let noise =
+                    text.parse().map(Noise::Rho).map_err(|_| format!("`{text}` is not off, auto or a number"))?;
+                noise.rho().map(|_| noise).map_err(|error| error.to_string())
+            }
+        }
+    }
+}
+
+/// The error that is to be expected of an average: root mean squares over its elements, relative to that of the
+/// newest snapshot's weights at the time of the target.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Predicted {
+    /// Because the blend's profile is not the target's.
+    pub profile: f64,
+    /// Because snapshots are stored rounded.
+    pub rounding: f64,
+    /// Both together.
+    pub total: f64,
+}
+
+/// The fewest steps of snapshots to tell drift, walk and noise from each other.
+const FEWEST_STEPS: usize = 3;
+
+/// The most elements of a sample, and the fewest.
+const ELEMENTS: (usize, usize) = (256, 16_384);
+
+/// Pairs of snapshots times elements that a sample may have: a tenth of a second of work.
+const WORK: usize = 1 << 27;
+
+/// Where in the model a sample is taken: so many stretches.
+const BLOCKS: usize = 16;
+
+/// What a sample of a run's snapshots tells.
+#[derive(Debug)]
+pub(crate) struct StoredNoise {
+    measured: Measured,
+    /// The root mean square of each snapshot's weights.
+    sizes: Vec<f64>,
+}
+
+impl StoredNoise {
+    /// Samples snapshots; none where they are of too few steps, or nothing is averaged.
+    pub(crate) fn of(snapshots: &[Snapshot], tensors: &[PoolTensor]) -> Option<StoredNoise> {
+        let mut steps: Vec<u64> = snapshots.iter().map(|snapshot| snapshot.stem.step).collect();
+        steps.sort_unstable();
+        steps.dedup();
+        if steps.len() < FEWEST_STEPS {
+            return None;
+        }
+        let sample = sample(snapshots, tensors)?;
+        let size = |values: &Vec<f64>| (values.iter().map(|v| v * v).sum::<f64>() / values.len() as f64).sqrt();
+        Some(StoredNoise { sizes: sample.values.iter().map(size).collect(), measured: measure(&sample) })
+    }
+
+    /// The model of a system of some of the snapshots.
+    pub(crate) fn model<'a>(
+        &self,
+        system: &'a System,
+        sources: &[Source],
+        usable: &[usize],
+    ) -> Option<ScaledModel<'a>> {
+        let mut steps: Vec<u64> = usable.iter().map(|&i| sources[i].step).collect();
+        steps.sort_unstable();
+        steps.dedup();
+        let newest = usable.iter().filter(|&&i| Some(&sources[i].step) == steps.last());
+        let size = newest.map(|&i| self.sizes[i]).fold(0.0, f64::max);
+        let enough = steps.len() >= FEWEST_STEPS && size > 0.0;
+        let model = enough.then(|| Model::new(system, self.measured.only(usable)))??;
+        Some(ScaledModel { model, size })
+    }
+}
+
+/// A model of errors, relative to the size of the weights.
+pub(crate) struct ScaledModel<'a> {
+    model: Model<'a>,
+    /// The root mean square of the newest snapshot's weights, the largest where there are several.
+    size: f64,
+}
+
+impl ScaledModel<'_> {
+    /// The weights by the system's own regularisation.
+    pub(crate) fn given(&self, profile: &Profile, rho: f64) -> Result<(Solution, f64, Option<Predicted>)> {
+        self.model.given(profile, rho).map(|choice| self.scaled(choice))
+    }
+
+    /// The weights by the regularisation of which the smallest error is predicted.
+    pub(crate) fn best(&self, profile: &Profile) -> Result<(Solution, f64, Option<Predicted>)> {
+        self.model.best(profile).map(|choice| self.scaled(choice))
+    }
+
+    fn scaled(&self, Choice { solution, rho, expected }: Choice) -> (Solution, f64, Option<Predicted>) {
+        let [profile, rounding, total] =
+            [expected.profile, expected.rounding, expected.total()].map(|error| error / self.size);
+        (solution, rho, Some(Predicted { profile, rounding, total }))
+    }
+}
+
+/// The same elements of all snapshots: stretches spread evenly over all averaged tensors.
+fn sample(snapshots: &[Snapshot], tensors: &[PoolTensor]) -> Option<Sample> {
+    let averaged: Vec<&PoolTensor> = tensors.iter().filter(|tensor| tensor.averaged).collect();
+    let counts: Vec<usize> = averaged.iter().map(|tensor| tensor.shape.iter().product()).collect();
+    let pairs = snapshots.len() * snapshots.len();
+    let stretches = stretches(&counts, (WORK / pairs).clamp(ELEMENTS.0, ELEMENTS.1));
+    let read = |snapshot: &Snapshot| read(snapshot, &averaged, &stretches);
+    let read: Vec<(Vec<f64>, Vec<f64>)> = snapshots.par_iter().map(read).collect::<Option<_>>()?;
+    let (values, ulps): (Vec<_>, Vec<_>) = read.into_iter().unzip();
+    let mut start = 0;
+    let mut block = |(_, stretch): &(usize, Range<usize>)| {
+        start += stretch.len();
+        start - stretch.len()..start
+    };
+    let blocks: Vec<Range<usize>> = stretches.iter().map(&mut block).collect();
+    let finite = values.iter().flatten().all(|value| value.is_finite());
+    (finite && !values.first()?.is_empty()).then_some(Sample { values, ulps, blocks })
+}
+
+/// Tensor and elements of each stretch: `BLOCKS` of them, cut where tensors end, about `elements` in all.
+fn stretches(counts: &[usize], elements: usize) -> Vec<(usize, Range<usize>)> {
+    let total: usize = counts.iter().sum();
+    let length = total.div_ceil(BLOCKS).min(elements / BLOCKS);
+    let starts = (0..BLOCKS).map(|k| (total - length) / (BLOCKS - 1) * k);
+    let mut cut = Vec::new();
+    for wanted in starts.map(|start| start..start + length) {
+        let mut begin = 0;
+        for (tensor, &count) in counts.iter().enumerate() {
+            let within = wanted.start.clamp(begin, begin + count)..wanted.end.clamp(begin, begin + count);
+            cut.extend((!within.is_empty()).then(|| (tensor, within.start - begin..within.end - begin)));
+            begin += count;
+        }
+    }
+    cut
+}
+
+/// Values and `ulp`s of the stretches in one snapshot.
+fn read(
+    snapshot: &Snapshot,
+    tensors: &[&PoolTensor],
+    stretches: &[(usize, Range<usize>)],
+) -> Option<(Vec<f64>, Vec<f64>)> {
+    let (mut values, mut ulps) = (Vec::new(), Vec::new());
+    for (tensor, range) in stretches {
+        let (dtype, elements) = snapshot.stored(&tensors[*tensor].name)?;
+        let (bytes, size) = (elements.host()?, dtype.bitsize() / 8);
+        for element in bytes.get(range.start * size..range.end * size)?.chunks_exact(size) {
+            let value = number(dtype, element)?;
+            values.push(value);
+            ulps.push(ulp(dtype, value));
+        }
+    }
+    Some((values, ulps))
+}
+
+/// A floating-point element as stored.
+fn number(dtype: Dtype, bytes: &[u8]) -> Option<f64> {
+    match dtype {
+        Dtype::F64 => Some(f64::from_le_bytes(bytes.try_into().ok()?)),
+        Dtype::F32 => Some(f32::from_le_bytes(bytes.try_into().ok()?).into()),
+        Dtype::F16 => Some(f16::from_le_bytes(bytes.try_into().ok()?).into()),
+        Dtype::BF16 => Some(bf16::from_le_bytes(bytes.try_into().ok()?).into()),
+        _ => None,
+    }
+}
+
+/// The distance of neighbouring values of `dtype` about `value`.
+fn ulp(dtype: Dtype, value: f64) -> f64 {
+    // Bits after the point, and the smallest exponent of all.
+    let (digits, least) = match dtype {
+        Dtype::F16 => (10, -24),
+        Dtype::BF16 => (7, -133),
+        Dtype::F32 => (23, -149),
+        _ => (52, -1074),
+    };
+    let exponent = (value.to_bits() >> 52 & 0x7ff) as i32 - 1023;
+    2f64.powi((exponent - digits).max(least))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against the dtypes' own next values.
+    #[test]
+    fn an_ulp_is_the_distance_to_the_next_value() {
+        for bits in (0..0x7bff_u16).step_by(7) {
+            let (value, next) = (f16::from_bits(bits).to_f64(), f16::from_bits(bits + 1).to_f64());
+            assert_eq!(ulp(Dtype::F16, -value), next - value, "{value}");
+        }
+        for bits in (0..0x7f7f_u16).step_by(7) {
+            let (value, next) = (bf16::from_bits(bits).to_f64(), bf16::from_bits(bits + 1).to_f64());
+            assert_eq!(ulp(Dtype::BF16, value), next - value, "{value}");
+        }
+        for value in [0.0f32, 1e-40, 1e-3, 1.0, 1.999, 3e38] {
+            assert_eq!(ulp(Dtype::F32, value.into()), f64::from(value.next_up()) - f64::from(value), "{value}");
+        }
+        for value in [1e-300f64, 0.1, 1.0, 1e300] {
+            assert_eq!(ulp(Dtype::F64, value), value.next_up() - value, "{value}");
+        }
+    }
+
+    #[test]
+    fn stretches_lie_all_over_the_model_and_within_its_tensors() {
+        for counts in [vec![1], vec![3, 0, 5], vec![100_000], vec![7; 5000], vec![1 << 40, 10]] {
+            let total: usize = counts.iter().sum();
+            let cut = stretches(&counts, ELEMENTS.1);
+            assert!(cut.iter().all(|(tensor, range)| range.end <= counts[*tensor] && !range.is_empty()), "{counts:?}");
+            let length: usize = cut.iter().map(|(_, range)| range.len()).sum();
+            assert!(length <= ELEMENTS.1.max(2 * BLOCKS) && length >= total.min(ELEMENTS.1), "{length} of {total}");
+        }
+        let ends = stretches(&[1 << 40], ELEMENTS.1);
+        assert!(ends[0].1.start == 0 && ends[15].1.end > (1 << 40) - 16 && ends.len() == BLOCKS);
+        assert!(stretches(&[], ELEMENTS.1).is_empty());
+    }
+
+    #[test]
+    fn a_regularisation_is_a_number_from_zero_on() {
+        for rho in [-1e-9, f64::NAN, f64::INFINITY, 1e300] {
+            let text = Noise::Rho(rho).rho().unwrap_err().to_string();
+            assert!(text.contains("rho") && text.contains("0 or more"), "{text}");
+        }
+        assert_eq!(Noise::Rho(0.5).rho().unwrap(), 0.5);
+        assert_eq!("0.5".parse(), Ok(Noise::Rho(0.5)));
+        assert_eq!(("off".parse(), "auto".parse()), (Ok(Noise::Off), Ok(Noise::Auto)));
+        for text in ["", "on", "-1", "NaN", "inf"] {
+            assert!(text.parse::<Noise>().is_err(), "{text}");
+        }
+        assert_eq!(Noise::Auto.rho().unwrap(), 0.0);
+    }
+}

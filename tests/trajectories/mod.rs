@@ -1,0 +1,240 @@
+//! Trainings of which everything is known: snapshots as they are stored, and exact averages.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use half::{bf16, f16};
+use posthoc_ema::math::Chain;
+use posthoc_ema::{Dtype, Profile};
+use rand::{Rng, SeedableRng};
+use safetensors::tensor::TensorView;
+
+/// Elements of the one tensor.
+pub const ELEMENTS: usize = 2048;
+
+const STEPS: u64 = 20_000;
+const CHECKPOINT_EVERY: u64 = 1000;
+
+/// How parameters move: each figure is relative to the size of the weights, over the whole training.
+#[derive(Clone, Copy, Debug)]
+pub struct Movement {
+    pub name: &'static str,
+    /// Along a straight line.
+    pub ramp: f64,
+    /// Along a power of time.
+    pub bent: f64,
+    /// That power: below 1 it is fast at first, above 1 at last.
+    pub power: f64,
+    /// By a random walk.
+    pub walk: f64,
+    /// Steps in which the walk forgets where it was.
+    pub memory: f64,
+    /// Each update on its own.
+    pub white: f64,
+    /// Whether walk and noise die down towards the end, as with a learning rate that falls to 0.
+    pub cooling: bool,
+}
+
+impl Movement {
+    /// Whether it is a sum of a straight line, a walk and white noise, all the time: what a prediction takes it for.
+    pub fn is_modelled(&self) -> bool {
+        self.bent == 0.0 && self.memory.is_infinite() && !self.cooling
+    }
+
+    /// Whether it is small beside the rounding of 16 bits.
+    pub fn is_slow(&self) -> bool {
+        [self.ramp, self.bent, self.walk, self.white].iter().all(|&part| part <= 0.01)
+    }
+
+    /// Mixtures, each kind alone, and movements below the rounding of 16 bits.
+    pub fn all() -> Vec<Movement> {
+        let of = |name, [ramp, bent, walk, white]: [f64; 4]| Movement {
+            name,
+            ramp,
+            bent,
+            power: 0.5,
+            walk,
+            memory: f64::INFINITY,
+            white,
+            cooling: false,
+        };
+        vec![
+            of("mixed", [0.5, 0.0, 0.3, 0.05]),
+            of("mixed, noisy", [0.02, 0.0, 0.02, 0.1]),
+            of("mixed, slow", [1e-3, 0.0, 3e-4, 1e-4]),
+            of("ramp", [1.0, 0.0, 0.0, 0.0]),
+            of("ramp, slow", [0.01, 0.0, 0.0, 0.0]),
+            of("ramp, below an ulp", [2e-4, 0.0, 0.0, 0.0]),
+            of("square root", [0.0, 1.0, 0.0, 0.0]),
+            of("square root, slow", [0.0, 0.01, 0.0, 0.0]),
+            of("walk", [0.0, 0.0, 0.5, 0.0]),
+            of("walk, slow", [0.0, 0.0, 5e-3, 0.0]),
+            of("walk, below an ulp", [0.0, 0.0, 2e-4, 0.0]),
+            of("white", [0.0, 0.0, 0.0, 0.1]),
+            of("white, faint", [0.0, 0.0, 0.0, 1e-3]),
+            Movement { power: 4.0, ..of("late", [0.0, 0.5, 0.0, 0.0]) },
+            Movement { power: 4.0, ..of("late, slow", [0.0, 5e-3, 1e-4, 0.0]) },
+            Movement { memory: 500.0, ..of("forgetful walk", [0.02, 0.0, 0.1, 0.0]) },
+            Movement { memory: 500.0, ..of("forgetful walk, slow", [1e-3, 0.0, 1e-2, 0.0]) },
+            Movement { cooling: true, ..of("cooling", [0.1, 0.0, 0.3, 0.05]) },
+            Movement { cooling: true, ..of("cooling, slow", [1e-3, 0.0, 0.01, 1e-3]) },
+        ]
+    }
+}
+
+/// How the averages were tracked.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Chains {
+    /// Exactly.
+    Tracked,
+    /// As the tools of `tests/data/plans.json`, entry `foreign`, do it: one step's decay every ten steps.
+    Counter,
+}
+
+impl Chains {
+    fn chain(self, profile: &Profile) -> Chain {
+        match self {
+            Chains::Tracked => Chain::Tracked(profile.clone()),
+            Chains::Counter => Chain::Counter { gamma: profile.as_gamma().unwrap(), stride: 10, offset: 2 },
+        }
+    }
+
+    fn times(self) -> Vec<u64> {
+        let first = if self == Chains::Tracked { 10 } else { 100 };
+        (first..=STEPS).step_by(10).collect()
+    }
+
+    fn history(self, until: u64) -> String {
+        let first = self.times()[0];
+        match self {
+            Chains::Tracked => format!("[[{first},{until},10]]"),
+            Chains::Counter => {
+                format!(r#"{{"updates":[[{first},{until},10]],"decay":{{"kind":"counter","stride":10,"offset":2}}}}"#)
+            }
+        }
+    }
+}
+
+/// A training that has happened.
+pub struct Training {
+    chains: Chains,
+    profiles: [Profile; 2],
+    /// Profile, step and exact average of each snapshot.
+    snapshots: Vec<(usize, u64, Vec<f64>)>,
+    /// The exact average of each target.
+    pub targets: Vec<Vec<f64>>,
+    /// The root mean square of the weights at the end.
+    pub size: f64,
+}
+
+impl Training {
+    /// Trains, and averages in f64.
+    pub fn new(chains: Chains, movement: Movement, targets: &[f64]) -> Training {
+        let times = chains.times();
+        let profiles = [0.05, 0.28].map(|s| Profile::sigma_rel(s).unwrap());
+        let gains = profiles.clone().map(|profile| chains.chain(&profile).decays(&times).gain);
+        let shares: Vec<Vec<f64>> = targets.iter().map(|&s| shares(s, &times)).collect();
+        let mut averages = [vec![0.0; ELEMENTS], vec![0.0; ELEMENTS]];
+        let mut exact = vec![vec![0.0; ELEMENTS]; targets.len()];
+        let mut snapshots = Vec::new();
+        let mut parameters = Parameters::new(movement);
+        for (k, &time) in times.iter().enumerate() {
+            let now = parameters.at(time);
+            for (index, average) in averages.iter_mut().enumerate() {
+                average.iter_mut().zip(&now).for_each(|(a, p)| *a += gains[index][k] * (p - *a));
+                if time.is_multiple_of(CHECKPOINT_EVERY) {
+                    snapshots.push((index, time, average.clone()));
+                }
+            }
+            for (target, shares) in exact.iter_mut().zip(&shares) {
+                target.iter_mut().zip(&now).for_each(|(t, p)| *t += shares[k] * p);
+            }
+        }
+        let size = rms_difference(&averages[0], &vec![0.0; ELEMENTS]);
+        Training { chains, profiles, snapshots, targets: exact, size }
+    }
+
+    /// Writes the snapshots as a run; a synthesis from it is in f64.
+    pub fn write(&self, dir: &Path, dtype: Dtype) {
+        for (index, step, average) in &self.snapshots {
+            let profile = serde_json::to_string(&self.profiles[*index]).unwrap();
+            let strings = [
+                ("format", "pt".into()),
+                ("posthoc_ema", "1".into()),
+                ("profile", profile),
+                ("step", step.to_string()),
+                ("history", self.chains.history(*step)),
+                ("dtypes", r#"{"weight":"F64"}"#.into()),
+            ];
+            let metadata: HashMap<String, String> = strings.map(|(key, value)| (key.to_owned(), value)).into();
+            let bytes = stored(average, dtype);
+            let view = TensorView::new(dtype, vec![ELEMENTS], &bytes).unwrap();
+            let path = dir.join(format!("{index}.{step}.safetensors"));
+            safetensors::serialize_to_file([("weight", view)], Some(metadata), &path).unwrap();
+        }
+    }
+}
+
+/// The weights of a target on the updates.
+fn shares(sigma_rel: f64, times: &[u64]) -> Vec<f64> {
+    let profile = Profile::sigma_rel(sigma_rel).unwrap();
+    Chain::Tracked(profile).densities(times)
+}
+
+fn stored(values: &[f64], dtype: Dtype) -> Vec<u8> {
+    match dtype {
+        Dtype::F16 => values.iter().flat_map(|&v| f16::from_f64(v).to_le_bytes()).collect(),
+        Dtype::BF16 => values.iter().flat_map(|&v| bf16::from_f64(v).to_le_bytes()).collect(),
+        Dtype::F32 => values.iter().flat_map(|&v| (v as f32).to_le_bytes()).collect(),
+        _ => unreachable!(),
+    }
+}
+
+/// Parameters that move.
+struct Parameters {
+    movement: Movement,
+    random: rand_chacha::ChaCha8Rng,
+    start: Vec<f64>,
+    slope: Vec<f64>,
+    walked: Vec<f64>,
+    before: u64,
+}
+
+impl Parameters {
+    fn new(movement: Movement) -> Parameters {
+        let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(3);
+        let mut each = || (0..ELEMENTS).map(|_| normal(&mut random)).collect::<Vec<f64>>();
+        let (start, slope) = (each(), each());
+        Parameters { movement, random, start, slope, walked: vec![0.0; ELEMENTS], before: 0 }
+    }
+
+    /// The parameters at the next update.
+    fn at(&mut self, time: u64) -> Vec<f64> {
+        let Movement { ramp, bent, power, walk, memory, white, cooling, .. } = self.movement;
+        let share = time as f64 / STEPS as f64;
+        let delta = (time - self.before) as f64;
+        let heat = if cooling { 1.0 - share } else { 1.0 };
+        let (step, kept) = (heat * walk * (delta / STEPS as f64).sqrt(), (-delta / memory).exp());
+        let moved = ramp * share + bent * share.powf(power);
+        self.before = time;
+        let now = |i: usize| {
+            if walk > 0.0 {
+                self.walked[i] = kept * self.walked[i] + step * normal(&mut self.random);
+            }
+            let noise = if white > 0.0 { heat * white * normal(&mut self.random) } else { 0.0 };
+            self.start[i] + self.slope[i] * moved + self.walked[i] + noise
+        };
+        (0..ELEMENTS).map(now).collect()
+    }
+}
+
+/// Of mean 0 and variance 1; near enough to Gaussian.
+fn normal(random: &mut rand_chacha::ChaCha8Rng) -> f64 {
+    let sum: f64 = (0..4).map(|_| random.random::<f64>() - 0.5).sum();
+    sum * 3f64.sqrt()
+}
+
+/// The root mean square of a difference.
+pub fn rms_difference(a: &[f64], b: &[f64]) -> f64 {
+    (a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f64>() / a.len() as f64).sqrt()
+}
