@@ -26,6 +26,6 @@ pub use conversion::{
 };
 pub use gram::power_function_gram;
 pub use history::History;
-pub use profile::{Profile, Shape, Window};
+pub use profile::{Family, Profile, Shape, Unit, Window};
 pub use schedule::Schedule;
 pub use solve::{Solution, Source, System};
