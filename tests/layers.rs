@@ -100,9 +100,19 @@ fn the_command_line_uses_only_what_is_public() {
 
 #[test]
 fn unsafe_code_is_in_compute_and_the_mapping_only() {
-    for part in
-        ["math", "tracker", "synthesis", "sweep", "import", "bench", "report", "error.rs", "tensor.rs", "lib.rs", "main.rs"]
-    {
+    for part in [
+        "math",
+        "tracker",
+        "synthesis",
+        "sweep",
+        "import",
+        "bench",
+        "report",
+        "error.rs",
+        "tensor.rs",
+        "lib.rs",
+        "main.rs",
+    ] {
         assert_without(part, &["unsafe"]);
     }
     let blocks: Vec<PathBuf> = sources("snapshot")

@@ -9,6 +9,7 @@ mod list;
 mod output;
 mod plan;
 mod profile;
+mod sweep;
 mod synthesize;
 mod targets;
 mod verify;
@@ -59,6 +60,7 @@ pub fn run() -> ExitCode {
 fn dispatch(command: &Command) -> Outcome {
     match command {
         Command::Synthesize(arguments) => synthesize::run(arguments),
+        Command::Sweep(arguments) => sweep::run(arguments),
         Command::Plan(arguments) => plan::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments),
         Command::Error(arguments) => error::run(arguments),

@@ -57,7 +57,8 @@ impl Command {
     /// Why there is no score: the exit status, a signal, the time, or an output without a number, with the end of it.
     pub fn evaluate(&self, candidate: &Candidate<'_>, relay: &(dyn Fn(&[u8]) + Sync)) -> Result<f64, String> {
         let mut stderr = Vec::new();
-        let ended = self.run(candidate, &mut stderr, relay).map_err(|error| format!("cannot run the shell: {error}"))?;
+        let ended =
+            self.run(candidate, &mut stderr, relay).map_err(|error| format!("cannot run the shell: {error}"))?;
         let (end, stdout) = ended;
         let why = match end {
             End::TimeIsUp(limit) => format!("it took longer than {} s", limit.as_secs_f64()),

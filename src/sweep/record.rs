@@ -95,8 +95,7 @@ impl Record {
     /// # Errors
     /// [`Error::Io`].
     pub fn save(&self, sweep: &Sweep) -> Result<()> {
-        let document =
-            Document { posthoc_ema_sweep: VERSION, question: &self.question, trials: sweep.trials() };
+        let document = Document { posthoc_ema_sweep: VERSION, question: &self.question, trials: sweep.trials() };
         let path = self.dir.join(FILE);
         let text = serde_json::to_string_pretty(&document).map_err(|e| Error::unexpected(&path, e.to_string()))?;
         let file = AtomicFile::create(&path)?;
@@ -161,13 +160,7 @@ mod tests {
     use crate::sweep::{Figures, Outcome};
 
     fn question() -> Question {
-        Question {
-            run: "a1".into(),
-            at: 500,
-            evaluation: "eval {}".into(),
-            goal: Goal::Minimize,
-            dtype: None,
-        }
+        Question { run: "a1".into(), at: 500, evaluation: "eval {}".into(), goal: Goal::Minimize, dtype: None }
     }
 
     fn sweep() -> Sweep {

@@ -29,10 +29,14 @@ pub(super) fn next(sweep: &Sweep) -> Option<Profile> {
     let untried = |bounds: fn(&Trial) -> bool| {
         let (shorter, longer) = neighbours(&points, centre, bounds);
         let place = step(sweep, shorter, centre, longer)?;
-        let length = readable(family.length_at(place), |length| {
-            let at = family.coordinate(length);
-            shorter.is_none_or(|shorter| shorter.at < at) && longer.is_none_or(|longer| at < longer.at)
-        }, family.length_at(centre.at));
+        let length = readable(
+            family.length_at(place),
+            |length| {
+                let at = family.coordinate(length);
+                shorter.is_none_or(|shorter| shorter.at < at) && longer.is_none_or(|longer| at < longer.at)
+            },
+            family.length_at(centre.at),
+        );
         let profile = family.profile(length).ok()?;
         sweep.trial(&profile).is_none().then_some(profile)
     };

@@ -247,11 +247,7 @@ impl Trial {
 impl Figures {
     /// Those of a plan.
     pub fn of(plan: &Plan, seconds: f64) -> Figures {
-        Figures {
-            relative_error: Some(plan.relative_error),
-            noise_gain: Some(plan.noise_gain),
-            seconds: Some(seconds),
-        }
+        Figures { relative_error: Some(plan.relative_error), noise_gain: Some(plan.noise_gain), seconds: Some(seconds) }
     }
 }
 
