@@ -20,14 +20,18 @@ from .importing import Imported, import_run
 from .karras_ema import KarrasEMA
 from .posthoc_ema import PostHocEMA
 from .profiles import Plan, Profile, Target, Weight, plan
+from .sweeping import Best, Swept, Trial
 
 __all__ = [
+    "Best",
     "Imported",
     "KarrasEMA",
     "Plan",
     "PostHocEMA",
     "Profile",
+    "Swept",
     "Target",
+    "Trial",
     "Weight",
     "__version__",
     "import_run",

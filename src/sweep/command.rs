@@ -184,6 +184,8 @@ fn quote(path: &[u8]) -> Vec<u8> {
 fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(126 | 127), _) => "the shell could not run it".into(),
+        // How a shell tells that a signal ended what it ran.
+        (Some(code @ 129..160), _) => format!("its exit status is {code}, as of signal {}", code - 128),
         (Some(code), _) => format!("its exit status is {code}"),
         (None, Some(signal)) => format!("signal {signal} ended it"),
         (None, None) => format!("it ended without an exit status ({status})"),
@@ -196,4 +198,37 @@ fn with_tail(why: String, output: &[u8]) -> String {
     let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
     let shown = lines[lines.len().saturating_sub(SHOWN)..].join("\n");
     if shown.is_empty() || why.contains(&shown) { why } else { format!("{why}; the end of its output:\n{shown}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn every_path_is_one_word_of_the_shell() {
+        let every: Vec<u8> = (1..=255).collect();
+        for path in [b"/a/b-1.safetensors".as_slice(), b"", b"it's", b"a b\n$HOME `x` \"y\" \\ * ~ #", &every] {
+            let script = [b"printf %s ", quote(path).as_slice()].concat();
+            let output = std::process::Command::new("sh").arg("-c").arg(OsStr::from_bytes(&script)).output().unwrap();
+            assert!(output.status.success() && output.stdout == path, "{path:?}");
+        }
+        assert_eq!(quote(b"/a/b-1.safetensors"), b"/a/b-1.safetensors", "what is plain stays readable");
+    }
+
+    #[test]
+    fn only_the_end_of_an_output_is_kept() {
+        let (from, mut to) = io::pipe().unwrap();
+        let writer = thread::spawn(move || (0..200_000).try_for_each(|i| writeln!(to, "line {i}")).unwrap());
+        let relayed = std::sync::atomic::AtomicUsize::new(0);
+        let kept = tail(from, &|bytes| {
+            relayed.fetch_add(bytes.len(), std::sync::atomic::Ordering::Relaxed);
+        });
+        writer.join().unwrap();
+        assert!(kept.len() == KEPT && kept.ends_with(b"line 199999\n"));
+        assert_eq!(relayed.into_inner(), (0..200_000).map(|i| format!("line {i}\n").len()).sum::<usize>());
+        let text = with_tail("it failed".into(), &kept);
+        assert!(text.starts_with("it failed; the end of its output:\nline 199995\n") && text.lines().count() == 6);
+    }
 }

@@ -16,7 +16,7 @@ mod search;
 pub use candidates::Candidate;
 pub use command::Command;
 pub use observer::Observer;
-pub use record::{Question, Record};
+pub use record::{Question, Record, identity};
 pub use run::{SweepOptions, Swept};
 pub use search::{Edge, Figures, Goal, Outcome, Sweep, Trial};
 

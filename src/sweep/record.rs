@@ -131,8 +131,8 @@ impl Question {
     }
 }
 
-/// The id that was drawn when the run began.
-fn identity(run: &Run) -> String {
+/// What a sweep knows a run by: the id that was drawn when it began, or its directory where the snapshots have none.
+pub fn identity(run: &Run) -> String {
     let id = run.snapshots().iter().find_map(|snapshot| snapshot.meta.run.clone());
     let dir = || run.dir().canonicalize().unwrap_or_else(|_| run.dir().to_owned());
     id.unwrap_or_else(|| dir().display().to_string())
