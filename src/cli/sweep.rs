@@ -186,10 +186,10 @@ impl Observer for Progress {
 
     fn evaluating(&self, profile: &Profile, sweep: &Sweep) {
         self.clear();
-        let bar = round_bar();
+        // Complete before it is drawn.
+        let message = format!("evaluating {profile}{}", best_so_far(sweep));
+        let bar = round_bar().with_message(message).with_position(sweep.trials().len() as u64);
         bar.set_length(sweep.planned() as u64);
-        bar.set_position(sweep.trials().len() as u64);
-        bar.set_message(format!("evaluating {profile}{}", best_so_far(sweep)));
         bar.enable_steady_tick(Duration::from_millis(500));
         if let Ok(mut current) = self.evaluations.lock() {
             *current = Some(bar);

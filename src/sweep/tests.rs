@@ -166,7 +166,7 @@ fn failed_refinements_bound_the_search_and_end_it() {
     assert_eq!(sweep.failures().count(), 8);
     assert!(!sweep.best().unwrap().refined);
     // A wall at 0.135: the optimum is beside it.
-    let sweep = swept(&list(), Goal::Maximize, 12, &|x| (x < 0.135 || x > 0.139).then_some(-(x - 0.134).abs()));
+    let sweep = swept(&list(), Goal::Maximize, 12, &|x| (!(0.135..=0.139).contains(&x)).then_some(-(x - 0.134).abs()));
     let found = length(&sweep.best().unwrap().profile);
     assert!((found - 0.134).abs() < 1e-3, "{found}");
     // No float is left between neighbours: it ends before its steps do.
