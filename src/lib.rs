@@ -41,6 +41,7 @@ pub mod math;
 #[cfg(feature = "report")]
 pub mod report;
 pub mod snapshot;
+pub mod sweep;
 mod synthesis;
 mod tensor;
 mod tracker;
@@ -54,6 +55,7 @@ pub use error::{Error, Result};
 pub use import::{Import, Imported, Tool};
 pub use math::{Profile, Retention, Shape, Window};
 pub use snapshot::TensorSpec;
+pub use sweep::{SweepOptions, Swept};
 pub use synthesis::{
     Advice, At, Forecast, Noise, Originals, Output, Plan, Predicted, Run, SwappedIn, Weight, Wish, Worst, WriteOptions,
     advise, cuda_devices,

@@ -37,7 +37,8 @@ fn assert_without(part: &str, words: &[&str]) {
 
 #[test]
 fn mathematics_files_and_arithmetic_do_not_use_each_other() {
-    let others = ["crate::tracker", "crate::synthesis", "crate::bench", "crate::report", "crate::import"];
+    let others =
+        ["crate::tracker", "crate::synthesis", "crate::bench", "crate::report", "crate::import", "crate::sweep"];
     assert_without("math", &[&others[..], &["crate::snapshot", "crate::compute", "std::fs", "std::path"]].concat());
     assert_without("snapshot", &[&others[..], &["crate::math", "crate::compute"]].concat());
     assert_without("compute", &[&others[..], &["crate::math", "crate::snapshot"]].concat());
@@ -56,6 +57,7 @@ fn what_everything_shares_uses_nothing() {
                 "crate::synthesis",
                 "crate::bench",
                 "crate::import",
+                "crate::sweep",
             ],
         );
     }
@@ -63,8 +65,13 @@ fn what_everything_shares_uses_nothing() {
 
 #[test]
 fn synthesis_does_not_know_the_tracker() {
-    assert_without("synthesis", &["crate::tracker", "crate::bench", "crate::report", "crate::import"]);
-    assert_without("tracker", &["crate::bench", "crate::report", "crate::import"]);
+    assert_without("synthesis", &["crate::tracker", "crate::bench", "crate::report", "crate::import", "crate::sweep"]);
+    assert_without("tracker", &["crate::bench", "crate::report", "crate::import", "crate::sweep"]);
+}
+
+#[test]
+fn a_sweep_joins_synthesis_and_files_and_computes_nothing() {
+    assert_without("sweep", &["crate::tracker", "crate::compute", "crate::bench", "crate::report", "crate::import"]);
 }
 
 #[test]
@@ -104,9 +111,19 @@ fn the_command_line_uses_only_what_is_public() {
 
 #[test]
 fn unsafe_code_is_in_compute_and_the_mapping_only() {
-    for part in
-        ["math", "tracker", "synthesis", "import", "bench", "report", "error.rs", "tensor.rs", "lib.rs", "main.rs"]
-    {
+    for part in [
+        "math",
+        "tracker",
+        "synthesis",
+        "sweep",
+        "import",
+        "bench",
+        "report",
+        "error.rs",
+        "tensor.rs",
+        "lib.rs",
+        "main.rs",
+    ] {
         assert_without(part, &["unsafe"]);
     }
     let blocks: Vec<PathBuf> = sources("snapshot")

@@ -20,8 +20,10 @@ from .importing import Imported, import_run
 from .karras_ema import KarrasEMA
 from .posthoc_ema import PostHocEMA
 from .profiles import Noise, Plan, Predicted, Profile, Retention, Target, Weight, plan
+from .sweeping import Best, Swept, Trial
 
 __all__ = [
+    "Best",
     "Imported",
     "KarrasEMA",
     "Noise",
@@ -30,7 +32,9 @@ __all__ = [
     "Predicted",
     "Profile",
     "Retention",
+    "Swept",
     "Target",
+    "Trial",
     "Weight",
     "__version__",
     "import_run",

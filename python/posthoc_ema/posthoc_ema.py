@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _native, _results, _swap
+from . import _native, _results, _swap, sweeping
 from ._averages import TrackedAverage
 from ._checks import (
     DEFAULTS,
@@ -520,6 +520,108 @@ class PostHocEMA:
         """
         source, at = self._source(step, noise)
         return Plan.from_json(source.plans(to_json(targets), *at))
+
+    def sweep(
+        self,
+        evaluate: Callable[[Any], object],
+        targets: Iterable[Target] = (),
+        *,
+        sigma_rels: Iterable[float] = (),
+        model: Model = None,
+        minimize: bool = True,
+        refine: int = 6,
+        step: int | None = None,
+        out: str | os.PathLike[str] | None = None,
+        batch: int = 8,
+        progress: sweeping.Progress = None,
+    ) -> sweeping.Swept:
+        """Evaluates averages of many lengths, goes on around the best one, and gives that.
+
+        All targets are evaluated first, then `refine` golden-section steps between the neighbours of the best, in its own
+        family. An evaluation that raises, or returns no finite number, is recorded, and the others go on; Ctrl-C ends the
+        sweep, and with `out` the same call goes on there later, and tries again what failed.
+
+        Args:
+            evaluate: returns the score of an average. It is given a state dict of fresh tensors, or where there is a
+                `model`, that model with the average put in, in eval mode, as :meth:`model` does it.
+            targets: profiles, or numbers as sigma_rel.
+            sigma_rels: further targets.
+            model: the model that is tracked, or another of its structure. After each evaluation it has its own bits back.
+            minimize: small scores are the better ones; otherwise large ones.
+            refine: steps around the best target.
+            step: as of :meth:`model`.
+            out: a directory for the scores, ``sweep.json``, and the best average, ``best.safetensors``; made where it is
+                missing. It must not lie in the run's.
+            batch: how many state dicts are synthesized in one pass over the snapshots, and held in memory. With a `model`,
+                each average is blended right into it instead, in a pass of its own.
+            progress: a function of the evaluations done and planned, or whether to draw a bar; None draws one on a terminal.
+
+        Raises:
+            ValueError: for no target, one outside the run, and a directory of another sweep.
+            RuntimeError: where all evaluations failed; its cause is what the first of them raised.
+            OSError: where the directory cannot be written.
+        """
+        if batch < 1:
+            raise ValueError(f"batch = {batch}: at least 1")
+        profiles = [*map(as_profile, targets), *map(Profile.sigma_rel, sigma_rels)]
+        if not profiles:
+            raise ValueError("there is nothing to evaluate: give targets or sigma_rels")
+        at = self.plan(profiles, step)[0].at
+        # The newest average of a tracker has no snapshot that could be named by a step.
+        step = step if self._live(step) is not None else at
+        directory = None if out is None else sweeping.check_apart(out, self.checkpoint_dir)
+        name = sweeping.name_of(evaluate)
+        search = _native.Sweep(
+            to_json(profiles), minimize, count("refine", refine) or 0, directory, self._identity(), at, name
+        )
+        try:
+            each = partial(self._each_state_dict, step) if model is None else partial(self._each_in, model, step)
+            evaluations = sweeping.Evaluations(search, lambda some: self.plan(some, step), each, evaluate)
+            evaluations.run(batch, progress)
+            results, number = sweeping.trials_of(search), search.best()
+            if number is None:
+                reasons = "; ".join(f"{trial.profile}: {trial.error}" for trial in results)
+                raise RuntimeError(f"all {len(results)} evaluations failed: {reasons}") from evaluations.first
+            best = self._best(results[number], step, directory)
+            return sweeping.Swept(best=best, results=results, at=at, minimize=minimize, edge=search.edge())
+        finally:
+            search.close()
+
+    def _each_state_dict(self, step: int | None, profiles: list[Profile]) -> Iterator[tuple[Profile, Any]]:
+        """Averages of one pass, each for an evaluation of its state dict."""
+        state_dicts = self.synthesize(profiles, step, progress=False)
+        for profile in profiles:
+            # Free again when it has been evaluated.
+            state_dict = state_dicts.pop(0)
+            yield profile, lambda evaluate, given=state_dict: evaluate(given)
+
+    def _each_in(self, model: Model, step: int | None, profiles: list[Profile]) -> Iterator[tuple[Profile, Any]]:
+        """Averages for an evaluation within the model."""
+
+        def averaged(profile: Profile, evaluate: Callable[[Any], object]) -> object:
+            with self.model(model, profile, step) as held:
+                return evaluate(held)
+
+        for profile in profiles:
+            yield profile, partial(averaged, profile)
+
+    def _best(self, trial: sweeping.Trial, step: int | None, directory: Path | None) -> sweeping.Best:
+        """The best average, synthesized once more: the evaluation may have changed its own."""
+        [state_dict] = self.synthesize([trial.profile], step, progress=False)
+        path = None
+        if directory is not None and self._live(step) is None:
+            path = directory / "best.safetensors"
+            self._run().write([trial.profile._json], step, [path], None, "cpu", None)
+        assert trial.score is not None
+        return sweeping.Best(trial.profile, trial.score, state_dict, path)
+
+    def _identity(self) -> str:
+        """What a sweep knows the run by."""
+        try:
+            return self._run().identity()
+        except FileNotFoundError:
+            # A tracker that has stored no snapshot yet.
+            return str(self.checkpoint_dir.resolve())
 
     def switch_(self, model: Model, sigma_rel: Target) -> Model:
         """Switch EMA (arXiv:2402.09240): the model becomes its average at the newest update, and training goes on there.

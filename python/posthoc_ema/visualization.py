@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
+    from .sweeping import Swept, Trial
+
 __all__ = [
     "compute_reconstruction_errors",
     "plot_reconstruction_errors",
+    "plot_sweep",
     "reconstruction_error",
     "target_points",
 ]
@@ -147,6 +150,37 @@ def reconstruction_error(
     return plot_reconstruction_errors(targets, errors, sigma_rels, title, figsize)
 
 
+def plot_sweep(swept: Swept, title: str | None = None, figsize: tuple[float, float] = (10, 6)) -> Image.Image:
+    """Draws the scores of a sweep over the length, in the family of the best: as a dot for each target, as a ring for each
+    step of the refinement; lengths whose evaluation failed are marked at the foot.
+
+    Args:
+        swept: what `posthoc_ema.PostHocEMA.sweep` returned.
+        title: above the picture.
+        figsize: inches, at 150 dots each.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        ValueError: where the best is a table, which has no length.
+    """
+    best = next(trial for trial in swept.results if trial.profile == swept.best.profile)
+    family = _family(best)
+    if best.length is None:
+        raise ValueError(f"the best is a {best.profile}, which has no length: there is no curve to draw")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=figsize, dpi=_DOTS_PER_INCH, layout="constrained", facecolor="white")
+    size = 15.0 * min(figsize[0] / 10.0, figsize[1] / 6.0)
+    axes = figure.add_subplot()
+    _draw_scores(axes, [trial for trial in swept.results if _family(trial) == family], best, size)
+    axes.set_title(title or f"Best: {best.profile}, score {best.score:.6g}", color=_INK, fontsize=size, loc="left")
+    better = "smaller" if swept.minimize else "larger"
+    axes.set_ylabel(f"score ({better} is better)", color=_INK, fontsize=size)
+    return _rendered(figure)
+
+
 def target_points(
     sigma_rels: Iterable[float], target_sigma_rel_range: tuple[float, float] | None = None, num_target_points: int = 100
 ) -> list[float]:
@@ -200,6 +234,51 @@ def _draw(axes: Axes, lengths: _Floats, errors: _Floats, tracked: _Floats, title
     _style(axes, 0.9 * size)
 
 
+_LENGTHS = {
+    "sigma_rel": "length of the average, σ_rel",
+    "half_life": "half-life of the average in steps",
+    "window": "window of the average in steps",
+    "fraction": "window of the average as a share of the training",
+}
+
+
+def _family(trial: Trial) -> tuple[object, ...] | None:
+    """What the trials of one curve have in common."""
+    if trial.length is None:
+        return None
+    described = trial.profile.to_dict()
+    return (described["kind"], described.get("shape"), trial.length[0])
+
+
+def _draw_scores(axes: Axes, trials: Sequence[Trial], best: Trial, size: float) -> None:
+    """One family's scores over its lengths, a line through them, and the best one marked."""
+    lengths = {trial.profile: trial.length[1] for trial in trials if trial.length is not None}
+    points = sorted((lengths[t.profile], t.score, t.refined) for t in trials if t.score is not None)
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=_CURVE, linewidth=1.5, alpha=0.5, zorder=2)
+    asked = [(x, y) for x, y, refined in points if not refined]
+    chosen = [(x, y) for x, y, refined in points if refined]
+    _dots(axes, asked, "asked for", color=_CURVE, markersize=0.5 * size)
+    _dots(axes, chosen, "refined", color=_CURVE, markersize=0.5 * size, markerfacecolor="white")
+    top = [(x, y) for x, y, _ in points if x == lengths[best.profile]]
+    _dots(axes, top, "best", color=_TRACKED, markersize=0.9 * size, markerfacecolor="none", markeredgewidth=2.0)
+    # On the axis itself: a failure has no score.
+    failed = [(lengths[trial.profile], 0.0) for trial in trials if trial.score is None]
+    foot = axes.get_xaxis_transform()
+    _dots(axes, failed, "failed", color=_TRACKED, marker="x", transform=foot, clip_on=False, markersize=0.5 * size)
+    name = best.length[0] if best.length is not None else "sigma_rel"
+    if name != "sigma_rel":
+        axes.set_xscale("log")
+    axes.set_xlabel(_LENGTHS[name], color=_INK, fontsize=size)
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=0.9 * size)
+    _style_plain(axes, 0.9 * size)
+
+
+def _dots(axes: Axes, points: Sequence[tuple[float, float]], label: str, **style: Any) -> None:
+    if points:
+        x, y = zip(*points)
+        axes.plot(x, y, label=label, **{"linestyle": "none", "marker": "o", "zorder": 3, **style})
+
+
 def _mark(axes: Axes, tracked: _Floats, size: float) -> None:
     """Lines at the tracked lengths, and one key above the axes: texts at close lines would collide."""
     for sigma_rel in tracked:
@@ -216,6 +295,11 @@ def _style(axes: Axes, size: float) -> None:
     # Decades only: an error is rarely read to more than that.
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100.0 * error:.3g}%"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+    _style_plain(axes, size)
+
+
+def _style_plain(axes: Axes, size: float) -> None:
+    """Light on ink, whatever the axes show."""
     axes.tick_params(colors=_INK, labelsize=size)
     axes.tick_params(which="minor", colors=_FAINT)
     axes.set_facecolor("white")

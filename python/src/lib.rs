@@ -10,6 +10,7 @@ mod lend;
 mod plans;
 mod process;
 mod run;
+mod sweep;
 mod tracker;
 
 use pyo3::prelude::*;
@@ -31,6 +32,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<tracker::Tracker>()?;
     module.add_class::<tracker::Originals>()?;
     module.add_class::<run::Run>()?;
+    module.add_class::<sweep::Sweep>()?;
     module.add_function(wrap_pyfunction!(plans::cuda_devices, module)?)?;
     module.add_function(wrap_pyfunction!(tracker::saved_step, module)?)?;
     module.add_function(wrap_pyfunction!(plans::check_profile, module)?)?;
@@ -39,5 +41,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(plans::cumulative, module)?)?;
     module.add_function(wrap_pyfunction!(plans::forecast, module)?)?;
     module.add_function(wrap_pyfunction!(import::import_run, module)?)?;
+    module.add_function(wrap_pyfunction!(sweep::profile_length, module)?)?;
     Ok(())
 }

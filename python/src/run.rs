@@ -136,6 +136,11 @@ impl Run {
         py.detach(swap).map_err(to_python)
     }
 
+    /// What a sweep knows the run by.
+    fn identity(&self) -> String {
+        posthoc_ema::sweep::identity(&self.0)
+    }
+
     /// Reads every byte of every snapshot and compares its checksum.
     fn verify(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.0.verify(&mut |_| ())).map_err(to_python)

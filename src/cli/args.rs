@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use posthoc_ema::{Dtype, Noise};
 
 use super::list::{Count, Kept, Numbers, Windows};
-use super::{bench, error, import, inspect, plan, profile, synthesize, verify};
+use super::{bench, error, import, inspect, plan, profile, sweep, synthesize, verify};
 
 /// Averages of network weights of any length, chosen after training.
 ///
@@ -22,6 +22,7 @@ pub struct Arguments {
 #[derive(Subcommand)]
 pub enum Command {
     Synthesize(synthesize::Arguments),
+    Sweep(sweep::Arguments),
     Plan(plan::Arguments),
     Inspect(inspect::Arguments),
     Error(error::Arguments),

@@ -12,6 +12,7 @@ mod picture;
 mod plan;
 mod profile;
 mod subject;
+mod sweep;
 mod synthesize;
 mod targets;
 mod verify;
@@ -62,6 +63,7 @@ pub fn run() -> ExitCode {
 fn dispatch(command: &Command) -> Outcome {
     match command {
         Command::Synthesize(arguments) => synthesize::run(arguments),
+        Command::Sweep(arguments) => sweep::run(arguments),
         Command::Plan(arguments) => plan::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments),
         Command::Error(arguments) => error::run(arguments),

@@ -29,7 +29,7 @@ pub use conversion::{
 };
 pub use gram::power_function_gram;
 pub use history::History;
-pub use profile::{Profile, Shape, Window};
+pub use profile::{Family, Profile, Shape, Unit, Window};
 pub use retention::Retention;
 pub use rounding::relative_rounding;
 pub use schedule::Schedule;

@@ -1,11 +1,15 @@
 //! Profiles: how an average weighs time, as cumulative distributions `F_T(tau)`.
 
+mod family;
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::conversion::{gamma_to_sigma_rel, half_life_to_beta, sigma_rel_to_gamma};
 use crate::error::{Error, Result};
+
+pub use family::{Family, Unit};
 
 /// How an average at time `T` weighs the parameters seen at times up to `T`.
 ///

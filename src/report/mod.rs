@@ -13,6 +13,7 @@ mod rounding;
 mod sweep;
 mod table;
 mod timeline;
+mod trials;
 
 pub use bench::bench;
 pub use comfy_table::Table;
@@ -26,3 +27,4 @@ pub use table::{
     weights,
 };
 pub use timeline::{Timeline, TimelineRow, timeline};
+pub use trials::trials;

@@ -1,0 +1,193 @@
+"""Many lengths, one evaluation each, the best kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import _native
+from .profiles import Plan, Profile
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Best", "Swept", "Trial"]
+
+Progress = Callable[[int, int], object] | bool | None
+"""A function of the evaluations done and planned, or whether to draw a bar.
+
+None draws a bar where the standard error is a terminal."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One average and its evaluation."""
+
+    profile: Profile
+    score: float | None
+    """None where the evaluation failed."""
+    error: str | None
+    """Why it failed."""
+    relative_error: float
+    """How far the synthesized profile is from the one asked for (`Plan.relative_error`)."""
+    noise_gain: float
+    """By how much rounding errors of the snapshots were amplified (`Plan.noise_gain`)."""
+    seconds: float
+    """How long the evaluation took."""
+    refined: bool
+    """Whether the refinement chose it; otherwise it was asked for."""
+
+    @property
+    def length(self) -> tuple[str, float] | None:
+        """What the length is called ("sigma_rel", "half_life", "window" or "fraction") and how long it is; None for a table."""
+        return _native.profile_length(self.profile._json)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best average."""
+
+    profile: Profile
+    score: float
+    state_dict: dict[str, Any]
+    """Fresh tensors in host memory, as `PostHocEMA.synthesize` gives them."""
+    path: Path | None
+    """The safetensors file with the same values: where the sweep has a directory, and the average comes from snapshots."""
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What came of a sweep."""
+
+    best: Best
+    results: tuple[Trial, ...]
+    """All trials in the order of their evaluation, those of an earlier call that was interrupted among them."""
+    at: int
+    """The step of the averages."""
+    minimize: bool
+    """Whether small scores are the better ones."""
+    edge: Literal["shortest", "longest"] | None
+    """At which end of what was evaluated the best lies: targets beyond it may do better."""
+
+    def plot(self, title: str | None = None, figsize: tuple[float, float] = (10, 6)) -> Image.Image:
+        """Draws the score over the length, in the family of the best.
+
+        Args:
+            title: above the picture.
+            figsize: inches, at 150 dots each.
+
+        Returns:
+            A picture of PIL.
+        """
+        from . import visualization
+
+        return visualization.plot_sweep(self, title, figsize)
+
+
+class Evaluations:
+    """A search under way.
+
+    Args:
+        search: what to evaluate next.
+        plan: solves targets.
+        each: yields the profiles of a batch one after the other, each with what its evaluation is given.
+        evaluate: the user's function.
+    """
+
+    def __init__(
+        self,
+        search: _native.Sweep,
+        plan: Callable[[list[Profile]], list[Plan]],
+        each: Callable[[list[Profile]], Iterator[tuple[Profile, Callable[[Callable[[Any], object]], object]]]],
+        evaluate: Callable[[Any], object],
+    ):
+        self._search, self._plan, self._each, self._evaluate = search, plan, each, evaluate
+        self.first: Exception | None = None
+        """What the first evaluation raised that failed."""
+
+    def run(self, batch: int, progress: Progress) -> None:
+        """Evaluates until the search is over; each trial is recorded at once."""
+        with _following(progress) as told:
+            while targets := self._search.next(batch):
+                profiles = [Profile(text) for text in targets]
+                plans = dict(zip(profiles, self._plan(profiles)))
+                for profile, averaged in self._each(profiles):
+                    self._evaluate_one(plans[profile], averaged)
+                    told(self._search)
+
+    def _evaluate_one(self, plan: Plan, averaged: Callable[[Callable[[Any], object]], object]) -> None:
+        score, error, start = None, None, time.perf_counter()
+        try:
+            score = _number(averaged(self._evaluate))
+        except Exception as raised:
+            self.first = self.first or raised
+            error = f"{type(raised).__name__}: {raised}"
+        seconds = time.perf_counter() - start
+        self._search.record(plan.profile._json, score, error, plan.relative_error, plan.noise_gain, seconds)
+
+
+def trials_of(search: _native.Sweep) -> tuple[Trial, ...]:
+    """All trials so far."""
+
+    def trial(found: dict[str, Any]) -> Trial:
+        profile = Profile(found.pop("profile"))
+        return Trial(profile=profile, score=found.pop("score", None), error=found.pop("error", None), **found)
+
+    return tuple(trial(each) for each in json.loads(search.trials()))
+
+
+def name_of(evaluate: Callable[..., object]) -> str:
+    """What a record knows a function by."""
+    function = getattr(evaluate, "func", evaluate)  # of functools.partial
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def check_apart(out: str | os.PathLike[str], run: Path) -> Path:
+    """A sweep's directory, which lies neither in the run's nor below it.
+
+    Raises:
+        ValueError: where it does.
+    """
+    directory, inside = Path(out), run.resolve()
+    if inside == directory.resolve() or inside in directory.resolve().parents:
+        raise ValueError(f"out = {directory}: a run's directory holds nothing but its snapshots: sweep elsewhere")
+    return directory
+
+
+def _number(score: object) -> float:
+    try:
+        return float(score)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the evaluation returned {score!r:.100}: it must return one number") from error
+
+
+@contextmanager
+def _following(progress: Progress) -> Iterator[Callable[[_native.Sweep], object]]:
+    """What is called after each evaluation."""
+    if callable(progress):
+        tell = progress
+        yield lambda search: tell(len(json.loads(search.trials())), search.planned())
+        return
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        yield lambda search: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc="evaluating", unit="average", leave=False) as bar:
+
+        def told(search: _native.Sweep) -> None:
+            bar.total, number = search.planned(), search.best()
+            if number is not None:
+                best = trials_of(search)[number]
+                bar.set_postfix_str(f"best so far {best.score:g} at {best.profile}", refresh=False)
+            bar.update(len(json.loads(search.trials())) - bar.n)
+
+        yield told

@@ -1,0 +1,114 @@
+//! `Sweep`: the search over many lengths, and its record; the package evaluates.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use posthoc_ema::sweep::{self, Figures, Goal, Outcome, Question, Record};
+use pyo3::prelude::*;
+
+use crate::errors::{argument, to_python};
+use crate::plans::{profile, profiles};
+
+/// A search, and where its trials are recorded.
+#[pyclass(frozen, module = "posthoc_ema._native")]
+pub struct Sweep(Mutex<State>);
+
+struct State {
+    search: sweep::Sweep,
+    record: Option<Record>,
+}
+
+impl Sweep {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl Sweep {
+    /// Begins a search, or goes on with the one in `directory`; `run`, `at` and `evaluation` tell it from others.
+    #[new]
+    fn new(
+        targets: Vec<String>,
+        minimize: bool,
+        refine: usize,
+        directory: Option<PathBuf>,
+        run: String,
+        at: u64,
+        evaluation: String,
+    ) -> PyResult<Sweep> {
+        let goal = if minimize { Goal::Minimize } else { Goal::Maximize };
+        let mut search = sweep::Sweep::new(&profiles(&targets)?, goal, refine).map_err(to_python)?;
+        let question = Question { run, at, evaluation, goal, dtype: None };
+        let record = directory.map(|directory| Record::open(&directory, question)).transpose().map_err(to_python)?;
+        let record = record.map(|(record, trials)| {
+            search.restore(trials);
+            record
+        });
+        Ok(Sweep(Mutex::new(State { search, record })))
+    }
+
+    /// What to evaluate next, as profiles; nothing when the search is over.
+    fn next(&self, batch: usize) -> PyResult<Vec<String>> {
+        self.lock().search.next(batch).iter().map(|profile| serde_json::to_string(profile).map_err(argument)).collect()
+    }
+
+    /// Takes a score, or why there is none, and writes the record.
+    #[expect(clippy::too_many_arguments, reason = "called by the package only")]
+    fn record(
+        &self,
+        py: Python<'_>,
+        target: &str,
+        score: Option<f64>,
+        error: Option<String>,
+        relative_error: f64,
+        noise_gain: f64,
+        seconds: f64,
+    ) -> PyResult<()> {
+        let outcome = match (score, error) {
+            (Some(score), None) => Outcome::Score(score),
+            (_, error) => Outcome::Error(error.unwrap_or_default()),
+        };
+        let figures =
+            Figures { relative_error: Some(relative_error), noise_gain: Some(noise_gain), seconds: Some(seconds) };
+        let mut state = self.lock();
+        state.search.record(profile(target)?, outcome, figures);
+        let save = || state.record.as_ref().map_or(Ok(()), |record| record.save(&state.search));
+        py.detach(save).map_err(to_python)
+    }
+
+    /// All trials as JSON, in the order of their evaluation.
+    fn trials(&self) -> PyResult<String> {
+        serde_json::to_string(self.lock().search.trials()).map_err(argument)
+    }
+
+    /// The number of the best of the trials.
+    fn best(&self) -> Option<usize> {
+        let state = self.lock();
+        let best = &state.search.best()?.profile;
+        state.search.trials().iter().position(|trial| trial.profile == *best)
+    }
+
+    /// At which end of what was evaluated the best lies.
+    fn edge(&self) -> PyResult<Option<String>> {
+        let edge = self.lock().search.edge();
+        Ok(edge.map(|edge| if edge == sweep::Edge::Shortest { "shortest" } else { "longest" }.to_owned()))
+    }
+
+    /// How many evaluations there will be in all.
+    fn planned(&self) -> usize {
+        self.lock().search.planned()
+    }
+
+    /// Gives the directory free for another sweep.
+    fn close(&self) {
+        self.lock().record = None;
+    }
+}
+
+/// What the length of a profile is called, and how long it is; none for a table.
+#[pyfunction]
+pub fn profile_length(json: &str) -> PyResult<Option<(String, f64)>> {
+    let length = profile(json)?.family();
+    Ok(length.map(|(family, length)| (family.length_name().to_owned(), length)))
+}

@@ -1,0 +1,274 @@
+"""Many lengths, one evaluation each, the best kept."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import bits, train
+from safetensors.torch import load_file
+
+from posthoc_ema import PostHocEMA, Profile, Swept
+
+OPTIONS = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 25, "max_checkpoints": 100}
+LIST = [0.05, 0.08, 0.11, 0.14, 0.17, 0.2, 0.23, 0.26]
+OPTIMUM = 0.137
+
+
+class Ramp(torch.nn.Module):
+    """A weight that is the step, so that every length gives another average; dropout shows the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+        self.dropout = torch.nn.Dropout()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+
+@pytest.fixture
+def model() -> Ramp:
+    return Ramp()
+
+
+@pytest.fixture
+def ema(model: Ramp, run_dir: Path) -> PostHocEMA:
+    def step(i: int) -> None:
+        with torch.no_grad():
+            model.weight.fill_(float(i))
+
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    train(ema, model, 500, step)
+    ema.finish()
+    ema.close()
+    return PostHocEMA.from_path(run_dir)
+
+
+def weight(state_dict: dict[str, Any]) -> float:
+    return float(state_dict["weight"][0])
+
+
+class Score:
+    """The square of the distance from the average of the optimum; notes what it was called with."""
+
+    def __init__(self, ema: PostHocEMA):
+        self.optimum = weight(ema.synthesize([OPTIMUM])[0])
+        self.calls: list[float] = []
+
+    def __call__(self, state_dict: dict[str, Any]) -> float:
+        self.calls.append(weight(state_dict))
+        return (self.calls[-1] - self.optimum) ** 2
+
+
+def check(swept: Swept, ema: PostHocEMA, refine: int = 6) -> None:
+    """The optimum is found as far as so many steps allow, and the best is what its profile says."""
+    found = swept.best.profile.as_sigma_rel
+    assert found is not None and abs(found - OPTIMUM) <= 0.06 / 1.38**refine
+    assert len(swept.results) == len(LIST) + refine
+    assert swept.best.score == min(trial.score for trial in swept.results if trial.score is not None)
+    assert weight(swept.best.state_dict) == weight(ema.synthesize([swept.best.profile])[0])
+    assert [trial.refined for trial in swept.results] == [False] * len(LIST) + [True] * refine
+    assert swept.at == 500 and swept.edge is None
+
+
+def test_state_dicts_are_evaluated_and_the_best_is_given(ema: PostHocEMA) -> None:
+    score = Score(ema)
+    told: list[tuple[int, int]] = []
+    swept = ema.sweep(score, LIST, batch=3, progress=lambda done, planned: told.append((done, planned)))
+    check(swept, ema)
+    assert told == [(i, 14) for i in range(1, 15)]
+    assert swept.best.path is None
+    for trial, average in zip(swept.results, score.calls):
+        # One pass for several targets gives the bits of one for each.
+        assert average == weight(ema.synthesize([trial.profile])[0])
+        plan = ema.plan([trial.profile])[0]
+        assert (trial.relative_error, trial.noise_gain) == (plan.relative_error, plan.noise_gain)
+        assert trial.seconds >= 0.0 and trial.error is None
+
+
+def test_sigma_rels_and_targets_are_one_list_and_large_scores_can_be_the_better_ones(ema: PostHocEMA) -> None:
+    score = Score(ema)
+    swept = ema.sweep(lambda state: -score(state), [Profile.half_life(5.0)], sigma_rels=LIST, minimize=False, refine=2)
+    assert len(swept.results) == 11 and swept.results[0].profile == Profile.half_life(5.0)
+    assert swept.results[0].length == ("half_life", pytest.approx(5.0))
+    assert not swept.minimize and swept.best.score == max(trial.score or -np.inf for trial in swept.results)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_model_is_evaluated_in_place_and_gets_its_own_bits_back(
+    ema: PostHocEMA, model: Ramp, run_dir: Path, live: bool
+) -> None:
+    score = Score(ema)
+    if live:
+        ema = PostHocEMA.from_model(model, run_dir, **OPTIONS, resume=True)
+    model.train()
+    before, gradient = bits(model), torch.ones(3)
+    model.weight.grad = gradient
+
+    def evaluate(averaged: Ramp) -> torch.Tensor:
+        assert averaged is model and not averaged.training and not averaged.dropout.training
+        value = torch.tensor(score(averaged.state_dict()))
+        with torch.no_grad():
+            averaged.weight.add_(7.0)
+            averaged.calls.add_(1)
+        averaged.half()
+        averaged.train()
+        if len(score.calls) == 3:
+            raise ValueError("out of luck")
+        return value
+
+    swept = ema.sweep(evaluate, LIST, model=model)
+    assert bits(model) == before and model.training and model.dropout.training
+    assert model.weight.grad is gradient and model.weight.dtype is torch.float32
+    assert [trial.error for trial in swept.results if trial.error] == ["ValueError: out of luck"]
+    assert len(swept.results) == 14 and swept.at == 500
+    assert score.calls[0] == pytest.approx(weight(ema.synthesize([LIST[0]])[0]), rel=1e-6)
+    ema.close()
+
+
+def test_the_newest_average_of_a_tracker_can_be_swept(model: Ramp, run_dir: Path, tmp_path: Path) -> None:
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    train(ema, model, 20)
+    swept = ema.sweep(weight, [0.1, 0.2, 0.25], out=tmp_path / "sweep", refine=1)
+    assert swept.at == 20 and len(swept.results) == 4
+    # No snapshot holds it, so that there is no file.
+    assert swept.best.path is None and not (tmp_path / "sweep/best.safetensors").exists()
+    assert (tmp_path / "sweep/sweep.json").exists()
+
+
+def test_failures_are_recorded_and_the_sweep_goes_on(ema: PostHocEMA) -> None:
+    outcomes: list[Any] = [
+        RuntimeError("CUDA out of memory"),
+        None,
+        float("nan"),
+        "many",
+        3,
+        True,
+        np.float32(0.5),
+        [1, 2],
+    ]
+    remaining = iter(outcomes)
+
+    def evaluate(state_dict: dict[str, Any]) -> Any:
+        outcome = next(remaining)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    swept = ema.sweep(evaluate, LIST, refine=0)
+    errors = [trial.error for trial in swept.results]
+    assert errors[0] == "RuntimeError: CUDA out of memory"
+    assert errors[1] is not None and "returned None: it must return one number" in errors[1]
+    assert errors[2] is not None and "the score is NaN" in errors[2]
+    assert errors[3] is not None and "'many'" in errors[3] and errors[7] is not None
+    assert errors[4:7] == [None] * 3 and [trial.score for trial in swept.results[4:7]] == [3.0, 1.0, 0.5]
+    assert swept.best.score == 0.5
+
+
+def test_where_all_fail_the_first_exception_is_the_cause(ema: PostHocEMA, tmp_path: Path) -> None:
+    def evaluate(state_dict: dict[str, Any]) -> float:
+        raise KeyError("layer")
+
+    with pytest.raises(RuntimeError, match="all 2 evaluations failed: sigma_rel 0.1: KeyError") as raised:
+        ema.sweep(evaluate, [0.1, 0.2], out=tmp_path / "sweep")
+    assert isinstance(raised.value.__cause__, KeyError)
+    # It is over, so that the directory is free again.
+    with pytest.raises(RuntimeError, match="all 2"):
+        ema.sweep(evaluate, [0.1, 0.2], out=tmp_path / "sweep")
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_a_sweep_that_was_interrupted_goes_on(ema: PostHocEMA, tmp_path: Path, interrupt: type[BaseException]) -> None:
+    score, out = Score(ema), tmp_path / "sweep"
+
+    def evaluate(state_dict: dict[str, Any]) -> float:
+        if len(score.calls) == 4 and not interrupted:
+            interrupted.append(True)
+            raise interrupt
+        if len(score.calls) == 2 and not failed:
+            failed.append(True)
+            raise ValueError("once")
+        return score(state_dict)
+
+    interrupted: list[bool] = []
+    failed: list[bool] = []
+    with pytest.raises(interrupt):
+        ema.sweep(evaluate, LIST, out=out)
+    document = json.loads((out / "sweep.json").read_text())
+    assert len(document["trials"]) == 5 and document["trials"][2]["error"] == "ValueError: once"
+    assert document["evaluation"].endswith("test_a_sweep_that_was_interrupted_goes_on.<locals>.evaluate")
+    swept = ema.sweep(evaluate, LIST, out=out)
+    # None twice.
+    assert len(score.calls) == len(set(score.calls)) == 14
+    assert len(swept.results) == 14 and not any(trial.error for trial in swept.results)
+    assert swept.best.path == out / "best.safetensors"
+    assert weight(load_file(swept.best.path)) == weight(swept.best.state_dict)
+    again = ema.sweep(evaluate, LIST, out=out)
+    assert len(score.calls) == 14 and again.results == swept.results and again.best.score == swept.best.score
+
+
+def test_what_cannot_be_swept_is_told(ema: PostHocEMA, run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    ema.sweep(weight, [0.1, 0.2], out=out, refine=0)
+    for options, part in [
+        ({"minimize": False}, "has another direction"),
+        ({"step": 450}, "is at another step"),
+    ]:
+        with pytest.raises(ValueError, match=part):
+            ema.sweep(weight, [0.1], out=out, **options)
+    with pytest.raises(ValueError, match="has another evaluation"):
+        ema.sweep(functools.partial(Score(ema)), [0.1], out=out)
+    for inside in (run_dir, run_dir / "sweep"):
+        with pytest.raises(ValueError, match="sweep elsewhere"):
+            ema.sweep(weight, [0.1], out=inside)
+    assert not (run_dir / "sweep").exists()
+    for options, part in [
+        ({}, "nothing to evaluate"),
+        ({"targets": [0.3]}, "plain mean"),
+        ({"targets": [0.1], "step": 501}, "after the last snapshot"),
+        ({"targets": [0.1], "refine": -1}, "refine"),
+        ({"targets": [0.1], "batch": 0}, "at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=part):
+            ema.sweep(weight, **options)
+
+
+def test_the_command_goes_on_where_python_began_only_with_the_same_question(ema: PostHocEMA, tmp_path: Path) -> None:
+    ema.sweep(weight, [0.1, 0.2], out=tmp_path / "sweep", refine=1)
+    document = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert document["posthoc_ema_sweep"] == 1 and document["goal"] == "minimize" and document["at"] == 500
+    assert set(document["trials"][0]) == {"profile", "score", "relative_error", "noise_gain", "seconds", "refined"}
+
+
+def test_the_best_at_an_end_says_so(ema: PostHocEMA) -> None:
+    assert ema.sweep(weight, LIST, refine=1).edge == "longest"
+    assert ema.sweep(weight, LIST, refine=1, minimize=False).edge == "shortest"
+
+
+def test_the_curve_is_drawn(ema: PostHocEMA) -> None:
+    score = Score(ema)
+
+    def evaluate(state_dict: dict[str, Any]) -> float:
+        if len(score.calls) == 7:
+            score.calls.append(0.0)
+            raise ValueError
+        return score(state_dict)
+
+    swept = ema.sweep(evaluate, LIST)
+    picture = swept.plot(figsize=(6, 4))
+    assert picture.size == (900, 600)
+    colours = {colour for _, colour in picture.getcolors(1 << 24)}
+    assert {(0, 90, 160), (190, 70, 30)} <= colours, "the curve, and the mark of the best"
+    # A failure and another best are seen.
+    without = Swept(swept.best, tuple(t for t in swept.results if t.error is None), swept.at, True, None)
+    assert without.plot(figsize=(6, 4)).tobytes() != picture.tobytes()
+    windows = ema.sweep(score, [Profile.uniform(fraction=f) for f in (0.2, 0.4, 0.8)], refine=2)
+    assert windows.results[0].length == ("fraction", 0.2)
+    windows.plot("mine", (3, 2))
+    table = ema.sweep(weight, [Profile.table([(0.5, 0.1), (1.0, 1.0)])])
+    with pytest.raises(ValueError, match="has no length"):
+        table.plot()

@@ -1,0 +1,24 @@
+//! Many lengths, one evaluation each, the best kept.
+//!
+//! [`Sweep`] is the search alone: it says which averages to evaluate next and is told their scores. [`Record`] keeps its
+//! trials in a directory, so that a sweep that was interrupted goes on. [`Run::sweep`](crate::Run::sweep) joins them
+//! with the synthesis: candidates are files, and the best one stays. [`Command`] is an evaluation by the shell.
+
+mod candidates;
+mod command;
+mod observer;
+mod record;
+mod refine;
+mod run;
+mod score;
+mod search;
+
+pub use candidates::Candidate;
+pub use command::Command;
+pub use observer::Observer;
+pub use record::{Question, Record, identity};
+pub use run::{SweepOptions, Swept};
+pub use search::{Edge, Figures, Goal, Outcome, Sweep, Trial};
+
+#[cfg(test)]
+mod tests;

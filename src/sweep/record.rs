@@ -1,0 +1,230 @@
+//! A sweep's directory: its trials in `sweep.json`, written anew after each.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::search::{Goal, Sweep, Trial};
+use crate::error::{Error, Result};
+use crate::snapshot::{AtomicFile, Lock};
+use crate::synthesis::Run;
+
+/// The name of the document.
+const FILE: &str = "sweep.json";
+
+/// The version of the document.
+const VERSION: u32 = 1;
+
+/// What a sweep asks; two sweeps that differ in it do not share scores.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Question {
+    /// The run: its id, or its directory where the snapshots have none.
+    pub run: String,
+    /// The time of the targets.
+    pub at: u64,
+    /// The evaluation: a command, or the name of a function.
+    pub evaluation: String,
+    /// Which scores are better.
+    pub goal: Goal,
+    /// The dtype of averaged tensors; none for the model's own.
+    pub dtype: Option<String>,
+}
+
+/// The directory of a sweep, locked as long as this lives.
+#[derive(Debug)]
+pub struct Record {
+    dir: PathBuf,
+    question: Question,
+    _lock: Lock,
+}
+
+/// The document as it is read.
+#[derive(Deserialize)]
+struct Stored {
+    #[serde(flatten)]
+    question: Question,
+    trials: Vec<Trial>,
+}
+
+/// The document as it is written.
+#[derive(Serialize)]
+struct Document<'a> {
+    posthoc_ema_sweep: u32,
+    #[serde(flatten)]
+    question: &'a Question,
+    trials: &'a [Trial],
+}
+
+/// The part that tells whether the rest can be understood.
+#[derive(Deserialize)]
+struct Version {
+    posthoc_ema_sweep: u32,
+}
+
+impl Record {
+    /// Opens a sweep's directory, which is made where it is missing, and gives the trials of the sweep that was begun there.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`] where the directory belongs to another sweep or is in use by one, [`Error::Damaged`] for a
+    /// document that cannot be understood, [`Error::Io`].
+    pub fn open(dir: &Path, question: Question) -> Result<(Record, Vec<Trial>)> {
+        fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        let lock = Lock::acquire(dir).map_err(|error| match error {
+            Error::Locked { path } => {
+                Error::unexpected(&path, "another sweep is writing here: wait for it, or choose another directory")
+            }
+            other => other,
+        })?;
+        let path = dir.join(FILE);
+        let trials = match fs::read_to_string(&path) {
+            Ok(text) => read(&path, &text, &question)?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(Error::io("read", &path)(error)),
+        };
+        Ok((Record { dir: dir.to_owned(), question, _lock: lock }, trials))
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Writes the document anew, whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn save(&self, sweep: &Sweep) -> Result<()> {
+        let document = Document { posthoc_ema_sweep: VERSION, question: &self.question, trials: sweep.trials() };
+        let path = self.dir.join(FILE);
+        let text = serde_json::to_string_pretty(&document).map_err(|e| Error::unexpected(&path, e.to_string()))?;
+        let file = AtomicFile::create(&path)?;
+        file.write_at(0, text.as_bytes())?;
+        file.commit()
+    }
+}
+
+impl Question {
+    /// What a sweep over a run asks.
+    pub fn new(run: &Run, at: u64, evaluation: &str, goal: Goal, dtype: Option<safetensors::Dtype>) -> Question {
+        Question {
+            run: identity(run),
+            at,
+            evaluation: evaluation.to_owned(),
+            goal,
+            dtype: dtype.map(|dtype| dtype.to_string()),
+        }
+    }
+
+    /// The first difference from another, as text that goes on after "the sweep here".
+    fn difference(&self, stored: &Question) -> Option<String> {
+        let dtype = |question: &Question| question.dtype.clone().unwrap_or_else(|| "the model's".into());
+        let parts = [
+            ("is over another run", self.run.clone(), stored.run.clone()),
+            ("is at another step", self.at.to_string(), stored.at.to_string()),
+            ("has another evaluation", self.evaluation.clone(), stored.evaluation.clone()),
+            ("has another direction", self.goal.to_string(), stored.goal.to_string()),
+            ("has another dtype", dtype(self), dtype(stored)),
+        ];
+        let (what, now, then) = parts.into_iter().find(|(_, now, then)| now != then)?;
+        Some(format!("{what} ({then}, and now {now})"))
+    }
+}
+
+/// What a sweep knows a run by: the id that was drawn when it began, or its directory where the snapshots have none.
+pub fn identity(run: &Run) -> String {
+    let id = run.snapshots().iter().find_map(|snapshot| snapshot.meta.run.clone());
+    let dir = || run.dir().canonicalize().unwrap_or_else(|_| run.dir().to_owned());
+    id.unwrap_or_else(|| dir().display().to_string())
+}
+
+fn read(path: &Path, text: &str, question: &Question) -> Result<Vec<Trial>> {
+    let damaged = |error: serde_json::Error| Error::damaged(path, format!("it is no record of a sweep: {error}"));
+    let version: Version = serde_json::from_str(text).map_err(damaged)?;
+    if version.posthoc_ema_sweep != VERSION {
+        let why = format!("its version is {}, and this program reads {VERSION}", version.posthoc_ema_sweep);
+        return Err(Error::unexpected(path, format!("{why}: use a newer program, or choose another directory")));
+    }
+    let stored: Stored = serde_json::from_str(text).map_err(damaged)?;
+    if let Some(difference) = question.difference(&stored.question) {
+        let remedy = "go on as it was begun, or choose another directory";
+        return Err(Error::unexpected(path, format!("the sweep here {difference}: {remedy}")));
+    }
+    Ok(stored.trials)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::math::Profile;
+    use crate::sweep::{Figures, Outcome};
+
+    fn question() -> Question {
+        Question { run: "a1".into(), at: 500, evaluation: "eval {}".into(), goal: Goal::Minimize, dtype: None }
+    }
+
+    fn sweep() -> Sweep {
+        let targets = [0.05, 0.1, 0.15].map(|s| Profile::sigma_rel(s).unwrap());
+        let mut sweep = Sweep::new(&targets, Goal::Minimize, 2).unwrap();
+        let figures = Figures { relative_error: Some(1.0 / 3.0), noise_gain: Some(2.5), seconds: Some(0.1) };
+        for (target, outcome) in targets.into_iter().zip([
+            Outcome::Score(0.1 + 0.2),
+            Outcome::Error("no \"number\"\nat all".into()),
+            Outcome::Score(f64::INFINITY),
+        ]) {
+            sweep.record(target, outcome, figures);
+        }
+        sweep
+    }
+
+    #[test]
+    fn what_is_saved_is_read_to_the_last_bit() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("deep/sweep");
+        let (record, trials) = Record::open(&dir, question()).unwrap();
+        assert!(trials.is_empty());
+        record.save(&sweep()).unwrap();
+        let text = Record::open(&dir, question()).unwrap_err().to_string();
+        assert!(text.contains("another sweep is writing here"), "{text}");
+        drop(record);
+        let (_record, trials) = Record::open(&dir, question()).unwrap();
+        assert_eq!(trials, sweep().trials());
+        assert_eq!(trials[2].score(), None);
+    }
+
+    #[test]
+    fn another_sweep_is_told_from_this_one_by_what_differs() {
+        let temp = tempfile::tempdir().unwrap();
+        Record::open(temp.path(), question()).unwrap().0.save(&sweep()).unwrap();
+        for (other, part) in [
+            (Question { run: "b2".into(), ..question() }, "is over another run (a1, and now b2)"),
+            (Question { at: 400, ..question() }, "is at another step (500, and now 400)"),
+            (Question { evaluation: "true".into(), ..question() }, "has another evaluation (eval {}, and now true)"),
+            (Question { goal: Goal::Maximize, ..question() }, "has another direction (minimize, and now maximize)"),
+            (Question { dtype: Some("F16".into()), ..question() }, "has another dtype (the model's, and now F16)"),
+        ] {
+            let text = Record::open(temp.path(), other).unwrap_err().to_string();
+            assert!(text.contains(part) && text.contains("sweep.json"), "{text}");
+        }
+        Record::open(temp.path(), question()).unwrap();
+    }
+
+    #[test]
+    fn a_document_that_makes_no_sense_is_named() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join(FILE);
+        Record::open(temp.path(), question()).unwrap().0.save(&sweep()).unwrap();
+        let good = fs::read_to_string(&path).unwrap();
+        for (text, part) in [
+            (good[..good.len() / 2].to_owned(), "no record of a sweep"),
+            ("{}".into(), "posthoc_ema_sweep"),
+            (good.replace("\"posthoc_ema_sweep\": 1", "\"posthoc_ema_sweep\": 2"), "its version is 2"),
+            (good.replace("\"trials\"", "\"trails\""), "missing field `trials`"),
+            (good.replace("\"gamma\": ", "\"gamma\": -"), "gamma = -"),
+        ] {
+            fs::write(&path, text).unwrap();
+            let text = Record::open(temp.path(), question()).unwrap_err().to_string();
+            assert!(text.contains(part) && text.contains("sweep.json"), "{text}");
+        }
+    }
+}
