@@ -531,6 +531,7 @@ class PostHocEMA:
         minimize: bool = True,
         refine: int = 6,
         step: int | None = None,
+        noise: Noise = "off",
         out: str | os.PathLike[str] | None = None,
         batch: int = 8,
         progress: sweeping.Progress = None,
@@ -550,6 +551,7 @@ class PostHocEMA:
             minimize: small scores are the better ones; otherwise large ones.
             refine: steps around the best target.
             step: as of :meth:`model`.
+            noise: as of :meth:`model`.
             out: a directory for the scores, ``sweep.json``, and the best average, ``best.safetensors``; made where it is
                 missing. It must not lie in the run's.
             batch: how many state dicts are synthesized in one pass over the snapshots, and held in memory. With a `model`,
@@ -566,48 +568,53 @@ class PostHocEMA:
         profiles = [*map(as_profile, targets), *map(Profile.sigma_rel, sigma_rels)]
         if not profiles:
             raise ValueError("there is nothing to evaluate: give targets or sigma_rels")
-        at = self.plan(profiles, step)[0].at
+        at = self.plan(profiles, step, noise=noise)[0].at
         # The newest average of a tracker has no snapshot that could be named by a step.
         step = step if self._live(step) is not None else at
         directory = None if out is None else sweeping.check_apart(out, self.checkpoint_dir)
         name = sweeping.name_of(evaluate)
         search = _native.Sweep(
-            to_json(profiles), minimize, count("refine", refine) or 0, directory, self._identity(), at, name
+            to_json(profiles), minimize, count("refine", refine) or 0, directory, self._identity(), at, name, noise_text(noise)
         )
         try:
-            each = partial(self._each_state_dict, step) if model is None else partial(self._each_in, model, step)
-            evaluations = sweeping.Evaluations(search, lambda some: self.plan(some, step), each, evaluate)
+            held = {} if model is None else {"model": model}
+            each = partial(self._each_in if held else self._each_state_dict, step=step, noise=noise, **held)
+            evaluations = sweeping.Evaluations(search, partial(self.plan, step=step, noise=noise), each, evaluate)
             evaluations.run(batch, progress)
             results, number = sweeping.trials_of(search), search.best()
             if number is None:
                 reasons = "; ".join(f"{trial.profile}: {trial.error}" for trial in results)
                 raise RuntimeError(f"all {len(results)} evaluations failed: {reasons}") from evaluations.first
-            best = self._best(results[number], step, directory)
+            best = self._best(results[number], step, noise, directory)
             return sweeping.Swept(best=best, results=results, at=at, minimize=minimize, edge=search.edge())
         finally:
             search.close()
 
-    def _each_state_dict(self, step: int | None, profiles: list[Profile]) -> Iterator[tuple[Profile, Any]]:
+    def _each_state_dict(
+        self, profiles: list[Profile], step: int | None, noise: Noise
+    ) -> Iterator[tuple[Profile, Any]]:
         """Averages of one pass, each for an evaluation of its state dict."""
-        state_dicts = self.synthesize(profiles, step, progress=False)
+        state_dicts = self.synthesize(profiles, step, noise=noise, progress=False)
         for profile in profiles:
             # Free again when it has been evaluated.
             state_dict = state_dicts.pop(0)
             yield profile, lambda evaluate, given=state_dict: evaluate(given)
 
-    def _each_in(self, model: Model, step: int | None, profiles: list[Profile]) -> Iterator[tuple[Profile, Any]]:
+    def _each_in(
+        self, profiles: list[Profile], model: Model, step: int | None, noise: Noise
+    ) -> Iterator[tuple[Profile, Any]]:
         """Averages for an evaluation within the model."""
 
         def averaged(profile: Profile, evaluate: Callable[[Any], object]) -> object:
-            with self.model(model, profile, step) as held:
+            with self.model(model, profile, step, noise=noise) as held:
                 return evaluate(held)
 
         for profile in profiles:
             yield profile, partial(averaged, profile)
 
-    def _best(self, trial: sweeping.Trial, step: int | None, directory: Path | None) -> sweeping.Best:
+    def _best(self, trial: sweeping.Trial, step: int | None, noise: Noise, directory: Path | None) -> sweeping.Best:
         """The best average, synthesized once more: the evaluation may have changed its own."""
-        [state_dict] = self.synthesize([trial.profile], step, progress=False)
+        [state_dict] = self.synthesize([trial.profile], step, noise=noise, progress=False)
         path = None
         if directory is not None and self._live(step) is None:
             path = directory / "best.safetensors"

@@ -36,10 +36,11 @@ impl Sweep {
         run: String,
         at: u64,
         evaluation: String,
+        noise: String,
     ) -> PyResult<Sweep> {
         let goal = if minimize { Goal::Minimize } else { Goal::Maximize };
         let mut search = sweep::Sweep::new(&profiles(&targets)?, goal, refine).map_err(to_python)?;
-        let question = Question { run, at, evaluation, goal, dtype: None };
+        let question = Question { run, at, evaluation, goal, dtype: None, noise };
         let record = directory.map(|directory| Record::open(&directory, question)).transpose().map_err(to_python)?;
         let record = record.map(|(record, trials)| {
             search.restore(trials);

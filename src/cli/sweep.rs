@@ -11,8 +11,9 @@ use posthoc_ema::sweep::{Command, Edge, Goal, Observer, Sweep, Trial};
 use posthoc_ema::{At, Device, Dtype, Profile, Run, SweepOptions, Swept, report};
 use serde_json::{Value, json};
 
-use super::args::{DtypeName, Targets};
+use super::args::{DtypeName, Rounding, Targets};
 use super::output::{byte_bar, print, print_json, round_bar};
+use super::picture::Plot;
 use super::{Failure, Outcome, targets};
 
 /// Evaluate averages of many lengths with a command, and keep the best
@@ -60,6 +61,10 @@ pub struct Arguments {
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
+    pub rounding: Rounding,
+    #[command(flatten)]
+    pub plot: Plot,
+    #[command(flatten)]
     pub targets: Targets,
 }
 
@@ -75,6 +80,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         goal: if arguments.maximize { Goal::Maximize } else { Goal::Minimize },
         refine: arguments.refine,
         batch: arguments.batch as usize,
+        noise: arguments.rounding.noise,
         dtype: arguments.dtype.map(Dtype::from),
         device: arguments.device,
         keep_all: arguments.keep_all,
@@ -89,7 +95,8 @@ pub fn run(arguments: &Arguments) -> Outcome {
     if swept.best.is_none() {
         return Err(Failure::Unhealthy(format!("no evaluation succeeded: all {failed} failed, as said above")));
     }
-    Ok(())
+    let title = format!("{}, at step {}", arguments.eval, swept.at);
+    Ok(arguments.plot.draw(|path| report::sweep_curve(path, &report::SweepCurve::of(&swept.sweep, title.clone())))?)
 }
 
 fn timeout(seconds: Option<f64>) -> Result<Option<Duration>, Failure> {

@@ -9,6 +9,8 @@ use super::canvas::{
 use super::file::save;
 use super::table::number;
 use crate::error::Result;
+use crate::math::Family;
+use crate::sweep::{Sweep, Trial};
 
 const WIDTH: f64 = 520.0;
 const HEIGHT: f64 = 340.0;
@@ -34,6 +36,27 @@ pub struct SweepCurve {
     pub points: Vec<SweepPoint>,
     /// Which of the points is the best.
     pub best: Option<usize>,
+}
+
+impl SweepCurve {
+    /// The trials of a sweep in the family of the best, or of the first where none succeeded.
+    pub fn of(sweep: &Sweep, title: String) -> SweepCurve {
+        let family = |trial: &Trial| trial.profile.family().map(|(family, _)| family);
+        let shown = sweep.best().or_else(|| sweep.trials().first()).and_then(family);
+        let mine: Vec<&Trial> = sweep.trials().iter().filter(|trial| shown.is_some() && family(trial) == shown).collect();
+        let point = |trial: &&Trial| SweepPoint {
+            x: trial.profile.family().map_or(f64::NAN, |(_, length)| length),
+            score: trial.score(),
+            refined: trial.refined,
+        };
+        SweepCurve {
+            title,
+            x_label: shown.map_or("", Family::length_name).to_owned(),
+            y_label: "score".into(),
+            points: mine.iter().map(point).collect(),
+            best: mine.iter().position(|trial| sweep.best().is_some_and(|best| best.profile == trial.profile)),
+        }
+    }
 }
 
 /// One length.

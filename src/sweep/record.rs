@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::run::SweepOptions;
 use super::search::{Goal, Sweep, Trial};
 use crate::error::{Error, Result};
 use crate::snapshot::{AtomicFile, Lock};
@@ -29,6 +30,8 @@ pub struct Question {
     pub goal: Goal,
     /// The dtype of averaged tensors; none for the model's own.
     pub dtype: Option<String>,
+    /// What is done about the snapshots' rounding, as [`Noise`](crate::Noise) is written.
+    pub noise: String,
 }
 
 /// The directory of a sweep, locked as long as this lives.
@@ -106,13 +109,14 @@ impl Record {
 
 impl Question {
     /// What a sweep over a run asks.
-    pub fn new(run: &Run, at: u64, evaluation: &str, goal: Goal, dtype: Option<safetensors::Dtype>) -> Question {
+    pub fn new(run: &Run, at: u64, options: &SweepOptions<'_>) -> Question {
         Question {
             run: identity(run),
             at,
-            evaluation: evaluation.to_owned(),
-            goal,
-            dtype: dtype.map(|dtype| dtype.to_string()),
+            evaluation: options.evaluation.to_owned(),
+            goal: options.goal,
+            dtype: options.dtype.map(|dtype| dtype.to_string()),
+            noise: options.noise.to_string(),
         }
     }
 
@@ -125,6 +129,7 @@ impl Question {
             ("has another evaluation", self.evaluation.clone(), stored.evaluation.clone()),
             ("has another direction", self.goal.to_string(), stored.goal.to_string()),
             ("has another dtype", dtype(self), dtype(stored)),
+            ("has another regularisation", self.noise.clone(), stored.noise.clone()),
         ];
         let (what, now, then) = parts.into_iter().find(|(_, now, then)| now != then)?;
         Some(format!("{what} ({then}, and now {now})"))
@@ -160,7 +165,7 @@ mod tests {
     use crate::sweep::{Figures, Outcome};
 
     fn question() -> Question {
-        Question { run: "a1".into(), at: 500, evaluation: "eval {}".into(), goal: Goal::Minimize, dtype: None }
+        Question { run: "a1".into(), at: 500, evaluation: "eval {}".into(), goal: Goal::Minimize, dtype: None, noise: "off".into() }
     }
 
     fn sweep() -> Sweep {

@@ -11,7 +11,7 @@ use super::search::{Figures, Goal, Outcome, Sweep};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::math::Profile;
-use crate::synthesis::{At, Output, Plan, Run, WriteOptions};
+use crate::synthesis::{At, Noise, Output, Plan, Run, WriteOptions};
 use crate::tensor::Dtype;
 
 /// How many averages are synthesized in one pass, where nothing else is asked for: as many as one pass can have.
@@ -37,6 +37,8 @@ pub struct SweepOptions<'a> {
     pub refine: usize,
     /// The averages that are synthesized in one pass, and lie on the disk at a time.
     pub batch: usize,
+    /// What is done about the rounding of the snapshots.
+    pub noise: Noise,
     /// The dtype of averaged tensors; the model's own where it is not given.
     pub dtype: Option<Dtype>,
     /// Where they are blended.
@@ -58,6 +60,7 @@ impl<'a> SweepOptions<'a> {
             goal: Goal::Minimize,
             refine: REFINE,
             batch: BATCH,
+            noise: Noise::Off,
             dtype: None,
             device: Device::Cpu,
             keep_all: false,
@@ -122,10 +125,10 @@ impl Run {
     ) -> Result<Swept> {
         let mut sweep = Sweep::new(options.targets, options.goal, options.refine)?;
         // A target that cannot be had is told before anything is done.
-        let plans = self.plans(sweep.targets(), options.at)?;
+        let plans = self.plans_with(sweep.targets(), options.at, options.noise)?;
         let at = plans.first().map_or(0, |plan| plan.at);
         self.check_apart(options.dir)?;
-        let question = Question::new(self, at, options.evaluation, options.goal, options.dtype);
+        let question = Question::new(self, at, options);
         let (record, trials) = Record::open(options.dir, question)?;
         let files = Files::new(options.dir, options.keep_all)?;
         sweep.restore(trials);
@@ -169,7 +172,7 @@ where
             if profiles.is_empty() {
                 return Ok(());
             }
-            let plans = self.run.plans(&profiles, At::Step(self.at))?;
+            let plans = self.run.plans_with(&profiles, At::Step(self.at), self.options.noise)?;
             let paths: Vec<PathBuf> = plans.iter().map(|plan| self.files.candidate(plan, &self.sweep)).collect();
             let failed = self.synthesize(&plans, &paths)?;
             for ((plan, path), failed) in plans.iter().zip(&paths).zip(failed) {
@@ -234,7 +237,8 @@ where
         let Some(best) = self.sweep.best() else { return Ok(None) };
         let path = self.files.best();
         if !self.files.holds(&best.profile) {
-            let plans = self.run.plans(std::slice::from_ref(&best.profile), At::Step(self.at))?;
+            let best = std::slice::from_ref(&best.profile);
+            let plans = self.run.plans_with(best, At::Step(self.at), self.options.noise)?;
             self.options.observer.synthesizing(1, self.run.bytes_to_read(&plans));
             self.write(&[Output { plan: &plans[0], path: &path }])?;
         }

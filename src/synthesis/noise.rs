@@ -1,5 +1,6 @@
 //! The rounding of stored snapshots beside the parameters' movement, from a sample of the elements.
 
+use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
 
@@ -38,6 +39,17 @@ impl Noise {
                 let allowed = "a regularisation is 0 or more and finite; 0 is none".into();
                 Err(Error::Parameter { name: "rho", value, allowed })
             }
+        }
+    }
+}
+
+/// As [`FromStr`] reads it.
+impl fmt::Display for Noise {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Noise::Off => f.write_str("off"),
+            Noise::Auto => f.write_str("auto"),
+            Noise::Rho(rho) => write!(f, "{rho}"),
         }
     }
 }
