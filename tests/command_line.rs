@@ -36,7 +36,8 @@ fn load(path: &Path) -> Tensors {
 #[test]
 fn help_texts_are_as_recorded() {
     let bless = std::env::var_os("BLESS").is_some();
-    for command in ["", "synthesize", "plan", "inspect", "error", "profile", "verify", "import", "bench", "completions"]
+    for command in
+        ["", "synthesize", "plan", "inspect", "error", "profile", "verify", "average", "import", "bench", "completions"]
     {
         let arguments: Vec<&str> = [command, "--help"].into_iter().filter(|word| !word.is_empty()).collect();
         let text = stdout(&arguments);

@@ -37,7 +37,8 @@ fn assert_without(part: &str, words: &[&str]) {
 
 #[test]
 fn mathematics_files_and_arithmetic_do_not_use_each_other() {
-    let others = ["crate::tracker", "crate::synthesis", "crate::bench", "crate::report", "crate::import"];
+    let others =
+        ["crate::tracker", "crate::synthesis", "crate::average", "crate::bench", "crate::report", "crate::import"];
     assert_without("math", &[&others[..], &["crate::snapshot", "crate::compute", "std::fs", "std::path"]].concat());
     assert_without("snapshot", &[&others[..], &["crate::math", "crate::compute"]].concat());
     assert_without("compute", &[&others[..], &["crate::math", "crate::snapshot"]].concat());
@@ -54,6 +55,7 @@ fn what_everything_shares_uses_nothing() {
                 "crate::compute",
                 "crate::tracker",
                 "crate::synthesis",
+                "crate::average",
                 "crate::bench",
                 "crate::import",
             ],
@@ -63,13 +65,21 @@ fn what_everything_shares_uses_nothing() {
 
 #[test]
 fn synthesis_does_not_know_the_tracker() {
-    assert_without("synthesis", &["crate::tracker", "crate::bench", "crate::report", "crate::import"]);
-    assert_without("tracker", &["crate::bench", "crate::report", "crate::import"]);
+    assert_without(
+        "synthesis",
+        &["crate::tracker", "crate::average", "crate::bench", "crate::report", "crate::import"],
+    );
+    assert_without("tracker", &["crate::average", "crate::bench", "crate::report", "crate::import"]);
 }
 
 #[test]
 fn an_import_joins_files_and_chains_and_computes_nothing() {
     assert_without("import", &["crate::tracker", "crate::compute", "crate::bench", "crate::report"]);
+}
+
+#[test]
+fn averages_of_checkpoints_compute_nothing_and_need_no_run() {
+    assert_without("average", &["crate::tracker", "crate::compute", "crate::bench", "crate::report", "crate::cli"]);
 }
 
 #[test]
@@ -93,9 +103,19 @@ fn the_command_line_uses_only_what_is_public() {
 
 #[test]
 fn unsafe_code_is_in_compute_and_the_mapping_only() {
-    for part in
-        ["math", "tracker", "synthesis", "import", "bench", "report", "error.rs", "tensor.rs", "lib.rs", "main.rs"]
-    {
+    for part in [
+        "math",
+        "tracker",
+        "synthesis",
+        "average",
+        "import",
+        "bench",
+        "report",
+        "error.rs",
+        "tensor.rs",
+        "lib.rs",
+        "main.rs",
+    ] {
         assert_without(part, &["unsafe"]);
     }
     let blocks: Vec<PathBuf> = sources("snapshot")

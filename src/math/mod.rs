@@ -8,6 +8,7 @@
 //! | `t_k`, `delta_k` time of update `k`, and since the one before | `times`, `interval` | `history` |
 //! | `<a, b>` inner product of two averages | `gram` | `gram` |
 //! | `x` weights of the snapshots | [`Solution::weights`] | `solve` |
+//! | `x_i` weights of checkpoints where nothing was tracked | [`Resolution::weights`] | `resolution` |
 //!
 //! Karras et al. 2023, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696,
 //! section 3 and appendix C, is the source where an equation is numbered.
@@ -17,6 +18,7 @@ mod conversion;
 mod gram;
 pub mod history;
 mod profile;
+mod resolution;
 pub mod schedule;
 mod solve;
 
@@ -27,5 +29,6 @@ pub use conversion::{
 pub use gram::power_function_gram;
 pub use history::History;
 pub use profile::{Profile, Shape, Window};
+pub use resolution::Resolution;
 pub use schedule::Schedule;
 pub use solve::{Solution, Source, System};

@@ -4,4 +4,4 @@ mod plot;
 mod table;
 
 pub use plot::plot;
-pub use table::{errors, exact, measurements, number, plans, table, weights};
+pub use table::{checkpoint_weights, errors, exact, measurements, merges, number, plans, table, weights};
