@@ -16,12 +16,15 @@ While training, and afterwards:
 
 from . import visualization
 from ._native import __version__
+from .averaging import Average, CheckpointWeight, average
 from .importing import Imported, import_run
 from .karras_ema import KarrasEMA
 from .posthoc_ema import PostHocEMA
 from .profiles import Plan, Profile, Target, Weight, plan
 
 __all__ = [
+    "Average",
+    "CheckpointWeight",
     "Imported",
     "KarrasEMA",
     "Plan",
@@ -30,6 +33,7 @@ __all__ = [
     "Target",
     "Weight",
     "__version__",
+    "average",
     "import_run",
     "plan",
     "visualization",
