@@ -118,18 +118,23 @@ fn in_folder(dir: &Path) -> Result<Option<Input>> {
     let indices: Vec<&PathBuf> = entries.iter().filter(|path| name(path).ends_with(INDEX)).collect();
     let files: Vec<&PathBuf> = entries.iter().filter(|path| is_weights(path)).collect();
     match (indices.as_slice(), files.as_slice()) {
-        ([index], _) => sharded(dir, Some(dir.to_owned()), index).map(Some),
         ([], []) => Ok(None),
         ([], [file]) => Ok(Some(single(file, Some(dir)))),
-        ([], [first, second, ..]) | ([first, second, ..], _) => {
-            let why = format!(
-                "both `{}` and `{}` are in this folder: name the file of each checkpoint instead",
-                name(first),
-                name(second)
-            );
-            Err(Error::unexpected(dir, why))
+        ([index], _) => {
+            let input = sharded(dir, Some(dir.to_owned()), index)?;
+            match files.iter().find(|file| !input.parts.contains(file)) {
+                Some(file) => Err(several(dir, index, file)),
+                None => Ok(Some(input)),
+            }
         }
+        ([], [first, second, ..]) | ([first, second, ..], _) => Err(several(dir, first, second)),
     }
+}
+
+fn several(dir: &Path, first: &Path, second: &Path) -> Error {
+    let (first, second) = (name(first), name(second));
+    let why = format!("both `{first}` and `{second}` are in this folder: name the file of each checkpoint instead");
+    Error::unexpected(dir, why)
 }
 
 /// All checkpoints in a folder: files, shards with their indices, and folders.

@@ -45,14 +45,14 @@ fn told(models: &[Model]) -> Result<Vec<u64>> {
     if let Some(steps) = by(&|model| from_trainer(&model.input)) {
         return Ok(steps);
     }
-    let named = |model: &Model| {
+    let by_name = |model: &Model| {
         let silent = || {
             let why = format!("no step can be read from its name, nor from metadata: {REMEDY}");
             Error::unexpected(&model.input.path, why)
         };
-        in_name(&naming(&model.input)).ok_or_else(silent)
+        named(&model.input).ok_or_else(silent)
     };
-    models.iter().map(named).collect()
+    models.iter().map(by_name).collect()
 }
 
 fn check(models: &[Model], steps: &[u64]) -> Result<()> {
@@ -77,15 +77,17 @@ fn from_trainer(input: &Input) -> Option<u64> {
     state["global_step"].as_u64()
 }
 
-/// The name that tells the step: that of the folder where the file is called as in every checkpoint.
-fn naming(input: &Input) -> String {
-    let path = match input.path.parent() {
-        Some(folder) if is_usual(&input.path) => folder,
-        _ => &input.path,
-    };
+/// The step that names tell: that of the folder where the file is called as in every checkpoint, and the one above where a
+/// folder is but a part of the checkpoint, such as `checkpoint-1000/unet`.
+fn named(input: &Input) -> Option<u64> {
+    let mut path = input.path.as_path();
+    if is_usual(path) {
+        path = path.parent().unwrap_or(path);
+    }
     // `.` and links are called something, too.
-    let named = path.file_name().map(|_| path.to_owned()).or_else(|| path.canonicalize().ok());
-    name(named.as_deref().unwrap_or(path))
+    let path = if path.file_name().is_some() { path.to_owned() } else { path.canonicalize().ok()? };
+    let above = || path.parent().filter(|_| input.folder.is_some()).and_then(|above| in_name(&name(above)));
+    in_name(&name(&path)).or_else(above)
 }
 
 /// A number in a name, and the word before it.
@@ -179,15 +181,17 @@ mod tests {
 
     #[test]
     fn files_that_are_called_alike_are_told_apart_by_their_folders() {
-        let file = |path: &str| Input { path: path.into(), folder: None, parts: vec![], index: None };
-        for (path, step) in [
-            ("runs/checkpoint-70/model.safetensors", Some(70)),
-            ("runs/checkpoint-70/adapter_model.bin", Some(70)),
-            ("runs7/lora-10.safetensors", Some(10)),
-            ("runs7/lora.safetensors", None),
+        for (path, folder, step) in [
+            ("runs/checkpoint-70/model.safetensors", false, Some(70)),
+            ("runs/checkpoint-70/adapter_model.bin", false, Some(70)),
+            ("runs7/checkpoint-70", true, Some(70)),
+            ("runs/checkpoint-70/unet", true, Some(70)),
+            ("runs7/lora-10.safetensors", false, Some(10)),
+            ("runs7/lora.safetensors", false, None),
         ] {
-            assert_eq!(in_name(&naming(&file(path))), step, "{path}");
+            let folder = folder.then(|| path.into());
+            let input = Input { path: path.into(), folder, parts: vec![], index: None };
+            assert_eq!(named(&input), step, "{path}");
         }
-        assert_eq!(naming(&file("a/b")), "b");
     }
 }

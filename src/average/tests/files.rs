@@ -190,6 +190,10 @@ fn a_folder_of_files_holds_shards_and_links_too() {
     let expected =
         ["step200-00001-of-00002.safetensors", "step200-00002-of-00002.safetensors", "step200.safetensors.index.json"];
     assert_eq!(names(&out), expected);
+    // A single index beside another file is no checkpoint of its own either.
+    fs::remove_file(run.join("step100.safetensors.index.json")).unwrap();
+    (1..=2).for_each(|i| fs::remove_file(run.join(format!("step100-0000{i}-of-00002.safetensors"))).unwrap());
+    assert_eq!(Checkpoints::open(&[&run], None).unwrap().steps(), [50, 200]);
 }
 
 #[test]

@@ -15,8 +15,11 @@ use super::*;
 use crate::math::{Shape, Window};
 use crate::tensor::{Dtype, Tensor};
 
+/// A model's tensors and their names.
+type Weights = Vec<(&'static str, Tensor)>;
+
 /// A model of all dtypes, at a step of its training: elements all differ, and change from step to step.
-fn model(step: u64) -> Vec<(&'static str, Tensor)> {
+fn model(step: u64) -> Weights {
     let value = |tensor: usize, i: usize| ((step as f64 * 0.37 + i as f64).sin() + tensor as f64) * 0.1;
     let values = |tensor: usize, n: usize| (0..n).map(move |i| value(tensor, i));
     let f32s = |tensor, shape: &[usize]| {

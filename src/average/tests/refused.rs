@@ -10,7 +10,7 @@ fn error(paths: &[PathBuf], steps: Option<&[u64]>) -> String {
 #[test]
 fn checkpoints_of_other_models_are_named_with_the_difference() {
     let (_temp, paths) = series();
-    let changed = |change: &dyn Fn(&mut Vec<(&'static str, Tensor)>)| {
+    let changed = |change: &dyn Fn(&mut Weights)| {
         let mut tensors = model(300);
         change(&mut tensors);
         save(&paths[3], &tensors, &[]);
