@@ -12,7 +12,6 @@ use super::model::Model;
 use super::plan::{Merge, Row, row};
 use crate::error::{Error, Result};
 use crate::synthesis::{Holder, Selection};
-use crate::tensor::is_averaged;
 
 /// How the names of temporary files and folders begin.
 pub(super) const PREFIX: &str = ".posthoc-ema-average-";
@@ -119,8 +118,8 @@ pub(super) fn bytes_to_read(checkpoints: &Checkpoints, merges: &[Merge]) -> u64 
     let rows: Vec<Row> = merges.iter().filter_map(|merge| row(checkpoints, merge).ok()).collect();
     let rows: Vec<&Row> = rows.iter().collect();
     let bytes = |all: bool| -> u64 {
-        let sizes = checkpoints.models[0].tensors.iter().filter(|(_, (dtype, ..))| all || is_averaged(*dtype));
-        sizes.map(|(_, (dtype, shape, _))| (dtype.bitsize() * shape.iter().product::<usize>() / 8) as u64).sum()
+        let first = &checkpoints.models[0];
+        first.tensors.iter().filter(|(name, _)| all || first.is_averaged(name)).map(|(_, held)| held.bytes()).sum()
     };
     let (averaged, all) = (bytes(false), bytes(true));
     let each = |(i, model): (usize, &Model)| {

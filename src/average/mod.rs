@@ -20,10 +20,10 @@ use crate::error::Result;
 use crate::math::Profile;
 use crate::snapshot::TensorSpec;
 use crate::synthesis::{At, Pool, PoolTensor, WriteOptions};
-use crate::tensor::{TensorViewMut, Tensors, is_averaged};
+use crate::tensor::{TensorViewMut, Tensors};
 
 use mapped::Mapped;
-use model::Model;
+use model::{Held, Model};
 
 pub use plan::{CheckpointWeight, Merge};
 
@@ -181,11 +181,11 @@ impl Checkpoints {
     /// What is blended; the holders are in a selection.
     fn pool(&self) -> Pool<'static> {
         let first = &self.models[0];
-        let tensor = |(name, (dtype, shape, _)): (&String, &(safetensors::Dtype, Vec<usize>, usize))| PoolTensor {
+        let tensor = |(name, held): (&String, &Held)| PoolTensor {
             name: name.clone(),
-            dtype: *dtype,
-            shape: shape.clone(),
-            averaged: is_averaged(*dtype) && !first.is_alpha(name),
+            dtype: held.dtype,
+            shape: held.shape.clone(),
+            averaged: first.is_averaged(name),
         };
         Pool { tensors: first.tensors.iter().map(tensor).collect(), tied: Default::default(), holders: Vec::new() }
     }

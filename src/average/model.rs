@@ -24,13 +24,29 @@ pub(super) enum Part {
     Torch(Checkpoint),
 }
 
+/// A tensor of a checkpoint.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// The index of the part that holds it.
+    pub part: usize,
+}
+
 /// A checkpoint.
 #[derive(Debug)]
 pub(super) struct Model {
     pub input: Input,
     pub parts: Vec<Part>,
-    /// What each tensor is, and which part holds it.
-    pub tensors: BTreeMap<String, (Dtype, Vec<usize>, usize)>,
+    /// By name.
+    pub tensors: BTreeMap<String, Held>,
+}
+
+impl Held {
+    /// The bytes of its elements, which a file or the reader of one has found to be there.
+    pub(super) fn bytes(&self) -> u64 {
+        (self.dtype.bitsize() * self.shape.iter().product::<usize>() / 8) as u64
+    }
 }
 
 impl Part {
@@ -107,7 +123,7 @@ impl Model {
         for (i, part) in parts.iter().enumerate() {
             for TensorSpec { name, dtype, shape } in part.specs()? {
                 check_dtype(&input.parts[i], &name, dtype)?;
-                if tensors.insert(name.clone(), (dtype, shape, i)).is_some() {
+                if tensors.insert(name.clone(), Held { dtype, shape, part: i }).is_some() {
                     let why = format!("tensor `{name}` is in another shard too");
                     return Err(Error::damaged(&input.parts[i], why));
                 }
@@ -124,7 +140,7 @@ impl Model {
     fn check_index(&self) -> Result<()> {
         let Some(index) = &self.input.index else { return Ok(()) };
         for (name, file) in &index.weight_map {
-            let holds = |(_, _, part): &(Dtype, Vec<usize>, usize)| self.input.parts[*part].ends_with(file);
+            let holds = |held: &Held| self.input.parts[held.part].ends_with(file);
             if !self.tensors.get(name).is_some_and(holds) {
                 return Err(Error::damaged(&index.path, format!("tensor `{name}` is not in `{file}`, as it says")));
             }
@@ -148,15 +164,15 @@ impl Model {
             let (path, other) = (self.input.path.clone(), other.input.path.clone());
             Err(Error::Mismatch { path, other, reason })
         };
-        for (name, (dtype, shape, _)) in &self.tensors {
-            let Some((its_dtype, its_shape, _)) = other.tensors.get(name) else {
+        for (name, own) in &self.tensors {
+            let Some(its) = other.tensors.get(name) else {
                 return differs(format!("a tensor `{name}` more is stored"));
             };
-            if shape != its_shape {
-                return differs(format!("tensor `{name}` has another shape ({shape:?}, not {its_shape:?})"));
+            if own.shape != its.shape {
+                return differs(format!("tensor `{name}` has another shape ({:?}, not {:?})", own.shape, its.shape));
             }
-            if dtype != its_dtype {
-                return differs(format!("tensor `{name}` has another dtype ({dtype}, not {its_dtype})"));
+            if own.dtype != its.dtype {
+                return differs(format!("tensor `{name}` has another dtype ({}, not {})", own.dtype, its.dtype));
             }
         }
         if let Some(name) = other.tensors.keys().find(|name| !self.tensors.contains_key(*name)) {
@@ -179,17 +195,20 @@ impl Model {
         Ok(())
     }
 
+    /// Whether a tensor is averaged: all of floating point but the scales of low-rank adapters.
+    pub(super) fn is_averaged(&self, name: &str) -> bool {
+        self.tensors.get(name).is_some_and(|held| is_averaged(held.dtype)) && !self.is_alpha(name)
+    }
+
     /// Whether a tensor is the scale of a low-rank adapter: a single number called `alpha`.
-    pub(super) fn is_alpha(&self, name: &str) -> bool {
-        let called = name.rsplit('.').next() == Some("alpha");
-        let single =
-            |(dtype, shape, _): &(Dtype, Vec<usize>, usize)| is_averaged(*dtype) && shape.iter().all(|&n| n == 1);
-        called && self.tensors.get(name).is_some_and(single)
+    fn is_alpha(&self, name: &str) -> bool {
+        let single = |held: &Held| is_averaged(held.dtype) && held.shape.iter().all(|&extent| extent == 1);
+        name.rsplit('.').next() == Some("alpha") && self.tensors.get(name).is_some_and(single)
     }
 
     fn elements(&self, name: &str) -> Result<Vec<u8>> {
         match self.tensors.get(name) {
-            Some((_, _, part)) => self.parts[*part].elements(name),
+            Some(held) => self.parts[held.part].elements(name),
             None => Ok(Vec::new()),
         }
     }
@@ -202,9 +221,9 @@ impl Model {
 
 impl Holder for Model {
     fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
-        let (dtype, _, part) = self.tensors.get(name)?;
-        match &self.parts[*part] {
-            Part::Mapped(file) => Some((*dtype, Elements::Host(file.bytes(file.tensors().get(name)?)))),
+        let held = self.tensors.get(name)?;
+        match &self.parts[held.part] {
+            Part::Mapped(file) => Some((held.dtype, Elements::Host(file.bytes(file.tensors().get(name)?)))),
             #[cfg(feature = "import")]
             Part::Torch(_) => None,
         }

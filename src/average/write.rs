@@ -126,8 +126,8 @@ fn pass(checkpoints: &Checkpoints, newest: &Model, jobs: &[Job<'_>], options: &W
 fn parts(pool: &Pool<'_>, model: &Model) -> Vec<Vec<usize>> {
     let mut parts = vec![Vec::new(); model.parts.len()];
     for (i, tensor) in pool.tensors.iter().enumerate() {
-        if let Some((_, _, part)) = model.tensors.get(&tensor.name) {
-            parts[*part].push(i);
+        if let Some(held) = model.tensors.get(&tensor.name) {
+            parts[held.part].push(i);
         }
     }
     parts
@@ -172,7 +172,8 @@ fn finish(dir: &Path, newest: &Model, total_size: usize, dtype: Option<Dtype>) -
     let Input { folder, index, parts, .. } = &newest.input;
     if let Some(index) = index {
         let files: Vec<String> = parts.iter().map(|path| safe_name(&name(path))).collect();
-        let map = newest.tensors.iter().map(|(name, (_, _, part))| (name.as_str(), files[*part].as_str())).collect();
+        let files = newest.tensors.values().map(|held| files[held.part].as_str());
+        let map = newest.tensors.keys().map(String::as_str).zip(files).collect();
         let stem = name(&index.path);
         let called = format!("{}{INDEX}", safe_name(stem.strip_suffix(INDEX).unwrap_or(&stem)));
         companions::write(&dir.join(called), &index.with(&map, total_size))?;

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::math::{Shape, Window};
-use crate::tensor::{Dtype, Tensor};
+use crate::tensor::{Dtype, Tensor, is_averaged};
 
 /// A model's tensors and their names.
 type Weights = Vec<(&'static str, Tensor)>;
