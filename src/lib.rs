@@ -29,6 +29,7 @@
 //! measures the machine, and `import`, which reads the checkpoints of other tools. A library needs none of them:
 //! `default-features = false`.
 
+mod average;
 #[cfg(feature = "report")]
 pub mod bench;
 #[doc(hidden)]
@@ -46,6 +47,7 @@ mod synthesis;
 mod tensor;
 mod tracker;
 
+pub use average::{CheckpointWeight, Checkpoints, Merge};
 pub use compute::cpu::Precision;
 #[cfg(feature = "cuda")]
 pub use compute::cuda::Fence;

@@ -36,9 +36,20 @@ fn load(path: &Path) -> Tensors {
 #[test]
 fn help_texts_are_as_recorded() {
     let bless = std::env::var_os("BLESS").is_some();
-    for command in
-        ["", "synthesize", "sweep", "plan", "inspect", "error", "profile", "verify", "import", "bench", "completions"]
-    {
+    for command in [
+        "",
+        "synthesize",
+        "sweep",
+        "plan",
+        "inspect",
+        "error",
+        "profile",
+        "verify",
+        "average",
+        "import",
+        "bench",
+        "completions",
+    ] {
         let arguments: Vec<&str> = [command, "--help"].into_iter().filter(|word| !word.is_empty()).collect();
         let text = stdout(&arguments);
         let name = if command.is_empty() { "posthoc-ema" } else { command };

@@ -37,8 +37,15 @@ fn assert_without(part: &str, words: &[&str]) {
 
 #[test]
 fn mathematics_files_and_arithmetic_do_not_use_each_other() {
-    let others =
-        ["crate::tracker", "crate::synthesis", "crate::bench", "crate::report", "crate::import", "crate::sweep"];
+    let others = [
+        "crate::tracker",
+        "crate::synthesis",
+        "crate::average",
+        "crate::sweep",
+        "crate::bench",
+        "crate::report",
+        "crate::import",
+    ];
     assert_without("math", &[&others[..], &["crate::snapshot", "crate::compute", "std::fs", "std::path"]].concat());
     assert_without("snapshot", &[&others[..], &["crate::math", "crate::compute"]].concat());
     assert_without("compute", &[&others[..], &["crate::math", "crate::snapshot"]].concat());
@@ -55,6 +62,7 @@ fn what_everything_shares_uses_nothing() {
                 "crate::compute",
                 "crate::tracker",
                 "crate::synthesis",
+                "crate::average",
                 "crate::bench",
                 "crate::import",
                 "crate::sweep",
@@ -65,8 +73,9 @@ fn what_everything_shares_uses_nothing() {
 
 #[test]
 fn synthesis_does_not_know_the_tracker() {
-    assert_without("synthesis", &["crate::tracker", "crate::bench", "crate::report", "crate::import", "crate::sweep"]);
-    assert_without("tracker", &["crate::bench", "crate::report", "crate::import", "crate::sweep"]);
+    let above = ["crate::average", "crate::sweep", "crate::bench", "crate::report", "crate::import"];
+    assert_without("synthesis", &[&above[..], &["crate::tracker"]].concat());
+    assert_without("tracker", &above);
 }
 
 #[test]
@@ -77,6 +86,11 @@ fn a_sweep_joins_synthesis_and_files_and_computes_nothing() {
 #[test]
 fn an_import_joins_files_and_chains_and_computes_nothing() {
     assert_without("import", &["crate::tracker", "crate::compute", "crate::bench", "crate::report"]);
+}
+
+#[test]
+fn averages_of_checkpoints_compute_nothing_and_need_no_run() {
+    assert_without("average", &["crate::tracker", "crate::compute", "crate::bench", "crate::report", "crate::cli"]);
 }
 
 #[test]
@@ -116,6 +130,7 @@ fn unsafe_code_is_in_compute_and_the_mapping_only() {
         "tracker",
         "synthesis",
         "sweep",
+        "average",
         "import",
         "bench",
         "report",

@@ -16,6 +16,7 @@ While training, and afterwards:
 
 from . import visualization
 from ._native import __version__
+from .averaging import Average, CheckpointWeight, average
 from .importing import Imported, import_run
 from .karras_ema import KarrasEMA
 from .posthoc_ema import PostHocEMA
@@ -23,7 +24,9 @@ from .profiles import Noise, Plan, Predicted, Profile, Retention, Target, Weight
 from .sweeping import Best, Swept, Trial
 
 __all__ = [
+    "Average",
     "Best",
+    "CheckpointWeight",
     "Imported",
     "KarrasEMA",
     "Noise",
@@ -37,6 +40,7 @@ __all__ = [
     "Trial",
     "Weight",
     "__version__",
+    "average",
     "import_run",
     "plan",
     "visualization",

@@ -618,7 +618,7 @@ class PostHocEMA:
         path = None
         if directory is not None and self._live(step) is None:
             path = directory / "best.safetensors"
-            self._run().write([trial.profile._json], step, [path], None, "cpu", None)
+            self._run().write([trial.profile._json], step, noise_text(noise), [path], None, "cpu", None)
         assert trial.score is not None
         return sweeping.Best(trial.profile, trial.score, state_dict, path)
 

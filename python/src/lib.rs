@@ -3,6 +3,7 @@
 //! Private to the package, whose modules know PyTorch and numpy: here a tensor is a name, a dtype, a shape, a device and
 //! an address. Profiles, options and plans travel as JSON, in the form that the library reads and writes anyway.
 
+mod average;
 mod errors;
 mod import;
 mod jobs;
@@ -33,6 +34,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<tracker::Originals>()?;
     module.add_class::<run::Run>()?;
     module.add_class::<sweep::Sweep>()?;
+    module.add_class::<average::Checkpoints>()?;
     module.add_function(wrap_pyfunction!(plans::cuda_devices, module)?)?;
     module.add_function(wrap_pyfunction!(tracker::saved_step, module)?)?;
     module.add_function(wrap_pyfunction!(plans::check_profile, module)?)?;

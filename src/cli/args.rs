@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use posthoc_ema::{Dtype, Noise};
 
 use super::list::{Count, Kept, Numbers, Windows};
-use super::{bench, error, import, inspect, plan, profile, sweep, synthesize, verify};
+use super::{average, bench, error, import, inspect, plan, profile, sweep, synthesize, verify};
 
 /// Averages of network weights of any length, chosen after training.
 ///
@@ -28,6 +28,7 @@ pub enum Command {
     Error(error::Arguments),
     Profile(profile::Arguments),
     Verify(verify::Arguments),
+    Average(average::Arguments),
     Import(import::Arguments),
     Bench(bench::Arguments),
     /// Print a completion script for a shell

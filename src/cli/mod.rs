@@ -2,6 +2,7 @@
 
 mod advise;
 mod args;
+mod average;
 mod bench;
 mod error;
 mod import;
@@ -69,6 +70,7 @@ fn dispatch(command: &Command) -> Outcome {
         Command::Error(arguments) => error::run(arguments),
         Command::Profile(arguments) => profile::run(arguments),
         Command::Verify(arguments) => verify::run(arguments),
+        Command::Average(arguments) => average::run(arguments),
         Command::Import(arguments) => import::run(arguments),
         Command::Bench(arguments) => bench::run(arguments),
         Command::Completions { shell } => {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use posthoc_ema::{At, Device, Dtype, Error, Output, Plan, Run, WriteOptions, cuda_devices, report};
+use posthoc_ema::{At, Device, Dtype, Error, Output, Plan, Profile, Run, WriteOptions, cuda_devices, report};
 use serde_json::json;
 
 use super::args::{DtypeName, Rounding, Targets};
@@ -83,7 +83,7 @@ fn table(plans: &[Plan], paths: &[PathBuf]) -> report::Table {
 }
 
 /// Where the choice was free in a program that has CUDA: why there was none.
-fn why_not_cuda(asked: Device) -> String {
+pub(super) fn why_not_cuda(asked: Device) -> String {
     let looked = cfg!(feature = "cuda") && asked == Device::Auto;
     cuda_devices().err().filter(|_| looked).map_or(String::new(), |why| format!(": {why}"))
 }
@@ -98,11 +98,16 @@ fn paths(arguments: &Arguments, plans: &[Plan]) -> Result<Vec<PathBuf>, Failure>
     Ok(plans.iter().enumerate().map(|(i, plan)| dir.join(file_name(i, plan))).collect())
 }
 
-/// `sigma_rel-0.15.step-20000.safetensors`: the target as its file's name; tables, which have no name, by their number.
+/// `sigma_rel-0.15.step-20000.safetensors`.
 fn file_name(i: usize, plan: &Plan) -> String {
-    let target = plan.profile.to_string().replace(' ', "-");
+    format!("{}.safetensors", target_name(i, &plan.profile, plan.at))
+}
+
+/// `sigma_rel-0.15.step-20000`: the target as a name; tables, which have no name, by their number.
+pub(super) fn target_name(i: usize, profile: &Profile, at: u64) -> String {
+    let target = profile.to_string().replace(' ', "-");
     let number = if target.starts_with("table") { format!("-{}", i + 1) } else { String::new() };
-    format!("{target}{number}.step-{}.safetensors", plan.at)
+    format!("{target}{number}.step-{at}")
 }
 
 /// Writes all files; returns the seconds and the device it took.

@@ -190,4 +190,4 @@ impl Import {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -10,15 +10,15 @@ use safetensors::Dtype;
 
 use super::Imported;
 use super::plan::{Plan, Source, Tensors, counted};
-use super::target::Target;
+use super::target::PREFIX;
 use crate::error::{Error, Result};
 use crate::snapshot::foreign::{self, Checkpoint, Number};
-use crate::snapshot::{Meta, SHARD_SIZE, TensorSpec, new_run_id, write_snapshot};
+use crate::snapshot::{AtomicFolder, Meta, SHARD_SIZE, TensorSpec, new_run_id, write_snapshot};
 use crate::synthesis::{Run, history_json, profile_json};
 
 /// Writes a run, or nothing.
 pub(super) fn write(plan: &Plan, dir: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<Imported> {
-    let target = Target::open(dir)?;
+    let target = AtomicFolder::create(dir, PREFIX)?;
     let dir = target.path();
     let (run, mut bytes) = (new_run_id(), 0);
     let mut statistics = Statistics::default();
@@ -29,7 +29,7 @@ pub(super) fn write(plan: &Plan, dir: &Path, progress: &(dyn Fn(u64) + Sync)) ->
     }
     // What a reader checks across the files is checked before anybody can take them for a run.
     Run::open(dir)?;
-    target.keep()?;
+    target.commit()?;
     let steps: BTreeSet<u64> = plan.sources.iter().map(|source| source.stem.step).collect();
     Ok(Imported {
         snapshots: plan.sources.len(),

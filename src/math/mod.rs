@@ -8,6 +8,7 @@
 //! | `t_k`, `delta_k` time of update `k`, and since the one before | `times`, `interval` | `history` |
 //! | `<a, b>` inner product of two averages | `gram` | `gram` |
 //! | `x` weights of the snapshots | [`Solution::weights`] | `solve` |
+//! | `x_i` weights of checkpoints where nothing was tracked | [`Resolution::weights`] | `resolution` |
 //!
 //! Karras et al. 2023, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696,
 //! section 3 and appendix C, is the source where an equation is numbered.
@@ -18,6 +19,7 @@ mod gram;
 pub mod history;
 pub(crate) mod noise;
 mod profile;
+mod resolution;
 mod retention;
 mod rounding;
 pub mod schedule;
@@ -30,6 +32,7 @@ pub use conversion::{
 pub use gram::power_function_gram;
 pub use history::History;
 pub use profile::{Family, Profile, Shape, Unit, Window};
+pub use resolution::Resolution;
 pub use retention::Retention;
 pub use rounding::relative_rounding;
 pub use schedule::Schedule;

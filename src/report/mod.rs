@@ -23,8 +23,8 @@ pub use profiles::{MAX_PANELS, ProfilePanel, Profiles, profiles};
 pub use rounding::Rounding;
 pub use sweep::{SweepCurve, SweepPoint, sweep_curve};
 pub use table::{
-    advice, errors, exact, length_name, lengths, measurements, number, plans, predicted, predicted_header, table,
-    weights,
+    advice, checkpoint_weights, errors, exact, length_name, lengths, measurements, merges, number, plans, predicted,
+    predicted_header, table, weights,
 };
 pub use timeline::{Timeline, TimelineRow, timeline};
 pub use trials::trials;

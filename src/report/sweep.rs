@@ -43,7 +43,8 @@ impl SweepCurve {
     pub fn of(sweep: &Sweep, title: String) -> SweepCurve {
         let family = |trial: &Trial| trial.profile.family().map(|(family, _)| family);
         let shown = sweep.best().or_else(|| sweep.trials().first()).and_then(family);
-        let mine: Vec<&Trial> = sweep.trials().iter().filter(|trial| shown.is_some() && family(trial) == shown).collect();
+        let mine: Vec<&Trial> =
+            sweep.trials().iter().filter(|trial| shown.is_some() && family(trial) == shown).collect();
         let point = |trial: &&Trial| SweepPoint {
             x: trial.profile.family().map_or(f64::NAN, |(_, length)| length),
             score: trial.score(),

@@ -3,6 +3,7 @@
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::axis;
+use crate::average::Merge;
 use crate::bench::Measurement;
 use crate::math::Profile;
 use crate::synthesis::{Advice, Plan};
@@ -101,6 +102,31 @@ pub fn weights(plan: &Plan) -> Table {
     let mut table = table(&["snapshot", "weight"]);
     for weight in &plan.weights {
         table.add_row([format!("{}.{}", weight.index, weight.step), format!("{:+.6e}", weight.weight)]);
+    }
+    table
+}
+
+/// What averages of checkpoints will be like.
+pub fn merges(merges: &[Merge]) -> Table {
+    let mut table = table(&["target", "at", "relative error", "late by steps", "checkpoints", "that count"]);
+    for merge in merges {
+        table.add_row([
+            merge.profile.to_string(),
+            merge.at.to_string(),
+            number(merge.relative_error),
+            number(merge.lag_steps),
+            merge.weights.len().to_string(),
+            number(merge.effective_checkpoints),
+        ]);
+    }
+    table
+}
+
+/// The weight of each checkpoint in one average.
+pub fn checkpoint_weights(merge: &Merge) -> Table {
+    let mut table = table(&["checkpoint", "step", "weight"]);
+    for weight in &merge.weights {
+        table.add_row([weight.path.display().to_string(), weight.step.to_string(), format!("{:.6e}", weight.weight)]);
     }
     table
 }

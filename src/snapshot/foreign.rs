@@ -3,7 +3,7 @@
 
 mod guard;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -51,20 +51,35 @@ impl Checkpoint {
     /// [`Error::Unexpected`] where it holds anything but tensors and plain values, or is no regular file, or is one that
     /// would grow beyond measure when it is read.
     pub fn open(path: &Path) -> Result<Checkpoint> {
-        let length = guard::check_file(path)?;
-        let reader = PytorchReader::new(path).map_err(|error| refused(path, error))?;
-        // Old archives are read into memory whole, and what else there is holds no tensors; none of the tools writes them.
-        if !matches!(reader.metadata().format_type, FileFormat::Zip | FileFormat::Legacy) {
-            return Err(Error::damaged(path, "no checkpoint that `torch.save` of PyTorch 1.0 or later writes"));
+        let (root, mut found) = parse(path)?;
+        Checkpoint::of(path, root, &mut found)
+    }
+
+    /// As [`Checkpoint::open`], of a file that a training may have written: where no tensor lies at its top, those of the dict
+    /// that holds the model are taken, and what lies beside it are the values.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and [`Error::Unexpected`] where there is no model, or more than one.
+    pub fn open_model(path: &Path) -> Result<Checkpoint> {
+        let (mut root, mut found) = parse(path)?;
+        if root.values().any(is_tensor) {
+            return Checkpoint::of(path, root, &mut found);
         }
-        let root = PytorchReader::read_pickle_data(path, None).map_err(|error| refused(path, error))?;
-        let PickleValue::Dict(root) = root else {
-            return Err(Error::damaged(path, "no dict of tensors"));
+        let key = model_key(path, &root)?;
+        let Some(PickleValue::Dict(model)) = root.remove(key) else {
+            return Err(Error::unexpected(path, format!("`{key}` is no dict of tensors")));
         };
-        let mut found = reader.into_tensors();
-        guard::check_tensors(path, length, &root, &found)?;
+        let mut own =
+            model.keys().filter_map(|name| Some((name.clone(), found.remove(&format!("{key}.{name}"))?))).collect();
+        let Checkpoint { tensors, .. } = Checkpoint::of(path, model, &mut own)?;
+        let Checkpoint { values, .. } = Checkpoint::of(path, root, &mut found)?;
+        Ok(Checkpoint { path: path.to_owned(), tensors, values })
+    }
+
+    /// Parts the entries of a dict into tensors and values.
+    fn of(path: &Path, dict: HashMap<String, PickleValue>, found: &mut HashMap<String, Tensor>) -> Result<Checkpoint> {
         let (mut tensors, mut values) = (BTreeMap::new(), BTreeMap::new());
-        for (name, value) in root {
+        for (name, value) in dict {
             match found.remove(&name) {
                 Some(tensor) => drop(tensors.insert(name, tensor)),
                 None => drop(values.insert(name.clone(), plain(path, &name, value)?)),
@@ -130,6 +145,47 @@ impl Checkpoint {
     fn tensor(&self, name: &str) -> Result<&Tensor> {
         self.tensors.get(name).ok_or_else(|| Error::unexpected(&self.path, format!("there is no tensor `{name}`")))
     }
+}
+
+/// The entries of a file, and its tensors by the names of the entries that lead to them, joined by dots.
+fn parse(path: &Path) -> Result<(HashMap<String, PickleValue>, HashMap<String, Tensor>)> {
+    let length = guard::check_file(path)?;
+    let reader = PytorchReader::new(path).map_err(|error| refused(path, error))?;
+    // Old archives are read into memory whole, and what else there is holds no tensors; none of the tools writes them.
+    if !matches!(reader.metadata().format_type, FileFormat::Zip | FileFormat::Legacy) {
+        return Err(Error::damaged(path, "no checkpoint that `torch.save` of PyTorch 1.0 or later writes"));
+    }
+    let root = PytorchReader::read_pickle_data(path, None).map_err(|error| refused(path, error))?;
+    let PickleValue::Dict(root) = root else {
+        return Err(Error::damaged(path, "no dict of tensors"));
+    };
+    let found = reader.into_tensors();
+    guard::check_tensors(path, length, &root, &found)?;
+    Ok((root, found))
+}
+
+/// Where trainings keep the model in their checkpoints.
+const MODELS: [&str; 4] = ["state_dict", "model_state_dict", "model", "module"];
+
+/// The entry that holds the model.
+fn model_key(path: &Path, root: &HashMap<String, PickleValue>) -> Result<&'static str> {
+    let holds = |key: &&&str| matches!(root.get(**key), Some(PickleValue::Dict(dict)) if dict.values().any(is_tensor));
+    match MODELS.iter().filter(holds).collect::<Vec<_>>().as_slice() {
+        [key] => Ok(key),
+        [] => {
+            let known = MODELS.join("`, `");
+            let why = format!("no tensors are at its top, nor in `{known}`: save the model's state dict alone");
+            Err(Error::unexpected(path, why))
+        }
+        [first, second, ..] => {
+            let why = format!("both `{first}` and `{second}` hold tensors: save the state dict of the model alone");
+            Err(Error::unexpected(path, why))
+        }
+    }
+}
+
+fn is_tensor(value: &PickleValue) -> bool {
+    matches!(value, PickleValue::Unsupported(kind) if kind == TENSOR)
 }
 
 /// Why a file was not read.

@@ -165,7 +165,14 @@ mod tests {
     use crate::sweep::{Figures, Outcome};
 
     fn question() -> Question {
-        Question { run: "a1".into(), at: 500, evaluation: "eval {}".into(), goal: Goal::Minimize, dtype: None, noise: "off".into() }
+        Question {
+            run: "a1".into(),
+            at: 500,
+            evaluation: "eval {}".into(),
+            goal: Goal::Minimize,
+            dtype: None,
+            noise: "off".into(),
+        }
     }
 
     fn sweep() -> Sweep {

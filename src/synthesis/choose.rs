@@ -39,6 +39,14 @@ impl Chosen {
     }
 }
 
+/// Checks that a device can be used, before any file is made, and returns it; the CPU where the choice is free.
+///
+/// # Errors
+/// As [`WriteOptions::device`](super::WriteOptions::device) asks for one that this build or this machine lacks.
+pub(crate) fn check_device(device: Device) -> Result<Device> {
+    Chosen::asked(device).map(|chosen| chosen.device())
+}
+
 /// The number of CUDA devices that can be used.
 ///
 /// # Errors

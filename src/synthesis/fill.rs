@@ -35,19 +35,42 @@ impl Pool<'_> {
             let lent = format!("there are {} targets, and memory for {}", plans.len(), outputs.len());
             return Err(Error::Nothing(lent));
         }
-        let mut targets = outputs.into_iter().map(|views| self.target(views)).collect::<Result<Vec<_>>>()?;
+        let mut targets = self.targets(outputs)?;
         let device = Chosen::asked(self.device(Device::Cpu))?;
         let each = if matches!(device, Chosen::Cpu) { MAX_TARGETS } else { 1 };
         for (plans, targets) in plans.chunks(each).zip(targets.chunks_mut(each)) {
-            let selection = self.select(plans)?;
-            self.copy_into(&selection, targets)?;
-            match &device {
-                Chosen::Cpu => self.fill(&selection, targets, progress)?,
-                #[cfg(feature = "cuda")]
-                Chosen::Cuda(device) => self.fill_by(device, &selection, &mut targets[0], progress)?,
-            }
+            self.fill_targets(&device, &self.select(plans)?, targets, progress)?;
         }
         Ok(())
+    }
+
+    /// Blends each target of a selection, all of host memory, into its list of views.
+    pub(crate) fn load_selection_into(
+        &self,
+        selection: &Selection<'_>,
+        outputs: Vec<Vec<TensorViewMut<'_>>>,
+        progress: Progress<'_>,
+    ) -> Result<()> {
+        self.fill_targets(&Chosen::Cpu, selection, &mut self.targets(outputs)?, progress)
+    }
+
+    fn fill_targets(
+        &self,
+        device: &Chosen,
+        selection: &Selection<'_>,
+        targets: &mut [Target<'_>],
+        progress: Progress<'_>,
+    ) -> Result<()> {
+        self.copy_into(selection, targets)?;
+        match device {
+            Chosen::Cpu => self.fill(selection, targets, progress),
+            #[cfg(feature = "cuda")]
+            Chosen::Cuda(device) => self.fill_by(device, selection, &mut targets[0], progress),
+        }
+    }
+
+    fn targets<'v>(&self, outputs: Vec<Vec<TensorViewMut<'v>>>) -> Result<Vec<Target<'v>>> {
+        outputs.into_iter().map(|views| self.target(views)).collect()
     }
 
     /// Checks the views of one target.

@@ -4,6 +4,7 @@ mod advise;
 mod blend;
 mod choose;
 mod density;
+mod files;
 mod fill;
 mod forecast;
 mod noise;
@@ -28,8 +29,11 @@ pub use plan::{At, Plan, Weight};
 pub use run::Run;
 pub use swap::{Originals, SwappedIn};
 
+pub(crate) use choose::check_device;
+pub(crate) use files::{Head, Shards};
+pub(crate) use output::{MAX_TARGETS, check_distinct};
 pub(crate) use plan::solve;
-pub(crate) use pool::{Elements, Holder, Pool, PoolTensor, Source};
+pub(crate) use pool::{Elements, Holder, Pool, PoolTensor, Selection, Source};
 #[cfg(feature = "import")]
 pub(crate) use stored::history_json;
 pub(crate) use stored::profile_json;

@@ -1,24 +1,25 @@
 //! Where blends go: files, memory, a live model.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::blend::TensorBlend;
 use super::choose::{Chosen, choose};
+use super::files::{Files, Head, Shards};
 use super::plan::Plan;
 use super::pool::{Pool, PoolTensor, Selection};
 use super::stored::profile_json;
 use super::streaming::Streaming;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::snapshot::{AtomicFile, FileLayout, Meta, PROFILE, STEP, TensorSpec};
+use crate::snapshot::{Meta, PROFILE, STEP};
 use crate::tensor::{Memory, ParametersMut, Tensor, TensorViewMut, Tensors, byte_size, is_averaged};
 
 /// Targets of one pass: more would exceed the memory promised, and the files that a process may have open.
-pub(super) const MAX_TARGETS: usize = 256;
+pub(crate) const MAX_TARGETS: usize = 256;
 
 /// A plan and the file that its result goes to.
 #[derive(Clone, Copy, Debug)]
@@ -41,14 +42,31 @@ pub struct WriteOptions<'a> {
     pub progress: Option<&'a (dyn Fn(u64) + Sync)>,
 }
 
+impl WriteOptions<'_> {
+    /// Checks that averages can be of the dtype.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.dtype.filter(|&dtype| !is_averaged(dtype)) {
+            Some(dtype) => {
+                let reason = format!("{dtype} is no dtype for averages: choose f32, bf16, f16 or f64");
+                Err(Error::Setting { option: "dtype", reason })
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 impl Pool<'_> {
     /// Blends a plan into memory of its own.
     pub(crate) fn load(&self, plan: &Plan) -> Result<Tensors> {
-        let selection = self.select(&[plan])?;
+        self.load_selection(&self.select(&[plan])?)
+    }
+
+    /// Blends the only target of a selection into memory of its own.
+    pub(crate) fn load_selection(&self, selection: &Selection<'_>) -> Result<Tensors> {
         let mut tensors = match Chosen::asked(self.device(Device::Cpu))? {
-            Chosen::Cpu => self.load_cpu(&selection)?,
+            Chosen::Cpu => self.load_cpu(selection)?,
             #[cfg(feature = "cuda")]
-            Chosen::Cuda(device) => self.load_on(&device, &selection)?,
+            Chosen::Cuda(device) => self.load_on(&device, selection)?,
         };
         for (dropped, kept) in &self.tied {
             if let Some(tensor) = tensors.get(kept).cloned() {
@@ -169,51 +187,51 @@ impl Pool<'_> {
 
     /// Blends several plans into files in one pass over the sources, and tells where.
     pub(crate) fn write(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<Device> {
-        check_distinct(outputs)?;
-        if let Some(dtype) = options.dtype.filter(|&dtype| !is_averaged(dtype)) {
-            let reason = format!("{dtype} is no dtype for averages: choose f32, bf16, f16 or f64");
-            return Err(Error::Setting { option: "dtype", reason });
-        }
+        check_distinct(outputs.iter().map(|output| output.path))?;
+        options.check()?;
         if outputs.is_empty() {
             return Err(Error::Nothing("no target was given".into()));
         }
+        let shards = Shards::single(self, options.dtype)?;
         // Before any file is made.
         let mut device = Chosen::asked(options.device)?.device();
         for outputs in outputs.chunks(MAX_TARGETS) {
-            device = self.write_pass(outputs, options)?;
+            let plans: Vec<&Plan> = outputs.iter().map(|output| output.plan).collect();
+            let head =
+                |output: &Output<'_>| vec![Head { path: output.path.to_owned(), metadata: self.metadata(output.plan) }];
+            let heads: Vec<Vec<Head>> = outputs.iter().map(head).collect();
+            device = self.write_files(&self.select(&plans)?, &shards, &heads, options)?;
         }
         Ok(device)
     }
 
-    fn write_pass(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<Device> {
-        let plans: Vec<&Plan> = outputs.iter().map(|output| output.plan).collect();
-        let selection = self.select(&plans)?;
-        let layout = FileLayout::new(self.tensors.iter().map(|tensor| spec(tensor, options.dtype)).collect())?;
-        let mut files = Vec::with_capacity(outputs.len());
-        for output in outputs {
-            let file = AtomicFile::create(output.path)?;
-            let header = layout.header(&self.metadata(output.plan))?;
-            file.write_at(0, &header)?;
-            files.push((file, header.len() as u64));
-        }
-        self.copy(&selection, &layout, &files)?;
-        let streaming = Streaming::new(self, &selection, &layout, &files, options)?;
+    /// Blends the targets of a selection in one pass, each into the files that its heads name, and tells where.
+    pub(crate) fn write_files(
+        &self,
+        selection: &Selection<'_>,
+        shards: &Shards,
+        heads: &[Vec<Head>],
+        options: &WriteOptions<'_>,
+    ) -> Result<Device> {
+        let files = heads.iter().map(|heads| shards.create(heads)).collect::<Result<Vec<_>>>()?;
+        self.copy(selection, shards, &files)?;
+        let streaming = Streaming::new(self, selection, shards, &files, options)?;
         let chosen = choose(&streaming, self.device(options.device))?;
         match &chosen {
             Chosen::Cpu => streaming.run()?,
             #[cfg(feature = "cuda")]
             Chosen::Cuda(device) => streaming.run_on(device)?,
         }
-        files.into_iter().try_for_each(|(file, _)| file.commit())?;
+        files.into_iter().try_for_each(Files::commit)?;
         Ok(chosen.device())
     }
 
     /// Copies the tensors that are not averaged.
-    fn copy(&self, selection: &Selection<'_>, layout: &FileLayout, files: &[(AtomicFile, u64)]) -> Result<()> {
-        for place in layout.places().iter().filter(|place| !self.tensors[place.index].averaged) {
-            for (target, (file, data)) in files.iter().enumerate() {
-                let bytes = copied(selection, target, &self.tensors[place.index])?;
-                file.write_block_at(data + place.range.start as u64, bytes)?;
+    fn copy(&self, selection: &Selection<'_>, shards: &Shards, files: &[Files]) -> Result<()> {
+        for spot in shards.spots().filter(|spot| !self.tensors[spot.tensor].averaged) {
+            for (target, files) in files.iter().enumerate() {
+                let bytes = copied(selection, target, &self.tensors[spot.tensor])?;
+                files.write_block_at(spot.file, spot.range.start, bytes)?;
             }
         }
         Ok(())
@@ -225,12 +243,6 @@ impl Pool<'_> {
         strings.insert(STEP.into(), plan.at.to_string());
         strings
     }
-}
-
-/// What a tensor becomes in a file: averaged ones in the dtype asked for, copies as they are.
-fn spec(tensor: &PoolTensor, dtype: Option<Dtype>) -> TensorSpec {
-    let dtype = if tensor.averaged { dtype.unwrap_or(tensor.dtype) } else { tensor.dtype };
-    TensorSpec { name: tensor.name.clone(), dtype, shape: tensor.shape.clone() }
 }
 
 /// The newest elements of a tensor that is copied.
@@ -249,12 +261,13 @@ fn check_target(tensor: &PoolTensor, dtype: Dtype, shape: &[usize]) -> Result<()
     Ok(())
 }
 
-fn check_distinct(outputs: &[Output<'_>]) -> Result<()> {
-    let mut paths: Vec<PathBuf> = outputs.iter().map(|output| output.path.to_owned()).collect();
+/// Checks that each target has a file or folder of its own.
+pub(crate) fn check_distinct<'p>(paths: impl Iterator<Item = &'p Path>) -> Result<()> {
+    let mut paths: Vec<&Path> = paths.collect();
     paths.sort_unstable();
     match paths.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => {
-            Err(Error::unexpected(&pair[0], "two targets are to be written to this one file: name them apart"))
+            Err(Error::unexpected(pair[0], "two targets are to be written to this one file: name them apart"))
         }
         None => Ok(()),
     }

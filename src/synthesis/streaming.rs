@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::blend::TensorBlend;
+use super::files::{Files, Shards};
 #[cfg(feature = "cuda")]
 use super::on_device;
 use super::output::WriteOptions;
@@ -14,7 +15,6 @@ use super::pool::{Pool, Selection};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda;
 use crate::error::Result;
-use crate::snapshot::{AtomicFile, FileLayout};
 
 /// Bytes of results that all threads together hold at a time, on machines of up to a hundred threads or so.
 const BUFFERED: usize = 64 << 20;
@@ -28,24 +28,26 @@ pub(super) struct Streaming<'a> {
     tensors: Vec<Placed<'a>>,
     /// The elements before each tensor, and at last those of all.
     before: Vec<usize>,
-    /// Each target's file and where its data section begins.
-    files: &'a [(AtomicFile, u64)],
+    /// Those of each target.
+    files: &'a [Files],
     options: &'a WriteOptions<'a>,
 }
 
-/// An averaged tensor, ready to be blended, and its place in the data section.
+/// An averaged tensor, ready to be blended, and its place in the data section of a file.
 struct Placed<'a> {
     blend: TensorBlend<'a>,
+    file: usize,
     offset: usize,
     /// The size of an element of the result.
     size: usize,
 }
 
-/// A stretch of one tensor, as bytes of a block's buffer and of the data section.
+/// A stretch of one tensor, as bytes of a block's buffer and of the data section of a file.
 struct Stretch {
     tensor: usize,
     elements: Range<usize>,
     buffer: Range<usize>,
+    file: usize,
     offset: usize,
 }
 
@@ -53,17 +55,16 @@ impl<'a> Streaming<'a> {
     pub(super) fn new(
         pool: &'a Pool<'a>,
         selection: &'a Selection<'a>,
-        layout: &'a FileLayout,
-        files: &'a [(AtomicFile, u64)],
+        shards: &Shards,
+        files: &'a [Files],
         options: &'a WriteOptions<'a>,
     ) -> Result<Self> {
         let (mut tensors, mut before) = (Vec::new(), vec![0]);
-        for place in layout.places().iter().filter(|place| pool.tensors[place.index].averaged) {
-            let dtype = layout.specs()[place.index].dtype;
-            let size = dtype.bitsize() / 8;
-            let blend = TensorBlend::new(selection, &pool.tensors[place.index], dtype)?;
-            before.push(before[tensors.len()] + place.range.len() / size);
-            tensors.push(Placed { blend, offset: place.range.start, size });
+        for spot in shards.spots().filter(|spot| pool.tensors[spot.tensor].averaged) {
+            let size = spot.dtype.bitsize() / 8;
+            let blend = TensorBlend::new(selection, &pool.tensors[spot.tensor], spot.dtype)?;
+            before.push(before[tensors.len()] + spot.range.len() / size);
+            tensors.push(Placed { blend, file: spot.file, offset: spot.range.start, size });
         }
         Ok(Streaming { tensors, before, files, options })
     }
@@ -89,7 +90,7 @@ impl<'a> Streaming<'a> {
         let first = self.before.partition_point(|&before| before <= elements.start) - 1;
         let (mut stretches, mut filled) = (Vec::new(), 0);
         for tensor in first..self.tensors.len() {
-            let Placed { offset, size, .. } = self.tensors[tensor];
+            let Placed { file, offset, size, .. } = self.tensors[tensor];
             let own = self.before[tensor]..self.before[tensor + 1];
             let (start, end) = (own.start.max(elements.start), own.end.min(elements.end));
             if own.start >= elements.end {
@@ -101,6 +102,7 @@ impl<'a> Streaming<'a> {
                     tensor,
                     elements: start - own.start..end - own.start,
                     buffer: filled..filled + bytes,
+                    file,
                     offset: offset + (start - own.start) * size,
                 });
                 filled += bytes;
@@ -131,12 +133,12 @@ impl<'a> Streaming<'a> {
 
     /// Writes the results of each target at their places.
     fn write(&self, stretches: &[Stretch], results: &[&[u8]]) -> Result<()> {
-        // Stretches that lie side by side in the file, as they all but always do, are written together.
-        let adjacent = |a: &Stretch, b: &Stretch| a.offset + a.buffer.len() == b.offset;
+        // Stretches that lie side by side in a file, as they all but always do, are written together.
+        let adjacent = |a: &Stretch, b: &Stretch| a.file == b.file && a.offset + a.buffer.len() == b.offset;
         for group in stretches.chunk_by(adjacent) {
             let bytes = group[0].buffer.start..group[group.len() - 1].buffer.end;
-            results.par_iter().zip(self.files).try_for_each(|(results, (file, data))| {
-                file.write_at(data + group[0].offset as u64, &results[bytes.clone()])
+            results.par_iter().zip(self.files).try_for_each(|(results, files)| {
+                files.write_at(group[0].file, group[0].offset, &results[bytes.clone()])
             })?;
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! Checkpoints that the tools themselves wrote (`tests/data/foreign/make.py`), and some that nobody should write.
 
-mod pt;
+pub(crate) mod pt;
 mod refused;
 
 use std::fs;

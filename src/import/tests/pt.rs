@@ -60,6 +60,12 @@ impl Pt {
         pt.entry(outer, &[b"}(", &inner[..], b"u"].concat())
     }
 
+    /// The same entries in a dict of that name.
+    pub fn within(mut self, outer: &str) -> Pt {
+        let inner = std::mem::take(&mut self.entries);
+        self.entry(outer, &[b"}(", &inner[..], b"u"].concat())
+    }
+
     /// Adds any pickled value.
     pub fn entry(mut self, name: &str, value: &[u8]) -> Pt {
         self.entries.extend([text(name), value.to_vec()].concat());

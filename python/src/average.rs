@@ -1,0 +1,102 @@
+//! Checkpoints of a training in which nothing was tracked.
+
+use std::path::{Path, PathBuf};
+
+use posthoc_ema::{Device, Merge, WriteOptions};
+use pyo3::prelude::*;
+
+use crate::errors::{argument, to_python};
+use crate::jobs;
+use crate::lend::{Layout, Lent};
+use crate::plans::{at, profiles};
+use crate::process;
+use crate::tracker::{describe, some_dtype};
+
+/// Checkpoints, opened and checked against each other.
+#[pyclass(frozen, module = "posthoc_ema._native")]
+pub struct Checkpoints(posthoc_ema::Checkpoints);
+
+impl Checkpoints {
+    fn merges(&self, py: Python<'_>, targets: &[String], step: Option<u64>) -> PyResult<Vec<Merge>> {
+        process::check()?;
+        let targets = profiles(targets)?;
+        py.detach(|| self.0.plans(&targets, at(step))).map_err(to_python)
+    }
+}
+
+#[pymethods]
+impl Checkpoints {
+    /// Opens and checks checkpoints.
+    #[new]
+    fn new(py: Python<'_>, paths: Vec<PathBuf>, steps: Option<Vec<u64>>) -> PyResult<Checkpoints> {
+        process::check()?;
+        py.detach(|| posthoc_ema::Checkpoints::open(&paths, steps.as_deref())).map(Checkpoints).map_err(to_python)
+    }
+
+    /// Name, dtype and shape of the tensors of an average.
+    fn tensors(&self) -> Vec<(String, String, Vec<usize>)> {
+        describe(self.0.tensors())
+    }
+
+    /// The names of those that are averaged.
+    fn averaged(&self) -> Vec<String> {
+        self.0.averaged()
+    }
+
+    /// The weights of targets and what they cost, as JSON, and a warning where there is one.
+    fn plans(
+        &self,
+        py: Python<'_>,
+        targets: Vec<String>,
+        step: Option<u64>,
+    ) -> PyResult<(String, Vec<Option<String>>)> {
+        let merges = self.merges(py, &targets, step)?;
+        Ok((serde_json::to_string(&merges).map_err(argument)?, merges.iter().map(Merge::warning).collect()))
+    }
+
+    /// The bytes of checkpoints that are read for targets.
+    fn bytes_to_read(&self, py: Python<'_>, targets: Vec<String>, step: Option<u64>) -> PyResult<u64> {
+        Ok(self.0.bytes_to_read(&self.merges(py, &targets, step)?))
+    }
+
+    /// Blends targets into fresh memory, one list of addresses for each, in one pass.
+    fn load_into(
+        &self,
+        py: Python<'_>,
+        targets: Vec<String>,
+        step: Option<u64>,
+        layout: &Layout,
+        addresses: Vec<Vec<u64>>,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let merges = self.merges(py, &targets, step)?;
+        let mut lent = addresses.into_iter().map(|list| Lent::new(layout, list, 0)).collect::<PyResult<Vec<_>>>()?;
+        let views = Lent::fresh(&mut lent)?;
+        jobs::run(py, progress, |progress| self.0.load_into(&merges, views, progress).map_err(to_python))
+    }
+
+    /// Writes each target to a file or folder, in one pass; returns the device that blended them.
+    #[expect(clippy::too_many_arguments, reason = "called by name, by the package only")]
+    fn write(
+        &self,
+        py: Python<'_>,
+        targets: Vec<String>,
+        step: Option<u64>,
+        paths: Vec<PathBuf>,
+        dtype: Option<&str>,
+        device: &str,
+        progress: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<String> {
+        let merges = self.merges(py, &targets, step)?;
+        if merges.len() != paths.len() {
+            return Err(argument(format!("{} targets, and {} paths", merges.len(), paths.len())));
+        }
+        let outputs: Vec<(&Merge, &Path)> = merges.iter().zip(paths.iter().map(PathBuf::as_path)).collect();
+        let dtype = some_dtype(dtype)?;
+        let device: Device = device.parse().map_err(argument)?;
+        let write = |progress: jobs::Progress<'_>| {
+            self.0.write(&outputs, &WriteOptions { dtype, device, progress }).map_err(to_python)
+        };
+        Ok(jobs::run(py, progress, write)?.to_string())
+    }
+}

@@ -1,0 +1,243 @@
+//! A checkpoint, opened: its tensors, wherever they lie in its files.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::Dtype;
+
+use super::find::{Input, is_pytorch};
+use super::steps;
+use crate::error::{Error, Result};
+#[cfg(feature = "import")]
+use crate::snapshot::foreign::{Checkpoint, Value};
+use crate::snapshot::{StoredFile, TensorSpec};
+use crate::synthesis::{Elements, Holder};
+use crate::tensor::is_averaged;
+
+/// One file of a checkpoint.
+#[derive(Debug)]
+pub(super) enum Part {
+    /// Mapped, to be blended from.
+    Mapped(StoredFile),
+    /// A file of PyTorch's, whose elements cannot be mapped.
+    #[cfg(feature = "import")]
+    Torch(Checkpoint),
+}
+
+/// A tensor of a checkpoint.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// The index of the part that holds it.
+    pub part: usize,
+}
+
+/// A checkpoint.
+#[derive(Debug)]
+pub(super) struct Model {
+    pub input: Input,
+    pub parts: Vec<Part>,
+    /// By name.
+    pub tensors: BTreeMap<String, Held>,
+}
+
+impl Held {
+    /// The bytes of its elements, which a file or the reader of one has found to be there.
+    pub(super) fn bytes(&self) -> u64 {
+        (self.dtype.bitsize() * self.shape.iter().product::<usize>() / 8) as u64
+    }
+}
+
+impl Part {
+    fn open(path: &Path) -> Result<Part> {
+        if !is_pytorch(path) {
+            let file = StoredFile::open(path)?;
+            if file.metadata().contains_key("history") && file.metadata().contains_key("posthoc_ema") {
+                let why = "this is a snapshot of a run, an average itself: use `synthesize` on its directory";
+                return Err(Error::unexpected(path, why));
+            }
+            return Ok(Part::Mapped(file));
+        }
+        #[cfg(feature = "import")]
+        return Checkpoint::open_model(path).map(Part::Torch);
+        #[cfg(not(feature = "import"))]
+        Err(Error::unexpected(path, "a file of PyTorch, which a build without the feature `import` cannot read"))
+    }
+
+    fn specs(&self) -> Result<Vec<TensorSpec>> {
+        match self {
+            Part::Mapped(file) => {
+                let spec = |(name, tensor): (&String, &crate::snapshot::StoredTensor)| TensorSpec {
+                    name: name.clone(),
+                    dtype: tensor.dtype,
+                    shape: tensor.shape.clone(),
+                };
+                Ok(file.tensors().iter().map(spec).collect())
+            }
+            #[cfg(feature = "import")]
+            Part::Torch(file) => file.names().map(|name| file.spec(name)).collect(),
+        }
+    }
+
+    /// The strings of `__metadata__`.
+    pub(super) fn metadata(&self) -> BTreeMap<String, String> {
+        match self {
+            Part::Mapped(file) => file.metadata().clone(),
+            #[cfg(feature = "import")]
+            Part::Torch(_) => BTreeMap::new(),
+        }
+    }
+
+    fn number(&self, key: &str) -> Option<u64> {
+        match self {
+            Part::Mapped(file) => file.metadata().get(key).and_then(|text| steps::parse(text)),
+            #[cfg(feature = "import")]
+            Part::Torch(file) => match file.values().get(key)? {
+                Value::Int(value) => (*value).try_into().ok(),
+                _ => None,
+            },
+        }
+    }
+
+    /// The elements of a tensor, read where they are not mapped.
+    fn elements(&self, name: &str) -> Result<Vec<u8>> {
+        match self {
+            Part::Mapped(file) => {
+                Ok(file.tensors().get(name).map(|tensor| file.bytes(tensor).to_vec()).unwrap_or_default())
+            }
+            #[cfg(feature = "import")]
+            Part::Torch(file) => file.read(name),
+        }
+    }
+}
+
+impl Model {
+    /// Opens all files and checks them against each other.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Damaged`], and [`Error::Unexpected`] for what is no checkpoint of a model.
+    pub(super) fn open(input: Input) -> Result<Model> {
+        let parts: Vec<Part> = input.parts.iter().map(|path| Part::open(path)).collect::<Result<_>>()?;
+        let mut tensors = BTreeMap::new();
+        for (i, part) in parts.iter().enumerate() {
+            for TensorSpec { name, dtype, shape } in part.specs()? {
+                check_dtype(&input.parts[i], &name, dtype)?;
+                if tensors.insert(name.clone(), Held { dtype, shape, part: i }).is_some() {
+                    let why = format!("tensor `{name}` is in another shard too");
+                    return Err(Error::damaged(&input.parts[i], why));
+                }
+            }
+        }
+        let model = Model { input, parts, tensors };
+        model.check_index()?;
+        match model.tensors.is_empty() {
+            true => Err(Error::unexpected(&model.input.path, "it holds no tensor: leave it out")),
+            false => Ok(model),
+        }
+    }
+
+    fn check_index(&self) -> Result<()> {
+        let Some(index) = &self.input.index else { return Ok(()) };
+        for (name, file) in &index.weight_map {
+            let holds = |held: &Held| self.input.parts[held.part].ends_with(file);
+            if !self.tensors.get(name).is_some_and(holds) {
+                return Err(Error::damaged(&index.path, format!("tensor `{name}` is not in `{file}`, as it says")));
+            }
+        }
+        Ok(())
+    }
+
+    /// A number that all parts agree on, or that one has and the others lack.
+    pub(super) fn number(&self, key: &str) -> Option<u64> {
+        let mut told = self.parts.iter().filter_map(|part| part.number(key));
+        let first = told.next()?;
+        told.all(|other| other == first).then_some(first)
+    }
+
+    /// Checks that the other checkpoint is of the same model, and has the same scales of adapters.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for other names, shapes or dtypes, [`Error::Unexpected`] for another `alpha`.
+    pub(super) fn check_sibling(&self, other: &Model) -> Result<()> {
+        let differs = |reason: String| {
+            let (path, other) = (self.input.path.clone(), other.input.path.clone());
+            Err(Error::Mismatch { path, other, reason })
+        };
+        for (name, own) in &self.tensors {
+            let Some(its) = other.tensors.get(name) else {
+                return differs(format!("a tensor `{name}` more is stored"));
+            };
+            if own.shape != its.shape {
+                return differs(format!("tensor `{name}` has another shape ({:?}, not {:?})", own.shape, its.shape));
+            }
+            if own.dtype != its.dtype {
+                return differs(format!("tensor `{name}` has another dtype ({}, not {})", own.dtype, its.dtype));
+            }
+        }
+        if let Some(name) = other.tensors.keys().find(|name| !self.tensors.contains_key(*name)) {
+            return differs(format!("a tensor `{name}` less is stored"));
+        }
+        self.check_alphas(other)
+    }
+
+    fn check_alphas(&self, other: &Model) -> Result<()> {
+        for name in self.tensors.keys().filter(|name| self.is_alpha(name)) {
+            if self.elements(name)? != other.elements(name)? {
+                let why = format!(
+                    "`{name}`, the scale of a low-rank adapter, is another than in {}: adapters of different scales cannot be \
+                     averaged factor by factor; leave one of the two out",
+                    other.input.path.display()
+                );
+                return Err(Error::unexpected(&self.input.path, why));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a tensor is averaged: all of floating point but the scales of low-rank adapters.
+    pub(super) fn is_averaged(&self, name: &str) -> bool {
+        self.tensors.get(name).is_some_and(|held| is_averaged(held.dtype)) && !self.is_alpha(name)
+    }
+
+    /// Whether a tensor is the scale of a low-rank adapter: a single number called `alpha`.
+    fn is_alpha(&self, name: &str) -> bool {
+        let single = |held: &Held| is_averaged(held.dtype) && held.shape.iter().all(|&extent| extent == 1);
+        name.rsplit('.').next() == Some("alpha") && self.tensors.get(name).is_some_and(single)
+    }
+
+    fn elements(&self, name: &str) -> Result<Vec<u8>> {
+        match self.tensors.get(name) {
+            Some(held) => self.parts[held.part].elements(name),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Whether everything is mapped.
+    pub(super) fn is_mapped(&self) -> bool {
+        self.parts.iter().all(|part| matches!(part, Part::Mapped(_)))
+    }
+}
+
+impl Holder for Model {
+    fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
+        let held = self.tensors.get(name)?;
+        match &self.parts[held.part] {
+            Part::Mapped(file) => Some((held.dtype, Elements::Host(file.bytes(file.tensors().get(name)?)))),
+            #[cfg(feature = "import")]
+            Part::Torch(_) => None,
+        }
+    }
+}
+
+/// Floating-point dtypes that are too coarse for averages would otherwise be copied as if they were integers.
+fn check_dtype(path: &Path, name: &str, dtype: Dtype) -> Result<()> {
+    let text = dtype.to_string();
+    if is_averaged(dtype) || !text.starts_with(['F', 'C']) {
+        return Ok(());
+    }
+    let why = format!(
+        "tensor `{name}` is of {dtype}, which cannot be averaged: average f32, f16, bf16 or f64 and convert it then"
+    );
+    Err(Error::unexpected(path, why))
+}

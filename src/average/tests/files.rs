@@ -1,0 +1,217 @@
+//! Folders, shards and files of PyTorch.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::import::tests::pt::Pt;
+
+/// A checkpoint as a trainer of Hugging Face leaves it: two shards, their index, and all the rest.
+fn folder(dir: &Path, step: u64) {
+    fs::create_dir_all(dir).unwrap();
+    let tensors = model(step);
+    let mut map = BTreeMap::new();
+    for (i, part) in [&tensors[..3], &tensors[3..]].into_iter().enumerate() {
+        let name = format!("model-{:05}-of-00002.safetensors", i + 1);
+        save(&dir.join(&name), part, &[("format", "pt"), ("part", &i.to_string())]);
+        map.extend(part.iter().map(|(tensor, _)| (*tensor, name.clone())));
+    }
+    let index = json!({"metadata": {"total_size": 1, "total_parameters": 7}, "weight_map": map});
+    fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    let config = json!({"model_type": "llama", "torch_dtype": "float32", "vocab_size": step});
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    for name in ["tokenizer.json", "merges.txt", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"] {
+        fs::write(dir.join(name), format!("{name} {step}")).unwrap();
+    }
+    fs::write(dir.join("trainer_state.json"), json!({"global_step": step}).to_string()).unwrap();
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn plain_mean() -> Profile {
+    Profile::uniform(Window::Fraction(1.0)).unwrap()
+}
+
+/// The same checkpoints in single files, averaged.
+fn reference(merge: &Merge) -> Tensors {
+    let (_temp, paths) = series();
+    let checkpoints = Checkpoints::open(&paths, None).unwrap();
+    checkpoints.load(&checkpoints.plan(merge.profile.clone(), At::Step(merge.at)).unwrap()).unwrap()
+}
+
+#[test]
+fn folders_in_shards_become_a_folder_in_shards() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = temp.path().join("run");
+    STEPS.iter().for_each(|step| folder(&run.join(format!("checkpoint-{step}")), *step));
+    fs::create_dir(run.join("logs")).unwrap();
+    fs::write(run.join("logs/events"), "").unwrap();
+    let checkpoints = Checkpoints::open(&[&run], None).unwrap();
+    assert_eq!(checkpoints.steps(), STEPS);
+    assert!(checkpoints.are_folders());
+    for (at, newest) in [(At::Latest, 340), (At::Step(310), 300)] {
+        let merge = checkpoints.plan(Profile::sigma_rel(0.2).unwrap(), at).unwrap();
+        let out = temp.path().join(format!("deep/average-{newest}"));
+        checkpoints.write(&[(&merge, &out)], &WriteOptions::default()).unwrap();
+        let shards = [1, 2].map(|i| format!("model-0000{i}-of-00002.safetensors"));
+        let small = ["config.json", "merges.txt"];
+        let rest = ["model.safetensors.index.json", "tokenizer.json"];
+        let expected = [&small[..], &shards.each_ref().map(String::as_str), &rest].concat();
+        assert_eq!(names(&out), expected);
+        assert_eq!(fs::read_to_string(out.join("merges.txt")).unwrap(), format!("merges.txt {newest}"));
+        let config: Value = serde_json::from_slice(&fs::read(out.join("config.json")).unwrap()).unwrap();
+        assert_eq!(config, json!({"model_type": "llama", "torch_dtype": "float32", "vocab_size": newest}));
+        let index: Value =
+            serde_json::from_slice(&fs::read(out.join("model.safetensors.index.json")).unwrap()).unwrap();
+        let mut all = Tensors::default();
+        for (i, shard) in shards.iter().enumerate() {
+            let (tensors, metadata) = read(&out.join(shard));
+            assert_eq!((metadata["part"].as_str(), metadata["format"].as_str()), (["0", "1"][i], "pt"));
+            for (name, tensor) in tensors {
+                assert_eq!(index["weight_map"][&name], *shard, "{name}");
+                all.insert(name, tensor);
+            }
+        }
+        let size: usize = all.iter().map(|(_, tensor)| tensor.bytes.len()).sum();
+        assert_eq!(index["metadata"], json!({"total_size": size, "total_parameters": 7}));
+        assert_eq!(index["weight_map"].as_object().unwrap().len(), all.len());
+        assert_eq!(all, reference(&merge));
+    }
+    assert_eq!(names(temp.path()), ["deep", "run"], "nothing temporary is left");
+    // The average is a checkpoint, with its step in the metadata.
+    let again = [temp.path().join("deep/average-300"), temp.path().join("deep/average-340")];
+    assert_eq!(Checkpoints::open(&again, None).unwrap().steps(), [310, 340]);
+}
+
+#[test]
+fn another_dtype_is_told_and_a_file_is_written_where_one_is_named() {
+    let temp = tempfile::tempdir().unwrap();
+    let folders = [1, 2].map(|step| temp.path().join(format!("checkpoint-{step}")));
+    (1..).zip(&folders).for_each(|(step, dir)| folder(dir, step));
+    let checkpoints = Checkpoints::open(&folders, None).unwrap();
+    let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
+    let (dir, file) = (temp.path().join("average"), temp.path().join("average.safetensors"));
+    let options = WriteOptions { dtype: Some(Dtype::BF16), ..WriteOptions::default() };
+    checkpoints.write(&[(&merge, &dir), (&merge, &file)], &options).unwrap();
+    let config: Value = serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
+    assert_eq!(config, json!({"model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": 2}));
+    let (whole, metadata) = read(&file);
+    assert_is_sum(&whole, &[1, 2], &[0.5, 0.5], Some(Dtype::BF16));
+    assert_eq!(metadata["format"], "pt");
+    let (part, _) = read(&dir.join("model-00001-of-00002.safetensors"));
+    assert!(part.len() == 3 && part.iter().all(|(name, tensor)| whole.get(name) == Some(tensor)));
+}
+
+/// `.pt` as this crate's tests make them.
+fn pt(step: u64) -> Pt {
+    let storage = |dtype| match dtype {
+        Dtype::F32 => "FloatStorage",
+        Dtype::F16 => "HalfStorage",
+        Dtype::BF16 => "BFloat16Storage",
+        Dtype::F64 => "DoubleStorage",
+        Dtype::I64 => "LongStorage",
+        _ => "BoolStorage",
+    };
+    model(step)
+        .into_iter()
+        .fold(Pt::default(), |pt, (name, tensor)| pt.tensor(name, storage(tensor.dtype), &tensor.shape, &tensor.bytes))
+}
+
+#[test]
+fn files_of_pytorch_give_the_same_bits() {
+    let temp = tempfile::tempdir().unwrap();
+    let paths: Vec<PathBuf> = STEPS.iter().map(|step| temp.path().join(format!("epoch=1-step={step}.pt"))).collect();
+    paths.iter().zip(STEPS).for_each(|(path, step)| pt(step).save(path));
+    // With the rest of a training about it.
+    let int = |value: u16| [b"M", &value.to_le_bytes()[..]].concat();
+    pt(340).within("state_dict").entry("global_step", &int(340)).save(&paths[4]);
+    let checkpoints = Checkpoints::open(&paths, None).unwrap();
+    assert_eq!(checkpoints.steps(), STEPS);
+    let merge = checkpoints.plan(Profile::sigma_rel(0.25).unwrap(), At::Latest).unwrap();
+    assert_eq!(checkpoints.load(&merge).unwrap(), reference(&merge));
+    let out = temp.path().join("out/average.safetensors");
+    checkpoints.write(&[(&merge, &out)], &WriteOptions::default()).unwrap();
+    assert_eq!(read(&out).0, reference(&merge));
+    assert_eq!(names(&temp.path().join("out")), ["average.safetensors"]);
+}
+
+#[test]
+fn folders_of_pytorch_become_folders_of_safetensors() {
+    let temp = tempfile::tempdir().unwrap();
+    let folders = STEPS.map(|step| temp.path().join(format!("checkpoint-{step}")));
+    for (dir, step) in folders.iter().zip(STEPS) {
+        fs::create_dir(dir).unwrap();
+        pt(step).save(dir.join("pytorch_model.bin"));
+        fs::write(dir.join("config.json"), "{}").unwrap();
+    }
+    let checkpoints = Checkpoints::open(&[temp.path()], None).unwrap();
+    let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
+    let other = tempfile::tempdir().unwrap();
+    checkpoints.write(&[(&merge, &other.path().join("average"))], &WriteOptions::default()).unwrap();
+    assert_eq!(names(&other.path().join("average")), ["config.json", "model.safetensors"]);
+    assert_eq!(read(&other.path().join("average/model.safetensors")).0, reference(&merge));
+    assert_eq!(names(other.path()), ["average"]);
+}
+
+#[test]
+fn a_folder_of_files_holds_shards_and_links_too() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = temp.path().join("run");
+    fs::create_dir(&run).unwrap();
+    for step in [100u64, 200] {
+        let (first, second) =
+            (format!("step{step}-00001-of-00002.safetensors"), format!("step{step}-00002-of-00002.safetensors"));
+        let tensors = model(step);
+        save(&run.join(&first), &tensors[..4], &[]);
+        save(&run.join(&second), &tensors[4..], &[]);
+        let map: BTreeMap<&str, &str> = tensors
+            .iter()
+            .enumerate()
+            .map(|(i, (name, _))| (*name, if i < 4 { first.as_str() } else { &second }))
+            .collect();
+        let index = json!({ "weight_map": map }).to_string();
+        fs::write(run.join(format!("step{step}.safetensors.index.json")), index).unwrap();
+    }
+    save(&run.join("step50.safetensors"), &model(50), &[]);
+    save(&run.join(".step60.safetensors"), &model(60), &[]);
+    std::os::unix::fs::symlink("step50.safetensors", run.join("latest.safetensors")).unwrap();
+    let checkpoints = Checkpoints::open(&[&run], None).unwrap();
+    assert_eq!(checkpoints.steps(), [50, 100, 200]);
+    let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
+    assert_is_sum(&checkpoints.load(&merge).unwrap(), &[50, 100, 200], &[0.25, 0.25, 0.5], None);
+    let out = temp.path().join("out");
+    checkpoints.write(&[(&merge, &out)], &WriteOptions::default()).unwrap();
+    let expected =
+        ["step200-00001-of-00002.safetensors", "step200-00002-of-00002.safetensors", "step200.safetensors.index.json"];
+    assert_eq!(names(&out), expected);
+    // A single index beside another file is no checkpoint of its own either.
+    fs::remove_file(run.join("step100.safetensors.index.json")).unwrap();
+    (1..=2).for_each(|i| fs::remove_file(run.join(format!("step100-0000{i}-of-00002.safetensors"))).unwrap());
+    assert_eq!(Checkpoints::open(&[&run], None).unwrap().steps(), [50, 200]);
+}
+
+#[test]
+fn steps_come_from_what_tells_all_of_them() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = |name: &str| temp.path().join(name);
+    let files = [path("a-7.safetensors"), path("b-8.safetensors")];
+    let open = |given: Option<&[u64]>| Checkpoints::open(&files, given).map(|checkpoints| checkpoints.steps().to_vec());
+    save(&files[0], &model(1), &[("step", "100")]);
+    save(&files[1], &model(2), &[("step", "50")]);
+    assert_eq!(open(None).unwrap(), [50, 100]);
+    assert_eq!(open(Some(&[5, 6])).unwrap(), [5, 6]);
+    // Steps of two clocks would make no sense together.
+    save(&files[1], &model(2), &[]);
+    assert_eq!(open(None).unwrap(), [7, 8]);
+    for (i, name) in ["x", "y"].into_iter().enumerate() {
+        let dir = path(name);
+        folder(&dir, 30 + i as u64);
+    }
+    assert_eq!(Checkpoints::open(&[path("x"), path("y")], None).unwrap().steps(), [30, 31]);
+}

@@ -1,0 +1,182 @@
+//! What is refused, with the file, the value and the remedy.
+
+use super::*;
+use crate::import::tests::pt::{Pt, call};
+
+fn error(paths: &[PathBuf], steps: Option<&[u64]>) -> String {
+    Checkpoints::open(paths, steps).unwrap_err().to_string()
+}
+
+#[test]
+fn checkpoints_of_other_models_are_named_with_the_difference() {
+    let (_temp, paths) = series();
+    let changed = |change: &dyn Fn(&mut Weights)| {
+        let mut tensors = model(300);
+        change(&mut tensors);
+        save(&paths[3], &tensors, &[]);
+        error(&paths, None)
+    };
+    let (own, other) = ("step_300.safetensors", "step_40.safetensors");
+    for (text, part) in [
+        (changed(&|model| model[0].1.shape = vec![5, 3]), "tensor `a.weight` has another shape ([5, 3], not [3, 5])"),
+        (changed(&|model| model[1].1.dtype = Dtype::BF16), "tensor `b.half` has another dtype (BF16, not F16)"),
+        (changed(&|model| drop(model.remove(3))), "a tensor `d.double` less is stored"),
+        (changed(&|model| model.push(("z", Tensor::new(&[1], &[1f32]).unwrap()))), "a tensor `z` more is stored"),
+    ] {
+        assert!(text.contains(own) && text.contains(other) && text.contains(part), "{text}");
+    }
+}
+
+#[test]
+fn steps_that_cannot_be_had_are_errors_that_say_how_to_give_them() {
+    let (temp, mut paths) = series();
+    let steps = "--steps 1000,2000,...";
+    let copy = |name: &str| {
+        let path = temp.path().join(name);
+        fs::copy(&paths[0], &path).unwrap();
+        path
+    };
+    let (unnamed, zero, twice) = (copy("last.safetensors"), copy("step_0.safetensors"), copy("other-100.safetensors"));
+    assert_eq!(error(&paths, Some(&[1, 2])), "option steps: 2 are given for 5 checkpoints: give one for each");
+    for (path, part) in [
+        (unnamed, "no step can be read from its name, nor from metadata"),
+        (zero, "its step is 0, before any training"),
+        (twice, "its step is 100, and so is that of"),
+    ] {
+        paths.push(path);
+        let text = error(&paths, None);
+        let name = paths.pop().unwrap();
+        assert!(text.starts_with(&format!("{}: {part}", name.display())) && text.contains(steps), "{text}");
+    }
+    assert!(error(&paths, Some(&[1, 2, 3, 4, 4])).contains("its step is 4, and so is that of"));
+}
+
+#[test]
+fn what_is_no_checkpoint_is_named() {
+    let (temp, mut paths) = series();
+    let path = |name: &str| temp.path().join(name);
+    fs::create_dir(path("empty")).unwrap();
+    fs::create_dir(path("many")).unwrap();
+    fs::write(path("notes-5.txt"), "x").unwrap();
+    fs::write(path("cut-6.safetensors"), &fs::read(&paths[0]).unwrap()[..99]).unwrap();
+    for name in ["p.safetensors", "q.safetensors"] {
+        save(&path("many").join(name), &model(1), &[]);
+    }
+    for (name, text) in [
+        ("bad-7", r#"{"weight_map": {"a": "../x"}}"#),
+        ("gone-8", r#"{"weight_map": {"a": "x.safetensors"}}"#),
+        ("wrong-9", r#"{"weight_map": {"zz": "step_40.safetensors"}}"#),
+    ] {
+        fs::write(path(&format!("{name}.safetensors.index.json")), text).unwrap();
+    }
+    let snapshot = [("posthoc_ema", "1"), ("history", "[]"), ("step", "9")];
+    save(&path("0.9.safetensors"), &model(9), &snapshot);
+    let mut coarse = model(11);
+    coarse.push(("q", Tensor { dtype: Dtype::F8_E4M3, shape: vec![2], bytes: vec![0, 0] }));
+    save(&path("coarse-11.safetensors"), &coarse, &[]);
+    Pt::default().floats("w", &[1.0]).entry("evil", &call("os", "system", "true")).save(path("evil-12.pt"));
+    Pt::default().nested("state_dict", "w", &[1.0]).nested("model", "w", &[1.0]).save(path("two-13.pt"));
+    Pt::default().nested("weights", "w", &[1.0]).save(path("odd-14.pt"));
+    for (name, part) in [
+        ("missing", "check the path"),
+        ("empty", "no weights are in this folder"),
+        ("many", "both `p.safetensors` and `q.safetensors` are in this folder: name the file of each"),
+        ("notes-5.txt", "no file of weights"),
+        ("cut-6.safetensors", "the file is damaged or incomplete"),
+        ("bad-7.safetensors.index.json", "it names the file `../x`"),
+        ("gone-8.safetensors.index.json", "cannot read"),
+        ("wrong-9.safetensors.index.json", "tensor `zz` is not in `step_40.safetensors`"),
+        ("0.9.safetensors", "this is a snapshot of a run"),
+        ("coarse-11.safetensors", "tensor `q` is of F8_E4M3, which cannot be averaged"),
+        ("evil-12.pt", "`evil` is no tensor but a Python object, `os.system`, which is never run"),
+        ("two-13.pt", "both `state_dict` and `model` hold tensors"),
+        ("odd-14.pt", "no tensors are at its top, nor in `state_dict`"),
+    ] {
+        paths.push(path(name));
+        let text = error(&paths, None);
+        paths.pop();
+        assert!(text.contains(part), "{name}: {text}");
+    }
+    assert!(error(&[], None).contains("no checkpoint was given"));
+    assert!(error(&paths[..1], None).contains("with nothing to average it with"));
+    assert!(error(&[path("empty")], None).contains("no weights are in it, nor in its folders"));
+}
+
+/// A trainer's folder has the last model beside the folders of earlier checkpoints.
+#[test]
+fn a_model_beside_its_checkpoints_is_not_taken_for_them() {
+    let temp = tempfile::tempdir().unwrap();
+    for name in [".", "checkpoint-1", "checkpoint-2"] {
+        fs::create_dir_all(temp.path().join(name)).unwrap();
+        save(&temp.path().join(name).join("model.safetensors"), &model(1), &[]);
+    }
+    let text = error(&[temp.path().to_owned()], None);
+    assert!(text.contains("this is one checkpoint, with others in folders of it, such as `checkpoint-1`"), "{text}");
+}
+
+#[test]
+fn targets_that_make_no_sense_are_refused() {
+    let (_temp, paths) = series();
+    let checkpoints = Checkpoints::open(&paths, None).unwrap();
+    let uniform = |steps| Profile::uniform(Window::Steps(steps)).unwrap();
+    for (profile, at, part) in [
+        (uniform(10.0), At::Step(39), "the target time 39 is before"),
+        (uniform(10.0), At::Step(341), "the target time 341 is after"),
+        (uniform(101.0), At::Step(100), "window = 101"),
+    ] {
+        let text = checkpoints.plan(profile, at).unwrap_err().to_string();
+        assert!(text.contains(part), "{text}");
+    }
+    let merge = checkpoints.plan(uniform(10.0), At::Latest).unwrap();
+    let fewer = Checkpoints::open(&paths[1..], None).unwrap();
+    let text = fewer.load(&merge).unwrap_err().to_string();
+    assert!(text.contains("the weights were made for other checkpoints"), "{text}");
+}
+
+#[test]
+fn inputs_are_never_written_to() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = temp.path().join("run");
+    for step in [1, 2] {
+        let dir = run.join(format!("checkpoint-{step}"));
+        fs::create_dir_all(&dir).unwrap();
+        save(&dir.join("model.safetensors"), &model(step), &[]);
+    }
+    std::os::unix::fs::symlink(&run, temp.path().join("link")).unwrap();
+    let checkpoints = Checkpoints::open(&[&run], None).unwrap();
+    let merge = checkpoints.plan(Profile::gamma(0.0).unwrap(), At::Latest).unwrap();
+    let write = |path: PathBuf| {
+        let written = checkpoints.write(&[(&merge, &path)], &WriteOptions::default());
+        written.unwrap_err().to_string()
+    };
+    for path in ["run/checkpoint-2/model.safetensors", "link/checkpoint-2/model.safetensors"] {
+        assert!(write(temp.path().join(path)).contains("this is one of the checkpoints"), "{path}");
+    }
+    for path in ["run/average", "run/checkpoint-1/x.safetensors", "link/deep/average", "run"] {
+        assert!(write(temp.path().join(path)).contains("which is left untouched: write elsewhere"), "{path}");
+    }
+    assert!(write(temp.path().to_owned()).contains("the directory is not empty"));
+    let twice = temp.path().join("average");
+    let text = checkpoints.write(&[(&merge, &twice), (&merge, &twice)], &WriteOptions::default()).unwrap_err();
+    assert!(text.to_string().contains("two targets are to be written to this one file"), "{text}");
+    assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 2);
+    assert_eq!(fs::read_dir(&run).unwrap().count(), 2);
+}
+
+#[test]
+fn a_sum_that_does_not_fit_leaves_no_folder() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = temp.path().join("run");
+    for step in [1, 2] {
+        let dir = run.join(format!("checkpoint-{step}"));
+        fs::create_dir_all(&dir).unwrap();
+        save(&dir.join("model.safetensors"), &[("w", Tensor::new(&[1], &[1e5f32]).unwrap())], &[]);
+    }
+    let checkpoints = Checkpoints::open(&[&run], None).unwrap();
+    let merge = checkpoints.plan(Profile::gamma(0.0).unwrap(), At::Latest).unwrap();
+    let out = temp.path().join("deep/average");
+    let options = WriteOptions { dtype: Some(Dtype::F16), ..WriteOptions::default() };
+    let text = checkpoints.write(&[(&merge, &out)], &options).unwrap_err().to_string();
+    assert!(text.contains("tensor `w`: the average is 100000 at element 0, beyond F16"), "{text}");
+    assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1);
+}

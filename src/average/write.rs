@@ -1,0 +1,185 @@
+//! Averages to files, and to folders like those of the checkpoints.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+
+use super::Checkpoints;
+use super::companions;
+use super::find::{Input, name};
+use super::index::INDEX;
+use super::mapped::{Mapped, PREFIX};
+use super::model::Model;
+use super::plan::{Merge, Row, row};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::snapshot::{AtomicFolder, PROFILE, STEP, base_strings, check_vacant};
+use crate::synthesis::{Head, MAX_TARGETS, Pool, Shards, WriteOptions, check_device, check_distinct, profile_json};
+
+/// Entries of metadata that tell of the data's bits, and those of a snapshot: an average's are others.
+const NOT_CARRIED: [&str; 7] =
+    ["checksum", "history", "run", "copied", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"];
+
+/// One average to be written.
+struct Job<'a> {
+    merge: &'a Merge,
+    path: &'a Path,
+    row: Row,
+    /// Whether it is a folder.
+    folder: bool,
+}
+
+/// Writes averages in as few passes as can be: one, where all have the same newest checkpoint.
+pub(super) fn write(
+    checkpoints: &Checkpoints,
+    outputs: &[(&Merge, &Path)],
+    options: &WriteOptions<'_>,
+) -> Result<Device> {
+    check_distinct(outputs.iter().map(|(_, path)| *path))?;
+    options.check()?;
+    let mut jobs = Vec::with_capacity(outputs.len());
+    for &(merge, path) in outputs {
+        let row = row(checkpoints, merge)?;
+        let folder = is_folder(&checkpoints.models[row.newest], path);
+        check_place(checkpoints, path, folder)?;
+        jobs.push(Job { merge, path, row, folder });
+    }
+    let mut device = check_device(options.device)?;
+    for group in jobs.chunk_by(|a, b| (a.row.newest, a.folder) == (b.row.newest, b.folder)) {
+        let newest = &checkpoints.models[group[0].row.newest];
+        for jobs in group.chunks((MAX_TARGETS / newest.parts.len()).max(1)) {
+            device = pass(checkpoints, newest, jobs, options)?;
+        }
+    }
+    match jobs.is_empty() {
+        true => Err(Error::Nothing("no target was given".into())),
+        false => Ok(device),
+    }
+}
+
+/// An average of folders is a folder, unless it is called a file.
+fn is_folder(newest: &Model, path: &Path) -> bool {
+    newest.input.folder.is_some() && path.extension().is_none_or(|extension| extension != "safetensors")
+}
+
+/// Checks that nothing is written into an input or over it, nor a folder over anything.
+fn check_place(checkpoints: &Checkpoints, path: &Path, folder: bool) -> Result<()> {
+    let place = resolve(path)?;
+    let files = checkpoints.models.iter().flat_map(|model| &model.input.parts);
+    // An index that was named has a folder that may hold anything else, too.
+    let own = |model: &&Model| model.input.folder.as_ref() == Some(&model.input.path);
+    let mut folders = checkpoints.models.iter().filter(own).map(|model| &model.input.path).chain(&checkpoints.named);
+    if files.map(|file| resolve(file)).any(|file| file.is_ok_and(|file| file == place)) {
+        return Err(Error::unexpected(
+            path,
+            "this is one of the checkpoints, which are left untouched: write elsewhere",
+        ));
+    }
+    if let Some(inner) = folders.find(|dir| resolve(dir).is_ok_and(|dir| place.starts_with(dir))) {
+        let why = format!("this lies in {}, which is left untouched: write elsewhere", inner.display());
+        return Err(Error::unexpected(path, why));
+    }
+    if folder { check_vacant(path) } else { Ok(()) }
+}
+
+/// The absolute path, links resolved as far as it exists.
+fn resolve(path: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(path).map_err(Error::io("find", path))?;
+    let known = absolute.ancestors().find_map(|known| Some((known.canonicalize().ok()?, known)));
+    Ok(match known {
+        Some((resolved, known)) => resolved.join(absolute.strip_prefix(known).unwrap_or(Path::new(""))),
+        None => absolute,
+    })
+}
+
+/// Writes averages that have one newest checkpoint and are all files or all folders.
+fn pass(checkpoints: &Checkpoints, newest: &Model, jobs: &[Job<'_>], options: &WriteOptions<'_>) -> Result<Device> {
+    let pool = checkpoints.pool();
+    let folders = jobs.iter().filter(|job| job.folder).map(|job| AtomicFolder::create(job.path, PREFIX));
+    let folders: Vec<AtomicFolder> = folders.collect::<Result<_>>()?;
+    let mut parents = jobs.iter().filter_map(|job| job.path.parent());
+    parents.try_for_each(|dir| fs::create_dir_all(dir).map_err(Error::io("create", dir)))?;
+    let shards = match folders.first() {
+        Some(_) => Shards::new(&pool, options.dtype, parts(&pool, newest))?,
+        None => Shards::single(&pool, options.dtype)?,
+    };
+    let heads: Vec<Vec<Head>> = match folders.as_slice() {
+        [] => jobs.iter().map(|job| vec![whole_head(newest, job)]).collect(),
+        folders => jobs.iter().zip(folders).map(|(job, folder)| part_heads(newest, job, folder.path())).collect(),
+    };
+    let rows: Vec<&Row> = jobs.iter().map(|job| &job.row).collect();
+    let scratch = heads[0][0].path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mapped = Mapped::new(checkpoints, &rows, Some(scratch), options.progress.unwrap_or(&|_| ()))?;
+    let written = pool.write_files(&mapped.selection(&rows), &shards, &heads, options);
+    let device = written.map_err(|error| mapped.blame(error))?;
+    drop(mapped);
+    for folder in &folders {
+        finish(folder.path(), newest, shards.data_len(), options.dtype)?;
+    }
+    folders.into_iter().try_for_each(AtomicFolder::commit)?;
+    Ok(device)
+}
+
+/// The tensors of each part, as indices of the pool.
+fn parts(pool: &Pool<'_>, model: &Model) -> Vec<Vec<usize>> {
+    let mut parts = vec![Vec::new(); model.parts.len()];
+    for (i, tensor) in pool.tensors.iter().enumerate() {
+        if let Some(held) = model.tensors.get(&tensor.name) {
+            parts[held.part].push(i);
+        }
+    }
+    parts
+}
+
+fn whole_head(newest: &Model, job: &Job<'_>) -> Head {
+    let carried = newest.parts.iter().flat_map(|part| part.metadata()).collect();
+    Head { path: job.path.to_owned(), metadata: metadata(carried, job.merge) }
+}
+
+fn part_heads(newest: &Model, job: &Job<'_>, dir: &Path) -> Vec<Head> {
+    let head = |(part, path): (&super::model::Part, &PathBuf)| Head {
+        path: dir.join(safe_name(&name(path))),
+        metadata: metadata(part.metadata(), job.merge),
+    };
+    newest.parts.iter().zip(&newest.input.parts).map(head).collect()
+}
+
+/// The metadata of an average: the newest checkpoint's, and what the average is.
+fn metadata(mut carried: BTreeMap<String, String>, merge: &Merge) -> BTreeMap<String, String> {
+    carried.retain(|key, _| !NOT_CARRIED.contains(&key.as_str()));
+    for (key, value) in base_strings() {
+        carried.entry(key).or_insert(value);
+    }
+    carried.insert(PROFILE.into(), profile_json(&merge.profile));
+    carried.insert(STEP.into(), merge.at.to_string());
+    carried
+}
+
+/// What a file of weights is called as a safetensors file: where it was one of PyTorch's, as Hugging Face's tools have it.
+fn safe_name(name: &str) -> String {
+    let (stem, extension) = name.rsplit_once('.').unwrap_or((name, ""));
+    if extension == "safetensors" {
+        return name.to_owned();
+    }
+    let stem = stem.strip_prefix("pytorch_model").map_or(stem.to_owned(), |rest| format!("model{rest}"));
+    format!("{stem}.safetensors")
+}
+
+/// Adds the index and the files that belong to the model.
+fn finish(dir: &Path, newest: &Model, total_size: usize, dtype: Option<Dtype>) -> Result<()> {
+    let Input { folder, index, parts, .. } = &newest.input;
+    if let Some(index) = index {
+        let files: Vec<String> = parts.iter().map(|path| safe_name(&name(path))).collect();
+        let files = newest.tensors.values().map(|held| files[held.part].as_str());
+        let map = newest.tensors.keys().map(String::as_str).zip(files).collect();
+        let stem = name(&index.path);
+        let called = format!("{}{INDEX}", safe_name(stem.strip_suffix(INDEX).unwrap_or(&stem)));
+        companions::write(&dir.join(called), &index.with(&map, total_size))?;
+    }
+    match folder {
+        Some(folder) => companions::copy(dir, folder, dtype),
+        None => Ok(()),
+    }
+}

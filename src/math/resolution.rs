@@ -1,0 +1,204 @@
+//! What a target becomes where there are no running averages, only the parameters at some times.
+//!
+//! | symbol | name | meaning |
+//! | --- | --- | --- |
+//! | `t_i` | `times` | when the parameters were stored, with `t_0 = 0` |
+//! | `T` | `at` | the time of the target |
+//! | `F` | [`Profile::cumulative`] | the target's share up to a time |
+//! | `x_i` | `weights` | `F(t_i) - F(t_{i-1})`: the mass of the interval that ends at `t_i` |
+//! | `r_k` | | the target's mass on a single step |
+
+use super::Profile;
+use crate::error::{Error, Result};
+
+/// So many pieces at most is the time cut into to compare two densities: single steps, for trainings of up to a million.
+const PIECES: u64 = 1 << 20;
+
+/// The weights of stored parameters in a target, and what it costs that there are no more of them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Resolution {
+    /// `x_i` for each time at or before the target's; their sum is 1.
+    pub weights: Vec<f64>,
+    /// `||p - r|| / ||r||`: the distance of the density `x_i / (t_i - t_{i-1})` from the target's, both over single steps.
+    pub relative_error: f64,
+    /// By how many steps the mean time of the average is later than the target's: each of its times ends its interval.
+    pub lag: f64,
+    /// `1 / sum_i x_i^2`: how many equally weighted ones would average noise as well.
+    pub effective: f64,
+}
+
+impl Resolution {
+    /// Gives each time the target's mass on the interval that it ends. All that lies before the first belongs to the first,
+    /// what lies after the last one at or before `at` to that last one; later times have no weight and no entry.
+    ///
+    /// # Errors
+    /// [`Error::Nothing`] where no time is at or before `at`, [`Error::Parameter`] as [`Profile::check_at`].
+    pub fn new(profile: &Profile, times: &[u64], at: u64) -> Result<Resolution> {
+        debug_assert!(times.is_sorted_by(|a, b| a < b), "times grow");
+        let times = &times[..times.partition_point(|&time| time <= at)];
+        let Some(last) = times.len().checked_sub(1) else {
+            return Err(Error::Nothing(format!("no checkpoint is at or before step {at}")));
+        };
+        profile.check_at(at as f64)?;
+        let ends = || times[..last].iter().copied().chain([at]);
+        let intervals: Vec<(u64, u64)> = std::iter::once(0).chain(ends()).zip(ends()).collect();
+        let share = |time: u64| profile.cumulative(time as f64, at as f64);
+        let weights: Vec<f64> = intervals.iter().map(|&(start, end)| share(end) - share(start)).collect();
+        let reference = Reference::new(profile, &intervals, &weights, at);
+        let mean: f64 = weights.iter().zip(times).map(|(x, &time)| x * time as f64).sum();
+        Ok(Resolution {
+            relative_error: (reference.distance / reference.norm).sqrt(),
+            lag: mean - reference.mean,
+            effective: 1.0 / weights.iter().map(|x| x * x).sum::<f64>(),
+            weights,
+        })
+    }
+}
+
+/// The target over single steps, and the average beside it.
+#[derive(Default)]
+struct Reference {
+    /// `||r||^2 = sum_k r_k^2`.
+    norm: f64,
+    /// `||p - r||^2`.
+    distance: f64,
+    /// `sum_k k r_k`.
+    mean: f64,
+}
+
+impl Reference {
+    fn new(profile: &Profile, intervals: &[(u64, u64)], weights: &[f64], at: u64) -> Reference {
+        let mut sums = Reference::default();
+        let most = if at <= PIECES { at } else { PIECES.div_ceil(intervals.len() as u64) };
+        // Where an interval has no mass, none of its steps has.
+        for (&(start, end), &weight) in intervals.iter().zip(weights).filter(|(_, weight)| **weight != 0.0) {
+            sums.add(profile, (start, end), weight, most, at as f64);
+        }
+        sums
+    }
+
+    /// Adds an interval in pieces of equal length, of which each counts as evenly filled.
+    fn add(&mut self, profile: &Profile, (start, end): (u64, u64), weight: f64, most: u64, at: f64) {
+        let length = (end - start) as f64;
+        let pieces = (end - start).min(most);
+        let steps = length / pieces as f64;
+        let mut before = profile.cumulative(start as f64, at);
+        for piece in 1..=pieces {
+            let until = start as f64 + steps * piece as f64;
+            let share =
+                if piece == pieces { profile.cumulative(end as f64, at) } else { profile.cumulative(until, at) };
+            let mass = share - before;
+            self.norm += mass * mass / steps;
+            self.distance += (mass / steps - weight / length).powi(2) * steps;
+            // The mean of the steps in the piece, of which each counts at its end.
+            self.mean += mass * (until - (steps - 1.0) / 2.0);
+            before = share;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::math::{Shape, Window};
+
+    fn profiles() -> Vec<Profile> {
+        let window = Window::Fraction(0.4);
+        vec![
+            Profile::sigma_rel(0.1).unwrap(),
+            Profile::gamma(0.0).unwrap(),
+            Profile::half_life(300.0).unwrap(),
+            Profile::uniform(window).unwrap(),
+            Profile::linear(window).unwrap(),
+            Profile::lr_decay(Shape::Linear, window).unwrap(),
+            Profile::lr_decay(Shape::Cosine, window).unwrap(),
+            Profile::lr_decay(Shape::OneMinusSqrt, window).unwrap(),
+            Profile::table(vec![(0.0, 0.2), (0.5, 0.2), (0.9, 0.4), (1.0, 1.0)]).unwrap(),
+        ]
+    }
+
+    /// Step by step, as the definition has it.
+    fn naive(profile: &Profile, times: &[u64], at: u64) -> (Vec<f64>, f64, f64) {
+        let mass = |k: u64| profile.cumulative(k as f64, at as f64) - profile.cumulative((k - 1) as f64, at as f64);
+        let (mut weights, mut density, mut start) = (Vec::new(), Vec::new(), 0);
+        for (i, &time) in times.iter().enumerate() {
+            let end = if i + 1 == times.len() { at } else { time };
+            let weight: f64 = (start + 1..=end).map(mass).sum();
+            density.extend((start + 1..=end).map(|_| weight / (end - start) as f64));
+            weights.push(weight);
+            start = end;
+        }
+        let target: Vec<f64> = (1..=at).map(mass).collect();
+        let square = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
+        let distance = square(&mut density.iter().zip(&target).map(|(p, r)| p - r));
+        let mean: f64 = target.iter().zip(1..).map(|(r, k)| r * f64::from(k)).sum();
+        let average: f64 = weights.iter().zip(times).map(|(x, &time)| x * time as f64).sum();
+        (weights, (distance / square(&mut target.iter().copied())).sqrt(), average - mean)
+    }
+
+    #[test]
+    fn it_is_the_sum_over_single_steps() {
+        let times = [7, 100, 450, 500, 1200, 2000];
+        for profile in profiles() {
+            for at in [2000, 2001, 2345] {
+                let found = Resolution::new(&profile, &times, at).unwrap();
+                let (weights, relative_error, lag) = naive(&profile, &times, at);
+                let close = |a: f64, b: f64, scale: f64| (a - b).abs() <= 1e-11 * scale;
+                assert!(found.weights.iter().zip(&weights).all(|(&a, &b)| close(a, b, 1.0)), "{profile}: {found:?}");
+                assert!(close(found.relative_error, relative_error, 1.0), "{profile}: {found:?}, {relative_error}");
+                assert!(close(found.lag, lag, at as f64), "{profile}: {found:?}, {lag}");
+                assert!(close(found.weights.iter().sum(), 1.0, 1.0));
+            }
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_at_every_step_costs_nothing() {
+        let times: Vec<u64> = (1..=500).collect();
+        for profile in profiles() {
+            let found = Resolution::new(&profile, &times, 500).unwrap();
+            assert!(found.relative_error == 0.0 && found.lag.abs() < 1e-9, "{profile}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_plain_mean_of_even_checkpoints_lags_by_half_an_interval() {
+        let times: Vec<u64> = (1..=20).map(|i| 100 * i).collect();
+        let found = Resolution::new(&Profile::uniform(Window::Fraction(0.5)).unwrap(), &times, 2000).unwrap();
+        assert!(found.weights[..10].iter().all(|&x| x == 0.0));
+        assert!(found.weights[10..].iter().all(|&x| (x - 0.1).abs() < 1e-15));
+        // Of 100 steps that one stands for, the mean is 49.5 steps earlier. The density is met exactly.
+        assert!((found.lag - 49.5).abs() < 1e-9 && found.relative_error < 1e-7, "{found:?}");
+        assert!((found.effective - 10.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn long_trainings_are_cut_into_pieces() {
+        // The density 2 tau/T^2 has the square norm 4/(3 T), of which n even intervals lose n (2/T^2)^2 (T/n)^3 / 12: the
+        // share 1/(4 n^2). The mean of the target is 2 T/3, and half a step later where each step counts at its end.
+        let profile = Profile::linear(Window::Fraction(1.0)).unwrap();
+        let (n, interval) = (10u64, 10_000_000u64);
+        let times: Vec<u64> = (1..=n).map(|i| i * interval).collect();
+        let found = Resolution::new(&profile, &times, n * interval).unwrap();
+        let expected = 0.5 / n as f64;
+        assert!((found.relative_error - expected).abs() < 1e-6, "{found:?}");
+        let mean: f64 = times.iter().zip(1..).map(|(&t, i)| t as f64 * (2.0 * f64::from(i) - 1.0) / 100.0).sum();
+        let lag = mean - (2.0 / 3.0 * (n * interval) as f64 + 0.5);
+        assert!((found.lag - lag).abs() < 1e-3, "{found:?} {lag}");
+    }
+
+    #[test]
+    fn a_window_that_one_checkpoint_resolves_is_seen() {
+        let found = Resolution::new(&Profile::half_life(20.0).unwrap(), &[1000, 2000], 2000).unwrap();
+        assert!(found.effective < 1.001 && found.relative_error > 0.9, "{found:?}");
+    }
+
+    #[test]
+    fn times_without_a_checkpoint_and_windows_too_long_are_errors() {
+        let profile = Profile::uniform(Window::Steps(50.0)).unwrap();
+        let text = Resolution::new(&profile, &[100], 99).unwrap_err().to_string();
+        assert!(text.contains("no checkpoint is at or before step 99"), "{text}");
+        let text = Resolution::new(&profile, &[10, 20], 20).unwrap_err().to_string();
+        assert!(text.contains("window = 50"), "{text}");
+    }
+}

@@ -1,0 +1,114 @@
+//! Folders that appear whole or not at all: written beside, renamed, the directory above synced.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use super::atomic::sync_directory;
+use crate::error::{Error, Result};
+
+/// A folder that is being written under a temporary name. Dropped before [`AtomicFolder::commit`], it leaves nothing.
+pub struct AtomicFolder {
+    dir: PathBuf,
+    /// Removed before the directories that it may lie in.
+    temp: TempDir,
+    made: Made,
+}
+
+/// Checks that a folder can be written to `target`: there is nothing, or an empty directory.
+///
+/// # Errors
+/// [`Error::Unexpected`] with what is there, and [`Error::Io`].
+pub fn check_vacant(target: &Path) -> Result<()> {
+    match fs::read_dir(target) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+            Err(Error::unexpected(target, "a file of this name is there: name a new directory"))
+        }
+        Err(error) => Err(Error::io("list", target)(error)),
+        Ok(mut entries) => match entries.next() {
+            None => Ok(()),
+            Some(entry) => {
+                let name = entry.map_err(Error::io("list", target))?.file_name();
+                let why = format!("the directory is not empty (`{}`): name an empty or a new one", name.display());
+                Err(Error::unexpected(target, why))
+            }
+        },
+    }
+}
+
+impl AtomicFolder {
+    /// Makes the folder's parents, where they are missing, and beside it a temporary folder whose name begins with `prefix`.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and [`Error::Unexpected`] for a directory that cannot be replaced.
+    pub fn create(target: &Path, prefix: &str) -> Result<AtomicFolder> {
+        // The folder may be named by a link, and `.` has no parent.
+        let absolute = || target.canonicalize().or_else(|_| std::path::absolute(target));
+        let dir = absolute().map_err(Error::io("create", target))?;
+        let parent =
+            dir.parent().ok_or_else(|| Error::unexpected(target, "this is the root: name a directory in it"))?;
+        let made = Made::parents(parent)?;
+        let (permissions, there) = match fs::metadata(&dir) {
+            Ok(metadata) => (metadata.permissions(), Some(metadata.dev())),
+            // The mode that the process's umask gives any new directory.
+            Err(_) => (Permissions::from_mode(0o777), None),
+        };
+        let beside = fs::metadata(parent).map_err(Error::io("read", parent))?.dev();
+        if there.is_some_and(|device| device != beside) {
+            return Err(Error::unexpected(target, "another file system begins here: name a new directory in it"));
+        }
+        let temp = tempfile::Builder::new().prefix(prefix).permissions(permissions).tempdir_in(parent);
+        let temp = temp.map_err(Error::io("create", target))?;
+        Ok(AtomicFolder { dir, temp, made })
+    }
+
+    /// Where to write.
+    pub fn path(&self) -> &Path {
+        self.temp.path()
+    }
+
+    /// Gives the folder, which is whole, its name.
+    ///
+    /// # Errors
+    /// [`Error::Io`], where somebody else has begun to use the directory, too.
+    pub fn commit(self) -> Result<()> {
+        let AtomicFolder { dir, temp, mut made } = self;
+        fs::rename(temp.path(), &dir).map_err(Error::io("rename into place", &dir))?;
+        // It is no longer there to be removed.
+        let _ = temp.keep();
+        let made = std::mem::take(&mut made.0);
+        made.iter().chain([&dir]).filter_map(|path| path.parent()).try_for_each(sync_directory)
+    }
+}
+
+/// Directories that were made, the outermost first. Dropped, they are removed.
+struct Made(Vec<PathBuf>);
+
+impl Made {
+    fn parents(dir: &Path) -> Result<Made> {
+        let mut made = Made(Vec::new());
+        let missing: Vec<&Path> = dir.ancestors().take_while(|path| !path.exists()).collect();
+        for path in missing.into_iter().rev() {
+            match fs::create_dir(path) {
+                Ok(()) => made.0.push(path.to_owned()),
+                // Another process was faster.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(Error::io("create", path)(error)),
+            }
+        }
+        Ok(made)
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in self.0.iter().rev() {
+            // Not empty where somebody else has begun to use it.
+            let _ = fs::remove_dir(path);
+        }
+    }
+}
