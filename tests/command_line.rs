@@ -173,7 +173,10 @@ fn error_lists_lengths() {
     assert_eq!(errors.len(), 27);
     assert_eq!(errors[3]["sigma_rel"], 0.05);
     assert!(errors[3]["relative_error"].as_f64().unwrap() < 1e-9);
-    let text = stdout(&["error", "--steps", "1000000", "--sigma-rel", "0.15"]);
+    let flags = ["error", "--steps", "1000000", "--sigma-rel", "0.15"];
+    let text = stdout(&flags);
+    assert!(text.contains("0.0067"), "{text}");
+    let text = stdout(&[&flags[..], &["--retention", "latest"]].concat());
     assert!(text.contains("0.41"), "{text}");
 }
 

@@ -28,6 +28,7 @@ impl Sweep {
 impl Sweep {
     /// Begins a search, or goes on with the one in `directory`; `run`, `at` and `evaluation` tell it from others.
     #[new]
+    #[expect(clippy::too_many_arguments, reason = "called by the package only")]
     fn new(
         targets: Vec<String>,
         minimize: bool,
