@@ -16,6 +16,7 @@ While training, and afterwards:
 
 from . import visualization
 from ._native import __version__
+from .advising import Advice, advise
 from .averaging import Average, CheckpointWeight, average
 from .importing import Imported, import_run
 from .karras_ema import KarrasEMA
@@ -24,6 +25,7 @@ from .profiles import Noise, Plan, Predicted, Profile, Retention, Target, Weight
 from .sweeping import Best, Swept, Trial
 
 __all__ = [
+    "Advice",
     "Average",
     "Best",
     "CheckpointWeight",
@@ -40,6 +42,7 @@ __all__ = [
     "Trial",
     "Weight",
     "__version__",
+    "advise",
     "average",
     "import_run",
     "plan",

@@ -574,7 +574,14 @@ class PostHocEMA:
         directory = None if out is None else sweeping.check_apart(out, self.checkpoint_dir)
         name = sweeping.name_of(evaluate)
         search = _native.Sweep(
-            to_json(profiles), minimize, count("refine", refine) or 0, directory, self._identity(), at, name, noise_text(noise)
+            to_json(profiles),
+            minimize,
+            count("refine", refine) or 0,
+            directory,
+            self._identity(),
+            at,
+            name,
+            noise_text(noise),
         )
         try:
             held = {} if model is None else {"model": model}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from . import _native
 
-__all__ = ["Noise", "Plan", "Predicted", "Profile", "Target", "Weight", "plan"]
+__all__ = ["Noise", "Plan", "Predicted", "Profile", "Retention", "Target", "Weight", "plan"]
 
 
 class Profile:

@@ -42,6 +42,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(plans::as_sigma_rel, module)?)?;
     module.add_function(wrap_pyfunction!(plans::cumulative, module)?)?;
     module.add_function(wrap_pyfunction!(plans::forecast, module)?)?;
+    module.add_function(wrap_pyfunction!(plans::advise, module)?)?;
     module.add_function(wrap_pyfunction!(import::import_run, module)?)?;
     module.add_function(wrap_pyfunction!(sweep::profile_length, module)?)?;
     Ok(())

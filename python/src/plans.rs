@@ -1,7 +1,7 @@
 //! Profiles and plans, which need no tensors.
 
 use posthoc_ema::math::Schedule;
-use posthoc_ema::{At, Forecast, Noise, Plan, Profile, Retention};
+use posthoc_ema::{At, Dtype, Forecast, Noise, Plan, Profile, Retention, Wish};
 use pyo3::prelude::*;
 use serde::Deserialize;
 
@@ -105,4 +105,27 @@ pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: O
     let targets = profiles(&targets)?;
     let plans = py.detach(|| forecast.plans(&targets, at(at_step))).map_err(to_python)?;
     plans_json(&plans)
+}
+
+/// What is known of a training before it begins.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Known {
+    steps: u64,
+    update_every: u64,
+    update_after_step: u64,
+    parameters: u64,
+    dtype: Dtype,
+    disk: u64,
+    range: (f64, f64),
+}
+
+/// Profiles, spacings and numbers of snapshots for a disk, as JSON.
+#[pyfunction]
+pub fn advise(py: Python<'_>, known: &str) -> PyResult<String> {
+    let known: Known = serde_json::from_str(known).map_err(|error| argument(strip_place(&error)))?;
+    let Known { steps, update_every, update_after_step, parameters, dtype, disk, range } = known;
+    let wish = Wish { steps, update_every, update_after_step, parameters, dtype, disk, range };
+    let advice = py.detach(|| posthoc_ema::advise(&wish, &|_| ())).map_err(to_python)?;
+    serde_json::to_string(&advice).map_err(argument)
 }

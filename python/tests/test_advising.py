@@ -1,0 +1,33 @@
+"""Advice before a training."""
+
+from __future__ import annotations
+
+import pytest
+
+from posthoc_ema import Profile, advise, plan
+
+
+def test_advice_fits_the_disk_and_comes_true() -> None:
+    known = {"steps": 20_000, "parameters": 10_000_000, "disk": 1.1e9, "checkpoint_dtype": "float16"}
+    advice = advise(**known)
+    assert [len(each.profiles) for each in advice] == [2, 2, 2, 3, 3, 3]
+    best = min((each for each in advice if each.disk <= 1.1e9), key=lambda each: each.error)
+    [found] = plan(
+        [best.sigma_rel],
+        steps=20_000,
+        profiles=best.profiles,
+        checkpoint_every=best.checkpoint_every,
+        max_checkpoints=best.max_checkpoints,
+    )
+    together = (found.relative_error**2 + (2.1e-4 * found.noise_gain) ** 2) ** 0.5
+    assert together == pytest.approx(best.error, rel=0.02)
+    default = max(each.relative_error for each in plan([0.06, 0.1, 0.2, 0.26], steps=20_000, max_checkpoints=19))
+    assert best.relative_error < default
+    assert all(isinstance(profile, Profile) for profile in best.profiles)
+
+
+def test_what_cannot_be_advised_is_an_error() -> None:
+    with pytest.raises(ValueError, match="do not hold one step's snapshots of two profiles"):
+        advise(steps=20_000, parameters=10_000_000, disk=1e6)
+    with pytest.raises(ValueError, match="the shorter sigma_rel first"):
+        advise(steps=20_000, parameters=10_000_000, disk=1e9, sigma_rels=(0.2, 0.1))
