@@ -5,7 +5,7 @@ use std::fs;
 use super::*;
 
 fn args(out: PathBuf, force: bool) -> Args {
-    Args { out, steps: 305, seed: 1, force, draws: 1 }
+    Args { out, steps: 305, seed: 1, force, evaluate: None, draws: 1 }
 }
 
 #[test]
