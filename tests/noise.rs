@@ -7,7 +7,7 @@ use std::fmt::Write;
 use posthoc_ema::{At, Dtype, Noise, Plan, Predicted, Profile, Run};
 use trajectories::{Chains, Movement, Training, rms_difference};
 
-const SIGMA_RELS: [f64; 5] = [0.01, 0.02, 0.03, 0.05, 0.15];
+const SIGMA_RELS: [f64; 8] = [0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.28];
 
 /// One target, with and without a regularisation.
 struct Case {
@@ -108,8 +108,8 @@ impl Case {
             assert!((profile.hypot(rounding) / total - 1.0).abs() < 1e-12);
             let ratio = total / blended.error;
             assert!(!self.movement.is_modelled() || (0.5..2.0).contains(&ratio), "{}: {ratio}", self.name());
-            // Elsewhere it is rather too large than too small.
-            assert!(ratio > 0.5, "{}: {ratio}", self.name());
+            // Elsewhere it is rather too large than too small, but for what comes and goes between two snapshots.
+            assert!(ratio > 0.5 || self.movement.swing > 0.0, "{}: {ratio}", self.name());
         }
     }
 }

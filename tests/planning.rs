@@ -66,7 +66,9 @@ fn what_cannot_be_advised_says_why() {
     let wish = ["plan", "--advise", "--steps", "20000", "--parameters", "10M"];
     for (more, part) in [
         (vec!["--disk", "1MB"], "1000000 bytes do not hold one step's snapshots of two profiles"),
-        (vec!["--disk", "1GB", "--track", "0.1"], "leave --track and --track-beta out"),
+        (vec!["--disk", "1GB", "--track", "0.1"], "'--advise' cannot be used with '--track <LIST>'"),
+        (vec!["--disk", "1GB", "--keep", "7"], "'--advise' cannot be used with '--keep <N>'"),
+        (vec!["--disk", "1GB", "--sigma-rel", "0.5"], "'--advise' cannot be used with '--sigma-rel <LIST>'"),
         (vec!["--disk", "1GB", "--retention", "latest"], "--retention FROM..TO"),
         (vec!["--disk", "many"], "`MANY` is no unit"),
         (vec![], "--disk"),

@@ -37,9 +37,6 @@ pub fn run(before: &Before, disk: Count, as_json: bool) -> Outcome {
 
 fn wish(before: &Before, disk: Count) -> Result<Wish, Failure> {
     let missing = |what: &str| Failure::Usage(format!("--advise needs {what}"));
-    if !before.track.is_empty() || !before.track_beta.is_empty() {
-        return Err(Failure::Usage("--advise chooses what to track: leave --track and --track-beta out".into()));
-    }
     let Retention::Range { from, to } = before.retention.0 else {
         return Err(missing("the range of lengths that will be asked for: --retention FROM..TO"));
     };

@@ -102,7 +102,8 @@ pub struct Before {
     /// How many steps' snapshots are kept
     #[arg(long, value_name = "N", default_value_t = 20, conflicts_with = "run")]
     pub keep: usize,
-    /// Which ones: those that serve a range of lengths (sigma_rel) best, or `latest`
+    /// Which ones: those that serve a range of lengths (sigma_rel) best, `latest`, or for each step of a list the first at or
+    /// after it
     #[arg(long, value_name = "FROM..TO", default_value = "0.05..0.28", conflicts_with = "run")]
     pub retention: Kept,
     /// Averaged elements of the model, such as 7B: tells what the run takes on disk

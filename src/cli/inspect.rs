@@ -39,7 +39,8 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let listed = snapshot::list_each(&arguments.run)?;
     let entries: Vec<Entry> = listed.into_iter().map(|(stem, files)| open(stem, files)).collect();
     // What is wrong with the run as a whole, an empty directory included.
-    let trouble = Run::open(&arguments.run).err().map(|error| error.to_string());
+    let trouble = Run::open(&arguments.run).err().or_else(|| SavedState::of(&arguments.run).err());
+    let trouble = trouble.map(|error| error.to_string());
     if arguments.json {
         print_json(&document(&arguments.run, &entries, trouble.as_deref()));
     } else if !entries.is_empty() {

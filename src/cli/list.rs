@@ -53,7 +53,7 @@ impl FromStr for Count {
     }
 }
 
-/// Which snapshots are kept: `latest`, or those that serve a range of lengths.
+/// Which snapshots are kept: `latest`, those that serve a range of lengths, or a list of steps.
 #[derive(Clone, Debug)]
 pub struct Kept(pub Retention);
 
@@ -64,11 +64,22 @@ impl FromStr for Kept {
         if text == "latest" {
             return Ok(Kept(Retention::Latest));
         }
-        let (from, to) = text.split_once("..").ok_or("write it as FROM..TO, such as 0.05..0.28, or `latest`")?;
+        if let Some(steps) = steps(text) {
+            return Ok(Kept(Retention::Steps(steps)));
+        }
+        let how = "write it as FROM..TO, such as 0.05..0.28, as a list of steps, or as `latest`";
+        let (from, to) = text.split_once("..").filter(|(_, to)| !to.starts_with('.')).ok_or(how)?;
         let retention = Retention::Range { from: number(from)?, to: number(to)? };
         retention.check().map_err(|error| error.to_string())?;
         Ok(Kept(retention))
     }
+}
+
+/// A list of whole numbers above 0.
+fn steps(text: &str) -> Option<Vec<u64>> {
+    let whole = |value: &f64| *value >= 1.0 && value.fract() == 0.0 && *value < 2f64.powi(53);
+    let numbers = text.parse::<Numbers>().ok()?.0;
+    numbers.iter().all(whole).then(|| numbers.iter().map(|&value| value as u64).collect())
 }
 
 impl FromStr for Numbers {
@@ -203,8 +214,13 @@ mod tests {
     fn what_is_kept_is_a_range_or_the_newest() {
         assert_eq!("latest".parse::<Kept>().unwrap().0, Retention::Latest);
         assert_eq!("0.05..0.2".parse::<Kept>().unwrap().0, Retention::Range { from: 0.05, to: 0.2 });
-        for (text, part) in [("newest", "FROM..TO"), ("0.1..", "missing"), ("0.2..0.1", "the shorter sigma_rel first")]
-        {
+        assert_eq!("1000,2000,...,4000".parse::<Kept>().unwrap().0, Retention::Steps(vec![1000, 2000, 3000, 4000]));
+        for (text, part) in [
+            ("newest", "FROM..TO"),
+            ("0.1,0.2", "FROM..TO"),
+            ("0.1..", "missing"),
+            ("0.2..0.1", "the shorter sigma_rel first"),
+        ] {
             assert!(text.parse::<Kept>().unwrap_err().contains(part), "{text}");
         }
     }

@@ -26,7 +26,8 @@ pub struct Arguments {
     #[arg(long, value_name = "STEP")]
     pub at: Option<u64>,
     /// Instead of targets: which profiles to track, how often to store and how many to keep
-    #[arg(long, conflicts_with_all = ["run", "plot", "at"], requires = "disk")]
+    #[arg(long, requires = "disk", conflicts_with_all = ["run", "plot", "at", "noise", "keep", "checkpoint_every", "track", "track_beta",
+        "sigma_rel", "gamma", "beta", "half_life", "uniform", "linear", "lr_decay", "profile_csv"])]
     pub advise: bool,
     /// What the run may take on disk, such as 100GB
     #[arg(long, value_name = "BYTES", requires = "advise")]

@@ -46,10 +46,10 @@ impl Default for Retention {
 }
 
 impl Retention {
-    /// Checks the range.
+    /// Checks the range, and that a list has steps.
     ///
     /// # Errors
-    /// [`Error::Setting`] for lengths that no power-function profile has, or in the wrong order.
+    /// [`Error::Setting`] for lengths that no power-function profile has, or in the wrong order, and for an empty list.
     pub fn check(&self) -> Result<()> {
         match *self {
             Retention::Range { from, to } if !(from > 0.0 && from <= to && to <= MAX_SIGMA_REL) => {
@@ -57,6 +57,10 @@ impl Retention {
                     "the range of lengths {from} to {to}: give the shorter sigma_rel first, both above 0 and at most \
                      {MAX_SIGMA_REL:.6}"
                 );
+                Err(Error::Setting { option: "retention", reason })
+            }
+            Retention::Steps(ref steps) if steps.is_empty() => {
+                let reason = "no step is listed: name those to keep, or keep the newest (latest)".into();
                 Err(Error::Setting { option: "retention", reason })
             }
             _ => Ok(()),

@@ -1,23 +1,28 @@
 //! The solve: weights of snapshots whose blend comes closest to a target profile.
 
 mod density;
+mod updates;
 
 use faer::Mat;
 use faer::linalg::solvers::{Lblt, Solve};
 
-use super::chain::{Chain, Decays};
-use super::gram::{fading, power_function_gram, recurrence, target_recurrence};
+use super::chain::Chain;
+use super::gram::power_function_gram;
 use super::history::History;
 use super::profile::Profile;
 use crate::error::{Error, Result};
 
 pub use density::Densities;
+pub(super) use updates::Updates;
 
 /// Two sources whose cosine differs from 1 by no more than this hold the same average to the last digits.
 const SAME: f64 = 8.0 * f64::EPSILON;
 
 /// Corrections after the first solve: the golden weights need one, the second is for worse conditions.
 const REFINEMENTS: usize = 2;
+
+/// What is added to the diagonal of the scaled matrix, from little to more, where its factors have no right digits without.
+const STEADIER: [f64; 3] = [1e-14, 1e-12, 1e-10];
 
 /// The most sources of one solve: their Gram matrix and its factors take 1.5 GB.
 const MAX_SOURCES: usize = 8192;
@@ -112,7 +117,7 @@ impl System {
     fn factor(at: u64, products: Products, gram: Mat<f64>, sources: &[Source], rho: f64) -> System {
         let kept = drop_repeated(&gram);
         let order: Vec<usize> = (0..sources.len()).filter(|&i| kept[i].is_some()).collect();
-        let kkt = Kkt::new(&gram, &order, rho);
+        let kkt = Kkt::new(&gram, &order, rho, 0.0);
         let labels = sources.iter().map(|source| source.label.clone()).collect();
         System { at, products, gram, order, kkt, kept, labels }
     }
@@ -126,7 +131,7 @@ impl System {
         profile.check_at(self.at as f64)?;
         match &self.products {
             Products::Updates(updates) => {
-                self.solve_updates(updates, &updates.target(profile, self.at), &self.kkt).map(|blend| blend.solution)
+                self.blend(updates, &updates.target(profile, self.at)).map(|blend| blend.solution)
             }
             Products::PowerFunctions(sources) => self.solve_closed_form(sources, profile),
         }
@@ -150,13 +155,35 @@ impl System {
     }
 
     /// As [`System::solve`] for the weights of a target on the updates, with the difference that is left.
+    ///
+    /// Snapshots that lie too close together leave the factors without right digits. The same corrections then start from the
+    /// factors of a steadier matrix; what still misses the target by more than a single source does is no solution.
     pub(super) fn blend(&self, updates: &Updates, target: &[f64]) -> Result<Blend> {
-        self.solve_updates(updates, target, &self.kkt)
+        let norm = updates.norm(target);
+        let single = self.single_best(&updates.products(target), norm * norm);
+        let sound = |blend: &Blend| self.kkt.ridge > 0.0 || blend.solution.relative_error <= single;
+        let plain = self.solve_updates(updates, target, &self.kkt);
+        if plain.as_ref().is_ok_and(sound) {
+            return plain;
+        }
+        let rho = self.kkt.ridge.sqrt();
+        let steadied =
+            |&by: &f64| self.solve_updates(updates, target, &Kkt::new(&self.gram, &self.order, rho, by)).ok();
+        let blends = STEADIER.iter().filter_map(steadied).filter(sound);
+        let best = blends.min_by(|a, b| a.solution.relative_error.total_cmp(&b.solution.relative_error));
+        best.ok_or_else(|| self.dependent())
+    }
+
+    /// The relative error of the source that comes closest to a target by itself, and a little for rounding: `products` are those
+    /// with the target, `own` is its own square.
+    fn single_best(&self, products: &[f64], own: f64) -> f64 {
+        let distance = |i: usize| (self.gram[(i, i)] - 2.0 * products[i] + own) / own;
+        (0..products.len()).map(|i| distance(i).max(0.0).sqrt()).fold(f64::INFINITY, f64::min) + 1e-6
     }
 
     /// As [`System::blend`], with another regularisation than the system's.
     pub(super) fn blend_with(&self, updates: &Updates, target: &[f64], rho: f64) -> Result<Blend> {
-        self.solve_updates(updates, target, &Kkt::new(&self.gram, &self.order, rho))
+        self.solve_updates(updates, target, &Kkt::new(&self.gram, &self.order, rho, 0.0))
     }
 
     fn solve_updates(&self, updates: &Updates, target: &[f64], kkt: &Kkt) -> Result<Blend> {
@@ -185,7 +212,9 @@ impl System {
         self.check_sum(&weights)?;
         let own = power_function_gram(gamma, at, gamma, at);
         let square = own + closed_form_distance(sources, &products, &weights);
-        Ok(Solution::new(weights, (square.max(0.0) / own).sqrt(), &self.kkt))
+        let relative_error = (square.max(0.0) / own).sqrt();
+        let sound = self.kkt.ridge > 0.0 || relative_error <= self.single_best(&products, own);
+        if sound { Ok(Solution::new(weights, relative_error, &self.kkt)) } else { Err(self.dependent()) }
     }
 
     /// The weights of all sources from those solved for.
@@ -262,144 +291,6 @@ fn closed_form_distance(sources: &[(f64, f64)], products: &[f64], weights: &[f64
     weights.iter().zip(sources).zip(products).map(|((x, &source), h)| x * (pair(source) - 2.0 * h)).sum()
 }
 
-/// Everything that is summed over the updates.
-pub(super) struct Updates {
-    pub times: Vec<u64>,
-    intervals: Vec<f64>,
-    pub decays: Vec<Decays>,
-    /// The updates at which there are sources.
-    pub marks: Vec<usize>,
-    /// `(chain, mark)` of each source.
-    pub sources: Vec<(usize, usize)>,
-}
-
-impl Updates {
-    fn new(history: &History, at: u64, sources: &[Source]) -> Result<Updates> {
-        let times = history.until(at).times();
-        let intervals = intervals(&times);
-        let mut chains: Vec<&Chain> = Vec::new();
-        let mut placed = Vec::with_capacity(sources.len());
-        for source in sources {
-            let update = times.binary_search(&source.step).map_err(|_| {
-                Error::History(format!("{} lies at step {}, where there was no update", source.label, source.step))
-            })?;
-            let chain = chains.iter().position(|chain| **chain == source.chain).unwrap_or_else(|| {
-                chains.push(&source.chain);
-                chains.len() - 1
-            });
-            placed.push((chain, update));
-        }
-        let mut marks: Vec<usize> = placed.iter().map(|&(_, update)| update).collect();
-        marks.sort_unstable();
-        marks.dedup();
-        let decays = chains.iter().map(|chain| chain.decays(&times)).collect();
-        let mark = |update| marks.partition_point(|&m| m < update);
-        let sources = placed.iter().map(|&(chain, update)| (chain, mark(update))).collect();
-        Ok(Updates { times, intervals, decays, marks, sources })
-    }
-
-    /// The Gram matrix of the sources, from one pass over the updates per pair of chains.
-    fn gram(&self) -> Mat<f64> {
-        self.gram_over(&self.intervals)
-    }
-
-    /// `sum_k a_k b_k / delta_k` of all pairs of sources, for any `delta`.
-    pub(super) fn gram_over(&self, intervals: &[f64]) -> Mat<f64> {
-        self.pairs(|a, b| {
-            let products = recurrence(&self.decays[a], &self.decays[b], intervals, &self.marks);
-            move |from: usize, fade: f64| products[from] * fade
-        })
-    }
-
-    /// A symmetric matrix over the sources. `of_chains` gives for a pair of chains the function that knows an entry from the
-    /// mark of the earlier source, of the first chain, and from how much the second chain has faded from there to the later.
-    pub(super) fn pairs<F: Fn(usize, f64) -> f64>(&self, of_chains: impl Fn(usize, usize) -> F) -> Mat<f64> {
-        let fades: Vec<Vec<f64>> = self.decays.iter().map(|decays| fading(decays, &self.marks)).collect();
-        let mut matrix = Mat::zeros(self.sources.len(), self.sources.len());
-        for a in 0..self.decays.len() {
-            for (b, fade) in fades.iter().enumerate() {
-                self.fill(&mut matrix, (a, b), fade, of_chains(a, b));
-            }
-        }
-        matrix
-    }
-
-    /// Fills in the pairs of which the one of chain `a` is not later than the one of chain `b`.
-    fn fill(&self, matrix: &mut Mat<f64>, (a, b): (usize, usize), fade: &[f64], entry: impl Fn(usize, f64) -> f64) {
-        let of = |chain| self.sources.iter().enumerate().filter(move |(_, source)| source.0 == chain);
-        let mut faded = vec![0.0; self.marks.len()];
-        for (i, &(_, from)) in of(a) {
-            faded[from] = 1.0;
-            for mark in from + 1..self.marks.len() {
-                faded[mark] = faded[mark - 1] * fade[mark - 1];
-            }
-            for (j, &(_, to)) in of(b).filter(|(_, source)| source.1 >= from) {
-                matrix[(i, j)] = entry(from, faded[to]);
-                matrix[(j, i)] = matrix[(i, j)];
-            }
-        }
-    }
-
-    /// The weights of a target on the updates: the differences of its `F_T`; what lies after the last update at or
-    /// before `T` belongs to that one.
-    fn target(&self, profile: &Profile, at: u64) -> Vec<f64> {
-        let at = at as f64;
-        let mut previous = (0.0, 0.0);
-        let mut weights: Vec<f64> = Vec::with_capacity(self.times.len());
-        for &time in &self.times {
-            let time = time as f64;
-            let share = profile.cumulative(time, at);
-            let exact = profile.is_trackable();
-            weights.push(if exact { share * profile.gain(previous.0, time) } else { share - previous.1 });
-            previous = (time, share);
-        }
-        if let Some(last) = weights.last_mut() {
-            *last += 1.0 - previous.1;
-        }
-        weights
-    }
-
-    fn products(&self, target: &[f64]) -> Vec<f64> {
-        let by_chain: Vec<Vec<f64>> =
-            self.decays.iter().map(|decays| target_recurrence(decays, target, &self.intervals, &self.marks)).collect();
-        self.sources.iter().map(|&(chain, mark)| by_chain[chain][mark]).collect()
-    }
-
-    /// `sum_i x_i p_i - r` on each update: what is taken from it does not cancel as what is taken from the Gram matrix.
-    fn difference(&self, weights: &[f64], target: &[f64]) -> Vec<f64> {
-        let mut difference: Vec<f64> = target.iter().map(|r| -r).collect();
-        for (chain, decays) in self.decays.iter().enumerate() {
-            self.add_blend(&mut difference, weights, chain, decays);
-        }
-        difference
-    }
-
-    /// `sqrt(<v, v>)`.
-    pub(super) fn norm(&self, values: &[f64]) -> f64 {
-        values.iter().zip(&self.intervals).map(|(v, delta)| v * v / delta).sum::<f64>().sqrt()
-    }
-
-    /// Adds the weights that the blended sources of one chain put on the updates, from the last to the first.
-    fn add_blend(&self, sum: &mut [f64], weights: &[f64], chain: usize, decays: &Decays) {
-        let mut starting = vec![0.0; self.times.len()];
-        for (&(_, mark), weight) in self.sources.iter().zip(weights).filter(|((c, _), _)| *c == chain) {
-            starting[self.marks[mark]] += weight;
-        }
-        let mut kept = 0.0;
-        for k in (0..self.times.len()).rev() {
-            kept += starting[k];
-            sum[k] += decays.gain[k] * kept;
-            kept *= decays.decay[k];
-        }
-    }
-}
-
-/// `delta_k = t_k - t_{k-1}` with `t_0 = 0`.
-fn intervals(times: &[u64]) -> Vec<f64> {
-    let before = std::iter::once(&0).chain(times);
-    times.iter().zip(before).map(|(time, before)| (time - before) as f64).collect()
-}
-
 /// The symmetric system of the constrained least squares, scaled to unit diagonal and factored.
 struct Kkt {
     matrix: Mat<f64>,
@@ -414,14 +305,15 @@ struct Kkt {
 }
 
 impl Kkt {
-    fn new(gram: &Mat<f64>, order: &[usize], rho: f64) -> Kkt {
+    /// `steadier` is added to the scaled diagonal of the factors alone: what is solved for stays the same.
+    fn new(gram: &Mat<f64>, order: &[usize], rho: f64, steadier: f64) -> Kkt {
         let n = order.len();
         let ridge = rho * rho;
         let entry = |i: usize, j: usize| gram[(order[i], order[j])] + if i == j { ridge } else { 0.0 };
         let scale: Vec<f64> = (0..n).map(|i| 1.0 / entry(i, i).sqrt()).collect();
         let unit = scale.iter().fold(0.0, |most: f64, s| most.max(*s));
         let matrix = Mat::from_fn(n + 1, n + 1, |i, j| match (i < n, j < n) {
-            (true, true) => entry(i, j) * scale[i] * scale[j],
+            (true, true) => entry(i, j) * scale[i] * scale[j] + if i == j { steadier } else { 0.0 },
             (true, false) => scale[i] / unit,
             (false, true) => scale[j] / unit,
             (false, false) => 0.0,

@@ -101,9 +101,8 @@ pub fn error_grid(first: f64, last: f64, tracked: &[f64]) -> Vec<f64> {
 /// Draws the reconstruction error over sigma_rel into a file, `.svg` or `.png`, which appears whole or not at all: on a
 /// logarithmic axis, the tracked profiles marked, the worst length between them labelled.
 ///
-/// The noise floor is shaded: below the noise gain times the rounding of the snapshots, relative to the weights. The
-/// profile's error moves an average by its share of what the weights moved, which is less than the weights themselves: a
-/// curve within the shade is as good as the snapshots can tell.
+/// The noise floor is shaded: below the noise gain times the rounding of the snapshots, relative to the weights. The curve is
+/// relative to the profile and moves an average by as much as the weights move: plans of a run predict both in one unit.
 ///
 /// # Errors
 /// [`Error::Io`](crate::Error::Io) where the file cannot be written, [`Error::Unexpected`](crate::Error::Unexpected) for
@@ -214,7 +213,7 @@ struct Label {
 
 impl Label {
     fn of(worst: &ErrorPoint, dot: Point) -> Label {
-        let text = format!("worst {}, at {:.3}", short_percent(worst.relative_error), worst.sigma_rel);
+        let text = format!("worst in between {}, at {:.3}", short_percent(worst.relative_error), worst.sigma_rel);
         let half = 0.5 * width(&text, TEXT) + 6.0;
         let above = dot.1 - 14.0;
         let y = if above > FRAME.top + 8.0 { above } else { dot.1 + 16.0 };
@@ -267,7 +266,7 @@ mod tests {
             "tracked 0.05",
             "tracked 0.25",
             "rounding of the f16 snapshots",
-            "worst 1.0%, at 0.150",
+            "worst in between 1.0%, at 0.150",
             "(sigma_rel)",
         ] {
             assert!(svg.contains(part), "{part}: {svg}");

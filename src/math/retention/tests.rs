@@ -147,6 +147,7 @@ fn ranges_that_make_no_sense_are_refused() {
         let text = Retention::Range { from, to }.check().unwrap_err().to_string();
         assert!(text.contains("option retention") && text.contains("at most 0.288675"), "{text}");
     }
+    assert!(Retention::Steps(vec![]).check().unwrap_err().to_string().contains("no step is listed"));
     assert!(Retention::default().check().is_ok() && Retention::Latest.check().is_ok());
 }
 

@@ -269,3 +269,25 @@ fn two_times_256_snapshots_solve_quickly() {
     let best = (0..5).map(seconds).fold(f64::MAX, f64::min);
     assert!(best < 0.05, "{best} s");
 }
+
+/// So many snapshots of profiles that are all but alike that the factors have no right digits: what is stored still comes back,
+/// and nothing is further off than the nearest snapshot is by itself.
+#[test]
+fn snapshots_that_lie_too_close_together_are_solved_for_or_refused() {
+    let tracked = [0.139, 0.263, 0.28].map(|s| Profile::sigma_rel(s).unwrap());
+    let schedule = Schedule { checkpoint_every: 310, ..Schedule::default() };
+    let (steps, history) = (schedule.snapshots(40_000), schedule.updates(40_000).unwrap());
+    let source = |step: u64, profile: &Profile| Source {
+        chain: Chain::Tracked(profile.clone()),
+        step,
+        label: format!("{profile} at {step}"),
+    };
+    let sources: Vec<Source> = steps.iter().flat_map(|&t| tracked.iter().map(move |p| source(t, p))).collect();
+    let at = steps[steps.len() - 1];
+    let system = System::new(&history, at, &sources, 0.0).unwrap();
+    for (sigma_rel, most) in [(0.139, 1e-6), (0.263, 1e-6), (0.28, 1e-6), (0.2, 1e-3), (0.15, 1e-3), (0.12, 0.01)] {
+        let solution = system.solve(&Profile::sigma_rel(sigma_rel).unwrap()).unwrap();
+        assert!(solution.relative_error < most, "{sigma_rel}: {}", solution.relative_error);
+        assert!((solution.weights.iter().sum::<f64>() - 1.0).abs() < 1e-6);
+    }
+}

@@ -121,7 +121,9 @@ fn a_failure_tells_whether_another_try_makes_sense() {
     // An old snapshot that cannot be removed does not undo the new one.
     let mut moment = moment;
     moment.settings.max_checkpoints = 1;
-    std::fs::create_dir(moment.dir.join("0.10.safetensors")).unwrap();
+    let earlier = Moment { history: moment.history.until(10), ..moment.clone() };
+    earlier.store(&values.as_values()).unwrap();
+    std::fs::create_dir(moment.dir.join("0.10.safetensors.index.json")).unwrap();
     let failure = moment.store(&values.as_values()).unwrap_err();
     assert!(matches!(failure, Failure::Removal(_)));
     assert!(moment.missing().unwrap().is_empty());

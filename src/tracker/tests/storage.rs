@@ -101,20 +101,36 @@ fn the_snapshots_that_matter_are_kept_and_a_resume_can_choose_anew() {
     assert_eq!(steps(&dir), [kept[1], 320, 350]);
 }
 
+/// A snapshot of another run at a step of this one's, one at a later step, and a damaged one of its own.
 #[test]
-fn another_runs_snapshot_is_not_dropped() {
+fn what_is_not_the_runs_own_is_neither_counted_nor_dropped() {
     let (temp, dir) = scratch();
     let other = temp.path().join("other");
     let mut walk = Walk::new(1);
-    let options = |dir: &Path| PostHocEma::options(dir).checkpoint_every(10).max_checkpoints(2);
-    let mut ema = options(&dir).retention(Retention::Latest).create(&walk.model).unwrap();
-    train(&mut ema, &mut walk, 29);
-    let mut second = options(&other).create(&walk.model).unwrap();
-    train(&mut second, &mut walk, 10);
+    let options = |dir: &Path| PostHocEma::options(dir).checkpoint_every(10).retention(Retention::Latest);
+    let mut ema = options(&dir).max_checkpoints(3).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 30);
+    let mut second = options(&other).max_checkpoints(50).create(&walk.model).unwrap();
+    train(&mut second, &mut walk, 500);
     std::fs::copy(other.join("0.10.safetensors"), dir.join("0.10.safetensors")).unwrap();
-    let text = ema.update(&walk.model).unwrap_err().to_string();
-    assert!(text.contains("0.10.safetensors") && text.contains("another run and is not dropped"), "{text}");
-    assert_eq!(steps(&dir), [10, 20, 30]);
+    std::fs::copy(other.join("0.500.safetensors"), dir.join("0.500.safetensors")).unwrap();
+    std::fs::write(dir.join("1.20.safetensors"), b"damaged").unwrap();
+    let foreign = std::fs::read(dir.join("0.10.safetensors")).unwrap();
+    train(&mut ema, &mut walk, 50);
+    assert_eq!(steps(&dir), [10, 20, 60, 70, 80, 500]);
+    assert_eq!(std::fs::read(dir.join("0.10.safetensors")).unwrap(), foreign);
+    assert!(dir.join("1.10.safetensors").is_file() && dir.join("0.20.safetensors").is_file());
+}
+
+#[test]
+fn steps_that_lack_a_profile_go_first() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(1);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(10).max_checkpoints(5).create(&walk.model).unwrap();
+    train(&mut ema, &mut walk, 50);
+    std::fs::remove_file(dir.join("1.30.safetensors")).unwrap();
+    train(&mut ema, &mut walk, 10);
+    assert_eq!(steps(&dir), [10, 20, 40, 50, 60]);
 }
 
 #[test]
