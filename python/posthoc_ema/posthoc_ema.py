@@ -533,6 +533,7 @@ class PostHocEMA:
         step: int | None = None,
         noise: Noise = "off",
         out: str | os.PathLike[str] | None = None,
+        name: str | None = None,
         batch: int = 8,
         progress: sweeping.Progress = None,
     ) -> sweeping.Swept:
@@ -554,12 +555,15 @@ class PostHocEMA:
             noise: as of :meth:`model`.
             out: a directory for the scores, ``sweep.json``, and the best average, ``best.safetensors``; made where it is
                 missing. It must not lie in the run's.
+            name: what `out` knows the evaluation by; the name of the function where none is given. One that has no name of
+                its own (a lambda, a function within another, a method, a partial, an object) needs it to go on later.
             batch: how many state dicts are synthesized in one pass over the snapshots, and held in memory. With a `model`,
                 each average is blended right into it instead, in a pass of its own.
             progress: a function of the evaluations done and planned, or whether to draw a bar; None draws one on a terminal.
 
         Raises:
-            ValueError: for no target, one outside the run, and a directory of another sweep.
+            ValueError: for no target, one outside the run, and a directory of another sweep, or of an evaluation that
+                cannot be told from this one.
             RuntimeError: where all evaluations failed; its cause is what the first of them raised.
             OSError: where the directory cannot be written.
         """
@@ -572,7 +576,7 @@ class PostHocEMA:
         # The newest average of a tracker has no snapshot that could be named by a step.
         step = step if self._live(step) is not None else at
         directory = None if out is None else sweeping.check_apart(out, self.checkpoint_dir)
-        name = sweeping.name_of(evaluate)
+        name, own = (name, True) if name is not None else sweeping.name_of(evaluate)
         search = _native.Sweep(
             to_json(profiles),
             minimize,
@@ -584,6 +588,7 @@ class PostHocEMA:
             noise_text(noise),
         )
         try:
+            sweeping.check_resumed(search, name, own, directory)
             held = {} if model is None else {"model": model}
             each = partial(self._each_in if held else self._each_state_dict, step=step, noise=noise, **held)
             evaluations = sweeping.Evaluations(search, partial(self.plan, step=step, noise=noise), each, evaluate)
