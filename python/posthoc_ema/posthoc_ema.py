@@ -606,11 +606,24 @@ class PostHocEMA:
         self, profiles: list[Profile], step: int | None, noise: Noise
     ) -> Iterator[tuple[Profile, Any]]:
         """Averages of one pass, each for an evaluation of its state dict."""
-        state_dicts = self.synthesize(profiles, step, noise=noise, progress=False)
+        try:
+            state_dicts = self.synthesize(profiles, step, noise=noise, progress=False)
+        except ValueError:
+            # An average that its dtype cannot hold fails alone.
+            for profile in profiles:
+                yield profile, partial(self._evaluate_alone, profile, step, noise)
+            return
         for profile in profiles:
             # Free again when it has been evaluated.
             state_dict = state_dicts.pop(0)
             yield profile, lambda evaluate, given=state_dict: evaluate(given)
+
+    def _evaluate_alone(
+        self, profile: Profile, step: int | None, noise: Noise, evaluate: Callable[[Any], object]
+    ) -> object:
+        """The evaluation of an average that is synthesized for it."""
+        [state_dict] = self.synthesize([profile], step, noise=noise, progress=False)
+        return evaluate(state_dict)
 
     def _each_in(
         self, profiles: list[Profile], model: Model, step: int | None, noise: Noise

@@ -279,6 +279,19 @@ def test_scores_of_another_evaluation_are_not_taken_for_those_of_this_one(
     assert caplog.record_tuples == [("posthoc_ema", logging.WARNING, caplog.messages[0])]
 
 
+def test_an_average_that_its_dtype_cannot_hold_fails_alone(ema: PostHocEMA, monkeypatch: pytest.MonkeyPatch) -> None:
+    synthesize = ema.synthesize
+
+    def overflowing(targets: list[Profile], *positional: Any, **options: Any) -> list[dict[str, Any]]:
+        if Profile.sigma_rel(0.1) in targets:
+            raise ValueError("tensor `weight` overflows F16")
+        return synthesize(targets, *positional, **options)
+
+    monkeypatch.setattr(ema, "synthesize", overflowing)
+    swept = ema.sweep(weight, [0.05, 0.1, 0.2], refine=0)
+    assert [trial.error for trial in swept.results] == [None, "ValueError: tensor `weight` overflows F16", None]
+
+
 def test_an_evaluation_may_change_the_directory(
     ema: PostHocEMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
