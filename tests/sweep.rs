@@ -204,6 +204,25 @@ fn failures_are_reported_and_do_not_lose_the_others() {
     assert_eq!(weight(&case.best()), case.average(&profile(0.14)));
 }
 
+/// A process in a session of its own is out of reach; it holds the pipes, and is not waited for.
+#[test]
+fn what_an_evaluation_leaves_in_another_session_is_not_waited_for() {
+    let case = Case::new();
+    let left = case.temp.path().join("left");
+    case.script(&format!(
+        "setsid sh -c 'echo $$ >> {}; exec sleep 1000' &\ncase \"$1\" in *sigma_rel-0.1.*) sleep 1000;; esac",
+        left.display()
+    ));
+    let start = Instant::now();
+    let (document, stderr) = case.sweep(&["--sigma-rel", "0.1,0.2", "--refine", "0", "--timeout", "2"]);
+    for pid in wait_for(|| fs::read_to_string(&left).ok()).lines() {
+        Command::new("kill").args(["-9", pid]).status().unwrap();
+    }
+    assert!(start.elapsed() < Duration::from_secs(500), "what was left was waited for");
+    assert!(stderr.contains("warning: sigma_rel 0.1: it took longer than 2 s"), "{stderr}");
+    assert_eq!((&document["failed"], &document["best"]["length"]["sigma_rel"]), (&1.into(), &0.2.into()));
+}
+
 #[test]
 fn where_all_fail_the_command_does() {
     let case = Case::new();
@@ -385,6 +404,87 @@ fn all_averages_can_be_kept() {
     let best = serde_json::from_value(document["best"]["profile"].clone()).unwrap();
     assert_eq!(weight(&case.best()), case.average(&best));
     assert_eq!(case.names(), ["best.safetensors", "candidates", "sweep.json"]);
+}
+
+/// Targets that print alike have files of their own, and so has a refinement that prints like an earlier trial.
+#[test]
+fn averages_that_print_alike_are_kept_beside_each_other() {
+    let case = Case::new();
+    let targets = [0.15, 0.150_000_000_000_01, 0.150_000_000_000_02].map(profile);
+    let options = SweepOptions { keep_all: true, refine: 1, ..SweepOptions::new(&case.out, &targets) };
+    let run = Run::open(&case.run).unwrap();
+    let mut seen = Vec::new();
+    let mut evaluate = |candidate: &posthoc_ema::sweep::Candidate<'_>| {
+        seen.push((candidate.plan.profile.clone(), candidate.path.to_owned()));
+        if candidate.plan.profile == targets[1] { Err("once") } else { Ok(seen.len() as f64) }
+    };
+    assert_eq!(run.sweep(&options, &mut evaluate).unwrap().sweep.trials().len(), 4);
+    // What failed is written to its own file once more.
+    run.sweep(&SweepOptions { refine: 0, ..options }, &mut evaluate).unwrap();
+    assert_eq!(seen.len(), 5);
+    assert!(seen[4] == seen[1], "{seen:?}");
+    assert_eq!(names(&case.out.join("candidates")).len(), 4);
+    for (profile, path) in &seen {
+        assert_eq!(load(path), run.load(&run.plan(profile.clone(), At::Latest).unwrap()).unwrap());
+        let bytes = fs::read(path).unwrap();
+        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        let stored: Profile = serde_json::from_str(&header.metadata().as_ref().unwrap()["profile"]).unwrap();
+        assert_eq!(stored, *profile);
+    }
+}
+
+#[test]
+fn an_evaluation_may_move_its_file_or_change_the_directory() {
+    let case = Case::new();
+    case.script("");
+    let text = fs::read_to_string(&case.script).unwrap();
+    fs::write(&case.script, format!("{text}\nrm \"$1\"\n")).unwrap();
+    let (document, _) = case.sweep(&["--sigma-rel", "0.05,0.1,0.15", "--refine", "2"]);
+    assert_eq!((&document["failed"], &document["evaluated"]), (&0.into(), &5.into()));
+    let best = serde_json::from_value(document["best"]["profile"].clone()).unwrap();
+    assert_eq!(weight(&case.best()), case.average(&best));
+    assert_eq!(case.names(), ["best.safetensors", "sweep.json"]);
+}
+
+/// Nothing that is not the sweep's own is replaced or removed.
+#[test]
+fn other_files_in_the_directory_stay() {
+    let case = Case::new();
+    case.script("");
+    fs::create_dir(&case.out).unwrap();
+    fs::write(case.best(), "mine").unwrap();
+    let (status, text) = case.failure(&["--sigma-rel", "0.1"]);
+    assert!(status == 1 && text.contains("would replace best.safetensors"), "{text}");
+    assert_eq!(fs::read(case.best()).unwrap(), b"mine");
+    fs::remove_file(case.best()).unwrap();
+    let others = [".posthoc-ema-abc123", "notes.txt"];
+    others.iter().for_each(|name| fs::write(case.out.join(name), "mine").unwrap());
+    case.sweep(&["--sigma-rel", "0.1"]);
+    others.iter().for_each(|name| assert_eq!(fs::read(case.out.join(name)).unwrap(), b"mine"));
+    // Another run's directory.
+    let (run, other) = (&case.run, Case::new());
+    let before = names(Path::new(&other.run));
+    let (status, text) = failure(&["sweep", run, "--eval", "true {}", "--out-dir", &other.run, "--sigma-rel", "0.1"]);
+    assert!(status == 1 && text.contains("sweep elsewhere"), "{text}");
+    assert_eq!(names(Path::new(&other.run)), before);
+}
+
+/// What waited for its evaluation goes, with the list that named it; what was kept stays, and what is not ours.
+#[test]
+fn candidates_of_a_sweep_that_was_killed_are_removed() {
+    let case = Case::new();
+    case.script("");
+    let folder = case.out.join("candidates");
+    case.sweep(&["--sigma-rel", "0.1,0.2", "--refine", "0", "--keep-all"]);
+    let kept = names(&folder);
+    let run = Run::open(&case.run).unwrap();
+    let waited = folder.join("sigma_rel-0.25.step-500.safetensors");
+    run.write(&run.plan(profile(0.25), At::Latest).unwrap(), &waited).unwrap();
+    let mine = folder.join("mine.safetensors");
+    fs::copy(&waited, &mine).unwrap();
+    fs::write(folder.join(".posthoc-ema-abc123"), "half a file").unwrap();
+    case.sweep(&["--sigma-rel", "0.1,0.15", "--refine", "0"]);
+    assert_eq!(names(&folder), [vec!["mine.safetensors".to_owned()], kept].concat());
 }
 
 #[test]

@@ -533,6 +533,7 @@ class PostHocEMA:
         step: int | None = None,
         noise: Noise = "off",
         out: str | os.PathLike[str] | None = None,
+        name: str | None = None,
         batch: int = 8,
         progress: sweeping.Progress = None,
     ) -> sweeping.Swept:
@@ -554,12 +555,15 @@ class PostHocEMA:
             noise: as of :meth:`model`.
             out: a directory for the scores, ``sweep.json``, and the best average, ``best.safetensors``; made where it is
                 missing. It must not lie in the run's.
+            name: what `out` knows the evaluation by; the name of the function where none is given. One that has no name of
+                its own (a lambda, a function within another, a method, a partial, an object) needs it to go on later.
             batch: how many state dicts are synthesized in one pass over the snapshots, and held in memory. With a `model`,
                 each average is blended right into it instead, in a pass of its own.
             progress: a function of the evaluations done and planned, or whether to draw a bar; None draws one on a terminal.
 
         Raises:
-            ValueError: for no target, one outside the run, and a directory of another sweep.
+            ValueError: for no target, one outside the run, and a directory of another sweep, or of an evaluation that
+                cannot be told from this one.
             RuntimeError: where all evaluations failed; its cause is what the first of them raised.
             OSError: where the directory cannot be written.
         """
@@ -572,7 +576,7 @@ class PostHocEMA:
         # The newest average of a tracker has no snapshot that could be named by a step.
         step = step if self._live(step) is not None else at
         directory = None if out is None else sweeping.check_apart(out, self.checkpoint_dir)
-        name = sweeping.name_of(evaluate)
+        name, own = (name, True) if name is not None else sweeping.name_of(evaluate)
         search = _native.Sweep(
             to_json(profiles),
             minimize,
@@ -584,6 +588,7 @@ class PostHocEMA:
             noise_text(noise),
         )
         try:
+            sweeping.check_resumed(search, name, own, directory)
             held = {} if model is None else {"model": model}
             each = partial(self._each_in if held else self._each_state_dict, step=step, noise=noise, **held)
             evaluations = sweeping.Evaluations(search, partial(self.plan, step=step, noise=noise), each, evaluate)
@@ -601,11 +606,24 @@ class PostHocEMA:
         self, profiles: list[Profile], step: int | None, noise: Noise
     ) -> Iterator[tuple[Profile, Any]]:
         """Averages of one pass, each for an evaluation of its state dict."""
-        state_dicts = self.synthesize(profiles, step, noise=noise, progress=False)
+        try:
+            state_dicts = self.synthesize(profiles, step, noise=noise, progress=False)
+        except ValueError:
+            # An average that its dtype cannot hold fails alone.
+            for profile in profiles:
+                yield profile, partial(self._evaluate_alone, profile, step, noise)
+            return
         for profile in profiles:
             # Free again when it has been evaluated.
             state_dict = state_dicts.pop(0)
             yield profile, lambda evaluate, given=state_dict: evaluate(given)
+
+    def _evaluate_alone(
+        self, profile: Profile, step: int | None, noise: Noise, evaluate: Callable[[Any], object]
+    ) -> object:
+        """The evaluation of an average that is synthesized for it."""
+        [state_dict] = self.synthesize([profile], step, noise=noise, progress=False)
+        return evaluate(state_dict)
 
     def _each_in(
         self, profiles: list[Profile], model: Model, step: int | None, noise: Noise

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["Best", "Swept", "Trial"]
+
+LOG = logging.getLogger("posthoc_ema")
 
 Progress = Callable[[int, int], object] | bool | None
 """A function of the evaluations done and planned, or whether to draw a bar.
@@ -143,22 +148,47 @@ def trials_of(search: _native.Sweep) -> tuple[Trial, ...]:
     return tuple(trial(each) for each in json.loads(search.trials()))
 
 
-def name_of(evaluate: Callable[..., object]) -> str:
-    """What a record knows a function by."""
-    function = getattr(evaluate, "func", evaluate)  # of functools.partial
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+def name_of(evaluate: Callable[..., object]) -> tuple[str, bool]:
+    """What a record knows a function by, and whether no other function has that name."""
+    if isinstance(evaluate, partial):
+        return f"partial({name_of(evaluate.func)[0]})", False
+    if not hasattr(evaluate, "__qualname__"):
+        kind = type(evaluate)
+        return f"{kind.__module__}.{kind.__qualname__}()", False
+    name = f"{getattr(evaluate, '__module__', None)}.{evaluate.__qualname__}"
+    # What a method is bound to may differ; a function made in another may be another each time.
+    bound = getattr(evaluate, "__self__", None)
+    own = bound is None or isinstance(bound, (type, ModuleType))
+    return name, own and "<" not in name
+
+
+def check_resumed(search: _native.Sweep, name: str, own: bool, directory: Path | None) -> None:
+    """Tells that scores were taken from a record; `own` says that they can only be of this evaluation.
+
+    Raises:
+        ValueError: where they may be another's.
+    """
+    if directory is None or not (count := len(json.loads(search.trials()))):
+        return
+    file = directory / "sweep.json"
+    if not own:
+        raise ValueError(
+            f"{file}: the {count} scores here are of {name}, and other functions are called so, too: give"
+            f" name={name!r} where they are of this one, or another directory; a `name` of its own from the"
+            " first call on tells evaluations apart"
+        )
+    LOG.warning("%s: going on with the %d scores of %s that are recorded here", file, count, name)
 
 
 def check_apart(out: str | os.PathLike[str], run: Path) -> Path:
-    """A sweep's directory, which lies neither in the run's nor below it.
+    """A sweep's directory, absolute, as an evaluation may change its own; it lies neither in the run's nor below it.
 
     Raises:
         ValueError: where it does.
     """
-    directory, inside = Path(out), run.resolve()
+    directory, inside = Path(out).absolute(), run.resolve()
     if inside == directory.resolve() or inside in directory.resolve().parents:
-        raise ValueError(f"out = {directory}: a run's directory holds nothing but its snapshots: sweep elsewhere")
+        raise ValueError(f"out = {out}: a run's directory holds nothing but its snapshots: sweep elsewhere")
     return directory
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import logging
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,15 +201,16 @@ def test_a_sweep_that_was_interrupted_goes_on(ema: PostHocEMA, tmp_path: Path, i
     with pytest.raises(interrupt):
         ema.sweep(evaluate, LIST, out=out)
     document = json.loads((out / "sweep.json").read_text())
+    resume = partial(ema.sweep, evaluate, LIST, out=out, name=document["evaluation"])
     assert len(document["trials"]) == 5 and document["trials"][2]["error"] == "ValueError: once"
     assert document["evaluation"].endswith("test_a_sweep_that_was_interrupted_goes_on.<locals>.evaluate")
-    swept = ema.sweep(evaluate, LIST, out=out)
+    swept = resume()
     # None twice.
     assert len(score.calls) == len(set(score.calls)) == 14
     assert len(swept.results) == 14 and not any(trial.error for trial in swept.results)
     assert swept.best.path == out / "best.safetensors"
     assert weight(load_file(swept.best.path)) == weight(swept.best.state_dict)
-    again = ema.sweep(evaluate, LIST, out=out)
+    again = resume()
     assert len(score.calls) == 14 and again.results == swept.results and again.best.score == swept.best.score
 
 
@@ -221,7 +224,7 @@ def test_what_cannot_be_swept_is_told(ema: PostHocEMA, run_dir: Path, tmp_path: 
         with pytest.raises(ValueError, match=part):
             ema.sweep(weight, [0.1], out=out, **options)
     with pytest.raises(ValueError, match="has another evaluation"):
-        ema.sweep(functools.partial(Score(ema)), [0.1], out=out)
+        ema.sweep(partial(Score(ema)), [0.1], out=out)
     for inside in (run_dir, run_dir / "sweep"):
         with pytest.raises(ValueError, match="sweep elsewhere"):
             ema.sweep(weight, [0.1], out=inside)
@@ -235,6 +238,73 @@ def test_what_cannot_be_swept_is_told(ema: PostHocEMA, run_dir: Path, tmp_path: 
     ]:
         with pytest.raises(ValueError, match=part):
             ema.sweep(weight, **options)
+
+
+def shifted(state_dict: dict[str, Any], by: float = 0.0) -> float:
+    return weight(state_dict) + by
+
+
+def test_scores_of_another_evaluation_are_not_taken_for_those_of_this_one(
+    ema: PostHocEMA, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def within(state_dict: dict[str, Any]) -> float:
+        return weight(state_dict)
+
+    for number, (first, second) in enumerate(
+        [
+            (weight, lambda state: -weight(state)),
+            (lambda state: weight(state), lambda state: -weight(state)),
+            (partial(shifted, by=1.0), partial(shifted, by=2.0)),
+            (shifted, partial(shifted, by=2.0)),
+            (within, within),
+            (Score(ema), Score(ema)),
+            (Score(ema).__call__, Score(ema).__call__),
+        ]
+    ):
+        out = tmp_path / f"sweep{number}"
+        ema.sweep(first, [0.1, 0.2], out=out, refine=0)
+        assert caplog.text == ""
+        with pytest.raises(ValueError, match="another evaluation|give name="):
+            ema.sweep(second, [0.1, 0.2], out=out, refine=0)
+        # A name says that they are the same.
+        name = json.loads((out / "sweep.json").read_text())["evaluation"]
+        swept = ema.sweep(second, [0.1, 0.2, 0.25], out=out, refine=0, name=name)
+        assert len(swept.results) == 3 and "the 2 scores" in caplog.text and name in caplog.text
+        caplog.clear()
+        with pytest.raises(ValueError, match="has another evaluation"):
+            ema.sweep(second, [0.1, 0.2], out=out, refine=0, name="mine")
+    # A function with a name of its own goes on, and it is told that it does.
+    ema.sweep(shifted, [0.1], out=tmp_path / "named", refine=0)
+    ema.sweep(shifted, [0.1], out=tmp_path / "named", refine=0)
+    assert caplog.record_tuples == [("posthoc_ema", logging.WARNING, caplog.messages[0])]
+
+
+def test_an_average_that_its_dtype_cannot_hold_fails_alone(ema: PostHocEMA, monkeypatch: pytest.MonkeyPatch) -> None:
+    synthesize = ema.synthesize
+
+    def overflowing(targets: list[Profile], *positional: Any, **options: Any) -> list[dict[str, Any]]:
+        if Profile.sigma_rel(0.1) in targets:
+            raise ValueError("tensor `weight` overflows F16")
+        return synthesize(targets, *positional, **options)
+
+    monkeypatch.setattr(ema, "synthesize", overflowing)
+    swept = ema.sweep(weight, [0.05, 0.1, 0.2], refine=0)
+    assert [trial.error for trial in swept.results] == [None, "ValueError: tensor `weight` overflows F16", None]
+
+
+def test_an_evaluation_may_change_the_directory(
+    ema: PostHocEMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def evaluate(state_dict: dict[str, Any]) -> float:
+        os.chdir(tmp_path / "other")
+        return weight(state_dict)
+
+    swept = ema.sweep(evaluate, [0.1, 0.2], out="sweep", refine=0)
+    assert swept.best.path == tmp_path / "sweep/best.safetensors" and swept.best.path.exists()
+    assert (tmp_path / "sweep/sweep.json").exists() and not list((tmp_path / "other").iterdir())
 
 
 def test_the_command_goes_on_where_python_began_only_with_the_same_question(ema: PostHocEMA, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ pub fn sync_directory(dir: &Path) -> Result<()> {
 }
 
 /// Whether a file's name is one of a writer that was killed.
-pub(super) fn is_leftover(name: &str) -> bool {
+pub fn is_leftover(name: &str) -> bool {
     name.starts_with(PREFIX)
 }
 

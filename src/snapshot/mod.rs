@@ -14,7 +14,7 @@ mod read;
 mod shards;
 mod write;
 
-pub(crate) use atomic::{AtomicFile, sync_directory};
+pub(crate) use atomic::{AtomicFile, is_leftover, sync_directory};
 pub use directory::{Snapshot, Stem, list, list_each};
 pub(crate) use directory::{any_part, check_empty, open_all, remove, remove_leftovers};
 pub(crate) use folder::{AtomicFolder, check_vacant};

@@ -1,7 +1,7 @@
 //! An evaluation by a command of the shell.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{self, PipeReader, PipeWriter, Read};
+use std::io::{self, PipeReader, PipeWriter};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ExitStatus, Stdio};
@@ -9,12 +9,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::candidates::Candidate;
+use super::output::{self, Tails};
 use super::score::score;
+use super::template::Template;
 use crate::error::{Error, Result};
 use crate::synthesis::profile_json;
-
-/// What stands for the path in a command.
-const PLACE: &[u8] = b"{}";
 
 /// Runs the command in `$1`, in a process group of its own, and kills all of the group when our end of the pipe on its
 /// standard input is closed: after the command, after its time is up, and when this process ends in whatever way.
@@ -22,19 +21,16 @@ const SUPERVISE: &str = r#"exec 3<&0 </dev/null
 { read -r _ <&3; kill -KILL 0; } >/dev/null 2>&1 &
 exec 3<&- sh -c "$1""#;
 
-/// How much of an output is kept, from its end.
-const KEPT: usize = 16 << 10;
-
 /// How many lines of it an error shows.
 const SHOWN: usize = 5;
 
 /// A command that evaluates an average: it is run by `sh -c` and prints the score, at the end of its last line.
 ///
-/// `{}` stands for the path of the average's file, quoted for the shell. `POSTHOC_EMA_WEIGHTS` holds the path too, and
+/// `{}` stands for the path of the average's file, quoted for the shell, with or without quotes around it. `POSTHOC_EMA_WEIGHTS` holds the path too, and
 /// `POSTHOC_EMA_PROFILE` the profile as JSON. Its standard input is empty.
 #[derive(Clone, Debug)]
 pub struct Command {
-    text: String,
+    text: Template,
     timeout: Option<Duration>,
 }
 
@@ -42,13 +38,10 @@ impl Command {
     /// A command, and how long it may take for one average.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a command without `{}`.
+    /// [`Error::Setting`] for a command without `{}`, or with one inside of quotes that hold more.
     pub fn new(text: &str, timeout: Option<Duration>) -> Result<Command> {
-        if !text.contains("{}") {
-            let reason = format!("`{text}` names no file: write {{}} where the path of the weights goes");
-            return Err(Error::Setting { option: "eval", reason });
-        }
-        Ok(Command { text: text.to_owned(), timeout })
+        let text = Template::new(text).map_err(|reason| Error::Setting { option: "eval", reason })?;
+        Ok(Command { text, timeout })
     }
 
     /// Runs the command for one average; `relay` is given what it writes to its standard error.
@@ -56,10 +49,8 @@ impl Command {
     /// # Errors
     /// Why there is no score: the exit status, a signal, the time, or an output without a number, with the end of it.
     pub fn evaluate(&self, candidate: &Candidate<'_>, relay: &(dyn Fn(&[u8]) + Sync)) -> Result<f64, String> {
-        let mut stderr = Vec::new();
-        let ended =
-            self.run(candidate, &mut stderr, relay).map_err(|error| format!("cannot run the shell: {error}"))?;
-        let (end, stdout) = ended;
+        let ended = self.run(candidate, relay).map_err(|error| format!("cannot run the shell: {error}"))?;
+        let (end, Tails { stdout, stderr }) = ended;
         let why = match end {
             End::TimeIsUp(limit) => format!("it took longer than {} s", limit.as_secs_f64()),
             End::Exit(status) if !status.success() => describe(status),
@@ -71,22 +62,17 @@ impl Command {
         Err(with_tail(why, if stderr.is_empty() { &stdout } else { &stderr }))
     }
 
-    fn run(
-        &self,
-        candidate: &Candidate<'_>,
-        stderr: &mut Vec<u8>,
-        relay: &(dyn Fn(&[u8]) + Sync),
-    ) -> io::Result<(End, Vec<u8>)> {
+    fn run(&self, candidate: &Candidate<'_>, relay: &(dyn Fn(&[u8]) + Sync)) -> io::Result<(End, Tails)> {
         let (alive_there, alive) = io::pipe()?;
         let (out, out_there) = io::pipe()?;
         let (err, err_there) = io::pipe()?;
         let child = self.spawn(candidate, alive_there, out_there, err_there)?;
+        let (outputs, ended) = output::read(out, err);
         thread::scope(|scope| {
-            let stdout = scope.spawn(|| tail(out, &|_| ()));
-            let errors = scope.spawn(|| tail(err, relay));
+            let tails = scope.spawn(|| outputs.collect(relay));
             let end = wait(child, alive, self.timeout);
-            *stderr = errors.join().unwrap_or_default();
-            Ok((end?, stdout.join().unwrap_or_default()))
+            drop(ended);
+            Ok((end?, tails.join().unwrap_or_default()))
         })
     }
 
@@ -100,7 +86,7 @@ impl Command {
         // The shell's ends of the pipes are closed here with the command that holds them.
         std::process::Command::new("sh")
             .args([OsStr::new("-c"), OsStr::new(SUPERVISE), OsStr::new("sh")])
-            .arg(self.for_path(candidate.path.as_os_str()))
+            .arg(OsString::from_vec(self.text.fill(&quote(candidate.path.as_os_str().as_bytes()))))
             .env("POSTHOC_EMA_WEIGHTS", candidate.path)
             .env("POSTHOC_EMA_PROFILE", profile_json(&candidate.plan.profile))
             .process_group(0)
@@ -108,19 +94,6 @@ impl Command {
             .stdout(Stdio::from(stdout))
             .stderr(Stdio::from(stderr))
             .spawn()
-    }
-
-    /// The command with the path in all its places.
-    fn for_path(&self, path: &OsStr) -> OsString {
-        let (mut whole, quoted) = (Vec::new(), quote(path.as_bytes()));
-        let mut rest = self.text.as_bytes();
-        while let Some(place) = rest.windows(PLACE.len()).position(|window| window == PLACE) {
-            whole.extend_from_slice(&rest[..place]);
-            whole.extend_from_slice(&quoted);
-            rest = &rest[place + PLACE.len()..];
-        }
-        whole.extend_from_slice(rest);
-        OsString::from_vec(whole)
     }
 }
 
@@ -146,25 +119,10 @@ fn wait(mut child: Child, alive: PipeWriter, timeout: Option<Duration>) -> io::R
         pause = (2 * pause).min(Duration::from_millis(50));
     }
     drop(alive);
+    // It may have gone to another process group.
+    child.kill()?;
     child.wait()?;
     Ok(End::TimeIsUp(limit))
-}
-
-/// Reads to the end and keeps the last of it.
-fn tail(mut from: PipeReader, relay: &dyn Fn(&[u8])) -> Vec<u8> {
-    let (mut kept, mut buffer) = (Vec::new(), vec![0; KEPT]);
-    loop {
-        match from.read(&mut buffer) {
-            Ok(0) => return kept,
-            Ok(n) => {
-                relay(&buffer[..n]);
-                kept.extend_from_slice(&buffer[..n]);
-                kept.drain(..kept.len().saturating_sub(KEPT));
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return kept,
-        }
-    }
 }
 
 /// A path as one word of the shell.
@@ -202,8 +160,6 @@ fn with_tail(why: String, output: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
 
     #[test]
@@ -218,17 +174,9 @@ mod tests {
     }
 
     #[test]
-    fn only_the_end_of_an_output_is_kept() {
-        let (from, mut to) = io::pipe().unwrap();
-        let writer = thread::spawn(move || (0..200_000).try_for_each(|i| writeln!(to, "line {i}")).unwrap());
-        let relayed = std::sync::atomic::AtomicUsize::new(0);
-        let kept = tail(from, &|bytes| {
-            relayed.fetch_add(bytes.len(), std::sync::atomic::Ordering::Relaxed);
-        });
-        writer.join().unwrap();
-        assert!(kept.len() == KEPT && kept.ends_with(b"line 199999\n"));
-        assert_eq!(relayed.into_inner(), (0..200_000).map(|i| format!("line {i}\n").len()).sum::<usize>());
-        let text = with_tail("it failed".into(), &kept);
-        assert!(text.starts_with("it failed; the end of its output:\nline 199995\n") && text.lines().count() == 6);
+    fn the_end_of_an_output_is_shown() {
+        let output: String = (0..20).map(|i| format!("line {i}\n\n")).collect();
+        let text = with_tail("it failed".into(), output.as_bytes());
+        assert!(text.starts_with("it failed; the end of its output:\nline 15\n") && text.lines().count() == 6);
     }
 }

@@ -7,11 +7,13 @@
 mod candidates;
 mod command;
 mod observer;
+mod output;
 mod record;
 mod refine;
 mod run;
 mod score;
 mod search;
+mod template;
 
 pub use candidates::Candidate;
 pub use command::Command;

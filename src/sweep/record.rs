@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::candidates::{BEST, FOLDER};
 use super::run::SweepOptions;
 use super::search::{Goal, Sweep, Trial};
 use crate::error::{Error, Result};
-use crate::snapshot::{AtomicFile, Lock};
+use crate::snapshot::{AtomicFile, Lock, STATE_FILE, any_part};
 use crate::synthesis::Run;
 
 /// The name of the document.
@@ -67,12 +68,16 @@ struct Version {
 
 impl Record {
     /// Opens a sweep's directory, which is made where it is missing, and gives the trials of the sweep that was begun there.
+    /// The document is written at once, and tells from then on whose directory it is.
     ///
     /// # Errors
-    /// [`Error::Unexpected`] where the directory belongs to another sweep or is in use by one, [`Error::Damaged`] for a
-    /// document that cannot be understood, [`Error::Io`].
+    /// [`Error::Unexpected`] where the directory belongs to another sweep or is in use by one, or without a document holds
+    /// what a sweep would replace, or a run; [`Error::Damaged`] for a document that cannot be understood, [`Error::Io`].
     pub fn open(dir: &Path, question: Question) -> Result<(Record, Vec<Trial>)> {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        // An evaluation may change the directory of its process.
+        let dir = &std::path::absolute(dir).map_err(Error::io("read", dir))?;
+        check_own(dir)?;
         let lock = Lock::acquire(dir).map_err(|error| match error {
             Error::Locked { path } => {
                 Error::unexpected(&path, "another sweep is writing here: wait for it, or choose another directory")
@@ -85,10 +90,14 @@ impl Record {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(Error::io("read", &path)(error)),
         };
-        Ok((Record { dir: dir.to_owned(), question, _lock: lock }, trials))
+        let record = Record { dir: dir.to_owned(), question, _lock: lock };
+        if trials.is_empty() {
+            record.write(&trials)?;
+        }
+        Ok((record, trials))
     }
 
-    /// The directory.
+    /// The directory, as an absolute path.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -98,7 +107,11 @@ impl Record {
     /// # Errors
     /// [`Error::Io`].
     pub fn save(&self, sweep: &Sweep) -> Result<()> {
-        let document = Document { posthoc_ema_sweep: VERSION, question: &self.question, trials: sweep.trials() };
+        self.write(sweep.trials())
+    }
+
+    fn write(&self, trials: &[Trial]) -> Result<()> {
+        let document = Document { posthoc_ema_sweep: VERSION, question: &self.question, trials };
         let path = self.dir.join(FILE);
         let text = serde_json::to_string_pretty(&document).map_err(|e| Error::unexpected(&path, e.to_string()))?;
         let file = AtomicFile::create(&path)?;
@@ -143,6 +156,27 @@ pub fn identity(run: &Run) -> String {
     id.unwrap_or_else(|| dir().display().to_string())
 }
 
+/// Refuses a directory that no sweep began and that holds what is not a sweep's.
+fn check_own(dir: &Path) -> Result<()> {
+    if dir.join(FILE).exists() {
+        return Ok(());
+    }
+    let filled = |name: &&str| dir.join(name).read_dir().is_ok_and(|mut entries| entries.next().is_some());
+    let run = || dir.join(STATE_FILE).exists().then(|| STATE_FILE.to_owned());
+    if let Some(found) = run().map_or_else(|| any_part(dir), |found| Ok(Some(found)))? {
+        let why = format!("it holds {found}, and a run's directory holds nothing but its snapshots: sweep elsewhere");
+        return Err(Error::unexpected(dir, why));
+    }
+    let best = dir.join(BEST).symlink_metadata().is_ok().then_some(BEST);
+    match best.or_else(|| Some(FOLDER).filter(filled)) {
+        None => Ok(()),
+        Some(found) => {
+            let why = format!("no sweep was begun here ({FILE} is missing), and one would replace {found}");
+            Err(Error::unexpected(dir, format!("{why}: move that away, or choose another directory")))
+        }
+    }
+}
+
 fn read(path: &Path, text: &str, question: &Question) -> Result<Vec<Trial>> {
     let damaged = |error: serde_json::Error| Error::damaged(path, format!("it is no record of a sweep: {error}"));
     let version: Version = serde_json::from_str(text).map_err(damaged)?;
@@ -151,7 +185,8 @@ fn read(path: &Path, text: &str, question: &Question) -> Result<Vec<Trial>> {
         return Err(Error::unexpected(path, format!("{why}: use a newer program, or choose another directory")));
     }
     let stored: Stored = serde_json::from_str(text).map_err(damaged)?;
-    if let Some(difference) = question.difference(&stored.question) {
+    // Nothing is lost or mixed where nothing was evaluated.
+    if let Some(difference) = question.difference(&stored.question).filter(|_| !stored.trials.is_empty()) {
         let remedy = "go on as it was begun, or choose another directory";
         return Err(Error::unexpected(path, format!("the sweep here {difference}: {remedy}")));
     }
@@ -218,6 +253,35 @@ mod tests {
             let text = Record::open(temp.path(), other).unwrap_err().to_string();
             assert!(text.contains(part) && text.contains("sweep.json"), "{text}");
         }
+        Record::open(temp.path(), question()).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_no_sweep_began_is_refused_where_it_holds_what_is_not_a_sweeps() {
+        for (name, part) in [
+            (BEST, "would replace best.safetensors"),
+            ("candidates/mine", "would replace candidates"),
+            (STATE_FILE, "sweep elsewhere"),
+            ("0.50.safetensors", "it holds 0.50.safetensors"),
+            ("0.50-00001-of-00002.safetensors", "sweep elsewhere"),
+        ] {
+            let temp = tempfile::tempdir().unwrap();
+            let path = temp.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, "mine").unwrap();
+            let before = fs::read_dir(temp.path()).unwrap().count();
+            let text = Record::open(temp.path(), question()).unwrap_err().to_string();
+            assert!(text.contains(part), "{text}");
+            assert_eq!(
+                (fs::read_dir(temp.path()).unwrap().count(), fs::read(&path).unwrap()),
+                (before, b"mine".into())
+            );
+        }
+        // Other files do not matter; and what was begun goes on, with another question as long as nothing was evaluated.
+        let temp = tempfile::tempdir().unwrap();
+        fs::write(temp.path().join("notes"), "").unwrap();
+        drop(Record::open(temp.path(), Question { at: 400, ..question() }).unwrap());
+        fs::write(temp.path().join(BEST), "").unwrap();
         Record::open(temp.path(), question()).unwrap();
     }
 

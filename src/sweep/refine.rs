@@ -22,9 +22,7 @@ struct Point<'a> {
 /// refinement does, and so does any trial that stands exactly where the next step would go.
 pub(super) fn next(sweep: &Sweep) -> Option<Profile> {
     let (family, _) = sweep.best()?.profile.family()?;
-    let mut points: Vec<Point<'_>> =
-        sweep.of_family(family).map(|(trial, length)| Point { at: family.coordinate(length), trial }).collect();
-    points.sort_by(|a, b| a.at.total_cmp(&b.at));
+    let points = points(sweep)?;
     let centre = centre(sweep, &points)?;
     let untried = |bounds: fn(&Trial) -> bool| {
         let (shorter, longer) = neighbours(&points, centre, bounds);
@@ -41,6 +39,40 @@ pub(super) fn next(sweep: &Sweep) -> Option<Profile> {
         sweep.trial(&profile).is_none().then_some(profile)
     };
     untried(|trial| trial.refined || trial.score().is_some()).or_else(|| untried(|_| true))
+}
+
+/// How many steps were made around the best: between the neighbours in the list of the best of the list, or of all that
+/// are as good.
+pub(super) fn made(sweep: &Sweep) -> usize {
+    let Some(points) = points(sweep) else { return 0 };
+    let best = sweep.best().and_then(Trial::score);
+    let listed = |point: &&Point<'_>| !point.trial.refined && point.trial.score().is_some();
+    let below = |at: f64| points.iter().rev().filter(listed).find(|point| point.at < at);
+    let above = |at: f64| points.iter().filter(listed).find(|point| point.at > at);
+    let equal: Vec<&Point<'_>> = points.iter().filter(|point| point.trial.score() == best).collect();
+    let (Some(first), Some(last)) = (equal.first(), equal.last()) else { return 0 };
+    let (mut from, mut to) = (below(first.at), above(last.at));
+    if !equal.iter().any(listed) {
+        // A step is the best: the better one beside it is the best of the list.
+        let better = |one: Option<&Point<'_>>, other: Option<&Point<'_>>| {
+            one.is_some_and(|one| other.is_none_or(|other| sweep.is_better(one.trial, other.trial)))
+        };
+        let (widen_down, widen_up) = (!better(to, from), !better(from, to));
+        from = if widen_down { from.and_then(|from| below(from.at)) } else { from };
+        to = if widen_up { to.and_then(|to| above(to.at)) } else { to };
+    }
+    let within =
+        |point: &&Point<'_>| from.is_none_or(|from| from.at < point.at) && to.is_none_or(|to| point.at < to.at);
+    points.iter().filter(|point| point.trial.refined).filter(within).count()
+}
+
+/// The trials of the best's family, in order of their length; none where it has no length.
+fn points(sweep: &Sweep) -> Option<Vec<Point<'_>>> {
+    let (family, _) = sweep.best()?.profile.family()?;
+    let point = |(trial, length)| Point { at: family.coordinate(length), trial };
+    let mut points: Vec<Point<'_>> = sweep.of_family(family).map(point).collect();
+    points.sort_by(|a, b| a.at.total_cmp(&b.at));
+    Some(points)
 }
 
 /// Of the points that are as good as the best, the one in the middle: around it lies what is best on a plateau.

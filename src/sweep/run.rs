@@ -130,7 +130,7 @@ impl Run {
         self.check_apart(options.dir)?;
         let question = Question::new(self, at, options);
         let (record, trials) = Record::open(options.dir, question)?;
-        let files = Files::new(options.dir, options.keep_all)?;
+        let files = Files::new(record.dir(), options.keep_all, &trials)?;
         sweep.restore(trials);
         let mut sweeping = Sweeping { run: self, options, record, files, sweep, at, evaluate, evaluated: 0 };
         sweeping.search()?;
@@ -173,7 +173,7 @@ where
                 return Ok(());
             }
             let plans = self.run.plans_with(&profiles, At::Step(self.at), self.options.noise)?;
-            let paths: Vec<PathBuf> = plans.iter().map(|plan| self.files.candidate(plan, &self.sweep)).collect();
+            let paths = self.files.candidates(&plans, &self.sweep);
             let failed = self.synthesize(&plans, &paths)?;
             for ((plan, path), failed) in plans.iter().zip(&paths).zip(failed) {
                 match failed {
@@ -240,7 +240,10 @@ where
             let best = std::slice::from_ref(&best.profile);
             let plans = self.run.plans_with(best, At::Step(self.at), self.options.noise)?;
             self.options.observer.synthesizing(1, self.run.bytes_to_read(&plans));
-            self.write(&[Output { plan: &plans[0], path: &path }])?;
+            // Among the candidates, where it is found again if this is cut short.
+            let candidates = self.files.candidates(&plans, &self.sweep);
+            self.write(&[Output { plan: &plans[0], path: &candidates[0] }])?;
+            self.files.keep(&candidates[0])?;
         }
         Ok(Some(path))
     }

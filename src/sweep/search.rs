@@ -220,8 +220,9 @@ impl Sweep {
         }
     }
 
+    /// The steps around the best that were made; those around another, of a shorter list, do not count.
     fn refined(&self) -> usize {
-        self.trials.iter().filter(|trial| trial.refined).count()
+        refine::made(self)
     }
 }
 

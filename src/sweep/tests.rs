@@ -239,3 +239,23 @@ fn a_search_goes_on_from_its_trials() {
     assert_eq!(resumed.failures().count(), 0);
     assert_eq!(resumed.trials().len(), 14 + 8);
 }
+
+/// The optimum lies beyond the first list: the wider one is refined as if it had been the first.
+#[test]
+fn a_wider_list_is_refined_anew() {
+    let function = |x: f64| Some((x - 0.237).abs());
+    for goes_on in [list(), list()[6..].to_vec()] {
+        let mut wider = Sweep::new(&goes_on, Goal::Minimize, 6).unwrap();
+        wider.restore(swept(&list()[..7], Goal::Minimize, 6, &function).trials().to_vec());
+        finish(&mut wider, 5, &function);
+        assert_eq!(wider.trials().len(), 14 + 2 * 6);
+        let found = length(&wider.best().unwrap().profile);
+        assert!((found - 0.237).abs() <= bracket(0.04, 6) + 0.26e-5, "{found}");
+    }
+    // Where the best stays within its bracket, nothing is done again.
+    let inside = |x: f64| Some((x - 0.077).abs());
+    let mut wider = Sweep::new(&list(), Goal::Minimize, 6).unwrap();
+    wider.restore(swept(&list()[..7], Goal::Minimize, 6, &inside).trials().to_vec());
+    finish(&mut wider, 5, &inside);
+    assert_eq!(wider.trials().len(), 14 + 6);
+}
