@@ -72,8 +72,8 @@ impl Checkpoints {
     /// [`Error::Nothing`](crate::Error::Nothing), [`Error::Io`](crate::Error::Io), and
     /// [`Error::Damaged`](crate::Error::Damaged) for what cannot be read; [`Error::Mismatch`](crate::Error::Mismatch) for
     /// checkpoints of different models; [`Error::Unexpected`](crate::Error::Unexpected) for a step that cannot be read, is 0 or
-    /// occurs twice, for low-rank adapters of different scales, snapshots of a run, tensors that cannot be averaged, and
-    /// entries of PyTorch's files that are objects; [`Error::Setting`](crate::Error::Setting) for another number of steps.
+    /// occurs twice, for low-rank adapters of different scales, snapshots of a run, models of which no tensor can be averaged,
+    /// and entries of PyTorch's files that are objects; [`Error::Setting`](crate::Error::Setting) for another number of steps.
     pub fn open<P: AsRef<Path>>(paths: &[P], steps: Option<&[u64]>) -> Result<Checkpoints> {
         let found = find::find(paths)?;
         let models: Vec<Result<Model>> = found.into_par_iter().map(Model::open).collect();
@@ -83,6 +83,7 @@ impl Checkpoints {
         both.sort_by_key(|(step, _)| *step);
         let (steps, models): (Vec<u64>, Vec<Model>) = both.into_iter().unzip();
         models[1..].iter().try_for_each(|model| model.check_sibling(&models[0]))?;
+        models[0].check_averaged()?;
         let named = paths.iter().map(AsRef::as_ref).filter(|path| path.is_dir()).map(Path::to_owned).collect();
         Ok(Checkpoints { models, steps, named })
     }

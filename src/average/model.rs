@@ -195,6 +195,18 @@ impl Model {
         Ok(())
     }
 
+    /// Checks that there is anything to average.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`].
+    pub(super) fn check_averaged(&self) -> Result<()> {
+        if self.tensors.keys().any(|name| self.is_averaged(name)) {
+            return Ok(());
+        }
+        let why = "none of its tensors is of floating point, so that there is nothing to average: name checkpoints of a model";
+        Err(Error::unexpected(&self.input.path, why))
+    }
+
     /// Whether a tensor is averaged: all of floating point but the scales of low-rank adapters.
     pub(super) fn is_averaged(&self, name: &str) -> bool {
         self.tensors.get(name).is_some_and(|held| is_averaged(held.dtype)) && !self.is_alpha(name)

@@ -141,6 +141,35 @@ fn files_of_pytorch_give_the_same_bits() {
     assert_eq!(names(&temp.path().join("out")), ["average.safetensors"]);
 }
 
+/// Tensors beside the model's dict are no reason to take them for the model.
+#[test]
+fn a_model_is_found_whatever_stands_beside_it() {
+    let temp = tempfile::tempdir().unwrap();
+    let save = |name: &str, pt: Pt| {
+        let path = temp.path().join(name);
+        pt.save(&path);
+        path
+    };
+    let paths = STEPS.map(|step| {
+        let best = pt(step).within("model").floats("best_loss", &[0.5]);
+        let state = best.tensor("torch_rng_state", "ByteStorage", &[3], &[1, 2, 3]).nested("ema", "a.weight", &[9.0]);
+        save(&format!("{}.pt", 1000 - step), state.tensor("step", "LongStorage", &[], &(step as i64).to_le_bytes()))
+    });
+    let checkpoints = Checkpoints::open(&paths, None).unwrap();
+    assert_eq!(checkpoints.steps(), STEPS, "the tensor `step` tells better than the name");
+    let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
+    assert_eq!(checkpoints.load(&merge).unwrap(), reference(&merge));
+    let both = save("both-1.pt", pt(1).within("model").nested("state_dict", "w", &[1.0]).floats("loss", &[1.0]));
+    let odd = save("odd-2.pt", pt(1).within("net").floats("best_loss", &[1.0]));
+    for (path, part) in [
+        (both, "both `state_dict` and `model` hold tensors"),
+        (odd, "tensors are at its top and in `net`: save the model's state dict alone"),
+    ] {
+        let text = Checkpoints::open(&[&paths[0], &path], None).unwrap_err().to_string();
+        assert!(text.contains(part), "{text}");
+    }
+}
+
 #[test]
 fn folders_of_pytorch_become_folders_of_safetensors() {
     let temp = tempfile::tempdir().unwrap();

@@ -115,6 +115,20 @@ fn a_model_beside_its_checkpoints_is_not_taken_for_them() {
 }
 
 #[test]
+fn checkpoints_without_anything_to_average_are_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    for step in [1, 2] {
+        save(
+            &temp.path().join(format!("ids-{step}.safetensors")),
+            &[("ids", Tensor::new(&[1], &[step]).unwrap())],
+            &[],
+        );
+    }
+    let text = error(&[temp.path().to_owned()], None);
+    assert!(text.contains("ids-1.safetensors: none of its tensors is of floating point"), "{text}");
+}
+
+#[test]
 fn targets_that_make_no_sense_are_refused() {
     let (_temp, paths) = series();
     let checkpoints = Checkpoints::open(&paths, None).unwrap();
