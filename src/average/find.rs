@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::index::{INDEX, Index};
+use super::natural;
 use crate::error::{Error, Result};
 
 /// What the weights of a folder are called, by the tools that load them; the first that is there is meant.
@@ -42,7 +43,7 @@ pub(super) fn is_usual(path: &Path) -> bool {
 }
 
 /// Finds the checkpoints that some paths name: each is a file, an index of shards or a folder; a single folder that is no
-/// checkpoint itself is a folder of checkpoints, which then come in order of their names.
+/// checkpoint itself is a folder of checkpoints, which then come in order of their names, by the numbers in them.
 ///
 /// # Errors
 /// [`Error::Nothing`], [`Error::Io`], [`Error::Damaged`] and [`Error::Unexpected`], each naming the path.
@@ -156,7 +157,7 @@ fn in_folder_of_checkpoints(dir: &Path) -> Result<Vec<Input>> {
     if found.is_empty() {
         return Err(Error::unexpected(dir, "no weights are in it, nor in its folders: name a folder of checkpoints"));
     }
-    found.sort_by(|a, b| a.path.cmp(&b.path));
+    found.sort_by(|a, b| natural::compare(&name(&a.path), &name(&b.path)).then_with(|| a.path.cmp(&b.path)));
     Ok(found)
 }
 

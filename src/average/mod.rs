@@ -7,6 +7,7 @@ mod find;
 mod index;
 mod mapped;
 mod model;
+mod natural;
 mod plan;
 mod steps;
 mod write;
@@ -62,7 +63,7 @@ impl Checkpoints {
     ///
     /// Each path is a safetensors file, an index of shards (`*.index.json`), a folder that holds either, as Hugging Face's tools
     /// write them, or, with the feature `import`, a file of PyTorch (`.pt`, `.pth`, `.bin`, `.ckpt`), of which no code is ever
-    /// run. A single folder that is no checkpoint itself is a folder of checkpoints, which come in order of their names.
+    /// run. A single folder that is no checkpoint itself is a folder of checkpoints, which come in order of their names, where `epoch2` is before `epoch10`.
     ///
     /// `steps` gives their steps in the order of the paths. Without it, they are what all metadata tell (`step`,
     /// `global_step`, `steps`, `ss_steps`), or the `trainer_state.json` of all folders, or names: the number after `step`,

@@ -226,6 +226,18 @@ fn a_folder_of_files_holds_shards_and_links_too() {
 }
 
 #[test]
+fn steps_that_are_given_for_a_folder_are_in_the_order_of_its_numbers() {
+    let temp = tempfile::tempdir().unwrap();
+    for epoch in 1..=12 {
+        save(&temp.path().join(format!("epoch{epoch}.safetensors")), &model(epoch), &[]);
+    }
+    let steps: Vec<u64> = (1..=12).map(|epoch| 100 * epoch).collect();
+    let checkpoints = Checkpoints::open(&[temp.path()], Some(&steps)).unwrap();
+    let expected: Vec<PathBuf> = (1..=12).map(|i| temp.path().join(format!("epoch{i}.safetensors"))).collect();
+    assert!(checkpoints.paths().eq(expected.iter()), "{checkpoints:?}");
+}
+
+#[test]
 fn steps_come_from_what_tells_all_of_them() {
     let temp = tempfile::tempdir().unwrap();
     let path = |name: &str| temp.path().join(name);
