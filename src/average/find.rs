@@ -181,6 +181,15 @@ fn is_weights(path: &Path) -> bool {
     ending && path.is_file() && !NO_WEIGHTS.iter().any(|start| name(path).starts_with(start))
 }
 
+/// A name without the ending of a file of weights, or of an index.
+pub(super) fn without_ending(name: &str) -> &str {
+    let name = name.strip_suffix(INDEX).unwrap_or(name);
+    match name.rsplit_once('.') {
+        Some((stem, ending)) if ending == SAFETENSORS || PYTORCH.contains(&ending) => stem,
+        _ => name,
+    }
+}
+
 /// The last part of a path; names that are not UTF-8 are shown as well as they can be.
 pub(super) fn name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()

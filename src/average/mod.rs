@@ -66,8 +66,8 @@ impl Checkpoints {
     /// run. A single folder that is no checkpoint itself is a folder of checkpoints, which come in order of their names, where `epoch2` is before `epoch10`.
     ///
     /// `steps` gives their steps in the order of the paths. Without it, they are what all metadata tell (`step`,
-    /// `global_step`, `steps`, `ss_steps`), or the `trainer_state.json` of all folders, or names: the number after `step`,
-    /// `iter` or `checkpoint`, or the last one.
+    /// `global_step`, `steps`, `ss_steps`), or the `trainer_state.json` of all folders, or names: the number after the
+    /// same word in all, `step`, `iter` or `checkpoint`, or the last one where they are alike but for it, or that after `epoch`.
     ///
     /// # Errors
     /// [`Error::Nothing`](crate::Error::Nothing), [`Error::Io`](crate::Error::Io), and

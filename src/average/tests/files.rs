@@ -241,7 +241,7 @@ fn steps_that_are_given_for_a_folder_are_in_the_order_of_its_numbers() {
 fn steps_come_from_what_tells_all_of_them() {
     let temp = tempfile::tempdir().unwrap();
     let path = |name: &str| temp.path().join(name);
-    let files = [path("a-7.safetensors"), path("b-8.safetensors")];
+    let files = [path("a-7.safetensors"), path("a-8.safetensors")];
     let open = |given: Option<&[u64]>| Checkpoints::open(&files, given).map(|checkpoints| checkpoints.steps().to_vec());
     save(&files[0], &model(1), &[("step", "100")]);
     save(&files[1], &model(2), &[("step", "50")]);

@@ -36,10 +36,11 @@ fn steps_that_cannot_be_had_are_errors_that_say_how_to_give_them() {
         fs::copy(&paths[0], &path).unwrap();
         path
     };
-    let (unnamed, zero, twice) = (copy("last.safetensors"), copy("step_0.safetensors"), copy("other-100.safetensors"));
+    let (unnamed, zero, twice) =
+        (copy("last.safetensors"), copy("step_0.safetensors"), copy("other-step100.safetensors"));
     assert_eq!(error(&paths, Some(&[1, 2])), "option steps: 2 are given for 5 checkpoints: give one for each");
     for (path, part) in [
-        (unnamed, "no step can be read from its name, nor from metadata"),
+        (unnamed, "no step can be read from its name as from the others', nor from metadata"),
         (zero, "its step is 0, before any training"),
         (twice, "its step is 100, and so is that of"),
     ] {
