@@ -31,6 +31,14 @@ pub(super) struct Input {
     pub index: Option<Index>,
 }
 
+impl Input {
+    /// Where a file of that name belongs to this checkpoint: in its folder, or beside a file whose name any checkpoint has.
+    pub(super) fn beside(&self, name: &str) -> Option<PathBuf> {
+        let usual = || is_usual(&self.path).then(|| self.path.parent()).flatten();
+        Some(self.folder.as_deref().or_else(usual)?.join(name))
+    }
+}
+
 /// Whether a file of weights is one of PyTorch's, and no safetensors file.
 pub(super) fn is_pytorch(path: &Path) -> bool {
     path.extension().is_some_and(|extension| PYTORCH.iter().any(|own| extension == *own))

@@ -1,10 +1,12 @@
 //! Averages of checkpoints that any training has stored, where nothing was tracked.
 
+mod adapter;
 mod companions;
 #[cfg(feature = "import")]
 mod convert;
 mod find;
 mod index;
+mod json;
 mod mapped;
 mod model;
 mod natural;
@@ -43,7 +45,8 @@ pub use plan::{CheckpointWeight, Merge};
 ///
 /// A checkpoint stands for the time since the one before it, and each target gives it the profile's mass on that interval. A
 /// [`Merge`] tells what this approximation costs. Sums are taken in f64 and rounded once. Floating-point tensors are averaged;
-/// all others, and the `alpha` of low-rank adapters, which must be the same in all, are copied from the newest checkpoint at
+/// all others, and the `alpha` beside the factors of low-rank adapters, which must be the same in all as must be the scales in
+/// their `adapter_config.json`, are copied from the newest checkpoint at
 /// or before the target's time. The factors `A` and `B` of an adapter are averaged each for itself, as all tensors are; that is
 /// not the average of their products `B A`, which would be of a higher rank and no adapter of the same size. Within one
 /// training, where factors move together, it is what running averages of adapters do, too.

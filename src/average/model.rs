@@ -5,6 +5,7 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
+use super::adapter;
 use super::find::{Input, is_pytorch};
 use super::steps;
 use crate::error::{Error, Result};
@@ -158,7 +159,7 @@ impl Model {
     /// Checks that the other checkpoint is of the same model, and has the same scales of adapters.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] for other names, shapes or dtypes, [`Error::Unexpected`] for another `alpha`.
+    /// [`Error::Mismatch`] for other names, shapes or dtypes, [`Error::Unexpected`] for other scales.
     pub(super) fn check_sibling(&self, other: &Model) -> Result<()> {
         let differs = |reason: String| {
             let (path, other) = (self.input.path.clone(), other.input.path.clone());
@@ -178,21 +179,7 @@ impl Model {
         if let Some(name) = other.tensors.keys().find(|name| !self.tensors.contains_key(*name)) {
             return differs(format!("a tensor `{name}` less is stored"));
         }
-        self.check_alphas(other)
-    }
-
-    fn check_alphas(&self, other: &Model) -> Result<()> {
-        for name in self.tensors.keys().filter(|name| self.is_alpha(name)) {
-            if self.elements(name)? != other.elements(name)? {
-                let why = format!(
-                    "`{name}`, the scale of a low-rank adapter, is another than in {}: adapters of different scales cannot be \
-                     averaged factor by factor; leave one of the two out",
-                    other.input.path.display()
-                );
-                return Err(Error::unexpected(&self.input.path, why));
-            }
-        }
-        Ok(())
+        adapter::check_scales(self, other)
     }
 
     /// Checks that there is anything to average.
@@ -209,16 +196,11 @@ impl Model {
 
     /// Whether a tensor is averaged: all of floating point but the scales of low-rank adapters.
     pub(super) fn is_averaged(&self, name: &str) -> bool {
-        self.tensors.get(name).is_some_and(|held| is_averaged(held.dtype)) && !self.is_alpha(name)
+        self.tensors.get(name).is_some_and(|held| is_averaged(held.dtype)) && !adapter::is_scale(&self.tensors, name)
     }
 
-    /// Whether a tensor is the scale of a low-rank adapter: a single number called `alpha`.
-    fn is_alpha(&self, name: &str) -> bool {
-        let single = |held: &Held| is_averaged(held.dtype) && held.shape.iter().all(|&extent| extent == 1);
-        name.rsplit('.').next() == Some("alpha") && self.tensors.get(name).is_some_and(single)
-    }
-
-    fn elements(&self, name: &str) -> Result<Vec<u8>> {
+    /// The elements of a tensor, read where they are not mapped; nothing where there is no such tensor.
+    pub(super) fn elements(&self, name: &str) -> Result<Vec<u8>> {
         match self.tensors.get(name) {
             Some(held) => self.parts[held.part].elements(name),
             None => Ok(Vec::new()),
