@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use safetensors::Dtype;
 
@@ -37,13 +37,18 @@ pub(super) fn write(
     outputs: &[(&Merge, &Path)],
     options: &WriteOptions<'_>,
 ) -> Result<Device> {
-    check_distinct(outputs.iter().map(|(_, path)| *path))?;
+    let places: Vec<PathBuf> = outputs.iter().map(|(_, path)| resolve(path)).collect::<Result<_>>()?;
+    check_distinct(places.iter().map(PathBuf::as_path))?;
     options.check()?;
     let mut jobs = Vec::with_capacity(outputs.len());
     for &(merge, path) in outputs {
         let row = row(checkpoints, merge)?;
-        let folder = is_folder(&checkpoints.models[row.newest], path);
+        let newest = &checkpoints.models[row.newest];
+        let folder = is_folder(newest, path);
         check_place(checkpoints, path, folder)?;
+        if folder {
+            check_names(newest)?;
+        }
         jobs.push(Job { merge, path, row, folder });
     }
     let mut device = check_device(options.device)?;
@@ -84,14 +89,33 @@ fn check_place(checkpoints: &Checkpoints, path: &Path, folder: bool) -> Result<(
     if folder { check_vacant(path) } else { Ok(()) }
 }
 
-/// The absolute path, links resolved as far as it exists.
+/// The absolute path, links resolved as far as it exists, and `..` where it does not: the directories will then be plain ones.
 fn resolve(path: &Path) -> Result<PathBuf> {
-    let absolute = std::path::absolute(path).map_err(Error::io("find", path))?;
-    let known = absolute.ancestors().find_map(|known| Some((known.canonicalize().ok()?, known)));
-    Ok(match known {
-        Some((resolved, known)) => resolved.join(absolute.strip_prefix(known).unwrap_or(Path::new(""))),
-        None => absolute,
-    })
+    let mut place = PathBuf::new();
+    for part in std::path::absolute(path).map_err(Error::io("find", path))?.components() {
+        match part {
+            Component::ParentDir => drop(place.pop()),
+            part => place.push(part),
+        }
+        place = place.canonicalize().unwrap_or(place);
+    }
+    Ok(place)
+}
+
+/// Checks that no two files of a checkpoint would become one.
+fn check_names(newest: &Model) -> Result<()> {
+    let mut taken = BTreeMap::new();
+    for part in &newest.input.parts {
+        if let Some(other) = taken.insert(safe_name(&name(part)), name(part)) {
+            let own = name(part);
+            let why = format!(
+                "`{other}` and `{own}` would both be written as `{}`: name a file to write to",
+                safe_name(&own)
+            );
+            return Err(Error::unexpected(&newest.input.path, why));
+        }
+    }
+    Ok(())
 }
 
 /// Writes averages that have one newest checkpoint and are all files or all folders.
