@@ -1,11 +1,11 @@
 //! The small files that belong to a model: its configuration, its tokenizer, its templates.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
-use serde_json::Value;
 
+use super::json;
 use crate::error::{Error, Result};
 use crate::snapshot::AtomicFile;
 
@@ -49,11 +49,15 @@ pub(super) fn belongs(name: &str) -> bool {
     }
 }
 
-/// Copies what belongs to a model from one folder to another; where `dtype` is given, the configuration tells of it.
+/// A small file: its path in the model's folder, and what is in it.
+pub(super) type Companion = (PathBuf, Vec<u8>);
+
+/// Reads what belongs to a model from its folder; where `dtype` is given, the configuration tells of it.
 ///
 /// # Errors
 /// [`Error::Io`], and [`Error::Damaged`] for a configuration that is no JSON where it must be changed.
-pub(super) fn copy(to: &Path, from: &Path, dtype: Option<Dtype>) -> Result<()> {
+pub(super) fn read(from: &Path, dtype: Option<Dtype>) -> Result<Vec<Companion>> {
+    let mut found = Vec::new();
     for entry in fs::read_dir(from).map_err(Error::io("list", from))? {
         let path = entry.map_err(Error::io("list", from))?.path();
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
@@ -62,11 +66,12 @@ pub(super) fn copy(to: &Path, from: &Path, dtype: Option<Dtype>) -> Result<()> {
         }
         let mut bytes = fs::read(&path).map_err(Error::io("read", &path))?;
         if let Some(dtype) = dtype.filter(|_| name == CONFIG) {
-            bytes = with_dtype(&path, &bytes, dtype)?;
+            json::read(&path)?;
+            bytes = with_dtype(&bytes, dtype);
         }
-        write(&to.join(name), &bytes)?;
+        found.push((name.into(), bytes));
     }
-    Ok(())
+    Ok(found)
 }
 
 /// Writes a small file.
@@ -79,22 +84,20 @@ pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     file.commit()
 }
 
-/// The configuration with another dtype, and with all else that it had.
-fn with_dtype(path: &Path, bytes: &[u8], dtype: Dtype) -> Result<Vec<u8>> {
-    let mut config: Value = serde_json::from_slice(bytes).map_err(|error| Error::damaged(path, error))?;
-    set_dtype(&mut config, torch_name(dtype));
-    Ok(format!("{config:#}\n").into_bytes())
-}
-
-/// Models of several parts have a configuration for each.
-fn set_dtype(config: &mut Value, name: &str) {
-    let Value::Object(entries) = config else { return };
-    for (key, value) in entries {
-        match value {
-            Value::String(text) if DTYPE.contains(&key.as_str()) => *text = name.to_owned(),
-            _ => set_dtype(value, name),
+/// The configuration with another dtype, and every other byte as it was: those of models of several parts tell it for each.
+fn with_dtype(bytes: &[u8], dtype: Dtype) -> Vec<u8> {
+    let (mut written, mut at) = (Vec::with_capacity(bytes.len()), 0);
+    for pair in json::strings(bytes).windows(2) {
+        let (key, value) = (&pair[0], &pair[1]);
+        let key_is = |own: &&str| &bytes[key.clone()] == format!("\"{own}\"").as_bytes();
+        if DTYPE.iter().any(key_is) && bytes[key.end..value.start].trim_ascii() == b":" {
+            written.extend_from_slice(&bytes[at..value.start]);
+            written.extend(format!("\"{}\"", torch_name(dtype)).into_bytes());
+            at = value.end;
         }
     }
+    written.extend_from_slice(&bytes[at..]);
+    written
 }
 
 fn torch_name(dtype: Dtype) -> &'static str {
@@ -132,12 +135,10 @@ mod tests {
 
     #[test]
     fn a_configuration_tells_of_another_dtype_and_keeps_all_else() {
-        let config = r#"{"torch_dtype": "float32", "rms_norm_eps": 1e-05, "text_config": {"dtype": "float32", "n": 18446744073709551615}}"#;
-        let written = with_dtype(Path::new("config.json"), config.as_bytes(), Dtype::BF16).unwrap();
-        let (was, is): (Value, Value) = (
-            serde_json::from_str(&config.replace("float32", "bfloat16")).unwrap(),
-            serde_json::from_slice(&written).unwrap(),
-        );
-        assert_eq!(is, was);
+        let config = r#"{"torch_dtype" : "float32", "eps": 1e-05, "text": {"dtype":"float32", "n": 18446744073709551615},
+            "time_step_limit": [0.0, Infinity], "names": ["dtype", "float64"], "dtype_of_x": "float64", "dtype": null,
+            "x": "\"dtype\": \"float64\"", "y": "dtype"}"#;
+        let written = with_dtype(config.as_bytes(), Dtype::BF16);
+        assert_eq!(String::from_utf8(written).unwrap(), config.replace("float32", "bfloat16"));
     }
 }

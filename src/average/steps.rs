@@ -1,10 +1,10 @@
 //! When each checkpoint was written: as given, or as metadata, the trainer's state or names tell.
 
-use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::find::{Input, is_usual, name, without_ending};
+use super::json;
 use super::model::Model;
 use crate::error::{Error, Result};
 
@@ -47,7 +47,8 @@ fn told(models: &[Model]) -> Result<Vec<u64>> {
             return Ok(steps);
         }
     }
-    if let Some(steps) = by(&|model| from_trainer(&model.input)) {
+    let states: Vec<Option<u64>> = models.iter().map(|model| from_trainer(&model.input)).collect::<Result<_>>()?;
+    if let Some(steps) = states.into_iter().collect() {
         return Ok(steps);
     }
     let inputs: Vec<&Input> = models.iter().map(|model| &model.input).collect();
@@ -73,10 +74,12 @@ fn check(models: &[Model], steps: &[u64]) -> Result<()> {
 }
 
 /// `global_step` of the trainer's state in the checkpoint's folder.
-fn from_trainer(input: &Input) -> Option<u64> {
-    let folder = input.folder.as_deref().or_else(|| is_usual(&input.path).then(|| input.path.parent()).flatten())?;
-    let state: serde_json::Value = serde_json::from_slice(&fs::read(folder.join(TRAINER_STATE)).ok()?).ok()?;
-    state["global_step"].as_u64()
+///
+/// # Errors
+/// [`Error::Io`] and [`Error::Damaged`] for a state that is there and cannot be read.
+fn from_trainer(input: &Input) -> Result<Option<u64>> {
+    let state = input.beside(TRAINER_STATE).map(|path| json::read(&path)).transpose()?.flatten();
+    Ok(state.and_then(|state| state["global_step"].as_u64()))
 }
 
 /// The steps that names tell: those of the folders where the files are called as in every checkpoint, and those above where

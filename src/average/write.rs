@@ -4,10 +4,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-use safetensors::Dtype;
-
 use super::Checkpoints;
-use super::companions;
+use super::companions::{self, Companion};
 use super::find::{Input, name};
 use super::index::INDEX;
 use super::mapped::{Mapped, PREFIX};
@@ -121,6 +119,11 @@ fn check_names(newest: &Model) -> Result<()> {
 /// Writes averages that have one newest checkpoint and are all files or all folders.
 fn pass(checkpoints: &Checkpoints, newest: &Model, jobs: &[Job<'_>], options: &WriteOptions<'_>) -> Result<Device> {
     let pool = checkpoints.pool();
+    // What cannot be read is told before anything is blended.
+    let companions = match &newest.input.folder {
+        Some(folder) if jobs[0].folder => companions::read(folder, options.dtype)?,
+        _ => Vec::new(),
+    };
     let folders = jobs.iter().filter(|job| job.folder).map(|job| AtomicFolder::create(job.path, PREFIX));
     let folders: Vec<AtomicFolder> = folders.collect::<Result<_>>()?;
     let mut parents = jobs.iter().filter_map(|job| job.path.parent());
@@ -140,7 +143,7 @@ fn pass(checkpoints: &Checkpoints, newest: &Model, jobs: &[Job<'_>], options: &W
     let device = written.map_err(|error| mapped.blame(error))?;
     drop(mapped);
     for folder in &folders {
-        finish(folder.path(), newest, shards.data_len(), options.dtype)?;
+        finish(folder.path(), newest, shards.data_len(), &companions)?;
     }
     folders.into_iter().try_for_each(AtomicFolder::commit)?;
     Ok(device)
@@ -192,8 +195,8 @@ fn safe_name(name: &str) -> String {
 }
 
 /// Adds the index and the files that belong to the model.
-fn finish(dir: &Path, newest: &Model, total_size: usize, dtype: Option<Dtype>) -> Result<()> {
-    let Input { folder, index, parts, .. } = &newest.input;
+fn finish(dir: &Path, newest: &Model, total_size: usize, companions: &[Companion]) -> Result<()> {
+    let Input { index, parts, .. } = &newest.input;
     if let Some(index) = index {
         let files: Vec<String> = parts.iter().map(|path| safe_name(&name(path))).collect();
         let files = newest.tensors.values().map(|held| files[held.part].as_str());
@@ -202,8 +205,5 @@ fn finish(dir: &Path, newest: &Model, total_size: usize, dtype: Option<Dtype>) -
         let called = format!("{}{INDEX}", safe_name(stem.strip_suffix(INDEX).unwrap_or(&stem)));
         companions::write(&dir.join(called), &index.with(&map, total_size))?;
     }
-    match folder {
-        Some(folder) => companions::copy(dir, folder, dtype),
-        None => Ok(()),
-    }
+    companions.iter().try_for_each(|(path, bytes)| companions::write(&dir.join(path), bytes))
 }

@@ -108,6 +108,40 @@ fn another_dtype_is_told_and_a_file_is_written_where_one_is_named() {
     assert!(part.len() == 3 && part.iter().all(|(name, tensor)| whole.get(name) == Some(tensor)));
 }
 
+/// Python's tools write numbers that JSON does not know.
+#[test]
+fn numbers_that_are_not_finite_are_no_obstacle() {
+    let temp = tempfile::tempdir().unwrap();
+    let config = r#"{"torch_dtype": "float32", "time_step_limit": [0.0, Infinity]}"#;
+    let folders = [1, 2].map(|step| temp.path().join(format!("checkpoint-{step}")));
+    for (step, dir) in (1..).zip(&folders) {
+        folder(dir, step);
+        fs::write(dir.join("config.json"), config).unwrap();
+        let state = format!(r#"{{"log_history": [{{"loss": NaN}}], "global_step": {}}}"#, 10 * step);
+        fs::write(dir.join("trainer_state.json"), state).unwrap();
+    }
+    let checkpoints = Checkpoints::open(&folders, None).unwrap();
+    assert_eq!(checkpoints.steps(), [10, 20]);
+    let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
+    let write = |name: &str| {
+        let read = std::sync::atomic::AtomicU64::new(0);
+        let progress = |bytes| drop(read.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed));
+        let options = WriteOptions { dtype: Some(Dtype::BF16), progress: Some(&progress), ..WriteOptions::default() };
+        let written = checkpoints.write(&[(&merge, &temp.path().join(name))], &options);
+        (written.map_err(|error| error.to_string()), read.into_inner())
+    };
+    write("average").0.unwrap();
+    let written = fs::read_to_string(temp.path().join("average/config.json")).unwrap();
+    assert_eq!(written, config.replace("float32", "bfloat16"));
+    // What is damaged is told before the work.
+    fs::write(folders[1].join("config.json"), "{").unwrap();
+    let (written, bytes) = write("again");
+    assert!(written.unwrap_err().contains("checkpoint-2/config.json: ") && bytes == 0);
+    fs::write(folders[0].join("trainer_state.json"), "{").unwrap();
+    let text = Checkpoints::open(&folders, None).unwrap_err().to_string();
+    assert!(text.contains("checkpoint-1/trainer_state.json: "), "{text}");
+}
+
 /// `.pt` as this crate's tests make them.
 fn pt(step: u64) -> Pt {
     let storage = |dtype| match dtype {
