@@ -184,7 +184,8 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
-fn is_weights(path: &Path) -> bool {
+/// Whether a file is one of weights.
+pub(super) fn is_weights(path: &Path) -> bool {
     let ending = is_pytorch(path) || path.extension().is_some_and(|extension| extension == SAFETENSORS);
     ending && path.is_file() && !NO_WEIGHTS.iter().any(|start| name(path).starts_with(start))
 }

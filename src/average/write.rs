@@ -92,7 +92,9 @@ fn resolve(path: &Path) -> Result<PathBuf> {
     let mut place = PathBuf::new();
     for part in std::path::absolute(path).map_err(Error::io("find", path))?.components() {
         match part {
-            Component::ParentDir => drop(place.pop()),
+            Component::ParentDir => {
+                place.pop();
+            }
             part => place.push(part),
         }
         place = place.canonicalize().unwrap_or(place);
@@ -205,5 +207,5 @@ fn finish(dir: &Path, newest: &Model, total_size: usize, companions: &[Companion
         let called = format!("{}{INDEX}", safe_name(stem.strip_suffix(INDEX).unwrap_or(&stem)));
         companions::write(&dir.join(called), &index.with(&map, total_size))?;
     }
-    companions.iter().try_for_each(|(path, bytes)| companions::write(&dir.join(path), bytes))
+    companions::write_all(dir, companions)
 }

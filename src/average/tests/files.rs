@@ -125,7 +125,9 @@ fn numbers_that_are_not_finite_are_no_obstacle() {
     let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
     let write = |name: &str| {
         let read = std::sync::atomic::AtomicU64::new(0);
-        let progress = |bytes| drop(read.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed));
+        let progress = |bytes| {
+            read.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
+        };
         let options = WriteOptions { dtype: Some(Dtype::BF16), progress: Some(&progress), ..WriteOptions::default() };
         let written = checkpoints.write(&[(&merge, &temp.path().join(name))], &options);
         (written.map_err(|error| error.to_string()), read.into_inner())
@@ -140,6 +142,35 @@ fn numbers_that_are_not_finite_are_no_obstacle() {
     fs::write(folders[0].join("trainer_state.json"), "{").unwrap();
     let text = Checkpoints::open(&folders, None).unwrap_err().to_string();
     assert!(text.contains("checkpoint-1/trainer_state.json: "), "{text}");
+}
+
+/// As sentence-transformers has it: a list of modules, of which those without weights are folders with a configuration.
+#[test]
+fn configurations_of_modules_come_along() {
+    let temp = tempfile::tempdir().unwrap();
+    let folders = [1, 2].map(|step| temp.path().join(format!("checkpoint-{step}")));
+    for (step, dir) in (1..).zip(&folders) {
+        folder(dir, step);
+        let modules =
+            ["", "1_Pooling", "2_Normalize", "3_Dense", "../out", "deep/4_Pooling"].map(|path| json!({"path": path}));
+        fs::write(dir.join("modules.json"), json!(modules).to_string()).unwrap();
+        for module in ["1_Pooling", "3_Dense", "deep/4_Pooling", "other"] {
+            fs::create_dir_all(dir.join(module)).unwrap();
+            fs::write(dir.join(module).join("config.json"), format!("{{\"dtype\": \"float32\", \"n\": {step}}}"))
+                .unwrap();
+            fs::write(dir.join(module).join("notes.txt"), "").unwrap();
+        }
+        fs::write(dir.join("3_Dense/model.safetensors"), "").unwrap();
+    }
+    let checkpoints = Checkpoints::open(&folders, None).unwrap();
+    let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
+    let out = temp.path().join("average");
+    checkpoints.write(&[(&merge, &out)], &WriteOptions::default()).unwrap();
+    assert!(names(&out).iter().map(String::as_str).filter(|name| !name.contains('.')).eq(["1_Pooling", "deep"]));
+    for module in ["1_Pooling", "deep/4_Pooling"] {
+        assert_eq!(names(&out.join(module)), ["config.json"]);
+        assert!(fs::read_to_string(out.join(module).join("config.json")).unwrap().contains("\"n\": 2"));
+    }
 }
 
 /// `.pt` as this crate's tests make them.
