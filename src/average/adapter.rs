@@ -16,17 +16,24 @@ const SCALES: [&str; 5] = ["lora_alpha", "r", "alpha_pattern", "rank_pattern", "
 /// How the names of factors begin, as kohya's scripts and LyCORIS have them.
 const FACTORS: [&str; 3] = ["lora_", "hada_", "lokr_"];
 
-/// Whether a tensor is the scale of an adapter: a single number called `alpha` beside the adapter's factors.
+/// Whether a tensor is the scale of an adapter, if it lies beside the adapter's factors: a single number called `alpha`.
+pub(super) fn may_be_scale(name: &str, shape: &[usize]) -> bool {
+    prefix(name).is_some() && shape.iter().all(|&extent| extent == 1)
+}
+
+/// Whether a tensor is the scale of an adapter.
 pub(super) fn is_scale(tensors: &BTreeMap<String, Held>, name: &str) -> bool {
-    let single = |held: &Held| held.shape.iter().all(|&extent| extent == 1);
-    let Some(prefix) = name.strip_suffix("alpha").filter(|prefix| prefix.is_empty() || prefix.ends_with('.')) else {
-        return false;
-    };
+    let Some(prefix) = prefix(name) else { return false };
     let beside = |factor: &&str| {
         let start = format!("{prefix}{factor}");
         tensors.range(start.clone()..).next().is_some_and(|(name, _)| name.starts_with(&start))
     };
-    tensors.get(name).is_some_and(single) && FACTORS.iter().any(|factor| beside(&factor))
+    tensors.get(name).is_some_and(|held| may_be_scale(name, &held.shape)) && FACTORS.iter().any(|own| beside(&own))
+}
+
+/// What stands before `alpha` in a name.
+fn prefix(name: &str) -> Option<&str> {
+    name.strip_suffix("alpha").filter(|prefix| prefix.is_empty() || prefix.ends_with('.'))
 }
 
 /// Checks that two checkpoints have adapters of the same scales.
@@ -35,7 +42,7 @@ pub(super) fn is_scale(tensors: &BTreeMap<String, Held>, name: &str) -> bool {
 /// [`Error::Unexpected`] with both files, and [`Error::Io`] and [`Error::Damaged`] for files that cannot be read.
 pub(super) fn check_scales(model: &Model, other: &Model) -> Result<()> {
     for name in model.tensors.keys().filter(|name| is_scale(&model.tensors, name)) {
-        if model.elements(name)? != other.elements(name)? {
+        if model.scale(name) != other.scale(name) {
             let why = format!(
                 "`{name}`, the scale of a low-rank adapter, is another than in {}: {REMEDY}",
                 other.input.path.display()

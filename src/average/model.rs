@@ -20,9 +20,32 @@ use crate::tensor::is_averaged;
 pub(super) enum Part {
     /// Mapped, to be blended from.
     Mapped(StoredFile),
-    /// A file of PyTorch's, whose elements cannot be mapped.
+    /// A file of PyTorch's, whose elements cannot be mapped. It is opened again when they are needed: open, each file of a
+    /// long training would take descriptors.
     #[cfg(feature = "import")]
-    Torch(Checkpoint),
+    Torch(Contents),
+}
+
+/// What a file of PyTorch's holds, but for the elements of its tensors.
+#[cfg(feature = "import")]
+#[derive(Debug)]
+pub(super) struct Contents {
+    specs: Vec<TensorSpec>,
+    values: BTreeMap<String, Value>,
+    /// The elements of those that may be scales of adapters.
+    scales: BTreeMap<String, Vec<u8>>,
+}
+
+#[cfg(feature = "import")]
+impl Contents {
+    fn read(path: &Path) -> Result<Contents> {
+        let file = Checkpoint::open_model(path)?;
+        let specs: Vec<TensorSpec> = file.names().map(|name| file.spec(name)).collect::<Result<_>>()?;
+        let single = |spec: &&TensorSpec| adapter::may_be_scale(&spec.name, &spec.shape);
+        let scales = specs.iter().filter(single).map(|spec| Ok((spec.name.clone(), file.read(&spec.name)?)));
+        let scales = scales.collect::<Result<_>>()?;
+        Ok(Contents { scales, specs, values: file.values().clone() })
+    }
 }
 
 /// A tensor of a checkpoint.
@@ -61,12 +84,12 @@ impl Part {
             return Ok(Part::Mapped(file));
         }
         #[cfg(feature = "import")]
-        return Checkpoint::open_model(path).map(Part::Torch);
+        return Contents::read(path).map(Part::Torch);
         #[cfg(not(feature = "import"))]
         Err(Error::unexpected(path, "a file of PyTorch, which a build without the feature `import` cannot read"))
     }
 
-    fn specs(&self) -> Result<Vec<TensorSpec>> {
+    fn specs(&self) -> Vec<TensorSpec> {
         match self {
             Part::Mapped(file) => {
                 let spec = |(name, tensor): (&String, &crate::snapshot::StoredTensor)| TensorSpec {
@@ -74,10 +97,10 @@ impl Part {
                     dtype: tensor.dtype,
                     shape: tensor.shape.clone(),
                 };
-                Ok(file.tensors().iter().map(spec).collect())
+                file.tensors().iter().map(spec).collect()
             }
             #[cfg(feature = "import")]
-            Part::Torch(file) => file.names().map(|name| file.spec(name)).collect(),
+            Part::Torch(file) => file.specs.clone(),
         }
     }
 
@@ -94,21 +117,19 @@ impl Part {
         match self {
             Part::Mapped(file) => file.metadata().get(key).and_then(|text| steps::parse(text)),
             #[cfg(feature = "import")]
-            Part::Torch(file) => match file.values().get(key)? {
+            Part::Torch(file) => match file.values.get(key)? {
                 Value::Int(value) => (*value).try_into().ok(),
                 _ => None,
             },
         }
     }
 
-    /// The elements of a tensor, read where they are not mapped.
-    fn elements(&self, name: &str) -> Result<Vec<u8>> {
+    /// The elements of a scale of an adapter.
+    fn scale(&self, name: &str) -> Option<&[u8]> {
         match self {
-            Part::Mapped(file) => {
-                Ok(file.tensors().get(name).map(|tensor| file.bytes(tensor).to_vec()).unwrap_or_default())
-            }
+            Part::Mapped(file) => file.tensors().get(name).map(|tensor| file.bytes(tensor)),
             #[cfg(feature = "import")]
-            Part::Torch(file) => file.read(name),
+            Part::Torch(file) => file.scales.get(name).map(Vec::as_slice),
         }
     }
 }
@@ -122,7 +143,7 @@ impl Model {
         let parts: Vec<Part> = input.parts.iter().map(|path| Part::open(path)).collect::<Result<_>>()?;
         let mut tensors = BTreeMap::new();
         for (i, part) in parts.iter().enumerate() {
-            for TensorSpec { name, dtype, shape } in part.specs()? {
+            for TensorSpec { name, dtype, shape } in part.specs() {
                 check_dtype(&input.parts[i], &name, dtype)?;
                 if tensors.insert(name.clone(), Held { dtype, shape, part: i }).is_some() {
                     let why = format!("tensor `{name}` is in another shard too");
@@ -199,12 +220,9 @@ impl Model {
         self.tensors.get(name).is_some_and(|held| is_averaged(held.dtype)) && !adapter::is_scale(&self.tensors, name)
     }
 
-    /// The elements of a tensor, read where they are not mapped; nothing where there is no such tensor.
-    pub(super) fn elements(&self, name: &str) -> Result<Vec<u8>> {
-        match self.tensors.get(name) {
-            Some(held) => self.parts[held.part].elements(name),
-            None => Ok(Vec::new()),
-        }
+    /// The elements of a scale of an adapter; none where there is no such tensor.
+    pub(super) fn scale(&self, name: &str) -> Option<&[u8]> {
+        self.parts[self.tensors.get(name)?.part].scale(name)
     }
 
     /// Whether everything is mapped.

@@ -235,6 +235,24 @@ fn a_model_is_found_whatever_stands_beside_it() {
     }
 }
 
+/// Several hundred of them are no more than a process may open.
+#[cfg(target_os = "linux")]
+#[test]
+fn files_of_pytorch_are_not_kept_open() {
+    let temp = tempfile::tempdir().unwrap();
+    let paths = STEPS.map(|step| temp.path().join(format!("step={step}.pt")));
+    paths.iter().zip(STEPS).for_each(|(path, step)| pt(step).save(path));
+    let open = || {
+        let links = fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+        links.filter(|file| paths.contains(file)).count()
+    };
+    let held = fs::File::open(&paths[0]).unwrap();
+    assert_eq!(open(), 1);
+    drop(held);
+    let checkpoints = Checkpoints::open(&paths, None).unwrap();
+    assert_eq!((checkpoints.steps().len(), open()), (5, 0));
+}
+
 #[test]
 fn folders_of_pytorch_become_folders_of_safetensors() {
     let temp = tempfile::tempdir().unwrap();
