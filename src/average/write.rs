@@ -1,7 +1,6 @@
 //! Averages to files, and to folders like those of the checkpoints.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use super::Checkpoints;
@@ -13,7 +12,7 @@ use super::model::Model;
 use super::plan::{Merge, Row, row};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::snapshot::{AtomicFolder, PROFILE, STEP, base_strings, check_vacant};
+use crate::snapshot::{AtomicFolder, Made, PROFILE, STEP, base_strings, check_vacant};
 use crate::synthesis::{Head, MAX_TARGETS, Pool, Shards, WriteOptions, check_device, check_distinct, profile_json};
 
 /// Entries of metadata that tell of the data's bits, and those of a snapshot: an average's are others.
@@ -128,8 +127,10 @@ fn pass(checkpoints: &Checkpoints, newest: &Model, jobs: &[Job<'_>], options: &W
     };
     let folders = jobs.iter().filter(|job| job.folder).map(|job| AtomicFolder::create(job.path, PREFIX));
     let folders: Vec<AtomicFolder> = folders.collect::<Result<_>>()?;
-    let mut parents = jobs.iter().filter_map(|job| job.path.parent());
-    parents.try_for_each(|dir| fs::create_dir_all(dir).map_err(Error::io("create", dir)))?;
+    let mut made: Vec<Made> =
+        jobs.iter().filter_map(|job| job.path.parent()).map(Made::parents).collect::<Result<_>>()?;
+    // Dropped, the inner ones go first.
+    made.reverse();
     let shards = match folders.first() {
         Some(_) => Shards::new(&pool, options.dtype, parts(&pool, newest))?,
         None => Shards::single(&pool, options.dtype)?,
@@ -148,6 +149,7 @@ fn pass(checkpoints: &Checkpoints, newest: &Model, jobs: &[Job<'_>], options: &W
         finish(folder.path(), newest, shards.data_len(), &companions)?;
     }
     folders.into_iter().try_for_each(AtomicFolder::commit)?;
+    made.into_iter().try_for_each(Made::keep)?;
     Ok(device)
 }
 

@@ -193,7 +193,7 @@ fn inputs_are_never_written_to() {
 }
 
 #[test]
-fn a_sum_that_does_not_fit_leaves_no_folder() {
+fn a_sum_that_does_not_fit_leaves_no_folder_and_no_directory_above() {
     let temp = tempfile::tempdir().unwrap();
     let run = temp.path().join("run");
     for step in [1, 2] {
@@ -205,8 +205,10 @@ fn a_sum_that_does_not_fit_leaves_no_folder() {
     let merge = checkpoints.plan(Profile::gamma(0.0).unwrap(), At::Latest).unwrap();
     let out = temp.path().join("deep/average");
     let options = WriteOptions { dtype: Some(Dtype::F16), ..WriteOptions::default() };
-    let text = checkpoints.write(&[(&merge, &out)], &options).unwrap_err().to_string();
-    assert!(text.contains("tensor `w`: the average is 100000 at element 0, beyond F16"), "{text}");
+    for out in [out.clone(), out.join("a.safetensors"), temp.path().join("new/../deep/../b.safetensors")] {
+        let text = checkpoints.write(&[(&merge, &out)], &options).unwrap_err().to_string();
+        assert!(text.contains("tensor `w`: the average is 100000 at element 0, beyond F16"), "{text}");
+    }
     assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1);
 }
 
