@@ -150,8 +150,8 @@ fn bad_usage_and_failures_differ() {
     let out = temp.path().join("out");
     let (out, target) = (out.to_str().unwrap(), ["--sigma-rel", "0.2"]);
     let last = format!("{run}/checkpoint-3000");
-    save(&temp.path().join("other-100.safetensors"), 1, &[0]);
-    let other = temp.path().join("other-100.safetensors");
+    save(&temp.path().join("checkpoint-100.safetensors"), 1, &[0]);
+    let other = temp.path().join("checkpoint-100.safetensors");
     for (arguments, status, part) in [
         (vec!["average", &run, "-o", out], 2, "no target"),
         (vec!["average", &run, "--uniform", "5%,6%", "-o", out], 2, "-o names one average, and there are 2 targets"),

@@ -75,8 +75,8 @@ def average(
             same shards and the files of configuration and tokenizer, unless its path ends in ``.safetensors``. Where it is not
             given, the averages come as state dicts in memory: of PyTorch's tensors, or numpy's arrays where PyTorch is not
             installed.
-        steps: the steps of the checkpoints, in the order of `paths`; from metadata, ``trainer_state.json`` or names where
-            they are not given.
+        steps: the steps of the checkpoints, in the order of `paths`, or of the names in a folder, where ``epoch2`` is before
+            ``epoch10``; from metadata, ``trainer_state.json`` or names where they are not given.
         at: the step of the averages, the newest checkpoint where it is not given.
         dtype: of averaged tensors; each its own where it is not given.
         device: where averages that are written are blended: "auto" tries, "cpu", "cuda:N". The bits are the same.

@@ -17,10 +17,10 @@ pub(super) fn convert(model: &Model, dir: &Path, progress: &(dyn Fn(u64) + Sync)
     fs::create_dir(dir).map_err(Error::io("create", dir))?;
     let one = |(i, (part, path)): (usize, (&Part, &PathBuf))| match part {
         Part::Mapped(_) => Ok(path.clone()),
-        Part::Torch(file) => {
-            let path = dir.join(format!("{i}.safetensors"));
-            write(&path, file, progress)?;
-            Ok(path)
+        Part::Torch(_) => {
+            let to = dir.join(format!("{i}.safetensors"));
+            write(&to, &Checkpoint::open_model(path)?, progress)?;
+            Ok(to)
         }
     };
     let parts = model.parts.iter().zip(&model.input.parts).enumerate().map(one).collect::<Result<_>>()?;

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::index::{INDEX, Index};
+use super::natural;
 use crate::error::{Error, Result};
 
 /// What the weights of a folder are called, by the tools that load them; the first that is there is meant.
@@ -30,6 +31,14 @@ pub(super) struct Input {
     pub index: Option<Index>,
 }
 
+impl Input {
+    /// Where a file of that name belongs to this checkpoint: in its folder, or beside a file whose name any checkpoint has.
+    pub(super) fn beside(&self, name: &str) -> Option<PathBuf> {
+        let usual = || is_usual(&self.path).then(|| self.path.parent()).flatten();
+        Some(self.folder.as_deref().or_else(usual)?.join(name))
+    }
+}
+
 /// Whether a file of weights is one of PyTorch's, and no safetensors file.
 pub(super) fn is_pytorch(path: &Path) -> bool {
     path.extension().is_some_and(|extension| PYTORCH.iter().any(|own| extension == *own))
@@ -42,7 +51,7 @@ pub(super) fn is_usual(path: &Path) -> bool {
 }
 
 /// Finds the checkpoints that some paths name: each is a file, an index of shards or a folder; a single folder that is no
-/// checkpoint itself is a folder of checkpoints, which then come in order of their names.
+/// checkpoint itself is a folder of checkpoints, which then come in order of their names, by the numbers in them.
 ///
 /// # Errors
 /// [`Error::Nothing`], [`Error::Io`], [`Error::Damaged`] and [`Error::Unexpected`], each naming the path.
@@ -156,7 +165,7 @@ fn in_folder_of_checkpoints(dir: &Path) -> Result<Vec<Input>> {
     if found.is_empty() {
         return Err(Error::unexpected(dir, "no weights are in it, nor in its folders: name a folder of checkpoints"));
     }
-    found.sort_by(|a, b| a.path.cmp(&b.path));
+    found.sort_by(|a, b| natural::compare(&name(&a.path), &name(&b.path)).then_with(|| a.path.cmp(&b.path)));
     Ok(found)
 }
 
@@ -175,9 +184,19 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
-fn is_weights(path: &Path) -> bool {
+/// Whether a file is one of weights.
+pub(super) fn is_weights(path: &Path) -> bool {
     let ending = is_pytorch(path) || path.extension().is_some_and(|extension| extension == SAFETENSORS);
     ending && path.is_file() && !NO_WEIGHTS.iter().any(|start| name(path).starts_with(start))
+}
+
+/// A name without the ending of a file of weights, or of an index.
+pub(super) fn without_ending(name: &str) -> &str {
+    let name = name.strip_suffix(INDEX).unwrap_or(name);
+    match name.rsplit_once('.') {
+        Some((stem, ending)) if ending == SAFETENSORS || PYTORCH.contains(&ending) => stem,
+        _ => name,
+    }
 }
 
 /// The last part of a path; names that are not UTF-8 are shown as well as they can be.

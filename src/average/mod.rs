@@ -1,12 +1,15 @@
 //! Averages of checkpoints that any training has stored, where nothing was tracked.
 
+mod adapter;
 mod companions;
 #[cfg(feature = "import")]
 mod convert;
 mod find;
 mod index;
+mod json;
 mod mapped;
 mod model;
+mod natural;
 mod plan;
 mod steps;
 mod write;
@@ -42,7 +45,8 @@ pub use plan::{CheckpointWeight, Merge};
 ///
 /// A checkpoint stands for the time since the one before it, and each target gives it the profile's mass on that interval. A
 /// [`Merge`] tells what this approximation costs. Sums are taken in f64 and rounded once. Floating-point tensors are averaged;
-/// all others, and the `alpha` of low-rank adapters, which must be the same in all, are copied from the newest checkpoint at
+/// all others, and the `alpha` beside the factors of low-rank adapters, which must be the same in all as must be the scales in
+/// their `adapter_config.json`, are copied from the newest checkpoint at
 /// or before the target's time. The factors `A` and `B` of an adapter are averaged each for itself, as all tensors are; that is
 /// not the average of their products `B A`, which would be of a higher rank and no adapter of the same size. Within one
 /// training, where factors move together, it is what running averages of adapters do, too.
@@ -62,18 +66,18 @@ impl Checkpoints {
     ///
     /// Each path is a safetensors file, an index of shards (`*.index.json`), a folder that holds either, as Hugging Face's tools
     /// write them, or, with the feature `import`, a file of PyTorch (`.pt`, `.pth`, `.bin`, `.ckpt`), of which no code is ever
-    /// run. A single folder that is no checkpoint itself is a folder of checkpoints, which come in order of their names.
+    /// run. A single folder that is no checkpoint itself is a folder of checkpoints, which come in order of their names, where `epoch2` is before `epoch10`.
     ///
     /// `steps` gives their steps in the order of the paths. Without it, they are what all metadata tell (`step`,
-    /// `global_step`, `steps`, `ss_steps`), or the `trainer_state.json` of all folders, or names: the number after `step`,
-    /// `iter` or `checkpoint`, or the last one.
+    /// `global_step`, `steps`, `ss_steps`), or the `trainer_state.json` of all folders, or names: the number after the
+    /// same word in all, `step`, `iter` or `checkpoint`, or the last one where they are alike but for it, or that after `epoch`.
     ///
     /// # Errors
     /// [`Error::Nothing`](crate::Error::Nothing), [`Error::Io`](crate::Error::Io), and
     /// [`Error::Damaged`](crate::Error::Damaged) for what cannot be read; [`Error::Mismatch`](crate::Error::Mismatch) for
     /// checkpoints of different models; [`Error::Unexpected`](crate::Error::Unexpected) for a step that cannot be read, is 0 or
-    /// occurs twice, for low-rank adapters of different scales, snapshots of a run, tensors that cannot be averaged, and
-    /// entries of PyTorch's files that are objects; [`Error::Setting`](crate::Error::Setting) for another number of steps.
+    /// occurs twice, for low-rank adapters of different scales, snapshots of a run, models of which no tensor can be averaged,
+    /// and entries of PyTorch's files that are objects; [`Error::Setting`](crate::Error::Setting) for another number of steps.
     pub fn open<P: AsRef<Path>>(paths: &[P], steps: Option<&[u64]>) -> Result<Checkpoints> {
         let found = find::find(paths)?;
         let models: Vec<Result<Model>> = found.into_par_iter().map(Model::open).collect();
@@ -83,6 +87,7 @@ impl Checkpoints {
         both.sort_by_key(|(step, _)| *step);
         let (steps, models): (Vec<u64>, Vec<Model>) = both.into_iter().unzip();
         models[1..].iter().try_for_each(|model| model.check_sibling(&models[0]))?;
+        models[0].check_averaged()?;
         let named = paths.iter().map(AsRef::as_ref).filter(|path| path.is_dir()).map(Path::to_owned).collect();
         Ok(Checkpoints { models, steps, named })
     }

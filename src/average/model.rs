@@ -5,6 +5,7 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
+use super::adapter;
 use super::find::{Input, is_pytorch};
 use super::steps;
 use crate::error::{Error, Result};
@@ -19,9 +20,32 @@ use crate::tensor::is_averaged;
 pub(super) enum Part {
     /// Mapped, to be blended from.
     Mapped(StoredFile),
-    /// A file of PyTorch's, whose elements cannot be mapped.
+    /// A file of PyTorch's, whose elements cannot be mapped. It is opened again when they are needed: open, each file of a
+    /// long training would take descriptors.
     #[cfg(feature = "import")]
-    Torch(Checkpoint),
+    Torch(Contents),
+}
+
+/// What a file of PyTorch's holds, but for the elements of its tensors.
+#[cfg(feature = "import")]
+#[derive(Debug)]
+pub(super) struct Contents {
+    specs: Vec<TensorSpec>,
+    values: BTreeMap<String, Value>,
+    /// The elements of those that may be scales of adapters.
+    scales: BTreeMap<String, Vec<u8>>,
+}
+
+#[cfg(feature = "import")]
+impl Contents {
+    fn read(path: &Path) -> Result<Contents> {
+        let file = Checkpoint::open_model(path)?;
+        let specs: Vec<TensorSpec> = file.names().map(|name| file.spec(name)).collect::<Result<_>>()?;
+        let single = |spec: &&TensorSpec| adapter::may_be_scale(&spec.name, &spec.shape);
+        let scales = specs.iter().filter(single).map(|spec| Ok((spec.name.clone(), file.read(&spec.name)?)));
+        let scales = scales.collect::<Result<_>>()?;
+        Ok(Contents { scales, specs, values: file.values().clone() })
+    }
 }
 
 /// A tensor of a checkpoint.
@@ -60,12 +84,12 @@ impl Part {
             return Ok(Part::Mapped(file));
         }
         #[cfg(feature = "import")]
-        return Checkpoint::open_model(path).map(Part::Torch);
+        return Contents::read(path).map(Part::Torch);
         #[cfg(not(feature = "import"))]
         Err(Error::unexpected(path, "a file of PyTorch, which a build without the feature `import` cannot read"))
     }
 
-    fn specs(&self) -> Result<Vec<TensorSpec>> {
+    fn specs(&self) -> Vec<TensorSpec> {
         match self {
             Part::Mapped(file) => {
                 let spec = |(name, tensor): (&String, &crate::snapshot::StoredTensor)| TensorSpec {
@@ -73,10 +97,10 @@ impl Part {
                     dtype: tensor.dtype,
                     shape: tensor.shape.clone(),
                 };
-                Ok(file.tensors().iter().map(spec).collect())
+                file.tensors().iter().map(spec).collect()
             }
             #[cfg(feature = "import")]
-            Part::Torch(file) => file.names().map(|name| file.spec(name)).collect(),
+            Part::Torch(file) => file.specs.clone(),
         }
     }
 
@@ -93,21 +117,19 @@ impl Part {
         match self {
             Part::Mapped(file) => file.metadata().get(key).and_then(|text| steps::parse(text)),
             #[cfg(feature = "import")]
-            Part::Torch(file) => match file.values().get(key)? {
+            Part::Torch(file) => match file.values.get(key)? {
                 Value::Int(value) => (*value).try_into().ok(),
                 _ => None,
             },
         }
     }
 
-    /// The elements of a tensor, read where they are not mapped.
-    fn elements(&self, name: &str) -> Result<Vec<u8>> {
+    /// The elements of a scale of an adapter.
+    fn scale(&self, name: &str) -> Option<&[u8]> {
         match self {
-            Part::Mapped(file) => {
-                Ok(file.tensors().get(name).map(|tensor| file.bytes(tensor).to_vec()).unwrap_or_default())
-            }
+            Part::Mapped(file) => file.tensors().get(name).map(|tensor| file.bytes(tensor)),
             #[cfg(feature = "import")]
-            Part::Torch(file) => file.read(name),
+            Part::Torch(file) => file.scales.get(name).map(Vec::as_slice),
         }
     }
 }
@@ -121,7 +143,7 @@ impl Model {
         let parts: Vec<Part> = input.parts.iter().map(|path| Part::open(path)).collect::<Result<_>>()?;
         let mut tensors = BTreeMap::new();
         for (i, part) in parts.iter().enumerate() {
-            for TensorSpec { name, dtype, shape } in part.specs()? {
+            for TensorSpec { name, dtype, shape } in part.specs() {
                 check_dtype(&input.parts[i], &name, dtype)?;
                 if tensors.insert(name.clone(), Held { dtype, shape, part: i }).is_some() {
                     let why = format!("tensor `{name}` is in another shard too");
@@ -158,7 +180,7 @@ impl Model {
     /// Checks that the other checkpoint is of the same model, and has the same scales of adapters.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] for other names, shapes or dtypes, [`Error::Unexpected`] for another `alpha`.
+    /// [`Error::Mismatch`] for other names, shapes or dtypes, [`Error::Unexpected`] for other scales.
     pub(super) fn check_sibling(&self, other: &Model) -> Result<()> {
         let differs = |reason: String| {
             let (path, other) = (self.input.path.clone(), other.input.path.clone());
@@ -178,39 +200,29 @@ impl Model {
         if let Some(name) = other.tensors.keys().find(|name| !self.tensors.contains_key(*name)) {
             return differs(format!("a tensor `{name}` less is stored"));
         }
-        self.check_alphas(other)
+        adapter::check_scales(self, other)
     }
 
-    fn check_alphas(&self, other: &Model) -> Result<()> {
-        for name in self.tensors.keys().filter(|name| self.is_alpha(name)) {
-            if self.elements(name)? != other.elements(name)? {
-                let why = format!(
-                    "`{name}`, the scale of a low-rank adapter, is another than in {}: adapters of different scales cannot be \
-                     averaged factor by factor; leave one of the two out",
-                    other.input.path.display()
-                );
-                return Err(Error::unexpected(&self.input.path, why));
-            }
+    /// Checks that there is anything to average.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`].
+    pub(super) fn check_averaged(&self) -> Result<()> {
+        if self.tensors.keys().any(|name| self.is_averaged(name)) {
+            return Ok(());
         }
-        Ok(())
+        let why = "none of its tensors is of floating point, so that there is nothing to average: name checkpoints of a model";
+        Err(Error::unexpected(&self.input.path, why))
     }
 
     /// Whether a tensor is averaged: all of floating point but the scales of low-rank adapters.
     pub(super) fn is_averaged(&self, name: &str) -> bool {
-        self.tensors.get(name).is_some_and(|held| is_averaged(held.dtype)) && !self.is_alpha(name)
+        self.tensors.get(name).is_some_and(|held| is_averaged(held.dtype)) && !adapter::is_scale(&self.tensors, name)
     }
 
-    /// Whether a tensor is the scale of a low-rank adapter: a single number called `alpha`.
-    fn is_alpha(&self, name: &str) -> bool {
-        let single = |held: &Held| is_averaged(held.dtype) && held.shape.iter().all(|&extent| extent == 1);
-        name.rsplit('.').next() == Some("alpha") && self.tensors.get(name).is_some_and(single)
-    }
-
-    fn elements(&self, name: &str) -> Result<Vec<u8>> {
-        match self.tensors.get(name) {
-            Some(held) => self.parts[held.part].elements(name),
-            None => Ok(Vec::new()),
-        }
+    /// The elements of a scale of an adapter; none where there is no such tensor.
+    pub(super) fn scale(&self, name: &str) -> Option<&[u8]> {
+        self.parts[self.tensors.get(name)?.part].scale(name)
     }
 
     /// Whether everything is mapped.

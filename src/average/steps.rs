@@ -1,8 +1,10 @@
 //! When each checkpoint was written: as given, or as metadata, the trainer's state or names tell.
 
-use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
-use super::find::{Input, is_usual, name};
+use super::find::{Input, is_usual, name, without_ending};
+use super::json;
 use super::model::Model;
 use crate::error::{Error, Result};
 
@@ -14,6 +16,9 @@ const TRAINER_STATE: &str = "trainer_state.json";
 
 /// Words that stand before the step in a name, the surest first.
 const WORDS: [&str; 6] = ["step", "steps", "iteration", "iter", "checkpoint", "ckpt"];
+
+/// Words that stand before a time of another clock, which will do where no step is told.
+const EPOCHS: [&str; 2] = ["epoch", "epochs"];
 
 const REMEDY: &str = "give the steps of all, in the order of the checkpoints, with --steps 1000,2000,... (`steps`)";
 
@@ -42,17 +47,15 @@ fn told(models: &[Model]) -> Result<Vec<u64>> {
             return Ok(steps);
         }
     }
-    if let Some(steps) = by(&|model| from_trainer(&model.input)) {
+    let states: Vec<Option<u64>> = models.iter().map(|model| from_trainer(&model.input)).collect::<Result<_>>()?;
+    if let Some(steps) = states.into_iter().collect() {
         return Ok(steps);
     }
-    let by_name = |model: &Model| {
-        let silent = || {
-            let why = format!("no step can be read from its name, nor from metadata: {REMEDY}");
-            Error::unexpected(&model.input.path, why)
-        };
-        named(&model.input).ok_or_else(silent)
-    };
-    models.iter().map(by_name).collect()
+    let inputs: Vec<&Input> = models.iter().map(|model| &model.input).collect();
+    named(&inputs).map_err(|odd| {
+        let why = format!("no step can be read from its name as from the others', nor from metadata: {REMEDY}");
+        Error::unexpected(&inputs[odd].path, why)
+    })
 }
 
 fn check(models: &[Model], steps: &[u64]) -> Result<()> {
@@ -71,37 +74,99 @@ fn check(models: &[Model], steps: &[u64]) -> Result<()> {
 }
 
 /// `global_step` of the trainer's state in the checkpoint's folder.
-fn from_trainer(input: &Input) -> Option<u64> {
-    let folder = input.folder.as_deref().or_else(|| is_usual(&input.path).then(|| input.path.parent()).flatten())?;
-    let state: serde_json::Value = serde_json::from_slice(&fs::read(folder.join(TRAINER_STATE)).ok()?).ok()?;
-    state["global_step"].as_u64()
+///
+/// # Errors
+/// [`Error::Io`] and [`Error::Damaged`] for a state that is there and cannot be read.
+fn from_trainer(input: &Input) -> Result<Option<u64>> {
+    let state = input.beside(TRAINER_STATE).map(|path| json::read(&path)).transpose()?.flatten();
+    Ok(state.and_then(|state| state["global_step"].as_u64()))
 }
 
-/// The step that names tell: that of the folder where the file is called as in every checkpoint, and the one above where a
-/// folder is but a part of the checkpoint, such as `checkpoint-1000/unet`.
-fn named(input: &Input) -> Option<u64> {
+/// The steps that names tell: those of the folders where the files are called as in every checkpoint, and those above where
+/// folders are but a part of each checkpoint, such as `checkpoint-1000/unet`.
+///
+/// # Errors
+/// The index of one that does not tell as the others do.
+fn named(inputs: &[&Input]) -> std::result::Result<Vec<u64>, usize> {
+    let paths: Vec<PathBuf> = inputs.iter().map(|input| named_path(input)).collect();
+    let labels = |paths: &mut dyn Iterator<Item = &Path>| paths.map(label).collect::<Vec<String>>();
+    let odd = match in_names(&labels(&mut paths.iter().map(PathBuf::as_path))) {
+        Ok(steps) => return Ok(steps),
+        Err(odd) => odd,
+    };
+    if inputs.iter().any(|input| input.folder.is_none()) {
+        return Err(odd);
+    }
+    in_names(&labels(&mut paths.iter().map(|path| path.parent().unwrap_or(path)))).map_err(|_| odd)
+}
+
+/// What a checkpoint is called by.
+fn named_path(input: &Input) -> PathBuf {
     let mut path = input.path.as_path();
     if is_usual(path) {
         path = path.parent().unwrap_or(path);
     }
     // `.` and links are called something, too.
-    let path = if path.file_name().is_some() { path.to_owned() } else { path.canonicalize().ok()? };
-    let above = || path.parent().filter(|_| input.folder.is_some()).and_then(|above| in_name(&name(above)));
-    in_name(&name(&path)).or_else(above)
+    match path.file_name() {
+        Some(_) => path.to_owned(),
+        None => path.canonicalize().unwrap_or_else(|_| path.to_owned()),
+    }
+}
+
+/// A name without shards and endings, which may differ.
+fn label(path: &Path) -> String {
+    let lower = name(path).to_ascii_lowercase();
+    without_shard(without_ending(&lower)).to_owned()
 }
 
 /// A number in a name, and the word before it.
 struct Found<'a> {
     word: &'a str,
     value: u64,
+    range: Range<usize>,
 }
 
-/// The step that a name tells: the number after a word that says so, or the last one.
-pub(super) fn in_name(name: &str) -> Option<u64> {
-    let lower = name.to_ascii_lowercase();
-    let numbers = numbers(without_shard(&lower));
-    let after = |word: &str| numbers.iter().rev().find(|found| found.word == word);
-    WORDS.iter().find_map(|word| after(word)).or(numbers.last()).map(|found| found.value)
+/// The steps that names tell, all in one way: the number after the same word in each, or the last one where the names are
+/// alike but for it.
+///
+/// # Errors
+/// The index of the first that does not tell as the most others do.
+pub(super) fn in_names(names: &[String]) -> std::result::Result<Vec<u64>, usize> {
+    let all: Vec<Vec<Found<'_>>> = names.iter().map(|name| numbers(name)).collect();
+    let after = |word: &str| -> Vec<Option<u64>> {
+        let last =
+            |found: &Vec<Found<'_>>| found.iter().rev().find(|found| found.word == word).map(|found| found.value);
+        all.iter().map(last).collect()
+    };
+    let whole = |values: Vec<Option<u64>>| values.into_iter().collect::<Option<Vec<u64>>>();
+    let by_word = |words: &[&str]| words.iter().find_map(|word| whole(after(word)));
+    let last = || alike(names, &all).and_then(|()| Ok(all.iter().map(|found| found[found.len() - 1].value).collect()));
+    let odd = match by_word(&WORDS).map_or_else(last, Ok) {
+        Ok(steps) => return Ok(steps),
+        Err(odd) => odd,
+    };
+    let half = |values: &Vec<Option<u64>>| 2 * values.iter().flatten().count() > values.len();
+    let silent = || WORDS.iter().map(|word| after(word)).find(half)?.iter().position(Option::is_none);
+    by_word(&EPOCHS).ok_or_else(|| silent().unwrap_or(odd))
+}
+
+/// Checks that names differ by their last numbers alone.
+///
+/// # Errors
+/// The index of one without a number, or else of the first that is not like the most others.
+fn alike(names: &[String], numbers: &[Vec<Found<'_>>]) -> std::result::Result<(), usize> {
+    let around = |(name, found): (&'_ String, &Vec<Found<'_>>)| -> Option<(String, String)> {
+        let range = found.last()?.range.clone();
+        Some((name[..range.start].to_owned(), name[range.end..].to_owned()))
+    };
+    let texts: Vec<Option<(String, String)>> = names.iter().zip(numbers).map(around).collect();
+    let count = |text: &Option<(String, String)>| texts.iter().filter(|other| *other == text).count();
+    // Of as many, the first.
+    let usual = texts.iter().flatten().cloned().map(Some).rev().max_by_key(count);
+    match texts.iter().position(|text| text.is_none() || Some(text) != usual.as_ref()) {
+        Some(odd) => Err(odd),
+        None => Ok(()),
+    }
 }
 
 /// Without `-00001-of-00003` and what follows.
@@ -125,7 +190,7 @@ fn numbers(name: &str) -> Vec<Found<'_>> {
             name[..start].strip_suffix('.').is_some_and(|whole| whole.ends_with(|c: char| c.is_ascii_digit()));
         let bits = dtype && matches!(&name[start..end], "8" | "16" | "32" | "64");
         if let (false, false, Ok(value)) = (bits, decimal, name[start..end].parse()) {
-            found.push(Found { word, value });
+            found.push(Found { word, value, range: start..end });
         }
         at = end;
     }
@@ -175,7 +240,32 @@ mod tests {
             ("model.safetensors", None),
             ("step99999999999999999999.pt", None),
         ] {
-            assert_eq!(in_name(name), step, "{name}");
+            let label = label(Path::new(name));
+            assert_eq!(in_names(&[label]).ok(), step.map(|step| vec![step]), "{name}");
+        }
+    }
+
+    /// No number may be taken for a step that means something else in that name.
+    #[test]
+    fn all_names_tell_in_one_way() {
+        let numbered: Vec<String> = (1..=12).map(|i| format!("epoch{i}.pt")).collect();
+        let numbered: Vec<&str> = numbered.iter().map(String::as_str).collect();
+        for (names, steps) in [
+            (&["style-v2-step1000", "style-v2-step2000", "style-v2"][..], Err(2)),
+            (&["style-v2", "style-v2-step1000", "style-v2-step2000"], Err(0)),
+            (&["style-v2-000004", "style-v2-000008", "style-v2"], Err(2)),
+            (&["global_step20.pt", "x-step-10.safetensors"], Ok(vec![20, 10])),
+            (&["lora_100_steps.pt", "lora_200_steps.safetensors"], Ok(vec![100, 200])),
+            (&["epoch_1_500", "epoch_2_1000"], Ok(vec![1, 2])),
+            (&["epoch=1-loss=0.52.ckpt", "epoch=2-loss=0.48.ckpt"], Ok(vec![1, 2])),
+            (&["epoch=1-step=50.ckpt", "epoch=1-step=90-v1.ckpt", "last.ckpt"], Err(2)),
+            (&["a-1", "b-2"], Err(1)),
+            (&["a-1", "b-2", "b-3"], Err(0)),
+            (&["checkpoint-5", "final"], Err(1)),
+            (&numbered, Ok((1..=12).collect())),
+        ] {
+            let labels: Vec<String> = names.iter().map(|name| label(Path::new(name))).collect();
+            assert_eq!(in_names(&labels), steps, "{names:?}");
         }
     }
 
@@ -191,7 +281,7 @@ mod tests {
         ] {
             let folder = folder.then(|| path.into());
             let input = Input { path: path.into(), folder, parts: vec![], index: None };
-            assert_eq!(named(&input), step, "{path}");
+            assert_eq!(named(&[&input]).ok(), step.map(|step| vec![step]), "{path}");
         }
     }
 }

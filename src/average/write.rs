@@ -1,13 +1,10 @@
 //! Averages to files, and to folders like those of the checkpoints.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
-
-use safetensors::Dtype;
+use std::path::{Component, Path, PathBuf};
 
 use super::Checkpoints;
-use super::companions;
+use super::companions::{self, Companion};
 use super::find::{Input, name};
 use super::index::INDEX;
 use super::mapped::{Mapped, PREFIX};
@@ -15,7 +12,7 @@ use super::model::Model;
 use super::plan::{Merge, Row, row};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::snapshot::{AtomicFolder, PROFILE, STEP, base_strings, check_vacant};
+use crate::snapshot::{AtomicFolder, Made, PROFILE, STEP, base_strings, check_vacant};
 use crate::synthesis::{Head, MAX_TARGETS, Pool, Shards, WriteOptions, check_device, check_distinct, profile_json};
 
 /// Entries of metadata that tell of the data's bits, and those of a snapshot: an average's are others.
@@ -37,13 +34,18 @@ pub(super) fn write(
     outputs: &[(&Merge, &Path)],
     options: &WriteOptions<'_>,
 ) -> Result<Device> {
-    check_distinct(outputs.iter().map(|(_, path)| *path))?;
+    let places: Vec<PathBuf> = outputs.iter().map(|(_, path)| resolve(path)).collect::<Result<_>>()?;
+    check_distinct(places.iter().map(PathBuf::as_path))?;
     options.check()?;
     let mut jobs = Vec::with_capacity(outputs.len());
     for &(merge, path) in outputs {
         let row = row(checkpoints, merge)?;
-        let folder = is_folder(&checkpoints.models[row.newest], path);
+        let newest = &checkpoints.models[row.newest];
+        let folder = is_folder(newest, path);
         check_place(checkpoints, path, folder)?;
+        if folder {
+            check_names(newest)?;
+        }
         jobs.push(Job { merge, path, row, folder });
     }
     let mut device = check_device(options.device)?;
@@ -84,23 +86,51 @@ fn check_place(checkpoints: &Checkpoints, path: &Path, folder: bool) -> Result<(
     if folder { check_vacant(path) } else { Ok(()) }
 }
 
-/// The absolute path, links resolved as far as it exists.
+/// The absolute path, links resolved as far as it exists, and `..` where it does not: the directories will then be plain ones.
 fn resolve(path: &Path) -> Result<PathBuf> {
-    let absolute = std::path::absolute(path).map_err(Error::io("find", path))?;
-    let known = absolute.ancestors().find_map(|known| Some((known.canonicalize().ok()?, known)));
-    Ok(match known {
-        Some((resolved, known)) => resolved.join(absolute.strip_prefix(known).unwrap_or(Path::new(""))),
-        None => absolute,
-    })
+    let mut place = PathBuf::new();
+    for part in std::path::absolute(path).map_err(Error::io("find", path))?.components() {
+        match part {
+            Component::ParentDir => {
+                place.pop();
+            }
+            part => place.push(part),
+        }
+        place = place.canonicalize().unwrap_or(place);
+    }
+    Ok(place)
+}
+
+/// Checks that no two files of a checkpoint would become one.
+fn check_names(newest: &Model) -> Result<()> {
+    let mut taken = BTreeMap::new();
+    for part in &newest.input.parts {
+        if let Some(other) = taken.insert(safe_name(&name(part)), name(part)) {
+            let own = name(part);
+            let why = format!(
+                "`{other}` and `{own}` would both be written as `{}`: name a file to write to",
+                safe_name(&own)
+            );
+            return Err(Error::unexpected(&newest.input.path, why));
+        }
+    }
+    Ok(())
 }
 
 /// Writes averages that have one newest checkpoint and are all files or all folders.
 fn pass(checkpoints: &Checkpoints, newest: &Model, jobs: &[Job<'_>], options: &WriteOptions<'_>) -> Result<Device> {
     let pool = checkpoints.pool();
+    // What cannot be read is told before anything is blended.
+    let companions = match &newest.input.folder {
+        Some(folder) if jobs[0].folder => companions::read(folder, options.dtype)?,
+        _ => Vec::new(),
+    };
     let folders = jobs.iter().filter(|job| job.folder).map(|job| AtomicFolder::create(job.path, PREFIX));
     let folders: Vec<AtomicFolder> = folders.collect::<Result<_>>()?;
-    let mut parents = jobs.iter().filter_map(|job| job.path.parent());
-    parents.try_for_each(|dir| fs::create_dir_all(dir).map_err(Error::io("create", dir)))?;
+    let mut made: Vec<Made> =
+        jobs.iter().filter_map(|job| job.path.parent()).map(Made::parents).collect::<Result<_>>()?;
+    // Dropped, the inner ones go first.
+    made.reverse();
     let shards = match folders.first() {
         Some(_) => Shards::new(&pool, options.dtype, parts(&pool, newest))?,
         None => Shards::single(&pool, options.dtype)?,
@@ -116,9 +146,10 @@ fn pass(checkpoints: &Checkpoints, newest: &Model, jobs: &[Job<'_>], options: &W
     let device = written.map_err(|error| mapped.blame(error))?;
     drop(mapped);
     for folder in &folders {
-        finish(folder.path(), newest, shards.data_len(), options.dtype)?;
+        finish(folder.path(), newest, shards.data_len(), &companions)?;
     }
     folders.into_iter().try_for_each(AtomicFolder::commit)?;
+    made.into_iter().try_for_each(Made::keep)?;
     Ok(device)
 }
 
@@ -168,8 +199,8 @@ fn safe_name(name: &str) -> String {
 }
 
 /// Adds the index and the files that belong to the model.
-fn finish(dir: &Path, newest: &Model, total_size: usize, dtype: Option<Dtype>) -> Result<()> {
-    let Input { folder, index, parts, .. } = &newest.input;
+fn finish(dir: &Path, newest: &Model, total_size: usize, companions: &[Companion]) -> Result<()> {
+    let Input { index, parts, .. } = &newest.input;
     if let Some(index) = index {
         let files: Vec<String> = parts.iter().map(|path| safe_name(&name(path))).collect();
         let files = newest.tensors.values().map(|held| files[held.part].as_str());
@@ -178,8 +209,5 @@ fn finish(dir: &Path, newest: &Model, total_size: usize, dtype: Option<Dtype>) -
         let called = format!("{}{INDEX}", safe_name(stem.strip_suffix(INDEX).unwrap_or(&stem)));
         companions::write(&dir.join(called), &index.with(&map, total_size))?;
     }
-    match folder {
-        Some(folder) => companions::copy(dir, folder, dtype),
-        None => Ok(()),
-    }
+    companions::write_all(dir, companions)
 }

@@ -26,8 +26,8 @@ pub struct Arguments {
     /// code in them is run); or a single folder of any of these
     #[arg(required = true, value_name = "PATH")]
     pub paths: Vec<PathBuf>,
-    /// The steps of the checkpoints, in their order: 1000,2000,...,20000 [default: from metadata, trainer_state.json or
-    /// names]
+    /// The steps of the checkpoints, in the order of the paths, or of the names in a folder, where epoch2 is before epoch10:
+    /// 1000,2000,...,20000 [default: from metadata, trainer_state.json or names]
     #[arg(long, value_name = "LIST")]
     pub steps: Option<Numbers>,
     /// Time of the targets; later checkpoints are left out [default: the newest checkpoint]

@@ -11,8 +11,12 @@
 use super::Profile;
 use crate::error::{Error, Result};
 
-/// So many pieces at most is the time cut into to compare two densities: single steps, for trainings of up to a million.
+/// So many pieces or fewer is the time cut into evenly to compare two densities: single steps, for trainings of up to a million.
 const PIECES: u64 = 1 << 20;
+
+/// No piece is longer than this share of its distance from the target's time: what the shortest targets weigh lies there, in
+/// single steps, however long the training was.
+const FINENESS: u64 = 1 << 16;
 
 /// The weights of stored parameters in a target, and what it costs that there are no more of them.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,10 +49,10 @@ impl Resolution {
         let share = |time: u64| profile.cumulative(time as f64, at as f64);
         let weights: Vec<f64> = intervals.iter().map(|&(start, end)| share(end) - share(start)).collect();
         let reference = Reference::new(profile, &intervals, &weights, at);
-        let mean: f64 = weights.iter().zip(times).map(|(x, &time)| x * time as f64).sum();
+        let age: f64 = weights.iter().zip(times).map(|(x, &time)| x * (at - time) as f64).sum();
         Ok(Resolution {
             relative_error: (reference.distance / reference.norm).sqrt(),
-            lag: mean - reference.mean,
+            lag: reference.age - age,
             effective: 1.0 / weights.iter().map(|x| x * x).sum::<f64>(),
             weights,
         })
@@ -62,39 +66,41 @@ struct Reference {
     norm: f64,
     /// `||p - r||^2`.
     distance: f64,
-    /// `sum_k k r_k`.
-    mean: f64,
+    /// `sum_k (T - k) r_k`: times near the target's are small numbers, and differ exactly.
+    age: f64,
 }
 
 impl Reference {
     fn new(profile: &Profile, intervals: &[(u64, u64)], weights: &[f64], at: u64) -> Reference {
         let mut sums = Reference::default();
-        let most = if at <= PIECES { at } else { PIECES.div_ceil(intervals.len() as u64) };
         // Where an interval has no mass, none of its steps has.
         for (&(start, end), &weight) in intervals.iter().zip(weights).filter(|(_, weight)| **weight != 0.0) {
-            sums.add(profile, (start, end), weight, most, at as f64);
+            sums.add(profile, (start, end), weight, at);
         }
         sums
     }
 
-    /// Adds an interval in pieces of equal length, of which each counts as evenly filled.
-    fn add(&mut self, profile: &Profile, (start, end): (u64, u64), weight: f64, most: u64, at: f64) {
-        let length = (end - start) as f64;
-        let pieces = (end - start).min(most);
-        let steps = length / pieces as f64;
-        let mut before = profile.cumulative(start as f64, at);
-        for piece in 1..=pieces {
-            let until = start as f64 + steps * piece as f64;
-            let share =
-                if piece == pieces { profile.cumulative(end as f64, at) } else { profile.cumulative(until, at) };
-            let mass = share - before;
+    /// Adds an interval in pieces, of which each counts as evenly filled.
+    fn add(&mut self, profile: &Profile, (start, end): (u64, u64), weight: f64, at: u64) {
+        let density = weight / (end - start) as f64;
+        let share = |time: u64| profile.cumulative(time as f64, at as f64);
+        let (mut from, mut before) = (start, share(start));
+        while from < end {
+            let until = end.min(from + piece(from, at));
+            let (steps, after) = ((until - from) as f64, share(until));
+            let mass = after - before;
             self.norm += mass * mass / steps;
-            self.distance += (mass / steps - weight / length).powi(2) * steps;
+            self.distance += (mass / steps - density).powi(2) * steps;
             // The mean of the steps in the piece, of which each counts at its end.
-            self.mean += mass * (until - (steps - 1.0) / 2.0);
-            before = share;
+            self.age += mass * ((at - until) as f64 + (steps - 1.0) / 2.0);
+            (from, before) = (until, after);
         }
     }
+}
+
+/// The length of the piece that begins at a time.
+fn piece(from: u64, at: u64) -> u64 {
+    at.div_ceil(PIECES).min((at - from) / FINENESS).max(1)
 }
 
 #[cfg(test)]
@@ -185,6 +191,31 @@ mod tests {
         let mean: f64 = times.iter().zip(1..).map(|(&t, i)| t as f64 * (2.0 * f64::from(i) - 1.0) / 100.0).sum();
         let lag = mean - (2.0 / 3.0 * (n * interval) as f64 + 0.5);
         assert!((found.lag - lag).abs() < 1e-3, "{found:?} {lag}");
+    }
+
+    /// The mean age of steps under a half-life is `beta / (1 - beta)`, and that of the last `w` is `(w - 1) / 2`; the newest
+    /// checkpoint, of age 0, has all the weight.
+    #[test]
+    fn short_targets_late_in_a_training_are_cut_into_single_steps() {
+        let at = 1_000_000_000;
+        let beta = 0.5f64.powf(1.0 / 20.0);
+        for (profile, lag) in [
+            (Profile::half_life(20.0).unwrap(), beta / (1.0 - beta)),
+            (Profile::uniform(Window::Steps(50.0)).unwrap(), 24.5),
+        ] {
+            let found = Resolution::new(&profile, &[at / 2, at - 100_000, at], at).unwrap();
+            assert!((found.lag - lag).abs() < 1e-6, "{found:?}, {lag}");
+            assert!(found.relative_error > 0.99, "{found:?}");
+        }
+        // Longer ones, of which steps far from the target's time are a part, agree with a training that is a thousandth as long,
+        // where no single step holds much of them.
+        let steps = |scale: u64| [1, 2, 3, 4, 5].map(|i| i * 200_000 * scale);
+        for profile in [0, 1, 3, 4, 5, 6].map(|i| profiles().swap_remove(i)) {
+            let [short, long] =
+                [1, 1000].map(|scale| Resolution::new(&profile, &steps(scale), at / 1000 * scale).unwrap());
+            assert!((short.relative_error - long.relative_error).abs() < 1e-5, "{profile}: {short:?} {long:?}");
+            assert!((short.lag / 1e6 - long.lag / 1e9).abs() < 1e-6, "{profile}: {short:?} {long:?}");
+        }
     }
 
     #[test]

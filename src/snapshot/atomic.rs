@@ -76,7 +76,8 @@ pub fn is_leftover(name: &str) -> bool {
     name.starts_with(PREFIX)
 }
 
-fn directory(path: &Path) -> &Path {
+/// The directory that a path lies in.
+pub(super) fn directory(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

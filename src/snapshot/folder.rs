@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use super::atomic::sync_directory;
+use super::atomic::{directory, sync_directory};
 use crate::error::{Error, Result};
 
 /// A folder that is being written under a temporary name. Dropped before [`AtomicFolder::commit`], it leaves nothing.
@@ -76,22 +76,27 @@ impl AtomicFolder {
     /// # Errors
     /// [`Error::Io`], where somebody else has begun to use the directory, too.
     pub fn commit(self) -> Result<()> {
-        let AtomicFolder { dir, temp, mut made } = self;
+        let AtomicFolder { dir, temp, made } = self;
         fs::rename(temp.path(), &dir).map_err(Error::io("rename into place", &dir))?;
         // It is no longer there to be removed.
         let _ = temp.keep();
-        let made = std::mem::take(&mut made.0);
-        made.iter().chain([&dir]).filter_map(|path| path.parent()).try_for_each(sync_directory)
+        made.keep()?;
+        sync_directory(directory(&dir))
     }
 }
 
-/// Directories that were made, the outermost first. Dropped, they are removed.
-struct Made(Vec<PathBuf>);
+/// Directories that were made, the outermost first. Dropped, they are removed where they are empty.
+pub struct Made(Vec<PathBuf>);
 
 impl Made {
-    fn parents(dir: &Path) -> Result<Made> {
+    /// Makes a directory and those above it, where they are missing.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn parents(dir: &Path) -> Result<Made> {
         let mut made = Made(Vec::new());
-        let missing: Vec<&Path> = dir.ancestors().take_while(|path| !path.exists()).collect();
+        let named = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+        let missing: Vec<&Path> = dir.ancestors().take_while(named).collect();
         for path in missing.into_iter().rev() {
             match fs::create_dir(path) {
                 Ok(()) => made.0.push(path.to_owned()),
@@ -101,6 +106,14 @@ impl Made {
             }
         }
         Ok(made)
+    }
+
+    /// Keeps them, durably.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn keep(mut self) -> Result<()> {
+        std::mem::take(&mut self.0).iter().try_for_each(|path| sync_directory(directory(path)))
     }
 }
 

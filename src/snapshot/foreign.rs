@@ -55,25 +55,30 @@ impl Checkpoint {
         Checkpoint::of(path, root, &mut found)
     }
 
-    /// As [`Checkpoint::open`], of a file that a training may have written: where no tensor lies at its top, those of the dict
-    /// that holds the model are taken, and what lies beside it are the values.
+    /// As [`Checkpoint::open`], of a file that a training may have written: where a dict in it holds the model, its tensors are
+    /// taken, and what lies beside it are the values, whole numbers in tensors among them.
     ///
     /// # Errors
     /// As [`Checkpoint::open`], and [`Error::Unexpected`] where there is no model, or more than one.
     pub fn open_model(path: &Path) -> Result<Checkpoint> {
         let (mut root, mut found) = parse(path)?;
-        if root.values().any(is_tensor) {
+        let Some(key) = model_key(path, &root)? else {
             return Checkpoint::of(path, root, &mut found);
-        }
-        let key = model_key(path, &root)?;
+        };
         let Some(PickleValue::Dict(model)) = root.remove(key) else {
             return Err(Error::unexpected(path, format!("`{key}` is no dict of tensors")));
         };
         let mut own =
             model.keys().filter_map(|name| Some((name.clone(), found.remove(&format!("{key}.{name}"))?))).collect();
         let Checkpoint { tensors, .. } = Checkpoint::of(path, model, &mut own)?;
-        let Checkpoint { values, .. } = Checkpoint::of(path, root, &mut found)?;
-        Ok(Checkpoint { path: path.to_owned(), tensors, values })
+        let mut beside = Checkpoint::of(path, root, &mut found)?;
+        let whole = |name: &str| match beside.number(name) {
+            Ok(Number::Whole(value)) => Some((name.to_owned(), Value::Int(value))),
+            _ => None,
+        };
+        let whole: Vec<(String, Value)> = beside.names().filter_map(whole).collect();
+        beside.values.extend(whole);
+        Ok(Checkpoint { tensors, ..beside })
     }
 
     /// Parts the entries of a dict into tensors and values.
@@ -167,21 +172,26 @@ fn parse(path: &Path) -> Result<(HashMap<String, PickleValue>, HashMap<String, T
 /// Where trainings keep the model in their checkpoints.
 const MODELS: [&str; 4] = ["state_dict", "model_state_dict", "model", "module"];
 
-/// The entry that holds the model.
-fn model_key(path: &Path, root: &HashMap<String, PickleValue>) -> Result<&'static str> {
-    let holds = |key: &&&str| matches!(root.get(**key), Some(PickleValue::Dict(dict)) if dict.values().any(is_tensor));
-    match MODELS.iter().filter(holds).collect::<Vec<_>>().as_slice() {
-        [key] => Ok(key),
-        [] => {
+/// The entry that holds the model; none where its tensors are at the top.
+fn model_key(path: &Path, root: &HashMap<String, PickleValue>) -> Result<Option<&'static str>> {
+    let holds = |value: &PickleValue| matches!(value, PickleValue::Dict(dict) if dict.values().any(is_tensor));
+    let known: Vec<&'static str> = MODELS.into_iter().filter(|key| root.get(*key).is_some_and(holds)).collect();
+    let other = root.iter().filter(|(_, value)| holds(value)).map(|(key, _)| key).min();
+    let why = match (known.as_slice(), root.values().any(is_tensor), other) {
+        ([key], ..) => return Ok(Some(key)),
+        ([], true, None) => return Ok(None),
+        ([], true, Some(other)) => {
+            format!("tensors are at its top and in `{other}`: save the model's state dict alone")
+        }
+        ([], false, _) => {
             let known = MODELS.join("`, `");
-            let why = format!("no tensors are at its top, nor in `{known}`: save the model's state dict alone");
-            Err(Error::unexpected(path, why))
+            format!("no tensors are at its top, nor in `{known}`: save the model's state dict alone")
         }
-        [first, second, ..] => {
-            let why = format!("both `{first}` and `{second}` hold tensors: save the state dict of the model alone");
-            Err(Error::unexpected(path, why))
+        ([first, second, ..], ..) => {
+            format!("both `{first}` and `{second}` hold tensors: save the state dict of the model alone")
         }
-    }
+    };
+    Err(Error::unexpected(path, why))
 }
 
 fn is_tensor(value: &PickleValue) -> bool {

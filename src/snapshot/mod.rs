@@ -17,7 +17,7 @@ mod write;
 pub(crate) use atomic::{AtomicFile, is_leftover, sync_directory};
 pub use directory::{Snapshot, Stem, list, list_each};
 pub(crate) use directory::{any_part, check_empty, open_all, remove, remove_leftovers};
-pub(crate) use folder::{AtomicFolder, check_vacant};
+pub(crate) use folder::{AtomicFolder, Made, check_vacant};
 pub(crate) use layout::FileLayout;
 pub use layout::TensorSpec;
 pub(crate) use lock::Lock;

@@ -108,6 +108,71 @@ fn another_dtype_is_told_and_a_file_is_written_where_one_is_named() {
     assert!(part.len() == 3 && part.iter().all(|(name, tensor)| whole.get(name) == Some(tensor)));
 }
 
+/// Python's tools write numbers that JSON does not know.
+#[test]
+fn numbers_that_are_not_finite_are_no_obstacle() {
+    let temp = tempfile::tempdir().unwrap();
+    let config = r#"{"torch_dtype": "float32", "time_step_limit": [0.0, Infinity]}"#;
+    let folders = [1, 2].map(|step| temp.path().join(format!("checkpoint-{step}")));
+    for (step, dir) in (1..).zip(&folders) {
+        folder(dir, step);
+        fs::write(dir.join("config.json"), config).unwrap();
+        let state = format!(r#"{{"log_history": [{{"loss": NaN}}], "global_step": {}}}"#, 10 * step);
+        fs::write(dir.join("trainer_state.json"), state).unwrap();
+    }
+    let checkpoints = Checkpoints::open(&folders, None).unwrap();
+    assert_eq!(checkpoints.steps(), [10, 20]);
+    let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
+    let write = |name: &str| {
+        let read = std::sync::atomic::AtomicU64::new(0);
+        let progress = |bytes| {
+            read.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
+        };
+        let options = WriteOptions { dtype: Some(Dtype::BF16), progress: Some(&progress), ..WriteOptions::default() };
+        let written = checkpoints.write(&[(&merge, &temp.path().join(name))], &options);
+        (written.map_err(|error| error.to_string()), read.into_inner())
+    };
+    write("average").0.unwrap();
+    let written = fs::read_to_string(temp.path().join("average/config.json")).unwrap();
+    assert_eq!(written, config.replace("float32", "bfloat16"));
+    // What is damaged is told before the work.
+    fs::write(folders[1].join("config.json"), "{").unwrap();
+    let (written, bytes) = write("again");
+    assert!(written.unwrap_err().contains("checkpoint-2/config.json: ") && bytes == 0);
+    fs::write(folders[0].join("trainer_state.json"), "{").unwrap();
+    let text = Checkpoints::open(&folders, None).unwrap_err().to_string();
+    assert!(text.contains("checkpoint-1/trainer_state.json: "), "{text}");
+}
+
+/// As sentence-transformers has it: a list of modules, of which those without weights are folders with a configuration.
+#[test]
+fn configurations_of_modules_come_along() {
+    let temp = tempfile::tempdir().unwrap();
+    let folders = [1, 2].map(|step| temp.path().join(format!("checkpoint-{step}")));
+    for (step, dir) in (1..).zip(&folders) {
+        folder(dir, step);
+        let modules =
+            ["", "1_Pooling", "2_Normalize", "3_Dense", "../out", "deep/4_Pooling"].map(|path| json!({"path": path}));
+        fs::write(dir.join("modules.json"), json!(modules).to_string()).unwrap();
+        for module in ["1_Pooling", "3_Dense", "deep/4_Pooling", "other"] {
+            fs::create_dir_all(dir.join(module)).unwrap();
+            fs::write(dir.join(module).join("config.json"), format!("{{\"dtype\": \"float32\", \"n\": {step}}}"))
+                .unwrap();
+            fs::write(dir.join(module).join("notes.txt"), "").unwrap();
+        }
+        fs::write(dir.join("3_Dense/model.safetensors"), "").unwrap();
+    }
+    let checkpoints = Checkpoints::open(&folders, None).unwrap();
+    let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
+    let out = temp.path().join("average");
+    checkpoints.write(&[(&merge, &out)], &WriteOptions::default()).unwrap();
+    assert!(names(&out).iter().map(String::as_str).filter(|name| !name.contains('.')).eq(["1_Pooling", "deep"]));
+    for module in ["1_Pooling", "deep/4_Pooling"] {
+        assert_eq!(names(&out.join(module)), ["config.json"]);
+        assert!(fs::read_to_string(out.join(module).join("config.json")).unwrap().contains("\"n\": 2"));
+    }
+}
+
 /// `.pt` as this crate's tests make them.
 fn pt(step: u64) -> Pt {
     let storage = |dtype| match dtype {
@@ -139,6 +204,53 @@ fn files_of_pytorch_give_the_same_bits() {
     checkpoints.write(&[(&merge, &out)], &WriteOptions::default()).unwrap();
     assert_eq!(read(&out).0, reference(&merge));
     assert_eq!(names(&temp.path().join("out")), ["average.safetensors"]);
+}
+
+/// Tensors beside the model's dict are no reason to take them for the model.
+#[test]
+fn a_model_is_found_whatever_stands_beside_it() {
+    let temp = tempfile::tempdir().unwrap();
+    let save = |name: &str, pt: Pt| {
+        let path = temp.path().join(name);
+        pt.save(&path);
+        path
+    };
+    let paths = STEPS.map(|step| {
+        let best = pt(step).within("model").floats("best_loss", &[0.5]);
+        let state = best.tensor("torch_rng_state", "ByteStorage", &[3], &[1, 2, 3]).nested("ema", "a.weight", &[9.0]);
+        save(&format!("{}.pt", 1000 - step), state.tensor("step", "LongStorage", &[], &(step as i64).to_le_bytes()))
+    });
+    let checkpoints = Checkpoints::open(&paths, None).unwrap();
+    assert_eq!(checkpoints.steps(), STEPS, "the tensor `step` tells better than the name");
+    let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
+    assert_eq!(checkpoints.load(&merge).unwrap(), reference(&merge));
+    let both = save("both-1.pt", pt(1).within("model").nested("state_dict", "w", &[1.0]).floats("loss", &[1.0]));
+    let odd = save("odd-2.pt", pt(1).within("net").floats("best_loss", &[1.0]));
+    for (path, part) in [
+        (both, "both `state_dict` and `model` hold tensors"),
+        (odd, "tensors are at its top and in `net`: save the model's state dict alone"),
+    ] {
+        let text = Checkpoints::open(&[&paths[0], &path], None).unwrap_err().to_string();
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+/// Several hundred of them are no more than a process may open.
+#[cfg(target_os = "linux")]
+#[test]
+fn files_of_pytorch_are_not_kept_open() {
+    let temp = tempfile::tempdir().unwrap();
+    let paths = STEPS.map(|step| temp.path().join(format!("step={step}.pt")));
+    paths.iter().zip(STEPS).for_each(|(path, step)| pt(step).save(path));
+    let open = || {
+        let links = fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+        links.filter(|file| paths.contains(file)).count()
+    };
+    let held = fs::File::open(&paths[0]).unwrap();
+    assert_eq!(open(), 1);
+    drop(held);
+    let checkpoints = Checkpoints::open(&paths, None).unwrap();
+    assert_eq!((checkpoints.steps().len(), open()), (5, 0));
 }
 
 #[test]
@@ -197,10 +309,22 @@ fn a_folder_of_files_holds_shards_and_links_too() {
 }
 
 #[test]
+fn steps_that_are_given_for_a_folder_are_in_the_order_of_its_numbers() {
+    let temp = tempfile::tempdir().unwrap();
+    for epoch in 1..=12 {
+        save(&temp.path().join(format!("epoch{epoch}.safetensors")), &model(epoch), &[]);
+    }
+    let steps: Vec<u64> = (1..=12).map(|epoch| 100 * epoch).collect();
+    let checkpoints = Checkpoints::open(&[temp.path()], Some(&steps)).unwrap();
+    let expected: Vec<PathBuf> = (1..=12).map(|i| temp.path().join(format!("epoch{i}.safetensors"))).collect();
+    assert!(checkpoints.paths().eq(expected.iter()), "{checkpoints:?}");
+}
+
+#[test]
 fn steps_come_from_what_tells_all_of_them() {
     let temp = tempfile::tempdir().unwrap();
     let path = |name: &str| temp.path().join(name);
-    let files = [path("a-7.safetensors"), path("b-8.safetensors")];
+    let files = [path("a-7.safetensors"), path("a-8.safetensors")];
     let open = |given: Option<&[u64]>| Checkpoints::open(&files, given).map(|checkpoints| checkpoints.steps().to_vec());
     save(&files[0], &model(1), &[("step", "100")]);
     save(&files[1], &model(2), &[("step", "50")]);

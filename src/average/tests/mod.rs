@@ -223,7 +223,9 @@ fn alphas_of_adapters_are_kept_bit_for_bit() {
         let mut tensors = model(step);
         // No dyadic number: a sum of its thirds would be another.
         tensors.push(("unet.down.alpha", Tensor::new(&[], &[alpha]).unwrap()));
-        tensors.push(("snake.alpha", Tensor::new(&[2], &[alpha, step as f32]).unwrap()));
+        tensors.push(("unet.down.lora_down.weight", Tensor::new(&[2], &[step as f32, 1.0]).unwrap()));
+        // Trained, and no scale.
+        tensors.push(("snake.alpha", Tensor::new(&[1], &[step as f32]).unwrap()));
         tensors
     };
     let metadata = [("ss_network_dim", "16"), ("ss_steps", "30"), ("sshs_model_hash", "old"), ("format", "np")];
@@ -241,7 +243,7 @@ fn alphas_of_adapters_are_kept_bit_for_bit() {
     checkpoints.write(&[(&merge, &out)], &WriteOptions { dtype: Some(Dtype::F16), ..Default::default() }).unwrap();
     let (tensors, metadata) = read(&out);
     assert_eq!(tensors.get("unet.down.alpha").unwrap(), &Tensor::new(&[], &[0.7f32]).unwrap());
-    assert_eq!(numbers(tensors.get("snake.alpha").unwrap())[1], 1.0);
+    assert_eq!(numbers(tensors.get("snake.alpha").unwrap()), [1.0]);
     assert_eq!((metadata["ss_network_dim"].as_str(), metadata["ss_steps"].as_str()), ("16", "30"));
     assert_eq!(metadata["format"], "np");
     assert!(!metadata.contains_key("sshs_model_hash"));
@@ -249,4 +251,53 @@ fn alphas_of_adapters_are_kept_bit_for_bit() {
     save(&paths[1], &lora(1, 0.5), &[("ss_steps", "20")]);
     let error = Checkpoints::open(&paths, None).unwrap_err().to_string();
     assert!(error.contains("lora-000002.safetensors: `unet.down.alpha`, the scale of a low-rank adapter"), "{error}");
+}
+
+/// Integers are copied whatever they say; a scale among them must be the same all the same.
+#[test]
+fn alphas_of_any_dtype_must_agree() {
+    let temp = tempfile::tempdir().unwrap();
+    for factor in ["lora_down.weight", "hada_w1_a", "lokr_w1", "weight"] {
+        let factor = format!("x.{factor}");
+        for alpha in [8i64, 16] {
+            let tensors =
+                [("x.alpha", Tensor::new(&[], &[alpha]).unwrap()), (&*factor, Tensor::new(&[1], &[1f32]).unwrap())];
+            save(&temp.path().join(format!("lora-{alpha}.safetensors")), &tensors, &[]);
+        }
+        let opened = Checkpoints::open(&[temp.path()], None).map_err(|error| error.to_string());
+        match factor == "x.weight" {
+            true => assert!(opened.is_ok()),
+            false => assert!(opened.unwrap_err().contains("`x.alpha`, the scale of a low-rank adapter"), "{factor}"),
+        }
+    }
+}
+
+#[test]
+fn scales_of_peft_s_configurations_must_agree() {
+    let temp = tempfile::tempdir().unwrap();
+    let dirs = [1, 2].map(|step| temp.path().join(format!("checkpoint-{step}")));
+    let tensors = [("x.lora_A.weight", Tensor::new(&[1], &[1f32]).unwrap())];
+    for dir in &dirs {
+        fs::create_dir(dir).unwrap();
+        save(&dir.join("adapter_model.safetensors"), &tensors, &[]);
+    }
+    let open = |first: &str, second: &str| {
+        [first, second]
+            .iter()
+            .zip(&dirs)
+            .for_each(|(text, dir)| fs::write(dir.join("adapter_config.json"), text).unwrap());
+        Checkpoints::open(&[temp.path()], None).map(drop).map_err(|error| error.to_string())
+    };
+    let same = r#"{"r": 8, "lora_alpha": 16.0, "rank_pattern": {}, "lora_dropout": 0.1}"#;
+    assert_eq!(open(r#"{"r": 8, "lora_alpha": 16, "use_rslora": false, "lora_dropout": NaN}"#, same), Ok(()));
+    for (other, part) in [
+        (r#"{"r": 8, "lora_alpha": 32}"#, "`lora_alpha` is 32, and 16.0 in"),
+        (r#"{"r": 4, "lora_alpha": 16}"#, "`r` is 4, and 8 in"),
+        (r#"{"r": 8, "lora_alpha": 16, "alpha_pattern": {"x": 2}}"#, r#"`alpha_pattern` is {"x":2}, and null in"#),
+        (r#"{"r": 8, "lora_alpha": 16, "rank_pattern": {"x": 2}}"#, r#"`rank_pattern` is {"x":2}, and {} in"#),
+    ] {
+        let text = open(same, other).unwrap_err();
+        let named = |i: usize| text.contains(&*dirs[i].join("adapter_config.json").to_string_lossy());
+        assert!(text.contains(part) && named(0) && named(1), "{text}");
+    }
 }

@@ -36,10 +36,11 @@ fn steps_that_cannot_be_had_are_errors_that_say_how_to_give_them() {
         fs::copy(&paths[0], &path).unwrap();
         path
     };
-    let (unnamed, zero, twice) = (copy("last.safetensors"), copy("step_0.safetensors"), copy("other-100.safetensors"));
+    let (unnamed, zero, twice) =
+        (copy("last.safetensors"), copy("step_0.safetensors"), copy("other-step100.safetensors"));
     assert_eq!(error(&paths, Some(&[1, 2])), "option steps: 2 are given for 5 checkpoints: give one for each");
     for (path, part) in [
-        (unnamed, "no step can be read from its name, nor from metadata"),
+        (unnamed, "no step can be read from its name as from the others', nor from metadata"),
         (zero, "its step is 0, before any training"),
         (twice, "its step is 100, and so is that of"),
     ] {
@@ -115,6 +116,20 @@ fn a_model_beside_its_checkpoints_is_not_taken_for_them() {
 }
 
 #[test]
+fn checkpoints_without_anything_to_average_are_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    for step in [1, 2] {
+        save(
+            &temp.path().join(format!("ids-{step}.safetensors")),
+            &[("ids", Tensor::new(&[1], &[step]).unwrap())],
+            &[],
+        );
+    }
+    let text = error(&[temp.path().to_owned()], None);
+    assert!(text.contains("ids-1.safetensors: none of its tensors is of floating point"), "{text}");
+}
+
+#[test]
 fn targets_that_make_no_sense_are_refused() {
     let (_temp, paths) = series();
     let checkpoints = Checkpoints::open(&paths, None).unwrap();
@@ -149,22 +164,36 @@ fn inputs_are_never_written_to() {
         let written = checkpoints.write(&[(&merge, &path)], &WriteOptions::default());
         written.unwrap_err().to_string()
     };
-    for path in ["run/checkpoint-2/model.safetensors", "link/checkpoint-2/model.safetensors"] {
+    for path in [
+        "run/checkpoint-2/model.safetensors",
+        "link/checkpoint-2/model.safetensors",
+        "new/../run/checkpoint-2/model.safetensors",
+        "new/deep/../../link/./checkpoint-1/../checkpoint-2/model.safetensors",
+    ] {
         assert!(write(temp.path().join(path)).contains("this is one of the checkpoints"), "{path}");
     }
-    for path in ["run/average", "run/checkpoint-1/x.safetensors", "link/deep/average", "run"] {
+    for path in [
+        "run/average",
+        "run/checkpoint-1/x.safetensors",
+        "link/deep/average",
+        "run",
+        "run/new/..",
+        "new/../run/average",
+    ] {
         assert!(write(temp.path().join(path)).contains("which is left untouched: write elsewhere"), "{path}");
     }
     assert!(write(temp.path().to_owned()).contains("the directory is not empty"));
     let twice = temp.path().join("average");
-    let text = checkpoints.write(&[(&merge, &twice), (&merge, &twice)], &WriteOptions::default()).unwrap_err();
-    assert!(text.to_string().contains("two targets are to be written to this one file"), "{text}");
+    for again in [twice.clone(), temp.path().join("new/../average")] {
+        let text = checkpoints.write(&[(&merge, &twice), (&merge, &again)], &WriteOptions::default()).unwrap_err();
+        assert!(text.to_string().contains("two targets are to be written to this one file"), "{text}");
+    }
     assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 2);
     assert_eq!(fs::read_dir(&run).unwrap().count(), 2);
 }
 
 #[test]
-fn a_sum_that_does_not_fit_leaves_no_folder() {
+fn a_sum_that_does_not_fit_leaves_no_folder_and_no_directory_above() {
     let temp = tempfile::tempdir().unwrap();
     let run = temp.path().join("run");
     for step in [1, 2] {
@@ -176,7 +205,30 @@ fn a_sum_that_does_not_fit_leaves_no_folder() {
     let merge = checkpoints.plan(Profile::gamma(0.0).unwrap(), At::Latest).unwrap();
     let out = temp.path().join("deep/average");
     let options = WriteOptions { dtype: Some(Dtype::F16), ..WriteOptions::default() };
-    let text = checkpoints.write(&[(&merge, &out)], &options).unwrap_err().to_string();
-    assert!(text.contains("tensor `w`: the average is 100000 at element 0, beyond F16"), "{text}");
+    for out in [out.clone(), out.join("a.safetensors"), temp.path().join("new/../deep/../b.safetensors")] {
+        let text = checkpoints.write(&[(&merge, &out)], &options).unwrap_err().to_string();
+        assert!(text.contains("tensor `w`: the average is 100000 at element 0, beyond F16"), "{text}");
+    }
     assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn shards_that_would_become_one_file_are_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = temp.path().join("run");
+    for step in [1, 2] {
+        let dir = run.join(format!("checkpoint-{step}"));
+        fs::create_dir_all(&dir).unwrap();
+        Pt::default().floats("a", &[1.0]).save(dir.join("x.bin"));
+        Pt::default().floats("b", &[1.0]).save(dir.join("x.pt"));
+        fs::write(dir.join("x.index.json"), r#"{"weight_map": {"a": "x.bin", "b": "x.pt"}}"#).unwrap();
+    }
+    let checkpoints = Checkpoints::open(&[&run], None).unwrap();
+    let merge = checkpoints.plan(Profile::gamma(0.0).unwrap(), At::Latest).unwrap();
+    let write = |name: &str| checkpoints.write(&[(&merge, &temp.path().join(name))], &WriteOptions::default());
+    let text = write("average").unwrap_err().to_string();
+    assert!(text.contains("checkpoint-2: `x.bin` and `x.pt` would both be written as `x.safetensors`"), "{text}");
+    assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1);
+    write("average.safetensors").unwrap();
+    assert_eq!(read(&temp.path().join("average.safetensors")).0.len(), 2);
 }
