@@ -24,11 +24,11 @@ pub(super) fn may_be_scale(name: &str, shape: &[usize]) -> bool {
 /// Whether a tensor is the scale of an adapter.
 pub(super) fn is_scale(tensors: &BTreeMap<String, Held>, name: &str) -> bool {
     let Some(prefix) = prefix(name) else { return false };
-    let beside = |factor: &&str| {
+    let beside = |factor: &str| {
         let start = format!("{prefix}{factor}");
         tensors.range(start.clone()..).next().is_some_and(|(name, _)| name.starts_with(&start))
     };
-    tensors.get(name).is_some_and(|held| may_be_scale(name, &held.shape)) && FACTORS.iter().any(|own| beside(&own))
+    tensors.get(name).is_some_and(|held| may_be_scale(name, &held.shape)) && FACTORS.iter().any(|own| beside(own))
 }
 
 /// What stands before `alpha` in a name.

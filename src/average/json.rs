@@ -23,7 +23,7 @@ pub(super) fn read(path: &Path) -> Result<Option<Value>> {
 
 fn parse(bytes: &[u8]) -> serde_json::Result<Value> {
     let (mut strict, mut at) = (Vec::with_capacity(bytes.len()), 0);
-    for string in strings(bytes).into_iter().chain([bytes.len()..bytes.len()]) {
+    for string in strings(bytes).into_iter().chain(std::iter::once(bytes.len()..bytes.len())) {
         strict.extend(without_literals(&bytes[at..string.start]));
         strict.extend_from_slice(&bytes[string.clone()]);
         at = string.end;

@@ -140,7 +140,7 @@ pub(super) fn in_names(names: &[String]) -> std::result::Result<Vec<u64>, usize>
     };
     let whole = |values: Vec<Option<u64>>| values.into_iter().collect::<Option<Vec<u64>>>();
     let by_word = |words: &[&str]| words.iter().find_map(|word| whole(after(word)));
-    let last = || alike(names, &all).and_then(|()| Ok(all.iter().map(|found| found[found.len() - 1].value).collect()));
+    let last = || alike(names, &all).map(|()| all.iter().map(|found| found[found.len() - 1].value).collect());
     let odd = match by_word(&WORDS).map_or_else(last, Ok) {
         Ok(steps) => return Ok(steps),
         Err(odd) => odd,
