@@ -589,63 +589,17 @@ class PostHocEMA:
         )
         try:
             sweeping.check_resumed(search, name, own, directory)
-            held = {} if model is None else {"model": model}
-            each = partial(self._each_in if held else self._each_state_dict, step=step, noise=noise, **held)
-            evaluations = sweeping.Evaluations(search, partial(self.plan, step=step, noise=noise), each, evaluate)
+            averages = sweeping.Averages(self, step, noise, model)
+            evaluations = sweeping.Evaluations(search, averages, evaluate)
             evaluations.run(batch, progress)
             results, number = sweeping.trials_of(search), search.best()
             if number is None:
                 reasons = "; ".join(f"{trial.profile}: {trial.error}" for trial in results)
                 raise RuntimeError(f"all {len(results)} evaluations failed: {reasons}") from evaluations.first
-            best = self._best(results[number], step, noise, directory)
+            best = averages.best(results[number], directory)
             return sweeping.Swept(best=best, results=results, at=at, minimize=minimize, edge=search.edge())
         finally:
             search.close()
-
-    def _each_state_dict(
-        self, profiles: list[Profile], step: int | None, noise: Noise
-    ) -> Iterator[tuple[Profile, Any]]:
-        """Averages of one pass, each for an evaluation of its state dict."""
-        try:
-            state_dicts = self.synthesize(profiles, step, noise=noise, progress=False)
-        except ValueError:
-            # An average that its dtype cannot hold fails alone.
-            for profile in profiles:
-                yield profile, partial(self._evaluate_alone, profile, step, noise)
-            return
-        for profile in profiles:
-            # Free again when it has been evaluated.
-            state_dict = state_dicts.pop(0)
-            yield profile, lambda evaluate, given=state_dict: evaluate(given)
-
-    def _evaluate_alone(
-        self, profile: Profile, step: int | None, noise: Noise, evaluate: Callable[[Any], object]
-    ) -> object:
-        """The evaluation of an average that is synthesized for it."""
-        [state_dict] = self.synthesize([profile], step, noise=noise, progress=False)
-        return evaluate(state_dict)
-
-    def _each_in(
-        self, profiles: list[Profile], model: Model, step: int | None, noise: Noise
-    ) -> Iterator[tuple[Profile, Any]]:
-        """Averages for an evaluation within the model."""
-
-        def averaged(profile: Profile, evaluate: Callable[[Any], object]) -> object:
-            with self.model(model, profile, step, noise=noise) as held:
-                return evaluate(held)
-
-        for profile in profiles:
-            yield profile, partial(averaged, profile)
-
-    def _best(self, trial: sweeping.Trial, step: int | None, noise: Noise, directory: Path | None) -> sweeping.Best:
-        """The best average, synthesized once more: the evaluation may have changed its own."""
-        [state_dict] = self.synthesize([trial.profile], step, noise=noise, progress=False)
-        path = None
-        if directory is not None and self._live(step) is None:
-            path = directory / "best.safetensors"
-            self._run().write([trial.profile._json], step, noise_text(noise), [path], None, "cpu", None)
-        assert trial.score is not None
-        return sweeping.Best(trial.profile, trial.score, state_dict, path)
 
     def _identity(self) -> str:
         """What a sweep knows the run by."""

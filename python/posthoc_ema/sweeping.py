@@ -16,10 +16,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
-from .profiles import Plan, Profile
+from .profiles import Noise, Plan, Profile, noise_text
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from .posthoc_ema import PostHocEMA
 
 __all__ = ["Best", "Swept", "Trial"]
 
@@ -96,24 +98,83 @@ class Swept:
         return visualization.plot_sweep(self, title, figsize)
 
 
+Averaged = Callable[[Callable[[Any], object]], object]
+"""Calls an evaluation with its average, and returns what that returns."""
+
+
+class Averages:
+    """What a sweep evaluates.
+
+    Args:
+        ema: the run.
+        step: the step of the averages; None for the newest update of a training.
+        noise: what is done about the snapshots' rounding.
+        model: the model in which averages are evaluated; None for state dicts.
+    """
+
+    def __init__(self, ema: PostHocEMA, step: int | None, noise: Noise, model: Any):
+        self._ema, self._step, self._noise, self._model = ema, step, noise, model
+
+    def plans(self, profiles: list[Profile]) -> list[Plan]:
+        """The solved weights of targets."""
+        return self._ema.plan(profiles, self._step, noise=self._noise)
+
+    def each(self, profiles: list[Profile]) -> Iterator[tuple[Profile, Averaged]]:
+        """The profiles of a batch one after the other, each with its average for an evaluation."""
+        if self._model is not None:
+            return ((profile, partial(self._in_model, profile)) for profile in profiles)
+        return self._state_dicts(profiles)
+
+    def best(self, trial: Trial, directory: Path | None) -> Best:
+        """The best average, synthesized once more: the evaluation may have changed its own."""
+        state_dict, path = self._alone(trial.profile), None
+        if directory is not None and self._ema._live(self._step) is None:
+            path = directory / "best.safetensors"
+            noise = noise_text(self._noise)
+            self._ema._run().write([trial.profile._json], self._step, noise, [path], None, "cpu", None)
+        assert trial.score is not None
+        return Best(trial.profile, trial.score, state_dict, path)
+
+    def _state_dicts(self, profiles: list[Profile]) -> Iterator[tuple[Profile, Averaged]]:
+        """State dicts of one pass."""
+        try:
+            state_dicts = self._ema.synthesize(profiles, self._step, noise=self._noise, progress=False)
+        except ValueError:
+            # An average that its dtype cannot hold fails alone.
+            for profile in profiles:
+                yield profile, partial(self._evaluate_alone, profile)
+            return
+        for profile in profiles:
+            # Free again when it has been evaluated.
+            yield profile, partial(_evaluate, state_dicts.pop(0))
+
+    def _alone(self, profile: Profile) -> dict[str, Any]:
+        [state_dict] = self._ema.synthesize([profile], self._step, noise=self._noise, progress=False)
+        return state_dict
+
+    def _evaluate_alone(self, profile: Profile, evaluate: Callable[[Any], object]) -> object:
+        return evaluate(self._alone(profile))
+
+    def _in_model(self, profile: Profile, evaluate: Callable[[Any], object]) -> object:
+        with self._ema.model(self._model, profile, self._step, noise=self._noise) as held:
+            return evaluate(held)
+
+
+def _evaluate(state_dict: dict[str, Any], evaluate: Callable[[Any], object]) -> object:
+    return evaluate(state_dict)
+
+
 class Evaluations:
     """A search under way.
 
     Args:
         search: what to evaluate next.
-        plan: solves targets.
-        each: yields the profiles of a batch one after the other, each with what its evaluation is given.
+        averages: what is evaluated.
         evaluate: the user's function.
     """
 
-    def __init__(
-        self,
-        search: _native.Sweep,
-        plan: Callable[[list[Profile]], list[Plan]],
-        each: Callable[[list[Profile]], Iterator[tuple[Profile, Callable[[Callable[[Any], object]], object]]]],
-        evaluate: Callable[[Any], object],
-    ):
-        self._search, self._plan, self._each, self._evaluate = search, plan, each, evaluate
+    def __init__(self, search: _native.Sweep, averages: Averages, evaluate: Callable[[Any], object]):
+        self._search, self._averages, self._evaluate = search, averages, evaluate
         self.first: Exception | None = None
         """What the first evaluation raised that failed."""
 
@@ -122,12 +183,12 @@ class Evaluations:
         with _following(progress) as told:
             while targets := self._search.next(batch):
                 profiles = [Profile(text) for text in targets]
-                plans = dict(zip(profiles, self._plan(profiles)))
-                for profile, averaged in self._each(profiles):
+                plans = dict(zip(profiles, self._averages.plans(profiles)))
+                for profile, averaged in self._averages.each(profiles):
                     self._evaluate_one(plans[profile], averaged)
                     told(self._search)
 
-    def _evaluate_one(self, plan: Plan, averaged: Callable[[Callable[[Any], object]], object]) -> None:
+    def _evaluate_one(self, plan: Plan, averaged: Averaged) -> None:
         score, error, start = None, None, time.perf_counter()
         try:
             score = _number(averaged(self._evaluate))
