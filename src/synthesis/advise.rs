@@ -143,7 +143,7 @@ impl Forecast {
 const LIVE: u64 = 6;
 
 /// For two and for three profiles, and for half, all and twice the disk, in this order: the choice with the smallest worst error
-/// over the range, of the profile and of rounding together. `progress` is told of each that is done, and how many there are.
+/// over the range, of the profile and of rounding together; once where more disk makes no difference. `progress` is told of each that is done, and how many there are.
 ///
 /// # Errors
 /// [`Error::Setting`] for a disk that does not hold one step's snapshots of two profiles, a range that makes no sense, or a
@@ -168,7 +168,10 @@ pub fn advise(wish: &Wish, progress: &(dyn Fn(usize) + Sync)) -> Result<Vec<Advi
         best
     };
     let found: Vec<Option<Advice>> = cases.par_iter().map(advice).collect::<Result<_>>()?;
-    Ok(found.into_iter().flatten().collect())
+    let mut advice: Vec<Advice> = found.into_iter().flatten().collect();
+    // More disk than the most snapshots take changes nothing.
+    advice.dedup_by(|a, b| a.forecast == b.forecast);
+    Ok(advice)
 }
 
 /// Shares of the disk that are looked at, as fractions.
