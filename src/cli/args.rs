@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use posthoc_ema::{Dtype, Noise};
+use posthoc_ema::{Device, Dtype, Noise};
 
 use super::list::{Count, Kept, Numbers, Windows};
 use super::{average, bench, error, import, inspect, plan, profile, sweep, synthesize, verify};
@@ -73,6 +73,24 @@ pub struct Targets {
     /// Profiles from two-column CSV files: time as a share of the whole, cumulative share
     #[arg(long, value_name = "FILE")]
     pub profile_csv: Vec<PathBuf>,
+}
+
+/// How averages are blended, and what they become.
+#[derive(Args)]
+pub struct Blending {
+    /// Dtype of averaged tensors [default: the model's]
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeName>,
+    /// Where to blend: auto (whichever is faster for the job), cpu, or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: Device,
+}
+
+impl Blending {
+    /// The dtype that was asked for.
+    pub fn dtype(&self) -> Option<Dtype> {
+        self.dtype.map(Dtype::from)
+    }
 }
 
 /// What to do about the rounding of stored snapshots.

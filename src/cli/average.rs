@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use posthoc_ema::{At, Checkpoints, Device, Dtype, Merge, WriteOptions, report};
+use posthoc_ema::{At, Checkpoints, Device, Merge, WriteOptions, report};
 use serde_json::{Value, json};
 
-use super::args::{DtypeName, Targets};
+use super::args::{Blending, Targets};
 use super::list::Numbers;
 use super::output::{byte_bar, bytes, print, print_json};
 use super::synthesize::{target_name, why_not_cuda};
@@ -42,12 +42,8 @@ pub struct Arguments {
     /// Only show the weights and what they cost
     #[arg(long, conflicts_with_all = ["output", "out_dir"])]
     pub plan: bool,
-    /// Dtype of averaged tensors [default: the checkpoints']
-    #[arg(long, value_enum)]
-    pub dtype: Option<DtypeName>,
-    /// Where to blend: auto (whichever is faster for the job), cpu, or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    pub device: Device,
+    #[command(flatten)]
+    pub blending: Blending,
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
@@ -129,8 +125,11 @@ fn write(
     let bytes = checkpoints.bytes_to_read(merges);
     let bar = byte_bar(bytes, "averaging");
     let progress = |bytes| bar.inc(bytes);
-    let options =
-        WriteOptions { dtype: arguments.dtype.map(Dtype::from), device: arguments.device, progress: Some(&progress) };
+    let options = WriteOptions {
+        dtype: arguments.blending.dtype(),
+        device: arguments.blending.device,
+        progress: Some(&progress),
+    };
     let start = Instant::now();
     let device = checkpoints.write(&outputs, &options);
     bar.finish_and_clear();
@@ -145,7 +144,7 @@ fn show(arguments: &Arguments, merges: &[Merge], paths: &[PathBuf], written: Opt
     }
     if let Some(Written { bytes: read, seconds, device }) = written {
         let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
-        let why = why_not_cuda(arguments.device);
+        let why = why_not_cuda(arguments.blending.device);
         print(&format!("written: {}", names.join(", ")));
         print(&format!("{} of checkpoints read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
     }

@@ -8,10 +8,10 @@ use std::time::Duration;
 use clap::Args;
 use indicatif::ProgressBar;
 use posthoc_ema::sweep::{Command, Edge, Goal, Observer, Sweep, Trial};
-use posthoc_ema::{At, Device, Dtype, Profile, Run, SweepOptions, Swept, report};
+use posthoc_ema::{At, Profile, Run, SweepOptions, Swept, report};
 use serde_json::{Value, json};
 
-use super::args::{DtypeName, Rounding, Targets};
+use super::args::{Blending, Rounding, Targets};
 use super::output::{byte_bar, print, print_json, round_bar};
 use super::picture::Plot;
 use super::{Failure, Outcome, targets};
@@ -51,12 +51,8 @@ pub struct Arguments {
     /// Keep every average, in the folder candidates in --out-dir
     #[arg(long)]
     pub keep_all: bool,
-    /// Dtype of averaged tensors [default: the model's]
-    #[arg(long, value_enum)]
-    pub dtype: Option<DtypeName>,
-    /// Where to blend: auto (whichever is faster for the job), cpu, or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    pub device: Device,
+    #[command(flatten)]
+    pub blending: Blending,
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
@@ -81,8 +77,8 @@ pub fn run(arguments: &Arguments) -> Outcome {
         refine: arguments.refine,
         batch: arguments.batch as usize,
         noise: arguments.rounding.noise,
-        dtype: arguments.dtype.map(Dtype::from),
-        device: arguments.device,
+        dtype: arguments.blending.dtype(),
+        device: arguments.blending.device,
         keep_all: arguments.keep_all,
         observer: &progress,
         ..SweepOptions::new(&arguments.out_dir, &profiles)

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use posthoc_ema::{At, Device, Dtype, Error, Output, Plan, Profile, Run, WriteOptions, cuda_devices, report};
+use posthoc_ema::{At, Device, Error, Output, Plan, Profile, Run, WriteOptions, cuda_devices, report};
 use serde_json::json;
 
-use super::args::{DtypeName, Rounding, Targets};
+use super::args::{Blending, Rounding, Targets};
 use super::output::{byte_bar, bytes, print, print_json};
 use super::{Failure, Outcome};
 
@@ -27,12 +27,8 @@ pub struct Arguments {
     /// Write each target to a file of its own in this directory, which is made where it is missing
     #[arg(long, value_name = "DIR")]
     pub out_dir: Option<PathBuf>,
-    /// Dtype of averaged tensors [default: the model's]
-    #[arg(long, value_enum)]
-    pub dtype: Option<DtypeName>,
-    /// Where to blend: auto (whichever is faster for the job), cpu, or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    pub device: Device,
+    #[command(flatten)]
+    pub blending: Blending,
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
@@ -65,7 +61,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         return Ok(());
     }
     print(&table(&plans, &paths).to_string());
-    let why = why_not_cuda(arguments.device);
+    let why = why_not_cuda(arguments.blending.device);
     print(&format!("{} of snapshots read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
     Ok(())
 }
@@ -116,9 +112,9 @@ fn write(run: &Run, plans: &[Plan], paths: &[PathBuf], arguments: &Arguments) ->
     let bar = byte_bar(run.bytes_to_read(plans), "synthesizing");
     let progress = |bytes| bar.inc(bytes);
     let start = Instant::now();
-    let dtype = arguments.dtype.map(Dtype::from);
+    let dtype = arguments.blending.dtype();
     let device =
-        run.write_all(&outputs, &WriteOptions { dtype, device: arguments.device, progress: Some(&progress) })?;
+        run.write_all(&outputs, &WriteOptions { dtype, device: arguments.blending.device, progress: Some(&progress) })?;
     bar.finish_and_clear();
     Ok((start.elapsed().as_secs_f64(), device))
 }
