@@ -6,7 +6,8 @@
 use half::bf16;
 use safetensors::Dtype;
 
-use super::f16c::Widen;
+use super::Level;
+use super::f16c::{self, Widen};
 
 /// `0x7fff`: the NaN that CUDA's conversions write, for f16 and bf16 alike.
 const NAN_16: u16 = 0x7fff;
@@ -79,17 +80,23 @@ fn fill<T>(dst: &mut [T], values: impl Iterator<Item = T>) {
 
 /// f16 by the CPU's own instruction as far as that goes, the rest in integers.
 #[inline(always)]
-fn widen<T: Widen>(dst: &mut [T], src: &[u8], from: impl Fn([u8; 2]) -> T) {
-    let done = T::widen(dst, src);
+fn widen<T: Widen>(level: Level, dst: &mut [T], src: &[u8], from: impl Fn([u8; 2]) -> T) {
+    let done = T::widen(level, dst, src);
     fill(&mut dst[done..], values(&src[2 * done..], from));
 }
 
 /// Reads elements of an averaged dtype from bytes of any alignment. `src` holds `dst.len()` elements.
 #[inline(always)]
 pub fn to_f32(dst: &mut [f32], src: &[u8], dtype: Dtype) {
+    to_f32_with(Level::best(), dst, src, dtype);
+}
+
+/// As [`to_f32`], with the instructions of a level.
+#[inline(always)]
+pub(super) fn to_f32_with(level: Level, dst: &mut [f32], src: &[u8], dtype: Dtype) {
     match dtype {
         Dtype::F32 => fill(dst, values(src, f32::from_le_bytes)),
-        Dtype::F16 => widen(dst, src, |b| f16_to_f32(u16::from_le_bytes(b))),
+        Dtype::F16 => widen(level, dst, src, |b| f16_to_f32(u16::from_le_bytes(b))),
         Dtype::BF16 => fill(dst, values(src, |b| bf16_to_f32(u16::from_le_bytes(b)))),
         Dtype::F64 => fill(dst, values(src, |b| f64::from_le_bytes(b) as f32)),
         _ => unreachable!("{dtype} is not averaged"),
@@ -98,10 +105,10 @@ pub fn to_f32(dst: &mut [f32], src: &[u8], dtype: Dtype) {
 
 /// Reads elements of an averaged dtype as f64, which holds each exactly.
 #[inline(always)]
-pub(super) fn to_f64(dst: &mut [f64], src: &[u8], dtype: Dtype) {
+pub(super) fn to_f64(level: Level, dst: &mut [f64], src: &[u8], dtype: Dtype) {
     match dtype {
         Dtype::F32 => fill(dst, values(src, |b| f64::from(f32::from_le_bytes(b)))),
-        Dtype::F16 => widen(dst, src, |b| f64::from(f16_to_f32(u16::from_le_bytes(b)))),
+        Dtype::F16 => widen(level, dst, src, |b| f64::from(f16_to_f32(u16::from_le_bytes(b)))),
         Dtype::BF16 => fill(dst, values(src, |b| f64::from(bf16_to_f32(u16::from_le_bytes(b))))),
         Dtype::F64 => fill(dst, values(src, f64::from_le_bytes)),
         _ => unreachable!("{dtype} is not averaged"),
@@ -113,16 +120,33 @@ fn store<const N: usize>(dst: &mut [u8], values: impl Iterator<Item = [u8; N]>) 
     dst.as_chunks_mut::<N>().0.iter_mut().zip(values).for_each(|(dst, value)| *dst = value);
 }
 
-/// Writes f64 values as elements of an averaged dtype. 16-bit types are rounded by way of f32: within 1 ulp.
+/// Writes f64 values as elements of an averaged dtype, and tells whether all of them fit: finite, and none beyond
+/// [`max_finite`]. 16-bit types are rounded by way of f32: within 1 ulp.
 #[inline(always)]
-pub(super) fn from_f64(dst: &mut [u8], src: &[f64], dtype: Dtype) {
+pub(super) fn from_f64(level: Level, dst: &mut [u8], src: &[f64], dtype: Dtype) -> bool {
+    let limit = max_finite(dtype).unwrap_or(f64::MAX);
     match dtype {
-        Dtype::F32 => store(dst, src.iter().map(|&x| (x as f32).to_le_bytes())),
-        Dtype::F16 => store(dst, src.iter().map(|&x| f32_to_f16(x as f32).to_le_bytes())),
-        Dtype::BF16 => store(dst, src.iter().map(|&x| f32_to_bf16(x as f32).to_le_bytes())),
-        Dtype::F64 => store(dst, src.iter().map(|x| x.to_le_bytes())),
+        Dtype::F32 => store_fitting(dst, src, limit, |x| (x as f32).to_le_bytes()),
+        Dtype::F16 => {
+            let (done, fits) = f16c::narrow(level, dst, src, limit);
+            let rest = |x| f32_to_f16(x as f32).to_le_bytes();
+            store_fitting(&mut dst[2 * done..], &src[done..], limit, rest) & fits
+        }
+        Dtype::BF16 => store_fitting(dst, src, limit, |x| f32_to_bf16(x as f32).to_le_bytes()),
+        Dtype::F64 => store_fitting(dst, src, limit, f64::to_le_bytes),
         _ => unreachable!("{dtype} is not averaged"),
     }
+}
+
+/// Values beyond the limit are stored like the others and found afterwards: a loop that ends early does not vectorise.
+#[inline(always)]
+fn store_fitting<const N: usize>(dst: &mut [u8], src: &[f64], limit: f64, to: impl Fn(f64) -> [u8; N]) -> bool {
+    let mut fits = true;
+    for (dst, &x) in dst.as_chunks_mut::<N>().0.iter_mut().zip(src) {
+        fits &= x.abs() <= limit;
+        *dst = to(x);
+    }
+    fits
 }
 
 /// Writes a stretch of an average as elements of an averaged dtype; f64 takes the low-order term along.
@@ -163,7 +187,7 @@ mod tests {
             let bytes: &[u8] = bytemuck::cast_slice(&bits[shift..]);
             let (mut singles, mut doubles) = (vec![0f32; bits.len() - shift], vec![0f64; bits.len() - shift]);
             to_f32(&mut singles, bytes, Dtype::F16);
-            to_f64(&mut doubles, bytes, Dtype::F16);
+            to_f64(Level::best(), &mut doubles, bytes, Dtype::F16);
             for (i, &half) in bits[shift..].iter().enumerate() {
                 let expected = f16_to_f32(half);
                 let same = singles[i].to_bits() == expected.to_bits() && doubles[i] == f64::from(expected);

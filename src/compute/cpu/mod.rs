@@ -8,14 +8,17 @@ mod averages;
 mod blend;
 mod convert;
 mod f16c;
+mod level;
+mod prefetch;
 mod scan;
 mod update;
 
 pub use averages::{Averages, Layout, Precision};
-pub use blend::{Blend, Unfit, blend};
+pub use blend::{Blend, Unfit, blend, blend_with};
 pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, max_finite, to_f32};
+pub use level::Level;
 pub use scan::{Range, scan};
-pub use update::{Incoming, update};
+pub use update::{Incoming, update, update_with};
 
 /// Elements that a thread takes at a time: large enough to hide the hand-over, small enough to balance.
 pub(crate) const CHUNK: usize = 1 << 16;
@@ -23,5 +26,5 @@ pub(crate) const CHUNK: usize = 1 << 16;
 /// Runs a loop compiled for the widest instruction set of this machine.
 #[inline(always)]
 pub(crate) fn vectorised<R>(body: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(body)
+    Level::best().run(body)
 }

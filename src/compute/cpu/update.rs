@@ -4,18 +4,20 @@
 //! Compensated: `d = fma(w, p - e, c); s = e + d; c <- bf16(d - (s - e)); e <- s`: the low-order term `c` keeps what the
 //! sum could not hold, so that increments below half an ulp of `e` are not lost.
 //!
-//! A chunk of parameters is read once, converted to f32 in the first-level cache, and folded into each profile's
-//! averages from there: 4 to 8 bytes a parameter are read, and 8 (plain) or 12 (compensated) read and written per profile.
+//! A few lines of parameters are read, converted to f32 and folded into each profile's averages while they are in
+//! registers: 2 to 8 bytes a parameter are read, and 8 (plain) or 12 (compensated) read and written per profile. What comes
+//! next of every stream is asked for ahead: with five streams read and four written, the hardware alone reaches three
+//! quarters of this rate.
 
 use half::bf16;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use super::convert::{bf16_to_f32, f32_to_bf16, to_f32};
-use super::{Averages, CHUNK, Layout, vectorised};
+use super::convert::{bf16_to_f32, f32_to_bf16, to_f32_with};
+use super::{Averages, CHUNK, Layout, Level, prefetch};
 
-/// Parameters converted at a time: 4 KiB of f32, small beside the first-level cache.
-const TILE: usize = 1024;
+/// Parameters that are folded into all averages at a time: whole lines of every stream, and few enough for registers.
+const TILE: usize = 64;
 
 /// A tensor's new parameters.
 #[derive(Clone, Copy, Debug)]
@@ -30,12 +32,23 @@ pub struct Incoming<'a> {
 ///
 /// `incoming` holds one entry for each tensor of `layout`, with as many elements.
 pub fn update(averages: &mut [Averages], incoming: &[Incoming<'_>], layout: &Layout, weights: &[f32]) {
+    update_with(Level::best(), averages, incoming, layout, weights);
+}
+
+/// As [`update`], with the instructions of a level.
+pub fn update_with(
+    level: Level,
+    averages: &mut [Averages],
+    incoming: &[Incoming<'_>],
+    layout: &Layout,
+    weights: &[f32],
+) {
     debug_assert_eq!(averages.len(), weights.len());
     debug_assert_eq!(incoming.len(), layout.len());
     cut(averages, incoming, layout).into_par_iter().for_each(|chunk| {
-        vectorised(
+        level.run(
             #[inline(always)]
-            || chunk.update(weights),
+            || chunk.update(level, weights),
         );
     });
 }
@@ -84,21 +97,61 @@ fn cut<'a>(averages: &'a mut [Averages], incoming: &[Incoming<'a>], layout: &Lay
 
 impl Chunk<'_> {
     #[inline(always)]
-    fn update(mut self, weights: &[f32]) {
-        let Incoming { dtype, bytes } = self.incoming;
-        let size = dtype.bitsize() / 8;
-        let mut tile = [0.0; TILE];
-        for (i, bytes) in bytes.chunks(TILE * size).enumerate() {
-            let parameters = &mut tile[..bytes.len() / size];
-            to_f32(parameters, bytes, dtype);
-            let place = i * TILE..i * TILE + parameters.len();
+    fn update(mut self, level: Level, weights: &[f32]) {
+        match self.incoming.dtype {
+            Dtype::F32 => self.tiles::<4>(level, weights, Dtype::F32),
+            Dtype::F16 => self.tiles::<2>(level, weights, Dtype::F16),
+            Dtype::BF16 => self.tiles::<2>(level, weights, Dtype::BF16),
+            Dtype::F64 => self.tiles::<8>(level, weights, Dtype::F64),
+            other => unreachable!("{other} is not averaged"),
+        }
+    }
+
+    /// `N` is the size of an element.
+    #[inline(always)]
+    fn tiles<const N: usize>(&mut self, level: Level, weights: &[f32], dtype: Dtype) {
+        let elements = self.incoming.bytes.as_chunks::<N>().0;
+        let (whole, rest) = elements.as_chunks::<TILE>();
+        let mut parameters = [0.0; TILE];
+        for (i, tile) in whole.iter().enumerate() {
+            prefetch::reading(tile);
+            to_f32_with(level, &mut parameters, tile.as_flattened(), dtype);
             for (state, &weight) in self.states.iter_mut().zip(weights) {
-                let high = &mut state.high[place.clone()];
-                match &mut state.low {
-                    Some(low) => compensated(high, &mut low[place.clone()], parameters, weight),
-                    None => plain(high, parameters, weight),
-                }
+                state.fold_tile(i, &parameters, weight);
             }
+        }
+        let parameters = &mut parameters[..rest.len()];
+        to_f32_with(level, parameters, rest.as_flattened(), dtype);
+        for (state, &weight) in self.states.iter_mut().zip(weights) {
+            state.fold(whole.len() * TILE, parameters, weight);
+        }
+    }
+}
+
+impl State<'_> {
+    /// Folds a whole tile in, the `i`th.
+    #[inline(always)]
+    fn fold_tile(&mut self, i: usize, parameters: &[f32; TILE], weight: f32) {
+        let high = &mut self.high.as_chunks_mut::<TILE>().0[i];
+        prefetch::writing(high);
+        match &mut self.low {
+            Some(low) => {
+                let low = &mut low.as_chunks_mut::<TILE>().0[i];
+                prefetch::writing(low);
+                compensated(high, low, parameters, weight);
+            }
+            None => plain(high, parameters, weight),
+        }
+    }
+
+    /// Folds fewer parameters than a tile in, from element `start` on.
+    #[inline(always)]
+    fn fold(&mut self, start: usize, parameters: &[f32], weight: f32) {
+        let place = start..start + parameters.len();
+        let high = &mut self.high[place.clone()];
+        match &mut self.low {
+            Some(low) => compensated(high, &mut low[place], parameters, weight),
+            None => plain(high, parameters, weight),
         }
     }
 }
@@ -123,6 +176,7 @@ fn compensated(high: &mut [f32], low: &mut [bf16], parameters: &[f32], weight: f
 #[cfg(test)]
 mod tests {
     use super::super::Precision;
+    use super::super::convert::to_f32;
     use super::*;
     use rand::{Rng, SeedableRng};
 
@@ -162,8 +216,8 @@ mod tests {
     fn check(lengths: &[usize], dtypes: &[Dtype], profiles: usize, precision: Precision, shift: usize) {
         let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(7);
         let layout = Layout::new(lengths.iter().copied());
-        let mut averages = vec![Averages::zeros(&layout, precision); profiles];
-        let mut expected = averages.clone();
+        let mut expected = vec![Averages::zeros(&layout, precision); profiles];
+        let mut by_level = vec![expected.clone(); Level::all().len()];
         for step in 0..3 {
             let weights: Vec<f32> = (0..profiles).map(|p| if step == 0 { 1.0 } else { 0.3 / (p + 1) as f32 }).collect();
             let tensors: Vec<(Dtype, Vec<u8>)> = lengths
@@ -178,7 +232,9 @@ mod tests {
                 .collect();
             let incoming: Vec<Incoming<'_>> =
                 tensors.iter().map(|(dtype, bytes)| Incoming { dtype: *dtype, bytes: &bytes[shift..] }).collect();
-            update(&mut averages, &incoming, &layout, &weights);
+            for (level, averages) in Level::all().into_iter().zip(&mut by_level) {
+                update_with(level, averages, &incoming, &layout, &weights);
+            }
             for (averages, &w) in expected.iter_mut().zip(&weights) {
                 for (i, tensor) in incoming.iter().enumerate() {
                     for (j, at) in layout.place(i).enumerate() {
@@ -188,7 +244,7 @@ mod tests {
                 }
             }
         }
-        for (got, expected) in averages.iter().zip(&expected) {
+        for (got, expected) in by_level.iter().flat_map(|averages| averages.iter().zip(&expected)) {
             let bits = |a: &Averages| a.high.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(got), bits(expected));
             assert_eq!(got.low, expected.low);

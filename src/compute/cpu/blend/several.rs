@@ -1,0 +1,183 @@
+//! Several targets: a product of matrices, tile by tile.
+//!
+//! The values of some sources are converted to f64 in the first-level cache; from there they are multiplied with the
+//! weights of several targets at a time, sums in registers, as libraries of linear algebra do it. The arithmetic is the
+//! limit: two multiply-adds of vectors a cycle.
+
+use pulp::{Simd, WithSimd};
+
+use super::super::convert::to_f64;
+use super::super::{Level, prefetch};
+use super::{Blend, Unfit};
+
+/// Elements of a tile, which are converted at a time: whole lines of every dtype, and whole stripes of any vectors.
+const TILE: usize = 96;
+
+/// Sources whose values are held at a time: with [`TILE`] 30 KiB, most of a first-level cache.
+const DEPTH: usize = 40;
+
+/// Vectors of each target that are summed up in registers: a stripe.
+const VECTORS: usize = 3;
+
+/// Blends a stretch of several targets.
+pub(super) fn blend(level: Level, dst: &mut [&mut [u8]], sources: &[&[u8]], blend: &Blend<'_>) -> Result<(), Unfit> {
+    level.arch().dispatch(Kernel { level, dst, sources, blend })
+}
+
+struct Kernel<'a, 'd> {
+    level: Level,
+    dst: &'a mut [&'d mut [u8]],
+    sources: &'a [&'a [u8]],
+    blend: &'a Blend<'a>,
+}
+
+impl WithSimd for Kernel<'_, '_> {
+    type Output = Result<(), Unfit>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
+        // As many targets at a time as leave registers for the values and a weight.
+        if S::REGISTER_COUNT >= 32 { self.run::<S, 8>(simd) } else { self.run::<S, 4>(simd) }
+    }
+}
+
+impl Kernel<'_, '_> {
+    /// `N` targets at a time.
+    #[inline(always)]
+    fn run<S: Simd, const N: usize>(self, simd: S) -> Result<(), Unfit> {
+        let (targets, size) = (self.dst.len(), self.blend.output.bitsize() / 8);
+        let elements = self.dst.first().map_or(0, |dst| dst.len() / size);
+        let weights = Weights::<N>::new(self.blend.weights, self.sources.len());
+        let mut sums = lines(targets.next_multiple_of(N) * TILE);
+        let sums = bytemuck::cast_slice_mut(&mut sums);
+        let mut values = lines(DEPTH.min(self.sources.len()) * TILE);
+        let values = bytemuck::cast_slice_mut(&mut values);
+        let depth = self.depth();
+        for start in (0..elements).step_by(TILE) {
+            let n = TILE.min(elements - start);
+            for first in (0..self.sources.len()).step_by(depth) {
+                let sources = first..self.sources.len().min(first + depth);
+                let values = &mut values[..sources.len() * TILE];
+                self.convert(values, sources.clone(), start, n);
+                // Stripe by stripe: its values stay in the first-level cache from one block of targets to the next.
+                for at in (0..n).step_by(VECTORS * S::F64_LANES) {
+                    for (block, sums) in sums.chunks_exact_mut(N * TILE).enumerate() {
+                        let stripe =
+                            Stripe { values, weights: weights.of(block, sources.clone()), at, begins: first == 0 };
+                        stripe.add_to(simd, sums, N.min(targets - block * N));
+                    }
+                }
+            }
+            for (target, (dst, sums)) in self.dst.iter_mut().zip(sums.chunks_exact(TILE)).enumerate() {
+                self.blend.store(self.level, &mut dst[start * size..][..n * size], &sums[..n], target, start)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How many sources' values are held at a time: parts of even size, at most [`DEPTH`].
+    fn depth(&self) -> usize {
+        let sources = self.sources.len();
+        sources.div_ceil(sources.div_ceil(DEPTH).max(1)).max(1)
+    }
+
+    /// Converts the tiles of some sources, each to a row of `values`.
+    #[inline(always)]
+    fn convert(&self, values: &mut [f64], sources: std::ops::Range<usize>, start: usize, n: usize) {
+        for (k, values) in sources.zip(values.chunks_exact_mut(TILE)) {
+            let dtype = self.blend.dtypes[k];
+            let size = dtype.bitsize() / 8;
+            let bytes = &self.sources[k][start * size..(start + n) * size];
+            prefetch::reading(bytes);
+            to_f64(self.level, &mut values[..n], bytes, dtype);
+            // What lies beyond is added up too, and never read.
+            values[n..].fill(0.0);
+        }
+    }
+}
+
+/// The weights as the kernel goes through them: for `N` targets at a time, source by source.
+struct Weights<const N: usize> {
+    packed: Vec<[f64; N]>,
+    sources: usize,
+}
+
+impl<const N: usize> Weights<N> {
+    /// `weights` are those of target 0 for all sources, then those of target 1, and so on.
+    fn new(weights: &[f64], sources: usize) -> Self {
+        let mut packed = Vec::new();
+        let rows: Vec<&[f64]> = weights.chunks_exact(sources.max(1)).collect();
+        for rows in rows.chunks(N) {
+            packed.extend((0..sources).map(|k| std::array::from_fn(|i| rows.get(i).map_or(0.0, |row| row[k]))));
+        }
+        Weights { packed, sources }
+    }
+
+    fn of(&self, block: usize, sources: std::ops::Range<usize>) -> &[[f64; N]] {
+        &self.packed[block * self.sources..][sources]
+    }
+}
+
+/// Some vectors of all converted sources, and their weights for `N` targets.
+struct Stripe<'a, const N: usize> {
+    values: &'a [f64],
+    weights: &'a [[f64; N]],
+    /// The first of its elements within a tile.
+    at: usize,
+    /// Whether these sources are the first ones.
+    begins: bool,
+}
+
+impl<const N: usize> Stripe<'_, N> {
+    /// Adds it to the sums of the first `targets` of the `N`, for each of which there is a tile.
+    #[inline(always)]
+    fn add_to<S: Simd>(&self, simd: S, sums: &mut [f64], targets: usize) {
+        // Each number of targets is a loop of its own: none is added up for nothing.
+        match targets {
+            1 => self.add::<S, 1>(simd, sums),
+            2 => self.add::<S, 2>(simd, sums),
+            3 => self.add::<S, 3>(simd, sums),
+            4 => self.add::<S, 4>(simd, sums),
+            5 => self.add::<S, 5>(simd, sums),
+            6 => self.add::<S, 6>(simd, sums),
+            7 => self.add::<S, 7>(simd, sums),
+            _ => self.add::<S, 8>(simd, sums),
+        }
+    }
+
+    #[inline(always)]
+    fn add<S: Simd, const M: usize>(&self, simd: S, sums: &mut [f64]) {
+        if M > N {
+            return;
+        }
+        let stripe = self.at..self.at + VECTORS * S::F64_LANES;
+        let mut held = [[simd.splat_f64s(0.0); VECTORS]; M];
+        if !self.begins {
+            for (held, sums) in held.iter_mut().zip(sums.chunks_exact(TILE)) {
+                held.copy_from_slice(S::as_simd_f64s(&sums[stripe.clone()]).0);
+            }
+        }
+        for (values, weights) in self.values.chunks_exact(TILE).zip(self.weights) {
+            let values = S::as_simd_f64s(&values[stripe.clone()]).0;
+            for m in 0..M {
+                let weight = simd.splat_f64s(weights[m]);
+                for v in 0..VECTORS {
+                    held[m][v] = simd.mul_add_f64s(weight, values[v], held[m][v]);
+                }
+            }
+        }
+        for (held, sums) in held.iter().zip(sums.chunks_exact_mut(TILE)) {
+            S::as_mut_simd_f64s(&mut sums[stripe.clone()]).0.copy_from_slice(held);
+        }
+    }
+}
+
+/// A line of the cache: vectors that begin with one are loaded and stored at once.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([f64; 8]);
+
+/// Room for so many elements.
+fn lines(elements: usize) -> Vec<Line> {
+    vec![Line([0.0; 8]); elements.div_ceil(8)]
+}

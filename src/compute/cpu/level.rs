@@ -1,0 +1,139 @@
+//! The instruction sets that loops are compiled for, one of which is chosen at run time.
+
+/// An instruction set that this machine has: all give the same bits, and the last of [`Level::all`] is the fastest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Level(Set);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Set {
+    Baseline,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Level {
+    /// What every processor of the target has: SSE2 on x86-64, NEON on ARM.
+    pub const BASELINE: Level = Level(Set::Baseline);
+
+    /// The fastest of this machine.
+    pub fn best() -> Level {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if has_avx512() {
+                return Level(Set::Avx512);
+            }
+            if has_avx2() {
+                return Level(Set::Avx2);
+            }
+        }
+        Level::BASELINE
+    }
+
+    /// All of this machine, from the slowest to the fastest.
+    pub fn all() -> Vec<Level> {
+        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut, reason = "there is one level"))]
+        let mut all = vec![Level::BASELINE];
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(has_avx2().then_some(Level(Set::Avx2)));
+            all.extend(has_avx512().then_some(Level(Set::Avx512)));
+        }
+        all
+    }
+
+    /// Its name: `baseline`, `avx2` (with FMA and F16C) or `avx512` (F, BW, CD, DQ and VL besides).
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Set::Baseline => "baseline",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => "avx512",
+        }
+    }
+
+    /// Runs a loop compiled for this instruction set. The closure, and what it calls, must be `#[inline(always)]`.
+    #[inline(always)]
+    pub(crate) fn run<R>(self, body: impl FnOnce() -> R) -> R {
+        match self.0 {
+            Set::Baseline => body(),
+            // SAFETY: a level is made only where the machine has what it stands for.
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 => unsafe { x86::avx2(body) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => unsafe { x86::avx512(body) },
+        }
+    }
+
+    /// The same as pulp has it, for loops that are written in its vectors.
+    #[inline]
+    pub(super) fn arch(self) -> pulp::Arch {
+        #[cfg(target_arch = "x86_64")]
+        match self.0 {
+            Set::Baseline => {}
+            Set::Avx2 => return pulp::x86::V3::try_new().map_or(pulp::Arch::Scalar, pulp::Arch::V3),
+            Set::Avx512 => return pulp::x86::V4::try_new().map_or(pulp::Arch::Scalar, pulp::Arch::V4),
+        }
+        #[cfg(target_arch = "x86_64")]
+        return pulp::Arch::Scalar;
+        #[cfg(not(target_arch = "x86_64"))]
+        pulp::Arch::new()
+    }
+
+    /// Whether it has f16 conversions in vectors of eight.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn has_f16c(self) -> bool {
+        self.0 != Set::Baseline
+    }
+
+    /// Whether it has vectors of 512 bits.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn has_avx512(self) -> bool {
+        self.0 == Set::Avx512
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx2() -> bool {
+    is_x86_feature_detected!("f16c") && pulp::x86::V3::is_available()
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx512() -> bool {
+    is_x86_feature_detected!("f16c") && pulp::x86::V4::is_available()
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+    #[inline]
+    pub(super) fn avx2<R>(body: impl FnOnce() -> R) -> R {
+        body()
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+    #[inline]
+    pub(super) fn avx512<R>(body: impl FnOnce() -> R) -> R {
+        body()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_is_the_last_of_all_and_each_is_named_apart() {
+        let all = Level::all();
+        assert_eq!((all[0], *all.last().unwrap()), (Level::BASELINE, Level::best()));
+        let mut names: Vec<_> = all.iter().map(|level| level.name()).collect();
+        names.dedup();
+        assert_eq!(names.len(), all.len());
+        assert!(all.iter().all(|level| level.run(|| 7) == 7));
+    }
+}
