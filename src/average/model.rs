@@ -240,6 +240,16 @@ impl Holder for Model {
             Part::Torch(_) => None,
         }
     }
+
+    fn will_need(&self, bytes: &[u8]) {
+        for part in &self.parts {
+            match part {
+                Part::Mapped(file) => file.will_need(bytes),
+                #[cfg(feature = "import")]
+                Part::Torch(_) => {}
+            }
+        }
+    }
 }
 
 /// Floating-point dtypes that are too coarse for averages would otherwise be copied as if they were integers.

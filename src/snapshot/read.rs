@@ -81,6 +81,16 @@ impl StoredFile {
         &self.map[tensor.range.clone()]
     }
 
+    /// Has bytes that it lent, all or some of a tensor's, read from the disk in the background; others do not matter.
+    pub(crate) fn will_need(&self, bytes: &[u8]) {
+        let (start, end) = (bytes.as_ptr().addr(), bytes.as_ptr().addr() + bytes.len());
+        let own = self.map.as_ptr().addr();
+        if own <= start && end <= own + self.map.len() {
+            // A wish: what is not fetched now is when it is read.
+            let _ = self.map.advise_range(memmap2::Advice::WillNeed, start - own, bytes.len());
+        }
+    }
+
     /// The length of the file in bytes.
     pub fn len(&self) -> u64 {
         self.map.len() as u64

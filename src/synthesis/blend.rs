@@ -5,15 +5,20 @@ use std::ops::Range;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use super::pool::{Elements, PoolTensor, Selection};
+use super::ahead::Ahead;
+use super::pool::{Elements, Holder, PoolTensor, Selection};
 use crate::compute::cpu::{self, Unfit};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda;
 use crate::error::{Error, Result};
 
+/// How far ahead of a chunk the next one is asked for, in elements.
+const AHEAD: usize = 4 * cpu::CHUNK;
+
 /// The sources of one averaged tensor, ready to be blended.
 pub(super) struct TensorBlend<'a> {
     tensor: &'a PoolTensor,
+    holders: &'a [&'a dyn Holder],
     dtypes: Vec<Dtype>,
     stored: Vec<Elements<'a>>,
     weights: &'a [f64],
@@ -23,12 +28,12 @@ pub(super) struct TensorBlend<'a> {
 impl<'a> TensorBlend<'a> {
     /// Looks the tensor up in every source.
     pub(super) fn new(selection: &'a Selection<'a>, tensor: &'a PoolTensor, output: Dtype) -> Result<Self> {
-        let find = |holder: &&'a dyn super::Holder| {
+        let find = |holder: &&'a dyn Holder| {
             holder.stored(&tensor.name).ok_or_else(|| Error::tensor(&tensor.name, "a snapshot lacks it"))
         };
         let stored: Vec<(Dtype, Elements<'_>)> = selection.holders.iter().map(find).collect::<Result<_>>()?;
         let (dtypes, stored) = stored.into_iter().unzip();
-        Ok(TensorBlend { tensor, dtypes, stored, weights: &selection.weights, output })
+        Ok(TensorBlend { tensor, holders: &selection.holders, dtypes, stored, weights: &selection.weights, output })
     }
 
     /// Blends a range of elements into one slice per target.
@@ -43,14 +48,27 @@ impl<'a> TensorBlend<'a> {
         cpu::blend(dst, &sources, &blend).map_err(|unfit| self.unfit(unfit, elements.start))
     }
 
+    /// Has what the blend of a range of elements will read fetched from the disk, where it lies there.
+    pub(super) fn ask_for(&self, elements: Range<usize>) {
+        for ((holder, stored), dtype) in self.holders.iter().zip(&self.stored).zip(&self.dtypes) {
+            let size = dtype.bitsize() / 8;
+            if let Some(bytes) = stored.host() {
+                holder.will_need(&bytes[elements.start * size..elements.end * size]);
+            }
+        }
+    }
+
     /// Blends the whole tensor of a single target.
     pub(super) fn whole(&self, dst: &mut [u8]) -> Result<()> {
         let size = self.output.bitsize() / 8;
+        let (total, ahead) = (dst.len() / size, Ahead::default());
         let chunks = dst.par_chunks_mut(cpu::CHUNK * size).enumerate();
         chunks.try_for_each(|(i, chunk)| {
             let start = i * cpu::CHUNK;
             let elements = start..start + chunk.len() / size;
-            self.stretch(&mut [chunk], elements)
+            let next = (start + AHEAD).min(total)..(start + AHEAD + cpu::CHUNK).min(total);
+            let bytes = self.bytes_read(elements.len());
+            ahead.around(bytes, || self.ask_for(next), || self.stretch(&mut [chunk], elements))
         })
     }
 

@@ -1,10 +1,12 @@
 //! Blends of several plans into tensors of the caller's, in one pass over the sources.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use super::ahead::Ahead;
 use super::blend::TensorBlend;
 use super::choose::Chosen;
 #[cfg(feature = "cuda")]
@@ -127,10 +129,14 @@ impl Pool<'_> {
             blends.push((TensorBlend::new(selection, tensor, common_dtype(tensor, &slices)?)?, slices));
         }
         let chunks: Vec<_> = blends.iter_mut().flat_map(|(blend, slices)| chunks(&*blend, slices)).collect();
-        chunks.into_par_iter().try_for_each(|(blend, start, mut dst)| {
-            let elements = dst.first().map_or(0, |dst| dst.len() / blend.size());
-            blend.stretch(&mut dst, start..start + elements)?;
-            progress.inspect(|progress| progress(blend.bytes_read(elements)));
+        let places: Vec<_> = chunks.iter().map(|(blend, elements, _)| (*blend, elements.clone())).collect();
+        let ahead = Ahead::default();
+        chunks.into_par_iter().enumerate().try_for_each(|(i, (blend, elements, mut dst))| {
+            let ask =
+                || places.get(i + AHEAD).into_iter().for_each(|(blend, elements)| blend.ask_for(elements.clone()));
+            let bytes = blend.bytes_read(elements.len());
+            ahead.around(bytes, ask, || blend.stretch(&mut dst, elements))?;
+            progress.inspect(|progress| progress(bytes));
             Ok(())
         })
     }
@@ -167,8 +173,11 @@ fn common_dtype(tensor: &PoolTensor, slices: &[(Dtype, &mut [u8])]) -> Result<Dt
     }
 }
 
-/// A piece of a tensor of all targets: its blend, first element, and one slice for each.
-type Piece<'b, 'a, 's> = (&'b TensorBlend<'a>, usize, Vec<&'s mut [u8]>);
+/// How many pieces ahead of one another is asked for.
+const AHEAD: usize = 4;
+
+/// A piece of a tensor of all targets: its blend, its elements, and one slice for each.
+type Piece<'b, 'a, 's> = (&'b TensorBlend<'a>, Range<usize>, Vec<&'s mut [u8]>);
 
 /// Cuts a tensor of all targets into pieces.
 fn chunks<'b, 'a, 's>(blend: &'b TensorBlend<'a>, slices: &'s mut [(Dtype, &mut [u8])]) -> Vec<Piece<'b, 'a, 's>> {
@@ -176,7 +185,8 @@ fn chunks<'b, 'a, 's>(blend: &'b TensorBlend<'a>, slices: &'s mut [(Dtype, &mut 
     for (_, slice) in slices {
         for (i, chunk) in slice.chunks_mut(CHUNK * blend.size()).enumerate() {
             if i == pieces.len() {
-                pieces.push((blend, i * CHUNK, Vec::new()));
+                let start = i * CHUNK;
+                pieces.push((blend, start..start + chunk.len() / blend.size(), Vec::new()));
             }
             pieces[i].2.push(chunk);
         }

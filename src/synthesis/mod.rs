@@ -1,6 +1,7 @@
 //! From a plan to weights: solved for a run's snapshots, streamed to files, into memory or into a live model.
 
 mod advise;
+mod ahead;
 mod blend;
 mod choose;
 mod density;

@@ -13,6 +13,7 @@ use super::plan::Plan;
 use super::pool::{Pool, PoolTensor, Selection};
 use super::stored::profile_json;
 use super::streaming::Streaming;
+use crate::compute::cpu;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::snapshot::{Meta, PROFILE, STEP};
@@ -83,7 +84,7 @@ impl Pool<'_> {
 
     fn load_cpu(&self, selection: &Selection<'_>) -> Result<Tensors> {
         let load = |tensor: &PoolTensor| {
-            let mut bytes = vec![0; byte_size(&tensor.name, tensor.dtype, &tensor.shape)?];
+            let mut bytes = cpu::zeros(byte_size(&tensor.name, tensor.dtype, &tensor.shape)?);
             if tensor.averaged {
                 TensorBlend::new(selection, tensor, tensor.dtype)?.whole(&mut bytes)?;
             } else {

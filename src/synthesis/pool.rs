@@ -51,6 +51,9 @@ pub(crate) trait Holder: Sync {
     /// A tensor's stored dtype and elements.
     fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)>;
 
+    /// Is told that bytes of it, as [`Holder::stored`] lends them, will soon be read.
+    fn will_need(&self, _bytes: &[u8]) {}
+
     /// The device on which averaged tensors lie; none for the host.
     fn device(&self) -> Option<usize> {
         None
@@ -60,6 +63,10 @@ pub(crate) trait Holder: Sync {
 impl Holder for Snapshot {
     fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
         self.tensor(name).map(|(tensor, bytes)| (tensor.dtype, Elements::Host(bytes)))
+    }
+
+    fn will_need(&self, bytes: &[u8]) {
+        self.files().iter().for_each(|file| file.will_need(bytes));
     }
 }
 

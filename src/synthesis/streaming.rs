@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::ahead::Ahead;
 use super::blend::TensorBlend;
 use super::files::{Files, Shards};
 #[cfg(feature = "cuda")]
@@ -22,6 +23,9 @@ const BUFFERED: usize = 64 << 20;
 /// The elements that a thread blends before it writes: at most, and at least.
 const BLOCK_ELEMENTS: (usize, usize) = (1 << 18, 1 << 9);
 
+/// Bytes of all sources in a block, of which each thread may have one at work and one asked for.
+const READ: usize = 32 << 20;
+
 /// What a pass works on.
 pub(super) struct Streaming<'a> {
     /// The averaged tensors, in the order of the file.
@@ -31,6 +35,7 @@ pub(super) struct Streaming<'a> {
     /// Those of each target.
     files: &'a [Files],
     options: &'a WriteOptions<'a>,
+    ahead: Ahead,
 }
 
 /// An averaged tensor, ready to be blended, and its place in the data section of a file.
@@ -66,7 +71,7 @@ impl<'a> Streaming<'a> {
             before.push(before[tensors.len()] + spot.range.len() / size);
             tensors.push(Placed { blend, file: spot.file, offset: spot.range.start, size });
         }
-        Ok(Streaming { tensors, before, files, options })
+        Ok(Streaming { tensors, before, files, options, ahead: Ahead::default() })
     }
 
     /// Blends and writes everything.
@@ -82,12 +87,12 @@ impl<'a> Streaming<'a> {
     fn block_elements(&self) -> usize {
         let held = self.files.len() * size_of::<f64>() * rayon::current_num_threads();
         let (most, least) = BLOCK_ELEMENTS;
-        (BUFFERED / held).clamp(least, most)
+        (BUFFERED / held).min(READ / self.source_bytes().max(1)).clamp(least, most)
     }
 
     /// The stretches that a range of all averaged elements is made of.
     fn stretches(&self, elements: Range<usize>) -> Vec<Stretch> {
-        let first = self.before.partition_point(|&before| before <= elements.start) - 1;
+        let first = self.before.partition_point(|&before| before <= elements.start).saturating_sub(1);
         let (mut stretches, mut filled) = (Vec::new(), 0);
         for tensor in first..self.tensors.len() {
             let Placed { file, offset, size, .. } = self.tensors[tensor];
@@ -112,12 +117,20 @@ impl<'a> Streaming<'a> {
     }
 
     fn block(&self, elements: Range<usize>, buffers: &mut [Vec<u8>]) -> Result<()> {
-        let stretches = self.stretches(elements);
-        self.blend(&stretches, buffers)?;
+        let stretches = self.stretches(elements.clone());
+        let next = elements.end..self.elements().min(elements.end + elements.len());
+        self.ahead.around(self.bytes_read(&stretches), || self.ask_for(next), || self.blend(&stretches, buffers))?;
         let results: Vec<&[u8]> = buffers.iter().map(Vec::as_slice).collect();
         self.write(&stretches, &results)?;
         self.report(self.bytes_read(&stretches));
         Ok(())
+    }
+
+    /// Asks for what the blend of some elements will read.
+    fn ask_for(&self, elements: Range<usize>) {
+        for Stretch { tensor, elements, .. } in self.stretches(elements) {
+            self.tensors[tensor].blend.ask_for(elements);
+        }
     }
 
     /// Blends stretches into one buffer for each target.
@@ -148,6 +161,11 @@ impl<'a> Streaming<'a> {
     fn bytes_read(&self, stretches: &[Stretch]) -> u64 {
         let read = |stretch: &Stretch| self.tensors[stretch.tensor].blend.bytes_read(stretch.elements.len());
         stretches.iter().map(read).sum()
+    }
+
+    /// The most bytes that an element takes in all sources.
+    fn source_bytes(&self) -> usize {
+        self.tensors.iter().map(|placed| placed.blend.bytes_read(1) as usize).max().unwrap_or(0)
     }
 
     /// The elements of all averaged tensors.
@@ -206,7 +224,7 @@ impl Streaming<'_> {
 
     /// The most bytes that an element takes in all sources and results.
     pub(super) fn bytes_per_element(&self) -> usize {
-        let bytes = |placed: &Placed<'_>| placed.blend.bytes_read(1) as usize + self.files.len() * placed.size;
-        self.tensors.iter().map(bytes).max().unwrap_or(0)
+        let results = self.tensors.iter().map(|placed| placed.size).max().unwrap_or(0);
+        self.source_bytes() + self.files.len() * results
     }
 }

@@ -4,7 +4,7 @@ use half::bf16;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use super::{CHUNK, convert, vectorised};
+use super::{CHUNK, convert, vectorised, zeros};
 
 /// Elements to which each tensor's place in an arena is rounded up: 16 bytes of f32, for CUDA's vector accesses.
 const ALIGNMENT: usize = 4;
@@ -73,13 +73,13 @@ pub struct Averages {
 impl Averages {
     /// Averages of zeros; the first update, of weight 1, makes them copies of the parameters.
     pub fn zeros(layout: &Layout, precision: Precision) -> Averages {
-        let low = (precision == Precision::Compensated).then(|| vec![bf16::ZERO; layout.total()]);
-        Averages { high: vec![0.0; layout.total()], low }
+        let low = (precision == Precision::Compensated).then(|| zeros(layout.total()));
+        Averages { high: zeros(layout.total()), low }
     }
 
     /// A copy, made with all threads.
     pub fn copy(&self) -> Averages {
-        Averages { high: copy(&self.high, 0.0), low: self.low.as_ref().map(|low| copy(low, bf16::ZERO)) }
+        Averages { high: copy(&self.high), low: self.low.as_deref().map(copy) }
     }
 
     /// Writes the elements of a stretch of an arena in `dtype`.
@@ -97,8 +97,8 @@ impl Averages {
     }
 }
 
-fn copy<T: Copy + Send + Sync>(values: &[T], zero: T) -> Vec<T> {
-    let mut copy = vec![zero; values.len()];
+fn copy<T: bytemuck::Pod + Send + Sync>(values: &[T]) -> Vec<T> {
+    let mut copy = zeros(values.len());
     copy.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
     copy
 }

@@ -9,6 +9,7 @@ mod blend;
 mod convert;
 mod f16c;
 mod level;
+mod memory;
 mod prefetch;
 mod scan;
 mod update;
@@ -17,6 +18,7 @@ pub use averages::{Averages, Layout, Precision};
 pub use blend::{Blend, Unfit, blend, blend_with};
 pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, max_finite, to_f32};
 pub use level::Level;
+pub(crate) use memory::zeros;
 pub use scan::{Range, scan};
 pub use update::{Incoming, update, update_with};
 
