@@ -7,7 +7,7 @@ use half::bf16;
 use safetensors::Dtype;
 
 use super::Level;
-use super::f16c::{self, Widen};
+use super::x86;
 
 /// `0x7fff`: the NaN that CUDA's conversions write, for f16 and bf16 alike.
 const NAN_16: u16 = 0x7fff;
@@ -78,13 +78,6 @@ fn fill<T>(dst: &mut [T], values: impl Iterator<Item = T>) {
     dst.iter_mut().zip(values).for_each(|(dst, value)| *dst = value);
 }
 
-/// f16 by the CPU's own instruction as far as that goes, the rest in integers.
-#[inline(always)]
-fn widen<T: Widen>(level: Level, dst: &mut [T], src: &[u8], from: impl Fn([u8; 2]) -> T) {
-    let done = T::widen(level, dst, src);
-    fill(&mut dst[done..], values(&src[2 * done..], from));
-}
-
 /// Reads elements of an averaged dtype from bytes of any alignment. `src` holds `dst.len()` elements.
 #[inline(always)]
 pub fn to_f32(dst: &mut [f32], src: &[u8], dtype: Dtype) {
@@ -96,7 +89,10 @@ pub fn to_f32(dst: &mut [f32], src: &[u8], dtype: Dtype) {
 pub(super) fn to_f32_with(level: Level, dst: &mut [f32], src: &[u8], dtype: Dtype) {
     match dtype {
         Dtype::F32 => fill(dst, values(src, f32::from_le_bytes)),
-        Dtype::F16 => widen(level, dst, src, |b| f16_to_f32(u16::from_le_bytes(b))),
+        Dtype::F16 => {
+            let done = x86::f16_to_f32(level, dst, src);
+            fill(&mut dst[done..], values(&src[2 * done..], |b| f16_to_f32(u16::from_le_bytes(b))));
+        }
         Dtype::BF16 => fill(dst, values(src, |b| bf16_to_f32(u16::from_le_bytes(b)))),
         Dtype::F64 => fill(dst, values(src, |b| f64::from_le_bytes(b) as f32)),
         _ => unreachable!("{dtype} is not averaged"),
@@ -106,9 +102,14 @@ pub(super) fn to_f32_with(level: Level, dst: &mut [f32], src: &[u8], dtype: Dtyp
 /// Reads elements of an averaged dtype as f64, which holds each exactly.
 #[inline(always)]
 pub(super) fn to_f64(level: Level, dst: &mut [f64], src: &[u8], dtype: Dtype) {
+    let done = x86::to_f64(level, dtype, dst, src);
+    if done == dst.len() {
+        return;
+    }
+    let (dst, src) = (&mut dst[done..], &src[done * dtype.bitsize() / 8..]);
     match dtype {
         Dtype::F32 => fill(dst, values(src, |b| f64::from(f32::from_le_bytes(b)))),
-        Dtype::F16 => widen(level, dst, src, |b| f64::from(f16_to_f32(u16::from_le_bytes(b)))),
+        Dtype::F16 => fill(dst, values(src, |b| f64::from(f16_to_f32(u16::from_le_bytes(b))))),
         Dtype::BF16 => fill(dst, values(src, |b| f64::from(bf16_to_f32(u16::from_le_bytes(b))))),
         Dtype::F64 => fill(dst, values(src, f64::from_le_bytes)),
         _ => unreachable!("{dtype} is not averaged"),
@@ -128,7 +129,7 @@ pub(super) fn from_f64(level: Level, dst: &mut [u8], src: &[f64], dtype: Dtype) 
     match dtype {
         Dtype::F32 => store_fitting(dst, src, limit, |x| (x as f32).to_le_bytes()),
         Dtype::F16 => {
-            let (done, fits) = f16c::narrow(level, dst, src, limit);
+            let (done, fits) = x86::f16_from_f64(level, dst, src, limit);
             let rest = |x| f32_to_f16(x as f32).to_le_bytes();
             store_fitting(&mut dst[2 * done..], &src[done..], limit, rest) & fits
         }

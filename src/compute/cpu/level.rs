@@ -83,10 +83,10 @@ impl Level {
         pulp::Arch::new()
     }
 
-    /// Whether it has f16 conversions in vectors of eight.
+    /// Whether it has vectors of 256 bits, multiply-adds and conversions of f16.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    pub(super) fn has_f16c(self) -> bool {
+    pub(super) fn has_avx2(self) -> bool {
         self.0 != Set::Baseline
     }
 

@@ -7,12 +7,12 @@
 mod averages;
 mod blend;
 mod convert;
-mod f16c;
 mod level;
 mod memory;
 mod prefetch;
 mod scan;
 mod update;
+mod x86;
 
 pub use averages::{Averages, Layout, Precision};
 pub use blend::{Blend, Unfit, blend, blend_with};

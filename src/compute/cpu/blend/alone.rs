@@ -9,11 +9,9 @@ use std::ops::Range;
 use safetensors::Dtype;
 
 use super::super::convert::{bf16_to_f32, f16_to_f32};
-use super::super::{Level, f16c, prefetch};
+use super::super::x86::{self, TILE};
+use super::super::{Level, prefetch};
 use super::{Blend, Unfit};
-
-/// Elements summed up at a time: whole lines of every stream, and eight of the widest vectors.
-const TILE: usize = 64;
 
 /// Sources added at a time where sums are not held in registers.
 const GROUP: usize = 4;
@@ -62,16 +60,14 @@ impl Group<'_> {
     /// Adds the sources to the sums of a tile, in their order.
     #[inline(always)]
     fn add(&self, sums: &mut [f64], dtype: Dtype) {
+        if x86::add(self.level, dtype, sums, self.sources, self.weights, self.start) {
+            return;
+        }
         match dtype {
             Dtype::F32 => self.add_values(sums, |x| f64::from(f32::from_le_bytes(x))),
             Dtype::F64 => self.add_values(sums, f64::from_le_bytes),
             Dtype::BF16 => self.add_values(sums, |x| f64::from(bf16_to_f32(u16::from_le_bytes(x)))),
-            Dtype::F16 => {
-                let done = f16c::add(self.level, sums, self.sources, self.weights, self.start);
-                if !done {
-                    self.add_values(sums, |x| f64::from(f16_to_f32(u16::from_le_bytes(x))));
-                }
-            }
+            Dtype::F16 => self.add_values(sums, |x| f64::from(f16_to_f32(u16::from_le_bytes(x)))),
             other => unreachable!("{other} is not averaged"),
         }
     }

@@ -1,0 +1,84 @@
+//! The hot loops.
+
+use posthoc_ema::Dtype;
+use posthoc_ema::Precision;
+use posthoc_ema::compute::cpu::{Averages, Blend, Incoming, Layout, Level, blend_with, update_with};
+
+/// Elements: whole tiles of every loop (64 and 96).
+pub const TILE: usize = 192;
+
+/// Snapshots that are blended.
+const SOURCES: usize = 40;
+
+/// A loop and the instruction set that it is compiled for.
+pub struct Row {
+    level: Level,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    /// Two averages of parameters.
+    Update(Dtype, Precision),
+    /// Sources into so many targets of the same dtype.
+    Blend(Dtype, usize),
+}
+
+/// All that are counted on this machine: without vectors of their own nobody waits for these loops alone.
+pub fn rows() -> Vec<Row> {
+    let levels =
+        Level::all().into_iter().filter(|level| *level != Level::BASELINE || cfg!(not(target_arch = "x86_64")));
+    let kinds = [
+        Kind::Update(Dtype::F32, Precision::Plain),
+        Kind::Update(Dtype::F32, Precision::Compensated),
+        Kind::Update(Dtype::BF16, Precision::Plain),
+        Kind::Update(Dtype::BF16, Precision::Compensated),
+        Kind::Update(Dtype::F16, Precision::Compensated),
+        Kind::Blend(Dtype::F16, 1),
+        Kind::Blend(Dtype::BF16, 1),
+        Kind::Blend(Dtype::F32, 1),
+        Kind::Blend(Dtype::F16, 8),
+        Kind::Blend(Dtype::F32, 8),
+    ];
+    levels.flat_map(|level| kinds.map(|kind| Row { level, kind })).collect()
+}
+
+impl Row {
+    pub fn name(&self) -> String {
+        let level = self.level.name();
+        match self.kind {
+            Kind::Update(dtype, precision) => format!("{level}: update of 2, {dtype}, {precision:?}").to_lowercase(),
+            Kind::Blend(dtype, targets) => format!("{level}: blend of {SOURCES}, {dtype}, to {targets}").to_lowercase(),
+        }
+    }
+
+    /// The work on so many elements, ready to be done again and again.
+    pub fn prepare(&self, elements: usize) -> Box<dyn FnMut()> {
+        let level = self.level;
+        match self.kind {
+            Kind::Update(dtype, precision) => {
+                let layout = Layout::new([elements]);
+                let mut averages = vec![Averages::zeros(&layout, precision); 2];
+                let bytes = values(dtype, elements);
+                Box::new(move || {
+                    update_with(level, &mut averages, &[Incoming { dtype, bytes: &bytes }], &layout, &[0.3, 0.05]);
+                })
+            }
+            Kind::Blend(dtype, targets) => {
+                let bytes = values(dtype, elements);
+                let mut results = vec![vec![0; bytes.len()]; targets];
+                let weights: Vec<f64> = (0..SOURCES * targets).map(|i| (i % 7) as f64 / 40.0).collect();
+                Box::new(move || {
+                    let mut dst: Vec<&mut [u8]> = results.iter_mut().map(Vec::as_mut_slice).collect();
+                    let blend = Blend { dtypes: &[dtype; SOURCES], weights: &weights, output: dtype };
+                    blend_with(level, &mut dst, &[bytes.as_slice(); SOURCES], &blend).expect("the sums are small");
+                })
+            }
+        }
+    }
+}
+
+/// Words of `0x3c00`: numbers near one in f16, and small ones in the other dtypes.
+fn values(dtype: Dtype, elements: usize) -> Vec<u8> {
+    0x3c00u16.to_le_bytes().repeat(elements * dtype.bitsize() / 16)
+}

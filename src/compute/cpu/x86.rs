@@ -1,0 +1,338 @@
+//! Loads of every dtype into vectors of f64, and f16 back, by the instructions of AVX2 with F16C and of AVX-512: what the
+//! compiler makes of the plain loops takes two to three times as many.
+//!
+//! On other processors, and for tiles of odd sizes, everything here says that it has done nothing.
+
+use safetensors::Dtype;
+
+use super::Level;
+
+/// Elements of one target that are summed up at a time: whole lines of every stream, and eight of the widest vectors.
+pub(super) const TILE: usize = 64;
+
+#[cfg(not(target_arch = "x86_64"))]
+mod none {
+    use super::{Dtype, Level};
+
+    pub(in super::super) fn add(_: Level, _: Dtype, _: &mut [f64], _: &[&[u8]], _: &[f64], _: usize) -> bool {
+        false
+    }
+
+    pub(in super::super) fn to_f64(_: Level, _: Dtype, _: &mut [f64], _: &[u8]) -> usize {
+        0
+    }
+
+    pub(in super::super) fn f16_to_f32(_: Level, _: &mut [f32], _: &[u8]) -> usize {
+        0
+    }
+
+    pub(in super::super) fn f16_from_f64(_: Level, _: &mut [u8], _: &[f64], _: f64) -> (usize, bool) {
+        (0, true)
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) use none::{add, f16_from_f64, f16_to_f32, to_f64};
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use vectors::{add, f16_from_f64, f16_to_f32, to_f64};
+
+#[cfg(target_arch = "x86_64")]
+mod vectors {
+    use std::arch::x86_64::*;
+
+    use super::super::prefetch;
+    use super::{Dtype, Level, TILE};
+
+    /// Elements that are loaded at a time.
+    const LANES: usize = 8;
+
+    /// Adds sources of one dtype, weighted and in their order, to a tile of sums that begins at element `start` of each;
+    /// false, with nothing done, on CPUs without the instructions and for fewer sums than [`TILE`].
+    #[inline(always)]
+    pub(in super::super) fn add(
+        level: Level,
+        dtype: Dtype,
+        sums: &mut [f64],
+        sources: &[&[u8]],
+        weights: &[f64],
+        start: usize,
+    ) -> bool {
+        let Ok(sums) = <&mut [f64; TILE]>::try_from(sums) else { return false };
+        // SAFETY: the level has the features.
+        unsafe {
+            match (level.has_avx512(), level.has_avx2(), dtype) {
+                (true, _, Dtype::F16) => of_f16::add_512(sums, sources, weights, start),
+                (true, _, Dtype::BF16) => of_bf16::add_512(sums, sources, weights, start),
+                (true, _, Dtype::F32) => of_f32::add_512(sums, sources, weights, start),
+                (true, _, Dtype::F64) => of_f64::add_512(sums, sources, weights, start),
+                (_, true, Dtype::F16) => of_f16::add_256(sums, sources, weights, start),
+                (_, true, Dtype::BF16) => of_bf16::add_256(sums, sources, weights, start),
+                (_, true, Dtype::F32) => of_f32::add_256(sums, sources, weights, start),
+                (_, true, Dtype::F64) => of_f64::add_256(sums, sources, weights, start),
+                _ => return false,
+            }
+        }
+        true
+    }
+
+    /// Reads whole groups of eight elements as f64 and returns how many elements that were: 0 on CPUs without the
+    /// instructions. `src` holds at least as many as `dst`, of any alignment.
+    #[inline(always)]
+    pub(in super::super) fn to_f64(level: Level, dtype: Dtype, dst: &mut [f64], src: &[u8]) -> usize {
+        // SAFETY: the level has the features.
+        unsafe {
+            match (level.has_avx512(), level.has_avx2(), dtype) {
+                (true, _, Dtype::F16) => of_f16::to_f64_512(dst, src),
+                (true, _, Dtype::BF16) => of_bf16::to_f64_512(dst, src),
+                (true, _, Dtype::F32) => of_f32::to_f64_512(dst, src),
+                (true, _, Dtype::F64) => of_f64::to_f64_512(dst, src),
+                (_, true, Dtype::F16) => of_f16::to_f64_256(dst, src),
+                (_, true, Dtype::BF16) => of_bf16::to_f64_256(dst, src),
+                (_, true, Dtype::F32) => of_f32::to_f64_256(dst, src),
+                (_, true, Dtype::F64) => of_f64::to_f64_256(dst, src),
+                _ => return 0,
+            }
+        }
+        dst.len() / LANES * LANES
+    }
+
+    /// Widens whole groups of eight elements, as [`to_f64`].
+    #[inline(always)]
+    pub(in super::super) fn f16_to_f32(level: Level, dst: &mut [f32], src: &[u8]) -> usize {
+        if !level.has_avx2() {
+            return 0;
+        }
+        // SAFETY: the level has the features.
+        unsafe { widen(dst, src) };
+        dst.len() / LANES * LANES
+    }
+
+    /// Rounds whole groups of eight values to f16 by way of f32, and returns how many elements that were, 0 on CPUs
+    /// without the instruction, and whether none of them was NaN or beyond the limit.
+    #[inline(always)]
+    pub(in super::super) fn f16_from_f64(level: Level, dst: &mut [u8], src: &[f64], limit: f64) -> (usize, bool) {
+        let (whole, _) = src.as_chunks();
+        let fits = if level.has_avx512() {
+            // SAFETY: the level has the features.
+            unsafe { narrow_512(dst, whole, limit) }
+        } else if level.has_avx2() {
+            // SAFETY: the level has the features.
+            unsafe { narrow_256(dst, whole, limit) }
+        } else {
+            return (0, true);
+        };
+        (whole.len() * LANES, fits)
+    }
+
+    /// The loops over elements of one dtype: `SIZE` its bytes, then how eight of them become f32, or f64 at once.
+    macro_rules! of_dtype {
+        ($name:ident, $size:literal, $wide:ident, $halves:ident) => {
+            mod $name {
+                use std::arch::x86_64::*;
+
+                use super::{LANES, TILE, prefetch};
+
+                /// A tile of a source from element `start` on, in groups that are loaded at a time.
+                #[inline(always)]
+                fn tile<const N: usize>(source: &[u8], start: usize) -> &[[u8; $size * LANES]] {
+                    let tile = source[$size * start..$size * (start + N)].as_chunks().0;
+                    prefetch::reading(tile);
+                    tile
+                }
+
+                #[target_feature(enable = "avx512f,avx512vl,f16c")]
+                pub(super) fn add_512(sums: &mut [f64; TILE], sources: &[&[u8]], weights: &[f64], start: usize) {
+                    let mut held = [_mm512_setzero_pd(); TILE / LANES];
+                    for (held, sums) in held.iter_mut().zip(sums.as_chunks::<LANES>().0) {
+                        // SAFETY: the reference covers the 8 sums; the instruction takes any alignment.
+                        *held = unsafe { _mm512_loadu_pd(sums.as_ptr()) };
+                    }
+                    for (source, &weight) in sources.iter().zip(weights) {
+                        let weight = _mm512_set1_pd(weight);
+                        for (held, group) in held.iter_mut().zip(tile::<TILE>(source, start)) {
+                            *held = _mm512_fmadd_pd(weight, super::$wide(group), *held);
+                        }
+                    }
+                    for (held, sums) in held.iter().zip(sums.as_chunks_mut::<LANES>().0) {
+                        // SAFETY: the reference covers the 8 sums; the instruction takes any alignment.
+                        unsafe { _mm512_storeu_pd(sums.as_mut_ptr(), *held) };
+                    }
+                }
+
+                #[target_feature(enable = "avx2,fma,f16c")]
+                pub(super) fn add_256(sums: &mut [f64; TILE], sources: &[&[u8]], weights: &[f64], start: usize) {
+                    const HALF: usize = TILE / 2;
+                    for (i, sums) in sums.as_chunks_mut::<HALF>().0.iter_mut().enumerate() {
+                        let mut held = [_mm256_setzero_pd(); HALF / 4];
+                        for (held, sums) in held.iter_mut().zip(sums.as_chunks::<4>().0) {
+                            // SAFETY: the reference covers the 4 sums; the instruction takes any alignment.
+                            *held = unsafe { _mm256_loadu_pd(sums.as_ptr()) };
+                        }
+                        for (source, &weight) in sources.iter().zip(weights) {
+                            let weight = _mm256_set1_pd(weight);
+                            let groups = tile::<HALF>(source, start + i * HALF);
+                            for (held, group) in held.as_chunks_mut::<2>().0.iter_mut().zip(groups) {
+                                let (low, high) = super::$halves(group);
+                                held[0] = _mm256_fmadd_pd(weight, low, held[0]);
+                                held[1] = _mm256_fmadd_pd(weight, high, held[1]);
+                            }
+                        }
+                        for (held, sums) in held.iter().zip(sums.as_chunks_mut::<4>().0) {
+                            // SAFETY: the reference covers the 4 sums; the instruction takes any alignment.
+                            unsafe { _mm256_storeu_pd(sums.as_mut_ptr(), *held) };
+                        }
+                    }
+                }
+
+                #[target_feature(enable = "avx512f,avx512vl,f16c")]
+                pub(super) fn to_f64_512(dst: &mut [f64], src: &[u8]) {
+                    let groups = src.as_chunks::<{ $size * LANES }>().0;
+                    for (dst, group) in dst.as_chunks_mut::<LANES>().0.iter_mut().zip(groups) {
+                        // SAFETY: the reference covers the 8 elements; the instruction takes any alignment.
+                        unsafe { _mm512_storeu_pd(dst.as_mut_ptr(), super::$wide(group)) };
+                    }
+                }
+
+                #[target_feature(enable = "avx2,fma,f16c")]
+                pub(super) fn to_f64_256(dst: &mut [f64], src: &[u8]) {
+                    let groups = src.as_chunks::<{ $size * LANES }>().0;
+                    for (dst, group) in dst.as_chunks_mut::<LANES>().0.iter_mut().zip(groups) {
+                        let (low, high) = super::$halves(group);
+                        // SAFETY: the reference covers the 8 elements, the second half 4 on; the instruction takes any
+                        // alignment.
+                        unsafe {
+                            _mm256_storeu_pd(dst.as_mut_ptr(), low);
+                            _mm256_storeu_pd(dst.as_mut_ptr().add(4), high);
+                        }
+                    }
+                }
+            }
+        };
+    }
+
+    of_dtype!(of_f16, 2, f16_wide, f16_halves);
+    of_dtype!(of_bf16, 2, bf16_wide, bf16_halves);
+    of_dtype!(of_f32, 4, f32_wide, f32_halves);
+    of_dtype!(of_f64, 8, f64_wide, f64_halves);
+
+    #[inline]
+    #[target_feature(enable = "avx,f16c")]
+    fn f16_singles(group: &[u8; 16]) -> __m256 {
+        // SAFETY: the reference covers the 16 bytes; the instruction takes any alignment.
+        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(group.as_ptr().cast()) })
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn bf16_singles(group: &[u8; 16]) -> __m256 {
+        // SAFETY: the reference covers the 16 bytes; the instruction takes any alignment.
+        let halves = unsafe { _mm_loadu_si128(group.as_ptr().cast()) };
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    fn f32_singles(group: &[u8; 32]) -> __m256 {
+        // SAFETY: the reference covers the 32 bytes; the instruction takes any alignment.
+        unsafe { _mm256_loadu_ps(group.as_ptr().cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    fn halves(singles: __m256) -> (__m256d, __m256d) {
+        (_mm256_cvtps_pd(_mm256_castps256_ps128(singles)), _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(singles)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,f16c")]
+    fn f16_wide(group: &[u8; 16]) -> __m512d {
+        _mm512_cvtps_pd(f16_singles(group))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl")]
+    fn bf16_wide(group: &[u8; 16]) -> __m512d {
+        _mm512_cvtps_pd(bf16_singles(group))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl")]
+    fn f32_wide(group: &[u8; 32]) -> __m512d {
+        _mm512_cvtps_pd(f32_singles(group))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl")]
+    fn f64_wide(group: &[u8; 64]) -> __m512d {
+        // SAFETY: the reference covers the 64 bytes; the instruction takes any alignment.
+        unsafe { _mm512_loadu_pd(group.as_ptr().cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,f16c")]
+    fn f16_halves(group: &[u8; 16]) -> (__m256d, __m256d) {
+        halves(f16_singles(group))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn bf16_halves(group: &[u8; 16]) -> (__m256d, __m256d) {
+        halves(bf16_singles(group))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn f32_halves(group: &[u8; 32]) -> (__m256d, __m256d) {
+        halves(f32_singles(group))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn f64_halves(group: &[u8; 64]) -> (__m256d, __m256d) {
+        let [low, high] = [0, 32].map(|at| group[at..].as_ptr().cast());
+        // SAFETY: the reference covers the 64 bytes; the instruction takes any alignment.
+        unsafe { (_mm256_loadu_pd(low), _mm256_loadu_pd(high)) }
+    }
+
+    #[target_feature(enable = "avx,f16c")]
+    fn widen(dst: &mut [f32], src: &[u8]) {
+        for (dst, group) in dst.as_chunks_mut::<LANES>().0.iter_mut().zip(src.as_chunks().0) {
+            // SAFETY: the reference covers the 8 elements; the instruction takes any alignment.
+            unsafe { _mm256_storeu_ps(dst.as_mut_ptr(), f16_singles(group)) };
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512vl,f16c")]
+    fn narrow_512(dst: &mut [u8], src: &[[f64; LANES]], limit: f64) -> bool {
+        let limit = _mm512_set1_pd(limit);
+        let mut fits = !0;
+        for (dst, src) in dst.as_chunks_mut::<16>().0.iter_mut().zip(src) {
+            // SAFETY: the reference covers the 8 elements; the instruction takes any alignment.
+            let values = unsafe { _mm512_loadu_pd(src.as_ptr()) };
+            fits &= _mm512_cmp_pd_mask::<_CMP_LE_OQ>(_mm512_abs_pd(values), limit);
+            let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm512_cvtpd_ps(values));
+            // SAFETY: the reference covers the 16 bytes; the instruction takes any alignment.
+            unsafe { _mm_storeu_si128(dst.as_mut_ptr().cast(), halves) };
+        }
+        fits == !0
+    }
+
+    #[target_feature(enable = "avx,f16c")]
+    fn narrow_256(dst: &mut [u8], src: &[[f64; LANES]], limit: f64) -> bool {
+        let (limit, sign) = (_mm256_set1_pd(limit), _mm256_set1_pd(-0.0));
+        let mut fits = _mm256_cmp_pd::<_CMP_TRUE_UQ>(limit, limit);
+        for (dst, src) in dst.as_chunks_mut::<16>().0.iter_mut().zip(src) {
+            // SAFETY: the reference covers the 8 elements, the second half 4 on; the instruction takes any alignment.
+            let both = unsafe { [_mm256_loadu_pd(src.as_ptr()), _mm256_loadu_pd(src.as_ptr().add(4))] };
+            for values in both {
+                fits = _mm256_and_pd(fits, _mm256_cmp_pd::<_CMP_LE_OQ>(_mm256_andnot_pd(sign, values), limit));
+            }
+            let singles = _mm256_set_m128(_mm256_cvtpd_ps(both[1]), _mm256_cvtpd_ps(both[0]));
+            let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(singles);
+            // SAFETY: the reference covers the 16 bytes; the instruction takes any alignment.
+            unsafe { _mm_storeu_si128(dst.as_mut_ptr().cast(), halves) };
+        }
+        _mm256_movemask_pd(fits) == 0xf
+    }
+}
