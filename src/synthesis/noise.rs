@@ -236,12 +236,26 @@ fn ulp(dtype: Dtype, value: f64) -> f64 {
         _ => (52, -1074),
     };
     let exponent = (value.to_bits() >> 52 & 0x7ff) as i32 - 1023;
-    2f64.powi((exponent - digits).max(least))
+    power_of_two((exponent - digits).max(least))
+}
+
+/// `2^exponent`, for exponents from -1074 on.
+fn power_of_two(exponent: i32) -> f64 {
+    // A normal number's exponent, or the one bit of a number below.
+    let bits = if exponent > -1023 { ((exponent + 1023) as u64) << 52 } else { 1 << (exponent + 1074) };
+    f64::from_bits(bits)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn powers_of_two_are_exact() {
+        for exponent in -1074..1024 {
+            assert_eq!(power_of_two(exponent), 2f64.powi(exponent), "{exponent}");
+        }
+    }
 
     /// Against the dtypes' own next values.
     #[test]
