@@ -242,9 +242,12 @@ impl Snapshot {
         let like = |i: usize| sibling.and_then(|sibling| sibling.files.get(i));
         let open = |(i, path): (usize, &PathBuf)| StoredFile::open_like(path, like(i));
         let files: Vec<StoredFile> = paths.iter().enumerate().map(open).collect::<Result<_>>()?;
+        // Shards tell parts of what the snapshot then says.
+        let known = sibling.filter(|sibling| sibling.files.len() == 1);
+        let known = known.map(|sibling| (sibling.files[0].metadata(), &sibling.meta));
         let mut meta: Option<Meta> = None;
         for file in &files {
-            let own = Meta::from_strings(file.path(), file.metadata())?;
+            let own = Meta::from_strings_like(file.path(), file.metadata(), known)?;
             check_stem(file, stem, &own)?;
             match &mut meta {
                 None => meta = Some(own),
@@ -253,7 +256,10 @@ impl Snapshot {
         }
         let meta = meta.ok_or_else(|| Error::Nothing(format!("snapshot {stem} has no file")))?;
         let snapshot = Snapshot { stem, meta, places: places(&files)?, files };
-        snapshot.check_dtypes()?;
+        let same = |sibling: &Snapshot| snapshot.shares_tensors(sibling) && snapshot.meta.copied == sibling.meta.copied;
+        if !sibling.is_some_and(same) {
+            snapshot.check_dtypes()?;
+        }
         snapshot.check_ties()?;
         Ok(snapshot)
     }
@@ -371,7 +377,7 @@ impl Snapshot {
     /// Checks the dtypes that the metadata claim: only an averaged tensor is stored in another dtype than the model's.
     fn check_dtypes(&self) -> Result<()> {
         let mut place = 0;
-        for (name, &dtype) in &self.meta.dtypes {
+        for (name, &dtype) in self.meta.dtypes.iter() {
             let stored = self.tensor_near(name, &mut place);
             place += 1;
             let fits = |(stored, _): (&StoredTensor, &[u8])| {
@@ -438,7 +444,7 @@ fn merge(meta: &mut Meta, own: Meta, path: &Path, other: &Path) -> Result<()> {
         let reason = "another profile, history or run is stored".into();
         return Err(Error::Mismatch { path: path.to_owned(), other: other.to_owned(), reason });
     }
-    meta.dtypes.extend(own.dtypes);
+    meta.dtypes.extend(own.dtypes.iter().map(|(name, &dtype)| (name.clone(), dtype)));
     meta.copied.extend(own.copied);
     meta.tied.extend(own.tied);
     Ok(())

@@ -23,7 +23,7 @@ pub(crate) use folder::{AtomicFolder, Made, check_vacant};
 pub(crate) use layout::FileLayout;
 pub use layout::TensorSpec;
 pub(crate) use lock::Lock;
-pub use meta::Meta;
+pub use meta::{Dtypes, Meta};
 pub(crate) use meta::{PROFILE, STEP, base_strings, check_version, new_run_id};
 pub use read::StoredFile;
 pub use tensors::{StoredTensor, StoredTensors};

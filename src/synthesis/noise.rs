@@ -252,8 +252,14 @@ mod tests {
 
     #[test]
     fn powers_of_two_are_exact() {
-        for exponent in -1074..1024 {
-            assert_eq!(power_of_two(exponent), 2f64.powi(exponent), "{exponent}");
+        let (mut down, mut up) = (1.0, 1.0);
+        for exponent in 0..=1074 {
+            assert_eq!(power_of_two(-exponent), down, "{exponent}");
+            down *= 0.5;
+        }
+        for exponent in 0..1024 {
+            assert_eq!(power_of_two(exponent), up, "{exponent}");
+            up *= 2.0;
         }
     }
 
