@@ -92,8 +92,8 @@ impl Part {
     fn specs(&self) -> Vec<TensorSpec> {
         match self {
             Part::Mapped(file) => {
-                let spec = |(name, tensor): (&String, &crate::snapshot::StoredTensor)| TensorSpec {
-                    name: name.clone(),
+                let spec = |(name, tensor): (&str, &crate::snapshot::StoredTensor)| TensorSpec {
+                    name: name.to_owned(),
                     dtype: tensor.dtype,
                     shape: tensor.shape.clone(),
                 };

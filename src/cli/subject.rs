@@ -14,7 +14,8 @@ use super::targets::usage;
 
 /// A run on disk, or a forecast and what its snapshots will be stored as.
 pub enum Subject {
-    Run(Box<Run>),
+    /// Never closed: a process that ends gives all mappings back at once, which is sooner than one after the other.
+    Run(&'static Run),
     Forecast(Forecast, Dtype),
 }
 
@@ -22,7 +23,7 @@ impl Subject {
     /// Opens the run that was named, or takes the flags of a training.
     pub fn open(run: Option<&Path>, before: &Before) -> Result<Subject, Failure> {
         match (run, before.steps) {
-            (Some(run), _) => Ok(Subject::Run(Box::new(Run::open(run)?))),
+            (Some(run), _) => Ok(Subject::Run(Box::leak(Box::new(Run::open(run)?)))),
             (None, Some(steps)) => {
                 let dtype = before.checkpoint_dtype.map_or(Dtype::F32, Dtype::from);
                 Ok(Subject::Forecast(before.forecast(steps)?, dtype))

@@ -6,12 +6,14 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::STATE_FILE;
 use super::atomic::{is_leftover, sync_directory};
 use super::meta::Meta;
-use super::read::{StoredFile, StoredTensor};
+use super::read::StoredFile;
+use super::tensors::StoredTensor;
 use crate::error::{Error, Result};
 use crate::tensor::is_averaged;
 
@@ -214,8 +216,15 @@ pub struct Snapshot {
     /// What the snapshot says of itself.
     pub meta: Meta,
     files: Vec<StoredFile>,
-    /// Which file holds each tensor.
-    places: BTreeMap<String, usize>,
+    /// Where each tensor is, in order of their names.
+    places: Vec<Place>,
+}
+
+/// A tensor's file, and its place in the order of names there.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    file: usize,
+    tensor: usize,
 }
 
 impl Snapshot {
@@ -225,31 +234,34 @@ impl Snapshot {
     /// Those of [`StoredFile::open`] and [`Meta::from_strings`], and [`Error::Unexpected`] for a file whose name and
     /// contents disagree.
     pub fn open(stem: Stem, paths: &[PathBuf]) -> Result<Snapshot> {
-        let files: Vec<StoredFile> = paths.iter().map(|path| StoredFile::open(path)).collect::<Result<_>>()?;
+        Snapshot::open_like(stem, paths, None)
+    }
+
+    /// As [`Snapshot::open`], sooner where the headers say what those of a sibling say.
+    fn open_like(stem: Stem, paths: &[PathBuf], sibling: Option<&Snapshot>) -> Result<Snapshot> {
+        let like = |i: usize| sibling.and_then(|sibling| sibling.files.get(i));
+        let open = |(i, path): (usize, &PathBuf)| StoredFile::open_like(path, like(i));
+        let files: Vec<StoredFile> = paths.iter().enumerate().map(open).collect::<Result<_>>()?;
+        // Shards tell parts of what the snapshot then says.
+        let known = sibling.filter(|sibling| sibling.files.len() == 1);
+        let known = known.map(|sibling| (sibling.files[0].metadata(), &sibling.meta));
         let mut meta: Option<Meta> = None;
-        let mut places = BTreeMap::new();
-        for (i, file) in files.iter().enumerate() {
-            let own = Meta::from_strings(file.path(), file.metadata())?;
+        for file in &files {
+            let own = Meta::from_strings_like(file.path(), file.metadata(), known)?;
             check_stem(file, stem, &own)?;
-            for name in file.tensors().keys() {
-                if places.insert(name.clone(), i).is_some() {
-                    return Err(Error::damaged(file.path(), format!("tensor `{name}` is in another shard too")));
-                }
-            }
             match &mut meta {
                 None => meta = Some(own),
                 Some(meta) => merge(meta, own, file.path(), files[0].path())?,
             }
         }
         let meta = meta.ok_or_else(|| Error::Nothing(format!("snapshot {stem} has no file")))?;
-        check_dtypes(&files, &meta)?;
-        let odd = |(dropped, kept): &(&String, &String)| !places.contains_key(*kept) || places.contains_key(*dropped);
-        if let Some((dropped, kept)) = meta.tied.iter().find(odd) {
-            let why =
-                format!("the metadata tie `{dropped}` to `{kept}`, of which only the second can and must be there");
-            return Err(Error::damaged(files[0].path(), why));
+        let snapshot = Snapshot { stem, meta, places: places(&files)?, files };
+        let same = |sibling: &Snapshot| snapshot.shares_tensors(sibling) && snapshot.meta.copied == sibling.meta.copied;
+        if !sibling.is_some_and(same) {
+            snapshot.check_dtypes()?;
         }
-        Ok(Snapshot { stem, meta, files, places })
+        snapshot.check_ties()?;
+        Ok(snapshot)
     }
 
     /// The first of the snapshot's files, which stands for it in messages.
@@ -264,14 +276,29 @@ impl Snapshot {
 
     /// All tensors, by name.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
-        self.places.iter().map(|(name, &i)| (name.as_str(), &self.files[i].tensors()[name]))
+        self.places.iter().map(|&place| entry(&self.files, place))
     }
 
     /// A tensor and its bytes.
     pub fn tensor(&self, name: &str) -> Option<(&StoredTensor, &[u8])> {
-        let file = &self.files[*self.places.get(name)?];
-        let tensor = file.tensors().get(name)?;
-        Some((tensor, file.bytes(tensor)))
+        self.tensor_near(name, &mut 0)
+    }
+
+    /// A tensor and its bytes. Looked for first at a place in the order of names, such as that in a sibling; `place` is then
+    /// where it was found.
+    pub(crate) fn tensor_near(&self, name: &str, place: &mut usize) -> Option<(&StoredTensor, &[u8])> {
+        *place = self.find(name, *place)?;
+        let Place { file, tensor } = self.places[*place];
+        let tensor = self.files[file].tensors().at(tensor).1;
+        Some((tensor, self.files[file].bytes(tensor)))
+    }
+
+    fn find(&self, name: &str, near: usize) -> Option<usize> {
+        let name_at = |place: &Place| entry(&self.files, *place).0;
+        if self.places.get(near).is_some_and(|place| name_at(place) == name) {
+            return Some(near);
+        }
+        self.places.binary_search_by(|place| name_at(place).cmp(name)).ok()
     }
 
     /// The model's dtype of a tensor, which may be stored in another.
@@ -305,23 +332,8 @@ impl Snapshot {
                 name(&other.meta.run)
             ));
         }
-        for (name, tensor) in self.tensors() {
-            let Some((sibling, _)) = other.tensor(name) else {
-                return differs(format!("a tensor `{name}` more is stored"));
-            };
-            if tensor.shape != sibling.shape {
-                return differs(format!(
-                    "tensor `{name}` has another shape ({:?}, not {:?})",
-                    tensor.shape, sibling.shape
-                ));
-            }
-            let (own, its) = (self.model_dtype(name, tensor.dtype), other.model_dtype(name, sibling.dtype));
-            if own != its {
-                return differs(format!("tensor `{name}` has another dtype ({own}, not {its})"));
-            }
-        }
-        if let Some((name, _)) = other.tensors().find(|(name, _)| !self.places.contains_key(*name)) {
-            return differs(format!("a tensor `{name}` less is stored"));
+        if !self.shares_tensors(other) {
+            self.compare_tensors(other).or_else(differs)?;
         }
         if self.meta.tied != other.meta.tied {
             return differs("other tensors are tied".into());
@@ -331,20 +343,89 @@ impl Snapshot {
         }
         Ok(())
     }
-}
 
-/// Checks the dtypes that the metadata claim: only an averaged tensor is stored in another dtype than the model's.
-fn check_dtypes(files: &[StoredFile], meta: &Meta) -> Result<()> {
-    for (name, &dtype) in &meta.dtypes {
-        let stored = files.iter().find_map(|file| file.tensors().get(name));
-        let fits =
-            |stored: &StoredTensor| is_averaged(stored.dtype) && is_averaged(dtype) && !meta.copied.contains(name);
-        if !stored.is_some_and(fits) {
-            let why = format!("the metadata give tensor `{name}` the dtype {dtype}, which cannot be");
-            return Err(Error::damaged(files[0].path(), why));
+    /// Whether names, shapes and dtypes are known to be those of a sibling.
+    fn shares_tensors(&self, other: &Snapshot) -> bool {
+        let pairs = || self.files.iter().zip(&other.files);
+        self.files.len() == other.files.len()
+            && pairs().all(|(own, its)| own.shares_tensors(its))
+            && self.meta.dtypes == other.meta.dtypes
+    }
+
+    /// Compares names, shapes and dtypes; the error is the difference.
+    fn compare_tensors(&self, other: &Snapshot) -> Result<(), String> {
+        let mut place = 0;
+        for (name, tensor) in self.tensors() {
+            let Some((sibling, _)) = other.tensor_near(name, &mut place) else {
+                return Err(format!("a tensor `{name}` more is stored"));
+            };
+            place += 1;
+            if tensor.shape != sibling.shape {
+                return Err(format!("tensor `{name}` has another shape ({:?}, not {:?})", tensor.shape, sibling.shape));
+            }
+            let (own, its) = (self.model_dtype(name, tensor.dtype), other.model_dtype(name, sibling.dtype));
+            if own != its {
+                return Err(format!("tensor `{name}` has another dtype ({own}, not {its})"));
+            }
+        }
+        match other.tensors().find(|(name, _)| self.find(name, 0).is_none()) {
+            Some((name, _)) => Err(format!("a tensor `{name}` less is stored")),
+            None => Ok(()),
         }
     }
-    Ok(())
+
+    /// Checks the dtypes that the metadata claim: only an averaged tensor is stored in another dtype than the model's.
+    fn check_dtypes(&self) -> Result<()> {
+        let mut place = 0;
+        for (name, &dtype) in self.meta.dtypes.iter() {
+            let stored = self.tensor_near(name, &mut place);
+            place += 1;
+            let fits = |(stored, _): (&StoredTensor, &[u8])| {
+                is_averaged(stored.dtype) && is_averaged(dtype) && !self.meta.copied.contains(name)
+            };
+            if !stored.is_some_and(fits) {
+                let why = format!("the metadata give tensor `{name}` the dtype {dtype}, which cannot be");
+                return Err(Error::damaged(self.path(), why));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_ties(&self) -> Result<()> {
+        let is_there = |name: &str| self.find(name, 0).is_some();
+        let odd = |(dropped, kept): &(&String, &String)| !is_there(kept) || is_there(dropped);
+        match self.meta.tied.iter().find(odd) {
+            Some((dropped, kept)) => {
+                let why =
+                    format!("the metadata tie `{dropped}` to `{kept}`, of which only the second can and must be there");
+                Err(Error::damaged(self.path(), why))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+fn entry(files: &[StoredFile], place: Place) -> (&str, &StoredTensor) {
+    files[place.file].tensors().at(place.tensor)
+}
+
+/// The places of all tensors, in order of their names, none of which may be in two files.
+fn places(files: &[StoredFile]) -> Result<Vec<Place>> {
+    let of_file =
+        |(file, stored): (usize, &StoredFile)| (0..stored.tensors().len()).map(move |tensor| Place { file, tensor });
+    let mut places: Vec<Place> = files.iter().enumerate().flat_map(of_file).collect();
+    if files.len() > 1 {
+        // Stable: of one name the earlier file's comes first.
+        places.sort_by_key(|&place| entry(files, place).0);
+    }
+    let twice = places.windows(2).find(|pair| entry(files, pair[0]).0 == entry(files, pair[1]).0);
+    match twice {
+        Some(&[_, second]) => {
+            let why = format!("tensor `{}` is in another shard too", entry(files, second).0);
+            Err(Error::damaged(files[second.file].path(), why))
+        }
+        _ => Ok(places),
+    }
 }
 
 fn check_stem(file: &StoredFile, stem: Stem, meta: &Meta) -> Result<()> {
@@ -363,7 +444,7 @@ fn merge(meta: &mut Meta, own: Meta, path: &Path, other: &Path) -> Result<()> {
         let reason = "another profile, history or run is stored".into();
         return Err(Error::Mismatch { path: path.to_owned(), other: other.to_owned(), reason });
     }
-    meta.dtypes.extend(own.dtypes);
+    meta.dtypes.extend(own.dtypes.iter().map(|(name, &dtype)| (name.clone(), dtype)));
     meta.copied.extend(own.copied);
     meta.tied.extend(own.tied);
     Ok(())
@@ -385,12 +466,18 @@ pub fn open_all(dir: &Path) -> Result<Vec<Snapshot>> {
 }
 
 fn try_open_all(dir: &Path) -> Result<Vec<Snapshot>> {
-    let snapshots: Vec<Snapshot> =
-        list(dir)?.iter().map(|(&stem, paths)| Snapshot::open(stem, paths)).collect::<Result<_>>()?;
-    let Some(first) = snapshots.first() else {
+    let listed: Vec<(Stem, Vec<PathBuf>)> = list(dir)?.into_iter().collect();
+    let Some(((stem, paths), others)) = listed.split_first() else {
         let reason = "there is no snapshot in it".to_owned();
         return Err(Error::NoRun { path: dir.to_owned(), reason });
     };
+    let first = Snapshot::open(*stem, paths)?;
+    let open = |(stem, paths): &(Stem, Vec<PathBuf>)| Snapshot::open_like(*stem, paths, Some(&first));
+    // All of them first: of several errors the first snapshot's is told, whichever thread is done first.
+    let opened: Vec<Result<Snapshot>> = others.par_iter().map(open).collect();
+    let others: Vec<Snapshot> = opened.into_iter().collect::<Result<_>>()?;
+    let snapshots: Vec<Snapshot> = std::iter::once(first).chain(others).collect();
+    let first = &snapshots[0];
     let mut profiles: BTreeMap<usize, &Snapshot> = BTreeMap::new();
     for snapshot in &snapshots {
         snapshot.check_sibling(first)?;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use safetensors::Dtype;
-use safetensors::tensor::TensorInfo;
+use serde_json::json;
 
 use crate::error::{Error, Result};
 use crate::tensor::byte_size;
@@ -17,7 +17,7 @@ const PAGE: usize = 4096;
 pub(super) const MAX_HEADER: usize = 100_000_000;
 
 /// The entry of a header that is no tensor.
-const METADATA: &str = "__metadata__";
+pub(super) const METADATA: &str = "__metadata__";
 
 /// What a tensor is, without its elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,13 +88,14 @@ impl FileLayout {
     /// # Errors
     /// [`Error::Tensor`] where the header exceeds the format's limit of 100 MB.
     pub fn header(&self, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
-        let entry = |place: &Placed| {
-            let TensorSpec { name, dtype, shape } = self.specs[place.index].clone();
-            (name, serde_json::json!(TensorInfo { dtype, shape, data_offsets: (place.range.start, place.range.end) }))
-        };
-        let mut entries: serde_json::Map<_, _> = self.places.iter().map(entry).collect();
-        entries.insert(METADATA.into(), serde_json::json!(metadata));
-        let json = serde_json::Value::Object(entries).to_string();
+        // The metadata first, as readers that look for nothing else have it soonest.
+        let mut json = format!("{{{}:{}", json!(METADATA), json!(metadata));
+        for Placed { index, range: Range { start, end } } in &self.places {
+            let TensorSpec { name, dtype, shape } = &self.specs[*index];
+            let (name, dtype) = (json!(name), json!(dtype));
+            json += &format!(",{name}:{{\"dtype\":{dtype},\"shape\":{shape:?},\"data_offsets\":[{start},{end}]}}");
+        }
+        json.push('}');
         let total = (8 + json.len()).next_multiple_of(PAGE);
         if total - 8 > MAX_HEADER {
             let first = self.specs.first().map_or("", |spec| &spec.name);

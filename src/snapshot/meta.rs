@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
+use std::sync::Arc;
 
 use safetensors::Dtype;
 
@@ -32,13 +34,38 @@ pub struct Meta {
     /// The updates contained, JSON; none for a snapshot that does not tell.
     pub history: Option<String>,
     /// The model's dtype of each tensor that is stored in another.
-    pub dtypes: BTreeMap<String, Dtype>,
+    pub dtypes: Dtypes,
     /// Floating-point tensors that are copied from the newest update, not averaged.
     pub copied: BTreeSet<String>,
     /// The run that wrote the snapshot: drawn at random when a run begins.
     pub run: Option<String>,
     /// Names that share another tensor's elements, as `dropped name -> kept name`.
     pub tied: BTreeMap<String, String>,
+}
+
+/// Dtypes of tensors, by name. The snapshots of a run say all the same of thousands of tensors, and share one map.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Dtypes(Arc<BTreeMap<String, Dtype>>);
+
+impl Deref for Dtypes {
+    type Target = BTreeMap<String, Dtype>;
+
+    fn deref(&self) -> &BTreeMap<String, Dtype> {
+        &self.0
+    }
+}
+
+/// A map that is shared is copied first.
+impl DerefMut for Dtypes {
+    fn deref_mut(&mut self) -> &mut BTreeMap<String, Dtype> {
+        Arc::make_mut(&mut self.0)
+    }
+}
+
+impl FromIterator<(String, Dtype)> for Dtypes {
+    fn from_iter<I: IntoIterator<Item = (String, Dtype)>>(dtypes: I) -> Dtypes {
+        Dtypes(Arc::new(dtypes.into_iter().collect()))
+    }
 }
 
 impl Meta {
@@ -50,7 +77,7 @@ impl Meta {
         strings.extend(base_strings());
         strings.insert(PROFILE.into(), self.profile.clone());
         strings.insert(STEP.into(), self.step.to_string());
-        strings.insert(DTYPES.into(), serde_json::json!(self.dtypes).to_string());
+        strings.insert(DTYPES.into(), serde_json::json!(*self.dtypes).to_string());
         strings.insert(TIED.into(), serde_json::json!(self.tied).to_string());
         strings.insert(COPIED.into(), serde_json::json!(self.copied).to_string());
         strings.extend(self.history.clone().map(|history| (HISTORY.into(), history)));
@@ -64,20 +91,33 @@ impl Meta {
     /// [`Error::Unexpected`] for a file that is not a snapshot or of a newer version, [`Error::Damaged`] for one whose
     /// values do not parse.
     pub fn from_strings(path: &Path, strings: &BTreeMap<String, String>) -> Result<Meta> {
+        Meta::from_strings_like(path, strings, None)
+    }
+
+    /// As [`Meta::from_strings`], sharing the dtypes of a sibling that was read from strings with the same.
+    pub(super) fn from_strings_like(
+        path: &Path,
+        strings: &BTreeMap<String, String>,
+        sibling: Option<(&BTreeMap<String, String>, &Meta)>,
+    ) -> Result<Meta> {
         check_version(path, strings)?;
         let text = |key: &str| {
             strings.get(key).cloned().ok_or_else(|| Error::damaged(path, format!("the metadata lack `{key}`")))
         };
         let wrong = |key: &str, value: &str| Error::damaged(path, format!("the metadata's `{key}` is `{value}`"));
         let step = text(STEP)?;
-        let dtypes = strings.get(DTYPES).map_or("{}", String::as_str);
+        let dtypes = || {
+            let text = strings.get(DTYPES).map_or("{}", String::as_str);
+            serde_json::from_str(text).map(|dtypes| Dtypes(Arc::new(dtypes))).map_err(|_| wrong(DTYPES, text))
+        };
+        let shared = sibling.filter(|(its, _)| its.get(DTYPES) == strings.get(DTYPES));
         let tied = strings.get(TIED).map_or("{}", String::as_str);
         let copied = strings.get(COPIED).map_or("[]", String::as_str);
         Ok(Meta {
             profile: text(PROFILE)?,
             step: step.parse().map_err(|_| wrong(STEP, &step))?,
             history: strings.get(HISTORY).cloned(),
-            dtypes: serde_json::from_str(dtypes).map_err(|_| wrong(DTYPES, dtypes))?,
+            dtypes: shared.map_or_else(dtypes, |(_, meta)| Ok(meta.dtypes.clone()))?,
             copied: serde_json::from_str(copied).map_err(|_| wrong(COPIED, copied))?,
             run: strings.get(RUN).cloned(),
             tied: serde_json::from_str(tied).map_err(|_| wrong(TIED, tied))?,
@@ -120,7 +160,7 @@ mod tests {
             profile: r#"{"kind":"power","gamma":1.5}"#.into(),
             step: u64::MAX,
             history: Some("[[10,20,10]]".into()),
-            dtypes: BTreeMap::from([("w".into(), Dtype::BF16)]),
+            dtypes: [("w".into(), Dtype::BF16)].into_iter().collect(),
             copied: BTreeSet::from(["b".into()]),
             run: Some("abc".into()),
             tied: BTreeMap::from([("head".into(), "embedding".into())]),
@@ -136,6 +176,21 @@ mod tests {
         foreign.insert("license".into(), "mit".into());
         assert_eq!(Meta::from_strings(Path::new("f"), &foreign).unwrap(), meta());
         assert_eq!(Meta::from_strings(Path::new("f"), &strings).unwrap(), meta());
+    }
+
+    #[test]
+    fn siblings_share_dtypes_that_are_the_same() {
+        let strings = meta().to_strings();
+        let meta = Meta::from_strings(Path::new("f"), &strings).unwrap();
+        let like = |other: &Meta| {
+            Meta::from_strings_like(Path::new("f"), &other.to_strings(), Some((&strings, &meta))).unwrap()
+        };
+        let mut other = Meta { step: 7, ..meta.clone() };
+        let shared = like(&other);
+        assert!(Arc::ptr_eq(&shared.dtypes.0, &meta.dtypes.0) && shared == other);
+        other.dtypes.insert("v".into(), Dtype::F16);
+        assert_eq!(like(&other), other);
+        assert_eq!(meta.dtypes.len(), 1);
     }
 
     #[test]

@@ -7,11 +7,13 @@ mod directory;
 mod folder;
 #[cfg(feature = "import")]
 pub(crate) mod foreign;
+mod header;
 mod layout;
 mod lock;
 mod meta;
 mod read;
 mod shards;
+mod tensors;
 mod write;
 
 pub(crate) use atomic::{AtomicFile, is_leftover, sync_directory};
@@ -21,9 +23,10 @@ pub(crate) use folder::{AtomicFolder, Made, check_vacant};
 pub(crate) use layout::FileLayout;
 pub use layout::TensorSpec;
 pub(crate) use lock::Lock;
-pub use meta::Meta;
+pub use meta::{Dtypes, Meta};
 pub(crate) use meta::{PROFILE, STEP, base_strings, check_version, new_run_id};
-pub use read::{StoredFile, StoredTensor};
+pub use read::StoredFile;
+pub use tensors::{StoredTensor, StoredTensors};
 pub(crate) use write::{write_file, write_snapshot};
 
 /// The live state of a run, for resuming.

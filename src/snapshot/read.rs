@@ -2,39 +2,28 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
-use safetensors::Dtype;
-use safetensors::tensor::Metadata;
 
+use super::header::{Header, Known};
 use super::layout::MAX_HEADER;
 use super::meta::CHECKSUM;
+use super::tensors::{StoredTensor, StoredTensors};
 use crate::error::{Error, Result};
 
 /// How a checksum begins: the name of the algorithm.
 const ALGORITHM: &str = "blake3:";
-
-/// A tensor in a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoredTensor {
-    /// The element type in the file.
-    pub dtype: Dtype,
-    /// The shape.
-    pub shape: Vec<usize>,
-    /// Its bytes within the file.
-    range: Range<usize>,
-}
 
 /// A safetensors file, mapped, its header checked whole.
 #[derive(Debug)]
 pub struct StoredFile {
     path: PathBuf,
     map: Mmap,
+    /// Where the data section begins.
     data: usize,
-    tensors: BTreeMap<String, StoredTensor>,
-    metadata: BTreeMap<String, String>,
+    header: Header,
 }
 
 impl StoredFile {
@@ -43,6 +32,11 @@ impl StoredFile {
     /// # Errors
     /// [`Error::Io`] where it cannot be read, [`Error::Damaged`] where it is no whole safetensors file.
     pub fn open(path: &Path) -> Result<StoredFile> {
+        StoredFile::open_like(path, None)
+    }
+
+    /// As [`StoredFile::open`], sooner where a sibling's header says the same of its tensors.
+    pub(super) fn open_like(path: &Path, sibling: Option<&StoredFile>) -> Result<StoredFile> {
         let file = File::open(path).map_err(Error::io("read", path))?;
         let length = file.metadata().map_err(Error::io("read", path))?.len();
         if length == 0 {
@@ -51,14 +45,14 @@ impl StoredFile {
         // SAFETY: the mapping is private and read-only. Files of a run are only ever replaced by renaming, never changed
         // in place, so the bytes do not change under the borrow as long as nobody else writes into the run's files.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        let (data, parsed) = read_header(path, &map)?;
-        let place = |(start, end): (usize, usize)| data + start..data + end;
-        let tensors = parsed.tensors().into_iter().map(|(name, info)| {
-            (name, StoredTensor { dtype: info.dtype, shape: info.shape.clone(), range: place(info.data_offsets) })
+        let (json, data) = split_header(path, &map)?;
+        let known = sibling.and_then(|sibling| {
+            let rest = sibling.header.rest.clone()?;
+            Some(Known { tensors: &sibling.header.tensors, rest: &sibling.map[8 + rest.start..8 + rest.end] })
         });
-        let tensors = tensors.collect();
-        let metadata = parsed.metadata().clone().unwrap_or_default().into_iter().collect();
-        Ok(StoredFile { path: path.to_owned(), map, data, tensors, metadata })
+        let header = Header::read(path, json, data.len(), known)?;
+        let data = map.len() - data.len();
+        Ok(StoredFile { path: path.to_owned(), map, data, header })
     }
 
     /// The file's path.
@@ -67,18 +61,23 @@ impl StoredFile {
     }
 
     /// All tensors, by name.
-    pub fn tensors(&self) -> &BTreeMap<String, StoredTensor> {
-        &self.tensors
+    pub fn tensors(&self) -> &StoredTensors {
+        &self.header.tensors
+    }
+
+    /// Whether the other file's tensors are known to be the same, in the same places.
+    pub(super) fn shares_tensors(&self, other: &StoredFile) -> bool {
+        Arc::ptr_eq(&self.header.tensors, &other.header.tensors)
     }
 
     /// The strings of `__metadata__`.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
-        &self.metadata
+        &self.header.metadata
     }
 
     /// The bytes of a tensor of this file.
     pub fn bytes(&self, tensor: &StoredTensor) -> &[u8] {
-        &self.map[tensor.range.clone()]
+        &self.map[self.data + tensor.range.start..self.data + tensor.range.end]
     }
 
     /// Has bytes that it lent, all or some of a tensor's, read from the disk in the background; others do not matter.
@@ -106,7 +105,7 @@ impl StoredFile {
     /// # Errors
     /// [`Error::Damaged`] where they differ or where no checksum of a known algorithm is stored.
     pub fn verify(&self) -> Result<()> {
-        let stored = self.metadata.get(CHECKSUM).map(String::as_str).unwrap_or_default();
+        let stored = self.header.metadata.get(CHECKSUM).map(String::as_str).unwrap_or_default();
         if !stored.starts_with(ALGORITHM) {
             return Err(Error::damaged(&self.path, format!("no checksum of a known algorithm is stored (`{stored}`)")));
         }
@@ -118,20 +117,13 @@ impl StoredFile {
     }
 }
 
-/// Where the data begin, and the header. The crate checks every entry; the sum of all lengths is checked here, because
-/// its own sum overflows for a hostile header.
-fn read_header(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata)> {
+/// The text of the header, and the data section.
+fn split_header<'a>(path: &Path, bytes: &'a [u8]) -> Result<(&'a [u8], &'a [u8])> {
     let damaged = |reason: &str| Error::damaged(path, reason);
     let (length, rest) = bytes.split_first_chunk::<8>().ok_or_else(|| damaged("the file is shorter than 8 bytes"))?;
     let length = usize::try_from(u64::from_le_bytes(*length)).ok().filter(|&n| n <= MAX_HEADER);
     let length = length.ok_or_else(|| damaged("the header is longer than the format allows"))?;
-    let header = rest.get(..length).ok_or_else(|| damaged("the file ends within its header"))?;
-    let parsed: Metadata = serde_json::from_slice(header).map_err(|error| Error::damaged(path, error))?;
-    let (told, found) = (parsed.data_len(), rest.len() - length);
-    if told != found {
-        return Err(damaged(&format!("the header tells of {told} bytes of data, and there are {found}")));
-    }
-    Ok((8 + length, parsed))
+    rest.split_at_checked(length).ok_or_else(|| damaged("the file ends within its header"))
 }
 
 /// A checksum as the metadata have it.
@@ -143,6 +135,8 @@ pub(super) fn format_checksum(hasher: &blake3::Hasher) -> String {
 mod tests {
     use super::*;
     use crate::snapshot::{TensorSpec, write_file};
+    use safetensors::Dtype;
+    use std::ops::Range;
 
     fn sample(dir: &Path) -> PathBuf {
         let path = dir.join("a.safetensors");
@@ -158,7 +152,7 @@ mod tests {
     fn what_is_written_is_read_and_verified() {
         let dir = tempfile::tempdir().unwrap();
         let file = StoredFile::open(&sample(dir.path())).unwrap();
-        let bytes = file.bytes(&file.tensors()["w"]);
+        let bytes = file.bytes(file.tensors().get("w").unwrap());
         assert!(bytes.iter().enumerate().all(|(i, &b)| b == (i % 249) as u8));
         assert_eq!(bytes.as_ptr().addr() % 4096, 0);
         file.verify().unwrap();

@@ -28,8 +28,11 @@ pub(super) struct TensorBlend<'a> {
 impl<'a> TensorBlend<'a> {
     /// Looks the tensor up in every source.
     pub(super) fn new(selection: &'a Selection<'a>, tensor: &'a PoolTensor, output: Dtype) -> Result<Self> {
+        let mut place = 0;
         let find = |holder: &&'a dyn Holder| {
-            holder.stored(&tensor.name).ok_or_else(|| Error::tensor(&tensor.name, "a snapshot lacks it"))
+            holder
+                .stored_near(&tensor.name, &mut place)
+                .ok_or_else(|| Error::tensor(&tensor.name, "a snapshot lacks it"))
         };
         let stored: Vec<(Dtype, Elements<'_>)> = selection.holders.iter().map(find).collect::<Result<_>>()?;
         let (dtypes, stored) = stored.into_iter().unzip();

@@ -4,16 +4,17 @@ use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
 
-use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde::Serialize;
 
 use super::pool::{Holder, PoolTensor, Source};
+use crate::compute::cpu::to_f32;
 use crate::error::{Error, Result};
 use crate::math::noise::{Choice, Measured, Model, Sample, measure};
 use crate::math::{Profile, Solution, System};
 use crate::snapshot::Snapshot;
+use crate::tensor::is_averaged;
 
 /// What a solve does against the rounding of stored snapshots, which a blend amplifies by its noise gain.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -202,28 +203,28 @@ fn read(
     tensors: &[&PoolTensor],
     stretches: &[(usize, Range<usize>)],
 ) -> Option<(Vec<f64>, Vec<f64>)> {
-    let (mut values, mut ulps) = (Vec::new(), Vec::new());
+    let count = stretches.iter().map(|(_, range)| range.len()).sum();
+    let (mut values, mut ulps) = (Vec::with_capacity(count), Vec::with_capacity(count));
     for (tensor, range) in stretches {
         let (dtype, elements) = snapshot.stored(&tensors[*tensor].name)?;
         let (bytes, size) = (elements.host()?, dtype.bitsize() / 8);
-        for element in bytes.get(range.start * size..range.end * size)?.chunks_exact(size) {
-            let value = number(dtype, element)?;
-            values.push(value);
-            ulps.push(ulp(dtype, value));
-        }
+        let start = values.len();
+        append(&mut values, dtype, bytes.get(range.start * size..range.end * size)?)?;
+        ulps.extend(values[start..].iter().map(|&value| ulp(dtype, value)));
     }
     Some((values, ulps))
 }
 
-/// A floating-point element as stored.
-fn number(dtype: Dtype, bytes: &[u8]) -> Option<f64> {
-    match dtype {
-        Dtype::F64 => Some(f64::from_le_bytes(bytes.try_into().ok()?)),
-        Dtype::F32 => Some(f32::from_le_bytes(bytes.try_into().ok()?).into()),
-        Dtype::F16 => Some(f16::from_le_bytes(bytes.try_into().ok()?).into()),
-        Dtype::BF16 => Some(bf16::from_le_bytes(bytes.try_into().ok()?).into()),
-        _ => None,
+/// Appends floating-point elements as stored, which f64 holds exactly; none for other dtypes.
+fn append(values: &mut Vec<f64>, dtype: Dtype, bytes: &[u8]) -> Option<()> {
+    if dtype == Dtype::F64 {
+        values.extend(bytes.as_chunks().0.iter().map(|&element| f64::from_le_bytes(element)));
+        return Some(());
     }
+    let mut exact = is_averaged(dtype).then(|| vec![0.0f32; bytes.len() * 8 / dtype.bitsize()])?;
+    to_f32(&mut exact, bytes, dtype);
+    values.extend(exact.into_iter().map(f64::from));
+    Some(())
 }
 
 /// The distance of neighbouring values of `dtype` about `value`.
@@ -236,12 +237,55 @@ fn ulp(dtype: Dtype, value: f64) -> f64 {
         _ => (52, -1074),
     };
     let exponent = (value.to_bits() >> 52 & 0x7ff) as i32 - 1023;
-    2f64.powi((exponent - digits).max(least))
+    power_of_two((exponent - digits).max(least))
+}
+
+/// `2^exponent`, for exponents from -1074 on.
+fn power_of_two(exponent: i32) -> f64 {
+    // A normal number's exponent, or the one bit of a number below.
+    let bits = if exponent > -1023 { ((exponent + 1023) as u64) << 52 } else { 1 << (exponent + 1074) };
+    f64::from_bits(bits)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::{bf16, f16};
+
+    #[test]
+    fn elements_are_read_as_they_are_stored() {
+        let numbers = [0.0, -1.5, 3.0e-7, 60_000.0, -0.125, 2.0];
+        let bytes = |element: &dyn Fn(f64) -> Vec<u8>| numbers.iter().flat_map(|&x| element(x)).collect::<Vec<u8>>();
+        let cases = [
+            (Dtype::F64, bytes(&|x| x.to_le_bytes().to_vec()), numbers),
+            (Dtype::F32, bytes(&|x| (x as f32).to_le_bytes().to_vec()), numbers.map(|x| f64::from(x as f32))),
+            (Dtype::F16, bytes(&|x| f16::from_f64(x).to_le_bytes().to_vec()), numbers.map(|x| f16::from_f64(x).into())),
+            (
+                Dtype::BF16,
+                bytes(&|x| bf16::from_f64(x).to_le_bytes().to_vec()),
+                numbers.map(|x| bf16::from_f64(x).into()),
+            ),
+        ];
+        for (dtype, bytes, expected) in cases {
+            let mut values = vec![7.0];
+            append(&mut values, dtype, &bytes).unwrap();
+            assert!(values[0] == 7.0 && values[1..] == expected, "{dtype}: {values:?}");
+        }
+        assert_eq!(append(&mut Vec::new(), Dtype::I64, &[0; 8]), None);
+    }
+
+    #[test]
+    fn powers_of_two_are_exact() {
+        let (mut down, mut up) = (1.0, 1.0);
+        for exponent in 0..=1074 {
+            assert_eq!(power_of_two(-exponent), down, "{exponent}");
+            down *= 0.5;
+        }
+        for exponent in 0..1024 {
+            assert_eq!(power_of_two(exponent), up, "{exponent}");
+            up *= 2.0;
+        }
+    }
 
     /// Against the dtypes' own next values.
     #[test]

@@ -51,6 +51,13 @@ pub(crate) trait Holder: Sync {
     /// A tensor's stored dtype and elements.
     fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)>;
 
+    /// As [`Holder::stored`], with the place where another holder has the tensor, in the order of names: most have it there,
+    /// too. `place` is then where this one has it.
+    fn stored_near(&self, name: &str, place: &mut usize) -> Option<(Dtype, Elements<'_>)> {
+        let _ = place;
+        self.stored(name)
+    }
+
     /// Is told that bytes of it, as [`Holder::stored`] lends them, will soon be read.
     fn will_need(&self, _bytes: &[u8]) {}
 
@@ -62,7 +69,11 @@ pub(crate) trait Holder: Sync {
 
 impl Holder for Snapshot {
     fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
-        self.tensor(name).map(|(tensor, bytes)| (tensor.dtype, Elements::Host(bytes)))
+        self.stored_near(name, &mut 0)
+    }
+
+    fn stored_near(&self, name: &str, place: &mut usize) -> Option<(Dtype, Elements<'_>)> {
+        self.tensor_near(name, place).map(|(tensor, bytes)| (tensor.dtype, Elements::Host(bytes)))
     }
 
     fn will_need(&self, bytes: &[u8]) {

@@ -211,7 +211,13 @@ impl Run {
         };
         let averaged: Vec<PoolTensor> = self.pool_tensors().into_iter().filter(|tensor| tensor.averaged).collect();
         let bytes = |snapshot: &Snapshot| -> u64 {
-            averaged.iter().filter_map(|t| snapshot.tensor(&t.name)).map(|(_, bytes)| bytes.len() as u64).sum()
+            let mut place = 0;
+            let tensors = averaged.iter().filter_map(|t| {
+                let found = snapshot.tensor_near(&t.name, &mut place);
+                place += 1;
+                found
+            });
+            tensors.map(|(_, bytes)| bytes.len() as u64).sum()
         };
         self.snapshots.iter().filter(used).map(bytes).sum()
     }

@@ -124,8 +124,8 @@ pub fn files(dir: &Path) -> Vec<Contents> {
     let read = |name: String| {
         let file = posthoc_ema::snapshot::StoredFile::open(&dir.join(&name)).unwrap();
         file.verify().unwrap();
-        let tensor = |(name, t): (&String, &posthoc_ema::snapshot::StoredTensor)| {
-            (name.clone(), Tensor { dtype: t.dtype, shape: t.shape.clone(), bytes: file.bytes(t).to_vec() })
+        let tensor = |(name, t): (&str, &posthoc_ema::snapshot::StoredTensor)| {
+            (name.to_owned(), Tensor { dtype: t.dtype, shape: t.shape.clone(), bytes: file.bytes(t).to_vec() })
         };
         let tensors: Vec<(String, Tensor)> = file.tensors().iter().map(tensor).collect();
         let mut metadata: Vec<(String, String)> = file.metadata().clone().into_iter().collect();

@@ -162,3 +162,96 @@ fn directories_without_a_run_are_refused() {
     fs::write(&file, "").unwrap();
     assert!(open_all(&file).unwrap_err().to_string().contains("no directory"));
 }
+
+/// Opens four snapshots, after some bytes in the last file of one of them were changed.
+fn opened_after(shard_size: u64, odd: Option<(u64, &[u8], &[u8])>) -> Result<Vec<Snapshot>> {
+    let dir = tempfile::tempdir().unwrap();
+    for step in [10, 20, 30, 40] {
+        let mut meta = meta(step);
+        meta.dtypes.insert("z".into(), Dtype::F32);
+        let files = write(dir.path(), 0, step, &meta, shard_size);
+        if let Some((_, from, to)) = odd.filter(|(odd, ..)| *odd == step) {
+            let path = files.last().unwrap();
+            let mut bytes = fs::read(path).unwrap();
+            let at = bytes.windows(from.len()).position(|window| window == from).unwrap();
+            bytes[at..at + from.len()].copy_from_slice(to);
+            fs::write(path, bytes).unwrap();
+        }
+    }
+    open_all(dir.path())
+}
+
+#[test]
+fn siblings_that_say_the_same_share_their_tensors_and_hold_their_own_bytes() {
+    for shard_size in [u64::MAX, 300] {
+        let snapshots = opened_after(shard_size, None).unwrap();
+        for snapshot in &snapshots {
+            assert!(snapshot.shares_tensors(&snapshots[0]));
+            check_contents(snapshot);
+            assert_eq!(snapshot.model_dtype("z", Dtype::F16), Dtype::F32);
+        }
+        assert_eq!(snapshots.iter().map(|snapshot| snapshot.meta.step).collect::<Vec<_>>(), [10, 20, 30, 40]);
+    }
+}
+
+/// A header that is like a sibling's but for some bytes is checked as if there were none.
+#[test]
+fn a_sibling_that_differs_by_a_byte_is_checked_for_itself() {
+    let cases: [(&[u8], &[u8], &str); 6] = [
+        (b"\"shape\":[100]", b"\"shape\":[101]", "tensor `a` takes 404 bytes"),
+        (b"\"data_offsets\":[0,24]", b"\"data_offsets\":[1,24]", "tensor `n` begins at byte 1"),
+        (b"\"b\":{", b"\"a\":{", "tensor `a` is in the header twice"),
+        (b"\"b\":{", b"\"c\":{", "a tensor `c` more is stored"),
+        (b"\\\"z\\\":\\\"F32", b"\\\"z\\\":\\\"F64", "tensor `z` has another dtype (F64, not F32)"),
+        (b"\\\"z\\\":\\\"F32", b"\\\"n\\\":\\\"F32", "tensor `n` the dtype F32"),
+    ];
+    for (from, to, expected) in cases {
+        let text = opened_after(u64::MAX, Some((30, from, to))).unwrap_err().to_string();
+        assert!(text.contains(expected) && text.contains("0.30.safetensors"), "{expected}: {text}");
+    }
+}
+
+#[test]
+fn of_several_errors_the_first_snapshot_s_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    for step in 1..=40 {
+        let path = write(dir.path(), 0, step, &meta(step), u64::MAX).remove(0);
+        if step >= 17 {
+            fs::write(path, [0; 16]).unwrap();
+        }
+    }
+    for _ in 0..20 {
+        let text = open_all(dir.path()).unwrap_err().to_string();
+        assert!(text.contains("0.17.safetensors"), "{text}");
+    }
+}
+
+#[test]
+fn a_tensor_in_two_shards_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = write(dir.path(), 0, 10, &meta(10), 300);
+    assert!(files.len() > 2);
+    fs::copy(&files[0], &files[1]).unwrap();
+    let text = open_all(dir.path()).unwrap_err().to_string();
+    assert!(text.contains("is in another shard too") && text.contains("-00002-of-"), "{text}");
+}
+
+/// Wherever one is told to look first, what is found is what a look-up by name alone finds.
+#[test]
+fn a_place_is_a_hint_only() {
+    for shard_size in [u64::MAX, 300] {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), 0, 10, &meta(10), shard_size);
+        let snapshot = open_all(dir.path()).unwrap().remove(0);
+        let names: Vec<String> = snapshot.tensors().map(|(name, _)| name.to_owned()).collect();
+        assert_eq!(names, ["a", "b", "n", "z"]);
+        for hint in 0..6 {
+            for (i, name) in names.iter().enumerate() {
+                let mut place = hint;
+                let (tensor, bytes) = snapshot.tensor_near(name, &mut place).unwrap();
+                assert_eq!((place, tensor.dtype, bytes.len()), (i, specs()[i].dtype, [400, 200, 24, 1400][i]));
+            }
+            assert!(snapshot.tensor_near("head", &mut { hint }).is_none());
+        }
+    }
+}
