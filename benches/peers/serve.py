@@ -1,0 +1,35 @@
+"""The other end of :class:`turns.Worker`: a process that works when it is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def serve(commands: dict[str, Callable[..., Any]]) -> None:
+    """Answers each line on stdin by the command that it names, until stdin ends.
+
+    A command returns what is to be answered, a dictionary or nothing; one that raises answers with the error, so that
+    its row says why.
+    """
+    # Whatever a library prints must not be taken for an answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = commands[request.pop("do")](**request) or {}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {str(error).strip() or '?'}".splitlines()[0][:300]}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
+    """How long it takes, and what it returns."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
