@@ -41,10 +41,10 @@ def parameters(shapes: Shapes) -> int:
 
 # 50 million parameters, and what takes no time.
 MODELS = {
-    "150 tensors": {"full": transformer(560, 4352), "quick": transformer(16, 64)},
-    "2,000 tensors": {"full": small_tensors(2000, 25_000), "quick": small_tensors(200, 50)},
+    "150 tensors": {"full": transformer(560, 4352), "quick": transformer(16, 64, layers=1)},
+    "2,000 tensors": {"full": small_tensors(2000, 25_000), "quick": small_tensors(20, 500)},
     # Half as many, for snapshots of 4 bytes an element.
-    "150 tensors, half": {"full": transformer(392, 3072), "quick": transformer(16, 64)},
+    "150 tensors, half": {"full": transformer(392, 3072), "quick": transformer(16, 64, layers=1)},
 }
 
 

@@ -16,6 +16,8 @@ def serve(commands: dict[str, Callable[..., Any]]) -> None:
     A command returns what is to be answered, a dictionary or nothing; one that raises answers with the error, so that
     its row says why.
     """
+    # Imports are done when this is answered.
+    commands = {"ready": dict, **commands}
     # Whatever a library prints must not be taken for an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

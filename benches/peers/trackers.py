@@ -320,9 +320,9 @@ class Session:
         self.folder = tempfile.TemporaryDirectory()
         module = model_of(models.MODELS[model][size], getattr(torch, dtype), device)
         made = KINDS[self.kind](module, 1 if due else NEVER, Path(self.folder.name) / "run")
-        answer = {}
+        answer: dict[str, Any] = {"model_bytes": sum(parameter.nbytes for parameter in module.parameters())}
         if due and self.kind != "copy":
-            answer = {"largest_difference": check(made, module), "dtype_of_averages": str(made.dtype())}
+            answer |= {"largest_difference": check(made, module), "dtype_of_averages": str(made.dtype())}
         else:
             made.update()  # the first call is due in the other packages
         self.tracker = made
@@ -344,6 +344,8 @@ class Session:
     def drop(self) -> None:
         del self.tracker
         self.folder.cleanup()
+        # Otherwise the next case would be compiled for any size, as what follows another is.
+        torch.compiler.reset()
 
 
 if __name__ == "__main__":

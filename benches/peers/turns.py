@@ -66,7 +66,8 @@ class Worker:
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"do": do, **about}).encode() + b"\n")
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):
+            # Its end of the pipe is closed, or ours is, because it did not answer before.
             raise Failed(self._last_words()) from None
         answer = json.loads(self._line(time.monotonic() + patience, patience))
         if "error" in answer:
@@ -89,6 +90,8 @@ class Worker:
 
     def _last_words(self) -> str:
         self.process.wait()
+        if self.errors.closed:
+            return "stopped before"
         self.errors.seek(0)
         lines = self.errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"ended with {self.process.returncode}"
@@ -117,6 +120,8 @@ class Command:
         self.name, self.command = name, [str(part) for part in command]
         # Removes what the last run has written; not timed.
         self.clear = clear
+        # What the last run has printed.
+        self.printed = ""
 
     def first(self) -> Row:
         return self._run(sample=True)
@@ -126,9 +131,9 @@ class Command:
 
     def _run(self, sample: bool) -> Row:
         self.clear()
-        with tempfile.TemporaryFile() as errors:
+        with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as printed:
             start = time.perf_counter()
-            process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=errors)
+            process = subprocess.Popen(self.command, stdout=printed, stderr=errors)
             with Peak(process.pid if sample else None) as peak:
                 try:
                     process.wait(PATIENCE_SECONDS)
@@ -138,6 +143,8 @@ class Command:
                     raise Failed(f"stopped after {PATIENCE_SECONDS:.0f} s") from None
             seconds = time.perf_counter() - start
             errors.seek(0)
+            printed.seek(0)
+            self.printed = printed.read().decode(errors="replace")
             if process.returncode != 0:
                 lines = errors.read().decode(errors="replace").strip().splitlines()
                 raise Failed(lines[-1] if lines else f"ended with {process.returncode}")
