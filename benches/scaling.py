@@ -56,7 +56,14 @@ class Scaling:
 
     def all(self) -> Iterator[dict[str, Any]]:
         """One sweep after the other."""
-        for sweep in (self.update_size, self.update_threads, self.size, self.snapshots, self.targets, self.thread_counts):
+        for sweep in (
+            self.update_size,
+            self.update_threads,
+            self.size,
+            self.snapshots,
+            self.targets,
+            self.thread_counts,
+        ):
             print(f"{sweep.__name__.replace('_', ' ')}", file=sys.stderr)
             yield from sweep()
 
@@ -216,7 +223,9 @@ def version(program: Path) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, metavar="FILE", help="write all measurements there, as JSON")
-    parser.add_argument("--quick", action="store_true", help="sizes at which figures mean nothing, to see that it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="sizes at which figures mean nothing, to see that it works"
+    )
     parser.add_argument("--program", type=Path, default=ROOT / "target/release/posthoc-ema", help="the program")
     parser.add_argument("--folder", type=Path, default=ROOT / "target", help="for snapshots: 8 GB on a disk")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="for results, which no disk should slow")

@@ -17,15 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
 import answers
 import data
 import models
 import runs
 import serve
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 Task = dict[str, Any]
 Tensors = dict[str, torch.Tensor]

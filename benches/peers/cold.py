@@ -51,7 +51,9 @@ def measure(environment: Environment) -> list[dict[str, Any]]:
         drop(task.files())
         left = resident(task.files())
         if left > 0:
-            return [failed(task, f"{left} bytes stay in the page cache of {environment.folder}: give a --folder on a disk")]
+            return [
+                failed(task, f"{left} bytes stay in the page cache of {environment.folder}: give a --folder on a disk")
+            ]
         contenders: list[turns.Contender] = [
             Direct(task.files()),
             synthesis.worker(task, check, "posthoc-ema"),
@@ -99,7 +101,10 @@ def resident(files: list[Path]) -> int:
     libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     total = 0
     for path in files:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as m:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as m,
+        ):
             pages = -(-len(m) // mmap.PAGESIZE)
             flags = (ctypes.c_ubyte * pages)()
             at = ctypes.c_char.from_buffer(m)

@@ -13,11 +13,13 @@ import pickle
 import sys
 from pathlib import Path
 
-import models
-import runs
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+import models
+import runs
+
 
 def base_and_drift(shapes: models.Shapes) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the weights began, and by how much they move during the training."""

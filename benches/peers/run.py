@@ -63,7 +63,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, metavar="FILE", help="write all measurements there, as JSON")
-    parser.add_argument("--quick", action="store_true", help="sizes at which figures mean nothing, to see that it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="sizes at which figures mean nothing, to see that it works"
+    )
     parser.add_argument("--only", type=works, default=WORKS, metavar="LIST", help=f"of {','.join(WORKS)}")
     parser.add_argument("--device", default="cpu", help="of the parameters that are updated: cpu (default) or cuda")
     parser.add_argument("--folder", type=Path, help="for snapshots, on a disk (default: target/)")

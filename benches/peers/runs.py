@@ -8,8 +8,9 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-import models
 import numpy as np
+
+import models
 
 SIGMA_RELS = (0.05, 0.28)
 # Steps of training between two snapshots; every step was an update.

@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import models
 import serve
-import torch
 import trackers
 
 

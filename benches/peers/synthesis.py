@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import answers
 import models
-import numpy as np
 import turns
 from contenders import Absent, Checked, limit, packages_of
 from environment import Environment
@@ -237,9 +238,7 @@ def peak(task: Stored) -> turns.Contender:
     return limit(task.environment, PEAK, "peak", count, task.environment.threads)
 
 
-def ours(
-    task: Stored, check: Check, programs: tuple[str, ...] = (TO_MEMORY, TO_DISK)
-) -> list[turns.Contender]:
+def ours(task: Stored, check: Check, programs: tuple[str, ...] = (TO_MEMORY, TO_DISK)) -> list[turns.Contender]:
     """Python first: what the others are compared with."""
     return [worker(task, check, "posthoc-ema"), *[program(task, check, name) for name in programs]]
 
@@ -340,5 +339,3 @@ def mergekit(task: Stored, check: Check) -> turns.Contender:
         return check(taken)
 
     return Checked(turns.Command(MERGEKIT, [command, described, output], clear), look)
-
-

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models
-import serve
 import torch
 from torch import nn
+
+import models
+import serve
 
 SIGMA_RELS = (0.05, 0.28)
 GAMMAS = tuple(map(models.gamma_of, SIGMA_RELS))

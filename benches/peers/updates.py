@@ -189,5 +189,3 @@ def not_due(environment: Environment, trackers: Trackers) -> dict[str, Any]:
         "rows": rows,
         "note": "",
     }
-
-
