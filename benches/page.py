@@ -258,6 +258,8 @@ def draw_bars(path: Path, cases: list[dict[str, Any]]) -> None:
 def draw_scaling(path: Path, sweeps: list[dict[str, Any]]) -> None:
     """Seconds over what grows, both logarithmic, beside a line through the last point along which they are proportional."""
     plt = plotting()
+    from matplotlib import ticker
+
     axes_of = [(work, x) for work, x in dict.fromkeys((sweep["work"], sweep["x"]) for sweep in sweeps)]
     figure, axes = plt.subplots(
         -(-len(axes_of) // 2), 2, figsize=(9, 3.2 * -(-len(axes_of) // 2)), layout="constrained", squeeze=False
@@ -267,8 +269,14 @@ def draw_scaling(path: Path, sweeps: list[dict[str, Any]]) -> None:
             points = [point for point in sweep["points"] if "seconds_median" in point]
             if (sweep["work"], sweep["x"]) == (work, x) and points:
                 draw_sweep(axis, points, sweep)
-        axis.set_xscale("log", base=2 if x == "threads" else 10)
+        axis.set_xscale("log")
         axis.set_yscale("log")
+        counts = sorted({point["x"] for sweep in sweeps if sweep["x"] == x for point in sweep["points"]})
+        axis.set_xticks(counts, [short(count) for count in counts])
+        axis.yaxis.set_major_formatter(ticker.EngFormatter("s"))
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_minor_formatter(ticker.NullFormatter())
+            each.set_minor_locator(ticker.NullLocator())
         axis.set_xlabel(AXES[x])
         axis.set_ylabel("seconds")
         axis.set_title(f"{work}, {AXES[x]}", fontsize=9, loc="left")
@@ -277,6 +285,14 @@ def draw_scaling(path: Path, sweeps: list[dict[str, Any]]) -> None:
     for axis in axes.flat[len(axes_of) :]:
         axis.set_visible(False)
     save(plt, figure, path)
+
+
+def short(count: int) -> str:
+    """1M for a million."""
+    for letter, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size and count % (size // 10) == 0:
+            return f"{count / size:g}{letter}"
+    return str(count)
 
 
 def draw_sweep(axis: Any, points: list[dict[str, Any]], sweep: dict[str, Any]) -> None:

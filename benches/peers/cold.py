@@ -7,6 +7,7 @@ import mmap
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,15 @@ class Direct:
         pass
 
 
-def measure(environment: Environment) -> list[dict[str, Any]]:
+def measure(environment: Environment) -> Iterator[dict[str, Any]]:
     with synthesis.stored(environment, "150 tensors", "float16") as run:
         task = run.asks((synthesis.TARGET,), "float32")
         check = synthesis.Check(task)
         drop(task.files())
         left = resident(task.files())
         if left > 0:
-            return [
-                failed(task, f"{left} bytes stay in the page cache of {environment.folder}: give a --folder on a disk")
-            ]
+            yield failed(task, f"{left} bytes stay in the page cache: give a --folder on a disk")
+            return
         contenders: list[turns.Contender] = [
             Direct(task.files()),
             synthesis.worker(task, check, "posthoc-ema"),
@@ -68,7 +68,7 @@ def measure(environment: Environment) -> list[dict[str, Any]]:
         turns.compare(rows, rows[0], task.bytes)
         rows[0]["limit"] = True
         rows[0].pop("share_of_limit", None)
-        return [{**synthesis.document(task, "one target, cold page cache", rows), "work": "cold"}]
+        yield {**synthesis.document(task, "one target, cold page cache", rows), "work": "cold"}
 
 
 def failed(task: synthesis.Stored, why: str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def make_cold(files: list[Path]) -> None:
     drop(files)
     left = resident(files)
     if left > 0:
-        raise SystemExit(f"{left} bytes of the snapshots stay in the page cache")
+        raise turns.Failed(f"{left} bytes of the snapshots stay in the page cache")
 
 
 def drop(files: list[Path]) -> None:

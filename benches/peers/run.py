@@ -47,11 +47,16 @@ def main() -> None:
                 cases.append(case)
     finally:
         shutil.rmtree(found.folder, ignore_errors=True)
+        # What was measured before a failure is kept.
+        write(options, found, cases, time.monotonic() - begun, setup)
+
+
+def write(options: argparse.Namespace, found: Any, cases: list[dict[str, Any]], seconds: float, setup: Any) -> None:
     record = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["benches/peers/run.py", *described(sys.argv[1:])]),
         "size": found.size,
-        "seconds": time.monotonic() - begun,
+        "seconds": seconds,
         **setup.about(found),
         "cases": cases,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from environment import Environment
 ROUNDS = 15
 
 
-def measure(environment: Environment) -> list[dict[str, Any]]:
+def measure(environment: Environment) -> Iterator[dict[str, Any]]:
     names = ("posthoc-ema --version", "posthoc-ema plan RUN --sigma-rel 0.15", "python -c 'import torch'")
     with synthesis.stored(environment, "150 tensors", "float16") as run:
         contenders = commands(environment, names, run.run)
         rows = turns.in_turns(contenders, environment.rounds(ROUNDS))
-    return [{"work": "start", "title": "Start", "limits": rows[:1], "rows": rows[1:], "note": ""}]
+    yield {"work": "start", "title": "Start", "limits": rows[:1], "rows": rows[1:], "note": ""}
 
 
 def commands(environment: Environment, names: tuple[str, str, str], run: Path) -> list[turns.Contender]:

@@ -105,18 +105,16 @@ def stored(environment: Environment, model: str, dtype: str) -> Iterator[Stored]
         shutil.rmtree(memory, ignore_errors=True)
 
 
-def measure(environment: Environment) -> list[dict[str, Any]]:
+def measure(environment: Environment) -> Iterator[dict[str, Any]]:
     """All cases with a warm page cache."""
-    cases = []
     for model in ("150 tensors", "2,000 tensors"):
         with stored(environment, model, "float16") as run:
-            cases.append(one_target(run.asks((TARGET,), "float32")))
+            yield one_target(run.asks((TARGET,), "float32"))
             if model == "150 tensors":
-                cases.append(many_targets(run))
+                yield many_targets(run)
     for model, dtype in (("150 tensors", "bfloat16"), ("150 tensors, half", "float32")):
         with stored(environment, model, dtype) as run:
-            cases.append(other_dtype(run.asks((TARGET,), "bfloat16")))
-    return cases
+            yield other_dtype(run.asks((TARGET,), "bfloat16"))
 
 
 def one_target(task: Stored) -> dict[str, Any]:

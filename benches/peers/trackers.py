@@ -8,6 +8,8 @@ packages differ in what they count as the time of an update.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import sys
 import tempfile
@@ -327,6 +329,7 @@ class Session:
         else:
             made.update()  # the first call is due in the other packages
         self.tracker = made
+        give_back()
         return answer
 
     def go(self) -> dict[str, float]:
@@ -347,6 +350,15 @@ class Session:
         self.folder.cleanup()
         # Otherwise the next case would be compiled for any size, as what follows another is.
         torch.compiler.reset()
+        give_back()
+
+
+def give_back() -> None:
+    """Memory that is free goes back to the system, so that what is held can be told."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ Row = dict[str, Any]
 
 # What takes longer than this is timed once, in the round that otherwise only warms up.
 SLOW_SECONDS = 10.0
+# Who has been timed for so long leaves the remaining rounds to others.
+ENOUGH_SECONDS = 10.0
 # After so long nobody waits any more.
 PATIENCE_SECONDS = 300.0
 
@@ -178,12 +180,18 @@ class Peak:
             time.sleep(0.001)
 
     def _read(self) -> int:
-        try:
-            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-        except OSError:
-            return 0
-        # A process that is about to end has none left.
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+        assert self.pid is not None
+        return anonymous_bytes(self.pid)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """The anonymous memory of a process now; none of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    # A process that is about to end has none left.
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 def in_turns(contenders: Iterable[Contender], rounds: int, before: Callable[[], None] = lambda: None) -> list[Row]:
@@ -198,9 +206,8 @@ def in_turns(contenders: Iterable[Contender], rounds: int, before: Callable[[], 
         attempt(row, lambda: begin(contender, row, before))  # noqa: B023
     for _ in range(rounds):
         for contender, row in rows:
-            if "error" not in row and not row.get("once_only"):
-                before()
-                attempt(row, lambda: row["seconds_all"].append(contender.once()))  # noqa: B023
+            if "error" not in row and not row.get("once_only") and sum(row["seconds_all"]) < ENOUGH_SECONDS:
+                attempt(row, lambda: again(contender, row, before))  # noqa: B023
     for _, row in rows:
         finish(row)
     return [row for _, row in rows]
@@ -222,6 +229,11 @@ def begin(contender: Contender, row: Row, before: Callable[[], None]) -> None:
     if seconds > SLOW_SECONDS:
         row["once_only"] = True
         row["seconds_all"] = [seconds]
+
+
+def again(contender: Contender, row: Row, before: Callable[[], None]) -> None:
+    before()
+    row["seconds_all"].append(contender.once())
 
 
 def finish(row: Row) -> None:

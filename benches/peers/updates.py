@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import models
 import turns
-from contenders import Absent, Checked, limit, packages_of
+from contenders import Absent, limit, packages_of
 from environment import Environment
 from turns import Row
 
@@ -33,6 +34,25 @@ PACKAGES = ("timm", "pytorch-posthoc-ema", "ema-pytorch")
 # Compilers may take minutes for a long list; nobody waits so long for an update.
 COMPILING_SECONDS = 90.0
 ROUNDS, NOT_DUE_CALLS = 15, 1000
+
+
+class Ready:
+    """A tracker that has been checked; `held` is the memory of its averages, without the parameters."""
+
+    def __init__(self, worker: turns.Worker, held: int, checked: Row):
+        self.worker, self.name, self.held, self.checked = worker, worker.name, held, checked
+
+    def first(self) -> Row:
+        row = self.worker.first()
+        # What the update takes beside comes on top.
+        row["peak_anonymous_bytes"] = max(0, row["peak_anonymous_bytes"] + self.held)
+        return {**row, **self.checked}
+
+    def once(self) -> float:
+        return self.worker.once()
+
+    def close(self) -> None:
+        self.worker.close()
 
 
 @dataclass(frozen=True)
@@ -86,14 +106,13 @@ class Trackers:
             worker = self._worker(kind, packages)
             worker.ask("ready")
             patience = COMPILING_SECONDS if kind.startswith("compiled") else turns.PATIENCE_SECONDS
-            with turns.Peak(worker.process.pid) as peak:
-                prepared = worker.ask("prepare", patience, size=self.environment.size, **about)
-            # Of the averages and whatever updates them, without the parameters.
-            prepared["peak_anonymous_bytes"] = max(0, peak.bytes - peak.before - prepared.pop("model_bytes"))
+            before = turns.anonymous_bytes(worker.process.pid)
+            prepared = worker.ask("prepare", patience, size=self.environment.size, **about)
+            held = turns.anonymous_bytes(worker.process.pid) - before - prepared.pop("model_bytes")
         except turns.Failed as why:
             self.forget(kind)
             return Absent(NAMES[kind], str(why))
-        return Checked(worker, lambda: prepared)
+        return Ready(worker, held, prepared)
 
     def _worker(self, kind: str, packages: list) -> turns.Worker:
         if kind not in self.workers:
@@ -118,12 +137,13 @@ class Trackers:
             self.forget(kind)
 
 
-def measure(environment: Environment) -> list[dict[str, Any]]:
+def measure(environment: Environment) -> Iterator[dict[str, Any]]:
     """All cases, and what a call costs at which nothing is due."""
     trackers = Trackers(environment)
     try:
-        cases = [update(environment, trackers, case) for case in CASES]
-        return [*cases, not_due(environment, trackers)]
+        for case in CASES:
+            yield update(environment, trackers, case)
+        yield not_due(environment, trackers)
     finally:
         trackers.close()
 
@@ -144,10 +164,15 @@ def update(environment: Environment, trackers: Trackers, case: Case) -> dict[str
         limit_bytes = case.bytes_each * count
     limit_row, *rows = turns.in_turns([loop, *contenders], environment.rounds(ROUNDS))
     trackers.drop()
-    if not on_device:
+    if on_device:
+        # What is on the device is not seen from the host.
+        for row in rows:
+            row.pop("peak_anonymous_bytes", None)
+    else:
         loop.close()
     bytes_ = case.bytes_each * count
     turns.compare([limit_row], None, limit_bytes)
+    limit_row.pop("peak_anonymous_bytes", None)
     # What the copy would take for as many bytes.
     scaled = scale(limit_row, bytes_ / limit_bytes)
     turns.compare(rows, scaled, bytes_)

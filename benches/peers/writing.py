@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Storing(turns.Worker):
         return answer["seconds"]
 
 
-def measure(environment: Environment) -> list[dict[str, Any]]:
+def measure(environment: Environment) -> Iterator[dict[str, Any]]:
     folder = environment.folder / "writing"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -82,7 +83,7 @@ def measure(environment: Environment) -> list[dict[str, Any]]:
     for row in rows:
         rate(row, rows[0])
     rows[0].pop("share_of_limit", None)
-    document = {
+    yield {
         "work": "writing",
         "title": f"Storing a snapshot of {bytes_ / 1e6:.0f} MB",
         "model": MODEL,
@@ -91,7 +92,6 @@ def measure(environment: Environment) -> list[dict[str, Any]]:
         "rows": rows[1:],
         "note": "",
     }
-    return [document]
 
 
 def rate(row: Row, limit: Row) -> None:
