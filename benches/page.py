@@ -256,7 +256,7 @@ def draw_bars(path: Path, cases: list[dict[str, Any]]) -> None:
 
 
 def draw_scaling(path: Path, sweeps: list[dict[str, Any]]) -> None:
-    """Seconds over what grows, both logarithmic, beside a line through the last point along which they are proportional."""
+    """Seconds over what grows, both logarithmic but for threads, beside a line through the last point along which they are proportional."""
     plt = plotting()
     from matplotlib import ticker
 
@@ -269,14 +269,17 @@ def draw_scaling(path: Path, sweeps: list[dict[str, Any]]) -> None:
             points = [point for point in sweep["points"] if "seconds_median" in point]
             if (sweep["work"], sweep["x"]) == (work, x) and points:
                 draw_sweep(axis, points, sweep)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        if x != "threads":
+            axis.set_xscale("log")
+            axis.set_yscale("log")
         counts = sorted({point["x"] for sweep in sweeps if sweep["x"] == x for point in sweep["points"]})
         axis.set_xticks(counts, [short(count) for count in counts])
         axis.yaxis.set_major_formatter(ticker.EngFormatter("s"))
         for each in (axis.xaxis, axis.yaxis):
             each.set_minor_formatter(ticker.NullFormatter())
             each.set_minor_locator(ticker.NullLocator())
+        if x == "threads":
+            axis.set_ylim(bottom=0)
         axis.set_xlabel(AXES[x])
         axis.set_ylabel("seconds")
         axis.set_title(f"{work}, {AXES[x]}", fontsize=9, loc="left")
@@ -301,8 +304,7 @@ def draw_sweep(axis: Any, points: list[dict[str, Any]], sweep: dict[str, Any]) -
     # More threads should take less time, more of anything else as much more.
     power = -1 if sweep["x"] == "threads" else 1
     x0, y0 = (xs[0], ys[0]) if power < 0 else (xs[-1], ys[-1])
-    ends = [xs[0], xs[-1]]
-    axis.plot(ends, [y0 * (x / x0) ** power for x in ends], ":", color=line.get_color(), linewidth=0.8)
+    axis.plot(xs, [y0 * (x / x0) ** power for x in xs], ":", color=line.get_color(), linewidth=0.8)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def posthoc_ema(task: Task) -> Work:
 def pytorch_posthoc_ema(task: Task) -> Work:
     """pytorch-posthoc-ema's `state_dict`: its own weights; the result has the snapshots' dtype."""
     model = data.module_of(models.MODELS[task["model"]][task["size"]])
-    of = importlib.import_module("posthoc_ema").PostHocEMA
+    of = serve.import_peer("posthoc_ema").PostHocEMA
     ema = of.from_path(task["folder"], model, sigma_rels=runs.SIGMA_RELS)
 
     def once() -> list[Tensors]:
@@ -67,7 +67,7 @@ def pytorch_posthoc_ema(task: Task) -> Work:
 def ema_pytorch(task: Task) -> Work:
     """ema-pytorch's `synthesize_ema_model`: its own weights."""
     model = data.module_of(models.MODELS[task["model"]][task["size"]])
-    of = importlib.import_module("ema_pytorch").PostHocEMA
+    of = serve.import_peer("ema_pytorch").PostHocEMA
     ema = of(model, sigma_rels=runs.SIGMA_RELS, checkpoint_folder=task["folder"])
 
     def once() -> list[Tensors]:

@@ -8,7 +8,6 @@ What was trained: weights that move along a line, so that the average of every l
 
 from __future__ import annotations
 
-import importlib
 import pickle
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 
 import models
 import runs
+import serve
 
 
 def base_and_drift(shapes: models.Shapes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +56,7 @@ def module_of(shapes: models.Shapes) -> nn.Module:
 
 def write_pytorch_posthoc_ema(run: Path, folder: Path, shapes: models.Shapes) -> None:
     """By the package's own checkpoints, their averages replaced by ours."""
-    ema = importlib.import_module("posthoc_ema").PostHocEMA.from_model(
+    ema = serve.import_peer("posthoc_ema").PostHocEMA.from_model(
         module_of(shapes), folder, sigma_rels=runs.SIGMA_RELS, checkpoint_dtype=torch.float16
     )
     for step, index, path in snapshots(run):
@@ -69,7 +69,7 @@ def write_pytorch_posthoc_ema(run: Path, folder: Path, shapes: models.Shapes) ->
 
 def write_ema_pytorch(run: Path, folder: Path, shapes: models.Shapes) -> None:
     """By the package's own checkpoints, their averages replaced by ours."""
-    ema = importlib.import_module("ema_pytorch").PostHocEMA(
+    ema = serve.import_peer("ema_pytorch").PostHocEMA(
         module_of(shapes), sigma_rels=runs.SIGMA_RELS, checkpoint_folder=str(folder), checkpoint_dtype=torch.float16
     )
     for step, index, path in snapshots(run):

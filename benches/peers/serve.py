@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -28,6 +30,14 @@ def serve(commands: dict[str, Callable[..., Any]]) -> None:
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {str(error).strip() or '?'}".splitlines()[0][:300]}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def import_peer(name: str) -> Any:
+    """A package from the folder that is first on the path, and no other: the import name of one is ours, too."""
+    module = importlib.import_module(name)
+    if not Path(str(module.__file__)).is_relative_to(Path(sys.path[0]).resolve()):
+        raise ImportError(f"{sys.path[0]} holds no {name}")
+    return module
 
 
 def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:

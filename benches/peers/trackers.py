@@ -86,7 +86,7 @@ class PytorchPosthocEma(Tracker):
 
     def __init__(self, model: nn.Module, update_every: int, folder: Path):
         super().__init__(model, update_every, folder)
-        self.ema = importlib.import_module("posthoc_ema").PostHocEMA.from_model(
+        self.ema = serve.import_peer("posthoc_ema").PostHocEMA.from_model(
             model,
             folder,
             sigma_rels=SIGMA_RELS,
@@ -113,7 +113,7 @@ class EmaPytorch(Tracker):
 
     def __init__(self, model: nn.Module, update_every: int, folder: Path):
         super().__init__(model, update_every, folder)
-        self.ema = importlib.import_module("ema_pytorch").PostHocEMA(
+        self.ema = serve.import_peer("ema_pytorch").PostHocEMA(
             model,
             sigma_rels=SIGMA_RELS,
             update_every=update_every,
