@@ -25,7 +25,7 @@ SLOW_SECONDS = 10.0
 # Who has been timed for so long leaves the remaining rounds to others.
 ENOUGH_SECONDS = 10.0
 # After so long nobody waits any more.
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 150.0
 
 
 class Failed(Exception):

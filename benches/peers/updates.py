@@ -32,7 +32,7 @@ NAMES = {
 PEERS = ("compiled-flat", "compiled", "foreach", "foreach-gathered", "timm", "pytorch-posthoc-ema", "ema-pytorch")
 PACKAGES = ("timm", "pytorch-posthoc-ema", "ema-pytorch")
 # Compilers may take minutes for a long list; nobody waits so long for an update.
-COMPILING_SECONDS = 90.0
+COMPILING_SECONDS = 60.0
 ROUNDS, NOT_DUE_CALLS = 15, 1000
 
 
