@@ -170,3 +170,9 @@ def test_a_worker_that_ends_or_is_silent_says_why(tmp_path: Path) -> None:
         silent.ask("go", patience=0.1)
     with pytest.raises(turns.Failed, match="stopped before"):
         silent.ask("go")
+
+
+def test_without_a_warm_up_the_first_round_counts() -> None:
+    contender, order = Contender("cold", first=5.0), []
+    (row,) = turns.in_turns([contender], 2, lambda: order.append(contender.calls), warm_up=False)
+    assert row["seconds_all"] == [5.0, 1.0, 2.0] and order == [0, 0, 1]

@@ -194,16 +194,18 @@ def anonymous_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
-def in_turns(contenders: Iterable[Contender], rounds: int, before: Callable[[], None] = lambda: None) -> list[Row]:
+def in_turns(
+    contenders: Iterable[Contender], rounds: int, before: Callable[[], None] = lambda: None, warm_up: bool = True
+) -> list[Row]:
     """A row for each, in order: all seconds and their median, or why there are none.
 
-    `before` is called before each piece of work, and not timed.
+    `before` is called before each piece of work, and not timed. Without `warm_up` the first round counts, too.
     """
     rows: list[tuple[Contender, Row]] = []
     for contender in contenders:
         row: Row = {"name": contender.name, "seconds_all": []}
         rows.append((contender, row))
-        attempt(row, lambda: begin(contender, row, before))  # noqa: B023
+        attempt(row, lambda: begin(contender, row, before, warm_up))  # noqa: B023
     for _ in range(rounds):
         for contender, row in rows:
             if "error" not in row and not row.get("once_only") and sum(row["seconds_all"]) < ENOUGH_SECONDS:
@@ -220,15 +222,16 @@ def attempt(row: Row, work: Callable[[], object]) -> None:
         row["error"] = str(why)
 
 
-def begin(contender: Contender, row: Row, before: Callable[[], None]) -> None:
+def begin(contender: Contender, row: Row, before: Callable[[], None], warm_up: bool) -> None:
     """The round that is not timed, unless it takes so long that it must do."""
     before()
     first = contender.first()
     seconds = first.pop("seconds")
     row.update(first)
+    if seconds > SLOW_SECONDS or not warm_up:
+        row["seconds_all"] = [seconds]
     if seconds > SLOW_SECONDS:
         row["once_only"] = True
-        row["seconds_all"] = [seconds]
 
 
 def again(contender: Contender, row: Row, before: Callable[[], None]) -> None:
