@@ -118,8 +118,14 @@ class Worker:
 class Command:
     """A program that is started, does the work and ends: its start is part of the time, and all its memory counts."""
 
-    def __init__(self, name: str, command: Sequence[str | Path], clear: Callable[[], None] = lambda: None):
-        self.name, self.command = name, [str(part) for part in command]
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        clear: Callable[[], None] = lambda: None,
+        patience: float = PATIENCE_SECONDS,
+    ):
+        self.name, self.command, self.patience = name, [str(part) for part in command], patience
         # Removes what the last run has written; not timed.
         self.clear = clear
         # What the last run has printed.
@@ -138,11 +144,11 @@ class Command:
             process = subprocess.Popen(self.command, stdout=printed, stderr=errors)
             with Peak(process.pid if sample else None) as peak:
                 try:
-                    process.wait(PATIENCE_SECONDS)
+                    process.wait(self.patience)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-                    raise Failed(f"stopped after {PATIENCE_SECONDS:.0f} s") from None
+                    raise Failed(f"stopped after {self.patience:.0f} s") from None
             seconds = time.perf_counter() - start
             errors.seek(0)
             printed.seek(0)
