@@ -16,6 +16,7 @@ sys.path.insert(0, str(PAGE.parent / "peers"))
 import numpy as np  # noqa: E402
 
 import answers  # noqa: E402
+import run as peers  # noqa: E402
 import table  # noqa: E402
 import turns  # noqa: E402
 
@@ -176,3 +177,12 @@ def test_without_a_warm_up_the_first_round_counts() -> None:
     contender, order = Contender("cold", first=5.0), []
     (row,) = turns.in_turns([contender], 2, lambda: order.append(contender.calls), warm_up=False)
     assert row["seconds_all"] == [5.0, 1.0, 2.0] and order == [0, 0, 1]
+
+
+def test_what_ours_cannot_do_fails_and_what_others_cannot_does_not() -> None:
+    def one(name: str, error: str) -> list[dict[str, Any]]:
+        return [{"title": "Update", "rows": [row("posthoc-ema", 1.0), {"name": name, "error": error}]}]
+
+    assert peers.failures(one("another", "no such package")) == []
+    assert peers.failures(one("posthoc-ema, the program", "left out: no --program FILE")) == []
+    assert peers.failures(one("posthoc-ema, compensated", "wrong")) == ["Update: posthoc-ema, compensated: wrong"]
