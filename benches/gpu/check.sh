@@ -73,7 +73,8 @@ synthesis() {
 # The Python package beside PyTorch. Its own dependencies but numpy are not needed for this.
 python_tests() { PYTHONPATH=$work/python python3 -m pytest -q -p no:cacheprovider python/tests/test_cuda.py; }
 python_compare() {
-    PYTHONPATH=$work/python python3 python/benches/compare.py --device cuda --json "$work/results/python.json"
+    PYTHONPATH=$work/python python3 benches/peers/run.py --python "$(command -v python3)" --only updates --device cuda \
+        --folder "$work" --record "$work/results/python.json"
 }
 
 sanitize() { # TOOL TEST...

@@ -1,0 +1,311 @@
+#!/usr/bin/env python3
+"""Makes docs/performance.md and its pictures from the newest records: nothing on the page is typed in.
+
+python3 benches/page.py             # needs matplotlib, for the pictures
+python3 benches/page.py --check     # whether the page is what the records make, and its pictures are there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benches" / "peers"))
+
+import table  # noqa: E402
+
+Record = dict[str, Any]
+KINDS = ("peers", "scaling")
+# What is said before the cases of a kind, in this order on the page.
+WORKS = {
+    "update": (
+        "Updates",
+        "One call that folds a model's parameters into two running averages. The limit is a loop in C, with as many threads, that "
+        "reads and writes as many bytes. GB/s count the bytes that the averages need: each parameter read once, each average "
+        "read and written once. Memory is that of the averages and of whatever their update takes beside. "
+        "Largest error: from a recurrence in f64 with the tracker's own decays, on parameters in [-1, 1).",
+    ),
+    "not due": ("Calls at which nothing is due", "What most steps of a training pay."),
+    "synthesis": (
+        "Synthesis",
+        "One state dict or file from 40 snapshots that lie in the page cache. The limit is a loop in C that maps the same files and adds "
+        "their 64-bit words up with as many threads; where many targets are summed up in f64, it is the multiply-adds alone, if those "
+        "take longer. GB/s are of snapshots read. Programs are whole processes; Python is told to begin with all packages imported. "
+        "Memory is anonymous: results are in it, mapped files are not. Off from f64: the largest difference of a sample of elements "
+        "from a sum in f64 with the weights of our plan, relative to the RMS; packages that solve for weights of their own are off by "
+        "those, too.",
+    ),
+    "cold": (
+        "Synthesis with a cold page cache",
+        "The same, with the snapshots out of the page cache before each round (`posix_fadvise`, checked with `mincore`). The limit reads "
+        "the same files directly from the disk.",
+    ),
+    "writing": (
+        "Storing",
+        "From the call at which a snapshot is due until it is on the disk; held up is how long the training waits. Rates are of what each "
+        "writes, the live state included. The limit writes as many bytes as the snapshot has into the same folder.",
+    ),
+    "start": ("Start", "Until a plan on 40 snapshots is printed, beside starting the program at all."),
+}
+AXES = {
+    "parameters": "parameters",
+    "snapshots": "snapshots",
+    "targets": "targets in one pass",
+    "threads": "threads",
+}
+# One sheet of bars for each of these.
+PICTURED = ("update", "synthesis")
+INK, OURS, THEIRS, LIMIT = "#333333", "#1f6f8b", "#b9b9b9", "#c0392b"
+
+
+def main() -> None:
+    options = parse()
+    records = {kind: newest(options.records, kind) for kind in KINDS}
+    if not any(records.values()):
+        print(f"{options.records} holds no record of {' or '.join(KINDS)}: there is no page to make")
+        return
+    text = page(records)
+    if options.check:
+        check(options, text, records)
+        return
+    (options.docs / "pictures").mkdir(parents=True, exist_ok=True)
+    (options.docs / "performance.md").write_text(text)
+    for name, draw in pictures(records).items():
+        draw(options.docs / "pictures" / name)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is another")
+    parser.add_argument("--records", type=Path, default=ROOT / "benches" / "record")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    return parser.parse_args()
+
+
+def newest(folder: Path, kind: str) -> Record | None:
+    """The record of a kind with the last date in its name."""
+    found = sorted(folder.glob(f"*-{kind}.json"))
+    return {**json.loads(found[-1].read_text()), "file": found[-1].name} if found else None
+
+
+def check(options: argparse.Namespace, text: str, records: dict[str, Record | None]) -> None:
+    path = options.docs / "performance.md"
+    wrong = []
+    if not path.exists() or path.read_text() != text:
+        wrong.append(f"{path} is not what the records make")
+    missing = [name for name in pictures(records) if not (options.docs / "pictures" / name).exists()]
+    wrong += [f"{options.docs / 'pictures' / name} is missing" for name in missing]
+    if wrong:
+        raise SystemExit("\n".join([*wrong, "make them with: python3 benches/page.py"]))
+
+
+# The text
+
+
+def page(records: dict[str, Record | None]) -> str:
+    """The whole page, Markdown."""
+    peers, scaling = records["peers"], records["scaling"]
+    parts = [
+        "<!-- Made by benches/page.py from the records in benches/record: change those, not this. -->",
+        "# Performance",
+        "Everything here is measured by one command that anyone can repeat, beside what the same machine can do at most, beside other "
+        "packages, and in turns with them: ratios hold on other machines, seconds do not. "
+        "[benches/peers](../benches/peers/README.md) tells how.",
+    ]
+    parts += sections(peers) if peers else []
+    parts += scaling_sections(scaling) if scaling else []
+    return "\n\n".join(parts) + "\n"
+
+
+def about(record: Record) -> str:
+    """Where the figures of a record come from."""
+    machine, versions = record["machine"], record["versions"]
+    memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    warning = " **These sizes are for trying it out: the figures mean nothing.**" if record["size"] != "full" else ""
+    return (
+        f"`{record['command']}`, {record['date']}: {machine['cpu']}, {machine['cores']} cores{memory}, "
+        f"{machine['system']} {machine['kernel']}; {named}. All times are in "
+        f"[{record['file']}](../benches/record/{record['file']}).{warning}"
+    )
+
+
+def sections(record: Record) -> list[str]:
+    parts = [about(record)]
+    for work, (title, said) in WORKS.items():
+        cases = [case for case in record["cases"] if case["work"] == work]
+        if not cases:
+            continue
+        parts += [f"## {title}", said]
+        if work in PICTURED:
+            parts.append(f"![{title}: rates beside the limit](pictures/performance-{work}.svg)")
+        for case in cases:
+            if len(cases) > 1 or table.heading(case) != title:
+                parts.append(f"**{table.heading(case)}**")
+            parts += [table.markdown(case), *([case["note"]] if case["note"] else [])]
+    return parts
+
+
+def scaling_sections(record: Record) -> list[str]:
+    parts = [
+        "## Scaling",
+        about(record),
+        "Updates are those of `posthoc-ema bench`; synthesis is one process for each time, its results in memory.",
+        "![Time over parameters, snapshots, targets and threads](pictures/performance-scaling.svg)",
+    ]
+    for sweep in record["sweeps"]:
+        parts += [f"**{sweep['work'].capitalize()}, {sweep['title']}**", sweep_table(sweep)]
+    return parts
+
+
+def sweep_table(sweep: dict[str, Any]) -> str:
+    """Times, what a unit costs, and how that grows: 1 is linear."""
+    x = sweep["x"]
+    lines = [
+        f"| {x} | time (median, range) | GB/s | a {x.removesuffix('s')} | memory |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for point in sweep["points"]:
+        if "seconds_median" not in point:
+            lines.append(f"| {point['x']:,} | not measured: {point.get('error', '?')} | | | |")
+            continue
+        seconds = point["seconds_median"]
+        each = "" if x == "threads" else per(seconds / point["x"])
+        memory = table.memory(point["peak_anonymous_bytes"]) if "peak_anonymous_bytes" in point else ""
+        rate = table.digits(point["bytes"] / seconds / 1e9)
+        lines.append(f"| {point['x']:,} | {table.span(point)} | {rate} | {each} | {memory} |")
+    return "\n".join(lines)
+
+
+def per(seconds: float) -> str:
+    """What one of many costs."""
+    return table.seconds(seconds) if seconds >= 1e-6 else f"{table.digits(seconds * 1e9)} ns"
+
+
+# The pictures
+
+
+def pictures(records: dict[str, Record | None]) -> dict[str, Any]:
+    """For each file, what draws it."""
+    peers, scaling = records["peers"], records["scaling"]
+    drawn: dict[str, Any] = {}
+    for work in PICTURED if peers else ():
+        cases = [case for case in peers["cases"] if case["work"] == work]
+        if cases:
+            drawn[f"performance-{work}.svg"] = lambda path, cases=cases: draw_bars(path, cases)
+    if scaling:
+        drawn["performance-scaling.svg"] = lambda path: draw_scaling(path, scaling["sweeps"])
+    return drawn
+
+
+def plotting() -> Any:
+    """matplotlib, told to write the same bytes each time."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "posthoc-ema",
+            "svg.fonttype": "none",
+            "font.size": 9,
+            "axes.edgecolor": INK,
+            "text.color": INK,
+        }
+    )
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(plt: Any, figure: Any, path: Path) -> None:
+    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_bars(path: Path, cases: list[dict[str, Any]]) -> None:
+    """Rates, with the limit as a line through all bars of a case."""
+    plt = plotting()
+    shown = [[row for row in case["rows"] if "bytes_per_second" in row] for case in cases]
+    heights = [max(1, len(rows)) for rows in shown]
+    figure, axes = plt.subplots(
+        len(cases),
+        1,
+        figsize=(8, 0.6 * len(cases) + 0.24 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, case, rows in zip(axes[:, 0], cases, shown):
+        names = [row["name"] for row in rows]
+        rates = [row["bytes_per_second"] / 1e9 for row in rows]
+        colours = [OURS if name.startswith("posthoc-ema") else THEIRS for name in names]
+        axis.barh(range(len(names)), rates, color=colours, height=0.7)
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        for limit in case["limits"]:
+            if "seconds_median" in limit:
+                axis.axvline(case["bytes"] / limit["seconds_median"] / 1e9, color=LIMIT, linewidth=1.2)
+        axis.set_title(table.heading(case), fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("GB/s; the red line is the limit")
+    save(plt, figure, path)
+
+
+def draw_scaling(path: Path, sweeps: list[dict[str, Any]]) -> None:
+    """Seconds over what grows, both logarithmic but for threads, beside a line through the last point along which they are proportional."""
+    plt = plotting()
+    from matplotlib import ticker
+
+    axes_of = [(work, x) for work, x in dict.fromkeys((sweep["work"], sweep["x"]) for sweep in sweeps)]
+    figure, axes = plt.subplots(
+        -(-len(axes_of) // 2), 2, figsize=(9, 3.2 * -(-len(axes_of) // 2)), layout="constrained", squeeze=False
+    )
+    for axis, (work, x) in zip(axes.flat, axes_of):
+        for sweep in sweeps:
+            points = [point for point in sweep["points"] if "seconds_median" in point]
+            if (sweep["work"], sweep["x"]) == (work, x) and points:
+                draw_sweep(axis, points, sweep)
+        if x != "threads":
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+        counts = sorted({point["x"] for sweep in sweeps if sweep["x"] == x for point in sweep["points"]})
+        axis.set_xticks(counts, [short(count) for count in counts])
+        axis.yaxis.set_major_formatter(ticker.EngFormatter("s"))
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_minor_formatter(ticker.NullFormatter())
+            each.set_minor_locator(ticker.NullLocator())
+        if x == "threads":
+            axis.set_ylim(bottom=0)
+        axis.set_xlabel(AXES[x])
+        axis.set_ylabel("seconds")
+        axis.set_title(f"{work}, {AXES[x]}", fontsize=9, loc="left")
+        axis.legend(fontsize=7, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(axes_of) :]:
+        axis.set_visible(False)
+    save(plt, figure, path)
+
+
+def short(count: int) -> str:
+    """1M for a million."""
+    for letter, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size and count % (size // 10) == 0:
+            return f"{count / size:g}{letter}"
+    return str(count)
+
+
+def draw_sweep(axis: Any, points: list[dict[str, Any]], sweep: dict[str, Any]) -> None:
+    xs, ys = [point["x"] for point in points], [point["seconds_median"] for point in points]
+    (line,) = axis.plot(xs, ys, "o-", markersize=3, linewidth=1, label=sweep["title"])
+    # More threads should take less time, more of anything else as much more.
+    power = -1 if sweep["x"] == "threads" else 1
+    x0, y0 = (xs[0], ys[0]) if power < 0 else (xs[-1], ys[-1])
+    axis.plot(xs, [y0 * (x / x0) ** power for x in xs], ":", color=line.get_color(), linewidth=0.8)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Those who take part in more than one kind of work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import turns
+from environment import Environment
+from turns import Row
+
+
+class Absent:
+    """Somebody who cannot take part: the row says why."""
+
+    def __init__(self, name: str, why: str):
+        self.name, self.why = name, why
+
+    def first(self) -> Row:
+        raise turns.Failed(self.why)
+
+    def once(self) -> float:
+        raise turns.Failed(self.why)
+
+    def close(self) -> None:
+        pass
+
+
+def limit(environment: Environment, name: str, program: str, *arguments: str | int | Path) -> turns.Contender:
+    """One of the programs in C, with as many threads as there are cores."""
+    built = environment.limits[program]
+    if isinstance(built, str):
+        return Absent(name, built)
+    return turns.Worker(name, [built, *map(str, arguments)])
+
+
+class Checked:
+    """A contender whose first answer is looked at: `look` gives further fields of its row."""
+
+    def __init__(self, contender: turns.Contender, look: Callable[[], Row]):
+        self.contender, self.name, self.look = contender, contender.name, look
+
+    def first(self) -> Row:
+        return {**self.contender.first(), **self.look()}
+
+    def once(self) -> float:
+        return self.contender.once()
+
+    def close(self) -> None:
+        self.contender.close()
+
+
+def packages_of(environment: Environment, kind: str) -> list[str | Path] | str:
+    """The folders that a peer is imported from, or why it is not there."""
+    if kind not in ("pytorch-posthoc-ema", "ema-pytorch"):
+        return []
+    return [environment.peers] if environment.peers else "left out: no --peers DIR"

@@ -1,0 +1,54 @@
+"""The models that are compared: names and shapes, as a transformer has them, and many small tensors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def transformer(width: int, vocabulary: int, layers: int = 12) -> Shapes:
+    """The parameters of a transformer; 150 tensors for 12 layers."""
+    shapes: Shapes = {"embedding": (vocabulary, width), "positions": (256, width)}
+    for layer in range(layers):
+        name = f"layer{layer:02}"
+        for part, rows, columns in (
+            ("attention_in", 3 * width, width),
+            ("attention_out", width, width),
+            ("mlp_in", 4 * width, width),
+            ("mlp_out", width, 4 * width),
+        ):
+            shapes[f"{name}_{part}_weight"] = (rows, columns)
+            shapes[f"{name}_{part}_bias"] = (rows,)
+        for part in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"):
+            shapes[f"{name}_{part}"] = (width,)
+    shapes |= {"norm_weight": (width,), "norm_bias": (width,)}
+    shapes |= {"head_weight": (vocabulary, width), "head_bias": (vocabulary,)}
+    return shapes
+
+
+def small_tensors(count: int, elements: int) -> Shapes:
+    """As many tensors of one size."""
+    return {f"t{i:05}": (elements,) for i in range(count)}
+
+
+def parameters(shapes: Shapes) -> int:
+    """Elements of all tensors."""
+    return sum(map(math.prod, shapes.values()))
+
+
+# 50 million parameters, and what takes no time.
+MODELS = {
+    "150 tensors": {"full": transformer(560, 4352), "quick": transformer(16, 64, layers=1)},
+    "2,000 tensors": {"full": small_tensors(2000, 25_000), "quick": small_tensors(20, 500)},
+    # Half as many, for snapshots of 4 bytes an element.
+    "150 tensors, half": {"full": transformer(392, 3072), "quick": transformer(16, 64, layers=1)},
+}
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of the power function with this relative standard deviation (Karras et al. 2023, algorithm 2)."""
+    t = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())

@@ -1,0 +1,261 @@
+"""Contenders that take turns: what slows the machine slows all alike.
+
+Each has a process of its own. A worker waits with its data in memory and works once whenever it is told; a command is
+started anew each time. The first round warms up, is checked, and tells the memory; the others are timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+Row = dict[str, Any]
+
+# What takes longer than this is timed once, in the round that otherwise only warms up.
+SLOW_SECONDS = 10.0
+# Who has been timed for so long leaves the remaining rounds to others.
+ENOUGH_SECONDS = 10.0
+# After so long nobody waits any more.
+PATIENCE_SECONDS = 150.0
+
+
+class Failed(Exception):
+    """What a contender could not do, and why: its row says so, and the others go on."""
+
+
+class Contender(Protocol):
+    """Somebody who does the work."""
+
+    name: str
+
+    def first(self) -> Row:
+        """Once, checked: `seconds`, and what else belongs into its row."""
+
+    def once(self) -> float:
+        """Once more: the seconds it took."""
+
+    def close(self) -> None:
+        """Ends its process and removes what it has written."""
+
+
+class Worker:
+    """A process that answers each line of JSON with another; it works at `{"do": "go"}`."""
+
+    def __init__(self, name: str, command: Sequence[str | Path], environment: dict[str, str] | None = None):
+        self.name = name
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            env={**os.environ, **(environment or {})},
+            bufsize=0,
+        )
+        self.pending = b""
+
+    def ask(self, do: str, patience: float = PATIENCE_SECONDS, **about: Any) -> Any:
+        """What it answers; :class:`Failed` where it fails, ends, or does not answer in time."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **about}).encode() + b"\n")
+        except (BrokenPipeError, ValueError):
+            # Its end of the pipe is closed, or ours is, because it did not answer before.
+            raise Failed(self._last_words()) from None
+        answer = json.loads(self._line(time.monotonic() + patience, patience))
+        if "error" in answer:
+            raise Failed(answer["error"])
+        return answer
+
+    def _line(self, until: float, patience: float) -> bytes:
+        assert self.process.stdout is not None
+        while b"\n" not in self.pending:
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))
+            if not ready:
+                self.close()
+                raise Failed(f"stopped after {patience:.0f} s")
+            read = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not read:
+                raise Failed(self._last_words())
+            self.pending += read
+        line, self.pending = self.pending.split(b"\n", 1)
+        return line
+
+    def _last_words(self) -> str:
+        self.process.wait()
+        if self.errors.closed:
+            return "stopped before"
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"ended with {self.process.returncode}"
+
+    def first(self) -> Row:
+        with Peak(self.process.pid) as peak:
+            answer = self.ask("go")
+        return {"seconds": answer["seconds"], "peak_anonymous_bytes": peak.bytes - peak.before}
+
+    def once(self) -> float:
+        return self.ask("go")["seconds"]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.errors.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+class Command:
+    """A program that is started, does the work and ends: its start is part of the time, and all its memory counts."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        clear: Callable[[], None] = lambda: None,
+        patience: float = PATIENCE_SECONDS,
+    ):
+        self.name, self.command, self.patience = name, [str(part) for part in command], patience
+        # Removes what the last run has written; not timed.
+        self.clear = clear
+        # What the last run has printed.
+        self.printed = ""
+
+    def first(self) -> Row:
+        return self._run(sample=True)
+
+    def once(self) -> float:
+        return self._run(sample=False)["seconds"]
+
+    def _run(self, sample: bool) -> Row:
+        self.clear()
+        with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as printed:
+            start = time.perf_counter()
+            process = subprocess.Popen(self.command, stdout=printed, stderr=errors)
+            with Peak(process.pid if sample else None) as peak:
+                try:
+                    process.wait(self.patience)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    raise Failed(f"stopped after {self.patience:.0f} s") from None
+            seconds = time.perf_counter() - start
+            errors.seek(0)
+            printed.seek(0)
+            self.printed = printed.read().decode(errors="replace")
+            if process.returncode != 0:
+                lines = errors.read().decode(errors="replace").strip().splitlines()
+                raise Failed(lines[-1] if lines else f"ended with {process.returncode}")
+        return {"seconds": seconds, **({"peak_anonymous_bytes": peak.bytes} if sample else {})}
+
+    def close(self) -> None:
+        self.clear()
+
+
+class Peak:
+    """The most anonymous memory of a process (Linux): the kernel keeps a peak only of all memory, mapped files too."""
+
+    def __init__(self, pid: int | None):
+        self.pid, self.bytes, self.before, self.running = pid, 0, 0, True
+
+    def __enter__(self) -> Peak:
+        if self.pid is not None:
+            self.before = self._read()
+            self.thread = threading.Thread(target=self._sample)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.running = False
+        if self.pid is not None:
+            self.thread.join()
+
+    def _sample(self) -> None:
+        while self.running:
+            self.bytes = max(self.bytes, self._read())
+            time.sleep(0.001)
+
+    def _read(self) -> int:
+        assert self.pid is not None
+        return anonymous_bytes(self.pid)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """The anonymous memory of a process now; none of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    # A process that is about to end has none left.
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def in_turns(
+    contenders: Iterable[Contender], rounds: int, before: Callable[[], None] = lambda: None, warm_up: bool = True
+) -> list[Row]:
+    """A row for each, in order: all seconds and their median, or why there are none.
+
+    `before` is called before each piece of work, and not timed. Without `warm_up` the first round counts, too.
+    """
+    rows: list[tuple[Contender, Row]] = []
+    for contender in contenders:
+        row: Row = {"name": contender.name, "seconds_all": []}
+        rows.append((contender, row))
+        attempt(row, lambda: begin(contender, row, before, warm_up))  # noqa: B023
+    for _ in range(rounds):
+        for contender, row in rows:
+            if "error" not in row and not row.get("once_only") and sum(row["seconds_all"]) < ENOUGH_SECONDS:
+                attempt(row, lambda: again(contender, row, before))  # noqa: B023
+    for _, row in rows:
+        finish(row)
+    return [row for _, row in rows]
+
+
+def attempt(row: Row, work: Callable[[], object]) -> None:
+    try:
+        work()
+    except Failed as why:
+        row["error"] = str(why)
+
+
+def begin(contender: Contender, row: Row, before: Callable[[], None], warm_up: bool) -> None:
+    """The round that is not timed, unless it takes so long that it must do."""
+    before()
+    first = contender.first()
+    seconds = first.pop("seconds")
+    row.update(first)
+    if seconds > SLOW_SECONDS or not warm_up:
+        row["seconds_all"] = [seconds]
+    if seconds > SLOW_SECONDS:
+        row["once_only"] = True
+
+
+def again(contender: Contender, row: Row, before: Callable[[], None]) -> None:
+    before()
+    row["seconds_all"].append(contender.once())
+
+
+def finish(row: Row) -> None:
+    if row["seconds_all"] and "error" not in row:
+        row["seconds_median"] = statistics.median(row["seconds_all"])
+
+
+def compare(rows: list[Row], limit: Row | None, bytes_: int | None) -> None:
+    """Adds rates and shares of the limit's time: both were taken in the same rounds."""
+    for row in rows:
+        if "seconds_median" not in row:
+            continue
+        if bytes_ is not None:
+            row["bytes_per_second"] = bytes_ / row["seconds_median"]
+        if limit is not None and "seconds_median" in limit:
+            row["share_of_limit"] = limit["seconds_median"] / row["seconds_median"]
