@@ -12,8 +12,8 @@ use super::read::format_checksum;
 use super::shards;
 use crate::error::Result;
 
-/// Bytes that are filled, hashed and written at a time.
-const BLOCK: usize = 32 << 20;
+/// Bytes that are filled, hashed and written at a time; two such blocks are in memory.
+const BLOCK: usize = 4 << 20;
 
 /// Fills a stretch of a tensor: its index in the list of specs, the range of its bytes, and where they go.
 ///
@@ -42,16 +42,25 @@ pub fn write_file(
     file.commit()
 }
 
+/// Writes the data section and returns its checksum: while this thread writes a block, others hash it and fill the next.
 fn write_data(file: &AtomicFile, data: u64, layout: &FileLayout, fill: &Fill<'_>) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
-    let mut block = vec![0; BLOCK.min(layout.data_len())];
+    let size = |start: usize| BLOCK.min(layout.data_len().saturating_sub(start));
+    let (mut block, mut next) = (vec![0; size(0)], vec![0; size(BLOCK)]);
+    fill_block(&mut block, 0, layout.places(), fill);
     for start in (0..layout.data_len()).step_by(BLOCK) {
-        let end = layout.data_len().min(start + BLOCK);
-        let block = &mut block[..end - start];
-        fill_block(block, start, layout.places(), fill);
-        let (_, written) =
-            rayon::join(|| hasher.update_rayon(block), || file.write_block_at(data + start as u64, block));
+        let (current, following) = (&block[..size(start)], &mut next[..size(start + BLOCK)]);
+        let mut written = Ok(());
+        // Whoever waits for a disk must not do so on a thread that others compute on.
+        rayon::in_place_scope(|scope| {
+            scope.spawn(|_| {
+                hasher.update_rayon(current);
+                fill_block(following, start + BLOCK, layout.places(), fill);
+            });
+            written = file.write_block_at(data + start as u64, current);
+        });
         written?;
+        std::mem::swap(&mut block, &mut next);
     }
     Ok(format_checksum(&hasher))
 }
@@ -96,4 +105,40 @@ pub fn write_snapshot(
     }
     shards::write_index(dir, stem, &specs, &shards)?;
     Ok(paths)
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::Dtype;
+
+    use super::*;
+    use crate::snapshot::StoredFile;
+
+    /// Sizes around those of blocks, with tensors that begin and end within them, and none at all.
+    #[test]
+    fn every_number_of_blocks_is_written_and_sums_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let value = |tensor: usize, i: usize| ((tensor * 31 + i) % 251) as u8;
+        for sizes in
+            [vec![], vec![0], vec![BLOCK - 1], vec![BLOCK], vec![BLOCK + 1, 5], vec![100, 2 * BLOCK, 3 * BLOCK]]
+        {
+            let name = |i: usize| format!("{i}");
+            let spec = |(i, &size)| TensorSpec { name: name(i), dtype: Dtype::U8, shape: vec![size] };
+            let path = dir.path().join("a.safetensors");
+            let fill = |tensor: usize, range: Range<usize>, dst: &mut [u8]| {
+                dst.iter_mut().zip(range).for_each(|(byte, i)| *byte = value(tensor, i));
+            };
+            write_file(&path, sizes.iter().enumerate().map(spec).collect(), BTreeMap::new(), &fill).unwrap();
+            let file = StoredFile::open(&path).unwrap();
+            file.verify().unwrap();
+            for (tensor, &size) in sizes.iter().enumerate() {
+                let bytes = file.bytes(&file.tensors()[&name(tensor)]);
+                assert!(
+                    bytes.len() == size && bytes.iter().enumerate().all(|(i, &b)| b == value(tensor, i)),
+                    "{sizes:?}"
+                );
+            }
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        }
+    }
 }

@@ -8,13 +8,15 @@ mod averages;
 mod blend;
 mod convert;
 mod f16c;
+mod memory;
 mod scan;
 mod update;
 
-pub use averages::{Averages, Layout, Precision};
+pub use averages::{Averages, Layout, Precision, SpareAverages};
 pub use blend::{Blend, Unfit, blend};
 pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, max_finite, to_f32};
-pub use scan::{Range, scan};
+pub use memory::Spare;
+pub use scan::{Range, copy_and_scan, scan};
 pub use update::{Incoming, update};
 
 /// Elements that a thread takes at a time: large enough to hide the hand-over, small enough to balance.
