@@ -112,16 +112,17 @@ fn benchmark(criterion: &mut Criterion) {
     checkpoint(&mut ema, &model);
     beside_limits(&mut ema, &model, &temp.path().join("plain"));
     let mut group = criterion.benchmark_group("snapshot");
-    group.throughput(Throughput::Bytes(WRITTEN as u64)).sample_size(10);
-    let mut measure = |name: &str, part: fn((f64, f64)) -> f64| {
+    group.sample_size(10);
+    let mut measure = |name: &str, bytes: usize, part: fn((f64, f64)) -> f64| {
+        group.throughput(Throughput::Bytes(bytes as u64));
         group.bench_function(name, |bench| {
             bench.iter_custom(|rounds| {
                 Duration::from_secs_f64((0..rounds).map(|_| part(checkpoint(&mut ema, &model))).sum::<f64>().max(0.0))
             });
         });
     };
-    measure("held up", |(held, _)| held);
-    measure("until all is on disk", |(_, written)| written);
+    measure("held up", COPIED, |(held, _)| held);
+    measure("until all is on disk", WRITTEN, |(_, written)| written);
     group.finish();
     drop(ema);
     check(&dir, &model);

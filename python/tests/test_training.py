@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import filecmp
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
