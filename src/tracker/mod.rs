@@ -84,7 +84,8 @@ impl PostHocEma {
     ///
     /// # Errors
     /// [`Error::Changed`] where names, shapes or dtypes are not those the run began with: the call then did not happen.
-    /// [`Error::NonFinite`] where an average to be stored holds NaN or infinity: nothing is written then.
+    /// [`Error::NonFinite`] where an average to be stored holds NaN or infinity: nothing is written then. Of
+    /// parameters on a device it is a later call that tells.
     /// [`Error::Io`] where an earlier snapshot could not be written in the background: the call has done its part, no file
     /// is half written, training can go on, and that snapshot is tried again before the next one, and given up with a
     /// warning if that fails too. Without [`Options::checkpoint_in_background`] it is the snapshot of this call, which is
