@@ -44,6 +44,11 @@ impl AtomicFile {
         Ok(AtomicFile { file, path: path.to_owned() })
     }
 
+    /// What the file will be called.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Writes bytes at an offset; callers may do so in any order and from several threads.
     ///
     /// # Errors

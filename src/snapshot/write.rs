@@ -3,6 +3,10 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
+use std::thread;
+
+use rayon::prelude::*;
 
 use super::atomic::AtomicFile;
 use super::directory::Stem;
@@ -10,15 +14,21 @@ use super::layout::{FileLayout, Placed, TensorSpec};
 use super::meta::{CHECKSUM, Meta};
 use super::read::format_checksum;
 use super::shards;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
-/// Bytes that are filled, hashed and written at a time; two such blocks are in memory.
-const BLOCK: usize = 4 << 20;
+/// Bytes that are filled, hashed and written at a time.
+const BLOCK: usize = 2 << 20;
+
+/// Bytes that a thread fills at a time.
+const PIECE: usize = 256 << 10;
+
+/// Blocks in memory: one that is filled, one that is written, and one between them, as neither goes at an even pace.
+const BLOCKS: usize = 3;
 
 /// Fills a stretch of a tensor: its index in the list of specs, the range of its bytes, and where they go.
 ///
 /// A stretch never cuts an element: tensors lie in order of falling element size, so each begins at a multiple of its
-/// own, and blocks end at multiples of the largest.
+/// own, and pieces end at multiples of the largest.
 pub type Fill<'a> = dyn Fn(usize, Range<usize>, &mut [u8]) + Sync + 'a;
 
 /// Writes one file.
@@ -42,31 +52,46 @@ pub fn write_file(
     file.commit()
 }
 
-/// Writes the data section and returns its checksum: while this thread writes a block, others hash it and fill the next.
+/// Writes the data section and returns its checksum: blocks are filled and hashed here and written by a thread of their
+/// own, because whoever waits for a disk must not do so on a thread that others compute on.
 fn write_data(file: &AtomicFile, data: u64, layout: &FileLayout, fill: &Fill<'_>) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
-    let size = |start: usize| BLOCK.min(layout.data_len().saturating_sub(start));
-    let (mut block, mut next) = (vec![0; size(0)], vec![0; size(BLOCK)]);
-    fill_block(&mut block, 0, layout.places(), fill);
-    for start in (0..layout.data_len()).step_by(BLOCK) {
-        let (current, following) = (&block[..size(start)], &mut next[..size(start + BLOCK)]);
-        let mut written = Ok(());
-        // Whoever waits for a disk must not do so on a thread that others compute on.
-        rayon::in_place_scope(|scope| {
-            scope.spawn(|_| {
-                hasher.update_rayon(current);
-                fill_block(following, start + BLOCK, layout.places(), fill);
+    let ((send, filled), (give_back, free)) = (channel::<(u64, Vec<u8>)>(), channel());
+    (0..BLOCKS).for_each(|_| drop(give_back.send(Vec::new())));
+    thread::scope(|scope| {
+        let write = move || -> Result<()> {
+            for (offset, block) in filled {
+                file.write_at(offset, &block)?;
+                // Whoever fills may have filled all there is.
+                let _ = give_back.send(block);
+            }
+            Ok(())
+        };
+        let thread = thread::Builder::new().name("posthoc-ema-disk".into()).spawn_scoped(scope, write);
+        let thread = thread.map_err(Error::io("start the thread that writes", file.path()))?;
+        for start in (0..layout.data_len()).step_by(BLOCK) {
+            // Where the thread has ended, it tells why.
+            let Ok(mut block) = free.recv() else { break };
+            block.resize(BLOCK.min(layout.data_len() - start), 0);
+            rayon::scope(|_| {
+                fill_block(&mut block, start, layout.places(), fill);
+                hasher.update_rayon(&block);
             });
-            written = file.write_block_at(data + start as u64, current);
-        });
-        written?;
-        std::mem::swap(&mut block, &mut next);
-    }
+            let _ = send.send((data + start as u64, block));
+        }
+        drop(send);
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
     Ok(format_checksum(&hasher))
 }
 
-/// Fills the bytes of the data section from `start` on.
+/// Fills the bytes of the data section from `start` on, with all threads.
 fn fill_block(block: &mut [u8], start: usize, places: &[Placed], fill: &Fill<'_>) {
+    let pieces = block.par_chunks_mut(PIECE).enumerate();
+    pieces.for_each(|(i, piece)| fill_piece(piece, start + i * PIECE, places, fill));
+}
+
+fn fill_piece(block: &mut [u8], start: usize, places: &[Placed], fill: &Fill<'_>) {
     let end = start + block.len();
     let first = places.partition_point(|place| place.range.end <= start);
     for Placed { index, range } in places[first..].iter().take_while(|place| place.range.start < end) {
