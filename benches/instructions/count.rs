@@ -16,6 +16,7 @@ pub const CHILD: &str = "--count";
 const SIZES: [usize; 2] = [1, 2];
 
 /// The instructions that one more element takes.
+#[allow(clippy::zombie_processes, reason = "it is waited for by its number")]
 pub fn per_element(row: &Row) -> f64 {
     let child =
         Command::new(std::env::current_exe().expect("this program has a path")).args([CHILD, &row.name()]).spawn();

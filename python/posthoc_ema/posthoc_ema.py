@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import warnings
+import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -82,6 +84,8 @@ class PostHocEMA:
     _of_torch = True
     # The step at which a tracker was closed.
     _closed_at: int | None = None
+    # What is called when nothing refers to this object any more, or the interpreter ends.
+    _settled: weakref.finalize[..., PostHocEMA]
     # Counts a step at which nothing is due.
     _skip: Callable[[], bool]
 
@@ -109,6 +113,7 @@ class PostHocEMA:
         leave_out: Sequence[str] | None = None,
         compensated: bool | None = None,
         retention: Retention | None = None,
+        checkpoint_in_background: bool = True,
         rank_zero_only: bool = False,
     ) -> PostHocEMA:
         """Begins to track a model, or goes on with a run.
@@ -141,6 +146,9 @@ class PostHocEMA:
                 and profile instead of 4; the default.
             retention: which steps' snapshots are kept: those that serve a range of sigma_rel best, by default ``(0.05, 0.28)``;
                 "latest"; or, for each step of a list, the first snapshot at or after it, however many.
+            checkpoint_in_background: write snapshots while the training goes on, which is held up for a copy of the averages
+                only. Its memory, as much as the averages take themselves, is the price; between checkpoints other programs
+                may have it. Without it, and where the memory cannot be had, the training waits until they are on disk.
             rank_zero_only: switch off on all processes of ``torch.distributed`` but that of rank 0, which there only
                 count steps, from where the run is. Under data parallelism all ranks hold the same parameters, and a run has one writer.
 
@@ -162,6 +170,7 @@ class PostHocEMA:
             "retention": None if retention is None else retention_to_dict(retention),
             "checkpoint_dtype": _results.stored_name(checkpoint_dtype),
             "compensated": compensated,
+            "checkpoint_in_background": checkpoint_in_background,
             "average": average,
             "copy": copy,
         }
@@ -196,6 +205,7 @@ class PostHocEMA:
         self._only_save_diff, self._leave_out = only_save_diff, tuple(leave_out or ())
         self._tracker, self._tensors, self._of_torch = tracker, tensors, any(map(is_torch, lender.tensors))
         self._skip = tracker.skip
+        self._settled = weakref.finalize(self, _settle, tracker, os.getpid())
         self.profiles = [Profile(text) for text in tracker.profiles()]
         self._track_models(tensors, tracker)
         return self
@@ -270,8 +280,9 @@ class PostHocEMA:
             ValueError: for a model whose tensors are not those the run began with, naming the first difference.
             RuntimeError: where an average to be stored holds NaN or infinity (nothing is written then), where the model
                 holds an average, and where a device fails.
-            OSError: where a snapshot cannot be written: the averages are up to date, training can go on, and it is tried
-                once more before the next update.
+            OSError: where an earlier snapshot could not be written in the background: this call has done its part, training
+                can go on, and that snapshot is tried once more before the next one. With
+                ``checkpoint_in_background=False`` it is the snapshot of this call, tried again before the next update.
         """
         if _swap.holding:
             _swap.check_own_weights(self._tensors_of(model).lender().tensors)
@@ -346,6 +357,15 @@ class PostHocEMA:
         if self._tracker is not None:
             self._tracker.save()
 
+    def flush(self) -> None:
+        """Waits until every snapshot so far is on disk: for who reads the run's directory while the training goes on.
+
+        Raises:
+            OSError: where one could not be written and no call has told it yet.
+        """
+        if self._tracker is not None and self._closed_at is None:
+            self._tracker.flush()
+
     def finish(self) -> None:
         """Ends the run: stores a snapshot of the newest update where there is none yet, and the live state."""
         if self._tracker is not None:
@@ -355,19 +375,31 @@ class PostHocEMA:
         """Gives the run free for another tracker, without storing anything more: call :meth:`finish` or :meth:`save` before.
 
         What is stored can still be synthesized from. It happens by itself when nothing refers to this object any more.
+
+        Raises:
+            OSError: where a snapshot could not be written and no call has told it yet; the run is free then, too.
         """
         if self._tracker is not None and self._closed_at is None:
             self._closed_at = self._tracker.step
-            self._tracker.close()
+            self._settled.detach()
+            try:
+                self._tracker.flush()
+            finally:
+                self._tracker.close()
 
     def __enter__(self) -> PostHocEMA:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # After an error the averages are left as they were last stored.
+        # After an error the averages are left as they were last stored, and it is that error which is to be seen.
+        if kind is not None:
+            try:
+                self.close()
+            except OSError as error:
+                warnings.warn(f"a snapshot was not stored: {error}", stacklevel=2)
+            return
         try:
-            if kind is None:
-                self.finish()
+            self.finish()
         finally:
             self.close()
 
@@ -687,9 +719,19 @@ class PostHocEMA:
         return live, ()
 
     def _run(self) -> _native.Run:
-        """The snapshots that are there now."""
+        """The snapshots so far."""
+        self.flush()
         return _native.Run(self.checkpoint_dir)
 
     def __repr__(self) -> str:
         tracked = ", ".join(map(str, self.profiles))
         return f"<PostHocEMA {self.checkpoint_dir}: {tracked}>"
+
+
+def _settle(tracker: _native.Tracker, process: int) -> None:
+    """Waits for what is being written, so that no interpreter ends in the midst of it; an error of it is printed then.
+
+    A forked child has neither the thread that writes nor anything to write.
+    """
+    if os.getpid() == process:
+        tracker.flush()

@@ -31,6 +31,7 @@ struct Settings {
     /// `null` stands for the model's dtypes; an absent one for what the run has.
     #[serde(with = "serde_some")]
     checkpoint_dtype: Option<Option<Dtype>>,
+    checkpoint_in_background: Option<bool>,
     compensated: Option<bool>,
     shard_size: Option<u64>,
     average: Option<Vec<String>>,
@@ -61,6 +62,7 @@ impl Settings {
             max_checkpoints,
             retention,
             checkpoint_dtype,
+            checkpoint_in_background,
             shard_size
         );
         set!(average, copy, leave_out);
@@ -154,6 +156,11 @@ impl Tracker {
     /// Stores the live state.
     fn save(&self, py: Python<'_>) -> PyResult<()> {
         self.with(py, |tracker| tracker.save())
+    }
+
+    /// Waits until every snapshot so far is on disk.
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        self.with(py, |tracker| tracker.flush())
     }
 
     /// Ends the run.

@@ -31,10 +31,11 @@ def shake(model: torch.nn.Module, size: float = 0.1) -> None:
 
 
 def train(ema: PostHocEMA, model: torch.nn.Module, steps: int, step: Callable[[int], None] | None = None) -> None:
-    """Trains so many steps."""
+    """Trains so many steps; all snapshots are there afterwards."""
     for i in range(1, steps + 1):
         shake(model) if step is None else step(i)
         ema.update_(model)
+    ema.flush()
 
 
 class Exchanged:

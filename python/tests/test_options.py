@@ -53,6 +53,7 @@ def test_a_directory_with_a_run_is_not_overwritten(run_dir: Path) -> None:
     model = torch.nn.Linear(2, 2)
     ema = PostHocEMA.from_model(model, run_dir, update_every=1, checkpoint_every=1, update_after_step=0)
     ema.update_(model)
+    ema.flush()
     with pytest.raises(ValueError, match="already contains checkpoints"):
         PostHocEMA.from_model(model, run_dir)
     with pytest.raises(RuntimeError, match="another tracker is writing this run"):

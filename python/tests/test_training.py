@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import filecmp
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +164,79 @@ def test_a_diverged_training_is_told_and_nothing_is_stored(run_dir: Path) -> Non
     with pytest.raises(RuntimeError, match="`weight`.*NaN at element 2 at step 20"):
         train(ema, model, 5, lambda _: None)
     assert [path.name for path in sorted(run_dir.glob("0.*.safetensors"))] == ["0.10.safetensors"]
+
+
+def every_step(model: torch.nn.Module, directory: Path, **options: object) -> PostHocEMA:
+    return PostHocEMA.from_model(model, directory, update_every=1, update_after_step=0, checkpoint_every=1, **options)
+
+
+def snapshots(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("*.*.safetensors"))
+
+
+def test_snapshots_are_there_after_a_flush_and_at_once_without_the_background(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 3)
+    ema = every_step(model, tmp_path / "background")
+    at_once = every_step(model, tmp_path / "at-once", checkpoint_in_background=False)
+    for step in (1, 2, 3):
+        shake(model)
+        at_once.update_(model)
+        assert len(snapshots(tmp_path / "at-once")) == 2 * step
+        ema.update_(model)
+    ema.flush()
+    at_once.flush()
+    assert snapshots(tmp_path / "background") == snapshots(tmp_path / "at-once")
+    a, b = (PostHocEMA.from_path(tmp_path / name).synthesize([0.1])[0] for name in ("background", "at-once"))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    # Stored snapshots of a tracker that goes on are all those so far.
+    for _ in range(5):
+        shake(model)
+        ema.update_(model)
+    assert {name for name in snapshots(tmp_path / "background")} >= {"0.3.safetensors"}
+    assert max(step for plan in ema.plan([0.1], step=7) for _, step in ((w.index, w.step) for w in plan.weights)) == 7
+    ema.close()
+    ema.flush()
+
+
+def test_an_error_of_the_background_comes_from_a_later_call(tmp_path: Path) -> None:
+    model, run = torch.nn.Linear(3, 3), tmp_path / "run"
+    ema = every_step(model, run)
+    ema.update_(model)
+    ema.flush()
+    run.rename(tmp_path / "aside")
+    ema.update_(model)
+    with pytest.raises(OSError, match="check the path"):
+        ema.flush()
+    ema.update_(model)
+    with pytest.raises(OSError, match="check the path"):
+        ema.close()
+    (tmp_path / "aside").rename(run)
+    assert snapshots(run) == ["0.1.safetensors", "1.1.safetensors"]
+    # It is free, and the error of a block is not hidden by one of the disk.
+    with pytest.warns(UserWarning, match="a snapshot was not stored"), pytest.raises(KeyError, match="own"):
+        with every_step(model, run, resume=True) as ema:
+            run.rename(tmp_path / "aside")
+            ema.update_(model)
+            raise KeyError("own")
+
+
+ENDED = """
+    import sys, torch
+    from posthoc_ema import PostHocEMA
+    model = torch.nn.Linear(1000, 1000)
+    ema = PostHocEMA.from_model(model, sys.argv[1], update_every=1, update_after_step=0, checkpoint_every=1)
+    model.ema = [ema, lambda: model]
+    ema.update_(model)
+    ema.update_(model)
+    if sys.argv[2] == "raises":
+        raise KeyError("own")
+"""
+
+
+@pytest.mark.parametrize("how", ["returns", "raises"])
+def test_an_interpreter_that_ends_waits_for_what_is_being_written(run_dir: Path, how: str) -> None:
+    program = [sys.executable, "-c", textwrap.dedent(ENDED), str(run_dir), how]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert ("KeyError" in done.stderr) == (how == "raises"), done.stderr
+    assert snapshots(run_dir) == ["0.1.safetensors", "0.2.safetensors", "1.1.safetensors", "1.2.safetensors"]
+    assert not list(run_dir.glob(".posthoc-ema-*"))

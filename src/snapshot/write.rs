@@ -3,6 +3,10 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
+use std::thread;
+
+use rayon::prelude::*;
 
 use super::atomic::AtomicFile;
 use super::directory::Stem;
@@ -10,15 +14,21 @@ use super::layout::{FileLayout, Placed, TensorSpec};
 use super::meta::{CHECKSUM, Meta};
 use super::read::format_checksum;
 use super::shards;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Bytes that are filled, hashed and written at a time.
-const BLOCK: usize = 32 << 20;
+const BLOCK: usize = 2 << 20;
+
+/// Bytes that a thread fills at a time.
+const PIECE: usize = 256 << 10;
+
+/// Blocks in memory: one that is filled, one that is written, and one between them, as neither goes at an even pace.
+const BLOCKS: usize = 3;
 
 /// Fills a stretch of a tensor: its index in the list of specs, the range of its bytes, and where they go.
 ///
 /// A stretch never cuts an element: tensors lie in order of falling element size, so each begins at a multiple of its
-/// own, and blocks end at multiples of the largest.
+/// own, and pieces end at multiples of the largest.
 pub type Fill<'a> = dyn Fn(usize, Range<usize>, &mut [u8]) + Sync + 'a;
 
 /// Writes one file.
@@ -42,22 +52,46 @@ pub fn write_file(
     file.commit()
 }
 
+/// Writes the data section and returns its checksum: blocks are filled and hashed here and written by a thread of their
+/// own, because whoever waits for a disk must not do so on a thread that others compute on.
 fn write_data(file: &AtomicFile, data: u64, layout: &FileLayout, fill: &Fill<'_>) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
-    let mut block = vec![0; BLOCK.min(layout.data_len())];
-    for start in (0..layout.data_len()).step_by(BLOCK) {
-        let end = layout.data_len().min(start + BLOCK);
-        let block = &mut block[..end - start];
-        fill_block(block, start, layout.places(), fill);
-        let (_, written) =
-            rayon::join(|| hasher.update_rayon(block), || file.write_block_at(data + start as u64, block));
-        written?;
-    }
+    let ((send, filled), (give_back, free)) = (channel::<(u64, Vec<u8>)>(), channel());
+    (0..BLOCKS).for_each(|_| drop(give_back.send(Vec::new())));
+    thread::scope(|scope| {
+        let write = move || -> Result<()> {
+            for (offset, block) in filled {
+                file.write_at(offset, &block)?;
+                // Whoever fills may have filled all there is.
+                let _ = give_back.send(block);
+            }
+            Ok(())
+        };
+        let thread = thread::Builder::new().name("posthoc-ema-disk".into()).spawn_scoped(scope, write);
+        let thread = thread.map_err(Error::io("start the thread that writes", file.path()))?;
+        for start in (0..layout.data_len()).step_by(BLOCK) {
+            // Where the thread has ended, it tells why.
+            let Ok(mut block) = free.recv() else { break };
+            block.resize(BLOCK.min(layout.data_len() - start), 0);
+            rayon::scope(|_| {
+                fill_block(&mut block, start, layout.places(), fill);
+                hasher.update_rayon(&block);
+            });
+            let _ = send.send((data + start as u64, block));
+        }
+        drop(send);
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
     Ok(format_checksum(&hasher))
 }
 
-/// Fills the bytes of the data section from `start` on.
+/// Fills the bytes of the data section from `start` on, with all threads.
 fn fill_block(block: &mut [u8], start: usize, places: &[Placed], fill: &Fill<'_>) {
+    let pieces = block.par_chunks_mut(PIECE).enumerate();
+    pieces.for_each(|(i, piece)| fill_piece(piece, start + i * PIECE, places, fill));
+}
+
+fn fill_piece(block: &mut [u8], start: usize, places: &[Placed], fill: &Fill<'_>) {
     let end = start + block.len();
     let first = places.partition_point(|place| place.range.end <= start);
     for Placed { index, range } in places[first..].iter().take_while(|place| place.range.start < end) {
@@ -96,4 +130,40 @@ pub fn write_snapshot(
     }
     shards::write_index(dir, stem, &specs, &shards)?;
     Ok(paths)
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::Dtype;
+
+    use super::*;
+    use crate::snapshot::StoredFile;
+
+    /// Sizes around those of blocks, with tensors that begin and end within them, and none at all.
+    #[test]
+    fn every_number_of_blocks_is_written_and_sums_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let value = |tensor: usize, i: usize| ((tensor * 31 + i) % 251) as u8;
+        for sizes in
+            [vec![], vec![0], vec![BLOCK - 1], vec![BLOCK], vec![BLOCK + 1, 5], vec![100, 2 * BLOCK, 3 * BLOCK]]
+        {
+            let name = |i: usize| format!("{i}");
+            let spec = |(i, &size)| TensorSpec { name: name(i), dtype: Dtype::U8, shape: vec![size] };
+            let path = dir.path().join("a.safetensors");
+            let fill = |tensor: usize, range: Range<usize>, dst: &mut [u8]| {
+                dst.iter_mut().zip(range).for_each(|(byte, i)| *byte = value(tensor, i));
+            };
+            write_file(&path, sizes.iter().enumerate().map(spec).collect(), BTreeMap::new(), &fill).unwrap();
+            let file = StoredFile::open(&path).unwrap();
+            file.verify().unwrap();
+            for (tensor, &size) in sizes.iter().enumerate() {
+                let bytes = file.bytes(file.tensors().get(&name(tensor)).unwrap());
+                assert!(
+                    bytes.len() == size && bytes.iter().enumerate().all(|(i, &b)| b == value(tensor, i)),
+                    "{sizes:?}"
+                );
+            }
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        }
+    }
 }

@@ -101,6 +101,7 @@ impl Run {
     /// #     weights[0].1.iter_mut().for_each(|w| *w = (step as f32).sqrt());
     /// #     ema.update(&weights)?;
     /// # }
+    /// # ema.flush()?;
     /// # let sweep_dir = temp.path().join("sweep");
     /// let run = Run::open(&dir)?;
     /// let targets = [0.05, 0.1, 0.15, 0.2, 0.25].map(|sigma_rel| Profile::sigma_rel(sigma_rel).unwrap());

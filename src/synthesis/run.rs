@@ -177,6 +177,7 @@ impl Run {
     /// #     weights[0].1.iter_mut().for_each(|w| *w += step as f32);
     /// #     ema.update(&weights)?;
     /// # }
+    /// # ema.flush()?;
     /// # let trained = weights.clone();
     /// let run = Run::open(&dir)?;
     /// for sigma_rel in [0.05, 0.1, 0.15] {

@@ -5,9 +5,10 @@ use super::moment::{Failure, Moment};
 use crate::error::Result;
 
 impl PostHocEma {
-    /// Stores the live state and a snapshot of every average, or hands them to the engine's writer.
+    /// Stores the live state and a snapshot of every average, in the background where that is allowed.
     pub(super) fn checkpoint(&mut self) -> Result<()> {
-        let done = self.engine.checkpoint(self.moment(self.history.last()));
+        let moment = self.moment(self.history.last());
+        let done = if self.in_background { self.engine.checkpoint(moment) } else { self.engine.store(&moment) };
         match done {
             Ok(()) | Err(Failure::Removal(_)) => (self.stored, self.pending) = (self.history.last(), false),
             Err(Failure::Files(_)) => self.pending = true,
@@ -55,6 +56,14 @@ impl PostHocEma {
         let stored = if self.pending { self.history.last() } else { self.stored };
         self.moment(stored).save(&self.engine.values()?.values())?;
         flushed
+    }
+
+    /// Waits until every snapshot so far is on disk: for who reads the run's directory while the training goes on.
+    ///
+    /// # Errors
+    /// What kept a snapshot from being stored, where no call has told it yet.
+    pub fn flush(&self) -> Result<()> {
+        self.engine.flush()
     }
 
     /// Ends the run: stores a snapshot of the newest update where there is none yet, and the live state.

@@ -9,7 +9,6 @@ mod options;
 mod state;
 mod table;
 mod values;
-#[cfg(any(test, feature = "cuda"))]
 mod writer;
 
 use std::path::{Path, PathBuf};
@@ -32,10 +31,9 @@ pub enum Step {
     Skipped,
     /// The averages were updated.
     Updated,
-    /// The averages were updated and a snapshot of each was stored.
-    ///
-    /// Where the averages are written in the background, it was queued: should it fail, a later call of
-    /// [`PostHocEma::update`] or [`PostHocEma::save`] returns the error, [`PostHocEma::finish`] at the latest.
+    /// The averages were updated and a snapshot of each is being stored in the background: should that fail, a later call
+    /// of [`PostHocEma::update`], [`PostHocEma::save`] or [`PostHocEma::flush`] returns the error, [`PostHocEma::finish`] at
+    /// the latest. Without [`Options::checkpoint_in_background`] it is on disk.
     Stored,
 }
 
@@ -72,6 +70,7 @@ pub struct PostHocEma {
     pending: bool,
     /// Drawn at random when the run began; every snapshot carries it.
     run: String,
+    in_background: bool,
     _lock: Lock,
 }
 
@@ -85,10 +84,12 @@ impl PostHocEma {
     ///
     /// # Errors
     /// [`Error::Changed`] where names, shapes or dtypes are not those the run began with: the call then did not happen.
-    /// [`Error::NonFinite`] where an average to be stored holds NaN or infinity: nothing is written then.
-    /// [`Error::Io`] where a snapshot cannot be written: the averages are up to date, no file is half written, training
-    /// can go on, and the snapshot is tried again before the next update, and given up with a warning if that fails too.
-    /// The same holds for an error of a snapshot that was written in the background: the call has done its part.
+    /// [`Error::NonFinite`] where an average to be stored holds NaN or infinity: nothing is written then. Of
+    /// parameters on a device it is a later call that tells.
+    /// [`Error::Io`] where an earlier snapshot could not be written in the background: the call has done its part, no file
+    /// is half written, training can go on, and that snapshot is tried again before the next one, and given up with a
+    /// warning if that fails too. Without [`Options::checkpoint_in_background`] it is the snapshot of this call, which is
+    /// tried again before the next update.
     /// [`Error::Cuda`] where a device fails: the call then did not happen, or, where an update is said to be lost, nothing
     /// more is stored and the run is to be resumed by a new process.
     pub fn update(&mut self, params: &(impl Parameters + ?Sized)) -> Result<Step> {

@@ -101,15 +101,23 @@ impl Moment {
 
     /// The dtype that each averaged tensor of each profile is stored in, after a look at all values.
     fn stored_dtypes(&self, values: &Values<'_>) -> Result<Vec<Vec<Dtype>>> {
-        if let Some(converted) = values.converted {
-            return Ok(converted.iter().map(|converted| converted.dtypes.clone()).collect());
+        if let Some(dtypes) = values.dtypes {
+            return Ok(dtypes.to_vec());
         }
-        let of_profile = |(profile, averages): (usize, &cpu::Averages)| {
-            let tensor = |i: usize| &averages.high[self.table.layout().place(i)];
-            let ranges: Vec<cpu::Range> = (0..self.table.averaged().len()).map(|i| cpu::scan(tensor(i))).collect();
-            self.choose_dtypes(profile, &ranges, |i, element| Ok(tensor(i)[element]))
+        let layout = self.table.layout();
+        let ranges = |averages: &cpu::Averages| -> Vec<cpu::Range> {
+            (0..layout.len()).map(|i| cpu::scan(&averages.high[layout.place(i)])).collect()
         };
-        values.averages.iter().enumerate().map(of_profile).collect()
+        self.choose_all_dtypes(values, &values.averages.iter().map(ranges).collect::<Vec<_>>())
+    }
+
+    /// As [`Moment::choose_dtypes`], for all profiles.
+    pub(super) fn choose_all_dtypes(&self, values: &Values<'_>, ranges: &[Vec<cpu::Range>]) -> Result<Vec<Vec<Dtype>>> {
+        let of_profile = |(profile, (averages, ranges)): (usize, (&cpu::Averages, &Vec<cpu::Range>))| {
+            let element = |i: usize, element: usize| Ok(averages.high[self.table.layout().place(i)][element]);
+            self.choose_dtypes(profile, ranges, element)
+        };
+        values.averages.iter().zip(ranges).enumerate().map(of_profile).collect()
     }
 
     /// The dtype that each averaged tensor of a profile is stored in, given the range of its values: the one asked for,

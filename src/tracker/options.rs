@@ -57,6 +57,7 @@ pub struct Options {
     copy: Option<Vec<String>>,
     leave_out: Option<Vec<String>>,
     device: Device,
+    in_background: bool,
 }
 
 /// What a run goes by, all of it decided. It is stored with the live state.
@@ -110,6 +111,7 @@ impl Options {
             copy: None,
             leave_out: None,
             device: Device::Cpu,
+            in_background: true,
         }
     }
 
@@ -228,6 +230,19 @@ impl Options {
         self
     }
 
+    /// Whether snapshots are written in the background, while the training goes on. Default: true.
+    ///
+    /// The training is then held up for a copy of the averages, whose memory (6 bytes a parameter and profile, 4 with
+    /// [`Precision::Plain`], and the copied tensors) is the price; between checkpoints other programs may have it. There
+    /// is one such copy: a checkpoint that comes before the last one is written waits for it. Where the memory cannot be
+    /// had, and with `false`, the training waits until the snapshots are on disk.
+    ///
+    /// The files are the same, and a resume may choose anew.
+    pub fn checkpoint_in_background(mut self, yes: bool) -> Self {
+        self.in_background = yes;
+        self
+    }
+
     /// Begins a new run.
     ///
     /// # Errors
@@ -262,6 +277,7 @@ impl Options {
             stored: None,
             pending: false,
             run: snapshot::new_run_id(),
+            in_background: self.in_background,
             _lock: lock,
         })
     }
@@ -293,6 +309,7 @@ impl Options {
             Ok(())
         })?;
         let mut tracker = saved.into_tracker(self.dir, settings, table, device, self.device, lock)?;
+        tracker.in_background = self.in_background;
         snapshot::remove_leftovers(&tracker.dir)?;
         tracker.complete()?;
         Ok(tracker)

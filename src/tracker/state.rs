@@ -176,7 +176,19 @@ impl Saved {
         let (run, clock, history, stored) = (run.clone(), *clock, history.clone(), *stored);
         let start = Start { values: Some((averages, copies)), ..Start::new(&table, &settings) };
         let engine = Engine::start(&dir, table.layout(), lent_on, device, start)?;
-        Ok(PostHocEma { dir, settings, table, engine, clock, history, stored, pending: false, run, _lock: lock })
+        Ok(PostHocEma {
+            dir,
+            settings,
+            table,
+            engine,
+            clock,
+            history,
+            stored,
+            pending: false,
+            run,
+            in_background: true,
+            _lock: lock,
+        })
     }
 
     /// Checks that the model averages exactly the tensors of the state, in the same dtypes.

@@ -1,9 +1,9 @@
 //! The tracker by identities and against naive oracles.
 
+mod background;
 mod filling;
 mod log;
 mod moments;
-mod queued;
 mod storage;
 mod swapping;
 mod tensors;
@@ -86,8 +86,15 @@ fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |most, d| if d > most || d.is_nan() { d } else { most })
 }
 
-/// Trains for some steps and returns the trajectory of the updates.
+/// Trains for some steps, waits for what is stored, and returns the trajectory of the updates.
 fn train(ema: &mut PostHocEma, walk: &mut Walk, steps: u64) -> Vec<(u64, Vec<f64>)> {
+    let trajectory = train_on(ema, walk, steps);
+    ema.flush().unwrap();
+    trajectory
+}
+
+/// As [`train`]; snapshots may still be being written afterwards.
+fn train_on(ema: &mut PostHocEma, walk: &mut Walk, steps: u64) -> Vec<(u64, Vec<f64>)> {
     let mut trajectory = Vec::new();
     for _ in 0..steps {
         let step = ema.update(walk.step()).unwrap();

@@ -13,8 +13,10 @@ pub(super) struct Values<'a> {
     pub averages: &'a [Averages],
     /// The newest values of the tensors that are copied.
     pub copies: &'a [Vec<u8>],
-    /// Of each profile, what its snapshot stores, where that has been worked out already; otherwise it is converted
-    /// from `averages`, which give the same bits.
+    /// The dtype that each averaged tensor of each profile is stored in, where all values have been looked at already.
+    pub dtypes: Option<&'a [Vec<Dtype>]>,
+    /// Of each profile, what its snapshot stores in these dtypes, where that has been worked out already; otherwise it is
+    /// converted from `averages`, which give the same bits.
     pub converted: Option<&'a [Converted]>,
 }
 
@@ -40,15 +42,10 @@ impl Values<'_> {
 }
 
 /// The average of one profile as its snapshot stores it.
-///
-/// Whoever makes one chooses the dtypes by [`Moment::choose_dtypes`](super::moment::Moment::choose_dtypes), which
-/// refuses values that are not finite.
 #[derive(Clone, Debug)]
 #[cfg_attr(not(any(test, feature = "cuda")), allow(dead_code, reason = "made by the engine that converts on a device"))]
 pub(super) struct Converted {
-    /// The dtype of each averaged tensor.
-    pub dtypes: Vec<Dtype>,
-    /// Where the elements of each lie within `bytes`.
+    /// Where the elements of each averaged tensor lie within `bytes`.
     pub places: Vec<Range<usize>>,
     /// The elements of all, in their dtypes, little endian.
     pub bytes: Vec<u8>,
@@ -61,18 +58,25 @@ impl Converted {
 }
 
 /// As [`Values`], in memory of its own: what a thread takes along.
-#[derive(Clone, Debug)]
-#[cfg(any(test, feature = "cuda"))]
+///
+/// Whoever gives dtypes chooses them by [`Moment::choose_dtypes`](super::moment::Moment::choose_dtypes), which refuses
+/// values that are not finite.
+#[derive(Clone, Debug, Default)]
 pub(super) struct OwnedValues {
     pub averages: Vec<Averages>,
     pub copies: Vec<Vec<u8>>,
+    pub dtypes: Option<Vec<Vec<Dtype>>>,
     pub converted: Option<Vec<Converted>>,
 }
 
-#[cfg(any(test, feature = "cuda"))]
 impl OwnedValues {
     pub(super) fn as_values(&self) -> Values<'_> {
-        Values { averages: &self.averages, copies: &self.copies, converted: self.converted.as_deref() }
+        Values {
+            averages: &self.averages,
+            copies: &self.copies,
+            dtypes: self.dtypes.as_deref(),
+            converted: self.converted.as_deref(),
+        }
     }
 }
 
@@ -81,18 +85,18 @@ pub(super) enum Held<'a> {
     /// They lie in host memory and are lent from there.
     Borrowed(Values<'a>),
     /// They were brought there for this.
-    #[cfg(any(test, feature = "cuda"))]
+    #[cfg(feature = "cuda")]
     Owned(OwnedValues),
     /// They lie in host memory, where a thread works on them at other times.
     #[cfg(feature = "cuda")]
-    Locked(std::sync::MutexGuard<'a, super::engine::HostEngine>),
+    Locked(std::sync::MutexGuard<'a, super::engine::HostAverages>),
 }
 
 impl Held<'_> {
     pub(super) fn values(&self) -> Values<'_> {
         match self {
             Held::Borrowed(values) => *values,
-            #[cfg(any(test, feature = "cuda"))]
+            #[cfg(feature = "cuda")]
             Held::Owned(values) => values.as_values(),
             #[cfg(feature = "cuda")]
             Held::Locked(host) => host.values(),

@@ -19,11 +19,24 @@ use crate::error::{Error, Result};
 pub(super) struct Job {
     pub moment: Moment,
     pub values: OwnedValues,
+    /// Takes the values when the checkpoint is written or given up, so that their memory is used again.
+    pub home: Option<Home>,
 }
+
+/// Where values go that are needed no longer.
+pub(super) type Home = Box<dyn Fn(OwnedValues) + Send>;
 
 impl Job {
     fn write(&self) -> Result<(), Failure> {
         self.moment.store(&self.values.as_values())
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        if let Some(home) = &self.home {
+            home(std::mem::take(&mut self.values));
+        }
     }
 }
 
@@ -36,6 +49,8 @@ pub(super) struct Writer {
     line: Option<Line>,
     thread: Option<JoinHandle<()>>,
     outcome: Arc<Mutex<Outcome>>,
+    /// Who started the thread: a forked child has none, and would wait for it for ever.
+    process: u32,
 }
 
 /// The way to the thread. Every message is announced before it is sent, so that the thread can first try again what
@@ -81,7 +96,8 @@ impl Writer {
         let body = move || tracing::dispatcher::with_default(&log, || work.run(&announced, &messages));
         let thread = thread::Builder::new().name("posthoc-ema-writer".into()).spawn(body);
         let thread = thread.map_err(Error::io("start the thread that writes", dir))?;
-        Ok(Writer { dir: dir.to_owned(), line: Some(Line { announce, send }), thread: Some(thread), outcome })
+        let (dir, line, process) = (dir.to_owned(), Some(Line { announce, send }), std::process::id());
+        Ok(Writer { dir, line, thread: Some(thread), outcome, process })
     }
 
     /// Hands over a checkpoint; waits while another one waits.
@@ -132,6 +148,10 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
+        if self.process != std::process::id() {
+            std::mem::forget((self.line.take(), self.thread.take()));
+            return;
+        }
         self.line = None;
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("{}: the thread that writes snapshots panicked", self.dir.display());

@@ -79,6 +79,7 @@ fn models_of_many_blocks() {
         model.iter_mut().for_each(|(_, v)| v.iter_mut().enumerate().for_each(|(i, v)| *v += (i % 97 * step) as f32));
         ema.update(&model).unwrap();
     }
+    ema.flush().unwrap();
     let run = Run::open(&dir).unwrap();
     let (_, got) = write(&run, 1, None, Device::Cuda(0), &temp.path().join("cuda"));
     let (_, expected) = write(&run, 1, None, Device::Cpu, &temp.path().join("cpu"));
@@ -106,6 +107,7 @@ fn sums_that_do_not_fit_leave_no_file() {
         model[0].1[77] = 1e5 * step as f32;
         ema.update(&model).unwrap();
     }
+    ema.flush().unwrap();
     let run = Run::open(&dir).unwrap();
     let plan = run.plan(Profile::sigma_rel(0.1).unwrap(), At::Latest).unwrap();
     let path = temp.path().join("out.safetensors");
@@ -225,6 +227,7 @@ fn an_average_that_does_not_fit_leaves_the_model_as_it_was() {
     host.insert("d.half", large);
     let mut ema = PostHocEma::options(temp.path()).update_every(1).checkpoint_every(1).create(&host).unwrap();
     (0..3).for_each(|_| assert_eq!(ema.update(&host).unwrap(), posthoc_ema::Step::Stored));
+    ema.flush().unwrap();
     let run = Run::open(temp.path()).unwrap();
     let plan = run.plan(Profile::sigma_rel(0.1).unwrap(), At::Latest).unwrap();
     let before = model.on_device();

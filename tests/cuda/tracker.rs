@@ -56,6 +56,27 @@ fn check(device: Device, set: impl Fn(Options) -> Options, until_fence: bool) {
     assert_eq!(files(&on_device), files(&on_host));
 }
 
+/// Where the training waits for the disk, the files are there after the call, wherever the averages are.
+#[test]
+fn without_the_background_the_files_are_there_at_once() {
+    driver();
+    for device in [Device::Cuda(0), Device::Cpu] {
+        check(device, |options| options.checkpoint_in_background(false), false);
+        let temp = tempfile::tempdir().unwrap();
+        let owner = Owner::new();
+        let mut model = Model::new(&owner);
+        let options = options(temp.path()).checkpoint_in_background(false).device(device);
+        let mut ema = options.create(&model.device).unwrap();
+        for step in 1..=20 {
+            model.train(step);
+            let stored = ema.update(&model.device).unwrap() == Step::Stored;
+            assert_eq!(stored, step % 10 == 0);
+            let there = temp.path().join(format!("1.{step}.safetensors")).is_file();
+            assert_eq!(there, stored, "{device:?} {step}");
+        }
+    }
+}
+
 #[test]
 fn averages_on_the_device_store_the_same_files() {
     check(Device::Cuda(0), |options| options, false);

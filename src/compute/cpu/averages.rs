@@ -4,6 +4,8 @@ use half::bf16;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use super::memory::Spare;
+use super::scan::{Range, copy_and_scan};
 use super::{CHUNK, convert, vectorised, zeros};
 
 /// Elements to which each tensor's place in an arena is rounded up: 16 bytes of f32, for CUDA's vector accesses.
@@ -50,6 +52,17 @@ impl Layout {
         self.offsets[i]..self.offsets[i] + self.elements[i]
     }
 
+    /// Cuts an arena into its tensors.
+    fn split<'a, T>(&self, mut arena: &'a mut [T]) -> Vec<&'a mut [T]> {
+        let tensor = |&elements: &usize| {
+            let (tensor, rest) = std::mem::take(&mut arena).split_at_mut(elements);
+            let padding = elements.next_multiple_of(ALIGNMENT) - elements;
+            arena = &mut rest[padding..];
+            tensor
+        };
+        self.elements.iter().map(tensor).collect()
+    }
+
     /// The number of tensors.
     pub fn len(&self) -> usize {
         self.elements.len()
@@ -77,11 +90,6 @@ impl Averages {
         Averages { high: zeros(layout.total()), low }
     }
 
-    /// A copy, made with all threads.
-    pub fn copy(&self) -> Averages {
-        Averages { high: copy(&self.high), low: self.low.as_deref().map(copy) }
-    }
-
     /// Writes the elements of a stretch of an arena in `dtype`.
     pub fn store(&self, dst: &mut [u8], place: std::ops::Range<usize>, dtype: Dtype) {
         let size = dtype.bitsize() / 8;
@@ -97,14 +105,49 @@ impl Averages {
     }
 }
 
-fn copy<T: bytemuck::Pod + Send + Sync>(values: &[T]) -> Vec<T> {
-    let mut copy = zeros(values.len());
-    copy.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
-    copy
+/// Memory for a copy of averages, which holds nothing.
+#[derive(Debug)]
+pub struct SpareAverages {
+    high: Spare<f32>,
+    low: Option<Spare<bf16>>,
+}
+
+impl SpareAverages {
+    /// Takes memory for a copy of such averages; none where the system has not enough.
+    pub fn for_copy_of(averages: &Averages) -> Option<SpareAverages> {
+        let low = match &averages.low {
+            Some(low) => Some(Spare::new(low.len())?),
+            None => None,
+        };
+        Some(SpareAverages { high: Spare::new(averages.high.len())?, low })
+    }
+
+    /// Lends the memory of a copy back to the system until the next.
+    pub fn lend_back(copy: Averages) -> SpareAverages {
+        SpareAverages { high: Spare::lend_back(copy.high), low: copy.low.map(Spare::lend_back) }
+    }
+
+    /// Copies averages of one layout with all threads, and tells the range of each tensor. What lies between the tensors
+    /// is not copied.
+    pub fn copy(self, averages: &Averages, layout: &Layout) -> (Averages, Vec<Range>) {
+        let mut ranges = Vec::new();
+        let high = self.high.written(|high| {
+            let tensors = layout.split(high).into_par_iter().enumerate();
+            ranges = tensors.map(|(i, dst)| copy_and_scan(dst, &averages.high[layout.place(i)])).collect();
+        });
+        let low = self.low.zip(averages.low.as_ref()).map(|(spare, from)| {
+            spare.written(|low| {
+                let chunks = low.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK));
+                chunks.for_each(|(dst, src)| dst.copy_from_slice(src));
+            })
+        });
+        (Averages { high, low }, ranges)
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::scan;
     use super::*;
 
     #[test]
@@ -127,5 +170,31 @@ mod tests {
         let values: Vec<f64> = bytes.chunks(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect();
         assert_eq!(values[0], 1.0);
         assert!((values[1] - 2.0 - 1e-9).abs() < 1e-11);
+    }
+
+    #[test]
+    fn a_copy_is_the_same_in_fresh_and_in_used_memory() {
+        // Many small tensors, and one that is cut.
+        let layout = Layout::new((0..300).chain([3 * CHUNK + 7, 1]));
+        for precision in [Precision::Compensated, Precision::Plain] {
+            let mut averages = Averages::zeros(&layout, precision);
+            let mut spare = SpareAverages::for_copy_of(&averages).unwrap();
+            for round in 0..3 {
+                let value = |i: usize| ((i * 31 + round) % 9973) as f32 - 5000.0;
+                averages.high.iter_mut().enumerate().for_each(|(i, v)| *v = value(i));
+                averages.low.iter_mut().flatten().enumerate().for_each(|(i, v)| *v = bf16::from_f32(value(i)));
+                averages.high[layout.place(300).start + CHUNK + round] = f32::NAN;
+                let (copy, ranges) = spare.copy(&averages, &layout);
+                let places = || (0..layout.len()).map(|i| layout.place(i));
+                assert!(ranges.iter().copied().eq(places().map(|place| scan(&averages.high[place]))));
+                assert_eq!(ranges[300].first_not_finite, Some(CHUNK + round));
+                let bits = |averages: &Averages, place: std::ops::Range<usize>| -> Vec<u32> {
+                    averages.high[place].iter().map(|v| v.to_bits()).collect()
+                };
+                assert!(places().all(|place| bits(&copy, place.clone()) == bits(&averages, place)));
+                assert_eq!(copy.low, averages.low);
+                spare = SpareAverages::lend_back(copy);
+            }
+        }
     }
 }

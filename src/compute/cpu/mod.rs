@@ -14,12 +14,13 @@ mod scan;
 mod update;
 mod x86;
 
-pub use averages::{Averages, Layout, Precision};
+pub use averages::{Averages, Layout, Precision, SpareAverages};
 pub use blend::{Blend, Unfit, blend, blend_with};
 pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, max_finite, to_f32};
 pub use level::Level;
+pub use memory::Spare;
 pub(crate) use memory::zeros;
-pub use scan::{Range, scan};
+pub use scan::{Range, copy_and_scan, scan};
 pub use update::{Incoming, update, update_with};
 
 /// Elements that a thread takes at a time: large enough to hide the hand-over, small enough to balance.

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
+use super::spare::SpareCopy;
 use super::worker::Worker;
 use crate::error::{Error, Result};
 use crate::tracker::moment::{Failure, Moment};
@@ -65,11 +66,13 @@ impl Background {
         }
     }
 
-    /// Has the worker get the values of a moment and hand them to the writer.
+    /// Has the worker get the values of a moment and hand them to the writer, unless it has stored them itself. Their
+    /// memory goes to `spare` afterwards.
     pub(super) fn store(
         &self,
         moment: Moment,
-        get: impl FnOnce(&Moment) -> Result<OwnedValues, Failure> + Send + 'static,
+        spare: Option<SpareCopy>,
+        get: impl FnOnce(&Moment) -> Result<Option<OwnedValues>, Failure> + Send + 'static,
     ) {
         let (writer, reading) = (self.writer.clone(), Reading::begin(&self.reads));
         // Taken back where the values are had: a panic leaves it.
@@ -80,7 +83,8 @@ impl Background {
             let values = get(&moment).inspect(|_| lost.store(before, Ordering::Relaxed));
             // Before the writer is waited for: the averages may move on now.
             drop(reading);
-            writer.submit(Job { moment, values: values.map_err(Failure::into_error)? })
+            let Some(values) = values.map_err(Failure::into_error)? else { return Ok(()) };
+            writer.submit(Job { moment, values, home: spare.map(|spare| spare.home()) })
         });
     }
 

@@ -47,7 +47,7 @@ impl DeviceEngine {
         let mut reader = self.averages.reader()?;
         let profiles = 0..self.averages.profiles();
         let averages = profiles.map(|profile| reader.averages(profile)).collect::<Result<_>>()?;
-        Ok(OwnedValues { averages, copies: reader.copies()?, converted: None })
+        Ok(OwnedValues { averages, copies: reader.copies()?, ..OwnedValues::default() })
     }
 
     pub(super) fn averages(&self) -> &DeviceAverages {
@@ -63,10 +63,10 @@ impl DeviceEngine {
             None => self.averages.reader(),
         };
         let (mut reader, keep) = (reader.map_err(Failure::Files)?, self.reader.clone());
-        self.background.store(moment, move |moment| {
+        self.background.store(moment, None, move |moment| {
             let values = read(&mut reader, moment);
             *keep.lock().unwrap_or_else(PoisonError::into_inner) = Some(reader);
-            values
+            values.map(Some)
         });
         Ok(())
     }
@@ -89,10 +89,10 @@ fn read(reader: &mut Reader, moment: &Moment) -> Result<OwnedValues, Failure> {
 
 fn copy(reader: &mut Reader, dtypes: Vec<Vec<Dtype>>) -> Result<OwnedValues> {
     let (mut averages, mut converted) = (Vec::with_capacity(dtypes.len()), Vec::with_capacity(dtypes.len()));
-    for (profile, dtypes) in dtypes.into_iter().enumerate() {
+    for (profile, dtypes) in dtypes.iter().enumerate() {
         averages.push(reader.averages(profile)?);
-        let (bytes, places) = reader.converted(profile, &dtypes)?;
-        converted.push(Converted { dtypes, places, bytes });
+        let (bytes, places) = reader.converted(profile, dtypes)?;
+        converted.push(Converted { places, bytes });
     }
-    Ok(OwnedValues { averages, copies: reader.copies()?, converted: Some(converted) })
+    Ok(OwnedValues { averages, copies: reader.copies()?, dtypes: Some(dtypes), converted: Some(converted) })
 }

@@ -1,49 +1,77 @@
-//! Averages in host memory, updated and written by the calling thread.
+//! Averages of parameters in host memory: updated by the calling thread, which copies them at a checkpoint, and written
+//! by a thread of their own.
 
-use crate::compute::cpu::{Averages, Incoming, Layout, update};
+use std::path::Path;
+
+use super::HostAverages;
+use super::spare::SpareCopy;
+use crate::compute::cpu::{Incoming, Layout};
 use crate::error::{Error, Result};
 use crate::tensor::TensorView;
 use crate::tracker::moment::{Failure, Moment};
 use crate::tracker::table::Matched;
 use crate::tracker::values::Values;
+use crate::tracker::writer::{Job, Writer};
 
-/// The averages of parameters in host memory.
+/// The averages, and what stores them.
 pub(in crate::tracker) struct HostEngine {
-    averages: Vec<Averages>,
-    /// The newest values of the tensors that are copied.
-    copies: Vec<Vec<u8>>,
+    averages: HostAverages,
+    /// Started for the first checkpoint: a process may fork before that, or never store anything.
+    pub(in crate::tracker) writer: Option<Writer>,
+    pub(in crate::tracker) spare: SpareCopy,
 }
 
 impl HostEngine {
-    pub(in crate::tracker) fn new(averages: Vec<Averages>, copies: Vec<Vec<u8>>) -> HostEngine {
-        HostEngine { averages, copies }
+    pub(super) fn new(averages: HostAverages) -> HostEngine {
+        HostEngine { averages, writer: None, spare: SpareCopy::default() }
     }
 
     pub(super) fn fold(&mut self, matched: &Matched<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
         // All views are looked at before the first average changes.
         let incoming = matched.averaged.iter().map(|view| incoming(view)).collect::<Result<Vec<_>>>()?;
         let copied = matched.copied.iter().map(|view| host_bytes(view)).collect::<Result<Vec<_>>>()?;
-        self.update(&incoming, &copied, layout, weights);
+        self.averages.update(&incoming, &copied, layout, weights);
         Ok(())
     }
 
-    pub(super) fn update(&mut self, incoming: &[Incoming<'_>], copied: &[&[u8]], layout: &Layout, weights: &[f32]) {
-        update(&mut self.averages, incoming, layout, weights);
-        self.copies.iter_mut().zip(copied).for_each(|(copy, bytes)| copy.copy_from_slice(bytes));
+    pub(super) fn values(&self) -> Values<'_> {
+        self.averages.values()
     }
 
-    pub(in crate::tracker) fn values(&self) -> Values<'_> {
-        Values { averages: &self.averages, copies: &self.copies, converted: None }
+    /// Copies the averages for the thread that writes. It has written, or given up, the checkpoint before: no more than
+    /// one copy is there at any time.
+    pub(super) fn checkpoint(&mut self, moment: Moment) -> Result<(), Failure> {
+        self.settle().map_err(Failure::Files)?;
+        let Some(copy) = self.spare.copy_of(&self.values(), &moment)? else {
+            return moment.store(&self.values());
+        };
+        let home = self.spare.home();
+        let writer = self.writer(&moment.dir).map_err(Failure::Files)?;
+        writer.submit(Job { moment, values: copy, home: Some(home) }).map_err(Failure::Files)
     }
 
-    /// The number of tensors that are copied.
-    #[cfg(feature = "cuda")]
-    pub(super) fn copies(&self) -> usize {
-        self.copies.len()
+    fn writer(&mut self, dir: &Path) -> Result<&Writer> {
+        let writer = match self.writer.take() {
+            Some(writer) => writer,
+            None => Writer::start(dir)?,
+        };
+        Ok(self.writer.insert(writer))
     }
 
-    pub(super) fn checkpoint(&self, moment: &Moment) -> Result<(), Failure> {
-        moment.store(&self.values())
+    pub(super) fn take_error(&self) -> Option<Error> {
+        self.writer.as_ref().and_then(Writer::take_error)
+    }
+
+    pub(super) fn flush(&self) -> Result<()> {
+        self.writer.as_ref().map_or(Ok(()), Writer::flush)
+    }
+
+    pub(super) fn settle(&self) -> Result<()> {
+        self.writer.as_ref().map_or(Ok(()), Writer::settle)
+    }
+
+    pub(super) fn given_up(&self) -> Option<u64> {
+        self.writer.as_ref().and_then(Writer::given_up)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Where the running averages lie, and who updates and writes them.
 
+mod averages;
 #[cfg(feature = "cuda")]
 mod background;
 #[cfg(feature = "cuda")]
@@ -7,8 +8,7 @@ mod device;
 mod host;
 #[cfg(feature = "cuda")]
 mod offloaded;
-#[cfg(test)]
-mod queued;
+mod spare;
 mod start;
 #[cfg(feature = "cuda")]
 mod worker;
@@ -21,21 +21,20 @@ use crate::compute::cpu::Layout;
 use crate::compute::cuda::{DeviceAverages, Fence};
 use crate::error::{Error, Result};
 
+pub(super) use averages::HostAverages;
 #[cfg(feature = "cuda")]
 use device::DeviceEngine;
 pub(super) use host::HostEngine;
 #[cfg(feature = "cuda")]
 use offloaded::OffloadedEngine;
-#[cfg(test)]
-pub(super) use queued::QueuedEngine;
 pub(super) use start::{Start, lent_on};
 
 /// The averages of a tracker, with what it takes to update and to store them.
 ///
-/// An engine may do its work in the background. It then copies what it needs before the averages move on, and keeps an
-/// error until the tracker asks for it.
+/// An engine does its work in the background where it can. It then copies what it needs before the averages move on, and
+/// keeps an error until the tracker asks for it.
 pub(super) enum Engine {
-    /// In host memory, at once, by the calling thread.
+    /// In host memory, as the parameters.
     Host(HostEngine),
     /// On the device of the parameters.
     #[cfg(feature = "cuda")]
@@ -43,9 +42,6 @@ pub(super) enum Engine {
     /// In host memory, of parameters on a device.
     #[cfg(feature = "cuda")]
     Offloaded(OffloadedEngine),
-    /// In host memory, written by a thread of its own: what the tracker does with such engines is tested with this one.
-    #[cfg(test)]
-    Queued(QueuedEngine),
 }
 
 impl Engine {
@@ -61,8 +57,6 @@ impl Engine {
             Engine::Device(device) => device.fold(matched, weights),
             #[cfg(feature = "cuda")]
             Engine::Offloaded(offloaded) => offloaded.fold(matched, weights),
-            #[cfg(test)]
-            Engine::Queued(queued) => queued.host.fold(matched, layout, weights),
         }
     }
 
@@ -77,38 +71,40 @@ impl Engine {
             Engine::Device(device) => device.values().map(Held::Owned),
             #[cfg(feature = "cuda")]
             Engine::Offloaded(offloaded) => offloaded.averages().map(Held::Locked),
-            #[cfg(test)]
-            Engine::Queued(queued) => Ok(Held::Owned(queued.copy())),
         }
     }
 
-    /// Stores the averages as they are now, or sees to it that they will be: [`Engine::flush`] waits for that.
+    /// Stores the averages as they are now, before it returns.
+    ///
+    /// # Errors
+    /// [`Failure`].
+    pub(super) fn store(&self, moment: &Moment) -> Result<(), Failure> {
+        moment.store(&self.values().map_err(Failure::Files)?.values())
+    }
+
+    /// Sees to it that the averages will be stored as they are now: [`Engine::flush`] waits for that.
     ///
     /// # Errors
     /// [`Failure`], of this checkpoint alone. What fails in the background is tried once more there, and is told by
     /// [`Engine::take_error`].
     pub(super) fn checkpoint(&mut self, moment: Moment) -> Result<(), Failure> {
         match self {
-            Engine::Host(host) => host.checkpoint(&moment),
+            Engine::Host(host) => host.checkpoint(moment),
             #[cfg(feature = "cuda")]
             Engine::Device(device) => device.checkpoint(moment),
             #[cfg(feature = "cuda")]
             Engine::Offloaded(offloaded) => offloaded.checkpoint(moment),
-            #[cfg(test)]
-            Engine::Queued(queued) => queued.checkpoint(moment),
         }
     }
 
     /// The first error of the background that was not told yet.
     pub(super) fn take_error(&self) -> Option<Error> {
         match self {
-            Engine::Host(_) => None,
+            Engine::Host(host) => host.take_error(),
             #[cfg(feature = "cuda")]
             Engine::Device(device) => device.background().take_error(),
             #[cfg(feature = "cuda")]
             Engine::Offloaded(offloaded) => offloaded.background().take_error(),
-            #[cfg(test)]
-            Engine::Queued(queued) => queued.writer.take_error(),
         }
     }
 
@@ -116,13 +112,11 @@ impl Engine {
     /// was not told yet.
     pub(super) fn flush(&self) -> Result<()> {
         match self {
-            Engine::Host(_) => Ok(()),
+            Engine::Host(host) => host.flush(),
             #[cfg(feature = "cuda")]
             Engine::Device(device) => device.background().flush(),
             #[cfg(feature = "cuda")]
             Engine::Offloaded(offloaded) => offloaded.background().flush(),
-            #[cfg(test)]
-            Engine::Queued(queued) => queued.writer.flush(),
         }
     }
 
@@ -132,26 +126,22 @@ impl Engine {
     /// A fault of the thread that writes.
     pub(super) fn settle(&self) -> Result<()> {
         match self {
-            Engine::Host(_) => Ok(()),
+            Engine::Host(host) => host.settle(),
             #[cfg(feature = "cuda")]
             Engine::Device(device) => device.background().settle(),
             #[cfg(feature = "cuda")]
             Engine::Offloaded(offloaded) => offloaded.background().settle(),
-            #[cfg(test)]
-            Engine::Queued(queued) => queued.writer.settle(),
         }
     }
 
     /// The newest step that was accepted by [`Engine::checkpoint`] and could not be stored after all.
     pub(super) fn given_up(&self) -> Option<u64> {
         match self {
-            Engine::Host(_) => None,
+            Engine::Host(host) => host.given_up(),
             #[cfg(feature = "cuda")]
             Engine::Device(device) => device.background().given_up(),
             #[cfg(feature = "cuda")]
             Engine::Offloaded(offloaded) => offloaded.background().given_up(),
-            #[cfg(test)]
-            Engine::Queued(queued) => queued.writer.given_up(),
         }
     }
 

@@ -7,14 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use safetensors::Dtype;
 
 use super::background::Background;
-use super::{HostEngine, Start, cuda_memory};
-use crate::compute::cpu::{self, Incoming, Layout};
+use super::spare::SpareCopy;
+use super::{HostAverages, Start, cuda_memory};
+use crate::compute::cpu::{Incoming, Layout};
 use crate::compute::cuda::{Arrived, Device, Fence, Offload};
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
 use crate::tracker::moment::{Failure, Moment};
 use crate::tracker::table::Matched;
-use crate::tracker::values::OwnedValues;
 
 /// The averages, fed from a device.
 pub(in crate::tracker) struct OffloadedEngine {
@@ -24,13 +24,14 @@ pub(in crate::tracker) struct OffloadedEngine {
     averages: Arc<Averages>,
     layout: Arc<Layout>,
     fence: Option<Fence>,
+    spare: SpareCopy,
 }
 
 /// The averages, and whether an update is missing in them.
 struct Averages {
     /// The device of the parameters.
     device: usize,
-    host: Mutex<HostEngine>,
+    host: Mutex<HostAverages>,
     /// What became of an update that was not folded in, or not wholly: nothing may be stored after it. Beside the lock,
     /// so that whoever trains need not wait for a fold to look.
     lost: OnceLock<String>,
@@ -49,7 +50,7 @@ impl Averages {
     }
 
     /// The averages, whole.
-    fn lock(&self) -> Result<MutexGuard<'_, HostEngine>> {
+    fn lock(&self) -> Result<MutexGuard<'_, HostAverages>> {
         let host = self.host.lock().unwrap_or_else(|poisoned| {
             // Some tensors may be folded in and others not.
             self.lost.get_or_init(|| "the thread that folds it in panicked".into());
@@ -71,6 +72,7 @@ impl OffloadedEngine {
             averages: Arc::new(averages),
             layout: Arc::new(layout.clone()),
             fence: None,
+            spare: SpareCopy::default(),
         })
     }
 
@@ -93,18 +95,20 @@ impl OffloadedEngine {
     }
 
     /// The averages with all updates folded in.
-    pub(super) fn averages(&self) -> Result<MutexGuard<'_, HostEngine>> {
+    pub(super) fn averages(&self) -> Result<MutexGuard<'_, HostAverages>> {
         self.background.wait();
         self.averages.lock()
     }
 
     pub(super) fn checkpoint(&self, moment: Moment) -> Result<(), Failure> {
-        let averages = self.averages.clone();
-        self.background.store(moment, move |_| {
+        let (averages, spare) = (self.averages.clone(), self.spare.clone());
+        self.background.store(moment, Some(self.spare.clone()), move |moment| {
             let host = averages.lock().map_err(Failure::Values)?;
-            let values = host.values();
-            let averages = values.averages.iter().map(cpu::Averages::copy).collect();
-            Ok(OwnedValues { averages, copies: values.copies.to_vec(), converted: None })
+            let copy = spare.copy_of(&host.values(), moment)?;
+            if copy.is_none() {
+                moment.store(&host.values())?;
+            }
+            Ok(copy)
         });
         Ok(())
     }
@@ -118,7 +122,7 @@ impl OffloadedEngine {
     }
 }
 
-fn fold(host: &mut HostEngine, arrived: &Arrived, dtypes: &[Dtype], layout: &Layout, weights: &[f32]) {
+fn fold(host: &mut HostAverages, arrived: &Arrived, dtypes: &[Dtype], layout: &Layout, weights: &[f32]) {
     let incoming = dtypes.iter().enumerate().map(|(i, &dtype)| Incoming { dtype, bytes: arrived.tensor(i) });
     let incoming: Vec<Incoming<'_>> = incoming.collect();
     let copied: Vec<&[u8]> = (0..host.copies()).map(|i| arrived.tensor(dtypes.len() + i)).collect();

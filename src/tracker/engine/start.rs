@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::{Engine, HostEngine};
+use super::host::HostEngine;
+use super::{Engine, HostAverages};
 use crate::compute::cpu::{Averages, Layout, Precision};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -35,12 +36,12 @@ impl Start {
     }
 
     /// The averages in host memory: zeros at first, which the first update replaces.
-    pub(super) fn host(self, layout: &Layout) -> HostEngine {
+    pub(super) fn host(self, layout: &Layout) -> HostAverages {
         let (averages, copies) = self.values.unwrap_or_else(|| {
             let averages = vec![Averages::zeros(layout, self.precision); self.profiles];
             (averages, self.copied.iter().map(|&bytes| vec![0; bytes]).collect())
         });
-        HostEngine::new(averages, copies)
+        HostAverages::new(averages, copies)
     }
 }
 
@@ -83,7 +84,7 @@ impl Engine {
                     format!("the parameters lie in host memory: averages on cuda:{number} need them there too");
                 Err(Error::Setting { option: "device", reason })
             }
-            (None, _) => Ok(Engine::Host(start.host(layout))),
+            (None, _) => Ok(Engine::Host(HostEngine::new(start.host(layout)))),
             (Some(number), _) => Engine::for_device(dir, layout, number, device, start),
         }
     }

@@ -12,14 +12,17 @@ pub(super) fn moment_for(ema: &PostHocEma, dir: &Path) -> (Moment, OwnedValues) 
     let moment = Moment { dir: dir.to_owned(), ..ema.moment(ema.stored) };
     let held = ema.engine.values().unwrap();
     let values = held.values();
-    (moment, OwnedValues { averages: values.averages.to_vec(), copies: values.copies.to_vec(), converted: None })
+    (
+        moment,
+        OwnedValues { averages: values.averages.to_vec(), copies: values.copies.to_vec(), ..OwnedValues::default() },
+    )
 }
 
 /// What snapshots of these averages store, worked out beforehand, with gaps between the tensors.
 fn converted(moment: &Moment, averages: &[Averages], dtypes: &[Dtype]) -> Vec<Converted> {
     let layout = moment.table.layout();
     let of_profile = |averages: &Averages| {
-        let mut converted = Converted { dtypes: dtypes.to_vec(), places: Vec::new(), bytes: Vec::new() };
+        let mut converted = Converted { places: Vec::new(), bytes: Vec::new() };
         for (i, &dtype) in dtypes.iter().enumerate() {
             let start = converted.bytes.len() + 3;
             let end = start + layout.place(i).len() * dtype.bitsize() / 8;
@@ -54,6 +57,7 @@ pub(super) fn trained(dir: &Path) -> PostHocEma {
     for step in 1..=20 {
         ema.update(&model(step)).unwrap();
     }
+    ema.flush().unwrap();
     ema
 }
 
@@ -65,7 +69,9 @@ fn values_converted_elsewhere_give_the_same_files() {
     moment.store(&values.as_values()).unwrap();
     assert_eq!(contents(&moment.dir), contents(&dir));
 
-    values.converted = Some(converted(&moment, &values.averages, &[Dtype::F16, Dtype::F32]));
+    let dtypes = [Dtype::F16, Dtype::F32];
+    values.dtypes = Some(vec![dtypes.to_vec(); 2]);
+    values.converted = Some(converted(&moment, &values.averages, &dtypes));
     let moment = Moment { dir: temp.path().join("converted"), ..moment };
     std::fs::create_dir(&moment.dir).unwrap();
     moment.store(&values.as_values()).unwrap();

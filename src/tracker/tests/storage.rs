@@ -50,6 +50,7 @@ fn values_that_are_not_finite_are_named_and_nothing_is_written() {
         let mut ema = PostHocEma::options(&dir).update_every(1).checkpoint_every(2).create(&model).unwrap();
         ema.update(&model).unwrap();
         ema.update(&model).unwrap();
+        ema.flush().unwrap();
         let before = listing(&dir);
         model[0].1[4] = bad;
         ema.update(&model).unwrap();
@@ -170,7 +171,8 @@ fn an_interrupted_checkpoint_is_completed_on_resume() {
 fn a_checkpoint_that_could_not_be_written_is_made_up_for() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(3);
-    let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&walk.model).unwrap();
+    let options = PostHocEma::options(&dir).checkpoint_every(50).checkpoint_in_background(false);
+    let mut ema = options.create(&walk.model).unwrap();
     train(&mut ema, &mut walk, 99);
     let aside = dir.with_extension("aside");
     let stems = || Run::open(&dir).unwrap().snapshots().iter().map(|s| s.stem.to_string()).collect::<Vec<_>>();
@@ -199,7 +201,8 @@ fn a_checkpoint_that_could_not_be_written_is_made_up_for() {
 fn a_checkpoint_cut_short_is_completed_after_a_save_too() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(3);
-    let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&walk.model).unwrap();
+    let options = PostHocEma::options(&dir).checkpoint_every(50).checkpoint_in_background(false);
+    let mut ema = options.create(&walk.model).unwrap();
     train(&mut ema, &mut walk, 49);
     // What stands in the way of the second profile's file alone.
     let obstacle = dir.join("1.50.safetensors");
@@ -234,6 +237,7 @@ fn a_poisoned_average_does_not_replace_a_sound_state() {
     let mut ema = PostHocEma::options(&dir).update_every(1).checkpoint_every(2).create(&model).unwrap();
     ema.update(&model).unwrap();
     ema.update(&model).unwrap();
+    ema.flush().unwrap();
     let before = listing(&dir);
     model[0].1[4] = f32::NAN;
     ema.update(&model).unwrap();

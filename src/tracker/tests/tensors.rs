@@ -27,6 +27,7 @@ fn every_dtype_is_averaged_copied_or_left_out_and_comes_back_as_it_was() {
     for step in 1..=20 {
         ema.update(&mixed(step)).unwrap();
     }
+    ema.flush().unwrap();
     let run = Run::open(&dir).unwrap();
     let plan = run.plan(Profile::gamma(0.0).unwrap(), At::Latest).unwrap();
     let average = run.load(&plan).unwrap();

@@ -24,7 +24,7 @@ fn jobs(temp: &TempDir, dir: &Path) -> (Vec<Job>, PathBuf) {
         if step % 20 == 0 {
             let (mut moment, values) = moment_for(&ema, dir);
             moment.settings.max_checkpoints = 3;
-            jobs.push(Job { moment, values });
+            jobs.push(Job { moment, values, home: None });
         }
     }
     (jobs, straight)
@@ -149,7 +149,7 @@ fn what_failed_twice_is_given_up_and_the_next_is_written() {
         assert_eq!(writer.given_up(), Some(60));
         // The same step may come again.
         answer.send(Ok(())).unwrap();
-        writer.submit(Job { moment, values }).unwrap();
+        writer.submit(Job { moment, values, home: None }).unwrap();
         writer.flush().unwrap();
         assert_eq!((told.try_iter().collect::<Vec<_>>(), writer.given_up()), (vec![60, 60, 60], None));
     });

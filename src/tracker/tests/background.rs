@@ -1,19 +1,15 @@
-//! The tracker over an engine that writes in the background.
+//! Snapshots that are written while the training goes on, and those that it waits for.
+
+use std::sync::mpsc::channel;
 
 use super::log::logged;
 use super::storage::listing;
 use super::*;
-use crate::tracker::engine::{Engine, HostEngine, QueuedEngine};
+use crate::tracker::engine::HostEngine;
 use crate::tracker::writer::{Job, Writer};
 
-/// Lets a tracker write in the background from now on.
-fn queued(ema: PostHocEma) -> PostHocEma {
-    let writer = Writer::start(&ema.dir).unwrap();
-    over(writer, ema)
-}
-
-/// As [`queued`], on a slow disk; everything is written under the run's lock.
-fn slowly_queued(ema: PostHocEma) -> PostHocEma {
+/// Gives a tracker a slow disk; everything is written under the run's lock.
+fn slowly(ema: PostHocEma) -> PostHocEma {
     let writer = Writer::start_with(&ema.dir, |job: &Job| {
         std::thread::sleep(std::time::Duration::from_millis(50));
         assert!(matches!(Lock::acquire(&job.moment.dir), Err(Error::Locked { .. })));
@@ -23,12 +19,16 @@ fn slowly_queued(ema: PostHocEma) -> PostHocEma {
 }
 
 fn over(writer: Writer, mut ema: PostHocEma) -> PostHocEma {
-    let (averages, copies) = {
-        let held = ema.engine.values().unwrap();
-        (held.values().averages.to_vec(), held.values().copies.to_vec())
-    };
-    ema.engine = Engine::Queued(QueuedEngine { host: HostEngine::new(averages, copies), writer });
+    host(&mut ema).writer = Some(writer);
     ema
+}
+
+fn host(ema: &mut PostHocEma) -> &mut HostEngine {
+    match &mut ema.engine {
+        Engine::Host(host) => host,
+        #[cfg(feature = "cuda")]
+        _ => panic!("the parameters lie in host memory"),
+    }
 }
 
 fn options(dir: &Path) -> Options {
@@ -53,9 +53,9 @@ fn tensors(dir: &Path) -> Vec<(String, Vec<u8>)> {
 fn a_run_is_the_same_as_when_it_is_written_at_once() {
     let ((_a, straight), (_b, dir)) = (scratch(), scratch());
     let (mut one, mut other) = (Walk::new(4), Walk::new(4));
-    let mut ema = options(&straight).create(&one.model).unwrap();
-    let mut background = queued(options(&dir).create(&other.model).unwrap());
-    assert!(train(&mut ema, &mut one, 333) == train(&mut background, &mut other, 333));
+    let mut ema = options(&straight).checkpoint_in_background(false).create(&one.model).unwrap();
+    let mut background = options(&dir).create(&other.model).unwrap();
+    assert!(train_on(&mut ema, &mut one, 333) == train_on(&mut background, &mut other, 333));
     let profile = Profile::sigma_rel(0.1).unwrap();
     background.save().unwrap();
     assert_eq!(background.synthesize(profile.clone()).unwrap(), ema.synthesize(profile).unwrap());
@@ -75,10 +75,10 @@ fn a_run_is_the_same_as_when_it_is_written_at_once() {
 fn a_synthesis_uses_the_snapshots_that_are_still_being_written() {
     let ((_a, straight), (_b, dir)) = (scratch(), scratch());
     let (mut one, mut other) = (Walk::new(4), Walk::new(4));
-    let mut ema = options(&straight).create(&one.model).unwrap();
-    let mut background = slowly_queued(options(&dir).create(&other.model).unwrap());
-    train(&mut ema, &mut one, 110);
-    train(&mut background, &mut other, 110);
+    let mut ema = options(&straight).checkpoint_in_background(false).create(&one.model).unwrap();
+    let mut background = slowly(options(&dir).create(&other.model).unwrap());
+    train_on(&mut ema, &mut one, 110);
+    train_on(&mut background, &mut other, 110);
     let profile = Profile::sigma_rel(0.1).unwrap();
     assert_eq!(background.plan(profile.clone()).unwrap().weights, ema.plan(profile.clone()).unwrap().weights);
     assert_eq!(background.synthesize(profile.clone()).unwrap(), ema.synthesize(profile).unwrap());
@@ -88,8 +88,8 @@ fn a_synthesis_uses_the_snapshots_that_are_still_being_written() {
 fn a_later_save_is_not_undone_by_an_older_checkpoint() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
-    let mut ema = slowly_queued(options(&dir).create(&walk.model).unwrap());
-    train(&mut ema, &mut walk, 53);
+    let mut ema = slowly(options(&dir).create(&walk.model).unwrap());
+    train_on(&mut ema, &mut walk, 53);
     ema.save().unwrap();
     drop(ema);
     assert_eq!(options(&dir).resume(&walk.model).unwrap().step(), 53);
@@ -100,8 +100,8 @@ fn an_error_of_the_background_comes_from_a_later_call_which_has_done_its_part() 
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
     let options = PostHocEma::options(&dir).checkpoint_every(5000);
-    let mut ema = queued(options.create(&walk.model).unwrap());
-    train(&mut ema, &mut walk, 4999);
+    let mut ema = options.create(&walk.model).unwrap();
+    train_on(&mut ema, &mut walk, 4999);
     let aside = dir.with_extension("aside");
     std::fs::rename(&dir, &aside).unwrap();
     assert_eq!(ema.update(walk.step()).unwrap(), Step::Stored);
@@ -126,8 +126,8 @@ fn an_error_of_the_background_comes_from_a_later_call_which_has_done_its_part() 
 fn a_last_snapshot_that_failed_is_written_by_a_second_finish() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
-    let mut ema = queued(options(&dir).create(&walk.model).unwrap());
-    train(&mut ema, &mut walk, 99);
+    let mut ema = options(&dir).create(&walk.model).unwrap();
+    train_on(&mut ema, &mut walk, 99);
     ema.save().unwrap();
     let aside = dir.with_extension("aside");
     std::fs::rename(&dir, &aside).unwrap();
@@ -150,8 +150,8 @@ fn a_last_snapshot_that_failed_is_written_by_a_second_finish() {
 fn a_save_stores_the_state_and_tells_of_the_snapshot_that_failed() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
-    let mut ema = queued(options(&dir).create(&walk.model).unwrap());
-    train(&mut ema, &mut walk, 49);
+    let mut ema = options(&dir).create(&walk.model).unwrap();
+    train_on(&mut ema, &mut walk, 49);
     let obstacle = dir.join("1.50.safetensors");
     std::fs::create_dir(&obstacle).unwrap();
     assert_eq!(ema.update(walk.step()).unwrap(), Step::Stored);
@@ -168,8 +168,8 @@ fn a_tracker_dropped_without_finish_writes_what_is_queued_under_its_lock() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
     let lines = logged(|| {
-        let mut ema = slowly_queued(options(&dir).create(&walk.model).unwrap());
-        train(&mut ema, &mut walk, 100);
+        let mut ema = slowly(options(&dir).create(&walk.model).unwrap());
+        train_on(&mut ema, &mut walk, 100);
         drop(ema);
     });
     assert!(lines.is_empty(), "{lines:?}");
@@ -177,20 +177,90 @@ fn a_tracker_dropped_without_finish_writes_what_is_queued_under_its_lock() {
     assert_eq!(options(&dir).resume(&walk.model).unwrap().step(), 100);
 }
 
+/// At the call that would store it, before anything is handed over.
 #[test]
-fn a_poisoned_average_is_told_and_not_stored() {
+fn a_poisoned_average_is_told_at_once_and_not_stored() {
     let (_temp, dir) = scratch();
     let mut model = vec![("w", vec![1.0f32; 9])];
-    let mut ema = queued(options(&dir).update_every(1).checkpoint_every(2).create(&model).unwrap());
+    let mut ema = options(&dir).update_every(1).checkpoint_every(2).create(&model).unwrap();
     ema.update(&model).unwrap();
     ema.update(&model).unwrap();
     ema.finish().unwrap();
     let before = listing(&dir);
     model[0].1[4] = f32::NAN;
     ema.update(&model).unwrap();
-    assert_eq!(ema.update(&model).unwrap(), Step::Stored);
+    assert!(matches!(ema.update(&model), Err(Error::NonFinite { element: 4, step: 4, .. })));
     for _ in 0..2 {
         assert!(matches!(ema.finish(), Err(Error::NonFinite { element: 4, step: 4, .. })));
     }
     assert_eq!(listing(&dir), before);
+}
+
+#[test]
+fn a_checkpoint_waits_for_the_one_before_and_both_are_right() {
+    let ((_a, straight), (_b, dir)) = (scratch(), scratch());
+    let (mut one, mut other) = (Walk::new(4), Walk::new(4));
+    let every = |dir: &Path| options(dir).update_every(1).checkpoint_every(1).max_checkpoints(9);
+    let mut ema = every(&straight).checkpoint_in_background(false).create(&one.model).unwrap();
+    let ((tell, told), (go, gone)) = (channel(), channel());
+    let writer = Writer::start_with(&dir, move |job: &Job| {
+        tell.send(job.moment.step()).unwrap();
+        gone.recv().unwrap();
+        job.moment.store(&job.values.as_values())
+    });
+    let mut background = over(writer.unwrap(), every(&dir).create(&other.model).unwrap());
+    train_on(&mut ema, &mut one, 3);
+    // The first is being written, and the averages move on.
+    train_on(&mut background, &mut other, 1);
+    assert_eq!(told.recv().unwrap(), 1);
+    std::thread::scope(|scope| {
+        let training = scope.spawn(|| train_on(&mut background, &mut other, 2));
+        for step in [2, 3] {
+            // The averages of this step are not copied while the copy before is being written.
+            assert!(told.recv_timeout(std::time::Duration::from_millis(50)).is_err());
+            go.send(()).unwrap();
+            assert_eq!(told.recv().unwrap(), step);
+        }
+        go.send(()).unwrap();
+        training.join().unwrap();
+    });
+    background.flush().unwrap();
+    assert_eq!(tensors(&dir), tensors(&straight));
+    assert_eq!(stems(&dir), ["0.1", "0.2", "0.3", "1.1", "1.2", "1.3"]);
+}
+
+#[test]
+fn the_thread_begins_with_the_first_checkpoint_and_never_where_the_training_waits() {
+    let (temp, dir) = scratch();
+    let mut walk = Walk::new(4);
+    let mut ema = options(&dir).create(&walk.model).unwrap();
+    train_on(&mut ema, &mut walk, 49);
+    ema.save().unwrap();
+    ema.flush().unwrap();
+    assert!(host(&mut ema).writer.is_none());
+    train_on(&mut ema, &mut walk, 1);
+    assert!(host(&mut ema).writer.is_some());
+    drop(ema);
+    // It may be asked for anew.
+    let mut ema = options(&dir).checkpoint_in_background(false).resume(&walk.model).unwrap();
+    train_on(&mut ema, &mut walk, 50);
+    assert!(host(&mut ema).writer.is_none());
+    assert_eq!(stems(&dir), ["0.50", "0.100", "1.50", "1.100"]);
+    let mut never = options(&temp.path().join("never")).create(&walk.model).unwrap();
+    never.finish().unwrap();
+    assert!(host(&mut never).writer.is_none());
+}
+
+#[test]
+fn without_memory_for_a_copy_the_training_waits() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(4);
+    let mut ema = options(&dir).create(&walk.model).unwrap();
+    host(&mut ema).spare.refuse();
+    let lines = logged(|| {
+        train_on(&mut ema, &mut walk, 100);
+        assert_eq!(stems(&dir), ["0.50", "0.100", "1.50", "1.100"]);
+    });
+    assert_eq!(lines.iter().filter(|line| line.contains("no memory for a copy")).count(), 2, "{lines:?}");
+    assert!(host(&mut ema).writer.is_none());
 }

@@ -1,0 +1,31 @@
+//! Averages in host memory, wherever the parameters come from.
+
+use crate::compute::cpu::{Averages, Incoming, Layout, update};
+use crate::tracker::values::Values;
+
+/// The averages of every profile, with the newest values of the tensors that are copied.
+pub(in crate::tracker) struct HostAverages {
+    averages: Vec<Averages>,
+    copies: Vec<Vec<u8>>,
+}
+
+impl HostAverages {
+    pub(super) fn new(averages: Vec<Averages>, copies: Vec<Vec<u8>>) -> HostAverages {
+        HostAverages { averages, copies }
+    }
+
+    pub(super) fn update(&mut self, incoming: &[Incoming<'_>], copied: &[&[u8]], layout: &Layout, weights: &[f32]) {
+        update(&mut self.averages, incoming, layout, weights);
+        self.copies.iter_mut().zip(copied).for_each(|(copy, bytes)| copy.copy_from_slice(bytes));
+    }
+
+    pub(in crate::tracker) fn values(&self) -> Values<'_> {
+        Values { averages: &self.averages, copies: &self.copies, dtypes: None, converted: None }
+    }
+
+    /// The number of tensors that are copied.
+    #[cfg(feature = "cuda")]
+    pub(super) fn copies(&self) -> usize {
+        self.copies.len()
+    }
+}
