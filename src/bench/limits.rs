@@ -1,16 +1,16 @@
 //! Loops that move bytes with all threads and do next to nothing else: what the machine can do at most.
 //!
-//! They are cut into chunks as the work is, vectorised as it is, and work in the first-level cache where it does.
+//! They are cut into chunks as the work is, vectorised as it is, and ask for what follows in every stream as it does.
 
 use rayon::prelude::*;
 
-use crate::compute::cpu::vectorised;
+use crate::compute::cpu::{prefetch, vectorised};
 
 /// Bytes that a thread takes at a time.
 const CHUNK: usize = 1 << 18;
 
-/// Bytes that are held in the first-level cache.
-const TILE: usize = 1 << 14;
+/// Bytes of each stream that are worked on at a time: whole lines.
+const TILE: usize = 1 << 8;
 
 /// A word of any alignment.
 const WORD: usize = size_of::<u64>();
@@ -32,8 +32,10 @@ pub fn update(updated: &mut [&mut [f32]], read: &[f32]) {
             #[inline(always)]
             || {
                 for (i, read) in read.chunks(tile).enumerate() {
+                    prefetch::reading(read);
                     for updated in &mut updated {
                         let updated = &mut updated[i * tile..][..read.len()];
+                        prefetch::writing(updated);
                         updated.iter_mut().zip(read).for_each(|(x, p)| *x = p - *x);
                     }
                 }
@@ -71,8 +73,9 @@ pub fn blend(dst: &mut [&mut [u8]], sources: &[&[u8]]) {
                     let sums = &mut sums[..n / WORD];
                     sums.fill(0);
                     for source in sources {
-                        let source = words(&source[i * CHUNK + start..][..n]);
-                        sums.iter_mut().zip(source).for_each(|(sum, word)| *sum = sum.wrapping_add(word));
+                        let source = &source[i * CHUNK + start..][..n];
+                        prefetch::reading(source);
+                        sums.iter_mut().zip(words(source)).for_each(|(sum, word)| *sum = sum.wrapping_add(word));
                     }
                     for dst in &mut dst {
                         let words = dst[start..start + n].as_chunks_mut::<WORD>().0;

@@ -9,7 +9,7 @@ mod blend;
 mod convert;
 mod level;
 mod memory;
-mod prefetch;
+pub(crate) mod prefetch;
 mod scan;
 mod update;
 mod x86;

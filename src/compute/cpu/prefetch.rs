@@ -8,13 +8,13 @@ pub(super) const LINE: usize = 64;
 
 /// Fetches the lines [`AHEAD`] of a slice, as many as it has; they need not exist.
 #[inline(always)]
-pub(super) fn reading<T>(slice: &[T]) {
+pub(crate) fn reading<T>(slice: &[T]) {
     lines::<T, false>(slice.as_ptr(), size_of_val(slice));
 }
 
 /// As [`reading`], of lines that will be written.
 #[inline(always)]
-pub(super) fn writing<T>(slice: &[T]) {
+pub(crate) fn writing<T>(slice: &[T]) {
     lines::<T, true>(slice.as_ptr(), size_of_val(slice));
 }
 
