@@ -147,8 +147,9 @@ class PostHocEMA:
             retention: which steps' snapshots are kept: those that serve a range of sigma_rel best, by default ``(0.05, 0.28)``;
                 "latest"; or, for each step of a list, the first snapshot at or after it, however many.
             checkpoint_in_background: write snapshots while the training goes on, which is held up for a copy of the averages
-                only. Its memory, as much as the averages take themselves, is the price; between checkpoints other programs
-                may have it. Without it, and where the memory cannot be had, the training waits until they are on disk.
+                only. Its memory, as much as the averages take themselves, is the price; it is taken here, and between
+                checkpoints the system may give it to others. Without it, and where the memory cannot be had, the training
+                waits until they are on disk.
             rank_zero_only: switch off on all processes of ``torch.distributed`` but that of rank 0, which there only
                 count steps, from where the run is. Under data parallelism all ranks hold the same parameters, and a run has one writer.
 

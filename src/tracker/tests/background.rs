@@ -237,14 +237,17 @@ fn the_thread_begins_with_the_first_checkpoint_and_never_where_the_training_wait
     train_on(&mut ema, &mut walk, 49);
     ema.save().unwrap();
     ema.flush().unwrap();
-    assert!(host(&mut ema).writer.is_none());
+    assert!(host(&mut ema).writer.is_none() && host(&mut ema).spare.is_ready());
     train_on(&mut ema, &mut walk, 1);
     assert!(host(&mut ema).writer.is_some());
+    // The memory of a copy that is written comes back.
+    ema.flush().unwrap();
+    assert!(host(&mut ema).spare.is_ready());
     drop(ema);
     // It may be asked for anew.
     let mut ema = options(&dir).checkpoint_in_background(false).resume(&walk.model).unwrap();
     train_on(&mut ema, &mut walk, 50);
-    assert!(host(&mut ema).writer.is_none());
+    assert!(host(&mut ema).writer.is_none() && !host(&mut ema).spare.is_ready());
     assert_eq!(stems(&dir), ["0.50", "0.100", "1.50", "1.100"]);
     let mut never = options(&temp.path().join("never")).create(&walk.model).unwrap();
     never.finish().unwrap();
