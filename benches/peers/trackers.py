@@ -56,6 +56,16 @@ class Tracker:
         return ((update - 1) / update) ** (gamma + 1)
 
 
+def options(update_every: int) -> dict[str, Any]:
+    """What this package and pytorch-posthoc-ema, which share their arguments' names, are told alike."""
+    return {
+        "sigma_rels": SIGMA_RELS,
+        "update_every": update_every,
+        "checkpoint_every": NEVER,
+        "update_after_step": 0,
+    }
+
+
 class PosthocEma(Tracker):
     """This package."""
 
@@ -66,10 +76,7 @@ class PosthocEma(Tracker):
         self.ema = posthoc_ema.PostHocEMA.from_model(
             model,
             folder,
-            sigma_rels=SIGMA_RELS,
-            update_every=update_every,
-            checkpoint_every=NEVER,
-            update_after_step=0,
+            **options(update_every),
             device=device,
             compensated=compensated,
         )
@@ -89,10 +96,7 @@ class PytorchPosthocEma(Tracker):
         self.ema = serve.import_peer("posthoc_ema").PostHocEMA.from_model(
             model,
             folder,
-            sigma_rels=SIGMA_RELS,
-            update_every=update_every,
-            checkpoint_every=NEVER,
-            update_after_step=0,
+            **options(update_every),
         )
 
     def update(self) -> None:
