@@ -83,7 +83,7 @@ impl AtomicFile {
 
 /// Has the system begin to write a stretch of a file, and does not wait for it.
 ///
-/// This is what "not needed any more" does with pages that are not on disk yet; they stay in memory, for whoever reads
+/// This is what "not needed any more" does with pages that are not on disk yet; all but a few stay in memory, for whoever reads
 /// the file next. Where it fails, the sync does it all.
 #[cfg(target_os = "linux")]
 fn start_writeback(file: &File, offset: u64, bytes: usize) {
