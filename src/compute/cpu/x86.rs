@@ -7,15 +7,21 @@ use safetensors::Dtype;
 
 use super::Level;
 
-/// Elements of one target that are summed up at a time: whole lines of every stream, and eight of the widest vectors.
-pub(super) const TILE: usize = 64;
+/// Elements that are added at a time: whole lines of every stream.
+pub(super) const STEP: usize = 32;
 
 #[cfg(not(target_arch = "x86_64"))]
 mod none {
     use super::{Dtype, Level};
 
-    pub(in super::super) fn add(_: Level, _: Dtype, _: &mut [f64], _: &[&[u8]], _: &[f64], _: usize) -> bool {
-        false
+    pub(in super::super) fn add<const K: usize>(
+        _: Level,
+        _: Dtype,
+        _: &mut [f64],
+        _: [&[u8]; K],
+        _: [f64; K],
+    ) -> usize {
+        0
     }
 
     pub(in super::super) fn to_f64(_: Level, _: Dtype, _: &mut [f64], _: &[u8]) -> usize {
@@ -42,38 +48,37 @@ mod vectors {
     use std::arch::x86_64::*;
 
     use super::super::prefetch;
-    use super::{Dtype, Level, TILE};
+    use super::{Dtype, Level, STEP};
 
     /// Elements that are loaded at a time.
     const LANES: usize = 8;
 
-    /// Adds sources of one dtype, weighted and in their order, to a tile of sums that begins at element `start` of each;
-    /// false, with nothing done, on CPUs without the instructions and for fewer sums than [`TILE`].
+    /// Adds sources of one dtype, weighted and in their order, to sums, in whole steps of [`STEP`] elements, and returns
+    /// how many elements that were: 0 on CPUs without the instructions. Each source holds at least as many as `sums`, of
+    /// any alignment.
     #[inline(always)]
-    pub(in super::super) fn add(
+    pub(in super::super) fn add<const K: usize>(
         level: Level,
         dtype: Dtype,
         sums: &mut [f64],
-        sources: &[&[u8]],
-        weights: &[f64],
-        start: usize,
-    ) -> bool {
-        let Ok(sums) = <&mut [f64; TILE]>::try_from(sums) else { return false };
+        sources: [&[u8]; K],
+        weights: [f64; K],
+    ) -> usize {
         // SAFETY: the level has the features.
         unsafe {
             match (level.has_avx512(), level.has_avx2(), dtype) {
-                (true, _, Dtype::F16) => of_f16::add_512(sums, sources, weights, start),
-                (true, _, Dtype::BF16) => of_bf16::add_512(sums, sources, weights, start),
-                (true, _, Dtype::F32) => of_f32::add_512(sums, sources, weights, start),
-                (true, _, Dtype::F64) => of_f64::add_512(sums, sources, weights, start),
-                (_, true, Dtype::F16) => of_f16::add_256(sums, sources, weights, start),
-                (_, true, Dtype::BF16) => of_bf16::add_256(sums, sources, weights, start),
-                (_, true, Dtype::F32) => of_f32::add_256(sums, sources, weights, start),
-                (_, true, Dtype::F64) => of_f64::add_256(sums, sources, weights, start),
-                _ => return false,
+                (true, _, Dtype::F16) => of_f16::add_512(sums, sources, weights),
+                (true, _, Dtype::BF16) => of_bf16::add_512(sums, sources, weights),
+                (true, _, Dtype::F32) => of_f32::add_512(sums, sources, weights),
+                (true, _, Dtype::F64) => of_f64::add_512(sums, sources, weights),
+                (_, true, Dtype::F16) => of_f16::add_256(sums, sources, weights),
+                (_, true, Dtype::BF16) => of_bf16::add_256(sums, sources, weights),
+                (_, true, Dtype::F32) => of_f32::add_256(sums, sources, weights),
+                (_, true, Dtype::F64) => of_f64::add_256(sums, sources, weights),
+                _ => return 0,
             }
         }
-        true
+        sums.len() / STEP * STEP
     }
 
     /// Reads whole groups of eight elements as f64 and returns how many elements that were: 0 on CPUs without the
@@ -131,56 +136,55 @@ mod vectors {
             mod $name {
                 use std::arch::x86_64::*;
 
-                use super::{LANES, TILE, prefetch};
+                use super::{LANES, STEP, prefetch};
 
-                /// A tile of a source from element `start` on, in groups that are loaded at a time.
+                /// Groups of elements that are loaded at a time.
+                type Groups = [[u8; $size * LANES]; STEP / LANES];
+
+                /// A source in whole steps.
                 #[inline(always)]
-                fn tile<const N: usize>(source: &[u8], start: usize) -> &[[u8; $size * LANES]] {
-                    let tile = source[$size * start..$size * (start + N)].as_chunks().0;
-                    prefetch::reading(tile);
-                    tile
+                fn steps(source: &[u8], elements: usize) -> &[Groups] {
+                    &source.as_chunks().0.as_chunks().0[..elements / STEP]
                 }
 
                 #[target_feature(enable = "avx512f,avx512vl,f16c")]
-                pub(super) fn add_512(sums: &mut [f64; TILE], sources: &[&[u8]], weights: &[f64], start: usize) {
-                    let mut held = [_mm512_setzero_pd(); TILE / LANES];
-                    for (held, sums) in held.iter_mut().zip(sums.as_chunks::<LANES>().0) {
-                        // SAFETY: the reference covers the 8 sums; the instruction takes any alignment.
-                        *held = unsafe { _mm512_loadu_pd(sums.as_ptr()) };
-                    }
-                    for (source, &weight) in sources.iter().zip(weights) {
-                        let weight = _mm512_set1_pd(weight);
-                        for (held, group) in held.iter_mut().zip(tile::<TILE>(source, start)) {
-                            *held = _mm512_fmadd_pd(weight, super::$wide(group), *held);
+                pub(super) fn add_512<const K: usize>(sums: &mut [f64], sources: [&[u8]; K], weights: [f64; K]) {
+                    let weights = weights.map(|weight| _mm512_set1_pd(weight));
+                    let sources = sources.map(|source| steps(source, sums.len()));
+                    for (i, sums) in sums.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
+                        sources.iter().for_each(|source| prefetch::reading(&source[i]));
+                        for (j, sums) in sums.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                            // SAFETY: the reference covers the 8 sums; the instruction takes any alignment.
+                            let mut held = unsafe { _mm512_loadu_pd(sums.as_ptr()) };
+                            for k in 0..K {
+                                held = _mm512_fmadd_pd(weights[k], super::$wide(&sources[k][i][j]), held);
+                            }
+                            // SAFETY: as above.
+                            unsafe { _mm512_storeu_pd(sums.as_mut_ptr(), held) };
                         }
-                    }
-                    for (held, sums) in held.iter().zip(sums.as_chunks_mut::<LANES>().0) {
-                        // SAFETY: the reference covers the 8 sums; the instruction takes any alignment.
-                        unsafe { _mm512_storeu_pd(sums.as_mut_ptr(), *held) };
                     }
                 }
 
                 #[target_feature(enable = "avx2,fma,f16c")]
-                pub(super) fn add_256(sums: &mut [f64; TILE], sources: &[&[u8]], weights: &[f64], start: usize) {
-                    const HALF: usize = TILE / 2;
-                    for (i, sums) in sums.as_chunks_mut::<HALF>().0.iter_mut().enumerate() {
-                        let mut held = [_mm256_setzero_pd(); HALF / 4];
-                        for (held, sums) in held.iter_mut().zip(sums.as_chunks::<4>().0) {
-                            // SAFETY: the reference covers the 4 sums; the instruction takes any alignment.
-                            *held = unsafe { _mm256_loadu_pd(sums.as_ptr()) };
-                        }
-                        for (source, &weight) in sources.iter().zip(weights) {
-                            let weight = _mm256_set1_pd(weight);
-                            let groups = tile::<HALF>(source, start + i * HALF);
-                            for (held, group) in held.as_chunks_mut::<2>().0.iter_mut().zip(groups) {
-                                let (low, high) = super::$halves(group);
-                                held[0] = _mm256_fmadd_pd(weight, low, held[0]);
-                                held[1] = _mm256_fmadd_pd(weight, high, held[1]);
+                pub(super) fn add_256<const K: usize>(sums: &mut [f64], sources: [&[u8]; K], weights: [f64; K]) {
+                    let weights = weights.map(|weight| _mm256_set1_pd(weight));
+                    let sources = sources.map(|source| steps(source, sums.len()));
+                    for (i, sums) in sums.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
+                        sources.iter().for_each(|source| prefetch::reading(&source[i]));
+                        for (j, sums) in sums.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                            let (low, high) = sums.split_at_mut(4);
+                            // SAFETY: each half has the 4 sums; the instruction takes any alignment.
+                            let mut held = unsafe { [_mm256_loadu_pd(low.as_ptr()), _mm256_loadu_pd(high.as_ptr())] };
+                            for k in 0..K {
+                                let values = super::$halves(&sources[k][i][j]);
+                                held[0] = _mm256_fmadd_pd(weights[k], values.0, held[0]);
+                                held[1] = _mm256_fmadd_pd(weights[k], values.1, held[1]);
                             }
-                        }
-                        for (held, sums) in held.iter().zip(sums.as_chunks_mut::<4>().0) {
-                            // SAFETY: the reference covers the 4 sums; the instruction takes any alignment.
-                            unsafe { _mm256_storeu_pd(sums.as_mut_ptr(), *held) };
+                            // SAFETY: as above.
+                            unsafe {
+                                _mm256_storeu_pd(low.as_mut_ptr(), held[0]);
+                                _mm256_storeu_pd(high.as_mut_ptr(), held[1]);
+                            }
                         }
                     }
                 }
