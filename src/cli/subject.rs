@@ -14,7 +14,7 @@ use super::targets::usage;
 
 /// A run on disk, or a forecast and what its snapshots will be stored as.
 pub enum Subject {
-    /// Never closed: a process that ends gives all mappings back at once, which is sooner than one after the other.
+    /// Never closed: a process that ends gives mappings of which little was read back sooner than one after the other.
     Run(&'static Run),
     Forecast(Forecast, Dtype),
 }

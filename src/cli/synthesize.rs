@@ -48,11 +48,10 @@ pub fn run(arguments: &Arguments) -> Outcome {
     if arguments.output.is_none() && arguments.out_dir.is_none() {
         return Err(Failure::Usage("nowhere to write to: give -o FILE, or --out-dir DIR for several targets".into()));
     }
-    // Never closed: a process that ends gives all mappings back at once, which is sooner than one after the other.
-    let run: &Run = Box::leak(Box::new(Run::open(&arguments.run)?));
+    let run = Run::open(&arguments.run)?;
     let plans = run.plans_with(&profiles, arguments.at.map_or(At::Latest, At::Step), arguments.rounding.noise)?;
     let paths = paths(arguments, &plans)?;
-    let (seconds, device) = write(run, &plans, &paths, arguments)?;
+    let (seconds, device) = write(&run, &plans, &paths, arguments)?;
     let read = run.bytes_to_read(&plans);
     if arguments.json {
         let targets: Vec<_> = plans.iter().zip(&paths).map(|(plan, path)| target_json(plan, path)).collect();

@@ -274,6 +274,19 @@ impl Snapshot {
         &self.files
     }
 
+    /// Looks at a few elements here and there, and has no others fetched from the disk with them.
+    pub(crate) fn sparsely<R>(&self, look: impl FnOnce() -> R) -> R {
+        self.files.iter().for_each(|file| file.read_sparsely(true));
+        let seen = look();
+        self.files.iter().for_each(|file| file.read_sparsely(false));
+        seen
+    }
+
+    /// Gives back the page tables of what was read, which closing the files would do.
+    pub(crate) fn unmap_pages(&self) {
+        self.files.iter().for_each(StoredFile::unmap_pages);
+    }
+
     /// All tensors, by name.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
         self.places.iter().map(|&place| entry(&self.files, place))

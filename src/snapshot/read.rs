@@ -90,6 +90,19 @@ impl StoredFile {
         }
     }
 
+    /// Tells the system whether few bytes here and there are going to be read, so that it fetches no others with them.
+    pub(super) fn read_sparsely(&self, sparsely: bool) {
+        let advice = if sparsely { memmap2::Advice::Random } else { memmap2::Advice::Normal };
+        // A wish, too.
+        let _ = self.map.advise(advice);
+    }
+
+    /// Unmaps all pages; whoever reads on has them mapped anew.
+    pub(super) fn unmap_pages(&self) {
+        // SAFETY: nothing is ever written through the mapping, which shows the file before as after.
+        let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    }
+
     /// The length of the file in bytes.
     pub fn len(&self) -> u64 {
         self.map.len() as u64

@@ -64,7 +64,7 @@ impl<'a> TensorBlend<'a> {
     /// Blends the whole tensor of a single target.
     pub(super) fn whole(&self, dst: &mut [u8]) -> Result<()> {
         let size = self.output.bitsize() / 8;
-        let (total, ahead) = (dst.len() / size, Ahead::default());
+        let (total, ahead) = (dst.len() / size, Ahead::new());
         let chunks = dst.par_chunks_mut(cpu::CHUNK * size).enumerate();
         chunks.try_for_each(|(i, chunk)| {
             let start = i * cpu::CHUNK;

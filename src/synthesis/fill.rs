@@ -130,7 +130,7 @@ impl Pool<'_> {
         }
         let chunks: Vec<_> = blends.iter_mut().flat_map(|(blend, slices)| chunks(&*blend, slices)).collect();
         let places: Vec<_> = chunks.iter().map(|(blend, elements, _)| (*blend, elements.clone())).collect();
-        let ahead = Ahead::default();
+        let ahead = Ahead::new();
         chunks.into_par_iter().enumerate().try_for_each(|(i, (blend, elements, mut dst))| {
             let ask =
                 || places.get(i + AHEAD).into_iter().for_each(|(blend, elements)| blend.ask_for(elements.clone()));

@@ -87,7 +87,7 @@ pub struct Predicted {
 const FEWEST_STEPS: usize = 3;
 
 /// The most elements of a sample, and the fewest.
-const ELEMENTS: (usize, usize) = (256, 16_384);
+const ELEMENTS: (usize, usize) = (256, 4_096);
 
 /// Pairs of snapshots times elements that a sample may have: a tenth of a second of work.
 const WORK: usize = 1 << 27;
@@ -166,7 +166,7 @@ fn sample(snapshots: &[Snapshot], tensors: &[PoolTensor]) -> Option<Sample> {
     let counts: Vec<usize> = averaged.iter().map(|tensor| tensor.shape.iter().product()).collect();
     let pairs = snapshots.len() * snapshots.len();
     let stretches = stretches(&counts, (WORK / pairs).clamp(ELEMENTS.0, ELEMENTS.1));
-    let read = |snapshot: &Snapshot| read(snapshot, &averaged, &stretches);
+    let read = |snapshot: &Snapshot| snapshot.sparsely(|| read(snapshot, &averaged, &stretches));
     let read: Vec<(Vec<f64>, Vec<f64>)> = snapshots.par_iter().map(read).collect::<Option<_>>()?;
     let (values, ulps): (Vec<_>, Vec<_>) = read.into_iter().unzip();
     let mut start = 0;

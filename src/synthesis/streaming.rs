@@ -18,13 +18,16 @@ use crate::compute::cuda;
 use crate::error::Result;
 
 /// Bytes of results that all threads together hold at a time, on machines of up to a hundred threads or so.
-const BUFFERED: usize = 64 << 20;
+const BUFFERED: usize = 16 << 20;
 
 /// The elements that a thread blends before it writes: at most, and at least.
 const BLOCK_ELEMENTS: (usize, usize) = (1 << 18, 1 << 9);
 
-/// Bytes of all sources in a block, of which each thread may have one at work and one asked for.
+/// Bytes of all sources in a block, of which each thread may have one at work and [`BLOCKS_AHEAD`] asked for.
 const READ: usize = 32 << 20;
+
+/// How many blocks a disk is asked for ahead.
+const BLOCKS_AHEAD: usize = 2;
 
 /// What a pass works on.
 pub(super) struct Streaming<'a> {
@@ -71,7 +74,7 @@ impl<'a> Streaming<'a> {
             before.push(before[tensors.len()] + spot.range.len() / size);
             tensors.push(Placed { blend, file: spot.file, offset: spot.range.start, size });
         }
-        Ok(Streaming { tensors, before, files, options, ahead: Ahead::default() })
+        Ok(Streaming { tensors, before, files, options, ahead: Ahead::new() })
     }
 
     /// Blends and writes everything.
@@ -118,7 +121,7 @@ impl<'a> Streaming<'a> {
 
     fn block(&self, elements: Range<usize>, buffers: &mut [Vec<u8>]) -> Result<()> {
         let stretches = self.stretches(elements.clone());
-        let next = elements.end..self.elements().min(elements.end + elements.len());
+        let next = elements.end..self.elements().min(elements.end + BLOCKS_AHEAD * elements.len());
         self.ahead.around(self.bytes_read(&stretches), || self.ask_for(next), || self.blend(&stretches, buffers))?;
         let results: Vec<&[u8]> = buffers.iter().map(Vec::as_slice).collect();
         self.write(&stretches, &results)?;
