@@ -26,7 +26,8 @@ WORKS = {
         "Updates",
         "One call that folds a model's parameters into two running averages. The limit is a loop in C, with as many threads, that "
         "reads and writes as many bytes. GB/s count the bytes that the averages need: each parameter read once, each average "
-        "read and written once. Memory is that of the averages and of whatever their update takes beside. "
+        "read and written once. Memory is that of the averages and of whatever their update takes beside; ours is once more as much for the "
+        "copy that a checkpoint is written from, lent back to the system until then (`checkpoint_in_background=False` goes without). "
         "Largest error: from a recurrence in f64 with the tracker's own decays, on parameters in [-1, 1).",
     ),
     "not due": ("Calls at which nothing is due", "What most steps of a training pay."),
@@ -64,7 +65,7 @@ INK, OURS, THEIRS, LIMIT = "#333333", "#1f6f8b", "#b9b9b9", "#c0392b"
 
 def main() -> None:
     options = parse()
-    records = {kind: newest(options.records, kind) for kind in KINDS}
+    records: dict[str, Record | None] = {"peers": of_each_work(options.records), "scaling": newest(options.records, "scaling")}
     if not any(records.values()):
         print(f"{options.records} holds no record of {' or '.join(KINDS)}: there is no page to make")
         return
@@ -88,8 +89,24 @@ def parse() -> argparse.Namespace:
 
 def newest(folder: Path, kind: str) -> Record | None:
     """The record of a kind with the last date in its name."""
-    found = sorted(folder.glob(f"*-{kind}.json"))
-    return {**json.loads(found[-1].read_text()), "file": found[-1].name} if found else None
+    found = of_kind(folder, kind)
+    return found[-1] if found else None
+
+
+def of_kind(folder: Path, kind: str) -> list[Record]:
+    """All records of a kind, the oldest first."""
+    return [{**json.loads(path.read_text()), "file": path.name} for path in sorted(folder.glob(f"*-{kind}.json"))]
+
+
+def of_each_work(folder: Path) -> Record | None:
+    """The newest cases of each work, each with the record that it is of."""
+    cases: dict[str, list[Record]] = {}
+    for record in of_kind(folder, "peers"):
+        own: dict[str, list[Record]] = {}
+        for case in record["cases"]:
+            own.setdefault(case["work"], []).append({**case, "record": record})
+        cases |= own
+    return {"cases": [case for work in cases.values() for case in work]} if cases else None
 
 
 def check(options: argparse.Namespace, text: str, records: dict[str, Record | None]) -> None:
@@ -135,12 +152,15 @@ def about(record: Record) -> str:
 
 
 def sections(record: Record) -> list[str]:
-    parts = [about(record)]
+    parts: list[str] = []
+    told = ""
     for work, (title, said) in WORKS.items():
         cases = [case for case in record["cases"] if case["work"] == work]
         if not cases:
             continue
-        parts += [f"## {title}", said]
+        of = cases[0]["record"]
+        parts += [f"## {title}", *([about(of)] if of["file"] != told else []), said]
+        told = of["file"]
         if work in PICTURED:
             parts.append(f"![{title}: rates beside the limit](pictures/performance-{work}.svg)")
         for case in cases:

@@ -82,6 +82,16 @@ def test_figures_are_those_of_the_newest_records(folders: tuple[Path, Path]) -> 
     assert "2000-01-02-peers.json" in text and "yesterday" not in text
 
 
+def test_each_work_is_of_its_newest_record(folders: tuple[Path, Path]) -> None:
+    older = record(cases=[{**case("update"), "title": "yesterday's"}, case("writing")])
+    (folders[0] / "2000-01-01-peers.json").write_text(json.dumps(older))
+    assert run(folders).returncode == 0
+    updates, rest = (folders[1] / "performance.md").read_text().split("## Storing")
+    storing, start = rest.split("## Start")
+    assert "2000-01-02-peers.json" in updates and "2000-01-01-peers.json" in storing and "2000-01-02-peers.json" in start
+    assert "yesterday" not in updates
+
+
 def test_the_check_passes_what_was_made_and_nothing_else(folders: tuple[Path, Path]) -> None:
     assert run(folders, "--check").returncode == 1
     assert run(folders).returncode == 0

@@ -142,14 +142,15 @@ class Command:
         with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as printed:
             start = time.perf_counter()
             process = subprocess.Popen(self.command, stdout=printed, stderr=errors)
+            # Told to wait for so long at most, Popen.wait would look only every 50 ms.
+            patience = threading.Timer(self.patience, process.kill)
+            patience.start()
             with Peak(process.pid if sample else None) as peak:
-                try:
-                    process.wait(self.patience)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                    raise Failed(f"stopped after {self.patience:.0f} s") from None
+                process.wait()
             seconds = time.perf_counter() - start
+            patience.cancel()
+            if seconds >= self.patience:
+                raise Failed(f"stopped after {self.patience:.0f} s")
             errors.seek(0)
             printed.seek(0)
             self.printed = printed.read().decode(errors="replace")

@@ -233,7 +233,7 @@ impl Options {
     /// Whether snapshots are written in the background, while the training goes on. Default: true.
     ///
     /// The training is then held up for a copy of the averages, whose memory (6 bytes a parameter and profile, 4 with
-    /// [`Precision::Plain`], and the copied tensors) is the price: on the host it is taken at the first checkpoint, and
+    /// [`Precision::Plain`], and the copied tensors) is the price: on the host it is taken when the run is opened, and
     /// between checkpoints the system may give it to others. There is one such copy: a checkpoint that comes before the
     /// last one is written waits for it. Where the memory cannot be had, and with `false`, the training waits until the
     /// snapshots are on disk. Parameters on a device are copied beside the training, and a second checkpoint may wait.
@@ -268,6 +268,9 @@ impl Options {
         snapshot::remove_leftovers(&self.dir)?;
         let start = Start::new(&table, &settings);
         let engine = Engine::start(&self.dir, table.layout(), device, self.device, start)?;
+        if self.in_background {
+            engine.prepare();
+        }
         Ok(PostHocEma {
             dir: self.dir,
             engine,
@@ -311,6 +314,9 @@ impl Options {
         })?;
         let mut tracker = saved.into_tracker(self.dir, settings, table, device, self.device, lock)?;
         tracker.in_background = self.in_background;
+        if self.in_background {
+            tracker.engine.prepare();
+        }
         snapshot::remove_leftovers(&tracker.dir)?;
         tracker.complete()?;
         Ok(tracker)

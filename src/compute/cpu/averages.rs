@@ -122,6 +122,11 @@ impl SpareAverages {
         Some(SpareAverages { high: Spare::new(averages.high.len())?, low })
     }
 
+    /// Touches fresh memory and lends it back: as [`Spare::touched`].
+    pub fn touched(self) -> SpareAverages {
+        SpareAverages { high: self.high.touched(), low: self.low.map(Spare::touched) }
+    }
+
     /// Lends the memory of a copy back to the system until the next.
     pub fn lend_back(copy: Averages) -> SpareAverages {
         SpareAverages { high: Spare::lend_back(copy.high), low: copy.low.map(Spare::lend_back) }

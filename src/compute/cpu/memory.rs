@@ -7,6 +7,9 @@
 //! and gives cleared pages when it is touched again.
 
 use bytemuck::Pod;
+use rayon::prelude::*;
+
+use super::CHUNK;
 
 /// Zeros that no thread has touched yet.
 pub(crate) fn zeros<T: Pod>(len: usize) -> Vec<T> {
@@ -25,6 +28,15 @@ impl<T: Pod> Spare<T> {
         let mut memory = bytemuck::allocation::try_zeroed_vec(len).ok()?;
         system::use_large_pages(&mut memory);
         Some(Spare(memory))
+    }
+
+    /// Touches fresh memory with all threads, so that it costs what a copy costs when it is used, and lends it back.
+    pub fn touched(mut self) -> Spare<T>
+    where
+        T: Send,
+    {
+        self.0.par_chunks_mut(CHUNK).for_each(|chunk| chunk.fill(T::zeroed()));
+        Spare::lend_back(self.0)
     }
 
     /// Lends memory back to the system until it is used again.
@@ -108,7 +120,7 @@ mod tests {
     fn memory_that_was_lent_back_holds_what_is_written_next() {
         for len in [0, 1, 1000, (1 << 20) + 13, (3 << 20) + 1] {
             let value = |round: usize, i: usize| (round * 7 + i) as u32;
-            let mut spare = Spare::<u32>::new(len).unwrap();
+            let mut spare = Spare::<u32>::new(len).unwrap().touched();
             assert_eq!((spare.len(), spare.is_empty()), (len, len == 0));
             for round in 0..3 {
                 let memory = spare.written(|memory| (0..len).for_each(|i| memory[i] = value(round, i)));

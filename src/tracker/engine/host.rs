@@ -38,6 +38,11 @@ impl HostEngine {
         self.averages.values()
     }
 
+    /// Takes the memory of checkpoints.
+    pub(super) fn prepare(&self) {
+        self.spare.prepare(&self.values());
+    }
+
     /// Copies the averages for the thread that writes. It has written, or given up, the checkpoint before: no more than
     /// one copy is there at any time.
     pub(super) fn checkpoint(&mut self, moment: Moment) -> Result<(), Failure> {

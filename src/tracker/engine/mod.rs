@@ -74,6 +74,16 @@ impl Engine {
         }
     }
 
+    /// Gets ready for checkpoints in the background: what takes long is done before the training begins.
+    pub(super) fn prepare(&self) {
+        match self {
+            Engine::Host(host) => host.prepare(),
+            // Their copies are made beside the training.
+            #[cfg(feature = "cuda")]
+            Engine::Device(_) | Engine::Offloaded(_) => {}
+        }
+    }
+
     /// Stores the averages as they are now, before it returns.
     ///
     /// # Errors

@@ -22,6 +22,12 @@ struct Memory {
 }
 
 impl SpareCopy {
+    /// Takes the memory for copies of such values, so that not even the first has to wait for it; where there is none, the
+    /// first will tell.
+    pub(super) fn prepare(&self, values: &Values<'_>) {
+        *self.lock() = Memory::for_copy_of(values).map(Memory::touched);
+    }
+
     /// Copies the values of a moment, to be stored by another thread; none where there is no memory, which is warned of.
     ///
     /// # Errors
@@ -101,5 +107,10 @@ impl Memory {
         let averages = values.averages.iter().map(SpareAverages::for_copy_of).collect::<Option<_>>()?;
         let copies = values.copies.iter().map(|copy| Spare::new(copy.len())).collect::<Option<_>>()?;
         Some(Memory { averages, copies })
+    }
+
+    fn touched(self) -> Memory {
+        let averages = self.averages.into_iter().map(SpareAverages::touched).collect();
+        Memory { averages, copies: self.copies.into_iter().map(Spare::touched).collect() }
     }
 }
