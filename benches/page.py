@@ -65,7 +65,10 @@ INK, OURS, THEIRS, LIMIT = "#333333", "#1f6f8b", "#b9b9b9", "#c0392b"
 
 def main() -> None:
     options = parse()
-    records: dict[str, Record | None] = {"peers": of_each_work(options.records), "scaling": newest(options.records, "scaling")}
+    records: dict[str, Record | None] = {
+        "peers": of_each_work(options.records),
+        "scaling": newest(options.records, "scaling"),
+    }
     if not any(records.values()):
         print(f"{options.records} holds no record of {' or '.join(KINDS)}: there is no page to make")
         return

@@ -88,7 +88,9 @@ def test_each_work_is_of_its_newest_record(folders: tuple[Path, Path]) -> None:
     assert run(folders).returncode == 0
     updates, rest = (folders[1] / "performance.md").read_text().split("## Storing")
     storing, start = rest.split("## Start")
-    assert "2000-01-02-peers.json" in updates and "2000-01-01-peers.json" in storing and "2000-01-02-peers.json" in start
+    assert (
+        "2000-01-02-peers.json" in updates and "2000-01-01-peers.json" in storing and "2000-01-02-peers.json" in start
+    )
     assert "yesterday" not in updates
 
 
