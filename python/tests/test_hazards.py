@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,16 @@ def trained(model: object, run_dir: Path, steps: int = 15, **options: object) ->
     return ema
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that was started in the background ignores interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("strided", [False, True])
-def test_an_interrupt_at_any_moment_gives_everything_back(run_dir: Path, strided: bool) -> None:
+def test_an_interrupt_at_any_moment_gives_everything_back(run_dir: Path, strided: bool, interruptible: None) -> None:
     model = torch.nn.Sequential(*[torch.nn.Linear(200, 200) for _ in range(4)])
     if strided:
         for layer in model:
