@@ -176,7 +176,7 @@ def test_another_default_device_does_not_matter(run_dir: Path) -> None:
 
 FORKED = """
     import os, sys, torch
-    from posthoc_ema import PostHocEMA
+    from posthoc_ema import PostHocEMA, _native
     model = torch.nn.Linear(3, 3)
     ema = PostHocEMA.from_model(model, sys.argv[1], update_every=1, update_after_step=0, checkpoint_every=5)
     for _ in range(10):
@@ -193,7 +193,9 @@ FORKED = """
         os.read(held[0], 1)      # lives on, as a worker that loads data does
         os._exit(0)
     assert os.read(ready[0], 1) == b"x"
+    run = _native.Run(sys.argv[1])
     if os.fork() == 0:
+        del run                  # whose files the parent's threads would unmap
         sys.exit(0)              # its interpreter has nothing to wait for
     ema.finish()
     ema.close()

@@ -32,13 +32,17 @@ pub struct Run {
     history: Option<History>,
     /// From a sample of the elements, taken when the first plan is made.
     noise: OnceLock<Option<StoredNoise>>,
+    /// Who opened it: a forked child has none of its threads, and would wait for them for ever.
+    process: u32,
 }
 
 /// All threads unmap what was read: one alone would take a tenth to a third of the time of reading, and where mappings are
 /// closed as they are, each waits for the one before.
 impl Drop for Run {
     fn drop(&mut self) {
-        self.snapshots.par_iter().for_each(Snapshot::unmap_pages);
+        if self.process == std::process::id() {
+            self.snapshots.par_iter().for_each(Snapshot::unmap_pages);
+        }
     }
 }
 
@@ -56,7 +60,8 @@ impl Run {
         }
         let history = common_history(&snapshots, &read)?;
         let (profiles, chains) = read.into_iter().map(|(profile, chain, _)| (profile, chain)).unzip();
-        Ok(Run { dir: dir.to_owned(), snapshots, profiles, chains, history, noise: OnceLock::new() })
+        let process = std::process::id();
+        Ok(Run { dir: dir.to_owned(), snapshots, profiles, chains, history, noise: OnceLock::new(), process })
     }
 
     /// The run's directory.
