@@ -17,7 +17,7 @@ use super::pool::{Pool, Selection};
 use crate::compute::cuda;
 use crate::error::Result;
 
-/// Bytes of results that all threads together hold at a time, on machines of up to a hundred threads or so.
+/// Bytes of results that all threads together hold at a time, as long as threads times targets are at most 4,096.
 const BUFFERED: usize = 16 << 20;
 
 /// The elements that a thread blends before it writes: at most, and at least.
