@@ -144,6 +144,7 @@ class Command:
             process = subprocess.Popen(self.command, stdout=printed, stderr=errors)
             # Told to wait for so long at most, Popen.wait would look only every 50 ms.
             patience = threading.Timer(self.patience, process.kill)
+            patience.daemon = True
             patience.start()
             with Peak(process.pid if sample else None) as peak:
                 process.wait()
