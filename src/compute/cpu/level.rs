@@ -1,5 +1,7 @@
 //! The instruction sets that loops are compiled for, one of which is chosen at run time.
 
+use super::mode::Prescribed;
+
 /// An instruction set that this machine has: all give the same bits, and the last of [`Level::all`] is the fastest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Level(Set);
@@ -57,6 +59,7 @@ impl Level {
     /// Runs a loop compiled for this instruction set. The closure, and what it calls, must be `#[inline(always)]`.
     #[inline(always)]
     pub(crate) fn run<R>(self, body: impl FnOnce() -> R) -> R {
+        let _mode = Prescribed::enter();
         match self.0 {
             Set::Baseline => body(),
             // SAFETY: a level is made only where the machine has what it stands for.

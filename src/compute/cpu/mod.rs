@@ -9,6 +9,7 @@ mod blend;
 mod convert;
 mod level;
 mod memory;
+mod mode;
 pub(crate) mod prefetch;
 mod scan;
 mod update;

@@ -7,6 +7,7 @@
 use pulp::{Simd, WithSimd};
 
 use super::super::convert::to_f64;
+use super::super::mode::Prescribed;
 use super::super::{Level, prefetch};
 use super::{Blend, Unfit};
 
@@ -21,6 +22,7 @@ const VECTORS: usize = 3;
 
 /// Blends a stretch of several targets.
 pub(super) fn blend(level: Level, dst: &mut [&mut [u8]], sources: &[&[u8]], blend: &Blend<'_>) -> Result<(), Unfit> {
+    let _mode = Prescribed::enter();
     level.arch().dispatch(Kernel { level, dst, sources, blend })
 }
 
