@@ -146,7 +146,7 @@ fn unsafe_code_is_in_compute_and_the_mapping_only() {
         .filter(|(_, text)| code(text).any(|l| l.contains("unsafe")))
         .map(|f| f.0)
         .collect();
-    assert!(blocks.len() == 1 && blocks[0].ends_with("snapshot/read.rs"), "{blocks:?}");
+    assert!(blocks.len() == 1 && blocks[0].ends_with("snapshot/mapping.rs"), "{blocks:?}");
 }
 
 /// The binding to Python takes tensors by address in one place.

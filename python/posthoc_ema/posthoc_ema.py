@@ -74,6 +74,10 @@ class PostHocEMA:
 
     # None where the run is only read, and on a process that is switched off.
     _tracker: _native.Tracker | None = None
+    # What was whole when the run was opened, where what is damaged is left out.
+    _sound: _native.Run | None = None
+    # Whether an update warns of what could not be stored, and goes on.
+    _warns = False
     # Those of the model that was given last.
     _tensors: ModuleTensors | MappingTensors | None = None
     # Empty where the run is only read.
@@ -114,6 +118,7 @@ class PostHocEMA:
         compensated: bool | None = None,
         retention: Retention | None = None,
         checkpoint_in_background: bool = True,
+        on_error: str = "raise",
         rank_zero_only: bool = False,
     ) -> PostHocEMA:
         """Begins to track a model, or goes on with a run.
@@ -150,6 +155,8 @@ class PostHocEMA:
                 only. Its memory, as much as the averages take themselves, is the price; it is taken here, and between
                 checkpoints the system may give it to others. Without it, and where the memory cannot be had, the training
                 waits until they are on disk.
+            on_error: what an update does where a snapshot could not be stored: "raise" an OSError, or "warn" and go on. The
+                averages lose nothing either way, and the snapshot is tried again.
             rank_zero_only: switch off on all processes of ``torch.distributed`` but that of rank 0, which there only
                 count steps, from where the run is. Under data parallelism all ranks hold the same parameters, and a run has one writer.
 
@@ -159,6 +166,8 @@ class PostHocEMA:
             OSError: where the directory cannot be made or written.
         """
         check_calculation_dtype(calculation_dtype)
+        if on_error not in ("raise", "warn"):
+            raise ValueError(f'on_error is "raise" or "warn", not {on_error!r}')
         directory = Path(checkpoint_dir)
         check_old_checkpoints(directory, "already contains checkpoints")
         tracked = [*map(Profile.sigma_rel, sigma_rels or ()), *map(Profile.gamma, gammas), *map(Profile.beta, betas)]
@@ -180,6 +189,7 @@ class PostHocEMA:
         if not (resume and (directory / STATE).exists()):
             options = {**DEFAULTS, **options}
         self = cls._bare(directory, options)
+        self._warns = on_error == "warn"
         if rank_zero_only and rank() != 0:
             self._skip = Counter(_native.saved_step(directory) or 0 if resume else 0)
             return self
@@ -223,6 +233,8 @@ class PostHocEMA:
         checkpoint_dtype: Any = None,
         only_save_diff: bool = False,
         calculation_dtype: Any = None,
+        *,
+        skip_damaged: bool = False,
     ) -> PostHocEMA:
         """Opens a run to synthesize from; to go on training, use :meth:`from_model` with ``resume=True``.
 
@@ -233,6 +245,8 @@ class PostHocEMA:
             checkpoint_dir: the run's directory.
             model: a model of the run's structure, for :attr:`ema_models`; it is not changed.
             sigma_rels: where given, checked against the run's profiles.
+            skip_damaged: read every byte of the run first, warn of each snapshot that is damaged or does not belong to it,
+                and go on without them. Snapshots that are stored later are not seen then.
 
         Raises:
             FileNotFoundError: where there is no run.
@@ -242,8 +256,11 @@ class PostHocEMA:
         check_calculation_dtype(calculation_dtype)
         directory = Path(checkpoint_dir)
         check_old_checkpoints(directory, "holds checkpoints of another tool")
-        run = _native.Run(directory)
+        run, left_out = _native.Run.open_sound(directory) if skip_damaged else (_native.Run(directory), [])
+        for why in left_out:
+            warnings.warn(f"left out: {why}", RuntimeWarning, stacklevel=2)
         self = cls._bare(directory, {})
+        self._sound = run if skip_damaged else None
         self.profiles = [Profile(text) for _, text in sorted(run.profiles().items())]
         if sigma_rels is not None and [Profile.sigma_rel(s) for s in sigma_rels] != self.profiles:
             tracked = ", ".join(map(str, self.profiles))
@@ -281,7 +298,7 @@ class PostHocEMA:
             ValueError: for a model whose tensors are not those the run began with, naming the first difference.
             RuntimeError: where an average to be stored holds NaN or infinity (nothing is written then), where the model
                 holds an average, and where a device fails.
-            OSError: where an earlier snapshot could not be written in the background: this call has done its part, training
+            OSError: unless ``on_error`` is "warn", where an earlier snapshot could not be written in the background: this call has done its part, training
                 can go on, and that snapshot is tried once more before the next one. With
                 ``checkpoint_in_background=False`` it is the snapshot of this call, tried again before the next update.
         """
@@ -291,7 +308,7 @@ class PostHocEMA:
             return
         assert self._tracker is not None
         lender = self._tracked(model)
-        with lender.reading() as (addresses, stream):
+        with self._storing(), lender.reading() as (addresses, stream):
             self._tracker.update(lender.layout, addresses, stream)
 
     def update_at_(self, time: int, model: Model) -> None:
@@ -305,8 +322,18 @@ class PostHocEMA:
                 self._skip.steps = time
             return
         lender = self._tracked(model)
-        with lender.reading() as (addresses, stream):
+        with self._storing(), lender.reading() as (addresses, stream):
             self._tracker.update_at(time, lender.layout, addresses, stream)
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Warns of what could not be stored, where that was asked for: the update has done its part by then."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warns:
+                raise
+            warnings.warn(f"the training goes on: {error}", RuntimeWarning, stacklevel=4)
 
     def _tracked(self, model: Model) -> Lender:
         """The tensors of the model that trains; they are kept listed."""
@@ -721,6 +748,8 @@ class PostHocEMA:
 
     def _run(self) -> _native.Run:
         """The snapshots so far."""
+        if self._sound is not None:
+            return self._sound
         self.flush()
         return _native.Run(self.checkpoint_dir)
 

@@ -34,6 +34,15 @@ impl Run {
         py.detach(|| posthoc_ema::Run::open(directory)).map(Run).map_err(to_python)
     }
 
+    /// Opens the snapshots that are whole, of which every byte is read, and tells why each of the others is left out.
+    #[staticmethod]
+    fn open_sound(py: Python<'_>, directory: PathBuf) -> PyResult<(Run, Vec<String>)> {
+        process::check()?;
+        let opened = py.detach(|| posthoc_ema::Run::open_sound(directory, &mut |_| ()));
+        let (run, damaged) = opened.map_err(to_python)?;
+        Ok((Run(run), damaged.iter().map(ToString::to_string).collect()))
+    }
+
     /// Profile index and step of each snapshot.
     fn snapshots(&self) -> Vec<(usize, u64)> {
         self.0.snapshots().iter().map(|snapshot| (snapshot.stem.index, snapshot.stem.step)).collect()

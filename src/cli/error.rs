@@ -10,6 +10,7 @@ use super::args::{Before, Rounding};
 use super::list::Numbers;
 use super::output::{print, print_json};
 use super::picture::Plot;
+use super::reading::Reading;
 use super::subject::{Subject, length_at};
 use super::{Failure, Outcome, targets};
 
@@ -33,6 +34,8 @@ pub struct Arguments {
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
+    pub reading: Reading,
+    #[command(flatten)]
     pub rounding: Rounding,
     #[command(flatten)]
     pub before: Before,
@@ -42,7 +45,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles: Vec<Profile> =
         targets::profiles(&arguments.sigma_rel, Profile::sigma_rel).collect::<Result<_, Failure>>()?;
-    let subject = Subject::open(arguments.run.as_deref(), &arguments.before)?;
+    let subject = Subject::open(arguments.run.as_deref(), &arguments.reading, &arguments.before)?;
     let plans = subject.plans(&profiles, arguments.at, arguments.rounding.noise)?;
     if arguments.json {
         let errors = targets::numbers(&arguments.sigma_rel).zip(&plans).map(point);

@@ -12,6 +12,7 @@ mod output;
 mod picture;
 mod plan;
 mod profile;
+mod reading;
 mod subject;
 mod sweep;
 mod synthesize;

@@ -10,6 +10,7 @@ use super::args::{Before, Rounding, Targets};
 use super::list::Count;
 use super::output::{bytes, print, print_json};
 use super::picture::Plot;
+use super::reading::Reading;
 use super::subject::Subject;
 use super::{Failure, Outcome, advise};
 
@@ -38,6 +39,8 @@ pub struct Arguments {
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
+    pub reading: Reading,
+    #[command(flatten)]
     pub rounding: Rounding,
     #[command(flatten)]
     pub targets: Targets,
@@ -55,7 +58,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         let why = format!("--plot shows at most {MAX_PANELS} targets, not {}: name fewer", profiles.len());
         return Err(Failure::Usage(why));
     }
-    let subject = Subject::open(arguments.run.as_deref(), &arguments.before)?;
+    let subject = Subject::open(arguments.run.as_deref(), &arguments.reading, &arguments.before)?;
     let plans = subject.plans(&profiles, arguments.at, arguments.rounding.noise)?;
     if arguments.json {
         let disk = subject.disk(&arguments.before);

@@ -10,6 +10,7 @@ use super::Failure;
 use super::args::Before;
 use super::list::Count;
 use super::output::spinner;
+use super::reading::Reading;
 use super::targets::usage;
 
 /// A run on disk, or a forecast and what its snapshots will be stored as.
@@ -21,9 +22,9 @@ pub enum Subject {
 
 impl Subject {
     /// Opens the run that was named, or takes the flags of a training.
-    pub fn open(run: Option<&Path>, before: &Before) -> Result<Subject, Failure> {
+    pub fn open(run: Option<&Path>, reading: &Reading, before: &Before) -> Result<Subject, Failure> {
         match (run, before.steps) {
-            (Some(run), _) => Ok(Subject::Run(Box::leak(Box::new(Run::open(run)?)))),
+            (Some(run), _) => Ok(Subject::Run(Box::leak(Box::new(reading.open(run)?.0)))),
             (None, Some(steps)) => {
                 let dtype = before.checkpoint_dtype.map_or(Dtype::F32, Dtype::from);
                 Ok(Subject::Forecast(before.forecast(steps)?, dtype))

@@ -8,12 +8,13 @@ use std::time::Duration;
 use clap::Args;
 use indicatif::ProgressBar;
 use posthoc_ema::sweep::{Command, Edge, Goal, Observer, Sweep, Trial};
-use posthoc_ema::{At, Profile, Run, SweepOptions, Swept, report};
+use posthoc_ema::{At, Profile, SweepOptions, Swept, report};
 use serde_json::{Value, json};
 
 use super::args::{Blending, Rounding, Targets};
 use super::output::{byte_bar, print, print_json, round_bar};
 use super::picture::Plot;
+use super::reading::Reading;
 use super::{Failure, Outcome, targets};
 
 /// Evaluate averages of many lengths with a command, and keep the best
@@ -57,6 +58,8 @@ pub struct Arguments {
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
+    pub reading: Reading,
+    #[command(flatten)]
     pub rounding: Rounding,
     #[command(flatten)]
     pub plot: Plot,
@@ -68,7 +71,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
     let command = Command::new(&arguments.eval, timeout(arguments.timeout)?).map_err(targets::usage)?;
-    let run = Run::open(&arguments.run)?;
+    let (run, _) = arguments.reading.open(&arguments.run)?;
     let progress = Progress::default();
     let options = SweepOptions {
         at: arguments.at.map_or(At::Latest, At::Step),

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::args::{Blending, Rounding, Targets};
 use super::output::{byte_bar, bytes, print, print_json};
+use super::reading::{self, Reading};
 use super::{Failure, Outcome};
 
 /// Synthesize averages from a run's snapshots
@@ -27,6 +28,11 @@ pub struct Arguments {
     /// Write each target to a file of its own in this directory, which is made where it is missing
     #[arg(long, value_name = "DIR")]
     pub out_dir: Option<PathBuf>,
+    /// Read every snapshot that is blended once more beforehand, and compare its checksum
+    #[arg(long, conflicts_with = "skip_damaged")]
+    pub verify: bool,
+    #[command(flatten)]
+    pub reading: Reading,
     #[command(flatten)]
     pub blending: Blending,
     /// Print one JSON document
@@ -48,16 +54,22 @@ pub fn run(arguments: &Arguments) -> Outcome {
     if arguments.output.is_none() && arguments.out_dir.is_none() {
         return Err(Failure::Usage("nowhere to write to: give -o FILE, or --out-dir DIR for several targets".into()));
     }
-    let run = Run::open(&arguments.run)?;
+    let (run, left_out) = arguments.reading.open(&arguments.run)?;
     let plans = run.plans_with(&profiles, arguments.at.map_or(At::Latest, At::Step), arguments.rounding.noise)?;
+    if arguments.verify {
+        reading::verify(&run, &plans)?;
+    }
     let paths = paths(arguments, &plans)?;
     let (seconds, device) = write(&run, &plans, &paths, arguments)?;
     let read = run.bytes_to_read(&plans);
     if arguments.json {
         let targets: Vec<_> = plans.iter().zip(&paths).map(|(plan, path)| target_json(plan, path)).collect();
-        print_json(
-            &json!({ "targets": targets, "bytes_read": read, "seconds": seconds, "device": device.to_string() }),
-        );
+        let mut document =
+            json!({ "targets": targets, "bytes_read": read, "seconds": seconds, "device": device.to_string() });
+        if arguments.reading.skip_damaged {
+            document["left_out"] = json!(left_out);
+        }
+        print_json(&document);
         return Ok(());
     }
     print(&table(&plans, &paths).to_string());

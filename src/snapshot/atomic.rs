@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
+use super::faults::strike;
 use crate::error::{Error, Result};
 
 /// How the temporary names in a run begin and end; what a killed writer left is known by it.
@@ -39,8 +40,8 @@ impl AtomicFile {
         }
         // The mode that the process's umask gives any new file; tempfile's own default is private to the user.
         let permissions = Permissions::from_mode(0o666);
-        let file = tempfile::Builder::new().prefix(PREFIX).permissions(permissions).tempfile_in(directory(path));
-        let file = file.map_err(Error::io("write", path))?;
+        let make = || tempfile::Builder::new().prefix(PREFIX).permissions(permissions).tempfile_in(directory(path));
+        let file = strike(path).and_then(|()| make()).map_err(Error::io("write", path))?;
         Ok(AtomicFile { file, path: path.to_owned() })
     }
 
@@ -54,7 +55,8 @@ impl AtomicFile {
     /// # Errors
     /// [`Error::Io`], a full disk among them.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.file.as_file().write_all_at(bytes, offset).map_err(Error::io("write", &self.path))?;
+        let write = || self.file.as_file().write_all_at(bytes, offset);
+        strike(&self.path).and_then(|()| write()).map_err(Error::io("write", &self.path))?;
         if bytes.len() >= SENT_AT_ONCE {
             start_writeback(self.file.as_file(), offset, bytes.len());
         }
@@ -75,8 +77,9 @@ impl AtomicFile {
     /// # Errors
     /// [`Error::Io`]; the temporary file is then removed and what was there before is untouched.
     pub fn commit(self) -> Result<()> {
-        self.file.as_file().sync_all().map_err(Error::io("sync", &self.path))?;
-        self.file.persist(&self.path).map_err(|failed| Error::io("rename into place", &self.path)(failed.error))?;
+        strike(&self.path).and_then(|()| self.file.as_file().sync_all()).map_err(Error::io("sync", &self.path))?;
+        let rename = || self.file.persist(&self.path).map(drop).map_err(|failed| failed.error);
+        strike(&self.path).and_then(|()| rename()).map_err(Error::io("rename into place", &self.path))?;
         sync_directory(directory(&self.path))
     }
 }
@@ -96,7 +99,7 @@ fn start_writeback(_: &File, _: u64, _: usize) {}
 
 /// Makes renames and removals in a directory durable.
 pub fn sync_directory(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", dir))
+    strike(dir).and_then(|()| File::open(dir)).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", dir))
 }
 
 /// Whether a file's name is one of a writer that was killed.

@@ -6,13 +6,14 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::STATE_FILE;
-use super::atomic::{is_leftover, sync_directory};
+use super::atomic::{directory, is_leftover, sync_directory};
+use super::faults::strike;
 use super::meta::Meta;
 use super::read::StoredFile;
+use super::shards::Index;
 use super::tensors::StoredTensor;
 use crate::error::{Error, Result};
 use crate::tensor::is_averaged;
@@ -187,7 +188,7 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
         let path = dir.join(&name);
         let unfinished = matches!(parse(&name), Some((_, Part::Shard { .. }))) && !finished.contains(&path);
         if path.is_file() && (is_leftover(&name) || unfinished) {
-            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            strike(&path).and_then(|()| fs::remove_file(&path)).map_err(Error::io("remove", &path))?;
         }
     }
     Ok(())
@@ -200,7 +201,7 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
 pub fn remove(dir: &Path, stem: Stem, files: &[PathBuf]) -> Result<()> {
     let index = dir.join(stem.index_name());
     for path in std::iter::once(&index).chain(files) {
-        match fs::remove_file(path) {
+        match strike(path).and_then(|()| fs::remove_file(path)) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io("remove", path)(error)),
             _ => {}
         }
@@ -238,7 +239,7 @@ impl Snapshot {
     }
 
     /// As [`Snapshot::open`], sooner where the headers say what those of a sibling say.
-    fn open_like(stem: Stem, paths: &[PathBuf], sibling: Option<&Snapshot>) -> Result<Snapshot> {
+    pub(super) fn open_like(stem: Stem, paths: &[PathBuf], sibling: Option<&Snapshot>) -> Result<Snapshot> {
         let like = |i: usize| sibling.and_then(|sibling| sibling.files.get(i));
         let open = |(i, path): (usize, &PathBuf)| StoredFile::open_like(path, like(i));
         let files: Vec<StoredFile> = paths.iter().enumerate().map(open).collect::<Result<_>>()?;
@@ -247,6 +248,7 @@ impl Snapshot {
         let known = known.map(|sibling| (sibling.files[0].metadata(), &sibling.meta));
         let mut meta: Option<Meta> = None;
         for file in &files {
+            file.check_header()?;
             let own = Meta::from_strings_like(file.path(), file.metadata(), known)?;
             check_stem(file, stem, &own)?;
             match &mut meta {
@@ -262,6 +264,29 @@ impl Snapshot {
         }
         snapshot.check_ties()?;
         Ok(snapshot)
+    }
+
+    /// Compares the index of a snapshot in shards with the shards; one that is missing was not written yet.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] where they differ, [`Error::Io`] where it cannot be read.
+    pub fn verify_index(&self) -> Result<()> {
+        if self.files.len() == 1 {
+            return Ok(());
+        }
+        let path = directory(self.path()).join(self.stem.index_name());
+        let found = match fs::read(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            found => found.map_err(Error::io("read", &path))?,
+        };
+        let mut index = Index::new(self.stem, self.files.len());
+        for (shard, file) in self.files.iter().enumerate() {
+            file.tensors().iter().for_each(|(name, tensor)| index.add(shard, name, tensor.range.len()));
+        }
+        if found != index.text().as_bytes() {
+            return Err(Error::damaged(&path, "it does not list the tensors of the shards beside it: remove the file"));
+        }
+        Ok(())
     }
 
     /// The first of the snapshot's files, which stands for it in messages.
@@ -355,6 +380,18 @@ impl Snapshot {
             return differs("other tensors are copied instead of averaged".into());
         }
         Ok(())
+    }
+
+    /// Checks that a snapshot of the same index is of the same profile.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`].
+    pub(super) fn check_profile(&self, other: &Snapshot) -> Result<()> {
+        if self.meta.profile == other.meta.profile {
+            return Ok(());
+        }
+        let reason = format!("another profile is stored ({}, not {})", self.meta.profile, other.meta.profile);
+        Err(Error::Mismatch { path: self.path().to_owned(), other: other.path().to_owned(), reason })
     }
 
     /// Whether names, shapes and dtypes are known to be those of a sibling.
@@ -461,52 +498,6 @@ fn merge(meta: &mut Meta, own: Meta, path: &Path, other: &Path) -> Result<()> {
     meta.copied.extend(own.copied);
     meta.tied.extend(own.tied);
     Ok(())
-}
-
-/// Opens all snapshots of a run, in order of profile and step, and checks that they belong together.
-///
-/// # Errors
-/// [`Error::NoRun`] where there is none; those of [`Snapshot::open`] and [`Snapshot::check_sibling`].
-pub fn open_all(dir: &Path) -> Result<Vec<Snapshot>> {
-    // A tracker beside this reader may drop a snapshot between the listing and the opening: then the listing is old.
-    for _ in 0..9 {
-        match try_open_all(dir) {
-            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {}
-            result => return result,
-        }
-    }
-    try_open_all(dir)
-}
-
-fn try_open_all(dir: &Path) -> Result<Vec<Snapshot>> {
-    let listed: Vec<(Stem, Vec<PathBuf>)> = list(dir)?.into_iter().collect();
-    let Some(((stem, paths), others)) = listed.split_first() else {
-        let reason = "there is no snapshot in it".to_owned();
-        return Err(Error::NoRun { path: dir.to_owned(), reason });
-    };
-    let first = Snapshot::open(*stem, paths)?;
-    let open = |(stem, paths): &(Stem, Vec<PathBuf>)| Snapshot::open_like(*stem, paths, Some(&first));
-    // All of them first: of several errors the first snapshot's is told, whichever thread is done first.
-    let opened: Vec<Result<Snapshot>> = others.par_iter().map(open).collect();
-    let others: Vec<Snapshot> = opened.into_iter().collect::<Result<_>>()?;
-    let snapshots: Vec<Snapshot> = std::iter::once(first).chain(others).collect();
-    let first = &snapshots[0];
-    let mut profiles: BTreeMap<usize, &Snapshot> = BTreeMap::new();
-    for snapshot in &snapshots {
-        snapshot.check_sibling(first)?;
-        let of_profile = profiles.entry(snapshot.stem.index).or_insert(snapshot);
-        if snapshot.meta.profile != of_profile.meta.profile {
-            return Err(Error::Mismatch {
-                path: snapshot.path().to_owned(),
-                other: of_profile.path().to_owned(),
-                reason: format!(
-                    "another profile is stored ({}, not {})",
-                    snapshot.meta.profile, of_profile.meta.profile
-                ),
-            });
-        }
-    }
-    Ok(snapshots)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use super::atomic::{directory, sync_directory};
+use super::faults::strike;
 use crate::error::{Error, Result};
 
 /// A folder that is being written under a temporary name. Dropped before [`AtomicFolder::commit`], it leaves nothing.
@@ -77,7 +78,8 @@ impl AtomicFolder {
     /// [`Error::Io`], where somebody else has begun to use the directory, too.
     pub fn commit(self) -> Result<()> {
         let AtomicFolder { dir, temp, made } = self;
-        fs::rename(temp.path(), &dir).map_err(Error::io("rename into place", &dir))?;
+        let rename = || fs::rename(temp.path(), &dir);
+        strike(&dir).and_then(|()| rename()).map_err(Error::io("rename into place", &dir))?;
         // It is no longer there to be removed.
         let _ = temp.keep();
         made.keep()?;

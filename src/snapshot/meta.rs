@@ -21,8 +21,6 @@ const DTYPES: &str = "dtypes";
 const COPIED: &str = "copied";
 const TIED: &str = "tied";
 const RUN: &str = "run";
-/// The key of the checksum of the data section.
-pub(super) const CHECKSUM: &str = "checksum";
 
 /// What a snapshot says of itself.
 #[derive(Clone, Debug, Default, PartialEq)]

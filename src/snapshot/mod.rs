@@ -3,22 +3,26 @@
 //! Nothing here interprets profiles or histories; they pass through as JSON text.
 
 mod atomic;
+mod checksum;
 mod directory;
+pub(crate) mod faults;
 mod folder;
 #[cfg(feature = "import")]
 pub(crate) mod foreign;
 mod header;
 mod layout;
 mod lock;
+mod mapping;
 mod meta;
 mod read;
 mod shards;
+mod siblings;
 mod tensors;
 mod write;
 
 pub(crate) use atomic::{AtomicFile, is_leftover, sync_directory};
 pub use directory::{Snapshot, Stem, list, list_each};
-pub(crate) use directory::{any_part, check_empty, open_all, remove, remove_leftovers};
+pub(crate) use directory::{any_part, check_empty, remove, remove_leftovers};
 pub(crate) use folder::{AtomicFolder, Made, check_vacant};
 pub(crate) use layout::FileLayout;
 pub use layout::TensorSpec;
@@ -26,6 +30,7 @@ pub(crate) use lock::Lock;
 pub use meta::{Dtypes, Meta};
 pub(crate) use meta::{PROFILE, STEP, base_strings, check_version, new_run_id};
 pub use read::StoredFile;
+pub(crate) use siblings::{open_all, open_sound};
 pub use tensors::{StoredTensor, StoredTensors};
 pub(crate) use write::{write_file, write_snapshot};
 

@@ -5,22 +5,20 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::Mmap;
+use memmap2::Advice;
 
+use super::checksum;
 use super::header::{Header, Known};
 use super::layout::MAX_HEADER;
-use super::meta::CHECKSUM;
+use super::mapping::Mapping;
 use super::tensors::{StoredTensor, StoredTensors};
 use crate::error::{Error, Result};
-
-/// How a checksum begins: the name of the algorithm.
-const ALGORITHM: &str = "blake3:";
 
 /// A safetensors file, mapped, its header checked whole.
 #[derive(Debug)]
 pub struct StoredFile {
     path: PathBuf,
-    map: Mmap,
+    map: Mapping,
     /// Where the data section begins.
     data: usize,
     header: Header,
@@ -42,9 +40,7 @@ impl StoredFile {
         if length == 0 {
             return Err(Error::damaged(path, "the file is empty"));
         }
-        // SAFETY: the mapping is private and read-only. Files of a run are only ever replaced by renaming, never changed
-        // in place, so the bytes do not change under the borrow as long as nobody else writes into the run's files.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
+        let map = Mapping::new(&file, path).map_err(Error::io("map", path))?;
         let (json, data) = split_header(path, &map)?;
         let known = sibling.and_then(|sibling| {
             let rest = sibling.header.rest.clone()?;
@@ -82,25 +78,17 @@ impl StoredFile {
 
     /// Has bytes that it lent, all or some of a tensor's, read from the disk in the background; others do not matter.
     pub(crate) fn will_need(&self, bytes: &[u8]) {
-        let (start, end) = (bytes.as_ptr().addr(), bytes.as_ptr().addr() + bytes.len());
-        let own = self.map.as_ptr().addr();
-        if own <= start && end <= own + self.map.len() {
-            // A wish: what is not fetched now is when it is read.
-            let _ = self.map.advise_range(memmap2::Advice::WillNeed, start - own, bytes.len());
-        }
+        self.map.will_need(bytes);
     }
 
     /// Tells the system whether few bytes here and there are going to be read, so that it fetches no others with them.
     pub(super) fn read_sparsely(&self, sparsely: bool) {
-        let advice = if sparsely { memmap2::Advice::Random } else { memmap2::Advice::Normal };
-        // A wish, too.
-        let _ = self.map.advise(advice);
+        self.map.advise(if sparsely { Advice::Random } else { Advice::Normal });
     }
 
     /// Unmaps all pages; whoever reads on has them mapped anew.
     pub(super) fn unmap_pages(&self) {
-        // SAFETY: nothing is ever written through the mapping, which shows the file before as after.
-        let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        self.map.unmap_pages();
     }
 
     /// The length of the file in bytes.
@@ -113,20 +101,25 @@ impl StoredFile {
         self.map.is_empty()
     }
 
-    /// Reads all data and compares their checksum with the one in the metadata.
+    /// Compares the header with its checksum in the metadata, where there is one.
+    ///
+    /// Left out by [`StoredFile::open`]: a file that another program has changed and saved with our metadata is whole.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] where they differ.
+    pub(crate) fn check_header(&self) -> Result<()> {
+        checksum::check_header(&self.map[..self.data], &self.header.metadata)
+            .map_err(|reason| Error::damaged(&self.path, reason))
+    }
+
+    /// Reads all data and compares their checksum, and that of the header, with those in the metadata.
     ///
     /// # Errors
     /// [`Error::Damaged`] where they differ or where no checksum of a known algorithm is stored.
     pub fn verify(&self) -> Result<()> {
-        let stored = self.header.metadata.get(CHECKSUM).map(String::as_str).unwrap_or_default();
-        if !stored.starts_with(ALGORITHM) {
-            return Err(Error::damaged(&self.path, format!("no checksum of a known algorithm is stored (`{stored}`)")));
-        }
-        let found = format_checksum(blake3::Hasher::new().update_rayon(&self.map[self.data..]));
-        if found != stored {
-            return Err(Error::damaged(&self.path, format!("the data's checksum is {found}, not the stored {stored}")));
-        }
-        Ok(())
+        self.check_header()?;
+        checksum::check_data(&self.map[self.data..], &self.header.metadata)
+            .map_err(|reason| Error::damaged(&self.path, reason))
     }
 }
 
@@ -137,11 +130,6 @@ fn split_header<'a>(path: &Path, bytes: &'a [u8]) -> Result<(&'a [u8], &'a [u8])
     let length = usize::try_from(u64::from_le_bytes(*length)).ok().filter(|&n| n <= MAX_HEADER);
     let length = length.ok_or_else(|| damaged("the header is longer than the format allows"))?;
     rest.split_at_checked(length).ok_or_else(|| damaged("the file ends within its header"))
-}
-
-/// A checksum as the metadata have it.
-pub(super) fn format_checksum(hasher: &blake3::Hasher) -> String {
-    format!("{ALGORITHM}{}", hasher.finalize().to_hex())
 }
 
 #[cfg(test)]

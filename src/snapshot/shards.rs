@@ -40,17 +40,40 @@ pub(super) fn restrict(meta: &Meta, specs: &[TensorSpec]) -> Meta {
 
 /// Writes the index that Hugging Face's loaders look for; the shards themselves remain what counts.
 pub(super) fn write_index(dir: &Path, stem: Stem, specs: &[TensorSpec], shards: &[Vec<usize>]) -> Result<()> {
-    let mut weight_map = BTreeMap::new();
-    let mut total_size = 0;
-    for (i, shard) in shards.iter().enumerate() {
-        for &member in shard {
+    let mut index = Index::new(stem, shards.len());
+    for (shard, members) in shards.iter().enumerate() {
+        for &member in members {
             let TensorSpec { name, dtype, shape } = &specs[member];
-            total_size += byte_size(name, *dtype, shape)?;
-            weight_map.insert(name, stem.shard_name(i + 1, shards.len()));
+            index.add(shard, name, byte_size(name, *dtype, shape)?);
         }
     }
-    let index = serde_json::json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
     let file = AtomicFile::create(&dir.join(stem.index_name()))?;
-    file.write_at(0, format!("{index:#}\n").as_bytes())?;
+    file.write_at(0, index.text().as_bytes())?;
     file.commit()
+}
+
+/// What the index of a snapshot in shards says.
+pub(super) struct Index<'a> {
+    stem: Stem,
+    shards: usize,
+    total_size: usize,
+    weight_map: BTreeMap<&'a str, String>,
+}
+
+impl<'a> Index<'a> {
+    pub(super) fn new(stem: Stem, shards: usize) -> Index<'a> {
+        Index { stem, shards, total_size: 0, weight_map: BTreeMap::new() }
+    }
+
+    /// Adds a tensor of so many bytes; shards are counted from 0.
+    pub(super) fn add(&mut self, shard: usize, name: &'a str, bytes: usize) {
+        self.total_size += bytes;
+        self.weight_map.insert(name, self.stem.shard_name(shard + 1, self.shards));
+    }
+
+    pub(super) fn text(&self) -> String {
+        let Index { total_size, weight_map, .. } = self;
+        let index = serde_json::json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
+        format!("{index:#}\n")
+    }
 }

@@ -9,10 +9,10 @@ use std::thread;
 use rayon::prelude::*;
 
 use super::atomic::AtomicFile;
+use super::checksum;
 use super::directory::Stem;
 use super::layout::{FileLayout, Placed, TensorSpec};
-use super::meta::{CHECKSUM, Meta};
-use super::read::format_checksum;
+use super::meta::Meta;
 use super::shards;
 use crate::error::{Error, Result};
 
@@ -43,18 +43,17 @@ pub fn write_file(
 ) -> Result<()> {
     let layout = FileLayout::new(specs)?;
     // The header comes first in the file and holds the checksum of what follows: it is written last, over its place.
-    metadata.insert(CHECKSUM.into(), format_checksum(&blake3::Hasher::new()));
+    checksum::reserve(&mut metadata);
     let data = layout.header(&metadata)?.len() as u64;
     let file = AtomicFile::create(path)?;
-    let checksum = write_data(&file, data, &layout, fill)?;
-    metadata.insert(CHECKSUM.into(), checksum);
-    file.write_at(0, &layout.header(&metadata)?)?;
+    let hasher = write_data(&file, data, &layout, fill)?;
+    file.write_at(0, &checksum::seal(metadata, &hasher, |metadata| layout.header(metadata))?)?;
     file.commit()
 }
 
-/// Writes the data section and returns its checksum: blocks are filled and hashed here and written by a thread of their
+/// Writes the data section, of which it returns what a checksum is taken from: blocks are filled and hashed here and written by a thread of their
 /// own, because whoever waits for a disk must not do so on a thread that others compute on.
-fn write_data(file: &AtomicFile, data: u64, layout: &FileLayout, fill: &Fill<'_>) -> Result<String> {
+fn write_data(file: &AtomicFile, data: u64, layout: &FileLayout, fill: &Fill<'_>) -> Result<blake3::Hasher> {
     let mut hasher = blake3::Hasher::new();
     let ((send, filled), (give_back, free)) = (channel::<(u64, Vec<u8>)>(), channel());
     (0..BLOCKS).for_each(|_| drop(give_back.send(Vec::new())));
@@ -82,7 +81,7 @@ fn write_data(file: &AtomicFile, data: u64, layout: &FileLayout, fill: &Fill<'_>
         drop(send);
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })?;
-    Ok(format_checksum(&hasher))
+    Ok(hasher)
 }
 
 /// Fills the bytes of the data section from `start` on, with all threads.

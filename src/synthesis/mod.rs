@@ -18,6 +18,7 @@ mod run;
 mod stored;
 mod streaming;
 mod swap;
+mod verify;
 
 #[cfg(feature = "report")]
 pub(crate) use advise::rounding;
@@ -29,6 +30,7 @@ pub use output::{Output, WriteOptions};
 pub use plan::{At, Plan, Weight};
 pub use run::Run;
 pub use swap::{Originals, SwappedIn};
+pub use verify::{Verified, verify};
 
 pub(crate) use choose::check_device;
 pub(crate) use files::{Head, Shards};

@@ -15,7 +15,7 @@ use super::swap::SwappedIn;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::math::{Chain, History, Profile};
-use crate::snapshot::{self, Snapshot, TensorSpec};
+use crate::snapshot::{self, Snapshot, Stem, TensorSpec};
 use crate::tensor::{ParametersMut, TensorViewMut, Tensors, is_averaged};
 
 /// A run's snapshots, mapped and checked against each other.
@@ -52,8 +52,22 @@ impl Run {
     /// # Errors
     /// [`Error::NoRun`], [`Error::Damaged`], [`Error::Unexpected`] or [`Error::Mismatch`], each naming the file.
     pub fn open(dir: impl AsRef<Path>) -> Result<Run> {
-        let dir = dir.as_ref();
-        let snapshots = snapshot::open_all(dir)?;
+        Run::of(dir.as_ref(), snapshot::open_all(dir.as_ref())?)
+    }
+
+    /// Opens the snapshots that are whole and tells why each of the others is left out; plans are then made of what is
+    /// there, and their errors are those of such plans.
+    ///
+    /// Every byte is read and compared with its checksum. `progress` is told the bytes of each file.
+    ///
+    /// # Errors
+    /// [`Error::NoRun`] where there is no snapshot, and where none is whole the first one's error.
+    pub fn open_sound(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<(Run, Vec<Error>)> {
+        let (snapshots, damaged) = snapshot::open_sound(dir.as_ref(), progress)?;
+        Ok((Run::of(dir.as_ref(), snapshots)?, damaged))
+    }
+
+    fn of(dir: &Path, snapshots: Vec<Snapshot>) -> Result<Run> {
         let mut read = Vec::with_capacity(snapshots.len());
         for snapshot in &snapshots {
             read.push(read_chain(snapshot)?);
@@ -216,15 +230,15 @@ impl Run {
         plans.chunks(MAX_TARGETS).map(|plans| self.bytes_of_pass(plans)).sum()
     }
 
-    fn bytes_of_pass(&self, plans: &[Plan]) -> u64 {
-        let used = |snapshot: &&Snapshot| {
-            let own = |plan: &Plan| {
-                plan.weights
-                    .iter()
-                    .any(|w| (w.index, w.step) == (snapshot.stem.index, snapshot.stem.step) && w.weight != 0.0)
-            };
-            plans.iter().any(own)
+    /// The snapshots that some of the plans give a weight.
+    fn used_by(&self, plans: &[Plan]) -> impl Iterator<Item = &Snapshot> {
+        let weighs = |plan: &Plan, stem: Stem| {
+            plan.weights.iter().any(|w| (w.index, w.step) == (stem.index, stem.step) && w.weight != 0.0)
         };
+        self.snapshots.iter().filter(move |snapshot| plans.iter().any(|plan| weighs(plan, snapshot.stem)))
+    }
+
+    fn bytes_of_pass(&self, plans: &[Plan]) -> u64 {
         let averaged: Vec<PoolTensor> = self.pool_tensors().into_iter().filter(|tensor| tensor.averaged).collect();
         let bytes = |snapshot: &Snapshot| -> u64 {
             let mut place = 0;
@@ -235,7 +249,7 @@ impl Run {
             });
             tensors.map(|(_, bytes)| bytes.len() as u64).sum()
         };
-        self.snapshots.iter().filter(used).map(bytes).sum()
+        self.used_by(plans).map(bytes).sum()
     }
 
     /// Reads every byte of every snapshot and compares its checksum.
@@ -243,7 +257,22 @@ impl Run {
     /// # Errors
     /// [`Error::Damaged`] for the first file whose data do not match.
     pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> Result<()> {
+        self.snapshots.iter().try_for_each(Snapshot::verify_index)?;
         for file in self.snapshots.iter().flat_map(Snapshot::files) {
+            file.verify()?;
+            progress(file.len());
+        }
+        Ok(())
+    }
+
+    /// Reads every byte of the snapshots that these plans blend and compares its checksum.
+    ///
+    /// A synthesis does not: it would take twice as long. Headers are compared with theirs whenever a run is opened.
+    ///
+    /// # Errors
+    /// As [`Run::verify`].
+    pub fn verify_used(&self, plans: &[Plan], progress: &mut dyn FnMut(u64)) -> Result<()> {
+        for file in self.used_by(plans).flat_map(Snapshot::files) {
             file.verify()?;
             progress(file.len());
         }

@@ -28,8 +28,16 @@ impl PostHocEma {
         }
     }
 
-    /// Writes what a process that died left unwritten of its last checkpoint.
+    /// Writes what a process that died left unwritten of its last checkpoint, and drops what it did not come to drop.
     pub(super) fn complete(&mut self) -> Result<()> {
+        self.write_missing()?;
+        if let Err(error) = self.moment(self.stored).drop_surplus() {
+            tracing::warn!("a snapshot more than retention keeps stays until the next checkpoint: {error}");
+        }
+        Ok(())
+    }
+
+    fn write_missing(&mut self) -> Result<()> {
         if self.stored.is_none() || self.stored != self.history.last() {
             return Ok(());
         }
@@ -75,7 +83,8 @@ impl PostHocEma {
             return Ok(());
         }
         if self.stored == self.history.last() && self.engine.given_up() != self.stored {
-            return self.save();
+            self.save()?;
+            return self.moment(self.stored).drop_surplus();
         }
         self.checkpoint()?;
         self.engine.flush()

@@ -19,8 +19,8 @@ use crate::snapshot::Lock;
 use crate::tensor::{Parameters, TensorView};
 
 use engine::Engine;
-pub use options::Options;
 use options::Settings;
+pub use options::{OnError, Options};
 pub use state::SavedState;
 use table::Table;
 
@@ -71,6 +71,7 @@ pub struct PostHocEma {
     /// Drawn at random when the run began; every snapshot carries it.
     run: String,
     in_background: bool,
+    on_error: OnError,
     _lock: Lock,
 }
 
@@ -118,10 +119,21 @@ impl PostHocEma {
         // Asked for before another checkpoint is queued: what becomes of that is a later call's to tell.
         let earlier = self.engine.take_error().map_or(Ok(()), Err);
         if !self.settings.schedule.is_snapshot_due(previous, time) {
-            return earlier.map(|()| step);
+            return self.told(earlier).map(|()| step);
         }
         let stored = self.checkpoint();
-        earlier.and(stored).map(|()| Step::Stored)
+        self.told(earlier.and(stored)).map(|()| Step::Stored)
+    }
+
+    /// What of the storing an update returns.
+    fn told(&self, stored: Result<()>) -> Result<()> {
+        match (stored, self.on_error) {
+            (Err(error @ (Error::Io { .. } | Error::Unexpected { .. })), OnError::Continue) => {
+                tracing::warn!("the training goes on: {error}");
+                Ok(())
+            }
+            (stored, _) => stored,
+        }
     }
 
     /// Folds the parameters at `time` into every average.

@@ -199,7 +199,7 @@ impl Moment {
     /// Removes the snapshots of the steps that retention does not keep. What it keeps, the newest included, is on disk by now.
     ///
     /// What is not this run's, or cannot be read, is neither counted nor removed, whatever its name.
-    fn drop_surplus(&self) -> Result<()> {
+    pub(super) fn drop_surplus(&self) -> Result<()> {
         let mut there = snapshot::list(&self.dir)?;
         there.retain(|stem, _| self.history.contains(stem.step));
         loop {

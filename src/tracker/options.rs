@@ -58,6 +58,18 @@ pub struct Options {
     leave_out: Option<Vec<String>>,
     device: Device,
     in_background: bool,
+    on_error: OnError,
+}
+
+/// What an update does where a snapshot could not be stored: a full disk, a directory that is gone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnError {
+    /// It returns the error; the training may go on or stop.
+    #[default]
+    Stop,
+    /// It logs a warning and the training goes on: the averages lose nothing, and the snapshot is tried again as always.
+    /// [`PostHocEma::save`], [`PostHocEma::flush`] and [`PostHocEma::finish`] return errors nevertheless.
+    Continue,
 }
 
 /// What a run goes by, all of it decided. It is stored with the live state.
@@ -112,6 +124,7 @@ impl Options {
             leave_out: None,
             device: Device::Cpu,
             in_background: true,
+            on_error: OnError::Stop,
         }
     }
 
@@ -244,6 +257,12 @@ impl Options {
         self
     }
 
+    /// What an update does where a snapshot could not be stored. Default: it returns the error. A resume may choose anew.
+    pub fn on_error(mut self, on_error: OnError) -> Self {
+        self.on_error = on_error;
+        self
+    }
+
     /// Begins a new run.
     ///
     /// # Errors
@@ -261,7 +280,8 @@ impl Options {
             device = lent_on(table.match_views(views)?.all())?;
             Ok(())
         })?;
-        fs::create_dir_all(&self.dir).map_err(Error::io("create", &self.dir))?;
+        let make = || fs::create_dir_all(&self.dir);
+        snapshot::faults::strike(&self.dir).and_then(|()| make()).map_err(Error::io("create", &self.dir))?;
         snapshot::check_empty(&self.dir)?;
         let lock = Lock::acquire(&self.dir)?;
         snapshot::check_empty(&self.dir)?;
@@ -282,6 +302,7 @@ impl Options {
             pending: false,
             run: snapshot::new_run_id(),
             in_background: self.in_background,
+            on_error: self.on_error,
             _lock: lock,
         })
     }
@@ -313,7 +334,7 @@ impl Options {
             Ok(())
         })?;
         let mut tracker = saved.into_tracker(self.dir, settings, table, device, self.device, lock)?;
-        tracker.in_background = self.in_background;
+        (tracker.in_background, tracker.on_error) = (self.in_background, self.on_error);
         if self.in_background {
             tracker.engine.prepare();
         }

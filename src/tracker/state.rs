@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::PostHocEma;
 use super::engine::{Engine, Start};
 use super::moment::Moment;
-use super::options::Settings;
+use super::options::{OnError, Settings};
 use super::table::{Entry, Table};
 use super::values::Values;
 use crate::compute::cpu::{Averages, Precision};
@@ -96,6 +96,7 @@ impl Moment {
 /// Opens a state and reads what it says of itself, not its data.
 fn open(path: &Path) -> Result<(StoredFile, Document)> {
     let file = StoredFile::open(path)?;
+    file.check_header()?;
     snapshot::check_version(path, file.metadata())?;
     let text = file.metadata().get(STATE).map(String::as_str).unwrap_or_default();
     let document: Document = serde_json::from_str(text)
@@ -187,6 +188,7 @@ impl Saved {
             pending: false,
             run,
             in_background: true,
+            on_error: OnError::Stop,
             _lock: lock,
         })
     }

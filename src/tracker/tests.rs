@@ -1,6 +1,7 @@
 //! The tracker by identities and against naive oracles.
 
 mod background;
+mod faults;
 mod filling;
 mod log;
 mod moments;

@@ -1,7 +1,7 @@
 //! Runs on disk: names, shards, siblings.
 
 use super::*;
-use crate::snapshot::{TensorSpec, write_snapshot};
+use crate::snapshot::{TensorSpec, checksum, open_all, write_snapshot};
 use std::ops::Range;
 
 fn specs() -> Vec<TensorSpec> {
@@ -175,6 +175,7 @@ fn opened_after(shard_size: u64, odd: Option<(u64, &[u8], &[u8])>) -> Result<Vec
             let mut bytes = fs::read(path).unwrap();
             let at = bytes.windows(from.len()).position(|window| window == from).unwrap();
             bytes[at..at + from.len()].copy_from_slice(to);
+            checksum::reseal(&mut bytes);
             fs::write(path, bytes).unwrap();
         }
     }

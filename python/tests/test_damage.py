@@ -1,0 +1,84 @@
+"""Damaged files, disks that fail, and modes of arithmetic that other libraries switch."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from posthoc_ema import PostHocEMA
+
+from conftest import train
+
+OPTIONS = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 5}
+
+
+def test_what_is_damaged_is_left_out(run_dir: Path) -> None:
+    model = torch.nn.Linear(30, 30)
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    train(ema, model, 20)
+    ema.close()
+    whole = PostHocEMA.from_path(run_dir).plan([0.15])[0]
+    path = run_dir / "1.15.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 1
+    path.write_bytes(data)
+    with pytest.warns(RuntimeWarning, match="left out: .*1.15.safetensors: .*checksum"):
+        run = PostHocEMA.from_path(run_dir, skip_damaged=True)
+    plan = run.plan([0.15])[0]
+    assert (1, 15) not in {(w.index, w.step) for w in plan.weights}
+    assert plan.relative_error > whole.relative_error
+    assert set(run.synthesize([0.15])[0]) == {"weight", "bias"}
+    shutil.copy(run_dir / "0.10.safetensors", path)
+    with pytest.raises(ValueError, match="1.15.safetensors"):
+        PostHocEMA.from_path(run_dir)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path.unlink()
+        PostHocEMA.from_path(run_dir, skip_damaged=True)
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_training_may_go_on_without_its_disk(run_dir: Path, in_background: bool) -> None:
+    model = torch.nn.Linear(3, 3)
+    ema = PostHocEMA.from_model(model, run_dir, on_error="warn", checkpoint_in_background=in_background, **OPTIONS)
+    train(ema, model, 5)
+    shutil.rmtree(run_dir)
+    with pytest.warns(RuntimeWarning, match="the training goes on: .*check the path"):
+        for _ in range(15):
+            ema.update_(model)
+            # The error of a snapshot in the background comes out at a later call.
+            time.sleep(0.02 if in_background else 0)
+    assert ema.step == 20
+    with pytest.raises(OSError, match="check the path"):
+        ema.finish()
+    run_dir.mkdir()
+    ema.finish()
+    assert PostHocEMA.from_path(run_dir).step == 20
+    with pytest.raises(ValueError, match='on_error is "raise" or "warn", not "shrug"'):
+        PostHocEMA.from_model(model, run_dir / "other", on_error="shrug")
+
+
+def test_averages_do_not_depend_on_subnormals_being_switched_off(tmp_path: Path) -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this machine cannot")
+    found = []
+    try:
+        for flush in (True, False):
+            torch.set_flush_denormal(flush)
+            tensors = {"weight": torch.arange(-1000, 1000, dtype=torch.int32).view(torch.float32).clone()}
+            ema = PostHocEMA.from_model(tensors, tmp_path / str(flush), **OPTIONS)
+            for step in range(10):
+                tensors["weight"].view(torch.int32).add_(step)
+                ema.update_(tensors)
+            ema.finish()
+            found.append(ema.synthesize([0.15])[0]["weight"].view(torch.int32).clone())
+            ema.close()
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(*found)
+    assert (found[0] != 0).any()
