@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill as send};
+use nix::unistd::Pid;
 use posthoc_ema::snapshot::StoredFile;
 use posthoc_ema::{At, Dtype, Error, PostHocEma, Profile, Retention, Run, SavedState, verify};
 use rand::{Rng, SeedableRng};
@@ -152,4 +154,131 @@ fn a_training_that_is_killed_ends_where_an_undisturbed_one_ends() {
         fs::remove_dir_all(&dir).unwrap();
     }
     println!("{killed} kills, {ended} trainings");
+}
+
+/// A command that writes to a path in a directory, from a source that it leaves alone.
+struct Job {
+    arguments: Vec<String>,
+    target: PathBuf,
+}
+
+impl Job {
+    fn start(&self) -> Child {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_posthoc-ema"));
+        command.args(&self.arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// The bytes of what it writes, but for the id of a run, which is drawn; none where there is nothing.
+    fn written(&self) -> Option<BTreeMap<String, Vec<u8>>> {
+        match fs::read_dir(&self.target) {
+            Ok(_) => Some(result(&self.target)),
+            Err(_) => Some(BTreeMap::from([("file".to_owned(), fs::read(&self.target).ok()?)])),
+        }
+    }
+
+    /// The names beside what it writes.
+    fn beside(&self) -> Vec<String> {
+        let names = fs::read_dir(self.target.parent().unwrap()).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| Some(name.as_str()) != self.target.file_name().unwrap().to_str()).collect()
+    }
+
+    fn remove(&self) {
+        let _ = fs::remove_file(&self.target).or_else(|_| fs::remove_dir_all(&self.target));
+    }
+}
+
+/// An import, an average of checkpoints and a synthesis, each into a directory of its own.
+fn jobs(temp: &Path) -> Vec<Job> {
+    let foreign = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/foreign/ramp");
+    let run = temp.join("source");
+    let options = PostHocEma::options(&run).update_every(1).update_after_step(0).checkpoint_every(5);
+    let mut ema = options.create(&large(0)).unwrap();
+    for step in 1..=20 {
+        ema.update(&large(step)).unwrap();
+    }
+    ema.finish().unwrap();
+    let checkpoints = temp.join("checkpoints");
+    fs::create_dir(&checkpoints).unwrap();
+    for step in [5, 10, 15, 20] {
+        let bytes: Vec<u8> = large(step)[0].1.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let tensor = safetensors::tensor::TensorView::new(Dtype::F32, vec![1_000_000], &bytes).unwrap();
+        let path = checkpoints.join(format!("step{step}.safetensors"));
+        safetensors::serialize_to_file([("weight", tensor)], None, &path).unwrap();
+    }
+    let target = |name: &str| {
+        let dir = temp.join(format!("{name}-output"));
+        fs::create_dir(&dir).unwrap();
+        dir.join(name)
+    };
+    let job = |arguments: &[&str], target: PathBuf| {
+        let arguments = arguments.iter().map(|&argument| argument.to_owned());
+        Job { arguments: arguments.chain([target.to_str().unwrap().to_owned()]).collect(), target }
+    };
+    let [foreign, run, checkpoints] = [&foreign, &run, &checkpoints].map(|path| path.to_str().unwrap());
+    let sigmas = "--sigma-rels=0.05,0.28";
+    vec![
+        job(&["import", foreign, "--from=pytorch-posthoc-ema", sigmas, "--update-every=10"], target("run")),
+        job(&["synthesize", run, "--sigma-rel=0.15", "-o"], target("synthesis.safetensors")),
+        job(&["average", checkpoints, "--uniform=15", "-o"], target("average.safetensors")),
+    ]
+}
+
+/// A million parameters.
+fn large(step: u64) -> Vec<(&'static str, Vec<f32>)> {
+    vec![("weight", (0..1_000_000).map(|i| ((step * 7 + i * 13) as f32).sin()).collect())]
+}
+
+#[test]
+fn what_a_killed_command_writes_is_whole_or_not_there() {
+    let temp = tempfile::tempdir().unwrap();
+    let mut random = random();
+    for job in jobs(temp.path()) {
+        let begun = Instant::now();
+        assert!(kill(job.start(), Duration::from_secs(600)));
+        let long = begun.elapsed();
+        let expected = job.written().unwrap();
+        let (mut killed, mut ended) = (0, 0);
+        while killed < kills(40) || ended == 0 {
+            job.remove();
+            let done = kill(job.start(), random.random_range(Duration::ZERO..long.mul_f64(1.1)));
+            match job.written() {
+                Some(written) => assert!(written == expected, "{:?}", job.arguments),
+                None => assert!(!done, "{:?}", job.arguments),
+            }
+            // What it left is gone when the next one begins.
+            let beside = job.beside();
+            assert!(beside.len() <= usize::from(!done) && beside.iter().all(|name| name.starts_with(".posthoc-ema-")));
+            (killed, ended) = (killed + usize::from(!done), ended + usize::from(done));
+        }
+        println!("{}: {killed} kills, {ended} ended", job.arguments[0]);
+    }
+}
+
+#[test]
+fn a_command_that_is_told_to_end_leaves_nothing() {
+    let temp = tempfile::tempdir().unwrap();
+    for job in jobs(temp.path()) {
+        let mut ended_early = 0;
+        for (round, signal) in
+            [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().cycle().enumerate().take(300)
+        {
+            job.remove();
+            let mut child = job.start();
+            // As soon as there is something to clear up.
+            while job.beside().is_empty() && child.try_wait().unwrap().is_none() {
+                std::thread::yield_now();
+            }
+            send(Pid::from_raw(child.id() as i32), signal).unwrap_or_default();
+            let status = child.wait().unwrap();
+            assert_eq!(job.beside(), Vec::<String>::new(), "{signal}, {:?}", job.arguments);
+            let by_signal = std::os::unix::process::ExitStatusExt::signal(&status) == Some(signal as i32);
+            assert!(status.success() || by_signal, "{status}");
+            ended_early += usize::from(by_signal);
+            if ended_early >= 6 && round >= 9 {
+                break;
+            }
+        }
+        assert!(ended_early > 0, "{:?} was always faster", job.arguments);
+    }
 }

@@ -11,10 +11,10 @@ use super::Checkpoints;
 use super::model::Model;
 use super::plan::{Merge, Row, row};
 use crate::error::{Error, Result};
+use crate::snapshot::Held;
+#[cfg(feature = "import")]
+use crate::snapshot::scratch_folder;
 use crate::synthesis::{Holder, Selection};
-
-/// How the names of temporary files and folders begin.
-pub(super) const PREFIX: &str = ".posthoc-ema-average-";
 
 /// The models that some targets read.
 pub(super) struct Mapped<'a> {
@@ -22,7 +22,7 @@ pub(super) struct Mapped<'a> {
     /// Those that could not be mapped, in files that can.
     converted: BTreeMap<usize, Model>,
     /// Where these files are.
-    _scratch: Option<TempDir>,
+    _scratch: Option<(TempDir, Held)>,
 }
 
 impl<'a> Mapped<'a> {
@@ -48,12 +48,11 @@ impl<'a> Mapped<'a> {
     #[cfg(feature = "import")]
     fn convert(&mut self, scratch: Option<&Path>, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
         let parent = scratch.map_or_else(std::env::temp_dir, Path::to_owned);
-        let temp = tempfile::Builder::new().prefix(PREFIX).tempdir_in(&parent);
-        let temp = temp.map_err(Error::io("write", &parent))?;
+        let (temp, held) = scratch_folder(&parent, "average").map_err(Error::io("write", &parent))?;
         for (&i, model) in self.models.iter().filter(|(_, model)| !model.is_mapped()) {
             self.converted.insert(i, super::convert::convert(model, &temp.path().join(i.to_string()), progress)?);
         }
-        self._scratch = Some(temp);
+        self._scratch = Some((temp, held));
         Ok(())
     }
 

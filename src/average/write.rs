@@ -7,7 +7,7 @@ use super::Checkpoints;
 use super::companions::{self, Companion};
 use super::find::{Input, name};
 use super::index::INDEX;
-use super::mapped::{Mapped, PREFIX};
+use super::mapped::Mapped;
 use super::model::Model;
 use super::plan::{Merge, Row, row};
 use crate::device::Device;
@@ -16,8 +16,16 @@ use crate::snapshot::{AtomicFolder, Made, PROFILE, STEP, base_strings, check_vac
 use crate::synthesis::{Head, MAX_TARGETS, Pool, Shards, WriteOptions, check_device, check_distinct, profile_json};
 
 /// Entries of metadata that tell of the data's bits, and those of a snapshot: an average's are others.
-const NOT_CARRIED: [&str; 7] =
-    ["checksum", "history", "run", "copied", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"];
+const NOT_CARRIED: [&str; 8] = [
+    "checksum",
+    "header_checksum",
+    "history",
+    "run",
+    "copied",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "modelspec.hash_sha256",
+];
 
 /// One average to be written.
 struct Job<'a> {
@@ -125,7 +133,7 @@ fn pass(checkpoints: &Checkpoints, newest: &Model, jobs: &[Job<'_>], options: &W
         Some(folder) if jobs[0].folder => companions::read(folder, options.dtype)?,
         _ => Vec::new(),
     };
-    let folders = jobs.iter().filter(|job| job.folder).map(|job| AtomicFolder::create(job.path, PREFIX));
+    let folders = jobs.iter().filter(|job| job.folder).map(|job| AtomicFolder::create(job.path, "average"));
     let folders: Vec<AtomicFolder> = folders.collect::<Result<_>>()?;
     let mut made: Vec<Made> =
         jobs.iter().filter_map(|job| job.path.parent()).map(Made::parents).collect::<Result<_>>()?;

@@ -7,6 +7,7 @@ mod bench;
 mod error;
 mod import;
 mod inspect;
+mod interrupt;
 mod list;
 mod output;
 mod picture;
@@ -46,13 +47,16 @@ type Outcome = Result<(), Failure>;
 /// Runs the program.
 pub fn run() -> ExitCode {
     let arguments = Arguments::parse();
+    interrupt::clear_up();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_max_level(tracing::Level::WARN)
         .with_target(false)
         .without_time()
         .init();
-    let (status, message) = match dispatch(&arguments.command) {
+    let outcome = dispatch(&arguments.command);
+    interrupt::wait_for_end();
+    let (status, message) = match outcome {
         Ok(()) => return ExitCode::SUCCESS,
         Err(Failure::Usage(message)) => (2, message),
         Err(Failure::Failed(error)) => (1, error.to_string()),

@@ -139,7 +139,7 @@ impl Import {
     /// Reads the checkpoints in `source` and writes a run to `target`, which is a directory that is empty or missing.
     ///
     /// Everything but the values of averages is checked before the first byte is written. The run appears whole, with its
-    /// directory: it is written to a hidden one beside it (`.posthoc-ema-import-*`, which a killed import leaves) and
+    /// directory: it is written to a hidden one beside it (`.posthoc-ema-import-*`, which a killed import leaves and the next one removes) and
     /// renamed. After an error nothing is left behind. The source is only read, no code that a file may name is ever
     /// run, and an entry that is an object is refused. At most one checkpoint is held in memory. `progress` is called with
     /// the bytes of tensors that were read for the run since the last call, from any thread.

@@ -5,9 +5,6 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::snapshot::{check_empty, check_vacant};
 
-/// How the directory's name begins as long as the run is not whole.
-pub(super) const PREFIX: &str = ".posthoc-ema-import-";
-
 /// Checks that a run can be written to `target`, before anything is read.
 ///
 /// # Errors

@@ -10,7 +10,6 @@ use safetensors::Dtype;
 
 use super::Imported;
 use super::plan::{Plan, Source, Tensors, counted};
-use super::target::PREFIX;
 use crate::error::{Error, Result};
 use crate::snapshot::foreign::{self, Checkpoint, Number};
 use crate::snapshot::{AtomicFolder, Meta, SHARD_SIZE, TensorSpec, new_run_id, write_snapshot};
@@ -18,7 +17,7 @@ use crate::synthesis::{Run, history_json, profile_json};
 
 /// Writes a run, or nothing.
 pub(super) fn write(plan: &Plan, dir: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<Imported> {
-    let target = AtomicFolder::create(dir, PREFIX)?;
+    let target = AtomicFolder::create(dir, "import")?;
     let dir = target.path();
     let (run, mut bytes) = (new_run_id(), 0);
     let mut statistics = Statistics::default();

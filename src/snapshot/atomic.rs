@@ -11,10 +11,8 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use super::faults::strike;
+use super::temporary::{self, Live};
 use crate::error::{Error, Result};
-
-/// How the temporary names in a run begin and end; what a killed writer left is known by it.
-const PREFIX: &str = ".posthoc-ema-";
 
 /// Bytes that are written before they are sent on to the disk.
 const STRETCH: usize = 4 << 20;
@@ -27,6 +25,8 @@ const SENT_AT_ONCE: usize = 1 << 20;
 pub struct AtomicFile {
     file: NamedTempFile,
     path: PathBuf,
+    /// Dropped after the file.
+    _live: Live,
 }
 
 impl AtomicFile {
@@ -40,9 +40,9 @@ impl AtomicFile {
         }
         // The mode that the process's umask gives any new file; tempfile's own default is private to the user.
         let permissions = Permissions::from_mode(0o666);
-        let make = || tempfile::Builder::new().prefix(PREFIX).permissions(permissions).tempfile_in(directory(path));
-        let file = strike(path).and_then(|()| make()).map_err(Error::io("write", path))?;
-        Ok(AtomicFile { file, path: path.to_owned() })
+        let make = || temporary::file(directory(path), permissions);
+        let (file, live) = strike(path).and_then(|()| make()).map_err(Error::io("write", path))?;
+        Ok(AtomicFile { file, path: path.to_owned(), _live: live })
     }
 
     /// What the file will be called.
@@ -102,13 +102,8 @@ pub fn sync_directory(dir: &Path) -> Result<()> {
     strike(dir).and_then(|()| File::open(dir)).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", dir))
 }
 
-/// Whether a file's name is one of a writer that was killed.
-pub fn is_leftover(name: &str) -> bool {
-    name.starts_with(PREFIX)
-}
-
 /// The directory that a path lies in.
-pub(super) fn directory(path: &Path) -> &Path {
+pub fn directory(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

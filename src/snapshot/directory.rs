@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 
 use super::STATE_FILE;
-use super::atomic::{directory, is_leftover, sync_directory};
+use super::atomic::{directory, sync_directory};
 use super::faults::strike;
 use super::meta::Meta;
 use super::read::StoredFile;
 use super::shards::Index;
+use super::temporary::is_temporary;
 use super::tensors::StoredTensor;
 use crate::error::{Error, Result};
 use crate::tensor::is_averaged;
@@ -187,7 +188,7 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
     for name in names(dir)? {
         let path = dir.join(&name);
         let unfinished = matches!(parse(&name), Some((_, Part::Shard { .. }))) && !finished.contains(&path);
-        if path.is_file() && (is_leftover(&name) || unfinished) {
+        if path.is_file() && (is_temporary(&name) || unfinished) {
             strike(&path).and_then(|()| fs::remove_file(&path)).map_err(Error::io("remove", &path))?;
         }
     }

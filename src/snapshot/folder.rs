@@ -9,6 +9,7 @@ use tempfile::TempDir;
 
 use super::atomic::{directory, sync_directory};
 use super::faults::strike;
+use super::temporary::{self, Held};
 use crate::error::{Error, Result};
 
 /// A folder that is being written under a temporary name. Dropped before [`AtomicFolder::commit`], it leaves nothing.
@@ -16,6 +17,7 @@ pub struct AtomicFolder {
     dir: PathBuf,
     /// Removed before the directories that it may lie in.
     temp: TempDir,
+    held: Held,
     made: Made,
 }
 
@@ -42,17 +44,19 @@ pub fn check_vacant(target: &Path) -> Result<()> {
 }
 
 impl AtomicFolder {
-    /// Makes the folder's parents, where they are missing, and beside it a temporary folder whose name begins with `prefix`.
+    /// Makes the folder's parents, where they are missing, and beside it a temporary folder; `what` tells what for. What
+    /// processes that were killed left there is removed.
     ///
     /// # Errors
     /// [`Error::Io`], and [`Error::Unexpected`] for a directory that cannot be replaced.
-    pub fn create(target: &Path, prefix: &str) -> Result<AtomicFolder> {
+    pub fn create(target: &Path, what: &str) -> Result<AtomicFolder> {
         // The folder may be named by a link, and `.` has no parent.
         let absolute = || target.canonicalize().or_else(|_| std::path::absolute(target));
         let dir = absolute().map_err(Error::io("create", target))?;
         let parent =
             dir.parent().ok_or_else(|| Error::unexpected(target, "this is the root: name a directory in it"))?;
         let made = Made::parents(parent)?;
+        temporary::remove_left(parent);
         let (permissions, there) = match fs::metadata(&dir) {
             Ok(metadata) => (metadata.permissions(), Some(metadata.dev())),
             // The mode that the process's umask gives any new directory.
@@ -62,9 +66,9 @@ impl AtomicFolder {
         if there.is_some_and(|device| device != beside) {
             return Err(Error::unexpected(target, "another file system begins here: name a new directory in it"));
         }
-        let temp = tempfile::Builder::new().prefix(prefix).permissions(permissions).tempdir_in(parent);
-        let temp = temp.map_err(Error::io("create", target))?;
-        Ok(AtomicFolder { dir, temp, made })
+        let temp = temporary::folder(parent, what, permissions);
+        let (temp, held) = temp.map_err(Error::io("create", target))?;
+        Ok(AtomicFolder { dir, temp, held, made })
     }
 
     /// Where to write.
@@ -77,11 +81,12 @@ impl AtomicFolder {
     /// # Errors
     /// [`Error::Io`], where somebody else has begun to use the directory, too.
     pub fn commit(self) -> Result<()> {
-        let AtomicFolder { dir, temp, made } = self;
+        let AtomicFolder { dir, temp, held, made } = self;
         let rename = || fs::rename(temp.path(), &dir);
         strike(&dir).and_then(|()| rename()).map_err(Error::io("rename into place", &dir))?;
         // It is no longer there to be removed.
         let _ = temp.keep();
+        drop(held);
         made.keep()?;
         sync_directory(directory(&dir))
     }

@@ -17,20 +17,26 @@ mod meta;
 mod read;
 mod shards;
 mod siblings;
+mod temporary;
 mod tensors;
 mod write;
 
-pub(crate) use atomic::{AtomicFile, is_leftover, sync_directory};
+pub(crate) use atomic::{AtomicFile, directory, sync_directory};
 pub use directory::{Snapshot, Stem, list, list_each};
 pub(crate) use directory::{any_part, check_empty, remove, remove_leftovers};
 pub(crate) use folder::{AtomicFolder, Made, check_vacant};
-pub(crate) use layout::FileLayout;
 pub use layout::TensorSpec;
+pub(crate) use layout::FileLayout;
 pub(crate) use lock::Lock;
 pub use meta::{Dtypes, Meta};
 pub(crate) use meta::{PROFILE, STEP, base_strings, check_version, new_run_id};
 pub use read::StoredFile;
 pub(crate) use siblings::{open_all, open_sound};
+#[doc(hidden)]
+pub use temporary::remove_unfinished;
+#[cfg(feature = "import")]
+pub(crate) use temporary::scratch_folder;
+pub(crate) use temporary::{Held, is_temporary, remove_left};
 pub use tensors::{StoredTensor, StoredTensors};
 pub(crate) use write::{write_file, write_snapshot};
 

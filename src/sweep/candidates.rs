@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::search::{Sweep, Trial};
 use crate::error::{Error, Result};
 use crate::math::Profile;
-use crate::snapshot::{PROFILE, StoredFile, is_leftover, sync_directory};
+use crate::snapshot::{PROFILE, StoredFile, is_temporary, sync_directory};
 use crate::synthesis::{Plan, profile_json};
 
 /// The name of the best average.
@@ -50,7 +50,7 @@ impl Files {
         let kept: Vec<String> = evaluated.iter().map(|trial| profile_json(&trial.profile)).collect();
         for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
             let path = entry.map_err(Error::io("list", &folder))?.path();
-            let unfinished = path.file_name().and_then(|name| name.to_str()).is_some_and(is_leftover);
+            let unfinished = path.file_name().and_then(|name| name.to_str()).is_some_and(is_temporary);
             let waited = || !self.keep_all && candidate(&path).is_some_and(|profile| !kept.contains(&profile));
             if path.is_file() && (unfinished || waited()) {
                 remove(&path)?;

@@ -1,6 +1,6 @@
 //! Where blends go: files, memory, a live model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -16,7 +16,7 @@ use super::streaming::Streaming;
 use crate::compute::cpu;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::snapshot::{Meta, PROFILE, STEP};
+use crate::snapshot::{Meta, PROFILE, STEP, directory, remove_left};
 use crate::tensor::{Memory, ParametersMut, Tensor, TensorViewMut, Tensors, byte_size, is_averaged};
 
 /// Targets of one pass: more would exceed the memory promised, and the files that a process may have open.
@@ -214,6 +214,8 @@ impl Pool<'_> {
         heads: &[Vec<Head>],
         options: &WriteOptions<'_>,
     ) -> Result<Device> {
+        let directories = heads.iter().flatten().map(|head| directory(&head.path));
+        directories.collect::<BTreeSet<_>>().into_iter().for_each(remove_left);
         let files = heads.iter().map(|heads| shards.create(heads)).collect::<Result<Vec<_>>>()?;
         self.copy(selection, shards, &files)?;
         let streaming = Streaming::new(self, selection, shards, &files, options)?;
