@@ -1,5 +1,6 @@
 //! The errors of the whole crate: one variant per cause, each with what, where, which value and the remedy.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -81,7 +82,7 @@ pub enum Error {
     Nothing(String),
 
     /// The operating system refused something.
-    #[error("cannot {action} {}: {source}{}", path.display(), remedy(source))]
+    #[error("cannot {action} {}: {source}{}", shown(path), remedy(source))]
     Io {
         /// What was attempted, as a verb.
         action: &'static str,
@@ -92,7 +93,11 @@ pub enum Error {
         source: io::Error,
     },
     /// A directory holds no run.
-    #[error("{}: no run here ({reason}): name the directory that a tracker writes its snapshots to", path.display())]
+    #[error(
+        "{}: no run here ({}): name the directory that a tracker writes its snapshots to",
+        shown(path),
+        shown(reason)
+    )]
     NoRun {
         /// The directory.
         path: PathBuf,
@@ -100,7 +105,11 @@ pub enum Error {
         reason: String,
     },
     /// A new run was to be made where one exists.
-    #[error("{}: the directory already holds a run ({found}): train on with `resume`, or choose another directory", path.display())]
+    #[error(
+        "{}: the directory already holds a run ({}): train on with `resume`, or choose another directory",
+        shown(path),
+        shown(found)
+    )]
     RunExists {
         /// The directory.
         path: PathBuf,
@@ -108,13 +117,17 @@ pub enum Error {
         found: String,
     },
     /// Another process (or tracker) writes this run.
-    #[error("{}: another tracker is writing this run: stop it first, or choose another directory", path.display())]
+    #[error("{}: another tracker is writing this run: stop it first, or choose another directory", shown(path))]
     Locked {
         /// The run's directory.
         path: PathBuf,
     },
     /// A safetensors file is damaged.
-    #[error("{}: {reason}: the file is damaged or incomplete; move it out of the directory to go on without it", path.display())]
+    #[error(
+        "{}: {}: the file is damaged or incomplete; move it out of the directory to go on without it",
+        shown(path),
+        shown(reason)
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -122,7 +135,7 @@ pub enum Error {
         reason: String,
     },
     /// A file is sound but is not what was expected.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {}", shown(path), shown(reason))]
     Unexpected {
         /// The file.
         path: PathBuf,
@@ -130,7 +143,12 @@ pub enum Error {
         reason: String,
     },
     /// A snapshot differs from its siblings.
-    #[error("{}: {reason} than in {}: the two do not belong to one run; move one of them out of the directory", path.display(), other.display())]
+    #[error(
+        "{}: {} than in {}: the two do not belong to one run; move one of them out of the directory",
+        shown(path),
+        shown(reason),
+        shown(other)
+    )]
     Mismatch {
         /// The file.
         path: PathBuf,
@@ -142,7 +160,9 @@ pub enum Error {
 
     /// The parameters given are not those the run began with.
     #[error(
-        "tensor `{tensor}`: {reason}: pass the model that the run began with, or start a new run for a changed one"
+        "tensor `{}`: {}: pass the model that the run began with, or start a new run for a changed one",
+        shown(tensor),
+        shown(reason)
     )]
     Changed {
         /// The tensor's name.
@@ -151,7 +171,7 @@ pub enum Error {
         reason: String,
     },
     /// A tensor cannot be averaged.
-    #[error("tensor `{tensor}`: {reason}")]
+    #[error("tensor `{}`: {}", shown(tensor), shown(reason))]
     Tensor {
         /// The tensor's name.
         tensor: String,
@@ -160,7 +180,8 @@ pub enum Error {
     },
     /// A NaN or an infinity in an average.
     #[error(
-        "tensor `{tensor}`: the average {profile} holds {value} at element {element} at step {step}: the snapshot was not written. Training diverged at or before this step: go back to the newest snapshot and resume from there. Where the value is meant, as in a mask, name the tensor among those to copy"
+        "tensor `{}`: the average {profile} holds {value} at element {element} at step {step}: the snapshot was not written. Training diverged at or before this step: go back to the newest snapshot and resume from there. Where the value is meant, as in a mask, name the tensor among those to copy",
+        shown(tensor)
     )]
     NonFinite {
         /// The tensor's name.
@@ -242,8 +263,29 @@ impl Error {
     }
 }
 
+/// The most bytes that a name or a reason takes in a message.
+const LONGEST: usize = 4000;
+
+/// What a file says, fit for a terminal: control characters, which could hide or forge what is printed there, are spelled
+/// out, and the middle of what is longer than any honest name or reason is left out.
+pub(crate) fn shown(text: &(impl AsRef<OsStr> + ?Sized)) -> String {
+    let text = text.as_ref().to_string_lossy();
+    let spelled = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
+    if text.len() <= LONGEST {
+        return text.chars().map(spelled).collect();
+    }
+    let (head, tail) = (text.floor_char_boundary(LONGEST / 2), text.ceil_char_boundary(text.len() - LONGEST / 2));
+    let left_out = tail - head;
+    let spell = |part: &str| part.chars().map(spelled).collect::<String>();
+    format!("{} [{left_out} bytes] {}", spell(&text[..head]), spell(&text[tail..]))
+}
+
 /// What a user can do about the commonest errors of the operating system.
 fn remedy(source: &io::Error) -> &'static str {
+    if source.raw_os_error() == Some(rustix::io::Errno::NOLCK.raw_os_error()) {
+        return ": this file system does not lock files, so that two trainings could write one run: put the run on another one, \
+                or mount this one with locks";
+    }
     match source.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             ": free some space or choose another disk; what was there before is untouched"
@@ -253,5 +295,31 @@ fn remedy(source: &io::Error) -> &'static str {
         io::ErrorKind::NotFound => ": check the path",
         io::ErrorKind::Unsupported => ": this file system cannot do that: put the run on another one",
         _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_file_says_cannot_reach_the_terminals_controls() {
+        let name = "layer\u{1b}[2J\r\u{9b}\t.weight";
+        let text = Error::tensor(name, "a reason\u{7}").to_string();
+        assert_eq!(text, "tensor `layer\\u{1b}[2J\\r\\u{9b}\\t.weight`: a reason\\u{7}");
+        let text = Error::damaged(Path::new("a\u{1b}b"), "names of every kind: \u{e4}\u{4e2d} \u{1f600}").to_string();
+        assert!(text.starts_with("a\\u{1b}b: names of every kind: \u{e4}\u{4e2d} \u{1f600}: the file is damaged"));
+    }
+
+    #[test]
+    fn what_is_longer_than_any_reason_is_cut_in_the_middle() {
+        for letter in ["a", "\u{4e2d}"] {
+            let text =
+                Error::unexpected(Path::new("the.file"), format!("it begins, {} and ends", letter.repeat(1 << 20)));
+            let text = text.to_string();
+            assert!(text.starts_with("the.file: it begins, ") && text.ends_with(" and ends"), "{}", &text[..100]);
+            assert!(text.len() < LONGEST + 100 && text.contains(" bytes] "), "{}", text.len());
+        }
+        assert_eq!(shown(&"a".repeat(LONGEST)).len(), LONGEST);
     }
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::find::is_weights;
 use super::json;
 use crate::error::{Error, Result};
-use crate::snapshot::AtomicFile;
+use crate::snapshot::{AtomicFile, read_document};
 
 /// The configuration that tells the model's dtype.
 const CONFIG: &str = "config.json";
@@ -69,7 +69,7 @@ pub(super) fn read(from: &Path, dtype: Option<Dtype>) -> Result<Vec<Companion>> 
     let mut found = Vec::new();
     for path in files(from)? {
         let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|name| belongs(name)) else { continue };
-        let mut bytes = fs::read(&path).map_err(Error::io("read", &path))?;
+        let mut bytes = read_document(&path)?;
         if let Some(dtype) = dtype.filter(|_| name == CONFIG) {
             json::read(&path)?;
             bytes = with_dtype(&bytes, dtype);
@@ -79,7 +79,7 @@ pub(super) fn read(from: &Path, dtype: Option<Dtype>) -> Result<Vec<Companion>> 
     for module in modules(from)? {
         for path in files(&from.join(&module))?.iter().filter(|path| path.extension().is_some_and(|end| end == "json"))
         {
-            let bytes = fs::read(path).map_err(Error::io("read", path))?;
+            let bytes = read_document(path)?;
             found.push((module.join(path.file_name().unwrap_or_default()), bytes));
         }
     }

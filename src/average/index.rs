@@ -1,13 +1,13 @@
 //! The index of a model in shards, by Hugging Face's conventions.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::snapshot::read_document;
 
 /// How the names of indices end.
 pub(super) const INDEX: &str = ".index.json";
@@ -33,9 +33,9 @@ impl Index {
     /// Reads an index.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Damaged`] where it is none, or names files that do not lie beside it.
+    /// As [`read_document`], and [`Error::Damaged`] where it is none, or names files that do not lie beside it.
     pub(super) fn read(path: &Path) -> Result<Index> {
-        let text = fs::read(path).map_err(Error::io("read", path))?;
+        let text = read_document(path)?;
         let stored: Stored = serde_json::from_slice(&text).map_err(|error| Error::damaged(path, error))?;
         let Stored { metadata, weight_map } = stored;
         let plain = |file: &str| {

@@ -1,24 +1,20 @@
 //! JSON as Python's tools write it: with `NaN`, `Infinity` and `-Infinity`.
 
-use std::fs;
-use std::io;
 use std::ops::Range;
 use std::path::Path;
 
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::snapshot::find_document;
 
 /// Reads a file; none where there is none. What is no number in JSON is null.
 ///
 /// # Errors
-/// [`Error::Io`], and [`Error::Damaged`] for what is no JSON.
+/// As [`find_document`], and [`Error::Damaged`] for what is no JSON.
 pub(super) fn read(path: &Path) -> Result<Option<Value>> {
-    match fs::read(path) {
-        Ok(bytes) => parse(&bytes).map(Some).map_err(|error| Error::damaged(path, error)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io("read", path)(error)),
-    }
+    let parse = |bytes: Vec<u8>| parse(&bytes).map_err(|error| Error::damaged(path, error));
+    find_document(path)?.map(parse).transpose()
 }
 
 fn parse(bytes: &[u8]) -> serde_json::Result<Value> {
@@ -71,7 +67,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.json");
         assert_eq!(read(&path).unwrap(), None);
-        fs::write(&path, "{").unwrap();
+        std::fs::write(&path, "{").unwrap();
         assert!(matches!(read(&path), Err(Error::Damaged { .. })));
     }
 }

@@ -17,6 +17,7 @@ mod reading;
 mod subject;
 mod sweep;
 mod synthesize;
+mod table;
 mod targets;
 mod verify;
 

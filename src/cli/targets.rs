@@ -1,12 +1,13 @@
 //! Flags to profiles.
 
+use std::fs::File;
 use std::path::Path;
 
 use posthoc_ema::{Error, Forecast, Profile, Shape, math::Schedule};
 
-use super::Failure;
 use super::args::{Before, Families, Targets};
 use super::list::{Numbers, window};
+use super::{Failure, table};
 
 /// A value out of range on the command line is bad usage.
 pub fn usage(error: Error) -> Failure {
@@ -76,23 +77,9 @@ fn lr_decay(text: &str) -> Result<Profile, Failure> {
     Profile::lr_decay(shape, window(steps).map_err(|why| wrong(&why))?).map_err(usage)
 }
 
-/// A table of `(tau/T, F)` pairs; a first line without numbers is a header.
 fn read_table(path: &Path) -> Result<Profile, Failure> {
-    let wrong = |why: String| Failure::Failed(Error::Unexpected { path: path.to_owned(), reason: why });
-    let mut format = csv::ReaderBuilder::new();
-    format.has_headers(false).flexible(true).trim(csv::Trim::All).comment(Some(b'#'));
-    let mut reader = format.from_path(path).map_err(|e| wrong(e.to_string()))?;
-    let mut points = Vec::new();
-    for (i, record) in reader.records().enumerate() {
-        let record = record.map_err(|e| wrong(e.to_string()))?;
-        let pair: Vec<Option<f64>> = record.iter().map(|field| field.parse().ok()).collect();
-        match pair.as_slice() {
-            [Some(time), Some(share)] => points.push((*time, *share)),
-            [None, None] if i == 0 => {}
-            _ => return Err(wrong(format!("row {}: two numbers are expected, tau/T and the cumulative share", i + 1))),
-        }
-    }
-    Profile::table(points).map_err(|error| wrong(error.to_string()))
+    let file = File::open(path).map_err(|source| Error::Io { action: "read", path: path.to_owned(), source })?;
+    table::read(file).map_err(|reason| Failure::Failed(Error::Unexpected { path: path.to_owned(), reason }))
 }
 
 impl Before {

@@ -254,7 +254,8 @@ impl Shape {
 fn interpolate(points: &[(f64, f64)], x: f64) -> f64 {
     let after = points.partition_point(|&(time, _)| time < x).clamp(1, points.len() - 1);
     let ((x0, f0), (x1, f1)) = (points[after - 1], points[after]);
-    f0 + (f1 - f0) * ((x - x0) / (x1 - x0)).clamp(0.0, 1.0)
+    // Rounded, the line would end above its last point by a bit, and the share would fall there.
+    (f0 + (f1 - f0) * ((x - x0) / (x1 - x0)).clamp(0.0, 1.0)).min(f1)
 }
 
 impl Kind {
@@ -422,6 +423,14 @@ mod tests {
             }
             assert!(((square - mean * mean).sqrt() - sigma_rel).abs() < 1e-8);
         }
+    }
+
+    #[test]
+    fn the_share_of_a_table_never_falls() {
+        // Without a limit, 0.9000000000000001 at 60 would be followed by 0.9 at 61.
+        let table = Profile::table(vec![(0.2, 0.29), (0.6, 0.9), (0.7, 0.9), (1.0, 1.0)]).unwrap();
+        let shares: Vec<f64> = (0..=100).map(|tau| table.cumulative(f64::from(tau), 100.0)).collect();
+        assert!(shares.is_sorted() && shares[60] == 0.9 && shares[100] == 1.0, "{shares:?}");
     }
 
     #[test]

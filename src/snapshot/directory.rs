@@ -13,6 +13,7 @@ use super::atomic::{directory, sync_directory};
 use super::faults::strike;
 use super::meta::Meta;
 use super::read::StoredFile;
+use super::regular::find_document;
 use super::shards::Index;
 use super::temporary::is_temporary;
 use super::tensors::StoredTensor;
@@ -276,10 +277,7 @@ impl Snapshot {
             return Ok(());
         }
         let path = directory(self.path()).join(self.stem.index_name());
-        let found = match fs::read(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            found => found.map_err(Error::io("read", &path))?,
-        };
+        let Some(found) = find_document(&path)? else { return Ok(()) };
         let mut index = Index::new(self.stem, self.files.len());
         for (shard, file) in self.files.iter().enumerate() {
             file.tensors().iter().for_each(|(name, tensor)| index.add(shard, name, tensor.range.len()));

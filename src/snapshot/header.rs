@@ -52,6 +52,7 @@ impl Header {
             return Ok(Header { tensors: known.tensors.clone(), metadata, rest: Some(rest) });
         }
         let Entries { metadata, tensors } = serde_json::from_slice(json).map_err(|e| Error::damaged(path, e))?;
+        check_names(path, &tensors)?;
         let tensors = sorted(path, check_places(path, tensors)?)?;
         check_length(path, &tensors, data)?;
         let rest = split::<IgnoredAny>(json).map(|(_, rest)| rest);
@@ -103,6 +104,20 @@ impl<'de> Visitor<'de> for EntriesVisitor {
     }
 }
 
+/// Checks that no name is there twice: where the two lie is then of no interest.
+fn check_names(path: &Path, tensors: &[(String, TensorInfo)]) -> Result<()> {
+    let mut names: Vec<&String> = tensors.iter().map(|(name, _)| name).collect();
+    names.sort_unstable();
+    match names.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(twice(path, pair[0])),
+        None => Ok(()),
+    }
+}
+
+fn twice(path: &Path, name: &str) -> Error {
+    Error::damaged(path, format!("tensor `{name}` is in the header twice"))
+}
+
 /// Checks that each tensor has the bytes that it takes, and that they lie side by side from the first byte of the data on.
 fn check_places(path: &Path, mut tensors: Vec<(String, TensorInfo)>) -> Result<Vec<(String, StoredTensor)>> {
     tensors.sort_by_key(|(_, info)| info.data_offsets);
@@ -125,7 +140,7 @@ fn check_places(path: &Path, mut tensors: Vec<(String, TensorInfo)>) -> Result<V
 
 /// Brings tensors into the order of their names, each of which there may be once.
 fn sorted(path: &Path, tensors: Vec<(String, StoredTensor)>) -> Result<StoredTensors> {
-    StoredTensors::new(tensors).map_err(|name| Error::damaged(path, format!("tensor `{name}` is in the header twice")))
+    StoredTensors::new(tensors).map_err(|name| twice(path, &name))
 }
 
 fn check_length(path: &Path, tensors: &StoredTensors, found: usize) -> Result<()> {
@@ -210,6 +225,7 @@ mod tests {
         assert!(reference_takes(&json(&[&good, &good]), 8) && read(&json(&[&good, &good]), 8, None).is_err());
         let twice = json(&[&good, &u8s("w", "[8]", 8, 16)]);
         assert!(read(&twice, 16, None).unwrap_err().to_string().contains("tensor `w` is in the header twice"));
+        assert!(read(&json(&[&good, &good]), 8, None).unwrap_err().to_string().contains("is in the header twice"));
         let empty = u8s("e", "[0]", 8, 8);
         assert!(read(&json(&[&empty, &good, r#""__metadata__":null"#]), 8, None).is_ok());
         assert!(read(&json(&[&good]), 9, None).unwrap_err().to_string().contains("8 bytes of data, and there are 9"));

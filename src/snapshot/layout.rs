@@ -14,7 +14,7 @@ use crate::tensor::byte_size;
 const PAGE: usize = 4096;
 
 /// No reader takes a longer header.
-pub(super) const MAX_HEADER: usize = 100_000_000;
+pub const MAX_HEADER: usize = 100_000_000;
 
 /// The entry of a header that is no tensor.
 pub(super) const METADATA: &str = "__metadata__";
@@ -99,7 +99,12 @@ impl FileLayout {
         let total = (8 + json.len()).next_multiple_of(PAGE);
         if total - 8 > MAX_HEADER {
             let first = self.specs.first().map_or("", |spec| &spec.name);
-            return Err(Error::tensor(first, "the header of so many tensors exceeds the format's limit of 100 MB"));
+            let (count, megabytes) = (self.specs.len(), total / 1_000_000);
+            let why = format!(
+                "with {count} tensors in one file the header takes {megabytes} MB, and the safetensors format allows 100: join \
+                 small tensors into larger ones"
+            );
+            return Err(Error::tensor(first, why));
         }
         let mut bytes = ((total - 8) as u64).to_le_bytes().to_vec();
         bytes.extend(json.bytes());

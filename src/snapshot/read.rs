@@ -11,6 +11,7 @@ use super::checksum;
 use super::header::{Header, Known};
 use super::layout::MAX_HEADER;
 use super::mapping::Mapping;
+use super::regular::check_regular;
 use super::tensors::{StoredTensor, StoredTensors};
 use crate::error::{Error, Result};
 
@@ -35,11 +36,10 @@ impl StoredFile {
 
     /// As [`StoredFile::open`], sooner where a sibling's header says the same of its tensors.
     pub(super) fn open_like(path: &Path, sibling: Option<&StoredFile>) -> Result<StoredFile> {
-        let file = File::open(path).map_err(Error::io("read", path))?;
-        let length = file.metadata().map_err(Error::io("read", path))?.len();
-        if length == 0 {
+        if check_regular(path)?.len() == 0 {
             return Err(Error::damaged(path, "the file is empty"));
         }
+        let file = File::open(path).map_err(Error::io("read", path))?;
         let map = Mapping::new(&file, path).map_err(Error::io("map", path))?;
         let (json, data) = split_header(path, &map)?;
         let known = sibling.and_then(|sibling| {

@@ -9,7 +9,7 @@ use super::candidates::{BEST, FOLDER};
 use super::run::SweepOptions;
 use super::search::{Goal, Sweep, Trial};
 use crate::error::{Error, Result};
-use crate::snapshot::{AtomicFile, Lock, STATE_FILE, any_part};
+use crate::snapshot::{AtomicFile, Lock, STATE_FILE, any_part, find_document};
 use crate::synthesis::Run;
 
 /// The name of the document.
@@ -85,11 +85,7 @@ impl Record {
             other => other,
         })?;
         let path = dir.join(FILE);
-        let trials = match fs::read_to_string(&path) {
-            Ok(text) => read(&path, &text, &question)?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(Error::io("read", &path)(error)),
-        };
+        let trials = find_document(&path)?.map_or(Ok(Vec::new()), |text| read(&path, &text, &question))?;
         let record = Record { dir: dir.to_owned(), question, _lock: lock };
         if trials.is_empty() {
             record.write(&trials)?;
@@ -177,14 +173,14 @@ fn check_own(dir: &Path) -> Result<()> {
     }
 }
 
-fn read(path: &Path, text: &str, question: &Question) -> Result<Vec<Trial>> {
+fn read(path: &Path, text: &[u8], question: &Question) -> Result<Vec<Trial>> {
     let damaged = |error: serde_json::Error| Error::damaged(path, format!("it is no record of a sweep: {error}"));
-    let version: Version = serde_json::from_str(text).map_err(damaged)?;
+    let version: Version = serde_json::from_slice(text).map_err(damaged)?;
     if version.posthoc_ema_sweep != VERSION {
         let why = format!("its version is {}, and this program reads {VERSION}", version.posthoc_ema_sweep);
         return Err(Error::unexpected(path, format!("{why}: use a newer program, or choose another directory")));
     }
-    let stored: Stored = serde_json::from_str(text).map_err(damaged)?;
+    let stored: Stored = serde_json::from_slice(text).map_err(damaged)?;
     // Nothing is lost or mixed where nothing was evaluated.
     if let Some(difference) = question.difference(&stored.question).filter(|_| !stored.trials.is_empty()) {
         let remedy = "go on as it was begun, or choose another directory";

@@ -1,10 +1,8 @@
-//! Files that would cost more to open than they are worth, refused by cheap checks.
-//!
-//! Not covered: a small pickle that repeats one long string many times, which PyTorch's own reader keeps once and this one
-//! each time.
+//! Files that would cost more to open than they are worth, refused by cheap checks. The reader itself refuses pickles that
+//! repeat what they hold until it fills the memory, or nest it until it fills the stack.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
@@ -13,6 +11,7 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::REMEDY;
 use crate::error::{Error, Result};
+use crate::snapshot::regular::check_regular;
 
 /// The dimensions that a tensor of PyTorch can have.
 const MAX_RANK: usize = 64;
@@ -26,11 +25,7 @@ const SMALL: u64 = 1 << 20;
 /// # Errors
 /// [`Error::Io`], [`Error::Damaged`] for what PyTorch does not write, [`Error::Unexpected`] for what is no file, or packed.
 pub(super) fn check_file(path: &Path) -> Result<u64> {
-    // Not by opening it: that would wait for the other end of a pipe.
-    let metadata = fs::metadata(path).map_err(Error::io("read", path))?;
-    if !metadata.is_file() {
-        return Err(Error::unexpected(path, "this is no regular file: move it out of the directory"));
-    }
+    let metadata = check_regular(path)?;
     if metadata.len() == 0 {
         return Err(Error::damaged(path, "the file is empty"));
     }

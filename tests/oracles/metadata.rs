@@ -1,0 +1,86 @@
+//! The metadata of a snapshot: profiles, histories, dtypes and names as hostile text.
+
+use std::collections::HashMap;
+use std::fs;
+
+use posthoc_ema::math::History;
+use posthoc_ema::{At, Profile, Run, Tensors};
+use safetensors::{Dtype, tensor::TensorView};
+
+use super::{check_error, scratch};
+
+/// Times that a solve in a test may take; a run may have 2^26.
+const MANY: usize = 2_000;
+
+/// Lines of `key=value` become the metadata of two snapshots of a run, which is opened, planned and blended.
+pub fn check(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let dir = scratch();
+    for step in [50, 100] {
+        let mut metadata = usual(step);
+        metadata.extend(text.lines().filter_map(|line| line.split_once('=')).map(|(k, v)| (k.into(), v.into())));
+        let values = [1.0f32, 0.5, 0.25, 2.0].map(f32::to_le_bytes).concat();
+        let tensor = |shape: &[usize], bytes| TensorView::new(Dtype::F32, shape.to_vec(), bytes).unwrap();
+        let tensors = [("w", tensor(&[3], &values[..12])), ("b", tensor(&[], &values[12..]))];
+        let file = safetensors::serialize(tensors, Some(metadata)).unwrap();
+        fs::write(dir.path().join(format!("0.{step}.safetensors")), file).unwrap();
+    }
+    check_values(text);
+    let run = match Run::open(dir.path()) {
+        Ok(run) => run,
+        Err(error) => return check_error(&error, dir.path()),
+    };
+    let Some(times) = run.history().map(History::times) else { return };
+    assert!(times.is_sorted_by(|a, b| a < b) && times.last() == Some(&100), "{times:?}");
+    if times.len() > MANY {
+        return;
+    }
+    let Ok(plan) = run.plan(Profile::sigma_rel(0.1).unwrap(), At::Latest) else { return };
+    let sum: f64 = plan.weights.iter().map(|weight| weight.weight).sum();
+    assert!((sum - 1.0).abs() < 1e-6 && plan.relative_error >= 0.0, "{plan:?}");
+    match run.load(&plan) {
+        Ok(average) => check_average(&average, &plan.weights.iter().map(|w| w.weight.abs()).sum()),
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+}
+
+fn usual(step: u64) -> HashMap<String, String> {
+    let text = [
+        ("format", "pt".to_owned()),
+        ("posthoc_ema", "1".to_owned()),
+        ("profile", r#"{"kind":"power","gamma":6.94}"#.to_owned()),
+        ("step", step.to_string()),
+        ("history", format!("[[10,{step},10]]")),
+    ];
+    text.map(|(key, value)| (key.to_owned(), value)).into_iter().collect()
+}
+
+/// Both snapshots hold the same values, and so does any average of them.
+fn check_average(average: &Tensors, gain: &f64) {
+    for (name, expected) in [("w", &[1.0f32, 0.5, 0.25][..]), ("b", &[2.0])] {
+        let Some(tensor) = average.get(name) else { panic!("no tensor {name}") };
+        // The dtype may be any that the metadata tell of.
+        let Some(values) = tensor.to_vec::<f32>() else { continue };
+        for (value, expected) in values.iter().zip(expected) {
+            let tolerance = 1e-6 * (1.0 + gain) * f64::from(expected.abs());
+            assert!((f64::from(*value) - f64::from(*expected)).abs() <= tolerance, "{name}: {value}, not {expected}");
+        }
+    }
+}
+
+/// What is understood is written as it would be read again.
+fn check_values(text: &str) {
+    for (_, value) in text.lines().filter_map(|line| line.split_once('=')) {
+        if let Ok(profile) = serde_json::from_str::<Profile>(value) {
+            let again = serde_json::to_string(&profile).unwrap();
+            assert_eq!(serde_json::from_str::<Profile>(&again).unwrap(), profile, "{value}");
+            let (half, all) = (profile.cumulative(50.0, 100.0), profile.cumulative(100.0, 100.0));
+            assert!((0.0..=1.0).contains(&half) && all == 1.0, "{value}: {half}, {all}");
+        }
+        if let Ok(history) = serde_json::from_str::<History>(value) {
+            let again = serde_json::to_string(&history).unwrap();
+            assert_eq!(serde_json::from_str::<History>(&again).unwrap(), history, "{value}");
+            assert_eq!(history.is_empty(), history.first().is_none());
+        }
+    }
+}
