@@ -70,7 +70,7 @@ def test_averages_do_not_depend_on_subnormals_being_switched_off(tmp_path: Path)
     try:
         for flush in (True, False):
             torch.set_flush_denormal(flush)
-            tensors = {"weight": torch.arange(-1000, 1000, dtype=torch.int32).view(torch.float32).clone()}
+            tensors = {"weight": torch.arange(1, 2001, dtype=torch.int32).view(torch.float32).clone()}
             ema = PostHocEMA.from_model(tensors, tmp_path / str(flush), **OPTIONS)
             for step in range(10):
                 tensors["weight"].view(torch.int32).add_(step)

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::Path;
 
+use super::faults::strike;
 use crate::error::{Error, Result};
 
 /// The name of the lock within a run. It stays behind, unlocked: removing it would race with the next writer.
@@ -35,7 +36,7 @@ impl Lock {
         let path = dir.join(LOCK_FILE);
         let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let file = open.map_err(Error::io("lock", &path))?;
-        match file.try_lock() {
+        match strike(&path).map_err(TryLockError::Error).and_then(|()| file.try_lock()) {
             Ok(()) => Ok(Lock { file, process: std::process::id() }),
             Err(TryLockError::WouldBlock) => Err(Error::Locked { path: dir.to_owned() }),
             Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
@@ -46,6 +47,7 @@ impl Lock {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snapshot::faults::Fault;
 
     #[test]
     fn a_second_writer_is_refused_until_the_first_is_gone() {
@@ -54,6 +56,18 @@ mod tests {
         let text = Lock::acquire(dir.path()).unwrap_err().to_string();
         assert!(text.contains("another tracker") && text.contains(dir.path().to_str().unwrap()), "{text}");
         drop(first);
+        Lock::acquire(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn where_files_cannot_be_locked_nothing_is_written_and_the_remedy_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        for code in [rustix::io::Errno::NOLCK, rustix::io::Errno::OPNOTSUPP, rustix::io::Errno::NOSYS] {
+            let _fault = Fault::within(dir.path(), 0..1, code.raw_os_error());
+            let text = Lock::acquire(dir.path()).unwrap_err().to_string();
+            let told = text.contains("cannot lock") && text.contains("put the run on another one");
+            assert!(told && text.contains(dir.path().to_str().unwrap()), "{text}");
+        }
         Lock::acquire(dir.path()).unwrap();
     }
 }

@@ -280,6 +280,7 @@ impl Options {
             device = lent_on(table.match_views(views)?.all())?;
             Ok(())
         })?;
+        state::check_header(&table, &settings)?;
         let make = || fs::create_dir_all(&self.dir);
         snapshot::faults::strike(&self.dir).and_then(|()| make()).map_err(Error::io("create", &self.dir))?;
         snapshot::check_empty(&self.dir)?;

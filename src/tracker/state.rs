@@ -17,7 +17,7 @@ use crate::compute::cpu::{Averages, Precision};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::math::History;
-use crate::snapshot::{self, Lock, STATE_FILE, StoredFile, TensorSpec, write_file};
+use crate::snapshot::{self, Lock, MAX_HEADER, STATE_FILE, StoredFile, TensorSpec, write_file};
 use crate::synthesis::Run;
 
 /// The key of the JSON in the file's metadata.
@@ -49,6 +49,36 @@ fn low_name(index: usize, tensor: &str) -> String {
 
 fn copy_name(tensor: &str) -> String {
     format!("{COPIED}{tensor}")
+}
+
+/// Bytes that a header needs for a tensor beside its name and extents, and a little more: the dtype, both offsets, the keys.
+const ENTRY: usize = 120;
+
+/// The digits of an extent, and what parts it from the next.
+const EXTENT: usize = 21;
+
+/// Checks that the header of a live state can hold all that it tells of the tensors: it is the longest that a run has.
+///
+/// # Errors
+/// [`Error::Setting`].
+pub(super) fn check_header(table: &Table, settings: &Settings) -> Result<()> {
+    let each = settings.profiles.len() * if settings.precision == Precision::Compensated { 2 } else { 1 };
+    let entry = |entry: &Entry| serde_json::json!(entry.name).to_string().len() + EXTENT * entry.shape.len() + ENTRY;
+    // Once more for its dtype.
+    let averaged: usize = table.averaged().iter().map(|own| (each + 1) * entry(own)).sum();
+    let copied: usize = table.copied().iter().map(entry).sum();
+    let bytes = averaged + copied;
+    if bytes <= MAX_HEADER {
+        return Ok(());
+    }
+    let count = table.averaged().len() + table.copied().len();
+    let reason = format!(
+        "of {count} tensors the header of the live state would take {} MB, and the safetensors format allows {}: join small \
+         tensors into larger ones, leave some out, or track fewer profiles",
+        bytes / 1_000_000,
+        MAX_HEADER / 1_000_000
+    );
+    Err(Error::Setting { option: "params", reason })
 }
 
 impl Moment {
