@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import train
 
 from posthoc_ema import PostHocEMA
-
-from conftest import train
 
 OPTIONS = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 5}
 
@@ -59,7 +58,7 @@ def test_a_training_may_go_on_without_its_disk(run_dir: Path, in_background: boo
     run_dir.mkdir()
     ema.finish()
     assert PostHocEMA.from_path(run_dir).step == 20
-    with pytest.raises(ValueError, match='on_error is "raise" or "warn", not "shrug"'):
+    with pytest.raises(ValueError, match="on_error is .*, not 'shrug'"):
         PostHocEMA.from_model(model, run_dir / "other", on_error="shrug")
 
 
