@@ -290,6 +290,9 @@ fn remedy(source: &io::Error) -> &'static str {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             ": free some space or choose another disk; what was there before is untouched"
         }
+        io::ErrorKind::FileTooLarge => {
+            ": the limit on the length of files is reached: raise it (`ulimit -f`), or store in shards"
+        }
         io::ErrorKind::PermissionDenied => ": check the permissions of the file and its directory",
         io::ErrorKind::ReadOnlyFilesystem => ": the disk is mounted read-only",
         io::ErrorKind::NotFound => ": check the path",

@@ -59,14 +59,14 @@ pub use math::{Profile, Retention, Shape, Window};
 pub use snapshot::TensorSpec;
 pub use sweep::{SweepOptions, Swept};
 pub use synthesis::{
-    Advice, At, Forecast, Noise, Originals, Output, Plan, Predicted, Run, SwappedIn, Verified, Weight, Wish, Worst,
-    WriteOptions, advise, cuda_devices, verify,
+    Advice, At, Forecast, Noise, Originals, Output, Plan, Predicted, Run, SwappedIn, Weight, Wish, Worst, WriteOptions,
+    advise, cuda_devices,
 };
 pub use tensor::{
     CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView,
     TensorViewMut, Tensors, byte_size, is_averaged,
 };
-pub use tracker::{OnError, Options, PostHocEma, SavedState, Step};
+pub use tracker::{OnError, Options, PostHocEma, SavedState, Step, Verified, verify};
 
 /// The examples of the README are compiled with the documentation's tests.
 #[cfg(doctest)]

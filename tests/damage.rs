@@ -8,15 +8,26 @@ use posthoc_ema::{At, Dtype, Error, Plan, PostHocEma, Profile, Run, verify};
 mod common;
 
 /// A run of two profiles with three snapshots each and a live state.
-fn small_run(dir: &Path, shard_size: u64) {
-    let mut model = vec![("a", vec![0.5f32; 5]), ("b", vec![0.25f32; 3])];
+fn small_run(dir: &Path, shard_size: u64, steps: u8) {
+    let mut model = model();
     let options = PostHocEma::options(dir).sigma_rels([0.05, 0.28]).update_every(1).checkpoint_every(10);
     let mut ema = options.checkpoint_dtype(Dtype::F16).shard_size(shard_size).create(&model).unwrap();
-    for step in 0..30 {
-        model.iter_mut().flat_map(|(_, values)| values).for_each(|value| *value += 0.01 * f32::from(step as u8));
+    for step in 0..steps {
+        model.iter_mut().flat_map(|(_, values)| values).for_each(|value| *value += 0.01 * f32::from(step));
         ema.update(&model).unwrap();
     }
     ema.finish().unwrap();
+}
+
+fn model() -> Vec<(&'static str, Vec<f32>)> {
+    vec![("a", vec![0.5f32; 5]), ("b", vec![0.25f32; 3])]
+}
+
+fn run_until(steps: u8) -> (tempfile::TempDir, PathBuf) {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("run");
+    small_run(&dir, 1 << 20, steps);
+    (temp, dir)
 }
 
 fn run() -> (tempfile::TempDir, PathBuf) {
@@ -26,7 +37,7 @@ fn run() -> (tempfile::TempDir, PathBuf) {
 fn run_of_shards(size: u64) -> (tempfile::TempDir, PathBuf) {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
-    small_run(&dir, size);
+    small_run(&dir, size, 30);
     (temp, dir)
 }
 
@@ -58,6 +69,7 @@ fn every_flipped_byte_is_found() {
     assert_eq!(findings(&dir), Vec::<String>::new());
     let files = files(&dir);
     assert_eq!(files.len(), 7);
+    let mut flips = 0;
     for path in &files {
         let whole = fs::read(path).unwrap();
         let name = path.file_name().unwrap().to_str().unwrap();
@@ -67,6 +79,7 @@ fn every_flipped_byte_is_found() {
             fs::write(path, &flipped).unwrap();
             let found = findings(&dir);
             assert!(!found.is_empty() && found[0].contains(name), "{name}, byte {i}: {found:?}");
+            flips += 1;
             // A snapshot whose header is changed is refused by whoever opens the run.
             if i < data(&whole) && name != "state.safetensors" {
                 assert!(Run::open(&dir).is_err(), "{name}, byte {i}");
@@ -75,6 +88,7 @@ fn every_flipped_byte_is_found() {
         fs::write(path, &whole).unwrap();
     }
     assert_eq!(findings(&dir), Vec::<String>::new());
+    println!("{flips} bytes flipped");
 }
 
 #[test]
@@ -167,12 +181,52 @@ fn files_that_were_swapped_or_copied_are_found() {
     assert_eq!(Run::open_sound(&dir, &mut |_| ()).unwrap().1.len(), 1);
     fs::remove_file(name("0.15")).unwrap();
 
+    // A snapshot twice, in one file and in shards of which there is one.
+    let shard = dir.join("0.20-00001-of-00001.safetensors");
+    fs::copy(name("0.20"), &shard).unwrap();
+    let text = Run::open(&dir).unwrap_err().to_string();
+    assert!(text.contains("0.20.safetensors: this snapshot is there twice"), "{text}");
+    assert_eq!(findings(&dir).len(), 1);
+    assert_eq!(Run::open_sound(&dir, &mut |_| ()).unwrap().1.len(), 1);
+    fs::remove_file(&shard).unwrap();
+    assert_eq!(findings(&dir), Vec::<String>::new());
+
     // A snapshot of another run with the same options.
     let (_other, other) = run();
     fs::copy(other.join("0.10.safetensors"), name("0.10")).unwrap();
     assert!(matches!(Run::open(&dir), Err(Error::Mismatch { .. })));
     let (run, damaged) = Run::open_sound(&dir, &mut |_| ()).unwrap();
     assert!(run.snapshots().len() == 5 && damaged[0].to_string().contains("0.10.safetensors"), "{damaged:?}");
+}
+
+#[test]
+fn a_state_that_is_not_the_snapshots_is_found() {
+    let (_temp, dir) = run();
+    let state = dir.join("state.safetensors");
+    let newest = fs::read(&state).unwrap();
+    // One of another run with the same options.
+    let (_other, other) = run();
+    fs::copy(other.join("state.safetensors"), &state).unwrap();
+    let found = findings(&dir);
+    assert!(found.len() == 1 && found[0].contains("belongs to another run than state.safetensors"), "{found:?}");
+    // An earlier one of this run: time would go backwards.
+    let (_early, early) = run_until(15);
+    let old = fs::read(early.join("state.safetensors")).unwrap();
+    fs::write(early.join("state.safetensors"), &old).unwrap();
+    let mut ema = PostHocEma::options(&early).resume(&model()).unwrap();
+    for _ in 15..30 {
+        ema.update(&model()).unwrap();
+    }
+    ema.finish().unwrap();
+    assert_eq!(findings(&early), Vec::<String>::new());
+    fs::write(early.join("state.safetensors"), &old).unwrap();
+    let found = findings(&early);
+    assert!(
+        found.len() == 1 && found[0].contains("which state.safetensors (at step 15) does not lead to"),
+        "{found:?}"
+    );
+    fs::write(&state, newest).unwrap();
+    assert_eq!(findings(&dir), Vec::<String>::new());
 }
 
 #[test]

@@ -118,3 +118,53 @@ fn a_disk_that_becomes_read_only_is_told_and_costs_nothing() {
     ema.finish().unwrap();
     assert_whole(&dir);
 }
+
+/// Where the process runs that may write no long files.
+const LIMITED: &str = "POSTHOC_EMA_TEST_LIMITED";
+
+#[test]
+fn a_limit_on_the_length_of_files_is_an_error_and_not_the_end() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+    let Some(dir) = std::env::var_os(LIMITED).map(PathBuf::from) else {
+        let temp = tempfile::tempdir().unwrap();
+        let mut test = Command::new(std::env::current_exe().unwrap());
+        test.args(["--exact", "a_limit_on_the_length_of_files_is_an_error_and_not_the_end", "--nocapture"]);
+        let output = test.env(LIMITED, temp.path().join("run")).output().unwrap();
+        return assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    let mut ema = options(&dir).create(&model(0)).unwrap();
+    train(&mut ema, 10).unwrap();
+    let before = getrlimit(Resource::Fsize);
+    // A snapshot has 240 kB, the live state 720.
+    setrlimit(Resource::Fsize, Rlimit { current: Some(300_000), ..before.clone() }).unwrap();
+    let error = train(&mut ema, 15).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        matches!(error, Error::Io { .. }) && text.contains("File too large") && text.contains("ulimit -f"),
+        "{text}"
+    );
+    assert_whole(&dir);
+    setrlimit(Resource::Fsize, before).unwrap();
+    train(&mut ema, 20).unwrap();
+    ema.finish().unwrap();
+    assert_eq!(SavedState::of(&dir).unwrap().unwrap().step, 20);
+    assert_whole(&dir);
+}
+
+#[test]
+fn a_directory_that_is_gone_is_told_and_costs_nothing_once_it_is_back() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("run");
+    let mut ema = options(&dir).create(&model(0)).unwrap();
+    train(&mut ema, 10).unwrap();
+    let elsewhere = temp.path().join("elsewhere");
+    std::fs::rename(&dir, &elsewhere).unwrap();
+    let text = train(&mut ema, 15).unwrap_err().to_string();
+    assert!(text.contains("check the path") && text.contains(dir.to_str().unwrap()), "{text}");
+    std::fs::rename(&elsewhere, &dir).unwrap();
+    train(&mut ema, 20).unwrap();
+    ema.finish().unwrap();
+    assert_eq!(SavedState::of(&dir).unwrap().unwrap().step, 20);
+    assert_whole(&dir);
+}

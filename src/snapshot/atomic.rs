@@ -5,9 +5,12 @@
 //! nothing over that, and writes past the page cache are slower (and some filesystems refuse them).
 
 use std::fs::{File, Permissions};
+use std::io;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 use tempfile::NamedTempFile;
 
 use super::faults::strike;
@@ -25,6 +28,8 @@ const SENT_AT_ONCE: usize = 1 << 20;
 pub struct AtomicFile {
     file: NamedTempFile,
     path: PathBuf,
+    /// The length beyond which this process may write no file.
+    limit: Option<u64>,
     /// Dropped after the file.
     _live: Live,
 }
@@ -42,7 +47,8 @@ impl AtomicFile {
         let permissions = Permissions::from_mode(0o666);
         let make = || temporary::file(directory(path), permissions);
         let (file, live) = strike(path).and_then(|()| make()).map_err(Error::io("write", path))?;
-        Ok(AtomicFile { file, path: path.to_owned(), _live: live })
+        let limit = getrlimit(Resource::Fsize).current;
+        Ok(AtomicFile { file, path: path.to_owned(), limit, _live: live })
     }
 
     /// What the file will be called.
@@ -55,7 +61,10 @@ impl AtomicFile {
     /// # Errors
     /// [`Error::Io`], a full disk among them.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        let write = || self.file.as_file().write_all_at(bytes, offset);
+        let write = || {
+            check_limit(self.limit, offset + bytes.len() as u64)?;
+            self.file.as_file().write_all_at(bytes, offset)
+        };
         strike(&self.path).and_then(|()| write()).map_err(Error::io("write", &self.path))?;
         if bytes.len() >= SENT_AT_ONCE {
             start_writeback(self.file.as_file(), offset, bytes.len());
@@ -81,6 +90,14 @@ impl AtomicFile {
         let rename = || self.file.persist(&self.path).map(drop).map_err(|failed| failed.error);
         strike(&self.path).and_then(|()| rename()).map_err(Error::io("rename into place", &self.path))?;
         sync_directory(directory(&self.path))
+    }
+}
+
+/// A write beyond the limit would not fail but end the process, by a signal.
+fn check_limit(limit: Option<u64>, end: u64) -> io::Result<()> {
+    match limit {
+        Some(limit) if end > limit => Err(Errno::FBIG.into()),
+        _ => Ok(()),
     }
 }
 

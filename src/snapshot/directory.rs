@@ -135,13 +135,15 @@ pub fn check_empty(dir: &Path) -> Result<()> {
 }
 
 fn complete(dir: &Path, stem: Stem, parts: &[Part]) -> Result<Option<Vec<PathBuf>>> {
-    if parts.contains(&Part::Whole) {
-        return Ok(Some(vec![dir.join(stem.file_name())]));
-    }
     let of = parts.iter().filter_map(|part| if let Part::Shard { n, .. } = part { Some(*n) } else { None }).max();
     // Only as many shards as there are files can be there, whatever a file's name claims.
     let missing = of.and_then(|n| (1..=n).find(|&i| !parts.contains(&Part::Shard { i, n })));
     match (of, missing) {
+        (Some(_), None) if parts.contains(&Part::Whole) => {
+            let why = "this snapshot is there twice, in one file and in shards: move one of the two out";
+            Err(Error::unexpected(&dir.join(stem.file_name()), why))
+        }
+        _ if parts.contains(&Part::Whole) => Ok(Some(vec![dir.join(stem.file_name())])),
         (Some(n), None) => Ok(Some((1..=n).map(|i| dir.join(stem.shard_name(i, n))).collect())),
         (Some(n), Some(i)) if parts.contains(&Part::Index) => {
             let why = format!("this shard is missing: bring it back, or move all files of snapshot {stem} out");

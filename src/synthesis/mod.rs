@@ -18,7 +18,6 @@ mod run;
 mod stored;
 mod streaming;
 mod swap;
-mod verify;
 
 #[cfg(feature = "report")]
 pub(crate) use advise::rounding;
@@ -30,7 +29,6 @@ pub use output::{Output, WriteOptions};
 pub use plan::{At, Plan, Weight};
 pub use run::Run;
 pub use swap::{Originals, SwappedIn};
-pub use verify::{Verified, verify};
 
 pub(crate) use choose::check_device;
 pub(crate) use files::{Head, Shards};

@@ -9,6 +9,7 @@ mod options;
 mod state;
 mod table;
 mod values;
+mod verify;
 mod writer;
 
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use options::Settings;
 pub use options::{OnError, Options};
 pub use state::SavedState;
 use table::Table;
+pub use verify::{Verified, verify};
 
 /// What a call of [`PostHocEma::update`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

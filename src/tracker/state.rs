@@ -199,7 +199,9 @@ impl Saved {
     ) -> Result<PostHocEma> {
         self.check_tensors(&table)?;
         let Document { run, clock, history, stored, .. } = &self.document;
-        check_snapshots(&dir, run, history)?;
+        if !snapshot::list(&dir)?.is_empty() {
+            check_snapshots(&Run::open(&dir)?, run, history)?;
+        }
         let averages = (0..settings.profiles.len()).map(|index| self.averages(index, &table, settings.precision));
         let averages = averages.collect::<Result<_>>()?;
         let copies = table.copied().iter().map(|entry| self.bytes(&copy_name(&entry.name), entry.dtype, &entry.shape));
@@ -281,12 +283,20 @@ impl Saved {
     }
 }
 
-/// Checks that the snapshots in the directory are this run's and none is newer than the state.
-fn check_snapshots(dir: &Path, run: &str, history: &History) -> Result<()> {
-    if snapshot::list(dir)?.is_empty() {
-        return Ok(());
+/// Checks that the live state, where there is one, is of the run and leads to its snapshots.
+///
+/// # Errors
+/// As [`SavedState::of`], and [`Error::Unexpected`] for a snapshot of another run, or of a step that the state has not come to.
+pub(super) fn check(dir: &Path, run: &Run) -> Result<()> {
+    match open(&dir.join(STATE_FILE)) {
+        Ok((_, document)) => check_snapshots(run, &document.run, &document.history),
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
     }
-    let on_disk = Run::open(dir)?;
+}
+
+/// Checks that the snapshots are those of a live state's run and none is newer than it.
+fn check_snapshots(on_disk: &Run, run: &str, history: &History) -> Result<()> {
     for snapshot in on_disk.snapshots() {
         if snapshot.meta.run.as_deref() != Some(run) {
             let why = format!("the snapshot belongs to another run than {STATE_FILE}: move it out of the directory");

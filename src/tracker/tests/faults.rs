@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::snapshot::faults::Fault;
-use crate::synthesis::verify;
+use crate::tracker::verify;
 
 /// "No space left on device", as the system has it.
 const NO_SPACE: i32 = 28;
@@ -99,6 +99,7 @@ fn strike_everywhere(in_background: bool, lasting: bool) {
         assert!(found == expected, "step {first}");
         if !struck {
             assert!(first > 100, "there are more steps than {first} in a training");
+            println!("failed at each of {first} steps");
             return;
         }
     }
