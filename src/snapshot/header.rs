@@ -51,7 +51,10 @@ impl Header {
             check_length(path, known.tensors, data)?;
             return Ok(Header { tensors: known.tensors.clone(), metadata, rest: Some(rest) });
         }
-        let Entries { metadata, tensors } = serde_json::from_slice(json).map_err(|e| Error::damaged(path, e))?;
+        // Of what is ignored, too: other readers look at all of it.
+        let text =
+            std::str::from_utf8(json).map_err(|e| Error::damaged(path, format!("the header is no text: {e}")))?;
+        let Entries { metadata, tensors } = serde_json::from_str(text).map_err(|e| Error::damaged(path, e))?;
         check_names(path, &tensors)?;
         let tensors = sorted(path, check_places(path, tensors)?)?;
         check_length(path, &tensors, data)?;
@@ -221,6 +224,12 @@ mod tests {
             assert!(!reference_takes(&text, data), "{text}");
             assert!(matches!(read(&text, data, None), Err(Error::Damaged { .. })), "{text}");
         }
+        let ignored = json(&[&u8s("w", "[1]", 0, 1).replace("}", r#","more":"?"}"#)]);
+        assert!(reference_takes(&ignored, 1) && read(&ignored, 1, None).is_ok());
+        let mut bytes = ignored.into_bytes();
+        *bytes.iter_mut().find(|byte| **byte == b'?').unwrap() = 0xff;
+        let text = Header::read(Path::new("the.file"), &bytes, 1, None).unwrap_err().to_string();
+        assert!(text.contains("the header is no text: invalid utf-8"), "{text}");
         // The reference lets a tensor be told of twice, as long as it lies at one place.
         assert!(reference_takes(&json(&[&good, &good]), 8) && read(&json(&[&good, &good]), 8, None).is_err());
         let twice = json(&[&good, &u8s("w", "[8]", 8, 16)]);

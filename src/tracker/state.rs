@@ -51,23 +51,22 @@ fn copy_name(tensor: &str) -> String {
     format!("{COPIED}{tensor}")
 }
 
-/// Bytes that a header needs for a tensor beside its name and extents, and a little more: the dtype, both offsets, the keys.
-const ENTRY: usize = 120;
+/// Bytes that a header takes for a tensor beside its name and shape: what begins its name, the keys, a dtype, and offsets of up to
+/// 13 digits.
+const ENTRY: usize = 12 + 48 + 26;
 
-/// The digits of an extent, and what parts it from the next.
-const EXTENT: usize = 21;
+/// The dtype of an averaged tensor within the document, beside its name.
+const DTYPE: usize = 14;
+
+/// What is left to the history and the settings, which grow with neither the model nor, as a rule, the training.
+pub(super) const REST: usize = 1_000_000;
 
 /// Checks that the header of a live state can hold all that it tells of the tensors: it is the longest that a run has.
 ///
 /// # Errors
 /// [`Error::Setting`].
 pub(super) fn check_header(table: &Table, settings: &Settings) -> Result<()> {
-    let each = settings.profiles.len() * if settings.precision == Precision::Compensated { 2 } else { 1 };
-    let entry = |entry: &Entry| serde_json::json!(entry.name).to_string().len() + EXTENT * entry.shape.len() + ENTRY;
-    // Once more for its dtype.
-    let averaged: usize = table.averaged().iter().map(|own| (each + 1) * entry(own)).sum();
-    let copied: usize = table.copied().iter().map(entry).sum();
-    let bytes = averaged + copied;
+    let bytes = header_len(table, settings);
     if bytes <= MAX_HEADER {
         return Ok(());
     }
@@ -79,6 +78,16 @@ pub(super) fn check_header(table: &Table, settings: &Settings) -> Result<()> {
         MAX_HEADER / 1_000_000
     );
     Err(Error::Setting { option: "params", reason })
+}
+
+/// The most bytes that the header of a live state takes.
+pub(super) fn header_len(table: &Table, settings: &Settings) -> usize {
+    let each = settings.profiles.len() * if settings.precision == Precision::Compensated { 2 } else { 1 };
+    let quoted = |text: &str| serde_json::json!(text).to_string();
+    let entry = |entry: &Entry| quoted(&entry.name).len() + format!("{:?}", entry.shape).len() + ENTRY;
+    let averaged = |own: &Entry| each * entry(own) + quoted(&quoted(&own.name)).len() + DTYPE;
+    let tensors = table.averaged().iter().map(averaged).chain(table.copied().iter().map(entry));
+    tensors.sum::<usize>() + REST
 }
 
 impl Moment {

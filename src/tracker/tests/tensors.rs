@@ -273,3 +273,20 @@ fn targets_outside_the_run_are_refused() {
     assert!(run.write_all(&twice, &WriteOptions::default()).unwrap_err().to_string().contains("two targets"));
     assert!(!path.exists());
 }
+
+/// What is estimated before the first step is no less than the header that is written, and little more.
+#[test]
+fn the_header_of_a_live_state_is_known_beforehand() {
+    for name in ["w", "a \"quoted\" name", "layers.0.self_attn.q_proj.weight", "\u{1}\u{4e2d}\n"] {
+        let (_temp, dir) = scratch();
+        let tensor = || Tensor::new(&[1, 2, 3], &[0.5f32; 6]).unwrap();
+        let model: Tensors = (0..3000).map(|i| (format!("{name}{i}"), tensor())).collect();
+        let mut ema = PostHocEma::options(&dir).create(&model).unwrap();
+        ema.update(&model).unwrap();
+        ema.save().unwrap();
+        let bytes = std::fs::read(dir.join("state.safetensors")).unwrap();
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let estimate = state::header_len(&ema.table, &ema.settings) - state::REST;
+        assert!(header <= estimate + 10_000 && estimate <= header * 13 / 10, "{name}: {estimate}, and takes {header}");
+    }
+}
