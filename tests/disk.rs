@@ -137,7 +137,7 @@ fn a_limit_on_the_length_of_files_is_an_error_and_not_the_end() {
     train(&mut ema, 10).unwrap();
     let before = getrlimit(Resource::Fsize);
     // A snapshot has 240 kB, the live state 720.
-    setrlimit(Resource::Fsize, Rlimit { current: Some(300_000), ..before.clone() }).unwrap();
+    setrlimit(Resource::Fsize, Rlimit { current: Some(300_000), ..before }).unwrap();
     let error = train(&mut ema, 15).unwrap_err();
     let text = error.to_string();
     assert!(

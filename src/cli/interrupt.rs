@@ -19,6 +19,7 @@ pub fn clear_up() {
             ENDING.store(true, Ordering::SeqCst);
             posthoc_ema::snapshot::remove_unfinished();
             let _ = emulate_default_handler(signal);
+            std::process::exit(128 + signal);
         }
     });
 }

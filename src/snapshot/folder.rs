@@ -82,6 +82,7 @@ impl AtomicFolder {
     /// [`Error::Io`], where somebody else has begun to use the directory, too.
     pub fn commit(self) -> Result<()> {
         let AtomicFolder { dir, temp, held, made } = self;
+        held.finish();
         let rename = || fs::rename(temp.path(), &dir);
         strike(&dir).and_then(|()| rename()).map_err(Error::io("rename into place", &dir))?;
         // It is no longer there to be removed.

@@ -10,7 +10,7 @@ use std::io;
 #[cfg(any(feature = "import", test))]
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tempfile::{Builder, NamedTempFile, TempDir};
@@ -36,37 +36,42 @@ pub(super) struct Live {
 }
 
 impl Live {
-    fn new(path: &Path, lock: Option<File>) -> Live {
-        live(|paths| paths.insert(path.to_owned()));
+    fn new(paths: &mut BTreeSet<PathBuf>, path: &Path, lock: Option<File>) -> Live {
+        paths.insert(path.to_owned());
         Live { path: path.to_owned(), _lock: lock }
+    }
+
+    /// No longer to be removed when the process is told to end.
+    fn finish(&self) {
+        live().remove(&self.path);
     }
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
-        live(|paths| paths.remove(&self.path));
+        self.finish();
     }
 }
 
-fn live<T>(act: impl FnOnce(&mut BTreeSet<PathBuf>) -> T) -> T {
-    act(&mut LIVE.lock().unwrap_or_else(PoisonError::into_inner))
+fn live() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+    LIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Makes a file with a temporary name in a directory.
 pub(super) fn file(dir: &Path, permissions: Permissions) -> io::Result<(NamedTempFile, Live)> {
-    again(|| {
+    again(|paths| {
         let file = Builder::new().prefix(&named(PREFIX)).permissions(permissions.clone()).tempfile_in(dir)?;
         if !is_held(file.as_file(), file.path()) {
             return Ok(None);
         }
-        let live = Live::new(file.path(), None);
+        let live = Live::new(paths, file.path(), None);
         Ok(Some((file, live)))
     })
 }
 
 /// Makes a folder with a temporary name in a directory; `what` tells what for.
 pub(super) fn folder(dir: &Path, what: &str, permissions: Permissions) -> io::Result<(TempDir, Held)> {
-    again(|| {
+    again(|paths| {
         let prefix = named(&format!("{PREFIX}{what}-"));
         let folder = Builder::new().prefix(&prefix).permissions(permissions.clone()).tempdir_in(dir)?;
         // Where a folder cannot be opened, it cannot be locked, and nobody takes it for left behind.
@@ -74,7 +79,7 @@ pub(super) fn folder(dir: &Path, what: &str, permissions: Permissions) -> io::Re
         if !is_held(&handle, folder.path()) {
             return Ok(None);
         }
-        let live = Live::new(folder.path(), Some(handle));
+        let live = Live::new(paths, folder.path(), Some(handle));
         Ok(Some((folder, Some(live))))
     })
     .map(|(folder, live)| (folder, Held(live)))
@@ -89,11 +94,21 @@ pub fn scratch_folder(dir: &Path, what: &str) -> io::Result<(TempDir, Held)> {
 
 /// Keeps a folder from being taken for left behind.
 #[derive(Debug)]
-pub struct Held(#[expect(dead_code, reason = "held, not read")] Option<Live>);
+pub struct Held(Option<Live>);
 
-fn again<T>(make: impl Fn() -> io::Result<Option<T>>) -> io::Result<T> {
+impl Held {
+    /// The folder is whole, and about to get its name: it is not removed any more, not even by a signal half way.
+    pub(super) fn finish(&self) {
+        if let Some(live) = &self.0 {
+            live.finish();
+        }
+    }
+}
+
+/// Whoever ends the process waits until what was made is known.
+fn again<T>(make: impl Fn(&mut BTreeSet<PathBuf>) -> io::Result<Option<T>>) -> io::Result<T> {
     for _ in 0..TRIES {
-        if let Some(made) = make()? {
+        if let Some(made) = make(&mut live())? {
             return Ok(made);
         }
     }
@@ -153,9 +168,21 @@ fn remove(path: &Path) {
     let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
 }
 
-/// Removes the files and folders that this process is writing: for a process that is about to end in the midst of that.
+/// Removes the files and folders that this process is writing: for one that is about to end in the midst of that. From here on
+/// whoever begins or finishes one waits for the end.
 pub fn remove_unfinished() {
-    live(|paths| paths.iter().for_each(|path| remove(path)));
+    let paths = live();
+    for path in paths.iter() {
+        // Threads that write into a folder may be faster, once each.
+        for _ in 0..100 {
+            remove(path);
+            if path.symlink_metadata().is_err() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    std::mem::forget(paths);
 }
 
 #[cfg(test)]

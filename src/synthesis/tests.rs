@@ -97,3 +97,46 @@ fn histories_that_part_are_named() {
     let text = Run::open(dir.path()).unwrap_err().to_string();
     assert!(text.contains("0.100.safetensors: other updates are recorded than in") && text.contains("0.200"), "{text}");
 }
+
+/// Whatever step of the writing fails: an error that names the file, what was there before untouched, nothing left beside it.
+#[test]
+fn outputs_that_fail_at_any_step_leave_what_was_there() {
+    let dir = tempfile::tempdir().unwrap();
+    for step in (1..=5).map(|i| 1000 * i) {
+        write(dir.path(), 0, step, &power(0.05), None);
+    }
+    let run = Run::open(dir.path()).unwrap();
+    let plans = [0.04, 0.05].map(|sigma_rel| run.plan(power(sigma_rel), At::Latest).unwrap());
+    let mut tried = 0;
+    for first in 0.. {
+        let temp = tempfile::tempdir().unwrap();
+        let paths = ["a", "b"].map(|name| temp.path().join(name));
+        std::fs::write(&paths[0], "before").unwrap();
+        let fault = crate::snapshot::faults::Fault::within(temp.path(), first..first + 1, 28);
+        let outputs = [0, 1].map(|i| Output { plan: &plans[i], path: &paths[i] });
+        let written = run.write_all(&outputs, &WriteOptions::default());
+        let struck = fault.steps() > first;
+        drop(fault);
+        assert_eq!(written.is_err(), struck, "{written:?}");
+        let mut names: Vec<_> =
+            std::fs::read_dir(temp.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        let whole = |path: &Path| crate::snapshot::StoredFile::open(path).is_ok();
+        match written {
+            Ok(_) => {
+                assert!(names == ["a", "b"] && paths.iter().all(|path| whole(path)), "{names:?}");
+                break;
+            }
+            Err(error) => {
+                let text = error.to_string();
+                assert!(text.contains("No space left") && text.contains(temp.path().to_str().unwrap()), "{text}");
+                // The first may be whole by then.
+                assert!(std::fs::read(&paths[0]).unwrap() == b"before" || whole(&paths[0]), "step {first}");
+                assert!(!paths[1].exists() || whole(&paths[1]), "step {first}");
+                assert!(names.iter().all(|name| name == "a" || name == "b"), "{names:?}");
+            }
+        }
+        tried += 1;
+    }
+    assert!(tried >= 8, "{tried} steps");
+}

@@ -308,3 +308,27 @@ fn a_target_that_is_no_longer_empty_is_left_as_it_is() {
     assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
     assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1);
 }
+
+/// Whatever step of the writing fails: an error, and no trace of the run.
+#[test]
+fn an_import_that_fails_at_any_step_leaves_nothing() {
+    let import = usual(Tool::PytorchPosthocEma);
+    for first in 0.. {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("made/run");
+        let fault = crate::snapshot::faults::Fault::within(temp.path(), first..first + 1, 28);
+        let written = import.write(fixture("ramp"), &dir, None);
+        let struck = fault.steps() > first;
+        drop(fault);
+        assert_eq!(written.is_err(), struck, "{written:?}");
+        let Err(error) = written else {
+            assert!(first > 100 && Run::open(&dir).is_ok(), "{first} steps");
+            return;
+        };
+        let text = error.to_string();
+        assert!(text.contains("No space left") && text.contains(temp.path().to_str().unwrap()), "{text}");
+        // Past the rename the run is there, whole; only that this lasts could not be had.
+        let left = fs::read_dir(temp.path()).unwrap().count();
+        assert!(left == 0 || crate::verify(&dir, &mut |_| ()).unwrap().findings.is_empty(), "step {first}");
+    }
+}
