@@ -82,7 +82,7 @@ pub enum Error {
     Nothing(String),
 
     /// The operating system refused something.
-    #[error("cannot {action} {}: {source}{}", shown(path), remedy(source))]
+    #[error("cannot {action} {}: {source}{}", named(path), remedy(source))]
     Io {
         /// What was attempted, as a verb.
         action: &'static str,
@@ -95,7 +95,7 @@ pub enum Error {
     /// A directory holds no run.
     #[error(
         "{}: no run here ({}): name the directory that a tracker writes its snapshots to",
-        shown(path),
+        named(path),
         shown(reason)
     )]
     NoRun {
@@ -107,8 +107,8 @@ pub enum Error {
     /// A new run was to be made where one exists.
     #[error(
         "{}: the directory already holds a run ({}): train on with `resume`, or choose another directory",
-        shown(path),
-        shown(found)
+        named(path),
+        named(found)
     )]
     RunExists {
         /// The directory.
@@ -117,7 +117,7 @@ pub enum Error {
         found: String,
     },
     /// Another process (or tracker) writes this run.
-    #[error("{}: another tracker is writing this run: stop it first, or choose another directory", shown(path))]
+    #[error("{}: another tracker is writing this run: stop it first, or choose another directory", named(path))]
     Locked {
         /// The run's directory.
         path: PathBuf,
@@ -125,7 +125,7 @@ pub enum Error {
     /// A safetensors file is damaged.
     #[error(
         "{}: {}: the file is damaged or incomplete; move it out of the directory to go on without it",
-        shown(path),
+        named(path),
         shown(reason)
     )]
     Damaged {
@@ -135,7 +135,7 @@ pub enum Error {
         reason: String,
     },
     /// A file is sound but is not what was expected.
-    #[error("{}: {}", shown(path), shown(reason))]
+    #[error("{}: {}", named(path), shown(reason))]
     Unexpected {
         /// The file.
         path: PathBuf,
@@ -145,9 +145,9 @@ pub enum Error {
     /// A snapshot differs from its siblings.
     #[error(
         "{}: {} than in {}: the two do not belong to one run; move one of them out of the directory",
-        shown(path),
+        named(path),
         shown(reason),
-        shown(other)
+        named(other)
     )]
     Mismatch {
         /// The file.
@@ -161,7 +161,7 @@ pub enum Error {
     /// The parameters given are not those the run began with.
     #[error(
         "tensor `{}`: {}: pass the model that the run began with, or start a new run for a changed one",
-        shown(tensor),
+        named(tensor),
         shown(reason)
     )]
     Changed {
@@ -171,7 +171,7 @@ pub enum Error {
         reason: String,
     },
     /// A tensor cannot be averaged.
-    #[error("tensor `{}`: {}", shown(tensor), shown(reason))]
+    #[error("tensor `{}`: {}", named(tensor), shown(reason))]
     Tensor {
         /// The tensor's name.
         tensor: String,
@@ -181,7 +181,7 @@ pub enum Error {
     /// A NaN or an infinity in an average.
     #[error(
         "tensor `{}`: the average {profile} holds {value} at element {element} at step {step}: the snapshot was not written. Training diverged at or before this step: go back to the newest snapshot and resume from there. Where the value is meant, as in a mask, name the tensor among those to copy",
-        shown(tensor)
+        named(tensor)
     )]
     NonFinite {
         /// The tensor's name.
@@ -263,12 +263,17 @@ impl Error {
     }
 }
 
+/// As [`shown`], on one line: of a name, no line of a message can be forged.
+fn named(text: &(impl AsRef<OsStr> + ?Sized)) -> String {
+    shown(text).replace('\n', "\\n")
+}
+
 /// The most bytes that a name or a reason takes in a message.
 const LONGEST: usize = 4000;
 
 /// What a file says, fit for a terminal: control characters, which could hide or forge what is printed there, are spelled
 /// out, and the middle of what is longer than any honest name or reason is left out.
-pub(crate) fn shown(text: &(impl AsRef<OsStr> + ?Sized)) -> String {
+fn shown(text: &(impl AsRef<OsStr> + ?Sized)) -> String {
     let text = text.as_ref().to_string_lossy();
     let spelled = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
     if text.len() <= LONGEST {
@@ -310,6 +315,7 @@ mod tests {
         let name = "layer\u{1b}[2J\r\u{9b}\t.weight";
         let text = Error::tensor(name, "a reason\u{7}").to_string();
         assert_eq!(text, "tensor `layer\\u{1b}[2J\\r\\u{9b}\\t.weight`: a reason\\u{7}");
+        assert!(Error::tensor("w\nerror: a lie", "").to_string().starts_with("tensor `w\\nerror: a lie`"));
         let text = Error::damaged(Path::new("a\u{1b}b"), "names of every kind: \u{e4}\u{4e2d} \u{1f600}").to_string();
         assert!(text.starts_with("a\\u{1b}b: names of every kind: \u{e4}\u{4e2d} \u{1f600}: the file is damaged"));
     }

@@ -200,6 +200,29 @@ fn files_that_were_swapped_or_copied_are_found() {
 }
 
 #[test]
+fn a_snapshot_of_another_course_of_the_run_is_left_out() {
+    let (_temp, dir) = run_until(15);
+    let other = dir.with_file_name("other");
+    fs::create_dir(&other).unwrap();
+    for entry in fs::read_dir(&dir).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, other.join(path.file_name().unwrap())).unwrap();
+    }
+    for (dir, every) in [(&dir, 1), (&other, 2)] {
+        let mut ema = PostHocEma::options(dir).update_every(every).resume(&model()).unwrap();
+        (15..30).for_each(|_| assert!(ema.update(&model()).is_ok()));
+        ema.finish().unwrap();
+    }
+    fs::copy(dir.join("0.20.safetensors"), other.join("0.20.safetensors")).unwrap();
+    let text = Run::open(&other).unwrap_err().to_string();
+    assert!(text.contains("0.20.safetensors: other updates are recorded"), "{text}");
+    let (run, left_out) = Run::open_sound(&other, &mut |_| ()).unwrap();
+    // Steps 10, 15, 20 and 30 of two profiles, less one.
+    assert_eq!((run.snapshots().len(), left_out.len()), (7, 1));
+    assert!(left_out[0].to_string().contains("0.20.safetensors"), "{}", left_out[0]);
+}
+
+#[test]
 fn a_state_that_is_not_the_snapshots_is_found() {
     let (_temp, dir) = run();
     let state = dir.join("state.safetensors");

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::find::Input;
 use super::model::{Model, Part};
 use crate::error::{Error, Result};
-use crate::snapshot::{FileLayout, foreign::Checkpoint};
+use crate::snapshot::{FileLayout, check_limit, file_limit, foreign::Checkpoint};
 
 /// Converts those files of a checkpoint that cannot be mapped, into the new folder `dir`.
 ///
@@ -33,7 +33,10 @@ fn write(path: &Path, file: &Checkpoint, progress: &(dyn Fn(u64) + Sync)) -> Res
     let layout = FileLayout::new(file.names().map(|name| file.spec(name)).collect::<Result<_>>()?)?;
     let header = layout.header(&Default::default())?;
     let out = File::create_new(path).map_err(Error::io("create", path))?;
-    let put = |bytes: &[u8], at: usize| out.write_all_at(bytes, at as u64).map_err(Error::io("write", path));
+    let put = |bytes: &[u8], at: usize| {
+        let fits = check_limit(file_limit(), (at + bytes.len()) as u64);
+        fits.and_then(|()| out.write_all_at(bytes, at as u64)).map_err(Error::io("write", path))
+    };
     put(&header, 0)?;
     for place in layout.places() {
         let bytes = file.read(&layout.specs()[place.index].name)?;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::args::{Blending, Targets};
 use super::list::Numbers;
-use super::output::{byte_bar, bytes, print, print_json};
+use super::output::{byte_bar, bytes, print, print_json, tell};
 use super::synthesize::{target_name, why_not_cuda};
 use super::{Failure, Outcome, targets};
 
@@ -60,7 +60,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let merges = checkpoints.plans(&profiles, arguments.at.map_or(At::Latest, At::Step)).map_err(targets::usage)?;
     let warnings: Vec<String> = merges.iter().filter_map(Merge::warning).collect();
     if !arguments.json {
-        warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+        warnings.iter().for_each(|warning| tell(&format!("warning: {warning}")));
     }
     let paths = paths(arguments, &checkpoints, &merges);
     let written = match arguments.plan {

@@ -8,7 +8,7 @@ use posthoc_ema::{Import, Imported, Profile, Tool};
 use serde_json::json;
 
 use super::list::Numbers;
-use super::output::{byte_bar, bytes, print, print_json};
+use super::output::{byte_bar, bytes, print, print_json, tell};
 use super::{Failure, Outcome, targets};
 
 /// Write another tool's checkpoints as a run
@@ -77,7 +77,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         print_json(&document(arguments, &imported, seconds));
         return Ok(());
     }
-    imported.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+    imported.warnings.iter().for_each(|warning| tell(&format!("warning: {warning}")));
     print(&summary(arguments, &imported, seconds));
     Ok(())
 }

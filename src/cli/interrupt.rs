@@ -15,12 +15,11 @@ pub fn clear_up() {
     let wanted = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|&signal| !is_ignored(signal));
     let Ok(mut signals) = Signals::new(wanted) else { return };
     std::thread::spawn(move || {
-        for signal in signals.forever() {
-            ENDING.store(true, Ordering::SeqCst);
-            posthoc_ema::snapshot::remove_unfinished();
-            let _ = emulate_default_handler(signal);
-            std::process::exit(128 + signal);
-        }
+        let Some(signal) = signals.forever().next() else { return };
+        ENDING.store(true, Ordering::SeqCst);
+        posthoc_ema::snapshot::remove_unfinished();
+        let _ = emulate_default_handler(signal);
+        std::process::exit(128 + signal);
     });
 }
 

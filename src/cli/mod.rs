@@ -63,7 +63,7 @@ pub fn run() -> ExitCode {
         Err(Failure::Failed(error)) => (1, error.to_string()),
         Err(Failure::Unhealthy(message)) => (1, message),
     };
-    eprintln!("error: {message}");
+    output::tell(&format!("error: {message}"));
     ExitCode::from(status)
 }
 

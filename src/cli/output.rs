@@ -5,8 +5,24 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+/// A text without the control characters that could hide or forge what a terminal shows: names come from files.
+fn plain(text: &str) -> String {
+    let spelled =
+        |c: char| if c.is_control() && !"\n\t".contains(c) { c.escape_default().to_string() } else { c.into() };
+    text.chars().map(spelled).collect()
+}
+
+/// Prints a line to stderr.
+pub fn tell(text: &str) {
+    eprintln!("{}", plain(text));
+}
+
 /// Prints to stdout. A reader that went away (`| head`) is no error.
 pub fn print(text: &str) {
+    write(&plain(text));
+}
+
+fn write(text: &str) {
     let mut stdout = std::io::stdout().lock();
     let written =
         stdout.write_all(text.as_bytes()).and_then(|()| stdout.write_all(b"\n")).and_then(|()| stdout.flush());
@@ -20,7 +36,9 @@ pub fn print(text: &str) {
 
 /// Prints a JSON document.
 pub fn print_json(document: &serde_json::Value) {
-    print(&document.to_string());
+    // Those below a space are spelled out already.
+    let spelled = |c: char| if c.is_control() { format!("\\u{:04x}", u32::from(c)) } else { c.into() };
+    write(&document.to_string().chars().map(spelled).collect::<String>());
 }
 
 /// A bar of bytes on stderr; none where stderr is no terminal.

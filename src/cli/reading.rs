@@ -6,7 +6,7 @@ use clap::Args;
 use posthoc_ema::{Plan, Run};
 
 use super::Failure;
-use super::output::{byte_bar, spinner};
+use super::output::{byte_bar, spinner, tell};
 
 /// What is done about damaged snapshots.
 #[derive(Args)]
@@ -27,7 +27,7 @@ impl Reading {
         spinner.finish_and_clear();
         let (run, damaged) = opened?;
         let left_out: Vec<String> = damaged.iter().map(ToString::to_string).collect();
-        left_out.iter().for_each(|why| eprintln!("warning: left out: {why}"));
+        left_out.iter().for_each(|why| tell(&format!("warning: left out: {why}")));
         Ok((run, left_out))
     }
 }

@@ -12,7 +12,7 @@ use posthoc_ema::{At, Profile, SweepOptions, Swept, report};
 use serde_json::{Value, json};
 
 use super::args::{Blending, Rounding, Targets};
-use super::output::{byte_bar, print, print_json, round_bar};
+use super::output::{byte_bar, print, print_json, round_bar, tell};
 use super::picture::Plot;
 use super::reading::Reading;
 use super::{Failure, Outcome, targets};
@@ -107,7 +107,7 @@ fn timeout(seconds: Option<f64>) -> Result<Option<Duration>, Failure> {
 
 fn show(arguments: &Arguments, swept: &Swept) {
     for (trial, why) in swept.sweep.failures() {
-        eprintln!("warning: {}: {why}", trial.profile);
+        tell(&format!("warning: {}: {why}", trial.profile));
     }
     if arguments.json {
         print_json(&document(swept));

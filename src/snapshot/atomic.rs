@@ -47,8 +47,7 @@ impl AtomicFile {
         let permissions = Permissions::from_mode(0o666);
         let make = || temporary::file(directory(path), permissions);
         let (file, live) = strike(path).and_then(|()| make()).map_err(Error::io("write", path))?;
-        let limit = getrlimit(Resource::Fsize).current;
-        Ok(AtomicFile { file, path: path.to_owned(), limit, _live: live })
+        Ok(AtomicFile { file, path: path.to_owned(), limit: file_limit(), _live: live })
     }
 
     /// What the file will be called.
@@ -93,8 +92,13 @@ impl AtomicFile {
     }
 }
 
+/// The length beyond which this process may write no file.
+pub fn file_limit() -> Option<u64> {
+    getrlimit(Resource::Fsize).current
+}
+
 /// A write beyond the limit would not fail but end the process, by a signal.
-fn check_limit(limit: Option<u64>, end: u64) -> io::Result<()> {
+pub fn check_limit(limit: Option<u64>, end: u64) -> io::Result<()> {
     match limit {
         Some(limit) if end > limit => Err(Errno::FBIG.into()),
         _ => Ok(()),

@@ -81,7 +81,8 @@ impl AtomicFolder {
     /// # Errors
     /// [`Error::Io`], where somebody else has begun to use the directory, too.
     pub fn commit(self) -> Result<()> {
-        let AtomicFolder { dir, temp, held, made } = self;
+        // Dropped from the last to the first: the directories that it lies in come last.
+        let AtomicFolder { made, held, temp, dir } = self;
         held.finish();
         let rename = || fs::rename(temp.path(), &dir);
         strike(&dir).and_then(|()| rename()).map_err(Error::io("rename into place", &dir))?;

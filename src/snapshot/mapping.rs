@@ -96,7 +96,8 @@ impl Known {
         let known = Known::unused();
         let path = path.as_os_str().as_encoded_bytes();
         let path = &path[path.len().saturating_sub(PATH)..];
-        known.path.iter().zip(path).for_each(|(kept, &byte)| kept.store(byte, Ordering::Relaxed));
+        let shown = |&byte: &u8| if byte.is_ascii_control() { b'?' } else { byte };
+        known.path.iter().zip(path).for_each(|(kept, byte)| kept.store(shown(byte), Ordering::Relaxed));
         known.length.store(path.len(), Ordering::Relaxed);
         known.start.store(map.as_ptr().addr(), Ordering::Relaxed);
         known.end.store(map.as_ptr().addr() + map.len(), Ordering::Release);

@@ -23,6 +23,8 @@ mod tensors;
 mod write;
 
 pub(crate) use atomic::{AtomicFile, directory, sync_directory};
+#[cfg(feature = "import")]
+pub(crate) use atomic::{check_limit, file_limit};
 pub use directory::{Snapshot, Stem, list, list_each};
 pub(crate) use directory::{any_part, check_empty, remove, remove_leftovers};
 pub(crate) use folder::{AtomicFolder, Made, check_vacant};
@@ -33,7 +35,7 @@ pub use meta::{Dtypes, Meta};
 pub(crate) use meta::{PROFILE, STEP, base_strings, check_version, new_run_id};
 pub use read::StoredFile;
 pub(crate) use regular::{find_document, read_document};
-pub(crate) use siblings::{open_all, open_sound};
+pub(crate) use siblings::{is_gone, open_all, open_sound};
 #[doc(hidden)]
 pub use temporary::remove_unfinished;
 #[cfg(feature = "import")]

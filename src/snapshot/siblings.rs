@@ -92,9 +92,10 @@ fn typical(snapshots: &[Snapshot]) -> Option<&Snapshot> {
     snapshots.iter().find(|snapshot| runs[&snapshot.meta.run] == *most)
 }
 
-/// Whether a file was dropped since it was listed.
-fn is_gone(error: &Error) -> bool {
-    matches!(error, Error::Io { source, .. } if source.kind() == ErrorKind::NotFound)
+/// Whether a file was dropped since it was listed. A link to nothing is still there.
+pub fn is_gone(error: &Error) -> bool {
+    let missing = |path: &Path| path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound);
+    matches!(error, Error::Io { source, path, .. } if source.kind() == ErrorKind::NotFound && missing(path))
 }
 
 fn nothing_in(dir: &Path) -> Error {

@@ -1,8 +1,8 @@
 //! Temporary names: what is being written carries one, and what a killed process left is known by it and removed.
 //!
 //! Whoever writes holds a lock on what is written, which the system releases with the process: what can be locked is
-//! nobody's. A lock is not seen from every machine that shares a disk, so the name tells the machine; what another one
-//! left is removed when nobody has touched it for a day.
+//! nobody's. A lock is not seen from every machine that shares a disk, so the name tells the machine, as long as it runs; what
+//! another one left, or this one before it was started anew, is removed when nobody has touched it for a day.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
@@ -131,37 +131,54 @@ fn named(prefix: &str) -> String {
     format!("{prefix}{}-", *MACHINE)
 }
 
-/// The machine, as temporary names tell it.
+/// The machine, as temporary names tell it: the kernel that runs, within which locks are seen by all. Names of machines may be
+/// alike, as those of copied ones and of containers are.
 static MACHINE: LazyLock<String> = LazyLock::new(|| {
-    let name = rustix::system::uname();
-    blake3::hash(name.nodename().to_bytes()).to_hex()[..8].to_owned()
+    let running = fs::read("/proc/sys/kernel/random/boot_id");
+    let machine = running.unwrap_or_else(|_| rustix::system::uname().nodename().to_bytes().to_vec());
+    blake3::hash(&machine).to_hex()[..8].to_owned()
 });
+
+/// What temporary folders are for.
+const FOLDERS: [&str; 2] = ["import-", "average-"];
+
+/// The machine that a temporary name tells of; none for a name that was not made here, whatever it begins with.
+fn machine_of(name: &str) -> Option<&str> {
+    let rest = name.strip_prefix(PREFIX)?;
+    let rest = FOLDERS.iter().find_map(|what| rest.strip_prefix(what)).unwrap_or(rest);
+    let (machine, drawn) = rest.split_once('-')?;
+    let hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    let own = machine.len() == 8 && machine.bytes().all(hex);
+    (own && drawn.len() == 6 && drawn.bytes().all(|byte| byte.is_ascii_alphanumeric())).then_some(machine)
+}
 
 /// Removes what processes that were killed left in a directory. Whatever fails is left for the next time.
 pub fn remove_left(dir: &Path) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for path in entries.flatten().map(|entry| entry.path()) {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if is_temporary(name) && is_left(&path, name) {
+        // Held until it is removed: who has just made it and comes too late for the lock makes another.
+        if let Some(_lock) = machine_of(name).and_then(|machine| left(&path, machine == *MACHINE)) {
             tracing::debug!("{} is removed: the process that wrote it was killed", path.display());
             remove(&path);
         }
     }
 }
 
-/// Whether what has a temporary name is nobody's. Links are never followed: they are none of ours.
-fn is_left(path: &Path, name: &str) -> bool {
-    let Ok(metadata) = path.symlink_metadata() else { return false };
-    if !(metadata.is_file() || metadata.is_dir()) {
-        return false;
+/// The lock of what has a temporary name and is nobody's. Links are never followed: they are none of ours.
+fn left(path: &Path, own: bool) -> Option<File> {
+    let metadata = path.symlink_metadata().ok()?;
+    if !own && metadata.modified().ok()?.elapsed().ok()? < LEFT {
+        return None;
     }
-    let own = name.split('-').any(|part| part == *MACHINE);
-    let age = || metadata.modified().ok().and_then(|time| time.elapsed().ok());
-    if !own && age().is_none_or(|age| age < LEFT) {
-        return false;
-    }
-    // Released with the handle: who writes there would have held it.
-    File::open(path).is_ok_and(|handle| handle.try_lock().is_ok())
+    // Some file systems lock only what is open for writing, which a folder cannot be.
+    let handle = match (metadata.is_file(), metadata.is_dir()) {
+        (true, _) => File::options().read(true).write(true).open(path).ok()?,
+        (_, true) => File::open(path).ok()?,
+        _ => return None,
+    };
+    handle.try_lock().ok()?;
+    Some(handle)
 }
 
 fn remove(path: &Path) {
@@ -202,12 +219,20 @@ mod tests {
         let (file, _file) = file(dir.path(), Permissions::from_mode(0o666)).unwrap();
         let (folder, held) = folder(dir.path(), "import", Permissions::from_mode(0o777)).unwrap();
         fs::write(folder.path().join("inner"), "").unwrap();
-        for name in [".posthoc", "mine", ".posthoc-ema.json"] {
-            fs::write(dir.path().join(name), "").unwrap();
+        let mine = [
+            "mine",
+            ".posthoc-ema.json",
+            ".posthoc-ema-venv",
+            ".posthoc-ema-notes-abcdef",
+            ".posthoc-ema-12345678-abcde",
+        ];
+        let long_ago = std::time::SystemTime::now() - 2 * LEFT;
+        for name in mine {
+            File::create(dir.path().join(name)).unwrap().set_modified(long_ago).unwrap();
         }
-        std::os::unix::fs::symlink(dir.path().join("mine"), dir.path().join(named(PREFIX) + "link")).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("mine"), dir.path().join(named(PREFIX) + "linked")).unwrap();
         let before = names(dir.path());
-        assert_eq!(before.len(), 6);
+        assert_eq!(before.len(), 8);
         remove_left(dir.path());
         assert_eq!(names(dir.path()), before);
         // As after a kill: what is there has a name, and no process.
@@ -216,13 +241,13 @@ mod tests {
         let (_, killed) = file.keep().unwrap();
         remove_left(dir.path());
         assert!(!path.exists() && !killed.exists());
-        assert_eq!(names(dir.path()).len(), 4);
+        assert_eq!(names(dir.path()).len(), 6);
     }
 
     #[test]
     fn what_another_machine_writes_is_left_to_it_for_a_day() {
         let dir = tempfile::tempdir().unwrap();
-        let [new, old] = ["00000000-a", "00000000-b"].map(|name| dir.path().join(format!("{PREFIX}{name}")));
+        let [new, old] = ["00000000-abcdef", "00000000-ABC123"].map(|name| dir.path().join(format!("{PREFIX}{name}")));
         fs::write(&new, "").unwrap();
         let file = File::create(&old).unwrap();
         file.set_modified(std::time::SystemTime::now() - LEFT - Duration::from_secs(60)).unwrap();

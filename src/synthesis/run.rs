@@ -63,8 +63,27 @@ impl Run {
     /// # Errors
     /// [`Error::NoRun`] where there is no snapshot, and where none is whole the first one's error.
     pub fn open_sound(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<(Run, Vec<Error>)> {
-        let (snapshots, damaged) = snapshot::open_sound(dir.as_ref(), progress)?;
-        Ok((Run::of(dir.as_ref(), snapshots)?, damaged))
+        let (snapshots, mut damaged) = snapshot::open_sound(dir.as_ref(), progress)?;
+        let (mut sound, mut read) = (Vec::with_capacity(snapshots.len()), Vec::with_capacity(snapshots.len()));
+        for snapshot in snapshots {
+            match read_chain(&snapshot) {
+                Ok(chain) => {
+                    read.push(chain);
+                    sound.push(snapshot);
+                }
+                Err(error) => damaged.push(error),
+            }
+        }
+        // Those of another course of the same run go, one after the other.
+        while let Err((odd, error)) = common_history(&sound, &read) {
+            damaged.push(error);
+            sound.remove(odd);
+            read.remove(odd);
+        }
+        if sound.is_empty() {
+            return Err(damaged.swap_remove(0));
+        }
+        Ok((Run::of(dir.as_ref(), sound)?, damaged))
     }
 
     fn of(dir: &Path, snapshots: Vec<Snapshot>) -> Result<Run> {
@@ -72,7 +91,7 @@ impl Run {
         for snapshot in &snapshots {
             read.push(read_chain(snapshot)?);
         }
-        let history = common_history(&snapshots, &read)?;
+        let history = common_history(&snapshots, &read).map_err(|(_, error)| error)?;
         let (profiles, chains) = read.into_iter().map(|(profile, chain, _)| (profile, chain)).unzip();
         let process = std::process::id();
         Ok(Run { dir: dir.to_owned(), snapshots, profiles, chains, history, noise: OnceLock::new(), process })
@@ -319,22 +338,26 @@ impl Run {
 }
 
 /// The updates of the newest snapshot, of which those of all others must be the beginning.
-fn common_history(snapshots: &[Snapshot], read: &[(Profile, Chain, Option<History>)]) -> Result<Option<History>> {
+///
+/// # Errors
+/// The first of which they are not, and why.
+fn common_history(
+    snapshots: &[Snapshot],
+    read: &[(Profile, Chain, Option<History>)],
+) -> Result<Option<History>, (usize, Error)> {
     if read.iter().any(|(_, _, history)| history.is_none()) {
         return Ok(None);
     }
     let histories =
         snapshots.iter().zip(read).filter_map(|(snapshot, (_, _, history))| Some((snapshot, history.as_ref()?)));
-    let Some((newest, longest)) = histories.clone().max_by_key(|(snapshot, _)| snapshot.stem.step) else {
+    let histories = histories.enumerate();
+    let Some((_, (newest, longest))) = histories.clone().max_by_key(|(_, (snapshot, _))| snapshot.stem.step) else {
         return Ok(None);
     };
-    for (snapshot, history) in histories {
+    for (i, (snapshot, history)) in histories {
         if !history.is_prefix_of(longest) {
-            return Err(Error::Mismatch {
-                path: snapshot.path().to_owned(),
-                other: newest.path().to_owned(),
-                reason: "other updates are recorded".into(),
-            });
+            let (path, other) = (snapshot.path().to_owned(), newest.path().to_owned());
+            return Err((i, Error::Mismatch { path, other, reason: "other updates are recorded".into() }));
         }
     }
     Ok(Some(longest.clone()))

@@ -124,7 +124,9 @@ impl PostHocEma {
             return self.told(earlier).map(|()| step);
         }
         let stored = self.checkpoint();
-        self.told(earlier.and(stored)).map(|()| Step::Stored)
+        let step = if stored.is_ok() { Step::Stored } else { step };
+        // Each for itself: one that the training goes on with must not hide another.
+        self.told(earlier).and(self.told(stored)).map(|()| step)
     }
 
     /// What of the storing an update returns.

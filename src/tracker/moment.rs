@@ -91,7 +91,14 @@ impl Moment {
     /// Stores the snapshots of these profiles, then drops what is beyond those to be kept.
     pub(super) fn complete(&self, values: &Values<'_>, missing: &[usize]) -> Result<()> {
         let dtypes = self.stored_dtypes(values)?;
-        missing.iter().try_for_each(|&index| self.write_average(values, index, &dtypes[index]))?;
+        let there = snapshot::list(&self.dir)?;
+        for &index in missing {
+            // Shards without their index: with other options now, the snapshot may take another number of files.
+            if let Some(files) = there.get(&self.stem(index)) {
+                snapshot::remove(&self.dir, self.stem(index), files)?;
+            }
+            self.write_average(values, index, &dtypes[index])?;
+        }
         self.drop_surplus()
     }
 

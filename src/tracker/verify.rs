@@ -1,7 +1,6 @@
 //! Whether every file of a run is what was written.
 
 use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::state;
@@ -54,9 +53,8 @@ impl Findings {
     /// A file that is gone was dropped by a tracker since the listing: that is no damage.
     fn add(&mut self, result: Result<()>) {
         let Err(error) = result else { return };
-        let gone = matches!(&error, Error::Io { source, .. } if source.kind() == ErrorKind::NotFound);
         let known = || self.0.iter().any(|found| found.to_string() == error.to_string());
-        if !gone && !known() {
+        if !snapshot::is_gone(&error) && !known() {
             self.0.push(error);
         }
     }

@@ -228,6 +228,13 @@ fn an_index_of_shards_that_is_missing_is_written_on_resume() {
     std::fs::remove_file(dir.join("1.50.safetensors.index.json")).unwrap();
     drop(PostHocEma::options(&dir).resume(&walk.model).unwrap());
     assert_eq!(listing(&dir), whole);
+    // Where shards are larger by then, the snapshot is one file, and the shards of before do not stay beside it.
+    std::fs::remove_file(dir.join("1.50.safetensors.index.json")).unwrap();
+    drop(PostHocEma::options(&dir).shard_size(1 << 20).resume(&walk.model).unwrap());
+    let names = listing(&dir).into_iter().map(|(path, _)| path.file_name().unwrap().to_owned());
+    assert_eq!(names.filter(|name| name.to_str().unwrap().starts_with("1.")).collect::<Vec<_>>(), ["1.50.safetensors"]);
+    assert_eq!(Run::open(&dir).unwrap().snapshots().len(), 2);
+    drop(PostHocEma::options(&dir).resume(&walk.model).unwrap());
 }
 
 #[test]
