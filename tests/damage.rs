@@ -220,6 +220,15 @@ fn a_snapshot_of_another_course_of_the_run_is_left_out() {
     // Steps 10, 15, 20 and 30 of two profiles, less one.
     assert_eq!((run.snapshots().len(), left_out.len()), (7, 1));
     assert!(left_out[0].to_string().contains("0.20.safetensors"), "{}", left_out[0]);
+    // So is one that is newer than all others.
+    fs::remove_file(other.join("0.20.safetensors")).unwrap();
+    let mut ema = PostHocEma::options(&dir).resume(&model()).unwrap();
+    (30..40).for_each(|_| assert!(ema.update(&model()).is_ok()));
+    ema.finish().unwrap();
+    fs::copy(dir.join("0.40.safetensors"), other.join("0.40.safetensors")).unwrap();
+    let (run, left_out) = Run::open_sound(&other, &mut |_| ()).unwrap();
+    assert_eq!((run.snapshots().len(), left_out.len()), (7, 1));
+    assert!(left_out[0].to_string().contains("0.40.safetensors: other updates"), "{}", left_out[0]);
 }
 
 #[test]

@@ -74,8 +74,7 @@ impl Run {
                 Err(error) => damaged.push(error),
             }
         }
-        // Those of another course of the same run go, one after the other.
-        while let Err((odd, error)) = common_history(&sound, &read) {
+        for (odd, error) in off_course(&sound, &read).into_iter().rev() {
             damaged.push(error);
             sound.remove(odd);
             read.remove(odd);
@@ -91,7 +90,7 @@ impl Run {
         for snapshot in &snapshots {
             read.push(read_chain(snapshot)?);
         }
-        let history = common_history(&snapshots, &read).map_err(|(_, error)| error)?;
+        let history = common_history(&snapshots, &read)?;
         let (profiles, chains) = read.into_iter().map(|(profile, chain, _)| (profile, chain)).unzip();
         let process = std::process::id();
         Ok(Run { dir: dir.to_owned(), snapshots, profiles, chains, history, noise: OnceLock::new(), process })
@@ -337,28 +336,37 @@ impl Run {
     }
 }
 
+/// A snapshot's profile, chain and updates.
+type Read = (Profile, Chain, Option<History>);
+
 /// The updates of the newest snapshot, of which those of all others must be the beginning.
-///
-/// # Errors
-/// The first of which they are not, and why.
-fn common_history(
-    snapshots: &[Snapshot],
-    read: &[(Profile, Chain, Option<History>)],
-) -> Result<Option<History>, (usize, Error)> {
+fn common_history(snapshots: &[Snapshot], read: &[Read]) -> Result<Option<History>> {
     if read.iter().any(|(_, _, history)| history.is_none()) {
         return Ok(None);
     }
-    let histories =
-        snapshots.iter().zip(read).filter_map(|(snapshot, (_, _, history))| Some((snapshot, history.as_ref()?)));
-    let histories = histories.enumerate();
-    let Some((_, (newest, longest))) = histories.clone().max_by_key(|(_, (snapshot, _))| snapshot.stem.step) else {
-        return Ok(None);
-    };
-    for (i, (snapshot, history)) in histories {
-        if !history.is_prefix_of(longest) {
-            let (path, other) = (snapshot.path().to_owned(), newest.path().to_owned());
-            return Err((i, Error::Mismatch { path, other, reason: "other updates are recorded".into() }));
-        }
+    let newest = (0..snapshots.len()).max_by_key(|&i| snapshots[i].stem.step);
+    match newest.and_then(|newest| other_courses(snapshots, read, newest).into_iter().next()) {
+        Some((_, error)) => Err(error),
+        None => Ok(newest.and_then(|newest| read[newest].2.clone())),
     }
-    Ok(Some(longest.clone()))
+}
+
+/// The snapshots whose updates are not the beginning of one snapshot's, and why they do not belong to it.
+fn other_courses(snapshots: &[Snapshot], read: &[Read], end: usize) -> Vec<(usize, Error)> {
+    let Some(longest) = &read[end].2 else { return Vec::new() };
+    let odd = |i: &usize| read[*i].2.as_ref().is_some_and(|history| !history.is_prefix_of(longest));
+    let error = |i: usize| {
+        let (path, other) = (snapshots[i].path().to_owned(), snapshots[end].path().to_owned());
+        (i, Error::Mismatch { path, other, reason: "other updates are recorded".into() })
+    };
+    (0..snapshots.len()).filter(odd).map(error).collect()
+}
+
+/// The snapshots that are not of the course that most of a run's are of: a state of before, from which a training went on
+/// another way, leaves such. A few of them do not make the others strangers, and be they newer.
+fn off_course(snapshots: &[Snapshot], read: &[Read]) -> Vec<(usize, Error)> {
+    let leads = |(a, b): (&Read, &Read)| matches!((&a.2, &b.2), (Some(a), Some(b)) if a.is_prefix_of(b));
+    let members = |end: usize| read.iter().filter(|&own| leads((own, &read[end]))).count();
+    let end = (0..read.len()).max_by_key(|&end| (members(end), snapshots[end].stem.step));
+    end.map_or_else(Vec::new, |end| other_courses(snapshots, read, end))
 }

@@ -20,7 +20,8 @@ pub struct Verified {
 }
 
 /// Reads every file of a run, compares headers and data with their checksums, and checks that the snapshots belong
-/// together and that the live state leads to them. What is damaged does not keep the rest from being read. `progress` is told the bytes of each file.
+/// together and that the live state leads to them. What is damaged does not keep the rest from being read. `progress` is
+/// told the bytes of each file.
 ///
 /// # Errors
 /// [`Error::NoRun`] where there is no such directory, [`Error::Io`] where it cannot be listed.

@@ -1,6 +1,7 @@
 //! A file system that fails at every step in turn, once or from then on.
 
 use super::*;
+use crate::snapshot::Stem;
 use crate::snapshot::faults::Fault;
 use crate::tracker::verify;
 
@@ -131,7 +132,16 @@ fn a_training_may_go_on_whatever_the_disk_does() {
         let (_temp, dir) = scratch();
         let mut ema = options(&dir, in_background).on_error(OnError::Continue).create(&model(0)).unwrap();
         let fault = Fault::within(&dir, 20..usize::MAX, NO_SPACE);
-        let train = || (0..STEPS).for_each(|step| assert!(ema.update(&model(step + 1)).is_ok()));
+        let train = || {
+            for step in 0..STEPS {
+                let told = ema.update(&model(step + 1)).unwrap();
+                let whole = |stem: &Stem| stem.index == 1 && stem.step == step + 1;
+                let there = || crate::snapshot::list(&dir).unwrap().keys().any(whole);
+                // In the background, it tells what is going to be stored.
+                assert!(told != Step::Stored || in_background || there(), "{step}");
+                assert!(step + 1 < STEPS || in_background || told == Step::Updated);
+            }
+        };
         let log = super::log::logged(train);
         let told = |line: &String| line.contains("the training goes on") && line.contains("No space left on device");
         assert!(log.iter().any(told), "{log:?}");
