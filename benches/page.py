@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Makes docs/performance.md and its pictures from the newest records: nothing on the page is typed in.
+"""Makes docs/explanation/performance.md and its pictures from the newest records: no figure on the page is typed in.
 
-python3 benches/page.py             # needs matplotlib, for the pictures
-python3 benches/page.py --check     # whether the page is what the records make, and its pictures are there
+python3 benches/page.py             # writes the page; needs matplotlib for the pictures
+python3 benches/page.py --check     # exits with 1 if the page is out of date or a picture is missing
 """
 
 from __future__ import annotations
@@ -20,37 +20,42 @@ import table  # noqa: E402
 
 Record = dict[str, Any]
 KINDS = ("peers", "scaling")
-# What is said before the cases of a kind, in this order on the page.
+# Within the folder of the documentation.
+PAGE = Path("explanation", "performance.md")
+# Title and introduction of each kind of case, in the order of the page.
 WORKS = {
     "update": (
         "Updates",
-        "One call that folds a model's parameters into two running averages. The limit is a loop in C, with as many threads, that "
-        "reads and writes as many bytes. GB/s count the bytes that the averages need: each parameter read once, each average "
-        "read and written once. Memory is that of the averages and of whatever their update takes beside; ours is once more as much for the "
-        "copy that a checkpoint is written from, lent back to the system until then (`checkpoint_in_background=False` goes without). "
-        "Largest error: from a recurrence in f64 with the tracker's own decays, on parameters in [-1, 1).",
+        "One call that folds a model's parameters into two running averages. The limit is a loop in C, with as many "
+        "threads, that reads and writes as many bytes. GB/s count the bytes that the averages need: each parameter "
+        "read once, each average read and written once. Memory is that of the averages and of all that their update "
+        "takes beside them. Ours includes the copy that a checkpoint is written from, as large as the averages; the "
+        "system may use it until then, and `checkpoint_in_background=False` does without. The largest error is the "
+        "distance from a recurrence in f64 with the tracker's own decays, on parameters in [-1, 1).",
     ),
-    "not due": ("Calls at which nothing is due", "What most steps of a training pay."),
+    "not due": ("Calls at which nothing is due", "Most steps of a training make such a call."),
     "synthesis": (
         "Synthesis",
-        "One state dict or file from 40 snapshots that lie in the page cache. The limit is a loop in C that maps the same files and adds "
-        "their 64-bit words up with as many threads; where many targets are summed up in f64, it is the multiply-adds alone, if those "
-        "take longer. GB/s are of snapshots read. Programs are whole processes; Python is told to begin with all packages imported. "
-        "Memory is anonymous: results are in it, mapped files are not. Off from f64: the largest difference of a sample of elements "
-        "from a sum in f64 with the weights of our plan, relative to the RMS; packages that solve for weights of their own are off by "
-        "those, too.",
+        "One state dict or file from 40 snapshots in the page cache. The limit is a loop in C that maps the same "
+        "files and adds their 64-bit words up with as many threads. If many targets are summed up in f64 and the "
+        "multiply-adds alone take longer, they are the limit. GB/s are of snapshots read. Programs are whole "
+        "processes; Python starts with all packages imported. Memory is anonymous memory: it includes results, but no"
+        " mapped files. Off from f64 is the largest difference of a sample of elements from a sum in f64 with the "
+        "weights of our plan, relative to the RMS. Packages that solve for weights of their own are off by those, "
+        "too.",
     ),
     "cold": (
         "Synthesis with a cold page cache",
-        "The same, with the snapshots out of the page cache before each round (`posix_fadvise`, checked with `mincore`). The limit reads "
-        "the same files directly from the disk.",
+        "The same, with the snapshots dropped from the page cache before each round (`posix_fadvise`, checked with "
+        "`mincore`). The limit reads the same files directly from the disk.",
     ),
     "writing": (
         "Storing",
-        "From the call at which a snapshot is due until it is on the disk; held up is how long the training waits. Rates are of what each "
-        "writes, the live state included. The limit writes as many bytes as the snapshot has into the same folder.",
+        "The time from the call at which a snapshot is due until it is on the disk. Held up is the time that the "
+        "training waits. Rates are of all bytes written, the live state included. The limit writes as many bytes as "
+        "the snapshot has into the same folder.",
     ),
-    "start": ("Start", "Until a plan on 40 snapshots is printed, beside starting the program at all."),
+    "start": ("Start", "The time until a plan on 40 snapshots is printed, beside starting the program at all."),
 }
 AXES = {
     "parameters": "parameters",
@@ -76,15 +81,16 @@ def main() -> None:
     if options.check:
         check(options, text, records)
         return
-    (options.docs / "pictures").mkdir(parents=True, exist_ok=True)
-    (options.docs / "performance.md").write_text(text)
+    for folder in (options.docs / "pictures", (options.docs / PAGE).parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    (options.docs / PAGE).write_text(text)
     for name, draw in pictures(records).items():
         draw(options.docs / "pictures" / name)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is another")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
     parser.add_argument("--records", type=Path, default=ROOT / "benches" / "record")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     return parser.parse_args()
@@ -113,7 +119,7 @@ def of_each_work(folder: Path) -> Record | None:
 
 
 def check(options: argparse.Namespace, text: str, records: dict[str, Record | None]) -> None:
-    path = options.docs / "performance.md"
+    path = options.docs / PAGE
     wrong = []
     if not path.exists() or path.read_text() != text:
         wrong.append(f"{path} is not what the records make")
@@ -132,9 +138,9 @@ def page(records: dict[str, Record | None]) -> str:
     parts = [
         "<!-- Made by benches/page.py from the records in benches/record: change those, not this. -->",
         "# Performance",
-        "Everything here is measured by one command that anyone can repeat, beside what the same machine can do at most, beside other "
-        "packages, and in turns with them: ratios hold on other machines, seconds do not. "
-        "[benches/peers](../benches/peers/README.md) tells how.",
+        "One command that anyone can repeat measures all of this, in turns with other packages and with the limits of"
+        " the same machine. Ratios hold on other machines, seconds do not. `benches/peers/README.md` describes the "
+        "method.",
     ]
     parts += sections(peers) if peers else []
     parts += scaling_sections(scaling) if scaling else []
@@ -142,7 +148,7 @@ def page(records: dict[str, Record | None]) -> str:
 
 
 def about(record: Record) -> str:
-    """Where the figures of a record come from."""
+    """Command, machine and versions of a record."""
     machine, versions = record["machine"], record["versions"]
     memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -150,22 +156,22 @@ def about(record: Record) -> str:
     return (
         f"`{record['command']}`, {record['date']}: {machine['cpu']}, {machine['cores']} cores{memory}, "
         f"{machine['system']} {machine['kernel']}; {named}. All times are in "
-        f"[{record['file']}](../benches/record/{record['file']}).{warning}"
+        f"`benches/record/{record['file']}`.{warning}"
     )
 
 
 def sections(record: Record) -> list[str]:
     parts: list[str] = []
-    told = ""
-    for work, (title, said) in WORKS.items():
+    shown = ""
+    for work, (title, introduction) in WORKS.items():
         cases = [case for case in record["cases"] if case["work"] == work]
         if not cases:
             continue
         of = cases[0]["record"]
-        parts += [f"## {title}", *([about(of)] if of["file"] != told else []), said]
-        told = of["file"]
+        parts += [f"## {title}", *([about(of)] if of["file"] != shown else []), introduction]
+        shown = of["file"]
         if work in PICTURED:
-            parts.append(f"![{title}: rates beside the limit](pictures/performance-{work}.svg)")
+            parts.append(f"![{title}: rates beside the limit](../pictures/performance-{work}.svg)")
         for case in cases:
             if len(cases) > 1 or table.heading(case) != title:
                 parts.append(f"**{table.heading(case)}**")
@@ -178,7 +184,7 @@ def scaling_sections(record: Record) -> list[str]:
         "## Scaling",
         about(record),
         "Updates are those of `posthoc-ema bench`; synthesis is one process for each time, its results in memory.",
-        "![Time over parameters, snapshots, targets and threads](pictures/performance-scaling.svg)",
+        "![Time over parameters, snapshots, targets and threads](../pictures/performance-scaling.svg)",
     ]
     for sweep in record["sweeps"]:
         parts += [f"**{sweep['work'].capitalize()}, {sweep['title']}**", sweep_table(sweep)]
@@ -213,7 +219,7 @@ def per(seconds: float) -> str:
 
 
 def pictures(records: dict[str, Record | None]) -> dict[str, Any]:
-    """For each file, what draws it."""
+    """The function that draws each file."""
     peers, scaling = records["peers"], records["scaling"]
     drawn: dict[str, Any] = {}
     for work in PICTURED if peers else ():
@@ -226,7 +232,7 @@ def pictures(records: dict[str, Record | None]) -> dict[str, Any]:
 
 
 def plotting() -> Any:
-    """matplotlib, told to write the same bytes each time."""
+    """matplotlib, set up to write the same bytes each time."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -279,7 +285,10 @@ def draw_bars(path: Path, cases: list[dict[str, Any]]) -> None:
 
 
 def draw_scaling(path: Path, sweeps: list[dict[str, Any]]) -> None:
-    """Seconds over what grows, both logarithmic but for threads, beside a line through the last point along which they are proportional."""
+    """Seconds over parameters, snapshots, targets and threads, beside a dotted line of proportional growth.
+
+    Axes are logarithmic except for threads.
+    """
     plt = plotting()
     from matplotlib import ticker
 

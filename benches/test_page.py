@@ -74,7 +74,7 @@ def run(folders: tuple[Path, Path], *more: str) -> subprocess.CompletedProcess[s
 
 def test_figures_are_those_of_the_newest_records(folders: tuple[Path, Path]) -> None:
     assert run(folders).returncode == 0
-    text = (folders[1] / "performance.md").read_text()
+    text = (folders[1] / "explanation" / "performance.md").read_text()
     assert "| posthoc-ema | 25.0 ms (25.0 to 50.0) | 40.0 | 80% |  | 7 MB |" in text
     assert "| another | 100 ms (100 to 200) | 10.0 | 20% | 4.00 |  |" in text
     assert "| a third | not measured: it is not installed |" in text
@@ -86,7 +86,7 @@ def test_each_work_is_of_its_newest_record(folders: tuple[Path, Path]) -> None:
     older = record(cases=[{**case("update"), "title": "yesterday's"}, case("writing")])
     (folders[0] / "2000-01-01-peers.json").write_text(json.dumps(older))
     assert run(folders).returncode == 0
-    updates, rest = (folders[1] / "performance.md").read_text().split("## Storing")
+    updates, rest = (folders[1] / "explanation" / "performance.md").read_text().split("## Storing")
     storing, start = rest.split("## Start")
     assert (
         "2000-01-02-peers.json" in updates and "2000-01-01-peers.json" in storing and "2000-01-02-peers.json" in start
@@ -98,7 +98,7 @@ def test_the_check_passes_what_was_made_and_nothing_else(folders: tuple[Path, Pa
     assert run(folders, "--check").returncode == 1
     assert run(folders).returncode == 0
     assert run(folders, "--check").returncode == 0
-    page = folders[1] / "performance.md"
+    page = folders[1] / "explanation" / "performance.md"
     page.write_text(page.read_text().replace("40.0", "41.0"))
     changed = run(folders, "--check")
     assert changed.returncode == 1 and "not what the records make" in changed.stderr

@@ -76,7 +76,7 @@ CASES = (
         "compensated",
         28,
         ("compensated",),
-        "No other package has compensated averages.",
+        "No other package measured here has compensated averages.",
     ),
     Case(
         "bf16 parameters, plain f32 averages",
@@ -85,7 +85,7 @@ CASES = (
         "bf16",
         18,
         ("plain", "compiled-flat", "compiled", "foreach", "foreach-floats", "timm-f32", *PACKAGES),
-        "Averages of bf16 are told apart: they take half the memory, and lose late updates.",
+        "Averages in bf16 take half the memory and lose late updates: the last column names the dtype.",
     ),
     Case("f32 parameters, plain averages", "2,000 tensors", "float32", "plain", 20, ("plain", *PEERS)),
 )
