@@ -4,18 +4,19 @@
 pip install -r docs/requirements.txt
 python3 scripts/site.py
 
-Exits with 1 for a warning of the build, a docstring that does not fit its function, a page that is missing from the navigation
-of zensical.toml or from docs/, and a link or an anchor that leads nowhere, in any Markdown file of the repository.
+Exits with 1 for any of these: a warning of the build; a docstring that does not fit its function; a page that is only
+in docs/, or only in the navigation of zensical.toml; a dead link or anchor in any Markdown file of the repository.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import tomli
 
 ROOT = Path(__file__).resolve().parents[1]
 # The programs of docs/requirements.txt, installed for this Python.
@@ -30,10 +31,12 @@ def main() -> None:
 
 def navigation() -> list[str]:
     """Compares the pages in the navigation with those in docs/."""
-    listed = set(pages(tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]))
+    listed = set(pages(tomli.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]))
     found = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     missing = [f"zensical.toml: {page} is in the navigation, and not in docs/" for page in sorted(listed - found)]
-    return missing + [f"docs/{page}: the page is not in the navigation of zensical.toml" for page in sorted(found - listed)]
+    return missing + [
+        f"docs/{page}: the page is not in the navigation of zensical.toml" for page in sorted(found - listed)
+    ]
 
 
 def pages(entry: Any) -> Iterator[str]:
