@@ -1,5 +1,5 @@
-// Shows that every check of the stand-in driver can fail, and that correct programs pass. Each case runs in a process
-// of its own, which opens the library (built with -DSTANDIN_SELFTEST) under the case's environment.
+// Tests that every check of the stand-in driver can fail, and that correct programs pass. Each case runs in a process
+// of its own, which opens the library (built with -DSTANDIN_SELFTEST) with the case's environment variables.
 //
 //     selftest path/to/libcuda.so.1 [part of the names of cases]
 #include <dlfcn.h>
@@ -39,7 +39,7 @@ static void expect_at(int line, const char* what, uint64_t got, uint64_t expecte
 enum { INVALID = 1, MEMORY = 2, NO_DEVICE = 100, IMAGE = 200, CONTEXT = 201, NO_BINARY = 209, PTX = 222, HANDLE = 400,
        NOT_FOUND = 500, NOT_READY = 600, ADDRESS = 700, MISALIGNED = 716, FAILED = 719 };
 
-// ---- A little of the driver API, with less to write
+// ---- Short forms of the driver API
 
 static const uint32_t image[4] = {0xba55ed50};
 static Handle context_of(int device) {
@@ -99,7 +99,7 @@ struct Add { Pointer dst, a, b; uint64_t n; };
 struct Vectors { Pointer dst, src; uint64_t n; };
 struct Extremes { Pointer src, most, least_index; uint64_t n; };
 
-// Frees all the same, so that nothing but the error under test goes wrong.
+// Checks that the device is broken: calls return the code, except for tolerant ones.
 static void expect_broken(int code) {
     Handle context;
     Pointer made;
@@ -111,7 +111,7 @@ static void expect_broken(int code) {
 // ---- Cases
 
 struct Case {
-    const char *name, *environment, *message;  // the message is part of what must be printed; null: nothing may be
+    const char *name, *environment, *message;  // message: part of the expected output; null: there must be none
     void (*run)();
 };
 static std::vector<Case> cases;
@@ -140,7 +140,7 @@ static void one_stream() {
     std::vector<float> sum(n);
     OK(upload(a, ramp(n, 1).data(), bytes, s));
     OK(upload(b, ramp(n, 0.5).data(), bytes, s));
-    OK(launch("add", Add{c, a, b, n}, s, 79));  // over several pages, whichever block comes first
+    OK(launch("add", Add{c, a, b, n}, s, 79));  // over several pages, in either order of the blocks
     OK(download(sum.data(), c, bytes, s));
     EXPECT(differing_sums(sum.data(), n), 0);
     EXPECT(counted("launches"), 1);
@@ -157,7 +157,7 @@ static void one_stream() {
 }
 CASE(one_stream_computes, "", nullptr) { one_stream(); }
 CASE(one_stream_computes_in_reverse, "STANDIN_REVERSE=1", nullptr) { one_stream(); }
-CASE(what_depends_on_the_order_of_threads_shows, "STANDIN_REVERSE=1", nullptr) {
+CASE(reverse_order_shows_dependent_threads, "STANDIN_REVERSE=1", nullptr) {
     context_of(0);
     Pointer a = device(48);
     for (unsigned blocks : {1, 2}) {
@@ -170,7 +170,7 @@ CASE(what_depends_on_the_order_of_threads_shows, "STANDIN_REVERSE=1", nullptr) {
     }
 }
 
-// Three streams, ordered by events; what arrives in pinned memory is seen after the wait and not before.
+// Orders three streams by events. Data in pinned memory is visible after the wait and not before.
 CASE(events_order_streams, "", nullptr) {
     context_of(0);
     const size_t n = 512, bytes = n * 4;
@@ -197,7 +197,7 @@ CASE(events_order_streams, "", nullptr) {
     EXPECT(counted("host_waits"), 0);
 }
 
-CASE(default_stream_waits_for_blocking_ones_and_they_for_it, "", nullptr) {
+CASE(default_and_blocking_streams_wait_for_each_other, "", nullptr) {
     context_of(0);
     Pointer a = device(64);
     Handle first = stream(0), second = stream(0);
@@ -221,7 +221,7 @@ CASE(non_blocking_streams_do_not_order_the_default_one, "", "which cuMemsetD8Asy
     OK(fill(a, 1, 64, s));
     EXPECT(fill(a, 1, 64, nullptr), FAILED);
 }
-CASE(per_thread_streams_are_streams_of_their_own, "", "per-thread default stream") {
+CASE(per_thread_streams_are_separate, "", "per-thread default stream") {
     Handle context = context_of(0);
     Pointer a = device(64);
     OK(fill(a, 1, 64, Handle(2)));
@@ -236,7 +236,7 @@ CASE(write_after_write, "", "copy_missing_wait") {
     Pointer a = device(100);
     std::vector<char> host(100);
     OK(upload(a, host.data(), 50, stream()));
-    OK(upload(a + 50, host.data(), 50, stream()));  // side by side is no conflict
+    OK(upload(a + 50, host.data(), 50, stream()));  // neighbouring bytes do not conflict
     EXPECT(upload(a + 49, host.data(), 2, stream()), FAILED);
     expect_broken(FAILED);
     OK(cu("cuMemFree_v2", a));
@@ -261,7 +261,7 @@ CASE(kernel_then_copy_without_wait, "", "which kernel add on non-blocking stream
     OK(launch("add", Add{a, a, a, 16}, stream()));
     EXPECT(download(host, a, 64, stream()), FAILED);
 }
-CASE(an_event_covers_only_what_came_before_it, "", "an event or a wait is missing") {
+CASE(an_event_covers_only_earlier_work, "", "an event or a wait is missing") {
     context_of(0);
     Pointer a = device(64);
     Handle first = stream(), second = stream(), early = event_after(first);
@@ -285,7 +285,7 @@ CASE(neighbours_do_not_conflict, "", nullptr) {
         OK(launch("copy_vectors", Vectors{a + 32, a + 48, 5}, second));
     }
 }
-CASE(a_piece_written_later_hides_no_earlier_write, "", "writes bytes [40, 48) of") {
+CASE(a_later_write_keeps_the_rest_of_an_earlier_one, "", "writes bytes [40, 48) of") {
     context_of(0);
     Pointer a = device(64);
     Handle first = stream(), second = stream();
@@ -293,7 +293,7 @@ CASE(a_piece_written_later_hides_no_earlier_write, "", "writes bytes [40, 48) of
     OK(fill(a + 16, 2, 16, second));
     EXPECT(fill(a + 40, 3, 8, stream()), FAILED);
 }
-CASE(a_reader_hides_no_writer, "", "reads bytes [0, 64) of") {
+CASE(a_reader_does_not_replace_the_writer, "", "reads bytes [0, 64) of") {
     context_of(0);
     Pointer a = device(64), b = device(64), c = device(64);
     Handle first = stream(), second = stream();
@@ -301,7 +301,7 @@ CASE(a_reader_hides_no_writer, "", "reads bytes [0, 64) of") {
     OK(move(b, a, 64, second));
     EXPECT(move(c, a, 64, stream()), FAILED);
 }
-CASE(readers_may_meet, "", nullptr) {
+CASE(readers_do_not_conflict, "", nullptr) {
     context_of(0);
     Pointer a = device(64), b = device(64), c = device(64);
     Handle first = stream(), second = stream();
@@ -310,14 +310,14 @@ CASE(readers_may_meet, "", nullptr) {
     order(first, second);
     OK(fill(a, 2, 64, first));
 }
-CASE(every_reader_counts, "", "cuMemcpyDtoDAsync on non-blocking stream 2 of device 0 reads") {
+CASE(a_write_conflicts_with_every_reader, "", "cuMemcpyDtoDAsync on non-blocking stream 2 of device 0 reads") {
     context_of(0);
     Pointer a = device(64), b = device(64), c = device(64);
     Handle first = stream(), second = stream();
     OK(move(b, a, 64, first)), OK(move(c, a, 64, second));
     EXPECT(fill(a, 2, 64, second), FAILED);
 }
-CASE(a_wait_of_the_host_orders, "", nullptr) {
+CASE(a_wait_of_the_host_orders_streams, "", nullptr) {
     context_of(0);
     Pointer a = device(64);
     Handle streams[] = {stream(), stream(), stream(), stream()};
@@ -335,12 +335,12 @@ CASE(a_wait_covers_no_other_stream, "", nullptr) {
     OK(fill(a, 1, 64, first)), order(second, first);
     OK(download(host, a, 64, first)), OK(download(host + 64, a, 64, second));
     OK(synchronize(first));
-    OK(cu("cuStreamQuery", first));  // known to be done
+    OK(cu("cuStreamQuery", first));  // the host has waited for it
     EXPECT(host[1], 1);
     EXPECT(host[65], 0xA5);
     EXPECT(cu("cuStreamQuery", second), NOT_READY);
 }
-CASE(freeing_waits, "", nullptr) {
+CASE(freeing_waits_for_the_device, "", nullptr) {
     context_of(0);
     Pointer a = device(64), b = device(64);
     uint8_t* host = pinned(64);
@@ -350,7 +350,7 @@ CASE(freeing_waits, "", nullptr) {
     EXPECT(host[1], 1);
     EXPECT(counted("host_waits"), 1);
 }
-CASE(a_plain_copy_from_pageable_memory_orders_no_stream, "", "which cuMemcpyHtoD on legacy") {
+CASE(a_plain_upload_does_not_order_other_streams, "", "which cuMemcpyHtoD on legacy") {
     context_of(0);
     Pointer a = device(64);
     char host[64] = {};
@@ -365,7 +365,7 @@ CASE(a_plain_copy_waits_for_earlier_work, "", nullptr) {
     OK(cu("cuMemcpyHtoD_v2", a, (const void*)host, (size_t)64));
     OK(fill(b, 2, 64, stream()));
 }
-CASE(the_host_sees_plain_copies, "", nullptr) {
+CASE(plain_copies_are_visible_to_the_host, "", nullptr) {
     context_of(0);
     Pointer a = device(64);
     uint8_t *host = pinned(64), plain[64];
@@ -378,7 +378,7 @@ CASE(the_host_sees_plain_copies, "", nullptr) {
     EXPECT(plain[63], 3);
 }
 
-CASE(the_host_reads_too_early, "STANDIN_QUERIES=2", nullptr) {
+CASE(an_early_read_of_the_host_finds_poison, "STANDIN_QUERIES=2", nullptr) {
     context_of(0);
     Pointer a = device(64);
     uint8_t* host = pinned(64);
@@ -388,7 +388,7 @@ CASE(the_host_reads_too_early, "STANDIN_QUERIES=2", nullptr) {
     OK(cu("cuStreamQuery", s));
     EXPECT(host[5], 7);
 }
-CASE(the_host_writes_where_a_copy_arrives, "", "the host wrote to bytes [0, 64) of pinned allocation") {
+CASE(a_write_of_the_host_under_a_copy_is_found, "", "the host wrote to bytes [0, 64) of pinned allocation") {
     context_of(0);
     Pointer a = device(64);
     uint8_t* host = pinned(64);
@@ -397,7 +397,7 @@ CASE(the_host_writes_where_a_copy_arrives, "", "the host wrote to bytes [0, 64) 
     host[9] = 1;
     EXPECT(synchronize(s), FAILED);
 }
-CASE(the_host_changes_a_source_too_early, "", "the host changed bytes [16, 48) of pinned allocation") {
+CASE(a_source_changed_under_a_copy_is_found, "", "the host changed bytes [16, 48) of pinned allocation") {
     context_of(0);
     Pointer a = device(64);
     uint8_t* host = pinned(64);
@@ -409,7 +409,7 @@ CASE(the_host_changes_a_source_too_early, "", "the host changed bytes [16, 48) o
     EXPECT(cu("cuStreamQuery", s), FAILED);
     expect_broken(FAILED);
 }
-CASE(a_kernel_overwrites_a_changed_source, "", "the host changed") {
+CASE(a_changed_source_is_found_before_a_kernel_overwrites_it, "", "the host changed") {
     context_of(0);
     Pointer a = device(64);
     uint8_t* host = pinned(64);
@@ -418,7 +418,7 @@ CASE(a_kernel_overwrites_a_changed_source, "", "the host changed") {
     host[0] ^= 1;
     EXPECT(launch("add", Add{(Pointer)host, a, a, 8}, s), FAILED);
 }
-CASE(devices_see_what_the_host_does_not, "", nullptr) {
+CASE(devices_see_data_that_the_host_does_not, "", nullptr) {
     context_of(0);
     const size_t n = 64, bytes = n * 4;
     Pointer a = device(bytes), b = device(bytes), c = device(bytes);
@@ -456,7 +456,7 @@ CASE(pinned_memory_freed_while_read, "", "while the host has not waited for cuMe
     uint8_t* host = pinned(64);
     OK(upload(device(64), host, 64, stream()));
     EXPECT(cu("cuMemFreeHost", (void*)host), FAILED);
-    OK(cu("cuMemFreeHost", (void*)host));  // once all is lost, frees are quiet
+    OK(cu("cuMemFreeHost", (void*)host));  // on a broken device, freeing succeeds
 }
 CASE(pinned_memory_freed_too_early, "", "while the host has not waited for cuMemcpyDtoHAsync") {
     context_of(0);
@@ -523,7 +523,7 @@ CASE(a_kernel_reads_out_of_bounds, "", "kernel add reads 4 bytes at 0x") {
     EXPECT(launch("add", Add{a, a, b, 16}, nullptr), ADDRESS);
     expect_broken(ADDRESS);
 }
-CASE(a_kernel_writes_far_away, "", "bytes past the end of device allocation 1 (64 bytes") {
+CASE(a_kernel_writes_far_out_of_bounds, "", "bytes past the end of device allocation 1 (64 bytes") {
     context_of(0);
     Pointer a = device(64);
     EXPECT(launch("add", Add{a + 8192, a, a, 16}, nullptr), ADDRESS);
@@ -545,7 +545,7 @@ CASE(misaligned, "", "reads 16 bytes at 0x") {
     EXPECT(launch("copy_vectors", Vectors{b, a + 8, 4}, nullptr), MISALIGNED);
     expect_broken(MISALIGNED);
 }
-CASE(foreign_device, "", "lies on device 0, but the context is that of device 1") {
+CASE(foreign_device, "", "is on device 0, but the context is that of device 1") {
     context_of(0);
     Pointer a = device(64);
     char host[64] = {};
@@ -672,7 +672,8 @@ CASE(elapsed_time, "", "elapsed time needs") {
     EXPECT(milliseconds >= 0, true);
 }
 
-// Every half comes back as itself; between neighbours the nearer one is taken, and the even one in the middle.
+// Converts every f16 and bf16 value back to itself, and values between two neighbours to the nearer one, or to the even
+// one from the middle.
 CASE(conversions_to_16_bits, "", nullptr) {
     for (uint32_t bits = 0; bits < 0x7c00; bits++) {
         float here = f16_to_f32((uint16_t)bits), next = bits == 0x7bff ? 65536.0f : f16_to_f32((uint16_t)(bits + 1));
@@ -693,7 +694,7 @@ CASE(conversions_to_16_bits, "", nullptr) {
         EXPECT(f32_to_f16(bits_f32(nan)), 0x7fff);
         EXPECT(f32_to_bf16(bits_f32(nan)), 0x7fff);
     }
-    EXPECT(f32_bits(fma_f32(0x1.000002p0f, 0x1.fffffep-1f, -1.0f)), 0x337ffffe);  // 0 where the product is rounded
+    EXPECT(f32_bits(fma_f32(0x1.000002p0f, 0x1.fffffep-1f, -1.0f)), 0x337ffffe);  // 0 if the product were rounded
     EXPECT(f32_bits(f64_to_f32(0x1.000001p0)), 0x3f800000);
 }
 
@@ -731,8 +732,8 @@ static bool passes(const Case& it, const char* path) {
     waitpid(child, &status, 0);
     std::string text = contents(messages);
     fclose(messages);
-    bool told = it.message ? text.find(it.message) != std::string::npos : text.empty();
-    bool good = WIFEXITED(status) && WEXITSTATUS(status) == 0 && told;
+    bool printed = it.message ? text.find(it.message) != std::string::npos : text.empty();
+    bool good = WIFEXITED(status) && WEXITSTATUS(status) == 0 && printed;
     if (!good) printf("FAILED %s (status %d); printed:\n%s\n", it.name, status, text.c_str());
     return good;
 }
