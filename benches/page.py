@@ -57,12 +57,12 @@ WORKS = {
         "Time until a plan on 40 snapshots is printed, beside the time to start the program and do nothing.",
     ),
 }
-# Notes of earlier records in today's wording.
+# Notes that replace those of earlier records, by the title of the case.
 NOTES = {
-    "No other package has compensated averages.": (
+    "Update, f32 parameters, compensated averages": (
         "None of the other packages measured here has compensated averages."
     ),
-    "Averages of bf16 are told apart: they take half the memory, and lose late updates.": (
+    "Update, bf16 parameters, plain f32 averages": (
         "The last column shows averages of bf16: they take half the memory, and lose late updates."
     ),
 }
@@ -183,7 +183,7 @@ def sections(record: Record) -> list[str]:
         for case in cases:
             if len(cases) > 1 or table.heading(case) != title:
                 parts.append(f"**{table.heading(case)}**")
-            parts += [table.markdown(case), *([NOTES.get(case["note"], case["note"])] if case["note"] else [])]
+            parts += [table.markdown(case), *([NOTES.get(case["title"], case["note"])] if case["note"] else [])]
     return parts
 
 

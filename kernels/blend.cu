@@ -10,7 +10,7 @@
 // vectors; otherwise, and at the end, single elements. Weights and addresses are arguments of the kernel.
 //
 // Tried and rejected:
-// - Sums in f32: wrong by many units in the last place where the weights are large and of both signs.
+// - Sums in f32: wrong by many units in the last place if the weights are large and of both signs.
 // - Splitting the sources among threads: the order of additions would differ from the CPU's.
 // - 8 elements a thread for more than two targets: the f64 sums do not fit the registers.
 // - 3 blocks per multiprocessor for 8 targets of 8 elements: 80 registers a thread spill, even with f32 sums.

@@ -6,7 +6,7 @@
 // from the CPU's.
 //
 // Memory: every element is read once and written once. Loads and stores are streaming ones, which leave the caches to
-// other work. Vectors move 128 bits at a time, or 64 where they are that short.
+// other work. Vectors move 128 bits at a time, or 64 if they are that short.
 //
 // Kernels use no shared memory, barriers or warp intrinsics. The same files therefore compile as plain C++ (shim.h) and
 // run under the stand-in driver of the tests.

@@ -17,7 +17,7 @@ from contenders import Absent
 from environment import Environment
 from turns import Row
 
-# Rounds after the first one, which counts as well: there is no warm-up.
+# Rounds after the first one, which counts as well.
 ROUNDS = 2
 BLOCK = "4M"
 

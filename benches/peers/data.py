@@ -94,14 +94,14 @@ FORMATS = {"pytorch-posthoc-ema": write_pytorch_posthoc_ema, "ema-pytorch": writ
 
 
 def main() -> None:
-    what, *rest = sys.argv[1:]
-    if what == "run":
+    kind, *rest = sys.argv[1:]
+    if kind == "run":
         folder, model, size, dtype, steps = rest
         write_run(Path(folder), models.MODELS[model][size], getattr(torch, dtype), int(steps))
     else:
         run, folder, model, size, *packages = rest
         sys.path[:0] = packages
-        FORMATS[what](Path(run), Path(folder), models.MODELS[model][size])
+        FORMATS[kind](Path(run), Path(folder), models.MODELS[model][size])
 
 
 if __name__ == "__main__":

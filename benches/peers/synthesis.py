@@ -118,7 +118,7 @@ def measure(environment: Environment) -> Iterator[dict[str, Any]]:
 
 
 def one_target(task: Task) -> dict[str, Any]:
-    """Measures everyone that reads our files together, and each of the others in turns with ours."""
+    """Measures all contenders that read our files together, and each of the others in turns with ours."""
     check = Check(task)
     groups = [[scan(task), *ours(task, check), *readers(task, check), mergekit(task, check)]]
     rows = take_turns(task, groups[0], ROUNDS)
@@ -181,7 +181,7 @@ def take_turns(task: Task, contenders: list[turns.Contender], rounds: int) -> li
     for row in limits:
         row["limit"] = True
         row.pop("peak_anonymous_bytes", None)
-    # Of two limits, the slower one counts.
+    # The slower of two limits counts.
     slowest = max(limits, key=lambda row: row.get("seconds_median", 0.0), default=None)
     turns.add_rates([row for row in rows if row["name"] != PEAK], slowest, task.bytes)
     for row in limits:
