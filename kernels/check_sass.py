@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = ["update", "blend", "convert"]
 ARCHITECTURES = [80, 90, 100, 120]
-# The flags of build.rs.
+# Flags of build.rs.
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ftz=false"]
 THREADS = 256
 REGISTERS = 65536  # per multiprocessor, on each of these architectures

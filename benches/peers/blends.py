@@ -127,7 +127,7 @@ def files(task: Task) -> list[tuple[Path, float]]:
 
 
 def lora_merge(task: Task) -> Work:
-    """A script as people merge LoRA files: loads each file whole, adds it to a dictionary in f32, saves that."""
+    """Hand-written merge of LoRA files: loads each file whole, adds it to a dictionary in f32, saves that."""
 
     def once() -> list[Tensors]:
         merged: Tensors = {}
@@ -146,7 +146,7 @@ def lora_output(task: Task) -> Path:
 
 
 def torch_loop(task: Task) -> Work:
-    """A hand-written loop over mapped files, into memory: adds up in f32, tensor by tensor."""
+    """Hand-written loop over mapped files, into memory: adds up in f32, tensor by tensor."""
 
     def once() -> list[Tensors]:
         opened = [(safe_open(path, "pt"), weight) for path, weight in files(task)]

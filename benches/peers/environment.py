@@ -1,4 +1,4 @@
-"""The environment of a measurement: virtual environments, the other packages, ours, and the limits in C."""
+"""Environment of a measurement: virtual environments, the other packages, ours, and the limits in C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process behind a :class:`turns.Worker`: it runs a command for each request."""
+"""Process behind a :class:`turns.Worker`: it runs a command for each request."""
 
 from __future__ import annotations
 

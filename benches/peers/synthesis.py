@@ -40,7 +40,7 @@ MERGEKIT = "mergekit, the program, into a file in memory"
 
 @dataclass
 class Task:
-    """Task run, and a synthesis task on it."""
+    """Stored run, and a synthesis task on it."""
 
     environment: Environment
     model: str

@@ -246,7 +246,7 @@ class CompiledFlat(Compiled):
 
 
 class Copy(Tracker):
-    """A copy of the parameters in their own dtype into memory that exists: no averages."""
+    """Copy of the parameters in their own dtype into memory that is already allocated: no averages."""
 
     def __init__(self, model: nn.Module, update_every: int, folder: Path):
         super().__init__(model, update_every, folder)

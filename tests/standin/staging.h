@@ -1,4 +1,4 @@
-// The host's view of pinned memory. Work runs at once, but the host learns of it only when it waits. Until then, bytes
+// Host's view of pinned memory. Work runs at once, but the host learns of it only when it waits. Until then, bytes
 // that a device wrote are kept aside and the host finds poison, and bytes that a device reads must not change.
 #pragma once
 #include "ordering.h"
