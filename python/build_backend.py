@@ -1,7 +1,7 @@
-"""Builds the wheel with maturin, with CUDA kernels inside where there is a compiler for them.
+"""Builds the wheel with maturin, and with CUDA kernels if there is a compiler for them.
 
-`POSTHOC_EMA_CUDA=1` demands them, `POSTHOC_EMA_CUDA=0` leaves them out; otherwise they are built where nvcc is found: by
-`NVCC`, `CUDA_HOME` or `CUDA_PATH`, on the `PATH`, or in `/usr/local/cuda`.
+`POSTHOC_EMA_CUDA=1` requires the kernels, `POSTHOC_EMA_CUDA=0` leaves them out. Otherwise they are built if nvcc is
+found through `NVCC`, `CUDA_HOME` or `CUDA_PATH`, on the `PATH`, or in `/usr/local/cuda`.
 """
 
 import os
@@ -16,7 +16,7 @@ from maturin import *  # noqa: F403  the hooks of PEP 517 that are not wrapped h
 
 
 def _nvcc():
-    """The path of nvcc, or None."""
+    """Returns the path of nvcc, or None."""
     if os.environ.get("NVCC"):
         return os.environ["NVCC"]
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
@@ -26,12 +26,12 @@ def _nvcc():
     return shutil.which("nvcc")
 
 
-# Older ones do not know an option that the kernels are compiled with.
+# Older versions do not know an option that the kernels are compiled with.
 _OLDEST = (12, 8)
 
 
 def _version(nvcc):
-    """The version of nvcc as two numbers, or None where it cannot be started."""
+    """Returns the version of nvcc as two numbers, or None if it cannot be started."""
     try:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -43,7 +43,7 @@ def _version(nvcc):
 def _with_cuda():
     wanted = os.environ.get("POSTHOC_EMA_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
-        raise SystemExit(f"POSTHOC_EMA_CUDA={wanted}: it is 1 (with CUDA), 0 (without) or auto")
+        raise SystemExit(f"POSTHOC_EMA_CUDA={wanted}: choose 1 (with CUDA), 0 (without) or auto")
     if wanted != "auto":
         return wanted == "1"
     nvcc = _nvcc()
@@ -56,13 +56,13 @@ def _with_cuda():
 
 
 def _choose(config_settings):
-    """Tells maturin which features to build, unless the caller has."""
+    """Sets the features that maturin builds, unless the caller has chosen them."""
     arguments = os.environ.get("MATURIN_PEP517_ARGS", "")
     own = "build-args" in (config_settings or {}) or "--features" in arguments
     if own:
         if os.environ.get("POSTHOC_EMA_CUDA") == "1":
             raise SystemExit(
-                "POSTHOC_EMA_CUDA=1 beside arguments for maturin: give `--features cuda` among these instead"
+                "POSTHOC_EMA_CUDA=1 has no effect beside arguments for maturin: add `--features cuda` to them instead"
             )
         return
     if _with_cuda():
