@@ -5,7 +5,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use posthoc_ema::bench::limits;
+use posthoc_ema::compute::cpu::limits;
 
 /// The best of several runs, in seconds.
 pub fn best_seconds(mut run: impl FnMut()) -> f64 {
