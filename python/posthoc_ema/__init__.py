@@ -15,14 +15,15 @@ While training, and afterwards:
 """
 
 from . import visualization
+from ._advising import Advice, advise
+from ._averaging import Average, CheckpointWeight, average
+from ._importing import Imported, import_run
 from ._native import __version__
-from .advising import Advice, advise
-from .averaging import Average, CheckpointWeight, average
-from .importing import Imported, import_run
+from ._plans import Noise, Plan, Predicted, Retention, Weight, plan
+from ._profiles import Profile, Target
+from ._sweeping import Best, Swept, Trial
 from .karras_ema import KarrasEMA
 from .posthoc_ema import PostHocEMA
-from .profiles import Noise, Plan, Predicted, Profile, Retention, Target, Weight, plan
-from .sweeping import Best, Swept, Trial
 
 __all__ = [
     "Advice",

@@ -16,27 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _native
-
-# As PyTorch and numpy name dtypes, and as safetensors files do.
-DTYPES = {
-    "float32": "F32",
-    "float64": "F64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-}
+from ._dtypes import dtype_name
 
 HOST = -1
 """Instead of the number of a CUDA device."""
@@ -57,16 +37,6 @@ def is_torch(tensor: Any) -> bool:
     """Whether it is a tensor of PyTorch."""
     torch = torch_module()
     return torch is not None and isinstance(tensor, torch.Tensor)
-
-
-def dtype_name(name: str, dtype: Any) -> str:
-    """A dtype of PyTorch or numpy, as safetensors files name it."""
-    text = getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
-    if text not in DTYPES:
-        raise ValueError(
-            f"tensor `{name}`: {dtype} cannot be stored in safetensors files: name it in `leave_out`, or convert it"
-        )
-    return DTYPES[text]
 
 
 class Facts(NamedTuple):

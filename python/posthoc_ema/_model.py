@@ -7,7 +7,8 @@ from collections.abc import Container, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ._lend import Lender, dtype_name, torch_module
+from ._dtypes import dtype_name
+from ._lend import Lender, torch_module
 
 # Saved whatever requires grad: without them an averaged network with batch normalisation cannot be evaluated.
 BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

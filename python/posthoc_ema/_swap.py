@@ -10,7 +10,7 @@ from typing import Any
 from . import _native
 from ._lend import Lender, is_torch, torch_module
 from ._model import MappingTensors, ModuleTensors
-from ._results import address
+from ._outputs import address
 
 Swap = Callable[[_native.Originals, _native.Layout, list[int], int], None]
 """Puts an average into tensors at addresses, on a stream, and what they held into the first argument."""

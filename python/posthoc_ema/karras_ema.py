@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from . import _native
-from ._averages import addresses_in, copy_on_cpu, named_tensors
 from ._lend import torch_module
 from ._model import ModuleTensors
+from ._profiles import Profile
 from ._swap import check_own_weights
-from .profiles import Profile
+from ._tracked_average import addresses_in, copy_on_cpu, named_tensors
 
 __all__ = ["KarrasEMA"]
 

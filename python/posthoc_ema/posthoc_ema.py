@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _native, _results, _swap, sweeping
-from ._averages import TrackedAverage
-from ._checks import (
+from . import _native, _swap, _sweeping
+from ._dtypes import stored_name
+from ._lend import Lender, is_torch, torch_module
+from ._model import MappingTensors, ModuleTensors, tensors_of
+from ._options import (
     DEFAULTS,
     STATE,
     Counter,
@@ -26,21 +28,11 @@ from ._checks import (
     rank,
     refuse,
 )
-from ._lend import Lender, is_torch, torch_module
-from ._model import MappingTensors, ModuleTensors, tensors_of
+from ._outputs import Fresh
+from ._plans import Noise, Plan, Retention, noise_text, plan, retention_to_dict
+from ._profiles import Profile, Target, as_profile, to_json
 from ._progress import Progress, following
-from .profiles import (
-    Noise,
-    Plan,
-    Profile,
-    Retention,
-    Target,
-    as_profile,
-    noise_text,
-    plan,
-    retention_to_dict,
-    to_json,
-)
+from ._tracked_average import TrackedAverage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -178,7 +170,7 @@ class PostHocEMA:
             "checkpoint_every": count("checkpoint_every", checkpoint_every),
             "max_checkpoints": count("max_checkpoints", max_checkpoints),
             "retention": None if retention is None else retention_to_dict(retention),
-            "checkpoint_dtype": _results.stored_name(checkpoint_dtype),
+            "checkpoint_dtype": stored_name(checkpoint_dtype),
             "compensated": compensated,
             "checkpoint_in_background": checkpoint_in_background,
             "average": average,
@@ -513,7 +505,7 @@ class PostHocEMA:
         jsons = to_json(targets)
         source, at = self._source(step, noise)
         specs, tied = source.tensors(), source.tied()
-        fresh = _results.Fresh(specs, len(jsons), _results.stored_name(dtype), self._of_torch, source.averaged())
+        fresh = Fresh(specs, len(jsons), stored_name(dtype), self._of_torch, source.averaged())
 
         def total() -> int | None:
             return source.bytes_to_read(jsons, step) if isinstance(source, _native.Run) else None
@@ -567,7 +559,7 @@ class PostHocEMA:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in names]
         with following(progress, lambda: run.bytes_to_read(jsons, step), "synthesizing") as told:
-            run.write(jsons, step, noise_text(noise), paths, _results.stored_name(dtype), device, told)
+            run.write(jsons, step, noise_text(noise), paths, stored_name(dtype), device, told)
         return paths
 
     def plan(self, targets: Iterable[Target], step: int | None = None, *, noise: Noise = "off") -> list[Plan]:
@@ -595,8 +587,8 @@ class PostHocEMA:
         out: str | os.PathLike[str] | None = None,
         name: str | None = None,
         batch: int = 8,
-        progress: sweeping.Progress = None,
-    ) -> sweeping.Swept:
+        progress: _sweeping.Progress = None,
+    ) -> _sweeping.Swept:
         """Evaluates averages of many lengths, goes on around the best one, and gives that.
 
         All targets are evaluated first, then `refine` golden-section steps between the neighbours of the best, in its own
@@ -635,8 +627,8 @@ class PostHocEMA:
         at = self.plan(profiles, step, noise=noise)[0].at
         # The newest average of a tracker has no snapshot that could be named by a step.
         step = step if self._live(step) is not None else at
-        directory = None if out is None else sweeping.check_apart(out, self.checkpoint_dir)
-        name, own = (name, True) if name is not None else sweeping.name_of(evaluate)
+        directory = None if out is None else _sweeping.check_apart(out, self.checkpoint_dir)
+        name, own = (name, True) if name is not None else _sweeping.name_of(evaluate)
         search = _native.Sweep(
             to_json(profiles),
             minimize,
@@ -648,16 +640,16 @@ class PostHocEMA:
             noise_text(noise),
         )
         try:
-            sweeping.check_resumed(search, name, own, directory)
-            averages = sweeping.Averages(self, step, noise, model)
-            evaluations = sweeping.Evaluations(search, averages, evaluate)
+            _sweeping.check_resumed(search, name, own, directory)
+            averages = _sweeping.Averages(self, step, noise, model)
+            evaluations = _sweeping.Evaluations(search, averages, evaluate)
             evaluations.run(batch, progress)
-            results, number = sweeping.trials_of(search), search.best()
+            results, number = _sweeping.trials_of(search), search.best()
             if number is None:
                 reasons = "; ".join(f"{trial.profile}: {trial.error}" for trial in results)
                 raise RuntimeError(f"all {len(results)} evaluations failed: {reasons}") from evaluations.first
             best = averages.best(results[number], directory)
-            return sweeping.Swept(best=best, results=results, at=at, minimize=minimize, edge=search.edge())
+            return _sweeping.Swept(best=best, results=results, at=at, minimize=minimize, edge=search.edge())
         finally:
             search.close()
 

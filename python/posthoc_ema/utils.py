@@ -153,7 +153,7 @@ def solve_weights(
     """The weights with which stored averages make that of `target_gamma` at the last of `timesteps` (Algorithm 3).
 
     Plain least squares over the closed form `p_dot_p`, for averages updated at every step. The plans of this package
-    (`posthoc_ema.profiles.plan`, `PostHocEMA.plan`), which synthesis uses, do more: they take the updates that really
+    (`posthoc_ema.plan`, `PostHocEMA.plan`), which synthesis uses, do more: they take the updates that really
     were made, and hold the sum of the weights at 1, which is only nearly so here.
 
     Args:

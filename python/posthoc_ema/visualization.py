@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .profiles import plan
+from ._plans import plan
 from .utils import as_floats
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    from .sweeping import Swept, Trial
+    from ._sweeping import Swept, Trial
 
 __all__ = [
     "compute_reconstruction_errors",
@@ -55,7 +55,7 @@ def compute_reconstruction_errors(
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """How far off synthesized averages will be after a training that fills its checkpoints, for a range of lengths.
 
-    The training has ``max_checkpoints * checkpoint_every`` steps; `posthoc_ema.profiles.plan` takes any other.
+    The training has ``max_checkpoints * checkpoint_every`` steps; `posthoc_ema.plan` takes any other.
 
     Args:
         sigma_rels: lengths of the tracked averages.

@@ -11,9 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import _native, _results
+from . import _native
+from ._dtypes import stored_name
+from ._outputs import Fresh
+from ._profiles import Profile, Target, to_json
 from ._progress import Progress, following
-from .profiles import Profile, Target, to_json
 
 __all__ = ["Average", "CheckpointWeight", "average"]
 
@@ -96,7 +98,7 @@ def average(
     if outputs is not None and len(outputs) != len(jsons):
         raise ValueError(f"out names {len(outputs)} paths for {len(jsons)} targets: give one for each")
     text, notes = checkpoints.plans(jsons, at)
-    stored = _results.stored_name(dtype)
+    stored = stored_name(dtype)
 
     def total() -> int:
         return checkpoints.bytes_to_read(jsons, at)
@@ -104,7 +106,7 @@ def average(
     with following(progress, total, "averaging") as told:
         if outputs is None:
             of_torch = find_spec("torch") is not None
-            fresh = _results.Fresh(checkpoints.tensors(), len(jsons), stored, of_torch, checkpoints.averaged())
+            fresh = Fresh(checkpoints.tensors(), len(jsons), stored, of_torch, checkpoints.averaged())
             checkpoints.load_into(jsons, at, fresh.layout, fresh.addresses(), told)
             results: list[dict[str, Any]] = [{"state_dict": target} for target in fresh.targets]
         else:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from . import _native
-from ._lend import DTYPES, HOST
+from ._dtypes import DTYPES
+from ._lend import HOST
 
 _NAMES = {stored: name for name, stored in DTYPES.items()}
 
@@ -60,19 +61,3 @@ def _numpy_array(name: str, dtype: str, shape: list[int]) -> Any:
         raise ValueError(
             f"tensor `{name}`: numpy has no dtype {dtype}: ask for another with `dtype`, or install ml_dtypes and import it"
         ) from None
-
-
-def stored_name(dtype: Any) -> str | None:
-    """A dtype of PyTorch or numpy, or its name, as safetensors files have it.
-
-    Raises:
-        ValueError: for one that averages cannot have.
-    """
-    if dtype is None:
-        return None
-    text = str(getattr(dtype, "__name__", None) or getattr(dtype, "name", None) or dtype).rpartition(".")[2]
-    short = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
-    stored = DTYPES.get(short.get(text.lower(), text), text)
-    if stored not in ("F32", "F16", "BF16", "F64"):
-        raise ValueError(f"dtype {dtype}: averages can be float32, bfloat16, float16 or float64")
-    return stored

@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
-from .profiles import Noise, Plan, Profile, noise_text
+from ._plans import Noise, Plan, noise_text
+from ._profiles import Profile
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import _native
+from ._profiles import Profile
 from ._progress import Progress, following
-from .profiles import Profile
 
 __all__ = ["Imported", "import_run"]
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from . import _native
-from ._lend import HOST, dtype_name, torch_module
+from ._dtypes import dtype_name
+from ._lend import HOST, torch_module
 from ._model import ModuleTensors, unwrap
-from ._results import Specs
-from .profiles import Profile, to_json
+from ._outputs import Specs
+from ._profiles import Profile, to_json
 
 
 def copy_on_cpu(model: Any) -> Any:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from . import _native
+from ._dtypes import stored_name
 from ._lend import torch_module
-from ._results import stored_name
 
 STATE = "state.safetensors"
 """The live state within a run."""

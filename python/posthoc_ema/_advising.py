@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _native
-from ._checks import DEFAULTS
-from ._results import stored_name
-from .profiles import Profile
+from ._dtypes import stored_name
+from ._options import DEFAULTS
+from ._profiles import Profile
 
 
 @dataclass(frozen=True)
