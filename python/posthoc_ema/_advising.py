@@ -1,4 +1,4 @@
-"""Before a training: which profiles to track, how often to store them and how many to keep."""
+"""Advice before a training: profiles to track, spacing and number of snapshots."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _native
-from ._dtypes import stored_name
+from ._dtypes import average_dtype_name
 from ._options import DEFAULTS
 from ._profiles import Profile
+
+__all__ = ["Advice", "advise"]
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A choice of profiles, spacing and number of snapshots, and what it misses at the end of the training."""
+    """A choice of profiles, spacing and number of snapshots, and its errors at the end of the training."""
 
     profiles: tuple[Profile, ...]
-    """What to track: the `profiles` of `PostHocEMA.from_model`."""
+    """Profiles to track: the `profiles` of `PostHocEMA.from_model`."""
     checkpoint_every: int
     """Steps between snapshots."""
     max_checkpoints: int
-    """How many steps' snapshots are kept."""
+    """Number of steps whose snapshots are kept."""
     relative_error: float
-    """The largest relative error of a profile over the range."""
+    """Largest relative error of a profile over the range."""
     noise_gain: float
-    """The largest noise gain over the range."""
+    """Largest noise gain over the range."""
     error: float
-    """The largest error of the profile and of the snapshots' rounding together: what is made small."""
+    """Largest error of the profile and of the snapshots' rounding together, which the advice minimises."""
     sigma_rel: float
-    """The length at which that is largest."""
+    """Length at which that error is largest."""
     disk: int
-    """What the run takes on disk at most, in bytes."""
+    """Largest size of the run on disk, in bytes."""
 
 
 def advise(
@@ -44,26 +46,30 @@ def advise(
     update_every: int = DEFAULTS["update_every"],
     update_after_step: int = DEFAULTS["update_after_step"],
 ) -> list[Advice]:
-    """The best choices of two and of three profiles, for half, all and twice a disk, in this order.
+    """Finds the best choices of two and of three profiles for half, all and twice a disk, in this order.
 
     Args:
-        steps: length of the training in steps.
-        parameters: averaged elements of the model.
-        disk: bytes that the run may take.
-        sigma_rels: the shortest and the longest length that will be asked for; pass it as `retention`, too.
-        checkpoint_dtype: dtype of averages in snapshots.
-        update_every: steps between updates.
-        update_after_step: no update before this step.
+        steps: Length of the training in steps.
+        parameters: Number of averaged elements of the model.
+        disk: Bytes that the run may take.
+        sigma_rels: Shortest and longest length that will be asked for. Pass the range as `retention`, too.
+        checkpoint_dtype: Dtype of averages in snapshots.
+        update_every: Steps between updates.
+        update_after_step: First step at which an update may happen.
+
+    Returns:
+        Three choices of two profiles, then three of three.
 
     Raises:
-        ValueError: for a disk that does not hold one step's snapshots of two profiles, and a range or schedule that makes no sense.
+        ValueError: If the disk is too small for one step's snapshots of two profiles, or the range or the schedule is
+            not valid.
     """
     known = {
         "steps": int(steps),
         "parameters": int(parameters),
         "disk": int(disk),
         "range": [float(sigma_rel) for sigma_rel in sigma_rels],
-        "dtype": stored_name(checkpoint_dtype),
+        "dtype": average_dtype_name(checkpoint_dtype),
         "update_every": int(update_every),
         "update_after_step": int(update_after_step),
     }

@@ -1,4 +1,4 @@
-"""Averages of checkpoints, of trainings in which nothing was tracked."""
+"""Averages of the checkpoints of a training in which nothing was tracked."""
 
 from __future__ import annotations
 
@@ -12,44 +12,46 @@ from pathlib import Path
 from typing import Any
 
 from . import _native
-from ._dtypes import stored_name
-from ._outputs import Fresh
+from ._dtypes import average_dtype_name
+from ._outputs import OutputBuffers
 from ._profiles import Profile, Target, to_json
-from ._progress import Progress, following
+from ._progress import Progress, byte_progress
 
 __all__ = ["Average", "CheckpointWeight", "average"]
 
 
 @dataclass(frozen=True)
 class CheckpointWeight:
-    """The weight of one checkpoint in an average."""
+    """Weight of one checkpoint in an average."""
 
     path: Path
-    """Its file or folder."""
+    """File or folder of the checkpoint."""
     step: int
+    """Step of the checkpoint."""
     weight: float
-    """One of 0 is not read."""
+    """Factor of the checkpoint; one of weight 0 is not read."""
 
 
 @dataclass(frozen=True)
 class Average:
-    """An average of checkpoints, and what it costs that there are no more of them."""
+    """An average of checkpoints, and the errors that come from their number."""
 
     profile: Profile
+    """Profile that was asked for."""
     at: int
-    """The step of the average."""
+    """Step of the average."""
     relative_error: float
-    """How far the profile that the weights stand for is from the one asked for, relative to its norm, over single steps."""
+    """Distance between the profile of the weights and the one asked for, over single steps, relative to its norm."""
     lag_steps: float
-    """By how many steps the average is later than the one asked for: a checkpoint is the end of the time it stands for."""
+    """Steps by which the average is later than the one asked for: a checkpoint is the end of its interval."""
     effective_checkpoints: float
-    """So many equally weighted checkpoints would average noise as well."""
+    """Number of equally weighted checkpoints that would average noise as well."""
     weights: tuple[CheckpointWeight, ...]
-    """Of all checkpoints at or before `at`, in order of their steps; their sum is 1."""
+    """Weights of all checkpoints at or before `at`, in the order of their steps; their sum is 1."""
     path: Path | None = None
-    """Where it was written."""
+    """File or folder of the average, if it was written."""
     state_dict: dict[str, Any] | None = None
-    """The average itself, where it was not written."""
+    """Tensors of the average, if it was not written."""
 
 
 def average(
@@ -65,32 +67,36 @@ def average(
 ) -> list[Average]:
     """Averages the checkpoints of a training in which nothing was tracked, in one pass for all targets.
 
-    Each checkpoint gets the target's mass on the time since the one before it. Floating-point tensors are summed in
-    float64; all others, and the `alpha` of LoRA files, which must be the same in all, are copied from the newest checkpoint.
-    The factors of a LoRA are averaged each for itself, which is not the average of their products.
+    The weight of a checkpoint is the target's share of the time since the checkpoint before it. Floating-point tensors
+    are summed in float64; all others are copied from the newest checkpoint. So is the `alpha` of LoRA files, which must
+    be equal in all of them. The factors of a LoRA are averaged separately, which is not the average of their products.
 
     Args:
-        paths: checkpoints, or a single folder of them. Each is a safetensors file, an index of shards, a folder as Hugging
-            Face's tools write them, or a file of PyTorch, of which no code is ever run.
-        targets: profiles, or numbers as sigma_rel; or a single one.
-        out: where each average goes: one path for each target. Where the checkpoints are folders, so is an average, with the
-            same shards and the files of configuration and tokenizer, unless its path ends in ``.safetensors``. Where it is not
-            given, the averages come as state dicts in memory: of PyTorch's tensors, or numpy's arrays where PyTorch is not
+        paths: Checkpoints, or a single folder of them. Each is a safetensors file, an index of shards, a folder in the
+            form of Hugging Face's tools, or a file of PyTorch, from which no code is run.
+        targets: One or several profiles, or numbers as sigma_rel.
+        out: One path for each target. If the checkpoints are folders, an average is a folder, too, with the same shards
+            and the files of configuration and tokenizer, unless its path ends in `.safetensors`. By default the
+            averages are returned as state dicts: of PyTorch's tensors, or of NumPy's arrays if PyTorch is not
             installed.
-        steps: the steps of the checkpoints, in the order of `paths`, or of the names in a folder, where ``epoch2`` is before
-            ``epoch10``; from metadata, ``trainer_state.json`` or names where they are not given.
-        at: the step of the averages, the newest checkpoint where it is not given.
-        dtype: of averaged tensors; each its own where it is not given.
-        device: where averages that are written are blended: "auto" tries, "cpu", "cuda:N". The bits are the same.
-        progress: a function of the bytes read so far and in all, or whether to draw a bar; None draws one on a terminal.
+        steps: Steps of the checkpoints, in the order of `paths` or of the names in a folder, where `epoch2` is before
+            `epoch10`. By default they come from metadata, `trainer_state.json` or names.
+        at: Step of the averages; default that of the newest checkpoint.
+        dtype: Dtype of averaged tensors; default each tensor's own.
+        device: Device on which written averages are blended: "auto", "cpu" or "cuda:N". The bits are the same on all.
+        progress: Function of the bytes read so far and in total, True for a bar, or False for none; default a bar
+            on a terminal.
+
+    Returns:
+        An average for each target, in their order.
 
     Warns:
-        UserWarning: for an average of hardly more than one checkpoint.
+        UserWarning: If an average contains hardly more than one checkpoint.
 
     Raises:
-        ValueError: for checkpoints of different models, steps that cannot be read, windows longer than the training and
-            such, naming the file.
-        OSError: where something cannot be read or written.
+        ValueError: If the checkpoints are of different models, a step cannot be read, or a window is longer than the
+            training. The message names the file.
+        OSError: If a file cannot be read or written.
     """
     jsons = to_json([targets] if isinstance(targets, (int, float, Profile)) else targets)
     checkpoints = _native.Checkpoints(_paths(paths), None if steps is None else [int(step) for step in steps])
@@ -98,19 +104,19 @@ def average(
     if outputs is not None and len(outputs) != len(jsons):
         raise ValueError(f"out names {len(outputs)} paths for {len(jsons)} targets: give one for each")
     text, notes = checkpoints.plans(jsons, at)
-    stored = stored_name(dtype)
+    stored = average_dtype_name(dtype)
 
     def total() -> int:
         return checkpoints.bytes_to_read(jsons, at)
 
-    with following(progress, total, "averaging") as told:
+    with byte_progress(progress, total, "averaging") as report:
         if outputs is None:
             of_torch = find_spec("torch") is not None
-            fresh = Fresh(checkpoints.tensors(), len(jsons), stored, of_torch, checkpoints.averaged())
-            checkpoints.load_into(jsons, at, fresh.layout, fresh.addresses(), told)
-            results: list[dict[str, Any]] = [{"state_dict": target} for target in fresh.targets]
+            buffers = OutputBuffers(checkpoints.tensors(), len(jsons), stored, of_torch, checkpoints.averaged())
+            checkpoints.load_into(jsons, at, buffers.layout, buffers.addresses(), report)
+            results: list[dict[str, Any]] = [{"state_dict": target} for target in buffers.targets]
         else:
-            checkpoints.write(jsons, at, outputs, stored, device, told)
+            checkpoints.write(jsons, at, outputs, stored, device, report)
             results = [{"path": path} for path in outputs]
     for note in filter(None, notes):
         warnings.warn(note, stacklevel=2)

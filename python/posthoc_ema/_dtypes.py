@@ -1,10 +1,9 @@
-"""Dtypes of PyTorch and numpy, as safetensors files name them."""
+"""Names of dtypes in PyTorch, NumPy and safetensors files."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# As PyTorch and numpy name dtypes, and as safetensors files do.
 DTYPES = {
     "float32": "F32",
     "float64": "F64",
@@ -24,10 +23,22 @@ DTYPES = {
     "float8_e5m2": "F8_E5M2",
     "float8_e8m0fnu": "F8_E8M0",
 }
+"""Names of dtypes in PyTorch and NumPy, each with its name in safetensors files."""
+
+_AVERAGED = ("F32", "F16", "BF16", "F64")
+_SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
 
 
 def dtype_name(name: str, dtype: Any) -> str:
-    """A dtype of PyTorch or numpy, as safetensors files name it."""
+    """Returns the name of a tensor's dtype in safetensors files.
+
+    Args:
+        name: The tensor's name, for the error.
+        dtype: A dtype of PyTorch or NumPy.
+
+    Raises:
+        ValueError: If safetensors files have no such dtype.
+    """
     text = getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
     if text not in DTYPES:
         raise ValueError(
@@ -36,17 +47,19 @@ def dtype_name(name: str, dtype: Any) -> str:
     return DTYPES[text]
 
 
-def stored_name(dtype: Any) -> str | None:
-    """A dtype of PyTorch or numpy, or its name, as safetensors files have it.
+def average_dtype_name(dtype: Any) -> str | None:
+    """Returns the name in safetensors files of a dtype that averages can have.
+
+    Args:
+        dtype: A dtype of PyTorch or NumPy, or its name; None stays None.
 
     Raises:
-        ValueError: for one that averages cannot have.
+        ValueError: If averages cannot have the dtype.
     """
     if dtype is None:
         return None
     text = str(getattr(dtype, "__name__", None) or getattr(dtype, "name", None) or dtype).rpartition(".")[2]
-    short = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
-    stored = DTYPES.get(short.get(text.lower(), text), text)
-    if stored not in ("F32", "F16", "BF16", "F64"):
+    stored = DTYPES.get(_SHORT.get(text.lower(), text), text)
+    if stored not in _AVERAGED:
         raise ValueError(f"dtype {dtype}: averages can be float32, bfloat16, float16 or float64")
     return stored

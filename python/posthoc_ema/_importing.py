@@ -1,4 +1,4 @@
-"""Checkpoints of other tools, made right."""
+"""Runs made of the checkpoints of other tools."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import _native
-from ._profiles import Profile
-from ._progress import Progress, following
+from ._profiles import Profile, to_json
+from ._progress import Progress, byte_progress
 
 __all__ = ["Imported", "import_run"]
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was imported."""
+    """Result of an import."""
 
     snapshots: int
-    """How many snapshots were written."""
+    """Number of snapshots written."""
     steps: tuple[int, ...]
     """Their steps: the time of the last update that each contains, often before the step in the old file's name."""
     bytes: int
-    """The size of all files written."""
+    """Size of all files written."""
     warnings: tuple[str, ...]
-    """What is worth knowing about the files, in words; each is a :class:`UserWarning`, too."""
+    """Remarks on the files; each is raised as a `UserWarning`, too."""
 
 
 def import_run(
@@ -41,30 +41,40 @@ def import_run(
     step_size_correction: bool = False,
     progress: Progress = None,
 ) -> Imported:
-    """Makes a run of the checkpoints that another tool wrote, with the decays that it really applied.
+    """Makes a run of the checkpoints of another tool, with the decays that it really applied.
 
-    Those tools apply the decay of one step once every `update_every` steps, and synthesize as if they had applied it at
-    every step. What they stored is a sound average all the same, of a profile that follows from their decays; synthesized
-    from the run, it gives the averages that are asked for. The source is only read. No code that a pickle names is ever run,
-    and an entry that is an object is refused. The run appears whole: after an error nothing is left behind.
+    These tools apply the decay of one step once every `update_every` steps, and synthesize as if they had applied it at
+    every step. Their checkpoints are sound averages of another profile, which follows from the decays. A synthesis from
+    the imported run gives the averages that were meant.
+
+    The source is only read. No code that a pickle names is run; an entry that is an object is refused. After an error
+    no part of the run is left behind.
 
     Args:
-        source: the folder with the ``.pt`` files.
-        run: the directory of the new run, which is empty or missing.
+        source: Folder with the `.pt` files.
+        run: Directory of the new run, empty or missing.
         tool: "pytorch-posthoc-ema", "ema-pytorch" or "nitrous-ema".
-        sigma_rels: the profiles that were tracked, in the order of the files' first number.
-        gammas: the same by exponent, instead.
-        update_every: steps between updates of that training: 10 by default in pytorch-posthoc-ema, 100 in the others.
-        update_after_step: of pytorch-posthoc-ema: the step before which there was no update; 100 for files of version
-            1.0.8 and later where it is not given.
-        step_size_correction: of nitrous-ema: whether that option was on.
-        progress: a function of the bytes read so far and in all, or whether to draw a bar; None draws one on a terminal.
+        sigma_rels: Tracked profiles, in the order of the files' first number.
+        gammas: Tracked profiles by exponent, instead.
+        update_every: Steps between updates of that training. The default is 10 in pytorch-posthoc-ema and 100 in the
+            others.
+        update_after_step: First step with an update, for pytorch-posthoc-ema; default 100 for files of version 1.0.8
+            and later.
+        step_size_correction: Value of this option of nitrous-ema.
+        progress: Function of the bytes read so far and in total, True for a bar, or False for none; default a bar
+            on a terminal.
+
+    Returns:
+        Number, steps and size of the snapshots.
+
+    Warns:
+        UserWarning: For each remark on the files.
 
     Raises:
-        ValueError: for files that contradict the options or each other, are damaged or hold objects, naming the file; where
-            `run` holds other files.
-        FileExistsError: where `run` holds a run.
-        OSError: where something cannot be read or written.
+        ValueError: If files contradict the options or each other, are damaged or hold objects, or if `run` holds other
+            files. The message names the file.
+        FileExistsError: If `run` holds a run already.
+        OSError: If a file cannot be read or written.
     """
     tracked = [*map(Profile.sigma_rel, sigma_rels), *map(Profile.gamma, gammas)]
     folder = Path(source)
@@ -72,16 +82,16 @@ def import_run(
     def total() -> int | None:
         return sum(map(_size, folder.glob("*.pt"))) if folder.is_dir() else None
 
-    with following(progress, total, "importing") as told:
+    with byte_progress(progress, total, "importing") as report:
         snapshots, steps, written, notes = _native.import_run(
             folder,
             Path(run),
             tool,
-            [profile._json for profile in tracked],
+            to_json(tracked),
             update_every,
             update_after_step,
             step_size_correction,
-            told,
+            report,
         )
     for note in notes:
         warnings.warn(note, stacklevel=2)
@@ -89,7 +99,7 @@ def import_run(
 
 
 def _size(path: Path) -> int:
-    """The size of a file; where it cannot be told, as with a link to nothing, the import says why."""
+    """Returns the size of a file, or 0 for a broken link: the import reports the error."""
     try:
         return path.stat().st_size
     except OSError:

@@ -1,4 +1,4 @@
-"""Plans, which say how snapshots make an average."""
+"""Plans: the weights with which snapshots make an average."""
 
 from __future__ import annotations
 
@@ -15,62 +15,68 @@ __all__ = ["Noise", "Plan", "Predicted", "Retention", "Weight", "plan"]
 
 @dataclass(frozen=True)
 class Weight:
-    """The weight of one snapshot in a plan."""
+    """Weight of one snapshot in a plan."""
 
     index: int
-    """The number of the tracked profile."""
+    """Number of the snapshot's profile among the tracked ones."""
     step: int
-    """The step of the snapshot's last update."""
+    """Step of the last update that the snapshot contains."""
     weight: float
+    """Factor of the snapshot in the blend."""
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """The error that is to be expected of an average: root mean squares over its elements, relative to the weights'."""
+    """Predicted error of an average: root mean square over its elements, relative to that of the weights."""
 
     profile: float
-    """Because the blend's profile is not the target's."""
+    """Part that comes from the difference between the blend's profile and the target's."""
     rounding: float
-    """Because snapshots are stored rounded."""
+    """Part that comes from the rounding of stored snapshots."""
     total: float
-    """Both together."""
+    """Both parts together."""
 
 
 Noise = Literal["off", "auto"] | float
-"""What a solve does against the rounding of stored snapshots: nothing, the regularisation of which the smallest error is
-predicted, or a given one."""
+"""Regularisation of a solve against the rounding of stored snapshots.
+
+"off" is none, "auto" the one with the smallest predicted error, and a number sets it."""
 
 
 def noise_text(noise: Noise) -> str:
-    """What the native part takes."""
+    """Returns the option as the native part takes it."""
     return noise if isinstance(noise, str) else repr(float(noise))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The solved weights of a target, with their error."""
+    """Solved weights of a target, and their error."""
 
     profile: Profile
+    """Profile of the target."""
     at: int
-    """The step of the target."""
+    """Step of the target."""
     relative_error: float
-    """How far the blend's profile is from the target's, relative to the target's norm."""
+    """Distance between the blend's profile and the target's, relative to the norm of the target."""
     noise_gain: float
-    """By how much rounding errors of the stored snapshots are amplified."""
+    """Factor by which rounding errors of the stored snapshots are amplified."""
     condition: float
-    """The condition number of the scaled system."""
+    """Condition number of the scaled system."""
     sum: float
-    """The sum of the weights: 1 but for rounding."""
+    """Sum of the weights, which is 1 apart from rounding."""
     rho: float
-    """The regularisation of the solve; 0 for none."""
+    """Regularisation of the solve; 0 is none."""
     predicted: Predicted | None
-    """The error of the average before it is rounded to its dtype. None before training, for averages at the newest update of a
-    training, and where stored snapshots are too few (fewer than three steps) or tell no updates."""
+    """Predicted error of the average before it is rounded to its dtype.
+
+    None before training, for averages at the newest update of a training, and if the stored snapshots are of fewer than
+    three steps or do not record their updates."""
     weights: tuple[Weight, ...]
+    """Weights of the snapshots."""
 
     @staticmethod
     def from_json(text: str) -> list[Plan]:
-        """Plans as the native part gives them."""
+        """Returns plans as the native part describes them."""
 
         def plan(plan: dict[str, Any]) -> Plan:
             weights = tuple(Weight(**weight) for weight in plan.pop("weights"))
@@ -82,14 +88,14 @@ class Plan:
 
 
 Retention = str | Sequence[float]
-"""Which snapshots are kept: "latest", a range of sigma_rel such as ``(0.05, 0.28)``, or a list of steps (whole numbers)."""
+"""Rule for the snapshots to keep: "latest", a range of sigma_rel such as `(0.05, 0.28)`, or a list of whole steps."""
 
 
 def retention_to_dict(retention: Retention) -> Any:
-    """As the native part reads it.
+    """Returns the rule as the native part takes it.
 
     Raises:
-        ValueError: for anything else than "latest", two sigma_rel or whole numbers.
+        ValueError: If it is not "latest", two sigma_rel or whole numbers.
     """
     if retention == "latest":
         return retention
@@ -118,22 +124,25 @@ def plan(
     retention: Retention = (0.05, 0.28),
     step: int | None = None,
 ) -> list[Plan]:
-    """Tells before a training how well each target can be synthesized after it.
+    """Predicts how well averages can be synthesized after a training that has not begun.
 
     Args:
-        targets: profiles, or numbers as sigma_rel.
-        steps: length of the training in steps.
-        sigma_rels: power-function profiles to track; 0.05 and 0.28 where nothing else is given.
-        profiles: further profiles to track.
-        update_every: steps between updates.
-        update_after_step: no update before this step.
-        checkpoint_every: steps between snapshots.
-        max_checkpoints: how many steps' snapshots are kept.
-        retention: which ones: those that serve a range of sigma_rel best, "latest", or a list of steps.
-        step: the step of the targets; the last snapshot where it is not given.
+        targets: Profiles, or numbers as sigma_rel.
+        steps: Length of the training in steps.
+        sigma_rels: Power-function profiles to track; default 0.05 and 0.28 if `profiles` is empty, too.
+        profiles: Further profiles to track.
+        update_every: Steps between updates.
+        update_after_step: First step at which an update may happen.
+        checkpoint_every: Steps between snapshots.
+        max_checkpoints: Number of steps whose snapshots are kept.
+        retention: Rule for the snapshots to keep: a range of sigma_rel to serve best, "latest", or a list of steps.
+        step: Step of the averages; default that of the last snapshot.
+
+    Returns:
+        A plan for each target, in their order.
 
     Raises:
-        ValueError: for a profile or a schedule that makes no sense.
+        ValueError: If a profile or the schedule is not valid.
     """
     tracked = [*(Profile.sigma_rel(sigma_rel) for sigma_rel in sigma_rels or ()), *profiles]
     tracked = tracked or [Profile.sigma_rel(0.05), Profile.sigma_rel(0.28)]

@@ -1,4 +1,4 @@
-"""Profiles, which say how an average weighs time."""
+"""Profiles of averages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ __all__ = ["Profile", "Target"]
 
 
 class Profile:
-    """How an average weighs time: a cumulative distribution over the training (Karras et al. 2023, section 3).
+    """Weighting of the training by an average: a cumulative distribution over time (Karras et al. 2023, section 3).
 
-    Made by one of the class methods. Power functions and exponentials can be tracked while training; all others are
-    targets of a synthesis only. Wherever a profile is expected, a number stands for ``Profile.sigma_rel(number)``.
+    The class methods make profiles. Power functions and exponentials can be tracked during training; all others are
+    targets of a synthesis only. A number in the place of a profile stands for `Profile.sigma_rel(number)`.
+
+    Args:
+        description: Mapping or JSON text as `to_dict` returns it.
+
+    Raises:
+        ValueError: If the description is not of a valid profile.
     """
 
     __slots__ = ("_json", "_name")
@@ -26,56 +32,101 @@ class Profile:
 
     @classmethod
     def sigma_rel(cls, sigma_rel: float) -> Profile:
-        """The power function with this standard deviation relative to the training so far: in (0, 0.288675]."""
+        """Makes the power function of a relative standard deviation.
+
+        Args:
+            sigma_rel: Standard deviation relative to the length of the training so far, in (0, 0.288675].
+        """
         return cls(_native.track("sigma_rel", float(sigma_rel)))
 
     @classmethod
     def gamma(cls, gamma: float) -> Profile:
-        """The power function ``F_T(t) = (t/T)^(gamma + 1)``, gamma at least 0 (0 is the plain mean)."""
+        """Makes the power function `F_T(t) = (t/T)^(gamma + 1)`.
+
+        Args:
+            gamma: Exponent, at least 0; 0 is the plain mean.
+        """
         return cls(_native.track("gamma", float(gamma)))
 
     @classmethod
     def beta(cls, beta: float) -> Profile:
-        """The exponential (classical EMA) with this decay per training step, in (0, 1), whatever the interval of updates."""
+        """Makes the exponential of a decay (classical EMA).
+
+        Args:
+            beta: Decay per training step, in (0, 1), whatever the interval of updates.
+        """
         return cls(_native.track("beta", float(beta)))
 
     @classmethod
     def half_life(cls, steps: float) -> Profile:
-        """The exponential of which half lies within so many newest steps."""
+        """Makes the exponential of a half-life.
+
+        Args:
+            steps: Number of newest steps that hold half of the weight.
+        """
         return cls(_native.track("half_life", float(steps)))
 
     @classmethod
     def uniform(cls, steps: float | None = None, *, fraction: float | None = None) -> Profile:
-        """The plain mean of the last `steps` steps, or of the last `fraction` of the training. A target only."""
+        """Makes the plain mean of a window at the end of the training; a target only.
+
+        Args:
+            steps: Length of the window in steps.
+            fraction: Length of the window as a fraction of the training, instead.
+        """
         return cls({"kind": "uniform", **_window(steps, fraction)})
 
     @classmethod
     def linear(cls, steps: float | None = None, *, fraction: float | None = None) -> Profile:
-        """Linearly growing weights over such a window. A target only."""
+        """Makes an average whose weights grow linearly over a window at the end of the training; a target only.
+
+        Args:
+            steps: Length of the window in steps.
+            fraction: Length of the window as a fraction of the training, instead.
+        """
         return cls({"kind": "linear", **_window(steps, fraction)})
 
     @classmethod
     def lr_decay(cls, shape: str, steps: float | None = None, *, fraction: float | None = None) -> Profile:
-        """The average that stands in for decaying the learning rate over such a window: shape "linear", "cosine" or
-        "1-sqrt" (checkpoint merging, arXiv:2505.12082, arXiv:2507.17634). A target only."""
+        """Makes the average that replaces a decay of the learning rate; a target only.
+
+        See checkpoint merging, arXiv:2505.12082 and arXiv:2507.17634.
+
+        Args:
+            shape: Shape of the decay: "linear", "cosine" or "1-sqrt".
+            steps: Length of the decay in steps, at the end of the training.
+            fraction: Length of the decay as a fraction of the training, instead.
+        """
         return cls({"kind": "lr-decay", "shape": shape, **_window(steps, fraction)})
 
     @classmethod
     def table(cls, points: Iterable[tuple[float, float]]) -> Profile:
-        """Any other: growing pairs of time as a share of the training, and cumulative share. A target only."""
+        """Makes a profile from a table; a target only.
+
+        Args:
+            points: Growing pairs of time as a fraction of the training, and the share of the weight up to that time.
+        """
         return cls({"kind": "table", "points": [[float(x), float(share)] for x, share in points]})
 
     def cumulative(self, times: Sequence[float], at: float) -> list[float]:
-        """The share of the average at time `at` that belongs to what was seen by each of `times`."""
+        """Returns the share of the average at a time that belongs to the training up to earlier times.
+
+        Args:
+            times: Times, in the unit of `at`.
+            at: Time of the average.
+
+        Returns:
+            A share in [0, 1] for each of `times`.
+        """
         return _native.cumulative(self._json, [float(time) for time in times], float(at))
 
     @property
     def as_sigma_rel(self) -> float | None:
-        """The relative standard deviation of a power function; None for others."""
+        """Relative standard deviation of a power function; None for other profiles."""
         return _native.as_sigma_rel(self._json)
 
     def to_dict(self) -> dict[str, Any]:
-        """The description that the constructor takes."""
+        """Returns the description that the constructor takes."""
         return json.loads(self._json)
 
     def __eq__(self, other: object) -> bool:
@@ -92,20 +143,28 @@ class Profile:
 
 
 Target = float | Profile
-"""A profile, or a number that stands for ``Profile.sigma_rel(number)``."""
+"""A profile, or a number that stands for `Profile.sigma_rel(number)`."""
 
 
 def _window(steps: float | None, fraction: float | None) -> dict[str, float]:
+    """Describes a window whose length is given in one of two ways."""
     if (steps is None) == (fraction is None):
-        raise ValueError("give the window either in steps or as a fraction of the training")
+        raise ValueError(
+            f"steps = {steps}, fraction = {fraction}: give the window either in steps or as a fraction of the training"
+        )
     return {"window": float(steps)} if steps is not None else {"fraction": float(fraction)}  # type: ignore[arg-type]
 
 
 def as_profile(target: Target) -> Profile:
-    """The profile that a target stands for."""
+    """Returns the profile that a target stands for."""
     return target if isinstance(target, Profile) else Profile.sigma_rel(target)
 
 
+def profile_json(target: Target) -> str:
+    """Returns a target as the native part takes it."""
+    return as_profile(target)._json
+
+
 def to_json(targets: Iterable[Target]) -> list[str]:
-    """What the native part takes."""
-    return [as_profile(target)._json for target in targets]
+    """Returns targets as the native part takes them."""
+    return [profile_json(target) for target in targets]
