@@ -28,7 +28,7 @@ class RunReader:
         tracker: Tracker of the run in this process, if there is one.
         is_idle: Refuse to synthesize: another rank tracks the run.
         sound: Run without its damaged snapshots; by default every read opens the directory again.
-        only_save_diff: Option for listing the tensors of a model if there is no tracker.
+        only_save_diff: Option for listing the tensors of a model without a tracker.
     """
 
     def __init__(
