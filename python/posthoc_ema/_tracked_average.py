@@ -1,4 +1,4 @@
-"""A running average as a module of its own, in host memory."""
+"""A running average as a module in host memory."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from . import _native
-from ._lend import HOST, dtype_name, torch_module
+from ._dtypes import dtype_name
+from ._lend import HOST, torch_module
 from ._model import ModuleTensors, unwrap
-from ._results import Specs
-from .profiles import Profile, to_json
+from ._outputs import TensorSpecs
+from ._profiles import Profile, to_json
 
 
 def copy_on_cpu(model: Any) -> Any:
-    """A copy of a module with all its tensors in host memory: no memory of a GPU is taken on the way."""
+    """Copies a module with all its tensors to host memory, without memory of a GPU."""
     torch = torch_module()
     assert torch is not None
     model, memo = unwrap(model), {}
     made: dict[Any, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
-        # Several tensors that share their elements go on sharing them.
+        # Tensors that share their elements must share them in the copy.
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         elements = made.get(place)
         if elements is None or tensor.numel() == 0:
@@ -34,27 +35,27 @@ def copy_on_cpu(model: Any) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def addresses_in(module: Any, specs: Specs) -> tuple[_native.Layout, list[int]]:
-    """Where the tensors of a synthesis lie in a copy of the model, in the copy's dtypes."""
+def lend_tensors(module: Any, specs: TensorSpecs) -> tuple[_native.Layout, list[int]]:
+    """Returns layout and addresses of a copied module's tensors, in its own dtypes and in the order of the specs."""
     own = named_tensors(module)
     described = [(name, dtype_name(name, own[name].dtype), shape, HOST) for name, _, shape in specs]
     return _native.Layout(described), [own[name].data_ptr() for name, _, _ in specs]
 
 
 def named_tensors(module: Any) -> dict[str, Any]:
-    """A module's tensors by the names of the run, whatever its state dict calls them."""
+    """Returns a module's tensors under their names in a run."""
     tensors = ModuleTensors(module).lender()
     return dict(zip(tensors.names, tensors.tensors))
 
 
 class TrackedAverage:
-    """One of the running averages of a :class:`posthoc_ema.PostHocEMA`.
+    """One of the running averages of a `PostHocEMA`, as a module.
 
     Args:
-        index: its number among the profiles.
-        profile: what is tracked.
-        model: the module that it is an average of.
-        source: the tracker, or the directory of a run that is only read.
+        index: Number of the average among the tracked profiles.
+        profile: Profile of the average.
+        model: Module that is averaged.
+        source: Tracker, or directory of a run that was opened by path.
     """
 
     def __init__(self, index: int, profile: Profile, model: Any, source: _native.Tracker | Path):
@@ -65,23 +66,23 @@ class TrackedAverage:
 
     @property
     def ema_model(self) -> Any:
-        """A module in host memory with the average's weights; before the first update, with the model's.
+        """Module in host memory with the average's weights; before the first update, with those of the model.
 
-        It is the same object at every call, and its weights are brought up to date by the call.
+        Every access returns the same object and updates its weights.
         """
         if self._module is None:
             self._module = copy_on_cpu(self._model)
         if isinstance(self._source, Path):
-            self._read(_native.Run(self._source))
+            self._load_newest(_native.Run(self._source))
         elif self._source.last_update != self._update:
-            self._source.load_tracked_into(self._index, *addresses_in(self._module, self._source.tensors()))
+            self._source.load_tracked_into(self._index, *lend_tensors(self._module, self._source.tensors()))
             self._update = self._source.last_update
         return self._module
 
-    def _read(self, run: _native.Run) -> None:
-        """Takes the newest snapshot."""
+    def _load_newest(self, run: _native.Run) -> None:
+        """Loads the newest snapshot, unless it is loaded already."""
         newest = max(step for index, step in run.snapshots() if index == self._index)
         if newest != self._update:
-            layout, addresses = addresses_in(self._module, run.tensors())
+            layout, addresses = lend_tensors(self._module, run.tensors())
             run.load_into(to_json([self.profile]), newest, "off", layout, [addresses], None)
             self._update = newest
