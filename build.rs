@@ -1,4 +1,4 @@
-//! Compiles `kernels/*.cu` into fatbins for every GPU since 2020, under the feature `cuda`.
+//! Compiles `kernels/*.cu` into fatbins for every GPU since 2020, if the feature `cuda` is on.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
@@ -6,14 +6,15 @@ use std::{env, fs, thread};
 
 const KERNELS: [&str; 3] = ["update", "blend", "convert"];
 
-/// Machine code for these, and PTX of the first for every other and later GPU. Machine code of 8.0 runs on 8.6 and 8.9
-/// too, that of 10.0 on 10.3, that of 12.0 on 12.1.
+/// Architectures that get machine code; PTX of the first serves every other and later GPU. Machine code of 8.0 also
+/// runs on 8.6 and 8.9, that of 10.0 on 10.3, and that of 12.0 on 12.1.
 const ARCHITECTURES: [u32; 4] = [80, 90, 100, 120];
 
-/// Overrides the list above, as `90` or `80,90`: one architecture compiles in a quarter of the time.
+/// Variable that overrides [`ARCHITECTURES`], as `90` or `80,90`: one architecture compiles in a quarter of the time.
 const ARCHITECTURES_VARIABLE: &str = "POSTHOC_EMA_CUDA_ARCHS";
 
-/// All parts of one version: nvcc's own package lets pip choose newer ones, which do not fit it.
+/// Command that installs all parts in one version. By itself, nvcc's package lets pip choose newer parts that do not
+/// fit.
 const PIP: &str = "pip install 'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-crt==13.0.*' \
                    'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cccl==13.0.*'";
 
@@ -29,7 +30,7 @@ fn main() {
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
     if env::var_os("DOCS_RS").is_some() {
-        // docs.rs has no nvcc, and nothing runs there.
+        // docs.rs has no nvcc and runs nothing: empty fatbins are enough.
         for kernel in KERNELS {
             fs::write(fatbin(&out, kernel), []).unwrap_or_else(|error| fail(&[error.to_string()]));
         }
@@ -40,7 +41,7 @@ fn main() {
     compile(&nvcc, &architectures(&nvcc), &out);
 }
 
-/// Ends the build with a message instead of a panic's backtrace.
+/// Ends the build with a message, without the backtrace of a panic.
 fn fail(lines: &[String]) -> ! {
     for line in lines {
         println!("cargo::error={line}");
@@ -52,7 +53,7 @@ fn fatbin(out: &Path, kernel: &str) -> PathBuf {
     out.join(format!("{kernel}.fatbin"))
 }
 
-/// The compiler, or the places where it was looked for.
+/// Finds the compiler, or returns the places that were searched.
 fn find_nvcc() -> Result<PathBuf, Vec<String>> {
     let mut tried = Vec::new();
     if let Some(path) = env::var_os("NVCC").map(PathBuf::from) {
@@ -77,9 +78,10 @@ fn find_nvcc() -> Result<PathBuf, Vec<String>> {
     Err(tried)
 }
 
-/// Where `pip install nvidia-cuda-nvcc` puts the compiler of the active Python.
+/// Folders to which `pip install nvidia-cuda-nvcc` in the active Python installs the compiler.
 fn python_packages() -> Vec<(&'static str, PathBuf)> {
-    let code = "import importlib.util as u; s = u.find_spec('nvidia'); print(*(s.submodule_search_locations if s else []), sep='\\n')";
+    let code = "import importlib.util as u; s = u.find_spec('nvidia'); \
+                print(*(s.submodule_search_locations if s else []), sep='\\n')";
     let mut found = Vec::new();
     for python in ["python3", "python"] {
         let Ok(output) = Command::new(python).args(["-c", code]).output() else { continue };
@@ -98,17 +100,17 @@ fn not_found(tried: &[String]) -> Vec<String> {
     lines
 }
 
-/// The compiler's version, such as `13.0`: drivers older than its major version do not run what it makes.
+/// Returns the compiler's version, such as `13.0`. A driver older than its major version does not run its output.
 fn version(nvcc: &Path) -> String {
     let output = match Command::new(nvcc).arg("--version").output() {
         Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
         Err(error) => fail(&[format!("{} --version: {error}", nvcc.display())]),
     };
     let version = output.split("release ").nth(1).and_then(|rest| rest.split(',').next());
-    version.map_or_else(|| fail(&[format!("{} --version tells no version: {output}", nvcc.display())]), str::to_owned)
+    version.map_or_else(|| fail(&[format!("{} --version prints no version: {output}", nvcc.display())]), str::to_owned)
 }
 
-/// The architectures that are wanted and that this compiler knows.
+/// Returns the wanted architectures that this compiler knows.
 fn architectures(nvcc: &Path) -> Vec<u32> {
     let known = match Command::new(nvcc).arg("--list-gpu-code").output() {
         Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -125,16 +127,16 @@ fn architectures(nvcc: &Path) -> Vec<u32> {
     let chosen: Vec<u32> = wanted.iter().copied().filter(is_known).collect();
     if chosen.is_empty() {
         let known = known.split_whitespace().collect::<Vec<_>>().join(" ");
-        fail(&[format!("{} compiles for none of {wanted:?}; it knows {known}", nvcc.display())]);
+        fail(&[format!("{} compiles for none of {wanted:?}: choose among {known}", nvcc.display())]);
     }
     chosen
 }
 
 fn bad_list(list: &str) -> String {
-    format!("{ARCHITECTURES_VARIABLE}={list}: a list of architectures such as 80,90 is expected")
+    format!("{ARCHITECTURES_VARIABLE}={list}: give a list of architectures, such as 80,90")
 }
 
-/// Compiles all files at the same time.
+/// Compiles all files in parallel.
 fn compile(nvcc: &Path, architectures: &[u32], out: &Path) {
     let outcomes: Vec<Result<(), String>> = thread::scope(|scope| {
         let compile = |kernel| scope.spawn(move || compile_one(nvcc, architectures, kernel, &fatbin(out, kernel)));
@@ -144,14 +146,14 @@ fn compile(nvcc: &Path, architectures: &[u32], out: &Path) {
     let errors: Vec<String> = outcomes.into_iter().filter_map(Result::err).collect();
     if !errors.is_empty() {
         let lines = errors.iter().flat_map(|text| text.lines().map(str::to_owned));
-        let versions = "  where ptxas says `Unsupported .version`, parts of several CUDA versions are mixed: ";
+        let versions = "  `Unsupported .version` from ptxas means that parts of several CUDA versions are mixed: ";
         fail(&lines.chain([format!("{versions}{PIP}")]).collect::<Vec<_>>());
     }
 }
 
 fn compile_one(nvcc: &Path, architectures: &[u32], kernel: &str, out: &Path) -> Result<(), String> {
     let mut command = Command::new(nvcc);
-    // No contraction and no flushing of subnormals: the CPU's bits depend on it.
+    // No contraction and no flushing of subnormals, so that results have the CPU's bits.
     command.args(["-std=c++17", "-O3", "-fmad=false", "-ftz=false", "-fatbin", "--compress-mode=size"]);
     for arch in architectures {
         command.args(["-gencode", &format!("arch=compute_{arch},code=sm_{arch}")]);

@@ -1,4 +1,4 @@
-//! Synthesis from 40 mapped snapshots, beside adding up the same files; the blend's arithmetic alone.
+//! Measures synthesis from 40 mapped snapshots beside adding up the same files, and the blend's arithmetic alone.
 
 mod limits;
 
@@ -10,7 +10,7 @@ use posthoc_ema::{At, Dtype, Plan, PostHocEma, Profile, Run, Tensors};
 
 const PARAMETERS: usize = 10_000_000;
 
-/// 20 snapshots of two profiles of a model that moves.
+/// Writes 20 snapshots of two profiles of a moving model.
 fn train(dir: &Path, dtype: Dtype, tensors: usize) {
     let each = PARAMETERS / tensors;
     let mut model: Vec<(String, Vec<f32>)> = (0..tensors).map(|i| (format!("{i:05}"), vec![1.0; each])).collect();
@@ -23,7 +23,7 @@ fn train(dir: &Path, dtype: Dtype, tensors: usize) {
     }
 }
 
-/// Adds up a sample of the elements one by one.
+/// Checks a sample of the elements against sums of single elements.
 fn check(result: &Tensors, plan: &Plan, run: &Run) {
     let element = |name: &str, i: usize, index, step| -> f64 {
         let found = run.snapshots().iter().find(|s| (s.stem.index, s.stem.step) == (index, step));
@@ -42,7 +42,7 @@ fn check(result: &Tensors, plan: &Plan, run: &Run) {
     }
 }
 
-/// Times synthesis into memory: what is read, converted and added up, without the disk that a result goes to.
+/// Times synthesis into memory: reading, converting and adding, without writing the result to a disk.
 fn bench(criterion: &mut Criterion, name: &str, dtype: Dtype, tensors: usize) {
     let temp = tempfile::tempdir().expect("there is a temporary folder");
     let dir = temp.path().join("run");
@@ -65,7 +65,7 @@ fn bench(criterion: &mut Criterion, name: &str, dtype: Dtype, tensors: usize) {
     limits::report(name, bytes, seconds, scan, "adding up the same mapped files");
 }
 
-/// Times a blend of 40 stretches in the caches into many targets: the arithmetic alone.
+/// Times a blend of 40 stretches in the caches into many targets, which is arithmetic alone.
 fn bench_targets(criterion: &mut Criterion, targets: usize) {
     const ELEMENTS: usize = 1 << 14;
     let sources: Vec<Vec<f32>> = (0..40).map(|k| vec![k as f32; ELEMENTS]).collect();

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Makes docs/performance.md and its pictures from the newest records: nothing on the page is typed in.
+"""Makes docs/performance.md and its pictures from the newest records; no figure on the page is typed in.
 
 python3 benches/page.py             # needs matplotlib, for the pictures
-python3 benches/page.py --check     # whether the page is what the records make, and its pictures are there
+python3 benches/page.py --check     # fails if the page differs from the records, or a picture is missing
 """
 
 from __future__ import annotations
@@ -20,37 +20,51 @@ import table  # noqa: E402
 
 Record = dict[str, Any]
 KINDS = ("peers", "scaling")
-# What is said before the cases of a kind, in this order on the page.
+# Title and introduction of each kind of work, in the order of the page.
 WORKS = {
     "update": (
         "Updates",
-        "One call that folds a model's parameters into two running averages. The limit is a loop in C, with as many threads, that "
-        "reads and writes as many bytes. GB/s count the bytes that the averages need: each parameter read once, each average "
-        "read and written once. Memory is that of the averages and of whatever their update takes beside; ours is once more as much for the "
-        "copy that a checkpoint is written from, lent back to the system until then (`checkpoint_in_background=False` goes without). "
-        "Largest error: from a recurrence in f64 with the tracker's own decays, on parameters in [-1, 1).",
+        "One call that updates two running averages from a model's parameters. The limit is a loop in C that reads and "
+        "writes as many bytes, with as many threads. GB/s count the bytes that the averages need: each parameter is "
+        "read once, each average is read and written once. Memory is that of the averages and of their update. Ours "
+        "is twice as much, because checkpoints are written from a copy of the averages. Between checkpoints the system "
+        "may reclaim that copy's memory (`checkpoint_in_background=False` needs no copy). The largest error is against "
+        "a recurrence in f64 with the tracker's own decays, on parameters in [-1, 1).",
     ),
-    "not due": ("Calls at which nothing is due", "What most steps of a training pay."),
+    "not due": ("Calls at which nothing is due", "The cost of most training steps."),
     "synthesis": (
         "Synthesis",
-        "One state dict or file from 40 snapshots that lie in the page cache. The limit is a loop in C that maps the same files and adds "
-        "their 64-bit words up with as many threads; where many targets are summed up in f64, it is the multiply-adds alone, if those "
-        "take longer. GB/s are of snapshots read. Programs are whole processes; Python is told to begin with all packages imported. "
-        "Memory is anonymous: results are in it, mapped files are not. Off from f64: the largest difference of a sample of elements "
-        "from a sum in f64 with the weights of our plan, relative to the RMS; packages that solve for weights of their own are off by "
-        "those, too.",
+        "One state dict or file from 40 snapshots in the page cache. The limit is a loop in C that maps the same files "
+        "and adds their 64-bit words up, with as many threads. For many targets, it is the multiply-adds in f64 alone, "
+        "if they take longer. GB/s are of snapshots read. Programs are timed as whole processes, Python after its "
+        "imports. Memory is anonymous: it includes results, but not mapped files. Off from f64 is the largest "
+        "difference, in a sample of elements, from a sum in f64 with the weights of our plan, relative to the RMS. "
+        "Packages that solve for their own weights differ by those, too.",
     ),
     "cold": (
         "Synthesis with a cold page cache",
-        "The same, with the snapshots out of the page cache before each round (`posix_fadvise`, checked with `mincore`). The limit reads "
-        "the same files directly from the disk.",
+        "The same, with the snapshots dropped from the page cache before each round (`posix_fadvise`, checked with "
+        "`mincore`). The limit reads the same files directly from the disk.",
     ),
     "writing": (
         "Storing",
-        "From the call at which a snapshot is due until it is on the disk; held up is how long the training waits. Rates are of what each "
-        "writes, the live state included. The limit writes as many bytes as the snapshot has into the same folder.",
+        "Time from the call that stores a snapshot until it is on the disk, and the part of it for which the training "
+        "waits. Each rate is of the bytes that are written, ours with the live state. The limit writes as many bytes "
+        "as the snapshot has into the same folder.",
     ),
-    "start": ("Start", "Until a plan on 40 snapshots is printed, beside starting the program at all."),
+    "start": (
+        "Start",
+        "Time until a plan on 40 snapshots is printed, beside the time to start the program and do nothing.",
+    ),
+}
+# Notes that replace those of earlier records, by the title of the case.
+NOTES = {
+    "Update, f32 parameters, compensated averages": (
+        "None of the other packages measured here has compensated averages."
+    ),
+    "Update, bf16 parameters, plain f32 averages": (
+        "The last column shows averages of bf16: they take half the memory, and lose late updates."
+    ),
 }
 AXES = {
     "parameters": "parameters",
@@ -58,7 +72,7 @@ AXES = {
     "targets": "targets in one pass",
     "threads": "threads",
 }
-# One sheet of bars for each of these.
+# Kinds of work with a picture of bars.
 PICTURED = ("update", "synthesis")
 INK, OURS, THEIRS, LIMIT = "#333333", "#1f6f8b", "#b9b9b9", "#c0392b"
 
@@ -66,7 +80,7 @@ INK, OURS, THEIRS, LIMIT = "#333333", "#1f6f8b", "#b9b9b9", "#c0392b"
 def main() -> None:
     options = parse()
     records: dict[str, Record | None] = {
-        "peers": of_each_work(options.records),
+        "peers": newest_cases(options.records),
         "scaling": newest(options.records, "scaling"),
     }
     if not any(records.values()):
@@ -84,27 +98,27 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is another")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
     parser.add_argument("--records", type=Path, default=ROOT / "benches" / "record")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     return parser.parse_args()
 
 
 def newest(folder: Path, kind: str) -> Record | None:
-    """The record of a kind with the last date in its name."""
-    found = of_kind(folder, kind)
+    """Returns the record of a kind with the last date in its name."""
+    found = records_of(folder, kind)
     return found[-1] if found else None
 
 
-def of_kind(folder: Path, kind: str) -> list[Record]:
-    """All records of a kind, the oldest first."""
+def records_of(folder: Path, kind: str) -> list[Record]:
+    """Returns all records of a kind, the oldest first."""
     return [{**json.loads(path.read_text()), "file": path.name} for path in sorted(folder.glob(f"*-{kind}.json"))]
 
 
-def of_each_work(folder: Path) -> Record | None:
-    """The newest cases of each work, each with the record that it is of."""
+def newest_cases(folder: Path) -> Record | None:
+    """Returns the newest cases of each kind of work, each with its record."""
     cases: dict[str, list[Record]] = {}
-    for record in of_kind(folder, "peers"):
+    for record in records_of(folder, "peers"):
         own: dict[str, list[Record]] = {}
         for case in record["cases"]:
             own.setdefault(case["work"], []).append({**case, "record": record})
@@ -116,37 +130,37 @@ def check(options: argparse.Namespace, text: str, records: dict[str, Record | No
     path = options.docs / "performance.md"
     wrong = []
     if not path.exists() or path.read_text() != text:
-        wrong.append(f"{path} is not what the records make")
+        wrong.append(f"{path} differs from the records")
     missing = [name for name in pictures(records) if not (options.docs / "pictures" / name).exists()]
     wrong += [f"{options.docs / 'pictures' / name} is missing" for name in missing]
     if wrong:
         raise SystemExit("\n".join([*wrong, "make them with: python3 benches/page.py"]))
 
 
-# The text
+# Text
 
 
 def page(records: dict[str, Record | None]) -> str:
-    """The whole page, Markdown."""
+    """Returns the whole page in Markdown."""
     peers, scaling = records["peers"], records["scaling"]
     parts = [
         "<!-- Made by benches/page.py from the records in benches/record: change those, not this. -->",
         "# Performance",
-        "Everything here is measured by one command that anyone can repeat, beside what the same machine can do at most, beside other "
-        "packages, and in turns with them: ratios hold on other machines, seconds do not. "
-        "[benches/peers](../benches/peers/README.md) tells how.",
+        "One command measures everything here, and anyone can repeat it. Other packages and the limits of the machine "
+        "are measured in turns with ours, so ratios hold on other machines; seconds do not. "
+        "[benches/peers](../benches/peers/README.md) describes the method.",
     ]
     parts += sections(peers) if peers else []
     parts += scaling_sections(scaling) if scaling else []
     return "\n\n".join(parts) + "\n"
 
 
-def about(record: Record) -> str:
-    """Where the figures of a record come from."""
+def provenance(record: Record) -> str:
+    """Returns the command, date, machine and versions of a record."""
     machine, versions = record["machine"], record["versions"]
     memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    warning = " **These sizes are for trying it out: the figures mean nothing.**" if record["size"] != "full" else ""
+    warning = " **The figures mean nothing at these small sizes.**" if record["size"] != "full" else ""
     return (
         f"`{record['command']}`, {record['date']}: {machine['cpu']}, {machine['cores']} cores{memory}, "
         f"{machine['system']} {machine['kernel']}; {named}. All times are in "
@@ -156,28 +170,28 @@ def about(record: Record) -> str:
 
 def sections(record: Record) -> list[str]:
     parts: list[str] = []
-    told = ""
-    for work, (title, said) in WORKS.items():
+    last = ""
+    for work, (title, introduction) in WORKS.items():
         cases = [case for case in record["cases"] if case["work"] == work]
         if not cases:
             continue
-        of = cases[0]["record"]
-        parts += [f"## {title}", *([about(of)] if of["file"] != told else []), said]
-        told = of["file"]
+        source = cases[0]["record"]
+        parts += [f"## {title}", *([provenance(source)] if source["file"] != last else []), introduction]
+        last = source["file"]
         if work in PICTURED:
             parts.append(f"![{title}: rates beside the limit](pictures/performance-{work}.svg)")
         for case in cases:
             if len(cases) > 1 or table.heading(case) != title:
                 parts.append(f"**{table.heading(case)}**")
-            parts += [table.markdown(case), *([case["note"]] if case["note"] else [])]
+            parts += [table.markdown(case), *([NOTES.get(case["title"], case["note"])] if case["note"] else [])]
     return parts
 
 
 def scaling_sections(record: Record) -> list[str]:
     parts = [
         "## Scaling",
-        about(record),
-        "Updates are those of `posthoc-ema bench`; synthesis is one process for each time, its results in memory.",
+        provenance(record),
+        "Updates are those of `posthoc-ema bench`. Each synthesis is a process of its own, with its results in memory.",
         "![Time over parameters, snapshots, targets and threads](pictures/performance-scaling.svg)",
     ]
     for sweep in record["sweeps"]:
@@ -186,7 +200,7 @@ def scaling_sections(record: Record) -> list[str]:
 
 
 def sweep_table(sweep: dict[str, Any]) -> str:
-    """Times, what a unit costs, and how that grows: 1 is linear."""
+    """Returns a table of times, rates, and the cost of one unit."""
     x = sweep["x"]
     lines = [
         f"| {x} | time (median, range) | GB/s | a {x.removesuffix('s')} | memory |",
@@ -197,23 +211,23 @@ def sweep_table(sweep: dict[str, Any]) -> str:
             lines.append(f"| {point['x']:,} | not measured: {point.get('error', '?')} | | | |")
             continue
         seconds = point["seconds_median"]
-        each = "" if x == "threads" else per(seconds / point["x"])
+        each = "" if x == "threads" else unit_cost(seconds / point["x"])
         memory = table.memory(point["peak_anonymous_bytes"]) if "peak_anonymous_bytes" in point else ""
         rate = table.digits(point["bytes"] / seconds / 1e9)
         lines.append(f"| {point['x']:,} | {table.span(point)} | {rate} | {each} | {memory} |")
     return "\n".join(lines)
 
 
-def per(seconds: float) -> str:
-    """What one of many costs."""
+def unit_cost(seconds: float) -> str:
+    """Formats the time of one unit, down to nanoseconds."""
     return table.seconds(seconds) if seconds >= 1e-6 else f"{table.digits(seconds * 1e9)} ns"
 
 
-# The pictures
+# Pictures
 
 
 def pictures(records: dict[str, Record | None]) -> dict[str, Any]:
-    """For each file, what draws it."""
+    """Returns the names of the picture files, each with the function that draws it."""
     peers, scaling = records["peers"], records["scaling"]
     drawn: dict[str, Any] = {}
     for work in PICTURED if peers else ():
@@ -226,7 +240,7 @@ def pictures(records: dict[str, Record | None]) -> dict[str, Any]:
 
 
 def plotting() -> Any:
-    """matplotlib, told to write the same bytes each time."""
+    """Imports matplotlib with settings that give the same bytes each time."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -250,7 +264,7 @@ def save(plt: Any, figure: Any, path: Path) -> None:
 
 
 def draw_bars(path: Path, cases: list[dict[str, Any]]) -> None:
-    """Rates, with the limit as a line through all bars of a case."""
+    """Draws rates as bars, with the limit as a line through all bars of a case."""
     plt = plotting()
     shown = [[row for row in case["rows"] if "bytes_per_second" in row] for case in cases]
     heights = [max(1, len(rows)) for rows in shown]
@@ -279,7 +293,7 @@ def draw_bars(path: Path, cases: list[dict[str, Any]]) -> None:
 
 
 def draw_scaling(path: Path, sweeps: list[dict[str, Any]]) -> None:
-    """Seconds over what grows, both logarithmic but for threads, beside a line through the last point along which they are proportional."""
+    """Draws seconds over each axis, logarithmic except for threads, with a dotted line of proportional growth."""
     plt = plotting()
     from matplotlib import ticker
 
@@ -296,7 +310,7 @@ def draw_scaling(path: Path, sweeps: list[dict[str, Any]]) -> None:
             axis.set_xscale("log")
             axis.set_yscale("log")
         counts = sorted({point["x"] for sweep in sweeps if sweep["x"] == x for point in sweep["points"]})
-        axis.set_xticks(counts, [short(count) for count in counts])
+        axis.set_xticks(counts, [short_count(count) for count in counts])
         axis.yaxis.set_major_formatter(ticker.EngFormatter("s"))
         for each in (axis.xaxis, axis.yaxis):
             each.set_minor_formatter(ticker.NullFormatter())
@@ -313,8 +327,8 @@ def draw_scaling(path: Path, sweeps: list[dict[str, Any]]) -> None:
     save(plt, figure, path)
 
 
-def short(count: int) -> str:
-    """1M for a million."""
+def short_count(count: int) -> str:
+    """Formats a count with a unit, such as 1M for a million."""
     for letter, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size and count % (size // 10) == 0:
             return f"{count / size:g}{letter}"
@@ -324,7 +338,7 @@ def short(count: int) -> str:
 def draw_sweep(axis: Any, points: list[dict[str, Any]], sweep: dict[str, Any]) -> None:
     xs, ys = [point["x"] for point in points], [point["seconds_median"] for point in points]
     (line,) = axis.plot(xs, ys, "o-", markersize=3, linewidth=1, label=sweep["title"])
-    # More threads should take less time, more of anything else as much more.
+    # Time should fall with threads and grow with everything else.
     power = -1 if sweep["x"] == "threads" else 1
     x0, y0 = (xs[0], ys[0]) if power < 0 else (xs[-1], ys[-1])
     axis.plot(xs, [y0 * (x / x0) ** power for x in xs], ":", color=line.get_color(), linewidth=0.8)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What updates and syntheses cost against the size of the model, snapshots, targets and threads, by the program.
+"""Measures how updates and syntheses of the program scale with parameters, snapshots, targets and threads.
 
     python3 benches/scaling.py --record benches/record/DATE-scaling.json
 
-Needs Python with numpy, and the program (cargo build --release), which runs once more for every point.
+Needs Python with numpy, and the program (cargo build --release), which starts again for every point.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Point = dict[str, Any]
 # Parameters of a tensor, as large layers have them.
 TENSOR = 1 << 22
 TARGET = "0.15"
-# The large tensors of `posthoc-ema bench`: with as many, it measures nothing else.
+# `posthoc-ema bench` always measures models of 4 tensors; with this number it measures no others.
 FEW_TENSORS = 4
-# The wording of `posthoc-ema bench`.
+# Beginnings of the names that `posthoc-ema bench` prints.
 UPDATES = ("f32, plain", "f32, compensated")
-# A point that takes longer than this is not repeated as often.
+# A point that takes longer is repeated less often.
 LONG_SECONDS = 3.0
 ROUNDS, FEW_ROUNDS = 5, 2
 PATIENCE_SECONDS = 300.0
@@ -46,7 +46,7 @@ SIZES = (1, 3, 10, 30, 100, 300, 1000)
 
 
 class Scaling:
-    """The sweeps, with the program and the folders that they need."""
+    """Sweeps, with the program and the folders that they need."""
 
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.program, self.folder, self.quick = options.program.resolve(), folder, options.quick
@@ -58,7 +58,7 @@ class Scaling:
         return [self.million * size for size in (SIZES[:3] if self.quick else SIZES)]
 
     def all(self) -> Iterator[dict[str, Any]]:
-        """One sweep after the other."""
+        """Runs the sweeps one by one."""
         for sweep in (
             self.update_size,
             self.update_threads,
@@ -87,7 +87,7 @@ class Scaling:
         ]
 
     def bench(self, parameters: int, threads: int) -> list[Point] | str:
-        """What `posthoc-ema bench` measures, or why not."""
+        """Returns the measurements of `posthoc-ema bench`, or the reason why there are none."""
         arguments = ["bench", "--json", "--device", "cpu", "--parameters", parameters, "--tensors", FEW_TENSORS]
         arguments += ["--snapshots", 1, "--targets", 1, "--repeats", ROUNDS]
         command = self.command("bench", arguments, threads)
@@ -98,7 +98,7 @@ class Scaling:
         return json.loads(command.printed)["measurements"]
 
     def size(self) -> list[dict[str, Any]]:
-        """Few snapshots, so that the disk holds them."""
+        """Measures synthesis by parameters, from few snapshots so that the disk holds them."""
         points = []
         for n in self.sizes():
             with self.run(n, 2) as bytes_:
@@ -117,7 +117,7 @@ class Scaling:
         n, points = 10 * self.million, []
         with self.run(n, 20) as bytes_:
             for count in (1, 2, 4, 8, 16, 32, 64):
-                # All between the tracked ones.
+                # All targets are between the tracked profiles.
                 listed = ",".join(f"{0.05 + 0.23 * (i + 0.5) / count:.6f}" for i in range(count))
                 points.append(self.synthesize(count, bytes_, listed))
         return [sweep("synthesis", "targets", f"40 f16 snapshots of {n / 1e6:g} million parameters", points)]
@@ -134,19 +134,19 @@ class Scaling:
 
     @contextmanager
     def run(self, parameters: int, steps: int) -> Iterator[int]:
-        """A run on the disk, in the page cache; its bytes."""
+        """Writes a run to the disk, where it is in the page cache, and yields its bytes; removes it afterwards."""
         tensors, rest = divmod(parameters, TENSOR)
         shapes = models.small_tensors(tensors, TENSOR) | ({"rest": (rest,)} if rest else {})
         try:
             bytes_ = runs.write_sized(self.folder / "run", shapes, steps)
-            # What is still to be written would be written beside the measurements.
+            # Pages that are not written yet would be written during the measurements.
             os.sync()
             yield bytes_
         finally:
             shutil.rmtree(self.folder / "run", ignore_errors=True)
 
     def synthesize(self, x: int, bytes_: int, targets: str, threads: int | None = None) -> Point:
-        """Seconds of the whole process, and those that it says its synthesis took; files go into memory."""
+        """Measures the seconds of the process, and those that it reports for its synthesis; files go to memory."""
         output = self.memory / "averages"
         arguments = ["synthesize", self.folder / "run", "--sigma-rel", targets, "--out-dir", output]
         arguments += ["--device", "cpu", "--json"]
@@ -161,7 +161,7 @@ class Scaling:
         except turns.Failed as why:
             point["error"] = str(why)
         command.close()
-        turns.finish(point)
+        turns.add_median(point)
         return point
 
     def command(
@@ -184,7 +184,7 @@ def sweep(work: str, x: str, title: str, points: list[Point]) -> dict[str, Any]:
 
 
 def point_of(x: int, rows: list[Point] | str, work: str) -> Point:
-    """The measurement of a kind of update by the beginning of its name."""
+    """Returns the measurement of a kind of update, found by the beginning of its name."""
     if isinstance(rows, str):
         return {"x": x, "error": rows}
     row = next(row for row in rows if row["work"] == "update" and row["name"].startswith(work))
@@ -228,7 +228,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, metavar="FILE", help="write all measurements there, as JSON")
     parser.add_argument(
-        "--quick", action="store_true", help="sizes at which figures mean nothing, to see that it works"
+        "--quick", action="store_true", help="small sizes, whose figures mean nothing, to see that everything runs"
     )
     parser.add_argument("--program", type=Path, default=ROOT / "target/release/posthoc-ema", help="the program")
     parser.add_argument("--folder", type=Path, default=ROOT / "target", help="for snapshots: 8 GB on a disk")

@@ -1,5 +1,8 @@
-//! A checkpoint of 200 MB: how long the training is held up, beside a copy of the averages, and how long it takes until
-//! all is on disk, beside a plain write and sync of as many bytes to the same folder, in the place of as many.
+//! Measures a checkpoint of 200 MB, each time beside its limit.
+//!
+//! * The time that the training waits, beside a copy of the averages.
+//! * The time until everything is on disk, beside a plain write and sync of as many bytes that replace a file of the
+//!   same size in the same folder.
 
 mod limits;
 
@@ -18,7 +21,7 @@ const PARAMETERS: usize = 10_000_000;
 const COPIED: usize = 12 * PARAMETERS;
 const WRITTEN: usize = 20 * PARAMETERS;
 
-/// Bytes of a plain write at a time, as with `dd bs=4M conv=fsync`.
+/// Block size of a plain write, as with `dd bs=4M conv=fsync`.
 const PLAIN: usize = 4 << 20;
 
 const TURNS: usize = 15;
@@ -31,7 +34,7 @@ fn model() -> Model {
     (0..100).map(tensor).collect()
 }
 
-/// A tracker with a checkpoint at every second update.
+/// Creates a tracker with a checkpoint at every second update.
 fn tracker(dir: &Path, model: &Model) -> PostHocEma {
     let options = PostHocEma::options(dir).update_every(1).checkpoint_every(2).max_checkpoints(1);
     options.retention(Retention::Latest).create(model).unwrap()
@@ -43,7 +46,7 @@ fn timed(act: impl FnOnce()) -> f64 {
     start.elapsed().as_secs_f64()
 }
 
-/// How long a checkpoint holds the caller up beyond the update, and how long it is until all is on disk.
+/// Returns the seconds that a checkpoint holds the caller beyond the update, and the seconds until all is on disk.
 fn checkpoint(ema: &mut PostHocEma, model: &Model) -> (f64, f64) {
     let update = timed(|| assert_eq!(ema.update(model).unwrap(), UpdateOutcome::Updated));
     let start = Instant::now();
@@ -52,7 +55,7 @@ fn checkpoint(ema: &mut PostHocEma, model: &Model) -> (f64, f64) {
     (called - update, start.elapsed().as_secs_f64() - update)
 }
 
-/// Beside what is there and then in its place, as a checkpoint, too, replaces the one before.
+/// Writes a file beside the last one and renames it into place, as a checkpoint replaces the one before.
 fn plain_write(path: &Path, bytes: &[u8]) {
     let beside = path.with_extension("new");
     let mut file = File::create(&beside).unwrap();
@@ -61,7 +64,7 @@ fn plain_write(path: &Path, bytes: &[u8]) {
     std::fs::rename(&beside, path).unwrap();
 }
 
-/// What was written is what the model is: the average of a constant is the constant.
+/// Checks that the files hold the model: the average of a constant is the constant.
 fn check(dir: &Path, model: &Model) {
     let run = Run::open(dir).unwrap();
     assert_eq!(run.snapshots().len(), 2);
@@ -82,7 +85,7 @@ fn median(mut times: Vec<f64>) -> f64 {
     times[times.len() / 2]
 }
 
-/// Each beside its limit, in turns, since a disk is not the same for long.
+/// Measures checkpoints and their limits in turns, because a disk's speed varies over time.
 fn beside_limits(ema: &mut PostHocEma, model: &Model, scratch: &Path) {
     let bytes: Vec<u8> = (0..WRITTEN).map(|i| (i % 251) as u8).collect();
     let src = vec![1f32; COPIED / size_of::<f32>()];

@@ -1,4 +1,4 @@
-//! The solve: 2 profiles, 20 and 256 steps' snapshots; and which of 21 and 101 steps is dropped.
+//! Times the solve with two profiles' snapshots at 20 and 256 steps, and the choice of the step to drop of 21 and 101.
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use posthoc_ema::math::Schedule;

@@ -1,4 +1,4 @@
-"""The page is what the records make it: from small records made up here."""
+"""Tests of the page with small, invented records, and of the helpers of benches/peers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run(folders: tuple[Path, Path], *more: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_figures_are_those_of_the_newest_records(folders: tuple[Path, Path]) -> None:
+def test_figures_come_from_the_newest_records(folders: tuple[Path, Path]) -> None:
     assert run(folders).returncode == 0
     text = (folders[1] / "performance.md").read_text()
     assert "| posthoc-ema | 25.0 ms (25.0 to 50.0) | 40.0 | 80% |  | 7 MB |" in text
@@ -82,7 +82,7 @@ def test_figures_are_those_of_the_newest_records(folders: tuple[Path, Path]) -> 
     assert "2000-01-02-peers.json" in text and "yesterday" not in text
 
 
-def test_each_work_is_of_its_newest_record(folders: tuple[Path, Path]) -> None:
+def test_each_work_uses_its_newest_record(folders: tuple[Path, Path]) -> None:
     older = record(cases=[{**case("update"), "title": "yesterday's"}, case("writing")])
     (folders[0] / "2000-01-01-peers.json").write_text(json.dumps(older))
     assert run(folders).returncode == 0
@@ -94,20 +94,20 @@ def test_each_work_is_of_its_newest_record(folders: tuple[Path, Path]) -> None:
     assert "yesterday" not in updates
 
 
-def test_the_check_passes_what_was_made_and_nothing_else(folders: tuple[Path, Path]) -> None:
+def test_check_passes_only_the_generated_page(folders: tuple[Path, Path]) -> None:
     assert run(folders, "--check").returncode == 1
     assert run(folders).returncode == 0
     assert run(folders, "--check").returncode == 0
     page = folders[1] / "performance.md"
     page.write_text(page.read_text().replace("40.0", "41.0"))
     changed = run(folders, "--check")
-    assert changed.returncode == 1 and "not what the records make" in changed.stderr
+    assert changed.returncode == 1 and "differs from the records" in changed.stderr
     assert run(folders).returncode == 0
     (folders[1] / "pictures" / "performance-scaling.svg").unlink()
     assert "performance-scaling.svg is missing" in run(folders, "--check").stderr
 
 
-def test_pictures_are_alike_each_time(folders: tuple[Path, Path]) -> None:
+def test_pictures_have_the_same_bytes_each_time(folders: tuple[Path, Path]) -> None:
     made = []
     for _ in range(2):
         assert run(folders).returncode == 0
@@ -138,16 +138,16 @@ def test_times_have_three_digits(value: float, text: str) -> None:
     assert table.seconds(value) == text
 
 
-def test_answers_that_are_no_numbers_are_infinitely_far_off() -> None:
+def test_nan_and_missing_tensors_are_infinitely_far_off() -> None:
     right = {"a": np.array([1.0, -1.0])}
-    assert answers.apart(right, right) == 0.0
-    assert answers.apart({"a": np.array([1.5, -1.0])}, right) == 0.5
-    assert answers.apart({"a": np.array([np.nan, -1.0])}, right) == float("inf")
-    assert answers.apart({}, right) == float("inf")
+    assert answers.difference(right, right) == 0.0
+    assert answers.difference({"a": np.array([1.5, -1.0])}, right) == 0.5
+    assert answers.difference({"a": np.array([np.nan, -1.0])}, right) == float("inf")
+    assert answers.difference({}, right) == float("inf")
 
 
 class Contender:
-    """Counts what it is asked to do, and fails where it is told to."""
+    """Contender that counts its calls, and fails if `fails` is set."""
 
     def __init__(self, name: str, first: float = 1.0, fails: bool = False):
         self.name, self.seconds, self.fails, self.calls = name, first, fails, 0
@@ -165,7 +165,7 @@ class Contender:
         pass
 
 
-def test_turns_are_counted_and_failures_told() -> None:
+def test_turns_are_counted_and_failures_reported() -> None:
     quick, slow, broken = Contender("quick"), Contender("slow", first=11.0), Contender("broken", fails=True)
     rows = turns.in_turns([quick, slow, broken], 3)
     assert rows[0] == {"name": "quick", "seconds_all": [1.0, 2.0, 3.0], "more": 1, "seconds_median": 2.0}
@@ -173,7 +173,7 @@ def test_turns_are_counted_and_failures_told() -> None:
     assert rows[2] == {"name": "broken", "seconds_all": [], "error": "it cannot"} and broken.calls == 0
 
 
-def test_a_worker_that_ends_or_is_silent_says_why(tmp_path: Path) -> None:
+def test_worker_that_ends_or_is_silent_gives_the_reason(tmp_path: Path) -> None:
     dies = turns.Worker("dies", [sys.executable, "-c", "raise SystemExit('no data')"])
     with pytest.raises(turns.Failed, match="no data"):
         dies.ask("go")
@@ -185,13 +185,13 @@ def test_a_worker_that_ends_or_is_silent_says_why(tmp_path: Path) -> None:
         silent.ask("go")
 
 
-def test_without_a_warm_up_the_first_round_counts() -> None:
+def test_first_round_counts_without_a_warm_up() -> None:
     contender, order = Contender("cold", first=5.0), []
     (row,) = turns.in_turns([contender], 2, lambda: order.append(contender.calls), warm_up=False)
     assert row["seconds_all"] == [5.0, 1.0, 2.0] and order == [0, 0, 1]
 
 
-def test_what_ours_cannot_do_fails_and_what_others_cannot_does_not() -> None:
+def test_only_failures_of_ours_are_failures() -> None:
     def one(name: str, error: str) -> list[dict[str, Any]]:
         return [{"title": "Update", "rows": [row("posthoc-ema", 1.0), {"name": name, "error": error}]}]
 

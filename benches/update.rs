@@ -1,4 +1,4 @@
-//! The update of two profiles, beside the machine's copy bandwidth.
+//! Measures the update of two profiles beside the machine's copy bandwidth.
 
 mod limits;
 
@@ -9,7 +9,7 @@ use posthoc_ema::{Dtype, Element};
 
 const PARAMETERS: usize = 20_000_000;
 
-/// A model of equal tensors, and the averages of two profiles.
+/// Model of equal tensors, with the averages of two profiles.
 struct Case<T> {
     name: &'static str,
     parameters: Vec<T>,
@@ -40,7 +40,7 @@ impl<T: Element + Into<f32>> Case<T> {
         limits::report(self.name, self.bytes(), seconds, copy, "a copy");
     }
 
-    /// From averages of zero, the first update leaves the weight's share of each parameter.
+    /// Checks the first update: from averages of zero, it leaves the weight times each parameter.
     fn check(&self, averages: &[Averages], layout: &Layout, weights: &[f32]) {
         let each = self.parameters.len() / self.tensors;
         for (averages, weight) in averages.iter().zip(weights) {

@@ -1,34 +1,50 @@
-// The blend: out[m] = sum_k w[k][m] x[k], up to 64 sources and 8 targets a launch.
+// Blends snapshots (sources) into weighted sums (targets), up to 64 sources and 8 targets a launch.
 //
-// Sums are taken in f64, from the first source to the last, and rounded once at the end, as on the CPU. More sources
-// than a launch takes go in several, with the sums kept in memory between them, so the order of additions is the same.
+//     out[m] = round(sum over k of w[k][m] x[k])
+//
+// Sums are taken in f64 from the first source to the last and rounded once, as on the CPU. More sources take several
+// launches, which keep the sums in memory in between: the order of additions stays the same.
+//
+// Memory: each source is read once for all targets of a launch, each target written once. Sums that pass between
+// launches cost 16 bytes per element and target. If sources and targets are all aligned to 16 bytes, a thread moves
+// vectors; otherwise, and at the end, single elements. Weights and addresses are arguments of the kernel.
+//
+// Tried and rejected:
+// - Sums in f32: wrong by many units in the last place if the weights are large and of both signs.
+// - Splitting the sources among threads: the order of additions would differ from the CPU's.
+// - 8 elements a thread for more than two targets: the f64 sums do not fit the registers.
+// - 3 blocks per multiprocessor for 8 targets of 8 elements: 80 registers a thread spill, even with f32 sums.
+// - A kernel for each pair of dtypes: 72 kernels took 48 s to compile. The dtype of each source is an argument instead.
 #include "numbers.cuh"
 
-#define SOURCES 64
-#define TARGETS 8
-#define THREADS 256
+#define SOURCES 64   // 4,800 bytes of arguments with the weights; 52 would fit the 4,096 that CUDA allowed before 12.1
+#define TARGETS 8    // their f64 sums take 64 registers of a thread with 4 elements
+#define THREADS 256  // as in update.cu
 
 struct BlendArgs {
     uint64_t sources[SOURCES];
     uint64_t targets[TARGETS];
-    double weights[SOURCES * TARGETS];  // of source k for target m of M at [k * M + m]
-    uint64_t sums;                      // f64 sums of target m at [m * pitch + i], between launches
+    double weights[SOURCES * TARGETS];  // [k * M + m]: weight of source k for target m of M
+    uint64_t sums;                      // [m * pitch + i]: f64 sum of target m at element i, between launches
     uint64_t pitch;
-    uint64_t unfit;                     // for each target, the first element that does not fit: kept at its minimum
+    uint64_t unfit;                     // [m]: least index at which target m overflows its dtype
     uint64_t elements;
-    double limit;                       // the largest magnitude that fits the output type
-    uint32_t count;                     // of sources
-    uint32_t output;                    // the output's kind
-    uint32_t first, last;               // whether this is the first launch, and the last
-    uint32_t aligned;                   // whether all sources and targets lie at 16 bytes
-    uint8_t kinds[SOURCES];
+    double limit;                       // largest magnitude that the output dtype holds
+    uint32_t count;                     // number of sources
+    uint32_t output;                    // dtype of the targets, see Kind
+    uint32_t first, last;               // 1 in the first launch, 1 in the last
+    uint32_t aligned;                   // 1 if all sources and targets are aligned to 16 bytes
+    uint8_t kinds[SOURCES];             // dtypes of the sources
 };
 
 DEVICE bool fits(double x, double limit) { return x <= limit && x >= -limit; }
 
 // Adds sources k to end, all of type T, to the sums of V elements from i on.
-template <class T, int M, int V> struct Add {
-    static const int U = sizeof(typename T::Bits) == 8 ? 2 : 4;  // sources loaded before they are added
+template <class T, int M, int V> struct AddSources {
+    // Sources that are loaded before they are added, so that loads wait together. Two of f64 are as many bytes as four
+    // of f32. Compiled but not timed: 8 of 16 bits for eight targets take 118 registers and spill none; loading the
+    // next four while these are added spills for one and two targets.
+    static const int U = sizeof(typename T::Bits) == 8 ? 2 : 4;
 
     DEVICE void one(double (&sum)[M][V], const BlendArgs& a, uint32_t k, const Vector<T, V>& x) {
         #pragma unroll
@@ -52,7 +68,7 @@ template <class T, int M, int V> struct Add {
     }
 };
 
-template <class T, int M> struct Add<T, M, 1> {
+template <class T, int M> struct AddSources<T, M, 1> {
     DEVICE void run(double (&sum)[M][1], const BlendArgs& a, uint32_t k, uint32_t end, uint64_t i) {
         for (; k < end; k++) {
             const double value = T::whole(load(reinterpret_cast<const typename T::Bits*>(a.sources[k]) + i));
@@ -62,7 +78,8 @@ template <class T, int M> struct Add<T, M, 1> {
     }
 };
 
-template <class T, int M, int V> struct Put {
+// Rounds the sums of V elements from i on, and stores them.
+template <class T, int M, int V> struct StoreTargets {
     DEVICE void run(const double (&sum)[M][V], const BlendArgs& a, uint64_t i) {
         #pragma unroll
         for (int m = 0; m < M; m++) {
@@ -74,58 +91,61 @@ template <class T, int M, int V> struct Put {
     }
 };
 
-template <class T, int M> struct Put<T, M, 1> {
+template <class T, int M> struct StoreTargets<T, M, 1> {
     DEVICE void run(const double (&sum)[M][1], const BlendArgs& a, uint64_t i) {
         #pragma unroll
         for (int m = 0; m < M; m++) store(reinterpret_cast<typename T::Bits*>(a.targets[m]) + i, T::round(sum[m][0]));
     }
 };
 
-DEVICE double* sum_at(const BlendArgs& a, int m, uint64_t i) { return reinterpret_cast<double*>(a.sums) + m * a.pitch + i; }
+DEVICE double* sum_at(const BlendArgs& a, int m, uint64_t i) {
+    return reinterpret_cast<double*>(a.sums) + m * a.pitch + i;
+}
 
-template <int M, int V> DEVICE void start(double (&sum)[M][V], const BlendArgs& a, uint64_t i) {
+template <int M, int V> DEVICE void init_sums(double (&sum)[M][V], const BlendArgs& a, uint64_t i) {
     #pragma unroll
     for (int m = 0; m < M; m++)
         #pragma unroll
         for (int v = 0; v < V; v++) sum[m][v] = a.first ? 0.0 : load(sum_at(a, m, i + v));
 }
 
-// Adds all sources, one run of equal types after the other.
+// Adds all sources, in runs of equal dtype.
 template <int M, int V> DEVICE void add_all(double (&sum)[M][V], const BlendArgs& a, uint64_t i) {
     for (uint32_t k = 0; k < a.count;) {
         const uint8_t kind = a.kinds[k];
         uint32_t end = k + 1;
         while (end < a.count && a.kinds[end] == kind) end++;
         switch (kind) {
-            case KIND_F32: Add<F32, M, V>::run(sum, a, k, end, i); break;
-            case KIND_F16: Add<F16, M, V>::run(sum, a, k, end, i); break;
-            case KIND_BF16: Add<BF16, M, V>::run(sum, a, k, end, i); break;
-            default: Add<F64, M, V>::run(sum, a, k, end, i);
+            case KIND_F32: AddSources<F32, M, V>::run(sum, a, k, end, i); break;
+            case KIND_F16: AddSources<F16, M, V>::run(sum, a, k, end, i); break;
+            case KIND_BF16: AddSources<BF16, M, V>::run(sum, a, k, end, i); break;
+            default: AddSources<F64, M, V>::run(sum, a, k, end, i);
         }
         k = end;
     }
 }
 
-template <int M, int V> DEVICE void finish(const double (&sum)[M][V], const BlendArgs& a, uint64_t i) {
+// Notes the sums that overflow, and stores all of them.
+template <int M, int V> DEVICE void write_targets(const double (&sum)[M][V], const BlendArgs& a, uint64_t i) {
     #pragma unroll
     for (int m = 0; m < M; m++)
         #pragma unroll
         for (int v = 0; v < V; v++)
             if (!fits(sum[m][v], a.limit)) atomic_min(reinterpret_cast<uint64_t*>(a.unfit) + m, i + v);
     switch (a.output) {
-        case KIND_F32: Put<F32, M, V>::run(sum, a, i); break;
-        case KIND_F16: Put<F16, M, V>::run(sum, a, i); break;
-        case KIND_BF16: Put<BF16, M, V>::run(sum, a, i); break;
-        default: Put<F64, M, V>::run(sum, a, i);
+        case KIND_F32: StoreTargets<F32, M, V>::run(sum, a, i); break;
+        case KIND_F16: StoreTargets<F16, M, V>::run(sum, a, i); break;
+        case KIND_BF16: StoreTargets<BF16, M, V>::run(sum, a, i); break;
+        default: StoreTargets<F64, M, V>::run(sum, a, i);
     }
 }
 
 template <int M, int V> DEVICE void blend_elements(const BlendArgs& a, uint64_t i) {
     double sum[M][V];
-    start(sum, a, i);
+    init_sums(sum, a, i);
     add_all(sum, a, i);
     if (a.last) {
-        finish(sum, a, i);
+        write_targets(sum, a, i);
         return;
     }
     #pragma unroll
@@ -143,10 +163,13 @@ template <int M, int V> DEVICE void blend(const BlendArgs& a) {
     for (uint64_t j = i; j < i + V && j < a.elements; j++) blend_elements<M, 1>(a, j);
 }
 
-// Elements that a thread takes at a time: 8 for few targets, so that 16-bit sources are read 16 bytes at a time; 4 for
-// many, whose sums would not fit the registers. The host computes the grid from the same numbers.
+// M targets, V elements a thread. 8 elements for one and two targets: 16-bit sources then move 128 bits at a time. 4
+// for more targets, whose sums take more registers. The host computes the grid from the same numbers.
+//
+// Blocks per multiprocessor: 3 leave 80 registers a thread, enough for up to 4 targets; 2 leave 128.
 #define BLEND(M, V) \
-    extern "C" __global__ void __launch_bounds__(THREADS, (M) <= 4 ? 3 : 2) blend_##M(const __grid_constant__ BlendArgs a) { blend<M, V>(a); }
+    extern "C" __global__ void __launch_bounds__(THREADS, (M) <= 4 ? 3 : 2) \
+    blend_##M(const __grid_constant__ BlendArgs a) { blend<M, V>(a); }
 BLEND(1, 8)
 BLEND(2, 8)
 BLEND(3, 4)

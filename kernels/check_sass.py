@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Compiles the kernels for every architecture and reads the machine code: what the sources promise must be in it.
+"""Compiles the kernels for every architecture and checks that the machine code keeps what README.md promises.
 
-Needs nvcc (NVCC, or PATH) and cuobjdump (CUOBJDUMP, beside nvcc, or PATH). Exits with 1 where a promise is broken.
-See README.md for the promises.
+Needs nvcc (NVCC, or PATH) and cuobjdump (CUOBJDUMP, beside nvcc, or PATH). Exits with 1 if a promise is broken.
 """
 
 import argparse
@@ -20,12 +19,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = ["update", "blend", "convert"]
 ARCHITECTURES = [80, 90, 100, 120]
-# As build.rs compiles them.
+# Flags of build.rs.
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ftz=false"]
 THREADS = 256
-REGISTERS = 65536  # of a multiprocessor, on every architecture here
+REGISTERS = 65536  # per multiprocessor, on each of these architectures
 
-# What must not occur: local memory, shared memory, barriers, exchange between threads, and arithmetic that is not ours.
+# Instructions that no kernel may contain, and what each would mean.
 FORBIDDEN = {
     "LDL": "local memory is read",
     "STL": "local memory is written",
@@ -54,7 +53,7 @@ ALL = [kernel for names in KERNELS.values() for kernel in names]
 
 
 def blocks(kernel):
-    """Blocks per multiprocessor that the launch bounds ask for."""
+    """Returns the blocks per multiprocessor in the launch bounds."""
     number = int(kernel.rsplit("_", 1)[-1]) if "_" in kernel else 0
     if kernel.startswith("update"):
         return 3 if "compensated" in kernel and number >= 5 else 4
@@ -64,13 +63,15 @@ def blocks(kernel):
 
 
 def most_registers(kernel):
-    """Registers of a thread so that as many blocks fit; they are handed out 8 at a time, 255 are addressable."""
+    """Returns the registers a thread may use: they are allocated 8 at a time, and 255 are addressable."""
     return min(255, REGISTERS // (THREADS * blocks(kernel)) // 8 * 8)
 
 
 def expected(kernel):
-    """The accesses of each main loop, of which there must be so many: pieces of code without a jump, with no narrower
-    access to the global memory than those, and with at least so many. See README.md."""
+    """Returns the main loops as (how often, least number of each instruction).
+
+    A main loop is a piece of code without a jump, and with no access to global memory below 64 bits (README.md).
+    """
     number = int(kernel.rsplit("_", 1)[1]) if "_" in kernel else 0
     if kernel.startswith("update"):
         return expected_update(number, "compensated" in kernel)
@@ -85,7 +86,7 @@ def expected(kernel):
 
 
 def expected_update(profiles, compensated):
-    # As Unroll in update.cu.
+    # Unroll in update.cu.
     unroll = (2 if profiles == 1 else 1) if compensated else 4 if profiles == 1 else 2 if profiles <= 3 else 1
     averages, terms = unroll * profiles, unroll * profiles if compensated else 0
     written = {"STG.128": averages, "STG.64": terms}
@@ -96,7 +97,7 @@ def expected_update(profiles, compensated):
 
 
 def expected_blend(targets):
-    # Four sources are loaded before they are added, of f64 two.
+    # Four sources are loaded before they are added; of f64, two.
     if targets <= 2:  # 8 elements of each
         return [(2, {"LDG.128": 4, "DFMA": 32 * targets}), (1, {"LDG.128": 8, "DFMA": 32 * targets})]
     return [(2, {"LDG.64": 4, "DFMA": 16 * targets}), (1, {"LDG.128": 4, "DFMA": 16 * targets})]
@@ -105,17 +106,17 @@ def expected_blend(targets):
 def find_tools():
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
     if not nvcc or not Path(nvcc).is_file():
-        sys.exit("nvcc is not there: set NVCC, or put it on PATH")
+        sys.exit("nvcc was not found: set NVCC, or put it on PATH")
     beside = Path(nvcc).resolve().parent / "cuobjdump"
     cuobjdump = os.environ.get("CUOBJDUMP") or (str(beside) if beside.is_file() else shutil.which("cuobjdump"))
     if not cuobjdump:
         packages = "nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
-        sys.exit(f"cuobjdump is not there: set CUOBJDUMP, or install it beside nvcc (pip install {packages})")
+        sys.exit(f"cuobjdump was not found: set CUOBJDUMP, or install it beside nvcc (pip install {packages})")
     return nvcc, cuobjdump
 
 
 def run(command):
-    # cuobjdump calls nvdisasm, which lies beside it.
+    # cuobjdump calls nvdisasm, which is in the same folder.
     path = f"{Path(command[0]).resolve().parent}{os.pathsep}{os.environ.get('PATH', '')}"
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
     if done.returncode != 0:
@@ -124,7 +125,7 @@ def run(command):
 
 
 def compile_one(tools, folder, source, arch):
-    """The compiler's report and the machine code of one source for one architecture."""
+    """Returns the compiler's report and the machine code of one source for one architecture."""
     nvcc, cuobjdump = tools
     cubin = Path(folder) / f"{source}.{arch}.cubin"
     compiler = ["-ccbin", os.environ["NVCC_CCBIN"]] if "NVCC_CCBIN" in os.environ else []
@@ -134,7 +135,7 @@ def compile_one(tools, folder, source, arch):
 
 
 def resources(report):
-    """Of each kernel, by the compiler's report: registers, stack and spills."""
+    """Returns the registers, stack and spills of each kernel from the compiler's report."""
     pattern = re.compile(
         r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
         r"ptxas info\s*: Used (\d+) registers"
@@ -150,7 +151,7 @@ JUMPS = ("BRA", "BRX", "JMP", "CALL", "EXIT", "RET", "BSYNC", "BREAK")
 
 
 def instructions(sass):
-    """Of each kernel, its instructions: address, name with modifiers, operands."""
+    """Returns the instructions of each kernel: address, name with modifiers, operands."""
     found, code = {}, None
     for line in sass.splitlines():
         if "Function :" in line:
@@ -161,7 +162,7 @@ def instructions(sass):
 
 
 def pieces(code):
-    """The instructions of each piece of code into which nothing jumps and out of which nothing does, counted."""
+    """Counts the instructions of each piece of code that nothing jumps into or out of."""
     targets = set()
     for _, opcode, operands in code:
         if opcode.split(".")[0] in JUMPS:
@@ -179,7 +180,7 @@ def pieces(code):
 
 
 def count(counter, name, width=None):
-    """Instructions of a name, whatever their modifiers; of a width in bits where one is given."""
+    """Counts the instructions of a name, with any modifiers, and with `width` bits if that is given."""
     total = 0
     for opcode, n in counter.items():
         parts = opcode.split(".")
@@ -189,7 +190,7 @@ def count(counter, name, width=None):
 
 
 def pairs(counter, name):
-    """f32 operations; newer architectures do two at a time."""
+    """Counts f32 operations, of which newer architectures do two at a time."""
     return count(counter, name) + 2 * count(counter, name + "2")
 
 
@@ -198,7 +199,7 @@ def accesses(counter):
 
 
 def loops(kernel, code):
-    """Whether the main loops are there, in vectors."""
+    """Checks that the main loops are there, in vectors."""
     problems = []
     for times, least in expected(kernel):
         found = 0
@@ -208,7 +209,7 @@ def loops(kernel, code):
             found += narrow == 0 and all(wide[name] >= n for name, n in least.items())
         if found < times:
             asked = ", ".join(f"{n} x {name}" for name, n in least.items() if n)
-            problems.append(f"{found} loops in vectors with {asked}: the source has {times}")
+            problems.append(f"{found} loops in vectors with {asked}, the source has {times}")
     return problems
 
 
@@ -219,26 +220,26 @@ def row(kernel, arch, used, code):
     if used["spills"] or used["stack"]:
         problems.append(f"{used['spills']} bytes are spilled, {used['stack']} bytes of stack are used")
     if used["registers"] > most_registers(kernel):
-        problems.append(f"{used['registers']} registers: the launch bounds allow {most_registers(kernel)}")
+        problems.append(f"{used['registers']} registers, the launch bounds allow {most_registers(kernel)}")
     problems += [f"{count(counter, name)} x {name}: {why}" for name, why in FORBIDDEN.items() if count(counter, name)]
     flushed = [opcode for opcode in counter if "FTZ" in opcode.split(".")]
     problems += [f"{opcode}: subnormals are flushed" for opcode in flushed]
     generic = [opcode for opcode in counter if opcode.split(".")[0] in ("LD", "ST")]
-    problems += [f"{opcode}: the memory's kind is not known" for opcode in generic]
+    problems += [f"{opcode}: an access of generic type" for opcode in generic]
     problems += loops(kernel, code)
     problems += arithmetic(kernel, counter)
     return {"kernel": kernel, "arch": f"sm_{arch}", **used, **wide, "problems": problems}
 
 
 def arithmetic(kernel, counter):
-    """Whether the sums and products are those of the source, none contracted, none split."""
+    """Checks that the sums and products are those of the source, neither contracted nor split."""
     if kernel.startswith("update"):
         fused, single = pairs(counter, "FFMA"), pairs(counter, "FADD")
         each = 4 if "compensated" in kernel else 1
         if fused == 0 or single != each * fused:
-            return [f"{single} f32 sums beside {fused} fused products: the source has {each} for each"]
+            return [f"{single} f32 sums and {fused} fused products, the source has {each} sums for each product"]
     if kernel.startswith("blend") and (count(counter, "DADD") or not count(counter, "DFMA")):
-        return [f"{count(counter, 'DADD')} f64 sums: the source has only fused products"]
+        return [f"{count(counter, 'DADD')} f64 sums, the source has only fused products"]
     return []
 
 
@@ -250,7 +251,7 @@ def check(tools, jobs):
     for (source, arch), (report, sass) in zip(work, done):
         used, code = resources(report), instructions(sass)
         if sorted(used) != sorted(KERNELS[source]) or sorted(code) != sorted(KERNELS[source]):
-            sys.exit(f"{source}.cu, sm_{arch}: the kernels are {sorted(code)}: tell this script of new ones")
+            sys.exit(f"{source}.cu, sm_{arch}: the kernels are {sorted(code)}: add new ones to KERNELS in this script")
         rows += [row(kernel, arch, used[kernel], code[kernel]) for kernel in KERNELS[source]]
     order = {kernel: i for i, kernel in enumerate(ALL)}
     return sorted(rows, key=lambda r: order[r["kernel"]])
@@ -267,7 +268,7 @@ def table(rows):
 
 
 def markdown(rows):
-    """The registers, kernel by kernel, with the architectures side by side."""
+    """Returns the table of registers: a line for each kernel, a column for each architecture."""
     lines = [["kernel", "allowed", *(f"sm_{arch}" for arch in ARCHITECTURES)]]
     lines.append(["---", *["---:"] * (1 + len(ARCHITECTURES))])
     for kernel in ALL:

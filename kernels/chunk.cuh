@@ -1,12 +1,23 @@
-// A chunk: a piece of one tensor that one block of threads works on.
+// Chunk table: one launch works on any number of tensors, one block of threads on each chunk of a tensor.
+//
+// Memory: a chunk takes 24 bytes in the table. Every thread of its block reads them once.
+//
+// The host chooses the size, from 2,048 to 65,536 elements. 2,048 elements are two vectors for each of 256 threads:
+// with fewer, starting a block costs more than its work. Each chunk has its own dtype, so mixed models take one launch.
+//
+// Tried and rejected:
+// - Chunks of 65,536 elements for every model: below 8.6 million parameters, an H200 has more multiprocessors (132)
+//   than there are blocks.
+// - `blockDim.x` as the stride of `copy_bytes`: the compiler divides by it to unroll the loops. The number of threads
+//   is therefore an argument, and a constant at every call.
 #pragma once
 #include "numbers.cuh"
 
 struct Chunk {
-    uint64_t address;   // of its first element in the tensor's own memory
-    uint64_t offset;    // of its first element in the arenas, or byte in a destination
-    uint32_t elements;  // or bytes
-    uint32_t kind;
+    uint64_t address;   // first element in the tensor's own memory
+    uint64_t offset;    // first element in the arenas; in a copy, first byte in the destination
+    uint32_t elements;  // in a copy, bytes
+    uint32_t kind;      // dtype, see Kind
 };
 
 DEVICE Chunk load_chunk(const Chunk* table, uint64_t index) {
@@ -20,15 +31,14 @@ DEVICE Chunk load_chunk(const Chunk* table, uint64_t index) {
     return chunk;
 }
 
-// Copies bytes of any alignment with all threads of a block. Their number is a constant to the compiler: it would divide
-// by `blockDim` to unroll the loops.
+// Copies bytes of any alignment with all threads of a block.
 DEVICE void copy_bytes(uint64_t to, uint64_t from, uint32_t bytes, uint32_t threads) {
     const uint32_t wide = (to | from) % 16 == 0 ? bytes / 16 : 0;
     for (uint32_t i = threadIdx.x; i < wide; i += threads) {
         store(reinterpret_cast<uint4*>(to) + i, load(reinterpret_cast<const uint4*>(from) + i));
     }
     const uint32_t done = wide * 16;
-    // Elements of 2 and 4 bytes, the usual ones, need not go byte by byte where only the vector is out of place.
+    // Elements of 4 and 2 bytes, the usual ones, are aligned even if a vector is not: move them whole.
     const uint32_t words = (to | from) % 4 == 0 ? (bytes - done) / 4 : 0;
     for (uint32_t i = threadIdx.x; i < words; i += threads) {
         store(reinterpret_cast<uint32_t*>(to + done) + i, load(reinterpret_cast<const uint32_t*>(from + done) + i));

@@ -1,15 +1,26 @@
-// What leaves the device: averages in the dtype of a snapshot, their range, and small tensors gathered into one place.
+// Prepares what leaves the device: averages in the dtype of a snapshot, their ranges, small tensors in one place.
+//
+//     convert:  out = round(high), and high + low if the output is f64
+//     scan:     largest[t] = max over the elements of tensor t of |high|
+//     gather:   to[offset + i] = tensor[i], in bytes
+//
+// Memory: everything is read once and written once. convert and scan move f32 128 bits at a time; gather uses the
+// widest access that both addresses allow.
+//
+// Tried and rejected:
+// - One block per chunk in gather: it reaches the host over the bus, which few blocks fill. More would only keep
+//   multiprocessors from the training that runs beside it.
 #include "chunk.cuh"
 
-#define THREADS 256
+#define THREADS 256  // as in update.cu; registers are far from a limit here (README.md)
 
 struct ConvertArgs {
-    uint64_t high;  // f32
-    uint64_t low;   // bf16, or 0 where there are no low-order terms
+    uint64_t high;  // f32 averages
+    uint64_t low;   // bf16 low-order terms; 0 if there are none
     uint64_t to;
     uint64_t elements;
-    uint32_t output;  // the kind to convert to
-    uint32_t aligned; // whether high and to lie at 16 bytes, and low at 8
+    uint32_t output;   // dtype to convert to, see Kind
+    uint32_t aligned;  // 1 if high and to are aligned to 16 bytes, and low to 8
 };
 
 template <class T> DEVICE void convert_four(const ConvertArgs& a, uint64_t i) {
@@ -27,14 +38,15 @@ template <class T> DEVICE void convert_one(const ConvertArgs& a, uint64_t i) {
     store(reinterpret_cast<typename T::Bits*>(a.to) + i, T::round_single(high));
 }
 
-// f64 takes the low-order term along.
+// Converts one element to f64, which has room for the low-order term.
 DEVICE void convert_whole(const ConvertArgs& a, uint64_t i) {
     const double high = f32_to_f64(bits_f32(load(reinterpret_cast<const uint32_t*>(a.high) + i)));
     const double low = a.low ? f32_to_f64(bf16_to_f32(load(reinterpret_cast<const uint16_t*>(a.low) + i))) : 0.0;
-    // Where there is no term, nothing is added: adding 0.0 would turn -0.0 into 0.0.
+    // A missing term is not added as 0.0, which would turn -0.0 into 0.0.
     store(reinterpret_cast<uint64_t*>(a.to) + i, f64_bits(a.low ? fma_f64(1.0, high, low) : high));
 }
 
+// Converts the 4 elements of a thread: 16 bytes of f32, the widest access.
 template <class T> DEVICE void convert_stretch(const ConvertArgs& a, uint64_t i) {
     if (a.aligned && i + 4 <= a.elements) {
         convert_four<T>(a, i);
@@ -55,16 +67,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) convert(const __grid_const
 }
 
 struct ScanArgs {
-    const Chunk* chunks;  // `address` is the index of the tensor, `offset` its place in the arena
+    const Chunk* chunks;  // `address` is the index of the tensor, `offset` its first element in the arena
     const float* high;
-    uint32_t* largest;    // of each tensor, the bits of the largest magnitude: infinity and NaN come out on top
+    uint32_t* largest;    // bits of each tensor's largest magnitude; infinity and NaN are above all numbers
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant__ ScanArgs a) {
     const Chunk c = load_chunk(a.chunks, blockIdx.x);
     const uint64_t from = reinterpret_cast<uint64_t>(a.high + c.offset);
     uint32_t largest = 0;
-    // Chunks begin at 16 bytes, as tensors do in an arena.
+    // Chunks start at multiples of 16 bytes, as tensors do in an arena.
     for (uint32_t i = threadIdx.x; i < c.elements / 4; i += THREADS) {
         const Vector<F32, 4> x = load_vector<F32, 4>(from + static_cast<uint64_t>(i) * 16);
         #pragma unroll
@@ -84,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
 struct GatherArgs {
     const Chunk* chunks;
     uint64_t to;
-    uint64_t count;  // of chunks: a few blocks take them in turns
+    uint64_t count;  // number of chunks, which a few blocks take in turns
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_constant__ GatherArgs a) {

@@ -1,8 +1,19 @@
-// Element types and the arithmetic on them: the whole numeric contract with the CPU, which gives the same bits.
+// Element types and their arithmetic: the numeric contract with the CPU code, which computes the same bits.
 //
-// Every operation is a named one that rounds to nearest even and that no compiler contracts or reorders. Kernels use
-// neither shared memory nor barriers nor warp intrinsics, so that the very same files compile as plain C++ (shim.h) and
+//     a * b + c, a + b, a - b: each rounded once, to nearest even
+//
+// Every operation is a named intrinsic, which no compiler contracts or reorders. Only the payload of a NaN may differ
+// from the CPU's.
+//
+// Memory: every element is read once and written once. Loads and stores are streaming ones, which leave the caches to
+// other work. Vectors move 128 bits at a time, or 64 if they are that short.
+//
+// Kernels use no shared memory, barriers or warp intrinsics. The same files therefore compile as plain C++ (shim.h) and
 // run under the stand-in driver of the tests.
+//
+// Tried and rejected:
+// - Plain dereferences: through a pointer made from an integer they compile to the generic `LD`, not to `LDG`.
+// - NVIDIA's headers in the C++ build: g++ compiles the conversions, but `__fmaf_rn` and `__ldcs` do not exist there.
 #pragma once
 #include <stdint.h>
 
@@ -12,7 +23,6 @@
 
 #define DEVICE static __device__ __forceinline__
 
-// All data are touched once: "streaming" accesses leave the caches to others.
 template <class T> DEVICE T load(const T* p) { return __ldcs(p); }
 template <class T> DEVICE void store(T* p, T value) { __stcs(p, value); }
 DEVICE void atomic_max(uint32_t* p, uint32_t value) { atomicMax(p, value); }
@@ -38,9 +48,11 @@ DEVICE uint16_t f32_to_bf16(float value) { return __bfloat16_as_ushort(__float2b
 #include "shim.h"
 #endif
 
-// The element types, by the numbers that the host gives them.
+// Numbers of the element types; the host uses the same.
 enum Kind : uint32_t { KIND_F32 = 0, KIND_F16 = 1, KIND_BF16 = 2, KIND_F64 = 3, KIND_BYTES = 4 };
 
+// Each type has `single` and `whole`, which widen an element to f32 and f64. `round` and `round_single` round an f64
+// and an f32 to it. f16 and bf16 go through f32 in both directions.
 struct F32 {
     typedef uint32_t Bits;
     DEVICE float single(uint32_t bits) { return bits_f32(bits); }
@@ -73,13 +85,13 @@ struct F64 {
     DEVICE uint64_t round_single(float value) { return f64_bits(f32_to_f64(value)); }
 };
 
-// V consecutive elements of type T as 32-bit words, moved with the widest access that divides them.
+// V consecutive elements of type T as 32-bit words.
 template <class T, int V> struct Vector {
     static const int WORDS = V * static_cast<int>(sizeof(typename T::Bits)) / 4;
     uint32_t words[WORDS];
 };
 
-// The alignment in bytes that load_vector and store_vector ask for: 16, or all of a smaller vector.
+// Alignment in bytes that load_vector and store_vector require: 16, or the size of a smaller vector.
 template <class T, int V> struct Alignment {
     static const uint64_t BYTES = Vector<T, V>::WORDS % 4 == 0 ? 16 : 8;
 };
@@ -122,7 +134,7 @@ template <class T, int V> DEVICE void store_vector(uint64_t address, const Vecto
     }
 }
 
-// Element by element, for addresses that are not aligned.
+// Loads a vector element by element, from an address of any alignment.
 template <class T, int V> DEVICE Vector<T, V> load_elements(uint64_t address) {
     const typename T::Bits* p = reinterpret_cast<const typename T::Bits*>(address);
     Vector<T, V> r;
@@ -139,16 +151,17 @@ template <class T, int V> DEVICE Vector<T, V> load_elements(uint64_t address) {
     return r;
 }
 
-// The bits of element i.
+// Returns the bits of element i.
 template <class T, int V> DEVICE typename T::Bits element(const Vector<T, V>& v, int i) {
     if (sizeof(typename T::Bits) == 2) return static_cast<typename T::Bits>(v.words[i / 2] >> (16 * (i & 1)));
     if (sizeof(typename T::Bits) == 4) return static_cast<typename T::Bits>(v.words[i]);
-    const int last = Vector<T, V>::WORDS - 1;  // keeps the indices below valid where they are compiled but never run
+    const int last = Vector<T, V>::WORDS - 1;  // keeps the indices below in range for types that never reach them
     const int low = 2 * i < last ? 2 * i : last, high = 2 * i + 1 < last ? 2 * i + 1 : last;
-    return static_cast<typename T::Bits>(static_cast<uint64_t>(v.words[low]) | static_cast<uint64_t>(v.words[high]) << 32);
+    return static_cast<typename T::Bits>(static_cast<uint64_t>(v.words[low]) |
+                                         static_cast<uint64_t>(v.words[high]) << 32);
 }
 
-// Sets elements i and i + 1, i even.
+// Sets elements i and i + 1, for an even i.
 template <class T, int V> DEVICE void set_pair(Vector<T, V>& v, int i, typename T::Bits a, typename T::Bits b) {
     if (sizeof(typename T::Bits) == 2) {
         v.words[i / 2] = static_cast<uint32_t>(a) | static_cast<uint32_t>(b) << 16;

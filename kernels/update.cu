@@ -1,23 +1,37 @@
-// The update of up to 8 profiles in one pass over the parameters, all tensors in one launch.
+// Updates the running averages of up to 8 profiles in one pass over the parameters, all tensors in one launch.
 //
-// Plain:       e <- fma(w, p - e, e)
-// Compensated: d = fma(w, p - e, c); s = e + d; c <- bf16(d - (s - e)); e <- s
+//     plain:        e' = fma(w, p - e, e)
+//     compensated:  d = fma(w, p - e, c);  s = e + d;  c' = bf16(d - (s - e));  e' = s
 //
-// A block works on one chunk. Averages lie in one arena per profile, all of one layout, every tensor at 16 bytes: so the
-// averages are always read and written in vectors, whatever the alignment of the parameters.
+// p is a parameter, e its f32 average, c the average's bf16 low-order term, and w = 1 - beta.
+//
+// Memory: each parameter is read once; each average is read and written once. For P profiles that is 8 P bytes beside
+// the parameter, and 4 P more if the averages are compensated. A block works on one chunk. The averages of a profile
+// are in one arena. All arenas have the same layout, in which tensors start at multiples of 16 bytes, so averages move
+// 128 bits at a time whatever the alignment of the parameters.
+//
+// Tried and rejected:
+// - One pass per profile reads the parameters P times: 80 instead of 66 bytes for 8 plain profiles of a bf16 parameter.
+// - Peeling elements off the front until the streams are aligned: P + 1 streams of different alignment never all are.
+// - 8 elements a thread: neighbouring threads would read vectors 32 bytes apart, so a request would use half of each
+//   sector. It also takes more registers.
+// - All profiles of a thread at once: 8 compensated ones take 115 registers, or spill 280 bytes at 64.
+// - Leaving the order of loads and stores to the compiler: averages may alias, so it moves no load before a store.
+// - A grid-stride loop: not needed, since the host chooses how many chunks there are.
 #include "chunk.cuh"
 
 struct UpdateArgs {
     const Chunk* chunks;
-    float* high[8];     // the f32 part of each profile's averages
-    uint16_t* low[8];   // the bf16 low-order terms of compensated ones
-    float weights[8];   // 1 - beta
+    float* high[8];     // f32 part of each profile's averages
+    uint16_t* low[8];   // bf16 low-order terms, if compensated
+    float weights[8];   // 1 - beta of each profile
     uint8_t* copies;    // tensors that are copied, not averaged
 };
 
-#define THREADS 256
-#define V 4  // elements that a thread takes at a time: 16 bytes of f32
+#define THREADS 256  // 4 blocks of 64 registers a thread fill the 65,536 registers of a multiprocessor
+#define V 4          // elements a thread takes at a time: 16 bytes of f32, the widest access
 
+// Updates one average by the equation above.
 template <bool COMPENSATED> DEVICE void step(float p, float w, float& e, float& c) {
     if (!COMPENSATED) {
         e = fma_f32(w, sub_f32(p, e), e);
@@ -28,10 +42,14 @@ template <bool COMPENSATED> DEVICE void step(float p, float w, float& e, float& 
     e = s;
 }
 
-// Profiles whose averages a thread holds at a time: more would spill registers.
-template <int PROFILES, bool COMPENSATED> struct Group { static const int SIZE = !COMPENSATED ? 4 : PROFILES < 8 ? 3 : 2; };
+// Profiles whose averages a thread holds at a time. More would spill registers.
+template <int PROFILES, bool COMPENSATED> struct Group {
+    static const int SIZE = !COMPENSATED ? 4 : PROFILES < 8 ? 3 : 2;
+};
 
-// Vectors of each average that a thread reads before it computes: enough loads in flight to fill the memory's latency.
+// Vectors of each average that a thread loads before it computes: enough loads in flight to hide the memory's latency.
+// Fewer profiles need more vectors. Compiled, but not timed yet: 2 for one plain profile take 32 registers, 2 for two
+// compensated profiles 64; neither spills.
 template <int PROFILES, bool COMPENSATED> struct Unroll {
     static const int COUNT = COMPENSATED ? (PROFILES == 1 ? 2 : 1) : PROFILES == 1 ? 4 : PROFILES <= 3 ? 2 : 1;
 };
@@ -40,13 +58,13 @@ DEVICE uint64_t address_of(const void* base, uint64_t offset, uint64_t size) {
     return reinterpret_cast<uint64_t>(base) + offset * size;
 }
 
-// The profiles from FIRST on, a group at a time.
+// Updates the profiles from FIRST on, a group at a time.
 template <class T, int FIRST, int PROFILES, bool COMPENSATED, int U> struct Profiles {
     DEVICE void run(const UpdateArgs& a, uint64_t offset, uint32_t stride, const Vector<T, V>* p) {
         const int GROUP = Group<PROFILES, COMPENSATED>::SIZE, N = GROUP < PROFILES - FIRST ? GROUP : PROFILES - FIRST;
         Vector<F32, V> high[U][N];
         Vector<BF16, V> low[U][COMPENSATED ? N : 1];
-        // All loads come before all stores: averages might overlap for all the compiler knows, so it would not move them.
+        // All loads come before all stores: the compiler cannot know that averages do not alias.
         #pragma unroll
         for (int u = 0; u < U; u++) {
             const uint64_t at = offset + static_cast<uint64_t>(u) * stride * V;
@@ -74,7 +92,8 @@ template <class T, int FIRST, int PROFILES, bool COMPENSATED, int U> struct Prof
         #pragma unroll
         for (int i = 0; i < V; i += 2) {
             float e0 = bits_f32(element(high, i)), e1 = bits_f32(element(high, i + 1));
-            float c0 = COMPENSATED ? bf16_to_f32(element(low, i)) : 0, c1 = COMPENSATED ? bf16_to_f32(element(low, i + 1)) : 0;
+            float c0 = COMPENSATED ? bf16_to_f32(element(low, i)) : 0,
+                  c1 = COMPENSATED ? bf16_to_f32(element(low, i + 1)) : 0;
             step<COMPENSATED>(T::single(element(p, i)), w, e0, c0);
             step<COMPENSATED>(T::single(element(p, i + 1)), w, e1, c1);
             set_pair(high, i, f32_bits(e0), f32_bits(e1));
@@ -87,6 +106,7 @@ template <class T, int PROFILES, bool COMPENSATED, int U> struct Profiles<T, PRO
     DEVICE void run(const UpdateArgs&, uint64_t, uint32_t, const Vector<T, V>*) {}
 };
 
+// Updates U vectors of a thread, THREADS vectors apart, from vector i of the chunk on.
 template <class T, int PROFILES, bool COMPENSATED, int U, bool ALIGNED>
 DEVICE void update_vectors(const UpdateArgs& a, const Chunk& c, uint32_t i) {
     Vector<T, V> p[U];
@@ -98,17 +118,19 @@ DEVICE void update_vectors(const UpdateArgs& a, const Chunk& c, uint32_t i) {
     Profiles<T, 0, PROFILES, COMPENSATED, U>::run(a, c.offset + static_cast<uint64_t>(i) * V, THREADS, p);
 }
 
+// Updates all whole vectors of a chunk.
 template <class T, int PROFILES, bool COMPENSATED, int U, bool ALIGNED>
 DEVICE void update_whole(const UpdateArgs& a, const Chunk& c) {
     const uint32_t vectors = c.elements / V;
     uint32_t i = threadIdx.x;
-    for (; i + (U - 1) * THREADS < vectors; i += U * THREADS) update_vectors<T, PROFILES, COMPENSATED, U, ALIGNED>(a, c, i);
+    for (; i + (U - 1) * THREADS < vectors; i += U * THREADS)
+        update_vectors<T, PROFILES, COMPENSATED, U, ALIGNED>(a, c, i);
     if (U > 1) {
         for (; i < vectors; i += THREADS) update_vectors<T, PROFILES, COMPENSATED, 1, ALIGNED>(a, c, i);
     }
 }
 
-// The last, at most V - 1, elements.
+// Updates the elements after the last whole vector, at most V - 1.
 template <class T, int PROFILES, bool COMPENSATED> DEVICE void update_rest(const UpdateArgs& a, const Chunk& c) {
     const uint32_t i = c.elements / V * V + threadIdx.x;
     if (i >= c.elements) return;
@@ -139,7 +161,7 @@ template <int PROFILES, bool COMPENSATED> DEVICE void update(const UpdateArgs& a
         case KIND_F32: update_chunk<F32, PROFILES, COMPENSATED>(a, c); break;
         case KIND_F16: update_chunk<F16, PROFILES, COMPENSATED>(a, c); break;
         case KIND_BF16: update_chunk<BF16, PROFILES, COMPENSATED>(a, c); break;
-        // f64 parameters are rare: the path for any alignment will do.
+        // f64 parameters are rare: the path for any alignment is enough.
         case KIND_F64:
             update_whole<F64, PROFILES, COMPENSATED, 1, false>(a, c);
             update_rest<F64, PROFILES, COMPENSATED>(a, c);
@@ -148,8 +170,8 @@ template <int PROFILES, bool COMPENSATED> DEVICE void update(const UpdateArgs& a
     }
 }
 
-// Blocks per multiprocessor that the registers must allow: 4 give 64 a thread, 3 give 80, which compensated averages of
-// many profiles need; what a thread has in flight grows with them.
+// Blocks per multiprocessor that the registers must allow: 4 leave 64 registers a thread, 3 leave 80. Compensated
+// averages of 5 and more profiles need 80. A thread with more registers keeps more loads in flight.
 #define BLOCKS(PROFILES, COMPENSATED) ((COMPENSATED) && (PROFILES) >= 5 ? 3 : 4)
 #define UPDATE(PROFILES, name, COMPENSATED) \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS(PROFILES, COMPENSATED)) \
@@ -160,7 +182,7 @@ template <int PROFILES, bool COMPENSATED> DEVICE void update(const UpdateArgs& a
 #define UPDATE_BOTH(PROFILES) UPDATE(PROFILES, plain, false) UPDATE(PROFILES, compensated, true)
 UPDATE_ALL(UPDATE_BOTH)
 
-// The names of all kernels, for the stand-in driver.
+// Names of all kernels, for the stand-in driver.
 #define UPDATE_KERNELS(X) \
     X(update_plain_1) X(update_plain_2) X(update_plain_3) X(update_plain_4) \
     X(update_plain_5) X(update_plain_6) X(update_plain_7) X(update_plain_8) \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds what the GPU check runs, for a machine without Rust, into gpu-check/ (or the folder that is named).
-# Needs Rust and nvcc (see build.rs); POSTHOC_EMA_CUDA_ARCHS=90 compiles for the H200 alone.
+# Builds the binaries of the GPU check, for a machine without Rust, into gpu-check/ (or the folder in the first
+# argument). Needs Rust and nvcc (see build.rs); POSTHOC_EMA_CUDA_ARCHS=90 compiles for the H200 alone.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-gpu-check}
@@ -8,7 +8,7 @@ export CARGO_PROFILE_RELEASE_STRIP=symbols CARGO_TERM_COLOR=never
 
 mkdir -p "$folder"
 cargo build --release --features cuda --bin posthoc-ema --example gpu-check-run
-# Tests are built for the check alone; the path of what was built is in cargo's messages.
+# Cargo's messages have the path of the test binary.
 tests=$(cargo test --release --features cuda --test cuda --no-run --message-format=json \
     | python3 -c '
 import json, sys
@@ -18,12 +18,13 @@ release=${CARGO_TARGET_DIR:-target}/release
 install "$release/posthoc-ema" "$release/examples/gpu-check-run" "$folder/"
 install "$tests" "$folder/cuda-tests"
 
-# The Python package, where there is maturin.
+# Builds the Python package if maturin is installed.
 rm -f "$folder"/*.whl
 if command -v maturin >/dev/null; then
-    maturin build --quiet --release --features cuda --compatibility linux --manifest-path python/Cargo.toml --out "$folder"
+    maturin build --quiet --release --features cuda --compatibility linux --manifest-path python/Cargo.toml \
+        --out "$folder"
 else
-    echo "no wheel of the Python package: there is no maturin (pip install maturin)"
+    echo "no wheel of the Python package: maturin was not found (pip install maturin)"
 fi
 
 nvcc=${NVCC:-nvcc}

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The GPU check: tests, figures and sanitizers on one device, in one call of at most ten minutes, from binaries that
-# build.sh made. See README.md.
+# Runs the GPU check: tests, measurements and sanitizers on one device, in one call of at most ten minutes, with the
+# binaries of build.sh. See README.md.
 #
-#     benches/gpu/check.sh [FOLDER]      # of the binaries; gpu-check by default
+#     benches/gpu/check.sh [FOLDER]      # folder of the binaries; gpu-check by default
 #
-# Variables: RECORD (the folder of the results, benches/record), DEVICE (cuda:0), LIMIT (seconds for all, 570), and the
-# sizes below. What is not installed is skipped with a message: python3 with torch, compute-sanitizer.
+# Variables: RECORD (folder of the results, benches/record), DEVICE (cuda:0), LIMIT (seconds for everything, 570), and
+# the sizes below. Stages that need python3 with torch or compute-sanitizer are skipped with a message if it is missing.
 set -uo pipefail
 here=benches/gpu
 folder=${1:+$(realpath "$1")}
@@ -18,9 +18,9 @@ export SNAPSHOT_PARAMETERS=${SNAPSHOT_PARAMETERS:-250000000} SNAPSHOTS=${SNAPSHO
 export RUN_PARAMETERS=${RUN_PARAMETERS:-100000000} RUN_SNAPSHOTS=${RUN_SNAPSHOTS:-20}
 limit=${LIMIT:-570}
 
-# Files of a run are read from memory, whatever the disk is like.
+# Keeps the files of a run in memory, so that the disk does not matter.
 roomy=/dev/shm
-# A run of two profiles: each step a snapshot in f16 each, and the live state in full; and the results.
+# Bytes of a run of two profiles: two f16 snapshots at each step, the live state in full, and the results.
 needed=$((RUN_PARAMETERS * (4 * RUN_SNAPSHOTS + 40)))
 free=$(df --output=avail -B1 "$roomy" 2>/dev/null | tail -1)
 { [ -w "$roomy" ] && ((${free:-0} > needed)); } || roomy=${TMPDIR:-/tmp}
@@ -28,7 +28,7 @@ work=$(mktemp -d "$roomy/gpu-check.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$record" "$work/results"
 
-# stage NAME SECONDS COMMAND...: runs it for so long at most, and no longer than is left; notes how it ended.
+# stage NAME SECONDS COMMAND...: runs a command for at most SECONDS or the time that is left, and records its outcome.
 stage() {
     local name=$1 most=$2 left=$((limit - SECONDS)) begun=$SECONDS status
     shift 2
@@ -70,7 +70,7 @@ synthesis() {
     return $status
 }
 
-# The Python package beside PyTorch. Its own dependencies but numpy are not needed for this.
+# Compares the Python package with PyTorch. Of its dependencies, only numpy is needed.
 python_tests() { PYTHONPATH=$work/python python3 -m pytest -q -p no:cacheprovider python/tests/test_cuda.py; }
 python_compare() {
     PYTHONPATH=$work/python python3 benches/peers/run.py --python "$(command -v python3)" --only updates --device cuda \
@@ -83,7 +83,7 @@ sanitize() { # TOOL TEST...
     compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/cuda-tests" --test-threads 1 "$@"
 }
 
-# `timeout` takes no functions: each stage runs in a shell of its own.
+# `timeout` cannot run functions: each stage runs in a shell of its own.
 export here folder work
 export -f into tests bench synthesis python_tests python_compare sanitize
 
@@ -122,7 +122,7 @@ if ! command -v compute-sanitizer >/dev/null; then
     echo "sanitizers: skipped, there is no compute-sanitizer" | tee -a "$work/results/stages.txt"
 elif compute-sanitizer "$folder/cuda-tests" --exact offload::the_fence_lets_training_go_on_meanwhile 2>&1 |
     grep -qiE "not supported|unable to find"; then
-    # Where the device is virtual, for one.
+    # On a virtual device, for example.
     echo "sanitizers: skipped, compute-sanitizer does not support this device" | tee -a "$work/results/stages.txt"
 else
     for tool in memcheck racecheck initcheck; do

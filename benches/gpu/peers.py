@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""The same update by PyTorch, on the device of the check: seconds, by the device's clock, as one JSON document.
+"""Measures the same update by PyTorch on a device: seconds of the device's clock, as one JSON document.
 
 For each number of tensors and each dtype of the parameters, with two profiles and averages in f32:
 
-foreach     torch._foreach_lerp_, once for each profile; bf16 parameters are converted by torch._foreach_copy_ before;
-            and the same replayed as one CUDA graph
+foreach     torch._foreach_lerp_ for each profile, after torch._foreach_copy_ to f32 for bf16 parameters; also replayed
+            as one CUDA graph
 compile     torch.compile of the update of all profiles of one tensor, for each tensor, replayed as one CUDA graph
-compile, 1  the same on all parameters as one tensor, which no model is: the most that a compiler could fuse
-copy        Tensor.copy_ within the device: bytes read and written both count
+compile, 1  the same on all parameters as one tensor; no model is one, but it is the best case for a compiler
+copy        Tensor.copy_ within the device: bytes read and bytes written both count
 """
 
 import json
@@ -17,12 +17,12 @@ import sys
 
 import torch
 
-WEIGHTS = [0.3, 0.05]  # as posthoc-ema bench has them
+WEIGHTS = [0.3, 0.05]  # those of `posthoc-ema bench`
 ALIGNMENT = 128
 
 
 def timed(work, repeats):
-    """The median of the seconds of `work`, queued twice: the host queues the second round while the first runs."""
+    """Measures `work`, queued twice so that the host queues the timed round while the first one runs."""
     seconds = []
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -36,7 +36,7 @@ def timed(work, repeats):
 
 
 def split(flat, parameters, tensors):
-    """Views of a flat tensor, of all but equal sizes, each at a place as an allocator would give it."""
+    """Returns views of a flat tensor of nearly equal sizes, aligned as an allocator would align them."""
     views, at = [], 0
     for i in range(tensors):
         n = parameters // tensors + (i < parameters % tensors)
@@ -59,7 +59,7 @@ def both(first, second, parameter):
 
 
 def graphed(work):
-    """The same work without Python's share of it."""
+    """Captures `work` in a CUDA graph, which runs without Python."""
     for _ in range(3):
         work()
     torch.cuda.synchronize()
@@ -70,7 +70,7 @@ def graphed(work):
 
 
 def check(name, averages, parameters):
-    """Two updates from zeros leave 1 - (1 - w)^2 of a parameter."""
+    """Checks that two updates from zeros leave 1 - (1 - w)^2 of a parameter."""
     for average, weight in zip(averages, WEIGHTS):
         for e, p in list(zip(average, parameters))[:: max(1, len(parameters) // 20)]:
             expected = p[:1000].double() * (1 - (1 - weight) ** 2)
@@ -90,7 +90,7 @@ def measure(name, work, averages, parameters, bytes_, repeats):
 
 
 def attempt(name, work, averages, parameters, bytes_, repeats):
-    """A row that a compiler or a graph may refuse; wrong averages still end the program."""
+    """Measures work that a compiler or a graph may refuse. Wrong averages still end the program."""
     try:
         return measure(name, graphed(work), averages, parameters, bytes_, repeats)
     except Exception as error:
@@ -117,13 +117,13 @@ def main():
             converted = None if scratch is None else split(scratch, size, tensors)
             work = lambda: foreach(averages, parameters, converted)
             rows.append(measure(f"foreach, {short}, {tensors}", work, averages, parameters, bytes_, repeats))
-            # Thousands of launches may take Python longer than the device: the same without Python, too.
+            # Thousands of launches may take longer in Python than on the device: measures them without Python, too.
             name = f"foreach, graph, {short}, {tensors}"
             rows.append(attempt(name, work, averages, parameters, bytes_, repeats))
         averages, parameters = [split(flat, size, few) for flat in flats], split(given, size, few)
         work = lambda: [compiled(*each) for each in zip(*averages, parameters)]
         rows.append(attempt(f"compile, {short}, {few}", work, averages, parameters, bytes_, repeats))
-        # Otherwise it would be compiled for any size, which is what came before.
+        # Without a reset, torch.compile would compile the next shape for any size.
         torch._dynamo.reset()
         whole = [[flat[:size]] for flat in flats]
         work = lambda: compiled(whole[0][0], whole[1][0], given[:size])

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The results of the GPU check as one JSON document and one table, each figure beside its limit and its target.
+"""Reports the GPU check as one JSON document and one table, with each figure beside its limit and its target.
 
-report.py RESULTS RECORD: a folder of what the stages left, and the folder to write DATE-gpu.json and DATE-gpu.md to.
-Exits with 1 where a stage failed or a target is missed.
+report.py RESULTS RECORD: reads the results of all stages, and writes DATE-gpu.json and DATE-gpu.md to folder RECORD.
+Exits with 1 if a stage failed or a target is missed.
 """
 
 import json
@@ -16,6 +16,8 @@ COPY = "copy within the device"
 
 
 class Results:
+    """Documents and lines that the stages left in a folder."""
+
     def __init__(self, folder):
         self.folder = Path(folder)
         self.benches = {name: self.document(f"{name}.json") for name in ("few", "many", "blend")}
@@ -25,7 +27,7 @@ class Results:
         self.python = self.document("python.json")
 
     def document(self, name):
-        """What a stage printed; nothing where it did not come to its end."""
+        """Returns the document of a stage, or None if the stage did not finish."""
         try:
             return json.loads((self.folder / name).read_text())
         except (OSError, ValueError):
@@ -45,14 +47,14 @@ class Results:
 
 
 def figure(what, value, unit, beside, limit, ratio, target, at_most=False):
-    """One line of the table: a ratio that has to reach its target, or to stay below it."""
+    """Returns a line of the table: a ratio that must reach its target, or stay below it if `at_most`."""
     passed = None if ratio is None or target is None else ratio <= target if at_most else ratio >= target
     keys = ("what", "value", "unit", "beside", "limit", "ratio", "target", "at_most", "passed")
     return dict(zip(keys, (what, value, unit, beside, limit, ratio, target, at_most, passed)))
 
 
 def share(results, bench, name, target, what=None):
-    """A row of a bench beside the limit that was timed with it."""
+    """Compares a row of a bench with the limit that was measured with it."""
     row = results.row(bench, name)
     if row is None:
         return figure(what or name, None, "GB/s", None, None, None, target)
@@ -62,7 +64,7 @@ def share(results, bench, name, target, what=None):
 
 
 def faster(results, bench, name, peer, target):
-    """How many times as fast as a peer."""
+    """Compares a row with a peer: how many times as fast it is."""
     own, other = results.row(bench, name), results.peer(peer)
     how = peer.split(",")[0] + (" of one tensor" if peer.endswith(", 1") else " in a graph" if "graph" in peer else "")
     what = f"update, {name}: times as fast as torch {how}"
@@ -116,7 +118,7 @@ def offloads(results, few, many):
 
 
 def held_up(results, bench, name):
-    """How much longer copies on the training stream take beside an offload, as a share of the offload's time."""
+    """Compares the time that copies on the training stream lose during an offload with the offload's time."""
     what = f"training stream held up, {name}"
     beside, offload = results.row(bench, f"copies within the device, while {name} go"), results.row(bench, name)
     if beside is None or offload is None:
@@ -127,7 +129,7 @@ def held_up(results, bench, name):
 
 
 def synthesis(results):
-    """The first time opens files and locks memory: the others count."""
+    """Compares synthesis with the bus. The first time opens files and locks memory, so only the others count."""
     limit = results.row("few", "pinned host to device") or results.row("blend", "pinned host to device")
     lines = []
     for what, document, target in (

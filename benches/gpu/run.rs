@@ -1,4 +1,4 @@
-//! A made-up run for the GPU check: written, and synthesized from again and again in one process.
+//! Writes a made-up run for the GPU check, and synthesizes from it repeatedly in one process.
 
 use std::error::Error;
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::time::Instant;
 use posthoc_ema::{At, Device, Dtype, Output, PostHocEma, Profile, Run, WriteOptions};
 use serde_json::json;
 
-/// Tensors of the model.
+/// Number of tensors of the model.
 const TENSORS: usize = 100;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Two profiles, snapshots in f16 after every update.
+/// Writes a run of two profiles, with f16 snapshots after every update.
 fn write(dir: &Path, parameters: usize, snapshots: u64) -> Result<(), Box<dyn Error>> {
     let each = (parameters / TENSORS).max(1);
     let value = |i: usize| (i % 1009) as f32 / 1009.0 - 0.5;
@@ -39,7 +39,7 @@ fn write(dir: &Path, parameters: usize, snapshots: u64) -> Result<(), Box<dyn Er
     Ok(())
 }
 
-/// The seconds of each time; the device stays open in between, and the files stay in the page cache.
+/// Prints the seconds of each synthesis. The device stays open in between, and the files stay in the page cache.
 fn synthesize(dir: &Path, device: Device, out: &Path, times: usize) -> Result<(), Box<dyn Error>> {
     let run = Run::open(dir)?;
     let plans = run.plans(&[Profile::sigma_rel(0.15)?], At::Latest)?;

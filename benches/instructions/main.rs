@@ -1,8 +1,9 @@
-//! How many instructions the hot loops take for each element: a figure that no noise of a machine changes.
+//! Counts the instructions of the hot loops for each element, which no noise of the machine changes.
 //!
-//! The benchmark steps through itself, one instruction at a time (ptrace), over two sizes of the same work; the difference
-//! is what more elements cost. `cargo bench --bench instructions` compares with `counts.json` beside this file and fails
-//! where a loop has grown by a twentieth; `BLESS=1` writes the file anew. Counts belong to a compiler: the file names it.
+//! The benchmark steps through itself by ptrace, one instruction at a time, over two sizes of the same work. The
+//! difference is the cost of more elements. `cargo bench --bench instructions` compares the counts with `counts.json`,
+//! and fails if a loop has grown by a twentieth; `BLESS=1` updates the file. Counts depend on the compiler, which the
+//! file names.
 
 mod work;
 
@@ -32,23 +33,23 @@ mod compare {
 
     use super::{count, work};
 
-    /// What is stored.
+    /// Contents of `counts.json`.
     #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
     struct Stored {
-        /// The compiler that the counts are of.
+        /// Compiler of the counted loops.
         rustc: String,
         /// Instructions for each element, by the work and the instruction set.
         per_element: BTreeMap<String, f64>,
     }
 
-    /// By how much a loop may grow, and by how much it may shrink before the stored count is out of date.
+    /// Bounds of the new count over the stored one. Below the second, the stored count is out of date.
     const ALLOWED: (f64, f64) = (1.05, 0.90);
 
     pub fn run() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/instructions/counts.json");
         let stored: Stored = std::fs::read(&path).map_or_else(
             |_| Stored::default(),
-            |text| serde_json::from_slice(&text).expect("counts.json is what BLESS=1 wrote"),
+            |text| serde_json::from_slice(&text).expect("counts.json was written by BLESS=1"),
         );
         let counted: BTreeMap<String, f64> =
             work::rows().into_iter().map(|row| (row.name(), count::per_element(&row))).collect();
@@ -58,7 +59,7 @@ mod compare {
             println!("{name:<50} {count:>12.3} {before:>8}");
         }
         if std::env::var_os("BLESS").is_some() {
-            // Of the instruction sets that this machine lacks, what is stored stays.
+            // Keeps the stored counts of instruction sets that this machine lacks.
             let mut per_element = stored.per_element;
             per_element.extend(counted.iter().map(|(name, count)| (name.clone(), (count * 1e3).round() / 1e3)));
             let text = serde_json::to_string_pretty(&Stored { rustc: rustc(), per_element }).expect("it is plain data");
@@ -75,13 +76,13 @@ mod compare {
     fn faults(counted: &BTreeMap<String, f64>, stored: &BTreeMap<String, f64>) -> Vec<String> {
         let (most, least) = ALLOWED;
         let fault = |(name, &now): (&String, &f64)| match stored.get(name) {
-            None => Some(format!("{name}: no count is stored: BLESS=1 stores it")),
+            None => Some(format!("{name}: no count is stored: store it with BLESS=1")),
             Some(&before) if !(now <= most * before) => Some(format!(
-                "{name}: {now:.3} instructions for each element, {before:.3} before: find out why, or, where it has to be, \
-                 store it by BLESS=1"
+                "{name}: {now:.3} instructions for each element, {before:.3} before: find the cause, or accept the \
+                 count with BLESS=1"
             )),
             Some(&before) if !(now >= least * before) => {
-                Some(format!("{name}: {now:.3} instead of {before:.3} instructions: store that by BLESS=1"))
+                Some(format!("{name}: {now:.3} instead of {before:.3} instructions: store it with BLESS=1"))
             }
             Some(_) => None,
         };

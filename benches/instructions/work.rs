@@ -1,16 +1,16 @@
-//! The hot loops.
+//! Hot loops whose instructions are counted.
 
 use posthoc_ema::Dtype;
 use posthoc_ema::Precision;
 use posthoc_ema::compute::cpu::{Averages, Blend, Incoming, Layout, SimdLevel, blend_with, update_with};
 
-/// Elements: whole tiles of every loop (64 and 96).
+/// Elements of a tile: a multiple of the tiles of every loop (64 and 96).
 pub const TILE: usize = 192;
 
-/// Snapshots that are blended.
+/// Number of snapshots that are blended.
 const SOURCES: usize = 40;
 
-/// A loop and the instruction set that it is compiled for.
+/// Loop, with the instruction set that it is compiled for.
 pub struct Row {
     level: SimdLevel,
     kind: Kind,
@@ -18,13 +18,14 @@ pub struct Row {
 
 #[derive(Clone, Copy)]
 enum Kind {
-    /// Two averages of parameters.
+    /// Update of two averages from parameters of a dtype.
     Update(Dtype, Precision),
-    /// Sources into so many targets of the same dtype.
+    /// Blend of sources of a dtype into a number of targets of the same dtype.
     Blend(Dtype, usize),
 }
 
-/// All that are counted on this machine: without vectors of their own nobody waits for these loops alone.
+/// Returns the rows to count on this machine, on x86-64 without the baseline, where speed does not depend on these
+/// loops.
 pub fn rows() -> Vec<Row> {
     let levels =
         SimdLevel::all().into_iter().filter(|level| *level != SimdLevel::BASELINE || cfg!(not(target_arch = "x86_64")));
@@ -52,7 +53,7 @@ impl Row {
         }
     }
 
-    /// The work on so many elements, ready to be done again and again.
+    /// Returns the work on `elements` elements, ready to be done repeatedly.
     pub fn prepare(&self, elements: usize) -> Box<dyn FnMut()> {
         let level = self.level;
         match self.kind {
@@ -78,7 +79,7 @@ impl Row {
     }
 }
 
-/// Words of `0x3c00`: numbers near one in f16, and small ones in the other dtypes.
+/// Fills elements with words of `0x3c00`: numbers near one in f16, and small ones in the other dtypes.
 fn values(dtype: Dtype, elements: usize) -> Vec<u8> {
     0x3c00u16.to_le_bytes().repeat(elements * dtype.bitsize() / 16)
 }

@@ -1,4 +1,4 @@
-//! What the machine can do at most, measured beside what is timed.
+//! Limits of the machine, measured beside the benchmarks.
 
 #![allow(dead_code, reason = "each benchmark uses some of these")]
 
@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use posthoc_ema::compute::cpu::limits;
 
-/// The best of several runs, in seconds.
+/// Returns the seconds of the fastest of five runs.
 pub fn best_seconds(mut run: impl FnMut()) -> f64 {
     let once = |_| {
         let start = Instant::now();
@@ -17,7 +17,7 @@ pub fn best_seconds(mut run: impl FnMut()) -> f64 {
     (0..5).map(once).fold(f64::MAX, f64::min)
 }
 
-/// Bytes read and written per second by a copy with all threads.
+/// Measures the bytes that a copy with all threads reads and writes per second.
 pub fn copy_bytes_per_second(bytes: usize) -> f64 {
     let src = vec![1f32; bytes / size_of::<f32>()];
     let mut dst = vec![0f32; src.len()];
@@ -26,7 +26,7 @@ pub fn copy_bytes_per_second(bytes: usize) -> f64 {
     2.0 * bytes as f64 / seconds
 }
 
-/// Bytes per second of adding up mapped files with all threads, as 64-bit words.
+/// Measures the bytes per second of adding up mapped files as 64-bit words, with all threads.
 pub fn scan_bytes_per_second(slices: &[&[u8]]) -> f64 {
     let total: usize = slices.iter().map(|slice| slice.len()).sum();
     let seconds = best_seconds(|| {
@@ -35,7 +35,7 @@ pub fn scan_bytes_per_second(slices: &[&[u8]]) -> f64 {
     total as f64 / seconds
 }
 
-/// Prints what was reached beside the limit.
+/// Prints a rate and its share of the limit.
 pub fn report(name: &str, bytes: usize, seconds: f64, limit: f64, limit_name: &str) {
     let reached = bytes as f64 / seconds;
     println!(

@@ -1,4 +1,4 @@
-"""A sample of an answer's elements, and how far two answers are apart."""
+"""Samples of a result's elements, and the difference between two samples."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 
 import numpy as np
 
-# Elements that are compared of each tensor: from its beginning, its middle and its end.
+# Elements taken from the beginning, the middle and the end of each tensor.
 STRETCH = 40
 Sample = dict[str, np.ndarray]
 
 
-def looked_at(targets: Sequence[Any]) -> int:
-    """Which of several targets is compared: one in the middle, as the first and the last are what was tracked."""
+def compared_index(targets: Sequence[Any]) -> int:
+    """Returns the index of the target to compare: one in the middle, since the first and the last were tracked."""
     return len(targets) // 2
 
 
-def places(n: int) -> np.ndarray:
-    """Which elements of a tensor of `n` are compared."""
+def sample_indices(n: int) -> np.ndarray:
+    """Returns the indices to compare in a tensor of `n` elements."""
     begins = (0, max(0, n // 2 - STRETCH // 2), max(0, n - STRETCH))
     return np.unique(np.concatenate([np.arange(at, min(n, at + STRETCH)) for at in begins]))
 
 
 def sample(tensors: dict[str, Any]) -> Sample:
-    """Elements of every tensor of a state dict, in f64."""
+    """Samples every tensor of a state dict, in f64."""
     flat = {name: tensor.detach().flatten() for name, tensor in tensors.items()}
-    return {name: tensor[places(tensor.numel())].double().numpy() for name, tensor in flat.items()}
+    return {name: tensor[sample_indices(tensor.numel())].double().numpy() for name, tensor in flat.items()}
 
 
 def save(path: str | Path, taken: Sample) -> None:
@@ -40,15 +40,15 @@ def load(path: str | Path) -> Sample:
 
 
 def sample_file(path: Path) -> Sample:
-    """Of a safetensors file."""
-    # Here, because the process that only reads samples need not wait for PyTorch.
+    """Samples a safetensors file."""
+    # Imported here: a process that only reads samples need not wait for PyTorch.
     from safetensors.torch import load_file
 
     return sample(load_file(path))
 
 
-def apart(one: Sample, other: Sample) -> float:
-    """The largest difference, relative to the RMS of the other; infinite where tensors are missing or are no numbers."""
+def difference(one: Sample, other: Sample) -> float:
+    """Returns the largest difference, relative to the RMS of `other`; infinite if tensors are missing or hold NaN."""
     if one.keys() != other.keys():
         return float("inf")
     differences = np.concatenate([np.abs(one[name] - other[name]) for name in other])
@@ -58,7 +58,7 @@ def apart(one: Sample, other: Sample) -> float:
 
 
 def reference(run: Path, weights: list[tuple[int, int, float]]) -> Sample:
-    """Snapshots weighted and added up in f64, one after the other."""
+    """Returns a sample of the weighted sum of snapshots, added in f64."""
     total: Sample = {}
     for index, step, weight in weights:
         for name, values in sample_file(run / f"{index}.{step}.safetensors").items():

@@ -1,10 +1,17 @@
-"""One average from 40 snapshots by posthoc-ema, other packages and scripts as people write them: a worker of `synthesis`.
+"""Worker of `synthesis`: averages from 40 snapshots, by posthoc-ema, other packages and hand-written scripts.
 
-    python blends.py KIND TASK [FOLDER]       one of KINDS; a file of JSON; the folder that holds its package
+    python blends.py KIND TASK [FOLDER]       one of KINDS; a JSON file; the folder of KIND's package
 
-The task: `run`, `folder` (the snapshots in KIND's own files), `model`, `size`, `targets` (relative standard deviations),
-`weights` (for each target, `[index, step, weight]`: those of our plan, for whoever has none of its own), `output` (a
-folder for files), `dtype` (of the results).
+Keys of the task:
+
+    run       folder of our snapshots
+    folder    the same snapshots in KIND's own files
+    model     name of the model in models.MODELS
+    size      full or quick
+    targets   relative standard deviations
+    weights   for each target, our plan's `[index, step, weight]`, for kinds that solve for no weights
+    output    folder for files
+    dtype     dtype of the results
 """
 
 from __future__ import annotations
@@ -30,14 +37,14 @@ import serve
 
 Task = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
-# Returns the tensors of each target: in memory, or read again from the files that were written.
+# Returns the tensors of each target, or nothing if it writes files.
 Work = Callable[[], list[Tensors]]
-# EDM2 makes so many averages of different lengths in a pass.
+# Averages of different lengths that EDM2 makes in one pass.
 EDM2_TARGETS = 8
 
 
 def posthoc_ema(task: Task) -> Work:
-    """This package's Python, into memory."""
+    """posthoc-ema in Python, into memory."""
     ema = importlib.import_module("posthoc_ema").PostHocEMA.from_path(task["run"])
     if len(task["targets"]) > 1:
         return lambda: ema.synthesize(task["targets"], dtype=dtype_of(task))
@@ -52,7 +59,7 @@ def posthoc_ema(task: Task) -> Work:
 
 
 def pytorch_posthoc_ema(task: Task) -> Work:
-    """pytorch-posthoc-ema's `state_dict`: its own weights; the result has the snapshots' dtype."""
+    """pytorch-posthoc-ema's `state_dict`. It solves for its own weights; the result has the snapshots' dtype."""
     model = data.module_of(models.MODELS[task["model"]][task["size"]])
     of = serve.import_peer("posthoc_ema").PostHocEMA
     ema = of.from_path(task["folder"], model, sigma_rels=runs.SIGMA_RELS)
@@ -65,7 +72,7 @@ def pytorch_posthoc_ema(task: Task) -> Work:
 
 
 def ema_pytorch(task: Task) -> Work:
-    """ema-pytorch's `synthesize_ema_model`: its own weights."""
+    """ema-pytorch's `synthesize_ema_model`. It solves for its own weights."""
     model = data.module_of(models.MODELS[task["model"]][task["size"]])
     of = serve.import_peer("ema_pytorch").PostHocEMA
     ema = of(model, sigma_rels=runs.SIGMA_RELS, checkpoint_folder=task["folder"])
@@ -78,7 +85,7 @@ def ema_pytorch(task: Task) -> Work:
 
 
 def edm2(task: Task) -> Work:
-    """The way of EDM2 (Karras et al. 2023): pickles one after the other, sums in f32 of up to 8 targets a pass, saved."""
+    """EDM2's method (Karras et al. 2023): pickles one by one, f32 sums of up to 8 targets in a pass, saved to files."""
     output = Path(task["output"])
 
     def once() -> list[Tensors]:
@@ -114,13 +121,13 @@ def edm2_results(task: Task) -> list[Tensors]:
 
 
 def files(task: Task) -> list[tuple[Path, float]]:
-    """Our snapshots and the weights of the first target."""
+    """Returns our snapshots with their weights for the first target."""
     run = Path(task["run"])
     return [(run / f"{index}.{step}.safetensors", weight) for index, step, weight in task["weights"][0]]
 
 
 def lora_merge(task: Task) -> Work:
-    """As scripts merge LoRA files: each file loaded whole, added to a dictionary in f32, saved."""
+    """Hand-written merge of LoRA files: loads each file whole, adds it to a dictionary in f32, saves that."""
 
     def once() -> list[Tensors]:
         merged: Tensors = {}
@@ -139,7 +146,7 @@ def lora_output(task: Task) -> Path:
 
 
 def torch_loop(task: Task) -> Work:
-    """A loop over mapped files, written by hand: tensor by tensor, added up in f32, into memory."""
+    """Hand-written loop over mapped files, into memory: adds up in f32, tensor by tensor."""
 
     def once() -> list[Tensors]:
         opened = [(safe_open(path, "pt"), weight) for path, weight in files(task)]
@@ -174,6 +181,8 @@ WRITTEN: dict[str, Callable[[Task], list[Tensors]]] = {
 
 
 class Session:
+    """One kind's work on one task, done at every "go"."""
+
     def __init__(self, kind: str, task: Task):
         self.kind, self.task = kind, task
 
@@ -181,16 +190,16 @@ class Session:
         self.work = KINDS[self.kind](self.task)
 
     def go(self) -> dict[str, float]:
-        # The result of the last time is gone before the next is made.
+        # Frees the last results before the next are made.
         self.results: list[Tensors] = []
         with torch.no_grad():
             seconds, self.results = serve.seconds_of(self.work)
         return {"seconds": seconds}
 
     def sample(self, path: str) -> None:
-        """Leaves a sample of the last answer in a file."""
+        """Writes a sample of the last results to a file."""
         results = WRITTEN.get(self.kind, lambda _: self.results)(self.task)
-        answers.save(path, answers.sample(results[answers.looked_at(results)]))
+        answers.save(path, answers.sample(results[answers.compared_index(results)]))
         self.results = []
 
 

@@ -1,4 +1,4 @@
-"""The same synthesis with the snapshots out of the page cache, beside reading the files directly from the disk."""
+"""Synthesis with a cold page cache, beside reading the same files directly from the disk."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from contenders import Absent
 from environment import Environment
 from turns import Row
 
-# After the first, which counts: nothing is warmed up here.
+# Rounds after the first one, which counts as well.
 ROUNDS = 2
 BLOCK = "4M"
 
 
 class Direct:
-    """`dd iflag=direct` over all files, one after the other."""
+    """Limit: `dd iflag=direct` over all files, one by one."""
 
     name = f"dd iflag=direct bs={BLOCK}, the same files"
 
@@ -48,7 +48,7 @@ class Direct:
 
 def measure(environment: Environment) -> Iterator[dict[str, Any]]:
     with synthesis.stored(environment, "150 tensors", "float16") as run:
-        task = run.asks((synthesis.TARGET,), "float32")
+        task = run.with_targets((synthesis.TARGET,), "float32")
         check = synthesis.Check(task)
         drop(task.files())
         left = resident(task.files())
@@ -67,19 +67,19 @@ def measure(environment: Environment) -> Iterator[dict[str, Any]]:
         finally:
             for contender in contenders:
                 contender.close()
-        turns.compare(rows, rows[0], task.bytes)
+        turns.add_rates(rows, rows[0], task.bytes)
         rows[0]["limit"] = True
         rows[0].pop("share_of_limit", None)
-        yield {**synthesis.document(task, "one target, cold page cache", rows), "work": "cold"}
+        yield {**synthesis.case_of(task, "one target, cold page cache", rows), "work": "cold"}
 
 
-def failed(task: synthesis.Stored, why: str) -> dict[str, Any]:
+def failed(task: synthesis.Task, why: str) -> dict[str, Any]:
     rows = turns.in_turns([Absent(synthesis.NAMES["posthoc-ema"], why)], 0)
-    return {**synthesis.document(task, "one target, cold page cache", rows), "work": "cold"}
+    return {**synthesis.case_of(task, "one target, cold page cache", rows), "work": "cold"}
 
 
 def make_cold(files: list[Path]) -> None:
-    """Takes the files out of the page cache, or fails."""
+    """Drops the files from the page cache, or fails."""
     drop(files)
     left = resident(files)
     if left > 0:
@@ -90,7 +90,7 @@ def drop(files: list[Path]) -> None:
     for path in files:
         file = os.open(path, os.O_RDONLY)
         try:
-            # Pages that are not yet written cannot be dropped.
+            # Pages that are not written yet cannot be dropped.
             os.fsync(file)
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
@@ -98,7 +98,7 @@ def drop(files: list[Path]) -> None:
 
 
 def resident(files: list[Path]) -> int:
-    """The bytes of files that are in the page cache, as mincore tells."""
+    """Returns the bytes of files that are in the page cache, by mincore."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     total = 0

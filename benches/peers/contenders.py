@@ -1,4 +1,4 @@
-"""Those who take part in more than one kind of work."""
+"""Contenders of more than one kind of work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from turns import Row
 
 
 class Absent:
-    """Somebody who cannot take part: the row says why."""
+    """Contender that cannot take part; its row says why."""
 
     def __init__(self, name: str, why: str):
         self.name, self.why = name, why
@@ -27,7 +27,7 @@ class Absent:
 
 
 def limit(environment: Environment, name: str, program: str, *arguments: str | int | Path) -> turns.Contender:
-    """One of the programs in C, with as many threads as there are cores."""
+    """Starts one of the limits in C."""
     built = environment.limits[program]
     if isinstance(built, str):
         return Absent(name, built)
@@ -35,7 +35,7 @@ def limit(environment: Environment, name: str, program: str, *arguments: str | i
 
 
 class Checked:
-    """A contender whose first answer is looked at: `look` gives further fields of its row."""
+    """Contender whose first result is checked: `look` returns further fields of its row."""
 
     def __init__(self, contender: turns.Contender, look: Callable[[], Row]):
         self.contender, self.name, self.look = contender, contender.name, look
@@ -51,7 +51,7 @@ class Checked:
 
 
 def packages_of(environment: Environment, kind: str) -> list[str | Path] | str:
-    """The folders that a peer is imported from, or why it is not there."""
+    """Returns the folders that a peer is imported from, or why it is missing."""
     if kind not in ("pytorch-posthoc-ema", "ema-pytorch"):
         return []
     return [environment.peers] if environment.peers else "left out: no --peers DIR"

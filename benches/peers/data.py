@@ -1,9 +1,9 @@
-"""The snapshots that are synthesized from: a run of ours, and the same values in the files of other packages.
+"""Makes the snapshots for synthesis: a run of ours, and the same values in the files of other packages.
 
-    python data.py run FOLDER MODEL SIZE DTYPE STEPS         20 steps of two profiles, as a training would leave them
-    python data.py FORMAT RUN FOLDER MODEL SIZE [PACKAGES] the same snapshots by FORMAT's own functions
+    python data.py run FOLDER MODEL SIZE DTYPE STEPS         two profiles at STEPS steps, as a training leaves them
+    python data.py FORMAT RUN FOLDER MODEL SIZE [PACKAGES]   the same snapshots, written by FORMAT's own functions
 
-What was trained: weights that move along a line, so that the average of every length is known in closed form.
+The weights move along a line during training, so the average of every length is known in closed form.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import serve
 
 
 def base_and_drift(shapes: models.Shapes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the weights began, and by how much they move during the training."""
+    """Returns the weights at the start of training, and their movement during it."""
     generator = torch.Generator().manual_seed(0)
     n = models.parameters(shapes)
     return 0.02 * torch.randn(n, generator=generator), 0.01 * torch.randn(n, generator=generator)
 
 
 def write_run(folder: Path, shapes: models.Shapes, dtype: torch.dtype, steps: int) -> None:
-    """`INDEX.STEP.safetensors`: the average of profile INDEX at STEP."""
+    """Writes `INDEX.STEP.safetensors` files: the average of profile INDEX at STEP."""
     folder.mkdir(parents=True)
     base, drift = base_and_drift(shapes)
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
@@ -45,7 +45,7 @@ def write_run(folder: Path, shapes: models.Shapes, dtype: torch.dtype, steps: in
 
 
 def snapshots(run: Path) -> list[tuple[int, int, Path]]:
-    """Profile, step and file, the oldest first."""
+    """Lists the snapshots as (step, profile, file), the oldest first."""
     stems = [(path.name.split("."), path) for path in run.glob("*.*.safetensors")]
     return sorted((int(parts[1]), int(parts[0]), path) for parts, path in stems)
 
@@ -55,7 +55,7 @@ def module_of(shapes: models.Shapes) -> nn.Module:
 
 
 def write_pytorch_posthoc_ema(run: Path, folder: Path, shapes: models.Shapes) -> None:
-    """By the package's own checkpoints, their averages replaced by ours."""
+    """Writes the package's own checkpoints, with our values for its averages."""
     ema = serve.import_peer("posthoc_ema").PostHocEMA.from_model(
         module_of(shapes), folder, sigma_rels=runs.SIGMA_RELS, checkpoint_dtype=torch.float16
     )
@@ -68,7 +68,7 @@ def write_pytorch_posthoc_ema(run: Path, folder: Path, shapes: models.Shapes) ->
 
 
 def write_ema_pytorch(run: Path, folder: Path, shapes: models.Shapes) -> None:
-    """By the package's own checkpoints, their averages replaced by ours."""
+    """Writes the package's own checkpoints, with our values for its averages."""
     ema = serve.import_peer("ema_pytorch").PostHocEMA(
         module_of(shapes), sigma_rels=runs.SIGMA_RELS, checkpoint_folder=str(folder), checkpoint_dtype=torch.float16
     )
@@ -82,7 +82,7 @@ def write_ema_pytorch(run: Path, folder: Path, shapes: models.Shapes) -> None:
 
 
 def write_edm2(run: Path, folder: Path, _: models.Shapes) -> None:
-    """A pickle of a module for each, as EDM2's training leaves them."""
+    """Writes a pickled module for each snapshot, as EDM2's training does."""
     folder.mkdir(parents=True)
     for step, index, path in snapshots(run):
         module = nn.ParameterDict(load_file(path)).requires_grad_(False)
@@ -94,14 +94,14 @@ FORMATS = {"pytorch-posthoc-ema": write_pytorch_posthoc_ema, "ema-pytorch": writ
 
 
 def main() -> None:
-    what, *rest = sys.argv[1:]
-    if what == "run":
+    kind, *rest = sys.argv[1:]
+    if kind == "run":
         folder, model, size, dtype, steps = rest
         write_run(Path(folder), models.MODELS[model][size], getattr(torch, dtype), int(steps))
     else:
         run, folder, model, size, *packages = rest
         sys.path[:0] = packages
-        FORMATS[what](Path(run), Path(folder), models.MODELS[model][size])
+        FORMATS[kind](Path(run), Path(folder), models.MODELS[model][size])
 
 
 if __name__ == "__main__":

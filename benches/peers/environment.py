@@ -1,4 +1,4 @@
-"""What is measured with: a virtual environment, the other packages, ours, and the limits in C."""
+"""Environment of a measurement: virtual environments, the other packages, ours, and the limits in C."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 TARGET = ROOT / "target" / "peers"
 VENV = ROOT / "target" / "peers-venv"
-# What the workers need beside ours; torchvision is timm's.
+# Packages that the workers need beside ours.
 NEEDED = ("torch", "numpy", "safetensors", "matplotlib", "pillow", "tqdm", "timm")
-# These lie apart: the import name of the first is ours.
+# Packages in a folder of their own: the first has our import name.
 APART = ("pytorch-posthoc-ema", "ema-pytorch")
 LIMITS = ("update", "scan", "peak")
 FLAGS = ("-O3", "-march=native", "-pthread")
@@ -27,17 +27,18 @@ FLAGS = ("-O3", "-march=native", "-pthread")
 
 @dataclass
 class Environment:
-    """Where everything is, once it is there."""
+    """Paths and sizes of a measurement."""
 
     python: Path
-    # The command line, or why there is none.
+    # The program, or why there is none.
     program: Path | str
-    # Of pytorch-posthoc-ema and ema-pytorch; None where they are left out.
+    # Folder of pytorch-posthoc-ema and ema-pytorch; None if they are left out.
     peers: Path | None
     # The command mergekit-pytorch, or why there is none.
     mergekit: Path | str
-    # In it, snapshots lie on a disk; in `memory`, what should not wait for one.
+    # For snapshots on a disk.
     folder: Path
+    # For files that should not wait for a disk.
     memory: Path
     size: str
     device: str
@@ -52,14 +53,14 @@ class Environment:
         return min(full, 2) if self.quick else full
 
     def run(self, *command: str | Path) -> str:
-        """What a helper of ours prints; its failure ends the benchmark."""
+        """Runs a command of ours and returns its output; a failure ends the benchmark."""
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         if done.returncode != 0:
             raise SystemExit(f"{' '.join(map(str, command))}:\n{done.stderr}")
         return done.stdout
 
     def script(self, name: str, *arguments: str | Path) -> list[str | Path]:
-        """The command of a module beside this one."""
+        """Returns the command that runs a module of this folder."""
         return [self.python, HERE / f"{name}.py", *arguments]
 
 
@@ -68,13 +69,13 @@ def venv_python() -> Path:
 
 
 def install() -> None:
-    """The virtual environment, with everything that is taken from PyPI, and ours."""
+    """Makes the virtual environment, and installs the packages from PyPI and ours."""
     if not venv_python().exists():
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
     pip = [venv_python(), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *NEEDED], check=True)
     subprocess.run([*pip, "--force-reinstall", "--no-deps", ROOT / "python"], check=True)
-    # A package that cannot be installed is missed by its row, which says so.
+    # A failure is not fatal: the package's rows say that it is missing.
     subprocess.run([*pip, "--upgrade", "--no-deps", "--target", packages(), *APART])
 
 
@@ -83,16 +84,16 @@ def packages() -> Path:
 
 
 def build_program() -> Path | str:
-    """The command line, built as a user does."""
+    """Builds the program as a user does."""
     if shutil.which("cargo") is None:
-        return "there is no cargo to build it with"
+        return "cargo was not found"
     subprocess.run(["cargo", "build", "--release", "--quiet"], cwd=ROOT, check=True)
     target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
     return (target if target.is_absolute() else ROOT / target) / "release" / "posthoc-ema"
 
 
 def install_mergekit() -> Path | str:
-    """mergekit in a virtual environment of its own: it wants versions of its own."""
+    """Installs mergekit in a virtual environment of its own, since it pins other versions."""
     venv = TARGET / "mergekit"
     command = venv / "bin" / "mergekit-pytorch"
     if not command.exists():
@@ -105,10 +106,10 @@ def install_mergekit() -> Path | str:
 
 
 def build_limits() -> dict[str, Path | str]:
-    """The programs, or why there are none."""
+    """Builds the limits. Each is a program, or the reason why there is none."""
     compiler = os.environ.get("CC", "gcc")
     if shutil.which(compiler) is None:
-        return dict.fromkeys(LIMITS, f"there is no C compiler ({compiler}): name one in CC")
+        return dict.fromkeys(LIMITS, f"there is no C compiler ({compiler}): set CC")
     TARGET.mkdir(parents=True, exist_ok=True)
     built: dict[str, Path | str] = {}
     for name in LIMITS:
@@ -120,12 +121,12 @@ def build_limits() -> dict[str, Path | str]:
 
 
 def about(environment: Environment) -> dict[str, Any]:
-    """The machine and the versions: of what is read here, and of what lies apart."""
+    """Describes the machine and all versions."""
     return {"machine": machine(environment.device), "versions": versions(environment)}
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What it is measured on."""
+    """Describes the machine."""
     cpu = next((v for k, v in pairs("/proc/cpuinfo") if k == "model name"), platform.machine())
     memory = next((v for k, v in pairs("/proc/meminfo") if k == "MemTotal"), "")
     described: dict[str, Any] = {

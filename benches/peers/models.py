@@ -1,4 +1,4 @@
-"""The models that are compared: names and shapes, as a transformer has them, and many small tensors."""
+"""Names and shapes of the models: a transformer, and many small tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def transformer(width: int, vocabulary: int, layers: int = 12) -> Shapes:
-    """The parameters of a transformer; 150 tensors for 12 layers."""
+    """Returns the parameters of a transformer; 150 tensors for 12 layers."""
     shapes: Shapes = {"embedding": (vocabulary, width), "positions": (256, width)}
     for layer in range(layers):
         name = f"layer{layer:02}"
@@ -30,25 +30,25 @@ def transformer(width: int, vocabulary: int, layers: int = 12) -> Shapes:
 
 
 def small_tensors(count: int, elements: int) -> Shapes:
-    """As many tensors of one size."""
+    """Returns `count` tensors of one size."""
     return {f"t{i:05}": (elements,) for i in range(count)}
 
 
 def parameters(shapes: Shapes) -> int:
-    """Elements of all tensors."""
+    """Counts the elements of all tensors."""
     return sum(map(math.prod, shapes.values()))
 
 
-# 50 million parameters, and what takes no time.
+# Each model in full, with 50 million parameters, and in a size that takes no time.
 MODELS = {
     "150 tensors": {"full": transformer(560, 4352), "quick": transformer(16, 64, layers=1)},
     "2,000 tensors": {"full": small_tensors(2000, 25_000), "quick": small_tensors(20, 500)},
-    # Half as many, for snapshots of 4 bytes an element.
+    # Half as many parameters, for snapshots of 4 bytes an element.
     "150 tensors, half": {"full": transformer(392, 3072), "quick": transformer(16, 64, layers=1)},
 }
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent of the power function with this relative standard deviation (Karras et al. 2023, algorithm 2)."""
+    """Returns the exponent of the power function with this `sigma_rel` (Karras et al. 2023, algorithm 2)."""
     t = sigma_rel**-2
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""posthoc-ema beside other packages and beside what this machine can do at most.
+"""Compares posthoc-ema with other packages and with the limits of this machine.
 
     python3 benches/peers/run.py --record benches/record/DATE-peers.json
 
-Makes a virtual environment, installs the others from PyPI and ours from this checkout, makes the same data for all,
-runs each in a process of its own, in turns, checks the answers, and prints time, rate, share of the limit and memory.
+Makes a virtual environment, and installs the others from PyPI and ours from this checkout. All get the same data and
+run in processes of their own, in turns. Checks the results, and prints time, rate, share of the limit and memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# Each has `measure(environment)`, which returns its cases.
+# Modules with a function `measure(environment)`, which returns their cases.
 WORKS = ("updates", "synthesis", "cold", "writing", "start")
 
 
@@ -32,7 +32,7 @@ def main() -> None:
 
     if options.python is None and Path(sys.executable) != setup.venv_python():
         setup.install()
-        # What follows needs numpy and PyTorch.
+        # Everything from here on needs numpy and PyTorch.
         os.execv(setup.venv_python(), [str(setup.venv_python()), *sys.argv])
     found = prepare(options, setup)
     import table
@@ -47,7 +47,7 @@ def main() -> None:
                 cases.append(case)
     finally:
         shutil.rmtree(found.folder, ignore_errors=True)
-        # What was measured before a failure is kept.
+        # Keeps the measurements before a failure, too.
         write(options, found, cases, time.monotonic() - begun, setup)
     ours = failures(cases)
     if ours:
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def failures(cases: list[dict[str, Any]]) -> list[str]:
-    """What posthoc-ema itself could not do, other than what it was not asked for."""
+    """Lists the failures of posthoc-ema itself, without work that was left out on purpose."""
     rows = [(case["title"], row) for case in cases for row in case["rows"] if row["name"].startswith("posthoc-ema")]
     failed = [(title, row) for title, row in rows if not row.get("error", "left out").startswith("left out")]
     return [f"{title}: {row['name']}: {row['error']}" for title, row in failed]
@@ -64,7 +64,7 @@ def failures(cases: list[dict[str, Any]]) -> list[str]:
 def write(options: argparse.Namespace, found: Any, cases: list[dict[str, Any]], seconds: float, setup: Any) -> None:
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["benches/peers/run.py", *described(sys.argv[1:])]),
+        "command": " ".join(["benches/peers/run.py", *without_paths(sys.argv[1:])]),
         "size": found.size,
         "seconds": seconds,
         **setup.about(found),
@@ -79,13 +79,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, metavar="FILE", help="write all measurements there, as JSON")
     parser.add_argument(
-        "--quick", action="store_true", help="sizes at which figures mean nothing, to see that it works"
+        "--quick", action="store_true", help="small sizes, whose figures mean nothing, to see that everything runs"
     )
-    parser.add_argument("--only", type=works, default=WORKS, metavar="LIST", help=f"of {','.join(WORKS)}")
-    parser.add_argument("--device", default="cpu", help="of the parameters that are updated: cpu (default) or cuda")
+    parser.add_argument("--only", type=parse_works, default=WORKS, metavar="LIST", help=f"some of {','.join(WORKS)}")
+    parser.add_argument("--device", default="cpu", help="device of the parameters of updates: cpu (default) or cuda")
     parser.add_argument("--folder", type=Path, help="for snapshots, on a disk (default: target/)")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="for files that no disk should slow")
-    group = parser.add_argument_group("what is there already (by default everything is installed into target/)")
+    group = parser.add_argument_group("parts that exist already (by default everything is installed into target/)")
     group.add_argument("--python", type=Path, help="a Python with PyTorch, timm and posthoc_ema: nothing is installed")
     group.add_argument("--peers", type=Path, metavar="DIR", help="with pytorch-posthoc-ema and ema-pytorch")
     group.add_argument("--program", type=Path, help="the program posthoc-ema")
@@ -93,16 +93,16 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def works(text: str) -> tuple[str, ...]:
+def parse_works(text: str) -> tuple[str, ...]:
     chosen = tuple(text.split(","))
     for work in chosen:
         if work not in WORKS:
-            raise argparse.ArgumentTypeError(f"{work} is none of {', '.join(WORKS)}")
+            raise argparse.ArgumentTypeError(f"{work}: choose among {', '.join(WORKS)}")
     return chosen
 
 
 def prepare(options: argparse.Namespace, setup: Any) -> Any:
-    """Everything that takes part, built or found."""
+    """Builds or finds everything that takes part."""
     setup.TARGET.mkdir(parents=True, exist_ok=True)
     installing = options.python is None
     blending = set(options.only) - {"updates", "writing"}
@@ -128,8 +128,8 @@ def prepare(options: argparse.Namespace, setup: Any) -> Any:
     return found
 
 
-def described(arguments: list[str]) -> list[str]:
-    """The arguments without the paths of this machine."""
+def without_paths(arguments: list[str]) -> list[str]:
+    """Returns the arguments without the paths of this machine."""
     kept, skip = [], False
     for argument in arguments:
         if skip:

@@ -1,4 +1,4 @@
-"""Our runs as files: what their metadata say, and runs of any size that only their size matters of."""
+"""Runs in our format: their metadata, and runs of any size with repeated values."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PATTERN = 1 << 20
 
 
 def mean_time(sigma_rel: float) -> float:
-    """Of a power function over [0, 1]."""
+    """Returns the mean of a power function over [0, 1]."""
     gamma = models.gamma_of(sigma_rel)
     return (gamma + 1) / (gamma + 2)
 
 
 def metadata(sigma_rel: float, step: int, stored_in_less: Sequence[str]) -> dict[str, str]:
-    """Of the average of a power function at a step, of which every step was an update.
+    """Returns the metadata of a power function's average at a step, if every step was an update.
 
     `stored_in_less` are the f32 tensors of the model that are stored in 16 bits.
     """
@@ -41,7 +41,7 @@ def metadata(sigma_rel: float, step: int, stored_in_less: Sequence[str]) -> dict
 
 
 def write_sized(folder: Path, shapes: models.Shapes, steps: int) -> int:
-    """f16 snapshots of two profiles at so many steps, written in pieces; returns their bytes."""
+    """Writes f16 snapshots of two profiles at `steps` steps, in pieces; returns their bytes."""
     folder.mkdir(parents=True)
     n = models.parameters(shapes)
     random = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def write_sized(folder: Path, shapes: models.Shapes, steps: int) -> int:
 
 
 def header(shapes: models.Shapes, strings: dict[str, str]) -> bytes:
-    """Of a safetensors file of f16 tensors that lie one after the other."""
+    """Returns the header of a safetensors file of contiguous f16 tensors."""
     described: dict[str, object] = {"__metadata__": strings}
     at = 0
     for name, shape in shapes.items():

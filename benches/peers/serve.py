@@ -1,4 +1,4 @@
-"""The other end of :class:`turns.Worker`: a process that works when it is told."""
+"""Process behind a :class:`turns.Worker`: it runs a command for each request."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from typing import Any
 
 
 def serve(commands: dict[str, Callable[..., Any]]) -> None:
-    """Answers each line on stdin by the command that it names, until stdin ends.
+    """Runs the command that each line on stdin names, and prints its answer, until stdin ends.
 
-    A command returns what is to be answered, a dictionary or nothing; one that raises answers with the error, so that
-    its row says why.
+    A command returns its answer, a dictionary or nothing. If it raises, the answer is the error, which its row shows.
     """
-    # Imports are done when this is answered.
+    # An answer to "ready" shows that all imports are done.
     commands = {"ready": dict, **commands}
-    # Whatever a library prints must not be taken for an answer.
+    # Output of a library must not be taken for an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -33,7 +32,7 @@ def serve(commands: dict[str, Callable[..., Any]]) -> None:
 
 
 def import_peer(name: str) -> Any:
-    """A package from the folder that is first on the path, and no other: the import name of one is ours, too."""
+    """Imports a package from the first folder on the path only: one peer has our import name."""
     module = importlib.import_module(name)
     if not Path(str(module.__file__)).is_relative_to(Path(sys.path[0]).resolve()):
         raise ImportError(f"{sys.path[0]} holds no {name}")
@@ -41,7 +40,7 @@ def import_peer(name: str) -> Any:
 
 
 def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
-    """How long it takes, and what it returns."""
+    """Returns the seconds that `work` takes, and its result."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result

@@ -1,4 +1,4 @@
-"""How long it takes until anything happens: a plan on 40 snapshots, beside starting the program at all."""
+"""Time to start: printing a plan on 40 snapshots, beside starting the program and doing nothing."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Stores a snapshot of 200 MB, each time anew: a worker of `writing`.
+"""Worker of `writing`: stores a snapshot of 200 MB.
 
     python stores.py KIND MODEL SIZE FOLDER
 
-posthoc-ema   one profile; from the call at which a snapshot is due until everything is on the disk
+posthoc-ema   one profile, from the call that stores a snapshot until everything is on the disk
 torch.save    the same average as a file of PyTorch, and fsync
-copy          the parameters copied into memory that is there
+copy          a copy of the parameters in memory that is allocated already
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Ours:
         self.of, self.model, self.folder = posthoc_ema.PostHocEMA, model, folder
 
     def once(self) -> dict[str, Any]:
-        """Seconds for all, those that `update_` holds the caller, and the bytes of all files."""
+        """Returns the seconds of all, the seconds that the caller waits in `update_`, and the bytes of all files."""
         shutil.rmtree(self.folder, ignore_errors=True)
         every = {"update_every": 1, "checkpoint_every": 2, "update_after_step": 0}
         ema = self.of.from_model(self.model, self.folder, sigma_rels=(0.05,), compensated=False, **every)
-        # Nothing is stored at the first one.
+        # The first update stores nothing.
         ema.update_(self.model)
         start = time.perf_counter()
         ema.update_(self.model)

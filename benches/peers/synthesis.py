@@ -1,4 +1,4 @@
-"""Averages from 40 stored snapshots in the page cache: everybody beside adding the same mapped files up in C."""
+"""Synthesis from 40 snapshots in the page cache, beside a loop in C that adds up the same mapped files."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ MERGEKIT = "mergekit, the program, into a file in memory"
 
 
 @dataclass
-class Stored:
-    """A run, and what is asked of it."""
+class Task:
+    """Stored run, and a synthesis task on it."""
 
     environment: Environment
     model: str
     dtype: str
     run: Path
-    # For files that are compared, of the disk and in memory.
+    # For output files: on the disk, and in memory.
     disk: Path
     memory: Path
     targets: tuple[float, ...] = (TARGET,)
     output: str = "float32"
-    # For each target: index, step, weight.
+    # Index, step and weight of each snapshot, for each target.
     weights: list[list[tuple[int, int, float]]] = field(default_factory=list)
 
     @property
@@ -60,14 +60,14 @@ class Stored:
 
     @property
     def bytes(self) -> int:
-        """Of all snapshots' tensors."""
+        """Bytes of all snapshots' tensors."""
         return STEPS * PROFILES * BYTES[self.dtype] * self.parameters
 
     def files(self) -> list[Path]:
         return sorted(self.run.glob("*.safetensors"))
 
-    def asks(self, targets: tuple[float, ...], output: str) -> Stored:
-        """The same run, asked for something else; solved by the program, or by Python where there is none."""
+    def with_targets(self, targets: tuple[float, ...], output: str) -> Task:
+        """Returns another task on the same run. The program solves for the weights, or Python if there is none."""
         program = self.environment.program
         listed = ",".join(map(str, targets))
         if isinstance(program, Path):
@@ -82,14 +82,14 @@ class Stored:
             printed = self.environment.run(self.environment.python, "-c", script, self.run, listed)
         plans = json.loads(printed)["targets"]
         weights = [[(w["index"], w["step"], w["weight"]) for w in plan["weights"]] for plan in plans]
-        return Stored(
+        return Task(
             self.environment, self.model, self.dtype, self.run, self.disk, self.memory, targets, output, weights
         )
 
 
 @contextmanager
-def stored(environment: Environment, model: str, dtype: str) -> Iterator[Stored]:
-    """A run on the disk, written once and then in the page cache; removed afterwards."""
+def stored(environment: Environment, model: str, dtype: str) -> Iterator[Task]:
+    """Writes a run to the disk, where it is in the page cache; removes it afterwards."""
     disk, memory = environment.folder / "synthesis", environment.memory / "posthoc-ema-peers"
     for folder in (disk, memory):
         shutil.rmtree(folder, ignore_errors=True)
@@ -97,39 +97,39 @@ def stored(environment: Environment, model: str, dtype: str) -> Iterator[Stored]
     try:
         run = disk / "run"
         environment.run(*environment.script("data", "run", run, model, environment.size, dtype, str(STEPS)))
-        # What is still to be written would be written beside the measurements.
+        # Pages that are not written yet would be written during the measurements.
         environment.run("sync")
-        yield Stored(environment, model, dtype, run, disk, memory)
+        yield Task(environment, model, dtype, run, disk, memory)
     finally:
         shutil.rmtree(disk, ignore_errors=True)
         shutil.rmtree(memory, ignore_errors=True)
 
 
 def measure(environment: Environment) -> Iterator[dict[str, Any]]:
-    """All cases with a warm page cache."""
+    """Measures all cases with a warm page cache."""
     for model in ("150 tensors", "2,000 tensors"):
         with stored(environment, model, "float16") as run:
-            yield one_target(run.asks((TARGET,), "float32"))
+            yield one_target(run.with_targets((TARGET,), "float32"))
             if model == "150 tensors":
                 yield many_targets(run)
     for model, dtype in (("150 tensors", "bfloat16"), ("150 tensors, half", "float32")):
         with stored(environment, model, dtype) as run:
-            yield other_dtype(run.asks((TARGET,), "bfloat16"))
+            yield other_dtype(run.with_targets((TARGET,), "bfloat16"))
 
 
-def one_target(task: Stored) -> dict[str, Any]:
-    """Everybody: first those who read our files, then each of the others beside ours once more."""
+def one_target(task: Task) -> dict[str, Any]:
+    """Measures all contenders that read our files together, and each of the others in turns with ours."""
     check = Check(task)
     groups = [[scan(task), *ours(task, check), *readers(task, check), mergekit(task, check)]]
-    rows = group(task, groups[0], ROUNDS)
+    rows = take_turns(task, groups[0], ROUNDS)
     for kind in ("pytorch-posthoc-ema", "ema-pytorch", "edm2"):
-        rows += beside_ours(task, check, kind)
-    return document(task, "one target", rows)
+        rows += peer_rows(task, check, kind)
+    return case_of(task, "one target", rows)
 
 
-def many_targets(run: Stored) -> dict[str, Any]:
-    """31 targets in one pass, beside one, and beside the multiply-adds in f64 alone."""
-    one, many = run.asks((TARGET,), "float16"), run.asks(MANY, "float16")
+def many_targets(run: Task) -> dict[str, Any]:
+    """Measures 31 targets in one pass, one target, and the multiply-adds in f64 alone."""
+    one, many = run.with_targets((TARGET,), "float16"), run.with_targets(MANY, "float16")
     check, check_many = Check(one), Check(many)
     contenders = [
         scan(run),
@@ -137,23 +137,23 @@ def many_targets(run: Stored) -> dict[str, Any]:
         *ours(many, check_many, (TO_MEMORY,)),
         worker(one, check, "posthoc-ema", "posthoc-ema, Python, one of the targets"),
     ]
-    rows = group(many, contenders, MANY_ROUNDS)
-    # One target has less to do than the limit.
+    rows = take_turns(many, contenders, MANY_ROUNDS)
+    # A share of this limit means nothing for one target, which does less work.
     rows[-1].pop("share_of_limit", None)
-    rows += beside_ours(many, check_many, "edm2")
-    made = document(many, f"{len(MANY)} targets in one pass, f16 results", rows)
+    rows += peer_rows(many, check_many, "edm2")
+    made = case_of(many, f"{len(MANY)} targets in one pass, f16 results", rows)
     made["multiply_adds"] = len(MANY) * STEPS * PROFILES * run.parameters
     return made
 
 
-def other_dtype(task: Stored) -> dict[str, Any]:
+def other_dtype(task: Task) -> dict[str, Any]:
     check = Check(task)
     contenders = [scan(task), *ours(task, check), worker(task, check, "torch-loop")]
-    return document(task, "one target, bf16 results", group(task, contenders, ROUNDS))
+    return case_of(task, "one target, bf16 results", take_turns(task, contenders, ROUNDS))
 
 
-def document(task: Stored, title: str, rows: list[Row]) -> dict[str, Any]:
-    """The case as it is recorded; limits are told by what they are."""
+def case_of(task: Task, title: str, rows: list[Row]) -> dict[str, Any]:
+    """Returns a case for the record, with limits and rows apart."""
     limits = [row for row in rows if row.get("limit")]
     return {
         "work": "synthesis",
@@ -170,8 +170,8 @@ def document(task: Stored, title: str, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def group(task: Stored, contenders: list[turns.Contender], rounds: int) -> list[Row]:
-    """Turns; shares are of the limits' time among them."""
+def take_turns(task: Task, contenders: list[turns.Contender], rounds: int) -> list[Row]:
+    """Runs contenders in turns, and adds their shares of the limit among them."""
     try:
         rows = turns.in_turns(contenders, task.environment.rounds(rounds))
     finally:
@@ -181,27 +181,27 @@ def group(task: Stored, contenders: list[turns.Contender], rounds: int) -> list[
     for row in limits:
         row["limit"] = True
         row.pop("peak_anonymous_bytes", None)
-    # Where there are two, nobody can be faster than the slower one.
+    # The slower of two limits counts.
     slowest = max(limits, key=lambda row: row.get("seconds_median", 0.0), default=None)
-    turns.compare([row for row in rows if row["name"] != PEAK], slowest, task.bytes)
+    turns.add_rates([row for row in rows if row["name"] != PEAK], slowest, task.bytes)
     for row in limits:
         row.pop("share_of_limit", None)
     return rows
 
 
-def beside_ours(task: Stored, check: Check, kind: str) -> list[Row]:
-    """One of the others, its own files made for it, with ours and the scan in turn; only its row, which tells both."""
+def peer_rows(task: Task, check: Check, kind: str) -> list[Row]:
+    """Measures a peer on files of its own, in turns with ours and the scan. Returns its row, with our times in it."""
     folder = task.memory / kind
     packages = packages_of(task.environment, kind)
     if isinstance(packages, str):
-        return group(task, [Absent(NAMES[kind], packages)], 0)
+        return take_turns(task, [Absent(NAMES[kind], packages)], 0)
     try:
         command = task.environment.script("data", kind, task.run, folder, task.model, task.environment.size, *packages)
         task.environment.run(*command)
         contenders = [scan(task), worker(task, check, "posthoc-ema"), worker(task, check, kind)]
-        _, mine, theirs = group(task, contenders, ROUNDS)
+        _, mine, theirs = take_turns(task, contenders, ROUNDS)
     except SystemExit as why:
-        return group(task, [Absent(NAMES[kind], str(why).strip().splitlines()[-1])], 0)
+        return take_turns(task, [Absent(NAMES[kind], str(why).strip().splitlines()[-1])], 0)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if "seconds_median" in mine and "seconds_median" in theirs:
@@ -211,46 +211,46 @@ def beside_ours(task: Stored, check: Check, kind: str) -> list[Row]:
 
 
 class Check:
-    """Answers beside the sums in f64, and beside ours."""
+    """Compares samples of results with sums in f64, and with the first sample, which is ours."""
 
-    def __init__(self, task: Stored):
+    def __init__(self, task: Task):
         self.task = task
-        self.expected = answers.reference(task.run, task.weights[answers.looked_at(task.weights)])
+        self.expected = answers.reference(task.run, task.weights[answers.compared_index(task.weights)])
         self.ours: answers.Sample | None = None
 
     def __call__(self, taken: answers.Sample) -> Row:
         if self.ours is None:
             self.ours = taken
         return {
-            "off_from_f64": answers.apart(taken, self.expected),
-            "off_from_ours": answers.apart(taken, self.ours),
+            "off_from_f64": answers.difference(taken, self.expected),
+            "off_from_ours": answers.difference(taken, self.ours),
         }
 
 
 SCAN, PEAK = "adding the mapped files up in C", "the multiply-adds in f64 alone in C"
 
 
-def scan(task: Stored) -> turns.Contender:
+def scan(task: Task) -> turns.Contender:
     return limit(task.environment, SCAN, "scan", task.environment.threads, *task.files())
 
 
-def peak(task: Stored) -> turns.Contender:
+def peak(task: Task) -> turns.Contender:
     count = len(task.targets) * STEPS * PROFILES * task.parameters
     return limit(task.environment, PEAK, "peak", count, task.environment.threads)
 
 
-def ours(task: Stored, check: Check, programs: tuple[str, ...] = (TO_MEMORY, TO_DISK)) -> list[turns.Contender]:
-    """Python first: what the others are compared with."""
+def ours(task: Task, check: Check, programs: tuple[str, ...] = (TO_MEMORY, TO_DISK)) -> list[turns.Contender]:
+    """Returns our contenders. Python is first: the others are compared with it."""
     return [worker(task, check, "posthoc-ema"), *[program(task, check, name) for name in programs]]
 
 
-def readers(task: Stored, check: Check) -> list[turns.Contender]:
-    """Those who read safetensors as they are."""
+def readers(task: Task, check: Check) -> list[turns.Contender]:
+    """Returns the other contenders that read our files."""
     return [worker(task, check, kind) for kind in ("torch-loop", "lora-merge")]
 
 
-def program(task: Stored, check: Check, name: str) -> turns.Contender:
-    """The command line as a whole process."""
+def program(task: Task, check: Check, name: str) -> turns.Contender:
+    """Returns the program as a contender, timed as a whole process."""
     if isinstance(task.environment.program, str):
         return Absent(name, task.environment.program)
     output = (task.memory if name == TO_MEMORY else task.disk) / "program"
@@ -261,16 +261,16 @@ def program(task: Stored, check: Check, name: str) -> turns.Contender:
         shutil.rmtree(output, ignore_errors=True)
 
     def look() -> Row:
-        # Named by its target.
-        target = task.targets[answers.looked_at(task.targets)]
+        # Output files are named by their target.
+        target = task.targets[answers.compared_index(task.targets)]
         (found,) = output.glob(f"sigma_rel-{target:g}.*.safetensors")
         return check(answers.sample_file(found))
 
     return Checked(turns.Command(name, command, clear), look)
 
 
-def worker(task: Stored, check: Check, kind: str, name: str = "") -> turns.Contender:
-    """Python, with its packages imported and the run opened."""
+def worker(task: Task, check: Check, kind: str, name: str = "") -> turns.Contender:
+    """Returns a Python contender, timed without its imports and the opening of the run."""
     name = name or NAMES[kind]
     packages = packages_of(task.environment, kind)
     if isinstance(packages, str):
@@ -300,7 +300,7 @@ def sampled(made: turns.Worker, path: Path, check: Check) -> Row:
 
 
 class Prepared:
-    """A worker that opens what it needs before the first round."""
+    """Worker that opens its files before the first round."""
 
     def __init__(self, contender: turns.Contender, worker: turns.Worker):
         self.contender, self.worker, self.name = contender, worker, contender.name
@@ -316,8 +316,8 @@ class Prepared:
         self.contender.close()
 
 
-def mergekit(task: Stored, check: Check) -> turns.Contender:
-    """A linear merge of our files by the weights of our plan."""
+def mergekit(task: Task, check: Check) -> turns.Contender:
+    """Returns mergekit as a contender: a linear merge of our files with our plan's weights."""
     command = task.environment.mergekit
     if isinstance(command, str):
         return Absent(MERGEKIT, command)

@@ -1,4 +1,4 @@
-"""Tables of what was measured: in a terminal and on the page alike."""
+"""Tables of measurements, for a terminal and for the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Row = dict[str, Any]
 
 
 def seconds(value: float) -> str:
-    """Three digits in the unit that fits."""
+    """Formats a time with three digits, in s, ms or us."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if value >= size or unit == "us":
             return f"{digits(value / size)} {unit}"
@@ -20,7 +20,7 @@ def digits(value: float) -> str:
 
 
 def span(row: Row) -> str:
-    """The median, and where all times lie."""
+    """Formats the median and the range of all times."""
     median, all_ = row["seconds_median"], row["seconds_all"]
     if len(all_) == 1:
         return f"{seconds(median)} (once)"
@@ -33,7 +33,7 @@ def memory(bytes_: int) -> str:
 
 
 def times_ours(row: Row, ours: Row | None) -> str:
-    """How many times as long as ours, taken in the same rounds."""
+    """Formats the time as a multiple of ours in the same rounds."""
     if "times_ours" in row:
         return f"{digits(row['times_ours'])}"
     if ours is None or "seconds_median" not in ours:
@@ -42,13 +42,13 @@ def times_ours(row: Row, ours: Row | None) -> str:
 
 
 def exponent(value: float) -> str:
-    return "nothing" if value == 0 else f"{value:.1e}"
+    return "0" if value == 0 else f"{value:.1e}"
 
 
-# What a column is called, and what it shows of a row; a column that is empty for all rows is left out.
+# Columns: their heads, and a function from a row to a cell. A column that is empty for all rows is left out.
 COLUMNS = (
     ("time (median, range)", lambda row, ours: span(row)),
-    ("held up", lambda row, ours: seconds(row["held_seconds_median"]) if "held_seconds_median" in row else ""),
+    ("training waits", lambda row, ours: seconds(row["held_seconds_median"]) if "held_seconds_median" in row else ""),
     ("GB/s", lambda row, ours: digits(row["bytes_per_second"] / 1e9) if "bytes_per_second" in row else ""),
     ("of the limit", lambda row, ours: f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else ""),
     ("times ours", times_ours),
@@ -61,11 +61,11 @@ COLUMNS = (
 
 
 def table(case: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells: the limits first, then all rows, ours first."""
+    """Returns heads and cells: the limits first, then all rows."""
     rows = [*case["limits"], *case["rows"]]
     ours = next((row for row in case["rows"] if row["name"].startswith("posthoc-ema")), None)
     shown = [[show(row, ours) if "seconds_median" in row else "" for _, show in COLUMNS] for row in rows]
-    # Ours has no ratio to itself, and a limit none to anybody.
+    # No ratio to ours for ours itself and for a limit.
     for row, cells in zip(rows, shown):
         if row is ours or row in case["limits"]:
             cells[4] = ""
@@ -81,7 +81,7 @@ def table(case: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def heading(case: dict[str, Any]) -> str:
-    """What was done with how much."""
+    """Returns the title of a case, with the size of its model."""
     text = case["title"]
     if "parameters" in case and "tensors" in case:
         text += f": {case['parameters'] / 1e6:.1f} million parameters in {case['tensors']:,} tensors"
@@ -89,10 +89,10 @@ def heading(case: dict[str, Any]) -> str:
 
 
 def text(case: dict[str, Any]) -> str:
-    """For a terminal."""
+    """Formats a table for a terminal."""
     heads, body = table(case)
     lines = [heads, *body]
-    # A reason may be long, and stands in the last column that its row has.
+    # A row without times has its reason in the second column; that may be long.
     widths = [max(len(line[i]) for line in lines if not line[1].startswith("not ")) for i in range(1, len(heads))]
     first = max(len(line[0]) for line in lines)
     shown = [
@@ -103,7 +103,7 @@ def text(case: dict[str, Any]) -> str:
 
 
 def markdown(case: dict[str, Any]) -> str:
-    """For the page."""
+    """Formats a table for the page."""
     heads, body = table(case)
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *body]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]

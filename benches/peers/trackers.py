@@ -1,9 +1,9 @@
-"""The same two running averages by posthoc-ema, other packages and PyTorch's own functions: a worker of `updates`.
+"""Worker of `updates`: the same two averages by posthoc-ema, other packages and PyTorch's own functions.
 
-    python trackers.py KIND [FOLDER]       one of KINDS; the folder that holds its package
+    python trackers.py KIND [FOLDER]       one of KINDS; the folder of its package
 
-Each tracker says with which decay it updates, so that its averages can be checked against a recurrence in f64: the
-packages differ in what they count as the time of an update.
+Packages differ in the time that they give an update. Each tracker therefore reports its decays, for a recurrence in f64
+that checks its averages.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ SIGMA_RELS = (0.05, 0.28)
 GAMMAS = tuple(map(models.gamma_of, SIGMA_RELS))
 # Elements of each tensor that are checked.
 WINDOW = 1000
-# Never due.
+# Interval of updates or checkpoints that are never due.
 NEVER = 2**40
 Windows = dict[str, torch.Tensor]
 
 
 class Tracker:
-    """Two averages of a model."""
+    """Tracker of two averages of a model."""
 
     def __init__(self, model: nn.Module, update_every: int, folder: Path):
         self.model, self.update_every, self.folder = model, update_every, folder
 
     def update(self) -> object:
-        """To be called after each step of training."""
+        """Runs after each step of training."""
         raise NotImplementedError
 
     def averages(self) -> list[Windows]:
-        """The beginning of each tensor of both averages, by name."""
+        """Returns the beginning of each tensor of both averages, by name."""
         raise NotImplementedError
 
     def dtype(self) -> torch.dtype:
-        """That of the averages."""
+        """Returns the dtype of the averages."""
         return torch.float32
 
     def decay(self, update: int, gamma: float) -> float:
-        """What the average keeps of itself at an update, counted from 1; the first one copies the parameters."""
+        """Returns the decay of an update, counted from 1. The first update copies the parameters."""
         return ((update - 1) / update) ** (gamma + 1)
 
 
 def options(update_every: int) -> dict[str, Any]:
-    """What this package and pytorch-posthoc-ema, which share their arguments' names, are told alike."""
+    """Returns the arguments that this package and pytorch-posthoc-ema share."""
     return {
         "sigma_rels": SIGMA_RELS,
         "update_every": update_every,
@@ -67,7 +67,7 @@ def options(update_every: int) -> dict[str, Any]:
 
 
 class PosthocEma(Tracker):
-    """This package."""
+    """posthoc-ema."""
 
     def __init__(self, model: nn.Module, update_every: int, folder: Path, device: str, compensated: bool):
         super().__init__(model, update_every, folder)
@@ -139,7 +139,7 @@ class EmaPytorch(Tracker):
 
 
 class Timm(Tracker):
-    """timm's ModelEmaV3, one for each average; it is told the decay at each update."""
+    """timm's ModelEmaV3, one for each average; its decay is set before each update."""
 
     def __init__(self, model: nn.Module, update_every: int, folder: Path, in_f32: bool):
         super().__init__(model, update_every, folder)
@@ -161,10 +161,10 @@ class Timm(Tracker):
 
 
 class Foreach(Tracker):
-    """``torch._foreach_lerp_`` into f32 averages beside the parameters, one call for each.
+    """``torch._foreach_lerp_`` into f32 averages beside the parameters, one call for each average.
 
-    Parameters of 16 bits are converted before, into memory that is kept for it. `gathered`: the parameters are listed
-    anew at each update, as torchtitan's kind of training loops does.
+    Parameters of 16 bits are first converted into memory that is kept for them. `gathered`: each update lists the
+    parameters again, as torchtitan does.
     """
 
     def __init__(self, model: nn.Module, update_every: int, folder: Path, gathered: bool = False):
@@ -193,7 +193,7 @@ class Foreach(Tracker):
 
 
 class ForeachOfFloats(Foreach):
-    """As :class:`Foreach`, without memory of its own for converted parameters: each average converts them for itself."""
+    """:class:`Foreach` without memory for converted parameters: each average converts them for itself."""
 
     def update(self) -> None:
         self.updates += 1
@@ -203,7 +203,7 @@ class ForeachOfFloats(Foreach):
 
 
 def fused(first: list, second: list, parameters: list, weights: torch.Tensor) -> None:
-    """Both averages in one pass over the parameters: what a compiler can make of it."""
+    """Updates both averages in one pass over the parameters, in terms that a compiler can fuse."""
     for a, b, parameter in zip(first, second, parameters):
         p = parameter.float()
         a.add_((p - a) * weights[0])
@@ -211,7 +211,7 @@ def fused(first: list, second: list, parameters: list, weights: torch.Tensor) ->
 
 
 class Compiled(Foreach):
-    """``torch.compile`` of the loop that is fused by hand, over the list of tensors."""
+    """``torch.compile`` of :func:`fused` over the list of tensors."""
 
     def __init__(self, model: nn.Module, update_every: int, folder: Path):
         super().__init__(model, update_every, folder)
@@ -226,13 +226,13 @@ class Compiled(Foreach):
 
 
 class CompiledFlat(Compiled):
-    """As :class:`Compiled` on one flat tensor of all parameters, which no model is: the most that could be fused."""
+    """:class:`Compiled` on one flat tensor of all parameters. No model is one; it is the best case for a compiler."""
 
     def __init__(self, model: nn.Module, update_every: int, folder: Path):
         super().__init__(model, update_every, folder)
         self.shapes = [parameter.shape for parameter in self.parameters]
         self.parameters = [torch.cat([each.flatten() for each in self.parameters])]
-        # The model's tensors are views of it.
+        # Makes the model's tensors views of it.
         at = 0
         with torch.no_grad():
             for parameter in model.parameters():
@@ -246,7 +246,7 @@ class CompiledFlat(Compiled):
 
 
 class Copy(Tracker):
-    """The parameters copied in their own dtype into memory that is there: no averages at all."""
+    """Copy of the parameters in their own dtype into memory that is already allocated: no averages."""
 
     def __init__(self, model: nn.Module, update_every: int, folder: Path):
         super().__init__(model, update_every, folder)
@@ -276,12 +276,12 @@ KINDS: dict[str, Callable[[nn.Module, int, Path], Tracker]] = {
 
 
 def windows(tensors: dict[str, torch.Tensor]) -> Windows:
-    """The beginning of each tensor, on the host in f64."""
+    """Returns the beginning of each tensor, on the host in f64."""
     return {name: tensor.detach().flatten()[:WINDOW].cpu().double() for name, tensor in tensors.items()}
 
 
 def model_of(shapes: models.Shapes, dtype: torch.dtype, device: str) -> nn.Module:
-    """Parameters in [-1, 1), every element of a tensor unlike its neighbours."""
+    """Makes a model with parameters in [-1, 1), in which neighbouring elements differ."""
     most = max(torch.Size(shape).numel() for shape in shapes.values())
     values = (torch.arange(most) % 251 / 128 - 1).to(device, dtype)
     tensors = {name: values[: torch.Size(shape).numel()].reshape(shape).clone() for name, shape in shapes.items()}
@@ -289,7 +289,7 @@ def model_of(shapes: models.Shapes, dtype: torch.dtype, device: str) -> nn.Modul
 
 
 def check(tracker: Tracker, model: nn.Module) -> float:
-    """Three updates by changing parameters; the largest difference from the averages of the recurrence in f64.
+    """Runs three updates, and returns the largest difference from a recurrence in f64.
 
     It must be within a few roundings of the averages' own dtype.
     """
@@ -316,13 +316,13 @@ def check(tracker: Tracker, model: nn.Module) -> float:
 
 
 class Session:
-    """The tracker of one case after the other."""
+    """Trackers of one kind, one for each case."""
 
     def __init__(self, kind: str):
         self.kind = kind
 
     def prepare(self, model: str, size: str, dtype: str, device: str, due: bool, calls: int) -> dict[str, Any]:
-        """Makes model and averages and checks an update."""
+        """Makes model and averages, and checks the updates."""
         self.calls, self.device = calls, device
         self.folder = tempfile.TemporaryDirectory()
         module = model_of(models.MODELS[model][size], getattr(torch, dtype), device)
@@ -333,11 +333,11 @@ class Session:
         else:
             made.update()  # the first call is due in the other packages
         self.tracker = made
-        give_back()
+        trim_memory()
         return answer
 
     def go(self) -> dict[str, float]:
-        """Seconds of one update; several are queued in a row on a device."""
+        """Returns the seconds of one update, a mean of `calls` in a row."""
         self.wait()
         start = time.perf_counter()
         for _ in range(self.calls):
@@ -352,13 +352,13 @@ class Session:
     def drop(self) -> None:
         del self.tracker
         self.folder.cleanup()
-        # Otherwise the next case would be compiled for any size, as what follows another is.
+        # Without a reset, torch.compile would compile the next case for any size.
         torch.compiler.reset()
-        give_back()
+        trim_memory()
 
 
-def give_back() -> None:
-    """Memory that is free goes back to the system, so that what is held can be told."""
+def trim_memory() -> None:
+    """Returns free memory to the system, so that the memory in use can be measured."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,7 +1,7 @@
-"""Contenders that take turns: what slows the machine slows all alike.
+"""Contenders that take turns, so that whatever slows the machine slows all of them.
 
-Each has a process of its own. A worker waits with its data in memory and works once whenever it is told; a command is
-started anew each time. The first round warms up, is checked, and tells the memory; the others are timed.
+Each has a process of its own. A worker waits with its data in memory and works once for each request; a command starts
+again each time. The first round warms up, checks the results and measures memory; the others are timed.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from typing import Any, Protocol
 
 Row = dict[str, Any]
 
-# What takes longer than this is timed once, in the round that otherwise only warms up.
+# A first round that takes longer is timed, and the only one.
 SLOW_SECONDS = 10.0
-# Who has been timed for so long leaves the remaining rounds to others.
+# A contender that has been timed for this long skips the remaining rounds.
 ENOUGH_SECONDS = 10.0
-# After so long nobody waits any more.
+# A contender that takes longer is stopped.
 PATIENCE_SECONDS = 150.0
 
 
 class Failed(Exception):
-    """What a contender could not do, and why: its row says so, and the others go on."""
+    """Failure of a contender. Its row gives the reason, and the others continue."""
 
 
 class Contender(Protocol):
-    """Somebody who does the work."""
+    """Participant that does the work."""
 
     name: str
 
     def first(self) -> Row:
-        """Once, checked: `seconds`, and what else belongs into its row."""
+        """Works once, and checks the result. Returns `seconds` and further fields of the row."""
 
     def once(self) -> float:
-        """Once more: the seconds it took."""
+        """Works once, and returns the seconds."""
 
     def close(self) -> None:
         """Ends its process and removes what it has written."""
 
 
 class Worker:
-    """A process that answers each line of JSON with another; it works at `{"do": "go"}`."""
+    """Process that answers each line of JSON with another, and works at `{"do": "go"}`."""
 
     def __init__(self, name: str, command: Sequence[str | Path], environment: dict[str, str] | None = None):
         self.name = name
@@ -64,12 +64,12 @@ class Worker:
         self.pending = b""
 
     def ask(self, do: str, patience: float = PATIENCE_SECONDS, **about: Any) -> Any:
-        """What it answers; :class:`Failed` where it fails, ends, or does not answer in time."""
+        """Returns the answer. Raises :class:`Failed` if the worker fails, ends, or does not answer in time."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"do": do, **about}).encode() + b"\n")
         except (BrokenPipeError, ValueError):
-            # Its end of the pipe is closed, or ours is, because it did not answer before.
+            # One end of the pipe is closed: the worker has ended, or was stopped for not answering.
             raise Failed(self._last_words()) from None
         answer = json.loads(self._line(time.monotonic() + patience, patience))
         if "error" in answer:
@@ -116,7 +116,7 @@ class Worker:
 
 
 class Command:
-    """A program that is started, does the work and ends: its start is part of the time, and all its memory counts."""
+    """Program that starts, works and ends. Its start is part of the time, and all its memory counts."""
 
     def __init__(
         self,
@@ -126,9 +126,9 @@ class Command:
         patience: float = PATIENCE_SECONDS,
     ):
         self.name, self.command, self.patience = name, [str(part) for part in command], patience
-        # Removes what the last run has written; not timed.
+        # Removes the output files of the last run; not timed.
         self.clear = clear
-        # What the last run has printed.
+        # Standard output of the last run.
         self.printed = ""
 
     def first(self) -> Row:
@@ -142,7 +142,7 @@ class Command:
         with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as printed:
             start = time.perf_counter()
             process = subprocess.Popen(self.command, stdout=printed, stderr=errors)
-            # Told to wait for so long at most, Popen.wait would look only every 50 ms.
+            # A timer, because Popen.wait with a timeout polls only every 50 ms.
             patience = threading.Timer(self.patience, process.kill)
             patience.daemon = True
             patience.start()
@@ -165,7 +165,7 @@ class Command:
 
 
 class Peak:
-    """The most anonymous memory of a process (Linux): the kernel keeps a peak only of all memory, mapped files too."""
+    """Peak anonymous memory of a process (Linux). The kernel's own peak also counts mapped files."""
 
     def __init__(self, pid: int | None):
         self.pid, self.bytes, self.before, self.running = pid, 0, 0, True
@@ -193,33 +193,33 @@ class Peak:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """The anonymous memory of a process now; none of one that has ended."""
+    """Returns the anonymous memory of a process; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    # A process that is about to end has none left.
+    # The status of a process that is about to end has no such line.
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 def in_turns(
     contenders: Iterable[Contender], rounds: int, before: Callable[[], None] = lambda: None, warm_up: bool = True
 ) -> list[Row]:
-    """A row for each, in order: all seconds and their median, or why there are none.
+    """Returns a row for each contender, in order: all seconds and their median, or the reason why there are none.
 
-    `before` is called before each piece of work, and not timed. Without `warm_up` the first round counts, too.
+    `before` runs before each piece of work, and is not timed. Without `warm_up` the first round counts, too.
     """
     rows: list[tuple[Contender, Row]] = []
     for contender in contenders:
         row: Row = {"name": contender.name, "seconds_all": []}
         rows.append((contender, row))
-        attempt(row, lambda: begin(contender, row, before, warm_up))  # noqa: B023
+        attempt(row, lambda: first_round(contender, row, before, warm_up))  # noqa: B023
     for _ in range(rounds):
         for contender, row in rows:
             if "error" not in row and not row.get("once_only") and sum(row["seconds_all"]) < ENOUGH_SECONDS:
-                attempt(row, lambda: again(contender, row, before))  # noqa: B023
+                attempt(row, lambda: timed_round(contender, row, before))  # noqa: B023
     for _, row in rows:
-        finish(row)
+        add_median(row)
     return [row for _, row in rows]
 
 
@@ -230,8 +230,8 @@ def attempt(row: Row, work: Callable[[], object]) -> None:
         row["error"] = str(why)
 
 
-def begin(contender: Contender, row: Row, before: Callable[[], None], warm_up: bool) -> None:
-    """The round that is not timed, unless it takes so long that it must do."""
+def first_round(contender: Contender, row: Row, before: Callable[[], None], warm_up: bool) -> None:
+    """Runs the first round, which counts only if it is slow or not a warm-up."""
     before()
     first = contender.first()
     seconds = first.pop("seconds")
@@ -242,18 +242,18 @@ def begin(contender: Contender, row: Row, before: Callable[[], None], warm_up: b
         row["once_only"] = True
 
 
-def again(contender: Contender, row: Row, before: Callable[[], None]) -> None:
+def timed_round(contender: Contender, row: Row, before: Callable[[], None]) -> None:
     before()
     row["seconds_all"].append(contender.once())
 
 
-def finish(row: Row) -> None:
+def add_median(row: Row) -> None:
     if row["seconds_all"] and "error" not in row:
         row["seconds_median"] = statistics.median(row["seconds_all"])
 
 
-def compare(rows: list[Row], limit: Row | None, bytes_: int | None) -> None:
-    """Adds rates and shares of the limit's time: both were taken in the same rounds."""
+def add_rates(rows: list[Row], limit: Row | None, bytes_: int | None) -> None:
+    """Adds rates, and shares of the limit, which was measured in the same rounds."""
     for row in rows:
         if "seconds_median" not in row:
             continue

@@ -1,4 +1,4 @@
-"""Updates of two averages: all trackers beside a fused loop in C that moves the same bytes."""
+"""Updates of two averages: all trackers, and a fused loop in C that moves the same bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contenders import Absent, limit, packages_of
 from environment import Environment
 from turns import Row
 
-# Of trackers.KINDS: what they are called.
+# Names of the rows, by the keys of trackers.KINDS.
 NAMES = {
     "plain": "posthoc-ema",
     "compensated": "posthoc-ema, compensated",
@@ -31,20 +31,20 @@ NAMES = {
 }
 PEERS = ("compiled-flat", "compiled", "foreach", "foreach-gathered", "timm", "pytorch-posthoc-ema", "ema-pytorch")
 PACKAGES = ("timm", "pytorch-posthoc-ema", "ema-pytorch")
-# Compilers may take minutes for a long list; nobody waits so long for an update.
+# A compiler may take minutes for a long list; it is stopped then.
 COMPILING_SECONDS = 60.0
 ROUNDS, NOT_DUE_CALLS = 15, 1000
 
 
 class Ready:
-    """A tracker that has been checked; `held` is the memory of its averages, without the parameters."""
+    """Tracker whose updates are checked. `held` is the memory of its averages, without the parameters."""
 
     def __init__(self, worker: turns.Worker, held: int, checked: Row):
         self.worker, self.name, self.held, self.checked = worker, worker.name, held, checked
 
     def first(self) -> Row:
         row = self.worker.first()
-        # What the update takes beside comes on top.
+        # The worker's peak is only the memory that an update takes beside the averages.
         row["peak_anonymous_bytes"] = max(0, row["peak_anonymous_bytes"] + self.held)
         return {**row, **self.checked}
 
@@ -57,10 +57,12 @@ class Ready:
 
 @dataclass(frozen=True)
 class Case:
+    """Model, dtype and trackers that are measured together."""
+
     title: str
     model: str
     dtype: str
-    # Of limits/update.c, and the bytes that have to be moved for each parameter.
+    # Kind of limits/update.c, and the bytes that it moves for each parameter.
     limit: str
     bytes_each: int
     kinds: tuple[str, ...]
@@ -76,7 +78,7 @@ CASES = (
         "compensated",
         28,
         ("compensated",),
-        "No other package has compensated averages.",
+        "None of the other packages measured here has compensated averages.",
     ),
     Case(
         "bf16 parameters, plain f32 averages",
@@ -85,7 +87,7 @@ CASES = (
         "bf16",
         18,
         ("plain", "compiled-flat", "compiled", "foreach", "foreach-floats", "timm-f32", *PACKAGES),
-        "Averages of bf16 are told apart: they take half the memory, and lose late updates.",
+        "The last column shows averages of bf16: they take half the memory, and lose late updates.",
     ),
     Case("f32 parameters, plain averages", "2,000 tensors", "float32", "plain", 20, ("plain", *PEERS)),
 )
@@ -93,7 +95,7 @@ NOT_DUE = ("plain", "pytorch-posthoc-ema", "ema-pytorch")
 
 
 class Trackers:
-    """The processes, which stay from one case to the next: PyTorch takes its time to be imported."""
+    """Processes of all trackers, kept from case to case because importing PyTorch is slow."""
 
     def __init__(self, environment: Environment):
         self.environment, self.workers = environment, dict[str, turns.Worker]()
@@ -120,7 +122,7 @@ class Trackers:
         return self.workers[kind]
 
     def drop(self) -> None:
-        """Everybody gives the case's memory back."""
+        """Makes all workers free the case's memory."""
         for kind, worker in list(self.workers.items()):
             try:
                 worker.ask("drop")
@@ -138,7 +140,7 @@ class Trackers:
 
 
 def measure(environment: Environment) -> Iterator[dict[str, Any]]:
-    """All cases, and what a call costs at which nothing is due."""
+    """Measures all cases, and calls at which nothing is due."""
     trackers = Trackers(environment)
     try:
         for case in CASES:
@@ -149,12 +151,12 @@ def measure(environment: Environment) -> Iterator[dict[str, Any]]:
 
 
 def update(environment: Environment, trackers: Trackers, case: Case) -> dict[str, Any]:
-    """Every call of it updates both averages."""
+    """Measures calls that update both averages."""
     on_device = environment.device != "cpu"
-    kinds = [kind for ours in case.kinds for kind in on(ours, on_device)]
+    kinds = [kind for ours in case.kinds for kind in kinds_on(ours, on_device)]
     count = models.parameters(models.MODELS[case.model][environment.size])
     about = {"model": case.model, "dtype": case.dtype, "device": environment.device, "due": True}
-    # Several in a row on a device, where the host only queues them.
+    # Several in a row on a device, since the host only queues them.
     contenders = [trackers.contender(kind, **about, calls=5 if on_device else 1) for kind in kinds]
     if on_device:
         loop = trackers.contender("copy", **about, calls=5)
@@ -165,17 +167,17 @@ def update(environment: Environment, trackers: Trackers, case: Case) -> dict[str
     limit_row, *rows = turns.in_turns([loop, *contenders], environment.rounds(ROUNDS))
     trackers.drop()
     if on_device:
-        # What is on the device is not seen from the host.
+        # The host does not see memory on the device.
         for row in rows:
             row.pop("peak_anonymous_bytes", None)
     else:
         loop.close()
     bytes_ = case.bytes_each * count
-    turns.compare([limit_row], None, limit_bytes)
+    turns.add_rates([limit_row], None, limit_bytes)
     limit_row.pop("peak_anonymous_bytes", None)
-    # What the copy would take for as many bytes.
+    # The time that the limit would take for the bytes of an update.
     scaled = scale(limit_row, bytes_ / limit_bytes)
-    turns.compare(rows, scaled, bytes_)
+    turns.add_rates(rows, scaled, bytes_)
     return {
         "work": "update",
         "title": f"Update, {case.title}",
@@ -189,8 +191,8 @@ def update(environment: Environment, trackers: Trackers, case: Case) -> dict[str
     }
 
 
-def on(kind: str, device: bool) -> tuple[str, ...]:
-    """Ours keeps averages on the host or beside the parameters."""
+def kinds_on(kind: str, device: bool) -> tuple[str, ...]:
+    """Returns the kinds to measure: on a device, ours has averages on the host and on the device."""
     return (kind, f"device-{kind}") if device and kind in ("plain", "compensated") else (kind,)
 
 
@@ -199,7 +201,7 @@ def scale(row: Row, factor: float) -> Row:
 
 
 def not_due(environment: Environment, trackers: Trackers) -> dict[str, Any]:
-    """What a training step pays at which nothing is updated."""
+    """Measures the calls of training steps that update nothing."""
     about = {"model": "150 tensors", "dtype": "float32", "device": environment.device, "due": False}
     contenders = [trackers.contender(kind, **about, calls=NOT_DUE_CALLS) for kind in NOT_DUE]
     rows = turns.in_turns(contenders, environment.rounds(ROUNDS))

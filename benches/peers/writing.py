@@ -1,4 +1,4 @@
-"""Storing a snapshot of 200 MB on the disk, and how long that holds the training up."""
+"""Storing a snapshot of 200 MB on the disk, and how long the training waits for it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = {
 
 
 class Direct:
-    """`dd conv=fsync` of as many bytes into the same folder."""
+    """Limit: `dd conv=fsync` of as many bytes into the same folder."""
 
     name = "dd conv=fsync, the snapshot's bytes"
 
@@ -50,7 +50,7 @@ class Direct:
 
 
 class Storing(turns.Worker):
-    """A worker that tells, too, how long it held the caller, and how much it has written."""
+    """Worker that also reports how long the caller waited, and how many bytes it wrote."""
 
     def first(self) -> Row:
         self.held: list[float] = []
@@ -81,7 +81,7 @@ def measure(environment: Environment) -> Iterator[dict[str, Any]]:
             contender.close()
         shutil.rmtree(folder, ignore_errors=True)
     for row in rows:
-        rate(row, rows[0])
+        add_rates(row, rows[0])
     rows[0].pop("share_of_limit", None)
     yield {
         "work": "writing",
@@ -94,12 +94,12 @@ def measure(environment: Environment) -> Iterator[dict[str, Any]]:
     }
 
 
-def rate(row: Row, limit: Row) -> None:
-    """Rates of their own bytes: they write different amounts."""
+def add_rates(row: Row, limit: Row) -> None:
+    """Adds the rate of a row's own bytes, since the amounts differ, and its share of the limit."""
     if "seconds_median" not in row:
         return
     row["bytes_per_second"] = row["bytes"] / row["seconds_median"]
-    # A copy goes to no disk.
+    # A copy does not use the disk.
     if "bytes_per_second" in limit and row["name"] != NAMES["copy"]:
         row["share_of_limit"] = row["bytes_per_second"] / limit["bytes_per_second"]
     if row.get("held_seconds_all"):

@@ -1,5 +1,7 @@
-// What the launch in progress touches. Each access is checked and marked in a bitmap of its allocation, one bit per
-// byte, found through a small cache of pages: no list of accesses to sort afterwards, however many there are.
+// Memory accesses of the launch in progress.
+//
+// Each access is checked, and marked in a bitmap of its allocation with one bit per byte. A small cache of pages finds
+// the bitmap. There is no list of accesses to sort afterwards, however many there are.
 #pragma once
 #include "memory.h"
 
@@ -8,7 +10,7 @@ namespace standin {
 enum Access { reads, writes };
 
 struct Page {
-    uintptr_t begin, end;  // the part of the page that belongs to the allocation
+    uintptr_t begin, end;  // part of the page that belongs to the allocation
     uint64_t* touched[2];
 };
 
@@ -20,11 +22,11 @@ struct Launch {
 };
 
 const unsigned page_shift = 12, cached_pages = 1024, words_per_page = (1u << page_shift) / 64;
-static Page pages[cached_pages];  // only used under the driver's lock
+static Page pages[cached_pages];  // used under the driver's lock only
 static Launch launch;
 
 static inline Page& cached_page(uintptr_t address) {
-    return pages[(uint32_t)(address >> page_shift) * 0x9E3779B1u >> 22];  // hashed: arenas lie at equal distances
+    return pages[(uint32_t)(address >> page_shift) * 0x9E3779B1u >> 22];  // hashed, since arenas are equally far apart
 }
 
 [[noreturn]] __attribute__((cold, noinline)) static void wild_access(uintptr_t address, unsigned bytes, Access access) {
@@ -51,7 +53,7 @@ static void touch_allocation(Allocation& allocation, uint64_t page) {
     if (page > allocation.touched_last) allocation.touched_last = page;
 }
 
-// Looks the allocation up; happens once per page and launch unless pages displace each other.
+// Looks the allocation up: once per page and launch, unless pages displace each other in the cache.
 __attribute__((noinline)) static void load_page(uintptr_t address, unsigned bytes, Access access) {
     Allocation* allocation = find(address);
     if (!allocation || bytes > allocation->end() - address) wild_access(address, bytes, access);
@@ -80,7 +82,7 @@ static inline void begin_touching(const char* kernel, int device, void (*first_t
     launch.touched.clear();
 }
 
-// The byte ranges that were touched, in order and merged, as offsets; forgets them.
+// Returns the byte ranges that were touched as offsets, in order and merged, and clears them.
 static inline std::vector<Range> take_ranges(Allocation& allocation, Access access) {
     std::vector<Range> ranges;
     uint64_t shift = allocation.begin % (1u << page_shift);  // bit 0 is the start of the page

@@ -1,4 +1,4 @@
-// Entry points: allocating and freeing.
+// Entry points that allocate and free.
 #pragma once
 #include "streams.h"
 
@@ -32,7 +32,7 @@ static void check_finished(const Allocation& gone) {
         break_device(launch_failed, "freeing %s, while the host has not waited for %s", gone.name().c_str(),
                      describe(work).c_str());
 }
-// Waits for the whole device, but not where the memory came from cuMemAllocAsync: the caller has to.
+// Waits for the whole device. For memory of cuMemAllocAsync it does not: there the caller has to wait.
 API cuMemFree_v2(Pointer pointer) {
     return call(tolerant, [=] {
         if (!pointer) return;

@@ -1,5 +1,5 @@
-// The arithmetic of the kernels, bit for bit as a GPU does it: every operation rounds once, to nearest even, and
-// nothing is flushed to zero. Build with -ffp-contract=off, or the compiler may fuse what is meant to be two roundings.
+// Arithmetic of the kernels, with the bits of a GPU: every operation rounds once, to nearest even, and nothing is
+// flushed to zero. Build with -ffp-contract=off: otherwise the compiler may fuse two operations into one rounding.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -22,7 +22,7 @@ static inline double fma_f64(double a, double b, double c) { return __builtin_fm
 static inline float f64_to_f32(double value) { return (float)value; }
 static inline double f32_to_f64(float value) { return (double)value; }
 
-// value / 2^shift, to the nearest integer, ties to even.
+// Returns value / 2^shift, rounded to the nearest integer, ties to even.
 static inline uint32_t shift_to_even(uint32_t value, unsigned shift) {
     uint32_t below = (1u << shift) - 1, half = 1u << (shift - 1);
     uint32_t quotient = value >> shift, rest = value & below;
@@ -31,7 +31,7 @@ static inline uint32_t shift_to_even(uint32_t value, unsigned shift) {
 
 static inline float bf16_to_f32(uint16_t bits) { return bits_f32((uint32_t)bits << 16); }
 
-// A NaN becomes 0x7fff, the only one that the GPU's conversions to 16 bits write.
+// Rounds to bf16. A NaN becomes 0x7fff, the only one that the GPU's conversions to 16 bits write.
 static inline uint16_t f32_to_bf16(float value) {
     uint32_t bits = f32_bits(value);
     return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : (uint16_t)shift_to_even(bits, 16);
@@ -47,7 +47,7 @@ static inline float f16_to_f32(uint16_t bits) {
 static inline uint16_t f32_to_f16(float value) {
     uint32_t bits = f32_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return 0x7fff;
-    if (magnitude >= 0x47800000) return (uint16_t)(sign | 0x7c00);  // 2^16 and above; 65520 rounds there by itself
+    if (magnitude >= 0x47800000) return (uint16_t)(sign | 0x7c00);  // 2^16 and above; rounding takes 65520 there, too
     uint32_t exponent = magnitude >> 23, fraction = (magnitude & 0x7fffff) | 0x800000;
     if (exponent >= 113) return (uint16_t)(sign | (shift_to_even(magnitude, 13) - (112u << 10)));
     if (exponent < 102) return (uint16_t)sign;  // below 2^-25, half of the smallest subnormal

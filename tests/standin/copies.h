@@ -1,11 +1,11 @@
-// Entry points: copies and memsets.
+// Entry points that copy and fill memory.
 #pragma once
 #include "streams.h"
 
 namespace standin {
 
 static void count_copy(const char* direction, uint64_t bytes) {
-    if (++count("copies") == settings().fail_copy) break_device(launch_failed, "told to fail by STANDIN_FAIL_COPY");
+    if (++count("copies") == settings().fail_copy) break_device(launch_failed, "STANDIN_FAIL_COPY fails this copy");
     count(direction) += bytes;
 }
 static void copy(const char* name, Stream& stream, const Span& to, const Span& from) {
@@ -21,7 +21,7 @@ static void copy_to_device(const char* name, void* handle, Pointer dst, const vo
     Span to = device_span(name, context().device, dst, bytes), from = host_span(name, src, bytes);
     count_copy("h2d_bytes", bytes);
     catch_up(stream);
-    // From pageable memory CUDA waits for the stream first, and returns when the source has been read, not copied.
+    // From pageable memory CUDA waits for the stream first, and returns as soon as it has read the source.
     if (wait && !from.memory) host_waits(stream.clock);
     copy(name, stream, to, from);
     if (wait && from.memory) host_waits(stream.clock);
@@ -32,7 +32,7 @@ static void copy_to_host(const char* name, void* handle, void* dst, Pointer src,
     Span to = host_span(name, dst, bytes), from = device_span(name, context().device, src, bytes);
     count_copy("d2h_bytes", bytes);
     copy(name, stream, to, from);
-    if (wait || !to.memory) host_waits(stream.clock);  // a copy to pageable memory returns when it is done
+    if (wait || !to.memory) host_waits(stream.clock);  // to pageable memory even the asynchronous form waits
 }
 static void copy_on_device(const char* name, void* handle, Pointer dst, Pointer src, size_t bytes,
                            const Context& dst_in, const Context& src_in) {
@@ -55,7 +55,7 @@ API cuMemcpyDtoH_v2(void* dst, Pointer src, size_t bytes) {
 API cuMemcpyDtoHAsync_v2(void* dst, Pointer src, size_t bytes, void* stream) {
     return call([=] { copy_to_host("cuMemcpyDtoHAsync", stream, dst, src, bytes, false); });
 }
-// Not even the plain form waits: CUDA copies within a device asynchronously.
+// Copies within a device. The plain form does not wait either, as in CUDA.
 API cuMemcpyDtoDAsync_v2(Pointer dst, Pointer src, size_t bytes, void* stream) {
     return call([=] { copy_on_device("cuMemcpyDtoDAsync", stream, dst, src, bytes, context(), context()); });
 }

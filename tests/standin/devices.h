@@ -1,4 +1,4 @@
-// Entry points: errors, initialization, devices, contexts.
+// Entry points for errors, initialization, devices and contexts.
 #pragma once
 #include "handles.h"
 

@@ -7,7 +7,7 @@
 
 namespace standin {
 
-// ---- What the project has no use for
+// ---- Entry points that the project does not use
 
 #define UNSUPPORTED(name) \
     API name() { return call([] { refuse(not_supported, #name " is not part of the stand-in"); }); }
@@ -26,7 +26,7 @@ extern "C" __attribute__((visibility("default"))) uint64_t standin_count(const c
     std::lock_guard<std::recursive_mutex> guard(driver().lock);
     auto at = counters().find(what);
     if (at != counters().end()) return at->second;
-    fprintf(stderr, "stand-in driver: nothing is counted as \"%s\"\n", what);
+    fprintf(stderr, "stand-in driver: there is no counter \"%s\"\n", what);
     return UINT64_MAX;
 }
 

@@ -1,4 +1,4 @@
-// What can go wrong: settings from the environment, errors as exceptions inside, codes outside, and what is counted.
+// Settings from the environment, errors (exceptions inside, codes outside), and counters.
 #pragma once
 #include <stdarg.h>
 #include <stdint.h>
@@ -37,7 +37,7 @@ static const CodeName code_names[] = {
     {misaligned_address, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
     {launch_failed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
     {not_supported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
-    // Only ever given by STANDIN_INIT.
+    // Returned only if STANDIN_INIT asks for them.
     {34, "CUDA_ERROR_STUB_LIBRARY", "CUDA driver is a stub library"},
     {46, "CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA-capable device(s) is/are busy or unavailable"},
     {803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "system has unsupported display driver / cuda driver combination"},
@@ -62,7 +62,7 @@ static inline const Settings& settings() {
     return once;
 }
 
-// State is never destroyed: other threads may still call while the process exits.
+// Counters by name. State is never destroyed: other threads may still call while the process exits.
 static inline std::map<std::string, uint64_t>& counters() {
     static auto* all = new std::map<std::string, uint64_t>{
         {"launches", 0}, {"copies", 0}, {"memsets", 0}, {"h2d_bytes", 0}, {"d2h_bytes", 0}, {"d2d_bytes", 0},
@@ -73,7 +73,7 @@ static inline std::map<std::string, uint64_t>& counters() {
 }
 static inline uint64_t& count(const char* what) { return counters().at(what); }
 
-// An error on its way out of an entry point; a sticky one is returned by every later call, as on a broken device.
+// Error on its way out of an entry point. A sticky one is returned by every later call, as on a broken device.
 struct Failure {
     int code;
     bool sticky;
@@ -88,13 +88,13 @@ static int sticky_code = success;
     va_end(arguments);
     throw Failure{code, sticky, text};
 }
-// The call is wrong; nothing has happened.
+// Refuses a call that is wrong, before it has any effect.
 [[noreturn]] STANDIN_MESSAGE static inline void refuse(int code, const char* pattern, ...) {
     va_list arguments;
     va_start(arguments, pattern);
     fail(code, false, pattern, arguments);
 }
-// Something has gone wrong on the device.
+// Fails on the device: the error is sticky.
 [[noreturn]] STANDIN_MESSAGE static inline void break_device(int code, const char* pattern, ...) {
     va_list arguments;
     va_start(arguments, pattern);

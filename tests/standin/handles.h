@@ -1,4 +1,4 @@
-// What every entry point goes through: the lock, the sticky error, and handles that must be live.
+// Parts of every entry point: the lock, the sticky error, and handles that must be live.
 #pragma once
 #include <mutex>
 
@@ -22,7 +22,7 @@ static Driver& driver() {
 }
 static thread_local Context* current = nullptr;
 
-// Every call: one at a time, and none but the tolerant ones once the device is broken.
+// Runs a call: one at a time, and only tolerant ones once the device is broken.
 enum Tolerance { strict, tolerant };
 template <class Body> static int call(Tolerance tolerance, Body body) {
     std::lock_guard<std::recursive_mutex> guard(driver().lock);
@@ -53,7 +53,7 @@ static Context& context() {
 }
 
 template <class T> static T& live(const std::set<const void*>& known, void* handle, const char* what) {
-    if (!known.count(handle)) refuse(invalid_handle, "%p is no live %s", handle, what);
+    if (!known.count(handle)) refuse(invalid_handle, "%p is not a live %s", handle, what);
     return *(T*)handle;
 }
 static Stream& per_thread_stream() {
@@ -68,7 +68,7 @@ static Stream& stream_of(void* handle) {
     if (handle == (void*)2) return per_thread_stream();
     return live<Stream>(driver().streams, handle, "stream");
 }
-// The stream that takes work: it must be of the current context, which a wait need not be.
+// Returns a stream that takes work. It must be of the current context; for a wait it need not be.
 static Stream& working_stream(void* handle) {
     Stream& stream = stream_of(handle);
     if (stream.context == &context()) return stream;

@@ -1,4 +1,4 @@
-// The kernels by name, and how one is run: threads one after another.
+// Kernels by name. A launch runs its threads one after another.
 #pragma once
 #include <map>
 #include <string>
@@ -25,7 +25,7 @@ static inline standin_index position(uint64_t number, const standin_index& exten
     return {(unsigned)(number % extent.x), (unsigned)(row % extent.y), (unsigned)(row / extent.y)};
 }
 
-// The order must not matter; running it backwards shows where it does.
+// Runs all threads of a launch. Their order must not matter; `reverse` shows if it does.
 template <class Arguments, void (*kernel)(Arguments)> static void run(const void* arguments, bool reverse) {
     const Arguments& values = *(const Arguments*)arguments;
     uint64_t blocks = volume(gridDim), threads = volume(blockDim);

@@ -1,7 +1,7 @@
-// Entry points: modules and launches.
+// Entry points for modules and launches.
 #pragma once
 #include "streams.h"
-// After all else: the names and macros of the kernels are global.
+// Last, because the names and macros of the kernels are global.
 #include "kernels.h"
 
 namespace standin {
@@ -13,7 +13,7 @@ struct Function { Module* module; std::string name; Runner run; };
 API cuModuleLoadData(void** out, const void* image) {
     return call([=] {
         const uint32_t fatbin_magic = 0xba55ed50;
-        if (memcmp(image, &fatbin_magic, 4)) refuse(invalid_image, "the image is no fatbin");
+        if (memcmp(image, &fatbin_magic, 4)) refuse(invalid_image, "the image is not a fatbin");
         if (settings().reject_image) throw Failure{no_binary_for_gpu, false, ""};
         if (settings().driver < 13000) throw Failure{unsupported_ptx, false, ""};
         auto* made = new Module{&context(), {}};
@@ -66,7 +66,7 @@ static void check_extents(const char* kernel, const standin_index& grid, const s
         refuse(invalid_value, "kernel %s: no device takes %u x %u x %u blocks of %u x %u x %u threads", kernel, grid.x,
                grid.y, grid.z, block.x, block.y, block.z);
 }
-// Takes the marks of the launch from every allocation, and orders them unless the kernel failed.
+// Takes the marks of the launch from every allocation, and checks their order unless the kernel failed (`work` is 0).
 static void finish_launch(Stream& stream, Work work) {
     for (Allocation* it : launch.touched) {
         auto read = take_ranges(*it, reads), written = take_ranges(*it, writes);
@@ -81,7 +81,8 @@ static void finish_launch(Stream& stream, Work work) {
 }
 static void run_kernel(const Function& function, Stream& stream, const void* arguments) {
     Work work = enqueue(stream, "kernel " + function.name);
-    // Which pinned memory a kernel touches shows only as it runs: each is opened as a whole when it does.
+    // The pinned memory that a kernel touches is not known before it runs: each allocation is opened at its first
+    // touch.
     auto open = [](Allocation& it) { open_for_device(it, {0, it.bytes}, writes); };
     begin_touching(function.name.c_str(), stream.context->device, open);
     try {
@@ -101,7 +102,7 @@ API cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned
         if (function.module->context != stream.context) refuse(invalid_handle, "kernel %s is of another context", name);
         check_extents(name, {gx, gy, gz}, {bx, by, bz});
         if (++count("launches") == settings().fail_launch)
-            break_device(illegal_address, "kernel %s was told to fail by STANDIN_FAIL_LAUNCH", name);
+            break_device(illegal_address, "STANDIN_FAIL_LAUNCH fails this launch of kernel %s", name);
         gridDim = {gx, gy, gz}, blockDim = {bx, by, bz};
         run_kernel(function, stream, arguments[0]);
     });

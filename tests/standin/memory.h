@@ -1,4 +1,4 @@
-// Allocations: which bytes are live, on which device, within which limits.
+// Allocations: live bytes by device, and their limits.
 #pragma once
 #include <stdlib.h>
 #include <string.h>
@@ -16,16 +16,16 @@ enum Kind { device_memory, pinned_memory };
 
 struct Range { uint64_t begin, end; };  // bytes within an allocation
 
-typedef uint32_t Work;  // a piece of work by its number, see ordering.h
+typedef uint32_t Work;  // number of a piece of work, see ordering.h
 
-// Who last wrote some bytes, and who has read them since.
+// Last writer of some bytes, and their readers since.
 struct Segment {
     uint64_t end;
     Work writer;
     std::vector<Work> readers;
 };
 
-// What work has put into pinned memory, or taken from it, unknown to the host as yet: see staging.h.
+// Writes to pinned memory, and reads from it, that the host has not waited for yet: see staging.h.
 struct Arrival { Range range; Work work; std::vector<uint8_t> data; bool visible; };
 struct Departure { Range range; Work work; uint64_t hash; };
 
@@ -35,7 +35,7 @@ struct Allocation {
     Kind kind;
     int device, number;
     bool stream_ordered;
-    // One bit per byte, from the start of the first page: what the launch in progress has read [0] and written [1].
+    // Bytes that the launch in progress has read [0] and written [1]: one bit each, from the start of the first page.
     std::vector<uint64_t> touched[2];
     uint64_t touched_first = 1, touched_last = 0;  // pages
     std::map<uint64_t, Segment> history;
@@ -54,7 +54,7 @@ struct Allocation {
 
 struct Memory {
     std::map<uintptr_t, std::unique_ptr<Allocation>> live;
-    // Freed blocks are held back for a while, so that a late access meets a dead block and not a new one.
+    // Freed blocks, kept for a while so that a late access meets a dead block and not a new one.
     std::deque<std::unique_ptr<Allocation>> freed;
     uint64_t freed_bytes = 0, pinned_bytes = 0;
     std::map<int, uint64_t> device_bytes;
@@ -72,7 +72,7 @@ static inline Allocation* find(uintptr_t address) {
     return address < before->end() ? before : nullptr;
 }
 
-// For messages: where an address that belongs to nothing lies.
+// Describes, for a message, an address that belongs to no allocation.
 static inline std::string whereabouts(uintptr_t address) {
     for (auto& dead : memory().freed)
         if (address >= dead->begin && address < dead->end()) return "inside " + dead->name() + ", which was freed";
@@ -88,7 +88,8 @@ static inline std::string whereabouts(uintptr_t address) {
     return std::to_string(least) + side + nearest->name();
 }
 
-// Exactly the bytes asked for, so that AddressSanitizer sees an overrun; garbage, so that a test sees a missing write.
+// Allocates exactly `bytes`, so that AddressSanitizer sees an overrun, and fills them with garbage, so that a test sees
+// a missing write.
 static inline void* block(uint64_t bytes) {
     void* begin = nullptr;
     if (posix_memalign(&begin, 512, bytes)) return nullptr;
@@ -113,8 +114,8 @@ static inline void release(Kind kind, int device, uint64_t bytes) {
 
 static inline Allocation& allocate(Kind kind, int device, uint64_t bytes, bool stream_ordered) {
     if (bytes == 0) refuse(invalid_value, "an allocation of 0 bytes");
-    bool told_to_fail = kind == device_memory && ++count("allocations") == settings().fail_alloc;
-    if (told_to_fail) throw Failure{out_of_memory, false, ""};
+    bool must_fail = kind == device_memory && ++count("allocations") == settings().fail_alloc;
+    if (must_fail) throw Failure{out_of_memory, false, ""};
     reserve(kind, device, bytes);
     void* begin = block(bytes);
     if (!begin) {
@@ -127,11 +128,11 @@ static inline Allocation& allocate(Kind kind, int device, uint64_t bytes, bool s
     return *(memory().live[made->begin] = std::move(made));
 }
 
-// The allocation that begins at an address, to be freed.
+// Returns the allocation that begins at an address, which is about to be freed.
 static inline Allocation& owned(uintptr_t address, Kind kind) {
     auto at = memory().live.find(address);
     if (at != memory().live.end() && at->second->kind == kind) return *at->second;
-    refuse(invalid_value, "freeing 0x%lx, which is no %s allocation: %s", address,
+    refuse(invalid_value, "freeing 0x%lx, which is not a %s allocation: %s", address,
            kind == device_memory ? "device" : "pinned", whereabouts(address).c_str());
 }
 
@@ -150,7 +151,7 @@ static inline void deallocate(Allocation& gone) {
     }
 }
 
-// A piece of memory that an operation reads or writes; pageable host memory belongs to no allocation.
+// Memory that an operation reads or writes. Pageable host memory belongs to no allocation.
 struct Span {
     Allocation* memory;
     uintptr_t address;
@@ -169,7 +170,7 @@ static inline void check_bounds(const char* what, const Span& span) {
 }
 static inline void check_device(const char* what, const Allocation& allocation, int device) {
     if (allocation.kind == device_memory && allocation.device != device)
-        refuse(invalid_value, "%s: %s lies on device %d, but the context is that of device %d", what,
+        refuse(invalid_value, "%s: %s is on device %d, but the context is that of device %d", what,
                allocation.name().c_str(), allocation.device, device);
 }
 static inline Span device_span(const char* what, int device, uintptr_t address, uint64_t bytes) {

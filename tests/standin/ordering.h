@@ -1,8 +1,8 @@
-// Streams, events and vector clocks. Work runs at once, in the order of the calls; the clocks say what a device would
-// have been free to run in another order.
+// Streams, events and vector clocks. Work runs at once, in the order of the calls; the clocks show which work a device
+// could have run in another order.
 //
-// A lane is a stream's place in the clocks. All host threads share one clock: how they wait for each other is not
-// visible here, so what one thread has waited for counts for all of them.
+// A lane is a stream's place in the clocks. All host threads share one clock, because the driver cannot see how they
+// wait for each other: a wait of one thread counts for all.
 #pragma once
 #include <algorithm>
 #include <set>
@@ -34,10 +34,11 @@ struct Stream {
     unsigned lane;
     enum { legacy, blocking, non_blocking } kind;
     Clock clock;
-    uint64_t queries;  // how often to answer "not ready" still
+    uint64_t queries;  // "not ready" answers that are left to give
 };
 
-// A device's primary context: everything enqueued in it, and what the legacy default stream waits for.
+// Primary context of a device. `everything` covers all work enqueued in it, `blocking` the blocking streams', which the
+// legacy default stream waits for.
 struct Context {
     int device;
     Stream* legacy;
@@ -53,7 +54,7 @@ struct Event {
     double milliseconds;
 };
 
-// One piece of work. Records refer to it by number; 0 is nothing, which is ordered before everything.
+// Piece of work. Records refer to it by number; 0 is no work, which is ordered before everything.
 struct Operation {
     unsigned lane;
     uint64_t time;
@@ -64,7 +65,7 @@ struct Ordering {
     Clock host;
     std::vector<Operation> operations{{0, 0, "nothing"}};
     std::vector<std::string> lanes{"host"};
-    std::set<std::string> names;  // of kernels; outlives modules
+    std::set<std::string> names;  // of work; they outlive the modules of kernels
 };
 static inline Ordering& ordering() {
     static auto* all = new Ordering;
@@ -87,8 +88,8 @@ static inline Stream* new_stream(Context& context, decltype(Stream::kind) kind, 
     return new Stream{&context, lane, kind, {}, 0};
 }
 
-// What the stream waits for before anything it is given: all that the host has waited for, and the legacy default
-// stream and the blocking streams wait for each other.
+// Orders the next work of a stream after all that the host has waited for. The legacy default stream and the blocking
+// streams also wait for each other.
 static inline void catch_up(Stream& stream) {
     stream.clock.join(ordering().host);
     if (stream.kind == Stream::legacy) stream.clock.join(stream.context->blocking);
@@ -118,7 +119,7 @@ static inline void wait_for(Stream& stream, const Event& event) {
     publish(stream);
 }
 
-// ---- Which bytes were touched by which work
+// ---- Bytes and the work that touched them
 
 template <class T, class Condition> static void remove_where(std::vector<T>& items, Condition condition) {
     items.erase(std::remove_if(items.begin(), items.end(), condition), items.end());
@@ -157,8 +158,8 @@ static inline void note_write(Allocation& allocation, Range range, Work work, co
     history[range.begin] = {range.end, work, {}};
 }
 
-// Forgets what can conflict with nothing any more: readers that the new one follows, and a writer that the host has
-// waited for.
+// Adds a reader, and drops records that can no longer conflict: readers that the new one follows, and a writer that the
+// host has waited for.
 static inline void add_reader(Segment& segment, Work work, const Clock& clock) {
     remove_where(segment.readers, [&](Work it) { return done_before(it, clock); });
     segment.readers.push_back(work);
@@ -170,7 +171,7 @@ static inline void note_read(Allocation& allocation, Range range, Work work, con
     split(history, range.begin), split(history, range.end);
     auto it = history.lower_bound(range.begin);
     for (uint64_t at = range.begin; at < range.end;) {
-        if (it == history.end() || it->first > at) {  // never touched so far
+        if (it == history.end() || it->first > at) {  // not touched before
             uint64_t end = it == history.end() ? range.end : std::min(range.end, it->first);
             it = history.emplace_hint(it, at, Segment{end, 0, {}});
         }
@@ -195,7 +196,7 @@ static inline void note(const Span& span, Access access, Work work, const Clock&
     access == reads ? note_read(*span.memory, range, work, clock) : note_write(*span.memory, range, work, clock);
 }
 
-// Some work on the allocation that the host has not waited for, or 0.
+// Returns some work on the allocation that the host has not waited for, or 0.
 static inline Work unfinished(const Allocation& allocation) {
     const Clock& host = ordering().host;
     for (auto& [begin, segment] : allocation.history) {

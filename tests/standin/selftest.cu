@@ -21,7 +21,7 @@ extern "C" __global__ void copy_vectors(const __grid_constant__ VectorArgs args)
 
 struct ExtremeArgs { const uint32_t *src; uint32_t *most; uint64_t *least_index; uint64_t n; };
 
-// The largest value, and the smallest index at which a value is odd.
+// most = the largest value; least_index = the smallest index of an odd value
 extern "C" __global__ void extremes(const __grid_constant__ ExtremeArgs args) {
     for (uint64_t i = threadIdx.x; i < args.n; i += blockDim.x) {
         uint32_t value = load(args.src + i);

@@ -1,4 +1,4 @@
-// Lets g++ compile the kernels: CUDA's words, its vectors, and memory accesses that the stand-in driver checks.
+// Shim for compiling the kernels with g++: CUDA's keywords and vectors, and memory accesses that the driver checks.
 #pragma once
 #include "access.h"
 #include "arithmetic.h"
@@ -28,7 +28,7 @@ template <class T> static inline void store(T* pointer, T value) {
     memcpy(pointer, &value, sizeof value);
 }
 
-// Atomics count as writes: those of one launch may meet, those of two unordered launches conflict.
+// Atomics count as writes: within a launch they do not conflict, in two unordered launches they do.
 template <class T, class Choose> static inline T standin_atomic(T* pointer, Choose choose) {
     standin::touch(pointer, sizeof(T), alignof(T), standin::writes);
     T before = *pointer;

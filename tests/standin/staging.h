@@ -1,5 +1,5 @@
-// What the host may see of pinned memory. Work runs at once, but the host learns of it only when it waits: until then
-// what a device wrote lies aside and the host finds poison; and what a device reads must not change meanwhile.
+// Host's view of pinned memory. Work runs at once, but the host learns of it only when it waits. Until then, bytes
+// that a device wrote are kept aside and the host finds poison, and bytes that a device reads must not change.
 #pragma once
 #include "ordering.h"
 
@@ -63,7 +63,7 @@ static inline void check_unchanged(Allocation& allocation, const Departure& it) 
                  describe(it.range, allocation).c_str(), describe(it.work).c_str());
 }
 
-// Before work: memory as the device sees it. `range` is what the work may touch.
+// Shows memory as the device sees it, before work that may touch `range`.
 static inline void open_for_device(Allocation& allocation, Range range, Access access) {
     if (allocation.kind != pinned_memory) return;
     show_overlapping(allocation, range);
@@ -72,7 +72,8 @@ static inline void open_for_device(Allocation& allocation, Range range, Access a
         if (overlap(it.range, range)) check_unchanged(allocation, it);
 }
 
-// After work: memory as the host sees it. What was written in part before is given up as a whole, a little early.
+// Shows memory as the host sees it, after work. An earlier arrival that was overwritten in part is dropped as a whole,
+// so the host sees the rest of it a little early.
 static inline void close_for_device(Allocation& allocation, const std::vector<Range>& read,
                                     const std::vector<Range>& written, Work work) {
     if (allocation.kind != pinned_memory) return;
@@ -95,7 +96,7 @@ static inline void close_for_device(const Span& span, Access access, Work work) 
     close_for_device(*span.memory, access == reads ? touched : none, access == writes ? touched : none, work);
 }
 
-// The host has caught up with the clock: what it covers becomes visible, and what was read is free to change.
+// Advances the host to a clock: writes that it covers become visible, and memory that was read may change.
 static inline void host_reaches(const Clock& clock) {
     Clock& host = ordering().host;
     host.join(clock);

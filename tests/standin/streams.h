@@ -1,4 +1,4 @@
-// Entry points: streams, events, and the host's waits.
+// Entry points for streams, events, and the host's waits.
 #pragma once
 #include <chrono>
 
@@ -6,12 +6,12 @@
 
 namespace standin {
 
-// The host waits until a clock is reached, as a synchronization does.
+// Waits on the host until a clock is reached, as a synchronization does.
 static void host_waits(const Clock& clock) {
     count("host_waits")++;
     host_reaches(clock);
 }
-// A query succeeds only after a few refusals, unless the host knows already that the work is done.
+// Answers a query: "not ready" a few times, unless the host has waited for the work already.
 static void query(const Clock& clock, uint64_t& refusals) {
     if (ordering().host.covers(clock)) return;
     if (refusals > 0) {

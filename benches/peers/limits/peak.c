@@ -1,8 +1,8 @@
-/* Fused multiply-adds in f64, in registers: the most that sums in f64 can reach.
+/* Limit of sums in f64: fused multiply-adds in registers.
  *
  *     peak COUNT THREADS
  *
- * COUNT multiply-adds in all. Each loop has enough sums that none waits for the one before.
+ * COUNT is the number of multiply-adds. A loop has enough sums that none waits for its own last result.
  */
 #include "turns.h"
 
@@ -19,7 +19,7 @@ static uint64_t peak(int thread, int threads)
     for (int s = 0; s < SUMS; s++) sums[s] = term + (double)s;
     for (uint64_t left = count / threads / (LANES * SUMS); left > 0; left--) {
         for (int s = 0; s < SUMS; s++) sums[s] = sums[s] * factor + term;
-        /* The same values as before, but the compiler cannot know. */
+        /* Hides from the compiler that the values stay the same. */
         __asm__ volatile("" : "+v"(factor), "+v"(term));
     }
     double total = 0;

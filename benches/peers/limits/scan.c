@@ -1,4 +1,4 @@
-/* Reads mapped files and adds their 64-bit words up: what any synthesis has to read.
+/* Limit of synthesis: reads mapped files, and adds their 64-bit words up.
  *
  *     scan THREADS FILE...
  */

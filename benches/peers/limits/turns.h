@@ -1,6 +1,5 @@
-/* What the limits share: two threads that start together, and a process that works once for each line it reads.
- *
- * For every line on stdin the work is done once, by all threads, and one JSON object with its seconds is printed.
+/* Shared by the limits: for every line on stdin, all threads do the work once, and one JSON object with its seconds is
+ * printed. The threads start together.
  */
 #ifndef TURNS_H
 #define TURNS_H
@@ -13,7 +12,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
-/* The work of one thread; returns something that depends on all of it, so that no compiler leaves it out. */
+/* Work of one thread. Its result depends on all of it, so that no compiler leaves it out. */
 typedef uint64_t work_fn(int thread, int threads);
 
 static int threads;
@@ -39,7 +38,7 @@ static double now(void)
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-/* Memory in large pages where the system has them, touched. */
+/* Allocates memory, in large pages if the system has them, and touches it. */
 static inline void *memory(size_t bytes)
 {
     void *p = NULL;

@@ -1,9 +1,10 @@
-/* The bytes of an update of two averages, in one fused loop, and next to no arithmetic.
+/* Limit of an update of two averages: one fused loop that moves the same bytes with next to no arithmetic.
  *
  *     update plain|compensated|bf16 PARAMETERS THREADS
  *
- * plain: f32 parameters read, two f32 averages updated in place (20 bytes a parameter); compensated: each average with a
- * term of 16 bits beside it (28 bytes); bf16: parameters of 16 bits (18 bytes).
+ * plain:        reads f32 parameters, and updates two f32 averages in place (20 bytes a parameter)
+ * compensated:  also updates a term of 16 bits for each average (28 bytes)
+ * bf16:         reads parameters of 16 bits (18 bytes)
  */
 #include <string.h>
 
@@ -13,7 +14,7 @@ static size_t n;
 static float *restrict p, *restrict a, *restrict b;
 static uint16_t *restrict half, *restrict c, *restrict d;
 
-/* Elements from the first to the last of a thread. */
+/* Bounds of a thread's elements. */
 static size_t from(int thread, int threads) { return n / threads * thread; }
 static size_t to(int thread, int threads) { return thread + 1 == threads ? n : from(thread + 1, threads); }
 

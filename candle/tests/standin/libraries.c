@@ -1,4 +1,4 @@
-// Stands in for the libraries beside the driver that candle links. Devices can be opened; whatever computes fails.
+// Stand-in for the CUDA libraries that candle links beside the driver. Devices open; every computation fails.
 #define OPENS(name) int name(void** handle) { return *handle = &handle, 0; }
 #define SUCCEEDS(name) int name(void) { return 0; }
 #define FAILS(name) int name(void) { return 1; }

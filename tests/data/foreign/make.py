@@ -1,14 +1,14 @@
-"""Makes the checkpoints beside it with the very tools that `posthoc-ema import` reads: python make.py CASE...
+"""Makes the checkpoints in this folder with the tools whose files `posthoc-ema import` reads: python make.py CASE...
 
-Needs torch and numpy, and for each case the package named below, in the version named there (the two versions of
-pytorch-posthoc-ema, which needs pillow and matplotlib too, take an environment each):
+Needs torch, numpy and for each case the package below, in that version. pytorch-posthoc-ema also needs pillow and
+matplotlib; its two versions need an environment each.
 
     ramp, halves, dtypes        pytorch-posthoc-ema==1.0.10
     prefixed                    pytorch-posthoc-ema==1.0.5
     ema                         ema-pytorch==0.8.3
     nitrous, corrected          nitrous-ema==0.0.1
 
-Each case makes a folder of INDEX.STEP.pt with expected.json, which holds what the tool itself makes of them.
+Each case makes a folder of INDEX.STEP.pt files, and expected.json with the tool's own results from them.
 """
 
 import json
@@ -23,7 +23,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 class Ramp(nn.Module):
-    """At step t of 20,000 every parameter is t/20000 of its last value."""
+    """Model whose parameters, at step t of 20,000, are t/20000 of their last values."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Ramp(nn.Module):
 
 
 class Waves(nn.Module):
-    """At step t parameter i is sin(t/100 + i); a norm counts its batches, one a step."""
+    """Model whose parameter i, at step t, is sin(t/100 + i). A batch norm counts its batches, one a step."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ class Waves(nn.Module):
 
 
 class Kinds(nn.Module):
-    """Dtypes, scalars and strides that a state dict may hold."""
+    """Model with the dtypes, scalars and strides that a state dict may hold."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,13 @@ def ramp(folder):
 
 def halves(folder):
     posthoc_ema(
-        folder, Waves(), 2240, sigma_rels=(0.1, 0.25), update_every=20, checkpoint_every=560, checkpoint_dtype=torch.float16
+        folder,
+        Waves(),
+        2240,
+        sigma_rels=(0.1, 0.25),
+        update_every=20,
+        checkpoint_every=560,
+        checkpoint_dtype=torch.float16,
     )
 
 
@@ -104,7 +110,12 @@ def lucid(PostHocEMA, folder, **options):
     model = Waves()
     model.at(0)
     ema = PostHocEMA(
-        model, sigma_rels=(0.05, 0.28), update_every=10, checkpoint_every_num_steps=205, checkpoint_folder=folder, **options
+        model,
+        sigma_rels=(0.05, 0.28),
+        update_every=10,
+        checkpoint_every_num_steps=205,
+        checkpoint_folder=folder,
+        **options,
     )
     for t in range(1, 821):
         model.at(t)
