@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use posthoc_ema::snapshot::{STATE_FILE, StoredFile};
-use posthoc_ema::{PostHocEma, Profile, Retention, Run, Step};
+use posthoc_ema::{PostHocEma, Profile, Retention, Run, UpdateOutcome};
 
 /// Two compensated averages take 12 bytes each in the live state, and 8 in the snapshots.
 const PARAMETERS: usize = 10_000_000;
@@ -48,9 +48,9 @@ fn timed(act: impl FnOnce()) -> f64 {
 
 /// Returns the seconds that a checkpoint holds the caller beyond the update, and the seconds until all is on disk.
 fn checkpoint(ema: &mut PostHocEma, model: &Model) -> (f64, f64) {
-    let update = timed(|| assert_eq!(ema.update(model).unwrap(), Step::Updated));
+    let update = timed(|| assert_eq!(ema.update(model).unwrap(), UpdateOutcome::Updated));
     let start = Instant::now();
-    let called = timed(|| assert_eq!(ema.update(model).unwrap(), Step::Stored));
+    let called = timed(|| assert_eq!(ema.update(model).unwrap(), UpdateOutcome::Stored));
     ema.flush().unwrap();
     (called - update, start.elapsed().as_secs_f64() - update)
 }
@@ -96,7 +96,7 @@ fn beside_limits(ema: &mut PostHocEma, model: &Model, scratch: &Path) {
         let (called, stored) = checkpoint(ema, model);
         held.push(called);
         written.push(stored);
-        copy.push(timed(|| posthoc_ema::bench::limits::copy(&mut dst, &src)));
+        copy.push(timed(|| posthoc_ema::compute::cpu::limits::copy(&mut dst, &src)));
         fresh.push(timed(|| drop(black_box(src.clone()))));
         write.push(timed(|| plain_write(scratch, &bytes)));
     }

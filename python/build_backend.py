@@ -1,7 +1,7 @@
-"""Builds the wheel with maturin, and with CUDA kernels if there is a compiler for them.
+"""Builds the wheel with maturin, with CUDA kernels if there is a compiler for them.
 
-`POSTHOC_EMA_CUDA=1` requires the kernels, `POSTHOC_EMA_CUDA=0` leaves them out. Otherwise they are built if nvcc is
-found through `NVCC`, `CUDA_HOME` or `CUDA_PATH`, on the `PATH`, or in `/usr/local/cuda`.
+`POSTHOC_EMA_CUDA=1` demands the kernels, and `POSTHOC_EMA_CUDA=0` leaves them out. Otherwise they are built if nvcc is
+found: by `NVCC`, `CUDA_HOME` or `CUDA_PATH`, on the `PATH`, or in `/usr/local/cuda`.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import maturin
-from maturin import *  # noqa: F403  the hooks of PEP 517 that are not wrapped here
+from maturin import *  # noqa: F403  the hooks of PEP 517 that are not defined here
 
 
 def _nvcc():
@@ -26,24 +26,25 @@ def _nvcc():
     return shutil.which("nvcc")
 
 
-# Older versions do not know an option that the kernels are compiled with.
+# Oldest nvcc with all options that the kernels are compiled with.
 _OLDEST = (12, 8)
 
 
 def _version(nvcc):
     """Returns the version of nvcc as two numbers, or None if it cannot be started."""
     try:
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    found = re.search(r"release (\d+)\.(\d+)", said)
+    found = re.search(r"release (\d+)\.(\d+)", output)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def _with_cuda():
+    """Returns True if the kernels are to be built."""
     wanted = os.environ.get("POSTHOC_EMA_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
-        raise SystemExit(f"POSTHOC_EMA_CUDA={wanted}: choose 1 (with CUDA), 0 (without) or auto")
+        raise SystemExit(f"POSTHOC_EMA_CUDA={wanted}: must be 1 (with CUDA), 0 (without) or auto")
     if wanted != "auto":
         return wanted == "1"
     nvcc = _nvcc()
@@ -55,14 +56,14 @@ def _with_cuda():
     return nvcc is not None
 
 
-def _choose(config_settings):
-    """Sets the features that maturin builds, unless the caller has chosen them."""
+def _choose_features(config_settings):
+    """Passes the features to build to maturin, unless the caller has chosen them."""
     arguments = os.environ.get("MATURIN_PEP517_ARGS", "")
     own = "build-args" in (config_settings or {}) or "--features" in arguments
     if own:
         if os.environ.get("POSTHOC_EMA_CUDA") == "1":
             raise SystemExit(
-                "POSTHOC_EMA_CUDA=1 has no effect beside arguments for maturin: add `--features cuda` to them instead"
+                "POSTHOC_EMA_CUDA=1 has no effect beside arguments for maturin: add `--features cuda` to these instead"
             )
         return
     if _with_cuda():
@@ -71,10 +72,10 @@ def _choose(config_settings):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    _choose(config_settings)
+    _choose_features(config_settings)
     return maturin.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    _choose(config_settings)
+    _choose_features(config_settings)
     return maturin.build_editable(wheel_directory, config_settings, metadata_directory)

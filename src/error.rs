@@ -77,9 +77,44 @@ pub enum Error {
         /// The last time that can be had.
         last: u64,
     },
-    /// A plan or a list of targets is empty.
-    #[error("nothing to do: {0}")]
-    Nothing(String),
+    /// No target was given.
+    #[error("no target was given: name at least one, such as sigma_rel 0.15")]
+    NoTarget,
+    /// Nothing is there to blend, average or import.
+    #[error("there is no {wanted}: {remedy}")]
+    NoSource {
+        /// What is missing, such as "snapshot to blend".
+        wanted: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// An average was asked for before the first update.
+    #[error("there was no update yet: train until the first one is due")]
+    NoUpdate,
+    /// A model holds nothing that can be averaged.
+    #[error("the model has no floating-point tensor to average: pass its parameters, or leave out fewer of them")]
+    NothingToAverage,
+    /// A plan was made for other snapshots or checkpoints.
+    #[error("{missing} of the plan is not among those that are open: plan again")]
+    OtherPlan {
+        /// What the plan names, such as "snapshot 0.1000".
+        missing: String,
+    },
+    /// Two lists that belong together differ in length.
+    #[error("{found} {items} were given for {expected} {owners}: give one for each")]
+    Count {
+        /// What was given, such as "weights".
+        items: &'static str,
+        /// How many.
+        found: usize,
+        /// What they belong to, such as "snapshots".
+        owners: &'static str,
+        /// How many of those there are.
+        expected: usize,
+    },
+    /// A state that the library rules out.
+    #[error("{0}: this is a fault of posthoc-ema; please report it with this message")]
+    Internal(String),
 
     /// The operating system refused something.
     #[error("cannot {action} {}: {source}{}", named(path), remedy(source))]
@@ -142,33 +177,35 @@ pub enum Error {
         /// What is wrong and what to do.
         reason: String,
     },
-    /// A snapshot differs from its siblings.
+    /// Two files of one run, or of one list of checkpoints, differ.
     #[error(
-        "{}: {} than in {}: the two do not belong to one run; move one of them out of the directory",
+        "{}: {}, in {} it is {}: the two do not belong to one run; move one of them out of the directory",
         named(path),
-        shown(reason),
-        named(other)
+        difference.found(),
+        named(other),
+        shown(&difference.expected)
     )]
     Mismatch {
         /// The file.
         path: PathBuf,
-        /// The sibling that it was compared with.
+        /// The file that it was compared with.
         other: PathBuf,
-        /// The difference: the text goes on with "than in".
-        reason: String,
+        /// The first difference: found in `path`, expected from `other`.
+        difference: Difference,
     },
 
     /// The parameters given are not those the run began with.
     #[error(
-        "tensor `{}`: {}: pass the model that the run began with, or start a new run for a changed one",
+        "tensor `{}`: {}, it was {}: pass the model that the run began with, or start a new run for a changed one",
         named(tensor),
-        shown(reason)
+        difference.found(),
+        shown(&difference.expected)
     )]
     Changed {
         /// The tensor's name.
         tensor: String,
-        /// How it differs.
-        reason: String,
+        /// The first difference: found now, expected from the run.
+        difference: Difference,
     },
     /// A tensor cannot be averaged.
     #[error("tensor `{}`: {}", named(tensor), shown(reason))]
@@ -233,9 +270,32 @@ pub enum Error {
     },
 }
 
+/// One property in which two things differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The property, such as "the shape of tensor `w`".
+    pub what: String,
+    /// Its value in the run, or in the file that another is compared with.
+    pub expected: String,
+    /// Its value here.
+    pub found: String,
+}
+
+impl Difference {
+    pub(crate) fn new(what: impl Into<String>, expected: impl fmt::Display, found: impl fmt::Display) -> Difference {
+        Difference { what: what.into(), expected: expected.to_string(), found: found.to_string() }
+    }
+
+    /// The property and the value that was found.
+    fn found(&self) -> String {
+        format!("{} is {}", shown(&self.what), shown(&self.found))
+    }
+}
+
 impl Error {
     /// Wraps an error of the operating system; for `map_err`.
-    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    #[doc(hidden)]
+    pub fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_owned();
         move |source| Error::Io { action, path, source }
     }
@@ -244,7 +304,9 @@ impl Error {
         Error::Damaged { path: path.to_owned(), reason: reason.to_string() }
     }
 
-    pub(crate) fn unexpected(path: &Path, reason: impl Into<String>) -> Error {
+    #[doc(hidden)]
+    #[allow(missing_docs)]
+    pub fn unexpected(path: &Path, reason: impl Into<String>) -> Error {
         Error::Unexpected { path: path.to_owned(), reason: reason.into() }
     }
 
@@ -258,8 +320,12 @@ impl Error {
         Error::tensor(tensor, format!("it lies on a CUDA device: {remedy} tensors in host memory here"))
     }
 
-    pub(crate) fn changed(tensor: &str, reason: impl Into<String>) -> Error {
-        Error::Changed { tensor: tensor.to_owned(), reason: reason.into() }
+    pub(crate) fn changed(tensor: &str, difference: Difference) -> Error {
+        Error::Changed { tensor: tensor.to_owned(), difference }
+    }
+
+    pub(crate) fn mismatch(path: &Path, other: &Path, difference: Difference) -> Error {
+        Error::Mismatch { path: path.to_owned(), other: other.to_owned(), difference }
     }
 }
 

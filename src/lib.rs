@@ -25,48 +25,49 @@
 //! # Ok::<(), posthoc_ema::Error>(())
 //! ```
 //!
-//! Features: `cli` (default) builds the command line and brings `report`, tables and plots for people and `bench`, which
-//! measures the machine, and `import`, which reads the checkpoints of other tools. A library needs none of them:
-//! `default-features = false`.
+//! Features: `pytorch` reads the checkpoints of PyTorch (`.pt`) and imports those of other tools; `cuda` brings the CUDA
+//! kernels. None is on by default but the version of CUDA's driver interface. The program is the crate `posthoc-ema-cli`.
 
-mod average;
-#[cfg(feature = "report")]
-pub mod bench;
 #[doc(hidden)]
 pub mod compute;
 mod device;
 mod error;
-#[cfg(feature = "import")]
+#[doc(hidden)]
+pub mod fs;
+#[cfg(feature = "pytorch")]
 mod import;
 pub mod math;
-#[cfg(feature = "report")]
-pub mod report;
+mod merge;
+mod planning;
+#[cfg(feature = "pytorch")]
+mod pytorch;
+mod run;
 pub mod snapshot;
 pub mod sweep;
 mod synthesis;
 mod tensor;
 mod tracker;
 
-pub use average::{CheckpointWeight, Checkpoints, Merge};
 pub use compute::cpu::Precision;
 #[cfg(feature = "cuda")]
 pub use compute::cuda::Fence;
 pub use device::Device;
-pub use error::{Error, Result};
-#[cfg(feature = "import")]
-pub use import::{Import, Imported, Tool};
+pub use error::{Difference, Error, Result};
+#[cfg(feature = "pytorch")]
+pub use import::{Import, ImportReport, Tool};
 pub use math::{Profile, Retention, Shape, Window};
-pub use snapshot::TensorSpec;
-pub use sweep::{SweepOptions, Swept};
-pub use synthesis::{
-    Advice, At, Forecast, Noise, Originals, Output, Plan, Predicted, Run, SwappedIn, Weight, Wish, Worst, WriteOptions,
-    advise, cuda_devices,
-};
+pub use merge::{CheckpointWeight, Checkpoints, Merge};
+#[doc(hidden)]
+pub use planning::rounding;
+pub use planning::{Advice, AdviceRequest, At, Forecast, Noise, Plan, PredictedError, Weight, WorstCase, advise};
+pub use run::{Run, SavedState, VerifyReport, verify};
+pub use sweep::{SweepOptions, SweepResult};
+pub use synthesis::{Output, SavedWeights, SwapGuard, WriteOptions, cuda_devices};
 pub use tensor::{
-    CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView,
-    TensorViewMut, Tensors, byte_size, is_averaged,
+    CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorSpec,
+    TensorView, TensorViewMut, Tensors, byte_size, is_averaged,
 };
-pub use tracker::{OnError, Options, PostHocEma, SavedState, Step, Verified, verify};
+pub use tracker::{OnError, Options, PostHocEma, UpdateOutcome};
 
 /// The examples of the README are compiled with the documentation's tests.
 #[cfg(doctest)]

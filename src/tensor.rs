@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use bytemuck::Pod;
 use half::{bf16, f16};
 
-use crate::error::{Error, Result};
+use crate::error::{Difference, Error, Result};
 
 /// The element types of safetensors files.
 pub use safetensors::Dtype;
@@ -14,6 +14,40 @@ pub use safetensors::Dtype;
 /// The dtypes that are averaged; all others are copied from the newest update.
 pub fn is_averaged(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64)
+}
+
+/// What a tensor is, without its elements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// The name.
+    pub name: String,
+    /// The element type.
+    pub dtype: Dtype,
+    /// The shape.
+    pub shape: Vec<usize>,
+}
+
+/// Compares two sets of tensors by name, shape and dtype, and returns the first difference.
+pub(crate) fn compare_tensors<'a>(
+    own: impl Iterator<Item = (&'a str, Dtype, &'a [usize])>,
+    other: impl Iterator<Item = (&'a str, Dtype, &'a [usize])>,
+) -> Option<Difference> {
+    let mut rest: BTreeMap<&str, (Dtype, &[usize])> =
+        other.map(|(name, dtype, shape)| (name, (dtype, shape))).collect();
+    for (name, dtype, shape) in own {
+        match rest.remove(name) {
+            None => return Some(Difference::new(format!("tensor `{name}`"), "missing", "present")),
+            Some((_, expected)) if expected != shape => {
+                let (expected, found) = (format!("{expected:?}"), format!("{shape:?}"));
+                return Some(Difference::new(format!("the shape of tensor `{name}`"), expected, found));
+            }
+            Some((expected, _)) if expected != dtype => {
+                return Some(Difference::new(format!("the dtype of tensor `{name}`"), expected, dtype));
+            }
+            Some(_) => {}
+        }
+    }
+    rest.keys().next().map(|name| Difference::new(format!("tensor `{name}`"), "present", "missing"))
 }
 
 /// Where the elements of a tensor lie.

@@ -2,7 +2,7 @@
 
 use posthoc_ema::Dtype;
 use posthoc_ema::Precision;
-use posthoc_ema::compute::cpu::{Averages, Blend, Incoming, Layout, Level, blend_with, update_with};
+use posthoc_ema::compute::cpu::{Averages, Blend, Incoming, Layout, SimdLevel, blend_with, update_with};
 
 /// Elements of a tile: a multiple of the tiles of every loop (64 and 96).
 pub const TILE: usize = 192;
@@ -12,7 +12,7 @@ const SOURCES: usize = 40;
 
 /// Loop, with the instruction set that it is compiled for.
 pub struct Row {
-    level: Level,
+    level: SimdLevel,
     kind: Kind,
 }
 
@@ -28,7 +28,7 @@ enum Kind {
 /// loops.
 pub fn rows() -> Vec<Row> {
     let levels =
-        Level::all().into_iter().filter(|level| *level != Level::BASELINE || cfg!(not(target_arch = "x86_64")));
+        SimdLevel::all().into_iter().filter(|level| *level != SimdLevel::BASELINE || cfg!(not(target_arch = "x86_64")));
     let kinds = [
         Kind::Update(Dtype::F32, Precision::Plain),
         Kind::Update(Dtype::F32, Precision::Compensated),

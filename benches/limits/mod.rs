@@ -5,7 +5,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use posthoc_ema::bench::limits;
+use posthoc_ema::compute::cpu::limits;
 
 /// Returns the seconds of the fastest of five runs.
 pub fn best_seconds(mut run: impl FnMut()) -> f64 {

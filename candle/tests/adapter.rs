@@ -196,9 +196,9 @@ fn what_is_written_is_seen_by_the_layers_and_errors_come_back() {
     let x = Tensor::ones((4, 3), DType::F32, CPU).unwrap();
     assert_ne!(values(&loss(&x)), [0.0]);
     let before = seen(&Variables(&vars));
-    let refuse = &mut |view: posthoc_ema::TensorViewMut<'_>| Err(Error::Nothing(view.name.to_owned()));
+    let refuse = &mut |view: posthoc_ema::TensorViewMut<'_>| Err(Error::Internal(view.name.to_owned()));
     let refused = Variables(&vars).for_each_mut(refuse).unwrap_err();
-    assert!(matches!(refused, Error::Nothing(name) if name == "first.bias"));
+    assert!(matches!(refused, Error::Internal(name) if name == "first.bias"));
     let clear = &mut |view: posthoc_ema::TensorViewMut<'_>| {
         view.into_host_bytes().unwrap().fill(0);
         Ok(())

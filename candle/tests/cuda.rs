@@ -208,10 +208,10 @@ fn errors_of_whoever_reads_or_writes_come_back() {
     let device = Device::new_cuda(0).unwrap();
     let vars = VarMap::new();
     put(&vars, "w", &Tensor::zeros(3, DType::F32, &device).unwrap());
-    let read = Variables(&vars).with_tensors(&mut |views| Err(Error::Nothing(views[0].name.to_owned())));
-    assert!(matches!(read.unwrap_err(), Error::Nothing(name) if name == "w"));
-    let write = Variables(&vars).for_each_mut(&mut |view| Err(Error::Nothing(view.name.to_owned())));
-    assert!(matches!(write.unwrap_err(), Error::Nothing(name) if name == "w"));
+    let read = Variables(&vars).with_tensors(&mut |views| Err(Error::Internal(views[0].name.to_owned())));
+    assert!(matches!(read.unwrap_err(), Error::Internal(name) if name == "w"));
+    let write = Variables(&vars).for_each_mut(&mut |view| Err(Error::Internal(view.name.to_owned())));
+    assert!(matches!(write.unwrap_err(), Error::Internal(name) if name == "w"));
     // Nothing stays locked.
     set(&vars, &vec![("w", vec![1.0, 2.0, 3.0])], &device);
     assert_eq!(held(&vars, "w"), [1.0, 2.0, 3.0]);

@@ -1,6 +1,6 @@
 #![no_main]
 
-#[path = "../../tests/oracles/mod.rs"]
+#[path = "../../cli/tests/program/oracles/mod.rs"]
 mod oracles;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| oracles::lists::check(bytes));

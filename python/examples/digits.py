@@ -1,9 +1,9 @@
 # %% [markdown]
 # # How long should the average have been?
 #
-# Trains a small network that draws handwritten digits, tracks two averages of its weights, and when the training is
-# over makes averages of 32 lengths from their snapshots, evaluates each on digits that the training has not seen, and
-# says which is best. `python python/examples/digits.py`, or cell by cell.
+# Trains a small network that draws handwritten digits and tracks two averages of its weights. After the training it
+# synthesizes averages of 32 lengths from their snapshots, evaluates each on held-out digits, and prints the best. Run
+# it with `python python/examples/digits.py`, or cell by cell.
 #
 # The digits are the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998, UCI,
 # doi:10.24432/C50P49, CC BY 4.0), as distributed with scikit-learn: 1,797 images of 8 by 8 pixels.
@@ -41,7 +41,7 @@ WIDTH, BLOCKS, FREQUENCIES = 192, 3, 8
 
 # Steps between updates of the averages, and snapshots of a training.
 UPDATE_EVERY, SNAPSHOTS = 10, 20
-# The lengths that are stored, from which all others are made; those evaluated; those tracked a second time, to compare.
+# Lengths that are stored, lengths that are synthesized from them, and lengths that are tracked directly, to compare.
 STORED = (0.05, 0.28)
 LENGTHS = np.geomspace(0.01, 0.288, 32).tolist()
 DIRECT = (0.10, 0.15, 0.20)
@@ -64,7 +64,7 @@ class Batch:
 
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, ``(1797, PIXELS)`` in [-1, 1], and the digits they show, in an order of the example's own."""
+    """Returns images, `(1797, PIXELS)` in [-1, 1], and their digits, in shuffled order."""
     rows = torch.from_numpy(np.loadtxt(DATA, delimiter=",", dtype=np.int64))
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     return rows[:, :PIXELS].float() / 8.0 - 1.0, rows[:, PIXELS]
@@ -78,7 +78,7 @@ def draw(images: torch.Tensor, digits: torch.Tensor, random: torch.Generator) ->
 
 
 class Network(nn.Module):
-    """A residual multilayer perceptron: the velocity, given the point, the time and the digit to draw."""
+    """Residual multilayer perceptron for the velocity, given the point, the time and the digit to draw."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,21 +97,21 @@ class Network(nn.Module):
 
 
 def loss_of(network: nn.Module, batch: Batch) -> torch.Tensor:
-    """The flow-matching loss, mean over rows and pixels."""
+    """Returns the flow-matching loss, mean over rows and pixels."""
     return functional.mse_loss(network(batch.x_t, batch.t, batch.digit), batch.velocity)
 
 
 # %% [markdown]
 # ## Training, tracked
 #
-# Two lines of it are about averages: `from_model` before, `update_` after each step. The second tracker and the
-# `Trajectory` are there to keep the example honest; no training needs them.
+# Two lines concern averages: `from_model` before the training, `update_` after each step. The second tracker and the
+# `Trajectory` only check the result; a training does not need them.
 
 
 # %%
 @dataclass
 class Trajectory:
-    """How each weight has moved over the updates: as much of it as the error of a synthesis is bounded by."""
+    """Moments of each weight over the updates, which bound the error of a synthesis."""
 
     times: list[int] = field(default_factory=list)
     origin: torch.Tensor | None = None
@@ -123,7 +123,7 @@ class Trajectory:
         weights = flat(network.state_dict())
         self.origin = weights if self.origin is None else self.origin
         interval = step - (self.times[-1] if self.times else 0)
-        # Distances from the first value keep more digits than the values.
+        # Distances from the first value lose fewer digits than the values.
         distance = weights - self.origin
         self.sum = self.sum + interval * distance
         self.squares = self.squares + interval * distance**2
@@ -131,18 +131,18 @@ class Trajectory:
         self.times.append(step)
 
     def norms(self) -> torch.Tensor:
-        """For each weight ``sqrt(sum_k delta_k (p_k - c)^2)``: delta_k steps since the update before, c the mean."""
+        """Returns `sqrt(sum_k delta_k (p_k - c)^2)` of each weight: delta_k steps since the last update, c the mean."""
         return (self.squares - self.sum**2 / self.times[-1]).clamp(min=0.0).sqrt()
 
 
 def flat(state_dict: dict[str, torch.Tensor]) -> torch.Tensor:
-    """All weights as one vector, f64, in order of name: a model's own order is another."""
+    """Returns all weights as one float64 vector, in the order of their names."""
     return torch.cat([tensor.detach().double().flatten() for _, tensor in sorted(state_dict.items())])
 
 
 @dataclass
 class Training:
-    """What a training leaves behind."""
+    """Results of a training."""
 
     network: Network
     run: Path
@@ -151,7 +151,7 @@ class Training:
 
 
 def train(images: torch.Tensor, digits: torch.Tensor, steps: int, out: Path) -> Training:
-    """Adam at a constant rate, which leaves the last weights noisy."""
+    """Trains with Adam at a constant rate, which leaves the last weights noisy."""
     torch.manual_seed(0)
     random = torch.Generator().manual_seed(1)
     network = Network()
@@ -162,7 +162,7 @@ def train(images: torch.Tensor, digits: torch.Tensor, steps: int, out: Path) -> 
     ema = PostHocEMA.from_model(
         network, run / "ema", max_checkpoints=2 * SNAPSHOTS, sigma_rels=STORED, checkpoint_every=every, **options
     )
-    # Beyond the end: one snapshot, when the training is over.
+    # No snapshot is due before the end; `finish` stores one.
     tracked = PostHocEMA.from_model(
         network, run / "direct", sigma_rels=DIRECT, checkpoint_every=steps + UPDATE_EVERY, **options
     )
@@ -191,7 +191,7 @@ def train(images: torch.Tensor, digits: torch.Tensor, steps: int, out: Path) -> 
 # %%
 @dataclass
 class Average:
-    """A synthesized average, and what it is worth."""
+    """A synthesized average and its held-out loss."""
 
     sigma_rel: float
     plan: Plan
@@ -199,7 +199,7 @@ class Average:
 
 
 class HeldOut:
-    """Held-out images with noise and times drawn once, so that all weights are compared on the same draws."""
+    """Held-out images with noise and times drawn once, so that all averages are evaluated on the same draws."""
 
     def __init__(self, images: torch.Tensor, digits: torch.Tensor, draws: int = 16):
         random = torch.Generator().manual_seed(2)
@@ -207,7 +207,7 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, network: nn.Module) -> float:
-        """The flow-matching loss, mean over images and draws."""
+        """Returns the flow-matching loss, mean over images and draws."""
         return sum(loss_of(network, batch).item() for batch in self.batches) / len(self.batches)
 
 
@@ -227,23 +227,23 @@ def sweep(run: PostHocEMA, network: Network, held_out: HeldOut) -> list[Average]
 # %% [markdown]
 # ## Is the synthesis right?
 #
-# A synthesis weighs the weights p_k of the updates by x_k where the target weighs them by r_k. Both sums of weights
-# are 1, so a constant c may be taken off, and Cauchy-Schwarz bounds the difference for every single weight:
+# A synthesis gives update k, with weights p_k, the factor x_k; the target gives it r_k. Both factors sum to 1, so a
+# constant c can be subtracted from p_k. Cauchy-Schwarz then bounds the difference of every single weight:
 #
 #     |sum_k (x_k - r_k) (p_k - c)| <= ||x - r|| sqrt(sum_k delta_k (p_k - c)^2),  ||a||^2 = sum_k a_k^2 / delta_k
 #
-# with delta_k the steps since the update before. A plan predicts ||x - r|| / ||r||.
+# Here delta_k is the number of steps since the update before. A plan predicts ||x - r|| / ||r||.
 
 
 # %%
 def target_norm(plan: Plan, times: list[int]) -> float:
-    """``||r||`` over the updates: the target's weight of each is its profile's mass since the update before."""
+    """Returns `||r||`; the factor r_k is the mass of the target's profile since the update before."""
     masses = np.diff(plan.profile.cumulative(times, plan.at), prepend=0.0)
     return math.sqrt(np.sum(masses**2 / np.diff(times, prepend=0)))
 
 
 def allowed(plan: Plan, trajectory: Trajectory) -> torch.Tensor:
-    """By how much each weight may differ: the profile's error, and the rounding of snapshots and results to f32."""
+    """Returns the bound for each weight: the profile's error, and the rounding of snapshots and results to float32."""
     roundings = 2.0 + sum(abs(weight.weight) for weight in plan.weights)
     rounding = 0.5 * torch.finfo(torch.float32).eps * roundings
     error = plan.relative_error * target_norm(plan, trajectory.times)
@@ -251,15 +251,15 @@ def allowed(plan: Plan, trajectory: Trajectory) -> torch.Tensor:
 
 
 def check_agreement(run: PostHocEMA, training: Training) -> None:
-    """Compares averages synthesized from the stored lengths with those that were tracked directly."""
+    """Compares averages that are synthesized from the stored lengths with those that were tracked directly."""
     last = flat(training.network.state_dict())
-    print("\nsigma_rel  synthesized to tracked  allowed   (as shares of the distance of the last weights)")
+    print("\nsigma_rel  synthesized to tracked  allowed   (as fractions of the distance of the last weights)")
     for sigma_rel, direct, synthesized, plan in zip(DIRECT, training.direct, run.synthesize(DIRECT), run.plan(DIRECT)):
         tracked = flat(direct)
         difference, bound = (flat(synthesized) - tracked).abs(), allowed(plan, training.trajectory)
         shares = [(each.norm() / (last - tracked).norm()).item() for each in (difference, bound)]
         print(f"{sigma_rel:9.2f}  {shares[0]:22.3%}  {shares[1]:7.2%}")
-        assert (difference <= bound).all(), f"sigma_rel {sigma_rel}: further from the tracked one than predicted"
+        assert (difference <= bound).all(), f"sigma_rel {sigma_rel}: the difference is larger than its bound"
 
 
 # %% [markdown]
@@ -267,7 +267,7 @@ def check_agreement(run: PostHocEMA, training: Training) -> None:
 
 # %%
 INK, FAINT, CURVE, LAST = "#222222", "#e1e1e1", "#005aa0", "#be461e"
-# The relative error of a profile above which an average is not quite of its length.
+# Relative error of a profile above which an average is drawn as a rough one.
 ROUGH = 0.05
 
 
@@ -282,7 +282,7 @@ def print_table(averages: list[Average], best: Average, last: float) -> None:
 
 
 def draw_losses(path: Path, averages: list[Average], best: Average, last: float) -> None:
-    """The held-out loss over the length of the average, that of the last weights as a dashed line."""
+    """Draws the held-out loss over the length of the average, and that of the last weights as a dashed line."""
     figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     axes.axhline(last, color=LAST, linestyle=(0, (5, 4)), linewidth=1.5, label=f"last weights: {last:.3f}")
@@ -316,14 +316,14 @@ def style(axes) -> None:
 # %%
 def main(steps: int, out: Path) -> None:
     start = time.perf_counter()
-    # The matrices are so small that a second thread costs more than it brings.
+    # For matrices of this size a second thread costs more than it gains.
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     images, digits = load_digits()
     held_out = HeldOut(images[TRAINED_ON:], digits[TRAINED_ON:])
 
     training = train(images[:TRAINED_ON], digits[:TRAINED_ON], steps, out)
-    print(f"trained {steps} steps in {time.perf_counter() - start:.0f} s; the run lies in {training.run}")
+    print(f"trained {steps} steps in {time.perf_counter() - start:.0f} s; the run is in {training.run}")
 
     run = PostHocEMA.from_path(training.run / "ema")
     averages = sweep(run, training.network, held_out)
@@ -331,7 +331,7 @@ def main(steps: int, out: Path) -> None:
     print_table(averages, best, last)
     draw_losses(out / "loss.png", averages, best, last)
     check_agreement(run, training)
-    assert best.loss < last, f"no average is better than the last weights: {best.loss:.4f}, {last:.4f}"
+    assert best.loss < last, f"the best average has a loss of {best.loss:.4f}, the last weights one of {last:.4f}"
     print(f"\n{out / 'loss.png'}; {time.perf_counter() - start:.0f} s in all")
 
 

@@ -1,13 +1,15 @@
-"""Averages of network weights of any length, chosen after training: post-hoc EMA (Karras et al. 2023, arXiv:2312.02696).
+"""Averages of network weights of any length, chosen after training.
 
-While training, and afterwards:
+The method is post-hoc EMA (Karras et al. 2023, arXiv:2312.02696).
+
+During training and after it:
 
     ema = PostHocEMA.from_model(model, "runs/ema")
     for batch in batches:
-        ...                                                # the training step
+        ...                                                # one training step
         ema.update_(model)
 
-    with ema.model(model, sigma_rel=0.15) as averaged:     # evaluate, then train on
+    with ema.model(model, sigma_rel=0.15) as averaged:     # then training continues
         evaluate(averaged)
 
     with PostHocEMA.from_path("runs/ema").state_dict(sigma_rel=0.15) as state_dict:
@@ -15,14 +17,15 @@ While training, and afterwards:
 """
 
 from . import visualization
+from ._advising import Advice, advise
+from ._averaging import Average, CheckpointWeight, average
+from ._importing import Imported, import_run
 from ._native import __version__
-from .advising import Advice, advise
-from .averaging import Average, CheckpointWeight, average
-from .importing import Imported, import_run
+from ._plans import Noise, Plan, Predicted, Retention, Weight, plan
+from ._profiles import Profile, Target
+from ._trials import Best, Swept, Trial
 from .karras_ema import KarrasEMA
 from .posthoc_ema import PostHocEMA
-from .profiles import Noise, Plan, Predicted, Profile, Retention, Target, Weight, plan
-from .sweeping import Best, Swept, Trial
 
 __all__ = [
     "Advice",

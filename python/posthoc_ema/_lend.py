@@ -1,7 +1,7 @@
-"""Tensors of PyTorch, numpy and others, lent to the native part by address.
+"""Tensors of PyTorch, NumPy and others, lent to the native part by address.
 
-A tensor is lent where it lies when it is contiguous and the native part can reach it: in host memory, and on CUDA devices
-in a build with CUDA. All others go by way of a contiguous copy, made for the call and dropped after it.
+A contiguous tensor in memory that the native part can reach is lent in place: in host memory, and on CUDA devices if
+the build has CUDA. Any other is lent as a contiguous copy, which lives for one call.
 """
 
 from __future__ import annotations
@@ -16,61 +16,36 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _native
-
-# As PyTorch and numpy name dtypes, and as safetensors files do.
-DTYPES = {
-    "float32": "F32",
-    "float64": "F64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-}
+from ._dtypes import dtype_name
 
 HOST = -1
-"""Instead of the number of a CUDA device."""
+"""Stands for host memory in the place of a CUDA device's number."""
 
 
 def torch_module() -> Any | None:
-    """PyTorch, where the program has imported it."""
+    """Returns PyTorch if the program has imported it."""
     return sys.modules.get("torch")
 
 
 @cache
 def cuda_usable() -> bool:
-    """Whether the native part can work on CUDA devices."""
+    """Returns True if the native part can work on CUDA devices."""
     return _native.CUDA and _native.cuda_devices()[0] > 0
 
 
 def is_torch(tensor: Any) -> bool:
-    """Whether it is a tensor of PyTorch."""
+    """Returns True if an object is a tensor of PyTorch."""
     torch = torch_module()
     return torch is not None and isinstance(tensor, torch.Tensor)
 
 
-def dtype_name(name: str, dtype: Any) -> str:
-    """A dtype of PyTorch or numpy, as safetensors files name it."""
-    text = getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
-    if text not in DTYPES:
-        raise ValueError(
-            f"tensor `{name}`: {dtype} cannot be stored in safetensors files: name it in `leave_out`, or convert it"
-        )
-    return DTYPES[text]
+def address(tensor: Any) -> int:
+    """Returns the address of a tensor's or an array's first element."""
+    return tensor.ctypes.data if isinstance(tensor, np.ndarray) else tensor.data_ptr()
 
 
-class Facts(NamedTuple):
-    """What must not change between two calls without anybody noticing."""
+class TensorFacts(NamedTuple):
+    """Properties of a tensor that decide how its memory is read."""
 
     dtype: Any
     shape: tuple[int, ...]
@@ -79,7 +54,12 @@ class Facts(NamedTuple):
 
 
 def as_array(name: str, tensor: Any) -> Any:
-    """A tensor of PyTorch or an array of numpy that shares its elements."""
+    """Returns a tensor of PyTorch or an array of NumPy that shares a tensor's elements.
+
+    Raises:
+        TypeError: If the object is not a tensor.
+        ValueError: If its elements cannot be shared.
+    """
     if is_torch(tensor) or isinstance(tensor, np.ndarray):
         return tensor
     if hasattr(tensor, "__dlpack__"):
@@ -89,15 +69,16 @@ def as_array(name: str, tensor: Any) -> Any:
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"tensor `{name}`: its elements cannot be shared by DLPack: {error}") from error
     raise TypeError(
-        f"tensor `{name}`: {type(tensor).__name__} is no tensor: PyTorch's, numpy's and those with DLPack can be lent"
+        f"tensor `{name}`: {type(tensor).__name__} is not a tensor: pass one of PyTorch, an array of NumPy, or an "
+        f"object with DLPack"
     )
 
 
 class Lender:
-    """Named tensors, ready to be lent again and again.
+    """Named tensors that are lent again and again.
 
     Args:
-        named: pairs of names and tensors: of PyTorch, of numpy, or with DLPack; names must be unique.
+        named: Pairs of a unique name and a tensor of PyTorch, of NumPy, or with DLPack.
     """
 
     def __init__(self, named: Sequence[tuple[str, Any]]):
@@ -107,14 +88,14 @@ class Lender:
         self._torch = [is_torch(tensor) for tensor in self.tensors]
         self._facts = [self._facts_of(i) for i in range(len(self.tensors))]
         self._indirect = [i for i in range(len(self.tensors)) if not self._is_direct(i)]
-        places = [self._place(i) for i in range(len(self.tensors))]
-        self._device = next((place for place in places if place != HOST), None)
+        devices = [self._device_number(i) for i in range(len(self.tensors))]
+        self._device = next((device for device in devices if device != HOST), None)
         described = [
-            (name, dtype_name(name, facts.dtype), list(facts.shape), place)
-            for name, facts, place in zip(self.names, self._facts, places)
+            (name, dtype_name(name, facts.dtype), list(facts.shape), device)
+            for name, facts, device in zip(self.names, self._facts, devices)
         ]
         self.layout = _native.Layout(described)
-        # The usual case, for which it all must be quick.
+        # Lists for the fast path of `is_current`.
         self._all_torch = all(self._torch)
         if self._all_torch:
             self._kind = torch_module().Tensor  # type: ignore[union-attr]
@@ -127,7 +108,7 @@ class Lender:
         self._check_storages()
 
     def _check_storages(self) -> None:
-        """Refuses tensors that reach beyond their storage, which somebody has made smaller."""
+        """Refuses tensors that reach beyond their storage, which was resized."""
         for name, tensor, of_torch in zip(self.names, self.tensors, self._torch):
             if not of_torch or tensor.numel() == 0:
                 continue
@@ -138,17 +119,18 @@ class Lender:
                     f"call this while its elements are there"
                 )
 
-    def _facts_of(self, i: int) -> Facts:
+    def _facts_of(self, i: int) -> TensorFacts:
         tensor = self.tensors[i]
         if self._torch[i]:
-            return Facts(tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        return Facts(tensor.dtype, tensor.shape, tensor.strides, None)
+            return TensorFacts(tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        return TensorFacts(tensor.dtype, tensor.shape, tensor.strides, None)
 
-    def _place(self, i: int) -> int:
+    def _device_number(self, i: int) -> int:
         tensor = self.tensors[i]
         return tensor.device.index if self._torch[i] and tensor.is_cuda and cuda_usable() else HOST
 
     def _is_direct(self, i: int) -> bool:
+        """Returns True if a tensor can be lent in place."""
         tensor = self.tensors[i]
         if not self._torch[i]:
             return bool(tensor.flags.c_contiguous) and tensor.dtype.isnative
@@ -156,10 +138,10 @@ class Lender:
         return reachable and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
     def is_current(self) -> bool:
-        """Whether the tensors are still what they were when this was made.
+        """Returns True if the tensors can still be lent as they were described.
 
-        Of tensors that have not moved it looks at what decides which bytes are read, and in which order; it has some tenths
-        of a microsecond for each. Another shape of the same elements is found when it is moved, or loaded.
+        Costs some tenths of a microsecond a tensor: of one that has not moved, only the properties that decide which
+        bytes are read, and in which order, are compared. Another shape of the same elements is found by a later check.
         """
         if not self._all_torch:
             return all(self._facts_of(i) == facts for i, facts in enumerate(self._facts))
@@ -179,18 +161,14 @@ class Lender:
 
     @property
     def stream(self) -> int:
-        """The `CUstream` on which PyTorch works with the tensors at the moment; 0 where they are in host memory."""
+        """`CUstream` on which PyTorch works with the tensors at the moment; 0 if they are in host memory."""
         torch = torch_module()
         if self._device is None or torch is None:
             return 0
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
-    def _address(self, i: int) -> int:
-        tensor = self.tensors[i]
-        return tensor.data_ptr() if self._torch[i] else tensor.ctypes.data
-
-    def _copy(self, i: int) -> Any:
-        """A contiguous copy that the native part can reach."""
+    def _contiguous_copy(self, i: int) -> Any:
+        """Copies a tensor into contiguous memory that the native part can reach."""
         tensor = self.tensors[i]
         if not self._torch[i]:
             return np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("="))
@@ -201,59 +179,53 @@ class Lender:
 
     @contextmanager
     def reading(self) -> Iterator[tuple[list[int], int]]:
-        """Addresses and stream, for as long as the tensors are read."""
+        """Lends the tensors to be read: yields their addresses and the stream."""
         if not self._indirect and self._all_torch:
             yield list(map(self._kind.data_ptr, self.tensors)), self.stream
             return
-        # In a variable: the copies must live until the block is left.
+        # The variable keeps the copies alive until the block ends.
         copies = self._copies()
-        yield self._with(copies), self.stream
+        yield self._addresses_with(copies), self.stream
         del copies
-
-    def _copies(self) -> dict[int, Any]:
-        """Contiguous copies of what cannot be lent where it lies; names that share their elements share the copy."""
-        made: dict[Any, Any] = {}
-        copies = {}
-        for i in self._indirect:
-            place = (self._torch[i], self._address(i), self._facts[i])
-            if place not in made:
-                made[place] = self._copy(i)
-            copies[i] = made[place]
-        return copies
 
     @contextmanager
     def writing(self) -> Iterator[tuple[list[int], int]]:
-        """Addresses and stream, for as long as the tensors are written; what they held is there before."""
+        """Lends the tensors to be read and written: yields their addresses and the stream."""
         self._check_writable()
         copies = self._copies()
-        yield self._with(copies), self.stream
+        yield self._addresses_with(copies), self.stream
         for i, copy in copies.items():
             if self._torch[i]:
-                # By way of `data`: autograd must not take it for an operation of the model's.
+                # Through `data`: autograd must not record the copy as an operation of the model.
                 self.tensors[i].data.copy_(copy)
             else:
                 np.copyto(self.tensors[i], copy)
 
-    def _with(self, copies: dict[int, Any]) -> list[int]:
-        addresses = []
-        for i in range(len(self.tensors)):
-            if i in copies:
-                copy = copies[i]
-                addresses.append(copy.data_ptr() if self._torch[i] else copy.ctypes.data)
-            else:
-                addresses.append(self._address(i))
-        return addresses
+    def _copies(self) -> dict[int, Any]:
+        """Copies the tensors that cannot be lent in place; names that share their elements share the copy."""
+        made: dict[Any, Any] = {}
+        copies = {}
+        for i in self._indirect:
+            place = (self._torch[i], address(self.tensors[i]), self._facts[i])
+            if place not in made:
+                made[place] = self._contiguous_copy(i)
+            copies[i] = made[place]
+        return copies
+
+    def _addresses_with(self, copies: dict[int, Any]) -> list[int]:
+        """Returns the addresses of all tensors, or of their copies."""
+        return [address(copies.get(i, tensor)) for i, tensor in enumerate(self.tensors)]
 
     def _check_writable(self) -> None:
-        """Refuses, before anything is written, what cannot be."""
+        """Refuses tensors that cannot be written, before anything is written."""
         for name, own, tensor, of_torch in zip(self.names, self.originals, self.tensors, self._torch):
             if own is not tensor:
-                # DLPack does not tell whether its owner allows it.
-                reason = "it came by DLPack, which is for reading here: pass a tensor of PyTorch or an array of numpy"
+                # DLPack does not say if the owner allows it.
+                reason = "it came by DLPack, which is only read: pass a tensor of PyTorch or an array of NumPy"
             elif not of_torch and not tensor.flags.writeable:
                 reason = "the array is read-only: pass a copy"
             elif of_torch and any(step == 0 and n > 1 for n, step in zip(tensor.shape, tensor.stride())):
-                reason = "elements share memory (it was expanded): name it in `leave_out`, or give it its own"
+                reason = "its elements share memory (it was expanded): name it in `leave_out`, or clone it"
             else:
                 continue
             raise ValueError(f"tensor `{name}`: {reason}")

@@ -1,4 +1,4 @@
-"""The native part: private to the package. Profiles, options and plans are JSON; tensors are lent by address."""
+"""Native part, private to the package. Profiles, options and plans are JSON; tensors are lent by address."""
 
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -10,12 +10,12 @@ CUDA: bool
 Progress = Callable[[int], object] | None
 
 class Layout:
-    """What a list of tensors is: `(name, dtype as in safetensors files, shape, number of the CUDA device or -1)`."""
+    """Description of tensors: `(name, dtype as in safetensors files, shape, number of the CUDA device or -1)`."""
 
     def __new__(cls, tensors: Sequence[tuple[str, str, Sequence[int], int]]) -> Layout: ...
 
 class Originals:
-    """What tensors held before an average was put in their place."""
+    """Elements of tensors before an average replaced them."""
 
     def __init__(self) -> None: ...
     @property
@@ -60,7 +60,7 @@ class Tracker:
     def switch_to(self, target: str, layout: Layout, addresses: Sequence[int], stream: int) -> None: ...
 
 class Run:
-    """The snapshots of a training, read."""
+    """Snapshots of a training, opened to read."""
 
     def __new__(cls, directory: str | PathLike[str]) -> Run: ...
     @staticmethod
@@ -105,7 +105,7 @@ class Run:
     def verify(self) -> None: ...
 
 class Sweep:
-    """The search over many lengths, and its record."""
+    """Search over many lengths, and its record."""
 
     def __new__(
         cls,
@@ -135,7 +135,7 @@ class Sweep:
     def close(self) -> None: ...
 
 class Checkpoints:
-    """Checkpoints of a training in which nothing was tracked, opened."""
+    """Checkpoints of a training in which nothing was tracked, opened to read."""
 
     def __new__(cls, paths: Sequence[str | PathLike[str]], steps: Sequence[int] | None) -> Checkpoints: ...
     def tensors(self) -> list[tuple[str, str, list[int]]]: ...

@@ -1,4 +1,4 @@
-"""Progress of what takes longer than a second."""
+"""Progress of work that may take longer than a second."""
 
 from __future__ import annotations
 
@@ -7,26 +7,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Progress = Callable[[int, int | None], object] | bool | None
-"""A function of the bytes read so far and in all (None where that is not known), or whether to draw a bar.
+"""Progress of reading: a function of the bytes read so far and in total, True for a bar, or False for none.
 
-None draws a bar where the standard error is a terminal."""
+The total is None if it is not known. The default None draws a bar if standard error is a terminal."""
+
+
+def wants_bar(progress: bool | None) -> bool:
+    """Returns True if a bar is to be drawn."""
+    return sys.stderr.isatty() if progress is None else progress
 
 
 @contextmanager
-def following(
-    progress: Progress, total: Callable[[], int | None], what: str
+def byte_progress(
+    progress: Progress, total: Callable[[], int | None], description: str
 ) -> Iterator[Callable[[int], object] | None]:
-    """What the native part calls with the bytes read so far; `total` is asked only where somebody wants to know."""
-    if callable(progress):
-        told, whole = progress, total()
-        yield lambda done: told(done, whole)
-        return
-    if progress is False or (progress is None and not sys.stderr.isatty()):
-        yield None
-        return
-    from tqdm import tqdm
+    """Yields the function that the native part calls with the bytes read so far, or None.
 
-    # No bar for what is done within a second.
-    delay = 0 if progress else 1
-    with tqdm(total=total(), desc=what, unit="B", unit_scale=True, unit_divisor=1024, delay=delay, leave=False) as bar:
-        yield lambda done: bar.update(done - bar.n)
+    Args:
+        progress: Choice of the caller.
+        total: Returns the number of all bytes, if known; called only if the progress is shown.
+        description: Label of the bar.
+    """
+    if callable(progress):
+        report, whole = progress, total()
+        yield lambda done: report(done, whole)
+    elif wants_bar(progress):
+        from tqdm import tqdm
+
+        # A bar that was not asked for appears after a second.
+        delay = 0 if progress else 1
+        with tqdm(
+            total=total(), desc=description, unit="B", unit_scale=True, unit_divisor=1024, delay=delay, leave=False
+        ) as bar:
+            yield lambda done: bar.update(done - bar.n)
+    else:
+        yield None

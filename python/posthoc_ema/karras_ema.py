@@ -1,4 +1,4 @@
-"""A single running average in memory, without a run's directory."""
+"""A single running average in memory, without a run on disk."""
 
 from __future__ import annotations
 
@@ -10,36 +10,35 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from . import _native
-from ._averages import addresses_in, copy_on_cpu, named_tensors
 from ._lend import torch_module
 from ._model import ModuleTensors
+from ._profiles import Profile
 from ._swap import check_own_weights
-from .profiles import Profile
+from ._tracked_average import copy_on_cpu, lend_tensors, named_tensors
 
 __all__ = ["KarrasEMA"]
 
-# No snapshot is ever due.
+# Interval after which a snapshot is never due.
 _NEVER = 2**62
 
 
 class KarrasEMA:
-    """One running average of a module, of a power-function profile (Karras et al. 2023, eq. 121), kept in memory.
+    """Running average of a module in memory, with a power-function profile (Karras et al. 2023, eq. 121).
 
     Args:
-        model: the module; it is looked at by every :meth:`update`.
-        sigma_rel: standard deviation of the profile relative to the training so far, in (0, 0.288675].
-        gamma: the exponent instead.
-        update_every: calls of :meth:`update` between updates; the first call updates. The decay follows from the
-            interval.
-        frozen: make no updates after the first.
-        param_or_buffer_names_no_ema: names that stay as they are.
-        ignore_names: names that stay as they are.
-        ignore_startswith_names: beginnings of names that stay as they are.
-        only_save_diff: average parameters that require grad, and the statistics of batch normalisation.
-        device: where the average is kept: "cpu", "cuda" or "auto".
+        model: Module to average; every call of `update` reads it.
+        sigma_rel: Standard deviation of the profile relative to the length of the training so far, in (0, 0.288675].
+        gamma: Exponent of the profile, instead.
+        update_every: Calls of `update` between updates. The first call updates; the decay follows from the interval.
+        frozen: Make no updates after the first.
+        param_or_buffer_names_no_ema: Names that keep their first values.
+        ignore_names: Names that keep their first values.
+        ignore_startswith_names: Prefixes of names that keep their first values.
+        only_save_diff: Average only parameters that require grad, and the statistics of batch normalisation.
+        device: Device of the average: "cpu", "cuda" or "auto".
 
     Raises:
-        ValueError: unless one of `sigma_rel` and `gamma` is given, and as of :meth:`PostHocEMA.from_model`.
+        ValueError: If not exactly one of `sigma_rel` and `gamma` is given, or an option or a tensor is not valid.
     """
 
     def __init__(
@@ -56,13 +55,13 @@ class KarrasEMA:
         device: str = "cpu",
     ):
         if update_every < 1:
-            raise ValueError(f"update_every = {update_every}: an interval is at least 1 call")
+            raise ValueError(f"update_every = {update_every}: must be at least 1 call")
         if sigma_rel is not None and gamma is None:
             self.profile = Profile.sigma_rel(sigma_rel)
         elif gamma is not None and sigma_rel is None:
             self.profile = Profile.gamma(gamma)
         else:
-            raise ValueError("give either sigma_rel or gamma")
+            raise ValueError(f"sigma_rel = {sigma_rel}, gamma = {gamma}: give either sigma_rel or gamma")
         self.gamma: float = self.profile.to_dict()["gamma"]
         self.update_every, self.frozen, self.only_save_diff = update_every, frozen, only_save_diff
         self._device = device
@@ -76,19 +75,20 @@ class KarrasEMA:
 
     @property
     def model(self) -> Any:
-        """The module that is averaged."""
+        """Module that is averaged."""
         return self._tensors.model
 
     @property
     def step(self) -> int:
-        """The calls of :meth:`update` so far."""
+        """Number of calls of `update` so far."""
         return self._calls
 
     def update(self) -> None:
-        """To be called once after each training step: updates the average when that is due.
+        """Updates the average when that is due; to be called once after each training step.
 
         Raises:
-            ValueError: for a model whose tensors are not those at the first update, naming the first difference.
+            ValueError: If the model's tensors are not those of the first update. The message names the first
+                difference.
         """
         due = self._calls % self.update_every == 0 and not (self.frozen and self._tracker is not None)
         if due:
@@ -96,6 +96,7 @@ class KarrasEMA:
         self._calls += 1
 
     def _fold(self, tensors: ModuleTensors, time: int) -> None:
+        """Updates the average with tensors at a time."""
         lender = tensors.lender()
         check_own_weights(lender.tensors)
         with lender.reading() as (addresses, stream):
@@ -104,13 +105,13 @@ class KarrasEMA:
             self._tracker.update_at(time, lender.layout, addresses, stream)
 
     def _start(self, names: list[str], lent: tuple[_native.Layout, list[int], int]) -> _native.Tracker:
-        """A tracker that never stores anything; it wants a directory all the same, for its lock."""
-        left = [name for name in names if name in self._left_alone or name.startswith(self._prefixes or "\0")]
+        """Opens a tracker that never stores anything; its lock still needs a directory."""
+        left_out = [name for name in names if name in self._left_alone or name.startswith(self._prefixes or "\0")]
         options = {
             "profiles": [self.profile.to_dict()],
             "update_every": 1,
             "checkpoint_every": _NEVER,
-            "leave_out": left,
+            "leave_out": left_out,
             "device": self._device,
         }
         directory = tempfile.mkdtemp(prefix="posthoc-ema-")
@@ -119,22 +120,22 @@ class KarrasEMA:
 
     @property
     def ema_model(self) -> Any:
-        """A module in host memory with the average's weights; before the first update, with the model's at the beginning.
+        """Module in host memory with the average's weights; before the first update, with the model's first weights.
 
-        It is the same object at every call, and its weights are brought up to date by the call.
+        Every access returns the same object and updates its weights.
         """
         tracker = self._tracker
         if tracker is not None and tracker.last_update != self._shown:
-            tracker.load_tracked_into(0, *addresses_in(self._module, tracker.tensors()))
+            tracker.load_tracked_into(0, *lend_tensors(self._module, tracker.tensors()))
             self._shown = tracker.last_update
         return self._module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The averaged module's output."""
+        """Calls the averaged module."""
         return self.ema_model(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average's tensors, under the model's names, with ``initted`` and ``step``: for :meth:`load_state_dict`."""
+        """Returns the average's tensors under the model's names, with `initted` and `step`, for `load_state_dict`."""
         torch = torch_module()
         assert torch is not None
         names = self._tensors.lender().names
@@ -143,12 +144,15 @@ class KarrasEMA:
         return {**state, "initted": torch.tensor(self._tracker is not None), "step": torch.tensor(self._calls)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from what :meth:`state_dict` gave.
+        """Continues from the result of `state_dict`.
 
-        The average is taken as it is in the state dict, in the model's dtypes.
+        The average has the precision of the state dict, which is that of the model's dtypes.
+
+        Args:
+            state_dict: Result of `state_dict`.
 
         Raises:
-            KeyError: for a tensor that is missing.
+            KeyError: If a tensor is missing.
         """
         calls, begun = int(state_dict["step"]), bool(state_dict["initted"])
         names = self._tensors.lender().names
@@ -158,6 +162,6 @@ class KarrasEMA:
         self._tracker = self._shown = None
         self._calls = calls
         if begun:
-            # The first update copies what it is given, and the next one's decay follows from its time.
+            # The first update copies the tensors; the decay of the next one follows from their times.
             last = calls - (calls - 1) % self.update_every
             self._fold(ModuleTensors(self._module, self.only_save_diff, names), last)

@@ -16,7 +16,13 @@ pub fn to_python(error: Error) -> PyErr {
         Error::Locked { .. }
         | Error::NonFinite { .. }
         | Error::Cuda { .. }
-        | Error::Nothing(_)
+        | Error::NoTarget
+        | Error::NoSource { .. }
+        | Error::NoUpdate
+        | Error::NothingToAverage
+        | Error::OtherPlan { .. }
+        | Error::Count { .. }
+        | Error::Internal(_)
         | Error::Wrong { .. } => PyRuntimeError::new_err(text),
         _ => PyValueError::new_err(text),
     }

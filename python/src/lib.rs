@@ -31,7 +31,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("CUDA", cfg!(feature = "cuda"))?;
     module.add_class::<lend::Layout>()?;
     module.add_class::<tracker::Tracker>()?;
-    module.add_class::<tracker::Originals>()?;
+    module.add_class::<tracker::SavedWeights>()?;
     module.add_class::<run::Run>()?;
     module.add_class::<sweep::Sweep>()?;
     module.add_class::<average::Checkpoints>()?;

@@ -1,7 +1,7 @@
 //! Profiles and plans, which need no tensors.
 
 use posthoc_ema::math::Schedule;
-use posthoc_ema::{At, Dtype, Forecast, Noise, Plan, Profile, Retention, Wish};
+use posthoc_ema::{AdviceRequest, At, Dtype, Forecast, Noise, Plan, Profile, Retention};
 use pyo3::prelude::*;
 use serde::Deserialize;
 
@@ -125,7 +125,7 @@ struct Known {
 pub fn advise(py: Python<'_>, known: &str) -> PyResult<String> {
     let known: Known = serde_json::from_str(known).map_err(|error| argument(strip_place(&error)))?;
     let Known { steps, update_every, update_after_step, parameters, dtype, disk, range } = known;
-    let wish = Wish { steps, update_every, update_after_step, parameters, dtype, disk, range };
+    let wish = AdviceRequest { steps, update_every, update_after_step, parameters, dtype, disk, range };
     let advice = py.detach(|| posthoc_ema::advise(&wish, &|_| ())).map_err(to_python)?;
     serde_json::to_string(&advice).map_err(argument)
 }

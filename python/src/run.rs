@@ -11,7 +11,7 @@ use crate::jobs;
 use crate::lend::{Layout, Lent};
 use crate::plans::{at, noise, plans_json, profiles};
 use crate::process;
-use crate::tracker::{Originals, describe, some_dtype};
+use crate::tracker::{SavedWeights, describe, some_dtype};
 
 /// A run's snapshots, mapped.
 #[pyclass(frozen, module = "posthoc_ema._native")]
@@ -134,7 +134,7 @@ impl Run {
         target: &str,
         step: Option<u64>,
         noise: &str,
-        originals: &Originals,
+        originals: &SavedWeights,
         layout: &Layout,
         addresses: Vec<u64>,
         stream: usize,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use posthoc_ema::sweep::{self, Figures, Goal, Outcome, Question, Record};
+use posthoc_ema::sweep::{self, Goal, Outcome, Record, SweepKey, TrialMetrics};
 use pyo3::prelude::*;
 
 use crate::errors::{argument, to_python};
@@ -41,7 +41,7 @@ impl Sweep {
     ) -> PyResult<Sweep> {
         let goal = if minimize { Goal::Minimize } else { Goal::Maximize };
         let mut search = sweep::Sweep::new(&profiles(&targets)?, goal, refine).map_err(to_python)?;
-        let question = Question { run, at, evaluation, goal, dtype: None, noise };
+        let question = SweepKey { run, at, evaluation, goal, dtype: None, noise };
         let record = directory.map(|directory| Record::open(&directory, question)).transpose().map_err(to_python)?;
         let record = record.map(|(record, trials)| {
             search.restore(trials);
@@ -72,7 +72,7 @@ impl Sweep {
             (_, error) => Outcome::Error(error.unwrap_or_default()),
         };
         let figures =
-            Figures { relative_error: Some(relative_error), noise_gain: Some(noise_gain), seconds: Some(seconds) };
+            TrialMetrics { relative_error: Some(relative_error), noise_gain: Some(noise_gain), seconds: Some(seconds) };
         let mut state = self.lock();
         state.search.record(profile(target)?, outcome, figures);
         let save = || state.record.as_ref().map_or(Ok(()), |record| record.save(&state.search));

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use posthoc_ema::{
-    Dtype, Options, Parameters, PostHocEma, Precision, Profile, Result, Retention, Step, SwappedIn, TensorSpec,
-    TensorView,
+    Dtype, Options, Parameters, PostHocEma, Precision, Profile, Result, Retention, SwapGuard, TensorSpec, TensorView,
+    UpdateOutcome,
 };
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -241,13 +241,13 @@ impl Tracker {
         &self,
         py: Python<'_>,
         target: &str,
-        originals: &Originals,
+        originals: &SavedWeights,
         layout: &Layout,
         addresses: Vec<u64>,
         stream: usize,
     ) -> PyResult<()> {
         let (target, mut lent) = (profile(target)?, Lent::new(layout, addresses, stream)?);
-        self.with(py, |tracker| originals.fill(|| tracker.swap_in(target, &mut lent).map(SwappedIn::into_originals)))
+        self.with(py, |tracker| originals.fill(|| tracker.swap_in(target, &mut lent).map(SwapGuard::into_originals)))
     }
 
     /// Puts an average into the lent tensors for good.
@@ -280,11 +280,11 @@ fn skip(tracker: &mut PostHocEma) -> Result<bool> {
     tracker.update(&Nothing).map(|_| true)
 }
 
-fn code(step: Step) -> u8 {
+fn code(step: UpdateOutcome) -> u8 {
     match step {
-        Step::Skipped => 0,
-        Step::Updated => 1,
-        Step::Stored => 2,
+        UpdateOutcome::Skipped => 0,
+        UpdateOutcome::Updated => 1,
+        UpdateOutcome::Stored => 2,
     }
 }
 
@@ -296,25 +296,25 @@ pub fn describe(tensors: Vec<TensorSpec>) -> Vec<(String, String, Vec<usize>)> {
 ///
 /// It is there before the average is put in, so that no exception between the two, Ctrl-C for one, can lose it.
 #[pyclass(frozen, module = "posthoc_ema._native")]
-pub struct Originals(Mutex<Option<posthoc_ema::Originals>>);
+pub struct SavedWeights(Mutex<Option<posthoc_ema::SavedWeights>>);
 
-impl Originals {
+impl SavedWeights {
     /// Keeps what `swap` returns.
-    pub fn fill(&self, swap: impl FnOnce() -> Result<posthoc_ema::Originals>) -> Result<()> {
+    pub fn fill(&self, swap: impl FnOnce() -> Result<posthoc_ema::SavedWeights>) -> Result<()> {
         *self.lock() = Some(swap()?);
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<posthoc_ema::Originals>> {
+    fn lock(&self) -> MutexGuard<'_, Option<posthoc_ema::SavedWeights>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[pymethods]
-impl Originals {
+impl SavedWeights {
     #[new]
-    fn new() -> Originals {
-        Originals(Mutex::new(None))
+    fn new() -> SavedWeights {
+        SavedWeights(Mutex::new(None))
     }
 
     /// Whether an average was put in.

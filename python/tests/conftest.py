@@ -1,4 +1,4 @@
-"""What the tests share: models that move, and averages computed without the package."""
+"""Helpers of the tests: models that move, and averages computed without the package."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ def _seed() -> None:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run's directory that is not there yet."""
+    """Path of a run's directory that does not exist yet."""
     return tmp_path / "ema"
 
 
 def shake(model: torch.nn.Module, size: float = 0.1) -> None:
-    """In the place of an optimiser's step."""
+    """Moves the parameters of a model in the place of an optimiser."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * size)
 
 
 def train(ema: PostHocEMA, model: torch.nn.Module, steps: int, step: Callable[[int], None] | None = None) -> None:
-    """Trains so many steps; all snapshots are there afterwards."""
+    """Trains a number of steps and waits for all snapshots."""
     for i in range(1, steps + 1):
         shake(model) if step is None else step(i)
         ema.update_(model)
     ema.flush()
 
 
-class Exchanged:
-    """Somebody's array, of which nothing but DLPack is known: not even whether it may be written."""
+class DlpackOnly:
+    """Array that can only be shared by DLPack."""
 
     def __init__(self, array: np.ndarray):
         self.array = array
@@ -52,26 +52,26 @@ class Exchanged:
 
 
 def bits(model: torch.nn.Module) -> dict[str, bytes]:
-    """Every bit of a model's parameters and buffers, in the order of their indices."""
+    """Returns every bit of a model's parameters and buffers, in the order of their indices."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in named}
 
 
 def masses(profile: Profile, times: np.ndarray) -> np.ndarray:
-    """The share of each update in the average after the last: what lies before the first belongs to the first."""
+    """Returns the share of each update in the average after the last; the first one has the time before it, too."""
     shares = np.array(profile.cumulative(times.tolist(), float(times[-1])))
     return np.diff(shares, prepend=0.0)
 
 
 def exact(profile: Profile, times: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The average of values of shape (updates, ...) at these times, in f64, by its definition."""
+    """Returns the average of values of shape (updates, ...) at times, in float64, by its definition."""
     return np.tensordot(masses(profile, times), values.astype(np.float64), axes=1)
 
 
 def allowance(profile: Profile, times: np.ndarray, values: np.ndarray, relative_error: float) -> np.ndarray:
-    """By how much a blend of this relative error may miss: Cauchy-Schwarz over the updates.
+    """Returns the largest difference of a blend of a relative error, by Cauchy-Schwarz over the updates.
 
-    Both the blend's weights and the target's sum to 1, so a constant in the values does not matter.
+    The weights of the blend and those of the target sum to 1, so a constant in the values has no effect.
     """
     intervals = np.diff(times, prepend=0).astype(np.float64)
     norm = np.sqrt((masses(profile, times) ** 2 / intervals).sum())

@@ -7,7 +7,7 @@ import pytest
 from posthoc_ema import Profile, advise, plan
 
 
-def test_advice_fits_the_disk_and_comes_true() -> None:
+def test_advice_fits_the_disk_and_agrees_with_plans() -> None:
     known = {"steps": 20_000, "parameters": 10_000_000, "disk": 1.1e9, "checkpoint_dtype": "float16"}
     advice = advise(**known)
     assert [len(each.profiles) for each in advice] == [2, 2, 2, 3, 3, 3]
@@ -26,7 +26,7 @@ def test_advice_fits_the_disk_and_comes_true() -> None:
     assert all(isinstance(profile, Profile) for profile in best.profiles)
 
 
-def test_what_cannot_be_advised_is_an_error() -> None:
+def test_invalid_questions_are_refused() -> None:
     with pytest.raises(ValueError, match="do not hold one step's snapshots of two profiles"):
         advise(steps=20_000, parameters=10_000_000, disk=1e6)
     with pytest.raises(ValueError, match="the shorter sigma_rel first"):

@@ -1,4 +1,4 @@
-"""Averages of checkpoints, against sums that PyTorch takes in float64."""
+"""Averages of checkpoints, compared with sums of PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = [100, 250, 300, 500, 700, 850, 1000]
 
 
 def state(step: int) -> dict[str, torch.Tensor]:
-    """A model's state dict at a step: no two values alike."""
+    """Returns a model's state dict at a step; no two values are equal."""
     generator = torch.Generator().manual_seed(step)
     half = torch.randn(40, generator=generator).half()
     return {
@@ -43,7 +43,7 @@ def assert_is_sum(found: dict[str, torch.Tensor], weights: list[float], dtype: t
             continue
         assert found[name].dtype == (dtype or last.dtype)
         exact = sum(weight * each[name].double() for weight, each in zip(weights, states))
-        # Half an ulp of the result, half of the smallest subnormal of f16, and what a sum in float64 loses.
+        # Half an ulp of the result, half of the smallest subnormal of float16, and the rounding of a sum in float64.
         allowed = torch.finfo(found[name].dtype).eps / 2 * exact.abs() + 1e-15
         allowed += 2.0**-25 if found[name].dtype == torch.float16 else 0.0
         assert bool(((found[name].double() - exact).abs() <= allowed).all()), name
@@ -57,7 +57,7 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_averages_in_memory_are_sums(files: list[Path]) -> None:
+def test_averages_in_memory_equal_sums(files: list[Path]) -> None:
     profiles = [
         Profile.sigma_rel(0.2),
         Profile.half_life(500),
@@ -65,8 +65,8 @@ def test_averages_in_memory_are_sums(files: list[Path]) -> None:
         Profile.lr_decay("1-sqrt", 800),
         Profile.lr_decay("cosine", 800),
     ]
-    told: list[tuple[int, int | None]] = []
-    found = average(files, profiles, progress=lambda done, total: told.append((done, total)))
+    reported: list[tuple[int, int | None]] = []
+    found = average(files, profiles, progress=lambda done, total: reported.append((done, total)))
     for each, profile in zip(found, profiles):
         weights = masses(profile, STEPS, 1000)
         assert each.profile == profile and each.at == 1000 and each.path is None
@@ -74,13 +74,13 @@ def test_averages_in_memory_are_sums(files: list[Path]) -> None:
         assert [w.weight for w in each.weights] == pytest.approx(weights, abs=1e-15)
         assert each.state_dict is not None
         assert_is_sum(each.state_dict, weights)
-    assert told[-1][0] == told[-1][1] == 7 * (35 * 4 + 40 * 2 + 33 * 2 + 4 * 8)
+    assert reported[-1][0] == reported[-1][1] == 7 * (35 * 4 + 40 * 2 + 33 * 2 + 4 * 8)
     (earlier,) = average(files, 0.2, at=700, dtype=torch.float32)
     assert earlier.state_dict is not None
     assert_is_sum(earlier.state_dict, masses(Profile.sigma_rel(0.2), STEPS[:5], 700), torch.float32)
 
 
-def test_what_pytorch_saves_and_what_safetensors_do_give_the_same(files: list[Path], tmp_path: Path) -> None:
+def test_pytorch_and_safetensors_files_give_equal_averages(files: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "pt"
     folder.mkdir()
     for step in STEPS:
@@ -99,7 +99,7 @@ def test_what_pytorch_saves_and_what_safetensors_do_give_the_same(files: list[Pa
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.state_dict.items())
 
 
-def test_folders_become_a_folder(tmp_path: Path) -> None:
+def test_average_of_folders_is_a_folder(tmp_path: Path) -> None:
     for step in STEPS:
         folder = tmp_path / "run" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
@@ -140,7 +140,7 @@ def test_lora_files_of_different_scales_are_refused(tmp_path: Path) -> None:
         average(tmp_path, Profile.gamma(0))
 
 
-def test_what_cannot_be_is_named(files: list[Path], tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(files: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="out names 1 paths for 2 targets"):
         average(files, [0.1, 0.2], tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="option steps: 2 are given for 7"):

@@ -1,8 +1,8 @@
-"""Models on CUDA devices: the bits of the host, wherever the averages are.
+"""Models on CUDA devices: averages have the bits of the host, on whichever device they are.
 
-They run on the GPU where PyTorch has one. Otherwise `POSTHOC_EMA_STANDIN` may name the stand-in driver that the library's
-own tests build (tests/standin): its device memory is the process's, so that a tensor of PyTorch can lie in it and be lent
-as if it were on a device. Both need a build of the package with CUDA.
+The tests use the GPU if PyTorch has one. Otherwise `POSTHOC_EMA_STANDIN` may name the stand-in driver that the tests of
+the library build (tests/standin). Its device memory is that of the process, so a tensor of PyTorch can use it and be
+lent as if it were on a device. Both need a build of the package with CUDA.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STANDIN = os.environ.get("POSTHOC_EMA_STANDIN")
 REAL = torch.cuda.is_available() and not STANDIN
 
 if STANDIN:
-    # Whoever opens libcuda.so.1 from now on gets this one.
+    # The native part then finds this library as libcuda.so.1.
     DRIVER = ctypes.CDLL(STANDIN, mode=ctypes.RTLD_GLOBAL)
 
 pytestmark = [
@@ -38,7 +38,7 @@ def call(name: str, *arguments: object) -> None:
 
 
 def in_device_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor in memory of the stand-in's device."""
+    """Copies a tensor to memory of the stand-in's device."""
     address, size = ctypes.c_uint64(), tensor.numel() * tensor.element_size()
     call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
     memory = (ctypes.c_char * size).from_address(address.value)
@@ -47,7 +47,7 @@ def in_device_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def to_device(monkeypatch: pytest.MonkeyPatch) -> ToDevice:
-    """Moves a module to the device, and sees to it that the tensors of such modules are lent as lying there."""
+    """Returns a function that moves a module to the device, whose tensors are then lent as tensors of that device."""
     if REAL:
         return lambda module: module.cuda()
     context, stream = ctypes.c_void_p(), ctypes.c_void_p()
@@ -55,19 +55,19 @@ def to_device(monkeypatch: pytest.MonkeyPatch) -> ToDevice:
     call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
     call("cuCtxSetCurrent", context)
     call("cuStreamCreate", ctypes.byref(stream), 1)
-    there: set[int] = set()
+    moved: set[int] = set()
 
     def move(module: torch.nn.Module) -> torch.nn.Module:
         with torch.no_grad():
             for tensor in [*module.parameters(), *module.buffers()]:
                 tensor.data = in_device_memory(tensor)
-                there.add(tensor.data_ptr())
+                moved.add(tensor.data_ptr())
         return module
 
-    def place(lender: _lend.Lender, i: int) -> int:
-        return 0 if lender.tensors[i].data_ptr() in there else _lend.HOST
+    def device_number(lender: _lend.Lender, i: int) -> int:
+        return 0 if lender.tensors[i].data_ptr() in moved else _lend.HOST
 
-    monkeypatch.setattr(_lend.Lender, "_place", place)
+    monkeypatch.setattr(_lend.Lender, "_device_number", device_number)
     monkeypatch.setattr(_lend.Lender, "stream", property(lambda lender: stream.value if lender._device == 0 else 0))
     return move
 
@@ -80,7 +80,7 @@ def net() -> torch.nn.Module:
 
 
 def trained(model: torch.nn.Module, run_dir: Path, device: str) -> PostHocEMA:
-    # Within the first calls every kernel is loaded, and the buffers are made.
+    # The first calls load the kernels and allocate the buffers.
     ema = PostHocEMA.from_model(model, run_dir, device=device, update_every=2, update_after_step=0, checkpoint_every=10)
     generator = torch.Generator().manual_seed(5)
     for _ in range(35):
@@ -120,7 +120,7 @@ def test_averages_have_the_bits_of_the_host(tmp_path: Path, to_device: ToDevice,
     assert all(torch.equal(stored[name], tensor) for name, tensor in right.items())
 
 
-def test_a_run_s_average_goes_into_a_model_on_the_device(tmp_path: Path, to_device: ToDevice) -> None:
+def test_average_of_a_run_is_swapped_into_a_model_on_the_device(tmp_path: Path, to_device: ToDevice) -> None:
     host = net()
     trained(host, tmp_path / "host", "cpu").finish()
     run, model = PostHocEMA.from_path(tmp_path / "host"), to_device(net())
@@ -135,7 +135,7 @@ def test_a_run_s_average_goes_into_a_model_on_the_device(tmp_path: Path, to_devi
     assert all(torch.equal(on_host(model.state_dict())[name], tensor) for name, tensor in before.items())
 
 
-def test_one_average_in_memory(to_device: ToDevice) -> None:
+def test_average_in_memory_has_the_bits_of_the_host(to_device: ToDevice) -> None:
     host, model = net(), to_device(net())
     averages = [KarrasEMA(each, sigma_rel=0.1, update_every=3) for each in (host, model)]
     generator = torch.Generator().manual_seed(1)
@@ -151,7 +151,7 @@ def test_one_average_in_memory(to_device: ToDevice) -> None:
 
 
 @pytest.mark.skipif(not REAL, reason="needs a GPU")
-def test_strided_tensors_and_moves(tmp_path: Path) -> None:
+def test_strided_tensors_and_moved_models_are_restored(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
     model = model.cuda().to(memory_format=torch.channels_last)
     ema = PostHocEMA.from_model(model, tmp_path / "ema", update_every=1, update_after_step=0, checkpoint_every=10)
@@ -167,7 +167,7 @@ def test_strided_tensors_and_moves(tmp_path: Path) -> None:
     assert [parameter.stride() for parameter in model.parameters()] == strides
     assert all(torch.equal(on_host(model.state_dict())[name], tensor) for name, tensor in before.items())
     assert torch.cuda.memory_allocated() <= allocated
-    # Another stream, as a training may use one.
+    # Updates must follow the stream that is current.
     with torch.cuda.stream(torch.cuda.Stream()):
         shake(model)
         ema.update_(model)

@@ -1,4 +1,4 @@
-"""Damaged files, disks that fail, and modes of arithmetic that other libraries switch."""
+"""Damaged files, failing disks, and modes of arithmetic that other libraries change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from posthoc_ema import PostHocEMA
 OPTIONS = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 5}
 
 
-def test_what_is_damaged_is_left_out(run_dir: Path) -> None:
+def test_damaged_snapshots_are_left_out(run_dir: Path) -> None:
     model = torch.nn.Linear(30, 30)
     ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
     train(ema, model, 20)
@@ -42,15 +42,15 @@ def test_what_is_damaged_is_left_out(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("in_background", [True, False])
-def test_a_training_may_go_on_without_its_disk(run_dir: Path, in_background: bool) -> None:
+def test_training_continues_without_its_disk(run_dir: Path, in_background: bool) -> None:
     model = torch.nn.Linear(3, 3)
     ema = PostHocEMA.from_model(model, run_dir, on_error="warn", checkpoint_in_background=in_background, **OPTIONS)
     train(ema, model, 5)
     shutil.rmtree(run_dir)
-    with pytest.warns(RuntimeWarning, match="the training goes on: .*check the path"):
+    with pytest.warns(RuntimeWarning, match="a snapshot was not stored, and training continues: .*check the path"):
         for _ in range(15):
             ema.update_(model)
-            # The error of a snapshot in the background comes out at a later call.
+            # A later call reports the error of a snapshot in the background.
             time.sleep(0.02 if in_background else 0)
     assert ema.step == 20
     with pytest.raises(OSError, match="check the path"):
@@ -58,13 +58,13 @@ def test_a_training_may_go_on_without_its_disk(run_dir: Path, in_background: boo
     run_dir.mkdir()
     ema.finish()
     assert PostHocEMA.from_path(run_dir).step == 20
-    with pytest.raises(ValueError, match="on_error is .*, not 'shrug'"):
+    with pytest.raises(ValueError, match="on_error = 'shrug': must be"):
         PostHocEMA.from_model(model, run_dir / "other", on_error="shrug")
 
 
-def test_averages_do_not_depend_on_subnormals_being_switched_off(tmp_path: Path) -> None:
+def test_averages_do_not_depend_on_flushed_subnormals(tmp_path: Path) -> None:
     if not torch.set_flush_denormal(True):
-        pytest.skip("this machine cannot")
+        pytest.skip("this machine cannot flush subnormals")
     found = []
     try:
         for flush in (True, False):

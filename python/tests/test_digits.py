@@ -1,4 +1,4 @@
-"""The worked example, on a short training: not what it finds out, but that every piece works and its bounds hold."""
+"""The example on a short training: every part runs, and its error bounds hold."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.py"
 
 
-def test_the_example_runs_twice_into_one_folder(tmp_path: Path) -> None:
-    # A number of steps that is no multiple of any interval.
+def test_example_runs_twice_into_one_folder(tmp_path: Path) -> None:
+    # No interval divides this number of steps.
     command = [sys.executable, "-W", "error", str(EXAMPLE), "--steps", "433", "--out", str(tmp_path)]
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)

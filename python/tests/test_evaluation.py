@@ -1,4 +1,4 @@
-"""A model that holds an average for a while, and gets everything back."""
+"""Averages that are swapped into a model for a block, and the state that the model has after it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPTIONS = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 10}
 
 
 class Tied(torch.nn.Module):
-    """An embedding whose elements are the output layer's too, and a transposed parameter."""
+    """Embedding that shares its elements with the output layer, and a transposed parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def layouts(model: torch.nn.Module) -> list[tuple[object, ...]]:
     return [(id(t), t.data_ptr(), t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
 
 
-def test_the_average_is_in_and_then_every_bit_is_back(model: torch.nn.Module, run_dir: Path) -> None:
+def test_block_holds_the_average_and_restores_every_bit(model: torch.nn.Module, run_dir: Path) -> None:
     ema = trained(model, run_dir)
     for i, part in enumerate(model.modules()):
         part.training = i % 2 == 0
@@ -82,7 +82,7 @@ def test_the_average_is_in_and_then_every_bit_is_back(model: torch.nn.Module, ru
     assert [part.training for part in model.modules()] == flags
 
 
-def test_a_state_dict_is_fresh_and_loads_strictly(model: torch.nn.Module, run_dir: Path) -> None:
+def test_state_dict_is_new_and_loads_strictly(model: torch.nn.Module, run_dir: Path) -> None:
     ema = trained(model, run_dir)
     before = bits(model)
     with ema.state_dict(sigma_rel=0.1) as state_dict:
@@ -97,7 +97,7 @@ def test_a_state_dict_is_fresh_and_loads_strictly(model: torch.nn.Module, run_di
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_body_that_raises_gives_everything_back(model: torch.nn.Module, run_dir: Path) -> None:
+def test_block_that_raises_restores_every_bit(model: torch.nn.Module, run_dir: Path) -> None:
     ema = trained(model, run_dir)
     before = bits(model)
     with pytest.raises(ZeroDivisionError):
@@ -107,7 +107,7 @@ def test_a_body_that_raises_gives_everything_back(model: torch.nn.Module, run_di
     assert bits(model) == before and model.training
 
 
-def test_blocks_may_be_nested(run_dir: Path) -> None:
+def test_nested_blocks_restore_in_order(run_dir: Path) -> None:
     model = torch.nn.Linear(4, 4)
     ema = trained(model, run_dir)
     before = bits(model)
@@ -119,7 +119,7 @@ def test_blocks_may_be_nested(run_dir: Path) -> None:
     assert bits(model) == before and model.training
 
 
-def test_an_abandoned_block_gives_everything_back(run_dir: Path) -> None:
+def test_abandoned_block_restores_every_bit(run_dir: Path) -> None:
     model = torch.nn.Linear(4, 4)
     ema = trained(model, run_dir)
     before = bits(model)
@@ -135,7 +135,7 @@ def test_an_abandoned_block_gives_everything_back(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("move", ["half", "double", "meta", "channels_last", "replaced", "removed"])
-def test_whatever_the_body_does_to_the_model_is_undone(run_dir: Path, move: str) -> None:
+def test_changes_to_the_model_in_a_block_are_undone(run_dir: Path, move: str) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3))
     ema = trained(model, run_dir)
     before, where = bits(model), layouts(model)
@@ -156,7 +156,7 @@ def test_whatever_the_body_does_to_the_model_is_undone(run_dir: Path, move: str)
     assert [entry[0] for entry in layouts(model)] == [entry[0] for entry in where]
 
 
-def test_updates_within_the_block_are_refused_and_not_counted(run_dir: Path) -> None:
+def test_updates_in_a_block_are_refused_and_not_counted(run_dir: Path) -> None:
     model = torch.nn.Linear(4, 4)
     ema = trained(model, run_dir)
     with ema.model(model, 0.1):
@@ -168,7 +168,7 @@ def test_updates_within_the_block_are_refused_and_not_counted(run_dir: Path) -> 
     ema.update_(model)
 
 
-def test_a_fresh_model_becomes_the_run_s_whole_average(run_dir: Path) -> None:
+def test_new_model_takes_all_tensors_of_the_average(run_dir: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
     for _ in range(20):
@@ -187,18 +187,18 @@ def test_a_fresh_model_becomes_the_run_s_whole_average(run_dir: Path) -> None:
     assert bits(fresh) == before
 
 
-def test_a_model_that_fails_to_fit_is_untouched(run_dir: Path) -> None:
+def test_model_of_another_shape_is_refused_and_unchanged(run_dir: Path) -> None:
     ema = trained(torch.nn.Linear(4, 4), run_dir)
     other = torch.nn.Linear(4, 5)
     before = bits(other)
     with pytest.raises(ValueError, match=r"tensor `weight`: its shape is \[5, 4\], in the run \[4, 4\]"):
         with ema.model(other, 0.1):
-            pytest.fail("must not come here")
+            pytest.fail("the block must not run")
     assert bits(other) == before and other.training
-    ema.update_(torch.nn.Linear(4, 4))  # not due to an error: the run goes on with a model that fits
+    ema.update_(torch.nn.Linear(4, 4))  # the run continues with a model that fits
 
 
-def test_steps_other_than_the_newest(run_dir: Path) -> None:
+def test_averages_at_earlier_steps_come_from_snapshots(run_dir: Path) -> None:
     model = torch.nn.Linear(4, 4)
     ema = trained(model, run_dir, steps=20)
     with ema.state_dict(0.1, step=20) as then:
@@ -215,7 +215,7 @@ def test_steps_other_than_the_newest(run_dir: Path) -> None:
         ema.plan([0.1], step=3)
 
 
-def test_before_the_first_update_there_is_nothing_to_synthesize(run_dir: Path) -> None:
+def test_synthesis_before_the_first_update_is_refused(run_dir: Path) -> None:
     model = torch.nn.Linear(4, 4)
     ema = PostHocEMA.from_model(model, run_dir)
     for act in (lambda: ema.synthesize([0.1]), lambda: ema.switch_(model, 0.1), lambda: ema.plan([0.1])):
@@ -231,10 +231,10 @@ MEMORY = """
     size = 4 * 40 * megabyte
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(megabyte)) for _ in range(40)])
     ema = posthoc_ema.PostHocEMA.from_path(sys.argv[1])
-    # Whatever is set up at the first use is set up by a small job.
+    # A small job sets up everything that the first use sets up.
     small = posthoc_ema.PostHocEMA.from_path(sys.argv[2])
     small.synthesize([0.1])
-    # Mapped files count as resident where they are read, but are not the program's: they are told apart below.
+    # Only anonymous memory counts: pages of mapped files that were read are resident, too.
     def anonymous():
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
@@ -258,7 +258,7 @@ MEMORY = """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured by /proc")
-def test_at_most_one_copy_of_the_model_is_held(tmp_path: Path) -> None:
+def test_memory_holds_at_most_one_copy_of_the_model(tmp_path: Path) -> None:
     for name, elements, count in [("large", 2**20, 40), ("small", 8, 2)]:
         model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(elements)) for _ in range(count)])
         ema = PostHocEMA.from_model(model, tmp_path / name, update_every=1, update_after_step=0, checkpoint_every=2)
@@ -270,5 +270,5 @@ def test_at_most_one_copy_of_the_model_is_held(tmp_path: Path) -> None:
         arguments = [str(tmp_path / "large"), str(tmp_path / "small"), what]
         program = [sys.executable, "-c", textwrap.dedent(MEMORY), *arguments]
         copies = float(subprocess.run(program, check=True, capture_output=True, text=True).stdout)
-        # 40 MB of working memory, a quarter of the model, beside the copy.
+        # Beside the copy 40 MB of working memory, a quarter of the model.
         assert 0.9 < copies < 1.25, (what, copies)

@@ -1,4 +1,4 @@
-"""What happens around the package: interrupts, forks, other defaults, memory that others change or share."""
+"""Interrupts, forks, other defaults, and memory that other code changes or shares."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Exchanged, bits, train
+from conftest import DlpackOnly, bits, train
 
 from posthoc_ema import KarrasEMA, PostHocEMA, _lend
 from posthoc_ema._model import plain_name
@@ -31,14 +31,14 @@ def trained(model: object, run_dir: Path, steps: int = 15, **options: object) ->
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """A process that was started in the background ignores interrupts."""
+    """Enables interrupts, which a process that was started in the background ignores."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_an_interrupt_at_any_moment_gives_everything_back(run_dir: Path, strided: bool, interruptible: None) -> None:
+def test_interrupt_at_any_moment_restores_every_bit(run_dir: Path, strided: bool, interruptible: None) -> None:
     model = torch.nn.Sequential(*[torch.nn.Linear(200, 200) for _ in range(4)])
     if strided:
         for layer in model:
@@ -63,7 +63,7 @@ def test_an_interrupt_at_any_moment_gives_everything_back(run_dir: Path, strided
     train(ema, model, 1)
 
 
-def test_an_interrupt_is_raised_when_all_is_given_back(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_is_raised_after_the_model_is_restored(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(3, 3)
     ema = trained(model, run_dir)
     before, presses = bits(model), iter([True, True, False])
@@ -80,19 +80,19 @@ def test_an_interrupt_is_raised_when_all_is_given_back(run_dir: Path, monkeypatc
     assert bits(model) == before
 
 
-def test_what_cannot_be_written_is_refused_before_anything_is(run_dir: Path) -> None:
+def test_tensors_that_cannot_be_written_are_refused_before_any_write(run_dir: Path) -> None:
     model = torch.nn.Linear(3, 3)
     model.register_buffer("wide", torch.zeros(1).expand(5))
     ema = trained(model, run_dir)
     before = bits(model)
     for act in (lambda: ema.switch_(model, 0.1), lambda: ema.model(model, 0.1).__enter__()):
-        with pytest.raises(ValueError, match="`wide`: elements share memory"):
+        with pytest.raises(ValueError, match="`wide`: its elements share memory"):
             act()
         assert bits(model) == before and model.training
     ema.update_(model)
 
 
-def test_gradients_structure_and_order_are_given_back(run_dir: Path) -> None:
+def test_gradients_structure_and_order_are_restored(run_dir: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
     ema = trained(model, run_dir)
     model(torch.randn(4, 3)).sum().backward()
@@ -112,7 +112,7 @@ def test_gradients_structure_and_order_are_given_back(run_dir: Path) -> None:
         assert parameter.grad is grad and torch.equal(grad, value)
 
 
-def test_a_backward_pass_knows_which_weights_it_goes_through(run_dir: Path) -> None:
+def test_backward_pass_through_weights_of_a_closed_block_fails(run_dir: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
     ema = trained(model, run_dir)
     inputs = torch.randn(4, 3, requires_grad=True)
@@ -126,7 +126,7 @@ def test_a_backward_pass_knows_which_weights_it_goes_through(run_dir: Path) -> N
         torch.autograd.grad(inner, inputs)
 
 
-def test_wrappers_are_in_eval_mode_too(run_dir: Path) -> None:
+def test_wrappers_are_in_eval_mode_in_a_block(run_dir: Path) -> None:
     model = torch.nn.DataParallel(torch.nn.Linear(3, 3))
     ema = trained(model, run_dir)
     with ema.model(model, 0.1) as averaged:
@@ -134,7 +134,7 @@ def test_wrappers_are_in_eval_mode_too(run_dir: Path) -> None:
     assert model.training and model.module.training
 
 
-def test_no_part_of_a_model_that_holds_an_average_is_averaged(tmp_path: Path) -> None:
+def test_parts_of_a_model_that_holds_an_average_are_refused(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     whole = torch.nn.Sequential(model, torch.nn.Linear(1, 1))
     ema, outer = trained(model, tmp_path / "model"), trained(whole, tmp_path / "whole")
@@ -157,8 +157,8 @@ def test_no_part_of_a_model_that_holds_an_average_is_averaged(tmp_path: Path) ->
     single.update()
 
 
-def test_models_without_a_common_element_do_not_disturb_each_other(tmp_path: Path) -> None:
-    # Tensors without elements all lie nowhere.
+def test_models_without_a_common_element_are_independent(tmp_path: Path) -> None:
+    # Tensors without elements have the same address, 0.
     first = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(0)), torch.nn.Parameter(torch.zeros(3))])
     second = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(0)), torch.nn.Parameter(torch.zeros(3))])
     one, other = trained(first, tmp_path / "first"), trained(second, tmp_path / "second")
@@ -167,7 +167,7 @@ def test_models_without_a_common_element_do_not_disturb_each_other(tmp_path: Pat
     assert other.step == 16
 
 
-def test_another_default_device_does_not_matter(run_dir: Path) -> None:
+def test_default_device_of_pytorch_has_no_effect(run_dir: Path) -> None:
     model = torch.nn.Linear(3, 3)
     ema = trained(model, run_dir)
     with torch.device("meta"), ema.state_dict(0.1) as state_dict:
@@ -190,13 +190,13 @@ FORKED = """
             except RuntimeError as error:
                 assert "spawn" in str(error), error
         os.write(ready[1], b"x")
-        os.read(held[0], 1)      # lives on, as a worker that loads data does
+        os.read(held[0], 1)      # stays alive, as a worker that loads data does
         os._exit(0)
     assert os.read(ready[0], 1) == b"x"
     run = _native.Run(sys.argv[1])
     if os.fork() == 0:
-        del run                  # whose files the parent's threads would unmap
-        sys.exit(0)              # its interpreter has nothing to wait for
+        del run                  # its files would be unmapped by threads of the parent
+        sys.exit(0)              # must not wait for anything
     ema.finish()
     ema.close()
     again = PostHocEMA.from_model(model, sys.argv[1], resume=True)
@@ -206,14 +206,14 @@ FORKED = """
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_process_is_refused_and_does_not_hold_the_lock(run_dir: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_forked_process_is_refused_and_does_not_hold_the_lock(run_dir: Path) -> None:
     program = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORKED), str(run_dir)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
-def test_two_parameters_over_one_memory_stay_tied(run_dir: Path) -> None:
+def test_parameters_that_share_memory_stay_tied(run_dir: Path) -> None:
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
     model["b"].weight = torch.nn.Parameter(model["a"].weight.data)
     ema, single = PostHocEMA.from_model(model, run_dir, **OPTIONS), KarrasEMA(model, sigma_rel=0.05, update_every=1)
@@ -228,7 +228,7 @@ def test_two_parameters_over_one_memory_stay_tied(run_dir: Path) -> None:
     assert not torch.equal(average["a"].weight, model["a"].weight)
 
 
-def test_tied_tensors_may_become_strided(run_dir: Path) -> None:
+def test_tied_tensors_stay_tied_when_they_become_strided(run_dir: Path) -> None:
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
     ema = trained(model, run_dir)
@@ -240,7 +240,7 @@ def test_tied_tensors_may_become_strided(run_dir: Path) -> None:
     assert bits(model) == before
 
 
-def test_arrays_of_the_other_byte_order(run_dir: Path) -> None:
+def test_arrays_of_the_other_byte_order_are_averaged(run_dir: Path) -> None:
     arrays = {"w": np.ones(4, dtype=">f4")}
     ema = PostHocEMA.from_model(arrays, run_dir, **OPTIONS)
     for _ in range(3):
@@ -250,23 +250,23 @@ def test_arrays_of_the_other_byte_order(run_dir: Path) -> None:
         assert np.array_equal(arrays["w"], np.ones(4))
 
 
-def test_what_came_by_dlpack_is_not_written(run_dir: Path) -> None:
-    shared = {"w": Exchanged(np.ones(4, dtype=np.float32))}
+def test_tensors_from_dlpack_are_not_written(run_dir: Path) -> None:
+    shared = {"w": DlpackOnly(np.ones(4, dtype=np.float32))}
     ema = PostHocEMA.from_model(shared, run_dir, **OPTIONS)
     ema.update_(shared)
-    with pytest.raises(ValueError, match="`w`: it came by DLPack, which is for reading"):
+    with pytest.raises(ValueError, match="`w`: it came by DLPack, which is only read"):
         ema.switch_(shared, 0.1)
     assert np.array_equal(shared["w"].array, np.ones(4))
 
 
-def test_storages_that_were_made_smaller(run_dir: Path) -> None:
+def test_storages_that_were_made_smaller_are_refused(run_dir: Path) -> None:
     model = torch.nn.Linear(400, 400)
     model.weight.untyped_storage().resize_(64)
     with pytest.raises(ValueError, match="`weight`: it reaches beyond its storage"):
         PostHocEMA.from_model(model, run_dir)
 
 
-def test_a_resume_keeps_what_is_not_asked_for(run_dir: Path) -> None:
+def test_resume_keeps_options_that_are_not_given(run_dir: Path) -> None:
     model = torch.nn.Linear(3, 3)
     options = {"copy": ["bias"], "checkpoint_dtype": torch.bfloat16, "sigma_rels": (0.1, 0.2), "compensated": False}
     ema = PostHocEMA.from_model(model, run_dir, max_checkpoints=50, **OPTIONS, **options)
@@ -279,7 +279,7 @@ def test_a_resume_keeps_what_is_not_asked_for(run_dir: Path) -> None:
     assert again.sigma_rels == pytest.approx((0.1, 0.2))
 
 
-def test_other_ranks_count_from_where_the_run_is(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_count_from_the_step_of_the_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(3, 3)
     ema = trained(model, run_dir, 40)
     ema.save()
@@ -291,7 +291,7 @@ def test_other_ranks_count_from_where_the_run_is(run_dir: Path, monkeypatch: pyt
     assert other.step == 1000
 
 
-def test_a_run_that_is_closed_can_be_read(run_dir: Path) -> None:
+def test_closed_run_can_be_read(run_dir: Path) -> None:
     model = torch.nn.Linear(3, 3)
     with PostHocEMA.from_model(model, run_dir, **OPTIONS) as ema:
         train(ema, model, 17)
@@ -302,7 +302,7 @@ def test_a_run_that_is_closed_can_be_read(run_dir: Path) -> None:
         ema.update_(model)
 
 
-def test_what_is_left_out_may_be_of_any_kind(run_dir: Path) -> None:
+def test_tensors_of_any_kind_can_be_left_out(run_dir: Path) -> None:
     model = torch.nn.Linear(3, 3)
     model.register_buffer("values", torch.eye(3).to_sparse())
     model.phase = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex128), requires_grad=False)
@@ -323,12 +323,12 @@ def test_copied_tensors_keep_their_dtype(run_dir: Path) -> None:
         assert half["0.weight"].dtype == torch.float16 and half["1.running_mean"].dtype == torch.float32
 
 
-def test_names_that_only_look_like_a_wrapper_s() -> None:
+def test_names_similar_to_those_of_wrappers_are_kept() -> None:
     assert plain_name("my_orig_mod.weight") == "my_orig_mod.weight"
     assert plain_name("a._orig_mod.b._fsdp_wrapped_module.weight") == "a.b.weight"
 
 
-def test_an_infinite_mask_is_told_with_the_remedy(run_dir: Path) -> None:
+def test_infinite_mask_is_refused_with_the_remedy(run_dir: Path) -> None:
     model = torch.nn.Linear(3, 3)
     model.register_buffer("mask", torch.full((3,), -torch.inf))
     ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
@@ -339,7 +339,7 @@ def test_an_infinite_mask_is_told_with_the_remedy(run_dir: Path) -> None:
     assert torch.equal(ema.synthesize([0.1])[0]["mask"], model.mask)
 
 
-def test_warnings_of_the_library_reach_the_standard_error(run_dir: Path) -> None:
+def test_warnings_of_the_library_reach_standard_error(run_dir: Path) -> None:
     program = f"""
         import torch
         from posthoc_ema import PostHocEMA
@@ -354,7 +354,7 @@ def test_warnings_of_the_library_reach_the_standard_error(run_dir: Path) -> None
     assert "WARN" in done.stderr and "weight" in done.stderr
 
 
-def test_a_start_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_start_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     model = torch.nn.Linear(3, 3)

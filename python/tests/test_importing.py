@@ -1,4 +1,4 @@
-"""Checkpoints of other tools, imported."""
+"""Imports of checkpoints of other tools."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from posthoc_ema import PostHocEMA, Profile, import_run
 FILES = Path(__file__).resolve().parents[2] / "tests" / "data" / "foreign"
 
 
-def test_a_ramp_of_pytorch_posthoc_ema_comes_out_right(tmp_path: Path) -> None:
-    told: list[tuple[int, int | None]] = []
+def test_ramp_of_pytorch_posthoc_ema_gives_exact_averages(tmp_path: Path) -> None:
+    reported: list[tuple[int, int | None]] = []
     imported = import_run(
         FILES / "ramp",
         tmp_path / "run",
         sigma_rels=(0.05, 0.28),
         update_every=10,
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: reported.append((done, total)),
     )
     assert imported.snapshots == 40 and imported.steps == tuple(range(1000, 20_001, 1000))
     assert imported.bytes == sum(path.stat().st_size for path in (tmp_path / "run").glob("*.safetensors"))
-    assert told[-1][0] > 0 and told[-1][1] is not None
+    assert reported[-1][0] > 0 and reported[-1][1] is not None
     run = PostHocEMA.from_path(tmp_path / "run")
     times = np.arange(100, 20_001, 10)
     for sigma_rel in (0.05, 0.10, 0.15, 0.20, 0.25):
         profile, (average,), (plan,) = Profile.sigma_rel(sigma_rel), run.synthesize([sigma_rel]), run.plan([sigma_rel])
         right = exact(profile, times, times / 20_000)
-        # Beside the profile's error, the f32 rounding of the tool's averages, amplified.
+        # The profile's error, and the float32 rounding of the tool's averages as the blend amplifies it.
         allowed = allowance(profile, times, times / 20_000, plan.relative_error) + 1e-6 * plan.noise_gain
         assert plan.relative_error < 0.03
         assert abs(average["weight"][0].item() - right) <= allowed, (sigma_rel, average, right, allowed)
@@ -49,7 +49,9 @@ def test_a_ramp_of_pytorch_posthoc_ema_comes_out_right(tmp_path: Path) -> None:
         ("nitrous-ema", "corrected", {"step_size_correction": True}, 1e-5),
     ],
 )
-def test_other_tools(tmp_path: Path, tool: str, folder: str, options: dict[str, bool], noise: float) -> None:
+def test_other_tools_give_exact_averages(
+    tmp_path: Path, tool: str, folder: str, options: dict[str, bool], noise: float
+) -> None:
     imported = import_run(FILES / folder, tmp_path / "run", tool, sigma_rels=(0.05, 0.28), update_every=10, **options)
     assert imported.steps == (201, 401, 611, 811)
     run = PostHocEMA.from_path(tmp_path / "run")
@@ -61,14 +63,14 @@ def test_other_tools(tmp_path: Path, tool: str, folder: str, options: dict[str, 
     assert abs(average["weight"][0, 0].item() - right) <= allowed
 
 
-def test_what_is_worth_knowing_is_warned_of(tmp_path: Path) -> None:
+def test_remarks_are_warnings(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="`norm.running_mean` is the same"):
         imported = import_run(FILES / "prefixed", tmp_path / "run", sigma_rels=(0.05, 0.28), update_every=10)
     (warning,) = imported.warnings
     assert warning.startswith("`norm.running_mean` is the same")
 
 
-def test_a_link_to_nothing_is_left_out(tmp_path: Path) -> None:
+def test_broken_link_is_left_out(tmp_path: Path) -> None:
     source = tmp_path / "old"
     shutil.copytree(FILES / "ema", source)
     (source / "model.pt").symlink_to(tmp_path / "nothing")
@@ -84,7 +86,7 @@ def test_a_link_to_nothing_is_left_out(tmp_path: Path) -> None:
 
 
 def command(trap: Path) -> bytes:
-    """The pickle of an object that runs a command, without the header and the end."""
+    """Returns the pickle of an object that runs a command, without header and end."""
     buffer = pickle.dumps(Hostile(trap), protocol=2)
     return buffer[2:-1]
 
@@ -102,19 +104,19 @@ class Hostile:
 
 
 def hostile(path: Path, trap: Path) -> None:
-    """A checkpoint as PyTorch writes them, whose pickle runs a command."""
+    """Writes a checkpoint in PyTorch's format whose pickle runs a command."""
     torch.save({"weight": torch.zeros(2), "initted": torch.tensor(True), "step": torch.tensor(901)}, path)
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in entries.items():
             if name.endswith("data.pkl"):
-                # The sound entries stay; the pickle ends with the dict that they are in, and `.`.
+                # The pickle ends with a dict and `.`: the entry goes into that dict, beside the sound ones.
                 data = data[:-1] + b"X\x06\0\0\0config" + command(trap) + b"s."
             archive.writestr(name, data)
 
 
-def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_hostile_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     source, trap = tmp_path / "old", tmp_path / "trap"
     source.mkdir()
     for index in (0, 1):
@@ -135,13 +137,15 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
         ({"sigma_rels": (0.05, 0.28), "step_size_correction": True}, "step_size_correction"),
     ],
 )
-def test_options_that_contradict_the_files(tmp_path: Path, options: dict[str, object], expected: str) -> None:
+def test_options_that_contradict_the_files_are_refused(
+    tmp_path: Path, options: dict[str, object], expected: str
+) -> None:
     with pytest.raises(ValueError, match=expected):
         import_run(FILES / "ramp", tmp_path / "run", update_every=10, **options)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_target_and_the_source(tmp_path: Path) -> None:
+def test_source_is_unchanged_and_target_must_be_new(tmp_path: Path) -> None:
     source = tmp_path / "old"
     shutil.copytree(FILES / "ramp", source)
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()}

@@ -1,4 +1,4 @@
-"""What is tracked of a model, under which names, and what is said of models that cannot be."""
+"""Tracked tensors of a model, their names, and the errors of models that cannot be tracked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Exchanged, shake, train
+from conftest import DlpackOnly, shake, train
 
 from posthoc_ema import PostHocEMA
 
@@ -24,7 +24,7 @@ def names(ema: PostHocEMA) -> set[str]:
         return set(state_dict)
 
 
-def test_only_save_diff_keeps_what_trains_and_the_batch_statistics(run_dir: Path) -> None:
+def test_only_save_diff_tracks_trained_parameters_and_batch_statistics(run_dir: Path) -> None:
     model = net()
     model.register_buffer("scale", torch.ones(3))
     model[0].requires_grad_(False)
@@ -35,7 +35,7 @@ def test_only_save_diff_keeps_what_trains_and_the_batch_statistics(run_dir: Path
     frozen = model[0].weight.detach().clone()
     with ema.model(model, 0.15):
         assert torch.equal(model[0].weight, frozen)
-    # What is frozen later stays tracked; what is thawed cannot be added.
+    # A parameter that is frozen later stays tracked; one that is unfrozen cannot be added.
     model[2].requires_grad_(False)
     train(ema, model, 1)
     model[0].requires_grad_(True)
@@ -60,7 +60,7 @@ def test_integers_and_booleans_are_copied(run_dir: Path) -> None:
         assert not torch.equal(state_dict["1.running_var"], model[1].running_var)
 
 
-def test_names_choose_what_is_averaged(run_dir: Path) -> None:
+def test_options_select_tensors_by_name(run_dir: Path) -> None:
     model = net()
     ema = PostHocEMA.from_model(model, run_dir, copy=["1.*"], leave_out=["2.bias"], **OPTIONS)
     train(ema, model, 15)
@@ -73,7 +73,7 @@ def test_names_choose_what_is_averaged(run_dir: Path) -> None:
 
 
 class Sharded(torch.nn.Module):
-    """A wrapper as FSDP names its own."""
+    """Wrapper that holds its module under the name that FSDP uses."""
 
     def __init__(self, module: torch.nn.Module):
         super().__init__()
@@ -87,7 +87,7 @@ def process_group(tmp_path: Path):
     torch.distributed.destroy_process_group()
 
 
-def test_wrappers_do_not_show_in_names(tmp_path: Path, process_group: None) -> None:
+def test_names_are_without_wrappers(tmp_path: Path, process_group: None) -> None:
     plain = net()
     inner = net()
     inner[2] = Sharded(inner[2])
@@ -100,7 +100,7 @@ def test_wrappers_do_not_show_in_names(tmp_path: Path, process_group: None) -> N
             (torch.nn.parallel.DistributedDataParallel(torch.compile(net())), set(plain.state_dict())),
             (torch.nn.DataParallel(net()), set(plain.state_dict())),
             (inner, set(plain.state_dict())),
-            # A part of the model that happens to be called so is no wrapper.
+            # A submodule named `module` is not a wrapper.
             (named_module, {f"module.{name}" for name in plain.state_dict()}),
         ]
     ):
@@ -111,7 +111,7 @@ def test_wrappers_do_not_show_in_names(tmp_path: Path, process_group: None) -> N
             assert averaged is model
 
 
-def test_a_model_that_changed_is_named(run_dir: Path) -> None:
+def test_changed_model_is_refused_with_the_tensor_name(run_dir: Path) -> None:
     model = net()
     ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
     train(ema, model, 3)
@@ -146,14 +146,14 @@ def test_a_model_that_changed_is_named(run_dir: Path) -> None:
     model[0].weight.data = model[0].weight.data.t()
     ema.update_(model)
     after = ema.ema_models[0].ema_model[0].weight
-    # The elements are read in the order of the shape, not in that of the memory.
+    # Elements are read in the order of the shape, not of the memory.
     aim = torch.arange(16.0).reshape(4, 4).t()
     weight = (after[3, 3] - before[3, 3]) / (aim[3, 3] - before[3, 3])
     assert torch.allclose(after, before + weight * (aim - before), rtol=0, atol=1e-4)
     assert ema.step == step + 1
 
 
-def test_an_error_does_not_count_the_step(run_dir: Path) -> None:
+def test_failed_update_does_not_count_the_step(run_dir: Path) -> None:
     model = net()
     ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
     train(ema, model, 5)
@@ -164,7 +164,7 @@ def test_an_error_does_not_count_the_step(run_dir: Path) -> None:
     assert ema.step == 6
 
 
-def unready() -> dict[str, tuple[torch.nn.Module, str]]:
+def unfit_models() -> dict[str, tuple[torch.nn.Module, str]]:
     zero = torch.nn.Linear(2, 2)
     for parameter in zero.parameters():
         parameter.ds_id, parameter.ds_numel = 1, parameter.numel()
@@ -194,15 +194,15 @@ def unready() -> dict[str, tuple[torch.nn.Module, str]]:
     }
 
 
-@pytest.mark.parametrize("what", list(unready()))
-def test_tensors_that_are_not_there_are_named(run_dir: Path, what: str) -> None:
-    model, expected = unready()[what]
+@pytest.mark.parametrize("case", list(unfit_models()))
+def test_unfit_tensors_are_refused_with_their_name(run_dir: Path, case: str) -> None:
+    model, expected = unfit_models()[case]
     with pytest.raises((ValueError, RuntimeError), match=expected):
         PostHocEMA.from_model(model, run_dir)
     assert not list(run_dir.glob("*.safetensors"))
 
 
-def test_what_cannot_be_averaged_can_be_copied(run_dir: Path) -> None:
+def test_tensors_that_cannot_be_averaged_can_be_copied(run_dir: Path) -> None:
     model = torch.nn.Linear(2, 2)
     model.register_buffer("scale", torch.ones(2).to(torch.float8_e4m3fn))
     model.phase = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64), requires_grad=False)
@@ -231,7 +231,7 @@ def test_dtensors_are_refused_with_the_remedy(run_dir: Path, process_group: None
     assert ema.ema_models is None
 
 
-def test_mappings_of_arrays(run_dir: Path) -> None:
+def test_mapping_of_arrays_is_averaged(run_dir: Path) -> None:
     generator = np.random.default_rng(0)
     arrays = {"a": generator.standard_normal((3, 4)), "b": generator.standard_normal(8)[::2].astype(np.float32)}
     arrays["steps"] = np.array(0)
@@ -239,7 +239,7 @@ def test_mappings_of_arrays(run_dir: Path) -> None:
     seen = []
     for step in range(1, 21):
         arrays["a"] += generator.standard_normal((3, 4))
-        # Immutable arrays are replaced at every step.
+        # As libraries with immutable arrays do, each step replaces the array.
         arrays["b"] = (arrays["b"] + 1)[::1]
         arrays["steps"] = np.array(step)
         ema.update_(arrays)
@@ -256,22 +256,22 @@ def test_mappings_of_arrays(run_dir: Path) -> None:
     arrays["b"].flags.writeable = False
     with pytest.raises(ValueError, match="`b`: the array is read-only"):
         with ema.model(arrays, 0.28):
-            pytest.fail("must not come here")
-    with pytest.raises(TypeError, match="`a`: list is no tensor"):
+            pytest.fail("the block must not run")
+    with pytest.raises(TypeError, match="`a`: list is not a tensor"):
         ema.update_({**arrays, "a": [1.0]})
 
 
-def test_dlpack_shares_elements(run_dir: Path) -> None:
+def test_arrays_with_dlpack_are_averaged(run_dir: Path) -> None:
     array = np.zeros(5, dtype=np.float32)
-    ema = PostHocEMA.from_model({"w": Exchanged(array)}, run_dir, **OPTIONS)
+    ema = PostHocEMA.from_model({"w": DlpackOnly(array)}, run_dir, **OPTIONS)
     for _ in range(4):
         array += 1
-        ema.update_({"w": Exchanged(array)})
+        ema.update_({"w": DlpackOnly(array)})
     with ema.state_dict(0.28) as average:
         assert 1 < float(average["w"][0]) < 4
 
 
-def test_without_pytorch_there_is_numpy(run_dir: Path) -> None:
+def test_package_works_without_pytorch(run_dir: Path) -> None:
     program = f"""
 import sys
 sys.modules["torch"] = None

@@ -14,7 +14,7 @@ from posthoc_ema.utils import sigma_rel_to_gamma
 
 
 def drifting(run_dir: Path, steps: int = 400) -> tuple[PostHocEMA, torch.nn.Linear, dict[float, np.ndarray]]:
-    """A model that drifts slowly, its snapshots in f16, and the exact averages of sigma_rel 0.01 and 0.02."""
+    """Trains a slowly drifting model with snapshots in float16; returns exact averages of sigma_rel 0.01 and 0.02."""
     model = torch.nn.Linear(40, 40, bias=False)
     ema = PostHocEMA.from_model(
         model, run_dir, update_every=1, update_after_step=0, checkpoint_every=20, checkpoint_dtype=torch.float16
@@ -35,7 +35,7 @@ def drifting(run_dir: Path, steps: int = 400) -> tuple[PostHocEMA, torch.nn.Line
     return ema, model, exact
 
 
-def test_auto_lowers_the_error_that_rounding_makes(run_dir: Path, tmp_path: Path) -> None:
+def test_auto_lowers_the_rounding_error(run_dir: Path, tmp_path: Path) -> None:
     _, model, exact = drifting(run_dir)
     run = PostHocEMA.from_path(run_dir)
     targets = list(exact)
@@ -56,7 +56,7 @@ def test_auto_lowers_the_error_that_rounding_makes(run_dir: Path, tmp_path: Path
             together = np.hypot(planned.predicted.profile, planned.predicted.rounding)
             assert abs(together / planned.predicted.total - 1) < 1e-12
 
-    # Every way to an average takes the same argument, and gives the same average.
+    # Every method takes the same argument and gives the same average.
     files = run.write(targets, tmp_path / "out", noise="auto")
     for file, average in zip(files, auto, strict=True):
         assert torch.equal(load_file(file)["weight"], average["weight"])
@@ -68,14 +68,14 @@ def test_auto_lowers_the_error_that_rounding_makes(run_dir: Path, tmp_path: Path
     assert by_number == chosen[0]
 
 
-def test_the_newest_update_of_a_training_has_no_prediction(run_dir: Path) -> None:
+def test_newest_update_of_a_training_has_no_prediction(run_dir: Path) -> None:
     ema, model, _ = drifting(run_dir, 130)
     assert ema.plan([0.1])[0].predicted is None
     with pytest.raises(ValueError, match="stored snapshots.*from_path"):
         ema.plan([0.1], noise="auto")
     with pytest.raises(ValueError, match="stored snapshots"), ema.model(model, 0.1, noise="auto"):
         pass
-    # A stored step is one of the run, and three steps are enough.
+    # A stored step has a prediction, and three steps are enough for it.
     assert ema.plan([0.1], step=60, noise="auto")[0].predicted is not None
     (early,) = ema.plan([0.1], step=40, noise="auto")
     assert (early.predicted, early.rho) == (None, 0.0)
@@ -83,7 +83,7 @@ def test_the_newest_update_of_a_training_has_no_prediction(run_dir: Path) -> Non
 
 
 @pytest.mark.parametrize("noise", ["on", -1.0, float("nan")])
-def test_a_noise_that_makes_no_sense_is_named(run_dir: Path, noise: float) -> None:
+def test_invalid_noise_is_refused(run_dir: Path, noise: float) -> None:
     drifting(run_dir, 80)
     with pytest.raises(ValueError, match="noise.*(off, auto or a number|0 or more)"):
         PostHocEMA.from_path(run_dir).plan([0.1], noise=noise)

@@ -1,4 +1,4 @@
-"""Options, and what is said of those that make no sense."""
+"""Options and their errors, plans, progress, files, and averages in memory."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from posthoc_ema import KarrasEMA, Plan, PostHocEMA, Profile, _native, plan
         ({"copy": ["[", "weight"]}, "option copy"),
     ],
 )
-def test_options_that_make_no_sense(run_dir: Path, options: dict[str, object], expected: str) -> None:
+def test_invalid_options_are_refused(run_dir: Path, options: dict[str, object], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         PostHocEMA.from_model(torch.nn.Linear(2, 2), run_dir, **options)
     assert not list(run_dir.glob("*.safetensors"))
 
 
-def test_a_device_that_is_not_there_is_told(run_dir: Path) -> None:
+def test_missing_device_is_refused(run_dir: Path) -> None:
     if _native.cuda_devices()[0]:
         pytest.skip("there is a CUDA device")
     with pytest.raises(RuntimeError, match="device='cuda': .*keep the averages on the host with device='cpu'"):
         PostHocEMA.from_model(torch.nn.Linear(2, 2), run_dir, device="cuda")
-    # Averages are on the device where there is room: here on the host.
+    # Without a device, "auto" is the host.
     train(PostHocEMA.from_model(torch.nn.Linear(2, 2), run_dir, device="auto"), torch.nn.Linear(2, 2), 3)
 
 
-def test_a_directory_with_a_run_is_not_overwritten(run_dir: Path) -> None:
+def test_directory_with_a_run_is_not_overwritten(run_dir: Path) -> None:
     model = torch.nn.Linear(2, 2)
     ema = PostHocEMA.from_model(model, run_dir, update_every=1, checkpoint_every=1, update_after_step=0)
     ema.update_(model)
@@ -68,7 +68,7 @@ def test_a_directory_with_a_run_is_not_overwritten(run_dir: Path) -> None:
         PostHocEMA.from_model(model, run_dir, sigma_rels=(0.1,), resume=True)
 
 
-def test_old_checkpoints_are_named_with_the_remedy(tmp_path: Path) -> None:
+def test_old_checkpoints_are_refused_with_the_remedy(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "0.1000.pt")
     for act in (
         lambda: PostHocEMA.from_model(torch.nn.Linear(2, 2), tmp_path),
@@ -80,7 +80,7 @@ def test_old_checkpoints_are_named_with_the_remedy(tmp_path: Path) -> None:
         PostHocEMA.from_model(torch.nn.Linear(2, 2), tmp_path)
 
 
-def test_the_block_of_a_run_finishes_it(run_dir: Path) -> None:
+def test_with_block_finishes_the_run(run_dir: Path) -> None:
     model = torch.nn.Linear(2, 2)
     with PostHocEMA.from_model(model, run_dir, update_every=1, update_after_step=0) as ema:
         train(ema, model, 7)
@@ -92,7 +92,7 @@ def test_the_block_of_a_run_finishes_it(run_dir: Path) -> None:
     assert not list((run_dir.parent / "other").glob("*.safetensors"))
 
 
-def test_other_ranks_are_switched_off_by_an_argument(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_zero_only_switches_other_ranks_off(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(2, 2)
     monkeypatch.setenv("RANK", "3")
     off = PostHocEMA.from_model(model, run_dir, rank_zero_only=True)
@@ -109,13 +109,13 @@ def test_other_ranks_are_switched_off_by_an_argument(run_dir: Path, monkeypatch:
     assert on.synthesize([0.1])
 
 
-def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+def test_directory_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot create .*/file/ema"):
         PostHocEMA.from_model(torch.nn.Linear(2, 2), tmp_path / "file" / "ema")
 
 
-def test_checkpoint_dtype(run_dir: Path) -> None:
+def test_checkpoint_dtype_is_that_of_files_only(run_dir: Path) -> None:
     from safetensors.torch import load_file
 
     model = torch.nn.Linear(2, 2)
@@ -124,12 +124,12 @@ def test_checkpoint_dtype(run_dir: Path) -> None:
     )
     train(ema, model, 5)
     assert load_file(run_dir / "0.5.safetensors")["weight"].dtype == torch.bfloat16
-    # A synthesis gives the model's dtype all the same.
+    # A synthesis has the dtype of the model.
     with PostHocEMA.from_path(run_dir).state_dict(0.05) as state_dict:
         assert state_dict["weight"].dtype == torch.float32
 
 
-def test_plans_before_a_training_are_those_after_it(run_dir: Path) -> None:
+def test_plans_before_a_training_equal_those_after_it(run_dir: Path) -> None:
     model = torch.nn.Linear(2, 2)
     schedule = {"update_every": 7, "update_after_step": 30, "checkpoint_every": 50, "max_checkpoints": 4}
     ema = PostHocEMA.from_model(model, run_dir, sigma_rels=(0.06, 0.2), **schedule)
@@ -142,7 +142,7 @@ def test_plans_before_a_training_are_those_after_it(run_dir: Path) -> None:
     assert sum(w.weight for w in before[0].weights) == pytest.approx(1)
 
 
-def test_profiles_describe_themselves() -> None:
+def test_profiles_round_trip_through_their_description() -> None:
     for profile in (
         Profile.sigma_rel(0.1),
         Profile.gamma(3),
@@ -174,7 +174,7 @@ def test_profiles_describe_themselves() -> None:
     ("retention", "kept"),
     [("latest", [26, 28, 30]), ([4, 9], [4, 10, 30]), ((0.05, 0.28), None), (None, None)],
 )
-def test_what_is_kept_can_be_chosen(run_dir: Path, retention: Any, kept: list[int] | None) -> None:
+def test_retention_selects_the_snapshots(run_dir: Path, retention: Any, kept: list[int] | None) -> None:
     model = torch.nn.Linear(2, 2)
     options = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 2, "max_checkpoints": 3}
     ema = PostHocEMA.from_model(model, run_dir, retention=retention, **options)
@@ -186,7 +186,7 @@ def test_what_is_kept_can_be_chosen(run_dir: Path, retention: Any, kept: list[in
     assert steps == kept
 
 
-def test_a_step_at_which_nothing_is_due_costs_next_to_nothing(run_dir: Path) -> None:
+def test_step_without_update_takes_under_two_microseconds(run_dir: Path) -> None:
     model = torch.nn.Linear(2, 2)
     ema = PostHocEMA.from_model(model, run_dir, update_every=10**9, checkpoint_every=10**9)
 
@@ -196,11 +196,11 @@ def test_a_step_at_which_nothing_is_due_costs_next_to_nothing(run_dir: Path) -> 
             ema.update_(model)
         return (time.perf_counter() - start) / calls
 
-    # The best of many: other programs cannot make it faster.
+    # The fastest of many: other programs can only slow it down.
     assert min(seconds(1000) for _ in range(100)) < 2e-6
 
 
-def test_an_update_of_many_small_tensors_is_quick(run_dir: Path) -> None:
+def test_update_of_many_small_tensors_costs_little_more_than_listing_them(run_dir: Path) -> None:
     model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(500)])
     ema = PostHocEMA.from_model(model, run_dir, update_every=1, update_after_step=0, checkpoint_every=10**9)
 
@@ -209,23 +209,23 @@ def test_an_update_of_many_small_tensors_is_quick(run_dir: Path) -> None:
         work()
         return time.perf_counter() - start
 
-    def look_at_all() -> object:
+    def list_all() -> object:
         return [(name, p.data_ptr(), p.dtype, p.shape) for name, p in model.named_parameters()]
 
-    # How long a millisecond's work takes depends on the machine; both do on the same one, in turns.
-    turns = [(seconds(lambda: ema.update_(model)), seconds(look_at_all)) for _ in range(100)]
-    assert min(update for update, _ in turns) < 1.5 * min(look for _, look in turns)
+    # Both are timed in turns: their ratio does not depend on the machine's speed.
+    turns = [(seconds(lambda: ema.update_(model)), seconds(list_all)) for _ in range(100)]
+    assert min(update for update, _ in turns) < 1.5 * min(listing for _, listing in turns)
 
 
-def test_progress_is_told_and_its_errors_are_raised(run_dir: Path) -> None:
+def test_progress_is_reported_and_its_errors_are_raised(run_dir: Path) -> None:
     model = torch.nn.Linear(300, 300)
     ema = PostHocEMA.from_model(model, run_dir, update_every=1, update_after_step=0, checkpoint_every=5)
     train(ema, model, 20)
-    run, told = PostHocEMA.from_path(run_dir), []
-    run.synthesize([0.1, 0.2], progress=lambda done, total: told.append((done, total)))
-    assert told[-1][0] == told[-1][1] > 0
-    ema.synthesize([0.1], progress=lambda done, total: told.append((done, total)))
-    assert told[-1][0] > 0 and told[-1][1] is None
+    run, reported = PostHocEMA.from_path(run_dir), []
+    run.synthesize([0.1, 0.2], progress=lambda done, total: reported.append((done, total)))
+    assert reported[-1][0] == reported[-1][1] > 0
+    ema.synthesize([0.1], progress=lambda done, total: reported.append((done, total)))
+    assert reported[-1][0] > 0 and reported[-1][1] is None
 
     def fail(done: int, total: int | None) -> None:
         raise ZeroDivisionError
@@ -236,7 +236,7 @@ def test_progress_is_told_and_its_errors_are_raised(run_dir: Path) -> None:
         run.write([0.1], run_dir.parent / "out", progress=fail)
 
 
-def test_a_bar_is_drawn_where_it_is_asked_for(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bar_is_drawn_only_on_request(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = torch.nn.Linear(3, 3)
     ema = PostHocEMA.from_model(model, run_dir, update_every=1, update_after_step=0, checkpoint_every=5)
     train(ema, model, 20)
@@ -248,7 +248,7 @@ def test_a_bar_is_drawn_where_it_is_asked_for(run_dir: Path, capsys: pytest.Capt
     assert "synthesizing" in capsys.readouterr().err
 
 
-def test_files_are_what_a_synthesis_gives(run_dir: Path, tmp_path: Path) -> None:
+def test_files_equal_synthesized_averages(run_dir: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
@@ -270,7 +270,7 @@ def test_files_are_what_a_synthesis_gives(run_dir: Path, tmp_path: Path) -> None
         run.write([0.1], run_dir)
 
 
-def test_damage_is_found(run_dir: Path) -> None:
+def test_damaged_files_are_refused(run_dir: Path) -> None:
     model = torch.nn.Linear(30, 30)
     ema = PostHocEMA.from_model(model, run_dir, update_every=1, update_after_step=0, checkpoint_every=5)
     train(ema, model, 10)
@@ -288,7 +288,7 @@ def test_damage_is_found(run_dir: Path) -> None:
         run.synthesize([0.1])
 
 
-def test_a_run_by_its_path(run_dir: Path) -> None:
+def test_run_opened_by_path_is_read_only(run_dir: Path) -> None:
     model = torch.nn.Linear(3, 3)
     ema = PostHocEMA.from_model(model, run_dir, update_every=1, update_after_step=0, checkpoint_every=5)
     train(ema, model, 23)
@@ -308,7 +308,7 @@ def test_a_run_by_its_path(run_dir: Path) -> None:
         PostHocEMA()
 
 
-def test_tracked_averages_as_modules(run_dir: Path) -> None:
+def test_tracked_averages_are_stable_modules(run_dir: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     ema = PostHocEMA.from_model(model, run_dir, update_after_step=50)
     first = ema.ema_models[0].ema_model
@@ -321,7 +321,7 @@ def test_tracked_averages_as_modules(run_dir: Path) -> None:
     assert [average.profile for average in ema.ema_models] == ema.profiles
 
 
-def test_a_single_average_in_memory() -> None:
+def test_average_in_memory_is_exact_and_resumes() -> None:
     import numpy as np
     from conftest import exact
 
@@ -339,7 +339,7 @@ def test_a_single_average_in_memory() -> None:
     assert np.allclose(ema.ema_model[0].weight.detach().double().numpy(), right, rtol=0, atol=1e-6)
     assert torch.equal(ema.ema_model[1].weight, start)
     assert ema.step == 101 and ema(torch.zeros(2, 3)).shape == (2, 3)
-    # Another object goes on from the state in the middle: the average of what came later is the same.
+    # Another object continues from the state in the middle and arrives at the same average.
     assert halfway is not None and halfway["step"].item() == 50 and halfway["initted"].item()
     other = KarrasEMA(model, gamma=ema.gamma, update_every=4, ignore_startswith_names={"1."})
     other.load_state_dict(halfway)
@@ -354,7 +354,7 @@ def test_a_single_average_in_memory() -> None:
             KarrasEMA(model, **wrong)
 
 
-def test_a_frozen_average_stays() -> None:
+def test_frozen_average_keeps_its_values() -> None:
     model = torch.nn.Linear(3, 3)
     ema = KarrasEMA(model, sigma_rel=0.1, update_every=1, frozen=True)
     ema.update()

@@ -1,6 +1,6 @@
-"""What pytorch-posthoc-ema makes of a training whose averages are known, beside what is made here.
+"""Comparison with pytorch-posthoc-ema on a training whose averages are known.
 
-Needs a folder that holds it, because it has the import name of this package:
+The other package needs a folder of its own, because it has the same import name:
 
     pip install --no-deps --target DIR pytorch-posthoc-ema==1.0.10
     POSTHOC_EMA_PEERS=DIR pytest -s tests/test_side_by_side.py
@@ -22,7 +22,7 @@ PEERS = os.environ.get("POSTHOC_EMA_PEERS")
 STEPS = 20_000
 SIGMA_REL = 0.15
 
-# Run by both with their defaults: every 10 steps an update, every 1,000 a snapshot of sigma_rel 0.05 and 0.28.
+# Run by both with their defaults: an update every 10 steps, and a snapshot of sigma_rel 0.05 and 0.28 every 1,000.
 RAMP = f"""
 import sys
 import torch
@@ -41,25 +41,25 @@ with ema.state_dict(sigma_rel={SIGMA_REL}) as state_dict:
 
 
 def average_of_the_ramp(package: Path, run: Path) -> float:
-    """By the `posthoc_ema` in a folder, in a process of its own."""
+    """Returns the average that the `posthoc_ema` in a folder computes, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(package)}
     command = [sys.executable, "-c", RAMP, str(run), str(package)]
-    # Elsewhere: Python looks for packages where it is started, first of all.
+    # In another directory: Python first looks for packages in the current one.
     done = subprocess.run(command, env=environment, cwd=run.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
 
 
 @pytest.mark.skipif(PEERS is None, reason="POSTHOC_EMA_PEERS names no folder with pytorch-posthoc-ema 1.0.10")
-def test_the_average_of_a_ramp(tmp_path: Path) -> None:
+def test_average_of_a_ramp_is_exact_here_only(tmp_path: Path) -> None:
     here = Path(posthoc_ema.__file__).resolve().parents[1]
     ours = average_of_the_ramp(here, tmp_path / "ours")
     theirs = average_of_the_ramp(Path(str(PEERS)).resolve(), tmp_path / "theirs")
-    # The mean of a power-function profile over time: (gamma + 1) / (gamma + 2).
-    # Its own checkpoints, imported.
+    # Checkpoints of the other package, imported.
     posthoc_ema.import_run(tmp_path / "theirs", tmp_path / "imported", sigma_rels=(0.05, 0.28), update_every=10)
     imported = posthoc_ema.PostHocEMA.from_path(tmp_path / "imported").synthesize([SIGMA_REL])[0]["weight"].item()
     gamma = sigma_rel_to_gamma(SIGMA_REL)
+    # Mean of a power-function profile over time.
     right = (gamma + 1.0) / (gamma + 2.0)
     print(f"\na ramp 0..1 averaged at sigma_rel {SIGMA_REL}: right {right:.4f}")
     print(f"posthoc-ema {ours:.4f}\npytorch-posthoc-ema 1.0.10 {theirs:.4f}")

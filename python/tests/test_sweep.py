@@ -1,4 +1,4 @@
-"""Many lengths, one evaluation each, the best kept."""
+"""Sweeps: evaluations of many lengths, their record, and the best average."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIMUM = 0.137
 
 
 class Ramp(torch.nn.Module):
-    """A weight that is the step, so that every length gives another average; dropout shows the mode."""
+    """Weight that equals the step, so that each length has another average; dropout shows the mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def weight(state_dict: dict[str, Any]) -> float:
 
 
 class Score:
-    """The square of the distance from the average of the optimum; notes what it was called with."""
+    """Squared distance from the average of the optimum; records the averages it was called with."""
 
     def __init__(self, ema: PostHocEMA):
         self.optimum = weight(ema.synthesize([OPTIMUM])[0])
@@ -67,7 +67,7 @@ class Score:
 
 
 def check(swept: Swept, ema: PostHocEMA, refine: int = 6) -> None:
-    """The optimum is found as far as so many steps allow, and the best is what its profile says."""
+    """Checks that the refinement is close to the optimum, and that the best average is that of its profile."""
     found = swept.best.profile.as_sigma_rel
     assert found is not None and abs(found - OPTIMUM) <= 0.06 / 1.38**refine
     assert len(swept.results) == len(LIST) + refine
@@ -77,22 +77,22 @@ def check(swept: Swept, ema: PostHocEMA, refine: int = 6) -> None:
     assert swept.at == 500 and swept.edge is None
 
 
-def test_state_dicts_are_evaluated_and_the_best_is_given(ema: PostHocEMA) -> None:
+def test_state_dicts_are_evaluated_and_the_best_is_returned(ema: PostHocEMA) -> None:
     score = Score(ema)
-    told: list[tuple[int, int]] = []
-    swept = ema.sweep(score, LIST, batch=3, progress=lambda done, planned: told.append((done, planned)))
+    reported: list[tuple[int, int]] = []
+    swept = ema.sweep(score, LIST, batch=3, progress=lambda done, planned: reported.append((done, planned)))
     check(swept, ema)
-    assert told == [(i, 14) for i in range(1, 15)]
+    assert reported == [(i, 14) for i in range(1, 15)]
     assert swept.best.path is None
     for trial, average in zip(swept.results, score.calls):
-        # One pass for several targets gives the bits of one for each.
+        # One pass for several targets has the bits of one pass for each.
         assert average == weight(ema.synthesize([trial.profile])[0])
         plan = ema.plan([trial.profile])[0]
         assert (trial.relative_error, trial.noise_gain) == (plan.relative_error, plan.noise_gain)
         assert trial.seconds >= 0.0 and trial.error is None
 
 
-def test_sigma_rels_and_targets_are_one_list_and_large_scores_can_be_the_better_ones(ema: PostHocEMA) -> None:
+def test_sigma_rels_extend_targets_and_scores_can_be_maximized(ema: PostHocEMA) -> None:
     score = Score(ema)
     swept = ema.sweep(lambda state: -score(state), [Profile.half_life(5.0)], sigma_rels=LIST, minimize=False, refine=2)
     assert len(swept.results) == 11 and swept.results[0].profile == Profile.half_life(5.0)
@@ -101,9 +101,7 @@ def test_sigma_rels_and_targets_are_one_list_and_large_scores_can_be_the_better_
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_a_model_is_evaluated_in_place_and_gets_its_own_bits_back(
-    ema: PostHocEMA, model: Ramp, run_dir: Path, live: bool
-) -> None:
+def test_model_is_evaluated_in_place_and_restored(ema: PostHocEMA, model: Ramp, run_dir: Path, live: bool) -> None:
     score = Score(ema)
     if live:
         ema = PostHocEMA.from_model(model, run_dir, **OPTIONS, resume=True)
@@ -132,17 +130,17 @@ def test_a_model_is_evaluated_in_place_and_gets_its_own_bits_back(
     ema.close()
 
 
-def test_the_newest_average_of_a_tracker_can_be_swept(model: Ramp, run_dir: Path, tmp_path: Path) -> None:
+def test_newest_average_of_a_tracker_can_be_swept(model: Ramp, run_dir: Path, tmp_path: Path) -> None:
     ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
     train(ema, model, 20)
     swept = ema.sweep(weight, [0.1, 0.2, 0.25], out=tmp_path / "sweep", refine=1)
     assert swept.at == 20 and len(swept.results) == 4
-    # No snapshot holds it, so that there is no file.
+    # It is in no snapshot, so no file is written.
     assert swept.best.path is None and not (tmp_path / "sweep/best.safetensors").exists()
     assert (tmp_path / "sweep/sweep.json").exists()
 
 
-def test_failures_are_recorded_and_the_sweep_goes_on(ema: PostHocEMA) -> None:
+def test_failures_are_recorded_and_the_sweep_continues(ema: PostHocEMA) -> None:
     outcomes: list[Any] = [
         RuntimeError("CUDA out of memory"),
         None,
@@ -171,20 +169,20 @@ def test_failures_are_recorded_and_the_sweep_goes_on(ema: PostHocEMA) -> None:
     assert swept.best.score == 0.5
 
 
-def test_where_all_fail_the_first_exception_is_the_cause(ema: PostHocEMA, tmp_path: Path) -> None:
+def test_first_exception_is_the_cause_if_all_fail(ema: PostHocEMA, tmp_path: Path) -> None:
     def evaluate(state_dict: dict[str, Any]) -> float:
         raise KeyError("layer")
 
     with pytest.raises(RuntimeError, match="all 2 evaluations failed: sigma_rel 0.1: KeyError") as raised:
         ema.sweep(evaluate, [0.1, 0.2], out=tmp_path / "sweep")
     assert isinstance(raised.value.__cause__, KeyError)
-    # It is over, so that the directory is free again.
+    # The sweep has released its directory.
     with pytest.raises(RuntimeError, match="all 2"):
         ema.sweep(evaluate, [0.1, 0.2], out=tmp_path / "sweep")
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_a_sweep_that_was_interrupted_goes_on(ema: PostHocEMA, tmp_path: Path, interrupt: type[BaseException]) -> None:
+def test_interrupted_sweep_continues(ema: PostHocEMA, tmp_path: Path, interrupt: type[BaseException]) -> None:
     score, out = Score(ema), tmp_path / "sweep"
 
     def evaluate(state_dict: dict[str, Any]) -> float:
@@ -203,9 +201,9 @@ def test_a_sweep_that_was_interrupted_goes_on(ema: PostHocEMA, tmp_path: Path, i
     document = json.loads((out / "sweep.json").read_text())
     resume = partial(ema.sweep, evaluate, LIST, out=out, name=document["evaluation"])
     assert len(document["trials"]) == 5 and document["trials"][2]["error"] == "ValueError: once"
-    assert document["evaluation"].endswith("test_a_sweep_that_was_interrupted_goes_on.<locals>.evaluate")
+    assert document["evaluation"].endswith("test_interrupted_sweep_continues.<locals>.evaluate")
     swept = resume()
-    # None twice.
+    # No average was evaluated twice.
     assert len(score.calls) == len(set(score.calls)) == 14
     assert len(swept.results) == 14 and not any(trial.error for trial in swept.results)
     assert swept.best.path == out / "best.safetensors"
@@ -214,7 +212,7 @@ def test_a_sweep_that_was_interrupted_goes_on(ema: PostHocEMA, tmp_path: Path, i
     assert len(score.calls) == 14 and again.results == swept.results and again.best.score == swept.best.score
 
 
-def test_what_cannot_be_swept_is_told(ema: PostHocEMA, run_dir: Path, tmp_path: Path) -> None:
+def test_invalid_sweeps_are_refused(ema: PostHocEMA, run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     ema.sweep(weight, [0.1, 0.2], out=out, refine=0)
     for options, part in [
@@ -226,7 +224,7 @@ def test_what_cannot_be_swept_is_told(ema: PostHocEMA, run_dir: Path, tmp_path: 
     with pytest.raises(ValueError, match="has another evaluation"):
         ema.sweep(partial(Score(ema)), [0.1], out=out)
     for inside in (run_dir, run_dir / "sweep"):
-        with pytest.raises(ValueError, match="sweep elsewhere"):
+        with pytest.raises(ValueError, match="give one outside of"):
             ema.sweep(weight, [0.1], out=inside)
     assert not (run_dir / "sweep").exists()
     for options, part in [
@@ -244,7 +242,7 @@ def shifted(state_dict: dict[str, Any], by: float = 0.0) -> float:
     return weight(state_dict) + by
 
 
-def test_scores_of_another_evaluation_are_not_taken_for_those_of_this_one(
+def test_scores_of_another_evaluation_are_not_reused(
     ema: PostHocEMA, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def within(state_dict: dict[str, Any]) -> float:
@@ -266,20 +264,20 @@ def test_scores_of_another_evaluation_are_not_taken_for_those_of_this_one(
         assert caplog.text == ""
         with pytest.raises(ValueError, match="another evaluation|give name="):
             ema.sweep(second, [0.1, 0.2], out=out, refine=0)
-        # A name says that they are the same.
+        # A given name declares them to be the same.
         name = json.loads((out / "sweep.json").read_text())["evaluation"]
         swept = ema.sweep(second, [0.1, 0.2, 0.25], out=out, refine=0, name=name)
         assert len(swept.results) == 3 and "the 2 scores" in caplog.text and name in caplog.text
         caplog.clear()
         with pytest.raises(ValueError, match="has another evaluation"):
             ema.sweep(second, [0.1, 0.2], out=out, refine=0, name="mine")
-    # A function with a name of its own goes on, and it is told that it does.
+    # A function with a unique name continues, which is logged.
     ema.sweep(shifted, [0.1], out=tmp_path / "named", refine=0)
     ema.sweep(shifted, [0.1], out=tmp_path / "named", refine=0)
     assert caplog.record_tuples == [("posthoc_ema", logging.WARNING, caplog.messages[0])]
 
 
-def test_an_average_that_its_dtype_cannot_hold_fails_alone(ema: PostHocEMA, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_average_that_its_dtype_cannot_hold_fails_alone(ema: PostHocEMA, monkeypatch: pytest.MonkeyPatch) -> None:
     synthesize = ema.synthesize
 
     def overflowing(targets: list[Profile], *positional: Any, **options: Any) -> list[dict[str, Any]]:
@@ -292,7 +290,7 @@ def test_an_average_that_its_dtype_cannot_hold_fails_alone(ema: PostHocEMA, monk
     assert [trial.error for trial in swept.results] == [None, "ValueError: tensor `weight` overflows F16", None]
 
 
-def test_an_evaluation_may_change_the_directory(
+def test_evaluation_may_change_the_working_directory(
     ema: PostHocEMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "other").mkdir()
@@ -307,19 +305,19 @@ def test_an_evaluation_may_change_the_directory(
     assert (tmp_path / "sweep/sweep.json").exists() and not list((tmp_path / "other").iterdir())
 
 
-def test_the_command_goes_on_where_python_began_only_with_the_same_question(ema: PostHocEMA, tmp_path: Path) -> None:
+def test_record_has_the_format_of_the_command_line(ema: PostHocEMA, tmp_path: Path) -> None:
     ema.sweep(weight, [0.1, 0.2], out=tmp_path / "sweep", refine=1)
     document = json.loads((tmp_path / "sweep/sweep.json").read_text())
     assert document["posthoc_ema_sweep"] == 1 and document["goal"] == "minimize" and document["at"] == 500
     assert set(document["trials"][0]) == {"profile", "score", "relative_error", "noise_gain", "seconds", "refined"}
 
 
-def test_the_best_at_an_end_says_so(ema: PostHocEMA) -> None:
+def test_best_at_an_end_is_marked(ema: PostHocEMA) -> None:
     assert ema.sweep(weight, LIST, refine=1).edge == "longest"
     assert ema.sweep(weight, LIST, refine=1, minimize=False).edge == "shortest"
 
 
-def test_the_curve_is_drawn(ema: PostHocEMA) -> None:
+def test_scores_are_drawn(ema: PostHocEMA) -> None:
     score = Score(ema)
 
     def evaluate(state_dict: dict[str, Any]) -> float:
@@ -332,8 +330,8 @@ def test_the_curve_is_drawn(ema: PostHocEMA) -> None:
     picture = swept.plot(figsize=(6, 4))
     assert picture.size == (900, 600)
     colours = {colour for _, colour in picture.getcolors(1 << 24)}
-    assert {(0, 90, 160), (190, 70, 30)} <= colours, "the curve, and the mark of the best"
-    # A failure and another best are seen.
+    assert {(0, 90, 160), (190, 70, 30)} <= colours, "the curve and the mark of the best"
+    # The failure is visible.
     without = Swept(swept.best, tuple(t for t in swept.results if t.error is None), swept.at, True, None)
     assert without.plot(figsize=(6, 4)).tobytes() != picture.tobytes()
     windows = ema.sweep(score, [Profile.uniform(fraction=f) for f in (0.2, 0.4, 0.8)], refine=2)

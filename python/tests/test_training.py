@@ -1,4 +1,4 @@
-"""Averages while training and after it, against averages computed by their definition."""
+"""Averages during training and after it, compared with averages computed by their definition."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 20_000
 
 
 def paths() -> np.ndarray:
-    """A ramp 0..1 and three random walks, of shape (steps, 4), as f32."""
+    """Returns a ramp 0..1 and three random walks, shape (steps, 4), in float32."""
     walk = np.random.default_rng(1).standard_normal((STEPS, 3)).cumsum(axis=0) / np.sqrt(STEPS)
     ramp = np.arange(1, STEPS + 1) / STEPS
     return np.column_stack([ramp, walk]).astype(np.float32)
@@ -42,11 +42,11 @@ def test_defaults_agree_with_the_exact_averages(run_dir: Path) -> None:
             profile = Profile.sigma_rel(sigma_rel)
             right = exact(profile, times, at_updates)
             got = average["weight"].double().numpy()
-            # Beside the profile's error, the rounding of f32 averages as the blend amplifies it.
+            # The profile's error, and the rounding of float32 averages as the blend amplifies it.
             allowed = allowance(profile, times, at_updates, plan.relative_error) + 1e-6 * plan.noise_gain
             assert plan.relative_error < 0.02
             assert np.all(np.abs(got - right) <= allowed), (sigma_rel, got, right, allowed)
-    # The figure that the usual tools get wrong: 0.244.
+    # Other tools get 0.244 here.
     assert abs(ema.synthesize([0.15])[0]["weight"][0].item() - 0.820) < 0.002
 
 
@@ -64,12 +64,12 @@ def test_every_dtype_is_averaged(run_dir: Path, dtype: torch.dtype) -> None:
         with ema.state_dict(sigma_rel) as state_dict:
             assert state_dict["weight"].dtype == dtype
             got = state_dict["weight"].double().numpy()
-        # Half an ulp of the dtype, and f32's of the running average.
+        # Half an ulp of the dtype, and the float32 rounding of the running average.
         allowed = np.abs(got) * torch.finfo(dtype).eps / 2 + 4e-7
         assert np.all(np.abs(got - exact(Profile.sigma_rel(sigma_rel), times, values)) <= allowed)
 
 
-def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(tmp_path: Path) -> None:
+def test_resumed_run_has_the_bits_of_one_that_never_stopped(tmp_path: Path) -> None:
     def run(name: str, stops: bool) -> None:
         torch.manual_seed(1)
         model = torch.nn.Linear(5, 5)
@@ -96,13 +96,13 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(tmp_path: Path) ->
     b = PostHocEMA.from_path(tmp_path / "resumed").synthesize([0.1])[0]
     assert all(torch.equal(tensor, b[name]) for name, tensor in a["x"].items())
     for name in names:
-        # The metadata hold the run's own id; the tensors are the last bytes.
+        # The metadata contain the run's own id; the tensors are the last bytes.
         one, other = ((tmp_path / run / name).read_bytes()[-120:] for run in ("straight", "resumed"))
         assert one == other, name
     assert not filecmp.cmp(tmp_path / "straight" / names[0], tmp_path / "resumed" / names[0], shallow=False)
 
 
-def test_updates_on_a_clock_of_the_callers_own(run_dir: Path) -> None:
+def test_updates_follow_a_clock_of_the_caller(run_dir: Path) -> None:
     model, seen, times = torch.nn.Linear(2, 2), [], []
     ema = PostHocEMA.from_model(model, run_dir, update_every=100, update_after_step=0, checkpoint_every=1000)
     rng, images = np.random.default_rng(3), 0
@@ -118,7 +118,7 @@ def test_updates_on_a_clock_of_the_callers_own(run_dir: Path) -> None:
     assert np.allclose(got, exact(Profile.sigma_rel(0.28), np.array(times), np.stack(seen)), rtol=0, atol=1e-6)
 
 
-def test_classical_averages_beside_power_functions(run_dir: Path) -> None:
+def test_classical_averages_are_tracked_beside_power_functions(run_dir: Path) -> None:
     model, seen = torch.nn.Linear(2, 2), []
     ema = PostHocEMA.from_model(
         model, run_dir, sigma_rels=(0.1,), betas=(0.99,), profiles=[Profile.half_life(30)], update_after_step=0
@@ -140,7 +140,7 @@ def test_classical_averages_beside_power_functions(run_dir: Path) -> None:
     assert all(torch.isfinite(target["weight"]).all() for target in uniform)
 
 
-def test_switch_ema_makes_the_model_its_average(run_dir: Path) -> None:
+def test_switch_replaces_the_model_by_its_average(run_dir: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     ema = PostHocEMA.from_model(model, run_dir, update_every=1, update_after_step=0)
     train(ema, model, 50)
@@ -150,13 +150,13 @@ def test_switch_ema_makes_the_model_its_average(run_dir: Path) -> None:
     loss = model(torch.randn(4, 3)).sum()
     assert ema.switch_(model, 0.15) is model
     assert torch.equal(model[0].weight, average["0.weight"])
-    # What is not averaged stays as it is.
+    # Tensors that are not averaged stay as they are.
     assert model[1].num_batches_tracked.item() == 78
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_a_diverged_training_is_told_and_nothing_is_stored(run_dir: Path) -> None:
+def test_diverged_training_is_refused_and_not_stored(run_dir: Path) -> None:
     model = torch.nn.Linear(2, 2)
     ema = PostHocEMA.from_model(model, run_dir, update_every=1, update_after_step=0, checkpoint_every=10)
     train(ema, model, 15)
@@ -174,7 +174,7 @@ def snapshots(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.glob("*.*.safetensors"))
 
 
-def test_snapshots_are_there_after_a_flush_and_at_once_without_the_background(tmp_path: Path) -> None:
+def test_snapshots_exist_after_a_flush_and_at_once_without_background(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 3)
     ema = every_step(model, tmp_path / "background")
     at_once = every_step(model, tmp_path / "at-once", checkpoint_in_background=False)
@@ -188,7 +188,7 @@ def test_snapshots_are_there_after_a_flush_and_at_once_without_the_background(tm
     assert snapshots(tmp_path / "background") == snapshots(tmp_path / "at-once")
     a, b = (PostHocEMA.from_path(tmp_path / name).synthesize([0.1])[0] for name in ("background", "at-once"))
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
-    # Stored snapshots of a tracker that goes on are all those so far.
+    # A plan at a stored step uses all snapshots up to it.
     for _ in range(5):
         shake(model)
         ema.update_(model)
@@ -198,7 +198,7 @@ def test_snapshots_are_there_after_a_flush_and_at_once_without_the_background(tm
     ema.flush()
 
 
-def test_an_error_of_the_background_comes_from_a_later_call(tmp_path: Path) -> None:
+def test_background_error_is_raised_by_a_later_call(tmp_path: Path) -> None:
     model, run = torch.nn.Linear(3, 3), tmp_path / "run"
     ema = every_step(model, run)
     ema.update_(model)
@@ -212,7 +212,7 @@ def test_an_error_of_the_background_comes_from_a_later_call(tmp_path: Path) -> N
         ema.close()
     (tmp_path / "aside").rename(run)
     assert snapshots(run) == ["0.1.safetensors", "1.1.safetensors"]
-    # It is free, and the error of a block is not hidden by one of the disk.
+    # The run is released, and an error of the disk does not hide that of the block.
     with pytest.warns(UserWarning, match="a snapshot was not stored"), pytest.raises(KeyError, match="own"):
         with every_step(model, run, resume=True) as ema:
             run.rename(tmp_path / "aside")
@@ -234,7 +234,7 @@ ENDED = """
 
 
 @pytest.mark.parametrize("how", ["returns", "raises"])
-def test_an_interpreter_that_ends_waits_for_what_is_being_written(run_dir: Path, how: str) -> None:
+def test_interpreter_waits_for_snapshots_at_exit(run_dir: Path, how: str) -> None:
     program = [sys.executable, "-c", textwrap.dedent(ENDED), str(run_dir), how]
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert ("KeyError" in done.stderr) == (how == "raises"), done.stderr

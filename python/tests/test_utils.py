@@ -1,4 +1,4 @@
-"""Conversions and closed forms: identities, and what pytorch-posthoc-ema's own tests ask of them."""
+"""Conversions and closed forms: identities, and properties that the tests of pytorch-posthoc-ema check."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_gamma_of_known_lengths(sigma_rel: float, gamma: float) -> None:
     assert sigma_rel_to_gamma(sigma_rel) == pytest.approx(gamma, rel=1e-13)
 
 
-def test_the_plain_mean_is_the_longest() -> None:
+def test_plain_mean_is_the_longest_profile() -> None:
     assert sigma_rel_to_gamma(MAX_SIGMA_REL) == pytest.approx(0.0, abs=1e-14)
     assert gamma_to_sigma_rel(0.0) == pytest.approx(MAX_SIGMA_REL, rel=1e-15)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.2887, 0.4, math.nan, math.inf])
-def test_lengths_out_of_range_are_refused_and_told_why(sigma_rel: float) -> None:
+def test_lengths_out_of_range_are_refused_with_the_reason(sigma_rel: float) -> None:
     with pytest.raises(ValueError, match="plain mean"):
         sigma_rel_to_gamma(sigma_rel)
 
@@ -53,12 +53,12 @@ def test_exponents_out_of_range_are_refused(gamma: float) -> None:
         gamma_to_sigma_rel(gamma)
 
 
-def test_length_and_exponent_come_back() -> None:
+def test_length_and_exponent_round_trip() -> None:
     sigma_rels = np.linspace(0.001, MAX_SIGMA_REL, 1000)
     np.testing.assert_allclose(gamma_to_sigma_rel(sigma_rel_to_gamma(sigma_rels)), sigma_rels, rtol=1e-13)
 
 
-def test_an_exponent_has_the_standard_deviation_of_its_profile() -> None:
+def test_exponent_gives_the_standard_deviation_of_its_profile() -> None:
     gamma = sigma_rel_to_gamma(0.17)
     t = (np.arange(1_000_000) + 0.5) / 1_000_000
     density = (gamma + 1.0) * t**gamma
@@ -67,7 +67,7 @@ def test_an_exponent_has_the_standard_deviation_of_its_profile() -> None:
 
 
 @pytest.mark.parametrize("function", CONVERSIONS)
-def test_results_are_as_what_is_given(function: Callable) -> None:
+def test_results_have_the_type_of_the_arguments(function: Callable) -> None:
     one = function(0.2)
     assert type(one) is float and type(function(np.float64(0.2))) is float
     array = function(np.array([[0.2, 0.1]], dtype=np.float32))
@@ -87,14 +87,14 @@ def test_beta_agrees_at_one_length_of_training() -> None:
     torch.testing.assert_close(back, betas, rtol=1e-14, atol=0.0)
 
 
-def test_the_end_of_the_range_comes_back_however_it_rounds() -> None:
+def test_end_of_the_range_round_trips() -> None:
     for steps in range(10, 2000, 7):
         back = beta_to_sigma_rel(sigma_rel_to_beta(MAX_SIGMA_REL, steps), steps)
         assert back == pytest.approx(MAX_SIGMA_REL, rel=1e-12) and back <= MAX_SIGMA_REL
 
 
 @pytest.mark.parametrize("function", [beta_to_sigma_rel, sigma_rel_to_beta])
-def test_without_a_length_of_training_the_error_says_what_to_pass(function: Callable) -> None:
+def test_missing_length_of_training_is_refused_with_an_example(function: Callable) -> None:
     with pytest.raises(ValueError, match=r"one length of training only.*steps=100_000"):
         function(0.1)
     for steps in (0, -5, math.nan, math.inf):
@@ -125,18 +125,18 @@ def test_p_dot_p_is_the_integral_of_the_product() -> None:
 
 def test_p_dot_p_is_symmetric_and_a_density() -> None:
     assert p_dot_p(3.0, 2.0, 7.0, 5.0) == p_dot_p(7.0, 5.0, 3.0, 2.0)
-    # Per unit of time: in units twice as long, twice as much.
+    # Per unit of time: with units twice as long, the value doubles.
     assert p_dot_p(3.0, 2.0, 7.0, 5.0) == pytest.approx(2.0 * p_dot_p(6.0, 2.0, 14.0, 5.0), rel=1e-14)
 
 
 def test_p_dot_p_at_time_zero() -> None:
-    # All mass at 0, where only the plain mean has a density.
+    # All mass is at 0, where only the plain mean has a density.
     assert p_dot_p(0.0, 7.0, 10.0, 28.0) == 0.0
     assert p_dot_p(10.0, 28.0, 0.0, 7.0) == 0.0
     assert p_dot_p(0.0, 7.0, 10.0, 0.0) == pytest.approx(0.1)
     # The limit of small times.
     assert p_dot_p(1e-30, 7.0, 10.0, 0.0) == pytest.approx(0.1)
-    # Two of time 0, as the published implementations have it.
+    # Two profiles of time 0, as in the published implementations.
     assert p_dot_p(0.0, 7.0, 0.0, 28.0) == pytest.approx(8.0 * 29.0 / 36.0)
     times = torch.tensor([[0.0, 10.0], [20.0, 30.0]], dtype=torch.float64)
     result = p_dot_p(times, torch.full_like(times, 7.0), times, torch.full_like(times, 28.0))
@@ -154,7 +154,7 @@ def test_p_dot_p_broadcasts_and_keeps_the_widest_dtype() -> None:
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
 @pytest.mark.parametrize("place", range(4))
-def test_p_dot_p_refuses_what_is_no_profile(place: int, bad: float) -> None:
+def test_p_dot_p_refuses_invalid_profiles(place: int, bad: float) -> None:
     arguments = [3.0, 2.0, 7.0, 5.0]
     arguments[place] = bad
     with pytest.raises(ValueError, match=["t_a", "gamma_a", "t_b", "gamma_b"][place]):
@@ -162,7 +162,7 @@ def test_p_dot_p_refuses_what_is_no_profile(place: int, bad: float) -> None:
 
 
 def reference_weights(gammas: torch.Tensor, times: torch.Tensor, target_gamma: float) -> torch.Tensor:
-    """Algorithm 3 word for word, unscaled."""
+    """Solves Algorithm 3 as it is published, without scaling."""
     gram = p_dot_p(times[:, None], gammas[:, None], times[None, :], gammas[None, :])
     right = p_dot_p(times, gammas, times[-1], torch.tensor(target_gamma, dtype=torch.float64))
     return torch.linalg.solve(gram, right)
@@ -176,7 +176,7 @@ def reference_weights(gammas: torch.Tensor, times: torch.Tensor, target_gamma: f
         ([100.0, 500.0], [1.0, 100.0], 200.0),
     ],
 )
-def test_weights_are_those_of_algorithm_3(gammas: list[float], times: list[float], target: float) -> None:
+def test_weights_equal_algorithm_3(gammas: list[float], times: list[float], target: float) -> None:
     g, t = torch.tensor(gammas, dtype=torch.float64), torch.tensor(times, dtype=torch.float64)
     expected = reference_weights(g, t, target)
     weights = solve_weights(g, t, target, calculation_dtype=torch.float64)
@@ -187,13 +187,13 @@ def test_weights_are_those_of_algorithm_3(gammas: list[float], times: list[float
 
 
 def snapshots(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exponents and times of a run of two profiles."""
+    """Returns exponents and times of a run of two profiles."""
     gammas = [sigma_rel_to_gamma(sigma_rel) for sigma_rel in (0.05, 0.28) for _ in range(count)]
     times = torch.arange(1, count + 1, dtype=torch.float64).repeat(2) * 1000
     return torch.tensor(gammas, dtype=torch.float64), times
 
 
-def test_a_stored_average_is_itself() -> None:
+def test_stored_average_has_weight_one() -> None:
     gammas, times = snapshots(20)
     weights = solve_weights(gammas, times, sigma_rel_to_gamma(0.28), target_sigma_rel=0.28)
     expected = torch.zeros(40, dtype=torch.float64)
@@ -201,14 +201,14 @@ def test_a_stored_average_is_itself() -> None:
     torch.testing.assert_close(weights, expected, rtol=0.0, atol=1e-9)
 
 
-def test_weights_are_nearly_those_of_a_plan_of_dense_updates() -> None:
+def test_weights_are_close_to_a_plan_with_dense_updates() -> None:
     gammas, times = snapshots(20)
     weights = solve_weights(gammas, times, sigma_rel_to_gamma(0.15))
     (dense,) = plan([0.15], steps=20_000, update_every=1, update_after_step=0)
     planned = {(weight.index, weight.step): weight.weight for weight in dense.weights}
     expected = [planned[index, step] for index in (0, 1) for step in range(1000, 20_001, 1000)]
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=0.0, atol=0.01)
-    # Only the plan holds the sum.
+    # Only the plan holds the sum at 1.
     assert 1e-7 < abs(weights.sum().item() - 1.0) < 1e-4
     assert dense.sum == pytest.approx(1.0, abs=1e-13)
 
@@ -231,21 +231,21 @@ def test_equal_averages_share_their_weight() -> None:
         ([1.0, 2.0], [1.0, 2.0], math.nan, "gamma"),
     ],
 )
-def test_what_cannot_be_solved_is_refused(gammas: list, times: list, target: float, message: str) -> None:
+def test_invalid_systems_are_refused(gammas: list, times: list, target: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         solve_weights(torch.tensor(gammas), torch.tensor(times), target)
 
 
-def test_a_target_given_twice_must_be_the_same() -> None:
+def test_contradicting_targets_are_refused() -> None:
     with pytest.raises(ValueError, match="target_sigma_rel"):
         solve_weights(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), 1.0, target_sigma_rel=0.1)
 
 
-def test_conversions_are_those_of_profiles() -> None:
+def test_conversions_agree_with_profiles() -> None:
     assert Profile.gamma(sigma_rel_to_gamma(0.1)) == Profile.sigma_rel(0.1)
 
 
-def test_numbers_and_arrays_do_without_torch() -> None:
+def test_numbers_and_arrays_work_without_torch() -> None:
     program = """
 import sys
 sys.modules["torch"] = None  # importing it fails

@@ -23,7 +23,7 @@ CURVE = (0, 90, 160)
 TRACKED = (190, 70, 30)
 
 
-def test_shapes_and_order() -> None:
+def test_errors_have_shapes_and_order() -> None:
     targets, errors, nothing = compute_reconstruction_errors((0.05, 0.10), (0.05, 0.28), 50, checkpoint_every=10)
     assert nothing is None
     for tensor in (targets, errors):
@@ -33,27 +33,27 @@ def test_shapes_and_order() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 99, 100])
-def test_exactly_so_many_targets_with_the_tracked_ones_among_them(count: int) -> None:
+def test_target_count_is_exact_and_includes_tracked_lengths(count: int) -> None:
     points = target_points((0.05, 0.123456, 0.4), (0.05, 0.28), count)
     assert len(set(points)) == count and points == sorted(points)
     assert 0.05 in points and 0.123456 in points
     assert min(points) >= 0.05 and max(points) <= 0.28
 
 
-def test_tracked_lengths_close_to_each_other_are_all_kept() -> None:
+def test_close_tracked_lengths_are_all_kept() -> None:
     close = (0.1, 0.1001, 0.1002, 0.1003)
     points = target_points(close, (0.05, 0.28), 10)
     assert len(points) == 10 and set(close) <= set(points)
 
 
-def test_default_is_the_range_of_the_paper() -> None:
+def test_default_range_is_that_of_the_paper() -> None:
     points = target_points((0.05, 0.28))
     assert len(points) == 100 and (points[0], points[-1]) == (0.05, 0.28)
-    # Evenly spaced where nothing was moved.
+    # No target was moved: they are evenly spaced.
     np.testing.assert_allclose(points, np.linspace(0.05, 0.28, 100), rtol=1e-14)
 
 
-def test_errors_are_those_of_plans() -> None:
+def test_errors_equal_those_of_plans() -> None:
     training = {"sigma_rels": (0.05, 0.28), "max_checkpoints": 9, "checkpoint_every": 300}
     targets, errors, _ = compute_reconstruction_errors(
         target_sigma_rel_range=(0.01, 0.288), num_target_points=7, **training
@@ -67,14 +67,14 @@ def test_tracked_lengths_have_no_error() -> None:
     targets, errors, _ = compute_reconstruction_errors((0.05, 0.10, 0.28))
     for sigma_rel in (0.05, 0.10, 0.28):
         assert errors[targets.tolist().index(sigma_rel)] < 1e-12
-    # And all between them have one, of at most some percent.
+    # All other lengths have an error, of a few percent at most.
     assert (errors > 1e-6).sum() == 97 and errors.max() < 0.05
 
 
-def test_a_hundred_targets_take_no_time() -> None:
+def test_hundred_targets_take_under_five_seconds() -> None:
     start = time.perf_counter()
     compute_reconstruction_errors((0.05, 0.28), max_checkpoints=100)
-    # 0.2 s on a slow core; solved one by one they would take a hundred times that.
+    # It takes 0.2 s on a slow core; solved one by one, the targets would take a hundred times as long.
     assert time.perf_counter() - start < 5.0
 
 
@@ -97,25 +97,25 @@ def test_a_hundred_targets_take_no_time() -> None:
         ({"max_checkpoints": 0}, "at least 1"),
     ],
 )
-def test_what_makes_no_sense_is_refused(arguments: dict, message: str) -> None:
+def test_invalid_arguments_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         reconstruction_error(**{"sigma_rels": (0.05, 0.28), **arguments})
 
 
 def pixels_of(image: Image.Image, color: tuple[int, int, int]) -> np.ndarray:
-    """Rows and columns of the pixels of about this colour."""
+    """Returns rows and columns of the pixels of about a colour."""
     return np.argwhere((np.abs(np.asarray(image).astype(int) - color) < 30).all(axis=-1))
 
 
-def test_the_picture_shows_curve_and_tracked_lengths() -> None:
+def test_picture_shows_curve_and_tracked_lengths() -> None:
     image = reconstruction_error((0.05, 0.28), (0.02, 0.285), figsize=(6, 4), title="A title")
     assert isinstance(image, Image.Image) and image.mode == "RGB" and image.size == (900, 600)
     assert len(pixels_of(image, CURVE)) > 500 and len(pixels_of(image, TRACKED)) > 500
-    # Light on ink.
+    # Most of the picture is white.
     assert (np.asarray(image) == 255).all(axis=-1).mean() > 0.9
 
 
-def test_a_larger_error_is_drawn_higher() -> None:
+def test_larger_error_is_drawn_higher() -> None:
     image = plot_reconstruction_errors(torch.linspace(0.05, 0.28, 50), torch.logspace(-3, -1, 50), ())
     curve = pixels_of(image, CURVE)
     left, right = curve[curve[:, 1].argmin()], curve[curve[:, 1].argmax()]
@@ -140,12 +140,12 @@ def test_flat_and_vanishing_errors_can_be_drawn(errors: torch.Tensor) -> None:
         ([0.1, 0.2], [0.1, 0.1], (math.nan,)),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(targets: list, errors: list, sources: tuple) -> None:
+def test_invalid_values_are_not_drawn(targets: list, errors: list, sources: tuple) -> None:
     with pytest.raises(ValueError, match="errors|finite"):
         plot_reconstruction_errors(targets, errors, sources)
 
 
-def test_the_users_figures_are_left_alone() -> None:
+def test_figures_of_the_user_are_unchanged() -> None:
     from matplotlib import pyplot
 
     before = matplotlib.get_backend(), dict(matplotlib.rcParams)

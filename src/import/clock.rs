@@ -5,7 +5,7 @@ use safetensors::Dtype;
 
 use crate::error::Result;
 use crate::math::History;
-use crate::snapshot::foreign::Number;
+use crate::pytorch::Number;
 
 /// The counter in the decay of update `k` is `update_every k + 2`: the step counted from 0, plus one as soon as the update
 /// is under way, plus one in the formula.

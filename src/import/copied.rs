@@ -9,8 +9,8 @@ use safetensors::Dtype;
 use super::plan::{Source, Tensors};
 use super::write::{first_not_finite, number_at};
 use crate::error::Result;
-use crate::snapshot::TensorSpec;
-use crate::snapshot::foreign::Checkpoint;
+use crate::pytorch::Checkpoint;
+use crate::tensor::TensorSpec;
 use crate::tensor::is_averaged;
 
 /// What is known of the tensors that are no averages.
@@ -25,7 +25,7 @@ pub(super) struct Copied {
 
 /// A tensor that all files of a step hold alike.
 #[derive(Clone, Copy, PartialEq)]
-struct Held {
+struct TensorDigest {
     hash: blake3::Hash,
     nan: bool,
     infinite: bool,
@@ -37,7 +37,7 @@ struct Held {
 struct Candidate<'a> {
     spec: &'a TensorSpec,
     key: &'a str,
-    newest: Option<Held>,
+    newest: Option<TensorDigest>,
     /// Whether it is the same at all steps.
     constant: bool,
 }
@@ -67,7 +67,7 @@ impl Copied {
     }
 
     fn new(candidates: Vec<Candidate>, floats: usize) -> Copied {
-        let names = |chosen: &dyn Fn(&Candidate, Held) -> bool| -> BTreeSet<String> {
+        let names = |chosen: &dyn Fn(&Candidate, TensorDigest) -> bool| -> BTreeSet<String> {
             let chosen = candidates.iter().filter(|one| one.newest.is_some_and(|held| chosen(one, held)));
             chosen.map(|one| one.spec.name.clone()).collect()
         };
@@ -139,7 +139,7 @@ fn still<'a>(candidates: Vec<Candidate<'a>>, files: &[&Source], constant: bool) 
         let Some(held) = alike(&files, one.spec, one.key)? else { return Ok(None) };
         let newest = *one.newest.get_or_insert(held);
         one.constant &= newest.hash == held.hash;
-        one.newest = Some(Held {
+        one.newest = Some(TensorDigest {
             hash: newest.hash,
             nan: newest.nan | held.nan,
             infinite: newest.infinite | held.infinite,
@@ -152,7 +152,7 @@ fn still<'a>(candidates: Vec<Candidate<'a>>, files: &[&Source], constant: bool) 
 }
 
 /// What all files hold, or none where they differ. At most two copies of the tensor are held.
-fn alike(files: &[Checkpoint], spec: &TensorSpec, key: &str) -> Result<Option<Held>> {
+fn alike(files: &[Checkpoint], spec: &TensorSpec, key: &str) -> Result<Option<TensorDigest>> {
     let Some((first, others)) = files.split_first() else { return Ok(None) };
     let bytes = first.read(key)?;
     for other in others {
@@ -161,7 +161,7 @@ fn alike(files: &[Checkpoint], spec: &TensorSpec, key: &str) -> Result<Option<He
         }
     }
     let (nan, infinite) = not_finite(spec.dtype, &bytes);
-    Ok(Some(Held { hash: blake3::hash(&bytes), nan, infinite, rounded: is_rounded(spec.dtype, &bytes) }))
+    Ok(Some(TensorDigest { hash: blake3::hash(&bytes), nan, infinite, rounded: is_rounded(spec.dtype, &bytes) }))
 }
 
 /// Whether there are NaN, and infinities.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::Tool;
 use crate::error::{Error, Result};
-use crate::snapshot::foreign::{Checkpoint, Number, Value};
+use crate::pytorch::{Checkpoint, Number, Value};
 
 /// What the names of a model's tensors begin with, where it is not the whole of them.
 const PREFIX: &str = "ema_model.";
@@ -29,7 +29,7 @@ pub(super) enum Layout {
 }
 
 /// A checkpoint in the model's own names.
-pub(super) struct Laid {
+pub(super) struct ParsedCheckpoint {
     pub layout: Layout,
     /// Whether another tool lays its checkpoints out in this way too, and more likely.
     pub doubtful: Option<Tool>,
@@ -41,10 +41,10 @@ pub(super) struct Laid {
     pub left_out: Vec<String>,
 }
 
-impl Laid {
+impl ParsedCheckpoint {
     /// # Errors
     /// [`Error::Unexpected`] for a checkpoint of another tool, or of none, and for one from before the first update.
-    pub(super) fn new(tool: Tool, checkpoint: &Checkpoint) -> Result<Laid> {
+    pub(super) fn new(tool: Tool, checkpoint: &Checkpoint) -> Result<ParsedCheckpoint> {
         let layout = layout(tool, checkpoint)?;
         let (initted, counted) = match layout {
             Layout::Extra => from_dict(checkpoint)?,
@@ -66,7 +66,7 @@ impl Laid {
         }
         let doubtful =
             (layout == Layout::Plain && found(checkpoint) == Some(Layout::Module)).then_some(Tool::EmaPytorch);
-        Ok(Laid { layout, doubtful, keys, counted, left_out })
+        Ok(ParsedCheckpoint { layout, doubtful, keys, counted, left_out })
     }
 }
 

@@ -88,7 +88,7 @@ pub struct Import {
 
 /// What was imported.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Imported {
+pub struct ImportReport {
     /// How many snapshots were written.
     pub snapshots: usize,
     /// Their steps, in order: the time of the last update that each contains, often before the step in the file's name.
@@ -159,7 +159,7 @@ impl Import {
         source: impl AsRef<Path>,
         target: impl AsRef<Path>,
         progress: Option<&(dyn Fn(u64) + Sync)>,
-    ) -> Result<Imported> {
+    ) -> Result<ImportReport> {
         self.check()?;
         let (source, target) = (source.as_ref(), target.as_ref());
         target::check(source, target)?;

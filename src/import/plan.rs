@@ -7,15 +7,17 @@ use safetensors::Dtype;
 
 use super::clock::{Clock, stands_for, tells};
 use super::copied::Copied;
-use super::layout::{Laid, Layout};
+use super::layout::{Layout, ParsedCheckpoint};
 use super::listing::{self, File};
 use super::write::are;
 use super::{Import, Tool};
-use crate::error::{Error, Result};
+use crate::error::{Difference, Error, Result};
 use crate::math::{Chain, History, Profile};
-use crate::snapshot::foreign::{self, Checkpoint, Number};
-use crate::snapshot::{Stem, TensorSpec};
+use crate::pytorch::{self, Checkpoint, Number};
+use crate::snapshot::SnapshotId;
+
 use crate::tensor::is_averaged;
+use crate::tensor::{TensorSpec, compare_tensors};
 
 /// How the name of a tensor ends that counts batches, which tools round to floating point.
 const COUNTER: &str = "num_batches_tracked";
@@ -35,7 +37,7 @@ pub(super) struct Plan {
 pub(super) struct Source {
     pub file: File,
     /// Its name in the run: the step is that of the last update contained.
-    pub stem: Stem,
+    pub stem: SnapshotId,
     pub updates: History,
 }
 
@@ -65,7 +67,7 @@ impl Plan {
         let (mut counters, mut left_out, mut doubtful) = (Counters::default(), BTreeSet::new(), None);
         for file in &files {
             let checkpoint = Checkpoint::open(&file.path)?;
-            let laid = Laid::new(import.from, &checkpoint)?;
+            let laid = ParsedCheckpoint::new(import.from, &checkpoint)?;
             let own = Tensors::new(&checkpoint, &laid)?;
             match &tensors {
                 Some(first) => own.check_sibling(first, &file.path, &files[0].path)?,
@@ -78,7 +80,10 @@ impl Plan {
             left_out.extend(laid.left_out);
             doubtful = laid.doubtful;
         }
-        let mut tensors = tensors.ok_or_else(|| Error::Nothing("there is no checkpoint to import".into()))?;
+        let mut tensors = tensors.ok_or_else(|| Error::NoSource {
+            wanted: "checkpoint to import".into(),
+            remedy: "name a directory that holds some",
+        })?;
         tensors.counters = counters.whole();
         warnings.extend(left_out.iter().map(|key| format!("the entry `{key}` is left out: it is no tensor")));
         warnings.extend(counters.warning());
@@ -97,17 +102,17 @@ impl Plan {
 }
 
 impl Source {
-    fn new(import: &Import, file: &File, laid: &Laid) -> Result<Source> {
+    fn new(import: &Import, file: &File, laid: &ParsedCheckpoint) -> Result<Source> {
         let clock = import.clock(laid.layout);
         check_count(import, clock, file, laid)?;
         let last = clock.last_update(file.call).ok_or_else(|| before_the_first(clock, file))?;
         let updates = clock.updates(last).map_err(|error| Error::unexpected(&file.path, error.to_string()))?;
-        Ok(Source { file: file.clone(), stem: Stem { index: file.index, step: last }, updates })
+        Ok(Source { file: file.clone(), stem: SnapshotId { index: file.index, step: last }, updates })
     }
 }
 
 /// Compares what the tool had counted with the file's name.
-fn check_count(import: &Import, clock: Clock, file: &File, laid: &Laid) -> Result<()> {
+fn check_count(import: &Import, clock: Clock, file: &File, laid: &ParsedCheckpoint) -> Result<()> {
     let (call, expected) = (file.call, clock.counted(file.call));
     if stands_for(laid.counted, expected) {
         return Ok(());
@@ -155,7 +160,7 @@ fn before_the_first(clock: Clock, file: &File) -> Error {
 }
 
 impl Tensors {
-    pub(super) fn new(checkpoint: &Checkpoint, laid: &Laid) -> Result<Tensors> {
+    pub(super) fn new(checkpoint: &Checkpoint, laid: &ParsedCheckpoint) -> Result<Tensors> {
         let spec = |(name, key): (&String, &String)| Ok(TensorSpec { name: name.clone(), ..checkpoint.spec(key)? });
         Ok(Tensors {
             layout: laid.layout,
@@ -169,26 +174,12 @@ impl Tensors {
     /// # Errors
     /// [`Error::Mismatch`] for other names, shapes or dtypes than a sibling's.
     pub(super) fn check_sibling(&self, other: &Tensors, path: &Path, its: &Path) -> Result<()> {
-        let differs = |reason: String| Err(Error::Mismatch { path: path.to_owned(), other: its.to_owned(), reason });
         if self.layout != other.layout {
-            return differs("entries are laid out otherwise".into());
+            let difference = Difference::new("the layout of the entries", "another", format!("{:?}", self.layout));
+            return Err(Error::mismatch(path, its, difference));
         }
-        let theirs: BTreeMap<&str, &TensorSpec> = other.specs.iter().map(|s| (s.name.as_str(), s)).collect();
-        for TensorSpec { name, dtype, shape } in &self.specs {
-            match theirs.get(name.as_str()) {
-                None => return differs(format!("a tensor `{name}` more is stored")),
-                Some(its) if its.shape != *shape => {
-                    return differs(format!("tensor `{name}` has another shape ({shape:?}, not {:?})", its.shape));
-                }
-                Some(its) if its.dtype != *dtype => {
-                    return differs(format!("tensor `{name}` has another dtype ({dtype}, not {})", its.dtype));
-                }
-                Some(_) => {}
-            }
-        }
-        let own: BTreeSet<&str> = self.specs.iter().map(|spec| spec.name.as_str()).collect();
-        match theirs.keys().find(|name| !own.contains(*name)) {
-            Some(name) => differs(format!("a tensor `{name}` less is stored")),
+        match compare_tensors(specs(&self.specs), specs(&other.specs)) {
+            Some(difference) => Err(Error::mismatch(path, its, difference)),
             None => Ok(()),
         }
     }
@@ -208,6 +199,10 @@ impl Tensors {
     }
 }
 
+fn specs(specs: &[TensorSpec]) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
+    specs.iter().map(|spec| (spec.name.as_str(), spec.dtype, spec.shape.as_slice()))
+}
+
 /// Tensors that count batches, rounded to floating point.
 #[derive(Default)]
 struct Counters {
@@ -217,7 +212,7 @@ struct Counters {
 }
 
 impl Counters {
-    fn look(&mut self, checkpoint: &Checkpoint, laid: &Laid) -> Result<()> {
+    fn look(&mut self, checkpoint: &Checkpoint, laid: &ParsedCheckpoint) -> Result<()> {
         for (name, key) in laid.keys.iter().filter(|(name, _)| name.rsplit('.').next() == Some(COUNTER)) {
             let spec = checkpoint.spec(key)?;
             if !spec.shape.is_empty() || !is_averaged(spec.dtype) {
@@ -246,7 +241,7 @@ impl Counters {
 /// The whole number that a rounded count stands for: some number, none within where it is beyond the dtype, and none at all
 /// where it is no count.
 pub(super) fn counted(bytes: &[u8], dtype: Dtype) -> Option<Option<i64>> {
-    match foreign::number(dtype, bytes)? {
+    match pytorch::number(dtype, bytes)? {
         Number::Whole(value) => Some(Some(value)),
         Number::Rounded(f64::INFINITY, _) => Some(None),
         Number::Rounded(value, _) => {
@@ -266,7 +261,7 @@ fn drop_repeated(
     warnings: &mut Vec<String>,
 ) -> Result<Vec<Source>> {
     let mut kept: Vec<Source> = Vec::with_capacity(sources.len());
-    let mut places: BTreeMap<Stem, usize> = BTreeMap::new();
+    let mut places: BTreeMap<SnapshotId, usize> = BTreeMap::new();
     for source in sources {
         let Some(&place) = places.get(&source.stem) else {
             places.insert(source.stem, kept.len());

@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::snapshot::{check_empty, check_vacant};
+use crate::snapshot::check_empty;
+
+use crate::fs::check_vacant;
 
 /// Checks that a run can be written to `target`, before anything is read.
 ///

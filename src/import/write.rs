@@ -8,15 +8,20 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use super::Imported;
+use super::ImportReport;
 use super::plan::{Plan, Source, Tensors, counted};
 use crate::error::{Error, Result};
-use crate::snapshot::foreign::{self, Checkpoint, Number};
-use crate::snapshot::{AtomicFolder, Meta, SHARD_SIZE, TensorSpec, new_run_id, write_snapshot};
-use crate::synthesis::{Run, history_json, profile_json};
+use crate::fs::AtomicFolder;
+use crate::pytorch::{self, Checkpoint, Number};
+
+use crate::snapshot::{Meta, SHARD_SIZE, new_run_id, write_snapshot};
+
+use crate::planning::{history_json, profile_json};
+use crate::run::Run;
+use crate::tensor::TensorSpec;
 
 /// Writes a run, or nothing.
-pub(super) fn write(plan: &Plan, dir: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<Imported> {
+pub(super) fn write(plan: &Plan, dir: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<ImportReport> {
     let target = AtomicFolder::create(dir, "import")?;
     let dir = target.path();
     let (run, mut bytes) = (new_run_id(), 0);
@@ -30,7 +35,7 @@ pub(super) fn write(plan: &Plan, dir: &Path, progress: &(dyn Fn(u64) + Sync)) ->
     Run::open(dir)?;
     target.commit()?;
     let steps: BTreeSet<u64> = plan.sources.iter().map(|source| source.stem.step).collect();
-    Ok(Imported {
+    Ok(ImportReport {
         snapshots: plan.sources.len(),
         steps: steps.into_iter().collect(),
         profiles: plan.profiles.clone(),
@@ -84,7 +89,7 @@ fn check_finite(path: &Path, spec: &TensorSpec, bytes: &[u8]) -> Result<()> {
 /// One element of a floating-point tensor.
 pub(super) fn number_at(dtype: Dtype, bytes: &[u8], element: usize) -> f64 {
     let size = dtype.bitsize() / 8;
-    match foreign::number(dtype, &bytes[element * size..(element + 1) * size]) {
+    match pytorch::number(dtype, &bytes[element * size..(element + 1) * size]) {
         Some(Number::Rounded(value, _)) => value,
         _ => f64::NAN,
     }

@@ -36,12 +36,15 @@ impl Resolution {
     /// what lies after the last one at or before `at` to that last one; later times have no weight and no entry.
     ///
     /// # Errors
-    /// [`Error::Nothing`] where no time is at or before `at`, [`Error::Parameter`] as [`Profile::check_at`].
+    /// [`Error::NoSource`] where no time is at or before `at`, [`Error::Parameter`] as [`Profile::check_at`].
     pub fn new(profile: &Profile, times: &[u64], at: u64) -> Result<Resolution> {
         debug_assert!(times.is_sorted_by(|a, b| a < b), "times grow");
         let times = &times[..times.partition_point(|&time| time <= at)];
         let Some(last) = times.len().checked_sub(1) else {
-            return Err(Error::Nothing(format!("no checkpoint is at or before step {at}")));
+            return Err(Error::NoSource {
+                wanted: format!("checkpoint at or before step {at}"),
+                remedy: "ask for a later step",
+            });
         };
         profile.check_at(at as f64)?;
         let ends = || times[..last].iter().copied().chain([at]);

@@ -92,7 +92,7 @@ impl System {
     /// `rho` is the regularisation in the units of the inner product (1/steps); 0 for none.
     ///
     /// # Errors
-    /// [`Error::Nothing`] without sources, [`Error::DuplicateSource`] for two of one profile and step,
+    /// [`Error::NoSource`] without sources, [`Error::DuplicateSource`] for two of one profile and step,
     /// [`Error::History`] where a source's step is no update.
     pub fn new(history: &History, at: u64, sources: &[Source], rho: f64) -> Result<System> {
         check_distinct(sources)?;
@@ -241,7 +241,10 @@ impl System {
 
 fn check_distinct(sources: &[Source]) -> Result<()> {
     if sources.is_empty() {
-        return Err(Error::Nothing("there is no snapshot to blend".into()));
+        return Err(Error::NoSource {
+            wanted: "snapshot to blend".into(),
+            remedy: "train until the first one is stored",
+        });
     }
     if sources.len() > MAX_SOURCES {
         let reason = format!("{} snapshots are more than the {MAX_SOURCES} of one solve: keep fewer", sources.len());

@@ -9,33 +9,33 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 
 use super::STATE_FILE;
-use super::atomic::{directory, sync_directory};
-use super::faults::strike;
 use super::meta::Meta;
 use super::read::StoredFile;
-use super::regular::find_document;
 use super::shards::Index;
-use super::temporary::is_temporary;
 use super::tensors::StoredTensor;
-use crate::error::{Error, Result};
-use crate::tensor::is_averaged;
+use crate::error::{Difference, Error, Result};
+use crate::fs::fail_point;
+use crate::fs::find_document;
+use crate::fs::is_temporary;
+use crate::fs::{parent_dir, sync_directory};
+use crate::tensor::{compare_tensors, is_averaged};
 
 /// What a snapshot's file names begin with: profile index and step, `0.1000`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Stem {
+pub struct SnapshotId {
     /// The index of the profile within the run.
     pub index: usize,
     /// The step.
     pub step: u64,
 }
 
-impl fmt::Display for Stem {
+impl fmt::Display for SnapshotId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.index, self.step)
     }
 }
 
-impl Stem {
+impl SnapshotId {
     /// The name of a snapshot in one file.
     pub fn file_name(self) -> String {
         format!("{self}.safetensors")
@@ -61,7 +61,7 @@ enum Part {
 }
 
 /// Reads a file name; none for a file that is no part of a snapshot. Only the very names that are written count.
-fn parse(name: &str) -> Option<(Stem, Part)> {
+fn parse(name: &str) -> Option<(SnapshotId, Part)> {
     let (stem, part) = if let Some(stem) = name.strip_suffix(".safetensors.index.json") {
         (stem, Part::Index)
     } else {
@@ -75,7 +75,7 @@ fn parse(name: &str) -> Option<(Stem, Part)> {
         }
     };
     let (index, step) = stem.split_once('.')?;
-    let stem = Stem { index: index.parse().ok()?, step: step.parse().ok()? };
+    let stem = SnapshotId { index: index.parse().ok()?, step: step.parse().ok()? };
     let canonical = match part {
         Part::Whole => stem.file_name(),
         Part::Shard { i, n } => stem.shard_name(i, n),
@@ -88,7 +88,7 @@ fn parse(name: &str) -> Option<(Stem, Part)> {
 ///
 /// # Errors
 /// As [`list_each`], and [`Error::Unexpected`] for a finished set with a shard missing.
-pub fn list(dir: &Path) -> Result<BTreeMap<Stem, Vec<PathBuf>>> {
+pub fn list(dir: &Path) -> Result<BTreeMap<SnapshotId, Vec<PathBuf>>> {
     list_each(dir)?.into_iter().map(|(stem, files)| Ok((stem, files?))).collect()
 }
 
@@ -97,8 +97,8 @@ pub fn list(dir: &Path) -> Result<BTreeMap<Stem, Vec<PathBuf>>> {
 ///
 /// # Errors
 /// [`Error::NoRun`] where there is no such directory, [`Error::Io`] where it cannot be read.
-pub fn list_each(dir: &Path) -> Result<BTreeMap<Stem, Result<Vec<PathBuf>>>> {
-    let mut found: BTreeMap<Stem, Vec<Part>> = BTreeMap::new();
+pub fn list_each(dir: &Path) -> Result<BTreeMap<SnapshotId, Result<Vec<PathBuf>>>> {
+    let mut found: BTreeMap<SnapshotId, Vec<Part>> = BTreeMap::new();
     for name in names(dir)? {
         if let Some((stem, part)) = parse(&name) {
             found.entry(stem).or_default().push(part);
@@ -134,7 +134,7 @@ pub fn check_empty(dir: &Path) -> Result<()> {
     }
 }
 
-fn complete(dir: &Path, stem: Stem, parts: &[Part]) -> Result<Option<Vec<PathBuf>>> {
+fn complete(dir: &Path, stem: SnapshotId, parts: &[Part]) -> Result<Option<Vec<PathBuf>>> {
     let of = parts.iter().filter_map(|part| if let Part::Shard { n, .. } = part { Some(*n) } else { None }).max();
     // Only as many shards as there are files can be there, whatever a file's name claims.
     let missing = of.and_then(|n| (1..=n).find(|&i| !parts.contains(&Part::Shard { i, n })));
@@ -192,7 +192,7 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
         let path = dir.join(&name);
         let unfinished = matches!(parse(&name), Some((_, Part::Shard { .. }))) && !finished.contains(&path);
         if path.is_file() && (is_temporary(&name) || unfinished) {
-            strike(&path).and_then(|()| fs::remove_file(&path)).map_err(Error::io("remove", &path))?;
+            fail_point(&path).and_then(|()| fs::remove_file(&path)).map_err(Error::io("remove", &path))?;
         }
     }
     Ok(())
@@ -202,10 +202,10 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Io`].
-pub fn remove(dir: &Path, stem: Stem, files: &[PathBuf]) -> Result<()> {
+pub fn remove(dir: &Path, stem: SnapshotId, files: &[PathBuf]) -> Result<()> {
     let index = dir.join(stem.index_name());
     for path in std::iter::once(&index).chain(files) {
-        match strike(path).and_then(|()| fs::remove_file(path)) {
+        match fail_point(path).and_then(|()| fs::remove_file(path)) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io("remove", path)(error)),
             _ => {}
         }
@@ -217,7 +217,7 @@ pub fn remove(dir: &Path, stem: Stem, files: &[PathBuf]) -> Result<()> {
 #[derive(Debug)]
 pub struct Snapshot {
     /// The index of the profile, and the step.
-    pub stem: Stem,
+    pub stem: SnapshotId,
     /// What the snapshot says of itself.
     pub meta: Meta,
     files: Vec<StoredFile>,
@@ -238,12 +238,12 @@ impl Snapshot {
     /// # Errors
     /// Those of [`StoredFile::open`] and [`Meta::from_strings`], and [`Error::Unexpected`] for a file whose name and
     /// contents disagree.
-    pub fn open(stem: Stem, paths: &[PathBuf]) -> Result<Snapshot> {
+    pub fn open(stem: SnapshotId, paths: &[PathBuf]) -> Result<Snapshot> {
         Snapshot::open_like(stem, paths, None)
     }
 
     /// As [`Snapshot::open`], sooner where the headers say what those of a sibling say.
-    pub(super) fn open_like(stem: Stem, paths: &[PathBuf], sibling: Option<&Snapshot>) -> Result<Snapshot> {
+    pub(super) fn open_like(stem: SnapshotId, paths: &[PathBuf], sibling: Option<&Snapshot>) -> Result<Snapshot> {
         let like = |i: usize| sibling.and_then(|sibling| sibling.files.get(i));
         let open = |(i, path): (usize, &PathBuf)| StoredFile::open_like(path, like(i));
         let files: Vec<StoredFile> = paths.iter().enumerate().map(open).collect::<Result<_>>()?;
@@ -260,7 +260,7 @@ impl Snapshot {
                 Some(meta) => merge(meta, own, file.path(), files[0].path())?,
             }
         }
-        let meta = meta.ok_or_else(|| Error::Nothing(format!("snapshot {stem} has no file")))?;
+        let meta = meta.ok_or_else(|| Error::Internal(format!("snapshot {stem} has no file")))?;
         let snapshot = Snapshot { stem, meta, places: places(&files)?, files };
         let same = |sibling: &Snapshot| snapshot.shares_tensors(sibling) && snapshot.meta.copied == sibling.meta.copied;
         if !sibling.is_some_and(same) {
@@ -278,7 +278,7 @@ impl Snapshot {
         if self.files.len() == 1 {
             return Ok(());
         }
-        let path = directory(self.path()).join(self.stem.index_name());
+        let path = parent_dir(self.path()).join(self.stem.index_name());
         let Some(found) = find_document(&path)? else { return Ok(()) };
         let mut index = Index::new(self.stem, self.files.len());
         for (shard, file) in self.files.iter().enumerate() {
@@ -360,27 +360,31 @@ impl Snapshot {
     /// # Errors
     /// [`Error::Mismatch`] for another run's id, other names, shapes or dtypes.
     pub fn check_sibling(&self, other: &Snapshot) -> Result<()> {
-        let differs = |reason: String| {
-            Err(Error::Mismatch { path: self.path().to_owned(), other: other.path().to_owned(), reason })
-        };
+        self.difference(other).map_or(Ok(()), |difference| Err(Error::mismatch(self.path(), other.path(), difference)))
+    }
+
+    /// The first property in which two snapshots of one run must not differ.
+    fn difference(&self, other: &Snapshot) -> Option<Difference> {
         if self.meta.run != other.meta.run {
-            let name = |run: &Option<String>| run.clone().unwrap_or_else(|| "none".into());
-            return differs(format!(
-                "another run's id is stored ({}, not {})",
-                name(&self.meta.run),
-                name(&other.meta.run)
-            ));
+            let id = |snapshot: &Snapshot| snapshot.meta.run.clone().unwrap_or_else(|| "none".into());
+            return Some(Difference::new("the run's id", id(other), id(self)));
         }
-        if !self.shares_tensors(other) {
-            self.compare_tensors(other).or_else(differs)?;
+        if !self.shares_tensors(other)
+            && let Some(difference) = compare_tensors(self.model_specs(), other.model_specs())
+        {
+            return Some(difference);
         }
         if self.meta.tied != other.meta.tied {
-            return differs("other tensors are tied".into());
+            return Some(Difference::new(
+                "the list of tied tensors",
+                format!("{:?}", other.meta.tied),
+                format!("{:?}", self.meta.tied),
+            ));
         }
-        if self.meta.copied != other.meta.copied {
-            return differs("other tensors are copied instead of averaged".into());
-        }
-        Ok(())
+        (self.meta.copied != other.meta.copied).then(|| {
+            let (expected, found) = (format!("{:?}", other.meta.copied), format!("{:?}", self.meta.copied));
+            Difference::new("the list of copied tensors", expected, found)
+        })
     }
 
     /// Checks that a snapshot of the same index is of the same profile.
@@ -391,8 +395,8 @@ impl Snapshot {
         if self.meta.profile == other.meta.profile {
             return Ok(());
         }
-        let reason = format!("another profile is stored ({}, not {})", self.meta.profile, other.meta.profile);
-        Err(Error::Mismatch { path: self.path().to_owned(), other: other.path().to_owned(), reason })
+        let difference = Difference::new("the profile", &other.meta.profile, &self.meta.profile);
+        Err(Error::mismatch(self.path(), other.path(), difference))
     }
 
     /// Whether names, shapes and dtypes are known to be those of a sibling.
@@ -403,26 +407,9 @@ impl Snapshot {
             && self.meta.dtypes == other.meta.dtypes
     }
 
-    /// Compares names, shapes and dtypes; the error is the difference.
-    fn compare_tensors(&self, other: &Snapshot) -> Result<(), String> {
-        let mut place = 0;
-        for (name, tensor) in self.tensors() {
-            let Some((sibling, _)) = other.tensor_near(name, &mut place) else {
-                return Err(format!("a tensor `{name}` more is stored"));
-            };
-            place += 1;
-            if tensor.shape != sibling.shape {
-                return Err(format!("tensor `{name}` has another shape ({:?}, not {:?})", tensor.shape, sibling.shape));
-            }
-            let (own, its) = (self.model_dtype(name, tensor.dtype), other.model_dtype(name, sibling.dtype));
-            if own != its {
-                return Err(format!("tensor `{name}` has another dtype ({own}, not {its})"));
-            }
-        }
-        match other.tensors().find(|(name, _)| self.find(name, 0).is_none()) {
-            Some((name, _)) => Err(format!("a tensor `{name}` less is stored")),
-            None => Ok(()),
-        }
+    /// Name, the model's dtype and shape of every tensor.
+    fn model_specs(&self) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
+        self.tensors().map(|(name, stored)| (name, self.model_dtype(name, stored.dtype), stored.shape.as_slice()))
     }
 
     /// Checks the dtypes that the metadata claim: only an averaged tensor is stored in another dtype than the model's.
@@ -479,7 +466,7 @@ fn places(files: &[StoredFile]) -> Result<Vec<Place>> {
     }
 }
 
-fn check_stem(file: &StoredFile, stem: Stem, meta: &Meta) -> Result<()> {
+fn check_stem(file: &StoredFile, stem: SnapshotId, meta: &Meta) -> Result<()> {
     if meta.step == stem.step {
         return Ok(());
     }
@@ -490,10 +477,13 @@ fn check_stem(file: &StoredFile, stem: Stem, meta: &Meta) -> Result<()> {
 
 /// Adds what another shard of the same snapshot says.
 fn merge(meta: &mut Meta, own: Meta, path: &Path, other: &Path) -> Result<()> {
-    let same = own.profile == meta.profile && own.history == meta.history && own.run == meta.run;
-    if !same {
-        let reason = "another profile, history or run is stored".into();
-        return Err(Error::Mismatch { path: path.to_owned(), other: other.to_owned(), reason });
+    let mine = [Some(&own.profile), own.history.as_ref(), own.run.as_ref()];
+    let its = [Some(&meta.profile), meta.history.as_ref(), meta.run.as_ref()];
+    for (what, (mine, its)) in ["the profile", "the history", "the run's id"].into_iter().zip(mine.iter().zip(its)) {
+        if *mine != its {
+            let shown = |text: Option<&String>| text.cloned().unwrap_or_else(|| "none".into());
+            return Err(Error::mismatch(path, other, Difference::new(what, shown(its), shown(*mine))));
+        }
     }
     meta.dtypes.extend(own.dtypes.iter().map(|(name, &dtype)| (name.clone(), dtype)));
     meta.copied.extend(own.copied);

@@ -4,11 +4,10 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use safetensors::Dtype;
 use serde_json::json;
 
 use crate::error::{Error, Result};
-use crate::tensor::byte_size;
+use crate::tensor::{TensorSpec, byte_size};
 
 /// The header, with the 8 bytes of its length, is padded to whole pages, so that the data lies on pages too.
 const PAGE: usize = 4096;
@@ -19,20 +18,9 @@ pub const MAX_HEADER: usize = 100_000_000;
 /// The entry of a header that is no tensor.
 pub(super) const METADATA: &str = "__metadata__";
 
-/// What a tensor is, without its elements.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TensorSpec {
-    /// The name.
-    pub name: String,
-    /// The element type in the file.
-    pub dtype: Dtype,
-    /// The shape.
-    pub shape: Vec<usize>,
-}
-
 /// A tensor's place in a file.
 #[derive(Clone, Debug)]
-pub struct Placed {
+pub struct PlacedTensor {
     /// Its index in the list that was laid out.
     pub index: usize,
     /// Its bytes within the data section.
@@ -43,7 +31,7 @@ pub struct Placed {
 #[derive(Clone, Debug)]
 pub struct FileLayout {
     specs: Vec<TensorSpec>,
-    places: Vec<Placed>,
+    places: Vec<PlacedTensor>,
 }
 
 impl FileLayout {
@@ -61,7 +49,7 @@ impl FileLayout {
             let size = byte_size(&spec.name, spec.dtype, &spec.shape)?;
             let too_large = || Error::tensor(&spec.name, "all tensors together take more than 2^63 bytes");
             let next = end.checked_add(size).filter(|&n| n <= isize::MAX as usize).ok_or_else(too_large)?;
-            places.push(Placed { index, range: end..next });
+            places.push(PlacedTensor { index, range: end..next });
             end = next;
         }
         check_names(&specs)?;
@@ -74,7 +62,7 @@ impl FileLayout {
     }
 
     /// All places, in the order of the file.
-    pub fn places(&self) -> &[Placed] {
+    pub fn places(&self) -> &[PlacedTensor] {
         &self.places
     }
 
@@ -90,7 +78,7 @@ impl FileLayout {
     pub fn header(&self, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
         // The metadata first, as readers that look for nothing else have it soonest.
         let mut json = format!("{{{}:{}", json!(METADATA), json!(metadata));
-        for Placed { index, range: Range { start, end } } in &self.places {
+        for PlacedTensor { index, range: Range { start, end } } in &self.places {
             let TensorSpec { name, dtype, shape } = &self.specs[*index];
             let (name, dtype) = (json!(name), json!(dtype));
             json += &format!(",{name}:{{\"dtype\":{dtype},\"shape\":{shape:?},\"data_offsets\":[{start},{end}]}}");
@@ -127,6 +115,8 @@ fn check_names(specs: &[TensorSpec]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use safetensors::Dtype;
+
     use super::*;
     use safetensors::SafeTensors;
 

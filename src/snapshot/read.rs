@@ -10,10 +10,10 @@ use memmap2::Advice;
 use super::checksum;
 use super::header::{Header, Known};
 use super::layout::MAX_HEADER;
-use super::mapping::Mapping;
-use super::regular::check_regular;
 use super::tensors::{StoredTensor, StoredTensors};
 use crate::error::{Error, Result};
+use crate::fs::Mapping;
+use crate::fs::check_regular;
 
 /// A safetensors file, mapped, its header checked whole.
 #[derive(Debug)]
@@ -135,7 +135,9 @@ fn split_header<'a>(path: &Path, bytes: &'a [u8]) -> Result<(&'a [u8], &'a [u8])
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::{TensorSpec, write_file};
+    use crate::tensor::TensorSpec;
+
+    use crate::snapshot::write_file;
     use safetensors::Dtype;
     use std::ops::Range;
 

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use super::atomic::AtomicFile;
-use super::directory::Stem;
-use super::layout::{FileLayout, TensorSpec};
+use super::directory::SnapshotId;
+use super::layout::FileLayout;
 use super::meta::Meta;
 use crate::error::Result;
+use crate::fs::AtomicFile;
+use crate::tensor::TensorSpec;
 use crate::tensor::byte_size;
 
 /// Deals tensors out to shards of at most `shard_size` bytes, in the order of a single file; a tensor that is larger
@@ -39,7 +40,7 @@ pub(super) fn restrict(meta: &Meta, specs: &[TensorSpec]) -> Meta {
 }
 
 /// Writes the index that Hugging Face's loaders look for; the shards themselves remain what counts.
-pub(super) fn write_index(dir: &Path, stem: Stem, specs: &[TensorSpec], shards: &[Vec<usize>]) -> Result<()> {
+pub(super) fn write_index(dir: &Path, stem: SnapshotId, specs: &[TensorSpec], shards: &[Vec<usize>]) -> Result<()> {
     let mut index = Index::new(stem, shards.len());
     for (shard, members) in shards.iter().enumerate() {
         for &member in members {
@@ -54,14 +55,14 @@ pub(super) fn write_index(dir: &Path, stem: Stem, specs: &[TensorSpec], shards: 
 
 /// What the index of a snapshot in shards says.
 pub(super) struct Index<'a> {
-    stem: Stem,
+    stem: SnapshotId,
     shards: usize,
     total_size: usize,
     weight_map: BTreeMap<&'a str, String>,
 }
 
 impl<'a> Index<'a> {
-    pub(super) fn new(stem: Stem, shards: usize) -> Index<'a> {
+    pub(super) fn new(stem: SnapshotId, shards: usize) -> Index<'a> {
         Index { stem, shards, total_size: 0, weight_map: BTreeMap::new() }
     }
 

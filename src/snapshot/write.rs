@@ -8,13 +8,14 @@ use std::thread;
 
 use rayon::prelude::*;
 
-use super::atomic::AtomicFile;
 use super::checksum;
-use super::directory::Stem;
-use super::layout::{FileLayout, Placed, TensorSpec};
+use super::directory::SnapshotId;
+use super::layout::{FileLayout, PlacedTensor};
 use super::meta::Meta;
 use super::shards;
 use crate::error::{Error, Result};
+use crate::fs::AtomicFile;
+use crate::tensor::TensorSpec;
 
 /// Bytes that are filled, hashed and written at a time.
 const BLOCK: usize = 2 << 20;
@@ -85,15 +86,15 @@ fn write_data(file: &AtomicFile, data: u64, layout: &FileLayout, fill: &Fill<'_>
 }
 
 /// Fills the bytes of the data section from `start` on, with all threads.
-fn fill_block(block: &mut [u8], start: usize, places: &[Placed], fill: &Fill<'_>) {
+fn fill_block(block: &mut [u8], start: usize, places: &[PlacedTensor], fill: &Fill<'_>) {
     let pieces = block.par_chunks_mut(PIECE).enumerate();
     pieces.for_each(|(i, piece)| fill_piece(piece, start + i * PIECE, places, fill));
 }
 
-fn fill_piece(block: &mut [u8], start: usize, places: &[Placed], fill: &Fill<'_>) {
+fn fill_piece(block: &mut [u8], start: usize, places: &[PlacedTensor], fill: &Fill<'_>) {
     let end = start + block.len();
     let first = places.partition_point(|place| place.range.end <= start);
-    for Placed { index, range } in places[first..].iter().take_while(|place| place.range.start < end) {
+    for PlacedTensor { index, range } in places[first..].iter().take_while(|place| place.range.start < end) {
         let (from, to) = (range.start.max(start), range.end.min(end));
         if from < to {
             fill(*index, from - range.start..to - range.start, &mut block[from - start..to - start]);
@@ -107,7 +108,7 @@ fn fill_piece(block: &mut [u8], start: usize, places: &[Placed], fill: &Fill<'_>
 /// As [`write_file`]. Shards written before the failure stay and are not taken for a snapshot: the set is incomplete.
 pub fn write_snapshot(
     dir: &Path,
-    stem: Stem,
+    stem: SnapshotId,
     specs: Vec<TensorSpec>,
     meta: &Meta,
     shard_size: u64,

@@ -7,8 +7,12 @@ use std::path::{Path, PathBuf};
 use super::search::{Sweep, Trial};
 use crate::error::{Error, Result};
 use crate::math::Profile;
-use crate::snapshot::{PROFILE, StoredFile, is_temporary, sync_directory};
-use crate::synthesis::{Plan, profile_json};
+use crate::snapshot::{PROFILE, StoredFile};
+
+use crate::fs::{is_temporary, sync_directory};
+use crate::planning::Plan;
+
+use crate::planning::profile_json;
 
 /// The name of the best average.
 pub(super) const BEST: &str = "best.safetensors";

@@ -13,7 +13,7 @@ use super::output::{self, Tails};
 use super::score::score;
 use super::template::Template;
 use crate::error::{Error, Result};
-use crate::synthesis::profile_json;
+use crate::planning::profile_json;
 
 /// Runs the command in `$1`, in a process group of its own, and kills all of the group when our end of the pipe on its
 /// standard input is closed: after the command, after its time is up, and when this process ends in whatever way.

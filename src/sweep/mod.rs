@@ -18,9 +18,9 @@ mod template;
 pub use candidates::Candidate;
 pub use command::Command;
 pub use observer::Observer;
-pub use record::{Question, Record, identity};
-pub use run::{SweepOptions, Swept};
-pub use search::{Edge, Figures, Goal, Outcome, Sweep, Trial};
+pub use record::{Record, SweepKey, identity};
+pub use run::{SweepOptions, SweepResult};
+pub use search::{Edge, Goal, Outcome, Sweep, Trial, TrialMetrics};
 
 #[cfg(test)]
 mod tests;

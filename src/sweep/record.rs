@@ -9,8 +9,10 @@ use super::candidates::{BEST, FOLDER};
 use super::run::SweepOptions;
 use super::search::{Goal, Sweep, Trial};
 use crate::error::{Error, Result};
-use crate::snapshot::{AtomicFile, Lock, STATE_FILE, any_part, find_document};
-use crate::synthesis::Run;
+use crate::fs::{AtomicFile, Lock, find_document};
+
+use crate::run::Run;
+use crate::snapshot::{STATE_FILE, any_part};
 
 /// The name of the document.
 const FILE: &str = "sweep.json";
@@ -20,7 +22,7 @@ const VERSION: u32 = 1;
 
 /// What a sweep asks; two sweeps that differ in it do not share scores.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Question {
+pub struct SweepKey {
     /// The run: its id, or its directory where the snapshots have none.
     pub run: String,
     /// The time of the targets.
@@ -39,7 +41,7 @@ pub struct Question {
 #[derive(Debug)]
 pub struct Record {
     dir: PathBuf,
-    question: Question,
+    question: SweepKey,
     _lock: Lock,
 }
 
@@ -47,7 +49,7 @@ pub struct Record {
 #[derive(Deserialize)]
 struct Stored {
     #[serde(flatten)]
-    question: Question,
+    question: SweepKey,
     trials: Vec<Trial>,
 }
 
@@ -56,7 +58,7 @@ struct Stored {
 struct Document<'a> {
     posthoc_ema_sweep: u32,
     #[serde(flatten)]
-    question: &'a Question,
+    question: &'a SweepKey,
     trials: &'a [Trial],
 }
 
@@ -73,7 +75,7 @@ impl Record {
     /// # Errors
     /// [`Error::Unexpected`] where the directory belongs to another sweep or is in use by one, or without a document holds
     /// what a sweep would replace, or a run; [`Error::Damaged`] for a document that cannot be understood, [`Error::Io`].
-    pub fn open(dir: &Path, question: Question) -> Result<(Record, Vec<Trial>)> {
+    pub fn open(dir: &Path, question: SweepKey) -> Result<(Record, Vec<Trial>)> {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         // An evaluation may change the directory of its process.
         let dir = &std::path::absolute(dir).map_err(Error::io("read", dir))?;
@@ -116,10 +118,10 @@ impl Record {
     }
 }
 
-impl Question {
+impl SweepKey {
     /// What a sweep over a run asks.
-    pub fn new(run: &Run, at: u64, options: &SweepOptions<'_>) -> Question {
-        Question {
+    pub fn new(run: &Run, at: u64, options: &SweepOptions<'_>) -> SweepKey {
+        SweepKey {
             run: identity(run),
             at,
             evaluation: options.evaluation.to_owned(),
@@ -130,8 +132,8 @@ impl Question {
     }
 
     /// The first difference from another, as text that goes on after "the sweep here".
-    fn difference(&self, stored: &Question) -> Option<String> {
-        let dtype = |question: &Question| question.dtype.clone().unwrap_or_else(|| "the model's".into());
+    fn difference(&self, stored: &SweepKey) -> Option<String> {
+        let dtype = |question: &SweepKey| question.dtype.clone().unwrap_or_else(|| "the model's".into());
         let parts = [
             ("is over another run", self.run.clone(), stored.run.clone()),
             ("is at another step", self.at.to_string(), stored.at.to_string()),
@@ -173,7 +175,7 @@ fn check_own(dir: &Path) -> Result<()> {
     }
 }
 
-fn read(path: &Path, text: &[u8], question: &Question) -> Result<Vec<Trial>> {
+fn read(path: &Path, text: &[u8], question: &SweepKey) -> Result<Vec<Trial>> {
     let damaged = |error: serde_json::Error| Error::damaged(path, format!("it is no record of a sweep: {error}"));
     let version: Version = serde_json::from_slice(text).map_err(damaged)?;
     if version.posthoc_ema_sweep != VERSION {
@@ -193,10 +195,10 @@ fn read(path: &Path, text: &[u8], question: &Question) -> Result<Vec<Trial>> {
 mod tests {
     use super::*;
     use crate::math::Profile;
-    use crate::sweep::{Figures, Outcome};
+    use crate::sweep::{Outcome, TrialMetrics};
 
-    fn question() -> Question {
-        Question {
+    fn question() -> SweepKey {
+        SweepKey {
             run: "a1".into(),
             at: 500,
             evaluation: "eval {}".into(),
@@ -209,7 +211,7 @@ mod tests {
     fn sweep() -> Sweep {
         let targets = [0.05, 0.1, 0.15].map(|s| Profile::sigma_rel(s).unwrap());
         let mut sweep = Sweep::new(&targets, Goal::Minimize, 2).unwrap();
-        let figures = Figures { relative_error: Some(1.0 / 3.0), noise_gain: Some(2.5), seconds: Some(0.1) };
+        let figures = TrialMetrics { relative_error: Some(1.0 / 3.0), noise_gain: Some(2.5), seconds: Some(0.1) };
         for (target, outcome) in targets.into_iter().zip([
             Outcome::Score(0.1 + 0.2),
             Outcome::Error("no \"number\"\nat all".into()),
@@ -240,11 +242,11 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         Record::open(temp.path(), question()).unwrap().0.save(&sweep()).unwrap();
         for (other, part) in [
-            (Question { run: "b2".into(), ..question() }, "is over another run (a1, and now b2)"),
-            (Question { at: 400, ..question() }, "is at another step (500, and now 400)"),
-            (Question { evaluation: "true".into(), ..question() }, "has another evaluation (eval {}, and now true)"),
-            (Question { goal: Goal::Maximize, ..question() }, "has another direction (minimize, and now maximize)"),
-            (Question { dtype: Some("F16".into()), ..question() }, "has another dtype (the model's, and now F16)"),
+            (SweepKey { run: "b2".into(), ..question() }, "is over another run (a1, and now b2)"),
+            (SweepKey { at: 400, ..question() }, "is at another step (500, and now 400)"),
+            (SweepKey { evaluation: "true".into(), ..question() }, "has another evaluation (eval {}, and now true)"),
+            (SweepKey { goal: Goal::Maximize, ..question() }, "has another direction (minimize, and now maximize)"),
+            (SweepKey { dtype: Some("F16".into()), ..question() }, "has another dtype (the model's, and now F16)"),
         ] {
             let text = Record::open(temp.path(), other).unwrap_err().to_string();
             assert!(text.contains(part) && text.contains("sweep.json"), "{text}");
@@ -276,7 +278,7 @@ mod tests {
         // Other files do not matter; and what was begun goes on, with another question as long as nothing was evaluated.
         let temp = tempfile::tempdir().unwrap();
         fs::write(temp.path().join("notes"), "").unwrap();
-        drop(Record::open(temp.path(), Question { at: 400, ..question() }).unwrap());
+        drop(Record::open(temp.path(), SweepKey { at: 400, ..question() }).unwrap());
         fs::write(temp.path().join(BEST), "").unwrap();
         Record::open(temp.path(), question()).unwrap();
     }

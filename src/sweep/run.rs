@@ -6,12 +6,16 @@ use std::time::Instant;
 
 use super::candidates::{Candidate, Files};
 use super::observer::Observer;
-use super::record::{Question, Record};
-use super::search::{Figures, Goal, Outcome, Sweep};
+use super::record::{Record, SweepKey};
+use super::search::{Goal, Outcome, Sweep, TrialMetrics};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::math::Profile;
-use crate::synthesis::{At, Noise, Output, Plan, Run, WriteOptions};
+use crate::planning::{At, Noise, Plan};
+
+use crate::synthesis::{Output, WriteOptions};
+
+use crate::run::Run;
 use crate::tensor::Dtype;
 
 /// How many averages are synthesized in one pass, where nothing else is asked for: as many as one pass can have.
@@ -71,7 +75,7 @@ impl<'a> SweepOptions<'a> {
 
 /// What came of a sweep.
 #[derive(Clone, Debug)]
-pub struct Swept {
+pub struct SweepResult {
     /// All trials, those of earlier calls among them; [`Sweep::best`] is the best one.
     pub sweep: Sweep,
     /// The best average as a safetensors file; none where no evaluation succeeded.
@@ -123,20 +127,20 @@ impl Run {
         &self,
         options: &SweepOptions<'_>,
         evaluate: impl FnMut(&Candidate<'_>) -> Result<f64, E>,
-    ) -> Result<Swept> {
+    ) -> Result<SweepResult> {
         let mut sweep = Sweep::new(options.targets, options.goal, options.refine)?;
         // A target that cannot be had is told before anything is done.
         let plans = self.plans_with(sweep.targets(), options.at, options.noise)?;
         let at = plans.first().map_or(0, |plan| plan.at);
         self.check_apart(options.dir)?;
-        let question = Question::new(self, at, options);
+        let question = SweepKey::new(self, at, options);
         let (record, trials) = Record::open(options.dir, question)?;
         let files = Files::new(record.dir(), options.keep_all, &trials)?;
         sweep.restore(trials);
         let mut sweeping = Sweeping { run: self, options, record, files, sweep, at, evaluate, evaluated: 0 };
         sweeping.search()?;
         let best = sweeping.ensure_best()?;
-        Ok(Swept { sweep: sweeping.sweep, best, at, evaluated: sweeping.evaluated })
+        Ok(SweepResult { sweep: sweeping.sweep, best, at, evaluated: sweeping.evaluated })
     }
 
     /// A sweep writes neither into a run's directory, which is flat and holds nothing else, nor below it.
@@ -225,7 +229,7 @@ where
     }
 
     fn record(&mut self, plan: &Plan, outcome: Outcome, seconds: f64) -> Result<()> {
-        self.sweep.record(plan.profile.clone(), outcome, Figures::of(plan, seconds));
+        self.sweep.record(plan.profile.clone(), outcome, TrialMetrics::of(plan, seconds));
         self.record.save(&self.sweep)?;
         let trial = self.sweep.trial(&plan.profile);
         trial.into_iter().for_each(|trial| self.options.observer.evaluated(trial, &self.sweep));

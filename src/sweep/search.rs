@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::refine;
 use crate::error::{Error, Result};
 use crate::math::{Family, MAX_SIGMA_REL, Profile, Unit};
-use crate::synthesis::Plan;
+use crate::planning::Plan;
 
 /// Which scores are better.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,7 +32,7 @@ pub enum Outcome {
 
 /// What is known of an average beside its score; all of it may be left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Figures {
+pub struct TrialMetrics {
     /// How far the synthesized profile is from the one asked for ([`Plan::relative_error`]).
     pub relative_error: Option<f64>,
     /// By how much rounding errors of the snapshots were amplified ([`Plan::noise_gain`]).
@@ -51,7 +51,7 @@ pub struct Trial {
     pub outcome: Outcome,
     /// What is known of the average.
     #[serde(flatten)]
-    pub figures: Figures,
+    pub figures: TrialMetrics,
     /// Whether the refinement chose it; otherwise it stood in the list.
     pub refined: bool,
 }
@@ -72,7 +72,7 @@ pub enum Edge {
 /// [restored](Sweep::restore) goes on as that one would have.
 ///
 /// ```
-/// use posthoc_ema::{Profile, sweep::{Figures, Goal, Outcome, Sweep}};
+/// use posthoc_ema::{Profile, sweep::{TrialMetrics, Goal, Outcome, Sweep}};
 ///
 /// let targets = [0.05, 0.1, 0.15, 0.2].map(|s| Profile::sigma_rel(s).unwrap());
 /// let mut sweep = Sweep::new(&targets, Goal::Minimize, 6)?;
@@ -83,7 +83,7 @@ pub enum Edge {
 ///     }
 ///     for profile in profiles {
 ///         let score = (profile.as_sigma_rel().unwrap() - 0.137).powi(2); // the evaluation
-///         sweep.record(profile, Outcome::Score(score), Figures::default());
+///         sweep.record(profile, Outcome::Score(score), TrialMetrics::default());
 ///     }
 /// }
 /// let best = sweep.best().unwrap().profile.as_sigma_rel().unwrap();
@@ -103,10 +103,10 @@ impl Sweep {
     /// evaluated once.
     ///
     /// # Errors
-    /// [`Error::Nothing`] for an empty list.
+    /// [`Error::NoTarget`] for an empty list.
     pub fn new(targets: &[Profile], goal: Goal, refine: usize) -> Result<Sweep> {
         if targets.is_empty() {
-            return Err(Error::Nothing("there is no target to evaluate: name at least one".into()));
+            return Err(Error::NoTarget);
         }
         let mut distinct: Vec<Profile> = Vec::with_capacity(targets.len());
         for target in targets {
@@ -137,7 +137,7 @@ impl Sweep {
     }
 
     /// Takes what came of an evaluation; a score that is NaN or infinite is a failure.
-    pub fn record(&mut self, profile: Profile, outcome: Outcome, figures: Figures) -> &Trial {
+    pub fn record(&mut self, profile: Profile, outcome: Outcome, figures: TrialMetrics) -> &Trial {
         let outcome = match outcome {
             Outcome::Score(score) if !score.is_finite() => {
                 Outcome::Error(format!("the score is {score}: a finite number is needed"))
@@ -245,10 +245,14 @@ impl Trial {
     }
 }
 
-impl Figures {
+impl TrialMetrics {
     /// Those of a plan.
-    pub fn of(plan: &Plan, seconds: f64) -> Figures {
-        Figures { relative_error: Some(plan.relative_error), noise_gain: Some(plan.noise_gain), seconds: Some(seconds) }
+    pub fn of(plan: &Plan, seconds: f64) -> TrialMetrics {
+        TrialMetrics {
+            relative_error: Some(plan.relative_error),
+            noise_gain: Some(plan.noise_gain),
+            seconds: Some(seconds),
+        }
     }
 }
 

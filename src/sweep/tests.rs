@@ -28,7 +28,7 @@ fn finish(sweep: &mut Sweep, batch: usize, function: &dyn Fn(f64) -> Option<f64>
             assert!(sweep.trial(&profile).is_none(), "{profile} is evaluated twice");
             let score = function(length(&profile));
             let outcome = score.map_or_else(|| Outcome::Error("no".into()), Outcome::Score);
-            sweep.record(profile, outcome, Figures::default());
+            sweep.record(profile, outcome, TrialMetrics::default());
         }
     }
 }
@@ -178,7 +178,7 @@ fn failed_refinements_bound_the_search_and_end_it() {
 fn scores_that_are_no_numbers_are_failures() {
     let mut sweep = Sweep::new(&[0.1, 0.2, 0.25].map(power), Goal::Maximize, 3).unwrap();
     for (sigma_rel, score) in [(0.1, f64::NAN), (0.2, f64::INFINITY), (0.25, f64::NEG_INFINITY)] {
-        assert_eq!(sweep.record(power(sigma_rel), Outcome::Score(score), Figures::default()).score(), None);
+        assert_eq!(sweep.record(power(sigma_rel), Outcome::Score(score), TrialMetrics::default()).score(), None);
     }
     assert!(sweep.best().is_none() && sweep.edge().is_none() && sweep.next(10).is_empty());
     let reasons: Vec<&str> = sweep.failures().map(|(_, why)| why).collect();
@@ -196,7 +196,7 @@ fn lists_go_in_batches_each_target_once_and_tables_are_not_refined() {
     assert_eq!(sweep.next(256).len(), 4);
     for target in sweep.next(256) {
         let score = if target == table { 0.0 } else { 1.0 };
-        sweep.record(target, Outcome::Score(score), Figures::default());
+        sweep.record(target, Outcome::Score(score), TrialMetrics::default());
     }
     assert_eq!(sweep.best().unwrap().profile, table);
     assert!(sweep.next(256).is_empty() && sweep.edge().is_none());

@@ -5,9 +5,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use super::ahead::Ahead;
-use super::pool::{Elements, Holder, PoolTensor, Selection};
-use crate::compute::cpu::{self, Unfit};
+use super::prefetch::Prefetcher;
+use super::source_set::{Elements, ModelTensor, Selection, TensorSource};
+use crate::compute::cpu::{self, Overflow};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda;
 use crate::error::{Error, Result};
@@ -17,8 +17,8 @@ const AHEAD: usize = 4 * cpu::CHUNK;
 
 /// The sources of one averaged tensor, ready to be blended.
 pub(super) struct TensorBlend<'a> {
-    tensor: &'a PoolTensor,
-    holders: &'a [&'a dyn Holder],
+    tensor: &'a ModelTensor,
+    holders: &'a [&'a dyn TensorSource],
     dtypes: Vec<Dtype>,
     stored: Vec<Elements<'a>>,
     weights: &'a [f64],
@@ -27,9 +27,9 @@ pub(super) struct TensorBlend<'a> {
 
 impl<'a> TensorBlend<'a> {
     /// Looks the tensor up in every source.
-    pub(super) fn new(selection: &'a Selection<'a>, tensor: &'a PoolTensor, output: Dtype) -> Result<Self> {
+    pub(super) fn new(selection: &'a Selection<'a>, tensor: &'a ModelTensor, output: Dtype) -> Result<Self> {
         let mut place = 0;
-        let find = |holder: &&'a dyn Holder| {
+        let find = |holder: &&'a dyn TensorSource| {
             holder
                 .stored_near(&tensor.name, &mut place)
                 .ok_or_else(|| Error::tensor(&tensor.name, "a snapshot lacks it"))
@@ -68,7 +68,7 @@ impl<'a> TensorBlend<'a> {
     /// Blends the whole tensor of a single target.
     pub(super) fn whole(&self, dst: &mut [u8]) -> Result<()> {
         let size = self.output.bitsize() / 8;
-        let (total, ahead) = (dst.len() / size, Ahead::new());
+        let (total, ahead) = (dst.len() / size, Prefetcher::new());
         let chunks = dst.par_chunks_mut(cpu::CHUNK * size).enumerate();
         chunks.try_for_each(|(i, chunk)| {
             let start = i * cpu::CHUNK;
@@ -102,13 +102,13 @@ impl<'a> TensorBlend<'a> {
         self.dtypes.iter().map(|dtype| (dtype.bitsize() / 8 * elements) as u64).sum()
     }
 
-    fn unfit(&self, unfit: Unfit, start: usize) -> Error {
+    fn unfit(&self, unfit: Overflow, start: usize) -> Error {
         unfit_error(&self.tensor.name, self.output, unfit, start)
     }
 }
 
 /// The error for a sum that a dtype cannot hold, in a stretch of a tensor that begins at element `start`.
-fn unfit_error(tensor: &str, output: Dtype, unfit: Unfit, start: usize) -> Error {
+fn unfit_error(tensor: &str, output: Dtype, unfit: Overflow, start: usize) -> Error {
     let (value, element) = (unfit.value, start + unfit.element);
     let reason = if value.is_finite() {
         format!("the average is {value} at element {element}, beyond {output}: choose bf16 or f32")
@@ -171,7 +171,7 @@ pub(super) struct Origin<'a> {
 
 #[cfg(feature = "cuda")]
 impl Origin<'_> {
-    pub(super) fn unfit(&self, unfit: Unfit) -> Error {
+    pub(super) fn unfit(&self, unfit: Overflow) -> Error {
         unfit_error(self.tensor, self.output, unfit, self.start)
     }
 }

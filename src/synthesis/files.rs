@@ -6,9 +6,13 @@ use std::path::PathBuf;
 
 use safetensors::Dtype;
 
-use super::pool::{Pool, PoolTensor};
+use super::source_set::{ModelTensor, SourceSet};
 use crate::error::Result;
-use crate::snapshot::{AtomicFile, FileLayout, TensorSpec};
+use crate::fs::AtomicFile;
+
+use crate::snapshot::FileLayout;
+
+use crate::tensor::TensorSpec;
 
 /// How the tensors of a pool are dealt out to files.
 pub(crate) struct Shards(Vec<Shard>);
@@ -20,7 +24,7 @@ struct Shard {
 }
 
 /// Where a tensor lies.
-pub(super) struct Spot {
+pub(super) struct TensorLocation {
     /// The index of its file.
     pub file: usize,
     /// Its index within the pool.
@@ -32,7 +36,7 @@ pub(super) struct Spot {
 }
 
 /// The name of one file of a target, and what it says of itself.
-pub(crate) struct Head {
+pub(crate) struct OutputFile {
     pub path: PathBuf,
     pub metadata: BTreeMap<String, String>,
 }
@@ -42,7 +46,7 @@ impl Shards {
     ///
     /// # Errors
     /// As [`FileLayout::new`].
-    pub(crate) fn new(pool: &Pool<'_>, dtype: Option<Dtype>, parts: Vec<Vec<usize>>) -> Result<Shards> {
+    pub(crate) fn new(pool: &SourceSet<'_>, dtype: Option<Dtype>, parts: Vec<Vec<usize>>) -> Result<Shards> {
         let shard = |members: Vec<usize>| {
             let specs = members.iter().map(|&member| spec(&pool.tensors[member], dtype)).collect();
             Ok(Shard { members, layout: FileLayout::new(specs)? })
@@ -54,7 +58,7 @@ impl Shards {
     ///
     /// # Errors
     /// As [`Shards::new`].
-    pub(crate) fn single(pool: &Pool<'_>, dtype: Option<Dtype>) -> Result<Shards> {
+    pub(crate) fn single(pool: &SourceSet<'_>, dtype: Option<Dtype>) -> Result<Shards> {
         Shards::new(pool, dtype, vec![(0..pool.tensors.len()).collect()])
     }
 
@@ -69,9 +73,9 @@ impl Shards {
     }
 
     /// All tensors, file by file, in the order of each file.
-    pub(super) fn spots(&self) -> impl Iterator<Item = Spot> {
+    pub(super) fn spots(&self) -> impl Iterator<Item = TensorLocation> {
         self.0.iter().enumerate().flat_map(|(file, Shard { members, layout })| {
-            layout.places().iter().map(move |place| Spot {
+            layout.places().iter().map(move |place| TensorLocation {
                 file,
                 tensor: members[place.index],
                 dtype: layout.specs()[place.index].dtype,
@@ -81,35 +85,35 @@ impl Shards {
     }
 
     /// Begins the files of one target and writes their headers.
-    pub(super) fn create(&self, heads: &[Head]) -> Result<Files> {
+    pub(super) fn create(&self, heads: &[OutputFile]) -> Result<OutputFiles> {
         debug_assert_eq!(heads.len(), self.len());
-        let begin = |(shard, head): (&Shard, &Head)| {
+        let begin = |(shard, head): (&Shard, &OutputFile)| {
             let file = AtomicFile::create(&head.path)?;
             let header = shard.layout.header(&head.metadata)?;
             file.write_at(0, &header)?;
             Ok((file, header.len() as u64))
         };
-        self.0.iter().zip(heads).map(begin).collect::<Result<_>>().map(Files)
+        self.0.iter().zip(heads).map(begin).collect::<Result<_>>().map(OutputFiles)
     }
 }
 
 /// What a tensor becomes in a file: averaged ones in the dtype asked for, copies as they are.
-fn spec(tensor: &PoolTensor, dtype: Option<Dtype>) -> TensorSpec {
+fn spec(tensor: &ModelTensor, dtype: Option<Dtype>) -> TensorSpec {
     let dtype = if tensor.averaged { dtype.unwrap_or(tensor.dtype) } else { tensor.dtype };
     TensorSpec { name: tensor.name.clone(), dtype, shape: tensor.shape.clone() }
 }
 
 /// The files of one target while they are written, and where the data section of each begins.
-pub(super) struct Files(Vec<(AtomicFile, u64)>);
+pub(super) struct OutputFiles(Vec<(AtomicFile, u64)>);
 
-impl Files {
+impl OutputFiles {
     /// Writes bytes at an offset of a file's data section; from any thread.
     pub(super) fn write_at(&self, file: usize, offset: usize, bytes: &[u8]) -> Result<()> {
         let (file, data) = &self.0[file];
         file.write_at(data + offset as u64, bytes)
     }
 
-    /// As [`Files::write_at`], with several threads.
+    /// As [`OutputFiles::write_at`], with several threads.
     pub(super) fn write_block_at(&self, file: usize, offset: usize, bytes: &[u8]) -> Result<()> {
         let (file, data) = &self.0[file];
         file.write_block_at(data + offset as u64, bytes)

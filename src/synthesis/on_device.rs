@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::blend::TensorBlend;
 use super::output::copied;
-use super::pool::{Pool, PoolTensor, Selection};
+use super::source_set::{ModelTensor, Selection, SourceSet};
 use crate::compute::cuda::{Blender, Delivery, Device};
 use crate::error::Result;
 use crate::tensor::{CudaMemory, CudaMemoryMut, MemoryMut, ParametersMut, Tensor, TensorViewMut, Tensors, byte_size};
@@ -42,15 +42,15 @@ pub(super) fn submit<'a>(
     blender.submit(stretches, weights, targets, delivery, report)
 }
 
-impl Pool<'_> {
+impl SourceSet<'_> {
     /// Blends a plan into memory of its own, by way of a device. Tied tensors are left to the caller.
     pub(super) fn load_on(&self, device: &Arc<Device>, selection: &Selection<'_>) -> Result<Tensors> {
-        let averaged: Vec<&PoolTensor> = self.tensors.iter().filter(|tensor| tensor.averaged).collect();
+        let averaged: Vec<&ModelTensor> = self.tensors.iter().filter(|tensor| tensor.averaged).collect();
         let mut blends = Vec::with_capacity(averaged.len());
         for tensor in &averaged {
             blends.push(TensorBlend::new(selection, tensor, tensor.dtype)?);
         }
-        let size = |tensor: &&PoolTensor| byte_size(&tensor.name, tensor.dtype, &tensor.shape).map(|n| vec![0u8; n]);
+        let size = |tensor: &&ModelTensor| byte_size(&tensor.name, tensor.dtype, &tensor.shape).map(|n| vec![0u8; n]);
         let mut results: Vec<Vec<u8>> = averaged.iter().map(size).collect::<Result<_>>()?;
         let mut blender = Blender::new(device)?;
         // Small tensors share a block.

@@ -6,17 +6,19 @@ use std::path::Path;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use super::backend::{Backend, choose};
 use super::blend::TensorBlend;
-use super::choose::{Chosen, choose};
-use super::files::{Files, Head, Shards};
-use super::plan::Plan;
-use super::pool::{Pool, PoolTensor, Selection};
-use super::stored::profile_json;
+use super::files::{OutputFile, OutputFiles, Shards};
+use super::source_set::{ModelTensor, Selection, SourceSet};
 use super::streaming::Streaming;
 use crate::compute::cpu;
 use crate::device::Device;
-use crate::error::{Error, Result};
-use crate::snapshot::{Meta, PROFILE, STEP, directory, remove_left};
+use crate::error::{Difference, Error, Result};
+use crate::planning::Plan;
+use crate::planning::profile_json;
+use crate::snapshot::{Meta, PROFILE, STEP};
+
+use crate::fs::{parent_dir, remove_left};
 use crate::tensor::{Memory, ParametersMut, Tensor, TensorViewMut, Tensors, byte_size, is_averaged};
 
 /// Targets of one pass: more would exceed the memory promised, and the files that a process may have open.
@@ -56,7 +58,7 @@ impl WriteOptions<'_> {
     }
 }
 
-impl Pool<'_> {
+impl SourceSet<'_> {
     /// Blends a plan into memory of its own.
     pub(crate) fn load(&self, plan: &Plan) -> Result<Tensors> {
         self.load_selection(&self.select(&[plan])?)
@@ -64,10 +66,10 @@ impl Pool<'_> {
 
     /// Blends the only target of a selection into memory of its own.
     pub(crate) fn load_selection(&self, selection: &Selection<'_>) -> Result<Tensors> {
-        let mut tensors = match Chosen::asked(self.device(Device::Cpu))? {
-            Chosen::Cpu => self.load_cpu(selection)?,
+        let mut tensors = match Backend::asked(self.device(Device::Cpu))? {
+            Backend::Cpu => self.load_cpu(selection)?,
             #[cfg(feature = "cuda")]
-            Chosen::Cuda(device) => self.load_on(&device, selection)?,
+            Backend::Cuda(device) => self.load_on(&device, selection)?,
         };
         for (dropped, kept) in &self.tied {
             if let Some(tensor) = tensors.get(kept).cloned() {
@@ -83,7 +85,7 @@ impl Pool<'_> {
     }
 
     fn load_cpu(&self, selection: &Selection<'_>) -> Result<Tensors> {
-        let load = |tensor: &PoolTensor| {
+        let load = |tensor: &ModelTensor| {
             let mut bytes = cpu::zeros(byte_size(&tensor.name, tensor.dtype, &tensor.shape)?);
             if tensor.averaged {
                 TensorBlend::new(selection, tensor, tensor.dtype)?.whole(&mut bytes)?;
@@ -102,12 +104,12 @@ impl Pool<'_> {
     pub(crate) fn write_into(&self, plan: &Plan, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
         let selection = self.select(&[plan])?;
         match self.place_of(params)? {
-            Chosen::Cpu => {
+            Backend::Cpu => {
                 self.check_model(&selection, params, true)?;
                 self.blend_into(&selection, params)
             }
             #[cfg(feature = "cuda")]
-            Chosen::Cuda(_) => {
+            Backend::Cuda(_) => {
                 self.swap(plan, params, |_| false)?.keep();
                 Ok(())
             }
@@ -115,7 +117,7 @@ impl Pool<'_> {
     }
 
     /// Where a model is blended into: on its own device, or on that of the sources.
-    pub(super) fn place_of(&self, params: &(impl ParametersMut + ?Sized)) -> Result<Chosen> {
+    pub(super) fn place_of(&self, params: &(impl ParametersMut + ?Sized)) -> Result<Backend> {
         let mut device = Device::Cpu;
         params.with_tensors(&mut |views| {
             for view in views {
@@ -127,7 +129,7 @@ impl Pool<'_> {
             }
             Ok(())
         })?;
-        Chosen::asked(self.device(device))
+        Backend::asked(self.device(device))
     }
 
     /// Checks that a model has the averaged tensors of the run; with `sums`, that every sum of a single target fits, too.
@@ -168,12 +170,12 @@ impl Pool<'_> {
     }
 
     /// The averaged tensor that a name stands for, tied names included.
-    pub(super) fn averaged(&self, name: &str) -> Option<&PoolTensor> {
+    pub(super) fn averaged(&self, name: &str) -> Option<&ModelTensor> {
         self.find(name).filter(|tensor| tensor.averaged)
     }
 
     /// The tensor that a name stands for, tied names included.
-    pub(super) fn find(&self, name: &str) -> Option<&PoolTensor> {
+    pub(super) fn find(&self, name: &str) -> Option<&ModelTensor> {
         let kept = self.tied.get(name).map_or(name, String::as_str);
         let found = self.tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(kept)).ok()?;
         Some(&self.tensors[found])
@@ -181,7 +183,9 @@ impl Pool<'_> {
 
     fn check_complete(&self, given: std::collections::BTreeSet<&str>) -> Result<()> {
         match self.tensors.iter().find(|tensor| tensor.averaged && !given.contains(tensor.name.as_str())) {
-            Some(missing) => Err(Error::changed(&missing.name, "the model lacks it")),
+            Some(missing) => {
+                Err(Error::changed(&missing.name, Difference::new("the tensor", "present in the run", "missing")))
+            }
             None => Ok(()),
         }
     }
@@ -191,16 +195,17 @@ impl Pool<'_> {
         check_distinct(outputs.iter().map(|output| output.path))?;
         options.check()?;
         if outputs.is_empty() {
-            return Err(Error::Nothing("no target was given".into()));
+            return Err(Error::NoTarget);
         }
         let shards = Shards::single(self, options.dtype)?;
         // Before any file is made.
-        let mut device = Chosen::asked(options.device)?.device();
+        let mut device = Backend::asked(options.device)?.device();
         for outputs in outputs.chunks(MAX_TARGETS) {
             let plans: Vec<&Plan> = outputs.iter().map(|output| output.plan).collect();
-            let head =
-                |output: &Output<'_>| vec![Head { path: output.path.to_owned(), metadata: self.metadata(output.plan) }];
-            let heads: Vec<Vec<Head>> = outputs.iter().map(head).collect();
+            let head = |output: &Output<'_>| {
+                vec![OutputFile { path: output.path.to_owned(), metadata: self.metadata(output.plan) }]
+            };
+            let heads: Vec<Vec<OutputFile>> = outputs.iter().map(head).collect();
             device = self.write_files(&self.select(&plans)?, &shards, &heads, options)?;
         }
         Ok(device)
@@ -211,26 +216,26 @@ impl Pool<'_> {
         &self,
         selection: &Selection<'_>,
         shards: &Shards,
-        heads: &[Vec<Head>],
+        heads: &[Vec<OutputFile>],
         options: &WriteOptions<'_>,
     ) -> Result<Device> {
-        let directories = heads.iter().flatten().map(|head| directory(&head.path));
+        let directories = heads.iter().flatten().map(|head| parent_dir(&head.path));
         directories.collect::<BTreeSet<_>>().into_iter().for_each(remove_left);
         let files = heads.iter().map(|heads| shards.create(heads)).collect::<Result<Vec<_>>>()?;
         self.copy(selection, shards, &files)?;
         let streaming = Streaming::new(self, selection, shards, &files, options)?;
         let chosen = choose(&streaming, self.device(options.device))?;
         match &chosen {
-            Chosen::Cpu => streaming.run()?,
+            Backend::Cpu => streaming.run()?,
             #[cfg(feature = "cuda")]
-            Chosen::Cuda(device) => streaming.run_on(device)?,
+            Backend::Cuda(device) => streaming.run_on(device)?,
         }
-        files.into_iter().try_for_each(Files::commit)?;
+        files.into_iter().try_for_each(OutputFiles::commit)?;
         Ok(chosen.device())
     }
 
     /// Copies the tensors that are not averaged.
-    fn copy(&self, selection: &Selection<'_>, shards: &Shards, files: &[Files]) -> Result<()> {
+    fn copy(&self, selection: &Selection<'_>, shards: &Shards, files: &[OutputFiles]) -> Result<()> {
         for spot in shards.spots().filter(|spot| !self.tensors[spot.tensor].averaged) {
             for (target, files) in files.iter().enumerate() {
                 let bytes = copied(selection, target, &self.tensors[spot.tensor])?;
@@ -249,17 +254,23 @@ impl Pool<'_> {
 }
 
 /// The newest elements of a tensor that is copied.
-pub(super) fn copied<'a>(selection: &Selection<'a>, target: usize, tensor: &PoolTensor) -> Result<&'a [u8]> {
+pub(super) fn copied<'a>(selection: &Selection<'a>, target: usize, tensor: &ModelTensor) -> Result<&'a [u8]> {
     let stored = selection.newest[target].stored(&tensor.name).and_then(|(_, elements)| elements.host());
     stored.ok_or_else(|| Error::tensor(&tensor.name, "the newest snapshot lacks it"))
 }
 
-fn check_target(tensor: &PoolTensor, dtype: Dtype, shape: &[usize]) -> Result<()> {
+fn check_target(tensor: &ModelTensor, dtype: Dtype, shape: &[usize]) -> Result<()> {
     if shape != tensor.shape {
-        return Err(Error::changed(&tensor.name, format!("its shape is {shape:?}, in the run {:?}", tensor.shape)));
+        return Err(Error::changed(
+            &tensor.name,
+            Difference::new("its shape", format!("{:?} in the run", tensor.shape), format!("{shape:?}")),
+        ));
     }
     if !is_averaged(dtype) {
-        return Err(Error::changed(&tensor.name, format!("its dtype is {dtype}, in the run {}", tensor.dtype)));
+        return Err(Error::changed(
+            &tensor.name,
+            Difference::new("its dtype", format!("{} in the run", tensor.dtype), dtype),
+        ));
     }
     Ok(())
 }

@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::ahead::Ahead;
 use super::blend::TensorBlend;
-use super::files::{Files, Shards};
+use super::files::{OutputFiles, Shards};
 #[cfg(feature = "cuda")]
 use super::on_device;
 use super::output::WriteOptions;
-use super::pool::{Pool, Selection};
+use super::prefetch::Prefetcher;
+use super::source_set::{Selection, SourceSet};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda;
 use crate::error::Result;
@@ -36,9 +36,9 @@ pub(super) struct Streaming<'a> {
     /// The elements before each tensor, and at last those of all.
     before: Vec<usize>,
     /// Those of each target.
-    files: &'a [Files],
+    files: &'a [OutputFiles],
     options: &'a WriteOptions<'a>,
-    ahead: Ahead,
+    ahead: Prefetcher,
 }
 
 /// An averaged tensor, ready to be blended, and its place in the data section of a file.
@@ -61,10 +61,10 @@ struct Stretch {
 
 impl<'a> Streaming<'a> {
     pub(super) fn new(
-        pool: &'a Pool<'a>,
+        pool: &'a SourceSet<'a>,
         selection: &'a Selection<'a>,
         shards: &Shards,
-        files: &'a [Files],
+        files: &'a [OutputFiles],
         options: &'a WriteOptions<'a>,
     ) -> Result<Self> {
         let (mut tensors, mut before) = (Vec::new(), vec![0]);
@@ -74,7 +74,7 @@ impl<'a> Streaming<'a> {
             before.push(before[tensors.len()] + spot.range.len() / size);
             tensors.push(Placed { blend, file: spot.file, offset: spot.range.start, size });
         }
-        Ok(Streaming { tensors, before, files, options, ahead: Ahead::new() })
+        Ok(Streaming { tensors, before, files, options, ahead: Prefetcher::new() })
     }
 
     /// Blends and writes everything.

@@ -8,29 +8,29 @@ use std::ops::{Deref, DerefMut};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use super::choose::Chosen;
+use super::backend::Backend;
 use super::output::copied;
-use super::plan::Plan;
-use super::pool::{Pool, PoolTensor, Selection};
+use super::source_set::{ModelTensor, Selection, SourceSet};
 use crate::compute::cpu::{f32_to_bf16, f32_to_f16, to_f32};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda::{self, Staging};
-use crate::error::{Error, Result};
+use crate::error::{Difference, Error, Result};
+use crate::planning::Plan;
 use crate::tensor::{Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView, TensorViewMut};
 
 /// Parameters that hold an average, until this is dropped: then every tensor has its own bits back.
 ///
 /// Made by [`PostHocEma::swap_in`](crate::PostHocEma::swap_in) and [`Run::swap_in`](crate::Run::swap_in); it stands for
 /// the parameters. They are restored when the scope is left by an error or a panic, too. What a failure of that leaves
-/// behind is logged; [`SwappedIn::restore`] returns it as an error instead.
+/// behind is logged; [`SwapGuard::restore`] returns it as an error instead.
 #[must_use = "the parameters are restored as soon as this is dropped"]
-pub struct SwappedIn<'p, P: ParametersMut + ?Sized> {
+pub struct SwapGuard<'p, P: ParametersMut + ?Sized> {
     params: &'p mut P,
     /// None where there is nothing to restore any more.
-    originals: Option<Originals>,
+    originals: Option<SavedWeights>,
 }
 
-impl<P: ParametersMut + ?Sized> SwappedIn<'_, P> {
+impl<P: ParametersMut + ?Sized> SwapGuard<'_, P> {
     /// Gives every tensor its own bits back: what dropping does, with the error if that fails.
     ///
     /// # Errors
@@ -47,12 +47,12 @@ impl<P: ParametersMut + ?Sized> SwappedIn<'_, P> {
 
     /// Leaves the average where it is, and hands out what restores the parameters: for a caller, such as a binding to
     /// another language, that cannot hold on to the borrow.
-    pub fn into_originals(mut self) -> Originals {
+    pub fn into_originals(mut self) -> SavedWeights {
         self.originals.take().unwrap_or_default()
     }
 }
 
-impl<P: ParametersMut + ?Sized> Drop for SwappedIn<'_, P> {
+impl<P: ParametersMut + ?Sized> Drop for SwapGuard<'_, P> {
     fn drop(&mut self) {
         let restored = self.originals.take().map_or(Ok(()), |originals| originals.restore(self.params));
         if let Err(error) = restored {
@@ -61,7 +61,7 @@ impl<P: ParametersMut + ?Sized> Drop for SwappedIn<'_, P> {
     }
 }
 
-impl<P: ParametersMut + ?Sized> Deref for SwappedIn<'_, P> {
+impl<P: ParametersMut + ?Sized> Deref for SwapGuard<'_, P> {
     type Target = P;
 
     fn deref(&self) -> &P {
@@ -69,25 +69,25 @@ impl<P: ParametersMut + ?Sized> Deref for SwappedIn<'_, P> {
     }
 }
 
-impl<P: ParametersMut + ?Sized> DerefMut for SwappedIn<'_, P> {
+impl<P: ParametersMut + ?Sized> DerefMut for SwapGuard<'_, P> {
     fn deref_mut(&mut self) -> &mut P {
         self.params
     }
 }
 
-impl<P: ParametersMut + ?Sized> fmt::Debug for SwappedIn<'_, P> {
+impl<P: ParametersMut + ?Sized> fmt::Debug for SwapGuard<'_, P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SwappedIn").finish_non_exhaustive()
     }
 }
 
-impl Pool<'_> {
+impl SourceSet<'_> {
     /// Makes a live model what a synthesis of a plan gives, copied tensors included, and keeps what was there.
     pub(crate) fn swap_in<'p, P: ParametersMut + ?Sized>(
         &self,
         plan: &Plan,
         params: &'p mut P,
-    ) -> Result<SwappedIn<'p, P>> {
+    ) -> Result<SwapGuard<'p, P>> {
         self.check_copied(params)?;
         let mut swapped = self.swap(plan, params, |_| true)?;
         self.copy_into_model(&self.select(&[plan])?, &mut *swapped)?;
@@ -101,18 +101,18 @@ impl Pool<'_> {
         &self,
         plan: &Plan,
         params: &'p mut P,
-        is_kept: impl Fn(&PoolTensor) -> bool,
-    ) -> Result<SwappedIn<'p, P>> {
+        is_kept: impl Fn(&ModelTensor) -> bool,
+    ) -> Result<SwapGuard<'p, P>> {
         let selection = self.select(&[plan])?;
         let place = self.place_of(params)?;
-        self.check_model(&selection, params, matches!(place, Chosen::Cpu))?;
+        self.check_model(&selection, params, matches!(place, Backend::Cpu))?;
         let is_wanted = |name: &str| self.find(name).is_some_and(|tensor| tensor.averaged || is_kept(tensor));
-        let originals = Originals::read(params, is_wanted)?;
-        let swapped = SwappedIn { params, originals: Some(originals) };
+        let originals = SavedWeights::read(params, is_wanted)?;
+        let swapped = SwapGuard { params, originals: Some(originals) };
         match place {
-            Chosen::Cpu => self.blend_into(&selection, swapped.params)?,
+            Backend::Cpu => self.blend_into(&selection, swapped.params)?,
             #[cfg(feature = "cuda")]
-            Chosen::Cuda(device) => self.blend_into_on(&device, &selection, swapped.params)?,
+            Backend::Cuda(device) => self.blend_into_on(&device, &selection, swapped.params)?,
         }
         Ok(swapped)
     }
@@ -123,9 +123,9 @@ impl Pool<'_> {
             let copied = views.iter().filter_map(|view| Some((view, self.find(view.name)?)));
             for (view, tensor) in copied.filter(|(_, tensor)| !tensor.averaged) {
                 if view.shape != tensor.shape || !can_become(tensor.dtype, view.dtype) {
-                    let now = format!("it is {} {:?}", view.dtype, view.shape);
-                    let stored = format!("in the run {} {:?}", tensor.dtype, tensor.shape);
-                    return Err(Error::changed(view.name, format!("{now}, {stored}")));
+                    let stored = format!("{} {:?} in the run", tensor.dtype, tensor.shape);
+                    let now = format!("{} {:?}", view.dtype, view.shape);
+                    return Err(Error::changed(view.name, Difference::new("the tensor", stored, now)));
                 }
             }
             Ok(())
@@ -166,20 +166,20 @@ fn converted(bytes: &[u8], from: Dtype, to: Dtype) -> Cow<'_, [u8]> {
     }
 }
 
-/// What tensors held before an average was put in their place: see [`SwappedIn::into_originals`].
+/// What tensors held before an average was put in their place: see [`SwapGuard::into_originals`].
 #[derive(Default)]
 #[must_use = "nothing is restored unless `restore` is called"]
-pub struct Originals {
+pub struct SavedWeights {
     /// Every piece of memory once, however many tensors share it.
     tensors: Vec<Tensor>,
     /// The place in `tensors` of each name.
     names: BTreeMap<String, usize>,
 }
 
-impl Originals {
+impl SavedWeights {
     /// Copies the tensors of which `is_wanted` holds.
-    fn read(params: &(impl Parameters + ?Sized), is_wanted: impl Fn(&str) -> bool) -> Result<Originals> {
-        let mut originals = Originals::default();
+    fn read(params: &(impl Parameters + ?Sized), is_wanted: impl Fn(&str) -> bool) -> Result<SavedWeights> {
+        let mut originals = SavedWeights::default();
         params.with_tensors(&mut |views| {
             let mut places = BTreeMap::new();
             let mut distinct = Vec::new();
@@ -202,7 +202,7 @@ impl Originals {
     /// Writes everything back that can be, and returns the first error.
     ///
     /// # Errors
-    /// As [`SwappedIn::restore`].
+    /// As [`SwapGuard::restore`].
     pub fn restore(&self, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
         let (mut first, mut bus) = (None, Bus::default());
         let mut missing: BTreeSet<&str> = self.names.keys().map(String::as_str).collect();
@@ -220,7 +220,7 @@ impl Originals {
     }
 }
 
-impl fmt::Debug for Originals {
+impl fmt::Debug for SavedWeights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Originals").field("tensors", &self.tensors.len()).finish_non_exhaustive()
     }
@@ -320,7 +320,7 @@ mod tests {
     fn memory_that_tensors_share_is_kept_once() {
         let (shared, apart) = ([1.0f32, 2.0], [1.0f32, 2.0]);
         let params = [("a", &shared[..]), ("apart", &apart), ("b", &shared), ("half", &shared[..1]), ("not", &apart)];
-        let originals = Originals::read(&params, |name| name != "not").unwrap();
+        let originals = SavedWeights::read(&params, |name| name != "not").unwrap();
         assert_eq!(originals.tensors.len(), 3);
         let names = BTreeMap::from([("a", 0), ("apart", 1), ("b", 0), ("half", 2)]);
         assert_eq!(originals.names, names.into_iter().map(|(name, i)| (name.to_owned(), i)).collect());

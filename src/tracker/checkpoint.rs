@@ -1,7 +1,7 @@
 //! When the live averages are stored.
 
 use super::PostHocEma;
-use super::moment::{Failure, Moment};
+use super::moment::{CheckpointMeta, Failure};
 use crate::error::Result;
 
 impl PostHocEma {
@@ -82,7 +82,7 @@ impl PostHocEma {
         if self.history.is_empty() {
             return Ok(());
         }
-        if self.stored == self.history.last() && self.engine.given_up() != self.stored {
+        if self.stored == self.history.last() && self.engine.last_failed_step() != self.stored {
             self.save()?;
             return self.moment(self.stored).drop_surplus();
         }
@@ -91,8 +91,8 @@ impl PostHocEma {
     }
 
     /// The run as it is now, with `stored` for the newest step of which there are, or will be, snapshots.
-    pub(super) fn moment(&self, stored: Option<u64>) -> Moment {
-        Moment {
+    pub(super) fn moment(&self, stored: Option<u64>) -> CheckpointMeta {
+        CheckpointMeta {
             dir: self.dir.clone(),
             settings: self.settings.clone(),
             table: self.table.clone(),

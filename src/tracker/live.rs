@@ -5,19 +5,23 @@ use std::collections::BTreeMap;
 use safetensors::Dtype;
 
 use super::PostHocEma;
-use super::table::Table;
-use super::values::{Held, Values};
+use super::table::TensorRegistry;
+use super::values::{AveragesGuard, Values};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda::DeviceAverages;
 use crate::error::{Error, Result};
 use crate::math::{Chain, Profile};
-use crate::snapshot::TensorSpec;
-use crate::synthesis::{At, Elements, Holder, Noise, Plan, Pool, PoolTensor, Run, Source, SwappedIn, Weight, solve};
+use crate::planning::{At, IndexedSource, Noise, Plan, Weight, solve};
+use crate::tensor::TensorSpec;
+
+use crate::synthesis::{Elements, ModelTensor, SourceSet, SwapGuard, TensorSource};
+
+use crate::run::Run;
 use crate::tensor::{ParametersMut, TensorViewMut, Tensors};
 
 /// The live averages of one profile.
 struct Live<'a> {
-    table: &'a Table,
+    table: &'a TensorRegistry,
     values: LiveValues<'a>,
     index: usize,
 }
@@ -32,7 +36,7 @@ enum LiveValues<'a> {
 
 /// What an engine lends for a synthesis.
 enum LiveHeld<'a> {
-    Host(Held<'a>),
+    Host(AveragesGuard<'a>),
     /// The averages stay where they are; only the copied tensors are brought to the host.
     #[cfg(feature = "cuda")]
     Device(&'a DeviceAverages, Vec<Vec<u8>>),
@@ -48,7 +52,7 @@ impl LiveHeld<'_> {
     }
 }
 
-impl Holder for Live<'_> {
+impl TensorSource for Live<'_> {
     fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
         let found = self.table.find(name)?;
         match (self.values, found) {
@@ -81,7 +85,7 @@ impl PostHocEma {
     /// Solves a target at the newest update, over the snapshots on disk and the live averages.
     ///
     /// # Errors
-    /// [`Error::Nothing`] before the first update, and those of [`Run::open`] and the solve.
+    /// [`Error::NoUpdate`] before the first update, and those of [`Run::open`] and the solve.
     pub fn plan(&self, profile: Profile) -> Result<Plan> {
         Ok(self.plans(&[profile])?.remove(0))
     }
@@ -113,7 +117,7 @@ impl PostHocEma {
         outputs: Vec<Vec<TensorViewMut<'_>>>,
         progress: Option<&(dyn Fn(u64) + Sync)>,
     ) -> Result<Vec<Plan>> {
-        let solve = |sources: &[Source]| self.solve_live(sources, profiles);
+        let solve = |sources: &[IndexedSource]| self.solve_live(sources, profiles);
         self.with_pools(solve, |pool, plans| {
             pool.load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)?;
             Ok(plans)
@@ -123,7 +127,7 @@ impl PostHocEma {
     /// The running average of profile number `index` itself, in the caller's memory: as [`Run::load_into`].
     ///
     /// # Errors
-    /// [`Error::Setting`] for an index of no profile, [`Error::Nothing`] before the first update, and those of
+    /// [`Error::Setting`] for an index of no profile, [`Error::NoUpdate`] before the first update, and those of
     /// [`Run::load_into`] and of a device.
     pub fn load_tracked_into(&self, index: usize, output: Vec<TensorViewMut<'_>>) -> Result<()> {
         let Some(profile) = self.settings.profiles.get(index) else {
@@ -148,7 +152,7 @@ impl PostHocEma {
 
     /// The tensors of a synthesis, in order of their names: the model's dtypes, and of tied tensors the one that is kept.
     pub fn tensors(&self) -> Vec<TensorSpec> {
-        self.pool_tensors().into_iter().map(PoolTensor::into_spec).collect()
+        self.pool_tensors().into_iter().map(ModelTensor::into_spec).collect()
     }
 
     /// The names of those that are averaged; the others are copied.
@@ -201,7 +205,7 @@ impl PostHocEma {
         &self,
         profile: Profile,
         params: &'p mut P,
-    ) -> Result<SwappedIn<'p, P>> {
+    ) -> Result<SwapGuard<'p, P>> {
         self.with_pool(&profile, |pool, plan| pool.swap_in(plan, params))
     }
 
@@ -211,13 +215,13 @@ impl PostHocEma {
             return Err(no_update());
         };
         // Otherwise what is synthesized would depend on how far the writing has come.
-        self.engine.settle()?;
+        self.engine.wait_idle()?;
         let run = if crate::snapshot::list(&self.dir)?.is_empty() { None } else { Some(Run::open(&self.dir)?) };
         Ok((run, step))
     }
 
     /// The snapshots before `step` and the live averages, in order of profile and step.
-    fn sources(&self, run: Option<&Run>, step: u64) -> Vec<Source> {
+    fn sources(&self, run: Option<&Run>, step: u64) -> Vec<IndexedSource> {
         let mut sources = run.map(Run::sources).unwrap_or_default();
         // A snapshot of the newest step is the live average again, in fewer digits where its dtype is narrower.
         sources.retain(|source| source.step < step);
@@ -226,21 +230,21 @@ impl PostHocEma {
         sources
     }
 
-    fn solve_live(&self, sources: &[Source], profiles: &[Profile]) -> Result<Vec<Plan>> {
+    fn solve_live(&self, sources: &[IndexedSource], profiles: &[Profile]) -> Result<Vec<Plan>> {
         solve(sources, Some(&self.history), profiles, At::Latest, Noise::Off, None)
     }
 
     /// Opens the snapshots, adds the live averages, solves, and hands both on.
-    fn with_pool<R>(&self, profile: &Profile, act: impl FnOnce(&Pool<'_>, &Plan) -> Result<R>) -> Result<R> {
-        let solve = |sources: &[Source]| self.solve_live(sources, std::slice::from_ref(profile));
+    fn with_pool<R>(&self, profile: &Profile, act: impl FnOnce(&SourceSet<'_>, &Plan) -> Result<R>) -> Result<R> {
+        let solve = |sources: &[IndexedSource]| self.solve_live(sources, std::slice::from_ref(profile));
         self.with_pools(solve, |pool, plans| act(pool, &plans[0]))
     }
 
     /// As above, for the plans that `solve` makes of the sources.
     fn with_pools<R>(
         &self,
-        solve: impl FnOnce(&[Source]) -> Result<Vec<Plan>>,
-        act: impl FnOnce(&Pool<'_>, Vec<Plan>) -> Result<R>,
+        solve: impl FnOnce(&[IndexedSource]) -> Result<Vec<Plan>>,
+        act: impl FnOnce(&SourceSet<'_>, Vec<Plan>) -> Result<R>,
     ) -> Result<R> {
         let (run, step) = self.on_disk()?;
         let sources = self.sources(run.as_ref(), step);
@@ -249,14 +253,14 @@ impl PostHocEma {
         let live = |index| Live { table: &self.table, values: held.values(), index };
         let live: Vec<Live<'_>> = (0..self.settings.profiles.len()).map(live).collect();
         let stored = run.as_ref().map(|run| run.pool().holders).unwrap_or_default();
-        let find = |source: Source| {
-            let same = |(other, _): &&(Source, _)| (other.index, other.step) == (source.index, source.step);
+        let find = |source: IndexedSource| {
+            let same = |(other, _): &&(IndexedSource, _)| (other.index, other.step) == (source.index, source.step);
             let holder = stored.iter().find(same).filter(|_| source.step < step).map(|(_, holder)| *holder);
             let holder = holder.unwrap_or(&live[source.index]);
             (source, holder)
         };
         let holders = sources.into_iter().map(find).collect();
-        act(&Pool { tensors: self.pool_tensors(), tied: self.table.tied().clone(), holders }, plans)
+        act(&SourceSet { tensors: self.pool_tensors(), tied: self.table.tied().clone(), holders }, plans)
     }
 
     /// The live averages, where they lie.
@@ -269,21 +273,21 @@ impl PostHocEma {
         self.engine.values().map(LiveHeld::Host)
     }
 
-    fn live_source(&self, index: usize, step: u64) -> Source {
+    fn live_source(&self, index: usize, step: u64) -> IndexedSource {
         let profile = &self.settings.profiles[index];
         let label = format!("the live average of {profile}");
-        Source { index, step, chain: Chain::Tracked(profile.clone()), label }
+        IndexedSource { index, step, chain: Chain::Tracked(profile.clone()), label }
     }
 
-    fn pool_tensors(&self) -> Vec<PoolTensor> {
-        let tensor = |entry: &super::table::Entry, averaged| PoolTensor {
+    fn pool_tensors(&self) -> Vec<ModelTensor> {
+        let tensor = |entry: &super::table::Entry, averaged| ModelTensor {
             name: entry.name.clone(),
             dtype: entry.dtype,
             shape: entry.shape.clone(),
             averaged,
         };
         let averaged = self.table.averaged().iter().map(|entry| tensor(entry, true));
-        let mut tensors: Vec<PoolTensor> =
+        let mut tensors: Vec<ModelTensor> =
             averaged.chain(self.table.copied().iter().map(|e| tensor(e, false))).collect();
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
         tensors
@@ -291,5 +295,5 @@ impl PostHocEma {
 }
 
 fn no_update() -> Error {
-    Error::Nothing("there was no update yet: train until the first one is due".into())
+    Error::NoUpdate
 }

@@ -9,26 +9,23 @@ mod options;
 mod state;
 mod table;
 mod values;
-mod verify;
 mod writer;
 
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::fs::Lock;
 use crate::math::{History, Profile};
-use crate::snapshot::Lock;
 use crate::tensor::{Parameters, TensorView};
 
+use crate::run::Settings;
 use engine::Engine;
-use options::Settings;
 pub use options::{OnError, Options};
-pub use state::SavedState;
-use table::Table;
-pub use verify::{Verified, verify};
+use table::TensorRegistry;
 
 /// What a call of [`PostHocEma::update`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum UpdateOutcome {
     /// Nothing was due.
     Skipped,
     /// The averages were updated.
@@ -60,7 +57,7 @@ pub enum Step {
 pub struct PostHocEma {
     dir: PathBuf,
     settings: Settings,
-    table: Table,
+    table: TensorRegistry,
     /// Before the lock, and so dropped before it: what an engine still writes then is written under the lock.
     engine: Engine,
     /// The time of the last call.
@@ -95,7 +92,7 @@ impl PostHocEma {
     /// tried again before the next update.
     /// [`Error::Cuda`] where a device fails: the call then did not happen, or, where an update is said to be lost, nothing
     /// more is stored and the run is to be resumed by a new process.
-    pub fn update(&mut self, params: &(impl Parameters + ?Sized)) -> Result<Step> {
+    pub fn update(&mut self, params: &(impl Parameters + ?Sized)) -> Result<UpdateOutcome> {
         let time = self.clock.checked_add(1).ok_or(Error::Time { time: self.clock, last: self.clock })?;
         self.update_at(time, params)
     }
@@ -106,31 +103,31 @@ impl PostHocEma {
     ///
     /// # Errors
     /// As [`PostHocEma::update`], and [`Error::Time`] unless `time` grows from call to call.
-    pub fn update_at(&mut self, time: u64, params: &(impl Parameters + ?Sized)) -> Result<Step> {
+    pub fn update_at(&mut self, time: u64, params: &(impl Parameters + ?Sized)) -> Result<UpdateOutcome> {
         let previous = self.clock;
         if time <= previous {
             return Err(Error::Time { time, last: previous });
         }
-        let mut step = Step::Skipped;
+        let mut step = UpdateOutcome::Skipped;
         if self.settings.schedule.is_update_due(previous, time) {
             self.retry();
             params.with_tensors(&mut |views| self.fold(time, views))?;
-            step = Step::Updated;
+            step = UpdateOutcome::Updated;
         }
         self.clock = time;
         // Asked for before another checkpoint is queued: what becomes of that is a later call's to tell.
         let earlier = self.engine.take_error().map_or(Ok(()), Err);
         if !self.settings.schedule.is_snapshot_due(previous, time) {
-            return self.told(earlier).map(|()| step);
+            return self.apply_error_policy(earlier).map(|()| step);
         }
         let stored = self.checkpoint();
-        let step = if stored.is_ok() { Step::Stored } else { step };
+        let step = if stored.is_ok() { UpdateOutcome::Stored } else { step };
         // Each for itself: one that the training goes on with must not hide another.
-        self.told(earlier).and(self.told(stored)).map(|()| step)
+        self.apply_error_policy(earlier).and(self.apply_error_policy(stored)).map(|()| step)
     }
 
     /// What of the storing an update returns.
-    fn told(&self, stored: Result<()>) -> Result<()> {
+    fn apply_error_policy(&self, stored: Result<()>) -> Result<()> {
         match (stored, self.on_error) {
             (Err(error @ (Error::Io { .. } | Error::Unexpected { .. })), OnError::Continue) => {
                 tracing::warn!("the training goes on: {error}");
@@ -175,7 +172,7 @@ impl PostHocEma {
         if !path.is_file() {
             return Ok(None);
         }
-        state::Saved::read(&path).map(|saved| Some(saved.step()))
+        crate::run::Saved::read(&path).map(|saved| Some(saved.step()))
     }
 
     /// The time of the last call: where training goes on after a resume.

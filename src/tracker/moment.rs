@@ -6,23 +6,25 @@ use std::path::PathBuf;
 
 use safetensors::Dtype;
 
-use super::options::Settings;
-use super::table::{Entry, Table};
+use super::table::{Entry, TensorRegistry};
 use super::values::Values;
 use crate::compute::cpu;
 use crate::error::{Error, Result};
 use crate::math::{History, Retention};
-use crate::snapshot::{self, Meta, Snapshot, Stem, TensorSpec, write_snapshot};
-use crate::synthesis::profile_json;
+use crate::run::Settings;
+use crate::snapshot::{self, Meta, Snapshot, SnapshotId, write_snapshot};
+
+use crate::planning::profile_json;
+use crate::tensor::TensorSpec;
 
 /// Everything that files say about the run at one update, beside the values themselves.
 ///
 /// It owns what it holds, so that a thread may write it while the tracker goes on.
 #[derive(Clone, Debug)]
-pub(super) struct Moment {
+pub(super) struct CheckpointMeta {
     pub dir: PathBuf,
     pub settings: Settings,
-    pub table: Table,
+    pub table: TensorRegistry,
     /// The time of the tracker's last call.
     pub clock: u64,
     /// The updates so far; the values are those of the newest.
@@ -53,7 +55,7 @@ impl Failure {
     }
 }
 
-impl Moment {
+impl CheckpointMeta {
     /// The time of the newest update.
     pub(super) fn step(&self) -> u64 {
         self.history.last().unwrap_or(0)
@@ -80,7 +82,7 @@ impl Moment {
     pub(super) fn missing(&self) -> Result<Vec<usize>> {
         let there = snapshot::list(&self.dir)?;
         // Shards without their index are read here, but not by Hugging Face's loaders.
-        let whole = |stem: Stem, files: &Vec<_>| files.len() == 1 || self.dir.join(stem.index_name()).is_file();
+        let whole = |stem: SnapshotId, files: &Vec<_>| files.len() == 1 || self.dir.join(stem.index_name()).is_file();
         let missing = |index: &usize| {
             let stem = self.stem(*index);
             !there.get(&stem).is_some_and(|files| whole(stem, files))
@@ -102,8 +104,8 @@ impl Moment {
         self.drop_surplus()
     }
 
-    fn stem(&self, index: usize) -> Stem {
-        Stem { index, step: self.step() }
+    fn stem(&self, index: usize) -> SnapshotId {
+        SnapshotId { index, step: self.step() }
     }
 
     /// The dtype that each averaged tensor of each profile is stored in, after a look at all values.
@@ -118,7 +120,7 @@ impl Moment {
         self.choose_all_dtypes(values, &values.averages.iter().map(ranges).collect::<Vec<_>>())
     }
 
-    /// As [`Moment::choose_dtypes`], for all profiles.
+    /// As [`CheckpointMeta::choose_dtypes`], for all profiles.
     pub(super) fn choose_all_dtypes(&self, values: &Values<'_>, ranges: &[Vec<cpu::Range>]) -> Result<Vec<Vec<Dtype>>> {
         let of_profile = |(profile, (averages, ranges)): (usize, (&cpu::Averages, &Vec<cpu::Range>))| {
             let element = |i: usize, element: usize| Ok(averages.high[self.table.layout().place(i)][element]);
@@ -222,10 +224,10 @@ impl Moment {
     }
 
     /// The steps to drop: those first of which a profile's snapshot was never written.
-    fn surplus(&self, there: &BTreeMap<Stem, Vec<PathBuf>>) -> Vec<u64> {
+    fn surplus(&self, there: &BTreeMap<SnapshotId, Vec<PathBuf>>) -> Vec<u64> {
         let Settings { profiles, retention, max_checkpoints, .. } = &self.settings;
         let steps: BTreeSet<u64> = there.keys().map(|stem| stem.step).collect();
-        let whole = |step: u64| (0..profiles.len()).all(|index| there.contains_key(&Stem { index, step }));
+        let whole = |step: u64| (0..profiles.len()).all(|index| there.contains_key(&SnapshotId { index, step }));
         let mut left: Vec<u64> = steps.into_iter().collect();
         let excess =
             if matches!(retention, Retention::Steps(_)) { 0 } else { left.len().saturating_sub(*max_checkpoints) };
@@ -237,7 +239,7 @@ impl Moment {
     }
 
     /// Whether a snapshot was written by this run and can be read; told where not.
-    fn is_own(&self, stem: Stem, files: &[PathBuf]) -> bool {
+    fn is_own(&self, stem: SnapshotId, files: &[PathBuf]) -> bool {
         let why = match Snapshot::open(stem, files) {
             Ok(snapshot) if snapshot.meta.run.as_deref() == Some(&self.run) => return true,
             Ok(_) => "it belongs to another run: move it out of the directory".to_owned(),

@@ -4,18 +4,20 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
-use serde::{Deserialize, Serialize};
 
-use super::engine::{Engine, Start, lent_on};
+use super::engine::{Engine, EngineConfig, model_device};
 use super::names::{Choice, Names};
-use super::table::Table;
+use super::table::TensorRegistry;
 use super::{PostHocEma, state};
 use crate::compute::cpu::Precision;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::math::{History, Profile, Retention, Schedule};
-use crate::snapshot::{self, Lock, SHARD_SIZE, STATE_FILE};
-use crate::tensor::{Parameters, is_averaged};
+use crate::run::{Saved, Settings};
+use crate::snapshot::{self, STATE_FILE};
+
+use crate::fs::Lock;
+use crate::tensor::Parameters;
 
 /// A profile as it was asked for; it is checked when the run is opened.
 #[derive(Clone, Debug)]
@@ -70,40 +72,6 @@ pub enum OnError {
     /// It logs a warning and the training goes on: the averages lose nothing, and the snapshot is tried again as always.
     /// [`PostHocEma::save`], [`PostHocEma::flush`] and [`PostHocEma::finish`] return errors nevertheless.
     Continue,
-}
-
-/// What a run goes by, all of it decided. It is stored with the live state.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct Settings {
-    pub profiles: Vec<Profile>,
-    pub schedule: Schedule,
-    pub max_checkpoints: usize,
-    #[serde(default)]
-    pub retention: Retention,
-    pub checkpoint_dtype: Option<Dtype>,
-    pub precision: Precision,
-    pub shard_size: u64,
-    /// Only these are averaged, where given.
-    pub average: Option<Vec<String>>,
-    pub copy: Vec<String>,
-    pub leave_out: Vec<String>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Settings {
-            profiles: Vec::new(),
-            schedule: Schedule::default(),
-            max_checkpoints: 20,
-            retention: Retention::default(),
-            checkpoint_dtype: None,
-            precision: Precision::default(),
-            shard_size: SHARD_SIZE,
-            average: None,
-            copy: Vec::new(),
-            leave_out: Vec::new(),
-        }
-    }
 }
 
 impl Options {
@@ -271,23 +239,23 @@ impl Options {
     /// [`Error::Locked`], [`Error::Io`] and [`Error::Cuda`].
     pub fn create(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let settings = self.settings(Settings::default())?;
-        check_settings(&settings)?;
-        let (mut table, mut device) = (Table::default(), None);
+        settings.check()?;
+        let (mut table, mut device) = (TensorRegistry::default(), None);
         params.with_tensors(&mut |views| {
-            let choice = settings.choice()?;
+            let choice = choice(&settings)?;
             choice.check(views)?;
-            table = Table::new(views, &choice)?;
-            device = lent_on(table.match_views(views)?.all())?;
+            table = TensorRegistry::new(views, &choice)?;
+            device = model_device(table.match_views(views)?.all())?;
             Ok(())
         })?;
         state::check_header(&table, &settings)?;
         let make = || fs::create_dir_all(&self.dir);
-        snapshot::faults::strike(&self.dir).and_then(|()| make()).map_err(Error::io("create", &self.dir))?;
+        crate::fs::fail_point(&self.dir).and_then(|()| make()).map_err(Error::io("create", &self.dir))?;
         snapshot::check_empty(&self.dir)?;
         let lock = Lock::acquire(&self.dir)?;
         snapshot::check_empty(&self.dir)?;
         snapshot::remove_leftovers(&self.dir)?;
-        let start = Start::new(&table, &settings);
+        let start = EngineConfig::new(&table, &settings);
         let engine = Engine::start(&self.dir, table.layout(), device, self.device, start)?;
         if self.in_background {
             engine.prepare();
@@ -324,14 +292,14 @@ impl Options {
             return Err(Error::NoRun { path: self.dir, reason: format!("{but}no {STATE_FILE} to go on from") });
         }
         let lock = Lock::acquire(&self.dir)?;
-        let saved = state::Saved::read(&path)?;
+        let saved = Saved::read(&path)?;
         let settings = self.settings(saved.settings.clone())?;
-        check_settings(&settings)?;
-        check_unchanged(&saved.settings, &settings)?;
-        let (mut table, mut device) = (Table::default(), None);
+        settings.check()?;
+        saved.settings.check_unchanged(&settings)?;
+        let (mut table, mut device) = (TensorRegistry::default(), None);
         params.with_tensors(&mut |views| {
-            table = Table::resumed(views, &settings.choice()?, &saved.tied)?;
-            device = lent_on(table.match_views(views)?.all())?;
+            table = TensorRegistry::resumed(views, &choice(&settings)?, &saved.tied)?;
+            device = model_device(table.match_views(views)?.all())?;
             Ok(())
         })?;
         let mut tracker = saved.into_tracker(self.dir, settings, table, device, self.device, lock)?;
@@ -381,63 +349,11 @@ impl Options {
     }
 }
 
-fn check_settings(settings: &Settings) -> Result<()> {
-    let fail = |option, reason: String| Err(Error::Setting { option, reason });
-    settings.schedule.check()?;
-    settings.retention.check()?;
-    for (i, profile) in settings.profiles.iter().enumerate() {
-        if !profile.is_trackable() {
-            return Err(Error::NotTrackable { profile: profile.to_string() });
-        }
-        if settings.profiles[..i].contains(profile) {
-            return fail("profiles", format!("{profile} is given twice: one average of each profile is enough"));
-        }
-    }
-    if settings.max_checkpoints == 0 {
-        return fail("max_checkpoints", "0 would keep nothing: keep at least 1".into());
-    }
-    if settings.shard_size == 0 {
-        return fail("shard_size", "a shard holds at least 1 byte".into());
-    }
-    match settings.checkpoint_dtype {
-        Some(dtype) if !is_averaged(dtype) => {
-            fail("checkpoint_dtype", format!("{dtype} is no dtype for averages: choose f32, bf16, f16 or f64"))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// What a resume cannot change.
-fn check_unchanged(saved: &Settings, now: &Settings) -> Result<()> {
-    let fail = |option, saved: String, now: String| {
-        let reason = format!("the run has {saved}, asked for is {now}: leave it as it is, or start a new run");
-        Err(Error::Setting { option, reason })
-    };
-    let names = |profiles: &[Profile]| profiles.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-    if saved.profiles != now.profiles {
-        return fail("profiles", names(&saved.profiles), names(&now.profiles));
-    }
-    if saved.precision != now.precision {
-        return fail("precision", format!("{:?}", saved.precision), format!("{:?}", now.precision));
-    }
-    if saved.average != now.average {
-        return fail("average", format!("{:?}", saved.average), format!("{:?}", now.average));
-    }
-    if saved.copy != now.copy {
-        return fail("copy", format!("{:?}", saved.copy), format!("{:?}", now.copy));
-    }
-    if saved.leave_out != now.leave_out {
-        return fail("leave_out", format!("{:?}", saved.leave_out), format!("{:?}", now.leave_out));
-    }
-    Ok(())
-}
-
-impl Settings {
-    fn choice(&self) -> Result<Choice> {
-        Ok(Choice {
-            average: self.average.as_ref().map(|patterns| Names::new("average", patterns)).transpose()?,
-            copy: Names::new("copy", &self.copy)?,
-            leave_out: Names::new("leave_out", &self.leave_out)?,
-        })
-    }
+/// Reads the globs of the settings.
+fn choice(settings: &Settings) -> Result<Choice> {
+    Ok(Choice {
+        average: settings.average.as_ref().map(|patterns| Names::new("average", patterns)).transpose()?,
+        copy: Names::new("copy", &settings.copy)?,
+        leave_out: Names::new("leave_out", &settings.leave_out)?,
+    })
 }

@@ -1,55 +1,25 @@
 //! The live state on disk: everything that a resume needs to go on with the same bits.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use safetensors::Dtype;
-use serde::{Deserialize, Serialize};
 
 use super::PostHocEma;
-use super::engine::{Engine, Start};
-use super::moment::Moment;
-use super::options::{OnError, Settings};
-use super::table::{Entry, Table};
+use super::engine::{Engine, EngineConfig};
+use super::moment::CheckpointMeta;
+use super::options::OnError;
+use super::table::{Entry, TensorRegistry};
 use super::values::Values;
 use crate::compute::cpu::{Averages, Precision};
 use crate::device::Device;
-use crate::error::{Error, Result};
-use crate::math::History;
-use crate::snapshot::{self, Lock, MAX_HEADER, STATE_FILE, StoredFile, TensorSpec, write_file};
-use crate::synthesis::Run;
+use crate::error::{Difference, Error, Result};
+use crate::snapshot::{self, MAX_HEADER, STATE_FILE, write_file};
 
-/// The key of the JSON in the file's metadata.
-const STATE: &str = "state";
+use crate::fs::Lock;
 
-/// How the names of copied tensors begin in the file.
-const COPIED: &str = "copied.";
-
-/// What is stored beside the tensors.
-#[derive(Serialize, Deserialize)]
-struct Document {
-    run: String,
-    clock: u64,
-    history: History,
-    stored: Option<u64>,
-    tied: BTreeMap<String, String>,
-    settings: Settings,
-    /// The model's dtype of each averaged tensor.
-    dtypes: BTreeMap<String, Dtype>,
-}
-
-fn high_name(index: usize, tensor: &str) -> String {
-    format!("{index}.average.{tensor}")
-}
-
-fn low_name(index: usize, tensor: &str) -> String {
-    format!("{index}.low.{tensor}")
-}
-
-fn copy_name(tensor: &str) -> String {
-    format!("{COPIED}{tensor}")
-}
+use crate::run::{COPIED, Run, STATE, Saved, Settings, StateDocument, check_snapshots, copy_name, high_name, low_name};
+use crate::tensor::TensorSpec;
 
 /// Bytes that a header takes for a tensor beside its name and shape: what begins its name, the keys, a dtype, and offsets of up to
 /// 13 digits.
@@ -65,7 +35,7 @@ pub(super) const REST: usize = 1_000_000;
 ///
 /// # Errors
 /// [`Error::Setting`].
-pub(super) fn check_header(table: &Table, settings: &Settings) -> Result<()> {
+pub(super) fn check_header(table: &TensorRegistry, settings: &Settings) -> Result<()> {
     let bytes = header_len(table, settings);
     if bytes <= MAX_HEADER {
         return Ok(());
@@ -81,7 +51,7 @@ pub(super) fn check_header(table: &Table, settings: &Settings) -> Result<()> {
 }
 
 /// The most bytes that the header of a live state takes.
-pub(super) fn header_len(table: &Table, settings: &Settings) -> usize {
+pub(super) fn header_len(table: &TensorRegistry, settings: &Settings) -> usize {
     let each = settings.profiles.len() * if settings.precision == Precision::Compensated { 2 } else { 1 };
     let quoted = |text: &str| serde_json::json!(text).to_string();
     let entry = |entry: &Entry| quoted(&entry.name).len() + format!("{:?}", entry.shape).len() + ENTRY;
@@ -90,7 +60,7 @@ pub(super) fn header_len(table: &Table, settings: &Settings) -> usize {
     tensors.sum::<usize>() + REST
 }
 
-impl Moment {
+impl CheckpointMeta {
     /// Writes the live state.
     pub(super) fn write_state(&self, values: &Values<'_>) -> Result<()> {
         let mut specs = Vec::new();
@@ -119,8 +89,8 @@ impl Moment {
         write_file(&self.dir.join(STATE_FILE), specs, metadata, &fill)
     }
 
-    fn document(&self) -> Document {
-        Document {
+    fn document(&self) -> StateDocument {
+        StateDocument {
             run: self.run.clone(),
             clock: self.clock,
             history: self.history.clone(),
@@ -132,82 +102,19 @@ impl Moment {
     }
 }
 
-/// Opens a state and reads what it says of itself, not its data.
-fn open(path: &Path) -> Result<(StoredFile, Document)> {
-    let file = StoredFile::open(path)?;
-    file.check_header()?;
-    snapshot::check_version(path, file.metadata())?;
-    let text = file.metadata().get(STATE).map(String::as_str).unwrap_or_default();
-    let document: Document = serde_json::from_str(text)
-        .map_err(|error| Error::damaged(path, format!("the metadata's `{STATE}` cannot be understood: {error}")))?;
-    if document.history.last().is_some_and(|last| last > document.clock) {
-        let why = format!("its clock, {}, is before its last update", document.clock);
-        return Err(Error::damaged(path, why));
-    }
-    Ok((file, document))
-}
-
-/// What a run's live state says of itself: where a resume would go on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SavedState {
-    /// The time of the last call.
-    pub step: u64,
-    /// The time of the last update; none before the first.
-    pub updated: Option<u64>,
-    /// The size of the file.
-    pub bytes: u64,
-}
-
-impl SavedState {
-    /// Looks at the live state of the run in a directory, without reading its data; none where there is no such file.
-    ///
-    /// # Errors
-    /// [`Error::Io`], [`Error::Damaged`] or [`Error::Unexpected`] for a file that cannot be used.
-    pub fn of(run: impl AsRef<Path>) -> Result<Option<SavedState>> {
-        match open(&run.as_ref().join(STATE_FILE)) {
-            Ok((file, document)) => {
-                Ok(Some(SavedState { step: document.clock, updated: document.history.last(), bytes: file.len() }))
-            }
-            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-}
-
-/// A live state as it was read.
-pub(super) struct Saved {
-    file: StoredFile,
-    document: Document,
-    pub settings: Settings,
-    pub tied: BTreeMap<String, String>,
-}
-
 impl Saved {
-    /// Reads and verifies a state.
-    pub(super) fn read(path: &Path) -> Result<Saved> {
-        let (file, document) = open(path)?;
-        file.verify()?;
-        let (settings, tied) = (document.settings.clone(), document.tied.clone());
-        Ok(Saved { file, document, settings, tied })
-    }
-
-    /// The time of the last call.
-    pub(super) fn step(&self) -> u64 {
-        self.document.clock
-    }
-
     /// Rebuilds the tracker for a model whose tensors must be those of the state.
     pub(super) fn into_tracker(
         self,
         dir: PathBuf,
         settings: Settings,
-        table: Table,
-        lent_on: Option<usize>,
+        table: TensorRegistry,
+        model_device: Option<usize>,
         device: Device,
         lock: Lock,
     ) -> Result<PostHocEma> {
         self.check_tensors(&table)?;
-        let Document { run, clock, history, stored, .. } = &self.document;
+        let StateDocument { run, clock, history, stored, .. } = &self.document;
         if !snapshot::list(&dir)?.is_empty() {
             check_snapshots(&Run::open(&dir)?, run, history)?;
         }
@@ -216,8 +123,8 @@ impl Saved {
         let copies = table.copied().iter().map(|entry| self.bytes(&copy_name(&entry.name), entry.dtype, &entry.shape));
         let copies = copies.map(|bytes| bytes.map(<[u8]>::to_vec)).collect::<Result<_>>()?;
         let (run, clock, history, stored) = (run.clone(), *clock, history.clone(), *stored);
-        let start = Start { values: Some((averages, copies)), ..Start::new(&table, &settings) };
-        let engine = Engine::start(&dir, table.layout(), lent_on, device, start)?;
+        let start = EngineConfig { values: Some((averages, copies)), ..EngineConfig::new(&table, &settings) };
+        let engine = Engine::start(&dir, table.layout(), model_device, device, start)?;
         Ok(PostHocEma {
             dir,
             settings,
@@ -235,37 +142,42 @@ impl Saved {
     }
 
     /// Checks that the model averages exactly the tensors of the state, in the same dtypes.
-    fn check_tensors(&self, table: &Table) -> Result<()> {
+    fn check_tensors(&self, table: &TensorRegistry) -> Result<()> {
         let saved = &self.document.dtypes;
         for entry in table.averaged() {
             match saved.get(&entry.name) {
-                None => return Err(Error::changed(&entry.name, "it was not averaged when the run began")),
+                None => {
+                    return Err(Error::changed(
+                        &entry.name,
+                        Difference::new("the tensor", "not averaged when the run began", "averaged"),
+                    ));
+                }
                 Some(&dtype) if dtype != entry.dtype => {
-                    return Err(Error::changed(&entry.name, format!("its dtype is {}, it was {dtype}", entry.dtype)));
+                    return Err(Error::changed(&entry.name, Difference::new("its dtype", dtype, entry.dtype)));
                 }
                 Some(_) => {}
             }
         }
         let averaged = |name: &&String| matches!(table.find(name), Some(Ok(_)));
         if let Some(missing) = saved.keys().find(|name| !averaged(name)) {
-            return Err(Error::changed(missing, "it is no longer there to be averaged"));
+            return Err(Error::changed(missing, Difference::new("the tensor", "averaged", "missing")));
         }
         self.check_copied(table)
     }
 
     /// Checks that the model copies exactly the tensors that the state has copies of.
-    fn check_copied(&self, table: &Table) -> Result<()> {
+    fn check_copied(&self, table: &TensorRegistry) -> Result<()> {
         let saved = || self.file.tensors().keys().filter_map(|name| name.strip_prefix(COPIED));
         if let Some(new) = table.copied().iter().find(|entry| !saved().any(|name| name == entry.name)) {
-            return Err(Error::changed(&new.name, "it was not there when the run began"));
+            return Err(Error::changed(&new.name, Difference::new("the tensor", "missing when the run began", "new")));
         }
         match saved().find(|name| !matches!(table.find(name), Some(Err(_)))) {
-            Some(missing) => Err(Error::changed(missing, "it is no longer there to be copied")),
+            Some(missing) => Err(Error::changed(missing, Difference::new("the tensor", "copied", "missing"))),
             None => Ok(()),
         }
     }
 
-    fn averages(&self, index: usize, table: &Table, precision: Precision) -> Result<Averages> {
+    fn averages(&self, index: usize, table: &TensorRegistry, precision: Precision) -> Result<Averages> {
         let mut averages = Averages::zeros(table.layout(), precision);
         for (i, Entry { name, shape, .. }) in table.averaged().iter().enumerate() {
             let place = table.layout().place(i);
@@ -278,48 +190,4 @@ impl Saved {
         }
         Ok(averages)
     }
-
-    fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
-        let path = self.file.path();
-        let Some(tensor) = self.file.tensors().get(name) else {
-            return Err(Error::damaged(path, format!("it lacks the tensor `{name}`")));
-        };
-        if tensor.dtype != dtype || tensor.shape != shape {
-            let reason = format!("it is {dtype} {shape:?}, in {} {} {:?}", path.display(), tensor.dtype, tensor.shape);
-            return Err(Error::changed(name, reason));
-        }
-        Ok(self.file.bytes(tensor))
-    }
-}
-
-/// Checks that the live state, where there is one, is of the run and leads to its snapshots.
-///
-/// # Errors
-/// As [`SavedState::of`], and [`Error::Unexpected`] for a snapshot of another run, or of a step that the state has not come to.
-pub(super) fn check(dir: &Path, run: &Run) -> Result<()> {
-    match open(&dir.join(STATE_FILE)) {
-        Ok((_, document)) => check_snapshots(run, &document.run, &document.history),
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-/// Checks that the snapshots are those of a live state's run and none is newer than it.
-fn check_snapshots(on_disk: &Run, run: &str, history: &History) -> Result<()> {
-    for snapshot in on_disk.snapshots() {
-        if snapshot.meta.run.as_deref() != Some(run) {
-            let why = format!("the snapshot belongs to another run than {STATE_FILE}: move it out of the directory");
-            return Err(Error::unexpected(snapshot.path(), why));
-        }
-        if !history.contains(snapshot.stem.step) {
-            let why = format!(
-                "the snapshot is of step {}, which {STATE_FILE} (at step {}) does not lead to: move it out of the \
-                 directory, or bring back the state that wrote it",
-                snapshot.stem.step,
-                history.last().unwrap_or(0)
-            );
-            return Err(Error::unexpected(snapshot.path(), why));
-        }
-    }
-    Ok(())
 }

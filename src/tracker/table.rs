@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use safetensors::Dtype;
 
 use crate::compute::cpu::Layout;
-use crate::error::{Error, Result};
-use crate::snapshot::{FileLayout, TensorSpec};
+use crate::error::{Difference, Error, Result};
+use crate::snapshot::FileLayout;
+
+use crate::tensor::TensorSpec;
 use crate::tensor::{TensorView, byte_size, is_averaged};
 
 use super::names::{Choice, Names};
@@ -29,7 +31,7 @@ impl Entry {
 
 /// What becomes of a tensor at an update.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Slot {
+enum TensorRole {
     Averaged(usize),
     Copied(usize),
     /// It shares the elements of the tensor of this name.
@@ -39,54 +41,58 @@ enum Slot {
 
 /// All tensors of a run, in order of their names.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Table {
+pub(super) struct TensorRegistry {
     averaged: Vec<Entry>,
     copied: Vec<Entry>,
     tied: BTreeMap<String, String>,
-    slots: BTreeMap<String, Slot>,
+    slots: BTreeMap<String, TensorRole>,
     layout: Layout,
     /// The order in which the model last listed its tensors, with the slot of each: models keep to one order.
-    order: Vec<(String, Slot)>,
+    order: Vec<(String, TensorRole)>,
 }
 
 /// The views of one update, in the order of the table.
-pub(super) struct Matched<'v, 'a> {
+pub(super) struct OrderedViews<'v, 'a> {
     pub averaged: Vec<&'v TensorView<'a>>,
     pub copied: Vec<&'v TensorView<'a>>,
 }
 
-impl<'v, 'a> Matched<'v, 'a> {
+impl<'v, 'a> OrderedViews<'v, 'a> {
     /// All of them.
     pub(super) fn all(&self) -> impl Iterator<Item = &'v TensorView<'a>> {
         self.averaged.iter().chain(&self.copied).copied()
     }
 }
 
-impl Table {
+impl TensorRegistry {
     /// Sorts the tensors of a new run.
-    pub(super) fn new(views: &[TensorView<'_>], choice: &Choice) -> Result<Table> {
+    pub(super) fn new(views: &[TensorView<'_>], choice: &Choice) -> Result<TensorRegistry> {
         let kept: Vec<&TensorView<'_>> = views.iter().filter(|view| !choice.leave_out.contains(view.name)).collect();
-        Table::build(views, choice, find_tied(&kept))
+        TensorRegistry::build(views, choice, find_tied(&kept))
     }
 
     /// Sorts the tensors of a run whose ties are known.
-    pub(super) fn resumed(views: &[TensorView<'_>], choice: &Choice, tied: &BTreeMap<String, String>) -> Result<Table> {
-        Table::build(views, choice, tied.clone())
+    pub(super) fn resumed(
+        views: &[TensorView<'_>],
+        choice: &Choice,
+        tied: &BTreeMap<String, String>,
+    ) -> Result<TensorRegistry> {
+        TensorRegistry::build(views, choice, tied.clone())
     }
 
-    fn build(views: &[TensorView<'_>], choice: &Choice, tied: BTreeMap<String, String>) -> Result<Table> {
+    fn build(views: &[TensorView<'_>], choice: &Choice, tied: BTreeMap<String, String>) -> Result<TensorRegistry> {
         let mut sorted: Vec<&TensorView<'_>> = views.iter().collect();
         sorted.sort_by_key(|view| view.name);
         if let Some(pair) = sorted.windows(2).find(|pair| pair[0].name == pair[1].name) {
             return Err(Error::tensor(pair[0].name, "the name occurs twice: names must be unique"));
         }
-        let mut table = Table { tied, ..Table::default() };
+        let mut table = TensorRegistry { tied, ..TensorRegistry::default() };
         for view in sorted {
             let slot = table.add(view, choice)?;
             table.slots.insert(view.name.to_owned(), slot);
         }
         if table.averaged.is_empty() {
-            return Err(Error::Nothing("the model has no floating-point tensor to average".into()));
+            return Err(Error::NothingToAverage);
         }
         // What a file could not hold is found now and not at the first snapshot.
         let specs = table.averaged.iter().chain(&table.copied).map(Entry::spec).collect();
@@ -95,12 +101,12 @@ impl Table {
         Ok(table)
     }
 
-    fn add(&mut self, view: &TensorView<'_>, choice: &Choice) -> Result<Slot> {
+    fn add(&mut self, view: &TensorView<'_>, choice: &Choice) -> Result<TensorRole> {
         if choice.leave_out.contains(view.name) {
-            return Ok(Slot::LeftOut);
+            return Ok(TensorRole::LeftOut);
         }
         if let Some(kept) = self.tied.get(view.name) {
-            return Ok(Slot::Tied(kept.clone()));
+            return Ok(TensorRole::Tied(kept.clone()));
         }
         let bytes = byte_size(view.name, view.dtype, view.shape)?;
         let entry = Entry { name: view.name.to_owned(), dtype: view.dtype, shape: view.shape.to_vec(), bytes };
@@ -110,7 +116,7 @@ impl Table {
         let asked = choice.average.as_ref().map(named);
         if !copy && is_averaged(view.dtype) && asked != Some(false) {
             self.averaged.push(entry);
-            return Ok(Slot::Averaged(self.averaged.len() - 1));
+            return Ok(TensorRole::Averaged(self.averaged.len() - 1));
         }
         let undecided = asked.is_none() && !is_copied(view.dtype);
         if !copy && !is_averaged(view.dtype) && (undecided || asked == Some(true)) {
@@ -118,7 +124,7 @@ impl Table {
             return Err(Error::tensor(view.name, why));
         }
         self.copied.push(entry);
-        Ok(Slot::Copied(self.copied.len() - 1))
+        Ok(TensorRole::Copied(self.copied.len() - 1))
     }
 
     /// A kept tensor's own name and those tied to it: whichever of them the user gave stands for all.
@@ -128,7 +134,7 @@ impl Table {
     }
 
     /// Puts the views of an update in the order of the table, checking that they are the same tensors.
-    pub(super) fn match_views<'v, 'a>(&mut self, views: &'v [TensorView<'a>]) -> Result<Matched<'v, 'a>> {
+    pub(super) fn match_views<'v, 'a>(&mut self, views: &'v [TensorView<'a>]) -> Result<OrderedViews<'v, 'a>> {
         let usual =
             views.len() == self.order.len() && views.iter().zip(&self.order).all(|(view, (name, _))| view.name == name);
         if !usual {
@@ -138,25 +144,28 @@ impl Table {
         let mut copied = vec![None; self.copied.len()];
         for (view, (_, slot)) in views.iter().zip(&self.order) {
             match slot {
-                Slot::Averaged(i) => averaged[*i] = Some(check(view, &self.averaged[*i])?),
-                Slot::Copied(i) => copied[*i] = Some(check(view, &self.copied[*i])?),
-                Slot::Tied(_) | Slot::LeftOut => {}
+                TensorRole::Averaged(i) => averaged[*i] = Some(check(view, &self.averaged[*i])?),
+                TensorRole::Copied(i) => copied[*i] = Some(check(view, &self.copied[*i])?),
+                TensorRole::Tied(_) | TensorRole::LeftOut => {}
             }
         }
         self.check_ties(views)?;
-        Ok(Matched {
+        Ok(OrderedViews {
             averaged: averaged.into_iter().flatten().collect(),
             copied: copied.into_iter().flatten().collect(),
         })
     }
 
     /// Finds each view's slot; every tensor of the run must be there once, and nothing else.
-    fn find_order(&self, views: &[TensorView<'_>]) -> Result<Vec<(String, Slot)>> {
+    fn find_order(&self, views: &[TensorView<'_>]) -> Result<Vec<(String, TensorRole)>> {
         let mut seen = BTreeSet::new();
         let mut order = Vec::with_capacity(views.len());
         for view in views {
             let Some(slot) = self.slots.get(view.name) else {
-                return Err(Error::changed(view.name, "it was not there when the run began"));
+                return Err(Error::changed(
+                    view.name,
+                    Difference::new("the tensor", "missing when the run began", "new"),
+                ));
             };
             if !seen.insert(view.name) {
                 return Err(Error::tensor(view.name, "the name occurs twice: names must be unique"));
@@ -164,7 +173,7 @@ impl Table {
             order.push((view.name.to_owned(), slot.clone()));
         }
         match self.slots.keys().find(|name| !seen.contains(name.as_str())) {
-            Some(missing) => Err(Error::changed(missing, "it is no longer there")),
+            Some(missing) => Err(Error::changed(missing, Difference::new("the tensor", "present", "missing"))),
             None => Ok(order),
         }
     }
@@ -177,8 +186,8 @@ impl Table {
         for (dropped, kept) in &self.tied {
             let (Some(a), Some(b)) = (by_name.get(dropped.as_str()), by_name.get(kept.as_str())) else { continue };
             if place(a) != place(b) {
-                let reason = format!("it shared its elements with `{kept}` when the run began, and no longer does");
-                return Err(Error::changed(dropped, reason));
+                let expected = format!("shared with `{kept}` when the run began");
+                return Err(Error::changed(dropped, Difference::new("its memory", expected, "its own")));
             }
         }
         Ok(())
@@ -203,9 +212,9 @@ impl Table {
     /// The index of an averaged tensor, or of a copied one.
     pub(super) fn find(&self, name: &str) -> Option<Result<usize, usize>> {
         match self.slots.get(name)? {
-            Slot::Averaged(i) => Some(Ok(*i)),
-            Slot::Copied(i) => Some(Err(*i)),
-            Slot::Tied(_) | Slot::LeftOut => None,
+            TensorRole::Averaged(i) => Some(Ok(*i)),
+            TensorRole::Copied(i) => Some(Err(*i)),
+            TensorRole::Tied(_) | TensorRole::LeftOut => None,
         }
     }
 }
@@ -219,10 +228,13 @@ fn is_copied(dtype: Dtype) -> bool {
 
 fn check<'v, 'a>(view: &'v TensorView<'a>, entry: &Entry) -> Result<&'v TensorView<'a>> {
     if view.shape != entry.shape {
-        return Err(Error::changed(view.name, format!("its shape is {:?}, it was {:?}", view.shape, entry.shape)));
+        return Err(Error::changed(
+            view.name,
+            Difference::new("its shape", format!("{:?}", entry.shape), format!("{:?}", view.shape)),
+        ));
     }
     if view.dtype != entry.dtype {
-        return Err(Error::changed(view.name, format!("its dtype is {}, it was {}", view.dtype, entry.dtype)));
+        return Err(Error::changed(view.name, Difference::new("its dtype", entry.dtype, view.dtype)));
     }
     let size = (entry.dtype.bitsize() / 8).max(1) as u64;
     if let (Some(device), address) = view.place()

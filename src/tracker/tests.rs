@@ -21,7 +21,11 @@ use tempfile::TempDir;
 use super::*;
 use crate::compute::cpu::{Averages, Precision};
 use crate::math::{Chain, Retention, Schedule, Window};
-use crate::synthesis::{At, Output, Run, WriteOptions};
+use crate::planning::At;
+
+use crate::synthesis::{Output, WriteOptions};
+
+use crate::run::Run;
 use crate::tensor::{Tensor, Tensors};
 
 /// A directory for a run that does not exist yet.
@@ -99,7 +103,7 @@ fn train_on(ema: &mut PostHocEma, walk: &mut Walk, steps: u64) -> Vec<(u64, Vec<
     let mut trajectory = Vec::new();
     for _ in 0..steps {
         let step = ema.update(walk.step()).unwrap();
-        if step != Step::Skipped {
+        if step != UpdateOutcome::Skipped {
             trajectory.push((ema.step(), Walk::values(&walk.model)));
         }
     }
@@ -305,7 +309,7 @@ fn a_clock_of_images_may_jump() {
     let mut trajectory = Vec::new();
     for batch in 1..=300u64 {
         let time = batch * 128 + batch % 3;
-        if ema.update_at(time, walk.step()).unwrap() != Step::Skipped {
+        if ema.update_at(time, walk.step()).unwrap() != UpdateOutcome::Skipped {
             trajectory.push((time, Walk::values(&walk.model)));
         }
     }

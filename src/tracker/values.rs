@@ -59,7 +59,7 @@ impl Converted {
 
 /// As [`Values`], in memory of its own: what a thread takes along.
 ///
-/// Whoever gives dtypes chooses them by [`Moment::choose_dtypes`](super::moment::Moment::choose_dtypes), which refuses
+/// Whoever gives dtypes chooses them by [`CheckpointMeta::choose_dtypes`](super::moment::Moment::choose_dtypes), which refuses
 /// values that are not finite.
 #[derive(Clone, Debug, Default)]
 pub(super) struct OwnedValues {
@@ -81,7 +81,7 @@ impl OwnedValues {
 }
 
 /// What an engine lends its values through.
-pub(super) enum Held<'a> {
+pub(super) enum AveragesGuard<'a> {
     /// They lie in host memory and are lent from there.
     Borrowed(Values<'a>),
     /// They were brought there for this.
@@ -92,14 +92,14 @@ pub(super) enum Held<'a> {
     Locked(std::sync::MutexGuard<'a, super::engine::HostAverages>),
 }
 
-impl Held<'_> {
+impl AveragesGuard<'_> {
     pub(super) fn values(&self) -> Values<'_> {
         match self {
-            Held::Borrowed(values) => *values,
+            AveragesGuard::Borrowed(values) => *values,
             #[cfg(feature = "cuda")]
-            Held::Owned(values) => values.as_values(),
+            AveragesGuard::Owned(values) => values.as_values(),
             #[cfg(feature = "cuda")]
-            Held::Locked(host) => host.values(),
+            AveragesGuard::Locked(host) => host.values(),
         }
     }
 }

@@ -11,13 +11,13 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use super::moment::{Failure, Moment};
+use super::moment::{CheckpointMeta, Failure};
 use super::values::OwnedValues;
 use crate::error::{Error, Result};
 
 /// A checkpoint to be written, with values of its own.
 pub(super) struct Job {
-    pub moment: Moment,
+    pub moment: CheckpointMeta,
     pub values: OwnedValues,
     /// Takes the values when the checkpoint is written or given up, so that their memory is used again.
     pub home: Option<Home>,
@@ -71,7 +71,7 @@ enum Message {
 struct Outcome {
     /// The first error that nobody has asked for, and the step of its checkpoint.
     unseen: Option<(u64, Error)>,
-    given_up: Option<u64>,
+    last_failed_step: Option<u64>,
 }
 
 impl Writer {
@@ -111,7 +111,7 @@ impl Writer {
     /// Waits until all checkpoints are written or given up, and returns what [`Writer::take_error`] would. A checkpoint
     /// that failed before is tried once more.
     pub(super) fn flush(&self) -> Result<()> {
-        self.settle()?;
+        self.wait_idle()?;
         self.take_error().map_or(Ok(()), Err)
     }
 
@@ -119,7 +119,7 @@ impl Writer {
     ///
     /// # Errors
     /// As [`Writer::submit`].
-    pub(super) fn settle(&self) -> Result<()> {
+    pub(super) fn wait_idle(&self) -> Result<()> {
         let (done, wait) = channel();
         self.send(Message::Flush(done))?;
         wait.recv().map_err(|_| self.ended())
@@ -131,8 +131,8 @@ impl Writer {
     }
 
     /// The newest step whose checkpoint was given up and has not been written since.
-    pub(super) fn given_up(&self) -> Option<u64> {
-        lock(&self.outcome).given_up
+    pub(super) fn last_failed_step(&self) -> Option<u64> {
+        lock(&self.outcome).last_failed_step
     }
 
     fn send(&self, message: Message) -> Result<()> {
@@ -201,7 +201,7 @@ impl<W: FnMut(&Job) -> Result<(), Failure>> Work<W> {
             }
             Err(Failure::Values(error)) => {
                 outcome.keep_unseen(step, error);
-                outcome.given_up = Some(step);
+                outcome.last_failed_step = Some(step);
             }
             Err(Failure::Removal(error)) => {
                 outcome.written(step);
@@ -224,7 +224,7 @@ impl<W: FnMut(&Job) -> Result<(), Failure>> Work<W> {
             lock(&self.outcome).written(step);
             tracing::warn!("the snapshot of step {step} is stored, but: {error}");
         } else {
-            lock(&self.outcome).given_up = Some(step);
+            lock(&self.outcome).last_failed_step = Some(step);
             tracing::warn!("the snapshot of step {step} is given up: {error}");
         }
         Some((step, error))
@@ -252,7 +252,7 @@ impl<W: FnMut(&Job) -> Result<(), Failure>> Work<W> {
 impl Outcome {
     /// A checkpoint is on disk: an error of an earlier try no longer matters.
     fn written(&mut self, step: u64) {
-        self.given_up = self.given_up.filter(|given_up| *given_up != step);
+        self.last_failed_step = self.last_failed_step.filter(|last_failed_step| *last_failed_step != step);
         if let Some((_, error)) = self.unseen.take_if(|(failed, _)| *failed == step) {
             tracing::warn!("the snapshot of step {step} was stored when it was tried again; before: {error}");
         }

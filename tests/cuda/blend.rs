@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use posthoc_ema::compute::cpu::{self, Blend, Unfit};
+use posthoc_ema::compute::cpu::{self, Blend, Overflow};
 use posthoc_ema::compute::cuda::{Blender, Delivery, Device, Input, Stretch};
 use posthoc_ema::{Dtype, Error, Result};
 use rand::Rng;
@@ -44,8 +44,8 @@ fn weights(sources: usize, targets: usize, seed: u64) -> Vec<f64> {
     (0..sources * targets).map(|_| random.random::<f64>() * 6.0 - 2.9).collect()
 }
 
-fn report(stretch: usize, unfit: Unfit) -> Error {
-    Error::Nothing(format!("stretch {stretch} target {} element {} is {}", unfit.target, unfit.element, unfit.value))
+fn report(stretch: usize, unfit: Overflow) -> Error {
+    Error::Internal(format!("stretch {stretch} target {} element {} is {}", unfit.target, unfit.element, unfit.value))
 }
 
 /// Blends several tensors in one block and compares every byte with the CPU's.

@@ -1,7 +1,6 @@
 //! The CUDA path against the CPU's, bit for bit: on the real driver where there is one, and otherwise on the stand-in that
 //! is built here from the very same kernels.
 
-mod bench;
 mod blend;
 mod convert;
 mod driver;
@@ -11,7 +10,6 @@ mod mutations;
 mod offload;
 mod ordering;
 mod owner;
-mod program;
 mod synthesis;
 mod tracker;
 mod update;

@@ -226,7 +226,7 @@ fn an_average_that_does_not_fit_leaves_the_model_as_it_was() {
     (large.dtype, large.bytes) = (Dtype::F32, (0..130).flat_map(|i| (1e4f32 * i as f32).to_le_bytes()).collect());
     host.insert("d.half", large);
     let mut ema = PostHocEma::options(temp.path()).update_every(1).checkpoint_every(1).create(&host).unwrap();
-    (0..3).for_each(|_| assert_eq!(ema.update(&host).unwrap(), posthoc_ema::Step::Stored));
+    (0..3).for_each(|_| assert_eq!(ema.update(&host).unwrap(), posthoc_ema::UpdateOutcome::Stored));
     ema.flush().unwrap();
     let run = Run::open(temp.path()).unwrap();
     let plan = run.plan(Profile::sigma_rel(0.1).unwrap(), At::Latest).unwrap();

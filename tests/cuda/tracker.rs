@@ -1,7 +1,7 @@
 //! The tracker, with averages on the device and on the host, against the tracker of parameters in host memory.
 
 use posthoc_ema::compute::cuda::devices;
-use posthoc_ema::{Device, Dtype, Error, Options, PostHocEma, Precision, Step};
+use posthoc_ema::{Device, Dtype, Error, Options, PostHocEma, Precision, UpdateOutcome};
 
 use crate::driver::{count, driver};
 use crate::model::{Model, files};
@@ -69,7 +69,7 @@ fn without_the_background_the_files_are_there_at_once() {
         let mut ema = options.create(&model.device).unwrap();
         for step in 1..=20 {
             model.train(step);
-            let stored = ema.update(&model.device).unwrap() == Step::Stored;
+            let stored = ema.update(&model.device).unwrap() == UpdateOutcome::Stored;
             assert_eq!(stored, step % 10 == 0);
             let there = temp.path().join(format!("1.{step}.safetensors")).is_file();
             assert_eq!(there, stored, "{device:?} {step}");
@@ -110,7 +110,7 @@ fn the_place_is_chosen_by_what_fits() {
     let model = Model::new(&owner);
     let fence_after_an_update = |device, dir: &str| {
         let mut ema = options(&temp.path().join(dir)).device(device).create(&model.device).unwrap();
-        assert_eq!(ema.update_at(2, &model.device).unwrap(), Step::Updated);
+        assert_eq!(ema.update_at(2, &model.device).unwrap(), UpdateOutcome::Updated);
         ema.fence().is_some()
     };
     // On the device there is nothing to wait for.
@@ -132,7 +132,7 @@ fn values_that_are_not_finite_are_told_at_the_next_call_and_training_goes_on() {
         let (_, tensor, owned) = &mut model.device.tensors[1];
         tensor.bytes[2002..2004].copy_from_slice(&[0xc0, 0x7f]);
         owned.set(&tensor.bytes);
-        assert_eq!(ema.update(&model.device).unwrap(), Step::Stored);
+        assert_eq!(ema.update(&model.device).unwrap(), UpdateOutcome::Stored);
         let error = ema.finish().unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, Error::NonFinite { element: 1001, step: 10, .. }), "{text}");
@@ -217,13 +217,13 @@ fn costs() {
     assert_eq!(launches(), before, "no kernel runs before the first update");
     model.train(1);
     let idle = device_work();
-    assert_eq!(ema.update(&model.device).unwrap(), Step::Skipped);
+    assert_eq!(ema.update(&model.device).unwrap(), UpdateOutcome::Skipped);
     assert_eq!(device_work(), idle, "an update that is not due costs nothing");
-    assert_eq!(ema.update(&model.device).unwrap(), Step::Updated);
+    assert_eq!(ema.update(&model.device).unwrap(), UpdateOutcome::Updated);
     model.train(3);
-    assert_eq!(ema.update(&model.device).unwrap(), Step::Skipped);
+    assert_eq!(ema.update(&model.device).unwrap(), UpdateOutcome::Skipped);
     let idle = device_work();
-    assert_eq!(ema.update(&model.device).unwrap(), Step::Updated);
+    assert_eq!(ema.update(&model.device).unwrap(), UpdateOutcome::Updated);
     let [launched, copied, allocated, _] = device_work();
     assert_eq!(launched, idle[0] + 1, "an update is one launch");
     assert_eq!((copied, allocated), (idle[1], idle[2]), "the table of tensors is there already");

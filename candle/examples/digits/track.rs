@@ -4,7 +4,7 @@ use std::iter::zip;
 
 use anyhow::Result;
 use candle_nn::VarMap;
-use posthoc_ema::{PostHocEma, Step, Tensors};
+use posthoc_ema::{PostHocEma, Tensors, UpdateOutcome};
 use posthoc_ema_candle::Variables;
 
 use crate::folder::Folder;
@@ -56,7 +56,7 @@ impl Trackers {
     pub fn update(&mut self, vars: &VarMap) -> Result<()> {
         let step = self.run.update(&Variables(vars))?;
         self.direct.update(&Variables(vars))?;
-        if step != Step::Skipped {
+        if step != UpdateOutcome::Skipped {
             self.trajectory.add(self.run.step(), vars)?;
         }
         Ok(())

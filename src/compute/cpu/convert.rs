@@ -6,7 +6,7 @@
 use half::bf16;
 use safetensors::Dtype;
 
-use super::Level;
+use super::SimdLevel;
 use super::x86;
 
 /// `0x7fff`: the NaN that CUDA's conversions write, for f16 and bf16 alike.
@@ -81,12 +81,12 @@ fn fill<T>(dst: &mut [T], values: impl Iterator<Item = T>) {
 /// Reads elements of an averaged dtype from bytes of any alignment. `src` holds `dst.len()` elements.
 #[inline(always)]
 pub fn to_f32(dst: &mut [f32], src: &[u8], dtype: Dtype) {
-    to_f32_with(Level::best(), dst, src, dtype);
+    to_f32_with(SimdLevel::best(), dst, src, dtype);
 }
 
 /// As [`to_f32`], with the instructions of a level.
 #[inline(always)]
-pub(super) fn to_f32_with(level: Level, dst: &mut [f32], src: &[u8], dtype: Dtype) {
+pub(super) fn to_f32_with(level: SimdLevel, dst: &mut [f32], src: &[u8], dtype: Dtype) {
     match dtype {
         Dtype::F32 => fill(dst, values(src, f32::from_le_bytes)),
         Dtype::F16 => {
@@ -101,7 +101,7 @@ pub(super) fn to_f32_with(level: Level, dst: &mut [f32], src: &[u8], dtype: Dtyp
 
 /// Reads elements of an averaged dtype as f64, which holds each exactly.
 #[inline(always)]
-pub(super) fn to_f64(level: Level, dst: &mut [f64], src: &[u8], dtype: Dtype) {
+pub(super) fn to_f64(level: SimdLevel, dst: &mut [f64], src: &[u8], dtype: Dtype) {
     let done = x86::to_f64(level, dtype, dst, src);
     if done == dst.len() {
         return;
@@ -124,7 +124,7 @@ fn store<const N: usize>(dst: &mut [u8], values: impl Iterator<Item = [u8; N]>) 
 /// Writes f64 values as elements of an averaged dtype, and tells whether all of them fit: finite, and none beyond
 /// [`max_finite`]. 16-bit types are rounded by way of f32: within 1 ulp.
 #[inline(always)]
-pub(super) fn from_f64(level: Level, dst: &mut [u8], src: &[f64], dtype: Dtype) -> bool {
+pub(super) fn from_f64(level: SimdLevel, dst: &mut [u8], src: &[f64], dtype: Dtype) -> bool {
     let limit = max_finite(dtype).unwrap_or(f64::MAX);
     match dtype {
         Dtype::F32 => store_fitting(dst, src, limit, |x| (x as f32).to_le_bytes()),
@@ -188,7 +188,7 @@ mod tests {
             let bytes: &[u8] = bytemuck::cast_slice(&bits[shift..]);
             let (mut singles, mut doubles) = (vec![0f32; bits.len() - shift], vec![0f64; bits.len() - shift]);
             to_f32(&mut singles, bytes, Dtype::F16);
-            to_f64(Level::best(), &mut doubles, bytes, Dtype::F16);
+            to_f64(SimdLevel::best(), &mut doubles, bytes, Dtype::F16);
             for (i, &half) in bits[shift..].iter().enumerate() {
                 let expected = f16_to_f32(half);
                 let same = singles[i].to_bits() == expected.to_bits() && doubles[i] == f64::from(expected);

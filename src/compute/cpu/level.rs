@@ -1,10 +1,10 @@
 //! The instruction sets that loops are compiled for, one of which is chosen at run time.
 
-use super::mode::Prescribed;
+use super::mode::FpEnvGuard;
 
-/// An instruction set that this machine has: all give the same bits, and the last of [`Level::all`] is the fastest.
+/// An instruction set that this machine has: all give the same bits, and the last of [`SimdLevel::all`] is the fastest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Level(Set);
+pub struct SimdLevel(Set);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Set {
@@ -15,32 +15,32 @@ enum Set {
     Avx512,
 }
 
-impl Level {
+impl SimdLevel {
     /// What every processor of the target has: SSE2 on x86-64, NEON on ARM.
-    pub const BASELINE: Level = Level(Set::Baseline);
+    pub const BASELINE: SimdLevel = SimdLevel(Set::Baseline);
 
     /// The fastest of this machine.
-    pub fn best() -> Level {
+    pub fn best() -> SimdLevel {
         #[cfg(target_arch = "x86_64")]
         {
             if has_avx512() {
-                return Level(Set::Avx512);
+                return SimdLevel(Set::Avx512);
             }
             if has_avx2() {
-                return Level(Set::Avx2);
+                return SimdLevel(Set::Avx2);
             }
         }
-        Level::BASELINE
+        SimdLevel::BASELINE
     }
 
     /// All of this machine, from the slowest to the fastest.
-    pub fn all() -> Vec<Level> {
+    pub fn all() -> Vec<SimdLevel> {
         #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut, reason = "there is one level"))]
-        let mut all = vec![Level::BASELINE];
+        let mut all = vec![SimdLevel::BASELINE];
         #[cfg(target_arch = "x86_64")]
         {
-            all.extend(has_avx2().then_some(Level(Set::Avx2)));
-            all.extend(has_avx512().then_some(Level(Set::Avx512)));
+            all.extend(has_avx2().then_some(SimdLevel(Set::Avx2)));
+            all.extend(has_avx512().then_some(SimdLevel(Set::Avx512)));
         }
         all
     }
@@ -59,7 +59,7 @@ impl Level {
     /// Runs a loop compiled for this instruction set. The closure, and what it calls, must be `#[inline(always)]`.
     #[inline(always)]
     pub(crate) fn run<R>(self, body: impl FnOnce() -> R) -> R {
-        let _mode = Prescribed::enter();
+        let _mode = FpEnvGuard::enter();
         match self.0 {
             Set::Baseline => body(),
             // SAFETY: a level is made only where the machine has what it stands for.
@@ -132,8 +132,8 @@ mod tests {
 
     #[test]
     fn the_best_is_the_last_of_all_and_each_is_named_apart() {
-        let all = Level::all();
-        assert_eq!((all[0], *all.last().unwrap()), (Level::BASELINE, Level::best()));
+        let all = SimdLevel::all();
+        assert_eq!((all[0], *all.last().unwrap()), (SimdLevel::BASELINE, SimdLevel::best()));
         let mut names: Vec<_> = all.iter().map(|level| level.name()).collect();
         names.dedup();
         assert_eq!(names.len(), all.len());

@@ -8,6 +8,8 @@ mod averages;
 mod blend;
 mod convert;
 mod level;
+#[doc(hidden)]
+pub mod limits;
 mod memory;
 mod mode;
 pub(crate) mod prefetch;
@@ -16,19 +18,19 @@ mod update;
 mod x86;
 
 pub use averages::{Averages, Layout, Precision, SpareAverages};
-pub use blend::{Blend, Unfit, blend, blend_with};
+pub use blend::{Blend, Overflow, blend, blend_with};
 pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, max_finite, to_f32};
-pub use level::Level;
+pub use level::SimdLevel;
 pub use memory::Spare;
 pub(crate) use memory::zeros;
 pub use scan::{Range, copy_and_scan, scan};
 pub use update::{Incoming, update, update_with};
 
 /// Elements that a thread takes at a time: large enough to hide the hand-over, small enough to balance.
-pub(crate) const CHUNK: usize = 1 << 16;
+pub const CHUNK: usize = 1 << 16;
 
 /// Runs a loop compiled for the widest instruction set of this machine.
 #[inline(always)]
 pub(crate) fn vectorised<R>(body: impl FnOnce() -> R) -> R {
-    Level::best().run(body)
+    SimdLevel::best().run(body)
 }

@@ -5,24 +5,24 @@
 //! process does. Loops run in the mode that IEEE 754 and Rust prescribe; the caller gets his own back.
 
 /// Until it is dropped, arithmetic of this thread keeps subnormal numbers and rounds to nearest.
-pub(super) struct Prescribed {
+pub(super) struct FpEnvGuard {
     /// What is to be put back.
     before: Option<Mode>,
 }
 
-impl Prescribed {
+impl FpEnvGuard {
     #[inline(always)]
-    pub(super) fn enter() -> Prescribed {
+    pub(super) fn enter() -> FpEnvGuard {
         let before = read();
         if before & KEPT == PRESCRIBED & KEPT {
-            return Prescribed { before: None };
+            return FpEnvGuard { before: None };
         }
         write(before & !KEPT | PRESCRIBED & KEPT);
-        Prescribed { before: Some(before) }
+        FpEnvGuard { before: Some(before) }
     }
 }
 
-impl Drop for Prescribed {
+impl Drop for FpEnvGuard {
     #[inline(always)]
     fn drop(&mut self) {
         if let Some(before) = self.before {
@@ -107,7 +107,7 @@ mod tests {
 
     use safetensors::Dtype;
 
-    use super::super::{Averages, Blend, Incoming, Layout, Level, Precision, blend_with, update_with};
+    use super::super::{Averages, Blend, Incoming, Layout, Precision, SimdLevel, blend_with, update_with};
     use super::*;
 
     /// Subnormal numbers as zero, and rounding down.
@@ -146,7 +146,7 @@ mod tests {
         let values: Vec<f32> = (0..333).map(|i| (i as f32 - 100.0) * 1.1e-39).collect();
         let source = bytes(&values);
         let layout = Layout::new([values.len()]);
-        for level in Level::all() {
+        for level in SimdLevel::all() {
             let blended = || {
                 let blend = Blend { dtypes: &[Dtype::F32; 3], weights: &[0.3, -0.9, 0.7], output: Dtype::F32 };
                 let mut dst = vec![0; source.len()];

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::convert::{bf16_to_f32, f32_to_bf16, to_f32_with};
-use super::{Averages, CHUNK, Layout, Level, prefetch};
+use super::{Averages, CHUNK, Layout, SimdLevel, prefetch};
 
 /// Parameters that are folded into all averages at a time: whole lines of every stream, and few enough for registers.
 const TILE: usize = 64;
@@ -32,12 +32,12 @@ pub struct Incoming<'a> {
 ///
 /// `incoming` holds one entry for each tensor of `layout`, with as many elements.
 pub fn update(averages: &mut [Averages], incoming: &[Incoming<'_>], layout: &Layout, weights: &[f32]) {
-    update_with(Level::best(), averages, incoming, layout, weights);
+    update_with(SimdLevel::best(), averages, incoming, layout, weights);
 }
 
 /// As [`update`], with the instructions of a level.
 pub fn update_with(
-    level: Level,
+    level: SimdLevel,
     averages: &mut [Averages],
     incoming: &[Incoming<'_>],
     layout: &Layout,
@@ -97,7 +97,7 @@ fn cut<'a>(averages: &'a mut [Averages], incoming: &[Incoming<'a>], layout: &Lay
 
 impl Chunk<'_> {
     #[inline(always)]
-    fn update(mut self, level: Level, weights: &[f32]) {
+    fn update(mut self, level: SimdLevel, weights: &[f32]) {
         match self.incoming.dtype {
             Dtype::F32 => self.tiles::<4>(level, weights, Dtype::F32),
             Dtype::F16 => self.tiles::<2>(level, weights, Dtype::F16),
@@ -109,7 +109,7 @@ impl Chunk<'_> {
 
     /// `N` is the size of an element.
     #[inline(always)]
-    fn tiles<const N: usize>(&mut self, level: Level, weights: &[f32], dtype: Dtype) {
+    fn tiles<const N: usize>(&mut self, level: SimdLevel, weights: &[f32], dtype: Dtype) {
         let elements = self.incoming.bytes.as_chunks::<N>().0;
         let (whole, rest) = elements.as_chunks::<TILE>();
         let mut parameters = [0.0; TILE];
@@ -217,7 +217,7 @@ mod tests {
         let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(7);
         let layout = Layout::new(lengths.iter().copied());
         let mut expected = vec![Averages::zeros(&layout, precision); profiles];
-        let mut by_level = vec![expected.clone(); Level::all().len()];
+        let mut by_level = vec![expected.clone(); SimdLevel::all().len()];
         for step in 0..3 {
             let weights: Vec<f32> = (0..profiles).map(|p| if step == 0 { 1.0 } else { 0.3 / (p + 1) as f32 }).collect();
             let tensors: Vec<(Dtype, Vec<u8>)> = lengths
@@ -232,7 +232,7 @@ mod tests {
                 .collect();
             let incoming: Vec<Incoming<'_>> =
                 tensors.iter().map(|(dtype, bytes)| Incoming { dtype: *dtype, bytes: &bytes[shift..] }).collect();
-            for (level, averages) in Level::all().into_iter().zip(&mut by_level) {
+            for (level, averages) in SimdLevel::all().into_iter().zip(&mut by_level) {
                 update_with(level, averages, &incoming, &layout, &weights);
             }
             for (averages, &w) in expected.iter_mut().zip(&weights) {

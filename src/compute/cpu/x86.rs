@@ -5,17 +5,17 @@
 
 use safetensors::Dtype;
 
-use super::Level;
+use super::SimdLevel;
 
 /// Elements that are added at a time: whole lines of every stream.
 pub(super) const STEP: usize = 32;
 
 #[cfg(not(target_arch = "x86_64"))]
 mod none {
-    use super::{Dtype, Level};
+    use super::{Dtype, SimdLevel};
 
     pub(in super::super) fn add<const K: usize>(
-        _: Level,
+        _: SimdLevel,
         _: Dtype,
         _: &mut [f64],
         _: [&[u8]; K],
@@ -24,15 +24,15 @@ mod none {
         0
     }
 
-    pub(in super::super) fn to_f64(_: Level, _: Dtype, _: &mut [f64], _: &[u8]) -> usize {
+    pub(in super::super) fn to_f64(_: SimdLevel, _: Dtype, _: &mut [f64], _: &[u8]) -> usize {
         0
     }
 
-    pub(in super::super) fn f16_to_f32(_: Level, _: &mut [f32], _: &[u8]) -> usize {
+    pub(in super::super) fn f16_to_f32(_: SimdLevel, _: &mut [f32], _: &[u8]) -> usize {
         0
     }
 
-    pub(in super::super) fn f16_from_f64(_: Level, _: &mut [u8], _: &[f64], _: f64) -> (usize, bool) {
+    pub(in super::super) fn f16_from_f64(_: SimdLevel, _: &mut [u8], _: &[f64], _: f64) -> (usize, bool) {
         (0, true)
     }
 }
@@ -48,7 +48,7 @@ mod vectors {
     use std::arch::x86_64::*;
 
     use super::super::prefetch;
-    use super::{Dtype, Level, STEP};
+    use super::{Dtype, STEP, SimdLevel};
 
     /// Elements that are loaded at a time.
     const LANES: usize = 8;
@@ -58,7 +58,7 @@ mod vectors {
     /// any alignment.
     #[inline(always)]
     pub(in super::super) fn add<const K: usize>(
-        level: Level,
+        level: SimdLevel,
         dtype: Dtype,
         sums: &mut [f64],
         sources: [&[u8]; K],
@@ -84,7 +84,7 @@ mod vectors {
     /// Reads whole groups of eight elements as f64 and returns how many elements that were: 0 on CPUs without the
     /// instructions. `src` holds at least as many as `dst`, of any alignment.
     #[inline(always)]
-    pub(in super::super) fn to_f64(level: Level, dtype: Dtype, dst: &mut [f64], src: &[u8]) -> usize {
+    pub(in super::super) fn to_f64(level: SimdLevel, dtype: Dtype, dst: &mut [f64], src: &[u8]) -> usize {
         // SAFETY: the level has the features.
         unsafe {
             match (level.has_avx512(), level.has_avx2(), dtype) {
@@ -104,7 +104,7 @@ mod vectors {
 
     /// Widens whole groups of eight elements, as [`to_f64`].
     #[inline(always)]
-    pub(in super::super) fn f16_to_f32(level: Level, dst: &mut [f32], src: &[u8]) -> usize {
+    pub(in super::super) fn f16_to_f32(level: SimdLevel, dst: &mut [f32], src: &[u8]) -> usize {
         if !level.has_avx2() {
             return 0;
         }
@@ -116,7 +116,7 @@ mod vectors {
     /// Rounds whole groups of eight values to f16 by way of f32, and returns how many elements that were, 0 on CPUs
     /// without the instruction, and whether none of them was NaN or beyond the limit.
     #[inline(always)]
-    pub(in super::super) fn f16_from_f64(level: Level, dst: &mut [u8], src: &[f64], limit: f64) -> (usize, bool) {
+    pub(in super::super) fn f16_from_f64(level: SimdLevel, dst: &mut [u8], src: &[f64], limit: f64) -> (usize, bool) {
         let (whole, _) = src.as_chunks();
         let fits = if level.has_avx512() {
             // SAFETY: the level has the features.

@@ -133,7 +133,6 @@ impl DeviceAverages {
         &self.arenas.device
     }
 
-    #[cfg(feature = "report")]
     pub(super) fn arenas(&self) -> &Arenas {
         &self.arenas
     }
@@ -164,7 +163,7 @@ impl DeviceAverages {
         let borrowed = device.borrow_stream(stream);
         // Also where the number is that of the last update: one number may stand for several streams, one after the
         // other or, the default stream of each thread, at the same time.
-        borrowed.wait(&self.updated).map_err(device.refused("order two streams"))?;
+        borrowed.wait(&self.updated).map_err(device.driver_error("order two streams"))?;
         self.tabulate(&borrowed, averaged, copied)?;
         for (group, weights) in weights.chunks(PROFILES).enumerate() {
             let launched = self.launch(&borrowed, group * PROFILES, weights);
@@ -246,12 +245,12 @@ impl DeviceAverages {
         // SAFETY: arenas and table are ours and live longer than the stream's work on them: freeing them waits. The
         // parameters are lent for the stream's order.
         unsafe { arenas.device.kernels.update(stream, &args, weights.len(), compensated, self.table.len()) }
-            .map_err(arenas.device.refused("launch the update"))
+            .map_err(arenas.device.driver_error("launch the update"))
     }
 
     fn mark(&self, stream: &CudaStream) -> Result<()> {
         let _bound = self.device().bind()?;
-        self.updated.record(stream).map_err(self.device().refused("record an event"))
+        self.updated.record(stream).map_err(self.device().driver_error("record an event"))
     }
 
     /// Waits until all updates have run.
@@ -260,7 +259,7 @@ impl DeviceAverages {
     /// [`Error::Cuda`] where one of them failed.
     pub fn wait(&self) -> Result<()> {
         let _bound = self.device().bind()?;
-        self.updated.synchronize().map_err(self.device().refused("finish the update"))
+        self.updated.synchronize().map_err(self.device().driver_error("finish the update"))
     }
 
     /// What reads the averages as the newest update leaves them, from any thread. The next update waits until it is done:

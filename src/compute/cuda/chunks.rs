@@ -80,7 +80,7 @@ impl Table {
         // Whatever fails from here on, the old table is not there any more.
         self.chunks.clear();
         let _bound = self.device.bind()?;
-        self.uploaded.synchronize().map_err(self.device.refused("upload the table of tensors"))?;
+        self.uploaded.synchronize().map_err(self.device.driver_error("upload the table of tensors"))?;
         let bytes: &[u8] = bytemuck::cast_slice(&chunks);
         let device = self.device.clone();
         let (pinned, buffer) = self.room(bytes.len())?;
@@ -93,7 +93,7 @@ impl Table {
         if recorded.is_err() {
             let _ = stream.synchronize();
         }
-        recorded.map_err(self.device.refused("record an event"))?;
+        recorded.map_err(self.device.driver_error("record an event"))?;
         self.chunks = chunks;
         Ok(())
     }
@@ -108,7 +108,7 @@ impl Table {
         }
         match (&mut self.pinned, &self.buffer) {
             (Some(pinned), Some(buffer)) => Ok((pinned, buffer)),
-            _ => Err(Error::Nothing("there is no room for the table of tensors".into())),
+            _ => Err(Error::Internal("there is no room for the table of tensors".into())),
         }
     }
 }

@@ -21,16 +21,16 @@ pub struct Device {
 }
 
 /// Sets a thread's context back to what it was, none included: the caller's own CUDA work goes by it.
-pub(super) struct Bound(sys::CUcontext);
+pub(super) struct ContextGuard(sys::CUcontext);
 
-impl Bound {
+impl ContextGuard {
     /// Remembers the thread's context.
-    pub(super) fn new() -> std::result::Result<Bound, DriverError> {
-        Ok(Bound(result::ctx::get_current()?.unwrap_or(std::ptr::null_mut())))
+    pub(super) fn new() -> std::result::Result<ContextGuard, DriverError> {
+        Ok(ContextGuard(result::ctx::get_current()?.unwrap_or(std::ptr::null_mut())))
     }
 }
 
-impl Drop for Bound {
+impl Drop for ContextGuard {
     fn drop(&mut self) {
         // SAFETY: it was this thread's context a moment ago, or none was. A failure leaves ours.
         let _ = unsafe { result::ctx::set_current(self.0) };
@@ -39,9 +39,9 @@ impl Drop for Bound {
 
 /// One of cudarc's objects, whose end does not leave the thread with our context.
 #[derive(Debug)]
-pub(super) struct Own<T>(ManuallyDrop<T>);
+pub(super) struct InContext<T>(ManuallyDrop<T>);
 
-impl<T> Deref for Own<T> {
+impl<T> Deref for InContext<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -49,17 +49,17 @@ impl<T> Deref for Own<T> {
     }
 }
 
-impl<T> Drop for Own<T> {
+impl<T> Drop for InContext<T> {
     fn drop(&mut self) {
-        let _bound = Bound::new();
+        let _bound = ContextGuard::new();
         // SAFETY: dropped here once, and not used afterwards.
         unsafe { ManuallyDrop::drop(&mut self.0) };
     }
 }
 
 /// A stream and an event of our own.
-pub(super) type Stream = Own<Arc<CudaStream>>;
-pub(super) type Event = Own<CudaEvent>;
+pub(super) type Stream = InContext<Arc<CudaStream>>;
+pub(super) type Event = InContext<CudaEvent>;
 
 impl Device {
     /// Opens a device, or returns it where it is open already. It stays open: contexts and kernels take long to load.
@@ -84,15 +84,15 @@ impl Device {
     }
 
     fn start(number: usize) -> Result<Device> {
-        let refused = |action: &str| {
+        let driver_error = |action: &str| {
             let action = action.to_owned();
             move |error| refusal(number, action, error)
         };
-        let _bound = Bound::new().map_err(refused("read the thread's context"))?;
-        let context = CudaContext::new(number).map_err(refused("open the device"))?;
+        let _bound = ContextGuard::new().map_err(driver_error("read the thread's context"))?;
+        let context = CudaContext::new(number).map_err(driver_error("open the device"))?;
         // SAFETY: all work is ordered by hand, with events.
         unsafe { context.disable_event_tracking() };
-        let name = context.name().map_err(refused("read the device's name"))?;
+        let name = context.name().map_err(driver_error("read the device's name"))?;
         let kernels = Kernels::load(&context).map_err(|error| {
             let (major, minor) = context.compute_capability().unwrap_or_default();
             refusal(number, format!("load the kernels on a device of compute capability {major}.{minor}"), error)
@@ -119,23 +119,23 @@ impl Device {
     /// The bytes of its memory that are free, and all of them.
     pub fn memory(&self) -> Result<(usize, usize)> {
         let _bound = self.bind()?;
-        result::mem_get_info().map_err(self.refused("ask for the free memory"))
+        result::mem_get_info().map_err(self.driver_error("ask for the free memory"))
     }
 
     /// Makes the context this thread's, until the guard is dropped.
-    pub(super) fn bind(&self) -> Result<Bound> {
-        let bound = Bound::new().map_err(self.refused("read the thread's context"))?;
+    pub(super) fn bind(&self) -> Result<ContextGuard> {
+        let bound = ContextGuard::new().map_err(self.driver_error("read the thread's context"))?;
         // An error that cudarc kept from the end of some object says nothing about what is asked for now.
         let _ = self.context.check_err();
-        self.context.bind_to_thread().map_err(self.refused("use the device from this thread"))?;
+        self.context.bind_to_thread().map_err(self.driver_error("use the device from this thread"))?;
         Ok(bound)
     }
 
     /// A stream of our own, which waits for no other.
     pub(super) fn stream(&self) -> Result<Stream> {
         let _bound = self.bind()?;
-        let stream = self.context.new_stream().map_err(self.refused("make a stream"))?;
-        Ok(Own(ManuallyDrop::new(stream)))
+        let stream = self.context.new_stream().map_err(self.driver_error("make a stream"))?;
+        Ok(InContext(ManuallyDrop::new(stream)))
     }
 
     /// Somebody's stream.
@@ -157,8 +157,8 @@ impl Device {
 
     fn make_event(&self, flags: Option<sys::CUevent_flags>) -> Result<Event> {
         let _bound = self.bind()?;
-        let event = self.context.new_event(flags).map_err(self.refused("make an event"))?;
-        Ok(Own(ManuallyDrop::new(event)))
+        let event = self.context.new_event(flags).map_err(self.driver_error("make an event"))?;
+        Ok(InContext(ManuallyDrop::new(event)))
     }
 
     /// Refuses memory of another device.
@@ -171,7 +171,7 @@ impl Device {
     }
 
     /// For `map_err`: what could not be done on this device.
-    pub(super) fn refused(&self, action: &str) -> impl FnOnce(DriverError) -> Error {
+    pub(super) fn driver_error(&self, action: &str) -> impl FnOnce(DriverError) -> Error {
         let (number, action) = (self.number, action.to_owned());
         move |error| refusal(number, action, error)
     }

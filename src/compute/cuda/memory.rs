@@ -25,13 +25,13 @@ impl Buffer {
     /// [`crate::Error::Cuda`] where the device has too little, saying how much was asked for and what for.
     pub fn new(device: &Arc<Device>, bytes: usize, purpose: &str) -> Result<Buffer> {
         let _bound = device.bind()?;
-        let refused = |error| {
+        let driver_error = |error| {
             let free =
                 result::mem_get_info().map_or(String::new(), |(free, _)| format!(", {} are free", megabytes(free)));
-            device.refused(&format!("allocate {} for {purpose}{free}", megabytes(bytes)))(error)
+            device.driver_error(&format!("allocate {} for {purpose}{free}", megabytes(bytes)))(error)
         };
         // SAFETY: the device's context is current. A size of 0 is an error to the driver.
-        let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(refused)?;
+        let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(driver_error)?;
         Ok(Buffer { device: device.clone(), address, bytes })
     }
 
@@ -58,7 +58,7 @@ impl Buffer {
         let _bound = self.device.bind()?;
         // SAFETY: the memory is ours and that long; the stream is of the same context.
         unsafe { result::memset_d8_async(self.address, 0, self.bytes, stream.cu_stream()) }
-            .map_err(self.device.refused("clear memory"))
+            .map_err(self.device.driver_error("clear memory"))
     }
 }
 
@@ -95,7 +95,7 @@ impl Pinned {
         /// Pinned for every context.
         const PORTABLE: u32 = 1;
         let _bound = device.bind()?;
-        let refused = |error: DriverError| {
+        let driver_error = |error: DriverError| {
             let action = format!("lock {} of the host's memory for copies", megabytes(bytes));
             match error.0 {
                 sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
@@ -103,11 +103,11 @@ impl Pinned {
                         "the system has not so much to lock: free memory of the host, or raise its limit".into();
                     Error::Cuda { device: device.number(), action, reason }
                 }
-                _ => device.refused(&action)(error),
+                _ => device.driver_error(&action)(error),
             }
         };
         // SAFETY: the device's context is current.
-        let start = unsafe { result::malloc_host(bytes.max(1), PORTABLE) }.map_err(refused)?.cast::<u8>();
+        let start = unsafe { result::malloc_host(bytes.max(1), PORTABLE) }.map_err(driver_error)?.cast::<u8>();
         // SAFETY: so many bytes were just allocated.
         unsafe { start.write_bytes(0, bytes) };
         Ok(Pinned { device: device.clone(), start, bytes })
@@ -174,7 +174,8 @@ pub(super) unsafe fn copy_in(
     // SAFETY: within the allocation by the caller's promise; only its address is used now.
     let source = unsafe { std::slice::from_raw_parts(pinned.start.add(from), bytes) };
     // SAFETY: the caller's promise.
-    unsafe { result::memcpy_htod_async(to, source, stream.cu_stream()) }.map_err(device.refused("copy to the device"))
+    unsafe { result::memcpy_htod_async(to, source, stream.cu_stream()) }
+        .map_err(device.driver_error("copy to the device"))
 }
 
 /// Queues a copy from a device to pinned memory.
@@ -196,7 +197,8 @@ pub(super) unsafe fn copy_out(
     // SAFETY: within the allocation by the caller's promise, and nobody else looks at it meanwhile.
     let target = unsafe { std::slice::from_raw_parts_mut(pinned.start.add(to), bytes) };
     // SAFETY: the caller's promise.
-    unsafe { result::memcpy_dtoh_async(target, from, stream.cu_stream()) }.map_err(device.refused("copy to the host"))
+    unsafe { result::memcpy_dtoh_async(target, from, stream.cu_stream()) }
+        .map_err(device.driver_error("copy to the host"))
 }
 
 /// Queues a copy within a device.
@@ -209,7 +211,7 @@ pub(super) unsafe fn copy_within(device: &Device, stream: &CudaStream, to: u64, 
     }
     // SAFETY: the caller's promise.
     unsafe { result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }
-        .map_err(device.refused("copy within the device"))
+        .map_err(device.driver_error("copy within the device"))
 }
 
 /// A number of bytes for people.

@@ -16,16 +16,14 @@ mod offload;
 mod probe;
 mod reader;
 mod staging;
-#[cfg(feature = "report")]
 mod trial;
 
 pub use averages::DeviceAverages;
 pub use blender::{Blender, Deliver, Delivery, Input, Report, Stretch};
 pub use device::Device;
 pub use memory::{Buffer, Pinned};
-pub use offload::{Arrived, Fence, Offload, Staged};
+pub use offload::{Fence, HostCopy, Offload, PendingCopy};
 pub use probe::{Unavailable, devices};
 pub use reader::Reader;
 pub use staging::Staging;
-#[cfg(feature = "report")]
-pub use trial::{Locked, Sums, Trial};
+pub use trial::{Locked, Sums, TimedStream};

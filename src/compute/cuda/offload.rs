@@ -59,7 +59,7 @@ impl Drop for Slot {
 
 /// A copy of the parameters that is under way.
 #[derive(Debug)]
-pub struct Staged {
+pub struct PendingCopy {
     slot: Option<Slot>,
     free: Arc<Free>,
     places: Arc<[Range<usize>]>,
@@ -67,7 +67,7 @@ pub struct Staged {
 
 /// A copy of the parameters that has arrived.
 #[derive(Debug)]
-pub struct Arrived(Staged);
+pub struct HostCopy(PendingCopy);
 
 /// Passes when the parameters of the newest update have been read, and may be changed.
 #[derive(Clone, Debug)]
@@ -117,7 +117,7 @@ impl Offload {
     /// # Errors
     /// [`crate::Error::Cuda`] where tensors lie on several devices or come with several streams, and where the driver
     /// refuses.
-    pub fn copy(&mut self, tensors: &[CudaMemory<'_>]) -> Result<(Staged, Fence)> {
+    pub fn copy(&mut self, tensors: &[CudaMemory<'_>]) -> Result<(PendingCopy, Fence)> {
         let device = self.device.clone();
         let (number, stream) = common(tensors.iter())?.unwrap_or((device.number(), 0));
         device.check_is(number)?;
@@ -126,10 +126,10 @@ impl Offload {
             let reason = "the tensors are not those that the copy was prepared for".into();
             return Err(Error::Cuda { device: number, action: "read the parameters".into(), reason });
         }
-        let staged = Staged { slot: Some(self.free.take()), free: self.free.clone(), places: self.places.clone() };
+        let staged = PendingCopy { slot: Some(self.free.take()), free: self.free.clone(), places: self.places.clone() };
         let _bound = device.bind()?;
         let owner = device.borrow_stream(stream);
-        let order = || device.refused("order two streams");
+        let order = || device.driver_error("order two streams");
         self.begin.record(&owner).map_err(order())?;
         self.stream.wait(&self.begin).map_err(order())?;
         if let Some(slot) = &staged.slot {
@@ -166,7 +166,7 @@ impl Offload {
         let args = GatherArgs { chunks: self.small.address(), to: slot.pinned.address(), count };
         // SAFETY: as above; pinned memory has one address on both sides.
         unsafe { self.device.kernels.gather(&self.stream, &args) }
-            .map_err(self.device.refused("launch the gathering of small tensors"))
+            .map_err(self.device.driver_error("launch the gathering of small tensors"))
     }
 }
 
@@ -182,7 +182,7 @@ impl Free {
     }
 }
 
-impl Staged {
+impl PendingCopy {
     fn done(&self) -> &Arc<Event> {
         match &self.slot {
             Some(slot) => &slot.done,
@@ -194,16 +194,16 @@ impl Staged {
     ///
     /// # Errors
     /// [`crate::Error::Cuda`] where it failed.
-    pub fn wait(self) -> Result<Arrived> {
+    pub fn wait(self) -> Result<HostCopy> {
         if let Some(slot) = &self.slot {
             let _bound = slot.device.bind()?;
-            slot.done.synchronize().map_err(slot.device.refused("copy the parameters to the host"))?;
+            slot.done.synchronize().map_err(slot.device.driver_error("copy the parameters to the host"))?;
         }
-        Ok(Arrived(self))
+        Ok(HostCopy(self))
     }
 }
 
-impl Drop for Staged {
+impl Drop for PendingCopy {
     fn drop(&mut self) {
         let mut slots = self.free.slots.lock().unwrap_or_else(PoisonError::into_inner);
         slots.extend(self.slot.take());
@@ -211,7 +211,7 @@ impl Drop for Staged {
     }
 }
 
-impl Arrived {
+impl HostCopy {
     /// The bytes of a tensor.
     pub fn tensor(&self, i: usize) -> &[u8] {
         let Some(slot) = &self.0.slot else { return &[] };
@@ -231,7 +231,7 @@ impl Fence {
     /// The stream belongs to the device's primary context and exists.
     pub unsafe fn wait_on(&self, stream: usize) -> Result<()> {
         let _bound = self.device.bind()?;
-        self.device.borrow_stream(stream).wait(&self.done).map_err(self.device.refused("order two streams"))
+        self.device.borrow_stream(stream).wait(&self.done).map_err(self.device.driver_error("order two streams"))
     }
 
     /// Waits on the host.
@@ -240,6 +240,6 @@ impl Fence {
     /// [`crate::Error::Cuda`] where the copy failed.
     pub fn wait(&self) -> Result<()> {
         let _bound = self.device.bind()?;
-        self.done.synchronize().map_err(self.device.refused("copy the parameters to the host"))
+        self.done.synchronize().map_err(self.device.driver_error("copy the parameters to the host"))
     }
 }

@@ -35,7 +35,7 @@ impl Reader {
     /// Puts all that is read from now on behind an event.
     pub(super) fn wait_for(&self, event: &Event) -> Result<()> {
         let _bound = self.device().bind()?;
-        self.stream.wait(event).map_err(self.device().refused("order two streams"))
+        self.stream.wait(event).map_err(self.device().driver_error("order two streams"))
     }
 
     fn device(&self) -> &Arc<Device> {
@@ -59,7 +59,7 @@ impl Reader {
             let bound = device.bind()?;
             // SAFETY: all three are ours and live until `read` below has waited for the stream.
             unsafe { device.kernels.scan(&self.stream, &args, table.len()) }
-                .map_err(device.refused("launch the scan"))?;
+                .map_err(device.driver_error("launch the scan"))?;
             drop(bound);
             let mut bits = vec![0u32; arenas.layout.len()];
             self.read(bytemuck::cast_slice_mut(&mut bits), largest.address())?;
@@ -107,7 +107,7 @@ impl Reader {
         // SAFETY: within the arena; the value is looked at after the stream has been waited for.
         unsafe { result::memcpy_dtoh_async(&mut value, from, self.stream.cu_stream()) }
             .and_then(|()| self.stream.synchronize())
-            .map_err(device.refused("read an average"))?;
+            .map_err(device.driver_error("read an average"))?;
         Ok(value[0])
     }
 
@@ -171,7 +171,7 @@ impl Reader {
             let args = ConvertArgs { high, low, to, elements, output: kind(dtype), aligned };
             // SAFETY: within the arena and the scratch, which live until `fetch` has waited for the stream.
             unsafe { arenas.device.kernels.convert(&stream, &args) }
-                .map_err(arenas.device.refused("launch the conversion"))?;
+                .map_err(arenas.device.driver_error("launch the conversion"))?;
             Ok(to)
         })
     }

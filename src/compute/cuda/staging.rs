@@ -140,12 +140,12 @@ impl Stage {
         if recorded.is_err() {
             let _ = stream.synchronize();
         }
-        recorded.map_err(device.refused("record an event"))
+        recorded.map_err(device.driver_error("record an event"))
     }
 
     fn wait(&self, device: &Device) -> Result<()> {
         let _bound = device.bind()?;
-        self.done.synchronize().map_err(device.refused("copy between host and device"))
+        self.done.synchronize().map_err(device.driver_error("copy between host and device"))
     }
 
     fn fill(&mut self, bytes: &[u8]) {

@@ -25,7 +25,7 @@ const CLOCK: i32 = 12080;
 
 /// A stream for timed work.
 #[derive(Debug)]
-pub struct Trial {
+pub struct TimedStream {
     device: Arc<Device>,
     stream: Stream,
     begin: Event,
@@ -84,21 +84,23 @@ impl Sums {
     }
 }
 
-impl Trial {
+impl TimedStream {
     /// A stream of its own on a device.
     ///
     /// # Errors
     /// [`Error::Cuda`] where the driver refuses, or is too old to tell the time.
-    pub fn new(device: &Arc<Device>) -> Result<Trial> {
+    pub fn new(device: &Arc<Device>) -> Result<TimedStream> {
         let mut version = 0;
         // SAFETY: the device is open, so the driver is there; the pointer is valid for the call.
-        unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(device.refused("ask for its version"))?;
+        unsafe { sys::cuDriverGetVersion(&raw mut version) }
+            .result()
+            .map_err(device.driver_error("ask for its version"))?;
         if version < CLOCK {
             let reason = "its driver is older than CUDA 12.8: update the NVIDIA driver".into();
             return Err(Error::Cuda { device: device.number(), action: "read the device's clock".into(), reason });
         }
         let (begin, end) = (device.event()?, device.event()?);
-        Ok(Trial { device: device.clone(), stream: device.stream()?, begin, end })
+        Ok(TimedStream { device: device.clone(), stream: device.stream()?, begin, end })
     }
 
     /// The device.
@@ -122,14 +124,14 @@ impl Trial {
 
     fn mark(&self, event: &Event) -> Result<()> {
         let _bound = self.device.bind()?;
-        event.record(&self.stream).map_err(self.device.refused("record an event"))
+        event.record(&self.stream).map_err(self.device.driver_error("record an event"))
     }
 
     /// The seconds from `begin` until all that is queued has run.
     fn stop(&self) -> Result<f64> {
         self.mark(&self.end)?;
         let _bound = self.device.bind()?;
-        let milliseconds = self.begin.elapsed_ms(&self.end).map_err(self.device.refused("time its work"))?;
+        let milliseconds = self.begin.elapsed_ms(&self.end).map_err(self.device.driver_error("time its work"))?;
         // The clock has steps of half a microsecond; no work takes no time.
         Ok((f64::from(milliseconds) / 1e3).max(1e-7))
     }
@@ -140,7 +142,7 @@ impl Trial {
     /// [`Error::Cuda`] where some of it failed.
     pub fn wait(&self) -> Result<()> {
         let _bound = self.device.bind()?;
-        self.stream.synchronize().map_err(self.device.refused("finish its work"))
+        self.stream.synchronize().map_err(self.device.driver_error("finish its work"))
     }
 
     /// Lends a part of a buffer for reading, in the order of this stream.
@@ -157,7 +159,7 @@ impl Trial {
         let _bound = self.device.bind()?;
         // SAFETY: the memory is that long, and ours to write in the stream's order.
         unsafe { result::memset_d8_async(buffer.address(), 0xff, buffer.len(), self.stream.cu_stream()) }
-            .map_err(self.device.refused("set memory"))
+            .map_err(self.device.driver_error("set memory"))
     }
 
     /// Fills a buffer with repetitions of a pattern; the host waits.
@@ -192,7 +194,7 @@ impl Trial {
         self.waited(self.seconds(&mut copy))
     }
 
-    /// Copies to pinned memory, as [`Trial::upload`] does from it.
+    /// Copies to pinned memory, as [`TimedStream::upload`] does from it.
     pub fn download(&self, to: &mut Locked, from: &Buffer) -> Result<f64> {
         let _bound = self.device.bind()?;
         let bytes = to.0.len().min(from.len());
@@ -216,7 +218,7 @@ impl Trial {
         let address = within(to, &(0..bytes.len()));
         // SAFETY: the buffer is long enough, and the source is borrowed until the copy has run.
         let queued = unsafe { result::memcpy_htod_async(address, bytes, self.stream.cu_stream()) };
-        self.waited(queued.map_err(self.device.refused("copy to the device")))
+        self.waited(queued.map_err(self.device.driver_error("copy to the device")))
     }
 
     /// Copies the beginning of a buffer to ordinary memory of the host, as the driver does it; the host waits.
@@ -245,7 +247,7 @@ impl Trial {
         }
         // SAFETY: the caller's promise; the destination is borrowed until the copy has run.
         let queued = unsafe { result::memcpy_dtoh_async(bytes, address, self.stream.cu_stream()) };
-        self.waited(queued.map_err(self.device.refused("copy to the host")))
+        self.waited(queued.map_err(self.device.driver_error("copy to the host")))
     }
 
     /// A stretch of an arena of averages, as the newest update leaves it; the host waits.

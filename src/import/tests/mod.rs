@@ -11,7 +11,10 @@ use safetensors::Dtype;
 use self::pt::Pt;
 use super::*;
 use crate::math::Profile;
-use crate::synthesis::{At, Plan, Run, read_chain};
+use crate::planning::{At, Plan};
+
+use crate::planning::read_chain;
+use crate::run::Run;
 
 fn fixture(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/foreign").join(case)
@@ -35,7 +38,7 @@ fn usual(from: Tool) -> Import {
 }
 
 /// What is imported from a folder, and the folder of the run.
-fn imported(import: &Import, source: &Path) -> (tempfile::TempDir, PathBuf, Imported) {
+fn imported(import: &Import, source: &Path) -> (tempfile::TempDir, PathBuf, ImportReport) {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("made/run");
     let imported = import.write(source, &dir, None).unwrap();
@@ -148,9 +151,9 @@ fn every_tool_s_chain_is_the_one_it_computed() {
 
 fn value(dtype: Dtype, bytes: &[u8], element: usize) -> f64 {
     let size = dtype.bitsize() / 8;
-    match crate::snapshot::foreign::number(dtype, &bytes[element * size..(element + 1) * size]).unwrap() {
-        crate::snapshot::foreign::Number::Whole(value) => value as f64,
-        crate::snapshot::foreign::Number::Rounded(value, _) => value,
+    match crate::pytorch::number(dtype, &bytes[element * size..(element + 1) * size]).unwrap() {
+        crate::pytorch::Number::Whole(value) => value as f64,
+        crate::pytorch::Number::Rounded(value, _) => value,
     }
 }
 

@@ -3,7 +3,7 @@
 use super::pt::{call, legacy};
 use super::*;
 use crate::error::Error;
-use crate::snapshot::Lock;
+use crate::fs::Lock;
 
 fn one(from: Tool) -> Import {
     import(from, &[0.1], 10)
@@ -316,7 +316,7 @@ fn an_import_that_fails_at_any_step_leaves_nothing() {
     for first in 0.. {
         let temp = tempfile::tempdir().unwrap();
         let dir = temp.path().join("made/run");
-        let fault = crate::snapshot::faults::Fault::within(temp.path(), first..first + 1, 28);
+        let fault = crate::fs::fail_point::Fault::within(temp.path(), first..first + 1, 28);
         let written = import.write(fixture("ramp"), &dir, None);
         let struck = fault.steps() > first;
         drop(fault);

@@ -26,7 +26,7 @@ impl Densities {
     ///
     /// # Errors
     /// [`Error::History`] where a source's step is no update, or where there is no history and a source is no tracked
-    /// power function; [`Error::Parameter`] for a window longer than the time, and [`Error::Nothing`] unless there is one weight
+    /// power function; [`Error::Parameter`] for a window longer than the time, and [`Error::Count`] unless there is one weight
     /// for each source.
     pub fn new(
         history: Option<&History>,
@@ -37,8 +37,8 @@ impl Densities {
     ) -> Result<Densities> {
         profile.check_at(at as f64)?;
         if weights.len() != sources.len() {
-            let why = format!("{} weights were given for {} snapshots", weights.len(), sources.len());
-            return Err(Error::Nothing(why));
+            let (found, expected) = (weights.len(), sources.len());
+            return Err(Error::Count { items: "weights", found, owners: "snapshots", expected });
         }
         match history {
             Some(history) => Ok(over_updates(&Updates::new(history, at, sources)?, at, weights, profile)),

@@ -1,7 +1,9 @@
 //! Runs on disk: names, shards, siblings.
 
 use super::*;
-use crate::snapshot::{TensorSpec, checksum, open_all, write_snapshot};
+use crate::tensor::TensorSpec;
+
+use crate::snapshot::{checksum, open_all, write_snapshot};
 use std::ops::Range;
 
 fn specs() -> Vec<TensorSpec> {
@@ -24,7 +26,7 @@ fn fill(index: usize, range: Range<usize>, dst: &mut [u8]) {
 }
 
 fn write(dir: &Path, index: usize, step: u64, meta: &Meta, shard_size: u64) -> Vec<PathBuf> {
-    write_snapshot(dir, Stem { index, step }, specs(), meta, shard_size, &fill).unwrap()
+    write_snapshot(dir, SnapshotId { index, step }, specs(), meta, shard_size, &fill).unwrap()
 }
 
 fn check_contents(snapshot: &Snapshot) {
@@ -41,7 +43,7 @@ fn check_contents(snapshot: &Snapshot) {
 
 #[test]
 fn names_parse_only_as_they_are_written() {
-    let stem = Stem { index: 1, step: 2000 };
+    let stem = SnapshotId { index: 1, step: 2000 };
     assert_eq!(parse("1.2000.safetensors"), Some((stem, Part::Whole)));
     assert_eq!(parse("1.2000-00002-of-00003.safetensors"), Some((stem, Part::Shard { i: 2, n: 3 })));
     assert_eq!(parse("1.2000.safetensors.index.json"), Some((stem, Part::Index)));
@@ -72,7 +74,7 @@ fn one_file_and_shards_hold_the_same() {
             let name = file.path().file_name().unwrap().to_str().unwrap();
             assert!(file.tensors().keys().all(|tensor| index["weight_map"][tensor] == name));
         }
-        remove(dir.path(), Stem { index: 0, step: 10 }, &files).unwrap();
+        remove(dir.path(), SnapshotId { index: 0, step: 10 }, &files).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }
@@ -112,7 +114,7 @@ fn strangers_are_named() {
         write(dir.path(), 0, 10, &meta(10), u64::MAX);
         let (mut meta, mut specs) = (meta(20), specs());
         change(&mut meta, &mut specs);
-        write_snapshot(dir.path(), Stem { index: 0, step: 20 }, specs, &meta, u64::MAX, &fill).unwrap();
+        write_snapshot(dir.path(), SnapshotId { index: 0, step: 20 }, specs, &meta, u64::MAX, &fill).unwrap();
         let text = open_all(dir.path()).unwrap_err().to_string();
         assert!(text.contains(expected) && text.contains("0.20.safetensors"), "{expected}: {text}");
     }
@@ -125,7 +127,7 @@ fn a_tensor_kept_in_a_wider_dtype_is_no_stranger() {
     let (mut meta, mut specs) = (meta(20), specs());
     specs[3].dtype = Dtype::F32;
     meta.dtypes.insert("z".into(), Dtype::F16);
-    write_snapshot(dir.path(), Stem { index: 0, step: 20 }, specs, &meta, u64::MAX, &fill).unwrap();
+    write_snapshot(dir.path(), SnapshotId { index: 0, step: 20 }, specs, &meta, u64::MAX, &fill).unwrap();
     assert_eq!(open_all(dir.path()).unwrap().len(), 2);
 }
 

@@ -4,10 +4,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use super::spare::SpareCopy;
+use super::spare::CopyBuffer;
 use super::worker::Worker;
 use crate::error::{Error, Result};
-use crate::tracker::moment::{Failure, Moment};
+use crate::tracker::moment::{CheckpointMeta, Failure};
 use crate::tracker::values::OwnedValues;
 use crate::tracker::writer::{Job, Writer};
 
@@ -70,9 +70,9 @@ impl Background {
     /// memory goes to `spare` afterwards.
     pub(super) fn store(
         &self,
-        moment: Moment,
-        spare: Option<SpareCopy>,
-        get: impl FnOnce(&Moment) -> Result<Option<OwnedValues>, Failure> + Send + 'static,
+        moment: CheckpointMeta,
+        spare: Option<CopyBuffer>,
+        get: impl FnOnce(&CheckpointMeta) -> Result<Option<OwnedValues>, Failure> + Send + 'static,
     ) {
         let (writer, reading) = (self.writer.clone(), Reading::begin(&self.reads));
         // Taken back where the values are had: a panic leaves it.
@@ -107,14 +107,14 @@ impl Background {
     }
 
     /// Waits until everything is written; errors of checkpoints are kept for who asks.
-    pub(super) fn settle(&self) -> Result<()> {
+    pub(super) fn wait_idle(&self) -> Result<()> {
         self.worker.wait();
-        self.writer.settle()
+        self.writer.wait_idle()
     }
 
     /// The newest step that was to be stored and could not be.
-    pub(super) fn given_up(&self) -> Option<u64> {
+    pub(super) fn last_failed_step(&self) -> Option<u64> {
         let lost = self.lost.load(Ordering::Relaxed);
-        self.writer.given_up().into_iter().chain((lost > 0).then_some(lost)).max()
+        self.writer.last_failed_step().into_iter().chain((lost > 0).then_some(lost)).max()
     }
 }

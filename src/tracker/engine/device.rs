@@ -6,13 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use safetensors::Dtype;
 
 use super::background::Background;
-use super::{Start, cuda_memory};
+use super::{EngineConfig, cuda_memory};
 use crate::compute::cpu::Layout;
 use crate::compute::cuda::{Device, DeviceAverages, Reader};
 use crate::error::Result;
 use crate::tensor::CudaMemory;
-use crate::tracker::moment::{Failure, Moment};
-use crate::tracker::table::Matched;
+use crate::tracker::moment::{CheckpointMeta, Failure};
+use crate::tracker::table::OrderedViews;
 use crate::tracker::values::{Converted, OwnedValues};
 
 /// The averages of parameters on a device, beside them.
@@ -25,7 +25,12 @@ pub(in crate::tracker) struct DeviceEngine {
 }
 
 impl DeviceEngine {
-    pub(super) fn start(device: &Arc<Device>, dir: &Path, layout: &Layout, start: Start) -> Result<DeviceEngine> {
+    pub(super) fn start(
+        device: &Arc<Device>,
+        dir: &Path,
+        layout: &Layout,
+        start: EngineConfig,
+    ) -> Result<DeviceEngine> {
         let averages = match start.values {
             Some((averages, copies)) => DeviceAverages::upload(device, layout, &averages, start.precision, &copies)?,
             None => DeviceAverages::zeros(device, layout, start.profiles, start.precision, &start.copied)?,
@@ -33,7 +38,7 @@ impl DeviceEngine {
         Ok(DeviceEngine { background: Background::start(dir)?, averages, reader: Arc::default() })
     }
 
-    pub(super) fn fold(&mut self, matched: &Matched<'_, '_>, weights: &[f32]) -> Result<()> {
+    pub(super) fn fold(&mut self, matched: &OrderedViews<'_, '_>, weights: &[f32]) -> Result<()> {
         let averaged = matched.averaged.iter().map(|view| Ok((view.dtype, cuda_memory(view)?)));
         let averaged = averaged.collect::<Result<Vec<(Dtype, CudaMemory<'_>)>>>()?;
         let copied = matched.copied.iter().map(|view| cuda_memory(view)).collect::<Result<Vec<_>>>()?;
@@ -54,7 +59,7 @@ impl DeviceEngine {
         &self.averages
     }
 
-    pub(super) fn checkpoint(&self, moment: Moment) -> Result<(), Failure> {
+    pub(super) fn checkpoint(&self, moment: CheckpointMeta) -> Result<(), Failure> {
         // An earlier moment is read by now, or is waited for here: the updates since have waited already.
         self.background.wait_for_reads();
         let kept = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -77,7 +82,7 @@ impl DeviceEngine {
 }
 
 /// Brings the averages to the host: all bits for the live state, and converted on the device for the snapshots.
-fn read(reader: &mut Reader, moment: &Moment) -> Result<OwnedValues, Failure> {
+fn read(reader: &mut Reader, moment: &CheckpointMeta) -> Result<OwnedValues, Failure> {
     let ranges = reader.ranges().map_err(Failure::Files)?;
     let mut dtypes = Vec::with_capacity(ranges.len());
     for (profile, ranges) in ranges.iter().enumerate() {

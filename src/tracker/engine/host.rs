@@ -4,12 +4,12 @@
 use std::path::Path;
 
 use super::HostAverages;
-use super::spare::SpareCopy;
+use super::spare::CopyBuffer;
 use crate::compute::cpu::{Incoming, Layout};
 use crate::error::{Error, Result};
 use crate::tensor::TensorView;
-use crate::tracker::moment::{Failure, Moment};
-use crate::tracker::table::Matched;
+use crate::tracker::moment::{CheckpointMeta, Failure};
+use crate::tracker::table::OrderedViews;
 use crate::tracker::values::Values;
 use crate::tracker::writer::{Job, Writer};
 
@@ -18,15 +18,15 @@ pub(in crate::tracker) struct HostEngine {
     averages: HostAverages,
     /// Started for the first checkpoint: a process may fork before that, or never store anything.
     pub(in crate::tracker) writer: Option<Writer>,
-    pub(in crate::tracker) spare: SpareCopy,
+    pub(in crate::tracker) spare: CopyBuffer,
 }
 
 impl HostEngine {
     pub(super) fn new(averages: HostAverages) -> HostEngine {
-        HostEngine { averages, writer: None, spare: SpareCopy::default() }
+        HostEngine { averages, writer: None, spare: CopyBuffer::default() }
     }
 
-    pub(super) fn fold(&mut self, matched: &Matched<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
+    pub(super) fn fold(&mut self, matched: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
         // All views are looked at before the first average changes.
         let incoming = matched.averaged.iter().map(|view| incoming(view)).collect::<Result<Vec<_>>>()?;
         let copied = matched.copied.iter().map(|view| host_bytes(view)).collect::<Result<Vec<_>>>()?;
@@ -45,8 +45,8 @@ impl HostEngine {
 
     /// Copies the averages for the thread that writes. It has written, or given up, the checkpoint before: no more than
     /// one copy is there at any time.
-    pub(super) fn checkpoint(&mut self, moment: Moment) -> Result<(), Failure> {
-        self.settle().map_err(Failure::Files)?;
+    pub(super) fn checkpoint(&mut self, moment: CheckpointMeta) -> Result<(), Failure> {
+        self.wait_idle().map_err(Failure::Files)?;
         let Some(copy) = self.spare.copy_of(&self.values(), &moment)? else {
             return moment.store(&self.values());
         };
@@ -71,12 +71,12 @@ impl HostEngine {
         self.writer.as_ref().map_or(Ok(()), Writer::flush)
     }
 
-    pub(super) fn settle(&self) -> Result<()> {
-        self.writer.as_ref().map_or(Ok(()), Writer::settle)
+    pub(super) fn wait_idle(&self) -> Result<()> {
+        self.writer.as_ref().map_or(Ok(()), Writer::wait_idle)
     }
 
-    pub(super) fn given_up(&self) -> Option<u64> {
-        self.writer.as_ref().and_then(Writer::given_up)
+    pub(super) fn last_failed_step(&self) -> Option<u64> {
+        self.writer.as_ref().and_then(Writer::last_failed_step)
     }
 }
 

@@ -13,9 +13,9 @@ mod start;
 #[cfg(feature = "cuda")]
 mod worker;
 
-use super::moment::{Failure, Moment};
-use super::table::Matched;
-use super::values::Held;
+use super::moment::{CheckpointMeta, Failure};
+use super::table::OrderedViews;
+use super::values::AveragesGuard;
 use crate::compute::cpu::Layout;
 #[cfg(feature = "cuda")]
 use crate::compute::cuda::{DeviceAverages, Fence};
@@ -27,7 +27,7 @@ use device::DeviceEngine;
 pub(super) use host::HostEngine;
 #[cfg(feature = "cuda")]
 use offloaded::OffloadedEngine;
-pub(super) use start::{Start, lent_on};
+pub(super) use start::{EngineConfig, model_device};
 
 /// The averages of a tracker, with what it takes to update and to store them.
 ///
@@ -50,7 +50,7 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Tensor`] for memory that this engine cannot reach, [`Error::Cuda`]; no average has then changed.
-    pub(super) fn fold(&mut self, matched: &Matched<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
+    pub(super) fn fold(&mut self, matched: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
         match self {
             Engine::Host(host) => host.fold(matched, layout, weights),
             #[cfg(feature = "cuda")]
@@ -64,13 +64,13 @@ impl Engine {
     ///
     /// # Errors
     /// What keeps them from being brought there.
-    pub(super) fn values(&self) -> Result<Held<'_>> {
+    pub(super) fn values(&self) -> Result<AveragesGuard<'_>> {
         match self {
-            Engine::Host(host) => Ok(Held::Borrowed(host.values())),
+            Engine::Host(host) => Ok(AveragesGuard::Borrowed(host.values())),
             #[cfg(feature = "cuda")]
-            Engine::Device(device) => device.values().map(Held::Owned),
+            Engine::Device(device) => device.values().map(AveragesGuard::Owned),
             #[cfg(feature = "cuda")]
-            Engine::Offloaded(offloaded) => offloaded.averages().map(Held::Locked),
+            Engine::Offloaded(offloaded) => offloaded.averages().map(AveragesGuard::Locked),
         }
     }
 
@@ -88,7 +88,7 @@ impl Engine {
     ///
     /// # Errors
     /// [`Failure`].
-    pub(super) fn store(&self, moment: &Moment) -> Result<(), Failure> {
+    pub(super) fn store(&self, moment: &CheckpointMeta) -> Result<(), Failure> {
         moment.store(&self.values().map_err(Failure::Files)?.values())
     }
 
@@ -97,7 +97,7 @@ impl Engine {
     /// # Errors
     /// [`Failure`], of this checkpoint alone. What fails in the background is tried once more there, and is told by
     /// [`Engine::take_error`].
-    pub(super) fn checkpoint(&mut self, moment: Moment) -> Result<(), Failure> {
+    pub(super) fn checkpoint(&mut self, moment: CheckpointMeta) -> Result<(), Failure> {
         match self {
             Engine::Host(host) => host.checkpoint(moment),
             #[cfg(feature = "cuda")]
@@ -134,24 +134,24 @@ impl Engine {
     ///
     /// # Errors
     /// A fault of the thread that writes.
-    pub(super) fn settle(&self) -> Result<()> {
+    pub(super) fn wait_idle(&self) -> Result<()> {
         match self {
-            Engine::Host(host) => host.settle(),
+            Engine::Host(host) => host.wait_idle(),
             #[cfg(feature = "cuda")]
-            Engine::Device(device) => device.background().settle(),
+            Engine::Device(device) => device.background().wait_idle(),
             #[cfg(feature = "cuda")]
-            Engine::Offloaded(offloaded) => offloaded.background().settle(),
+            Engine::Offloaded(offloaded) => offloaded.background().wait_idle(),
         }
     }
 
     /// The newest step that was accepted by [`Engine::checkpoint`] and could not be stored after all.
-    pub(super) fn given_up(&self) -> Option<u64> {
+    pub(super) fn last_failed_step(&self) -> Option<u64> {
         match self {
-            Engine::Host(host) => host.given_up(),
+            Engine::Host(host) => host.last_failed_step(),
             #[cfg(feature = "cuda")]
-            Engine::Device(device) => device.background().given_up(),
+            Engine::Device(device) => device.background().last_failed_step(),
             #[cfg(feature = "cuda")]
-            Engine::Offloaded(offloaded) => offloaded.background().given_up(),
+            Engine::Offloaded(offloaded) => offloaded.background().last_failed_step(),
         }
     }
 
@@ -179,8 +179,9 @@ impl Engine {
 fn cuda_memory<'a>(view: &crate::tensor::TensorView<'a>) -> Result<crate::tensor::CudaMemory<'a>> {
     match view.memory {
         crate::tensor::Memory::Cuda(memory) => Ok(memory),
-        crate::tensor::Memory::Host(_) => {
-            Err(Error::changed(view.name, "it lies in host memory, and on a CUDA device when the tracker was made"))
-        }
+        crate::tensor::Memory::Host(_) => Err(Error::changed(
+            view.name,
+            crate::error::Difference::new("its memory", "on a CUDA device", "on the host"),
+        )),
     }
 }

@@ -7,14 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use safetensors::Dtype;
 
 use super::background::Background;
-use super::spare::SpareCopy;
-use super::{HostAverages, Start, cuda_memory};
+use super::spare::CopyBuffer;
+use super::{EngineConfig, HostAverages, cuda_memory};
 use crate::compute::cpu::{Incoming, Layout};
 use crate::compute::cuda::{Arrived, Device, Fence, Offload};
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
-use crate::tracker::moment::{Failure, Moment};
-use crate::tracker::table::Matched;
+use crate::tracker::moment::{CheckpointMeta, Failure};
+use crate::tracker::table::OrderedViews;
 
 /// The averages, fed from a device.
 pub(in crate::tracker) struct OffloadedEngine {
@@ -24,7 +24,7 @@ pub(in crate::tracker) struct OffloadedEngine {
     averages: Arc<Averages>,
     layout: Arc<Layout>,
     fence: Option<Fence>,
-    spare: SpareCopy,
+    spare: CopyBuffer,
 }
 
 /// The averages, and whether an update is missing in them.
@@ -62,7 +62,12 @@ impl Averages {
 }
 
 impl OffloadedEngine {
-    pub(super) fn start(device: &Arc<Device>, dir: &Path, layout: &Layout, start: Start) -> Result<OffloadedEngine> {
+    pub(super) fn start(
+        device: &Arc<Device>,
+        dir: &Path,
+        layout: &Layout,
+        start: EngineConfig,
+    ) -> Result<OffloadedEngine> {
         let sizes: Vec<usize> = start.averaged.iter().chain(&start.copied).copied().collect();
         let averages =
             Averages { device: device.number(), host: Mutex::new(start.host(layout)), lost: OnceLock::new() };
@@ -72,11 +77,11 @@ impl OffloadedEngine {
             averages: Arc::new(averages),
             layout: Arc::new(layout.clone()),
             fence: None,
-            spare: SpareCopy::default(),
+            spare: CopyBuffer::default(),
         })
     }
 
-    pub(super) fn fold(&mut self, matched: &Matched<'_, '_>, weights: &[f32]) -> Result<()> {
+    pub(super) fn fold(&mut self, matched: &OrderedViews<'_, '_>, weights: &[f32]) -> Result<()> {
         let views = matched.averaged.iter().chain(&matched.copied);
         let tensors = views.map(|view| cuda_memory(view)).collect::<Result<Vec<CudaMemory<'_>>>>()?;
         self.averages.check()?;
@@ -100,7 +105,7 @@ impl OffloadedEngine {
         self.averages.lock()
     }
 
-    pub(super) fn checkpoint(&self, moment: Moment) -> Result<(), Failure> {
+    pub(super) fn checkpoint(&self, moment: CheckpointMeta) -> Result<(), Failure> {
         let (averages, spare) = (self.averages.clone(), self.spare.clone());
         self.background.store(moment, Some(self.spare.clone()), move |moment| {
             let host = averages.lock().map_err(Failure::Values)?;

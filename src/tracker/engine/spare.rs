@@ -3,13 +3,13 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::compute::cpu::{Layout, Range, Spare, SpareAverages};
-use crate::tracker::moment::{Failure, Moment};
+use crate::tracker::moment::{CheckpointMeta, Failure};
 use crate::tracker::values::{OwnedValues, Values};
 use crate::tracker::writer::Home;
 
 /// Memory for one copy of an engine's values, while it is not used for one.
 #[derive(Clone, Default)]
-pub(in crate::tracker) struct SpareCopy {
+pub(in crate::tracker) struct CopyBuffer {
     kept: Arc<Mutex<Option<Memory>>>,
     /// Whether memory is to be missing.
     #[cfg(test)]
@@ -21,7 +21,7 @@ struct Memory {
     copies: Vec<Spare<u8>>,
 }
 
-impl SpareCopy {
+impl CopyBuffer {
     /// Takes the memory for copies of such values, so that not even the first has to wait for it; where there is none, the
     /// first will tell.
     pub(super) fn prepare(&self, values: &Values<'_>) {
@@ -32,7 +32,7 @@ impl SpareCopy {
     ///
     /// # Errors
     /// [`Failure::Values`] for what is never stored.
-    pub(super) fn copy_of(&self, values: &Values<'_>, moment: &Moment) -> Result<Option<OwnedValues>, Failure> {
+    pub(super) fn copy_of(&self, values: &Values<'_>, moment: &CheckpointMeta) -> Result<Option<OwnedValues>, Failure> {
         let Some((mut copy, ranges)) = self.copy(values, moment.table.layout()) else {
             let (dir, step) = (moment.dir.display(), moment.step());
             tracing::warn!(
@@ -90,7 +90,7 @@ impl SpareCopy {
 }
 
 #[cfg(test)]
-impl SpareCopy {
+impl CopyBuffer {
     /// From now on there is no memory.
     pub(in crate::tracker) fn refuse(&mut self) {
         self.refused = true;

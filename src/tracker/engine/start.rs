@@ -7,12 +7,12 @@ use super::{Engine, HostAverages};
 use crate::compute::cpu::{Averages, Layout, Precision};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::run::Settings;
 use crate::tensor::{Memory, TensorView};
-use crate::tracker::options::Settings;
-use crate::tracker::table::Table;
+use crate::tracker::table::TensorRegistry;
 
 /// What an engine begins with.
-pub(in crate::tracker) struct Start {
+pub(in crate::tracker) struct EngineConfig {
     pub profiles: usize,
     pub precision: Precision,
     /// The sizes in bytes of the averaged tensors.
@@ -24,9 +24,9 @@ pub(in crate::tracker) struct Start {
     pub values: Option<(Vec<Averages>, Vec<Vec<u8>>)>,
 }
 
-impl Start {
-    pub(in crate::tracker) fn new(table: &Table, settings: &Settings) -> Start {
-        Start {
+impl EngineConfig {
+    pub(in crate::tracker) fn new(table: &TensorRegistry, settings: &Settings) -> EngineConfig {
+        EngineConfig {
             profiles: settings.profiles.len(),
             precision: settings.precision,
             averaged: table.averaged().iter().map(|entry| entry.bytes).collect(),
@@ -49,7 +49,7 @@ impl Start {
 ///
 /// # Errors
 /// [`Error::Tensor`] where it lies on both, or on several devices.
-pub(in crate::tracker) fn lent_on<'v, 'a: 'v>(
+pub(in crate::tracker) fn model_device<'v, 'a: 'v>(
     mut views: impl Iterator<Item = &'v TensorView<'a>>,
 ) -> Result<Option<usize>> {
     let device = |view: &TensorView<'_>| match view.memory {
@@ -74,11 +74,11 @@ impl Engine {
     pub(in crate::tracker) fn start(
         dir: &Path,
         layout: &Layout,
-        lent_on: Option<usize>,
+        model_device: Option<usize>,
         device: Device,
-        start: Start,
+        start: EngineConfig,
     ) -> Result<Engine> {
-        match (lent_on, device) {
+        match (model_device, device) {
             (None, Device::Cuda(number)) => {
                 let reason =
                     format!("the parameters lie in host memory: averages on cuda:{number} need them there too");
@@ -90,14 +90,14 @@ impl Engine {
     }
 
     #[cfg(not(feature = "cuda"))]
-    fn for_device(_: &Path, _: &Layout, number: usize, _: Device, _: Start) -> Result<Engine> {
+    fn for_device(_: &Path, _: &Layout, number: usize, _: Device, _: EngineConfig) -> Result<Engine> {
         let reason =
             format!("the parameters lie on cuda:{number}, and this build has no CUDA: build with feature `cuda`");
         Err(Error::Setting { option: "device", reason })
     }
 
     #[cfg(feature = "cuda")]
-    fn for_device(dir: &Path, layout: &Layout, number: usize, device: Device, start: Start) -> Result<Engine> {
+    fn for_device(dir: &Path, layout: &Layout, number: usize, device: Device, start: EngineConfig) -> Result<Engine> {
         use super::{DeviceEngine, OffloadedEngine};
         let opened = crate::compute::cuda::Device::open(number)?;
         let beside = match device {
@@ -121,7 +121,7 @@ impl Engine {
 const AUTO_SHARE: usize = 4;
 
 #[cfg(feature = "cuda")]
-impl Start {
+impl EngineConfig {
     /// The memory that the averages take.
     fn bytes(&self, layout: &Layout) -> usize {
         let each = if self.precision == Precision::Compensated { 6 } else { 4 };

@@ -118,7 +118,7 @@ mod tests {
         let (send, receive) = mpsc::channel();
         for i in 0..100 {
             let send = send.clone();
-            worker.submit(move || send.send(i).map_err(|_| Error::Nothing("gone".into())));
+            worker.submit(move || send.send(i).map_err(|_| Error::Internal("gone".into())));
         }
         worker.wait();
         assert_eq!(receive.try_iter().collect::<Vec<_>>(), (0..100).collect::<Vec<_>>());
@@ -128,8 +128,8 @@ mod tests {
     #[test]
     fn the_first_error_is_told_once_and_a_panic_is_one() {
         let worker = Worker::start(Path::new("run")).unwrap();
-        worker.submit(|| Err(Error::Nothing("first".into())));
-        worker.submit(|| Err(Error::Nothing("second".into())));
+        worker.submit(|| Err(Error::Internal("first".into())));
+        worker.submit(|| Err(Error::Internal("second".into())));
         worker.wait();
         assert!(worker.take_error().unwrap().to_string().contains("first"));
         assert!(worker.take_error().is_none());
@@ -144,7 +144,7 @@ mod tests {
         let worker = Worker::start(Path::new("run")).unwrap();
         worker.submit(move || {
             std::thread::sleep(std::time::Duration::from_millis(50));
-            send.send(()).map_err(|_| Error::Nothing("gone".into()))
+            send.send(()).map_err(|_| Error::Internal("gone".into()))
         });
         drop(worker);
         assert!(receive.try_recv().is_ok());

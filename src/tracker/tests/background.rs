@@ -104,7 +104,7 @@ fn an_error_of_the_background_comes_from_a_later_call_which_has_done_its_part() 
     train_on(&mut ema, &mut walk, 4999);
     let aside = dir.with_extension("aside");
     std::fs::rename(&dir, &aside).unwrap();
-    assert_eq!(ema.update(walk.step()).unwrap(), Step::Stored);
+    assert_eq!(ema.update(walk.step()).unwrap(), UpdateOutcome::Stored);
     let error = loop {
         std::thread::sleep(std::time::Duration::from_millis(1));
         if let Err(error) = ema.update(walk.step()) {
@@ -131,7 +131,7 @@ fn a_last_snapshot_that_failed_is_written_by_a_second_finish() {
     ema.save().unwrap();
     let aside = dir.with_extension("aside");
     std::fs::rename(&dir, &aside).unwrap();
-    assert_eq!(ema.update(walk.step()).unwrap(), Step::Stored);
+    assert_eq!(ema.update(walk.step()).unwrap(), UpdateOutcome::Stored);
     for _ in 0..2 {
         let text = ema.finish().unwrap_err().to_string();
         assert!(text.contains("check the path"), "{text}");
@@ -154,7 +154,7 @@ fn a_save_stores_the_state_and_tells_of_the_snapshot_that_failed() {
     train_on(&mut ema, &mut walk, 49);
     let obstacle = dir.join("1.50.safetensors");
     std::fs::create_dir(&obstacle).unwrap();
-    assert_eq!(ema.update(walk.step()).unwrap(), Step::Stored);
+    assert_eq!(ema.update(walk.step()).unwrap(), UpdateOutcome::Stored);
     let text = ema.save().unwrap_err().to_string();
     assert!(text.contains("1.50.safetensors"), "{text}");
     drop(ema);

@@ -1,9 +1,9 @@
 //! A file system that fails at every step in turn, once or from then on.
 
 use super::*;
-use crate::snapshot::Stem;
-use crate::snapshot::faults::Fault;
-use crate::tracker::verify;
+use crate::fs::fail_point::Fault;
+use crate::run::{SavedState, verify};
+use crate::snapshot::SnapshotId;
 
 /// "No space left on device", as the system has it.
 const NO_SPACE: i32 = 28;
@@ -135,11 +135,11 @@ fn a_training_may_go_on_whatever_the_disk_does() {
         let train = || {
             for step in 0..STEPS {
                 let told = ema.update(&model(step + 1)).unwrap();
-                let whole = |stem: &Stem| stem.index == 1 && stem.step == step + 1;
+                let whole = |stem: &SnapshotId| stem.index == 1 && stem.step == step + 1;
                 let there = || crate::snapshot::list(&dir).unwrap().keys().any(whole);
                 // In the background, it tells what is going to be stored.
-                assert!(told != Step::Stored || in_background || there(), "{step}");
-                assert!(step + 1 < STEPS || in_background || told == Step::Updated);
+                assert!(told != UpdateOutcome::Stored || in_background || there(), "{step}");
+                assert!(step + 1 < STEPS || in_background || told == UpdateOutcome::Updated);
             }
         };
         let log = super::log::logged(train);

@@ -147,7 +147,7 @@ fn what_is_due_is_told_before() {
     let mut ema = options.create(&model(0)).unwrap();
     for step in 1..=40 {
         let due = ema.is_due();
-        assert_eq!(due, ema.update(&model(step)).unwrap() != Step::Skipped, "{step}");
+        assert_eq!(due, ema.update(&model(step)).unwrap() != UpdateOutcome::Skipped, "{step}");
     }
 }
 

@@ -3,13 +3,13 @@
 use super::storage::listing;
 use super::*;
 use crate::compute::cpu;
-use crate::tracker::moment::{Failure, Moment};
+use crate::tracker::moment::{CheckpointMeta, Failure};
 use crate::tracker::values::{Converted, OwnedValues};
 
 /// The run as it is now, to be written into another directory, and its values.
-pub(super) fn moment_for(ema: &PostHocEma, dir: &Path) -> (Moment, OwnedValues) {
+pub(super) fn moment_for(ema: &PostHocEma, dir: &Path) -> (CheckpointMeta, OwnedValues) {
     std::fs::create_dir_all(dir).unwrap();
-    let moment = Moment { dir: dir.to_owned(), ..ema.moment(ema.stored) };
+    let moment = CheckpointMeta { dir: dir.to_owned(), ..ema.moment(ema.stored) };
     let held = ema.engine.values().unwrap();
     let values = held.values();
     (
@@ -19,7 +19,7 @@ pub(super) fn moment_for(ema: &PostHocEma, dir: &Path) -> (Moment, OwnedValues) 
 }
 
 /// What snapshots of these averages store, worked out beforehand, with gaps between the tensors.
-fn converted(moment: &Moment, averages: &[Averages], dtypes: &[Dtype]) -> Vec<Converted> {
+fn converted(moment: &CheckpointMeta, averages: &[Averages], dtypes: &[Dtype]) -> Vec<Converted> {
     let layout = moment.table.layout();
     let of_profile = |averages: &Averages| {
         let mut converted = Converted { places: Vec::new(), bytes: Vec::new() };
@@ -72,7 +72,7 @@ fn values_converted_elsewhere_give_the_same_files() {
     let dtypes = [Dtype::F16, Dtype::F32];
     values.dtypes = Some(vec![dtypes.to_vec(); 2]);
     values.converted = Some(converted(&moment, &values.averages, &dtypes));
-    let moment = Moment { dir: temp.path().join("converted"), ..moment };
+    let moment = CheckpointMeta { dir: temp.path().join("converted"), ..moment };
     std::fs::create_dir(&moment.dir).unwrap();
     moment.store(&values.as_values()).unwrap();
     assert_eq!(contents(&moment.dir), contents(&dir));
@@ -122,12 +122,12 @@ fn a_failure_tells_whether_another_try_makes_sense() {
     let (temp, dir) = scratch();
     let ema = trained(&dir);
     let (moment, values) = moment_for(&ema, &temp.path().join("other"));
-    let gone = Moment { dir: temp.path().join("gone"), ..moment.clone() };
+    let gone = CheckpointMeta { dir: temp.path().join("gone"), ..moment.clone() };
     assert!(matches!(gone.store(&values.as_values()), Err(Failure::Files(Error::Io { .. }))));
     // An old snapshot that cannot be removed does not undo the new one.
     let mut moment = moment;
     moment.settings.max_checkpoints = 1;
-    let earlier = Moment { history: moment.history.until(10), ..moment.clone() };
+    let earlier = CheckpointMeta { history: moment.history.until(10), ..moment.clone() };
     earlier.store(&values.as_values()).unwrap();
     std::fs::create_dir(moment.dir.join("0.10.safetensors.index.json")).unwrap();
     let failure = moment.store(&values.as_values()).unwrap_err();

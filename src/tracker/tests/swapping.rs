@@ -96,7 +96,7 @@ fn every_bit_is_back_after_an_error_and_after_a_panic() {
     let evaluate = |params: &mut Tensors| -> Result<()> {
         let swapped = ema.swap_in(profile(), params)?;
         assert_ne!(swapped.get("f32"), odd_bits().get("f32"));
-        Err(Error::Nothing("the evaluation failed".into()))
+        Err(Error::Internal("the evaluation failed".into()))
     };
     assert!(evaluate(&mut params).unwrap_err().to_string().contains("evaluation"));
     assert_eq!(params, odd_bits());

@@ -186,7 +186,7 @@ fn views_that_lie_about_their_size_are_refused() {
     assert!(ema.update(&Lying(12)).unwrap_err().to_string().contains("12 bytes were lent"));
     // A call that was refused did not happen.
     assert_eq!(ema.step(), 0);
-    assert_eq!(ema.update(&Lying(16)).unwrap(), Step::Updated);
+    assert_eq!(ema.update(&Lying(16)).unwrap(), UpdateOutcome::Updated);
 }
 
 #[test]
@@ -214,7 +214,7 @@ fn changed_parameters_are_named_and_the_run_goes_on() {
     assert_eq!(averages(&ema)[0].high, before);
     // Another order of the same tensors is the same model.
     let reversed: Model = base.iter().rev().cloned().collect();
-    assert_eq!(ema.update(&reversed).unwrap(), Step::Updated);
+    assert_eq!(ema.update(&reversed).unwrap(), UpdateOutcome::Updated);
 }
 
 #[test]

@@ -46,7 +46,7 @@ fn controlled(dir: &Path) -> (Writer, Receiver<u64>, Sender<Result<(), Failure>>
 }
 
 fn failure(text: &str) -> Result<(), Failure> {
-    Err(Failure::Files(Error::Nothing(text.into())))
+    Err(Failure::Files(Error::Internal(text.into())))
 }
 
 #[test]
@@ -66,7 +66,7 @@ fn checkpoints_are_written_in_order_and_as_without_the_thread() {
     let options = |dir: &Path| PostHocEma::options(dir).resume(&model(80)).unwrap();
     let (one, other) = (options(&dir), options(&straight));
     assert_eq!((one.step(), averages(&one)[1].high.clone()), (80, averages(&other)[1].high.clone()));
-    assert_eq!((writer.given_up(), writer.take_error().is_none()), (None, true));
+    assert_eq!((writer.last_failed_step(), writer.take_error().is_none()), (None, true));
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn what_failed_is_tried_again_before_the_next_and_told_once() {
     writer.flush().unwrap();
     // Three are kept.
     assert_eq!(stored_steps(&dir), [40, 60, 80]);
-    assert_eq!((writer.given_up(), writer.take_error().is_none()), (None, true));
+    assert_eq!((writer.last_failed_step(), writer.take_error().is_none()), (None, true));
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn what_failed_twice_is_given_up_and_the_next_is_written() {
         }
         jobs.drain(..2).for_each(|job| writer.submit(job).unwrap());
         assert_eq!(writer.flush().unwrap_err().to_string(), "nothing to do: one");
-        assert_eq!((told.try_iter().collect::<Vec<_>>(), writer.given_up()), (vec![20, 20, 40], Some(20)));
+        assert_eq!((told.try_iter().collect::<Vec<_>>(), writer.last_failed_step()), (vec![20, 20, 40], Some(20)));
         // At a flush the second error is told, where the first was told before.
         answer.send(failure("three")).unwrap();
         writer.submit(jobs.remove(0)).unwrap();
@@ -146,16 +146,16 @@ fn what_failed_twice_is_given_up_and_the_next_is_written() {
         assert_eq!(error.to_string(), "nothing to do: three");
         answer.send(failure("four")).unwrap();
         assert_eq!(writer.flush().unwrap_err().to_string(), "nothing to do: four");
-        assert_eq!(writer.given_up(), Some(60));
+        assert_eq!(writer.last_failed_step(), Some(60));
         // The same step may come again.
         answer.send(Ok(())).unwrap();
         writer.submit(Job { moment, values, home: None }).unwrap();
         writer.flush().unwrap();
-        assert_eq!((told.try_iter().collect::<Vec<_>>(), writer.given_up()), (vec![60, 60, 60], None));
+        assert_eq!((told.try_iter().collect::<Vec<_>>(), writer.last_failed_step()), (vec![60, 60, 60], None));
     });
-    let given_up =
+    let last_failed_step =
         ["two", "four"].map(|why| lines.iter().filter(|l| l.contains("given up") && l.ends_with(why)).count());
-    assert_eq!(given_up, [1, 1], "{lines:?}");
+    assert_eq!(last_failed_step, [1, 1], "{lines:?}");
 }
 
 #[test]
@@ -168,7 +168,7 @@ fn an_error_is_not_told_where_the_second_try_wrote_it() {
         answer.send(Ok(())).unwrap();
         writer.submit(jobs.remove(0)).unwrap();
         writer.flush().unwrap();
-        assert_eq!((told.try_iter().collect::<Vec<_>>(), writer.given_up()), (vec![20, 20], None));
+        assert_eq!((told.try_iter().collect::<Vec<_>>(), writer.last_failed_step()), (vec![20, 20], None));
     });
     assert!(lines.len() == 1 && lines[0].starts_with("WARN") && lines[0].ends_with("before: nothing to do: one"));
 }
@@ -188,7 +188,7 @@ fn values_that_are_never_stored_are_not_tried_again() {
     assert!(matches!(writer.flush(), Err(Error::NonFinite { element: 1, step: 20, .. })));
     writer.submit(jobs.remove(0)).unwrap();
     writer.flush().unwrap();
-    assert_eq!((told.try_iter().collect::<Vec<_>>(), writer.given_up()), (vec![20, 40], Some(20)));
+    assert_eq!((told.try_iter().collect::<Vec<_>>(), writer.last_failed_step()), (vec![20, 40], Some(20)));
     assert_eq!(stored_steps(&dir), [40]);
 }
 
@@ -202,7 +202,7 @@ fn a_panic_is_an_error_and_the_thread_goes_on() {
     writer.submit(jobs.remove(0)).unwrap();
     let text = writer.flush().unwrap_err().to_string();
     assert!(text.contains("step 20") && text.contains("panicked (range end index"), "{text}");
-    assert_eq!(writer.given_up(), Some(20));
+    assert_eq!(writer.last_failed_step(), Some(20));
     writer.submit(jobs.remove(0)).unwrap();
     writer.flush().unwrap();
     assert_eq!(stored_steps(&dir), [40]);

@@ -11,8 +11,8 @@ use safetensors::Dtype;
 
 use super::super::convert::{bf16_to_f32, f16_to_f32};
 use super::super::x86::{self, STEP};
-use super::super::{Level, prefetch};
-use super::{Blend, Unfit};
+use super::super::{SimdLevel, prefetch};
+use super::{Blend, Overflow};
 
 /// Elements of the target that are summed up at a time: 8 KiB of sums, and half a page of f16.
 const TILE: usize = 1024;
@@ -21,7 +21,7 @@ const TILE: usize = 1024;
 const GROUP: usize = 4;
 
 /// Blends a stretch of a single target.
-pub(super) fn blend(level: Level, dst: &mut [u8], sources: &[&[u8]], blend: &Blend<'_>) -> Result<(), Unfit> {
+pub(super) fn blend(level: SimdLevel, dst: &mut [u8], sources: &[&[u8]], blend: &Blend<'_>) -> Result<(), Overflow> {
     let groups = groups(blend.dtypes);
     let size = blend.output.bitsize() / 8;
     level.run(
@@ -55,7 +55,7 @@ fn groups(dtypes: &[Dtype]) -> Vec<(Dtype, Range<usize>)> {
 
 /// Up to [`GROUP`] sources of one dtype, and where their tile begins.
 struct Group<'a> {
-    level: Level,
+    level: SimdLevel,
     dtype: Dtype,
     start: usize,
     sources: &'a [&'a [u8]],

@@ -11,7 +11,7 @@ mod tests;
 
 use safetensors::Dtype;
 
-use super::Level;
+use super::SimdLevel;
 use super::convert::{from_f64, max_finite};
 
 /// Which sources are blended into which targets.
@@ -27,7 +27,7 @@ pub struct Blend<'a> {
 
 /// A sum that the output dtype cannot hold.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Unfit {
+pub struct Overflow {
     /// The target.
     pub target: usize,
     /// The element within the stretch.
@@ -40,15 +40,20 @@ pub struct Unfit {
 ///
 /// # Errors
 /// The first sum that is not finite in the output dtype; the stretch's results are then incomplete.
-pub fn blend(dst: &mut [&mut [u8]], sources: &[&[u8]], blend: &Blend<'_>) -> Result<(), Unfit> {
-    blend_with(Level::best(), dst, sources, blend)
+pub fn blend(dst: &mut [&mut [u8]], sources: &[&[u8]], blend: &Blend<'_>) -> Result<(), Overflow> {
+    blend_with(SimdLevel::best(), dst, sources, blend)
 }
 
 /// As [`blend`], with the instructions of a level.
 ///
 /// # Errors
 /// As [`blend`].
-pub fn blend_with(level: Level, dst: &mut [&mut [u8]], sources: &[&[u8]], blend: &Blend<'_>) -> Result<(), Unfit> {
+pub fn blend_with(
+    level: SimdLevel,
+    dst: &mut [&mut [u8]],
+    sources: &[&[u8]],
+    blend: &Blend<'_>,
+) -> Result<(), Overflow> {
     debug_assert_eq!(blend.weights.len(), dst.len() * sources.len());
     match dst {
         [] => Ok(()),
@@ -60,12 +65,19 @@ pub fn blend_with(level: Level, dst: &mut [&mut [u8]], sources: &[&[u8]], blend:
 impl Blend<'_> {
     /// Stores the sums of a tile of a target, which begins at element `start`, and checks them.
     #[inline(always)]
-    fn store(&self, level: Level, dst: &mut [u8], sums: &[f64], target: usize, start: usize) -> Result<(), Unfit> {
+    fn store(
+        &self,
+        level: SimdLevel,
+        dst: &mut [u8],
+        sums: &[f64],
+        target: usize,
+        start: usize,
+    ) -> Result<(), Overflow> {
         if from_f64(level, dst, sums, self.output) {
             return Ok(());
         }
         let limit = max_finite(self.output).unwrap_or(f64::MAX);
         let element = sums.iter().position(|x| !(x.abs() <= limit)).unwrap_or(0);
-        Err(Unfit { target, element: start + element, value: sums[element] })
+        Err(Overflow { target, element: start + element, value: sums[element] })
     }
 }

@@ -7,9 +7,9 @@
 use pulp::{Simd, WithSimd};
 
 use super::super::convert::to_f64;
-use super::super::mode::Prescribed;
-use super::super::{Level, prefetch};
-use super::{Blend, Unfit};
+use super::super::mode::FpEnvGuard;
+use super::super::{SimdLevel, prefetch};
+use super::{Blend, Overflow};
 
 /// Elements of a tile, which are converted at a time: whole lines of every dtype, and whole stripes of any vectors.
 const TILE: usize = 96;
@@ -21,20 +21,25 @@ const DEPTH: usize = 40;
 const VECTORS: usize = 3;
 
 /// Blends a stretch of several targets.
-pub(super) fn blend(level: Level, dst: &mut [&mut [u8]], sources: &[&[u8]], blend: &Blend<'_>) -> Result<(), Unfit> {
-    let _mode = Prescribed::enter();
+pub(super) fn blend(
+    level: SimdLevel,
+    dst: &mut [&mut [u8]],
+    sources: &[&[u8]],
+    blend: &Blend<'_>,
+) -> Result<(), Overflow> {
+    let _mode = FpEnvGuard::enter();
     level.arch().dispatch(Kernel { level, dst, sources, blend })
 }
 
 struct Kernel<'a, 'd> {
-    level: Level,
+    level: SimdLevel,
     dst: &'a mut [&'d mut [u8]],
     sources: &'a [&'a [u8]],
     blend: &'a Blend<'a>,
 }
 
 impl WithSimd for Kernel<'_, '_> {
-    type Output = Result<(), Unfit>;
+    type Output = Result<(), Overflow>;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
@@ -46,7 +51,7 @@ impl WithSimd for Kernel<'_, '_> {
 impl Kernel<'_, '_> {
     /// `N` targets at a time.
     #[inline(always)]
-    fn run<S: Simd, const N: usize>(self, simd: S) -> Result<(), Unfit> {
+    fn run<S: Simd, const N: usize>(self, simd: S) -> Result<(), Overflow> {
         let (targets, size) = (self.dst.len(), self.blend.output.bitsize() / 8);
         let elements = self.dst.first().map_or(0, |dst| dst.len() / size);
         let weights = Weights::<N>::new(self.blend.weights, self.sources.len());

@@ -7,13 +7,13 @@ const ALL: [Dtype; 4] = [Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F64];
 fn one(bytes: &[u8], dtype: Dtype, i: usize) -> f64 {
     let mut value = [0.0];
     let size = dtype.bitsize() / 8;
-    to_f64(Level::best(), &mut value, &bytes[i * size..][..size], dtype);
+    to_f64(SimdLevel::best(), &mut value, &bytes[i * size..][..size], dtype);
     value[0]
 }
 
 fn encode(values: &[f64], dtype: Dtype) -> Vec<u8> {
     let mut bytes = vec![0; values.len() * dtype.bitsize() / 8];
-    from_f64(Level::best(), &mut bytes, values, dtype);
+    from_f64(SimdLevel::best(), &mut bytes, values, dtype);
     bytes
 }
 
@@ -56,14 +56,14 @@ fn check(elements: usize, sources: usize, targets: usize, output: Dtype, shift: 
     // Weights of both signs and a noise gain of tens, as synthesis has them.
     let weights: Vec<f64> = (0..sources * targets).map(|_| random.random::<f64>() * 40.0 - 20.0).collect();
     let size = output.bitsize() / 8;
-    let with = |level: Level| {
+    let with = |level: SimdLevel| {
         let mut results = vec![vec![0xa5u8; shift + elements * size + 5]; targets];
         let mut dst: Vec<&mut [u8]> = results.iter_mut().map(|r| &mut r[shift..shift + elements * size]).collect();
         blend_with(level, &mut dst, &stored, &Blend { dtypes: &dtypes, weights: &weights, output }).unwrap();
         results
     };
-    let results = with(Level::BASELINE);
-    for level in Level::all() {
+    let results = with(SimdLevel::BASELINE);
+    for level in SimdLevel::all() {
         assert_eq!(with(level), results, "{}", level.name());
     }
     for (m, result) in results.iter().enumerate() {

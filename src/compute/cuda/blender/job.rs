@@ -6,7 +6,7 @@ use cudarc::driver::result;
 use safetensors::Dtype;
 
 use super::{Deliver, Delivery, Input, Report, Stretch};
-use crate::compute::cpu::{self, Blend, Unfit};
+use crate::compute::cpu::{self, Blend, Overflow};
 use crate::compute::cuda::Device;
 use crate::compute::cuda::memory::{Buffer, Pinned};
 use crate::error::{Error, Result};
@@ -112,7 +112,7 @@ impl Job<'_> {
         group: usize,
         target: usize,
         element: usize,
-    ) -> Result<(usize, Unfit)> {
+    ) -> Result<(usize, Overflow)> {
         let group = &self.groups[group];
         let first = &self.stretches[group.stretches.start];
         let count = first.dtypes.len();
@@ -121,7 +121,8 @@ impl Job<'_> {
             let size = dtype.bitsize() / 8;
             let from = inputs.1.address() + (start + element * size) as u64;
             // SAFETY: within the inputs, and the stream has no work left that writes them.
-            unsafe { result::memcpy_dtoh_sync(&mut value[..size], from) }.map_err(device.refused("read an element"))?;
+            unsafe { result::memcpy_dtoh_sync(&mut value[..size], from) }
+                .map_err(device.driver_error("read an element"))?;
         }
         let sources: Vec<&[u8]> = values.iter().zip(&first.dtypes).map(|(v, d)| &v[..d.bitsize() / 8]).collect();
         let weights = &self.weights[target * count..][..count];
@@ -134,6 +135,6 @@ impl Job<'_> {
             element -= self.stretches[stretch].elements;
             stretch += 1;
         }
-        Ok((stretch, Unfit { target, element, value }))
+        Ok((stretch, Overflow { target, element, value }))
     }
 }

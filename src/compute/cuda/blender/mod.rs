@@ -11,16 +11,15 @@ use std::sync::Arc;
 use safetensors::Dtype;
 
 use super::Device;
-use super::device::{Bound, Event, Stream};
+use super::device::{ContextGuard, Event, Stream};
 use super::kernels::{SOURCES, TARGETS};
 use super::memory::{Buffer, Pinned};
-use crate::compute::cpu::Unfit;
+use crate::compute::cpu::Overflow;
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemoryMut;
 
 use job::{Job, check, group};
 use queue::Queue;
-#[cfg(feature = "report")]
 pub(super) use queue::Resident;
 
 /// The elements of a source's stretch.
@@ -89,7 +88,7 @@ pub enum Delivery<'a, 'm> {
 }
 
 /// Called with a stretch's index and the element that does not fit: makes the error.
-pub type Report<'a> = Box<dyn FnOnce(usize, Unfit) -> Error + 'a>;
+pub type Report<'a> = Box<dyn FnOnce(usize, Overflow) -> Error + 'a>;
 
 /// Blends blocks of stretches on one device.
 pub struct Blender<'a> {
@@ -185,14 +184,14 @@ impl<'a> Blender<'a> {
 impl Drop for Slot<'_> {
     fn drop(&mut self) {
         // The buffers must not be given back under a copy. What fails now failed before.
-        let _bound = Bound::new();
+        let _bound = ContextGuard::new();
         let _ = self.stream.synchronize();
     }
 }
 
 /// The pair that `prepare` has just made.
 fn pair<T>(slot: &mut Option<T>) -> Result<&mut T> {
-    slot.as_mut().ok_or_else(|| Error::Nothing("the blend has no buffers".into()))
+    slot.as_mut().ok_or_else(|| Error::Internal("the blend has no buffers".into()))
 }
 
 impl Slot<'_> {
@@ -216,7 +215,7 @@ impl Slot<'_> {
     /// Waits for the slot's block and delivers it.
     fn finish(&mut self, device: &Device) -> Result<()> {
         let Some(job) = self.job.take() else { return Ok(()) };
-        self.stream.synchronize().map_err(device.refused("blend"))?;
+        self.stream.synchronize().map_err(device.driver_error("blend"))?;
         let (unfit, inputs) = (pair(&mut self.unfit)?, pair(&mut self.inputs)?);
         // SAFETY: the stream has no work left.
         let words = unsafe { unfit.0.bytes() };

@@ -7,14 +7,12 @@ use rayon::prelude::*;
 
 use super::Input;
 use super::job::{Group, Job};
-#[cfg(feature = "report")]
 use super::{Report, Stretch, job::group};
 use crate::compute::cpu;
 use crate::compute::cuda::Device;
 use crate::compute::cuda::device::Event;
 use crate::compute::cuda::kernels::{BlendArgs, SOURCES, TARGETS, kind};
 use crate::compute::cuda::memory::{Buffer, Pinned, copy_in, copy_out, copy_within};
-#[cfg(feature = "report")]
 use crate::error::Error;
 use crate::error::Result;
 use crate::tensor::CudaMemory;
@@ -79,7 +77,7 @@ impl<'a> Queue<'_, 'a> {
         let bytes = 8 * self.job.groups.len() * self.job.targets;
         // SAFETY: the buffer is ours and so long.
         unsafe { result::memset_d8_async(words.address(), 0xff, bytes, self.stream.cu_stream()) }
-            .map_err(self.device.refused("clear memory"))
+            .map_err(self.device.driver_error("clear memory"))
     }
 
     /// Queues the launches: for each group, 8 targets at a time, 64 sources at a time.
@@ -96,7 +94,7 @@ impl<'a> Queue<'_, 'a> {
                     args.unfit = words + 8 * first as u64;
                     // SAFETY: all addresses are of the slot's buffers, which live until `finish` has waited.
                     unsafe { self.device.kernels.blend(self.stream, &args, targets) }
-                        .map_err(self.device.refused("launch the blend"))?;
+                        .map_err(self.device.driver_error("launch the blend"))?;
                 }
             }
         }
@@ -158,7 +156,7 @@ impl<'a> Queue<'_, 'a> {
 
     /// Queues the way into somebody's memory, in the order of its stream, and marks the end of the block.
     pub(super) fn hand_over(&self, outputs: &Buffer, to: &[CudaMemory<'_>], done: &Event) -> Result<()> {
-        let order = || self.device.refused("order two streams");
+        let order = || self.device.driver_error("order two streams");
         let owner = to.first().map(|memory| self.device.borrow_stream(memory.stream));
         if let Some(owner) = &owner {
             done.record(owner).map_err(order())?;
@@ -182,7 +180,6 @@ impl<'a> Queue<'_, 'a> {
 
 /// Memory for the launches of one stretch alone: the inputs are there already, each source at the next multiple of 16
 /// bytes, and so will be the results of each target.
-#[cfg(feature = "report")]
 pub(in crate::compute::cuda) struct Resident<'r> {
     pub inputs: &'r Buffer,
     pub outputs: &'r Buffer,
@@ -190,13 +187,12 @@ pub(in crate::compute::cuda) struct Resident<'r> {
     pub sums: Option<&'r Buffer>,
 }
 
-#[cfg(feature = "report")]
 impl Resident<'_> {
     /// Queues the launches of a block, without its copies; the memory must live until they have run.
     pub fn blend(&self, device: &Device, stream: &CudaStream, stretch: Stretch<'_>, weights: &[f64]) -> Result<()> {
         let (targets, stretches) = (weights.len() / stretch.dtypes.len().max(1), vec![stretch]);
         let groups = group(&stretches, targets);
-        let report: Report<'_> = Box::new(|_, unfit| Error::Nothing(format!("a sum is {}", unfit.value)));
+        let report: Report<'_> = Box::new(|_, unfit| Error::Internal(format!("a sum is {}", unfit.value)));
         let job = Job { groups, stretches, weights, targets, deliver: None, report, packed: 0 };
         let group = &job.groups[0];
         let sums = 8 * TARGETS.min(targets) * group.elements.next_multiple_of(4);

@@ -1,0 +1,142 @@
+//! A CUDA device.
+//!
+//! Its limit is its own copy from one part of its memory to another, where bytes read and bytes written both count. Work on
+//! the device is timed by the device's clock; where the host takes part, the host's clock counts.
+
+mod blend;
+mod bus;
+mod copy;
+mod update;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::cases::Sizes;
+use super::devices::Bench;
+use super::session::Session;
+use posthoc_ema::compute::cuda::Device;
+use posthoc_ema::device;
+use posthoc_ema::{Error, Result};
+
+/// A CUDA device.
+pub(super) struct Cuda(pub Arc<Device>);
+
+/// Parameters by default: hundreds of megabytes in every stream, beside caches of tens.
+const PARAMETERS: usize = 200_000_000;
+
+impl Bench for Cuda {
+    fn device(&self) -> String {
+        device::Device::Cuda(self.0.number()).to_string()
+    }
+
+    fn model(&self) -> String {
+        self.0.name().to_owned()
+    }
+
+    fn parameters(&self, asked: &Sizes) -> Result<usize> {
+        let (free, _) = self.0.memory()?;
+        let each = most_bytes(&Sizes { parameters: PARAMETERS, ..*asked }).div_ceil(PARAMETERS as u128);
+        // A tenth stays free.
+        let fit = free as u128 * 9 / 10 / each;
+        Ok(PARAMETERS.min(fit as usize).max(asked.tensors))
+    }
+
+    fn run(&self, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
+        self.check_memory(sizes)?;
+        update::measure(&self.0, sizes, session)?;
+        blend::measure(&self.0, sizes, session)?;
+        bus::measure(&self.0, sizes, session)
+    }
+}
+
+impl Cuda {
+    /// What does not fit is refused before anything is filled.
+    fn check_memory(&self, sizes: &Sizes) -> Result<()> {
+        let (free, _) = self.0.memory()?;
+        let (needed, gb) = (most_bytes(sizes), |bytes: u128| bytes as f64 / 1e9);
+        if needed <= free as u128 {
+            return Ok(());
+        }
+        let Sizes { parameters, snapshots, targets, .. } = sizes;
+        let reason = format!(
+            "{parameters} parameters with {snapshots} snapshots and {targets} targets take {:.1} GB of the memory of \
+             {}, and {:.1} GB are free: ask for fewer parameters",
+            gb(needed),
+            self.device(),
+            gb(free as u128)
+        );
+        Err(Error::Setting { option: "parameters", reason })
+    }
+}
+
+/// The bytes of the device's memory that are held at most.
+fn most_bytes(sizes: &Sizes) -> u128 {
+    update::bytes(sizes).max(blend::bytes(sizes)).max(bus::bytes(sizes))
+}
+
+/// Elements of a window.
+const WINDOW: usize = 1 << 16;
+
+/// Windows that are looked at.
+const WINDOWS: usize = 512;
+
+/// Where answers are compared: everywhere in a small array, in windows all over a large one, its end among them.
+fn windows(elements: usize) -> Vec<Range<usize>> {
+    let step = elements.div_ceil(WINDOWS).max(WINDOW);
+    let end = |start: usize| elements.min(start + WINDOW);
+    let mut windows: Vec<Range<usize>> = (0..elements).step_by(step).map(|start| start..end(start)).collect();
+    let last = elements.saturating_sub(WINDOW)..elements;
+    if windows.last().is_some_and(|window| window.end < elements) {
+        windows.push(last);
+    }
+    windows
+}
+
+/// The bytes of a range of an endless repetition of a pattern, in whole pieces.
+fn pieces(pattern: &[u8], range: Range<usize>) -> impl Iterator<Item = &[u8]> {
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        let from = at % pattern.len();
+        let piece = &pattern[from..pattern.len().min(from + range.end - at)];
+        at += piece.len();
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
+/// The first byte that differs from an endless repetition of a pattern, from `start` on.
+fn difference(bytes: &[u8], pattern: &[u8], start: usize) -> Option<usize> {
+    let mut rest = bytes;
+    for piece in pieces(pattern, start..start + bytes.len()) {
+        let own = rest.split_off(..piece.len()).unwrap_or_default();
+        if own != piece {
+            let within = own.iter().zip(piece).position(|(a, b)| a != b)?;
+            return Some(bytes.len() - rest.len() - piece.len() + within);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_reach_the_end() {
+        assert!(windows(0).is_empty());
+        assert!(matches!(&windows(7)[..], [only] if *only == (0..7)));
+        let small = windows(3 * WINDOW + 5);
+        assert!(small.windows(2).all(|pair| pair[0].end == pair[1].start));
+        let large = windows(1_000_000_007);
+        assert_eq!(large.last().unwrap().end, 1_000_000_007);
+        assert!(large.len() <= WINDOWS + 1 && large.iter().all(|window| window.len() == WINDOW));
+    }
+
+    #[test]
+    fn patterns_go_on_where_they_were_cut() {
+        assert_eq!(pieces(&[1, 2, 3], 4..9).collect::<Vec<_>>(), [&[2, 3][..], &[1, 2, 3]]);
+        assert_eq!(pieces(&[1, 2, 3], 4..4).count(), 0);
+        assert_eq!(difference(&[2, 3, 1, 2, 3], &[1, 2, 3], 4), None);
+        assert_eq!(difference(&[2, 3, 1, 2, 4], &[1, 2, 3], 4), Some(4));
+        assert_eq!(difference(&[0], &[1, 2, 3], 300), Some(0));
+    }
+}

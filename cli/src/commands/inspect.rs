@@ -1,0 +1,180 @@
+//! `posthoc-ema inspect`.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use crate::report::{self, Timeline, TimelineRow};
+use clap::Args;
+use posthoc_ema::snapshot::{self, Snapshot, SnapshotId};
+use posthoc_ema::{Error, Profile, Run, SavedState};
+use serde_json::json;
+
+use super::output::{bytes, print, print_json};
+use super::picture::Plot;
+use super::{Failure, Outcome};
+
+/// Show a run's snapshots, profiles, sizes and health
+///
+/// A picture shows the snapshots over the steps of the training, a row for each profile, with the damaged ones crossed, the
+/// newest update and the live state.
+#[derive(Args)]
+pub struct Arguments {
+    /// Directory of the run
+    pub run: PathBuf,
+    #[command(flatten)]
+    pub plot: Plot,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A snapshot, or why it could not be opened.
+struct Entry {
+    stem: SnapshotId,
+    opened: Result<Snapshot, String>,
+}
+
+/// Shows what a run holds; a damaged snapshot is shown as such beside the sound ones.
+pub fn run(arguments: &Arguments) -> Outcome {
+    let listed = snapshot::list_each(&arguments.run)?;
+    let entries: Vec<Entry> = listed.into_iter().map(|(stem, files)| open(stem, files)).collect();
+    // What is wrong with the run as a whole, an empty directory included.
+    let trouble = Run::open(&arguments.run).err().or_else(|| SavedState::of(&arguments.run).err());
+    let trouble = trouble.map(|error| error.to_string());
+    if arguments.json {
+        print_json(&document(&arguments.run, &entries, trouble.as_deref()));
+    } else if !entries.is_empty() {
+        print(&table(&entries).to_string());
+        print(&summary(&arguments.run, &entries));
+    }
+    let drawn = if entries.is_empty() { Ok(()) } else { draw(arguments, &entries) };
+    match (trouble, drawn) {
+        (Some(trouble), Err(error)) => Err(Failure::Unhealthy(format!("{trouble}\nerror: {error}"))),
+        (Some(trouble), Ok(())) => Err(Failure::Unhealthy(trouble)),
+        (None, drawn) => Ok(drawn?),
+    }
+}
+
+fn open(stem: SnapshotId, files: Result<Vec<PathBuf>, Error>) -> Entry {
+    Entry { stem, opened: files.and_then(|files| Snapshot::open(stem, &files)).map_err(|error| error.to_string()) }
+}
+
+fn profile(snapshot: &Snapshot) -> String {
+    let profile: Result<Profile, _> = serde_json::from_str(&snapshot.meta.profile);
+    profile.map_or_else(|_| snapshot.meta.profile.clone(), |profile| profile.to_string())
+}
+
+fn dtypes(snapshot: &Snapshot) -> BTreeSet<String> {
+    snapshot.tensors().map(|(_, tensor)| tensor.dtype.to_string()).collect()
+}
+
+fn elements(snapshot: &Snapshot) -> usize {
+    snapshot.tensors().map(|(_, tensor)| tensor.shape.iter().product::<usize>()).sum()
+}
+
+fn table(entries: &[Entry]) -> comfy_table::Table {
+    let mut table =
+        report::table(&["snapshot", "profile", "step", "size", "files", "tensors", "parameters", "dtypes", "health"]);
+    for Entry { stem, opened } in entries {
+        let mut row = vec![stem.to_string()];
+        match opened {
+            Ok(snapshot) => row.extend([
+                profile(snapshot),
+                stem.step.to_string(),
+                bytes(snapshot.len()),
+                snapshot.files().len().to_string(),
+                snapshot.tensors().count().to_string(),
+                elements(snapshot).to_string(),
+                dtypes(snapshot).into_iter().collect::<Vec<_>>().join(" "),
+                "ok".into(),
+            ]),
+            Err(_) => {
+                row.extend(["?".into(), stem.step.to_string()]);
+                row.extend(["", "", "", "", "", "damaged"].map(String::from));
+            }
+        }
+        table.add_row(row);
+    }
+    table
+}
+
+fn total(entries: &[Entry]) -> u64 {
+    entries.iter().filter_map(|entry| entry.opened.as_ref().ok()).map(Snapshot::len).sum()
+}
+
+fn summary(run: &Path, entries: &[Entry]) -> String {
+    let steps: BTreeSet<u64> = entries.iter().map(|entry| entry.stem.step).collect();
+    let range = match (steps.first(), steps.last()) {
+        (Some(first), Some(last)) => format!("steps {first} to {last}"),
+        _ => "no step".into(),
+    };
+    let state = match SavedState::of(run) {
+        Ok(Some(state)) => format!("live state {}", bytes(state.bytes)),
+        Ok(None) => "no live state: the run cannot be resumed".into(),
+        Err(error) => format!("the live state is damaged: {error}"),
+    };
+    format!("{} snapshots at {} steps ({range}), {}; {state}", entries.len(), steps.len(), bytes(total(entries)))
+}
+
+fn draw(arguments: &Arguments, entries: &[Entry]) -> Result<(), Error> {
+    let timeline = timeline(&arguments.run, entries);
+    arguments.plot.draw(|path| report::timeline(path, &timeline))
+}
+
+fn timeline(run: &Path, entries: &[Entry]) -> Timeline {
+    let state = SavedState::of(run).ok().flatten();
+    let indices: BTreeSet<usize> = entries.iter().map(|entry| entry.stem.index).collect();
+    let name = run.file_name().unwrap_or(run.as_os_str());
+    let newest = entries.iter().filter(|entry| entry.opened.is_ok()).map(|entry| entry.stem.step).max();
+    Timeline {
+        title: format!("{}: {} snapshots, {}", name.to_string_lossy(), entries.len(), bytes(total(entries))),
+        rows: indices.into_iter().map(|index| timeline_row(index, entries)).collect(),
+        newest: newest.max(state.and_then(|state| state.updated)),
+        state: state.map(|state| (state.step, bytes(state.bytes))),
+    }
+}
+
+/// The snapshots of one profile; its name is in any that can be read.
+fn timeline_row(index: usize, entries: &[Entry]) -> TimelineRow {
+    let own = || entries.iter().filter(move |entry| entry.stem.index == index);
+    let sound: Vec<&Snapshot> = own().filter_map(|entry| entry.opened.as_ref().ok()).collect();
+    let largest = sound.iter().map(|snapshot| snapshot.len()).max();
+    let mut note = largest.map(|largest| format!("{} × {}", sound.len(), bytes(largest))).unwrap_or_default();
+    let damaged = own().count() - sound.len();
+    if damaged > 0 {
+        note = [note, format!("{damaged} damaged")]
+            .into_iter()
+            .filter(|part| !part.is_empty())
+            .collect::<Vec<_>>()
+            .join(", ");
+    }
+    TimelineRow {
+        label: sound.first().map_or_else(|| format!("profile {index}"), |snapshot| profile(snapshot)),
+        snapshots: own().map(|entry| (entry.stem.step, entry.opened.is_ok())).collect(),
+        note,
+    }
+}
+
+fn document(run: &Path, entries: &[Entry], trouble: Option<&str>) -> serde_json::Value {
+    let snapshots: Vec<_> = entries.iter().map(entry_json).collect();
+    let state = SavedState::of(run).ok().flatten();
+    let state = state.map(|state| json!({ "step": state.step, "bytes": state.bytes }));
+    json!({ "run": run, "snapshots": snapshots, "bytes": total(entries), "state": state, "trouble": trouble })
+}
+
+fn entry_json(Entry { stem, opened }: &Entry) -> serde_json::Value {
+    match opened {
+        Err(trouble) => json!({ "index": stem.index, "step": stem.step, "trouble": trouble }),
+        Ok(snapshot) => json!({
+            "index": stem.index,
+            "step": stem.step,
+            "profile": serde_json::from_str::<serde_json::Value>(&snapshot.meta.profile).ok(),
+            "files": snapshot.files().iter().map(|file| file.path()).collect::<Vec<_>>(),
+            "bytes": snapshot.len(),
+            "tensors": snapshot.tensors().count(),
+            "parameters": elements(snapshot),
+            "dtypes": dtypes(snapshot),
+            "trouble": null,
+        }),
+    }
+}

@@ -1,0 +1,99 @@
+//! `posthoc-ema profile`.
+
+use crate::report;
+use clap::Args;
+use posthoc_ema::Profile;
+use posthoc_ema::math::{MAX_SIGMA_REL, beta_to_sigma_rel, sigma_rel_to_beta};
+
+use super::args::Families;
+use super::output::{print, print_json};
+use super::{Failure, Outcome};
+
+/// Convert between the parametrisations of profiles
+#[derive(Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    pub families: Families,
+    /// Training length at which the two families are compared
+    #[arg(long, value_name = "T")]
+    pub steps: Option<u64>,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A profile in every parametrisation that it has.
+struct Conversion {
+    profile: Profile,
+    gamma: Option<f64>,
+    sigma_rel: Option<f64>,
+    beta: Option<f64>,
+    half_life: Option<f64>,
+    /// The standard deviation in steps.
+    deviation: Option<f64>,
+}
+
+/// Converts profiles; the two families match at one training length only, so that needs `--steps`.
+pub fn run(arguments: &Arguments) -> Outcome {
+    let all = arguments.families.profiles()?;
+    if all.is_empty() {
+        return Err(Failure::Usage("no profile: name one by --sigma-rel, --gamma, --beta or --half-life".into()));
+    }
+    let steps = arguments.steps.map(|steps| steps as f64);
+    let conversions: Vec<Conversion> = all.into_iter().map(|profile| convert(profile, steps)).collect();
+    if arguments.json {
+        let profiles: Vec<_> = conversions.iter().map(Conversion::json).collect();
+        print_json(&serde_json::json!({ "steps": arguments.steps, "profiles": profiles }));
+        return Ok(());
+    }
+    let mut table = report::table(&["profile", "gamma", "sigma_rel", "beta", "half-life", "deviation in steps"]);
+    for conversion in &conversions {
+        table.add_row(conversion.row());
+    }
+    print(&table.to_string());
+    if steps.is_none() {
+        print("Give --steps T to compare the two families: they match at one training length only.");
+    }
+    Ok(())
+}
+
+fn convert(profile: Profile, steps: Option<f64>) -> Conversion {
+    let sigma_rel = profile.as_sigma_rel().or_else(|| {
+        // Wider than the plain mean, no power function matches.
+        Some(beta_to_sigma_rel(profile.as_beta()?, steps?)).filter(|&sigma_rel| sigma_rel <= MAX_SIGMA_REL)
+    });
+    let gamma = profile.as_gamma().or_else(|| Profile::sigma_rel(sigma_rel?).ok()?.as_gamma());
+    let beta = profile.as_beta().or_else(|| sigma_rel_to_beta(sigma_rel?, steps?).ok());
+    let half_life = beta.map(|beta| -std::f64::consts::LN_2 / beta.ln());
+    let deviation = match profile.as_beta() {
+        Some(beta) => Some(1.0 / (1.0 - beta)),
+        None => sigma_rel.zip(steps).map(|(sigma_rel, steps)| sigma_rel * steps),
+    };
+    Conversion { profile, gamma, sigma_rel, beta, half_life, deviation }
+}
+
+impl Conversion {
+    fn row(&self) -> [String; 6] {
+        let show = |value: Option<f64>| value.map_or("-".into(), report::exact);
+        let short = |value: Option<f64>| value.map_or("-".into(), report::number);
+        [
+            self.profile.to_string(),
+            show(self.gamma),
+            show(self.sigma_rel),
+            show(self.beta),
+            short(self.half_life),
+            short(self.deviation),
+        ]
+    }
+
+    fn json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "profile": self.profile,
+            "gamma": self.gamma,
+            "sigma_rel": self.sigma_rel,
+            "beta": self.beta,
+            "half_life": self.half_life,
+            "deviation": self.deviation,
+        })
+    }
+}

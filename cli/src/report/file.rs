@@ -1,0 +1,119 @@
+//! Pictures as files: SVG as it was drawn, or PNG at twice its size.
+
+use std::path::Path;
+use std::sync::{Arc, LazyLock};
+
+use resvg::tiny_skia::{Color, Pixmap, Transform};
+use resvg::usvg::{self, Tree, fontdb};
+
+use super::canvas::Fault;
+use posthoc_ema::fs::AtomicFile;
+use posthoc_ema::{Error, Result};
+
+/// Pixels of a PNG for one of the SVG.
+const PNG_SCALE: f32 = 2.0;
+
+/// The letters of a PNG: the same on every machine, also where there are no fonts.
+static FONT: &[u8] = include_bytes!("font/DejaVuSans-subset.ttf");
+
+/// What a picture is stored as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Lines and letters that stay such.
+    Svg,
+    /// Pixels.
+    Png,
+}
+
+impl Format {
+    /// The format that the ending of a file's name tells.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`] for any other ending than `.svg` and `.png`.
+    pub fn of(path: &Path) -> Result<Format> {
+        let is = |ending: &str| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(ending));
+        match (is("svg"), is("png")) {
+            (true, _) => Ok(Format::Svg),
+            (_, true) => Ok(Format::Png),
+            _ => Err(Error::unexpected(path, "pictures are SVG or PNG: name a file that ends in .svg or .png")),
+        }
+    }
+}
+
+/// Writes a drawn picture, which appears whole or not at all.
+pub(super) fn save(path: &Path, drawn: std::result::Result<String, Fault>) -> Result<()> {
+    let format = Format::of(path)?;
+    let cannot = |error: &dyn std::fmt::Display| Error::unexpected(path, format!("cannot draw: {error}"));
+    let svg = drawn.map_err(|error| cannot(&error))?;
+    let bytes = match format {
+        Format::Svg => svg.into_bytes(),
+        Format::Png => png(&svg).map_err(|error| cannot(&error))?,
+    };
+    let file = AtomicFile::create(path)?;
+    file.write_at(0, &bytes)?;
+    file.commit()
+}
+
+/// An SVG document as a PNG on white.
+fn png(svg: &str) -> std::result::Result<Vec<u8>, String> {
+    let tree = Tree::from_str(svg, &OPTIONS).map_err(|error| error.to_string())?;
+    let size = tree.size().to_int_size().scale_by(PNG_SCALE).ok_or("the picture is too large")?;
+    let mut pixels = Pixmap::new(size.width(), size.height()).ok_or("the picture is too large")?;
+    pixels.fill(Color::WHITE);
+    resvg::render(&tree, Transform::from_scale(PNG_SCALE, PNG_SCALE), &mut pixels.as_mut());
+    pixels.encode_png().map_err(|error| error.to_string())
+}
+
+/// The embedded font for every family.
+static OPTIONS: LazyLock<usvg::Options<'static>> = LazyLock::new(|| {
+    let mut fonts = fontdb::Database::new();
+    fonts.load_font_source(fontdb::Source::Binary(Arc::new(FONT)));
+    fonts.set_sans_serif_family("DejaVu Sans");
+    usvg::Options { fontdb: Arc::new(fonts), ..usvg::Options::default() }
+});
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::canvas::{INK, Side, TEXT, sheet};
+
+    /// The dark pixels of a short text.
+    fn ink(text: &str) -> Vec<bool> {
+        let svg = sheet(60.0, 20.0, |canvas| canvas.text(text, (30.0, 10.0), TEXT, Side::Center, INK)).unwrap();
+        let pixels = Pixmap::decode_png(&png(&svg).unwrap()).unwrap();
+        assert_eq!((pixels.width(), pixels.height()), (120, 40));
+        let corner = pixels.pixel(0, 0).unwrap();
+        assert_eq!((corner.red(), corner.alpha()), (255, 255));
+        pixels.pixels().iter().map(|pixel| pixel.red() < 220).collect()
+    }
+
+    /// Every letter that pictures use has ink of its own in the embedded font; no other font is looked at.
+    #[test]
+    fn letters_appear_without_any_font_of_the_machine() {
+        let count = |text: &str| ink(text).into_iter().filter(|dark| *dark).count();
+        assert_eq!(count(""), 0);
+        let missing = ink("\u{4e2d}");
+        for letter in ('!'..='~').chain("σγβτλρμΔ−×·…→≤≥⁰¹²³⁴⁵⁶⁷⁸⁹⁻%±°é".chars())
+        {
+            let letter = letter.to_string();
+            assert!(count(&letter) > 0 && ink(&letter) != missing, "`{letter}` is missing");
+        }
+        assert!(count("mmm") > 2 * count("m"));
+    }
+
+    #[test]
+    fn endings_tell_the_format() {
+        assert_eq!(Format::of(Path::new("a/b.SVG")).unwrap(), Format::Svg);
+        assert_eq!(Format::of(Path::new("b.png")).unwrap(), Format::Png);
+        for name in ["b.jpg", "png", "b.svg.gz", ""] {
+            let text = Format::of(Path::new(name)).unwrap_err().to_string();
+            assert!(text.contains(".svg or .png") && text.starts_with(name), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_named() {
+        let text = save(Path::new("/nonexistent/a.png"), sheet(9.0, 9.0, |_| Ok(()))).unwrap_err().to_string();
+        assert!(text.contains("/nonexistent/a.png") && text.contains("check the path"), "{text}");
+    }
+}

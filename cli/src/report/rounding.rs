@@ -1,0 +1,39 @@
+//! How stored snapshots are rounded.
+
+use std::collections::BTreeMap;
+
+use posthoc_ema::Dtype;
+use posthoc_ema::{Run, rounding};
+
+/// The rounding of snapshots.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rounding {
+    /// The root mean square relative error of a stored element: [`relative_rounding`](posthoc_ema::math::relative_rounding).
+    pub rms: f64,
+    /// What the snapshots are stored as.
+    pub dtypes: String,
+}
+
+impl Rounding {
+    /// Of snapshots stored in one dtype.
+    pub fn of(dtype: Dtype) -> Rounding {
+        Rounding { rms: rounding(dtype), dtypes: dtype.to_string().to_lowercase() }
+    }
+
+    /// Of a run's newest snapshot: over all averaged elements, whatever their dtypes.
+    pub fn of_run(run: &Run) -> Rounding {
+        let mut elements: BTreeMap<String, (f64, f64)> = BTreeMap::new();
+        let newest = run.snapshots().iter().max_by_key(|snapshot| snapshot.stem.step);
+        for name in run.averaged() {
+            if let Some((tensor, _)) = newest.and_then(|snapshot| snapshot.tensor(&name)) {
+                let count = tensor.shape.iter().map(|&n| n as f64).product::<f64>();
+                elements.entry(tensor.dtype.to_string().to_lowercase()).or_insert((0.0, rounding(tensor.dtype))).0 +=
+                    count;
+            }
+        }
+        let total: f64 = elements.values().map(|(count, _)| count).sum();
+        let square: f64 = elements.values().map(|(count, rms)| count * rms * rms).sum();
+        let dtypes: Vec<&str> = elements.keys().map(String::as_str).collect();
+        Rounding { rms: (square / total.max(1.0)).sqrt(), dtypes: dtypes.join(" and ") }
+    }
+}

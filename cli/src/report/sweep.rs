@@ -1,0 +1,212 @@
+//! A score over the length of the average.
+
+use std::path::Path;
+
+use super::axis::{Axis, below, beside, label};
+use super::canvas::{
+    BLUE, Canvas, Drawn, Fault, Frame, INK, MUTED, Point, RED, SMALL, Side, TEXT, TITLE, fit, sheet, width,
+};
+use super::file::save;
+use super::table::number;
+use posthoc_ema::Result;
+use posthoc_ema::math::Family;
+use posthoc_ema::sweep::{Sweep, Trial};
+
+const WIDTH: f64 = 520.0;
+const HEIGHT: f64 = 340.0;
+const FRAME: Frame = Frame { left: 60.0, top: 44.0, right: 500.0, bottom: 292.0 };
+
+/// About how many ticks the axis of the scores has.
+const TICKS: usize = 5;
+
+/// The room above and below the scores, for labels and for failures.
+const ABOVE: f64 = 26.0;
+const BELOW: f64 = 46.0;
+
+/// The scores of many lengths.
+#[derive(Clone, Debug)]
+pub struct SweepCurve {
+    /// What the curve is of.
+    pub title: String,
+    /// What the lengths are, such as `sigma_rel`.
+    pub x_label: String,
+    /// What the scores are.
+    pub y_label: String,
+    /// The lengths, in any order.
+    pub points: Vec<SweepPoint>,
+    /// Which of the points is the best.
+    pub best: Option<usize>,
+}
+
+impl SweepCurve {
+    /// The trials of a sweep in the family of the best, or of the first where none succeeded.
+    pub fn of(sweep: &Sweep, title: String) -> SweepCurve {
+        let family = |trial: &Trial| trial.profile.family().map(|(family, _)| family);
+        let shown = sweep.best().or_else(|| sweep.trials().first()).and_then(family);
+        let mine: Vec<&Trial> =
+            sweep.trials().iter().filter(|trial| shown.is_some() && family(trial) == shown).collect();
+        let point = |trial: &&Trial| SweepPoint {
+            x: trial.profile.family().map_or(f64::NAN, |(_, length)| length),
+            score: trial.score(),
+            refined: trial.refined,
+        };
+        SweepCurve {
+            title,
+            x_label: shown.map_or("", Family::length_name).to_owned(),
+            y_label: "score".into(),
+            points: mine.iter().map(point).collect(),
+            best: mine.iter().position(|trial| sweep.best().is_some_and(|best| best.profile == trial.profile)),
+        }
+    }
+}
+
+/// One length.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SweepPoint {
+    /// The length.
+    pub x: f64,
+    /// Its score; none where the evaluation failed.
+    pub score: Option<f64>,
+    /// Whether it was tried to refine the search.
+    pub refined: bool,
+}
+
+impl SweepPoint {
+    /// The score of a point that can be drawn.
+    fn finite(&self) -> Option<f64> {
+        self.score.filter(|score| score.is_finite() && self.x.is_finite())
+    }
+}
+
+/// Draws scores over lengths into a file, `.svg` or `.png`, which appears whole or not at all: dots for the lengths asked
+/// for, rings for refined ones, crosses at the axis for those that failed, and the best labelled.
+///
+/// # Errors
+/// [`Error::Io`](crate::Error::Io) where the file cannot be written, [`Error::Unexpected`](crate::Error::Unexpected) for
+/// another ending.
+pub fn sweep_curve(path: &Path, curve: &SweepCurve) -> Result<()> {
+    save(path, draw(curve))
+}
+
+fn draw(curve: &SweepCurve) -> std::result::Result<String, Fault> {
+    let (frame, x, y) = axes(&curve.points);
+    sheet(WIDTH, HEIGHT, |canvas| {
+        canvas.text(&fit(&curve.title, TITLE, WIDTH - 32.0), (16.0, 18.0), TITLE, Side::Left, INK)?;
+        beside(canvas, frame, &y, TICKS, &fit(&curve.y_label, TEXT, FRAME.bottom - FRAME.top))?;
+        below(canvas, frame, &x, |tick| x.name(tick), &fit(&curve.x_label, TEXT, FRAME.right - FRAME.left))?;
+        let mut sorted: Vec<&SweepPoint> = curve.points.iter().filter(|point| point.finite().is_some()).collect();
+        sorted.sort_by(|a, b| a.x.total_cmp(&b.x));
+        let place = |point: &SweepPoint| (x.place(point.x), y.place(point.finite().unwrap_or(f64::NAN)));
+        canvas.line(sorted.iter().map(|point| place(point)), BLUE, 1.0)?;
+        for point in &sorted {
+            mark(canvas, place(point), point.refined)?;
+        }
+        failures(canvas, &curve.points, &x)?;
+        keys(canvas, &curve.points)?;
+        let best = curve.best.and_then(|best| curve.points.get(best)).filter(|point| point.finite().is_some());
+        best.map_or(Ok(()), |best| best_label(canvas, best, frame, place(best)))
+    })
+}
+
+/// The frame, as wide as the labels of the scores leave it, and its axes.
+fn axes(points: &[SweepPoint]) -> (Frame, Axis, Axis) {
+    let range = |values: &mut dyn Iterator<Item = f64>| {
+        values.filter(|v| v.is_finite()).fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)))
+    };
+    let (first, last) = range(&mut points.iter().map(|point| point.x));
+    let (low, high) = range(&mut points.iter().filter_map(SweepPoint::finite));
+    let (first, last) = if first <= last { (first, last) } else { (0.0, 1.0) };
+    let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
+    let y = Axis::linear(low, high, (FRAME.bottom - BELOW, FRAME.top + ABOVE));
+    let frame = Frame { left: y.room(TICKS).clamp(FRAME.left, 0.4 * WIDTH), ..FRAME };
+    (frame, Axis::over(first, last, (frame.left + 12.0, frame.right - 12.0)), y)
+}
+
+fn mark(canvas: &Canvas<'_>, at: Point, refined: bool) -> Drawn {
+    if refined { canvas.ring(at, 3.2, BLUE) } else { canvas.dot(at, 3.2, BLUE) }
+}
+
+fn failed(points: &[SweepPoint]) -> impl Iterator<Item = f64> {
+    points.iter().filter(|point| point.finite().is_none() && point.x.is_finite()).map(|point| point.x)
+}
+
+/// Crosses just above the axis.
+fn failures(canvas: &Canvas<'_>, points: &[SweepPoint], x: &Axis) -> Drawn {
+    failed(points).try_for_each(|length| canvas.cross((x.place(length), FRAME.bottom - 7.0), 3.5, RED))
+}
+
+/// What the marks are, where there is more than one kind.
+fn keys(canvas: &Canvas<'_>, points: &[SweepPoint]) -> Drawn {
+    let refined = points.iter().any(|point| point.refined && point.finite().is_some());
+    let failed = failed(points).next().is_some();
+    let mut x = FRAME.right;
+    let mut key = |text: &str, draw: &dyn Fn(Point) -> Drawn| {
+        canvas.text(text, (x, FRAME.top - 8.0), SMALL, Side::Right, MUTED)?;
+        x -= width(text, SMALL) + 9.0;
+        draw((x, FRAME.top - 8.0))?;
+        x -= 14.0;
+        Ok(())
+    };
+    if failed {
+        key("failed", &|at| canvas.cross(at, 3.5, RED))?;
+    }
+    if refined {
+        key("refined", &|at| canvas.ring(at, 3.2, BLUE))?;
+    }
+    Ok(())
+}
+
+fn best_label(canvas: &Canvas<'_>, best: &SweepPoint, frame: Frame, (x, y): Point) -> Drawn {
+    let score = best.score.map(number).unwrap_or_default();
+    let text = format!("best: {score}, at {}", label(rounded(best.x)));
+    let half = 0.5 * width(&text, TEXT) + 6.0;
+    let center = x.clamp(frame.left + half, frame.right - half);
+    // A best score is the lowest or the highest: its label goes to the side where no other is.
+    let lowest = y > 0.5 * (FRAME.top + FRAME.bottom);
+    canvas.line([(x, y + if lowest { 26.0 } else { 6.0 }), (x, FRAME.bottom)], MUTED, 0.8)?;
+    canvas.ring((x, y), 6.0, INK)?;
+    mark(canvas, (x, y), best.refined)?;
+    canvas.text(&text, (center, if lowest { y + 17.0 } else { y - 15.0 }), TEXT, Side::Center, INK)
+}
+
+/// A length to four digits.
+fn rounded(length: f64) -> f64 {
+    format!("{length:.3e}").parse().unwrap_or(length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn curve(points: &[(f64, Option<f64>, bool)], best: Option<usize>) -> SweepCurve {
+        let points = points.iter().map(|&(x, score, refined)| SweepPoint { x, score, refined }).collect();
+        SweepCurve { title: "a sweep".into(), x_label: "sigma_rel".into(), y_label: "loss".into(), points, best }
+    }
+
+    #[test]
+    fn points_failures_and_the_best_are_told_apart() {
+        let points = [(0.1, Some(2.0), false), (0.3, Some(3.0), false), (0.2, Some(1.5), true), (0.25, None, false)];
+        let svg = draw(&curve(&points, Some(2))).unwrap();
+        for part in ["a sweep", "sigma_rel", "loss", "best: 1.500, at 0.2", "refined", "failed"] {
+            assert!(svg.contains(part), "{part}: {svg}");
+        }
+        // Crosses of the failed length and of the key: two strokes each.
+        assert_eq!(svg.matches("#B41E1E").count(), 4);
+        let line = svg.split("<polyline").find(|part| part.contains("#005AA0")).unwrap();
+        let line = line.split("points=\"").nth(1).unwrap().split('"').next().unwrap();
+        assert_eq!(line.split_whitespace().count(), 3);
+    }
+
+    #[test]
+    fn odd_sweeps_are_drawn_too() {
+        for (points, best) in [
+            (vec![], None),
+            (vec![(0.1, Some(1.0), false)], Some(0)),
+            (vec![(0.1, None, false), (0.2, Some(f64::NAN), true)], Some(1)),
+            (vec![(f64::NAN, Some(1.0), false), (1.0, Some(-1e9), false), (1e6, Some(1e9), false)], Some(9)),
+        ] {
+            let svg = draw(&curve(&points, best)).unwrap();
+            assert!(svg.contains("loss") && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+        }
+    }
+}

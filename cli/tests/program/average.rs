@@ -1,0 +1,170 @@
+//! `posthoc-ema average`, through the binary.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::Path;
+
+use crate::common::{failure, posthoc_ema, stdout};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde_json::{Value, json};
+
+const STEPS: [u64; 6] = [500, 1000, 1500, 2000, 2500, 3000];
+
+/// The weights of a model at a step of its training: no two alike.
+fn weights(step: u64, tensor: usize) -> Vec<f32> {
+    (0..300).map(|i| (step as f32 * 0.01 + (tensor * 300 + i) as f32).sin()).collect()
+}
+
+fn save(path: &Path, step: u64, tensors: &[usize]) {
+    let named = tensors.iter().map(|&t| (format!("layer.{t}"), bytemuck::cast_slice(&weights(step, t)).to_vec()));
+    let named: Vec<(String, Vec<u8>)> = named.collect();
+    let views = named.iter().map(|(name, bytes)| (name, TensorView::new(Dtype::F32, vec![30, 10], bytes).unwrap()));
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    fs::write(path, safetensors::serialize(views, Some(metadata)).unwrap()).unwrap();
+}
+
+/// A training's folder with a checkpoint in two shards for each step; returns its name.
+fn training(dir: &Path) -> String {
+    let shard = |i: usize| format!("model-0000{i}-of-00002.safetensors");
+    for step in STEPS {
+        let checkpoint = dir.join(format!("run/checkpoint-{step}"));
+        fs::create_dir_all(&checkpoint).unwrap();
+        save(&checkpoint.join(shard(1)), step, &[0, 1]);
+        save(&checkpoint.join(shard(2)), step, &[2]);
+        let map = BTreeMap::from([("layer.0", shard(1)), ("layer.1", shard(1)), ("layer.2", shard(2))]);
+        let index = json!({"metadata": {"total_size": 3600}, "weight_map": map});
+        fs::write(checkpoint.join("model.safetensors.index.json"), index.to_string()).unwrap();
+        fs::write(checkpoint.join("config.json"), r#"{"torch_dtype":"float32"}"#).unwrap();
+        fs::write(checkpoint.join("tokenizer.json"), "{}").unwrap();
+        fs::write(checkpoint.join("optimizer.pt"), "state").unwrap();
+    }
+    dir.join("run").to_str().unwrap().to_owned()
+}
+
+/// All tensors of a model in shards.
+fn load(dir: &Path) -> BTreeMap<String, Vec<f32>> {
+    let index: Value = serde_json::from_slice(&fs::read(dir.join("model.safetensors.index.json")).unwrap()).unwrap();
+    let mut tensors = BTreeMap::new();
+    for (name, file) in index["weight_map"].as_object().unwrap() {
+        let bytes = fs::read(dir.join(file.as_str().unwrap())).unwrap();
+        let data = SafeTensors::deserialize(&bytes).unwrap().tensor(name).unwrap().data().to_vec();
+        tensors.insert(name.clone(), bytemuck::pod_collect_to_vec(&data));
+    }
+    tensors
+}
+
+/// Compares with a sum in f64: no value exceeds 1, so that a rounding is at most half of 2^-24.
+fn assert_is_sum(found: &BTreeMap<String, Vec<f32>>, expected: &[f64]) {
+    assert_eq!(found.len(), 3);
+    for tensor in 0..3 {
+        let values: Vec<Vec<f32>> = STEPS.iter().map(|&step| weights(step, tensor)).collect();
+        for (i, &is) in found[&format!("layer.{tensor}")].iter().enumerate() {
+            let sum: f64 = values.iter().zip(expected).map(|(values, x)| x * f64::from(values[i])).sum();
+            assert!((f64::from(is) - sum).abs() <= 2f64.powi(-25) + 1e-14, "{tensor}[{i}] is {is}, not {sum}");
+        }
+    }
+}
+
+#[test]
+fn a_training_s_folder_becomes_models_of_several_lengths() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = training(temp.path());
+    let out = temp.path().join("averages");
+    let targets = ["--gamma", "2", "--lr-decay", "1-sqrt:50%", "--uniform", "1000", "--out-dir", out.to_str().unwrap()];
+    let text = stdout(&[&["average", &run, "--json"][..], &targets].concat());
+    assert_eq!(text.lines().count(), 1);
+    let document: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(document["warnings"], json!([]));
+    assert_eq!(document["bytes_read"], 6 * 3600);
+    let sqrt = |u: f64| u.sqrt();
+    let expected: [[f64; 6]; 3] = [
+        [1, 2, 3, 4, 5, 6].map(|i: i32| (i.pow(3) - (i - 1).pow(3)) as f64 / 216.0),
+        [0.0, 0.0, 0.0, 0.0, 0.5, 0.5],
+        [0.0, 0.0, 0.0, sqrt(1.0 / 3.0), sqrt(2.0 / 3.0) - sqrt(1.0 / 3.0), 1.0 - sqrt(2.0 / 3.0)],
+    ];
+    for (target, expected) in document["targets"].as_array().unwrap().iter().zip(expected) {
+        for (weight, (expected, step)) in
+            target["weights"].as_array().unwrap().iter().zip(expected.into_iter().zip(STEPS))
+        {
+            assert!((weight["weight"].as_f64().unwrap() - expected).abs() < 1e-15, "{weight}");
+            assert_eq!(weight["step"], step);
+            assert_eq!(weight["path"], format!("{run}/checkpoint-{step}"));
+        }
+        let dir = Path::new(target["path"].as_str().unwrap());
+        assert_eq!(dir.parent().unwrap(), out);
+        assert_is_sum(&load(dir), &expected);
+        assert!(dir.join("tokenizer.json").exists() && !dir.join("optimizer.pt").exists());
+        assert!(target["relative_error"].as_f64().unwrap() < 1.0);
+        // Half of the 500 steps that each checkpoint stands for, where all of them count alike.
+        let lag = target["lag_steps"].as_f64().unwrap();
+        assert!(lag > 200.0 && lag < 400.0, "{lag}");
+    }
+    let uniform = &document["targets"][1];
+    assert!((uniform["lag_steps"].as_f64().unwrap() - 249.5).abs() < 1e-9);
+    assert!((uniform["effective_checkpoints"].as_f64().unwrap() - 2.0).abs() < 1e-12);
+    assert_eq!(fs::read_dir(&out).unwrap().count(), 3);
+}
+
+#[test]
+fn a_single_target_is_shown_with_its_weights() {
+    let temp = tempfile::tempdir().unwrap();
+    training(temp.path());
+    let paths: Vec<String> =
+        (1..=4).map(|i| temp.path().join(format!("w{i}.safetensors")).display().to_string()).collect();
+    paths.iter().enumerate().for_each(|(i, path)| save(Path::new(path), STEPS[i], &[0, 1, 2]));
+    let names: Vec<&str> = paths.iter().map(String::as_str).collect();
+    let steps = ["--steps", "500,1000,...,2000", "--uniform", "100%"];
+    let text = stdout(&[&["average"], &names[..], &steps, &["--plan"]].concat());
+    for part in ["uniform 100%", "2000", "249.5", "4.000", "w3.safetensors", "2.500000e-1"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 5, "a plan writes nothing");
+    let out = temp.path().join("mean.safetensors");
+    let write = ["--dtype", "bf16", "-o", out.to_str().unwrap()];
+    let text = stdout(&[&["average"], &names[..], &steps, &write].concat());
+    assert!(text.contains("written: ") && text.contains("mean.safetensors") && text.contains("of checkpoints read"));
+    let bytes = fs::read(&out).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    assert!(file.len() == 3 && file.iter().all(|(_, view)| view.dtype() == Dtype::BF16));
+}
+
+#[test]
+fn an_average_of_hardly_more_than_one_checkpoint_is_warned_of() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = training(temp.path());
+    let output = posthoc_ema(&["average", &run, "--half-life", "100", "--plan"]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && stderr.starts_with("warning: beta 0.99"), "{stderr}");
+    assert!(stderr.contains("at step 3000: the weight of 1.06 checkpoints is all it has"), "{stderr}");
+    let text = stdout(&["average", &run, "--half-life", "100", "--plan", "--json"]);
+    let document: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(document["warnings"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn bad_usage_and_failures_differ() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = training(temp.path());
+    let out = temp.path().join("out");
+    let (out, target) = (out.to_str().unwrap(), ["--sigma-rel", "0.2"]);
+    let last = format!("{run}/checkpoint-3000");
+    save(&temp.path().join("checkpoint-100.safetensors"), 1, &[0]);
+    let other = temp.path().join("checkpoint-100.safetensors");
+    for (arguments, status, part) in [
+        (vec!["average", &run, "-o", out], 2, "no target"),
+        (vec!["average", &run, "--uniform", "5%,6%", "-o", out], 2, "-o names one average, and there are 2 targets"),
+        (vec!["average", &run, "--uniform", "5%"], 2, "nowhere to write to"),
+        (vec!["average", &run, "--uniform", "5%", "-o", out, "--steps", "1,2"], 2, "2 are given for 6 checkpoints"),
+        (vec!["average", &run, "--uniform", "5%", "-o", out, "--steps", "1.5"], 2, "1.5 is no step"),
+        (vec!["average", &run, "--uniform", "3001", "-o", out], 2, "no longer than the target time, 3000"),
+        (vec!["average", &run, "--uniform", "5%", "-o", &last], 1, "is left untouched"),
+        (vec!["average", &run, "--uniform", "5%", "-o", out, "--at", "499"], 1, "the target time 499 is before"),
+        (vec!["average", &last, other.to_str().unwrap(), "-o", out], 1, "a tensor `layer.1` more is stored"),
+        (vec!["average", &last, "-o", out], 1, "with nothing to average it with"),
+    ] {
+        let own = if part == "no target" || arguments.contains(&"--uniform") { &target[..0] } else { &target[..] };
+        let (code, text) = failure(&[&arguments[..], own].concat());
+        assert!(code == status && text.contains(part), "{arguments:?}: {code} {text}");
+    }
+    assert!(!Path::new(out).exists());
+}

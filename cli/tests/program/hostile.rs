@@ -1,0 +1,184 @@
+//! Files that somebody made to do harm: they cost little, say what they are, and reach nothing but what was named.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::common::{failure, posthoc_ema, train};
+use posthoc_ema::snapshot::StoredFile;
+use posthoc_ema::{Error, Run, verify};
+use serde_json::json;
+
+/// A file with this header and so many bytes of zeros.
+fn file(path: &Path, header: &str, data: u64) {
+    let file = fs::File::create(path).unwrap();
+    let head = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+    std::os::unix::fs::FileExt::write_all_at(&file, &head, 0).unwrap();
+    file.set_len(head.len() as u64 + data).unwrap();
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// The program's exit status and message where it may take so many MiB of memory.
+fn within(mebibytes: usize, arguments: &[&str]) -> (Option<i32>, String) {
+    let script = format!("ulimit -v {}; exec \"$@\"", mebibytes << 10);
+    let mut command = Command::new("sh");
+    command.args(["-c", &script, "sh", env!("CARGO_BIN_EXE_posthoc-ema")]).args(arguments);
+    let output = command.env("RAYON_NUM_THREADS", "2").output().unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+/// What a header of the format's greatest length can hold that takes most memory for its bytes; each is refused at the cost of
+/// some times its length.
+#[test]
+fn headers_as_long_as_the_format_allows_cost_bounded_memory() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("0.10.safetensors");
+    let full = |text: &str, each: &str| text.replace('*', &each.repeat((99_000_000 - text.len()) / each.len()));
+    for (header, part) in [
+        (full("*", "["), "expected"),
+        (full(r#"{"a":{"dtype":"U8","shape":[*1],"data_offsets":[0,1]}}"#, "1,"), "no snapshot of a run"),
+        (full(r#"{"__metadata__":{"a":"*"}}"#, "x"), "no snapshot of a run"),
+        (full(r#"{"__metadata__":{*"a":"b"}}"#, r#""x":"","#), "no snapshot of a run"),
+        (full(r#"{"a":{*"dtype":"U8"}}"#, r#""x":[],"#), "missing field"),
+        (full(r#"{*}"#, " "), "no snapshot of a run"),
+    ] {
+        let data = u64::from(header.contains("[0,1]"));
+        file(&path, &header, data);
+        let (status, text) = within(3000, &["inspect", temp.path().to_str().unwrap()]);
+        assert!(status == Some(1) && text.contains(part) && text.contains("0.10.safetensors"), "{status:?} {text}");
+        assert!(text.len() < 10_000, "{} bytes", text.len());
+    }
+    // A length that nobody could read.
+    for length in [100_000_001u64, u64::MAX, 1 << 40] {
+        fs::write(&path, [&length.to_le_bytes()[..], b"{}"].concat()).unwrap();
+        let (_, text) = within(3000, &["inspect", temp.path().to_str().unwrap()]);
+        assert!(text.contains("the header is longer than the format allows"), "{text}");
+    }
+}
+
+#[test]
+fn what_is_no_file_is_not_opened() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("run");
+    train(&dir);
+    let place = dir.join("0.550.safetensors");
+    let pipe = |path: &Path| assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+    type Make = dyn Fn(&Path);
+    let makes: [(&Make, &str); 4] = [
+        (&pipe, "no regular file"),
+        (&|path| symlink("/dev/zero", path).unwrap(), "no regular file"),
+        (&|path| fs::create_dir(path).unwrap(), "no regular file"),
+        (&|path| symlink("/nonexistent", path).unwrap(), "0.550.safetensors"),
+    ];
+    for (make, part) in makes {
+        make(&place);
+        for command in ["inspect", "verify"] {
+            let output = posthoc_ema(&[command, dir.to_str().unwrap()]);
+            let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+            assert!(!output.status.success() && text.contains(part), "{command}: {text}");
+        }
+        fs::remove_file(&place).or_else(|_| fs::remove_dir(&place)).unwrap();
+    }
+    assert!(Run::open(&dir).is_ok());
+    // A link to a file is fine: so the caches of Hugging Face's tools hold theirs.
+    let moved = temp.path().join("blob");
+    fs::rename(dir.join("0.500.safetensors"), &moved).unwrap();
+    symlink(&moved, dir.join("0.500.safetensors")).unwrap();
+    assert_eq!(verify(&dir, &mut |_| ()).unwrap().findings.len(), 0);
+}
+
+/// Everything that is asked to write, over names that try to lead elsewhere.
+#[test]
+fn nothing_is_written_beside_what_was_named() {
+    let temp = tempfile::tempdir().unwrap();
+    let model = temp.path().join("inputs/model");
+    fs::create_dir_all(&model).unwrap();
+    let entry = r#""w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#;
+    let tricks = [
+        "../escaped.safetensors",
+        "/tmp/escaped.safetensors",
+        "a/../../escaped.safetensors",
+        "sub/a.safetensors",
+        "",
+        ".",
+        "..",
+    ];
+    for trick in tricks {
+        let index = json!({"weight_map": {"w": trick}});
+        fs::write(model.join("model.safetensors.index.json"), index.to_string()).unwrap();
+        file(&temp.path().join("inputs/escaped.safetensors"), &format!("{{{entry}}}"), 4);
+        let out = temp.path().join("out");
+        let arguments = ["average", model.to_str().unwrap(), "--steps=1", "--uniform=1", "-o", out.to_str().unwrap()];
+        let (status, text) = failure(&arguments);
+        assert!(status == 1 && text.contains("shards lie beside their index"), "{trick}: {text}");
+        assert_eq!(names(temp.path()), ["inputs"]);
+    }
+    // Modules and other companions.
+    fs::remove_file(model.join("model.safetensors.index.json")).unwrap();
+    file(&model.join("model.safetensors"), &format!("{{{entry}}}"), 4);
+    fs::create_dir(temp.path().join("inputs/secret")).unwrap();
+    fs::write(temp.path().join("inputs/secret/config.json"), "{}").unwrap();
+    let modules = ["../secret", "/etc", "../../..", "."].map(|path| json!({"path": path, "type": "x"}));
+    fs::write(model.join("modules.json"), json!(modules).to_string()).unwrap();
+    fs::write(model.join("config.json"), "{}").unwrap();
+    let out = temp.path().join("out");
+    let other = temp.path().join("inputs/other");
+    fs::create_dir(&other).unwrap();
+    fs::copy(model.join("model.safetensors"), other.join("model.safetensors")).unwrap();
+    let [model, other, to] = [&model, &other, &out].map(|path| path.to_str().unwrap());
+    let output = posthoc_ema(&["average", other, model, "--steps=1,2", "--uniform=2", "-o", to]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(names(temp.path()), ["inputs", "out"]);
+    assert_eq!(names(&out), ["config.json", "model.safetensors", "modules.json"]);
+}
+
+/// A target's name is made of numbers alone, whatever they are.
+#[test]
+fn files_of_targets_lie_in_the_directory_that_was_named() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("run");
+    train(&dir);
+    let out = temp.path().join("averages");
+    let targets = ["--sigma-rel=0.1", "--uniform=20%,100", "--beta=0.99", "--lr-decay=1-sqrt:30%"];
+    let run = [&["synthesize", dir.to_str().unwrap(), "--out-dir", out.to_str().unwrap()], &targets[..]].concat();
+    assert!(posthoc_ema(&run).status.success());
+    assert_eq!(names(temp.path()), ["averages", "run"]);
+    assert_eq!(names(&out).len(), 5);
+}
+
+#[test]
+fn names_cannot_speak_to_the_terminal() {
+    let temp = tempfile::tempdir().unwrap();
+    let name = "w\u{1b}]0;owned\u{7}\u{1b}[2J\r";
+    let tensor = json!({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]});
+    let metadata = json!({"posthoc_ema": "1", "step": "10", "profile": name});
+    let strange = [json!({name: tensor}), json!({name: tensor, "__metadata__": metadata})];
+    for header in strange.map(|header| header.to_string()) {
+        file(&temp.path().join("0.10.safetensors"), &header, 4);
+        for command in [&["inspect"][..], &["inspect", "--json"], &["verify"], &["plan", "--sigma-rel=0.1"]] {
+            let output = posthoc_ema(&[command, &[temp.path().to_str().unwrap()]].concat());
+            let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+            assert!(!text.is_empty() && !text.chars().any(|c| c.is_control() && c != '\n'), "{}", text.escape_debug());
+        }
+    }
+}
+
+/// A directory of many thousand files that are none.
+#[test]
+fn a_crowd_of_strangers_is_looked_through_quickly() {
+    let temp = tempfile::tempdir().unwrap();
+    for i in 0..20_000 {
+        fs::write(temp.path().join(format!("{i}.txt")), "").unwrap();
+    }
+    assert!(matches!(Run::open(temp.path()), Err(Error::NoRun { .. })));
+    let missing: PathBuf = temp.path().join("0.1-00001-of-99999.safetensors");
+    fs::write(&missing, "").unwrap();
+    assert!(Run::open(temp.path()).is_err() && StoredFile::open(&missing).is_err());
+}

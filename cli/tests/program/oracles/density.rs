@@ -1,0 +1,35 @@
+//! Profiles as tables of comma-separated values, beside a plainer reading of them.
+
+use posthoc_ema::Profile;
+
+#[path = "../../../src/commands/table.rs"]
+mod table;
+
+/// Reads a table; where it has no quotes, comments or empty fields, line by line as well.
+pub fn check(bytes: &[u8]) {
+    let read = table::read(bytes);
+    if let Ok(profile) = &read {
+        let text = serde_json::to_string(profile).unwrap();
+        assert_eq!(serde_json::from_str::<Profile>(&text).unwrap(), *profile);
+        let mut before = 0.0;
+        for tau in 0..=100 {
+            let share = profile.cumulative(f64::from(tau), 100.0);
+            assert!(share >= before && share <= 1.0, "{share} at {tau} follows {before}");
+            before = share;
+        }
+        assert_eq!(before, 1.0);
+    }
+    if let Some(points) = std::str::from_utf8(bytes).ok().and_then(plain) {
+        match (read, Profile::table(points)) {
+            (Ok(read), Ok(plain)) => assert_eq!(read, plain),
+            (Err(_), Err(_)) => {}
+            (read, plain) => panic!("{read:?} beside {plain:?}"),
+        }
+    }
+}
+
+/// The pairs of a text that is nothing but lines of two numbers.
+fn plain(text: &str) -> Option<Vec<(f64, f64)>> {
+    let number = |field: &str| field.bytes().all(|b| b.is_ascii_digit() || b == b'.').then(|| field.parse().ok())?;
+    text.lines().map(|line| line.split_once(',').and_then(|(a, b)| Some((number(a)?, number(b)?)))).collect()
+}

@@ -1,0 +1,159 @@
+//! The pictures of the command line, through its binary.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::common::{failure, posthoc_ema, stdout, train};
+use resvg::tiny_skia::Pixmap;
+
+/// A run and the folder around it.
+fn run() -> (tempfile::TempDir, String) {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("run");
+    train(&dir);
+    (temp, dir.to_str().unwrap().to_owned())
+}
+
+/// What a command draws, as SVG, with the PNG checked beside it.
+fn draw(arguments: &[&str]) -> String {
+    let temp = tempfile::tempdir().unwrap();
+    let path = |name: &str| temp.path().join(name).to_str().unwrap().to_owned();
+    let (svg, png) = (path("picture.svg"), path("picture.PNG"));
+    stdout(&[arguments, &["--plot", &svg, "--plot", &png]].concat());
+    let svg = fs::read_to_string(svg).unwrap();
+    assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>") && !svg.contains("NaN"), "{svg}");
+    check_png(Path::new(&png), size(&svg));
+    svg
+}
+
+fn size(svg: &str) -> (u32, u32) {
+    let attribute = |name: &str| svg.split(name).nth(1).unwrap().split('"').nth(1).unwrap().parse().unwrap();
+    (attribute("width="), attribute("height="))
+}
+
+/// A PNG of twice the size, white at its corners, with ink where the title is.
+fn check_png(path: &Path, (width, height): (u32, u32)) {
+    let pixels = Pixmap::decode_png(&fs::read(path).unwrap()).unwrap();
+    assert_eq!((pixels.width(), pixels.height()), (2 * width, 2 * height));
+    let red = |x: u32, y: u32| pixels.pixel(x, y).unwrap().red();
+    assert_eq!((red(0, 0), red(2 * width - 1, 2 * height - 1)), (255, 255));
+    let title = (10..50).flat_map(|y| (20..120).map(move |x| (x, y)));
+    let dark = title.filter(|&(x, y)| red(x, y) < 128).count();
+    assert!(dark > 50, "{}: {dark} dark pixels where the title is", path.display());
+}
+
+/// The texts of an SVG.
+fn texts(svg: &str) -> Vec<String> {
+    let of = |part: &str| part.split('>').nth(1).unwrap().split("</text").next().unwrap().trim().to_owned();
+    svg.split("<text").skip(1).map(of).collect()
+}
+
+#[test]
+fn error_draws_the_curve() {
+    let (_temp, dir) = run();
+    let svg = draw(&["error", &dir]);
+    let texts = texts(&svg);
+    for text in ["run, at step 500", "tracked 0.05", "tracked 0.28", "rounding of the f16 snapshots", "relative error"]
+    {
+        assert!(texts.iter().any(|own| own == text), "{text}: {texts:?}");
+    }
+    // The worst length between the tracked ones is what a fine table says.
+    let document = stdout(&["error", &dir, "--sigma-rel", "0.05,0.051,...,0.28", "--json"]);
+    let document: serde_json::Value = serde_json::from_str(&document).unwrap();
+    let errors = document["errors"].as_array().unwrap().iter().map(|point| point["relative_error"].as_f64().unwrap());
+    let worst = errors.fold(0.0, f64::max);
+    let label = texts.iter().find(|text| text.starts_with("worst")).unwrap();
+    let shown: f64 = label.trim_start_matches("worst in between ").split('%').next().unwrap().parse().unwrap();
+    // Two digits are shown, and the two grids differ a little where the error is flat.
+    assert!((shown / (100.0 * worst) - 1.0).abs() < 0.06, "{label}: {worst}");
+}
+
+#[test]
+fn error_draws_before_training() {
+    let flags =
+        ["error", "--steps", "30000", "--track", "0.06", "--track-beta", "0.9998", "--checkpoint-dtype", "bf16"];
+    let texts = texts(&draw(&flags));
+    // A classical EMA is marked where it has about that standard deviation: 1 / (2e-4 * 30000) = 0.167.
+    for text in [
+        "30000 steps, a snapshot every 1000, 20 kept, at step 30000",
+        "tracked beta 0.9998",
+        "rounding of the bf16 snapshots",
+    ] {
+        assert!(texts.iter().any(|own| own == text), "{text}: {texts:?}");
+    }
+    // One length, and one that is tracked.
+    assert!(draw(&["error", "--steps", "30000", "--sigma-rel", "0.05"]).contains("tracked 0.05"));
+    assert!(!draw(&["error", "--steps", "30000", "--sigma-rel", "0.1"]).contains("tracked"));
+}
+
+#[test]
+fn plan_draws_its_targets() {
+    let (_temp, dir) = run();
+    let svg = draw(&["plan", &dir, "--sigma-rel", "0.15"]);
+    let texts = texts(&svg);
+    for text in ["sigma_rel 0.15 at step 500", "target", "synthesized", "difference", "weights of", "step"] {
+        assert_eq!(texts.iter().filter(|own| *own == text).count(), 1, "{text}: {texts:?}");
+    }
+    // The rounding of f16, 2.07e-4, times the noise gain, as four digits and as two.
+    let heading = texts.iter().find(|text| text.contains("f16 rounding: ")).unwrap();
+    let after =
+        |part: &str| heading.split(part).nth(1).unwrap().split([' ', '%']).next().unwrap().parse::<f64>().unwrap();
+    let (gain, rounding) = (after("noise gain "), after("f16 rounding: "));
+    assert!((100.0 * 2.0735e-4 * gain - rounding).abs() <= 0.0051, "{heading}");
+    let several = draw(&["plan", &dir, "--sigma-rel", "0.05,0.1", "--uniform", "100", "--at", "425"]);
+    assert_eq!(several.matches("synthesized").count(), 3);
+    assert_eq!(size(&several).0, 2 * size(&svg).0);
+}
+
+#[test]
+fn inspect_draws_what_is_damaged_too() {
+    let (temp, dir) = run();
+    let svg = draw(&["inspect", &dir]);
+    for text in ["sigma_rel 0.05", "sigma_rel 0.28", "newest update 500", "live state"] {
+        assert!(texts(&svg).iter().any(|own| own == text), "{text}: {svg}");
+    }
+    let document: serde_json::Value = serde_json::from_str(&stdout(&["inspect", &dir, "--json"])).unwrap();
+    assert_eq!(document["state"]["step"], 500);
+    fs::write(Path::new(&dir).join("1.200.safetensors"), "cut").unwrap();
+    let plot = temp.path().join("damaged.svg");
+    let output = posthoc_ema(&["inspect", &dir, "--plot", plot.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    let svg = fs::read_to_string(plot).unwrap();
+    let marks = |svg: &str| svg.matches("stroke=\"#005AA0\"").count();
+    assert!(svg.contains("9 × ") && svg.contains("1 damaged") && marks(&svg) == 19, "{svg}");
+}
+
+#[test]
+fn what_is_printed_survives_a_picture_that_cannot_be_written() {
+    let (_temp, dir) = run();
+    for arguments in [vec!["error", &dir], vec!["plan", &dir, "--sigma-rel", "0.1"], vec!["inspect", &dir]] {
+        let output = posthoc_ema(&[&arguments[..], &["--json", "--plot", "/nonexistent/a.png"]].concat());
+        let (text, why) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        assert!(output.status.code() == Some(1) && why.contains("/nonexistent/a.png"), "{why}");
+        serde_json::from_str::<serde_json::Value>(&text).unwrap();
+    }
+}
+
+#[test]
+fn pictures_of_no_known_kind_are_bad_usage() {
+    let (_temp, dir) = run();
+    let many: String = (5..=13).map(|i| format!("0.{i:02}")).collect::<Vec<_>>().join(",");
+    for (arguments, part) in [
+        (vec!["error", &dir, "--plot", "a.pdf"], ".svg or .png"),
+        (vec!["plan", &dir, "--sigma-rel", "0.1", "--plot", "a"], ".svg or .png"),
+        (vec!["inspect", &dir, "--plot", "a.jpg"], ".svg or .png"),
+        (vec!["bench", "--plot", "a.svg.gz"], ".svg or .png"),
+        (vec!["plan", &dir, "--sigma-rel", &many, "--plot", "a.svg"], "at most 8 targets, not 9"),
+    ] {
+        let (status, text) = failure(&arguments);
+        assert!(status == 2 && text.contains(part), "{arguments:?}: {status} {text}");
+        assert!(!PathBuf::from("a.svg").exists());
+    }
+}
+
+#[test]
+fn bench_draws_pixels_too() {
+    let small =
+        ["bench", "--device", "cpu", "--parameters", "10000", "--tensors", "30", "--snapshots", "3", "--repeats=2"];
+    assert!(draw(&small).contains("f32, compensated, 30 tensors"));
+}

@@ -1,0 +1,79 @@
+//! Planning before training, through the binary: what is kept, what it takes, and advice.
+
+use crate::common::{failure, stdout};
+use serde_json::Value;
+
+const TRAINING: [&str; 6] = ["plan", "--steps", "100000", "--checkpoint-every", "1000", "--json"];
+
+fn json(arguments: &[&[&str]]) -> Value {
+    serde_json::from_str(&stdout(&arguments.concat())).unwrap()
+}
+
+fn error(document: &Value) -> f64 {
+    document["targets"][0]["relative_error"].as_f64().unwrap()
+}
+
+#[test]
+fn what_is_kept_is_what_serves_the_range() {
+    let target = ["--sigma-rel", "0.2"];
+    let default = json(&[&TRAINING, &target]);
+    assert_eq!(default["targets"][0]["weights"].as_array().unwrap().len(), 40);
+    let latest = json(&[&TRAINING, &target, &["--retention", "latest"]]);
+    assert!(error(&default) < 0.0095 && error(&latest) > 0.2, "{default} {latest}");
+    // A narrower range is served better.
+    let narrow = json(&[&TRAINING, &target, &["--retention", "0.15..0.22"]]);
+    assert!(error(&narrow) < error(&default), "{narrow}");
+}
+
+#[test]
+fn disk_is_told_where_the_size_is_given() {
+    let flags = ["--sigma-rel", "0.2", "--parameters", "1B", "--checkpoint-dtype", "bf16"];
+    // 21 steps of two profiles at 2 bytes, and the live state of 6 bytes for each profile twice.
+    assert_eq!(json(&[&TRAINING, &flags])["disk"], 108_000_000_000u64);
+    let text = stdout(&[&TRAINING[..5], &flags].concat());
+    assert!(text.contains("takes at most 108.00 GB on disk"), "{text}");
+}
+
+#[test]
+fn advice_is_within_the_disk_and_comes_true() {
+    let wish = ["--advise", "--parameters", "10M", "--checkpoint-dtype", "f16", "--disk", "1.1GB"];
+    let training = ["plan", "--steps", "20000"];
+    let document = json(&[&training, &wish, &["--json"]]);
+    let (all, best) = (document["advice"].as_array().unwrap(), &document["best"]);
+    assert!(all.len() == 6 && all.contains(best), "{document}");
+    assert!(best["disk"].as_u64().unwrap() <= 1_100_000_000);
+    let number = |key: &str| best[key].to_string();
+    let tracked: Vec<String> = best["sigma_rels"].as_array().unwrap().iter().map(Value::to_string).collect();
+    let length = number("sigma_rel");
+    let plan = json(&[
+        &training,
+        &["--json", "--checkpoint-dtype", "f16", "--parameters", "10M", "--track", &tracked.join(",")],
+        &["--checkpoint-every", &number("checkpoint_every"), "--keep", &number("max_checkpoints")],
+        &["--sigma-rel", &length],
+    ]);
+    assert_eq!(plan["disk"], best["disk"]);
+    let rounding = plan["targets"][0]["noise_gain"].as_f64().unwrap() * 2.1e-4;
+    let together = error(&plan).hypot(rounding);
+    assert!((together / best["error"].as_f64().unwrap() - 1.0).abs() < 0.02, "{plan} {best}");
+    let table = stdout(&[&training[..], &wish].concat());
+    assert!(table.contains("Within 1.10 GB: track 0.") && table.contains("max_checkpoints"), "{table}");
+}
+
+#[test]
+fn what_cannot_be_advised_says_why() {
+    let wish = ["plan", "--advise", "--steps", "20000", "--parameters", "10M"];
+    for (more, part) in [
+        (vec!["--disk", "1MB"], "1000000 bytes do not hold one step's snapshots of two profiles"),
+        (vec!["--disk", "1GB", "--track", "0.1"], "'--advise' cannot be used with '--track <LIST>'"),
+        (vec!["--disk", "1GB", "--keep", "7"], "'--advise' cannot be used with '--keep <N>'"),
+        (vec!["--disk", "1GB", "--sigma-rel", "0.5"], "'--advise' cannot be used with '--sigma-rel <LIST>'"),
+        (vec!["--disk", "1GB", "--retention", "latest"], "--retention FROM..TO"),
+        (vec!["--disk", "many"], "`MANY` is no unit"),
+        (vec![], "--disk"),
+    ] {
+        let (status, text) = failure(&[&wish[..], &more].concat());
+        assert!(status == 2 && text.contains(part), "{more:?}: {text}");
+    }
+    let (status, text) = failure(&["plan", "--advise", "--steps", "100", "--disk", "1GB"]);
+    assert!(status == 2 && text.contains("--parameters"), "{text}");
+}

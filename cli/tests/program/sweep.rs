@@ -1,0 +1,563 @@
+//! Sweeps through the binary, with evaluations that are shell scripts, and through the library.
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::common::{failure, posthoc_ema, stdout};
+use posthoc_ema::{At, Device, Dtype, PostHocEma, Profile, Run, SweepOptions, Tensors};
+use serde_json::Value;
+
+/// The length that the evaluations here like best.
+const OPTIMUM: f64 = 0.137;
+
+/// A run over a ramp: the average of a profile is its mean time, so that every length gives another.
+struct Case {
+    temp: tempfile::TempDir,
+    run: String,
+    out: PathBuf,
+    script: PathBuf,
+}
+
+impl Case {
+    fn new() -> Case {
+        Case::scaled(1.0)
+    }
+
+    fn scaled(scale: f32) -> Case {
+        let temp = tempfile::tempdir().unwrap();
+        let run = temp.path().join("run");
+        let mut model = vec![("weight", vec![0.0f32; 3])];
+        let mut ema = PostHocEma::options(&run).checkpoint_every(50).create(&model).unwrap();
+        for step in 1..=500u16 {
+            model[0].1.fill(scale * f32::from(step));
+            ema.update(&model).unwrap();
+        }
+        ema.finish().unwrap();
+        let (out, script) = (temp.path().join("sweep"), temp.path().join("eval.sh"));
+        Case { run: run.to_str().unwrap().to_owned(), out, script, temp }
+    }
+
+    /// An evaluation: `before` and then the square of the distance from the optimum's average.
+    fn script(&self, before: &str) {
+        let optimum = self.average(&profile(OPTIMUM));
+        let text = format!(
+            "{before}\nheader=$(od -An -tu8 -N8 \"$1\")\n\
+             value=$(od -An -tf4 -j$((8 + header)) -N4 \"$1\")\n\
+             echo loading\nawk -v \"x=$value\" 'BEGIN {{ d = x - {optimum}; print \"score\", d * d }}'\n"
+        );
+        fs::write(&self.script, text).unwrap();
+    }
+
+    fn average(&self, profile: &Profile) -> f32 {
+        let run = Run::open(&self.run).unwrap();
+        run.load(&run.plan(profile.clone(), At::Latest).unwrap())
+            .unwrap()
+            .get("weight")
+            .unwrap()
+            .to_vec::<f32>()
+            .unwrap()[0]
+    }
+
+    fn eval(&self) -> String {
+        format!("sh {} {{}}", self.script.display())
+    }
+
+    fn arguments(&self, further: &[&str]) -> Vec<String> {
+        let fixed = ["sweep", &self.run, "--eval", &self.eval(), "--out-dir", self.out.to_str().unwrap()];
+        fixed.iter().chain(further).map(|&word| word.to_owned()).collect()
+    }
+
+    fn sweep(&self, further: &[&str]) -> (Value, String) {
+        let arguments = [self.arguments(further), vec!["--json".into()]].concat();
+        let output = posthoc_ema(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        let (text, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        assert!(output.status.success(), "{stderr}");
+        assert_eq!(text.lines().count(), 1, "one document and nothing else: {text}");
+        (serde_json::from_str(&text).unwrap(), stderr)
+    }
+
+    fn failure(&self, further: &[&str]) -> (i32, String) {
+        failure(&self.arguments(further).iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    fn best(&self) -> PathBuf {
+        self.out.join("best.safetensors")
+    }
+
+    /// The names in the sweep's directory that a user sees.
+    fn names(&self) -> Vec<String> {
+        names(&self.out).into_iter().filter(|name| !name.starts_with('.')).collect()
+    }
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn profile(sigma_rel: f64) -> Profile {
+    Profile::sigma_rel(sigma_rel).unwrap()
+}
+
+fn load(path: &Path) -> Tensors {
+    let bytes = fs::read(path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
+        let (dtype, shape, bytes) = (view.dtype(), view.shape().to_vec(), view.data().to_vec());
+        (name, posthoc_ema::Tensor { dtype, shape, bytes })
+    };
+    file.tensors().into_iter().map(tensor).collect()
+}
+
+fn weight(path: &Path) -> f32 {
+    load(path).get("weight").unwrap().to_vec::<f32>().unwrap()[0]
+}
+
+const LIST: [&str; 2] = ["--sigma-rel", "0.05,0.08,...,0.26"];
+
+#[test]
+fn the_best_length_is_found_and_kept() {
+    let case = Case::new();
+    case.script("");
+    let (document, stderr) = case.sweep(&LIST);
+    assert_eq!(stderr, "");
+    let trials = document["trials"].as_array().unwrap();
+    assert_eq!((trials.len(), &document["evaluated"], &document["failed"]), (14, &14.into(), &0.into()));
+    let found = document["best"]["length"]["sigma_rel"].as_f64().unwrap();
+    // Two intervals of the list, narrowed by six steps.
+    assert!((found - OPTIMUM).abs() <= 0.06 / 1.38f64.powi(6), "{found}");
+    assert!(document["best"]["refined"] == true && document["edge"] == Value::Null);
+    assert_eq!(document["path"], case.best().to_str().unwrap());
+    let best: Profile = serde_json::from_value(document["best"]["profile"].clone()).unwrap();
+    let run = Run::open(&case.run).unwrap();
+    assert_eq!(load(&case.best()), run.load(&run.plan(best, At::Latest).unwrap()).unwrap());
+    for trial in trials {
+        let average = f64::from(case.average(&serde_json::from_value(trial["profile"].clone()).unwrap()));
+        let expected = (average - f64::from(case.average(&profile(OPTIMUM)))).powi(2);
+        // Both averages have been printed, to 1e-4 at the worst of about 400, and the score to six digits.
+        let tolerance = 1e-5 * expected + 2.0 * 2e-4 * expected.sqrt() + 2e-4f64.powi(2);
+        let score = trial["score"].as_f64().unwrap();
+        assert!((score - expected).abs() <= tolerance, "{score} is not {expected}");
+    }
+    assert_eq!(case.names(), ["best.safetensors", "sweep.json"], "the others are gone");
+}
+
+#[test]
+fn people_get_a_table_with_the_best_marked() {
+    let case = Case::new();
+    case.script("");
+    let arguments =
+        case.arguments(&["--sigma-rel", "0.05,0.1,0.15", "--half-life", "5", "--refine", "1", "--maximize"]);
+    let text = stdout(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    let best: Vec<&str> = text.lines().filter(|line| line.trim_end().ends_with("best")).collect();
+    assert!(best.len() == 1 && best[0].trim_start().starts_with("beta 0.87"), "{text}");
+    assert!(
+        text.contains("relative error") && text.contains("best at step 500: beta") && text.contains("best.safetensors")
+    );
+    let wide = case.temp.path().join("wide").to_str().unwrap().to_owned();
+    let eval = case.eval();
+    let text =
+        stdout(&["sweep", &case.run, "--eval", &eval, "--out-dir", &wide, "--sigma-rel", "0.2,0.22", "--refine", "2"]);
+    assert!(text.contains("nothing shorter was evaluated") && text.contains("refined"), "{text}");
+}
+
+/// One of each kind: the others go on, and the failures tell what happened.
+#[test]
+fn failures_are_reported_and_do_not_lose_the_others() {
+    let case = Case::new();
+    let left = case.temp.path().join("left");
+    case.script(&format!(
+        "case \"$1\" in\n\
+         *sigma_rel-0.05.*) echo partial; echo 'no module named torch' >&2; exit 3;;\n\
+         *sigma_rel-0.08.*) kill -9 $$;;\n\
+         *sigma_rel-0.11.*) echo all done; exit 0;;\n\
+         *sigma_rel-0.17.*) echo nan; exit 0;;\n\
+         *sigma_rel-0.2.*) sleep 1000 & echo $! > {}; sleep 1000;;\n\
+         *sigma_rel-0.23.*) exit 0;;\n\
+         esac",
+        left.display()
+    ));
+    let start = Instant::now();
+    let (document, stderr) = case.sweep(&[&LIST[..], &["--timeout", "1.5", "--refine", "0"]].concat());
+    assert!(start.elapsed() < Duration::from_secs(500), "an evaluation was waited for beyond its time");
+    wait_for(|| (!is_alive(&fs::read_to_string(&left).unwrap())).then_some(()));
+    assert_eq!((&document["failed"], &document["evaluated"]), (&6.into(), &8.into()));
+    assert_eq!(document["best"]["length"]["sigma_rel"], 0.14);
+    for (target, why) in [
+        ("0.05", "its exit status is 3; the end of its output:\nno module named torch"),
+        ("0.08", "signal 9"),
+        ("0.11", "does not end in a number: all done"),
+        ("0.17", "the score is NaN"),
+        ("0.2", "it took longer than 1.5 s"),
+        ("0.23", "it printed nothing"),
+    ] {
+        assert!(stderr.contains(&format!("warning: sigma_rel {target}: ")) && stderr.contains(why), "{why}: {stderr}");
+    }
+    assert!(stderr.starts_with("no module named torch\n"), "stderr passes through: {stderr}");
+    assert_eq!(weight(&case.best()), case.average(&profile(0.14)));
+}
+
+/// A process in a session of its own is out of reach; it holds the pipes, and is not waited for.
+#[test]
+fn what_an_evaluation_leaves_in_another_session_is_not_waited_for() {
+    let case = Case::new();
+    let left = case.temp.path().join("left");
+    case.script(&format!(
+        "setsid sh -c 'echo $$ >> {}; exec sleep 1000' &\ncase \"$1\" in *sigma_rel-0.1.*) sleep 1000;; esac",
+        left.display()
+    ));
+    let start = Instant::now();
+    let (document, stderr) = case.sweep(&["--sigma-rel", "0.1,0.2", "--refine", "0", "--timeout", "2"]);
+    for pid in wait_for(|| fs::read_to_string(&left).ok()).lines() {
+        Command::new("kill").args(["-9", pid]).status().unwrap();
+    }
+    assert!(start.elapsed() < Duration::from_secs(500), "what was left was waited for");
+    assert!(stderr.contains("warning: sigma_rel 0.1: it took longer than 2 s"), "{stderr}");
+    assert_eq!((&document["failed"], &document["best"]["length"]["sigma_rel"]), (&1.into(), &0.2.into()));
+}
+
+#[test]
+fn where_all_fail_the_command_does() {
+    let case = Case::new();
+    let eval = "false {}";
+    let out = case.out.to_str().unwrap();
+    let (status, text) =
+        failure_with_table(&["sweep", &case.run, "--eval", eval, "--out-dir", out, "--sigma-rel", "0.1,0.2"]);
+    assert!(status == 1 && text.contains("all 2 failed") && text.contains("exit status is 1"), "{text}");
+    assert_eq!(case.names(), ["sweep.json"]);
+    let (_, text) = failure_with_table(&[
+        "sweep",
+        &case.run,
+        "--eval",
+        "nonesuch {}",
+        "--out-dir",
+        &format!("{out}2"),
+        "--gamma",
+        "3",
+    ]);
+    assert!(text.contains("the shell could not run it") && text.contains("nonesuch"), "{text}");
+}
+
+/// As `failure`, of a command that prints its table first.
+fn failure_with_table(arguments: &[&str]) -> (i32, String) {
+    let output = posthoc_ema(arguments);
+    assert!(String::from_utf8(output.stdout).unwrap().contains("failed"));
+    (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+}
+
+/// Killed in the middle of an evaluation: that one ends too, and the same command goes on with the rest.
+#[test]
+fn a_sweep_that_was_killed_goes_on() {
+    let case = Case::new();
+    let log = case.temp.path().join("log");
+    let hang = case.temp.path().join("hang");
+    fs::write(&hang, "").unwrap();
+    case.script(&format!(
+        "echo \"$1\" >> {log}\nif [ -e {hang} ] && [ $(wc -l < {log}) -eq 4 ]; then echo $$ > {hang}; sleep 1000; fi",
+        log = log.display(),
+        hang = hang.display()
+    ));
+    let further = [&LIST[..], &["--batch", "3"]].concat();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_posthoc-ema"))
+        .args(case.arguments(&further))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = wait_for(|| fs::read_to_string(&hang).ok().filter(|text| text.ends_with('\n')));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    wait_for(|| (!is_alive(&pid)).then_some(()));
+    assert_eq!(recorded(&case), 3);
+    fs::remove_file(&hang).unwrap();
+
+    let (document, stderr) = case.sweep(&further);
+    assert_eq!((stderr.as_str(), document["trials"].as_array().unwrap().len()), ("", 14));
+    assert_eq!(document["evaluated"], 11);
+    // Each once, and the one that was cut short once more.
+    let calls = fs::read_to_string(&log).unwrap();
+    let mut names: Vec<&str> = calls.lines().collect();
+    assert_eq!((names.len(), names[3]), (15, names[4]));
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), 14);
+    assert_eq!(case.names(), ["best.safetensors", "sweep.json"]);
+
+    // It is done: nothing is evaluated, and the best is made again where it is missing.
+    fs::remove_file(case.best()).unwrap();
+    let (again, _) = case.sweep(&further);
+    assert_eq!((&again["evaluated"], &again["trials"]), (&0.into(), &document["trials"]));
+    let best = serde_json::from_value(again["best"]["profile"].clone()).unwrap();
+    assert_eq!(weight(&case.best()), case.average(&best));
+}
+
+/// Waits for something that another process does.
+fn wait_for<T>(mut ready: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = ready() {
+            return value;
+        }
+        assert!(start.elapsed() < Duration::from_secs(300), "it does not come");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn is_alive(pid: &str) -> bool {
+    Command::new("kill").args(["-0", pid.trim()]).stderr(Stdio::null()).status().unwrap().success()
+}
+
+fn recorded(case: &Case) -> usize {
+    let document: Value = serde_json::from_str(&fs::read_to_string(case.out.join("sweep.json")).unwrap()).unwrap();
+    document["trials"].as_array().unwrap().len()
+}
+
+#[test]
+fn what_failed_is_tried_again() {
+    let case = Case::new();
+    let (log, broken) = (case.temp.path().join("log"), case.temp.path().join("broken"));
+    fs::write(&broken, "").unwrap();
+    case.script(&format!(
+        "echo \"$1\" >> {}\ncase \"$1\" in *sigma_rel-0.14.*) [ ! -e {} ] || exit 1;; esac",
+        log.display(),
+        broken.display()
+    ));
+    let further = [&LIST[..], &["--refine", "0"]].concat();
+    let (before, _) = case.sweep(&further);
+    assert_eq!((&before["failed"], recorded(&case)), (&1.into(), 8));
+    fs::remove_file(broken).unwrap();
+    let (after, _) = case.sweep(&further);
+    assert_eq!((&after["failed"], &after["evaluated"]), (&0.into(), &1.into()));
+    assert_eq!(after["best"]["length"]["sigma_rel"], 0.14);
+    assert_eq!(weight(&case.best()), case.average(&profile(0.14)));
+    assert!(fs::read_to_string(log).unwrap().lines().last().unwrap().contains("sigma_rel-0.14."));
+    // A longer list and more steps go on with the same scores.
+    let (wider, _) = case.sweep(&["--sigma-rel", "0.05,0.08,...,0.26,0.28", "--refine", "2"]);
+    assert_eq!((&wider["evaluated"], recorded(&case)), (&3.into(), 11));
+}
+
+#[test]
+fn the_directory_of_another_sweep_is_refused() {
+    let case = Case::new();
+    case.script("");
+    case.sweep(&["--sigma-rel", "0.1,0.2", "--refine", "0"]);
+    let record = fs::read(case.out.join("sweep.json")).unwrap();
+    let other = Case::new();
+    let out = case.out.to_str().unwrap();
+    let (eval, longer) = (case.eval(), format!("{} --all", case.eval()));
+    for (run, eval, further, part) in [
+        (&other.run, &eval, vec![], "over another run"),
+        (&case.run, &longer, vec![], "has another evaluation"),
+        (&case.run, &eval, vec!["--at", "450"], "at another step (500, and now 450)"),
+        (&case.run, &eval, vec!["--maximize"], "has another direction"),
+        (&case.run, &eval, vec!["--dtype", "bf16"], "has another dtype"),
+    ] {
+        let arguments = ["sweep", run, "--eval", eval, "--out-dir", out, "--sigma-rel", "0.15"];
+        let (status, text) = failure(&[&arguments[..], &further[..]].concat());
+        assert!(status == 1 && text.contains(part) && text.contains("sweep.json"), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+    }
+    assert_eq!(fs::read(case.out.join("sweep.json")).unwrap(), record);
+}
+
+#[test]
+fn odd_paths_reach_the_command_whole() {
+    let mut case = Case::new();
+    case.out = case.temp.path().join("it's a \"$HOME\" `dir`; échec\nof {} *");
+    // The path by all ways, and the profile.
+    case.script(
+        "[ \"$1\" = \"$POSTHOC_EMA_WEIGHTS\" ] && [ \"$1\" = \"$2\" ] && [ $# -eq 2 ] || exit 7\n\
+         case \"$1\" in /*) ;; *) exit 8;; esac\n\
+         case \"$POSTHOC_EMA_PROFILE\" in '{\"gamma\":'*|'{\"kind\":\"power\",'*) ;; *) exit 9;; esac\n\
+         [ \"$(cat)\" = '' ] || exit 10",
+    );
+    let eval = format!("sh {} {{}} {{}}", case.script.display());
+    let out = case.out.to_str().unwrap();
+    let output = posthoc_ema(&["sweep", &case.run, "--eval", &eval, "--out-dir", out, "--sigma-rel", "0.1", "--json"]);
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(output.status.success() && document["failed"] == 0, "{document}");
+    // From a directory of its own, by a relative path.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_posthoc-ema"));
+    command.current_dir(case.temp.path()).args(["sweep", "run", "--eval", &eval, "--out-dir=-relative dir"]);
+    let output = command.args(["--sigma-rel", "0.1"]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(case.temp.path().join("-relative dir/best.safetensors").exists());
+}
+
+#[test]
+fn all_averages_can_be_kept() {
+    let case = Case::new();
+    case.script("");
+    let (document, _) = case.sweep(&[&LIST[..], &["--keep-all", "--refine", "2", "--batch", "4"]].concat());
+    assert_eq!(document["trials"].as_array().unwrap().len(), 10);
+    let kept = names(&case.out.join("candidates"));
+    assert_eq!(kept.len(), 10);
+    assert_eq!(kept[0], "sigma_rel-0.05.step-500.safetensors");
+    assert_eq!(weight(&case.out.join("candidates").join(&kept[0])), case.average(&profile(0.05)));
+    let best = serde_json::from_value(document["best"]["profile"].clone()).unwrap();
+    assert_eq!(weight(&case.best()), case.average(&best));
+    assert_eq!(case.names(), ["best.safetensors", "candidates", "sweep.json"]);
+}
+
+/// Targets that print alike have files of their own, and so has a refinement that prints like an earlier trial.
+#[test]
+fn averages_that_print_alike_are_kept_beside_each_other() {
+    let case = Case::new();
+    let targets = [0.15, 0.150_000_000_000_01, 0.150_000_000_000_02].map(profile);
+    let options = SweepOptions { keep_all: true, refine: 1, ..SweepOptions::new(&case.out, &targets) };
+    let run = Run::open(&case.run).unwrap();
+    let mut seen = Vec::new();
+    let mut evaluate = |candidate: &posthoc_ema::sweep::Candidate<'_>| {
+        seen.push((candidate.plan.profile.clone(), candidate.path.to_owned()));
+        if candidate.plan.profile == targets[1] { Err("once") } else { Ok(seen.len() as f64) }
+    };
+    assert_eq!(run.sweep(&options, &mut evaluate).unwrap().sweep.trials().len(), 4);
+    // What failed is written to its own file once more.
+    run.sweep(&SweepOptions { refine: 0, ..options }, &mut evaluate).unwrap();
+    assert_eq!(seen.len(), 5);
+    assert!(seen[4] == seen[1], "{seen:?}");
+    assert_eq!(names(&case.out.join("candidates")).len(), 4);
+    for (profile, path) in &seen {
+        assert_eq!(load(path), run.load(&run.plan(profile.clone(), At::Latest).unwrap()).unwrap());
+        let bytes = fs::read(path).unwrap();
+        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        let stored: Profile = serde_json::from_str(&header.metadata().as_ref().unwrap()["profile"]).unwrap();
+        assert_eq!(stored, *profile);
+    }
+}
+
+#[test]
+fn an_evaluation_may_move_its_file_or_change_the_directory() {
+    let case = Case::new();
+    case.script("");
+    let text = fs::read_to_string(&case.script).unwrap();
+    fs::write(&case.script, format!("{text}\nrm \"$1\"\n")).unwrap();
+    let (document, _) = case.sweep(&["--sigma-rel", "0.05,0.1,0.15", "--refine", "2"]);
+    assert_eq!((&document["failed"], &document["evaluated"]), (&0.into(), &5.into()));
+    let best = serde_json::from_value(document["best"]["profile"].clone()).unwrap();
+    assert_eq!(weight(&case.best()), case.average(&best));
+    assert_eq!(case.names(), ["best.safetensors", "sweep.json"]);
+}
+
+/// Nothing that is not the sweep's own is replaced or removed.
+#[test]
+fn other_files_in_the_directory_stay() {
+    let case = Case::new();
+    case.script("");
+    fs::create_dir(&case.out).unwrap();
+    fs::write(case.best(), "mine").unwrap();
+    let (status, text) = case.failure(&["--sigma-rel", "0.1"]);
+    assert!(status == 1 && text.contains("would replace best.safetensors"), "{text}");
+    assert_eq!(fs::read(case.best()).unwrap(), b"mine");
+    fs::remove_file(case.best()).unwrap();
+    let others = [".posthoc-ema-abc123", "notes.txt"];
+    others.iter().for_each(|name| fs::write(case.out.join(name), "mine").unwrap());
+    case.sweep(&["--sigma-rel", "0.1"]);
+    others.iter().for_each(|name| assert_eq!(fs::read(case.out.join(name)).unwrap(), b"mine"));
+    // Another run's directory.
+    let (run, other) = (&case.run, Case::new());
+    let before = names(Path::new(&other.run));
+    let (status, text) = failure(&["sweep", run, "--eval", "true {}", "--out-dir", &other.run, "--sigma-rel", "0.1"]);
+    assert!(status == 1 && text.contains("sweep elsewhere"), "{text}");
+    assert_eq!(names(Path::new(&other.run)), before);
+}
+
+/// What waited for its evaluation goes, with the list that named it; what was kept stays, and what is not ours.
+#[test]
+fn candidates_of_a_sweep_that_was_killed_are_removed() {
+    let case = Case::new();
+    case.script("");
+    let folder = case.out.join("candidates");
+    case.sweep(&["--sigma-rel", "0.1,0.2", "--refine", "0", "--keep-all"]);
+    let kept = names(&folder);
+    let run = Run::open(&case.run).unwrap();
+    let waited = folder.join("sigma_rel-0.25.step-500.safetensors");
+    run.write(&run.plan(profile(0.25), At::Latest).unwrap(), &waited).unwrap();
+    let mine = folder.join("mine.safetensors");
+    fs::copy(&waited, &mine).unwrap();
+    fs::write(folder.join(".posthoc-ema-abc123"), "half a file").unwrap();
+    case.sweep(&["--sigma-rel", "0.1,0.15", "--refine", "0"]);
+    assert_eq!(names(&folder), [vec!["mine.safetensors".to_owned()], kept].concat());
+}
+
+#[test]
+fn bad_usage_and_what_cannot_be_done() {
+    let case = Case::new();
+    case.script("");
+    for (further, part) in [
+        (vec![], "no target"),
+        (vec!["--sigma-rel", "0.1", "--timeout", "0"], "above 0"),
+        (vec!["--sigma-rel", "0.1", "--timeout", "NaN"], "above 0"),
+        (vec!["--sigma-rel", "0.1", "--batch", "0"], "1..=256"),
+        (vec!["--sigma-rel", "0.3"], "the plain mean"),
+    ] {
+        let (status, text) = case.failure(&further);
+        assert!(status == 2 && text.contains(part), "{further:?}: {text}");
+    }
+    let out = case.out.to_str().unwrap();
+    let (status, text) =
+        failure(&["sweep", &case.run, "--eval", "python eval.py", "--out-dir", out, "--sigma-rel", "0.1"]);
+    assert!(status == 2 && text.contains("write {} where the path"), "{text}");
+    for (further, part) in [
+        (vec!["--sigma-rel", "0.1", "--at", "49"], "before the first snapshot (step 50)"),
+        (vec!["--sigma-rel", "0.1", "--at", "501"], "after the last snapshot"),
+        (vec!["--uniform", "501"], "no longer than the target time"),
+    ] {
+        let (status, text) = case.failure(&further);
+        assert!(status == 1 && text.contains(part), "{further:?}: {text}");
+    }
+    assert!(!case.out.exists(), "nothing is made for what cannot be done");
+    for inside in [case.run.clone(), format!("{}/deep/sweep", case.run)] {
+        let (status, text) =
+            failure(&["sweep", &case.run, "--eval", "true {}", "--out-dir", &inside, "--sigma-rel", "0.1"]);
+        assert!(status == 1 && text.contains("sweep elsewhere"), "{text}");
+    }
+    Run::open(&case.run).unwrap();
+    assert!(!Path::new(&case.run).join("deep").exists());
+}
+
+/// Short averages are too large for f16, long ones are not.
+#[test]
+fn an_average_that_its_dtype_cannot_hold_fails_alone() {
+    let case = Case::scaled(140.0);
+    let targets = [0.05, 0.1, 0.15, 0.2].map(profile);
+    let options = SweepOptions { dtype: Some(Dtype::F16), refine: 0, ..SweepOptions::new(&case.out, &targets) };
+    let run = Run::open(&case.run).unwrap();
+    let mut seen = Vec::new();
+    let swept = run
+        .sweep(&options, |candidate| {
+            seen.push(candidate.plan.profile.clone());
+            let bytes = fs::read(candidate.path)?;
+            Ok::<_, std::io::Error>(bytes.len() as f64)
+        })
+        .unwrap();
+    assert_eq!(seen, targets[1..]);
+    let (trial, why) = swept.sweep.failures().next().unwrap();
+    assert!(trial.profile == targets[0] && why.contains("tensor `weight`"), "{why}");
+    assert_eq!(swept.sweep.best().unwrap().profile, targets[1]);
+    assert_eq!(load(&swept.best.unwrap()).get("weight").unwrap().dtype, Dtype::F16);
+}
+
+#[test]
+fn an_evaluation_in_rust_that_fails_is_recorded() {
+    let case = Case::new();
+    let targets = [0.05, 0.1, 0.15].map(profile);
+    let options = SweepOptions { refine: 2, device: Device::Auto, ..SweepOptions::new(&case.out, &targets) };
+    let run = Run::open(&case.run).unwrap();
+    let evaluate = |candidate: &posthoc_ema::sweep::Candidate<'_>| match candidate.plan.profile == targets[0] {
+        true => Err("out of memory"),
+        false => Ok(f64::from(weight(candidate.path))),
+    };
+    let swept = run.sweep(&options, evaluate).unwrap();
+    assert_eq!(swept.sweep.failures().map(|(_, why)| why).collect::<Vec<_>>(), ["out of memory"]);
+    assert_eq!((swept.evaluated, swept.sweep.trials().len()), (5, 5));
+    assert_eq!(swept.sweep.best().unwrap().profile, targets[2]);
+    let mut text = String::new();
+    fs::File::open(case.out.join("sweep.json")).unwrap().read_to_string(&mut text).unwrap();
+    assert!(text.contains("\"out of memory\"") && text.contains("\"posthoc_ema_sweep\": 1"), "{text}");
+}

@@ -1,0 +1,81 @@
+"""Advice before a training: profiles to track, spacing and number of snapshots."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from . import _native
+from ._dtypes import average_dtype_name
+from ._options import DEFAULTS
+from ._profiles import Profile
+
+__all__ = ["Advice", "advise"]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A choice of profiles, spacing and number of snapshots, and its errors at the end of the training."""
+
+    profiles: tuple[Profile, ...]
+    """Profiles to track: the `profiles` of `PostHocEMA.from_model`."""
+    checkpoint_every: int
+    """Steps between snapshots."""
+    max_checkpoints: int
+    """Number of steps whose snapshots are kept."""
+    relative_error: float
+    """Largest relative error of a profile over the range."""
+    noise_gain: float
+    """Largest noise gain over the range."""
+    error: float
+    """Largest error of the profile and of the snapshots' rounding together, which the advice minimises."""
+    sigma_rel: float
+    """Length at which that error is largest."""
+    disk: int
+    """Largest size of the run on disk, in bytes."""
+
+
+def advise(
+    *,
+    steps: int,
+    parameters: int,
+    disk: float,
+    sigma_rels: tuple[float, float] = (0.05, 0.28),
+    checkpoint_dtype: Any = "float32",
+    update_every: int = DEFAULTS["update_every"],
+    update_after_step: int = DEFAULTS["update_after_step"],
+) -> list[Advice]:
+    """Finds the best choices of two and of three profiles for half, all and twice a disk, in this order.
+
+    Args:
+        steps: Length of the training in steps.
+        parameters: Number of averaged elements of the model.
+        disk: Bytes that the run may take.
+        sigma_rels: Shortest and longest length that will be asked for. Pass the range as `retention`, too.
+        checkpoint_dtype: Dtype of averages in snapshots.
+        update_every: Steps between updates.
+        update_after_step: First step at which an update may happen.
+
+    Returns:
+        Three choices of two profiles, then three of three.
+
+    Raises:
+        ValueError: If the disk is too small for one step's snapshots of two profiles, or the range or the schedule is
+            not valid.
+    """
+    known = {
+        "steps": int(steps),
+        "parameters": int(parameters),
+        "disk": int(disk),
+        "range": [float(sigma_rel) for sigma_rel in sigma_rels],
+        "dtype": average_dtype_name(checkpoint_dtype),
+        "update_every": int(update_every),
+        "update_after_step": int(update_after_step),
+    }
+    return [_advice(found) for found in json.loads(_native.advise(json.dumps(known)))]
+
+
+def _advice(found: dict[str, Any]) -> Advice:
+    del found["sigma_rels"]
+    return Advice(profiles=tuple(map(Profile, found.pop("tracked"))), **found)

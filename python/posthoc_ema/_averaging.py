@@ -1,0 +1,132 @@
+"""Averages of the checkpoints of a training in which nothing was tracked."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from . import _native
+from ._dtypes import average_dtype_name
+from ._outputs import OutputBuffers
+from ._profiles import Profile, Target, to_json
+from ._progress import Progress, byte_progress
+
+__all__ = ["Average", "CheckpointWeight", "average"]
+
+
+@dataclass(frozen=True)
+class CheckpointWeight:
+    """Weight of one checkpoint in an average."""
+
+    path: Path
+    """File or folder of the checkpoint."""
+    step: int
+    """Step of the checkpoint."""
+    weight: float
+    """Factor of the checkpoint; one of weight 0 is not read."""
+
+
+@dataclass(frozen=True)
+class Average:
+    """An average of checkpoints, and the errors that come from their number."""
+
+    profile: Profile
+    """Profile that was asked for."""
+    at: int
+    """Step of the average."""
+    relative_error: float
+    """Distance between the profile of the weights and the one asked for, over single steps, relative to its norm."""
+    lag_steps: float
+    """Steps by which the average is later than the one asked for: a checkpoint is the end of its interval."""
+    effective_checkpoints: float
+    """Number of equally weighted checkpoints that would average noise as well."""
+    weights: tuple[CheckpointWeight, ...]
+    """Weights of all checkpoints at or before `at`, in the order of their steps; their sum is 1."""
+    path: Path | None = None
+    """File or folder of the average, if it was written."""
+    state_dict: dict[str, Any] | None = None
+    """Tensors of the average, if it was not written."""
+
+
+def average(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    targets: Target | Iterable[Target],
+    out: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None = None,
+    *,
+    steps: Iterable[int] | None = None,
+    at: int | None = None,
+    dtype: Any = None,
+    device: str = "auto",
+    progress: Progress = None,
+) -> list[Average]:
+    """Averages the checkpoints of a training in which nothing was tracked, in one pass for all targets.
+
+    The weight of a checkpoint is the target's share of the time since the checkpoint before it. Floating-point tensors
+    are summed in float64; all others are copied from the newest checkpoint. So is the `alpha` of LoRA files, which must
+    be equal in all of them. The factors of a LoRA are averaged separately, which is not the average of their products.
+
+    Args:
+        paths: Checkpoints, or a single folder of them. Each is a safetensors file, an index of shards, a folder in the
+            form of Hugging Face's tools, or a file of PyTorch, from which no code is run.
+        targets: One or several profiles, or numbers as sigma_rel.
+        out: One path for each target. If the checkpoints are folders, an average is a folder, too, with the same shards
+            and the files of configuration and tokenizer, unless its path ends in `.safetensors`. By default the
+            averages are returned as state dicts: of PyTorch's tensors, or of NumPy's arrays if PyTorch is not
+            installed.
+        steps: Steps of the checkpoints, in the order of `paths` or of the names in a folder, where `epoch2` is before
+            `epoch10`. By default they come from metadata, `trainer_state.json` or names.
+        at: Step of the averages; default that of the newest checkpoint.
+        dtype: Dtype of averaged tensors; default each tensor's own.
+        device: Device on which written averages are blended: "auto", "cpu" or "cuda:N". The bits are the same on all.
+        progress: Function of the bytes read so far and in total, True for a bar, or False for none; default a bar
+            on a terminal.
+
+    Returns:
+        An average for each target, in their order.
+
+    Warns:
+        UserWarning: If an average contains hardly more than one checkpoint.
+
+    Raises:
+        ValueError: If the checkpoints are of different models, a step cannot be read, or a window is longer than the
+            training. The message names the file.
+        OSError: If a file cannot be read or written.
+    """
+    jsons = to_json([targets] if isinstance(targets, (int, float, Profile)) else targets)
+    checkpoints = _native.Checkpoints(_paths(paths), None if steps is None else [int(step) for step in steps])
+    outputs = None if out is None else _paths(out)
+    if outputs is not None and len(outputs) != len(jsons):
+        raise ValueError(f"out names {len(outputs)} paths for {len(jsons)} targets: give one for each")
+    text, notes = checkpoints.plans(jsons, at)
+    stored = average_dtype_name(dtype)
+
+    def total() -> int:
+        return checkpoints.bytes_to_read(jsons, at)
+
+    with byte_progress(progress, total, "averaging") as report:
+        if outputs is None:
+            of_torch = find_spec("torch") is not None
+            buffers = OutputBuffers(checkpoints.tensors(), len(jsons), stored, of_torch, checkpoints.averaged())
+            checkpoints.load_into(jsons, at, buffers.layout, buffers.addresses(), report)
+            results: list[dict[str, Any]] = [{"state_dict": target} for target in buffers.targets]
+        else:
+            checkpoints.write(jsons, at, outputs, stored, device, report)
+            results = [{"path": path} for path in outputs]
+    for note in filter(None, notes):
+        warnings.warn(note, stacklevel=2)
+    return [_average(plan, result) for plan, result in zip(json.loads(text), results)]
+
+
+def _paths(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
+    return [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
+
+
+def _average(plan: dict[str, Any], result: dict[str, Any]) -> Average:
+    weights = tuple(CheckpointWeight(Path(w["path"]), w["step"], w["weight"]) for w in plan.pop("weights"))
+    return Average(profile=Profile(plan.pop("profile")), weights=weights, **plan, **result)

@@ -1,0 +1,65 @@
+"""Names of dtypes in PyTorch, NumPy and safetensors files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DTYPES = {
+    "float32": "F32",
+    "float64": "F64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
+}
+"""Names of dtypes in PyTorch and NumPy, each with its name in safetensors files."""
+
+_AVERAGED = ("F32", "F16", "BF16", "F64")
+_SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
+
+
+def dtype_name(name: str, dtype: Any) -> str:
+    """Returns the name of a tensor's dtype in safetensors files.
+
+    Args:
+        name: The tensor's name, for the error.
+        dtype: A dtype of PyTorch or NumPy.
+
+    Raises:
+        ValueError: If safetensors files have no such dtype.
+    """
+    text = getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
+    if text not in DTYPES:
+        raise ValueError(
+            f"tensor `{name}`: {dtype} cannot be stored in safetensors files: name it in `leave_out`, or convert it"
+        )
+    return DTYPES[text]
+
+
+def average_dtype_name(dtype: Any) -> str | None:
+    """Returns the name in safetensors files of a dtype that averages can have.
+
+    Args:
+        dtype: A dtype of PyTorch or NumPy, or its name; None stays None.
+
+    Raises:
+        ValueError: If averages cannot have the dtype.
+    """
+    if dtype is None:
+        return None
+    text = str(getattr(dtype, "__name__", None) or getattr(dtype, "name", None) or dtype).rpartition(".")[2]
+    stored = DTYPES.get(_SHORT.get(text.lower(), text), text)
+    if stored not in _AVERAGED:
+        raise ValueError(f"dtype {dtype}: averages can be float32, bfloat16, float16 or float64")
+    return stored

@@ -1,0 +1,119 @@
+"""Opening, storing and closing a run that is tracked."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+from . import _native
+from ._lend import Lender
+
+STATE = "state.safetensors"
+"""File of a run that holds the live state."""
+
+
+class StepCounter:
+    """Counts steps in the place of updates, on a process that does not track."""
+
+    def __init__(self, steps: int = 0):
+        self.steps = steps
+
+    def __call__(self) -> bool:
+        self.steps += 1
+        return True
+
+
+def refuse_update(directory: Path) -> bool:
+    """Raises the error of an update of a run that was opened by path."""
+    raise RuntimeError(
+        f"{directory} was opened to synthesize from: to continue training, open it with "
+        f"PostHocEMA.from_model(model, {str(directory)!r}, resume=True)"
+    )
+
+
+def check_old_checkpoints(directory: Path, problem: str) -> None:
+    """Checks that a directory holds no checkpoints of another tool.
+
+    Args:
+        directory: Directory to check; it may be missing.
+        problem: Start of the error after the directory, such as "already contains checkpoints".
+
+    Raises:
+        ValueError: If it holds such checkpoints.
+    """
+    old = next(directory.glob("*.*.pt"), None) if directory.is_dir() else None
+    if old is not None and old.stem.replace(".", "").isdigit():
+        raise ValueError(
+            f"{directory} {problem} ({old.name}), which pytorch-posthoc-ema or ema-pytorch wrote: import them with "
+            f"`posthoc_ema.import_run` (or `posthoc-ema import`), and use another directory for new ones"
+        )
+
+
+def open_tracker(directory: Path, lender: Lender, options: dict[str, Any], resume: bool) -> _native.Tracker:
+    """Opens a run for the tensors of a model, which become the first averages of a new one.
+
+    Raises:
+        ValueError: If the directory holds a run that may not or cannot be resumed.
+    """
+    try:
+        with lender.reading() as (addresses, stream):
+            lent = (lender.layout, addresses, stream)
+            return _native.Tracker.open(str(directory), "either" if resume else "create", json.dumps(options), *lent)
+    except FileExistsError as error:
+        remedy = f"there is no {STATE} to resume from" if resume else "continue it with `resume=True`"
+        raise ValueError(
+            f"{directory} already contains checkpoints: {remedy}, read them with `PostHocEMA.from_path`, "
+            f"or choose another directory"
+        ) from error
+
+
+class TrackerLifetime:
+    """Stores and closes a native tracker, and waits for its snapshots when nothing refers to it any more."""
+
+    def __init__(self, native: _native.Tracker):
+        self.native = native
+        self.closed_at: int | None = None
+        """Step at which the tracker was closed; None while it is open."""
+        self._finalizer = weakref.finalize(self, _flush_in, native, os.getpid())
+
+    def flush(self) -> None:
+        """Waits until every snapshot is on disk; does nothing once closed."""
+        if self.closed_at is None:
+            self.native.flush()
+
+    def close(self) -> None:
+        """Waits for the snapshots and releases the run; does nothing once closed."""
+        if self.closed_at is None:
+            self.closed_at = self.native.step
+            self._finalizer.detach()
+            try:
+                self.native.flush()
+            finally:
+                self.native.close()
+
+    def leave(self, failed: bool) -> None:
+        """Ends a `with` block: finishes and closes the run, or only closes it if the block failed."""
+        if failed:
+            # The error of the block must reach the caller, not one of the disk.
+            try:
+                self.close()
+            except OSError as error:
+                warnings.warn(f"a snapshot was not stored: {error}", stacklevel=3)
+            return
+        try:
+            self.native.finish()
+        finally:
+            self.close()
+
+
+def _flush_in(native: _native.Tracker, process: int) -> None:
+    """Waits for snapshots that are being written, so that the interpreter does not end meanwhile.
+
+    A forked child has neither the writing thread nor anything to write.
+    """
+    if os.getpid() == process:
+        native.flush()

@@ -1,0 +1,60 @@
+"""New tensors that receive the averages of a synthesis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import _native
+from ._dtypes import DTYPES
+from ._lend import HOST, address
+
+_NAMES = {stored: name for name, stored in DTYPES.items()}
+
+TensorSpecs = list[tuple[str, str, list[int]]]
+"""Name, dtype and shape of each tensor, as the native part describes them."""
+
+
+class OutputBuffers:
+    """Uninitialised tensors in host memory for several targets.
+
+    Args:
+        specs: Tensors of each target.
+        count: Number of targets.
+        dtype: Safetensors name of the dtype of averaged tensors; None for that of each spec.
+        of_torch: Allocate tensors of PyTorch if true, arrays of NumPy if not.
+        averaged: Names of the averaged tensors.
+    """
+
+    def __init__(self, specs: TensorSpecs, count: int, dtype: str | None, of_torch: bool, averaged: Sequence[str]):
+        converted = set(averaged) if dtype else set()
+        self._specs = [(name, dtype if dtype and name in converted else own, shape) for name, own, shape in specs]
+        allocate = _torch_tensor if of_torch else _numpy_array
+        self.targets = [{spec[0]: allocate(*spec) for spec in self._specs} for _ in range(count)]
+        """A state dict for each target."""
+        self.layout = _native.Layout([(name, own, shape, HOST) for name, own, shape in self._specs])
+
+    def addresses(self) -> list[list[int]]:
+        """Returns the addresses of each target's tensors."""
+        return [[address(tensor) for tensor in target.values()] for target in self.targets]
+
+
+def _torch_tensor(name: str, dtype: str, shape: list[int]) -> Any:
+    import torch
+
+    own = getattr(torch, _NAMES.get(dtype, ""), None)
+    if own is None:
+        raise ValueError(f"tensor `{name}`: PyTorch has no dtype {dtype}: convert it with the option `dtype`")
+    # On the CPU whatever the default device is: the native part writes to these addresses.
+    return torch.empty(shape, dtype=own, device="cpu")
+
+
+def _numpy_array(name: str, dtype: str, shape: list[int]) -> Any:
+    try:
+        return np.empty(shape, dtype=np.dtype(_NAMES.get(dtype, dtype)))
+    except TypeError:
+        raise ValueError(
+            f"tensor `{name}`: NumPy has no dtype {dtype}: convert it with the option `dtype`, or import ml_dtypes"
+        ) from None

@@ -1,0 +1,158 @@
+"""Plans: the weights with which snapshots make an average."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from . import _native
+from ._profiles import Profile, Target, to_json
+
+__all__ = ["Noise", "Plan", "Predicted", "Retention", "Weight", "plan"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Weight of one snapshot in a plan."""
+
+    index: int
+    """Number of the snapshot's profile among the tracked ones."""
+    step: int
+    """Step of the last update that the snapshot contains."""
+    weight: float
+    """Factor of the snapshot in the blend."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predicted error of an average: root mean square over its elements, relative to that of the weights."""
+
+    profile: float
+    """Part that comes from the difference between the blend's profile and the target's."""
+    rounding: float
+    """Part that comes from the rounding of stored snapshots."""
+    total: float
+    """Both parts together."""
+
+
+Noise = Literal["off", "auto"] | float
+"""Regularisation of a solve against the rounding of stored snapshots.
+
+"off" is none, "auto" the one with the smallest predicted error, and a number sets it."""
+
+
+def noise_text(noise: Noise) -> str:
+    """Returns the option as the native part takes it."""
+    return noise if isinstance(noise, str) else repr(float(noise))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Solved weights of a target, and their error."""
+
+    profile: Profile
+    """Profile of the target."""
+    at: int
+    """Step of the target."""
+    relative_error: float
+    """Distance between the blend's profile and the target's, relative to the norm of the target."""
+    noise_gain: float
+    """Factor by which rounding errors of the stored snapshots are amplified."""
+    condition: float
+    """Condition number of the scaled system."""
+    sum: float
+    """Sum of the weights, which is 1 apart from rounding."""
+    rho: float
+    """Regularisation of the solve; 0 is none."""
+    predicted: Predicted | None
+    """Predicted error of the average before it is rounded to its dtype.
+
+    None before training, for averages at the newest update of a training, and if the stored snapshots are of fewer than
+    three steps or do not record their updates."""
+    weights: tuple[Weight, ...]
+    """Weights of the snapshots."""
+
+    @staticmethod
+    def from_json(text: str) -> list[Plan]:
+        """Returns plans as the native part describes them."""
+
+        def plan(plan: dict[str, Any]) -> Plan:
+            weights = tuple(Weight(**weight) for weight in plan.pop("weights"))
+            found = plan.pop("predicted")
+            predicted = Predicted(**found) if found is not None else None
+            return Plan(profile=Profile(plan.pop("profile")), weights=weights, predicted=predicted, **plan)
+
+        return [plan(each) for each in json.loads(text)]
+
+
+Retention = str | Sequence[float]
+"""Rule for the snapshots to keep: "latest", a range of sigma_rel such as `(0.05, 0.28)`, or a list of whole steps."""
+
+
+def retention_to_dict(retention: Retention) -> Any:
+    """Returns the rule as the native part takes it.
+
+    Raises:
+        ValueError: If it is not "latest", two sigma_rel or whole numbers.
+    """
+    if retention == "latest":
+        return retention
+    if isinstance(retention, str):
+        raise ValueError(
+            f"retention = {retention!r}: must be 'latest', a range such as (0.05, 0.28), or a list of steps"
+        )
+    values = list(retention)
+    if all(float(value).is_integer() and value >= 0 for value in values):
+        return {"steps": [int(value) for value in values]}
+    if len(values) != 2:
+        raise ValueError(f"retention = {retention!r}: a range is two sigma_rel, steps are whole numbers")
+    return {"range": {"from": float(values[0]), "to": float(values[1])}}
+
+
+def plan(
+    targets: Iterable[Target],
+    *,
+    steps: int,
+    sigma_rels: Iterable[float] | None = None,
+    profiles: Iterable[Profile] = (),
+    update_every: int = 10,
+    update_after_step: int = 100,
+    checkpoint_every: int = 1000,
+    max_checkpoints: int = 20,
+    retention: Retention = (0.05, 0.28),
+    step: int | None = None,
+) -> list[Plan]:
+    """Predicts how well averages can be synthesized after a training that has not begun.
+
+    Args:
+        targets: Profiles, or numbers as sigma_rel.
+        steps: Length of the training in steps.
+        sigma_rels: Power-function profiles to track; default 0.05 and 0.28 if `profiles` is empty, too.
+        profiles: Further profiles to track.
+        update_every: Steps between updates.
+        update_after_step: First step at which an update may happen.
+        checkpoint_every: Steps between snapshots.
+        max_checkpoints: Number of steps whose snapshots are kept.
+        retention: Rule for the snapshots to keep: a range of sigma_rel to serve best, "latest", or a list of steps.
+        step: Step of the averages; default that of the last snapshot.
+
+    Returns:
+        A plan for each target, in their order.
+
+    Raises:
+        ValueError: If a profile or the schedule is not valid.
+    """
+    tracked = [*(Profile.sigma_rel(sigma_rel) for sigma_rel in sigma_rels or ()), *profiles]
+    tracked = tracked or [Profile.sigma_rel(0.05), Profile.sigma_rel(0.28)]
+    training = {
+        "steps": int(steps),
+        "update_every": int(update_every),
+        "update_after_step": int(update_after_step),
+        "checkpoint_every": int(checkpoint_every),
+        "max_checkpoints": int(max_checkpoints),
+        "retention": retention_to_dict(retention),
+        "tracked": [profile.to_dict() for profile in tracked],
+    }
+    return Plan.from_json(_native.forecast(json.dumps(training), to_json(targets), step))

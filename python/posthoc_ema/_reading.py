@@ -1,0 +1,261 @@
+"""Methods that synthesize averages of any length from a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import _swap
+from ._model import Model
+from ._options import check_calculation_dtype
+from ._plans import Noise, Plan
+from ._profiles import Profile, Target, as_profile
+from ._progress import Progress
+from ._run import RunReader
+from ._sweeping import SweepProgress, sweep
+from ._trials import Swept
+
+
+class RunAverages:
+    """Averages of a run that is tracked or was opened by path; the base of `PostHocEMA`."""
+
+    checkpoint_dir: Path
+    """Directory of the run."""
+    profiles: list[Profile]
+    """Tracked profiles."""
+    _reader: RunReader
+
+    @property
+    def sigma_rels(self) -> tuple[float, ...]:
+        """Relative standard deviations of the tracked power functions; exponentials have none."""
+        return tuple(s for s in (profile.as_sigma_rel for profile in self.profiles) if s is not None)
+
+    @property
+    def gammas(self) -> tuple[float, ...]:
+        """Exponents of the tracked power functions."""
+        described = (profile.to_dict() for profile in self.profiles)
+        return tuple(description["gamma"] for description in described if description["kind"] == "power")
+
+    @contextmanager
+    def model(
+        self,
+        model: Model,
+        sigma_rel: Target,
+        step: int | None = None,
+        calculation_dtype: Any = None,
+        *,
+        noise: Noise = "off",
+    ) -> Iterator[Model]:
+        """Puts an average into the model, in place and in eval mode, for a `with` block.
+
+        After the block, also if it raises, every tensor of the run has its own bits, address and device again, every
+        submodule its training flag, and every parameter its gradient. During the block, host memory holds one copy of
+        the original tensors. Only strided tensors take memory of a GPU, while they are written. Blocks may be nested. A
+        backward pass after the block through results of the block raises an error.
+
+        Args:
+            model: Tracked model, or another of its structure.
+            sigma_rel: Length of the average, or any profile.
+            step: Step of the average; default the newest update during training, the newest snapshot of a run opened by
+                path.
+            calculation_dtype: Accepted for compatibility, without effect.
+            noise: Regularisation against the rounding of stored snapshots, which short averages and those of other
+                tools amplify: "off", "auto" (smallest predicted error) or a number. Only for stored snapshots: of a run
+                opened by path, or of an earlier `step`.
+
+        Yields:
+            The model with the average in it.
+
+        Raises:
+            ValueError: If the model has another structure, the target is not valid, or the step is outside the run.
+            RuntimeError: If there was no update yet.
+        """
+        check_calculation_dtype(calculation_dtype)
+        swap = self._reader.swap(sigma_rel, step, noise)
+        with _swap.swapped_in(self._reader.tensors_of(model), swap):
+            yield model
+
+    @contextmanager
+    def state_dict(
+        self,
+        sigma_rel: Target,
+        step: int | None = None,
+        calculation_dtype: Any = None,
+        *,
+        noise: Noise = "off",
+    ) -> Iterator[dict[str, Any]]:
+        """Synthesizes an average as a state dict for `load_state_dict`.
+
+        Args:
+            sigma_rel: Length of the average, or any profile.
+            step: Step of the average, as for `model`.
+            calculation_dtype: Accepted for compatibility, without effect.
+            noise: Regularisation, as for `model`.
+
+        Yields:
+            New tensors in host memory, in the model's dtypes, which may be kept after the block. With `only_save_diff`,
+                load them with `strict=False`.
+
+        Raises:
+            ValueError: If the target is not valid, or the step is outside the run.
+            RuntimeError: If there was no update yet.
+        """
+        check_calculation_dtype(calculation_dtype)
+        yield self.synthesize([sigma_rel], step, noise=noise)[0]
+
+    def synthesize(
+        self,
+        targets: Iterable[Target],
+        step: int | None = None,
+        *,
+        dtype: Any = None,
+        noise: Noise = "off",
+        progress: Progress = None,
+    ) -> list[dict[str, Any]]:
+        """Synthesizes averages of several lengths in one pass over the snapshots.
+
+        Args:
+            targets: Profiles, or numbers as sigma_rel.
+            step: Step of the averages, as for `model`.
+            dtype: Dtype of averaged tensors; default each tensor's own in the model.
+            noise: Regularisation, as for `model`.
+            progress: Function of the bytes read so far and in total, True for a bar, or False for none; default a bar
+                on a terminal.
+
+        Returns:
+            A state dict of new tensors in host memory for each target, in their order. Tied names share a tensor.
+
+        Raises:
+            ValueError: If a target is not valid, or the step is outside the run.
+            RuntimeError: If there was no update yet.
+        """
+        return self._reader.synthesize(targets, step, dtype, noise, progress)
+
+    def write(
+        self,
+        targets: Iterable[Target],
+        directory: str | os.PathLike[str],
+        step: int | None = None,
+        *,
+        dtype: Any = None,
+        device: str = "auto",
+        noise: Noise = "off",
+        progress: Progress = None,
+    ) -> list[Path]:
+        """Writes averages of several lengths as safetensors files, in one pass over the stored snapshots.
+
+        Memory stays bounded, whatever the size of the model.
+
+        Args:
+            targets: Profiles, or numbers as sigma_rel.
+            directory: Folder of the files, which are named after target and step; created if it is missing.
+            step: Step of the averages; default that of the newest snapshot.
+            dtype: Dtype of averaged tensors; default each tensor's own.
+            device: Device of the blend: "auto", "cpu" or "cuda:N". The bits are the same on all.
+            noise: Regularisation, as for `model`.
+            progress: As for `synthesize`.
+
+        Returns:
+            The files, in the order of the targets.
+
+        Raises:
+            ValueError: If a target is not valid, the step is outside the run, or `directory` is the run's own.
+            OSError: If a file cannot be read or written.
+        """
+        return self._reader.write(targets, directory, step, dtype, device, noise, progress)
+
+    def plan(self, targets: Iterable[Target], step: int | None = None, *, noise: Noise = "off") -> list[Plan]:
+        """Solves the weights of targets and predicts their errors; of stored tensors only a sample is read.
+
+        Args:
+            targets: Profiles, or numbers as sigma_rel.
+            step: Step of the averages, as for `model`.
+            noise: Regularisation, as for `model`.
+
+        Returns:
+            A plan for each target, in their order.
+
+        Raises:
+            ValueError: If a target is not valid, or the step is outside the run.
+            RuntimeError: If there was no update yet.
+        """
+        return self._reader.plan(targets, step, noise)
+
+    def sweep(
+        self,
+        evaluate: Callable[[Any], object],
+        targets: Iterable[Target] = (),
+        *,
+        sigma_rels: Iterable[float] = (),
+        model: Model = None,
+        minimize: bool = True,
+        refine: int = 6,
+        step: int | None = None,
+        noise: Noise = "off",
+        out: str | os.PathLike[str] | None = None,
+        name: str | None = None,
+        batch: int = 8,
+        progress: SweepProgress = None,
+    ) -> Swept:
+        """Evaluates averages of many lengths, refines around the best one, and returns it.
+
+        All targets are evaluated first, then `refine` golden-section steps between the neighbours of the best, within
+        its family of profiles. An evaluation that raises, or returns no finite number, is recorded, and the sweep
+        continues. Ctrl-C ends the sweep. With `out`, the same call continues it later and repeats the evaluations that
+        failed.
+
+        Args:
+            evaluate: Returns the score of an average. It takes a state dict of new tensors; with `model`, that model
+                with the average in it, in eval mode, as in a block of `PostHocEMA.model`.
+            targets: Profiles, or numbers as sigma_rel.
+            sigma_rels: Further targets.
+            model: Tracked model, or another of its structure. It has its own bits again after each evaluation.
+            minimize: True if small scores are better, False if large ones are.
+            refine: Number of refinement steps.
+            step: Step of the averages, as for `model`.
+            noise: Regularisation, as for `model`.
+            out: Directory for the scores, `sweep.json`, and the best average, `best.safetensors`. It is created if it
+                is missing, and must be outside the run's directory.
+            name: Name under which `out` records the evaluation; default the function's own. A lambda, a function within
+                another one, a method, a partial or an object has no unique name, and needs this option to continue.
+            batch: Number of state dicts that are synthesized in one pass and held in memory. With `model`, each average
+                is blended into the model in a pass of its own.
+            progress: Function of the evaluations done and planned, True for a bar, or False for none; default a bar on
+                a terminal.
+
+        Returns:
+            The best average and all trials.
+
+        Raises:
+            ValueError: If no target is given, one is not valid, the step is outside the run, or `out` holds another
+                sweep or one that may be of another evaluation.
+            RuntimeError: If all evaluations failed, caused by the exception of the first.
+            OSError: If the directory cannot be written.
+        """
+        profiles = [*map(as_profile, targets), *map(Profile.sigma_rel, sigma_rels)]
+        return sweep(
+            self,
+            self._reader,
+            evaluate,
+            profiles,
+            model=model,
+            minimize=minimize,
+            refine=refine,
+            step=step,
+            noise=noise,
+            out=out,
+            name=name,
+            batch=batch,
+            progress=progress,
+        )
+
+    def verify(self) -> None:
+        """Reads every byte of every snapshot and compares its checksum.
+
+        Raises:
+            ValueError: If a file does not match; the message names the first one.
+        """
+        self._reader.run().verify()

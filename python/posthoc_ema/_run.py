@@ -1,0 +1,173 @@
+"""The reading side of a run: averages of any length from its snapshots, or from the newest update of a training."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import _native, _swap
+from ._dtypes import average_dtype_name
+from ._lend import is_torch, torch_module
+from ._model import MappingTensors, Model, ModuleTensors, tensors_of
+from ._outputs import OutputBuffers
+from ._plans import Noise, Plan, noise_text
+from ._profiles import Target, as_profile, profile_json, to_json
+from ._progress import Progress, byte_progress
+from ._tracker import ModelTracker
+
+
+class RunReader:
+    """Synthesizes averages of a run.
+
+    Args:
+        directory: Directory of the run.
+        tracker: Tracker of the run in this process, if there is one.
+        is_idle: Refuse to synthesize: another rank tracks the run.
+        sound: Run without its damaged snapshots; by default every read opens the directory again.
+        only_save_diff: Option for listing the tensors of a model without a tracker.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        tracker: ModelTracker | None = None,
+        is_idle: bool = False,
+        sound: _native.Run | None = None,
+        only_save_diff: bool = False,
+    ):
+        self.directory, self._tracker, self._is_idle, self._sound = directory, tracker, is_idle, sound
+        self._only_save_diff = only_save_diff
+        self._tensors: ModuleTensors | MappingTensors | None = None
+        if tracker is not None:
+            self._of_torch = any(map(is_torch, tracker.tensors.lender().tensors))
+        else:
+            self._of_torch = torch_module() is not None or importlib.util.find_spec("torch") is not None
+
+    def use_model(self, model: Model, run: _native.Run) -> ModuleTensors | MappingTensors:
+        """Sets the model that decides type and order of an average's tensors, and returns its tensors."""
+        self._tensors = tensors_of(model, self._only_save_diff, names_in(run))
+        self._of_torch = any(map(is_torch, self._tensors.lender().tensors))
+        return self._tensors
+
+    def tensors_of(self, model: Model) -> ModuleTensors | MappingTensors:
+        """Returns the tensors of a model that belong to the run."""
+        if self._tracker is not None:
+            return self._tracker.tensors_of(model)
+        if self._tensors is not None and self._tensors.model is model:
+            return self._tensors
+        return tensors_of(model, self._only_save_diff, names_in(self.run()))
+
+    def run(self) -> _native.Run:
+        """Returns the snapshots stored so far."""
+        if self._sound is not None:
+            return self._sound
+        if self._tracker is not None:
+            self._tracker.lifetime.flush()
+        return _native.Run(self.directory)
+
+    def live(self, step: int | None) -> _native.Tracker | None:
+        """Returns the tracker if `step` asks for its newest update, else None."""
+        if self._is_idle:
+            raise RuntimeError(
+                "this process does not track (rank_zero_only): synthesize on rank 0, or open the run by path"
+            )
+        if self._tracker is None or self._tracker.lifetime.closed_at is not None:
+            return None
+        newest = self._tracker.native.last_update
+        if step is None or (newest is not None and newest <= step <= self._tracker.native.step):
+            return self._tracker.native
+        return None
+
+    def _source(self, step: int | None, noise: Noise) -> tuple[Any, tuple[Any, ...]]:
+        """Returns the tracker or the run to synthesize from, and the further arguments of its methods."""
+        live = self.live(step)
+        if live is None:
+            return self.run(), (step, noise_text(noise))
+        if noise != "off":
+            raise ValueError(
+                f"noise = {noise!r} is for stored snapshots, and this is the newest update of a training: give the "
+                f"`step` of an earlier snapshot, or open the run with `PostHocEMA.from_path`"
+            )
+        return live, ()
+
+    def swap(self, target: Target, step: int | None, noise: Noise) -> _swap.Swap:
+        """Returns the function that writes an average into a model's tensors."""
+        profile = as_profile(target)
+        source, at = self._source(step, noise)
+        return partial(source.swap_in, profile_json(profile), *at)
+
+    def plan(self, targets: Iterable[Target], step: int | None, noise: Noise) -> list[Plan]:
+        """Returns the plan of each target; see `PostHocEMA.plan`."""
+        source, at = self._source(step, noise)
+        return Plan.from_json(source.plans(to_json(targets), *at))
+
+    def synthesize(
+        self, targets: Iterable[Target], step: int | None, dtype: Any, noise: Noise, progress: Progress
+    ) -> list[dict[str, Any]]:
+        """Returns a state dict for each target; see `PostHocEMA.synthesize`."""
+        jsons = to_json(targets)
+        source, at = self._source(step, noise)
+        specs, tied = source.tensors(), source.tied()
+        buffers = OutputBuffers(specs, len(jsons), average_dtype_name(dtype), self._of_torch, source.averaged())
+
+        def total() -> int | None:
+            return source.bytes_to_read(jsons, step) if isinstance(source, _native.Run) else None
+
+        with byte_progress(progress, total, "synthesizing") as report:
+            source.load_into(jsons, *at, buffers.layout, buffers.addresses(), report)
+        for target in buffers.targets:
+            target.update({name: target[kept] for name, kept in tied.items()})
+        return [self._in_model_order(target) for target in buffers.targets]
+
+    def _in_model_order(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Orders tensors as in the model, if it is known: some users zip the values with a model's."""
+        tensors = self._tensors if self._tracker is None else self._tracker.tensors
+        names = tensors.names if tensors is not None else []
+        known = {name: state_dict[name] for name in names if name in state_dict}
+        return known | {name: tensor for name, tensor in state_dict.items() if name not in known}
+
+    def write(
+        self,
+        targets: Iterable[Target],
+        directory: str | os.PathLike[str],
+        step: int | None,
+        dtype: Any,
+        device: str,
+        noise: Noise,
+        progress: Progress,
+    ) -> list[Path]:
+        """Writes a file for each target; see `PostHocEMA.write`."""
+        profiles, run = [as_profile(target) for target in targets], self.run()
+        jsons = to_json(profiles)
+        plans = Plan.from_json(run.plans(jsons, step, "off"))
+        names = [f"{str(plan.profile).replace(' ', '-')}.step-{plan.at}.safetensors" for plan in plans]
+        if len(set(names)) < len(names):
+            names = [f"{i}.{name}" for i, name in enumerate(names, 1)]
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / name for name in names]
+        with byte_progress(progress, lambda: run.bytes_to_read(jsons, step), "synthesizing") as report:
+            run.write(jsons, step, noise_text(noise), paths, average_dtype_name(dtype), device, report)
+        return paths
+
+    def write_best(self, target: Target, path: Path, step: int | None, noise: Noise) -> None:
+        """Writes one average to a path, on the CPU and in the dtypes of its tensors."""
+        self.run().write(to_json([target]), step, noise_text(noise), [path], None, "cpu", None)
+
+    def identity(self) -> str:
+        """Returns the name under which a sweep records the run."""
+        try:
+            return self.run().identity()
+        except FileNotFoundError:
+            # A tracker that has stored no snapshot yet.
+            return str(self.directory.resolve())
+
+
+def names_in(run: _native.Run) -> frozenset[str]:
+    """Returns the names that a run's tensors have in the model."""
+    return frozenset([name for name, _, _ in run.tensors()]) | frozenset(run.tied())

@@ -1,0 +1,289 @@
+"""Sweeps: averages of many lengths are evaluated, and the best one is returned."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from . import _native
+from ._model import Model
+from ._options import whole_number
+from ._plans import Noise, Plan, noise_text
+from ._profiles import Profile, Target, profile_json, to_json
+from ._progress import wants_bar
+from ._run import RunReader
+from ._trials import Best, Swept, Trial, trials_from_json
+
+LOG = logging.getLogger("posthoc_ema")
+
+SweepProgress = Callable[[int, int], object] | bool | None
+"""Progress of a sweep: a function of the evaluations done and planned, True for a bar, or False for none.
+
+The default None draws a bar if standard error is a terminal."""
+
+Evaluation = Callable[[Any], object]
+"""Function of the caller that returns the score of an average."""
+
+ApplyEvaluation = Callable[[Evaluation], object]
+"""Calls an evaluation with one average, and returns its result."""
+
+
+class Synthesizer(Protocol):
+    """The methods of `PostHocEMA` that a sweep calls."""
+
+    def plan(self, targets: Sequence[Target], step: int | None, *, noise: Noise) -> list[Plan]: ...
+    def synthesize(
+        self, targets: Sequence[Target], step: int | None, *, noise: Noise, progress: bool
+    ) -> list[dict[str, Any]]: ...
+    def model(
+        self, model: Model, sigma_rel: Target, step: int | None, *, noise: Noise
+    ) -> AbstractContextManager[Model]: ...
+
+
+def sweep(
+    ema: Synthesizer,
+    reader: RunReader,
+    evaluate: Evaluation,
+    profiles: list[Profile],
+    *,
+    model: Model,
+    minimize: bool,
+    refine: int,
+    step: int | None,
+    noise: Noise,
+    out: str | os.PathLike[str] | None,
+    name: str | None,
+    batch: int,
+    progress: SweepProgress,
+) -> Swept:
+    """Evaluates averages of many lengths; see `PostHocEMA.sweep`.
+
+    Args:
+        ema: Run, which synthesizes.
+        reader: Reading side of the same run.
+        profiles: Targets to evaluate.
+
+    The other arguments are those of `PostHocEMA.sweep`.
+    """
+    if batch < 1:
+        raise ValueError(f"batch = {batch}: must be at least 1")
+    if not profiles:
+        raise ValueError("there is nothing to evaluate: give targets or sigma_rels")
+    at = ema.plan(profiles, step, noise=noise)[0].at
+    # Only snapshots can be named by a step, not the newest update of a tracker.
+    step = step if reader.live(step) is not None else at
+    directory = None if out is None else check_output_directory(out, reader.directory)
+    name, is_unique = (name, True) if name is not None else evaluation_name(evaluate)
+    search = _native.Sweep(
+        to_json(profiles),
+        minimize,
+        whole_number("refine", refine) or 0,
+        directory,
+        reader.identity(),
+        at,
+        name,
+        noise_text(noise),
+    )
+    try:
+        check_recorded_scores(search, name, is_unique, directory)
+        averages = SweepAverages(ema, reader, step, noise, model)
+        loop = EvaluationLoop(search, averages, evaluate)
+        loop.run(batch, progress)
+        results, number = trials_from_json(search.trials()), search.best()
+        if number is None:
+            reasons = "; ".join(f"{trial.profile}: {trial.error}" for trial in results)
+            raise RuntimeError(f"all {len(results)} evaluations failed: {reasons}") from loop.first_error
+        best = averages.best(results[number], directory)
+        return Swept(best=best, results=results, at=at, minimize=minimize, edge=search.edge())
+    finally:
+        search.close()
+
+
+class SweepAverages:
+    """The averages that a sweep evaluates.
+
+    Args:
+        ema: Run, which synthesizes.
+        reader: Reading side of the same run.
+        step: Step of the averages; None for the newest update of a training.
+        noise: Noise option of the synthesis.
+        model: Model that holds each average for its evaluation; None to evaluate state dicts.
+    """
+
+    def __init__(self, ema: Synthesizer, reader: RunReader, step: int | None, noise: Noise, model: Model):
+        self._ema, self._reader, self._step, self._noise, self._model = ema, reader, step, noise, model
+
+    def plans(self, profiles: list[Profile]) -> list[Plan]:
+        """Returns the plan of each profile."""
+        return self._ema.plan(profiles, self._step, noise=self._noise)
+
+    def each(self, profiles: list[Profile]) -> Iterator[tuple[Profile, ApplyEvaluation]]:
+        """Yields each profile of a batch with the function that evaluates its average."""
+        if self._model is not None:
+            return ((profile, partial(self._evaluate_in_model, profile)) for profile in profiles)
+        return self._state_dicts(profiles)
+
+    def best(self, trial: Trial, directory: Path | None) -> Best:
+        """Synthesizes the best average again: the evaluation may have changed its own."""
+        assert trial.score is not None
+        state_dict, path = self._synthesize_one(trial.profile), None
+        if directory is not None and self._reader.live(self._step) is None:
+            path = directory / "best.safetensors"
+            self._reader.write_best(trial.profile, path, self._step, self._noise)
+        return Best(trial.profile, trial.score, state_dict, path)
+
+    def _state_dicts(self, profiles: list[Profile]) -> Iterator[tuple[Profile, ApplyEvaluation]]:
+        """Synthesizes a batch in one pass."""
+        try:
+            state_dicts = self._ema.synthesize(profiles, self._step, noise=self._noise, progress=False)
+        except ValueError:
+            # One average does not fit its dtype: synthesized alone, no other one fails with it.
+            for profile in profiles:
+                yield profile, partial(self._evaluate_one, profile)
+            return
+        for profile in profiles:
+            # Popped, so that its memory is free after the evaluation.
+            yield profile, partial(_apply, state_dicts.pop(0))
+
+    def _synthesize_one(self, profile: Profile) -> dict[str, Any]:
+        [state_dict] = self._ema.synthesize([profile], self._step, noise=self._noise, progress=False)
+        return state_dict
+
+    def _evaluate_one(self, profile: Profile, evaluate: Evaluation) -> object:
+        return evaluate(self._synthesize_one(profile))
+
+    def _evaluate_in_model(self, profile: Profile, evaluate: Evaluation) -> object:
+        with self._ema.model(self._model, profile, self._step, noise=self._noise) as averaged:
+            return evaluate(averaged)
+
+
+def _apply(state_dict: dict[str, Any], evaluate: Evaluation) -> object:
+    return evaluate(state_dict)
+
+
+class EvaluationLoop:
+    """Evaluates the averages that a search asks for.
+
+    Args:
+        search: Search that chooses targets and records scores.
+        averages: Averages of the run.
+        evaluate: Function of the caller.
+    """
+
+    def __init__(self, search: _native.Sweep, averages: SweepAverages, evaluate: Evaluation):
+        self._search, self._averages, self._evaluate = search, averages, evaluate
+        self.first_error: Exception | None = None
+        """Exception of the first evaluation that failed."""
+
+    def run(self, batch: int, progress: SweepProgress) -> None:
+        """Evaluates until the search ends; each trial is recorded at once."""
+        with _evaluation_progress(progress) as report:
+            while targets := self._search.next(batch):
+                profiles = [Profile(text) for text in targets]
+                plans = dict(zip(profiles, self._averages.plans(profiles)))
+                for profile, apply in self._averages.each(profiles):
+                    self._record(plans[profile], apply)
+                    report(self._search)
+
+    def _record(self, plan: Plan, apply: ApplyEvaluation) -> None:
+        """Evaluates one average and records its score or its error."""
+        score, error, start = None, None, time.perf_counter()
+        try:
+            score = _as_score(apply(self._evaluate))
+        except Exception as raised:
+            self.first_error = self.first_error or raised
+            error = f"{type(raised).__name__}: {raised}"
+        seconds = time.perf_counter() - start
+        self._search.record(profile_json(plan.profile), score, error, plan.relative_error, plan.noise_gain, seconds)
+
+
+def evaluation_name(evaluate: Callable[..., object]) -> tuple[str, bool]:
+    """Returns the name under which an evaluation is recorded, and True if no other function has it."""
+    if isinstance(evaluate, partial):
+        return f"partial({evaluation_name(evaluate.func)[0]})", False
+    if not hasattr(evaluate, "__qualname__"):
+        kind = type(evaluate)
+        return f"{kind.__module__}.{kind.__qualname__}()", False
+    name = f"{getattr(evaluate, '__module__', None)}.{evaluate.__qualname__}"
+    # Methods of two objects share a name. So do lambdas, and functions that are defined within another one.
+    bound = getattr(evaluate, "__self__", None)
+    is_unique = bound is None or isinstance(bound, (type, ModuleType))
+    return name, is_unique and "<" not in name
+
+
+def check_recorded_scores(search: _native.Sweep, name: str, is_unique: bool, directory: Path | None) -> None:
+    """Logs that a sweep continues from recorded scores.
+
+    Args:
+        search: Search that has read the record.
+        name: Name of the evaluation.
+        is_unique: True if no other evaluation can have this name.
+        directory: Directory of the record; None if there is none.
+
+    Raises:
+        ValueError: If the scores may be those of another evaluation.
+    """
+    if directory is None or not (count := _count(search)):
+        return
+    file = directory / "sweep.json"
+    if not is_unique:
+        raise ValueError(
+            f"{file}: its {count} scores are of {name}, a name that other functions may share: give name={name!r} if"
+            " they are of this one, else another directory; a `name` from the first call on keeps evaluations apart"
+        )
+    LOG.warning("%s: continuing with the %d scores of %s that are recorded here", file, count, name)
+
+
+def check_output_directory(out: str | os.PathLike[str], run: Path) -> Path:
+    """Returns the absolute path of a sweep's directory: an evaluation may change the working directory.
+
+    Raises:
+        ValueError: If it is the run's directory or below it.
+    """
+    directory, inside = Path(out).absolute(), run.resolve()
+    if inside == directory.resolve() or inside in directory.resolve().parents:
+        raise ValueError(f"out = {out}: a run's directory holds nothing but its snapshots: give one outside of {run}")
+    return directory
+
+
+def _as_score(score: object) -> float:
+    try:
+        return float(score)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the evaluation returned {score!r:.100}: it must return one number") from error
+
+
+def _count(search: _native.Sweep) -> int:
+    return len(json.loads(search.trials()))
+
+
+@contextmanager
+def _evaluation_progress(progress: SweepProgress) -> Iterator[Callable[[_native.Sweep], object]]:
+    """Yields the function that is called after each evaluation."""
+    if callable(progress):
+        report = progress
+        yield lambda search: report(_count(search), search.planned())
+    elif wants_bar(progress):
+        from tqdm import tqdm
+
+        with tqdm(desc="evaluating", unit="average", leave=False) as bar:
+            yield partial(_advance, bar)
+    else:
+        yield lambda search: None
+
+
+def _advance(bar: Any, search: _native.Sweep) -> None:
+    """Moves a bar to the evaluations done, and shows the best one so far."""
+    bar.total, number = search.planned(), search.best()
+    if number is not None:
+        best = trials_from_json(search.trials())[number]
+        bar.set_postfix_str(f"best so far {best.score:g} at {best.profile}", refresh=False)
+    bar.update(_count(search) - bar.n)

@@ -1,0 +1,103 @@
+"""The training side of a run: updates of the averages from the model that trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import _native, _swap
+from ._lend import Lender
+from ._lifetime import TrackerLifetime, open_tracker
+from ._model import MappingTensors, Model, ModuleTensors, tensors_of
+from ._profiles import Target, profile_json
+
+
+class ModelTracker:
+    """Running averages of the tensors of one model.
+
+    Args:
+        model: Model to track.
+        directory: Directory of the run.
+        options: Options as the native part takes them.
+        only_save_diff: Track only parameters that require grad, and the batch statistics.
+        leave_out: Names and globs of tensors to leave out; None if not given.
+        resume: Continue the run in the directory, if there is one.
+        on_error: Effect of a storage error on an update: "raise" or "warn".
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        directory: Path,
+        options: dict[str, Any],
+        only_save_diff: bool,
+        leave_out: Sequence[str] | None,
+        *,
+        resume: bool,
+        on_error: str,
+    ):
+        self._only_save_diff, self._leave_out = only_save_diff, tuple(leave_out or ())
+        self._on_error = on_error
+        self.tensors = tensors_of(model, only_save_diff, leave_out=leave_out or ())
+        """Tensors of the model that trains."""
+        lender = self.tensors.lender()
+        _swap.check_own_weights(lender.tensors)
+        if leave_out is not None:
+            options = {**options, "leave_out": self.tensors.patterns_in_use(leave_out)}
+        self.lifetime = TrackerLifetime(open_tracker(directory, lender, options, resume))
+        self.native: _native.Tracker = self.lifetime.native
+        if isinstance(self.tensors, ModuleTensors):
+            self.tensors.keep = frozenset(lender.names)
+
+    def update(self, model: Model) -> None:
+        """Counts a step at which `skip` of the native tracker found something due, and updates the averages."""
+        lender = self._lender(model)
+        with self._storing(), lender.reading() as (addresses, stream):
+            self.native.update(lender.layout, addresses, stream)
+
+    def update_at(self, time: int, model: Model) -> None:
+        """Updates the averages at a time of the caller's own clock, if that is due."""
+        lender = self._lender(model)
+        with self._storing(), lender.reading() as (addresses, stream):
+            self.native.update_at(time, lender.layout, addresses, stream)
+
+    def switch(self, model: Model, target: Target) -> None:
+        """Replaces the model's weights by an average at the newest update."""
+        profile, lender = profile_json(target), self._lender(model)
+        with lender.writing() as (addresses, stream):
+            self.native.switch_to(profile, lender.layout, addresses, stream)
+        # A backward pass through results of the old weights must fail instead of being wrong.
+        _swap.mark_changed(lender.tensors)
+
+    @property
+    def step(self) -> int:
+        """Steps counted so far."""
+        return self.native.step if self.lifetime.closed_at is None else self.lifetime.closed_at
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Applies `on_error` to a storage error; the update itself is complete by then."""
+        try:
+            yield
+        except OSError as error:
+            if self._on_error == "raise":
+                raise
+            # The caller of `PostHocEMA.update_`.
+            warnings.warn(f"a snapshot was not stored, and training continues: {error}", RuntimeWarning, stacklevel=5)
+
+    def _lender(self, model: Model) -> Lender:
+        """Lends the tensors of the model that trains, and keeps them listed."""
+        self.tensors = self.tensors_of(model)
+        lender = self.tensors.lender()
+        _swap.check_own_weights(lender.tensors)
+        return lender
+
+    def tensors_of(self, model: Model) -> ModuleTensors | MappingTensors:
+        """Returns the tensors of a model; only another object than last time is listed again."""
+        if self.tensors.model is model:
+            return self.tensors
+        keep = self.tensors.keep if isinstance(self.tensors, ModuleTensors) else ()
+        return tensors_of(model, self._only_save_diff, keep, self._leave_out)

@@ -1,0 +1,125 @@
+"""Results of a sweep."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import _native
+from ._profiles import Profile, profile_json
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Best", "Swept", "Trial"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An average and its evaluation."""
+
+    profile: Profile
+    """Profile of the average."""
+    score: float | None
+    """What the evaluation returned; None if it failed."""
+    error: str | None
+    """Reason of the failure; None for an evaluation with a score."""
+    relative_error: float
+    """Relative error of the synthesized profile, as in `Plan.relative_error`."""
+    noise_gain: float
+    """Amplification of the snapshots' rounding errors, as in `Plan.noise_gain`."""
+    seconds: float
+    """Duration of the evaluation."""
+    refined: bool
+    """True if the refinement chose the length, False if the caller asked for it."""
+
+    @property
+    def length(self) -> tuple[str, float] | None:
+        """Name of the length ("sigma_rel", "half_life", "window" or "fraction") and its value; None for a table."""
+        return _native.profile_length(profile_json(self.profile))
+
+
+@dataclass(frozen=True)
+class Best:
+    """The average with the best score."""
+
+    profile: Profile
+    """Profile of the average."""
+    score: float
+    """What the evaluation returned."""
+    state_dict: dict[str, Any]
+    """The average as `PostHocEMA.synthesize` returns it: new tensors in host memory."""
+    path: Path | None
+    """Safetensors file with the same values. None without `out`, and for the newest update of a training."""
+
+
+@dataclass(frozen=True)
+class Swept:
+    """Result of a sweep."""
+
+    best: Best
+    """The best average."""
+    results: tuple[Trial, ...]
+    """All trials in the order of their evaluation, including those of an earlier call that was interrupted."""
+    at: int
+    """Step of the averages."""
+    minimize: bool
+    """True if small scores are better, False if large ones are."""
+    edge: Literal["shortest", "longest"] | None
+    """End of the evaluated lengths at which the best one is: lengths beyond it may do better. None inside the range."""
+
+    def plot(self, title: str | None = None, figsize: tuple[float, float] = (10, 6)) -> Image.Image:
+        """Draws the score over the length.
+
+        The picture shows the trials of the best one's family: a dot for each target, a ring for each step of the
+        refinement, a circle around the best, and a cross on the axis for each failure.
+
+        Args:
+            title: Title of the picture; by default the best profile and its score.
+            figsize: Width and height in inches, at 150 dots per inch.
+
+        Returns:
+            An RGB image.
+
+        Raises:
+            ValueError: If the best profile is a table, which has no length.
+        """
+        from . import _drawing
+
+        best = next(trial for trial in self.results if trial.profile == self.best.profile)
+        if best.length is None:
+            raise ValueError(f"the best profile is a {best.profile}, which has no length: there is no curve to draw")
+        name, best_length = best.length
+        family = [trial for trial in self.results if _family(trial) == _family(best)]
+        lengths = {trial.profile: trial.length[1] for trial in family if trial.length is not None}
+        scored = [(lengths[trial.profile], trial.score, trial) for trial in family if trial.score is not None]
+        return _drawing.draw_scores(
+            asked=[(length, score) for length, score, trial in scored if not trial.refined],
+            refined=[(length, score) for length, score, trial in scored if trial.refined],
+            best=[(length, score) for length, score, _ in scored if length == best_length],
+            failed=[lengths[trial.profile] for trial in family if trial.score is None],
+            length_name=name,
+            minimize=self.minimize,
+            title=title or f"Best: {best.profile}, score {best.score:.6g}",
+            figsize=figsize,
+        )
+
+
+def _family(trial: Trial) -> tuple[object, ...] | None:
+    """Returns a key that the trials of one curve share; None for a table."""
+    if trial.length is None:
+        return None
+    description = trial.profile.to_dict()
+    return (description["kind"], description.get("shape"), trial.length[0])
+
+
+def trials_from_json(text: str) -> tuple[Trial, ...]:
+    """Returns trials as the native part describes them."""
+
+    def trial(found: dict[str, Any]) -> Trial:
+        profile = Profile(found.pop("profile"))
+        return Trial(profile=profile, score=found.pop("score", None), error=found.pop("error", None), **found)
+
+    return tuple(trial(each) for each in json.loads(text))

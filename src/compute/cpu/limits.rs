@@ -1,0 +1,143 @@
+//! Loops that move bytes with all threads and do next to nothing else: what the machine can do at most.
+//!
+//! They are cut into chunks as the work is, vectorised as it is, and ask for what follows in every stream as it does.
+
+use rayon::prelude::*;
+
+use super::{prefetch, vectorised};
+
+/// Bytes that a thread takes at a time.
+const CHUNK: usize = 1 << 18;
+
+/// Bytes of each stream that are worked on at a time: whole lines.
+const TILE: usize = 1 << 8;
+
+/// A word of any alignment.
+const WORD: usize = size_of::<u64>();
+
+/// Copies: one stream read, one written.
+pub fn copy(dst: &mut [f32], src: &[f32]) {
+    let chunk = CHUNK / size_of::<f32>();
+    dst.par_chunks_mut(chunk).zip(src.par_chunks(chunk)).for_each(|(dst, src)| dst.copy_from_slice(src));
+}
+
+/// One stream `p` read, the others updated in place, `x <- p - x`: the bytes of an update.
+///
+/// All streams have the same length.
+pub fn update(updated: &mut [&mut [f32]], read: &[f32]) {
+    let (chunk, tile) = (CHUNK / size_of::<f32>(), TILE / size_of::<f32>());
+    let chunks = stretches(updated, chunk).into_par_iter().zip(read.par_chunks(chunk));
+    chunks.for_each(|(mut updated, read)| {
+        vectorised(
+            #[inline(always)]
+            || {
+                for (i, read) in read.chunks(tile).enumerate() {
+                    prefetch::reading(read);
+                    for updated in &mut updated {
+                        let updated = &mut updated[i * tile..][..read.len()];
+                        prefetch::writing(updated);
+                        updated.iter_mut().zip(read).for_each(|(x, p)| *x = p - *x);
+                    }
+                }
+            },
+        );
+    });
+}
+
+/// The sum of all bytes as little-endian words, wrapping: streams that are only read. Bytes beyond the last whole word
+/// of a chunk are left out.
+pub fn scan(streams: &[&[u8]]) -> u64 {
+    let sum = |chunk: &[u8]| {
+        vectorised(
+            #[inline(always)]
+            || words(chunk).fold(0, u64::wrapping_add),
+        )
+    };
+    let chunks = streams.par_iter().flat_map(|stream| stream.par_chunks(CHUNK));
+    chunks.map(sum).reduce(|| 0, u64::wrapping_add)
+}
+
+/// Streams added up word by word, wrapping, the sums written to every stream of `dst`: the bytes of a blend. Bytes
+/// beyond the last whole word are not written.
+///
+/// All streams have the same length.
+pub fn blend(dst: &mut [&mut [u8]], sources: &[&[u8]]) {
+    stretches(dst, CHUNK).into_par_iter().enumerate().for_each(|(i, mut dst)| {
+        let mut sums = [0u64; TILE / WORD];
+        vectorised(
+            #[inline(always)]
+            || {
+                let bytes = dst.first().map_or(0, |dst| dst.len());
+                for start in (0..bytes).step_by(TILE) {
+                    let n = TILE.min(bytes - start);
+                    let sums = &mut sums[..n / WORD];
+                    sums.fill(0);
+                    for source in sources {
+                        let source = &source[i * CHUNK + start..][..n];
+                        prefetch::reading(source);
+                        sums.iter_mut().zip(words(source)).for_each(|(sum, word)| *sum = sum.wrapping_add(word));
+                    }
+                    for dst in &mut dst {
+                        let words = dst[start..start + n].as_chunks_mut::<WORD>().0;
+                        words.iter_mut().zip(&*sums).for_each(|(word, sum)| *word = sum.to_le_bytes());
+                    }
+                }
+            },
+        );
+    });
+}
+
+#[inline(always)]
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    bytes.as_chunks::<WORD>().0.iter().map(|word| u64::from_le_bytes(*word))
+}
+
+/// Streams cut into stretches of `n` elements: for each stretch, that of every stream.
+pub fn stretches<'a, T>(streams: &'a mut [&mut [T]], n: usize) -> Vec<Vec<&'a mut [T]>> {
+    let mut stretches = Vec::new();
+    for stream in streams {
+        for (i, stretch) in stream.chunks_mut(n).enumerate() {
+            if i == stretches.len() {
+                stretches.push(Vec::new());
+            }
+            stretches[i].push(stretch);
+        }
+    }
+    stretches
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const N: usize = CHUNK + TILE + 12;
+
+    #[test]
+    fn a_copy_copies() {
+        let src: Vec<f32> = (0..N).map(|i| i as f32).collect();
+        let mut dst = vec![0.0; N];
+        copy(&mut dst, &src);
+        assert_eq!(dst, src);
+    }
+
+    #[test]
+    fn an_update_touches_every_element_once() {
+        let read: Vec<f32> = (0..N).map(|i| i as f32).collect();
+        let (mut a, mut b) = (vec![1.0; N], vec![2.0; N]);
+        update(&mut [&mut a, &mut b], &read);
+        assert!((0..N).all(|i| a[i] == i as f32 - 1.0 && b[i] == i as f32 - 2.0));
+    }
+
+    #[test]
+    fn sums_are_of_all_words_of_all_streams() {
+        let bytes = |k: u64| -> Vec<u8> { (0..N as u64).flat_map(|i| (i * i + k).to_le_bytes()).collect() };
+        let streams = [bytes(1), bytes(7), bytes(9)];
+        let sources: Vec<&[u8]> = streams.iter().map(Vec::as_slice).collect();
+        let squares: u64 = (0..N as u64).map(|i| i * i).sum();
+        assert_eq!(scan(&sources), 3 * squares + 17 * N as u64);
+        let (mut a, mut b) = (vec![0; 8 * N], vec![0; 8 * N]);
+        blend(&mut [&mut a, &mut b], &sources);
+        assert!(words(&a).enumerate().all(|(i, sum)| sum == 3 * (i * i) as u64 + 17));
+        assert_eq!(a, b);
+    }
+}

@@ -1,0 +1,23 @@
+//! Files of any kind, and the operating system: atomic writes, temporary names, locks, mappings, checks before opening.
+
+mod atomic;
+pub(crate) mod fail_point;
+mod file_checks;
+mod folder;
+mod lock;
+mod mapping;
+mod temporary;
+
+pub use atomic::AtomicFile;
+#[cfg(feature = "pytorch")]
+pub(crate) use atomic::{check_limit, file_limit};
+pub(crate) use atomic::{parent_dir, sync_directory};
+pub(crate) use fail_point::fail_point;
+pub(crate) use file_checks::{check_regular, find_document, read_document};
+pub(crate) use folder::{AtomicFolder, CreatedDirs, check_vacant};
+pub(crate) use lock::Lock;
+pub(crate) use mapping::Mapping;
+pub use temporary::remove_unfinished;
+#[cfg(feature = "pytorch")]
+pub(crate) use temporary::scratch_folder;
+pub(crate) use temporary::{TempLock, is_temporary, remove_left};

@@ -1,0 +1,111 @@
+//! Plans before there is a run: what a schedule of updates and snapshots will be able to synthesize.
+
+use super::noise::Noise;
+use super::plan::{At, Plan, solve};
+use super::source::IndexedSource;
+use crate::error::{Error, Result};
+use crate::math::{Chain, History, Profile, Retention, Schedule};
+
+/// A training that has not happened yet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Forecast {
+    /// When averages will be updated and stored.
+    pub schedule: Schedule,
+    /// The length of the training in steps.
+    pub steps: u64,
+    /// How many steps' snapshots will be kept.
+    pub keep: usize,
+    /// Which ones.
+    pub retention: Retention,
+    /// The profiles that will be tracked.
+    pub tracked: Vec<Profile>,
+}
+
+impl Forecast {
+    /// Solves targets over the snapshots that the training will leave.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a schedule that leaves no snapshot, [`Error::NotTrackable`], and those of the solve.
+    pub fn plans(&self, profiles: &[Profile], at: At) -> Result<Vec<Plan>> {
+        self.plans_with(profiles, at, 0.0)
+    }
+
+    /// As [`Forecast::plans`], with a regularisation: [`Noise::Rho`].
+    ///
+    /// # Errors
+    /// As [`Forecast::plans`], and [`Error::Parameter`] for a `rho` that is negative, infinite or NaN.
+    pub fn plans_with(&self, profiles: &[Profile], at: At, rho: f64) -> Result<Vec<Plan>> {
+        let (sources, history) = self.sources()?;
+        solve(&sources, Some(&history), profiles, at, Noise::Rho(rho), None)
+    }
+
+    /// The snapshots that the training will leave, and its updates.
+    pub(super) fn sources(&self) -> Result<(Vec<IndexedSource>, History)> {
+        self.schedule.check()?;
+        if let Some(profile) = self.tracked.iter().find(|profile| !profile.is_trackable()) {
+            return Err(Error::NotTrackable { profile: profile.to_string() });
+        }
+        let history = self.schedule.updates(self.steps)?;
+        let kept = self.kept(&history)?;
+        let source = |(index, profile): (usize, &Profile), step| IndexedSource {
+            index,
+            step,
+            chain: Chain::Tracked(profile.clone()),
+            label: format!("the snapshot of {profile} at step {step}"),
+        };
+        let of_profile = |tracked| kept.iter().map(move |&step| source(tracked, step));
+        Ok((self.tracked.iter().enumerate().flat_map(of_profile).collect(), history))
+    }
+
+    /// The steps whose snapshots the training will leave, those of the end at last: what retention keeps, snapshot by snapshot.
+    fn kept(&self, history: &History) -> Result<Vec<u64>> {
+        self.retention.check()?;
+        let first = history.first().unwrap_or(1);
+        let mut kept: Vec<u64> = Vec::new();
+        for step in self.schedule.snapshots(self.steps).into_iter().take_while(|_| self.keep > 0) {
+            kept.push(step);
+            let surplus = self.retention.surplus(&self.tracked, first, &kept, self.keep);
+            kept.retain(|step| !surplus.contains(step));
+        }
+        if kept.is_empty() {
+            let reason =
+                format!("no snapshot is left after {} steps: store one sooner, and keep at least 1", self.steps);
+            return Err(Error::Setting { option: "checkpoint_every", reason });
+        }
+        Ok(kept)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn forecast(keep: usize) -> Forecast {
+        let tracked = [0.05, 0.28].map(|s| Profile::sigma_rel(s).unwrap()).to_vec();
+        Forecast { schedule: Schedule::default(), steps: 1_000_000, keep, retention: Retention::Latest, tracked }
+    }
+
+    /// The figure of DESIGN section 1: keeping the newest 20 of a long training loses the middle lengths.
+    #[test]
+    fn the_newest_twenty_miss_the_middle_by_41_percent() {
+        let plans = forecast(20).plans(&[Profile::sigma_rel(0.15).unwrap()], At::Latest).unwrap();
+        assert_eq!(plans[0].weights.len(), 40);
+        assert!((plans[0].relative_error - 0.41).abs() < 0.005, "{}", plans[0].relative_error);
+    }
+
+    #[test]
+    fn the_twenty_that_matter_miss_it_by_less_than_a_percent() {
+        let forecast = Forecast { retention: Retention::default(), ..forecast(20) };
+        let plans = forecast.plans(&[Profile::sigma_rel(0.15).unwrap()], At::Latest).unwrap();
+        assert_eq!((plans[0].weights.len(), plans[0].weights[39].step), (40, 1_000_000));
+        assert!(plans[0].relative_error < 0.0095, "{}", plans[0].relative_error);
+    }
+
+    #[test]
+    fn trainings_without_snapshots_are_refused() {
+        let profile = [Profile::sigma_rel(0.15).unwrap()];
+        assert!(forecast(0).plans(&profile, At::Latest).unwrap_err().to_string().contains("keep at least 1"));
+        let short = Forecast { steps: 999, ..forecast(20) };
+        assert!(short.plans(&profile, At::Latest).unwrap_err().to_string().contains("after 999 steps"));
+    }
+}

@@ -1,0 +1,23 @@
+//! What can be synthesized, and how well: plans, forecasts before training, advice, predicted errors.
+
+mod advise;
+mod density;
+mod forecast;
+mod noise;
+mod plan;
+mod source;
+mod stored_chain;
+
+#[doc(hidden)]
+pub use advise::rounding;
+pub use advise::{Advice, AdviceRequest, WorstCase, advise};
+pub(crate) use density::densities;
+pub use forecast::Forecast;
+pub(crate) use noise::SnapshotNoise;
+pub use noise::{Noise, PredictedError};
+pub(crate) use plan::solve;
+pub use plan::{At, Plan, Weight};
+pub(crate) use source::IndexedSource;
+#[cfg(feature = "pytorch")]
+pub(crate) use stored_chain::history_json;
+pub(crate) use stored_chain::{profile_json, read_chain};

@@ -1,0 +1,137 @@
+//! Plans: the solved weights of a target, with their error.
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::noise::{Noise, PredictedError, ScaledModel, SnapshotNoise};
+use super::source::IndexedSource;
+use crate::error::{Error, Result};
+use crate::math::{self, History, Profile, Solution, System};
+
+/// The time of a target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum At {
+    /// The newest snapshot.
+    #[default]
+    Latest,
+    /// This step (or this time on the run's own clock), at or between snapshots.
+    Step(u64),
+}
+
+/// The solved weights of a target.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// The profile that was asked for.
+    pub profile: Profile,
+    /// Its time.
+    pub at: u64,
+    /// `||sum_i x_i p_i - r|| / ||r||`: how far the blend's profile is from the target's.
+    pub relative_error: f64,
+    /// `sqrt(sum_i x_i^2)`: by how much independent rounding errors of the snapshots are amplified.
+    pub noise_gain: f64,
+    /// The condition number of the scaled system.
+    pub condition: f64,
+    /// The sum of the weights: 1 but for rounding.
+    pub sum: f64,
+    /// The regularisation `rho` of the solve, in the units of the profiles' norm (1/sqrt steps); 0 for none.
+    pub rho: f64,
+    /// The error that is to be expected of the weights themselves, before they are rounded to the output's dtype. None before
+    /// training, for live averages, and where there is too little to estimate it from: snapshots at fewer than three steps,
+    /// or ones that tell no updates; and where all weights are 0.
+    pub predicted: Option<PredictedError>,
+    /// The weights, in order of profile and step.
+    pub weights: Vec<Weight>,
+}
+
+/// The weight of one snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Weight {
+    /// The index of the profile within the run.
+    pub index: usize,
+    /// The step.
+    pub step: u64,
+    /// Its weight.
+    pub weight: f64,
+}
+
+/// Solves several targets at one time over the same sources; the system is factored once.
+///
+/// `stored` tells of the sources' movement and rounding, in their order.
+pub(crate) fn solve(
+    sources: &[IndexedSource],
+    history: Option<&History>,
+    profiles: &[Profile],
+    at: At,
+    noise: Noise,
+    stored: Option<&SnapshotNoise>,
+) -> Result<Vec<Plan>> {
+    let rho = noise.rho()?;
+    let at = time(sources, at)?;
+    let usable: Vec<usize> = (0..sources.len()).filter(|&i| sources[i].step <= at).collect();
+    let inputs: Vec<math::Source> = usable.iter().map(|&i| sources[i].for_solve()).collect();
+    let system = match history {
+        Some(history) => System::new(history, at, &inputs, rho)?,
+        None => System::closed_form(at, &inputs, rho)?,
+    };
+    let model = stored.and_then(|stored| stored.model(&system, sources, &usable));
+    let solver = Solver { system: &system, model: model.as_ref(), noise, rho };
+    let usable: Vec<&IndexedSource> = usable.iter().map(|&i| &sources[i]).collect();
+    // All of them first: of several errors the first target's is told, whichever thread is done first.
+    let plans: Vec<Result<Plan>> = profiles.par_iter().map(|profile| solver.plan(&usable, profile, at)).collect();
+    plans.into_iter().collect()
+}
+
+/// The time of a target among the sources'.
+fn time(sources: &[IndexedSource], at: At) -> Result<u64> {
+    let steps = sources.iter().map(|source| source.step);
+    let (Some(first), Some(last)) = (steps.clone().min(), steps.max()) else {
+        return Err(Error::NoSource {
+            wanted: "snapshot to blend".into(),
+            remedy: "train until the first one is stored",
+        });
+    };
+    match at {
+        At::Latest => Ok(last),
+        At::Step(at) if at > last => Err(Error::TargetAfter { at, last }),
+        At::Step(at) if at < first => Err(Error::TargetBefore { at, first }),
+        At::Step(at) => Ok(at),
+    }
+}
+
+/// How the targets of one time are solved.
+struct Solver<'a> {
+    system: &'a System,
+    model: Option<&'a ScaledModel<'a>>,
+    noise: Noise,
+    rho: f64,
+}
+
+impl Solver<'_> {
+    fn solve(&self, profile: &Profile) -> Result<(Solution, f64, Option<PredictedError>)> {
+        match (self.model, self.noise) {
+            (None, _) => Ok((self.system.solve(profile)?, self.rho, None)),
+            (Some(model), Noise::Auto) => model.best(profile),
+            (Some(model), _) => model.given(profile, self.rho),
+        }
+    }
+
+    fn plan(&self, usable: &[&IndexedSource], profile: &Profile, at: u64) -> Result<Plan> {
+        let (solution, rho, predicted) = self.solve(profile)?;
+        let weights: Vec<Weight> = usable
+            .iter()
+            .zip(&solution.weights)
+            .map(|(source, &weight)| Weight { index: source.index, step: source.step, weight })
+            .collect();
+        Ok(Plan {
+            profile: profile.clone(),
+            at,
+            relative_error: solution.relative_error,
+            noise_gain: solution.noise_gain,
+            condition: solution.condition,
+            sum: solution.weights.iter().sum(),
+            rho,
+            predicted,
+            weights,
+        })
+    }
+}

@@ -1,0 +1,86 @@
+//! What the JSON strings of a snapshot's metadata mean.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::math::{Chain, History, Profile};
+use crate::snapshot::Snapshot;
+
+/// `history` of a chain that another tool wrote: the updates and the rule of their decays.
+#[derive(Serialize, Deserialize)]
+struct ForeignHistory {
+    updates: History,
+    decay: StoredDecay,
+}
+
+/// The rule of a foreign chain's decays.
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+enum StoredDecay {
+    /// [`Chain::Counter`]; its `gamma` is that of the stored profile.
+    Counter { stride: u64, offset: u64 },
+    /// [`Chain::CorrectedCounter`], likewise. A kind of its own: a reader that does not know it must not take it for a plain
+    /// counter.
+    CorrectedCounter { stride: u64, offset: u64 },
+}
+
+impl StoredDecay {
+    fn chain(self, gamma: f64) -> Chain {
+        match self {
+            StoredDecay::Counter { stride, offset } => Chain::Counter { gamma, stride, offset },
+            StoredDecay::CorrectedCounter { stride, offset } => Chain::CorrectedCounter { gamma, stride, offset },
+        }
+    }
+
+    fn stride(&self) -> u64 {
+        let (StoredDecay::Counter { stride, .. } | StoredDecay::CorrectedCounter { stride, .. }) = self;
+        *stride
+    }
+}
+
+/// The metadata string of a profile.
+pub(crate) fn profile_json(profile: &Profile) -> String {
+    serde_json::json!(profile).to_string()
+}
+
+/// The metadata string of the updates of a chain: a list, with the rule of the decays where they follow a counter.
+#[cfg(feature = "pytorch")]
+pub(crate) fn history_json(chain: &Chain, updates: History) -> String {
+    let decay = match *chain {
+        Chain::Counter { stride, offset, .. } => StoredDecay::Counter { stride, offset },
+        Chain::CorrectedCounter { stride, offset, .. } => StoredDecay::CorrectedCounter { stride, offset },
+        Chain::Tracked(_) | Chain::Raw => return serde_json::json!(updates).to_string(),
+    };
+    serde_json::json!(ForeignHistory { updates, decay }).to_string()
+}
+
+/// The profile, chain and updates of a snapshot; no updates where it does not tell.
+pub(crate) fn read_chain(snapshot: &Snapshot) -> Result<(Profile, Chain, Option<History>)> {
+    let damaged = |key: &str, error: serde_json::Error| {
+        Error::damaged(snapshot.path(), format!("the metadata's `{key}` cannot be understood: {error}"))
+    };
+    let profile: Profile = serde_json::from_str(&snapshot.meta.profile).map_err(|e| damaged("profile", e))?;
+    if !profile.is_trackable() {
+        let why = format!("the metadata's `profile` is {profile}, which no running average can track");
+        return Err(Error::damaged(snapshot.path(), why));
+    }
+    let Some(history) = &snapshot.meta.history else {
+        return Ok((profile.clone(), Chain::Tracked(profile), None));
+    };
+    // A list is the updates of a chain of our own.
+    let (chain, updates) = if history.trim_start().starts_with('[') {
+        let updates = serde_json::from_str(history).map_err(|e| damaged("history", e))?;
+        (Chain::Tracked(profile.clone()), updates)
+    } else {
+        let ForeignHistory { updates, decay } = serde_json::from_str(history).map_err(|e| damaged("history", e))?;
+        let gamma = profile.as_gamma().filter(|_| decay.stride() > 0).ok_or_else(|| {
+            Error::damaged(snapshot.path(), "a decay by a growing counter belongs to a power-function profile")
+        })?;
+        (decay.chain(gamma), updates)
+    };
+    if updates.last() != Some(snapshot.stem.step) {
+        let why = format!("the history ends at {:?}, not at step {}", updates.last().unwrap_or(0), snapshot.stem.step);
+        return Err(Error::damaged(snapshot.path(), why));
+    }
+    Ok((profile, chain, Some(updates)))
+}

@@ -1,0 +1,398 @@
+//! A run on disk, opened for reading.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use rayon::prelude::*;
+
+mod settings;
+mod state;
+#[cfg(test)]
+mod tests;
+mod verify;
+
+pub(crate) use settings::Settings;
+pub use state::SavedState;
+pub(crate) use state::{COPIED, STATE, Saved, StateDocument, check_snapshots, copy_name, high_name, low_name};
+pub use verify::{VerifyReport, verify};
+
+use crate::device::Device;
+use crate::error::{Difference, Error, Result};
+use crate::math::{Chain, Densities, History, Profile};
+use crate::planning::{At, IndexedSource, Noise, Plan, SnapshotNoise, densities, read_chain, solve};
+use crate::snapshot::{self, Snapshot, SnapshotId};
+use crate::synthesis::{MAX_TARGETS, ModelTensor, Output, SourceSet, SwapGuard, TensorSource, WriteOptions};
+
+use crate::tensor::TensorSpec;
+use crate::tensor::{ParametersMut, TensorViewMut, Tensors, is_averaged};
+
+/// A run's snapshots, mapped and checked against each other.
+///
+/// The files stay open: a tracker that goes on and drops old snapshots does not disturb a plan that was made.
+#[derive(Debug)]
+pub struct Run {
+    dir: PathBuf,
+    snapshots: Vec<Snapshot>,
+    /// Of each snapshot, as its chain.
+    profiles: Vec<Profile>,
+    chains: Vec<Chain>,
+    /// The updates of the newest snapshot; none where a snapshot does not tell.
+    history: Option<History>,
+    /// From a sample of the elements, taken when the first plan is made.
+    noise: OnceLock<Option<SnapshotNoise>>,
+    /// Who opened it: a forked child has none of its threads, and would wait for them for ever.
+    process: u32,
+}
+
+/// All threads unmap what was read: one alone would take a tenth to a third of the time of reading, and where mappings are
+/// closed as they are, each waits for the one before.
+impl Drop for Run {
+    fn drop(&mut self) {
+        if self.process == std::process::id() {
+            self.snapshots.par_iter().for_each(Snapshot::unmap_pages);
+        }
+    }
+}
+
+impl Run {
+    /// Opens all snapshots in a directory.
+    ///
+    /// # Errors
+    /// [`Error::NoRun`], [`Error::Damaged`], [`Error::Unexpected`] or [`Error::Mismatch`], each naming the file.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Run> {
+        Run::of(dir.as_ref(), snapshot::open_all(dir.as_ref())?)
+    }
+
+    /// Opens the snapshots that are whole and tells why each of the others is left out; plans are then made of what is
+    /// there, and their errors are those of such plans.
+    ///
+    /// Every byte is read and compared with its checksum. `progress` is told the bytes of each file.
+    ///
+    /// # Errors
+    /// [`Error::NoRun`] where there is no snapshot, and where none is whole the first one's error.
+    pub fn open_sound(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<(Run, Vec<Error>)> {
+        let (snapshots, mut damaged) = snapshot::open_sound(dir.as_ref(), progress)?;
+        let (mut sound, mut read) = (Vec::with_capacity(snapshots.len()), Vec::with_capacity(snapshots.len()));
+        for snapshot in snapshots {
+            match read_chain(&snapshot) {
+                Ok(chain) => {
+                    read.push(chain);
+                    sound.push(snapshot);
+                }
+                Err(error) => damaged.push(error),
+            }
+        }
+        for (odd, error) in off_course(&sound, &read).into_iter().rev() {
+            damaged.push(error);
+            sound.remove(odd);
+            read.remove(odd);
+        }
+        if sound.is_empty() {
+            return Err(damaged.swap_remove(0));
+        }
+        Ok((Run::of(dir.as_ref(), sound)?, damaged))
+    }
+
+    fn of(dir: &Path, snapshots: Vec<Snapshot>) -> Result<Run> {
+        let mut read = Vec::with_capacity(snapshots.len());
+        for snapshot in &snapshots {
+            read.push(read_chain(snapshot)?);
+        }
+        let history = common_history(&snapshots, &read)?;
+        let (profiles, chains) = read.into_iter().map(|(profile, chain, _)| (profile, chain)).unzip();
+        let process = std::process::id();
+        Ok(Run { dir: dir.to_owned(), snapshots, profiles, chains, history, noise: OnceLock::new(), process })
+    }
+
+    /// The run's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The snapshots, in order of profile and step.
+    pub fn snapshots(&self) -> &[Snapshot] {
+        &self.snapshots
+    }
+
+    /// The tracked profiles, by their index within the run.
+    pub fn profiles(&self) -> BTreeMap<usize, &Profile> {
+        self.snapshots.iter().map(|snapshot| snapshot.stem.index).zip(&self.profiles).collect()
+    }
+
+    /// The updates up to the newest snapshot; none where the snapshots do not tell.
+    pub fn history(&self) -> Option<&History> {
+        self.history.as_ref()
+    }
+
+    /// Solves a target.
+    ///
+    /// # Errors
+    /// [`Error::TargetBefore`] or [`Error::TargetAfter`] outside the snapshots' steps, and those of the solve.
+    pub fn plan(&self, profile: Profile, at: At) -> Result<Plan> {
+        Ok(self.plans(&[profile], at)?.remove(0))
+    }
+
+    /// Solves several targets at one time; the system is factored once.
+    ///
+    /// # Errors
+    /// As [`Run::plan`].
+    pub fn plans(&self, profiles: &[Profile], at: At) -> Result<Vec<Plan>> {
+        self.plans_with(profiles, at, Noise::Off)
+    }
+
+    /// As [`Run::plans`], with a regularisation against the rounding of the stored snapshots.
+    ///
+    /// # Errors
+    /// As [`Run::plan`], and [`Error::Parameter`] for a `rho` that is negative, infinite or NaN.
+    pub fn plans_with(&self, profiles: &[Profile], at: At, noise: Noise) -> Result<Vec<Plan>> {
+        solve(&self.sources(), self.history.as_ref(), profiles, at, noise, self.stored_noise())
+    }
+
+    /// What a sample of the snapshots tells of their movement and rounding, taken once; none for few snapshots, or for ones
+    /// that tell no updates.
+    fn stored_noise(&self) -> Option<&SnapshotNoise> {
+        let sample = || {
+            self.history.as_ref()?;
+            let averaged = self.pool_tensors().into_iter().filter(|tensor| tensor.averaged);
+            SnapshotNoise::of(&self.snapshots, &averaged.map(ModelTensor::into_spec).collect::<Vec<_>>())
+        };
+        self.noise.get_or_init(sample).as_ref()
+    }
+
+    /// What a planned average and its target weigh over the time of training, one span for each interval between updates.
+    ///
+    /// # Errors
+    /// [`Error::OtherPlan`] for a plan of other snapshots, and those of [`Densities::new`].
+    pub fn densities(&self, plan: &Plan) -> Result<Densities> {
+        densities(self.sources(), self.history(), plan)
+    }
+
+    /// Writes one planned average as a safetensors file, in the model's dtypes.
+    ///
+    /// # Errors
+    /// As [`Run::write_all`].
+    pub fn write(&self, plan: &Plan, path: impl AsRef<Path>) -> Result<()> {
+        self.write_all(&[Output { plan, path: path.as_ref() }], &WriteOptions::default()).map(drop)
+    }
+
+    /// Writes several planned averages, up to 256 in one pass over the snapshots, and tells where they were blended. Each
+    /// file appears whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Tensor`] for a result that the dtype cannot hold, [`Error::Unexpected`] for an output
+    /// within the run's own directory, [`Error::Cuda`] for a device that was asked for and cannot be used,
+    /// [`Error::Setting`] for one in a build without the feature `cuda`.
+    pub fn write_all(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<Device> {
+        outputs.iter().try_for_each(|output| self.check_outside(output.path))?;
+        self.pool().write(outputs, options)
+    }
+
+    /// Blends one planned average into memory, in the model's dtypes; tied tensors appear under each of their names.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for a result that the dtype cannot hold.
+    pub fn load(&self, plan: &Plan) -> Result<Tensors> {
+        self.pool().load(plan)
+    }
+
+    /// Blends several planned averages into the caller's memory, in one pass over the snapshots.
+    ///
+    /// Each plan comes with its views: one for each of [`Run::tensors`], in host memory. Averaged tensors may be of any
+    /// dtype for averages, the same for all plans; copied ones are of their own. `progress` is told the bytes of
+    /// snapshots that were read since the last call, from any thread.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for a view that does not fit, or a result that its dtype cannot hold; what lies in the memory
+    /// is then undefined.
+    pub fn load_into(
+        &self,
+        plans: &[Plan],
+        outputs: Vec<Vec<TensorViewMut<'_>>>,
+        progress: Option<&(dyn Fn(u64) + Sync)>,
+    ) -> Result<()> {
+        self.pool().load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)
+    }
+
+    /// The tensors of a synthesis, in order of their names: the model's dtypes, and of tied tensors the one that is kept.
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        self.pool_tensors().into_iter().map(ModelTensor::into_spec).collect()
+    }
+
+    /// The names of those that are averaged; the others are copied.
+    pub fn averaged(&self) -> Vec<String> {
+        self.pool_tensors().into_iter().filter(|tensor| tensor.averaged).map(|tensor| tensor.name).collect()
+    }
+
+    /// The names that share another tensor's elements, and that other's name.
+    pub fn tied(&self) -> &BTreeMap<String, String> {
+        &self.snapshots[0].meta.tied
+    }
+
+    /// Puts one planned average into a live model, in the model's own dtypes, until what is returned is dropped.
+    ///
+    /// The model becomes what a synthesis writes: tensors that are not averaged take their stored values. The originals
+    /// are kept in host memory meanwhile, those of tied tensors once. Tensors that the run does not have stay as they are.
+    ///
+    /// ```
+    /// use posthoc_ema::{At, PostHocEma, Profile, Run};
+    ///
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let dir = dir.path().join("ema");
+    /// # let mut weights = vec![("layer.weight", vec![0.0f32; 8])];
+    /// # let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&weights)?;
+    /// # for step in 0..100 {
+    /// #     weights[0].1.iter_mut().for_each(|w| *w += step as f32);
+    /// #     ema.update(&weights)?;
+    /// # }
+    /// # ema.flush()?;
+    /// # let trained = weights.clone();
+    /// let run = Run::open(&dir)?;
+    /// for sigma_rel in [0.05, 0.1, 0.15] {
+    ///     let plan = run.plan(Profile::sigma_rel(sigma_rel)?, At::Latest)?;
+    ///     let averaged = run.swap_in(&plan, &mut weights)?;
+    ///     println!("{sigma_rel}: {}", averaged[0].1[0]); // the evaluation
+    /// } // here the weights are the trained ones again
+    /// # assert_eq!(weights, trained);
+    /// # Ok::<(), posthoc_ema::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Changed`] for a model with other tensors, [`Error::Tensor`] for a result that its dtype cannot
+    /// hold, [`Error::Cuda`]; the model is then as it was.
+    pub fn swap_in<'p, P: ParametersMut + ?Sized>(&self, plan: &Plan, params: &'p mut P) -> Result<SwapGuard<'p, P>> {
+        self.pool().swap_in(plan, params)
+    }
+
+    /// The bytes of snapshots that a synthesis of these plans reads: once for up to 256 targets.
+    pub fn bytes_to_read(&self, plans: &[Plan]) -> u64 {
+        plans.chunks(MAX_TARGETS).map(|plans| self.bytes_of_pass(plans)).sum()
+    }
+
+    /// The snapshots that some of the plans give a weight.
+    fn used_by(&self, plans: &[Plan]) -> impl Iterator<Item = &Snapshot> {
+        let weighs = |plan: &Plan, stem: SnapshotId| {
+            plan.weights.iter().any(|w| (w.index, w.step) == (stem.index, stem.step) && w.weight != 0.0)
+        };
+        self.snapshots.iter().filter(move |snapshot| plans.iter().any(|plan| weighs(plan, snapshot.stem)))
+    }
+
+    fn bytes_of_pass(&self, plans: &[Plan]) -> u64 {
+        let averaged: Vec<ModelTensor> = self.pool_tensors().into_iter().filter(|tensor| tensor.averaged).collect();
+        let bytes = |snapshot: &Snapshot| -> u64 {
+            let mut place = 0;
+            let tensors = averaged.iter().filter_map(|t| {
+                let found = snapshot.tensor_near(&t.name, &mut place);
+                place += 1;
+                found
+            });
+            tensors.map(|(_, bytes)| bytes.len() as u64).sum()
+        };
+        self.used_by(plans).map(bytes).sum()
+    }
+
+    /// Reads every byte of every snapshot and compares its checksum.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] for the first file whose data do not match.
+    pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> Result<()> {
+        self.snapshots.iter().try_for_each(Snapshot::verify_index)?;
+        for file in self.snapshots.iter().flat_map(Snapshot::files) {
+            file.verify()?;
+            progress(file.len());
+        }
+        Ok(())
+    }
+
+    /// Reads every byte of the snapshots that these plans blend and compares its checksum.
+    ///
+    /// A synthesis does not: it would take twice as long. Headers are compared with theirs whenever a run is opened.
+    ///
+    /// # Errors
+    /// As [`Run::verify`].
+    pub fn verify_used(&self, plans: &[Plan], progress: &mut dyn FnMut(u64)) -> Result<()> {
+        for file in self.used_by(plans).flat_map(Snapshot::files) {
+            file.verify()?;
+            progress(file.len());
+        }
+        Ok(())
+    }
+
+    fn check_outside(&self, path: &Path) -> Result<()> {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let same = matches!((parent.canonicalize(), self.dir.canonicalize()), (Ok(a), Ok(b)) if a == b);
+        if same {
+            return Err(Error::unexpected(path, "a run's directory holds nothing but its snapshots: write elsewhere"));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn sources(&self) -> Vec<IndexedSource> {
+        let source = |(snapshot, chain): (&Snapshot, &Chain)| IndexedSource {
+            index: snapshot.stem.index,
+            step: snapshot.stem.step,
+            chain: chain.clone(),
+            label: snapshot.path().display().to_string(),
+        };
+        self.snapshots.iter().zip(&self.chains).map(source).collect()
+    }
+
+    fn pool_tensors(&self) -> Vec<ModelTensor> {
+        let first = &self.snapshots[0];
+        let tensor = |(name, stored): (&str, &snapshot::StoredTensor)| {
+            let dtype = first.model_dtype(name, stored.dtype);
+            let averaged = is_averaged(dtype) && !first.meta.copied.contains(name);
+            ModelTensor { name: name.to_owned(), dtype, shape: stored.shape.clone(), averaged }
+        };
+        first.tensors().map(tensor).collect()
+    }
+
+    pub(crate) fn pool(&self) -> SourceSet<'_> {
+        let holders = self.sources().into_iter().zip(&self.snapshots);
+        SourceSet {
+            tensors: self.pool_tensors(),
+            tied: self.snapshots[0].meta.tied.clone(),
+            holders: holders.map(|(source, snapshot)| (source, snapshot as &dyn TensorSource)).collect(),
+        }
+    }
+}
+
+/// A snapshot's profile, chain and updates.
+type Read = (Profile, Chain, Option<History>);
+
+/// The updates of the newest snapshot, of which those of all others must be the beginning.
+fn common_history(snapshots: &[Snapshot], read: &[Read]) -> Result<Option<History>> {
+    if read.iter().any(|(_, _, history)| history.is_none()) {
+        return Ok(None);
+    }
+    let newest = (0..snapshots.len()).max_by_key(|&i| snapshots[i].stem.step);
+    match newest.and_then(|newest| other_courses(snapshots, read, newest).into_iter().next()) {
+        Some((_, error)) => Err(error),
+        None => Ok(newest.and_then(|newest| read[newest].2.clone())),
+    }
+}
+
+/// The snapshots whose updates are not the beginning of one snapshot's, and why they do not belong to it.
+fn other_courses(snapshots: &[Snapshot], read: &[Read], end: usize) -> Vec<(usize, Error)> {
+    let Some(longest) = &read[end].2 else { return Vec::new() };
+    let odd = |i: &usize| read[*i].2.as_ref().is_some_and(|history| !history.is_prefix_of(longest));
+    let error = |i: usize| {
+        let newest = |i: usize| read[i].2.as_ref().and_then(History::last).unwrap_or(0);
+        let difference = Difference::new(
+            "the history of updates",
+            format!("another up to step {}", newest(i)),
+            format!("one to step {} that is not its beginning", newest(i)),
+        );
+        (i, Error::mismatch(snapshots[i].path(), snapshots[end].path(), difference))
+    };
+    (0..snapshots.len()).filter(odd).map(error).collect()
+}
+
+/// The snapshots that are not of the course that most of a run's are of: a state of before, from which a training went on
+/// another way, leaves such. A few of them do not make the others strangers, and be they newer.
+fn off_course(snapshots: &[Snapshot], read: &[Read]) -> Vec<(usize, Error)> {
+    let leads = |(a, b): (&Read, &Read)| matches!((&a.2, &b.2), (Some(a), Some(b)) if a.is_prefix_of(b));
+    let members = |end: usize| read.iter().filter(|&own| leads((own, &read[end]))).count();
+    let end = (0..read.len()).max_by_key(|&end| (members(end), snapshots[end].stem.step));
+    end.map_or_else(Vec::new, |end| other_courses(snapshots, read, end))
+}

@@ -1,0 +1,152 @@
+//! The live state of a run on disk: everything that a resume needs to go on with the same bits.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+
+use super::{Run, Settings};
+use crate::error::{Difference, Error, Result};
+use crate::math::History;
+use crate::snapshot::{self, STATE_FILE, StoredFile};
+
+/// The key of the JSON in the file's metadata.
+pub(crate) const STATE: &str = "state";
+
+/// How the names of copied tensors begin in the file.
+pub(crate) const COPIED: &str = "copied.";
+
+/// What is stored beside the tensors.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct StateDocument {
+    pub run: String,
+    pub clock: u64,
+    pub history: History,
+    pub stored: Option<u64>,
+    pub tied: BTreeMap<String, String>,
+    pub settings: Settings,
+    /// The model's dtype of each averaged tensor.
+    pub dtypes: BTreeMap<String, Dtype>,
+}
+
+pub(crate) fn high_name(index: usize, tensor: &str) -> String {
+    format!("{index}.average.{tensor}")
+}
+
+pub(crate) fn low_name(index: usize, tensor: &str) -> String {
+    format!("{index}.low.{tensor}")
+}
+
+pub(crate) fn copy_name(tensor: &str) -> String {
+    format!("{COPIED}{tensor}")
+}
+
+/// Opens a state and reads what it says of itself, not its data.
+fn open(path: &Path) -> Result<(StoredFile, StateDocument)> {
+    let file = StoredFile::open(path)?;
+    file.check_header()?;
+    snapshot::check_version(path, file.metadata())?;
+    let text = file.metadata().get(STATE).map(String::as_str).unwrap_or_default();
+    let document: StateDocument = serde_json::from_str(text)
+        .map_err(|error| Error::damaged(path, format!("the metadata's `{STATE}` cannot be understood: {error}")))?;
+    if document.history.last().is_some_and(|last| last > document.clock) {
+        let why = format!("its clock, {}, is before its last update", document.clock);
+        return Err(Error::damaged(path, why));
+    }
+    Ok((file, document))
+}
+
+/// What a run's live state says of itself: where a resume would go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedState {
+    /// The time of the last call.
+    pub step: u64,
+    /// The time of the last update; none before the first.
+    pub updated: Option<u64>,
+    /// The size of the file.
+    pub bytes: u64,
+}
+
+impl SavedState {
+    /// Looks at the live state of the run in a directory, without reading its data; none where there is no such file.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Damaged`] or [`Error::Unexpected`] for a file that cannot be used.
+    pub fn of(run: impl AsRef<Path>) -> Result<Option<SavedState>> {
+        match open(&run.as_ref().join(STATE_FILE)) {
+            Ok((file, document)) => {
+                Ok(Some(SavedState { step: document.clock, updated: document.history.last(), bytes: file.len() }))
+            }
+            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// A live state as it was read.
+pub(crate) struct Saved {
+    pub file: StoredFile,
+    pub document: StateDocument,
+    pub settings: Settings,
+    pub tied: BTreeMap<String, String>,
+}
+
+impl Saved {
+    /// Reads and verifies a state.
+    pub(crate) fn read(path: &Path) -> Result<Saved> {
+        let (file, document) = open(path)?;
+        file.verify()?;
+        let (settings, tied) = (document.settings.clone(), document.tied.clone());
+        Ok(Saved { file, document, settings, tied })
+    }
+
+    /// The time of the last call.
+    pub(crate) fn step(&self) -> u64 {
+        self.document.clock
+    }
+
+    pub(crate) fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
+        let path = self.file.path();
+        let Some(tensor) = self.file.tensors().get(name) else {
+            return Err(Error::damaged(path, format!("it lacks the tensor `{name}`")));
+        };
+        if tensor.dtype != dtype || tensor.shape != shape {
+            let stored = format!("{} {:?} in {}", tensor.dtype, tensor.shape, path.display());
+            return Err(Error::changed(name, Difference::new("the tensor", stored, format!("{dtype} {shape:?}"))));
+        }
+        Ok(self.file.bytes(tensor))
+    }
+}
+
+/// Checks that the live state, where there is one, is of the run and leads to its snapshots.
+///
+/// # Errors
+/// As [`SavedState::of`], and [`Error::Unexpected`] for a snapshot of another run, or of a step that the state has not come to.
+pub(super) fn check(dir: &Path, run: &Run) -> Result<()> {
+    match open(&dir.join(STATE_FILE)) {
+        Ok((_, document)) => check_snapshots(run, &document.run, &document.history),
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Checks that the snapshots are those of a live state's run and none is newer than it.
+pub(crate) fn check_snapshots(on_disk: &Run, run: &str, history: &History) -> Result<()> {
+    for snapshot in on_disk.snapshots() {
+        if snapshot.meta.run.as_deref() != Some(run) {
+            let why = format!("the snapshot belongs to another run than {STATE_FILE}: move it out of the directory");
+            return Err(Error::unexpected(snapshot.path(), why));
+        }
+        if !history.contains(snapshot.stem.step) {
+            let why = format!(
+                "the snapshot is of step {}, which {STATE_FILE} (at step {}) does not lead to: move it out of the \
+                 directory, or bring back the state that wrote it",
+                snapshot.stem.step,
+                history.last().unwrap_or(0)
+            );
+            return Err(Error::unexpected(snapshot.path(), why));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,144 @@
+//! Runs that were written elsewhere, and what their metadata mean.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::Dtype;
+
+use super::*;
+use crate::math::Profile;
+use crate::planning::profile_json;
+use crate::snapshot::{Meta, SnapshotId, write_snapshot};
+
+use crate::tensor::TensorSpec;
+
+fn write(dir: &Path, index: usize, step: u64, profile: &Profile, history: Option<String>) {
+    let spec = TensorSpec { name: "w".into(), dtype: Dtype::F32, shape: vec![2] };
+    let meta = Meta { profile: profile_json(profile), step, history, ..Meta::default() };
+    let fill = |_: usize, range: std::ops::Range<usize>, dst: &mut [u8]| {
+        let values = [step as f32, 1.0];
+        dst.copy_from_slice(&bytemuck::cast_slice(&values)[range]);
+    };
+    write_snapshot(dir, SnapshotId { index, step }, vec![spec], &meta, u64::MAX, &fill).unwrap();
+}
+
+fn power(sigma_rel: f64) -> Profile {
+    Profile::sigma_rel(sigma_rel).unwrap()
+}
+
+/// The golden chains of another tool, by way of files.
+#[test]
+fn chains_of_other_tools_are_solved_as_they_are() {
+    let golden: serde_json::Value = serde_json::from_str(include_str!("../../tests/data/plans.json")).unwrap();
+    let case = &golden["foreign"][0];
+    let dir = tempfile::tempdir().unwrap();
+    for step in (1..=20).map(|i| 1000 * i) {
+        let history = format!(r#"{{"updates":[[100,{step},10]],"decay":{{"kind":"counter","stride":10,"offset":2}}}}"#);
+        write(dir.path(), 0, step, &power(0.05), Some(history.clone()));
+        write(dir.path(), 1, step, &power(0.28), Some(history));
+    }
+    let run = Run::open(dir.path()).unwrap();
+    assert_eq!(run.profiles(), BTreeMap::from([(0, &power(0.05)), (1, &power(0.28))]));
+    for target in case["targets"].as_array().unwrap() {
+        let plan = run.plan(power(target["profile"]["sigma_rel"].as_f64().unwrap()), At::Latest).unwrap();
+        let gain = target["noise_gain"].as_f64().unwrap();
+        for (weight, expected) in plan.weights.iter().zip(target["weights"].as_array().unwrap()) {
+            let difference = (weight.weight - expected.as_f64().unwrap()).abs();
+            assert!(difference <= 1e-9 * gain, "{}.{}: {difference}", weight.index, weight.step);
+        }
+        assert_eq!(plan.weights.len(), 40);
+    }
+}
+
+#[test]
+fn snapshots_without_a_history_are_taken_as_dense() {
+    let dir = tempfile::tempdir().unwrap();
+    for step in (1..=20).map(|i| 1000 * i) {
+        write(dir.path(), 0, step, &power(0.05), None);
+        write(dir.path(), 1, step, &power(0.28), None);
+    }
+    let run = Run::open(dir.path()).unwrap();
+    assert!(run.history().is_none());
+    let plan = run.plan(power(0.15), At::Step(12_000)).unwrap();
+    assert!(plan.relative_error < 0.05 && (plan.sum - 1.0).abs() < 1e-12, "{plan:?}");
+    let weights = run.load(&plan).unwrap();
+    assert_eq!(weights.get("w").unwrap().to_vec::<f32>().unwrap()[1], 1.0);
+    let text = run.plan(Profile::beta(0.99).unwrap(), At::Latest).unwrap_err().to_string();
+    assert!(text.contains("no history of updates"), "{text}");
+}
+
+#[test]
+fn metadata_that_make_no_sense_are_named() {
+    let uniform = Profile::uniform(crate::math::Window::Steps(10.0)).unwrap();
+    let beta = Profile::beta(0.9).unwrap();
+    let counter = r#"{"updates":[[10,100,10]],"decay":{"kind":"counter","stride":10,"offset":2}}"#;
+    let corrected = r#"{"updates":[[10,100,10]],"decay":{"kind":"corrected-counter","stride":0,"offset":2}}"#;
+    let unknown = r#"{"updates":[[10,100,10]],"decay":{"kind":"spiral","stride":10,"offset":2}}"#;
+    for (profile, history, part) in [
+        (&uniform, "[[10,100,10]]", "no running average can track"),
+        (&power(0.1), "[[10,105,10]]", "whole strides"),
+        (&power(0.1), "[[10,90,10]]", "ends at 90, not at step 100"),
+        (&power(0.1), "[[10,", "`history` cannot be understood"),
+        (&power(0.1), "{}", "missing field `updates`"),
+        (&beta, counter, "belongs to a power-function profile"),
+        (&power(0.1), corrected, "belongs to a power-function profile"),
+        (&power(0.1), unknown, "unknown variant `spiral`"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), 0, 100, profile, Some(history.into()));
+        let text = Run::open(dir.path()).unwrap_err().to_string();
+        assert!(text.contains(part) && text.contains("0.100.safetensors"), "{text}");
+    }
+}
+
+#[test]
+fn histories_that_part_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 0, 100, &power(0.1), Some("[[10,100,10]]".into()));
+    write(dir.path(), 0, 200, &power(0.1), Some("[[20,200,20]]".into()));
+    let text = Run::open(dir.path()).unwrap_err().to_string();
+    assert!(text.contains("0.100.safetensors: other updates are recorded than in") && text.contains("0.200"), "{text}");
+}
+
+/// Whatever step of the writing fails: an error that names the file, what was there before untouched, nothing left beside it.
+#[test]
+fn outputs_that_fail_at_any_step_leave_what_was_there() {
+    let dir = tempfile::tempdir().unwrap();
+    for step in (1..=5).map(|i| 1000 * i) {
+        write(dir.path(), 0, step, &power(0.05), None);
+    }
+    let run = Run::open(dir.path()).unwrap();
+    let plans = [0.04, 0.05].map(|sigma_rel| run.plan(power(sigma_rel), At::Latest).unwrap());
+    let mut tried = 0;
+    for first in 0.. {
+        let temp = tempfile::tempdir().unwrap();
+        let paths = ["a", "b"].map(|name| temp.path().join(name));
+        std::fs::write(&paths[0], "before").unwrap();
+        let fault = crate::fs::fail_point::Fault::within(temp.path(), first..first + 1, 28);
+        let outputs = [0, 1].map(|i| Output { plan: &plans[i], path: &paths[i] });
+        let written = run.write_all(&outputs, &WriteOptions::default());
+        let struck = fault.steps() > first;
+        drop(fault);
+        assert_eq!(written.is_err(), struck, "{written:?}");
+        let mut names: Vec<_> =
+            std::fs::read_dir(temp.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        let whole = |path: &Path| crate::snapshot::StoredFile::open(path).is_ok();
+        match written {
+            Ok(_) => {
+                assert!(names == ["a", "b"] && paths.iter().all(|path| whole(path)), "{names:?}");
+                break;
+            }
+            Err(error) => {
+                let text = error.to_string();
+                assert!(text.contains("No space left") && text.contains(temp.path().to_str().unwrap()), "{text}");
+                // The first may be whole by then.
+                assert!(std::fs::read(&paths[0]).unwrap() == b"before" || whole(&paths[0]), "step {first}");
+                assert!(!paths[1].exists() || whole(&paths[1]), "step {first}");
+                assert!(names.iter().all(|name| name == "a" || name == "b"), "{names:?}");
+            }
+        }
+        tried += 1;
+    }
+    assert!(tried >= 8, "{tried} steps");
+}

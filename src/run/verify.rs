@@ -1,0 +1,71 @@
+//! Whether every file of a run is what was written.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::{Run, state};
+use crate::error::{Error, Result};
+use crate::snapshot::{self, Snapshot, StoredFile};
+
+/// What a look at every byte of a run found.
+#[derive(Debug)]
+pub struct VerifyReport {
+    /// The safetensors files in the directory.
+    pub files: usize,
+    /// The bytes of those that are whole.
+    pub bytes: u64,
+    /// What is wrong, each thing once.
+    pub findings: Vec<Error>,
+}
+
+/// Reads every file of a run, compares headers and data with their checksums, and checks that the snapshots belong
+/// together and that the live state leads to them. What is damaged does not keep the rest from being read. `progress` is
+/// told the bytes of each file.
+///
+/// # Errors
+/// [`Error::NoRun`] where there is no such directory, [`Error::Io`] where it cannot be listed.
+pub fn verify(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<VerifyReport> {
+    let dir = dir.as_ref();
+    let mut findings = Findings::default();
+    for (stem, files) in snapshot::list_each(dir)? {
+        let snapshot = files.and_then(|files| Snapshot::open(stem, &files));
+        findings.add(snapshot.and_then(|snapshot| snapshot.verify_index()));
+    }
+    if findings.0.is_empty() {
+        // A tracker beside this writes the state before the snapshots: read after them, it is never behind.
+        findings.add(Run::open(dir).and_then(|run| state::check(dir, &run)));
+    }
+    let paths = files(dir)?;
+    let mut bytes = 0;
+    for path in &paths {
+        let verified = StoredFile::open(path).and_then(|file| file.verify().map(|()| file.len()));
+        bytes += verified.as_ref().copied().unwrap_or(0);
+        findings.add(verified.map(drop));
+        progress(path.metadata().map_or(0, |metadata| metadata.len()));
+    }
+    Ok(VerifyReport { files: paths.len(), bytes, findings: findings.0 })
+}
+
+#[derive(Default)]
+struct Findings(Vec<Error>);
+
+impl Findings {
+    /// A file that is gone was dropped by a tracker since the listing: that is no damage.
+    fn add(&mut self, result: Result<()>) {
+        let Err(error) = result else { return };
+        let known = || self.0.iter().any(|found| found.to_string() == error.to_string());
+        if !snapshot::is_gone(&error) && !known() {
+            self.0.push(error);
+        }
+    }
+}
+
+/// Every safetensors file of the run: shards of sets that are not whole are among them.
+fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let entries: Vec<_> = fs::read_dir(dir).and_then(Iterator::collect).map_err(Error::io("list", dir))?;
+    let paths = entries.into_iter().map(|entry: fs::DirEntry| entry.path());
+    let mut paths: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
+    paths.retain(|path| !path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")));
+    paths.sort();
+    Ok(paths)
+}

@@ -1,0 +1,11 @@
+//! Tests of the library as a whole, in one binary: linking each alone would take longer than running them.
+
+mod concurrency;
+mod disk;
+mod layers;
+mod names;
+mod noise;
+mod numbers;
+mod paper;
+mod sources;
+mod trajectories;
