@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HELP = ROOT / "tests" / "help"
+HELP = ROOT / "cli" / "tests" / "help"
 PAGE = ROOT / "docs" / "reference" / "command-line.md"
 PROGRAM = "posthoc-ema"
 
