@@ -86,7 +86,7 @@ def main() -> None:
         "scaling": newest(options.records, "scaling"),
     }
     if not any(records.values()):
-        print(f"{options.records} holds no record of {' or '.join(KINDS)}: there is no page to make")
+        print(f"{options.records} holds no record of {' or '.join(KINDS)}: the page is not made")
         return
     text = page(records)
     if options.check:
