@@ -14,7 +14,7 @@ class Layout:
 
     def __new__(cls, tensors: Sequence[tuple[str, str, Sequence[int], int]]) -> Layout: ...
 
-class Originals:
+class SavedWeights:
     """Elements of tensors before an average replaced them."""
 
     def __init__(self) -> None: ...
@@ -55,7 +55,7 @@ class Tracker:
     ) -> str: ...
     def load_tracked_into(self, index: int, layout: Layout, addresses: Sequence[int]) -> None: ...
     def swap_in(
-        self, target: str, originals: Originals, layout: Layout, addresses: Sequence[int], stream: int
+        self, target: str, originals: SavedWeights, layout: Layout, addresses: Sequence[int], stream: int
     ) -> None: ...
     def switch_to(self, target: str, layout: Layout, addresses: Sequence[int], stream: int) -> None: ...
 
@@ -96,7 +96,7 @@ class Run:
         target: str,
         step: int | None,
         noise: str,
-        originals: Originals,
+        originals: SavedWeights,
         layout: Layout,
         addresses: Sequence[int],
         stream: int,

@@ -11,7 +11,7 @@ from . import _native
 from ._lend import Lender, address, is_torch, torch_module
 from ._model import MappingTensors, ModuleTensors
 
-Swap = Callable[[_native.Originals, _native.Layout, list[int], int], None]
+Swap = Callable[[_native.SavedWeights, _native.Layout, list[int], int], None]
 """Writes an average to tensors at addresses, on a stream, and moves their old elements into the first argument."""
 
 holding: dict[object, frozenset[int]] = {}
@@ -113,7 +113,7 @@ def swapped_in(tensors: ModuleTensors | MappingTensors, swap: Swap) -> Iterator[
     """Swaps an average into a model for a block; every bit, flag and device is restored when it ends or raises."""
     lender = tensors.lender()
     module = _ModuleState(tensors.model) if isinstance(tensors, ModuleTensors) else None
-    versions, originals = _VersionCounters(lender.tensors), _native.Originals()
+    versions, originals = _VersionCounters(lender.tensors), _native.SavedWeights()
     addresses = addresses_of(lender.tensors)
     block = object()
     try:
@@ -130,7 +130,11 @@ def swapped_in(tensors: ModuleTensors | MappingTensors, swap: Swap) -> Iterator[
 
 
 def _swap_out(
-    module: _ModuleState | None, lender: Lender, originals: _native.Originals, versions: _VersionCounters, block: object
+    module: _ModuleState | None,
+    lender: Lender,
+    originals: _native.SavedWeights,
+    versions: _VersionCounters,
+    block: object,
 ) -> None:
     """Restores the model; may be called again after an interrupt."""
     if module is not None:
