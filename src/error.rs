@@ -1,160 +1,162 @@
-//! The errors of the whole crate: one variant per cause, each with what, where, which value and the remedy.
+//! Errors of the whole crate: one variant per cause, with the place, the value and the remedy.
 
 use std::ffi::OsStr;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The result of everything here that can fail.
+/// Result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong. The text names the file, tensor, step and value, and what to do about it.
+/// Error of this crate. Its text names the file, tensor, step and value, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A profile's parameter lies outside its domain.
+    /// A profile's parameter is outside its domain.
     #[error("{name} = {value}: {allowed}")]
     Parameter {
-        /// The parameter, such as `sigma_rel`.
+        /// Name of the parameter, such as `sigma_rel`.
         name: &'static str,
-        /// The value that was given.
+        /// Value that was given.
         value: f64,
-        /// What is allowed, and what to do.
+        /// Allowed values, and the remedy.
         allowed: String,
     },
-    /// A tabulated profile is no cumulative distribution.
+    /// A tabulated profile is not a cumulative distribution.
     #[error("table of a profile, point {point}: {reason}")]
     Table {
-        /// The offending point, counted from 1.
+        /// Index of the offending point, counted from 1.
         point: usize,
-        /// What is wrong with it.
+        /// Fault of the point.
         reason: String,
     },
     /// A profile that one running average cannot track was given to a tracker.
     #[error(
-        "the profile {profile} cannot be tracked by a running average: track power-function or exponential profiles, and ask for this one as a target afterwards"
+        "the profile {profile} cannot be tracked by a running average: track power-function or exponential profiles, \
+         and ask for this one as a target afterwards"
     )]
     NotTrackable {
-        /// The profile.
+        /// Profile that was given.
         profile: String,
     },
-    /// A history of updates is not a growing list of times.
+    /// A history of updates is not a list of increasing times.
     #[error("history of updates: {0}")]
     History(String),
-    /// Two sources are the same average.
+    /// Two sources have the same profile and step.
     #[error("{first} and {second} are the same average (same profile, same step): remove one of them")]
     DuplicateSource {
-        /// The first of the pair.
+        /// First of the pair.
         first: String,
-        /// The second of the pair.
+        /// Second of the pair.
         second: String,
     },
-    /// The sources cannot be told apart by the solve.
+    /// Two sources are too much alike for the solve.
     #[error(
-        "the weights cannot be solved: {first} and {second} weigh the updates almost alike (cosine {cosine}): leave one of them out, or track profiles that lie further apart"
+        "cannot solve for the weights: {first} and {second} are almost the same average (cosine {cosine}): \
+         leave one of them out, or track profiles that are further apart"
     )]
     DependentSources {
-        /// One of the most alike pair.
+        /// First of the most similar pair.
         first: String,
-        /// The other.
+        /// Second of the most similar pair.
         second: String,
-        /// The cosine of the angle between their densities.
+        /// Cosine of the angle between their densities.
         cosine: f64,
     },
-    /// No source lies at or before the target time.
+    /// The target time is before the first snapshot.
     #[error("the target time {at} is before the first snapshot (step {first}): ask for step {first} or later")]
     TargetBefore {
-        /// The time that was asked for.
+        /// Time that was asked for.
         at: u64,
-        /// The first time that can be had.
+        /// Earliest time that can be had.
         first: u64,
     },
-    /// The target time lies after the last update.
+    /// The target time is after the last snapshot.
     #[error("the target time {at} is after the last snapshot (step {last}): ask for step {last} or earlier")]
     TargetAfter {
-        /// The time that was asked for.
+        /// Time that was asked for.
         at: u64,
-        /// The last time that can be had.
+        /// Latest time that can be had.
         last: u64,
     },
     /// No target was given.
     #[error("no target was given: name at least one, such as sigma_rel 0.15")]
     NoTarget,
-    /// Nothing is there to blend, average or import.
+    /// There is nothing to blend, average or import.
     #[error("there is no {wanted}: {remedy}")]
     NoSource {
-        /// What is missing, such as "snapshot to blend".
+        /// Missing thing, such as "snapshot to blend".
         wanted: String,
-        /// What to do.
+        /// Remedy.
         remedy: &'static str,
     },
-    /// An average was asked for before the first update.
+    /// An average was requested before the first update.
     #[error("there was no update yet: train until the first one is due")]
     NoUpdate,
-    /// A model holds nothing that can be averaged.
+    /// A model has no tensor that can be averaged.
     #[error("the model has no floating-point tensor to average: pass its parameters, or leave out fewer of them")]
     NothingToAverage,
     /// A plan was made for other snapshots or checkpoints.
-    #[error("{missing} of the plan is not among those that are open: plan again")]
+    #[error("the plan needs {missing}, which is not open: make a new plan")]
     OtherPlan {
-        /// What the plan names, such as "snapshot 0.1000".
+        /// Source that the plan names, such as "snapshot 0.1000".
         missing: String,
     },
-    /// Two lists that belong together differ in length.
+    /// Two lists that must have the same length differ in it.
     #[error("{found} {items} were given for {expected} {owners}: give one for each")]
     Count {
-        /// What was given, such as "weights".
+        /// Kind of the items given, such as "weights".
         items: &'static str,
-        /// How many.
+        /// Number of items.
         found: usize,
-        /// What they belong to, such as "snapshots".
+        /// Kind of their owners, such as "snapshots".
         owners: &'static str,
-        /// How many of those there are.
+        /// Number of owners.
         expected: usize,
     },
-    /// A state that the library rules out.
-    #[error("{0}: this is a fault of posthoc-ema; please report it with this message")]
+    /// A bug of this library.
+    #[error("{0}: this is a bug in posthoc-ema; please report it with this message")]
     Internal(String),
 
-    /// The operating system refused something.
-    #[error("cannot {action} {}: {source}{}", named(path), remedy(source))]
+    /// A call to the operating system failed.
+    #[error("cannot {action} {}: {source}{}", named(path), remedy(action, source))]
     Io {
-        /// What was attempted, as a verb.
+        /// Attempted action, as a verb.
         action: &'static str,
-        /// On which file or directory.
+        /// File or directory.
         path: PathBuf,
-        /// The system's error.
+        /// Error of the system.
         #[source]
         source: io::Error,
     },
-    /// A directory holds no run.
+    /// A directory does not contain a run.
     #[error(
         "{}: no run here ({}): name the directory that a tracker writes its snapshots to",
         named(path),
         shown(reason)
     )]
     NoRun {
-        /// The directory.
+        /// Directory that was given.
         path: PathBuf,
-        /// What was found instead.
+        /// Reason, such as "it does not exist".
         reason: String,
     },
-    /// A new run was to be made where one exists.
+    /// The directory of a new run already contains one.
     #[error(
-        "{}: the directory already holds a run ({}): train on with `resume`, or choose another directory",
+        "{}: the directory already holds a run ({}): continue it with `resume`, or choose another directory",
         named(path),
         named(found)
     )]
     RunExists {
-        /// The directory.
+        /// Directory that was given.
         path: PathBuf,
-        /// A file that shows it.
+        /// Name of a file of the run.
         found: String,
     },
-    /// Another process (or tracker) writes this run.
+    /// Another tracker, of this or another process, is writing the run.
     #[error("{}: another tracker is writing this run: stop it first, or choose another directory", named(path))]
     Locked {
-        /// The run's directory.
+        /// Directory of the run.
         path: PathBuf,
     },
     /// A safetensors file is damaged.
@@ -164,120 +166,123 @@ pub enum Error {
         shown(reason)
     )]
     Damaged {
-        /// The file.
+        /// Damaged file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Damage that was found.
         reason: String,
     },
-    /// A file is sound but is not what was expected.
+    /// A file is intact, but not the expected one.
     #[error("{}: {}", named(path), shown(reason))]
     Unexpected {
-        /// The file.
+        /// Unexpected file.
         path: PathBuf,
-        /// What is wrong and what to do.
+        /// Fault and remedy.
         reason: String,
     },
-    /// Two files of one run, or of one list of checkpoints, differ.
+    /// Two files of one run, or of one list of checkpoints, do not belong together.
     #[error(
-        "{}: {}, in {} it is {}: the two do not belong to one run; move one of them out of the directory",
+        "{}: {}, but {} in {}: the two files are not of one run; move one of them out of the directory",
         named(path),
         difference.found(),
-        named(other),
-        shown(&difference.expected)
+        shown(&difference.expected),
+        named(other)
     )]
     Mismatch {
-        /// The file.
+        /// File that was checked.
         path: PathBuf,
-        /// The file that it was compared with.
+        /// File that it was compared with.
         other: PathBuf,
-        /// The first difference: found in `path`, expected from `other`.
+        /// First difference: found in `path`, expected from `other`.
         difference: Difference,
     },
 
-    /// The parameters given are not those the run began with.
+    /// The model is not the one that the run began with.
     #[error(
-        "tensor `{}`: {}, it was {}: pass the model that the run began with, or start a new run for a changed one",
+        "tensor `{}`: {}, but was {}: pass the model that the run began with, or start a new run for the changed one",
         named(tensor),
         difference.found(),
         shown(&difference.expected)
     )]
     Changed {
-        /// The tensor's name.
+        /// Name of the tensor.
         tensor: String,
-        /// The first difference: found now, expected from the run.
+        /// First difference: found now, expected from the run.
         difference: Difference,
     },
     /// A tensor cannot be averaged.
     #[error("tensor `{}`: {}", named(tensor), shown(reason))]
     Tensor {
-        /// The tensor's name.
+        /// Name of the tensor.
         tensor: String,
-        /// What is wrong and what to do.
+        /// Fault and remedy.
         reason: String,
     },
-    /// A NaN or an infinity in an average.
+    /// An average to be stored contains a NaN or an infinity.
     #[error(
-        "tensor `{}`: the average {profile} holds {value} at element {element} at step {step}: the snapshot was not written. Training diverged at or before this step: go back to the newest snapshot and resume from there. Where the value is meant, as in a mask, name the tensor among those to copy",
+        "tensor `{}`: the average {profile} holds {value} at element {element} at step {step}: the snapshot was not \
+         written. Training diverged at or before this step: go back to the newest snapshot and resume from there. If the \
+         value is intended, as in a mask, name the tensor among those to copy",
         named(tensor)
     )]
     NonFinite {
-        /// The tensor's name.
+        /// Name of the tensor.
         tensor: String,
-        /// The profile whose average holds it.
+        /// Profile of the average.
         profile: String,
-        /// The flat index of the first such element.
+        /// Flat index of the first such element.
         element: usize,
-        /// The value.
+        /// Value of that element.
         value: f32,
-        /// The step of the newest update.
+        /// Step of the newest update.
         step: u64,
     },
-    /// A CUDA device, or its driver, cannot do what was asked for.
+    /// A call to a CUDA device or its driver failed.
     #[error("cuda:{device}: cannot {action}: {reason}")]
     Cuda {
-        /// The device's number.
+        /// Number of the device.
         device: usize,
-        /// What was attempted, as a verb.
+        /// Attempted action, as a verb.
         action: String,
-        /// The driver's answer and the remedy.
+        /// Answer of the driver, and remedy.
         reason: String,
     },
-    /// Time did not move forward.
-    #[error("update at time {time}, but the last one was at {last}: times must grow")]
+    /// The time of an update is not after that of the one before.
+    #[error("update at time {time}, but the last one was at {last}: times must increase")]
     Time {
-        /// The time that was given.
+        /// Time that was given.
         time: u64,
-        /// The time of the call before.
+        /// Time of the previous call.
         last: u64,
     },
-    /// An option of a tracker is out of range or contradicts the run on disk.
+    /// An option is out of range or contradicts the run on disk.
     #[error("option {option}: {reason}")]
     Setting {
-        /// The option's name.
+        /// Name of the option.
         option: &'static str,
-        /// What is wrong and what to do.
+        /// Fault and remedy.
         reason: String,
     },
-    /// What was to be timed gave a wrong answer.
+    /// A benchmarked computation returned a wrong result.
     #[error(
-        "{what}: {reason}: nothing is timed that computes wrongly; report this with the machine's model, and test its memory"
+        "{what}: {reason}: the result is wrong, so it was not timed; report this with the machine's model, and test \
+         its memory"
     )]
     Wrong {
-        /// The work, and the device that did it.
+        /// Computation and the device that ran it.
         what: String,
-        /// What came out, and what should have.
+        /// Result and expected result.
         reason: String,
     },
 }
 
-/// One property in which two things differ.
+/// Property in which two files or two models differ.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
-    /// The property, such as "the shape of tensor `w`".
+    /// Name of the property, such as "the shape of tensor `w`".
     pub what: String,
-    /// Its value in the run, or in the file that another is compared with.
+    /// Value in the run, or in the file compared with.
     pub expected: String,
-    /// Its value here.
+    /// Value in the file or model that was checked.
     pub found: String,
 }
 
@@ -286,14 +291,14 @@ impl Difference {
         Difference { what: what.into(), expected: expected.to_string(), found: found.to_string() }
     }
 
-    /// The property and the value that was found.
+    /// Returns the property with its found value, as a clause.
     fn found(&self) -> String {
         format!("{} is {}", shown(&self.what), shown(&self.found))
     }
 }
 
 impl Error {
-    /// Wraps an error of the operating system; for `map_err`.
+    /// Wraps an error of the operating system, for `map_err`.
     #[doc(hidden)]
     pub fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_owned();
@@ -314,10 +319,10 @@ impl Error {
         Error::Tensor { tensor: tensor.to_owned(), reason: reason.into() }
     }
 
-    /// A tensor whose memory this build cannot reach.
+    /// Error for a tensor on a CUDA device, where host memory is needed.
     pub(crate) fn on_device(tensor: &str) -> Error {
         let remedy = if cfg!(feature = "cuda") { "pass" } else { "build with the feature `cuda`, or pass" };
-        Error::tensor(tensor, format!("it lies on a CUDA device: {remedy} tensors in host memory here"))
+        Error::tensor(tensor, format!("it is on a CUDA device: {remedy} tensors in host memory here"))
     }
 
     pub(crate) fn changed(tensor: &str, difference: Difference) -> Error {
@@ -329,34 +334,43 @@ impl Error {
     }
 }
 
-/// As [`shown`], on one line: of a name, no line of a message can be forged.
+/// Formats a name for one line of a message: as [`shown`], with newlines escaped too.
 fn named(text: &(impl AsRef<OsStr> + ?Sized)) -> String {
     shown(text).replace('\n', "\\n")
 }
 
-/// The most bytes that a name or a reason takes in a message.
-const LONGEST: usize = 4000;
+/// Largest number of bytes of a name or reason in a message.
+const MAX_SHOWN: usize = 4000;
 
-/// What a file says, fit for a terminal: control characters, which could hide or forge what is printed there, are spelled
-/// out, and the middle of what is longer than any honest name or reason is left out.
+/// Formats text from a file for a terminal: control characters are escaped, and the middle of longer text is left out.
 fn shown(text: &(impl AsRef<OsStr> + ?Sized)) -> String {
     let text = text.as_ref().to_string_lossy();
-    let spelled = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
-    if text.len() <= LONGEST {
-        return text.chars().map(spelled).collect();
+    if text.len() <= MAX_SHOWN {
+        return escape_controls(&text, &['\n']);
     }
-    let (head, tail) = (text.floor_char_boundary(LONGEST / 2), text.ceil_char_boundary(text.len() - LONGEST / 2));
+    let head = text.floor_char_boundary(MAX_SHOWN / 2);
+    let tail = text.ceil_char_boundary(text.len() - MAX_SHOWN / 2);
     let left_out = tail - head;
-    let spell = |part: &str| part.chars().map(spelled).collect::<String>();
-    format!("{} [{left_out} bytes] {}", spell(&text[..head]), spell(&text[tail..]))
+    let escape = |part: &str| escape_controls(part, &['\n']);
+    format!("{} [{left_out} bytes] {}", escape(&text[..head]), escape(&text[tail..]))
 }
 
-/// What a user can do about the commonest errors of the operating system.
-fn remedy(source: &io::Error) -> &'static str {
-    if source.raw_os_error() == Some(rustix::io::Errno::NOLCK.raw_os_error()) {
-        return ": this file system does not lock files, so that two trainings could write one run: put the run on another one, \
-                or mount this one with locks";
+/// Escapes control characters, which could hide or forge the output of a terminal, except those in `kept`.
+#[doc(hidden)]
+pub fn escape_controls(text: &str, kept: &[char]) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() && !kept.contains(&c) {
+            escaped.extend(c.escape_default());
+        } else {
+            escaped.push(c);
+        }
     }
+    escaped
+}
+
+/// Returns the remedy for the most common errors of the operating system.
+fn remedy(action: &str, source: &io::Error) -> &'static str {
     match source.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             ": free some space or choose another disk; what was there before is untouched"
@@ -367,6 +381,11 @@ fn remedy(source: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => ": check the permissions of the file and its directory",
         io::ErrorKind::ReadOnlyFilesystem => ": the disk is mounted read-only",
         io::ErrorKind::NotFound => ": check the path",
+        // Not every system has a kind of error for a file system without locks.
+        _ if action == "lock" => {
+            ": if this file system does not support locks, two trainings could write one run: \
+             put the run on another one, or mount this one with locks"
+        }
         io::ErrorKind::Unsupported => ": this file system cannot do that: put the run on another one",
         _ => "",
     }
@@ -377,7 +396,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_file_says_cannot_reach_the_terminals_controls() {
+    fn control_characters_are_escaped() {
         let name = "layer\u{1b}[2J\r\u{9b}\t.weight";
         let text = Error::tensor(name, "a reason\u{7}").to_string();
         assert_eq!(text, "tensor `layer\\u{1b}[2J\\r\\u{9b}\\t.weight`: a reason\\u{7}");
@@ -387,14 +406,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_longer_than_any_reason_is_cut_in_the_middle() {
+    fn long_reasons_are_cut_in_the_middle() {
         for letter in ["a", "\u{4e2d}"] {
             let text =
                 Error::unexpected(Path::new("the.file"), format!("it begins, {} and ends", letter.repeat(1 << 20)));
             let text = text.to_string();
             assert!(text.starts_with("the.file: it begins, ") && text.ends_with(" and ends"), "{}", &text[..100]);
-            assert!(text.len() < LONGEST + 100 && text.contains(" bytes] "), "{}", text.len());
+            assert!(text.len() < MAX_SHOWN + 100 && text.contains(" bytes] "), "{}", text.len());
         }
-        assert_eq!(shown(&"a".repeat(LONGEST)).len(), LONGEST);
+        assert_eq!(shown(&"a".repeat(MAX_SHOWN)).len(), MAX_SHOWN);
     }
 }

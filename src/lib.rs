@@ -52,6 +52,8 @@ pub use compute::cpu::Precision;
 #[cfg(feature = "cuda")]
 pub use compute::cuda::Fence;
 pub use device::Device;
+#[doc(hidden)]
+pub use error::escape_controls;
 pub use error::{Difference, Error, Result};
 #[cfg(feature = "pytorch")]
 pub use import::{Import, ImportReport, Tool};

@@ -8,6 +8,10 @@ use half::{bf16, f16};
 
 use crate::error::{Difference, Error, Result};
 
+mod finite;
+
+pub(crate) use finite::first_non_finite;
+
 /// The element types of safetensors files.
 pub use safetensors::Dtype;
 

@@ -7,11 +7,10 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 
 use super::plan::{Source, Tensors};
-use super::write::{first_not_finite, number_at};
+use super::write::number_at;
 use crate::error::Result;
 use crate::pytorch::Checkpoint;
-use crate::tensor::TensorSpec;
-use crate::tensor::is_averaged;
+use crate::tensor::{TensorSpec, first_non_finite, is_averaged};
 
 /// What is known of the tensors that are no averages.
 #[derive(Debug, Default)]
@@ -166,7 +165,7 @@ fn alike(files: &[Checkpoint], spec: &TensorSpec, key: &str) -> Result<Option<Te
 
 /// Whether there are NaN, and infinities.
 fn not_finite(dtype: Dtype, bytes: &[u8]) -> (bool, bool) {
-    let Some(first) = first_not_finite(dtype, bytes) else { return (false, false) };
+    let Some((first, _)) = first_non_finite(dtype, bytes) else { return (false, false) };
     let elements = bytes.len() * 8 / dtype.bitsize();
     let mut rest = (first..elements).map(|element| number_at(dtype, bytes, element));
     let infinite = rest.clone().any(f64::is_infinite);

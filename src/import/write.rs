@@ -18,7 +18,7 @@ use crate::snapshot::{Meta, SHARD_SIZE, new_run_id, write_snapshot};
 
 use crate::planning::{history_json, profile_json};
 use crate::run::Run;
-use crate::tensor::TensorSpec;
+use crate::tensor::{TensorSpec, first_non_finite};
 
 /// Writes a run, or nothing.
 pub(super) fn write(plan: &Plan, dir: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<ImportReport> {
@@ -76,8 +76,7 @@ fn check_unchanged(plan: &Plan, source: &Source, checkpoint: &Checkpoint) -> Res
 }
 
 fn check_finite(path: &Path, spec: &TensorSpec, bytes: &[u8]) -> Result<()> {
-    let Some(element) = first_not_finite(spec.dtype, bytes) else { return Ok(()) };
-    let value = number_at(spec.dtype, bytes, element);
+    let Some((element, value)) = first_non_finite(spec.dtype, bytes) else { return Ok(()) };
     let why = format!(
         "tensor `{}` holds {value} at element {element}, and every average that it is blended into would: move the checkpoints \
          of this step out of the directory",
@@ -93,28 +92,6 @@ pub(super) fn number_at(dtype: Dtype, bytes: &[u8], element: usize) -> f64 {
         Some(Number::Rounded(value, _)) => value,
         _ => f64::NAN,
     }
-}
-
-/// The first element that is NaN or infinite: its exponent is all ones.
-pub(super) fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
-    match dtype {
-        Dtype::F16 => first_where(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
-        Dtype::BF16 => first_where(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-        Dtype::F32 => first_where(bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
-        Dtype::F64 => first_where(bytes, |b| u64::from_le_bytes(b) & 0x7ff0 << 48 == 0x7ff0 << 48),
-        _ => None,
-    }
-}
-
-/// The first element of `N` bytes that is odd, looked for in blocks.
-fn first_where<const N: usize>(bytes: &[u8], odd: impl Fn([u8; N]) -> bool + Sync) -> Option<usize> {
-    const BLOCK: usize = 1 << 16;
-    let (elements, _) = bytes.as_chunks::<N>();
-    // No early end within a block: so the compiler may look at many elements at once.
-    let holds = |block: &[[u8; N]]| block.iter().fold(false, |found, &element| found | odd(element));
-    let block = elements.par_chunks(BLOCK).position_first(holds)?;
-    let start = block * BLOCK;
-    elements[start..].iter().position(|&element| odd(element)).map(|i| start + i)
 }
 
 /// Writes one snapshot and returns the size of its files.

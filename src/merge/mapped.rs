@@ -3,8 +3,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use half::{bf16, f16};
-use safetensors::Dtype;
 use tempfile::TempDir;
 
 use super::Checkpoints;
@@ -15,6 +13,7 @@ use crate::fs::TempLock;
 #[cfg(feature = "pytorch")]
 use crate::fs::scratch_folder;
 use crate::synthesis::{Selection, TensorSource};
+use crate::tensor::first_non_finite;
 
 /// The models that some targets read.
 pub(super) struct Mapped<'a> {
@@ -82,7 +81,7 @@ impl Mapped<'_> {
         for (i, model) in &self.models {
             let mapped = self.converted.get(i).unwrap_or(model);
             let stored = mapped.stored(tensor).and_then(|(dtype, elements)| Some((dtype, elements.host()?)));
-            if let Some((element, value)) = stored.and_then(|(dtype, bytes)| first_not_finite(dtype, bytes)) {
+            if let Some((element, value)) = stored.and_then(|(dtype, bytes)| first_non_finite(dtype, bytes)) {
                 let why = format!(
                     "tensor `{tensor}` holds {value} at element {element}, and so would every average of it: leave this \
                      checkpoint out"
@@ -92,18 +91,6 @@ impl Mapped<'_> {
         }
         error
     }
-}
-
-/// The first element that is NaN or infinite.
-fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<(usize, f64)> {
-    let value = |element: &[u8]| match *element {
-        [a, b] if dtype == Dtype::F16 => f16::from_le_bytes([a, b]).to_f64(),
-        [a, b] if dtype == Dtype::BF16 => bf16::from_le_bytes([a, b]).to_f64(),
-        [a, b, c, d] => f32::from_le_bytes([a, b, c, d]).into(),
-        [a, b, c, d, e, f, g, h] => f64::from_le_bytes([a, b, c, d, e, f, g, h]),
-        _ => 0.0,
-    };
-    bytes.chunks_exact(dtype.bitsize() / 8).map(value).enumerate().find(|(_, value)| !value.is_finite())
 }
 
 /// The checkpoints that have a weight in a target, or are copied from.

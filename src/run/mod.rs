@@ -380,8 +380,8 @@ fn other_courses(snapshots: &[Snapshot], read: &[Read], end: usize) -> Vec<(usiz
         let newest = |i: usize| read[i].2.as_ref().and_then(History::last).unwrap_or(0);
         let difference = Difference::new(
             "the history of updates",
-            format!("another up to step {}", newest(i)),
-            format!("one to step {} that is not its beginning", newest(i)),
+            format!("of another (last step {})", newest(end)),
+            format!("of one training (last step {})", newest(i)),
         );
         (i, Error::mismatch(snapshots[i].path(), snapshots[end].path(), difference))
     };

@@ -97,7 +97,9 @@ fn histories_that_part_are_named() {
     write(dir.path(), 0, 100, &power(0.1), Some("[[10,100,10]]".into()));
     write(dir.path(), 0, 200, &power(0.1), Some("[[20,200,20]]".into()));
     let text = Run::open(dir.path()).unwrap_err().to_string();
-    assert!(text.contains("0.100.safetensors: other updates are recorded than in") && text.contains("0.200"), "{text}");
+    let found = "0.100.safetensors: the history of updates is of one training (last step 100), but of another (last step 200) \
+                 in ";
+    assert!(text.contains(found) && text.contains("0.200.safetensors: the two files are not of one run"), "{text}");
 }
 
 /// Whatever step of the writing fails: an error that names the file, what was there before untouched, nothing left beside it.

@@ -213,7 +213,7 @@ fn a_snapshot_of_another_course_of_the_run_is_left_out() {
     }
     fs::copy(dir.join("0.20.safetensors"), other.join("0.20.safetensors")).unwrap();
     let text = Run::open(&other).unwrap_err().to_string();
-    assert!(text.contains("0.20.safetensors: other updates are recorded"), "{text}");
+    assert!(text.contains("0.20.safetensors: the history of updates is of one training"), "{text}");
     let (run, left_out) = Run::open_sound(&other, &mut |_| ()).unwrap();
     // Steps 10, 15, 20 and 30 of two profiles, less one.
     assert_eq!((run.snapshots().len(), left_out.len()), (7, 1));

@@ -101,12 +101,14 @@ fn unfinished_shards_are_left_out_and_removed() {
 fn strangers_are_named() {
     type Change = fn(&mut Meta, &mut Vec<TensorSpec>);
     let cases: [(&str, Change); 7] = [
-        ("another run's id", |meta, _| meta.run = Some("other".into())),
-        ("another profile", |meta, _| meta.profile = "[]".into()),
-        ("tensor `a` has another shape ([99], not [100])", |_, specs| specs[0].shape = vec![99]),
-        ("tensor `a` has another dtype (BF16, not F32)", |_, specs| specs[0].dtype = Dtype::BF16),
-        ("a tensor `new` more", |_, specs| specs.push(TensorSpec { name: "new".into(), ..specs[1].clone() })),
-        ("a tensor `b` less", |_, specs| drop(specs.remove(1))),
+        ("the run's id is other, but r in", |meta, _| meta.run = Some("other".into())),
+        ("the profile is [], but {} in", |meta, _| meta.profile = "[]".into()),
+        ("the shape of tensor `a` is [99], but [100] in", |_, specs| specs[0].shape = vec![99]),
+        ("the dtype of tensor `a` is BF16, but F32 in", |_, specs| specs[0].dtype = Dtype::BF16),
+        ("tensor `new` is present, but missing in", |_, specs| {
+            specs.push(TensorSpec { name: "new".into(), ..specs[1].clone() })
+        }),
+        ("tensor `b` is missing, but present in", |_, specs| drop(specs.remove(1))),
         ("step 5", |meta, _| meta.step = 5),
     ];
     for (expected, change) in cases {
@@ -204,8 +206,8 @@ fn a_sibling_that_differs_by_a_byte_is_checked_for_itself() {
         (b"\"shape\":[100]", b"\"shape\":[101]", "tensor `a` takes 404 bytes"),
         (b"\"data_offsets\":[0,24]", b"\"data_offsets\":[1,24]", "tensor `n` begins at byte 1"),
         (b"\"b\":{", b"\"a\":{", "tensor `a` is in the header twice"),
-        (b"\"b\":{", b"\"c\":{", "a tensor `c` more is stored"),
-        (b"\\\"z\\\":\\\"F32", b"\\\"z\\\":\\\"F64", "tensor `z` has another dtype (F64, not F32)"),
+        (b"\"b\":{", b"\"c\":{", "tensor `c` is present, but missing in"),
+        (b"\\\"z\\\":\\\"F32", b"\\\"z\\\":\\\"F64", "the dtype of tensor `z` is F64, but F32 in"),
         (b"\\\"z\\\":\\\"F32", b"\\\"n\\\":\\\"F32", "tensor `n` the dtype F32"),
     ];
     for (from, to, expected) in cases {

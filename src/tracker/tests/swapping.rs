@@ -277,6 +277,6 @@ fn memory_of_a_device_is_refused() {
     let (_temp, dir) = scratch();
     let text = trained(&dir).swap_in(profile(), &mut Elsewhere(odd_bits())).unwrap_err().to_string();
     let expected =
-        if cfg!(feature = "cuda") { "cuda:4096: cannot use the device" } else { "`f32`: it lies on a CUDA device" };
+        if cfg!(feature = "cuda") { "cuda:4096: cannot use the device" } else { "`f32`: it is on a CUDA device" };
     assert!(text.contains(expected), "{text}");
 }
