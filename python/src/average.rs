@@ -1,18 +1,18 @@
-//! Checkpoints of a training in which nothing was tracked.
+//! `Checkpoints`: files of a training in which nothing was tracked.
 
 use std::path::{Path, PathBuf};
 
 use posthoc_ema::{Device, Merge, WriteOptions};
 use pyo3::prelude::*;
 
+use crate::dtypes::{describe, parse_optional_dtype};
 use crate::errors::{argument, to_python};
 use crate::jobs;
-use crate::lend::{Layout, Lent};
+use crate::lend::{Layout, output_views};
 use crate::plans::{at, profiles};
 use crate::process;
-use crate::tracker::{describe, some_dtype};
 
-/// Checkpoints, opened and checked against each other.
+/// Checkpoints of one model, opened and checked against each other.
 #[pyclass(frozen, module = "posthoc_ema._native")]
 pub struct Checkpoints(posthoc_ema::Checkpoints);
 
@@ -33,17 +33,17 @@ impl Checkpoints {
         py.detach(|| posthoc_ema::Checkpoints::open(&paths, steps.as_deref())).map(Checkpoints).map_err(to_python)
     }
 
-    /// Name, dtype and shape of the tensors of an average.
+    /// Returns name, dtype and shape of the tensors of an average.
     fn tensors(&self) -> Vec<(String, String, Vec<usize>)> {
         describe(self.0.tensors())
     }
 
-    /// The names of those that are averaged.
+    /// Returns the names of the averaged tensors.
     fn averaged(&self) -> Vec<String> {
         self.0.averaged()
     }
 
-    /// The weights of targets and what they cost, as JSON, and a warning where there is one.
+    /// Returns the plans of targets as JSON, and each plan's warning, if there is one.
     fn plans(
         &self,
         py: Python<'_>,
@@ -54,12 +54,12 @@ impl Checkpoints {
         Ok((serde_json::to_string(&merges).map_err(argument)?, merges.iter().map(Merge::warning).collect()))
     }
 
-    /// The bytes of checkpoints that are read for targets.
+    /// Returns the bytes of checkpoints that are read for targets.
     fn bytes_to_read(&self, py: Python<'_>, targets: Vec<String>, step: Option<u64>) -> PyResult<u64> {
         Ok(self.0.bytes_to_read(&self.merges(py, &targets, step)?))
     }
 
-    /// Blends targets into fresh memory, one list of addresses for each, in one pass.
+    /// Blends targets in one pass into new tensors, one list of addresses for each target.
     fn load_into(
         &self,
         py: Python<'_>,
@@ -70,12 +70,11 @@ impl Checkpoints {
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let merges = self.merges(py, &targets, step)?;
-        let mut lent = addresses.into_iter().map(|list| Lent::new(layout, list, 0)).collect::<PyResult<Vec<_>>>()?;
-        let views = Lent::fresh(&mut lent)?;
+        let views = output_views(layout, addresses)?;
         jobs::run(py, progress, |progress| self.0.load_into(&merges, views, progress).map_err(to_python))
     }
 
-    /// Writes each target to a file or folder, in one pass; returns the device that blended them.
+    /// Writes each target to a file or folder, in one pass; returns the device of the blend.
     #[expect(clippy::too_many_arguments, reason = "called by name, by the package only")]
     fn write(
         &self,
@@ -89,10 +88,10 @@ impl Checkpoints {
     ) -> PyResult<String> {
         let merges = self.merges(py, &targets, step)?;
         if merges.len() != paths.len() {
-            return Err(argument(format!("{} targets, and {} paths", merges.len(), paths.len())));
+            return Err(argument(format!("{} paths for {} targets", paths.len(), merges.len())));
         }
         let outputs: Vec<(&Merge, &Path)> = merges.iter().zip(paths.iter().map(PathBuf::as_path)).collect();
-        let dtype = some_dtype(dtype)?;
+        let dtype = parse_optional_dtype(dtype)?;
         let device: Device = device.parse().map_err(argument)?;
         let write = |progress: jobs::Progress<'_>| {
             self.0.write(&outputs, &WriteOptions { dtype, device, progress }).map_err(to_python)

@@ -1,4 +1,4 @@
-//! The library's errors as Python's own exceptions, with the text that names file, tensor, value and remedy.
+//! Conversion of the library's errors into Python's built-in exceptions.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use posthoc_ema::Error;
 use pyo3::PyErr;
 use pyo3::exceptions::{PyFileExistsError, PyFileNotFoundError, PyOSError, PyRuntimeError, PyValueError};
 
-/// For `map_err`.
+/// Converts an error into the exception of its kind, with the same text.
 pub fn to_python(error: Error) -> PyErr {
     let text = error.to_string();
     match error {
@@ -28,7 +28,7 @@ pub fn to_python(error: Error) -> PyErr {
     }
 }
 
-/// `OSError`, which Python makes a `PermissionError` and so on by its number.
+/// Makes an `OSError`; Python chooses the subclass, such as `PermissionError`, by the error number.
 fn from_io(path: &str, source: &io::Error, text: String) -> PyErr {
     match source.raw_os_error() {
         Some(number) => PyOSError::new_err((number, text, path.to_owned())),
@@ -36,7 +36,7 @@ fn from_io(path: &str, source: &io::Error, text: String) -> PyErr {
     }
 }
 
-/// An argument that no caller of the package can pass.
+/// Makes a `ValueError` for an argument that the package's Python code should not have passed.
 pub fn argument(what: impl std::fmt::Display) -> PyErr {
     PyValueError::new_err(what.to_string())
 }

@@ -1,4 +1,4 @@
-//! Checkpoints of other tools.
+//! Imports of other tools' checkpoints.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use crate::errors::{argument, to_python};
 use crate::jobs;
 use crate::plans::profiles;
 
-/// What was imported: snapshots, steps, bytes written, and warnings.
+/// Number of snapshots, their steps, bytes written, and warnings of an import.
 type Report = (usize, Vec<u64>, u64, Vec<String>);
 
 /// Writes another tool's checkpoints as a run.
@@ -26,10 +26,10 @@ pub fn import_run(
     step_size_correction: bool,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Report> {
-    let tool: Tool =
-        tool.parse().map_err(|why| argument(format!("`{tool}` is no tool that can be imported: {why}")))?;
+    let tool: Tool = tool.parse().map_err(|why| argument(format!("cannot import from `{tool}`: {why}")))?;
     let mut import = Import::new(tool, profiles(&tracked)?, update_every);
-    (import.update_after_step, import.step_size_correction) = (update_after_step, step_size_correction);
+    import.update_after_step = update_after_step;
+    import.step_size_correction = step_size_correction;
     let imported = jobs::run(py, progress, |progress| import.write(&source, &run, progress).map_err(to_python))?;
     Ok((imported.snapshots, imported.steps, imported.bytes, imported.warnings))
 }

@@ -1,4 +1,4 @@
-//! Long work beside the interpreter, with progress told by the thread that asked for it.
+//! Long work without the interpreter's lock, which reports its progress to a Python function.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -8,15 +8,15 @@ use pyo3::prelude::*;
 
 use crate::process;
 
-/// How often progress is told, and signals are looked for.
+/// Interval at which progress is reported and signals are checked.
 const TICK: Duration = Duration::from_millis(50);
 
-/// What work tells its progress to: bytes since the last call, from any thread.
+/// Function that the work calls with the bytes since its last call, from any thread.
 pub type Progress<'a> = Option<&'a (dyn Fn(u64) + Sync)>;
 
-/// Does work without the interpreter's lock. `progress` is called with the bytes done so far, in this thread.
+/// Runs `work` without the interpreter's lock and calls `progress` in this thread with the bytes done so far.
 ///
-/// An exception of the callback, or Ctrl-C, is raised when the work is done: it cannot be stopped halfway.
+/// An exception of the callback, or Ctrl-C, is raised after the work has ended: the work cannot be stopped halfway.
 pub fn run<R: Send>(
     py: Python<'_>,
     progress: Option<&Bound<'_, PyAny>>,
@@ -24,24 +24,26 @@ pub fn run<R: Send>(
 ) -> PyResult<R> {
     process::check()?;
     let Some(callback) = progress else { return py.detach(|| work(None)) };
-    let (done, over, mut raised) = (AtomicU64::new(0), AtomicBool::new(false), None);
+    let done = AtomicU64::new(0);
+    let has_ended = AtomicBool::new(false);
+    let mut raised = None;
     let caller = thread::current();
     let result = thread::scope(|scope| {
-        let (done, over) = (&done, &over);
+        let (done, has_ended) = (&done, &has_ended);
         let worker = scope.spawn(move || {
             let count = |bytes| {
                 done.fetch_add(bytes, Ordering::Relaxed);
             };
             let result = work(Some(&count));
-            over.store(true, Ordering::Release);
+            has_ended.store(true, Ordering::Release);
             caller.unpark();
             result
         });
-        // A panic ends the thread without a word.
-        while !over.load(Ordering::Acquire) && !worker.is_finished() {
+        // After a panic of the work, only `is_finished` shows the end.
+        while !has_ended.load(Ordering::Acquire) && !worker.is_finished() {
             py.detach(|| thread::park_timeout(TICK));
-            let told = callback.call1((done.load(Ordering::Relaxed),)).and(py.check_signals());
-            raised = raised.take().or(told.err());
+            let reported = callback.call1((done.load(Ordering::Relaxed),)).and(py.check_signals());
+            raised = raised.take().or(reported.err());
         }
         py.detach(|| worker.join())
     });

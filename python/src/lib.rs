@@ -1,9 +1,10 @@
-//! The native part of the Python package `posthoc_ema`: trackers, runs and plans over memory lent by address.
+//! Native part of the Python package `posthoc_ema`: trackers, runs and plans over memory that is lent by address.
 //!
-//! Private to the package, whose modules know PyTorch and numpy: here a tensor is a name, a dtype, a shape, a device and
-//! an address. Profiles, options and plans travel as JSON, in the form that the library reads and writes anyway.
+//! It is private to the package. Only the Python modules know PyTorch and NumPy: here a tensor is a name, a dtype, a
+//! shape, a device and an address. Profiles, options and plans are passed as the JSON that the library reads and writes.
 
 mod average;
+mod dtypes;
 mod errors;
 mod import;
 mod jobs;
@@ -11,6 +12,7 @@ mod lend;
 mod plans;
 mod process;
 mod run;
+mod saved_weights;
 mod sweep;
 mod tracker;
 
@@ -18,9 +20,9 @@ use pyo3::prelude::*;
 
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    process::note();
-    // The library's warnings, to the standard error. It takes none of the interpreter's locks, and a program that has
-    // set a subscriber of its own keeps it.
+    process::record();
+    // Writes the library's warnings to standard error without the interpreter's lock. A subscriber that the program has
+    // set before stays in place.
     let _ = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
@@ -31,7 +33,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("CUDA", cfg!(feature = "cuda"))?;
     module.add_class::<lend::Layout>()?;
     module.add_class::<tracker::Tracker>()?;
-    module.add_class::<tracker::SavedWeights>()?;
+    module.add_class::<saved_weights::SavedWeights>()?;
     module.add_class::<run::Run>()?;
     module.add_class::<sweep::Sweep>()?;
     module.add_class::<average::Checkpoints>()?;

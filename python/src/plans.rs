@@ -1,4 +1,4 @@
-//! Profiles and plans, which need no tensors.
+//! Functions of profiles and plans, which need no tensors.
 
 use posthoc_ema::math::Schedule;
 use posthoc_ema::{AdviceRequest, At, Dtype, Forecast, Noise, Plan, Profile, Retention};
@@ -7,36 +7,38 @@ use serde::Deserialize;
 
 use crate::errors::{argument, to_python};
 
-/// Reads a profile's JSON.
+/// Parses a profile's JSON.
 pub fn profile(json: &str) -> PyResult<Profile> {
-    serde_json::from_str(json).map_err(|error| argument(strip_place(&error)))
+    serde_json::from_str(json).map_err(|error| argument(message_of(&error)))
 }
 
+/// Parses the JSON of several profiles.
 pub fn profiles(jsons: &[String]) -> PyResult<Vec<Profile>> {
     jsons.iter().map(|json| profile(json)).collect()
 }
 
-/// Plans as JSON, or one list of them.
+/// Formats plans as a JSON list.
 pub fn plans_json(plans: &[Plan]) -> PyResult<String> {
     serde_json::to_string(plans).map_err(argument)
 }
 
-/// The text without line and column: the user did not write the JSON.
-fn strip_place(error: &serde_json::Error) -> String {
+/// Returns the message without line and column: the user did not write the JSON.
+fn message_of(error: &serde_json::Error) -> String {
     let text = error.to_string();
     text.split(" at line ").next().unwrap_or(&text).to_owned()
 }
 
+/// Returns the time of a step, or the newest time for no step.
 pub fn at(step: Option<u64>) -> At {
     step.map_or(At::Latest, At::Step)
 }
 
-/// What a solve does against rounding: "off", "auto", or a number.
-pub fn noise(text: &str) -> PyResult<Noise> {
+/// Parses a regularisation against rounding: "off", "auto", or a number.
+pub fn parse_noise(text: &str) -> PyResult<Noise> {
     text.parse().map_err(|why| argument(format!("noise: {why}")))
 }
 
-/// The number of CUDA devices that can be used, and otherwise why there is none.
+/// Returns the number of usable CUDA devices, and the reason if there are none.
 #[pyfunction]
 pub fn cuda_devices() -> (usize, Option<String>) {
     match posthoc_ema::cuda_devices() {
@@ -45,14 +47,14 @@ pub fn cuda_devices() -> (usize, Option<String>) {
     }
 }
 
-/// Checks a profile's JSON; returns it in full, and its name for people.
+/// Checks a profile's JSON; returns it with all fields, and the profile's name for messages.
 #[pyfunction]
 pub fn check_profile(json: &str) -> PyResult<(String, String)> {
     let profile = profile(json)?;
     Ok((serde_json::to_string(&profile).map_err(argument)?, profile.to_string()))
 }
 
-/// The JSON of a profile from one of the parametrisations of those that can be tracked.
+/// Returns the JSON of a profile that can be tracked, from one of its parameters.
 #[pyfunction]
 pub fn track(kind: &str, value: f64) -> PyResult<String> {
     let profile = match kind {
@@ -60,18 +62,22 @@ pub fn track(kind: &str, value: f64) -> PyResult<String> {
         "gamma" => Profile::gamma(value),
         "beta" => Profile::beta(value),
         "half_life" => Profile::half_life(value),
-        other => return Err(argument(format!("`{other}` is no parametrisation"))),
+        other => {
+            return Err(argument(format!(
+                "`{other}` is not a parameter of a profile: use sigma_rel, gamma, beta or half_life"
+            )));
+        }
     };
     serde_json::to_string(&profile.map_err(to_python)?).map_err(argument)
 }
 
-/// The relative standard deviation of a power-function profile.
+/// Returns the relative standard deviation of a power-function profile, or None for other profiles.
 #[pyfunction]
 pub fn as_sigma_rel(json: &str) -> PyResult<Option<f64>> {
     Ok(profile(json)?.as_sigma_rel())
 }
 
-/// `F_T(tau)`: the share of the average at time `at` that belongs to what was seen by each time.
+/// Returns `F_T(tau)`, the share of the average at time `at` that belongs to updates up to each of `times`.
 #[pyfunction]
 pub fn cumulative(json: &str, times: Vec<f64>, at: f64) -> PyResult<Vec<f64>> {
     let profile = profile(json)?;
@@ -79,10 +85,10 @@ pub fn cumulative(json: &str, times: Vec<f64>, at: f64) -> PyResult<Vec<f64>> {
     Ok(times.into_iter().map(|time| profile.cumulative(time, at)).collect())
 }
 
-/// A training that has not happened yet.
+/// Schedule and tracked profiles of a training that has not begun.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Training {
+struct PlannedTraining {
     steps: u64,
     update_every: u64,
     update_after_step: u64,
@@ -93,13 +99,20 @@ struct Training {
     tracked: Vec<Profile>,
 }
 
-/// Solves targets over the snapshots that a training will leave.
+/// Solves targets over the snapshots that a training will keep.
 #[pyfunction]
 #[pyo3(signature = (training, targets, at_step=None))]
 pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: Option<u64>) -> PyResult<String> {
-    let training: Training = serde_json::from_str(training).map_err(|error| argument(strip_place(&error)))?;
-    let Training { steps, update_every, update_after_step, checkpoint_every, max_checkpoints, retention, tracked } =
-        training;
+    let training: PlannedTraining = serde_json::from_str(training).map_err(|error| argument(message_of(&error)))?;
+    let PlannedTraining {
+        steps,
+        update_every,
+        update_after_step,
+        checkpoint_every,
+        max_checkpoints,
+        retention,
+        tracked,
+    } = training;
     let schedule = Schedule { update_every, update_after_step, checkpoint_every };
     let forecast = Forecast { schedule, steps, keep: max_checkpoints, retention, tracked };
     let targets = profiles(&targets)?;
@@ -107,10 +120,10 @@ pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: O
     plans_json(&plans)
 }
 
-/// What is known of a training before it begins.
+/// Facts about a training that advice is computed from.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Known {
+struct AdviceInput {
     steps: u64,
     update_every: u64,
     update_after_step: u64,
@@ -120,12 +133,12 @@ struct Known {
     range: (f64, f64),
 }
 
-/// Profiles, spacings and numbers of snapshots for a disk, as JSON.
+/// Returns choices of profiles, spacing and number of snapshots for a disk, as JSON.
 #[pyfunction]
-pub fn advise(py: Python<'_>, known: &str) -> PyResult<String> {
-    let known: Known = serde_json::from_str(known).map_err(|error| argument(strip_place(&error)))?;
-    let Known { steps, update_every, update_after_step, parameters, dtype, disk, range } = known;
-    let wish = AdviceRequest { steps, update_every, update_after_step, parameters, dtype, disk, range };
-    let advice = py.detach(|| posthoc_ema::advise(&wish, &|_| ())).map_err(to_python)?;
+pub fn advise(py: Python<'_>, input: &str) -> PyResult<String> {
+    let input: AdviceInput = serde_json::from_str(input).map_err(|error| argument(message_of(&error)))?;
+    let AdviceInput { steps, update_every, update_after_step, parameters, dtype, disk, range } = input;
+    let request = AdviceRequest { steps, update_every, update_after_step, parameters, dtype, disk, range };
+    let advice = py.detach(|| posthoc_ema::advise(&request, &|_| ())).map_err(to_python)?;
     serde_json::to_string(&advice).map_err(argument)
 }

@@ -1,20 +1,20 @@
-//! One process: the threads that do the work do not survive a fork.
+//! Detection of forks: the library's threads do not survive one.
 
 use std::sync::OnceLock;
 
 use pyo3::PyResult;
 use pyo3::exceptions::PyRuntimeError;
 
-static PROCESS: OnceLock<u32> = OnceLock::new();
+static LOADED_IN: OnceLock<u32> = OnceLock::new();
 
-/// Notes in which process the module was loaded.
-pub fn note() {
-    PROCESS.get_or_init(std::process::id);
+/// Records the process in which the module is loaded.
+pub fn record() {
+    LOADED_IN.get_or_init(std::process::id);
 }
 
-/// Refuses work in a forked child, where it would wait for its threads for ever.
+/// Returns an error in a forked child, where work would wait for its threads forever.
 pub fn check() -> PyResult<()> {
-    if PROCESS.get() == Some(&std::process::id()) {
+    if LOADED_IN.get() == Some(&std::process::id()) {
         return Ok(());
     }
     Err(PyRuntimeError::new_err(

@@ -1,4 +1,4 @@
-//! `Run`: the snapshots of a training, read.
+//! `Run`: the stored snapshots of a training.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -6,21 +6,23 @@ use std::path::PathBuf;
 use posthoc_ema::{Device, Output, Plan, WriteOptions};
 use pyo3::prelude::*;
 
+use crate::dtypes::{describe, parse_optional_dtype};
 use crate::errors::{argument, to_python};
 use crate::jobs;
-use crate::lend::{Layout, Lent};
-use crate::plans::{at, noise, plans_json, profiles};
+use crate::lend::{Layout, Lent, output_views};
+use crate::plans::{at, parse_noise, plans_json, profiles};
 use crate::process;
-use crate::tracker::{SavedWeights, describe, some_dtype};
+use crate::saved_weights::SavedWeights;
 
-/// A run's snapshots, mapped.
+/// Snapshots of a run, mapped into memory.
 #[pyclass(frozen, module = "posthoc_ema._native")]
 pub struct Run(posthoc_ema::Run);
 
 impl Run {
-    fn solve(&self, py: Python<'_>, targets: &[String], step: Option<u64>, against: &str) -> PyResult<Vec<Plan>> {
+    fn solve(&self, py: Python<'_>, targets: &[String], step: Option<u64>, noise: &str) -> PyResult<Vec<Plan>> {
         process::check()?;
-        let (targets, noise) = (profiles(targets)?, noise(against)?);
+        let targets = profiles(targets)?;
+        let noise = parse_noise(noise)?;
         py.detach(|| self.0.plans_with(&targets, at(step), noise)).map_err(to_python)
     }
 }
@@ -34,7 +36,7 @@ impl Run {
         py.detach(|| posthoc_ema::Run::open(directory)).map(Run).map_err(to_python)
     }
 
-    /// Opens the snapshots that are whole, of which every byte is read, and tells why each of the others is left out.
+    /// Reads every byte and opens the undamaged snapshots; returns the reason for each one that is left out.
     #[staticmethod]
     fn open_sound(py: Python<'_>, directory: PathBuf) -> PyResult<(Run, Vec<String>)> {
         process::check()?;
@@ -43,28 +45,28 @@ impl Run {
         Ok((Run(run), damaged.iter().map(ToString::to_string).collect()))
     }
 
-    /// Profile index and step of each snapshot.
+    /// Returns profile index and step of each snapshot.
     fn snapshots(&self) -> Vec<(usize, u64)> {
         self.0.snapshots().iter().map(|snapshot| (snapshot.stem.index, snapshot.stem.step)).collect()
     }
 
-    /// The tracked profiles by their index, as JSON.
+    /// Returns the tracked profiles by their index, as JSON.
     fn profiles(&self) -> PyResult<BTreeMap<usize, String>> {
         let json = |(index, profile)| Ok((index, serde_json::to_string(profile).map_err(argument)?));
         self.0.profiles().into_iter().map(json).collect()
     }
 
-    /// Name, dtype and shape of the tensors of a synthesis.
+    /// Returns name, dtype and shape of the tensors of a synthesis.
     fn tensors(&self) -> Vec<(String, String, Vec<usize>)> {
         describe(self.0.tensors())
     }
 
-    /// The names of those that are averaged.
+    /// Returns the names of the averaged tensors.
     fn averaged(&self) -> Vec<String> {
         self.0.averaged()
     }
 
-    /// The names that share another tensor's elements, and that other's name.
+    /// Returns the names that share another tensor's elements, with the name of that tensor.
     fn tied(&self) -> BTreeMap<String, String> {
         self.0.tied().clone()
     }
@@ -74,13 +76,13 @@ impl Run {
         plans_json(&self.solve(py, &targets, step, noise)?)
     }
 
-    /// The bytes of snapshots that a synthesis reads.
+    /// Returns the bytes of snapshots that a synthesis reads.
     fn bytes_to_read(&self, py: Python<'_>, targets: Vec<String>, step: Option<u64>) -> PyResult<u64> {
-        // A regularisation makes no weight 0.
+        // A regularisation sets no weight to 0, so the plans without one read the same files.
         Ok(self.0.bytes_to_read(&self.solve(py, &targets, step, "off")?))
     }
 
-    /// Blends targets into fresh memory, one list of addresses for each, in one pass.
+    /// Blends targets in one pass into new tensors, one list of addresses for each target.
     #[expect(clippy::too_many_arguments, reason = "called by the package only")]
     fn load_into(
         &self,
@@ -93,13 +95,12 @@ impl Run {
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<String> {
         let plans = self.solve(py, &targets, step, noise)?;
-        let mut lent = addresses.into_iter().map(|list| Lent::new(layout, list, 0)).collect::<PyResult<Vec<_>>>()?;
-        let views = Lent::fresh(&mut lent)?;
+        let views = output_views(layout, addresses)?;
         jobs::run(py, progress, |progress| self.0.load_into(&plans, views, progress).map_err(to_python))?;
         plans_json(&plans)
     }
 
-    /// Writes each target to a file, in one pass; returns the plans and the device that blended them.
+    /// Writes each target to a file, in one pass; returns the plans and the device of the blend.
     #[expect(clippy::too_many_arguments, reason = "called by name, by the package only")]
     fn write(
         &self,
@@ -114,10 +115,10 @@ impl Run {
     ) -> PyResult<(String, String)> {
         let plans = self.solve(py, &targets, step, noise)?;
         if plans.len() != paths.len() {
-            return Err(argument(format!("{} targets, and {} files", plans.len(), paths.len())));
+            return Err(argument(format!("{} paths for {} targets", paths.len(), plans.len())));
         }
         let outputs: Vec<Output<'_>> = plans.iter().zip(&paths).map(|(plan, path)| Output { plan, path }).collect();
-        let dtype = some_dtype(dtype)?;
+        let dtype = parse_optional_dtype(dtype)?;
         let device: Device = device.parse().map_err(argument)?;
         let write = |progress: jobs::Progress<'_>| {
             self.0.write_all(&outputs, &WriteOptions { dtype, device, progress }).map_err(to_python)
@@ -126,7 +127,7 @@ impl Run {
         Ok((plans_json(&plans)?, device.to_string()))
     }
 
-    /// Puts an average into the lent tensors, and what they held into `originals`.
+    /// Writes an average into the lent tensors, and keeps their old elements in `originals`.
     #[expect(clippy::too_many_arguments, reason = "called by the package only")]
     fn swap_in(
         &self,
@@ -145,7 +146,7 @@ impl Run {
         py.detach(swap).map_err(to_python)
     }
 
-    /// What a sweep knows the run by.
+    /// Returns the identity under which a sweep records the run.
     fn identity(&self) -> String {
         posthoc_ema::sweep::identity(&self.0)
     }

@@ -1,4 +1,4 @@
-//! `Sweep`: the search over many lengths, and its record; the package evaluates.
+//! `Sweep`: the search over many lengths and its record. The evaluations are made in Python.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,24 +9,26 @@ use pyo3::prelude::*;
 use crate::errors::{argument, to_python};
 use crate::plans::{profile, profiles};
 
-/// A search, and where its trials are recorded.
+/// A search, with the record of its trials.
 #[pyclass(frozen, module = "posthoc_ema._native")]
-pub struct Sweep(Mutex<State>);
+pub struct Sweep(Mutex<RecordedSearch>);
 
-struct State {
+struct RecordedSearch {
     search: sweep::Sweep,
     record: Option<Record>,
 }
 
 impl Sweep {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, RecordedSearch> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[pymethods]
 impl Sweep {
-    /// Begins a search, or goes on with the one in `directory`; `run`, `at` and `evaluation` tell it from others.
+    /// Begins a search, or continues the one recorded in `directory`.
+    ///
+    /// A record belongs to one `run`, `at`, `evaluation`, goal and `noise`; that of another search is an error.
     #[new]
     #[expect(clippy::too_many_arguments, reason = "called by the package only")]
     fn new(
@@ -41,21 +43,21 @@ impl Sweep {
     ) -> PyResult<Sweep> {
         let goal = if minimize { Goal::Minimize } else { Goal::Maximize };
         let mut search = sweep::Sweep::new(&profiles(&targets)?, goal, refine).map_err(to_python)?;
-        let question = SweepKey { run, at, evaluation, goal, dtype: None, noise };
-        let record = directory.map(|directory| Record::open(&directory, question)).transpose().map_err(to_python)?;
+        let key = SweepKey { run, at, evaluation, goal, dtype: None, noise };
+        let record = directory.map(|directory| Record::open(&directory, key)).transpose().map_err(to_python)?;
         let record = record.map(|(record, trials)| {
             search.restore(trials);
             record
         });
-        Ok(Sweep(Mutex::new(State { search, record })))
+        Ok(Sweep(Mutex::new(RecordedSearch { search, record })))
     }
 
-    /// What to evaluate next, as profiles; nothing when the search is over.
+    /// Returns the next profiles to evaluate; an empty list when the search has ended.
     fn next(&self, batch: usize) -> PyResult<Vec<String>> {
         self.lock().search.next(batch).iter().map(|profile| serde_json::to_string(profile).map_err(argument)).collect()
     }
 
-    /// Takes a score, or why there is none, and writes the record.
+    /// Adds a score, or the error of an evaluation, and writes the record.
     #[expect(clippy::too_many_arguments, reason = "called by the package only")]
     fn record(
         &self,
@@ -71,44 +73,44 @@ impl Sweep {
             (Some(score), None) => Outcome::Score(score),
             (_, error) => Outcome::Error(error.unwrap_or_default()),
         };
-        let figures =
+        let metrics =
             TrialMetrics { relative_error: Some(relative_error), noise_gain: Some(noise_gain), seconds: Some(seconds) };
         let mut state = self.lock();
-        state.search.record(profile(target)?, outcome, figures);
+        state.search.record(profile(target)?, outcome, metrics);
         let save = || state.record.as_ref().map_or(Ok(()), |record| record.save(&state.search));
         py.detach(save).map_err(to_python)
     }
 
-    /// All trials as JSON, in the order of their evaluation.
+    /// Returns all trials as JSON, in the order of their evaluation.
     fn trials(&self) -> PyResult<String> {
         serde_json::to_string(self.lock().search.trials()).map_err(argument)
     }
 
-    /// The number of the best of the trials.
+    /// Returns the index of the best trial.
     fn best(&self) -> Option<usize> {
         let state = self.lock();
         let best = &state.search.best()?.profile;
         state.search.trials().iter().position(|trial| trial.profile == *best)
     }
 
-    /// At which end of what was evaluated the best lies.
+    /// Returns the end of the evaluated lengths at which the best one is; None inside the range.
     fn edge(&self) -> PyResult<Option<String>> {
         let edge = self.lock().search.edge();
         Ok(edge.map(|edge| if edge == sweep::Edge::Shortest { "shortest" } else { "longest" }.to_owned()))
     }
 
-    /// How many evaluations there will be in all.
+    /// Returns the number of all evaluations, done and planned.
     fn planned(&self) -> usize {
         self.lock().search.planned()
     }
 
-    /// Gives the directory free for another sweep.
+    /// Releases the directory for another sweep.
     fn close(&self) {
         self.lock().record = None;
     }
 }
 
-/// What the length of a profile is called, and how long it is; none for a table.
+/// Returns the name of a profile's length and its value; None for a table.
 #[pyfunction]
 pub fn profile_length(json: &str) -> PyResult<Option<(String, f64)>> {
     let length = profile(json)?.family();

@@ -1,24 +1,25 @@
-//! `Tracker`: the running averages of a training.
+//! `Tracker`: the running averages of a model that trains.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use posthoc_ema::{
-    Dtype, Options, Parameters, PostHocEma, Precision, Profile, Result, Retention, SwapGuard, TensorSpec, TensorView,
-    UpdateOutcome,
+    Dtype, Options, Parameters, PostHocEma, Precision, Profile, Result, Retention, SwapGuard, TensorView, UpdateOutcome,
 };
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use serde::Deserialize;
 
+use crate::dtypes::describe;
 use crate::errors::{argument, to_python};
 use crate::jobs;
-use crate::lend::{Layout, Lent, dtype_name, parse_dtype};
+use crate::lend::{Layout, Lent, output_views};
 use crate::plans::{plans_json, profile, profiles};
 use crate::process;
+use crate::saved_weights::SavedWeights;
 
-/// Options of a run; what is absent keeps its default, on a resume what the run has.
+/// Options of a run. An absent option keeps its default; on a resume it keeps the run's own value.
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 struct Settings {
@@ -28,8 +29,8 @@ struct Settings {
     checkpoint_every: Option<u64>,
     max_checkpoints: Option<usize>,
     retention: Option<Retention>,
-    /// `null` stands for the model's dtypes; an absent one for what the run has.
-    #[serde(with = "serde_some")]
+    /// `null` selects the model's dtypes; an absent option keeps the run's own.
+    #[serde(with = "nullable")]
     checkpoint_dtype: Option<Option<Dtype>>,
     checkpoint_in_background: Option<bool>,
     compensated: Option<bool>,
@@ -40,8 +41,8 @@ struct Settings {
     device: Option<String>,
 }
 
-/// Tells `null` from what is absent.
-mod serde_some {
+/// Deserializer that distinguishes `null` from an absent field.
+mod nullable {
     use serde::{Deserialize, Deserializer};
 
     pub fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Option<T>, D::Error> {
@@ -50,12 +51,12 @@ mod serde_some {
 }
 
 impl Settings {
-    fn options(self, directory: &str) -> PyResult<Options> {
+    fn into_options(self, directory: &str) -> PyResult<Options> {
         let mut options = PostHocEma::options(directory).profiles(self.profiles);
-        macro_rules! set {
+        macro_rules! set_given {
             ($($name:ident),*) => { $(if let Some(value) = self.$name { options = options.$name(value); })* };
         }
-        set!(
+        set_given!(
             update_every,
             update_after_step,
             checkpoint_every,
@@ -65,7 +66,7 @@ impl Settings {
             checkpoint_in_background,
             shard_size
         );
-        set!(average, copy, leave_out);
+        set_given!(average, copy, leave_out);
         if let Some(compensated) = self.compensated {
             options = options.precision(if compensated { Precision::Compensated } else { Precision::Plain });
         }
@@ -76,27 +77,31 @@ impl Settings {
     }
 }
 
-/// Running averages of lent tensors, stored in a run's directory; none once it is closed.
+/// Running averages of lent tensors, stored in a run's directory; `None` once it is closed.
 #[pyclass(frozen, module = "posthoc_ema._native")]
 pub struct Tracker(Mutex<Option<PostHocEma>>);
 
 impl Tracker {
-    /// Does something with the tracker, without the interpreter's lock.
+    /// Calls `act` with the tracker, without the interpreter's lock.
     fn with<R: Send>(&self, py: Python<'_>, act: impl FnOnce(&mut PostHocEma) -> Result<R> + Send) -> PyResult<R> {
         process::check()?;
-        py.detach(|| with(&mut self.lock(), act))
+        py.detach(|| with_open(&mut self.lock(), act))
     }
 
-    /// The tracker; a panic in another thread leaves it usable, as an error would.
+    /// Locks the tracker. After a panic in another thread it stays usable, as after an error.
     fn lock(&self) -> MutexGuard<'_, Option<PostHocEma>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn with<R>(tracker: &mut Option<PostHocEma>, act: impl FnOnce(&mut PostHocEma) -> Result<R>) -> PyResult<R> {
+/// Calls `act` with the tracker.
+///
+/// # Errors
+/// If the run was closed.
+fn with_open<R>(tracker: &mut Option<PostHocEma>, act: impl FnOnce(&mut PostHocEma) -> Result<R>) -> PyResult<R> {
     match tracker {
         Some(tracker) => act(tracker).map_err(to_python),
-        None => Err(PyRuntimeError::new_err("the run was closed: open it anew with `resume=True` to go on")),
+        None => Err(PyRuntimeError::new_err("the run was closed: open it again with `resume=True` to continue")),
     }
 }
 
@@ -115,7 +120,7 @@ impl Tracker {
     ) -> PyResult<Tracker> {
         process::check()?;
         let settings: Settings = serde_json::from_str(options).map_err(argument)?;
-        let options = settings.options(directory)?;
+        let options = settings.into_options(directory)?;
         let lent = Lent::new(layout, addresses, stream)?;
         let opened = py.detach(|| match mode {
             "create" => options.create(&lent),
@@ -125,22 +130,22 @@ impl Tracker {
         opened.map(|tracker| Tracker(Mutex::new(Some(tracker)))).map_err(to_python)
     }
 
-    /// Counts a step where nothing is due, and returns true; otherwise does nothing.
+    /// Counts a step at which nothing is due and returns true; does nothing and returns false if something is due.
     fn skip(&self, py: Python<'_>) -> PyResult<bool> {
-        // Held by another thread for the length of what it does: an update, or a synthesis.
+        // Another thread holds the lock for a whole update or synthesis.
         match self.0.try_lock() {
-            Ok(mut tracker) => with(&mut tracker, skip),
+            Ok(mut tracker) => with_open(&mut tracker, skip),
             Err(_) => self.with(py, skip),
         }
     }
 
-    /// Counts a step and does what is due: 0 nothing, 1 an update, 2 a snapshot too.
+    /// Counts a step and does the work that is due; returns 0 for none, 1 for an update, 2 for an update and a snapshot.
     fn update(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, stream: usize) -> PyResult<u8> {
         let lent = Lent::new(layout, addresses, stream)?;
         self.with(py, |tracker| tracker.update(&lent)).map(code)
     }
 
-    /// As `update`, on the caller's clock.
+    /// Same as `update`, on the caller's clock.
     fn update_at(
         &self,
         py: Python<'_>,
@@ -163,45 +168,45 @@ impl Tracker {
         self.with(py, |tracker| tracker.flush())
     }
 
-    /// Ends the run.
+    /// Stores a snapshot of the newest update, unless there is one, and the live state.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
         self.with(py, PostHocEma::finish)
     }
 
-    /// Gives the run free, when what is being stored is stored.
+    /// Releases the run after all pending writes.
     fn close(&self, py: Python<'_>) {
         py.detach(|| drop(self.lock().take()));
     }
 
-    /// The time of the last call.
+    /// Time of the last call.
     #[getter]
     fn step(&self, py: Python<'_>) -> PyResult<u64> {
         self.with(py, |tracker| Ok(tracker.step()))
     }
 
-    /// The time of the newest update.
+    /// Time of the newest update.
     #[getter]
     fn last_update(&self, py: Python<'_>) -> PyResult<Option<u64>> {
         self.with(py, |tracker| Ok(tracker.history().last()))
     }
 
-    /// The tracked profiles, as JSON.
+    /// Returns the tracked profiles, as JSON.
     fn profiles(&self, py: Python<'_>) -> PyResult<Vec<String>> {
         let profiles = self.with(py, |tracker| Ok(tracker.profiles().to_vec()))?;
         profiles.iter().map(|profile| serde_json::to_string(profile).map_err(argument)).collect()
     }
 
-    /// Name, dtype and shape of the tensors of a synthesis.
+    /// Returns name, dtype and shape of the tensors of a synthesis.
     fn tensors(&self, py: Python<'_>) -> PyResult<Vec<(String, String, Vec<usize>)>> {
         self.with(py, |tracker| Ok(tracker.tensors())).map(describe)
     }
 
-    /// The names of those that are averaged.
+    /// Returns the names of the averaged tensors.
     fn averaged(&self, py: Python<'_>) -> PyResult<Vec<String>> {
         self.with(py, |tracker| Ok(tracker.averaged()))
     }
 
-    /// The names that share another tensor's elements, and that other's name.
+    /// Returns the names that share another tensor's elements, with the name of that tensor.
     fn tied(&self, py: Python<'_>) -> PyResult<BTreeMap<String, String>> {
         self.with(py, |tracker| Ok(tracker.tied().clone()))
     }
@@ -212,7 +217,7 @@ impl Tracker {
         plans_json(&self.with(py, |tracker| tracker.plans(&targets))?)
     }
 
-    /// Blends targets at the newest update into fresh memory, one list of addresses for each.
+    /// Blends targets at the newest update into new tensors, one list of addresses for each target.
     fn load_into(
         &self,
         py: Python<'_>,
@@ -222,21 +227,20 @@ impl Tracker {
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<String> {
         let targets = profiles(&targets)?;
-        let mut lent = addresses.into_iter().map(|list| Lent::new(layout, list, 0)).collect::<PyResult<Vec<_>>>()?;
-        let views = Lent::fresh(&mut lent)?;
+        let views = output_views(layout, addresses)?;
         let load = move |progress: jobs::Progress<'_>| {
-            with(&mut self.lock(), |tracker| tracker.load_into(&targets, views, progress))
+            with_open(&mut self.lock(), |tracker| tracker.load_into(&targets, views, progress))
         };
         plans_json(&jobs::run(py, progress, load)?)
     }
 
-    /// The running average of one profile, into fresh memory.
+    /// Copies the running average of one profile into new tensors.
     fn load_tracked_into(&self, py: Python<'_>, index: usize, layout: &Layout, addresses: Vec<u64>) -> PyResult<()> {
-        let views = Lent::fresh(&mut [Lent::new(layout, addresses, 0)?])?.remove(0);
+        let views = output_views(layout, vec![addresses])?.remove(0);
         self.with(py, |tracker| tracker.load_tracked_into(index, views))
     }
 
-    /// Puts an average into the lent tensors, and what they held into `originals`.
+    /// Writes an average into the lent tensors, and keeps their old elements in `originals`.
     fn swap_in(
         &self,
         py: Python<'_>,
@@ -246,11 +250,12 @@ impl Tracker {
         addresses: Vec<u64>,
         stream: usize,
     ) -> PyResult<()> {
-        let (target, mut lent) = (profile(target)?, Lent::new(layout, addresses, stream)?);
+        let target = profile(target)?;
+        let mut lent = Lent::new(layout, addresses, stream)?;
         self.with(py, |tracker| originals.fill(|| tracker.swap_in(target, &mut lent).map(SwapGuard::into_originals)))
     }
 
-    /// Puts an average into the lent tensors for good.
+    /// Replaces the elements of the lent tensors by an average.
     fn switch_to(
         &self,
         py: Python<'_>,
@@ -259,15 +264,16 @@ impl Tracker {
         addresses: Vec<u64>,
         stream: usize,
     ) -> PyResult<()> {
-        let (target, mut lent) = (profile(target)?, Lent::new(layout, addresses, stream)?);
+        let target = profile(target)?;
+        let mut lent = Lent::new(layout, addresses, stream)?;
         self.with(py, |tracker| tracker.switch_to(target, &mut lent))
     }
 }
 
-/// Nothing, for a step at which nothing is read.
-struct Nothing;
+/// Empty list of tensors, for a step that reads none.
+struct NoTensors;
 
-impl Parameters for Nothing {
+impl Parameters for NoTensors {
     fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
         read(&[])
     }
@@ -277,66 +283,19 @@ fn skip(tracker: &mut PostHocEma) -> Result<bool> {
     if tracker.is_due() {
         return Ok(false);
     }
-    tracker.update(&Nothing).map(|_| true)
+    tracker.update(&NoTensors).map(|_| true)
 }
 
-fn code(step: UpdateOutcome) -> u8 {
-    match step {
+fn code(outcome: UpdateOutcome) -> u8 {
+    match outcome {
         UpdateOutcome::Skipped => 0,
         UpdateOutcome::Updated => 1,
         UpdateOutcome::Stored => 2,
     }
 }
 
-pub fn describe(tensors: Vec<TensorSpec>) -> Vec<(String, String, Vec<usize>)> {
-    tensors.into_iter().map(|tensor| (tensor.name, dtype_name(tensor.dtype), tensor.shape)).collect()
-}
-
-/// What lent tensors held before an average was put in their place; nothing before that.
-///
-/// It is there before the average is put in, so that no exception between the two, Ctrl-C for one, can lose it.
-#[pyclass(frozen, module = "posthoc_ema._native")]
-pub struct SavedWeights(Mutex<Option<posthoc_ema::SavedWeights>>);
-
-impl SavedWeights {
-    /// Keeps what `swap` returns.
-    pub fn fill(&self, swap: impl FnOnce() -> Result<posthoc_ema::SavedWeights>) -> Result<()> {
-        *self.lock() = Some(swap()?);
-        Ok(())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<posthoc_ema::SavedWeights>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-#[pymethods]
-impl SavedWeights {
-    #[new]
-    fn new() -> SavedWeights {
-        SavedWeights(Mutex::new(None))
-    }
-
-    /// Whether an average was put in.
-    #[getter]
-    fn filled(&self) -> bool {
-        self.lock().is_some()
-    }
-
-    /// Gives every tensor its own bits back; may be called again.
-    fn restore(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, stream: usize) -> PyResult<()> {
-        let mut lent = Lent::new(layout, addresses, stream)?;
-        py.detach(|| self.lock().as_ref().map_or(Ok(()), |originals| originals.restore(&mut lent))).map_err(to_python)
-    }
-}
-
-/// The step from which a resume would go on; none without a live state.
+/// Returns the step that a resume continues from; None without a live state.
 #[pyfunction]
 pub fn saved_step(directory: PathBuf) -> PyResult<Option<u64>> {
     PostHocEma::saved_step(directory).map_err(to_python)
-}
-
-/// A dtype, where there is one.
-pub fn some_dtype(name: Option<&str>) -> PyResult<Option<Dtype>> {
-    name.map(parse_dtype).transpose()
 }
