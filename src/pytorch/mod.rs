@@ -1,5 +1,6 @@
-//! Checkpoints of PyTorch (`.pt`): a dict of tensors and of plain values beside them. No code that a file may name is ever
-//! run, and an entry that is an object is refused.
+//! PyTorch checkpoints (`.pt`): a dict of tensors and plain values.
+//!
+//! Code that a pickle names is never run. An entry that is a Python object is an error.
 
 mod guard;
 
@@ -13,7 +14,7 @@ use safetensors::Dtype;
 use crate::error::{Error, Result};
 use crate::tensor::TensorSpec;
 
-/// A checkpoint, its pickle read whole and its tensors' elements still in the file.
+/// Opened checkpoint. Its pickle is parsed; the elements of its tensors are still in the file.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -21,108 +22,121 @@ pub struct Checkpoint {
     values: BTreeMap<String, Value>,
 }
 
-/// An entry that is no tensor.
+/// Entry of a checkpoint that is not a tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
-    /// A truth value.
     Bool(bool),
-    /// A whole number.
     Int(i64),
-    /// A dict.
     Dict(BTreeMap<String, Value>),
-    /// Anything else: of no use here, and harmless.
+    /// Any other plain value. None of them is used.
     Other,
 }
 
-/// A number that a checkpoint holds, as a tensor of one element.
+/// Number that a checkpoint stores as a tensor of one element.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Number {
-    /// A whole number, exact.
+    /// Exact integer.
     Whole(i64),
-    /// A number that was rounded to a floating-point dtype.
+    /// Number that was rounded to this floating-point dtype.
     Rounded(f64, Dtype),
 }
 
 impl Checkpoint {
-    /// Opens a checkpoint and reads all but the elements of its tensors.
+    /// Opens a checkpoint and reads everything but the elements of its tensors.
     ///
     /// # Errors
-    /// [`Error::Io`] where it cannot be read, [`Error::Damaged`] where it is no whole file of PyTorch's, and
-    /// [`Error::Unexpected`] where it holds anything but tensors and plain values, or is no regular file, or is one that
-    /// would grow beyond measure when it is read.
+    /// - [`Error::Io`] if the file cannot be read.
+    /// - [`Error::Damaged`] if it is not a complete PyTorch file.
+    /// - [`Error::Unexpected`] if it is not a regular file, if it holds anything but tensors and plain values, or if
+    ///   its contents would take far more memory than the file.
     pub fn open(path: &Path) -> Result<Checkpoint> {
         let (root, mut found) = parse(path)?;
-        Checkpoint::of(path, root, &mut found)
+        Checkpoint::from_dict(path, root, &mut found)
     }
 
-    /// As [`Checkpoint::open`], of a file that a training may have written: where a dict in it holds the model, its tensors are
-    /// taken, and what lies beside it are the values, whole numbers in tensors among them.
+    /// Opens a model's weights or a training checkpoint that holds them in a dict.
+    ///
+    /// With such a dict, the checkpoint has its tensors. The entries beside it become values, including integers that
+    /// are stored as tensors.
     ///
     /// # Errors
-    /// As [`Checkpoint::open`], and [`Error::Unexpected`] where there is no model, or more than one.
+    /// As [`Checkpoint::open`], and [`Error::Unexpected`] if it holds several models or none.
     pub fn open_model(path: &Path) -> Result<Checkpoint> {
         let (mut root, mut found) = parse(path)?;
         let Some(key) = model_key(path, &root)? else {
-            return Checkpoint::of(path, root, &mut found);
+            return Checkpoint::from_dict(path, root, &mut found);
         };
         let Some(PickleValue::Dict(model)) = root.remove(key) else {
-            return Err(Error::unexpected(path, format!("`{key}` is no dict of tensors")));
+            return Err(Error::unexpected(path, format!("`{key}` is not a dict of tensors")));
         };
-        let mut own =
+        let mut model_tensors =
             model.keys().filter_map(|name| Some((name.clone(), found.remove(&format!("{key}.{name}"))?))).collect();
-        let Checkpoint { tensors, .. } = Checkpoint::of(path, model, &mut own)?;
-        let mut beside = Checkpoint::of(path, root, &mut found)?;
-        let whole = |name: &str| match beside.number(name) {
-            Ok(Number::Whole(value)) => Some((name.to_owned(), Value::Int(value))),
-            _ => None,
-        };
-        let whole: Vec<(String, Value)> = beside.names().filter_map(whole).collect();
-        beside.values.extend(whole);
-        Ok(Checkpoint { tensors, ..beside })
+        let Checkpoint { tensors, .. } = Checkpoint::from_dict(path, model, &mut model_tensors)?;
+        let mut rest = Checkpoint::from_dict(path, root, &mut found)?;
+        let integers = rest.integers();
+        rest.values.extend(integers);
+        Ok(Checkpoint { tensors, ..rest })
     }
 
-    /// Parts the entries of a dict into tensors and values.
-    fn of(path: &Path, dict: HashMap<String, PickleValue>, found: &mut HashMap<String, Tensor>) -> Result<Checkpoint> {
-        let (mut tensors, mut values) = (BTreeMap::new(), BTreeMap::new());
+    /// Splits the entries of a dict into tensors and values.
+    fn from_dict(
+        path: &Path,
+        dict: HashMap<String, PickleValue>,
+        found: &mut HashMap<String, Tensor>,
+    ) -> Result<Checkpoint> {
+        let mut tensors = BTreeMap::new();
+        let mut values = BTreeMap::new();
         for (name, value) in dict {
             match found.remove(&name) {
                 Some(tensor) => drop(tensors.insert(name, tensor)),
-                None => drop(values.insert(name.clone(), plain(path, &name, value)?)),
+                None => drop(values.insert(name.clone(), plain_value(path, &name, value)?)),
             }
         }
         Ok(Checkpoint { path: path.to_owned(), tensors, values })
     }
 
-    /// The file.
+    /// Reads all tensors that hold a single integer.
+    fn integers(&self) -> Vec<(String, Value)> {
+        let integer = |name: &str| match self.number(name) {
+            Ok(Number::Whole(value)) => Some((name.to_owned(), Value::Int(value))),
+            _ => None,
+        };
+        self.names().filter_map(integer).collect()
+    }
+
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The names of all tensors, in order.
+    /// Names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// Whether there is a tensor of that name.
+    /// Returns true if there is a tensor of this name.
     pub fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
 
-    /// The entries that are no tensors.
+    /// Entries that are not tensors.
     pub fn values(&self) -> &BTreeMap<String, Value> {
         &self.values
     }
 
-    /// What a tensor is, without its elements.
+    /// Returns the name, dtype and shape of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`] if the tensor is missing.
     pub fn spec(&self, name: &str) -> Result<TensorSpec> {
         let tensor = self.tensor(name)?;
         Ok(TensorSpec { name: name.to_owned(), dtype: dtype(tensor.dtype()), shape: tensor.shape().to_vec() })
     }
 
-    /// The elements of a tensor in C order, little endian, whatever its strides.
+    /// Reads the elements of a tensor in C order, little endian, whatever its strides.
     ///
     /// # Errors
-    /// [`Error::Io`], or [`Error::Damaged`] where the file does not hold them.
+    /// [`Error::Io`], [`Error::Damaged`] if the file ends before them, and as [`Checkpoint::spec`].
     pub fn read(&self, name: &str) -> Result<Vec<u8>> {
         let damaged = |error: std::io::Error| match error.raw_os_error() {
             Some(_) => Error::io("read", &self.path)(error),
@@ -131,108 +145,122 @@ impl Checkpoint {
         self.tensor(name)?.read().map_err(damaged)
     }
 
-    /// The one element of a tensor.
+    /// Reads a tensor of one element as a number.
     ///
     /// # Errors
-    /// [`Error::Unexpected`] for a tensor of another number of elements, and as [`Checkpoint::read`].
+    /// [`Error::Unexpected`] if the tensor has more elements or none, or is not a number. Otherwise as
+    /// [`Checkpoint::read`].
     pub fn number(&self, name: &str) -> Result<Number> {
         let spec = self.spec(name)?;
         if spec.shape.iter().product::<usize>() != 1 {
-            let why = format!("`{name}` has the shape {:?}, and a single number is expected", spec.shape);
+            let why = format!("`{name}` has the shape {:?}; a single number is expected", spec.shape);
             return Err(Error::unexpected(&self.path, why));
         }
         let bytes = self.read(name)?;
         number(spec.dtype, &bytes).ok_or_else(|| {
-            Error::unexpected(&self.path, format!("`{name}` of {} is no number that can be understood", spec.dtype))
+            Error::unexpected(&self.path, format!("`{name}` of dtype {} cannot be read as a number", spec.dtype))
         })
     }
 
     fn tensor(&self, name: &str) -> Result<&Tensor> {
-        self.tensors.get(name).ok_or_else(|| Error::unexpected(&self.path, format!("there is no tensor `{name}`")))
+        self.tensors.get(name).ok_or_else(|| Error::unexpected(&self.path, format!("it has no tensor `{name}`")))
     }
 }
 
-/// The entries of a file, and its tensors by the names of the entries that lead to them, joined by dots.
+/// Parses a file into its entries and its tensors. A tensor's name is the keys that lead to it, joined by dots.
 fn parse(path: &Path) -> Result<(HashMap<String, PickleValue>, HashMap<String, Tensor>)> {
     let length = guard::check_file(path)?;
-    let reader = PytorchReader::new(path).map_err(|error| refused(path, error))?;
-    // Old archives are read into memory whole, and what else there is holds no tensors; none of the tools writes them.
+    let reader = PytorchReader::new(path).map_err(|error| read_error(path, error))?;
+    // The reader loads old archives into memory whole, and its other formats hold no tensors. No supported tool writes
+    // either.
     if !matches!(reader.metadata().format_type, FileFormat::Zip | FileFormat::Legacy) {
-        return Err(Error::damaged(path, "no checkpoint that `torch.save` of PyTorch 1.0 or later writes"));
+        return Err(Error::damaged(path, "not a checkpoint that `torch.save` of PyTorch 1.0 or later writes"));
     }
-    let root = PytorchReader::read_pickle_data(path, None).map_err(|error| refused(path, error))?;
+    let root = PytorchReader::read_pickle_data(path, None).map_err(|error| read_error(path, error))?;
     let PickleValue::Dict(root) = root else {
-        return Err(Error::damaged(path, "no dict of tensors"));
+        return Err(Error::damaged(path, "not a dict of tensors"));
     };
     let found = reader.into_tensors();
     guard::check_tensors(path, length, &root, &found)?;
     Ok((root, found))
 }
 
-/// Where trainings keep the model in their checkpoints.
-const MODELS: [&str; 4] = ["state_dict", "model_state_dict", "model", "module"];
+/// Keys under which training checkpoints store the model.
+const MODEL_KEYS: [&str; 4] = ["state_dict", "model_state_dict", "model", "module"];
 
-/// The entry that holds the model; none where its tensors are at the top.
+/// Finds the key of the dict that holds the model. Returns `None` if its tensors are at the top level.
+///
+/// # Errors
+/// [`Error::Unexpected`] if it holds several models or none.
 fn model_key(path: &Path, root: &HashMap<String, PickleValue>) -> Result<Option<&'static str>> {
-    let holds = |value: &PickleValue| matches!(value, PickleValue::Dict(dict) if dict.values().any(is_tensor));
-    let known: Vec<&'static str> = MODELS.into_iter().filter(|key| root.get(*key).is_some_and(holds)).collect();
-    let other = root.iter().filter(|(_, value)| holds(value)).map(|(key, _)| key).min();
+    let known: Vec<&'static str> =
+        MODEL_KEYS.into_iter().filter(|key| root.get(*key).is_some_and(holds_tensors)).collect();
+    let other = root.iter().filter(|(_, value)| holds_tensors(value)).map(|(key, _)| key).min();
     let why = match (known.as_slice(), root.values().any(is_tensor), other) {
         ([key], ..) => return Ok(Some(key)),
         ([], true, None) => return Ok(None),
         ([], true, Some(other)) => {
-            format!("tensors are at its top and in `{other}`: save the model's state dict alone")
+            format!("tensors are at its top level and in `{other}`: save the model's state dict alone")
         }
         ([], false, _) => {
-            let known = MODELS.join("`, `");
-            format!("no tensors are at its top, nor in `{known}`: save the model's state dict alone")
+            let known = MODEL_KEYS.join("`, `");
+            format!("no tensors are at its top level, nor in `{known}`: save the model's state dict alone")
         }
         ([first, second, ..], ..) => {
-            format!("both `{first}` and `{second}` hold tensors: save the state dict of the model alone")
+            format!("both `{first}` and `{second}` hold tensors: save the model's state dict alone")
         }
     };
     Err(Error::unexpected(path, why))
+}
+
+/// Returns true for a dict with a tensor in it.
+fn holds_tensors(value: &PickleValue) -> bool {
+    matches!(value, PickleValue::Dict(dict) if dict.values().any(is_tensor))
 }
 
 fn is_tensor(value: &PickleValue) -> bool {
     matches!(value, PickleValue::Unsupported(kind) if kind == TENSOR)
 }
 
-/// Why a file was not read.
-fn refused(path: &Path, error: PytorchError) -> Error {
+/// Converts an error of the reader.
+fn read_error(path: &Path, error: PytorchError) -> Error {
     match error {
         PytorchError::Io(error) if error.raw_os_error().is_some() => Error::io("read", path)(error),
-        PytorchError::Pickle(PickleError::UnsupportedType(kind)) => Error::unexpected(
-            path,
-            format!("it holds a tensor of the kind `{kind}`, which cannot be averaged: {REMEDY}"),
-        ),
+        PytorchError::Pickle(PickleError::UnsupportedType(kind)) => {
+            Error::unexpected(path, format!("it holds a tensor of type `{kind}`, which cannot be averaged: {REMEDY}"))
+        }
         other => Error::damaged(path, other),
     }
 }
 
-/// The type of an entry that is a tensor.
+/// Type that the reader reports for an entry that is a tensor.
 const TENSOR: &str = "torch.Tensor";
 
-const REMEDY: &str = "where you trust the file, load it with PyTorch, leave that entry out and save it again";
+const REMEDY: &str = "if you trust the file, load it with PyTorch, remove that entry and save it again";
 
-/// An entry without code.
-fn plain(path: &Path, name: &str, value: PickleValue) -> Result<Value> {
+/// Converts an entry that is not a tensor.
+///
+/// # Errors
+/// [`Error::Unexpected`] if it is or contains a Python object.
+fn plain_value(path: &Path, name: &str, value: PickleValue) -> Result<Value> {
     Ok(match value {
         PickleValue::Bool(value) => Value::Bool(value),
         PickleValue::Int(value) => Value::Int(value),
         PickleValue::Dict(entries) => {
             let entry = |(key, value)| {
-                let inner = plain(path, &format!("{name}.{key}"), value)?;
+                let inner = plain_value(path, &format!("{name}.{key}"), value)?;
                 Ok((key, inner))
             };
             Value::Dict(entries.into_iter().map(entry).collect::<Result<_>>()?)
         }
         PickleValue::List(values) => {
-            values.into_iter().enumerate().try_for_each(|(i, v)| plain(path, &format!("{name}.{i}"), v).map(drop))?;
+            for (i, value) in values.into_iter().enumerate() {
+                plain_value(path, &format!("{name}.{i}"), value)?;
+            }
             Value::Other
         }
         PickleValue::Unsupported(kind) if kind != TENSOR => {
-            let why = format!("`{name}` is no tensor but a Python object, `{kind}`, which is never run: {REMEDY}");
+            let why = format!("`{name}` is a Python object (`{kind}`), whose code is never run: {REMEDY}");
             return Err(Error::unexpected(path, why));
         }
         _ => Value::Other,
@@ -257,7 +285,7 @@ fn dtype(dtype: DType) -> Dtype {
     }
 }
 
-/// The number in the bytes of one element; none for a whole number beyond an `i64`.
+/// Reads the bytes of one element as a number. Returns `None` for an integer beyond `i64` and for other dtypes.
 pub fn number(dtype: Dtype, bytes: &[u8]) -> Option<Number> {
     let rounded = |value: f64| Some(Number::Rounded(value, dtype));
     match dtype {

@@ -228,7 +228,7 @@ fn a_model_is_found_whatever_stands_beside_it() {
     let odd = save("odd-2.pt", pt(1).within("net").floats("best_loss", &[1.0]));
     for (path, part) in [
         (both, "both `state_dict` and `model` hold tensors"),
-        (odd, "tensors are at its top and in `net`: save the model's state dict alone"),
+        (odd, "tensors are at its top level and in `net`: save the model's state dict alone"),
     ] {
         let text = Checkpoints::open(&[&paths[0], &path], None).unwrap_err().to_string();
         assert!(text.contains(part), "{text}");

@@ -89,9 +89,9 @@ fn what_is_no_checkpoint_is_named() {
         ("wrong-9.safetensors.index.json", "tensor `zz` is not in `step_40.safetensors`"),
         ("0.9.safetensors", "this is a snapshot of a run"),
         ("coarse-11.safetensors", "tensor `q` is of F8_E4M3, which cannot be averaged"),
-        ("evil-12.pt", "`evil` is no tensor but a Python object, `os.system`, which is never run"),
+        ("evil-12.pt", "`evil` is a Python object (`os.system`), whose code is never run"),
         ("two-13.pt", "both `state_dict` and `model` hold tensors"),
-        ("odd-14.pt", "no tensors are at its top, nor in `state_dict`"),
+        ("odd-14.pt", "no tensors are at its top level, nor in `state_dict`"),
     ] {
         paths.push(path(name));
         let text = error(&paths, None);
