@@ -310,7 +310,7 @@ def test_tensors_of_any_kind_can_be_left_out(run_dir: Path) -> None:
     with ema.model(model, 0.1):
         assert model.values.is_sparse
     assert set(ema.synthesize([0.1])[0]) == {"weight", "bias"}
-    with pytest.raises(ValueError, match="`nothing` stands for no tensor"):
+    with pytest.raises(ValueError, match="`nothing` matches no tensor"):
         PostHocEMA.from_model(model, run_dir.parent / "other", leave_out=["values", "phase", "nothing"])
 
 

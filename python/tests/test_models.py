@@ -68,7 +68,7 @@ def test_options_select_tensors_by_name(run_dir: Path) -> None:
         assert "2.bias" not in state_dict
         assert torch.equal(state_dict["1.weight"], model[1].weight)
         assert not torch.equal(state_dict["0.weight"], model[0].weight)
-    with pytest.raises(ValueError, match="`3.*` stands for no tensor"):
+    with pytest.raises(ValueError, match="`3.*` matches no tensor"):
         PostHocEMA.from_model(model, run_dir.parent / "other", copy=["3.*"])
 
 

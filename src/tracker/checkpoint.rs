@@ -1,11 +1,11 @@
-//! When the live averages are stored.
+//! Storing of the live averages: checkpoints, saves, and the end of a run.
 
 use super::PostHocEma;
 use super::moment::{CheckpointMeta, Failure};
 use crate::error::Result;
 
 impl PostHocEma {
-    /// Stores the live state and a snapshot of every average, in the background where that is allowed.
+    /// Stores the live state and a snapshot of every average, in the background if that is allowed.
     pub(super) fn checkpoint(&mut self) -> Result<()> {
         let moment = self.moment(self.history.last());
         let done = if self.in_background { self.engine.checkpoint(moment) } else { self.engine.store(&moment) };
@@ -17,22 +17,23 @@ impl PostHocEma {
         done.map_err(Failure::into_error)
     }
 
-    /// Tries once more to store what could not be stored, before the averages move on.
+    /// Tries a failed checkpoint again before the averages change.
     pub(super) fn retry(&mut self) {
         if !self.pending {
             return;
         }
         if let Err(error) = self.checkpoint() {
-            tracing::warn!("the snapshot of step {} is given up: {error}", self.history.last().unwrap_or(0));
+            let step = self.history.last().unwrap_or(0);
+            tracing::warn!("giving up the snapshot of step {step} after two tries: {error}");
             self.pending = false;
         }
     }
 
-    /// Writes what a process that died left unwritten of its last checkpoint, and drops what it did not come to drop.
+    /// Completes the last checkpoint of a process that died: writes missing snapshots and removes surplus ones.
     pub(super) fn complete(&mut self) -> Result<()> {
         self.write_missing()?;
         if let Err(error) = self.moment(self.stored).drop_surplus() {
-            tracing::warn!("a snapshot more than retention keeps stays until the next checkpoint: {error}");
+            tracing::warn!("surplus snapshots stay until the next checkpoint: {error}");
         }
         Ok(())
     }
@@ -49,35 +50,35 @@ impl PostHocEma {
         moment.complete(&self.engine.values()?.values(), &missing)
     }
 
-    /// Stores the live state, so that a resume goes on from here; no snapshot is written.
+    /// Stores the live state, so that a resume continues from here. Writes no snapshot.
     ///
-    /// To be called wherever the training's own checkpoints are saved.
+    /// Call it wherever the training saves its own checkpoints.
     ///
     /// # Errors
-    /// [`Error::NonFinite`](crate::Error::NonFinite) where an average holds NaN or infinity,
-    /// [`Error::Io`](crate::Error::Io); the state that was stored before is then untouched. A snapshot that could not
-    /// be written in the background is told here too; the state is stored nevertheless.
+    /// [`Error::NonFinite`](crate::Error::NonFinite) if an average holds NaN or infinity, and
+    /// [`Error::Io`](crate::Error::Io); the previous state is then untouched. The error of a snapshot that failed in
+    /// the background is returned here too; the state is stored all the same.
     pub fn save(&self) -> Result<()> {
-        // What waits holds an older state, which must not come after this one.
+        // A queued checkpoint holds an older state, which must not replace this one.
         let flushed = self.engine.flush();
-        // A checkpoint that is still to be completed is the resume's to complete, whoever wrote the state last.
+        // Names a checkpoint that is still incomplete, so that a resume completes it.
         let stored = if self.pending { self.history.last() } else { self.stored };
         self.moment(stored).save(&self.engine.values()?.values())?;
         flushed
     }
 
-    /// Waits until every snapshot so far is on disk: for who reads the run's directory while the training goes on.
+    /// Waits until every snapshot so far is on disk, so that the run can be read while the training goes on.
     ///
     /// # Errors
-    /// What kept a snapshot from being stored, where no call has told it yet.
+    /// The first error of a snapshot that no call has returned yet.
     pub fn flush(&self) -> Result<()> {
         self.engine.flush()
     }
 
-    /// Ends the run: stores a snapshot of the newest update where there is none yet, and the live state.
+    /// Ends the run: stores the live state, and a snapshot of the newest update if there is none yet.
     ///
     /// # Errors
-    /// As [`PostHocEma::update`]; it can then be called again.
+    /// Those of [`PostHocEma::update`]; it can then be called again.
     pub fn finish(&mut self) -> Result<()> {
         if self.history.is_empty() {
             return Ok(());
@@ -90,7 +91,8 @@ impl PostHocEma {
         self.engine.flush()
     }
 
-    /// The run as it is now, with `stored` for the newest step of which there are, or will be, snapshots.
+    /// Returns the metadata of a checkpoint at this moment; `stored` is the newest step that has, or will have,
+    /// snapshots.
     pub(super) fn moment(&self, stored: Option<u64>) -> CheckpointMeta {
         CheckpointMeta {
             dir: self.dir.clone(),

@@ -1,4 +1,4 @@
-//! Synthesis during training: the live averages are sources beside the snapshots, so it reaches the newest update.
+//! Synthesis during training, from the snapshots and the live averages, so that it reaches the newest update.
 
 use std::collections::BTreeMap;
 
@@ -19,14 +19,14 @@ use crate::synthesis::{Elements, ModelTensor, SourceSet, SwapGuard, TensorSource
 use crate::run::Run;
 use crate::tensor::{ParametersMut, TensorViewMut, Tensors};
 
-/// The live averages of one profile.
+/// Live averages of one profile.
 struct Live<'a> {
     table: &'a TensorRegistry,
     values: LiveValues<'a>,
     index: usize,
 }
 
-/// Where live averages lie, with the newest values of copied tensors.
+/// Live averages in host or device memory, with the newest values of copied tensors.
 #[derive(Clone, Copy)]
 enum LiveValues<'a> {
     Host(Values<'a>),
@@ -34,10 +34,10 @@ enum LiveValues<'a> {
     Device(&'a DeviceAverages, &'a [Vec<u8>]),
 }
 
-/// What an engine lends for a synthesis.
+/// Guard of an engine's averages during a synthesis.
 enum LiveHeld<'a> {
     Host(AveragesGuard<'a>),
-    /// The averages stay where they are; only the copied tensors are brought to the host.
+    /// Averages that stay on the device; only the copied tensors are copied to the host.
     #[cfg(feature = "cuda")]
     Device(&'a DeviceAverages, Vec<Vec<u8>>),
 }
@@ -82,35 +82,35 @@ impl TensorSource for Live<'_> {
 }
 
 impl PostHocEma {
-    /// Solves a target at the newest update, over the snapshots on disk and the live averages.
+    /// Solves a target at the newest update, from the snapshots on disk and the live averages.
     ///
     /// # Errors
-    /// [`Error::NoUpdate`] before the first update, and those of [`Run::open`] and the solve.
+    /// [`Error::NoUpdate`] before the first update, and the errors of [`Run::open`] and [`Run::plan`].
     pub fn plan(&self, profile: Profile) -> Result<Plan> {
         Ok(self.plans(&[profile])?.remove(0))
     }
 
-    /// Solves several targets at the newest update; the system is factored once.
+    /// Solves several targets at the newest update. The system is factored once.
     ///
     /// # Errors
-    /// As [`PostHocEma::plan`].
+    /// Those of [`PostHocEma::plan`].
     pub fn plans(&self, profiles: &[Profile]) -> Result<Vec<Plan>> {
         let (run, step) = self.on_disk()?;
         self.solve_live(&self.sources(run.as_ref(), step), profiles)
     }
 
-    /// The average of `profile` at the newest update, in the model's dtypes.
+    /// Returns the average of `profile` at the newest update, in the model's shapes and dtypes.
     ///
     /// # Errors
-    /// As [`PostHocEma::plan`], [`Error::Tensor`] for a result that its dtype cannot hold, and [`Error::Cuda`].
+    /// Those of [`PostHocEma::plan`], [`Error::Tensor`] for a result that its dtype cannot hold, and [`Error::Cuda`].
     pub fn synthesize(&self, profile: Profile) -> Result<Tensors> {
         self.with_pool(&profile, |pool, plan| pool.load(plan))
     }
 
-    /// The averages of several profiles at the newest update, in the caller's memory: as [`Run::load_into`].
+    /// Writes the averages of several profiles at the newest update into the caller's memory, like [`Run::load_into`].
     ///
     /// # Errors
-    /// As [`PostHocEma::plan`] and [`Run::load_into`], and [`Error::Cuda`].
+    /// Those of [`PostHocEma::plan`] and [`Run::load_into`], and [`Error::Cuda`].
     pub fn load_into(
         &self,
         profiles: &[Profile],
@@ -124,14 +124,15 @@ impl PostHocEma {
         })
     }
 
-    /// The running average of profile number `index` itself, in the caller's memory: as [`Run::load_into`].
+    /// Writes the running average of profile number `index` into the caller's memory, like [`Run::load_into`].
     ///
     /// # Errors
-    /// [`Error::Setting`] for an index of no profile, [`Error::NoUpdate`] before the first update, and those of
-    /// [`Run::load_into`] and of a device.
+    /// [`Error::Setting`] for an index out of range, [`Error::NoUpdate`] before the first update, [`Error::Cuda`], and
+    /// those of [`Run::load_into`].
     pub fn load_tracked_into(&self, index: usize, output: Vec<TensorViewMut<'_>>) -> Result<()> {
         let Some(profile) = self.settings.profiles.get(index) else {
-            let reason = format!("there is no number {index}: {} are tracked", self.settings.profiles.len());
+            let count = self.settings.profiles.len();
+            let reason = format!("index {index} is out of range: {count} profiles are tracked");
             return Err(Error::Setting { option: "profiles", reason });
         };
         let Some(at) = self.history.last() else { return Err(no_update()) };
@@ -150,35 +151,39 @@ impl PostHocEma {
         self.with_pools(|_| Ok(vec![itself]), |pool, plans| pool.load_into(&[&plans[0]], vec![output], None))
     }
 
-    /// The tensors of a synthesis, in order of their names: the model's dtypes, and of tied tensors the one that is kept.
+    /// Returns the tensors of a synthesis in the order of their names, with the model's dtypes.
+    ///
+    /// Of tied tensors, only the one that is kept is listed.
     pub fn tensors(&self) -> Vec<TensorSpec> {
         self.pool_tensors().into_iter().map(ModelTensor::into_spec).collect()
     }
 
-    /// The names of those that are averaged; the others are copied.
+    /// Returns the names of the averaged tensors; the others are copied.
     pub fn averaged(&self) -> Vec<String> {
         self.table.averaged().iter().map(|entry| entry.name.clone()).collect()
     }
 
-    /// The names that share another tensor's elements, and that other's name.
+    /// Returns the names of tensors that share another tensor's elements, each with that tensor's name.
     pub fn tied(&self) -> &BTreeMap<String, String> {
         self.table.tied()
     }
 
-    /// Switch EMA: the model becomes its average at the newest update, in place, and training goes on from there.
+    /// Replaces the model's weights by their average at the newest update, to train on from there (Switch EMA).
     ///
     /// Tensors that are not averaged stay as they are. The running averages do not change.
     ///
     /// # Errors
-    /// As [`PostHocEma::synthesize`], and [`Error::Changed`] for a model with other tensors; the model is then as it was.
+    /// Those of [`PostHocEma::synthesize`], and [`Error::Changed`] for a model with other tensors, which then does not
+    /// change.
     pub fn switch_to(&self, profile: Profile, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
         self.with_pool(&profile, |pool, plan| pool.write_into(plan, params))
     }
 
-    /// The model becomes its average at the newest update until what is returned is dropped: for evaluation.
+    /// Temporarily swaps the average at the newest update into a model, for evaluation.
     ///
-    /// The model becomes what [`PostHocEma::synthesize`] returns: tensors that are not averaged take their values of the
-    /// newest update. The originals are kept in host memory meanwhile, those of tied tensors once.
+    /// The model then equals the result of [`PostHocEma::synthesize`]: tensors that are not averaged take their values
+    /// of the newest update. Dropping the guard restores the original weights. They are kept in host memory until then,
+    /// those of tied tensors once.
     ///
     /// ```
     /// use posthoc_ema::{PostHocEma, Profile};
@@ -200,7 +205,7 @@ impl PostHocEma {
     /// ```
     ///
     /// # Errors
-    /// As [`PostHocEma::switch_to`]; the model is then as it was.
+    /// Those of [`PostHocEma::switch_to`]; the model then does not change.
     pub fn swap_in<'p, P: ParametersMut + ?Sized>(
         &self,
         profile: Profile,
@@ -209,21 +214,21 @@ impl PostHocEma {
         self.with_pool(&profile, |pool, plan| pool.swap_in(plan, params))
     }
 
-    /// The snapshots, where there are any, and the step of the live averages.
+    /// Opens the snapshots, if there are any, and returns them with the step of the live averages.
     fn on_disk(&self) -> Result<(Option<Run>, u64)> {
         let Some(step) = self.history.last() else {
             return Err(no_update());
         };
-        // Otherwise what is synthesized would depend on how far the writing has come.
+        // Without waiting, the result would depend on how many snapshots are written already.
         self.engine.wait_idle()?;
         let run = if crate::snapshot::list(&self.dir)?.is_empty() { None } else { Some(Run::open(&self.dir)?) };
         Ok((run, step))
     }
 
-    /// The snapshots before `step` and the live averages, in order of profile and step.
+    /// Returns the snapshots before `step` and the live averages, in the order of profile and step.
     fn sources(&self, run: Option<&Run>, step: u64) -> Vec<IndexedSource> {
         let mut sources = run.map(Run::sources).unwrap_or_default();
-        // A snapshot of the newest step is the live average again, in fewer digits where its dtype is narrower.
+        // A snapshot of the newest step duplicates the live average, perhaps in a narrower dtype.
         sources.retain(|source| source.step < step);
         sources.extend((0..self.settings.profiles.len()).map(|index| self.live_source(index, step)));
         sources.sort_by_key(|source| (source.index, source.step));
@@ -234,13 +239,13 @@ impl PostHocEma {
         solve(sources, Some(&self.history), profiles, At::Latest, Noise::Off, None)
     }
 
-    /// Opens the snapshots, adds the live averages, solves, and hands both on.
+    /// Solves one target and calls `act` with all sources and the plan.
     fn with_pool<R>(&self, profile: &Profile, act: impl FnOnce(&SourceSet<'_>, &Plan) -> Result<R>) -> Result<R> {
         let solve = |sources: &[IndexedSource]| self.solve_live(sources, std::slice::from_ref(profile));
         self.with_pools(solve, |pool, plans| act(pool, &plans[0]))
     }
 
-    /// As above, for the plans that `solve` makes of the sources.
+    /// Calls `act` with all sources and the plans that `solve` makes of them.
     fn with_pools<R>(
         &self,
         solve: impl FnOnce(&[IndexedSource]) -> Result<Vec<Plan>>,
@@ -263,7 +268,7 @@ impl PostHocEma {
         act(&SourceSet { tensors: self.pool_tensors(), tied: self.table.tied().clone(), holders }, plans)
     }
 
-    /// The live averages, where they lie.
+    /// Returns a guard of the live averages, in the memory that holds them.
     fn live_values(&self) -> Result<LiveHeld<'_>> {
         #[cfg(feature = "cuda")]
         if let Some(averages) = self.engine.on_device() {

@@ -1,4 +1,4 @@
-//! What a training loop calls: updates, snapshots, resume, Switch EMA.
+//! Tracker for a training loop: updates, snapshots, resume, Switch EMA.
 
 mod checkpoint;
 mod engine;
@@ -23,20 +23,22 @@ use engine::Engine;
 pub use options::{OnError, Options};
 use table::TensorRegistry;
 
-/// What a call of [`PostHocEma::update`] did.
+/// Outcome of a call of [`PostHocEma::update`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UpdateOutcome {
-    /// Nothing was due.
+    /// No update was due.
     Skipped,
     /// The averages were updated.
     Updated,
-    /// The averages were updated and a snapshot of each is being stored in the background: should that fail, a later call
-    /// of [`PostHocEma::update`], [`PostHocEma::save`] or [`PostHocEma::flush`] returns the error, [`PostHocEma::finish`] at
-    /// the latest. Without [`Options::checkpoint_in_background`] it is on disk.
+    /// The averages were updated and a snapshot of each is being stored in the background.
+    ///
+    /// If storing fails, a later call of [`PostHocEma::update`], [`PostHocEma::save`] or [`PostHocEma::flush`] returns
+    /// the error, [`PostHocEma::finish`] at the latest. Without [`Options::checkpoint_in_background`] the snapshots are
+    /// on disk already.
     Stored,
 }
 
-/// Running averages of a model's parameters under several profiles, stored now and then in a run's directory.
+/// Running averages of a model's parameters under several profiles, with regular snapshots in a run's directory.
 ///
 /// ```
 /// use posthoc_ema::{PostHocEma, Profile};
@@ -58,16 +60,16 @@ pub struct PostHocEma {
     dir: PathBuf,
     settings: Settings,
     table: TensorRegistry,
-    /// Before the lock, and so dropped before it: what an engine still writes then is written under the lock.
+    /// Declared before the lock, so that it is dropped first: an engine's last writes happen under the lock.
     engine: Engine,
-    /// The time of the last call.
+    /// Time of the last call.
     clock: u64,
     history: History,
-    /// The newest step of which snapshots are, or are being, stored.
+    /// Newest step whose snapshots are, or are being, stored.
     stored: Option<u64>,
-    /// Whether the snapshots of the newest update could not be stored and are still to be.
+    /// True if the snapshots of the newest update failed and must be tried again.
     pending: bool,
-    /// Drawn at random when the run began; every snapshot carries it.
+    /// Random id of the run, which every snapshot carries.
     run: String,
     in_background: bool,
     on_error: OnError,
@@ -75,34 +77,34 @@ pub struct PostHocEma {
 }
 
 impl PostHocEma {
-    /// Begins to describe a run in `dir`; [`Options::create`] or [`Options::resume`] opens it.
+    /// Returns the default options of a run in `dir`; [`Options::create`] or [`Options::resume`] opens it.
     pub fn options(dir: impl AsRef<Path>) -> Options {
         Options::new(dir.as_ref())
     }
 
-    /// To be called once after each training step: updates the averages and stores snapshots when they are due.
+    /// Updates the averages and stores snapshots when they are due. Call it once after each training step.
     ///
     /// # Errors
-    /// [`Error::Changed`] where names, shapes or dtypes are not those the run began with: the call then did not happen.
-    /// [`Error::NonFinite`] where an average to be stored holds NaN or infinity: nothing is written then. Of
-    /// parameters on a device it is a later call that tells.
-    /// [`Error::Io`] where an earlier snapshot could not be written in the background: the call has done its part, no file
-    /// is half written, training can go on, and that snapshot is tried again before the next one, and given up with a
-    /// warning if that fails too. Without [`Options::checkpoint_in_background`] it is the snapshot of this call, which is
-    /// tried again before the next update.
-    /// [`Error::Cuda`] where a device fails: the call then did not happen, or, where an update is said to be lost, nothing
-    /// more is stored and the run is to be resumed by a new process.
+    /// * [`Error::Changed`] if names, shapes or dtypes differ from those the run began with. The call has no effect.
+    /// * [`Error::NonFinite`] if an average to be stored holds NaN or infinity. Nothing is written. For parameters on a
+    ///   device, a later call returns this error.
+    /// * [`Error::Io`] if an earlier snapshot could not be written in the background. The averages are updated all the
+    ///   same, no file is half written, and training can go on. The snapshot is tried again before the next one; if
+    ///   that fails too, it is dropped with a warning. Without [`Options::checkpoint_in_background`] the error is that
+    ///   of this call's snapshot, which is tried again before the next update.
+    /// * [`Error::Cuda`] if a device fails. The call has no effect. If the error says that an update was lost, nothing
+    ///   more is stored: resume the run in a new process.
     pub fn update(&mut self, params: &(impl Parameters + ?Sized)) -> Result<UpdateOutcome> {
         let time = self.clock.checked_add(1).ok_or(Error::Time { time: self.clock, last: self.clock })?;
         self.update_at(time, params)
     }
 
-    /// As [`PostHocEma::update`], on a clock of the caller's own: images, tokens, or steps counted elsewhere.
+    /// Does the same as [`PostHocEma::update`] on the caller's own clock: images, tokens, or steps counted elsewhere.
     ///
-    /// Intervals are in the units of that clock, and are due at the first call in or after each multiple.
+    /// Intervals are in units of that clock. They are due at the first call at or after each multiple.
     ///
     /// # Errors
-    /// As [`PostHocEma::update`], and [`Error::Time`] unless `time` grows from call to call.
+    /// Those of [`PostHocEma::update`], and [`Error::Time`] unless `time` grows from call to call.
     pub fn update_at(&mut self, time: u64, params: &(impl Parameters + ?Sized)) -> Result<UpdateOutcome> {
         let previous = self.clock;
         if time <= previous {
@@ -115,22 +117,22 @@ impl PostHocEma {
             step = UpdateOutcome::Updated;
         }
         self.clock = time;
-        // Asked for before another checkpoint is queued: what becomes of that is a later call's to tell.
+        // Taken before another checkpoint is queued, whose errors belong to a later call.
         let earlier = self.engine.take_error().map_or(Ok(()), Err);
         if !self.settings.schedule.is_snapshot_due(previous, time) {
             return self.apply_error_policy(earlier).map(|()| step);
         }
         let stored = self.checkpoint();
         let step = if stored.is_ok() { UpdateOutcome::Stored } else { step };
-        // Each for itself: one that the training goes on with must not hide another.
+        // Applied to each error: one that becomes a warning must not hide the other.
         self.apply_error_policy(earlier).and(self.apply_error_policy(stored)).map(|()| step)
     }
 
-    /// What of the storing an update returns.
+    /// Applies `on_error` to the result of storing: [`OnError::Continue`] turns file errors into warnings.
     fn apply_error_policy(&self, stored: Result<()>) -> Result<()> {
         match (stored, self.on_error) {
             (Err(error @ (Error::Io { .. } | Error::Unexpected { .. })), OnError::Continue) => {
-                tracing::warn!("the training goes on: {error}");
+                tracing::warn!("a snapshot could not be stored, the training goes on: {error}");
                 Ok(())
             }
             (stored, _) => stored,
@@ -144,29 +146,29 @@ impl PostHocEma {
         let weight = |profile: &Profile| profile.gain(last as f64, time as f64) as f32;
         let weights: Vec<f32> = self.settings.profiles.iter().map(weight).collect();
         self.engine.fold(&matched, self.table.layout(), &weights)?;
-        // After the last update, as the caller has checked, so that it cannot fail where the averages have moved.
+        // Cannot fail once the averages have changed: the caller has checked that `time` is after the last update.
         self.history.push(time)
     }
 
-    /// What whoever trains waits for before the parameters of the newest update are changed or freed, where they were lent
-    /// until then ([`CudaMemory::until_fence`](crate::CudaMemory::until_fence)) and the averages are kept on the host.
+    /// Returns the fence to wait for before the parameters of the newest update are changed or freed.
     ///
-    /// None where there is nothing to wait for. Parameters that are lent in the order of their stream need no fence: the
-    /// stream itself waits.
+    /// Only parameters lent [until the fence](crate::CudaMemory::until_fence) need it, and only if the averages are on
+    /// the host. None if there is nothing to wait for. For parameters lent in the order of their stream, the stream
+    /// itself waits.
     #[cfg(feature = "cuda")]
     pub fn fence(&self) -> Option<&crate::compute::cuda::Fence> {
         self.engine.fence()
     }
 
-    /// Whether the next call of [`PostHocEma::update`] reads the parameters.
+    /// Returns true if the next call of [`PostHocEma::update`] reads the parameters.
     pub fn is_due(&self) -> bool {
         self.settings.schedule.is_update_due(self.clock, self.clock.saturating_add(1))
     }
 
-    /// The step from which a resume would go on, of a run that has a live state: for who only counts along.
+    /// Returns the step that a resume continues from; none if the directory holds no live state.
     ///
     /// # Errors
-    /// [`Error::Damaged`] and [`Error::Io`] for a state that cannot be read.
+    /// [`Error::Damaged`] and [`Error::Io`] for a live state that cannot be read.
     pub fn saved_step(dir: impl AsRef<Path>) -> Result<Option<u64>> {
         let path = dir.as_ref().join(crate::snapshot::STATE_FILE);
         if !path.is_file() {
@@ -175,22 +177,22 @@ impl PostHocEma {
         crate::run::Saved::read(&path).map(|saved| Some(saved.step()))
     }
 
-    /// The time of the last call: where training goes on after a resume.
+    /// Returns the time of the last call: the step that training continues from after a resume.
     pub fn step(&self) -> u64 {
         self.clock
     }
 
-    /// The profiles that are tracked.
+    /// Returns the tracked profiles.
     pub fn profiles(&self) -> &[Profile] {
         &self.settings.profiles
     }
 
-    /// The updates so far.
+    /// Returns the times of all updates so far.
     pub fn history(&self) -> &History {
         &self.history
     }
 
-    /// The run's directory.
+    /// Returns the run's directory.
     pub fn dir(&self) -> &Path {
         &self.dir
     }

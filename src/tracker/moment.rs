@@ -1,4 +1,4 @@
-//! The run at one update, and how it is stored: the live state, a snapshot of every average, and what is dropped for it.
+//! Checkpoint of a run at one update: the live state, a snapshot of every average, and retention.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -17,33 +17,32 @@ use crate::snapshot::{self, Meta, Snapshot, SnapshotId, write_snapshot};
 use crate::planning::profile_json;
 use crate::tensor::TensorSpec;
 
-/// Everything that files say about the run at one update, beside the values themselves.
+/// Checkpoint metadata, without tensor data.
 ///
-/// It owns what it holds, so that a thread may write it while the tracker goes on.
+/// It owns its fields, so that a thread may write the checkpoint while the tracker goes on.
 #[derive(Clone, Debug)]
 pub(super) struct CheckpointMeta {
     pub dir: PathBuf,
     pub settings: Settings,
     pub table: TensorRegistry,
-    /// The time of the tracker's last call.
+    /// Time of the tracker's last call.
     pub clock: u64,
-    /// The updates so far; the values are those of the newest.
+    /// Times of the updates so far; the values are those of the newest.
     pub history: History,
-    /// The newest step of which snapshots are, or are being, stored: where it is the newest update, a resume completes
-    /// them.
+    /// Newest step whose snapshots are, or are being, stored. If it is the newest update, a resume completes them.
     pub stored: Option<u64>,
-    /// The run's id.
+    /// Id of the run.
     pub run: String,
 }
 
-/// Why a moment was not stored, or not wholly.
+/// Error of a checkpoint, by the stage that failed.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// The averages hold what is never stored: nothing was written, and another try would find the same.
+    /// The averages hold NaN or infinity. Nothing was written, and another try would fail the same way.
     Values(Error),
-    /// Files could not be written: another try may write them.
+    /// Files could not be written; another try may succeed.
     Files(Error),
-    /// All is written, but older snapshots could not be removed.
+    /// Everything was written, but older snapshots could not be removed.
     Removal(Error),
 }
 
@@ -56,14 +55,14 @@ impl Failure {
 }
 
 impl CheckpointMeta {
-    /// The time of the newest update.
+    /// Returns the time of the newest update.
     pub(super) fn step(&self) -> u64 {
         self.history.last().unwrap_or(0)
     }
 
-    /// Stores the live state and a snapshot of every average, then drops what is beyond those to be kept.
+    /// Stores the live state and a snapshot of every average, then removes surplus snapshots.
     ///
-    /// The state comes first: should the process die before all snapshots are written, a resume writes the rest.
+    /// The state comes first: if the process dies before all snapshots are written, a resume writes the rest.
     pub(super) fn store(&self, values: &Values<'_>) -> Result<(), Failure> {
         let dtypes = self.stored_dtypes(values).map_err(Failure::Values)?;
         let average = |(index, dtypes): (usize, &Vec<Dtype>)| self.write_average(values, index, dtypes);
@@ -72,16 +71,16 @@ impl CheckpointMeta {
         self.drop_surplus().map_err(Failure::Removal)
     }
 
-    /// Stores the live state alone.
+    /// Stores only the live state.
     pub(super) fn save(&self, values: &Values<'_>) -> Result<()> {
         self.stored_dtypes(values)?;
         self.write_state(values)
     }
 
-    /// The profiles of which the directory holds no whole snapshot of this moment.
+    /// Returns the profiles whose snapshot of this step is missing or incomplete.
     pub(super) fn missing(&self) -> Result<Vec<usize>> {
         let there = snapshot::list(&self.dir)?;
-        // Shards without their index are read here, but not by Hugging Face's loaders.
+        // This library reads shards without their index, but Hugging Face's loaders do not.
         let whole = |stem: SnapshotId, files: &Vec<_>| files.len() == 1 || self.dir.join(stem.index_name()).is_file();
         let missing = |index: &usize| {
             let stem = self.stem(*index);
@@ -90,12 +89,12 @@ impl CheckpointMeta {
         Ok((0..self.settings.profiles.len()).filter(missing).collect())
     }
 
-    /// Stores the snapshots of these profiles, then drops what is beyond those to be kept.
+    /// Stores the snapshots of these profiles, then removes surplus snapshots.
     pub(super) fn complete(&self, values: &Values<'_>, missing: &[usize]) -> Result<()> {
         let dtypes = self.stored_dtypes(values)?;
         let there = snapshot::list(&self.dir)?;
         for &index in missing {
-            // Shards without their index: with other options now, the snapshot may take another number of files.
+            // Removes shards without an index: a changed shard size may give another number of files.
             if let Some(files) = there.get(&self.stem(index)) {
                 snapshot::remove(&self.dir, self.stem(index), files)?;
             }
@@ -108,7 +107,7 @@ impl CheckpointMeta {
         SnapshotId { index, step: self.step() }
     }
 
-    /// The dtype that each averaged tensor of each profile is stored in, after a look at all values.
+    /// Returns the stored dtype of each averaged tensor of each profile, after scanning all values.
     fn stored_dtypes(&self, values: &Values<'_>) -> Result<Vec<Vec<Dtype>>> {
         if let Some(dtypes) = values.dtypes {
             return Ok(dtypes.to_vec());
@@ -120,7 +119,7 @@ impl CheckpointMeta {
         self.choose_all_dtypes(values, &values.averages.iter().map(ranges).collect::<Vec<_>>())
     }
 
-    /// As [`CheckpointMeta::choose_dtypes`], for all profiles.
+    /// Does the same as [`CheckpointMeta::choose_dtypes`] for all profiles.
     pub(super) fn choose_all_dtypes(&self, values: &Values<'_>, ranges: &[Vec<cpu::Range>]) -> Result<Vec<Vec<Dtype>>> {
         let of_profile = |(profile, (averages, ranges)): (usize, (&cpu::Averages, &Vec<cpu::Range>))| {
             let element = |i: usize, element: usize| Ok(averages.high[self.table.layout().place(i)][element]);
@@ -129,11 +128,13 @@ impl CheckpointMeta {
         values.averages.iter().zip(ranges).enumerate().map(of_profile).collect()
     }
 
-    /// The dtype that each averaged tensor of a profile is stored in, given the range of its values: the one asked for,
-    /// or f32 where that cannot hold them. `value` looks up an element of a tensor.
+    /// Chooses the stored dtype of each averaged tensor of a profile by the range of its values.
+    ///
+    /// That is the requested dtype, or f32 if the requested one cannot hold the values. `value(tensor, element)` looks
+    /// up an element.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] for a tensor that holds NaN or infinity, and what `value` returns.
+    /// [`Error::NonFinite`] for a tensor that holds NaN or infinity, and the errors of `value`.
     pub(super) fn choose_dtypes(
         &self,
         profile: usize,
@@ -179,13 +180,15 @@ impl CheckpointMeta {
         Ok(())
     }
 
-    /// Names the tensors that are kept in another dtype than asked for.
+    /// Warns of each tensor that is kept in another dtype than requested.
     fn warn_of_others(&self, index: usize, dtypes: &[Dtype]) {
         for (entry, &stored) in self.table.averaged().iter().zip(dtypes) {
             let wanted = self.wanted_dtype(entry);
             if stored != wanted {
                 let (stem, name) = (self.stem(index), &entry.name);
-                tracing::warn!("snapshot {stem}: tensor `{name}` holds values beyond {wanted} and is kept in {stored}");
+                tracing::warn!(
+                    "snapshot {stem}: tensor `{name}` has values out of range of {wanted} and is stored in {stored}"
+                );
             }
         }
     }
@@ -205,9 +208,9 @@ impl CheckpointMeta {
         }
     }
 
-    /// Removes the snapshots of the steps that retention does not keep. What it keeps, the newest included, is on disk by now.
+    /// Removes the snapshots that retention does not keep. All others, the newest included, are on disk by now.
     ///
-    /// What is not this run's, or cannot be read, is neither counted nor removed, whatever its name.
+    /// Snapshots of other runs, or that cannot be read, are neither counted nor removed, whatever their names.
     pub(super) fn drop_surplus(&self) -> Result<()> {
         let mut there = snapshot::list(&self.dir)?;
         there.retain(|stem, _| self.history.contains(stem.step));
@@ -223,7 +226,7 @@ impl CheckpointMeta {
         }
     }
 
-    /// The steps to drop: those first of which a profile's snapshot was never written.
+    /// Returns the steps to remove; steps that lack a profile's snapshot go first.
     fn surplus(&self, there: &BTreeMap<SnapshotId, Vec<PathBuf>>) -> Vec<u64> {
         let Settings { profiles, retention, max_checkpoints, .. } = &self.settings;
         let steps: BTreeSet<u64> = there.keys().map(|stem| stem.step).collect();
@@ -238,14 +241,14 @@ impl CheckpointMeta {
         surplus
     }
 
-    /// Whether a snapshot was written by this run and can be read; told where not.
+    /// Returns true if a snapshot is readable and belongs to this run; otherwise logs a warning.
     fn is_own(&self, stem: SnapshotId, files: &[PathBuf]) -> bool {
         let why = match Snapshot::open(stem, files) {
             Ok(snapshot) if snapshot.meta.run.as_deref() == Some(&self.run) => return true,
             Ok(_) => "it belongs to another run: move it out of the directory".to_owned(),
             Err(error) => error.to_string(),
         };
-        tracing::warn!("{}: snapshot {stem} is neither counted nor dropped: {why}", self.dir.display());
+        tracing::warn!("{}: retention skips snapshot {stem}: {why}", self.dir.display());
         false
     }
 }

@@ -1,4 +1,4 @@
-//! Names of tensors, given as they are or by globs.
+//! Choice of tensors by name or glob.
 
 use std::collections::BTreeSet;
 
@@ -7,16 +7,16 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use crate::error::{Error, Result};
 use crate::tensor::TensorView;
 
-/// Which tensors are averaged, copied and left out, as the user named them.
+/// Tensors to average, to copy and to leave out, as the user named them.
 #[derive(Debug, Default)]
 pub(super) struct Choice {
-    /// Where given, only these are averaged, and other floating-point tensors are copied.
+    /// If given, only these are averaged, and other floating-point tensors are copied.
     pub average: Option<Names>,
     pub copy: Names,
     pub leave_out: Names,
 }
 
-/// A set of names. A pattern stands for the tensor of exactly that name too: `layers[0].weight` is a name and a glob.
+/// Set of names. A pattern also matches the tensor of exactly that name: `layers[0].weight` is a name and a glob.
 #[derive(Debug, Default)]
 pub(super) struct Names {
     option: &'static str,
@@ -25,10 +25,10 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// Reads the patterns of an option.
+    /// Compiles the patterns of an option.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a pattern that is no glob.
+    /// [`Error::Setting`] for a pattern that is not a glob.
     pub(super) fn new(option: &'static str, patterns: &[String]) -> Result<Names> {
         let setting = |error: globset::Error| Error::Setting { option, reason: error.to_string() };
         let mut globs = GlobSetBuilder::new();
@@ -42,13 +42,13 @@ impl Names {
         self.literal.contains(name) || self.globs.is_match(name)
     }
 
-    /// Checks that every pattern stands for some tensor: a slip would otherwise average what should not be.
+    /// Checks that every pattern matches a tensor: a typo would otherwise average the wrong tensors.
     fn check(&self, views: &[TensorView<'_>]) -> Result<()> {
         for pattern in &self.literal {
             let glob = Glob::new(pattern).map(|glob| glob.compile_matcher());
             let matches = |name: &str| name == pattern || glob.as_ref().is_ok_and(|glob| glob.is_match(name));
             if !views.iter().any(|view| matches(view.name)) {
-                let reason = format!("`{pattern}` stands for no tensor of the model: check its spelling");
+                let reason = format!("`{pattern}` matches no tensor of the model: check its spelling");
                 return Err(Error::Setting { option: self.option, reason });
             }
         }
@@ -57,7 +57,7 @@ impl Names {
 }
 
 impl Choice {
-    /// Checks that every pattern stands for some tensor.
+    /// Checks that every pattern matches a tensor.
     ///
     /// # Errors
     /// [`Error::Setting`] for one that does not.

@@ -1,4 +1,4 @@
-//! The options of a run, with the defaults that users of the existing tools know.
+//! Options of a run, with the defaults that users of the existing tools know.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use crate::snapshot::{self, STATE_FILE};
 use crate::fs::Lock;
 use crate::tensor::Parameters;
 
-/// A profile as it was asked for; it is checked when the run is opened.
+/// Profile as the user gave it; it is checked when the run is opened.
 #[derive(Clone, Debug)]
 enum Track {
     SigmaRel(f64),
@@ -41,7 +41,9 @@ impl Track {
     }
 }
 
-/// A run that is about to be created or resumed. What is not set keeps its default, on a resume what the run has.
+/// Options of a run to be created or resumed.
+///
+/// An option that is not set keeps its default, or on a resume the run's own value.
 #[derive(Clone, Debug)]
 #[must_use = "nothing happens before `create` or `resume`"]
 pub struct Options {
@@ -63,14 +65,14 @@ pub struct Options {
     on_error: OnError,
 }
 
-/// What an update does where a snapshot could not be stored: a full disk, a directory that is gone.
+/// Reaction of an update to a snapshot that cannot be stored, for example because the disk is full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnError {
-    /// It returns the error; the training may go on or stop.
+    /// Returns the error; the caller may go on training or stop.
     #[default]
     Stop,
-    /// It logs a warning and the training goes on: the averages lose nothing, and the snapshot is tried again as always.
-    /// [`PostHocEma::save`], [`PostHocEma::flush`] and [`PostHocEma::finish`] return errors nevertheless.
+    /// Logs a warning and goes on. The averages lose nothing, and the snapshot is tried again as with
+    /// [`OnError::Stop`]. [`PostHocEma::save`], [`PostHocEma::flush`] and [`PostHocEma::finish`] still return errors.
     Continue,
 }
 
@@ -98,7 +100,7 @@ impl Options {
 
     /// Tracks power-function profiles of these relative standard deviations. Default: 0.05 and 0.28.
     ///
-    /// Calls add up, this one and those of the other parametrisations.
+    /// Calls add up, also with those of the other parametrisations.
     pub fn sigma_rels(self, sigma_rels: impl IntoIterator<Item = f64>) -> Self {
         self.track(sigma_rels.into_iter().map(Track::SigmaRel))
     }
@@ -134,7 +136,7 @@ impl Options {
         self
     }
 
-    /// No update before this step. Default: 0.
+    /// Step before which no update happens. Default: 0.
     pub fn update_after_step(mut self, step: u64) -> Self {
         self.update_after_step = Some(step);
         self
@@ -146,97 +148,103 @@ impl Options {
         self
     }
 
-    /// How many steps' snapshots are kept. Default: 20.
+    /// Largest number of steps whose snapshots are kept. Default: 20.
     pub fn max_checkpoints(mut self, steps: usize) -> Self {
         self.max_checkpoints = Some(steps);
         self
     }
 
-    /// Which steps' snapshots are kept. Default: those that serve all lengths from 0.05 to 0.28 best.
+    /// Rule for the steps whose snapshots are kept. Default: those that serve all `sigma_rel` from 0.05 to 0.28 best.
     pub fn retention(mut self, retention: Retention) -> Self {
         self.retention = Some(retention);
         self
     }
 
-    /// The dtype of averages in snapshots. Default: each tensor's own. A tensor with a value beyond its dtype is kept
-    /// in f32 instead, with a warning.
+    /// Dtype of averages in snapshots. Default: each tensor's own.
+    ///
+    /// A tensor with a value beyond the range of that dtype is kept in f32 instead, with a warning.
     pub fn checkpoint_dtype(mut self, dtype: impl Into<Option<Dtype>>) -> Self {
         self.checkpoint_dtype = Some(dtype.into());
         self
     }
 
-    /// How running averages are kept. Default: compensated.
+    /// Precision of the running averages. Default: compensated.
     pub fn precision(mut self, precision: Precision) -> Self {
         self.precision = Some(precision);
         self
     }
 
-    /// The size in bytes beyond which a snapshot is split into shards. Default: 5 GB.
+    /// Size in bytes beyond which a snapshot is split into shards. Default: 5 GB.
     pub fn shard_size(mut self, bytes: u64) -> Self {
         self.shard_size = Some(bytes);
         self
     }
 
-    /// Tensors, by name or glob (`*.lora_*`), to average. Default: all of floating-point dtypes; where names are given,
-    /// the others are copied.
+    /// Tensors to average, by name or glob (`*.lora_*`). Default: all of floating-point dtypes.
+    ///
+    /// If any are given, all others are copied.
     pub fn average<S: Into<String>>(mut self, globs: impl IntoIterator<Item = S>) -> Self {
         self.average = Some(globs.into_iter().map(Into::into).collect());
         self
     }
 
-    /// Tensors, by name or glob (`*.running_mean`), to copy from the newest update instead of averaging them.
+    /// Tensors to copy from the newest update instead of averaging them, by name or glob (`*.running_mean`).
     pub fn copy<S: Into<String>>(mut self, globs: impl IntoIterator<Item = S>) -> Self {
         self.copy = Some(globs.into_iter().map(Into::into).collect());
         self
     }
 
-    /// Tensors, by name or glob, to leave out altogether.
+    /// Tensors to leave out altogether, by name or glob.
     pub fn leave_out<S: Into<String>>(mut self, globs: impl IntoIterator<Item = S>) -> Self {
         self.leave_out = Some(globs.into_iter().map(Into::into).collect());
         self
     }
 
-    /// Where the averages of parameters on a CUDA device are kept. Default: [`Device::Cpu`].
+    /// Device that keeps the averages of parameters on a CUDA device. Default: [`Device::Cpu`].
     ///
-    /// * [`Device::Cpu`]: on the host. Each update copies the parameters there once, in their own dtype; the stream that
-    ///   trains waits for the copy but not for the folding, and not for the copy either where they are lent until the
-    ///   fence ([`CudaMemory::until_fence`](crate::CudaMemory)). The device gives no memory.
-    /// * [`Device::Cuda`]: on the parameters' device; an update is one launch on the stream that trains.
-    /// * [`Device::Auto`]: on the device where they take at most a quarter of its free memory, otherwise on the host.
+    /// * [`Device::Cpu`]: on the host. Each update copies the parameters there once, in their own dtype. The training
+    ///   stream waits for the copy but not for the folding. It does not wait for the copy either if the parameters are
+    ///   lent until the fence ([`CudaMemory::until_fence`](crate::CudaMemory)). No device memory is used.
+    /// * [`Device::Cuda`]: on the parameters' device. An update is one launch on the training stream.
+    /// * [`Device::Auto`]: on the device if the averages take at most a quarter of its free memory, otherwise on the
+    ///   host.
     ///
-    /// The averages are the same, bit for bit, and a resume may choose anew. For parameters in host memory the averages
-    /// stay there too; to ask for a device then is an [`Error::Setting`].
+    /// The averages are the same, bit for bit, and a resume may choose differently. The averages of parameters in host
+    /// memory stay there; choosing a device for them is an [`Error::Setting`].
     pub fn device(mut self, device: Device) -> Self {
         self.device = device;
         self
     }
 
-    /// Whether snapshots are written in the background, while the training goes on. Default: true.
+    /// Writes snapshots in the background while the training goes on. Default: true.
     ///
-    /// The training is then held up for a copy of the averages, whose memory (6 bytes a parameter and profile, 4 with
-    /// [`Precision::Plain`], and the copied tensors) is the price: on the host it is taken when the run is opened, and
-    /// between checkpoints the system may give it to others. There is one such copy: a checkpoint that comes before the
-    /// last one is written waits for it. Where the memory cannot be had, and with `false`, the training waits until the
-    /// snapshots are on disk. Parameters on a device are copied beside the training, and a second checkpoint may wait.
+    /// The training then waits only for a copy of the averages. The copy takes 6 bytes per parameter and profile, 4
+    /// with [`Precision::Plain`], plus the copied tensors. On the host this memory is allocated when the run is opened,
+    /// and the system may use it between checkpoints. There is one such copy: a checkpoint waits until the one before
+    /// is written. If the memory is not available, and with `false`, the training waits until the snapshots are on
+    /// disk. Parameters on a device are copied beside the training, and a second checkpoint may be queued.
     ///
-    /// The files are the same, and a resume may choose anew.
+    /// The files are the same, and a resume may choose differently.
     pub fn checkpoint_in_background(mut self, yes: bool) -> Self {
         self.in_background = yes;
         self
     }
 
-    /// What an update does where a snapshot could not be stored. Default: it returns the error. A resume may choose anew.
+    /// Reaction of an update to a snapshot that cannot be stored. Default: [`OnError::Stop`].
+    ///
+    /// A resume may choose differently.
     pub fn on_error(mut self, on_error: OnError) -> Self {
         self.on_error = on_error;
         self
     }
 
-    /// Begins a new run.
+    /// Creates a new run.
     ///
     /// # Errors
-    /// [`Error::RunExists`] where the directory already holds one, [`Error::Parameter`], [`Error::NotTrackable`] or
-    /// [`Error::Setting`] for options that make no sense, [`Error::Tensor`] for a tensor that cannot be averaged,
-    /// [`Error::Locked`], [`Error::Io`] and [`Error::Cuda`].
+    /// * [`Error::RunExists`] if the directory already holds a run.
+    /// * [`Error::Parameter`], [`Error::NotTrackable`] or [`Error::Setting`] for an invalid option.
+    /// * [`Error::Tensor`] for a tensor that cannot be averaged, [`Error::NothingToAverage`] if none can.
+    /// * [`Error::Locked`], [`Error::Io`] and [`Error::Cuda`].
     pub fn create(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let settings = self.settings(Settings::default())?;
         settings.check()?;
@@ -276,14 +284,16 @@ impl Options {
         })
     }
 
-    /// Goes on with a run from its newest live state; [`PostHocEma::step`] tells where that is.
+    /// Resumes a run from its newest live state; [`PostHocEma::step`] returns the step of that state.
     ///
-    /// Schedule, retention, dtype and shard size may be changed; profiles, precision and the choice of tensors may not.
+    /// Schedule, retention, dtype and shard size may change; profiles, precision and the choice of tensors may not.
     ///
     /// # Errors
-    /// [`Error::NoRun`] without a live state, [`Error::Setting`] for an option that contradicts the run,
-    /// [`Error::Changed`] or [`Error::Tensor`] for other parameters, [`Error::Unexpected`] for snapshots that are not of
-    /// this run, [`Error::Damaged`], [`Error::Locked`], [`Error::Io`] and [`Error::Cuda`].
+    /// * [`Error::NoRun`] if the directory holds no live state.
+    /// * [`Error::Setting`] for an option that contradicts the run.
+    /// * [`Error::Changed`] or [`Error::Tensor`] for parameters that differ from the run's.
+    /// * [`Error::Unexpected`] for snapshots of another run.
+    /// * [`Error::Damaged`], [`Error::Locked`], [`Error::Io`] and [`Error::Cuda`].
     pub fn resume(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let path = self.dir.join(STATE_FILE);
         if !path.is_file() {
@@ -312,15 +322,15 @@ impl Options {
         Ok(tracker)
     }
 
-    /// Goes on with a run where there is one, and begins a new one otherwise: what a job that may be restarted calls.
+    /// Resumes the run if the directory holds a live state, and creates a new one otherwise: for jobs that restart.
     ///
     /// # Errors
-    /// As [`Options::create`] and [`Options::resume`].
+    /// Those of [`Options::create`] and [`Options::resume`].
     pub fn resume_or_create(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         if self.dir.join(STATE_FILE).exists() { self.resume(params) } else { self.create(params) }
     }
 
-    /// What was set, over what holds otherwise.
+    /// Returns `base` with the options that were set.
     fn settings(&self, base: Settings) -> Result<Settings> {
         let mut profiles: Vec<Profile> = self.tracks.iter().map(Track::profile).collect::<Result<_>>()?;
         if profiles.is_empty() {
@@ -349,7 +359,7 @@ impl Options {
     }
 }
 
-/// Reads the globs of the settings.
+/// Compiles the globs of the settings.
 fn choice(settings: &Settings) -> Result<Choice> {
     Ok(Choice {
         average: settings.average.as_ref().map(|patterns| Names::new("average", patterns)).transpose()?,

@@ -1,4 +1,4 @@
-//! The live state on disk: everything that a resume needs to go on with the same bits.
+//! Live state on disk: everything that a resume needs to continue with the same bits.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -21,20 +21,20 @@ use crate::fs::Lock;
 use crate::run::{COPIED, Run, STATE, Saved, Settings, StateDocument, check_snapshots, copy_name, high_name, low_name};
 use crate::tensor::TensorSpec;
 
-/// Bytes that a header takes for a tensor beside its name and shape: what begins its name, the keys, a dtype, and offsets of up to
-/// 13 digits.
+/// Bytes of a tensor's header entry beside its name and shape: name prefix, keys, dtype, and offsets of up to 13
+/// digits.
 const ENTRY: usize = 12 + 48 + 26;
 
-/// The dtype of an averaged tensor within the document, beside its name.
+/// Bytes of an averaged tensor's dtype in the document, beside its name.
 const DTYPE: usize = 14;
 
-/// What is left to the history and the settings, which grow with neither the model nor, as a rule, the training.
+/// Bytes reserved for the history and the settings, which do not grow with the model.
 pub(super) const REST: usize = 1_000_000;
 
-/// Checks that the header of a live state can hold all that it tells of the tensors: it is the longest that a run has.
+/// Checks that the header of a live state, the longest of a run's headers, fits the safetensors format.
 ///
 /// # Errors
-/// [`Error::Setting`].
+/// [`Error::Setting`] if it does not.
 pub(super) fn check_header(table: &TensorRegistry, settings: &Settings) -> Result<()> {
     let bytes = header_len(table, settings);
     if bytes <= MAX_HEADER {
@@ -42,15 +42,15 @@ pub(super) fn check_header(table: &TensorRegistry, settings: &Settings) -> Resul
     }
     let count = table.averaged().len() + table.copied().len();
     let reason = format!(
-        "of {count} tensors the header of the live state would take {} MB, and the safetensors format allows {}: join small \
-         tensors into larger ones, leave some out, or track fewer profiles",
+        "of {count} tensors the header of the live state would take {} MB, and the safetensors format allows {}: join \
+         small tensors into larger ones, leave some out, or track fewer profiles",
         bytes / 1_000_000,
         MAX_HEADER / 1_000_000
     );
     Err(Error::Setting { option: "params", reason })
 }
 
-/// The most bytes that the header of a live state takes.
+/// Returns an upper bound of the header's length in bytes.
 pub(super) fn header_len(table: &TensorRegistry, settings: &Settings) -> usize {
     let each = settings.profiles.len() * if settings.precision == Precision::Compensated { 2 } else { 1 };
     let quoted = |text: &str| serde_json::json!(text).to_string();
@@ -103,7 +103,7 @@ impl CheckpointMeta {
 }
 
 impl Saved {
-    /// Rebuilds the tracker for a model whose tensors must be those of the state.
+    /// Rebuilds the tracker for a model, whose tensors must be those of the state.
     pub(super) fn into_tracker(
         self,
         dir: PathBuf,
@@ -165,7 +165,7 @@ impl Saved {
         self.check_copied(table)
     }
 
-    /// Checks that the model copies exactly the tensors that the state has copies of.
+    /// Checks that the model copies exactly the tensors that the state holds copies of.
     fn check_copied(&self, table: &TensorRegistry) -> Result<()> {
         let saved = || self.file.tensors().keys().filter_map(|name| name.strip_prefix(COPIED));
         if let Some(new) = table.copied().iter().find(|entry| !saved().any(|name| name == entry.name)) {

@@ -1,4 +1,4 @@
-//! The tensors of a run: which are averaged, which copied, which tied, and where each lies.
+//! Registry of a run's tensors: averaged, copied and tied, with the place of each.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -13,13 +13,13 @@ use crate::tensor::{TensorView, byte_size, is_averaged};
 
 use super::names::{Choice, Names};
 
-/// A tensor of the run.
+/// Tensor of the run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     pub name: String,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
-    /// Its size in the model.
+    /// Size in bytes in the model.
     pub bytes: usize,
 }
 
@@ -29,17 +29,17 @@ impl Entry {
     }
 }
 
-/// What becomes of a tensor at an update.
+/// Role of a tensor in an update, with its index among the tensors of that role.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum TensorRole {
     Averaged(usize),
     Copied(usize),
-    /// It shares the elements of the tensor of this name.
+    /// Shares the elements of the tensor of this name.
     Tied(String),
     LeftOut,
 }
 
-/// All tensors of a run, in order of their names.
+/// All tensors of a run, in the order of their names.
 #[derive(Clone, Debug, Default)]
 pub(super) struct TensorRegistry {
     averaged: Vec<Entry>,
@@ -47,31 +47,31 @@ pub(super) struct TensorRegistry {
     tied: BTreeMap<String, String>,
     slots: BTreeMap<String, TensorRole>,
     layout: Layout,
-    /// The order in which the model last listed its tensors, with the slot of each: models keep to one order.
+    /// Order in which the model last listed its tensors, with their roles. It rarely changes.
     order: Vec<(String, TensorRole)>,
 }
 
-/// The views of one update, in the order of the table.
+/// Views of one update, in the order of the registry.
 pub(super) struct OrderedViews<'v, 'a> {
     pub averaged: Vec<&'v TensorView<'a>>,
     pub copied: Vec<&'v TensorView<'a>>,
 }
 
 impl<'v, 'a> OrderedViews<'v, 'a> {
-    /// All of them.
+    /// Iterates over all views, the averaged ones first.
     pub(super) fn all(&self) -> impl Iterator<Item = &'v TensorView<'a>> {
         self.averaged.iter().chain(&self.copied).copied()
     }
 }
 
 impl TensorRegistry {
-    /// Sorts the tensors of a new run.
+    /// Registers the tensors of a new run and finds which are tied.
     pub(super) fn new(views: &[TensorView<'_>], choice: &Choice) -> Result<TensorRegistry> {
         let kept: Vec<&TensorView<'_>> = views.iter().filter(|view| !choice.leave_out.contains(view.name)).collect();
         TensorRegistry::build(views, choice, find_tied(&kept))
     }
 
-    /// Sorts the tensors of a run whose ties are known.
+    /// Registers the tensors of a resumed run, whose ties are known.
     pub(super) fn resumed(
         views: &[TensorView<'_>],
         choice: &Choice,
@@ -94,7 +94,7 @@ impl TensorRegistry {
         if table.averaged.is_empty() {
             return Err(Error::NothingToAverage);
         }
-        // What a file could not hold is found now and not at the first snapshot.
+        // Fails now, and not at the first snapshot, if a file cannot hold these tensors.
         let specs = table.averaged.iter().chain(&table.copied).map(Entry::spec).collect();
         FileLayout::new(specs)?;
         table.layout = Layout::new(table.averaged.iter().map(|entry| entry.shape.iter().product()));
@@ -127,13 +127,13 @@ impl TensorRegistry {
         Ok(TensorRole::Copied(self.copied.len() - 1))
     }
 
-    /// A kept tensor's own name and those tied to it: whichever of them the user gave stands for all.
+    /// Iterates over a kept tensor's name and those tied to it; a user may give any of them.
     fn names_of<'n>(&'n self, kept: &'n str) -> impl Iterator<Item = &'n str> {
         let dropped = self.tied.iter().filter(move |(_, k)| *k == kept).map(|(dropped, _)| dropped.as_str());
         std::iter::once(kept).chain(dropped)
     }
 
-    /// Puts the views of an update in the order of the table, checking that they are the same tensors.
+    /// Returns the views of an update in the order of the registry, after checking that they are the run's tensors.
     pub(super) fn match_views<'v, 'a>(&mut self, views: &'v [TensorView<'a>]) -> Result<OrderedViews<'v, 'a>> {
         let usual =
             views.len() == self.order.len() && views.iter().zip(&self.order).all(|(view, (name, _))| view.name == name);
@@ -156,7 +156,7 @@ impl TensorRegistry {
         })
     }
 
-    /// Finds each view's slot; every tensor of the run must be there once, and nothing else.
+    /// Finds the role of each view. Every tensor of the run must occur exactly once, and no other.
     fn find_order(&self, views: &[TensorView<'_>]) -> Result<Vec<(String, TensorRole)>> {
         let mut seen = BTreeSet::new();
         let mut order = Vec::with_capacity(views.len());
@@ -209,7 +209,7 @@ impl TensorRegistry {
         &self.layout
     }
 
-    /// The index of an averaged tensor, or of a copied one.
+    /// Returns the index of an averaged tensor as `Ok`, of a copied one as `Err`.
     pub(super) fn find(&self, name: &str) -> Option<Result<usize, usize>> {
         match self.slots.get(name)? {
             TensorRole::Averaged(i) => Some(Ok(*i)),
@@ -219,8 +219,9 @@ impl TensorRegistry {
     }
 }
 
-/// The dtypes that are copied without being asked for: integers and booleans. Floating-point numbers of 8 bits and
-/// fewer, and complex ones, need a decision.
+/// Returns true for dtypes that are copied by default: integers and booleans.
+///
+/// For floating-point numbers of 8 bits and fewer, and for complex ones, the user must decide.
 fn is_copied(dtype: Dtype) -> bool {
     use Dtype::{BOOL, I8, I16, I32, I64, U8, U16, U32, U64};
     matches!(dtype, BOOL | U8 | I8 | U16 | I16 | U32 | I32 | U64 | I64)
@@ -240,11 +241,12 @@ fn check<'v, 'a>(view: &'v TensorView<'a>, entry: &Entry) -> Result<&'v TensorVi
     if let (Some(device), address) = view.place()
         && !address.is_multiple_of(size)
     {
-        let reason =
-            format!("its address on cuda:{device}, {address:#x}, is no multiple of the {size} bytes of an element");
+        let reason = format!(
+            "its address on cuda:{device}, {address:#x}, is not a multiple of its element size of {size} bytes"
+        );
         return Err(Error::tensor(view.name, reason));
     }
-    // A view is a plain struct, so nothing before has tied its bytes to its shape.
+    // A view is a plain struct: its byte length may contradict its shape.
     if view.byte_len() != entry.bytes {
         let (given, bytes) = (view.byte_len(), entry.bytes);
         return Err(Error::tensor(view.name, format!("{given} bytes were lent, its shape and dtype take {bytes}")));
@@ -252,12 +254,12 @@ fn check<'v, 'a>(view: &'v TensorView<'a>, entry: &Entry) -> Result<&'v TensorVi
     Ok(view)
 }
 
-/// What makes two views the same memory.
+/// Returns the properties that two views share if they are the same memory.
 fn place<'v>(view: &'v TensorView<'_>) -> ((Option<usize>, u64), usize, Dtype, &'v [usize]) {
     (view.place(), view.byte_len(), view.dtype, view.shape)
 }
 
-/// Finds tensors that share their elements with one of an earlier name: `dropped name -> kept name`.
+/// Finds tensors that share their elements with a tensor of an earlier name: `dropped name -> kept name`.
 fn find_tied(views: &[&TensorView<'_>]) -> BTreeMap<String, String> {
     let mut sorted: Vec<&TensorView<'_>> = views.iter().copied().filter(|view| view.byte_len() > 0).collect();
     sorted.sort_by_key(|view| view.name);

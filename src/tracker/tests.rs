@@ -1,4 +1,4 @@
-//! The tracker by identities and against naive oracles.
+//! Tests of the tracker by identities and against naive oracles.
 
 mod background;
 mod faults;
@@ -28,7 +28,7 @@ use crate::synthesis::{Output, WriteOptions};
 use crate::run::Run;
 use crate::tensor::{Tensor, Tensors};
 
-/// A directory for a run that does not exist yet.
+/// Returns a directory for a run, which does not exist yet.
 fn scratch() -> (TempDir, PathBuf) {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
@@ -39,7 +39,7 @@ type Model = Vec<(&'static str, Vec<f32>)>;
 
 const SIZES: [(&str, usize); 3] = [("a.weight", 37), ("b.weight", 5), ("c.bias", 1)];
 
-/// A random walk with drift: what parameters do.
+/// Random walk with drift, like parameters in training.
 struct Walk {
     random: rand_chacha::ChaCha8Rng,
     model: Model,
@@ -63,7 +63,7 @@ impl Walk {
     }
 }
 
-/// The running averages, wherever the engine has them.
+/// Returns the running averages of any engine.
 fn averages(ema: &PostHocEma) -> Vec<Averages> {
     ema.engine.values().unwrap().values().averages.to_vec()
 }
@@ -73,7 +73,7 @@ fn floats(tensors: &Tensors) -> Vec<f64> {
     values.flatten().map(f64::from).collect()
 }
 
-/// `sum_k w_k p_k`, straight from the definition of a profile.
+/// Computes `sum_k w_k p_k` directly from the definition of a profile.
 fn direct(trajectory: &[(u64, Vec<f64>)], profile: &Profile, at: u64) -> Vec<f64> {
     let mut sum = vec![0.0; trajectory[0].1.len()];
     let mut before = 0.0;
@@ -91,14 +91,14 @@ fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |most, d| if d > most || d.is_nan() { d } else { most })
 }
 
-/// Trains for some steps, waits for what is stored, and returns the trajectory of the updates.
+/// Trains for some steps, waits until all snapshots are stored, and returns the trajectory of the updates.
 fn train(ema: &mut PostHocEma, walk: &mut Walk, steps: u64) -> Vec<(u64, Vec<f64>)> {
     let trajectory = train_on(ema, walk, steps);
     ema.flush().unwrap();
     trajectory
 }
 
-/// As [`train`]; snapshots may still be being written afterwards.
+/// Trains for some steps without waiting for the snapshots, and returns the trajectory of the updates.
 fn train_on(ema: &mut PostHocEma, walk: &mut Walk, steps: u64) -> Vec<(u64, Vec<f64>)> {
     let mut trajectory = Vec::new();
     for _ in 0..steps {
@@ -110,15 +110,14 @@ fn train_on(ema: &mut PostHocEma, walk: &mut Walk, steps: u64) -> Vec<(u64, Vec<
     trajectory
 }
 
-/// A training loop may move its tracker to another thread, with whatever engine.
 #[test]
-fn a_tracker_can_be_sent() {
+fn tracker_is_send() {
     fn is_send<T: Send>() {}
     is_send::<PostHocEma>();
 }
 
 #[test]
-fn the_running_average_is_the_direct_sum_for_every_schedule() {
+fn running_average_equals_direct_sum_for_every_schedule() {
     for (every, after, checkpoint) in
         [(10, 0, 100), (7, 0, 100), (1, 0, 50), (13, 55, 40), (1000, 0, 30), (10, 100, 250)]
     {
@@ -137,14 +136,15 @@ fn the_running_average_is_the_direct_sum_for_every_schedule() {
             let layout = ema.table.layout();
             let high = &averages(&ema)[index].high;
             let got: Vec<f64> = (0..3).flat_map(|i| high[layout.place(i)].iter().map(|&x| f64::from(x))).collect();
-            // Half an ulp of f32 near 1, and as much again for the rounded weights.
+            // Half an ulp of f32 near 1, and as much for the rounded weights.
             assert!(largest_difference(&got, &exact) < 1.2e-7, "{profile} every {every}");
         }
     }
 }
 
-/// The promise of the whole tool: what is synthesized differs from the exact average by no more than the predicted
-/// profile error allows (Cauchy-Schwarz with the trajectory's norm over the update intervals), plus rounding.
+/// Checks that a synthesis differs from the exact average by no more than the predicted profile error allows.
+///
+/// The bound is Cauchy-Schwarz with the trajectory's norm over the update intervals, plus rounding.
 #[test]
 fn synthesis_is_within_the_predicted_error() {
     let (_temp, dir) = scratch();
@@ -165,7 +165,7 @@ fn synthesis_is_within_the_predicted_error() {
             let updates: Vec<_> = trajectory.iter().filter(|(t, _)| *t <= at).collect();
             let norm = target_norm(&updates, profile, at);
             for (i, (got, exact)) in got.iter().zip(&exact).enumerate() {
-                // The weights of blend and target both sum to 1, so a constant may be taken off the trajectory.
+                // The weights of blend and target both sum to 1, so a constant may be subtracted from the trajectory.
                 let centre = updates.iter().map(|(_, v)| v[i]).sum::<f64>() / updates.len() as f64;
                 let moved: f64 = updates.iter().map(|(_, v)| (v[i] - centre).powi(2) * 10.0).sum::<f64>().sqrt();
                 let allowed = plan.relative_error * norm * moved + 2.4e-7 * (1.0 + plan.noise_gain);
@@ -175,7 +175,7 @@ fn synthesis_is_within_the_predicted_error() {
     }
 }
 
-/// `||r||` of a target over the updates.
+/// Returns `||r||` of a target over the updates.
 fn target_norm(updates: &[&(u64, Vec<f64>)], profile: &Profile, at: u64) -> f64 {
     let (mut square, mut share, mut time) = (0.0, 0.0, 0);
     for (t, _) in updates {
@@ -187,7 +187,7 @@ fn target_norm(updates: &[&(u64, Vec<f64>)], profile: &Profile, at: u64) -> f64 
 }
 
 #[test]
-fn a_stored_profile_comes_back_and_a_constant_too() {
+fn stored_profile_and_constant_are_reproduced_exactly() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(2);
     let mut ema = PostHocEma::options(&dir).checkpoint_every(100).create(&walk.model).unwrap();
@@ -215,7 +215,7 @@ fn a_stored_profile_comes_back_and_a_constant_too() {
 }
 
 #[test]
-fn many_targets_in_one_pass_equal_many_passes_for_any_number_of_threads() {
+fn one_pass_equals_many_passes_for_any_number_of_threads() {
     let (temp, dir) = scratch();
     let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(4);
     let mut model = vec![("large", vec![0f32; 300_001]), ("small", vec![0f32; 3]), ("tiny", vec![0f32; 1])];
@@ -265,20 +265,20 @@ fn synthesis_during_training_reaches_the_newest_update() {
     let profile = Profile::sigma_rel(0.1).unwrap();
     assert!(ema.synthesize(profile.clone()).unwrap_err().to_string().contains("no update yet"));
     let mut trajectory = train(&mut ema, &mut walk, 30);
-    // Before the first snapshot the live averages are all there is.
+    // Before the first snapshot, the live averages are the only sources.
     assert_eq!(ema.plan(profile.clone()).unwrap().weights.len(), 2);
     trajectory.extend(train(&mut ema, &mut walk, 955));
     let plan = ema.plan(profile.clone()).unwrap();
     assert_eq!((plan.at, plan.weights.len()), (980, 2 * 9 + 2));
     let got = floats(&ema.synthesize(profile.clone()).unwrap());
     assert!(largest_difference(&got, &direct(&trajectory, &profile, 980)) < 2e-3);
-    // Where there is a snapshot of the same step, the live average stands for it.
+    // The live average replaces a snapshot of the same step.
     trajectory.extend(train(&mut ema, &mut walk, 15));
     assert_eq!(ema.plan(profile).unwrap().weights.len(), 2 * 9 + 2);
 }
 
 #[test]
-fn switching_makes_the_model_its_average_in_place() {
+fn switch_to_writes_the_average_into_the_model() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(9);
     let mut ema = PostHocEma::options(&dir).checkpoint_every(100).create(&walk.model).unwrap();
@@ -290,7 +290,7 @@ fn switching_makes_the_model_its_average_in_place() {
     for (name, values) in &model {
         assert_eq!(expected.get(name).unwrap().to_vec::<f32>().as_ref(), Some(values));
     }
-    // A model with other tensors is refused and left as it is.
+    // A model with other tensors is refused and unchanged.
     let mut other: Model = vec![("a.weight", vec![1.0; 37]), ("b.weight", vec![2.0; 6]), ("c.bias", vec![3.0])];
     let before = other.clone();
     let text = ema.switch_to(profile.clone(), &mut other).unwrap_err().to_string();
@@ -301,7 +301,7 @@ fn switching_makes_the_model_its_average_in_place() {
 }
 
 #[test]
-fn a_clock_of_images_may_jump() {
+fn updates_on_a_clock_of_images_are_exact() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(6);
     let options = PostHocEma::options(&dir).update_every(1000).checkpoint_every(10_000);

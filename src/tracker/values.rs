@@ -1,4 +1,4 @@
-//! What the running averages hold at one update: borrowed from an engine, or of its own.
+//! Values of the running averages after one update, borrowed or owned.
 
 use std::ops::Range;
 
@@ -6,22 +6,22 @@ use safetensors::Dtype;
 
 use crate::compute::cpu::{Averages, Layout};
 
-/// The values that a checkpoint or a synthesis reads, all of the same update.
+/// Values that a checkpoint or a synthesis reads, all of the same update.
 #[derive(Clone, Copy)]
 pub(super) struct Values<'a> {
-    /// The averages of each profile.
+    /// Averages of each profile.
     pub averages: &'a [Averages],
-    /// The newest values of the tensors that are copied.
+    /// Newest values of the copied tensors.
     pub copies: &'a [Vec<u8>],
-    /// The dtype that each averaged tensor of each profile is stored in, where all values have been looked at already.
+    /// Stored dtype of each averaged tensor of each profile, if all values have been scanned already.
     pub dtypes: Option<&'a [Vec<Dtype>]>,
-    /// Of each profile, what its snapshot stores in these dtypes, where that has been worked out already; otherwise it is
-    /// converted from `averages`, which give the same bits.
+    /// Data of each profile's snapshot in these dtypes, if a device has converted it already. Otherwise it is converted
+    /// from `averages`, which gives the same bits.
     pub converted: Option<&'a [Converted]>,
 }
 
 impl Values<'_> {
-    /// Fills a stretch of bytes of averaged tensor `i` of a profile, as its snapshot stores it in `dtype`.
+    /// Fills `dst` with the range `bytes` of averaged tensor `i` of a profile, as its snapshot stores it in `dtype`.
     pub(super) fn store(
         &self,
         dst: &mut [u8],
@@ -41,13 +41,13 @@ impl Values<'_> {
     }
 }
 
-/// The average of one profile as its snapshot stores it.
+/// Average of one profile, converted to the dtypes of its snapshot.
 #[derive(Clone, Debug)]
 #[cfg_attr(not(any(test, feature = "cuda")), allow(dead_code, reason = "made by the engine that converts on a device"))]
 pub(super) struct Converted {
-    /// Where the elements of each averaged tensor lie within `bytes`.
+    /// Range of each averaged tensor within `bytes`.
     pub places: Vec<Range<usize>>,
-    /// The elements of all, in their dtypes, little endian.
+    /// Elements of all tensors in their dtypes, little endian.
     pub bytes: Vec<u8>,
 }
 
@@ -57,10 +57,10 @@ impl Converted {
     }
 }
 
-/// As [`Values`], in memory of its own: what a thread takes along.
+/// Owned [`Values`], for another thread.
 ///
-/// Whoever gives dtypes chooses them by [`CheckpointMeta::choose_dtypes`](super::moment::Moment::choose_dtypes), which refuses
-/// values that are not finite.
+/// `dtypes` must come from [`CheckpointMeta::choose_dtypes`](super::moment::CheckpointMeta::choose_dtypes), which
+/// refuses values that are not finite.
 #[derive(Clone, Debug, Default)]
 pub(super) struct OwnedValues {
     pub averages: Vec<Averages>,
@@ -80,14 +80,14 @@ impl OwnedValues {
     }
 }
 
-/// What an engine lends its values through.
+/// Guard that gives access to an engine's values.
 pub(super) enum AveragesGuard<'a> {
-    /// They lie in host memory and are lent from there.
+    /// Values in host memory that no other thread changes.
     Borrowed(Values<'a>),
-    /// They were brought there for this.
+    /// Copy of values on a device.
     #[cfg(feature = "cuda")]
     Owned(OwnedValues),
-    /// They lie in host memory, where a thread works on them at other times.
+    /// Values in host memory that another thread updates; it waits for this guard.
     #[cfg(feature = "cuda")]
     Locked(std::sync::MutexGuard<'a, super::engine::HostAverages>),
 }

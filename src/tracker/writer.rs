@@ -1,8 +1,8 @@
-//! Writing checkpoints in the background: one thread, one checkpoint after the other.
+//! Background thread that writes checkpoints one after the other.
 //!
-//! Memory is bounded: while one checkpoint is written, or tried again, one more waits, and whoever comes with a third
-//! waits himself. A checkpoint that failed is kept and tried once more when the next one comes, at [`Writer::flush`],
-//! or at the end, and is then given up. Errors are kept until somebody asks.
+//! Memory is bounded: while one checkpoint is written, or tried again, one more is queued, and a third submission
+//! blocks. A failed checkpoint is tried once more when the next one comes, at [`Writer::flush`], or at the end, and is
+//! then given up. Errors are kept until the tracker takes them.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,15 +15,15 @@ use super::moment::{CheckpointMeta, Failure};
 use super::values::OwnedValues;
 use crate::error::{Error, Result};
 
-/// A checkpoint to be written, with values of its own.
+/// Checkpoint to be written, with its own copy of the values.
 pub(super) struct Job {
     pub moment: CheckpointMeta,
     pub values: OwnedValues,
-    /// Takes the values when the checkpoint is written or given up, so that their memory is used again.
+    /// Receives the values after the checkpoint is written or given up, so that their memory is reused.
     pub home: Option<Home>,
 }
 
-/// Where values go that are needed no longer.
+/// Callback that takes back the memory of values.
 pub(super) type Home = Box<dyn Fn(OwnedValues) + Send>;
 
 impl Job {
@@ -40,21 +40,23 @@ impl Drop for Job {
     }
 }
 
-/// A thread that writes the checkpoints of one tracker, in the order in which they come.
+/// Thread that writes the checkpoints of one tracker, in the order of submission.
 ///
-/// Dropped, it writes what waits, and logs an error that nobody has asked for.
+/// Dropping it writes the queued checkpoints, and logs an error that no call has returned.
 pub(super) struct Writer {
     dir: PathBuf,
-    /// Taken when the writer is dropped, which ends the thread.
+    /// Taken when the writer is dropped, to end the thread.
     line: Option<Line>,
     thread: Option<JoinHandle<()>>,
     outcome: Arc<Mutex<Outcome>>,
-    /// Who started the thread: a forked child has none, and would wait for it for ever.
+    /// Process that started the thread. A forked child has no such thread and would wait for it forever.
     process: u32,
 }
 
-/// The way to the thread. Every message is announced before it is sent, so that the thread can first try again what
-/// failed while the message still takes the only place in the line.
+/// Channel to the thread.
+///
+/// Every message is announced before it is sent, so that the thread can retry a failed checkpoint while the message
+/// still takes the only place in the queue.
 struct Line {
     announce: Sender<()>,
     send: SyncSender<Message>,
@@ -62,15 +64,16 @@ struct Line {
 
 enum Message {
     Write(Box<Job>),
-    /// Answered when all that came before is written or given up.
+    /// Answered after all earlier checkpoints are written or given up.
     Flush(Sender<()>),
 }
 
-/// How it went so far.
+/// Result of the checkpoints so far.
 #[derive(Default)]
 struct Outcome {
-    /// The first error that nobody has asked for, and the step of its checkpoint.
+    /// First error that has not been taken, with the step of its checkpoint.
     unseen: Option<(u64, Error)>,
+    /// Newest step whose checkpoint was given up and has not been written since.
     last_failed_step: Option<u64>,
 }
 
@@ -78,12 +81,12 @@ impl Writer {
     /// Starts the thread for the run in `dir`.
     ///
     /// # Errors
-    /// [`Error::Io`] where the system has no thread left.
+    /// [`Error::Io`] if the system cannot start a thread.
     pub(super) fn start(dir: &Path) -> Result<Writer> {
         Writer::start_with(dir, Job::write)
     }
 
-    /// Starts a thread that writes by `write`.
+    /// Starts a thread that writes with `write`.
     pub(super) fn start_with(
         dir: &Path,
         write: impl FnMut(&Job) -> Result<(), Failure> + Send + 'static,
@@ -91,7 +94,7 @@ impl Writer {
         let outcome = Arc::new(Mutex::new(Outcome::default()));
         let mut work = Work { dir: dir.to_owned(), write, failed: None, outcome: outcome.clone() };
         let ((announce, announced), (send, messages)) = (channel(), sync_channel(1));
-        // What the thread logs goes where the tracker's own messages go.
+        // The thread logs to the same subscriber as the tracker.
         let log = tracing::dispatcher::get_default(Clone::clone);
         let body = move || tracing::dispatcher::with_default(&log, || work.run(&announced, &messages));
         let thread = thread::Builder::new().name("posthoc-ema-writer".into()).spawn(body);
@@ -100,37 +103,39 @@ impl Writer {
         Ok(Writer { dir, line, thread: Some(thread), outcome, process })
     }
 
-    /// Hands over a checkpoint; waits while another one waits.
+    /// Queues a checkpoint; blocks while another one is queued.
     ///
     /// # Errors
-    /// [`Error::Unexpected`] where the thread has ended, which only a fault of this crate can do.
+    /// [`Error::Unexpected`] if the thread has ended, which only a fault of this crate can cause.
     pub(super) fn submit(&self, job: Job) -> Result<()> {
         self.send(Message::Write(Box::new(job)))
     }
 
-    /// Waits until all checkpoints are written or given up, and returns what [`Writer::take_error`] would. A checkpoint
-    /// that failed before is tried once more.
+    /// Waits until all checkpoints are written or given up, after a second try of one that failed.
+    ///
+    /// # Errors
+    /// The error of [`Writer::take_error`], and those of [`Writer::submit`].
     pub(super) fn flush(&self) -> Result<()> {
         self.wait_idle()?;
         self.take_error().map_or(Ok(()), Err)
     }
 
-    /// Waits as [`Writer::flush`]; errors of checkpoints are kept for who asks.
+    /// Waits like [`Writer::flush`], but keeps the errors of checkpoints.
     ///
     /// # Errors
-    /// As [`Writer::submit`].
+    /// Those of [`Writer::submit`].
     pub(super) fn wait_idle(&self) -> Result<()> {
         let (done, wait) = channel();
         self.send(Message::Flush(done))?;
         wait.recv().map_err(|_| self.ended())
     }
 
-    /// The first error that was not told yet, of a checkpoint that has not been written since.
+    /// Takes the first unreported error of a checkpoint that has not been written since.
     pub(super) fn take_error(&self) -> Option<Error> {
         lock(&self.outcome).unseen.take().map(|(_, error)| error)
     }
 
-    /// The newest step whose checkpoint was given up and has not been written since.
+    /// Returns the newest step whose checkpoint was given up and has not been written since.
     pub(super) fn last_failed_step(&self) -> Option<u64> {
         lock(&self.outcome).last_failed_step
     }
@@ -162,11 +167,11 @@ impl Drop for Writer {
     }
 }
 
-/// What the thread works with.
+/// State of the thread.
 struct Work<W> {
     dir: PathBuf,
     write: W,
-    /// The last checkpoint, where it failed and may yet be written.
+    /// Last checkpoint, if it failed and may be tried again.
     failed: Option<Box<Job>>,
     outcome: Arc<Mutex<Outcome>>,
 }
@@ -179,7 +184,7 @@ impl<W: FnMut(&Job) -> Result<(), Failure>> Work<W> {
                 Ok(Message::Write(job)) => self.first(job),
                 Ok(Message::Flush(done)) => {
                     self.keep_unseen(failed);
-                    // Whoever asked may be gone; nobody else is to be told.
+                    // The receiver may have been dropped.
                     let _ = done.send(());
                 }
                 Err(_) => break,
@@ -210,7 +215,7 @@ impl<W: FnMut(&Job) -> Result<(), Failure>> Work<W> {
         }
     }
 
-    /// Tries the last checkpoint once more if it failed, and returns its step and the error of this try.
+    /// Tries the last checkpoint again if it failed. Returns its step and the error of this try.
     fn retry(&mut self) -> Option<(u64, Error)> {
         let job = self.failed.take()?;
         let step = job.moment.step();
@@ -222,10 +227,12 @@ impl<W: FnMut(&Job) -> Result<(), Failure>> Work<W> {
         let error = failure.into_error();
         if stored {
             lock(&self.outcome).written(step);
-            tracing::warn!("the snapshot of step {step} is stored, but: {error}");
+            tracing::warn!(
+                "the snapshot of step {step} is stored, but surplus snapshots could not be removed: {error}"
+            );
         } else {
             lock(&self.outcome).last_failed_step = Some(step);
-            tracing::warn!("the snapshot of step {step} is given up: {error}");
+            tracing::warn!("giving up the snapshot of step {step} after two tries: {error}");
         }
         Some((step, error))
     }
@@ -236,39 +243,39 @@ impl<W: FnMut(&Job) -> Result<(), Failure>> Work<W> {
         }
     }
 
-    /// Writes a checkpoint; a panic is an error of it, and the thread goes on.
+    /// Writes a checkpoint. A panic becomes an error, and the thread goes on.
     fn attempt(&mut self, job: &Job) -> Result<(), Failure> {
-        // A write holds nothing from one checkpoint to the next that a panic could leave half done.
+        // Unwind safe: a write keeps no state from one checkpoint to the next.
         let written = catch_unwind(AssertUnwindSafe(|| (self.write)(job)));
         written.unwrap_or_else(|panic| {
             let (step, why) = (job.moment.step(), text_of(&*panic));
             let reason =
-                format!("the snapshot of step {step} was not stored, its writer panicked ({why}): report this");
+                format!("the snapshot of step {step} was not stored: its writer panicked ({why}); please report this");
             Err(Failure::Files(Error::unexpected(&self.dir, reason)))
         })
     }
 }
 
 impl Outcome {
-    /// A checkpoint is on disk: an error of an earlier try no longer matters.
+    /// Records that a checkpoint is on disk: the error of an earlier try no longer matters.
     fn written(&mut self, step: u64) {
         self.last_failed_step = self.last_failed_step.filter(|last_failed_step| *last_failed_step != step);
         if let Some((_, error)) = self.unseen.take_if(|(failed, _)| *failed == step) {
-            tracing::warn!("the snapshot of step {step} was stored when it was tried again; before: {error}");
+            tracing::warn!("the snapshot of step {step} was stored at the second try; the first failed: {error}");
         }
     }
 
     fn keep_unseen(&mut self, step: u64, error: Error) {
         match &self.unseen {
             None => self.unseen = Some((step, error)),
-            // The first error of a step is the one to be told; that of another step would be lost.
+            // The first error of a step is the one to return; one of another step is logged, not lost.
             Some((first, _)) if *first == step => {}
             Some(_) => tracing::warn!("the snapshot of step {step} was not stored: {error}"),
         }
     }
 }
 
-/// Nothing panics while it holds the lock, so what it guards is whole.
+/// Locks the outcome; nothing panics while it holds the lock, so a poisoned one is consistent too.
 fn lock(outcome: &Mutex<Outcome>) -> MutexGuard<'_, Outcome> {
     outcome.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,9 +1,9 @@
-//! Averages in host memory, wherever the parameters come from.
+//! Averages in host memory, for parameters on any device.
 
 use crate::compute::cpu::{Averages, Incoming, Layout, update};
 use crate::tracker::values::Values;
 
-/// The averages of every profile, with the newest values of the tensors that are copied.
+/// Averages of every profile, with the newest values of the copied tensors.
 pub(in crate::tracker) struct HostAverages {
     averages: Vec<Averages>,
     copies: Vec<Vec<u8>>,
@@ -23,7 +23,7 @@ impl HostAverages {
         Values { averages: &self.averages, copies: &self.copies, dtypes: None, converted: None }
     }
 
-    /// The number of tensors that are copied.
+    /// Returns the number of copied tensors.
     #[cfg(feature = "cuda")]
     pub(super) fn copies(&self) -> usize {
         self.copies.len()

@@ -1,4 +1,4 @@
-//! Storing what an engine holds elsewhere: copied by one thread, written by another.
+//! Background storing of averages that one thread copies and another writes.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,20 +11,20 @@ use crate::tracker::moment::{CheckpointMeta, Failure};
 use crate::tracker::values::OwnedValues;
 use crate::tracker::writer::{Job, Writer};
 
-/// A thread that works on the averages and one that writes files.
+/// Two threads: one works on the averages, the other writes files.
 pub(super) struct Background {
-    // Dropped first: its jobs hand over to the writer.
+    // Declared first, so that it is dropped first: its jobs submit to the writer.
     worker: Worker,
     writer: Arc<Writer>,
-    /// The newest step whose values could not be had; 0 for none, since updates begin at 1.
+    /// Newest step whose values could not be read; 0 for none, since updates begin at 1.
     lost: Arc<AtomicU64>,
     reads: Arc<Reads>,
 }
 
-/// How many moments' values are still to be read, and a way to wait for them.
+/// Number of checkpoints whose values are still to be read, and its condition variable.
 type Reads = (Mutex<usize>, Condvar);
 
-/// One that is; over when it is dropped, by a panic too.
+/// Guard that counts one read; a panic drops it too.
 struct Reading(Arc<Reads>);
 
 impl Reading {
@@ -47,17 +47,17 @@ impl Background {
         Ok(Background { worker, writer, lost: Arc::default(), reads: Arc::default() })
     }
 
-    /// Adds a job that works on the averages.
+    /// Queues a job that works on the averages.
     pub(super) fn work(&self, job: impl FnOnce() -> Result<()> + Send + 'static) {
         self.worker.submit(job);
     }
 
-    /// Waits until all jobs on the averages are done; files may still be written.
+    /// Waits until all jobs on the averages are done; files may still be being written.
     pub(super) fn wait(&self) {
         self.worker.wait();
     }
 
-    /// Waits until all values that are to be stored have been read.
+    /// Waits until the values of all checkpoints have been read.
     pub(super) fn wait_for_reads(&self) {
         let (count, done) = &*self.reads;
         let mut reading = count.lock().unwrap_or_else(PoisonError::into_inner);
@@ -66,8 +66,9 @@ impl Background {
         }
     }
 
-    /// Has the worker get the values of a moment and hand them to the writer, unless it has stored them itself. Their
-    /// memory goes to `spare` afterwards.
+    /// Queues a job that gets the values of a checkpoint and submits them to the writer.
+    ///
+    /// `get` returns none if it has stored them itself. Their memory goes to `spare` afterwards.
     pub(super) fn store(
         &self,
         moment: CheckpointMeta,
@@ -75,25 +76,25 @@ impl Background {
         get: impl FnOnce(&CheckpointMeta) -> Result<Option<OwnedValues>, Failure> + Send + 'static,
     ) {
         let (writer, reading) = (self.writer.clone(), Reading::begin(&self.reads));
-        // Taken back where the values are had: a panic leaves it.
+        // Set before the values are read and reset afterwards, so that a panic leaves it set.
         let lost = self.lost.clone();
         self.worker.submit(move || {
             let (step, before) = (moment.step(), lost.load(Ordering::Relaxed));
             lost.store(step, Ordering::Relaxed);
             let values = get(&moment).inspect(|_| lost.store(before, Ordering::Relaxed));
-            // Before the writer is waited for: the averages may move on now.
+            // Dropped before the writer may block: the averages may change from here on.
             drop(reading);
             let Some(values) = values.map_err(Failure::into_error)? else { return Ok(()) };
             writer.submit(Job { moment, values, home: spare.map(|spare| spare.home()) })
         });
     }
 
-    /// The first error that was not told yet.
+    /// Takes the first unreported error.
     pub(super) fn take_error(&self) -> Option<Error> {
         self.worker.take_error().or_else(|| self.writer.take_error())
     }
 
-    /// Waits until everything is written.
+    /// Waits until everything is written, and returns the first unreported error.
     pub(super) fn flush(&self) -> Result<()> {
         self.worker.wait();
         let written = self.writer.flush();
@@ -106,13 +107,13 @@ impl Background {
         }
     }
 
-    /// Waits until everything is written; errors of checkpoints are kept for who asks.
+    /// Waits until everything is written; errors of checkpoints are kept.
     pub(super) fn wait_idle(&self) -> Result<()> {
         self.worker.wait();
         self.writer.wait_idle()
     }
 
-    /// The newest step that was to be stored and could not be.
+    /// Returns the newest step that should have been stored and could not be.
     pub(super) fn last_failed_step(&self) -> Option<u64> {
         let lost = self.lost.load(Ordering::Relaxed);
         self.writer.last_failed_step().into_iter().chain((lost > 0).then_some(lost)).max()

@@ -1,4 +1,4 @@
-//! Averages on a CUDA device: updated by one launch on the stream that trains, stored by way of the host in the background.
+//! Averages on a CUDA device, updated by one launch on the training stream and stored in the background.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,12 +15,12 @@ use crate::tracker::moment::{CheckpointMeta, Failure};
 use crate::tracker::table::OrderedViews;
 use crate::tracker::values::{Converted, OwnedValues};
 
-/// The averages of parameters on a device, beside them.
+/// Engine that keeps the averages on the device of the parameters.
 pub(in crate::tracker) struct DeviceEngine {
-    // Dropped first: its thread reads the averages.
+    // Declared first, so that it is dropped first: its thread reads the averages.
     background: Background,
     averages: DeviceAverages,
-    /// What reads the averages, kept from checkpoint to checkpoint with its buffers.
+    /// Reader of the averages, kept from checkpoint to checkpoint with its buffers.
     reader: Arc<Mutex<Option<Reader>>>,
 }
 
@@ -42,7 +42,7 @@ impl DeviceEngine {
         let averaged = matched.averaged.iter().map(|view| Ok((view.dtype, cuda_memory(view)?)));
         let averaged = averaged.collect::<Result<Vec<(Dtype, CudaMemory<'_>)>>>()?;
         let copied = matched.copied.iter().map(|view| cuda_memory(view)).collect::<Result<Vec<_>>>()?;
-        // What is on its way to a snapshot must not move meanwhile.
+        // The averages must not change while a checkpoint reads them.
         self.background.wait_for_reads();
         self.averages.update(&averaged, &copied, weights)
     }
@@ -60,7 +60,7 @@ impl DeviceEngine {
     }
 
     pub(super) fn checkpoint(&self, moment: CheckpointMeta) -> Result<(), Failure> {
-        // An earlier moment is read by now, or is waited for here: the updates since have waited already.
+        // Does not delay the training further: the updates since an earlier checkpoint have waited already.
         self.background.wait_for_reads();
         let kept = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
         let reader = match kept {
@@ -81,7 +81,7 @@ impl DeviceEngine {
     }
 }
 
-/// Brings the averages to the host: all bits for the live state, and converted on the device for the snapshots.
+/// Copies the averages to the host: unchanged for the live state, and converted on the device for the snapshots.
 fn read(reader: &mut Reader, moment: &CheckpointMeta) -> Result<OwnedValues, Failure> {
     let ranges = reader.ranges().map_err(Failure::Files)?;
     let mut dtypes = Vec::with_capacity(ranges.len());

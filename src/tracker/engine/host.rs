@@ -1,5 +1,6 @@
-//! Averages of parameters in host memory: updated by the calling thread, which copies them at a checkpoint, and written
-//! by a thread of their own.
+//! Averages of parameters in host memory.
+//!
+//! The calling thread updates them and copies them at a checkpoint; another thread writes the copy.
 
 use std::path::Path;
 
@@ -13,10 +14,10 @@ use crate::tracker::table::OrderedViews;
 use crate::tracker::values::Values;
 use crate::tracker::writer::{Job, Writer};
 
-/// The averages, and what stores them.
+/// Engine for parameters in host memory.
 pub(in crate::tracker) struct HostEngine {
     averages: HostAverages,
-    /// Started for the first checkpoint: a process may fork before that, or never store anything.
+    /// Started at the first checkpoint: a process may fork before that, or never store anything.
     pub(in crate::tracker) writer: Option<Writer>,
     pub(in crate::tracker) spare: CopyBuffer,
 }
@@ -27,7 +28,7 @@ impl HostEngine {
     }
 
     pub(super) fn fold(&mut self, matched: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
-        // All views are looked at before the first average changes.
+        // Checks all views before the first average changes.
         let incoming = matched.averaged.iter().map(|view| incoming(view)).collect::<Result<Vec<_>>>()?;
         let copied = matched.copied.iter().map(|view| host_bytes(view)).collect::<Result<Vec<_>>>()?;
         self.averages.update(&incoming, &copied, layout, weights);
@@ -38,13 +39,14 @@ impl HostEngine {
         self.averages.values()
     }
 
-    /// Takes the memory of checkpoints.
+    /// Allocates the memory of checkpoints.
     pub(super) fn prepare(&self) {
         self.spare.prepare(&self.values());
     }
 
-    /// Copies the averages for the thread that writes. It has written, or given up, the checkpoint before: no more than
-    /// one copy is there at any time.
+    /// Copies the averages for the writing thread, after the previous checkpoint is written or given up.
+    ///
+    /// There is at most one copy at any time.
     pub(super) fn checkpoint(&mut self, moment: CheckpointMeta) -> Result<(), Failure> {
         self.wait_idle().map_err(Failure::Files)?;
         let Some(copy) = self.spare.copy_of(&self.values(), &moment)? else {

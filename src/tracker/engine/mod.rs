@@ -1,4 +1,4 @@
-//! Where the running averages lie, and who updates and writes them.
+//! Engines, which hold, update and store the running averages.
 
 mod averages;
 #[cfg(feature = "cuda")]
@@ -29,27 +29,27 @@ pub(super) use host::HostEngine;
 use offloaded::OffloadedEngine;
 pub(super) use start::{EngineConfig, model_device};
 
-/// The averages of a tracker, with what it takes to update and to store them.
+/// Averages of a tracker, with the means to update and to store them.
 ///
-/// An engine does its work in the background where it can. It then copies what it needs before the averages move on, and
-/// keeps an error until the tracker asks for it.
+/// An engine works in the background if it can. It then copies the values it needs before the averages change, and
+/// keeps an error until the tracker takes it.
 pub(super) enum Engine {
-    /// In host memory, as the parameters.
+    /// Averages in host memory, of parameters in host memory.
     Host(HostEngine),
-    /// On the device of the parameters.
+    /// Averages on the device of the parameters.
     #[cfg(feature = "cuda")]
     Device(DeviceEngine),
-    /// In host memory, of parameters on a device.
+    /// Averages in host memory, of parameters on a device.
     #[cfg(feature = "cuda")]
     Offloaded(OffloadedEngine),
 }
 
 impl Engine {
-    /// Folds new parameters into the averages of every profile, with the weight `1 - beta` of each, and takes the new
-    /// copies.
+    /// Folds new parameters into the averages and copies the copied tensors. `weights` holds `1 - beta` of each
+    /// profile.
     ///
     /// # Errors
-    /// [`Error::Tensor`] for memory that this engine cannot reach, [`Error::Cuda`]; no average has then changed.
+    /// [`Error::Tensor`] for memory that this engine cannot reach, and [`Error::Cuda`]. No average has changed then.
     pub(super) fn fold(&mut self, matched: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
         match self {
             Engine::Host(host) => host.fold(matched, layout, weights),
@@ -60,10 +60,10 @@ impl Engine {
         }
     }
 
-    /// The values after the newest [`Engine::fold`], in host memory.
+    /// Returns the values after the newest [`Engine::fold`], in host memory.
     ///
     /// # Errors
-    /// What keeps them from being brought there.
+    /// [`Error::Cuda`] if they cannot be copied there.
     pub(super) fn values(&self) -> Result<AveragesGuard<'_>> {
         match self {
             Engine::Host(host) => Ok(AveragesGuard::Borrowed(host.values())),
@@ -74,11 +74,11 @@ impl Engine {
         }
     }
 
-    /// Gets ready for checkpoints in the background: what takes long is done before the training begins.
+    /// Prepares for checkpoints in the background, so that slow allocations happen before the training begins.
     pub(super) fn prepare(&self) {
         match self {
             Engine::Host(host) => host.prepare(),
-            // Their copies are made beside the training.
+            // These copy beside the training.
             #[cfg(feature = "cuda")]
             Engine::Device(_) | Engine::Offloaded(_) => {}
         }
@@ -92,11 +92,11 @@ impl Engine {
         moment.store(&self.values().map_err(Failure::Files)?.values())
     }
 
-    /// Sees to it that the averages will be stored as they are now: [`Engine::flush`] waits for that.
+    /// Starts to store the averages as they are now; [`Engine::flush`] waits for the end.
     ///
     /// # Errors
-    /// [`Failure`], of this checkpoint alone. What fails in the background is tried once more there, and is told by
-    /// [`Engine::take_error`].
+    /// [`Failure`] of this checkpoint only. A failure in the background is tried once more there, and
+    /// [`Engine::take_error`] returns its error.
     pub(super) fn checkpoint(&mut self, moment: CheckpointMeta) -> Result<(), Failure> {
         match self {
             Engine::Host(host) => host.checkpoint(moment),
@@ -107,7 +107,7 @@ impl Engine {
         }
     }
 
-    /// The first error of the background that was not told yet.
+    /// Takes the first unreported error of the background.
     pub(super) fn take_error(&self) -> Option<Error> {
         match self {
             Engine::Host(host) => host.take_error(),
@@ -118,8 +118,10 @@ impl Engine {
         }
     }
 
-    /// Waits until all checkpoints are written, tries the newest once more if it failed, and tells the first error that
-    /// was not told yet.
+    /// Waits until all checkpoints are written, after a second try of one that failed.
+    ///
+    /// # Errors
+    /// The first unreported error of the background.
     pub(super) fn flush(&self) -> Result<()> {
         match self {
             Engine::Host(host) => host.flush(),
@@ -130,10 +132,10 @@ impl Engine {
         }
     }
 
-    /// Waits until all checkpoints are written or given up; their errors are kept for who asks.
+    /// Waits until all checkpoints are written or given up; their errors are kept.
     ///
     /// # Errors
-    /// A fault of the thread that writes.
+    /// [`Error::Unexpected`] if the writing thread has ended.
     pub(super) fn wait_idle(&self) -> Result<()> {
         match self {
             Engine::Host(host) => host.wait_idle(),
@@ -144,7 +146,7 @@ impl Engine {
         }
     }
 
-    /// The newest step that was accepted by [`Engine::checkpoint`] and could not be stored after all.
+    /// Returns the newest step that [`Engine::checkpoint`] accepted and that could not be stored after all.
     pub(super) fn last_failed_step(&self) -> Option<u64> {
         match self {
             Engine::Host(host) => host.last_failed_step(),
@@ -155,7 +157,7 @@ impl Engine {
         }
     }
 
-    /// What the parameters' owner waits for before it changes them.
+    /// Returns the fence that the parameters' owner waits for before it changes them.
     #[cfg(feature = "cuda")]
     pub(super) fn fence(&self) -> Option<&Fence> {
         match self {
@@ -164,7 +166,7 @@ impl Engine {
         }
     }
 
-    /// The averages, where they lie on a device.
+    /// Returns the averages if they are on a device.
     #[cfg(feature = "cuda")]
     pub(super) fn on_device(&self) -> Option<&DeviceAverages> {
         match self {
@@ -174,7 +176,7 @@ impl Engine {
     }
 }
 
-/// A view's memory on a device.
+/// Returns a view's memory on a device.
 #[cfg(feature = "cuda")]
 fn cuda_memory<'a>(view: &crate::tensor::TensorView<'a>) -> Result<crate::tensor::CudaMemory<'a>> {
     match view.memory {

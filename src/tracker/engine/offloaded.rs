@@ -1,5 +1,7 @@
-//! Averages on the host of parameters on a CUDA device: each update copies the parameters once, in their own dtype, beside
-//! the training, and a thread folds them in when they have arrived.
+//! Averages on the host of parameters on a CUDA device.
+//!
+//! Each update copies the parameters once, in their own dtype, beside the training. A thread folds them in when they
+//! have arrived.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -16,9 +18,9 @@ use crate::tensor::CudaMemory;
 use crate::tracker::moment::{CheckpointMeta, Failure};
 use crate::tracker::table::OrderedViews;
 
-/// The averages, fed from a device.
+/// Engine that keeps averages on the host for parameters on a device.
 pub(in crate::tracker) struct OffloadedEngine {
-    // Dropped first: its thread folds what has arrived.
+    // Declared first, so that it is dropped first: its thread folds in what has arrived.
     background: Background,
     offload: Offload,
     averages: Arc<Averages>,
@@ -27,13 +29,13 @@ pub(in crate::tracker) struct OffloadedEngine {
     spare: CopyBuffer,
 }
 
-/// The averages, and whether an update is missing in them.
+/// Averages, with a record of a lost update.
 struct Averages {
-    /// The device of the parameters.
+    /// Number of the parameters' device.
     device: usize,
     host: Mutex<HostAverages>,
-    /// What became of an update that was not folded in, or not wholly: nothing may be stored after it. Beside the lock,
-    /// so that whoever trains need not wait for a fold to look.
+    /// Reason why an update was not folded in completely; nothing may be stored after that. Outside the lock, so that
+    /// reading it does not wait for a fold.
     lost: OnceLock<String>,
 }
 
@@ -49,10 +51,13 @@ impl Averages {
         }
     }
 
-    /// The averages, whole.
+    /// Locks the averages.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] if an update was lost.
     fn lock(&self) -> Result<MutexGuard<'_, HostAverages>> {
         let host = self.host.lock().unwrap_or_else(|poisoned| {
-            // Some tensors may be folded in and others not.
+            // Some tensors may be folded in, and others not.
             self.lost.get_or_init(|| "the thread that folds it in panicked".into());
             poisoned.into_inner()
         });
@@ -99,7 +104,7 @@ impl OffloadedEngine {
         Ok(())
     }
 
-    /// The averages with all updates folded in.
+    /// Waits until all updates are folded in, and locks the averages.
     pub(super) fn averages(&self) -> Result<MutexGuard<'_, HostAverages>> {
         self.background.wait();
         self.averages.lock()

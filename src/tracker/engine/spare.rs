@@ -1,4 +1,4 @@
-//! The memory of a checkpoint's copy, from one checkpoint to the next.
+//! Memory for the copy of a checkpoint's values, reused by the next checkpoint.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -7,11 +7,11 @@ use crate::tracker::moment::{CheckpointMeta, Failure};
 use crate::tracker::values::{OwnedValues, Values};
 use crate::tracker::writer::Home;
 
-/// Memory for one copy of an engine's values, while it is not used for one.
+/// Buffer for one copy of an engine's values.
 #[derive(Clone, Default)]
 pub(in crate::tracker) struct CopyBuffer {
     kept: Arc<Mutex<Option<Memory>>>,
-    /// Whether memory is to be missing.
+    /// True if a test simulates missing memory.
     #[cfg(test)]
     refused: bool,
 }
@@ -22,21 +22,22 @@ struct Memory {
 }
 
 impl CopyBuffer {
-    /// Takes the memory for copies of such values, so that not even the first has to wait for it; where there is none, the
-    /// first will tell.
+    /// Allocates memory for copies of such values, so that not even the first copy waits for it.
+    ///
+    /// If the system has none, the first copy tries again and warns.
     pub(super) fn prepare(&self, values: &Values<'_>) {
         *self.lock() = Memory::for_copy_of(values).map(Memory::touched);
     }
 
-    /// Copies the values of a moment, to be stored by another thread; none where there is no memory, which is warned of.
+    /// Copies the values of a checkpoint for another thread. Warns and returns none if there is not enough memory.
     ///
     /// # Errors
-    /// [`Failure::Values`] for what is never stored.
+    /// [`Failure::Values`] for NaN or infinity, which is never stored.
     pub(super) fn copy_of(&self, values: &Values<'_>, moment: &CheckpointMeta) -> Result<Option<OwnedValues>, Failure> {
         let Some((mut copy, ranges)) = self.copy(values, moment.table.layout()) else {
             let (dir, step) = (moment.dir.display(), moment.step());
             tracing::warn!(
-                "{dir}: no memory for a copy of the averages: all wait until the snapshot of step {step} is written"
+                "{dir}: no memory for a copy of the averages: training waits for the snapshot of step {step}"
             );
             return Ok(None);
         };
@@ -52,7 +53,7 @@ impl CopyBuffer {
         }
     }
 
-    /// Copies the values, and tells the range of every averaged tensor of each profile.
+    /// Copies the values, and returns the range of every averaged tensor of each profile.
     fn copy(&self, values: &Values<'_>, layout: &Layout) -> Option<(OwnedValues, Vec<Vec<Range>>)> {
         #[cfg(test)]
         if self.refused {
@@ -70,20 +71,20 @@ impl CopyBuffer {
         Some((OwnedValues { averages, copies, ..OwnedValues::default() }, ranges))
     }
 
-    /// Keeps the memory of a copy for the next one; the system may use it meanwhile.
+    /// Keeps the memory of a copy for the next one. Until then, the system may reclaim its pages.
     fn put_back(&self, copy: OwnedValues) {
         let averages = copy.averages.into_iter().map(SpareAverages::lend_back).collect();
         let copies = copy.copies.into_iter().map(Spare::lend_back).collect();
         *self.lock() = Some(Memory { averages, copies });
     }
 
-    /// The way back for a copy that is handed to another thread.
+    /// Returns the callback that puts back a copy given to another thread.
     pub(super) fn home(&self) -> Home {
         let spare = self.clone();
         Box::new(move |copy| spare.put_back(copy))
     }
 
-    /// Nothing panics while it holds the lock.
+    /// Locks the memory; nothing panics while it holds the lock.
     fn lock(&self) -> MutexGuard<'_, Option<Memory>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -91,12 +92,12 @@ impl CopyBuffer {
 
 #[cfg(test)]
 impl CopyBuffer {
-    /// From now on there is no memory.
+    /// Simulates missing memory from now on.
     pub(in crate::tracker) fn refuse(&mut self) {
         self.refused = true;
     }
 
-    /// Whether there is memory for the next copy.
+    /// Returns true if there is memory for the next copy.
     pub(in crate::tracker) fn is_ready(&self) -> bool {
         self.lock().is_some()
     }

@@ -1,4 +1,4 @@
-//! Choosing an engine by where the parameters lie and where the averages are to be.
+//! Choice of an engine by the devices of parameters and averages.
 
 use std::path::Path;
 
@@ -11,16 +11,16 @@ use crate::run::Settings;
 use crate::tensor::{Memory, TensorView};
 use crate::tracker::table::TensorRegistry;
 
-/// What an engine begins with.
+/// Sizes and initial values of an engine.
 pub(in crate::tracker) struct EngineConfig {
     pub profiles: usize,
     pub precision: Precision,
-    /// The sizes in bytes of the averaged tensors.
+    /// Sizes in bytes of the averaged tensors.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only staging needs them"))]
     pub averaged: Vec<usize>,
-    /// The sizes in bytes of the copied tensors.
+    /// Sizes in bytes of the copied tensors.
     pub copied: Vec<usize>,
-    /// What averages and copies hold already, in a run that goes on.
+    /// Averages and copies of a resumed run.
     pub values: Option<(Vec<Averages>, Vec<Vec<u8>>)>,
 }
 
@@ -35,7 +35,7 @@ impl EngineConfig {
         }
     }
 
-    /// The averages in host memory: zeros at first, which the first update replaces.
+    /// Allocates the averages in host memory: those of a resumed run, or zeros, which the first update replaces.
     pub(super) fn host(self, layout: &Layout) -> HostAverages {
         let (averages, copies) = self.values.unwrap_or_else(|| {
             let averages = vec![Averages::zeros(layout, self.precision); self.profiles];
@@ -45,10 +45,10 @@ impl EngineConfig {
     }
 }
 
-/// The device on which a model lies; none for the host.
+/// Returns the number of the model's CUDA device; none for the host.
 ///
 /// # Errors
-/// [`Error::Tensor`] where it lies on both, or on several devices.
+/// [`Error::Tensor`] if the model is spread over the host and a device, or over several devices.
 pub(in crate::tracker) fn model_device<'v, 'a: 'v>(
     mut views: impl Iterator<Item = &'v TensorView<'a>>,
 ) -> Result<Option<usize>> {
@@ -60,17 +60,20 @@ pub(in crate::tracker) fn model_device<'v, 'a: 'v>(
     let Some(first) = views.next() else { return Ok(None) };
     match views.find(|view| device(view) != device(first)) {
         Some(other) => {
-            let (here, there) = (name(device(other)), name(device(first)));
-            let reason =
-                format!("it lies {here} and `{}` {there}: move the model to one device, or leave out", first.name);
-            Err(Error::tensor(other.name, format!("{reason} the tensors of one of them")))
+            let reason = format!(
+                "it is {}, but `{}` is {}: move the model to one device, or leave out the tensors of one of them",
+                name(device(other)),
+                first.name,
+                name(device(first))
+            );
+            Err(Error::tensor(other.name, reason))
         }
         None => Ok(device(first)),
     }
 }
 
 impl Engine {
-    /// Starts the engine for parameters that lie on a device, or on the host, with averages on `device`.
+    /// Starts the engine for parameters on `model_device` (none for the host) with averages on `device`.
     pub(in crate::tracker) fn start(
         dir: &Path,
         layout: &Layout,
@@ -81,7 +84,7 @@ impl Engine {
         match (model_device, device) {
             (None, Device::Cuda(number)) => {
                 let reason =
-                    format!("the parameters lie in host memory: averages on cuda:{number} need them there too");
+                    format!("the parameters are in host memory: averages on cuda:{number} need them there too");
                 Err(Error::Setting { option: "device", reason })
             }
             (None, _) => Ok(Engine::Host(HostEngine::new(start.host(layout)))),
@@ -92,7 +95,7 @@ impl Engine {
     #[cfg(not(feature = "cuda"))]
     fn for_device(_: &Path, _: &Layout, number: usize, _: Device, _: EngineConfig) -> Result<Engine> {
         let reason =
-            format!("the parameters lie on cuda:{number}, and this build has no CUDA: build with feature `cuda`");
+            format!("the parameters are on cuda:{number}, and this build has no CUDA: build with feature `cuda`");
         Err(Error::Setting { option: "device", reason })
     }
 
@@ -104,7 +107,7 @@ impl Engine {
             Device::Cpu => false,
             Device::Cuda(wanted) if wanted == number => true,
             Device::Cuda(wanted) => {
-                let reason = format!("the parameters lie on cuda:{number}: averages cannot be kept on cuda:{wanted}");
+                let reason = format!("the parameters are on cuda:{number}: averages cannot be kept on cuda:{wanted}");
                 return Err(Error::Setting { option: "device", reason });
             }
             Device::Auto => start.bytes(layout) <= opened.memory()?.0 / AUTO_SHARE,
@@ -116,13 +119,13 @@ impl Engine {
     }
 }
 
-/// Which part of a device's free memory averages may take without being asked for there: training needs the rest.
+/// Divisor of a device's free memory that gives the most for averages under [`Device::Auto`]; training needs the rest.
 #[cfg(feature = "cuda")]
 const AUTO_SHARE: usize = 4;
 
 #[cfg(feature = "cuda")]
 impl EngineConfig {
-    /// The memory that the averages take.
+    /// Returns the bytes of memory that the averages take.
     fn bytes(&self, layout: &Layout) -> usize {
         let each = if self.precision == Precision::Compensated { 6 } else { 4 };
         self.profiles * layout.total() * each + self.copied.iter().sum::<usize>()

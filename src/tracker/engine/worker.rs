@@ -1,4 +1,4 @@
-//! A thread that does an engine's jobs in the order in which they come.
+//! Thread that runs an engine's jobs in order.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -10,9 +10,9 @@ use crate::error::{Error, Result};
 
 type Job = Box<dyn FnOnce() -> Result<()> + Send>;
 
-/// Does jobs in the background; the first error is kept until somebody asks for it.
+/// Thread that runs jobs in order and keeps the first error.
 ///
-/// Dropped, it does what waits, and logs an error that nobody has asked for.
+/// Dropping it runs the queued jobs, and logs an error that no call has returned.
 pub(super) struct Worker {
     send: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
@@ -50,7 +50,7 @@ impl Worker {
     /// Starts the thread for the run in `dir`.
     ///
     /// # Errors
-    /// [`Error::Io`] where the system has no thread left.
+    /// [`Error::Io`] if the system cannot start a thread.
     pub(super) fn start(dir: &Path) -> Result<Worker> {
         let state = Arc::new(State::default());
         let (send, jobs) = channel::<Job>();
@@ -70,10 +70,10 @@ impl Worker {
         Ok(Worker { send: Some(send), thread: Some(thread), state })
     }
 
-    /// Adds a job.
+    /// Queues a job.
     pub(super) fn submit(&self, job: impl FnOnce() -> Result<()> + Send + 'static) {
         self.state.lock().waiting += 1;
-        // The thread ends only when the sender is dropped.
+        // Cannot fail: the thread ends only when the sender is dropped.
         if let Some(send) = &self.send {
             let _ = send.send(Box::new(job));
         }
@@ -87,7 +87,7 @@ impl Worker {
         }
     }
 
-    /// The first error that was not told yet.
+    /// Takes the first unreported error.
     pub(super) fn take_error(&self) -> Option<Error> {
         self.state.lock().error.take()
     }
@@ -97,11 +97,11 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.send = None;
         if let Some(thread) = self.thread.take() {
-            // Jobs do not panic past the loop, so there is nothing to be learnt from how it ended.
+            // Cannot fail: the loop catches the panics of jobs.
             let _ = thread.join();
         }
         if let Some(error) = self.take_error() {
-            tracing::error!("an error that came too late to be told: {error}");
+            tracing::error!("a background job failed: {error}");
         }
     }
 }
@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn jobs_are_done_in_order_and_waited_for() {
+    fn wait_returns_after_all_jobs_in_order() {
         let worker = Worker::start(Path::new("run")).unwrap();
         let (send, receive) = mpsc::channel();
         for i in 0..100 {
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_error_is_told_once_and_a_panic_is_one() {
+    fn first_error_or_panic_is_returned_once() {
         let worker = Worker::start(Path::new("run")).unwrap();
         worker.submit(|| Err(Error::Internal("first".into())));
         worker.submit(|| Err(Error::Internal("second".into())));
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_is_done_before_the_end() {
+    fn drop_runs_queued_jobs() {
         let (send, receive) = mpsc::channel();
         let worker = Worker::start(Path::new("run")).unwrap();
         worker.submit(move || {

@@ -1,4 +1,4 @@
-//! Snapshots that are written while the training goes on, and those that it waits for.
+//! Tests of snapshots written in the background.
 
 use std::sync::mpsc::channel;
 
@@ -8,7 +8,7 @@ use super::*;
 use crate::tracker::engine::HostEngine;
 use crate::tracker::writer::{Job, Writer};
 
-/// Gives a tracker a slow disk; everything is written under the run's lock.
+/// Gives a tracker a slow writer, which checks that the run is locked.
 fn slowly(ema: PostHocEma) -> PostHocEma {
     let writer = Writer::start_with(&ema.dir, |job: &Job| {
         std::thread::sleep(std::time::Duration::from_millis(50));
@@ -27,7 +27,7 @@ fn host(ema: &mut PostHocEma) -> &mut HostEngine {
     match &mut ema.engine {
         Engine::Host(host) => host,
         #[cfg(feature = "cuda")]
-        _ => panic!("the parameters lie in host memory"),
+        _ => panic!("the parameters are in host memory"),
     }
 }
 
@@ -39,7 +39,7 @@ fn stems(dir: &Path) -> Vec<String> {
     Run::open(dir).unwrap().snapshots().iter().map(|s| s.stem.to_string()).collect()
 }
 
-/// Everything but the run's id, which is drawn at random.
+/// Returns the data of all snapshots, without the run's random id.
 fn tensors(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let run = Run::open(dir).unwrap();
     let bytes = run.snapshots().iter().flat_map(|snapshot| {
@@ -50,7 +50,7 @@ fn tensors(dir: &Path) -> Vec<(String, Vec<u8>)> {
 }
 
 #[test]
-fn a_run_is_the_same_as_when_it_is_written_at_once() {
+fn background_run_equals_a_waiting_one() {
     let ((_a, straight), (_b, dir)) = (scratch(), scratch());
     let (mut one, mut other) = (Walk::new(4), Walk::new(4));
     let mut ema = options(&straight).checkpoint_in_background(false).create(&one.model).unwrap();
@@ -72,7 +72,7 @@ fn a_run_is_the_same_as_when_it_is_written_at_once() {
 }
 
 #[test]
-fn a_synthesis_uses_the_snapshots_that_are_still_being_written() {
+fn synthesis_waits_for_queued_snapshots() {
     let ((_a, straight), (_b, dir)) = (scratch(), scratch());
     let (mut one, mut other) = (Walk::new(4), Walk::new(4));
     let mut ema = options(&straight).checkpoint_in_background(false).create(&one.model).unwrap();
@@ -85,7 +85,7 @@ fn a_synthesis_uses_the_snapshots_that_are_still_being_written() {
 }
 
 #[test]
-fn a_later_save_is_not_undone_by_an_older_checkpoint() {
+fn queued_checkpoint_does_not_replace_a_later_save() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
     let mut ema = slowly(options(&dir).create(&walk.model).unwrap());
@@ -96,7 +96,7 @@ fn a_later_save_is_not_undone_by_an_older_checkpoint() {
 }
 
 #[test]
-fn an_error_of_the_background_comes_from_a_later_call_which_has_done_its_part() {
+fn later_update_returns_a_background_error_and_still_counts() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
     let options = PostHocEma::options(&dir).checkpoint_every(5000);
@@ -113,7 +113,7 @@ fn an_error_of_the_background_comes_from_a_later_call_which_has_done_its_part() 
     };
     assert!(error.to_string().contains("state.safetensors") && ema.step() < 10_000, "{error}");
     std::fs::rename(&aside, &dir).unwrap();
-    // The next checkpoint is preceded by the one that failed, and no update was lost over it.
+    // The failed checkpoint is written before the next one, and no update was lost.
     while ema.step() < 10_000 {
         ema.update(walk.step()).unwrap();
     }
@@ -123,7 +123,7 @@ fn an_error_of_the_background_comes_from_a_later_call_which_has_done_its_part() 
 }
 
 #[test]
-fn a_last_snapshot_that_failed_is_written_by_a_second_finish() {
+fn second_finish_writes_a_failed_last_snapshot() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
     let mut ema = options(&dir).create(&walk.model).unwrap();
@@ -145,9 +145,9 @@ fn a_last_snapshot_that_failed_is_written_by_a_second_finish() {
     assert_eq!(listing(&dir), before);
 }
 
-/// The state is stored, the snapshot's file is not: the state tells a resume what is missing.
+/// Checks that a resume completes the snapshot, because the state names it.
 #[test]
-fn a_save_stores_the_state_and_tells_of_the_snapshot_that_failed() {
+fn save_stores_the_state_and_returns_a_snapshots_error() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
     let mut ema = options(&dir).create(&walk.model).unwrap();
@@ -164,7 +164,7 @@ fn a_save_stores_the_state_and_tells_of_the_snapshot_that_failed() {
 }
 
 #[test]
-fn a_tracker_dropped_without_finish_writes_what_is_queued_under_its_lock() {
+fn drop_writes_queued_checkpoints_under_the_lock() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
     let lines = logged(|| {
@@ -177,9 +177,8 @@ fn a_tracker_dropped_without_finish_writes_what_is_queued_under_its_lock() {
     assert_eq!(options(&dir).resume(&walk.model).unwrap().step(), 100);
 }
 
-/// At the call that would store it, before anything is handed over.
 #[test]
-fn a_poisoned_average_is_told_at_once_and_not_stored() {
+fn non_finite_average_is_an_error_of_the_same_call() {
     let (_temp, dir) = scratch();
     let mut model = vec![("w", vec![1.0f32; 9])];
     let mut ema = options(&dir).update_every(1).checkpoint_every(2).create(&model).unwrap();
@@ -197,31 +196,32 @@ fn a_poisoned_average_is_told_at_once_and_not_stored() {
 }
 
 #[test]
-fn a_checkpoint_waits_for_the_one_before_and_both_are_right() {
+fn checkpoint_waits_until_the_previous_one_is_written() {
     let ((_a, straight), (_b, dir)) = (scratch(), scratch());
     let (mut one, mut other) = (Walk::new(4), Walk::new(4));
     let every = |dir: &Path| options(dir).update_every(1).checkpoint_every(1).max_checkpoints(9);
     let mut ema = every(&straight).checkpoint_in_background(false).create(&one.model).unwrap();
-    let ((tell, told), (go, gone)) = (channel(), channel());
+    let (started, starts) = channel();
+    let (proceed, proceeds) = channel();
     let writer = Writer::start_with(&dir, move |job: &Job| {
-        tell.send(job.moment.step()).unwrap();
-        gone.recv().unwrap();
+        started.send(job.moment.step()).unwrap();
+        proceeds.recv().unwrap();
         job.moment.store(&job.values.as_values())
     });
     let mut background = over(writer.unwrap(), every(&dir).create(&other.model).unwrap());
     train_on(&mut ema, &mut one, 3);
-    // The first is being written, and the averages move on.
+    // The averages change while the first is being written.
     train_on(&mut background, &mut other, 1);
-    assert_eq!(told.recv().unwrap(), 1);
+    assert_eq!(starts.recv().unwrap(), 1);
     std::thread::scope(|scope| {
         let training = scope.spawn(|| train_on(&mut background, &mut other, 2));
         for step in [2, 3] {
-            // The averages of this step are not copied while the copy before is being written.
-            assert!(told.recv_timeout(std::time::Duration::from_millis(50)).is_err());
-            go.send(()).unwrap();
-            assert_eq!(told.recv().unwrap(), step);
+            // The averages of this step are not copied while the previous copy is being written.
+            assert!(starts.recv_timeout(std::time::Duration::from_millis(50)).is_err());
+            proceed.send(()).unwrap();
+            assert_eq!(starts.recv().unwrap(), step);
         }
-        go.send(()).unwrap();
+        proceed.send(()).unwrap();
         training.join().unwrap();
     });
     background.flush().unwrap();
@@ -230,7 +230,7 @@ fn a_checkpoint_waits_for_the_one_before_and_both_are_right() {
 }
 
 #[test]
-fn the_thread_begins_with_the_first_checkpoint_and_never_where_the_training_waits() {
+fn thread_starts_at_the_first_background_checkpoint() {
     let (temp, dir) = scratch();
     let mut walk = Walk::new(4);
     let mut ema = options(&dir).create(&walk.model).unwrap();
@@ -240,11 +240,11 @@ fn the_thread_begins_with_the_first_checkpoint_and_never_where_the_training_wait
     assert!(host(&mut ema).writer.is_none() && host(&mut ema).spare.is_ready());
     train_on(&mut ema, &mut walk, 1);
     assert!(host(&mut ema).writer.is_some());
-    // The memory of a copy that is written comes back.
+    // The memory of a written copy is reused.
     ema.flush().unwrap();
     assert!(host(&mut ema).spare.is_ready());
     drop(ema);
-    // It may be asked for anew.
+    // A resume may choose differently.
     let mut ema = options(&dir).checkpoint_in_background(false).resume(&walk.model).unwrap();
     train_on(&mut ema, &mut walk, 50);
     assert!(host(&mut ema).writer.is_none() && !host(&mut ema).spare.is_ready());
@@ -255,7 +255,7 @@ fn the_thread_begins_with_the_first_checkpoint_and_never_where_the_training_wait
 }
 
 #[test]
-fn without_memory_for_a_copy_the_training_waits() {
+fn training_waits_without_memory_for_a_copy() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
     let mut ema = options(&dir).create(&walk.model).unwrap();

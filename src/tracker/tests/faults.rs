@@ -1,15 +1,15 @@
-//! A file system that fails at every step in turn, once or from then on.
+//! Tests of a file system that fails at every operation in turn, once or from then on.
 
 use super::*;
 use crate::fs::fail_point::Fault;
 use crate::run::{SavedState, verify};
 use crate::snapshot::SnapshotId;
 
-/// "No space left on device", as the system has it.
+/// `ENOSPC`: "No space left on device".
 const NO_SPACE: i32 = 28;
 const STEPS: u64 = 30;
 
-/// The parameters after a step: of the step alone, as a training has them that goes on from its own checkpoint.
+/// Returns the parameters after a step. They depend only on the step, like those of a resumed training.
 fn model(step: u64) -> Model {
     let value = |i: usize| ((step as usize * 7 + i * 13) as f32).sin();
     SIZES.map(|(name, n)| (name, (0..n).map(value).collect())).to_vec()
@@ -21,7 +21,7 @@ fn options(dir: &Path, in_background: bool) -> Options {
     options.checkpoint_in_background(in_background)
 }
 
-/// A directory in memory, where there is such a place: a disk would sync a hundred thousand times here.
+/// Returns a directory in memory if possible, since these tests sync a hundred thousand times.
 fn scratch() -> (TempDir, PathBuf) {
     let memory = Path::new("/dev/shm");
     let temp = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
@@ -29,7 +29,7 @@ fn scratch() -> (TempDir, PathBuf) {
     (temp, dir)
 }
 
-/// Trains to the end, come what may, and returns the errors on the way.
+/// Trains to the end despite errors, and returns them.
 fn train_to_the_end(options: Options) -> Vec<Error> {
     let mut ema = match options.resume_or_create(&model(0)) {
         Ok(ema) => ema,
@@ -39,13 +39,13 @@ fn train_to_the_end(options: Options) -> Vec<Error> {
     while ema.step() < STEPS {
         let before = ema.step();
         errors.extend(ema.update(&model(before + 1)).err());
-        assert_eq!(ema.step(), before + 1, "a call that could not store has done its part");
+        assert_eq!(ema.step(), before + 1, "an update whose snapshot fails must still count");
     }
     errors.extend(ema.finish().err());
     errors
 }
 
-/// Names and contents of all files, but for the run's id and what depends on it.
+/// Returns names and contents of all files, without the run's random id and all that depends on it.
 fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let mut names: Vec<String> = std::fs::read_dir(dir)
         .unwrap()
@@ -72,8 +72,8 @@ fn assert_whole(dir: &Path) {
     }
 }
 
-/// Fails at each step in turn, at that one alone or from then on.
-fn strike_everywhere(in_background: bool, lasting: bool) {
+/// Fails at each file operation in turn, only at that one or from then on.
+fn fail_everywhere(in_background: bool, lasting: bool) {
     let (_a, straight) = scratch();
     assert!(train_to_the_end(options(&straight, in_background)).is_empty());
     let expected = contents(&straight);
@@ -90,7 +90,7 @@ fn strike_everywhere(in_background: bool, lasting: bool) {
             assert!(text.contains("No space left on device") && text.contains(dir.to_str().unwrap()), "{text}");
         }
         assert_whole(&dir);
-        // Whoever starts again finds nothing to clear up, and ends where nobody was disturbed.
+        // A new process needs no cleanup, and ends with the files of an undisturbed run.
         let again = train_to_the_end(options(&dir, in_background));
         assert!(again.is_empty(), "step {first}: {again:?}");
         assert_whole(&dir);
@@ -99,57 +99,57 @@ fn strike_everywhere(in_background: bool, lasting: bool) {
         assert_eq!(names(&found), names(&expected), "step {first}");
         assert!(found == expected, "step {first}");
         if !struck {
-            assert!(first > 100, "there are more steps than {first} in a training");
-            println!("failed at each of {first} steps");
+            assert!(first > 100, "a training has more than {first} file operations");
+            println!("failed at each of {first} file operations");
             return;
         }
     }
 }
 
 #[test]
-fn a_disk_that_fails_once_costs_nothing() {
-    strike_everywhere(false, false);
+fn one_failure_loses_nothing() {
+    fail_everywhere(false, false);
 }
 
 #[test]
-fn a_disk_that_fails_once_in_the_background_costs_nothing() {
-    strike_everywhere(true, false);
+fn one_failure_in_the_background_loses_nothing() {
+    fail_everywhere(true, false);
 }
 
 #[test]
-fn a_disk_that_fails_for_good_leaves_what_was_there() {
-    strike_everywhere(false, true);
+fn lasting_failure_leaves_files_intact() {
+    fail_everywhere(false, true);
 }
 
 #[test]
-fn a_disk_that_fails_for_good_in_the_background_leaves_what_was_there() {
-    strike_everywhere(true, true);
+fn lasting_failure_in_the_background_leaves_files_intact() {
+    fail_everywhere(true, true);
 }
 
 #[test]
-fn a_training_may_go_on_whatever_the_disk_does() {
+fn on_error_continue_warns_and_goes_on() {
     for in_background in [false, true] {
         let (_temp, dir) = scratch();
         let mut ema = options(&dir, in_background).on_error(OnError::Continue).create(&model(0)).unwrap();
         let fault = Fault::within(&dir, 20..usize::MAX, NO_SPACE);
         let train = || {
             for step in 0..STEPS {
-                let told = ema.update(&model(step + 1)).unwrap();
+                let outcome = ema.update(&model(step + 1)).unwrap();
                 let whole = |stem: &SnapshotId| stem.index == 1 && stem.step == step + 1;
                 let there = || crate::snapshot::list(&dir).unwrap().keys().any(whole);
-                // In the background, it tells what is going to be stored.
-                assert!(told != UpdateOutcome::Stored || in_background || there(), "{step}");
-                assert!(step + 1 < STEPS || in_background || told == UpdateOutcome::Updated);
+                // In the background, `Stored` means that the snapshot is queued.
+                assert!(outcome != UpdateOutcome::Stored || in_background || there(), "{step}");
+                assert!(step + 1 < STEPS || in_background || outcome == UpdateOutcome::Updated);
             }
         };
         let log = super::log::logged(train);
-        let told = |line: &String| line.contains("the training goes on") && line.contains("No space left on device");
-        assert!(log.iter().any(told), "{log:?}");
+        let warned = |line: &String| line.contains("the training goes on") && line.contains("No space left on device");
+        assert!(log.iter().any(warned), "{log:?}");
         assert!(matches!(ema.finish(), Err(Error::Io { .. })));
         drop(fault);
         ema.finish().unwrap();
         assert_eq!(SavedState::of(&dir).unwrap().unwrap().step, STEPS);
-        // What is not finite is no failure of the disk.
+        // A non-finite value is still an error.
         ema.update(&vec![("a.weight", vec![f32::NAN; 37]), ("b.weight", vec![0.0; 5]), ("c.bias", vec![0.0])]).unwrap();
         assert!(matches!(ema.finish(), Err(Error::NonFinite { .. })));
     }

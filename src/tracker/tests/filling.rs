@@ -1,4 +1,4 @@
-//! Synthesis into the caller's memory.
+//! Tests of synthesis into the caller's memory.
 
 use super::*;
 use crate::tensor::TensorViewMut;
@@ -24,7 +24,7 @@ fn trained(dir: &std::path::Path) -> PostHocEma {
     ema
 }
 
-/// Memory for a target, poisoned, of the model's dtypes but for those given.
+/// Returns poisoned memory for a target, in the model's dtypes except for those given.
 fn memory(model: &Tensors, dtypes: &[(&str, Dtype)]) -> Tensors {
     let tensor = |(name, tensor): (&str, &Tensor)| {
         let dtype = dtypes.iter().find(|(other, _)| *other == name).map_or(tensor.dtype, |(_, dtype)| *dtype);
@@ -38,7 +38,7 @@ fn views(memory: &mut [(String, Tensor)]) -> Vec<TensorViewMut<'_>> {
     memory.iter_mut().map(|(name, t)| TensorViewMut::host(name, t.dtype, &t.shape, &mut t.bytes).unwrap()).collect()
 }
 
-/// Fills memory for each plan of a run, or each profile of a tracker.
+/// Calls `load` with memory for each target and returns the filled memory.
 fn filled(
     dtypes: &[(&str, Dtype)],
     targets: usize,
@@ -55,7 +55,7 @@ fn profiles() -> Vec<Profile> {
 }
 
 #[test]
-fn several_targets_into_lent_memory_are_each_as_alone() {
+fn load_into_equals_synthesizing_each_target() {
     let dir = tempfile::tempdir().unwrap();
     let mut ema = trained(dir.path());
     let live = filled(&[], 3, |memory| ema.load_into(&profiles(), memory, None).map(drop)).unwrap();
@@ -80,7 +80,7 @@ fn several_targets_into_lent_memory_are_each_as_alone() {
 }
 
 #[test]
-fn another_dtype_is_rounded_once() {
+fn load_into_another_dtype_rounds_once() {
     let dir = tempfile::tempdir().unwrap();
     let ema = trained(dir.path());
     let wide = filled(&[("half", Dtype::F64)], 1, |m| ema.load_into(&profiles()[..1], m, None).map(drop)).unwrap();
@@ -91,7 +91,7 @@ fn another_dtype_is_rounded_once() {
 }
 
 #[test]
-fn a_tracked_average_is_itself() {
+fn load_tracked_into_copies_the_running_average() {
     let dir = tempfile::tempdir().unwrap();
     let ema = trained(dir.path());
     let itself = filled(&[("half", Dtype::F32)], 1, |mut m| ema.load_tracked_into(1, m.remove(0))).unwrap();
@@ -102,11 +102,11 @@ fn a_tracked_average_is_itself() {
         assert_eq!(itself[0].get(name).unwrap().to_vec::<f32>().unwrap(), high[place], "{name}");
     }
     let text = filled(&[], 1, |mut m| ema.load_tracked_into(2, m.remove(0))).unwrap_err().to_string();
-    assert!(text.contains("no number 2"), "{text}");
+    assert!(text.contains("index 2 is out of range: 2 profiles are tracked"), "{text}");
 }
 
 #[test]
-fn memory_that_does_not_fit_is_refused() {
+fn load_into_refuses_unfit_memory() {
     let dir = tempfile::tempdir().unwrap();
     let ema = trained(dir.path());
     let load = |memory: &mut Vec<Vec<(String, Tensor)>>, targets: usize| {
@@ -141,7 +141,7 @@ fn memory_that_does_not_fit_is_refused() {
 }
 
 #[test]
-fn what_is_due_is_told_before() {
+fn is_due_predicts_updates() {
     let dir = tempfile::tempdir().unwrap();
     let options = PostHocEma::options(dir.path()).update_every(4).checkpoint_every(10).update_after_step(5);
     let mut ema = options.create(&model(0)).unwrap();
@@ -152,7 +152,7 @@ fn what_is_due_is_told_before() {
 }
 
 #[test]
-fn originals_outlive_the_borrow() {
+fn into_originals_restores_later() {
     let dir = tempfile::tempdir().unwrap();
     let ema = trained(dir.path());
     let mut params = model(7);
@@ -163,7 +163,7 @@ fn originals_outlive_the_borrow() {
 }
 
 #[test]
-fn a_copied_tensor_that_does_not_fit_is_named_before_anything_changes() {
+fn swap_in_refuses_an_unfit_copied_tensor_before_any_change() {
     let dir = tempfile::tempdir().unwrap();
     let ema = trained(dir.path());
     let mut params = model(7);

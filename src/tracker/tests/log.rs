@@ -1,4 +1,4 @@
-//! What is logged, for tests to read.
+//! Subscriber that collects log messages for tests.
 
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex};
@@ -45,7 +45,7 @@ impl Visit for Message {
     }
 }
 
-/// Runs `body` and returns what it logged, on this thread and on those that it started.
+/// Runs `body` and returns the messages that it logged, on this thread and on those that it started.
 pub(super) fn logged(body: impl FnOnce()) -> Vec<String> {
     let log = Log::default();
     tracing::subscriber::with_default(log.clone(), body);

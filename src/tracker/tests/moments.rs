@@ -1,4 +1,4 @@
-//! Moments with values of their own: what other threads and devices hand over.
+//! Tests of checkpoints with owned values, as threads and devices pass them.
 
 use super::storage::listing;
 use super::*;
@@ -6,7 +6,7 @@ use crate::compute::cpu;
 use crate::tracker::moment::{CheckpointMeta, Failure};
 use crate::tracker::values::{Converted, OwnedValues};
 
-/// The run as it is now, to be written into another directory, and its values.
+/// Returns a checkpoint of the run to be written into another directory, with its values.
 pub(super) fn moment_for(ema: &PostHocEma, dir: &Path) -> (CheckpointMeta, OwnedValues) {
     std::fs::create_dir_all(dir).unwrap();
     let moment = CheckpointMeta { dir: dir.to_owned(), ..ema.moment(ema.stored) };
@@ -18,7 +18,7 @@ pub(super) fn moment_for(ema: &PostHocEma, dir: &Path) -> (CheckpointMeta, Owned
     )
 }
 
-/// What snapshots of these averages store, worked out beforehand, with gaps between the tensors.
+/// Converts averages to the data of their snapshots, with gaps between the tensors.
 fn converted(moment: &CheckpointMeta, averages: &[Averages], dtypes: &[Dtype]) -> Vec<Converted> {
     let layout = moment.table.layout();
     let of_profile = |averages: &Averages| {
@@ -35,13 +35,13 @@ fn converted(moment: &CheckpointMeta, averages: &[Averages], dtypes: &[Dtype]) -
     averages.iter().map(of_profile).collect()
 }
 
-/// Names and contents, without the directory.
+/// Returns names and contents of all files but the lock.
 pub(super) fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let names = listing(dir).into_iter().map(|(path, bytes)| (path.file_name().unwrap().to_owned(), bytes));
     names.map(|(name, bytes)| (name.into_string().unwrap(), bytes)).filter(|(name, _)| name != ".lock").collect()
 }
 
-/// A model with a tensor that f16 cannot hold and one that is copied.
+/// Returns a model with a tensor that f16 cannot hold and one that is copied.
 pub(super) fn model(step: u16) -> Tensors {
     let value = f32::from(step);
     let mut model = Tensors::default();
@@ -62,7 +62,7 @@ pub(super) fn trained(dir: &Path) -> PostHocEma {
 }
 
 #[test]
-fn values_converted_elsewhere_give_the_same_files() {
+fn values_converted_beforehand_give_the_same_files() {
     let (temp, dir) = scratch();
     let ema = trained(&dir);
     let (moment, mut values) = moment_for(&ema, &temp.path().join("other"));
@@ -77,7 +77,7 @@ fn values_converted_elsewhere_give_the_same_files() {
     moment.store(&values.as_values()).unwrap();
     assert_eq!(contents(&moment.dir), contents(&dir));
 
-    // They are what is stored, and not the averages beside them; the state keeps those.
+    // Snapshots store the converted values, and the state the averages.
     let first = &mut values.converted.as_mut().unwrap()[1];
     let start = first.places[1].start;
     first.bytes[start..start + 4].copy_from_slice(&7.5f32.to_le_bytes());
@@ -90,7 +90,7 @@ fn values_converted_elsewhere_give_the_same_files() {
 }
 
 #[test]
-fn dtypes_are_chosen_by_ranges_that_were_found_elsewhere() {
+fn dtypes_are_chosen_by_given_ranges() {
     let (temp, dir) = scratch();
     let ema = trained(&dir);
     let (moment, values) = moment_for(&ema, &temp.path().join("other"));
@@ -108,7 +108,7 @@ fn dtypes_are_chosen_by_ranges_that_were_found_elsewhere() {
     for part in ["`large`", "sigma_rel 0.28", "-inf", "element 3", "step 20"] {
         assert!(text.contains(part), "{text}");
     }
-    // Without ranges, a look at the values finds the same.
+    // Without ranges, a scan of the values gives the same error.
     let mut poisoned = values.clone();
     let place = moment.table.layout().place(1);
     poisoned.averages[1].high[place.start + 3] = f32::NEG_INFINITY;
@@ -118,7 +118,7 @@ fn dtypes_are_chosen_by_ranges_that_were_found_elsewhere() {
 }
 
 #[test]
-fn a_failure_tells_whether_another_try_makes_sense() {
+fn failures_are_sorted_by_stage() {
     let (temp, dir) = scratch();
     let ema = trained(&dir);
     let (moment, values) = moment_for(&ema, &temp.path().join("other"));

@@ -1,9 +1,9 @@
-//! What is stored, resumed, kept and dropped.
+//! Tests of storing, resuming and retention.
 
 use super::*;
 
 #[test]
-fn stopping_and_resuming_gives_the_same_bits() {
+fn resume_after_save_keeps_bits() {
     let targets = [0.03, 0.1, 0.2].map(|s| Profile::sigma_rel(s).unwrap());
     let straight = {
         let (_temp, dir) = scratch();
@@ -31,7 +31,7 @@ fn stopping_and_resuming_gives_the_same_bits() {
     }
 }
 
-/// The data of every snapshot of a run.
+/// Returns the data of every snapshot of a run.
 fn snapshot_bytes(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let run = Run::open(dir).unwrap();
     let tensors = run.snapshots().iter().flat_map(|snapshot| {
@@ -43,7 +43,7 @@ fn snapshot_bytes(dir: &Path) -> Vec<(String, Vec<u8>)> {
 }
 
 #[test]
-fn values_that_are_not_finite_are_named_and_nothing_is_written() {
+fn non_finite_values_are_named_and_nothing_is_written() {
     for bad in [f32::NAN, f32::INFINITY] {
         let (_temp, dir) = scratch();
         let mut model = vec![("w", vec![1.0f32; 9])];
@@ -64,7 +64,7 @@ fn values_that_are_not_finite_are_named_and_nothing_is_written() {
     }
 }
 
-/// Every file of a run with its contents.
+/// Returns every file of a run with its contents.
 pub(super) fn listing(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut files: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
@@ -78,14 +78,14 @@ fn steps(dir: &Path) -> Vec<u64> {
 }
 
 #[test]
-fn the_snapshots_that_matter_are_kept_and_a_resume_can_choose_anew() {
+fn retention_keeps_useful_snapshots_and_may_change_on_resume() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(1);
     let mut ema = PostHocEma::options(&dir).checkpoint_every(10).max_checkpoints(5).create(&walk.model).unwrap();
     train(&mut ema, &mut walk, 300);
     let kept = steps(&dir);
     assert_eq!((kept.len(), kept[4]), (5, 300));
-    // The newest five would be 260 to 300, with which the long averages would be lost.
+    // Keeping the newest five, 260 to 300, would lose the long averages.
     assert!(kept[0] < 100 && kept[2] < 240, "{kept:?}");
     let plans = Run::open(&dir).unwrap().plans(&[Profile::sigma_rel(0.2).unwrap()], At::Latest).unwrap();
     assert!(plans[0].relative_error < 0.1, "{}", plans[0].relative_error);
@@ -96,15 +96,15 @@ fn the_snapshots_that_matter_are_kept_and_a_resume_can_choose_anew() {
     train(&mut ema, &mut walk, 40);
     assert_eq!(steps(&dir), [kept[1], 320, 340]);
     drop(ema);
-    // The state remembers what was asked for.
+    // The state stores the retention.
     let mut ema = PostHocEma::options(&dir).resume(&walk.model).unwrap();
     train(&mut ema, &mut walk, 10);
     assert_eq!(steps(&dir), [kept[1], 320, 350]);
 }
 
-/// A snapshot of another run at a step of this one's, one at a later step, and a damaged one of its own.
+/// Checks a snapshot of another run at a step of this run, one at a later step, and a damaged one of this run.
 #[test]
-fn what_is_not_the_runs_own_is_neither_counted_nor_dropped() {
+fn retention_skips_foreign_and_damaged_snapshots() {
     let (temp, dir) = scratch();
     let other = temp.path().join("other");
     let mut walk = Walk::new(1);
@@ -124,7 +124,7 @@ fn what_is_not_the_runs_own_is_neither_counted_nor_dropped() {
 }
 
 #[test]
-fn steps_that_lack_a_profile_go_first() {
+fn retention_first_removes_steps_that_lack_a_profile() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(1);
     let mut ema = PostHocEma::options(&dir).checkpoint_every(10).max_checkpoints(5).create(&walk.model).unwrap();
@@ -135,7 +135,7 @@ fn steps_that_lack_a_profile_go_first() {
 }
 
 #[test]
-fn only_the_newest_snapshots_are_kept_where_that_is_asked_for() {
+fn retention_latest_keeps_the_newest_snapshots() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(1);
     let options = PostHocEma::options(&dir).checkpoint_every(20).max_checkpoints(3).shard_size(100);
@@ -146,7 +146,7 @@ fn only_the_newest_snapshots_are_kept_where_that_is_asked_for() {
     let stems: Vec<String> = run.snapshots().iter().map(|snapshot| snapshot.stem.to_string()).collect();
     assert_eq!(stems, ["0.80", "0.100", "0.120", "1.80", "1.100", "1.120"]);
     assert_eq!(run.snapshots()[0].files().len(), 2);
-    // finish() stores what the last snapshot does not hold.
+    // finish() stores a snapshot of the newest update.
     ema.finish().unwrap();
     let run = Run::open(&dir).unwrap();
     assert_eq!(run.snapshots().last().unwrap().stem.to_string(), "1.130");
@@ -154,7 +154,7 @@ fn only_the_newest_snapshots_are_kept_where_that_is_asked_for() {
 }
 
 #[test]
-fn an_interrupted_checkpoint_is_completed_on_resume() {
+fn resume_completes_an_interrupted_checkpoint() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(3);
     let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&walk.model).unwrap();
@@ -168,7 +168,7 @@ fn an_interrupted_checkpoint_is_completed_on_resume() {
 }
 
 #[test]
-fn a_checkpoint_that_could_not_be_written_is_made_up_for() {
+fn failed_checkpoint_is_written_by_the_next_update() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(3);
     let options = PostHocEma::options(&dir).checkpoint_every(50).checkpoint_in_background(false);
@@ -179,15 +179,14 @@ fn a_checkpoint_that_could_not_be_written_is_made_up_for() {
     std::fs::rename(&dir, &aside).unwrap();
     let text = ema.update(walk.step()).unwrap_err().to_string();
     assert!(text.contains("state.safetensors") && text.contains("check the path"), "{text}");
-    // finish() can be called again when there is room again.
+    // finish() can be called again.
     assert!(ema.finish().is_err());
     std::fs::rename(&aside, &dir).unwrap();
-    // So does the next update.
     train(&mut ema, &mut walk, 10);
     assert_eq!(stems(), ["0.50", "0.100", "1.50", "1.100"]);
     ema.finish().unwrap();
     assert_eq!(stems(), ["0.50", "0.100", "0.110", "1.50", "1.100", "1.110"]);
-    // What is stored afterwards is what an undisturbed run stores.
+    // The snapshots equal those of an undisturbed run.
     let (_temp, straight) = scratch();
     let mut walk = Walk::new(3);
     let mut ema = PostHocEma::options(&straight).checkpoint_every(50).create(&walk.model).unwrap();
@@ -196,15 +195,15 @@ fn a_checkpoint_that_could_not_be_written_is_made_up_for() {
     assert_eq!(snapshot_bytes(&dir), snapshot_bytes(&straight));
 }
 
-/// The disk fills between the state and the last snapshot, and the training saves its own checkpoint before it dies.
+/// Checks the case that a checkpoint fails after the state, and the training saves before it dies.
 #[test]
-fn a_checkpoint_cut_short_is_completed_after_a_save_too() {
+fn resume_completes_a_failed_checkpoint_after_a_save() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(3);
     let options = PostHocEma::options(&dir).checkpoint_every(50).checkpoint_in_background(false);
     let mut ema = options.create(&walk.model).unwrap();
     train(&mut ema, &mut walk, 49);
-    // What stands in the way of the second profile's file alone.
+    // Blocks only the second profile's file.
     let obstacle = dir.join("1.50.safetensors");
     std::fs::create_dir(&obstacle).unwrap();
     let text = ema.update(walk.step()).unwrap_err().to_string();
@@ -218,7 +217,7 @@ fn a_checkpoint_cut_short_is_completed_after_a_save_too() {
 }
 
 #[test]
-fn an_index_of_shards_that_is_missing_is_written_on_resume() {
+fn resume_writes_a_missing_shard_index() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(3);
     let mut ema = PostHocEma::options(&dir).checkpoint_every(50).shard_size(100).create(&walk.model).unwrap();
@@ -228,7 +227,7 @@ fn an_index_of_shards_that_is_missing_is_written_on_resume() {
     std::fs::remove_file(dir.join("1.50.safetensors.index.json")).unwrap();
     drop(PostHocEma::options(&dir).resume(&walk.model).unwrap());
     assert_eq!(listing(&dir), whole);
-    // Where shards are larger by then, the snapshot is one file, and the shards of before do not stay beside it.
+    // With larger shards the snapshot is one file, and the old shards are removed.
     std::fs::remove_file(dir.join("1.50.safetensors.index.json")).unwrap();
     drop(PostHocEma::options(&dir).shard_size(1 << 20).resume(&walk.model).unwrap());
     let names = listing(&dir).into_iter().map(|(path, _)| path.file_name().unwrap().to_owned());
@@ -238,7 +237,7 @@ fn an_index_of_shards_that_is_missing_is_written_on_resume() {
 }
 
 #[test]
-fn a_poisoned_average_does_not_replace_a_sound_state() {
+fn non_finite_average_does_not_replace_a_sound_state() {
     let (_temp, dir) = scratch();
     let mut model = vec![("w", vec![1.0f32; 9])];
     let mut ema = PostHocEma::options(&dir).update_every(1).checkpoint_every(2).create(&model).unwrap();
@@ -254,7 +253,7 @@ fn a_poisoned_average_does_not_replace_a_sound_state() {
 }
 
 #[test]
-fn a_resume_may_change_the_schedule_and_stays_exact() {
+fn resume_with_another_schedule_is_exact() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(12);
     let mut ema = PostHocEma::options(&dir).checkpoint_every(50).create(&walk.model).unwrap();
@@ -276,7 +275,7 @@ fn a_resume_may_change_the_schedule_and_stays_exact() {
 }
 
 #[test]
-fn runs_are_not_overwritten_shared_or_mixed() {
+fn create_and_resume_refuse_other_runs() {
     let (temp, dir) = scratch();
     let mut walk = Walk::new(1);
     let text = |result: Result<PostHocEma>| result.unwrap_err().to_string();
@@ -302,7 +301,7 @@ fn runs_are_not_overwritten_shared_or_mixed() {
     assert!(text(PostHocEma::options(&dir).resume(&walk.model[..2].to_vec())).contains("c.bias"));
     assert_eq!(listing(&dir), whole);
 
-    // A snapshot of a run with the same options is still another run's.
+    // A snapshot of another run with the same options is refused too.
     let second = temp.path().join("second");
     let mut ema = PostHocEma::options(&second).checkpoint_every(20).create(&walk.model).unwrap();
     train(&mut ema, &mut walk, 60);
@@ -312,7 +311,7 @@ fn runs_are_not_overwritten_shared_or_mixed() {
 }
 
 #[test]
-fn an_older_state_does_not_go_on_under_newer_snapshots() {
+fn resume_refuses_a_state_older_than_the_snapshots() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(1);
     let mut ema = PostHocEma::options(&dir).checkpoint_every(20).create(&walk.model).unwrap();
@@ -326,7 +325,7 @@ fn an_older_state_does_not_go_on_under_newer_snapshots() {
 }
 
 #[test]
-fn a_damaged_state_is_refused() {
+fn resume_refuses_a_damaged_state() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(1);
     let mut ema = PostHocEma::options(&dir).checkpoint_every(20).create(&walk.model).unwrap();

@@ -1,4 +1,4 @@
-//! Averages in the place of the model's weights, and every bit back afterwards.
+//! Tests of swapping averages into a model and restoring every bit.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -6,7 +6,7 @@ use super::log::logged;
 use super::*;
 use crate::tensor::{Memory, ParametersMut, TensorViewMut};
 
-/// A model of every dtype that is averaged, and of tensors that are not.
+/// Returns a model with every averaged dtype and tensors that are not averaged.
 fn model(step: u16) -> Tensors {
     let value = f32::from(step);
     let mut model = Tensors::default();
@@ -21,7 +21,7 @@ fn model(step: u16) -> Tensors {
     model
 }
 
-/// The same tensors, of bits that arithmetic would not keep.
+/// Returns the same tensors with bits that arithmetic would not preserve.
 fn odd_bits() -> Tensors {
     let mut model = model(9);
     let bits16 = [0x8000u16, 0x7fc1, 0xfe55, 0x0001];
@@ -47,7 +47,7 @@ fn profile() -> Profile {
     Profile::sigma_rel(0.1).unwrap()
 }
 
-/// Checks that a model holds what a synthesis gives, and its own tensor that is left out.
+/// Checks that a model holds a synthesized average, and its own tensor that is left out.
 fn assert_averaged(params: &Tensors, average: &Tensors) {
     for (name, tensor) in params.iter() {
         let averaged = name != "frozen";
@@ -58,7 +58,7 @@ fn assert_averaged(params: &Tensors, average: &Tensors) {
 }
 
 #[test]
-fn the_average_is_in_and_then_every_bit_is_back() {
+fn swap_in_and_restore_keep_bits() {
     let (_temp, dir) = scratch();
     let ema = trained(&dir);
     let average = ema.synthesize(profile()).unwrap();
@@ -74,7 +74,7 @@ fn the_average_is_in_and_then_every_bit_is_back() {
     assert_averaged(&swapped, &run.load(&plan).unwrap());
     swapped.restore().unwrap();
     assert_eq!(params, odd_bits());
-    // What is done to other tensors meanwhile stays, and what is done to averaged ones does not.
+    // Changes of tensors that are left out stay; those of averaged ones are undone.
     let mut swapped = run.swap_in(&plan, &mut params).unwrap();
     swapped.insert("frozen", Tensor::new(&[1], &[8.0f32]).unwrap());
     swapped.insert("f64", Tensor::new(&[3], &[1.0f64; 3]).unwrap());
@@ -82,14 +82,14 @@ fn the_average_is_in_and_then_every_bit_is_back() {
     let mut expected = odd_bits();
     expected.insert("frozen", Tensor::new(&[1], &[8.0f32]).unwrap());
     assert_eq!(params, expected);
-    // Kept, the average stays.
+    // keep() leaves the average in the model.
     let mut params = odd_bits();
     ema.swap_in(profile(), &mut params).unwrap().keep();
     assert_averaged(&params, &average);
 }
 
 #[test]
-fn every_bit_is_back_after_an_error_and_after_a_panic() {
+fn error_or_panic_during_a_swap_restores_bits() {
     let (_temp, dir) = scratch();
     let ema = trained(&dir);
     let mut params = odd_bits();
@@ -108,7 +108,7 @@ fn every_bit_is_back_after_an_error_and_after_a_panic() {
     assert_eq!(params, odd_bits());
 }
 
-/// A model that once does something else when it lends its fourth tensor for writing.
+/// Model that runs a fault once, when it lends its fourth tensor for writing.
 struct Faulty {
     tensors: Tensors,
     fault: Option<fn() -> Result<()>>,
@@ -137,7 +137,7 @@ impl ParametersMut for Faulty {
 }
 
 #[test]
-fn what_fails_half_way_is_undone() {
+fn failed_swap_in_is_undone() {
     let (_temp, dir) = scratch();
     let ema = trained(&dir);
     let fail = || Err(Error::tensor("f32", "its memory is gone"));
@@ -148,7 +148,7 @@ fn what_fails_half_way_is_undone() {
     params.fault = Some(|| panic!("half way"));
     assert!(catch_unwind(AssertUnwindSafe(|| ema.swap_in(profile(), &mut params).map(drop))).is_err());
     assert_eq!(params.tensors, odd_bits());
-    // The fault was met after something was written: Switch EMA, which keeps no originals, leaves it.
+    // Switch EMA keeps no originals, so tensors written before the fault stay.
     params.fault = Some(fail);
     ema.switch_to(profile(), &mut params).unwrap_err();
     assert_ne!(params.tensors.get("bf16"), odd_bits().get("bf16"));
@@ -156,7 +156,7 @@ fn what_fails_half_way_is_undone() {
 }
 
 #[test]
-fn a_model_that_cannot_take_the_average_is_refused_untouched() {
+fn swap_in_refuses_an_unfit_model_unchanged() {
     let (_temp, dir) = scratch();
     let ema = trained(&dir);
     let mut reshaped = odd_bits();
@@ -177,7 +177,7 @@ fn a_model_that_cannot_take_the_average_is_refused_untouched() {
 }
 
 #[test]
-fn what_cannot_be_restored_is_named_and_the_rest_is_restored() {
+fn restore_names_unfit_tensors_and_restores_the_rest() {
     let (_temp, dir) = scratch();
     let ema = trained(&dir);
     fn reshape(params: &mut Tensors) {
@@ -203,7 +203,7 @@ fn what_cannot_be_restored_is_named_and_the_rest_is_restored() {
     }
 }
 
-/// A model of which two tensors are one, and a third is like it.
+/// Model with two tied tensors and a third of the same shape.
 struct Tied {
     shared: Vec<f32>,
     apart: Vec<f32>,
@@ -238,7 +238,7 @@ fn tied_tensors_are_swapped_and_restored_together() {
     drop(swapped);
     let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
     assert_eq!((bits(&params.shared), bits(&params.apart)), (bits(&odd), bits(&odd)));
-    // The same tensors in memory of their own are swapped one by one.
+    // In a model where they are not tied, they are swapped one by one.
     let mut loose: Model = vec![("apart", vec![5.0; 6]), ("embedding", vec![6.0; 6]), ("head", vec![7.0; 6])];
     let before = loose.clone();
     let swapped = ema.swap_in(profile(), &mut loose).unwrap();
@@ -247,14 +247,14 @@ fn tied_tensors_are_swapped_and_restored_together() {
     assert_eq!(loose, before);
 }
 
-/// A model on a device, of which nothing can be read.
+/// Checks a model on a device that does not exist.
 #[test]
-fn memory_of_a_device_is_refused() {
+fn swap_in_refuses_device_memory() {
     struct Elsewhere(Tensors);
     impl Parameters for Elsewhere {
         fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
             let memory = crate::tensor::CudaMemory {
-                // No machine has so many.
+                // No machine has that many devices.
                 device: 4096,
                 stream: 0,
                 address: 0x1000,
@@ -271,7 +271,7 @@ fn memory_of_a_device_is_refused() {
     }
     impl ParametersMut for Elsewhere {
         fn for_each_mut(&mut self, _: &mut dyn FnMut(TensorViewMut<'_>) -> Result<()>) -> Result<()> {
-            panic!("nothing is to be written");
+            panic!("the model must not be written");
         }
     }
     let (_temp, dir) = scratch();

@@ -1,8 +1,8 @@
-//! Which tensors and options are taken, how each is treated, and what is refused.
+//! Tests of tensors and options: treatment and refusal.
 
 use super::*;
 
-/// A model of every kind of tensor.
+/// Returns a model with every kind of tensor.
 fn mixed(step: u16) -> Tensors {
     let value = f32::from(step);
     let tensor = |shape: &[usize], values: &[f32]| Tensor::new(shape, values).unwrap();
@@ -20,7 +20,7 @@ fn mixed(step: u16) -> Tensors {
 }
 
 #[test]
-fn every_dtype_is_averaged_copied_or_left_out_and_comes_back_as_it_was() {
+fn every_dtype_is_averaged_copied_or_left_out_and_restored() {
     let (temp, dir) = scratch();
     let options = || PostHocEma::options(&dir).checkpoint_every(10).copy(["*.running_*"]).leave_out(["frozen.*"]);
     let mut ema = options().update_every(1).create(&mixed(0)).unwrap();
@@ -35,7 +35,7 @@ fn every_dtype_is_averaged_copied_or_left_out_and_comes_back_as_it_was() {
     assert_eq!(average.get("steps").unwrap(), mixed(20).get("steps").unwrap());
     assert_eq!(average.get("mask").unwrap(), mixed(20).get("mask").unwrap());
     assert_eq!(average.get("norm.running_var").unwrap(), mixed(20).get("norm.running_var").unwrap());
-    // 20 updates of two profiles determine the plain mean to a few percent.
+    // 20 updates of two profiles determine the plain mean within a few percent.
     let mean = average.get("f64").unwrap().to_vec::<f64>().unwrap()[0];
     assert!((mean - 10.5).abs() < 0.5, "{mean}");
     for (name, tensor) in average.iter() {
@@ -52,7 +52,7 @@ fn every_dtype_is_averaged_copied_or_left_out_and_comes_back_as_it_was() {
     let file = safetensors::SafeTensors::deserialize(&file).unwrap();
     assert_eq!(file.tensor("bf16").unwrap().dtype(), Dtype::F32);
     assert_eq!(file.tensor("steps").unwrap().dtype(), Dtype::I64);
-    // A resume knows the copies too, and insists on them.
+    // A resume checks the copied tensors too.
     ema.save().unwrap();
     drop(ema);
     let fewer: Tensors = mixed(3).into_iter().filter(|(name, _)| name != "steps").collect();
@@ -65,7 +65,7 @@ fn every_dtype_is_averaged_copied_or_left_out_and_comes_back_as_it_was() {
 }
 
 #[test]
-fn dtypes_that_need_a_decision_are_named() {
+fn dtypes_without_a_default_treatment_are_refused() {
     for dtype in [Dtype::F8_E4M3, Dtype::C64] {
         let size = dtype.bitsize() / 8;
         let mut model = mixed(0);
@@ -78,7 +78,7 @@ fn dtypes_that_need_a_decision_are_named() {
     }
 }
 
-/// A model of which two tensors are one.
+/// Model with two tied tensors.
 struct Tied {
     values: Vec<f32>,
     apart: Cell<bool>,
@@ -111,7 +111,7 @@ fn tied_tensors_are_stored_once() {
 }
 
 #[test]
-fn values_beyond_f16_are_kept_in_f32() {
+fn values_beyond_f16_are_stored_in_f32() {
     let (_temp, dir) = scratch();
     let model = vec![("large", vec![65_520.0f32, 1.0]), ("fine", vec![65_519.0f32])];
     let options = PostHocEma::options(&dir).update_every(1).checkpoint_every(1).checkpoint_dtype(Dtype::F16);
@@ -127,7 +127,7 @@ fn values_beyond_f16_are_kept_in_f32() {
 }
 
 #[test]
-fn any_name_of_a_tied_tensor_stands_for_it() {
+fn patterns_match_any_name_of_a_tied_tensor() {
     let model = Tied { values: vec![1.5; 10], apart: Cell::new(false) };
     let (_temp, dir) = scratch();
     let options = PostHocEma::options(&dir).average(["head"]).update_every(1).checkpoint_every(1);
@@ -139,27 +139,27 @@ fn any_name_of_a_tied_tensor_stands_for_it() {
 }
 
 #[test]
-fn names_choose_what_is_averaged() {
+fn patterns_choose_the_averaged_tensors() {
     let (_temp, dir) = scratch();
     let model =
         |v: f32| vec![("layers[0].lora_a", vec![v]), ("layers[0].weight", vec![v]), ("layers[1].lora_a", vec![v])];
     let options = || PostHocEma::options(&dir).update_every(1).checkpoint_every(2);
     for (options, part) in [
-        (options().copy(["*.loar_*"]), "`*.loar_*` stands for no tensor"),
-        (options().average(["nothing"]), "`nothing` stands for no tensor"),
-        (options().leave_out(["layers[2].weight"]), "stands for no tensor"),
+        (options().copy(["*.loar_*"]), "`*.loar_*` matches no tensor"),
+        (options().average(["nothing"]), "`nothing` matches no tensor"),
+        (options().leave_out(["layers[2].weight"]), "`layers[2].weight` matches no tensor"),
     ] {
         let text = options.create(&model(0.0)).unwrap_err().to_string();
         assert!(text.contains(part), "{text}");
     }
-    // What is named to be averaged has to be a dtype that can be; what is not named is copied, whatever its dtype.
+    // A tensor named under `average` must be of a floating-point dtype; all others are copied in any dtype.
     let mut odd = mixed(0);
     odd.insert("base", Tensor { dtype: Dtype::F8_E4M3, shape: vec![2], bytes: vec![0; 2] });
     let text = options().average(["f32", "steps"]).create(&odd).unwrap_err().to_string();
     assert!(text.contains("`steps`: I64 cannot be averaged"), "{text}");
     let (_elsewhere, elsewhere) = scratch();
     PostHocEma::options(&elsewhere).average(["f32"]).create(&odd).unwrap();
-    // A name with brackets is a glob too, but stands for itself.
+    // A name with brackets is a glob too, but matches the tensor of that name.
     let mut ema = options().average(["*.lora_*"]).leave_out(["layers[1].lora_a"]).create(&model(0.0)).unwrap();
     ema.update(&model(1.0)).unwrap();
     ema.update(&model(2.0)).unwrap();
@@ -171,7 +171,7 @@ fn names_choose_what_is_averaged() {
 }
 
 #[test]
-fn views_that_lie_about_their_size_are_refused() {
+fn views_of_wrong_size_are_refused() {
     struct Lying(usize);
     impl Parameters for Lying {
         fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
@@ -184,13 +184,13 @@ fn views_that_lie_about_their_size_are_refused() {
     assert!(PostHocEma::options(&dir).create(&Lying(20)).unwrap_err().to_string().contains("20 bytes were lent"));
     let mut ema = PostHocEma::options(&dir).update_every(1).create(&Lying(16)).unwrap();
     assert!(ema.update(&Lying(12)).unwrap_err().to_string().contains("12 bytes were lent"));
-    // A call that was refused did not happen.
+    // A refused call has no effect.
     assert_eq!(ema.step(), 0);
     assert_eq!(ema.update(&Lying(16)).unwrap(), UpdateOutcome::Updated);
 }
 
 #[test]
-fn changed_parameters_are_named_and_the_run_goes_on() {
+fn changed_parameters_are_refused_without_effect() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(7);
     let mut ema = PostHocEma::options(&dir).update_every(1).create(&walk.model).unwrap();
@@ -212,13 +212,13 @@ fn changed_parameters_are_named_and_the_run_goes_on() {
         assert!(error.to_string().contains(part), "{error}");
     }
     assert_eq!(averages(&ema)[0].high, before);
-    // Another order of the same tensors is the same model.
+    // The order of the tensors may change.
     let reversed: Model = base.iter().rev().cloned().collect();
     assert_eq!(ema.update(&reversed).unwrap(), UpdateOutcome::Updated);
 }
 
 #[test]
-fn options_that_make_no_sense_are_refused() {
+fn invalid_options_are_refused() {
     let (_temp, dir) = scratch();
     let model = Walk::new(1).model;
     let options = || PostHocEma::options(&dir);
@@ -274,9 +274,9 @@ fn targets_outside_the_run_are_refused() {
     assert!(!path.exists());
 }
 
-/// What is estimated before the first step is no less than the header that is written, and little more.
+/// Checks that the estimate before the first step is at least the length of the written header, and little more.
 #[test]
-fn the_header_of_a_live_state_is_known_beforehand() {
+fn header_len_bounds_the_written_header() {
     for name in ["w", "a \"quoted\" name", "layers.0.self_attn.q_proj.weight", "\u{1}\u{4e2d}\n"] {
         let (_temp, dir) = scratch();
         let tensor = || Tensor::new(&[1, 2, 3], &[0.5f32; 6]).unwrap();
