@@ -1,8 +1,8 @@
 //! [Post-hoc EMA](posthoc_ema) for candle: a [`VarMap`](candle_nn::VarMap), or named tensors and variables of any
 //! origin, as [`Parameters`](posthoc_ema::Parameters).
 //!
-//! Each type here borrows what it wraps, so it is made on the spot, at every call. Elements are read and written where
-//! they lie: in CPU memory, and with the feature `cuda` on CUDA devices too, in the order of the stream that candle uses.
+//! Each type borrows what it wraps, so a new one is made for every call. Elements are read and written in place: in CPU
+//! memory, and with the feature `cuda` also on CUDA devices, in the order of the stream that candle uses.
 //!
 //! ```
 //! use candle_core::{DType, Device, Module, Tensor};
@@ -23,15 +23,17 @@
 //!     ema.update(&Variables(&vars))?;
 //! }
 //!
-//! // The layer now holds its average, and training may go on from there.
+//! // The layer now holds its average, from which training may continue.
 //! ema.switch_to(Profile::sigma_rel(0.15)?, &mut Variables(&vars))?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
 #[cfg(feature = "cuda")]
 mod cuda;
-mod lend;
-mod memory;
+mod error;
+mod host;
 mod named;
+mod read;
+mod write;
 
 pub use named::{NamedTensors, NamedVars, Variables};

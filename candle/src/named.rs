@@ -1,4 +1,4 @@
-//! What lends a model's tensors: candle's own map, or names with tensors or variables.
+//! Models as named tensors: candle's own map, or names with tensors or variables.
 
 use std::collections::HashMap;
 use std::sync::PoisonError;
@@ -7,18 +7,19 @@ use candle_core::{Tensor, Var};
 use candle_nn::VarMap;
 use posthoc_ema::{Parameters, ParametersMut, Result, TensorView, TensorViewMut};
 
-use crate::{lend, memory};
+use crate::read::with_tensors;
+use crate::write::write_var;
 
-/// The variables of a [`VarMap`], to read and to write in place: optimiser and layers see what is written.
+/// Variables of a [`VarMap`], read and written in place: the optimiser and the layers see the new values.
 ///
 /// A variable in the map under two names counts as tied.
 #[derive(Clone, Copy)]
 pub struct Variables<'a>(pub &'a VarMap);
 
 impl Variables<'_> {
-    /// Handles to the variables, so that the map is not locked while they are lent.
+    /// Returns handles to the variables, so that the map is not locked while they are in use.
     fn handles(self) -> Vec<(String, Var)> {
-        // A thread that panicked while it held the lock has left whole variables behind all the same.
+        // A thread that panicked while it held the lock has left the variables whole.
         let map = self.0.data().lock().unwrap_or_else(PoisonError::into_inner);
         map.iter().map(|(name, var)| (name.clone(), var.clone())).collect()
     }
@@ -36,7 +37,7 @@ impl ParametersMut for Variables<'_> {
     }
 }
 
-/// Named tensors, to read. Those that do not lie contiguously are copied for the time of a call.
+/// Named tensors, to be read. Tensors that are not contiguous are copied for the time of a call.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -55,11 +56,11 @@ pub struct NamedTensors<'a>(Vec<(&'a str, &'a Tensor)>);
 
 impl Parameters for NamedTensors<'_> {
     fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
-        lend::with_tensors(&self.0, read)
+        with_tensors(&self.0, read)
     }
 }
 
-/// Named variables, to read and to write in place.
+/// Named variables, to be read, and to be written in place.
 #[derive(Clone, Debug)]
 pub struct NamedVars<'a>(Vec<(&'a str, &'a Var)>);
 
@@ -71,7 +72,7 @@ impl Parameters for NamedVars<'_> {
 
 impl ParametersMut for NamedVars<'_> {
     fn for_each_mut(&mut self, write: &mut dyn FnMut(TensorViewMut<'_>) -> Result<()>) -> Result<()> {
-        self.0.iter().try_for_each(|(name, var)| memory::write(name, var, write))
+        self.0.iter().try_for_each(|(name, var)| write_var(name, var, write))
     }
 }
 
@@ -80,7 +81,7 @@ macro_rules! named {
         impl<'a> FromIterator<(&'a str, &'a $element)> for $named<'a> {
             fn from_iter<I: IntoIterator<Item = (&'a str, &'a $element)>>(pairs: I) -> Self {
                 let mut pairs: Vec<_> = pairs.into_iter().collect();
-                // A map lists its entries in another order each time it is made.
+                // Each hash map has its own order.
                 pairs.sort_by_key(|(name, _)| *name);
                 $named(pairs)
             }

@@ -90,7 +90,7 @@ class Swept:
 
         best = next(trial for trial in self.results if trial.profile == self.best.profile)
         if best.length is None:
-            raise ValueError(f"the best profile is a {best.profile}, which has no length: there is no curve to draw")
+            raise ValueError(f"the best profile is a {best.profile}, which has no length to draw the score over")
         name, best_length = best.length
         family = [trial for trial in self.results if _family(trial) == _family(best)]
         lengths = {trial.profile: trial.length[1] for trial in family if trial.length is not None}

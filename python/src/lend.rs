@@ -71,7 +71,7 @@ impl<'a> Lent<'a> {
     fn view(&self, entry: &'a TensorEntry, address: u64) -> Result<TensorView<'a>> {
         #[cfg(feature = "cuda")]
         if let Some(device) = entry.device {
-            // SAFETY: see the contract of `Lent`. PyTorch allocates in the primary context, and it frees and reuses memory
+            // SAFETY: see the contract of `Lent`. PyTorch allocates in the primary context, and frees and reuses memory
             // in the order of the stream, which is the current one of the calling thread.
             let memory = unsafe { CudaMemory::from_raw(device, self.stream, address, entry.bytes) };
             return TensorView::cuda(&entry.name, entry.dtype, &entry.shape, memory);

@@ -1,7 +1,7 @@
 //! Native part of the Python package `posthoc_ema`: trackers, runs and plans over memory that is lent by address.
 //!
 //! It is private to the package. Only the Python modules know PyTorch and NumPy: here a tensor is a name, a dtype, a
-//! shape, a device and an address. Profiles, options and plans are passed as the JSON that the library reads and writes.
+//! shape, a device and an address. Profiles, options and plans are passed as JSON in the library's own format.
 
 mod average;
 mod dtypes;

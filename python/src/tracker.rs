@@ -139,7 +139,7 @@ impl Tracker {
         }
     }
 
-    /// Counts a step and does the work that is due; returns 0 for none, 1 for an update, 2 for an update and a snapshot.
+    /// Counts a step and does the work that is due. Returns 0 for none, 1 for an update, 2 for a snapshot, too.
     fn update(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, stream: usize) -> PyResult<u8> {
         let lent = Lent::new(layout, addresses, stream)?;
         self.with(py, |tracker| tracker.update(&lent)).map(code)

@@ -1,10 +1,10 @@
-//! One concept, one name: no two types of a crate share one.
+//! Names of types, which are unique within each crate.
 
 use std::collections::BTreeMap;
 
 use crate::sources::sources;
 
-/// What clap's derives have by convention.
+/// Names that clap's derives have by convention.
 const SHARED: &[&str] = &["Arguments"];
 
 #[test]
@@ -17,11 +17,11 @@ fn no_two_types_of_a_crate_share_a_name() {
             }
         }
         found.retain(|name, files| files.len() > 1 && !SHARED.contains(&name.as_str()));
-        assert!(found.is_empty(), "{folder} has types of one name: {found:?}");
+        assert!(found.is_empty(), "{folder} defines types of the same name: {found:?}");
     }
 }
 
-/// The name of the type or trait that a line defines.
+/// Returns the name of the type or trait that a line defines.
 fn type_name(line: &str) -> Option<&str> {
     let line = line.trim_start();
     let line = match line.strip_prefix("pub") {

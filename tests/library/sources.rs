@@ -1,4 +1,4 @@
-//! The Rust sources of the workspace, as the tests of its architecture read them.
+//! Parser of the workspace's Rust sources for the tests of its architecture.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 
 /// One file of a crate.
 pub struct Source {
-    /// The path from the top of the repository.
+    /// Path from the top of the repository.
     pub path: String,
-    /// The module that the file is, such as `["synthesis", "swap"]`; empty for the crate's root.
+    /// Module path of the file, such as `["synthesis", "swap"]`; empty for the crate's root.
     pub module: Vec<String>,
-    /// The text without comments and without its inline tests.
+    /// Text without comments and inline tests.
     pub code: String,
 }
 
-/// Every Rust file below a folder, such as `src`, except files of tests.
+/// Reads every Rust file below a folder such as `src`, except files of tests.
 pub fn sources(folder: &str) -> Vec<Source> {
     let top = Path::new(env!("CARGO_MANIFEST_DIR"));
     let root = top.join(folder);
@@ -32,7 +32,7 @@ pub fn sources(folder: &str) -> Vec<Source> {
     }
     paths.sort();
     let sources: Vec<Source> = paths.iter().filter_map(|path| source(top, &root, path)).collect();
-    assert!(!sources.is_empty(), "no Rust file is in {folder}");
+    assert!(!sources.is_empty(), "{folder} contains no Rust file");
     sources
 }
 
@@ -57,15 +57,15 @@ fn source(top: &Path, root: &Path, path: &PathBuf) -> Option<Source> {
     Some(Source { path: path.strip_prefix(top).unwrap().to_str().unwrap().to_owned(), module, code })
 }
 
-/// The modules of a crate, and what each file uses of the others.
+/// Modules of a crate, to find those that each file uses.
 pub struct Uses {
     modules: BTreeMap<Vec<String>, String>,
-    /// The names that each module exports from elsewhere, with the path that each stands for.
+    /// Names that each module re-exports, with their original paths.
     exports: BTreeMap<Vec<String>, BTreeMap<String, Vec<String>>>,
 }
 
 impl Uses {
-    /// Reads the modules of a crate.
+    /// Finds the modules and re-exports of a crate.
     pub fn new(sources: &[Source]) -> Uses {
         let modules = sources.iter().map(|source| (source.module.clone(), source.path.clone())).collect();
         let mut uses = Uses { modules, exports: BTreeMap::new() };
@@ -81,7 +81,7 @@ impl Uses {
         uses
     }
 
-    /// The modules that a file uses, through re-exports, without its own ancestors and descendants.
+    /// Returns the modules that a file uses, also by re-exports, without its own ancestors and descendants.
     pub fn of(&self, source: &Source) -> BTreeSet<Vec<String>> {
         let own = &source.module;
         let paths = imports(&source.code).into_iter().map(|(_, path)| path).chain(inline_paths(&source.code));
@@ -92,12 +92,12 @@ impl Uses {
             .collect()
     }
 
-    /// The file of a module.
+    /// Returns the file of a module.
     pub fn path(&self, module: &[String]) -> &str {
         &self.modules[module]
     }
 
-    /// A path from the crate's root, for one that begins with `crate`, `self`, `super` or a child of the module.
+    /// Returns the path from the crate's root of one that begins with `crate`, `self`, `super` or a child module.
     fn absolute(&self, module: &[String], path: &[String]) -> Option<Vec<String>> {
         let (first, rest) = path.split_first()?;
         match first.as_str() {
@@ -114,7 +114,7 @@ impl Uses {
         }
     }
 
-    /// The module that a path from the root leads into, after re-exports.
+    /// Returns the module that a path from the root is in, after all re-exports.
     fn resolve(&self, path: &[String], depth: usize) -> Option<Vec<String>> {
         let length = (0..=path.len()).rev().find(|&n| self.modules.contains_key(&path[..n]))?;
         let (module, rest) = path.split_at(length);
@@ -126,7 +126,7 @@ impl Uses {
     }
 }
 
-/// The `use` items of a file: if each is exported, and its path.
+/// Returns the paths of a file's `use` items, each with true if it is exported.
 fn imports(code: &str) -> Vec<(bool, Vec<String>)> {
     let mut found = Vec::new();
     for item in code.split(';') {
@@ -139,6 +139,7 @@ fn imports(code: &str) -> Vec<(bool, Vec<String>)> {
     found
 }
 
+/// Adds the paths of one `use` tree.
 fn flatten(prefix: &[String], tree: &str, exported: bool, found: &mut Vec<(bool, Vec<String>)>) {
     let parts = |path: &str| -> Vec<String> {
         let path = path.split(" as ").next().unwrap_or_default();
@@ -174,7 +175,7 @@ fn flatten(prefix: &[String], tree: &str, exported: bool, found: &mut Vec<(bool,
     }
 }
 
-/// Paths such as `crate::math::Run` or `super::plan::At` within the code.
+/// Returns the paths within the code that begin with `crate::` or `super::`.
 fn inline_paths(code: &str) -> Vec<Vec<String>> {
     let word = |letter: char| letter.is_alphanumeric() || letter == '_' || letter == ':';
     let words = code.split(|letter| !word(letter));
