@@ -1,189 +1,258 @@
-//! Floating-point tensors that are no averages, told by their bytes: a tool copies them, and so they are the same for all
-//! profiles at each step; or they never change, and rounding or arithmetic may have spoiled them.
+//! Floating-point tensors that a tool copied instead of averaging, found by their bytes.
+//!
+//! A copied tensor is the same for all profiles at each step. The same pass finds constants that rounding or arithmetic
+//! spoiled.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use super::plan::{Source, Tensors};
-use super::write::number_at;
+use super::messages::join_all_names;
+use super::planned::PlannedSnapshot;
+use super::tensors::ImportTensors;
 use crate::error::Result;
-use crate::pytorch::Checkpoint;
+use crate::pytorch::{self, Checkpoint, Number};
 use crate::tensor::{TensorSpec, first_non_finite, is_averaged};
 
-/// What is known of the tensors that are no averages.
+/// Tensors that are not averages.
 #[derive(Debug, Default)]
 pub(super) struct Copied {
-    /// Taken from the newest snapshot.
+    /// Tensors that a synthesis takes from the newest snapshot.
     pub names: BTreeSet<String>,
-    /// Of no use: NaN in every checkpoint.
+    /// Useless tensors: NaN in every checkpoint.
     pub left_out: BTreeSet<String>,
     pub warnings: Vec<String>,
 }
 
-/// A tensor that all files of a step hold alike.
-#[derive(Clone, Copy, PartialEq)]
-struct TensorDigest {
-    hash: blake3::Hash,
-    nan: bool,
-    infinite: bool,
-    /// Whole numbers of 16 bits, some beyond those that are all exact.
-    rounded: bool,
-}
-
-/// A tensor that has been held alike at every step so far.
-struct Candidate<'a> {
-    spec: &'a TensorSpec,
-    key: &'a str,
-    newest: Option<TensorDigest>,
-    /// Whether it is the same at all steps.
-    constant: bool,
-}
-
 impl Copied {
-    /// Reads the newest files that tell, and of the others only what may still have been copied.
+    /// Reads the newest step at which averages of different profiles must differ, and of the other steps only the
+    /// tensors that may still have been copied.
     ///
     /// # Errors
     /// As [`Checkpoint::open`] and [`Checkpoint::read`].
-    pub(super) fn find(sources: &[Source], tensors: &Tensors) -> Result<Copied> {
-        let mut steps: BTreeMap<u64, Vec<&Source>> = BTreeMap::new();
-        sources.iter().for_each(|source| steps.entry(source.stem.step).or_default().push(source));
-        // After the first update all averages are alike.
-        let later = |source: &Source| !source.updates.until(source.stem.step.saturating_sub(1)).is_empty();
-        let tells = |of: &[&Source]| of.len() > 1 && of.iter().all(|source| later(source));
-        let telling = steps.iter().filter(|(_, of)| tells(of)).map(|(&step, _)| step).next_back();
-        if telling.is_none() && steps.len() < 2 {
+    pub(super) fn find(snapshots: &[PlannedSnapshot], tensors: &ImportTensors) -> Result<Copied> {
+        let mut steps: BTreeMap<u64, Vec<&PlannedSnapshot>> = BTreeMap::new();
+        for snapshot in snapshots {
+            steps.entry(snapshot.id.step).or_default().push(snapshot);
+        }
+        let distinguishing = newest_distinguishing_step(&steps);
+        if distinguishing.is_none() && steps.len() < 2 {
             return Ok(Copied::default());
         }
-        let mut candidates = candidates(tensors);
+        let constants_only = distinguishing.is_none();
+        let mut candidates = CopyCandidate::all(tensors);
         let floats = candidates.len();
-        let first = telling.and_then(|step| steps.remove(&step));
+        let first = distinguishing.and_then(|step| steps.remove(&step));
         for files in first.iter().chain(steps.values().rev()) {
-            candidates = still(candidates, files, telling.is_none())?;
+            candidates = retain_identical(candidates, files, constants_only)?;
         }
-        Ok(Copied::new(candidates, floats))
+        Ok(Copied::classify(&candidates, floats))
     }
 
-    fn new(candidates: Vec<Candidate>, floats: usize) -> Copied {
-        let names = |chosen: &dyn Fn(&Candidate, TensorDigest) -> bool| -> BTreeSet<String> {
-            let chosen = candidates.iter().filter(|one| one.newest.is_some_and(|held| chosen(one, held)));
-            chosen.map(|one| one.spec.name.clone()).collect()
+    /// Sorts the candidates that remain by their kind. `floats` is the number of floating-point tensors.
+    fn classify(candidates: &[CopyCandidate], floats: usize) -> Copied {
+        let mut copied = Copied::default();
+        for kind in CopyKind::ALL {
+            let names: Vec<&str> =
+                candidates.iter().filter(|one| one.kind() == Some(kind)).map(|one| one.spec.name.as_str()).collect();
+            // If every tensor is NaN, the training diverged.
+            if names.is_empty() || (kind == CopyKind::Nan && names.len() == floats) {
+                continue;
+            }
+            copied.warnings.push(format!("{} {}", join_all_names(&names), kind.warning()));
+            let group = if kind == CopyKind::Nan { &mut copied.left_out } else { &mut copied.names };
+            group.extend(names.into_iter().map(str::to_owned));
+        }
+        copied
+    }
+}
+
+/// Returns the newest step at which several profiles have averages of more than one update.
+fn newest_distinguishing_step(steps: &BTreeMap<u64, Vec<&PlannedSnapshot>>) -> Option<u64> {
+    let mut newest_first = steps.iter().rev();
+    let (step, _) =
+        newest_first.find(|(_, files)| files.len() > 1 && files.iter().all(|file| file.follows_other_updates()))?;
+    Some(*step)
+}
+
+/// Kinds of tensors that are not averages, in the order of their warnings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CopyKind {
+    /// Constant, with NaN.
+    Nan,
+    /// With infinities.
+    Infinite,
+    /// With infinities in f16, whose range is small.
+    Overflow,
+    /// Constant whole numbers, rounded to 16 bits.
+    RoundedIntegers,
+    /// Changing from step to step.
+    Changing,
+}
+
+impl CopyKind {
+    const ALL: [CopyKind; 5] =
+        [CopyKind::Nan, CopyKind::Infinite, CopyKind::Overflow, CopyKind::RoundedIntegers, CopyKind::Changing];
+
+    /// Returns the predicate of a warning, after the names and their verb.
+    fn warning(self) -> &'static str {
+        match self {
+            CopyKind::Nan => {
+                "left out: NaN in every checkpoint, which the tool makes of infinite constants such as masks; take the \
+                 values from the model"
+            }
+            CopyKind::Infinite => "infinite in places and alike for all profiles: copied, not averaged",
+            CopyKind::Overflow => {
+                "infinite in places and alike for all profiles: copied, not averaged; in 16 bits this may be an \
+                 overflow: then take the values from the model"
+            }
+            CopyKind::RoundedIntegers => {
+                "constant and whole, with numbers that 16 bits do not all hold: probably integers that the tool rounded; \
+                 take the values from the model"
+            }
+            CopyKind::Changing => {
+                "alike for all profiles at every step: copied by the tool, so a synthesis takes the newest"
+            }
+        }
+    }
+}
+
+/// Tensor that is identical in all files of each step read so far.
+struct CopyCandidate<'a> {
+    spec: &'a TensorSpec,
+    key: &'a str,
+    /// Digest of all steps read so far, with the hash of the first.
+    digest: Option<TensorDigest>,
+    /// True if the hash is the same at all steps.
+    constant: bool,
+}
+
+impl<'a> CopyCandidate<'a> {
+    /// Returns a candidate for each floating-point tensor that is neither empty nor a counter.
+    fn all(tensors: &'a ImportTensors) -> Vec<CopyCandidate<'a>> {
+        let mut candidates = Vec::new();
+        for (spec, key) in tensors.iter() {
+            if is_averaged(spec.dtype) && !tensors.counters.contains(&spec.name) && !spec.shape.contains(&0) {
+                candidates.push(CopyCandidate { spec, key, digest: None, constant: true });
+            }
+        }
+        candidates
+    }
+
+    fn add(&mut self, other: TensorDigest) {
+        let Some(digest) = &mut self.digest else {
+            self.digest = Some(other);
+            return;
         };
-        let mut left_out = names(&|one, held| one.constant && held.nan);
-        if left_out.len() == floats {
-            // A training that diverged, not a constant.
-            left_out.clear();
-        }
-        let infinite = names(&|_, held| held.infinite && !held.nan);
-        let half = |name: &&str| candidates.iter().any(|one| one.spec.name == **name && one.spec.dtype == Dtype::F16);
-        let infinite: Vec<&str> = infinite.iter().map(String::as_str).collect();
-        let (overflown, meant): (Vec<&str>, Vec<&str>) = infinite.iter().partition(|name| half(name));
-        let rounded = names(&|one, held| one.constant && held.rounded && !held.infinite);
-        let moved = names(&|one, held| !one.constant && !held.nan && !held.infinite);
-        let warnings = [
-            (
-                left_out.iter().map(String::as_str).collect::<Vec<_>>(),
-                "left out: NaN in every checkpoint, which the tool makes of infinite constants such as masks; take the values \
-                 from the model",
-            ),
-            (meant, "infinite in places and alike for all profiles: copied, not averaged"),
-            (
-                overflown,
-                "infinite in places and alike for all profiles: copied, not averaged; in 16 bits this may be an overflow: \
-                 then take the values from the model",
-            ),
-            (
-                rounded.iter().map(String::as_str).collect(),
-                "constant and whole, with numbers that 16 bits do not all hold: probably integers that the tool rounded; take \
-                 the values from the model",
-            ),
-            (
-                moved.iter().map(String::as_str).collect(),
-                "alike for all profiles at every step: copied by the tool, so a synthesis takes the newest",
-            ),
-        ];
-        let warnings = warnings.iter().filter(|(names, _)| !names.is_empty());
-        Copied {
-            warnings: warnings.map(|(names, what)| format!("{} {what}", each(names))).collect(),
-            names: infinite.iter().map(|&name| name.to_owned()).chain(rounded).chain(moved).collect(),
-            left_out,
+        self.constant &= digest.hash == other.hash;
+        digest.nan |= other.nan;
+        digest.infinite |= other.infinite;
+        digest.rounded_integers &= other.rounded_integers;
+    }
+
+    /// Returns the kind of the tensor; `None` if it is to be averaged like any other.
+    fn kind(&self) -> Option<CopyKind> {
+        let digest = self.digest?;
+        if digest.nan {
+            self.constant.then_some(CopyKind::Nan)
+        } else if digest.infinite {
+            Some(if self.spec.dtype == Dtype::F16 { CopyKind::Overflow } else { CopyKind::Infinite })
+        } else if !self.constant {
+            Some(CopyKind::Changing)
+        } else {
+            digest.rounded_integers.then_some(CopyKind::RoundedIntegers)
         }
     }
 }
 
-/// "`a` is" or "`a`, `b` are": all of them, for whoever takes them from the model.
-fn each(names: &[&str]) -> String {
-    let verb = if names.len() == 1 { "is" } else { "are" };
-    format!("`{}` {verb}", names.join("`, `"))
-}
-
-fn candidates(tensors: &Tensors) -> Vec<Candidate<'_>> {
-    let all = tensors.specs.iter().zip(&tensors.keys);
-    let may = |spec: &TensorSpec| {
-        is_averaged(spec.dtype) && !tensors.counters.contains(&spec.name) && !spec.shape.contains(&0)
-    };
-    let all = all.filter(|(spec, _)| may(spec));
-    all.map(|(spec, key)| Candidate { spec, key, newest: None, constant: true }).collect()
-}
-
-/// Those of the candidates that the files of one step hold alike; where no step tells more, only what never changes.
-fn still<'a>(candidates: Vec<Candidate<'a>>, files: &[&Source], constant: bool) -> Result<Vec<Candidate<'a>>> {
+/// Retains the candidates that are identical in all files of one step; with `constants_only`, only those that have not
+/// changed since the first step read.
+fn retain_identical<'a>(
+    candidates: Vec<CopyCandidate<'a>>,
+    files: &[&PlannedSnapshot],
+    constants_only: bool,
+) -> Result<Vec<CopyCandidate<'a>>> {
     if candidates.is_empty() {
         return Ok(candidates);
     }
     let files: Vec<Checkpoint> =
-        files.iter().map(|source| Checkpoint::open(&source.file.path)).collect::<Result<_>>()?;
-    let one = |mut one: Candidate<'a>| {
-        let Some(held) = alike(&files, one.spec, one.key)? else { return Ok(None) };
-        let newest = *one.newest.get_or_insert(held);
-        one.constant &= newest.hash == held.hash;
-        one.newest = Some(TensorDigest {
-            hash: newest.hash,
-            nan: newest.nan | held.nan,
-            infinite: newest.infinite | held.infinite,
-            rounded: newest.rounded & held.rounded,
-        });
-        Ok((one.constant || !constant).then_some(one))
-    };
-    // One after the other: several at a time could be more than a checkpoint.
-    candidates.into_iter().map(one).filter_map(Result::transpose).collect()
-}
-
-/// What all files hold, or none where they differ. At most two copies of the tensor are held.
-fn alike(files: &[Checkpoint], spec: &TensorSpec, key: &str) -> Result<Option<TensorDigest>> {
-    let Some((first, others)) = files.split_first() else { return Ok(None) };
-    let bytes = first.read(key)?;
-    for other in others {
-        if other.read(key)? != bytes {
-            return Ok(None);
+        files.iter().map(|snapshot| Checkpoint::open(&snapshot.file.path)).collect::<Result<_>>()?;
+    let mut retained = Vec::with_capacity(candidates.len());
+    // One after the other: several tensors at a time could be larger than a checkpoint.
+    for mut candidate in candidates {
+        let Some(digest) = TensorDigest::of_identical(&files, candidate.spec.dtype, candidate.key)? else { continue };
+        candidate.add(digest);
+        if candidate.constant || !constants_only {
+            retained.push(candidate);
         }
     }
-    let (nan, infinite) = not_finite(spec.dtype, &bytes);
-    Ok(Some(TensorDigest { hash: blake3::hash(&bytes), nan, infinite, rounded: is_rounded(spec.dtype, &bytes) }))
+    Ok(retained)
 }
 
-/// Whether there are NaN, and infinities.
-fn not_finite(dtype: Dtype, bytes: &[u8]) -> (bool, bool) {
-    let Some((first, _)) = first_non_finite(dtype, bytes) else { return (false, false) };
-    let elements = bytes.len() * 8 / dtype.bitsize();
-    let mut rest = (first..elements).map(|element| number_at(dtype, bytes, element));
-    let infinite = rest.clone().any(f64::is_infinite);
-    (rest.any(f64::is_nan), infinite)
+/// Digest of a tensor's elements.
+#[derive(Clone, Copy)]
+struct TensorDigest {
+    hash: blake3::Hash,
+    nan: bool,
+    infinite: bool,
+    rounded_integers: bool,
 }
 
-/// Whether these are whole numbers of 16 bits, some beyond those that are all exact.
-fn is_rounded(dtype: Dtype, bytes: &[u8]) -> bool {
-    let (exact, value): (f32, fn([u8; 2]) -> f32) = match dtype {
-        Dtype::F16 => (2048.0, |bytes| f16::from_le_bytes(bytes).to_f32()),
-        Dtype::BF16 => (256.0, |bytes| bf16::from_le_bytes(bytes).to_f32()),
-        _ => return false,
-    };
+impl TensorDigest {
+    /// Returns the digest of a tensor that is identical in all files; `None` if it is not.
+    ///
+    /// At most two copies of the tensor are in memory.
+    fn of_identical(files: &[Checkpoint], dtype: Dtype, key: &str) -> Result<Option<TensorDigest>> {
+        let Some((first, others)) = files.split_first() else { return Ok(None) };
+        let bytes = first.read(key)?;
+        for other in others {
+            if other.read(key)? != bytes {
+                return Ok(None);
+            }
+        }
+        Ok(Some(TensorDigest::new(dtype, &bytes)))
+    }
+
+    fn new(dtype: Dtype, bytes: &[u8]) -> TensorDigest {
+        let mut digest = TensorDigest {
+            hash: blake3::hash(bytes),
+            nan: false,
+            infinite: false,
+            rounded_integers: are_rounded_integers(dtype, bytes),
+        };
+        if let Some((first, _)) = first_non_finite(dtype, bytes) {
+            let size = dtype.bitsize() / 8;
+            for element in bytes[first * size..].chunks_exact(size) {
+                if let Some(Number::Rounded(value, _)) = pytorch::number(dtype, element) {
+                    digest.nan |= value.is_nan();
+                    digest.infinite |= value.is_infinite();
+                }
+            }
+        }
+        digest
+    }
+}
+
+/// Returns true if all elements are whole numbers of 16 bits, some of them beyond the range in which all are exact.
+fn are_rounded_integers(dtype: Dtype, bytes: &[u8]) -> bool {
+    match dtype {
+        Dtype::F16 => are_integers_beyond(2048.0, bytes, |bytes| f16::from_le_bytes(bytes).to_f32()),
+        Dtype::BF16 => are_integers_beyond(256.0, bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        _ => false,
+    }
+}
+
+/// Returns true if all elements are whole numbers, some of them larger than `exact`.
+fn are_integers_beyond(exact: f32, bytes: &[u8], value: fn([u8; 2]) -> f32) -> bool {
     let (elements, _) = bytes.as_chunks::<2>();
     let mut beyond = false;
-    elements.iter().all(|&element| {
+    for &element in elements {
         let value = value(element);
+        if value.fract() != 0.0 {
+            return false;
+        }
         beyond |= value.abs() > exact;
-        value.fract() == 0.0
-    }) && beyond
+    }
+    beyond
 }

@@ -1,26 +1,27 @@
-//! How each tool lays a checkpoint out: which entries are the model's tensors, and where its own clock is.
+//! Layouts of the tools' checkpoints: which entries are the model's tensors, and which are the tool's own state.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use super::Tool;
 use crate::error::{Error, Result};
 use crate::pytorch::{Checkpoint, Number, Value};
 
-/// What the names of a model's tensors begin with, where it is not the whole of them.
+/// Prefix of the model's tensors in most layouts.
 const PREFIX: &str = "ema_model.";
 
 const STEP: &str = "step";
 const INITTED: &str = "initted";
 const EXTRA: &str = "_extra_state";
-/// What PyTorch adds to the state dict of a module: the versions of its parts.
+/// Entry that PyTorch adds to the state dict of a module: the versions of its parts.
 const METADATA: &str = "_metadata";
 
-/// Where a checkpoint has its model and its clock.
+/// Places of the model and of the tool's state in a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Layout {
-    /// The model's names, with `initted` and `step` among them: pytorch-posthoc-ema since 1.0.6.
+pub(super) enum CheckpointLayout {
+    /// Names of the model, with `initted` and `step` among them: pytorch-posthoc-ema since 1.0.6.
     Plain,
-    /// As `Plain`, with a prefix before everything: pytorch-posthoc-ema up to 1.0.5.
+    /// As `Plain`, with a prefix before every name: pytorch-posthoc-ema up to 1.0.5.
     Prefixed,
     /// A prefix before the model's names, `initted` and `step` without one: ema-pytorch.
     Module,
@@ -28,82 +29,102 @@ pub(super) enum Layout {
     Extra,
 }
 
-/// A checkpoint in the model's own names.
+impl fmt::Display for CheckpointLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            CheckpointLayout::Plain => "that of pytorch-posthoc-ema since 1.0.6",
+            CheckpointLayout::Prefixed => "that of pytorch-posthoc-ema up to 1.0.5",
+            CheckpointLayout::Module => "that of ema-pytorch",
+            CheckpointLayout::Extra => "that of nitrous-ema",
+        })
+    }
+}
+
+/// Checkpoint in the model's own names.
 pub(super) struct ParsedCheckpoint {
-    pub layout: Layout,
-    /// Whether another tool lays its checkpoints out in this way too, and more likely.
-    pub doubtful: Option<Tool>,
-    /// The name of each tensor in the file, by the model's.
+    pub layout: CheckpointLayout,
+    /// Another tool that uses this layout and more likely wrote the checkpoint.
+    pub likelier_tool: Option<Tool>,
+    /// Name of each tensor in the file, by the model's name.
     pub keys: BTreeMap<String, String>,
-    /// How far the tool had counted.
+    /// The tool's own count.
     pub counted: Number,
-    /// Entries that are no tensors of the model and that nothing here needs.
-    pub left_out: Vec<String>,
+    /// Entries that are neither tensors of the model nor state of the tool.
+    pub ignored: Vec<String>,
 }
 
 impl ParsedCheckpoint {
+    /// Finds the layout of a checkpoint and reads the tool's state.
+    ///
     /// # Errors
-    /// [`Error::Unexpected`] for a checkpoint of another tool, or of none, and for one from before the first update.
+    /// [`Error::Unexpected`] for a checkpoint of another tool or of none, and for one from before the first update.
     pub(super) fn new(tool: Tool, checkpoint: &Checkpoint) -> Result<ParsedCheckpoint> {
-        let layout = layout(tool, checkpoint)?;
+        let detected = detect(checkpoint);
+        let layout = check_tool(tool, checkpoint, detected)?;
         let (initted, counted) = match layout {
-            Layout::Extra => from_dict(checkpoint)?,
-            Layout::Prefixed => from_tensors(checkpoint, PREFIX)?,
-            Layout::Plain | Layout::Module => from_tensors(checkpoint, "")?,
+            CheckpointLayout::Extra => state_in_dict(checkpoint)?,
+            CheckpointLayout::Prefixed => state_in_tensors(checkpoint, PREFIX)?,
+            CheckpointLayout::Plain | CheckpointLayout::Module => state_in_tensors(checkpoint, "")?,
         };
         if !initted {
             let why = "`initted` says that no average had begun: move the file out of the directory";
             return Err(Error::unexpected(checkpoint.path(), why));
         }
-        let known = |key: &&String| *key == METADATA || (layout == Layout::Extra && *key == EXTRA);
-        let left_out = checkpoint.values().keys().filter(|key| !known(key)).cloned().collect();
         let keys = keys(checkpoint, layout)?;
         if keys.is_empty() {
-            return Err(Error::unexpected(
-                checkpoint.path(),
-                "it holds no tensor of a model: move it out of the directory",
-            ));
+            let why = "it holds no tensor of a model: move it out of the directory";
+            return Err(Error::unexpected(checkpoint.path(), why));
         }
-        let doubtful =
-            (layout == Layout::Plain && found(checkpoint) == Some(Layout::Module)).then_some(Tool::EmaPytorch);
-        Ok(ParsedCheckpoint { layout, doubtful, keys, counted, left_out })
+        let known = |key: &str| key == METADATA || (layout == CheckpointLayout::Extra && key == EXTRA);
+        let ignored = checkpoint.values().keys().filter(|key| !known(key)).cloned().collect();
+        let unlikely = layout == CheckpointLayout::Plain && detected == Some(CheckpointLayout::Module);
+        let likelier_tool = unlikely.then_some(Tool::EmaPytorch);
+        Ok(ParsedCheckpoint { layout, likelier_tool, keys, counted, ignored })
     }
 }
 
-/// The layout of a file, which must be one of the tool's.
-fn layout(tool: Tool, checkpoint: &Checkpoint) -> Result<Layout> {
-    let Some(found) = found(checkpoint) else {
-        let why = format!("no checkpoint of {tool}: it lacks `{STEP}` and `{INITTED}`; move it out of the directory");
+/// Checks that a layout is one of the tool's, and returns it as the tool reads it.
+fn check_tool(tool: Tool, checkpoint: &Checkpoint, detected: Option<CheckpointLayout>) -> Result<CheckpointLayout> {
+    let Some(layout) = detected else {
+        let why =
+            format!("not a checkpoint of {tool}: it lacks `{STEP}` and `{INITTED}`; move it out of the directory");
         return Err(Error::unexpected(checkpoint.path(), why));
     };
-    let owner = match found {
-        // A model may have all it has in a module called `ema_model`.
-        Layout::Plain | Layout::Module if tool == Tool::PytorchPosthocEma => return Ok(Layout::Plain),
-        Layout::Plain | Layout::Prefixed => Tool::PytorchPosthocEma,
-        Layout::Module => Tool::EmaPytorch,
-        Layout::Extra => Tool::NitrousEma,
+    let owner = match layout {
+        // All of the model may be in a module called `ema_model`.
+        CheckpointLayout::Plain | CheckpointLayout::Module if tool == Tool::PytorchPosthocEma => {
+            return Ok(CheckpointLayout::Plain);
+        }
+        CheckpointLayout::Plain | CheckpointLayout::Prefixed => Tool::PytorchPosthocEma,
+        CheckpointLayout::Module => Tool::EmaPytorch,
+        CheckpointLayout::Extra => Tool::NitrousEma,
     };
     if owner == tool {
-        return Ok(found);
+        return Ok(layout);
     }
-    let why = format!("this is no checkpoint of {tool}, it is laid out as those of {owner}: import it as such");
+    let why = format!("this is not a checkpoint of {tool}, it is laid out as those of {owner}: import it as such");
     Err(Error::unexpected(checkpoint.path(), why))
 }
 
-fn found(checkpoint: &Checkpoint) -> Option<Layout> {
-    let has = |prefix: &str| [STEP, INITTED].iter().all(|name| checkpoint.has(&format!("{prefix}{name}")));
-    let mut others = checkpoint.names().filter(|name| ![STEP, INITTED].contains(name));
+fn detect(checkpoint: &Checkpoint) -> Option<CheckpointLayout> {
     if matches!(checkpoint.values().get(EXTRA), Some(Value::Dict(state)) if state.contains_key(STEP)) {
-        Some(Layout::Extra)
-    } else if has("") {
-        Some(if others.all(|name| name.starts_with(PREFIX)) { Layout::Module } else { Layout::Plain })
-    } else {
-        has(PREFIX).then_some(Layout::Prefixed)
+        return Some(CheckpointLayout::Extra);
     }
+    let has_state = |prefix: &str| [STEP, INITTED].iter().all(|name| checkpoint.has(&format!("{prefix}{name}")));
+    if has_state("") {
+        let mut others = checkpoint.names().filter(|name| !is_state(name));
+        let prefixed = others.all(|name| name.starts_with(PREFIX));
+        return Some(if prefixed { CheckpointLayout::Module } else { CheckpointLayout::Plain });
+    }
+    has_state(PREFIX).then_some(CheckpointLayout::Prefixed)
 }
 
-/// `initted` and `step`, where they are tensors.
-fn from_tensors(checkpoint: &Checkpoint, prefix: &str) -> Result<(bool, Number)> {
+fn is_state(name: &str) -> bool {
+    [STEP, INITTED].contains(&name)
+}
+
+/// Reads `initted` and `step` from tensors.
+fn state_in_tensors(checkpoint: &Checkpoint, prefix: &str) -> Result<(bool, Number)> {
     let number = |name: &str| checkpoint.number(&format!("{prefix}{name}"));
     let initted = match number(INITTED)? {
         Number::Whole(value) => value != 0,
@@ -112,35 +133,36 @@ fn from_tensors(checkpoint: &Checkpoint, prefix: &str) -> Result<(bool, Number)>
     Ok((initted, number(STEP)?))
 }
 
-/// `initted` and `step`, where they are plain values.
-fn from_dict(checkpoint: &Checkpoint) -> Result<(bool, Number)> {
-    let state = match checkpoint.values().get(EXTRA) {
-        Some(Value::Dict(state)) => (state.get(INITTED), state.get(STEP)),
-        _ => (None, None),
-    };
-    match state {
-        (Some(Value::Bool(initted)), Some(Value::Int(step))) => Ok((*initted, Number::Whole(*step))),
-        _ => {
-            let why = format!("`{EXTRA}` does not hold `{INITTED}`, a truth value, and `{STEP}`, a whole number");
-            Err(Error::unexpected(checkpoint.path(), why))
-        }
+/// Reads `initted` and `step` from a dict of plain values.
+fn state_in_dict(checkpoint: &Checkpoint) -> Result<(bool, Number)> {
+    if let Some(Value::Dict(state)) = checkpoint.values().get(EXTRA)
+        && let Some(Value::Bool(initted)) = state.get(INITTED)
+        && let Some(Value::Int(step)) = state.get(STEP)
+    {
+        return Ok((*initted, Number::Whole(*step)));
     }
+    let why = format!("`{EXTRA}` does not hold `{INITTED}`, a truth value, and `{STEP}`, a whole number");
+    Err(Error::unexpected(checkpoint.path(), why))
 }
 
-fn keys(checkpoint: &Checkpoint, layout: Layout) -> Result<BTreeMap<String, String>> {
+/// Maps the model's names to those in the file.
+fn keys(checkpoint: &Checkpoint, layout: CheckpointLayout) -> Result<BTreeMap<String, String>> {
     let mut keys = BTreeMap::new();
     for key in checkpoint.names() {
-        let state = [STEP, INITTED].contains(&key.strip_prefix(PREFIX).unwrap_or(key));
-        let name = match (layout, key.strip_prefix(PREFIX)) {
-            (Layout::Plain, _) if [STEP, INITTED].contains(&key) => continue,
-            (Layout::Plain, _) => key,
-            (Layout::Prefixed, Some(_)) if state => continue,
-            (Layout::Module, None) if state => continue,
-            (_, Some(name)) => name,
-            (_, None) => {
-                let why = format!("`{key}` does not begin with `{PREFIX}`, as the others do: it is of another tool");
-                return Err(Error::unexpected(checkpoint.path(), why));
-            }
+        let stripped = key.strip_prefix(PREFIX);
+        let state = match layout {
+            CheckpointLayout::Plain => is_state(key),
+            CheckpointLayout::Prefixed => stripped.is_some_and(is_state),
+            CheckpointLayout::Module => is_state(key),
+            CheckpointLayout::Extra => false,
+        };
+        if state {
+            continue;
+        }
+        let name = if layout == CheckpointLayout::Plain { Some(key) } else { stripped };
+        let Some(name) = name else {
+            let why = format!("`{key}` does not begin with `{PREFIX}`, as the others do: it is of another tool");
+            return Err(Error::unexpected(checkpoint.path(), why));
         };
         keys.insert(name.to_owned(), key.to_owned());
     }

@@ -1,15 +1,19 @@
-//! Checkpoints of other tools, written as a run: the averages as they are, with the chain that the tool really computed.
+//! Import of other tools' checkpoints: the averages as they are, with the chain that the tool really computed.
 //!
 //! pytorch-posthoc-ema, ema-pytorch and nitrous-ema apply one step's decay once every `update_every` steps and then
-//! synthesize as if it had been applied at every step. What they stored is a sound average all the same, of a profile that
-//! follows from their decays ([`Chain::Counter`]); solved with that profile, it gives the averages asked for.
+//! synthesize as if it had been applied at every step. Their files still hold sound averages, of a profile that follows
+//! from their decays ([`Chain::Counter`]). A solve with that profile gives the averages asked for.
 
 mod clock;
 mod copied;
+mod counters;
 mod layout;
 mod listing;
+mod messages;
 mod plan;
+mod planned;
 mod target;
+mod tensors;
 mod write;
 
 use std::fmt;
@@ -20,8 +24,9 @@ use crate::error::{Error, Result};
 use crate::math::{Chain, Profile};
 
 use clock::Clock;
+use layout::CheckpointLayout;
 
-/// A tool whose checkpoints can be imported.
+/// Tool whose checkpoints can be imported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tool {
     /// pytorch-posthoc-ema, all versions up to 1.0.10.
@@ -35,7 +40,7 @@ pub enum Tool {
 impl Tool {
     const ALL: [Tool; 3] = [Tool::PytorchPosthocEma, Tool::EmaPytorch, Tool::NitrousEma];
 
-    /// The name of the package.
+    /// Returns the name of the package.
     pub fn name(self) -> &'static str {
         match self {
             Tool::PytorchPosthocEma => "pytorch-posthoc-ema",
@@ -55,12 +60,12 @@ impl FromStr for Tool {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Tool, String> {
-        let known = || Tool::ALL.map(Tool::name).join(", ");
-        Tool::ALL.into_iter().find(|tool| tool.name() == text).ok_or_else(|| format!("the tools are {}", known()))
+        let known = Tool::ALL.into_iter().find(|tool| tool.name() == text);
+        known.ok_or_else(|| format!("the tools are {}", Tool::ALL.map(Tool::name).join(", ")))
     }
 }
 
-/// How the checkpoints of another tool came about, which the files do not tell.
+/// Options of a training with another tool, which its files do not record.
 ///
 /// ```no_run
 /// use posthoc_ema::{Import, Profile, Tool};
@@ -72,37 +77,40 @@ impl FromStr for Tool {
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Import {
-    /// The tool that wrote them.
+    /// Tool that wrote the checkpoints.
     pub from: Tool,
-    /// The power-function profiles that it tracked, in its order.
+    /// Power-function profiles that it tracked, in its order.
     pub profiles: Vec<Profile>,
-    /// Its steps between updates.
+    /// Steps between its updates.
     pub update_every: u64,
-    /// Its step before which there was no update: an option of pytorch-posthoc-ema since 1.0.8. Where it is not given it
-    /// is 100, as it is there, and 0 for files of 1.0.5 and before, which are laid out differently; those of 1.0.6 and 1.0.7
-    /// look like the later ones and want an explicit 0.
+    /// Step before which the tool makes no update: an option of pytorch-posthoc-ema since 1.0.8.
+    ///
+    /// The default is the tool's: 100, or 0 for files of 1.0.5 and before, which have another layout. Files of 1.0.6
+    /// and 1.0.7 look like later ones and need an explicit 0.
     pub update_after_step: Option<u64>,
-    /// Whether nitrous-ema corrected its decays for the steps between updates.
+    /// True if nitrous-ema corrected its decays for the steps between updates.
     pub step_size_correction: bool,
 }
 
-/// What was imported.
+/// Summary of an import.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ImportReport {
-    /// How many snapshots were written.
+    /// Number of snapshots written.
     pub snapshots: usize,
-    /// Their steps, in order: the time of the last update that each contains, often before the step in the file's name.
+    /// Steps of the snapshots, in order.
+    ///
+    /// Each is the time of the last update that the snapshot contains, often before the step in the file's name.
     pub steps: Vec<u64>,
-    /// The profiles, by their index within the run.
+    /// Profiles, by their index within the run.
     pub profiles: Vec<Profile>,
-    /// The size of all files written.
+    /// Size of all files written, in bytes.
     pub bytes: u64,
-    /// What is worth knowing about the files, in words.
+    /// Findings in the files that a user should know.
     pub warnings: Vec<String>,
 }
 
 impl Import {
-    /// An import of files that were made with the tool's defaults in all else.
+    /// Creates an import of files that were written with the tool's defaults for all other options.
     pub fn new(from: Tool, profiles: Vec<Profile>, update_every: u64) -> Import {
         Import { from, profiles, update_every, update_after_step: None, step_size_correction: false }
     }
@@ -136,24 +144,28 @@ impl Import {
         Ok(())
     }
 
-    /// Reads the checkpoints in `source` and writes a run to `target`, which is a directory that is empty or missing.
+    /// Reads the checkpoints in `source` and writes a run to `target`, a directory that is empty or missing.
     ///
-    /// Everything but the values of averages is checked before the first byte is written. The run appears whole, with its
-    /// directory: it is written to a hidden one beside it (`.posthoc-ema-import-*`, which a killed import leaves and the next one removes) and
-    /// renamed. After an error nothing is left behind. The source is only read, no code that a file may name is ever
-    /// run, and an entry that is an object is refused. At most one checkpoint is held in memory. `progress` is called with
-    /// the bytes of tensors that were read for the run since the last call, from any thread.
+    /// Everything but the values of averages is checked before the first byte is written. The run is written to a
+    /// hidden directory beside it (`.posthoc-ema-import-*`) and appears whole, by a rename. An error leaves nothing
+    /// behind; what a killed import leaves, the next one removes. At most one checkpoint is in memory. `progress` is
+    /// called from any thread, with the bytes of tensors read for the run since the last call.
     ///
-    /// Tensors keep their dtypes, but for `num_batches_tracked`: where a tool has rounded it to floating point, it becomes
-    /// a whole number again. A tensor that changes, but is alike for all profiles at every step after the first update, was
-    /// copied by the tool: so it is marked, and a synthesis takes the newest. So are infinite constants, and whole ones
-    /// that 16 bits have rounded. A constant of NaN is left out. Each of them is a warning.
+    /// The source is only read. Code that a file may name is never run: an entry that is an object is an error.
+    ///
+    /// Tensors keep their dtypes, except for `num_batches_tracked`: if a tool rounded it to floating point, it becomes
+    /// a whole number again. These tensors are not averages, and each gives a warning:
+    ///
+    /// - A tensor that changes, but is alike for all profiles at every step after the first update, was copied by the
+    ///   tool. It is marked as copied, so that a synthesis takes the newest.
+    /// - Infinite constants, and whole constants that were rounded to 16 bits, are marked as copied, too.
+    /// - Constants with NaN are left out.
     ///
     /// # Errors
-    /// [`Error::Setting`] as [`Import::check`]; [`Error::Unexpected`] for checkpoints that contradict the options or hold
-    /// what is no average, [`Error::Mismatch`] for those of another model, [`Error::Damaged`] for what PyTorch did not
-    /// write; [`Error::RunExists`] for a target that holds a run, and [`Error::Unexpected`] for one that holds anything
-    /// else; [`Error::Io`].
+    /// [`Error::Setting`] as [`Import::check`]; [`Error::Unexpected`] for checkpoints that contradict the options or
+    /// hold a value that is not finite in an average; [`Error::Mismatch`] for checkpoints of different models;
+    /// [`Error::Damaged`] for files that PyTorch did not write; [`Error::RunExists`] for a target that holds a run, and
+    /// [`Error::Unexpected`] for one that holds anything else; [`Error::Io`].
     pub fn write(
         &self,
         source: impl AsRef<Path>,
@@ -161,27 +173,30 @@ impl Import {
         progress: Option<&(dyn Fn(u64) + Sync)>,
     ) -> Result<ImportReport> {
         self.check()?;
-        let (source, target) = (source.as_ref(), target.as_ref());
+        let source = source.as_ref();
+        let target = target.as_ref();
         target::check(source, target)?;
-        let plan = plan::Plan::new(self, source)?;
+        let plan = plan::ImportPlan::new(self, source)?;
         write::write(&plan, target, progress.unwrap_or(&|_| ()))
     }
 
-    /// The chain of a profile.
+    /// Returns the chain that the tool computed for a profile.
     fn chain(&self, profile: &Profile) -> Chain {
         // Only power functions pass the check.
         let gamma = profile.as_gamma().unwrap_or_default();
-        let (stride, offset) = (self.update_every, clock::OFFSET);
-        match self.step_size_correction {
-            true => Chain::CorrectedCounter { gamma, stride, offset },
-            false => Chain::Counter { gamma, stride, offset },
+        let stride = self.update_every;
+        let offset = clock::OFFSET;
+        if self.step_size_correction {
+            Chain::CorrectedCounter { gamma, stride, offset }
+        } else {
+            Chain::Counter { gamma, stride, offset }
         }
     }
 
-    /// The clock of checkpoints in this layout.
-    fn clock(&self, layout: layout::Layout) -> Clock {
+    /// Returns the clock of checkpoints with this layout.
+    fn clock(&self, layout: CheckpointLayout) -> Clock {
         let default = match (self.from, layout) {
-            (Tool::PytorchPosthocEma, layout::Layout::Plain) => 100,
+            (Tool::PytorchPosthocEma, CheckpointLayout::Plain) => 100,
             _ => 0,
         };
         let after = self.update_after_step.unwrap_or(default);

@@ -1,4 +1,4 @@
-//! Checkpoints that the tools themselves wrote (`tests/data/foreign/make.py`), and some that nobody should write.
+//! Imports of checkpoints that the tools wrote (`tests/data/foreign/make.py`), and of hand-made ones.
 
 pub(crate) mod pt;
 mod refused;
@@ -32,12 +32,12 @@ fn import(from: Tool, sigma_rels: &[f64], update_every: u64) -> Import {
     Import::new(from, powers(sigma_rels), update_every)
 }
 
-/// An import of two profiles with updates every 10 steps.
+/// Returns an import of two profiles with updates every 10 steps.
 fn usual(from: Tool) -> Import {
     import(from, &[0.05, 0.28], 10)
 }
 
-/// What is imported from a folder, and the folder of the run.
+/// Imports a folder; returns the folder of the run, and the report.
 fn imported(import: &Import, source: &Path) -> (tempfile::TempDir, PathBuf, ImportReport) {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("made/run");
@@ -45,8 +45,10 @@ fn imported(import: &Import, source: &Path) -> (tempfile::TempDir, PathBuf, Impo
     (temp, dir, imported)
 }
 
-/// The exact average of a trajectory by a power function over the updates, and how far a plan of that error can be from it:
-/// by Cauchy and Schwarz, in the inner product of the solve. The weights sum to 1, so only what moves about its mean counts.
+/// Returns the exact average of a trajectory by a power function over the updates, and how far the plan can be from it.
+///
+/// The bound is that of Cauchy and Schwarz, in the inner product of the solve. The weights sum to 1, so only the
+/// movement about the mean counts.
 fn average(plan: &Plan, times: &[u64], value: impl Fn(f64) -> f64) -> (f64, f64) {
     let end = plan.at as f64;
     let interval = |k: usize| (times[k] - if k == 0 { 0 } else { times[k - 1] }) as f64;
@@ -62,9 +64,9 @@ fn average(plan: &Plan, times: &[u64], value: impl Fn(f64) -> f64) -> (f64, f64)
     (exact, plan.relative_error * (norm * moved).sqrt())
 }
 
-/// The ramp of the README: what the tool makes 0.24 of is 0.82.
+/// Averages the ramp of the README, which is 0.82 at `sigma_rel` 0.15; the tool's own synthesis gives 0.24.
 #[test]
-fn a_ramp_comes_out_right_where_the_tool_gets_it_wrong() {
+fn ramp_average_is_exact_unlike_the_tool_s() {
     let (_temp, dir, report) = imported(&usual(Tool::PytorchPosthocEma), &fixture("ramp"));
     assert_eq!((report.snapshots, report.steps.len(), report.warnings.len()), (40, 20, 0));
     assert_eq!(report.steps[19], 20_000);
@@ -87,7 +89,7 @@ fn a_ramp_comes_out_right_where_the_tool_gets_it_wrong() {
     assert!((own - 0.244).abs() < 1e-3, "{own}");
 }
 
-/// The tools' loops in f64 on `sin(t/100 + i)`: the average of parameter `i` at each call.
+/// Runs the tools' loops in f64 on `sin(t/100 + i)`; returns the average of parameter `i` at each call.
 fn loops(gamma: f64, first: u64, every: u64, corrected: bool, calls: u64, i: usize) -> Vec<f64> {
     let (mut average, mut counted, mut averages) = (0.0, 0, vec![0.0]);
     for call in 1..=calls {
@@ -108,7 +110,7 @@ fn loops(gamma: f64, first: u64, every: u64, corrected: bool, calls: u64, i: usi
 }
 
 #[test]
-fn every_tool_s_chain_is_the_one_it_computed() {
+fn chains_match_the_tools_loops() {
     let corrected = Import { step_size_correction: true, ..usual(Tool::NitrousEma) };
     for (case, options, first, calls, rounding) in [
         ("halves", import(Tool::PytorchPosthocEma, &[0.1, 0.25], 20), 100, 560, 1e-3),
@@ -157,9 +159,9 @@ fn value(dtype: Dtype, bytes: &[u8], element: usize) -> f64 {
     }
 }
 
-/// The correction, too, must matter for what was just compared.
+/// Checks that the comparison of chains above would notice wrong options.
 #[test]
-fn options_that_were_not_the_training_s_give_other_chains() {
+fn wrong_options_give_other_chains() {
     let own = expected("nitrous");
     let corrected = expected("corrected");
     assert_ne!(own, corrected);
@@ -170,7 +172,7 @@ fn options_that_were_not_the_training_s_give_other_chains() {
 }
 
 #[test]
-fn every_dtype_shape_and_stride_comes_out_in_c_order() {
+fn tensors_of_every_dtype_shape_and_stride_are_in_c_order() {
     let (_temp, dir, _) = imported(&usual(Tool::PytorchPosthocEma), &fixture("dtypes"));
     let run = Run::open(&dir).unwrap();
     let expected = expected("dtypes");
@@ -214,7 +216,7 @@ fn strides_and_booleans_are_read_as_pytorch_reads_them() {
 }
 
 #[test]
-fn rounded_counts_are_whole_again_and_infinite_ones_are_told() {
+fn rounded_counts_become_integers_and_infinite_ones_warn() {
     let (_temp, dir, report) = imported(&import(Tool::PytorchPosthocEma, &[0.1, 0.25], 20), &fixture("halves"));
     let name = "norm.num_batches_tracked";
     let run = Run::open(&dir).unwrap();
@@ -240,12 +242,12 @@ fn rounded_counts_are_whole_again_and_infinite_ones_are_told() {
     };
     assert_eq!(of(0, "a.num_batches_tracked"), (Dtype::I64, 1000.0));
     assert_eq!(of(1, "a.num_batches_tracked"), (Dtype::I64, 69_991.0));
-    // What is no whole number is no count.
+    // A fraction is not a count.
     assert_eq!(of(0, "b.num_batches_tracked"), (Dtype::F16, 2.5));
 }
 
 #[test]
-fn statistics_that_were_never_updated_are_told() {
+fn constant_norm_statistics_warn() {
     let (_temp, _, report) = imported(&usual(Tool::PytorchPosthocEma), &fixture("prefixed"));
     assert!(
         report.warnings.len() == 1 && report.warnings[0].starts_with("`norm.running_mean` is the same"),
@@ -257,7 +259,7 @@ fn statistics_that_were_never_updated_are_told() {
     }
 }
 
-/// Three steps of two profiles, the first update among them, where both averages are the same.
+/// Writes three steps of two profiles. The first is that of the first update, at which both averages are equal.
 fn three_steps(dir: &Path, more: impl Fn(Pt, i64) -> Pt) {
     for (call, index) in [(100, 0), (100, 1), (200, 0), (200, 1), (300, 0), (300, 1)] {
         let average = if call == 100 { 0.0 } else { call as f32 / (index + 2) as f32 };
@@ -271,7 +273,7 @@ fn halves(values: &[f32]) -> Vec<u8> {
 }
 
 #[test]
-fn what_a_tool_copied_is_copied() {
+fn copied_tensors_are_marked_as_copied() {
     let temp = tempfile::tempdir().unwrap();
     three_steps(temp.path(), |pt, call| {
         let overflow = halves(&[f32::INFINITY, 1.0]);
@@ -285,7 +287,7 @@ fn what_a_tool_copied_is_copied() {
             .tensor("small", "HalfStorage", &[2], &halves(&[0.0, 2048.0]))
     });
     let (_temp, dir, report) = imported(&usual(Tool::PytorchPosthocEma), temp.path());
-    let told = |start: &str| report.warnings.iter().filter(|text| text.starts_with(start)).count();
+    let warnings = |start: &str| report.warnings.iter().filter(|text| text.starts_with(start)).count();
     for start in [
         "`moved` is alike for all profiles at every step",
         "`mask`, `other` are infinite in places and alike for all profiles: copied",
@@ -293,7 +295,7 @@ fn what_a_tool_copied_is_copied() {
         "`table` is infinite in places and alike for all profiles: copied, not averaged; in 16 bits",
         "`ids` is constant and whole",
     ] {
-        assert_eq!(told(start), 1, "{start}: {report:?}");
+        assert_eq!(warnings(start), 1, "{start}: {report:?}");
     }
     assert_eq!(report.warnings.len(), 5, "{report:?}");
     let run = Run::open(&dir).unwrap();
@@ -313,9 +315,9 @@ fn what_a_tool_copied_is_copied() {
     assert!((values("frozen")[0] - 1.5).abs() < 1e-5);
 }
 
-/// What is alike at the first update alone, or at some steps only, was averaged.
+/// A tensor that is alike at the first update alone, or at some steps only, was averaged.
 #[test]
-fn what_only_looks_copied_is_averaged() {
+fn tensors_alike_at_some_steps_only_are_averaged() {
     let temp = tempfile::tempdir().unwrap();
     three_steps(temp.path(), |pt, _| pt);
     let (_temp, dir, report) = imported(&usual(Tool::PytorchPosthocEma), temp.path());
@@ -335,9 +337,9 @@ fn what_only_looks_copied_is_averaged() {
     assert!(report.warnings.is_empty() && Run::open(&dir).unwrap().snapshots()[0].meta.copied.is_empty());
 }
 
-/// With one profile only constants can be told.
+/// With one profile, only constants are recognised.
 #[test]
-fn an_infinite_constant_of_one_profile_is_copied() {
+fn infinite_constant_of_a_single_profile_is_copied() {
     let temp = tempfile::tempdir().unwrap();
     for call in [100, 200] {
         let pt = Pt::with_step(call - 99).floats("w", &[call as f32]).floats("mask", &[f32::NEG_INFINITY]);
@@ -349,7 +351,7 @@ fn an_infinite_constant_of_one_profile_is_copied() {
 }
 
 #[test]
-fn an_update_after_step_that_no_count_tells_is_warned_of() {
+fn unconfirmed_update_after_step_warns() {
     let temp = tempfile::tempdir().unwrap();
     let half = |pt: Pt, name: &str, value: f32| pt.tensor(name, "HalfStorage", &[], &halves(&[value]));
     let file = |call: u64, counted: f32| {
@@ -362,13 +364,13 @@ fn an_update_after_step_that_no_count_tells_is_warned_of() {
     assert!(warnings(&options)[0].starts_with("update_after_step is taken to be 100, the default: "));
     let given = warnings(&Import { update_after_step: Some(0), ..options.clone() });
     assert!(given[0].starts_with("update_after_step is taken to be 0, as given: "), "{given:?}");
-    // One file that tells is enough.
+    // One exact count is enough.
     file(1000, 901.0);
     assert!(warnings(&options).is_empty());
 }
 
 #[test]
-fn the_run_appears_whole() {
+fn run_appears_whole() {
     let temp = tempfile::tempdir().unwrap();
     let target = temp.path().join("deep/run");
     let seen = std::sync::Mutex::new(Vec::new());
@@ -381,13 +383,13 @@ fn the_run_appears_whole() {
     let seen = seen.into_inner().unwrap();
     assert!(!seen.is_empty() && seen.iter().all(|name| name.starts_with(".posthoc-ema-import-")), "{seen:?}");
     assert_eq!(fs::read_dir(temp.path().join("deep")).unwrap().count(), 1);
-    // Its mode is that of any new directory.
+    // Checks that its mode is that of any new directory.
     let mode = |dir: &Path| std::os::unix::fs::PermissionsExt::mode(&fs::metadata(dir).unwrap().permissions());
     assert_eq!(mode(&target), mode(&temp.path().join("deep")));
 }
 
 #[test]
-fn one_of_two_files_of_the_same_update_is_kept() {
+fn repeated_files_of_one_update_are_dropped() {
     let temp = tempfile::tempdir().unwrap();
     for (call, value) in [(100, 1.0), (105, 1.0), (110, 2.0)] {
         Pt::with_step(call - 99).floats("w", &[value]).save(temp.path().join(format!("0.{call}.pt")));
@@ -406,7 +408,7 @@ fn one_of_two_files_of_the_same_update_is_kept() {
 }
 
 #[test]
-fn the_source_is_left_as_it_was_and_all_of_it_is_reported_as_read() {
+fn source_is_unchanged_and_progress_counts_every_byte() {
     let state = |dir: &Path| {
         let mut files: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
         files.sort();

@@ -1,9 +1,9 @@
-//! Files as `torch.save` writes them, and as it does not, byte by byte.
+//! Writer of PyTorch files, byte by byte: as `torch.save` writes them, and hostile ones.
 
 use std::fs;
 use std::path::Path;
 
-/// A checkpoint that is being made: the entries of its dict, pickled, and the elements of its tensors.
+/// Builder of a checkpoint: the pickled entries of its dict, and the elements of its tensors.
 #[derive(Clone, Default)]
 pub struct Pt {
     entries: Vec<u8>,
@@ -11,7 +11,7 @@ pub struct Pt {
 }
 
 impl Pt {
-    /// A file that pytorch-posthoc-ema could have written.
+    /// Begins a file of pytorch-posthoc-ema.
     pub fn with_step(step: i64) -> Pt {
         Pt::default().tensor("initted", "BoolStorage", &[], &[1]).tensor(
             "step",
@@ -60,7 +60,7 @@ impl Pt {
         pt.entry(outer, &[b"}(", &inner[..], b"u"].concat())
     }
 
-    /// The same entries in a dict of that name.
+    /// Moves all entries into a dict of that name.
     pub fn within(mut self, outer: &str) -> Pt {
         let inner = std::mem::take(&mut self.entries);
         self.entry(outer, &[b"}(", &inner[..], b"u"].concat())
@@ -72,12 +72,12 @@ impl Pt {
         self
     }
 
-    /// The pickle of the dict.
+    /// Returns the pickle of the dict.
     pub fn pickle(&self) -> Vec<u8> {
         [b"\x80\x02}(", &self.entries[..], b"u."].concat()
     }
 
-    /// The archive.
+    /// Returns the archive.
     pub fn archive(&self) -> Vec<u8> {
         let names = (0..self.storages.len()).map(|i| format!("archive/data/{i}"));
         let storages = names.zip(self.storages.clone());
@@ -89,12 +89,12 @@ impl Pt {
     }
 }
 
-/// `name(argument)`, which a pickle would call.
+/// Returns the pickle of the call `name(argument)`.
 pub fn call(module: &str, name: &str, argument: &str) -> Vec<u8> {
     [format!("c{module}\n{name}\n(").into_bytes(), text(argument), b"tR".to_vec()].concat()
 }
 
-/// A file of PyTorch before 1.6 with this pickle and no tensors.
+/// Returns a file of PyTorch before 1.6 with this pickle and no tensors.
 pub fn legacy(pickle: &[u8]) -> Vec<u8> {
     let magic = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.";
     let system = [b"\x80\x02}(", &text("little_endian")[..], b"\x88u."].concat();
@@ -114,7 +114,7 @@ fn tuple(values: &[usize]) -> Vec<u8> {
     [b"(", &items[..], b"t"].concat()
 }
 
-/// An archive of stored entries without checksums, as `compute_crc32=False` makes it.
+/// Returns an archive of stored entries without checksums, as `compute_crc32=False` writes it.
 fn zip(files: &[(String, Vec<u8>)]) -> Vec<u8> {
     let (mut out, mut directory) = (Vec::new(), Vec::new());
     let common = |name: &str, length: usize| {

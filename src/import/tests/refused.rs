@@ -1,4 +1,4 @@
-//! What is refused, with the file and the remedy, and without a trace in the target.
+//! Refused imports: the error names the file and the remedy, and the target is unchanged.
 
 use super::pt::{call, legacy};
 use super::*;
@@ -9,7 +9,7 @@ fn one(from: Tool) -> Import {
     import(from, &[0.1], 10)
 }
 
-/// What an import of one file `0.100.pt` says.
+/// Returns the error of an import of one file `0.100.pt`.
 fn refusal(bytes: &[u8]) -> String {
     let temp = tempfile::tempdir().unwrap();
     fs::create_dir(temp.path().join("source")).unwrap();
@@ -26,7 +26,7 @@ fn sound() -> Pt {
 }
 
 #[test]
-fn files_that_pytorch_did_not_write_are_damaged() {
+fn damaged_files_are_refused() {
     let whole = sound().archive();
     for bytes in [&b""[..], b"text", b"PK\x03\x04", b"\x80\x02}.", b"\x80\x02}", &legacy(b"\x80\x02]."), &[0xff; 4000]]
     {
@@ -36,7 +36,7 @@ fn files_that_pytorch_did_not_write_are_damaged() {
     for length in (0..whole.len()).step_by(11) {
         refusal(&whole[..length]);
     }
-    // A flipped bit may change nothing that counts, but never does more harm than an error.
+    // A flipped bit may go unnoticed, but never does more harm than an error.
     for bit in (0..8 * whole.len()).step_by(7) {
         let mut bytes = whole.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);
@@ -72,7 +72,7 @@ fn code_is_refused_and_never_run() {
 }
 
 #[test]
-fn files_that_cost_more_than_they_are_worth_are_refused() {
+fn compressed_and_oversized_files_are_refused() {
     let ones = [1; 65];
     let bytes = 1f32.to_le_bytes();
     let mut packed = sound().archive();
@@ -103,7 +103,7 @@ fn files_that_cost_more_than_they_are_worth_are_refused() {
 }
 
 #[test]
-fn what_is_no_regular_file_is_not_opened() {
+fn irregular_files_are_not_opened() {
     let temp = tempfile::tempdir().unwrap();
     let path = temp.path().join("0.100.pt");
     let refused = || {
@@ -119,11 +119,11 @@ fn what_is_no_regular_file_is_not_opened() {
 }
 
 #[test]
-fn what_is_no_checkpoint_of_the_tool_is_named() {
+fn invalid_checkpoints_are_refused_with_the_reason() {
     let long = |step: i64| step.to_le_bytes();
     let bare = || Pt::default().floats("w", &[1.0]);
     for (pt, part) in [
-        (bare(), "no checkpoint of pytorch-posthoc-ema: it lacks `step` and `initted`"),
+        (bare(), "not a checkpoint of pytorch-posthoc-ema: it lacks `step` and `initted`"),
         (Pt::with_step(1), "no tensor of a model"),
         (sound().floats("x", &[1.0, f32::NAN]), "tensor `x` holds NaN at element 1"),
         (sound().floats("x", &[f32::NEG_INFINITY]), "tensor `x` holds -inf at element 0"),
@@ -156,7 +156,7 @@ fn what_is_no_checkpoint_of_the_tool_is_named() {
 }
 
 #[test]
-fn files_of_another_tool_are_told_apart() {
+fn files_of_another_tool_are_refused() {
     for (case, from, owner) in [
         ("ramp", Tool::EmaPytorch, "pytorch-posthoc-ema"),
         ("prefixed", Tool::NitrousEma, "pytorch-posthoc-ema"),
@@ -168,9 +168,9 @@ fn files_of_another_tool_are_told_apart() {
     }
 }
 
-/// A model may have all it has in `ema_model`; much more likely it is a file of ema-pytorch.
+/// All of a model may be in `ema_model`, but such a file is much more likely one of ema-pytorch.
 #[test]
-fn files_that_two_tools_could_have_written_are_told() {
+fn files_that_two_tools_could_have_written_warn() {
     let usual = usual(Tool::PytorchPosthocEma);
     let text = usual.write(fixture("ema"), "/nonexistent/run", None).unwrap_err().to_string();
     assert!(text.contains("laid out as those of ema-pytorch: import it as such"), "{text}");
@@ -179,7 +179,7 @@ fn files_that_two_tools_could_have_written_are_told() {
 }
 
 #[test]
-fn other_options_than_the_training_s_are_found_out() {
+fn options_that_contradict_the_files_are_refused() {
     let ramp = usual(Tool::PytorchPosthocEma);
     let after = |step| Import { update_after_step: Some(step), ..ramp.clone() };
     let many = import(Tool::PytorchPosthocEma, &[0.05, 0.1, 0.28], 10);
@@ -201,7 +201,7 @@ fn other_options_than_the_training_s_are_found_out() {
 }
 
 #[test]
-fn options_that_make_no_sense_are_named() {
+fn inconsistent_options_are_refused() {
     let usual = usual(Tool::EmaPytorch);
     for (options, part) in [
         (Import { update_every: 0, ..usual.clone() }, "option update_every: 0"),
@@ -221,12 +221,18 @@ fn options_that_make_no_sense_are_named() {
 }
 
 #[test]
-fn files_of_different_models_do_not_mix() {
+fn checkpoints_of_different_models_are_refused() {
     for (pt, part) in [
-        (Pt::with_step(11).floats("w", &[1.0]).floats("more", &[1.0]), "a tensor `more` more is stored than in"),
-        (Pt::with_step(11).floats("v", &[1.0]), "a tensor `v` more"),
-        (Pt::with_step(11).floats("w", &[1.0, 2.0]), "another shape ([2], not [1])"),
-        (Pt::with_step(11).tensor("w", "HalfStorage", &[1], &[0, 0]), "another dtype (F16, not F32)"),
+        (
+            Pt::with_step(11).floats("w", &[1.0]).floats("more", &[1.0]),
+            "0.110.pt: tensor `more` is present, but missing in",
+        ),
+        (Pt::with_step(11).floats("v", &[1.0]), "0.110.pt: tensor `v` is present, but missing in"),
+        (Pt::with_step(11).floats("w", &[1.0, 2.0]), "0.110.pt: the shape of tensor `w` is [2], but [1] in"),
+        (
+            Pt::with_step(11).tensor("w", "HalfStorage", &[1], &[0, 0]),
+            "0.110.pt: the dtype of tensor `w` is F16, but F32 in",
+        ),
         (Pt::with_step(11), "holds no tensor of a model"),
     ] {
         let temp = tempfile::tempdir().unwrap();
@@ -236,16 +242,16 @@ fn files_of_different_models_do_not_mix() {
             one(Tool::PytorchPosthocEma).write(temp.path(), temp.path().join("run"), None).unwrap_err().to_string();
         assert!(text.contains(part) && text.contains("0.110.pt"), "{text}");
     }
-    // One tensor less.
+    // A missing tensor.
     let temp = tempfile::tempdir().unwrap();
     Pt::with_step(1).floats("w", &[1.0]).floats("x", &[1.0]).save(temp.path().join("0.100.pt"));
     Pt::with_step(11).floats("w", &[1.0]).save(temp.path().join("0.110.pt"));
     let text = one(Tool::PytorchPosthocEma).write(temp.path(), temp.path().join("run"), None).unwrap_err().to_string();
-    assert!(text.contains("a tensor `x` less is stored"), "{text}");
+    assert!(text.contains("0.110.pt: tensor `x` is missing, but present in"), "{text}");
 }
 
 #[test]
-fn sources_and_targets_that_will_not_do_are_named() {
+fn unusable_sources_and_targets_are_refused() {
     let temp = tempfile::tempdir().unwrap();
     let (empty, file) = (temp.path().join("empty"), temp.path().join("file"));
     fs::create_dir(&empty).unwrap();
@@ -264,7 +270,7 @@ fn sources_and_targets_that_will_not_do_are_named() {
         let text = usual(Tool::EmaPytorch).write(source, target, None).unwrap_err().to_string();
         assert!(text.contains(part), "{text}");
     }
-    // What a tracker has begun to write is not empty.
+    // A directory with a tracker's lock is not empty.
     let lock = Lock::acquire(&empty).unwrap();
     let text = usual(Tool::EmaPytorch).write(&ema, &empty, None).unwrap_err().to_string();
     assert!(text.contains("the directory is not empty (`.lock`): name an empty or a new one"), "{text}");
@@ -274,7 +280,7 @@ fn sources_and_targets_that_will_not_do_are_named() {
 }
 
 #[test]
-fn an_import_that_fails_midway_leaves_the_target_as_it_was() {
+fn failed_import_leaves_the_target_unchanged() {
     let temp = tempfile::tempdir().unwrap();
     let source = temp.path().join("source");
     fs::create_dir(&source).unwrap();
@@ -286,7 +292,7 @@ fn an_import_that_fails_midway_leaves_the_target_as_it_was() {
     };
     fail(&temp.path().join("deep/run"));
     assert!(!temp.path().join("deep").exists());
-    // A directory that was there stays, and is still empty.
+    // An existing directory stays, and is still empty.
     let target = temp.path().join("run");
     fs::create_dir(&target).unwrap();
     fail(&target);
@@ -297,9 +303,9 @@ fn an_import_that_fails_midway_leaves_the_target_as_it_was() {
     assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
 }
 
-/// Somebody else begins to use the directory while the import reads.
+/// Another process writes to the directory while the import reads.
 #[test]
-fn a_target_that_is_no_longer_empty_is_left_as_it_is() {
+fn target_filled_by_another_process_is_kept() {
     let temp = tempfile::tempdir().unwrap();
     let target = temp.path().join("run");
     let intrude = |_| {
@@ -312,9 +318,9 @@ fn a_target_that_is_no_longer_empty_is_left_as_it_is() {
     assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1);
 }
 
-/// Whatever step of the writing fails: an error, and no trace of the run.
+/// Fails each step of the writing in turn, and expects an error and no trace of the run.
 #[test]
-fn an_import_that_fails_at_any_step_leaves_nothing() {
+fn failure_at_any_step_leaves_no_run() {
     let import = usual(Tool::PytorchPosthocEma);
     for first in 0.. {
         let temp = tempfile::tempdir().unwrap();
@@ -330,7 +336,7 @@ fn an_import_that_fails_at_any_step_leaves_nothing() {
         };
         let text = error.to_string();
         assert!(text.contains("No space left") && text.contains(temp.path().to_str().unwrap()), "{text}");
-        // Past the rename the run is there, whole; only that this lasts could not be had.
+        // After the rename the run is there, whole; only the sync of its directory failed.
         let left = fs::read_dir(temp.path()).unwrap().count();
         assert!(left == 0 || crate::verify(&dir, &mut |_| ()).unwrap().findings.is_empty(), "step {first}");
     }
