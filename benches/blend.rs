@@ -26,7 +26,7 @@ fn train(dir: &Path, dtype: Dtype, tensors: usize) {
 /// Checks a sample of the elements against sums of single elements.
 fn check(result: &Tensors, plan: &Plan, run: &Run) {
     let element = |name: &str, i: usize, index, step| -> f64 {
-        let found = run.snapshots().iter().find(|s| (s.stem.index, s.stem.step) == (index, step));
+        let found = run.snapshots().iter().find(|s| (s.id.index, s.id.step) == (index, step));
         let (tensor, bytes) = found.and_then(|s| s.tensor(name)).expect("it is in the run");
         let (mut value, size) = ([0.0], tensor.dtype.bitsize() / 8);
         to_f32(&mut value, &bytes[i * size..][..size], tensor.dtype);

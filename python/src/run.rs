@@ -47,7 +47,7 @@ impl Run {
 
     /// Returns profile index and step of each snapshot.
     fn snapshots(&self) -> Vec<(usize, u64)> {
-        self.0.snapshots().iter().map(|snapshot| (snapshot.stem.index, snapshot.stem.step)).collect()
+        self.0.snapshots().iter().map(|snapshot| (snapshot.id.index, snapshot.id.step)).collect()
     }
 
     /// Returns the tracked profiles by their index, as JSON.

@@ -106,7 +106,7 @@ pub(crate) struct SnapshotNoise {
 impl SnapshotNoise {
     /// Samples snapshots; none where they are of too few steps, or nothing is averaged.
     pub(crate) fn of(snapshots: &[Snapshot], averaged: &[TensorSpec]) -> Option<SnapshotNoise> {
-        let mut steps: Vec<u64> = snapshots.iter().map(|snapshot| snapshot.stem.step).collect();
+        let mut steps: Vec<u64> = snapshots.iter().map(|snapshot| snapshot.id.step).collect();
         steps.sort_unstable();
         steps.dedup();
         if steps.len() < FEWEST_STEPS {

@@ -78,8 +78,8 @@ pub(crate) fn read_chain(snapshot: &Snapshot) -> Result<(Profile, Chain, Option<
         })?;
         (decay.chain(gamma), updates)
     };
-    if updates.last() != Some(snapshot.stem.step) {
-        let why = format!("the history ends at {:?}, not at step {}", updates.last().unwrap_or(0), snapshot.stem.step);
+    if updates.last() != Some(snapshot.id.step) {
+        let why = format!("the history ends at {:?}, not at step {}", updates.last().unwrap_or(0), snapshot.id.step);
         return Err(Error::damaged(snapshot.path(), why));
     }
     Ok((profile, chain, Some(updates)))

@@ -117,7 +117,7 @@ impl Run {
 
     /// The tracked profiles, by their index within the run.
     pub fn profiles(&self) -> BTreeMap<usize, &Profile> {
-        self.snapshots.iter().map(|snapshot| snapshot.stem.index).zip(&self.profiles).collect()
+        self.snapshots.iter().map(|snapshot| snapshot.id.index).zip(&self.profiles).collect()
     }
 
     /// The updates up to the newest snapshot; none where the snapshots do not tell.
@@ -271,10 +271,10 @@ impl Run {
 
     /// The snapshots that some of the plans give a weight.
     fn used_by(&self, plans: &[Plan]) -> impl Iterator<Item = &Snapshot> {
-        let weighs = |plan: &Plan, stem: SnapshotId| {
-            plan.weights.iter().any(|w| (w.index, w.step) == (stem.index, stem.step) && w.weight != 0.0)
+        let weighs = |plan: &Plan, id: SnapshotId| {
+            plan.weights.iter().any(|w| (w.index, w.step) == (id.index, id.step) && w.weight != 0.0)
         };
-        self.snapshots.iter().filter(move |snapshot| plans.iter().any(|plan| weighs(plan, snapshot.stem)))
+        self.snapshots.iter().filter(move |snapshot| plans.iter().any(|plan| weighs(plan, snapshot.id)))
     }
 
     fn bytes_of_pass(&self, plans: &[Plan]) -> u64 {
@@ -329,8 +329,8 @@ impl Run {
 
     pub(crate) fn sources(&self) -> Vec<IndexedSource> {
         let source = |(snapshot, chain): (&Snapshot, &Chain)| IndexedSource {
-            index: snapshot.stem.index,
-            step: snapshot.stem.step,
+            index: snapshot.id.index,
+            step: snapshot.id.step,
             chain: chain.clone(),
             label: snapshot.path().display().to_string(),
         };
@@ -365,7 +365,7 @@ fn common_history(snapshots: &[Snapshot], read: &[Read]) -> Result<Option<Histor
     if read.iter().any(|(_, _, history)| history.is_none()) {
         return Ok(None);
     }
-    let newest = (0..snapshots.len()).max_by_key(|&i| snapshots[i].stem.step);
+    let newest = (0..snapshots.len()).max_by_key(|&i| snapshots[i].id.step);
     match newest.and_then(|newest| other_courses(snapshots, read, newest).into_iter().next()) {
         Some((_, error)) => Err(error),
         None => Ok(newest.and_then(|newest| read[newest].2.clone())),
@@ -393,6 +393,6 @@ fn other_courses(snapshots: &[Snapshot], read: &[Read], end: usize) -> Vec<(usiz
 fn off_course(snapshots: &[Snapshot], read: &[Read]) -> Vec<(usize, Error)> {
     let leads = |(a, b): (&Read, &Read)| matches!((&a.2, &b.2), (Some(a), Some(b)) if a.is_prefix_of(b));
     let members = |end: usize| read.iter().filter(|&own| leads((own, &read[end]))).count();
-    let end = (0..read.len()).max_by_key(|&end| (members(end), snapshots[end].stem.step));
+    let end = (0..read.len()).max_by_key(|&end| (members(end), snapshots[end].id.step));
     end.map_or_else(Vec::new, |end| other_courses(snapshots, read, end))
 }

@@ -138,11 +138,11 @@ pub(crate) fn check_snapshots(on_disk: &Run, run: &str, history: &History) -> Re
             let why = format!("the snapshot belongs to another run than {STATE_FILE}: move it out of the directory");
             return Err(Error::unexpected(snapshot.path(), why));
         }
-        if !history.contains(snapshot.stem.step) {
+        if !history.contains(snapshot.id.step) {
             let why = format!(
                 "the snapshot is of step {}, which {STATE_FILE} (at step {}) does not lead to: move it out of the \
                  directory, or bring back the state that wrote it",
-                snapshot.stem.step,
+                snapshot.id.step,
                 history.last().unwrap_or(0)
             );
             return Err(Error::unexpected(snapshot.path(), why));

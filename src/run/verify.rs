@@ -27,8 +27,8 @@ pub struct VerifyReport {
 pub fn verify(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<VerifyReport> {
     let dir = dir.as_ref();
     let mut findings = Findings::default();
-    for (stem, files) in snapshot::list_each(dir)? {
-        let snapshot = files.and_then(|files| Snapshot::open(stem, &files));
+    for (id, files) in snapshot::list_each(dir)? {
+        let snapshot = files.and_then(|files| Snapshot::open(id, &files));
         findings.add(snapshot.and_then(|snapshot| snapshot.verify_index()));
     }
     if findings.0.is_empty() {

@@ -1,36 +1,36 @@
-//! Checksums of a file: one of the data section, and one of the header, which holds both.
+//! Checksums of a file, both stored in its header: one of the data section, and one of the header itself.
 
 use std::collections::BTreeMap;
 
-/// The key of the checksum of the data section.
+/// Key of the checksum of the data section.
 const DATA: &str = "checksum";
 
-/// The key of the checksum of all that comes before the data section, taken with zeros in its own place.
+/// Key of the checksum of all bytes before the data section, computed with zeros in its own place.
 const HEADER: &str = "header_checksum";
 
-/// How a checksum begins: the name of the algorithm.
+/// Prefix of a checksum: the name of the algorithm.
 const ALGORITHM: &str = "blake3:";
 
-/// Digits of a checksum.
+/// Number of hexadecimal digits of a checksum.
 const DIGITS: usize = 64;
 
-/// A checksum as the metadata have it.
+/// Formats a checksum for the metadata.
 fn text(hasher: &blake3::Hasher) -> String {
     format!("{ALGORITHM}{}", hasher.finalize().to_hex())
 }
 
-/// In place of a checksum that is still to be taken, and as long.
+/// Returns a placeholder as long as a checksum.
 fn blank() -> String {
     format!("{ALGORITHM}{}", "0".repeat(DIGITS))
 }
 
-/// Adds room for both checksums to the metadata.
+/// Adds placeholders for both checksums to the metadata.
 pub(super) fn reserve(metadata: &mut BTreeMap<String, String>) {
     metadata.insert(DATA.into(), blank());
     metadata.insert(HEADER.into(), blank());
 }
 
-/// Puts both checksums into the metadata; `header` makes a header of them, which is returned.
+/// Adds both checksums to the metadata and returns the header that `header` makes of them.
 pub(super) fn seal<E>(
     mut metadata: BTreeMap<String, String>,
     data: &blake3::Hasher,
@@ -43,17 +43,15 @@ pub(super) fn seal<E>(
     header(&metadata)
 }
 
-/// Compares what comes before the data section with its checksum; fine where there is no checksum at all.
+/// Compares the bytes before the data section with their checksum. A file without any checksum passes.
 ///
 /// # Errors
-/// What is wrong.
+/// The reason, as text.
 pub(super) fn check_header(bytes: &[u8], metadata: &BTreeMap<String, String>) -> Result<(), String> {
     let Some(stored) = metadata.get(HEADER) else {
-        let bare = !metadata.contains_key(DATA);
-        return if bare {
-            Ok(())
-        } else {
-            Err(format!("there is a checksum of the data, and none of the header (`{HEADER}`)"))
+        return match metadata.contains_key(DATA) {
+            true => Err(format!("there is a checksum of the data, but none of the header (`{HEADER}`)")),
+            false => Ok(()),
         };
     };
     let entry = format!("\"{HEADER}\":\"{stored}\"");
@@ -65,10 +63,10 @@ pub(super) fn check_header(bytes: &[u8], metadata: &BTreeMap<String, String>) ->
     compare("header", &hasher, stored)
 }
 
-/// Compares the data section with its checksum, and tells where either checksum is missing.
+/// Compares the data section with its checksum, and checks that both checksums are stored.
 ///
 /// # Errors
-/// What is wrong.
+/// The reason, as text.
 pub(super) fn check_data(bytes: &[u8], metadata: &BTreeMap<String, String>) -> Result<(), String> {
     for key in [DATA, HEADER] {
         let stored = metadata.get(key).map(String::as_str).unwrap_or_default();
@@ -84,7 +82,7 @@ fn compare(what: &str, found: &blake3::Hasher, stored: &str) -> Result<(), Strin
     if found == stored { Ok(()) } else { Err(format!("the {what}'s checksum is {found}, not the stored {stored}")) }
 }
 
-/// Gives a file whose header was changed the checksum of that: for tests of what is looked at besides.
+/// Updates the checksum of a changed header, for tests of the other checks.
 #[cfg(test)]
 pub(super) fn reseal(file: &mut [u8]) {
     let data = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
@@ -129,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_without_a_checksum_is_taken_and_not_verified() {
+    fn header_without_checksum_opens_but_does_not_verify() {
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
         let header = header(&metadata).unwrap();
         assert_eq!(check_header(&header, &metadata), Ok(()));

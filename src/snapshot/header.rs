@@ -1,4 +1,4 @@
-//! The header of a safetensors file, read straight into what is needed and checked whole.
+//! Reading and checking the header of a safetensors file.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,36 +14,36 @@ use super::tensors::{StoredTensor, StoredTensors};
 use crate::error::{Error, Result};
 use crate::tensor::byte_size;
 
-/// How a header begins whose metadata come first.
-const FIRST: &[u8] = b"{\"__metadata__\":";
+/// First bytes of a header that begins with its metadata.
+const METADATA_FIRST: &[u8] = b"{\"__metadata__\":";
 
 type Metadata = BTreeMap<String, String>;
 
-/// What a header says.
+/// Contents of a header.
 #[derive(Debug)]
 pub(super) struct Header {
-    /// Those of a sibling, where both headers say the same of them.
+    /// Tensors, shared with a sibling whose header lists the same.
     pub tensors: Arc<StoredTensors>,
     pub metadata: Metadata,
-    /// What follows the metadata within the header; none where they do not come first.
+    /// Range of the text after the metadata, without padding, if the header begins with them.
     pub rest: Option<Range<usize>>,
 }
 
-/// A header that was read before, with its own text after the metadata.
-pub(super) struct Known<'a> {
+/// Header that was read before, and its text after the metadata.
+pub(super) struct SiblingHeader<'a> {
     pub tensors: &'a Arc<StoredTensors>,
     pub rest: &'a [u8],
 }
 
 impl Header {
-    /// Reads the header of a file with so many bytes of data.
+    /// Reads the header of a file with `data` bytes of data.
     ///
-    /// The snapshots of a run say all the same of their tensors: where the text after the metadata is a sibling's, byte for
-    /// byte, what was found in that is not read again.
+    /// All snapshots of a run list the same tensors. If the text after the metadata equals that of a sibling, its tensors
+    /// are shared instead of parsed again.
     ///
     /// # Errors
-    /// [`Error::Damaged`] for what is no header, or not that of so many bytes.
-    pub(super) fn read(path: &Path, json: &[u8], data: usize, sibling: Option<Known<'_>>) -> Result<Header> {
+    /// [`Error::Damaged`] if the text is not a header, or not the header of `data` bytes.
+    pub(super) fn read(path: &Path, json: &[u8], data: usize, sibling: Option<SiblingHeader<'_>>) -> Result<Header> {
         if let Some(known) = sibling
             && let Some((metadata, rest)) = split::<Metadata>(json)
             && json[rest.clone()] == *known.rest
@@ -51,9 +51,9 @@ impl Header {
             check_length(path, known.tensors, data)?;
             return Ok(Header { tensors: known.tensors.clone(), metadata, rest: Some(rest) });
         }
-        // Of what is ignored, too: other readers look at all of it.
+        // Checked in ignored values too, as other readers do.
         let text =
-            std::str::from_utf8(json).map_err(|e| Error::damaged(path, format!("the header is no text: {e}")))?;
+            std::str::from_utf8(json).map_err(|e| Error::damaged(path, format!("the header is not UTF-8: {e}")))?;
         let Entries { metadata, tensors } = serde_json::from_str(text).map_err(|e| Error::damaged(path, e))?;
         check_names(path, &tensors)?;
         let tensors = sorted(path, check_places(path, tensors)?)?;
@@ -63,17 +63,17 @@ impl Header {
     }
 }
 
-/// Reads the metadata where they come first, as most writers have it, and tells what follows them but for the padding.
+/// Reads the metadata of a header that begins with them, and returns the range of the rest, without padding.
 fn split<'a, T: Deserialize<'a>>(json: &'a [u8]) -> Option<(T, Range<usize>)> {
-    let text = json.strip_prefix(FIRST)?;
+    let text = json.strip_prefix(METADATA_FIRST)?;
     let mut values = serde_json::Deserializer::from_slice(text).into_iter();
     let metadata = values.next()?.ok()?;
-    let start = FIRST.len() + values.byte_offset();
+    let start = METADATA_FIRST.len() + values.byte_offset();
     let end = json.iter().rposition(|&byte| byte != b' ').map_or(0, |last| last + 1);
     Some((metadata, start..end.max(start)))
 }
 
-/// The entries of a header, in its order.
+/// Entries of a header, in its order.
 struct Entries {
     metadata: Option<Metadata>,
     tensors: Vec<(String, TensorInfo)>,
@@ -107,21 +107,21 @@ impl<'de> Visitor<'de> for EntriesVisitor {
     }
 }
 
-/// Checks that no name is there twice: where the two lie is then of no interest.
+/// Checks that no name occurs twice, before offsets are checked.
 fn check_names(path: &Path, tensors: &[(String, TensorInfo)]) -> Result<()> {
     let mut names: Vec<&String> = tensors.iter().map(|(name, _)| name).collect();
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => Err(twice(path, pair[0])),
+        Some(pair) => Err(duplicate(path, pair[0])),
         None => Ok(()),
     }
 }
 
-fn twice(path: &Path, name: &str) -> Error {
+fn duplicate(path: &Path, name: &str) -> Error {
     Error::damaged(path, format!("tensor `{name}` is in the header twice"))
 }
 
-/// Checks that each tensor has the bytes that it takes, and that they lie side by side from the first byte of the data on.
+/// Checks that the tensors have the right sizes and follow each other without gaps from offset 0.
 fn check_places(path: &Path, mut tensors: Vec<(String, TensorInfo)>) -> Result<Vec<(String, StoredTensor)>> {
     tensors.sort_by_key(|(_, info)| info.data_offsets);
     let mut end = 0;
@@ -129,11 +129,11 @@ fn check_places(path: &Path, mut tensors: Vec<(String, TensorInfo)>) -> Result<V
         let TensorInfo { dtype, shape, data_offsets: (start, stop) } = info;
         let damaged = |reason: String| Err(Error::damaged(path, format!("tensor `{name}` {reason}")));
         if start != end {
-            return damaged(format!("begins at byte {start} of the data, where the one before it ends at {end}"));
+            return damaged(format!("begins at byte {start} of the data, but the one before it ends at {end}"));
         }
         let size = byte_size(&name, dtype, &shape).map_err(|error| Error::damaged(path, error))?;
         if start.checked_add(size) != Some(stop) {
-            return damaged(format!("takes {size} bytes ({dtype} {shape:?}), and lies from {start} to {stop}"));
+            return damaged(format!("takes {size} bytes ({dtype} {shape:?}), but is stored from {start} to {stop}"));
         }
         end = stop;
         Ok((name, StoredTensor { dtype, shape, range: start..stop }))
@@ -141,23 +141,24 @@ fn check_places(path: &Path, mut tensors: Vec<(String, TensorInfo)>) -> Result<V
     tensors.into_iter().map(place).collect()
 }
 
-/// Brings tensors into the order of their names, each of which there may be once.
+/// Sorts tensors by name and checks that no name occurs twice.
 fn sorted(path: &Path, tensors: Vec<(String, StoredTensor)>) -> Result<StoredTensors> {
-    StoredTensors::new(tensors).map_err(|name| twice(path, &name))
+    StoredTensors::new(tensors).map_err(|name| duplicate(path, &name))
 }
 
 fn check_length(path: &Path, tensors: &StoredTensors, found: usize) -> Result<()> {
-    let told = tensors.data_len();
-    if told != found {
-        return Err(Error::damaged(path, format!("the header tells of {told} bytes of data, and there are {found}")));
+    let expected = tensors.data_len();
+    if expected != found {
+        return Err(Error::damaged(path, format!("the header lists {expected} bytes of data, but there are {found}")));
     }
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use safetensors::SafeTensors;
+
+    use super::*;
 
     const A: &str = r#""a":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}"#;
     const B: &str = r#""b\"":{"dtype":"U8","shape":[4,1],"data_offsets":[0,4],"more":[{}]}"#;
@@ -169,22 +170,22 @@ mod tests {
 
     fn read(json: &str, data: usize, sibling: Option<(&Header, &str)>) -> Result<Header> {
         let known = sibling.and_then(|(header, json)| {
-            Some(Known { tensors: &header.tensors, rest: &json.as_bytes()[header.rest.clone()?] })
+            Some(SiblingHeader { tensors: &header.tensors, rest: &json.as_bytes()[header.rest.clone()?] })
         });
         Header::read(Path::new("the.file"), json.as_bytes(), data, known)
     }
 
-    /// Whether the format's own reader takes a header with that many bytes of data.
-    fn reference_takes(json: &str, data: usize) -> bool {
+    /// Returns true if the reference reader accepts a header with `data` bytes of data.
+    fn reference_accepts(json: &str, data: usize) -> bool {
         let file = [&(json.len() as u64).to_le_bytes()[..], json.as_bytes(), &vec![0; data]].concat();
         SafeTensors::deserialize(&file).is_ok()
     }
 
     #[test]
-    fn tensors_and_metadata_are_read_in_any_order() {
+    fn entries_are_read_in_any_order() {
         for entries in [[META, A, B], [A, META, B], [B, A, META]] {
             let text = format!("{}   ", json(&entries));
-            assert!(reference_takes(&text, 12));
+            assert!(reference_accepts(&text, 12));
             let header = read(&text, 12, None).unwrap();
             assert_eq!(header.metadata, BTreeMap::from([("k".into(), "v, \"w\"".into())]));
             assert_eq!(header.tensors.keys().collect::<Vec<_>>(), ["a", "b\""]);
@@ -195,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_reference_refuses_is_refused() {
+    fn headers_that_the_reference_refuses_are_refused() {
         let u8s = |name: &str, shape: &str, start: u64, end: u64| {
             format!(r#""{name}":{{"dtype":"U8","shape":{shape},"data_offsets":[{start},{end}]}}"#)
         };
@@ -221,27 +222,27 @@ mod tests {
         for entries in cases {
             let text = json(&entries.iter().map(String::as_str).collect::<Vec<_>>());
             let data = if entries.is_empty() { 1 } else { 16 };
-            assert!(!reference_takes(&text, data), "{text}");
+            assert!(!reference_accepts(&text, data), "{text}");
             assert!(matches!(read(&text, data, None), Err(Error::Damaged { .. })), "{text}");
         }
         let ignored = json(&[&u8s("w", "[1]", 0, 1).replace("}", r#","more":"?"}"#)]);
-        assert!(reference_takes(&ignored, 1) && read(&ignored, 1, None).is_ok());
+        assert!(reference_accepts(&ignored, 1) && read(&ignored, 1, None).is_ok());
         let mut bytes = ignored.into_bytes();
         *bytes.iter_mut().find(|byte| **byte == b'?').unwrap() = 0xff;
         let text = Header::read(Path::new("the.file"), &bytes, 1, None).unwrap_err().to_string();
-        assert!(text.contains("the header is no text: invalid utf-8"), "{text}");
-        // The reference lets a tensor be told of twice, as long as it lies at one place.
-        assert!(reference_takes(&json(&[&good, &good]), 8) && read(&json(&[&good, &good]), 8, None).is_err());
+        assert!(text.contains("the header is not UTF-8: invalid utf-8"), "{text}");
+        // The reference accepts a duplicate entry if both have the same offsets.
+        assert!(reference_accepts(&json(&[&good, &good]), 8) && read(&json(&[&good, &good]), 8, None).is_err());
         let twice = json(&[&good, &u8s("w", "[8]", 8, 16)]);
         assert!(read(&twice, 16, None).unwrap_err().to_string().contains("tensor `w` is in the header twice"));
         assert!(read(&json(&[&good, &good]), 8, None).unwrap_err().to_string().contains("is in the header twice"));
         let empty = u8s("e", "[0]", 8, 8);
         assert!(read(&json(&[&empty, &good, r#""__metadata__":null"#]), 8, None).is_ok());
-        assert!(read(&json(&[&good]), 9, None).unwrap_err().to_string().contains("8 bytes of data, and there are 9"));
+        assert!(read(&json(&[&good]), 9, None).unwrap_err().to_string().contains("8 bytes of data, but there are 9"));
     }
 
     #[test]
-    fn a_sibling_shares_its_tensors_only_where_both_headers_agree() {
+    fn tensors_are_shared_only_if_both_headers_agree() {
         let text = json(&[META, A, B]);
         let first = read(&text, 12, None).unwrap();
         let like = |json: &str, data| read(json, data, Some((&first, &text)));
@@ -250,7 +251,7 @@ mod tests {
         assert!(Arc::ptr_eq(&same.tensors, &first.tensors));
         assert_eq!(same.metadata["l"], "}");
         assert!(like(&json(&[longer, A, B]), 13).unwrap_err().to_string().contains("there are 13"));
-        // Equal tensors in another order or spelling are read anew, and found equal.
+        // Equal tensors in another order or spelling are parsed again and compare equal.
         for other in [json(&[longer, B, A]), json(&[A, META, B]), json(&[META, A, B]).replace(",\"b", ", \"b")] {
             let header = like(&other, 12).unwrap();
             assert!(!Arc::ptr_eq(&header.tensors, &first.tensors));

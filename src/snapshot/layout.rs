@@ -1,4 +1,4 @@
-//! Where tensors lie in a safetensors file, and the header that says so.
+//! Layout of tensors in a safetensors file, and the header that describes it.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -9,25 +9,25 @@ use serde_json::json;
 use crate::error::{Error, Result};
 use crate::tensor::{TensorSpec, byte_size};
 
-/// The header, with the 8 bytes of its length, is padded to whole pages, so that the data lies on pages too.
+/// Alignment of the data section: the header and the 8 bytes of its length are padded to a multiple of it.
 const PAGE: usize = 4096;
 
-/// No reader takes a longer header.
+/// Largest header in bytes that readers accept.
 pub const MAX_HEADER: usize = 100_000_000;
 
-/// The entry of a header that is no tensor.
+/// Name of the header entry of the metadata.
 pub(super) const METADATA: &str = "__metadata__";
 
-/// A tensor's place in a file.
+/// Location of a tensor in a file.
 #[derive(Clone, Debug)]
 pub struct PlacedTensor {
-    /// Its index in the list that was laid out.
+    /// Index in the list of specs.
     pub index: usize,
-    /// Its bytes within the data section.
+    /// Byte range within the data section.
     pub range: Range<usize>,
 }
 
-/// The order of tensors in a file: by alignment, then by name, without holes.
+/// Layout of a file: tensors are sorted by alignment, then by name, without gaps.
 #[derive(Clone, Debug)]
 pub struct FileLayout {
     specs: Vec<TensorSpec>,
@@ -38,7 +38,7 @@ impl FileLayout {
     /// Lays out tensors.
     ///
     /// # Errors
-    /// [`Error::Tensor`] for a name that occurs twice or that the format reserves, or a size beyond the address space.
+    /// [`Error::Tensor`] for a duplicate name, a name that the format reserves, or a size beyond the address space.
     pub fn new(specs: Vec<TensorSpec>) -> Result<FileLayout> {
         let mut order: Vec<usize> = (0..specs.len()).collect();
         order.sort_by_key(|&i| (Reverse(specs[i].dtype), &specs[i].name));
@@ -56,27 +56,27 @@ impl FileLayout {
         Ok(FileLayout { specs, places })
     }
 
-    /// The tensors as they were given.
+    /// Returns the specs in the order given.
     pub fn specs(&self) -> &[TensorSpec] {
         &self.specs
     }
 
-    /// All places, in the order of the file.
+    /// Returns the locations of all tensors, in the order of the file.
     pub fn places(&self) -> &[PlacedTensor] {
         &self.places
     }
 
-    /// The length of the data section.
+    /// Returns the length of the data section in bytes.
     pub fn data_len(&self) -> usize {
         self.places.last().map_or(0, |place| place.range.end)
     }
 
-    /// The bytes before the data section: the header's length and the header, a multiple of 4,096 in all.
+    /// Returns the bytes before the data section: the header's length and the header, padded to a multiple of 4,096.
     ///
     /// # Errors
-    /// [`Error::Tensor`] where the header exceeds the format's limit of 100 MB.
+    /// [`Error::Tensor`] if the header exceeds the format's limit of 100 MB.
     pub fn header(&self, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
-        // The metadata first, as readers that look for nothing else have it soonest.
+        // The metadata come first, for readers that need nothing else.
         let mut json = format!("{{{}:{}", json!(METADATA), json!(metadata));
         for PlacedTensor { index, range: Range { start, end } } in &self.places {
             let TensorSpec { name, dtype, shape } = &self.specs[*index];
@@ -89,8 +89,8 @@ impl FileLayout {
             let first = self.specs.first().map_or("", |spec| &spec.name);
             let (count, megabytes) = (self.specs.len(), total / 1_000_000);
             let why = format!(
-                "with {count} tensors in one file the header takes {megabytes} MB, and the safetensors format allows 100: join \
-                 small tensors into larger ones"
+                "with {count} tensors in one file the header takes {megabytes} MB, and the safetensors format allows 100: \
+                 join small tensors into larger ones"
             );
             return Err(Error::tensor(first, why));
         }
@@ -115,17 +115,16 @@ fn check_names(specs: &[TensorSpec]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use safetensors::Dtype;
+    use safetensors::{Dtype, SafeTensors};
 
     use super::*;
-    use safetensors::SafeTensors;
 
     fn spec(name: &str, dtype: Dtype, shape: &[usize]) -> TensorSpec {
         TensorSpec { name: name.into(), dtype, shape: shape.to_vec() }
     }
 
     #[test]
-    fn the_reference_reader_takes_the_header() {
+    fn reference_reader_accepts_the_header() {
         let specs = vec![
             spec("b", Dtype::F16, &[3]),
             spec("é\"\n", Dtype::F32, &[2, 2]),

@@ -1,4 +1,4 @@
-//! The metadata that makes a snapshot describe itself.
+//! Metadata of a snapshot, in the header of each of its files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -10,9 +10,9 @@ use safetensors::Dtype;
 
 use crate::error::{Error, Result};
 
-/// The key of the profile.
+/// Key of the profile.
 pub const PROFILE: &str = "profile";
-/// The key of the step.
+/// Key of the step.
 pub const STEP: &str = "step";
 const FORMAT: &str = "format";
 const VERSION: &str = "posthoc_ema";
@@ -22,26 +22,26 @@ const COPIED: &str = "copied";
 const TIED: &str = "tied";
 const RUN: &str = "run";
 
-/// What a snapshot says of itself.
+/// Metadata of a snapshot.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Meta {
-    /// The profile, JSON.
+    /// Profile, as JSON.
     pub profile: String,
-    /// The time of the last update contained.
+    /// Step of the last update in the average.
     pub step: u64,
-    /// The updates contained, JSON; none for a snapshot that does not tell.
+    /// Updates in the average, as JSON, if they are known.
     pub history: Option<String>,
-    /// The model's dtype of each tensor that is stored in another.
+    /// Model dtype of each tensor that is stored in another dtype.
     pub dtypes: Dtypes,
-    /// Floating-point tensors that are copied from the newest update, not averaged.
+    /// Floating-point tensors that are copied from the newest update instead of averaged.
     pub copied: BTreeSet<String>,
-    /// The run that wrote the snapshot: drawn at random when a run begins.
+    /// Random identifier of the run that wrote the snapshot.
     pub run: Option<String>,
-    /// Names that share another tensor's elements, as `dropped name -> kept name`.
+    /// Names of tied tensors, as `dropped name -> kept name`.
     pub tied: BTreeMap<String, String>,
 }
 
-/// Dtypes of tensors, by name. The snapshots of a run say all the same of thousands of tensors, and share one map.
+/// Dtypes of tensors, by name. The snapshots of a run have thousands of equal entries and share one map.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Dtypes(Arc<BTreeMap<String, Dtype>>);
 
@@ -53,7 +53,7 @@ impl Deref for Dtypes {
     }
 }
 
-/// A map that is shared is copied first.
+/// Copies the map first if it is shared.
 impl DerefMut for Dtypes {
     fn deref_mut(&mut self) -> &mut BTreeMap<String, Dtype> {
         Arc::make_mut(&mut self.0)
@@ -67,10 +67,10 @@ impl FromIterator<(String, Dtype)> for Dtypes {
 }
 
 impl Meta {
-    /// The strings of `__metadata__`, without the checksum.
+    /// Returns the strings of `__metadata__`, without the checksums.
     pub fn to_strings(&self) -> BTreeMap<String, String> {
-        // As Hugging Face's `save_model` has it, `dropped name -> kept name`, for its tools; what counts here is one key
-        // of our own, which no tensor's name can be taken for.
+        // Hugging Face's tools expect each pair `dropped name -> kept name` as an entry, as `save_model` writes it. This
+        // crate reads the key `tied` instead, which cannot be confused with the name of a tensor.
         let mut strings = self.tied.clone();
         strings.extend(base_strings());
         strings.insert(PROFILE.into(), self.profile.clone());
@@ -86,13 +86,13 @@ impl Meta {
     /// Reads the strings of `__metadata__` of the file at `path`.
     ///
     /// # Errors
-    /// [`Error::Unexpected`] for a file that is not a snapshot or of a newer version, [`Error::Damaged`] for one whose
-    /// values do not parse.
+    /// [`Error::Unexpected`] if the file is not a snapshot or is of a newer version, [`Error::Damaged`] if a value does not
+    /// parse.
     pub fn from_strings(path: &Path, strings: &BTreeMap<String, String>) -> Result<Meta> {
         Meta::from_strings_like(path, strings, None)
     }
 
-    /// As [`Meta::from_strings`], sharing the dtypes of a sibling that was read from strings with the same.
+    /// As [`Meta::from_strings`], and shares the dtypes of a sibling (its strings and metadata) if they are equal.
     pub(super) fn from_strings_like(
         path: &Path,
         strings: &BTreeMap<String, String>,
@@ -123,18 +123,18 @@ impl Meta {
     }
 }
 
-/// A name that no other run has: two words of the system's randomness.
+/// Returns a random identifier for a new run, of 128 bits from the system.
 pub fn new_run_id() -> String {
     let word = || RandomState::new().build_hasher().finish();
     format!("{:016x}{:016x}", word(), word())
 }
 
-/// The strings that every file of a run carries: `format` is what Hugging Face's tools insist on.
+/// Returns the strings that every file of a run carries. Hugging Face's tools require `format`.
 pub(crate) fn base_strings() -> BTreeMap<String, String> {
     BTreeMap::from([(FORMAT.into(), "pt".into()), (VERSION.into(), "1".into())])
 }
 
-/// Checks that a file is ours and that this version can read it.
+/// Checks that a file belongs to a run and that this version can read it.
 pub(crate) fn check_version(path: &Path, strings: &BTreeMap<String, String>) -> Result<()> {
     match strings.get(VERSION).map(String::as_str) {
         Some("1") => Ok(()),
@@ -144,7 +144,7 @@ pub(crate) fn check_version(path: &Path, strings: &BTreeMap<String, String>) -> 
         }
         None => Err(Error::unexpected(
             path,
-            "no snapshot of a run (its metadata lack `posthoc_ema`): move the file out of the directory",
+            "not a snapshot of a run (its metadata lack `posthoc_ema`): move the file out of the directory",
         )),
     }
 }
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_comes_back() {
+    fn metadata_round_trip() {
         let strings = meta().to_strings();
         assert_eq!(strings["format"], "pt");
         assert_eq!(strings["head"], "embedding");
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn siblings_share_dtypes_that_are_the_same() {
+    fn siblings_share_equal_dtypes() {
         let strings = meta().to_strings();
         let meta = Meta::from_strings(Path::new("f"), &strings).unwrap();
         let like = |other: &Meta| {
@@ -192,9 +192,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_wrong_is_named() {
+    fn missing_and_malformed_keys_are_named() {
         for (key, value, expected) in [
-            ("posthoc_ema", None, "no snapshot of a run"),
+            ("posthoc_ema", None, "not a snapshot of a run"),
             ("posthoc_ema", Some("2"), "use a newer one"),
             ("profile", None, "lack `profile`"),
             ("step", Some("-3"), "`step` is `-3`"),

@@ -1,31 +1,41 @@
-//! The files of a run: self-describing safetensors, written atomically, read mapped, found by listing the directory.
+//! Files of a run: self-describing safetensors, written atomically, read mapped, found by listing the directory.
 //!
-//! Nothing here interprets profiles or histories; they pass through as JSON text.
+//! Profiles and histories pass through as JSON text, which this module does not interpret.
 
 mod checksum;
-mod directory;
 mod header;
+mod id;
+#[allow(dead_code, reason = "averages of checkpoints are about to use it")]
+mod index;
 mod layout;
+mod listing;
 mod meta;
 mod open_run;
+mod open_snapshot;
 mod read;
 mod shards;
 mod tensors;
+#[cfg(test)]
+mod tests;
 mod write;
 
-pub use directory::{Snapshot, SnapshotId, list, list_each};
-pub(crate) use directory::{any_part, check_empty, remove, remove_leftovers};
+pub use id::SnapshotId;
+#[allow(unused_imports, reason = "the averages of checkpoints are about to use it")]
+pub(crate) use index::{INDEX_SUFFIX, ShardIndex};
 pub use layout::FileLayout;
 pub(crate) use layout::MAX_HEADER;
+pub(crate) use listing::{any_snapshot_file, check_empty, remove, remove_leftovers};
+pub use listing::{list, list_each};
 pub use meta::{Dtypes, Meta};
 pub(crate) use meta::{PROFILE, STEP, base_strings, check_version, new_run_id};
 pub(crate) use open_run::{is_gone, open_all, open_sound};
+pub use open_snapshot::Snapshot;
 pub use read::StoredFile;
 pub use tensors::{StoredTensor, StoredTensors};
 pub(crate) use write::{write_file, write_snapshot};
 
-/// The live state of a run, for resuming.
+/// File name of the live state of a run.
 pub const STATE_FILE: &str = "state.safetensors";
 
-/// The shard size beyond which a snapshot is split, as Hugging Face's tools have it: 5 GB.
+/// Default size of shards in bytes, as in Hugging Face's tools. Larger snapshots are split.
 pub const SHARD_SIZE: u64 = 5_000_000_000;

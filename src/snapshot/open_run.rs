@@ -1,4 +1,4 @@
-//! The snapshots of a run, opened together and checked against each other.
+//! Opening all snapshots of a run and checking them against each other.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -6,15 +6,17 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use super::directory::{Snapshot, SnapshotId, list, list_each};
+use super::id::SnapshotId;
+use super::listing::{list, list_each};
+use super::open_snapshot::Snapshot;
 use crate::error::{Error, Result};
 
 /// Opens all snapshots of a run, in order of profile and step, and checks that they belong together.
 ///
 /// # Errors
-/// [`Error::NoRun`] where there is none; those of [`Snapshot::open`] and [`Snapshot::check_sibling`].
+/// [`Error::NoRun`] if there is none; those of [`Snapshot::open`] and [`Snapshot::check_sibling`].
 pub fn open_all(dir: &Path) -> Result<Vec<Snapshot>> {
-    // A tracker beside this reader may drop a snapshot between the listing and the opening: then the listing is old.
+    // A tracker in another process may drop a snapshot between the listing and the opening.
     for _ in 0..9 {
         match try_open_all(dir) {
             Err(error) if is_gone(&error) => {}
@@ -26,45 +28,47 @@ pub fn open_all(dir: &Path) -> Result<Vec<Snapshot>> {
 
 fn try_open_all(dir: &Path) -> Result<Vec<Snapshot>> {
     let listed: Vec<(SnapshotId, Vec<PathBuf>)> = list(dir)?.into_iter().collect();
-    let Some(((stem, paths), others)) = listed.split_first() else { return Err(nothing_in(dir)) };
-    let first = Snapshot::open(*stem, paths)?;
-    let open = |(stem, paths): &(SnapshotId, Vec<PathBuf>)| Snapshot::open_like(*stem, paths, Some(&first));
-    // All of them first: of several errors the first snapshot's is told, whichever thread is done first.
+    let Some(((id, paths), others)) = listed.split_first() else { return Err(no_snapshot(dir)) };
+    let first = Snapshot::open(*id, paths)?;
+    let open = |(id, paths): &(SnapshotId, Vec<PathBuf>)| Snapshot::open_like(*id, paths, Some(&first));
+    // Collected before the check, so that the first snapshot's error is returned, not that of the fastest thread.
     let opened: Vec<Result<Snapshot>> = others.par_iter().map(open).collect();
     let others: Vec<Snapshot> = opened.into_iter().collect::<Result<_>>()?;
     let snapshots: Vec<Snapshot> = std::iter::once(first).chain(others).collect();
-    compared(&snapshots, &snapshots[0]).into_iter().collect::<Result<()>>()?;
+    compare(&snapshots, &snapshots[0]).into_iter().collect::<Result<()>>()?;
     Ok(snapshots)
 }
 
-/// Compares each snapshot with one that stands for the run, and with the first sound one of its profile.
-fn compared<'a>(snapshots: &'a [Snapshot], model: &Snapshot) -> Vec<Result<()>> {
+/// Compares each snapshot with `model`, which stands for the run, and with the first of its own profile.
+fn compare<'a>(snapshots: &'a [Snapshot], model: &Snapshot) -> Vec<Result<()>> {
     let mut profiles: BTreeMap<usize, &'a Snapshot> = BTreeMap::new();
-    let compare = |snapshot: &'a Snapshot| {
+    let check = |snapshot: &'a Snapshot| {
         snapshot.check_sibling(model)?;
-        snapshot.check_profile(profiles.entry(snapshot.stem.index).or_insert(snapshot))
+        snapshot.check_profile(profiles.entry(snapshot.id.index).or_insert(snapshot))
     };
-    snapshots.iter().map(compare).collect()
+    snapshots.iter().map(check).collect()
 }
 
-/// Opens the snapshots of a run that are whole and belong together, of which every byte is read, and tells why each of
-/// the others is not used. `progress` is told the bytes of each file.
+/// Opens the intact snapshots of a run that belong together, and returns the error of each of the others.
+///
+/// Reads every byte. Calls `progress` with the bytes of each file.
 ///
 /// # Errors
-/// [`Error::NoRun`] where there is none, and where none is whole the first one's error.
+/// [`Error::NoRun`] if there is no snapshot; the first snapshot's error if none is intact.
 pub fn open_sound(dir: &Path, progress: &mut dyn FnMut(u64)) -> Result<(Vec<Snapshot>, Vec<Error>)> {
-    let (mut whole, mut damaged) = (Vec::new(), Vec::new());
-    for (stem, files) in list_each(dir)? {
-        match files.and_then(|files| verified(stem, &files, progress)) {
+    let mut whole = Vec::new();
+    let mut damaged = Vec::new();
+    for (id, files) in list_each(dir)? {
+        match files.and_then(|files| open_verified(id, &files, progress)) {
             Ok(snapshot) => whole.push(snapshot),
             Err(error) if is_gone(&error) => {}
             Err(error) => damaged.push(error),
         }
     }
-    let Some(model) = typical(&whole) else {
-        return Err(if damaged.is_empty() { nothing_in(dir) } else { damaged.swap_remove(0) });
+    let Some(model) = most_common_run(&whole) else {
+        return Err(if damaged.is_empty() { no_snapshot(dir) } else { damaged.swap_remove(0) });
     };
-    let verdicts = compared(&whole, model);
+    let verdicts = compare(&whole, model);
     let mut sound = Vec::with_capacity(whole.len());
     for (snapshot, verdict) in whole.into_iter().zip(verdicts) {
         match verdict {
@@ -75,8 +79,9 @@ pub fn open_sound(dir: &Path, progress: &mut dyn FnMut(u64)) -> Result<(Vec<Snap
     Ok((sound, damaged))
 }
 
-fn verified(stem: SnapshotId, files: &[PathBuf], progress: &mut dyn FnMut(u64)) -> Result<Snapshot> {
-    let snapshot = Snapshot::open(stem, files)?;
+/// Opens a snapshot and compares every byte with its checksums.
+fn open_verified(id: SnapshotId, files: &[PathBuf], progress: &mut dyn FnMut(u64)) -> Result<Snapshot> {
+    let snapshot = Snapshot::open(id, files)?;
     for file in snapshot.files() {
         file.verify()?;
         progress(file.len());
@@ -84,20 +89,20 @@ fn verified(stem: SnapshotId, files: &[PathBuf], progress: &mut dyn FnMut(u64)) 
     Ok(snapshot)
 }
 
-/// A snapshot of the run that most of them are of: a few files of another run do not make the others strangers.
-fn typical(snapshots: &[Snapshot]) -> Option<&Snapshot> {
+/// Returns a snapshot of the run that most of them belong to, so that a few files of another run do not spoil the others.
+fn most_common_run(snapshots: &[Snapshot]) -> Option<&Snapshot> {
     let mut runs: BTreeMap<&Option<String>, usize> = BTreeMap::new();
     snapshots.iter().for_each(|snapshot| *runs.entry(&snapshot.meta.run).or_default() += 1);
     let most = runs.values().max()?;
     snapshots.iter().find(|snapshot| runs[&snapshot.meta.run] == *most)
 }
 
-/// Whether a file was dropped since it was listed. A link to nothing is still there.
+/// Returns true if the error is that of a file dropped since it was listed. A dangling link is still there.
 pub fn is_gone(error: &Error) -> bool {
     let missing = |path: &Path| path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound);
     matches!(error, Error::Io { source, path, .. } if source.kind() == ErrorKind::NotFound && missing(path))
 }
 
-fn nothing_in(dir: &Path) -> Error {
+fn no_snapshot(dir: &Path) -> Error {
     Error::NoRun { path: dir.to_owned(), reason: "there is no snapshot in it".to_owned() }
 }

@@ -8,33 +8,32 @@ use std::sync::Arc;
 use memmap2::Advice;
 
 use super::checksum;
-use super::header::{Header, Known};
+use super::header::{Header, SiblingHeader};
 use super::layout::MAX_HEADER;
 use super::tensors::{StoredTensor, StoredTensors};
 use crate::error::{Error, Result};
-use crate::fs::Mapping;
-use crate::fs::check_regular;
+use crate::fs::{Mapping, check_regular};
 
-/// A safetensors file, mapped, its header checked whole.
+/// Safetensors file that is mapped and whose header is checked.
 #[derive(Debug)]
 pub struct StoredFile {
     path: PathBuf,
     map: Mapping,
-    /// Where the data section begins.
+    /// Offset of the data section.
     data: usize,
     header: Header,
 }
 
 impl StoredFile {
-    /// Maps a file and checks its header: sizes, offsets and names all consistent, nothing missing, nothing over.
+    /// Maps a file and checks its header: sizes, offsets and names are consistent and cover the whole file.
     ///
     /// # Errors
-    /// [`Error::Io`] where it cannot be read, [`Error::Damaged`] where it is no whole safetensors file.
+    /// [`Error::Io`] if it cannot be read, [`Error::Damaged`] if it is not a whole safetensors file.
     pub fn open(path: &Path) -> Result<StoredFile> {
         StoredFile::open_like(path, None)
     }
 
-    /// As [`StoredFile::open`], sooner where a sibling's header says the same of its tensors.
+    /// As [`StoredFile::open`], and faster if a sibling's header lists the same tensors.
     pub(super) fn open_like(path: &Path, sibling: Option<&StoredFile>) -> Result<StoredFile> {
         if check_regular(path)?.len() == 0 {
             return Err(Error::damaged(path, "the file is empty"));
@@ -44,78 +43,78 @@ impl StoredFile {
         let (json, data) = split_header(path, &map)?;
         let known = sibling.and_then(|sibling| {
             let rest = sibling.header.rest.clone()?;
-            Some(Known { tensors: &sibling.header.tensors, rest: &sibling.map[8 + rest.start..8 + rest.end] })
+            Some(SiblingHeader { tensors: &sibling.header.tensors, rest: &sibling.map[8 + rest.start..8 + rest.end] })
         });
         let header = Header::read(path, json, data.len(), known)?;
         let data = map.len() - data.len();
         Ok(StoredFile { path: path.to_owned(), map, data, header })
     }
 
-    /// The file's path.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// All tensors, by name.
+    /// Returns all tensors, by name.
     pub fn tensors(&self) -> &StoredTensors {
         &self.header.tensors
     }
 
-    /// Whether the other file's tensors are known to be the same, in the same places.
+    /// Returns true if the other file is known to have the same tensors in the same places.
     pub(super) fn shares_tensors(&self, other: &StoredFile) -> bool {
         Arc::ptr_eq(&self.header.tensors, &other.header.tensors)
     }
 
-    /// The strings of `__metadata__`.
+    /// Returns the strings of `__metadata__`.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.header.metadata
     }
 
-    /// The bytes of a tensor of this file.
+    /// Returns the bytes of a tensor of this file.
     pub fn bytes(&self, tensor: &StoredTensor) -> &[u8] {
         &self.map[self.data + tensor.range.start..self.data + tensor.range.end]
     }
 
-    /// Has bytes that it lent, all or some of a tensor's, read from the disk in the background; others do not matter.
+    /// Starts to read bytes of a tensor from the disk in the background. Bytes outside the mapping are ignored.
     pub(crate) fn will_need(&self, bytes: &[u8]) {
         self.map.will_need(bytes);
     }
 
-    /// Tells the system whether few bytes here and there are going to be read, so that it fetches no others with them.
+    /// Advises the system that only a few scattered bytes will be read, so that it does not fetch their neighbours.
     pub(super) fn read_sparsely(&self, sparsely: bool) {
         self.map.advise(if sparsely { Advice::Random } else { Advice::Normal });
     }
 
-    /// Unmaps all pages; whoever reads on has them mapped anew.
+    /// Unmaps all pages. Later reads map them again.
     pub(super) fn unmap_pages(&self) {
         self.map.unmap_pages();
     }
 
-    /// The length of the file in bytes.
+    /// Returns the length of the file in bytes.
     pub fn len(&self) -> u64 {
         self.map.len() as u64
     }
 
-    /// Whether the file has no bytes; it never opens then.
+    /// Returns true if the file has no bytes; such a file never opens.
     pub fn is_empty(&self) -> bool {
         self.map.is_empty()
     }
 
-    /// Compares the header with its checksum in the metadata, where there is one.
+    /// Compares the header with its checksum in the metadata, if it has one.
     ///
-    /// Left out by [`StoredFile::open`]: a file that another program has changed and saved with our metadata is whole.
+    /// [`StoredFile::open`] does not: a file that another program changed and saved with these metadata is whole.
     ///
     /// # Errors
-    /// [`Error::Damaged`] where they differ.
+    /// [`Error::Damaged`] if they differ.
     pub(crate) fn check_header(&self) -> Result<()> {
         checksum::check_header(&self.map[..self.data], &self.header.metadata)
             .map_err(|reason| Error::damaged(&self.path, reason))
     }
 
-    /// Reads all data and compares their checksum, and that of the header, with those in the metadata.
+    /// Compares the checksums of all data and of the header with those in the metadata.
     ///
     /// # Errors
-    /// [`Error::Damaged`] where they differ or where no checksum of a known algorithm is stored.
+    /// [`Error::Damaged`] if they differ, or if the metadata have no checksum of a known algorithm.
     pub fn verify(&self) -> Result<()> {
         self.check_header()?;
         checksum::check_data(&self.map[self.data..], &self.header.metadata)
@@ -123,7 +122,7 @@ impl StoredFile {
     }
 }
 
-/// The text of the header, and the data section.
+/// Splits a file into the text of its header and the data section.
 fn split_header<'a>(path: &Path, bytes: &'a [u8]) -> Result<(&'a [u8], &'a [u8])> {
     let damaged = |reason: &str| Error::damaged(path, reason);
     let (length, rest) = bytes.split_first_chunk::<8>().ok_or_else(|| damaged("the file is shorter than 8 bytes"))?;
@@ -134,12 +133,13 @@ fn split_header<'a>(path: &Path, bytes: &'a [u8]) -> Result<(&'a [u8], &'a [u8])
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::tensor::TensorSpec;
-
-    use crate::snapshot::write_file;
-    use safetensors::Dtype;
     use std::ops::Range;
+
+    use safetensors::Dtype;
+
+    use super::*;
+    use crate::snapshot::write_file;
+    use crate::tensor::TensorSpec;
 
     fn sample(dir: &Path) -> PathBuf {
         let path = dir.join("a.safetensors");
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_and_verified() {
+    fn written_file_is_read_and_verified() {
         let dir = tempfile::tempdir().unwrap();
         let file = StoredFile::open(&sample(dir.path())).unwrap();
         let bytes = file.bytes(file.tensors().get("w").unwrap());
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn flipped_data_is_found_by_verify() {
+    fn verify_finds_flipped_bit() {
         let dir = tempfile::tempdir().unwrap();
         let path = sample(dir.path());
         let mut bytes = std::fs::read(&path).unwrap();
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn every_truncation_and_every_broken_header_is_refused() {
+    fn truncated_files_and_broken_headers_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = sample(dir.path());
         let whole = std::fs::read(&path).unwrap();
@@ -181,7 +181,7 @@ mod tests {
             std::fs::write(&path, &whole[..length]).unwrap();
             assert!(matches!(StoredFile::open(&path), Err(Error::Damaged { .. })), "{length}");
         }
-        // Lengths that add up to 2^64 - 8.
+        // The lengths add up to 2^64 - 8.
         let each = (1u64 << 61) - 1;
         let entry = |i: u64| {
             let (start, end) = (i * each, (i + 1) * each);

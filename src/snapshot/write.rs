@@ -1,4 +1,4 @@
-//! Writing safetensors files block by block, with a checksum, whole or not at all.
+//! Writing safetensors files block by block, with checksums, atomically.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -9,7 +9,7 @@ use std::thread;
 use rayon::prelude::*;
 
 use super::checksum;
-use super::directory::SnapshotId;
+use super::id::SnapshotId;
 use super::layout::{FileLayout, PlacedTensor};
 use super::meta::Meta;
 use super::shards;
@@ -17,25 +17,25 @@ use crate::error::{Error, Result};
 use crate::fs::AtomicFile;
 use crate::tensor::TensorSpec;
 
-/// Bytes that are filled, hashed and written at a time.
+/// Number of bytes that are filled, hashed and written at a time.
 const BLOCK: usize = 2 << 20;
 
-/// Bytes that a thread fills at a time.
+/// Number of bytes that one thread fills at a time.
 const PIECE: usize = 256 << 10;
 
-/// Blocks in memory: one that is filled, one that is written, and one between them, as neither goes at an even pace.
+/// Number of blocks in memory: one being filled, one being written, and one to even out their speeds.
 const BLOCKS: usize = 3;
 
-/// Fills a stretch of a tensor: its index in the list of specs, the range of its bytes, and where they go.
+/// Function that fills a range of a tensor's bytes: its index in the list of specs, the range, and the destination.
 ///
-/// A stretch never cuts an element: tensors lie in order of falling element size, so each begins at a multiple of its
-/// own, and pieces end at multiples of the largest.
+/// A range never splits an element: tensors are in order of decreasing element size, so each begins at a multiple of
+/// its own, and pieces end at multiples of the largest.
 pub type Fill<'a> = dyn Fn(usize, Range<usize>, &mut [u8]) + Sync + 'a;
 
 /// Writes one file.
 ///
 /// # Errors
-/// [`Error::Io`](crate::Error::Io) and those of [`FileLayout`]; nothing is left behind then.
+/// [`Error::Io`](crate::Error::Io) and those of [`FileLayout`]; no file is left behind.
 pub fn write_file(
     path: &Path,
     specs: Vec<TensorSpec>,
@@ -43,7 +43,7 @@ pub fn write_file(
     fill: &Fill<'_>,
 ) -> Result<()> {
     let layout = FileLayout::new(specs)?;
-    // The header comes first in the file and holds the checksum of what follows: it is written last, over its place.
+    // The header comes first in the file and holds the checksum of the data, so it is written last.
     checksum::reserve(&mut metadata);
     let data = layout.header(&metadata)?.len() as u64;
     let file = AtomicFile::create(path)?;
@@ -52,8 +52,10 @@ pub fn write_file(
     file.commit()
 }
 
-/// Writes the data section, of which it returns what a checksum is taken from: blocks are filled and hashed here and written by a thread of their
-/// own, because whoever waits for a disk must not do so on a thread that others compute on.
+/// Writes the data section from offset `data` on, and returns its hasher.
+///
+/// Blocks are filled and hashed by the thread pool and written by a thread of their own, so that no thread of the pool
+/// waits for the disk.
 fn write_data(file: &AtomicFile, data: u64, layout: &FileLayout, fill: &Fill<'_>) -> Result<blake3::Hasher> {
     let mut hasher = blake3::Hasher::new();
     let ((send, filled), (give_back, free)) = (channel::<(u64, Vec<u8>)>(), channel());
@@ -62,7 +64,7 @@ fn write_data(file: &AtomicFile, data: u64, layout: &FileLayout, fill: &Fill<'_>
         let write = move || -> Result<()> {
             for (offset, block) in filled {
                 file.write_at(offset, &block)?;
-                // Whoever fills may have filled all there is.
+                // Fails once the last block is filled.
                 let _ = give_back.send(block);
             }
             Ok(())
@@ -70,7 +72,7 @@ fn write_data(file: &AtomicFile, data: u64, layout: &FileLayout, fill: &Fill<'_>
         let thread = thread::Builder::new().name("posthoc-ema-disk".into()).spawn_scoped(scope, write);
         let thread = thread.map_err(Error::io("start the thread that writes", file.path()))?;
         for start in (0..layout.data_len()).step_by(BLOCK) {
-            // Where the thread has ended, it tells why.
+            // The thread has ended early; joining it returns the error.
             let Ok(mut block) = free.recv() else { break };
             block.resize(BLOCK.min(layout.data_len() - start), 0);
             rayon::scope(|_| {
@@ -85,7 +87,7 @@ fn write_data(file: &AtomicFile, data: u64, layout: &FileLayout, fill: &Fill<'_>
     Ok(hasher)
 }
 
-/// Fills the bytes of the data section from `start` on, with all threads.
+/// Fills a block that begins at offset `start` of the data section, with all threads.
 fn fill_block(block: &mut [u8], start: usize, places: &[PlacedTensor], fill: &Fill<'_>) {
     let pieces = block.par_chunks_mut(PIECE).enumerate();
     pieces.for_each(|(i, piece)| fill_piece(piece, start + i * PIECE, places, fill));
@@ -102,13 +104,13 @@ fn fill_piece(block: &mut [u8], start: usize, places: &[PlacedTensor], fill: &Fi
     }
 }
 
-/// Writes a snapshot into a run, in shards where it is larger than `shard_size`, and returns its files.
+/// Writes a snapshot into a run, in shards if it is larger than `shard_size`, and returns its files.
 ///
 /// # Errors
-/// As [`write_file`]. Shards written before the failure stay and are not taken for a snapshot: the set is incomplete.
+/// As [`write_file`]. Shards written before the failure stay, as an incomplete set that is not a snapshot.
 pub fn write_snapshot(
     dir: &Path,
-    stem: SnapshotId,
+    id: SnapshotId,
     specs: Vec<TensorSpec>,
     meta: &Meta,
     shard_size: u64,
@@ -116,19 +118,19 @@ pub fn write_snapshot(
 ) -> Result<Vec<PathBuf>> {
     let shards = shards::split(&specs, shard_size)?;
     if let [_] = shards.as_slice() {
-        let path = dir.join(stem.file_name());
+        let path = dir.join(id.file_name());
         write_file(&path, specs, meta.to_strings(), fill)?;
         return Ok(vec![path]);
     }
     let mut paths = Vec::with_capacity(shards.len());
     for (i, members) in shards.iter().enumerate() {
-        let path = dir.join(stem.shard_name(i + 1, shards.len()));
+        let path = dir.join(id.shard_name(i + 1, shards.len()));
         let own: Vec<TensorSpec> = members.iter().map(|&m| specs[m].clone()).collect();
         let meta = shards::restrict(meta, &own);
         write_file(&path, own, meta.to_strings(), &|i, range, dst| fill(members[i], range, dst))?;
         paths.push(path);
     }
-    shards::write_index(dir, stem, &specs, &shards)?;
+    shards::write_index(dir, id, &specs, &shards)?;
     Ok(paths)
 }
 
@@ -139,9 +141,9 @@ mod tests {
     use super::*;
     use crate::snapshot::StoredFile;
 
-    /// Sizes around those of blocks, with tensors that begin and end within them, and none at all.
+    /// Covers sizes around multiples of the block, tensors that begin and end within blocks, and no tensor.
     #[test]
-    fn every_number_of_blocks_is_written_and_sums_up() {
+    fn any_number_of_blocks_is_written_and_verified() {
         let dir = tempfile::tempdir().unwrap();
         let value = |tensor: usize, i: usize| ((tensor * 31 + i) % 251) as u8;
         for sizes in

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::fs::{AtomicFile, Lock, find_document};
 
 use crate::run::Run;
-use crate::snapshot::{STATE_FILE, any_part};
+use crate::snapshot::{STATE_FILE, any_snapshot_file};
 
 /// The name of the document.
 const FILE: &str = "sweep.json";
@@ -161,7 +161,7 @@ fn check_own(dir: &Path) -> Result<()> {
     }
     let filled = |name: &&str| dir.join(name).read_dir().is_ok_and(|mut entries| entries.next().is_some());
     let run = || dir.join(STATE_FILE).exists().then(|| STATE_FILE.to_owned());
-    if let Some(found) = run().map_or_else(|| any_part(dir), |found| Ok(Some(found)))? {
+    if let Some(found) = run().map_or_else(|| any_snapshot_file(dir), |found| Ok(Some(found)))? {
         let why = format!("it holds {found}, and a run's directory holds nothing but its snapshots: sweep elsewhere");
         return Err(Error::unexpected(dir, why));
     }

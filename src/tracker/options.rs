@@ -297,7 +297,7 @@ impl Options {
     pub fn resume(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let path = self.dir.join(STATE_FILE);
         if !path.is_file() {
-            let snapshots = self.dir.is_dir() && snapshot::any_part(&self.dir)?.is_some();
+            let snapshots = self.dir.is_dir() && snapshot::any_snapshot_file(&self.dir)?.is_some();
             let but = if snapshots { "snapshots but " } else { "" };
             return Err(Error::NoRun { path: self.dir, reason: format!("{but}no {STATE_FILE} to go on from") });
         }

@@ -23,7 +23,7 @@ impl Rounding {
     /// Of a run's newest snapshot: over all averaged elements, whatever their dtypes.
     pub fn of_run(run: &Run) -> Rounding {
         let mut elements: BTreeMap<String, (f64, f64)> = BTreeMap::new();
-        let newest = run.snapshots().iter().max_by_key(|snapshot| snapshot.stem.step);
+        let newest = run.snapshots().iter().max_by_key(|snapshot| snapshot.id.step);
         for name in run.averaged() {
             if let Some((tensor, _)) = newest.and_then(|snapshot| snapshot.tensor(&name)) {
                 let count = tensor.shape.iter().map(|&n| n as f64).product::<f64>();

@@ -183,7 +183,7 @@ fn files_that_were_swapped_or_copied_are_found() {
     let shard = dir.join("0.20-00001-of-00001.safetensors");
     fs::copy(name("0.20"), &shard).unwrap();
     let text = Run::open(&dir).unwrap_err().to_string();
-    assert!(text.contains("0.20.safetensors: this snapshot is there twice"), "{text}");
+    assert!(text.contains("0.20.safetensors: this snapshot exists twice"), "{text}");
     assert_eq!(findings(&dir).len(), 1);
     assert_eq!(Run::open_sound(&dir, &mut |_| ()).unwrap().1.len(), 1);
     fs::remove_file(&shard).unwrap();

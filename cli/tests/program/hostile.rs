@@ -43,11 +43,11 @@ fn headers_as_long_as_the_format_allows_cost_bounded_memory() {
     let full = |text: &str, each: &str| text.replace('*', &each.repeat((99_000_000 - text.len()) / each.len()));
     for (header, part) in [
         (full("*", "["), "expected"),
-        (full(r#"{"a":{"dtype":"U8","shape":[*1],"data_offsets":[0,1]}}"#, "1,"), "no snapshot of a run"),
-        (full(r#"{"__metadata__":{"a":"*"}}"#, "x"), "no snapshot of a run"),
-        (full(r#"{"__metadata__":{*"a":"b"}}"#, r#""x":"","#), "no snapshot of a run"),
+        (full(r#"{"a":{"dtype":"U8","shape":[*1],"data_offsets":[0,1]}}"#, "1,"), "not a snapshot of a run"),
+        (full(r#"{"__metadata__":{"a":"*"}}"#, "x"), "not a snapshot of a run"),
+        (full(r#"{"__metadata__":{*"a":"b"}}"#, r#""x":"","#), "not a snapshot of a run"),
         (full(r#"{"a":{*"dtype":"U8"}}"#, r#""x":[],"#), "missing field"),
-        (full(r#"{*}"#, " "), "no snapshot of a run"),
+        (full(r#"{*}"#, " "), "not a snapshot of a run"),
     ] {
         let data = u64::from(header.contains("[0,1]"));
         file(&path, &header, data);

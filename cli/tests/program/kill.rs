@@ -109,7 +109,7 @@ fn check(dir: &Path) -> u64 {
     let fine = found.is_empty() || found.iter().all(|finding| matches!(finding, Error::NoRun { .. }));
     assert!(fine, "{found:?}");
     if let Ok(run) = Run::open(dir) {
-        let newest = run.snapshots().iter().map(|snapshot| snapshot.stem.step).max().unwrap();
+        let newest = run.snapshots().iter().map(|snapshot| snapshot.id.step).max().unwrap();
         assert!(newest <= saved, "a snapshot of step {newest}, a state of {saved}");
         run.load(&run.plan(Profile::sigma_rel(0.15).unwrap(), At::Latest).unwrap()).unwrap();
     }

@@ -123,12 +123,12 @@ fn chains_match_the_tools_loops() {
         let run = Run::open(&dir).unwrap();
         let times = run.history().unwrap().times();
         for (i, snapshot) in run.snapshots().iter().enumerate() {
-            let gamma = options.profiles[snapshot.stem.index].as_gamma().unwrap();
+            let gamma = options.profiles[snapshot.id.index].as_gamma().unwrap();
             let call = calls * (i % report.steps.len() + 1) as u64;
             let updates: Vec<u64> = times.iter().copied().filter(|&time| time <= call).collect();
-            assert_eq!(updates.last(), Some(&snapshot.stem.step), "{case}: what file {call} contains");
+            assert_eq!(updates.last(), Some(&snapshot.id.step), "{case}: what file {call} contains");
             let (profile, chain, stored) = read_chain(snapshot).unwrap();
-            assert_eq!(profile, options.profiles[snapshot.stem.index]);
+            assert_eq!(profile, options.profiles[snapshot.id.index]);
             assert_eq!(stored.unwrap().times(), updates);
             let shares = chain.densities(&updates);
             let (tensor, bytes) = snapshot.tensor("weight").unwrap();

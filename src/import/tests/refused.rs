@@ -263,7 +263,7 @@ fn unusable_sources_and_targets_are_refused() {
         (&temp.path().join("none"), &empty, "check the path"),
         (&ema, &ema, "name another one for the run"),
         (&ema, &run, "already holds a run (0.201.safetensors)"),
-        (&ema, &file, "no run here (it is no directory)"),
+        (&ema, &file, "no run here (it is not a directory)"),
         (&ema, &file.join("run"), "cannot create"),
         (&ema, &PathBuf::from("/proc/run"), "cannot create /proc/run"),
     ] {

@@ -36,14 +36,14 @@ fn options(dir: &Path) -> Options {
 }
 
 fn stems(dir: &Path) -> Vec<String> {
-    Run::open(dir).unwrap().snapshots().iter().map(|s| s.stem.to_string()).collect()
+    Run::open(dir).unwrap().snapshots().iter().map(|s| s.id.to_string()).collect()
 }
 
 /// Returns the data of all snapshots, without the run's random id.
 fn tensors(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let run = Run::open(dir).unwrap();
     let bytes = run.snapshots().iter().flat_map(|snapshot| {
-        let stem = snapshot.stem;
+        let stem = snapshot.id;
         snapshot.tensors().map(move |(name, _)| (format!("{stem} {name}"), snapshot.tensor(name).unwrap().1.to_vec()))
     });
     bytes.collect()

@@ -37,7 +37,7 @@ fn snapshot_bytes(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let tensors = run.snapshots().iter().flat_map(|snapshot| {
         snapshot
             .tensors()
-            .map(|(name, _)| (format!("{} {name}", snapshot.stem), snapshot.tensor(name).unwrap().1.to_vec()))
+            .map(|(name, _)| (format!("{} {name}", snapshot.id), snapshot.tensor(name).unwrap().1.to_vec()))
     });
     tensors.collect()
 }
@@ -143,13 +143,13 @@ fn retention_latest_keeps_the_newest_snapshots() {
     let mut ema = options.create(&walk.model).unwrap();
     train(&mut ema, &mut walk, 130);
     let run = Run::open(&dir).unwrap();
-    let stems: Vec<String> = run.snapshots().iter().map(|snapshot| snapshot.stem.to_string()).collect();
+    let stems: Vec<String> = run.snapshots().iter().map(|snapshot| snapshot.id.to_string()).collect();
     assert_eq!(stems, ["0.80", "0.100", "0.120", "1.80", "1.100", "1.120"]);
     assert_eq!(run.snapshots()[0].files().len(), 2);
     // finish() stores a snapshot of the newest update.
     ema.finish().unwrap();
     let run = Run::open(&dir).unwrap();
-    assert_eq!(run.snapshots().last().unwrap().stem.to_string(), "1.130");
+    assert_eq!(run.snapshots().last().unwrap().id.to_string(), "1.130");
     assert_eq!(run.snapshots().len(), 6);
 }
 
@@ -175,7 +175,7 @@ fn failed_checkpoint_is_written_by_the_next_update() {
     let mut ema = options.create(&walk.model).unwrap();
     train(&mut ema, &mut walk, 99);
     let aside = dir.with_extension("aside");
-    let stems = || Run::open(&dir).unwrap().snapshots().iter().map(|s| s.stem.to_string()).collect::<Vec<_>>();
+    let stems = || Run::open(&dir).unwrap().snapshots().iter().map(|s| s.id.to_string()).collect::<Vec<_>>();
     std::fs::rename(&dir, &aside).unwrap();
     let text = ema.update(walk.step()).unwrap_err().to_string();
     assert!(text.contains("state.safetensors") && text.contains("check the path"), "{text}");
@@ -213,7 +213,7 @@ fn resume_completes_a_failed_checkpoint_after_a_save() {
     std::fs::remove_dir(&obstacle).unwrap();
     drop(PostHocEma::options(&dir).resume(&walk.model).unwrap());
     let run = Run::open(&dir).unwrap();
-    assert_eq!(run.snapshots().iter().map(|s| s.stem.to_string()).collect::<Vec<_>>(), ["0.50", "1.50"]);
+    assert_eq!(run.snapshots().iter().map(|s| s.id.to_string()).collect::<Vec<_>>(), ["0.50", "1.50"]);
 }
 
 #[test]
@@ -265,7 +265,7 @@ fn resume_with_another_schedule_is_exact() {
     let mut ema = options.checkpoint_dtype(Dtype::F16).shard_size(50).resume_or_create(&walk.model).unwrap();
     trajectory.extend(train(&mut ema, &mut walk, 150));
     let run = Run::open(&dir).unwrap();
-    let stems: Vec<String> = run.snapshots().iter().map(|s| s.stem.to_string()).collect();
+    let stems: Vec<String> = run.snapshots().iter().map(|s| s.id.to_string()).collect();
     assert_eq!(stems, ["0.280", "0.350", "1.280", "1.350"]);
     assert_eq!(run.snapshots()[0].files().len(), 2);
     assert_eq!(ema.history().times(), trajectory.iter().map(|(t, _)| *t).collect::<Vec<_>>());

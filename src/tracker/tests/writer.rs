@@ -32,7 +32,7 @@ fn jobs(temp: &TempDir, dir: &Path) -> (Vec<Job>, PathBuf) {
 
 fn stored_steps(dir: &Path) -> Vec<u64> {
     let run = Run::open(dir).unwrap();
-    run.snapshots().iter().filter(|s| s.stem.index == 1).map(|s| s.stem.step).collect()
+    run.snapshots().iter().filter(|s| s.id.index == 1).map(|s| s.id.step).collect()
 }
 
 /// Starts a writer that sends the step of each write and receives its result from the test.

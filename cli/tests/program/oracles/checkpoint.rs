@@ -27,7 +27,7 @@ pub fn check(bytes: &[u8]) {
                 assert_eq!((imported.snapshots, list(&target).unwrap().len()), (1, 1));
                 assert_eq!(verify(&target, &mut |_| ()).unwrap().findings.len(), 0);
                 let run = Run::open(&target).unwrap();
-                assert_eq!(run.snapshots()[0].stem.step, imported.steps[0]);
+                assert_eq!(run.snapshots()[0].id.step, imported.steps[0]);
                 fs::remove_dir_all(&target).unwrap();
             }
         }

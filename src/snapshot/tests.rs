@@ -1,10 +1,16 @@
-//! Runs on disk: names, shards, siblings.
+//! Tests of runs on disk: shards, siblings, damaged and foreign files.
 
-use super::*;
-use crate::tensor::TensorSpec;
-
-use crate::snapshot::{checksum, open_all, write_snapshot};
+use std::collections::BTreeMap;
+use std::fs;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+
+use super::listing::names;
+use super::*;
+use crate::error::Result;
+use crate::tensor::TensorSpec;
 
 fn specs() -> Vec<TensorSpec> {
     let spec = |name: &str, dtype, n: usize| TensorSpec { name: name.into(), dtype, shape: vec![n] };
@@ -42,20 +48,7 @@ fn check_contents(snapshot: &Snapshot) {
 }
 
 #[test]
-fn names_parse_only_as_they_are_written() {
-    let stem = SnapshotId { index: 1, step: 2000 };
-    assert_eq!(parse("1.2000.safetensors"), Some((stem, Part::Whole)));
-    assert_eq!(parse("1.2000-00002-of-00003.safetensors"), Some((stem, Part::Shard { i: 2, n: 3 })));
-    assert_eq!(parse("1.2000.safetensors.index.json"), Some((stem, Part::Index)));
-    for other in
-        ["01.2000.safetensors", "1.+2.safetensors", "1.safetensors", "state.safetensors", "1.2-2-of-3.safetensors", "x"]
-    {
-        assert_eq!(parse(other), None, "{other}");
-    }
-}
-
-#[test]
-fn one_file_and_shards_hold_the_same() {
+fn shards_hold_the_same_as_one_file() {
     for shard_size in [u64::MAX, 1000, 300, 1] {
         let dir = tempfile::tempdir().unwrap();
         let files = write(dir.path(), 0, 10, &meta(10), shard_size);
@@ -98,7 +91,7 @@ fn unfinished_shards_are_left_out_and_removed() {
 }
 
 #[test]
-fn strangers_are_named() {
+fn mismatched_snapshots_are_named() {
     type Change = fn(&mut Meta, &mut Vec<TensorSpec>);
     let cases: [(&str, Change); 7] = [
         ("the run's id is other, but r in", |meta, _| meta.run = Some("other".into())),
@@ -123,7 +116,7 @@ fn strangers_are_named() {
 }
 
 #[test]
-fn a_tensor_kept_in_a_wider_dtype_is_no_stranger() {
+fn tensor_stored_in_a_wider_dtype_is_accepted() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), 0, 10, &meta(10), u64::MAX);
     let (mut meta, mut specs) = (meta(20), specs());
@@ -134,7 +127,7 @@ fn a_tensor_kept_in_a_wider_dtype_is_no_stranger() {
 }
 
 #[test]
-fn dtypes_that_cannot_be_are_refused() {
+fn impossible_model_dtypes_are_refused() {
     for (name, dtype) in [("n", Dtype::F32), ("a", Dtype::I64), ("none", Dtype::F32), ("b", Dtype::F16)] {
         let dir = tempfile::tempdir().unwrap();
         let mut meta = meta(10);
@@ -147,7 +140,7 @@ fn dtypes_that_cannot_be_are_refused() {
 }
 
 #[test]
-fn ties_to_what_is_not_there_or_of_what_is_are_refused() {
+fn ties_to_missing_or_of_stored_tensors_are_refused() {
     for (dropped, kept) in [("head", "none"), ("b", "a")] {
         let dir = tempfile::tempdir().unwrap();
         let meta = Meta { tied: BTreeMap::from([(dropped.into(), kept.into())]), ..meta(10) };
@@ -164,17 +157,17 @@ fn directories_without_a_run_are_refused() {
     assert!(open_all(&dir.path().join("none")).unwrap_err().to_string().contains("does not exist"));
     let file = dir.path().join("file");
     fs::write(&file, "").unwrap();
-    assert!(open_all(&file).unwrap_err().to_string().contains("no directory"));
+    assert!(open_all(&file).unwrap_err().to_string().contains("not a directory"));
 }
 
-/// Opens four snapshots, after some bytes in the last file of one of them were changed.
-fn opened_after(shard_size: u64, odd: Option<(u64, &[u8], &[u8])>) -> Result<Vec<Snapshot>> {
+/// Opens four snapshots, after changing some bytes in the last file of one of them.
+fn open_changed(shard_size: u64, change: Option<(u64, &[u8], &[u8])>) -> Result<Vec<Snapshot>> {
     let dir = tempfile::tempdir().unwrap();
     for step in [10, 20, 30, 40] {
         let mut meta = meta(step);
         meta.dtypes.insert("z".into(), Dtype::F32);
         let files = write(dir.path(), 0, step, &meta, shard_size);
-        if let Some((_, from, to)) = odd.filter(|(odd, ..)| *odd == step) {
+        if let Some((_, from, to)) = change.filter(|(changed, ..)| *changed == step) {
             let path = files.last().unwrap();
             let mut bytes = fs::read(path).unwrap();
             let at = bytes.windows(from.len()).position(|window| window == from).unwrap();
@@ -187,9 +180,9 @@ fn opened_after(shard_size: u64, odd: Option<(u64, &[u8], &[u8])>) -> Result<Vec
 }
 
 #[test]
-fn siblings_that_say_the_same_share_their_tensors_and_hold_their_own_bytes() {
+fn siblings_share_tensors_but_not_bytes() {
     for shard_size in [u64::MAX, 300] {
-        let snapshots = opened_after(shard_size, None).unwrap();
+        let snapshots = open_changed(shard_size, None).unwrap();
         for snapshot in &snapshots {
             assert!(snapshot.shares_tensors(&snapshots[0]));
             check_contents(snapshot);
@@ -199,9 +192,8 @@ fn siblings_that_say_the_same_share_their_tensors_and_hold_their_own_bytes() {
     }
 }
 
-/// A header that is like a sibling's but for some bytes is checked as if there were none.
 #[test]
-fn a_sibling_that_differs_by_a_byte_is_checked_for_itself() {
+fn header_that_differs_from_a_siblings_is_checked_fully() {
     let cases: [(&[u8], &[u8], &str); 6] = [
         (b"\"shape\":[100]", b"\"shape\":[101]", "tensor `a` takes 404 bytes"),
         (b"\"data_offsets\":[0,24]", b"\"data_offsets\":[1,24]", "tensor `n` begins at byte 1"),
@@ -211,13 +203,13 @@ fn a_sibling_that_differs_by_a_byte_is_checked_for_itself() {
         (b"\\\"z\\\":\\\"F32", b"\\\"n\\\":\\\"F32", "tensor `n` the dtype F32"),
     ];
     for (from, to, expected) in cases {
-        let text = opened_after(u64::MAX, Some((30, from, to))).unwrap_err().to_string();
+        let text = open_changed(u64::MAX, Some((30, from, to))).unwrap_err().to_string();
         assert!(text.contains(expected) && text.contains("0.30.safetensors"), "{expected}: {text}");
     }
 }
 
 #[test]
-fn of_several_errors_the_first_snapshot_s_is_told() {
+fn first_of_several_errors_is_returned() {
     let dir = tempfile::tempdir().unwrap();
     for step in 1..=40 {
         let path = write(dir.path(), 0, step, &meta(step), u64::MAX).remove(0);
@@ -232,7 +224,7 @@ fn of_several_errors_the_first_snapshot_s_is_told() {
 }
 
 #[test]
-fn a_tensor_in_two_shards_is_refused() {
+fn tensor_in_two_shards_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let files = write(dir.path(), 0, 10, &meta(10), 300);
     assert!(files.len() > 2);
@@ -241,9 +233,8 @@ fn a_tensor_in_two_shards_is_refused() {
     assert!(text.contains("is in another shard too") && text.contains("-00002-of-"), "{text}");
 }
 
-/// Wherever one is told to look first, what is found is what a look-up by name alone finds.
 #[test]
-fn a_place_is_a_hint_only() {
+fn lookup_does_not_depend_on_the_hint() {
     for shard_size in [u64::MAX, 300] {
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), 0, 10, &meta(10), shard_size);

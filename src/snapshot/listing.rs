@@ -1,0 +1,149 @@
+//! Listing of a run's directory, which is the only index of its snapshots, and removal of files from it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use super::STATE_FILE;
+use super::id::{FileRole, SnapshotId, parse};
+use crate::error::{Error, Result};
+use crate::fs::{fail_point, is_temporary, sync_directory};
+
+/// Lists the snapshots of a run with the files of each, without opening them.
+///
+/// # Errors
+/// As [`list_each`], and [`Error::Unexpected`] for a finished set of shards of which one is missing.
+pub fn list(dir: &Path) -> Result<BTreeMap<SnapshotId, Vec<PathBuf>>> {
+    list_each(dir)?.into_iter().map(|(id, files)| Ok((id, files?))).collect()
+}
+
+/// Lists the snapshots of a run with the files of each, or the reason why a snapshot is incomplete.
+///
+/// An incomplete set of shards without an index was never finished: it is left out, with a warning.
+///
+/// # Errors
+/// [`Error::NoRun`] if the directory does not exist, [`Error::Io`] if it cannot be read.
+pub fn list_each(dir: &Path) -> Result<BTreeMap<SnapshotId, Result<Vec<PathBuf>>>> {
+    let mut found: BTreeMap<SnapshotId, Vec<FileRole>> = BTreeMap::new();
+    for name in names(dir)? {
+        if let Some((id, role)) = parse(&name) {
+            found.entry(id).or_default().push(role);
+        }
+    }
+    let mut snapshots = BTreeMap::new();
+    for (id, roles) in found {
+        if let Some(files) = complete(dir, id, &roles).transpose() {
+            snapshots.insert(id, files);
+        }
+    }
+    Ok(snapshots)
+}
+
+/// Returns the name of any file of a snapshot in a directory, finished or not.
+///
+/// # Errors
+/// As [`list_each`].
+pub fn any_snapshot_file(dir: &Path) -> Result<Option<String>> {
+    Ok(names(dir)?.into_iter().find(|name| parse(name).is_some()))
+}
+
+/// Checks that a directory can take a new run: it has neither a live state nor a file of a snapshot. Other files do not
+/// matter.
+///
+/// # Errors
+/// [`Error::RunExists`], and as [`list_each`].
+pub fn check_empty(dir: &Path) -> Result<()> {
+    let state = dir.join(STATE_FILE).exists().then(|| STATE_FILE.to_owned());
+    let found = if state.is_some() { state } else { any_snapshot_file(dir)? };
+    match found {
+        Some(found) => Err(Error::RunExists { path: dir.to_owned(), found }),
+        None => Ok(()),
+    }
+}
+
+/// Returns the files of a snapshot in order, or `None` if it was never finished.
+fn complete(dir: &Path, id: SnapshotId, roles: &[FileRole]) -> Result<Option<Vec<PathBuf>>> {
+    let shard_count = |role: &FileRole| if let FileRole::Shard { n, .. } = role { Some(*n) } else { None };
+    let count = roles.iter().filter_map(shard_count).max();
+    // The search ends after at most as many shards as there are files, whatever number a file name claims.
+    let missing = count.and_then(|n| (1..=n).find(|&i| !roles.contains(&FileRole::Shard { i, n })));
+    match (count, missing) {
+        (Some(_), None) if roles.contains(&FileRole::Whole) => {
+            let why = "this snapshot exists twice, in one file and in shards: move one of the two out";
+            Err(Error::unexpected(&dir.join(id.file_name()), why))
+        }
+        _ if roles.contains(&FileRole::Whole) => Ok(Some(vec![dir.join(id.file_name())])),
+        (Some(n), None) => Ok(Some((1..=n).map(|i| dir.join(id.shard_name(i, n))).collect())),
+        (Some(n), Some(i)) if roles.contains(&FileRole::Index) => {
+            let why = format!("this shard is missing: bring it back, or move all files of snapshot {id} out");
+            Err(Error::unexpected(&dir.join(id.shard_name(i, n)), why))
+        }
+        (None, _) => {
+            let why = "none of its shards is there: bring them back, or remove it";
+            Err(Error::unexpected(&dir.join(id.index_name()), why))
+        }
+        _ => {
+            tracing::warn!("{}: snapshot {id} was not finished and is left out", dir.display());
+            Ok(None)
+        }
+    }
+}
+
+/// Returns the names of all files in a directory, in order.
+pub(super) fn names(dir: &Path) -> Result<Vec<String>> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) => match error.kind() {
+            ErrorKind::NotFound => return Err(no_run(dir, "it does not exist")),
+            ErrorKind::NotADirectory => return Err(no_run(dir, "it is not a directory")),
+            _ => return Err(Error::io("list", dir)(error)),
+        },
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(Error::io("list", dir))?.file_name();
+        // Snapshots have no names that are not UTF-8.
+        names.extend(name.into_string());
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
+fn no_run(dir: &Path, reason: &str) -> Error {
+    Error::NoRun { path: dir.to_owned(), reason: reason.to_owned() }
+}
+
+/// Removes the files that a killed writer left: temporary files, and shards of sets that were never finished.
+///
+/// The caller holds the lock of the run.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn remove_leftovers(dir: &Path) -> Result<()> {
+    let finished: BTreeSet<PathBuf> = list(dir)?.into_values().flatten().collect();
+    for name in names(dir)? {
+        let path = dir.join(&name);
+        let is_shard = matches!(parse(&name), Some((_, FileRole::Shard { .. })));
+        let is_leftover = is_temporary(&name) || is_shard && !finished.contains(&path);
+        if is_leftover && path.is_file() {
+            fail_point(&path).and_then(|()| fs::remove_file(&path)).map_err(Error::io("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes a snapshot, its index first: shards without an index are not taken for a damaged set.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn remove(dir: &Path, id: SnapshotId, files: &[PathBuf]) -> Result<()> {
+    let index = dir.join(id.index_name());
+    for path in std::iter::once(&index).chain(files) {
+        match fail_point(path).and_then(|()| fs::remove_file(path)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io("remove", path)(error)),
+            _ => {}
+        }
+    }
+    sync_directory(dir)
+}
