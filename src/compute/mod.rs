@@ -1,6 +1,6 @@
-//! The arithmetic, on whatever memory and device: update, blend, convert.
+//! Arithmetic on tensors, on the CPU and on CUDA devices: update, blend, convert, scan.
 //!
-//! Nothing here knows of files, profiles or runs: weights come in as numbers, tensors as bytes.
+//! Nothing here knows about files, profiles or runs: weights are plain numbers and tensors are bytes.
 
 pub mod cpu;
 #[cfg(feature = "cuda")]

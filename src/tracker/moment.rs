@@ -113,15 +113,19 @@ impl CheckpointMeta {
             return Ok(dtypes.to_vec());
         }
         let layout = self.table.layout();
-        let ranges = |averages: &cpu::Averages| -> Vec<cpu::Range> {
+        let ranges = |averages: &cpu::Averages| -> Vec<cpu::ValueRange> {
             (0..layout.len()).map(|i| cpu::scan(&averages.high[layout.place(i)])).collect()
         };
         self.choose_all_dtypes(values, &values.averages.iter().map(ranges).collect::<Vec<_>>())
     }
 
     /// Does the same as [`CheckpointMeta::choose_dtypes`] for all profiles.
-    pub(super) fn choose_all_dtypes(&self, values: &Values<'_>, ranges: &[Vec<cpu::Range>]) -> Result<Vec<Vec<Dtype>>> {
-        let of_profile = |(profile, (averages, ranges)): (usize, (&cpu::Averages, &Vec<cpu::Range>))| {
+    pub(super) fn choose_all_dtypes(
+        &self,
+        values: &Values<'_>,
+        ranges: &[Vec<cpu::ValueRange>],
+    ) -> Result<Vec<Vec<Dtype>>> {
+        let of_profile = |(profile, (averages, ranges)): (usize, (&cpu::Averages, &Vec<cpu::ValueRange>))| {
             let element = |i: usize, element: usize| Ok(averages.high[self.table.layout().place(i)][element]);
             self.choose_dtypes(profile, ranges, element)
         };
@@ -138,7 +142,7 @@ impl CheckpointMeta {
     pub(super) fn choose_dtypes(
         &self,
         profile: usize,
-        ranges: &[cpu::Range],
+        ranges: &[cpu::ValueRange],
         value: impl Fn(usize, usize) -> Result<f32>,
     ) -> Result<Vec<Dtype>> {
         let mut dtypes = Vec::with_capacity(ranges.len());

@@ -83,7 +83,7 @@ fn ranges_are_the_cpus_and_name_the_first_bad_value() {
             if expected.first_not_finite.is_none() {
                 assert_eq!(*got, expected, "tensor {i}");
             }
-            assert_eq!(*zeros, cpu::Range::default());
+            assert_eq!(*zeros, cpu::ValueRange::default());
         }
     }
 }

@@ -1,28 +1,28 @@
-//! Running averages in memory: one arena of f32 (and of low-order terms) per profile, all of one layout.
+//! Running averages in host memory: per profile an arena of f32 and, if compensated, an arena of low-order terms.
 
 use half::bf16;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::memory::Spare;
-use super::scan::{Range, copy_and_scan};
+use super::scan::{ValueRange, copy_and_scan};
 use super::{CHUNK, convert, vectorised, zeros};
 
-/// Elements to which each tensor's place in an arena is rounded up: 16 bytes of f32, for CUDA's vector accesses.
+/// Alignment of each tensor in an arena, in elements: 16 bytes of f32, for CUDA's vector accesses.
 const ALIGNMENT: usize = 4;
 
-/// How a running average is kept.
+/// Precision of a running average.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// An f32 and a low-order term in bf16 per element: 6 bytes, exact to about 2^-32.
+    /// An f32 and a bf16 low-order term per element: 6 bytes, exact to about 2^-32.
     #[default]
     Compensated,
-    /// An f32 per element: 4 bytes. Late in training, increments below half an ulp are lost.
+    /// An f32 per element: 4 bytes. Increments below half an ulp, which occur late in training, are lost.
     Plain,
 }
 
-/// Where each tensor lies in an arena.
+/// Position of each tensor in an arena.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layout {
     offsets: Vec<usize>,
@@ -31,7 +31,7 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The layout of tensors with these numbers of elements.
+    /// Creates the layout of tensors with these numbers of elements.
     pub fn new(elements: impl IntoIterator<Item = usize>) -> Layout {
         let mut layout = Layout::default();
         for elements in elements {
@@ -42,60 +42,61 @@ impl Layout {
         layout
     }
 
-    /// The elements of an arena, padding included.
+    /// Returns the number of elements of an arena, padding included.
     pub fn total(&self) -> usize {
         self.total
     }
 
-    /// The place of tensor `i` in an arena.
+    /// Returns the elements of an arena that hold tensor `i`.
     pub fn place(&self, i: usize) -> std::ops::Range<usize> {
         self.offsets[i]..self.offsets[i] + self.elements[i]
     }
 
-    /// Cuts an arena into its tensors.
+    /// Splits an arena into its tensors, without the padding.
     fn split<'a, T>(&self, mut arena: &'a mut [T]) -> Vec<&'a mut [T]> {
-        let tensor = |&elements: &usize| {
+        let mut tensors = Vec::with_capacity(self.len());
+        for &elements in &self.elements {
             let (tensor, rest) = std::mem::take(&mut arena).split_at_mut(elements);
             let padding = elements.next_multiple_of(ALIGNMENT) - elements;
             arena = &mut rest[padding..];
-            tensor
-        };
-        self.elements.iter().map(tensor).collect()
+            tensors.push(tensor);
+        }
+        tensors
     }
 
-    /// The number of tensors.
+    /// Returns the number of tensors.
     pub fn len(&self) -> usize {
         self.elements.len()
     }
 
-    /// Whether there are no tensors.
+    /// Returns true if the layout is empty.
     pub fn is_empty(&self) -> bool {
         self.elements.is_empty()
     }
 }
 
-/// The running averages of one profile.
+/// Running averages of one profile.
 #[derive(Clone, Debug)]
 pub struct Averages {
-    /// The f32 part, by [`Layout`].
+    /// Arena of the f32 parts, in the order of a [`Layout`].
     pub high: Vec<f32>,
-    /// The low-order terms of compensated averages, by the same layout.
+    /// Arena of the low-order terms in the same layout, if the averages are compensated.
     pub low: Option<Vec<bf16>>,
 }
 
 impl Averages {
-    /// Averages of zeros; the first update, of weight 1, makes them copies of the parameters.
+    /// Creates averages of zeros. The first update has weight 1 and turns them into copies of the parameters.
     pub fn zeros(layout: &Layout, precision: Precision) -> Averages {
         let low = (precision == Precision::Compensated).then(|| zeros(layout.total()));
         Averages { high: zeros(layout.total()), low }
     }
 
-    /// Writes the elements of a stretch of an arena in `dtype`.
+    /// Converts the elements `place` of the arena to `dtype` and writes them to `dst`.
     pub fn store(&self, dst: &mut [u8], place: std::ops::Range<usize>, dtype: Dtype) {
         let size = dtype.bitsize() / 8;
         let high = self.high[place.clone()].par_chunks(CHUNK);
-        let stretches = dst.par_chunks_mut(CHUNK * size).zip(high).enumerate();
-        stretches.for_each(|(i, (dst, high))| {
+        let chunks = dst.par_chunks_mut(CHUNK * size).zip(high).enumerate();
+        chunks.for_each(|(i, (dst, high))| {
             let low = self.low.as_ref().map(|low| &low[place.start + i * CHUNK..][..high.len()]);
             vectorised(
                 #[inline(always)]
@@ -105,7 +106,7 @@ impl Averages {
     }
 }
 
-/// Memory for a copy of averages, which holds nothing.
+/// Unused memory that is kept for a copy of averages.
 #[derive(Debug)]
 pub struct SpareAverages {
     high: Spare<f32>,
@@ -113,7 +114,7 @@ pub struct SpareAverages {
 }
 
 impl SpareAverages {
-    /// Takes memory for a copy of such averages; none where the system has not enough.
+    /// Allocates memory for a copy of `averages`. Returns none if the system has too little.
     pub fn for_copy_of(averages: &Averages) -> Option<SpareAverages> {
         let low = match &averages.low {
             Some(low) => Some(Spare::new(low.len())?),
@@ -122,26 +123,25 @@ impl SpareAverages {
         Some(SpareAverages { high: Spare::new(averages.high.len())?, low })
     }
 
-    /// Touches fresh memory and lends it back: as [`Spare::touched`].
-    pub fn touched(self) -> SpareAverages {
-        SpareAverages { high: self.high.touched(), low: self.low.map(Spare::touched) }
+    /// Touches every page once, as [`Spare::prefault`].
+    pub fn prefault(self) -> SpareAverages {
+        SpareAverages { high: self.high.prefault(), low: self.low.map(Spare::prefault) }
     }
 
-    /// Lends the memory of a copy back to the system until the next.
-    pub fn lend_back(copy: Averages) -> SpareAverages {
-        SpareAverages { high: Spare::lend_back(copy.high), low: copy.low.map(Spare::lend_back) }
+    /// Turns a copy that is no longer needed into spare memory, as [`Spare::release`].
+    pub fn release(copy: Averages) -> SpareAverages {
+        SpareAverages { high: Spare::release(copy.high), low: copy.low.map(Spare::release) }
     }
 
-    /// Copies averages of one layout with all threads, and tells the range of each tensor. What lies between the tensors
-    /// is not copied.
-    pub fn copy(self, averages: &Averages, layout: &Layout) -> (Averages, Vec<Range>) {
+    /// Copies averages with all threads and returns the value range of each tensor. Padding is not copied.
+    pub fn copy(self, averages: &Averages, layout: &Layout) -> (Averages, Vec<ValueRange>) {
         let mut ranges = Vec::new();
-        let high = self.high.written(|high| {
+        let high = self.high.fill_with(|high| {
             let tensors = layout.split(high).into_par_iter().enumerate();
             ranges = tensors.map(|(i, dst)| copy_and_scan(dst, &averages.high[layout.place(i)])).collect();
         });
         let low = self.low.zip(averages.low.as_ref()).map(|(spare, from)| {
-            spare.written(|low| {
+            spare.fill_with(|low| {
                 let chunks = low.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK));
                 chunks.for_each(|(dst, src)| dst.copy_from_slice(src));
             })
@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_tensor_begins_at_16_bytes() {
+    fn layout_aligns_every_tensor_to_16_bytes() {
         let layout = Layout::new([1, 4, 0, 7, 9]);
         assert_eq!(layout.total(), 4 + 4 + 8 + 12);
         assert_eq!(layout.place(3), 8..15);
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn f64_takes_the_low_order_term_along() {
+    fn store_as_f64_includes_low_order_term() {
         let layout = Layout::new([2]);
         let mut averages = Averages::zeros(&layout, Precision::Compensated);
         averages.high[..2].copy_from_slice(&[1.0, 2.0]);
@@ -178,8 +178,8 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_is_the_same_in_fresh_and_in_used_memory() {
-        // Many small tensors, and one that is cut.
+    fn copy_equals_original_in_fresh_and_reused_memory() {
+        // Many small tensors, and one of several chunks.
         let layout = Layout::new((0..300).chain([3 * CHUNK + 7, 1]));
         for precision in [Precision::Compensated, Precision::Plain] {
             let mut averages = Averages::zeros(&layout, precision);
@@ -198,7 +198,7 @@ mod tests {
                 };
                 assert!(places().all(|place| bits(&copy, place.clone()) == bits(&averages, place)));
                 assert_eq!(copy.low, averages.low);
-                spare = SpareAverages::lend_back(copy);
+                spare = SpareAverages::release(copy);
             }
         }
     }

@@ -1,7 +1,8 @@
-//! Conversions between element types: to nearest even, subnormals kept, NaN to the one quiet NaN that CUDA writes.
+//! Conversions between element types, rounded to nearest even. Subnormals are kept, and every NaN becomes the quiet NaN
+//! that CUDA writes.
 //!
-//! They are written without branches, in integers, so that they vectorise, and so that a flush-to-zero mode switched
-//! on by another library does not change them.
+//! The conversions use integer operations without branches. They vectorise, and a flush-to-zero mode that another
+//! library has set does not change their results.
 
 use half::bf16;
 use safetensors::Dtype;
@@ -9,17 +10,17 @@ use safetensors::Dtype;
 use super::SimdLevel;
 use super::x86;
 
-/// `0x7fff`: the NaN that CUDA's conversions write, for f16 and bf16 alike.
+/// NaN that CUDA's conversions write, the same bits for f16 and bf16.
 const NAN_16: u16 = 0x7fff;
 
-/// The value of an f16.
+/// Converts f16 bits to f32, exactly.
 #[inline(always)]
 pub fn f16_to_f32(half: u16) -> f32 {
     const EXPONENT: u32 = 0x7c00 << 13;
     let bits = u32::from(half & 0x7fff) << 13;
     let exponent = bits & EXPONENT;
     let normal = bits + ((127 - 15) << 23);
-    // Infinity and NaN take the f32 exponent 255; a subnormal is what remains over the smallest normal.
+    // Infinity and NaN get the f32 exponent 255. A subnormal is the difference to the smallest normal.
     let special = normal + ((128 - 16) << 23);
     let subnormal = (f32::from_bits(normal + (1 << 23)) - f32::from_bits(113 << 23)).to_bits();
     let magnitude = if exponent == EXPONENT { special } else { normal };
@@ -27,7 +28,7 @@ pub fn f16_to_f32(half: u16) -> f32 {
     f32::from_bits(magnitude | u32::from(half & 0x8000) << 16)
 }
 
-/// The nearest f16; infinite from 65,520 on.
+/// Rounds to the nearest f16. Magnitudes from 65,520 on become infinite.
 #[inline(always)]
 pub fn f32_to_f16(value: f32) -> u16 {
     let bits = value.to_bits();
@@ -35,20 +36,20 @@ pub fn f32_to_f16(value: f32) -> u16 {
     let sign = ((bits >> 16) & 0x8000) as u16;
     let even = (magnitude >> 13) & 1;
     let normal = magnitude.wrapping_add(0xc800_0fff + even) >> 13;
-    // Adding 0.5 puts the last bit of a subnormal f16 at the last bit of the sum, which rounds to nearest even.
+    // Adding 0.5 aligns the last bit of a subnormal f16 with the last bit of the sum, which rounds to nearest even.
     let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
     let finite = if magnitude < 113 << 23 { subnormal } else { normal };
     let clamped = if magnitude >= 143 << 23 { 0x7c00 } else { finite as u16 };
     if magnitude > 0x7f80_0000 { NAN_16 } else { clamped | sign }
 }
 
-/// The value of a bf16.
+/// Converts bf16 bits to f32, exactly.
 #[inline(always)]
 pub fn bf16_to_f32(half: u16) -> f32 {
     f32::from_bits(u32::from(half) << 16)
 }
 
-/// The nearest bf16.
+/// Rounds to the nearest bf16.
 #[inline(always)]
 pub fn f32_to_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
@@ -56,10 +57,10 @@ pub fn f32_to_bf16(value: f32) -> u16 {
     if bits & 0x7fff_ffff > 0x7f80_0000 { NAN_16 } else { rounded as u16 }
 }
 
-/// The largest magnitude that still rounds to a finite value of `dtype`; none for types that are not averaged.
+/// Returns the largest magnitude that rounds to a finite value of `dtype`, or none if `dtype` is not averaged.
 pub fn max_finite(dtype: Dtype) -> Option<f64> {
     match dtype {
-        // Halfway to the next power of two and above rounds to infinity; the value below that halfway does not.
+        // Values from halfway to the next power of two on round to infinity. The limit is the f32 just below.
         Dtype::F16 => Some(f64::from(65520f32.next_down())),
         Dtype::BF16 => Some(f64::from(f32::from_bits(0x7f7f_7fff))),
         Dtype::F32 => Some(f64::from(f32::MAX)),
@@ -78,13 +79,13 @@ fn fill<T>(dst: &mut [T], values: impl Iterator<Item = T>) {
     dst.iter_mut().zip(values).for_each(|(dst, value)| *dst = value);
 }
 
-/// Reads elements of an averaged dtype from bytes of any alignment. `src` holds `dst.len()` elements.
+/// Converts elements of an averaged dtype to f32. `src` holds `dst.len()` elements at any alignment.
 #[inline(always)]
 pub fn to_f32(dst: &mut [f32], src: &[u8], dtype: Dtype) {
     to_f32_with(SimdLevel::best(), dst, src, dtype);
 }
 
-/// As [`to_f32`], with the instructions of a level.
+/// As [`to_f32`], with the instructions of `level`.
 #[inline(always)]
 pub(super) fn to_f32_with(level: SimdLevel, dst: &mut [f32], src: &[u8], dtype: Dtype) {
     match dtype {
@@ -99,7 +100,7 @@ pub(super) fn to_f32_with(level: SimdLevel, dst: &mut [f32], src: &[u8], dtype: 
     }
 }
 
-/// Reads elements of an averaged dtype as f64, which holds each exactly.
+/// Converts elements of an averaged dtype to f64, exactly.
 #[inline(always)]
 pub(super) fn to_f64(level: SimdLevel, dst: &mut [f64], src: &[u8], dtype: Dtype) {
     let done = x86::to_f64(level, dtype, dst, src);
@@ -121,8 +122,9 @@ fn store<const N: usize>(dst: &mut [u8], values: impl Iterator<Item = [u8; N]>) 
     dst.as_chunks_mut::<N>().0.iter_mut().zip(values).for_each(|(dst, value)| *dst = value);
 }
 
-/// Writes f64 values as elements of an averaged dtype, and tells whether all of them fit: finite, and none beyond
-/// [`max_finite`]. 16-bit types are rounded by way of f32: within 1 ulp.
+/// Converts f64 values to an averaged dtype. Returns true if all of them fit: finite, and at most [`max_finite`].
+///
+/// 16-bit types are rounded by way of f32, to within 1 ulp.
 #[inline(always)]
 pub(super) fn from_f64(level: SimdLevel, dst: &mut [u8], src: &[f64], dtype: Dtype) -> bool {
     let limit = max_finite(dtype).unwrap_or(f64::MAX);
@@ -139,7 +141,7 @@ pub(super) fn from_f64(level: SimdLevel, dst: &mut [u8], src: &[f64], dtype: Dty
     }
 }
 
-/// Values beyond the limit are stored like the others and found afterwards: a loop that ends early does not vectorise.
+/// Stores all values and returns true if all are within `limit`. A loop that stops early would not vectorise.
 #[inline(always)]
 fn store_fitting<const N: usize>(dst: &mut [u8], src: &[f64], limit: f64, to: impl Fn(f64) -> [u8; N]) -> bool {
     let mut fits = true;
@@ -150,7 +152,7 @@ fn store_fitting<const N: usize>(dst: &mut [u8], src: &[f64], limit: f64, to: im
     fits
 }
 
-/// Writes a stretch of an average as elements of an averaged dtype; f64 takes the low-order term along.
+/// Converts elements of an average to an averaged dtype. Only f64 includes the low-order term.
 #[inline(always)]
 pub(super) fn from_average(dst: &mut [u8], average: &[f32], low: Option<&[bf16]>, dtype: Dtype) {
     match (dtype, low) {
@@ -172,7 +174,7 @@ mod tests {
     use half::f16;
 
     #[test]
-    fn every_f16_reads_as_the_half_crate_says() {
+    fn every_f16_and_bf16_converts_as_in_half_crate() {
         for bits in 0..=u16::MAX {
             let (got, expected) = (f16_to_f32(bits), f16::from_bits(bits).to_f32());
             assert!(got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan()), "{bits:#x}");
@@ -182,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_slices_of_f16_read_as_single_ones() {
+    fn f16_slices_convert_as_single_elements() {
         let bits: Vec<u16> = (0..=u16::MAX).collect();
         for shift in [0, 1, 5, 8] {
             let bytes: &[u8] = bytemuck::cast_slice(&bits[shift..]);
@@ -197,7 +199,7 @@ mod tests {
         }
     }
 
-    /// Every 251st f32, and all those near the edges between f16 values.
+    /// Returns every 251st f32, and those near each boundary between f16 values.
     fn samples() -> impl Iterator<Item = f32> {
         let edges = (0..=u16::MAX).flat_map(|bits| {
             let at = f16::from_bits(bits).to_f32().to_bits();
@@ -207,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn f32_rounds_as_the_half_crate_says() {
+    fn f32_rounds_as_in_half_crate() {
         for value in samples() {
             let (h, b) = (f32_to_f16(value), f32_to_bf16(value));
             if value.is_nan() {
@@ -220,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_finite_values_are_the_last_that_round_to_finite() {
+    fn max_finite_is_last_value_that_rounds_to_finite() {
         for (dtype, infinite) in [(Dtype::F16, 65520f32), (Dtype::BF16, f32::from_bits(0x7f7f_8000))] {
             let largest = max_finite(dtype).unwrap();
             assert_eq!(largest, f64::from(infinite.next_down()));
@@ -232,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn any_alignment_and_length() {
+    fn every_alignment_and_length_round_trips() {
         let numbers: Vec<f32> = (0..70).map(|i| i as f32 * 0.37 - 9.0).collect();
         for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64] {
             let size = dtype.bitsize() / 8;

@@ -1,8 +1,8 @@
-//! The instruction sets that loops are compiled for, one of which is chosen at run time.
+//! Instruction sets that loops are compiled for. One is chosen at run time.
 
-use super::mode::FpEnvGuard;
+use super::fp_env::FpEnvGuard;
 
-/// An instruction set that this machine has: all give the same bits, and the last of [`SimdLevel::all`] is the fastest.
+/// Instruction set of this machine. All levels give the same bits, and the last of [`SimdLevel::all`] is the fastest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SimdLevel(Set);
 
@@ -16,10 +16,10 @@ enum Set {
 }
 
 impl SimdLevel {
-    /// What every processor of the target has: SSE2 on x86-64, NEON on ARM.
+    /// Instruction set of every processor of the target: SSE2 on x86-64, NEON on ARM.
     pub const BASELINE: SimdLevel = SimdLevel(Set::Baseline);
 
-    /// The fastest of this machine.
+    /// Returns the fastest level of this machine.
     pub fn best() -> SimdLevel {
         #[cfg(target_arch = "x86_64")]
         {
@@ -33,7 +33,7 @@ impl SimdLevel {
         SimdLevel::BASELINE
     }
 
-    /// All of this machine, from the slowest to the fastest.
+    /// Returns all levels of this machine, from the slowest to the fastest.
     pub fn all() -> Vec<SimdLevel> {
         #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut, reason = "there is one level"))]
         let mut all = vec![SimdLevel::BASELINE];
@@ -45,7 +45,7 @@ impl SimdLevel {
         all
     }
 
-    /// Its name: `baseline`, `avx2` (with FMA and F16C) or `avx512` (F, BW, CD, DQ and VL besides).
+    /// Returns the name: `baseline`, `avx2` (with FMA and F16C) or `avx512` (F, BW, CD, DQ and VL in addition).
     pub fn name(self) -> &'static str {
         match self.0 {
             Set::Baseline => "baseline",
@@ -56,13 +56,14 @@ impl SimdLevel {
         }
     }
 
-    /// Runs a loop compiled for this instruction set. The closure, and what it calls, must be `#[inline(always)]`.
+    /// Runs a loop compiled for this instruction set. The closure and all functions it calls must be
+    /// `#[inline(always)]`.
     #[inline(always)]
     pub(crate) fn run<R>(self, body: impl FnOnce() -> R) -> R {
         let _mode = FpEnvGuard::enter();
         match self.0 {
             Set::Baseline => body(),
-            // SAFETY: a level is made only where the machine has what it stands for.
+            // SAFETY: a level is created only if the machine has its instructions.
             #[cfg(target_arch = "x86_64")]
             Set::Avx2 => unsafe { x86::avx2(body) },
             // SAFETY: as above.
@@ -71,7 +72,7 @@ impl SimdLevel {
         }
     }
 
-    /// The same as pulp has it, for loops that are written in its vectors.
+    /// Returns the equivalent of pulp, for loops that use its vectors.
     #[inline]
     pub(super) fn arch(self) -> pulp::Arch {
         #[cfg(target_arch = "x86_64")]
@@ -86,14 +87,14 @@ impl SimdLevel {
         pulp::Arch::new()
     }
 
-    /// Whether it has vectors of 256 bits, multiply-adds and conversions of f16.
+    /// Returns true if there are vectors of 256 bits, multiply-adds and conversions of f16.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn has_avx2(self) -> bool {
         self.0 != Set::Baseline
     }
 
-    /// Whether it has vectors of 512 bits.
+    /// Returns true if there are vectors of 512 bits.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn has_avx512(self) -> bool {
@@ -131,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_best_is_the_last_of_all_and_each_is_named_apart() {
+    fn best_level_is_last_and_names_are_distinct() {
         let all = SimdLevel::all();
         assert_eq!((all[0], *all.last().unwrap()), (SimdLevel::BASELINE, SimdLevel::best()));
         let mut names: Vec<_> = all.iter().map(|level| level.name()).collect();

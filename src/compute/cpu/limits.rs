@@ -1,32 +1,33 @@
-//! Loops that move bytes with all threads and do next to nothing else: what the machine can do at most.
+//! Loops that move bytes with all threads and do almost no arithmetic. They measure the machine's limit.
 //!
-//! They are cut into chunks as the work is, vectorised as it is, and ask for what follows in every stream as it does.
+//! They use the same chunks, vectors and prefetches as the loops that they are compared with.
 
 use rayon::prelude::*;
 
 use super::{prefetch, vectorised};
 
-/// Bytes that a thread takes at a time.
+/// Bytes per task.
 const CHUNK: usize = 1 << 18;
 
-/// Bytes of each stream that are worked on at a time: whole lines.
+/// Bytes of each stream that are processed together: whole cache lines.
 const TILE: usize = 1 << 8;
 
-/// A word of any alignment.
+/// Bytes of a word.
 const WORD: usize = size_of::<u64>();
 
-/// Copies: one stream read, one written.
+/// Copies a stream: one is read, one is written.
 pub fn copy(dst: &mut [f32], src: &[f32]) {
     let chunk = CHUNK / size_of::<f32>();
     dst.par_chunks_mut(chunk).zip(src.par_chunks(chunk)).for_each(|(dst, src)| dst.copy_from_slice(src));
 }
 
-/// One stream `p` read, the others updated in place, `x <- p - x`: the bytes of an update.
+/// Moves the bytes of an update: reads one stream `p` and updates the others in place, `x <- p - x`.
 ///
 /// All streams have the same length.
 pub fn update(updated: &mut [&mut [f32]], read: &[f32]) {
-    let (chunk, tile) = (CHUNK / size_of::<f32>(), TILE / size_of::<f32>());
-    let chunks = stretches(updated, chunk).into_par_iter().zip(read.par_chunks(chunk));
+    let chunk = CHUNK / size_of::<f32>();
+    let tile = TILE / size_of::<f32>();
+    let chunks = split_streams(updated, chunk).into_par_iter().zip(read.par_chunks(chunk));
     chunks.for_each(|(mut updated, read)| {
         vectorised(
             #[inline(always)]
@@ -44,8 +45,9 @@ pub fn update(updated: &mut [&mut [f32]], read: &[f32]) {
     });
 }
 
-/// The sum of all bytes as little-endian words, wrapping: streams that are only read. Bytes beyond the last whole word
-/// of a chunk are left out.
+/// Returns the wrapping sum of all little-endian words of streams that are only read.
+///
+/// Bytes after the last whole word of a chunk are ignored.
 pub fn scan(streams: &[&[u8]]) -> u64 {
     let sum = |chunk: &[u8]| {
         vectorised(
@@ -57,12 +59,12 @@ pub fn scan(streams: &[&[u8]]) -> u64 {
     chunks.map(sum).reduce(|| 0, u64::wrapping_add)
 }
 
-/// Streams added up word by word, wrapping, the sums written to every stream of `dst`: the bytes of a blend. Bytes
-/// beyond the last whole word are not written.
+/// Moves the bytes of a blend: adds the sources word by word, wrapping, and writes the sums to every stream of `dst`.
 ///
+/// Bytes after the last whole word are not written.
 /// All streams have the same length.
 pub fn blend(dst: &mut [&mut [u8]], sources: &[&[u8]]) {
-    stretches(dst, CHUNK).into_par_iter().enumerate().for_each(|(i, mut dst)| {
+    split_streams(dst, CHUNK).into_par_iter().enumerate().for_each(|(i, mut dst)| {
         let mut sums = [0u64; TILE / WORD];
         vectorised(
             #[inline(always)]
@@ -92,18 +94,18 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
     bytes.as_chunks::<WORD>().0.iter().map(|word| u64::from_le_bytes(*word))
 }
 
-/// Streams cut into stretches of `n` elements: for each stretch, that of every stream.
-pub fn stretches<'a, T>(streams: &'a mut [&mut [T]], n: usize) -> Vec<Vec<&'a mut [T]>> {
-    let mut stretches = Vec::new();
+/// Splits all streams into chunks of `n` elements. Item `i` of the result holds chunk `i` of every stream.
+pub fn split_streams<'a, T>(streams: &'a mut [&mut [T]], n: usize) -> Vec<Vec<&'a mut [T]>> {
+    let mut chunks = Vec::new();
     for stream in streams {
-        for (i, stretch) in stream.chunks_mut(n).enumerate() {
-            if i == stretches.len() {
-                stretches.push(Vec::new());
+        for (i, chunk) in stream.chunks_mut(n).enumerate() {
+            if i == chunks.len() {
+                chunks.push(Vec::new());
             }
-            stretches[i].push(stretch);
+            chunks[i].push(chunk);
         }
     }
-    stretches
+    chunks
 }
 
 #[cfg(test)]
@@ -113,7 +115,7 @@ mod tests {
     const N: usize = CHUNK + TILE + 12;
 
     #[test]
-    fn a_copy_copies() {
+    fn copy_writes_every_element() {
         let src: Vec<f32> = (0..N).map(|i| i as f32).collect();
         let mut dst = vec![0.0; N];
         copy(&mut dst, &src);
@@ -121,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn an_update_touches_every_element_once() {
+    fn update_changes_every_element_once() {
         let read: Vec<f32> = (0..N).map(|i| i as f32).collect();
         let (mut a, mut b) = (vec![1.0; N], vec![2.0; N]);
         update(&mut [&mut a, &mut b], &read);
@@ -129,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_of_all_words_of_all_streams() {
+    fn scan_and_blend_add_every_word_of_every_stream() {
         let bytes = |k: u64| -> Vec<u8> { (0..N as u64).flat_map(|i| (i * i + k).to_le_bytes()).collect() };
         let streams = [bytes(1), bytes(7), bytes(9)];
         let sources: Vec<&[u8]> = streams.iter().map(Vec::as_slice).collect();

@@ -1,17 +1,18 @@
-//! The operations on the CPU: vectorised for the machine at hand, split over rayon's threads.
+//! Operations on the CPU, vectorised for the instruction set of the machine and split over rayon's threads.
 //!
-//! Every element is computed on its own, in one fixed order of operations, so results depend neither on the number of
-//! threads nor on how the work is cut. Loops are plain Rust that the compiler vectorises under the widest instruction
-//! set found at run time (`pulp`): AVX-512, AVX2 with FMA, NEON, or none. `f32::mul_add` is exact on all of them.
+//! Every element is computed independently, in one fixed order of operations. Results therefore depend neither on the
+//! number of threads nor on the size of the chunks. Loops are plain Rust. The compiler vectorises them for each
+//! instruction set, and the widest available one is chosen at run time: AVX-512, AVX2 with FMA, NEON, or none.
+//! `f32::mul_add` rounds once on all of them.
 
 mod averages;
 mod blend;
 mod convert;
+mod fp_env;
 mod level;
 #[doc(hidden)]
 pub mod limits;
 mod memory;
-mod mode;
 pub(crate) mod prefetch;
 mod scan;
 mod update;
@@ -23,13 +24,13 @@ pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, max_finite, 
 pub use level::SimdLevel;
 pub use memory::Spare;
 pub(crate) use memory::zeros;
-pub use scan::{Range, copy_and_scan, scan};
+pub use scan::{ValueRange, copy_and_scan, scan};
 pub use update::{Incoming, update, update_with};
 
-/// Elements that a thread takes at a time: large enough to hide the hand-over, small enough to balance.
+/// Number of elements per task: large enough to amortise scheduling, small enough to balance the threads.
 pub const CHUNK: usize = 1 << 16;
 
-/// Runs a loop compiled for the widest instruction set of this machine.
+/// Runs a loop that is compiled for the widest instruction set of this machine.
 #[inline(always)]
 pub(crate) fn vectorised<R>(body: impl FnOnce() -> R) -> R {
     SimdLevel::best().run(body)

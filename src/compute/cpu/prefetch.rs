@@ -1,18 +1,18 @@
-//! Hints that bytes will soon be read, or written: loops over many streams at once outrun what the hardware foresees.
+//! Prefetch hints for loops over more streams than the hardware prefetcher follows.
 
-/// How far ahead of the elements at work, in bytes of a stream: measured, flat from 256 to 1024.
+/// Prefetch distance in bytes of a stream. Measured: flat from 256 to 1024.
 pub(super) const AHEAD: usize = 512;
 
-/// The bytes of a cache line.
+/// Bytes of a cache line.
 pub(super) const LINE: usize = 64;
 
-/// Fetches the lines [`AHEAD`] of a slice, as many as it has; they need not exist.
+/// Prefetches for reading as many lines as the slice has, [`AHEAD`] bytes further on. They need not exist.
 #[inline(always)]
 pub(crate) fn reading<T>(slice: &[T]) {
     lines::<T, false>(slice.as_ptr(), size_of_val(slice));
 }
 
-/// As [`reading`], of lines that will be written.
+/// As [`reading`], for lines that will be written.
 #[inline(always)]
 pub(crate) fn writing<T>(slice: &[T]) {
     lines::<T, true>(slice.as_ptr(), size_of_val(slice));
@@ -29,7 +29,7 @@ fn lines<T, const WRITE: bool>(start: *const T, bytes: usize) {
 #[inline(always)]
 fn line_at<const WRITE: bool>(at: *const i8) {
     use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
-    // SAFETY: a hint reads nothing and faults on no address; processors without the second one take it for no operation.
+    // SAFETY: a hint reads nothing and faults on no address. Processors without the write hint ignore it.
     unsafe { if WRITE { _mm_prefetch::<_MM_HINT_ET0>(at) } else { _mm_prefetch::<_MM_HINT_T0>(at) } }
 }
 

@@ -1,13 +1,13 @@
-//! The update of all profiles in one pass over the parameters.
+//! Update of all profiles in one pass over the parameters.
 //!
 //! Plain:       `e <- fma(w, p - e, e)`.
-//! Compensated: `d = fma(w, p - e, c); s = e + d; c <- bf16(d - (s - e)); e <- s`: the low-order term `c` keeps what the
-//! sum could not hold, so that increments below half an ulp of `e` are not lost.
+//! Compensated: `d = fma(w, p - e, c); s = e + d; c <- bf16(d - (s - e)); e <- s`. The low-order term `c` holds the
+//! rounding error of the sum, so increments below half an ulp of `e` are not lost.
 //!
-//! A few lines of parameters are read, converted to f32 and folded into each profile's averages while they are in
-//! registers: 2 to 8 bytes a parameter are read, and 8 (plain) or 12 (compensated) read and written per profile. What comes
-//! next of every stream is asked for ahead: with five streams read and four written, the hardware alone reaches three
-//! quarters of this rate.
+//! A tile of parameters is converted to f32 and folded into the averages of every profile while it is in registers.
+//! Memory traffic per parameter is 2 to 8 bytes read, plus 8 (plain) or 12 (compensated) bytes read and written per
+//! profile. Every stream is prefetched: with five streams read and four written, the hardware prefetcher alone reaches
+//! three quarters of this rate.
 
 use half::bf16;
 use rayon::prelude::*;
@@ -16,26 +16,26 @@ use safetensors::Dtype;
 use super::convert::{bf16_to_f32, f32_to_bf16, to_f32_with};
 use super::{Averages, CHUNK, Layout, SimdLevel, prefetch};
 
-/// Parameters that are folded into all averages at a time: whole lines of every stream, and few enough for registers.
+/// Number of parameters per tile: whole cache lines of every stream, and few enough for registers.
 const TILE: usize = 64;
 
-/// A tensor's new parameters.
+/// New parameters of one tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct Incoming<'a> {
-    /// An averaged dtype.
+    /// Dtype of the elements, which is averaged.
     pub dtype: Dtype,
-    /// The elements, of any alignment.
+    /// Elements, at any alignment.
     pub bytes: &'a [u8],
 }
 
-/// Folds new parameters into the averages of every profile, with the weight `1 - beta` of each.
+/// Folds new parameters into the averages of every profile. `weights` holds `1 - beta` of each profile.
 ///
-/// `incoming` holds one entry for each tensor of `layout`, with as many elements.
+/// `incoming` holds one entry for each tensor of `layout`, with the same number of elements.
 pub fn update(averages: &mut [Averages], incoming: &[Incoming<'_>], layout: &Layout, weights: &[f32]) {
     update_with(SimdLevel::best(), averages, incoming, layout, weights);
 }
 
-/// As [`update`], with the instructions of a level.
+/// As [`update`], with the instructions of `level`.
 pub fn update_with(
     level: SimdLevel,
     averages: &mut [Averages],
@@ -45,7 +45,7 @@ pub fn update_with(
 ) {
     debug_assert_eq!(averages.len(), weights.len());
     debug_assert_eq!(incoming.len(), layout.len());
-    cut(averages, incoming, layout).into_par_iter().for_each(|chunk| {
+    split_into_chunks(averages, incoming, layout).into_par_iter().for_each(|chunk| {
         level.run(
             #[inline(always)]
             || chunk.update(level, weights),
@@ -53,83 +53,87 @@ pub fn update_with(
     });
 }
 
-/// A stretch of one tensor with its averages under every profile.
-struct Chunk<'a> {
+/// Elements of one tensor, with their averages under every profile.
+struct UpdateChunk<'a> {
     incoming: Incoming<'a>,
-    states: Vec<State<'a>>,
+    averages: Vec<AveragesSlice<'a>>,
 }
 
-/// A stretch of one profile's averages.
-struct State<'a> {
+/// Elements of the averages of one profile.
+struct AveragesSlice<'a> {
     high: &'a mut [f32],
     low: Option<&'a mut [bf16]>,
 }
 
-impl<'a> State<'a> {
-    /// Takes the first `n` elements off.
-    fn take(&mut self, n: usize) -> State<'a> {
+impl<'a> AveragesSlice<'a> {
+    /// Splits off and returns the first `n` elements.
+    fn split_off(&mut self, n: usize) -> AveragesSlice<'a> {
         let high = self.high.split_off_mut(..n).unwrap_or_default();
         let low = self.low.as_mut().map(|low| low.split_off_mut(..n).unwrap_or_default());
-        State { high, low }
+        AveragesSlice { high, low }
     }
 }
 
-/// Cuts all tensors into chunks that threads can work on independently.
-fn cut<'a>(averages: &'a mut [Averages], incoming: &[Incoming<'a>], layout: &Layout) -> Vec<Chunk<'a>> {
-    let mut rest: Vec<State<'a>> =
-        averages.iter_mut().map(|a| State { high: &mut a.high, low: a.low.as_deref_mut() }).collect();
+/// Splits all tensors into chunks that threads update independently.
+fn split_into_chunks<'a>(
+    averages: &'a mut [Averages],
+    incoming: &[Incoming<'a>],
+    layout: &Layout,
+) -> Vec<UpdateChunk<'a>> {
+    let mut rest: Vec<AveragesSlice<'a>> =
+        averages.iter_mut().map(|a| AveragesSlice { high: &mut a.high, low: a.low.as_deref_mut() }).collect();
     let mut chunks = Vec::new();
-    let mut taken = 0;
+    let mut end = 0;
     for (i, tensor) in incoming.iter().enumerate() {
         let place = layout.place(i);
-        for state in &mut rest {
-            state.take(place.start - taken);
+        for averages in &mut rest {
+            averages.split_off(place.start - end);
         }
         let size = tensor.dtype.bitsize() / 8;
         for bytes in tensor.bytes.chunks(CHUNK * size) {
-            let states = rest.iter_mut().map(|state| state.take(bytes.len() / size)).collect();
-            chunks.push(Chunk { incoming: Incoming { bytes, ..*tensor }, states });
+            let averages = rest.iter_mut().map(|averages| averages.split_off(bytes.len() / size)).collect();
+            chunks.push(UpdateChunk { incoming: Incoming { bytes, ..*tensor }, averages });
         }
-        taken = place.end;
+        end = place.end;
     }
     chunks
 }
 
-impl Chunk<'_> {
+impl UpdateChunk<'_> {
     #[inline(always)]
     fn update(mut self, level: SimdLevel, weights: &[f32]) {
         match self.incoming.dtype {
-            Dtype::F32 => self.tiles::<4>(level, weights, Dtype::F32),
-            Dtype::F16 => self.tiles::<2>(level, weights, Dtype::F16),
-            Dtype::BF16 => self.tiles::<2>(level, weights, Dtype::BF16),
-            Dtype::F64 => self.tiles::<8>(level, weights, Dtype::F64),
+            Dtype::F32 => self.fold_tiles::<4>(level, weights, Dtype::F32),
+            Dtype::F16 => self.fold_tiles::<2>(level, weights, Dtype::F16),
+            Dtype::BF16 => self.fold_tiles::<2>(level, weights, Dtype::BF16),
+            Dtype::F64 => self.fold_tiles::<8>(level, weights, Dtype::F64),
             other => unreachable!("{other} is not averaged"),
         }
     }
 
-    /// `N` is the size of an element.
+    /// Folds all elements, which have `N` bytes each.
     #[inline(always)]
-    fn tiles<const N: usize>(&mut self, level: SimdLevel, weights: &[f32], dtype: Dtype) {
+    fn fold_tiles<const N: usize>(&mut self, level: SimdLevel, weights: &[f32], dtype: Dtype) {
         let elements = self.incoming.bytes.as_chunks::<N>().0;
         let (whole, rest) = elements.as_chunks::<TILE>();
         let mut parameters = [0.0; TILE];
         for (i, tile) in whole.iter().enumerate() {
             prefetch::reading(tile);
             to_f32_with(level, &mut parameters, tile.as_flattened(), dtype);
-            for (state, &weight) in self.states.iter_mut().zip(weights) {
-                state.fold_tile(i, &parameters, weight);
+            for (averages, &weight) in self.averages.iter_mut().zip(weights) {
+                averages.fold_tile(i, &parameters, weight);
             }
         }
         let parameters = &mut parameters[..rest.len()];
         to_f32_with(level, parameters, rest.as_flattened(), dtype);
-        for (state, &weight) in self.states.iter_mut().zip(weights) {
-            state.fold(whole.len() * TILE, parameters, weight);
+        for (averages, &weight) in self.averages.iter_mut().zip(weights) {
+            averages.fold(whole.len() * TILE, parameters, weight);
         }
     }
 }
 
-impl State<'_> {
-    /// Folds a whole tile in, the `i`th.
+impl AveragesSlice<'_> {
+    /// Folds the parameters of tile `i`.
     #[inline(always)]
     fn fold_tile(&mut self, i: usize, parameters: &[f32; TILE], weight: f32) {
         let high = &mut self.high.as_chunks_mut::<TILE>().0[i];
@@ -144,7 +148,7 @@ impl State<'_> {
         }
     }
 
-    /// Folds fewer parameters than a tile in, from element `start` on.
+    /// Folds fewer parameters than a tile, from element `start` on.
     #[inline(always)]
     fn fold(&mut self, start: usize, parameters: &[f32], weight: f32) {
         let place = start..start + parameters.len();
@@ -180,7 +184,7 @@ mod tests {
     use super::*;
     use rand::{Rng, SeedableRng};
 
-    /// The definition, one element at a time.
+    /// Updates one element by the definition.
     fn oracle(high: &mut f32, low: Option<&mut bf16>, p: f32, w: f32) {
         let Some(low) = low else {
             *high = w.mul_add(p - *high, *high);
@@ -199,7 +203,7 @@ mod tests {
         value[0]
     }
 
-    /// Random bit patterns, without NaN and infinity in the 16-bit types.
+    /// Returns random values between -2 and 2.
     fn random_bytes(random: &mut impl Rng, dtype: Dtype, elements: usize) -> Vec<u8> {
         let value = |random: &mut dyn FnMut() -> f32| random() * 4.0 - 2.0;
         let mut next = || random.random::<f32>();
@@ -254,7 +258,7 @@ mod tests {
     const ALL: [Dtype; 4] = [Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F64];
 
     #[test]
-    fn every_length_dtype_precision_and_number_of_profiles() {
+    fn update_equals_oracle_for_every_length_dtype_and_precision() {
         for profiles in [1, 2, 3, 8] {
             for precision in [Precision::Plain, Precision::Compensated] {
                 for shift in [0, 1, 3] {
@@ -265,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn around_tiles_and_chunks() {
+    fn update_equals_oracle_around_tiles_and_chunks() {
         let lengths = [TILE - 1, TILE, TILE + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5];
         for precision in [Precision::Plain, Precision::Compensated] {
             for dtype in ALL {
@@ -275,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_update_copies_the_parameters() {
+    fn first_update_copies_parameters() {
         let values = [1.5f32, -0.25, 1e-30, 3e38];
         let layout = Layout::new([values.len()]);
         for precision in [Precision::Plain, Precision::Compensated] {
@@ -286,23 +290,24 @@ mod tests {
         }
     }
 
-    /// The accuracy that DESIGN promises: over a million steps the compensated average stays within 1e-7 of the weights'
-    /// RMS from an f64 average, where the plain one does not.
+    /// Checks the documented accuracy: over a million steps, the compensated average stays within 1e-7 of the weights'
+    /// RMS from an f64 average. The plain average does not.
     #[test]
-    fn a_million_steps_stay_within_1e_7() {
+    fn compensated_average_stays_within_1e_7_over_a_million_steps() {
         const ELEMENTS: usize = 64;
         let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(3);
         let centre: Vec<f32> = (0..ELEMENTS).map(|_| random.random::<f32>() * 2.0 - 1.0).collect();
         let layout = Layout::new([ELEMENTS]);
-        let [mut best, mut plain] = [Precision::Compensated, Precision::Plain].map(|p| [Averages::zeros(&layout, p)]);
+        let mut compensated = [Averages::zeros(&layout, Precision::Compensated)];
+        let mut plain = [Averages::zeros(&layout, Precision::Plain)];
         let mut exact = vec![0f64; ELEMENTS];
         for update_number in 1..=100_000u32 {
-            // Updates every 10 of 1,000,000 steps, sigma_rel 0.28 (gamma 0.169), parameters with 0.1% noise.
+            // An update every 10 of 1,000,000 steps, sigma_rel 0.28 (gamma 0.169), and parameters with 0.1% noise.
             let time = f64::from(update_number) * 10.0;
             let weight = 1.0 - ((time - 10.0) / time).powf(1.1693);
             let values: Vec<f32> = centre.iter().map(|c| c * (1.0 + 1e-3 * (random.random::<f32>() - 0.5))).collect();
             let bytes: &[u8] = bytemuck::cast_slice(&values);
-            for averages in [&mut best, &mut plain] {
+            for averages in [&mut compensated, &mut plain] {
                 update(averages, &[Incoming { dtype: Dtype::F32, bytes }], &layout, &[weight as f32]);
             }
             exact.iter_mut().zip(&values).for_each(|(e, &v)| *e += weight * (f64::from(v) - *e));
@@ -312,7 +317,7 @@ mod tests {
             let squares = averages.high.iter().zip(&exact).map(|(a, e)| (f64::from(*a) - e).powi(2));
             (squares.sum::<f64>() / ELEMENTS as f64).sqrt() / rms
         };
-        assert!(distance(&best[0]) < 1e-7, "compensated: {:e}", distance(&best[0]));
+        assert!(distance(&compensated[0]) < 1e-7, "compensated: {:e}", distance(&compensated[0]));
         assert!(distance(&plain[0]) > 1e-6, "plain: {:e}", distance(&plain[0]));
     }
 }

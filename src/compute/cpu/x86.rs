@@ -1,13 +1,15 @@
-//! Loads of every dtype into vectors of f64, and f16 back, by the instructions of AVX2 with F16C and of AVX-512: what the
-//! compiler makes of the plain loops takes two to three times as many.
+//! Conversions of every dtype to vectors of f64, and of f64 to f16, by AVX2 with F16C and by AVX-512.
 //!
-//! On other processors, and for tiles of odd sizes, everything here says that it has done nothing.
+//! The code that the compiler generates for the plain loops needs two to three times as many instructions.
+//!
+//! Each function returns how many elements it has done. The caller's plain loop does the rest, which on processors
+//! without these instructions is all of them.
 
 use safetensors::Dtype;
 
 use super::SimdLevel;
 
-/// Elements that are added at a time: whole lines of every stream.
+/// Number of elements per step of [`add`]: whole cache lines of every stream.
 pub(super) const STEP: usize = 32;
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -50,12 +52,13 @@ mod vectors {
     use super::super::prefetch;
     use super::{Dtype, STEP, SimdLevel};
 
-    /// Elements that are loaded at a time.
+    /// Number of elements that are loaded together.
     const LANES: usize = 8;
 
-    /// Adds sources of one dtype, weighted and in their order, to sums, in whole steps of [`STEP`] elements, and returns
-    /// how many elements that were: 0 on CPUs without the instructions. Each source holds at least as many as `sums`, of
-    /// any alignment.
+    /// Adds weighted sources of one dtype to `sums`, in their order, in whole steps of [`STEP`] elements.
+    ///
+    /// Returns the number of elements done, 0 on processors without the instructions. Each source holds at least as
+    /// many elements as `sums`, at any alignment.
     #[inline(always)]
     pub(in super::super) fn add<const K: usize>(
         level: SimdLevel,
@@ -81,8 +84,10 @@ mod vectors {
         sums.len() / STEP * STEP
     }
 
-    /// Reads whole groups of eight elements as f64 and returns how many elements that were: 0 on CPUs without the
-    /// instructions. `src` holds at least as many as `dst`, of any alignment.
+    /// Converts whole groups of eight elements to f64.
+    ///
+    /// Returns the number of elements done, 0 on processors without the instructions. `src` holds at least as many
+    /// elements as `dst`, at any alignment.
     #[inline(always)]
     pub(in super::super) fn to_f64(level: SimdLevel, dtype: Dtype, dst: &mut [f64], src: &[u8]) -> usize {
         // SAFETY: the level has the features.
@@ -102,7 +107,7 @@ mod vectors {
         dst.len() / LANES * LANES
     }
 
-    /// Widens whole groups of eight elements, as [`to_f64`].
+    /// Converts whole groups of eight elements to f32, as [`to_f64`].
     #[inline(always)]
     pub(in super::super) fn f16_to_f32(level: SimdLevel, dst: &mut [f32], src: &[u8]) -> usize {
         if !level.has_avx2() {
@@ -113,8 +118,10 @@ mod vectors {
         dst.len() / LANES * LANES
     }
 
-    /// Rounds whole groups of eight values to f16 by way of f32, and returns how many elements that were, 0 on CPUs
-    /// without the instruction, and whether none of them was NaN or beyond the limit.
+    /// Rounds whole groups of eight values to f16 by way of f32.
+    ///
+    /// Returns the number of elements done, 0 on processors without the instruction, and true if none of them is NaN or
+    /// beyond the limit.
     #[inline(always)]
     pub(in super::super) fn f16_from_f64(level: SimdLevel, dst: &mut [u8], src: &[f64], limit: f64) -> (usize, bool) {
         let (whole, _) = src.as_chunks();
@@ -130,7 +137,8 @@ mod vectors {
         (whole.len() * LANES, fits)
     }
 
-    /// The loops over elements of one dtype: `SIZE` its bytes, then how eight of them become f32, or f64 at once.
+    /// Defines the loops over elements of one dtype: their size in bytes, and the conversions of eight elements to one
+    /// vector of f64 or to two.
     macro_rules! of_dtype {
         ($name:ident, $size:literal, $wide:ident, $halves:ident) => {
             mod $name {
@@ -138,10 +146,10 @@ mod vectors {
 
                 use super::{LANES, STEP, prefetch};
 
-                /// Groups of elements that are loaded at a time.
+                /// Bytes of one step, in groups that are loaded together.
                 type Groups = [[u8; $size * LANES]; STEP / LANES];
 
-                /// A source in whole steps.
+                /// Splits a source into whole steps.
                 #[inline(always)]
                 fn steps(source: &[u8], elements: usize) -> &[Groups] {
                     &source.as_chunks().0.as_chunks().0[..elements / STEP]
@@ -155,12 +163,12 @@ mod vectors {
                         sources.iter().for_each(|source| prefetch::reading(&source[i]));
                         for (j, sums) in sums.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
                             // SAFETY: the reference covers the 8 sums; the instruction takes any alignment.
-                            let mut held = unsafe { _mm512_loadu_pd(sums.as_ptr()) };
+                            let mut acc = unsafe { _mm512_loadu_pd(sums.as_ptr()) };
                             for k in 0..K {
-                                held = _mm512_fmadd_pd(weights[k], super::$wide(&sources[k][i][j]), held);
+                                acc = _mm512_fmadd_pd(weights[k], super::$wide(&sources[k][i][j]), acc);
                             }
                             // SAFETY: as above.
-                            unsafe { _mm512_storeu_pd(sums.as_mut_ptr(), held) };
+                            unsafe { _mm512_storeu_pd(sums.as_mut_ptr(), acc) };
                         }
                     }
                 }
@@ -174,16 +182,16 @@ mod vectors {
                         for (j, sums) in sums.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
                             let (low, high) = sums.split_at_mut(4);
                             // SAFETY: each half has the 4 sums; the instruction takes any alignment.
-                            let mut held = unsafe { [_mm256_loadu_pd(low.as_ptr()), _mm256_loadu_pd(high.as_ptr())] };
+                            let mut acc = unsafe { [_mm256_loadu_pd(low.as_ptr()), _mm256_loadu_pd(high.as_ptr())] };
                             for k in 0..K {
                                 let values = super::$halves(&sources[k][i][j]);
-                                held[0] = _mm256_fmadd_pd(weights[k], values.0, held[0]);
-                                held[1] = _mm256_fmadd_pd(weights[k], values.1, held[1]);
+                                acc[0] = _mm256_fmadd_pd(weights[k], values.0, acc[0]);
+                                acc[1] = _mm256_fmadd_pd(weights[k], values.1, acc[1]);
                             }
                             // SAFETY: as above.
                             unsafe {
-                                _mm256_storeu_pd(low.as_mut_ptr(), held[0]);
-                                _mm256_storeu_pd(high.as_mut_ptr(), held[1]);
+                                _mm256_storeu_pd(low.as_mut_ptr(), acc[0]);
+                                _mm256_storeu_pd(high.as_mut_ptr(), acc[1]);
                             }
                         }
                     }
@@ -203,8 +211,8 @@ mod vectors {
                     let groups = src.as_chunks::<{ $size * LANES }>().0;
                     for (dst, group) in dst.as_chunks_mut::<LANES>().0.iter_mut().zip(groups) {
                         let (low, high) = super::$halves(group);
-                        // SAFETY: the reference covers the 8 elements, the second half 4 on; the instruction takes any
-                        // alignment.
+                        // SAFETY: the reference covers the 8 elements, and the second half begins at the fifth. The
+                        // instruction takes any alignment.
                         unsafe {
                             _mm256_storeu_pd(dst.as_mut_ptr(), low);
                             _mm256_storeu_pd(dst.as_mut_ptr().add(4), high);
@@ -327,7 +335,8 @@ mod vectors {
         let (limit, sign) = (_mm256_set1_pd(limit), _mm256_set1_pd(-0.0));
         let mut fits = _mm256_cmp_pd::<_CMP_TRUE_UQ>(limit, limit);
         for (dst, src) in dst.as_chunks_mut::<16>().0.iter_mut().zip(src) {
-            // SAFETY: the reference covers the 8 elements, the second half 4 on; the instruction takes any alignment.
+            // SAFETY: the reference covers the 8 elements, and the second half begins at the fifth. The instruction
+            // takes any alignment.
             let both = unsafe { [_mm256_loadu_pd(src.as_ptr()), _mm256_loadu_pd(src.as_ptr().add(4))] };
             for values in both {
                 fits = _mm256_and_pd(fits, _mm256_cmp_pd::<_CMP_LE_OQ>(_mm256_andnot_pd(sign, values), limit));

@@ -46,7 +46,7 @@ impl Reader {
     ///
     /// # Errors
     /// [`crate::Error::Cuda`] where the device fails, as of all methods.
-    pub fn ranges(&mut self) -> Result<Vec<Vec<cpu::Range>>> {
+    pub fn ranges(&mut self) -> Result<Vec<Vec<cpu::ValueRange>>> {
         let (arenas, device) = (self.arenas.clone(), self.device().clone());
         let (table, largest) = match self.scan.take() {
             Some(scan) => scan,
@@ -85,9 +85,9 @@ impl Reader {
     }
 
     /// The range of one tensor, whose largest magnitude is known: where it is not finite, the first such value is sought.
-    fn range(&mut self, high: &Buffer, tensor: usize, largest: f32) -> Result<cpu::Range> {
+    fn range(&mut self, high: &Buffer, tensor: usize, largest: f32) -> Result<cpu::ValueRange> {
         if largest.is_finite() {
-            return Ok(cpu::Range { largest, first_not_finite: None });
+            return Ok(cpu::ValueRange { largest, first_not_finite: None });
         }
         let place = self.arenas.layout.place(tensor);
         let mut values = vec![0f32; place.len()];

@@ -12,7 +12,7 @@ use super::background::Background;
 use super::spare::CopyBuffer;
 use super::{EngineConfig, HostAverages, cuda_memory};
 use crate::compute::cpu::{Incoming, Layout};
-use crate::compute::cuda::{Arrived, Device, Fence, Offload};
+use crate::compute::cuda::{Device, Fence, HostCopy, Offload};
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
 use crate::tracker::moment::{CheckpointMeta, Failure};
@@ -132,7 +132,7 @@ impl OffloadedEngine {
     }
 }
 
-fn fold(host: &mut HostAverages, arrived: &Arrived, dtypes: &[Dtype], layout: &Layout, weights: &[f32]) {
+fn fold(host: &mut HostAverages, arrived: &HostCopy, dtypes: &[Dtype], layout: &Layout, weights: &[f32]) {
     let incoming = dtypes.iter().enumerate().map(|(i, &dtype)| Incoming { dtype, bytes: arrived.tensor(i) });
     let incoming: Vec<Incoming<'_>> = incoming.collect();
     let copied: Vec<&[u8]> = (0..host.copies()).map(|i| arrived.tensor(dtypes.len() + i)).collect();

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::compute::cpu::{Layout, Range, Spare, SpareAverages};
+use crate::compute::cpu::{Layout, Spare, SpareAverages, ValueRange};
 use crate::tracker::moment::{CheckpointMeta, Failure};
 use crate::tracker::values::{OwnedValues, Values};
 use crate::tracker::writer::Home;
@@ -54,7 +54,7 @@ impl CopyBuffer {
     }
 
     /// Copies the values, and returns the range of every averaged tensor of each profile.
-    fn copy(&self, values: &Values<'_>, layout: &Layout) -> Option<(OwnedValues, Vec<Vec<Range>>)> {
+    fn copy(&self, values: &Values<'_>, layout: &Layout) -> Option<(OwnedValues, Vec<Vec<ValueRange>>)> {
         #[cfg(test)]
         if self.refused {
             return None;
@@ -67,14 +67,14 @@ impl CopyBuffer {
         let profiles = memory.averages.into_iter().zip(values.averages);
         let (averages, ranges) = profiles.map(|(spare, averages)| spare.copy(averages, layout)).unzip();
         let tensors = memory.copies.into_iter().zip(values.copies);
-        let copies = tensors.map(|(spare, bytes)| spare.written(|copy| copy.copy_from_slice(bytes))).collect();
+        let copies = tensors.map(|(spare, bytes)| spare.fill_with(|copy| copy.copy_from_slice(bytes))).collect();
         Some((OwnedValues { averages, copies, ..OwnedValues::default() }, ranges))
     }
 
     /// Keeps the memory of a copy for the next one. Until then, the system may reclaim its pages.
     fn put_back(&self, copy: OwnedValues) {
-        let averages = copy.averages.into_iter().map(SpareAverages::lend_back).collect();
-        let copies = copy.copies.into_iter().map(Spare::lend_back).collect();
+        let averages = copy.averages.into_iter().map(SpareAverages::release).collect();
+        let copies = copy.copies.into_iter().map(Spare::release).collect();
         *self.lock() = Some(Memory { averages, copies });
     }
 
@@ -111,7 +111,7 @@ impl Memory {
     }
 
     fn touched(self) -> Memory {
-        let averages = self.averages.into_iter().map(SpareAverages::touched).collect();
-        Memory { averages, copies: self.copies.into_iter().map(Spare::touched).collect() }
+        let averages = self.averages.into_iter().map(SpareAverages::prefault).collect();
+        Memory { averages, copies: self.copies.into_iter().map(Spare::prefault).collect() }
     }
 }

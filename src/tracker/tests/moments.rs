@@ -94,12 +94,12 @@ fn dtypes_are_chosen_by_given_ranges() {
     let (temp, dir) = scratch();
     let ema = trained(&dir);
     let (moment, values) = moment_for(&ema, &temp.path().join("other"));
-    let range = |largest| cpu::Range { largest, first_not_finite: None };
+    let range = |largest| cpu::ValueRange { largest, first_not_finite: None };
     let never = |_: usize, _: usize| -> Result<f32> { panic!("no element has to be looked up") };
     // The largest value that f16 takes, and the first that it would round to infinity.
     let chosen = moment.choose_dtypes(0, &[range(65_519.996), range(65_520.0)], never).unwrap();
     assert_eq!(chosen, [Dtype::F16, Dtype::F32]);
-    let bad = cpu::Range { largest: 0.0, first_not_finite: Some(3) };
+    let bad = cpu::ValueRange { largest: 0.0, first_not_finite: Some(3) };
     let look_up = |tensor: usize, element: usize| {
         assert_eq!((tensor, element), (1, 3));
         Ok(f32::NEG_INFINITY)

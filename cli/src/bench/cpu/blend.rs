@@ -13,7 +13,7 @@ use super::super::cases::{self, Sizes, target_counts, word};
 use super::super::session::{Row, Session, Task, timed};
 use posthoc_ema::TensorSpec;
 use posthoc_ema::compute::cpu::limits;
-use posthoc_ema::compute::cpu::limits::stretches;
+use posthoc_ema::compute::cpu::limits::split_streams;
 use posthoc_ema::compute::cpu::{self, CHUNK};
 use posthoc_ema::snapshot::{FileLayout, StoredFile};
 use posthoc_ema::{Error, Result};
@@ -158,7 +158,7 @@ impl Case<'_> {
         let (dtype, weights) = (self.case.dtype, self.case.weights());
         let (size, dtypes) = (dtype.bitsize() / 8, vec![dtype; self.sources.len()]);
         let blend = cpu::Blend { dtypes: &dtypes, weights: &weights, output: dtype };
-        stretches(dst, CHUNK * size).into_par_iter().enumerate().try_for_each(|(i, mut dst)| {
+        split_streams(dst, CHUNK * size).into_par_iter().enumerate().try_for_each(|(i, mut dst)| {
             let range = i * CHUNK * size..i * CHUNK * size + dst[0].len();
             let sources: Vec<&[u8]> = self.sources.iter().map(|source| &source[range.clone()]).collect();
             cpu::blend(&mut dst, &sources, &blend)

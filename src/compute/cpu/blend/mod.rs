@@ -1,11 +1,11 @@
-//! The blend: `out[m] = sum_k w[m][k] x[k]`, any number of sources into any number of targets in one pass.
+//! Blend of any number of sources into any number of targets in one pass: `out[m] = sum_k w[m][k] x[k]`.
 //!
-//! Sums are taken in f64, from the first source to the last, and rounded once at the end. With noise gains of tens and
-//! weights of both signs, sums in f32 would be off by many ulps; in f64 what is lost is below `K 2^-53 sum |w x|`, far
-//! under half an ulp of the output.
+//! Sums are in f64, from the first source to the last, and are rounded once at the end. With noise gains of tens and
+//! weights of both signs, sums in f32 would be off by many ulps. The error in f64 is below `K 2^-53 sum |w x|`, far
+//! less than half an ulp of the output.
 
-mod alone;
-mod several;
+mod multi_target;
+mod single_target;
 #[cfg(test)]
 mod tests;
 
@@ -14,37 +14,37 @@ use safetensors::Dtype;
 use super::SimdLevel;
 use super::convert::{from_f64, max_finite};
 
-/// Which sources are blended into which targets.
+/// Weights and dtypes of a blend.
 #[derive(Clone, Copy, Debug)]
 pub struct Blend<'a> {
-    /// The dtype of every source.
+    /// Dtype of each source.
     pub dtypes: &'a [Dtype],
-    /// The weights of target 0 for all sources, then those of target 1, and so on.
+    /// Weights `w[m][k]`: those of target 0 for all sources, then those of target 1, and so on.
     pub weights: &'a [f64],
-    /// The dtype of the results.
+    /// Dtype of the results.
     pub output: Dtype,
 }
 
-/// A sum that the output dtype cannot hold.
+/// Sum that the output dtype cannot hold.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Overflow {
-    /// The target.
+    /// Index of the target.
     pub target: usize,
-    /// The element within the stretch.
+    /// Index of the element.
     pub element: usize,
-    /// The value: NaN, infinite, or beyond the output dtype.
+    /// Value of the sum: NaN, infinite, or beyond the output dtype.
     pub value: f64,
 }
 
-/// Blends a stretch of elements: `sources[k]` and `dst[m]` hold the same number, of any alignment.
+/// Blends elements. All of `sources` and `dst` hold the same number, at any alignment.
 ///
 /// # Errors
-/// The first sum that is not finite in the output dtype; the stretch's results are then incomplete.
+/// Returns a sum that is not finite in the output dtype. The results are then incomplete.
 pub fn blend(dst: &mut [&mut [u8]], sources: &[&[u8]], blend: &Blend<'_>) -> Result<(), Overflow> {
     blend_with(SimdLevel::best(), dst, sources, blend)
 }
 
-/// As [`blend`], with the instructions of a level.
+/// As [`blend`], with the instructions of `level`.
 ///
 /// # Errors
 /// As [`blend`].
@@ -57,13 +57,13 @@ pub fn blend_with(
     debug_assert_eq!(blend.weights.len(), dst.len() * sources.len());
     match dst {
         [] => Ok(()),
-        [dst] => alone::blend(level, dst, sources, blend),
-        _ => several::blend(level, dst, sources, blend),
+        [dst] => single_target::blend(level, dst, sources, blend),
+        _ => multi_target::blend(level, dst, sources, blend),
     }
 }
 
 impl Blend<'_> {
-    /// Stores the sums of a tile of a target, which begins at element `start`, and checks them.
+    /// Stores and checks the sums of a tile of `target` that begins at element `start`.
     #[inline(always)]
     fn store(
         &self,

@@ -4,7 +4,7 @@ use rand::{Rng, SeedableRng};
 
 const ALL: [Dtype; 4] = [Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::F64];
 
-fn one(bytes: &[u8], dtype: Dtype, i: usize) -> f64 {
+fn element(bytes: &[u8], dtype: Dtype, i: usize) -> f64 {
     let mut value = [0.0];
     let size = dtype.bitsize() / 8;
     to_f64(SimdLevel::best(), &mut value, &bytes[i * size..][..size], dtype);
@@ -17,7 +17,7 @@ fn encode(values: &[f64], dtype: Dtype) -> Vec<u8> {
     bytes
 }
 
-/// The distance between neighbours of `dtype` around `value`.
+/// Returns the distance between neighbours of `dtype` around `value`.
 fn ulp(value: f64, dtype: Dtype) -> f64 {
     let (digits, smallest) = match dtype {
         Dtype::F16 => (10, -24),
@@ -29,7 +29,7 @@ fn ulp(value: f64, dtype: Dtype) -> f64 {
     2f64.powi((exponent - digits).max(smallest))
 }
 
-/// A sum of products without rounding error to speak of: errors of both are carried along.
+/// Returns a sum of products in doubled precision: the rounding errors of products and sums are added at the end.
 fn exact_sum(weights: &[f64], values: impl Iterator<Item = f64>) -> f64 {
     let (mut high, mut low) = (0.0, 0.0);
     for (w, x) in weights.iter().zip(values) {
@@ -53,7 +53,7 @@ fn check(elements: usize, sources: usize, targets: usize, output: Dtype, shift: 
         })
         .collect();
     let stored: Vec<&[u8]> = stored.iter().map(|bytes| &bytes[shift..]).collect();
-    // Weights of both signs and a noise gain of tens, as synthesis has them.
+    // Weights of both signs and a noise gain of tens, as in synthesis.
     let weights: Vec<f64> = (0..sources * targets).map(|_| random.random::<f64>() * 40.0 - 20.0).collect();
     let size = output.bitsize() / 8;
     let with = |level: SimdLevel| {
@@ -69,9 +69,9 @@ fn check(elements: usize, sources: usize, targets: usize, output: Dtype, shift: 
     for (m, result) in results.iter().enumerate() {
         let weights = &weights[m * sources..][..sources];
         for i in 0..elements {
-            let exact = exact_sum(weights, stored.iter().zip(&dtypes).map(|(b, &d)| one(b, d, i)));
-            let got = one(&result[shift..], output, i);
-            // For f64 the sum itself rounds: K 2^-53 of the sum of magnitudes.
+            let exact = exact_sum(weights, stored.iter().zip(&dtypes).map(|(b, &d)| element(b, d, i)));
+            let got = element(&result[shift..], output, i);
+            // In f64 the sum itself rounds, by K 2^-53 of the sum of magnitudes.
             let rounding =
                 if output == Dtype::F64 { sources as f64 * 20.0 * f64::EPSILON * sources as f64 } else { 0.0 };
             let difference = (got - exact).abs();
@@ -82,7 +82,7 @@ fn check(elements: usize, sources: usize, targets: usize, output: Dtype, shift: 
 }
 
 #[test]
-fn every_length_is_within_an_ulp_of_the_exact_sum() {
+fn blend_of_every_length_is_within_one_ulp_of_exact_sum() {
     for elements in 0..70 {
         for output in ALL {
             check(elements, 9, 2, output, elements % 3);
@@ -91,7 +91,7 @@ fn every_length_is_within_an_ulp_of_the_exact_sum() {
 }
 
 #[test]
-fn any_number_of_sources_and_targets() {
+fn blend_of_any_number_of_sources_and_targets_is_exact() {
     for sources in [0, 1, 2, 3, 4, 5, 8, 40, 81] {
         for targets in [1, 2, 3, 4, 5, 6, 7, 8, 9, 31] {
             check(203, sources, targets, Dtype::F32, 1);
@@ -102,7 +102,7 @@ fn any_number_of_sources_and_targets() {
 }
 
 #[test]
-fn results_do_not_depend_on_the_stretch() {
+fn blend_in_pieces_keeps_bits() {
     let values: Vec<f64> = (0..3000).map(|i| f64::from(i).sin()).collect();
     let stored: Vec<Vec<u8>> = ALL.iter().map(|&dtype| encode(&values, dtype)).collect();
     let weights = [0.3, -1.7, 2.9, -0.5];
@@ -124,19 +124,18 @@ fn results_do_not_depend_on_the_stretch() {
 }
 
 #[test]
-fn sums_that_do_not_fit_are_reported() {
+fn overflowing_sum_is_reported() {
     let values = encode(&[1.0, 70_000.0, f64::NAN], Dtype::F32);
     let mut out = [0u8; 12];
     let task = |output| Blend { dtypes: &[Dtype::F32], weights: &[1.0], output };
-    let unfit = blend(&mut [&mut out[..6]], &[&values], &task(Dtype::F16)).unwrap_err();
-    assert_eq!((unfit.element, unfit.value), (1, 70_000.0));
-    let unfit = blend(&mut [&mut out], &[&values], &task(Dtype::F32)).unwrap_err();
-    assert!(unfit.element == 2 && unfit.value.is_nan());
+    let overflow = blend(&mut [&mut out[..6]], &[&values], &task(Dtype::F16)).unwrap_err();
+    assert_eq!((overflow.element, overflow.value), (1, 70_000.0));
+    let overflow = blend(&mut [&mut out], &[&values], &task(Dtype::F32)).unwrap_err();
+    assert!(overflow.element == 2 && overflow.value.is_nan());
 }
 
-/// What a single target takes straight from the sources, and what several share through the cache, are the same bits.
 #[test]
-fn a_target_alone_has_the_bits_of_one_among_others() {
+fn single_target_has_bits_of_one_among_several() {
     let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(5);
     for dtype in ALL {
         for elements in (0..70).chain([511, 512, 513, 1500]) {
@@ -150,8 +149,9 @@ fn a_target_alone_has_the_bits_of_one_among_others() {
                 let stored: Vec<&[u8]> = stored.iter().map(|bytes| &bytes[shift..]).collect();
                 let weights: Vec<f64> = (0..2 * sources).map(|_| random.random::<f64>() * 40.0 - 20.0).collect();
                 let dtypes = vec![dtype; sources];
-                let (mut alone, mut first, mut second) =
-                    (vec![0x55u8; 8 * elements], vec![0xaau8; 8 * elements], vec![0u8; 8 * elements]);
+                let mut alone = vec![0x55u8; 8 * elements];
+                let mut first = vec![0xaau8; 8 * elements];
+                let mut second = vec![0u8; 8 * elements];
                 let of = |weights| Blend { dtypes: &dtypes, weights, output: Dtype::F64 };
                 blend(&mut [&mut alone], &stored, &of(&weights[..sources])).unwrap();
                 blend(&mut [&mut first, &mut second], &stored, &of(&weights)).unwrap();

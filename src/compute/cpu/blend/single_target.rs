@@ -1,9 +1,9 @@
-//! One target: sums stay in the first-level cache, and sources are added to them four at a time.
+//! Blend into one target. Sums stay in the L1 cache, and four sources at a time are added to them.
 //!
-//! A tile of the target is summed up over all sources before the next one is begun. Its stretch of each source is long
-//! enough for the hardware to foresee how it goes on, and there are so few streams at a time that their pages stay known
-//! to it: short pieces of all sources in turn, with sums in registers, take up to half as long again in mapped files, whose
-//! pages are small. What follows in every stream is asked for ahead.
+//! A tile of the target is summed over all sources before the next tile begins. A tile of each source is long enough
+//! for the hardware prefetcher, and so few streams are open that their pages stay in the TLB. The alternative, short
+//! pieces of all sources with sums in registers, takes up to 50% longer from mapped files, whose pages are small. Every
+//! stream is prefetched.
 
 use std::ops::Range;
 
@@ -14,13 +14,13 @@ use super::super::x86::{self, STEP};
 use super::super::{SimdLevel, prefetch};
 use super::{Blend, Overflow};
 
-/// Elements of the target that are summed up at a time: 8 KiB of sums, and half a page of f16.
+/// Number of elements per tile: 8 KiB of sums, and half a page of f16.
 const TILE: usize = 1024;
 
-/// Sources that are added at a time: enough to read and write the sums a quarter as often.
+/// Number of sources that are added together, so that the sums are read and written a quarter as often.
 const GROUP: usize = 4;
 
-/// Blends a stretch of a single target.
+/// Blends the elements of a single target.
 pub(super) fn blend(level: SimdLevel, dst: &mut [u8], sources: &[&[u8]], blend: &Blend<'_>) -> Result<(), Overflow> {
     let groups = groups(blend.dtypes);
     let size = blend.output.bitsize() / 8;
@@ -32,8 +32,9 @@ pub(super) fn blend(level: SimdLevel, dst: &mut [u8], sources: &[&[u8]], blend: 
                 let sums = &mut sums[..dst.len() / size];
                 sums.fill(0.0);
                 for (dtype, group) in &groups {
-                    let (sources, weights) = (&sources[group.clone()], &blend.weights[group.clone()]);
-                    Group { level, dtype: *dtype, start: i * TILE, sources, weights }.add(sums);
+                    let sources = &sources[group.clone()];
+                    let weights = &blend.weights[group.clone()];
+                    SourceGroup { level, dtype: *dtype, start: i * TILE, sources, weights }.add(sums);
                 }
                 blend.store(level, dst, sums, 0, i * TILE)?;
             }
@@ -42,7 +43,7 @@ pub(super) fn blend(level: SimdLevel, dst: &mut [u8], sources: &[&[u8]], blend: 
     )
 }
 
-/// Neighbouring sources of one dtype, so many at a time as are added at once.
+/// Splits the sources into groups of neighbours of one dtype, at most [`GROUP`] each.
 fn groups(dtypes: &[Dtype]) -> Vec<(Dtype, Range<usize>)> {
     let mut groups = Vec::new();
     let mut start = 0;
@@ -53,8 +54,8 @@ fn groups(dtypes: &[Dtype]) -> Vec<(Dtype, Range<usize>)> {
     groups
 }
 
-/// Up to [`GROUP`] sources of one dtype, and where their tile begins.
-struct Group<'a> {
+/// Up to [`GROUP`] sources of one dtype, and the first element of the tile.
+struct SourceGroup<'a> {
     level: SimdLevel,
     dtype: Dtype,
     start: usize,
@@ -62,7 +63,7 @@ struct Group<'a> {
     weights: &'a [f64],
 }
 
-impl Group<'_> {
+impl SourceGroup<'_> {
     /// Adds the sources to the sums of a tile, in their order.
     #[inline(always)]
     fn add(&self, sums: &mut [f64]) {

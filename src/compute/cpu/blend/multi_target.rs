@@ -1,26 +1,26 @@
-//! Several targets: a product of matrices, tile by tile.
+//! Blend into several targets: a matrix product in tiles.
 //!
-//! The values of some sources are converted to f64 in the first-level cache; from there they are multiplied with the
-//! weights of several targets at a time, sums in registers, as libraries of linear algebra do it. The arithmetic is the
-//! limit: two multiply-adds of vectors a cycle.
+//! A tile of several sources is converted to f64 in the L1 cache. Its values are then multiplied by the weights of
+//! several targets with the sums in registers, as in a GEMM kernel. Arithmetic is the limit: two vector multiply-adds
+//! per cycle.
 
 use pulp::{Simd, WithSimd};
 
 use super::super::convert::to_f64;
-use super::super::mode::FpEnvGuard;
+use super::super::fp_env::FpEnvGuard;
 use super::super::{SimdLevel, prefetch};
 use super::{Blend, Overflow};
 
-/// Elements of a tile, which are converted at a time: whole lines of every dtype, and whole stripes of any vectors.
+/// Number of elements per tile: whole cache lines of every dtype, and whole stripes of every vector length.
 const TILE: usize = 96;
 
-/// Sources whose values are held at a time: with [`TILE`] 30 KiB, most of a first-level cache.
+/// Largest number of sources that are converted together. With [`TILE`], they fill 30 KiB, most of an L1 cache.
 const DEPTH: usize = 40;
 
-/// Vectors of each target that are summed up in registers: a stripe.
+/// Number of vectors per stripe: those of each target that are summed in registers.
 const VECTORS: usize = 3;
 
-/// Blends a stretch of several targets.
+/// Blends the elements of several targets.
 pub(super) fn blend(
     level: SimdLevel,
     dst: &mut [&mut [u8]],
@@ -28,36 +28,37 @@ pub(super) fn blend(
     blend: &Blend<'_>,
 ) -> Result<(), Overflow> {
     let _mode = FpEnvGuard::enter();
-    level.arch().dispatch(Kernel { level, dst, sources, blend })
+    level.arch().dispatch(TiledBlend { level, dst, sources, blend })
 }
 
-struct Kernel<'a, 'd> {
+/// Arguments of a blend, for dispatch to an instruction set.
+struct TiledBlend<'a, 'd> {
     level: SimdLevel,
     dst: &'a mut [&'d mut [u8]],
     sources: &'a [&'a [u8]],
     blend: &'a Blend<'a>,
 }
 
-impl WithSimd for Kernel<'_, '_> {
+impl WithSimd for TiledBlend<'_, '_> {
     type Output = Result<(), Overflow>;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
-        // As many targets at a time as leave registers for the values and a weight.
+        // The largest number of targets that leaves registers for the values and a weight.
         if S::REGISTER_COUNT >= 32 { self.run::<S, 8>(simd) } else { self.run::<S, 4>(simd) }
     }
 }
 
-impl Kernel<'_, '_> {
-    /// `N` targets at a time.
+impl TiledBlend<'_, '_> {
+    /// Blends into `N` targets at a time.
     #[inline(always)]
     fn run<S: Simd, const N: usize>(self, simd: S) -> Result<(), Overflow> {
         let (targets, size) = (self.dst.len(), self.blend.output.bitsize() / 8);
         let elements = self.dst.first().map_or(0, |dst| dst.len() / size);
         let weights = Weights::<N>::new(self.blend.weights, self.sources.len());
-        let mut sums = lines(targets.next_multiple_of(N) * TILE);
+        let mut sums = cache_lines(targets.next_multiple_of(N) * TILE);
         let sums = bytemuck::cast_slice_mut(&mut sums);
-        let mut values = lines(DEPTH.min(self.sources.len()) * TILE);
+        let mut values = cache_lines(DEPTH.min(self.sources.len()) * TILE);
         let values = bytemuck::cast_slice_mut(&mut values);
         let depth = self.depth();
         for start in (0..elements).step_by(TILE) {
@@ -66,7 +67,7 @@ impl Kernel<'_, '_> {
                 let sources = first..self.sources.len().min(first + depth);
                 let values = &mut values[..sources.len() * TILE];
                 self.convert(values, sources.clone(), start, n);
-                // Stripe by stripe: its values stay in the first-level cache from one block of targets to the next.
+                // A stripe's values stay in the L1 cache from one block of targets to the next.
                 for at in (0..n).step_by(VECTORS * S::F64_LANES) {
                     for (block, sums) in sums.chunks_exact_mut(N * TILE).enumerate() {
                         let stripe =
@@ -82,13 +83,13 @@ impl Kernel<'_, '_> {
         Ok(())
     }
 
-    /// How many sources' values are held at a time: parts of even size, at most [`DEPTH`].
+    /// Returns the number of sources that are converted together: parts of even size, at most [`DEPTH`].
     fn depth(&self) -> usize {
         let sources = self.sources.len();
         sources.div_ceil(sources.div_ceil(DEPTH).max(1)).max(1)
     }
 
-    /// Converts the tiles of some sources, each to a row of `values`.
+    /// Converts `n` elements of some sources, from element `start` on, to a row of `values` each.
     #[inline(always)]
     fn convert(&self, values: &mut [f64], sources: std::ops::Range<usize>, start: usize, n: usize) {
         for (k, values) in sources.zip(values.chunks_exact_mut(TILE)) {
@@ -97,20 +98,20 @@ impl Kernel<'_, '_> {
             let bytes = &self.sources[k][start * size..(start + n) * size];
             prefetch::reading(bytes);
             to_f64(self.level, &mut values[..n], bytes, dtype);
-            // What lies beyond is added up too, and never read.
+            // Elements after the last are added too, but their sums are never read.
             values[n..].fill(0.0);
         }
     }
 }
 
-/// The weights as the kernel goes through them: for `N` targets at a time, source by source.
+/// Weights in the order of the loops: for `N` targets at a time, source by source.
 struct Weights<const N: usize> {
     packed: Vec<[f64; N]>,
     sources: usize,
 }
 
 impl<const N: usize> Weights<N> {
-    /// `weights` are those of target 0 for all sources, then those of target 1, and so on.
+    /// Reorders `weights`, which are those of target 0 for all sources, then those of target 1, and so on.
     fn new(weights: &[f64], sources: usize) -> Self {
         let mut packed = Vec::new();
         let rows: Vec<&[f64]> = weights.chunks_exact(sources.max(1)).collect();
@@ -125,21 +126,21 @@ impl<const N: usize> Weights<N> {
     }
 }
 
-/// Some vectors of all converted sources, and their weights for `N` targets.
+/// Stripe of all converted sources, and their weights for `N` targets.
 struct Stripe<'a, const N: usize> {
     values: &'a [f64],
     weights: &'a [[f64; N]],
-    /// The first of its elements within a tile.
+    /// First element within the tile.
     at: usize,
-    /// Whether these sources are the first ones.
+    /// True if these are the first sources, so that the sums begin with zero.
     begins: bool,
 }
 
 impl<const N: usize> Stripe<'_, N> {
-    /// Adds it to the sums of the first `targets` of the `N`, for each of which there is a tile.
+    /// Adds the stripe to the sums of the first `targets` of the `N` targets. `sums` holds a tile for each.
     #[inline(always)]
     fn add_to<S: Simd>(&self, simd: S, sums: &mut [f64], targets: usize) {
-        // Each number of targets is a loop of its own: none is added up for nothing.
+        // Each number of targets has its own loop, so no unused target is computed.
         match targets {
             1 => self.add::<S, 1>(simd, sums),
             2 => self.add::<S, 2>(simd, sums),
@@ -158,10 +159,10 @@ impl<const N: usize> Stripe<'_, N> {
             return;
         }
         let stripe = self.at..self.at + VECTORS * S::F64_LANES;
-        let mut held = [[simd.splat_f64s(0.0); VECTORS]; M];
+        let mut acc = [[simd.splat_f64s(0.0); VECTORS]; M];
         if !self.begins {
-            for (held, sums) in held.iter_mut().zip(sums.chunks_exact(TILE)) {
-                held.copy_from_slice(S::as_simd_f64s(&sums[stripe.clone()]).0);
+            for (acc, sums) in acc.iter_mut().zip(sums.chunks_exact(TILE)) {
+                acc.copy_from_slice(S::as_simd_f64s(&sums[stripe.clone()]).0);
             }
         }
         for (values, weights) in self.values.chunks_exact(TILE).zip(self.weights) {
@@ -169,22 +170,22 @@ impl<const N: usize> Stripe<'_, N> {
             for m in 0..M {
                 let weight = simd.splat_f64s(weights[m]);
                 for v in 0..VECTORS {
-                    held[m][v] = simd.mul_add_f64s(weight, values[v], held[m][v]);
+                    acc[m][v] = simd.mul_add_f64s(weight, values[v], acc[m][v]);
                 }
             }
         }
-        for (held, sums) in held.iter().zip(sums.chunks_exact_mut(TILE)) {
-            S::as_mut_simd_f64s(&mut sums[stripe.clone()]).0.copy_from_slice(held);
+        for (acc, sums) in acc.iter().zip(sums.chunks_exact_mut(TILE)) {
+            S::as_mut_simd_f64s(&mut sums[stripe.clone()]).0.copy_from_slice(acc);
         }
     }
 }
 
-/// A line of the cache: vectors that begin with one are loaded and stored at once.
+/// Cache line. It aligns vectors, so that no load or store crosses a line.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
-struct Line([f64; 8]);
+struct CacheLine([f64; 8]);
 
-/// Room for so many elements.
-fn lines(elements: usize) -> Vec<Line> {
-    vec![Line([0.0; 8]); elements.div_ceil(8)]
+/// Returns zeroed lines for `elements` elements.
+fn cache_lines(elements: usize) -> Vec<CacheLine> {
+    vec![CacheLine([0.0; 8]); elements.div_ceil(8)]
 }

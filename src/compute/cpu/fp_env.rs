@@ -1,12 +1,13 @@
-//! The mode of floating-point arithmetic of the calling thread.
+//! Floating-point environment of the calling thread.
 //!
-//! Other libraries switch it: `torch.set_flush_denormal(True)`, or one that was linked with fast mathematics, has
-//! subnormal numbers taken for zero, and threads that are started inherit that. Averages would then depend on what else a
-//! process does. Loops run in the mode that IEEE 754 and Rust prescribe; the caller gets his own back.
+//! Other libraries change it: `torch.set_flush_denormal(True)`, or a library linked with fast mathematics, makes the
+//! processor treat subnormal numbers as zero, and new threads inherit that. Averages would then depend on unrelated
+//! code of the process. Loops run in the environment that IEEE 754 and Rust prescribe, and restore the caller's
+//! afterwards.
 
-/// Until it is dropped, arithmetic of this thread keeps subnormal numbers and rounds to nearest.
+/// Guard under which arithmetic of this thread keeps subnormal numbers and rounds to nearest.
 pub(super) struct FpEnvGuard {
-    /// What is to be put back.
+    /// Mode to restore, if it was changed.
     before: Option<Mode>,
 }
 
@@ -14,10 +15,10 @@ impl FpEnvGuard {
     #[inline(always)]
     pub(super) fn enter() -> FpEnvGuard {
         let before = read();
-        if before & KEPT == PRESCRIBED & KEPT {
+        if before & CONTROL == DEFAULT & CONTROL {
             return FpEnvGuard { before: None };
         }
-        write(before & !KEPT | PRESCRIBED & KEPT);
+        write(before & !CONTROL | DEFAULT & CONTROL);
         FpEnvGuard { before: Some(before) }
     }
 }
@@ -33,64 +34,65 @@ impl Drop for FpEnvGuard {
 
 #[cfg(target_arch = "x86_64")]
 mod register {
-    /// MXCSR.
+    /// Value of MXCSR.
     pub type Mode = u32;
 
-    /// All exceptions masked, none of the bits below.
-    pub const PRESCRIBED: Mode = 0x1f80;
+    /// Mode with all exceptions masked, rounding to nearest, and subnormal numbers kept.
+    pub const DEFAULT: Mode = 0x1f80;
 
-    /// Subnormal operands as zero (6), masks (7 to 12), rounding (13, 14), subnormal results as zero (15): the rest says
-    /// what has happened.
-    pub const KEPT: Mode = 0xffc0;
+    /// Bits that control arithmetic: subnormal operands as zero (6), exception masks (7 to 12), rounding (13, 14),
+    /// subnormal results as zero (15). The other bits record past exceptions.
+    pub const CONTROL: Mode = 0xffc0;
 
     #[inline(always)]
     pub fn read() -> Mode {
         let mut mode = 0;
-        // SAFETY: the instruction writes four bytes, those of `mode`.
+        // SAFETY: the instruction writes the four bytes of `mode`.
         unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut mode, options(nostack, preserves_flags)) };
         mode
     }
 
     #[inline(always)]
     pub fn write(mode: Mode) {
-        // SAFETY: the instruction reads four bytes, those of `mode`, no bit of which is reserved: they were read before,
-        // but for bits that are defined.
+        // SAFETY: the instruction reads the four bytes of `mode`. No reserved bit is set: the value was read before,
+        // and only defined bits were changed.
         unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const mode, options(nostack, preserves_flags)) };
     }
 }
 
 #[cfg(target_arch = "aarch64")]
 mod register {
-    /// FPCR.
+    /// Value of FPCR.
     pub type Mode = u64;
 
-    pub const PRESCRIBED: Mode = 0;
+    pub const DEFAULT: Mode = 0;
 
-    /// Subnormal numbers as zero in half precision (19), rounding (22, 23), subnormal numbers as zero (24).
-    pub const KEPT: Mode = 1 << 19 | 3 << 22 | 1 << 24;
+    /// Bits that control arithmetic: subnormal numbers as zero in half precision (19), rounding (22, 23), subnormal
+    /// numbers as zero (24).
+    pub const CONTROL: Mode = 1 << 19 | 3 << 22 | 1 << 24;
 
     #[inline(always)]
     pub fn read() -> Mode {
         let mode;
-        // SAFETY: the instruction changes one register, that of `mode`.
+        // SAFETY: the instruction changes only the register of `mode`.
         unsafe { std::arch::asm!("mrs {}, fpcr", out(reg) mode, options(nostack, preserves_flags)) };
         mode
     }
 
     #[inline(always)]
     pub fn write(mode: Mode) {
-        // SAFETY: the mode was read before, but for bits that are defined.
+        // SAFETY: the mode was read before, and only defined bits were changed.
         unsafe { std::arch::asm!("msr fpcr, {}", in(reg) mode, options(nostack, preserves_flags)) };
     }
 }
 
-/// Elsewhere it is left as it is.
+/// Other processors keep their mode.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod register {
     pub type Mode = u32;
 
-    pub const PRESCRIBED: Mode = 0;
-    pub const KEPT: Mode = 0;
+    pub const DEFAULT: Mode = 0;
+    pub const CONTROL: Mode = 0;
 
     pub fn read() -> Mode {
         0
@@ -99,7 +101,7 @@ mod register {
     pub fn write(_: Mode) {}
 }
 
-use register::{KEPT, Mode, PRESCRIBED, read, write};
+use register::{CONTROL, DEFAULT, Mode, read, write};
 
 #[cfg(all(test, any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod tests {
@@ -110,18 +112,18 @@ mod tests {
     use super::super::{Averages, Blend, Incoming, Layout, Precision, SimdLevel, blend_with, update_with};
     use super::*;
 
-    /// Subnormal numbers as zero, and rounding down.
+    /// Bits that treat subnormal numbers as zero and round down.
     #[cfg(target_arch = "x86_64")]
     const SWITCHED: Mode = 1 << 15 | 1 << 6 | 1 << 13;
     #[cfg(target_arch = "aarch64")]
     const SWITCHED: Mode = 1 << 24 | 2 << 22;
 
-    /// Does something as a process does it that has switched the mode.
+    /// Runs `body` as in a process that has switched the mode.
     fn switched<R>(body: impl FnOnce() -> R) -> R {
         let before = read();
         write(before | SWITCHED);
         let done = body();
-        // It is still switched.
+        // The caller's mode has been restored.
         assert_eq!(read() & SWITCHED, SWITCHED);
         write(before);
         done
@@ -132,8 +134,8 @@ mod tests {
     }
 
     #[test]
-    fn the_mode_of_this_test_is_a_switch() {
-        // A call: the compiler takes the mode for constant and moves arithmetic as it likes.
+    fn switched_mode_flushes_subnormal_numbers() {
+        // Not inlined, because the compiler assumes a constant mode and moves arithmetic across the switch.
         #[inline(never)]
         fn half(value: f32) -> f32 {
             black_box(value) * 0.5
@@ -142,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn results_do_not_depend_on_the_mode_of_the_caller() {
+    fn blend_and_update_keep_bits_in_switched_mode() {
         let values: Vec<f32> = (0..333).map(|i| (i as f32 - 100.0) * 1.1e-39).collect();
         let source = bytes(&values);
         let layout = Layout::new([values.len()]);
@@ -167,7 +169,7 @@ mod tests {
                     }
                     averages
                 };
-                // Printed in the caller's mode, subnormal numbers would be zeros.
+                // Compares bits, because the caller's mode treats subnormal numbers as zeros.
                 let bits = |[averages]: [Averages; 1]| averages.high.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                 let (plain, other) = (bits(updated()), bits(switched(updated)));
                 assert!(plain == other && plain.iter().any(|&bits| bits != 0), "{} {precision:?}", level.name());
