@@ -109,7 +109,7 @@ def build_limits() -> dict[str, Path | str]:
     """Builds the limits. Each is a program, or the reason why there is none."""
     compiler = os.environ.get("CC", "gcc")
     if shutil.which(compiler) is None:
-        return dict.fromkeys(LIMITS, f"there is no C compiler ({compiler}): set CC")
+        return dict.fromkeys(LIMITS, f"the C compiler {compiler} was not found: set CC")
     TARGET.mkdir(parents=True, exist_ok=True)
     built: dict[str, Path | str] = {}
     for name in LIMITS:

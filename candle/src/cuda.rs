@@ -1,9 +1,10 @@
-//! Memory of candle's tensors on CUDA devices. Only this module is `unsafe` and names cudarc, whose types candle exports.
+//! Memory of candle's tensors on CUDA devices. Only this module is `unsafe` and names cudarc, whose types candle has.
 //!
 //! posthoc-ema has its own context object for a device, but it is of the device's primary context, as candle's is. So
-//! its work can be queued on candle's streams: after the work that candle has queued there, and before what follows.
-//! Candle's own order by events is kept as for its kernels. Taking a slice's pointer makes the stream wait for writes on
-//! other streams. The guard that comes with the pointer is dropped when the work is queued, and makes other streams wait.
+//! its work can be queued on candle's streams: after the work that candle has queued there, and before later work.
+//! Candle's own order by events is kept as for its kernels. Taking a slice's pointer makes the stream wait for writes
+//! on other streams. The guard that comes with the pointer is dropped when the work is queued, and makes other streams
+//! wait for it.
 //!
 //! cudarc does neither for devices made by `Device::new_cuda`, whose only stream is that of the calling thread. Threads
 //! that share a model on them must take turns with `Device::synchronize`, for candle's operations as for ours.
@@ -65,10 +66,10 @@ impl<'a> CudaElements<'a> {
     pub fn memory(&self) -> CudaMemory<'_> {
         let device = self.stream.context().ordinal();
         let stream = self.stream.cu_stream().addr();
-        // SAFETY: `address` and `bytes` are a checked part of a slice, which was allocated in the context of its stream,
-        // the device's primary one. Slice and stream are borrowed from the storage, whose lock is held meanwhile, for
-        // writing if the elements are written. Afterwards cudarc frees a slice by `cuMemFreeAsync` on this very stream;
-        // on devices without memory pools it waits for the stream first.
+        // SAFETY: `address` and `bytes` are a checked part of a slice, which was allocated in the context of its
+        // stream, the device's primary one. Slice and stream are borrowed from the storage, whose lock is held
+        // meanwhile, for writing if the elements are written. Afterwards cudarc frees a slice by `cuMemFreeAsync` on
+        // this very stream; on devices without memory pools it waits for the stream first.
         unsafe { CudaMemory::from_raw(device, stream, self.address, self.bytes) }
     }
 

@@ -15,13 +15,13 @@ use crate::host::{bytes, on_cpu, to_dtype};
 /// Calls `read` with a view of every tensor. All storages are locked together, so the views are of one moment.
 pub fn with_tensors(tensors: &[(&str, &Tensor)], read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
     let addresses: Vec<usize> = tensors.iter().map(|(_, tensor)| storage_address(tensor)).collect();
-    // One guard for each storage: if a writer waits for a lock, a second read of it would wait for that writer. They are
-    // taken in the order of the addresses, as candle locks the operands of its operations.
+    // One guard for each storage: if a writer waits for a lock, a second read of it would wait for that writer. They
+    // are taken in the order of the addresses, as candle locks the operands of its operations.
     let distinct: BTreeMap<usize, &Tensor> = addresses.iter().copied().zip(tensors.iter().map(|(_, t)| *t)).collect();
     let guards: BTreeMap<usize, _> =
         distinct.into_iter().map(|(address, tensor)| (address, tensor.storage_and_layout().0)).collect();
-    // Tensors that are not contiguous are copied. Candle takes a recursive read lock for it, so the guard that is already
-    // held does no harm.
+    // Tensors that are not contiguous are copied. Candle takes a recursive read lock for it, so the guard that is
+    // already held does no harm.
     let copies = tensors.iter().map(|(name, tensor)| contiguous_copy(name, tensor)).collect::<Result<Vec<_>>>()?;
     let copied: Vec<_> = copies.iter().map(|copy| copy.as_ref().map(Tensor::storage_and_layout)).collect();
     let mut borrowed = Vec::with_capacity(tensors.len());

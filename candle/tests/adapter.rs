@@ -1,4 +1,4 @@
-//! Reading and writing candle's tensors, and a training that is tracked through them.
+//! Reads and writes candle's tensors, and tracks a training.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,20 +12,23 @@ use posthoc_ema_candle::{NamedTensors, NamedVars, Variables};
 
 const CPU: &Device = &Device::Cpu;
 
-/// What a view shows: name, dtype, shape, address, bytes.
-type Seen = (String, Dtype, Vec<usize>, usize, Vec<u8>);
+/// Name, dtype, shape, address and bytes of a view.
+type ViewContent = (String, Dtype, Vec<usize>, usize, Vec<u8>);
 
-fn host<'a>(view: &TensorView<'a>) -> &'a [u8] {
-    let Memory::Host(bytes) = view.memory else { panic!("{} is elsewhere", view.name) };
+fn host_bytes<'a>(view: &TensorView<'a>) -> &'a [u8] {
+    let Memory::Host(bytes) = view.memory else { panic!("{} is not in host memory", view.name) };
     bytes
 }
 
-fn seen(params: &impl Parameters) -> Vec<Seen> {
+/// Reads all views.
+fn read_views(params: &impl Parameters) -> Vec<ViewContent> {
     let mut all = Vec::new();
     let read = &mut |views: &[TensorView<'_>]| {
         all = views
             .iter()
-            .map(|v| (v.name.to_owned(), v.dtype, v.shape.to_vec(), host(v).as_ptr().addr(), host(v).to_vec()))
+            .map(|v| {
+                (v.name.to_owned(), v.dtype, v.shape.to_vec(), host_bytes(v).as_ptr().addr(), host_bytes(v).to_vec())
+            })
             .collect();
         Ok(())
     };
@@ -45,7 +48,7 @@ fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// A map with two layers, and their sum of squares as a loss.
+/// Makes a map with two layers, and their mean square as a loss.
 fn model(dtype: DType) -> (VarMap, impl Fn(&Tensor) -> Tensor) {
     let vars = VarMap::new();
     let builder = VarBuilder::from_varmap(&vars, dtype, CPU);
@@ -73,9 +76,9 @@ fn storage_address(tensor: &Tensor) -> usize {
 }
 
 #[test]
-fn a_map_is_read_in_place_and_in_order() {
+fn var_map_is_read_in_place_and_in_name_order() {
     let (vars, loss) = model(DType::F32);
-    let before = seen(&Variables(&vars));
+    let before = read_views(&Variables(&vars));
     let names: Vec<&str> = before.iter().map(|(name, ..)| name.as_str()).collect();
     assert_eq!(names, ["first.bias", "first.weight", "second.bias", "second.weight"]);
     for (name, dtype, shape, address, bytes) in &before {
@@ -83,10 +86,10 @@ fn a_map_is_read_in_place_and_in_order() {
         assert_eq!((*dtype, shape.as_slice(), *address), (Dtype::F32, var.dims(), storage_address(&var)), "{name}");
         assert_eq!(*bytes, bytes_of(&values(&var)), "{name}");
     }
-    // An optimiser's step changes the values, not where they lie.
+    // A step of the optimiser changes the values, but not their addresses.
     let mut optimizer = AdamW::new_lr(vars.all_vars(), 0.1).unwrap();
     optimizer.backward_step(&loss(&Tensor::ones((4, 3), DType::F32, CPU).unwrap())).unwrap();
-    let after = seen(&Variables(&vars));
+    let after = read_views(&Variables(&vars));
     assert!(before.iter().zip(&after).all(|(before, after)| before.3 == after.3 && before.4 != after.4));
 }
 
@@ -107,7 +110,7 @@ fn every_dtype_is_read_and_written() {
     for (dtype, stored, bytes) in expected {
         let name = "w".to_owned();
         let mut vars = [(name, Var::from_tensor(&Tensor::from_raw_buffer(&bytes, dtype, &[2], CPU).unwrap()).unwrap())];
-        let got = seen(&NamedVars::from(&vars[..])).remove(0);
+        let got = read_views(&NamedVars::from(&vars[..])).remove(0);
         assert_eq!((got.1, got.2, &got.4), (stored, vec![2], &bytes), "{dtype:?}");
         let half = bytes.len() / 2;
         let swap = &mut |view: posthoc_ema::TensorViewMut<'_>| {
@@ -117,18 +120,18 @@ fn every_dtype_is_read_and_written() {
         NamedVars::from(&vars[..]).for_each_mut(swap).unwrap();
         let mut swapped = bytes.clone();
         swapped.rotate_left(half);
-        assert_eq!(seen(&NamedVars::from(&vars[..])).remove(0).4, swapped, "{dtype:?}");
+        assert_eq!(read_views(&NamedVars::from(&vars[..])).remove(0).4, swapped, "{dtype:?}");
         vars[0].0 = "other".to_owned();
-        assert_eq!(seen(&NamedVars::from(&vars[..])).remove(0).0, "other");
+        assert_eq!(read_views(&NamedVars::from(&vars[..])).remove(0).0, "other");
     }
 }
 
 #[test]
-fn scalars_and_empty_tensors_are_tensors_too() {
+fn scalars_and_empty_tensors_are_read_and_written() {
     let vars = VarMap::new();
     put(&vars, "scalar", Var::new(3f32, CPU).unwrap());
     put(&vars, "empty", Var::zeros((0, 3), DType::F32, CPU).unwrap());
-    let got = seen(&Variables(&vars));
+    let got = read_views(&Variables(&vars));
     assert_eq!((&got[0].2, got[0].4.len()), (&vec![0, 3], 0));
     assert_eq!((&got[1].2, &got[1].4), (&vec![], &bytes_of(&[3.0])));
     let mut lengths = Vec::new();
@@ -143,7 +146,7 @@ fn scalars_and_empty_tensors_are_tensors_too() {
 }
 
 #[test]
-fn strided_tensors_are_read_in_their_own_order_and_windows_in_place() {
+fn strided_tensors_are_copied_and_contiguous_windows_read_in_place() {
     let whole = Tensor::arange(0f32, 12.0, CPU).unwrap().reshape((3, 4)).unwrap();
     let tensors = HashMap::from([
         ("a.transposed".to_owned(), whole.t().unwrap()),
@@ -152,7 +155,7 @@ fn strided_tensors_are_read_in_their_own_order_and_windows_in_place() {
         ("d.rows".to_owned(), whole.narrow(0, 1, 2).unwrap()),
         ("e.whole".to_owned(), whole.clone()),
     ]);
-    let got = seen(&NamedTensors::from(&tensors));
+    let got = read_views(&NamedTensors::from(&tensors));
     for (name, _, shape, _, bytes) in &got {
         assert_eq!((shape.as_slice(), bytes), (tensors[name].dims(), &bytes_of(&values(&tensors[name]))), "{name}");
     }
@@ -160,15 +163,15 @@ fn strided_tensors_are_read_in_their_own_order_and_windows_in_place() {
 }
 
 #[test]
-fn one_variable_under_two_names_does_not_wait_for_itself() {
+fn tied_variables_do_not_deadlock_with_a_writer() {
     let vars = VarMap::new();
     let shared = Var::new(1f32, CPU).unwrap();
     put(&vars, "decoder.weight", shared.clone());
     put(&vars, "embedding.weight", shared.clone());
-    let got = seen(&Variables(&vars));
+    let got = read_views(&Variables(&vars));
     assert_eq!((got[0].3, &got[0].4), (got[1].3, &got[1].4));
 
-    // A writer that waits between the two reads of one lock would stop both threads for good.
+    // With two reads of one lock, a writer that waits between them would deadlock both threads.
     let stop = Arc::new(AtomicBool::new(false));
     let writer = std::thread::spawn({
         let (stop, twos) = (stop.clone(), Tensor::new(2f32, CPU).unwrap());
@@ -185,17 +188,17 @@ fn one_variable_under_two_names_does_not_wait_for_itself() {
         }
         done.send(()).unwrap();
     });
-    finished.recv_timeout(Duration::from_secs(60)).expect("the reader waits for a writer that waits for it");
+    finished.recv_timeout(Duration::from_secs(60)).expect("the reader and the writer wait for each other");
     stop.store(true, Ordering::Relaxed);
     writer.join().unwrap();
 }
 
 #[test]
-fn what_is_written_is_seen_by_the_layers_and_errors_come_back() {
+fn layers_see_written_values_and_errors_are_returned() {
     let (vars, loss) = model(DType::F32);
     let x = Tensor::ones((4, 3), DType::F32, CPU).unwrap();
     assert_ne!(values(&loss(&x)), [0.0]);
-    let before = seen(&Variables(&vars));
+    let before = read_views(&Variables(&vars));
     let refuse = &mut |view: posthoc_ema::TensorViewMut<'_>| Err(Error::Internal(view.name.to_owned()));
     let refused = Variables(&vars).for_each_mut(refuse).unwrap_err();
     assert!(matches!(refused, Error::Internal(name) if name == "first.bias"));
@@ -205,11 +208,11 @@ fn what_is_written_is_seen_by_the_layers_and_errors_come_back() {
     };
     Variables(&vars).for_each_mut(clear).unwrap();
     assert_eq!(values(&loss(&x)), [0.0]);
-    assert!(seen(&Variables(&vars)).iter().zip(&before).all(|(after, before)| after.3 == before.3));
+    assert!(read_views(&Variables(&vars)).iter().zip(&before).all(|(after, before)| after.3 == before.3));
 }
 
-/// The average of a trajectory as its definition has it, in f64, updates 3 steps apart.
-fn naive(trajectory: &[(u64, Vec<f32>)], profile: &Profile) -> Vec<f64> {
+/// Computes the average of a trajectory by its definition, in f64.
+fn naive_average(trajectory: &[(u64, Vec<f32>)], profile: &Profile) -> Vec<f64> {
     let last = trajectory.last().unwrap().0 as f64;
     let mut average = vec![0.0; trajectory[0].1.len()];
     let mut share = 0.0;
@@ -222,7 +225,7 @@ fn naive(trajectory: &[(u64, Vec<f32>)], profile: &Profile) -> Vec<f64> {
 }
 
 #[test]
-fn a_tracked_map_equals_the_naive_average_and_can_become_it() {
+fn tracked_map_equals_the_naive_average_and_switches_to_it() {
     let temp = tempfile::tempdir().unwrap();
     let (vars, loss) = model(DType::F32);
     let mut optimizer = AdamW::new_lr(vars.all_vars(), 0.01).unwrap();
@@ -234,13 +237,13 @@ fn a_tracked_map_equals_the_naive_average_and_can_become_it() {
         optimizer.backward_step(&loss(&x)).unwrap();
         ema.update(&Variables(&vars)).unwrap();
         if step % 3 == 0 {
-            trajectory.push((step, seen(&Variables(&vars)).iter().flat_map(|seen| floats(&seen.4)).collect()));
+            trajectory.push((step, read_views(&Variables(&vars)).iter().flat_map(|view| floats(&view.4)).collect()));
         }
     }
     for profile in ema.profiles().to_vec() {
         let got = ema.synthesize(profile.clone()).unwrap();
         let got: Vec<f32> = got.iter().flat_map(|(_, tensor)| tensor.to_vec::<f32>().unwrap()).collect();
-        for (got, exact) in got.iter().zip(naive(&trajectory, &profile)) {
+        for (got, exact) in got.iter().zip(naive_average(&trajectory, &profile)) {
             assert!((f64::from(*got) - exact).abs() < 2e-7, "{profile}: {got} {exact}");
         }
     }
@@ -251,7 +254,7 @@ fn a_tracked_map_equals_the_naive_average_and_can_become_it() {
     for (name, tensor) in average.iter() {
         assert_eq!(values(&var(&vars, name)), tensor.to_vec::<f32>().unwrap(), "{name}");
     }
-    // What was written is what training goes on from.
+    // Training continues from the written values.
     optimizer.backward_step(&loss(&Tensor::ones((8, 3), DType::F32, CPU).unwrap())).unwrap();
     assert_ne!(values(&var(&vars, "second.bias")), average.get("second.bias").unwrap().to_vec::<f32>().unwrap());
 
@@ -267,7 +270,7 @@ fn a_tracked_map_equals_the_naive_average_and_can_become_it() {
 }
 
 #[test]
-fn other_dtypes_are_tracked_and_switched_in_their_own() {
+fn f64_and_bf16_models_are_tracked_and_switched_in_their_dtype() {
     for dtype in [DType::F64, DType::BF16] {
         let temp = tempfile::tempdir().unwrap();
         let (vars, loss) = model(dtype);
@@ -280,7 +283,7 @@ fn other_dtypes_are_tracked_and_switched_in_their_own() {
         for _ in 0..50 {
             optimizer.backward_step(&loss(&Tensor::ones((4, 3), dtype, CPU).unwrap())).unwrap();
             ema.update(&Variables(&vars)).unwrap();
-            let now: Vec<f64> = wide(&trained);
+            let now: Vec<f64> = to_f64(&trained);
             expected = Some(match expected {
                 None => now,
                 Some(average) => average.iter().zip(now).map(|(a, n)| 0.9 * a + 0.1 * n).collect(),
@@ -288,14 +291,15 @@ fn other_dtypes_are_tracked_and_switched_in_their_own() {
         }
         ema.switch_to(Profile::beta(0.9).unwrap(), &mut Variables(&vars)).unwrap();
         let tolerance = if dtype == DType::F64 { 1e-6 } else { 1.0 / 256.0 };
-        for (got, exact) in wide(&trained).iter().zip(expected.unwrap()) {
+        for (got, exact) in to_f64(&trained).iter().zip(expected.unwrap()) {
             assert!((got - exact).abs() <= tolerance * exact.abs().max(0.1), "{dtype:?}: {got} {exact}");
         }
         assert_eq!(var(&vars, "steps").to_vec1::<i64>().unwrap(), [7]);
     }
 }
 
-fn wide(vars: &[Var]) -> Vec<f64> {
+/// Returns the elements of all variables in f64.
+fn to_f64(vars: &[Var]) -> Vec<f64> {
     let values =
         |var: &Var| -> Vec<f64> { var.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap() };
     vars.iter().flat_map(values).collect()

@@ -1,4 +1,4 @@
-//! Models on a CUDA device: lent where they lie, averaged with the CPU's bits, switched in place. These need a device.
+//! Models on a CUDA device: read in place, averaged with the bits of the CPU, switched in place. Needs a device.
 
 use std::collections::HashMap;
 
@@ -13,7 +13,7 @@ use posthoc_ema_candle::{NamedTensors, NamedVars, Variables};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Candle's two kinds of streams: the calling thread's, and one of the device's own.
+/// Opens the device with each of candle's two kinds of streams: the calling thread's, and one of the device's own.
 fn devices() -> [Device; 2] {
     [Device::new_cuda(0).unwrap(), Device::new_cuda_with_stream(0).unwrap()]
 }
@@ -22,24 +22,30 @@ fn put(vars: &VarMap, name: &str, tensor: &Tensor) {
     vars.data().lock().unwrap().insert(name.to_owned(), Var::from_tensor(tensor).unwrap());
 }
 
-/// Name, dtype, shape, address and length of what is lent.
-fn lent(params: &impl Parameters) -> Vec<(String, Dtype, Vec<usize>, u64, usize)> {
+/// Name, dtype, shape, address and bytes of a view.
+type ViewPlace = (String, Dtype, Vec<usize>, u64, usize);
+
+/// Returns the places of all views.
+fn places(params: &impl Parameters) -> Vec<ViewPlace> {
     let mut all = Vec::new();
     let read = &mut |views: &[TensorView<'_>]| {
-        let place = |view: &TensorView<'_>| match view.memory {
-            Memory::Cuda(memory) if memory.device() == 0 => (memory.address(), memory.len()),
-            _ => panic!("{} is elsewhere", view.name),
-        };
-        let seen = |view| (place(view), view);
-        let seen = views.iter().map(seen).map(|((at, n), v)| (v.name.to_owned(), v.dtype, v.shape.to_vec(), at, n));
-        all = seen.collect();
+        all = views.iter().map(place).collect();
         Ok(())
     };
     params.with_tensors(read).unwrap();
     all
 }
 
-/// Where the storage of f32 begins on the device.
+fn place(view: &TensorView<'_>) -> ViewPlace {
+    match view.memory {
+        Memory::Cuda(memory) if memory.device() == 0 => {
+            (view.name.to_owned(), view.dtype, view.shape.to_vec(), memory.address(), memory.len())
+        }
+        _ => panic!("{} is not on the device", view.name),
+    }
+}
+
+/// Returns the address of an f32 storage on the device.
 fn address(tensor: &Tensor) -> u64 {
     let (storage, _) = tensor.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { panic!("not on a device") };
@@ -48,14 +54,14 @@ fn address(tensor: &Tensor) -> u64 {
 }
 
 #[test]
-fn tensors_are_lent_where_they_lie() {
+fn tensors_are_read_in_place() {
     for device in devices() {
         let vars = VarMap::new();
         put(&vars, "matrix", &Tensor::zeros((4, 3), DType::F32, &device).unwrap());
         put(&vars, "scalar", &Tensor::zeros((), DType::F32, &device).unwrap());
         let matrix = vars.data().lock().unwrap()["matrix"].clone();
         vars.data().lock().unwrap().insert("tied".to_owned(), matrix.clone());
-        let got = lent(&Variables(&vars));
+        let got = places(&Variables(&vars));
         let shapes: Vec<(&str, &[usize], usize)> = got.iter().map(|g| (g.0.as_str(), g.2.as_slice(), g.4)).collect();
         let expected: [(&str, &[usize], usize); 3] =
             [("matrix", &[4, 3], 48), ("scalar", &[], 4), ("tied", &[4, 3], 48)];
@@ -64,14 +70,14 @@ fn tensors_are_lent_where_they_lie() {
 
         let window = |start, rows| matrix.narrow(0, start, rows).unwrap();
         let windows = HashMap::from([("empty".to_owned(), window(1, 0)), ("rows".to_owned(), window(2, 2))]);
-        let got = lent(&NamedTensors::from(&windows));
+        let got = places(&NamedTensors::from(&windows));
         assert_eq!((&got[0].2, got[0].4), (&vec![0, 3], 0));
         assert_eq!((got[1].3, got[1].4), (address(&matrix) + 24, 24));
     }
 }
 
 #[test]
-fn every_dtype_is_lent_and_written() {
+fn every_dtype_is_read_and_written() {
     let device = Device::new_cuda(0).unwrap();
     let expected = [
         (DType::U8, Dtype::U8, vec![1u8, 2]),
@@ -99,18 +105,18 @@ fn every_dtype_is_lent_and_written() {
         let got = average.get(&format!("{dtype:?}")).unwrap();
         assert_eq!((got.dtype, &got.bytes), (*stored, bytes), "{dtype:?}");
     }
-    let mut places = Vec::new();
+    let mut written = Vec::new();
     let write = &mut |view: TensorViewMut<'_>| {
-        let MemoryMut::Cuda(memory) = view.memory else { panic!("{} is elsewhere", view.name) };
-        places.push((view.name.to_owned(), view.dtype, view.shape.to_vec(), memory.address(), memory.len()));
+        let MemoryMut::Cuda(memory) = view.memory else { panic!("{} is not on the device", view.name) };
+        written.push((view.name.to_owned(), view.dtype, view.shape.to_vec(), memory.address(), memory.len()));
         Ok(())
     };
     vars.for_each_mut(write).unwrap();
-    assert_eq!(places, lent(&vars));
+    assert_eq!(written, places(&vars));
     ema.switch_to(profile(), &mut vars).unwrap();
 }
 
-/// A model's tensors by name, as the optimiser leaves them at one step.
+/// Names and values of a model's tensors at one step.
 type Values = Vec<(&'static str, Vec<f32>)>;
 
 fn values(random: &mut ChaCha8Rng) -> Values {
@@ -125,12 +131,12 @@ fn set(vars: &VarMap, values: &Values, device: &Device) {
     }
 }
 
-fn held(vars: &VarMap, name: &str) -> Vec<f32> {
+fn read_var(vars: &VarMap, name: &str) -> Vec<f32> {
     vars.data().lock().unwrap()[name].to_vec1().unwrap()
 }
 
 #[test]
-fn a_tracked_model_has_the_cpus_bits_and_can_become_its_average() {
+fn averages_have_the_cpus_bits_and_can_be_swapped_in_and_switched_to() {
     use posthoc_ema::Device::{Cpu, Cuda};
     for device in devices() {
         for place in [Cpu, Cuda(0)] {
@@ -157,16 +163,16 @@ fn a_tracked_model_has_the_cpus_bits_and_can_become_its_average() {
             let average = ema.synthesize(profile()).unwrap();
             assert_eq!(average, expected.synthesize(profile()).unwrap(), "{place}");
 
-            let mut lent = Variables(&there);
-            let evaluated = ema.swap_in(profile(), &mut lent).unwrap();
+            let mut vars = Variables(&there);
+            let guard = ema.swap_in(profile(), &mut vars).unwrap();
             for (name, tensor) in average.iter() {
-                assert_eq!(held(&there, name), tensor.to_vec::<f32>().unwrap(), "{place}: {name}");
+                assert_eq!(read_var(&there, name), tensor.to_vec::<f32>().unwrap(), "{place}: {name}");
             }
-            evaluated.restore().unwrap();
-            last.iter().for_each(|(name, values)| assert_eq!(held(&there, name), *values, "{place}: {name}"));
+            guard.restore().unwrap();
+            last.iter().for_each(|(name, values)| assert_eq!(read_var(&there, name), *values, "{place}: {name}"));
 
             ema.switch_to(profile(), &mut Variables(&there)).unwrap();
-            // What is queued next comes after: the model can be freed at once.
+            // Later work is queued after the switch, so the model can be freed at once.
             let copies: Vec<(&str, Tensor)> =
                 average.iter().map(|(name, _)| (name, there.data().lock().unwrap()[name].copy().unwrap())).collect();
             drop(there);
@@ -178,7 +184,7 @@ fn a_tracked_model_has_the_cpus_bits_and_can_become_its_average() {
 }
 
 #[test]
-fn copies_of_strided_tensors_live_until_they_are_read() {
+fn copies_of_strided_tensors_outlive_their_reads() {
     use posthoc_ema::Device::{Cpu, Cuda};
     for device in devices() {
         for place in [Cpu, Cuda(0)] {
@@ -204,7 +210,7 @@ fn copies_of_strided_tensors_live_until_they_are_read() {
 }
 
 #[test]
-fn errors_of_whoever_reads_or_writes_come_back() {
+fn errors_of_readers_and_writers_are_returned() {
     let device = Device::new_cuda(0).unwrap();
     let vars = VarMap::new();
     put(&vars, "w", &Tensor::zeros(3, DType::F32, &device).unwrap());
@@ -212,7 +218,7 @@ fn errors_of_whoever_reads_or_writes_come_back() {
     assert!(matches!(read.unwrap_err(), Error::Internal(name) if name == "w"));
     let write = Variables(&vars).for_each_mut(&mut |view| Err(Error::Internal(view.name.to_owned())));
     assert!(matches!(write.unwrap_err(), Error::Internal(name) if name == "w"));
-    // Nothing stays locked.
+    // No lock is left behind.
     set(&vars, &vec![("w", vec![1.0, 2.0, 3.0])], &device);
-    assert_eq!(held(&vars, "w"), [1.0, 2.0, 3.0]);
+    assert_eq!(read_var(&vars, "w"), [1.0, 2.0, 3.0]);
 }

@@ -1,11 +1,11 @@
-//! Synthesized averages beside those tracked directly, and what their difference may be.
+//! Comparison of synthesized averages with averages that were tracked directly.
 //!
-//! A synthesis weighs the weights `p_k` of the updates by `x_k` where the target weighs them by `r_k`. Both sums of
-//! weights are 1, so a constant `c` may be taken off, and Cauchy-Schwarz bounds the difference for every single weight:
+//! A synthesis gives update `k`, with weights `p_k`, the factor `x_k`; the target gives it `r_k`. Both factors sum to
+//! 1, so a constant `c` can be subtracted from `p_k`. Cauchy-Schwarz then bounds the difference of every single weight:
 //!
 //! `|sum_k (x_k - r_k) (p_k - c)| <= ||x - r|| sqrt(sum_k delta_k (p_k - c)^2)`, `||a||^2 = sum_k a_k^2 / delta_k`
 //!
-//! with `delta_k` the steps since the update before. A plan predicts `||x - r|| / ||r||`.
+//! Here `delta_k` is the number of steps since the update before. A plan predicts `||x - r|| / ||r||`.
 
 use std::iter::zip;
 
@@ -16,24 +16,26 @@ use posthoc_ema::{At, Plan, Profile, Run, Tensors};
 use crate::model;
 use crate::track::{Tracked, Trajectory};
 
-/// What was found for one length; all differences are root mean squares over the weights.
+/// Differences for one length, each a root mean square over the weights.
 pub struct Agreement {
     pub sigma_rel: f64,
-    /// `||x - r|| / ||r||`, as the plan has it.
+    /// `||x - r|| / ||r||` as the plan predicts it.
     pub predicted_error: f64,
-    /// Between the last weights and the average: the scale of all the others.
+    /// Distance between the last weights and the tracked average, which is the scale of the other differences.
     pub distance: f64,
-    /// Between the synthesized and the tracked average.
+    /// Difference between the synthesized and the tracked average.
     pub difference: f64,
-    /// What that difference may be.
+    /// Bound of that difference.
     pub allowed: f64,
-    /// The weight that comes closest to its own bound, as a share of it.
+    /// Largest difference of a single weight, as a share of its own bound.
     worst: f64,
 }
 
 impl Agreement {
+    /// Checks the bound of every weight.
+    ///
     /// # Errors
-    /// Where any single weight differs by more than the predicted error allows.
+    /// If a single weight differs by more than the predicted error allows.
     pub fn check(&self) -> Result<()> {
         ensure!(
             self.worst <= 1.0,
@@ -45,18 +47,18 @@ impl Agreement {
     }
 }
 
-/// Synthesizes each length that was tracked directly, and compares.
+/// Synthesizes each length that was tracked directly, and compares the two averages.
 pub fn measure(run: &Run, tracked: &Tracked, vars: &VarMap) -> Result<Vec<Agreement>> {
     let last = model::flatten(vars)?;
-    let one = |(sigma_rel, direct): &(f64, Tensors)| {
+    let compare_length = |(sigma_rel, direct): &(f64, Tensors)| {
         let plan = run.plan(Profile::sigma_rel(*sigma_rel)?, At::Latest)?;
         let weights = Weights { last: &last, direct: &floats(direct)?, synthesized: &floats(&run.load(&plan)?)? };
         Ok(compare(*sigma_rel, &plan, &weights, &bounds(&plan, &tracked.trajectory)))
     };
-    tracked.direct.iter().map(one).collect()
+    tracked.direct.iter().map(compare_length).collect()
 }
 
-/// All weights, tensor after tensor in order of name.
+/// All weights as flat lists, tensor after tensor in the order of their names.
 struct Weights<'a> {
     last: &'a [f32],
     direct: &'a [f32],
@@ -68,7 +70,7 @@ fn compare(sigma_rel: f64, plan: &Plan, weights: &Weights<'_>, bounds: &[f64]) -
     let distances = zip(weights.last, weights.direct).map(|(&a, &b)| f64::from(a) - f64::from(b));
     let share = |(difference, bound): (f64, &f64)| {
         let share = difference.abs() / bound.max(f64::MIN_POSITIVE);
-        // The greatest of several is taken, which passes over NaN.
+        // `f64::max` would ignore NaN.
         if share.is_nan() { f64::INFINITY } else { share }
     };
     Agreement {
@@ -81,7 +83,7 @@ fn compare(sigma_rel: f64, plan: &Plan, weights: &Weights<'_>, bounds: &[f64]) -
     }
 }
 
-/// By how much each weight may differ: the profile's error, and the rounding of snapshots and results to f32.
+/// Returns the bound for each weight: the profile's error, and the rounding of snapshots and results to f32.
 fn bounds(plan: &Plan, trajectory: &Trajectory) -> Vec<f64> {
     let profile_error = plan.relative_error * target_norm(plan, &trajectory.times);
     let roundings = 2.0 + plan.weights.iter().map(|weight| weight.weight.abs()).sum::<f64>();
@@ -90,13 +92,16 @@ fn bounds(plan: &Plan, trajectory: &Trajectory) -> Vec<f64> {
     zip(trajectory.norms(), trajectory.largest()).map(bound).collect()
 }
 
-/// `||r||` over the updates: the target's weight of each is its profile's mass since the update before.
+/// Returns `||r||`; the factor `r_k` is the mass of the target's profile since the update before.
 fn target_norm(plan: &Plan, times: &[u64]) -> f64 {
-    let (mut square, mut before, mut share) = (0.0, 0, 0.0);
+    let mut square = 0.0;
+    let mut before = 0;
+    let mut share = 0.0;
     for &time in times {
         let next = plan.profile.cumulative(time as f64, plan.at as f64);
         square += (next - share).powi(2) / (time - before) as f64;
-        (before, share) = (time, next);
+        before = time;
+        share = next;
     }
     square.sqrt()
 }
@@ -105,7 +110,7 @@ fn floats(tensors: &Tensors) -> Result<Vec<f32>> {
     let mut all = Vec::new();
     for (name, tensor) in tensors.iter() {
         let values = tensor.to_vec::<f32>();
-        all.extend(values.ok_or_else(|| anyhow::anyhow!("{name} is of {}, not f32", tensor.dtype))?);
+        all.extend(values.ok_or_else(|| anyhow::anyhow!("tensor `{name}` is {}, not f32", tensor.dtype))?);
     }
     Ok(all)
 }

@@ -15,7 +15,7 @@ use rand_distr::StandardNormal;
 pub const PIXELS: usize = 64;
 /// Digits 0 to 9.
 pub const CLASSES: usize = 10;
-/// Half the largest pixel value of the file, 16: divided by it and less 1, pixels lie in [-1, 1].
+/// Half the largest pixel value of the file, 16. Divided by it and minus 1, pixels are in [-1, 1].
 const HALF_RANGE: f32 = 8.0;
 
 const CSV_GZ: &[u8] = include_bytes!("digits.csv.gz");
@@ -23,12 +23,12 @@ const CSV_GZ: &[u8] = include_bytes!("digits.csv.gz");
 /// One image and the digit it shows.
 #[derive(Clone)]
 pub struct Digit {
-    /// In [-1, 1]; -1 is paper, 1 is ink.
+    /// Values in [-1, 1]; -1 is paper, 1 is ink.
     pub pixels: [f32; PIXELS],
     pub class: u32,
 }
 
-/// The images to train on, and those that training never sees.
+/// Images to train on, and images that the training never sees.
 pub struct Split {
     pub train: Vec<Digit>,
     pub held_out: Vec<Digit>,
@@ -42,17 +42,17 @@ pub struct Batch {
     pub t: Tensor,
     /// `(rows,)`, u32.
     pub class: Tensor,
-    /// `(rows, PIXELS)`: image less noise, the velocity along that line.
+    /// `(rows, PIXELS)`: image minus noise, the velocity along that line.
     pub velocity: Tensor,
 }
 
-/// Reads the images and splits them. The split's seed is its own, so that trainings of different
-/// seeds are measured on the same held-out images.
+/// Reads the images and splits them. The split has a seed of its own, so that trainings with different seeds are
+/// evaluated on the same held-out images.
 pub fn load(train_count: usize, split_seed: u64) -> Result<Split> {
     let mut train = parse()?;
     ensure!(
         (1..train.len()).contains(&train_count),
-        "{train_count} of {} images to train on: at least one, and at least one to hold out",
+        "cannot train on {train_count} of {} images: at least one must be trained on, and at least one held out",
         train.len()
     );
     train.shuffle(&mut ChaCha8Rng::seed_from_u64(split_seed));
@@ -90,8 +90,7 @@ pub fn choose<'a>(digits: &'a [Digit], rows: usize, rng: &mut impl Rng) -> Vec<&
     (0..rows).map(|_| &digits[rng.random_range(0..digits.len())]).collect()
 }
 
-/// Draws noise and a time for each image, and moves it to that time:
-/// x_t = (1 - t) noise + t image.
+/// Draws noise and a time for each image, and moves it to that time: `x_t = (1 - t) noise + t image`.
 pub fn batch(digits: &[&Digit], rng: &mut impl Rng) -> Result<Batch> {
     let rows = digits.len();
     let mut x_t = Vec::with_capacity(rows * PIXELS);

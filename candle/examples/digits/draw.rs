@@ -1,5 +1,4 @@
-//! The two pictures: the held-out loss over the averaging length, and the digits drawn by the last
-//! weights beside those drawn by their best average. White ground, thin lines, for print.
+//! Chart of the held-out loss over the length of the average, for print: white ground, thin lines.
 
 use std::path::Path;
 
@@ -15,11 +14,11 @@ type SigmaRelAxis = WithKeyPoints<LogCoord<f64>>;
 type LossChart<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<SigmaRelAxis, RangedCoordf64>>;
 
 const CHART_PIXELS: (u32, u32) = (720, 440);
-/// A little more than the lengths that averages are made of, 0.01 to 0.288.
+/// Slightly more than the evaluated lengths, 0.01 to 0.288.
 const SIGMA_REL_AXIS: std::ops::Range<f64> = 0.0092..0.31;
 const SIGMA_REL_TICKS: [f64; 6] = [0.01, 0.02, 0.05, 0.1, 0.2, 0.288];
 
-/// The relative error of a profile above which an average is not quite of its length.
+/// Relative error of a profile above which an average is drawn as a rough one.
 const ROUGH: f64 = 0.05;
 
 const INK: RGBColor = RGBColor(34, 34, 34);
@@ -48,7 +47,7 @@ pub fn loss_chart(path: &Path, losses: &Losses) -> Result<()> {
     root.present().with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// From `least` to the greatest loss, with room for labels below and above.
+/// Returns the range from `least` to the largest loss, with room for labels below and above.
 fn loss_axis(losses: &Losses, least: f64) -> std::ops::Range<f64> {
     let greatest = losses.averages.iter().map(|a| a.1).fold(losses.last, f64::max);
     let span = greatest - least;
@@ -83,7 +82,7 @@ fn draw_last(chart: &mut LossChart, loss: f64) -> Result<()> {
     Ok(())
 }
 
-/// The curve, with a hollow dot where the plan itself says that the length is only roughly the one asked for.
+/// Draws the curve, with a hollow dot for each average whose plan predicts a rough profile.
 fn draw_averages(chart: &mut LossChart, averages: &[(Average, f64)]) -> Result<()> {
     let points = averages.iter().map(|(average, loss)| (average.sigma_rel, *loss));
     chart.draw_series(LineSeries::new(points, CURVE.stroke_width(2)))?;

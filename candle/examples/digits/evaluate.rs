@@ -1,4 +1,4 @@
-//! What given weights are worth: their loss on held-out images, and the digits that they draw.
+//! Evaluation of weights: their loss on held-out images, and the digits that they draw.
 
 use std::path::PathBuf;
 
@@ -14,10 +14,10 @@ use crate::data::{self, Batch, Digit, PIXELS};
 use crate::model::{self, Network};
 use crate::{progress, train};
 
-/// A synthesized average, what its plan says of it, and where it lies.
+/// A synthesized average in a file, with the predictions of its plan.
 pub struct Average {
     pub sigma_rel: f64,
-    /// Of the profile, relative: see [`Plan`].
+    /// Relative error of the profile, see [`Plan`].
     pub predicted_error: f64,
     pub noise_gain: f64,
     pub path: PathBuf,
@@ -29,16 +29,16 @@ impl Average {
     }
 }
 
-/// The loss of each average, and that of the weights they average.
+/// Losses of the averages and of the last weights.
 pub struct Losses {
-    /// By rising sigma_rel.
+    /// Averages with their losses, by rising sigma_rel.
     pub averages: Vec<(Average, f64)>,
     /// Loss of the last weights.
     pub last: f64,
 }
 
 impl Losses {
-    /// The average whose loss is least, and that loss; none of no averages.
+    /// Returns the average with the smallest loss, and that loss; `None` without averages.
     pub fn best(&self) -> Option<&(Average, f64)> {
         self.averages.iter().min_by(|a, b| a.1.total_cmp(&b.1))
     }
@@ -58,24 +58,23 @@ pub fn losses(held_out: &HeldOut, vars: &VarMap, averages: Vec<Average>) -> Resu
     Ok(Losses { averages: evaluated, last })
 }
 
-/// Held-out images with noise and times drawn once, so that all weights are compared on the same
-/// draws and a difference between two of them is not one between two draws.
+/// Held-out images with noise and times drawn once, so that all weights are evaluated on the same draws.
 pub struct HeldOut {
-    /// Each holds every image once, so that their mean losses weigh the same.
+    /// Each batch holds every image once, so that their mean losses have equal weight.
     batches: Vec<Batch>,
 }
 
 impl HeldOut {
-    /// With `draws` of noise and time for each image.
+    /// Makes `draws` draws of noise and time for each image.
     pub fn new(digits: &[Digit], draws: u64, seed: u64) -> Result<Self> {
-        ensure!(draws > 0, "no draws of noise and time to measure a loss on");
+        ensure!(draws > 0, "draws = 0: a loss needs at least one draw of noise and time");
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let digits = digits.iter().collect::<Vec<_>>();
         let batches = (0..draws).map(|_| data::batch(&digits, &mut rng)).collect::<Result<_>>()?;
         Ok(Self { batches })
     }
 
-    /// The flow-matching loss, mean over images and draws.
+    /// Returns the flow-matching loss, mean over images and draws.
     pub fn loss(&self, network: &Network) -> Result<f64> {
         let mut sum = 0.0;
         for batch in &self.batches {
@@ -85,15 +84,15 @@ impl HeldOut {
     }
 }
 
-/// Where samples start, so that several weights can start from the same: `(rows, PIXELS)`.
+/// Draws the noise from which samples start, `(rows, PIXELS)`.
 pub fn noise(rows: usize, seed: u64) -> Result<Tensor> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let values = (0..rows * PIXELS).map(|_| rng.sample::<f32, _>(StandardNormal)).collect();
     Ok(Tensor::from_vec(values, (rows, PIXELS), &Device::Cpu)?)
 }
 
-/// Draws one digit of each class given: integrates the velocity from `noise` at t = 0 to t = 1 in
-/// `steps` of Heun's method. Returns the pixels of each, -1 for paper and 1 for ink.
+/// Draws one digit for each entry of `class`: integrates the velocity from `noise` at t = 0 to t = 1 in `steps` steps
+/// of Heun's method. Returns the pixels of each, -1 for paper and 1 for ink.
 pub fn sample(network: &Network, noise: &Tensor, class: &[u32], steps: usize) -> Result<Vec<Vec<f32>>> {
     let class = Tensor::new(class, &Device::Cpu)?;
     let mut x = noise.clone();
@@ -104,7 +103,7 @@ pub fn sample(network: &Network, noise: &Tensor, class: &[u32], steps: usize) ->
     Ok(x.to_vec2()?)
 }
 
-/// x + dt (v(x, t) + v(x + dt v(x, t), t + dt)) / 2.
+/// Computes `x + dt (v(x, t) + v(x + dt v(x, t), t + dt)) / 2`.
 fn heun_step(network: &Network, x: &Tensor, t: f64, dt: f64, class: &Tensor) -> Result<Tensor> {
     let start = velocity(network, x, t, class)?;
     let euler = (x + (&start * dt)?)?;

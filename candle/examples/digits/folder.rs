@@ -1,4 +1,4 @@
-//! Where everything goes that the example writes.
+//! Output folder of the example.
 
 use std::fmt;
 use std::fs;
@@ -7,43 +7,50 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-/// Stands in a folder whose output `--force` may replace.
+/// Text of the file that marks a folder whose output `--force` may replace.
 const MARK: &str = "Output of the example `digits` of posthoc-ema-candle, which `--force` replaces.\n";
 
-/// The folder of all output.
+/// Folder of all output.
 pub struct Folder(PathBuf);
 
 impl Folder {
-    /// Makes the folder. What an earlier run has written is removed where `force` says so, an error otherwise.
+    /// Creates the folder, and removes the output of an earlier run if `force` is set.
+    ///
+    /// # Errors
+    /// If there is earlier output without `force`, or if another program has written it.
     pub fn prepare(root: &Path, force: bool) -> Result<Self> {
         let folder = Self(root.to_owned());
         let earlier = folder.earlier()?;
         if let Some(found) = earlier.first() {
             let found = found.display();
-            ensure!(force, "{found}: there is output already: give --force to replace it, or --out for another folder");
+            ensure!(force, "{found} exists already: give --force to replace it, or --out for another folder");
             let ours = folder.mark().is_file();
-            ensure!(ours, "{found}: not written by this example, so not replaced: choose another folder with --out");
+            ensure!(
+                ours,
+                "{found} was not written by this example and is not replaced: choose another folder with --out"
+            );
         }
         for file in &earlier {
             fs::remove_file(file).with_context(|| format!("cannot remove {}", file.display()))?;
         }
-        let (averages, mark) = (folder.averages(), folder.mark());
+        let averages = folder.averages();
+        let mark = folder.mark();
         fs::create_dir_all(&averages).with_context(|| format!("cannot create {}", averages.display()))?;
         fs::write(&mark, MARK).with_context(|| format!("cannot write {}", mark.display()))?;
         Ok(folder)
     }
 
-    /// The run that is synthesized from.
+    /// Returns the directory of the run to synthesize from.
     pub fn run(&self) -> PathBuf {
         self.0.join("ema")
     }
 
-    /// The averages that are tracked to compare with.
+    /// Returns the directory of the averages that are tracked for comparison.
     pub fn direct(&self) -> PathBuf {
         self.0.join("direct")
     }
 
-    /// The file of one synthesized average.
+    /// Returns the file of one synthesized average.
     pub fn average(&self, sigma_rel: f64) -> PathBuf {
         self.averages().join(format!("sigma_rel-{sigma_rel:.4}.safetensors"))
     }
@@ -64,7 +71,7 @@ impl Folder {
         self.0.join("averages")
     }
 
-    /// The files that this example would write and that are there: no file of any other name.
+    /// Lists the existing files that have names of this example's output.
     fn earlier(&self) -> Result<Vec<PathBuf>> {
         let mut found = Vec::new();
         for dir in [self.run(), self.direct()] {
@@ -98,7 +105,7 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// A snapshot, such as `0.1000.safetensors`, or the live state.
+/// Returns true for a snapshot, such as `0.1000.safetensors`, and for the live state.
 fn is_of_run(path: &Path) -> bool {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let Some(stem) = stem(path) else { return false };

@@ -1,5 +1,5 @@
-//! Trains a small generator of handwritten digits, keeps averages of its weights while it trains, and afterwards finds
-//! out how long the average should have been: `cargo run --release -p posthoc-ema-candle --example digits`.
+//! Trains a small generator of handwritten digits, tracks averages of its weights, and finds the best length
+//! afterwards: `cargo run --release -p posthoc-ema-candle --example digits`.
 
 mod agreement;
 mod data;
@@ -32,9 +32,9 @@ use folder::Folder;
 use sheet::Grid;
 use track::{Tracked, Trackers};
 
-/// The steps that the claims of this example are made for.
+/// Number of steps at which the result is checked.
 const STEPS: u64 = 10_000;
-/// By how much the best average has to lower the last weights' loss.
+/// Share of the last weights' loss by which the best average must lower it.
 const IMPROVEMENT: f64 = 0.05;
 const TRAINED_ON: usize = 1_400;
 /// Digits of each class on the sheet.
@@ -43,23 +43,24 @@ const COLUMNS: usize = 8;
 /// Trains a generator of handwritten digits and chooses the length of its averaged weights afterwards.
 #[derive(Parser)]
 struct Args {
-    /// Where the run, the averages and the pictures go
+    /// Directory for the run, the averages and the pictures
     #[arg(long, value_name = "DIR", default_value = "runs/digits")]
     out: PathBuf,
-    /// Steps of training; what the averages promise is checked for the default only
+    /// Steps of training; the result is checked for the default only
     #[arg(long, value_name = "N", default_value_t = STEPS, value_parser = clap::value_parser!(u64).range(100..))]
     steps: u64,
-    /// Of the initial weights, the batches and their noise
+    /// Seed of the initial weights, the batches and their noise
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Replace the output of an earlier run
     #[arg(long)]
     force: bool,
-    /// Train nothing: print the held-out loss of the weights in this file, as an evaluation for `posthoc-ema sweep`
+    /// Do not train: print the held-out loss of the weights in this file, as an evaluation for `posthoc-ema sweep`
     #[arg(long, value_name = "FILE", conflicts_with_all = ["steps", "seed", "force"])]
     evaluate: Option<PathBuf>,
     /// Draws of noise and time with which each held-out digit is evaluated
-    #[arg(long, value_name = "N", default_value_t = 16, hide = true, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 16, hide = true)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     draws: u64,
 }
 
@@ -105,7 +106,7 @@ fn run(args: &Args) -> Result<Losses> {
     Ok(losses)
 }
 
-/// Trains on one thread: the matrices are so small that a second one costs more than it brings.
+/// Trains on one thread: for matrices of this size a second thread costs more than it gains.
 fn train(args: &Args, folder: &Folder, split: &Split) -> Result<(VarMap, Tracked)> {
     let settings = train::Settings::new(args.seed, args.steps);
     let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
@@ -122,7 +123,7 @@ fn train(args: &Args, folder: &Folder, split: &Split) -> Result<(VarMap, Tracked
     Ok(trained)
 }
 
-/// The lengths to evaluate, evenly spaced on a logarithmic scale.
+/// Returns the lengths to evaluate, evenly spaced on a logarithmic scale.
 fn lengths() -> Vec<f64> {
     const LENGTHS: u32 = 32;
     const SHORTEST: f64 = 0.01;
@@ -131,7 +132,7 @@ fn lengths() -> Vec<f64> {
     (0..LENGTHS).map(|i| SHORTEST * (step * f64::from(i)).exp()).collect()
 }
 
-/// Synthesizes an average of each length in one pass over the snapshots, each into a file of its own.
+/// Synthesizes an average of each length in one pass over the snapshots, and writes each to a file.
 fn synthesize(run: &Run, folder: &Folder) -> Result<Vec<Average>> {
     let lengths = lengths();
     let profiles = lengths.iter().map(|&sigma_rel| Profile::sigma_rel(sigma_rel)).collect::<Result<Vec<_>, _>>()?;
@@ -148,7 +149,7 @@ fn synthesize(run: &Run, folder: &Folder) -> Result<Vec<Average>> {
     Ok(averages)
 }
 
-/// The digits that the last weights draw beside those of the best average, from the same noise.
+/// Draws digits by the last weights and, from the same noise, by the best average.
 fn draw_digits(folder: &Folder, vars: &VarMap, losses: &Losses) -> Result<()> {
     const HEUN_STEPS: usize = 32;
     let (best, _) = losses.best().context("no averages to draw with")?;
@@ -162,7 +163,7 @@ fn draw_digits(folder: &Folder, vars: &VarMap, losses: &Losses) -> Result<()> {
     sheet::write(&folder.sheet(), &left, &right, COLUMNS)
 }
 
-/// What this example claims of its default number of steps.
+/// Checks that the best average is clearly better than the last weights, and that its length is inside the range.
 fn check(losses: &Losses) -> Result<()> {
     let (best, loss) = losses.best().context("no averages to compare")?;
     let last = losses.last;
@@ -174,7 +175,7 @@ fn check(losses: &Losses) -> Result<()> {
     let ends = [losses.averages.first(), losses.averages.last()].map(|end| end.map(|(average, _)| average.sigma_rel));
     ensure!(
         !ends.contains(&Some(best.sigma_rel)),
-        "the best length, sigma_rel {:.3}, is at the end of those evaluated: the loss has no minimum between them",
+        "the best length, sigma_rel {:.3}, is at an end of the evaluated range: the loss has no minimum inside it",
         best.sigma_rel
     );
     Ok(())

@@ -1,5 +1,5 @@
-//! The network: a residual multilayer perceptron that predicts the velocity of an image on its way
-//! from noise, given the time and the digit to draw.
+//! Network: a residual multilayer perceptron that predicts the velocity of an image on its line from noise, given the
+//! time and the digit to draw.
 
 use std::collections::{BTreeMap, HashMap};
 use std::f32::consts::PI;
@@ -15,10 +15,10 @@ use crate::data::{CLASSES, PIXELS};
 
 const WIDTH: usize = 192;
 const BLOCKS: usize = 3;
-/// Frequencies at which the time is presented, each as a sine and a cosine.
+/// Frequencies of the time's features, each with a sine and a cosine.
 const FREQUENCIES: usize = 8;
 
-/// The velocity field v(x_t, t, class).
+/// Velocity field `v(x_t, t, class)`.
 pub struct Network {
     image: Linear,
     time: Linear,
@@ -28,7 +28,7 @@ pub struct Network {
 }
 
 impl Network {
-    /// Over the given parameters, which are created where `vars` has none yet.
+    /// Makes the network of the parameters in `vars`; missing ones are created.
     pub fn new(vars: VarBuilder) -> Result<Self> {
         let blocks = (0..BLOCKS)
             .map(|i| candle_nn::linear(WIDTH, WIDTH, vars.pp(format!("blocks.{i}"))))
@@ -42,13 +42,12 @@ impl Network {
         })
     }
 
-    /// Over fixed tensors, such as those of a safetensors file: to evaluate, not to train.
+    /// Makes a network of fixed tensors, such as those of a safetensors file, to evaluate it.
     pub fn from_tensors(tensors: HashMap<String, Tensor>) -> Result<Self> {
         Self::new(VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu))
     }
 
-    /// The velocity, `(rows, PIXELS)`, at `x_t`, `(rows, PIXELS)`, `t`, `(rows, 1)`, and `class`,
-    /// `(rows,)`.
+    /// Returns the velocity, `(rows, PIXELS)`, at `x_t`, `(rows, PIXELS)`, `t`, `(rows, 1)`, and `class`, `(rows,)`.
     pub fn forward(&self, x_t: &Tensor, t: &Tensor, class: &Tensor) -> Result<Tensor> {
         let time = self.time.forward(&time_features(t)?)?;
         let condition = (time + self.class.forward(class)?)?;
@@ -60,25 +59,25 @@ impl Network {
     }
 }
 
-/// sin(k pi t) and cos(k pi t) for k = 1 to `FREQUENCIES`.
+/// Returns `sin(k pi t)` and `cos(k pi t)` for k = 1 to `FREQUENCIES`.
 fn time_features(t: &Tensor) -> Result<Tensor> {
     let frequencies = (1..=FREQUENCIES).map(|k| k as f32 * PI).collect::<Vec<_>>();
     let phase = t.broadcast_mul(&Tensor::new(frequencies, t.device())?)?;
     Ok(Tensor::cat(&[phase.sin()?, phase.cos()?], D::Minus1)?)
 }
 
-/// The network of the last weights.
+/// Returns the network of the last weights.
 pub fn last(vars: &VarMap) -> Result<Network> {
     Network::from_tensors(tensors(vars)?.into_iter().collect())
 }
 
-/// The network of a safetensors file.
+/// Reads the network of a safetensors file.
 pub fn read(path: &Path) -> Result<Network> {
     let tensors = candle_core::safetensors::load(path, &Device::Cpu);
     Network::from_tensors(tensors.with_context(|| format!("cannot read {}", path.display()))?)
 }
 
-/// All weights, tensor after tensor in order of name.
+/// Returns all weights, tensor after tensor in the order of their names.
 pub fn flatten(vars: &VarMap) -> Result<Vec<f32>> {
     let mut all = Vec::new();
     for tensor in tensors(vars)?.values() {
@@ -87,14 +86,13 @@ pub fn flatten(vars: &VarMap) -> Result<Vec<f32>> {
     Ok(all)
 }
 
-/// By name, as the map's own order differs from run to run.
+/// Returns the tensors by name: the map's own order differs from run to run.
 fn tensors(vars: &VarMap) -> Result<BTreeMap<String, Tensor>> {
     let data = vars.data().lock().ok().context("a thread panicked while it held the variables")?;
     Ok(data.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect())
 }
 
-/// Creates a network's parameters with seeded values: candle's own initialisation draws from a
-/// generator that cannot be seeded on the CPU.
+/// Creates a network with seeded parameters. Candle's own initialisation cannot be seeded on the CPU.
 ///
 /// Matrices are normal with variance 1 / columns, vectors are zero.
 pub fn init(rng: &mut impl Rng) -> Result<(VarMap, Network)> {

@@ -1,8 +1,8 @@
-//! Bars on stderr; none where stderr is no terminal.
+//! Progress bars on standard error, drawn only if it is a terminal.
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// A bar for `len` pieces of the work named.
+/// Makes a bar for `len` pieces of work.
 pub fn bar(work: &'static str, len: u64) -> ProgressBar {
     let bar = ProgressBar::new(len).with_message(work);
     match ProgressStyle::with_template("{msg:10} {wide_bar} {human_pos}/{human_len}  {eta} left") {

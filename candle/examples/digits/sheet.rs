@@ -1,4 +1,4 @@
-//! A sheet of drawn digits as a grey PNG: two grids side by side, each under its caption.
+//! Sheet of drawn digits as a grey PNG: two grids side by side, each under its caption.
 
 use std::fs::File;
 use std::io::BufWriter;
@@ -7,11 +7,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use font8x8::{BASIC_FONTS, GREEK_FONTS, UnicodeFonts};
 
-/// Pixels of an image's side, and of a letter's.
+/// Pixels on each side of an image, and of a letter.
 const SIDE: usize = 8;
 const IMAGE_SCALE: usize = 6;
 const LETTER_SCALE: usize = 2;
-/// From an image's corner to the next one's.
+/// Distance between the corners of neighbouring images.
 const PITCH: usize = SIDE * IMAGE_SCALE + 8;
 const MARGIN: usize = 20;
 const CAPTION_HEIGHT: usize = 34;
@@ -22,7 +22,7 @@ const INK: u8 = 34;
 /// One half of a sheet.
 pub struct Grid<'a> {
     pub caption: &'a str,
-    /// Images of 64 pixels, -1 for paper and 1 for ink, row after row of the grid.
+    /// Images of 64 pixels, -1 for paper and 1 for ink, in the order of the grid's rows.
     pub images: &'a [Vec<f32>],
 }
 
@@ -65,7 +65,7 @@ impl Canvas {
         }
     }
 
-    /// A character that the font lacks is left blank.
+    /// Draws a caption; characters that the font lacks stay blank.
     fn caption(&mut self, caption: &str, x: usize, y: usize) {
         for (i, letter) in caption.chars().enumerate() {
             let glyph = BASIC_FONTS.get(letter).or_else(|| GREEK_FONTS.get(letter));
@@ -73,7 +73,7 @@ impl Canvas {
         }
     }
 
-    /// A byte for each row of the letter, the lowest bit leftmost.
+    /// Draws a letter, given as one byte for each row with the lowest bit at the left.
     fn letter(&mut self, glyph: [u8; SIDE], x: usize, y: usize) {
         for (row, bits) in glyph.into_iter().enumerate() {
             for column in (0..SIDE).filter(|column| bits >> column & 1 == 1) {
@@ -102,7 +102,7 @@ impl Canvas {
     }
 }
 
-/// -1 becomes white and 1 nearly black; what a network draws beyond them is clipped.
+/// Converts -1 to white and 1 to nearly black; values outside are clipped.
 fn grey(value: f32) -> u8 {
     let ink = (value.clamp(-1.0, 1.0) + 1.0) / 2.0;
     (f32::from(WHITE) + ink * (f32::from(INK) - f32::from(WHITE))) as u8

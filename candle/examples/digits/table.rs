@@ -1,11 +1,11 @@
-//! The two tables that the example prints.
+//! Tables that the example prints.
 
 use comfy_table::{Cell, CellAlignment, Table, presets};
 
 use crate::agreement::Agreement;
 use crate::evaluate::Losses;
 
-/// The loss of each average, the best marked, and that of the last weights.
+/// Formats the loss of each average, with the best one marked, and that of the last weights.
 pub fn losses(losses: &Losses) -> String {
     let mut table = table(["sigma_rel", "held-out loss", "change", "profile error", "noise gain", ""]);
     let best = losses.best().map(|(best, _)| best.sigma_rel);
@@ -25,7 +25,7 @@ pub fn losses(losses: &Losses) -> String {
     table.trim_fmt()
 }
 
-/// How far synthesized averages are from those tracked directly, next to what is allowed.
+/// Formats the differences between synthesized and tracked averages, with their bounds.
 pub fn agreements(agreements: &[Agreement]) -> String {
     let mut table = table(["sigma_rel", "to last weights", "to tracked", "ratio", "allowed", "profile error"]);
     for a in agreements {

@@ -1,4 +1,4 @@
-//! A short training through every piece: what it finds out is no matter, that it comes out whole is.
+//! Runs the whole example on a short training, whose losses do not matter.
 
 use std::fs;
 
@@ -9,7 +9,7 @@ fn args(out: PathBuf, force: bool) -> Args {
 }
 
 #[test]
-fn a_short_training_gives_averages_tables_and_pictures_and_is_replaced_on_demand_only() -> Result<()> {
+fn short_training_writes_all_output_and_replaces_only_its_own_by_force() -> Result<()> {
     let temp = tempfile::tempdir()?;
     let out = temp.path().join("digits");
     let losses = run(&args(out.clone(), false))?;

@@ -1,4 +1,4 @@
-//! What is kept while the network trains: the run to synthesize from, and what its syntheses are compared with.
+//! Tracking during the training: the run to synthesize from, and averages and moments to compare syntheses with.
 
 use std::iter::zip;
 
@@ -12,23 +12,23 @@ use crate::model;
 
 /// Steps between updates of the averages.
 const UPDATE_EVERY: u64 = 10;
-/// Snapshots of each average during a training, however long it is.
+/// Snapshots of each average during a training of any length.
 const SNAPSHOTS: u64 = 20;
-/// The lengths that are stored, and from which all others are made.
+/// Lengths that are stored, from which all others are synthesized.
 const STORED: [f64; 2] = [0.05, 0.28];
-/// The lengths tracked a second time, to compare with what is made from the stored ones.
+/// Lengths that are tracked directly, to compare with synthesized ones.
 const DIRECT: [f64; 3] = [0.10, 0.15, 0.20];
 
-/// The running averages of a training.
+/// Running averages of a training.
 pub struct Trackers {
     run: PostHocEma,
     direct: PostHocEma,
     trajectory: Trajectory,
 }
 
-/// What a training has left behind to compare syntheses with.
+/// Results of a training to compare syntheses with.
 pub struct Tracked {
-    /// Average over the same updates, none of them by synthesis, with its sigma_rel.
+    /// Averages over the same updates that were tracked directly, each with its sigma_rel.
     pub direct: Vec<(f64, Tensors)>,
     pub trajectory: Trajectory,
 }
@@ -40,23 +40,23 @@ impl Trackers {
             .sigma_rels(STORED)
             .update_every(UPDATE_EVERY)
             .checkpoint_every(every)
-            // One more, for the end of a training that is no multiple of the interval.
+            // One more for the end of a training that no interval divides.
             .max_checkpoints(SNAPSHOTS as usize + 1)
             .create(&Variables(vars))?;
         let direct = PostHocEma::options(folder.direct())
             .sigma_rels(DIRECT)
             .update_every(UPDATE_EVERY)
-            // Beyond the end: one snapshot of each, when the training is over.
+            // No snapshot is due before the end; `finish` stores one.
             .checkpoint_every(steps.next_multiple_of(UPDATE_EVERY) + UPDATE_EVERY)
             .create(&Variables(vars))?;
         Ok(Self { run, direct, trajectory: Trajectory::default() })
     }
 
-    /// To be called after each step of training.
+    /// Updates all averages; to be called after each step of training.
     pub fn update(&mut self, vars: &VarMap) -> Result<()> {
-        let step = self.run.update(&Variables(vars))?;
+        let outcome = self.run.update(&Variables(vars))?;
         self.direct.update(&Variables(vars))?;
-        if step != UpdateOutcome::Skipped {
+        if outcome != UpdateOutcome::Skipped {
             self.trajectory.add(self.run.step(), vars)?;
         }
         Ok(())
@@ -73,33 +73,38 @@ impl Trackers {
     }
 }
 
-/// How each weight has moved over the updates: as much of it as the error of a synthesis is bounded by.
+/// Moments of each weight over the updates, which bound the error of a synthesis.
 #[derive(Default)]
 pub struct Trajectory {
-    /// The updates' times.
+    /// Times of the updates.
     pub times: Vec<u64>,
     weights: Vec<Movement>,
 }
 
 #[derive(Clone, Copy, Default)]
 struct Movement {
-    /// The first value; sums are of the distances from it, which keeps their digits.
+    /// First value. Distances from it lose fewer digits in the sums than the values.
     origin: f64,
-    /// The steps between updates, times the distance.
+    /// Sum of distances, each times the steps since the update before.
     sum: f64,
-    /// The steps between updates, times the distance squared.
+    /// Sum of squared distances, each times the steps since the update before.
     squares: f64,
-    /// The greatest magnitude.
+    /// Largest magnitude.
     largest: f64,
 }
 
+impl Movement {
+    fn starting_at(weight: f32) -> Self {
+        Self { origin: f64::from(weight), ..Self::default() }
+    }
+}
+
 impl Trajectory {
-    /// Adds the weights, in order of name, of an update at `time`.
+    /// Adds the weights of an update at `time`.
     fn add(&mut self, time: u64, vars: &VarMap) -> Result<()> {
         let weights = model::flatten(vars)?;
         if self.weights.is_empty() {
-            let at = |&weight: &f32| Movement { origin: f64::from(weight), ..Movement::default() };
-            self.weights = weights.iter().map(at).collect();
+            self.weights = weights.iter().map(|&weight| Movement::starting_at(weight)).collect();
         }
         let interval = (time - self.times.last().unwrap_or(&0)) as f64;
         for (movement, weight) in zip(&mut self.weights, weights) {
@@ -112,14 +117,13 @@ impl Trajectory {
         Ok(())
     }
 
-    /// For each weight `sqrt(sum_k delta_k (p_k - c)^2)`, with `delta_k` the steps since the update before and `c`
-    /// the mean over all steps.
+    /// Returns `sqrt(sum_k delta_k (p_k - c)^2)` of each weight: `delta_k` steps since the update before, `c` the mean.
     pub fn norms(&self) -> Vec<f64> {
         let steps = self.times.last().copied().unwrap_or(1) as f64;
         self.weights.iter().map(|m| (m.squares - m.sum * m.sum / steps).max(0.0).sqrt()).collect()
     }
 
-    /// The greatest magnitude that each weight has had.
+    /// Returns the largest magnitude of each weight so far.
     pub fn largest(&self) -> impl Iterator<Item = f64> {
         self.weights.iter().map(|movement| movement.largest)
     }

@@ -1,4 +1,4 @@
-//! Training: rectified flow by Adam at a constant rate, which leaves the last weights noisy.
+//! Training: rectified flow with Adam at a constant rate, which leaves the last weights noisy.
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -9,12 +9,12 @@ use crate::data::{self, Batch, Digit};
 use crate::model::Network;
 use crate::progress;
 
-/// What a training is made of.
+/// Settings of a training.
 pub struct Settings {
     /// Seeds the initial weights, the batches and their noise.
     pub seed: u64,
     pub steps: u64,
-    /// Images a step.
+    /// Images in each step.
     pub batch: usize,
     pub learning_rate: f64,
 }
@@ -46,12 +46,12 @@ pub fn train(
     Ok(())
 }
 
-/// Adam: AdamW decays weights unless told not to.
+/// Returns the settings of Adam: AdamW without weight decay.
 fn adam(settings: &Settings) -> ParamsAdamW {
     ParamsAdamW { lr: settings.learning_rate, weight_decay: 0.0, ..ParamsAdamW::default() }
 }
 
-/// The flow-matching loss: the mean squared error of the velocity over rows and pixels, a scalar.
+/// Returns the flow-matching loss: the mean squared error of the velocity over rows and pixels, a scalar.
 pub fn loss(network: &Network, batch: &Batch) -> Result<Tensor> {
     let velocity = network.forward(&batch.x_t, &batch.t, &batch.class)?;
     Ok(candle_nn::loss::mse(&velocity, &batch.velocity)?)
