@@ -17,9 +17,9 @@ During training and after it:
 """
 
 from . import visualization
-from ._advising import Advice, advise
-from ._averaging import Average, CheckpointWeight, average
-from ._importing import Imported, import_run
+from ._advise import Advice, advise
+from ._average import Average, CheckpointWeight, average
+from ._import import Imported, import_run
 from ._native import __version__
 from ._plans import Noise, Plan, Predicted, Retention, Weight, plan
 from ._profiles import Profile, Target

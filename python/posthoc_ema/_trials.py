@@ -86,7 +86,7 @@ class Swept:
         Raises:
             ValueError: If the best profile is a table, which has no length.
         """
-        from . import _drawing
+        from . import _draw
 
         best = next(trial for trial in self.results if trial.profile == self.best.profile)
         if best.length is None:
@@ -95,7 +95,7 @@ class Swept:
         family = [trial for trial in self.results if _family(trial) == _family(best)]
         lengths = {trial.profile: trial.length[1] for trial in family if trial.length is not None}
         scored = [(lengths[trial.profile], trial.score, trial) for trial in family if trial.score is not None]
-        return _drawing.draw_scores(
+        return _draw.draw_scores(
             asked=[(length, score) for length, score, trial in scored if not trial.refined],
             refined=[(length, score) for length, score, trial in scored if trial.refined],
             best=[(length, score) for length, score, _ in scored if length == best_length],

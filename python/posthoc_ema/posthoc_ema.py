@@ -14,8 +14,8 @@ from ._lifetime import StepCounter
 from ._model import MappingTensors, Model, ModuleTensors
 from ._plans import Plan, Retention, plan
 from ._profiles import Profile, Target
-from ._reading import RunAverages
-from ._run import RunReader
+from ._run_averages import RunAverages
+from ._run_reader import RunReader
 from ._tracked_average import TrackedAverage
 from ._tracker import ModelTracker
 

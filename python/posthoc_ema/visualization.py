@@ -108,9 +108,9 @@ def plot_reconstruction_errors(
     for name, numbers in (("target_sigma_rels", lengths), ("errors", values), ("source_sigma_rels", tracked)):
         if not (np.isfinite(numbers) & (numbers >= 0.0)).all():
             raise ValueError(f"{name}: every value must be finite and at least 0")
-    from . import _drawing
+    from . import _draw
 
-    return _drawing.draw_errors(lengths, values, tracked, title or "Error of synthesized averages", figsize)
+    return _draw.draw_errors(lengths, values, tracked, title or "Error of synthesized averages", figsize)
 
 
 def reconstruction_error(

@@ -69,7 +69,7 @@ def test_class_names_are_unique() -> None:
 
 def test_only_one_module_draws() -> None:
     drawing = {name for name, tree in MODULES.items() if {"matplotlib", "PIL"} & set(imports_of_others(tree.body))}
-    assert drawing == {"_drawing"}
+    assert drawing == {"_draw"}
 
 
 def test_import_loads_neither_torch_nor_drawing_packages() -> None:

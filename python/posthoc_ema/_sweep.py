@@ -19,7 +19,7 @@ from ._options import whole_number
 from ._plans import Noise, Plan, noise_text
 from ._profiles import Profile, Target, profile_json, to_json
 from ._progress import wants_bar
-from ._run import RunReader
+from ._run_reader import RunReader
 from ._trials import Best, Swept, Trial, trials_from_json
 
 LOG = logging.getLogger("posthoc_ema")

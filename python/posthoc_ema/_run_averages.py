@@ -14,8 +14,8 @@ from ._options import check_calculation_dtype
 from ._plans import Noise, Plan
 from ._profiles import Profile, Target, as_profile
 from ._progress import Progress
-from ._run import RunReader
-from ._sweeping import SweepProgress, sweep
+from ._run_reader import RunReader
+from ._sweep import SweepProgress, sweep
 from ._trials import Swept
 
 
