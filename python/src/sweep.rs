@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use posthoc_ema::sweep::{self, Goal, Outcome, Record, SweepKey, TrialMetrics};
+use posthoc_ema::sweep::{self, Goal, Record, SweepKey, TrialMetrics, TrialOutcome};
 use pyo3::prelude::*;
 
 use crate::errors::{argument, to_python};
@@ -70,8 +70,8 @@ impl Sweep {
         seconds: f64,
     ) -> PyResult<()> {
         let outcome = match (score, error) {
-            (Some(score), None) => Outcome::Score(score),
-            (_, error) => Outcome::Error(error.unwrap_or_default()),
+            (Some(score), None) => TrialOutcome::Score(score),
+            (_, error) => TrialOutcome::Error(error.unwrap_or_default()),
         };
         let metrics =
             TrialMetrics { relative_error: Some(relative_error), noise_gain: Some(noise_gain), seconds: Some(seconds) };

@@ -1,12 +1,13 @@
-//! Many lengths, one evaluation each, the best kept.
+//! Evaluation of averages of many lengths.
 //!
-//! [`Sweep`] is the search alone: it says which averages to evaluate next and is told their scores. [`Record`] keeps its
-//! trials in a directory, so that a sweep that was interrupted goes on. [`Run::sweep`](crate::Run::sweep) joins them
-//! with the synthesis: candidates are files, and the best one stays. [`Command`] is an evaluation by the shell.
+//! [`Sweep`] is the search alone: it names the averages to evaluate next and takes their scores. [`Record`] keeps its
+//! trials in a directory, so that an interrupted sweep continues. [`Run::sweep`](crate::Run::sweep) joins both with the
+//! synthesis: candidates are files, and the best one is kept. [`Command`] evaluates a candidate by a shell command.
 
 mod candidates;
 mod command;
 mod observer;
+mod options;
 mod output;
 mod record;
 mod refine;
@@ -14,13 +15,15 @@ mod run;
 mod score;
 mod search;
 mod template;
+mod trial;
 
 pub use candidates::Candidate;
 pub use command::Command;
 pub use observer::Observer;
+pub use options::{SweepOptions, SweepResult};
 pub use record::{Record, SweepKey, identity};
-pub use run::{SweepOptions, SweepResult};
-pub use search::{Edge, Goal, Outcome, Sweep, Trial, TrialMetrics};
+pub use search::{Edge, Sweep};
+pub use trial::{Goal, Trial, TrialMetrics, TrialOutcome};
 
 #[cfg(test)]
 mod tests;

@@ -1,22 +1,23 @@
-//! Who looks on.
+//! Progress of a sweep.
 
-use super::search::{Sweep, Trial};
+use super::search::Sweep;
+use super::trial::Trial;
 use crate::math::Profile;
 
-/// Told how a sweep goes on; each method does nothing unless it is written.
+/// Receives the progress of a sweep. Every method does nothing by default.
 pub trait Observer: Sync {
-    /// So many averages are synthesized, for which so many bytes of snapshots are read.
+    /// Called before `targets` averages are synthesized, which reads `bytes` of snapshots.
     fn synthesizing(&self, _targets: usize, _bytes: u64) {}
 
-    /// So many bytes more were read; from any thread.
+    /// Called from any thread with the bytes that were read since the last call.
     fn read(&self, _bytes: u64) {}
 
-    /// An average is about to be evaluated.
+    /// Called before an average is evaluated.
     fn evaluating(&self, _profile: &Profile, _sweep: &Sweep) {}
 
-    /// An evaluation is over and recorded.
+    /// Called after an evaluation was recorded.
     fn evaluated(&self, _trial: &Trial, _sweep: &Sweep) {}
 }
 
-/// Nobody.
+/// Ignores all progress.
 impl Observer for () {}

@@ -1,61 +1,63 @@
-//! What an evaluation writes, read until it is over.
+//! Standard output and standard error of a command.
 
 use std::io::{self, PipeReader, Read};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How much of an output is kept, from its end.
-const KEPT: usize = 16 << 10;
+/// Bytes of an output that are kept, from its end.
+const KEPT_BYTES: usize = 16 << 10;
 
-/// How many pieces of output wait to be taken.
-const WAITING: usize = 16;
+/// Number of pieces of output in the channel. A reader with more blocks.
+const QUEUED_PIECES: usize = 16;
 
-/// How long the pipes are read when the command has ended: what it wrote lies in them already, and whoever still holds
-/// them is a process that it left behind in a session of its own, out of our reach.
+/// Time for which the pipes are still read after the command ended. Its own output is in them already. A pipe that
+/// stays open belongs to a process that the command left behind in a session of its own, which cannot be killed.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// What is told while a command runs.
+/// Message to the collector of the outputs.
 enum Event {
     Stdout(Vec<u8>),
     Stderr(Vec<u8>),
-    Ended,
+    CommandEnded,
 }
 
-/// The ends of both outputs.
+/// Last bytes of both outputs.
 #[derive(Default)]
 pub(super) struct Tails {
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
 }
 
-/// Both outputs while they are read, by threads that nobody waits for.
+/// Receiver of both outputs, which detached threads read.
 pub(super) struct Outputs(Receiver<Event>);
 
-/// Tells the reader that the command has ended; dropped, it does so.
-pub(super) struct Ended(SyncSender<Event>);
+/// Guard that reports the end of the command when it is dropped.
+pub(super) struct EndSignal(SyncSender<Event>);
 
-impl Drop for Ended {
+impl Drop for EndSignal {
     fn drop(&mut self) {
-        // Nobody listens where both outputs ended before.
-        let _ = self.0.send(Event::Ended);
+        // Fails if both outputs ended before.
+        let _ = self.0.send(Event::CommandEnded);
     }
 }
 
-/// Begins to read both outputs.
-pub(super) fn read(stdout: PipeReader, stderr: PipeReader) -> (Outputs, Ended) {
-    let (sender, receiver) = mpsc::sync_channel(WAITING);
+/// Spawns a thread for each output that reads it.
+pub(super) fn spawn_readers(stdout: PipeReader, stderr: PipeReader) -> (Outputs, EndSignal) {
+    let (sender, receiver) = mpsc::sync_channel(QUEUED_PIECES);
     for (pipe, event) in [(stdout, Event::Stdout as fn(Vec<u8>) -> Event), (stderr, Event::Stderr)] {
         let sender = sender.clone();
-        thread::spawn(move || pump(pipe, event, &sender));
+        thread::spawn(move || forward(pipe, event, &sender));
     }
-    (Outputs(receiver), Ended(sender))
+    (Outputs(receiver), EndSignal(sender))
 }
 
 impl Outputs {
-    /// The last of both outputs: read to their ends, or for a moment after the command's; `relay` is given the second.
+    /// Receives both outputs until they end, or until [`GRACE`] after the command ended, and returns their last bytes.
+    /// `relay` receives the whole standard error.
     pub(super) fn collect(self, relay: &dyn Fn(&[u8])) -> Tails {
-        let (mut tails, mut deadline) = (Tails::default(), None::<Instant>);
+        let mut tails = Tails::default();
+        let mut deadline: Option<Instant> = None;
         loop {
             let event = match deadline {
                 None => self.0.recv().ok(),
@@ -63,11 +65,11 @@ impl Outputs {
             };
             match event {
                 None => return tails,
-                Some(Event::Ended) => deadline = Some(Instant::now() + GRACE),
-                Some(Event::Stdout(bytes)) => keep(&mut tails.stdout, &bytes),
+                Some(Event::CommandEnded) => deadline = Some(Instant::now() + GRACE),
+                Some(Event::Stdout(bytes)) => append(&mut tails.stdout, &bytes),
                 Some(Event::Stderr(bytes)) => {
                     relay(&bytes);
-                    keep(&mut tails.stderr, &bytes);
+                    append(&mut tails.stderr, &bytes);
                 }
             }
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -77,9 +79,9 @@ impl Outputs {
     }
 }
 
-/// Hands on what comes out of a pipe until its end, or until nobody takes it.
-fn pump(mut from: PipeReader, event: fn(Vec<u8>) -> Event, to: &SyncSender<Event>) {
-    let mut buffer = vec![0; KEPT];
+/// Sends the bytes of a pipe until its end, or until the receiver is gone.
+fn forward(mut from: PipeReader, event: fn(Vec<u8>) -> Event, to: &SyncSender<Event>) {
+    let mut buffer = vec![0; KEPT_BYTES];
     loop {
         match from.read(&mut buffer) {
             Ok(0) => return,
@@ -94,10 +96,10 @@ fn pump(mut from: PipeReader, event: fn(Vec<u8>) -> Event, to: &SyncSender<Event
     }
 }
 
-/// Appends, and keeps the last.
-fn keep(kept: &mut Vec<u8>, bytes: &[u8]) {
-    kept.extend_from_slice(bytes);
-    kept.drain(..kept.len().saturating_sub(KEPT));
+/// Appends bytes, and drops all but the last [`KEPT_BYTES`].
+fn append(tail: &mut Vec<u8>, bytes: &[u8]) {
+    tail.extend_from_slice(bytes);
+    tail.drain(..tail.len().saturating_sub(KEPT_BYTES));
 }
 
 #[cfg(test)]
@@ -108,12 +110,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_end_of_an_output_is_kept() {
-        let (out, out_there) = io::pipe().unwrap();
-        let (err, mut to) = io::pipe().unwrap();
-        drop(out_there);
-        let (outputs, ended) = read(out, err);
-        let writer = thread::spawn(move || (0..200_000).try_for_each(|i| writeln!(to, "line {i}")).unwrap());
+    fn tails_keep_last_bytes_and_relay_gets_all() {
+        let (stdout, child_stdout) = io::pipe().unwrap();
+        let (stderr, mut child_stderr) = io::pipe().unwrap();
+        drop(child_stdout);
+        let (outputs, end_signal) = spawn_readers(stdout, stderr);
+        let writer = thread::spawn(move || (0..200_000).try_for_each(|i| writeln!(child_stderr, "line {i}")).unwrap());
         let relayed = AtomicUsize::new(0);
         let count = |bytes: &[u8]| {
             relayed.fetch_add(bytes.len(), Ordering::Relaxed);
@@ -121,21 +123,23 @@ mod tests {
         let tails = thread::scope(|scope| {
             let tails = scope.spawn(|| outputs.collect(&count));
             writer.join().unwrap();
-            drop(ended);
+            drop(end_signal);
             tails.join().unwrap()
         });
-        assert!(tails.stderr.len() == KEPT && tails.stderr.ends_with(b"line 199999\n") && tails.stdout.is_empty());
+        assert!(
+            tails.stderr.len() == KEPT_BYTES && tails.stderr.ends_with(b"line 199999\n") && tails.stdout.is_empty()
+        );
         assert_eq!(relayed.into_inner(), (0..200_000).map(|i| format!("line {i}\n").len()).sum::<usize>());
     }
 
     #[test]
-    fn a_pipe_that_stays_open_is_not_waited_for() {
-        let (out, mut out_there) = io::pipe().unwrap();
-        let (err, err_there) = io::pipe().unwrap();
-        out_there.write_all(b"0.5\n").unwrap();
-        let (outputs, ended) = read(out, err);
-        drop(ended);
+    fn pipe_left_open_does_not_block() {
+        let (stdout, mut child_stdout) = io::pipe().unwrap();
+        let (stderr, child_stderr) = io::pipe().unwrap();
+        child_stdout.write_all(b"0.5\n").unwrap();
+        let (outputs, end_signal) = spawn_readers(stdout, stderr);
+        drop(end_signal);
         assert_eq!(outputs.collect(&|_| ()).stdout, b"0.5\n");
-        drop((out_there, err_there));
+        drop((child_stdout, child_stderr));
     }
 }

@@ -1,83 +1,80 @@
-//! A sweep's directory: its trials in `sweep.json`, written anew after each.
+//! Directory of a sweep. The file `sweep.json` in it holds the trials, and is replaced after each of them.
 
+use std::borrow::Cow;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::candidates::{BEST, FOLDER};
-use super::run::SweepOptions;
-use super::search::{Goal, Sweep, Trial};
+use super::options::SweepOptions;
+use super::search::Sweep;
+use super::trial::{Goal, Trial};
 use crate::error::{Error, Result};
 use crate::fs::{AtomicFile, Lock, find_document};
-
 use crate::run::Run;
 use crate::snapshot::{STATE_FILE, any_snapshot_file};
 
-/// The name of the document.
+/// Name of the document.
 const FILE: &str = "sweep.json";
 
-/// The version of the document.
+/// Version of the document.
 const VERSION: u32 = 1;
 
-/// What a sweep asks; two sweeps that differ in it do not share scores.
+/// Settings that the scores of a sweep depend on. Sweeps that differ in one do not share scores.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SweepKey {
-    /// The run: its id, or its directory where the snapshots have none.
+    /// Run, as returned by [`identity`].
     pub run: String,
-    /// The time of the targets.
+    /// Time of the targets.
     pub at: u64,
-    /// The evaluation: a command, or the name of a function.
+    /// Evaluation: a command, or the name of a function.
     pub evaluation: String,
-    /// Which scores are better.
+    /// Direction in which scores are better.
     pub goal: Goal,
-    /// The dtype of averaged tensors; none for the model's own.
+    /// Dtype of averaged tensors; `None` for the model's own.
     pub dtype: Option<String>,
-    /// What is done about the snapshots' rounding, as [`Noise`](crate::Noise) is written.
+    /// Treatment of the snapshots' rounding, as [`Noise`](crate::Noise) is written.
     pub noise: String,
 }
 
-/// The directory of a sweep, locked as long as this lives.
+/// Directory of a sweep, locked until this is dropped.
 #[derive(Debug)]
 pub struct Record {
     dir: PathBuf,
-    question: SweepKey,
+    key: SweepKey,
     _lock: Lock,
 }
 
-/// The document as it is read.
-#[derive(Deserialize)]
-struct Stored {
-    #[serde(flatten)]
-    question: SweepKey,
-    trials: Vec<Trial>,
-}
-
-/// The document as it is written.
-#[derive(Serialize)]
-struct Document<'a> {
+/// Contents of the document.
+#[derive(Serialize, Deserialize)]
+struct SweepDocument<'a> {
     posthoc_ema_sweep: u32,
     #[serde(flatten)]
-    question: &'a SweepKey,
-    trials: &'a [Trial],
+    key: Cow<'a, SweepKey>,
+    trials: Cow<'a, [Trial]>,
 }
 
-/// The part that tells whether the rest can be understood.
+/// Version of a document, which is checked before the rest is parsed.
 #[derive(Deserialize)]
-struct Version {
+struct SweepVersion {
     posthoc_ema_sweep: u32,
 }
 
 impl Record {
-    /// Opens a sweep's directory, which is made where it is missing, and gives the trials of the sweep that was begun there.
-    /// The document is written at once, and tells from then on whose directory it is.
+    /// Opens the directory of a sweep, and returns the trials of the earlier sweep in it.
+    ///
+    /// A missing directory is created. The document of a new sweep is written at once, which marks the directory as the
+    /// sweep's.
     ///
     /// # Errors
-    /// [`Error::Unexpected`] where the directory belongs to another sweep or is in use by one, or without a document holds
-    /// what a sweep would replace, or a run; [`Error::Damaged`] for a document that cannot be understood, [`Error::Io`].
-    pub fn open(dir: &Path, question: SweepKey) -> Result<(Record, Vec<Trial>)> {
+    /// - [`Error::Unexpected`] if the directory belongs to another sweep, if another process uses it, if it holds a
+    ///   run, or if it has no document but files that a sweep would replace.
+    /// - [`Error::Damaged`] if the document cannot be parsed.
+    /// - [`Error::Io`] if the directory cannot be read or written.
+    pub fn open(dir: &Path, key: SweepKey) -> Result<(Record, Vec<Trial>)> {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-        // An evaluation may change the directory of its process.
+        // The path is made absolute, because an evaluation may change the working directory.
         let dir = &std::path::absolute(dir).map_err(Error::io("read", dir))?;
         check_own(dir)?;
         let lock = Lock::acquire(dir).map_err(|error| match error {
@@ -87,29 +84,30 @@ impl Record {
             other => other,
         })?;
         let path = dir.join(FILE);
-        let trials = find_document(&path)?.map_or(Ok(Vec::new()), |text| read(&path, &text, &question))?;
-        let record = Record { dir: dir.to_owned(), question, _lock: lock };
+        let trials = find_document(&path)?.map_or(Ok(Vec::new()), |text| read(&path, &text, &key))?;
+        let record = Record { dir: dir.to_owned(), key, _lock: lock };
         if trials.is_empty() {
             record.write(&trials)?;
         }
         Ok((record, trials))
     }
 
-    /// The directory, as an absolute path.
+    /// Absolute path of the directory.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Writes the document anew, whole or not at all.
+    /// Replaces the document atomically.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`] if it cannot be written.
     pub fn save(&self, sweep: &Sweep) -> Result<()> {
         self.write(sweep.trials())
     }
 
     fn write(&self, trials: &[Trial]) -> Result<()> {
-        let document = Document { posthoc_ema_sweep: VERSION, question: &self.question, trials };
+        let document =
+            SweepDocument { posthoc_ema_sweep: VERSION, key: Cow::Borrowed(&self.key), trials: trials.into() };
         let path = self.dir.join(FILE);
         let text = serde_json::to_string_pretty(&document).map_err(|e| Error::unexpected(&path, e.to_string()))?;
         let file = AtomicFile::create(&path)?;
@@ -119,7 +117,7 @@ impl Record {
 }
 
 impl SweepKey {
-    /// What a sweep over a run asks.
+    /// Key of a sweep over a run at the resolved time `at`.
     pub fn new(run: &Run, at: u64, options: &SweepOptions<'_>) -> SweepKey {
         SweepKey {
             run: identity(run),
@@ -131,9 +129,9 @@ impl SweepKey {
         }
     }
 
-    /// The first difference from another, as text that goes on after "the sweep here".
+    /// Describes the first difference from the stored key, for a message that begins with "the sweep here".
     fn difference(&self, stored: &SweepKey) -> Option<String> {
-        let dtype = |question: &SweepKey| question.dtype.clone().unwrap_or_else(|| "the model's".into());
+        let dtype = |key: &SweepKey| key.dtype.clone().unwrap_or_else(|| "the model's".into());
         let parts = [
             ("is over another run", self.run.clone(), stored.run.clone()),
             ("is at another step", self.at.to_string(), stored.at.to_string()),
@@ -147,57 +145,59 @@ impl SweepKey {
     }
 }
 
-/// What a sweep knows a run by: the id that was drawn when it began, or its directory where the snapshots have none.
+/// Identifies a run: by the id that its snapshots store, or by its directory if they store none.
 pub fn identity(run: &Run) -> String {
     let id = run.snapshots().iter().find_map(|snapshot| snapshot.meta.run.clone());
     let dir = || run.dir().canonicalize().unwrap_or_else(|_| run.dir().to_owned());
     id.unwrap_or_else(|| dir().display().to_string())
 }
 
-/// Refuses a directory that no sweep began and that holds what is not a sweep's.
+/// Checks that a directory without a document holds neither a run nor files that a sweep would replace.
 fn check_own(dir: &Path) -> Result<()> {
     if dir.join(FILE).exists() {
         return Ok(());
     }
-    let filled = |name: &&str| dir.join(name).read_dir().is_ok_and(|mut entries| entries.next().is_some());
-    let run = || dir.join(STATE_FILE).exists().then(|| STATE_FILE.to_owned());
-    if let Some(found) = run().map_or_else(|| any_snapshot_file(dir), |found| Ok(Some(found)))? {
+    let run_file = if dir.join(STATE_FILE).exists() { Some(STATE_FILE.to_owned()) } else { any_snapshot_file(dir)? };
+    if let Some(found) = run_file {
         let why = format!("it holds {found}, and a run's directory holds nothing but its snapshots: sweep elsewhere");
         return Err(Error::unexpected(dir, why));
     }
-    let best = dir.join(BEST).symlink_metadata().is_ok().then_some(BEST);
-    match best.or_else(|| Some(FOLDER).filter(filled)) {
-        None => Ok(()),
-        Some(found) => {
-            let why = format!("no sweep was begun here ({FILE} is missing), and one would replace {found}");
-            Err(Error::unexpected(dir, format!("{why}: move that away, or choose another directory")))
-        }
-    }
+    let has_candidates = || dir.join(FOLDER).read_dir().is_ok_and(|mut entries| entries.next().is_some());
+    let found = if dir.join(BEST).symlink_metadata().is_ok() {
+        BEST
+    } else if has_candidates() {
+        FOLDER
+    } else {
+        return Ok(());
+    };
+    let why = format!("a sweep would replace {found}, and no earlier sweep wrote it ({FILE} is missing)");
+    Err(Error::unexpected(dir, format!("{why}: move it away, or choose another directory")))
 }
 
-fn read(path: &Path, text: &[u8], question: &SweepKey) -> Result<Vec<Trial>> {
-    let damaged = |error: serde_json::Error| Error::damaged(path, format!("it is no record of a sweep: {error}"));
-    let version: Version = serde_json::from_slice(text).map_err(damaged)?;
+/// Parses the document of an earlier sweep, and returns its trials if its key is the same.
+fn read(path: &Path, text: &[u8], key: &SweepKey) -> Result<Vec<Trial>> {
+    let damaged = |error: serde_json::Error| Error::damaged(path, format!("not the record of a sweep: {error}"));
+    let version: SweepVersion = serde_json::from_slice(text).map_err(damaged)?;
     if version.posthoc_ema_sweep != VERSION {
-        let why = format!("its version is {}, and this program reads {VERSION}", version.posthoc_ema_sweep);
+        let why = format!("its version is {}, and this program reads version {VERSION}", version.posthoc_ema_sweep);
         return Err(Error::unexpected(path, format!("{why}: use a newer program, or choose another directory")));
     }
-    let stored: Stored = serde_json::from_slice(text).map_err(damaged)?;
-    // Nothing is lost or mixed where nothing was evaluated.
-    if let Some(difference) = question.difference(&stored.question).filter(|_| !stored.trials.is_empty()) {
-        let remedy = "go on as it was begun, or choose another directory";
+    let stored: SweepDocument<'_> = serde_json::from_slice(text).map_err(damaged)?;
+    // A sweep without trials may be replaced by any other.
+    if let Some(difference) = key.difference(&stored.key).filter(|_| !stored.trials.is_empty()) {
+        let remedy = "use the same settings as before, or choose another directory";
         return Err(Error::unexpected(path, format!("the sweep here {difference}: {remedy}")));
     }
-    Ok(stored.trials)
+    Ok(stored.trials.into_owned())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::math::Profile;
-    use crate::sweep::{Outcome, TrialMetrics};
+    use crate::sweep::{TrialMetrics, TrialOutcome};
 
-    fn question() -> SweepKey {
+    fn key() -> SweepKey {
         SweepKey {
             run: "a1".into(),
             at: 500,
@@ -211,51 +211,51 @@ mod tests {
     fn sweep() -> Sweep {
         let targets = [0.05, 0.1, 0.15].map(|s| Profile::sigma_rel(s).unwrap());
         let mut sweep = Sweep::new(&targets, Goal::Minimize, 2).unwrap();
-        let figures = TrialMetrics { relative_error: Some(1.0 / 3.0), noise_gain: Some(2.5), seconds: Some(0.1) };
+        let metrics = TrialMetrics { relative_error: Some(1.0 / 3.0), noise_gain: Some(2.5), seconds: Some(0.1) };
         for (target, outcome) in targets.into_iter().zip([
-            Outcome::Score(0.1 + 0.2),
-            Outcome::Error("no \"number\"\nat all".into()),
-            Outcome::Score(f64::INFINITY),
+            TrialOutcome::Score(0.1 + 0.2),
+            TrialOutcome::Error("no \"number\"\nat all".into()),
+            TrialOutcome::Score(f64::INFINITY),
         ]) {
-            sweep.record(target, outcome, figures);
+            sweep.record(target, outcome, metrics);
         }
         sweep
     }
 
     #[test]
-    fn what_is_saved_is_read_to_the_last_bit() {
+    fn saved_trials_are_read_bit_for_bit() {
         let temp = tempfile::tempdir().unwrap();
         let dir = temp.path().join("deep/sweep");
-        let (record, trials) = Record::open(&dir, question()).unwrap();
+        let (record, trials) = Record::open(&dir, key()).unwrap();
         assert!(trials.is_empty());
         record.save(&sweep()).unwrap();
-        let text = Record::open(&dir, question()).unwrap_err().to_string();
+        let text = Record::open(&dir, key()).unwrap_err().to_string();
         assert!(text.contains("another sweep is writing here"), "{text}");
         drop(record);
-        let (_record, trials) = Record::open(&dir, question()).unwrap();
+        let (_record, trials) = Record::open(&dir, key()).unwrap();
         assert_eq!(trials, sweep().trials());
         assert_eq!(trials[2].score(), None);
     }
 
     #[test]
-    fn another_sweep_is_told_from_this_one_by_what_differs() {
+    fn sweep_with_other_settings_is_refused() {
         let temp = tempfile::tempdir().unwrap();
-        Record::open(temp.path(), question()).unwrap().0.save(&sweep()).unwrap();
+        Record::open(temp.path(), key()).unwrap().0.save(&sweep()).unwrap();
         for (other, part) in [
-            (SweepKey { run: "b2".into(), ..question() }, "is over another run (a1, and now b2)"),
-            (SweepKey { at: 400, ..question() }, "is at another step (500, and now 400)"),
-            (SweepKey { evaluation: "true".into(), ..question() }, "has another evaluation (eval {}, and now true)"),
-            (SweepKey { goal: Goal::Maximize, ..question() }, "has another direction (minimize, and now maximize)"),
-            (SweepKey { dtype: Some("F16".into()), ..question() }, "has another dtype (the model's, and now F16)"),
+            (SweepKey { run: "b2".into(), ..key() }, "is over another run (a1, and now b2)"),
+            (SweepKey { at: 400, ..key() }, "is at another step (500, and now 400)"),
+            (SweepKey { evaluation: "true".into(), ..key() }, "has another evaluation (eval {}, and now true)"),
+            (SweepKey { goal: Goal::Maximize, ..key() }, "has another direction (minimize, and now maximize)"),
+            (SweepKey { dtype: Some("F16".into()), ..key() }, "has another dtype (the model's, and now F16)"),
         ] {
             let text = Record::open(temp.path(), other).unwrap_err().to_string();
             assert!(text.contains(part) && text.contains("sweep.json"), "{text}");
         }
-        Record::open(temp.path(), question()).unwrap();
+        Record::open(temp.path(), key()).unwrap();
     }
 
     #[test]
-    fn a_directory_that_no_sweep_began_is_refused_where_it_holds_what_is_not_a_sweeps() {
+    fn directory_with_files_of_others_is_refused() {
         for (name, part) in [
             (BEST, "would replace best.safetensors"),
             ("candidates/mine", "would replace candidates"),
@@ -268,36 +268,36 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(&path, "mine").unwrap();
             let before = fs::read_dir(temp.path()).unwrap().count();
-            let text = Record::open(temp.path(), question()).unwrap_err().to_string();
+            let text = Record::open(temp.path(), key()).unwrap_err().to_string();
             assert!(text.contains(part), "{text}");
             assert_eq!(
                 (fs::read_dir(temp.path()).unwrap().count(), fs::read(&path).unwrap()),
                 (before, b"mine".into())
             );
         }
-        // Other files do not matter; and what was begun goes on, with another question as long as nothing was evaluated.
+        // Other files do not matter. A sweep without trials may be replaced by one with another key.
         let temp = tempfile::tempdir().unwrap();
         fs::write(temp.path().join("notes"), "").unwrap();
-        drop(Record::open(temp.path(), SweepKey { at: 400, ..question() }).unwrap());
+        drop(Record::open(temp.path(), SweepKey { at: 400, ..key() }).unwrap());
         fs::write(temp.path().join(BEST), "").unwrap();
-        Record::open(temp.path(), question()).unwrap();
+        Record::open(temp.path(), key()).unwrap();
     }
 
     #[test]
-    fn a_document_that_makes_no_sense_is_named() {
+    fn damaged_document_is_refused() {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join(FILE);
-        Record::open(temp.path(), question()).unwrap().0.save(&sweep()).unwrap();
+        Record::open(temp.path(), key()).unwrap().0.save(&sweep()).unwrap();
         let good = fs::read_to_string(&path).unwrap();
         for (text, part) in [
-            (good[..good.len() / 2].to_owned(), "no record of a sweep"),
+            (good[..good.len() / 2].to_owned(), "not the record of a sweep"),
             ("{}".into(), "posthoc_ema_sweep"),
             (good.replace("\"posthoc_ema_sweep\": 1", "\"posthoc_ema_sweep\": 2"), "its version is 2"),
             (good.replace("\"trials\"", "\"trails\""), "missing field `trials`"),
             (good.replace("\"gamma\": ", "\"gamma\": -"), "gamma = -"),
         ] {
             fs::write(&path, text).unwrap();
-            let text = Record::open(temp.path(), question()).unwrap_err().to_string();
+            let text = Record::open(temp.path(), key()).unwrap_err().to_string();
             assert!(text.contains(part) && text.contains("sweep.json"), "{text}");
         }
     }

@@ -1,88 +1,105 @@
-//! Golden-section steps around the best trial, in the best's own family.
+//! Golden-section steps around the best trial, in its own family.
 
-use super::search::{Sweep, Trial};
-use crate::math::Profile;
+use super::trial::{Trial, Trials};
+use crate::math::{Family, Profile};
 
-/// The smaller part of a golden section: `(3 - sqrt 5) / 2`.
+/// Smaller part of a golden section: `(3 - sqrt 5) / 2`.
 const GOLDEN: f64 = 0.381_966_011_250_105_15;
 
-/// Segments that differ by less than this share are of one length: evenly spaced lists are so but for rounding.
+/// Relative difference below which two segments count as equal. Segments of an evenly spaced list differ by rounding.
 const EVEN: f64 = 1e-6;
 
-/// A trial on the axis of its family.
+/// Trial at its coordinate on the axis of its family.
 #[derive(Clone, Copy)]
 struct Point<'a> {
     at: f64,
     trial: &'a Trial,
 }
 
-/// The next profile to try; none where the best has no neighbour, or none lies between them.
-///
-/// A failed target of the list does not bound the search, which would stop short of the optimum behind it. A failed
-/// refinement does, and so does any trial that stands exactly where the next step would go.
-pub(super) fn next(sweep: &Sweep) -> Option<Profile> {
-    let (family, _) = sweep.best()?.profile.family()?;
-    let points = points(sweep)?;
-    let centre = centre(sweep, &points)?;
-    let untried = |bounds: fn(&Trial) -> bool| {
-        let (shorter, longer) = neighbours(&points, centre, bounds);
-        let place = step(sweep, shorter, centre, longer)?;
-        let length = readable(
-            family.length_at(place),
-            |length| {
-                let at = family.coordinate(length);
-                shorter.is_none_or(|shorter| shorter.at < at) && longer.is_none_or(|longer| at < longer.at)
-            },
-            family.length_at(centre.at),
-        );
-        let profile = family.profile(length).ok()?;
-        sweep.trial(&profile).is_none().then_some(profile)
-    };
-    untried(|trial| trial.refined || trial.score().is_some()).or_else(|| untried(|_| true))
+impl Point<'_> {
+    /// Returns true for a successful target of the list.
+    fn is_listed(&self) -> bool {
+        !self.trial.refined && self.trial.score().is_some()
+    }
 }
 
-/// How many steps were made around the best: between the neighbours in the list of the best of the list, or of all that
-/// are as good.
-pub(super) fn made(sweep: &Sweep) -> usize {
-    let Some(points) = points(sweep) else { return 0 };
-    let best = sweep.best().and_then(Trial::score);
-    let listed = |point: &&Point<'_>| !point.trial.refined && point.trial.score().is_some();
-    let below = |at: f64| points.iter().rev().filter(listed).find(|point| point.at < at);
-    let above = |at: f64| points.iter().filter(listed).find(|point| point.at > at);
-    let equal: Vec<&Point<'_>> = points.iter().filter(|point| point.trial.score() == best).collect();
+/// Returns the next profile to try. Returns `None` if the best trial has no neighbour, or if no length fits between
+/// them.
+///
+/// A failed target of the list does not bound the search: the optimum may be behind it. A failed refinement does, and
+/// so does any trial exactly where the next step would go.
+pub(super) fn next_profile(trials: &Trials) -> Option<Profile> {
+    let (family, _) = trials.best()?.profile.family()?;
+    let points = points(trials)?;
+    let centre = centre(trials, &points)?;
+    let step = |bounds| step_between(trials, family, centre, neighbours(&points, centre, bounds));
+    step(|trial| trial.refined || trial.score().is_some()).or_else(|| step(|_| true))
+}
+
+/// Returns the profile of the next step around the centre, unless it has a trial already.
+fn step_between(
+    trials: &Trials,
+    family: Family,
+    centre: Point<'_>,
+    (shorter, longer): (Option<Point<'_>>, Option<Point<'_>>),
+) -> Option<Profile> {
+    let place = golden_section(trials, shorter, centre, longer)?;
+    let is_between = |length: f64| {
+        let at = family.coordinate(length);
+        shorter.is_none_or(|shorter| shorter.at < at) && longer.is_none_or(|longer| at < longer.at)
+    };
+    let length = round_length(family.length_at(place), is_between, family.length_at(centre.at));
+    let profile = family.profile(length).ok()?;
+    trials.get(&profile).is_none().then_some(profile)
+}
+
+/// Counts the refinements around the best trial: those between the neighbours, in the list, of its best target. A
+/// plateau of equally good trials counts as one.
+pub(super) fn steps_around_best(trials: &Trials) -> usize {
+    let Some(points) = points(trials) else { return 0 };
+    let below = |at: f64| points.iter().rev().filter(|point| point.is_listed()).find(|point| point.at < at);
+    let above = |at: f64| points.iter().filter(|point| point.is_listed()).find(|point| point.at > at);
+    let equal = best_points(trials, &points);
     let (Some(first), Some(last)) = (equal.first(), equal.last()) else { return 0 };
-    let (mut from, mut to) = (below(first.at), above(last.at));
-    if !equal.iter().any(listed) {
-        // A step is the best: the better one beside it is the best of the list.
-        let better = |one: Option<&Point<'_>>, other: Option<&Point<'_>>| {
-            one.is_some_and(|one| other.is_none_or(|other| sweep.is_better(one.trial, other.trial)))
+    let mut from = below(first.at);
+    let mut to = above(last.at);
+    if !equal.iter().any(Point::is_listed) {
+        // The best trial is a refinement, so the better one of its listed neighbours is the best target.
+        let is_better = |one: Option<&Point<'_>>, other: Option<&Point<'_>>| {
+            one.is_some_and(|one| other.is_none_or(|other| trials.is_better(one.trial, other.trial)))
         };
-        let (widen_down, widen_up) = (!better(to, from), !better(from, to));
+        let widen_down = !is_better(to, from);
+        let widen_up = !is_better(from, to);
         from = if widen_down { from.and_then(|from| below(from.at)) } else { from };
         to = if widen_up { to.and_then(|to| above(to.at)) } else { to };
     }
-    let within =
+    let is_between =
         |point: &&Point<'_>| from.is_none_or(|from| from.at < point.at) && to.is_none_or(|to| point.at < to.at);
-    points.iter().filter(|point| point.trial.refined).filter(within).count()
+    points.iter().filter(|point| point.trial.refined).filter(is_between).count()
 }
 
-/// The trials of the best's family, in order of their length; none where it has no length.
-fn points(sweep: &Sweep) -> Option<Vec<Point<'_>>> {
-    let (family, _) = sweep.best()?.profile.family()?;
+/// Returns the trials of the best one's family, sorted by length. Returns `None` for a family without lengths.
+fn points(trials: &Trials) -> Option<Vec<Point<'_>>> {
+    let (family, _) = trials.best()?.profile.family()?;
     let point = |(trial, length)| Point { at: family.coordinate(length), trial };
-    let mut points: Vec<Point<'_>> = sweep.of_family(family).map(point).collect();
+    let mut points: Vec<Point<'_>> = trials.of_family(family).map(point).collect();
     points.sort_by(|a, b| a.at.total_cmp(&b.at));
     Some(points)
 }
 
-/// Of the points that are as good as the best, the one in the middle: around it lies what is best on a plateau.
-fn centre<'a>(sweep: &Sweep, points: &[Point<'a>]) -> Option<Point<'a>> {
-    let best = sweep.best()?.score();
-    let equal: Vec<Point<'a>> = points.iter().copied().filter(|point| point.trial.score() == best).collect();
+/// Returns the points whose score equals the best one.
+fn best_points<'a>(trials: &Trials, points: &[Point<'a>]) -> Vec<Point<'a>> {
+    let best = trials.best().and_then(Trial::score);
+    points.iter().copied().filter(|point| point.trial.score() == best).collect()
+}
+
+/// Returns the middle one of the best points: the best of a plateau is around its middle.
+fn centre<'a>(trials: &Trials, points: &[Point<'a>]) -> Option<Point<'a>> {
+    let equal = best_points(trials, points);
     equal.get((equal.len().checked_sub(1)?) / 2).copied()
 }
 
-/// The nearest points on both sides that bound the search.
+/// Returns the nearest point on each side whose trial bounds the search.
 fn neighbours<'a>(
     points: &[Point<'a>],
     centre: Point<'_>,
@@ -94,33 +111,38 @@ fn neighbours<'a>(
     (shorter.copied(), longer.copied())
 }
 
-/// The golden section of the longer of the two segments beside the centre; at the end of the list, of the only one.
+/// Golden section of the longer one of the two segments beside the centre, or of the only one at an end of the list.
 ///
-/// Press et al., Numerical Recipes, section 10.2: whatever the segments were, they come to the golden ratio.
-fn step(sweep: &Sweep, shorter: Option<Point<'_>>, centre: Point<'_>, longer: Option<Point<'_>>) -> Option<f64> {
-    let into = |bound: Point<'_>| centre.at + GOLDEN * (bound.at - centre.at);
+/// The segments converge to the golden ratio from any start (Press et al., Numerical Recipes, section 10.2).
+fn golden_section(
+    trials: &Trials,
+    shorter: Option<Point<'_>>,
+    centre: Point<'_>,
+    longer: Option<Point<'_>>,
+) -> Option<f64> {
+    let towards = |bound: Point<'_>| centre.at + GOLDEN * (bound.at - centre.at);
     match (shorter, longer) {
         (Some(shorter), Some(longer)) => {
-            let (below, above) = (centre.at - shorter.at, longer.at - centre.at);
-            let even = (above - below).abs() <= EVEN * (above + below);
-            let up = if even { !sweep.is_better(shorter.trial, longer.trial) } else { above > below };
-            Some(into(if up { longer } else { shorter }))
+            let below = centre.at - shorter.at;
+            let above = longer.at - centre.at;
+            let is_even = (above - below).abs() <= EVEN * (above + below);
+            let up = if is_even { !trials.is_better(shorter.trial, longer.trial) } else { above > below };
+            Some(towards(if up { longer } else { shorter }))
         }
-        (Some(only), None) | (None, Some(only)) => Some(into(only)),
+        (Some(only), None) | (None, Some(only)) => Some(towards(only)),
         (None, None) => None,
     }
 }
 
-/// A length without the digits that do not matter: to a thousandth of its distance from the centre, where it then
-/// still lies between its neighbours.
-fn readable(length: f64, within: impl Fn(f64) -> bool, centre: f64) -> f64 {
+/// Rounds a length to a thousandth of its distance from the centre, if the result is still between its neighbours.
+fn round_length(length: f64, is_between: impl Fn(f64) -> bool, centre: f64) -> f64 {
     let digit = 10f64.powf((length - centre).abs().log10().floor() - 3.0);
-    // Decimal digits by way of text: a multiple of 0.001 computed as a product has digits of its own.
+    // Rounds by way of text: a product with 0.001 would have binary digits of its own.
     let digits = (-digit.log10().round()).clamp(0.0, 17.0) as usize;
     let rounded = if digit < 1.0 {
         format!("{length:.digits$}").parse().unwrap_or(length)
     } else {
         (length / digit).round() * digit
     };
-    if within(rounded) && rounded != centre { rounded } else { length }
+    if is_between(rounded) && rounded != centre { rounded } else { length }
 }

@@ -1,98 +1,27 @@
-//! A sweep over a run: averages as files, evaluated one after the other.
+//! Sweep over a run: averages are written to files and evaluated one after the other.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::candidates::{Candidate, Files};
-use super::observer::Observer;
+use super::candidates::{Candidate, SweepDir};
+use super::options::{SweepOptions, SweepResult};
 use super::record::{Record, SweepKey};
-use super::search::{Goal, Outcome, Sweep, TrialMetrics};
-use crate::device::Device;
+use super::search::Sweep;
+use super::trial::{TrialMetrics, TrialOutcome};
 use crate::error::{Error, Result};
-use crate::math::Profile;
-use crate::planning::{At, Noise, Plan};
-
+use crate::planning::{At, Plan};
+use crate::run::Run;
 use crate::synthesis::{Output, WriteOptions};
 
-use crate::run::Run;
-use crate::tensor::Dtype;
-
-/// How many averages are synthesized in one pass, where nothing else is asked for: as many as one pass can have.
-const BATCH: usize = 256;
-
-/// The steps of the refinement, where nothing else is asked for: they narrow an evenly spaced list about twentyfold.
-const REFINE: usize = 6;
-
-/// What a sweep does.
-#[derive(Clone)]
-pub struct SweepOptions<'a> {
-    /// The directory of the sweep, outside of the run's; made where it is missing. A sweep that was begun there goes on.
-    pub dir: &'a Path,
-    /// What to evaluate first, in any mixture of families.
-    pub targets: &'a [Profile],
-    /// The time of the targets.
-    pub at: At,
-    /// A name for the evaluation: a directory holds the scores of one.
-    pub evaluation: &'a str,
-    /// Which scores are better.
-    pub goal: Goal,
-    /// The golden-section steps around the best.
-    pub refine: usize,
-    /// The averages that are synthesized in one pass, and lie on the disk at a time.
-    pub batch: usize,
-    /// What is done about the rounding of the snapshots.
-    pub noise: Noise,
-    /// The dtype of averaged tensors; the model's own where it is not given.
-    pub dtype: Option<Dtype>,
-    /// Where they are blended.
-    pub device: Device,
-    /// Every average is kept, in the directory's folder `candidates`; otherwise only the best.
-    pub keep_all: bool,
-    /// Told how it goes on.
-    pub observer: &'a dyn Observer,
-}
-
-impl<'a> SweepOptions<'a> {
-    /// Looks for the smallest score among some targets, at the newest snapshot, with 6 steps of refinement.
-    pub fn new(dir: &'a Path, targets: &'a [Profile]) -> SweepOptions<'a> {
-        SweepOptions {
-            dir,
-            targets,
-            at: At::Latest,
-            evaluation: "",
-            goal: Goal::Minimize,
-            refine: REFINE,
-            batch: BATCH,
-            noise: Noise::Off,
-            dtype: None,
-            device: Device::Cpu,
-            keep_all: false,
-            observer: &(),
-        }
-    }
-}
-
-/// What came of a sweep.
-#[derive(Clone, Debug)]
-pub struct SweepResult {
-    /// All trials, those of earlier calls among them; [`Sweep::best`] is the best one.
-    pub sweep: Sweep,
-    /// The best average as a safetensors file; none where no evaluation succeeded.
-    pub best: Option<PathBuf>,
-    /// The time of the targets.
-    pub at: u64,
-    /// How many were evaluated in this call.
-    pub evaluated: usize,
-}
-
 impl Run {
-    /// Synthesizes many lengths, calls `evaluate` for each, goes on around the best one, and keeps that as
+    /// Synthesizes and evaluates the targets, refines around the best one, and keeps the best average as
     /// `best.safetensors`.
     ///
-    /// `evaluate` is given one average at a time, as a file that any reader of safetensors loads, and returns its score. An
-    /// error, NaN or an infinity is recorded, and the others go on. After each evaluation `sweep.json` in the directory is
-    /// written anew: the same call goes on where an earlier one was interrupted, and tries again what failed.
+    /// `evaluate` receives one average at a time as a safetensors file, and returns its score. An error, NaN or an
+    /// infinity is recorded as a failure, and the sweep continues. After each evaluation the trials are saved in
+    /// `sweep.json` in the directory. The same call therefore continues an interrupted sweep, and tries failed
+    /// evaluations again.
     ///
     /// ```
     /// use posthoc_ema::{PostHocEma, Profile, Run, SweepOptions};
@@ -121,56 +50,59 @@ impl Run {
     /// ```
     ///
     /// # Errors
-    /// Those of [`Run::plans`] and [`Run::write_all`], [`Error::Unexpected`] for a directory of another sweep or within the
-    /// run's own, [`Error::Io`]. What was recorded until then stays.
+    /// - [`Error::Unexpected`] for a directory of another sweep, or one inside the run's.
+    /// - [`Error::Io`] if the directory cannot be read or written.
+    /// - As [`Run::plans`] and [`Run::write_all`].
+    ///
+    /// Recorded trials are kept.
     pub fn sweep<E: Display>(
         &self,
         options: &SweepOptions<'_>,
         evaluate: impl FnMut(&Candidate<'_>) -> Result<f64, E>,
     ) -> Result<SweepResult> {
         let mut sweep = Sweep::new(options.targets, options.goal, options.refine)?;
-        // A target that cannot be had is told before anything is done.
+        // All targets are solved first, so that an impossible one fails before anything is written.
         let plans = self.plans_with(sweep.targets(), options.at, options.noise)?;
         let at = plans.first().map_or(0, |plan| plan.at);
         self.check_apart(options.dir)?;
-        let question = SweepKey::new(self, at, options);
-        let (record, trials) = Record::open(options.dir, question)?;
-        let files = Files::new(record.dir(), options.keep_all, &trials)?;
+        let (record, trials) = Record::open(options.dir, SweepKey::new(self, at, options))?;
+        let dir = SweepDir::new(record.dir(), options.keep_all, &trials)?;
         sweep.restore(trials);
-        let mut sweeping = Sweeping { run: self, options, record, files, sweep, at, evaluate, evaluated: 0 };
-        sweeping.search()?;
-        let best = sweeping.ensure_best()?;
-        Ok(SweepResult { sweep: sweeping.sweep, best, at, evaluated: sweeping.evaluated })
+        let mut active = ActiveSweep { run: self, options, record, dir, sweep, at, evaluate, evaluated: 0 };
+        active.search()?;
+        let best = active.ensure_best()?;
+        Ok(SweepResult { sweep: active.sweep, best, at, evaluated: active.evaluated })
     }
 
-    /// A sweep writes neither into a run's directory, which is flat and holds nothing else, nor below it.
+    /// Checks that a sweep's directory is outside the run's, which may hold only the run's files.
     fn check_apart(&self, dir: &Path) -> Result<()> {
         let absolute = std::path::absolute(dir).map_err(Error::io("read", dir))?;
-        let there = absolute.ancestors().find_map(|ancestor| ancestor.canonicalize().ok());
-        let within = matches!((there, self.dir().canonicalize()), (Some(dir), Ok(run)) if dir.starts_with(&run));
-        if within {
+        let existing = absolute.ancestors().find_map(|ancestor| ancestor.canonicalize().ok());
+        let is_inside = matches!((existing, self.dir().canonicalize()), (Some(dir), Ok(run)) if dir.starts_with(&run));
+        if is_inside {
             return Err(Error::unexpected(dir, "a run's directory holds nothing but its snapshots: sweep elsewhere"));
         }
         Ok(())
     }
 }
 
-/// A sweep under way.
-struct Sweeping<'a, F> {
+/// Sweep in progress.
+struct ActiveSweep<'a, F> {
     run: &'a Run,
     options: &'a SweepOptions<'a>,
     record: Record,
-    files: Files,
+    dir: SweepDir,
     sweep: Sweep,
     at: u64,
     evaluate: F,
     evaluated: usize,
 }
 
-impl<F, E: Display> Sweeping<'_, F>
+impl<F, E: Display> ActiveSweep<'_, F>
 where
     F: FnMut(&Candidate<'_>) -> Result<f64, E>,
 {
+    /// Evaluates all targets and refinements.
     fn search(&mut self) -> Result<()> {
         loop {
             let profiles = self.sweep.next(self.options.batch);
@@ -178,32 +110,33 @@ where
                 return Ok(());
             }
             let plans = self.run.plans_with(&profiles, At::Step(self.at), self.options.noise)?;
-            let paths = self.files.candidates(&plans, &self.sweep);
-            let failed = self.synthesize(&plans, &paths)?;
-            for ((plan, path), failed) in plans.iter().zip(&paths).zip(failed) {
-                match failed {
-                    None => self.evaluate(plan, path)?,
-                    Some(error) => self.record(plan, Outcome::Error(error.to_string()), 0.0)?,
+            let paths = self.dir.candidates(&plans, self.sweep.targets());
+            let results = self.synthesize(&plans, &paths)?;
+            for ((plan, path), result) in plans.iter().zip(&paths).zip(results) {
+                match result {
+                    Ok(()) => self.evaluate(plan, path)?,
+                    Err(error) => self.record(plan, TrialOutcome::Error(error.to_string()), 0.0)?,
                 }
             }
         }
     }
 
-    /// Writes all candidates in one pass; an average that its dtype cannot hold fails alone.
-    fn synthesize(&self, plans: &[Plan], paths: &[PathBuf]) -> Result<Vec<Option<Error>>> {
+    /// Writes all candidates in one pass, and returns the result of each.
+    ///
+    /// If the dtype cannot hold one of them, each is written by itself, so that only this one fails.
+    fn synthesize(&self, plans: &[Plan], paths: &[PathBuf]) -> Result<Vec<Result<()>>> {
         self.options.observer.synthesizing(plans.len(), self.run.bytes_to_read(plans));
         let outputs: Vec<Output<'_>> = plans.iter().zip(paths).map(|(plan, path)| Output { plan, path }).collect();
         match self.write(&outputs) {
-            Ok(()) => return Ok(plans.iter().map(|_| None).collect()),
+            Ok(()) => return Ok(plans.iter().map(|_| Ok(())).collect()),
             Err(Error::Tensor { .. }) => {}
             Err(other) => return Err(other),
         }
-        let alone = |output: &Output<'_>| match self.write(std::slice::from_ref(output)) {
-            Ok(()) => Ok(None),
-            Err(error @ Error::Tensor { .. }) => Ok(Some(error)),
-            Err(other) => Err(other),
+        let write_one = |output: &Output<'_>| match self.write(std::slice::from_ref(output)) {
+            Err(other) if !matches!(other, Error::Tensor { .. }) => Err(other),
+            result => Ok(result),
         };
-        outputs.iter().map(alone).collect()
+        outputs.iter().map(write_one).collect()
     }
 
     fn write(&self, outputs: &[Output<'_>]) -> Result<()> {
@@ -212,43 +145,44 @@ where
         self.run.write_all(outputs, &WriteOptions { dtype, device, progress: Some(&progress) }).map(drop)
     }
 
-    /// Evaluates a candidate, records what came of it, and keeps its file if it is the best.
+    /// Evaluates a candidate, records the outcome, and keeps its file if it is the best.
     fn evaluate(&mut self, plan: &Plan, path: &Path) -> Result<()> {
         self.options.observer.evaluating(&plan.profile, &self.sweep);
         let start = Instant::now();
         let outcome = match (self.evaluate)(&Candidate { plan, path }) {
-            Ok(score) => Outcome::Score(score),
-            Err(error) => Outcome::Error(error.to_string()),
+            Ok(score) => TrialOutcome::Score(score),
+            Err(error) => TrialOutcome::Error(error.to_string()),
         };
         self.evaluated += 1;
         self.record(plan, outcome, start.elapsed().as_secs_f64())?;
         if self.sweep.best().is_some_and(|best| best.profile == plan.profile) {
-            self.files.keep(path)?;
+            self.dir.make_best(path)?;
         }
-        self.files.discard(path)
+        self.dir.discard(path)
     }
 
-    fn record(&mut self, plan: &Plan, outcome: Outcome, seconds: f64) -> Result<()> {
+    fn record(&mut self, plan: &Plan, outcome: TrialOutcome, seconds: f64) -> Result<()> {
         self.sweep.record(plan.profile.clone(), outcome, TrialMetrics::of(plan, seconds));
         self.record.save(&self.sweep)?;
-        let trial = self.sweep.trial(&plan.profile);
-        trial.into_iter().for_each(|trial| self.options.observer.evaluated(trial, &self.sweep));
+        if let Some(trial) = self.sweep.trial(&plan.profile) {
+            self.options.observer.evaluated(trial, &self.sweep);
+        }
         Ok(())
     }
 
-    /// The file of the best, synthesized once more where it is missing or another's: it was removed, or the sweep was
-    /// killed before it was kept.
+    /// Returns the file of the best average. It is synthesized again if it was removed, or if the sweep was killed
+    /// before it was renamed.
     fn ensure_best(&self) -> Result<Option<PathBuf>> {
         let Some(best) = self.sweep.best() else { return Ok(None) };
-        let path = self.files.best();
-        if !self.files.holds(&best.profile) {
-            let best = std::slice::from_ref(&best.profile);
-            let plans = self.run.plans_with(best, At::Step(self.at), self.options.noise)?;
+        let path = self.dir.best();
+        if !self.dir.holds(&best.profile) {
+            let profiles = std::slice::from_ref(&best.profile);
+            let plans = self.run.plans_with(profiles, At::Step(self.at), self.options.noise)?;
             self.options.observer.synthesizing(1, self.run.bytes_to_read(&plans));
-            // Among the candidates, where it is found again if this is cut short.
-            let candidates = self.files.candidates(&plans, &self.sweep);
+            // It is written among the candidates, whose leftovers the next sweep removes.
+            let candidates = self.dir.candidates(&plans, self.sweep.targets());
             self.write(&[Output { plan: &plans[0], path: &candidates[0] }])?;
-            self.files.keep(&candidates[0])?;
+            self.dir.make_best(&candidates[0])?;
         }
         Ok(Some(path))
     }

@@ -1,25 +1,25 @@
-//! The score in what an evaluation printed.
+//! Score at the end of a command's output.
 
-/// The number at which the last line ends that is not empty: `0.31`, `loss 0.31`, `FID: 2.1`, `accuracy=0.93`.
+/// Parses the number at the end of the last line that is not empty: `0.31`, `loss 0.31`, `FID: 2.1`, `accuracy=0.93`.
 ///
-/// Strict, so that no wrong number is taken: `93%`, `0.5 s`, `12:34:56` and `[0.3]` are none.
+/// It is strict, so that no wrong number is taken: `93%`, `0.5 s`, `12:34:56` and `[0.3]` are refused.
 ///
 /// # Errors
-/// Why there is none.
+/// Returns the reason if there is none.
 pub(super) fn score(output: &str) -> Result<f64, String> {
     let Some(line) = output.lines().rev().map(str::trim).find(|line| !line.is_empty()) else {
         return Err("it printed nothing: its last line of output must end in a number".into());
     };
-    let score = line.split_whitespace().next_back().and_then(number);
-    let score = score.ok_or_else(|| format!("its last line of output does not end in a number: {}", short(line)))?;
+    let score = line.split_whitespace().next_back().and_then(parse_number);
+    let score = score.ok_or_else(|| format!("its last line of output does not end in a number: {}", shorten(line)))?;
     if !score.is_finite() {
         return Err(format!("the score is {score}: a finite number is needed"));
     }
     Ok(score)
 }
 
-/// A number, or one after a name: `loss=0.3`.
-fn number(word: &str) -> Option<f64> {
+/// Parses a number, or one after a name: `loss=0.3`.
+fn parse_number(word: &str) -> Option<f64> {
     let named = |(name, value): (&str, &str)| {
         let is_name = name.starts_with(|c: char| c.is_alphabetic() || c == '_') && !name.contains(['=', ':']);
         is_name.then(|| value.parse().ok()).flatten()
@@ -27,10 +27,10 @@ fn number(word: &str) -> Option<f64> {
     word.parse().ok().or_else(|| word.rsplit_once(['=', ':']).and_then(named))
 }
 
-/// The end of a line that is too long to be shown.
-fn short(line: &str) -> String {
-    const MOST: usize = 200;
-    match line.char_indices().rev().nth(MOST) {
+/// Cuts the beginning of a long line.
+fn shorten(line: &str) -> String {
+    const MAX_CHARS: usize = 200;
+    match line.char_indices().rev().nth(MAX_CHARS) {
         Some((cut, _)) => format!("...{}", &line[cut..]),
         None => line.to_owned(),
     }
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_line_tells_the_score() {
+    fn score_is_at_end_of_last_line() {
         for (output, expected) in [
             ("0.25", 0.25),
             ("loading\n 0.25 \n\n", 0.25),
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_score_is_not_taken_for_one() {
+    fn other_output_is_refused() {
         for (output, part) in [
             ("", "printed nothing"),
             (" \n\n", "printed nothing"),

@@ -1,78 +1,29 @@
-//! The search: what to evaluate next, and what was best.
+//! Search for the best length.
 
-use std::fmt;
-
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::refine;
+use super::trial::{Goal, Trial, TrialMetrics, TrialOutcome, Trials};
 use crate::error::{Error, Result};
 use crate::math::{Family, MAX_SIGMA_REL, Profile, Unit};
-use crate::planning::Plan;
 
-/// Which scores are better.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Goal {
-    /// Small ones: a loss, an FID.
-    #[default]
-    Minimize,
-    /// Large ones: an accuracy.
-    Maximize,
-}
-
-/// What came of an evaluation.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Outcome {
-    /// A finite number.
-    Score(f64),
-    /// Why there is none.
-    Error(String),
-}
-
-/// What is known of an average beside its score; all of it may be left out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct TrialMetrics {
-    /// How far the synthesized profile is from the one asked for ([`Plan::relative_error`]).
-    pub relative_error: Option<f64>,
-    /// By how much rounding errors of the snapshots were amplified ([`Plan::noise_gain`]).
-    pub noise_gain: Option<f64>,
-    /// How long the evaluation took.
-    pub seconds: Option<f64>,
-}
-
-/// One average and its evaluation.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Trial {
-    /// What was asked for.
-    pub profile: Profile,
-    /// What came of it.
-    #[serde(flatten)]
-    pub outcome: Outcome,
-    /// What is known of the average.
-    #[serde(flatten)]
-    pub figures: TrialMetrics,
-    /// Whether the refinement chose it; otherwise it stood in the list.
-    pub refined: bool,
-}
-
-/// At which end of all that was evaluated the best lies: beyond it there may be better.
+/// End of the evaluated lengths at which the best one is. Beyond it there may be a better one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Edge {
-    /// Nothing shorter was evaluated.
+    /// No shorter average was evaluated.
     Shortest,
-    /// Nothing longer was evaluated.
+    /// No longer average was evaluated.
     Longest,
 }
 
-/// A search for the best length: first a list of targets, then golden-section steps around the best of them.
+/// Search for the best length: first a list of targets, then golden-section steps around the best of them.
 ///
-/// All that it decides follows from the trials alone, so that a search to which the trials of an earlier one are
-/// [restored](Sweep::restore) goes on as that one would have.
+/// All decisions follow from the trials alone. A search to which the trials of an earlier one are
+/// [restored](Sweep::restore) therefore continues exactly as the earlier one would have.
 ///
 /// ```
-/// use posthoc_ema::{Profile, sweep::{TrialMetrics, Goal, Outcome, Sweep}};
+/// use posthoc_ema::{Profile, sweep::{Goal, Sweep, TrialMetrics, TrialOutcome}};
 ///
 /// let targets = [0.05, 0.1, 0.15, 0.2].map(|s| Profile::sigma_rel(s).unwrap());
 /// let mut sweep = Sweep::new(&targets, Goal::Minimize, 6)?;
@@ -83,7 +34,7 @@ pub enum Edge {
 ///     }
 ///     for profile in profiles {
 ///         let score = (profile.as_sigma_rel().unwrap() - 0.137).powi(2); // the evaluation
-///         sweep.record(profile, Outcome::Score(score), TrialMetrics::default());
+///         sweep.record(profile, TrialOutcome::Score(score), TrialMetrics::default());
 ///     }
 /// }
 /// let best = sweep.best().unwrap().profile.as_sigma_rel().unwrap();
@@ -93,13 +44,12 @@ pub enum Edge {
 #[derive(Clone, Debug)]
 pub struct Sweep {
     targets: Vec<Profile>,
-    goal: Goal,
     refine: usize,
-    trials: Vec<Trial>,
+    trials: Trials,
 }
 
 impl Sweep {
-    /// A search over a list of targets with at most `refine` steps around the best one. A target that is named twice is
+    /// Searches a list of targets, then takes at most `refine` steps around the best one. A repeated target is
     /// evaluated once.
     ///
     /// # Errors
@@ -114,153 +64,112 @@ impl Sweep {
                 distinct.push(target.clone());
             }
         }
-        Ok(Sweep { targets: distinct, goal, refine, trials: Vec::new() })
+        Ok(Sweep { targets: distinct, refine, trials: Trials::new(goal) })
     }
 
-    /// Takes over the scores of an earlier search: none of them is evaluated again, all take part in the choice. Failed
-    /// trials are left out, and so tried again.
+    /// Adds the trials of an earlier search, which are not evaluated again. Failed trials are left out, so that they
+    /// are tried again.
     pub fn restore(&mut self, trials: Vec<Trial>) {
         self.trials.extend(trials.into_iter().filter(|trial| trial.score().is_some()));
     }
 
-    /// What to evaluate next: up to `batch` targets of the list, and when all of them are done, one refinement. Nothing when
-    /// the search is over.
+    /// Returns the profiles to evaluate next: up to `batch` targets of the list, then one refinement at a time. Returns
+    /// none when the search is over.
     ///
-    /// Asked again before all are recorded, it names those that are not.
+    /// Profiles are returned again until they are recorded.
     pub fn next(&self, batch: usize) -> Vec<Profile> {
-        let open = self.targets.iter().filter(|target| self.trial(target).is_none());
-        let listed: Vec<Profile> = open.take(batch.max(1)).cloned().collect();
-        if !listed.is_empty() || self.refined() >= self.refine {
-            return listed;
+        let open: Vec<Profile> = self.open_targets().take(batch.max(1)).cloned().collect();
+        if !open.is_empty() || self.refined() >= self.refine {
+            return open;
         }
-        refine::next(self).into_iter().collect()
+        refine::next_profile(&self.trials).into_iter().collect()
     }
 
-    /// Takes what came of an evaluation; a score that is NaN or infinite is a failure.
-    pub fn record(&mut self, profile: Profile, outcome: Outcome, figures: TrialMetrics) -> &Trial {
+    /// Records the outcome of an evaluation. A score that is NaN or infinite counts as a failure.
+    pub fn record(&mut self, profile: Profile, outcome: TrialOutcome, metrics: TrialMetrics) -> &Trial {
         let outcome = match outcome {
-            Outcome::Score(score) if !score.is_finite() => {
-                Outcome::Error(format!("the score is {score}: a finite number is needed"))
+            TrialOutcome::Score(score) if !score.is_finite() => {
+                TrialOutcome::Error(format!("the score is {score}: a finite number is needed"))
             }
             other => other,
         };
-        self.trials.retain(|trial| trial.profile != profile);
         let refined = !self.targets.contains(&profile);
-        self.trials.push(Trial { profile, outcome, figures, refined });
-        &self.trials[self.trials.len() - 1]
+        self.trials.record(Trial { profile, outcome, metrics, refined })
     }
 
-    /// What the list named, each once.
+    /// Targets of the list, without repetitions.
     pub fn targets(&self) -> &[Profile] {
         &self.targets
     }
 
-    /// Which scores are better.
+    /// Direction in which scores are better.
     pub fn goal(&self) -> Goal {
-        self.goal
+        self.trials.goal()
     }
 
-    /// All that was evaluated, in that order.
+    /// All trials, in the order of their evaluation.
     pub fn trials(&self) -> &[Trial] {
-        &self.trials
+        self.trials.as_slice()
     }
 
-    /// Those without a score.
+    /// Iterates over the failed trials, each with its reason.
     pub fn failures(&self) -> impl Iterator<Item = (&Trial, &str)> {
-        self.trials.iter().filter_map(|trial| match &trial.outcome {
-            Outcome::Error(why) => Some((trial, why.as_str())),
-            Outcome::Score(_) => None,
+        self.trials().iter().filter_map(|trial| match &trial.outcome {
+            TrialOutcome::Error(why) => Some((trial, why.as_str())),
+            TrialOutcome::Score(_) => None,
         })
     }
 
-    /// The trial of a profile.
+    /// Returns the trial of a profile.
     pub fn trial(&self, profile: &Profile) -> Option<&Trial> {
-        self.trials.iter().find(|trial| trial.profile == *profile)
+        self.trials.get(profile)
     }
 
-    /// The best score; of equal ones the first. None where no evaluation succeeded.
+    /// Returns the trial of the best score, the first of equal ones. Returns `None` if no evaluation succeeded.
     pub fn best(&self) -> Option<&Trial> {
-        let scored = self.trials.iter().filter(|trial| trial.score().is_some());
-        scored.reduce(|best, trial| if self.is_better(trial, best) { trial } else { best })
+        self.trials.best()
     }
 
-    /// Whether the best lies at an end of what was evaluated of its family, and which one: a wider list may do better.
+    /// Returns the end of the evaluated lengths of its family at which the best trial is, if it is at one. A wider list
+    /// may then do better.
     ///
-    /// None where it lies within, where it is alone, and at the end of the family itself, beyond which nothing is.
+    /// The only trial of a family has no edge. Neither has the greatest length of a family, beyond which nothing
+    /// exists.
     pub fn edge(&self) -> Option<Edge> {
-        let (family, own) = self.best()?.profile.family()?;
-        let lengths = || self.of_family(family).filter(|(trial, _)| trial.score().is_some()).map(|(_, length)| length);
-        let (shorter, longer) = (lengths().any(|length| length < own), lengths().any(|length| length > own));
-        match (shorter, longer) {
+        let (family, best) = self.best()?.profile.family()?;
+        let scored = self.trials.of_family(family).filter(|(trial, _)| trial.score().is_some());
+        let lengths: Vec<f64> = scored.map(|(_, length)| length).collect();
+        let has_shorter = lengths.iter().any(|&length| length < best);
+        let has_longer = lengths.iter().any(|&length| length > best);
+        match (has_shorter, has_longer) {
             (false, true) => Some(Edge::Shortest),
-            (true, false) if own < longest(family) => Some(Edge::Longest),
+            (true, false) if best < longest(family) => Some(Edge::Longest),
             _ => None,
         }
     }
 
-    /// How many evaluations there will be, as far as that can be told.
+    /// Estimates the total number of evaluations. The search may end sooner.
     pub fn planned(&self) -> usize {
-        let open = self.targets.iter().filter(|target| self.trial(target).is_none()).count();
-        let left = self.refine.saturating_sub(self.refined());
-        self.trials.len() + open + if self.targets.len() > 1 { left } else { 0 }
+        let refinements = if self.targets.len() > 1 { self.refine.saturating_sub(self.refined()) } else { 0 };
+        self.trials().len() + self.open_targets().count() + refinements
     }
 
-    /// The trials of a family with their lengths.
-    pub(super) fn of_family(&self, family: Family) -> impl Iterator<Item = (&Trial, f64)> {
-        let own = move |trial: &Trial| trial.profile.family().filter(|(other, _)| *other == family);
-        self.trials.iter().filter_map(move |trial| Some((trial, own(trial)?.1)))
+    /// Iterates over the targets of the list that have no trial.
+    fn open_targets(&self) -> impl Iterator<Item = &Profile> {
+        self.targets.iter().filter(|target| self.trial(target).is_none())
     }
 
-    /// Whether a trial is strictly better than another; a failed one is worse than any score.
-    pub(super) fn is_better(&self, trial: &Trial, other: &Trial) -> bool {
-        match (trial.score(), other.score(), self.goal) {
-            (Some(score), Some(other), Goal::Minimize) => score < other,
-            (Some(score), Some(other), Goal::Maximize) => score > other,
-            (score, other, _) => score.is_some() && other.is_none(),
-        }
-    }
-
-    /// The steps around the best that were made; those around another, of a shorter list, do not count.
+    /// Number of refinements around the current best. Those around the best of an earlier, shorter list do not count.
     fn refined(&self) -> usize {
-        refine::made(self)
+        refine::steps_around_best(&self.trials)
     }
 }
 
-/// The length that no profile of a family exceeds, but for rounding.
+/// Length that no profile of a family exceeds, up to rounding.
 fn longest(family: Family) -> f64 {
     match family {
         Family::Power => MAX_SIGMA_REL * (1.0 - 1e-12),
         Family::Uniform(Unit::Fraction) | Family::Linear(Unit::Fraction) | Family::LrDecay(_, Unit::Fraction) => 1.0,
         _ => f64::INFINITY,
-    }
-}
-
-impl Trial {
-    /// The score, where there is one.
-    pub fn score(&self) -> Option<f64> {
-        match self.outcome {
-            Outcome::Score(score) => Some(score),
-            Outcome::Error(_) => None,
-        }
-    }
-}
-
-impl TrialMetrics {
-    /// Those of a plan.
-    pub fn of(plan: &Plan, seconds: f64) -> TrialMetrics {
-        TrialMetrics {
-            relative_error: Some(plan.relative_error),
-            noise_gain: Some(plan.noise_gain),
-            seconds: Some(seconds),
-        }
-    }
-}
-
-impl fmt::Display for Goal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Goal::Minimize => "minimize",
-            Goal::Maximize => "maximize",
-        })
     }
 }

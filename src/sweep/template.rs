@@ -1,148 +1,114 @@
-//! Where the path goes in a command of the shell.
+//! Shell commands with a placeholder for a path.
 
-/// What stands for the path, and the same with quotes of its own.
-const PLACES: [&[u8]; 3] = [b"{}", b"\"{}\"", b"'{}'"];
+/// Placeholder that is replaced by the quoted path.
+const PLACEHOLDER: &str = "{}";
 
-/// A command that is cut where the path goes: between its pieces.
+/// Environment variable of the command that holds the path.
+pub(super) const WEIGHTS: &str = "POSTHOC_EMA_WEIGHTS";
+
+/// Shell command with `{}` where the path goes.
 #[derive(Clone, Debug)]
-pub(super) struct Template(Vec<Vec<u8>>);
-
-/// What the shell makes of the next byte.
-#[derive(Clone, Copy, PartialEq)]
-enum State {
-    Plain,
-    Single,
-    Double,
-    Backquote,
-    Comment,
-}
-
-/// Reads a command as the shell does, as far as quotes go.
-struct Reader<'a> {
-    rest: &'a [u8],
-    state: State,
-    /// Quotes begin anew within what was met, or have another meaning: from here on nobody can tell.
-    unsure: bool,
-    pieces: Vec<Vec<u8>>,
-}
+pub(super) struct Template(String);
 
 impl Template {
-    /// Cuts a command. The path will be one quoted word, so that quotes right around its place are dropped.
+    /// Checks a command.
     ///
     /// # Errors
-    /// Why the path has no safe place.
+    /// Returns the reason if the command does not use the path, or if `{}` is inside quotes. The check counts the quote
+    /// characters before `{}`. It does not parse the shell's language.
     pub(super) fn new(command: &str) -> Result<Template, String> {
-        let mut reader =
-            Reader { rest: command.as_bytes(), state: State::Plain, unsure: false, pieces: vec![Vec::new()] };
-        while !reader.rest.is_empty() {
-            reader.step().map_err(|()| {
-                format!(
-                    "`{command}` has {{}} within quotes or what may be some, where a path cannot be put safely: leave the \
-                     quotes out, as the path is quoted anyway, or write $POSTHOC_EMA_WEIGHTS"
-                )
-            })?;
-        }
-        if reader.pieces.len() < 2 {
+        if !command.contains(PLACEHOLDER) && !command.contains(WEIGHTS) {
             return Err(format!("`{command}` names no file: write {{}} where the path of the weights goes"));
         }
-        Ok(Template(reader.pieces))
+        if command.match_indices(PLACEHOLDER).any(|(start, _)| is_inside_quotes(&command[..start])) {
+            return Err(format!(
+                "`{command}` has {{}} inside quotes, where the quoted path would be torn apart: use \"${WEIGHTS}\" \
+                 there, or remove the quotes, as the path is quoted anyway"
+            ));
+        }
+        Ok(Template(command.to_owned()))
     }
 
-    /// The command with a quoted path in all its places.
-    pub(super) fn fill(&self, quoted: &[u8]) -> Vec<u8> {
-        self.0.join(quoted)
+    /// Returns the command with a quoted path in place of each `{}`.
+    pub(super) fn fill(&self, path: &[u8]) -> Vec<u8> {
+        let pieces: Vec<&[u8]> = self.0.split(PLACEHOLDER).map(str::as_bytes).collect();
+        pieces.join(quote(path).as_slice())
     }
 }
 
-impl Reader<'_> {
-    /// Takes a place, an escaped byte, or a byte.
-    fn step(&mut self) -> Result<(), ()> {
-        let place = PLACES.iter().find(|place| self.rest.starts_with(place));
-        match (place, self.state) {
-            (_, State::Comment) => {}
-            (Some(place), State::Plain) if !self.unsure => {
-                self.rest = &self.rest[place.len()..];
-                self.pieces.push(Vec::new());
-                return Ok(());
-            }
-            (Some(place), _) if self.state != State::Plain && place.len() == 2 || self.unsure => return Err(()),
-            _ => {}
-        }
-        let escaped = self.rest[0] == b'\\' && self.state != State::Single && self.rest.len() > 1;
-        if !escaped || self.state == State::Comment {
-            self.turn();
-            self.take(1);
+/// Returns true if the text has an odd number of any quote character.
+fn is_inside_quotes(before: &str) -> bool {
+    ['\'', '"', '`'].into_iter().any(|quote| before.matches(quote).count() % 2 == 1)
+}
+
+/// Quotes a path as one word of the shell. A path of plain characters stays as it is.
+fn quote(path: &[u8]) -> Vec<u8> {
+    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-+=:,%@".contains(byte);
+    if path.iter().all(is_plain) && !path.is_empty() {
+        return path.to_vec();
+    }
+    let mut quoted = vec![b'\''];
+    for &byte in path {
+        if byte == b'\'' {
+            quoted.extend_from_slice(br"'\''");
         } else {
-            self.take(2);
+            quoted.push(byte);
         }
-        Ok(())
     }
-
-    /// What the next byte does to the state.
-    fn turn(&mut self) {
-        let after_blank =
-            self.pieces.last().and_then(|piece| piece.last()).is_none_or(|last| b" \t\n;|&(".contains(last));
-        let starts = |what: &[u8]| self.rest.starts_with(what);
-        self.unsure |= match self.state {
-            State::Plain => starts(b"<<") || starts(b"$'"),
-            State::Double => starts(b"$(") || starts(b"${") || starts(b"`"),
-            _ => false,
-        };
-        self.state = match (self.state, self.rest[0]) {
-            (State::Plain, b'\'') => State::Single,
-            (State::Plain, b'"') => State::Double,
-            (State::Plain, b'`') => State::Backquote,
-            (State::Plain, b'#') if after_blank => State::Comment,
-            (State::Single, b'\'') | (State::Double, b'"') | (State::Backquote, b'`') | (State::Comment, b'\n') => {
-                State::Plain
-            }
-            (state, _) => state,
-        };
-    }
-
-    fn take(&mut self, bytes: usize) {
-        let (taken, rest) = self.rest.split_at(bytes);
-        if let Some(piece) = self.pieces.last_mut() {
-            piece.extend_from_slice(taken);
-        }
-        self.rest = rest;
-    }
+    quoted.push(b'\'');
+    quoted
 }
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
     use super::*;
 
     #[test]
-    fn the_path_is_put_where_it_is_one_word() {
+    fn placeholders_become_quoted_path() {
         for (command, expected) in [
-            ("eval {}", "eval 'P'"),
-            ("eval \"{}\" '{}' --a={} x", "eval 'P' 'P' --a='P' x"),
-            ("awk '{ print \"x\" }' \"$A\" {}", "awk '{ print \"x\" }' \"$A\" 'P'"),
-            ("eval \\' {} \\\"", "eval \\' 'P' \\\""),
-            ("eval $(cat {}) `nproc` {} # it's {}\necho {}#", "eval $(cat 'P') `nproc` 'P' # it's {}\necho 'P'#"),
-            ("a \"\"{}'' $#{}", "a \"\"'P''' $#'P'"),
+            ("eval {}", "eval 'a b'"),
+            ("eval --a={} {} x", "eval --a='a b' 'a b' x"),
+            ("awk '{ print \"x\" }' \"$A\" {}", "awk '{ print \"x\" }' \"$A\" 'a b'"),
+            ("eval $(cat {}) `nproc` {}", "eval $(cat 'a b') `nproc` 'a b'"),
+            ("sh -c \"eval $POSTHOC_EMA_WEIGHTS\"", "sh -c \"eval $POSTHOC_EMA_WEIGHTS\""),
         ] {
-            assert_eq!(String::from_utf8(Template::new(command).unwrap().fill(b"'P'")).unwrap(), expected);
+            assert_eq!(String::from_utf8(Template::new(command).unwrap().fill(b"a b")).unwrap(), expected);
         }
     }
 
     #[test]
-    fn a_path_within_quotes_is_refused() {
+    fn placeholder_inside_quotes_is_refused() {
         for command in [
+            "eval \"{}\"",
+            "eval '{}'",
             "sh -c \"eval {}\"",
             "python -c 'load(\"{}\")'",
             "python -c \"load('{}')\"",
-            "eval \"$(cat \"{}\")\"",
             "eval `cat {}`",
-            "cat <<EOF\n{}\nEOF",
             "eval $'it\\'s' {}",
             "eval \"--weights={}\"",
         ] {
-            assert!(Template::new(command).unwrap_err().contains("within quotes"), "{command}");
+            let why = Template::new(command).unwrap_err();
+            assert!(why.contains("{} inside quotes") && why.contains("use \"$POSTHOC_EMA_WEIGHTS\" there"), "{why}");
         }
-        for command in ["eval", "eval # {}"] {
-            assert!(Template::new(command).unwrap_err().contains("names no file"), "{command}");
+    }
+
+    #[test]
+    fn command_without_path_is_refused() {
+        assert!(Template::new("eval").unwrap_err().contains("names no file"));
+    }
+
+    #[test]
+    fn quoted_path_is_one_shell_word() {
+        let every: Vec<u8> = (1..=255).collect();
+        for path in [b"/a/b-1.safetensors".as_slice(), b"", b"it's", b"a b\n$HOME `x` \"y\" \\ * ~ #", &every] {
+            let script = Template::new("printf %s {}").unwrap().fill(path);
+            let output = std::process::Command::new("sh").arg("-c").arg(OsStr::from_bytes(&script)).output().unwrap();
+            assert!(output.status.success() && output.stdout == path, "{path:?}");
         }
+        assert_eq!(quote(b"/a/b-1.safetensors"), b"/a/b-1.safetensors", "a plain path stays as it is");
     }
 }

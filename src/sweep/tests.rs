@@ -1,4 +1,4 @@
-//! The search against functions whose optimum a naive search finds.
+//! Tests of the search against functions whose optimum a naive search finds.
 
 use super::*;
 use crate::math::{Profile, Shape, Window};
@@ -16,7 +16,7 @@ fn list() -> Vec<Profile> {
     (1..=14).map(|i| power(0.02 * f64::from(i))).collect()
 }
 
-/// Goes on to the end; a function that gives none fails.
+/// Evaluates to the end of the search. An evaluation fails if the function returns `None`.
 fn finish(sweep: &mut Sweep, batch: usize, function: &dyn Fn(f64) -> Option<f64>) {
     loop {
         let profiles = sweep.next(batch);
@@ -27,19 +27,19 @@ fn finish(sweep: &mut Sweep, batch: usize, function: &dyn Fn(f64) -> Option<f64>
         for profile in profiles {
             assert!(sweep.trial(&profile).is_none(), "{profile} is evaluated twice");
             let score = function(length(&profile));
-            let outcome = score.map_or_else(|| Outcome::Error("no".into()), Outcome::Score);
+            let outcome = score.map_or_else(|| TrialOutcome::Error("no".into()), TrialOutcome::Score);
             sweep.record(profile, outcome, TrialMetrics::default());
         }
     }
 }
 
-fn swept(targets: &[Profile], goal: Goal, refine: usize, function: &dyn Fn(f64) -> Option<f64>) -> Sweep {
+fn run_search(targets: &[Profile], goal: Goal, refine: usize, function: &dyn Fn(f64) -> Option<f64>) -> Sweep {
     let mut sweep = Sweep::new(targets, goal, refine).unwrap();
     finish(&mut sweep, 5, function);
     sweep
 }
 
-/// The best of a hundred thousand points between two.
+/// Best of a hundred thousand evenly spaced points.
 fn naive(function: &dyn Fn(f64) -> f64, (from, to): (f64, f64), goal: Goal) -> f64 {
     let sign = if goal == Goal::Minimize { 1.0 } else { -1.0 };
     let points = (0..=100_000).map(|i| from + (to - from) * f64::from(i) / 100_000.0);
@@ -48,7 +48,7 @@ fn naive(function: &dyn Fn(f64) -> f64, (from, to): (f64, f64), goal: Goal) -> f
 
 type Function = Box<dyn Fn(f64) -> f64>;
 
-/// Functions with one optimum, at `c`: smooth, with a kink, steep on one side, and flat far away.
+/// Functions with one optimum at `c`: smooth, with a kink, steep on one side, and flat far away.
 fn functions(c: f64) -> Vec<(Function, Goal)> {
     vec![
         (Box::new(move |x| (x - c).powi(2)), Goal::Minimize),
@@ -58,20 +58,21 @@ fn functions(c: f64) -> Vec<(Function, Goal)> {
     ]
 }
 
-/// With the optimum between the neighbours of the best, an evenly spaced list leaves two intervals, and a step at most
-/// `1/1.382` of what there was: where the longer segment stays, and the other was as it is after one step. The rounding of
-/// lengths is a thousandth.
+/// Bound of the bracket around the optimum after some steps.
+///
+/// An evenly spaced list leaves two intervals, the neighbours of the best. A step shrinks the bracket to at most
+/// `1/1.382`: the worst case keeps the longer segment of a bracket after one step. Lengths are rounded to a thousandth.
 fn bracket(intervals: f64, steps: usize) -> f64 {
     intervals * (1.0 / 1.381_966f64 + 2e-3).powi(steps as i32)
 }
 
 #[test]
-fn the_search_closes_in_on_the_optimum_of_a_naive_one() {
+fn search_converges_to_naive_optimum() {
     for c in (0..=52).map(|i| 0.02 + 0.005 * f64::from(i)) {
         for (number, (function, goal)) in functions(c).iter().enumerate() {
             let expected = naive(function, (0.02, 0.28), *goal);
             for steps in [0, 1, 2, 6, 12] {
-                let sweep = swept(&list(), *goal, steps, &|x| Some(function(x)));
+                let sweep = run_search(&list(), *goal, steps, &|x| Some(function(x)));
                 assert_eq!(sweep.trials().len(), 14 + steps);
                 let found = length(&sweep.best().unwrap().profile);
                 let bound = bracket(0.04, steps) + 0.26e-5;
@@ -81,9 +82,9 @@ fn the_search_closes_in_on_the_optimum_of_a_naive_one() {
     }
 }
 
-/// All but `sigma_rel` are searched by the logarithm of their length.
+/// All families but `sigma_rel` are searched by the logarithm of their length.
 #[test]
-fn every_family_is_searched() {
+fn search_converges_in_every_family() {
     let lengths: Vec<f64> = (0..8).map(|i| 10.0 * 2f64.powi(i)).collect();
     let steps = |x: f64| Window::Steps(x);
     let families: [&dyn Fn(f64) -> Profile; 4] = [
@@ -95,7 +96,7 @@ fn every_family_is_searched() {
     for family in families {
         let targets: Vec<Profile> = lengths.iter().map(|&x| family(x)).collect();
         let optimum = length(&family(321.0));
-        let sweep = swept(&targets, Goal::Minimize, 10, &|x| Some((x / optimum).ln().abs()));
+        let sweep = run_search(&targets, Goal::Minimize, 10, &|x| Some((x / optimum).ln().abs()));
         let best = sweep.best().unwrap();
         let found = length(&best.profile);
         assert!((found / optimum).ln().abs() <= bracket(2.0 * 2f64.ln(), 10), "{}", best.profile);
@@ -105,80 +106,81 @@ fn every_family_is_searched() {
 }
 
 #[test]
-fn lengths_have_no_more_digits_than_they_need() {
-    let sweep = swept(&list(), Goal::Minimize, 4, &|x| Some((x - 0.137).abs()));
+fn refined_lengths_have_few_digits() {
+    let sweep = run_search(&list(), Goal::Minimize, 4, &|x| Some((x - 0.137).abs()));
     for trial in sweep.trials().iter().filter(|trial| trial.refined) {
         assert!(trial.profile.to_string().len() <= "sigma_rel 0.123456".len(), "{}", trial.profile);
     }
     let windows = [100.0, 1000.0, 10000.0].map(|steps| Profile::uniform(Window::Steps(steps)).unwrap());
-    let sweep = swept(&windows, Goal::Minimize, 1, &|x| Some((x / 900.0).ln().abs()));
+    let sweep = run_search(&windows, Goal::Minimize, 1, &|x| Some((x / 900.0).ln().abs()));
     assert_eq!(sweep.best().unwrap().profile.to_string(), "uniform 1000");
     assert_eq!(sweep.trials()[3].profile.to_string(), "uniform 415");
 }
 
 #[test]
-fn the_best_at_an_end_is_refined_towards_the_inside_and_says_so() {
-    let rising = swept(&list()[1..], Goal::Minimize, 5, &|x| Some(x));
+fn best_at_end_is_refined_inwards_and_reported_as_edge() {
+    let rising = run_search(&list()[1..], Goal::Minimize, 5, &|x| Some(x));
     assert_eq!((length(&rising.best().unwrap().profile) * 1e6).round(), 4e4);
     assert_eq!(rising.edge(), Some(Edge::Shortest));
     assert!(rising.trials().iter().all(|trial| length(&trial.profile) > 0.039));
-    assert_eq!(swept(&list(), Goal::Maximize, 5, &|x| Some(x)).edge(), Some(Edge::Longest));
-    // Just within: no edge.
-    assert_eq!(swept(&list(), Goal::Minimize, 5, &|x| Some((x - 0.03).powi(2))).edge(), None);
-    // Nothing is wider than the plain mean, or longer than the whole training.
+    assert_eq!(run_search(&list(), Goal::Maximize, 5, &|x| Some(x)).edge(), Some(Edge::Longest));
+    // The best is just inside the list.
+    assert_eq!(run_search(&list(), Goal::Minimize, 5, &|x| Some((x - 0.03).powi(2))).edge(), None);
+    // The plain mean and the whole training are the greatest lengths.
     let widest = [0.1, 0.2, crate::math::MAX_SIGMA_REL].map(power);
-    assert_eq!(swept(&widest, Goal::Maximize, 3, &|x| Some(x)).edge(), None);
+    assert_eq!(run_search(&widest, Goal::Maximize, 3, &|x| Some(x)).edge(), None);
     let windows = [0.1, 0.5, 1.0].map(|share| Profile::uniform(Window::Fraction(share)).unwrap());
-    assert_eq!(swept(&windows, Goal::Maximize, 3, &|x| Some(x)).edge(), None);
-    // One alone has no neighbours.
-    let alone = swept(&[power(0.1)], Goal::Minimize, 3, &|x| Some(x));
+    assert_eq!(run_search(&windows, Goal::Maximize, 3, &|x| Some(x)).edge(), None);
+    // A single target has no neighbours.
+    let alone = run_search(&[power(0.1)], Goal::Minimize, 3, &|x| Some(x));
     assert_eq!((alone.trials().len(), alone.edge()), (1, None));
 }
 
 #[test]
-fn plateaus_are_searched_around_their_middle() {
-    // Accuracies of few examples: flat from 0.09 to 0.21.
+fn plateau_is_refined_around_its_middle() {
+    // Accuracies of few examples are flat: here from 0.09 to 0.21.
     let flat = |x: f64| Some(if (0.09..=0.21).contains(&x) { 7.0 } else { 6.0 });
-    let sweep = swept(&list(), Goal::Maximize, 6, &flat);
-    assert_eq!(sweep.best().unwrap().profile, power(0.1), "of equal ones the first");
+    let sweep = run_search(&list(), Goal::Maximize, 6, &flat);
+    assert_eq!(sweep.best().unwrap().profile, power(0.1), "the first of equal ones is the best");
     for trial in sweep.trials().iter().filter(|trial| trial.refined) {
         assert!((0.12..=0.18).contains(&length(&trial.profile)), "{}", trial.profile);
     }
-    let constant = swept(&list(), Goal::Minimize, 6, &|_| Some(1.0));
+    let constant = run_search(&list(), Goal::Minimize, 6, &|_| Some(1.0));
     assert_eq!(constant.trials().len(), 20);
 }
 
 #[test]
-fn a_failed_target_does_not_hide_the_optimum_behind_it() {
+fn failed_target_does_not_hide_optimum_behind_it() {
     let targets = [0.05, 0.1, 0.15, 0.2].map(power);
-    let sweep = swept(&targets, Goal::Minimize, 10, &|x| (x != length(&power(0.1))).then(|| (x - 0.11).abs()));
+    let sweep = run_search(&targets, Goal::Minimize, 10, &|x| (x != length(&power(0.1))).then(|| (x - 0.11).abs()));
     let found = length(&sweep.best().unwrap().profile);
-    // Segments of 0.1 and 0.05.
+    // The segments are 0.1 and 0.05 long.
     assert!((found - 0.11).abs() <= bracket(0.15, 10), "{found}");
     assert_eq!(sweep.failures().count(), 1);
 }
 
 #[test]
-fn failed_refinements_bound_the_search_and_end_it() {
-    // Whatever is not in the list fails: other lengths are tried each time, and then it is over.
+fn failed_refinements_bound_and_end_search() {
+    // All lengths outside the list fail: each step tries another one, until none is left.
     let listed: Vec<f64> = list().iter().map(length).collect();
-    let sweep = swept(&list(), Goal::Minimize, 8, &|x| listed.contains(&x).then(|| (x - 0.13).powi(2)));
+    let sweep = run_search(&list(), Goal::Minimize, 8, &|x| listed.contains(&x).then(|| (x - 0.13).powi(2)));
     assert_eq!(sweep.failures().count(), 8);
     assert!(!sweep.best().unwrap().refined);
-    // A wall at 0.135: the optimum is beside it.
-    let sweep = swept(&list(), Goal::Maximize, 12, &|x| (!(0.135..=0.139).contains(&x)).then_some(-(x - 0.134).abs()));
+    // Evaluations above 0.135 fail; the optimum is just below.
+    let sweep =
+        run_search(&list(), Goal::Maximize, 12, &|x| (!(0.135..=0.139).contains(&x)).then_some(-(x - 0.134).abs()));
     let found = length(&sweep.best().unwrap().profile);
     assert!((found - 0.134).abs() < 1e-3, "{found}");
-    // No float is left between neighbours: it ends before its steps do.
+    // The search ends early if no float is left between the neighbours.
     let tiny = [0.1, 0.1f64.next_up(), 0.1f64.next_up().next_up()].map(power);
-    assert!(swept(&tiny, Goal::Minimize, 100, &|x| Some(x)).trials().len() < 20);
+    assert!(run_search(&tiny, Goal::Minimize, 100, &|x| Some(x)).trials().len() < 20);
 }
 
 #[test]
-fn scores_that_are_no_numbers_are_failures() {
+fn non_finite_scores_are_failures() {
     let mut sweep = Sweep::new(&[0.1, 0.2, 0.25].map(power), Goal::Maximize, 3).unwrap();
     for (sigma_rel, score) in [(0.1, f64::NAN), (0.2, f64::INFINITY), (0.25, f64::NEG_INFINITY)] {
-        assert_eq!(sweep.record(power(sigma_rel), Outcome::Score(score), TrialMetrics::default()).score(), None);
+        assert_eq!(sweep.record(power(sigma_rel), TrialOutcome::Score(score), TrialMetrics::default()).score(), None);
     }
     assert!(sweep.best().is_none() && sweep.edge().is_none() && sweep.next(10).is_empty());
     let reasons: Vec<&str> = sweep.failures().map(|(_, why)| why).collect();
@@ -186,17 +188,17 @@ fn scores_that_are_no_numbers_are_failures() {
 }
 
 #[test]
-fn lists_go_in_batches_each_target_once_and_tables_are_not_refined() {
+fn list_is_batched_without_repeats_and_tables_are_not_refined() {
     let table = Profile::table(vec![(0.5, 0.1), (1.0, 1.0)]).unwrap();
     let targets = [power(0.1), table.clone(), power(0.1), Profile::half_life(50.0).unwrap(), power(0.2)];
     let mut sweep = Sweep::new(&targets, Goal::Minimize, 4).unwrap();
     assert_eq!(sweep.next(2), [power(0.1), table.clone()]);
-    assert_eq!(sweep.next(2), sweep.next(2), "asked again, it says the same");
+    assert_eq!(sweep.next(2), sweep.next(2), "profiles are repeated until they are recorded");
     assert_eq!(sweep.next(0).len(), 1);
     assert_eq!(sweep.next(256).len(), 4);
     for target in sweep.next(256) {
         let score = if target == table { 0.0 } else { 1.0 };
-        sweep.record(target, Outcome::Score(score), TrialMetrics::default());
+        sweep.record(target, TrialOutcome::Score(score), TrialMetrics::default());
     }
     assert_eq!(sweep.best().unwrap().profile, table);
     assert!(sweep.next(256).is_empty() && sweep.edge().is_none());
@@ -204,7 +206,7 @@ fn lists_go_in_batches_each_target_once_and_tables_are_not_refined() {
 }
 
 #[test]
-fn mixed_lists_are_refined_in_the_family_of_the_best() {
+fn mixed_list_is_refined_in_family_of_best() {
     let targets: Vec<Profile> =
         [list(), [20.0, 40.0, 80.0].map(|steps| Profile::half_life(steps).unwrap()).to_vec()].concat();
     let mut sweep = Sweep::new(&targets, Goal::Minimize, 5).unwrap();
@@ -214,11 +216,11 @@ fn mixed_lists_are_refined_in_the_family_of_the_best() {
     assert!((length(&sweep.best().unwrap().profile) / 50.0).ln().abs() < bracket(2.0 * 2f64.ln(), 5));
 }
 
-/// Interrupted after any number of evaluations, with failures among them, it comes to the same trials in the end.
+/// A search that is interrupted after any evaluation ends with the same trials, failures included.
 #[test]
-fn a_search_goes_on_from_its_trials() {
+fn restored_search_ends_with_same_trials() {
     let function = |x: f64| (!(0.1..0.11).contains(&x)).then(|| (x - 0.137).abs());
-    let whole = swept(&list(), Goal::Minimize, 6, &function);
+    let whole = run_search(&list(), Goal::Minimize, 6, &function);
     let sorted = |sweep: &Sweep| {
         let mut trials = sweep.trials().to_vec();
         trials.sort_by(|a, b| length(&a.profile).total_cmp(&length(&b.profile)));
@@ -230,7 +232,7 @@ fn a_search_goes_on_from_its_trials() {
         finish(&mut resumed, 3, &function);
         assert_eq!(sorted(&resumed), sorted(&whole));
     }
-    // What failed and now works takes part; what was evaluated is not evaluated again; more steps go on.
+    // With more steps, failed trials are evaluated again and others are not.
     let mut resumed = Sweep::new(&list(), Goal::Minimize, 8).unwrap();
     resumed.restore(whole.trials().to_vec());
     let failed = whole.failures().count();
@@ -240,22 +242,22 @@ fn a_search_goes_on_from_its_trials() {
     assert_eq!(resumed.trials().len(), 14 + 8);
 }
 
-/// The optimum lies beyond the first list: the wider one is refined as if it had been the first.
+/// If the optimum is beyond the first list, a wider list is refined as if it had been the first.
 #[test]
-fn a_wider_list_is_refined_anew() {
+fn wider_list_is_refined_again() {
     let function = |x: f64| Some((x - 0.237).abs());
-    for goes_on in [list(), list()[6..].to_vec()] {
-        let mut wider = Sweep::new(&goes_on, Goal::Minimize, 6).unwrap();
-        wider.restore(swept(&list()[..7], Goal::Minimize, 6, &function).trials().to_vec());
+    for targets in [list(), list()[6..].to_vec()] {
+        let mut wider = Sweep::new(&targets, Goal::Minimize, 6).unwrap();
+        wider.restore(run_search(&list()[..7], Goal::Minimize, 6, &function).trials().to_vec());
         finish(&mut wider, 5, &function);
         assert_eq!(wider.trials().len(), 14 + 2 * 6);
         let found = length(&wider.best().unwrap().profile);
         assert!((found - 0.237).abs() <= bracket(0.04, 6) + 0.26e-5, "{found}");
     }
-    // Where the best stays within its bracket, nothing is done again.
+    // If the best stays inside its bracket, no step is repeated.
     let inside = |x: f64| Some((x - 0.077).abs());
     let mut wider = Sweep::new(&list(), Goal::Minimize, 6).unwrap();
-    wider.restore(swept(&list()[..7], Goal::Minimize, 6, &inside).trials().to_vec());
+    wider.restore(run_search(&list()[..7], Goal::Minimize, 6, &inside).trials().to_vec());
     finish(&mut wider, 5, &inside);
     assert_eq!(wider.trials().len(), 14 + 6);
 }

@@ -28,8 +28,9 @@ use super::{Failure, Outcome, targets};
 pub struct Arguments {
     /// Directory of the run
     pub run: PathBuf,
-    /// Shell command that evaluates the safetensors file {}, and whose last line of output ends in a number, the score: loss
-    /// 0.31. The path is quoted for the shell, and in POSTHOC_EMA_WEIGHTS; the profile is in POSTHOC_EMA_PROFILE, as JSON
+    /// Shell command that evaluates the safetensors file {}, and whose last line of output ends in a number, the
+    /// score: loss 0.31. {} becomes the path, quoted for the shell: inside quotes, write "$POSTHOC_EMA_WEIGHTS"
+    /// instead. POSTHOC_EMA_PROFILE holds the profile as JSON
     #[arg(long, value_name = "COMMAND")]
     pub eval: String,
     /// Directory of the sweep, which is made where it is missing

@@ -16,8 +16,8 @@ pub fn trials(sweep: &Sweep) -> Table {
         table.add_row([
             trial.profile.to_string(),
             trial.score().map_or("failed".into(), exact),
-            figure(trial.figures.relative_error),
-            figure(trial.figures.noise_gain),
+            figure(trial.metrics.relative_error),
+            figure(trial.metrics.noise_gain),
             mark(trial, sweep).into(),
         ]);
     }

@@ -1,0 +1,79 @@
+//! Options and result of a sweep over a run.
+
+use std::path::{Path, PathBuf};
+
+use super::observer::Observer;
+use super::search::Sweep;
+use super::trial::Goal;
+use crate::device::Device;
+use crate::math::Profile;
+use crate::planning::{At, Noise};
+use crate::tensor::Dtype;
+
+/// Default number of averages in one pass: the most that a pass allows.
+const BATCH: usize = 256;
+
+/// Default number of refinement steps. They narrow an evenly spaced list about twentyfold.
+const REFINE: usize = 6;
+
+/// Options of [`Run::sweep`](crate::Run::sweep).
+#[derive(Clone)]
+pub struct SweepOptions<'a> {
+    /// Directory of the sweep, outside the run's. It is created if it is missing. An earlier sweep in it continues.
+    pub dir: &'a Path,
+    /// Targets to evaluate first, in any mixture of families.
+    pub targets: &'a [Profile],
+    /// Time of the targets.
+    pub at: At,
+    /// Name of the evaluation. A directory holds the scores of one evaluation only.
+    pub evaluation: &'a str,
+    /// Direction in which scores are better.
+    pub goal: Goal,
+    /// Number of golden-section steps around the best target.
+    pub refine: usize,
+    /// Number of averages that are synthesized in one pass, and so are on the disk at a time.
+    pub batch: usize,
+    /// Treatment of the snapshots' rounding.
+    pub noise: Noise,
+    /// Dtype of averaged tensors; `None` for the model's own.
+    pub dtype: Option<Dtype>,
+    /// Device that blends them.
+    pub device: Device,
+    /// Keeps every average in the folder `candidates` of the directory, instead of the best one only.
+    pub keep_all: bool,
+    /// Receives the progress.
+    pub observer: &'a dyn Observer,
+}
+
+impl<'a> SweepOptions<'a> {
+    /// Minimizes the score over `targets` at the newest snapshot, with 6 steps of refinement.
+    pub fn new(dir: &'a Path, targets: &'a [Profile]) -> SweepOptions<'a> {
+        SweepOptions {
+            dir,
+            targets,
+            at: At::Latest,
+            evaluation: "",
+            goal: Goal::Minimize,
+            refine: REFINE,
+            batch: BATCH,
+            noise: Noise::Off,
+            dtype: None,
+            device: Device::Cpu,
+            keep_all: false,
+            observer: &(),
+        }
+    }
+}
+
+/// Result of [`Run::sweep`](crate::Run::sweep).
+#[derive(Clone, Debug)]
+pub struct SweepResult {
+    /// All trials, including those of earlier calls. [`Sweep::best`] returns the best one.
+    pub sweep: Sweep,
+    /// Safetensors file of the best average; `None` if no evaluation succeeded.
+    pub best: Option<PathBuf>,
+    /// Time of the targets.
+    pub at: u64,
+    /// Number of evaluations in this call.
+    pub evaluated: usize,
+}
