@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def page() -> str:
-    """The whole page, Markdown."""
+    """Returns the whole page in Markdown."""
     names = commands((HELP / f"{PROGRAM}.txt").read_text())
     recorded = {path.stem for path in HELP.glob("*.txt")}
     if recorded != {PROGRAM, *names}:
@@ -57,12 +57,13 @@ def page() -> str:
 
 
 def commands(text: str) -> list[str]:
-    """The names of the commands, in the order of the program's help text."""
+    """Returns the names of the commands, in the order of the program's help text."""
     listed = text.split("\nCommands:\n")[1].split("\n\n")[0]
     return re.findall(r"^  (\S+)", listed, re.MULTILINE)
 
 
 def section(name: str) -> str:
+    """Returns the section of a command."""
     text = "\n".join(line.rstrip() for line in (HELP / f"{name}.txt").read_text().splitlines())
     return f"## {name}\n\n```text\n{text}\n```\n"
 

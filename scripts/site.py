@@ -4,8 +4,8 @@
 pip install -r docs/requirements.txt
 python3 scripts/site.py
 
-Exits with 1 for any of these: a warning of the build; a docstring that does not fit its function; a page that is only
-in docs/, or only in the navigation of zensical.toml; a dead link or anchor in any Markdown file of the repository.
+Exits with 1 for any of these: a warning of the build; a docstring that does not match its function; a page that is only
+in docs/ or only in the navigation of zensical.toml; a dead link or anchor in any Markdown file of the repository.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def navigation() -> list[str]:
 
 
 def pages(entry: Any) -> Iterator[str]:
+    """Yields the pages of a part of the navigation."""
     if isinstance(entry, str):
         yield entry
         return
@@ -48,6 +49,7 @@ def pages(entry: Any) -> Iterator[str]:
 
 
 def build() -> list[str]:
+    """Builds the site, and returns the failures."""
     done = run(PROGRAMS / "zensical", "build", "--clean", "--strict")
     failures = [] if done.returncode == 0 else ["zensical: the build failed"]
     # Docstrings are read by griffe, whose warnings do not fail the build.
@@ -55,6 +57,7 @@ def build() -> list[str]:
 
 
 def links() -> list[str]:
+    """Checks all links, and returns the failures."""
     done = run(PROGRAMS / "md-dead-link-check", "--config", ROOT / "docs" / "links.toml")
     return [] if done.returncode == 0 else ["md-dead-link-check: there are dead links"]
 
