@@ -145,7 +145,8 @@ def check(options: argparse.Namespace, text: str, records: dict[str, Record | No
 
 def page(records: dict[str, Record | None]) -> str:
     """Returns the whole page in Markdown."""
-    peers, scaling = records["peers"], records["scaling"]
+    peers = records["peers"]
+    scaling = records["scaling"]
     parts = [
         "<!-- Made by benches/page.py from the records in benches/record: change those, not this. -->",
         "# Performance",
@@ -160,7 +161,8 @@ def page(records: dict[str, Record | None]) -> str:
 
 def provenance(record: Record) -> str:
     """Returns the command, date, machine and versions of a record."""
-    machine, versions = record["machine"], record["versions"]
+    machine = record["machine"]
+    versions = record["versions"]
     memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     warning = " **The figures mean nothing at these small sizes.**" if record["size"] != "full" else ""
@@ -231,7 +233,8 @@ def unit_cost(seconds: float) -> str:
 
 def pictures(records: dict[str, Record | None]) -> dict[str, Any]:
     """Returns the names of the picture files, each with the function that draws it."""
-    peers, scaling = records["peers"], records["scaling"]
+    peers = records["peers"]
+    scaling = records["scaling"]
     drawn: dict[str, Any] = {}
     for work in PICTURED if peers else ():
         cases = [case for case in peers["cases"] if case["work"] == work]
@@ -339,7 +342,8 @@ def short_count(count: int) -> str:
 
 
 def draw_sweep(axis: Any, points: list[dict[str, Any]], sweep: dict[str, Any]) -> None:
-    xs, ys = [point["x"] for point in points], [point["seconds_median"] for point in points]
+    xs = [point["x"] for point in points]
+    ys = [point["seconds_median"] for point in points]
     (line,) = axis.plot(xs, ys, "o-", markersize=3, linewidth=1, label=sweep["title"])
     # Time should fall with threads and grow with everything else.
     power = -1 if sweep["x"] == "threads" else 1

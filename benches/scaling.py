@@ -49,7 +49,9 @@ class Scaling:
     """Sweeps, with the program and the folders that they need."""
 
     def __init__(self, options: argparse.Namespace, folder: Path):
-        self.program, self.folder, self.quick = options.program.resolve(), folder, options.quick
+        self.program = options.program.resolve()
+        self.folder = folder
+        self.quick = options.quick
         self.memory = Path(tempfile.mkdtemp(prefix="posthoc-ema-scaling-", dir=options.memory))
         self.million = 1000 if self.quick else 1_000_000
         self.threads = len(os.sched_getaffinity(0))
@@ -114,7 +116,8 @@ class Scaling:
         return [sweep("synthesis", "snapshots", title, points)]
 
     def targets(self) -> list[dict[str, Any]]:
-        n, points = 10 * self.million, []
+        n = 10 * self.million
+        points = []
         with self.run(n, 20) as bytes_:
             for count in (1, 2, 4, 8, 16, 32, 64):
                 # All targets are between the tracked profiles.
@@ -123,7 +126,8 @@ class Scaling:
         return [sweep("synthesis", "targets", f"40 f16 snapshots of {n / 1e6:g} million parameters", points)]
 
     def thread_counts(self) -> list[dict[str, Any]]:
-        n, sweeps = 10 * self.million, []
+        n = 10 * self.million
+        sweeps = []
         with self.run(n, 20) as bytes_:
             for count in (1, 8):
                 listed = ",".join(f"{0.05 + 0.23 * (i + 0.5) / count:.6f}" for i in range(count))

@@ -150,7 +150,10 @@ class Contender:
     """Contender that counts its calls, and fails if `fails` is set."""
 
     def __init__(self, name: str, first: float = 1.0, fails: bool = False):
-        self.name, self.seconds, self.fails, self.calls = name, first, fails, 0
+        self.name = name
+        self.seconds = first
+        self.fails = fails
+        self.calls = 0
 
     def first(self) -> turns.Row:
         if self.fails:
@@ -166,7 +169,9 @@ class Contender:
 
 
 def test_turns_are_counted_and_failures_reported() -> None:
-    quick, slow, broken = Contender("quick"), Contender("slow", first=11.0), Contender("broken", fails=True)
+    quick = Contender("quick")
+    slow = Contender("slow", first=11.0)
+    broken = Contender("broken", fails=True)
     rows = turns.in_turns([quick, slow, broken], 3)
     assert rows[0] == {"name": "quick", "seconds_all": [1.0, 2.0, 3.0], "more": 1, "seconds_median": 2.0}
     assert rows[1]["seconds_all"] == [11.0] and slow.calls == 0
@@ -186,7 +191,8 @@ def test_worker_that_ends_or_is_silent_gives_the_reason(tmp_path: Path) -> None:
 
 
 def test_first_round_counts_without_a_warm_up() -> None:
-    contender, order = Contender("cold", first=5.0), []
+    contender = Contender("cold", first=5.0)
+    order = []
     (row,) = turns.in_turns([contender], 2, lambda: order.append(contender.calls), warm_up=False)
     assert row["seconds_all"] == [5.0, 1.0, 2.0] and order == [0, 0, 1]
 

@@ -184,7 +184,8 @@ class Session:
     """One kind's work on one task, done at every "go"."""
 
     def __init__(self, kind: str, task: Task):
-        self.kind, self.task = kind, task
+        self.kind = kind
+        self.task = task
 
     def prepare(self) -> None:
         self.work = KINDS[self.kind](self.task)

@@ -14,7 +14,8 @@ class Absent:
     """Contender that cannot take part; its row says why."""
 
     def __init__(self, name: str, why: str):
-        self.name, self.why = name, why
+        self.name = name
+        self.why = why
 
     def first(self) -> Row:
         raise turns.Failed(self.why)
@@ -38,7 +39,9 @@ class Checked:
     """Contender whose first result is checked: `look` returns further fields of its row."""
 
     def __init__(self, contender: turns.Contender, look: Callable[[], Row]):
-        self.contender, self.name, self.look = contender, contender.name, look
+        self.contender = contender
+        self.name = contender.name
+        self.look = look
 
     def first(self) -> Row:
         return {**self.contender.first(), **self.look()}

@@ -130,7 +130,8 @@ def prepare(options: argparse.Namespace, setup: Any) -> Any:
 
 def without_paths(arguments: list[str]) -> list[str]:
     """Returns the arguments without the paths of this machine."""
-    kept, skip = [], False
+    kept = []
+    skip = False
     for argument in arguments:
         if skip:
             skip = False

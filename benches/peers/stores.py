@@ -27,7 +27,9 @@ class Ours:
     def __init__(self, model: torch.nn.Module, folder: Path):
         import posthoc_ema
 
-        self.of, self.model, self.folder = posthoc_ema.PostHocEMA, model, folder
+        self.of = posthoc_ema.PostHocEMA
+        self.model = model
+        self.folder = folder
 
     def once(self) -> dict[str, Any]:
         """Returns the seconds of all, the seconds that the caller waits in `update_`, and the bytes of all files."""

@@ -90,7 +90,8 @@ class Task:
 @contextmanager
 def stored(environment: Environment, model: str, dtype: str) -> Iterator[Task]:
     """Writes a run to the disk, where it is in the page cache; removes it afterwards."""
-    disk, memory = environment.folder / "synthesis", environment.memory / "posthoc-ema-peers"
+    disk = environment.folder / "synthesis"
+    memory = environment.memory / "posthoc-ema-peers"
     for folder in (disk, memory):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -129,8 +130,10 @@ def one_target(task: Task) -> dict[str, Any]:
 
 def many_targets(run: Task) -> dict[str, Any]:
     """Measures 31 targets in one pass, one target, and the multiply-adds in f64 alone."""
-    one, many = run.with_targets((TARGET,), "float16"), run.with_targets(MANY, "float16")
-    check, check_many = Check(one), Check(many)
+    one = run.with_targets((TARGET,), "float16")
+    many = run.with_targets(MANY, "float16")
+    check = Check(one)
+    check_many = Check(many)
     contenders = [
         scan(run),
         peak(many),
@@ -303,7 +306,9 @@ class Prepared:
     """Worker that opens its files before the first round."""
 
     def __init__(self, contender: turns.Contender, worker: turns.Worker):
-        self.contender, self.worker, self.name = contender, worker, contender.name
+        self.contender = contender
+        self.worker = worker
+        self.name = contender.name
 
     def first(self) -> Row:
         self.worker.ask("prepare")
@@ -321,7 +326,8 @@ def mergekit(task: Task, check: Check) -> turns.Contender:
     command = task.environment.mergekit
     if isinstance(command, str):
         return Absent(MERGEKIT, command)
-    output, described = task.memory / "mergekit", task.memory / "mergekit.yml"
+    output = task.memory / "mergekit"
+    described = task.memory / "mergekit.yml"
     given = [
         {"model": str(task.run / f"{index}.{step}.safetensors"), "parameters": {"weight": weight}}
         for index, step, weight in task.weights[0]

@@ -21,7 +21,8 @@ def digits(value: float) -> str:
 
 def span(row: Row) -> str:
     """Formats the median and the range of all times."""
-    median, all_ = row["seconds_median"], row["seconds_all"]
+    median = row["seconds_median"]
+    all_ = row["seconds_all"]
     if len(all_) == 1:
         return f"{seconds(median)} (once)"
     unit = 1.0 if median >= 1 else 1e-3 if median >= 1e-3 else 1e-6

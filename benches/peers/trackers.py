@@ -37,7 +37,9 @@ class Tracker:
     """Tracker of two averages of a model."""
 
     def __init__(self, model: nn.Module, update_every: int, folder: Path):
-        self.model, self.update_every, self.folder = model, update_every, folder
+        self.model = model
+        self.update_every = update_every
+        self.folder = folder
 
     def update(self) -> object:
         """Runs after each step of training."""
@@ -169,7 +171,8 @@ class Foreach(Tracker):
 
     def __init__(self, model: nn.Module, update_every: int, folder: Path, gathered: bool = False):
         super().__init__(model, update_every, folder)
-        self.names, self.gathered = [name for name, _ in model.named_parameters()], gathered
+        self.names = [name for name, _ in model.named_parameters()]
+        self.gathered = gathered
         self.parameters = self.listed()
         self.both = [[parameter.float().clone() for parameter in self.parameters] for _ in GAMMAS]
         in_f32 = self.parameters[0].dtype == torch.float32
@@ -323,7 +326,8 @@ class Session:
 
     def prepare(self, model: str, size: str, dtype: str, device: str, due: bool, calls: int) -> dict[str, Any]:
         """Makes model and averages, and checks the updates."""
-        self.calls, self.device = calls, device
+        self.calls = calls
+        self.device = device
         self.folder = tempfile.TemporaryDirectory()
         module = model_of(models.MODELS[model][size], getattr(torch, dtype), device)
         made = KINDS[self.kind](module, 1 if due else NEVER, Path(self.folder.name) / "run")

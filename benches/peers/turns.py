@@ -125,7 +125,9 @@ class Command:
         clear: Callable[[], None] = lambda: None,
         patience: float = PATIENCE_SECONDS,
     ):
-        self.name, self.command, self.patience = name, [str(part) for part in command], patience
+        self.name = name
+        self.command = [str(part) for part in command]
+        self.patience = patience
         # Removes the output files of the last run; not timed.
         self.clear = clear
         # Standard output of the last run.
@@ -168,7 +170,10 @@ class Peak:
     """Peak anonymous memory of a process (Linux). The kernel's own peak also counts mapped files."""
 
     def __init__(self, pid: int | None):
-        self.pid, self.bytes, self.before, self.running = pid, 0, 0, True
+        self.pid = pid
+        self.bytes = 0
+        self.before = 0
+        self.running = True
 
     def __enter__(self) -> Peak:
         if self.pid is not None:

@@ -40,7 +40,10 @@ class Ready:
     """Tracker whose updates are checked. `held` is the memory of its averages, without the parameters."""
 
     def __init__(self, worker: turns.Worker, held: int, checked: Row):
-        self.worker, self.name, self.held, self.checked = worker, worker.name, held, checked
+        self.worker = worker
+        self.name = worker.name
+        self.held = held
+        self.checked = checked
 
     def first(self) -> Row:
         row = self.worker.first()
@@ -98,7 +101,8 @@ class Trackers:
     """Processes of all trackers, kept from case to case because importing PyTorch is slow."""
 
     def __init__(self, environment: Environment):
-        self.environment, self.workers = environment, dict[str, turns.Worker]()
+        self.environment = environment
+        self.workers = dict[str, turns.Worker]()
 
     def contender(self, kind: str, **about: Any) -> turns.Contender:
         packages = packages_of(self.environment, kind)

@@ -30,7 +30,8 @@ class Direct:
     name = "dd conv=fsync, the snapshot's bytes"
 
     def __init__(self, path: Path, bytes_: int):
-        self.path, self.bytes = path, bytes_
+        self.path = path
+        self.bytes = bytes_
 
     def first(self) -> Row:
         return {"seconds": self.once(), "bytes": self.bytes}

@@ -256,7 +256,8 @@ def check_agreement(run: PostHocEMA, training: Training) -> None:
     print("\nsigma_rel  synthesized to tracked  allowed   (as fractions of the distance of the last weights)")
     for sigma_rel, direct, synthesized, plan in zip(DIRECT, training.direct, run.synthesize(DIRECT), run.plan(DIRECT)):
         tracked = flat(direct)
-        difference, bound = (flat(synthesized) - tracked).abs(), allowed(plan, training.trajectory)
+        difference = (flat(synthesized) - tracked).abs()
+        bound = allowed(plan, training.trajectory)
         shares = [(each.norm() / (last - tracked).norm()).item() for each in (difference, bound)]
         print(f"{sigma_rel:9.2f}  {shares[0]:22.3%}  {shares[1]:7.2%}")
         assert (difference <= bound).all(), f"sigma_rel {sigma_rel}: the difference is larger than its bound"
@@ -276,7 +277,8 @@ def print_table(averages: list[Average], best: Average, last: float) -> None:
     for average in averages:
         if average is best or averages.index(average) % 4 == 3:
             mark = "  <- best" if average is best else ""
-            change, error = average.loss / last - 1.0, average.plan.relative_error
+            change = average.loss / last - 1.0
+            error = average.plan.relative_error
             print(f"{average.sigma_rel:9.4f}  {average.loss:13.4f}  {change:+7.1%}  {error:13.2%}{mark}")
     print(f"     last  {last:13.4f}")
 
@@ -286,7 +288,8 @@ def draw_losses(path: Path, averages: list[Average], best: Average, last: float)
     figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     axes.axhline(last, color=LAST, linestyle=(0, (5, 4)), linewidth=1.5, label=f"last weights: {last:.3f}")
-    lengths, losses = [a.sigma_rel for a in averages], [a.loss for a in averages]
+    lengths = [a.sigma_rel for a in averages]
+    losses = [a.loss for a in averages]
     axes.plot(lengths, losses, color=CURVE, linewidth=1.5, zorder=2)
     axes.scatter(lengths, losses, s=18, color=CURVE, zorder=3, label="synthesized averages")
     rough = [(a.sigma_rel, a.loss) for a in averages if a.plan.relative_error > ROUGH]
@@ -327,7 +330,8 @@ def main(steps: int, out: Path) -> None:
 
     run = PostHocEMA.from_path(training.run / "ema")
     averages = sweep(run, training.network, held_out)
-    best, last = min(averages, key=lambda average: average.loss), held_out.loss(training.network)
+    best = min(averages, key=lambda average: average.loss)
+    last = held_out.loss(training.network)
     print_table(averages, best, last)
     draw_losses(out / "loss.png", averages, best, last)
     check_agreement(run, training)

@@ -145,7 +145,8 @@ class Lender:
         """
         if not self._all_torch:
             return all(self._facts_of(i) == facts for i, facts in enumerate(self._facts))
-        tensors, kind = self.tensors, self._kind
+        tensors = self.tensors
+        kind = self._kind
         addresses = list(map(kind.data_ptr, tensors))
         if addresses != self._addresses:
             if any(self._facts_of(i) != facts for i, facts in enumerate(self._facts)):

@@ -133,7 +133,8 @@ class ModuleTensors:
 
         A pattern that matches nothing stays, so that the native part refuses it.
         """
-        lent, left_out = self.names, self._left_out
+        lent = self.names
+        left_out = self._left_out
         return [p for p in patterns if any(_matches(p, n) for n in lent) or not any(_matches(p, n) for n in left_out)]
 
     def _list(self) -> None:
@@ -146,7 +147,9 @@ class ModuleTensors:
         self._left_out: list[str] = []
         chosen: dict[str, _Slot] = {}
         for prefix, module in unwrap(self.model).named_modules(remove_duplicate=False):
-            parameters, buffers, children = module._parameters, module._buffers, module._modules
+            parameters = module._parameters
+            buffers = module._buffers
+            children = module._modules
             self._dictionaries += [parameters, buffers, children]
             self._children += [(children, key) for key in children]
             self._parameters += [(parameters, key) for key, value in parameters.items() if value is not None]

@@ -29,7 +29,8 @@ def byte_progress(
         description: Label of the bar.
     """
     if callable(progress):
-        report, whole = progress, total()
+        report = progress
+        whole = total()
         yield lambda done: report(done, whole)
     elif wants_bar(progress):
         from tqdm import tqdm

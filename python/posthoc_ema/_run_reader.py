@@ -40,7 +40,10 @@ class RunReader:
         sound: _native.Run | None = None,
         only_save_diff: bool = False,
     ):
-        self.directory, self._tracker, self._is_idle, self._sound = directory, tracker, is_idle, sound
+        self.directory = directory
+        self._tracker = tracker
+        self._is_idle = is_idle
+        self._sound = sound
         self._only_save_diff = only_save_diff
         self._tensors: ModuleTensors | MappingTensors | None = None
         if tracker is not None:
@@ -112,7 +115,8 @@ class RunReader:
         """Returns a state dict for each target; see `PostHocEMA.synthesize`."""
         jsons = to_json(targets)
         source, at = self._source(step, noise)
-        specs, tied = source.tensors(), source.tied()
+        specs = source.tensors()
+        tied = source.tied()
         buffers = OutputBuffers(specs, len(jsons), average_dtype_name(dtype), self._of_torch, source.averaged())
 
         def total() -> int | None:
@@ -142,7 +146,8 @@ class RunReader:
         progress: Progress,
     ) -> list[Path]:
         """Writes a file for each target; see `PostHocEMA.write`."""
-        profiles, run = [as_profile(target) for target in targets], self.run()
+        profiles = [as_profile(target) for target in targets]
+        run = self.run()
         jsons = to_json(profiles)
         plans = Plan.from_json(run.plans(jsons, step, "off"))
         names = [f"{str(plan.profile).replace(' ', '-')}.step-{plan.at}.safetensors" for plan in plans]

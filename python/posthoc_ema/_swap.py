@@ -113,7 +113,8 @@ def swapped_in(tensors: ModuleTensors | MappingTensors, swap: Swap) -> Iterator[
     """Swaps an average into a model for a block; every bit, flag and device is restored when it ends or raises."""
     lender = tensors.lender()
     module = _ModuleState(tensors.model) if isinstance(tensors, ModuleTensors) else None
-    versions, originals = _VersionCounters(lender.tensors), _native.SavedWeights()
+    versions = _VersionCounters(lender.tensors)
+    originals = _native.SavedWeights()
     addresses = addresses_of(lender.tensors)
     block = object()
     try:

@@ -97,7 +97,8 @@ def sweep(
         averages = SweepAverages(ema, reader, step, noise, model)
         loop = EvaluationLoop(search, averages, evaluate)
         loop.run(batch, progress)
-        results, number = trials_from_json(search.trials()), search.best()
+        results = trials_from_json(search.trials())
+        number = search.best()
         if number is None:
             reasons = "; ".join(f"{trial.profile}: {trial.error}" for trial in results)
             raise RuntimeError(f"all {len(results)} evaluations failed: {reasons}") from loop.first_error
@@ -119,7 +120,11 @@ class SweepAverages:
     """
 
     def __init__(self, ema: Synthesizer, reader: RunReader, step: int | None, noise: Noise, model: Model):
-        self._ema, self._reader, self._step, self._noise, self._model = ema, reader, step, noise, model
+        self._ema = ema
+        self._reader = reader
+        self._step = step
+        self._noise = noise
+        self._model = model
 
     def plans(self, profiles: list[Profile]) -> list[Plan]:
         """Returns the plan of each profile."""
@@ -134,7 +139,8 @@ class SweepAverages:
     def best(self, trial: Trial, directory: Path | None) -> Best:
         """Synthesizes the best average again: the evaluation may have changed its own."""
         assert trial.score is not None
-        state_dict, path = self._synthesize_one(trial.profile), None
+        state_dict = self._synthesize_one(trial.profile)
+        path = None
         if directory is not None and self._reader.live(self._step) is None:
             path = directory / "best.safetensors"
             self._reader.write_best(trial.profile, path, self._step, self._noise)
@@ -179,7 +185,9 @@ class EvaluationLoop:
     """
 
     def __init__(self, search: _native.Sweep, averages: SweepAverages, evaluate: Evaluation):
-        self._search, self._averages, self._evaluate = search, averages, evaluate
+        self._search = search
+        self._averages = averages
+        self._evaluate = evaluate
         self.first_error: Exception | None = None
         """Exception of the first evaluation that failed."""
 
@@ -195,7 +203,9 @@ class EvaluationLoop:
 
     def _record(self, plan: Plan, apply: ApplyEvaluation) -> None:
         """Evaluates one average and records its score or its error."""
-        score, error, start = None, None, time.perf_counter()
+        score = None
+        error = None
+        start = time.perf_counter()
         try:
             score = _as_score(apply(self._evaluate))
         except Exception as raised:
@@ -248,7 +258,8 @@ def check_output_directory(out: str | os.PathLike[str], run: Path) -> Path:
     Raises:
         ValueError: If it is the run's directory or below it.
     """
-    directory, inside = Path(out).absolute(), run.resolve()
+    directory = Path(out).absolute()
+    inside = run.resolve()
     if inside == directory.resolve() or inside in directory.resolve().parents:
         raise ValueError(f"out = {out}: a run's directory holds nothing but its snapshots: give one outside of {run}")
     return directory
@@ -282,7 +293,8 @@ def _evaluation_progress(progress: SweepProgress) -> Iterator[Callable[[_native.
 
 def _advance(bar: Any, search: _native.Sweep) -> None:
     """Moves a bar to the evaluations done, and shows the best one so far."""
-    bar.total, number = search.planned(), search.best()
+    bar.total = search.planned()
+    number = search.best()
     if number is not None:
         best = trials_from_json(search.trials())[number]
         bar.set_postfix_str(f"best so far {best.score:g} at {best.profile}", refresh=False)

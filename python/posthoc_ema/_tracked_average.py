@@ -19,7 +19,8 @@ def copy_on_cpu(model: Any) -> Any:
     """Copies a module with all its tensors to host memory, without memory of a GPU."""
     torch = torch_module()
     assert torch is not None
-    model, memo = unwrap(model), {}
+    model = unwrap(model)
+    memo = {}
     made: dict[Any, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
         # Tensors that share their elements must share them in the copy.
@@ -59,8 +60,10 @@ class TrackedAverage:
     """
 
     def __init__(self, index: int, profile: Profile, model: Any, source: _native.Tracker | Path):
-        self.profile, self._index = profile, index
-        self._model, self._source = model, source
+        self.profile = profile
+        self._index = index
+        self._model = model
+        self._source = source
         self._module: Any = None
         self._update: int | None = None
 

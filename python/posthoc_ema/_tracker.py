@@ -39,7 +39,8 @@ class ModelTracker:
         resume: bool,
         on_error: str,
     ):
-        self._only_save_diff, self._leave_out = only_save_diff, tuple(leave_out or ())
+        self._only_save_diff = only_save_diff
+        self._leave_out = tuple(leave_out or ())
         self._on_error = on_error
         self.tensors = tensors_of(model, only_save_diff, leave_out=leave_out or ())
         """Tensors of the model that trains."""
@@ -66,7 +67,8 @@ class ModelTracker:
 
     def switch(self, model: Model, target: Target) -> None:
         """Replaces the model's weights by an average at the newest update."""
-        profile, lender = profile_json(target), self._lender(model)
+        profile = profile_json(target)
+        lender = self._lender(model)
         with lender.writing() as (addresses, stream):
             self.native.switch_to(profile, lender.layout, addresses, stream)
         # A backward pass through results of the old weights must fail instead of being wrong.

@@ -63,7 +63,9 @@ class KarrasEMA:
         else:
             raise ValueError(f"sigma_rel = {sigma_rel}, gamma = {gamma}: give either sigma_rel or gamma")
         self.gamma: float = self.profile.to_dict()["gamma"]
-        self.update_every, self.frozen, self.only_save_diff = update_every, frozen, only_save_diff
+        self.update_every = update_every
+        self.frozen = frozen
+        self.only_save_diff = only_save_diff
         self._device = device
         self._left_alone = {*param_or_buffer_names_no_ema, *ignore_names}
         self._prefixes = tuple(ignore_startswith_names)
@@ -154,7 +156,8 @@ class KarrasEMA:
         Raises:
             KeyError: If a tensor is missing.
         """
-        calls, begun = int(state_dict["step"]), bool(state_dict["initted"])
+        calls = int(state_dict["step"])
+        begun = bool(state_dict["initted"])
         names = self._tensors.lender().names
         own = named_tensors(self._module)
         for name in names:

@@ -210,7 +210,9 @@ class PostHocEMA(RunAverages):
     @classmethod
     def _new(cls, directory: Path, reader: RunReader, skip: Callable[[], bool]) -> PostHocEMA:
         self = object.__new__(cls)
-        self.checkpoint_dir, self._reader, self._skip = directory, reader, skip
+        self.checkpoint_dir = directory
+        self._reader = reader
+        self._skip = skip
         self.profiles = []
         return self
 

@@ -174,7 +174,8 @@ def solve_weights(
             finite, or `target_sigma_rel` is of another profile.
     """
     _check_same_target(target_gamma, target_sigma_rel)
-    stored_gammas, times = as_floats(gammas), as_floats(timesteps)
+    stored_gammas = as_floats(gammas)
+    times = as_floats(timesteps)
     if stored_gammas.ndim != 1 or stored_gammas.shape != times.shape or times.size == 0:
         raise ValueError(
             f"gammas of shape {stored_gammas.shape} and timesteps of shape {times.shape}: give one of each for every "

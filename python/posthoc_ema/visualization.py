@@ -98,7 +98,8 @@ def plot_reconstruction_errors(
     Raises:
         ValueError: If the shapes differ, or a value is negative or not finite.
     """
-    lengths, values = as_floats(target_sigma_rels), as_floats(errors)
+    lengths = as_floats(target_sigma_rels)
+    values = as_floats(errors)
     tracked = as_floats(list(source_sigma_rels))
     if lengths.ndim != 1 or lengths.shape != values.shape or lengths.size == 0:
         raise ValueError(
