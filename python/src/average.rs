@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 use crate::dtypes::{describe, parse_optional_dtype};
 use crate::errors::{argument, to_python};
 use crate::jobs;
+use crate::json::to_json;
 use crate::lend::{Layout, output_views};
 use crate::plans::{at, profiles};
 use crate::process;
@@ -51,7 +52,7 @@ impl Checkpoints {
         step: Option<u64>,
     ) -> PyResult<(String, Vec<Option<String>>)> {
         let merges = self.merges(py, &targets, step)?;
-        Ok((serde_json::to_string(&merges).map_err(argument)?, merges.iter().map(Merge::warning).collect()))
+        Ok((to_json(&merges)?, merges.iter().map(Merge::warning).collect()))
     }
 
     /// Returns the bytes of checkpoints that are read for targets.

@@ -20,6 +20,15 @@ struct TensorEntry {
     device: Option<usize>,
 }
 
+impl TensorEntry {
+    fn new(name: String, dtype: &str, shape: Vec<usize>, device: i64) -> PyResult<TensorEntry> {
+        let dtype = parse_dtype(dtype)?;
+        let bytes = posthoc_ema::byte_size(&name, dtype, &shape).map_err(to_python)?;
+        let device = usize::try_from(device).ok();
+        Ok(TensorEntry { name, dtype, shape, bytes, device })
+    }
+}
+
 /// Description of a list of tensors, without their addresses. It is made again only when the tensors change.
 #[pyclass(frozen, module = "posthoc_ema._native")]
 pub struct Layout(Vec<TensorEntry>);
@@ -30,13 +39,11 @@ impl Layout {
     /// number, or -1 for the host.
     #[new]
     fn new(tensors: Vec<(String, String, Vec<usize>, i64)>) -> PyResult<Layout> {
-        let entry = |(name, dtype, shape, device): (String, String, Vec<usize>, i64)| {
-            let dtype = parse_dtype(&dtype)?;
-            let bytes = posthoc_ema::byte_size(&name, dtype, &shape).map_err(to_python)?;
-            let device = usize::try_from(device).ok();
-            Ok(TensorEntry { name, dtype, shape, bytes, device })
-        };
-        tensors.into_iter().map(entry).collect::<PyResult<_>>().map(Layout)
+        let entries = tensors
+            .into_iter()
+            .map(|(name, dtype, shape, device)| TensorEntry::new(name, &dtype, shape, device))
+            .collect::<PyResult<_>>()?;
+        Ok(Layout(entries))
     }
 }
 

@@ -8,6 +8,7 @@ mod dtypes;
 mod errors;
 mod import;
 mod jobs;
+mod json;
 mod lend;
 mod plans;
 mod process;

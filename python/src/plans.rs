@@ -1,31 +1,21 @@
 //! Functions of profiles and plans, which need no tensors.
 
 use posthoc_ema::math::Schedule;
-use posthoc_ema::{AdviceRequest, At, Dtype, Forecast, Noise, Plan, Profile, Retention};
+use posthoc_ema::{AdviceRequest, At, Dtype, Forecast, Noise, Profile, Retention};
 use pyo3::prelude::*;
 use serde::Deserialize;
 
 use crate::errors::{argument, to_python};
+use crate::json::{from_json, to_json};
 
 /// Parses a profile's JSON.
 pub fn profile(json: &str) -> PyResult<Profile> {
-    serde_json::from_str(json).map_err(|error| argument(message_of(&error)))
+    from_json(json)
 }
 
 /// Parses the JSON of several profiles.
 pub fn profiles(jsons: &[String]) -> PyResult<Vec<Profile>> {
     jsons.iter().map(|json| profile(json)).collect()
-}
-
-/// Formats plans as a JSON list.
-pub fn plans_json(plans: &[Plan]) -> PyResult<String> {
-    serde_json::to_string(plans).map_err(argument)
-}
-
-/// Returns the message without line and column: the user did not write the JSON.
-fn message_of(error: &serde_json::Error) -> String {
-    let text = error.to_string();
-    text.split(" at line ").next().unwrap_or(&text).to_owned()
 }
 
 /// Returns the time of a step, or the newest time for no step.
@@ -51,7 +41,7 @@ pub fn cuda_devices() -> (usize, Option<String>) {
 #[pyfunction]
 pub fn check_profile(json: &str) -> PyResult<(String, String)> {
     let profile = profile(json)?;
-    Ok((serde_json::to_string(&profile).map_err(argument)?, profile.to_string()))
+    Ok((to_json(&profile)?, profile.to_string()))
 }
 
 /// Returns the JSON of a profile that can be tracked, from one of its parameters.
@@ -68,7 +58,7 @@ pub fn track(kind: &str, value: f64) -> PyResult<String> {
             )));
         }
     };
-    serde_json::to_string(&profile.map_err(to_python)?).map_err(argument)
+    to_json(&profile.map_err(to_python)?)
 }
 
 /// Returns the relative standard deviation of a power-function profile, or None for other profiles.
@@ -103,7 +93,7 @@ struct PlannedTraining {
 #[pyfunction]
 #[pyo3(signature = (training, targets, at_step=None))]
 pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: Option<u64>) -> PyResult<String> {
-    let training: PlannedTraining = serde_json::from_str(training).map_err(|error| argument(message_of(&error)))?;
+    let training: PlannedTraining = from_json(training)?;
     let PlannedTraining {
         steps,
         update_every,
@@ -117,7 +107,7 @@ pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: O
     let forecast = Forecast { schedule, steps, keep: max_checkpoints, retention, tracked };
     let targets = profiles(&targets)?;
     let plans = py.detach(|| forecast.plans(&targets, at(at_step))).map_err(to_python)?;
-    plans_json(&plans)
+    to_json(&plans)
 }
 
 /// Facts about a training that advice is computed from.
@@ -136,9 +126,9 @@ struct AdviceInput {
 /// Returns choices of profiles, spacing and number of snapshots for a disk, as JSON.
 #[pyfunction]
 pub fn advise(py: Python<'_>, input: &str) -> PyResult<String> {
-    let input: AdviceInput = serde_json::from_str(input).map_err(|error| argument(message_of(&error)))?;
+    let input: AdviceInput = from_json(input)?;
     let AdviceInput { steps, update_every, update_after_step, parameters, dtype, disk, range } = input;
     let request = AdviceRequest { steps, update_every, update_after_step, parameters, dtype, disk, range };
     let advice = py.detach(|| posthoc_ema::advise(&request, &|_| ())).map_err(to_python)?;
-    serde_json::to_string(&advice).map_err(argument)
+    to_json(&advice)
 }

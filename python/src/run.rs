@@ -9,8 +9,9 @@ use pyo3::prelude::*;
 use crate::dtypes::{describe, parse_optional_dtype};
 use crate::errors::{argument, to_python};
 use crate::jobs;
+use crate::json::to_json;
 use crate::lend::{Layout, Lent, output_views};
-use crate::plans::{at, parse_noise, plans_json, profiles};
+use crate::plans::{at, parse_noise, profiles};
 use crate::process;
 use crate::saved_weights::SavedWeights;
 
@@ -52,8 +53,7 @@ impl Run {
 
     /// Returns the tracked profiles by their index, as JSON.
     fn profiles(&self) -> PyResult<BTreeMap<usize, String>> {
-        let json = |(index, profile)| Ok((index, serde_json::to_string(profile).map_err(argument)?));
-        self.0.profiles().into_iter().map(json).collect()
+        self.0.profiles().into_iter().map(|(index, profile)| Ok((index, to_json(profile)?))).collect()
     }
 
     /// Returns name, dtype and shape of the tensors of a synthesis.
@@ -73,7 +73,7 @@ impl Run {
 
     /// Solves targets; `noise` is "off", "auto" or a number.
     fn plans(&self, py: Python<'_>, targets: Vec<String>, step: Option<u64>, noise: &str) -> PyResult<String> {
-        plans_json(&self.solve(py, &targets, step, noise)?)
+        to_json(&self.solve(py, &targets, step, noise)?)
     }
 
     /// Returns the bytes of snapshots that a synthesis reads.
@@ -97,7 +97,7 @@ impl Run {
         let plans = self.solve(py, &targets, step, noise)?;
         let views = output_views(layout, addresses)?;
         jobs::run(py, progress, |progress| self.0.load_into(&plans, views, progress).map_err(to_python))?;
-        plans_json(&plans)
+        to_json(&plans)
     }
 
     /// Writes each target to a file, in one pass; returns the plans and the device of the blend.
@@ -124,7 +124,7 @@ impl Run {
             self.0.write_all(&outputs, &WriteOptions { dtype, device, progress }).map_err(to_python)
         };
         let device = jobs::run(py, progress, write)?;
-        Ok((plans_json(&plans)?, device.to_string()))
+        Ok((to_json(&plans)?, device.to_string()))
     }
 
     /// Writes an average into the lent tensors, and keeps their old elements in `originals`.

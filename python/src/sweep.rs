@@ -6,7 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use posthoc_ema::sweep::{self, Goal, Record, SweepKey, TrialMetrics, TrialOutcome};
 use pyo3::prelude::*;
 
-use crate::errors::{argument, to_python};
+use crate::errors::to_python;
+use crate::json::to_json;
 use crate::plans::{profile, profiles};
 
 /// A search, with the record of its trials.
@@ -54,7 +55,7 @@ impl Sweep {
 
     /// Returns the next profiles to evaluate; an empty list when the search has ended.
     fn next(&self, batch: usize) -> PyResult<Vec<String>> {
-        self.lock().search.next(batch).iter().map(|profile| serde_json::to_string(profile).map_err(argument)).collect()
+        self.lock().search.next(batch).iter().map(to_json).collect()
     }
 
     /// Adds a score, or the error of an evaluation, and writes the record.
@@ -83,7 +84,7 @@ impl Sweep {
 
     /// Returns all trials as JSON, in the order of their evaluation.
     fn trials(&self) -> PyResult<String> {
-        serde_json::to_string(self.lock().search.trials()).map_err(argument)
+        to_json(self.lock().search.trials())
     }
 
     /// Returns the index of the best trial.

@@ -14,8 +14,9 @@ use serde::Deserialize;
 use crate::dtypes::describe;
 use crate::errors::{argument, to_python};
 use crate::jobs;
+use crate::json::{from_json, to_json};
 use crate::lend::{Layout, Lent, output_views};
-use crate::plans::{plans_json, profile, profiles};
+use crate::plans::{profile, profiles};
 use crate::process;
 use crate::saved_weights::SavedWeights;
 
@@ -119,7 +120,7 @@ impl Tracker {
         stream: usize,
     ) -> PyResult<Tracker> {
         process::check()?;
-        let settings: Settings = serde_json::from_str(options).map_err(argument)?;
+        let settings: Settings = from_json(options)?;
         let options = settings.into_options(directory)?;
         let lent = Lent::new(layout, addresses, stream)?;
         let opened = py.detach(|| match mode {
@@ -193,7 +194,7 @@ impl Tracker {
     /// Returns the tracked profiles, as JSON.
     fn profiles(&self, py: Python<'_>) -> PyResult<Vec<String>> {
         let profiles = self.with(py, |tracker| Ok(tracker.profiles().to_vec()))?;
-        profiles.iter().map(|profile| serde_json::to_string(profile).map_err(argument)).collect()
+        profiles.iter().map(to_json).collect()
     }
 
     /// Returns name, dtype and shape of the tensors of a synthesis.
@@ -214,7 +215,7 @@ impl Tracker {
     /// Solves targets at the newest update.
     fn plans(&self, py: Python<'_>, targets: Vec<String>) -> PyResult<String> {
         let targets = profiles(&targets)?;
-        plans_json(&self.with(py, |tracker| tracker.plans(&targets))?)
+        to_json(&self.with(py, |tracker| tracker.plans(&targets))?)
     }
 
     /// Blends targets at the newest update into new tensors, one list of addresses for each target.
@@ -231,7 +232,7 @@ impl Tracker {
         let load = move |progress: jobs::Progress<'_>| {
             with_open(&mut self.lock(), |tracker| tracker.load_into(&targets, views, progress))
         };
-        plans_json(&jobs::run(py, progress, load)?)
+        to_json(&jobs::run(py, progress, load)?)
     }
 
     /// Copies the running average of one profile into new tensors.
