@@ -187,7 +187,7 @@ impl TensorRegistry {
             let (Some(a), Some(b)) = (by_name.get(dropped.as_str()), by_name.get(kept.as_str())) else { continue };
             if place(a) != place(b) {
                 let expected = format!("shared with `{kept}` when the run began");
-                return Err(Error::changed(dropped, Difference::new("its memory", expected, "its own")));
+                return Err(Error::changed(dropped, Difference::new("its memory", expected, "separate")));
             }
         }
         Ok(())

@@ -126,7 +126,7 @@ fn load_into_refuses_unfit_memory() {
     twice[0].push(first);
     let wide: Vec<_> = memory(&model(0), &[("half", Dtype::F32)]).into_iter().collect();
     for (mut memory, targets, expected) in [
-        (vec![whole()], 2, "2 targets, and memory for 1"),
+        (vec![whole()], 2, "1 lists of views were given for 2 targets: give one for each"),
         (vec![whole()[1..].to_vec()], 1, "`empty`: no memory was lent"),
         (extra, 1, "`other`: the run has no tensor"),
         (twice, 1, "`empty`: the name occurs twice"),
@@ -170,6 +170,6 @@ fn swap_in_refuses_an_unfit_copied_tensor_before_any_change() {
     params.insert("steps", Tensor::new(&[], &[1i32]).unwrap());
     let before = params.clone();
     let text = ema.swap_in(profiles().remove(1), &mut params).unwrap_err().to_string();
-    assert!(text.contains("`steps`: it is I32 [], in the run I64 []"), "{text}");
+    assert!(text.contains("`steps`: the tensor is I32 [], but was I64 [] in the run"), "{text}");
     assert!(params == before);
 }

@@ -306,8 +306,8 @@ fn create_and_resume_refuse_other_runs() {
     let mut ema = PostHocEma::options(&second).checkpoint_every(20).create(&walk.model).unwrap();
     train(&mut ema, &mut walk, 60);
     std::fs::copy(second.join("0.60.safetensors"), dir.join("0.60.safetensors")).unwrap();
-    assert!(Run::open(&dir).unwrap_err().to_string().contains("0.60.safetensors: another run's id"));
-    assert!(text(PostHocEma::options(&dir).resume(&walk.model)).contains("another run's id"));
+    assert!(Run::open(&dir).unwrap_err().to_string().contains("0.60.safetensors: the run's id is "));
+    assert!(text(PostHocEma::options(&dir).resume(&walk.model)).contains("0.60.safetensors: the run's id is "));
 }
 
 #[test]

@@ -162,7 +162,10 @@ fn swap_in_refuses_an_unfit_model_unchanged() {
     let mut reshaped = odd_bits();
     reshaped.insert("f64", Tensor::new(&[4], &[1.0f64; 4]).unwrap());
     let fewer: Tensors = odd_bits().into_iter().filter(|(name, _)| name != "f64").collect();
-    for (mut params, part) in [(reshaped, "`f64`: its shape is [4]"), (fewer, "`f64`: the model lacks it")] {
+    for (mut params, part) in [
+        (reshaped, "`f64`: its shape is [4], but was [3] in the run"),
+        (fewer, "`f64`: the tensor is missing, but was present in the run"),
+    ] {
         let before = params.clone();
         let text = ema.swap_in(profile(), &mut params).unwrap_err().to_string();
         assert!(text.contains(part), "{text}");
