@@ -101,11 +101,6 @@ impl Saved {
         Ok(Saved { file, document, settings, tied })
     }
 
-    /// The time of the last call.
-    pub(crate) fn step(&self) -> u64 {
-        self.document.clock
-    }
-
     pub(crate) fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
         let path = self.file.path();
         let Some(tensor) = self.file.tensors().get(name) else {

@@ -1,14 +1,14 @@
 //! Storing of the live averages: checkpoints, saves, and the end of a run.
 
 use super::PostHocEma;
-use super::moment::{CheckpointMeta, Failure};
+use super::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::error::Result;
 
 impl PostHocEma {
     /// Stores the live state and a snapshot of every average, in the background if that is allowed.
     pub(super) fn checkpoint(&mut self) -> Result<()> {
-        let moment = self.moment(self.history.last());
-        let done = if self.in_background { self.engine.checkpoint(moment) } else { self.engine.store(&moment) };
+        let meta = self.checkpoint_meta(self.history.last());
+        let done = if self.in_background { self.engine.checkpoint(meta) } else { self.engine.store(&meta) };
         match done {
             Ok(()) | Err(Failure::Removal(_)) => (self.stored, self.pending) = (self.history.last(), false),
             Err(Failure::Files(_)) => self.pending = true,
@@ -32,7 +32,7 @@ impl PostHocEma {
     /// Completes the last checkpoint of a process that died: writes missing snapshots and removes surplus ones.
     pub(super) fn complete(&mut self) -> Result<()> {
         self.write_missing()?;
-        if let Err(error) = self.moment(self.stored).drop_surplus() {
+        if let Err(error) = self.checkpoint_meta(self.stored).drop_surplus() {
             tracing::warn!("surplus snapshots stay until the next checkpoint: {error}");
         }
         Ok(())
@@ -42,12 +42,12 @@ impl PostHocEma {
         if self.stored.is_none() || self.stored != self.history.last() {
             return Ok(());
         }
-        let moment = self.moment(self.stored);
-        let missing = moment.missing()?;
+        let meta = self.checkpoint_meta(self.stored);
+        let missing = meta.missing()?;
         if missing.is_empty() {
             return Ok(());
         }
-        moment.complete(&self.engine.values()?.values(), &missing)
+        meta.complete(&self.engine.values()?.values(), &missing)
     }
 
     /// Stores the live state, so that a resume continues from here. Writes no snapshot.
@@ -63,7 +63,7 @@ impl PostHocEma {
         let flushed = self.engine.flush();
         // Names a checkpoint that is still incomplete, so that a resume completes it.
         let stored = if self.pending { self.history.last() } else { self.stored };
-        self.moment(stored).save(&self.engine.values()?.values())?;
+        self.checkpoint_meta(stored).save(&self.engine.values()?.values())?;
         flushed
     }
 
@@ -85,7 +85,7 @@ impl PostHocEma {
         }
         if self.stored == self.history.last() && self.engine.last_failed_step() != self.stored {
             self.save()?;
-            return self.moment(self.stored).drop_surplus();
+            return self.checkpoint_meta(self.stored).drop_surplus();
         }
         self.checkpoint()?;
         self.engine.flush()
@@ -93,15 +93,15 @@ impl PostHocEma {
 
     /// Returns the metadata of a checkpoint at this moment; `stored` is the newest step that has, or will have,
     /// snapshots.
-    pub(super) fn moment(&self, stored: Option<u64>) -> CheckpointMeta {
+    pub(super) fn checkpoint_meta(&self, stored: Option<u64>) -> CheckpointMeta {
         CheckpointMeta {
             dir: self.dir.clone(),
             settings: self.settings.clone(),
-            table: self.table.clone(),
+            registry: self.registry.clone(),
             clock: self.clock,
             history: self.history.clone(),
             stored,
-            run: self.run.clone(),
+            run_id: self.run_id.clone(),
         }
     }
 }

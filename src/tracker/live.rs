@@ -5,23 +5,21 @@ use std::collections::BTreeMap;
 use safetensors::Dtype;
 
 use super::PostHocEma;
-use super::table::TensorRegistry;
-use super::values::{AveragesGuard, Values};
+use super::engine::AveragesGuard;
+use super::registry::{Entry, TensorRegistry};
+use super::values::Values;
 #[cfg(feature = "cuda")]
 use crate::compute::cuda::DeviceAverages;
 use crate::error::{Error, Result};
 use crate::math::{Chain, Profile};
 use crate::planning::{At, IndexedSource, Noise, Plan, Weight, solve};
-use crate::tensor::TensorSpec;
-
-use crate::synthesis::{Elements, ModelTensor, SourceSet, SwapGuard, TensorSource};
-
 use crate::run::Run;
-use crate::tensor::{ParametersMut, TensorViewMut, Tensors};
+use crate::synthesis::{Elements, ModelTensor, SourceSet, SwapGuard, TensorSource};
+use crate::tensor::{ParametersMut, TensorSpec, TensorViewMut, Tensors};
 
 /// Live averages of one profile.
-struct Live<'a> {
-    table: &'a TensorRegistry,
+struct LiveSource<'a> {
+    registry: &'a TensorRegistry,
     values: LiveValues<'a>,
     index: usize,
 }
@@ -35,40 +33,42 @@ enum LiveValues<'a> {
 }
 
 /// Guard of an engine's averages during a synthesis.
-enum LiveHeld<'a> {
+enum LiveGuard<'a> {
     Host(AveragesGuard<'a>),
     /// Averages that stay on the device; only the copied tensors are copied to the host.
     #[cfg(feature = "cuda")]
     Device(&'a DeviceAverages, Vec<Vec<u8>>),
 }
 
-impl LiveHeld<'_> {
+impl LiveGuard<'_> {
     fn values(&self) -> LiveValues<'_> {
         match self {
-            LiveHeld::Host(held) => LiveValues::Host(held.values()),
+            LiveGuard::Host(averages) => LiveValues::Host(averages.values()),
             #[cfg(feature = "cuda")]
-            LiveHeld::Device(averages, copies) => LiveValues::Device(averages, copies),
+            LiveGuard::Device(averages, copies) => LiveValues::Device(averages, copies),
         }
     }
 }
 
-impl TensorSource for Live<'_> {
+impl TensorSource for LiveSource<'_> {
     fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
-        let found = self.table.find(name)?;
+        let found = self.registry.find(name)?;
         match (self.values, found) {
             (LiveValues::Host(values), Ok(i)) => {
-                let average = &values.averages[self.index].high[self.table.layout().place(i)];
+                let average = &values.averages[self.index].high[self.registry.layout().place(i)];
                 Some((Dtype::F32, Elements::Host(bytemuck::cast_slice(average))))
             }
             (LiveValues::Host(Values { copies, .. }), Err(i)) => {
-                Some((self.table.copied()[i].dtype, Elements::Host(&copies[i])))
+                Some((self.registry.copied()[i].dtype, Elements::Host(&copies[i])))
             }
             #[cfg(feature = "cuda")]
             (LiveValues::Device(averages, _), Ok(i)) => {
                 Some((Dtype::F32, Elements::Device(averages.place(self.index, i))))
             }
             #[cfg(feature = "cuda")]
-            (LiveValues::Device(_, copies), Err(i)) => Some((self.table.copied()[i].dtype, Elements::Host(&copies[i]))),
+            (LiveValues::Device(_, copies), Err(i)) => {
+                Some((self.registry.copied()[i].dtype, Elements::Host(&copies[i])))
+            }
         }
     }
 
@@ -95,8 +95,8 @@ impl PostHocEma {
     /// # Errors
     /// Those of [`PostHocEma::plan`].
     pub fn plans(&self, profiles: &[Profile]) -> Result<Vec<Plan>> {
-        let (run, step) = self.on_disk()?;
-        self.solve_live(&self.sources(run.as_ref(), step), profiles)
+        let (run, step) = self.open_snapshots()?;
+        self.solve_sources(&self.sources(run.as_ref(), step), profiles)
     }
 
     /// Returns the average of `profile` at the newest update, in the model's shapes and dtypes.
@@ -104,7 +104,7 @@ impl PostHocEma {
     /// # Errors
     /// Those of [`PostHocEma::plan`], [`Error::Tensor`] for a result that its dtype cannot hold, and [`Error::Cuda`].
     pub fn synthesize(&self, profile: Profile) -> Result<Tensors> {
-        self.with_pool(&profile, |pool, plan| pool.load(plan))
+        self.with_plan(&profile, |sources, plan| sources.load(plan))
     }
 
     /// Writes the averages of several profiles at the newest update into the caller's memory, like [`Run::load_into`].
@@ -117,9 +117,9 @@ impl PostHocEma {
         outputs: Vec<Vec<TensorViewMut<'_>>>,
         progress: Option<&(dyn Fn(u64) + Sync)>,
     ) -> Result<Vec<Plan>> {
-        let solve = |sources: &[IndexedSource]| self.solve_live(sources, profiles);
-        self.with_pools(solve, |pool, plans| {
-            pool.load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)?;
+        let solve = |sources: &[IndexedSource]| self.solve_sources(sources, profiles);
+        self.with_sources(solve, |sources, plans| {
+            sources.load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)?;
             Ok(plans)
         })
     }
@@ -135,9 +135,8 @@ impl PostHocEma {
             let reason = format!("index {index} is out of range: {count} profiles are tracked");
             return Err(Error::Setting { option: "profiles", reason });
         };
-        let Some(at) = self.history.last() else { return Err(no_update()) };
-        let weights = vec![Weight { index, step: at, weight: 1.0 }];
-        let itself = Plan {
+        let at = self.history.last().ok_or(Error::NoUpdate)?;
+        let plan = Plan {
             profile: profile.clone(),
             at,
             relative_error: 0.0,
@@ -146,26 +145,26 @@ impl PostHocEma {
             sum: 1.0,
             rho: 0.0,
             predicted: None,
-            weights,
+            weights: vec![Weight { index, step: at, weight: 1.0 }],
         };
-        self.with_pools(|_| Ok(vec![itself]), |pool, plans| pool.load_into(&[&plans[0]], vec![output], None))
+        self.with_sources(|_| Ok(vec![plan]), |sources, plans| sources.load_into(&[&plans[0]], vec![output], None))
     }
 
     /// Returns the tensors of a synthesis in the order of their names, with the model's dtypes.
     ///
     /// Of tied tensors, only the one that is kept is listed.
     pub fn tensors(&self) -> Vec<TensorSpec> {
-        self.pool_tensors().into_iter().map(ModelTensor::into_spec).collect()
+        self.model_tensors().into_iter().map(ModelTensor::into_spec).collect()
     }
 
     /// Returns the names of the averaged tensors; the others are copied.
     pub fn averaged(&self) -> Vec<String> {
-        self.table.averaged().iter().map(|entry| entry.name.clone()).collect()
+        self.registry.averaged().iter().map(|entry| entry.name.clone()).collect()
     }
 
     /// Returns the names of tensors that share another tensor's elements, each with that tensor's name.
     pub fn tied(&self) -> &BTreeMap<String, String> {
-        self.table.tied()
+        self.registry.tied()
     }
 
     /// Replaces the model's weights by their average at the newest update, to train on from there (Switch EMA).
@@ -176,7 +175,7 @@ impl PostHocEma {
     /// Those of [`PostHocEma::synthesize`], and [`Error::Changed`] for a model with other tensors, which then does not
     /// change.
     pub fn switch_to(&self, profile: Profile, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
-        self.with_pool(&profile, |pool, plan| pool.write_into(plan, params))
+        self.with_plan(&profile, |sources, plan| sources.write_into(plan, params))
     }
 
     /// Temporarily swaps the average at the newest update into a model, for evaluation.
@@ -211,14 +210,12 @@ impl PostHocEma {
         profile: Profile,
         params: &'p mut P,
     ) -> Result<SwapGuard<'p, P>> {
-        self.with_pool(&profile, |pool, plan| pool.swap_in(plan, params))
+        self.with_plan(&profile, |sources, plan| sources.swap_in(plan, params))
     }
 
     /// Opens the snapshots, if there are any, and returns them with the step of the live averages.
-    fn on_disk(&self) -> Result<(Option<Run>, u64)> {
-        let Some(step) = self.history.last() else {
-            return Err(no_update());
-        };
+    fn open_snapshots(&self) -> Result<(Option<Run>, u64)> {
+        let step = self.history.last().ok_or(Error::NoUpdate)?;
         // Without waiting, the result would depend on how many snapshots are written already.
         self.engine.wait_idle()?;
         let run = if crate::snapshot::list(&self.dir)?.is_empty() { None } else { Some(Run::open(&self.dir)?) };
@@ -235,47 +232,50 @@ impl PostHocEma {
         sources
     }
 
-    fn solve_live(&self, sources: &[IndexedSource], profiles: &[Profile]) -> Result<Vec<Plan>> {
+    fn solve_sources(&self, sources: &[IndexedSource], profiles: &[Profile]) -> Result<Vec<Plan>> {
         solve(sources, Some(&self.history), profiles, At::Latest, Noise::Off, None)
     }
 
     /// Solves one target and calls `act` with all sources and the plan.
-    fn with_pool<R>(&self, profile: &Profile, act: impl FnOnce(&SourceSet<'_>, &Plan) -> Result<R>) -> Result<R> {
-        let solve = |sources: &[IndexedSource]| self.solve_live(sources, std::slice::from_ref(profile));
-        self.with_pools(solve, |pool, plans| act(pool, &plans[0]))
+    fn with_plan<R>(&self, profile: &Profile, act: impl FnOnce(&SourceSet<'_>, &Plan) -> Result<R>) -> Result<R> {
+        let solve = |sources: &[IndexedSource]| self.solve_sources(sources, std::slice::from_ref(profile));
+        self.with_sources(solve, |sources, plans| act(sources, &plans[0]))
     }
 
     /// Calls `act` with all sources and the plans that `solve` makes of them.
-    fn with_pools<R>(
+    fn with_sources<R>(
         &self,
         solve: impl FnOnce(&[IndexedSource]) -> Result<Vec<Plan>>,
         act: impl FnOnce(&SourceSet<'_>, Vec<Plan>) -> Result<R>,
     ) -> Result<R> {
-        let (run, step) = self.on_disk()?;
+        let (run, step) = self.open_snapshots()?;
         let sources = self.sources(run.as_ref(), step);
         let plans = solve(&sources)?;
-        let held = self.live_values()?;
-        let live = |index| Live { table: &self.table, values: held.values(), index };
-        let live: Vec<Live<'_>> = (0..self.settings.profiles.len()).map(live).collect();
-        let stored = run.as_ref().map(|run| run.pool().holders).unwrap_or_default();
-        let find = |source: IndexedSource| {
-            let same = |(other, _): &&(IndexedSource, _)| (other.index, other.step) == (source.index, source.step);
-            let holder = stored.iter().find(same).filter(|_| source.step < step).map(|(_, holder)| *holder);
-            let holder = holder.unwrap_or(&live[source.index]);
-            (source, holder)
-        };
-        let holders = sources.into_iter().map(find).collect();
-        act(&SourceSet { tensors: self.pool_tensors(), tied: self.table.tied().clone(), holders }, plans)
+        let guard = self.live_values()?;
+        let live: Vec<LiveSource<'_>> = (0..self.settings.profiles.len())
+            .map(|index| LiveSource { registry: &self.registry, values: guard.values(), index })
+            .collect();
+        let snapshots = run.as_ref().map(|run| run.pool().holders).unwrap_or_default();
+        let mut holders: Vec<(IndexedSource, &dyn TensorSource)> = Vec::with_capacity(sources.len());
+        for source in sources {
+            let snapshot = snapshots.iter().find(|(other, _)| (other.index, other.step) == (source.index, source.step));
+            let holder = match snapshot {
+                Some((_, snapshot)) if source.step < step => *snapshot,
+                _ => &live[source.index],
+            };
+            holders.push((source, holder));
+        }
+        act(&SourceSet { tensors: self.model_tensors(), tied: self.registry.tied().clone(), holders }, plans)
     }
 
     /// Returns a guard of the live averages, in the memory that holds them.
-    fn live_values(&self) -> Result<LiveHeld<'_>> {
+    fn live_values(&self) -> Result<LiveGuard<'_>> {
         #[cfg(feature = "cuda")]
         if let Some(averages) = self.engine.on_device() {
             averages.wait()?;
-            return Ok(LiveHeld::Device(averages, averages.reader()?.copies()?));
+            return Ok(LiveGuard::Device(averages, averages.reader()?.copies()?));
         }
-        self.engine.values().map(LiveHeld::Host)
+        self.engine.values().map(LiveGuard::Host)
     }
 
     fn live_source(&self, index: usize, step: u64) -> IndexedSource {
@@ -284,21 +284,15 @@ impl PostHocEma {
         IndexedSource { index, step, chain: Chain::Tracked(profile.clone()), label }
     }
 
-    fn pool_tensors(&self) -> Vec<ModelTensor> {
-        let tensor = |entry: &super::table::Entry, averaged| ModelTensor {
-            name: entry.name.clone(),
-            dtype: entry.dtype,
-            shape: entry.shape.clone(),
-            averaged,
-        };
-        let averaged = self.table.averaged().iter().map(|entry| tensor(entry, true));
-        let mut tensors: Vec<ModelTensor> =
-            averaged.chain(self.table.copied().iter().map(|e| tensor(e, false))).collect();
+    fn model_tensors(&self) -> Vec<ModelTensor> {
+        let averaged = self.registry.averaged().iter().map(|entry| model_tensor(entry, true));
+        let copied = self.registry.copied().iter().map(|entry| model_tensor(entry, false));
+        let mut tensors: Vec<ModelTensor> = averaged.chain(copied).collect();
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
         tensors
     }
 }
 
-fn no_update() -> Error {
-    Error::NoUpdate
+fn model_tensor(entry: &Entry, averaged: bool) -> ModelTensor {
+    ModelTensor { name: entry.name.clone(), dtype: entry.dtype, shape: entry.shape.clone(), averaged }
 }

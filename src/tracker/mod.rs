@@ -1,13 +1,13 @@
 //! Tracker for a training loop: updates, snapshots, resume, Switch EMA.
 
 mod checkpoint;
+mod checkpoint_meta;
 mod engine;
 mod live;
-mod moment;
-mod names;
 mod options;
+mod registry;
 mod state;
-mod table;
+mod tensor_choice;
 mod values;
 mod writer;
 
@@ -16,12 +16,12 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::fs::Lock;
 use crate::math::{History, Profile};
+use crate::run::{SavedState, Settings};
+use crate::snapshot::STATE_FILE;
 use crate::tensor::{Parameters, TensorView};
-
-use crate::run::Settings;
 use engine::Engine;
 pub use options::{OnError, Options};
-use table::TensorRegistry;
+use registry::TensorRegistry;
 
 /// Outcome of a call of [`PostHocEma::update`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +59,7 @@ pub enum UpdateOutcome {
 pub struct PostHocEma {
     dir: PathBuf,
     settings: Settings,
-    table: TensorRegistry,
+    registry: TensorRegistry,
     /// Declared before the lock, so that it is dropped first: an engine's last writes happen under the lock.
     engine: Engine,
     /// Time of the last call.
@@ -70,7 +70,7 @@ pub struct PostHocEma {
     /// True if the snapshots of the newest update failed and must be tried again.
     pending: bool,
     /// Random id of the run, which every snapshot carries.
-    run: String,
+    run_id: String,
     in_background: bool,
     on_error: OnError,
     _lock: Lock,
@@ -110,22 +110,24 @@ impl PostHocEma {
         if time <= previous {
             return Err(Error::Time { time, last: previous });
         }
-        let mut step = UpdateOutcome::Skipped;
+        let mut outcome = UpdateOutcome::Skipped;
         if self.settings.schedule.is_update_due(previous, time) {
             self.retry();
             params.with_tensors(&mut |views| self.fold(time, views))?;
-            step = UpdateOutcome::Updated;
+            outcome = UpdateOutcome::Updated;
         }
         self.clock = time;
         // Taken before another checkpoint is queued, whose errors belong to a later call.
         let earlier = self.engine.take_error().map_or(Ok(()), Err);
         if !self.settings.schedule.is_snapshot_due(previous, time) {
-            return self.apply_error_policy(earlier).map(|()| step);
+            return self.apply_error_policy(earlier).map(|()| outcome);
         }
         let stored = self.checkpoint();
-        let step = if stored.is_ok() { UpdateOutcome::Stored } else { step };
+        if stored.is_ok() {
+            outcome = UpdateOutcome::Stored;
+        }
         // Applied to each error: one that becomes a warning must not hide the other.
-        self.apply_error_policy(earlier).and(self.apply_error_policy(stored)).map(|()| step)
+        self.apply_error_policy(earlier).and(self.apply_error_policy(stored)).map(|()| outcome)
     }
 
     /// Applies `on_error` to the result of storing: [`OnError::Continue`] turns file errors into warnings.
@@ -141,11 +143,11 @@ impl PostHocEma {
 
     /// Folds the parameters at `time` into every average.
     fn fold(&mut self, time: u64, views: &[TensorView<'_>]) -> Result<()> {
-        let matched = self.table.match_views(views)?;
+        let views = self.registry.order_views(views)?;
         let last = self.history.last().unwrap_or(0);
         let weight = |profile: &Profile| profile.gain(last as f64, time as f64) as f32;
         let weights: Vec<f32> = self.settings.profiles.iter().map(weight).collect();
-        self.engine.fold(&matched, self.table.layout(), &weights)?;
+        self.engine.fold(&views, self.registry.layout(), &weights)?;
         // Cannot fail once the averages have changed: the caller has checked that `time` is after the last update.
         self.history.push(time)
     }
@@ -170,11 +172,10 @@ impl PostHocEma {
     /// # Errors
     /// [`Error::Damaged`] and [`Error::Io`] for a live state that cannot be read.
     pub fn saved_step(dir: impl AsRef<Path>) -> Result<Option<u64>> {
-        let path = dir.as_ref().join(crate::snapshot::STATE_FILE);
-        if !path.is_file() {
+        if !dir.as_ref().join(STATE_FILE).is_file() {
             return Ok(None);
         }
-        crate::run::Saved::read(&path).map(|saved| Some(saved.step()))
+        Ok(SavedState::of(dir)?.map(|state| state.step))
     }
 
     /// Returns the time of the last call: the step that training continues from after a resume.
@@ -200,11 +201,10 @@ impl PostHocEma {
 
 impl std::fmt::Debug for PostHocEma {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (dir, clock, settings) = (&self.dir, &self.clock, &self.settings);
         f.debug_struct("PostHocEma")
-            .field("dir", dir)
-            .field("clock", clock)
-            .field("settings", settings)
+            .field("dir", &self.dir)
+            .field("clock", &self.clock)
+            .field("settings", &self.settings)
             .finish_non_exhaustive()
     }
 }

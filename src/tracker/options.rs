@@ -6,22 +6,21 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 
 use super::engine::{Engine, EngineConfig, model_device};
-use super::names::{Choice, Names};
-use super::table::TensorRegistry;
+use super::registry::TensorRegistry;
+use super::tensor_choice::TensorChoice;
 use super::{PostHocEma, state};
 use crate::compute::cpu::Precision;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::math::{History, Profile, Retention, Schedule};
-use crate::run::{Saved, Settings};
-use crate::snapshot::{self, STATE_FILE};
-
 use crate::fs::Lock;
-use crate::tensor::Parameters;
+use crate::math::{History, Profile, Retention, Schedule};
+use crate::run::{Run, Saved, Settings, check_snapshots};
+use crate::snapshot::{self, STATE_FILE};
+use crate::tensor::{Parameters, TensorView};
 
 /// Profile as the user gave it; it is checked when the run is opened.
 #[derive(Clone, Debug)]
-enum Track {
+enum ProfileSpec {
     SigmaRel(f64),
     Gamma(f64),
     Beta(f64),
@@ -29,14 +28,14 @@ enum Track {
     Profile(Profile),
 }
 
-impl Track {
+impl ProfileSpec {
     fn profile(&self) -> Result<Profile> {
         match self {
-            Track::SigmaRel(sigma_rel) => Profile::sigma_rel(*sigma_rel),
-            Track::Gamma(gamma) => Profile::gamma(*gamma),
-            Track::Beta(beta) => Profile::beta(*beta),
-            Track::HalfLife(steps) => Profile::half_life(*steps),
-            Track::Profile(profile) => Ok(profile.clone()),
+            ProfileSpec::SigmaRel(sigma_rel) => Profile::sigma_rel(*sigma_rel),
+            ProfileSpec::Gamma(gamma) => Profile::gamma(*gamma),
+            ProfileSpec::Beta(beta) => Profile::beta(*beta),
+            ProfileSpec::HalfLife(steps) => Profile::half_life(*steps),
+            ProfileSpec::Profile(profile) => Ok(profile.clone()),
         }
     }
 }
@@ -48,7 +47,7 @@ impl Track {
 #[must_use = "nothing happens before `create` or `resume`"]
 pub struct Options {
     dir: PathBuf,
-    tracks: Vec<Track>,
+    profiles: Vec<ProfileSpec>,
     update_every: Option<u64>,
     update_after_step: Option<u64>,
     checkpoint_every: Option<u64>,
@@ -80,7 +79,7 @@ impl Options {
     pub(super) fn new(dir: &Path) -> Options {
         Options {
             dir: dir.to_owned(),
-            tracks: Vec::new(),
+            profiles: Vec::new(),
             update_every: None,
             update_after_step: None,
             checkpoint_every: None,
@@ -102,31 +101,31 @@ impl Options {
     ///
     /// Calls add up, also with those of the other parametrisations.
     pub fn sigma_rels(self, sigma_rels: impl IntoIterator<Item = f64>) -> Self {
-        self.track(sigma_rels.into_iter().map(Track::SigmaRel))
+        self.track(sigma_rels.into_iter().map(ProfileSpec::SigmaRel))
     }
 
     /// Tracks power-function profiles of these exponents.
     pub fn gammas(self, gammas: impl IntoIterator<Item = f64>) -> Self {
-        self.track(gammas.into_iter().map(Track::Gamma))
+        self.track(gammas.into_iter().map(ProfileSpec::Gamma))
     }
 
     /// Tracks exponential profiles (classical EMA) of these decays per step, whatever the interval of updates.
     pub fn betas(self, betas: impl IntoIterator<Item = f64>) -> Self {
-        self.track(betas.into_iter().map(Track::Beta))
+        self.track(betas.into_iter().map(ProfileSpec::Beta))
     }
 
     /// Tracks exponential profiles of these half-lives in steps.
     pub fn half_lives(self, half_lives: impl IntoIterator<Item = f64>) -> Self {
-        self.track(half_lives.into_iter().map(Track::HalfLife))
+        self.track(half_lives.into_iter().map(ProfileSpec::HalfLife))
     }
 
     /// Tracks these profiles.
     pub fn profiles(self, profiles: impl IntoIterator<Item = Profile>) -> Self {
-        self.track(profiles.into_iter().map(Track::Profile))
+        self.track(profiles.into_iter().map(ProfileSpec::Profile))
     }
 
-    fn track(mut self, tracks: impl Iterator<Item = Track>) -> Self {
-        self.tracks.extend(tracks);
+    fn track(mut self, specs: impl Iterator<Item = ProfileSpec>) -> Self {
+        self.profiles.extend(specs);
         self
     }
 
@@ -248,23 +247,19 @@ impl Options {
     pub fn create(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let settings = self.settings(Settings::default())?;
         settings.check()?;
-        let (mut table, mut device) = (TensorRegistry::default(), None);
-        params.with_tensors(&mut |views| {
-            let choice = choice(&settings)?;
+        let (registry, model_device) = register(params, |views| {
+            let choice = TensorChoice::new(&settings)?;
             choice.check(views)?;
-            table = TensorRegistry::new(views, &choice)?;
-            device = model_device(table.match_views(views)?.all())?;
-            Ok(())
+            TensorRegistry::new(views, &choice)
         })?;
-        state::check_header(&table, &settings)?;
-        let make = || fs::create_dir_all(&self.dir);
-        crate::fs::fail_point(&self.dir).and_then(|()| make()).map_err(Error::io("create", &self.dir))?;
+        state::check_header(&registry, &settings)?;
+        self.create_dir()?;
         snapshot::check_empty(&self.dir)?;
         let lock = Lock::acquire(&self.dir)?;
         snapshot::check_empty(&self.dir)?;
         snapshot::remove_leftovers(&self.dir)?;
-        let start = EngineConfig::new(&table, &settings);
-        let engine = Engine::start(&self.dir, table.layout(), device, self.device, start)?;
+        let config = EngineConfig::new(&registry, &settings);
+        let engine = Engine::start(&self.dir, registry.layout(), model_device, self.device, config)?;
         if self.in_background {
             engine.prepare();
         }
@@ -272,16 +267,22 @@ impl Options {
             dir: self.dir,
             engine,
             settings,
-            table,
+            registry,
             clock: 0,
             history: History::default(),
             stored: None,
             pending: false,
-            run: snapshot::new_run_id(),
+            run_id: snapshot::new_run_id(),
             in_background: self.in_background,
             on_error: self.on_error,
             _lock: lock,
         })
+    }
+
+    fn create_dir(&self) -> Result<()> {
+        crate::fs::fail_point(&self.dir)
+            .and_then(|()| fs::create_dir_all(&self.dir))
+            .map_err(Error::io("create", &self.dir))
     }
 
     /// Resumes a run from its newest live state; [`PostHocEma::step`] returns the step of that state.
@@ -297,29 +298,53 @@ impl Options {
     pub fn resume(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let path = self.dir.join(STATE_FILE);
         if !path.is_file() {
-            let snapshots = self.dir.is_dir() && snapshot::any_snapshot_file(&self.dir)?.is_some();
-            let but = if snapshots { "snapshots but " } else { "" };
-            return Err(Error::NoRun { path: self.dir, reason: format!("{but}no {STATE_FILE} to go on from") });
+            return Err(self.no_state());
         }
         let lock = Lock::acquire(&self.dir)?;
         let saved = Saved::read(&path)?;
         let settings = self.settings(saved.settings.clone())?;
         settings.check()?;
         saved.settings.check_unchanged(&settings)?;
-        let (mut table, mut device) = (TensorRegistry::default(), None);
-        params.with_tensors(&mut |views| {
-            table = TensorRegistry::resumed(views, &choice(&settings)?, &saved.tied)?;
-            device = model_device(table.match_views(views)?.all())?;
-            Ok(())
-        })?;
-        let mut tracker = saved.into_tracker(self.dir, settings, table, device, self.device, lock)?;
-        (tracker.in_background, tracker.on_error) = (self.in_background, self.on_error);
-        if self.in_background {
-            tracker.engine.prepare();
+        let (registry, model_device) =
+            register(params, |views| TensorRegistry::resumed(views, &TensorChoice::new(&settings)?, &saved.tied))?;
+        state::check_tensors(&saved, &registry)?;
+        if !snapshot::list(&self.dir)?.is_empty() {
+            check_snapshots(&Run::open(&self.dir)?, &saved.document.run, &saved.document.history)?;
         }
+        let values = state::read_values(&saved, &registry, &settings)?;
+        let config = EngineConfig { values: Some(values), ..EngineConfig::new(&registry, &settings) };
+        let engine = Engine::start(&self.dir, registry.layout(), model_device, self.device, config)?;
+        if self.in_background {
+            engine.prepare();
+        }
+        let mut tracker = PostHocEma {
+            dir: self.dir,
+            engine,
+            settings,
+            registry,
+            clock: saved.document.clock,
+            history: saved.document.history,
+            stored: saved.document.stored,
+            pending: false,
+            run_id: saved.document.run,
+            in_background: self.in_background,
+            on_error: self.on_error,
+            _lock: lock,
+        };
         snapshot::remove_leftovers(&tracker.dir)?;
         tracker.complete()?;
         Ok(tracker)
+    }
+
+    /// Returns the error of a directory without a live state.
+    fn no_state(self) -> Error {
+        let snapshot = if self.dir.is_dir() { snapshot::any_snapshot_file(&self.dir) } else { Ok(None) };
+        let but = match snapshot {
+            Ok(Some(_)) => "snapshots but ",
+            Ok(None) => "",
+            Err(error) => return error,
+        };
+        Error::NoRun { path: self.dir, reason: format!("{but}no {STATE_FILE} to resume from") }
     }
 
     /// Resumes the run if the directory holds a live state, and creates a new one otherwise: for jobs that restart.
@@ -332,7 +357,7 @@ impl Options {
 
     /// Returns `base` with the options that were set.
     fn settings(&self, base: Settings) -> Result<Settings> {
-        let mut profiles: Vec<Profile> = self.tracks.iter().map(Track::profile).collect::<Result<_>>()?;
+        let mut profiles: Vec<Profile> = self.profiles.iter().map(ProfileSpec::profile).collect::<Result<_>>()?;
         if profiles.is_empty() {
             profiles = base.profiles;
         }
@@ -359,11 +384,17 @@ impl Options {
     }
 }
 
-/// Compiles the globs of the settings.
-fn choice(settings: &Settings) -> Result<Choice> {
-    Ok(Choice {
-        average: settings.average.as_ref().map(|patterns| Names::new("average", patterns)).transpose()?,
-        copy: Names::new("copy", &settings.copy)?,
-        leave_out: Names::new("leave_out", &settings.leave_out)?,
-    })
+/// Registers the tensors of `params` and returns the registry with the model's device.
+fn register(
+    params: &(impl Parameters + ?Sized),
+    build: impl Fn(&[TensorView<'_>]) -> Result<TensorRegistry>,
+) -> Result<(TensorRegistry, Option<usize>)> {
+    let mut registry = TensorRegistry::default();
+    let mut device = None;
+    params.with_tensors(&mut |views| {
+        registry = build(views)?;
+        device = model_device(registry.order_views(views)?.all())?;
+        Ok(())
+    })?;
+    Ok((registry, device))
 }

@@ -1,24 +1,16 @@
 //! Live state on disk: everything that a resume needs to continue with the same bits.
 
 use std::ops::Range;
-use std::path::PathBuf;
 
 use safetensors::Dtype;
 
-use super::PostHocEma;
-use super::engine::{Engine, EngineConfig};
-use super::moment::CheckpointMeta;
-use super::options::OnError;
-use super::table::{Entry, TensorRegistry};
+use super::checkpoint_meta::CheckpointMeta;
+use super::registry::{Entry, TensorRegistry};
 use super::values::Values;
 use crate::compute::cpu::{Averages, Precision};
-use crate::device::Device;
 use crate::error::{Difference, Error, Result};
+use crate::run::{COPIED, STATE, Saved, Settings, StateDocument, copy_name, high_name, low_name};
 use crate::snapshot::{self, MAX_HEADER, STATE_FILE, write_file};
-
-use crate::fs::Lock;
-
-use crate::run::{COPIED, Run, STATE, Saved, Settings, StateDocument, check_snapshots, copy_name, high_name, low_name};
 use crate::tensor::TensorSpec;
 
 /// Bytes of a tensor's header entry beside its name and shape: name prefix, keys, dtype, and offsets of up to 13
@@ -35,12 +27,12 @@ pub(super) const REST: usize = 1_000_000;
 ///
 /// # Errors
 /// [`Error::Setting`] if it does not.
-pub(super) fn check_header(table: &TensorRegistry, settings: &Settings) -> Result<()> {
-    let bytes = header_len(table, settings);
+pub(super) fn check_header(registry: &TensorRegistry, settings: &Settings) -> Result<()> {
+    let bytes = header_len(registry, settings);
     if bytes <= MAX_HEADER {
         return Ok(());
     }
-    let count = table.averaged().len() + table.copied().len();
+    let count = registry.averaged().len() + registry.copied().len();
     let reason = format!(
         "of {count} tensors the header of the live state would take {} MB, and the safetensors format allows {}: join \
          small tensors into larger ones, leave some out, or track fewer profiles",
@@ -51,13 +43,26 @@ pub(super) fn check_header(table: &TensorRegistry, settings: &Settings) -> Resul
 }
 
 /// Returns an upper bound of the header's length in bytes.
-pub(super) fn header_len(table: &TensorRegistry, settings: &Settings) -> usize {
-    let each = settings.profiles.len() * if settings.precision == Precision::Compensated { 2 } else { 1 };
-    let quoted = |text: &str| serde_json::json!(text).to_string();
-    let entry = |entry: &Entry| quoted(&entry.name).len() + format!("{:?}", entry.shape).len() + ENTRY;
-    let averaged = |own: &Entry| each * entry(own) + quoted(&quoted(&own.name)).len() + DTYPE;
-    let tensors = table.averaged().iter().map(averaged).chain(table.copied().iter().map(entry));
-    tensors.sum::<usize>() + REST
+pub(super) fn header_len(registry: &TensorRegistry, settings: &Settings) -> usize {
+    let parts = if settings.precision == Precision::Compensated { 2 } else { 1 };
+    let entries = parts * settings.profiles.len();
+    let averaged = registry.averaged().iter().map(|entry| entries * entry_len(entry) + dtype_len(entry));
+    let copied = registry.copied().iter().map(entry_len);
+    averaged.chain(copied).sum::<usize>() + REST
+}
+
+/// Returns an upper bound of the bytes of one header entry.
+fn entry_len(entry: &Entry) -> usize {
+    quoted(&entry.name).len() + format!("{:?}", entry.shape).len() + ENTRY
+}
+
+/// Returns an upper bound of the bytes of a tensor's dtype in the document, which is JSON within a JSON string.
+fn dtype_len(entry: &Entry) -> usize {
+    quoted(&quoted(&entry.name)).len() + DTYPE
+}
+
+fn quoted(text: &str) -> String {
+    serde_json::json!(text).to_string()
 }
 
 impl CheckpointMeta {
@@ -70,15 +75,15 @@ impl CheckpointMeta {
             sources.push(bytes);
         };
         for (index, averages) in values.averages.iter().enumerate() {
-            for (i, Entry { name, shape, .. }) in self.table.averaged().iter().enumerate() {
-                let place = self.table.layout().place(i);
+            for (i, Entry { name, shape, .. }) in self.registry.averaged().iter().enumerate() {
+                let place = self.registry.layout().place(i);
                 add(high_name(index, name), Dtype::F32, shape, bytemuck::cast_slice(&averages.high[place.clone()]));
                 if let Some(low) = &averages.low {
                     add(low_name(index, name), Dtype::BF16, shape, bytemuck::cast_slice(&low[place]));
                 }
             }
         }
-        for (Entry { name, dtype, shape, .. }, bytes) in self.table.copied().iter().zip(values.copies) {
+        for (Entry { name, dtype, shape, .. }, bytes) in self.registry.copied().iter().zip(values.copies) {
             add(copy_name(name), *dtype, shape, bytes);
         }
         let mut metadata = snapshot::base_strings();
@@ -91,103 +96,83 @@ impl CheckpointMeta {
 
     fn document(&self) -> StateDocument {
         StateDocument {
-            run: self.run.clone(),
+            run: self.run_id.clone(),
             clock: self.clock,
             history: self.history.clone(),
             stored: self.stored,
-            tied: self.table.tied().clone(),
+            tied: self.registry.tied().clone(),
             settings: self.settings.clone(),
-            dtypes: self.table.averaged().iter().map(|entry| (entry.name.clone(), entry.dtype)).collect(),
+            dtypes: self.registry.averaged().iter().map(|entry| (entry.name.clone(), entry.dtype)).collect(),
         }
     }
 }
 
-impl Saved {
-    /// Rebuilds the tracker for a model, whose tensors must be those of the state.
-    pub(super) fn into_tracker(
-        self,
-        dir: PathBuf,
-        settings: Settings,
-        table: TensorRegistry,
-        model_device: Option<usize>,
-        device: Device,
-        lock: Lock,
-    ) -> Result<PostHocEma> {
-        self.check_tensors(&table)?;
-        let StateDocument { run, clock, history, stored, .. } = &self.document;
-        if !snapshot::list(&dir)?.is_empty() {
-            check_snapshots(&Run::open(&dir)?, run, history)?;
-        }
-        let averages = (0..settings.profiles.len()).map(|index| self.averages(index, &table, settings.precision));
-        let averages = averages.collect::<Result<_>>()?;
-        let copies = table.copied().iter().map(|entry| self.bytes(&copy_name(&entry.name), entry.dtype, &entry.shape));
-        let copies = copies.map(|bytes| bytes.map(<[u8]>::to_vec)).collect::<Result<_>>()?;
-        let (run, clock, history, stored) = (run.clone(), *clock, history.clone(), *stored);
-        let start = EngineConfig { values: Some((averages, copies)), ..EngineConfig::new(&table, &settings) };
-        let engine = Engine::start(&dir, table.layout(), model_device, device, start)?;
-        Ok(PostHocEma {
-            dir,
-            settings,
-            table,
-            engine,
-            clock,
-            history,
-            stored,
-            pending: false,
-            run,
-            in_background: true,
-            on_error: OnError::Stop,
-            _lock: lock,
-        })
+/// Checks that the model averages and copies exactly the tensors of the state, in the same dtypes.
+///
+/// # Errors
+/// [`Error::Changed`] for the first tensor that differs.
+pub(super) fn check_tensors(saved: &Saved, registry: &TensorRegistry) -> Result<()> {
+    let dtypes = &saved.document.dtypes;
+    for entry in registry.averaged() {
+        let difference = match dtypes.get(&entry.name) {
+            None => Difference::new("the tensor", "not averaged when the run began", "averaged"),
+            Some(&dtype) if dtype != entry.dtype => Difference::new("its dtype", dtype, entry.dtype),
+            Some(_) => continue,
+        };
+        return Err(Error::changed(&entry.name, difference));
     }
+    for name in dtypes.keys() {
+        if !matches!(registry.find(name), Some(Ok(_))) {
+            return Err(Error::changed(name, Difference::new("the tensor", "averaged", "missing")));
+        }
+    }
+    check_copied(saved, registry)
+}
 
-    /// Checks that the model averages exactly the tensors of the state, in the same dtypes.
-    fn check_tensors(&self, table: &TensorRegistry) -> Result<()> {
-        let saved = &self.document.dtypes;
-        for entry in table.averaged() {
-            match saved.get(&entry.name) {
-                None => {
-                    return Err(Error::changed(
-                        &entry.name,
-                        Difference::new("the tensor", "not averaged when the run began", "averaged"),
-                    ));
-                }
-                Some(&dtype) if dtype != entry.dtype => {
-                    return Err(Error::changed(&entry.name, Difference::new("its dtype", dtype, entry.dtype)));
-                }
-                Some(_) => {}
-            }
+/// Checks that the model copies exactly the tensors that the state holds copies of.
+fn check_copied(saved: &Saved, registry: &TensorRegistry) -> Result<()> {
+    for Entry { name, .. } in registry.copied() {
+        if saved.file.tensors().get(&copy_name(name)).is_none() {
+            return Err(Error::changed(name, Difference::new("the tensor", "missing when the run began", "new")));
         }
-        let averaged = |name: &&String| matches!(table.find(name), Some(Ok(_)));
-        if let Some(missing) = saved.keys().find(|name| !averaged(name)) {
-            return Err(Error::changed(missing, Difference::new("the tensor", "averaged", "missing")));
-        }
-        self.check_copied(table)
     }
+    for name in saved.file.tensors().keys().filter_map(|name| name.strip_prefix(COPIED)) {
+        if !matches!(registry.find(name), Some(Err(_))) {
+            return Err(Error::changed(name, Difference::new("the tensor", "copied", "missing")));
+        }
+    }
+    Ok(())
+}
 
-    /// Checks that the model copies exactly the tensors that the state holds copies of.
-    fn check_copied(&self, table: &TensorRegistry) -> Result<()> {
-        let saved = || self.file.tensors().keys().filter_map(|name| name.strip_prefix(COPIED));
-        if let Some(new) = table.copied().iter().find(|entry| !saved().any(|name| name == entry.name)) {
-            return Err(Error::changed(&new.name, Difference::new("the tensor", "missing when the run began", "new")));
-        }
-        match saved().find(|name| !matches!(table.find(name), Some(Err(_)))) {
-            Some(missing) => Err(Error::changed(missing, Difference::new("the tensor", "copied", "missing"))),
-            None => Ok(()),
-        }
+/// Reads the averages of every profile and the copied tensors of a state.
+///
+/// # Errors
+/// [`Error::Damaged`] or [`Error::Changed`] for a tensor that is missing or has another shape.
+pub(super) fn read_values(
+    saved: &Saved,
+    registry: &TensorRegistry,
+    settings: &Settings,
+) -> Result<(Vec<Averages>, Vec<Vec<u8>>)> {
+    let profiles = 0..settings.profiles.len();
+    let averages = profiles.map(|index| read_averages(saved, index, registry, settings.precision));
+    let averages = averages.collect::<Result<_>>()?;
+    let mut copies = Vec::with_capacity(registry.copied().len());
+    for Entry { name, dtype, shape, .. } in registry.copied() {
+        copies.push(saved.bytes(&copy_name(name), *dtype, shape)?.to_vec());
     }
+    Ok((averages, copies))
+}
 
-    fn averages(&self, index: usize, table: &TensorRegistry, precision: Precision) -> Result<Averages> {
-        let mut averages = Averages::zeros(table.layout(), precision);
-        for (i, Entry { name, shape, .. }) in table.averaged().iter().enumerate() {
-            let place = table.layout().place(i);
-            let high: &mut [u8] = bytemuck::cast_slice_mut(&mut averages.high[place.clone()]);
-            high.copy_from_slice(self.bytes(&high_name(index, name), Dtype::F32, shape)?);
-            if let Some(low) = &mut averages.low {
-                let low: &mut [u8] = bytemuck::cast_slice_mut(&mut low[place]);
-                low.copy_from_slice(self.bytes(&low_name(index, name), Dtype::BF16, shape)?);
-            }
+fn read_averages(saved: &Saved, index: usize, registry: &TensorRegistry, precision: Precision) -> Result<Averages> {
+    let mut averages = Averages::zeros(registry.layout(), precision);
+    for (i, Entry { name, shape, .. }) in registry.averaged().iter().enumerate() {
+        let place = registry.layout().place(i);
+        let high: &mut [u8] = bytemuck::cast_slice_mut(&mut averages.high[place.clone()]);
+        high.copy_from_slice(saved.bytes(&high_name(index, name), Dtype::F32, shape)?);
+        if let Some(low) = &mut averages.low {
+            let low: &mut [u8] = bytemuck::cast_slice_mut(&mut low[place]);
+            low.copy_from_slice(saved.bytes(&low_name(index, name), Dtype::BF16, shape)?);
         }
-        Ok(averages)
     }
+    Ok(averages)
 }

@@ -1,10 +1,10 @@
 //! Tests of the tracker by identities and against naive oracles.
 
 mod background;
+mod checkpoint_meta;
 mod faults;
 mod filling;
 mod log;
-mod moments;
 mod storage;
 mod swapping;
 mod tensors;
@@ -133,7 +133,7 @@ fn running_average_equals_direct_sum_for_every_schedule() {
         let last = *expected.last().unwrap();
         for (index, profile) in ema.profiles().to_vec().iter().enumerate() {
             let exact = direct(&trajectory, profile, last);
-            let layout = ema.table.layout();
+            let layout = ema.registry.layout();
             let high = &averages(&ema)[index].high;
             let got: Vec<f64> = (0..3).flat_map(|i| high[layout.place(i)].iter().map(|&x| f64::from(x))).collect();
             // Half an ulp of f32 near 1, and as much for the rounded weights.

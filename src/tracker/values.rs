@@ -34,7 +34,8 @@ impl Values<'_> {
         match self.converted {
             Some(converted) => dst.copy_from_slice(&converted[profile].tensor(i)[bytes]),
             None => {
-                let (start, size) = (layout.place(i).start, dtype.bitsize() / 8);
+                let start = layout.place(i).start;
+                let size = dtype.bitsize() / 8;
                 self.averages[profile].store(dst, start + bytes.start / size..start + bytes.end / size, dtype);
             }
         }
@@ -59,8 +60,7 @@ impl Converted {
 
 /// Owned [`Values`], for another thread.
 ///
-/// `dtypes` must come from [`CheckpointMeta::choose_dtypes`](super::moment::CheckpointMeta::choose_dtypes), which
-/// refuses values that are not finite.
+/// `dtypes` must come from `CheckpointMeta::choose_dtypes`, which refuses values that are not finite.
 #[derive(Clone, Debug, Default)]
 pub(super) struct OwnedValues {
     pub averages: Vec<Averages>,
@@ -76,30 +76,6 @@ impl OwnedValues {
             copies: &self.copies,
             dtypes: self.dtypes.as_deref(),
             converted: self.converted.as_deref(),
-        }
-    }
-}
-
-/// Guard that gives access to an engine's values.
-pub(super) enum AveragesGuard<'a> {
-    /// Values in host memory that no other thread changes.
-    Borrowed(Values<'a>),
-    /// Copy of values on a device.
-    #[cfg(feature = "cuda")]
-    Owned(OwnedValues),
-    /// Values in host memory that another thread updates; it waits for this guard.
-    #[cfg(feature = "cuda")]
-    Locked(std::sync::MutexGuard<'a, super::engine::HostAverages>),
-}
-
-impl AveragesGuard<'_> {
-    pub(super) fn values(&self) -> Values<'_> {
-        match self {
-            AveragesGuard::Borrowed(values) => *values,
-            #[cfg(feature = "cuda")]
-            AveragesGuard::Owned(values) => values.as_values(),
-            #[cfg(feature = "cuda")]
-            AveragesGuard::Locked(host) => host.values(),
         }
     }
 }

@@ -11,31 +11,31 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use super::moment::{CheckpointMeta, Failure};
+use super::checkpoint_meta::{CheckpointMeta, Failure};
 use super::values::OwnedValues;
 use crate::error::{Error, Result};
 
 /// Checkpoint to be written, with its own copy of the values.
 pub(super) struct Job {
-    pub moment: CheckpointMeta,
+    pub meta: CheckpointMeta,
     pub values: OwnedValues,
     /// Receives the values after the checkpoint is written or given up, so that their memory is reused.
-    pub home: Option<Home>,
+    pub recycle: Option<Recycle>,
 }
 
 /// Callback that takes back the memory of values.
-pub(super) type Home = Box<dyn Fn(OwnedValues) + Send>;
+pub(super) type Recycle = Box<dyn Fn(OwnedValues) + Send>;
 
 impl Job {
     fn write(&self) -> Result<(), Failure> {
-        self.moment.store(&self.values.as_values())
+        self.meta.store(&self.values.as_values())
     }
 }
 
 impl Drop for Job {
     fn drop(&mut self) {
-        if let Some(home) = &self.home {
-            home(std::mem::take(&mut self.values));
+        if let Some(recycle) = &self.recycle {
+            recycle(std::mem::take(&mut self.values));
         }
     }
 }
@@ -195,7 +195,7 @@ impl<W: FnMut(&Job) -> Result<(), Failure>> Work<W> {
     }
 
     fn first(&mut self, job: Box<Job>) {
-        let step = job.moment.step();
+        let step = job.meta.step();
         let written = self.attempt(&job);
         let mut outcome = lock(&self.outcome);
         match written {
@@ -218,7 +218,7 @@ impl<W: FnMut(&Job) -> Result<(), Failure>> Work<W> {
     /// Tries the last checkpoint again if it failed. Returns its step and the error of this try.
     fn retry(&mut self) -> Option<(u64, Error)> {
         let job = self.failed.take()?;
-        let step = job.moment.step();
+        let step = job.meta.step();
         let Err(failure) = self.attempt(&job) else {
             lock(&self.outcome).written(step);
             return None;
@@ -248,7 +248,7 @@ impl<W: FnMut(&Job) -> Result<(), Failure>> Work<W> {
         // Unwind safe: a write keeps no state from one checkpoint to the next.
         let written = catch_unwind(AssertUnwindSafe(|| (self.write)(job)));
         written.unwrap_or_else(|panic| {
-            let (step, why) = (job.moment.step(), text_of(&*panic));
+            let (step, why) = (job.meta.step(), text_of(&*panic));
             let reason =
                 format!("the snapshot of step {step} was not stored: its writer panicked ({why}); please report this");
             Err(Failure::Files(Error::unexpected(&self.dir, reason)))

@@ -1,7 +1,33 @@
 //! Averages in host memory, for parameters on any device.
 
 use crate::compute::cpu::{Averages, Incoming, Layout, update};
+#[cfg(feature = "cuda")]
+use crate::tracker::values::OwnedValues;
 use crate::tracker::values::Values;
+
+/// Guard that gives access to an engine's values.
+pub(in crate::tracker) enum AveragesGuard<'a> {
+    /// Values in host memory that no other thread changes.
+    Borrowed(Values<'a>),
+    /// Copy of values on a device.
+    #[cfg(feature = "cuda")]
+    Owned(OwnedValues),
+    /// Values in host memory that another thread updates; it waits for this guard.
+    #[cfg(feature = "cuda")]
+    Locked(std::sync::MutexGuard<'a, HostAverages>),
+}
+
+impl AveragesGuard<'_> {
+    pub(in crate::tracker) fn values(&self) -> Values<'_> {
+        match self {
+            AveragesGuard::Borrowed(values) => *values,
+            #[cfg(feature = "cuda")]
+            AveragesGuard::Owned(values) => values.as_values(),
+            #[cfg(feature = "cuda")]
+            AveragesGuard::Locked(host) => host.values(),
+        }
+    }
+}
 
 /// Averages of every profile, with the newest values of the copied tensors.
 pub(in crate::tracker) struct HostAverages {
@@ -19,7 +45,7 @@ impl HostAverages {
         self.copies.iter_mut().zip(copied).for_each(|(copy, bytes)| copy.copy_from_slice(bytes));
     }
 
-    pub(in crate::tracker) fn values(&self) -> Values<'_> {
+    pub(super) fn values(&self) -> Values<'_> {
         Values { averages: &self.averages, copies: &self.copies, dtypes: None, converted: None }
     }
 

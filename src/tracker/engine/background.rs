@@ -4,10 +4,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use super::spare::CopyBuffer;
+use super::copy_buffer::CopyBuffer;
 use super::worker::Worker;
 use crate::error::{Error, Result};
-use crate::tracker::moment::{CheckpointMeta, Failure};
+use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::tracker::values::OwnedValues;
 use crate::tracker::writer::{Job, Writer};
 
@@ -68,24 +68,24 @@ impl Background {
 
     /// Queues a job that gets the values of a checkpoint and submits them to the writer.
     ///
-    /// `get` returns none if it has stored them itself. Their memory goes to `spare` afterwards.
+    /// `get` returns none if it has stored them itself. Their memory goes to `copy_buffer` afterwards.
     pub(super) fn store(
         &self,
-        moment: CheckpointMeta,
-        spare: Option<CopyBuffer>,
+        meta: CheckpointMeta,
+        copy_buffer: Option<CopyBuffer>,
         get: impl FnOnce(&CheckpointMeta) -> Result<Option<OwnedValues>, Failure> + Send + 'static,
     ) {
         let (writer, reading) = (self.writer.clone(), Reading::begin(&self.reads));
         // Set before the values are read and reset afterwards, so that a panic leaves it set.
         let lost = self.lost.clone();
         self.worker.submit(move || {
-            let (step, before) = (moment.step(), lost.load(Ordering::Relaxed));
+            let (step, before) = (meta.step(), lost.load(Ordering::Relaxed));
             lost.store(step, Ordering::Relaxed);
-            let values = get(&moment).inspect(|_| lost.store(before, Ordering::Relaxed));
+            let values = get(&meta).inspect(|_| lost.store(before, Ordering::Relaxed));
             // Dropped before the writer may block: the averages may change from here on.
             drop(reading);
             let Some(values) = values.map_err(Failure::into_error)? else { return Ok(()) };
-            writer.submit(Job { moment, values, home: spare.map(|spare| spare.home()) })
+            writer.submit(Job { meta, values, recycle: copy_buffer.map(|buffer| buffer.recycle()) })
         });
     }
 

@@ -11,8 +11,8 @@ use crate::compute::cpu::Layout;
 use crate::compute::cuda::{Device, DeviceAverages, Reader};
 use crate::error::Result;
 use crate::tensor::CudaMemory;
-use crate::tracker::moment::{CheckpointMeta, Failure};
-use crate::tracker::table::OrderedViews;
+use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
+use crate::tracker::registry::OrderedViews;
 use crate::tracker::values::{Converted, OwnedValues};
 
 /// Engine that keeps the averages on the device of the parameters.
@@ -29,19 +29,19 @@ impl DeviceEngine {
         device: &Arc<Device>,
         dir: &Path,
         layout: &Layout,
-        start: EngineConfig,
+        config: EngineConfig,
     ) -> Result<DeviceEngine> {
-        let averages = match start.values {
-            Some((averages, copies)) => DeviceAverages::upload(device, layout, &averages, start.precision, &copies)?,
-            None => DeviceAverages::zeros(device, layout, start.profiles, start.precision, &start.copied)?,
+        let averages = match config.values {
+            Some((averages, copies)) => DeviceAverages::upload(device, layout, &averages, config.precision, &copies)?,
+            None => DeviceAverages::zeros(device, layout, config.profiles, config.precision, &config.copied)?,
         };
         Ok(DeviceEngine { background: Background::start(dir)?, averages, reader: Arc::default() })
     }
 
-    pub(super) fn fold(&mut self, matched: &OrderedViews<'_, '_>, weights: &[f32]) -> Result<()> {
-        let averaged = matched.averaged.iter().map(|view| Ok((view.dtype, cuda_memory(view)?)));
+    pub(super) fn fold(&mut self, views: &OrderedViews<'_, '_>, weights: &[f32]) -> Result<()> {
+        let averaged = views.averaged.iter().map(|view| Ok((view.dtype, cuda_memory(view)?)));
         let averaged = averaged.collect::<Result<Vec<(Dtype, CudaMemory<'_>)>>>()?;
-        let copied = matched.copied.iter().map(|view| cuda_memory(view)).collect::<Result<Vec<_>>>()?;
+        let copied = views.copied.iter().map(|view| cuda_memory(view)).collect::<Result<Vec<_>>>()?;
         // The averages must not change while a checkpoint reads them.
         self.background.wait_for_reads();
         self.averages.update(&averaged, &copied, weights)
@@ -59,7 +59,7 @@ impl DeviceEngine {
         &self.averages
     }
 
-    pub(super) fn checkpoint(&self, moment: CheckpointMeta) -> Result<(), Failure> {
+    pub(super) fn checkpoint(&self, meta: CheckpointMeta) -> Result<(), Failure> {
         // Does not delay the training further: the updates since an earlier checkpoint have waited already.
         self.background.wait_for_reads();
         let kept = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -68,8 +68,8 @@ impl DeviceEngine {
             None => self.averages.reader(),
         };
         let (mut reader, keep) = (reader.map_err(Failure::Files)?, self.reader.clone());
-        self.background.store(moment, None, move |moment| {
-            let values = read(&mut reader, moment);
+        self.background.store(meta, None, move |meta| {
+            let values = read(&mut reader, meta);
             *keep.lock().unwrap_or_else(PoisonError::into_inner) = Some(reader);
             values.map(Some)
         });
@@ -82,18 +82,19 @@ impl DeviceEngine {
 }
 
 /// Copies the averages to the host: unchanged for the live state, and converted on the device for the snapshots.
-fn read(reader: &mut Reader, moment: &CheckpointMeta) -> Result<OwnedValues, Failure> {
+fn read(reader: &mut Reader, meta: &CheckpointMeta) -> Result<OwnedValues, Failure> {
     let ranges = reader.ranges().map_err(Failure::Files)?;
     let mut dtypes = Vec::with_capacity(ranges.len());
     for (profile, ranges) in ranges.iter().enumerate() {
         let value = |tensor: usize, element: usize| reader.value(profile, tensor, element);
-        dtypes.push(moment.choose_dtypes(profile, ranges, value).map_err(Failure::Values)?);
+        dtypes.push(meta.choose_dtypes(profile, ranges, value).map_err(Failure::Values)?);
     }
     copy(reader, dtypes).map_err(Failure::Files)
 }
 
 fn copy(reader: &mut Reader, dtypes: Vec<Vec<Dtype>>) -> Result<OwnedValues> {
-    let (mut averages, mut converted) = (Vec::with_capacity(dtypes.len()), Vec::with_capacity(dtypes.len()));
+    let mut averages = Vec::with_capacity(dtypes.len());
+    let mut converted = Vec::with_capacity(dtypes.len());
     for (profile, dtypes) in dtypes.iter().enumerate() {
         averages.push(reader.averages(profile)?);
         let (bytes, places) = reader.converted(profile, dtypes)?;

@@ -5,12 +5,12 @@
 use std::path::Path;
 
 use super::HostAverages;
-use super::spare::CopyBuffer;
+use super::copy_buffer::CopyBuffer;
 use crate::compute::cpu::{Incoming, Layout};
 use crate::error::{Error, Result};
 use crate::tensor::TensorView;
-use crate::tracker::moment::{CheckpointMeta, Failure};
-use crate::tracker::table::OrderedViews;
+use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
+use crate::tracker::registry::OrderedViews;
 use crate::tracker::values::Values;
 use crate::tracker::writer::{Job, Writer};
 
@@ -19,18 +19,18 @@ pub(in crate::tracker) struct HostEngine {
     averages: HostAverages,
     /// Started at the first checkpoint: a process may fork before that, or never store anything.
     pub(in crate::tracker) writer: Option<Writer>,
-    pub(in crate::tracker) spare: CopyBuffer,
+    pub(in crate::tracker) copy_buffer: CopyBuffer,
 }
 
 impl HostEngine {
     pub(super) fn new(averages: HostAverages) -> HostEngine {
-        HostEngine { averages, writer: None, spare: CopyBuffer::default() }
+        HostEngine { averages, writer: None, copy_buffer: CopyBuffer::default() }
     }
 
-    pub(super) fn fold(&mut self, matched: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
+    pub(super) fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
         // Checks all views before the first average changes.
-        let incoming = matched.averaged.iter().map(|view| incoming(view)).collect::<Result<Vec<_>>>()?;
-        let copied = matched.copied.iter().map(|view| host_bytes(view)).collect::<Result<Vec<_>>>()?;
+        let incoming = views.averaged.iter().map(|view| incoming(view)).collect::<Result<Vec<_>>>()?;
+        let copied = views.copied.iter().map(|view| host_bytes(view)).collect::<Result<Vec<_>>>()?;
         self.averages.update(&incoming, &copied, layout, weights);
         Ok(())
     }
@@ -41,20 +41,20 @@ impl HostEngine {
 
     /// Allocates the memory of checkpoints.
     pub(super) fn prepare(&self) {
-        self.spare.prepare(&self.values());
+        self.copy_buffer.prepare(&self.values());
     }
 
     /// Copies the averages for the writing thread, after the previous checkpoint is written or given up.
     ///
     /// There is at most one copy at any time.
-    pub(super) fn checkpoint(&mut self, moment: CheckpointMeta) -> Result<(), Failure> {
+    pub(super) fn checkpoint(&mut self, meta: CheckpointMeta) -> Result<(), Failure> {
         self.wait_idle().map_err(Failure::Files)?;
-        let Some(copy) = self.spare.copy_of(&self.values(), &moment)? else {
-            return moment.store(&self.values());
+        let Some(copy) = self.copy_buffer.copy_of(&self.values(), &meta)? else {
+            return meta.store(&self.values());
         };
-        let home = self.spare.home();
-        let writer = self.writer(&moment.dir).map_err(Failure::Files)?;
-        writer.submit(Job { moment, values: copy, home: Some(home) }).map_err(Failure::Files)
+        let recycle = self.copy_buffer.recycle();
+        let writer = self.writer(&meta.dir).map_err(Failure::Files)?;
+        writer.submit(Job { meta, values: copy, recycle: Some(recycle) }).map_err(Failure::Files)
     }
 
     fn writer(&mut self, dir: &Path) -> Result<&Writer> {

@@ -3,25 +3,24 @@
 mod averages;
 #[cfg(feature = "cuda")]
 mod background;
+mod copy_buffer;
 #[cfg(feature = "cuda")]
 mod device;
 mod host;
 #[cfg(feature = "cuda")]
 mod offloaded;
-mod spare;
 mod start;
 #[cfg(feature = "cuda")]
 mod worker;
 
-use super::moment::{CheckpointMeta, Failure};
-use super::table::OrderedViews;
-use super::values::AveragesGuard;
+use super::checkpoint_meta::{CheckpointMeta, Failure};
+use super::registry::OrderedViews;
 use crate::compute::cpu::Layout;
 #[cfg(feature = "cuda")]
 use crate::compute::cuda::{DeviceAverages, Fence};
 use crate::error::{Error, Result};
 
-pub(super) use averages::HostAverages;
+pub(super) use averages::{AveragesGuard, HostAverages};
 #[cfg(feature = "cuda")]
 use device::DeviceEngine;
 pub(super) use host::HostEngine;
@@ -50,13 +49,13 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Tensor`] for memory that this engine cannot reach, and [`Error::Cuda`]. No average has changed then.
-    pub(super) fn fold(&mut self, matched: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
+    pub(super) fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
         match self {
-            Engine::Host(host) => host.fold(matched, layout, weights),
+            Engine::Host(host) => host.fold(views, layout, weights),
             #[cfg(feature = "cuda")]
-            Engine::Device(device) => device.fold(matched, weights),
+            Engine::Device(device) => device.fold(views, weights),
             #[cfg(feature = "cuda")]
-            Engine::Offloaded(offloaded) => offloaded.fold(matched, weights),
+            Engine::Offloaded(offloaded) => offloaded.fold(views, weights),
         }
     }
 
@@ -88,8 +87,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`Failure`].
-    pub(super) fn store(&self, moment: &CheckpointMeta) -> Result<(), Failure> {
-        moment.store(&self.values().map_err(Failure::Files)?.values())
+    pub(super) fn store(&self, meta: &CheckpointMeta) -> Result<(), Failure> {
+        meta.store(&self.values().map_err(Failure::Files)?.values())
     }
 
     /// Starts to store the averages as they are now; [`Engine::flush`] waits for the end.
@@ -97,13 +96,13 @@ impl Engine {
     /// # Errors
     /// [`Failure`] of this checkpoint only. A failure in the background is tried once more there, and
     /// [`Engine::take_error`] returns its error.
-    pub(super) fn checkpoint(&mut self, moment: CheckpointMeta) -> Result<(), Failure> {
+    pub(super) fn checkpoint(&mut self, meta: CheckpointMeta) -> Result<(), Failure> {
         match self {
-            Engine::Host(host) => host.checkpoint(moment),
+            Engine::Host(host) => host.checkpoint(meta),
             #[cfg(feature = "cuda")]
-            Engine::Device(device) => device.checkpoint(moment),
+            Engine::Device(device) => device.checkpoint(meta),
             #[cfg(feature = "cuda")]
-            Engine::Offloaded(offloaded) => offloaded.checkpoint(moment),
+            Engine::Offloaded(offloaded) => offloaded.checkpoint(meta),
         }
     }
 

@@ -9,28 +9,28 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use safetensors::Dtype;
 
 use super::background::Background;
-use super::spare::CopyBuffer;
+use super::copy_buffer::CopyBuffer;
 use super::{EngineConfig, HostAverages, cuda_memory};
 use crate::compute::cpu::{Incoming, Layout};
 use crate::compute::cuda::{Device, Fence, HostCopy, Offload};
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
-use crate::tracker::moment::{CheckpointMeta, Failure};
-use crate::tracker::table::OrderedViews;
+use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
+use crate::tracker::registry::OrderedViews;
 
 /// Engine that keeps averages on the host for parameters on a device.
 pub(in crate::tracker) struct OffloadedEngine {
     // Declared first, so that it is dropped first: its thread folds in what has arrived.
     background: Background,
     offload: Offload,
-    averages: Arc<Averages>,
+    averages: Arc<OffloadedAverages>,
     layout: Arc<Layout>,
     fence: Option<Fence>,
-    spare: CopyBuffer,
+    copy_buffer: CopyBuffer,
 }
 
 /// Averages, with a record of a lost update.
-struct Averages {
+struct OffloadedAverages {
     /// Number of the parameters' device.
     device: usize,
     host: Mutex<HostAverages>,
@@ -39,7 +39,7 @@ struct Averages {
     lost: OnceLock<String>,
 }
 
-impl Averages {
+impl OffloadedAverages {
     fn check(&self) -> Result<()> {
         match self.lost.get() {
             Some(reason) => Err(Error::Cuda {
@@ -71,29 +71,30 @@ impl OffloadedEngine {
         device: &Arc<Device>,
         dir: &Path,
         layout: &Layout,
-        start: EngineConfig,
+        config: EngineConfig,
     ) -> Result<OffloadedEngine> {
-        let sizes: Vec<usize> = start.averaged.iter().chain(&start.copied).copied().collect();
+        let sizes: Vec<usize> = config.averaged.iter().chain(&config.copied).copied().collect();
         let averages =
-            Averages { device: device.number(), host: Mutex::new(start.host(layout)), lost: OnceLock::new() };
+            OffloadedAverages { device: device.number(), host: Mutex::new(config.host(layout)), lost: OnceLock::new() };
         Ok(OffloadedEngine {
             background: Background::start(dir)?,
             offload: Offload::new(device, &sizes)?,
             averages: Arc::new(averages),
             layout: Arc::new(layout.clone()),
             fence: None,
-            spare: CopyBuffer::default(),
+            copy_buffer: CopyBuffer::default(),
         })
     }
 
-    pub(super) fn fold(&mut self, matched: &OrderedViews<'_, '_>, weights: &[f32]) -> Result<()> {
-        let views = matched.averaged.iter().chain(&matched.copied);
-        let tensors = views.map(|view| cuda_memory(view)).collect::<Result<Vec<CudaMemory<'_>>>>()?;
+    pub(super) fn fold(&mut self, views: &OrderedViews<'_, '_>, weights: &[f32]) -> Result<()> {
+        let tensors = views.all().map(cuda_memory).collect::<Result<Vec<CudaMemory<'_>>>>()?;
         self.averages.check()?;
         let (staged, fence) = self.offload.copy(&tensors)?;
         self.fence = Some(fence);
-        let dtypes: Vec<Dtype> = matched.averaged.iter().map(|view| view.dtype).collect();
-        let (averages, layout, weights) = (self.averages.clone(), self.layout.clone(), weights.to_vec());
+        let dtypes: Vec<Dtype> = views.averaged.iter().map(|view| view.dtype).collect();
+        let averages = self.averages.clone();
+        let layout = self.layout.clone();
+        let weights = weights.to_vec();
         self.background.work(move || {
             let arrived = staged.wait().inspect_err(|error| {
                 averages.lost.get_or_init(|| error.to_string());
@@ -110,13 +111,14 @@ impl OffloadedEngine {
         self.averages.lock()
     }
 
-    pub(super) fn checkpoint(&self, moment: CheckpointMeta) -> Result<(), Failure> {
-        let (averages, spare) = (self.averages.clone(), self.spare.clone());
-        self.background.store(moment, Some(self.spare.clone()), move |moment| {
+    pub(super) fn checkpoint(&self, meta: CheckpointMeta) -> Result<(), Failure> {
+        let averages = self.averages.clone();
+        let copy_buffer = self.copy_buffer.clone();
+        self.background.store(meta, Some(self.copy_buffer.clone()), move |meta| {
             let host = averages.lock().map_err(Failure::Values)?;
-            let copy = spare.copy_of(&host.values(), moment)?;
+            let copy = copy_buffer.copy_of(&host.values(), meta)?;
             if copy.is_none() {
-                moment.store(&host.values())?;
+                meta.store(&host.values())?;
             }
             Ok(copy)
         });

@@ -9,7 +9,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::run::Settings;
 use crate::tensor::{Memory, TensorView};
-use crate::tracker::table::TensorRegistry;
+use crate::tracker::registry::TensorRegistry;
 
 /// Sizes and initial values of an engine.
 pub(in crate::tracker) struct EngineConfig {
@@ -25,12 +25,12 @@ pub(in crate::tracker) struct EngineConfig {
 }
 
 impl EngineConfig {
-    pub(in crate::tracker) fn new(table: &TensorRegistry, settings: &Settings) -> EngineConfig {
+    pub(in crate::tracker) fn new(registry: &TensorRegistry, settings: &Settings) -> EngineConfig {
         EngineConfig {
             profiles: settings.profiles.len(),
             precision: settings.precision,
-            averaged: table.averaged().iter().map(|entry| entry.bytes).collect(),
-            copied: table.copied().iter().map(|entry| entry.bytes).collect(),
+            averaged: registry.averaged().iter().map(|entry| entry.bytes).collect(),
+            copied: registry.copied().iter().map(|entry| entry.bytes).collect(),
             values: None,
         }
     }
@@ -79,7 +79,7 @@ impl Engine {
         layout: &Layout,
         model_device: Option<usize>,
         device: Device,
-        start: EngineConfig,
+        config: EngineConfig,
     ) -> Result<Engine> {
         match (model_device, device) {
             (None, Device::Cuda(number)) => {
@@ -87,8 +87,8 @@ impl Engine {
                     format!("the parameters are in host memory: averages on cuda:{number} need them there too");
                 Err(Error::Setting { option: "device", reason })
             }
-            (None, _) => Ok(Engine::Host(HostEngine::new(start.host(layout)))),
-            (Some(number), _) => Engine::for_device(dir, layout, number, device, start),
+            (None, _) => Ok(Engine::Host(HostEngine::new(config.host(layout)))),
+            (Some(number), _) => Engine::for_device(dir, layout, number, device, config),
         }
     }
 
@@ -100,21 +100,21 @@ impl Engine {
     }
 
     #[cfg(feature = "cuda")]
-    fn for_device(dir: &Path, layout: &Layout, number: usize, device: Device, start: EngineConfig) -> Result<Engine> {
+    fn for_device(dir: &Path, layout: &Layout, number: usize, device: Device, config: EngineConfig) -> Result<Engine> {
         use super::{DeviceEngine, OffloadedEngine};
         let opened = crate::compute::cuda::Device::open(number)?;
-        let beside = match device {
+        let on_device = match device {
             Device::Cpu => false,
             Device::Cuda(wanted) if wanted == number => true,
             Device::Cuda(wanted) => {
                 let reason = format!("the parameters are on cuda:{number}: averages cannot be kept on cuda:{wanted}");
                 return Err(Error::Setting { option: "device", reason });
             }
-            Device::Auto => start.bytes(layout) <= opened.memory()?.0 / AUTO_SHARE,
+            Device::Auto => config.bytes(layout) <= opened.memory()?.0 / AUTO_SHARE,
         };
-        Ok(match beside {
-            true => Engine::Device(DeviceEngine::start(&opened, dir, layout, start)?),
-            false => Engine::Offloaded(OffloadedEngine::start(&opened, dir, layout, start)?),
+        Ok(match on_device {
+            true => Engine::Device(DeviceEngine::start(&opened, dir, layout, config)?),
+            false => Engine::Offloaded(OffloadedEngine::start(&opened, dir, layout, config)?),
         })
     }
 }

@@ -12,8 +12,8 @@ use crate::tracker::writer::{Job, Writer};
 fn slowly(ema: PostHocEma) -> PostHocEma {
     let writer = Writer::start_with(&ema.dir, |job: &Job| {
         std::thread::sleep(std::time::Duration::from_millis(50));
-        assert!(matches!(Lock::acquire(&job.moment.dir), Err(Error::Locked { .. })));
-        job.moment.store(&job.values.as_values())
+        assert!(matches!(Lock::acquire(&job.meta.dir), Err(Error::Locked { .. })));
+        job.meta.store(&job.values.as_values())
     });
     over(writer.unwrap(), ema)
 }
@@ -204,9 +204,9 @@ fn checkpoint_waits_until_the_previous_one_is_written() {
     let (started, starts) = channel();
     let (proceed, proceeds) = channel();
     let writer = Writer::start_with(&dir, move |job: &Job| {
-        started.send(job.moment.step()).unwrap();
+        started.send(job.meta.step()).unwrap();
         proceeds.recv().unwrap();
-        job.moment.store(&job.values.as_values())
+        job.meta.store(&job.values.as_values())
     });
     let mut background = over(writer.unwrap(), every(&dir).create(&other.model).unwrap());
     train_on(&mut ema, &mut one, 3);
@@ -237,17 +237,17 @@ fn thread_starts_at_the_first_background_checkpoint() {
     train_on(&mut ema, &mut walk, 49);
     ema.save().unwrap();
     ema.flush().unwrap();
-    assert!(host(&mut ema).writer.is_none() && host(&mut ema).spare.is_ready());
+    assert!(host(&mut ema).writer.is_none() && host(&mut ema).copy_buffer.is_ready());
     train_on(&mut ema, &mut walk, 1);
     assert!(host(&mut ema).writer.is_some());
     // The memory of a written copy is reused.
     ema.flush().unwrap();
-    assert!(host(&mut ema).spare.is_ready());
+    assert!(host(&mut ema).copy_buffer.is_ready());
     drop(ema);
     // A resume may choose differently.
     let mut ema = options(&dir).checkpoint_in_background(false).resume(&walk.model).unwrap();
     train_on(&mut ema, &mut walk, 50);
-    assert!(host(&mut ema).writer.is_none() && !host(&mut ema).spare.is_ready());
+    assert!(host(&mut ema).writer.is_none() && !host(&mut ema).copy_buffer.is_ready());
     assert_eq!(stems(&dir), ["0.50", "0.100", "1.50", "1.100"]);
     let mut never = options(&temp.path().join("never")).create(&walk.model).unwrap();
     never.finish().unwrap();
@@ -259,7 +259,7 @@ fn training_waits_without_memory_for_a_copy() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
     let mut ema = options(&dir).create(&walk.model).unwrap();
-    host(&mut ema).spare.refuse();
+    host(&mut ema).copy_buffer.refuse();
     let lines = logged(|| {
         train_on(&mut ema, &mut walk, 100);
         assert_eq!(stems(&dir), ["0.50", "0.100", "1.50", "1.100"]);

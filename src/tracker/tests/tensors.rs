@@ -289,7 +289,7 @@ fn header_len_bounds_the_written_header() {
         ema.save().unwrap();
         let bytes = std::fs::read(dir.join("state.safetensors")).unwrap();
         let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        let estimate = state::header_len(&ema.table, &ema.settings) - state::REST;
+        let estimate = state::header_len(&ema.registry, &ema.settings) - state::REST;
         assert!(header <= estimate + 10_000 && estimate <= header * 13 / 10, "{name}: {estimate}, and takes {header}");
     }
 }

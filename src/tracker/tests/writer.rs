@@ -3,10 +3,10 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
+use super::checkpoint_meta::{checkpoint_for, contents, model, trained};
 use super::log::logged;
-use super::moments::{contents, model, moment_for, trained};
 use super::*;
-use crate::tracker::moment::Failure;
+use crate::tracker::checkpoint_meta::Failure;
 use crate::tracker::writer::{Job, Writer};
 
 /// Long enough for a thread that is not blocked to go on.
@@ -22,9 +22,9 @@ fn jobs(temp: &TempDir, dir: &Path) -> (Vec<Job>, PathBuf) {
             ema.update(&model(step)).unwrap();
         }
         if step % 20 == 0 {
-            let (mut moment, values) = moment_for(&ema, dir);
-            moment.settings.max_checkpoints = 3;
-            jobs.push(Job { moment, values, home: None });
+            let (mut meta, values) = checkpoint_for(&ema, dir);
+            meta.settings.max_checkpoints = 3;
+            jobs.push(Job { meta, values, recycle: None });
         }
     }
     (jobs, straight)
@@ -40,7 +40,7 @@ fn controlled(dir: &Path) -> (Writer, Receiver<u64>, Sender<Result<(), Failure>>
     let (started, starts) = channel();
     let (answer, answers) = channel();
     let writer = Writer::start_with(dir, move |job: &Job| {
-        started.send(job.moment.step()).unwrap();
+        started.send(job.meta.step()).unwrap();
         answers.recv().unwrap()
     });
     (writer.unwrap(), starts, answer)
@@ -60,7 +60,7 @@ fn thread_writes_the_same_files_in_order() {
     let (jobs, straight) = jobs(&temp, &dir);
     let writer = Writer::start(&dir).unwrap();
     for mut job in jobs {
-        job.moment.settings.max_checkpoints = 20;
+        job.meta.settings.max_checkpoints = 20;
         writer.submit(job).unwrap();
     }
     writer.flush().unwrap();
@@ -135,7 +135,7 @@ fn failed_checkpoint_is_written_before_the_next() {
 fn checkpoint_is_given_up_after_two_tries() {
     let (temp, dir) = scratch();
     let (mut jobs, _) = jobs(&temp, &dir);
-    let (moment, values) = (jobs[2].moment.clone(), jobs[2].values.clone());
+    let (meta, values) = (jobs[2].meta.clone(), jobs[2].values.clone());
     let lines = logged(|| {
         let (writer, starts, answer) = controlled(&dir);
         for result in [failure("one"), failure("two"), Ok(())] {
@@ -154,7 +154,7 @@ fn checkpoint_is_given_up_after_two_tries() {
         assert_eq!(writer.last_failed_step(), Some(60));
         // The same step may be submitted again.
         answer.send(Ok(())).unwrap();
-        writer.submit(Job { moment, values, home: None }).unwrap();
+        writer.submit(Job { meta, values, recycle: None }).unwrap();
         writer.flush().unwrap();
         assert_eq!((starts.try_iter().collect::<Vec<_>>(), writer.last_failed_step()), (vec![60, 60, 60], None));
     });
@@ -186,8 +186,8 @@ fn non_finite_values_are_not_tried_again() {
     let (mut jobs, _) = jobs(&temp, &dir);
     let (started, starts) = channel();
     let writer = Writer::start_with(&dir, move |job: &Job| {
-        started.send(job.moment.step()).unwrap();
-        job.moment.store(&job.values.as_values())
+        started.send(job.meta.step()).unwrap();
+        job.meta.store(&job.values.as_values())
     });
     let writer = writer.unwrap();
     jobs[0].values.averages[0].high[1] = f32::NAN;
@@ -230,7 +230,7 @@ fn drop_writes_queued_checkpoints() {
     let lines = logged(|| {
         let writer = Writer::start(&dir).unwrap();
         let mut job = jobs.remove(0);
-        job.moment.dir = dir.join("gone");
+        job.meta.dir = dir.join("gone");
         writer.submit(job).unwrap();
         drop(writer);
     });

@@ -3,24 +3,21 @@
 use super::storage::listing;
 use super::*;
 use crate::compute::cpu;
-use crate::tracker::moment::{CheckpointMeta, Failure};
+use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::tracker::values::{Converted, OwnedValues};
 
 /// Returns a checkpoint of the run to be written into another directory, with its values.
-pub(super) fn moment_for(ema: &PostHocEma, dir: &Path) -> (CheckpointMeta, OwnedValues) {
+pub(super) fn checkpoint_for(ema: &PostHocEma, dir: &Path) -> (CheckpointMeta, OwnedValues) {
     std::fs::create_dir_all(dir).unwrap();
-    let moment = CheckpointMeta { dir: dir.to_owned(), ..ema.moment(ema.stored) };
+    let meta = CheckpointMeta { dir: dir.to_owned(), ..ema.checkpoint_meta(ema.stored) };
     let held = ema.engine.values().unwrap();
     let values = held.values();
-    (
-        moment,
-        OwnedValues { averages: values.averages.to_vec(), copies: values.copies.to_vec(), ..OwnedValues::default() },
-    )
+    (meta, OwnedValues { averages: values.averages.to_vec(), copies: values.copies.to_vec(), ..OwnedValues::default() })
 }
 
 /// Converts averages to the data of their snapshots, with gaps between the tensors.
-fn converted(moment: &CheckpointMeta, averages: &[Averages], dtypes: &[Dtype]) -> Vec<Converted> {
-    let layout = moment.table.layout();
+fn converted(meta: &CheckpointMeta, averages: &[Averages], dtypes: &[Dtype]) -> Vec<Converted> {
+    let layout = meta.registry.layout();
     let of_profile = |averages: &Averages| {
         let mut converted = Converted { places: Vec::new(), bytes: Vec::new() };
         for (i, &dtype) in dtypes.iter().enumerate() {
@@ -65,72 +62,72 @@ pub(super) fn trained(dir: &Path) -> PostHocEma {
 fn values_converted_beforehand_give_the_same_files() {
     let (temp, dir) = scratch();
     let ema = trained(&dir);
-    let (moment, mut values) = moment_for(&ema, &temp.path().join("other"));
-    moment.store(&values.as_values()).unwrap();
-    assert_eq!(contents(&moment.dir), contents(&dir));
+    let (meta, mut values) = checkpoint_for(&ema, &temp.path().join("other"));
+    meta.store(&values.as_values()).unwrap();
+    assert_eq!(contents(&meta.dir), contents(&dir));
 
     let dtypes = [Dtype::F16, Dtype::F32];
     values.dtypes = Some(vec![dtypes.to_vec(); 2]);
-    values.converted = Some(converted(&moment, &values.averages, &dtypes));
-    let moment = CheckpointMeta { dir: temp.path().join("converted"), ..moment };
-    std::fs::create_dir(&moment.dir).unwrap();
-    moment.store(&values.as_values()).unwrap();
-    assert_eq!(contents(&moment.dir), contents(&dir));
+    values.converted = Some(converted(&meta, &values.averages, &dtypes));
+    let meta = CheckpointMeta { dir: temp.path().join("converted"), ..meta };
+    std::fs::create_dir(&meta.dir).unwrap();
+    meta.store(&values.as_values()).unwrap();
+    assert_eq!(contents(&meta.dir), contents(&dir));
 
     // Snapshots store the converted values, and the state the averages.
     let first = &mut values.converted.as_mut().unwrap()[1];
     let start = first.places[1].start;
     first.bytes[start..start + 4].copy_from_slice(&7.5f32.to_le_bytes());
-    moment.store(&values.as_values()).unwrap();
-    let run = Run::open(&moment.dir).unwrap();
+    meta.store(&values.as_values()).unwrap();
+    let run = Run::open(&meta.dir).unwrap();
     let large = |i: usize| bytemuck::pod_read_unaligned::<f32>(&run.snapshots()[i].tensor("large").unwrap().1[..4]);
     assert_eq!((large(0), large(1)), (70_000.0, 7.5));
     let state = |dir: &Path| std::fs::read(dir.join("state.safetensors")).unwrap();
-    assert_eq!(state(&moment.dir), state(&dir));
+    assert_eq!(state(&meta.dir), state(&dir));
 }
 
 #[test]
 fn dtypes_are_chosen_by_given_ranges() {
     let (temp, dir) = scratch();
     let ema = trained(&dir);
-    let (moment, values) = moment_for(&ema, &temp.path().join("other"));
+    let (meta, values) = checkpoint_for(&ema, &temp.path().join("other"));
     let range = |largest| cpu::ValueRange { largest, first_not_finite: None };
     let never = |_: usize, _: usize| -> Result<f32> { panic!("no element has to be looked up") };
     // The largest value that f16 takes, and the first that it would round to infinity.
-    let chosen = moment.choose_dtypes(0, &[range(65_519.996), range(65_520.0)], never).unwrap();
+    let chosen = meta.choose_dtypes(0, &[range(65_519.996), range(65_520.0)], never).unwrap();
     assert_eq!(chosen, [Dtype::F16, Dtype::F32]);
     let bad = cpu::ValueRange { largest: 0.0, first_not_finite: Some(3) };
     let look_up = |tensor: usize, element: usize| {
         assert_eq!((tensor, element), (1, 3));
         Ok(f32::NEG_INFINITY)
     };
-    let text = moment.choose_dtypes(1, &[range(1.0), bad], look_up).unwrap_err().to_string();
+    let text = meta.choose_dtypes(1, &[range(1.0), bad], look_up).unwrap_err().to_string();
     for part in ["`large`", "sigma_rel 0.28", "-inf", "element 3", "step 20"] {
         assert!(text.contains(part), "{text}");
     }
     // Without ranges, a scan of the values gives the same error.
     let mut poisoned = values.clone();
-    let place = moment.table.layout().place(1);
+    let place = meta.registry.layout().place(1);
     poisoned.averages[1].high[place.start + 3] = f32::NEG_INFINITY;
-    let failure = moment.store(&poisoned.as_values()).unwrap_err();
+    let failure = meta.store(&poisoned.as_values()).unwrap_err();
     assert!(matches!(failure, Failure::Values(_)) && failure.into_error().to_string() == text);
-    assert!(contents(&moment.dir).is_empty());
+    assert!(contents(&meta.dir).is_empty());
 }
 
 #[test]
 fn failures_are_sorted_by_stage() {
     let (temp, dir) = scratch();
     let ema = trained(&dir);
-    let (moment, values) = moment_for(&ema, &temp.path().join("other"));
-    let gone = CheckpointMeta { dir: temp.path().join("gone"), ..moment.clone() };
+    let (meta, values) = checkpoint_for(&ema, &temp.path().join("other"));
+    let gone = CheckpointMeta { dir: temp.path().join("gone"), ..meta.clone() };
     assert!(matches!(gone.store(&values.as_values()), Err(Failure::Files(Error::Io { .. }))));
     // An old snapshot that cannot be removed does not undo the new one.
-    let mut moment = moment;
-    moment.settings.max_checkpoints = 1;
-    let earlier = CheckpointMeta { history: moment.history.until(10), ..moment.clone() };
+    let mut meta = meta;
+    meta.settings.max_checkpoints = 1;
+    let earlier = CheckpointMeta { history: meta.history.until(10), ..meta.clone() };
     earlier.store(&values.as_values()).unwrap();
-    std::fs::create_dir(moment.dir.join("0.10.safetensors.index.json")).unwrap();
-    let failure = moment.store(&values.as_values()).unwrap_err();
+    std::fs::create_dir(meta.dir.join("0.10.safetensors.index.json")).unwrap();
+    let failure = meta.store(&values.as_values()).unwrap_err();
     assert!(matches!(failure, Failure::Removal(_)));
-    assert!(moment.missing().unwrap().is_empty());
+    assert!(meta.missing().unwrap().is_empty());
 }

@@ -5,37 +5,38 @@ use std::collections::BTreeSet;
 use globset::{Glob, GlobSet, GlobSetBuilder};
 
 use crate::error::{Error, Result};
+use crate::run::Settings;
 use crate::tensor::TensorView;
 
 /// Tensors to average, to copy and to leave out, as the user named them.
 #[derive(Debug, Default)]
-pub(super) struct Choice {
+pub(super) struct TensorChoice {
     /// If given, only these are averaged, and other floating-point tensors are copied.
-    pub average: Option<Names>,
-    pub copy: Names,
-    pub leave_out: Names,
+    pub average: Option<NamePatterns>,
+    pub copy: NamePatterns,
+    pub leave_out: NamePatterns,
 }
 
 /// Set of names. A pattern also matches the tensor of exactly that name: `layers[0].weight` is a name and a glob.
 #[derive(Debug, Default)]
-pub(super) struct Names {
+pub(super) struct NamePatterns {
     option: &'static str,
     literal: BTreeSet<String>,
     globs: GlobSet,
 }
 
-impl Names {
+impl NamePatterns {
     /// Compiles the patterns of an option.
     ///
     /// # Errors
     /// [`Error::Setting`] for a pattern that is not a glob.
-    pub(super) fn new(option: &'static str, patterns: &[String]) -> Result<Names> {
+    fn new(option: &'static str, patterns: &[String]) -> Result<NamePatterns> {
         let setting = |error: globset::Error| Error::Setting { option, reason: error.to_string() };
         let mut globs = GlobSetBuilder::new();
         for pattern in patterns {
             globs.add(Glob::new(pattern).map_err(setting)?);
         }
-        Ok(Names { option, literal: patterns.iter().cloned().collect(), globs: globs.build().map_err(setting)? })
+        Ok(NamePatterns { option, literal: patterns.iter().cloned().collect(), globs: globs.build().map_err(setting)? })
     }
 
     pub(super) fn contains(&self, name: &str) -> bool {
@@ -56,12 +57,24 @@ impl Names {
     }
 }
 
-impl Choice {
+impl TensorChoice {
+    /// Compiles the patterns of a run's settings.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a pattern that is not a glob.
+    pub(super) fn new(settings: &Settings) -> Result<TensorChoice> {
+        Ok(TensorChoice {
+            average: settings.average.as_ref().map(|patterns| NamePatterns::new("average", patterns)).transpose()?,
+            copy: NamePatterns::new("copy", &settings.copy)?,
+            leave_out: NamePatterns::new("leave_out", &settings.leave_out)?,
+        })
+    }
+
     /// Checks that every pattern matches a tensor.
     ///
     /// # Errors
     /// [`Error::Setting`] for one that does not.
     pub(super) fn check(&self, views: &[TensorView<'_>]) -> Result<()> {
-        self.average.iter().chain([&self.copy, &self.leave_out]).try_for_each(|names| names.check(views))
+        self.average.iter().chain([&self.copy, &self.leave_out]).try_for_each(|patterns| patterns.check(views))
     }
 }

@@ -4,14 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use safetensors::Dtype;
 
+use super::tensor_choice::{NamePatterns, TensorChoice};
 use crate::compute::cpu::Layout;
 use crate::error::{Difference, Error, Result};
 use crate::snapshot::FileLayout;
-
-use crate::tensor::TensorSpec;
-use crate::tensor::{TensorView, byte_size, is_averaged};
-
-use super::names::{Choice, Names};
+use crate::tensor::{TensorSpec, TensorView, byte_size, is_averaged};
 
 /// Tensor of the run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,7 +21,7 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    fn spec(&self) -> TensorSpec {
+    pub(super) fn spec(&self) -> TensorSpec {
         TensorSpec { name: self.name.clone(), dtype: self.dtype, shape: self.shape.clone() }
     }
 }
@@ -45,7 +42,7 @@ pub(super) struct TensorRegistry {
     averaged: Vec<Entry>,
     copied: Vec<Entry>,
     tied: BTreeMap<String, String>,
-    slots: BTreeMap<String, TensorRole>,
+    roles: BTreeMap<String, TensorRole>,
     layout: Layout,
     /// Order in which the model last listed its tensors, with their roles. It rarely changes.
     order: Vec<(String, TensorRole)>,
@@ -66,7 +63,7 @@ impl<'v, 'a> OrderedViews<'v, 'a> {
 
 impl TensorRegistry {
     /// Registers the tensors of a new run and finds which are tied.
-    pub(super) fn new(views: &[TensorView<'_>], choice: &Choice) -> Result<TensorRegistry> {
+    pub(super) fn new(views: &[TensorView<'_>], choice: &TensorChoice) -> Result<TensorRegistry> {
         let kept: Vec<&TensorView<'_>> = views.iter().filter(|view| !choice.leave_out.contains(view.name)).collect();
         TensorRegistry::build(views, choice, find_tied(&kept))
     }
@@ -74,34 +71,38 @@ impl TensorRegistry {
     /// Registers the tensors of a resumed run, whose ties are known.
     pub(super) fn resumed(
         views: &[TensorView<'_>],
-        choice: &Choice,
+        choice: &TensorChoice,
         tied: &BTreeMap<String, String>,
     ) -> Result<TensorRegistry> {
         TensorRegistry::build(views, choice, tied.clone())
     }
 
-    fn build(views: &[TensorView<'_>], choice: &Choice, tied: BTreeMap<String, String>) -> Result<TensorRegistry> {
+    fn build(
+        views: &[TensorView<'_>],
+        choice: &TensorChoice,
+        tied: BTreeMap<String, String>,
+    ) -> Result<TensorRegistry> {
         let mut sorted: Vec<&TensorView<'_>> = views.iter().collect();
         sorted.sort_by_key(|view| view.name);
         if let Some(pair) = sorted.windows(2).find(|pair| pair[0].name == pair[1].name) {
             return Err(Error::tensor(pair[0].name, "the name occurs twice: names must be unique"));
         }
-        let mut table = TensorRegistry { tied, ..TensorRegistry::default() };
+        let mut registry = TensorRegistry { tied, ..TensorRegistry::default() };
         for view in sorted {
-            let slot = table.add(view, choice)?;
-            table.slots.insert(view.name.to_owned(), slot);
+            let role = registry.add(view, choice)?;
+            registry.roles.insert(view.name.to_owned(), role);
         }
-        if table.averaged.is_empty() {
+        if registry.averaged.is_empty() {
             return Err(Error::NothingToAverage);
         }
         // Fails now, and not at the first snapshot, if a file cannot hold these tensors.
-        let specs = table.averaged.iter().chain(&table.copied).map(Entry::spec).collect();
+        let specs = registry.averaged.iter().chain(&registry.copied).map(Entry::spec).collect();
         FileLayout::new(specs)?;
-        table.layout = Layout::new(table.averaged.iter().map(|entry| entry.shape.iter().product()));
-        Ok(table)
+        registry.layout = Layout::new(registry.averaged.iter().map(|entry| entry.shape.iter().product()));
+        Ok(registry)
     }
 
-    fn add(&mut self, view: &TensorView<'_>, choice: &Choice) -> Result<TensorRole> {
+    fn add(&mut self, view: &TensorView<'_>, choice: &TensorChoice) -> Result<TensorRole> {
         if choice.leave_out.contains(view.name) {
             return Ok(TensorRole::LeftOut);
         }
@@ -111,15 +112,15 @@ impl TensorRegistry {
         let bytes = byte_size(view.name, view.dtype, view.shape)?;
         let entry = Entry { name: view.name.to_owned(), dtype: view.dtype, shape: view.shape.to_vec(), bytes };
         check(view, &entry)?;
-        let named = |names: &Names| self.names_of(view.name).any(|name| names.contains(name));
-        let copy = named(&choice.copy);
-        let asked = choice.average.as_ref().map(named);
-        if !copy && is_averaged(view.dtype) && asked != Some(false) {
+        let is_named = |patterns: &NamePatterns| self.names_of(view.name).any(|name| patterns.contains(name));
+        let copy = is_named(&choice.copy);
+        let average = choice.average.as_ref().map(is_named);
+        if !copy && is_averaged(view.dtype) && average != Some(false) {
             self.averaged.push(entry);
             return Ok(TensorRole::Averaged(self.averaged.len() - 1));
         }
-        let undecided = asked.is_none() && !is_copied(view.dtype);
-        if !copy && !is_averaged(view.dtype) && (undecided || asked == Some(true)) {
+        let is_undecided = average.is_none() && !is_copied(view.dtype);
+        if !copy && !is_averaged(view.dtype) && (is_undecided || average == Some(true)) {
             let why = format!("{} cannot be averaged: name it among those to copy or to leave out", view.dtype);
             return Err(Error::tensor(view.name, why));
         }
@@ -134,16 +135,16 @@ impl TensorRegistry {
     }
 
     /// Returns the views of an update in the order of the registry, after checking that they are the run's tensors.
-    pub(super) fn match_views<'v, 'a>(&mut self, views: &'v [TensorView<'a>]) -> Result<OrderedViews<'v, 'a>> {
-        let usual =
+    pub(super) fn order_views<'v, 'a>(&mut self, views: &'v [TensorView<'a>]) -> Result<OrderedViews<'v, 'a>> {
+        let is_same_order =
             views.len() == self.order.len() && views.iter().zip(&self.order).all(|(view, (name, _))| view.name == name);
-        if !usual {
+        if !is_same_order {
             self.order = self.find_order(views)?;
         }
         let mut averaged = vec![None; self.averaged.len()];
         let mut copied = vec![None; self.copied.len()];
-        for (view, (_, slot)) in views.iter().zip(&self.order) {
-            match slot {
+        for (view, (_, role)) in views.iter().zip(&self.order) {
+            match role {
                 TensorRole::Averaged(i) => averaged[*i] = Some(check(view, &self.averaged[*i])?),
                 TensorRole::Copied(i) => copied[*i] = Some(check(view, &self.copied[*i])?),
                 TensorRole::Tied(_) | TensorRole::LeftOut => {}
@@ -161,7 +162,7 @@ impl TensorRegistry {
         let mut seen = BTreeSet::new();
         let mut order = Vec::with_capacity(views.len());
         for view in views {
-            let Some(slot) = self.slots.get(view.name) else {
+            let Some(role) = self.roles.get(view.name) else {
                 return Err(Error::changed(
                     view.name,
                     Difference::new("the tensor", "missing when the run began", "new"),
@@ -170,9 +171,9 @@ impl TensorRegistry {
             if !seen.insert(view.name) {
                 return Err(Error::tensor(view.name, "the name occurs twice: names must be unique"));
             }
-            order.push((view.name.to_owned(), slot.clone()));
+            order.push((view.name.to_owned(), role.clone()));
         }
-        match self.slots.keys().find(|name| !seen.contains(name.as_str())) {
+        match self.roles.keys().find(|name| !seen.contains(name.as_str())) {
             Some(missing) => Err(Error::changed(missing, Difference::new("the tensor", "present", "missing"))),
             None => Ok(order),
         }
@@ -211,7 +212,7 @@ impl TensorRegistry {
 
     /// Returns the index of an averaged tensor as `Ok`, of a copied one as `Err`.
     pub(super) fn find(&self, name: &str) -> Option<Result<usize, usize>> {
-        match self.slots.get(name)? {
+        match self.roles.get(name)? {
             TensorRole::Averaged(i) => Some(Ok(*i)),
             TensorRole::Copied(i) => Some(Err(*i)),
             TensorRole::Tied(_) | TensorRole::LeftOut => None,

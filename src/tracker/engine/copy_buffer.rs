@@ -3,20 +3,20 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::compute::cpu::{Layout, Spare, SpareAverages, ValueRange};
-use crate::tracker::moment::{CheckpointMeta, Failure};
+use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::tracker::values::{OwnedValues, Values};
-use crate::tracker::writer::Home;
+use crate::tracker::writer::Recycle;
 
 /// Buffer for one copy of an engine's values.
 #[derive(Clone, Default)]
 pub(in crate::tracker) struct CopyBuffer {
-    kept: Arc<Mutex<Option<Memory>>>,
+    kept: Arc<Mutex<Option<BufferMemory>>>,
     /// True if a test simulates missing memory.
     #[cfg(test)]
     refused: bool,
 }
 
-struct Memory {
+struct BufferMemory {
     averages: Vec<SpareAverages>,
     copies: Vec<Spare<u8>>,
 }
@@ -26,22 +26,22 @@ impl CopyBuffer {
     ///
     /// If the system has none, the first copy tries again and warns.
     pub(super) fn prepare(&self, values: &Values<'_>) {
-        *self.lock() = Memory::for_copy_of(values).map(Memory::touched);
+        *self.lock() = BufferMemory::for_copy_of(values).map(BufferMemory::prefault);
     }
 
     /// Copies the values of a checkpoint for another thread. Warns and returns none if there is not enough memory.
     ///
     /// # Errors
     /// [`Failure::Values`] for NaN or infinity, which is never stored.
-    pub(super) fn copy_of(&self, values: &Values<'_>, moment: &CheckpointMeta) -> Result<Option<OwnedValues>, Failure> {
-        let Some((mut copy, ranges)) = self.copy(values, moment.table.layout()) else {
-            let (dir, step) = (moment.dir.display(), moment.step());
+    pub(super) fn copy_of(&self, values: &Values<'_>, meta: &CheckpointMeta) -> Result<Option<OwnedValues>, Failure> {
+        let Some((mut copy, ranges)) = self.copy(values, meta.registry.layout()) else {
+            let (dir, step) = (meta.dir.display(), meta.step());
             tracing::warn!(
                 "{dir}: no memory for a copy of the averages: training waits for the snapshot of step {step}"
             );
             return Ok(None);
         };
-        match moment.choose_all_dtypes(&copy.as_values(), &ranges) {
+        match meta.choose_all_dtypes(&copy.as_values(), &ranges) {
             Ok(dtypes) => {
                 copy.dtypes = Some(dtypes);
                 Ok(Some(copy))
@@ -62,7 +62,7 @@ impl CopyBuffer {
         let kept = self.lock().take();
         let memory = match kept {
             Some(memory) => memory,
-            None => Memory::for_copy_of(values)?,
+            None => BufferMemory::for_copy_of(values)?,
         };
         let profiles = memory.averages.into_iter().zip(values.averages);
         let (averages, ranges) = profiles.map(|(spare, averages)| spare.copy(averages, layout)).unzip();
@@ -75,17 +75,17 @@ impl CopyBuffer {
     fn put_back(&self, copy: OwnedValues) {
         let averages = copy.averages.into_iter().map(SpareAverages::release).collect();
         let copies = copy.copies.into_iter().map(Spare::release).collect();
-        *self.lock() = Some(Memory { averages, copies });
+        *self.lock() = Some(BufferMemory { averages, copies });
     }
 
     /// Returns the callback that puts back a copy given to another thread.
-    pub(super) fn home(&self) -> Home {
-        let spare = self.clone();
-        Box::new(move |copy| spare.put_back(copy))
+    pub(super) fn recycle(&self) -> Recycle {
+        let buffer = self.clone();
+        Box::new(move |copy| buffer.put_back(copy))
     }
 
     /// Locks the memory; nothing panics while it holds the lock.
-    fn lock(&self) -> MutexGuard<'_, Option<Memory>> {
+    fn lock(&self) -> MutexGuard<'_, Option<BufferMemory>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -103,15 +103,15 @@ impl CopyBuffer {
     }
 }
 
-impl Memory {
-    fn for_copy_of(values: &Values<'_>) -> Option<Memory> {
+impl BufferMemory {
+    fn for_copy_of(values: &Values<'_>) -> Option<BufferMemory> {
         let averages = values.averages.iter().map(SpareAverages::for_copy_of).collect::<Option<_>>()?;
         let copies = values.copies.iter().map(|copy| Spare::new(copy.len())).collect::<Option<_>>()?;
-        Some(Memory { averages, copies })
+        Some(BufferMemory { averages, copies })
     }
 
-    fn touched(self) -> Memory {
+    fn prefault(self) -> BufferMemory {
         let averages = self.averages.into_iter().map(SpareAverages::prefault).collect();
-        Memory { averages, copies: self.copies.into_iter().map(Spare::prefault).collect() }
+        BufferMemory { averages, copies: self.copies.into_iter().map(Spare::prefault).collect() }
     }
 }
