@@ -1,4 +1,4 @@
-"""Contenders that take turns, so that whatever slows the machine slows all of them.
+"""Contenders that take turns, so that a slower machine slows all of them alike.
 
 Each has a process of its own. A worker waits with its data in memory and works once for each request; a command starts
 again each time. The first round warms up, checks the results and measures memory; the others are timed.

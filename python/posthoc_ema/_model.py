@@ -13,7 +13,7 @@ from ._lend import Lender, torch_module
 Model = Any
 """A module of PyTorch, or a mapping of names to tensors of PyTorch, arrays of NumPy, or objects with DLPack."""
 
-# Tracked whatever requires grad: an averaged network with batch normalisation cannot be evaluated without them.
+# Tracked even with `only_save_diff`: an averaged network with batch normalisation cannot be evaluated without them.
 BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 # Wrappers that hold the actual module as `module`.
@@ -88,7 +88,7 @@ class MappingTensors:
         self._lender = Lender(list(model.items()))
 
     def patterns_in_use(self, patterns: Sequence[str]) -> list[str]:
-        """Returns all patterns: whatever a mapping holds can be lent."""
+        """Returns all patterns: every tensor of a mapping can be lent."""
         return list(patterns)
 
     @property

@@ -47,7 +47,7 @@ def _torch_tensor(name: str, dtype: str, shape: list[int]) -> Any:
     own = getattr(torch, _NAMES.get(dtype, ""), None)
     if own is None:
         raise ValueError(f"tensor `{name}`: PyTorch has no dtype {dtype}: convert it with the option `dtype`")
-    # On the CPU whatever the default device is: the native part writes to these addresses.
+    # The native part writes to these addresses, so the default device of the program does not count.
     return torch.empty(shape, dtype=own, device="cpu")
 
 

@@ -147,7 +147,7 @@ class RunAverages:
     ) -> list[Path]:
         """Writes averages of several lengths as safetensors files, in one pass over the stored snapshots.
 
-        Memory stays bounded, whatever the size of the model.
+        Memory stays bounded for models of any size.
 
         Args:
             targets: Profiles, or numbers as sigma_rel.

@@ -66,7 +66,7 @@ def test_block_holds_the_average_and_restores_every_bit(model: torch.nn.Module, 
     ema = trained(model, run_dir)
     for i, part in enumerate(model.modules()):
         part.training = i % 2 == 0
-    flags, before, where = [part.training for part in model.modules()], bits(model), layouts(model)
+    flags, before, places = [part.training for part in model.modules()], bits(model), layouts(model)
     with ema.state_dict(0.15) as state_dict:
         pass
     with ema.model(model, sigma_rel=0.15) as averaged:
@@ -75,10 +75,10 @@ def test_block_holds_the_average_and_restores_every_bit(model: torch.nn.Module, 
         held = model.state_dict()
         assert list(held) == list(state_dict)
         assert all(torch.equal(held[name], tensor) for name, tensor in state_dict.items())
-        assert layouts(model) == where
+        assert layouts(model) == places
         assert bits(model) != before
     assert bits(model) == before
-    assert layouts(model) == where
+    assert layouts(model) == places
     assert [part.training for part in model.modules()] == flags
 
 
@@ -138,7 +138,7 @@ def test_abandoned_block_restores_every_bit(run_dir: Path) -> None:
 def test_changes_to_the_model_in_a_block_are_undone(run_dir: Path, move: str) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3))
     ema = trained(model, run_dir)
-    before, where = bits(model), layouts(model)
+    before, places = bits(model), layouts(model)
     with ema.model(model, 0.1):
         if move == "half":
             model.half()
@@ -153,7 +153,7 @@ def test_changes_to_the_model_in_a_block_are_undone(run_dir: Path, move: str) ->
         else:
             del model[0].bias
     assert bits(model) == before
-    assert [entry[0] for entry in layouts(model)] == [entry[0] for entry in where]
+    assert [entry[0] for entry in layouts(model)] == [entry[0] for entry in places]
 
 
 def test_updates_in_a_block_are_refused_and_not_counted(run_dir: Path) -> None:
