@@ -1,18 +1,18 @@
-//! Where the arithmetic is done.
+//! Devices that compute.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// A device to compute on.
+/// Device to compute on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
-    /// Left to whoever computes: a synthesis takes whichever is faster for the job, a tracker keeps averages on the
-    /// device where there is ample room, a benchmark measures all there is.
+    /// Automatic choice. A synthesis uses the device that is faster for the job, a tracker keeps averages on the CUDA device
+    /// if it has ample room, and a benchmark measures all devices.
     Auto,
-    /// The CPU.
+    /// CPU.
     #[default]
     Cpu,
-    /// The CUDA device of this number.
+    /// CUDA device of this number.
     Cuda(usize),
 }
 
@@ -26,12 +26,12 @@ impl fmt::Display for Device {
     }
 }
 
-/// `auto`, `cpu`, `cuda` (the first) or `cuda:N`.
+/// Parses `auto`, `cpu`, `cuda` (the first CUDA device) or `cuda:N`.
 impl FromStr for Device {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Device, String> {
-        let unknown = || format!("`{text}` is no device: the devices are auto, cpu and cuda:N");
+        let unknown = || format!("`{text}` is not a device: the devices are auto, cpu and cuda:N");
         match text {
             "auto" => Ok(Device::Auto),
             "cpu" => Ok(Device::Cpu),
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_read_as_they_are_written() {
+    fn display_and_from_str_round_trip() {
         for device in [Device::Auto, Device::Cpu, Device::Cuda(0), Device::Cuda(17)] {
             assert_eq!(device.to_string().parse(), Ok(device));
         }

@@ -359,7 +359,7 @@ def test_failed_start_leaves_no_files(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("tempfile.tempdir", None)
     model = torch.nn.Linear(3, 3)
     ema = KarrasEMA(model, sigma_rel=0.1, device="nowhere")
-    with pytest.raises(ValueError, match="`nowhere` is no device"):
+    with pytest.raises(ValueError, match="`nowhere` is not a device"):
         ema.update()
     assert ema.step == 0
     del ema

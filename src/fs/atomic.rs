@@ -1,8 +1,8 @@
-//! Files that appear whole or not at all: written beside, synced, renamed, the directory synced.
+//! Files that appear whole or not at all: written under a temporary name, synced and renamed, with a sync of the directory.
 //!
-//! What is written goes on its way to the disk at once, while the next is made: a sync that finds all of it still to be
-//! written takes about twice as long altogether. Large pages, sizes known beforehand and several threads on one file gain
-//! nothing over that, and writes past the page cache are slower (and some filesystems refuse them).
+//! Writeback starts right after each write, while the caller prepares the next one. Leaving it all to the final sync takes
+//! about twice as long. Large pages, preallocation and several threads per file gain nothing on top. Writes past the page
+//! cache are slower, and some file systems refuse them.
 
 use std::fs::{File, Permissions};
 use std::io;
@@ -14,64 +14,61 @@ use rustix::process::{Resource, getrlimit};
 use tempfile::NamedTempFile;
 
 use super::fail_point;
-use super::temporary::{self, Live};
+use super::temporary::{self, LiveEntry};
 use crate::error::{Error, Result};
 
-/// Bytes that are written before they are sent on to the disk.
+/// Bytes that are written before their writeback starts.
 const STRETCH: usize = 4 << 20;
 
-/// Fewer bytes than this wait for more, or for the sync.
-const SENT_AT_ONCE: usize = 1 << 20;
+/// Smallest write in bytes that starts writeback. Smaller ones wait for the sync.
+const MIN_WRITEBACK: usize = 1 << 20;
 
-/// A file that is being written under a temporary name. Dropped before [`AtomicFile::commit`], it leaves nothing.
+/// File that is being written under a temporary name. If it is dropped before [`AtomicFile::commit`], it is removed.
 #[derive(Debug)]
 pub struct AtomicFile {
     file: NamedTempFile,
     path: PathBuf,
-    /// The length beyond which this process may write no file.
+    /// Largest length of a file that this process may write.
     limit: Option<u64>,
     /// Dropped after the file.
-    _live: Live,
+    _live: LiveEntry,
 }
 
 impl AtomicFile {
-    /// Begins a file that will be called `path`, in the same directory.
+    /// Creates a temporary file in the directory of `path`, its final name.
     ///
     /// # Errors
-    /// [`Error::Io`] where the directory cannot be written, [`Error::Unexpected`] where `path` is a directory itself.
+    /// [`Error::Io`] if the directory cannot be written, [`Error::Unexpected`] if `path` is a directory itself.
     pub fn create(path: &Path) -> Result<AtomicFile> {
         if path.is_dir() {
             return Err(Error::unexpected(path, "this is a directory: name a file in it"));
         }
-        // The mode that the process's umask gives any new file; tempfile's own default is private to the user.
+        // Subject to the umask, as for any new file. The default of tempfile is private to the user.
         let permissions = Permissions::from_mode(0o666);
-        let make = || temporary::file(parent_dir(path), permissions);
-        let (file, live) = fail_point(path).and_then(|()| make()).map_err(Error::io("write", path))?;
+        let create = || temporary::file(parent_dir(path), permissions);
+        let (file, live) = fail_point(path).and_then(|()| create()).map_err(Error::io("write", path))?;
         Ok(AtomicFile { file, path: path.to_owned(), limit: file_limit(), _live: live })
     }
 
-    /// What the file will be called.
+    /// Returns the final path of the file.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Writes bytes at an offset; callers may do so in any order and from several threads.
+    /// Writes bytes at an offset, in any order and from any thread.
     ///
     /// # Errors
-    /// [`Error::Io`], a full disk among them.
+    /// [`Error::Io`], as for a full disk.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        let write = || {
-            check_limit(self.limit, offset + bytes.len() as u64)?;
-            self.file.as_file().write_all_at(bytes, offset)
-        };
+        let write = || write_within(self.limit, self.file.as_file(), offset, bytes);
         fail_point(&self.path).and_then(|()| write()).map_err(Error::io("write", &self.path))?;
-        if bytes.len() >= SENT_AT_ONCE {
+        if bytes.len() >= MIN_WRITEBACK {
             start_writeback(self.file.as_file(), offset, bytes.len());
         }
         Ok(())
     }
 
-    /// Writes a large block, stretch by stretch.
+    /// Writes a large block in pieces, so that writeback starts early.
     ///
     /// # Errors
     /// As [`AtomicFile::write_at`].
@@ -80,10 +77,10 @@ impl AtomicFile {
         stretches.try_for_each(|(i, bytes)| self.write_at(offset + (i * STRETCH) as u64, bytes))
     }
 
-    /// Makes the file durable under its final name, in place of any file of that name.
+    /// Makes the file durable under its final name and replaces any file of that name.
     ///
     /// # Errors
-    /// [`Error::Io`]; the temporary file is then removed and what was there before is untouched.
+    /// [`Error::Io`]. The temporary file is removed, and the previous file of that name is untouched.
     pub fn commit(self) -> Result<()> {
         fail_point(&self.path).and_then(|()| self.file.as_file().sync_all()).map_err(Error::io("sync", &self.path))?;
         let rename = || self.file.persist(&self.path).map(drop).map_err(|failed| failed.error);
@@ -92,23 +89,31 @@ impl AtomicFile {
     }
 }
 
-/// The length beyond which this process may write no file.
-pub fn file_limit() -> Option<u64> {
+/// Returns the largest length of a file that this process may write.
+fn file_limit() -> Option<u64> {
     getrlimit(Resource::Fsize).current
 }
 
-/// A write beyond the limit would not fail but end the process, by a signal.
-pub fn check_limit(limit: Option<u64>, end: u64) -> io::Result<()> {
-    match limit {
-        Some(limit) if end > limit => Err(Errno::FBIG.into()),
-        _ => Ok(()),
-    }
+/// Writes bytes at an offset of a file.
+#[cfg(feature = "pytorch")]
+pub fn write_all_at(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    write_within(file_limit(), file, offset, bytes)
 }
 
-/// Has the system begin to write a stretch of a file, and does not wait for it.
+/// Writes bytes at an offset of a file, or fails if they would exceed a limit on its length.
 ///
-/// This is what "not needed any more" does with pages that are not on disk yet; all but a few stay in memory, for whoever reads
-/// the file next. Where it fails, the sync does it all.
+/// Without the check, a signal would end the process.
+fn write_within(limit: Option<u64>, file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    if limit.is_some_and(|limit| offset + bytes.len() as u64 > limit) {
+        return Err(Errno::FBIG.into());
+    }
+    file.write_all_at(bytes, offset)
+}
+
+/// Starts the writeback of a range of a file, without waiting for it.
+///
+/// The advice that pages are no longer needed writes back dirty pages, and almost all of them stay in memory. If it fails,
+/// the sync writes them.
 #[cfg(target_os = "linux")]
 fn start_writeback(file: &File, offset: u64, bytes: usize) {
     let length = std::num::NonZeroU64::new(bytes as u64);
@@ -123,7 +128,7 @@ pub fn sync_directory(dir: &Path) -> Result<()> {
     fail_point(dir).and_then(|()| File::open(dir)).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", dir))
 }
 
-/// The directory that a path lies in.
+/// Returns the directory that contains a path.
 pub fn parent_dir(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -136,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_seen_before_the_commit_and_nothing_is_left_without_it() {
+    fn file_appears_on_commit_and_leaves_nothing_without_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, "before").unwrap();
@@ -167,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_directory_is_an_error_with_the_path() {
+    fn missing_directory_is_an_error_with_the_path() {
         let text = AtomicFile::create(Path::new("/nonexistent/x")).unwrap_err().to_string();
         assert!(text.contains("/nonexistent/x") && text.contains("check the path"), "{text}");
     }

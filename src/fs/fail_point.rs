@@ -1,6 +1,6 @@
-//! Failures of the file system on purpose, for tests: every step that changes what is on disk goes by here.
+//! Injected failures of the file system, for tests: every operation that changes the disk calls [`fail_point`] first.
 
-/// Called before a step; fails where a test has asked for that.
+/// Called before an operation. Fails if a test has injected a fault.
 #[cfg(not(test))]
 #[inline(always)]
 pub(crate) fn fail_point(_: &std::path::Path) -> std::io::Result<()> {
@@ -16,29 +16,29 @@ mod injected {
     use std::path::{Path, PathBuf};
     use std::sync::{Mutex, MutexGuard, PoisonError};
 
-    /// What is to fail, by directory: tests run side by side, and threads of their own write for them.
+    /// Planned faults, by directory: tests run in parallel, and other threads write for them.
     static PLANNED: Mutex<Vec<Planned>> = Mutex::new(Vec::new());
 
     struct Planned {
         dir: PathBuf,
         steps: usize,
         first: usize,
-        /// One more than the last step that fails.
+        /// One past the last operation that fails.
         end: usize,
         code: i32,
     }
 
-    /// Failures of the steps within a directory, until it is dropped.
+    /// Guard that makes operations within a directory fail until it is dropped.
     pub(crate) struct Fault(PathBuf);
 
     impl Fault {
-        /// The steps of this range fail, counted from 0, with an error code of the system.
+        /// Plans that the operations of a range, counted from 0, fail with an error code of the system.
         pub(crate) fn within(dir: &Path, steps: std::ops::Range<usize>, code: i32) -> Fault {
             planned().push(Planned { dir: dir.to_owned(), steps: 0, first: steps.start, end: steps.end, code });
             Fault(dir.to_owned())
         }
 
-        /// How many steps there were so far.
+        /// Returns the number of operations so far.
         pub(crate) fn steps(&self) -> usize {
             planned().iter().find(|planned| planned.dir == self.0).map_or(0, |planned| planned.steps)
         }

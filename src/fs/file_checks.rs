@@ -1,40 +1,40 @@
-//! Looking at a file before it is opened: what is no regular file may wait for ever (a pipe) or never end (a device).
+//! Checks of a file before it is opened: reading a pipe may block forever, and a device may never end.
 
 use std::fs::{self, Metadata};
 use std::path::Path;
 
 use crate::error::{Error, Result};
 
-/// The most bytes of a document beside tensors, such as an index of shards. That of a million tensors takes half of it.
-const LARGEST: u64 = 1 << 28;
+/// Largest document beside tensors in bytes. The index of a million tensors in shards takes half of it.
+const MAX_DOCUMENT: u64 = 1 << 28;
 
-/// Checks that a path leads to a regular file. Links are followed: so the caches of Hugging Face's tools hold their files.
+/// Checks that a path leads to a regular file. Follows links, which the caches of Hugging Face's tools use.
 ///
 /// # Errors
-/// [`Error::Io`], and [`Error::Unexpected`] for anything else.
+/// [`Error::Io`], and [`Error::Unexpected`] if it is not a regular file.
 pub fn check_regular(path: &Path) -> Result<Metadata> {
     let metadata = fs::metadata(path).map_err(Error::io("read", path))?;
     if metadata.is_file() {
         Ok(metadata)
     } else {
-        Err(Error::unexpected(path, "this is no regular file: move it out of the directory"))
+        Err(Error::unexpected(path, "this is not a regular file: move it out of the directory"))
     }
 }
 
-/// Reads a document whole.
+/// Reads a whole document.
 ///
 /// # Errors
-/// As [`check_regular`], and [`Error::Unexpected`] for one that is longer than any of its kind.
+/// As [`check_regular`], and [`Error::Unexpected`] if it has more than 256 MiB.
 pub fn read_document(path: &Path) -> Result<Vec<u8>> {
     let length = check_regular(path)?.len();
-    if length > LARGEST {
-        let why = format!("it has {length} bytes, and no document of its kind has more than {LARGEST}: check the file");
+    if length > MAX_DOCUMENT {
+        let why = format!("it has {length} bytes, but such a document has at most {MAX_DOCUMENT}: check the file");
         return Err(Error::unexpected(path, why));
     }
     fs::read(path).map_err(Error::io("read", path))
 }
 
-/// The same; none where there is no such file.
+/// Reads a whole document, or returns `None` if the file does not exist.
 ///
 /// # Errors
 /// As [`read_document`].
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_could_wait_or_never_end_is_not_opened() {
+    fn irregular_and_huge_files_are_not_opened() {
         let dir = tempfile::tempdir().unwrap();
         let pipe = dir.path().join("pipe");
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
@@ -58,10 +58,10 @@ mod tests {
         std::os::unix::fs::symlink("/dev/zero", &link).unwrap();
         for path in [&pipe, &link, &dir.path().to_owned()] {
             let text = read_document(path).unwrap_err().to_string();
-            assert!(text.contains("no regular file") && text.contains(path.to_str().unwrap()), "{text}");
+            assert!(text.contains("not a regular file") && text.contains(path.to_str().unwrap()), "{text}");
         }
         let long = dir.path().join("long");
-        fs::File::create(&long).unwrap().set_len(LARGEST + 1).unwrap();
+        fs::File::create(&long).unwrap().set_len(MAX_DOCUMENT + 1).unwrap();
         assert!(read_document(&long).unwrap_err().to_string().contains("it has 268435457 bytes"));
         assert_eq!(find_document(&dir.path().join("missing")).unwrap(), None);
         assert!(matches!(read_document(&dir.path().join("missing")), Err(Error::Io { .. })));

@@ -1,4 +1,4 @@
-//! Folders that appear whole or not at all: written beside, renamed, the directory above synced.
+//! Folders that appear whole or not at all: written under a temporary name and renamed, with a sync of the parent.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -12,19 +12,19 @@ use super::fail_point;
 use super::temporary::{self, TempLock};
 use crate::error::{Error, Result};
 
-/// A folder that is being written under a temporary name. Dropped before [`AtomicFolder::commit`], it leaves nothing.
+/// Folder that is being written under a temporary name. If it is dropped before [`AtomicFolder::commit`], it is removed.
 pub struct AtomicFolder {
     dir: PathBuf,
-    /// Removed before the directories that it may lie in.
+    /// Dropped before the parents that were created for it.
     temp: TempDir,
-    held: TempLock,
-    made: CreatedDirs,
+    lock: TempLock,
+    created: CreatedDirs,
 }
 
-/// Checks that a folder can be written to `target`: there is nothing, or an empty directory.
+/// Checks that `target` does not exist or is an empty directory.
 ///
 /// # Errors
-/// [`Error::Unexpected`] with what is there, and [`Error::Io`].
+/// [`Error::Unexpected`] with the name of an entry, and [`Error::Io`].
 pub fn check_vacant(target: &Path) -> Result<()> {
     match fs::read_dir(target) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -44,80 +44,78 @@ pub fn check_vacant(target: &Path) -> Result<()> {
 }
 
 impl AtomicFolder {
-    /// Makes the folder's parents, where they are missing, and beside it a temporary folder; `what` tells what for. What
-    /// processes that were killed left there is removed.
+    /// Creates the missing parents of `target`, and a temporary folder beside it whose name contains `purpose`.
+    ///
+    /// Removes temporary files there that killed processes left.
     ///
     /// # Errors
-    /// [`Error::Io`], and [`Error::Unexpected`] for a directory that cannot be replaced.
-    pub fn create(target: &Path, what: &str) -> Result<AtomicFolder> {
-        // The folder may be named by a link, and `.` has no parent.
+    /// [`Error::Io`], and [`Error::Unexpected`] if `target` is a directory that cannot be replaced.
+    pub fn create(target: &Path, purpose: &str) -> Result<AtomicFolder> {
+        // `target` may be a link, and `.` has no parent.
         let absolute = || target.canonicalize().or_else(|_| std::path::absolute(target));
         let dir = absolute().map_err(Error::io("create", target))?;
         let parent =
             dir.parent().ok_or_else(|| Error::unexpected(target, "this is the root: name a directory in it"))?;
-        let made = CreatedDirs::parents(parent)?;
-        temporary::remove_left(parent);
-        let (permissions, there) = match fs::metadata(&dir) {
-            Ok(metadata) => (metadata.permissions(), Some(metadata.dev())),
-            // The mode that the process's umask gives any new directory.
-            Err(_) => (Permissions::from_mode(0o777), None),
-        };
-        let beside = fs::metadata(parent).map_err(Error::io("read", parent))?.dev();
-        if there.is_some_and(|device| device != beside) {
+        let created = CreatedDirs::parents(parent)?;
+        temporary::remove_leftovers(parent);
+        let existing = fs::metadata(&dir).ok();
+        let device = fs::metadata(parent).map_err(Error::io("read", parent))?.dev();
+        if existing.as_ref().is_some_and(|existing| existing.dev() != device) {
             return Err(Error::unexpected(target, "another file system begins here: name a new directory in it"));
         }
-        let temp = temporary::folder(parent, what, permissions);
-        let (temp, held) = temp.map_err(Error::io("create", target))?;
-        Ok(AtomicFolder { dir, temp, held, made })
+        // A new directory is subject to the umask, as any other.
+        let permissions = existing.map_or_else(|| Permissions::from_mode(0o777), |existing| existing.permissions());
+        let (temp, lock) = temporary::folder(parent, purpose, permissions).map_err(Error::io("create", target))?;
+        Ok(AtomicFolder { dir, temp, lock, created })
     }
 
-    /// Where to write.
+    /// Returns the path of the temporary folder, to write to.
     pub fn path(&self) -> &Path {
         self.temp.path()
     }
 
-    /// Gives the folder, which is whole, its name.
+    /// Renames the finished folder to its final name.
     ///
     /// # Errors
-    /// [`Error::Io`], where somebody else has begun to use the directory, too.
+    /// [`Error::Io`], also if another process has begun to use the directory.
     pub fn commit(self) -> Result<()> {
-        // Dropped from the last to the first: the directories that it lies in come last.
-        let AtomicFolder { made, held, temp, dir } = self;
-        held.finish();
+        // Dropped in reverse order: the created parents last.
+        let AtomicFolder { created, lock, temp, dir } = self;
+        lock.finish();
         let rename = || fs::rename(temp.path(), &dir);
         fail_point(&dir).and_then(|()| rename()).map_err(Error::io("rename into place", &dir))?;
-        // It is no longer there to be removed.
+        // It has been renamed, so there is nothing to remove.
         let _ = temp.keep();
-        drop(held);
-        made.keep()?;
+        drop(lock);
+        created.keep()?;
         sync_directory(parent_dir(&dir))
     }
 }
 
-/// Directories that were made, the outermost first. Dropped, they are removed where they are empty.
+/// Guard of created directories, the outermost first. Unless they are kept, empty ones are removed on drop.
 pub struct CreatedDirs(Vec<PathBuf>);
 
 impl CreatedDirs {
-    /// Makes a directory and those above it, where they are missing.
+    /// Creates a directory and its missing parents.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn parents(dir: &Path) -> Result<CreatedDirs> {
-        let mut made = CreatedDirs(Vec::new());
-        let named = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
-        let missing: Vec<&Path> = dir.ancestors().take_while(named).collect();
+        let mut created = CreatedDirs(Vec::new());
+        let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+        let missing: Vec<&Path> = dir.ancestors().take_while(is_missing).collect();
         for path in missing.into_iter().rev() {
             match fs::create_dir(path) {
-                Ok(()) => made.0.push(path.to_owned()),
+                Ok(()) => created.0.push(path.to_owned()),
                 // Another process was faster.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(Error::io("create", path)(error)),
             }
         }
-        Ok(made)
+        Ok(created)
     }
 
-    /// Keeps them, durably.
+    /// Keeps the directories and makes them durable.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -129,7 +127,7 @@ impl CreatedDirs {
 impl Drop for CreatedDirs {
     fn drop(&mut self) {
         for path in self.0.iter().rev() {
-            // Not empty where somebody else has begun to use it.
+            // Fails if another process has begun to use the directory.
             let _ = fs::remove_dir(path);
         }
     }

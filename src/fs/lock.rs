@@ -1,4 +1,4 @@
-//! The lock that a run holds while it is being written.
+//! Lock of a run, held while it is being written.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::Path;
@@ -6,22 +6,22 @@ use std::path::Path;
 use super::fail_point;
 use crate::error::{Error, Result};
 
-/// The name of the lock within a run. It stays behind, unlocked: removing it would race with the next writer.
+/// File name of the lock within a run. The file is never removed: that would race with the next writer.
 const LOCK_FILE: &str = ".lock";
 
-/// Held as long as this lives; the system releases it even when the process is killed.
+/// Guard of a locked run. The system releases the lock even if the process is killed.
 #[derive(Debug)]
 pub struct Lock {
     file: File,
-    /// Who took it: a forked child shares the open file, and must not release what its parent holds.
+    /// Process that took the lock. A forked child shares the open file and must not release it.
     process: u32,
 }
 
-/// Closing the file would not do while a forked child, such as a process that loads data, has it open too.
+/// Unlocks explicitly: closing the file is not enough while a forked child, such as a data loader, has it open.
 impl Drop for Lock {
     fn drop(&mut self) {
         if self.process == std::process::id() {
-            // Closed in a moment, and released then where this fails.
+            // If this fails, closing the file releases the lock.
             let _ = self.file.unlock();
         }
     }
@@ -31,7 +31,7 @@ impl Lock {
     /// Locks a run for writing.
     ///
     /// # Errors
-    /// [`Error::Locked`] where another writer holds it, [`Error::Io`] where the lock cannot be made.
+    /// [`Error::Locked`] if another writer holds it, [`Error::Io`] if the lock cannot be taken.
     pub fn acquire(dir: &Path) -> Result<Lock> {
         let path = dir.join(LOCK_FILE);
         let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
@@ -50,7 +50,7 @@ mod tests {
     use crate::fs::fail_point::Fault;
 
     #[test]
-    fn a_second_writer_is_refused_until_the_first_is_gone() {
+    fn second_writer_is_refused_until_the_first_is_gone() {
         let dir = tempfile::tempdir().unwrap();
         let first = Lock::acquire(dir.path()).unwrap();
         let text = Lock::acquire(dir.path()).unwrap_err().to_string();
@@ -60,13 +60,13 @@ mod tests {
     }
 
     #[test]
-    fn where_files_cannot_be_locked_nothing_is_written_and_the_remedy_is_told() {
+    fn file_system_without_locks_is_an_error_with_a_remedy() {
         let dir = tempfile::tempdir().unwrap();
         for code in [rustix::io::Errno::NOLCK, rustix::io::Errno::OPNOTSUPP, rustix::io::Errno::NOSYS] {
             let _fault = Fault::within(dir.path(), 0..1, code.raw_os_error());
             let text = Lock::acquire(dir.path()).unwrap_err().to_string();
-            let told = text.contains("cannot lock") && text.contains("put the run on another one");
-            assert!(told && text.contains(dir.path().to_str().unwrap()), "{text}");
+            assert!(text.contains("cannot lock") && text.contains("put the run on another one"), "{text}");
+            assert!(text.contains(dir.path().to_str().unwrap()), "{text}");
         }
         Lock::acquire(dir.path()).unwrap();
     }

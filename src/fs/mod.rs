@@ -1,4 +1,4 @@
-//! Files of any kind, and the operating system: atomic writes, temporary names, locks, mappings, checks before opening.
+//! Files of any kind, and the operating system: atomic writes, temporary names, locks, mappings, memory, processes.
 
 mod atomic;
 pub(crate) mod fail_point;
@@ -6,18 +6,20 @@ mod file_checks;
 mod folder;
 mod lock;
 mod mapping;
+pub(crate) mod process;
 mod temporary;
 
 pub use atomic::AtomicFile;
 #[cfg(feature = "pytorch")]
-pub(crate) use atomic::{check_limit, file_limit};
+pub(crate) use atomic::write_all_at;
 pub(crate) use atomic::{parent_dir, sync_directory};
 pub(crate) use fail_point::fail_point;
 pub(crate) use file_checks::{check_regular, find_document, read_document};
 pub(crate) use folder::{AtomicFolder, CreatedDirs, check_vacant};
 pub(crate) use lock::Lock;
-pub(crate) use mapping::Mapping;
+pub use mapping::install_sigbus_handler;
+pub(crate) use mapping::{Mapping, release_pages, use_large_pages};
 pub use temporary::remove_unfinished;
 #[cfg(feature = "pytorch")]
 pub(crate) use temporary::scratch_folder;
-pub(crate) use temporary::{TempLock, is_temporary, remove_left};
+pub(crate) use temporary::{TempLock, is_temporary, remove_leftovers};

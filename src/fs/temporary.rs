@@ -1,8 +1,9 @@
-//! Temporary names: what is being written carries one, and what a killed process left is known by it and removed.
+//! Temporary files and folders, and removal of those that killed processes left.
 //!
-//! Whoever writes holds a lock on what is written, which the system releases with the process: what can be locked is
-//! nobody's. A lock is not seen from every machine that shares a disk, so the name tells the machine, as long as it runs; what
-//! another one left, or this one before it was started anew, is removed when nobody has touched it for a day.
+//! The process that writes a temporary file holds a lock on it, which the system releases when the process ends: an
+//! unlocked one is a leftover. Locks are not visible to every machine that shares a disk, so the name contains an
+//! identifier of the machine since its last boot. A temporary file of another identifier is removed one day after it was
+//! last modified.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
@@ -15,39 +16,39 @@ use std::time::Duration;
 
 use tempfile::{Builder, NamedTempFile, TempDir};
 
-/// How all temporary names begin.
+/// Prefix of all temporary names.
 const PREFIX: &str = ".posthoc-ema-";
 
-/// After so long, what another machine has not touched is what it left.
-const LEFT: Duration = Duration::from_secs(24 * 60 * 60);
+/// Age at which a temporary file of another machine is a leftover.
+const LEFTOVER_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// How often a name is drawn again that another process has taken for one left behind, just as it was made.
-const TRIES: usize = 9;
+/// Number of attempts to create a temporary file. One fails if another process removes the file before it is locked.
+const ATTEMPTS: usize = 9;
 
-/// What this process is writing.
+/// Temporary files and folders that this process is writing.
 static LIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
-/// Something that is being written, until this is dropped.
+/// Guard that keeps a path in [`LIVE`].
 #[derive(Debug)]
-pub(super) struct Live {
+pub(super) struct LiveEntry {
     path: PathBuf,
-    /// Holds the lock of a folder; that of a file is its own handle's.
+    /// Handle that holds the lock of a folder. A file is locked through its own handle.
     _lock: Option<File>,
 }
 
-impl Live {
-    fn new(paths: &mut BTreeSet<PathBuf>, path: &Path, lock: Option<File>) -> Live {
+impl LiveEntry {
+    fn new(paths: &mut BTreeSet<PathBuf>, path: &Path, lock: Option<File>) -> LiveEntry {
         paths.insert(path.to_owned());
-        Live { path: path.to_owned(), _lock: lock }
+        LiveEntry { path: path.to_owned(), _lock: lock }
     }
 
-    /// No longer to be removed when the process is told to end.
+    /// Removes the path, so that [`remove_unfinished`] leaves it alone.
     fn finish(&self) {
         live().remove(&self.path);
     }
 }
 
-impl Drop for Live {
+impl Drop for LiveEntry {
     fn drop(&mut self) {
         self.finish();
     }
@@ -57,47 +58,47 @@ fn live() -> MutexGuard<'static, BTreeSet<PathBuf>> {
     LIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Makes a file with a temporary name in a directory.
-pub(super) fn file(dir: &Path, permissions: Permissions) -> io::Result<(NamedTempFile, Live)> {
-    again(|paths| {
-        let file = Builder::new().prefix(&named(PREFIX)).permissions(permissions.clone()).tempfile_in(dir)?;
-        if !is_held(file.as_file(), file.path()) {
+/// Creates a file with a temporary name in a directory.
+pub(super) fn file(dir: &Path, permissions: Permissions) -> io::Result<(NamedTempFile, LiveEntry)> {
+    retry(|paths| {
+        let file = Builder::new().prefix(&with_machine(PREFIX)).permissions(permissions.clone()).tempfile_in(dir)?;
+        if !try_lock(file.as_file(), file.path()) {
             return Ok(None);
         }
-        let live = Live::new(paths, file.path(), None);
+        let live = LiveEntry::new(paths, file.path(), None);
         Ok(Some((file, live)))
     })
 }
 
-/// Makes a folder with a temporary name in a directory; `what` tells what for.
-pub(super) fn folder(dir: &Path, what: &str, permissions: Permissions) -> io::Result<(TempDir, TempLock)> {
-    again(|paths| {
-        let prefix = named(&format!("{PREFIX}{what}-"));
+/// Creates a folder with a temporary name in a directory. `purpose` becomes part of the name.
+pub(super) fn folder(dir: &Path, purpose: &str, permissions: Permissions) -> io::Result<(TempDir, TempLock)> {
+    retry(|paths| {
+        let prefix = with_machine(&format!("{PREFIX}{purpose}-"));
         let folder = Builder::new().prefix(&prefix).permissions(permissions.clone()).tempdir_in(dir)?;
-        // Where a folder cannot be opened, it cannot be locked, and nobody takes it for left behind.
+        // A folder that cannot be opened cannot be locked, and no process takes it for a leftover.
         let Ok(handle) = File::open(folder.path()) else { return Ok(Some((folder, None))) };
-        if !is_held(&handle, folder.path()) {
+        if !try_lock(&handle, folder.path()) {
             return Ok(None);
         }
-        let live = Live::new(paths, folder.path(), Some(handle));
+        let live = LiveEntry::new(paths, folder.path(), Some(handle));
         Ok(Some((folder, Some(live))))
     })
     .map(|(folder, live)| (folder, TempLock(live)))
 }
 
-/// Makes a folder for what only this process needs, for a while. What others left beside it is removed.
+/// Creates a private temporary folder in a directory, and removes leftovers there.
 #[cfg(feature = "pytorch")]
-pub fn scratch_folder(dir: &Path, what: &str) -> io::Result<(TempDir, TempLock)> {
-    remove_left(dir);
-    folder(dir, what, Permissions::from_mode(0o700))
+pub fn scratch_folder(dir: &Path, purpose: &str) -> io::Result<(TempDir, TempLock)> {
+    remove_leftovers(dir);
+    folder(dir, purpose, Permissions::from_mode(0o700))
 }
 
-/// Keeps a folder from being taken for left behind.
+/// Lock that keeps a folder from being taken for a leftover.
 #[derive(Debug)]
-pub struct TempLock(Option<Live>);
+pub struct TempLock(Option<LiveEntry>);
 
 impl TempLock {
-    /// The folder is whole, and about to get its name: it is not removed any more, not even by a signal half way.
+    /// Marks the folder as finished, so that [`remove_unfinished`] leaves it alone.
     pub(super) fn finish(&self) {
         if let Some(live) = &self.0 {
             live.finish();
@@ -105,73 +106,76 @@ impl TempLock {
     }
 }
 
-/// Whoever ends the process waits until what was made is known.
-fn again<T>(make: impl Fn(&mut BTreeSet<PathBuf>) -> io::Result<Option<T>>) -> io::Result<T> {
-    for _ in 0..TRIES {
-        if let Some(made) = make(&mut live())? {
-            return Ok(made);
+/// Calls `create` until it succeeds. [`LIVE`] is locked meanwhile, so that [`remove_unfinished`] sees what it created.
+fn retry<T>(create: impl Fn(&mut BTreeSet<PathBuf>) -> io::Result<Option<T>>) -> io::Result<T> {
+    for _ in 0..ATTEMPTS {
+        if let Some(created) = create(&mut live())? {
+            return Ok(created);
         }
     }
-    Err(io::Error::other("another process removes the temporary files here as soon as they are made"))
+    Err(io::Error::other("another process removes the temporary files here as soon as they are created"))
 }
 
-/// Locks what was made; false where another process was faster and is removing it. A file system without locks is fine:
-/// nobody can lock what is there then, and nobody removes it.
-fn is_held(handle: &File, path: &Path) -> bool {
+/// Locks a new file or folder. Returns false if another process has locked it and is removing it.
+///
+/// On a file system without locks, no process can lock it, so none removes it.
+fn try_lock(handle: &File, path: &Path) -> bool {
     !matches!(handle.try_lock(), Err(fs::TryLockError::WouldBlock)) && path.exists()
 }
 
-/// Whether a name is a temporary one.
+/// Returns true if a name is a temporary one.
 pub fn is_temporary(name: &str) -> bool {
     name.starts_with(PREFIX)
 }
 
-/// A prefix with the machine in it.
-fn named(prefix: &str) -> String {
+/// Appends the identifier of this machine to a prefix.
+fn with_machine(prefix: &str) -> String {
     format!("{prefix}{}-", *MACHINE)
 }
 
-/// The machine, as temporary names tell it: the kernel that runs, within which locks are seen by all. Names of machines may be
-/// alike, as those of copied ones and of containers are.
+/// Identifier of this machine: a hash of the boot ID, because all processes of one kernel see the same locks.
+///
+/// Host names are not unique: copies of a machine and containers share them.
 static MACHINE: LazyLock<String> = LazyLock::new(|| {
-    let running = fs::read("/proc/sys/kernel/random/boot_id");
-    let machine = running.unwrap_or_else(|_| rustix::system::uname().nodename().to_bytes().to_vec());
+    let boot_id = fs::read("/proc/sys/kernel/random/boot_id");
+    let machine = boot_id.unwrap_or_else(|_| rustix::system::uname().nodename().to_bytes().to_vec());
     blake3::hash(&machine).to_hex()[..8].to_owned()
 });
 
-/// What temporary folders are for.
-const FOLDERS: [&str; 2] = ["import-", "average-"];
+/// Purposes of temporary folders, in their names.
+const PURPOSES: [&str; 2] = ["import-", "average-"];
 
-/// The machine that a temporary name tells of; none for a name that was not made here, whatever it begins with.
+/// Returns the machine in a temporary name, or `None` if this crate did not create it.
 fn machine_of(name: &str) -> Option<&str> {
     let rest = name.strip_prefix(PREFIX)?;
-    let rest = FOLDERS.iter().find_map(|what| rest.strip_prefix(what)).unwrap_or(rest);
-    let (machine, drawn) = rest.split_once('-')?;
-    let hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-    let own = machine.len() == 8 && machine.bytes().all(hex);
-    (own && drawn.len() == 6 && drawn.bytes().all(|byte| byte.is_ascii_alphanumeric())).then_some(machine)
+    let rest = PURPOSES.iter().find_map(|purpose| rest.strip_prefix(purpose)).unwrap_or(rest);
+    let (machine, random) = rest.split_once('-')?;
+    let is_hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    let is_machine = machine.len() == 8 && machine.bytes().all(is_hex);
+    let is_random = random.len() == 6 && random.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    (is_machine && is_random).then_some(machine)
 }
 
-/// Removes what processes that were killed left in a directory. Whatever fails is left for the next time.
-pub fn remove_left(dir: &Path) {
+/// Removes the temporary files and folders that killed processes left in a directory. Ignores errors.
+pub fn remove_leftovers(dir: &Path) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for path in entries.flatten().map(|entry| entry.path()) {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        // Held until it is removed: who has just made it and comes too late for the lock makes another.
-        if let Some(_lock) = machine_of(name).and_then(|machine| left(&path, machine == *MACHINE)) {
-            tracing::debug!("{} is removed: the process that wrote it was killed", path.display());
+        // The lock is held until the removal, so that a process which has just created this file creates another.
+        if let Some(_lock) = machine_of(name).and_then(|machine| lock_leftover(&path, machine == *MACHINE)) {
+            tracing::debug!("{}: removed, because the process that wrote it was killed", path.display());
             remove(&path);
         }
     }
 }
 
-/// The lock of what has a temporary name and is nobody's. Links are never followed: they are none of ours.
-fn left(path: &Path, own: bool) -> Option<File> {
+/// Locks a leftover, or returns `None` if the file may be in use. Never follows links: this crate creates none.
+fn lock_leftover(path: &Path, own: bool) -> Option<File> {
     let metadata = path.symlink_metadata().ok()?;
-    if !own && metadata.modified().ok()?.elapsed().ok()? < LEFT {
+    if !own && metadata.modified().ok()?.elapsed().ok()? < LEFTOVER_AGE {
         return None;
     }
-    // Some file systems lock only what is open for writing, which a folder cannot be.
+    // Some file systems lock only files that are open for writing. A folder cannot be.
     let handle = match (metadata.is_file(), metadata.is_dir()) {
         (true, _) => File::options().read(true).write(true).open(path).ok()?,
         (_, true) => File::open(path).ok()?,
@@ -185,12 +189,13 @@ fn remove(path: &Path) {
     let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
 }
 
-/// Removes the files and folders that this process is writing: for one that is about to end in the midst of that. From here on
-/// whoever begins or finishes one waits for the end.
+/// Removes all files and folders that this process is writing, before it ends early.
+///
+/// Threads that begin or finish one afterwards block until the end of the process.
 pub fn remove_unfinished() {
     let paths = live();
     for path in paths.iter() {
-        // Threads that write into a folder may be faster, once each.
+        // Threads that still write into the folder can make the removal fail.
         for _ in 0..100 {
             remove(path);
             if path.symlink_metadata().is_err() {
@@ -214,44 +219,44 @@ mod tests {
     }
 
     #[test]
-    fn what_is_being_written_stays_and_what_nobody_writes_goes() {
+    fn only_leftovers_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let (file, _file) = file(dir.path(), Permissions::from_mode(0o666)).unwrap();
-        let (folder, held) = folder(dir.path(), "import", Permissions::from_mode(0o777)).unwrap();
+        let (folder, lock) = folder(dir.path(), "import", Permissions::from_mode(0o777)).unwrap();
         fs::write(folder.path().join("inner"), "").unwrap();
-        let mine = [
+        let foreign = [
             "mine",
             ".posthoc-ema.json",
             ".posthoc-ema-venv",
             ".posthoc-ema-notes-abcdef",
             ".posthoc-ema-12345678-abcde",
         ];
-        let long_ago = std::time::SystemTime::now() - 2 * LEFT;
-        for name in mine {
+        let long_ago = std::time::SystemTime::now() - 2 * LEFTOVER_AGE;
+        for name in foreign {
             File::create(dir.path().join(name)).unwrap().set_modified(long_ago).unwrap();
         }
-        std::os::unix::fs::symlink(dir.path().join("mine"), dir.path().join(named(PREFIX) + "linked")).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("mine"), dir.path().join(with_machine(PREFIX) + "linked")).unwrap();
         let before = names(dir.path());
         assert_eq!(before.len(), 8);
-        remove_left(dir.path());
+        remove_leftovers(dir.path());
         assert_eq!(names(dir.path()), before);
-        // As after a kill: what is there has a name, and no process.
+        // As after a kill: the files exist, but no process holds their locks.
         let path = folder.keep();
-        drop(held);
+        drop(lock);
         let (_, killed) = file.keep().unwrap();
-        remove_left(dir.path());
+        remove_leftovers(dir.path());
         assert!(!path.exists() && !killed.exists());
         assert_eq!(names(dir.path()).len(), 6);
     }
 
     #[test]
-    fn what_another_machine_writes_is_left_to_it_for_a_day() {
+    fn files_of_another_machine_are_kept_for_a_day() {
         let dir = tempfile::tempdir().unwrap();
         let [new, old] = ["00000000-abcdef", "00000000-ABC123"].map(|name| dir.path().join(format!("{PREFIX}{name}")));
         fs::write(&new, "").unwrap();
         let file = File::create(&old).unwrap();
-        file.set_modified(std::time::SystemTime::now() - LEFT - Duration::from_secs(60)).unwrap();
-        remove_left(dir.path());
+        file.set_modified(std::time::SystemTime::now() - LEFTOVER_AGE - Duration::from_secs(60)).unwrap();
+        remove_leftovers(dir.path());
         assert!(new.exists() && !old.exists());
     }
 }

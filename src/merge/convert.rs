@@ -1,7 +1,6 @@
 //! Files of PyTorch, tensor by tensor into files that can be mapped.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::find::Input;
@@ -9,7 +8,7 @@ use super::model::{Model, Part};
 use crate::error::{Error, Result};
 use crate::snapshot::FileLayout;
 
-use crate::fs::{check_limit, file_limit};
+use crate::fs::write_all_at;
 
 use crate::pytorch::Checkpoint;
 
@@ -37,10 +36,7 @@ fn write(path: &Path, file: &Checkpoint, progress: &(dyn Fn(u64) + Sync)) -> Res
     let layout = FileLayout::new(file.names().map(|name| file.spec(name)).collect::<Result<_>>()?)?;
     let header = layout.header(&Default::default())?;
     let out = File::create_new(path).map_err(Error::io("create", path))?;
-    let put = |bytes: &[u8], at: usize| {
-        let fits = check_limit(file_limit(), (at + bytes.len()) as u64);
-        fits.and_then(|()| out.write_all_at(bytes, at as u64)).map_err(Error::io("write", path))
-    };
+    let put = |bytes: &[u8], at: usize| write_all_at(&out, at as u64, bytes).map_err(Error::io("write", path));
     put(&header, 0)?;
     for place in layout.places() {
         let bytes = file.read(&layout.specs()[place.index].name)?;

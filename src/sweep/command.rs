@@ -1,9 +1,7 @@
 //! Evaluation by a shell command.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::io::{self, PipeReader, PipeWriter};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +11,7 @@ use super::output::{self, Tails};
 use super::score::score;
 use super::template::{Template, WEIGHTS};
 use crate::error::{Error, Result};
+use crate::fs::process;
 use crate::planning::profile_json;
 
 /// Environment variable of the command that holds the profile as JSON.
@@ -93,12 +92,13 @@ impl Command {
     ) -> io::Result<Child> {
         // Our copies of the shell's pipe ends are closed with the `Command` that owns them, at the end of this
         // function.
-        std::process::Command::new("sh")
+        let text = self.template.fill(candidate.path.as_os_str().as_encoded_bytes());
+        let mut command = std::process::Command::new("sh");
+        process::in_new_group(&mut command)
             .args([OsStr::new("-c"), OsStr::new(SUPERVISE), OsStr::new("sh")])
-            .arg(OsString::from_vec(self.template.fill(candidate.path.as_os_str().as_bytes())))
+            .arg(process::argument(text))
             .env(WEIGHTS, candidate.path)
             .env(PROFILE, profile_json(&candidate.plan.profile))
-            .process_group(0)
             .stdin(Stdio::from(stdin))
             .stdout(Stdio::from(stdout))
             .stderr(Stdio::from(stderr))
@@ -137,7 +137,7 @@ fn wait(mut child: Child, alive: PipeWriter, timeout: Option<Duration>) -> io::R
 
 /// Describes an exit status other than success.
 fn describe(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
+    match (status.code(), process::signal(status)) {
         (Some(126 | 127), _) => "the shell could not run it".into(),
         // A shell adds 128 to the number of the signal that ended its command.
         (Some(code @ 129..160), _) => format!("its exit status is {code}, as after signal {}", code - 128),

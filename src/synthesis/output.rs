@@ -18,7 +18,7 @@ use crate::planning::Plan;
 use crate::planning::profile_json;
 use crate::snapshot::{Meta, PROFILE, STEP};
 
-use crate::fs::{parent_dir, remove_left};
+use crate::fs::{parent_dir, remove_leftovers};
 use crate::tensor::{Memory, ParametersMut, Tensor, TensorViewMut, Tensors, byte_size, is_averaged};
 
 /// Targets of one pass: more would exceed the memory promised, and the files that a process may have open.
@@ -220,7 +220,7 @@ impl SourceSet<'_> {
         options: &WriteOptions<'_>,
     ) -> Result<Device> {
         let directories = heads.iter().flatten().map(|head| parent_dir(&head.path));
-        directories.collect::<BTreeSet<_>>().into_iter().for_each(remove_left);
+        directories.collect::<BTreeSet<_>>().into_iter().for_each(remove_leftovers);
         let files = heads.iter().map(|heads| shards.create(heads)).collect::<Result<Vec<_>>>()?;
         self.copy(selection, shards, &files)?;
         let streaming = Streaming::new(self, selection, shards, &files, options)?;

@@ -72,9 +72,9 @@ fn what_is_no_file_is_not_opened() {
     let pipe = |path: &Path| assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
     type Make = dyn Fn(&Path);
     let makes: [(&Make, &str); 4] = [
-        (&pipe, "no regular file"),
-        (&|path| symlink("/dev/zero", path).unwrap(), "no regular file"),
-        (&|path| fs::create_dir(path).unwrap(), "no regular file"),
+        (&pipe, "not a regular file"),
+        (&|path| symlink("/dev/zero", path).unwrap(), "not a regular file"),
+        (&|path| fs::create_dir(path).unwrap(), "not a regular file"),
         (&|path| symlink("/nonexistent", path).unwrap(), "0.550.safetensors"),
     ];
     for (make, part) in makes {

@@ -10,11 +10,12 @@ use bytemuck::Pod;
 use rayon::prelude::*;
 
 use super::CHUNK;
+use crate::fs::{release_pages, use_large_pages};
 
 /// Returns zeros that no thread has touched yet, so that no page is in memory.
 pub(crate) fn zeros<T: Pod>(len: usize) -> Vec<T> {
     let mut zeros = bytemuck::zeroed_vec(len);
-    system::use_large_pages(&mut zeros);
+    use_large_pages(&mut zeros);
     zeros
 }
 
@@ -26,7 +27,7 @@ impl<T: Pod> Spare<T> {
     /// Allocates memory for `len` elements. Returns none if the system has too little.
     pub fn new(len: usize) -> Option<Spare<T>> {
         let mut memory = bytemuck::allocation::try_zeroed_vec(len).ok()?;
-        system::use_large_pages(&mut memory);
+        use_large_pages(&mut memory);
         Some(Spare(memory))
     }
 
@@ -41,7 +42,7 @@ impl<T: Pod> Spare<T> {
 
     /// Keeps memory whose values are no longer needed. The system may take its pages until it is used again.
     pub fn release(mut memory: Vec<T>) -> Spare<T> {
-        system::release(&mut memory);
+        release_pages(&mut memory);
         Spare(memory)
     }
 
@@ -60,56 +61,6 @@ impl<T: Pod> Spare<T> {
         write(&mut self.0);
         self.0
     }
-}
-
-#[cfg(target_os = "linux")]
-mod system {
-    use bytemuck::Pod;
-    use rustix::mm::{Advice, madvise};
-
-    /// Bytes below which the call costs more than it saves.
-    const LARGE: usize = 1 << 20;
-
-    /// Largest size of a base page on any system.
-    const PAGE: usize = 64 << 10;
-
-    pub fn use_large_pages<T: Pod>(memory: &mut [T]) {
-        if let Some((start, bytes)) = pages(memory) {
-            // SAFETY: the range is within memory that is borrowed mutably, and the advice changes no byte of it.
-            let advised = unsafe { madvise(start, bytes, Advice::LinuxHugepage) };
-            // A kernel without huge pages keeps small ones.
-            let _ = advised;
-        }
-    }
-
-    /// Lets the system take the pages. Elements may become zero at any time until they are written.
-    pub fn release<T: Pod>(memory: &mut [T]) {
-        if let Some((start, bytes)) = pages(memory) {
-            // SAFETY: the range is within memory that is borrowed mutably. Its elements become zeros now or later,
-            // which are valid bits of every `T: Pod`. `Spare` exposes no element before it is written, and a page that
-            // has been written keeps its bytes.
-            let advised = unsafe { madvise(start, bytes, Advice::LinuxFree) };
-            // A system without this advice keeps the pages.
-            let _ = advised;
-        }
-    }
-
-    /// Returns the whole pages within some memory, if they are [`LARGE`].
-    fn pages<T: Pod>(memory: &mut [T]) -> Option<(*mut std::ffi::c_void, usize)> {
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(memory);
-        let before = bytes.as_ptr().align_offset(PAGE);
-        let whole = bytes.len().checked_sub(before)? / PAGE * PAGE;
-        let bytes = bytes.get_mut(before..before + whole).filter(|bytes| bytes.len() >= LARGE)?;
-        Some((bytes.as_mut_ptr().cast(), bytes.len()))
-    }
-}
-
-/// Other systems get no advice: spare memory stays allocated.
-#[cfg(not(target_os = "linux"))]
-mod system {
-    pub fn use_large_pages<T>(_: &mut [T]) {}
-
-    pub fn release<T>(_: &mut [T]) {}
 }
 
 #[cfg(test)]

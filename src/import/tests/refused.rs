@@ -109,7 +109,7 @@ fn irregular_files_are_not_opened() {
     let refused = || {
         let text =
             one(Tool::PytorchPosthocEma).write(temp.path(), temp.path().join("run"), None).unwrap_err().to_string();
-        assert!(text.contains("0.100.pt: this is no regular file"), "{text}");
+        assert!(text.contains("0.100.pt: this is not a regular file"), "{text}");
     };
     fs::create_dir(&path).unwrap();
     refused();
