@@ -39,7 +39,7 @@ def test_only_save_diff_tracks_trained_parameters_and_batch_statistics(run_dir: 
     model[2].requires_grad_(False)
     train(ema, model, 1)
     model[0].requires_grad_(True)
-    with pytest.raises(ValueError, match="tensor `0.weight`: it was not there when the run began"):
+    with pytest.raises(ValueError, match="tensor `0.weight`: the tensor is new, but was missing when the run began"):
         train(ema, model, 1)
 
 
@@ -122,21 +122,21 @@ def test_changed_model_is_refused_with_the_tensor_name(run_dir: Path) -> None:
 
     weight = model[0].weight
     model[0].weight = torch.nn.Parameter(torch.zeros(4, 5))
-    attempt(r"tensor `0.weight`: its shape is \[4, 5\], it was \[4, 4\]")
+    attempt(r"tensor `0.weight`: its shape is \[4, 5\], but was \[4, 4\]")
     model[0].weight = torch.nn.Parameter(torch.zeros(4, 4))
     ema.update_(model)
     model[0].weight = weight
     model.add_module("3", torch.nn.Linear(2, 2))
-    attempt("tensor `3.weight`: it was not there when the run began")
+    attempt("tensor `3.weight`: the tensor is new, but was missing when the run began")
     del model[3]
     model[2].bias = None
-    attempt("tensor `2.bias`: it is no longer there")
+    attempt("tensor `2.bias`: the tensor is missing, but was present")
     model[2].bias = torch.nn.Parameter(torch.zeros(2))
     model[1].register_buffer("extra", torch.zeros(1))
-    attempt("tensor `1.extra`: it was not there")
+    attempt("tensor `1.extra`: the tensor is new")
     del model[1].extra
     model.half()
-    attempt("tensor `0.weight`: its dtype is F16, it was F32")
+    attempt("tensor `0.weight`: its dtype is F16, but was F32")
     model.float()
     model[0].weight.data = model[0].weight.data[:2]
     attempt(r"tensor `0.weight`: its shape is \[2, 4\]")
