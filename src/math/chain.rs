@@ -1,80 +1,84 @@
-//! Chains: what a running average really holds.
+//! Chains: the decays that a running average was updated with.
 
 use super::profile::Profile;
 
-/// The decays of a running average, update by update.
+/// Rule for the decays of a running average, update by update.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Chain {
     /// A profile tracked exactly: the decay of an update at `t` after one at `s` is `F_t(s)`.
     Tracked(Profile),
-    /// What other tools wrote: the decay of update `k = 1, 2, ...` follows a counter, not the time:
-    /// `(1 - 1/(stride k + offset))^(gamma+1)`; update 0 copies the parameters.
+    /// Chain of another tool: the decay of update `k = 1, 2, ...` follows a counter instead of the time,
+    /// `(1 - 1/(stride k + offset))^(gamma+1)`. Update 0 copies the parameters.
     Counter {
         /// The exponent of the power function, less 1.
         gamma: f64,
-        /// By how much the counter grows from update to update.
+        /// The counter's increment per update.
         stride: u64,
         /// The counter at update 0.
         offset: u64,
     },
-    /// As [`Chain::Counter`], with nitrous-ema's correction for the updates that it leaves out. With `c = stride k + offset`
-    /// the decay of update `k` is `((1 - 1/c)^(gamma+1) (1 - 1/(c + stride))^(gamma+1))^(stride/2)`: a step's decay to the
-    /// power of the steps, a step being the geometric mean of those at both ends.
+    /// [`Chain::Counter`] with nitrous-ema's correction for the steps between updates.
+    ///
+    /// With `c = stride k + offset` the decay of update `k` is
+    /// `((1 - 1/c)^(gamma+1) (1 - 1/(c + stride))^(gamma+1))^(stride/2)`: the geometric mean of the per-step decays at
+    /// both ends, to the power of the number of steps.
     CorrectedCounter {
         /// The exponent of the power function, less 1.
         gamma: f64,
-        /// By how much the counter grows from update to update.
+        /// The counter's increment per update.
         stride: u64,
         /// The counter at update 0.
         offset: u64,
     },
-    /// No average at all: the parameters of the newest update, a raw checkpoint.
+    /// A raw checkpoint: the parameters of the newest update, without averaging.
     Raw,
 }
 
-/// The decay `beta_k` of each update and `1 - beta_k`, which is computed on its own to keep its digits.
+/// The decay `beta_k` of each update, and `1 - beta_k`, computed separately to keep its digits.
 #[derive(Clone, Debug)]
 pub struct Decays {
     /// `beta_k`; 0 at the first update.
-    pub decay: Vec<f64>,
+    pub beta: Vec<f64>,
     /// `1 - beta_k`; 1 at the first update.
-    pub gain: Vec<f64>,
+    pub one_minus_beta: Vec<f64>,
 }
 
 impl Chain {
-    /// The decays of updates at `times`, which grow.
+    /// Returns the decays of updates at increasing `times`.
     pub fn decays(&self, times: &[u64]) -> Decays {
-        let gain: Vec<f64> = (0..times.len()).map(|k| self.gain(k, times)).collect();
-        let decay = gain.iter().map(|gain| 1.0 - gain).collect();
-        Decays { decay, gain }
+        let one_minus_beta: Vec<f64> = (0..times.len()).map(|k| self.one_minus_beta(k, times)).collect();
+        let beta = one_minus_beta.iter().map(|x| 1.0 - x).collect();
+        Decays { beta, one_minus_beta }
     }
 
-    fn gain(&self, k: usize, times: &[u64]) -> f64 {
+    fn one_minus_beta(&self, k: usize, times: &[u64]) -> f64 {
         if k == 0 {
             return 1.0;
         }
         match self {
-            Chain::Tracked(profile) => profile.gain(times[k - 1] as f64, times[k] as f64),
+            Chain::Tracked(profile) => profile.one_minus_beta(times[k - 1] as f64, times[k] as f64),
             Chain::Counter { gamma, stride, offset } => {
-                -((gamma + 1.0) * ln_step(counter(*stride, k, *offset))).exp_m1()
+                -((gamma + 1.0) * ln_step_decay(counter(*stride, k, *offset))).exp_m1()
             }
             Chain::CorrectedCounter { gamma, stride, offset } => {
-                let (counter, steps) = (counter(*stride, k, *offset), *stride as f64);
-                -((gamma + 1.0) * steps / 2.0 * (ln_step(counter) + ln_step(counter + steps))).exp_m1()
+                let counter = counter(*stride, k, *offset);
+                let steps = *stride as f64;
+                -((gamma + 1.0) * steps / 2.0 * (ln_step_decay(counter) + ln_step_decay(counter + steps))).exp_m1()
             }
             Chain::Raw => 1.0,
         }
     }
 
-    /// `w_k = (1 - beta_k) prod_{k < j <= n} beta_j`: the weight of each update in the average after the last.
+    /// Returns the weight of each update in the average after the last one:
+    /// `w_k = (1 - beta_k) prod_{k < j <= n} beta_j`.
     pub fn densities(&self, times: &[u64]) -> Vec<f64> {
-        let Decays { decay, mut gain } = self.decays(times);
+        let Decays { beta, one_minus_beta: mut weights } = self.decays(times);
         let mut kept = 1.0;
         for k in (0..times.len()).rev() {
-            gain[k] *= kept;
-            kept *= decay[k];
+            weights[k] *= kept;
+            kept *= beta[k];
         }
-        gain
+        weights
     }
 }
 
@@ -82,8 +86,8 @@ fn counter(stride: u64, k: usize, offset: u64) -> f64 {
     stride as f64 * k as f64 + offset as f64
 }
 
-/// `ln(1 - 1/counter)`: what one step keeps, for `gamma = 0`.
-fn ln_step(counter: f64) -> f64 {
+/// `ln(1 - 1/counter)`: the logarithm of one step's decay for `gamma = 0`.
+fn ln_step_decay(counter: f64) -> f64 {
     (-1.0 / counter).ln_1p()
 }
 
@@ -94,7 +98,7 @@ mod tests {
     const TIMES: [u64; 7] = [3, 10, 20, 21, 22, 40, 1000];
 
     #[test]
-    fn weights_are_the_profile_mass_between_updates() {
+    fn weights_equal_profile_mass_between_updates() {
         for profile in [Profile::sigma_rel(0.05).unwrap(), Profile::gamma(0.0).unwrap(), Profile::beta(0.97).unwrap()] {
             let weights = Chain::Tracked(profile.clone()).densities(&TIMES);
             let mut before = 0.0;
@@ -117,22 +121,24 @@ mod tests {
         assert_eq!(Chain::Raw.densities(&TIMES)[6], 1.0);
     }
 
-    /// The loops of the tools, as their sources have them.
+    /// Compares with loops written as in the sources of the tools.
     #[test]
-    fn decays_by_a_counter_are_those_of_the_tools() {
+    fn counter_decays_equal_the_loops_of_other_tools() {
         let (gamma, every) = (6.94_f64, 10);
         let times: Vec<u64> = (0..500).map(|k| 1 + every * k).collect();
-        let plain = Chain::Counter { gamma, stride: every, offset: 2 }.decays(&times).decay;
-        let corrected = Chain::CorrectedCounter { gamma, stride: every, offset: 2 }.decays(&times).decay;
+        let plain = Chain::Counter { gamma, stride: every, offset: 2 }.decays(&times).beta;
+        let corrected = Chain::CorrectedCounter { gamma, stride: every, offset: 2 }.decays(&times).beta;
         assert_eq!((plain[0], corrected[0]), (0.0, 0.0));
-        let (mut step, mut k) = (0_u64, 0);
+        let mut step = 0_u64;
+        let mut k = 0;
         while k < 500 {
             let before = step;
             step += 1;
             if before % every != 0 {
                 continue;
             }
-            let (own, next) = ((step + 1) as f64, (step + 1 + every) as f64);
+            let own = (step + 1) as f64;
+            let next = (step + 1 + every) as f64;
             let beta = (1.0 - 1.0 / own).powf(1.0 + gamma);
             let both = (beta * (1.0 - 1.0 / next).powf(1.0 + gamma)).powf(every as f64 / 2.0);
             if k > 0 {
@@ -141,11 +147,12 @@ mod tests {
             }
             k += 1;
         }
-        // The correction comes near to what an exact average has late in training; without it a tenth is forgotten.
+        // Late in training the correction is near the exact decay; without it the average forgets at a tenth of the rate.
         let exact = Chain::Tracked(Profile::gamma(gamma).unwrap()).decays(&times);
         let corrected = Chain::CorrectedCounter { gamma, stride: every, offset: 2 }.decays(&times);
         let plain = Chain::Counter { gamma, stride: every, offset: 2 }.decays(&times);
-        assert!((corrected.gain[499] / exact.gain[499] - 1.0).abs() < 0.01);
-        assert!((plain.gain[499] / exact.gain[499] - 0.1).abs() < 0.01);
+        let exact = exact.one_minus_beta[499];
+        assert!((corrected.one_minus_beta[499] / exact - 1.0).abs() < 0.01);
+        assert!((plain.one_minus_beta[499] / exact - 0.1).abs() < 0.01);
     }
 }

@@ -2,15 +2,19 @@
 
 use crate::error::{Error, Result};
 
-/// The widest power-function profile: `gamma = 0`, the plain mean, `1/sqrt(12)`.
+/// The largest `sigma_rel` of a power-function profile, `1/sqrt(12)`: `gamma = 0`, the plain mean.
 pub const MAX_SIGMA_REL: f64 = 0.288_675_134_594_812_9;
 
+/// Returns the relative standard deviation of a power-function profile.
+///
 /// `sigma_rel^2 = (gamma+1) / ((gamma+2)^2 (gamma+3))`: Karras eq. 123.
 pub fn gamma_to_sigma_rel(gamma: f64) -> f64 {
     ((gamma + 1.0) / (gamma + 3.0)).sqrt() / (gamma + 2.0)
 }
 
-/// The largest real root of `g^3 + 7 g^2 + (16 - sigma_rel^-2) g + (12 - sigma_rel^-2)`: Karras Algorithm 2.
+/// Returns the exponent of the power-function profile of the given relative standard deviation.
+///
+/// It is the largest real root of `g^3 + 7 g^2 + (16 - sigma_rel^-2) g + (12 - sigma_rel^-2)`: Karras Algorithm 2.
 ///
 /// # Errors
 /// [`Error::Parameter`] unless `0 < sigma_rel <= 1/sqrt(12)`.
@@ -19,13 +23,13 @@ pub fn sigma_rel_to_gamma(sigma_rel: f64) -> Result<f64> {
         return Err(Error::Parameter {
             name: "sigma_rel",
             value: sigma_rel,
-            allowed: "must be above 0 and at most 1/sqrt(12) = 0.288675: that is the plain mean of all updates, and \
-                      no power-function profile is wider"
+            allowed: "must be above 0 and at most 1/sqrt(12) = 0.288675, the plain mean of all updates: no \
+                      power-function profile is wider"
                 .into(),
         });
     }
     let precision = 1.0 / (sigma_rel * sigma_rel);
-    // Above its largest root the cubic is convex and grows, so Newton's steps from 1/sigma_rel only go down to it.
+    // Above its largest root the cubic is convex and increasing, so Newton's method from 1/sigma_rel decreases to it.
     let mut gamma = 1.0 / sigma_rel;
     loop {
         let value = ((gamma + 7.0) * gamma + (16.0 - precision)) * gamma + (12.0 - precision);
@@ -38,28 +42,28 @@ pub fn sigma_rel_to_gamma(sigma_rel: f64) -> Result<f64> {
     }
 }
 
-/// The `sigma_rel` whose standard deviation at time `at` is about that of the classical EMA: `1/((1-beta) T)`.
+/// Returns the `sigma_rel` whose standard deviation at time `at` is about that of the classical EMA: `1/((1-beta) T)`.
 pub fn beta_to_sigma_rel(beta: f64, at: f64) -> f64 {
     1.0 / ((1.0 - beta) * at)
 }
 
-/// The inverse of [`beta_to_sigma_rel`]: `1 - 1/(sigma_rel T)`.
+/// Inverts [`beta_to_sigma_rel`]: `1 - 1/(sigma_rel T)`.
 ///
 /// # Errors
-/// [`Error::Parameter`] where the average is not longer than one step.
+/// [`Error::Parameter`] if the average is not longer than one step.
 pub fn sigma_rel_to_beta(sigma_rel: f64, at: f64) -> Result<f64> {
     let beta = 1.0 - 1.0 / (sigma_rel * at);
     if !(beta > 0.0 && beta < 1.0) {
         return Err(Error::Parameter {
             name: "sigma_rel",
             value: sigma_rel,
-            allowed: format!("at step {at} this average is no longer than one step, and no classical EMA matches it"),
+            allowed: format!("at step {at} this average is no longer than one step, so no classical EMA matches it"),
         });
     }
     Ok(beta)
 }
 
-/// The decay per step that halves a weight in `half_life` steps: `2^(-1/half_life)`.
+/// Returns the decay per step that halves a weight in `half_life` steps: `2^(-1/half_life)`.
 pub fn half_life_to_beta(half_life: f64) -> f64 {
     (-1.0 / half_life).exp2()
 }
@@ -82,12 +86,12 @@ mod tests {
     }
 
     #[test]
-    fn sigma_rel_to_gamma_meets_25_digits() {
+    fn sigma_rel_to_gamma_equals_25_digit_values() {
         let rows = golden();
         assert_eq!(rows.len(), 12);
         for (sigma_rel, gamma) in rows {
             let got = sigma_rel_to_gamma(sigma_rel).unwrap();
-            // Of the exponent gamma + 1, which is what every decay uses.
+            // Relative to gamma + 1, the exponent of every decay.
             assert!((got - gamma).abs() <= 1e-14 * (gamma + 1.0), "{sigma_rel}: {got} is not {gamma}");
             let back = gamma_to_sigma_rel(gamma);
             assert!((back - sigma_rel).abs() <= 1e-14 * sigma_rel, "{gamma}: {back} is not {sigma_rel}");
@@ -95,13 +99,13 @@ mod tests {
     }
 
     #[test]
-    fn the_plain_mean_is_gamma_zero() {
+    fn plain_mean_has_gamma_zero() {
         assert!(sigma_rel_to_gamma(MAX_SIGMA_REL).unwrap() < 1e-14);
         assert!((gamma_to_sigma_rel(0.0) - MAX_SIGMA_REL).abs() < 1e-16);
     }
 
     #[test]
-    fn every_sigma_rel_comes_back() {
+    fn sigma_rel_survives_the_round_trip_through_gamma() {
         for i in 1..=2886 {
             let sigma_rel = f64::from(i) * 1e-4;
             let back = gamma_to_sigma_rel(sigma_rel_to_gamma(sigma_rel).unwrap());
@@ -110,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn values_outside_are_refused() {
+    fn sigma_rel_outside_its_range_is_an_error() {
         for bad in [0.0, -0.1, f64::NAN, 0.2887, f64::INFINITY, 1e-200] {
             let text = sigma_rel_to_gamma(bad).unwrap_err().to_string();
             assert!(text.contains("plain mean"), "{text}");

@@ -1,35 +1,37 @@
-//! The times of a run's updates, run-length coded.
+//! The times of a training's updates, run-length coded.
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// No history may hold more updates than this: a file that claims more is refused. A solve over so many takes some
-/// gigabytes; a training of ten million steps with an update every ten needs 1.5% of it.
+/// Most updates of a history; files that claim more are refused.
+///
+/// A solve over that many takes some gigabytes. Ten million steps with an update every ten steps are 1.5% of it.
 pub(crate) const MAX_UPDATES: u64 = 1 << 26;
 
-/// Only so many runs, the newest, are looked at for one that a new update extends.
+/// Number of newest runs that a new update may extend.
 const OPEN_RUNS: usize = 4;
 
 /// The times of all updates, as the union of runs `[first, last, stride]`.
 ///
-/// Runs may interleave: updates every 7 steps and at each snapshot every 100 steps are two runs, however long the
+/// Runs may interleave: updates every 7 steps, and at each snapshot every 100 steps, are two runs at any length of
 /// training.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<[u64; 3]>", into = "Vec<[u64; 3]>")]
 pub struct History {
-    runs: Vec<Run>,
+    runs: Vec<RegularRun>,
 }
 
+/// Updates at a regular stride, in the sense of run-length coding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Run {
+struct RegularRun {
     first: u64,
     last: u64,
-    /// 1 while the run holds one time only.
+    /// 1 while the run holds a single time.
     stride: u64,
 }
 
-impl Run {
+impl RegularRun {
     fn count(self) -> u64 {
         (self.last - self.first) / self.stride + 1
     }
@@ -38,23 +40,24 @@ impl Run {
         (0..self.count()).map(move |i| self.first + i * self.stride)
     }
 
-    /// Whether `time` is the next one of this run.
+    /// Returns true if `time` is the next time of this run.
     fn is_extended_by(self, time: u64) -> bool {
         self.last.checked_add(self.stride) == Some(time)
     }
 
-    fn until(self, time: u64) -> Option<Run> {
+    /// Returns the part at or before `time`, if there is one.
+    fn until(self, time: u64) -> Option<RegularRun> {
         let last = self.first + (time.min(self.last).checked_sub(self.first)?) / self.stride * self.stride;
         let stride = if last == self.first { 1 } else { self.stride };
-        Some(Run { last, stride, ..self })
+        Some(RegularRun { last, stride, ..self })
     }
 }
 
 impl History {
-    /// A history of the given times.
+    /// Creates a history of the given times.
     ///
     /// # Errors
-    /// [`Error::History`] unless the times are above 0 and grow.
+    /// [`Error::History`] unless the times are above 0 and increase.
     pub fn from_times(times: impl IntoIterator<Item = u64>) -> Result<History> {
         let mut history = History::default();
         times.into_iter().try_for_each(|time| history.push(time))?;
@@ -64,20 +67,22 @@ impl History {
     /// Adds an update at `time`.
     ///
     /// # Errors
-    /// [`Error::History`] unless `time` is later than all updates before.
+    /// [`Error::History`] unless `time` is later than the last update, or for more than 67 million updates.
     pub fn push(&mut self, time: u64) -> Result<()> {
         let last = self.last().unwrap_or(0);
         if time <= last {
-            return Err(Error::History(format!("an update at {time} cannot follow one at {last}: times must grow")));
+            return Err(Error::History(format!(
+                "an update at {time} cannot follow one at {last}: times must increase"
+            )));
         }
         if self.runs.iter().map(|run| run.count()).sum::<u64>() >= MAX_UPDATES {
-            let why = format!("{MAX_UPDATES} updates are the most that a run can hold: update less often");
+            let why = format!("a history holds at most {MAX_UPDATES} updates: update less often");
             return Err(Error::History(why));
         }
         let open = self.runs.len().saturating_sub(OPEN_RUNS);
         let runs = &mut self.runs[open..];
         let mut extended = false;
-        // Every run whose stride leads here, so that interleaved runs go on through the times they share.
+        // All runs whose stride leads to `time`, so that interleaved runs continue through the times they share.
         for run in runs.iter_mut().filter(|run| run.first != run.last && run.is_extended_by(time)) {
             run.last = time;
             extended = true;
@@ -86,33 +91,36 @@ impl History {
             return Ok(());
         }
         match runs.iter_mut().rfind(|run| run.first == run.last) {
-            Some(run) => (run.stride, run.last) = (time - run.first, time),
-            None => self.runs.push(Run { first: time, last: time, stride: 1 }),
+            Some(run) => {
+                run.stride = time - run.first;
+                run.last = time;
+            }
+            None => self.runs.push(RegularRun { first: time, last: time, stride: 1 }),
         }
         Ok(())
     }
 
-    /// The time of the first update.
+    /// Returns the time of the first update.
     pub fn first(&self) -> Option<u64> {
         self.runs.iter().map(|run| run.first).min()
     }
 
-    /// The time of the newest update.
+    /// Returns the time of the newest update.
     pub fn last(&self) -> Option<u64> {
         self.runs.iter().map(|run| run.last).max()
     }
 
-    /// Whether there was no update yet.
+    /// Returns true if there was no update yet.
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
 
-    /// Whether there was an update at `time`.
+    /// Returns true if there was an update at `time`.
     pub fn contains(&self, time: u64) -> bool {
         self.runs.iter().any(|r| r.first <= time && time <= r.last && (time - r.first).is_multiple_of(r.stride))
     }
 
-    /// All times, in order.
+    /// Returns all times in increasing order.
     pub fn times(&self) -> Vec<u64> {
         let mut times: Vec<u64> = self.runs.iter().flat_map(|run| run.times()).collect();
         times.sort_unstable();
@@ -120,16 +128,16 @@ impl History {
         times
     }
 
-    /// The updates at or before `time`.
+    /// Returns the updates at or before `time`.
     pub fn until(&self, time: u64) -> History {
         History { runs: self.runs.iter().filter_map(|run| run.until(time)).collect() }
     }
 
-    /// Whether `later` begins with exactly these updates.
+    /// Returns true if `later` begins with exactly these updates.
     pub fn is_prefix_of(&self, later: &History) -> bool {
         let Some(last) = self.last() else { return true };
         let until = later.until(last);
-        // Equal runs are the common case and cost nothing; other runs may still stand for the same times.
+        // Equal runs are the common case and cost nothing. Different runs may still encode the same times.
         until == *self || until.times() == self.times()
     }
 }
@@ -141,14 +149,14 @@ impl TryFrom<Vec<[u64; 3]>> for History {
         let mut updates = 0u64;
         let mut history = History::default();
         for [first, last, stride] in runs {
-            let wrong = |why: &str| Err(Error::History(format!("the run [{first}, {last}, {stride}] {why}")));
+            let invalid = |why: &str| Err(Error::History(format!("the run [{first}, {last}, {stride}] {why}")));
             if first == 0 || last < first || stride == 0 || !(last - first).is_multiple_of(stride) {
-                return wrong("is not [first, last, stride] with 0 < first <= last in whole strides");
+                return invalid("is not [first, last, stride] with 0 < first <= last in whole strides");
             }
-            let run = Run { first, last, stride: if first == last { 1 } else { stride } };
+            let run = RegularRun { first, last, stride: if first == last { 1 } else { stride } };
             updates = updates.saturating_add(run.count());
             if updates > MAX_UPDATES {
-                return wrong(&format!("makes more than {MAX_UPDATES} updates"));
+                return invalid(&format!("makes the history longer than {MAX_UPDATES} updates"));
             }
             history.runs.push(run);
         }
@@ -172,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn regular_updates_are_one_run() {
+    fn regular_updates_make_one_run() {
         let times: Vec<u64> = (1..=100_000).map(|i| 10 * i).collect();
         let history = coded(&times);
         assert_eq!(Vec::from(history.clone()), [[10, 1_000_000, 10]]);
@@ -180,8 +188,8 @@ mod tests {
     }
 
     #[test]
-    fn updates_at_snapshots_are_a_second_run() {
-        // Pairs one step apart look like runs of their own at first: the last case costs a run per snapshot.
+    fn updates_at_snapshots_make_few_more_runs() {
+        // Pairs one step apart look like new runs at first: the last case costs a run per snapshot.
         for (update, checkpoint, runs) in
             [(7, 100, 6), (300, 1000, 6), (1000, 300, 6), (10, 1000, 1), (3, 7, 6), (999, 1000, 50)]
         {
@@ -193,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn any_times_come_back_and_have_their_prefixes() {
+    fn random_times_survive_coding_and_prefixes_are_found() {
         let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(1);
         for _ in 0..300 {
             let mut time = 0;
@@ -223,14 +231,14 @@ mod tests {
     }
 
     #[test]
-    fn times_must_grow() {
+    fn times_that_do_not_increase_are_an_error() {
         let mut history = coded(&[10, 20]);
         assert!(history.push(20).unwrap_err().to_string().contains("cannot follow one at 20"));
         assert!(coded(&[]).push(0).is_err());
     }
 
     #[test]
-    fn stored_nonsense_is_refused() {
+    fn invalid_stored_runs_are_an_error() {
         for text in ["[[0,10,1]]", "[[10,5,1]]", "[[1,10,0]]", "[[1,10,4]]", "[[1,18446744073709551615,1]]"] {
             assert!(serde_json::from_str::<History>(text).is_err(), "{text}");
         }

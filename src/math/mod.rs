@@ -1,17 +1,17 @@
-//! The mathematics, in f64: profiles, histories of updates, Gram matrices and the solve. No files, no devices.
+//! The mathematics in f64: profiles, histories of updates, Gram matrices and the solve. No files, no devices.
 //!
 //! | symbol | name here | where |
 //! | --- | --- | --- |
-//! | `F_T(tau)` share of the average at time `T` seen by time `tau` | [`Profile::cumulative`] | `profile` |
-//! | `beta_k` decay of update `k` | [`Decays::decay`](chain::Decays) | `chain` |
+//! | `F_T(tau)` share of the average at time `T` seen up to time `tau` | [`Profile::cumulative`] | `profile` |
+//! | `beta_k` decay of update `k` | [`Decays::beta`](chain::Decays) | `chain` |
 //! | `w_k` weight of update `k` in an average | [`Chain::densities`](chain::Chain) | `chain` |
-//! | `t_k`, `delta_k` time of update `k`, and since the one before | `times`, `interval` | `history` |
+//! | `t_k`, `delta_k` time of update `k`, and the interval before it | `times`, `intervals` | `history` |
 //! | `<a, b>` inner product of two averages | `gram` | `gram` |
 //! | `x` weights of the snapshots | [`Solution::weights`] | `solve` |
-//! | `x_i` weights of checkpoints where nothing was tracked | [`Resolution::weights`] | `resolution` |
+//! | `x_i` weights of raw checkpoints, without tracked averages | [`Resolution::weights`] | `resolution` |
 //!
-//! Karras et al. 2023, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv:2312.02696,
-//! section 3 and appendix C, is the source where an equation is numbered.
+//! Equation numbers are those of Karras et al. 2023, "Analyzing and Improving the Training Dynamics of Diffusion
+//! Models", arXiv:2312.02696, section 3 and appendix C.
 
 pub mod chain;
 mod conversion;
@@ -36,4 +36,4 @@ pub use resolution::Resolution;
 pub use retention::Retention;
 pub use rounding::relative_rounding;
 pub use schedule::Schedule;
-pub use solve::{Densities, Solution, Source, System};
+pub use solve::{ChainSource, Densities, Solution, System};

@@ -1,4 +1,4 @@
-//! What a target becomes where there are no running averages, only the parameters at some times.
+//! Targets averaged from raw parameters at some times, without running averages.
 //!
 //! | symbol | name | meaning |
 //! | --- | --- | --- |
@@ -11,34 +11,39 @@
 use super::Profile;
 use crate::error::{Error, Result};
 
-/// So many pieces or fewer is the time cut into evenly to compare two densities: single steps, for trainings of up to a million.
+/// Largest number of even pieces that the time is cut into to compare two densities.
+///
+/// Pieces are single steps for trainings of up to a million steps.
 const PIECES: u64 = 1 << 20;
 
-/// No piece is longer than this share of its distance from the target's time: what the shortest targets weigh lies there, in
-/// single steps, however long the training was.
+/// Smallest ratio of a piece's distance from the target's time to its length.
+///
+/// The mass of the shortest targets is near that time, so it is cut into single steps at any length of training.
 const FINENESS: u64 = 1 << 16;
 
-/// The weights of stored parameters in a target, and what it costs that there are no more of them.
+/// The weights of stored parameters in a target, and the error that their number leaves.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Resolution {
     /// `x_i` for each time at or before the target's; their sum is 1.
     pub weights: Vec<f64>,
-    /// `||p - r|| / ||r||`: the distance of the density `x_i / (t_i - t_{i-1})` from the target's, both over single steps.
+    /// `||p - r|| / ||r||`: the distance of the density `x_i / (t_i - t_{i-1})` from the target's over single steps.
     pub relative_error: f64,
-    /// By how many steps the mean time of the average is later than the target's: each of its times ends its interval.
+    /// Steps by which the mean time of the average is later than the target's. Each stored time ends its interval.
     pub lag: f64,
-    /// `1 / sum_i x_i^2`: how many equally weighted ones would average noise as well.
+    /// `1 / sum_i x_i^2`: the number of equally weighted checkpoints that average noise as well.
     pub effective: f64,
 }
 
 impl Resolution {
-    /// Gives each time the target's mass on the interval that it ends. All that lies before the first belongs to the first,
-    /// what lies after the last one at or before `at` to that last one; later times have no weight and no entry.
+    /// Gives each time the target's mass on the interval that it ends.
+    ///
+    /// `times` increase. The first interval starts at 0. The last time at or before `at` also gets the mass up to `at`;
+    /// later times have no weight and no entry.
     ///
     /// # Errors
-    /// [`Error::NoSource`] where no time is at or before `at`, [`Error::Parameter`] as [`Profile::check_at`].
+    /// [`Error::NoSource`] if no time is at or before `at`; [`Error::Parameter`] as in [`Profile::check_at`].
     pub fn new(profile: &Profile, times: &[u64], at: u64) -> Result<Resolution> {
-        debug_assert!(times.is_sorted_by(|a, b| a < b), "times grow");
+        debug_assert!(times.is_sorted_by(|a, b| a < b), "times increase");
         let times = &times[..times.partition_point(|&time| time <= at)];
         let Some(last) = times.len().checked_sub(1) else {
             return Err(Error::NoSource {
@@ -51,58 +56,61 @@ impl Resolution {
         let intervals: Vec<(u64, u64)> = std::iter::once(0).chain(ends()).zip(ends()).collect();
         let share = |time: u64| profile.cumulative(time as f64, at as f64);
         let weights: Vec<f64> = intervals.iter().map(|&(start, end)| share(end) - share(start)).collect();
-        let reference = Reference::new(profile, &intervals, &weights, at);
+        let sums = StepSums::new(profile, &intervals, &weights, at);
         let age: f64 = weights.iter().zip(times).map(|(x, &time)| x * (at - time) as f64).sum();
         Ok(Resolution {
-            relative_error: (reference.distance / reference.norm).sqrt(),
-            lag: reference.age - age,
+            relative_error: (sums.distance / sums.norm).sqrt(),
+            lag: sums.age - age,
             effective: 1.0 / weights.iter().map(|x| x * x).sum::<f64>(),
             weights,
         })
     }
 }
 
-/// The target over single steps, and the average beside it.
+/// Sums over the single steps of a target.
 #[derive(Default)]
-struct Reference {
+struct StepSums {
     /// `||r||^2 = sum_k r_k^2`.
     norm: f64,
     /// `||p - r||^2`.
     distance: f64,
-    /// `sum_k (T - k) r_k`: times near the target's are small numbers, and differ exactly.
+    /// `sum_k (T - k) r_k`. Ages are small near the target's time, so their sums keep their digits there.
     age: f64,
 }
 
-impl Reference {
-    fn new(profile: &Profile, intervals: &[(u64, u64)], weights: &[f64], at: u64) -> Reference {
-        let mut sums = Reference::default();
-        // Where an interval has no mass, none of its steps has.
+impl StepSums {
+    fn new(profile: &Profile, intervals: &[(u64, u64)], weights: &[f64], at: u64) -> StepSums {
+        let mut sums = StepSums::default();
+        // Steps of an interval without mass have no mass.
         for (&(start, end), &weight) in intervals.iter().zip(weights).filter(|(_, weight)| **weight != 0.0) {
             sums.add(profile, (start, end), weight, at);
         }
         sums
     }
 
-    /// Adds an interval in pieces, of which each counts as evenly filled.
+    /// Adds an interval in pieces, each with its mass spread evenly over its steps.
     fn add(&mut self, profile: &Profile, (start, end): (u64, u64), weight: f64, at: u64) {
         let density = weight / (end - start) as f64;
         let share = |time: u64| profile.cumulative(time as f64, at as f64);
-        let (mut from, mut before) = (start, share(start));
+        let mut from = start;
+        let mut before = share(start);
         while from < end {
-            let until = end.min(from + piece(from, at));
-            let (steps, after) = ((until - from) as f64, share(until));
+            let until = end.min(from + piece_length(from, at));
+            let steps = (until - from) as f64;
+            let after = share(until);
             let mass = after - before;
             self.norm += mass * mass / steps;
             self.distance += (mass / steps - density).powi(2) * steps;
-            // The mean of the steps in the piece, of which each counts at its end.
+            // Mean age of the steps in the piece; each step counts at its end.
             self.age += mass * ((at - until) as f64 + (steps - 1.0) / 2.0);
-            (from, before) = (until, after);
+            from = until;
+            before = after;
         }
     }
 }
 
-/// The length of the piece that begins at a time.
-fn piece(from: u64, at: u64) -> u64 {
+/// Returns the length of the piece that starts at `from`.
+fn piece_length(from: u64, at: u64) -> u64 {
     at.div_ceil(PIECES).min((at - from) / FINENESS).max(1)
 }
 
@@ -126,10 +134,12 @@ mod tests {
         ]
     }
 
-    /// Step by step, as the definition has it.
+    /// Sums over single steps, by the definition: weights, relative error and lag.
     fn naive(profile: &Profile, times: &[u64], at: u64) -> (Vec<f64>, f64, f64) {
         let mass = |k: u64| profile.cumulative(k as f64, at as f64) - profile.cumulative((k - 1) as f64, at as f64);
-        let (mut weights, mut density, mut start) = (Vec::new(), Vec::new(), 0);
+        let mut weights = Vec::new();
+        let mut density = Vec::new();
+        let mut start = 0;
         for (i, &time) in times.iter().enumerate() {
             let end = if i + 1 == times.len() { at } else { time };
             let weight: f64 = (start + 1..=end).map(mass).sum();
@@ -146,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_the_sum_over_single_steps() {
+    fn resolution_equals_the_sum_over_single_steps() {
         let times = [7, 100, 450, 500, 1200, 2000];
         for profile in profiles() {
             for at in [2000, 2001, 2345] {
@@ -162,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_at_every_step_costs_nothing() {
+    fn checkpoint_at_every_step_has_no_error() {
         let times: Vec<u64> = (1..=500).collect();
         for profile in profiles() {
             let found = Resolution::new(&profile, &times, 500).unwrap();
@@ -171,22 +181,23 @@ mod tests {
     }
 
     #[test]
-    fn a_plain_mean_of_even_checkpoints_lags_by_half_an_interval() {
+    fn plain_mean_of_even_checkpoints_lags_by_half_an_interval() {
         let times: Vec<u64> = (1..=20).map(|i| 100 * i).collect();
         let found = Resolution::new(&Profile::uniform(Window::Fraction(0.5)).unwrap(), &times, 2000).unwrap();
         assert!(found.weights[..10].iter().all(|&x| x == 0.0));
         assert!(found.weights[10..].iter().all(|&x| (x - 0.1).abs() < 1e-15));
-        // Of 100 steps that one stands for, the mean is 49.5 steps earlier. The density is met exactly.
+        // The mean of the 100 steps of an interval is 49.5 steps before its end. The density is met exactly.
         assert!((found.lag - 49.5).abs() < 1e-9 && found.relative_error < 1e-7, "{found:?}");
         assert!((found.effective - 10.0).abs() < 1e-9);
     }
 
     #[test]
-    fn long_trainings_are_cut_into_pieces() {
-        // The density 2 tau/T^2 has the square norm 4/(3 T), of which n even intervals lose n (2/T^2)^2 (T/n)^3 / 12: the
-        // share 1/(4 n^2). The mean of the target is 2 T/3, and half a step later where each step counts at its end.
+    fn pieces_of_a_long_training_meet_the_closed_form() {
+        // The density 2 tau/T^2 has the squared norm 4/(3 T). Of that, n even intervals lose n (2/T^2)^2 (T/n)^3 / 12,
+        // a share of 1/(4 n^2). The target's mean is 2 T/3, plus half a step because each step counts at its end.
         let profile = Profile::linear(Window::Fraction(1.0)).unwrap();
-        let (n, interval) = (10u64, 10_000_000u64);
+        let n = 10u64;
+        let interval = 10_000_000u64;
         let times: Vec<u64> = (1..=n).map(|i| i * interval).collect();
         let found = Resolution::new(&profile, &times, n * interval).unwrap();
         let expected = 0.5 / n as f64;
@@ -196,8 +207,9 @@ mod tests {
         assert!((found.lag - lag).abs() < 1e-3, "{found:?} {lag}");
     }
 
-    /// The mean age of steps under a half-life is `beta / (1 - beta)`, and that of the last `w` is `(w - 1) / 2`; the newest
-    /// checkpoint, of age 0, has all the weight.
+    /// Short targets, in which the newest checkpoint, of age 0, has all the weight.
+    ///
+    /// The mean age is `beta / (1 - beta)` under a half-life, and `(w - 1) / 2` for the last `w` steps.
     #[test]
     fn short_targets_late_in_a_training_are_cut_into_single_steps() {
         let at = 1_000_000_000;
@@ -210,8 +222,8 @@ mod tests {
             assert!((found.lag - lag).abs() < 1e-6, "{found:?}, {lag}");
             assert!(found.relative_error > 0.99, "{found:?}");
         }
-        // Longer ones, of which steps far from the target's time are a part, agree with a training that is a thousandth as long,
-        // where no single step holds much of them.
+        // Longer targets, which include steps far from the target's time, agree with a training of a thousandth of the
+        // length, in which no single step holds much mass.
         let steps = |scale: u64| [1, 2, 3, 4, 5].map(|i| i * 200_000 * scale);
         for profile in [0, 1, 3, 4, 5, 6].map(|i| profiles().swap_remove(i)) {
             let [short, long] =
@@ -222,13 +234,13 @@ mod tests {
     }
 
     #[test]
-    fn a_window_that_one_checkpoint_resolves_is_seen() {
+    fn window_within_one_checkpoint_has_a_large_error() {
         let found = Resolution::new(&Profile::half_life(20.0).unwrap(), &[1000, 2000], 2000).unwrap();
         assert!(found.effective < 1.001 && found.relative_error > 0.9, "{found:?}");
     }
 
     #[test]
-    fn times_without_a_checkpoint_and_windows_too_long_are_errors() {
+    fn time_before_the_first_checkpoint_and_too_long_window_are_errors() {
         let profile = Profile::uniform(Window::Steps(50.0)).unwrap();
         let text = Resolution::new(&profile, &[100], 99).unwrap_err().to_string();
         assert!(text.contains("no checkpoint is at or before step 99"), "{text}");

@@ -1,16 +1,16 @@
-//! When a run updates its averages and when it stores them.
+//! The schedule of updates and snapshots.
 
 use super::history::{History, MAX_UPDATES};
 use crate::error::{Error, Result};
 
-/// When averages are updated and stored: every so many steps, from a step on.
+/// Intervals at which averages are updated and stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Schedule {
     /// Steps between updates.
     pub update_every: u64,
-    /// No update before this step.
+    /// First step at which an update may happen.
     pub update_after_step: u64,
-    /// Steps between snapshots; an update happens at each.
+    /// Steps between snapshots. Each snapshot is also an update.
     pub checkpoint_every: u64,
 }
 
@@ -21,7 +21,7 @@ impl Default for Schedule {
 }
 
 impl Schedule {
-    /// Checks the intervals.
+    /// Checks that the intervals are at least 1.
     ///
     /// # Errors
     /// [`Error::Setting`] for an interval of 0.
@@ -34,34 +34,35 @@ impl Schedule {
         Ok(())
     }
 
-    /// Whether a snapshot is due at `time`, when the call before was at `previous`.
+    /// Returns true if a snapshot is due at `time`, after a previous call at `previous`.
     ///
-    /// On a clock that jumps (images, tokens) an interval is due at the first call in or after each multiple of it.
+    /// On a clock that advances by more than 1 (images, tokens), a snapshot is due at the first call at or after each
+    /// multiple of the interval.
     pub fn is_snapshot_due(&self, previous: u64, time: u64) -> bool {
         time >= self.update_after_step && crosses(self.checkpoint_every, previous, time)
     }
 
-    /// Whether an update is due at `time`, when the call before was at `previous`: also at each snapshot.
+    /// Returns true if an update is due at `time`, after a previous call at `previous`. Each snapshot is also an update.
     pub fn is_update_due(&self, previous: u64, time: u64) -> bool {
         time >= self.update_after_step
             && (crosses(self.update_every, previous, time) || crosses(self.checkpoint_every, previous, time))
     }
 
-    /// The snapshots of a training of `steps` steps.
+    /// Returns the times of the snapshots of a training of `steps` steps.
     pub fn snapshots(&self, steps: u64) -> Vec<u64> {
         let every = self.checkpoint_every;
         let count = steps.checked_div(every).unwrap_or(0);
         (1..=count).map(|i| i * every).filter(|&t| t >= self.update_after_step).collect()
     }
 
-    /// The updates of a training of `steps` steps.
+    /// Returns the updates of a training of `steps` steps.
     ///
     /// # Errors
-    /// [`Error::Setting`] for an interval of 0, or where that makes too many updates to list.
+    /// [`Error::Setting`] for an interval of 0, or for more than 67 million updates.
     pub fn updates(&self, steps: u64) -> Result<History> {
         self.check()?;
         if steps / self.update_every.min(self.checkpoint_every) > MAX_UPDATES {
-            let reason = format!("{steps} steps make more than {MAX_UPDATES} updates: plan with a longer interval");
+            let reason = format!("{steps} steps make more than {MAX_UPDATES} updates: use a longer interval");
             return Err(Error::Setting { option: "update_every", reason });
         }
         let mut times = self.snapshots(steps);
@@ -73,6 +74,7 @@ impl Schedule {
     }
 }
 
+/// Returns true if a multiple of `every` is in `(previous, time]`.
 fn crosses(every: u64, previous: u64, time: u64) -> bool {
     every > 0 && time / every > previous / every
 }
@@ -82,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_training_calls_for_what_the_schedule_lists() {
+    fn due_steps_equal_the_listed_updates_and_snapshots() {
         for (update_every, update_after_step, checkpoint_every) in
             [(10, 0, 1000), (7, 0, 100), (10, 105, 250), (1, 3, 1)]
         {
@@ -98,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_jumps_is_due_once_per_multiple() {
+    fn update_is_due_once_per_multiple_on_a_jumping_clock() {
         let schedule = Schedule { update_every: 1000, ..Schedule::default() };
         assert!(schedule.is_update_due(900, 1100));
         assert!(!schedule.is_update_due(1100, 1900));
@@ -106,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn intervals_of_zero_are_refused() {
+    fn intervals_of_zero_are_an_error() {
         assert!(Schedule { update_every: 0, ..Schedule::default() }.check().is_err());
         assert!(Schedule { checkpoint_every: 0, ..Schedule::default() }.check().is_err());
     }

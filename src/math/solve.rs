@@ -1,4 +1,4 @@
-//! The solve: weights of snapshots whose blend comes closest to a target profile.
+//! The solve: weights of snapshots whose blend is closest to a target profile.
 
 mod density;
 mod updates;
@@ -15,37 +15,37 @@ use crate::error::{Error, Result};
 pub use density::Densities;
 pub(super) use updates::Updates;
 
-/// Two sources whose cosine differs from 1 by no more than this hold the same average to the last digits.
+/// Difference of a cosine from 1 up to which two sources hold the same average.
 const SAME: f64 = 8.0 * f64::EPSILON;
 
-/// Corrections after the first solve: the golden weights need one, the second is for worse conditions.
+/// Refinement steps after the first solve. The golden weights need one; the second is for worse conditions.
 const REFINEMENTS: usize = 2;
 
-/// What is added to the diagonal of the scaled matrix, from little to more, where its factors have no right digits without.
-const STEADIER: [f64; 3] = [1e-14, 1e-12, 1e-10];
+/// Terms added to the diagonal of a scaled matrix whose factors would have no correct digits, in the order of trial.
+const RIDGES: [f64; 3] = [1e-14, 1e-12, 1e-10];
 
-/// The most sources of one solve: their Gram matrix and its factors take 1.5 GB.
+/// Most sources of one solve: their Gram matrix and its factors take 1.5 GB.
 const MAX_SOURCES: usize = 8192;
 
 /// An average that can be blended: a chain of updates up to `step`.
 #[derive(Clone, Debug)]
-pub struct Source {
-    /// How it weighs the updates.
+pub struct ChainSource {
+    /// The decays of its updates.
     pub chain: Chain,
     /// The time of its newest update.
     pub step: u64,
-    /// What errors call it.
+    /// Name of the source in errors.
     pub label: String,
 }
 
-/// The weights of a target, and how good they are.
+/// The weights of a target, and their quality.
 #[derive(Clone, Debug)]
 pub struct Solution {
-    /// One weight for each source, in their order; they sum to 1.
+    /// One weight per source, in their order; they sum to 1.
     pub weights: Vec<f64>,
     /// `||sum_i x_i p_i - r|| / ||r||`.
     pub relative_error: f64,
-    /// `sqrt(sum_i x_i^2)`: by how much independent rounding errors of the sources are amplified.
+    /// `sqrt(sum_i x_i^2)`: the amplification of independent rounding errors of the sources.
     pub noise_gain: f64,
     /// The condition number of the scaled system in the 1-norm (Hager's estimate).
     pub condition: f64,
@@ -58,28 +58,29 @@ impl Solution {
     }
 }
 
-/// A solution, and `sum_i x_i p_i - r` on each update.
-pub(super) struct Blend {
+/// A solution with its residual, `sum_i x_i p_i - r` on each update.
+pub(super) struct BlendSolution {
     pub solution: Solution,
-    pub difference: Vec<f64>,
+    pub residual: Vec<f64>,
 }
 
-/// The factored system of one set of sources at one time: minimise `||sum_i x_i p_i - r||^2 + rho^2 ||x||^2` subject
-/// to `sum_i x_i = 1`.
+/// Factored system of one set of sources at one time.
+///
+/// It minimises `||sum_i x_i p_i - r||^2 + rho^2 ||x||^2` subject to `sum_i x_i = 1`.
 pub struct System {
     at: u64,
-    products: Products,
+    products: InnerProducts,
     gram: Mat<f64>,
     /// The sources that are solved for.
     order: Vec<usize>,
     kkt: Kkt,
-    /// For each source the position among those solved for; none for one that repeats another's values.
+    /// Position of each source in `order`; `None` for a source that repeats another's values.
     kept: Vec<Option<usize>>,
     labels: Vec<String>,
 }
 
-/// Where inner products come from.
-enum Products {
+/// Method of computing inner products.
+enum InnerProducts {
     /// Sums over the updates.
     Updates(Updates),
     /// Karras eq. 151: `(gamma, step)` of each source.
@@ -87,34 +88,34 @@ enum Products {
 }
 
 impl System {
-    /// The system of `sources`, all at or before `at`, over the updates of `history`.
+    /// Creates the system of `sources`, all at or before `at`, over the updates of `history`.
     ///
-    /// `rho` is the regularisation in the units of the inner product (1/steps); 0 for none.
+    /// `rho` is the regularisation in the units of the profiles' norm (1/sqrt steps); 0 for none.
     ///
     /// # Errors
-    /// [`Error::NoSource`] without sources, [`Error::DuplicateSource`] for two of one profile and step,
-    /// [`Error::History`] where a source's step is no update.
-    pub fn new(history: &History, at: u64, sources: &[Source], rho: f64) -> Result<System> {
+    /// [`Error::NoSource`] without sources, [`Error::DuplicateSource`] for two sources of one profile and step,
+    /// [`Error::History`] if there was no update at a source's step, and [`Error::Setting`] for more than 8192 sources.
+    pub fn new(history: &History, at: u64, sources: &[ChainSource], rho: f64) -> Result<System> {
         check_distinct(sources)?;
         let updates = Updates::new(history, at, sources)?;
         let gram = updates.gram();
-        Ok(System::factor(at, Products::Updates(updates), gram, sources, rho))
+        Ok(System::factor(at, InnerProducts::Updates(updates), gram, sources, rho))
     }
 
-    /// The system of power-function snapshots that carry no history: updates are taken as dense.
+    /// Creates the system of power-function snapshots without a history, as if updates were dense.
     ///
     /// # Errors
-    /// As [`System::new`], and [`Error::History`] for a source that is no tracked power function.
-    pub fn closed_form(at: u64, sources: &[Source], rho: f64) -> Result<System> {
+    /// As [`System::new`], and [`Error::History`] for a source that is not a tracked power function.
+    pub fn closed_form(at: u64, sources: &[ChainSource], rho: f64) -> Result<System> {
         check_distinct(sources)?;
         let powers: Vec<(f64, f64)> = sources.iter().map(power_function).collect::<Result<_>>()?;
         let gram = Mat::from_fn(powers.len(), powers.len(), |i, j| {
             power_function_gram(powers[i].0, powers[i].1, powers[j].0, powers[j].1)
         });
-        Ok(System::factor(at, Products::PowerFunctions(powers), gram, sources, rho))
+        Ok(System::factor(at, InnerProducts::PowerFunctions(powers), gram, sources, rho))
     }
 
-    fn factor(at: u64, products: Products, gram: Mat<f64>, sources: &[Source], rho: f64) -> System {
+    fn factor(at: u64, products: InnerProducts, gram: Mat<f64>, sources: &[ChainSource], rho: f64) -> System {
         let kept = drop_repeated(&gram);
         let order: Vec<usize> = (0..sources.len()).filter(|&i| kept[i].is_some()).collect();
         let kkt = Kkt::new(&gram, &order, rho, 0.0);
@@ -122,30 +123,30 @@ impl System {
         System { at, products, gram, order, kkt, kept, labels }
     }
 
-    /// The weights of `profile` at the system's time.
+    /// Returns the weights of `profile` at the system's time.
     ///
     /// # Errors
-    /// [`Error::Parameter`] for a window longer than the time, [`Error::DependentSources`] where the sources are too
-    /// much alike to be solved for.
+    /// [`Error::Parameter`] for a window longer than the time, and [`Error::DependentSources`] if the sources are too
+    /// similar to be solved for.
     pub fn solve(&self, profile: &Profile) -> Result<Solution> {
         profile.check_at(self.at as f64)?;
         match &self.products {
-            Products::Updates(updates) => {
+            InnerProducts::Updates(updates) => {
                 self.blend(updates, &updates.target(profile, self.at)).map(|blend| blend.solution)
             }
-            Products::PowerFunctions(sources) => self.solve_closed_form(sources, profile),
+            InnerProducts::PowerFunctions(sources) => self.solve_closed_form(sources, profile),
         }
     }
 
-    /// The updates that inner products are summed over; none where the sources carry no history.
+    /// Returns the updates that inner products are summed over; `None` if the sources have no history.
     pub(super) fn updates(&self) -> Option<&Updates> {
         match &self.products {
-            Products::Updates(updates) => Some(updates),
-            Products::PowerFunctions(_) => None,
+            InnerProducts::Updates(updates) => Some(updates),
+            InnerProducts::PowerFunctions(_) => None,
         }
     }
 
-    /// The weights of a profile on the updates.
+    /// Returns the weights of a profile on the updates.
     ///
     /// # Errors
     /// [`Error::Parameter`] for a window longer than the time.
@@ -154,92 +155,106 @@ impl System {
         Ok(updates.target(profile, self.at))
     }
 
-    /// As [`System::solve`] for the weights of a target on the updates, with the difference that is left.
+    /// Solves for the weights of a target on the updates, and keeps the residual.
     ///
-    /// Snapshots that lie too close together leave the factors without right digits. The same corrections then start from the
-    /// factors of a steadier matrix; what still misses the target by more than a single source does is no solution.
-    pub(super) fn blend(&self, updates: &Updates, target: &[f64]) -> Result<Blend> {
+    /// Factors have no correct digits if snapshots are too close together. The same refinement then starts from the
+    /// factors of a matrix with a ridge. A blend with a larger error than a single source is not accepted.
+    ///
+    /// # Errors
+    /// [`Error::DependentSources`] if no blend is accepted.
+    pub(super) fn blend(&self, updates: &Updates, target: &[f64]) -> Result<BlendSolution> {
         let norm = updates.norm(target);
-        let single = self.single_best(&updates.products(target), norm * norm);
-        let sound = |blend: &Blend| self.kkt.ridge > 0.0 || blend.solution.relative_error <= single;
+        let limit = self.error_limit(&updates.products(target), norm * norm);
         let plain = self.solve_updates(updates, target, &self.kkt);
-        if plain.as_ref().is_ok_and(sound) {
+        if plain.as_ref().is_ok_and(|blend| blend.solution.relative_error <= limit) {
             return plain;
         }
-        let rho = self.kkt.ridge.sqrt();
-        let steadied =
-            |&by: &f64| self.solve_updates(updates, target, &Kkt::new(&self.gram, &self.order, rho, by)).ok();
-        let blends = STEADIER.iter().filter_map(steadied).filter(sound);
-        let best = blends.min_by(|a, b| a.solution.relative_error.total_cmp(&b.solution.relative_error));
+        let rho = self.kkt.rho_squared.sqrt();
+        let mut best: Option<BlendSolution> = None;
+        for ridge in RIDGES {
+            let kkt = Kkt::new(&self.gram, &self.order, rho, ridge);
+            let Ok(blend) = self.solve_updates(updates, target, &kkt) else { continue };
+            let error = blend.solution.relative_error;
+            if error <= limit && best.as_ref().is_none_or(|best| error < best.solution.relative_error) {
+                best = Some(blend);
+            }
+        }
         best.ok_or_else(|| self.dependent())
     }
 
-    /// The relative error of the source that comes closest to a target by itself, and a little for rounding: `products` are those
-    /// with the target, `own` is its own square.
-    fn single_best(&self, products: &[f64], own: f64) -> f64 {
-        let distance = |i: usize| (self.gram[(i, i)] - 2.0 * products[i] + own) / own;
+    /// Returns the largest relative error of an acceptable blend: that of the nearest single source, plus rounding.
+    ///
+    /// `products` are the inner products of the sources with the target, `target_square` is that of the target with
+    /// itself. A regularised blend has no limit.
+    fn error_limit(&self, products: &[f64], target_square: f64) -> f64 {
+        if self.kkt.rho_squared > 0.0 {
+            return f64::INFINITY;
+        }
+        let distance = |i: usize| (self.gram[(i, i)] - 2.0 * products[i] + target_square) / target_square;
         (0..products.len()).map(|i| distance(i).max(0.0).sqrt()).fold(f64::INFINITY, f64::min) + 1e-6
     }
 
-    /// As [`System::blend`], with another regularisation than the system's.
-    pub(super) fn blend_with(&self, updates: &Updates, target: &[f64], rho: f64) -> Result<Blend> {
+    /// Solves as [`System::blend`], with `rho` instead of the system's regularisation.
+    pub(super) fn blend_with(&self, updates: &Updates, target: &[f64], rho: f64) -> Result<BlendSolution> {
         self.solve_updates(updates, target, &Kkt::new(&self.gram, &self.order, rho, 0.0))
     }
 
-    fn solve_updates(&self, updates: &Updates, target: &[f64], kkt: &Kkt) -> Result<Blend> {
+    fn solve_updates(&self, updates: &Updates, target: &[f64], kkt: &Kkt) -> Result<BlendSolution> {
         let mut weights = self.step(kkt, &updates.products(target), 1.0);
         for _ in 0..REFINEMENTS {
-            // The gradient taken from the difference itself keeps the digits that the Gram matrix has squared away.
-            let gradient = updates.products(&updates.difference(&weights, target));
-            let right: Vec<f64> = gradient.iter().zip(&weights).map(|(g, x)| -g - kkt.ridge * x).collect();
+            // The gradient of the residual keeps the digits that the Gram matrix, which squares the condition, loses.
+            let gradient = updates.products(&updates.residual(&weights, target));
+            let right: Vec<f64> = gradient.iter().zip(&weights).map(|(g, x)| -g - kkt.rho_squared * x).collect();
             let correction = self.step(kkt, &right, 1.0 - weights.iter().sum::<f64>());
             weights.iter_mut().zip(correction).for_each(|(x, c)| *x += c);
         }
         self.check_sum(&weights)?;
-        let difference = updates.difference(&weights, target);
-        let relative_error = updates.norm(&difference) / updates.norm(target);
-        Ok(Blend { solution: Solution::new(weights, relative_error, kkt), difference })
+        let residual = updates.residual(&weights, target);
+        let relative_error = updates.norm(&residual) / updates.norm(target);
+        Ok(BlendSolution { solution: Solution::new(weights, relative_error, kkt), residual })
     }
 
     fn solve_closed_form(&self, sources: &[(f64, f64)], profile: &Profile) -> Result<Solution> {
-        let (gamma, at) = (profile.as_gamma(), self.at as f64);
-        let gamma = gamma.ok_or_else(|| {
-            let why = format!("the snapshots carry no history of updates, and {profile} cannot be solved without one");
-            Error::History(why)
+        let gamma = profile.as_gamma().ok_or_else(|| {
+            Error::History(format!("the snapshots have no history of updates, which solving for {profile} needs"))
         })?;
+        let at = self.at as f64;
         let products: Vec<f64> = sources.iter().map(|&(g, t)| power_function_gram(g, t, gamma, at)).collect();
         let weights = self.step(&self.kkt, &products, 1.0);
         self.check_sum(&weights)?;
-        let own = power_function_gram(gamma, at, gamma, at);
-        let square = own + closed_form_distance(sources, &products, &weights);
-        let relative_error = (square.max(0.0) / own).sqrt();
-        let sound = self.kkt.ridge > 0.0 || relative_error <= self.single_best(&products, own);
-        if sound { Ok(Solution::new(weights, relative_error, &self.kkt)) } else { Err(self.dependent()) }
+        let target_square = power_function_gram(gamma, at, gamma, at);
+        let square = target_square + closed_form_distance(sources, &products, &weights);
+        let relative_error = (square.max(0.0) / target_square).sqrt();
+        if !(relative_error <= self.error_limit(&products, target_square)) {
+            return Err(self.dependent());
+        }
+        Ok(Solution::new(weights, relative_error, &self.kkt))
     }
 
-    /// The weights of all sources from those solved for.
+    /// Solves once, and returns weights for all sources: 0 for those that repeat another.
     fn step(&self, kkt: &Kkt, right: &[f64], sum: f64) -> Vec<f64> {
-        let solved_for = |(kept, value): (&Option<usize>, &f64)| kept.map(|_| *value);
-        let right: Vec<f64> = self.kept.iter().zip(right).filter_map(solved_for).collect();
+        let right: Vec<f64> = self.order.iter().map(|&i| right[i]).collect();
         let solved = kkt.solve(&right, sum);
         self.kept.iter().map(|kept| kept.map_or(0.0, |i| solved[i])).collect()
     }
 
     fn check_sum(&self, weights: &[f64]) -> Result<()> {
-        let within = (weights.iter().sum::<f64>() - 1.0).abs() < 1e-6;
-        if within { Ok(()) } else { Err(self.dependent()) }
+        let sums_to_one = (weights.iter().sum::<f64>() - 1.0).abs() < 1e-6;
+        if sums_to_one { Ok(()) } else { Err(self.dependent()) }
     }
 
-    /// Names the pair that is most alike.
+    /// Creates the error that names the two most similar sources.
     fn dependent(&self) -> Error {
-        let place = |i: usize| self.kept.iter().position(|&kept| kept == Some(i)).unwrap_or(0);
-        let (i, j, cosine) = self.kkt.most_alike();
-        let (first, second) = (self.labels[place(i)].clone(), self.labels[place(j)].clone());
-        Error::DependentSources { first, second, cosine }
+        let (i, j, cosine) = self.kkt.most_similar();
+        Error::DependentSources {
+            first: self.labels[self.order[i]].clone(),
+            second: self.labels[self.order[j]].clone(),
+            cosine,
+        }
     }
 }
 
-fn check_distinct(sources: &[Source]) -> Result<()> {
+fn check_distinct(sources: &[ChainSource]) -> Result<()> {
     if sources.is_empty() {
         return Err(Error::NoSource {
             wanted: "snapshot to blend".into(),
@@ -260,8 +275,10 @@ fn check_distinct(sources: &[Source]) -> Result<()> {
     Ok(())
 }
 
-/// Numbers the sources that are solved for. Averages of different profiles can hold the same values (all do after the
-/// first update); one of them then stands for all, and the others get weight 0.
+/// Numbers the sources that are solved for; `None` for a source that repeats an earlier one.
+///
+/// Averages of different profiles can hold the same values, as all do after the first update. The first of them is
+/// solved for; the others get weight 0.
 fn drop_repeated(gram: &Mat<f64>) -> Vec<Option<usize>> {
     let mut kept: Vec<Option<usize>> = Vec::with_capacity(gram.nrows());
     let mut count = 0;
@@ -274,60 +291,70 @@ fn drop_repeated(gram: &Mat<f64>) -> Vec<Option<usize>> {
     kept
 }
 
-fn power_function(source: &Source) -> Result<(f64, f64)> {
-    match &source.chain {
-        Chain::Tracked(profile) if profile.as_gamma().is_some() => {
-            Ok((profile.as_gamma().unwrap_or(0.0), source.step as f64))
-        }
-        _ => Err(Error::History(format!(
-            "{} carries no history of updates, which only power-function averages can do without",
+/// Returns `(gamma, step)` of a tracked power-function average.
+fn power_function(source: &ChainSource) -> Result<(f64, f64)> {
+    let gamma = match &source.chain {
+        Chain::Tracked(profile) => profile.as_gamma(),
+        _ => None,
+    };
+    match gamma {
+        Some(gamma) => Ok((gamma, source.step as f64)),
+        None => Err(Error::History(format!(
+            "{} has no history of updates; only power-function averages can be blended without one",
             source.label
         ))),
     }
 }
 
-/// `x' G x - 2 x' h`: the squared distance of a blend from its target, less the target's own square.
+/// `x' G x - 2 x' h`: the squared distance of a blend from its target, less the target's square.
 fn closed_form_distance(sources: &[(f64, f64)], products: &[f64], weights: &[f64]) -> f64 {
-    let pair = |(gi, ti): (f64, f64)| {
+    let row = |(gi, ti): (f64, f64)| {
         sources.iter().zip(weights).map(move |(&(gj, tj), xj)| xj * power_function_gram(gi, ti, gj, tj)).sum::<f64>()
     };
-    weights.iter().zip(sources).zip(products).map(|((x, &source), h)| x * (pair(source) - 2.0 * h)).sum()
+    weights.iter().zip(sources).zip(products).map(|((x, &source), h)| x * (row(source) - 2.0 * h)).sum()
+}
+
+/// Returns the matrix of the constrained least squares, scaled to unit diagonal, and the scales of its rows.
+///
+/// `ridge` is added to the scaled diagonal. The constraint's row is scaled to the size of the others by the last scale.
+pub(super) fn scaled_kkt(n: usize, entry: impl Fn(usize, usize) -> f64, ridge: f64) -> (Mat<f64>, Vec<f64>, f64) {
+    let scale: Vec<f64> = (0..n).map(|i| 1.0 / entry(i, i).sqrt()).collect();
+    let unit = scale.iter().fold(0.0, |most: f64, s| most.max(*s));
+    let matrix = Mat::from_fn(n + 1, n + 1, |i, j| match (i < n, j < n) {
+        (true, true) => entry(i, j) * scale[i] * scale[j] + if i == j { ridge } else { 0.0 },
+        (true, false) => scale[i] / unit,
+        (false, true) => scale[j] / unit,
+        (false, false) => 0.0,
+    });
+    (matrix, scale, unit)
 }
 
 /// The symmetric system of the constrained least squares, scaled to unit diagonal and factored.
 struct Kkt {
     matrix: Mat<f64>,
     factor: Lblt<f64>,
-    /// What each weight is divided by in the scaled system.
+    /// Divisor of each weight in the scaled system.
     scale: Vec<f64>,
-    /// The scale of the constraint, which brings it to the size of the other rows.
+    /// Scale of the constraint, which brings it to the size of the other rows.
     unit: f64,
-    /// `rho^2`.
-    ridge: f64,
+    rho_squared: f64,
     condition: f64,
 }
 
 impl Kkt {
-    /// `steadier` is added to the scaled diagonal of the factors alone: what is solved for stays the same.
-    fn new(gram: &Mat<f64>, order: &[usize], rho: f64, steadier: f64) -> Kkt {
-        let n = order.len();
-        let ridge = rho * rho;
-        let entry = |i: usize, j: usize| gram[(order[i], order[j])] + if i == j { ridge } else { 0.0 };
-        let scale: Vec<f64> = (0..n).map(|i| 1.0 / entry(i, i).sqrt()).collect();
-        let unit = scale.iter().fold(0.0, |most: f64, s| most.max(*s));
-        let matrix = Mat::from_fn(n + 1, n + 1, |i, j| match (i < n, j < n) {
-            (true, true) => entry(i, j) * scale[i] * scale[j] + if i == j { steadier } else { 0.0 },
-            (true, false) => scale[i] / unit,
-            (false, true) => scale[j] / unit,
-            (false, false) => 0.0,
-        });
+    /// Factors the system. `ridge` is added to the scaled diagonal of the factors only, so that refinement converges to
+    /// the solution without it.
+    fn new(gram: &Mat<f64>, order: &[usize], rho: f64, ridge: f64) -> Kkt {
+        let rho_squared = rho * rho;
+        let entry = |i: usize, j: usize| gram[(order[i], order[j])] + if i == j { rho_squared } else { 0.0 };
+        let (matrix, scale, unit) = scaled_kkt(order.len(), entry, ridge);
         let factor = Lblt::new(matrix.as_ref(), faer::Side::Lower);
-        let mut kkt = Kkt { matrix, factor, scale, unit, ridge, condition: 0.0 };
+        let mut kkt = Kkt { matrix, factor, scale, unit, rho_squared, condition: 0.0 };
         kkt.condition = kkt.estimate_condition();
         kkt
     }
 
-    /// The weights for a right-hand side in the units of the inner product, whose sum is `sum`.
+    /// Returns the weights, of sum `sum`, for a right-hand side in the units of the inner product.
     fn solve(&self, right: &[f64], sum: f64) -> Vec<f64> {
         let n = self.scale.len();
         let scaled = |i: usize| if i < n { right[i] * self.scale[i] } else { sum / self.unit };
@@ -335,7 +362,7 @@ impl Kkt {
         (0..n).map(|i| solved[(i, 0)] * self.scale[i]).collect()
     }
 
-    /// `||A|| ||A^-1||` in the 1-norm, the second factor by Hager's method (Higham 1988, Algorithm 2.1).
+    /// Estimates `||A|| ||A^-1||` in the 1-norm, the second factor by Hager's method (Higham 1988, Algorithm 2.1).
     fn estimate_condition(&self) -> f64 {
         let n = self.matrix.nrows();
         let mut x = Mat::from_fn(n, 1, |_, _| 1.0 / n as f64);
@@ -357,12 +384,12 @@ impl Kkt {
         norm * inverse_norm
     }
 
-    /// The two sources with the largest cosine.
-    fn most_alike(&self) -> (usize, usize, f64) {
+    /// Returns the two sources with the largest cosine, and the cosine.
+    fn most_similar(&self) -> (usize, usize, f64) {
         let n = self.scale.len();
         let pairs = (0..n).flat_map(|j| (0..j).map(move |i| (i, j)));
-        let alike = pairs.max_by(|&a, &b| self.matrix[a].total_cmp(&self.matrix[b])).unwrap_or((0, 0));
-        (alike.0, alike.1, self.matrix[alike])
+        let (i, j) = pairs.max_by(|&a, &b| self.matrix[a].total_cmp(&self.matrix[b])).unwrap_or((0, 0));
+        (i, j, self.matrix[(i, j)])
     }
 }
 

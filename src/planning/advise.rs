@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::forecast::Forecast;
 use super::plan::At;
 use crate::error::{Error, Result};
-use crate::math::{Chain, MAX_SIGMA_REL, Profile, Retention, Schedule, Source, System, relative_rounding};
+use crate::math::{Chain, ChainSource, MAX_SIGMA_REL, Profile, Retention, Schedule, System, relative_rounding};
 
 /// Lengths of the range at which errors are looked at.
 const TARGETS: usize = 24;
@@ -284,11 +284,14 @@ impl AdviceRequest {
     fn worst_evenly(&self, tracked: &[f64], keep: u64) -> f64 {
         let last = self.steps.max(keep);
         let profiles = tracked.iter().filter_map(|&length| Profile::sigma_rel(length).ok());
-        let source =
-            |profile: &Profile, step| Source { chain: Chain::Tracked(profile.clone()), step, label: String::new() };
+        let source = |profile: &Profile, step| ChainSource {
+            chain: Chain::Tracked(profile.clone()),
+            step,
+            label: String::new(),
+        };
         let steps = |i: u64| (u128::from(last) * u128::from(i) / u128::from(keep)) as u64;
         let steps: Vec<u64> = (1..=keep).map(steps).collect();
-        let sources: Vec<Source> = profiles
+        let sources: Vec<ChainSource> = profiles
             .flat_map(|profile| steps.iter().map(move |&step| source(&profile, step)).collect::<Vec<_>>())
             .collect();
         let solve = |system: &System, length: f64| {

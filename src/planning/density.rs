@@ -23,7 +23,7 @@ pub(crate) fn densities(sources: Vec<IndexedSource>, history: Option<&History>, 
         own.map(IndexedSource::for_solve)
             .ok_or_else(|| Error::OtherPlan { missing: format!("snapshot {}.{}", weight.index, weight.step) })
     };
-    let used: Vec<math::Source> = plan.weights.iter().map(source_of).collect::<Result<_>>()?;
+    let used: Vec<math::ChainSource> = plan.weights.iter().map(source_of).collect::<Result<_>>()?;
     let weights: Vec<f64> = plan.weights.iter().map(|weight| weight.weight).collect();
     Densities::new(history, plan.at, &used, &weights, &plan.profile)
 }

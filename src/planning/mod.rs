@@ -1,10 +1,11 @@
-//! What can be synthesized, and how well: plans, forecasts before training, advice, predicted errors.
+//! Planning of syntheses: plans, forecasts before training, advice and predicted errors.
 
 mod advise;
 mod density;
 mod forecast;
 mod noise;
 mod plan;
+mod sample;
 mod source;
 mod stored_chain;
 
@@ -13,10 +14,10 @@ pub use advise::rounding;
 pub use advise::{Advice, AdviceRequest, WorstCase, advise};
 pub(crate) use density::densities;
 pub use forecast::Forecast;
-pub(crate) use noise::SnapshotNoise;
 pub use noise::{Noise, PredictedError};
 pub(crate) use plan::solve;
 pub use plan::{At, Plan, Weight};
+pub(crate) use sample::SnapshotNoise;
 pub(crate) use source::IndexedSource;
 #[cfg(feature = "pytorch")]
 pub(crate) use stored_chain::history_json;

@@ -1,9 +1,10 @@
-//! Plans: the solved weights of a target, with their error.
+//! Plans: the solved weights of a target and their error.
 
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::noise::{Noise, PredictedError, ScaledModel, SnapshotNoise};
+use super::noise::{Noise, PredictedError};
+use super::sample::{RelativeErrorModel, SnapshotNoise};
 use super::source::IndexedSource;
 use crate::error::{Error, Result};
 use crate::math::{self, History, Profile, Solution, System};
@@ -11,33 +12,34 @@ use crate::math::{self, History, Profile, Solution, System};
 /// The time of a target.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum At {
-    /// The newest snapshot.
+    /// The time of the newest snapshot.
     #[default]
     Latest,
-    /// This step (or this time on the run's own clock), at or between snapshots.
+    /// A step, or time on the run's own clock, at or between snapshots.
     Step(u64),
 }
 
 /// The solved weights of a target.
 #[derive(Clone, Debug, Serialize)]
 pub struct Plan {
-    /// The profile that was asked for.
+    /// The target profile.
     pub profile: Profile,
-    /// Its time.
+    /// The time of the target.
     pub at: u64,
-    /// `||sum_i x_i p_i - r|| / ||r||`: how far the blend's profile is from the target's.
+    /// `||sum_i x_i p_i - r|| / ||r||`: the relative distance of the blend's profile from the target's.
     pub relative_error: f64,
-    /// `sqrt(sum_i x_i^2)`: by how much independent rounding errors of the snapshots are amplified.
+    /// `sqrt(sum_i x_i^2)`: the amplification of independent rounding errors of the snapshots.
     pub noise_gain: f64,
     /// The condition number of the scaled system.
     pub condition: f64,
-    /// The sum of the weights: 1 but for rounding.
+    /// The sum of the weights: 1 up to rounding.
     pub sum: f64,
     /// The regularisation `rho` of the solve, in the units of the profiles' norm (1/sqrt steps); 0 for none.
     pub rho: f64,
-    /// The error that is to be expected of the weights themselves, before they are rounded to the output's dtype. None before
-    /// training, for live averages, and where there is too little to estimate it from: snapshots at fewer than three steps,
-    /// or ones that tell no updates; and where all weights are 0.
+    /// The expected error of the average, before its rounding to the output's dtype.
+    ///
+    /// `None` before training and for live averages. Also `None` if snapshots are at fewer than three steps, have no
+    /// history of updates, or have only zeros as weights.
     pub predicted: Option<PredictedError>,
     /// The weights, in order of profile and step.
     pub weights: Vec<Weight>,
@@ -48,15 +50,15 @@ pub struct Plan {
 pub struct Weight {
     /// The index of the profile within the run.
     pub index: usize,
-    /// The step.
+    /// The step of the snapshot.
     pub step: u64,
-    /// Its weight.
+    /// The weight of the snapshot.
     pub weight: f64,
 }
 
-/// Solves several targets at one time over the same sources; the system is factored once.
+/// Solves several targets at one time over the same sources, with one factorization.
 ///
-/// `stored` tells of the sources' movement and rounding, in their order.
+/// `stored` holds the sources' movement and rounding, in their order.
 pub(crate) fn solve(
     sources: &[IndexedSource],
     history: Option<&History>,
@@ -66,9 +68,9 @@ pub(crate) fn solve(
     stored: Option<&SnapshotNoise>,
 ) -> Result<Vec<Plan>> {
     let rho = noise.rho()?;
-    let at = time(sources, at)?;
+    let at = target_time(sources, at)?;
     let usable: Vec<usize> = (0..sources.len()).filter(|&i| sources[i].step <= at).collect();
-    let inputs: Vec<math::Source> = usable.iter().map(|&i| sources[i].for_solve()).collect();
+    let inputs: Vec<math::ChainSource> = usable.iter().map(|&i| sources[i].for_solve()).collect();
     let system = match history {
         Some(history) => System::new(history, at, &inputs, rho)?,
         None => System::closed_form(at, &inputs, rho)?,
@@ -76,13 +78,13 @@ pub(crate) fn solve(
     let model = stored.and_then(|stored| stored.model(&system, sources, &usable));
     let solver = Solver { system: &system, model: model.as_ref(), noise, rho };
     let usable: Vec<&IndexedSource> = usable.iter().map(|&i| &sources[i]).collect();
-    // All of them first: of several errors the first target's is told, whichever thread is done first.
+    // Collect all results first, so that the error returned is that of the first target, not of the first thread.
     let plans: Vec<Result<Plan>> = profiles.par_iter().map(|profile| solver.plan(&usable, profile, at)).collect();
     plans.into_iter().collect()
 }
 
-/// The time of a target among the sources'.
-fn time(sources: &[IndexedSource], at: At) -> Result<u64> {
+/// Returns the time of a target, checked against the sources' steps.
+fn target_time(sources: &[IndexedSource], at: At) -> Result<u64> {
     let steps = sources.iter().map(|source| source.step);
     let (Some(first), Some(last)) = (steps.clone().min(), steps.max()) else {
         return Err(Error::NoSource {
@@ -98,21 +100,24 @@ fn time(sources: &[IndexedSource], at: At) -> Result<u64> {
     }
 }
 
-/// How the targets of one time are solved.
+/// Solver of the targets of one time.
 struct Solver<'a> {
     system: &'a System,
-    model: Option<&'a ScaledModel<'a>>,
+    model: Option<&'a RelativeErrorModel<'a>>,
     noise: Noise,
     rho: f64,
 }
 
 impl Solver<'_> {
     fn solve(&self, profile: &Profile) -> Result<(Solution, f64, Option<PredictedError>)> {
-        match (self.model, self.noise) {
-            (None, _) => Ok((self.system.solve(profile)?, self.rho, None)),
-            (Some(model), Noise::Auto) => model.best(profile),
-            (Some(model), _) => model.given(profile, self.rho),
-        }
+        let Some(model) = self.model else {
+            return Ok((self.system.solve(profile)?, self.rho, None));
+        };
+        let (solution, rho, predicted) = match self.noise {
+            Noise::Auto => model.solve_best(profile)?,
+            Noise::Off | Noise::Rho(_) => model.solve(profile, self.rho)?,
+        };
+        Ok((solution, rho, Some(predicted)))
     }
 
     fn plan(&self, usable: &[&IndexedSource], profile: &Profile, at: u64) -> Result<Plan> {

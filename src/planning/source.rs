@@ -15,7 +15,7 @@ pub(crate) struct IndexedSource {
 }
 
 impl IndexedSource {
-    pub(crate) fn for_solve(&self) -> math::Source {
-        math::Source { chain: self.chain.clone(), step: self.step, label: self.label.clone() }
+    pub(crate) fn for_solve(&self) -> math::ChainSource {
+        math::ChainSource { chain: self.chain.clone(), step: self.step, label: self.label.clone() }
     }
 }

@@ -145,7 +145,7 @@ impl PostHocEma {
     fn fold(&mut self, time: u64, views: &[TensorView<'_>]) -> Result<()> {
         let views = self.registry.order_views(views)?;
         let last = self.history.last().unwrap_or(0);
-        let weight = |profile: &Profile| profile.gain(last as f64, time as f64) as f32;
+        let weight = |profile: &Profile| profile.one_minus_beta(last as f64, time as f64) as f32;
         let weights: Vec<f32> = self.settings.profiles.iter().map(weight).collect();
         self.engine.fold(&views, self.registry.layout(), &weights)?;
         // Cannot fail once the averages have changed: the caller has checked that `time` is after the last update.

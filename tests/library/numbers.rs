@@ -123,8 +123,8 @@ fn subnormal_numbers_are_averaged_to_the_last_bit_that_they_have() {
     for step in 1..=10 {
         ema.update(&model(step)).unwrap();
         for (profile, exact) in profiles.iter().zip(&mut exact) {
-            let gain = profile.gain((step - 1) as f64, step as f64);
-            exact.iter_mut().enumerate().for_each(|(i, e)| *e += gain * (f64::from(value(step, i)) - *e));
+            let one_minus_beta = profile.one_minus_beta((step - 1) as f64, step as f64);
+            exact.iter_mut().enumerate().for_each(|(i, e)| *e += one_minus_beta * (f64::from(value(step, i)) - *e));
         }
     }
     ema.finish().unwrap();

@@ -5,87 +5,102 @@ use std::ops::Range;
 use faer::Mat;
 use rayon::prelude::*;
 
-use super::staircase::{INDEPENDENT, excess};
+use super::quantization::{INDEPENDENT, excess};
 
-/// What a sample tells of each pair of snapshots: means over the elements.
+/// Number of parts that the work is split into, at any number of threads.
+const PARTS: usize = 8;
+
+/// Number of sums that [`squared_distance`] keeps in parallel.
+const LANES: usize = 16;
+
+/// Means over the sampled elements for each pair of snapshots.
 #[derive(Clone, Debug)]
 pub(crate) struct Measured {
-    /// The mean square by which the exact averages differ.
+    /// The mean square difference of the exact averages.
     pub moved: Mat<f64>,
-    /// The covariance of their roundings.
+    /// The covariance of the rounding errors.
     pub rounding: Mat<f64>,
 }
 
 /// The same elements of several snapshots.
 pub(crate) struct Sample {
-    /// Of each snapshot, one value for each element.
+    /// The values of each snapshot, one per element.
     pub values: Vec<Vec<f64>>,
-    /// Of each snapshot, the distance of neighbouring values of its dtype at each element.
+    /// The distances of neighbouring values of each snapshot's dtype, one per element.
     pub ulps: Vec<Vec<f64>>,
-    /// Elements that are likely to move alike: parts of one tensor.
+    /// Ranges of elements that are likely to move by similar amounts: parts of one tensor.
     pub blocks: Vec<Range<usize>>,
 }
 
-/// Measures each pair. Elements of one block and one `ulp` are taken as a group that moves alike: how far, compared with
-/// the `ulp`, decides whether their roundings are the same or independent.
+/// Measures each pair of snapshots.
+///
+/// Elements of one block and one `ulp` form a group that is taken to move by similar amounts. The size of the movement in
+/// `ulp`s decides how far their rounding errors are equal or independent.
 pub(crate) fn measure(sample: &Sample) -> Measured {
-    let groups = groups(sample);
+    let groups = group_elements(sample);
     let elements: usize = groups.iter().map(Vec::len).sum();
-    let zero = || Measured::zero(sample.values.len());
-    let add = |mut sum: Measured, group: &Vec<usize>| {
-        sum.add(&Group::new(sample, group), group.len() as f64 / elements as f64);
+    let measure_part = |part: &[Vec<usize>]| {
+        let mut sum = Measured::zero(sample.values.len());
+        for group in part {
+            sum.add(&UlpGroup::new(sample, group), group.len() as f64 / elements as f64);
+        }
         sum
     };
-    // In a fixed order, so that the figures do not depend on the number of threads.
-    let parts: Vec<Measured> =
-        groups.par_chunks(groups.len().div_ceil(PARTS).max(1)).map(|part| part.iter().fold(zero(), add)).collect();
-    parts
-        .into_iter()
-        .fold(zero(), |sum, part| Measured { moved: sum.moved + part.moved, rounding: sum.rounding + part.rounding })
+    // Parts are summed in a fixed order, so that the results do not depend on the number of threads.
+    let parts: Vec<Measured> = groups.par_chunks(groups.len().div_ceil(PARTS).max(1)).map(measure_part).collect();
+    let mut total = Measured::zero(sample.values.len());
+    for part in parts {
+        total.moved += part.moved;
+        total.rounding += part.rounding;
+    }
+    total
 }
 
-/// Into how many parts the work is cut.
-const PARTS: usize = 8;
-
-/// The elements of each block by their `ulp` in the last snapshot.
-fn groups(sample: &Sample) -> Vec<Vec<usize>> {
+/// Groups the elements of each block by their `ulp` in the last snapshot.
+fn group_elements(sample: &Sample) -> Vec<Vec<usize>> {
     let Some(last) = sample.ulps.last() else { return Vec::new() };
-    let of_block = |block: &Range<usize>| {
+    let mut groups = Vec::new();
+    for block in &sample.blocks {
         let mut elements: Vec<usize> = block.clone().collect();
         elements.sort_by(|&a, &b| last[a].total_cmp(&last[b]));
-        elements.chunk_by(|&a, &b| last[a] == last[b]).map(<[usize]>::to_vec).collect::<Vec<_>>()
-    };
-    sample.blocks.iter().flat_map(of_block).collect()
+        groups.extend(elements.chunk_by(|&a, &b| last[a] == last[b]).map(<[usize]>::to_vec));
+    }
+    groups
 }
 
-/// The values of one group, side by side.
-struct Group {
-    /// Of each snapshot.
+/// Contiguous values of the elements of one group.
+struct UlpGroup {
+    /// The values of each snapshot.
     values: Vec<Vec<f64>>,
     /// The mean of `ulp^2` of each snapshot.
-    square: Vec<f64>,
+    ulp_squares: Vec<f64>,
 }
 
-impl Group {
-    fn new(sample: &Sample, elements: &[usize]) -> Group {
-        let of = |all: &Vec<f64>| elements.iter().map(|&i| all[i]).collect::<Vec<f64>>();
-        let square = |ulps: &Vec<f64>| elements.iter().map(|&i| ulps[i] * ulps[i]).sum::<f64>() / elements.len() as f64;
-        Group { values: sample.values.iter().map(of).collect(), square: sample.ulps.iter().map(square).collect() }
+impl UlpGroup {
+    fn new(sample: &Sample, elements: &[usize]) -> UlpGroup {
+        let gather = |all: &Vec<f64>| elements.iter().map(|&i| all[i]).collect::<Vec<f64>>();
+        let mean_square =
+            |ulps: &Vec<f64>| elements.iter().map(|&i| ulps[i] * ulps[i]).sum::<f64>() / elements.len() as f64;
+        UlpGroup {
+            values: sample.values.iter().map(gather).collect(),
+            ulp_squares: sample.ulps.iter().map(mean_square).collect(),
+        }
     }
 
-    /// Mean square movement of a pair, and the covariance of its roundings.
+    /// Returns the mean square movement between two snapshots, and the covariance of their rounding errors.
     fn pair(&self, i: usize, j: usize) -> (f64, f64) {
-        let (a, b) = (&self.values[i], &self.values[j]);
-        let rounded = squared_distance(a, b) / a.len() as f64;
-        let square = 0.5 * (self.square[i] + self.square[j]);
-        // Exact values, such as those of an f64 that underflows, have no neighbours to speak of.
-        let h = if square > 0.0 { excess(rounded / square) } else { 0.0 };
-        let covariance = (self.square[i] * self.square[j]).sqrt() / 12.0 * (1.0 - h / INDEPENDENT);
-        ((rounded - h * square).max(0.0), covariance)
+        let rounded = squared_distance(&self.values[i], &self.values[j]) / self.values[i].len() as f64;
+        let ulp_square = 0.5 * (self.ulp_squares[i] + self.ulp_squares[j]);
+        // The square underflows to 0 for the smallest f64 values, whose rounding is negligible.
+        let h = if ulp_square > 0.0 { excess(rounded / ulp_square) } else { 0.0 };
+        let covariance = (self.ulp_squares[i] * self.ulp_squares[j]).sqrt() / 12.0 * (1.0 - h / INDEPENDENT);
+        ((rounded - h * ulp_square).max(0.0), covariance)
     }
 }
 
-/// The squared distance of two equally long lists: as many sums side by side as fill a processor's pipes, in a fixed order.
+/// Returns the squared distance of two lists of equal length.
+///
+/// It keeps several sums in parallel to fill a processor's pipelines, and adds them in a fixed order.
 fn squared_distance(a: &[f64], b: &[f64]) -> f64 {
     let (a, a_rest) = a.as_chunks::<LANES>();
     let (b, b_rest) = b.as_chunks::<LANES>();
@@ -99,15 +114,12 @@ fn squared_distance(a: &[f64], b: &[f64]) -> f64 {
     sums.into_iter().chain(rest).sum()
 }
 
-/// Sums that are built side by side.
-const LANES: usize = 16;
-
 impl Measured {
     fn zero(snapshots: usize) -> Measured {
         Measured { moved: Mat::zeros(snapshots, snapshots), rounding: Mat::zeros(snapshots, snapshots) }
     }
 
-    fn add(&mut self, group: &Group, share: f64) {
+    fn add(&mut self, group: &UlpGroup, share: f64) {
         for j in 0..group.values.len() {
             for i in 0..=j {
                 let (moved, covariance) = group.pair(i, j);
@@ -119,16 +131,16 @@ impl Measured {
         }
     }
 
-    /// The mean square by which the roundings of a pair differ.
-    pub(super) fn apart(&self, i: usize, j: usize) -> f64 {
+    /// Returns the mean square difference of the rounding errors of a pair.
+    pub(super) fn rounding_distance(&self, i: usize, j: usize) -> f64 {
         self.rounding[(i, i)] + self.rounding[(j, j)] - 2.0 * self.rounding[(i, j)]
     }
 
-    /// Of some of the snapshots.
-    pub(crate) fn only(&self, snapshots: &[usize]) -> Measured {
+    /// Returns the measurements of some of the snapshots, by their indices.
+    pub(crate) fn subset(&self, snapshots: &[usize]) -> Measured {
         let n = snapshots.len();
-        let of = |matrix: &Mat<f64>| Mat::from_fn(n, n, |i, j| matrix[(snapshots[i], snapshots[j])]);
-        Measured { moved: of(&self.moved), rounding: of(&self.rounding) }
+        let select = |matrix: &Mat<f64>| Mat::from_fn(n, n, |i, j| matrix[(snapshots[i], snapshots[j])]);
+        Measured { moved: select(&self.moved), rounding: select(&self.rounding) }
     }
 }
 
@@ -138,7 +150,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
 
     #[test]
-    fn a_squared_distance_is_that_of_the_plain_sum() {
+    fn squared_distance_equals_the_plain_sum() {
         let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(3);
         for length in (0..70).chain([1000]) {
             let mut values = || (0..length).map(|_| random.random_range(-1.0..1.0)).collect::<Vec<f64>>();

@@ -1,38 +1,38 @@
-//! The error that a blend of stored snapshots will have, and the regularisation that makes it smallest.
+//! The expected error of a blend of stored snapshots, and the regularisation that minimises it.
 //!
-//! A blend `sum_i x_i s_i` of stored snapshots `s_i = p_i + e_i` misses its target by two things: the difference
-//! `d = sum_i x_i p_i - r` of the profiles, which meets the parameters' movement, and the snapshots' rounding `e_i`. Both are
-//! mean squares over the elements, taken from a sample of them:
+//! A blend `sum_i x_i s_i` of stored snapshots `s_i = p_i + e_i` has two errors: the residual `d = sum_i x_i p_i - r` of
+//! the profiles, times the parameters' movement, and the snapshots' rounding `e_i`. Both are mean squares over the
+//! elements, estimated from a sample:
 //!
 //! | symbol | meaning | where |
 //! | --- | --- | --- |
-//! | `d_k` | the difference on update `k`; its sum is 0 | `Blend::difference` |
+//! | `d_k` | the residual on update `k`; its sum is 0 | `BlendSolution::residual` |
 //! | `v_l`, `v_r`, `v_w` | drift, random walk and white noise of the parameters, per element | [`Trajectory`] |
 //! | `u` | the distance of neighbouring values of a stored dtype | `ulps` |
 //! | `M_ij` | mean square of `s_i - s_j` | [`Measured`] |
-//! | `m_ij` | the same of `p_i - p_j`: without rounding | [`Measured::moved`] |
+//! | `m_ij` | mean square of `p_i - p_j`: without rounding | [`Measured::moved`] |
 //! | `C_ij` | covariance of `e_i` and `e_j` | [`Measured::rounding`] |
 //!
-//! `M_ij` gives `m_ij` and `C_ij` (`staircase`), the `m_ij` of all pairs give the trajectory (`fit`), and `x' C x` beside
-//! the trajectory's answer to `d` is the error (`Model::expect`).
+//! `quantization` splits `M_ij` into `m_ij` and `C_ij`. `fit` finds the trajectory from the `m_ij` of all pairs.
+//! `ErrorModel::expected_error` adds `x' C x` and the mean square of the trajectory's blend with weights `d`.
 
-mod choice;
 mod fit;
-mod kernels;
 mod measure;
-mod staircase;
+mod quadratic_forms;
+mod quantization;
+mod regularisation;
 mod trajectory;
 
 use faer::Mat;
 
-pub(crate) use choice::Choice;
 pub(crate) use measure::{Measured, Sample, measure};
+pub(crate) use regularisation::RegularisedSolution;
 use trajectory::Trajectory;
 
-use super::solve::{Blend, System, Updates};
+use super::solve::{BlendSolution, System, Updates};
 
-/// What is known of the parameters and the snapshots of one system.
-pub(crate) struct Model<'a> {
+/// Model of the movement and rounding of one system's snapshots.
+pub(crate) struct ErrorModel<'a> {
     system: &'a System,
     updates: &'a Updates,
     trajectory: Trajectory,
@@ -40,40 +40,39 @@ pub(crate) struct Model<'a> {
     rounding: Mat<f64>,
 }
 
-/// The expected error of a blend: root mean squares over the elements, in the units of the weights.
+/// Expected error of a blend: root mean squares over the elements, in the units of the model's weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Expected {
-    /// Because the blend's profile is not the target's.
+pub(crate) struct ExpectedError {
+    /// Error due to the difference of the blend's profile from the target's.
     pub profile: f64,
-    /// Because snapshots are stored rounded.
+    /// Error due to the rounding of stored snapshots.
     pub rounding: f64,
 }
 
-impl Expected {
+impl ExpectedError {
     pub(crate) fn total(&self) -> f64 {
         self.profile.hypot(self.rounding)
     }
 }
 
-impl<'a> Model<'a> {
-    /// The model of a system whose sources were measured; none where the sources carry no history.
-    pub(crate) fn new(system: &'a System, measured: Measured) -> Option<Model<'a>> {
+impl<'a> ErrorModel<'a> {
+    /// Creates the model of a system from measurements of its sources; `None` if the sources have no history.
+    pub(crate) fn new(system: &'a System, measured: Measured) -> Option<ErrorModel<'a>> {
         let updates = system.updates()?;
         let trajectory = Trajectory::fit(updates, &measured);
-        Some(Model { system, updates, trajectory, rounding: measured.rounding })
+        Some(ErrorModel { system, updates, trajectory, rounding: measured.rounding })
     }
 
-    /// The error that a blend is expected to have.
-    fn expect(&self, blend: &Blend) -> Expected {
-        let profile = self.trajectory.mean_square(&self.updates.times, &blend.difference);
+    fn expected_error(&self, blend: &BlendSolution) -> ExpectedError {
+        let profile = self.trajectory.mean_square(&self.updates.times, &blend.residual);
         // Measured covariances need not be positive definite to the last digit.
-        let rounding = quadratic(&self.rounding, &blend.solution.weights).max(0.0);
-        Expected { profile: profile.sqrt(), rounding: rounding.sqrt() }
+        let rounding = quadratic_form(&self.rounding, &blend.solution.weights).max(0.0);
+        ExpectedError { profile: profile.sqrt(), rounding: rounding.sqrt() }
     }
 }
 
-/// `x' A x`.
-fn quadratic(matrix: &Mat<f64>, x: &[f64]) -> f64 {
+/// Returns `x' A x`.
+fn quadratic_form(matrix: &Mat<f64>, x: &[f64]) -> f64 {
     let row = |i: usize| -> f64 { x.iter().enumerate().map(|(j, xj)| matrix[(i, j)] * xj).sum() };
     x.iter().enumerate().map(|(i, xi)| xi * row(i)).sum()
 }

@@ -1,14 +1,14 @@
-//! The quadratic forms against naive sums and simulations, and the fit by what it must give back.
+//! Quadratic forms against naive sums and simulations, and fits of known variances.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::kernels::Kernels;
+use super::quadratic_forms::QuadraticForms;
 use super::*;
-use crate::math::{Chain, History, Profile, Source};
+use crate::math::{Chain, ChainSource, History, Profile};
 
-/// Irregular updates, a tracked chain and one of another tool, snapshots at five of the updates.
-fn system() -> (Vec<u64>, Vec<Source>, System) {
+/// Creates a system of irregular updates, with a tracked chain and one of another tool, and snapshots at five updates.
+fn system() -> (Vec<u64>, Vec<ChainSource>, System) {
     let mut random = ChaCha8Rng::seed_from_u64(11);
     let mut time = 40;
     let times: Vec<u64> = (0..200)
@@ -19,16 +19,16 @@ fn system() -> (Vec<u64>, Vec<Source>, System) {
         .collect();
     let tracked = Chain::Tracked(Profile::sigma_rel(0.1).unwrap());
     let counter = Chain::Counter { gamma: 0.5, stride: 3, offset: 2 };
-    let source = |chain: &Chain, k: usize| Source { chain: chain.clone(), step: times[k], label: format!("{k}") };
-    let sources: Vec<Source> =
+    let source = |chain: &Chain, k: usize| ChainSource { chain: chain.clone(), step: times[k], label: format!("{k}") };
+    let sources: Vec<ChainSource> =
         [&tracked, &counter].into_iter().flat_map(|chain| [20, 21, 90, 150, 199].map(|k| source(chain, k))).collect();
     let history = History::from_times(times.iter().copied()).unwrap();
     let system = System::new(&history, times[199], &sources, 0.0).unwrap();
     (times, sources, system)
 }
 
-/// The weights of a source on all updates.
-fn weights(source: &Source, times: &[u64]) -> Vec<f64> {
+/// Returns the weights of a source on all updates.
+fn weights(source: &ChainSource, times: &[u64]) -> Vec<f64> {
     let seen = times.partition_point(|&time| time <= source.step);
     let mut weights = source.chain.densities(&times[..seen]);
     weights.resize(times.len(), 0.0);
@@ -39,7 +39,7 @@ fn difference(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a - b).collect()
 }
 
-/// `sum_kl d_k d_l c(t_k, t_l)`.
+/// Returns `sum_kl d_k d_l c(t_k, t_l)`.
 fn double_sum(times: &[u64], d: &[f64], covariance: impl Fn(f64, f64) -> f64) -> f64 {
     let row = |k: usize| -> f64 {
         times.iter().zip(d).map(|(&t, dl)| d[k] * dl * covariance(times[k] as f64, t as f64)).sum()
@@ -47,7 +47,7 @@ fn double_sum(times: &[u64], d: &[f64], covariance: impl Fn(f64, f64) -> f64) ->
     (0..times.len()).map(row).sum()
 }
 
-/// Drift, walk, white noise.
+/// Drift, walk and white noise of unit variance, each alone.
 const ALONE: [Trajectory; 3] = [
     Trajectory { drift: 1.0, walk: 0.0, white: 0.0 },
     Trajectory { drift: 0.0, walk: 1.0, white: 0.0 },
@@ -55,20 +55,22 @@ const ALONE: [Trajectory; 3] = [
 ];
 
 #[test]
-fn forms_are_the_double_sums_over_covariances() {
+fn mean_squares_equal_double_sums_over_covariances() {
     let (times, sources, _) = system();
-    let (first, newest) = (times[0] as f64, times[199] as f64);
+    let first = times[0] as f64;
+    let newest = times[199] as f64;
     for (a, b) in [(0, 9), (3, 4), (2, 7), (9, 5)] {
         let d = difference(&weights(&sources[a], &times), &weights(&sources[b], &times));
         let [drift, walk, white] = ALONE.map(|trajectory| trajectory.mean_square(&times, &d));
-        // Position and bending velocity begin at the newest update and go back: a twice summed walk.
-        let bent = |s: f64, t: f64| {
-            let (near, far) = (newest - s.max(t), newest - s.min(t));
+        // Position and velocity start at the newest update and go back in time: a twice summed walk.
+        let bend = |s: f64, t: f64| {
+            let near = newest - s.max(t);
+            let far = newest - s.min(t);
             near * near * (3.0 * far - near) / 6.0
         };
         let straight = double_sum(&times, &d, |s, t| (s - newest) * (t - newest));
         for (found, expected) in [
-            (drift, straight + double_sum(&times, &d, bent) / newest),
+            (drift, straight + double_sum(&times, &d, bend) / newest),
             (walk, double_sum(&times, &d, |s, t| s.min(t) - first)),
             (white, double_sum(&times, &d, |s, t| f64::from(u8::from(s == t)))),
         ] {
@@ -78,16 +80,16 @@ fn forms_are_the_double_sums_over_covariances() {
 }
 
 #[test]
-fn what_pairs_of_sources_differ_by_is_what_the_forms_say() {
+fn quadratic_forms_equal_mean_squares_of_differences() {
     let (times, sources, system) = system();
-    let kernels = Kernels::new(system.updates().unwrap());
+    let forms = QuadraticForms::new(system.updates().unwrap());
     for i in 0..sources.len() {
         for j in 0..i {
             let d = difference(&weights(&sources[i], &times), &weights(&sources[j], &times));
             let straight = times.iter().zip(&d).map(|(&t, d)| t as f64 * d).sum::<f64>().powi(2);
             let expected = [straight, ALONE[1].mean_square(&times, &d), ALONE[2].mean_square(&times, &d)];
-            for (found, expected) in kernels.between(i, j).into_iter().zip(expected) {
-                // Differences of sums of the size of the time.
+            for (found, expected) in forms.between(i, j).into_iter().zip(expected) {
+                // The forms are differences of sums as large as the time.
                 let tolerance = 1e-9 * expected + 1e-11;
                 assert!((found - expected).abs() <= tolerance, "{i} {j}: {found} is not {expected}");
             }
@@ -95,15 +97,16 @@ fn what_pairs_of_sources_differ_by_is_what_the_forms_say() {
     }
 }
 
-/// A number of variance 1.
+/// Returns a number of mean 0 and variance 1.
 fn random_number(random: &mut ChaCha8Rng) -> f64 {
     (random.random::<f64>() - 0.5) * 12f64.sqrt()
 }
 
-/// A simulated element at each of the times, without the bend.
+/// Simulates an element at each of the times, with a constant drift.
 fn simulated(random: &mut ChaCha8Rng, times: &[u64], trajectory: Trajectory) -> Vec<f64> {
     let speed = trajectory.drift.sqrt() * random_number(random);
-    let (mut walked, mut before) = (0.0, times[0]);
+    let mut walked = 0.0;
+    let mut before = times[0];
     let mut at = |&time: &u64| {
         walked += (trajectory.walk * (time - before) as f64).sqrt() * random_number(random);
         before = time;
@@ -126,7 +129,7 @@ fn simulated_elements_are_measured_and_fitted() {
             values.push(weights.iter().zip(&element).map(|(w, v)| w * v).sum());
         }
     }
-    // Exact values: nothing is taken for rounding.
+    // Exact values: no movement is taken for rounding.
     let sample =
         Sample { ulps: vec![vec![1e-12; elements]; sources.len()], values, blocks: vec![0..5000, 5000..elements] };
     let measured = measure(&sample);
@@ -149,31 +152,31 @@ fn simulated_elements_are_measured_and_fitted() {
     }
 }
 
-/// Movements that are known without any rounding.
+/// Returns measurements of movement without rounding.
 fn exact(moved: Mat<f64>) -> Measured {
     Measured { rounding: Mat::zeros(moved.nrows(), moved.ncols()), moved }
 }
 
 #[test]
-fn a_fit_gives_back_what_the_pairs_were_made_of() {
+fn fit_recovers_known_variances() {
     let (_, sources, system) = system();
-    let kernels = Kernels::new(system.updates().unwrap());
+    let forms = QuadraticForms::new(system.updates().unwrap());
     for truth in [[1.0, 0.0, 0.0], [0.0, 1e-9, 0.0], [0.0, 0.0, 5.0], [1e-6, 1e-3, 0.3], [0.0; 3]] {
         let moved = Mat::from_fn(sources.len(), sources.len(), |i, j| {
-            kernels.between(i, j).iter().zip(truth).map(|(form, variance)| form * variance).sum::<f64>()
+            forms.between(i, j).iter().zip(truth).map(|(form, variance)| form * variance).sum::<f64>()
         });
         let fitted = Trajectory::fit(system.updates().unwrap(), &exact(moved.clone()));
         for (found, expected) in [fitted.drift, fitted.walk, fitted.white].into_iter().zip(truth) {
-            // What is absent may come out as what rounding makes of the others.
+            // A variance of 0 is found up to the rounding of the others.
             let most = moved.norm_max();
             assert!((found - expected).abs() <= 1e-6 * expected + 1e-12 * most, "{fitted:?} is not {truth:?}");
         }
     }
 }
 
-/// Some values that do not move, and the same that move by many ulps.
+/// Measures values that do not move, and the same values after a movement of many ulps.
 #[test]
-fn roundings_are_shared_by_what_stays_and_independent_in_what_moves() {
+fn rounding_errors_are_equal_without_movement_and_independent_after_it() {
     let mut random = ChaCha8Rng::seed_from_u64(13);
     let elements = 10_000;
     let ulp = 0.125;
@@ -194,23 +197,25 @@ fn roundings_are_shared_by_what_stays_and_independent_in_what_moves() {
 }
 
 #[test]
-fn a_regularisation_is_chosen_where_rounding_counts_only() {
+fn regularisation_is_chosen_only_against_rounding() {
     let (_, sources, system) = system();
-    let moved = |i: usize, j: usize| Kernels::new(system.updates().unwrap()).between(i, j)[1] * 1e-3;
+    let moved = |i: usize, j: usize| QuadraticForms::new(system.updates().unwrap()).between(i, j)[1] * 1e-3;
     let n = sources.len();
     let model = |rounding: f64| {
         let rounding = Mat::from_fn(n, n, |i, j| if i == j { rounding } else { 0.0 });
-        Model::new(&system, Measured { moved: Mat::from_fn(n, n, moved), rounding }).unwrap()
+        ErrorModel::new(&system, Measured { moved: Mat::from_fn(n, n, moved), rounding }).unwrap()
     };
     let target = Profile::sigma_rel(0.05).unwrap();
-    let (plain, none) = (model(0.0).given(&target, 0.0).unwrap(), model(0.0).best(&target).unwrap());
+    let plain = model(0.0).solve(&target, 0.0).unwrap();
+    let none = model(0.0).solve_best(&target).unwrap();
     assert_eq!((none.rho, none.solution.weights), (0.0, plain.solution.weights.clone()));
     assert_eq!(none.expected.total(), none.expected.profile);
     let noise = (plain.expected.profile * 3.0).powi(2);
-    let (plain, quiet) = (model(noise).given(&target, 0.0).unwrap(), model(noise).best(&target).unwrap());
-    assert!(quiet.rho > 0.0 && quiet.expected.total() < CLEAR_GAIN * plain.expected.total(), "{:?}", quiet.expected);
+    let plain = model(noise).solve(&target, 0.0).unwrap();
+    let quiet = model(noise).solve_best(&target).unwrap();
+    assert!(quiet.rho > 0.0 && quiet.expected.total() < 0.9 * plain.expected.total(), "{:?}", quiet.expected);
     assert!((plain.expected.rounding - plain.solution.noise_gain * noise.sqrt()).abs() < 1e-9 * noise.sqrt());
-    // No other regularisation does much better.
+    // No other regularisation is much better.
     for power in -60..10 {
         let rho = 10f64.powf(0.1 * f64::from(power));
         let other = System::new(
@@ -221,10 +226,8 @@ fn a_regularisation_is_chosen_where_rounding_counts_only() {
         )
         .unwrap();
         let rounding = Mat::from_fn(n, n, |i, j| if i == j { noise } else { 0.0 });
-        let other = Model::new(&other, Measured { moved: Mat::from_fn(n, n, moved), rounding }).unwrap();
-        let other = other.given(&target, rho).unwrap().expected.total();
+        let other = ErrorModel::new(&other, Measured { moved: Mat::from_fn(n, n, moved), rounding }).unwrap();
+        let other = other.solve(&target, rho).unwrap().expected.total();
         assert!(other > 0.9 * quiet.expected.total(), "{rho}: {other} {}", quiet.expected.total());
     }
 }
-
-const CLEAR_GAIN: f64 = 0.9;

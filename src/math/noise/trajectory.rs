@@ -1,88 +1,98 @@
-//! How parameters move while a network trains, on average over its elements.
+//! Movement of parameters during training, as means over their elements.
 
-use super::super::gram::fading;
+use super::super::gram::decay_between;
 use super::super::solve::Updates;
 use super::fit::{Pair, fit};
-use super::kernels::Kernels;
 use super::measure::Measured;
+use super::quadratic_forms::QuadraticForms;
 
-/// Pairs of snapshots count by this power of the share of the earlier one that the newest averages still hold: what counts is
-/// how parameters moved in the time that is blended. Training slows down; what began as noise is forgotten soon by exact
-/// averages, and hardly ever by those of tools that decay too slowly.
-const MEMORY: i32 = 4;
+/// Power of the held share by which a pair of snapshots is weighted.
+///
+/// The held share is the part of the newest averages that comes from the pair's earlier snapshot. Training slows down,
+/// so that only movement within the blended time counts. Exact averages forget the noise of the start soon; those of
+/// tools that decay too slowly hardly ever do.
+const WEIGHT_POWER: i32 = 4;
 
-/// The share of the roundings' difference by which a movement that was found beneath it may be wrong, because elements do
-/// not move alike.
-const DOUBT: f64 = 0.2;
+/// Uncertainty of a movement smaller than the rounding, as a share of the mean square difference of the rounding errors.
+///
+/// Elements of a group do not all move by the same amount.
+const MOVEMENT_MARGIN: f64 = 0.2;
 
-/// Parameters that drift, walk at random and jump about: the mean square of a blend of them, of weights `d_k` whose sum
-/// is 0, is
+/// Variances of parameters that drift, walk at random and have white noise.
+///
+/// The mean square of a blend of them with weights `d_k`, whose sum is 0, is
 ///
 /// `v_l ((sum_k d_k t_k)^2 + bend / T) + v_r sum_j D_j^2 delta_j + v_w sum_k d_k^2`, `D_j = sum_{k >= j} d_k`.
 ///
-/// A drift does not keep its direction for a whole training. Its velocity is taken to walk, by its own size over the
-/// time `T` of the target: `bend` is the integral of the square of the second sum of `d` over time. Without it a blend could
-/// be expected to follow any smooth movement that it need only follow along a straight line.
+/// A drift does not keep its direction for a whole training. Its velocity is taken to walk by its own size over the time
+/// `T` of the target: `bend` is the integral over time of the square of the second sum of `d`. Without `bend`, the
+/// expected error would only count straight movement, and a blend could miss any curved one.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Trajectory {
     /// `v_l`: the mean square velocity, per step and step.
     pub drift: f64,
     /// `v_r`: the variance that a random walk gains per step.
     pub walk: f64,
-    /// `v_w`: the variance of what each update sees independently of all others.
+    /// `v_w`: the variance of the noise of each update, independent of all others.
     pub white: f64,
 }
 
 impl Trajectory {
-    /// The trajectory that explains the mean squares by which sources differ.
+    /// Fits the trajectory to the mean squares by which sources differ.
     ///
-    /// Where parameters move in another way than the three, all variances are raised until no pair, by its weight, differs by more
-    /// than is expected: too much movement costs a weaker regularisation than could be, too little a worse average than without.
+    /// If parameters move in another way, all variances are raised until no pair, by its weight, differs by more than
+    /// expected. Too large variances make the regularisation weaker than the best; too small ones can make the average
+    /// worse than without a regularisation.
     pub(super) fn fit(updates: &Updates, measured: &Measured) -> Trajectory {
-        let kernels = Kernels::new(updates);
-        let held = held(updates);
-        let mark = |i: usize| updates.sources[i].1;
-        let pair = |(i, j): (usize, usize)| Pair {
-            forms: kernels.between(i, j),
-            moved: measured.moved[(i, j)],
-            sure: measured.moved[(i, j)] - DOUBT * measured.apart(i, j),
-            weight: held[mark(i).min(mark(j))].powi(MEMORY),
-        };
-        let pairs = (0..measured.moved.ncols()).flat_map(|j| (0..j).map(move |i| (i, j)));
-        let pairs: Vec<Pair> = pairs.map(pair).collect();
+        let forms = QuadraticForms::new(updates);
+        let held = held_shares(updates);
+        let mut pairs = Vec::new();
+        for j in 0..measured.moved.ncols() {
+            for i in 0..j {
+                let moved = measured.moved[(i, j)];
+                let (_, mark_i) = updates.sources[i];
+                let (_, mark_j) = updates.sources[j];
+                pairs.push(Pair {
+                    forms: forms.between(i, j),
+                    moved,
+                    certain: moved - MOVEMENT_MARGIN * measured.rounding_distance(i, j),
+                    weight: held[mark_i.min(mark_j)].powi(WEIGHT_POWER),
+                });
+            }
+        }
         let variances = fit(&pairs);
-        let most = pairs.iter().map(|pair| pair.missed(variances)).fold(1.0, f64::max);
+        let most = pairs.iter().map(|pair| pair.weighted_ratio(variances)).fold(1.0, f64::max);
         let [drift, walk, white] = variances.map(|variance| variance * most);
         Trajectory { drift, walk, white }
     }
 
-    /// The mean square of a blend of the parameters at `times`, whose weights sum to 0.
+    /// Returns the mean square of a blend of the parameters at `times`, whose weights sum to 0.
     pub(super) fn mean_square(&self, times: &[u64], weights: &[f64]) -> f64 {
         let newest = times.last().map_or(1.0, |&time| time as f64);
-        let Sums { walked, mean_time, bend, squares } = sums(times, weights);
-        self.drift * (mean_time * mean_time + bend / newest) + self.walk * walked + self.white * squares
+        let TrajectorySums { walk, mean_time, bend, squares } = TrajectorySums::new(times, weights);
+        self.drift * (mean_time * mean_time + bend / newest) + self.walk * walk + self.white * squares
     }
 }
 
-/// Of the averages at each mark, the largest share that the same chain still holds at the last mark.
-fn held(updates: &Updates) -> Vec<f64> {
+/// Returns for each mark the largest share of an average there that the same chain still holds at the last mark.
+fn held_shares(updates: &Updates) -> Vec<f64> {
     let mut held = vec![0.0; updates.marks.len()];
     for decays in &updates.decays {
-        let fades = fading(decays, &updates.marks);
+        let between = decay_between(decays, &updates.marks);
         let mut share = 1.0;
         for mark in (0..held.len()).rev() {
             held[mark] = f64::max(held[mark], share);
-            share *= mark.checked_sub(1).map_or(1.0, |before| fades[before]);
+            share *= mark.checked_sub(1).map_or(1.0, |previous| between[previous]);
         }
     }
     held
 }
 
-/// What one pass over the updates sums up.
-struct Sums {
-    /// `sum_j D_j^2 delta_j`; the sums up to an update are those from it on but for the sign.
-    walked: f64,
-    /// `sum_k d_k t_k`, from the newest update back.
+/// Sums of one pass over the updates.
+struct TrajectorySums {
+    /// `sum_j D_j^2 delta_j`. Sums up to an update differ from those from it on only in sign.
+    walk: f64,
+    /// `sum_k d_k t_k`, with times relative to the newest update.
     mean_time: f64,
     /// The integral of `(sum_{t_k <= t} d_k (t - t_k))^2` over `t`.
     bend: f64,
@@ -90,19 +100,25 @@ struct Sums {
     squares: f64,
 }
 
-fn sums(times: &[u64], weights: &[f64]) -> Sums {
-    let newest = times.last().copied().unwrap_or(0);
-    let mut sums = Sums { walked: 0.0, mean_time: 0.0, bend: 0.0, squares: 0.0 };
-    let (mut first, mut second, mut before) = (0.0, 0.0, times.first().copied().unwrap_or(0));
-    for (&time, &weight) in times.iter().zip(weights) {
-        let delta = (time - before) as f64;
-        sums.walked += first * first * delta;
-        sums.bend += delta * (second * second + second * first * delta + first * first * delta * delta / 3.0);
-        second += first * delta;
-        first += weight;
-        sums.mean_time -= weight * (newest - time) as f64;
-        sums.squares += weight * weight;
-        before = time;
+impl TrajectorySums {
+    fn new(times: &[u64], weights: &[f64]) -> TrajectorySums {
+        let newest = times.last().copied().unwrap_or(0);
+        let mut previous = times.first().copied().unwrap_or(0);
+        let mut sums = TrajectorySums { walk: 0.0, mean_time: 0.0, bend: 0.0, squares: 0.0 };
+        let mut first_sum = 0.0;
+        let mut second_sum = 0.0;
+        for (&time, &weight) in times.iter().zip(weights) {
+            let delta = (time - previous) as f64;
+            let square = first_sum * first_sum;
+            sums.walk += square * delta;
+            sums.bend +=
+                delta * (second_sum * second_sum + second_sum * first_sum * delta + square * delta * delta / 3.0);
+            second_sum += first_sum * delta;
+            first_sum += weight;
+            sums.mean_time -= weight * (newest - time) as f64;
+            sums.squares += weight * weight;
+            previous = time;
+        }
+        sums
     }
-    sums
 }

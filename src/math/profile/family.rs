@@ -1,13 +1,13 @@
-//! Families of profiles that differ in one number, their length.
+//! Families of profiles that differ only in their length.
 
 use super::{Kind, Profile, Shape, Window};
 use crate::error::Result;
 use crate::math::conversion::gamma_to_sigma_rel;
 
-/// All profiles of one kind, told apart by their length alone.
+/// All profiles of one kind, which differ only in their length.
 ///
-/// A length is the relative standard deviation of a power function, the half-life of an exponential, and the window of a
-/// profile of finite length, in steps or as a share of the time.
+/// The length of a power function is its relative standard deviation, that of an exponential its half-life. The length
+/// of other profiles is their window, in steps or as a share of the time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// Power functions, by `sigma_rel`.
@@ -18,11 +18,11 @@ pub enum Family {
     Uniform(Unit),
     /// Linearly growing weights.
     Linear(Unit),
-    /// Stand-ins for the decay of a learning rate.
+    /// Averages that replace the decay of a learning rate.
     LrDecay(Shape, Unit),
 }
 
-/// What a window is counted in.
+/// Unit of a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
     /// Steps.
@@ -32,7 +32,7 @@ pub enum Unit {
 }
 
 impl Profile {
-    /// The family and the length within it; none for a table, which is one of its kind.
+    /// Returns the family and the length within it; `None` for a table.
     pub fn family(&self) -> Option<(Family, f64)> {
         match &self.0 {
             Kind::Power { gamma } => Some((Family::Power, gamma_to_sigma_rel(*gamma))),
@@ -46,10 +46,10 @@ impl Profile {
 }
 
 impl Family {
-    /// The profile of this length.
+    /// Returns the profile of this length.
     ///
     /// # Errors
-    /// Those of the constructors of [`Profile`], for a length outside of the family.
+    /// As the constructors of [`Profile`], for a length outside of the family.
     pub fn profile(self, length: f64) -> Result<Profile> {
         match self {
             Family::Power => Profile::sigma_rel(length),
@@ -60,7 +60,7 @@ impl Family {
         }
     }
 
-    /// What a length is called.
+    /// Returns the name of a length: `sigma_rel`, `half_life`, `window` or `fraction`.
     pub fn length_name(self) -> &'static str {
         match self {
             Family::Power => "sigma_rel",
@@ -69,13 +69,13 @@ impl Family {
         }
     }
 
-    /// A length as the place on which a search moves: `sigma_rel` as it is, all others by their logarithm, because they
+    /// Returns the coordinate of a length in a search: `sigma_rel` itself, and the logarithm of other lengths, which
     /// span orders of magnitude.
     pub fn coordinate(self, length: f64) -> f64 {
         if self == Family::Power { length } else { length.ln() }
     }
 
-    /// The inverse of [`Family::coordinate`].
+    /// Inverts [`Family::coordinate`].
     pub fn length_at(self, coordinate: f64) -> f64 {
         if self == Family::Power { coordinate } else { coordinate.exp() }
     }
@@ -117,8 +117,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_profile_is_found_again_by_its_family_and_length() {
-        let (steps, share) = (Window::Steps(5000.0), Window::Fraction(0.2));
+    fn family_and_length_restore_the_profile() {
+        let steps = Window::Steps(5000.0);
+        let share = Window::Fraction(0.2);
         for (profile, name, length) in [
             (Profile::sigma_rel(0.15), "sigma_rel", 0.15),
             (Profile::half_life(700.0), "half_life", 700.0),
@@ -130,12 +131,13 @@ mod tests {
             let profile = profile.unwrap();
             let (family, found) = profile.family().unwrap();
             assert_eq!(family.length_name(), name);
-            // A decay near 1 keeps the half-life to the digits that 1 - beta has: 3e-16 of 1e-3.
+            // A decay near 1 keeps as many digits of the half-life as 1 - beta has: 3e-16 of 1e-3.
             assert!((found - length).abs() <= 1e-12 * length, "{profile}: {found}");
-            let again = family.profile(found).unwrap();
-            assert_eq!(again.family().unwrap().0, family);
-            let places = (family.coordinate(length), family.coordinate(2.0 * length));
-            assert!(places.0 < places.1 && (family.length_at(places.0) - length).abs() <= 1e-14 * length);
+            let restored = family.profile(found).unwrap();
+            assert_eq!(restored.family().unwrap().0, family);
+            let coordinate = family.coordinate(length);
+            assert!(coordinate < family.coordinate(2.0 * length));
+            assert!((family.length_at(coordinate) - length).abs() <= 1e-14 * length);
         }
         assert_eq!(Profile::table(vec![(0.5, 0.1), (1.0, 1.0)]).unwrap().family(), None);
         let family = |profile: Result<Profile>| profile.unwrap().family().unwrap().0;

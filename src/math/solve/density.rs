@@ -1,44 +1,46 @@
-//! Profiles as they are drawn: what a target and the blend that stands for it weigh, over the time of training.
+//! Densities of a target and of its blend over the time of training, for plots.
 
-use super::{Source, Updates, power_function};
+use super::{ChainSource, Updates, power_function};
 use crate::error::{Error, Result};
 use crate::math::{History, Profile};
 
-/// Into how many equal spans the time is cut where there are no updates to tell the spans.
+/// Number of equal spans that the time is cut into without a history of updates.
 const SPANS: usize = 2000;
 
-/// The densities of a target and of the blend that stands for it: piecewise constant, in shares per unit of time.
+/// Densities of a target and of its blend: piecewise constant, in shares per unit of time.
 ///
-/// `sum_i target_i (times_i - times_{i-1})` is 1, and so it is for the blend.
+/// `sum_i target_i (times_i - times_{i-1})` is 1; so is the same sum of the blend.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Densities {
-    /// Where each span ends; the first begins at 0.
+    /// The end of each span; the first begins at 0.
     pub times: Vec<f64>,
     /// The target's share per unit of time on each span.
     pub target: Vec<f64>,
-    /// The blend's, which may be negative.
+    /// The blend's share per unit of time on each span; it may be negative.
     pub blend: Vec<f64>,
 }
 
 impl Densities {
-    /// The densities of `profile` at time `at` and of the sources blended with `weights`, one span for each interval
-    /// between updates. Without a history, updates are taken as dense and spans are equal.
+    /// Computes the densities of `profile` at time `at`, and of the sources blended with `weights`.
+    ///
+    /// There is one span per interval between updates. Without a history, updates are taken as dense and spans are
+    /// equal.
     ///
     /// # Errors
-    /// [`Error::History`] where a source's step is no update, or where there is no history and a source is no tracked
-    /// power function; [`Error::Parameter`] for a window longer than the time, and [`Error::Count`] unless there is one weight
-    /// for each source.
+    /// [`Error::History`] if there was no update at a source's step, or if a source without a history is not a tracked
+    /// power function; [`Error::Parameter`] for a window longer than the time; [`Error::Count`] unless there is one
+    /// weight per source.
     pub fn new(
         history: Option<&History>,
         at: u64,
-        sources: &[Source],
+        sources: &[ChainSource],
         weights: &[f64],
         profile: &Profile,
     ) -> Result<Densities> {
         profile.check_at(at as f64)?;
         if weights.len() != sources.len() {
-            let (found, expected) = (weights.len(), sources.len());
-            return Err(Error::Count { items: "weights", found, owners: "snapshots", expected });
+            let found = weights.len();
+            return Err(Error::Count { items: "weights", found, owners: "snapshots", expected: sources.len() });
         }
         match history {
             Some(history) => Ok(over_updates(&Updates::new(history, at, sources)?, at, weights, profile)),
@@ -46,12 +48,14 @@ impl Densities {
         }
     }
 
-    /// The blend's density less the target's.
+    /// Returns the blend's density less the target's.
     pub fn difference(&self) -> Vec<f64> {
         self.blend.iter().zip(&self.target).map(|(blend, target)| blend - target).collect()
     }
 
-    /// The means over at most `spans` equal spans: all areas stay. What has no more spans is returned as it is.
+    /// Returns the means over at most `spans` equal spans, which keep all areas.
+    ///
+    /// Densities of no more spans than that are returned unchanged.
     pub fn thinned(&self, spans: usize) -> Densities {
         let Some(&last) = self.times.last().filter(|_| spans > 0 && self.times.len() > spans) else {
             return self.clone();
@@ -68,7 +72,7 @@ fn over_updates(updates: &Updates, at: u64, weights: &[f64], profile: &Profile) 
         updates.add_blend(&mut blend, weights, chain, decays);
     }
     let per_time =
-        |shares: Vec<f64>| shares.iter().zip(&updates.intervals).map(|(share, delta)| share / delta).collect();
+        |shares: Vec<f64>| -> Vec<f64> { shares.iter().zip(&updates.intervals).map(|(s, delta)| s / delta).collect() };
     Densities {
         times: updates.times.iter().map(|&time| time as f64).collect(),
         target: per_time(updates.target(profile, at)),
@@ -76,7 +80,7 @@ fn over_updates(updates: &Updates, at: u64, weights: &[f64], profile: &Profile) 
     }
 }
 
-fn over_equal_spans(at: u64, sources: &[Source], weights: &[f64], profile: &Profile) -> Result<Densities> {
+fn over_equal_spans(at: u64, sources: &[ChainSource], weights: &[f64], profile: &Profile) -> Result<Densities> {
     let powers: Vec<(f64, f64)> = sources.iter().map(power_function).collect::<Result<_>>()?;
     let profiles: Vec<Profile> = powers.iter().map(|&(gamma, _)| Profile::gamma(gamma)).collect::<Result<_>>()?;
     let blended = |time: f64| -> f64 {
@@ -91,28 +95,33 @@ fn over_equal_spans(at: u64, sources: &[Source], weights: &[f64], profile: &Prof
     })
 }
 
-/// The ends of `n` equal spans from 0 to `last`.
+/// Returns the ends of `n` equal spans from 0 to `last`.
 fn equal_spans(last: f64, n: usize) -> Vec<f64> {
     (1..=n).map(|i| if i == n { last } else { last * i as f64 / n as f64 }).collect()
 }
 
-/// By how much a cumulative share grows on each span, per unit of time.
+/// Returns the slope of a cumulative share on each span, per unit of time.
 fn slopes(times: &[f64], share: impl Fn(f64) -> f64) -> Vec<f64> {
-    let mut previous = (0.0, share(0.0));
-    let slope = |&time: &f64| {
-        let now = (time, share(time));
-        let slope = (now.1 - previous.1) / (now.0 - previous.0);
-        previous = now;
-        slope
-    };
-    times.iter().map(slope).collect()
+    let mut previous_time = 0.0;
+    let mut previous_share = share(0.0);
+    let mut slopes = Vec::with_capacity(times.len());
+    for &time in times {
+        let share = share(time);
+        slopes.push((share - previous_share) / (time - previous_time));
+        previous_time = time;
+        previous_share = share;
+    }
+    slopes
 }
 
-/// The means over the spans that end at `ends` of a density whose own spans end at `times`.
+/// Returns the means of a density, whose spans end at `times`, over the spans that end at `ends`.
 fn means(ends: &[f64], times: &[f64], density: &[f64]) -> Vec<f64> {
-    let (mut i, mut from) = (0, 0.0);
-    let mut mean = |&end: &f64| {
-        let (start, mut area) = (from, 0.0);
+    let mut i = 0;
+    let mut from = 0.0;
+    let mut means = Vec::with_capacity(ends.len());
+    for &end in ends {
+        let start = from;
+        let mut area = 0.0;
         while i < times.len() && times[i] <= end {
             area += density[i] * (times[i] - from);
             from = times[i];
@@ -122,9 +131,9 @@ fn means(ends: &[f64], times: &[f64], density: &[f64]) -> Vec<f64> {
             area += density[i] * (end - from);
             from = end;
         }
-        area / (end - start)
-    };
-    ends.iter().map(&mut mean).collect()
+        means.push(area / (end - start));
+    }
+    means
 }
 
 #[cfg(test)]
@@ -132,8 +141,8 @@ mod tests {
     use super::*;
     use crate::math::{Chain, Schedule, System};
 
-    fn sources(steps: &[u64]) -> Vec<Source> {
-        let source = |sigma_rel: f64, step: u64| Source {
+    fn sources(steps: &[u64]) -> Vec<ChainSource> {
+        let source = |sigma_rel: f64, step: u64| ChainSource {
             chain: Chain::Tracked(Profile::sigma_rel(sigma_rel).unwrap()),
             step,
             label: format!("{sigma_rel} at {step}"),
@@ -154,9 +163,9 @@ mod tests {
         (area(&densities.target), area(&densities.blend))
     }
 
-    /// The oracle: each source's own weights on the updates, added up.
+    /// Compares with the sum of each source's weights on the updates.
     #[test]
-    fn a_blend_is_the_sum_of_its_sources() {
+    fn blend_density_equals_the_sum_of_its_sources() {
         let history = Schedule { update_every: 7, ..Schedule::default() }.updates(5000).unwrap();
         let sources = sources(&[1000, 3000, 5000]);
         let weights = [0.5, -0.25, 0.125, 0.25, 0.5, -0.125];
@@ -180,9 +189,8 @@ mod tests {
         }
     }
 
-    /// The relative error of a plan is the norm of the difference that is drawn.
     #[test]
-    fn the_difference_has_the_size_of_the_error() {
+    fn norm_of_the_difference_equals_the_relative_error() {
         let history = Schedule::default().updates(20_000).unwrap();
         let sources = sources(&[5000, 10_000, 15_000, 20_000]);
         let profile = Profile::sigma_rel(0.12).unwrap();
@@ -205,19 +213,19 @@ mod tests {
             let (target, blend) = areas(&thin);
             assert!((target - 1.0).abs() < 1e-12 && (blend - 1.0).abs() < 1e-12, "{spans}: {target} {blend}");
         }
-        // A span's mean is its share, and where spans are whole intervals nothing is lost.
+        // The mean of a single span is its share; spans that are whole intervals keep every value.
         assert!((all.thinned(1).target[0] - 1.0 / 5000.0).abs() < 1e-15);
         assert_eq!(all.thinned(all.times.len()), all);
     }
 
     #[test]
-    fn without_a_history_profiles_are_continuous() {
+    fn densities_without_a_history_equal_those_of_dense_updates() {
         let sources = sources(&[2500, 5000]);
         let (profile, weights) = (Profile::sigma_rel(0.1).unwrap(), [0.1, 0.4, 0.2, 0.3]);
         let closed = Densities::new(None, 5000, &sources, &weights, &profile).unwrap();
         let (target, blend) = areas(&closed);
         assert!((target - 1.0).abs() < 1e-12 && (blend - 1.0).abs() < 1e-12);
-        // An update at every step comes close to it, away from the few steps at which the densities jump.
+        // Updates at every step approach it, except near the few steps at which the densities jump.
         let history = Schedule { update_every: 1, ..Schedule::default() }.updates(5000).unwrap();
         let dense = Densities::new(Some(&history), 5000, &sources, &weights, &profile).unwrap().thinned(50);
         let closed = closed.thinned(50);
@@ -227,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_of_other_sources_are_refused() {
+    fn wrong_number_of_weights_is_an_error() {
         let profile = Profile::sigma_rel(0.1).unwrap();
         let text = Densities::new(None, 5000, &sources(&[5000]), &[1.0], &profile).unwrap_err().to_string();
         assert!(text.contains("1 weights were given for 2 snapshots"), "{text}");

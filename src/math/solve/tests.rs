@@ -33,7 +33,7 @@ fn golden() -> Golden {
     serde_json::from_str(include_str!("../../../tests/data/plans.json")).unwrap()
 }
 
-/// The golden file gives power functions by `sigma_rel`.
+/// Parses a profile of the golden file, which has power functions by `sigma_rel`.
 fn profile(value: &serde_json::Value) -> Profile {
     match value["sigma_rel"].as_f64() {
         Some(sigma_rel) => Profile::sigma_rel(sigma_rel).unwrap(),
@@ -41,9 +41,9 @@ fn profile(value: &serde_json::Value) -> Profile {
     }
 }
 
-fn sources(chains: &[Chain], snapshots: &[(usize, u64)]) -> Vec<Source> {
+fn sources(chains: &[Chain], snapshots: &[(usize, u64)]) -> Vec<ChainSource> {
     let label = |&(index, step): &(usize, u64)| format!("snapshot {index}.{step}");
-    snapshots.iter().map(|s| Source { chain: chains[s.0].clone(), step: s.1, label: label(s) }).collect()
+    snapshots.iter().map(|s| ChainSource { chain: chains[s.0].clone(), step: s.1, label: label(s) }).collect()
 }
 
 fn compare(case: &Case, history: &History, chains: &[Chain]) {
@@ -64,7 +64,7 @@ fn compare(case: &Case, history: &History, chains: &[Chain]) {
 }
 
 #[test]
-fn golden_plans_are_met() {
+fn golden_plans_are_reproduced() {
     let golden = golden();
     assert_eq!(golden.cases.len(), 8);
     for case in golden.cases {
@@ -79,7 +79,7 @@ fn golden_plans_are_met() {
 }
 
 #[test]
-fn golden_foreign_plans_are_met() {
+fn golden_foreign_plans_are_reproduced() {
     let golden = golden();
     assert_eq!(golden.foreign.len(), 1);
     for case in golden.foreign {
@@ -100,30 +100,30 @@ fn tracked(sigma_rels: &[f64]) -> Vec<Chain> {
 }
 
 /// Two profiles, a snapshot every 1,000 of 20,000 steps.
-fn usual() -> (History, Vec<Source>) {
+fn usual() -> (History, Vec<ChainSource>) {
     let steps: Vec<(usize, u64)> = (0..2).flat_map(|p| (1..=20).map(move |i| (p, 1000 * i))).collect();
     let history = Schedule::default().updates(20_000).unwrap();
     (history, sources(&tracked(&[0.05, 0.28]), &steps))
 }
 
 #[test]
-fn a_stored_profile_comes_back_alone() {
+fn stored_profile_gets_weight_one() {
     let (history, sources) = usual();
     for at in [1000, 7000, 20_000] {
-        let sources: Vec<Source> = sources.iter().filter(|s| s.step <= at).cloned().collect();
+        let sources: Vec<ChainSource> = sources.iter().filter(|s| s.step <= at).cloned().collect();
         let system = System::new(&history, at, &sources, 0.0).unwrap();
         for (sigma_rel, chain) in [(0.05, 0), (0.28, 1)] {
             let solution = system.solve(&power(sigma_rel)).unwrap();
             assert!(solution.relative_error < 1e-11, "{}", solution.relative_error);
             let own = sources.iter().position(|s| s.step == at && s.chain == tracked(&[0.05, 0.28])[chain]).unwrap();
-            // At the first snapshot both averages are near each other: weights are good to the condition number.
+            // At the first snapshot both averages are close: weights are exact up to the condition number.
             assert!((solution.weights[own] - 1.0).abs() < 1e-9);
         }
     }
 }
 
 #[test]
-fn weights_sum_to_one_and_the_reported_error_is_the_true_one() {
+fn weights_sum_to_one_and_reported_error_equals_the_sum_over_updates() {
     let (history, sources) = usual();
     let system = System::new(&history, 20_000, &sources, 0.0).unwrap();
     let times = history.times();
@@ -131,7 +131,8 @@ fn weights_sum_to_one_and_the_reported_error_is_the_true_one() {
     for target in [power(0.11), Profile::beta(0.9995).unwrap(), Profile::uniform(window).unwrap()] {
         let solution = system.solve(&target).unwrap();
         assert!((solution.weights.iter().sum::<f64>() - 1.0).abs() < 1e-13);
-        let (mut blend, mut reached) = (vec![0.0; times.len()], 0.0);
+        let mut blend = vec![0.0; times.len()];
+        let mut reached = 0.0;
         for (source, x) in sources.iter().zip(&solution.weights) {
             let updates = &times[..times.partition_point(|&t| t <= source.step)];
             for (sum, weight) in blend.iter_mut().zip(source.chain.densities(updates)) {
@@ -151,12 +152,12 @@ fn weights_sum_to_one_and_the_reported_error_is_the_true_one() {
 }
 
 #[test]
-fn no_other_weights_do_better() {
+fn changed_weights_increase_the_error() {
     let (history, sources) = usual();
     let system = System::new(&history, 20_000, &sources, 0.0).unwrap();
-    let Products::Updates(updates) = &system.products else { unreachable!() };
+    let InnerProducts::Updates(updates) = &system.products else { unreachable!() };
     let target = updates.target(&power(0.1), 20_000);
-    let error = |x: &[f64]| updates.norm(&updates.difference(x, &target)) / updates.norm(&target);
+    let error = |x: &[f64]| updates.norm(&updates.residual(x, &target)) / updates.norm(&target);
     let best = system.solve(&power(0.1)).unwrap();
     for i in 0..sources.len() {
         for step in [1e-3, -1e-3] {
@@ -169,7 +170,7 @@ fn no_other_weights_do_better() {
 }
 
 #[test]
-fn regularisation_lowers_the_noise_gain_and_costs_error() {
+fn regularisation_lowers_noise_gain_and_raises_error() {
     let (history, sources) = usual();
     let plain = System::new(&history, 20_000, &sources, 0.0).unwrap().solve(&power(0.03)).unwrap();
     let quiet = System::new(&history, 20_000, &sources, 1e-3).unwrap().solve(&power(0.03)).unwrap();
@@ -179,13 +180,14 @@ fn regularisation_lowers_the_noise_gain_and_costs_error() {
 }
 
 #[test]
-fn the_closed_form_agrees_with_dense_updates() {
+fn closed_form_agrees_with_dense_updates() {
     let history = History::from_times(1..=20_000).unwrap();
     let (_, sources) = usual();
     let dense = System::new(&history, 20_000, &sources, 0.0).unwrap();
     let closed = System::closed_form(20_000, &sources, 0.0).unwrap();
     for sigma_rel in [0.08, 0.15, 0.25] {
-        let (a, b) = (dense.solve(&power(sigma_rel)).unwrap(), closed.solve(&power(sigma_rel)).unwrap());
+        let a = dense.solve(&power(sigma_rel)).unwrap();
+        let b = closed.solve(&power(sigma_rel)).unwrap();
         assert!((a.relative_error - b.relative_error).abs() < 1e-2 * a.relative_error);
         let largest = a.weights.iter().zip(&b.weights).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
         assert!(largest < 1e-2 * a.noise_gain, "{largest}");
@@ -194,42 +196,44 @@ fn the_closed_form_agrees_with_dense_updates() {
 }
 
 #[test]
-fn repeated_sources_are_named() {
+fn repeated_source_error_names_both() {
     let (history, mut sources) = usual();
-    sources.push(Source { label: "the copy".into(), ..sources[3].clone() });
+    sources.push(ChainSource { label: "the copy".into(), ..sources[3].clone() });
     let text = System::new(&history, 20_000, &sources, 0.0).err().unwrap().to_string();
     assert!(text.contains("snapshot 0.4000") && text.contains("the copy") && text.contains("same profile"), "{text}");
 }
 
 #[test]
-fn profiles_that_hold_the_same_values_share_one_weight() {
+fn profiles_of_equal_values_share_one_weight() {
     // After the first update every average is a copy of the parameters.
     let history = Schedule { update_after_step: 1000, ..Schedule::default() }.updates(3000).unwrap();
     let snapshots: Vec<(usize, u64)> = (0..2).flat_map(|p| (1..=3).map(move |i| (p, 1000 * i))).collect();
     let sources = sources(&tracked(&[0.05, 0.28]), &snapshots);
     let mut without = sources.clone();
     without.remove(3);
-    let solve = |sources: &[Source]| System::new(&history, 3000, sources, 0.0).unwrap().solve(&power(0.15)).unwrap();
-    let (mut all, five) = (solve(&sources), solve(&without));
+    let solve =
+        |sources: &[ChainSource]| System::new(&history, 3000, sources, 0.0).unwrap().solve(&power(0.15)).unwrap();
+    let mut all = solve(&sources);
+    let five = solve(&without);
     assert_eq!(all.weights.remove(3), 0.0);
     assert_eq!(all.weights, five.weights);
     assert_eq!(all.relative_error, five.relative_error);
 }
 
 #[test]
-fn raw_checkpoints_make_a_plain_mean() {
+fn raw_checkpoints_blend_to_a_plain_mean() {
     let history = History::from_times([10, 20, 30, 40]).unwrap();
-    let sources: Vec<Source> =
-        [10, 20, 30, 40].map(|step| Source { chain: Chain::Raw, step, label: step.to_string() }).to_vec();
+    let sources: Vec<ChainSource> =
+        [10, 20, 30, 40].map(|step| ChainSource { chain: Chain::Raw, step, label: step.to_string() }).to_vec();
     let solution = System::new(&history, 40, &sources, 0.0).unwrap().solve(&Profile::gamma(0.0).unwrap()).unwrap();
     assert!(solution.weights.iter().all(|x| (x - 0.25).abs() < 1e-14), "{:?}", solution.weights);
 }
 
-/// What a decay that ignores the interval does (DESIGN section 1): one step's decay is applied every ten steps, and
-/// the weights are solved as if it were the exact one. A ramp from 0 to 1 over 20,000 steps, averaged at sigma_rel
-/// 0.15, should be 0.82.
+/// Applies one step's decay every ten steps, as some tools do, with weights solved for the exact decay.
+///
+/// A ramp from 0 to 1 over 20,000 steps, averaged at sigma_rel 0.15, is 0.82.
 #[test]
-fn a_decay_that_ignores_the_interval_gives_another_average() {
+fn decay_that_ignores_the_interval_gives_a_wrong_average() {
     let (history, sources) = usual();
     let times = history.times();
     let weights = System::new(&history, 20_000, &sources, 0.0).unwrap().solve(&power(0.15)).unwrap().weights;
@@ -237,7 +241,7 @@ fn a_decay_that_ignores_the_interval_gives_another_average() {
         let updates = &times[..times.partition_point(|&t| t <= step)];
         chain.densities(updates).iter().zip(updates).map(|(w, &t)| w * t as f64 / 20_000.0).sum()
     };
-    let ignoring = |source: &Source| {
+    let ignoring = |source: &ChainSource| {
         let Chain::Tracked(profile) = &source.chain else { unreachable!() };
         Chain::Counter { gamma: profile.as_gamma().unwrap(), stride: 10, offset: 2 }
     };
@@ -248,17 +252,18 @@ fn a_decay_that_ignores_the_interval_gives_another_average() {
 }
 
 #[test]
-fn a_source_between_updates_is_refused() {
+fn source_between_updates_is_an_error() {
     let (history, mut sources) = usual();
     sources[2].step += 1;
     let text = System::new(&history, 20_000, &sources, 0.0).err().unwrap().to_string();
     assert!(text.contains("step 3001, where there was no update"), "{text}");
 }
 
-/// How fast a machine is, and what else runs on it, is unknown: the solve is timed in turns with a product of two matrices as
-/// large, by three plain loops.
+/// Times the solve in turns with a product of two matrices of the same size by three plain loops.
+///
+/// The ratio does not depend on the speed and load of the machine.
 #[test]
-fn two_times_256_snapshots_solve_quickly() {
+fn solve_of_512_snapshots_is_faster_than_a_plain_matrix_product() {
     let steps: Vec<(usize, u64)> = (0..2).flat_map(|p| (1..=256).map(move |i| (p, 1000 * i))).collect();
     let history = Schedule::default().updates(256_000).unwrap();
     let sources = sources(&tracked(&[0.05, 0.28]), &steps);
@@ -281,23 +286,25 @@ fn two_times_256_snapshots_solve_quickly() {
     let turns: Vec<(f64, f64)> = (0..5).map(|_| (seconds(&solve), seconds(&multiply))).collect();
     let best = |of: fn(&(f64, f64)) -> f64| turns.iter().map(of).fold(f64::MAX, f64::min);
     let (solved, multiplied) = (best(|turn| turn.0), best(|turn| turn.1));
-    println!("{solved} s, beside {multiplied} s");
-    assert!(solved < multiplied, "{solved} s, beside {multiplied} s");
+    println!("solve {solved} s, product {multiplied} s");
+    assert!(solved < multiplied, "solve {solved} s, product {multiplied} s");
 }
 
-/// So many snapshots of profiles that are all but alike that the factors have no right digits: what is stored still comes back,
-/// and nothing is further off than the nearest snapshot is by itself.
+/// Solves over many snapshots of close profiles, for which the factors have no correct digits.
+///
+/// Stored profiles are reproduced, and no target has a larger error than its nearest snapshot.
 #[test]
-fn snapshots_that_lie_too_close_together_are_solved_for_or_refused() {
+fn nearly_dependent_snapshots_are_solved_with_a_ridge() {
     let tracked = [0.139, 0.263, 0.28].map(|s| Profile::sigma_rel(s).unwrap());
     let schedule = Schedule { checkpoint_every: 310, ..Schedule::default() };
-    let (steps, history) = (schedule.snapshots(40_000), schedule.updates(40_000).unwrap());
-    let source = |step: u64, profile: &Profile| Source {
+    let steps = schedule.snapshots(40_000);
+    let history = schedule.updates(40_000).unwrap();
+    let source = |step: u64, profile: &Profile| ChainSource {
         chain: Chain::Tracked(profile.clone()),
         step,
         label: format!("{profile} at {step}"),
     };
-    let sources: Vec<Source> = steps.iter().flat_map(|&t| tracked.iter().map(move |p| source(t, p))).collect();
+    let sources: Vec<ChainSource> = steps.iter().flat_map(|&t| tracked.iter().map(move |p| source(t, p))).collect();
     let at = steps[steps.len() - 1];
     let system = System::new(&history, at, &sources, 0.0).unwrap();
     for (sigma_rel, most) in [(0.139, 1e-6), (0.263, 1e-6), (0.28, 1e-6), (0.2, 1e-3), (0.15, 1e-3), (0.12, 0.01)] {

@@ -1,11 +1,11 @@
-//! Everything that a solve sums over the updates.
+//! Sums over the updates: inner products, targets and residuals.
 
 use faer::Mat;
 
-use super::Source;
+use super::ChainSource;
 use crate::error::{Error, Result};
 use crate::math::chain::{Chain, Decays};
-use crate::math::gram::{fading, recurrence, target_recurrence};
+use crate::math::gram::{decay_between, recurrence, target_recurrence};
 use crate::math::history::History;
 use crate::math::profile::Profile;
 
@@ -13,22 +13,23 @@ use crate::math::profile::Profile;
 pub(in crate::math) struct Updates {
     pub times: Vec<u64>,
     pub(super) intervals: Vec<f64>,
+    /// The decays of each distinct chain.
     pub decays: Vec<Decays>,
-    /// The updates at which there are sources.
+    /// Indices, in increasing order, of the updates at which there are sources.
     pub marks: Vec<usize>,
-    /// `(chain, mark)` of each source.
+    /// `(chain, mark)` of each source, as indices of `decays` and `marks`.
     pub sources: Vec<(usize, usize)>,
 }
 
 impl Updates {
-    pub(super) fn new(history: &History, at: u64, sources: &[Source]) -> Result<Updates> {
+    pub(super) fn new(history: &History, at: u64, sources: &[ChainSource]) -> Result<Updates> {
         let times = history.until(at).times();
         let intervals = intervals(&times);
         let mut chains: Vec<&Chain> = Vec::new();
         let mut placed = Vec::with_capacity(sources.len());
         for source in sources {
             let update = times.binary_search(&source.step).map_err(|_| {
-                Error::History(format!("{} lies at step {}, where there was no update", source.label, source.step))
+                Error::History(format!("{} is at step {}, where there was no update", source.label, source.step))
             })?;
             let chain = chains.iter().position(|chain| **chain == source.chain).unwrap_or_else(|| {
                 chains.push(&source.chain);
@@ -45,88 +46,107 @@ impl Updates {
         Ok(Updates { times, intervals, decays, marks, sources })
     }
 
-    /// The Gram matrix of the sources, from one pass over the updates per pair of chains.
+    /// Returns the Gram matrix of the sources, from one pass over the updates per pair of chains.
     pub(super) fn gram(&self) -> Mat<f64> {
         self.gram_over(&self.intervals)
     }
 
-    /// `sum_k a_k b_k / delta_k` of all pairs of sources, for any `delta`.
+    /// Returns `sum_k a_k b_k / delta_k` of all pairs of sources, for any `delta`.
     pub(in crate::math) fn gram_over(&self, intervals: &[f64]) -> Mat<f64> {
         self.pairs(|a, b| {
             let products = recurrence(&self.decays[a], &self.decays[b], intervals, &self.marks);
-            move |from: usize, fade: f64| products[from] * fade
+            move |from: usize, decay: f64| products[from] * decay
         })
     }
 
-    /// A symmetric matrix over the sources. `of_chains` gives for a pair of chains the function that knows an entry from the
-    /// mark of the earlier source, of the first chain, and from how much the second chain has faded from there to the later.
+    /// Returns a symmetric matrix over the sources.
+    ///
+    /// `of_chains` returns the function of the entries of a pair of chains. Its arguments are the mark of the first
+    /// chain's source, which is not the later one, and the second chain's decay from there to its own source.
     pub(in crate::math) fn pairs<F: Fn(usize, f64) -> f64>(&self, of_chains: impl Fn(usize, usize) -> F) -> Mat<f64> {
-        let fades: Vec<Vec<f64>> = self.decays.iter().map(|decays| fading(decays, &self.marks)).collect();
+        let between: Vec<Vec<f64>> = self.decays.iter().map(|decays| decay_between(decays, &self.marks)).collect();
         let mut matrix = Mat::zeros(self.sources.len(), self.sources.len());
         for a in 0..self.decays.len() {
-            for (b, fade) in fades.iter().enumerate() {
-                self.fill(&mut matrix, (a, b), fade, of_chains(a, b));
+            for (b, between) in between.iter().enumerate() {
+                self.fill_pairs(&mut matrix, (a, b), between, of_chains(a, b));
             }
         }
         matrix
     }
 
-    /// Fills in the pairs of which the one of chain `a` is not later than the one of chain `b`.
-    fn fill(&self, matrix: &mut Mat<f64>, (a, b): (usize, usize), fade: &[f64], entry: impl Fn(usize, f64) -> f64) {
-        let of = |chain| self.sources.iter().enumerate().filter(move |(_, source)| source.0 == chain);
-        let mut faded = vec![0.0; self.marks.len()];
-        for (i, &(_, from)) in of(a) {
-            faded[from] = 1.0;
+    /// Fills in the pairs in which the source of chain `a` is not later than that of chain `b`.
+    ///
+    /// `between` are the decays of chain `b` from mark to mark.
+    fn fill_pairs(
+        &self,
+        matrix: &mut Mat<f64>,
+        (a, b): (usize, usize),
+        between: &[f64],
+        entry: impl Fn(usize, f64) -> f64,
+    ) {
+        let of_chain = |chain| self.sources.iter().enumerate().filter(move |(_, source)| source.0 == chain);
+        let mut decay = vec![0.0; self.marks.len()];
+        for (i, &(_, from)) in of_chain(a) {
+            decay[from] = 1.0;
             for mark in from + 1..self.marks.len() {
-                faded[mark] = faded[mark - 1] * fade[mark - 1];
+                decay[mark] = decay[mark - 1] * between[mark - 1];
             }
-            for (j, &(_, to)) in of(b).filter(|(_, source)| source.1 >= from) {
-                matrix[(i, j)] = entry(from, faded[to]);
+            for (j, &(_, to)) in of_chain(b).filter(|(_, source)| source.1 >= from) {
+                matrix[(i, j)] = entry(from, decay[to]);
                 matrix[(j, i)] = matrix[(i, j)];
             }
         }
     }
 
-    /// The weights of a target on the updates: the differences of its `F_T`; what lies after the last update at or
-    /// before `T` belongs to that one.
+    /// Returns the weights of a target on the updates: the differences of its `F_T`.
+    ///
+    /// The last update at or before `T` also gets the mass after it.
     pub(super) fn target(&self, profile: &Profile, at: u64) -> Vec<f64> {
         let at = at as f64;
-        let mut previous = (0.0, 0.0);
+        let mut previous_time = 0.0;
+        let mut previous_share = 0.0;
         let mut weights: Vec<f64> = Vec::with_capacity(self.times.len());
         for &time in &self.times {
             let time = time as f64;
             let share = profile.cumulative(time, at);
-            let exact = profile.is_trackable();
-            weights.push(if exact { share * profile.gain(previous.0, time) } else { share - previous.1 });
-            previous = (time, share);
+            weights.push(if profile.is_trackable() {
+                share * profile.one_minus_beta(previous_time, time)
+            } else {
+                share - previous_share
+            });
+            previous_time = time;
+            previous_share = share;
         }
         if let Some(last) = weights.last_mut() {
-            *last += 1.0 - previous.1;
+            *last += 1.0 - previous_share;
         }
         weights
     }
 
+    /// Returns the inner product of each source with a target's weights on the updates.
     pub(super) fn products(&self, target: &[f64]) -> Vec<f64> {
         let by_chain: Vec<Vec<f64>> =
             self.decays.iter().map(|decays| target_recurrence(decays, target, &self.intervals, &self.marks)).collect();
         self.sources.iter().map(|&(chain, mark)| by_chain[chain][mark]).collect()
     }
 
-    /// `sum_i x_i p_i - r` on each update: what is taken from it does not cancel as what is taken from the Gram matrix.
-    pub(super) fn difference(&self, weights: &[f64], target: &[f64]) -> Vec<f64> {
-        let mut difference: Vec<f64> = target.iter().map(|r| -r).collect();
+    /// Returns `sum_i x_i p_i - r` on each update.
+    ///
+    /// Errors computed from it keep digits that cancel in the Gram matrix.
+    pub(super) fn residual(&self, weights: &[f64], target: &[f64]) -> Vec<f64> {
+        let mut residual: Vec<f64> = target.iter().map(|r| -r).collect();
         for (chain, decays) in self.decays.iter().enumerate() {
-            self.add_blend(&mut difference, weights, chain, decays);
+            self.add_blend(&mut residual, weights, chain, decays);
         }
-        difference
+        residual
     }
 
-    /// `sqrt(<v, v>)`.
+    /// Returns `sqrt(<v, v>)`.
     pub(in crate::math) fn norm(&self, values: &[f64]) -> f64 {
         values.iter().zip(&self.intervals).map(|(v, delta)| v * v / delta).sum::<f64>().sqrt()
     }
 
-    /// Adds the weights that the blended sources of one chain put on the updates, from the last to the first.
+    /// Adds the weights of one chain's blended sources on the updates, from the last update to the first.
     pub(super) fn add_blend(&self, sum: &mut [f64], weights: &[f64], chain: usize, decays: &Decays) {
         let mut starting = vec![0.0; self.times.len()];
         for (&(_, mark), weight) in self.sources.iter().zip(weights).filter(|((c, _), _)| *c == chain) {
@@ -135,13 +155,13 @@ impl Updates {
         let mut kept = 0.0;
         for k in (0..self.times.len()).rev() {
             kept += starting[k];
-            sum[k] += decays.gain[k] * kept;
-            kept *= decays.decay[k];
+            sum[k] += decays.one_minus_beta[k] * kept;
+            kept *= decays.beta[k];
         }
     }
 }
 
-/// `delta_k = t_k - t_{k-1}` with `t_0 = 0`.
+/// Returns `delta_k = t_k - t_{k-1}`, with `t_0 = 0`.
 fn intervals(times: &[u64]) -> Vec<f64> {
     let before = std::iter::once(&0).chain(times);
     times.iter().zip(before).map(|(time, before)| (time - before) as f64).collect()

@@ -144,7 +144,7 @@ impl Training {
     pub fn new(chains: Chains, movement: Movement, targets: &[f64]) -> Training {
         let times = chains.times();
         let profiles = [0.05, 0.28].map(|s| Profile::sigma_rel(s).unwrap());
-        let gains = profiles.clone().map(|profile| chains.chain(&profile).decays(&times).gain);
+        let new_shares = profiles.clone().map(|profile| chains.chain(&profile).decays(&times).one_minus_beta);
         let shares: Vec<Vec<f64>> = targets.iter().map(|&s| shares(s, &times)).collect();
         let mut averages = [vec![0.0; ELEMENTS], vec![0.0; ELEMENTS]];
         let mut exact = vec![vec![0.0; ELEMENTS]; targets.len()];
@@ -153,7 +153,7 @@ impl Training {
         for (k, &time) in times.iter().enumerate() {
             let now = parameters.at(time);
             for (index, average) in averages.iter_mut().enumerate() {
-                average.iter_mut().zip(&now).for_each(|(a, p)| *a += gains[index][k] * (p - *a));
+                average.iter_mut().zip(&now).for_each(|(a, p)| *a += new_shares[index][k] * (p - *a));
                 if time.is_multiple_of(CHECKPOINT_EVERY) {
                     snapshots.push((index, time, average.clone()));
                 }

@@ -1,0 +1,99 @@
+//! The regularisation of one target.
+
+use super::super::profile::Profile;
+use super::super::solve::{BlendSolution, Solution};
+use super::{ErrorModel, ExpectedError};
+use crate::error::Result;
+
+/// Largest ratio of the expected errors with and without a regularisation at which the regularisation is used.
+///
+/// The error model does not see movement that comes and goes between two snapshots, so a smaller improvement may not be
+/// real.
+const MAX_ERROR_RATIO: f64 = 0.6;
+
+/// Factor of the profile's part of the error in the choice of a regularisation.
+///
+/// A trajectory that differs from the model changes this part, not the rounding. Near the best regularisation the
+/// factor costs little.
+const PROFILE_FACTOR: f64 = 2.0;
+
+/// Ratio to the smallest cautious error up to which a weaker regularisation is preferred.
+const NEAR_BEST: f64 = 1.02;
+
+/// Powers of ten of `rho` in units of the target's norm.
+///
+/// At the lower end the weights do not change; at the upper end they become equal.
+const POWERS: std::ops::RangeInclusive<i32> = -7..=1;
+
+/// Distances from the best power of ten so far at which both neighbours are tried.
+const REFINED_DISTANCES: [f64; 2] = [0.5, 0.25];
+
+/// A solution with its regularisation and expected error.
+pub(crate) struct RegularisedSolution {
+    pub solution: Solution,
+    pub rho: f64,
+    pub expected: ExpectedError,
+}
+
+impl RegularisedSolution {
+    /// Returns the error that the choice minimises.
+    fn cautious_error(&self) -> f64 {
+        (PROFILE_FACTOR * self.expected.profile).hypot(self.expected.rounding)
+    }
+}
+
+impl ErrorModel<'_> {
+    /// Solves a target with the system's own regularisation, `rho`.
+    ///
+    /// # Errors
+    /// As [`System::solve`](crate::math::System::solve).
+    pub(crate) fn solve(&self, profile: &Profile, rho: f64) -> Result<RegularisedSolution> {
+        let target = self.system.target(self.updates, profile)?;
+        Ok(self.with_expected_error(self.system.blend(self.updates, &target)?, rho))
+    }
+
+    /// Solves a target with the regularisation of the smallest expected error; the system's own must be 0.
+    ///
+    /// # Errors
+    /// As [`System::solve`](crate::math::System::solve), for the solve without a regularisation.
+    pub(crate) fn solve_best(&self, profile: &Profile) -> Result<RegularisedSolution> {
+        let target = self.system.target(self.updates, profile)?;
+        let plain = self.with_expected_error(self.system.blend(self.updates, &target)?, 0.0);
+        let norm = self.updates.norm(&target);
+        let candidates = search(|power| {
+            let rho = norm * 10f64.powf(power);
+            // A regularisation that cannot be solved for is skipped.
+            let blend = self.system.blend_with(self.updates, &target, rho).ok()?;
+            Some(self.with_expected_error(blend, rho))
+        });
+        Ok(choose(candidates, plain))
+    }
+
+    fn with_expected_error(&self, blend: BlendSolution, rho: f64) -> RegularisedSolution {
+        let expected = self.expected_error(&blend);
+        RegularisedSolution { solution: blend.solution, rho, expected }
+    }
+}
+
+/// Tries every power of ten, then twice between the best and its neighbours.
+fn search(solve: impl Fn(f64) -> Option<RegularisedSolution>) -> Vec<RegularisedSolution> {
+    let solve = |power: f64| solve(power).map(|solution| (power, solution));
+    let mut tried: Vec<(f64, RegularisedSolution)> = POWERS.filter_map(|power| solve(f64::from(power))).collect();
+    for distance in REFINED_DISTANCES {
+        let best = tried.iter().min_by(|a, b| a.1.cautious_error().total_cmp(&b.1.cautious_error()));
+        let Some(&(power, _)) = best else { break };
+        tried.extend(solve(power - distance));
+        tried.extend(solve(power + distance));
+    }
+    tried.into_iter().map(|(_, solution)| solution).collect()
+}
+
+/// Returns the candidate of the smallest `rho` among those near the best, or `plain` unless the best is clearly better.
+fn choose(candidates: Vec<RegularisedSolution>, plain: RegularisedSolution) -> RegularisedSolution {
+    let least = candidates.iter().map(RegularisedSolution::cautious_error).fold(f64::INFINITY, f64::min);
+    if !(least < MAX_ERROR_RATIO * plain.cautious_error()) {
+        return plain;
+    }
+    let near_best = candidates.into_iter().filter(|candidate| candidate.cautious_error() <= NEAR_BEST * least);
+    near_best.min_by(|a, b| a.rho.total_cmp(&b.rho)).unwrap_or(plain)
+}
