@@ -1,7 +1,9 @@
-//! The command line `posthoc-ema`: arguments in, calls to the library, tables, pictures or JSON out.
+//! The program `posthoc-ema`: arguments in, calls to the library, and tables, pictures or JSON out.
 
 pub mod bench;
 mod commands;
-pub mod report;
+mod numbers;
+mod pictures;
+mod tables;
 
 pub use commands::run;

@@ -1,4 +1,4 @@
-//! What the machine is.
+//! Description of the machine.
 
 use std::fs;
 
@@ -7,18 +7,18 @@ use serde::Serialize;
 /// The machine on which something was measured.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Machine {
-    /// The CPU's model, or its architecture where the system does not tell.
+    /// Model of the CPU, or its architecture if the model is unknown.
     pub cpu: String,
-    /// Threads that work.
+    /// Number of working threads.
     pub threads: usize,
-    /// The operating system and its kernel.
+    /// Operating system and kernel.
     pub os: String,
-    /// Memory in bytes, where the system tells.
+    /// Memory in bytes, if the system reports it.
     pub memory: Option<u64>,
 }
 
 impl Machine {
-    /// This one.
+    /// Returns the description of this machine.
     pub fn this() -> Machine {
         let cpu = field("/proc/cpuinfo", "model name", ':').unwrap_or_else(|| std::env::consts::ARCH.into());
         let system = field("/etc/os-release", "PRETTY_NAME", '=').unwrap_or_else(|| std::env::consts::OS.into());
@@ -29,7 +29,7 @@ impl Machine {
     }
 }
 
-/// Memory that can be had without swapping, in bytes, where the system tells.
+/// Returns the bytes of memory available without swapping, if the system reports them.
 pub(super) fn free_memory() -> Option<u64> {
     memory("MemAvailable")
 }
@@ -39,7 +39,7 @@ fn memory(key: &str) -> Option<u64> {
     text.strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The value of the first line of a system's file that has this key.
+/// Returns the value of the first line with a key in a system file.
 fn field(path: &str, key: &str, separator: char) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     let mut pairs = text.lines().filter_map(|line| line.split_once(separator));
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_machine_has_a_processor_and_threads() {
+    fn machine_has_a_cpu_and_threads() {
         let machine = Machine::this();
         assert!(!machine.cpu.is_empty() && !machine.os.is_empty() && machine.threads > 0, "{machine:?}");
         assert!(!machine.os.ends_with(' '), "{machine:?}");

@@ -1,78 +1,76 @@
-//! Update and blend on this machine, beside the machine's limits measured in the same run.
+//! Measures update and blend on this machine beside the machine's limits.
 //!
 //! A rate alone says little: machines differ, and on a shared one the same work takes twice as long an hour later. So
-//! each piece of work is compared with a loop that moves the same bytes and does nothing else, the two are timed in turns,
-//! and medians are compared. Nothing is timed before its answer was checked.
+//! each piece of work is timed in turns with a loop that moves the same bytes and does nothing else, and their medians
+//! are compared. Every answer is checked before anything is timed.
 
 mod cases;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-mod devices;
+mod device;
+mod find;
 mod machine;
 mod session;
 
+use clap::Args;
+use posthoc_ema::{Device, Error, Result};
 use serde::Serialize;
 
-use posthoc_ema::Device;
-use posthoc_ema::{Error, Result};
-
 use cases::Sizes;
-use devices::Bench;
+use device::BenchDevice;
 pub use machine::Machine;
 use session::Session;
 
-/// The running averages that an update folds parameters into: two, as a run tracks them by default.
+/// Running averages of an update: two, the default of a run.
 const PROFILES: usize = 2;
 
-/// Parameters on the CPU by default: arrays far larger than caches, below 2 GB and half a minute on two cores.
+/// Default number of parameters on the CPU: arrays far larger than caches, below 2 GB and half a minute on two cores.
 const CPU_PARAMETERS: usize = 20_000_000;
 
-/// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// Sizes of the measured work.
+#[derive(Args, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Options {
-    /// Parameters of the model; by default 20 million on the CPU, and on a GPU, which is done with those in no time,
-    /// 200 million, or as many as fit.
+    /// Parameters of the model [default: 20 million on the CPU, 200 million, or what fits, on a GPU]
+    #[arg(long, value_name = "N")]
     pub parameters: Option<usize>,
-    /// Tensors of the model that has many small ones.
+    /// Tensors of the model that has many small ones
+    #[arg(long, value_name = "N", default_value_t = 1000)]
     pub tensors: usize,
-    /// Snapshots that are blended.
+    /// Snapshots that are blended
+    #[arg(long, value_name = "N", default_value_t = 12)]
     pub snapshots: usize,
-    /// Targets that they are blended into in one pass; one target is measured beside it.
+    /// Targets that they are blended into in one pass, beside a pass for one
+    #[arg(long, value_name = "N", default_value_t = 8)]
     pub targets: usize,
-    /// How often each piece of work is timed.
+    /// Repetitions of each piece of work; medians are shown
+    #[arg(long, value_name = "N", default_value_t = 7)]
     pub repeats: usize,
-    /// Where: [`Device::Auto`] is the CPU and every CUDA device.
+    /// Device to measure: auto (the CPU and every CUDA device), cpu, or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = Device::Auto)]
     #[serde(skip)]
     pub device: Device,
 }
 
-impl Default for Options {
-    fn default() -> Options {
-        let (tensors, snapshots, targets, repeats) = (1000, 12, 8, 7);
-        Options { parameters: None, tensors, snapshots, targets, repeats, device: Device::Auto }
-    }
-}
-
 impl Options {
-    /// Whether the numbers make sense together.
+    /// Checks that the numbers are in range and fit together.
     ///
     /// # Errors
     /// [`Error::Setting`] for a number of zero, and for more tensors than parameters.
     pub fn check(&self) -> Result<()> {
-        let Options { tensors, snapshots, targets, repeats, .. } = *self;
         let parameters = self.parameters.unwrap_or(CPU_PARAMETERS);
         let counts = [
             ("parameters", parameters),
-            ("tensors", tensors),
-            ("snapshots", snapshots),
-            ("targets", targets),
-            ("repeats", repeats),
+            ("tensors", self.tensors),
+            ("snapshots", self.snapshots),
+            ("targets", self.targets),
+            ("repeats", self.repeats),
         ];
         if let Some((option, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
             return Err(Error::Setting { option, reason: "0 leaves nothing to measure: give 1 or more".into() });
         }
-        if tensors > parameters {
+        if self.tensors > parameters {
+            let tensors = self.tensors;
             let reason = format!("{parameters} parameters do not make {tensors} tensors: give at most {parameters}");
             return Err(Error::Setting { option: "tensors", reason });
         }
@@ -80,18 +78,18 @@ impl Options {
     }
 }
 
-/// The kind of a measurement.
+/// Kind of a measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Work {
-    /// What the machine does at most.
+    /// Highest rate of the machine.
     Limit,
-    /// New parameters folded into running averages.
+    /// Folding new parameters into running averages.
     Update,
-    /// Parameters on their way from a device to averages on the host.
+    /// Copying parameters from a device to averages on the host.
     Offload,
-    /// Snapshots blended into targets.
+    /// Blending snapshots into targets.
     Blend,
 }
 
@@ -106,99 +104,101 @@ impl std::fmt::Display for Work {
     }
 }
 
-/// How fast something went.
+/// The measured rate of one piece of work.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Measurement {
-    /// Where: `cpu` or `cuda:N`.
+    /// Name of the device: `cpu` or `cuda:N`.
     pub device: String,
-    /// What, unique among the measurements of a device.
+    /// Name of the work, unique among the measurements of a device.
     pub name: String,
-    /// Of which kind.
+    /// Kind of the work.
     pub work: Work,
-    /// The bytes that have to be read and written, each once.
+    /// Bytes to read and write, each counted once.
     pub bytes: u64,
-    /// The median of the times, in seconds.
+    /// Median of the times, in seconds.
     pub seconds_median: f64,
-    /// All times, in the order in which they were taken.
+    /// All times in seconds, in the order of the rounds.
     pub seconds_all: Vec<f64>,
-    /// Bytes over the median time.
+    /// Bytes divided by the median time.
     pub bytes_per_second: f64,
-    /// The name of the limit that it is compared with, on the same device.
+    /// Name of the limit that the rate is compared with, on the same device.
     pub limit: Option<String>,
-    /// Its rate as a share of that limit's.
+    /// Rate as a share of the limit's rate.
     pub share_of_limit: Option<f64>,
 }
 
-/// A device that was measured.
+/// A measured device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Measured {
-    /// Its name here: `cpu` or `cuda:N`.
+pub struct MeasuredDevice {
+    /// Name of the device: `cpu` or `cuda:N`.
     pub device: String,
-    /// Its name by its maker.
+    /// Name of the model by its maker.
     pub model: String,
-    /// The parameters of the model that was updated on it, and of each snapshot that was blended.
+    /// Parameters of the updated model and of each blended snapshot.
     pub parameters: usize,
 }
 
-/// All that was measured.
+/// All measurements of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Measurements {
-    /// The devices.
-    pub devices: Vec<Measured>,
-    /// Device by device.
+    /// Measured devices.
+    pub devices: Vec<MeasuredDevice>,
+    /// Measurements, device by device.
     pub rows: Vec<Measurement>,
-    /// Why no CUDA device is among them, where they were asked for by [`Device::Auto`] alone.
+    /// Reason why [`Device::Auto`] found no CUDA device.
     pub without_cuda: Option<String>,
 }
 
-/// What is being done.
+/// Progress of a task.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// The device and the work.
-    pub what: String,
-    /// The rounds done.
+    /// Names of the device and the task.
+    pub task: String,
+    /// Rounds done.
     pub done: usize,
-    /// The rounds to do.
-    pub of: usize,
+    /// Rounds in total.
+    pub total: usize,
 }
 
-/// Measures everything and tells of the progress.
+/// Measures everything and reports the progress.
 ///
 /// # Errors
-/// [`Error::Setting`] for options out of range, for a device that is not there and for more memory than is free,
-/// [`Error::Io`] where the temporary file of snapshots cannot be written, and [`Error::Wrong`] for a wrong answer.
+/// [`Error::Setting`] for options out of range, for a missing device and for more memory than is free, [`Error::Io`] if
+/// the temporary file of snapshots cannot be written, and [`Error::Wrong`] for a wrong answer.
 pub fn run(options: &Options, progress: &mut dyn FnMut(&Progress)) -> Result<Measurements> {
     options.check()?;
-    let devices::Found { benches, without_cuda } = devices::find(options.device)?;
-    let (mut devices, mut rows) = (Vec::new(), Vec::new());
-    for bench in benches {
-        let sizes = sizes(options, &*bench)?;
-        let (device, model) = (bench.device(), bench.model());
-        let mut session = Session::new(device.clone(), options.repeats, progress);
-        bench.run(&sizes, &mut session)?;
+    let find::Found { devices: found, without_cuda } = find::find(options.device)?;
+    let mut devices = Vec::new();
+    let mut rows = Vec::new();
+    for device in found {
+        let sizes = sizes(options, &*device)?;
+        let mut session = Session::new(device.name(), options.repeats, progress);
+        device.run(&sizes, &mut session)?;
         rows.append(&mut session.into_measurements());
-        devices.push(Measured { device, model, parameters: sizes.parameters });
+        let parameters = sizes.parameters;
+        devices.push(MeasuredDevice { device: device.name(), model: device.model(), parameters });
     }
     Ok(Measurements { devices, rows, without_cuda })
 }
 
-fn sizes(options: &Options, bench: &dyn Bench) -> Result<Sizes> {
+/// Returns the sizes of the options, with the default number of parameters of the device.
+fn sizes(options: &Options, device: &dyn BenchDevice) -> Result<Sizes> {
     let Options { parameters, tensors, snapshots, targets, .. } = *options;
-    let asked = Sizes { parameters: parameters.unwrap_or_default(), tensors, snapshots, targets };
-    Ok(Sizes { parameters: parameters.map_or_else(|| bench.parameters(&asked), Ok)?, ..asked })
+    let sizes = Sizes { parameters: parameters.unwrap_or_default(), tensors, snapshots, targets };
+    Ok(Sizes { parameters: parameters.map_or_else(|| device.default_parameters(&sizes), Ok)?, ..sizes })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Small, and of sizes that nothing divides.
+    /// Returns small sizes without common divisors.
     fn small() -> Options {
         Options { parameters: Some(70_001), tensors: 37, snapshots: 5, targets: 3, repeats: 3, device: Device::Cpu }
     }
 
     #[test]
-    fn every_row_names_a_limit_of_its_device_or_is_one() {
+    fn every_row_is_a_limit_or_names_one_of_its_device() {
         let mut rounds = Vec::new();
         let measured = run(&small(), &mut |progress| rounds.push(progress.clone())).unwrap();
         let limits: Vec<&str> =
@@ -213,11 +213,11 @@ mod tests {
         }
         assert_eq!(measured.without_cuda, None);
         assert!(matches!(&measured.devices[..], [cpu] if cpu.device == "cpu" && cpu.parameters == 70_001));
-        assert!(rounds.iter().any(|p| p.what == "cpu: update" && p.done == 3 && p.of == 3), "{rounds:?}");
+        assert!(rounds.iter().any(|p| p.task == "cpu: update" && p.done == 3 && p.total == 3), "{rounds:?}");
     }
 
     #[test]
-    fn nothing_is_measured_twice_where_many_are_few() {
+    fn equal_cases_are_measured_once() {
         let options = Options { parameters: Some(3), tensors: 3, snapshots: 1, targets: 1, ..small() };
         let rows = run(&options, &mut |_| {}).unwrap().rows;
         let mut names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn options_that_make_no_sense_are_refused() {
+    fn options_out_of_range_are_refused() {
         for (options, part) in [
             (Options { parameters: Some(0), ..small() }, "parameters"),
             (Options { repeats: 0, ..small() }, "repeats"),

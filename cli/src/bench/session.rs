@@ -1,35 +1,37 @@
-//! Timing in turns: every piece of work once, then every one again, so that what slows the machine slows all alike.
+//! Timing in turns: each round times every task once, so that a slow phase of the machine slows all tasks alike.
 
 use std::time::Instant;
 
-use super::{Measurement, Progress, Result, Work};
+use posthoc_ema::Result;
 
-/// What a piece of work is, before it is timed.
-pub(super) struct Row {
+use super::{Measurement, Progress, Work};
+
+/// Description of a task.
+pub(super) struct TaskInfo {
     pub name: String,
     pub work: Work,
-    /// The bytes that have to be read and written, each once.
+    /// Bytes to read and write, each counted once.
     pub bytes: u64,
-    /// The name of the limit that it is compared with, a task of the same call of [`Session::measure`].
+    /// Name of the limit that the task is compared with, a task of the same call of [`Session::measure`].
     pub limit: Option<String>,
 }
 
-impl Row {
-    /// Something that the machine does at most.
-    pub fn limit(name: impl Into<String>, bytes: usize) -> Row {
-        Row { name: name.into(), work: Work::Limit, bytes: bytes as u64, limit: None }
+impl TaskInfo {
+    /// Describes a limit of the machine.
+    pub fn limit(name: impl Into<String>, bytes: usize) -> TaskInfo {
+        TaskInfo { name: name.into(), work: Work::Limit, bytes: bytes as u64, limit: None }
     }
 }
 
-/// A piece of work on memory `S` that several share.
+/// A piece of work on memory `S` that several tasks share.
 pub(super) trait Task<S> {
-    /// What it is.
-    fn row(&self) -> Row;
+    /// Describes the task.
+    fn info(&self) -> TaskInfo;
 
-    /// Does it, whatever the memory holds, and compares the answer with another way to it.
+    /// Does the work on memory with any contents, and compares the answer with a reference.
     fn check(&self, state: &mut S) -> Result<()>;
 
-    /// Does it once and returns the seconds that it took.
+    /// Does the work once and returns the seconds that it took.
     fn seconds(&self, state: &mut S) -> Result<f64>;
 }
 
@@ -50,27 +52,27 @@ impl<'a> Session<'a> {
         self.measurements
     }
 
-    /// Tells what is being done.
-    pub fn progress(&mut self, what: &str, done: usize, of: usize) {
-        (self.progress)(&Progress { what: format!("{}: {what}", self.device), done, of });
+    /// Reports the progress of a task.
+    pub fn progress(&mut self, task: &str, done: usize, total: usize) {
+        (self.progress)(&Progress { task: format!("{}: {task}", self.device), done, total });
     }
 
     /// Checks every task, then times them in turns.
-    pub fn measure<S>(&mut self, what: &str, state: &mut S, tasks: &[Box<dyn Task<S> + '_>]) -> Result<()> {
-        self.progress(what, 0, self.repeats);
+    pub fn measure<S>(&mut self, name: &str, state: &mut S, tasks: &[Box<dyn Task<S> + '_>]) -> Result<()> {
+        self.progress(name, 0, self.repeats);
         tasks.iter().try_for_each(|task| task.check(state))?;
         let mut seconds = vec![Vec::with_capacity(self.repeats); tasks.len()];
         for round in 1..=self.repeats {
             for (task, seconds) in tasks.iter().zip(&mut seconds) {
                 seconds.push(task.seconds(state)?);
             }
-            self.progress(what, round, self.repeats);
+            self.progress(name, round, self.repeats);
         }
-        let rows: Vec<Row> = tasks.iter().map(|task| task.row()).collect();
+        let rows: Vec<TaskInfo> = tasks.iter().map(|task| task.info()).collect();
         let rate = |i: usize| rows[i].bytes as f64 / median(&seconds[i]);
         for (i, row) in rows.iter().enumerate() {
             let limit = row.limit.as_ref().and_then(|name| rows.iter().position(|row| row.name == *name));
-            debug_assert_eq!(limit.is_some(), row.limit.is_some(), "a limit is timed beside what it limits");
+            debug_assert_eq!(limit.is_some(), row.limit.is_some(), "a task is timed beside its limit");
             self.measurements.push(Measurement {
                 device: self.device.clone(),
                 name: row.name.clone(),
@@ -87,7 +89,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// The seconds that something takes; never zero, whatever the clock's steps.
+/// Returns the seconds that some work takes: never zero, even if the clock has not ticked.
 pub(super) fn timed(work: impl FnOnce()) -> f64 {
     let start = Instant::now();
     work();
@@ -106,22 +108,29 @@ mod tests {
     use super::*;
     use posthoc_ema::Error;
 
-    /// Notes when it is run; takes the time that it is told to.
-    struct Told(&'static str, Option<&'static str>, f64);
+    /// A task that logs its calls and takes a given time.
+    struct FakeTask {
+        name: &'static str,
+        limit: Option<&'static str>,
+        seconds: f64,
+    }
 
-    impl Task<Vec<&'static str>> for Told {
-        fn row(&self) -> Row {
-            Row { name: self.0.into(), work: Work::Update, bytes: 100, limit: self.1.map(String::from) }
+    impl Task<Vec<&'static str>> for FakeTask {
+        fn info(&self) -> TaskInfo {
+            TaskInfo { name: self.name.into(), work: Work::Update, bytes: 100, limit: self.limit.map(String::from) }
         }
 
         fn check(&self, state: &mut Vec<&'static str>) -> Result<()> {
             state.push("check");
-            if self.2 > 0.0 { Ok(()) } else { Err(Error::Wrong { what: self.0.into(), reason: "no time".into() }) }
+            match self.seconds > 0.0 {
+                true => Ok(()),
+                false => Err(Error::Wrong { what: self.name.into(), reason: "no time".into() }),
+            }
         }
 
         fn seconds(&self, state: &mut Vec<&'static str>) -> Result<f64> {
-            state.push(self.0);
-            Ok(self.2)
+            state.push(self.name);
+            Ok(self.seconds)
         }
     }
 
@@ -130,26 +139,27 @@ mod tests {
         let mut ignore = |_: &Progress| {};
         let mut session = Session::new("cpu".into(), 2, &mut ignore);
         let mut order = Vec::new();
-        session
-            .measure("all", &mut order, &[Box::new(Told("a", None, 1.0)), Box::new(Told("b", Some("a"), 4.0))])
-            .unwrap();
+        let limit = FakeTask { name: "a", limit: None, seconds: 1.0 };
+        let work = FakeTask { name: "b", limit: Some("a"), seconds: 4.0 };
+        session.measure("all", &mut order, &[Box::new(limit), Box::new(work)]).unwrap();
         assert_eq!(order, ["check", "check", "a", "b", "a", "b"]);
         let rows = session.into_measurements();
         assert_eq!((rows[1].bytes_per_second, rows[1].share_of_limit), (25.0, Some(0.25)));
     }
 
     #[test]
-    fn nothing_is_timed_after_a_wrong_answer() {
+    fn wrong_answer_stops_before_timing() {
         let mut ignore = |_: &Progress| {};
         let mut session = Session::new("cpu".into(), 2, &mut ignore);
         let mut order = Vec::new();
-        let error = session.measure("all", &mut order, &[Box::new(Told("a", None, 0.0))]).unwrap_err();
+        let wrong = FakeTask { name: "a", limit: None, seconds: 0.0 };
+        let error = session.measure("all", &mut order, &[Box::new(wrong)]).unwrap_err();
         assert!(matches!(error, Error::Wrong { .. }));
         assert_eq!(order, ["check"]);
     }
 
     #[test]
-    fn medians() {
+    fn median_of_odd_and_even_counts() {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
     }

@@ -3,65 +3,66 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use crate::report;
 use clap::Args;
 use posthoc_ema::{At, Checkpoints, Device, Merge, WriteOptions};
 use serde_json::{Value, json};
 
-use super::args::{Blending, Targets};
+use super::args::BlendArgs;
 use super::list::Numbers;
-use super::output::{byte_bar, bytes, print, print_json, tell};
-use super::synthesize::{target_name, why_not_cuda};
-use super::{Failure, Outcome, targets};
+use super::output::{byte_bar, bytes, print, print_json, print_warning};
+use super::targets::{TargetArgs, target_name};
+use super::{Failure, Outcome};
+use crate::tables;
 
 /// Average checkpoints of a training in which nothing was tracked
 ///
-/// Each checkpoint gets the target's mass on the time since the one before it; what it costs that there are no more of them
-/// is told: the relative error of the profile, by how many steps the average is later than its target, and how many
-/// checkpoints count. All targets are written in one pass. Where the checkpoints are folders, so is each average: with the
-/// same shards, their index, and the files of configuration and tokenizer, but without the state of the training. Files and
-/// folders appear whole or not at all.
+/// Each checkpoint gets the target's mass on the time since the one before it. The command reports the cost of having
+/// no more checkpoints: the relative error of the profile, by how many steps the average is later than its target, and
+/// how many checkpoints count. All targets are written in one pass. If the checkpoints are folders, so is each average:
+/// with the same shards, their index, and the files of configuration and tokenizer, but without the state of the
+/// training. Files and folders appear whole or not at all.
 #[derive(Args)]
 pub struct Arguments {
-    /// Checkpoints: safetensors files, indices of shards, folders as Hugging Face's tools write them, files of PyTorch (no
-    /// code in them is run); or a single folder of any of these
+    /// Checkpoints: safetensors files, indices of shards, folders as Hugging Face's tools write them, files of PyTorch
+    /// (no code in them is run); or a single folder of any of these
     #[arg(required = true, value_name = "PATH")]
-    pub paths: Vec<PathBuf>,
-    /// The steps of the checkpoints, in the order of the paths, or of the names in a folder, where epoch2 is before epoch10:
-    /// 1000,2000,...,20000 [default: from metadata, trainer_state.json or names]
+    paths: Vec<PathBuf>,
+    /// The steps of the checkpoints, in the order of the paths, or of the names in a folder, where epoch2 is before
+    /// epoch10: 1000,2000,...,20000 [default: from metadata, trainer_state.json or names]
     #[arg(long, value_name = "LIST")]
-    pub steps: Option<Numbers>,
+    steps: Option<Numbers>,
     /// Time of the targets; later checkpoints are left out [default: the newest checkpoint]
     #[arg(long, value_name = "STEP")]
-    pub at: Option<u64>,
-    /// Write the only target to this file, or this folder where the checkpoints are folders
+    at: Option<u64>,
+    /// Write the only target to this file, or to this folder if the checkpoints are folders
     #[arg(short, long, value_name = "PATH", conflicts_with = "out_dir")]
-    pub output: Option<PathBuf>,
-    /// Write each target to a file or folder of its own in this directory, which is made where it is missing
+    output: Option<PathBuf>,
+    /// Write each target to a file or folder of its own in this directory, which is made if it is missing
     #[arg(long, value_name = "DIR")]
-    pub out_dir: Option<PathBuf>,
+    out_dir: Option<PathBuf>,
     /// Only show the weights and what they cost
     #[arg(long, conflicts_with_all = ["output", "out_dir"])]
-    pub plan: bool,
+    plan: bool,
     #[command(flatten)]
-    pub blending: Blending,
+    blend: BlendArgs,
     /// Print one JSON document
     #[arg(long)]
-    pub json: bool,
+    json: bool,
     #[command(flatten)]
-    pub targets: Targets,
+    targets: TargetArgs,
 }
 
 /// Weighs the checkpoints for each target and writes the averages in one pass.
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
-    check(arguments, profiles.len())?;
-    let steps = arguments.steps.as_ref().map(steps).transpose()?;
-    let checkpoints = Checkpoints::open(&arguments.paths, steps.as_deref()).map_err(targets::usage)?;
-    let merges = checkpoints.plans(&profiles, arguments.at.map_or(At::Latest, At::Step)).map_err(targets::usage)?;
+    check_output(arguments, profiles.len())?;
+    let steps = arguments.steps.as_ref().map(whole_steps).transpose()?;
+    let checkpoints = Checkpoints::open(&arguments.paths, steps.as_deref()).map_err(Failure::of_argument)?;
+    let at = arguments.at.map_or(At::Latest, At::Step);
+    let merges = checkpoints.plans(&profiles, at).map_err(Failure::of_argument)?;
     let warnings: Vec<String> = merges.iter().filter_map(Merge::warning).collect();
     if !arguments.json {
-        warnings.iter().for_each(|warning| tell(&format!("warning: {warning}")));
+        warnings.iter().for_each(|warning| print_warning(warning));
     }
     let paths = paths(arguments, &checkpoints, &merges);
     let written = match arguments.plan {
@@ -75,8 +76,8 @@ pub fn run(arguments: &Arguments) -> Outcome {
     Ok(())
 }
 
-/// Checks that there is somewhere to write to.
-fn check(arguments: &Arguments, targets: usize) -> Outcome {
+/// Checks that the options name an output for every target.
+fn check_output(arguments: &Arguments, targets: usize) -> Outcome {
     if arguments.output.is_some() && targets > 1 {
         let why = format!("-o names one average, and there are {targets} targets: use --out-dir DIR");
         return Err(Failure::Usage(why));
@@ -89,27 +90,27 @@ fn check(arguments: &Arguments, targets: usize) -> Outcome {
     Ok(())
 }
 
-/// The steps that were given, as whole numbers.
-fn steps(list: &Numbers) -> Result<Vec<u64>, Failure> {
-    // Beyond, an f64 does not hold every whole number.
+/// Converts the steps of `--steps` to whole numbers.
+fn whole_steps(list: &Numbers) -> Result<Vec<u64>, Failure> {
+    // Above 2^53 an f64 does not hold every whole number.
     let whole = |&step: &f64| match step >= 1.0 && step <= 2f64.powi(53) && step.fract() == 0.0 {
         true => Ok(step as u64),
-        false => Err(Failure::Usage(format!("--steps: {step} is no step: they are whole numbers above 0"))),
+        false => Err(Failure::Usage(format!("--steps: {step} is not a step: steps are whole numbers above 0"))),
     };
     list.0.iter().map(whole).collect()
 }
 
-/// One file or folder for each target; none where nothing is written.
+/// Returns the file or folder of each target, or nothing if nothing is written.
 fn paths(arguments: &Arguments, checkpoints: &Checkpoints, merges: &[Merge]) -> Vec<PathBuf> {
     let Some(dir) = &arguments.out_dir else {
         return arguments.output.iter().cloned().collect();
     };
-    let ending = if checkpoints.are_folders() { "" } else { ".safetensors" };
-    let name = |(i, merge): (usize, &Merge)| format!("{}{ending}", target_name(i, &merge.profile, merge.at));
+    let extension = if checkpoints.are_folders() { "" } else { ".safetensors" };
+    let name = |(i, merge): (usize, &Merge)| format!("{}{extension}", target_name(i, &merge.profile, merge.at));
     merges.iter().enumerate().map(|target| dir.join(name(target))).collect()
 }
 
-/// What was done: bytes read, seconds, and the device it took.
+/// Bytes read, seconds taken, and the device that blended.
 struct Written {
     bytes: u64,
     seconds: f64,
@@ -126,26 +127,23 @@ fn write(
     let bytes = checkpoints.bytes_to_read(merges);
     let bar = byte_bar(bytes, "averaging");
     let progress = |bytes| bar.inc(bytes);
-    let options = WriteOptions {
-        dtype: arguments.blending.dtype(),
-        device: arguments.blending.device,
-        progress: Some(&progress),
-    };
+    let options =
+        WriteOptions { dtype: arguments.blend.dtype(), device: arguments.blend.device, progress: Some(&progress) };
     let start = Instant::now();
     let device = checkpoints.write(&outputs, &options);
     bar.finish_and_clear();
     Ok(Written { bytes, device: device?, seconds: start.elapsed().as_secs_f64() })
 }
 
-/// Prints what each target is like, a single one with the weights, and what was written.
+/// Prints a row for each target, the weights of a single one, and what was written.
 fn show(arguments: &Arguments, merges: &[Merge], paths: &[PathBuf], written: Option<Written>) {
-    print(&report::merges(merges).to_string());
+    print(&tables::merges(merges).to_string());
     if let [merge] = merges {
-        print(&report::checkpoint_weights(merge).to_string());
+        print(&tables::checkpoint_weights(merge).to_string());
     }
     if let Some(Written { bytes: read, seconds, device }) = written {
         let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
-        let why = why_not_cuda(arguments.blending.device);
+        let why = arguments.blend.why_not_cuda();
         print(&format!("written: {}", names.join(", ")));
         print(&format!("{} of checkpoints read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
     }

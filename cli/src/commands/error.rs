@@ -2,62 +2,64 @@
 
 use std::path::PathBuf;
 
-use crate::report::{self, ErrorCurve, ErrorPoint};
 use clap::Args;
-use posthoc_ema::{Plan, Profile};
+use posthoc_ema::{At, Plan, Profile};
+use serde_json::{Value, json};
 
-use super::args::{Before, Rounding};
+use super::args::{AtArgs, NoiseArgs};
+use super::forecast::ForecastArgs;
 use super::list::Numbers;
+use super::open::OpenArgs;
 use super::output::{print, print_json};
-use super::picture::Plot;
-use super::reading::Reading;
-use super::subject::{Subject, length_at};
-use super::{Failure, Outcome, targets};
+use super::plot::PlotArgs;
+use super::source::{PlanSource, length_at};
+use super::targets::{numbers, profiles};
+use super::{Failure, Outcome};
+use crate::pictures::{self, ErrorCurve, ErrorPoint};
+use crate::tables;
 
 /// Show the reconstruction error over the length of the average, of a run or before training
 ///
-/// A picture shows it at many lengths from the shortest to the longest that are listed, with the tracked profiles marked. The
-/// noise floor, what is left of the rounding of stored snapshots relative to the weights, is shaded.
+/// A picture shows it at many lengths from the shortest to the longest that are listed, with the tracked profiles
+/// marked. The noise floor, what is left of the rounding of stored snapshots relative to the weights, is shaded.
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
-    pub run: Option<PathBuf>,
+    run: Option<PathBuf>,
     /// Lengths by relative standard deviation
     #[arg(long, value_name = "LIST", default_value = "0.02,0.03,...,0.28", allow_negative_numbers = true)]
-    pub sigma_rel: Vec<Numbers>,
-    /// Time of the targets [default: the newest snapshot]
-    #[arg(long, value_name = "STEP")]
-    pub at: Option<u64>,
+    sigma_rel: Vec<Numbers>,
     #[command(flatten)]
-    pub plot: Plot,
+    at: AtArgs,
+    #[command(flatten)]
+    plot: PlotArgs,
     /// Print one JSON document
     #[arg(long)]
-    pub json: bool,
+    json: bool,
     #[command(flatten)]
-    pub reading: Reading,
+    open: OpenArgs,
     #[command(flatten)]
-    pub rounding: Rounding,
+    noise: NoiseArgs,
     #[command(flatten)]
-    pub before: Before,
+    forecast: ForecastArgs,
 }
 
 /// Shows the reconstruction error over the length of the average.
 pub fn run(arguments: &Arguments) -> Outcome {
-    let profiles: Vec<Profile> =
-        targets::profiles(&arguments.sigma_rel, Profile::sigma_rel).collect::<Result<_, Failure>>()?;
-    let subject = Subject::open(arguments.run.as_deref(), &arguments.reading, &arguments.before)?;
-    let plans = subject.plans(&profiles, arguments.at, arguments.rounding.noise)?;
+    let targets: Vec<Profile> = profiles(&arguments.sigma_rel, Profile::sigma_rel).collect::<Result<_, Failure>>()?;
+    let source = PlanSource::open(arguments.run.as_deref(), &arguments.open, &arguments.forecast)?;
+    let plans = source.plans(&targets, arguments.at.at(), arguments.noise.noise)?;
     if arguments.json {
-        let errors = targets::numbers(&arguments.sigma_rel).zip(&plans).map(point);
-        print_json(&serde_json::json!({ "errors": errors.collect::<Vec<_>>() }));
+        let errors: Vec<Value> = numbers(&arguments.sigma_rel).zip(&plans).map(error_json).collect();
+        print_json(&json!({ "errors": errors }));
     } else {
-        print(&report::errors(&plans).to_string());
+        print(&tables::errors(&plans).to_string());
     }
-    if arguments.plot.is_empty() { Ok(()) } else { draw(arguments, &subject, &plans) }
+    if arguments.plot.is_empty() { Ok(()) } else { draw(arguments, &source, &plans) }
 }
 
-fn point((sigma_rel, plan): (f64, &Plan)) -> serde_json::Value {
-    serde_json::json!({
+fn error_json((sigma_rel, plan): (f64, &Plan)) -> Value {
+    json!({
         "sigma_rel": sigma_rel,
         "at": plan.at,
         "relative_error": plan.relative_error,
@@ -67,25 +69,25 @@ fn point((sigma_rel, plan): (f64, &Plan)) -> serde_json::Value {
     })
 }
 
-/// Draws the curve over the lengths that are listed, and many more between them.
-fn draw(arguments: &Arguments, subject: &Subject, listed: &[Plan]) -> Outcome {
+/// Draws the curve over the listed lengths and many more between them.
+fn draw(arguments: &Arguments, source: &PlanSource, listed: &[Plan]) -> Outcome {
     let at = listed.first().map_or(0, |plan| plan.at);
-    let tracked: Vec<(f64, String)> = subject
+    let tracked: Vec<(f64, String)> = source
         .tracked()
         .values()
-        .filter_map(|profile| Some((length_at(profile, at)?, report::length_name(profile))))
+        .filter_map(|profile| Some((length_at(profile, at)?, tables::length_name(profile))))
         .collect();
-    let lengths = || targets::numbers(&arguments.sigma_rel);
-    let (first, last) = (lengths().fold(f64::INFINITY, f64::min), lengths().fold(0.0, f64::max));
     let marks: Vec<f64> = tracked.iter().map(|(sigma_rel, _)| *sigma_rel).collect();
-    let grid = report::error_grid(first, last, &marks);
-    let grid: Vec<Profile> = grid.into_iter().map(Profile::sigma_rel).collect::<Result<_, _>>()?;
-    let plans = subject.plans(&grid, Some(at), arguments.rounding.noise)?;
+    let first = numbers(&arguments.sigma_rel).fold(f64::INFINITY, f64::min);
+    let last = numbers(&arguments.sigma_rel).fold(0.0, f64::max);
+    let lengths = pictures::error_grid(first, last, &marks);
+    let targets: Vec<Profile> = lengths.into_iter().map(Profile::sigma_rel).collect::<Result<_, _>>()?;
+    let plans = source.plans(&targets, At::Step(at), arguments.noise.noise)?;
     let curve = ErrorCurve {
-        title: format!("{}, at step {at}", subject.title()),
+        title: format!("{}, at step {at}", source.title()),
         points: plans.iter().filter_map(ErrorPoint::of).collect(),
         tracked,
-        rounding: Some(subject.rounding()),
+        rounding: Some(source.rounding()),
     };
-    Ok(arguments.plot.draw(|path| report::error_curve(path, &curve))?)
+    Ok(arguments.plot.draw(|path| pictures::draw_error_curve(path, &curve))?)
 }

@@ -8,43 +8,45 @@ use posthoc_ema::{Import, ImportReport, Profile, Tool};
 use serde_json::json;
 
 use super::list::Numbers;
-use super::output::{byte_bar, bytes, print, print_json, tell};
-use super::{Failure, Outcome, targets};
+use super::output::{byte_bar, bytes, print, print_json, print_warning};
+use super::targets::profiles;
+use super::{Failure, Outcome};
 
 /// Write another tool's checkpoints as a run
 ///
 /// pytorch-posthoc-ema, ema-pytorch and nitrous-ema apply a step's decay once every --update-every steps, and then
-/// synthesize as if they had applied it at every step. Their averages are sound, but of other profiles than asked for: the
-/// run tells which, so that a synthesis from it gives the lengths that theirs should have given. The checkpoints are only
-/// read, and no code is ever run. The options say what the training used: the files do not tell.
+/// synthesize as if they had applied it at every step. Their averages are sound, but of other profiles than asked for.
+/// The run records the profiles that they really have, so that a synthesis from it gives the lengths that theirs should
+/// have given. The checkpoints are only read, and no code is ever run. The options say what the training used: the
+/// files do not record it.
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the checkpoints (INDEX.STEP.pt)
-    pub dir: PathBuf,
+    dir: PathBuf,
     /// Directory of the run: an empty or a new one
-    pub run: PathBuf,
+    run: PathBuf,
     /// The tool that wrote them
     #[arg(long, value_enum, value_name = "TOOL")]
-    pub from: ToolName,
+    from: ToolName,
     /// Profiles that it tracked, in its order, by relative standard deviation
     #[arg(long, value_name = "LIST", allow_negative_numbers = true, required_unless_present = "gammas")]
-    pub sigma_rels: Option<Numbers>,
+    sigma_rels: Option<Numbers>,
     /// The same by exponent
     #[arg(long, value_name = "LIST", allow_negative_numbers = true, conflicts_with = "sigma_rels")]
-    pub gammas: Option<Numbers>,
+    gammas: Option<Numbers>,
     /// Its steps between updates (the default of pytorch-posthoc-ema is 10, that of the others 100)
     #[arg(long, value_name = "N")]
-    pub update_every: u64,
-    /// No update before this step [default: 100 for pytorch-posthoc-ema, as there; give 0 for its versions 1.0.6 and 1.0.7,
-    /// which have no such option]
+    update_every: u64,
+    /// No update before this step [default: 100 for pytorch-posthoc-ema, as there; give 0 for its versions 1.0.6 and
+    /// 1.0.7, which have no such option]
     #[arg(long, value_name = "STEP")]
-    pub update_after_step: Option<u64>,
+    update_after_step: Option<u64>,
     /// nitrous-ema was made with step_size_correction=True
     #[arg(long)]
-    pub step_size_correction: bool,
+    step_size_correction: bool,
     /// Print one JSON document
     #[arg(long)]
-    pub json: bool,
+    json: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -67,24 +69,25 @@ impl From<ToolName> for Tool {
 /// Writes another tool's checkpoints as a run.
 pub fn run(arguments: &Arguments) -> Outcome {
     let import = options(arguments)?;
-    import.check().map_err(targets::usage)?;
-    let bar = byte_bar(size(&arguments.dir), "importing");
+    import.check().map_err(Failure::of_argument)?;
+    let bar = byte_bar(total_bytes(&arguments.dir), "importing");
     let start = Instant::now();
     let imported = import.write(&arguments.dir, &arguments.run, Some(&|bytes| bar.inc(bytes)));
     bar.finish_and_clear();
-    let (imported, seconds) = (imported?, start.elapsed().as_secs_f64());
+    let imported = imported?;
+    let seconds = start.elapsed().as_secs_f64();
     if arguments.json {
         print_json(&document(arguments, &imported, seconds));
         return Ok(());
     }
-    imported.warnings.iter().for_each(|warning| tell(&format!("warning: {warning}")));
+    imported.warnings.iter().for_each(|warning| print_warning(warning));
     print(&summary(arguments, &imported, seconds));
     Ok(())
 }
 
 fn options(arguments: &Arguments) -> Result<Import, Failure> {
-    let profiles = targets::profiles(arguments.sigma_rels.as_slice(), Profile::sigma_rel)
-        .chain(targets::profiles(arguments.gammas.as_slice(), Profile::gamma));
+    let profiles = profiles(arguments.sigma_rels.as_slice(), Profile::sigma_rel)
+        .chain(profiles(arguments.gammas.as_slice(), Profile::gamma));
     Ok(Import {
         from: arguments.from.into(),
         profiles: profiles.collect::<Result<_, _>>()?,
@@ -94,8 +97,8 @@ fn options(arguments: &Arguments) -> Result<Import, Failure> {
     })
 }
 
-/// The bytes of all checkpoints, for the bar; what cannot be read is reported by the import.
-fn size(dir: &Path) -> u64 {
+/// Returns the bytes of all checkpoints, for the bar. The import reports what cannot be read.
+fn total_bytes(dir: &Path) -> u64 {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let checkpoints = entries.filter(|entry| entry.path().extension().is_some_and(|extension| extension == "pt"));
     checkpoints.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.len()).sum()

@@ -3,42 +3,43 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use crate::report::{self, Timeline, TimelineRow};
 use clap::Args;
 use posthoc_ema::snapshot::{self, Snapshot, SnapshotId};
 use posthoc_ema::{Error, Profile, Run, SavedState};
 use serde_json::json;
 
 use super::output::{bytes, print, print_json};
-use super::picture::Plot;
+use super::plot::PlotArgs;
 use super::{Failure, Outcome};
+use crate::pictures::{self, Timeline, TimelineRow};
+use crate::tables;
 
 /// Show a run's snapshots, profiles, sizes and health
 ///
-/// A picture shows the snapshots over the steps of the training, a row for each profile, with the damaged ones crossed, the
-/// newest update and the live state.
+/// A picture shows the snapshots over the steps of the training, a row for each profile, with the damaged ones crossed,
+/// the newest update and the live state.
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
-    pub run: PathBuf,
+    run: PathBuf,
     #[command(flatten)]
-    pub plot: Plot,
+    plot: PlotArgs,
     /// Print one JSON document
     #[arg(long)]
-    pub json: bool,
+    json: bool,
 }
 
-/// A snapshot, or why it could not be opened.
+/// A snapshot, or the reason why it could not be opened.
 struct Entry {
-    stem: SnapshotId,
+    id: SnapshotId,
     opened: Result<Snapshot, String>,
 }
 
-/// Shows what a run holds; a damaged snapshot is shown as such beside the sound ones.
+/// Shows the snapshots of a run, damaged ones beside the sound ones.
 pub fn run(arguments: &Arguments) -> Outcome {
     let listed = snapshot::list_each(&arguments.run)?;
-    let entries: Vec<Entry> = listed.into_iter().map(|(stem, files)| open(stem, files)).collect();
-    // What is wrong with the run as a whole, an empty directory included.
+    let entries: Vec<Entry> = listed.into_iter().map(|(id, files)| open(id, files)).collect();
+    // Errors of the run as a whole, such as an empty directory.
     let trouble = Run::open(&arguments.run).err().or_else(|| SavedState::of(&arguments.run).err());
     let trouble = trouble.map(|error| error.to_string());
     if arguments.json {
@@ -55,8 +56,8 @@ pub fn run(arguments: &Arguments) -> Outcome {
     }
 }
 
-fn open(stem: SnapshotId, files: Result<Vec<PathBuf>, Error>) -> Entry {
-    Entry { stem, opened: files.and_then(|files| Snapshot::open(stem, &files)).map_err(|error| error.to_string()) }
+fn open(id: SnapshotId, files: Result<Vec<PathBuf>, Error>) -> Entry {
+    Entry { id, opened: files.and_then(|files| Snapshot::open(id, &files)).map_err(|error| error.to_string()) }
 }
 
 fn profile(snapshot: &Snapshot) -> String {
@@ -74,13 +75,13 @@ fn elements(snapshot: &Snapshot) -> usize {
 
 fn table(entries: &[Entry]) -> comfy_table::Table {
     let mut table =
-        report::table(&["snapshot", "profile", "step", "size", "files", "tensors", "parameters", "dtypes", "health"]);
-    for Entry { stem, opened } in entries {
-        let mut row = vec![stem.to_string()];
+        tables::table(&["snapshot", "profile", "step", "size", "files", "tensors", "parameters", "dtypes", "health"]);
+    for Entry { id, opened } in entries {
+        let mut row = vec![id.to_string()];
         match opened {
             Ok(snapshot) => row.extend([
                 profile(snapshot),
-                stem.step.to_string(),
+                id.step.to_string(),
                 bytes(snapshot.len()),
                 snapshot.files().len().to_string(),
                 snapshot.tensors().count().to_string(),
@@ -89,7 +90,7 @@ fn table(entries: &[Entry]) -> comfy_table::Table {
                 "ok".into(),
             ]),
             Err(_) => {
-                row.extend(["?".into(), stem.step.to_string()]);
+                row.extend(["?".into(), id.step.to_string()]);
                 row.extend(["", "", "", "", "", "damaged"].map(String::from));
             }
         }
@@ -103,7 +104,7 @@ fn total(entries: &[Entry]) -> u64 {
 }
 
 fn summary(run: &Path, entries: &[Entry]) -> String {
-    let steps: BTreeSet<u64> = entries.iter().map(|entry| entry.stem.step).collect();
+    let steps: BTreeSet<u64> = entries.iter().map(|entry| entry.id.step).collect();
     let range = match (steps.first(), steps.last()) {
         (Some(first), Some(last)) => format!("steps {first} to {last}"),
         _ => "no step".into(),
@@ -118,25 +119,25 @@ fn summary(run: &Path, entries: &[Entry]) -> String {
 
 fn draw(arguments: &Arguments, entries: &[Entry]) -> Result<(), Error> {
     let timeline = timeline(&arguments.run, entries);
-    arguments.plot.draw(|path| report::timeline(path, &timeline))
+    arguments.plot.draw(|path| pictures::draw_timeline(path, &timeline))
 }
 
 fn timeline(run: &Path, entries: &[Entry]) -> Timeline {
     let state = SavedState::of(run).ok().flatten();
-    let indices: BTreeSet<usize> = entries.iter().map(|entry| entry.stem.index).collect();
+    let indices: BTreeSet<usize> = entries.iter().map(|entry| entry.id.index).collect();
     let name = run.file_name().unwrap_or(run.as_os_str());
-    let newest = entries.iter().filter(|entry| entry.opened.is_ok()).map(|entry| entry.stem.step).max();
+    let newest = entries.iter().filter(|entry| entry.opened.is_ok()).map(|entry| entry.id.step).max();
     Timeline {
         title: format!("{}: {} snapshots, {}", name.to_string_lossy(), entries.len(), bytes(total(entries))),
         rows: indices.into_iter().map(|index| timeline_row(index, entries)).collect(),
-        newest: newest.max(state.and_then(|state| state.updated)),
+        newest_update: newest.max(state.and_then(|state| state.updated)),
         state: state.map(|state| (state.step, bytes(state.bytes))),
     }
 }
 
-/// The snapshots of one profile; its name is in any that can be read.
+/// Returns the row of one profile, whose name is in any snapshot that can be read.
 fn timeline_row(index: usize, entries: &[Entry]) -> TimelineRow {
-    let own = || entries.iter().filter(move |entry| entry.stem.index == index);
+    let own = || entries.iter().filter(move |entry| entry.id.index == index);
     let sound: Vec<&Snapshot> = own().filter_map(|entry| entry.opened.as_ref().ok()).collect();
     let largest = sound.iter().map(|snapshot| snapshot.len()).max();
     let mut note = largest.map(|largest| format!("{} × {}", sound.len(), bytes(largest))).unwrap_or_default();
@@ -150,7 +151,7 @@ fn timeline_row(index: usize, entries: &[Entry]) -> TimelineRow {
     }
     TimelineRow {
         label: sound.first().map_or_else(|| format!("profile {index}"), |snapshot| profile(snapshot)),
-        snapshots: own().map(|entry| (entry.stem.step, entry.opened.is_ok())).collect(),
+        snapshots: own().map(|entry| (entry.id.step, entry.opened.is_ok())).collect(),
         note,
     }
 }
@@ -162,12 +163,12 @@ fn document(run: &Path, entries: &[Entry], trouble: Option<&str>) -> serde_json:
     json!({ "run": run, "snapshots": snapshots, "bytes": total(entries), "state": state, "trouble": trouble })
 }
 
-fn entry_json(Entry { stem, opened }: &Entry) -> serde_json::Value {
+fn entry_json(Entry { id, opened }: &Entry) -> serde_json::Value {
     match opened {
-        Err(trouble) => json!({ "index": stem.index, "step": stem.step, "trouble": trouble }),
+        Err(trouble) => json!({ "index": id.index, "step": id.step, "trouble": trouble }),
         Ok(snapshot) => json!({
-            "index": stem.index,
-            "step": stem.step,
+            "index": id.index,
+            "step": id.step,
             "profile": serde_json::from_str::<serde_json::Value>(&snapshot.meta.profile).ok(),
             "files": snapshot.files().iter().map(|file| file.path()).collect::<Vec<_>>(),
             "bytes": snapshot.len(),

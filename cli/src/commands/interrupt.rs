@@ -1,4 +1,4 @@
-//! Ctrl-C and the like: nothing is left of what was being written.
+//! Signals that end the program: temporary files are removed first.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -7,13 +7,15 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 
-/// Whether a signal has come, and the program ends by it.
+/// True once a signal has come that ends the program.
 static ENDING: AtomicBool = AtomicBool::new(false);
 
-/// Has the signals that end a program remove its temporary files first. Where that cannot be, the next command removes them.
-pub fn clear_up() {
-    let wanted = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|&signal| !is_ignored(signal));
-    let Ok(mut signals) = Signals::new(wanted) else { return };
+/// Makes the signals that end a program remove its temporary files first.
+///
+/// If the handler cannot be installed, the next command removes the files.
+pub fn remove_temporary_files_on_signal() {
+    let handled = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|&signal| !is_ignored(signal));
+    let Ok(mut signals) = Signals::new(handled) else { return };
     std::thread::spawn(move || {
         let Some(signal) = signals.forever().next() else { return };
         ENDING.store(true, Ordering::SeqCst);
@@ -23,14 +25,14 @@ pub fn clear_up() {
     });
 }
 
-/// Does not return once a signal has come: that the files of a command were taken from it is no error to tell of.
-pub fn wait_for_end() {
+/// Never returns after a signal: the handler ends the program, and errors about the removed files are not reported.
+pub fn wait_for_signal_handler() {
     while ENDING.load(Ordering::SeqCst) {
         std::thread::sleep(Duration::from_millis(10));
     }
 }
 
-/// Whether whoever started the program wants a signal ignored, as `nohup` does, and scripts for what they put in the background.
+/// Returns true if the parent process had the signal ignored, as `nohup` and background jobs of scripts do.
 fn is_ignored(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());

@@ -4,10 +4,10 @@ use std::str::FromStr;
 
 use posthoc_ema::{Retention, Window};
 
-/// No list is longer: a slip such as `1,2,...,1e9` should not fill the memory.
+/// Most numbers of a list, so that a slip such as `1,2,...,1e9` does not fill the memory.
 const MAX_LENGTH: usize = 10_000;
 
-/// A list of numbers, `...` spelled out.
+/// A list of numbers, with `...` expanded.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Numbers(pub Vec<f64>);
 
@@ -15,11 +15,11 @@ pub struct Numbers(pub Vec<f64>);
 #[derive(Clone, Debug)]
 pub struct Windows(pub Vec<Window>);
 
-/// A number of elements or bytes, with a unit where it is large: `1.3B`, `500M`, `40GB`, `64GiB`.
+/// A number of elements or bytes, optionally with a unit: `1.3B`, `500M`, `40GB`, `64GiB`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Count(pub u64);
 
-/// What stands after a number, and what it multiplies it by.
+/// Units and their factors.
 const UNITS: [(&str, f64); 13] = [
     ("", 1.0),
     ("K", 1e3),
@@ -43,39 +43,39 @@ impl FromStr for Count {
         let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
         let unit = text[digits.len()..].to_ascii_uppercase();
         let Some((_, factor)) = UNITS.iter().find(|(name, _)| *name == unit) else {
-            return Err(format!("`{unit}` is no unit: K, M, B and T count elements, KB to TB and KiB to TiB bytes"));
+            return Err(format!("`{unit}` is not a unit: K, M, B and T count elements, KB to TB and KiB to TiB bytes"));
         };
         let value = number(digits)? * factor;
         if !(1.0..1e18).contains(&value) {
-            return Err(format!("{text} is no number of elements or bytes from 1 to 1e18"));
+            return Err(format!("{text} is not a number of elements or bytes from 1 to 1e18"));
         }
         Ok(Count(value.round() as u64))
     }
 }
 
-/// Which snapshots are kept: `latest`, those that serve a range of lengths, or a list of steps.
+/// A rule for the snapshots that are kept: `latest`, a range of lengths to serve, or a list of steps.
 #[derive(Clone, Debug)]
-pub struct Kept(pub Retention);
+pub struct RetentionArg(pub Retention);
 
-impl FromStr for Kept {
+impl FromStr for RetentionArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         if text == "latest" {
-            return Ok(Kept(Retention::Latest));
+            return Ok(RetentionArg(Retention::Latest));
         }
         if let Some(steps) = steps(text) {
-            return Ok(Kept(Retention::Steps(steps)));
+            return Ok(RetentionArg(Retention::Steps(steps)));
         }
         let how = "write it as FROM..TO, such as 0.05..0.28, as a list of steps, or as `latest`";
         let (from, to) = text.split_once("..").filter(|(_, to)| !to.starts_with('.')).ok_or(how)?;
         let retention = Retention::Range { from: number(from)?, to: number(to)? };
         retention.check().map_err(|error| error.to_string())?;
-        Ok(Kept(retention))
+        Ok(RetentionArg(retention))
     }
 }
 
-/// A list of whole numbers above 0.
+/// Parses a list of whole numbers above 0.
 fn steps(text: &str) -> Option<Vec<u64>> {
     let whole = |value: &f64| *value >= 1.0 && value.fract() == 0.0 && *value < 2f64.powi(53);
     let numbers = text.parse::<Numbers>().ok()?.0;
@@ -108,7 +108,7 @@ impl FromStr for Windows {
     }
 }
 
-/// A window: a number of steps, or a share of the time in percent.
+/// Parses a window: a number of steps, or a share of the time in percent.
 pub fn window(text: &str) -> Result<Window, String> {
     match text.strip_suffix('%') {
         Some(percent) => Ok(Window::Fraction(number(percent)? / 100.0)),
@@ -120,11 +120,11 @@ fn number(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(value) => Ok(value),
         Err(_) if text.is_empty() => Err("a number is missing".into()),
-        Err(_) => Err(format!("`{text}` is no number")),
+        Err(_) => Err(format!("`{text}` is not a number")),
     }
 }
 
-/// Goes on from the last two values, by their difference, to `last`.
+/// Continues a list to `last` by the difference of its last two values.
 fn extend(values: &mut Vec<f64>, last: f64) -> Result<(), String> {
     let &[.., before, first] = values.as_slice() else {
         return Err("`...` needs two numbers before it, whose difference is the step".into());
@@ -143,7 +143,7 @@ fn extend(values: &mut Vec<f64>, last: f64) -> Result<(), String> {
     Ok(())
 }
 
-/// To twelve significant digits: what a person would have written.
+/// Rounds to twelve significant digits, as a person would have written the number.
 fn round(value: f64) -> f64 {
     format!("{value:.11e}").parse().unwrap_or(value)
 }
@@ -157,13 +157,13 @@ mod tests {
     }
 
     #[test]
-    fn dots_stand_for_an_evenly_spaced_rest() {
+    fn dots_expand_to_an_evenly_spaced_rest() {
         assert_eq!(parse("0.1"), [0.1]);
         assert_eq!(parse("0.05, 0.06, ..., 0.1"), [0.05, 0.06, 0.07, 0.08, 0.09, 0.1]);
         assert_eq!(parse("0.01,0.05,0.06,...,0.08,0.2"), [0.01, 0.05, 0.06, 0.07, 0.08, 0.2]);
         assert_eq!(parse("3,2,...,0"), [3.0, 2.0, 1.0, 0.0]);
         assert_eq!(parse("0.05,0.06,...,0.28").len(), 24);
-        // Each is what a person would have typed, to the bit.
+        // Each has the bits of the typed number.
         assert!(
             parse("0.01,0.02,...,0.28")
                 .iter()
@@ -173,11 +173,11 @@ mod tests {
     }
 
     #[test]
-    fn slips_are_explained() {
+    fn malformed_lists_report_their_reason() {
         for (text, part) in [
             ("", "missing"),
             ("0.1,", "missing"),
-            ("a", "`a` is no number"),
+            ("a", "`a` is not a number"),
             ("0.1,...,0.2", "two numbers before"),
             ("0.1,0.2,...", "a last number"),
             ("0.1,0.2,...,0.25", "do not reach"),
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_have_units() {
+    fn counts_parse_with_units() {
         for (text, value) in [
             ("7B", 7_000_000_000),
             ("1.3b", 1_300_000_000),
@@ -204,29 +204,32 @@ mod tests {
             assert_eq!(text.parse(), Ok(Count(value)), "{text}");
         }
         for (text, part) in
-            [("7G", "no unit"), ("GB", "missing"), ("-3M", "from 1 to"), ("0", "from 1 to"), ("NaN", "no unit")]
+            [("7G", "not a unit"), ("GB", "missing"), ("-3M", "from 1 to"), ("0", "from 1 to"), ("NaN", "not a unit")]
         {
             assert!(text.parse::<Count>().unwrap_err().contains(part), "{text}");
         }
     }
 
     #[test]
-    fn what_is_kept_is_a_range_or_the_newest() {
-        assert_eq!("latest".parse::<Kept>().unwrap().0, Retention::Latest);
-        assert_eq!("0.05..0.2".parse::<Kept>().unwrap().0, Retention::Range { from: 0.05, to: 0.2 });
-        assert_eq!("1000,2000,...,4000".parse::<Kept>().unwrap().0, Retention::Steps(vec![1000, 2000, 3000, 4000]));
+    fn retention_is_latest_a_range_or_steps() {
+        assert_eq!("latest".parse::<RetentionArg>().unwrap().0, Retention::Latest);
+        assert_eq!("0.05..0.2".parse::<RetentionArg>().unwrap().0, Retention::Range { from: 0.05, to: 0.2 });
+        assert_eq!(
+            "1000,2000,...,4000".parse::<RetentionArg>().unwrap().0,
+            Retention::Steps(vec![1000, 2000, 3000, 4000])
+        );
         for (text, part) in [
             ("newest", "FROM..TO"),
             ("0.1,0.2", "FROM..TO"),
             ("0.1..", "missing"),
             ("0.2..0.1", "the shorter sigma_rel first"),
         ] {
-            assert!(text.parse::<Kept>().unwrap_err().contains(part), "{text}");
+            assert!(text.parse::<RetentionArg>().unwrap_err().contains(part), "{text}");
         }
     }
 
     #[test]
-    fn windows_are_steps_or_percent() {
+    fn windows_parse_steps_and_percent() {
         let windows = "5000,20%".parse::<Windows>().unwrap().0;
         assert_eq!(windows, [Window::Steps(5000.0), Window::Fraction(0.2)]);
         assert!("x%".parse::<Windows>().is_err());

@@ -1,44 +1,86 @@
-//! The commands.
+//! Commands of the program: each parses its arguments, calls the library and prints the result.
 
 mod advise;
 mod args;
 mod average;
 mod bench;
 mod error;
+mod forecast;
 mod import;
 mod inspect;
 mod interrupt;
 mod list;
+mod open;
 mod output;
-mod picture;
 mod plan;
+mod plot;
 mod profile;
-mod reading;
-mod subject;
+mod profile_csv;
+mod source;
 mod sweep;
 mod synthesize;
-mod table;
 mod targets;
 mod verify;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::{CommandFactory, Parser, Subcommand};
+use posthoc_ema::Error;
 
-use args::{Arguments, Command};
+/// Averages of network weights of any length, chosen after training.
+///
+/// A run is a directory in which training stored snapshots of two or more running averages. From them an average of
+/// any length is synthesized (post-hoc EMA, Karras et al. 2023, arXiv:2312.02696).
+#[derive(Parser)]
+#[command(name = "posthoc-ema", version, term_width = 100, disable_help_subcommand = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
 
-/// Why a command did not succeed.
+#[derive(Subcommand)]
+enum Command {
+    Synthesize(synthesize::Arguments),
+    Sweep(sweep::Arguments),
+    Plan(plan::Arguments),
+    Inspect(inspect::Arguments),
+    Error(error::Arguments),
+    Profile(profile::Arguments),
+    Verify(verify::Arguments),
+    Average(average::Arguments),
+    Import(import::Arguments),
+    Bench(bench::Arguments),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Reason for a nonzero exit status.
 enum Failure {
-    /// The arguments make no sense together or have values out of range: exit status 2.
+    /// Arguments that contradict each other or are out of range: exit status 2.
     Usage(String),
-    /// It was asked for something sensible that failed: exit status 1.
-    Failed(posthoc_ema::Error),
-    /// A table or document already says what is wrong: exit status 1.
+    /// Error of the library: exit status 1.
+    Failed(Error),
+    /// Problem that the printed table or document shows already: exit status 1.
     Unhealthy(String),
 }
 
-impl From<posthoc_ema::Error> for Failure {
-    fn from(error: posthoc_ema::Error) -> Failure {
+impl Failure {
+    /// Classifies an error that an argument may have caused: a value out of range is bad usage.
+    fn of_argument(error: Error) -> Failure {
+        match error {
+            Error::Parameter { .. } | Error::NotTrackable { .. } | Error::Setting { .. } => {
+                Failure::Usage(error.to_string())
+            }
+            other => Failure::Failed(other),
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
         Failure::Failed(error)
     }
 }
@@ -48,7 +90,7 @@ type Outcome = Result<(), Failure>;
 /// Runs the program.
 pub fn run() -> ExitCode {
     let arguments = Arguments::parse();
-    interrupt::clear_up();
+    interrupt::remove_temporary_files_on_signal();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_max_level(tracing::Level::WARN)
@@ -56,14 +98,14 @@ pub fn run() -> ExitCode {
         .without_time()
         .init();
     let outcome = dispatch(&arguments.command);
-    interrupt::wait_for_end();
+    interrupt::wait_for_signal_handler();
     let (status, message) = match outcome {
         Ok(()) => return ExitCode::SUCCESS,
         Err(Failure::Usage(message)) => (2, message),
         Err(Failure::Failed(error)) => (1, error.to_string()),
         Err(Failure::Unhealthy(message)) => (1, message),
     };
-    output::tell(&format!("error: {message}"));
+    output::print_error(&message);
     ExitCode::from(status)
 }
 

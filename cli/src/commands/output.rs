@@ -1,25 +1,32 @@
-//! What goes to stdout and stderr.
+//! Printing to stdout and stderr, and progress bars.
 
 use std::io::{ErrorKind, Write};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// A text without the control characters that could hide or forge what a terminal shows: names come from files.
-fn plain(text: &str) -> String {
-    let spelled =
-        |c: char| if c.is_control() && !"\n\t".contains(c) { c.escape_default().to_string() } else { c.into() };
-    text.chars().map(spelled).collect()
+/// Escapes the control characters that could hide or forge terminal output: names come from files.
+fn escape_control(text: &str) -> String {
+    let escape = |c: char| match c.is_control() && !"\n\t".contains(c) {
+        true => c.escape_default().to_string(),
+        false => c.into(),
+    };
+    text.chars().map(escape).collect()
 }
 
-/// Prints a line to stderr.
-pub fn tell(text: &str) {
-    eprintln!("{}", plain(text));
+/// Prints a warning to stderr.
+pub fn print_warning(text: &str) {
+    eprintln!("warning: {}", escape_control(text));
 }
 
-/// Prints to stdout. A reader that went away (`| head`) is no error.
+/// Prints an error to stderr.
+pub fn print_error(text: &str) {
+    eprintln!("error: {}", escape_control(text));
+}
+
+/// Prints to stdout. A reader that went away (`| head`) is not an error.
 pub fn print(text: &str) {
-    write(&plain(text));
+    write(&escape_control(text));
 }
 
 fn write(text: &str) {
@@ -36,24 +43,24 @@ fn write(text: &str) {
 
 /// Prints a JSON document.
 pub fn print_json(document: &serde_json::Value) {
-    // Those below a space are spelled out already.
-    let spelled = |c: char| if c.is_control() { format!("\\u{:04x}", u32::from(c)) } else { c.into() };
-    write(&document.to_string().chars().map(spelled).collect::<String>());
+    // serde_json escapes the control characters below U+0020 itself.
+    let escape = |c: char| if c.is_control() { format!("\\u{:04x}", u32::from(c)) } else { c.into() };
+    write(&document.to_string().chars().map(escape).collect::<String>());
 }
 
-/// A bar of bytes on stderr; none where stderr is no terminal.
-pub fn byte_bar(total: u64, what: &'static str) -> ProgressBar {
-    bar(total, "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}").with_message(what)
+/// Returns a bar of bytes on stderr, which is hidden if stderr is not a terminal.
+pub fn byte_bar(total: u64, message: &'static str) -> ProgressBar {
+    bar(total, "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}").with_message(message)
 }
 
-/// A bar of rounds on stderr, whose message and length change; none where stderr is no terminal.
+/// Returns a bar of rounds on stderr, whose message and length change. It is hidden if stderr is not a terminal.
 pub fn round_bar() -> ProgressBar {
     bar(0, "{msg} {wide_bar} {pos}/{len}")
 }
 
-/// A sign of work on stderr that goes until it is cleared; none where stderr is no terminal.
-pub fn spinner(what: String) -> ProgressBar {
-    let spinner = bar(0, "{spinner} {msg} {elapsed}").with_message(what);
+/// Returns a spinner on stderr, which turns until it is cleared. It is hidden if stderr is not a terminal.
+pub fn spinner(message: String) -> ProgressBar {
+    let spinner = bar(0, "{spinner} {msg} {elapsed}").with_message(message);
     spinner.enable_steady_tick(Duration::from_millis(100));
     spinner
 }
@@ -63,7 +70,7 @@ fn bar(total: u64, template: &str) -> ProgressBar {
     ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr()).with_style(style)
 }
 
-/// A number of bytes for people.
+/// Formats a number of bytes: `1.10 GB`.
 pub fn bytes(n: u64) -> String {
     indicatif::DecimalBytes(n).to_string()
 }

@@ -2,88 +2,95 @@
 
 use std::path::PathBuf;
 
-use crate::report::{self, MAX_PANELS, ProfilePanel, Profiles};
 use clap::Args;
 use posthoc_ema::{Plan, Profile};
+use serde_json::json;
 
-use super::args::{Before, Rounding, Targets};
+use super::args::{AtArgs, NoiseArgs};
+use super::forecast::ForecastArgs;
 use super::list::Count;
+use super::open::OpenArgs;
 use super::output::{bytes, print, print_json};
-use super::picture::Plot;
-use super::reading::Reading;
-use super::subject::Subject;
+use super::plot::PlotArgs;
+use super::source::PlanSource;
+use super::targets::TargetArgs;
 use super::{Failure, Outcome, advise};
+use crate::pictures::{self, MAX_PANELS, ProfilePanel, Profiles};
+use crate::tables;
 
 /// Show the weights, error and noise gain of targets, on a run or before training
 ///
 /// A picture shows each target's profile over the training, that of the blend, their difference, and the snapshots'
-/// weights. --advise, with --steps, --parameters, --disk and a range of lengths (--retention), tells which profiles,
-/// spacing and number of snapshots make the worst error over the range smallest.
+/// weights. --advise, with --steps, --parameters, --disk and a range of lengths (--retention), finds the profiles,
+/// spacing and number of snapshots that make the worst error over the range smallest.
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
-    pub run: Option<PathBuf>,
-    /// Time of the targets [default: the newest snapshot]
-    #[arg(long, value_name = "STEP")]
-    pub at: Option<u64>,
-    /// Instead of targets: which profiles to track, how often to store and how many to keep
-    #[arg(long, requires = "disk", conflicts_with_all = ["run", "plot", "at", "noise", "keep", "checkpoint_every", "track", "track_beta",
-        "sigma_rel", "gamma", "beta", "half_life", "uniform", "linear", "lr_decay", "profile_csv"])]
-    pub advise: bool,
-    /// What the run may take on disk, such as 100GB
-    #[arg(long, value_name = "BYTES", requires = "advise")]
-    pub disk: Option<Count>,
+    run: Option<PathBuf>,
     #[command(flatten)]
-    pub plot: Plot,
+    at: AtArgs,
+    /// Instead of targets: which profiles to track, how often to store and how many to keep
+    #[arg(long, requires = "disk", conflicts_with_all = [
+        "run", "plot", "at", "noise", "keep", "checkpoint_every", "track", "track_beta",
+        "sigma_rel", "gamma", "beta", "half_life", "uniform", "linear", "lr_decay", "profile_csv",
+    ])]
+    advise: bool,
+    /// Disk space for the run, such as 100GB
+    #[arg(long, value_name = "BYTES", requires = "advise")]
+    disk: Option<Count>,
+    #[command(flatten)]
+    plot: PlotArgs,
     /// Print one JSON document
     #[arg(long)]
-    pub json: bool,
+    json: bool,
     #[command(flatten)]
-    pub reading: Reading,
+    open: OpenArgs,
     #[command(flatten)]
-    pub rounding: Rounding,
+    noise: NoiseArgs,
     #[command(flatten)]
-    pub targets: Targets,
+    targets: TargetArgs,
     #[command(flatten)]
-    pub before: Before,
+    forecast: ForecastArgs,
 }
 
-/// Solves targets and shows what they will be like; a single one with its weights.
+/// Solves targets and shows their errors; a single one with its weights.
 pub fn run(arguments: &Arguments) -> Outcome {
     if let (true, Some(disk)) = (arguments.advise, arguments.disk) {
-        return advise::run(&arguments.before, disk, arguments.json);
+        return advise::run(&arguments.forecast, disk, arguments.json);
     }
     let profiles = arguments.targets.profiles()?;
     if !arguments.plot.is_empty() && profiles.len() > MAX_PANELS {
         let why = format!("--plot shows at most {MAX_PANELS} targets, not {}: name fewer", profiles.len());
         return Err(Failure::Usage(why));
     }
-    let subject = Subject::open(arguments.run.as_deref(), &arguments.reading, &arguments.before)?;
-    let plans = subject.plans(&profiles, arguments.at, arguments.rounding.noise)?;
+    let source = PlanSource::open(arguments.run.as_deref(), &arguments.open, &arguments.forecast)?;
+    let plans = source.plans(&profiles, arguments.at.at(), arguments.noise.noise)?;
+    let disk = source.disk();
     if arguments.json {
-        let disk = subject.disk(&arguments.before);
-        let disk = disk.map(|disk| ("disk".to_owned(), serde_json::json!(disk)));
-        let targets = ("targets".to_owned(), serde_json::json!(plans));
-        print_json(&[targets].into_iter().chain(disk).collect());
-    } else {
-        print(&report::plans(&plans).to_string());
-        if let [plan] = plans.as_slice() {
-            print(&report::weights(plan).to_string());
+        let mut document = json!({ "targets": plans });
+        if let Some(disk) = disk {
+            document["disk"] = disk.into();
         }
-        if let Some(disk) = subject.disk(&arguments.before) {
+        print_json(&document);
+    } else {
+        print(&tables::plans(&plans).to_string());
+        if let [plan] = plans.as_slice() {
+            print(&tables::weights(plan).to_string());
+        }
+        if let Some(disk) = disk {
             print(&format!("The run takes at most {} on disk, its live state included.", bytes(disk)));
         }
     }
-    if arguments.plot.is_empty() { Ok(()) } else { draw(&arguments.plot, &subject, &plans) }
+    if arguments.plot.is_empty() { Ok(()) } else { draw(&arguments.plot, &source, &plans) }
 }
 
-fn draw(plot: &Plot, subject: &Subject, plans: &[Plan]) -> Outcome {
-    let panel = |plan| Ok(ProfilePanel { plan, densities: subject.densities(plan)? });
+fn draw(plot: &PlotArgs, source: &PlanSource, plans: &[Plan]) -> Outcome {
+    let panel = |plan| Ok(ProfilePanel { plan, densities: source.densities(plan)? });
     let name = |(index, profile): (usize, Profile)| (index, profile.to_string());
     let picture = Profiles {
         panels: plans.iter().map(panel).collect::<Result<_, Failure>>()?,
-        tracked: subject.tracked().into_iter().map(name).collect(),
-        rounding: Some(subject.rounding()),
+        tracked: source.tracked().into_iter().map(name).collect(),
+        rounding: Some(source.rounding()),
     };
-    Ok(plot.draw(|path| report::profiles(path, &picture))?)
+    Ok(plot.draw(|path| pictures::draw_profiles(path, &picture))?)
 }

@@ -1,39 +1,40 @@
 //! `posthoc-ema profile`.
 
-use crate::report;
 use clap::Args;
 use posthoc_ema::Profile;
 use posthoc_ema::math::{MAX_SIGMA_REL, beta_to_sigma_rel, sigma_rel_to_beta};
 
-use super::args::Families;
 use super::output::{print, print_json};
+use super::targets::FamilyArgs;
 use super::{Failure, Outcome};
+use crate::numbers::{exact, number};
+use crate::tables;
 
 /// Convert between the parametrisations of profiles
 #[derive(Args)]
 pub struct Arguments {
     #[command(flatten)]
-    pub families: Families,
+    families: FamilyArgs,
     /// Training length at which the two families are compared
     #[arg(long, value_name = "T")]
-    pub steps: Option<u64>,
+    steps: Option<u64>,
     /// Print one JSON document
     #[arg(long)]
-    pub json: bool,
+    json: bool,
 }
 
-/// A profile in every parametrisation that it has.
+/// A profile in each of its parametrisations.
 struct Conversion {
     profile: Profile,
     gamma: Option<f64>,
     sigma_rel: Option<f64>,
     beta: Option<f64>,
     half_life: Option<f64>,
-    /// The standard deviation in steps.
+    /// Standard deviation in steps.
     deviation: Option<f64>,
 }
 
-/// Converts profiles; the two families match at one training length only, so that needs `--steps`.
+/// Converts profiles. Between the two families that needs `--steps`: they match at one training length only.
 pub fn run(arguments: &Arguments) -> Outcome {
     let all = arguments.families.profiles()?;
     if all.is_empty() {
@@ -46,7 +47,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         print_json(&serde_json::json!({ "steps": arguments.steps, "profiles": profiles }));
         return Ok(());
     }
-    let mut table = report::table(&["profile", "gamma", "sigma_rel", "beta", "half-life", "deviation in steps"]);
+    let mut table = tables::table(&["profile", "gamma", "sigma_rel", "beta", "half-life", "deviation in steps"]);
     for conversion in &conversions {
         table.add_row(conversion.row());
     }
@@ -74,8 +75,8 @@ fn convert(profile: Profile, steps: Option<f64>) -> Conversion {
 
 impl Conversion {
     fn row(&self) -> [String; 6] {
-        let show = |value: Option<f64>| value.map_or("-".into(), report::exact);
-        let short = |value: Option<f64>| value.map_or("-".into(), report::number);
+        let show = |value: Option<f64>| value.map_or("-".into(), exact);
+        let short = |value: Option<f64>| value.map_or("-".into(), number);
         [
             self.profile.to_string(),
             show(self.gamma),

@@ -5,91 +5,93 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use crate::report;
 use clap::Args;
 use indicatif::ProgressBar;
 use posthoc_ema::sweep::{Command, Edge, Goal, Observer, Sweep, Trial};
-use posthoc_ema::{At, Profile, SweepOptions, SweepResult};
+use posthoc_ema::{Profile, SweepOptions, SweepResult};
 use serde_json::{Value, json};
 
-use super::args::{Blending, Rounding, Targets};
-use super::output::{byte_bar, print, print_json, round_bar, tell};
-use super::picture::Plot;
-use super::reading::Reading;
-use super::{Failure, Outcome, targets};
+use super::args::{AtArgs, BlendArgs, NoiseArgs};
+use super::open::OpenArgs;
+use super::output::{byte_bar, print, print_json, print_warning, round_bar};
+use super::plot::PlotArgs;
+use super::targets::TargetArgs;
+use super::{Failure, Outcome};
+use crate::numbers::exact;
+use crate::pictures::{self, SweepCurve};
+use crate::tables;
 
 /// Evaluate averages of many lengths with a command, and keep the best
 ///
-/// All targets are synthesized in one pass over the snapshots and evaluated one after the other. Golden-section steps around
-/// the best of them follow, in its own family. The best average is kept as best.safetensors in --out-dir, the others are
-/// removed. Scores are recorded in sweep.json there after each evaluation: the same command goes on where it was
-/// interrupted, and tries again what failed.
+/// All targets are synthesized in one pass over the snapshots and evaluated one after the other. Golden-section steps
+/// around the best of them follow, in its own family. The best average is kept as best.safetensors in --out-dir, the
+/// others are removed. Scores are recorded in sweep.json there after each evaluation: the same command goes on where it
+/// was interrupted, and tries again what failed.
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
-    pub run: PathBuf,
+    run: PathBuf,
     /// Shell command that evaluates the safetensors file {}, and whose last line of output ends in a number, the
     /// score: loss 0.31. {} becomes the path, quoted for the shell: inside quotes, write "$POSTHOC_EMA_WEIGHTS"
     /// instead. POSTHOC_EMA_PROFILE holds the profile as JSON
     #[arg(long, value_name = "COMMAND")]
-    pub eval: String,
-    /// Directory of the sweep, which is made where it is missing
+    eval: String,
+    /// Directory of the sweep, which is made if it is missing
     #[arg(long, value_name = "DIR")]
-    pub out_dir: PathBuf,
-    /// Time of the targets [default: the newest snapshot]
-    #[arg(long, value_name = "STEP")]
-    pub at: Option<u64>,
+    out_dir: PathBuf,
+    #[command(flatten)]
+    at: AtArgs,
     /// The largest score is the best [default: the smallest]
     #[arg(long)]
-    pub maximize: bool,
+    maximize: bool,
     /// Evaluations around the best of the targets
     #[arg(long, value_name = "N", default_value_t = 6)]
-    pub refine: usize,
+    refine: usize,
     /// Seconds after which an evaluation is ended, and has failed [default: none]
     #[arg(long, value_name = "SECONDS")]
-    pub timeout: Option<f64>,
-    /// Averages that are synthesized in one pass, and lie in --out-dir at a time
+    timeout: Option<f64>,
+    /// Averages that are synthesized in one pass, and are in --out-dir at a time
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=256))]
-    pub batch: u32,
+    batch: u32,
     /// Keep every average, in the folder candidates in --out-dir
     #[arg(long)]
-    pub keep_all: bool,
+    keep_all: bool,
     #[command(flatten)]
-    pub blending: Blending,
+    blend: BlendArgs,
     /// Print one JSON document
     #[arg(long)]
-    pub json: bool,
+    json: bool,
     #[command(flatten)]
-    pub reading: Reading,
+    open: OpenArgs,
     #[command(flatten)]
-    pub rounding: Rounding,
+    noise: NoiseArgs,
     #[command(flatten)]
-    pub plot: Plot,
+    plot: PlotArgs,
     #[command(flatten)]
-    pub targets: Targets,
+    targets: TargetArgs,
 }
 
 /// Evaluates all targets and the steps around the best.
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
-    let command = Command::new(&arguments.eval, timeout(arguments.timeout)?).map_err(targets::usage)?;
-    let (run, _) = arguments.reading.open(&arguments.run)?;
-    let progress = Progress::default();
+    let command = Command::new(&arguments.eval, timeout(arguments.timeout)?).map_err(Failure::of_argument)?;
+    let (run, _) = arguments.open.open(&arguments.run)?;
+    let bars = ProgressBars::default();
     let options = SweepOptions {
-        at: arguments.at.map_or(At::Latest, At::Step),
+        at: arguments.at.at(),
         evaluation: &arguments.eval,
         goal: if arguments.maximize { Goal::Maximize } else { Goal::Minimize },
         refine: arguments.refine,
         batch: arguments.batch as usize,
-        noise: arguments.rounding.noise,
-        dtype: arguments.blending.dtype(),
-        device: arguments.blending.device,
+        noise: arguments.noise.noise,
+        dtype: arguments.blend.dtype(),
+        device: arguments.blend.device,
         keep_all: arguments.keep_all,
-        observer: &progress,
+        observer: &bars,
         ..SweepOptions::new(&arguments.out_dir, &profiles)
     };
-    let swept = run.sweep(&options, |candidate| command.evaluate(candidate, &|bytes| progress.relay(bytes)));
-    progress.clear();
+    let swept = run.sweep(&options, |candidate| command.evaluate(candidate, &|bytes| bars.relay(bytes)));
+    bars.clear();
     let swept = swept?;
     show(arguments, &swept);
     let failed = swept.sweep.failures().count();
@@ -97,7 +99,8 @@ pub fn run(arguments: &Arguments) -> Outcome {
         return Err(Failure::Unhealthy(format!("no evaluation succeeded: all {failed} failed, as said above")));
     }
     let title = format!("{}, at step {}", arguments.eval, swept.at);
-    Ok(arguments.plot.draw(|path| report::sweep_curve(path, &report::SweepCurve::of(&swept.sweep, title.clone())))?)
+    let curve = SweepCurve::of(&swept.sweep, title);
+    Ok(arguments.plot.draw(|path| pictures::draw_sweep(path, &curve))?)
 }
 
 fn timeout(seconds: Option<f64>) -> Result<Option<Duration>, Failure> {
@@ -109,13 +112,13 @@ fn timeout(seconds: Option<f64>) -> Result<Option<Duration>, Failure> {
 
 fn show(arguments: &Arguments, swept: &SweepResult) {
     for (trial, why) in swept.sweep.failures() {
-        tell(&format!("warning: {}: {why}", trial.profile));
+        print_warning(&format!("{}: {why}", trial.profile));
     }
     if arguments.json {
         print_json(&document(swept));
         return;
     }
-    print(&report::trials(&swept.sweep).to_string());
+    print(&tables::trials(&swept.sweep).to_string());
     if let (Some(best), Some(path)) = (swept.sweep.best(), &swept.best) {
         print(&format!("best at step {}: {}, kept as {}", swept.at, best.profile, path.display()));
     }
@@ -139,28 +142,28 @@ fn document(swept: &SweepResult) -> Value {
     })
 }
 
-/// A trial as it is recorded, with its length: a profile's JSON tells `sigma_rel` by way of `gamma` only.
+/// Returns a recorded trial with its length, since the JSON of a profile has `gamma` but not `sigma_rel`.
 fn trial_json(trial: &Trial) -> Value {
     let mut object = json!(trial);
     object["length"] = trial.profile.family().map_or(Value::Null, |(family, length)| {
-        let length: f64 = report::exact(length).parse().unwrap_or(length);
+        let length: f64 = exact(length).parse().unwrap_or(length);
         json!({ family.length_name(): length })
     });
     object
 }
 
-/// Bars on stderr: bytes while averages are synthesized, and evaluations with the best so far.
+/// Bars on stderr: bytes during a synthesis, and evaluations with the best score so far.
 #[derive(Default)]
-struct Progress {
+struct ProgressBars {
     bytes: Mutex<Option<ProgressBar>>,
     evaluations: Mutex<Option<ProgressBar>>,
 }
 
-impl Progress {
-    /// What an evaluation writes to its stderr goes to ours, between the bars.
+impl ProgressBars {
+    /// Passes an evaluation's stderr through to ours, between the bars.
     fn relay(&self, bytes: &[u8]) {
         let write = || {
-            // Nobody is left to be told where stderr is closed.
+            // An error means that stderr is closed.
             let _ = std::io::stderr().write_all(bytes);
         };
         match self.evaluations.lock().ok().and_then(|bar| bar.clone()) {
@@ -178,7 +181,7 @@ impl Progress {
     }
 }
 
-impl Observer for Progress {
+impl Observer for ProgressBars {
     fn synthesizing(&self, _targets: usize, bytes: u64) {
         self.clear();
         if let Ok(mut bar) = self.bytes.lock() {
@@ -194,7 +197,7 @@ impl Observer for Progress {
 
     fn evaluating(&self, profile: &Profile, sweep: &Sweep) {
         self.clear();
-        // Complete before it is drawn.
+        // The bar is complete before it is drawn.
         let message = format!("evaluating {profile}{}", best_so_far(sweep));
         let bar = round_bar().with_message(message).with_position(sweep.trials().len() as u64);
         bar.set_length(sweep.planned() as u64);
@@ -205,7 +208,7 @@ impl Observer for Progress {
     }
 
     fn evaluated(&self, trial: &Trial, sweep: &Sweep) {
-        let score = trial.score().map_or("failed".into(), report::exact);
+        let score = trial.score().map_or("failed".into(), exact);
         if let Some(bar) = self.evaluations.lock().ok().and_then(|bar| bar.clone()) {
             bar.println(format!("{}: {score}{}", trial.profile, best_so_far(sweep)));
         }
@@ -215,5 +218,5 @@ impl Observer for Progress {
 
 fn best_so_far(sweep: &Sweep) -> String {
     let best = sweep.best().and_then(|best| Some((best.score()?, &best.profile)));
-    best.map_or(String::new(), |(score, profile)| format!(" (best so far {} at {profile})", report::exact(score)))
+    best.map_or(String::new(), |(score, profile)| format!(" (best so far {} at {profile})", exact(score)))
 }

@@ -3,15 +3,18 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use crate::report;
 use clap::Args;
-use posthoc_ema::{At, Device, Error, Output, Plan, Profile, Run, WriteOptions, cuda_devices};
-use serde_json::json;
+use comfy_table::Table;
+use posthoc_ema::{Device, Error, Output, Plan, Run, WriteOptions};
+use serde_json::{Value, json};
 
-use super::args::{Blending, Rounding, Targets};
+use super::args::{AtArgs, BlendArgs, NoiseArgs};
+use super::open::{self, OpenArgs};
 use super::output::{byte_bar, bytes, print, print_json};
-use super::reading::{self, Reading};
+use super::targets::{TargetArgs, target_name};
 use super::{Failure, Outcome};
+use crate::numbers::number;
+use crate::tables::{self, predicted, predicted_header};
 
 /// Synthesize averages from a run's snapshots
 ///
@@ -19,120 +22,108 @@ use super::{Failure, Outcome};
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
-    pub run: PathBuf,
-    /// Time of the targets [default: the newest snapshot]
-    #[arg(long, value_name = "STEP")]
-    pub at: Option<u64>,
+    run: PathBuf,
+    #[command(flatten)]
+    at: AtArgs,
     /// Write the only target to this file
     #[arg(short, long, value_name = "FILE", conflicts_with = "out_dir")]
-    pub output: Option<PathBuf>,
-    /// Write each target to a file of its own in this directory, which is made where it is missing
+    output: Option<PathBuf>,
+    /// Write each target to a file of its own in this directory, which is made if it is missing
     #[arg(long, value_name = "DIR")]
-    pub out_dir: Option<PathBuf>,
+    out_dir: Option<PathBuf>,
     /// Read every snapshot that is blended once more beforehand, and compare its checksum
     #[arg(long, conflicts_with = "skip_damaged")]
-    pub verify: bool,
+    verify: bool,
     #[command(flatten)]
-    pub reading: Reading,
+    open: OpenArgs,
     #[command(flatten)]
-    pub blending: Blending,
+    blend: BlendArgs,
     /// Print one JSON document
     #[arg(long)]
-    pub json: bool,
+    json: bool,
     #[command(flatten)]
-    pub rounding: Rounding,
+    noise: NoiseArgs,
     #[command(flatten)]
-    pub targets: Targets,
+    targets: TargetArgs,
 }
 
 /// Solves the targets, blends them in one pass and writes a file for each.
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
-    if arguments.output.is_some() && profiles.len() > 1 {
-        let why = format!("-o names one file, and there are {} targets: use --out-dir DIR", profiles.len());
-        return Err(Failure::Usage(why));
-    }
-    if arguments.output.is_none() && arguments.out_dir.is_none() {
-        return Err(Failure::Usage("nowhere to write to: give -o FILE, or --out-dir DIR for several targets".into()));
-    }
-    let (run, left_out) = arguments.reading.open(&arguments.run)?;
-    let plans = run.plans_with(&profiles, arguments.at.map_or(At::Latest, At::Step), arguments.rounding.noise)?;
+    check_output(arguments, profiles.len())?;
+    let (run, left_out) = arguments.open.open(&arguments.run)?;
+    let plans = run.plans_with(&profiles, arguments.at.at(), arguments.noise.noise)?;
     if arguments.verify {
-        reading::verify(&run, &plans)?;
+        open::verify(&run, &plans)?;
     }
     let paths = paths(arguments, &plans)?;
     let (seconds, device) = write(&run, &plans, &paths, arguments)?;
     let read = run.bytes_to_read(&plans);
     if arguments.json {
-        let targets: Vec<_> = plans.iter().zip(&paths).map(|(plan, path)| target_json(plan, path)).collect();
+        let targets: Vec<Value> = plans.iter().zip(&paths).map(|(plan, path)| target_json(plan, path)).collect();
         let mut document =
             json!({ "targets": targets, "bytes_read": read, "seconds": seconds, "device": device.to_string() });
-        if arguments.reading.skip_damaged {
+        if arguments.open.skip_damaged {
             document["left_out"] = json!(left_out);
         }
         print_json(&document);
         return Ok(());
     }
     print(&table(&plans, &paths).to_string());
-    let why = why_not_cuda(arguments.blending.device);
+    let why = arguments.blend.why_not_cuda();
     print(&format!("{} of snapshots read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
     Ok(())
 }
 
-/// What was written, and how good it is to be expected.
-fn table(plans: &[Plan], paths: &[PathBuf]) -> report::Table {
+/// Checks that the options name an output for every target.
+fn check_output(arguments: &Arguments, targets: usize) -> Outcome {
+    if arguments.output.is_some() && targets > 1 {
+        let why = format!("-o names one file, and there are {targets} targets: use --out-dir DIR");
+        return Err(Failure::Usage(why));
+    }
+    if arguments.output.is_none() && arguments.out_dir.is_none() {
+        return Err(Failure::Usage("nowhere to write to: give -o FILE, or --out-dir DIR for several targets".into()));
+    }
+    Ok(())
+}
+
+/// Lists the written files with the errors of their plans.
+fn table(plans: &[Plan], paths: &[PathBuf]) -> Table {
     let header = ["file", "target", "at", "relative error", "noise gain"];
-    let mut table = report::table(&[&header[..], report::predicted_header(plans)].concat());
+    let mut table = tables::table(&[&header[..], predicted_header(plans)].concat());
     for (plan, path) in plans.iter().zip(paths) {
-        let figures = [report::number(plan.relative_error), report::number(plan.noise_gain)];
-        let about = [path.display().to_string(), plan.profile.to_string(), plan.at.to_string()];
-        table.add_row(about.into_iter().chain(figures).chain(report::predicted(plan)));
+        let target = [path.display().to_string(), plan.profile.to_string(), plan.at.to_string()];
+        let errors = [plan.relative_error, plan.noise_gain].map(number);
+        table.add_row(target.into_iter().chain(errors).chain(predicted(plan)));
     }
     table
 }
 
-/// Where the choice was free in a program that has CUDA: why there was none.
-pub(super) fn why_not_cuda(asked: Device) -> String {
-    let looked = cfg!(feature = "cuda") && asked == Device::Auto;
-    cuda_devices().err().filter(|_| looked).map_or(String::new(), |why| format!(": {why}"))
-}
-
-/// One file for each target.
+/// Returns the file of each target, in a directory that is made if it is missing.
 fn paths(arguments: &Arguments, plans: &[Plan]) -> Result<Vec<PathBuf>, Failure> {
     let Some(dir) = &arguments.out_dir else {
         return Ok(arguments.output.iter().cloned().collect());
     };
     std::fs::create_dir_all(dir)
         .map_err(|source| Failure::Failed(Error::Io { action: "create", path: dir.clone(), source }))?;
-    Ok(plans.iter().enumerate().map(|(i, plan)| dir.join(file_name(i, plan))).collect())
+    let name = |(i, plan): (usize, &Plan)| format!("{}.safetensors", target_name(i, &plan.profile, plan.at));
+    Ok(plans.iter().enumerate().map(|target| dir.join(name(target))).collect())
 }
 
-/// `sigma_rel-0.15.step-20000.safetensors`.
-fn file_name(i: usize, plan: &Plan) -> String {
-    format!("{}.safetensors", target_name(i, &plan.profile, plan.at))
-}
-
-/// `sigma_rel-0.15.step-20000`: the target as a name; tables, which have no name, by their number.
-pub(super) fn target_name(i: usize, profile: &Profile, at: u64) -> String {
-    let target = profile.to_string().replace(' ', "-");
-    let number = if target.starts_with("table") { format!("-{}", i + 1) } else { String::new() };
-    format!("{target}{number}.step-{at}")
-}
-
-/// Writes all files; returns the seconds and the device it took.
+/// Writes all files. Returns the seconds that it took and the device that blended.
 fn write(run: &Run, plans: &[Plan], paths: &[PathBuf], arguments: &Arguments) -> Result<(f64, Device), Failure> {
     let outputs: Vec<Output<'_>> = plans.iter().zip(paths).map(|(plan, path)| Output { plan, path }).collect();
     let bar = byte_bar(run.bytes_to_read(plans), "synthesizing");
     let progress = |bytes| bar.inc(bytes);
+    let options =
+        WriteOptions { dtype: arguments.blend.dtype(), device: arguments.blend.device, progress: Some(&progress) };
     let start = Instant::now();
-    let dtype = arguments.blending.dtype();
-    let device =
-        run.write_all(&outputs, &WriteOptions { dtype, device: arguments.blending.device, progress: Some(&progress) })?;
+    let device = run.write_all(&outputs, &options)?;
     bar.finish_and_clear();
     Ok((start.elapsed().as_secs_f64(), device))
 }
 
-fn target_json(plan: &Plan, path: &Path) -> serde_json::Value {
+fn target_json(plan: &Plan, path: &Path) -> Value {
     json!({
         "path": path,
         "profile": plan.profile,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use posthoc_ema::VerifyReport;
+use serde_json::json;
 
 use super::output::{byte_bar, bytes, print, print_json};
 use super::{Failure, Outcome};
@@ -12,21 +13,21 @@ use super::{Failure, Outcome};
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
-    pub run: PathBuf,
+    run: PathBuf,
     /// Print one JSON document
     #[arg(long)]
-    pub json: bool,
+    json: bool,
 }
 
-/// Reads every file of a run and says what is wrong.
+/// Reads every file of a run and prints what is damaged.
 pub fn run(arguments: &Arguments) -> Outcome {
-    let bar = byte_bar(size(&arguments.run), "verifying");
+    let bar = byte_bar(total_bytes(&arguments.run), "verifying");
     let verified = posthoc_ema::verify(&arguments.run, &mut |bytes| bar.inc(bytes));
     bar.finish_and_clear();
     let VerifyReport { files, bytes: read, findings } = verified?;
     let findings: Vec<String> = findings.iter().map(ToString::to_string).collect();
     if arguments.json {
-        print_json(&serde_json::json!({ "files": files, "bytes": read, "damaged": findings }));
+        print_json(&json!({ "files": files, "bytes": read, "damaged": findings }));
     } else {
         findings.iter().for_each(|line| print(line));
         print(&format!("{files} files ({} read), {} findings", bytes(read), findings.len()));
@@ -37,8 +38,8 @@ pub fn run(arguments: &Arguments) -> Outcome {
     Err(Failure::Unhealthy(format!("{}: {} findings", arguments.run.display(), findings.len())))
 }
 
-/// About how many bytes there are to read.
-fn size(run: &Path) -> u64 {
+/// Returns about how many bytes there are to read, for the bar.
+fn total_bytes(run: &Path) -> u64 {
     let entries = std::fs::read_dir(run).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.len()).sum()
 }

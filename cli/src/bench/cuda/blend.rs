@@ -1,63 +1,67 @@
-//! The blend of snapshots that lie on the device, against the CPU's bits.
+//! Blends of snapshots in device memory, compared with the bits of the CPU.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use safetensors::Dtype;
-
-use super::super::cases::{Blend, Sizes, word};
-use super::super::session::{Row, Session, Task};
-use super::copy::{Copy, Lanes};
-use super::{pieces, windows};
 use posthoc_ema::compute::cpu;
 use posthoc_ema::compute::cuda::{Buffer, Device, Sums, TimedStream};
 use posthoc_ema::{Error, Result};
+use safetensors::Dtype;
 
+use super::super::cases::{BlendCase, Sizes, word};
+use super::super::session::{Session, Task, TaskInfo};
+use super::copy::{CopyMemory, DeviceCopy};
+use super::{pieces, windows};
+
+/// Name of the limit of the blends.
 const COPY: &str = "copy within the device, beside the blends";
 
-/// Words after which the snapshots repeat: a prime, so that snapshots of usual sizes begin at different ones.
+/// Period of the snapshots in words: a prime, so that snapshots of usual sizes begin at different words.
 const WORDS: usize = 1_048_573;
 
-/// Sources and results begin at multiples of this.
+/// Alignment of sources and results in bytes.
 const ALIGNMENT: usize = 16;
 
-/// Windows of an answer that are looked at: the CPU takes its time for each.
+/// Compared windows of an answer: few, since the CPU is slow.
 const WINDOWS: usize = 32;
 
 /// Times all cases.
 pub(super) fn measure(device: &Arc<Device>, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
-    let mut state = State::new(device, sizes)?;
+    let mut state = DeviceSnapshots::new(device, sizes)?;
     let bytes = state.snapshots.len().min(state.results.len());
-    let mut tasks: Vec<Box<dyn Task<State>>> = vec![Box::new(Copy { name: COPY, bytes })];
-    tasks.extend(Blend::all(sizes).into_iter().map(|case| Box::new(Case(case)) as _));
+    let mut tasks: Vec<Box<dyn Task<DeviceSnapshots>>> = vec![Box::new(DeviceCopy { name: COPY, bytes })];
+    for case in BlendCase::all(sizes) {
+        tasks.push(Box::new(DeviceBlend(case)));
+    }
     session.measure("blend", &mut state, &tasks)
 }
 
-/// The bytes that are held.
+/// Returns the device memory in bytes.
 pub(super) fn bytes(sizes: &Sizes) -> u128 {
     let each = (size_of::<f32>() * sizes.parameters).next_multiple_of(ALIGNMENT) as u128;
     let sums = Sums::bytes(sizes.snapshots, sizes.targets, sizes.parameters) as u128;
     each * (sizes.snapshots as u128 + sizes.targets as u128) + sums
 }
 
-struct State {
-    trial: TimedStream,
+/// Snapshots and results on the device.
+struct DeviceSnapshots {
+    stream: TimedStream,
     snapshots: Buffer,
     results: Buffer,
     sums: Sums,
     pattern: Vec<u8>,
 }
 
-impl State {
-    fn new(device: &Arc<Device>, sizes: &Sizes) -> Result<State> {
+impl DeviceSnapshots {
+    fn new(device: &Arc<Device>, sizes: &Sizes) -> Result<DeviceSnapshots> {
         let Sizes { parameters, snapshots, targets, .. } = *sizes;
         let each = (size_of::<f32>() * parameters).next_multiple_of(ALIGNMENT);
-        let trial = TimedStream::new(device)?;
+        let stream = TimedStream::new(device)?;
         let mut all = Buffer::new(device, each * snapshots, "snapshots")?;
         let pattern: Vec<u8> = (0..WORDS).flat_map(|i| word(i).to_le_bytes()).collect();
-        trial.repeat(&mut all, &pattern)?;
-        Ok(State {
-            trial,
+        stream.repeat(&mut all, &pattern)?;
+        Ok(DeviceSnapshots {
+            stream,
             snapshots: all,
             results: Buffer::new(device, each * targets, "results")?,
             sums: Sums::new(device, snapshots, targets, parameters)?,
@@ -66,9 +70,9 @@ impl State {
     }
 }
 
-impl Lanes for State {
-    fn lanes(&mut self) -> (&TimedStream, &mut Buffer, &Buffer) {
-        (&self.trial, &mut self.results, &self.snapshots)
+impl CopyMemory for DeviceSnapshots {
+    fn copy_buffers(&mut self) -> (&TimedStream, &mut Buffer, &Buffer) {
+        (&self.stream, &mut self.results, &self.snapshots)
     }
 
     fn pattern(&self) -> &[u8] {
@@ -76,21 +80,24 @@ impl Lanes for State {
     }
 }
 
-struct Case(Blend);
+/// A blend on the device.
+struct DeviceBlend(BlendCase);
 
-impl Case {
+impl DeviceBlend {
     fn dtypes(&self) -> Vec<Dtype> {
         vec![self.0.dtype; self.0.sources]
     }
 
-    /// The distance from one source, or result, to the next.
+    /// Returns the distance from one source, or result, to the next in bytes.
     fn pitch(&self) -> usize {
         self.0.result_bytes().next_multiple_of(ALIGNMENT)
     }
 
-    /// What the CPU makes of a window of elements.
+    /// Blends a window of elements on the CPU.
     fn expected(&self, pattern: &[u8], window: Range<usize>) -> Result<Vec<Vec<u8>>> {
-        let (size, weights, dtypes) = (self.0.dtype.bitsize() / 8, self.0.weights(), self.dtypes());
+        let size = self.0.dtype.bitsize() / 8;
+        let weights = self.0.weights();
+        let dtypes = self.dtypes();
         let place = |k: usize| k * self.pitch() + size * window.start..k * self.pitch() + size * window.end;
         let source = |k| pieces(pattern, place(k)).flatten().copied().collect();
         let sources: Vec<Vec<u8>> = (0..self.0.sources).map(source).collect();
@@ -102,7 +109,7 @@ impl Case {
         Ok(results)
     }
 
-    /// Where answers are compared.
+    /// Returns the windows that are compared.
     fn windows(&self) -> Vec<Range<usize>> {
         let all = windows(self.0.parameters);
         let mut some: Vec<Range<usize>> = all.iter().step_by(all.len().div_ceil(WINDOWS)).cloned().collect();
@@ -111,16 +118,17 @@ impl Case {
         some
     }
 
-    fn compare(&self, state: &State) -> Result<()> {
+    fn compare(&self, state: &DeviceSnapshots) -> Result<()> {
         let size = self.0.dtype.bitsize() / 8;
         for window in self.windows() {
             let expected = self.expected(&state.pattern, window.clone())?;
             for (target, expected) in expected.iter().enumerate() {
                 let start = target * self.pitch();
                 let range = start + size * window.start..start + size * window.end;
-                let got = state.trial.part(&state.results, range)?;
+                let got = state.stream.part(&state.results, range)?;
                 if let Some(i) = got.chunks(size).zip(expected.chunks(size)).position(|(got, bits)| got != bits) {
-                    let (got, expected) = (&got[size * i..][..size], &expected[size * i..][..size]);
+                    let got = &got[size * i..][..size];
+                    let expected = &expected[size * i..][..size];
                     let element = window.start + i;
                     let reason = format!("target {target}, element {element} is {got:x?}, not {expected:x?}");
                     return Err(self.wrong(reason));
@@ -131,24 +139,25 @@ impl Case {
     }
 
     fn wrong(&self, reason: String) -> Error {
-        Error::Wrong { what: format!("cuda, blend, {}", self.row().name), reason }
+        Error::Wrong { what: format!("cuda, blend, {}", self.info().name), reason }
     }
 }
 
-impl Task<State> for Case {
-    fn row(&self) -> Row {
-        self.0.row(COPY.into())
+impl Task<DeviceSnapshots> for DeviceBlend {
+    fn info(&self) -> TaskInfo {
+        self.0.info(COPY.into())
     }
 
-    fn check(&self, state: &mut State) -> Result<()> {
-        state.trial.poison(&mut state.results)?;
+    fn check(&self, state: &mut DeviceSnapshots) -> Result<()> {
+        state.stream.poison(&mut state.results)?;
         self.seconds(state)?;
         self.compare(state)
     }
 
-    fn seconds(&self, state: &mut State) -> Result<f64> {
-        let State { trial, snapshots, results, sums, .. } = state;
-        let (dtypes, weights) = (self.dtypes(), self.0.weights());
-        trial.seconds(&mut || trial.blend(results, snapshots, sums, &dtypes, self.0.parameters, &weights))
+    fn seconds(&self, state: &mut DeviceSnapshots) -> Result<f64> {
+        let DeviceSnapshots { stream, snapshots, results, sums, .. } = state;
+        let dtypes = self.dtypes();
+        let weights = self.0.weights();
+        stream.seconds(&mut || stream.blend(results, snapshots, sums, &dtypes, self.0.parameters, &weights))
     }
 }

@@ -1,73 +1,77 @@
-//! The bus between host and device: its limits, and parameters on their way to averages on the host.
+//! The bus between host and device: its limits, and parameters offloaded to averages on the host.
 
 use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
+use posthoc_ema::compute::cuda::{Buffer, Device, Locked, Offload, TimedStream};
+use posthoc_ema::{CudaMemory, Error, Result};
 use safetensors::Dtype;
 
 use super::super::Work;
 use super::super::cases::{PERIOD, Sizes, name, parameter, plural, split};
 use super::super::machine::free_memory;
-use super::super::session::{Row, Session, Task, timed};
-use super::copy::{Copy, Lanes, compare, same};
+use super::super::session::{Session, Task, TaskInfo, timed};
+use super::copy::{CopyMemory, DeviceCopy, check_copy, check_pattern};
 use super::pieces;
-use posthoc_ema::CudaMemory;
-use posthoc_ema::compute::cuda::{Buffer, Device, Locked, Offload, TimedStream};
-use posthoc_ema::{Error, Result};
 
+/// Name of the limit of work beside the bus.
 const COPY: &str = "copy within the device, beside the bus";
+/// Name of the limit of copies to the device.
 const TO_DEVICE: &str = "pinned host to device";
+/// Name of the limit of offloads.
 const TO_HOST: &str = "device to host, pinned";
 
-/// Parameters that travel at most: a gigabyte of f32 is enough for any bus.
-const MOST: usize = 1 << 28;
+/// Most parameters that are copied: a gigabyte of f32 is enough for any bus.
+const MAX_PARAMETERS: usize = 1 << 28;
 
-/// Bytes of the host that a parameter takes: two pinned copies each in f32 and bf16 wait to be folded, and the limits
-/// need pinned and pageable memory of 4.
+/// Host memory of a parameter in bytes.
+///
+/// The offload has two pinned copies each in f32 and bf16. The limits have 4 bytes each of pinned and pageable memory.
 const HOST_BYTES: usize = 2 * (4 + 2) + 4 + 4;
 
-/// Repetitions of the parameters that are written by the host; the device makes the others.
+/// Repetitions of the parameters that the host writes. The device makes the others.
 const REPETITIONS: usize = 1 << 12;
 
-/// Copies that last as long as parameters travel: no more than these, whatever the clocks say.
-const COPIES: usize = 1000;
+/// Most copies beside an offload, in case a clock is wrong.
+const MAX_COPIES: usize = 1000;
 
-/// A tensor's place among the parameters is rounded up to as many bytes, as frameworks allocate them.
+/// Alignment of tensors in bytes, as in frameworks.
 const ALIGNMENT: usize = 256;
 
 /// Times all cases.
 pub(super) fn measure(device: &Arc<Device>, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
     let parameters = parameters(sizes);
     let elements = split(parameters, sizes.tensors.min(parameters));
-    let offloaded = |dtype| Offloaded::new(dtype, &elements);
-    let (f32s, bf16s, beside) = (offloaded(Dtype::F32), offloaded(Dtype::BF16), offloaded(Dtype::F32));
-    let mut state = State::new(device, &[&f32s, &bf16s])?;
-    let tasks: Vec<Box<dyn Task<State>>> = vec![
-        Box::new(Copy { name: COPY, bytes: state.parameters.len() }),
-        Box::new(Bus::PinnedToDevice(state.parameters.len())),
-        Box::new(Bus::PinnedToHost(state.parameters.len())),
-        Box::new(Bus::PageableToDevice(state.parameters.len())),
-        Box::new(Bus::PageableToHost(state.parameters.len())),
+    let f32s = OffloadTask::new(Dtype::F32, &elements);
+    let bf16s = OffloadTask::new(Dtype::BF16, &elements);
+    let beside = OffloadTask::new(Dtype::F32, &elements);
+    let mut state = BusMemory::new(device, &[&f32s, &bf16s])?;
+    let tasks: Vec<Box<dyn Task<BusMemory>>> = vec![
+        Box::new(DeviceCopy { name: COPY, bytes: state.parameters.len() }),
+        Box::new(BusLimit::PinnedToDevice(state.parameters.len())),
+        Box::new(BusLimit::PinnedToHost(state.parameters.len())),
+        Box::new(BusLimit::PageableToDevice(state.parameters.len())),
+        Box::new(BusLimit::PageableToHost(state.parameters.len())),
         Box::new(f32s),
         Box::new(bf16s),
-        Box::new(Beside { offloaded: beside, bytes: state.parameters.len(), times: Cell::new(1) }),
+        Box::new(CopyDuringOffload { offload: beside, bytes: state.parameters.len(), times: Cell::new(1) }),
     ];
     session.measure("bus", &mut state, &tasks)
 }
 
-/// The bytes that are held on the device.
+/// Returns the device memory in bytes.
 pub(super) fn bytes(sizes: &Sizes) -> u128 {
-    // Each small tensor has an entry in a table, which is as long in both dtypes.
-    let each = size_of::<f32>() * sizes.parameters.min(MOST) + 2 * ALIGNMENT * sizes.tensors;
+    // Each small tensor has an entry in a table, which has the same length in both dtypes.
+    let each = size_of::<f32>() * sizes.parameters.min(MAX_PARAMETERS) + 2 * ALIGNMENT * sizes.tensors;
     2 * each as u128
 }
 
 /// Parameters on the device, and memory on both sides of the bus.
-struct State {
-    trial: TimedStream,
+struct BusMemory {
+    stream: TimedStream,
     parameters: Buffer,
-    /// The destination of copies on the device.
+    /// Destination of copies on the device.
     copy: Buffer,
     pinned: Locked,
     pageable: Vec<u8>,
@@ -75,43 +79,47 @@ struct State {
     offloads: Vec<(Dtype, Offload)>,
 }
 
-impl State {
-    fn new(device: &Arc<Device>, offloaded: &[&Offloaded]) -> Result<State> {
-        let bytes = offloaded.iter().filter_map(|case| case.places.last()).map(|place| place.end).max().unwrap_or(1);
+impl BusMemory {
+    fn new(device: &Arc<Device>, tasks: &[&OffloadTask]) -> Result<BusMemory> {
+        let bytes = tasks.iter().filter_map(|task| task.places.last()).map(|place| place.end).max().unwrap_or(1);
         let buffer = || Buffer::new(device, bytes, "parameters");
-        let (trial, mut parameters, copy) = (TimedStream::new(device)?, buffer()?, buffer()?);
+        let stream = TimedStream::new(device)?;
+        let mut parameters = buffer()?;
+        let copy = buffer()?;
         let pattern: Vec<u8> = (0..PERIOD * REPETITIONS).map(parameter).flat_map(f32::to_le_bytes).collect();
-        trial.repeat(&mut parameters, &pattern)?;
-        let offload = |case: &&Offloaded| {
-            let sizes: Vec<usize> = case.places.iter().map(Range::len).collect();
-            Ok((case.dtype, Offload::new(device, &sizes)?))
-        };
-        let offloads = offloaded.iter().map(offload).collect::<Result<_>>()?;
-        let (pinned, pageable) = (Locked::new(device, bytes)?, vec![0; bytes]);
-        Ok(State { trial, parameters, copy, pinned, pageable, pattern, offloads })
+        stream.repeat(&mut parameters, &pattern)?;
+        let mut offloads = Vec::new();
+        for task in tasks {
+            let sizes: Vec<usize> = task.places.iter().map(Range::len).collect();
+            offloads.push((task.dtype, Offload::new(device, &sizes)?));
+        }
+        let pinned = Locked::new(device, bytes)?;
+        let pageable = vec![0; bytes];
+        Ok(BusMemory { stream, parameters, copy, pinned, pageable, pattern, offloads })
     }
 
-    /// What is needed to move the parameters of a dtype.
-    fn offload(&mut self, dtype: Dtype) -> Result<Parts<'_>> {
+    /// Returns the inputs of an offload of the parameters in a dtype.
+    fn offload(&mut self, dtype: Dtype) -> Result<OffloadInputs<'_>> {
         let found = self.offloads.iter_mut().find(|(of, _)| *of == dtype);
         let missing = || Error::Internal(format!("no memory was locked for {dtype}"));
         let (_, offload) = found.ok_or_else(missing)?;
-        let State { trial, parameters, copy, pattern, .. } = self;
-        Ok(Parts { trial, parameters, copy, pattern, offload })
+        let BusMemory { stream, parameters, copy, pattern, .. } = self;
+        Ok(OffloadInputs { stream, parameters, copy, pattern, offload })
     }
 }
 
-struct Parts<'s> {
-    trial: &'s TimedStream,
+/// Inputs of an offload.
+struct OffloadInputs<'s> {
+    stream: &'s TimedStream,
     parameters: &'s Buffer,
     copy: &'s mut Buffer,
     pattern: &'s [u8],
     offload: &'s mut Offload,
 }
 
-impl Lanes for State {
-    fn lanes(&mut self) -> (&TimedStream, &mut Buffer, &Buffer) {
-        (&self.trial, &mut self.copy, &self.parameters)
+impl CopyMemory for BusMemory {
+    fn copy_buffers(&mut self) -> (&TimedStream, &mut Buffer, &Buffer) {
+        (&self.stream, &mut self.copy, &self.parameters)
     }
 
     fn pattern(&self) -> &[u8] {
@@ -119,36 +127,36 @@ impl Lanes for State {
     }
 }
 
-/// A limit of the bus, one way, for so many bytes.
+/// A limit of the bus in one direction, with its number of bytes.
 #[derive(Clone, Copy, Debug)]
-enum Bus {
+enum BusLimit {
     PinnedToDevice(usize),
     PinnedToHost(usize),
     PageableToDevice(usize),
     PageableToHost(usize),
 }
 
-impl Bus {
+impl BusLimit {
     fn name(self) -> (&'static str, usize) {
         match self {
-            Bus::PinnedToDevice(bytes) => (TO_DEVICE, bytes),
-            Bus::PinnedToHost(bytes) => (TO_HOST, bytes),
-            Bus::PageableToDevice(bytes) => ("pageable host to device", bytes),
-            Bus::PageableToHost(bytes) => ("pageable device to host", bytes),
+            BusLimit::PinnedToDevice(bytes) => (TO_DEVICE, bytes),
+            BusLimit::PinnedToHost(bytes) => (TO_HOST, bytes),
+            BusLimit::PageableToDevice(bytes) => ("pageable host to device", bytes),
+            BusLimit::PageableToHost(bytes) => ("pageable device to host", bytes),
         }
     }
 }
 
-impl Task<State> for Bus {
-    fn row(&self) -> Row {
+impl Task<BusMemory> for BusLimit {
+    fn info(&self) -> TaskInfo {
         let (name, bytes) = self.name();
-        Row::limit(name, bytes)
+        TaskInfo::limit(name, bytes)
     }
 
-    fn check(&self, state: &mut State) -> Result<()> {
+    fn check(&self, state: &mut BusMemory) -> Result<()> {
         let (name, bytes) = self.name();
-        let State { trial, copy, pinned, pageable, pattern, .. } = state;
-        let to_device = matches!(self, Bus::PinnedToDevice(_) | Bus::PageableToDevice(_));
+        let BusMemory { stream, copy, pinned, pageable, pattern, .. } = state;
+        let to_device = matches!(self, BusLimit::PinnedToDevice(_) | BusLimit::PageableToDevice(_));
         for host in [pinned.bytes_mut(), pageable] {
             match to_device {
                 true => pieces(pattern, 0..bytes).fold(host, |rest, piece| {
@@ -162,44 +170,45 @@ impl Task<State> for Bus {
                 }
             };
         }
-        trial.poison(copy)?;
+        stream.poison(copy)?;
         self.seconds(state)?;
         match self {
-            Bus::PinnedToHost(_) => same(state.pinned.bytes(), &state.pattern, 0, name),
-            Bus::PageableToHost(_) => same(&state.pageable, &state.pattern, 0, name),
-            _ => compare(state, name, bytes),
+            BusLimit::PinnedToHost(_) => check_pattern(state.pinned.bytes(), &state.pattern, 0, name),
+            BusLimit::PageableToHost(_) => check_pattern(&state.pageable, &state.pattern, 0, name),
+            _ => check_copy(state, name, bytes),
         }
     }
 
-    fn seconds(&self, state: &mut State) -> Result<f64> {
-        let State { trial, parameters, copy, pinned, pageable, .. } = state;
-        let mut outcome = Ok(());
+    fn seconds(&self, state: &mut BusMemory) -> Result<f64> {
+        let BusMemory { stream, parameters, copy, pinned, pageable, .. } = state;
+        let mut copied = Ok(());
         let seconds = match self {
-            Bus::PinnedToDevice(_) => trial.upload(copy, pinned)?,
-            Bus::PinnedToHost(_) => trial.download(pinned, parameters)?,
-            Bus::PageableToDevice(_) => timed(|| outcome = trial.write(copy, pageable)),
-            Bus::PageableToHost(_) => timed(|| outcome = trial.read(pageable, parameters)),
+            BusLimit::PinnedToDevice(_) => stream.upload(copy, pinned)?,
+            BusLimit::PinnedToHost(_) => stream.download(pinned, parameters)?,
+            BusLimit::PageableToDevice(_) => timed(|| copied = stream.write(copy, pageable)),
+            BusLimit::PageableToHost(_) => timed(|| copied = stream.read(pageable, parameters)),
         };
-        outcome.map(|()| seconds)
+        copied.map(|()| seconds)
     }
 }
 
-/// Parameters of a dtype that are copied to averages on the host, until they can be folded there.
-struct Offloaded {
+/// Copies parameters of a dtype to the host, until they can be folded into averages.
+struct OffloadTask {
     dtype: Dtype,
-    /// Where each tensor lies, in bytes.
+    /// Byte range of each tensor in the parameters.
     places: Vec<Range<usize>>,
 }
 
-impl Offloaded {
-    fn new(dtype: Dtype, elements: &[usize]) -> Offloaded {
+impl OffloadTask {
+    fn new(dtype: Dtype, elements: &[usize]) -> OffloadTask {
         let mut end = 0;
         let place = |elements: &usize| {
-            let (start, bytes) = (end, elements * dtype.bitsize() / 8);
+            let start = end;
+            let bytes = elements * dtype.bitsize() / 8;
             end += bytes.next_multiple_of(ALIGNMENT);
             start..start + bytes
         };
-        Offloaded { dtype, places: elements.iter().map(place).collect() }
+        OffloadTask { dtype, places: elements.iter().map(place).collect() }
     }
 
     fn name(&self) -> String {
@@ -207,69 +216,73 @@ impl Offloaded {
         format!("{} parameters in {tensors} tensor{} to the host", name(self.dtype), plural(tensors))
     }
 
-    fn tensors<'s>(&self, trial: &'s TimedStream, parameters: &'s Buffer) -> Vec<CudaMemory<'s>> {
-        self.places.iter().map(|place| trial.lend(parameters, place.clone())).collect()
+    fn tensors<'s>(&self, stream: &'s TimedStream, parameters: &'s Buffer) -> Vec<CudaMemory<'s>> {
+        self.places.iter().map(|place| stream.lend(parameters, place.clone())).collect()
     }
 }
 
-impl Task<State> for Offloaded {
-    fn row(&self) -> Row {
+impl Task<BusMemory> for OffloadTask {
+    fn info(&self) -> TaskInfo {
         let bytes = self.places.iter().map(Range::len).sum::<usize>() as u64;
-        Row { name: self.name(), work: Work::Offload, bytes, limit: Some(TO_HOST.into()) }
+        TaskInfo { name: self.name(), work: Work::Offload, bytes, limit: Some(TO_HOST.into()) }
     }
 
-    fn check(&self, state: &mut State) -> Result<()> {
-        let Parts { trial, parameters, pattern, offload, .. } = state.offload(self.dtype)?;
-        let (staged, _) = offload.copy(&self.tensors(trial, parameters))?;
-        let arrived = staged.wait()?;
-        let mut places = self.places.iter().enumerate();
-        places.try_for_each(|(i, place)| same(arrived.tensor(i), pattern, place.start, &self.name()))
+    fn check(&self, state: &mut BusMemory) -> Result<()> {
+        let OffloadInputs { stream, parameters, pattern, offload, .. } = state.offload(self.dtype)?;
+        let (pending, _) = offload.copy(&self.tensors(stream, parameters))?;
+        let copied = pending.wait()?;
+        for (i, place) in self.places.iter().enumerate() {
+            check_pattern(copied.tensor(i), pattern, place.start, &self.name())?;
+        }
+        Ok(())
     }
 
-    fn seconds(&self, state: &mut State) -> Result<f64> {
-        let Parts { trial, parameters, offload, .. } = state.offload(self.dtype)?;
-        let tensors = self.tensors(trial, parameters);
-        let mut outcome = Ok(());
-        let seconds = timed(|| outcome = offload.copy(&tensors).and_then(|(staged, _)| staged.wait()).map(drop));
-        outcome.map(|()| seconds)
+    fn seconds(&self, state: &mut BusMemory) -> Result<f64> {
+        let OffloadInputs { stream, parameters, offload, .. } = state.offload(self.dtype)?;
+        let tensors = self.tensors(stream, parameters);
+        let mut copied = Ok(());
+        let seconds = timed(|| copied = offload.copy(&tensors).and_then(|(pending, _)| pending.wait()).map(drop));
+        copied.map(|()| seconds)
     }
 }
 
-/// What the stream that trains loses while parameters travel: copies within the device, which want all of its memory's
-/// bandwidth, are queued behind the beginning of an offload and last as long as it.
-struct Beside {
-    offloaded: Offloaded,
+/// Copies within the device during an offload, to measure what the training stream loses to it.
+///
+/// The copies want all of the device's memory bandwidth. They are queued behind the start of an offload and last as
+/// long as it.
+struct CopyDuringOffload {
+    offload: OffloadTask,
     bytes: usize,
-    /// Copies that last as long.
+    /// Number of copies that last as long as the offload.
     times: Cell<usize>,
 }
 
-impl Task<State> for Beside {
-    fn row(&self) -> Row {
-        let name = format!("copies within the device, while {} go", self.offloaded.name());
+impl Task<BusMemory> for CopyDuringOffload {
+    fn info(&self) -> TaskInfo {
+        let name = format!("copies within the device, while {} go", self.offload.name());
         let bytes = (2 * self.bytes * self.times.get()) as u64;
-        Row { name, work: Work::Offload, bytes, limit: Some(COPY.into()) }
+        TaskInfo { name, work: Work::Offload, bytes, limit: Some(COPY.into()) }
     }
 
-    fn check(&self, state: &mut State) -> Result<()> {
-        let offload = self.offloaded.seconds(state)?;
-        let (trial, to, from) = state.lanes();
-        let copy = trial.seconds(&mut || trial.copy(to, from))?;
-        self.times.set(((offload / copy).ceil() as usize).clamp(1, COPIES));
-        trial.poison(to)?;
+    fn check(&self, state: &mut BusMemory) -> Result<()> {
+        let offload_seconds = self.offload.seconds(state)?;
+        let (stream, to, from) = state.copy_buffers();
+        let copy_seconds = stream.seconds(&mut || stream.copy(to, from))?;
+        self.times.set(((offload_seconds / copy_seconds).ceil() as usize).clamp(1, MAX_COPIES));
+        stream.poison(to)?;
         self.seconds(state)?;
-        compare(state, COPY, self.bytes)
+        check_copy(state, COPY, self.bytes)
     }
 
-    fn seconds(&self, state: &mut State) -> Result<f64> {
-        let Parts { trial, parameters, copy, offload, .. } = state.offload(self.offloaded.dtype)?;
-        let tensors = self.offloaded.tensors(trial, parameters);
-        trial.copy_beside(copy, parameters, self.times.get(), offload, &tensors)
+    fn seconds(&self, state: &mut BusMemory) -> Result<f64> {
+        let OffloadInputs { stream, parameters, copy, offload, .. } = state.offload(self.offload.dtype)?;
+        let tensors = self.offload.tensors(stream, parameters);
+        stream.copy_beside(copy, parameters, self.times.get(), offload, &tensors)
     }
 }
 
-/// Parameters that travel: all, or what is enough; a quarter of the host's free memory at most.
+/// Returns the number of copied parameters: at most [`MAX_PARAMETERS`], and a quarter of the host's free memory.
 fn parameters(sizes: &Sizes) -> usize {
     let free = free_memory().map_or(usize::MAX, |bytes| bytes as usize);
-    sizes.parameters.min(MOST).min(free / 4 / HOST_BYTES).max(1)
+    sizes.parameters.min(MAX_PARAMETERS).min(free / 4 / HOST_BYTES).max(1)
 }

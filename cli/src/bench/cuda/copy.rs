@@ -1,56 +1,57 @@
-//! The limit of everything on a device: its own copy from one part of its memory to another.
+//! The limit of all work on a device: its own copy within its memory.
 
-use super::super::session::{Row, Task};
-use super::{difference, windows};
 use posthoc_ema::compute::cuda::{Buffer, TimedStream};
 use posthoc_ema::{Error, Result};
 
-/// What a copy needs of the memory that several tasks share.
-pub(super) trait Lanes {
-    /// The stream, where to, and where from.
-    fn lanes(&mut self) -> (&TimedStream, &mut Buffer, &Buffer);
+use super::super::session::{Task, TaskInfo};
+use super::{difference, windows};
 
-    /// What the source is filled with, over and over.
+/// Memory of several tasks that a [`DeviceCopy`] uses.
+pub(super) trait CopyMemory {
+    /// Returns the stream, the destination and the source.
+    fn copy_buffers(&mut self) -> (&TimedStream, &mut Buffer, &Buffer);
+
+    /// Returns the pattern that fills the source repeatedly.
     fn pattern(&self) -> &[u8];
 }
 
-/// The copy, by a name, of so many bytes: both the bytes read and the bytes written count.
-pub(super) struct Copy {
+/// The limit that copies bytes within the device. Bytes read and bytes written both count.
+pub(super) struct DeviceCopy {
     pub name: &'static str,
     pub bytes: usize,
 }
 
-impl<S: Lanes> Task<S> for Copy {
-    fn row(&self) -> Row {
-        Row::limit(self.name, 2 * self.bytes)
+impl<S: CopyMemory> Task<S> for DeviceCopy {
+    fn info(&self) -> TaskInfo {
+        TaskInfo::limit(self.name, 2 * self.bytes)
     }
 
     fn check(&self, state: &mut S) -> Result<()> {
-        let (trial, to, from) = state.lanes();
-        assert_eq!(to.len().min(from.len()), self.bytes, "the row says what is copied");
-        trial.poison(to)?;
-        trial.copy(to, from)?;
-        compare(state, self.name, self.bytes)
+        let (stream, to, from) = state.copy_buffers();
+        assert_eq!(to.len().min(from.len()), self.bytes, "the rate counts the copied bytes");
+        stream.poison(to)?;
+        stream.copy(to, from)?;
+        check_copy(state, self.name, self.bytes)
     }
 
     fn seconds(&self, state: &mut S) -> Result<f64> {
-        let (trial, to, from) = state.lanes();
-        trial.seconds(&mut || trial.copy(to, from))
+        let (stream, to, from) = state.copy_buffers();
+        stream.seconds(&mut || stream.copy(to, from))
     }
 }
 
-/// Whether the destination has the pattern.
-pub(super) fn compare<S: Lanes>(state: &mut S, name: &str, bytes: usize) -> Result<()> {
+/// Checks that the destination has the pattern.
+pub(super) fn check_copy<S: CopyMemory>(state: &mut S, name: &str, bytes: usize) -> Result<()> {
     for window in windows(bytes) {
-        let (trial, to, _) = state.lanes();
-        let got = trial.part(to, window.clone())?;
-        same(&got, state.pattern(), window.start, name)?;
+        let (stream, to, _) = state.copy_buffers();
+        let got = stream.part(to, window.clone())?;
+        check_pattern(&got, state.pattern(), window.start, name)?;
     }
     Ok(())
 }
 
-/// Whether bytes are those of the pattern, from `start` on.
-pub(super) fn same(bytes: &[u8], pattern: &[u8], start: usize, name: &str) -> Result<()> {
+/// Checks that bytes are those of the pattern, from `start` on.
+pub(super) fn check_pattern(bytes: &[u8], pattern: &[u8], start: usize, name: &str) -> Result<()> {
     let Some(at) = difference(bytes, pattern, start) else { return Ok(()) };
     let (got, expected) = (bytes[at], pattern[(start + at) % pattern.len()]);
     let reason = format!("byte {} is {got:#x}, not {expected:#x}", start + at);

@@ -1,7 +1,7 @@
-//! A CUDA device.
+//! Measurements of a CUDA device.
 //!
-//! Its limit is its own copy from one part of its memory to another, where bytes read and bytes written both count. Work on
-//! the device is timed by the device's clock; where the host takes part, the host's clock counts.
+//! The limit of the device is its own copy within its memory, of which bytes read and bytes written both count. Work on
+//! the device is timed by the device's clock. If the host takes part, the host's clock is used.
 
 mod blend;
 mod bus;
@@ -11,21 +11,21 @@ mod update;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::cases::Sizes;
-use super::devices::Bench;
-use super::session::Session;
 use posthoc_ema::compute::cuda::Device;
-use posthoc_ema::device;
-use posthoc_ema::{Error, Result};
+use posthoc_ema::{Error, Result, device};
+
+use super::cases::Sizes;
+use super::device::BenchDevice;
+use super::session::Session;
 
 /// A CUDA device.
 pub(super) struct Cuda(pub Arc<Device>);
 
-/// Parameters by default: hundreds of megabytes in every stream, beside caches of tens.
+/// Default number of parameters: hundreds of megabytes in every stream, beside caches of tens.
 const PARAMETERS: usize = 200_000_000;
 
-impl Bench for Cuda {
-    fn device(&self) -> String {
+impl BenchDevice for Cuda {
+    fn name(&self) -> String {
         device::Device::Cuda(self.0.number()).to_string()
     }
 
@@ -33,12 +33,12 @@ impl Bench for Cuda {
         self.0.name().to_owned()
     }
 
-    fn parameters(&self, asked: &Sizes) -> Result<usize> {
+    fn default_parameters(&self, sizes: &Sizes) -> Result<usize> {
         let (free, _) = self.0.memory()?;
-        let each = most_bytes(&Sizes { parameters: PARAMETERS, ..*asked }).div_ceil(PARAMETERS as u128);
+        let each = peak_bytes(&Sizes { parameters: PARAMETERS, ..*sizes }).div_ceil(PARAMETERS as u128);
         // A tenth stays free.
         let fit = free as u128 * 9 / 10 / each;
-        Ok(PARAMETERS.min(fit as usize).max(asked.tensors))
+        Ok(PARAMETERS.min(fit as usize).max(sizes.tensors))
     }
 
     fn run(&self, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
@@ -50,10 +50,11 @@ impl Bench for Cuda {
 }
 
 impl Cuda {
-    /// What does not fit is refused before anything is filled.
+    /// Refuses sizes that do not fit, before anything is filled.
     fn check_memory(&self, sizes: &Sizes) -> Result<()> {
         let (free, _) = self.0.memory()?;
-        let (needed, gb) = (most_bytes(sizes), |bytes: u128| bytes as f64 / 1e9);
+        let needed = peak_bytes(sizes);
+        let gb = |bytes: u128| bytes as f64 / 1e9;
         if needed <= free as u128 {
             return Ok(());
         }
@@ -62,25 +63,25 @@ impl Cuda {
             "{parameters} parameters with {snapshots} snapshots and {targets} targets take {:.1} GB of the memory of \
              {}, and {:.1} GB are free: ask for fewer parameters",
             gb(needed),
-            self.device(),
+            self.name(),
             gb(free as u128)
         );
         Err(Error::Setting { option: "parameters", reason })
     }
 }
 
-/// The bytes of the device's memory that are held at most.
-fn most_bytes(sizes: &Sizes) -> u128 {
+/// Returns the peak memory of the device in bytes.
+fn peak_bytes(sizes: &Sizes) -> u128 {
     update::bytes(sizes).max(blend::bytes(sizes)).max(bus::bytes(sizes))
 }
 
-/// Elements of a window.
+/// Elements of a compared window.
 const WINDOW: usize = 1 << 16;
 
-/// Windows that are looked at.
+/// Most windows of an array.
 const WINDOWS: usize = 512;
 
-/// Where answers are compared: everywhere in a small array, in windows all over a large one, its end among them.
+/// Returns the windows that are compared: all of a small array, and samples of a large one that include its end.
 fn windows(elements: usize) -> Vec<Range<usize>> {
     let step = elements.div_ceil(WINDOWS).max(WINDOW);
     let end = |start: usize| elements.min(start + WINDOW);
@@ -92,7 +93,7 @@ fn windows(elements: usize) -> Vec<Range<usize>> {
     windows
 }
 
-/// The bytes of a range of an endless repetition of a pattern, in whole pieces.
+/// Returns the bytes of a range of an endless repetition of a pattern, in contiguous pieces.
 fn pieces(pattern: &[u8], range: Range<usize>) -> impl Iterator<Item = &[u8]> {
     let mut at = range.start;
     std::iter::from_fn(move || {
@@ -103,7 +104,7 @@ fn pieces(pattern: &[u8], range: Range<usize>) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// The first byte that differs from an endless repetition of a pattern, from `start` on.
+/// Returns the first byte that differs from an endless repetition of a pattern, from `start` on.
 fn difference(bytes: &[u8], pattern: &[u8], start: usize) -> Option<usize> {
     let mut rest = bytes;
     for piece in pieces(pattern, start..start + bytes.len()) {
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_go_on_where_they_were_cut() {
+    fn patterns_continue_across_pieces() {
         assert_eq!(pieces(&[1, 2, 3], 4..9).collect::<Vec<_>>(), [&[2, 3][..], &[1, 2, 3]]);
         assert_eq!(pieces(&[1, 2, 3], 4..4).count(), 0);
         assert_eq!(difference(&[2, 3, 1, 2, 3], &[1, 2, 3], 4), None);

@@ -1,38 +1,41 @@
-//! The update on a device, against the CPU's bits.
+//! Updates of averages on a device, compared with the bits of the CPU.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use half::bf16;
+use posthoc_ema::compute::cpu::{Averages, Incoming, Layout, Precision, update};
+use posthoc_ema::compute::cuda::{Buffer, Device, DeviceAverages, TimedStream};
+use posthoc_ema::{CudaMemory, Error, Result};
 use safetensors::Dtype;
 
 use super::super::PROFILES;
-use super::super::cases::{PERIOD, Sizes, Update, WEIGHTS, parameter, split, tensor_counts};
-use super::super::session::{Row, Session, Task};
-use super::copy::{Copy, Lanes};
+use super::super::cases::{PERIOD, Sizes, UpdateCase, WEIGHTS, parameter, split, tensor_counts};
+use super::super::session::{Session, Task, TaskInfo};
+use super::copy::{CopyMemory, DeviceCopy};
 use super::windows;
-use posthoc_ema::CudaMemory;
-use posthoc_ema::compute::cpu::{Averages, Incoming, Layout, Precision, update};
-use posthoc_ema::compute::cuda::{Buffer, Device, DeviceAverages, TimedStream};
-use posthoc_ema::{Error, Result};
 
+/// Name of the limit of the updates.
 const COPY: &str = "copy within the device";
 
-/// Elements to which a tensor's place among the parameters is rounded up, as frameworks allocate them: at 256 bytes.
+/// Alignment of tensors in elements, at least 256 bytes as in frameworks.
 const ALIGNMENT: usize = 128;
 
-/// Repetitions of the parameters that are written by the host; the device makes the others.
+/// Repetitions of the parameters that the host writes. The device makes the others.
 const REPETITIONS: usize = 1 << 12;
 
 /// Times all cases.
 pub(super) fn measure(device: &Arc<Device>, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
-    let mut state = State::new(device, sizes)?;
-    let mut tasks: Vec<Box<dyn Task<State>>> = vec![Box::new(Copy { name: COPY, bytes: state.f32s.len() })];
-    tasks.extend(Update::all(sizes).into_iter().map(|case| Box::new(Case::new(case)) as _));
+    let mut state = DeviceModel::new(device, sizes)?;
+    let mut tasks: Vec<Box<dyn Task<DeviceModel>>> = vec![Box::new(DeviceCopy { name: COPY, bytes: state.f32s.len() })];
+    for case in UpdateCase::all(sizes) {
+        tasks.push(Box::new(DeviceUpdate::new(case)));
+    }
     session.measure("update", &mut state, &tasks)
 }
 
-/// The bytes that are held: parameters in both dtypes, the copy's destination, and averages of every kind.
+/// Returns the device memory in bytes: parameters in both dtypes, the destination of the copy, and averages of every
+/// kind.
 pub(super) fn bytes(sizes: &Sizes) -> u128 {
     let of_averages = PROFILES * (size_of::<f32>() + size_of::<f32>() + size_of::<bf16>());
     let counts = tensor_counts(sizes);
@@ -41,7 +44,7 @@ pub(super) fn bytes(sizes: &Sizes) -> u128 {
     (parameters + of_averages * counts.len()) as u128 * (sizes.parameters as u128 + padding)
 }
 
-/// Where each tensor begins among the parameters, and where the last ends.
+/// Returns the first element of each tensor in the parameters, and the end of the last.
 fn places(elements: &[usize]) -> (Vec<usize>, usize) {
     let mut end = 0;
     let place = |n: &usize| {
@@ -53,28 +56,31 @@ fn places(elements: &[usize]) -> (Vec<usize>, usize) {
     (places, end)
 }
 
-/// The model in both dtypes, and averages of every kind.
-struct State {
-    trial: TimedStream,
+/// The model in both dtypes and averages of every kind on the device.
+struct DeviceModel {
+    stream: TimedStream,
     f32s: Buffer,
     bf16s: Buffer,
-    /// The destination of the copy.
+    /// Destination of the copy.
     copy: Buffer,
     pattern: Vec<u8>,
     averages: Vec<(usize, Precision, DeviceAverages)>,
 }
 
-impl State {
-    fn new(device: &Arc<Device>, sizes: &Sizes) -> Result<State> {
+impl DeviceModel {
+    fn new(device: &Arc<Device>, sizes: &Sizes) -> Result<DeviceModel> {
         let ends = tensor_counts(sizes).into_iter().map(|tensors| places(&split(sizes.parameters, tensors)).1);
         let elements = ends.max().unwrap_or(0);
         let buffer = |size: usize| Buffer::new(device, size * elements, "parameters");
-        let (trial, mut f32s, mut bf16s, copy) = (TimedStream::new(device)?, buffer(4)?, buffer(2)?, buffer(4)?);
+        let stream = TimedStream::new(device)?;
+        let mut f32s = buffer(4)?;
+        let mut bf16s = buffer(2)?;
+        let copy = buffer(4)?;
         let values = || (0..PERIOD * REPETITIONS).map(parameter);
         let pattern: Vec<u8> = values().flat_map(f32::to_le_bytes).collect();
-        trial.repeat(&mut f32s, &pattern)?;
+        stream.repeat(&mut f32s, &pattern)?;
         let halves: Vec<u8> = values().flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect();
-        trial.repeat(&mut bf16s, &halves)?;
+        stream.repeat(&mut bf16s, &halves)?;
         let mut averages = Vec::new();
         for tensors in tensor_counts(sizes) {
             let layout = Layout::new(split(sizes.parameters, tensors));
@@ -83,13 +89,13 @@ impl State {
                 averages.push((tensors, precision, zeros));
             }
         }
-        Ok(State { trial, f32s, bf16s, copy, pattern, averages })
+        Ok(DeviceModel { stream, f32s, bf16s, copy, pattern, averages })
     }
 }
 
-impl Lanes for State {
-    fn lanes(&mut self) -> (&TimedStream, &mut Buffer, &Buffer) {
-        (&self.trial, &mut self.copy, &self.f32s)
+impl CopyMemory for DeviceModel {
+    fn copy_buffers(&mut self) -> (&TimedStream, &mut Buffer, &Buffer) {
+        (&self.stream, &mut self.copy, &self.f32s)
     }
 
     fn pattern(&self) -> &[u8] {
@@ -97,32 +103,34 @@ impl Lanes for State {
     }
 }
 
-/// A case, and where its tensors begin among the parameters.
-struct Case {
-    case: Update,
+/// An update on the device.
+struct DeviceUpdate {
+    case: UpdateCase,
+    /// First element of each tensor in the parameters.
     places: Vec<usize>,
 }
 
-impl Case {
-    fn new(case: Update) -> Case {
-        Case { places: places(&case.elements).0, case }
+impl DeviceUpdate {
+    fn new(case: UpdateCase) -> DeviceUpdate {
+        DeviceUpdate { places: places(&case.elements).0, case }
     }
 
-    /// The averages of the case's kind, the stream, and the parameters.
-    fn parts<'s>(&self, state: &'s mut State) -> Result<Parts<'s>> {
-        let State { trial, f32s, bf16s, averages, .. } = state;
-        let (dtype, size) = (self.case.dtype, self.case.dtype.bitsize() / 8);
-        let buffer = if dtype == Dtype::F32 { f32s } else { bf16s };
+    /// Returns the stream, the averages of the case's kind, and the parameters.
+    fn inputs<'s>(&self, state: &'s mut DeviceModel) -> Result<UpdateInputs<'s>> {
+        let DeviceModel { stream, f32s, bf16s, averages, .. } = state;
+        let dtype = self.case.dtype;
+        let size = dtype.bitsize() / 8;
+        let stream: &TimedStream = stream;
+        let buffer: &Buffer = if dtype == Dtype::F32 { f32s } else { bf16s };
         let kind = (self.case.elements.len(), self.case.precision);
         let found = averages.iter_mut().find(|(tensors, precision, _)| (*tensors, *precision) == kind);
         let Some((_, _, averages)) = found else { return Err(self.wrong("no averages were made for it".into())) };
-        let (trial, buffer): (&TimedStream, &Buffer) = (trial, buffer);
-        let lend = |(&start, &n): (&usize, &usize)| (dtype, trial.lend(buffer, size * start..size * (start + n)));
+        let lend = |(&start, &n): (&usize, &usize)| (dtype, stream.lend(buffer, size * start..size * (start + n)));
         let tensors = self.places.iter().zip(&self.case.elements).map(lend).collect();
-        Ok(Parts { trial, averages, tensors })
+        Ok(UpdateInputs { stream, averages, tensors })
     }
 
-    /// What the CPU makes of the parameters, which repeat after so many, in two updates from zeros.
+    /// Updates zeros twice on the CPU, with one period of the parameters.
     fn expected(&self) -> Vec<Averages> {
         let values = (0..PERIOD).map(parameter);
         let bytes: Vec<u8> = match self.case.dtype {
@@ -141,11 +149,13 @@ impl Case {
         for (tensor, &begin) in self.places.iter().enumerate() {
             let place = layout.place(tensor);
             for i in place.start.max(stretch.start)..place.end.min(stretch.end) {
-                let (at, from) = (i - stretch.start, (begin + i - place.start) % PERIOD);
+                let at = i - stretch.start;
+                let from = (begin + i - place.start) % PERIOD;
                 let low = |averages: &Averages, i: usize| averages.low.as_ref().map(|low| low[i].to_bits());
                 if got.high[at].to_bits() != expected.high[from].to_bits() || low(got, at) != low(expected, from) {
                     let element = i - place.start;
-                    let (got, expected) = (got.high[at], expected.high[from]);
+                    let got = got.high[at];
+                    let expected = expected.high[from];
                     return Err(self.wrong(format!("tensor {tensor}, element {element} is {got}, not {expected}")));
                 }
             }
@@ -154,39 +164,40 @@ impl Case {
     }
 
     fn wrong(&self, reason: String) -> Error {
-        Error::Wrong { what: format!("cuda, update, {}", Task::row(self).name), reason }
+        Error::Wrong { what: format!("cuda, update, {}", self.info().name), reason }
     }
 }
 
-/// What an update works on.
-struct Parts<'s> {
-    trial: &'s TimedStream,
+/// Inputs of an update.
+struct UpdateInputs<'s> {
+    stream: &'s TimedStream,
     averages: &'s mut DeviceAverages,
     tensors: Vec<(Dtype, CudaMemory<'s>)>,
 }
 
-impl Task<State> for Case {
-    fn row(&self) -> Row {
-        self.case.row(COPY.into())
+impl Task<DeviceModel> for DeviceUpdate {
+    fn info(&self) -> TaskInfo {
+        self.case.info(COPY.into())
     }
 
-    fn check(&self, state: &mut State) -> Result<()> {
-        let Parts { trial, averages, tensors } = self.parts(state)?;
-        trial.clear(averages)?;
+    fn check(&self, state: &mut DeviceModel) -> Result<()> {
+        let UpdateInputs { stream, averages, tensors } = self.inputs(state)?;
+        stream.clear(averages)?;
         (0..2).try_for_each(|_| averages.update(&tensors, &[], &WEIGHTS))?;
-        let (layout, expected) = (self.case.layout(), self.expected());
+        let layout = self.case.layout();
+        let expected = self.expected();
         for window in windows(layout.total()) {
             for (profile, expected) in expected.iter().enumerate() {
-                let got = trial.averages(averages, profile, window.clone())?;
+                let got = stream.averages(averages, profile, window.clone())?;
                 self.compare(&layout, window.clone(), &got, expected)?;
             }
         }
         Ok(())
     }
 
-    fn seconds(&self, state: &mut State) -> Result<f64> {
-        let Parts { trial, averages, tensors } = self.parts(state)?;
-        trial.seconds(&mut || averages.update(&tensors, &[], &WEIGHTS))
+    fn seconds(&self, state: &mut DeviceModel) -> Result<f64> {
+        let UpdateInputs { stream, averages, tensors } = self.inputs(state)?;
+        stream.seconds(&mut || averages.update(&tensors, &[], &WEIGHTS))
     }
 }
 
@@ -195,30 +206,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wrong_element_is_found() {
-        let case = Case::new(Update { dtype: Dtype::BF16, precision: Precision::Compensated, elements: split(100, 3) });
-        assert_eq!(case.places, [0, 128, 256]);
-        let (layout, expected) = (case.case.layout(), &case.expected()[1]);
+    fn compare_finds_a_wrong_element() {
+        let task = DeviceUpdate::new(UpdateCase {
+            dtype: Dtype::BF16,
+            precision: Precision::Compensated,
+            elements: split(100, 3),
+        });
+        assert_eq!(task.places, [0, 128, 256]);
+        let layout = task.case.layout();
+        let expected = &task.expected()[1];
         let mut got = Averages::zeros(&layout, Precision::Compensated);
         for tensor in 0..3 {
             let place = layout.place(tensor);
-            let from = case.places[tensor] % PERIOD;
+            let from = task.places[tensor] % PERIOD;
             let values = expected.high.iter().cycle().skip(from).take(place.len());
             got.high[place.clone()].iter_mut().zip(values).for_each(|(to, value)| *to = *value);
             let terms = expected.low.as_ref().unwrap().iter().cycle().skip(from).take(place.len());
             got.low.as_mut().unwrap()[place].iter_mut().zip(terms).for_each(|(to, term)| *to = *term);
         }
         let all = 0..layout.total();
-        case.compare(&layout, all.clone(), &got, expected).unwrap();
+        task.compare(&layout, all.clone(), &got, expected).unwrap();
         let last = layout.place(2).end - 1;
         let mut wrong = got.clone();
         wrong.high[last] = f32::NAN;
-        let text = case.compare(&layout, all.clone(), &wrong, expected).unwrap_err().to_string();
+        let text = task.compare(&layout, all.clone(), &wrong, expected).unwrap_err().to_string();
         assert!(
             text.contains("tensor 2, element 32 is NaN") && text.contains("bf16, compensated, 3 tensors"),
             "{text}"
         );
         got.low.as_mut().unwrap()[last] = bf16::ONE;
-        assert!(case.compare(&layout, all, &got, expected).is_err());
+        assert!(task.compare(&layout, all, &got, expected).is_err());
     }
 }

@@ -2,12 +2,12 @@
 
 use posthoc_ema::Profile;
 
-#[path = "../../../src/commands/table.rs"]
-mod table;
+#[path = "../../../src/commands/profile_csv.rs"]
+mod profile_csv;
 
 /// Reads a table; where it has no quotes, comments or empty fields, line by line as well.
 pub fn check(bytes: &[u8]) {
-    let read = table::read(bytes);
+    let read = profile_csv::read(bytes);
     if let Ok(profile) = &read {
         let text = serde_json::to_string(profile).unwrap();
         assert_eq!(serde_json::from_str::<Profile>(&text).unwrap(), *profile);

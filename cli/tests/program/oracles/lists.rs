@@ -5,7 +5,7 @@ use posthoc_ema::Retention;
 #[path = "../../../src/commands/list.rs"]
 mod list;
 
-use list::{Count, Kept, Numbers, Windows};
+use list::{Count, Numbers, RetentionArg, Windows};
 
 /// Reads a text as each kind of list.
 pub fn check(bytes: &[u8]) {
@@ -26,9 +26,9 @@ pub fn check(bytes: &[u8]) {
         Ok(Count(count)) => assert!((1..=1_000_000_000_000_000_000).contains(&count), "{text}: {count}"),
         Err(reason) => check_reason(&reason),
     }
-    match text.parse::<Kept>() {
-        Ok(Kept(Retention::Steps(steps))) => assert!(!steps.is_empty() && steps.iter().all(|&step| step > 0)),
-        Ok(Kept(retention)) => retention.check().unwrap(),
+    match text.parse::<RetentionArg>() {
+        Ok(RetentionArg(Retention::Steps(steps))) => assert!(!steps.is_empty() && steps.iter().all(|&step| step > 0)),
+        Ok(RetentionArg(retention)) => retention.check().unwrap(),
         Err(reason) => check_reason(&reason),
     }
 }

@@ -1,13 +1,13 @@
-//! Profiles as tables of comma-separated values.
+//! Profiles from tables of comma-separated values.
 
 use std::io::Read;
 
 use posthoc_ema::Profile;
 
-/// Reads a table of `(tau/T, F)` pairs; a first line without numbers is a header.
+/// Reads a table of `(tau/T, F)` pairs. A first line without numbers is a header.
 ///
 /// # Errors
-/// What is wrong, with the row.
+/// The reason, with the number of the row.
 pub fn read(source: impl Read) -> Result<Profile, String> {
     let mut format = csv::ReaderBuilder::new();
     format.has_headers(false).flexible(true).trim(csv::Trim::All).comment(Some(b'#'));

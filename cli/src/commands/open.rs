@@ -1,4 +1,4 @@
-//! How commands open a run.
+//! Opening and verifying a run.
 
 use std::path::Path;
 
@@ -6,18 +6,18 @@ use clap::Args;
 use posthoc_ema::{Plan, Run};
 
 use super::Failure;
-use super::output::{byte_bar, spinner, tell};
+use super::output::{byte_bar, print_warning, spinner};
 
-/// What is done about damaged snapshots.
+/// Treatment of damaged snapshots.
 #[derive(Args)]
-pub struct Reading {
+pub struct OpenArgs {
     /// Go on without snapshots that are damaged: every byte of the run is read first, and what is whole is planned with
     #[arg(long, requires = "run")]
     pub skip_damaged: bool,
 }
 
-impl Reading {
-    /// Opens a run, and tells what was left out, which is said on stderr, too.
+impl OpenArgs {
+    /// Opens a run. Returns the reasons of the snapshots that were left out, which are printed as warnings, too.
     pub fn open(&self, path: &Path) -> Result<(Run, Vec<String>), Failure> {
         if !self.skip_damaged {
             return Ok((Run::open(path)?, Vec::new()));
@@ -27,12 +27,12 @@ impl Reading {
         spinner.finish_and_clear();
         let (run, damaged) = opened?;
         let left_out: Vec<String> = damaged.iter().map(ToString::to_string).collect();
-        left_out.iter().for_each(|why| tell(&format!("warning: left out: {why}")));
+        left_out.iter().for_each(|why| print_warning(&format!("left out: {why}")));
         Ok((run, left_out))
     }
 }
 
-/// Reads what the plans blend, and compares checksums.
+/// Reads the snapshots that the plans blend, and compares their checksums.
 pub fn verify(run: &Run, plans: &[Plan]) -> Result<(), Failure> {
     let bar = byte_bar(run.bytes_to_read(plans), "verifying");
     let verified = run.verify_used(plans, &mut |bytes| bar.inc(bytes));

@@ -1,34 +1,35 @@
-//! How stored snapshots are rounded.
+//! Rounding of stored snapshots.
 
 use std::collections::BTreeMap;
 
-use posthoc_ema::Dtype;
-use posthoc_ema::{Run, rounding};
+use posthoc_ema::{Dtype, Run, rounding};
 
 /// The rounding of snapshots.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rounding {
-    /// The root mean square relative error of a stored element: [`relative_rounding`](posthoc_ema::math::relative_rounding).
+    /// Root mean square relative error of a stored element:
+    /// [`relative_rounding`](posthoc_ema::math::relative_rounding).
     pub rms: f64,
-    /// What the snapshots are stored as.
+    /// Dtypes of the snapshots: `f16`, `bf16 and f32`.
     pub dtypes: String,
 }
 
 impl Rounding {
-    /// Of snapshots stored in one dtype.
-    pub fn of(dtype: Dtype) -> Rounding {
+    /// Returns the rounding of snapshots in one dtype.
+    pub fn of_dtype(dtype: Dtype) -> Rounding {
         Rounding { rms: rounding(dtype), dtypes: dtype.to_string().to_lowercase() }
     }
 
-    /// Of a run's newest snapshot: over all averaged elements, whatever their dtypes.
+    /// Returns the rounding of a run's newest snapshot, over all averaged elements.
     pub fn of_run(run: &Run) -> Rounding {
+        // The number of elements and the rounding of each dtype.
         let mut elements: BTreeMap<String, (f64, f64)> = BTreeMap::new();
         let newest = run.snapshots().iter().max_by_key(|snapshot| snapshot.id.step);
         for name in run.averaged() {
             if let Some((tensor, _)) = newest.and_then(|snapshot| snapshot.tensor(&name)) {
+                let dtype = tensor.dtype.to_string().to_lowercase();
                 let count = tensor.shape.iter().map(|&n| n as f64).product::<f64>();
-                elements.entry(tensor.dtype.to_string().to_lowercase()).or_insert((0.0, rounding(tensor.dtype))).0 +=
-                    count;
+                elements.entry(dtype).or_insert((0.0, rounding(tensor.dtype))).0 += count;
             }
         }
         let total: f64 = elements.values().map(|(count, _)| count).sum();

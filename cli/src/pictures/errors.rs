@@ -1,51 +1,52 @@
-//! The reconstruction error over the length of the average.
+//! Reconstruction error over the length of the average.
 
 use std::path::Path;
 
+use posthoc_ema::{Plan, Result};
+
 use super::axis::{Axis, below, beside};
 use super::canvas::{
-    BLUE, Canvas, Drawn, Fault, Frame, INK, MUTED, Point, SHADE, SMALL, Side, TEXT, TITLE, fit, sheet, width,
+    BLUE, Canvas, DrawError, Drawn, Frame, INK, MUTED, Point, SHADE, SMALL, Side, TEXT, TITLE, draw_svg, fit,
+    text_width,
 };
 use super::file::save;
 use super::rounding::Rounding;
-use super::table::short_percent;
-use posthoc_ema::Plan;
-use posthoc_ema::Result;
+use crate::numbers::short_percent;
 
-/// The size in pixels.
+/// Sizes in pixels.
 const WIDTH: f64 = 520.0;
 const HEIGHT: f64 = 336.0;
 const FRAME: Frame = Frame { left: 66.0, top: 56.0, right: 500.0, bottom: 292.0 };
 
-/// No more decades are shown: what lies below is as good as exact.
-const DECADES: i32 = 12;
+/// Most decades on the axis of the errors: smaller errors are as good as exact.
+const MAX_DECADES: i32 = 12;
 
 /// The reconstruction error over sigma_rel.
 #[derive(Clone, Debug)]
 pub struct ErrorCurve {
-    /// What the curve is of.
+    /// Title of the picture.
     pub title: String,
-    /// Lengths, in growing order; of profiles that have no `sigma_rel` none is drawn.
+    /// Points in increasing order of their length.
     pub points: Vec<ErrorPoint>,
-    /// The tracked profiles: their `sigma_rel` at the time of the targets, and their names.
+    /// `sigma_rel` of each tracked profile at the time of the targets, and its name.
     pub tracked: Vec<(f64, String)>,
-    /// How the snapshots are rounded; the noise floor is drawn from it.
+    /// Rounding of the snapshots, from which the noise floor is drawn.
     pub rounding: Option<Rounding>,
 }
 
-/// One length.
+/// The error of one length.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ErrorPoint {
-    /// The length.
+    /// Length of the average.
     pub sigma_rel: f64,
-    /// The plan's relative error.
+    /// Relative error of the plan.
     pub relative_error: f64,
-    /// The plan's noise gain.
+    /// Noise gain of the plan.
     pub noise_gain: f64,
 }
 
 impl ErrorPoint {
-    /// The point of a plan; none for a target that is no power function.
+    /// Returns the point of a plan, unless its target is not a power function.
     pub fn of(plan: &Plan) -> Option<ErrorPoint> {
         let Plan { relative_error, noise_gain, .. } = *plan;
         plan.profile.as_sigma_rel().map(|sigma_rel| ErrorPoint { sigma_rel, relative_error, noise_gain })
@@ -53,8 +54,8 @@ impl ErrorPoint {
 }
 
 impl ErrorCurve {
-    /// The largest error between the shortest and the longest tracked profile; over all lengths where fewer than two of
-    /// them lie among these.
+    /// Returns the largest error between the shortest and the longest tracked profile. If fewer than two of them are on
+    /// the axis, all lengths count.
     pub fn worst(&self) -> Option<ErrorPoint> {
         let within: Vec<f64> = self.tracked.iter().map(|t| t.0).filter(|&t| self.covers(t)).collect();
         let least = within.iter().copied().fold(f64::INFINITY, f64::min);
@@ -69,7 +70,7 @@ impl ErrorCurve {
         ends.is_some_and(|(first, last)| sigma_rel >= first.sigma_rel && sigma_rel <= last.sigma_rel)
     }
 
-    /// Whether a length is (next to) a tracked one, where the error falls to nothing.
+    /// Returns true if a length is at or next to a tracked one, where the error falls to zero.
     fn is_dip(&self, sigma_rel: f64) -> bool {
         let span = self.points.last().map_or(0.0, |p| p.sigma_rel) - self.points.first().map_or(0.0, |p| p.sigma_rel);
         self.tracked.iter().any(|(tracked, _)| (tracked - sigma_rel).abs() <= 0.01 * span)
@@ -80,8 +81,8 @@ impl ErrorCurve {
     }
 }
 
-/// The lengths at which a curve from `first` to `last` is computed: evenly spaced, and closer and closer to the tracked
-/// ones, where the error falls to nothing.
+/// Returns the lengths of a curve from `first` to `last`: evenly spaced, and denser near the tracked ones, where the
+/// error falls to zero.
 pub fn error_grid(first: f64, last: f64, tracked: &[f64]) -> Vec<f64> {
     const COUNT: i32 = 100;
     let step = (last - first) / f64::from(COUNT);
@@ -98,26 +99,27 @@ pub fn error_grid(first: f64, last: f64, tracked: &[f64]) -> Vec<f64> {
     grid
 }
 
-/// Draws the reconstruction error over sigma_rel into a file, `.svg` or `.png`, which appears whole or not at all: on a
-/// logarithmic axis, the tracked profiles marked, the worst length between them labelled.
+/// Draws the reconstruction error over sigma_rel into a file, `.svg` or `.png`, which appears whole or not at all.
 ///
-/// The noise floor is shaded: below the noise gain times the rounding of the snapshots, relative to the weights. The curve is
-/// relative to the profile and moves an average by as much as the weights move: plans of a run predict both in one unit.
+/// The axis of the errors is logarithmic. The tracked profiles are marked, and the worst length between them has a label.
+/// The noise floor is shaded: everything below the noise gain times the rounding of the snapshots, relative to the
+/// weights. The curve is relative to the profile, and an average moves by as much as the weights move. Plans of a run
+/// predict both errors in one unit.
 ///
 /// # Errors
-/// [`Error::Io`](crate::Error::Io) where the file cannot be written, [`Error::Unexpected`](crate::Error::Unexpected) for
-/// another ending.
-pub fn error_curve(path: &Path, curve: &ErrorCurve) -> Result<()> {
+/// [`Error::Io`](posthoc_ema::Error::Io) if the file cannot be written,
+/// [`Error::Unexpected`](posthoc_ema::Error::Unexpected) for an extension other than `.svg` and `.png`.
+pub fn draw_error_curve(path: &Path, curve: &ErrorCurve) -> Result<()> {
     save(path, draw(curve))
 }
 
-fn draw(curve: &ErrorCurve) -> std::result::Result<String, Fault> {
+fn draw(curve: &ErrorCurve) -> std::result::Result<String, DrawError> {
     let (x, y) = axes(curve);
-    sheet(WIDTH, HEIGHT, |canvas| {
+    draw_svg(WIDTH, HEIGHT, |canvas| {
         canvas.text(&fit(&curve.title, TITLE, WIDTH - 32.0), (16.0, 15.0), TITLE, Side::Left, INK)?;
         shade(canvas, curve, &x, &y)?;
         beside(canvas, FRAME, &y, 7, "relative error")?;
-        below(canvas, FRAME, &x, |tick| x.name(tick), "length of the average (sigma_rel)")?;
+        below(canvas, FRAME, &x, |length| x.label(length), "length of the average (sigma_rel)")?;
         marks(canvas, curve, &x)?;
         let place = |point: &ErrorPoint| (x.place(point.sigma_rel), y.place(point.relative_error));
         let worst = curve.worst().map(|worst| Label::of(&worst, place(&worst)));
@@ -132,7 +134,7 @@ fn draw(curve: &ErrorCurve) -> std::result::Result<String, Fault> {
     })
 }
 
-/// Decades that hold the errors and the noise floor, but not the depths that errors fall to at tracked profiles.
+/// Returns axes that hold the errors and the noise floor, except for the dips at tracked profiles.
 fn axes(curve: &ErrorCurve) -> (Axis, Axis) {
     let lengths = curve.points.iter().map(|point| point.sigma_rel);
     let (first, last) = (lengths.clone().fold(f64::INFINITY, f64::min), lengths.fold(f64::NEG_INFINITY, f64::max));
@@ -145,7 +147,7 @@ fn axes(curve: &ErrorCurve) -> (Axis, Axis) {
     }
     let top = if most > 0.0 { (1.3 * most).log10().ceil() as i32 } else { 0 };
     let bottom = if least.is_finite() { (0.7 * least).log10().floor() as i32 } else { top - 4 };
-    let bottom = bottom.clamp(top - DECADES, top - 2);
+    let bottom = bottom.clamp(top - MAX_DECADES, top - 2);
     let power = |exponent: i32| 10f64.powi(exponent);
     (
         Axis::over(first, last, (FRAME.left, FRAME.right)),
@@ -162,12 +164,12 @@ fn shade(canvas: &Canvas<'_>, curve: &ErrorCurve, x: &Axis, y: &Axis) -> Drawn {
     canvas.area(edge.iter().copied().chain(corners), SHADE)
 }
 
-/// What the shade is: in the widest gap between tracked profiles, within the shade where there is room and above it
-/// otherwise.
+/// Draws the label of the shade in the widest gap between tracked profiles, inside the shade if there is room and above
+/// it otherwise.
 fn floor_label(canvas: &Canvas<'_>, curve: &ErrorCurve, x: &Axis, y: &Axis) -> Drawn {
     let Some(rounding) = &curve.rounding else { return Ok(()) };
     let text = format!("rounding of the {} snapshots", rounding.dtypes);
-    let half = 0.5 * width(&text, SMALL) + 6.0;
+    let half = 0.5 * text_width(&text, SMALL) + 6.0;
     let center = widest_gap(curve, x).clamp(FRAME.left + half, FRAME.right - half);
     let under = curve.points.iter().filter(|point| (x.place(point.sigma_rel) - center).abs() <= half);
     let edge = under.map(|point| y.place(curve.floor(point))).filter(|y| y.is_finite());
@@ -176,7 +178,7 @@ fn floor_label(canvas: &Canvas<'_>, curve: &ErrorCurve, x: &Axis, y: &Axis) -> D
     canvas.text(&text, (center, middle), SMALL, Side::Center, INK)
 }
 
-/// The middle of the widest gap between the tracked profiles and the edges of the frame.
+/// Returns the middle of the widest gap between the tracked profiles and the edges of the frame.
 fn widest_gap(curve: &ErrorCurve, x: &Axis) -> f64 {
     let tracked = curve.tracked.iter().map(|(at, _)| *at).filter(|at| x.holds(*at));
     let mut places: Vec<f64> = tracked.map(|at| x.place(at)).chain([FRAME.left, FRAME.right]).collect();
@@ -185,15 +187,16 @@ fn widest_gap(curve: &ErrorCurve, x: &Axis) -> f64 {
     gaps.map_or(FRAME.left, |gap| 0.5 * (gap[0] + gap[1]))
 }
 
-/// A line at each tracked profile, with its name above in one of two rows where there is room.
+/// Draws a line at each tracked profile, and its name above in one of two rows if there is room.
 fn marks(canvas: &Canvas<'_>, curve: &ErrorCurve, x: &Axis) -> Drawn {
     let mut tracked: Vec<&(f64, String)> = curve.tracked.iter().filter(|(at, _)| x.holds(*at)).collect();
     tracked.sort_by(|a, b| a.0.total_cmp(&b.0));
     let mut taken = [f64::NEG_INFINITY; 2];
     for (sigma_rel, name) in tracked {
-        let (at, text) = (x.place(*sigma_rel), format!("tracked {name}"));
+        let at = x.place(*sigma_rel);
+        let text = format!("tracked {name}");
         canvas.line([(at, FRAME.top), (at, FRAME.bottom)], MUTED, 0.8)?;
-        let wide = width(&text, SMALL);
+        let wide = text_width(&text, SMALL);
         let left = (at - 0.5 * wide).clamp(FRAME.left - 2.0, WIDTH - 8.0 - wide);
         if let Some(row) = taken.iter().position(|right| left >= right + 8.0) {
             taken[row] = left + wide;
@@ -204,7 +207,7 @@ fn marks(canvas: &Canvas<'_>, curve: &ErrorCurve, x: &Axis) -> Drawn {
     Ok(())
 }
 
-/// What is said of the worst point, and where.
+/// Label of the worst point.
 struct Label {
     text: String,
     center: Point,
@@ -214,7 +217,7 @@ struct Label {
 impl Label {
     fn of(worst: &ErrorPoint, dot: Point) -> Label {
         let text = format!("worst in between {}, at {:.3}", short_percent(worst.relative_error), worst.sigma_rel);
-        let half = 0.5 * width(&text, TEXT) + 6.0;
+        let half = 0.5 * text_width(&text, TEXT) + 6.0;
         let above = dot.1 - 14.0;
         let y = if above > FRAME.top + 8.0 { above } else { dot.1 + 16.0 };
         Label { text, center: (dot.0.clamp(FRAME.left + half, FRAME.right - half), y), dot }
@@ -232,11 +235,11 @@ mod tests {
 
     fn curve(points: Vec<ErrorPoint>) -> ErrorCurve {
         let tracked = vec![(0.05, "0.05".into()), (0.25, "0.25".into()), (0.9, "beta 0.9".into())];
-        ErrorCurve { title: "a run".into(), points, tracked, rounding: Some(Rounding::of(Dtype::F16)) }
+        ErrorCurve { title: "a run".into(), points, tracked, rounding: Some(Rounding::of_dtype(Dtype::F16)) }
     }
 
     #[test]
-    fn the_worst_is_sought_between_tracked_profiles() {
+    fn worst_is_between_the_tracked_profiles() {
         let points = vec![
             point(0.02, 0.5),
             point(0.05, 1e-13),
@@ -252,12 +255,12 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_has_its_parts_in_their_places() {
+    fn svg_has_its_labels_and_a_curve_within_the_frame() {
         let grid = error_grid(0.02, 0.28, &[0.05, 0.25]);
         let error = |s: f64| ((s - 0.05) * (s - 0.25)).abs();
         let curve = curve(grid.iter().map(|&s| point(s, error(s))).collect());
         let (x, y) = axes(&curve);
-        // The errors and the floor at 3e-4 are within, the depths at tracked profiles are not.
+        // The axis holds the errors and the floor at 3e-4, but not the dips at tracked profiles.
         assert_eq!((x.low, x.high, x.log), (0.02, 0.28, false));
         assert_eq!((y.low, y.high), (1e-4, 1e-1));
         let svg = draw(&curve).unwrap();
@@ -271,7 +274,7 @@ mod tests {
         ] {
             assert!(svg.contains(part), "{part}: {svg}");
         }
-        // A profile that lies outside of the lengths is not drawn, and neither is anything outside of the frame.
+        // A profile beyond the lengths is not drawn.
         assert!(!svg.contains("beta 0.9") && !svg.contains("NaN") && !svg.contains("inf"));
         let line = svg.split("<polyline").max_by_key(|part| part.len()).unwrap();
         let line = line.split("points=\"").nth(1).unwrap().split('"').next().unwrap();
@@ -284,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_curves_are_drawn_too() {
+    fn degenerate_curves_draw_without_nan() {
         for points in [
             vec![],
             vec![point(0.1, 0.0)],
@@ -300,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn grids_grow_and_hold_the_tracked_lengths() {
+    fn grid_increases_and_has_the_tracked_lengths() {
         let grid = error_grid(0.02, 0.28, &[0.05, 0.28, 0.5]);
         assert!(grid.windows(2).all(|pair| pair[0] < pair[1]));
         assert!(grid.first() == Some(&0.02) && grid.last() == Some(&0.28) && grid.contains(&0.05));

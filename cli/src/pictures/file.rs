@@ -1,38 +1,38 @@
-//! Pictures as files: SVG as it was drawn, or PNG at twice its size.
+//! Files of pictures: SVG as drawn, or PNG at twice its size.
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
+use posthoc_ema::fs::AtomicFile;
+use posthoc_ema::{Error, Result};
 use resvg::tiny_skia::{Color, Pixmap, Transform};
 use resvg::usvg::{self, Tree, fontdb};
 
-use super::canvas::Fault;
-use posthoc_ema::fs::AtomicFile;
-use posthoc_ema::{Error, Result};
+use super::canvas::DrawError;
 
-/// Pixels of a PNG for one of the SVG.
+/// Pixels of a PNG for one pixel of the SVG.
 const PNG_SCALE: f32 = 2.0;
 
-/// The letters of a PNG: the same on every machine, also where there are no fonts.
+/// Font of all PNG files, so that they need no fonts of the machine.
 static FONT: &[u8] = include_bytes!("font/DejaVuSans-subset.ttf");
 
-/// What a picture is stored as.
+/// The file format of a picture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Lines and letters that stay such.
+    /// Vector graphics.
     Svg,
-    /// Pixels.
+    /// Pixels on white.
     Png,
 }
 
 impl Format {
-    /// The format that the ending of a file's name tells.
+    /// Returns the format of a file by its extension.
     ///
     /// # Errors
-    /// [`Error::Unexpected`] for any other ending than `.svg` and `.png`.
+    /// [`Error::Unexpected`] for an extension other than `.svg` and `.png`.
     pub fn of(path: &Path) -> Result<Format> {
-        let is = |ending: &str| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(ending));
-        match (is("svg"), is("png")) {
+        let has = |name: &str| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(name));
+        match (has("svg"), has("png")) {
             (true, _) => Ok(Format::Svg),
             (_, true) => Ok(Format::Png),
             _ => Err(Error::unexpected(path, "pictures are SVG or PNG: name a file that ends in .svg or .png")),
@@ -40,8 +40,8 @@ impl Format {
     }
 }
 
-/// Writes a drawn picture, which appears whole or not at all.
-pub(super) fn save(path: &Path, drawn: std::result::Result<String, Fault>) -> Result<()> {
+/// Writes a picture to a file, which appears whole or not at all.
+pub(super) fn save(path: &Path, drawn: std::result::Result<String, DrawError>) -> Result<()> {
     let format = Format::of(path)?;
     let cannot = |error: &dyn std::fmt::Display| Error::unexpected(path, format!("cannot draw: {error}"));
     let svg = drawn.map_err(|error| cannot(&error))?;
@@ -54,7 +54,7 @@ pub(super) fn save(path: &Path, drawn: std::result::Result<String, Fault>) -> Re
     file.commit()
 }
 
-/// An SVG document as a PNG on white.
+/// Renders an SVG document as a PNG on white.
 fn png(svg: &str) -> std::result::Result<Vec<u8>, String> {
     let tree = Tree::from_str(svg, &OPTIONS).map_err(|error| error.to_string())?;
     let size = tree.size().to_int_size().scale_by(PNG_SCALE).ok_or("the picture is too large")?;
@@ -64,7 +64,7 @@ fn png(svg: &str) -> std::result::Result<Vec<u8>, String> {
     pixels.encode_png().map_err(|error| error.to_string())
 }
 
-/// The embedded font for every family.
+/// Options that use the embedded font for every family.
 static OPTIONS: LazyLock<usvg::Options<'static>> = LazyLock::new(|| {
     let mut fonts = fontdb::Database::new();
     fonts.load_font_source(fontdb::Source::Binary(Arc::new(FONT)));
@@ -75,11 +75,11 @@ static OPTIONS: LazyLock<usvg::Options<'static>> = LazyLock::new(|| {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::canvas::{INK, Side, TEXT, sheet};
+    use crate::pictures::canvas::{INK, Side, TEXT, draw_svg};
 
-    /// The dark pixels of a short text.
+    /// Returns the dark pixels of a short text.
     fn ink(text: &str) -> Vec<bool> {
-        let svg = sheet(60.0, 20.0, |canvas| canvas.text(text, (30.0, 10.0), TEXT, Side::Center, INK)).unwrap();
+        let svg = draw_svg(60.0, 20.0, |canvas| canvas.text(text, (30.0, 10.0), TEXT, Side::Center, INK)).unwrap();
         let pixels = Pixmap::decode_png(&png(&svg).unwrap()).unwrap();
         assert_eq!((pixels.width(), pixels.height()), (120, 40));
         let corner = pixels.pixel(0, 0).unwrap();
@@ -87,9 +87,9 @@ mod tests {
         pixels.pixels().iter().map(|pixel| pixel.red() < 220).collect()
     }
 
-    /// Every letter that pictures use has ink of its own in the embedded font; no other font is looked at.
+    /// Every letter of pictures has a glyph in the embedded font, and no other font is used.
     #[test]
-    fn letters_appear_without_any_font_of_the_machine() {
+    fn png_letters_need_no_system_fonts() {
         let count = |text: &str| ink(text).into_iter().filter(|dark| *dark).count();
         assert_eq!(count(""), 0);
         let missing = ink("\u{4e2d}");
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn endings_tell_the_format() {
+    fn format_follows_the_extension() {
         assert_eq!(Format::of(Path::new("a/b.SVG")).unwrap(), Format::Svg);
         assert_eq!(Format::of(Path::new("b.png")).unwrap(), Format::Png);
         for name in ["b.jpg", "png", "b.svg.gz", ""] {
@@ -112,8 +112,8 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_is_named() {
-        let text = save(Path::new("/nonexistent/a.png"), sheet(9.0, 9.0, |_| Ok(()))).unwrap_err().to_string();
+    fn save_error_names_the_path() {
+        let text = save(Path::new("/nonexistent/a.png"), draw_svg(9.0, 9.0, |_| Ok(()))).unwrap_err().to_string();
         assert!(text.contains("/nonexistent/a.png") && text.contains("check the path"), "{text}");
     }
 }

@@ -1,11 +1,12 @@
-//! From values to pixels, and the ticks beside them.
+//! Scales from values to pixels, and their ticks.
 
-use super::canvas::{Canvas, Drawn, FAINT, Frame, INK, MUTED, SMALL, Side, TEXT, width};
+use super::canvas::{Canvas, Drawn, FAINT, Frame, INK, MUTED, SMALL, Side, TEXT, text_width};
+use crate::numbers::{power, shortest, tick};
 
-/// Values further apart than this are drawn on a logarithmic axis where both would do.
-const FAR: f64 = 50.0;
+/// Largest ratio of the ends of an axis that is linear by choice.
+const MAX_LINEAR_RATIO: f64 = 50.0;
 
-/// Between the labels of an upright axis and its frame.
+/// Pixels between the labels of an upright axis and its frame.
 const GAP: f64 = 6.0;
 
 /// A scale from values to pixels.
@@ -14,29 +15,33 @@ pub struct Axis {
     pub low: f64,
     pub high: f64,
     pub log: bool,
-    /// The pixels of `low` and `high`.
+    /// Pixels of `low` and `high`.
     pub pixels: (f64, f64),
 }
 
 impl Axis {
-    /// A linear scale; one over a single value gets some room around it.
+    /// Returns a linear scale. A scale over a single value gets some room around it.
     pub fn linear(low: f64, high: f64, pixels: (f64, f64)) -> Axis {
-        let (low, high) = if high > low { (low, high) } else { (low - room(low), low + room(low)) };
+        let (low, high) = if high > low { (low, high) } else { (low - margin(low), low + margin(low)) };
         Axis { low, high, log: false, pixels }
     }
 
-    /// A logarithmic scale, from a value above 0.
+    /// Returns a logarithmic scale, from a value above 0.
     pub fn log(low: f64, high: f64, pixels: (f64, f64)) -> Axis {
         let high = if high > low { high } else { 10.0 * low };
         Axis { low, high, log: true, pixels }
     }
 
-    /// Linear, or logarithmic for positive values that lie far apart.
+    /// Returns a linear scale, or a logarithmic one for positive values that are far apart.
     pub fn over(low: f64, high: f64, pixels: (f64, f64)) -> Axis {
-        if low > 0.0 && high / low > FAR { Axis::log(low, high, pixels) } else { Axis::linear(low, high, pixels) }
+        if low > 0.0 && high / low > MAX_LINEAR_RATIO {
+            Axis::log(low, high, pixels)
+        } else {
+            Axis::linear(low, high, pixels)
+        }
     }
 
-    /// The pixel of a value; those beyond an end lie at the end, and NaN nowhere.
+    /// Returns the pixel of a value: an end for values beyond it, and NaN for NaN.
     pub fn place(&self, value: f64) -> f64 {
         if value.is_nan() {
             return f64::NAN;
@@ -50,12 +55,12 @@ impl Axis {
         self.pixels.0 + share * (self.pixels.1 - self.pixels.0)
     }
 
-    /// Whether a value lies within.
+    /// Returns true if a value is on the axis.
     pub fn holds(&self, value: f64) -> bool {
         value >= self.low && value <= self.high
     }
 
-    /// Round numbers within, about `count` of them.
+    /// Returns about `count` round numbers on the axis.
     pub fn ticks(&self, count: usize) -> Vec<f64> {
         if self.log { self.log_ticks(count) } else { self.linear_ticks(count) }
     }
@@ -69,22 +74,22 @@ impl Axis {
         (first..=last).map(|i| shortest(i as f64 * step)).collect()
     }
 
-    /// The label of a tick: all are powers of ten where some must be.
-    pub fn name(&self, tick: f64) -> String {
-        if self.log && (self.low < 1e-3 || self.high > 1e5) { power(tick) } else { label(tick) }
+    /// Returns the label of a tick: a power of ten if any label of the axis must be one.
+    pub fn label(&self, value: f64) -> String {
+        if self.log && (self.low < 1e-3 || self.high > 1e5) { power(value) } else { tick(value) }
     }
 
-    /// The width of the widest label.
+    /// Returns the width of the widest label.
     fn widest(&self, count: usize) -> f64 {
-        self.ticks(count).iter().map(|tick| width(&self.name(*tick), SMALL)).fold(0.0, f64::max)
+        self.ticks(count).iter().map(|&value| text_width(&self.label(value), SMALL)).fold(0.0, f64::max)
     }
 
-    /// The room that an upright axis needs to its left, its caption included.
-    pub fn room(&self, count: usize) -> f64 {
+    /// Returns the pixels that an upright axis needs to its left, its caption included.
+    pub fn left_margin(&self, count: usize) -> f64 {
         GAP + self.widest(count) + 28.0
     }
 
-    /// 0 and the largest round number towards each end: what fits beside a low strip.
+    /// Returns 0 and the largest round number towards each end, as ticks of a low strip.
     pub fn few_ticks(&self) -> Vec<f64> {
         let most = self.low.abs().max(self.high.abs());
         let power = 10f64.powf(most.log10().floor());
@@ -93,7 +98,7 @@ impl Axis {
         all.into_iter().filter(|tick| self.holds(*tick)).collect()
     }
 
-    /// Powers of ten, all or every so many of them; over few decades 2 and 5 times them, too.
+    /// Returns powers of ten, thinned to about `count`. Over few decades 2 and 5 times them are added.
     fn log_ticks(&self, count: usize) -> Vec<f64> {
         let decades = (self.high / self.low).log10();
         let within: &[f64] = if decades < 3.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
@@ -105,51 +110,13 @@ impl Axis {
     }
 }
 
-fn room(value: f64) -> f64 {
+/// Returns the room around a single value.
+fn margin(value: f64) -> f64 {
     if value == 0.0 { 1.0 } else { 0.1 * value.abs() }
 }
 
-/// The number that a person would write: a product such as 3 * 0.1 has digits that none would.
-fn shortest(value: f64) -> f64 {
-    format!("{value:.9e}").parse().unwrap_or(value)
-}
-
-/// The label of a tick: 0.01, 250, 10⁻⁵, 2×10⁷.
-pub fn label(tick: f64) -> String {
-    if tick == 0.0 || (1e-3..1e5).contains(&tick.abs()) {
-        return shortest(tick).to_string().replace('-', "−");
-    }
-    power(tick)
-}
-
-/// The label of a tick among those of many decades: 10⁻², 2×10⁷, and 1.
-fn power(tick: f64) -> String {
-    if tick == 1.0 {
-        return "1".into();
-    }
-    let text = format!("{:e}", shortest(tick));
-    let (factor, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-    let power = format!("10{}", exponent.chars().map(raised).collect::<String>());
-    match factor {
-        "1" => power,
-        "-1" => format!("−{power}"),
-        _ => format!("{}×{power}", factor.replace('-', "−")),
-    }
-}
-
-fn raised(digit: char) -> char {
-    match digit {
-        '-' => '⁻',
-        '1' => '¹',
-        '2' => '²',
-        '3' => '³',
-        '0' | '4'..='9' => char::from_u32('⁰' as u32 + digit as u32 - '0' as u32).unwrap_or(digit),
-        other => other,
-    }
-}
-
-/// The label of a step on an axis that ends at `last`: 500, 20k, 1.5M.
-pub fn step(step: f64, last: f64) -> String {
+/// Returns the label of a step on an axis that ends at `last`: 500, 20k, 1.5M.
+fn step_label(step: f64, last: f64) -> String {
     let (unit, name) = match last {
         1e6.. => (1e6, "M"),
         1e4.. => (1e3, "k"),
@@ -160,16 +127,16 @@ pub fn step(step: f64, last: f64) -> String {
 
 /// Draws the lower edge of a frame over the steps of a training.
 pub fn steps_below(canvas: &Canvas<'_>, frame: Frame, axis: &Axis) -> Drawn {
-    below(canvas, frame, axis, |tick| step(tick, axis.high), "step")
+    below(canvas, frame, axis, |step| step_label(step, axis.high), "step")
 }
 
 /// Draws the lower edge of a frame with ticks, their labels, and a caption.
-pub fn below(canvas: &Canvas<'_>, frame: Frame, axis: &Axis, name: impl Fn(f64) -> String, caption: &str) -> Drawn {
+pub fn below(canvas: &Canvas<'_>, frame: Frame, axis: &Axis, label: impl Fn(f64) -> String, caption: &str) -> Drawn {
     canvas.line([(frame.left, frame.bottom), (frame.right, frame.bottom)], INK, 1.0)?;
     for tick in axis.ticks(6) {
         let x = axis.place(tick);
         canvas.line([(x, frame.bottom), (x, frame.bottom + 4.0)], INK, 1.0)?;
-        canvas.text(&name(tick), (x, frame.bottom + 13.0), SMALL, Side::Center, INK)?;
+        canvas.text(&label(tick), (x, frame.bottom + 13.0), SMALL, Side::Center, INK)?;
     }
     canvas.text(caption, (0.5 * (frame.left + frame.right), frame.bottom + 31.0), TEXT, Side::Center, INK)
 }
@@ -179,7 +146,7 @@ pub fn beside(canvas: &Canvas<'_>, frame: Frame, axis: &Axis, count: usize, capt
     for tick in axis.ticks(count) {
         let y = axis.place(tick);
         canvas.line([(frame.left, y), (frame.right, y)], FAINT, 0.8)?;
-        canvas.text(&axis.name(tick), (frame.left - GAP, y), SMALL, Side::Right, INK)?;
+        canvas.text(&axis.label(tick), (frame.left - GAP, y), SMALL, Side::Right, INK)?;
     }
     let x = frame.left - GAP - axis.widest(count) - 12.0;
     canvas.upright(caption, (x, 0.5 * (frame.top + frame.bottom)), TEXT, MUTED)
@@ -190,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ticks_are_round_and_within() {
+    fn ticks_are_round_numbers_on_the_axis() {
         let ticks = |axis: Axis| axis.ticks(6);
         assert_eq!(ticks(Axis::linear(0.02, 0.28, (0.0, 1.0))), [0.05, 0.1, 0.15, 0.2, 0.25]);
         assert_eq!(ticks(Axis::linear(-0.3, 0.3, (0.0, 1.0))), [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3]);
@@ -204,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn places_go_from_end_to_end() {
+    fn values_map_to_pixels_between_the_ends() {
         for axis in [Axis::linear(1.0, 100.0, (50.0, 10.0)), Axis::over(1.0, 100.0, (50.0, 10.0))] {
             assert_eq!((axis.place(1.0), axis.place(100.0)), (50.0, 10.0));
             assert_eq!((axis.place(-5.0), axis.place(f64::INFINITY)), (50.0, 10.0));
@@ -215,19 +182,13 @@ mod tests {
     }
 
     #[test]
-    fn labels_are_short() {
-        for (tick, text) in
-            [(0.15, "0.15"), (-0.2, "−0.2"), (1e-8, "10⁻⁸"), (2e-5, "2×10⁻⁵"), (-1e12, "−10¹²"), (0.0, "0")]
-        {
-            assert_eq!(label(tick), text);
-        }
+    fn labels_shorten_thousands_and_powers() {
         for (tick, last, text) in
             [(500.0, 800.0, "500"), (5000.0, 2e4, "5k"), (1.5e6, 2e6, "1.5M"), (5e5, 1e6, "0.5M"), (0.0, 1e6, "0")]
         {
-            assert_eq!(step(tick, last), text);
+            assert_eq!(step_label(tick, last), text);
         }
-        assert_eq!(Axis::log(0.1, 1e6, (0.0, 1.0)).name(100.0), "10²");
-        assert_eq!((power(0.01), power(1.0)), ("10⁻²".into(), "1".into()));
+        assert_eq!(Axis::log(0.1, 1e6, (0.0, 1.0)).label(100.0), "10²");
     }
 
     #[test]

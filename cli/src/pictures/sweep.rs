@@ -1,49 +1,51 @@
-//! A score over the length of the average.
+//! Scores of a sweep over the length of the average.
 
 use std::path::Path;
 
-use super::axis::{Axis, below, beside, label};
-use super::canvas::{
-    BLUE, Canvas, Drawn, Fault, Frame, INK, MUTED, Point, RED, SMALL, Side, TEXT, TITLE, fit, sheet, width,
-};
-use super::file::save;
-use super::table::number;
 use posthoc_ema::Result;
 use posthoc_ema::math::Family;
 use posthoc_ema::sweep::{Sweep, Trial};
+
+use super::axis::{Axis, below, beside};
+use super::canvas::{
+    BLUE, Canvas, DrawError, Drawn, Frame, INK, MUTED, Point, RED, SMALL, Side, TEXT, TITLE, draw_svg, fit, text_width,
+};
+use super::file::save;
+use crate::numbers::{number, tick};
 
 const WIDTH: f64 = 520.0;
 const HEIGHT: f64 = 340.0;
 const FRAME: Frame = Frame { left: 60.0, top: 44.0, right: 500.0, bottom: 292.0 };
 
-/// About how many ticks the axis of the scores has.
+/// Approximate number of ticks on the axis of the scores.
 const TICKS: usize = 5;
 
-/// The room above and below the scores, for labels and for failures.
+/// Room above the scores, for labels.
 const ABOVE: f64 = 26.0;
+/// Room below the scores, for labels and failures.
 const BELOW: f64 = 46.0;
 
 /// The scores of many lengths.
 #[derive(Clone, Debug)]
 pub struct SweepCurve {
-    /// What the curve is of.
+    /// Title of the picture.
     pub title: String,
-    /// What the lengths are, such as `sigma_rel`.
+    /// Name of the lengths, such as `sigma_rel`.
     pub x_label: String,
-    /// What the scores are.
+    /// Name of the scores.
     pub y_label: String,
-    /// The lengths, in any order.
+    /// Lengths and scores, in any order.
     pub points: Vec<SweepPoint>,
-    /// Which of the points is the best.
+    /// Index of the best point.
     pub best: Option<usize>,
 }
 
 impl SweepCurve {
-    /// The trials of a sweep in the family of the best, or of the first where none succeeded.
+    /// Returns the trials of a sweep in the family of the best, or of the first if none succeeded.
     pub fn of(sweep: &Sweep, title: String) -> SweepCurve {
         let family = |trial: &Trial| trial.profile.family().map(|(family, _)| family);
         let shown = sweep.best().or_else(|| sweep.trials().first()).and_then(family);
-        let mine: Vec<&Trial> =
+        let trials: Vec<&Trial> =
             sweep.trials().iter().filter(|trial| shown.is_some() && family(trial) == shown).collect();
         let point = |trial: &&Trial| SweepPoint {
             x: trial.profile.family().map_or(f64::NAN, |(_, length)| length),
@@ -54,46 +56,47 @@ impl SweepCurve {
             title,
             x_label: shown.map_or("", Family::length_name).to_owned(),
             y_label: "score".into(),
-            points: mine.iter().map(point).collect(),
-            best: mine.iter().position(|trial| sweep.best().is_some_and(|best| best.profile == trial.profile)),
+            points: trials.iter().map(point).collect(),
+            best: trials.iter().position(|trial| sweep.best().is_some_and(|best| best.profile == trial.profile)),
         }
     }
 }
 
-/// One length.
+/// The score of one length.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SweepPoint {
-    /// The length.
+    /// Length of the average.
     pub x: f64,
-    /// Its score; none where the evaluation failed.
+    /// Score, unless the evaluation failed.
     pub score: Option<f64>,
-    /// Whether it was tried to refine the search.
+    /// True if the point is from the refinement of the search.
     pub refined: bool,
 }
 
 impl SweepPoint {
-    /// The score of a point that can be drawn.
+    /// Returns the score of a point that can be drawn.
     fn finite(&self) -> Option<f64> {
         self.score.filter(|score| score.is_finite() && self.x.is_finite())
     }
 }
 
-/// Draws scores over lengths into a file, `.svg` or `.png`, which appears whole or not at all: dots for the lengths asked
-/// for, rings for refined ones, crosses at the axis for those that failed, and the best labelled.
+/// Draws scores over lengths into a file, `.svg` or `.png`, which appears whole or not at all.
+///
+/// Listed lengths are dots, refined ones are rings, failed ones are crosses at the axis, and the best has a label.
 ///
 /// # Errors
-/// [`Error::Io`](crate::Error::Io) where the file cannot be written, [`Error::Unexpected`](crate::Error::Unexpected) for
-/// another ending.
-pub fn sweep_curve(path: &Path, curve: &SweepCurve) -> Result<()> {
+/// [`Error::Io`](posthoc_ema::Error::Io) if the file cannot be written,
+/// [`Error::Unexpected`](posthoc_ema::Error::Unexpected) for an extension other than `.svg` and `.png`.
+pub fn draw_sweep(path: &Path, curve: &SweepCurve) -> Result<()> {
     save(path, draw(curve))
 }
 
-fn draw(curve: &SweepCurve) -> std::result::Result<String, Fault> {
+fn draw(curve: &SweepCurve) -> std::result::Result<String, DrawError> {
     let (frame, x, y) = axes(&curve.points);
-    sheet(WIDTH, HEIGHT, |canvas| {
+    draw_svg(WIDTH, HEIGHT, |canvas| {
         canvas.text(&fit(&curve.title, TITLE, WIDTH - 32.0), (16.0, 18.0), TITLE, Side::Left, INK)?;
         beside(canvas, frame, &y, TICKS, &fit(&curve.y_label, TEXT, FRAME.bottom - FRAME.top))?;
-        below(canvas, frame, &x, |tick| x.name(tick), &fit(&curve.x_label, TEXT, FRAME.right - FRAME.left))?;
+        below(canvas, frame, &x, |length| x.label(length), &fit(&curve.x_label, TEXT, FRAME.right - FRAME.left))?;
         let mut sorted: Vec<&SweepPoint> = curve.points.iter().filter(|point| point.finite().is_some()).collect();
         sorted.sort_by(|a, b| a.x.total_cmp(&b.x));
         let place = |point: &SweepPoint| (x.place(point.x), y.place(point.finite().unwrap_or(f64::NAN)));
@@ -108,7 +111,7 @@ fn draw(curve: &SweepCurve) -> std::result::Result<String, Fault> {
     })
 }
 
-/// The frame, as wide as the labels of the scores leave it, and its axes.
+/// Returns the axes and their frame, which leaves room for the labels of the scores.
 fn axes(points: &[SweepPoint]) -> (Frame, Axis, Axis) {
     let range = |values: &mut dyn Iterator<Item = f64>| {
         values.filter(|v| v.is_finite()).fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)))
@@ -118,7 +121,7 @@ fn axes(points: &[SweepPoint]) -> (Frame, Axis, Axis) {
     let (first, last) = if first <= last { (first, last) } else { (0.0, 1.0) };
     let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
     let y = Axis::linear(low, high, (FRAME.bottom - BELOW, FRAME.top + ABOVE));
-    let frame = Frame { left: y.room(TICKS).clamp(FRAME.left, 0.4 * WIDTH), ..FRAME };
+    let frame = Frame { left: y.left_margin(TICKS).clamp(FRAME.left, 0.4 * WIDTH), ..FRAME };
     (frame, Axis::over(first, last, (frame.left + 12.0, frame.right - 12.0)), y)
 }
 
@@ -130,19 +133,19 @@ fn failed(points: &[SweepPoint]) -> impl Iterator<Item = f64> {
     points.iter().filter(|point| point.finite().is_none() && point.x.is_finite()).map(|point| point.x)
 }
 
-/// Crosses just above the axis.
+/// Draws crosses just above the axis.
 fn failures(canvas: &Canvas<'_>, points: &[SweepPoint], x: &Axis) -> Drawn {
     failed(points).try_for_each(|length| canvas.cross((x.place(length), FRAME.bottom - 7.0), 3.5, RED))
 }
 
-/// What the marks are, where there is more than one kind.
+/// Draws the keys of rings and crosses, if there are any.
 fn keys(canvas: &Canvas<'_>, points: &[SweepPoint]) -> Drawn {
     let refined = points.iter().any(|point| point.refined && point.finite().is_some());
     let failed = failed(points).next().is_some();
     let mut x = FRAME.right;
     let mut key = |text: &str, draw: &dyn Fn(Point) -> Drawn| {
         canvas.text(text, (x, FRAME.top - 8.0), SMALL, Side::Right, MUTED)?;
-        x -= width(text, SMALL) + 9.0;
+        x -= text_width(text, SMALL) + 9.0;
         draw((x, FRAME.top - 8.0))?;
         x -= 14.0;
         Ok(())
@@ -158,10 +161,10 @@ fn keys(canvas: &Canvas<'_>, points: &[SweepPoint]) -> Drawn {
 
 fn best_label(canvas: &Canvas<'_>, best: &SweepPoint, frame: Frame, (x, y): Point) -> Drawn {
     let score = best.score.map(number).unwrap_or_default();
-    let text = format!("best: {score}, at {}", label(rounded(best.x)));
-    let half = 0.5 * width(&text, TEXT) + 6.0;
+    let text = format!("best: {score}, at {}", tick(rounded(best.x)));
+    let half = 0.5 * text_width(&text, TEXT) + 6.0;
     let center = x.clamp(frame.left + half, frame.right - half);
-    // A best score is the lowest or the highest: its label goes to the side where no other is.
+    // A best score is the lowest or the highest: its label goes to the side without other scores.
     let lowest = y > 0.5 * (FRAME.top + FRAME.bottom);
     canvas.line([(x, y + if lowest { 26.0 } else { 6.0 }), (x, FRAME.bottom)], MUTED, 0.8)?;
     canvas.ring((x, y), 6.0, INK)?;
@@ -169,7 +172,7 @@ fn best_label(canvas: &Canvas<'_>, best: &SweepPoint, frame: Frame, (x, y): Poin
     canvas.text(&text, (center, if lowest { y + 17.0 } else { y - 15.0 }), TEXT, Side::Center, INK)
 }
 
-/// A length to four digits.
+/// Rounds a length to four digits.
 fn rounded(length: f64) -> f64 {
     format!("{length:.3e}").parse().unwrap_or(length)
 }
@@ -184,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn points_failures_and_the_best_are_told_apart() {
+    fn svg_marks_points_failures_and_the_best() {
         let points = [(0.1, Some(2.0), false), (0.3, Some(3.0), false), (0.2, Some(1.5), true), (0.25, None, false)];
         let svg = draw(&curve(&points, Some(2))).unwrap();
         for part in ["a sweep", "sigma_rel", "loss", "best: 1.500, at 0.2", "refined", "failed"] {
@@ -198,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_sweeps_are_drawn_too() {
+    fn degenerate_sweeps_draw_without_nan() {
         for (points, best) in [
             (vec![], None),
             (vec![(0.1, Some(1.0), false)], Some(0)),

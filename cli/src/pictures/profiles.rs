@@ -1,24 +1,24 @@
-//! Planned averages: the target's profile, the blend's, and their difference.
+//! Planned averages: the profile of the target, that of the blend, and their difference.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::axis::{Axis, label, steps_below};
+use posthoc_ema::math::Densities;
+use posthoc_ema::{Error, Plan, Result, Weight};
+
+use super::axis::{Axis, steps_below};
 use super::canvas::{
-    BLUE, Canvas, Drawn, FAINT, Fault, Frame, GREEN, INK, MUTED, ORANGE, Point, Rgb, SHADE, SMALL, Side, TITLE, fit,
-    sheet, width,
+    BLUE, Canvas, DrawError, Drawn, FAINT, Frame, GREEN, INK, MUTED, ORANGE, Point, Rgb, SHADE, SMALL, Side, TITLE,
+    draw_svg, fit, text_width,
 };
 use super::file::save;
 use super::rounding::Rounding;
-use super::table::{number, short_percent};
-use posthoc_ema::math::Densities;
-use posthoc_ema::{Error, Result};
-use posthoc_ema::{Plan, Weight};
+use crate::numbers::{number, short_percent, tick};
 
-/// The most targets of one picture.
+/// Most targets of one picture.
 pub const MAX_PANELS: usize = 8;
 
-/// The size of a panel in pixels, and where its parts lie.
+/// Size of a panel and positions of its parts, in pixels.
 const WIDTH: f64 = 520.0;
 const HEIGHT: f64 = 382.0;
 const LEFT: f64 = 64.0;
@@ -27,24 +27,24 @@ const PROFILES: (f64, f64) = (52.0, 196.0);
 const DIFFERENCE: (f64, f64) = (216.0, 264.0);
 const WEIGHTS: (f64, f64) = (284.0, 332.0);
 
-/// By how much the caption of a strip lies above it.
+/// Distance of a caption above its strip.
 const CAPTION: f64 = 8.0;
 
-/// The room for the keys of the curves, beside the heading.
+/// Width of the keys beside the heading.
 const KEYS: f64 = 172.0;
 
-/// No more spans are drawn than there are points to print them.
-const SPANS: usize = 876;
+/// Most spans of a curve, about as many as can be printed.
+const MAX_SPANS: usize = 876;
 
-/// A difference smaller than this share of the highest density is drawn as none.
-const NOTHING: f64 = 1e-6;
+/// Share of the highest density below which a difference is drawn as zero.
+const NEGLIGIBLE: f64 = 1e-6;
 
-/// What is drawn of one target.
+/// The panel of one target.
 #[derive(Clone, Debug)]
 pub struct ProfilePanel<'a> {
-    /// The plan.
+    /// Plan of the target.
     pub plan: &'a Plan,
-    /// Its densities.
+    /// Densities of the plan.
     pub densities: Densities,
 }
 
@@ -53,20 +53,21 @@ pub struct ProfilePanel<'a> {
 pub struct Profiles<'a> {
     /// One to [`MAX_PANELS`] targets.
     pub panels: Vec<ProfilePanel<'a>>,
-    /// The names of the tracked profiles, by their index.
+    /// Names of the tracked profiles by their index.
     pub tracked: BTreeMap<usize, String>,
-    /// How the snapshots are rounded.
+    /// Rounding of the snapshots.
     pub rounding: Option<Rounding>,
 }
 
-/// Draws targets into a file, `.svg` or `.png`, which appears whole or not at all. For each: the density of the target and
-/// of the blend over the time of training, as multiples of the plain mean's; their difference on a scale of its own; and
-/// the weight of each snapshot.
+/// Draws targets into a file, `.svg` or `.png`, which appears whole or not at all.
+///
+/// The panel of a target has three strips over the time of training: the densities of the target and of the blend, as
+/// multiples of the plain mean's; their difference on a scale of its own; and the weight of each snapshot.
 ///
 /// # Errors
-/// [`Error::Setting`] for no target or more than [`MAX_PANELS`], [`Error::Io`] where the file cannot be written,
-/// [`Error::Unexpected`] for another ending.
-pub fn profiles(path: &Path, picture: &Profiles<'_>) -> Result<()> {
+/// [`Error::Setting`] for no target or more than [`MAX_PANELS`], [`Error::Io`] if the file cannot be written,
+/// [`Error::Unexpected`] for an extension other than `.svg` and `.png`.
+pub fn draw_profiles(path: &Path, picture: &Profiles<'_>) -> Result<()> {
     let count = picture.panels.len();
     if !(1..=MAX_PANELS).contains(&count) {
         let reason = format!("a picture shows 1 to {MAX_PANELS} targets, not {count}: name fewer");
@@ -75,10 +76,10 @@ pub fn profiles(path: &Path, picture: &Profiles<'_>) -> Result<()> {
     save(path, draw(picture))
 }
 
-fn draw(picture: &Profiles<'_>) -> std::result::Result<String, Fault> {
+fn draw(picture: &Profiles<'_>) -> std::result::Result<String, DrawError> {
     let columns = picture.panels.len().clamp(1, 2);
     let rows = picture.panels.len().div_ceil(columns);
-    sheet(WIDTH * columns as f64, HEIGHT * rows as f64, |canvas| {
+    draw_svg(WIDTH * columns as f64, HEIGHT * rows as f64, |canvas| {
         for (i, panel) in picture.panels.iter().enumerate() {
             let origin = (WIDTH * (i % columns) as f64, HEIGHT * (i / columns) as f64);
             draw_panel(canvas, picture, panel, origin)?;
@@ -98,13 +99,13 @@ fn draw_panel(canvas: &Canvas<'_>, picture: &Profiles<'_>, panel: &ProfilePanel<
     let time = Axis::linear(0.0, at, (origin.0 + LEFT, origin.0 + RIGHT));
     let curves = Curves::of(&panel.densities, at);
     heading(canvas, panel.plan, picture.rounding.as_ref(), origin)?;
-    draw_profiles(canvas, frame(PROFILES), &time, &curves)?;
+    draw_densities(canvas, frame(PROFILES), &time, &curves)?;
     draw_difference(canvas, frame(DIFFERENCE), &time, &curves)?;
     draw_weights(canvas, frame(WEIGHTS), &time, &panel.plan.weights, &picture.tracked)?;
     steps_below(canvas, frame(WEIGHTS), &time)
 }
 
-/// What the panel is of, and the keys of its curves.
+/// Draws the title, the errors and the keys of a panel.
 fn heading(canvas: &Canvas<'_>, plan: &Plan, rounding: Option<&Rounding>, (x, y): Point) -> Drawn {
     let error = format!("profile error {}, noise gain {}", short_percent(plan.relative_error), number(plan.noise_gain));
     let rounded =
@@ -117,7 +118,7 @@ fn heading(canvas: &Canvas<'_>, plan: &Plan, rounding: Option<&Rounding>, (x, y)
     keys(canvas, (x + RIGHT - KEYS + 10.0, y + 16.0))
 }
 
-/// Densities as multiples of the plain mean's, on few enough spans to draw.
+/// Densities as multiples of the plain mean's, thinned to [`MAX_SPANS`].
 struct Curves {
     times: Vec<f64>,
     target: Vec<f64>,
@@ -127,32 +128,37 @@ struct Curves {
 
 impl Curves {
     fn of(densities: &Densities, at: f64) -> Curves {
-        let thin = densities.thinned(SPANS);
+        let thin = densities.thinned(MAX_SPANS);
         let relative = |density: &[f64]| density.iter().map(|value| value * at).collect();
-        let (target, blend, difference) = (relative(&thin.target), relative(&thin.blend), relative(&thin.difference()));
-        Curves { target, blend, difference, times: thin.times }
+        Curves {
+            target: relative(&thin.target),
+            blend: relative(&thin.blend),
+            difference: relative(&thin.difference()),
+            times: thin.times,
+        }
     }
 
-    /// The lowest and the highest of some densities, 0 among them.
+    /// Returns the lowest and the highest of some densities and 0.
     fn range<'a>(densities: impl Iterator<Item = &'a f64>) -> (f64, f64) {
         let finite = densities.filter(|value| value.is_finite());
         finite.fold((0.0, 0.0), |(low, high), &value| (f64::min(low, value), f64::max(high, value)))
     }
 }
 
-/// The corners of a piecewise constant curve.
+/// Returns the corners of a piecewise constant curve.
 fn stairs(time: &Axis, value: &Axis, times: &[f64], density: &[f64]) -> Vec<Point> {
     let mut from = time.place(0.0);
     let mut corners = Vec::with_capacity(2 * times.len());
     for (&end, &density) in times.iter().zip(density) {
-        let (to, y) = (time.place(end), value.place(density));
+        let to = time.place(end);
+        let y = value.place(density);
         corners.extend([(from, y), (to, y)]);
         from = to;
     }
     corners
 }
 
-fn draw_profiles(canvas: &Canvas<'_>, frame: Frame, time: &Axis, curves: &Curves) -> Drawn {
+fn draw_densities(canvas: &Canvas<'_>, frame: Frame, time: &Axis, curves: &Curves) -> Drawn {
     let (low, high) = Curves::range(curves.target.iter().chain(&curves.blend));
     let value = Axis::linear(low, 1.06 * high, (frame.bottom, frame.top));
     let corners = stairs(time, &value, &curves.times, &curves.target);
@@ -167,7 +173,7 @@ fn draw_profiles(canvas: &Canvas<'_>, frame: Frame, time: &Axis, curves: &Curves
     canvas.upright("density (plain mean: 1)", middle, SMALL, MUTED)
 }
 
-/// What the shade and the line are.
+/// Draws the keys of the shade and the line.
 fn keys(canvas: &Canvas<'_>, (x, y): Point) -> Drawn {
     canvas.bar((x, y - 5.0), (x + 16.0, y + 5.0), SHADE)?;
     canvas.text("target", (x + 21.0, y), SMALL, Side::Left, INK)?;
@@ -178,14 +184,14 @@ fn keys(canvas: &Canvas<'_>, (x, y): Point) -> Drawn {
 fn draw_difference(canvas: &Canvas<'_>, frame: Frame, time: &Axis, curves: &Curves) -> Drawn {
     let (low, high) = Curves::range(curves.difference.iter());
     let peak = Curves::range(curves.target.iter()).1;
-    let most = (1.1 * high.max(-low)).max(NOTHING * peak);
+    let most = (1.1 * high.max(-low)).max(NEGLIGIBLE * peak);
     let value = Axis::linear(-most, most, (frame.bottom, frame.top));
     scale(canvas, frame, &value, &value.few_ticks())?;
     canvas.line(stairs(time, &value, &curves.times, &curves.difference), INK, 1.0)?;
     canvas.text("difference", (frame.left, frame.top - CAPTION), SMALL, Side::Left, INK)
 }
 
-/// A stem for each snapshot, those of different profiles side by side.
+/// Draws a stem for each snapshot, with those of different profiles side by side.
 fn draw_weights(
     canvas: &Canvas<'_>,
     frame: Frame,
@@ -202,28 +208,29 @@ fn draw_weights(
         let apart = 1.6 * (order as f64 - 0.5 * (tracked.len().max(1) - 1) as f64);
         let (x, y) = (time.place(weight.step as f64), value.place(weight.weight));
         canvas.line([(x, frame.bottom), (x, frame.bottom - 3.0)], MUTED, 0.8)?;
-        canvas.line([(x + apart, zero), (x + apart, y)], stem(order), 1.2)?;
+        canvas.line([(x + apart, zero), (x + apart, y)], stem_color(order), 1.2)?;
     }
     let mut x = frame.left;
-    let names = tracked.values().enumerate().map(|(order, name)| (name.as_str(), stem(order)));
+    let names = tracked.values().enumerate().map(|(order, name)| (name.as_str(), stem_color(order)));
     for (text, color) in std::iter::once(("weights of", INK)).chain(names) {
         let text = fit(text, SMALL, frame.right - x);
         canvas.text(&text, (x, frame.top - CAPTION), SMALL, Side::Left, color)?;
-        x += width(&text, SMALL) + 8.0;
+        x += text_width(&text, SMALL) + 8.0;
     }
     Ok(())
 }
 
-fn stem(order: usize) -> Rgb {
+fn stem_color(order: usize) -> Rgb {
     [BLUE, ORANGE, GREEN, INK, MUTED][order % 5]
 }
 
-/// The left edge of a strip: a line at each tick, and a stronger one at 0.
+/// Draws the scale of a strip: a line at each tick, and a darker one at 0.
 fn scale(canvas: &Canvas<'_>, frame: Frame, value: &Axis, ticks: &[f64]) -> Drawn {
-    for &tick in ticks {
-        let (y, color) = (value.place(tick), if tick == 0.0 { MUTED } else { FAINT });
+    for &at in ticks {
+        let y = value.place(at);
+        let color = if at == 0.0 { MUTED } else { FAINT };
         canvas.line([(frame.left, y), (frame.right, y)], color, 0.8)?;
-        canvas.text(&label(tick), (frame.left - 6.0, y), SMALL, Side::Right, INK)?;
+        canvas.text(&tick(at), (frame.left - 6.0, y), SMALL, Side::Right, INK)?;
     }
     Ok(())
 }
@@ -244,12 +251,12 @@ mod tests {
         let plans = forecast.plans(targets, At::Latest).unwrap();
         let panel = |plan| ProfilePanel { plan, densities: forecast.densities(plan).unwrap() };
         let tracked = BTreeMap::from([(0, "sigma_rel 0.05".to_owned()), (1, "sigma_rel 0.28".to_owned())]);
-        let rounding = Some(Rounding::of(Dtype::F16));
+        let rounding = Some(Rounding::of_dtype(Dtype::F16));
         draw(&Profiles { panels: plans.iter().map(panel).collect(), tracked, rounding }).unwrap()
     }
 
     #[test]
-    fn a_target_is_drawn_with_its_parts() {
+    fn svg_has_the_parts_of_a_target() {
         let text = svg(&forecast(20_000), &[Profile::sigma_rel(0.15).unwrap()]);
         for part in [
             "sigma_rel 0.15 at step 20000",
@@ -264,28 +271,28 @@ mod tests {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert!(!text.contains("NaN") && text.starts_with("<svg width=\"520\" height=\"382\""));
-        // One shade, and a stem for each of 40 snapshots beside the ticks and lines.
+        // One shade, and at least a stem for each of the 40 snapshots.
         assert_eq!(text.matches("<polygon").count(), 1);
         assert!(text.matches("stroke-width=\"12\"").count() >= 40);
     }
 
     #[test]
-    fn all_kinds_of_targets_fit() {
+    fn all_kinds_of_targets_draw_without_nan() {
         let long = Profile::table((1..=50).map(|i| (f64::from(i) / 50.0, f64::from(i) / 50.0)).collect()).unwrap();
         let uniform = Profile::uniform(posthoc_ema::math::Window::Steps(300.0)).unwrap();
         let text = svg(&forecast(20_000), &[long, uniform, Profile::beta(0.9).unwrap()]);
         assert!(
             text.starts_with("<svg width=\"1040\" height=\"764\"") && !text.contains("NaN") && !text.contains("inf")
         );
-        // One snapshot: the first.
+        // A single snapshot.
         let text = svg(&Forecast { keep: 1, ..forecast(1000) }, &[Profile::sigma_rel(0.05).unwrap()]);
         assert!(text.contains("weights of") && !text.contains("NaN"), "{text}");
     }
 
     #[test]
-    fn too_many_targets_are_refused() {
+    fn empty_picture_is_refused() {
         let picture = Profiles { panels: vec![], tracked: BTreeMap::new(), rounding: None };
-        let text = profiles(Path::new("a.svg"), &picture).unwrap_err().to_string();
+        let text = draw_profiles(Path::new("a.svg"), &picture).unwrap_err().to_string();
         assert!(text.contains("1 to 8 targets, not 0"), "{text}");
     }
 }

@@ -1,17 +1,19 @@
-//! Measurements as a picture: a bar for each, its limit as a mark, device by device.
+//! Measurements as bars with marks at their limits, device by device.
 
 use std::path::Path;
 
-use super::axis::{Axis, label};
-use super::canvas::{
-    self, BLUE, Canvas, Drawn, FAINT, Fault, GREEN, GREY, INK, MUTED, ORANGE, Rgb, SMALL, Side, TEXT, TITLE,
-};
-use super::file::save;
-use super::table::{number, percent};
-use crate::bench::{Measurement, Work};
 use posthoc_ema::Result;
 
-/// Where things lie, in pixels.
+use super::axis::Axis;
+use super::canvas::{
+    BLUE, Canvas, DrawError, Drawn, FAINT, GREEN, GREY, INK, MUTED, ORANGE, Rgb, SMALL, Side, TEXT, TITLE, draw_svg,
+    text_width,
+};
+use super::file::save;
+use crate::bench::{Measurement, Work};
+use crate::numbers::{number, percent, tick};
+
+/// Sizes in pixels.
 const TOP: f64 = 40.0;
 const HEADING: f64 = 26.0;
 const ROW: f64 = 21.0;
@@ -24,20 +26,20 @@ const MARGIN: f64 = 16.0;
 /// Draws measurements into a file, `.svg` or `.png`, which appears whole or not at all.
 ///
 /// # Errors
-/// [`Error::Io`](crate::Error::Io) where the file cannot be written, [`Error::Unexpected`](crate::Error::Unexpected) for
-/// another ending.
-pub fn bench(path: &Path, rows: &[Measurement], title: &str) -> Result<()> {
+/// [`Error::Io`](posthoc_ema::Error::Io) if the file cannot be written,
+/// [`Error::Unexpected`](posthoc_ema::Error::Unexpected) for an extension other than `.svg` and `.png`.
+pub fn draw_measurements(path: &Path, rows: &[Measurement], title: &str) -> Result<()> {
     save(path, draw(rows, title))
 }
 
-/// The picture as text; its height follows the number of rows.
-fn draw(rows: &[Measurement], title: &str) -> std::result::Result<String, Fault> {
+/// Returns the picture, whose height follows the number of rows.
+fn draw(rows: &[Measurement], title: &str) -> std::result::Result<String, DrawError> {
     let panels: Vec<&[Measurement]> = rows.chunk_by(|a, b| a.device == b.device).collect();
     let height = TOP + panels.iter().map(|panel| panel_height(panel)).sum::<f64>();
-    let labels = rows.iter().map(|row| canvas::width(&name(row), TEXT)).fold(0.0, f64::max);
+    let labels = rows.iter().map(|row| text_width(&name(row), TEXT)).fold(0.0, f64::max);
     let left = (MARGIN + labels + 10.0).round();
-    let width = (left + BARS + VALUES).max(2.0 * MARGIN + canvas::width(title, TITLE)).round();
-    canvas::sheet(width, height, |canvas| {
+    let width = (left + BARS + VALUES).max(2.0 * MARGIN + text_width(title, TITLE)).round();
+    draw_svg(width, height, |canvas| {
         canvas.text(title, (MARGIN, TOP / 2.0), TITLE, Side::Left, INK)?;
         let mut top = TOP;
         for panel in panels {
@@ -69,21 +71,21 @@ fn gigabytes(row: &Measurement) -> f64 {
     row.bytes_per_second / 1e9
 }
 
-/// The rate of a row's limit.
+/// Returns the rate of a row's limit in GB/s.
 fn limit(row: &Measurement) -> Option<f64> {
     row.share_of_limit.map(|share| gigabytes(row) / share)
 }
 
-/// One device: a heading, its bars over an axis of its own.
+/// Draws one device: a heading, and its bars over an axis of its own.
 fn draw_panel(canvas: &Canvas<'_>, panel: &[Measurement], left: f64, top: f64) -> Drawn {
     let axis = axis(panel, left);
     let (first, bottom) = (top + HEADING, top + HEADING + ROW * panel.len() as f64);
     let device = panel.first().map_or("", |row| &row.device);
     canvas.text(device, (MARGIN, top + HEADING / 2.0), TITLE, Side::Left, INK)?;
-    for tick in axis.ticks(6) {
-        let x = axis.place(tick);
+    for rate in axis.ticks(6) {
+        let x = axis.place(rate);
         canvas.line([(x, first), (x, bottom + 4.0)], FAINT, 1.0)?;
-        canvas.text(&label(tick), (x, bottom + 14.0), SMALL, Side::Center, INK)?;
+        canvas.text(&tick(rate), (x, bottom + 14.0), SMALL, Side::Center, INK)?;
     }
     for (i, row) in panel.iter().enumerate() {
         draw_row(canvas, row, &axis, first + ROW * (i as f64 + 0.5))?;
@@ -95,11 +97,12 @@ fn draw_panel(canvas: &Canvas<'_>, panel: &[Measurement], left: f64, top: f64) -
 }
 
 fn draw_row(canvas: &Canvas<'_>, row: &Measurement, axis: &Axis, middle: f64) -> Drawn {
-    let (rate, half) = (gigabytes(row), BAR / 2.0);
+    let rate = gigabytes(row);
+    let half = BAR / 2.0;
     canvas.text(&name(row), (axis.pixels.0 - 8.0, middle), TEXT, Side::Right, INK)?;
     let end = axis.place(rate);
     canvas.bar((axis.pixels.0, middle - half), (end, middle + half), color(row.work))?;
-    let mut text = number_of(rate);
+    let mut text = rate_label(rate);
     let mut right = end;
     if let (Some(limit), Some(share)) = (limit(row), row.share_of_limit) {
         let x = axis.place(limit);
@@ -110,8 +113,8 @@ fn draw_row(canvas: &Canvas<'_>, row: &Measurement, axis: &Axis, middle: f64) ->
     canvas.text(&text, (right + 8.0, middle), SMALL, Side::Left, INK)
 }
 
-/// Three digits are plenty for a rate.
-fn number_of(rate: f64) -> String {
+/// Formats a rate to three digits.
+fn rate_label(rate: f64) -> String {
     match rate {
         100.0.. => format!("{rate:.0}"),
         10.0.. => format!("{rate:.1}"),
@@ -120,13 +123,13 @@ fn number_of(rate: f64) -> String {
     }
 }
 
-/// An axis that holds all rates and limits of a panel; one from zero unless they lie far apart.
+/// Returns an axis that holds all rates and limits of a panel. It begins at zero unless they are far apart.
 fn axis(panel: &[Measurement], left: f64) -> Axis {
     let rates = || panel.iter().flat_map(|row| [Some(gigabytes(row)), limit(row)]).flatten();
     let highest = rates().fold(f64::MIN_POSITIVE, f64::max);
     let lowest = rates().fold(highest, f64::min).max(1e-9 * highest);
     let log = Axis::over(lowest, highest, (left, left + BARS)).log;
-    // A bar on a logarithmic axis needs some length even where it is the shortest.
+    // The shortest bar on a logarithmic axis needs some length, too.
     let lowest = if log { 10f64.powf((lowest / 2.0).log10().floor()) } else { 0.0 };
     Axis { low: lowest, high: highest, log, pixels: (left, left + BARS) }
 }
@@ -150,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn every_row_is_drawn_with_its_figures() {
+    fn svg_has_every_row_with_its_rate_and_share() {
         let rows = [
             row("cpu", "copy & move", 27.3, None),
             row("cpu", "f32", 41.25, Some(0.9)),
@@ -164,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn axes_hold_all_rates_and_limits() {
+    fn axis_covers_all_rates_and_limits() {
         let near = axis(&[row("cpu", "a", 10.0, Some(0.5)), row("cpu", "b", 3.0, None)], 100.0);
         assert!(!near.log && near.high == 20.0 && near.place(0.0) == 100.0 && near.place(20.0) == 100.0 + BARS);
         assert_eq!(near.ticks(6), [0.0, 5.0, 10.0, 15.0, 20.0]);

@@ -1,0 +1,73 @@
+//! Options that describe a training before it runs.
+
+use clap::Args;
+use posthoc_ema::math::Schedule;
+use posthoc_ema::{Dtype, Forecast, Profile};
+
+use super::Failure;
+use super::args::DtypeName;
+use super::list::{Count, Numbers, RetentionArg};
+use super::targets::profiles;
+
+/// A training that has not happened yet
+#[derive(Args)]
+#[command(next_help_heading = "Before training (instead of RUN)")]
+pub struct ForecastArgs {
+    /// Length of the training in steps
+    #[arg(long, value_name = "N", conflicts_with = "run")]
+    pub steps: Option<u64>,
+    /// Steps between updates
+    #[arg(long, value_name = "N", default_value_t = 10, conflicts_with = "run")]
+    update_every: u64,
+    /// No update before this step
+    #[arg(long, value_name = "STEP", default_value_t = 0, conflicts_with = "run")]
+    update_after_step: u64,
+    /// Steps between snapshots
+    #[arg(long, value_name = "N", default_value_t = 1000, conflicts_with = "run")]
+    checkpoint_every: u64,
+    /// Steps whose snapshots are kept
+    #[arg(long, value_name = "N", default_value_t = 20, conflicts_with = "run")]
+    keep: usize,
+    /// Snapshots that are kept: those that serve a range of lengths (sigma_rel) best, `latest`, or for each step of a
+    /// list the first at or after it
+    #[arg(long, value_name = "FROM..TO", default_value = "0.05..0.28", conflicts_with = "run")]
+    pub retention: RetentionArg,
+    /// Averaged elements of the model, such as 7B: the size of the run on disk follows from them
+    #[arg(long, value_name = "N", conflicts_with = "run")]
+    pub parameters: Option<Count>,
+    /// Tracked power-function profiles by relative standard deviation [default: 0.05,0.28]
+    #[arg(long, conflicts_with = "run", value_name = "LIST", allow_negative_numbers = true)]
+    track: Vec<Numbers>,
+    /// Tracked exponential profiles by decay per step
+    #[arg(long, conflicts_with = "run", value_name = "LIST", allow_negative_numbers = true)]
+    track_beta: Vec<Numbers>,
+    /// Dtype of stored snapshots [default: f32]
+    #[arg(long, value_name = "DTYPE", conflicts_with = "run")]
+    checkpoint_dtype: Option<DtypeName>,
+}
+
+impl ForecastArgs {
+    /// Returns the forecast of a training of so many steps.
+    pub fn forecast(&self, steps: u64) -> Result<Forecast, Failure> {
+        let tracked = profiles(&self.track, Profile::sigma_rel).chain(profiles(&self.track_beta, Profile::beta));
+        let mut tracked: Vec<Profile> = tracked.collect::<Result<_, _>>()?;
+        if tracked.is_empty() {
+            tracked = [0.05, 0.28].map(Profile::sigma_rel).into_iter().collect::<Result<_, _>>()?;
+        }
+        let schedule = self.schedule();
+        Ok(Forecast { schedule, steps, keep: self.keep, retention: self.retention.0.clone(), tracked })
+    }
+
+    pub fn schedule(&self) -> Schedule {
+        Schedule {
+            update_every: self.update_every,
+            update_after_step: self.update_after_step,
+            checkpoint_every: self.checkpoint_every,
+        }
+    }
+
+    /// Returns the dtype of stored snapshots.
+    pub fn dtype(&self) -> Dtype {
+        self.checkpoint_dtype.map_or(Dtype::F32, Dtype::from)
+    }
+}
