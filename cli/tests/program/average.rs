@@ -155,7 +155,7 @@ fn bad_usage_and_failures_differ() {
         (vec!["average", &run, "--uniform", "5%,6%", "-o", out], 2, "-o names one average, and there are 2 targets"),
         (vec!["average", &run, "--uniform", "5%"], 2, "nowhere to write to"),
         (vec!["average", &run, "--uniform", "5%", "-o", out, "--steps", "1,2"], 2, "2 are given for 6 checkpoints"),
-        (vec!["average", &run, "--uniform", "5%", "-o", out, "--steps", "1.5"], 2, "1.5 is no step"),
+        (vec!["average", &run, "--uniform", "5%", "-o", out, "--steps", "1.5"], 2, "1.5 is not a step"),
         (vec!["average", &run, "--uniform", "3001", "-o", out], 2, "no longer than the target time, 3000"),
         (vec!["average", &run, "--uniform", "5%", "-o", &last], 1, "is left untouched"),
         (vec!["average", &run, "--uniform", "5%", "-o", out, "--at", "499"], 1, "the target time 499 is before"),

@@ -68,7 +68,7 @@ fn what_cannot_be_advised_says_why() {
         (vec!["--disk", "1GB", "--keep", "7"], "'--advise' cannot be used with '--keep <N>'"),
         (vec!["--disk", "1GB", "--sigma-rel", "0.5"], "'--advise' cannot be used with '--sigma-rel <LIST>'"),
         (vec!["--disk", "1GB", "--retention", "latest"], "--retention FROM..TO"),
-        (vec!["--disk", "many"], "`MANY` is no unit"),
+        (vec!["--disk", "many"], "`MANY` is not a unit"),
         (vec![], "--disk"),
     ] {
         let (status, text) = failure(&[&wish[..], &more].concat());
