@@ -108,8 +108,8 @@ impl CopyKind {
                  overflow: then take the values from the model"
             }
             CopyKind::RoundedIntegers => {
-                "constant and whole, with numbers that 16 bits do not all hold: probably integers that the tool rounded; \
-                 take the values from the model"
+                "constant and whole, with numbers that 16 bits do not all hold: probably integers that the tool \
+                 rounded; take the values from the model"
             }
             CopyKind::Changing => {
                 "alike for all profiles at every step: copied by the tool, so a synthesis takes the newest"

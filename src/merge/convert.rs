@@ -1,46 +1,47 @@
-//! Files of PyTorch, tensor by tensor into files that can be mapped.
+//! Conversion of PyTorch files, tensor by tensor, into files that can be mapped.
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::find::Input;
-use super::model::{Model, Part};
+use super::find::FoundCheckpoint;
+use super::model::CheckpointModel;
+use super::weight_file::WeightFile;
 use crate::error::{Error, Result};
+use crate::fs::write_all_at;
+use crate::pytorch::Checkpoint;
 use crate::snapshot::FileLayout;
 
-use crate::fs::write_all_at;
-
-use crate::pytorch::Checkpoint;
-
-/// Converts those files of a checkpoint that cannot be mapped, into the new folder `dir`.
+/// Converts the files of a checkpoint that cannot be mapped, into the new folder `dir`, and opens the checkpoint again.
 ///
 /// # Errors
-/// [`Error::Io`], [`Error::Damaged`] for elements that are not in the file.
-pub(super) fn convert(model: &Model, dir: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<Model> {
+/// [`Error::Io`], and [`Error::Damaged`] for elements that are not in the file.
+pub(super) fn convert(model: &CheckpointModel, dir: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<CheckpointModel> {
     fs::create_dir(dir).map_err(Error::io("create", dir))?;
-    let one = |(i, (part, path)): (usize, (&Part, &PathBuf))| match part {
-        Part::Mapped(_) => Ok(path.clone()),
-        Part::Torch(_) => {
-            let to = dir.join(format!("{i}.safetensors"));
-            write(&to, &Checkpoint::open_model(path)?, progress)?;
-            Ok(to)
-        }
-    };
-    let parts = model.parts.iter().zip(&model.input.parts).enumerate().map(one).collect::<Result<_>>()?;
-    // The index names the files as they were.
-    Model::open(Input { parts, index: None, ..model.input.clone() })
+    let mut files = Vec::with_capacity(model.files.len());
+    for (i, (file, path)) in model.files.iter().zip(&model.found.files).enumerate() {
+        files.push(match file {
+            WeightFile::Mapped(_) => path.clone(),
+            WeightFile::Torch(_) => {
+                let converted = dir.join(format!("{i}.safetensors"));
+                write(&converted, &Checkpoint::open_model(path)?, progress)?;
+                converted
+            }
+        });
+    }
+    // The index names the files by their old names.
+    CheckpointModel::open(FoundCheckpoint { files, index: None, ..model.found.clone() })
 }
 
-/// Nothing is synced: the file is read at once and then removed.
-fn write(path: &Path, file: &Checkpoint, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
-    let layout = FileLayout::new(file.names().map(|name| file.spec(name)).collect::<Result<_>>()?)?;
+/// Writes a safetensors file without syncing it: it is read at once and then removed.
+fn write(path: &Path, checkpoint: &Checkpoint, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
+    let layout = FileLayout::new(checkpoint.names().map(|name| checkpoint.spec(name)).collect::<Result<_>>()?)?;
     let header = layout.header(&Default::default())?;
-    let out = File::create_new(path).map_err(Error::io("create", path))?;
-    let put = |bytes: &[u8], at: usize| write_all_at(&out, at as u64, bytes).map_err(Error::io("write", path));
-    put(&header, 0)?;
+    let file = File::create_new(path).map_err(Error::io("create", path))?;
+    write_all_at(&file, 0, &header).map_err(Error::io("write", path))?;
     for place in layout.places() {
-        let bytes = file.read(&layout.specs()[place.index].name)?;
-        put(&bytes, header.len() + place.range.start)?;
+        let bytes = checkpoint.read(&layout.specs()[place.index].name)?;
+        let start = header.len() + place.range.start;
+        write_all_at(&file, start as u64, &bytes).map_err(Error::io("write", path))?;
         progress(bytes.len() as u64);
     }
     Ok(())

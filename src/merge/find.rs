@@ -1,61 +1,83 @@
-//! Where the checkpoints are: files, indices of shards, folders, and folders of any of these.
+//! Search for checkpoints: files, indices of shards, folders, and folders of any of these.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::index::{INDEX, Index};
 use super::natural;
 use crate::error::{Error, Result};
+use crate::snapshot::{INDEX_SUFFIX, ShardIndex};
 
-/// What the weights of a folder are called, by the tools that load them; the first that is there is meant.
-const STEMS: [&str; 5] = ["model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "pytorch_model"];
+/// Names of the weights in a folder, without extensions, as the tools that load them expect. The first one found
+/// counts.
+const WEIGHT_NAMES: [&str; 5] =
+    ["model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "pytorch_model"];
 
-/// How files of weights end.
+/// Extension of safetensors files.
 const SAFETENSORS: &str = "safetensors";
+
+/// Extensions of PyTorch files; `bin` is that of Hugging Face's tools.
 const PYTORCH: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
 
-/// How files of PyTorch begin that hold the rest of a training.
-const NO_WEIGHTS: [&str; 6] = ["optimizer", "scheduler", "scaler", "rng_state", "random_states", "training_args"];
+/// Prefixes of the names of PyTorch files that hold other state of a training.
+const TRAINING_STATE: [&str; 6] = ["optimizer", "scheduler", "scaler", "rng_state", "random_states", "training_args"];
 
-/// A checkpoint, found and not yet opened.
+/// Checkpoint that was found, but not yet opened.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Input {
-    /// What stands for it in messages: the file, or the folder.
+pub(super) struct FoundCheckpoint {
+    /// File or folder that names the checkpoint in messages.
     pub path: PathBuf,
-    /// The folder with all that belongs to it; none for a plain file.
+    /// Folder of the checkpoint; `None` for a plain file.
     pub folder: Option<PathBuf>,
-    /// The files of weights, in order of their names.
-    pub parts: Vec<PathBuf>,
-    /// The index of its shards.
-    pub index: Option<Index>,
+    /// Files of weights, in order of their names.
+    pub files: Vec<PathBuf>,
+    /// Index of the shards, with its path.
+    pub index: Option<(PathBuf, ShardIndex)>,
 }
 
-impl Input {
-    /// Where a file of that name belongs to this checkpoint: in its folder, or beside a file whose name any checkpoint has.
+impl FoundCheckpoint {
+    /// Returns the path of a file that belongs to this checkpoint: in its folder, or beside a file with a usual name.
     pub(super) fn beside(&self, name: &str) -> Option<PathBuf> {
-        let usual = || is_usual(&self.path).then(|| self.path.parent()).flatten();
-        Some(self.folder.as_deref().or_else(usual)?.join(name))
+        let dir = match &self.folder {
+            Some(folder) => folder,
+            None if has_usual_name(&self.path) => self.path.parent()?,
+            None => return None,
+        };
+        Some(dir.join(name))
+    }
+
+    fn single_file(path: &Path) -> FoundCheckpoint {
+        FoundCheckpoint { path: path.to_owned(), folder: None, files: vec![path.to_owned()], index: None }
+    }
+
+    fn file_in_folder(path: &Path, folder: &Path) -> FoundCheckpoint {
+        FoundCheckpoint {
+            path: folder.to_owned(),
+            folder: Some(folder.to_owned()),
+            files: vec![path.to_owned()],
+            index: None,
+        }
+    }
+
+    fn sharded(path: &Path, folder: Option<&Path>, index_path: &Path) -> Result<FoundCheckpoint> {
+        let index = ShardIndex::read(index_path)?;
+        Ok(FoundCheckpoint {
+            path: path.to_owned(),
+            folder: folder.map(Path::to_owned),
+            files: index.shards().into_iter().map(|name| index_path.with_file_name(name)).collect(),
+            index: Some((index_path.to_owned(), index)),
+        })
     }
 }
 
-/// Whether a file of weights is one of PyTorch's, and no safetensors file.
-pub(super) fn is_pytorch(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| PYTORCH.iter().any(|own| extension == *own))
-}
-
-/// Whether a file's name is one that any checkpoint has: the folder's tells which.
-pub(super) fn is_usual(path: &Path) -> bool {
-    let name = name(path);
-    STEMS.iter().any(|stem| name.strip_prefix(stem).is_some_and(|rest| rest.starts_with(['.', '-'])))
-}
-
-/// Finds the checkpoints that some paths name: each is a file, an index of shards or a folder; a single folder that is no
-/// checkpoint itself is a folder of checkpoints, which then come in order of their names, by the numbers in them.
+/// Finds the checkpoints at some paths: each is a file, an index of shards or a folder.
+///
+/// A single folder that is not a checkpoint itself is a folder of checkpoints. They are sorted by their names, by the
+/// numbers in them.
 ///
 /// # Errors
-/// [`Error::NoSource`], [`Error::Io`], [`Error::Damaged`] and [`Error::Unexpected`], each naming the path.
-pub(super) fn find<P: AsRef<Path>>(paths: &[P]) -> Result<Vec<Input>> {
+/// [`Error::NoSource`], [`Error::Io`], [`Error::Damaged`] and [`Error::Unexpected`], each with the path.
+pub(super) fn find<P: AsRef<Path>>(paths: &[P]) -> Result<Vec<FoundCheckpoint>> {
     let found = match paths {
         [] => {
             return Err(Error::NoSource {
@@ -63,125 +85,116 @@ pub(super) fn find<P: AsRef<Path>>(paths: &[P]) -> Result<Vec<Input>> {
                 remedy: "name files, or a folder of them",
             });
         }
-        [dir] if dir.as_ref().is_dir() => match in_folder(dir.as_ref()) {
-            Ok(Some(input)) => return Err(alone(&input)),
-            _ => in_folder_of_checkpoints(dir.as_ref())?,
+        [dir] if dir.as_ref().is_dir() => match find_in_folder(dir.as_ref()) {
+            Ok(Some(only)) => return Err(single_checkpoint(&only)),
+            _ => find_all_in_folder(dir.as_ref())?,
         },
         paths => paths.iter().map(|path| find_one(path.as_ref())).collect::<Result<_>>()?,
     };
     match found.as_slice() {
-        [only] => Err(alone(only)),
+        [only] => Err(single_checkpoint(only)),
         _ => Ok(found),
     }
 }
 
-/// The error for a single checkpoint. Trainers put the last model beside the folders of earlier ones.
-fn alone(input: &Input) -> Error {
-    let inner = input.folder.as_ref().map(|dir| in_folder_of_checkpoints(dir)).and_then(Result::ok).unwrap_or_default();
-    let why = match inner.iter().find(|inner| inner.folder.is_some() && inner.folder != input.folder) {
+/// Returns the error for a single checkpoint. Trainers put the last model beside the folders of earlier ones.
+fn single_checkpoint(only: &FoundCheckpoint) -> Error {
+    let inner = only.folder.as_ref().and_then(|dir| find_all_in_folder(dir).ok()).unwrap_or_default();
+    let why = match inner.iter().find(|inner| inner.folder.is_some() && inner.folder != only.folder) {
         Some(inner) => format!(
-            "this is one checkpoint, with others in folders of it, such as `{}`: name those, one by one",
-            name(&inner.path)
+            "this is one checkpoint, and its folders hold others, such as `{}`: name those, one by one",
+            file_name(&inner.path)
         ),
         None => "this is one checkpoint, with nothing to average it with: name at least two".into(),
     };
-    Error::unexpected(&input.path, why)
+    Error::unexpected(&only.path, why)
 }
 
-fn find_one(path: &Path) -> Result<Input> {
+fn find_one(path: &Path) -> Result<FoundCheckpoint> {
     if path.is_dir() {
         let none = || Error::unexpected(path, "no weights are in this folder: name one that holds a checkpoint");
-        return in_folder(path)?.ok_or_else(none);
+        return find_in_folder(path)?.ok_or_else(none);
     }
     fs::metadata(path).map_err(Error::io("read", path))?;
-    if name(path).ends_with(INDEX) {
-        return sharded(path, path.parent().map(Path::to_owned), path);
+    if is_index(path) {
+        return FoundCheckpoint::sharded(path, path.parent(), path);
     }
     if !is_weights(path) {
-        let why = "no file of weights: .safetensors, its .index.json, .bin, .pt, .pth and .ckpt are read";
+        let why =
+            "not a file of weights: name a .safetensors file, its .index.json, or a .bin, .pt, .pth or .ckpt file";
         return Err(Error::unexpected(path, why));
     }
-    Ok(single(path, None))
+    Ok(FoundCheckpoint::single_file(path))
 }
 
-fn single(path: &Path, folder: Option<&Path>) -> Input {
-    let folder = folder.map(Path::to_owned);
-    Input { path: folder.clone().unwrap_or_else(|| path.to_owned()), folder, parts: vec![path.to_owned()], index: None }
-}
-
-fn sharded(path: &Path, folder: Option<PathBuf>, index: &Path) -> Result<Input> {
-    let index = Index::read(index)?;
-    Ok(Input { path: path.to_owned(), folder, parts: index.files(), index: Some(index) })
-}
-
-/// The checkpoint that a folder is; none where no weights are in it.
-fn in_folder(dir: &Path) -> Result<Option<Input>> {
-    for stem in STEMS {
-        for ending in [SAFETENSORS, PYTORCH[0]] {
-            let file = dir.join(format!("{stem}.{ending}"));
+/// Finds the checkpoint that a folder is; `None` if it holds no weights.
+fn find_in_folder(dir: &Path) -> Result<Option<FoundCheckpoint>> {
+    for name in WEIGHT_NAMES {
+        for extension in [SAFETENSORS, PYTORCH[0]] {
+            let file = dir.join(format!("{name}.{extension}"));
             if file.is_file() {
-                return Ok(Some(single(&file, Some(dir))));
+                return Ok(Some(FoundCheckpoint::file_in_folder(&file, dir)));
             }
-            let index = dir.join(format!("{stem}.{ending}{INDEX}"));
+            let index = dir.join(format!("{name}.{extension}{INDEX_SUFFIX}"));
             if index.is_file() {
-                return sharded(dir, Some(dir.to_owned()), &index).map(Some);
+                return FoundCheckpoint::sharded(dir, Some(dir), &index).map(Some);
             }
         }
     }
     let entries = entries(dir)?;
-    let indices: Vec<&PathBuf> = entries.iter().filter(|path| name(path).ends_with(INDEX)).collect();
+    let indices: Vec<&PathBuf> = entries.iter().filter(|path| is_index(path)).collect();
     let files: Vec<&PathBuf> = entries.iter().filter(|path| is_weights(path)).collect();
     match (indices.as_slice(), files.as_slice()) {
         ([], []) => Ok(None),
-        ([], [file]) => Ok(Some(single(file, Some(dir)))),
+        ([], [file]) => Ok(Some(FoundCheckpoint::file_in_folder(file, dir))),
         ([index], _) => {
-            let input = sharded(dir, Some(dir.to_owned()), index)?;
-            match files.iter().find(|file| !input.parts.contains(file)) {
-                Some(file) => Err(several(dir, index, file)),
-                None => Ok(Some(input)),
+            let found = FoundCheckpoint::sharded(dir, Some(dir), index)?;
+            match files.iter().find(|file| !found.files.contains(file)) {
+                Some(file) => Err(several_in_folder(dir, index, file)),
+                None => Ok(Some(found)),
             }
         }
-        ([], [first, second, ..]) | ([first, second, ..], _) => Err(several(dir, first, second)),
+        ([], [first, second, ..]) | ([first, second, ..], _) => Err(several_in_folder(dir, first, second)),
     }
 }
 
-fn several(dir: &Path, first: &Path, second: &Path) -> Error {
-    let (first, second) = (name(first), name(second));
+fn several_in_folder(dir: &Path, first: &Path, second: &Path) -> Error {
+    let first = file_name(first);
+    let second = file_name(second);
     let why = format!("both `{first}` and `{second}` are in this folder: name the file of each checkpoint instead");
     Error::unexpected(dir, why)
 }
 
-/// All checkpoints in a folder: files, shards with their indices, and folders.
-fn in_folder_of_checkpoints(dir: &Path) -> Result<Vec<Input>> {
+/// Finds all checkpoints in a folder: files, shards with their indices, and folders.
+fn find_all_in_folder(dir: &Path) -> Result<Vec<FoundCheckpoint>> {
     let entries = entries(dir)?;
-    let (mut found, mut shards) = (Vec::new(), BTreeSet::new());
-    for index in entries.iter().filter(|path| name(path).ends_with(INDEX)) {
-        let input = sharded(index, Some(dir.to_owned()), index)?;
-        shards.extend(input.parts.iter().cloned());
-        found.push(input);
+    let mut found = Vec::new();
+    let mut shards = BTreeSet::new();
+    for index in entries.iter().filter(|path| is_index(path)) {
+        let checkpoint = FoundCheckpoint::sharded(index, Some(dir), index)?;
+        shards.extend(checkpoint.files.iter().cloned());
+        found.push(checkpoint);
     }
     for path in &entries {
         if path.is_dir() {
-            found.extend(in_folder(path)?);
+            found.extend(find_in_folder(path)?);
         } else if is_weights(path) && !shards.contains(path) {
-            found.push(single(path, None));
+            found.push(FoundCheckpoint::single_file(path));
         }
     }
     if found.is_empty() {
         return Err(Error::unexpected(dir, "no weights are in it, nor in its folders: name a folder of checkpoints"));
     }
-    found.sort_by(|a, b| natural::compare(&name(&a.path), &name(&b.path)).then_with(|| a.path.cmp(&b.path)));
+    found.sort_by(|a, b| natural::compare(&file_name(&a.path), &file_name(&b.path)).then_with(|| a.path.cmp(&b.path)));
     Ok(found)
 }
 
-/// What is in a folder, but for hidden entries and links to others of its entries, in order.
+/// Lists a folder in order, without hidden entries and without links to other entries.
 fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut entries = Vec::new();
     for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
         let path = entry.map_err(Error::io("list", dir))?.path();
-        let sibling = || path.canonicalize().is_ok_and(|to| to.parent() == dir.canonicalize().ok().as_deref());
-        let linked = path.is_symlink() && sibling();
-        if !linked && !name(&path).starts_with('.') {
+        if !file_name(&path).starts_with('.') && !is_link_to_sibling(&path, dir) {
             entries.push(path);
         }
     }
@@ -189,22 +202,41 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
-/// Whether a file is one of weights.
-pub(super) fn is_weights(path: &Path) -> bool {
-    let ending = is_pytorch(path) || path.extension().is_some_and(|extension| extension == SAFETENSORS);
-    ending && path.is_file() && !NO_WEIGHTS.iter().any(|start| name(path).starts_with(start))
+fn is_link_to_sibling(path: &Path, dir: &Path) -> bool {
+    path.is_symlink() && path.canonicalize().is_ok_and(|to| to.parent() == dir.canonicalize().ok().as_deref())
 }
 
-/// A name without the ending of a file of weights, or of an index.
-pub(super) fn without_ending(name: &str) -> &str {
-    let name = name.strip_suffix(INDEX).unwrap_or(name);
+fn is_index(path: &Path) -> bool {
+    file_name(path).ends_with(INDEX_SUFFIX)
+}
+
+/// Returns true if a file is one of weights, by its name.
+pub(super) fn is_weights(path: &Path) -> bool {
+    let known = is_pytorch(path) || path.extension().is_some_and(|extension| extension == SAFETENSORS);
+    known && path.is_file() && !TRAINING_STATE.iter().any(|prefix| file_name(path).starts_with(prefix))
+}
+
+/// Returns true if a file of weights is one of PyTorch's and not a safetensors file.
+pub(super) fn is_pytorch(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| PYTORCH.iter().any(|known| extension == *known))
+}
+
+/// Returns true if a file has the same name in every checkpoint, so that only the folder's name identifies it.
+pub(super) fn has_usual_name(path: &Path) -> bool {
+    let name = file_name(path);
+    WEIGHT_NAMES.iter().any(|usual| name.strip_prefix(usual).is_some_and(|rest| rest.starts_with(['.', '-'])))
+}
+
+/// Returns a name without the extension of a file of weights or of an index.
+pub(super) fn without_extension(name: &str) -> &str {
+    let name = name.strip_suffix(INDEX_SUFFIX).unwrap_or(name);
     match name.rsplit_once('.') {
-        Some((stem, ending)) if ending == SAFETENSORS || PYTORCH.contains(&ending) => stem,
+        Some((stem, extension)) if extension == SAFETENSORS || PYTORCH.contains(&extension) => stem,
         _ => name,
     }
 }
 
-/// The last part of a path; names that are not UTF-8 are shown as well as they can be.
-pub(super) fn name(path: &Path) -> String {
+/// Returns the last component of a path; bytes that are not UTF-8 are replaced.
+pub(super) fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }

@@ -1,4 +1,4 @@
-//! JSON as Python's tools write it: with `NaN`, `Infinity` and `-Infinity`.
+//! JSON as Python writes it: with `NaN`, `Infinity` and `-Infinity`.
 
 use std::ops::Range;
 use std::path::Path;
@@ -8,34 +8,37 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::fs::find_document;
 
-/// Reads a file; none where there is none. What is no number in JSON is null.
+/// Reads a file; `None` if it does not exist. Numbers that are not finite become null.
 ///
 /// # Errors
-/// As [`find_document`], and [`Error::Damaged`] for what is no JSON.
+/// As [`find_document`], and [`Error::Damaged`] for a file that is not JSON.
 pub(super) fn read(path: &Path) -> Result<Option<Value>> {
-    let parse = |bytes: Vec<u8>| parse(&bytes).map_err(|error| Error::damaged(path, error));
-    find_document(path)?.map(parse).transpose()
+    let Some(bytes) = find_document(path)? else { return Ok(None) };
+    parse(&bytes).map(Some).map_err(|error| Error::damaged(path, error))
 }
 
 fn parse(bytes: &[u8]) -> serde_json::Result<Value> {
-    let (mut strict, mut at) = (Vec::with_capacity(bytes.len()), 0);
-    for string in strings(bytes).into_iter().chain(std::iter::once(bytes.len()..bytes.len())) {
-        strict.extend(without_literals(&bytes[at..string.start]));
+    let mut strict = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    for string in strings(bytes) {
+        strict.extend(replace_literals(&bytes[at..string.start]));
         strict.extend_from_slice(&bytes[string.clone()]);
         at = string.end;
     }
+    strict.extend(replace_literals(&bytes[at..]));
     serde_json::from_slice(&strict)
 }
 
-/// Text between strings, with null for numbers that JSON does not know.
-fn without_literals(text: &[u8]) -> Vec<u8> {
+/// Replaces the numbers that JSON does not have by null, in the text between strings.
+fn replace_literals(text: &[u8]) -> Vec<u8> {
     let text = String::from_utf8_lossy(text);
-    ["-Infinity", "Infinity", "NaN"].iter().fold(text.into_owned(), |text, own| text.replace(own, "null")).into_bytes()
+    text.replace("-Infinity", "null").replace("Infinity", "null").replace("NaN", "null").into_bytes()
 }
 
-/// Where the strings are, with their quotes.
+/// Finds the ranges of all strings, with their quotes.
 pub(super) fn strings(bytes: &[u8]) -> Vec<Range<usize>> {
-    let (mut found, mut at) = (Vec::new(), 0);
+    let mut found = Vec::new();
+    let mut at = 0;
     while let Some(start) = bytes[at..].iter().position(|&byte| byte == b'"').map(|i| at + i) {
         let mut end = start + 1;
         while end < bytes.len() && bytes[end] != b'"' {
@@ -53,7 +56,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn what_python_writes_is_read() {
+    fn literals_of_python_become_null() {
         let text = r#"{"a": [NaN, -Infinity, Infinity, 1], "NaN\"": "-Infinity \\", "é": "\"NaN"}"#;
         let expected = json!({"a": [null, null, null, 1], "NaN\"": "-Infinity \\", "é": "\"NaN"});
         assert_eq!(parse(text.as_bytes()).unwrap(), expected);
@@ -63,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_there_is_none_and_a_damaged_one_an_error() {
+    fn missing_file_is_none_and_damaged_file_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.json");
         assert_eq!(read(&path).unwrap(), None);

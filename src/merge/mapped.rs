@@ -6,8 +6,8 @@ use std::path::Path;
 use tempfile::TempDir;
 
 use super::Checkpoints;
-use super::model::Model;
-use super::plan::{Merge, Row, row};
+use super::model::CheckpointModel;
+use super::plan::{Merge, MergeRow};
 use crate::error::{Error, Result};
 use crate::fs::TempLock;
 #[cfg(feature = "pytorch")]
@@ -15,29 +15,31 @@ use crate::fs::scratch_folder;
 use crate::synthesis::{Selection, TensorSource};
 use crate::tensor::first_non_finite;
 
-/// The models that some targets read.
-pub(super) struct Mapped<'a> {
-    models: BTreeMap<usize, &'a Model>,
-    /// Those that could not be mapped, in files that can.
-    converted: BTreeMap<usize, Model>,
-    /// Where these files are.
+/// Checkpoints that some targets read, by their index.
+pub(super) struct MappedModels<'a> {
+    models: BTreeMap<usize, &'a CheckpointModel>,
+    /// Copies, in files that can be mapped, of those checkpoints whose own cannot.
+    converted: BTreeMap<usize, CheckpointModel>,
+    /// Folder of the copies.
     _scratch: Option<(TempDir, TempLock)>,
 }
 
-impl<'a> Mapped<'a> {
-    /// Maps what the targets read. Files of PyTorch are converted for that, tensor by tensor, in a temporary folder in
-    /// `scratch`, or else among the system's temporary files.
+impl<'a> MappedModels<'a> {
+    /// Maps the checkpoints that the targets read.
+    ///
+    /// PyTorch files are converted first, tensor by tensor, in a temporary folder in `scratch`, or else among the
+    /// system's temporary files.
     ///
     /// # Errors
-    /// [`Error::Io`](crate::Error::Io), and [`Error::Damaged`](crate::Error::Damaged) for elements that cannot be read.
+    /// [`Error::Io`], and [`Error::Damaged`] for elements that cannot be read.
     pub(super) fn new(
         checkpoints: &'a Checkpoints,
-        rows: &[&Row],
+        rows: &[&MergeRow],
         scratch: Option<&Path>,
         progress: &(dyn Fn(u64) + Sync),
-    ) -> Result<Mapped<'a>> {
-        let models: BTreeMap<usize, &Model> = used(checkpoints, rows).collect();
-        let mut mapped = Mapped { models, converted: BTreeMap::new(), _scratch: None };
+    ) -> Result<MappedModels<'a>> {
+        let models: BTreeMap<usize, &CheckpointModel> = used(checkpoints, rows).collect();
+        let mut mapped = MappedModels { models, converted: BTreeMap::new(), _scratch: None };
         if mapped.models.values().any(|model| !model.is_mapped()) {
             mapped.convert(scratch, progress)?;
         }
@@ -47,70 +49,87 @@ impl<'a> Mapped<'a> {
     #[cfg(feature = "pytorch")]
     fn convert(&mut self, scratch: Option<&Path>, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
         let parent = scratch.map_or_else(std::env::temp_dir, Path::to_owned);
-        let (temp, held) = scratch_folder(&parent, "average").map_err(Error::io("write", &parent))?;
+        let (temp, lock) = scratch_folder(&parent, "average").map_err(Error::io("write", &parent))?;
         for (&i, model) in self.models.iter().filter(|(_, model)| !model.is_mapped()) {
-            self.converted.insert(i, super::convert::convert(model, &temp.path().join(i.to_string()), progress)?);
+            let dir = temp.path().join(i.to_string());
+            self.converted.insert(i, super::convert::convert(model, &dir, progress)?);
         }
-        self._scratch = Some((temp, held));
+        self._scratch = Some((temp, lock));
         Ok(())
     }
 
-    /// Without the feature, no such file is ever opened.
+    /// Does nothing: without the feature, no PyTorch file is ever opened.
     #[cfg(not(feature = "pytorch"))]
     fn convert(&mut self, _: Option<&Path>, _: &(dyn Fn(u64) + Sync)) -> Result<()> {
         Ok(())
     }
 
-    /// What the targets are blended from: all of them at or before the targets' times that have a weight.
-    pub(super) fn selection(&self, rows: &[&Row]) -> Selection<'_> {
-        let weighty = |i: &usize| rows.iter().any(|row| row.weights[*i] != 0.0);
-        let chosen: Vec<usize> = self.models.keys().copied().filter(weighty).collect();
-        let holder = |i: usize| self.converted.get(&i).unwrap_or_else(|| self.models[&i]) as &dyn TensorSource;
+    /// Returns the mapped form of a checkpoint.
+    fn mapped(&self, index: usize) -> &CheckpointModel {
+        self.converted.get(&index).unwrap_or_else(|| self.models[&index])
+    }
+
+    /// Selects the checkpoints that have a weight in a target.
+    pub(super) fn selection(&self, rows: &[&MergeRow]) -> Selection<'_> {
+        let has_weight = |i: &usize| rows.iter().any(|row| row.weights[*i] != 0.0);
+        let chosen: Vec<usize> = self.models.keys().copied().filter(has_weight).collect();
+        let source = |i: usize| self.mapped(i) as &dyn TensorSource;
         Selection {
-            holders: chosen.iter().map(|&i| holder(i)).collect(),
+            holders: chosen.iter().map(|&i| source(i)).collect(),
             weights: rows.iter().flat_map(|row| chosen.iter().map(|&i| row.weights[i])).collect(),
-            newest: rows.iter().map(|row| holder(row.newest)).collect(),
+            newest: rows.iter().map(|row| source(row.newest)).collect(),
         }
     }
-}
 
-impl Mapped<'_> {
-    /// Finds the checkpoint to blame for a tensor that could not be averaged: one that holds what is not finite.
+    /// Finds the checkpoint to blame for a tensor that could not be averaged: the first that holds NaN or an infinity.
     pub(super) fn blame(&self, error: Error) -> Error {
         let Error::Tensor { tensor, .. } = &error else { return error };
-        for (i, model) in &self.models {
-            let mapped = self.converted.get(i).unwrap_or(model);
-            let stored = mapped.stored(tensor).and_then(|(dtype, elements)| Some((dtype, elements.host()?)));
-            if let Some((element, value)) = stored.and_then(|(dtype, bytes)| first_non_finite(dtype, bytes)) {
+        for (&i, model) in &self.models {
+            if let Some((dtype, elements)) = self.mapped(i).stored(tensor)
+                && let Some(bytes) = elements.host()
+                && let Some((element, value)) = first_non_finite(dtype, bytes)
+            {
                 let why = format!(
-                    "tensor `{tensor}` holds {value} at element {element}, and so would every average of it: leave this \
-                     checkpoint out"
+                    "tensor `{tensor}` holds {value} at element {element}, and so would every average of it: leave \
+                     this checkpoint out"
                 );
-                return Error::unexpected(&model.input.path, why);
+                return Error::unexpected(&model.found.path, why);
             }
         }
         error
     }
 }
 
-/// The checkpoints that have a weight in a target, or are copied from.
-fn used<'a>(checkpoints: &'a Checkpoints, rows: &[&Row]) -> impl Iterator<Item = (usize, &'a Model)> {
-    let used = |i: usize| rows.iter().any(|row| row.newest == i || row.weights[i] != 0.0);
-    checkpoints.models.iter().enumerate().filter(move |(i, _)| used(*i))
+/// Iterates over the checkpoints that have a weight in a target, or from which tensors are copied.
+fn used<'a>(checkpoints: &'a Checkpoints, rows: &[&MergeRow]) -> impl Iterator<Item = (usize, &'a CheckpointModel)> {
+    let is_used = |i: usize| rows.iter().any(|row| row.newest == i || row.weights[i] != 0.0);
+    checkpoints.models.iter().enumerate().filter(move |(i, _)| is_used(*i))
 }
 
-/// The bytes of averaged tensors, and once more what must be converted; nothing for merges of other checkpoints.
+/// Returns the bytes that one pass over the checkpoints reads: the averaged tensors, and once more all that is
+/// converted.
+///
+/// Merges of other checkpoints count nothing.
 pub(super) fn bytes_to_read(checkpoints: &Checkpoints, merges: &[Merge]) -> u64 {
-    let rows: Vec<Row> = merges.iter().filter_map(|merge| row(checkpoints, merge).ok()).collect();
-    let rows: Vec<&Row> = rows.iter().collect();
-    let bytes = |all: bool| -> u64 {
-        let first = &checkpoints.models[0];
-        first.tensors.iter().filter(|(name, _)| all || first.is_averaged(name)).map(|(_, held)| held.bytes()).sum()
-    };
-    let (averaged, all) = (bytes(false), bytes(true));
-    let each = |(i, model): (usize, &Model)| {
-        let blended = rows.iter().any(|row| row.weights[i] != 0.0);
-        averaged * u64::from(blended) + all * u64::from(!model.is_mapped())
-    };
-    used(checkpoints, &rows).map(each).sum()
+    let rows: Vec<MergeRow> = merges.iter().filter_map(|merge| MergeRow::new(checkpoints, merge).ok()).collect();
+    let rows: Vec<&MergeRow> = rows.iter().collect();
+    let mut averaged = 0;
+    let mut all = 0;
+    let first = &checkpoints.models[0];
+    for (name, entry) in &first.tensors {
+        all += entry.bytes();
+        if first.is_averaged(name) {
+            averaged += entry.bytes();
+        }
+    }
+    let mut bytes = 0;
+    for (i, model) in used(checkpoints, &rows) {
+        if rows.iter().any(|row| row.weights[i] != 0.0) {
+            bytes += averaged;
+        }
+        if !model.is_mapped() {
+            bytes += all;
+        }
+    }
+    bytes
 }

@@ -1,17 +1,17 @@
-//! Averages of checkpoints that any training has stored, where nothing was tracked.
+//! Averages of checkpoints from any training, in which nothing was tracked.
 
 mod adapter;
-mod companions;
+mod auxiliary_files;
 #[cfg(feature = "pytorch")]
 mod convert;
 mod find;
-mod index;
 mod json;
 mod mapped;
 mod model;
 mod natural;
 mod plan;
 mod steps;
+mod weight_file;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -22,17 +22,16 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::math::Profile;
 use crate::planning::At;
-use crate::tensor::TensorSpec;
-
 use crate::synthesis::{ModelTensor, SourceSet, WriteOptions};
-use crate::tensor::{TensorViewMut, Tensors};
+use crate::tensor::{TensorSpec, TensorViewMut, Tensors};
 
-use mapped::Mapped;
-use model::{Held, Model};
+use mapped::MappedModels;
+use model::CheckpointModel;
+use plan::MergeRow;
 
 pub use plan::{CheckpointWeight, Merge};
 
-/// The checkpoints of one training, opened and checked against each other, in order of their steps.
+/// Checkpoints of one training, opened and checked against each other, in order of their steps.
 ///
 /// ```no_run
 /// use posthoc_ema::{At, Checkpoints, Profile, Shape, Window};
@@ -45,90 +44,105 @@ pub use plan::{CheckpointWeight, Merge};
 /// # Ok::<(), posthoc_ema::Error>(())
 /// ```
 ///
-/// A checkpoint stands for the time since the one before it, and each target gives it the profile's mass on that interval. A
-/// [`Merge`] tells what this approximation costs. Sums are taken in f64 and rounded once. Floating-point tensors are averaged;
-/// all others, and the `alpha` beside the factors of low-rank adapters, which must be the same in all as must be the scales in
-/// their `adapter_config.json`, are copied from the newest checkpoint at
-/// or before the target's time. The factors `A` and `B` of an adapter are averaged each for itself, as all tensors are; that is
-/// not the average of their products `B A`, which would be of a higher rank and no adapter of the same size. Within one
-/// training, where factors move together, it is what running averages of adapters do, too.
+/// A checkpoint stands for the time since the one before it. Each target gives it the profile's mass on that
+/// interval; a [`Merge`] reports the error of this approximation. Sums are taken in f64 and rounded once.
 ///
-/// The files are mapped: nobody may change them in place meanwhile.
+/// Floating-point tensors are averaged. All others are copied from the newest checkpoint at or before the target's
+/// time. So is the `alpha` beside the factors of a low-rank adapter. It must be the same in all checkpoints, as must
+/// the scales in their `adapter_config.json`.
+///
+/// The factors `A` and `B` of an adapter are averaged separately, like all tensors. That is not the average of their
+/// products `B A`, which would have a higher rank than any adapter of the same size. Running averages of adapters do
+/// the same, and within one training the factors move together.
+///
+/// The files are mapped: they must not be changed in place while they are open.
 #[derive(Debug)]
 pub struct Checkpoints {
     /// In order of their steps.
-    models: Vec<Model>,
+    models: Vec<CheckpointModel>,
     steps: Vec<u64>,
-    /// Folders that the user named, which nothing is written into.
+    /// Folders that the user named. Nothing is written into them.
     named: Vec<PathBuf>,
 }
 
 impl Checkpoints {
     /// Opens checkpoints and checks that they are of one model.
     ///
-    /// Each path is a safetensors file, an index of shards (`*.index.json`), a folder that holds either, as Hugging Face's tools
-    /// write them, or, with the feature `import`, a file of PyTorch (`.pt`, `.pth`, `.bin`, `.ckpt`), of which no code is ever
-    /// run. A single folder that is no checkpoint itself is a folder of checkpoints, which come in order of their names, where `epoch2` is before `epoch10`.
+    /// Each path is a safetensors file, an index of shards (`*.index.json`) or a folder that holds either, as Hugging
+    /// Face's tools write them. With the feature `pytorch`, it may also be a PyTorch file (`.pt`, `.pth`, `.bin`,
+    /// `.ckpt`); no code in it is ever run. A single folder that is not a checkpoint itself is a folder of
+    /// checkpoints, in order of their names, where `epoch2` is before `epoch10`.
     ///
-    /// `steps` gives their steps in the order of the paths. Without it, they are what all metadata tell (`step`,
-    /// `global_step`, `steps`, `ss_steps`), or the `trainer_state.json` of all folders, or names: the number after the
-    /// same word in all, `step`, `iter` or `checkpoint`, or the last one where they are alike but for it, or that after `epoch`.
+    /// `steps` gives the steps in the order of the paths. By default they come from the first of these that has the
+    /// step of every checkpoint:
+    ///
+    /// 1. the metadata: `step`, `global_step`, `steps` or `ss_steps`,
+    /// 2. the `trainer_state.json` in the folders,
+    /// 3. the names: the number after the same word in all (`step`, `iter` or `checkpoint`), or the last number if the
+    ///    names differ in nothing else, or the number after `epoch`.
     ///
     /// # Errors
-    /// [`Error::NoSource`](crate::Error::NoSource), [`Error::Io`](crate::Error::Io), and
-    /// [`Error::Damaged`](crate::Error::Damaged) for what cannot be read; [`Error::Mismatch`](crate::Error::Mismatch) for
-    /// checkpoints of different models; [`Error::Unexpected`](crate::Error::Unexpected) for a step that cannot be read, is 0 or
-    /// occurs twice, for low-rank adapters of different scales, snapshots of a run, models of which no tensor can be averaged,
-    /// and entries of PyTorch's files that are objects; [`Error::Setting`](crate::Error::Setting) for another number of steps.
+    /// - [`Error::NoSource`](crate::Error::NoSource), [`Error::Io`](crate::Error::Io) and
+    ///   [`Error::Damaged`](crate::Error::Damaged) for checkpoints that cannot be read.
+    /// - [`Error::Mismatch`](crate::Error::Mismatch) for checkpoints of different models.
+    /// - [`Error::Unexpected`](crate::Error::Unexpected) for a step that cannot be found, is 0 or occurs twice, for
+    ///   low-rank adapters of different scales, snapshots of a run, models without a tensor that can be averaged, and
+    ///   objects in PyTorch files.
+    /// - [`Error::Setting`](crate::Error::Setting) for another number of steps than of checkpoints.
     pub fn open<P: AsRef<Path>>(paths: &[P], steps: Option<&[u64]>) -> Result<Checkpoints> {
         let found = find::find(paths)?;
-        let models: Vec<Result<Model>> = found.into_par_iter().map(Model::open).collect();
-        let models: Vec<Model> = models.into_iter().collect::<Result<_>>()?;
+        // Collected before errors are looked for, so that the first one does not depend on the threads.
+        let opened: Vec<Result<CheckpointModel>> = found.into_par_iter().map(CheckpointModel::open).collect();
+        let models: Vec<CheckpointModel> = opened.into_iter().collect::<Result<_>>()?;
         let steps = steps::steps(&models, steps)?;
-        let mut both: Vec<(u64, Model)> = steps.into_iter().zip(models).collect();
-        both.sort_by_key(|(step, _)| *step);
-        let (steps, models): (Vec<u64>, Vec<Model>) = both.into_iter().unzip();
-        models[1..].iter().try_for_each(|model| model.check_sibling(&models[0]))?;
+        let mut sorted: Vec<(u64, CheckpointModel)> = steps.into_iter().zip(models).collect();
+        sorted.sort_by_key(|(step, _)| *step);
+        let (steps, models): (Vec<u64>, Vec<CheckpointModel>) = sorted.into_iter().unzip();
+        for model in &models[1..] {
+            model.check_sibling(&models[0])?;
+        }
         models[0].check_averaged()?;
         let named = paths.iter().map(AsRef::as_ref).filter(|path| path.is_dir()).map(Path::to_owned).collect();
         Ok(Checkpoints { models, steps, named })
     }
 
-    /// The step of each checkpoint, in order.
+    /// Returns the step of each checkpoint, in order.
     pub fn steps(&self) -> &[u64] {
         &self.steps
     }
 
-    /// The file or folder of each checkpoint, in the order of their steps.
+    /// Returns the file or folder of each checkpoint, in the order of their steps.
     pub fn paths(&self) -> impl ExactSizeIterator<Item = &Path> {
-        self.models.iter().map(|model| model.input.path.as_path())
+        self.models.iter().map(|model| model.found.path.as_path())
     }
 
-    /// Whether averages are folders: where the newest checkpoint is one.
+    /// Returns true if averages are folders, because the newest checkpoint is one.
     pub fn are_folders(&self) -> bool {
-        self.models.last().is_some_and(|newest| newest.input.folder.is_some())
+        self.models.last().is_some_and(|newest| newest.found.folder.is_some())
     }
 
-    /// The tensors of an average, in order of their names.
+    /// Returns the tensors of an average, in order of their names.
     pub fn tensors(&self) -> Vec<TensorSpec> {
-        self.pool().tensors.into_iter().map(ModelTensor::into_spec).collect()
+        self.source_set().tensors.into_iter().map(ModelTensor::into_spec).collect()
     }
 
-    /// The names of those that are averaged; the others are copied.
+    /// Returns the names of the tensors that are averaged; all others are copied.
     pub fn averaged(&self) -> Vec<String> {
-        self.pool().tensors.into_iter().filter(|tensor| tensor.averaged).map(|tensor| tensor.name).collect()
+        let tensors = self.source_set().tensors.into_iter();
+        tensors.filter(|tensor| tensor.averaged).map(|tensor| tensor.name).collect()
     }
 
-    /// The weights of a target, and what it costs that there are no more checkpoints.
+    /// Weighs the checkpoints for a target.
     ///
     /// # Errors
-    /// [`Error::TargetBefore`](crate::Error::TargetBefore) or [`Error::TargetAfter`](crate::Error::TargetAfter) outside the
-    /// checkpoints' steps, [`Error::Parameter`](crate::Error::Parameter) for a window that is longer than the target's time.
+    /// [`Error::TargetBefore`](crate::Error::TargetBefore) or [`Error::TargetAfter`](crate::Error::TargetAfter)
+    /// outside the checkpoints' steps, [`Error::Parameter`](crate::Error::Parameter) for a window longer than the
+    /// target's time.
     pub fn plan(&self, profile: Profile, at: At) -> Result<Merge> {
-        plan::merge(self, profile, at)
+        plan::plan(self, profile, at)
     }
 
-    /// As [`Checkpoints::plan`], for several targets at one time.
+    /// Weighs the checkpoints for several targets at one time.
     ///
     /// # Errors
     /// As [`Checkpoints::plan`].
@@ -136,22 +150,27 @@ impl Checkpoints {
         profiles.iter().map(|profile| self.plan(profile.clone(), at)).collect()
     }
 
-    /// The bytes that [`Checkpoints::write`] reads for these targets, where one pass suffices: files of PyTorch are read
-    /// twice, once to be mapped.
+    /// Returns the bytes that [`Checkpoints::write`] reads for these targets in one pass.
+    ///
+    /// PyTorch files are read twice: they are first converted into files that can be mapped.
     pub fn bytes_to_read(&self, merges: &[Merge]) -> u64 {
         mapped::bytes_to_read(self, merges)
     }
 
-    /// Writes averages, each whole or not at all, in one pass over the checkpoints, and tells where they were blended.
+    /// Writes averages in one pass over the checkpoints, each whole or not at all. Returns the device that blended
+    /// them.
     ///
-    /// Directories above them are made where they are missing. Where the newest checkpoint is a folder, so is each average, unless its path ends in `.safetensors`: with the same
-    /// shards and their index, and the configuration, tokenizer and other small files that belong to the model, but for the
-    /// state of the training. Otherwise it is one safetensors file. Metadata are carried over, but for checksums of the data;
-    /// `profile` and `step` say what the average is. With `options.dtype`, `config.json` tells of it.
+    /// Missing directories are created. If the newest checkpoint is a folder, so is each average, unless its path
+    /// ends in `.safetensors`. Such a folder has the same shards and index, and the configuration, tokenizer and
+    /// other small files of the model, but not the state of the training. With `options.dtype`, its `config.json` has
+    /// the new dtype.
+    ///
+    /// The metadata of the newest checkpoint are kept, except checksums of the data. `profile` and `step` describe the
+    /// average.
     ///
     /// # Errors
-    /// [`Error::Unexpected`](crate::Error::Unexpected) for a path that is or lies in an input, or a folder that is not empty;
-    /// [`Error::Tensor`](crate::Error::Tensor) for a sum that the dtype cannot hold, and those of
+    /// [`Error::Unexpected`](crate::Error::Unexpected) for a path that is or is in an input, or a folder that is not
+    /// empty; [`Error::Tensor`](crate::Error::Tensor) for a sum that the dtype cannot hold; and those of
     /// [`Run::write_all`](crate::Run::write_all).
     pub fn write(&self, outputs: &[(&Merge, &Path)], options: &WriteOptions<'_>) -> Result<Device> {
         write::write(self, outputs, options)
@@ -160,15 +179,17 @@ impl Checkpoints {
     /// Blends one average into memory.
     ///
     /// # Errors
-    /// [`Error::Tensor`](crate::Error::Tensor) for a sum that the dtype cannot hold, and [`Error::Io`](crate::Error::Io).
+    /// [`Error::Tensor`](crate::Error::Tensor) for a sum that the dtype cannot hold, and
+    /// [`Error::Io`](crate::Error::Io).
     pub fn load(&self, merge: &Merge) -> Result<Tensors> {
-        let row = plan::row(self, merge)?;
-        let mapped = Mapped::new(self, &[&row], None, &|_| ())?;
-        self.pool().load_selection(&mapped.selection(&[&row])).map_err(|error| mapped.blame(error))
+        let row = MergeRow::new(self, merge)?;
+        let mapped = MappedModels::new(self, &[&row], None, &|_| ())?;
+        self.source_set().load_selection(&mapped.selection(&[&row])).map_err(|error| mapped.blame(error))
     }
 
-    /// Blends averages into the caller's memory in one pass, a list of views for each, as
-    /// [`Run::load_into`](crate::Run::load_into) does.
+    /// Blends averages into the caller's memory in one pass, as [`Run::load_into`](crate::Run::load_into) does.
+    ///
+    /// `outputs` has a list of views for each merge. `progress` is called with the bytes read since the last call.
     ///
     /// # Errors
     /// Those of [`Run::load_into`](crate::Run::load_into), and [`Error::Io`](crate::Error::Io).
@@ -178,23 +199,26 @@ impl Checkpoints {
         outputs: Vec<Vec<TensorViewMut<'_>>>,
         progress: Option<&(dyn Fn(u64) + Sync)>,
     ) -> Result<()> {
-        let rows: Vec<plan::Row> = merges.iter().map(|merge| plan::row(self, merge)).collect::<Result<_>>()?;
-        let rows: Vec<&plan::Row> = rows.iter().collect();
-        let mapped = Mapped::new(self, &rows, None, progress.unwrap_or(&|_| ()))?;
-        let loaded = self.pool().load_selection_into(&mapped.selection(&rows), outputs, progress);
+        let rows: Vec<MergeRow> = merges.iter().map(|merge| MergeRow::new(self, merge)).collect::<Result<_>>()?;
+        let rows: Vec<&MergeRow> = rows.iter().collect();
+        let mapped = MappedModels::new(self, &rows, None, progress.unwrap_or(&|_| ()))?;
+        let loaded = self.source_set().load_selection_into(&mapped.selection(&rows), outputs, progress);
         loaded.map_err(|error| mapped.blame(error))
     }
 
-    /// What is blended; the holders are in a selection.
-    fn pool(&self) -> SourceSet<'static> {
+    /// Returns the tensors of an average; the checkpoints that hold them are in a selection.
+    fn source_set(&self) -> SourceSet<'static> {
         let first = &self.models[0];
-        let tensor = |(name, held): (&String, &Held)| ModelTensor {
-            name: name.clone(),
-            dtype: held.dtype,
-            shape: held.shape.clone(),
-            averaged: first.is_averaged(name),
-        };
-        SourceSet { tensors: first.tensors.iter().map(tensor).collect(), tied: Default::default(), holders: Vec::new() }
+        let mut tensors = Vec::with_capacity(first.tensors.len());
+        for (name, entry) in &first.tensors {
+            tensors.push(ModelTensor {
+                name: name.clone(),
+                dtype: entry.dtype,
+                shape: entry.shape.clone(),
+                averaged: first.is_averaged(name),
+            });
+        }
+        SourceSet { tensors, tied: Default::default(), holders: Vec::new() }
     }
 }
 

@@ -1,38 +1,42 @@
-//! The order of names as people count: `epoch2` comes before `epoch10`.
+//! Natural order of names: `epoch2` comes before `epoch10`.
 
 use std::cmp::Ordering;
 
-/// Compares two names, in which runs of digits count as numbers.
+/// Compares two names; runs of digits compare as numbers.
 pub(super) fn compare(a: &str, b: &str) -> Ordering {
-    let (mut first, mut second) = (a, b);
-    while !first.is_empty() && !second.is_empty() {
-        let ((x, rest), (y, other)) = (run(first), run(second));
-        let order = match x.starts_with(digit) && y.starts_with(digit) {
-            true => number(x).cmp(&number(y)),
-            false => x.cmp(y),
+    let mut rest_a = a;
+    let mut rest_b = b;
+    while !rest_a.is_empty() && !rest_b.is_empty() {
+        let (run_a, after_a) = split_run(rest_a);
+        let (run_b, after_b) = split_run(rest_b);
+        let order = if run_a.starts_with(is_digit) && run_b.starts_with(is_digit) {
+            number_key(run_a).cmp(&number_key(run_b))
+        } else {
+            run_a.cmp(run_b)
         };
         if order.is_ne() {
             return order;
         }
-        (first, second) = (rest, other);
+        rest_a = after_a;
+        rest_b = after_b;
     }
-    // Names that differ only by leading zeros are two names all the same.
-    first.len().cmp(&second.len()).then_with(|| a.cmp(b))
+    // Names that differ only by leading zeros are different names.
+    rest_a.len().cmp(&rest_b.len()).then_with(|| a.cmp(b))
 }
 
-/// A run of digits, or of what is none, and the rest.
-fn run(text: &str) -> (&str, &str) {
-    let digits = text.starts_with(digit);
-    text.split_at(text.find(|c| digit(c) != digits).unwrap_or(text.len()))
+/// Splits a text after its first run of digits, or of other characters.
+fn split_run(text: &str) -> (&str, &str) {
+    let digits = text.starts_with(is_digit);
+    text.split_at(text.find(|c| is_digit(c) != digits).unwrap_or(text.len()))
 }
 
-/// A number of any length: the longer one is larger.
-fn number(digits: &str) -> (usize, &str) {
+/// Returns a sort key of a number of any length: without leading zeros, the longer one is larger.
+fn number_key(digits: &str) -> (usize, &str) {
     let digits = digits.trim_start_matches('0');
     (digits.len(), digits)
 }
 
-fn digit(c: char) -> bool {
+fn is_digit(c: char) -> bool {
     c.is_ascii_digit()
 }
 
@@ -41,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_in_names_count() {
+    fn numbers_in_names_compare_by_value() {
         let sorted = [
             "007",
             "7",

@@ -1,6 +1,6 @@
 //! The weights of checkpoints in a target.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -9,86 +9,110 @@ use crate::error::{Error, Result};
 use crate::math::{Profile, Resolution};
 use crate::planning::At;
 
-/// Below so many checkpoints that count, an average is hardly one.
-const FEW: f64 = 2.0;
+/// Smallest number of effective checkpoints that makes an average.
+const MIN_EFFECTIVE: f64 = 2.0;
 
-/// The weights of checkpoints in one target, and what it costs that there are no more of them.
+/// Weights of checkpoints in one target, and the cost of having no more checkpoints.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Merge {
-    /// The profile that was asked for.
+    /// Profile of the target.
     pub profile: Profile,
-    /// Its time.
+    /// Time of the target, a step.
     pub at: u64,
-    /// `||p - r|| / ||r||`: how far the profile that the weights stand for, even between checkpoints, is from the target's,
-    /// both over single steps.
+    /// Relative error `||p - r|| / ||r||` of the profile `p` that the weights stand for, from the target's `r`.
+    ///
+    /// `p` is even between checkpoints. Both are taken over single steps.
     pub relative_error: f64,
-    /// By how many steps the mean time of the average is later than the target's: a checkpoint is the end of the interval that
-    /// it stands for.
+    /// Steps by which the mean time of the average is later than the target's.
+    ///
+    /// A checkpoint is the end of the interval that it stands for.
     pub lag_steps: f64,
-    /// `1 / sum_i x_i^2`: as many equally weighted checkpoints would average noise as well.
+    /// Number of equally weighted checkpoints that would average noise as well: `1 / sum_i x_i^2`.
     pub effective_checkpoints: f64,
-    /// The weights of all checkpoints at or before the target's time, in order of their steps; their sum is 1.
+    /// Weights of all checkpoints at or before the target's time, in order of their steps. Their sum is 1.
     pub weights: Vec<CheckpointWeight>,
 }
 
-/// The weight of one checkpoint.
+/// Weight of one checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct CheckpointWeight {
-    /// Its file or folder.
+    /// File or folder of the checkpoint.
     pub path: PathBuf,
-    /// Its step.
+    /// Step of the checkpoint.
     pub step: u64,
-    /// Its weight; one of 0 is not read.
+    /// Weight; a checkpoint with weight 0 is not read.
     pub weight: f64,
 }
 
 impl Merge {
-    /// What a user should know before relying on the average: that hardly more than one checkpoint makes it.
+    /// Returns a warning if hardly more than one checkpoint counts.
     pub fn warning(&self) -> Option<String> {
         let Merge { profile, at, effective_checkpoints: effective, .. } = self;
-        (*effective < FEW).then(|| {
-            format!(
-                "{profile} at step {at}: the weight of {effective:.2} checkpoints is all it has, so that it is hardly an \
-                 average: ask for a longer one, or store checkpoints more often"
-            )
-        })
+        if *effective >= MIN_EFFECTIVE {
+            return None;
+        }
+        Some(format!(
+            "{profile} at step {at}: only {effective:.2} checkpoints count, so this is hardly an average: ask for a \
+             longer one, or store checkpoints more often"
+        ))
     }
 }
 
-pub(super) fn merge(checkpoints: &Checkpoints, profile: Profile, at: At) -> Result<Merge> {
+/// Weighs the checkpoints for one target.
+///
+/// # Errors
+/// As [`Checkpoints::plan`].
+pub(super) fn plan(checkpoints: &Checkpoints, profile: Profile, at: At) -> Result<Merge> {
     let steps = checkpoints.steps();
-    let (first, last) = (steps[0], steps[steps.len() - 1]);
+    let first = steps[0];
+    let last = steps[steps.len() - 1];
     let at = match at {
         At::Latest => last,
         At::Step(at) if at < first => return Err(Error::TargetBefore { at, first }),
         At::Step(at) if at > last => return Err(Error::TargetAfter { at, last }),
         At::Step(at) => at,
     };
-    let Resolution { weights, relative_error, lag, effective } = Resolution::new(&profile, steps, at)?;
-    let weight =
-        |((path, &step), weight): ((&Path, &u64), f64)| CheckpointWeight { path: path.to_owned(), step, weight };
-    let weights = checkpoints.paths().zip(steps).zip(weights).map(weight).collect();
-    Ok(Merge { profile, at, relative_error, lag_steps: lag, effective_checkpoints: effective, weights })
+    let resolution = Resolution::new(&profile, steps, at)?;
+    let mut weights = Vec::with_capacity(resolution.weights.len());
+    for ((path, &step), weight) in checkpoints.paths().zip(steps).zip(resolution.weights) {
+        weights.push(CheckpointWeight { path: path.to_owned(), step, weight });
+    }
+    Ok(Merge {
+        profile,
+        at,
+        relative_error: resolution.relative_error,
+        lag_steps: resolution.lag,
+        effective_checkpoints: resolution.effective,
+        weights,
+    })
 }
 
-/// A merge as the checkpoints that it was made for see it.
-pub(super) struct Row {
-    /// The weight of each, 0 for those after the target's time.
+/// Merge in terms of the open checkpoints' indices.
+pub(super) struct MergeRow {
+    /// Weight of each checkpoint, 0 after the target's time.
     pub weights: Vec<f64>,
-    /// The index of the newest at or before the target's time.
+    /// Index of the newest checkpoint at or before the target's time.
     pub newest: usize,
 }
 
-/// # Errors
-/// [`Error::OtherPlan`] for a merge of other checkpoints.
-pub(super) fn row(checkpoints: &Checkpoints, merge: &Merge) -> Result<Row> {
-    let known = checkpoints.paths().zip(checkpoints.steps());
-    let same = merge.weights.iter().zip(known).all(|(own, (path, &step))| own.path == path && own.step == step);
-    let until = checkpoints.steps.partition_point(|&step| step <= merge.at);
-    if !same || merge.weights.is_empty() || merge.weights.len() != until {
-        return Err(Error::OtherPlan { missing: "a checkpoint".into() });
+impl MergeRow {
+    /// Matches a merge to the open checkpoints.
+    ///
+    /// # Errors
+    /// [`Error::OtherPlan`] for a merge of other checkpoints.
+    pub(super) fn new(checkpoints: &Checkpoints, merge: &Merge) -> Result<MergeRow> {
+        let mut open = checkpoints.paths().zip(checkpoints.steps());
+        for CheckpointWeight { path, step, .. } in &merge.weights {
+            if open.next() != Some((path.as_path(), step)) {
+                return Err(Error::OtherPlan { missing: format!("checkpoint {} (step {step})", path.display()) });
+            }
+        }
+        let until = checkpoints.steps.partition_point(|&step| step <= merge.at);
+        if merge.weights.is_empty() || merge.weights.len() != until {
+            return Err(Error::OtherPlan { missing: "exactly its own list of checkpoints".into() });
+        }
+        let mut weights: Vec<f64> = merge.weights.iter().map(|weight| weight.weight).collect();
+        weights.resize(checkpoints.steps.len(), 0.0);
+        Ok(MergeRow { weights, newest: until - 1 })
     }
-    let mut weights: Vec<f64> = merge.weights.iter().map(|weight| weight.weight).collect();
-    weights.resize(checkpoints.steps.len(), 0.0);
-    Ok(Row { weights, newest: until - 1 })
 }

@@ -1,218 +1,243 @@
-//! When each checkpoint was written: as given, or as metadata, the trainer's state or names tell.
+//! The steps of checkpoints: given, or read from metadata, the trainer's state or names.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::find::{Input, is_usual, name, without_ending};
+use super::find::{FoundCheckpoint, file_name, has_usual_name, without_extension};
 use super::json;
-use super::model::Model;
+use super::model::CheckpointModel;
 use crate::error::{Error, Result};
 
-/// The entries of metadata, and of PyTorch's files, that tell the step; the last is what kohya's scripts write.
+/// Keys of the step in metadata and in PyTorch files; the last is that of kohya's scripts.
 const KEYS: [&str; 4] = ["step", "global_step", "steps", "ss_steps"];
 
-/// What a trainer of Hugging Face leaves beside the weights.
+/// File that Hugging Face's trainer writes beside the weights.
 const TRAINER_STATE: &str = "trainer_state.json";
 
-/// Words that stand before the step in a name, the surest first.
-const WORDS: [&str; 6] = ["step", "steps", "iteration", "iter", "checkpoint", "ckpt"];
+/// Words before the step in a name, the most reliable first.
+const STEP_WORDS: [&str; 6] = ["step", "steps", "iteration", "iter", "checkpoint", "ckpt"];
 
-/// Words that stand before a time of another clock, which will do where no step is told.
-const EPOCHS: [&str; 2] = ["epoch", "epochs"];
+/// Words before the epoch in a name, which replaces the step if no name has one.
+const EPOCH_WORDS: [&str; 2] = ["epoch", "epochs"];
 
 const REMEDY: &str = "give the steps of all, in the order of the checkpoints, with --steps 1000,2000,... (`steps`)";
 
-/// The step of each checkpoint. All come from one source, the first that tells every one of them.
+/// Returns the step of each checkpoint, all from one source: the first that has the steps of all.
 ///
 /// # Errors
-/// [`Error::Setting`] for steps that were given and do not fit; [`Error::Unexpected`] with the file that does not tell, or
-/// whose step is 0 or another's, too.
-pub(super) fn steps(models: &[Model], given: Option<&[u64]>) -> Result<Vec<u64>> {
+/// [`Error::Setting`] for another number of given steps; [`Error::Unexpected`] for a file without a step, with step 0
+/// or with the step of another file.
+pub(super) fn steps(models: &[CheckpointModel], given: Option<&[u64]>) -> Result<Vec<u64>> {
     let steps = match given {
         Some(given) if given.len() != models.len() => {
             let reason = format!("{} are given for {} checkpoints: give one for each", given.len(), models.len());
             return Err(Error::Setting { option: "steps", reason });
         }
         Some(given) => given.to_vec(),
-        None => told(models)?,
+        None => read_steps(models)?,
     };
     check(models, &steps)?;
     Ok(steps)
 }
 
-fn told(models: &[Model]) -> Result<Vec<u64>> {
-    let by = |tell: &dyn Fn(&Model) -> Option<u64>| models.iter().map(tell).collect::<Option<Vec<u64>>>();
+fn read_steps(models: &[CheckpointModel]) -> Result<Vec<u64>> {
     for key in KEYS {
-        if let Some(steps) = by(&|model| model.number(key)) {
+        if let Some(steps) = models.iter().map(|model| model.number(key)).collect() {
             return Ok(steps);
         }
     }
-    let states: Vec<Option<u64>> = models.iter().map(|model| from_trainer(&model.input)).collect::<Result<_>>()?;
+    let states: Vec<Option<u64>> = models.iter().map(|model| trainer_step(&model.found)).collect::<Result<_>>()?;
     if let Some(steps) = states.into_iter().collect() {
         return Ok(steps);
     }
-    let inputs: Vec<&Input> = models.iter().map(|model| &model.input).collect();
-    named(&inputs).map_err(|odd| {
+    let found: Vec<&FoundCheckpoint> = models.iter().map(|model| &model.found).collect();
+    steps_of_names(&found).map_err(|odd| {
         let why = format!("no step can be read from its name as from the others', nor from metadata: {REMEDY}");
-        Error::unexpected(&inputs[odd].path, why)
+        Error::unexpected(&found[odd].path, why)
     })
 }
 
-fn check(models: &[Model], steps: &[u64]) -> Result<()> {
+/// Checks that steps are positive and distinct.
+fn check(models: &[CheckpointModel], steps: &[u64]) -> Result<()> {
     for (i, (model, step)) in models.iter().zip(steps).enumerate() {
         if *step == 0 {
             let why = format!("its step is 0, before any training: leave it out, or {REMEDY}");
-            return Err(Error::unexpected(&model.input.path, why));
+            return Err(Error::unexpected(&model.found.path, why));
         }
         if let Some(other) = steps[..i].iter().position(|earlier| earlier == step) {
-            let other = models[other].input.path.display();
+            let other = models[other].found.path.display();
             let why = format!("its step is {step}, and so is that of {other}: leave one out, or {REMEDY}");
-            return Err(Error::unexpected(&model.input.path, why));
+            return Err(Error::unexpected(&model.found.path, why));
         }
     }
     Ok(())
 }
 
-/// `global_step` of the trainer's state in the checkpoint's folder.
+/// Reads `global_step` from the trainer's state in the checkpoint's folder; `None` without a state.
 ///
 /// # Errors
-/// [`Error::Io`] and [`Error::Damaged`] for a state that is there and cannot be read.
-fn from_trainer(input: &Input) -> Result<Option<u64>> {
-    let state = input.beside(TRAINER_STATE).map(|path| json::read(&path)).transpose()?.flatten();
+/// [`Error::Io`] and [`Error::Damaged`] for a state that cannot be read.
+fn trainer_step(found: &FoundCheckpoint) -> Result<Option<u64>> {
+    let Some(path) = found.beside(TRAINER_STATE) else { return Ok(None) };
+    let state = json::read(&path)?;
     Ok(state.and_then(|state| state["global_step"].as_u64()))
 }
 
-/// The steps that names tell: those of the folders where the files are called as in every checkpoint, and those above where
-/// folders are but a part of each checkpoint, such as `checkpoint-1000/unet`.
+/// Reads steps from the names of checkpoints, or else from those of the folders above.
+///
+/// The folders above count if each checkpoint is a folder in one, such as `checkpoint-1000/unet`.
 ///
 /// # Errors
-/// The index of one that does not tell as the others do.
-fn named(inputs: &[&Input]) -> std::result::Result<Vec<u64>, usize> {
-    let paths: Vec<PathBuf> = inputs.iter().map(|input| named_path(input)).collect();
-    let labels = |paths: &mut dyn Iterator<Item = &Path>| paths.map(label).collect::<Vec<String>>();
-    let odd = match in_names(&labels(&mut paths.iter().map(PathBuf::as_path))) {
+/// The index of a checkpoint whose name is unlike the others.
+fn steps_of_names(found: &[&FoundCheckpoint]) -> std::result::Result<Vec<u64>, usize> {
+    let paths: Vec<PathBuf> = found.iter().map(|found| identifying_path(found)).collect();
+    let labels: Vec<String> = paths.iter().map(|path| label(path)).collect();
+    let odd = match steps_in_labels(&labels) {
         Ok(steps) => return Ok(steps),
         Err(odd) => odd,
     };
-    if inputs.iter().any(|input| input.folder.is_none()) {
+    if found.iter().any(|found| found.folder.is_none()) {
         return Err(odd);
     }
-    in_names(&labels(&mut paths.iter().map(|path| path.parent().unwrap_or(path)))).map_err(|_| odd)
+    let labels: Vec<String> = paths.iter().map(|path| label(path.parent().unwrap_or(path))).collect();
+    steps_in_labels(&labels).map_err(|_| odd)
 }
 
-/// What a checkpoint is called by.
-fn named_path(input: &Input) -> PathBuf {
-    let mut path = input.path.as_path();
-    if is_usual(path) {
+/// Returns the path whose name identifies a checkpoint: the folder's if the file's name is a usual one.
+fn identifying_path(found: &FoundCheckpoint) -> PathBuf {
+    let mut path = found.path.as_path();
+    if has_usual_name(path) {
         path = path.parent().unwrap_or(path);
     }
-    // `.` and links are called something, too.
     match path.file_name() {
         Some(_) => path.to_owned(),
+        // `.` and `..` have no name of their own.
         None => path.canonicalize().unwrap_or_else(|_| path.to_owned()),
     }
 }
 
-/// A name without shards and endings, which may differ.
+/// Returns a name in lower case, without shard and extension, in which names of one list may differ.
 fn label(path: &Path) -> String {
-    let lower = name(path).to_ascii_lowercase();
-    without_shard(without_ending(&lower)).to_owned()
+    let lower = file_name(path).to_ascii_lowercase();
+    without_shard(without_extension(&lower)).to_owned()
 }
 
-/// A number in a name, and the word before it.
-struct Found<'a> {
+/// Number in a label, and the word before it.
+struct LabelNumber<'a> {
     word: &'a str,
     value: u64,
     range: Range<usize>,
 }
 
-/// The steps that names tell, all in one way: the number after the same word in each, or the last one where the names are
-/// alike but for it.
+/// Reads steps from labels, from all in the same way.
+///
+/// The step is the number after the same word in each label, or else the last number if the labels differ in nothing
+/// else, or else the epoch.
 ///
 /// # Errors
-/// The index of the first that does not tell as the most others do.
-pub(super) fn in_names(names: &[String]) -> std::result::Result<Vec<u64>, usize> {
-    let all: Vec<Vec<Found<'_>>> = names.iter().map(|name| numbers(name)).collect();
-    let after = |word: &str| -> Vec<Option<u64>> {
-        let last =
-            |found: &Vec<Found<'_>>| found.iter().rev().find(|found| found.word == word).map(|found| found.value);
-        all.iter().map(last).collect()
-    };
-    let whole = |values: Vec<Option<u64>>| values.into_iter().collect::<Option<Vec<u64>>>();
-    let by_word = |words: &[&str]| words.iter().find_map(|word| whole(after(word)));
-    let last = || alike(names, &all).map(|()| all.iter().map(|found| found[found.len() - 1].value).collect());
-    let odd = match by_word(&WORDS).map_or_else(last, Ok) {
+/// The index of the first label that is unlike most others.
+fn steps_in_labels(labels: &[String]) -> std::result::Result<Vec<u64>, usize> {
+    let numbers: Vec<Vec<LabelNumber<'_>>> = labels.iter().map(|label| numbers(label)).collect();
+    if let Some(steps) = after_common_word(&numbers, &STEP_WORDS) {
+        return Ok(steps);
+    }
+    let odd = match last_numbers(labels, &numbers) {
         Ok(steps) => return Ok(steps),
         Err(odd) => odd,
     };
-    let half = |values: &Vec<Option<u64>>| 2 * values.iter().flatten().count() > values.len();
-    let silent = || WORDS.iter().map(|word| after(word)).find(half)?.iter().position(Option::is_none);
-    by_word(&EPOCHS).ok_or_else(|| silent().unwrap_or(odd))
+    after_common_word(&numbers, &EPOCH_WORDS).ok_or_else(|| first_without_step_word(&numbers).unwrap_or(odd))
 }
 
-/// Checks that names differ by their last numbers alone.
+/// Returns the number in each label after the first of the words that is in all labels.
+fn after_common_word(numbers: &[Vec<LabelNumber<'_>>], words: &[&str]) -> Option<Vec<u64>> {
+    words.iter().find_map(|word| after_word(numbers, word).into_iter().collect())
+}
+
+/// Returns the last number in each label that follows a word.
+fn after_word(numbers: &[Vec<LabelNumber<'_>>], word: &str) -> Vec<Option<u64>> {
+    let last = |numbers: &Vec<LabelNumber<'_>>| {
+        let found = numbers.iter().rev().find(|number| number.word == word);
+        found.map(|number| number.value)
+    };
+    numbers.iter().map(last).collect()
+}
+
+/// Returns the index of the first label that lacks the step word of most other labels, if there is such a word.
+fn first_without_step_word(numbers: &[Vec<LabelNumber<'_>>]) -> Option<usize> {
+    let usual = STEP_WORDS
+        .iter()
+        .map(|word| after_word(numbers, word))
+        .find(|values| 2 * values.iter().flatten().count() > values.len())?;
+    usual.iter().position(Option::is_none)
+}
+
+/// Returns the last number of each label, if the labels differ in nothing else.
 ///
 /// # Errors
-/// The index of one without a number, or else of the first that is not like the most others.
-fn alike(names: &[String], numbers: &[Vec<Found<'_>>]) -> std::result::Result<(), usize> {
-    let around = |(name, found): (&'_ String, &Vec<Found<'_>>)| -> Option<(String, String)> {
-        let range = found.last()?.range.clone();
-        Some((name[..range.start].to_owned(), name[range.end..].to_owned()))
-    };
-    let texts: Vec<Option<(String, String)>> = names.iter().zip(numbers).map(around).collect();
-    let count = |text: &Option<(String, String)>| texts.iter().filter(|other| *other == text).count();
-    // Of as many, the first.
-    let usual = texts.iter().flatten().cloned().map(Some).rev().max_by_key(count);
-    match texts.iter().position(|text| text.is_none() || Some(text) != usual.as_ref()) {
+/// The index of the first label that has no number or differs from most others.
+fn last_numbers(labels: &[String], numbers: &[Vec<LabelNumber<'_>>]) -> std::result::Result<Vec<u64>, usize> {
+    let mut steps = Vec::with_capacity(labels.len());
+    let mut frames: Vec<Option<(&str, &str)>> = Vec::with_capacity(labels.len());
+    for (label, numbers) in labels.iter().zip(numbers) {
+        let last = numbers.last();
+        steps.extend(last.map(|number| number.value));
+        frames.push(last.map(|number| (&label[..number.range.start], &label[number.range.end..])));
+    }
+    let count = |frame: &&Option<(&str, &str)>| frames.iter().filter(|other| other == frame).count();
+    // The first of the most frequent: `max_by_key` returns the last of several.
+    let usual = frames.iter().filter(|frame| frame.is_some()).rev().max_by_key(count);
+    match frames.iter().position(|frame| frame.is_none() || Some(frame) != usual) {
         Some(odd) => Err(odd),
-        None => Ok(()),
+        None => Ok(steps),
     }
 }
 
-/// Without `-00001-of-00003` and what follows.
+/// Cuts off `00001-of-00003` and all that follows.
 fn without_shard(name: &str) -> &str {
-    let start = |at: usize| {
-        let (before, after) = (&name[..at], &name[at + 4..]);
-        let digits = before.rsplit('-').next().filter(|part| !part.is_empty() && all_digits(part))?;
-        after.starts_with(|c: char| c.is_ascii_digit()).then(|| before.len() - digits.len())
-    };
-    name.find("-of-").and_then(start).map_or(name, |start| &name[..start])
+    let Some((before, after)) = name.split_once("-of-") else { return name };
+    let stem = before.trim_end_matches(is_digit);
+    let numbered = stem.len() < before.len() && (stem.is_empty() || stem.ends_with('-'));
+    if numbered && after.starts_with(is_digit) { stem } else { name }
 }
 
-/// All whole numbers, but for the bits of a dtype (`fp16`), decimals and endings of files such as `.8bit`.
-fn numbers(name: &str) -> Vec<Found<'_>> {
-    let (mut found, mut at) = (Vec::new(), 0);
-    while let Some(start) = name[at..].find(|c: char| c.is_ascii_digit()).map(|i| at + i) {
-        let end = name[start..].find(|c: char| !c.is_ascii_digit()).map_or(name.len(), |i| start + i);
-        let word = word_before(&name[..start]);
-        let dtype = matches!(word, "fp" | "bf" | "f" | "int") && name[..start].ends_with(word);
-        let decimal =
-            name[..start].strip_suffix('.').is_some_and(|whole| whole.ends_with(|c: char| c.is_ascii_digit()));
-        let bits = dtype && matches!(&name[start..end], "8" | "16" | "32" | "64");
-        if let (false, false, Ok(value)) = (bits, decimal, name[start..end].parse()) {
-            found.push(Found { word, value, range: start..end });
+/// Finds all whole numbers in a label, except the bits of a dtype (`fp16`) and digits after a decimal point.
+fn numbers(label: &str) -> Vec<LabelNumber<'_>> {
+    let mut found = Vec::new();
+    let mut at = 0;
+    while let Some(start) = label[at..].find(is_digit).map(|i| at + i) {
+        let end = label[start..].find(|c| !is_digit(c)).map_or(label.len(), |i| start + i);
+        let before = &label[..start];
+        let digits = &label[start..end];
+        if !is_fraction(before)
+            && !is_dtype(before, digits)
+            && let Ok(value) = digits.parse()
+        {
+            found.push(LabelNumber { word: word_before(before), value, range: start..end });
         }
         at = end;
     }
     found
 }
 
-/// The word that ends a text, but for what parts it from a number.
+/// Returns true if a decimal point precedes a number.
+fn is_fraction(before: &str) -> bool {
+    before.strip_suffix('.').is_some_and(|whole| whole.ends_with(is_digit))
+}
+
+/// Returns true if a number is the bits of a dtype.
+fn is_dtype(before: &str, digits: &str) -> bool {
+    let word = word_before(before);
+    matches!(word, "fp" | "bf" | "f" | "int") && before.ends_with(word) && matches!(digits, "8" | "16" | "32" | "64")
+}
+
+/// Returns the word at the end of a text, without separators after it.
 fn word_before(text: &str) -> &str {
     let text = text.trim_end_matches(['-', '_', '=', '.', ' ']);
-    let start = text
-        .rfind(|c: char| !c.is_ascii_alphabetic())
-        .map_or(0, |i| i + text[i..].chars().next().map_or(1, char::len_utf8));
-    &text[start..]
+    text.rsplit(|c: char| !c.is_ascii_alphabetic()).next().unwrap_or(text)
 }
 
-fn all_digits(text: &str) -> bool {
-    text.bytes().all(|byte| byte.is_ascii_digit())
-}
-
-/// A step as text of metadata has it.
-pub(super) fn parse(text: &str) -> Option<u64> {
-    text.trim().parse().ok()
+fn is_digit(c: char) -> bool {
+    c.is_ascii_digit()
 }
 
 #[cfg(test)]
@@ -220,7 +245,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_tell_steps() {
+    fn steps_are_read_from_single_names() {
         for (name, step) in [
             ("checkpoint-1000", Some(1000)),
             ("step_2000.safetensors", Some(2000)),
@@ -241,13 +266,13 @@ mod tests {
             ("step99999999999999999999.pt", None),
         ] {
             let label = label(Path::new(name));
-            assert_eq!(in_names(&[label]).ok(), step.map(|step| vec![step]), "{name}");
+            assert_eq!(steps_in_labels(&[label]).ok(), step.map(|step| vec![step]), "{name}");
         }
     }
 
-    /// No number may be taken for a step that means something else in that name.
+    /// A number with another meaning must not be taken for a step.
     #[test]
-    fn all_names_tell_in_one_way() {
+    fn steps_are_read_from_all_names_in_the_same_way() {
         let numbered: Vec<String> = (1..=12).map(|i| format!("epoch{i}.pt")).collect();
         let numbered: Vec<&str> = numbered.iter().map(String::as_str).collect();
         for (names, steps) in [
@@ -265,12 +290,12 @@ mod tests {
             (&numbered, Ok((1..=12).collect())),
         ] {
             let labels: Vec<String> = names.iter().map(|name| label(Path::new(name))).collect();
-            assert_eq!(in_names(&labels), steps, "{names:?}");
+            assert_eq!(steps_in_labels(&labels), steps, "{names:?}");
         }
     }
 
     #[test]
-    fn files_that_are_called_alike_are_told_apart_by_their_folders() {
+    fn steps_of_files_with_usual_names_come_from_their_folders() {
         for (path, folder, step) in [
             ("runs/checkpoint-70/model.safetensors", false, Some(70)),
             ("runs/checkpoint-70/adapter_model.bin", false, Some(70)),
@@ -280,8 +305,8 @@ mod tests {
             ("runs7/lora.safetensors", false, None),
         ] {
             let folder = folder.then(|| path.into());
-            let input = Input { path: path.into(), folder, parts: vec![], index: None };
-            assert_eq!(named(&[&input]).ok(), step.map(|step| vec![step]), "{path}");
+            let found = FoundCheckpoint { path: path.into(), folder, files: vec![], index: None };
+            assert_eq!(steps_of_names(&[&found]).ok(), step.map(|step| vec![step]), "{path}");
         }
     }
 }

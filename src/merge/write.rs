@@ -1,25 +1,22 @@
-//! Averages to files, and to folders like those of the checkpoints.
+//! Averages, written to files, or to folders like those of the checkpoints.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
 use super::Checkpoints;
-use super::companions::{self, Companion};
-use super::find::{Input, name};
-use super::index::INDEX;
-use super::mapped::Mapped;
-use super::model::Model;
-use super::plan::{Merge, Row, row};
+use super::auxiliary_files;
+use super::find::file_name;
+use super::mapped::MappedModels;
+use super::model::CheckpointModel;
+use super::plan::{Merge, MergeRow};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::fs::{AtomicFolder, CreatedDirs, check_vacant};
-
-use crate::snapshot::{PROFILE, STEP, base_strings};
+use crate::planning::profile_json;
+use crate::snapshot::{INDEX_SUFFIX, PROFILE, STEP, base_strings};
 use crate::synthesis::{MAX_TARGETS, OutputFile, Shards, SourceSet, WriteOptions, check_device, check_distinct};
 
-use crate::planning::profile_json;
-
-/// Entries of metadata that tell of the data's bits, and those of a snapshot: an average's are others.
+/// Keys of metadata that are not carried over: checksums of the data, and entries of a snapshot.
 const NOT_CARRIED: [&str; 8] = [
     "checksum",
     "header_checksum",
@@ -31,16 +28,19 @@ const NOT_CARRIED: [&str; 8] = [
     "modelspec.hash_sha256",
 ];
 
-/// One average to be written.
-struct Job<'a> {
+/// Average to be written.
+struct MergeOutput<'a> {
     merge: &'a Merge,
     path: &'a Path,
-    row: Row,
-    /// Whether it is a folder.
+    row: MergeRow,
+    /// True if the average is a folder, false for a file.
     folder: bool,
 }
 
-/// Writes averages in as few passes as can be: one, where all have the same newest checkpoint.
+/// Writes averages in one pass for all that have the same newest checkpoint.
+///
+/// # Errors
+/// As [`Checkpoints::write`].
 pub(super) fn write(
     checkpoints: &Checkpoints,
     outputs: &[(&Merge, &Path)],
@@ -49,147 +49,164 @@ pub(super) fn write(
     let places: Vec<PathBuf> = outputs.iter().map(|(_, path)| resolve(path)).collect::<Result<_>>()?;
     check_distinct(places.iter().map(PathBuf::as_path))?;
     options.check()?;
-    let mut jobs = Vec::with_capacity(outputs.len());
+    let mut planned = Vec::with_capacity(outputs.len());
     for &(merge, path) in outputs {
-        let row = row(checkpoints, merge)?;
-        let newest = &checkpoints.models[row.newest];
-        let folder = is_folder(newest, path);
-        check_place(checkpoints, path, folder)?;
-        if folder {
-            check_names(newest)?;
-        }
-        jobs.push(Job { merge, path, row, folder });
+        planned.push(MergeOutput::new(checkpoints, merge, path)?);
+    }
+    if planned.is_empty() {
+        return Err(Error::NoTarget);
     }
     let mut device = check_device(options.device)?;
-    for group in jobs.chunk_by(|a, b| (a.row.newest, a.folder) == (b.row.newest, b.folder)) {
-        let newest = &checkpoints.models[group[0].row.newest];
-        for jobs in group.chunks((MAX_TARGETS / newest.parts.len()).max(1)) {
-            device = pass(checkpoints, newest, jobs, options)?;
+    for alike in planned.chunk_by(|a, b| (a.row.newest, a.folder) == (b.row.newest, b.folder)) {
+        let newest = &checkpoints.models[alike[0].row.newest];
+        for outputs in alike.chunks((MAX_TARGETS / newest.files.len()).max(1)) {
+            device = write_in_one_pass(checkpoints, newest, outputs, options)?;
         }
     }
-    match jobs.is_empty() {
-        true => Err(Error::NoTarget),
-        false => Ok(device),
-    }
+    Ok(device)
 }
 
-/// An average of folders is a folder, unless it is called a file.
-fn is_folder(newest: &Model, path: &Path) -> bool {
-    newest.input.folder.is_some() && path.extension().is_none_or(|extension| extension != "safetensors")
+impl<'a> MergeOutput<'a> {
+    /// Decides on file or folder, and checks that it can be written there.
+    fn new(checkpoints: &Checkpoints, merge: &'a Merge, path: &'a Path) -> Result<MergeOutput<'a>> {
+        let row = MergeRow::new(checkpoints, merge)?;
+        let newest = &checkpoints.models[row.newest];
+        let named_as_file = path.extension().is_some_and(|extension| extension == "safetensors");
+        let folder = newest.found.folder.is_some() && !named_as_file;
+        check_place(checkpoints, path, folder)?;
+        if folder {
+            check_file_names(newest)?;
+        }
+        Ok(MergeOutput { merge, path, row, folder })
+    }
 }
 
 /// Checks that nothing is written into an input or over it, nor a folder over anything.
 fn check_place(checkpoints: &Checkpoints, path: &Path, folder: bool) -> Result<()> {
     let place = resolve(path)?;
-    let files = checkpoints.models.iter().flat_map(|model| &model.input.parts);
-    // An index that was named has a folder that may hold anything else, too.
-    let own = |model: &&Model| model.input.folder.as_ref() == Some(&model.input.path);
-    let mut folders = checkpoints.models.iter().filter(own).map(|model| &model.input.path).chain(&checkpoints.named);
-    if files.map(|file| resolve(file)).any(|file| file.is_ok_and(|file| file == place)) {
-        return Err(Error::unexpected(
-            path,
-            "this is one of the checkpoints, which are left untouched: write elsewhere",
-        ));
-    }
-    if let Some(inner) = folders.find(|dir| resolve(dir).is_ok_and(|dir| place.starts_with(dir))) {
-        let why = format!("this lies in {}, which is left untouched: write elsewhere", inner.display());
+    let mut files = checkpoints.models.iter().flat_map(|model| &model.found.files);
+    if files.any(|file| resolve(file).is_ok_and(|file| file == place)) {
+        let why = "this is one of the checkpoints, which are left untouched: write elsewhere";
         return Err(Error::unexpected(path, why));
+    }
+    // The folder of an index that was named may hold anything else, too.
+    let is_folder = |model: &&CheckpointModel| model.found.folder.as_ref() == Some(&model.found.path);
+    let inputs = checkpoints.models.iter().filter(is_folder).map(|model| &model.found.path);
+    for input in inputs.chain(&checkpoints.named) {
+        if resolve(input).is_ok_and(|dir| place.starts_with(dir)) {
+            let why = format!("this is inside {}, which is left untouched: write elsewhere", input.display());
+            return Err(Error::unexpected(path, why));
+        }
     }
     if folder { check_vacant(path) } else { Ok(()) }
 }
 
-/// The absolute path, links resolved as far as it exists, and `..` where it does not: the directories will then be plain ones.
+/// Returns the absolute path, with links and `..` resolved.
+///
+/// Components that do not exist yet will be plain directories.
 fn resolve(path: &Path) -> Result<PathBuf> {
     let mut place = PathBuf::new();
-    for part in std::path::absolute(path).map_err(Error::io("find", path))?.components() {
-        match part {
+    for component in std::path::absolute(path).map_err(Error::io("find", path))?.components() {
+        match component {
             Component::ParentDir => {
                 place.pop();
             }
-            part => place.push(part),
+            component => place.push(component),
         }
         place = place.canonicalize().unwrap_or(place);
     }
     Ok(place)
 }
 
-/// Checks that no two files of a checkpoint would become one.
-fn check_names(newest: &Model) -> Result<()> {
+/// Checks that no two files of a checkpoint would be written to the same file.
+fn check_file_names(newest: &CheckpointModel) -> Result<()> {
     let mut taken = BTreeMap::new();
-    for part in &newest.input.parts {
-        if let Some(other) = taken.insert(safe_name(&name(part)), name(part)) {
-            let own = name(part);
-            let why = format!(
-                "`{other}` and `{own}` would both be written as `{}`: name a file to write to",
-                safe_name(&own)
-            );
-            return Err(Error::unexpected(&newest.input.path, why));
+    for path in &newest.found.files {
+        let name = file_name(path);
+        let written = safetensors_name(&name);
+        if let Some(other) = taken.insert(written.clone(), name.clone()) {
+            let why = format!("`{other}` and `{name}` would both be written as `{written}`: name a file to write to");
+            return Err(Error::unexpected(&newest.found.path, why));
         }
     }
     Ok(())
 }
 
-/// Writes averages that have one newest checkpoint and are all files or all folders.
-fn pass(checkpoints: &Checkpoints, newest: &Model, jobs: &[Job<'_>], options: &WriteOptions<'_>) -> Result<Device> {
-    let pool = checkpoints.pool();
-    // What cannot be read is told before anything is blended.
-    let companions = match &newest.input.folder {
-        Some(folder) if jobs[0].folder => companions::read(folder, options.dtype)?,
+/// Writes averages that have the same newest checkpoint and are all files or all folders.
+fn write_in_one_pass(
+    checkpoints: &Checkpoints,
+    newest: &CheckpointModel,
+    outputs: &[MergeOutput<'_>],
+    options: &WriteOptions<'_>,
+) -> Result<Device> {
+    // Read first, so that an error comes before the blend.
+    let auxiliary = match &newest.found.folder {
+        Some(folder) if outputs[0].folder => auxiliary_files::read_all(folder, options.dtype)?,
         _ => Vec::new(),
     };
-    let folders = jobs.iter().filter(|job| job.folder).map(|job| AtomicFolder::create(job.path, "average"));
-    let folders: Vec<AtomicFolder> = folders.collect::<Result<_>>()?;
-    let mut made: Vec<CreatedDirs> =
-        jobs.iter().filter_map(|job| job.path.parent()).map(CreatedDirs::parents).collect::<Result<_>>()?;
-    // Dropped, the inner ones go first.
-    made.reverse();
-    let shards = match folders.first() {
-        Some(_) => Shards::new(&pool, options.dtype, parts(&pool, newest))?,
-        None => Shards::single(&pool, options.dtype)?,
+    let mut folders = Vec::new();
+    for output in outputs.iter().filter(|output| output.folder) {
+        folders.push(AtomicFolder::create(output.path, "average")?);
+    }
+    let mut created = Vec::new();
+    for parent in outputs.iter().filter_map(|output| output.path.parent()) {
+        created.push(CreatedDirs::parents(parent)?);
+    }
+    // Dropped after an error, the inner directories are removed first.
+    created.reverse();
+    let sources = checkpoints.source_set();
+    let shards = match folders.is_empty() {
+        true => Shards::single(&sources, options.dtype)?,
+        false => Shards::new(&sources, options.dtype, tensors_by_file(&sources, newest))?,
     };
-    let heads: Vec<Vec<OutputFile>> = match folders.as_slice() {
-        [] => jobs.iter().map(|job| vec![whole_head(newest, job)]).collect(),
-        folders => jobs.iter().zip(folders).map(|(job, folder)| part_heads(newest, job, folder.path())).collect(),
+    let files: Vec<Vec<OutputFile>> = match folders.is_empty() {
+        true => outputs.iter().map(|output| vec![single_file(newest, output)]).collect(),
+        false => {
+            let each = outputs.iter().zip(&folders);
+            each.map(|(output, folder)| files_in_folder(newest, output, folder.path())).collect()
+        }
     };
-    let rows: Vec<&Row> = jobs.iter().map(|job| &job.row).collect();
-    let scratch = heads[0][0].path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mapped = Mapped::new(checkpoints, &rows, Some(scratch), options.progress.unwrap_or(&|_| ()))?;
-    let written = pool.write_files(&mapped.selection(&rows), &shards, &heads, options);
+    let rows: Vec<&MergeRow> = outputs.iter().map(|output| &output.row).collect();
+    let scratch = files[0][0].path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mapped = MappedModels::new(checkpoints, &rows, Some(scratch), options.progress.unwrap_or(&|_| ()))?;
+    let written = sources.write_files(&mapped.selection(&rows), &shards, &files, options);
     let device = written.map_err(|error| mapped.blame(error))?;
     drop(mapped);
     for folder in &folders {
-        finish(folder.path(), newest, shards.data_len(), &companions)?;
+        write_index(folder.path(), newest, shards.data_len())?;
+        auxiliary_files::write_all(folder.path(), &auxiliary)?;
     }
     folders.into_iter().try_for_each(AtomicFolder::commit)?;
-    made.into_iter().try_for_each(CreatedDirs::keep)?;
+    created.into_iter().try_for_each(CreatedDirs::keep)?;
     Ok(device)
 }
 
-/// The tensors of each part, as indices of the pool.
-fn parts(pool: &SourceSet<'_>, model: &Model) -> Vec<Vec<usize>> {
-    let mut parts = vec![Vec::new(); model.parts.len()];
-    for (i, tensor) in pool.tensors.iter().enumerate() {
-        if let Some(held) = model.tensors.get(&tensor.name) {
-            parts[held.part].push(i);
+/// Returns the tensors of each file, as indices into the set.
+fn tensors_by_file(sources: &SourceSet<'_>, model: &CheckpointModel) -> Vec<Vec<usize>> {
+    let mut tensors = vec![Vec::new(); model.files.len()];
+    for (i, tensor) in sources.tensors.iter().enumerate() {
+        if let Some(entry) = model.tensors.get(&tensor.name) {
+            tensors[entry.file].push(i);
         }
     }
-    parts
+    tensors
 }
 
-fn whole_head(newest: &Model, job: &Job<'_>) -> OutputFile {
-    let carried = newest.parts.iter().flat_map(|part| part.metadata()).collect();
-    OutputFile { path: job.path.to_owned(), metadata: metadata(carried, job.merge) }
+fn single_file(newest: &CheckpointModel, output: &MergeOutput) -> OutputFile {
+    let carried = newest.files.iter().flat_map(|file| file.metadata()).collect();
+    OutputFile { path: output.path.to_owned(), metadata: metadata(carried, output.merge) }
 }
 
-fn part_heads(newest: &Model, job: &Job<'_>, dir: &Path) -> Vec<OutputFile> {
-    let head = |(part, path): (&super::model::Part, &PathBuf)| OutputFile {
-        path: dir.join(safe_name(&name(path))),
-        metadata: metadata(part.metadata(), job.merge),
-    };
-    newest.parts.iter().zip(&newest.input.parts).map(head).collect()
+fn files_in_folder(newest: &CheckpointModel, output: &MergeOutput, dir: &Path) -> Vec<OutputFile> {
+    let mut files = Vec::with_capacity(newest.files.len());
+    for (file, path) in newest.files.iter().zip(&newest.found.files) {
+        let path = dir.join(safetensors_name(&file_name(path)));
+        files.push(OutputFile { path, metadata: metadata(file.metadata(), output.merge) });
+    }
+    files
 }
 
-/// The metadata of an average: the newest checkpoint's, and what the average is.
+/// Returns the metadata of an average: those of the newest checkpoint, with the profile and the step.
 fn metadata(mut carried: BTreeMap<String, String>, merge: &Merge) -> BTreeMap<String, String> {
     carried.retain(|key, _| !NOT_CARRIED.contains(&key.as_str()));
     for (key, value) in base_strings() {
@@ -200,26 +217,26 @@ fn metadata(mut carried: BTreeMap<String, String>, merge: &Merge) -> BTreeMap<St
     carried
 }
 
-/// What a file of weights is called as a safetensors file: where it was one of PyTorch's, as Hugging Face's tools have it.
-fn safe_name(name: &str) -> String {
+/// Returns the name of a file of weights as a safetensors file, by the conventions of Hugging Face's tools.
+fn safetensors_name(name: &str) -> String {
     let (stem, extension) = name.rsplit_once('.').unwrap_or((name, ""));
     if extension == "safetensors" {
         return name.to_owned();
     }
-    let stem = stem.strip_prefix("pytorch_model").map_or(stem.to_owned(), |rest| format!("model{rest}"));
-    format!("{stem}.safetensors")
+    match stem.strip_prefix("pytorch_model") {
+        Some(rest) => format!("model{rest}.safetensors"),
+        None => format!("{stem}.safetensors"),
+    }
 }
 
-/// Adds the index and the files that belong to the model.
-fn finish(dir: &Path, newest: &Model, total_size: usize, companions: &[Companion]) -> Result<()> {
-    let Input { index, parts, .. } = &newest.input;
-    if let Some(index) = index {
-        let files: Vec<String> = parts.iter().map(|path| safe_name(&name(path))).collect();
-        let files = newest.tensors.values().map(|held| files[held.part].as_str());
-        let map = newest.tensors.keys().map(String::as_str).zip(files).collect();
-        let stem = name(&index.path);
-        let called = format!("{}{INDEX}", safe_name(stem.strip_suffix(INDEX).unwrap_or(&stem)));
-        companions::write(&dir.join(called), &index.with(&map, total_size))?;
-    }
-    companions::write_all(dir, companions)
+/// Writes the index of an average's shards, if the checkpoint has one.
+fn write_index(dir: &Path, newest: &CheckpointModel, total_size: usize) -> Result<()> {
+    let Some((path, index)) = &newest.found.index else { return Ok(()) };
+    let files: Vec<String> = newest.found.files.iter().map(|path| safetensors_name(&file_name(path))).collect();
+    let tensors = newest.tensors.iter();
+    let weight_map = tensors.map(|(name, entry)| (name.clone(), files[entry.file].clone())).collect();
+    let name = file_name(path);
+    let stem = name.strip_suffix(INDEX_SUFFIX).unwrap_or(&name);
+    let path = dir.join(format!("{}{INDEX_SUFFIX}", safetensors_name(stem)));
+    auxiliary_files::write(&path, index.with_tensors(weight_map, total_size).to_json().as_bytes())
 }

@@ -135,7 +135,7 @@ fn an_average_of_hardly_more_than_one_checkpoint_is_warned_of() {
     let output = posthoc_ema(&["average", &run, "--half-life", "100", "--plan"]);
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success() && stderr.starts_with("warning: beta 0.99"), "{stderr}");
-    assert!(stderr.contains("at step 3000: the weight of 1.06 checkpoints is all it has"), "{stderr}");
+    assert!(stderr.contains("at step 3000: only 1.06 checkpoints count"), "{stderr}");
     let text = stdout(&["average", &run, "--half-life", "100", "--plan", "--json"]);
     let document: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(document["warnings"].as_array().unwrap().len(), 1);

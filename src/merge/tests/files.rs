@@ -1,4 +1,4 @@
-//! Folders, shards and files of PyTorch.
+//! Folders, shards and PyTorch files.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::import::tests::pt::Pt;
 
-/// A checkpoint as a trainer of Hugging Face leaves it: two shards, their index, and all the rest.
+/// Writes a checkpoint as Hugging Face's trainer does: two shards, their index, and all other files.
 fn folder(dir: &Path, step: u64) {
     fs::create_dir_all(dir).unwrap();
     let tensors = model(step);
@@ -38,7 +38,7 @@ fn plain_mean() -> Profile {
     Profile::uniform(Window::Fraction(1.0)).unwrap()
 }
 
-/// The same checkpoints in single files, averaged.
+/// Averages the same checkpoints in single files.
 fn reference(merge: &Merge) -> Tensors {
     let (_temp, paths) = series();
     let checkpoints = Checkpoints::open(&paths, None).unwrap();
@@ -84,13 +84,13 @@ fn folders_in_shards_become_a_folder_in_shards() {
         assert_eq!(all, reference(&merge));
     }
     assert_eq!(names(temp.path()), ["deep", "run"], "nothing temporary is left");
-    // The average is a checkpoint, with its step in the metadata.
+    // The average is itself a checkpoint, with its step in the metadata.
     let again = [temp.path().join("deep/average-300"), temp.path().join("deep/average-340")];
     assert_eq!(Checkpoints::open(&again, None).unwrap().steps(), [310, 340]);
 }
 
 #[test]
-fn another_dtype_is_told_and_a_file_is_written_where_one_is_named() {
+fn dtype_is_in_the_configuration_and_a_file_is_written_if_named() {
     let temp = tempfile::tempdir().unwrap();
     let folders = [1, 2].map(|step| temp.path().join(format!("checkpoint-{step}")));
     (1..).zip(&folders).for_each(|(step, dir)| folder(dir, step));
@@ -108,9 +108,9 @@ fn another_dtype_is_told_and_a_file_is_written_where_one_is_named() {
     assert!(part.len() == 3 && part.iter().all(|(name, tensor)| whole.get(name) == Some(tensor)));
 }
 
-/// Python's tools write numbers that JSON does not know.
+/// Python's tools write `NaN` and `Infinity`, which are not JSON.
 #[test]
-fn numbers_that_are_not_finite_are_no_obstacle() {
+fn json_files_may_hold_numbers_that_are_not_finite() {
     let temp = tempfile::tempdir().unwrap();
     let config = r#"{"torch_dtype": "float32", "time_step_limit": [0.0, Infinity]}"#;
     let folders = [1, 2].map(|step| temp.path().join(format!("checkpoint-{step}")));
@@ -135,7 +135,7 @@ fn numbers_that_are_not_finite_are_no_obstacle() {
     write("average").0.unwrap();
     let written = fs::read_to_string(temp.path().join("average/config.json")).unwrap();
     assert_eq!(written, config.replace("float32", "bfloat16"));
-    // What is damaged is told before the work.
+    // Damaged files are reported before the blend.
     fs::write(folders[1].join("config.json"), "{").unwrap();
     let (written, bytes) = write("again");
     assert!(written.unwrap_err().contains("checkpoint-2/config.json: ") && bytes == 0);
@@ -144,9 +144,9 @@ fn numbers_that_are_not_finite_are_no_obstacle() {
     assert!(text.contains("checkpoint-1/trainer_state.json: "), "{text}");
 }
 
-/// As sentence-transformers has it: a list of modules, of which those without weights are folders with a configuration.
+/// Lists modules as sentence-transformers does; those without weights are folders with a configuration.
 #[test]
-fn configurations_of_modules_come_along() {
+fn configurations_of_modules_are_copied() {
     let temp = tempfile::tempdir().unwrap();
     let folders = [1, 2].map(|step| temp.path().join(format!("checkpoint-{step}")));
     for (step, dir) in (1..).zip(&folders) {
@@ -173,7 +173,7 @@ fn configurations_of_modules_come_along() {
     }
 }
 
-/// `.pt` as this crate's tests make them.
+/// Returns a model as a `.pt` file.
 fn pt(step: u64) -> Pt {
     let storage = |dtype| match dtype {
         Dtype::F32 => "FloatStorage",
@@ -189,11 +189,11 @@ fn pt(step: u64) -> Pt {
 }
 
 #[test]
-fn files_of_pytorch_give_the_same_bits() {
+fn pytorch_files_give_the_same_bits() {
     let temp = tempfile::tempdir().unwrap();
     let paths: Vec<PathBuf> = STEPS.iter().map(|step| temp.path().join(format!("epoch=1-step={step}.pt"))).collect();
     paths.iter().zip(STEPS).for_each(|(path, step)| pt(step).save(path));
-    // With the rest of a training about it.
+    // The last one also holds state of the training.
     let int = |value: u16| [b"M", &value.to_le_bytes()[..]].concat();
     pt(340).within("state_dict").entry("global_step", &int(340)).save(&paths[4]);
     let checkpoints = Checkpoints::open(&paths, None).unwrap();
@@ -206,9 +206,9 @@ fn files_of_pytorch_give_the_same_bits() {
     assert_eq!(names(&temp.path().join("out")), ["average.safetensors"]);
 }
 
-/// Tensors beside the model's dict are no reason to take them for the model.
+/// Tensors beside the model's dict are not part of the model.
 #[test]
-fn a_model_is_found_whatever_stands_beside_it() {
+fn model_is_found_beside_other_tensors() {
     let temp = tempfile::tempdir().unwrap();
     let save = |name: &str, pt: Pt| {
         let path = temp.path().join(name);
@@ -221,7 +221,7 @@ fn a_model_is_found_whatever_stands_beside_it() {
         save(&format!("{}.pt", 1000 - step), state.tensor("step", "LongStorage", &[], &(step as i64).to_le_bytes()))
     });
     let checkpoints = Checkpoints::open(&paths, None).unwrap();
-    assert_eq!(checkpoints.steps(), STEPS, "the tensor `step` tells better than the name");
+    assert_eq!(checkpoints.steps(), STEPS, "the tensor `step` precedes the name");
     let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
     assert_eq!(checkpoints.load(&merge).unwrap(), reference(&merge));
     let both = save("both-1.pt", pt(1).within("model").nested("state_dict", "w", &[1.0]).floats("loss", &[1.0]));
@@ -235,10 +235,10 @@ fn a_model_is_found_whatever_stands_beside_it() {
     }
 }
 
-/// Several hundred of them are no more than a process may open.
+/// A process may open fewer files than a training stores.
 #[cfg(target_os = "linux")]
 #[test]
-fn files_of_pytorch_are_not_kept_open() {
+fn pytorch_files_are_not_kept_open() {
     let temp = tempfile::tempdir().unwrap();
     let paths = STEPS.map(|step| temp.path().join(format!("step={step}.pt")));
     paths.iter().zip(STEPS).for_each(|(path, step)| pt(step).save(path));
@@ -254,7 +254,7 @@ fn files_of_pytorch_are_not_kept_open() {
 }
 
 #[test]
-fn folders_of_pytorch_become_folders_of_safetensors() {
+fn pytorch_folders_become_safetensors_folders() {
     let temp = tempfile::tempdir().unwrap();
     let folders = STEPS.map(|step| temp.path().join(format!("checkpoint-{step}")));
     for (dir, step) in folders.iter().zip(STEPS) {
@@ -272,7 +272,7 @@ fn folders_of_pytorch_become_folders_of_safetensors() {
 }
 
 #[test]
-fn a_folder_of_files_holds_shards_and_links_too() {
+fn folder_of_checkpoints_may_hold_shards_and_links() {
     let temp = tempfile::tempdir().unwrap();
     let run = temp.path().join("run");
     fs::create_dir(&run).unwrap();
@@ -302,14 +302,14 @@ fn a_folder_of_files_holds_shards_and_links_too() {
     let expected =
         ["step200-00001-of-00002.safetensors", "step200-00002-of-00002.safetensors", "step200.safetensors.index.json"];
     assert_eq!(names(&out), expected);
-    // A single index beside another file is no checkpoint of its own either.
+    // With a single index beside another file, the folder is still not a checkpoint itself.
     fs::remove_file(run.join("step100.safetensors.index.json")).unwrap();
     (1..=2).for_each(|i| fs::remove_file(run.join(format!("step100-0000{i}-of-00002.safetensors"))).unwrap());
     assert_eq!(Checkpoints::open(&[&run], None).unwrap().steps(), [50, 200]);
 }
 
 #[test]
-fn steps_that_are_given_for_a_folder_are_in_the_order_of_its_numbers() {
+fn given_steps_follow_the_natural_order_of_names() {
     let temp = tempfile::tempdir().unwrap();
     for epoch in 1..=12 {
         save(&temp.path().join(format!("epoch{epoch}.safetensors")), &model(epoch), &[]);
@@ -321,7 +321,7 @@ fn steps_that_are_given_for_a_folder_are_in_the_order_of_its_numbers() {
 }
 
 #[test]
-fn steps_come_from_what_tells_all_of_them() {
+fn steps_come_from_the_first_source_that_has_all() {
     let temp = tempfile::tempdir().unwrap();
     let path = |name: &str| temp.path().join(name);
     let files = [path("a-7.safetensors"), path("a-8.safetensors")];
@@ -330,7 +330,7 @@ fn steps_come_from_what_tells_all_of_them() {
     save(&files[1], &model(2), &[("step", "50")]);
     assert_eq!(open(None).unwrap(), [50, 100]);
     assert_eq!(open(Some(&[5, 6])).unwrap(), [5, 6]);
-    // Steps of two clocks would make no sense together.
+    // Steps from two sources are not mixed.
     save(&files[1], &model(2), &[]);
     assert_eq!(open(None).unwrap(), [7, 8]);
     for (i, name) in ["x", "y"].into_iter().enumerate() {

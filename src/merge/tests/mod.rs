@@ -1,4 +1,4 @@
-//! Averages of checkpoints against sums in f64, in every layout of files.
+//! Averages of checkpoints, compared with sums in f64, in every layout of files.
 
 mod files;
 mod refused;
@@ -15,10 +15,10 @@ use super::*;
 use crate::math::{Shape, Window};
 use crate::tensor::{Dtype, Tensor, is_averaged};
 
-/// A model's tensors and their names.
+/// Tensors of a model, with their names.
 type Weights = Vec<(&'static str, Tensor)>;
 
-/// A model of all dtypes, at a step of its training: elements all differ, and change from step to step.
+/// Returns a model with tensors of all dtypes. All elements differ, and change from step to step.
 fn model(step: u64) -> Weights {
     let value = |tensor: usize, i: usize| ((step as f64 * 0.37 + i as f64).sin() + tensor as f64) * 0.1;
     let values = |tensor: usize, n: usize| (0..n).map(move |i| value(tensor, i));
@@ -41,7 +41,7 @@ fn model(step: u64) -> Weights {
     ]
 }
 
-/// Writes a safetensors file as the reference does.
+/// Writes a safetensors file with the reference implementation.
 fn save(path: &Path, tensors: &[(&str, Tensor)], metadata: &[(&str, &str)]) {
     let views = tensors.iter().map(|(name, tensor)| {
         (name.to_string(), TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes).unwrap())
@@ -52,7 +52,7 @@ fn save(path: &Path, tensors: &[(&str, Tensor)], metadata: &[(&str, &str)]) {
     fs::write(path, safetensors::serialize(views, metadata).unwrap()).unwrap();
 }
 
-/// The tensors and metadata of a file.
+/// Reads the tensors and metadata of a file.
 fn read(path: &Path) -> (Tensors, HashMap<String, String>) {
     let bytes = fs::read(path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -65,7 +65,7 @@ fn read(path: &Path) -> (Tensors, HashMap<String, String>) {
 
 const STEPS: [u64; 5] = [40, 100, 120, 300, 340];
 
-/// Checkpoints in single files, whose names tell their steps.
+/// Writes checkpoints in single files, with their steps in the names.
 fn series() -> (TempDir, Vec<PathBuf>) {
     let temp = tempfile::tempdir().unwrap();
     let paths: Vec<PathBuf> = STEPS.iter().map(|step| temp.path().join(format!("step_{step}.safetensors"))).collect();
@@ -87,7 +87,7 @@ fn profiles() -> Vec<Profile> {
     ]
 }
 
-/// The elements of a tensor as f64.
+/// Returns the elements of a tensor as f64.
 fn numbers(tensor: &Tensor) -> Vec<f64> {
     match tensor.dtype {
         Dtype::F64 => tensor.to_vec::<f64>().unwrap(),
@@ -98,7 +98,7 @@ fn numbers(tensor: &Tensor) -> Vec<f64> {
     }
 }
 
-/// Half a unit in the last place of the dtype, relative.
+/// Returns half a unit in the last place of a dtype, relative.
 fn rounding(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::F64 => 2f64.powi(-53),
@@ -125,7 +125,7 @@ fn assert_is_sum(found: &Tensors, steps: &[u64], weights: &[f64], dtype: Option<
         for (k, is) in numbers(average).into_iter().enumerate() {
             let exact: f64 = values.iter().zip(weights).map(|(values, weight)| weight * values[k]).sum();
             let size: f64 = values.iter().zip(weights).map(|(values, weight)| (weight * values[k]).abs()).sum();
-            // Half an ulp, or half of the smallest subnormal of f16, and what both sums lose.
+            // Half an ulp, or half of the smallest subnormal of f16, and the rounding of both sums.
             let allowed = rounding(average.dtype) * exact.abs()
                 + 2f64.powi(-25) * f64::from(average.dtype == Dtype::F16)
                 + 4.0 * weights.len() as f64 * 2f64.powi(-53) * size;
@@ -134,7 +134,7 @@ fn assert_is_sum(found: &Tensors, steps: &[u64], weights: &[f64], dtype: Option<
     }
 }
 
-/// The masses of the intervals between checkpoints, by the definition.
+/// Returns the masses of the intervals between checkpoints, by definition.
 fn masses(profile: &Profile, steps: &[u64], at: u64) -> Vec<f64> {
     let mut ends: Vec<f64> = steps.iter().map(|&step| step as f64).collect();
     *ends.last_mut().unwrap() = at as f64;
@@ -145,7 +145,7 @@ fn masses(profile: &Profile, steps: &[u64], at: u64) -> Vec<f64> {
 #[test]
 fn averages_are_sums_of_the_checkpoints() {
     let (_temp, paths) = series();
-    // In any order.
+    // Opened in any order.
     let checkpoints = Checkpoints::open(&[2, 0, 4, 1, 3].map(|i| &paths[i]), None).unwrap();
     assert_eq!(checkpoints.steps(), STEPS);
     assert!(checkpoints.paths().eq(paths.iter()));
@@ -161,7 +161,7 @@ fn averages_are_sums_of_the_checkpoints() {
 }
 
 #[test]
-fn files_hold_what_memory_does_whatever_the_dtype_and_the_number_of_targets() {
+fn written_averages_equal_loaded_ones_for_any_dtype_and_number_of_targets() {
     let (temp, paths) = series();
     let checkpoints = Checkpoints::open(&paths, None).unwrap();
     let merges = checkpoints.plans(&profiles(), At::Latest).unwrap();
@@ -185,13 +185,13 @@ fn files_hold_what_memory_does_whatever_the_dtype_and_the_number_of_targets() {
 }
 
 #[test]
-fn what_has_no_weight_is_not_read_and_progress_tells_what_is() {
+fn checkpoints_without_weight_are_not_read() {
     let (temp, paths) = series();
     let mut broken = model(100);
     broken[0].1.bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
     save(&paths[1], &broken, &[]);
     let checkpoints = Checkpoints::open(&paths, None).unwrap();
-    // The last 40 steps: the newest checkpoint alone; the last 50, a part of the one before, too.
+    // The last 40 steps are the newest checkpoint alone; the last 50 include a part of the one before.
     for (window, used, effective) in [(40.0, 1, 1.0), (50.0, 2, 1.0 / (0.8f64.powi(2) + 0.2f64.powi(2)))] {
         let merge = checkpoints.plan(Profile::uniform(Window::Steps(window)).unwrap(), At::Latest).unwrap();
         assert!((merge.effective_checkpoints - effective).abs() < 1e-12);
@@ -216,15 +216,15 @@ fn what_has_no_weight_is_not_read_and_progress_tells_what_is() {
 }
 
 #[test]
-fn alphas_of_adapters_are_kept_bit_for_bit() {
+fn alphas_of_adapters_are_copied_bit_for_bit() {
     let temp = tempfile::tempdir().unwrap();
     let paths: Vec<PathBuf> = (1..=3).map(|i| temp.path().join(format!("lora-00000{i}.safetensors"))).collect();
     let lora = |step: u64, alpha: f32| {
         let mut tensors = model(step);
-        // No dyadic number: a sum of its thirds would be another.
+        // Not a dyadic number: a sum of its thirds would differ.
         tensors.push(("unet.down.alpha", Tensor::new(&[], &[alpha]).unwrap()));
         tensors.push(("unet.down.lora_down.weight", Tensor::new(&[2], &[step as f32, 1.0]).unwrap()));
-        // Trained, and no scale.
+        // A trained parameter, not a scale.
         tensors.push(("snake.alpha", Tensor::new(&[1], &[step as f32]).unwrap()));
         tensors
     };
@@ -235,7 +235,7 @@ fn alphas_of_adapters_are_kept_bit_for_bit() {
         save(path, &lora(i as u64, 0.7), &own);
     }
     let checkpoints = Checkpoints::open(&paths, None).unwrap();
-    // The metadata know better than the names.
+    // Steps in metadata precede those in names.
     assert_eq!(checkpoints.steps(), [10, 20, 30]);
     assert!(!checkpoints.averaged().contains(&"unet.down.alpha".to_owned()));
     let merge = checkpoints.plan(Profile::uniform(Window::Fraction(1.0)).unwrap(), At::Latest).unwrap();
@@ -247,13 +247,13 @@ fn alphas_of_adapters_are_kept_bit_for_bit() {
     assert_eq!((metadata["ss_network_dim"].as_str(), metadata["ss_steps"].as_str()), ("16", "30"));
     assert_eq!(metadata["format"], "np");
     assert!(!metadata.contains_key("sshs_model_hash"));
-    // Another scale in any of them.
+    // A different scale in one of them.
     save(&paths[1], &lora(1, 0.5), &[("ss_steps", "20")]);
     let error = Checkpoints::open(&paths, None).unwrap_err().to_string();
     assert!(error.contains("lora-000002.safetensors: `unet.down.alpha`, the scale of a low-rank adapter"), "{error}");
 }
 
-/// Integers are copied whatever they say; a scale among them must be the same all the same.
+/// Integers are copied anyway, but scales among them must still agree.
 #[test]
 fn alphas_of_any_dtype_must_agree() {
     let temp = tempfile::tempdir().unwrap();
@@ -273,7 +273,7 @@ fn alphas_of_any_dtype_must_agree() {
 }
 
 #[test]
-fn scales_of_peft_s_configurations_must_agree() {
+fn scales_in_peft_configurations_must_agree() {
     let temp = tempfile::tempdir().unwrap();
     let dirs = [1, 2].map(|step| temp.path().join(format!("checkpoint-{step}")));
     let tensors = [("x.lora_A.weight", Tensor::new(&[1], &[1f32]).unwrap())];
@@ -291,10 +291,10 @@ fn scales_of_peft_s_configurations_must_agree() {
     let same = r#"{"r": 8, "lora_alpha": 16.0, "rank_pattern": {}, "lora_dropout": 0.1}"#;
     assert_eq!(open(r#"{"r": 8, "lora_alpha": 16, "use_rslora": false, "lora_dropout": NaN}"#, same), Ok(()));
     for (other, part) in [
-        (r#"{"r": 8, "lora_alpha": 32}"#, "`lora_alpha` is 32, and 16.0 in"),
-        (r#"{"r": 4, "lora_alpha": 16}"#, "`r` is 4, and 8 in"),
-        (r#"{"r": 8, "lora_alpha": 16, "alpha_pattern": {"x": 2}}"#, r#"`alpha_pattern` is {"x":2}, and null in"#),
-        (r#"{"r": 8, "lora_alpha": 16, "rank_pattern": {"x": 2}}"#, r#"`rank_pattern` is {"x":2}, and {} in"#),
+        (r#"{"r": 8, "lora_alpha": 32}"#, "`lora_alpha` is 32, but 16.0 in"),
+        (r#"{"r": 4, "lora_alpha": 16}"#, "`r` is 4, but 8 in"),
+        (r#"{"r": 8, "lora_alpha": 16, "alpha_pattern": {"x": 2}}"#, r#"`alpha_pattern` is {"x":2}, but null in"#),
+        (r#"{"r": 8, "lora_alpha": 16, "rank_pattern": {"x": 2}}"#, r#"`rank_pattern` is {"x":2}, but {} in"#),
     ] {
         let text = open(same, other).unwrap_err();
         let named = |i: usize| text.contains(&*dirs[i].join("adapter_config.json").to_string_lossy());

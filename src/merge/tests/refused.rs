@@ -1,4 +1,4 @@
-//! What is refused, with the file, the value and the remedy.
+//! Refused checkpoints and targets: the error names the file, the value and the remedy.
 
 use super::*;
 use crate::import::tests::pt::{Pt, call};
@@ -8,7 +8,7 @@ fn error(paths: &[PathBuf], steps: Option<&[u64]>) -> String {
 }
 
 #[test]
-fn checkpoints_of_other_models_are_named_with_the_difference() {
+fn checkpoints_of_other_models_are_refused_with_the_difference() {
     let (_temp, paths) = series();
     let changed = |change: &dyn Fn(&mut Weights)| {
         let mut tensors = model(300);
@@ -18,17 +18,20 @@ fn checkpoints_of_other_models_are_named_with_the_difference() {
     };
     let (own, other) = ("step_300.safetensors", "step_40.safetensors");
     for (text, part) in [
-        (changed(&|model| model[0].1.shape = vec![5, 3]), "tensor `a.weight` has another shape ([5, 3], not [3, 5])"),
-        (changed(&|model| model[1].1.dtype = Dtype::BF16), "tensor `b.half` has another dtype (BF16, not F16)"),
-        (changed(&|model| drop(model.remove(3))), "a tensor `d.double` less is stored"),
-        (changed(&|model| model.push(("z", Tensor::new(&[1], &[1f32]).unwrap()))), "a tensor `z` more is stored"),
+        (changed(&|model| model[0].1.shape = vec![5, 3]), "the shape of tensor `a.weight` is [5, 3], but [3, 5] in"),
+        (changed(&|model| model[1].1.dtype = Dtype::BF16), "the dtype of tensor `b.half` is BF16, but F16 in"),
+        (changed(&|model| drop(model.remove(3))), "tensor `d.double` is missing, but present in"),
+        (
+            changed(&|model| model.push(("z", Tensor::new(&[1], &[1f32]).unwrap()))),
+            "tensor `z` is present, but missing in",
+        ),
     ] {
         assert!(text.contains(own) && text.contains(other) && text.contains(part), "{text}");
     }
 }
 
 #[test]
-fn steps_that_cannot_be_had_are_errors_that_say_how_to_give_them() {
+fn missing_and_repeated_steps_are_refused_with_the_option() {
     let (temp, mut paths) = series();
     let steps = "--steps 1000,2000,...";
     let copy = |name: &str| {
@@ -53,7 +56,7 @@ fn steps_that_cannot_be_had_are_errors_that_say_how_to_give_them() {
 }
 
 #[test]
-fn what_is_no_checkpoint_is_named() {
+fn invalid_checkpoints_are_refused_with_the_reason() {
     let (temp, mut paths) = series();
     let path = |name: &str| temp.path().join(name);
     fs::create_dir(path("empty")).unwrap();
@@ -82,7 +85,7 @@ fn what_is_no_checkpoint_is_named() {
         ("missing", "check the path"),
         ("empty", "no weights are in this folder"),
         ("many", "both `p.safetensors` and `q.safetensors` are in this folder: name the file of each"),
-        ("notes-5.txt", "no file of weights"),
+        ("notes-5.txt", "not a file of weights"),
         ("cut-6.safetensors", "the file is damaged or incomplete"),
         ("bad-7.safetensors.index.json", "it names the file `../x`"),
         ("gone-8.safetensors.index.json", "cannot read"),
@@ -98,21 +101,21 @@ fn what_is_no_checkpoint_is_named() {
         paths.pop();
         assert!(text.contains(part), "{name}: {text}");
     }
-    assert!(error(&[], None).contains("no checkpoint was given"));
+    assert!(error(&[], None).contains("there is no checkpoint to average: name files, or a folder of them"));
     assert!(error(&paths[..1], None).contains("with nothing to average it with"));
     assert!(error(&[path("empty")], None).contains("no weights are in it, nor in its folders"));
 }
 
-/// A trainer's folder has the last model beside the folders of earlier checkpoints.
+/// A trainer writes the last model beside the folders of earlier checkpoints.
 #[test]
-fn a_model_beside_its_checkpoints_is_not_taken_for_them() {
+fn model_beside_its_checkpoints_is_refused() {
     let temp = tempfile::tempdir().unwrap();
     for name in [".", "checkpoint-1", "checkpoint-2"] {
         fs::create_dir_all(temp.path().join(name)).unwrap();
         save(&temp.path().join(name).join("model.safetensors"), &model(1), &[]);
     }
     let text = error(&[temp.path().to_owned()], None);
-    assert!(text.contains("this is one checkpoint, with others in folders of it, such as `checkpoint-1`"), "{text}");
+    assert!(text.contains("this is one checkpoint, and its folders hold others, such as `checkpoint-1`"), "{text}");
 }
 
 #[test]
@@ -130,7 +133,7 @@ fn checkpoints_without_anything_to_average_are_refused() {
 }
 
 #[test]
-fn targets_that_make_no_sense_are_refused() {
+fn targets_outside_the_checkpoints_are_refused() {
     let (_temp, paths) = series();
     let checkpoints = Checkpoints::open(&paths, None).unwrap();
     let uniform = |steps| Profile::uniform(Window::Steps(steps)).unwrap();
@@ -145,11 +148,12 @@ fn targets_that_make_no_sense_are_refused() {
     let merge = checkpoints.plan(uniform(10.0), At::Latest).unwrap();
     let fewer = Checkpoints::open(&paths[1..], None).unwrap();
     let text = fewer.load(&merge).unwrap_err().to_string();
-    assert!(text.contains("the weights were made for other checkpoints"), "{text}");
+    let missing = format!("the plan needs checkpoint {} (step 40), which is not open", paths[0].display());
+    assert!(text.contains(&missing), "{text}");
 }
 
 #[test]
-fn inputs_are_never_written_to() {
+fn inputs_are_never_overwritten() {
     let temp = tempfile::tempdir().unwrap();
     let run = temp.path().join("run");
     for step in [1, 2] {
@@ -193,7 +197,7 @@ fn inputs_are_never_written_to() {
 }
 
 #[test]
-fn a_sum_that_does_not_fit_leaves_no_folder_and_no_directory_above() {
+fn overflow_leaves_no_folder_and_no_directory_above() {
     let temp = tempfile::tempdir().unwrap();
     let run = temp.path().join("run");
     for step in [1, 2] {
@@ -213,7 +217,7 @@ fn a_sum_that_does_not_fit_leaves_no_folder_and_no_directory_above() {
 }
 
 #[test]
-fn shards_that_would_become_one_file_are_refused() {
+fn shards_with_the_same_output_name_are_refused() {
     let temp = tempfile::tempdir().unwrap();
     let run = temp.path().join("run");
     for step in [1, 2] {
