@@ -6,8 +6,8 @@ use std::str::FromStr;
 /// Device to compute on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
-    /// Automatic choice. A synthesis uses the device that is faster for the job, a tracker keeps averages on the CUDA device
-    /// if it has ample room, and a benchmark measures all devices.
+    /// Automatic choice. A synthesis uses the device that is faster for the job, a tracker keeps averages on the CUDA
+    /// device if it has ample room, and a benchmark measures all devices.
     Auto,
     /// CPU.
     #[default]

@@ -220,8 +220,8 @@ pub enum Error {
     /// An average to be stored contains a NaN or an infinity.
     #[error(
         "tensor `{}`: the average {profile} holds {value} at element {element} at step {step}: the snapshot was not \
-         written. Training diverged at or before this step: go back to the newest snapshot and resume from there. If the \
-         value is intended, as in a mask, name the tensor among those to copy",
+         written. Training diverged at or before this step: go back to the newest snapshot and resume from there. If \
+         the value is intended, as in a mask, name the tensor among those to copy",
         named(tensor)
     )]
     NonFinite {

@@ -25,8 +25,9 @@
 //! # Ok::<(), posthoc_ema::Error>(())
 //! ```
 //!
-//! Features: `pytorch` reads the checkpoints of PyTorch (`.pt`) and imports those of other tools; `cuda` brings the CUDA
-//! kernels. None is on by default but the version of CUDA's driver interface. The program is the crate `posthoc-ema-cli`.
+//! Features: `pytorch` reads PyTorch checkpoints (`.pt`) and imports those of other tools; `cuda` adds the CUDA
+//! kernels. By default, only the version of CUDA's driver interface is on. The command-line program is the crate
+//! `posthoc-ema-cli`.
 
 #[doc(hidden)]
 pub mod compute;
@@ -71,7 +72,7 @@ pub use tensor::{
 };
 pub use tracker::{OnError, Options, PostHocEma, UpdateOutcome};
 
-/// The examples of the README are compiled with the documentation's tests.
+/// Compiles the examples of the README with the documentation tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

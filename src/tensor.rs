@@ -1,4 +1,4 @@
-//! Named views of tensors in somebody's memory, and the traits through which a model lends them.
+//! Named views of tensors in the memory of a model, and the traits by which it lends them.
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -12,22 +12,22 @@ mod finite;
 
 pub(crate) use finite::first_non_finite;
 
-/// The element types of safetensors files.
+/// Element type of a tensor in a safetensors file.
 pub use safetensors::Dtype;
 
-/// The dtypes that are averaged; all others are copied from the newest update.
+/// Returns true for a dtype that is averaged. Tensors of other dtypes are copied from the newest update.
 pub fn is_averaged(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64)
 }
 
-/// What a tensor is, without its elements.
+/// Name, dtype and shape of a tensor, without its elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
-    /// The name.
+    /// Name.
     pub name: String,
-    /// The element type.
+    /// Element type.
     pub dtype: Dtype,
-    /// The shape.
+    /// Shape; empty for a scalar.
     pub shape: Vec<usize>,
 }
 
@@ -42,8 +42,8 @@ pub(crate) fn compare_tensors<'a>(
         match rest.remove(name) {
             None => return Some(Difference::new(format!("tensor `{name}`"), "missing", "present")),
             Some((_, expected)) if expected != shape => {
-                let (expected, found) = (format!("{expected:?}"), format!("{shape:?}"));
-                return Some(Difference::new(format!("the shape of tensor `{name}`"), expected, found));
+                let what = format!("the shape of tensor `{name}`");
+                return Some(Difference::new(what, format!("{expected:?}"), format!("{shape:?}")));
             }
             Some((expected, _)) if expected != dtype => {
                 return Some(Difference::new(format!("the dtype of tensor `{name}`"), expected, dtype));
@@ -54,115 +54,115 @@ pub(crate) fn compare_tensors<'a>(
     rest.keys().next().map(|name| Difference::new(format!("tensor `{name}`"), "present", "missing"))
 }
 
-/// Where the elements of a tensor lie.
+/// Memory with the elements of a tensor.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub enum Memory<'a> {
-    /// Host memory: the elements in C order, little endian, of any alignment.
+    /// Host memory: elements in C order, little endian, of any alignment.
     Host(&'a [u8]),
-    /// Memory of a CUDA device: the elements in C order, little endian.
+    /// Memory of a CUDA device: elements in C order, little endian.
     Cuda(CudaMemory<'a>),
 }
 
-/// Where the elements of a tensor that is written lie.
+/// Memory with the elements of a tensor, for writing.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum MemoryMut<'a> {
-    /// Host memory: the elements in C order, little endian, of any alignment.
+    /// Host memory: elements in C order, little endian, of any alignment.
     Host(&'a mut [u8]),
-    /// Memory of a CUDA device: the elements in C order, little endian.
+    /// Memory of a CUDA device: elements in C order, little endian.
     Cuda(CudaMemoryMut<'a>),
 }
 
-/// Somebody's memory on a CUDA device, with the stream on which its owner works with it.
+/// Memory on a CUDA device, with the stream on which its owner uses it.
 ///
-/// It is read and written in the order of that stream: after all that was queued there before, and before what is queued
-/// there later. Made with the feature `cuda`, by `CudaMemory::from_raw`.
+/// This crate reads and writes it in the order of that stream: after all work queued there before, and before all work
+/// queued there later. With the feature `cuda`, `CudaMemory::from_raw` creates one.
 #[derive(Clone, Copy, Debug)]
-#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "nothing makes one without the feature"))]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only the feature creates one"))]
 pub struct CudaMemory<'a> {
-    /// The device's number.
+    /// Number of the device.
     pub(crate) device: usize,
-    /// The owner's `CUstream`, as a number; 0 is the legacy default stream.
+    /// `CUstream` of the owner, as a number; 0 is the legacy default stream.
     pub(crate) stream: usize,
-    /// The address on the device.
+    /// Address on the device.
     pub(crate) address: u64,
     pub(crate) bytes: usize,
-    /// Whether the owner leaves the memory alone until the tracker's fence has passed, on whatever stream.
+    /// True if the owner does not touch the memory, on any stream, until the tracker's fence has passed.
     pub(crate) until_fence: bool,
     pub(crate) lent: PhantomData<&'a [u8]>,
 }
 
-/// As [`CudaMemory`], lent for writing.
+/// As [`CudaMemory`], for writing.
 #[derive(Debug)]
 pub struct CudaMemoryMut<'a>(pub(crate) CudaMemory<'a>);
 
-macro_rules! tell {
+macro_rules! accessors {
     ($memory:ident, $self:ident => $read:expr) => {
         impl $memory<'_> {
-            /// The number of the device.
+            /// Returns the number of the device.
             pub fn device(&$self) -> usize {
                 $read.device
             }
 
-            /// The address on the device.
+            /// Returns the address on the device.
             pub fn address(&$self) -> u64 {
                 $read.address
             }
 
-            /// The number of bytes.
+            /// Returns the number of bytes.
             pub fn len(&$self) -> usize {
                 $read.bytes
             }
 
-            /// Whether there are no bytes.
+            /// Returns true if the memory has no bytes.
             pub fn is_empty(&$self) -> bool {
                 $read.bytes == 0
             }
         }
     };
 }
-tell!(CudaMemory, self => self);
-tell!(CudaMemoryMut, self => self.0);
+accessors!(CudaMemory, self => self);
+accessors!(CudaMemoryMut, self => self.0);
 
-/// A tensor that can be read: name, dtype, shape and contiguous elements.
+/// Borrowed tensor: name, dtype, shape and contiguous elements.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorView<'a> {
-    /// The name, unique within the model.
+    /// Name, unique within the model.
     pub name: &'a str,
-    /// The element type.
+    /// Element type.
     pub dtype: Dtype,
-    /// The shape; empty for a scalar.
+    /// Shape; empty for a scalar.
     pub shape: &'a [usize],
-    /// The elements.
+    /// Elements.
     pub memory: Memory<'a>,
 }
 
 impl<'a> TensorView<'a> {
-    /// A view of elements in host memory.
+    /// Creates a view of elements in host memory.
     ///
     /// # Errors
-    /// [`Error::Tensor`] where shape and dtype do not make up the number of bytes given.
+    /// [`Error::Tensor`] if the number of bytes is not that of shape and dtype.
     pub fn host(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Result<Self> {
         check_size(name, dtype, shape, bytes.len())?;
         Ok(TensorView { name, dtype, shape, memory: Memory::Host(bytes) })
     }
 
-    /// A view of elements in memory of a CUDA device.
+    /// Creates a view of elements in memory of a CUDA device.
     ///
     /// # Errors
-    /// [`Error::Tensor`] where shape and dtype do not make up the number of bytes lent.
+    /// [`Error::Tensor`] if the number of bytes is not that of shape and dtype.
     pub fn cuda(name: &'a str, dtype: Dtype, shape: &'a [usize], memory: CudaMemory<'a>) -> Result<Self> {
         check_size(name, dtype, shape, memory.bytes)?;
         Ok(TensorView { name, dtype, shape, memory: Memory::Cuda(memory) })
     }
 
-    /// The number of elements.
+    /// Returns the number of elements.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// The elements, where they lie in host memory.
+    /// Returns the elements if they are in host memory.
     pub fn host_bytes(&self) -> Option<&'a [u8]> {
         match self.memory {
             Memory::Host(bytes) => Some(bytes),
@@ -170,7 +170,7 @@ impl<'a> TensorView<'a> {
         }
     }
 
-    /// The bytes lent.
+    /// Returns the number of bytes.
     pub fn byte_len(&self) -> usize {
         match self.memory {
             Memory::Host(bytes) => bytes.len(),
@@ -178,7 +178,7 @@ impl<'a> TensorView<'a> {
         }
     }
 
-    /// What makes two views the same memory: the device, none for the host, and the address.
+    /// Returns device (`None` for the host) and address, which are equal for two views of the same memory.
     pub(crate) fn place(&self) -> (Option<usize>, u64) {
         match self.memory {
             Memory::Host(bytes) => (None, bytes.as_ptr().addr() as u64),
@@ -187,39 +187,39 @@ impl<'a> TensorView<'a> {
     }
 }
 
-/// A tensor that can be written.
+/// Borrowed tensor, for writing.
 #[derive(Debug)]
 pub struct TensorViewMut<'a> {
-    /// The name, unique within the model.
+    /// Name, unique within the model.
     pub name: &'a str,
-    /// The element type.
+    /// Element type.
     pub dtype: Dtype,
-    /// The shape; empty for a scalar.
+    /// Shape; empty for a scalar.
     pub shape: &'a [usize],
-    /// The elements.
+    /// Elements.
     pub memory: MemoryMut<'a>,
 }
 
 impl<'a> TensorViewMut<'a> {
-    /// A view of elements in host memory.
+    /// Creates a view of elements in host memory.
     ///
     /// # Errors
-    /// [`Error::Tensor`] where shape and dtype do not make up the number of bytes given.
+    /// [`Error::Tensor`] if the number of bytes is not that of shape and dtype.
     pub fn host(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a mut [u8]) -> Result<Self> {
         check_size(name, dtype, shape, bytes.len())?;
         Ok(TensorViewMut { name, dtype, shape, memory: MemoryMut::Host(bytes) })
     }
 
-    /// A view of elements in memory of a CUDA device.
+    /// Creates a view of elements in memory of a CUDA device.
     ///
     /// # Errors
-    /// [`Error::Tensor`] where shape and dtype do not make up the number of bytes lent.
+    /// [`Error::Tensor`] if the number of bytes is not that of shape and dtype.
     pub fn cuda(name: &'a str, dtype: Dtype, shape: &'a [usize], memory: CudaMemoryMut<'a>) -> Result<Self> {
         check_size(name, dtype, shape, memory.0.bytes)?;
         Ok(TensorViewMut { name, dtype, shape, memory: MemoryMut::Cuda(memory) })
     }
 
-    /// The elements, where they lie in host memory.
+    /// Returns the elements if they are in host memory.
     pub fn into_host_bytes(self) -> Option<&'a mut [u8]> {
         match self.memory {
             MemoryMut::Host(bytes) => Some(bytes),
@@ -228,13 +228,16 @@ impl<'a> TensorViewMut<'a> {
     }
 }
 
-/// The bytes that a tensor takes, in checked arithmetic.
+/// Returns the size of a tensor in bytes.
+///
+/// # Errors
+/// [`Error::Tensor`] if the size overflows or is not a whole number of bytes.
 pub fn byte_size(name: &str, dtype: Dtype, shape: &[usize]) -> Result<usize> {
     let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
     let bits = elements.and_then(|n| n.checked_mul(dtype.bitsize()));
     match bits {
         Some(bits) if bits.is_multiple_of(8) => Ok(bits / 8),
-        _ => Err(Error::tensor(name, format!("shape {shape:?} of {dtype} is no whole number of bytes below 2^64"))),
+        _ => Err(Error::tensor(name, format!("shape {shape:?} of {dtype} is not a whole number of bytes below 2^64"))),
     }
 }
 
@@ -249,30 +252,30 @@ fn check_size(name: &str, dtype: Dtype, shape: &[usize], bytes: usize) -> Result
     Ok(())
 }
 
-/// A model's tensors, lent for reading.
+/// Model whose tensors can be read.
 ///
 /// Implemented for lists of `(name, slice)` pairs, [`Tensors`], safetensors files in memory and, in the crate
 /// `posthoc-ema-candle`, for candle's `VarMap`.
 pub trait Parameters {
-    /// Calls `read` once with a view of every tensor. The order does not matter; names must be unique.
+    /// Calls `read` once with a view of every tensor, in any order. Names must be unique.
     ///
     /// # Errors
-    /// What `read` returns, or what the model reports when it cannot lend its tensors.
+    /// Errors of `read`, and an error of the model if it cannot lend its tensors.
     fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()>;
 }
 
-/// A model's tensors, lent for writing.
+/// Model whose tensors can be written.
 pub trait ParametersMut: Parameters {
     /// Calls `write` for every tensor, one after the other.
     ///
     /// # Errors
-    /// What `write` returns, or what the model reports when it cannot lend its tensors.
+    /// Errors of `write`, and an error of the model if it cannot lend its tensors.
     fn for_each_mut(&mut self, write: &mut dyn FnMut(TensorViewMut<'_>) -> Result<()>) -> Result<()>;
 }
 
-/// A Rust type that is an element type of tensors.
+/// Rust type of the elements of a tensor.
 pub trait Element: Pod {
-    /// The dtype of such elements.
+    /// Dtype of these elements.
     const DTYPE: Dtype;
 }
 
@@ -286,7 +289,7 @@ elements! {
     u8 => U8, i8 => I8, u16 => U16, i16 => I16, u32 => U32, i32 => I32, u64 => U64, i64 => I64,
 }
 
-/// `(name, elements)` pairs: each a tensor of one dimension.
+/// `(name, elements)` pairs. Each is a tensor of one dimension.
 impl<N: AsRef<str>, T: Element> Parameters for [(N, Vec<T>)] {
     fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
         with_pairs(self.iter().map(|(name, values)| (name.as_ref(), values.as_slice())), read)
@@ -299,7 +302,7 @@ impl<N: AsRef<str>, T: Element> Parameters for Vec<(N, Vec<T>)> {
     }
 }
 
-/// `(name, slice)` pairs: each a tensor of one dimension.
+/// `(name, slice)` pairs. Each is a tensor of one dimension.
 impl<T: Element> Parameters for [(&str, &[T])] {
     fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
         with_pairs(self.iter().copied(), read)
@@ -324,7 +327,7 @@ fn with_pairs<'a, T: Element>(
     read(&views)
 }
 
-/// `(name, mutable slice)` pairs, which Switch EMA can write into.
+/// `(name, mutable slice)` pairs, which Switch EMA can write to.
 impl<T: Element> Parameters for [(&str, &mut [T])] {
     fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
         with_pairs(self.iter().map(|(name, values)| (*name, &**values)), read)
@@ -351,60 +354,60 @@ impl<N: AsRef<str>, T: Element> ParametersMut for Vec<(N, Vec<T>)> {
     }
 }
 
-/// One tensor in memory of its own.
+/// Owned tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
-    /// The element type.
+    /// Element type.
     pub dtype: Dtype,
-    /// The shape; empty for a scalar.
+    /// Shape; empty for a scalar.
     pub shape: Vec<usize>,
-    /// The elements in C order, little endian.
+    /// Elements in C order, little endian.
     pub bytes: Vec<u8>,
 }
 
 impl Tensor {
-    /// A tensor of the given elements.
+    /// Creates a tensor from its elements.
     ///
     /// # Errors
-    /// [`Error::Tensor`] where the shape does not hold that many elements.
+    /// [`Error::Tensor`] if the shape does not have that many elements.
     pub fn new<T: Element>(shape: &[usize], values: &[T]) -> Result<Tensor> {
         let bytes = bytemuck::cast_slice(values).to_vec();
         check_size("new", T::DTYPE, shape, bytes.len())?;
         Ok(Tensor { dtype: T::DTYPE, shape: shape.to_vec(), bytes })
     }
 
-    /// The elements, where they are of type `T`.
+    /// Returns the elements if they are of type `T`.
     pub fn to_vec<T: Element>(&self) -> Option<Vec<T>> {
         (self.dtype == T::DTYPE).then(|| bytemuck::allocation::pod_collect_to_vec(&self.bytes))
     }
 }
 
-/// A set of named tensors in memory of its own: what a synthesis into memory returns.
+/// Owned tensors by name, such as the result of a synthesis into memory.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tensors(BTreeMap<String, Tensor>);
 
 impl Tensors {
-    /// The tensor of that name.
+    /// Returns the tensor of that name.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
         self.0.get(name)
     }
 
-    /// All tensors, by name.
+    /// Iterates over all tensors, by name.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Tensor)> {
         self.0.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }
 
-    /// How many tensors there are.
+    /// Returns the number of tensors.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there is no tensor at all.
+    /// Returns true if the set is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Adds a tensor, or replaces the one of that name.
+    /// Adds a tensor or replaces the one of that name.
     pub fn insert(&mut self, name: impl Into<String>, tensor: Tensor) {
         self.0.insert(name.into(), tensor);
     }
@@ -442,7 +445,7 @@ impl ParametersMut for Tensors {
     }
 }
 
-/// A safetensors file in memory, or mapped.
+/// Safetensors file in memory.
 impl Parameters for safetensors::SafeTensors<'_> {
     fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
         let tensors = self.tensors();

@@ -1,4 +1,4 @@
-//! Synthesis in bounded memory: a model larger than the bound, many targets, measured in a process of its own.
+//! Synthesis in bounded memory: many targets of a model larger than the bound, measured in a process of its own.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use posthoc_ema::{At, Dtype, Output, PostHocEma, Profile, Run, WriteOptions};
 
-/// Anonymous memory of this process in bytes; mapped files do not count.
+/// Returns the anonymous memory of this process in bytes, without mapped files.
 fn anonymous() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// Two snapshots of a model of 300 MB, so that anything that grows with the model shows.
+/// Writes two snapshots of a model of 300 MB, more than twice the bound.
 fn train(dir: &std::path::Path) {
     let mut model = vec![("large", vec![1.0f32; 70_000_000]), ("small", vec![1.0f32; 5_000_000])];
     let options = PostHocEma::options(dir).sigma_rels([0.2]).update_every(1).checkpoint_every(1);
@@ -26,7 +26,7 @@ fn train(dir: &std::path::Path) {
 }
 
 #[test]
-fn many_targets_of_a_large_model_take_less_than_128_mib() {
+fn four_targets_of_a_large_model_take_less_than_128_mib() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     train(&dir);
@@ -47,7 +47,7 @@ fn many_targets_of_a_large_model_take_less_than_128_mib() {
         done.store(true, Ordering::Relaxed);
         written.unwrap();
     });
-    // One result alone is larger than the bound.
+    // A single result is larger than the bound.
     assert_eq!(std::fs::metadata(&paths[0]).unwrap().len(), 4096 + 300_000_000);
     let most = most.load(Ordering::Relaxed);
     assert!(most > 0 && most < 128 << 20, "{most}");

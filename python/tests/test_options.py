@@ -20,7 +20,7 @@ from posthoc_ema import KarrasEMA, Plan, PostHocEMA, Profile, _native, plan
         ({"update_every": 0}, "option update_every: an interval is at least 1 step"),
         ({"checkpoint_every": -5}, "checkpoint_every = -5: must be a whole number, 0 or more"),
         ({"update_after_step": 1.5}, "update_after_step = 1.5: must be a whole number"),
-        ({"max_checkpoints": 0}, "max_checkpoints: 0 would keep nothing"),
+        ({"max_checkpoints": 0}, "max_checkpoints: 0 keeps no snapshot"),
         ({"retention": "newest"}, "retention = 'newest': must be 'latest'"),
         ({"retention": (0.1, 0.15, 0.2)}, "a range is two sigma_rel, steps are whole numbers"),
         ({"retention": (0.2, 0.1)}, "option retention: the range of lengths 0.2 to 0.1"),
@@ -63,7 +63,7 @@ def test_directory_with_a_run_is_not_overwritten(run_dir: Path) -> None:
         ema.update_(model)
     again = PostHocEMA.from_model(model, run_dir, update_every=1, checkpoint_every=1, update_after_step=0, resume=True)
     assert again.step == 1
-    with pytest.raises(ValueError, match="the run has sigma_rel 0.05, sigma_rel 0.28, asked for is sigma_rel 0.1"):
+    with pytest.raises(ValueError, match="the run has sigma_rel 0.05, sigma_rel 0.28, but sigma_rel 0.1"):
         again.close()
         PostHocEMA.from_model(model, run_dir, sigma_rels=(0.1,), resume=True)
 

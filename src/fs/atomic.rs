@@ -1,8 +1,9 @@
-//! Files that appear whole or not at all: written under a temporary name, synced and renamed, with a sync of the directory.
+//! Files that appear whole or not at all: written under a temporary name, synced and renamed, with a sync of the
+//! directory.
 //!
-//! Writeback starts right after each write, while the caller prepares the next one. Leaving it all to the final sync takes
-//! about twice as long. Large pages, preallocation and several threads per file gain nothing on top. Writes past the page
-//! cache are slower, and some file systems refuse them.
+//! Writeback starts right after each write, while the caller prepares the next one. Leaving it all to the final sync
+//! takes about twice as long. Large pages, preallocation and several threads per file gain nothing on top. Writes past
+//! the page cache are slower, and some file systems refuse them.
 
 use std::fs::{File, Permissions};
 use std::io;
@@ -112,8 +113,8 @@ fn write_within(limit: Option<u64>, file: &File, offset: u64, bytes: &[u8]) -> i
 
 /// Starts the writeback of a range of a file, without waiting for it.
 ///
-/// The advice that pages are no longer needed writes back dirty pages, and almost all of them stay in memory. If it fails,
-/// the sync writes them.
+/// The advice that pages are no longer needed writes back dirty pages, and almost all of them stay in memory. If it
+/// fails, the sync writes them.
 #[cfg(target_os = "linux")]
 fn start_writeback(file: &File, offset: u64, bytes: usize) {
     let length = std::num::NonZeroU64::new(bytes as u64);

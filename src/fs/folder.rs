@@ -12,7 +12,8 @@ use super::fail_point;
 use super::temporary::{self, TempLock};
 use crate::error::{Error, Result};
 
-/// Folder that is being written under a temporary name. If it is dropped before [`AtomicFolder::commit`], it is removed.
+/// Folder that is being written under a temporary name. If it is dropped before [`AtomicFolder::commit`], it is
+/// removed.
 pub struct AtomicFolder {
     dir: PathBuf,
     /// Dropped before the parents that were created for it.

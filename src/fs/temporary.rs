@@ -2,8 +2,8 @@
 //!
 //! The process that writes a temporary file holds a lock on it, which the system releases when the process ends: an
 //! unlocked one is a leftover. Locks are not visible to every machine that shares a disk, so the name contains an
-//! identifier of the machine since its last boot. A temporary file of another identifier is removed one day after it was
-//! last modified.
+//! identifier of the machine since its last boot. A temporary file of another identifier is removed one day after it
+//! was last modified.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};

@@ -24,29 +24,30 @@ use crate::planning::{At, IndexedSource, Noise, Plan, SnapshotNoise, densities, 
 use crate::snapshot::{self, Snapshot, SnapshotId};
 use crate::synthesis::{MAX_TARGETS, ModelTensor, Output, SourceSet, SwapGuard, TensorSource, WriteOptions};
 
-use crate::tensor::TensorSpec;
-use crate::tensor::{ParametersMut, TensorViewMut, Tensors, is_averaged};
+use crate::tensor::{ParametersMut, TensorSpec, TensorViewMut, Tensors, is_averaged};
 
-/// A run's snapshots, mapped and checked against each other.
+/// Snapshots of a run, mapped and checked against each other.
 ///
-/// The files stay open: a tracker that goes on and drops old snapshots does not disturb a plan that was made.
+/// The files stay mapped, so a plan stays valid while a tracker drops old snapshots.
 #[derive(Debug)]
 pub struct Run {
     dir: PathBuf,
     snapshots: Vec<Snapshot>,
-    /// Of each snapshot, as its chain.
+    /// Profile of each snapshot.
     profiles: Vec<Profile>,
+    /// Chain of each snapshot.
     chains: Vec<Chain>,
-    /// The updates of the newest snapshot; none where a snapshot does not tell.
+    /// Updates of the newest snapshot, unless a snapshot has no history.
     history: Option<History>,
-    /// From a sample of the elements, taken when the first plan is made.
+    /// Estimate from a sample of the elements, computed for the first plan.
     noise: OnceLock<Option<SnapshotNoise>>,
-    /// Who opened it: a forked child has none of its threads, and would wait for them for ever.
+    /// Process that opened the run. A forked child lacks its threads and would wait for them forever.
     process: u32,
 }
 
-/// All threads unmap what was read: one alone would take a tenth to a third of the time of reading, and where mappings are
-/// closed as they are, each waits for the one before.
+/// Unmaps pages with all threads before the mappings are closed, one after the other.
+///
+/// A single thread would take a tenth to a third of the time of reading.
 impl Drop for Run {
     fn drop(&mut self) {
         if self.process == std::process::id() {
@@ -64,16 +65,16 @@ impl Run {
         Run::of(dir.as_ref(), snapshot::open_all(dir.as_ref())?)
     }
 
-    /// Opens the snapshots that are whole and tells why each of the others is left out; plans are then made of what is
-    /// there, and their errors are those of such plans.
+    /// Opens the intact snapshots and returns the error of each of the others. Plans use the intact ones only.
     ///
-    /// Every byte is read and compared with its checksum. `progress` is told the bytes of each file.
+    /// Reads every byte and compares it with its checksum. Calls `progress` with the bytes of each file.
     ///
     /// # Errors
-    /// [`Error::NoRun`] where there is no snapshot, and where none is whole the first one's error.
+    /// [`Error::NoRun`] if the directory has no snapshot; the first snapshot's error if none is intact.
     pub fn open_sound(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<(Run, Vec<Error>)> {
         let (snapshots, mut damaged) = snapshot::open_sound(dir.as_ref(), progress)?;
-        let (mut sound, mut read) = (Vec::with_capacity(snapshots.len()), Vec::with_capacity(snapshots.len()));
+        let mut sound = Vec::with_capacity(snapshots.len());
+        let mut read = Vec::with_capacity(snapshots.len());
         for snapshot in snapshots {
             match read_chain(&snapshot) {
                 Ok(chain) => {
@@ -83,10 +84,10 @@ impl Run {
                 Err(error) => damaged.push(error),
             }
         }
-        for (odd, error) in off_course(&sound, &read).into_iter().rev() {
+        for (diverged, error) in diverged_from_most(&sound, &read).into_iter().rev() {
             damaged.push(error);
-            sound.remove(odd);
-            read.remove(odd);
+            sound.remove(diverged);
+            read.remove(diverged);
         }
         if sound.is_empty() {
             return Err(damaged.swap_remove(0));
@@ -105,35 +106,35 @@ impl Run {
         Ok(Run { dir: dir.to_owned(), snapshots, profiles, chains, history, noise: OnceLock::new(), process })
     }
 
-    /// The run's directory.
+    /// Returns the directory of the run.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The snapshots, in order of profile and step.
+    /// Returns the snapshots, in order of profile and step.
     pub fn snapshots(&self) -> &[Snapshot] {
         &self.snapshots
     }
 
-    /// The tracked profiles, by their index within the run.
+    /// Returns the tracked profiles, by their index within the run.
     pub fn profiles(&self) -> BTreeMap<usize, &Profile> {
         self.snapshots.iter().map(|snapshot| snapshot.id.index).zip(&self.profiles).collect()
     }
 
-    /// The updates up to the newest snapshot; none where the snapshots do not tell.
+    /// Returns the updates up to the newest snapshot, if the snapshots have a history.
     pub fn history(&self) -> Option<&History> {
         self.history.as_ref()
     }
 
-    /// Solves a target.
+    /// Solves for one target.
     ///
     /// # Errors
-    /// [`Error::TargetBefore`] or [`Error::TargetAfter`] outside the snapshots' steps, and those of the solve.
+    /// [`Error::TargetBefore`] or [`Error::TargetAfter`] outside the snapshots' steps, and errors of the solve.
     pub fn plan(&self, profile: Profile, at: At) -> Result<Plan> {
         Ok(self.plans(&[profile], at)?.remove(0))
     }
 
-    /// Solves several targets at one time; the system is factored once.
+    /// Solves for several targets at one time. The system is factored once.
     ///
     /// # Errors
     /// As [`Run::plan`].
@@ -141,7 +142,7 @@ impl Run {
         self.plans_with(profiles, at, Noise::Off)
     }
 
-    /// As [`Run::plans`], with a regularisation against the rounding of the stored snapshots.
+    /// As [`Run::plans`], with regularisation against the rounding of the stored snapshots.
     ///
     /// # Errors
     /// As [`Run::plan`], and [`Error::Parameter`] for a `rho` that is negative, infinite or NaN.
@@ -149,21 +150,23 @@ impl Run {
         solve(&self.sources(), self.history.as_ref(), profiles, at, noise, self.stored_noise())
     }
 
-    /// What a sample of the snapshots tells of their movement and rounding, taken once; none for few snapshots, or for ones
-    /// that tell no updates.
+    /// Returns the movement and rounding of the snapshots, estimated from a sample on the first call.
+    ///
+    /// `None` if there are too few snapshots, or if they have no history.
     fn stored_noise(&self) -> Option<&SnapshotNoise> {
         let sample = || {
             self.history.as_ref()?;
-            let averaged = self.pool_tensors().into_iter().filter(|tensor| tensor.averaged);
+            let averaged = self.model_tensors().into_iter().filter(|tensor| tensor.averaged);
             SnapshotNoise::of(&self.snapshots, &averaged.map(ModelTensor::into_spec).collect::<Vec<_>>())
         };
         self.noise.get_or_init(sample).as_ref()
     }
 
-    /// What a planned average and its target weigh over the time of training, one span for each interval between updates.
+    /// Returns the weights of a planned average and of its target over the training, one for each interval between
+    /// updates.
     ///
     /// # Errors
-    /// [`Error::OtherPlan`] for a plan of other snapshots, and those of [`Densities::new`].
+    /// [`Error::OtherPlan`] for a plan of other snapshots, and errors of [`Densities::new`].
     pub fn densities(&self, plan: &Plan) -> Result<Densities> {
         densities(self.sources(), self.history(), plan)
     }
@@ -176,63 +179,66 @@ impl Run {
         self.write_all(&[Output { plan, path: path.as_ref() }], &WriteOptions::default()).map(drop)
     }
 
-    /// Writes several planned averages, up to 256 in one pass over the snapshots, and tells where they were blended. Each
-    /// file appears whole or not at all.
+    /// Writes several planned averages, up to 256 in one pass over the snapshots, and returns the device that blended
+    /// them.
+    ///
+    /// Each file appears whole or not at all.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Tensor`] for a result that the dtype cannot hold, [`Error::Unexpected`] for an output
-    /// within the run's own directory, [`Error::Cuda`] for a device that was asked for and cannot be used,
-    /// [`Error::Setting`] for one in a build without the feature `cuda`.
+    /// within the run's own directory, [`Error::Cuda`] if the requested device cannot be used, [`Error::Setting`] if it
+    /// needs the feature `cuda`.
     pub fn write_all(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<Device> {
         outputs.iter().try_for_each(|output| self.check_outside(output.path))?;
-        self.pool().write(outputs, options)
+        self.source_set().write(outputs, options)
     }
 
-    /// Blends one planned average into memory, in the model's dtypes; tied tensors appear under each of their names.
+    /// Blends one planned average into memory, in the model's dtypes. Tied tensors appear under each of their names.
     ///
     /// # Errors
     /// [`Error::Tensor`] for a result that the dtype cannot hold.
     pub fn load(&self, plan: &Plan) -> Result<Tensors> {
-        self.pool().load(plan)
+        self.source_set().load(plan)
     }
 
     /// Blends several planned averages into the caller's memory, in one pass over the snapshots.
     ///
-    /// Each plan comes with its views: one for each of [`Run::tensors`], in host memory. Averaged tensors may be of any
-    /// dtype for averages, the same for all plans; copied ones are of their own. `progress` is told the bytes of
-    /// snapshots that were read since the last call, from any thread.
+    /// `outputs` has one list of views for each plan: one view for each of [`Run::tensors`], in host memory. Averaged
+    /// tensors may be of any floating-point dtype, the same for all plans; copied ones are of their own. `progress` is
+    /// called from any thread, with the bytes of snapshots that were read since the last call.
     ///
     /// # Errors
-    /// [`Error::Tensor`] for a view that does not fit, or a result that its dtype cannot hold; what lies in the memory
-    /// is then undefined.
+    /// [`Error::Tensor`] for a view that does not fit, or a result that its dtype cannot hold. The contents of the
+    /// views are then unspecified.
     pub fn load_into(
         &self,
         plans: &[Plan],
         outputs: Vec<Vec<TensorViewMut<'_>>>,
         progress: Option<&(dyn Fn(u64) + Sync)>,
     ) -> Result<()> {
-        self.pool().load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)
+        self.source_set().load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)
     }
 
-    /// The tensors of a synthesis, in order of their names: the model's dtypes, and of tied tensors the one that is kept.
+    /// Returns the tensors of a synthesis by name, in the model's dtypes. Of tied tensors, only the kept one is listed.
     pub fn tensors(&self) -> Vec<TensorSpec> {
-        self.pool_tensors().into_iter().map(ModelTensor::into_spec).collect()
+        self.model_tensors().into_iter().map(ModelTensor::into_spec).collect()
     }
 
-    /// The names of those that are averaged; the others are copied.
+    /// Returns the names of the tensors that are averaged. The others are copied.
     pub fn averaged(&self) -> Vec<String> {
-        self.pool_tensors().into_iter().filter(|tensor| tensor.averaged).map(|tensor| tensor.name).collect()
+        self.model_tensors().into_iter().filter(|tensor| tensor.averaged).map(|tensor| tensor.name).collect()
     }
 
-    /// The names that share another tensor's elements, and that other's name.
+    /// Returns the names of tied tensors, as `dropped name -> kept name`.
     pub fn tied(&self) -> &BTreeMap<String, String> {
         &self.snapshots[0].meta.tied
     }
 
-    /// Puts one planned average into a live model, in the model's own dtypes, until what is returned is dropped.
+    /// Puts one planned average into a live model, in the model's own dtypes, until the returned guard is dropped.
     ///
-    /// The model becomes what a synthesis writes: tensors that are not averaged take their stored values. The originals
-    /// are kept in host memory meanwhile, those of tied tensors once. Tensors that the run does not have stay as they are.
+    /// The model becomes the result of a synthesis: tensors that are not averaged take their stored values. The
+    /// originals are saved in host memory, those of tied tensors once. Tensors that the run does not have stay
+    /// unchanged.
     ///
     /// ```
     /// use posthoc_ema::{At, PostHocEma, Profile, Run};
@@ -259,17 +265,17 @@ impl Run {
     ///
     /// # Errors
     /// [`Error::Changed`] for a model with other tensors, [`Error::Tensor`] for a result that its dtype cannot
-    /// hold, [`Error::Cuda`]; the model is then as it was.
+    /// hold, [`Error::Cuda`]. The model is then unchanged.
     pub fn swap_in<'p, P: ParametersMut + ?Sized>(&self, plan: &Plan, params: &'p mut P) -> Result<SwapGuard<'p, P>> {
-        self.pool().swap_in(plan, params)
+        self.source_set().swap_in(plan, params)
     }
 
-    /// The bytes of snapshots that a synthesis of these plans reads: once for up to 256 targets.
+    /// Returns the bytes of snapshots that a synthesis of these plans reads, once for up to 256 targets.
     pub fn bytes_to_read(&self, plans: &[Plan]) -> u64 {
         plans.chunks(MAX_TARGETS).map(|plans| self.bytes_of_pass(plans)).sum()
     }
 
-    /// The snapshots that some of the plans give a weight.
+    /// Iterates over the snapshots that have a weight in any of the plans.
     fn used_by(&self, plans: &[Plan]) -> impl Iterator<Item = &Snapshot> {
         let weighs = |plan: &Plan, id: SnapshotId| {
             plan.weights.iter().any(|w| (w.index, w.step) == (id.index, id.step) && w.weight != 0.0)
@@ -277,8 +283,9 @@ impl Run {
         self.snapshots.iter().filter(move |snapshot| plans.iter().any(|plan| weighs(plan, snapshot.id)))
     }
 
+    /// Returns the bytes that one pass over the snapshots reads.
     fn bytes_of_pass(&self, plans: &[Plan]) -> u64 {
-        let averaged: Vec<ModelTensor> = self.pool_tensors().into_iter().filter(|tensor| tensor.averaged).collect();
+        let averaged: Vec<ModelTensor> = self.model_tensors().into_iter().filter(|tensor| tensor.averaged).collect();
         let bytes = |snapshot: &Snapshot| -> u64 {
             let mut place = 0;
             let tensors = averaged.iter().filter_map(|t| {
@@ -294,7 +301,7 @@ impl Run {
     /// Reads every byte of every snapshot and compares its checksum.
     ///
     /// # Errors
-    /// [`Error::Damaged`] for the first file whose data do not match.
+    /// [`Error::Damaged`] for the first file that does not match.
     pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> Result<()> {
         self.snapshots.iter().try_for_each(Snapshot::verify_index)?;
         for file in self.snapshots.iter().flat_map(Snapshot::files) {
@@ -306,7 +313,7 @@ impl Run {
 
     /// Reads every byte of the snapshots that these plans blend and compares its checksum.
     ///
-    /// A synthesis does not: it would take twice as long. Headers are compared with theirs whenever a run is opened.
+    /// A synthesis does not, because it would take twice as long. Opening a run compares the checksums of headers.
     ///
     /// # Errors
     /// As [`Run::verify`].
@@ -337,7 +344,8 @@ impl Run {
         self.snapshots.iter().zip(&self.chains).map(source).collect()
     }
 
-    fn pool_tensors(&self) -> Vec<ModelTensor> {
+    /// Returns the tensors of a synthesis.
+    fn model_tensors(&self) -> Vec<ModelTensor> {
         let first = &self.snapshots[0];
         let tensor = |(name, stored): (&str, &snapshot::StoredTensor)| {
             let dtype = first.model_dtype(name, stored.dtype);
@@ -347,52 +355,53 @@ impl Run {
         first.tensors().map(tensor).collect()
     }
 
-    pub(crate) fn pool(&self) -> SourceSet<'_> {
+    pub(crate) fn source_set(&self) -> SourceSet<'_> {
         let holders = self.sources().into_iter().zip(&self.snapshots);
         SourceSet {
-            tensors: self.pool_tensors(),
+            tensors: self.model_tensors(),
             tied: self.snapshots[0].meta.tied.clone(),
             holders: holders.map(|(source, snapshot)| (source, snapshot as &dyn TensorSource)).collect(),
         }
     }
 }
 
-/// A snapshot's profile, chain and updates.
-type Read = (Profile, Chain, Option<History>);
+/// Profile, chain and updates of a snapshot.
+type StoredMeta = (Profile, Chain, Option<History>);
 
-/// The updates of the newest snapshot, of which those of all others must be the beginning.
-fn common_history(snapshots: &[Snapshot], read: &[Read]) -> Result<Option<History>> {
+/// Returns the updates of the newest snapshot, and checks that those of all others are a prefix of them.
+fn common_history(snapshots: &[Snapshot], read: &[StoredMeta]) -> Result<Option<History>> {
     if read.iter().any(|(_, _, history)| history.is_none()) {
         return Ok(None);
     }
     let newest = (0..snapshots.len()).max_by_key(|&i| snapshots[i].id.step);
-    match newest.and_then(|newest| other_courses(snapshots, read, newest).into_iter().next()) {
+    match newest.and_then(|newest| diverged_from(snapshots, read, newest).into_iter().next()) {
         Some((_, error)) => Err(error),
         None => Ok(newest.and_then(|newest| read[newest].2.clone())),
     }
 }
 
-/// The snapshots whose updates are not the beginning of one snapshot's, and why they do not belong to it.
-fn other_courses(snapshots: &[Snapshot], read: &[Read], end: usize) -> Vec<(usize, Error)> {
+/// Returns the snapshots whose updates are not a prefix of those of snapshot `end`, each with its error.
+fn diverged_from(snapshots: &[Snapshot], read: &[StoredMeta], end: usize) -> Vec<(usize, Error)> {
     let Some(longest) = &read[end].2 else { return Vec::new() };
-    let odd = |i: &usize| read[*i].2.as_ref().is_some_and(|history| !history.is_prefix_of(longest));
+    let has_diverged = |i: &usize| read[*i].2.as_ref().is_some_and(|history| !history.is_prefix_of(longest));
     let error = |i: usize| {
-        let newest = |i: usize| read[i].2.as_ref().and_then(History::last).unwrap_or(0);
+        let last_step = |i: usize| read[i].2.as_ref().and_then(History::last).unwrap_or(0);
         let difference = Difference::new(
             "the history of updates",
-            format!("of another (last step {})", newest(end)),
-            format!("of one training (last step {})", newest(i)),
+            format!("of another (last step {})", last_step(end)),
+            format!("of one training (last step {})", last_step(i)),
         );
         (i, Error::mismatch(snapshots[i].path(), snapshots[end].path(), difference))
     };
-    (0..snapshots.len()).filter(odd).map(error).collect()
+    (0..snapshots.len()).filter(has_diverged).map(error).collect()
 }
 
-/// The snapshots that are not of the course that most of a run's are of: a state of before, from which a training went on
-/// another way, leaves such. A few of them do not make the others strangers, and be they newer.
-fn off_course(snapshots: &[Snapshot], read: &[Read]) -> Vec<(usize, Error)> {
-    let leads = |(a, b): (&Read, &Read)| matches!((&a.2, &b.2), (Some(a), Some(b)) if a.is_prefix_of(b));
+/// Returns the snapshots whose updates diverge from those of most snapshots, each with its error.
+///
+/// A training that was resumed from an older state leaves such snapshots. They may be newer than the others.
+fn diverged_from_most(snapshots: &[Snapshot], read: &[StoredMeta]) -> Vec<(usize, Error)> {
+    let leads = |(a, b): (&StoredMeta, &StoredMeta)| matches!((&a.2, &b.2), (Some(a), Some(b)) if a.is_prefix_of(b));
     let members = |end: usize| read.iter().filter(|&own| leads((own, &read[end]))).count();
     let end = (0..read.len()).max_by_key(|&end| (members(end), snapshots[end].id.step));
-    end.map_or_else(Vec::new, |end| other_courses(snapshots, read, end))
+    end.map_or_else(Vec::new, |end| diverged_from(snapshots, read, end))
 }

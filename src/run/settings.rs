@@ -1,4 +1,4 @@
-//! The settings of a run.
+//! Settings of a run.
 
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ pub(crate) struct Settings {
     pub checkpoint_dtype: Option<Dtype>,
     pub precision: Precision,
     pub shard_size: u64,
-    /// Only these are averaged, where given.
+    /// Names of the tensors that are averaged, if not all of floating point.
     pub average: Option<Vec<String>>,
     pub copy: Vec<String>,
     pub leave_out: Vec<String>,
@@ -57,23 +57,24 @@ impl Settings {
             }
         }
         if self.max_checkpoints == 0 {
-            return fail("max_checkpoints", "0 would keep nothing: keep at least 1".into());
+            return fail("max_checkpoints", "0 keeps no snapshot: keep at least 1".into());
         }
         if self.shard_size == 0 {
             return fail("shard_size", "a shard holds at least 1 byte".into());
         }
         match self.checkpoint_dtype {
             Some(dtype) if !is_averaged(dtype) => {
-                fail("checkpoint_dtype", format!("{dtype} is no dtype for averages: choose f32, bf16, f16 or f64"))
+                fail("checkpoint_dtype", format!("{dtype} is not a dtype for averages: choose f32, bf16, f16 or f64"))
             }
             _ => Ok(()),
         }
     }
 
-    /// Checks that a resume with the settings `now` changes only what it may.
+    /// Checks that a resume with the settings `now` changes only settings that may change.
     pub(crate) fn check_unchanged(&self, now: &Settings) -> Result<()> {
         let fail = |option, saved: String, now: String| {
-            let reason = format!("the run has {saved}, asked for is {now}: leave it as it is, or start a new run");
+            let reason =
+                format!("the run has {saved}, but {now} was asked for: leave it unchanged, or start a new run");
             Err(Error::Setting { option, reason })
         };
         let names = |profiles: &[Profile]| profiles.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");

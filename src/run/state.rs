@@ -1,4 +1,4 @@
-//! The live state of a run on disk: everything that a resume needs to go on with the same bits.
+//! Live state of a run on disk: everything that a resume needs to continue with the same bits.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,13 +11,13 @@ use crate::error::{Difference, Error, Result};
 use crate::math::History;
 use crate::snapshot::{self, STATE_FILE, StoredFile};
 
-/// The key of the JSON in the file's metadata.
+/// Key of the JSON document in the metadata of the file.
 pub(crate) const STATE: &str = "state";
 
-/// How the names of copied tensors begin in the file.
+/// Prefix of the names of copied tensors in the file.
 pub(crate) const COPIED: &str = "copied.";
 
-/// What is stored beside the tensors.
+/// State of a tracker, without tensor data.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct StateDocument {
     pub run: String,
@@ -26,7 +26,7 @@ pub(crate) struct StateDocument {
     pub stored: Option<u64>,
     pub tied: BTreeMap<String, String>,
     pub settings: Settings,
-    /// The model's dtype of each averaged tensor.
+    /// Model dtype of each averaged tensor.
     pub dtypes: BTreeMap<String, Dtype>,
 }
 
@@ -42,14 +42,14 @@ pub(crate) fn copy_name(tensor: &str) -> String {
     format!("{COPIED}{tensor}")
 }
 
-/// Opens a state and reads what it says of itself, not its data.
+/// Opens a live state and reads its document, without its data.
 fn open(path: &Path) -> Result<(StoredFile, StateDocument)> {
     let file = StoredFile::open(path)?;
     file.check_header()?;
     snapshot::check_version(path, file.metadata())?;
     let text = file.metadata().get(STATE).map(String::as_str).unwrap_or_default();
     let document: StateDocument = serde_json::from_str(text)
-        .map_err(|error| Error::damaged(path, format!("the metadata's `{STATE}` cannot be understood: {error}")))?;
+        .map_err(|error| Error::damaged(path, format!("the metadata's `{STATE}` cannot be parsed: {error}")))?;
     if document.history.last().is_some_and(|last| last > document.clock) {
         let why = format!("its clock, {}, is before its last update", document.clock);
         return Err(Error::damaged(path, why));
@@ -57,22 +57,22 @@ fn open(path: &Path) -> Result<(StoredFile, StateDocument)> {
     Ok((file, document))
 }
 
-/// What a run's live state says of itself: where a resume would go on.
+/// Summary of a run's live state, from which a resume continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SavedState {
-    /// The time of the last call.
+    /// Step of the last call.
     pub step: u64,
-    /// The time of the last update; none before the first.
+    /// Step of the last update, if there was one.
     pub updated: Option<u64>,
-    /// The size of the file.
+    /// Size of the file in bytes.
     pub bytes: u64,
 }
 
 impl SavedState {
-    /// Looks at the live state of the run in a directory, without reading its data; none where there is no such file.
+    /// Reads the summary of a run's live state, without its data. Returns `None` if the file does not exist.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Damaged`] or [`Error::Unexpected`] for a file that cannot be used.
+    /// [`Error::Io`], [`Error::Damaged`] or [`Error::Unexpected`] if the file cannot be used.
     pub fn of(run: impl AsRef<Path>) -> Result<Option<SavedState>> {
         match open(&run.as_ref().join(STATE_FILE)) {
             Ok((file, document)) => {
@@ -84,7 +84,7 @@ impl SavedState {
     }
 }
 
-/// A live state as it was read.
+/// Live state that was read from disk.
 pub(crate) struct Saved {
     pub file: StoredFile,
     pub document: StateDocument,
@@ -93,7 +93,7 @@ pub(crate) struct Saved {
 }
 
 impl Saved {
-    /// Reads and verifies a state.
+    /// Reads and verifies a live state.
     pub(crate) fn read(path: &Path) -> Result<Saved> {
         let (file, document) = open(path)?;
         file.verify()?;
@@ -101,6 +101,7 @@ impl Saved {
         Ok(Saved { file, document, settings, tied })
     }
 
+    /// Returns the bytes of a tensor of the given dtype and shape.
     pub(crate) fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
         let path = self.file.path();
         let Some(tensor) = self.file.tensors().get(name) else {
@@ -114,10 +115,10 @@ impl Saved {
     }
 }
 
-/// Checks that the live state, where there is one, is of the run and leads to its snapshots.
+/// Checks that the live state, if there is one, is of the run and contains the steps of its snapshots.
 ///
 /// # Errors
-/// As [`SavedState::of`], and [`Error::Unexpected`] for a snapshot of another run, or of a step that the state has not come to.
+/// As [`SavedState::of`], and [`Error::Unexpected`] for a snapshot of another run, or of a step that the state lacks.
 pub(super) fn check(dir: &Path, run: &Run) -> Result<()> {
     match open(&dir.join(STATE_FILE)) {
         Ok((_, document)) => check_snapshots(run, &document.run, &document.history),
@@ -126,7 +127,7 @@ pub(super) fn check(dir: &Path, run: &Run) -> Result<()> {
     }
 }
 
-/// Checks that the snapshots are those of a live state's run and none is newer than it.
+/// Checks that the snapshots are of the run of a live state, and of steps in its history.
 pub(crate) fn check_snapshots(on_disk: &Run, run: &str, history: &History) -> Result<()> {
     for snapshot in on_disk.snapshots() {
         if snapshot.meta.run.as_deref() != Some(run) {
@@ -135,8 +136,8 @@ pub(crate) fn check_snapshots(on_disk: &Run, run: &str, history: &History) -> Re
         }
         if !history.contains(snapshot.id.step) {
             let why = format!(
-                "the snapshot is of step {}, which {STATE_FILE} (at step {}) does not lead to: move it out of the \
-                 directory, or bring back the state that wrote it",
+                "the snapshot is of step {}, which is not in the history of {STATE_FILE} (at step {}): move it out of \
+                 the directory, or bring back the state that wrote it",
                 snapshot.id.step,
                 history.last().unwrap_or(0)
             );

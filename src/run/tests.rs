@@ -1,4 +1,4 @@
-//! Runs that were written elsewhere, and what their metadata mean.
+//! Tests of runs with the metadata of other tools, and of failing outputs.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,7 +9,6 @@ use super::*;
 use crate::math::Profile;
 use crate::planning::profile_json;
 use crate::snapshot::{Meta, SnapshotId, write_snapshot};
-
 use crate::tensor::TensorSpec;
 
 fn write(dir: &Path, index: usize, step: u64, profile: &Profile, history: Option<String>) {
@@ -26,9 +25,9 @@ fn power(sigma_rel: f64) -> Profile {
     Profile::sigma_rel(sigma_rel).unwrap()
 }
 
-/// The golden chains of another tool, by way of files.
+/// Compares plans from files with the golden chains of another tool.
 #[test]
-fn chains_of_other_tools_are_solved_as_they_are() {
+fn plans_of_foreign_chains_match_golden() {
     let golden: serde_json::Value = serde_json::from_str(include_str!("../../tests/data/plans.json")).unwrap();
     let case = &golden["foreign"][0];
     let dir = tempfile::tempdir().unwrap();
@@ -51,7 +50,7 @@ fn chains_of_other_tools_are_solved_as_they_are() {
 }
 
 #[test]
-fn snapshots_without_a_history_are_taken_as_dense() {
+fn snapshots_without_history_count_as_dense() {
     let dir = tempfile::tempdir().unwrap();
     for step in (1..=20).map(|i| 1000 * i) {
         write(dir.path(), 0, step, &power(0.05), None);
@@ -68,7 +67,7 @@ fn snapshots_without_a_history_are_taken_as_dense() {
 }
 
 #[test]
-fn metadata_that_make_no_sense_are_named() {
+fn invalid_metadata_is_named() {
     let uniform = Profile::uniform(crate::math::Window::Steps(10.0)).unwrap();
     let beta = Profile::beta(0.9).unwrap();
     let counter = r#"{"updates":[[10,100,10]],"decay":{"kind":"counter","stride":10,"offset":2}}"#;
@@ -92,19 +91,20 @@ fn metadata_that_make_no_sense_are_named() {
 }
 
 #[test]
-fn histories_that_part_are_named() {
+fn diverged_histories_are_named() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), 0, 100, &power(0.1), Some("[[10,100,10]]".into()));
     write(dir.path(), 0, 200, &power(0.1), Some("[[20,200,20]]".into()));
     let text = Run::open(dir.path()).unwrap_err().to_string();
-    let found = "0.100.safetensors: the history of updates is of one training (last step 100), but of another (last step 200) \
-                 in ";
+    let found = "0.100.safetensors: the history of updates is of one training (last step 100), but of another \
+                 (last step 200) in ";
     assert!(text.contains(found) && text.contains("0.200.safetensors: the two files are not of one run"), "{text}");
 }
 
-/// Whatever step of the writing fails: an error that names the file, what was there before untouched, nothing left beside it.
+/// Makes each operation of the writing fail in turn. The error names the file, the previous file is untouched, and no
+/// temporary file is left.
 #[test]
-fn outputs_that_fail_at_any_step_leave_what_was_there() {
+fn failed_outputs_leave_previous_files_untouched() {
     let dir = tempfile::tempdir().unwrap();
     for step in (1..=5).map(|i| 1000 * i) {
         write(dir.path(), 0, step, &power(0.05), None);
@@ -119,9 +119,9 @@ fn outputs_that_fail_at_any_step_leave_what_was_there() {
         let fault = crate::fs::fail_point::Fault::within(temp.path(), first..first + 1, 28);
         let outputs = [0, 1].map(|i| Output { plan: &plans[i], path: &paths[i] });
         let written = run.write_all(&outputs, &WriteOptions::default());
-        let struck = fault.steps() > first;
+        let injected = fault.steps() > first;
         drop(fault);
-        assert_eq!(written.is_err(), struck, "{written:?}");
+        assert_eq!(written.is_err(), injected, "{written:?}");
         let mut names: Vec<_> =
             std::fs::read_dir(temp.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
@@ -134,7 +134,7 @@ fn outputs_that_fail_at_any_step_leave_what_was_there() {
             Err(error) => {
                 let text = error.to_string();
                 assert!(text.contains("No space left") && text.contains(temp.path().to_str().unwrap()), "{text}");
-                // The first may be whole by then.
+                // The first output may be complete already.
                 assert!(std::fs::read(&paths[0]).unwrap() == b"before" || whole(&paths[0]), "step {first}");
                 assert!(!paths[1].exists() || whole(&paths[1]), "step {first}");
                 assert!(names.iter().all(|name| name == "a" || name == "b"), "{names:?}");

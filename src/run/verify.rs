@@ -1,4 +1,4 @@
-//! Whether every file of a run is what was written.
+//! Verification of all files of a run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,23 +7,24 @@ use super::{Run, state};
 use crate::error::{Error, Result};
 use crate::snapshot::{self, Snapshot, StoredFile};
 
-/// What a look at every byte of a run found.
+/// Result of the verification of a run.
 #[derive(Debug)]
 pub struct VerifyReport {
-    /// The safetensors files in the directory.
+    /// Number of safetensors files in the directory.
     pub files: usize,
-    /// The bytes of those that are whole.
+    /// Number of bytes of the intact ones.
     pub bytes: u64,
-    /// What is wrong, each thing once.
+    /// Errors that were found, without duplicates.
     pub findings: Vec<Error>,
 }
 
-/// Reads every file of a run, compares headers and data with their checksums, and checks that the snapshots belong
-/// together and that the live state leads to them. What is damaged does not keep the rest from being read. `progress` is
-/// told the bytes of each file.
+/// Reads every file of a run and compares headers and data with their checksums.
+///
+/// Checks that the snapshots belong together and that the live state contains their steps. Damaged files do not stop
+/// the verification. Calls `progress` with the bytes of each file.
 ///
 /// # Errors
-/// [`Error::NoRun`] where there is no such directory, [`Error::Io`] where it cannot be listed.
+/// [`Error::NoRun`] if the directory does not exist, [`Error::Io`] if it cannot be listed.
 pub fn verify(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<VerifyReport> {
     let dir = dir.as_ref();
     let mut findings = Findings::default();
@@ -32,7 +33,7 @@ pub fn verify(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<Ve
         findings.add(snapshot.and_then(|snapshot| snapshot.verify_index()));
     }
     if findings.0.is_empty() {
-        // A tracker beside this writes the state before the snapshots: read after them, it is never behind.
+        // A running tracker writes the state before the snapshots, so a state that is read after them is never older.
         findings.add(Run::open(dir).and_then(|run| state::check(dir, &run)));
     }
     let paths = files(dir)?;
@@ -50,7 +51,7 @@ pub fn verify(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<Ve
 struct Findings(Vec<Error>);
 
 impl Findings {
-    /// A file that is gone was dropped by a tracker since the listing: that is no damage.
+    /// Adds an error, except that of a file that a tracker has dropped since the listing.
     fn add(&mut self, result: Result<()>) {
         let Err(error) = result else { return };
         let known = || self.0.iter().any(|found| found.to_string() == error.to_string());
@@ -60,7 +61,7 @@ impl Findings {
     }
 }
 
-/// Every safetensors file of the run: shards of sets that are not whole are among them.
+/// Lists every safetensors file of the run, shards of incomplete sets included.
 fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     let entries: Vec<_> = fs::read_dir(dir).and_then(Iterator::collect).map_err(Error::io("list", dir))?;
     let paths = entries.into_iter().map(|entry: fs::DirEntry| entry.path());

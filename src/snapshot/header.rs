@@ -38,8 +38,8 @@ pub(super) struct SiblingHeader<'a> {
 impl Header {
     /// Reads the header of a file with `data` bytes of data.
     ///
-    /// All snapshots of a run list the same tensors. If the text after the metadata equals that of a sibling, its tensors
-    /// are shared instead of parsed again.
+    /// All snapshots of a run list the same tensors. If the text after the metadata equals that of a sibling, its
+    /// tensors are shared instead of parsed again.
     ///
     /// # Errors
     /// [`Error::Damaged`] if the text is not a header, or not the header of `data` bytes.

@@ -25,8 +25,8 @@ impl ShardIndex {
     /// Reads and checks an index.
     ///
     /// # Errors
-    /// As [`read_document`], and [`Error::Damaged`] if the file is not an index, names no tensor, or names files that are
-    /// not beside it.
+    /// As [`read_document`], and [`Error::Damaged`] if the file is not an index, names no tensor, or names files that
+    /// are not beside it.
     pub(crate) fn read(path: &Path) -> Result<ShardIndex> {
         let text = read_document(path)?;
         let index: ShardIndex = serde_json::from_slice(&text).map_err(|error| Error::damaged(path, error))?;

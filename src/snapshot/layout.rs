@@ -89,8 +89,8 @@ impl FileLayout {
             let first = self.specs.first().map_or("", |spec| &spec.name);
             let (count, megabytes) = (self.specs.len(), total / 1_000_000);
             let why = format!(
-                "with {count} tensors in one file the header takes {megabytes} MB, and the safetensors format allows 100: \
-                 join small tensors into larger ones"
+                "with {count} tensors in one file the header takes {megabytes} MB, and the safetensors format allows \
+                 100: join small tensors into larger ones"
             );
             return Err(Error::tensor(first, why));
         }

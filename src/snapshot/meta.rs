@@ -69,8 +69,8 @@ impl FromIterator<(String, Dtype)> for Dtypes {
 impl Meta {
     /// Returns the strings of `__metadata__`, without the checksums.
     pub fn to_strings(&self) -> BTreeMap<String, String> {
-        // Hugging Face's tools expect each pair `dropped name -> kept name` as an entry, as `save_model` writes it. This
-        // crate reads the key `tied` instead, which cannot be confused with the name of a tensor.
+        // Hugging Face's tools expect each pair `dropped name -> kept name` as an entry, as `save_model` writes it.
+        // This crate reads the key `tied` instead, which cannot be confused with the name of a tensor.
         let mut strings = self.tied.clone();
         strings.extend(base_strings());
         strings.insert(PROFILE.into(), self.profile.clone());
@@ -86,8 +86,8 @@ impl Meta {
     /// Reads the strings of `__metadata__` of the file at `path`.
     ///
     /// # Errors
-    /// [`Error::Unexpected`] if the file is not a snapshot or is of a newer version, [`Error::Damaged`] if a value does not
-    /// parse.
+    /// [`Error::Unexpected`] if the file is not a snapshot or is of a newer version, [`Error::Damaged`] if a value does
+    /// not parse.
     pub fn from_strings(path: &Path, strings: &BTreeMap<String, String>) -> Result<Meta> {
         Meta::from_strings_like(path, strings, None)
     }

@@ -54,7 +54,7 @@ fn compare<'a>(snapshots: &'a [Snapshot], model: &Snapshot) -> Vec<Result<()>> {
 /// Reads every byte. Calls `progress` with the bytes of each file.
 ///
 /// # Errors
-/// [`Error::NoRun`] if there is no snapshot; the first snapshot's error if none is intact.
+/// [`Error::NoRun`] if the directory has no snapshot; the first snapshot's error if none is intact.
 pub fn open_sound(dir: &Path, progress: &mut dyn FnMut(u64)) -> Result<(Vec<Snapshot>, Vec<Error>)> {
     let mut whole = Vec::new();
     let mut damaged = Vec::new();
@@ -89,7 +89,8 @@ fn open_verified(id: SnapshotId, files: &[PathBuf], progress: &mut dyn FnMut(u64
     Ok(snapshot)
 }
 
-/// Returns a snapshot of the run that most of them belong to, so that a few files of another run do not spoil the others.
+/// Returns a snapshot of the run that most of them belong to, so that a few files of another run do not spoil the
+/// others.
 fn most_common_run(snapshots: &[Snapshot]) -> Option<&Snapshot> {
     let mut runs: BTreeMap<&Option<String>, usize> = BTreeMap::new();
     snapshots.iter().for_each(|snapshot| *runs.entry(&snapshot.meta.run).or_default() += 1);
@@ -104,5 +105,5 @@ pub fn is_gone(error: &Error) -> bool {
 }
 
 fn no_snapshot(dir: &Path) -> Error {
-    Error::NoRun { path: dir.to_owned(), reason: "there is no snapshot in it".to_owned() }
+    Error::NoRun { path: dir.to_owned(), reason: "no snapshot in it".to_owned() }
 }

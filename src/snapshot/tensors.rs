@@ -50,7 +50,7 @@ impl StoredTensors {
         self.0.len()
     }
 
-    /// Returns true if there are no tensors.
+    /// Returns true if the file has no tensors.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -255,7 +255,7 @@ impl PostHocEma {
         let live: Vec<LiveSource<'_>> = (0..self.settings.profiles.len())
             .map(|index| LiveSource { registry: &self.registry, values: guard.values(), index })
             .collect();
-        let snapshots = run.as_ref().map(|run| run.pool().holders).unwrap_or_default();
+        let snapshots = run.as_ref().map(|run| run.source_set().holders).unwrap_or_default();
         let mut holders: Vec<(IndexedSource, &dyn TensorSource)> = Vec::with_capacity(sources.len());
         for source in sources {
             let snapshot = snapshots.iter().find(|(other, _)| (other.index, other.step) == (source.index, source.step));

@@ -1,4 +1,4 @@
-//! Several processes and threads over one run: two writers, readers beside a writer, locks of the dead.
+//! Several processes and threads on one run: two writers, readers beside a writer, locks of killed processes.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use posthoc_ema::{At, Error, Options, PostHocEma, Profile, Retention, Run, verify};
 
-/// Where the other process trains.
+/// Environment variable with the directory in which the child process trains.
 const DIR: &str = "POSTHOC_EMA_TEST_TRAINED";
 
 fn model(step: u64) -> Vec<(&'static str, Vec<f32>)> {
@@ -24,7 +24,7 @@ fn target() -> Profile {
     Profile::sigma_rel(0.15).unwrap()
 }
 
-/// Trains in a process of its own for as long as it lives.
+/// Starts a child process that trains until it is killed, and waits for its first state.
 fn start(test: &str, dir: &Path) -> Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
@@ -35,16 +35,16 @@ fn start(test: &str, dir: &Path) -> Child {
     let child = command.spawn().unwrap();
     let begun = Instant::now();
     while !dir.join("state.safetensors").exists() {
-        assert!(begun.elapsed() < Duration::from_secs(60), "the other process does not train");
+        assert!(begun.elapsed() < Duration::from_secs(60), "the child process does not train");
         thread::sleep(Duration::from_millis(1));
     }
     child
 }
 
-/// What the other process does; false in the test itself.
-fn is_other() -> bool {
+/// Trains forever in the child process. Returns false in the test itself.
+fn is_child() -> bool {
     let Some(dir) = std::env::var_os(DIR) else { return false };
-    // The test tries to write, too, and may be faster.
+    // The test also tries to write, and may hold the lock first.
     let mut ema = loop {
         match options(Path::new(&dir)).resume_or_create(&model(0)) {
             Err(Error::Locked { .. }) => thread::sleep(Duration::from_millis(2)),
@@ -57,16 +57,16 @@ fn is_other() -> bool {
 }
 
 #[test]
-fn a_second_writer_is_refused_until_the_first_is_dead_and_no_longer() {
-    if is_other() {
+fn second_writer_is_refused_until_the_first_is_killed() {
+    if is_child() {
         return;
     }
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     for _ in 0..10 {
-        let mut child = start("a_second_writer_is_refused_until_the_first_is_dead_and_no_longer", &dir);
+        let mut child = start("second_writer_is_refused_until_the_first_is_killed", &dir);
         let begun = Instant::now();
-        // The files of a run that is going on may be there before its process has the lock.
+        // The files of the previous round exist before the child has the lock.
         loop {
             match options(&dir).resume(&model(0)) {
                 Err(error @ Error::Locked { .. }) => break assert!(error.to_string().contains("another tracker")),
@@ -78,7 +78,7 @@ fn a_second_writer_is_refused_until_the_first_is_dead_and_no_longer() {
         assert!(matches!(options(&dir).resume_or_create(&model(0)), Err(Error::Locked { .. })));
         child.kill().unwrap();
         child.wait().unwrap();
-        // The lock's file stays, and nobody holds it.
+        // The lock file remains, but no process holds it.
         assert!(dir.join(".lock").exists());
         let step = options(&dir).resume(&model(0)).unwrap().step();
         assert!(step > 0 && verify(&dir, &mut |_| ()).unwrap().findings.is_empty());
@@ -86,13 +86,13 @@ fn a_second_writer_is_refused_until_the_first_is_dead_and_no_longer() {
 }
 
 #[test]
-fn readers_beside_a_writer_always_find_a_whole_run() {
-    if is_other() {
+fn readers_beside_a_writer_find_a_whole_run() {
+    if is_child() {
         return;
     }
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
-    let mut child = start("readers_beside_a_writer_always_find_a_whole_run", &dir);
+    let mut child = start("readers_beside_a_writer_find_a_whole_run", &dir);
     let (mut opened, mut newest) = (0, 0);
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(3) || opened < 20 {
@@ -104,7 +104,7 @@ fn readers_beside_a_writer_always_find_a_whole_run() {
                 run.load(&plan).unwrap();
                 opened += 1;
             }
-            // The first snapshot may still be on its way.
+            // The first snapshot may not exist yet.
             Err(error) => assert!(matches!(error, Error::NoRun { .. }) && opened == 0, "{error}"),
         }
         let found = verify(&dir, &mut |_| ()).map(|verified| verified.findings);
@@ -117,7 +117,7 @@ fn readers_beside_a_writer_always_find_a_whole_run() {
 }
 
 #[test]
-fn a_plan_outlives_the_snapshots_that_it_was_made_of() {
+fn plan_outlives_dropped_snapshots() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     let mut ema = options(&dir).create(&model(0)).unwrap();
@@ -143,7 +143,7 @@ fn a_plan_outlives_the_snapshots_that_it_was_made_of() {
 }
 
 #[test]
-fn two_that_write_one_output_leave_one_whole_file() {
+fn concurrent_writers_of_one_output_leave_a_whole_file() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     let mut ema = options(&dir).create(&model(0)).unwrap();

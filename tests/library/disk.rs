@@ -1,4 +1,4 @@
-//! Disks that are really full or read-only: file systems in memory, mounted for a process of their own.
+//! Disks that are full or read-only: file systems in memory, each mounted for a child process.
 #![cfg(target_os = "linux")]
 
 use std::path::{Path, PathBuf};
@@ -6,8 +6,8 @@ use std::process::Command;
 
 use posthoc_ema::{Error, PostHocEma, Retention, SavedState, verify};
 
-/// The file system that is mounted for the process within.
-const WITHIN: &str = "POSTHOC_EMA_TEST_MOUNTED";
+/// Environment variable with the mount point, in the child process.
+const MOUNTED: &str = "POSTHOC_EMA_TEST_MOUNTED";
 
 type Model = Vec<(&'static str, Vec<f32>)>;
 
@@ -15,30 +15,29 @@ fn model(step: u64) -> Model {
     vec![("weight", (0..60_000).map(|i| ((step * 7 + i * 13) as f32).sin()).collect())]
 }
 
-/// Runs this test once more where a file system of so many KiB is mounted; where nobody may do that, nothing is tested.
+/// Runs a test again in a child process with a mounted file system of `kib` KiB. Returns its mount point in the child.
+///
+/// Skips the test if the system does not allow the mount.
 fn mounted(test: &str, kib: usize) -> Option<PathBuf> {
-    if let Some(dir) = std::env::var_os(WITHIN) {
+    if let Some(dir) = std::env::var_os(MOUNTED) {
         return Some(dir.into());
     }
     let dir = tempfile::tempdir().unwrap();
     let script = format!("mount -t tmpfs -o size={kib}k tmpfs \"$1\" && exec \"$2\" --exact disk::{test} --nocapture");
-    let within = |command: &str| {
+    let run = |command: &str| {
         let mut unshare = Command::new("unshare");
         unshare.args(["--user", "--map-root-user", "--mount", "sh", "-c", command, "sh"]);
-        unshare.arg(dir.path()).arg(std::env::current_exe().unwrap()).env(WITHIN, dir.path());
+        unshare.arg(dir.path()).arg(std::env::current_exe().unwrap()).env(MOUNTED, dir.path());
         unshare.output()
     };
-    let possible = within("mount -t tmpfs tmpfs \"$1\"");
+    let possible = run("mount -t tmpfs tmpfs \"$1\"");
     if !possible.is_ok_and(|output| output.status.success()) {
-        eprintln!("{test}: nothing can be mounted here, nothing was tested");
+        eprintln!("{test}: skipped, because no file system can be mounted here");
         return None;
     }
-    let output = within(&script).unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr)
-    );
+    let output = run(&script).unwrap();
+    let printed = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{printed}");
     None
 }
 
@@ -66,9 +65,9 @@ fn assert_whole(dir: &Path) {
 }
 
 #[test]
-fn a_full_disk_is_told_and_costs_nothing() {
-    // The live state takes 0.7 MB, and so does each step's pair of snapshots, less 0.2.
-    let Some(disk) = mounted("a_full_disk_is_told_and_costs_nothing", 3000) else { return };
+fn full_disk_is_an_error_that_loses_nothing() {
+    // The live state takes 0.7 MB, and each step's pair of snapshots 0.5 MB.
+    let Some(disk) = mounted("full_disk_is_an_error_that_loses_nothing", 3000) else { return };
     let dir = disk.join("run");
     let mut ema = options(&dir).create(&model(0)).unwrap();
     let error = train(&mut ema, 100).unwrap_err();
@@ -76,7 +75,7 @@ fn a_full_disk_is_told_and_costs_nothing() {
     assert!(matches!(error, Error::Io { .. }) && text.contains("No space left") && text.contains("run/"), "{text}");
     let (step, saved) = (ema.step(), SavedState::of(&dir).unwrap().unwrap().step);
     assert!(step > 5 && saved > 0 && saved <= step, "{step} {saved}");
-    // It can go on, and be ended, as soon as there is room.
+    // The run can be resumed and finished once there is room.
     assert!(ema.finish().is_err());
     assert_whole(&dir);
     drop(ema);
@@ -86,7 +85,7 @@ fn a_full_disk_is_told_and_costs_nothing() {
     train(&mut ema, 40).unwrap();
     ema.finish().unwrap();
     assert_whole(&dir);
-    // As on a disk that was never full.
+    // The result equals that of a disk that was never full.
     let straight = disk.join("straight");
     let mut ema = options(&straight).create(&model(0)).unwrap();
     train(&mut ema, 40).unwrap();
@@ -99,12 +98,12 @@ fn a_full_disk_is_told_and_costs_nothing() {
 }
 
 #[test]
-fn a_disk_that_becomes_read_only_is_told_and_costs_nothing() {
-    let Some(disk) = mounted("a_disk_that_becomes_read_only_is_told_and_costs_nothing", 60_000) else { return };
+fn read_only_disk_is_an_error_that_loses_nothing() {
+    let Some(disk) = mounted("read_only_disk_is_an_error_that_loses_nothing", 60_000) else { return };
     let dir = disk.join("run");
     let mut ema = options(&dir).create(&model(0)).unwrap();
     train(&mut ema, 10).unwrap();
-    // The lock's file is open for writing: the mount itself cannot be, and what lies on it is made so.
+    // The mount cannot become read-only while the lock file is open for writing.
     drop(ema);
     remount(&disk, "ro");
     let text = options(&dir).resume(&model(0)).err().map(|error| error.to_string()).unwrap();
@@ -119,24 +118,24 @@ fn a_disk_that_becomes_read_only_is_told_and_costs_nothing() {
     assert_whole(&dir);
 }
 
-/// Where the process runs that may write no long files.
+/// Environment variable with the directory of the run, in the child process with a limit on the length of files.
 const LIMITED: &str = "POSTHOC_EMA_TEST_LIMITED";
 
 #[test]
-fn a_limit_on_the_length_of_files_is_an_error_and_not_the_end() {
+fn file_length_limit_is_an_error_and_no_signal() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
     let Some(dir) = std::env::var_os(LIMITED).map(PathBuf::from) else {
         let temp = tempfile::tempdir().unwrap();
         let mut test = Command::new(std::env::current_exe().unwrap());
-        test.args(["--exact", "disk::a_limit_on_the_length_of_files_is_an_error_and_not_the_end", "--nocapture"]);
+        test.args(["--exact", "disk::file_length_limit_is_an_error_and_no_signal", "--nocapture"]);
         let output = test.env(LIMITED, temp.path().join("run")).output().unwrap();
         return assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     };
     let mut ema = options(&dir).create(&model(0)).unwrap();
     train(&mut ema, 10).unwrap();
     let before = getrlimit(Resource::Fsize);
-    // A snapshot has 240 kB, the live state 720.
+    // A snapshot takes 240 kB, the live state 720 kB.
     setrlimit(Resource::Fsize, Rlimit { current: Some(300_000), ..before }).unwrap();
     let error = train(&mut ema, 15).unwrap_err();
     let text = error.to_string();
@@ -153,7 +152,7 @@ fn a_limit_on_the_length_of_files_is_an_error_and_not_the_end() {
 }
 
 #[test]
-fn a_directory_that_is_gone_is_told_and_costs_nothing_once_it_is_back() {
+fn missing_directory_is_an_error_that_loses_nothing() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     let mut ema = options(&dir).create(&model(0)).unwrap();

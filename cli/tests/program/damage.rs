@@ -252,7 +252,7 @@ fn a_state_that_is_not_the_snapshots_is_found() {
     fs::write(early.join("state.safetensors"), &old).unwrap();
     let found = findings(&early);
     assert!(
-        found.len() == 1 && found[0].contains("which state.safetensors (at step 15) does not lead to"),
+        found.len() == 1 && found[0].contains("which is not in the history of state.safetensors (at step 15)"),
         "{found:?}"
     );
     fs::write(&state, newest).unwrap();

@@ -23,8 +23,9 @@ pub(crate) struct Mapping {
 impl Mapping {
     /// Maps a file, which must not be empty.
     pub(crate) fn new(file: &File, path: &Path) -> io::Result<Mapping> {
-        // SAFETY: the mapping is private and read-only. Files of a run are only ever replaced by renaming, never changed
-        // in place, so the bytes do not change under the borrow as long as nobody else writes into the run's files.
+        // SAFETY: the mapping is private and read-only. Files of a run are only ever replaced by renaming, never
+        // changed in place, so the bytes do not change under the borrow as long as nobody else writes into the run's
+        // files.
         let map = unsafe { Mmap::map(file) }?;
         let entry = sigbus::MappedFile::register(&map, path);
         Ok(Mapping { map, entry })
@@ -35,8 +36,8 @@ impl Mapping {
         let _ = self.map.advise(advice);
     }
 
-    /// Starts to read bytes of the mapping from the disk in the background. Bytes outside of it are ignored, and so may be
-    /// the advice: the bytes are then read on access.
+    /// Starts to read bytes of the mapping from the disk in the background. Bytes outside of it are ignored, and so may
+    /// be the advice: the bytes are then read on access.
     pub(crate) fn will_need(&self, bytes: &[u8]) {
         let start = bytes.as_ptr().addr();
         let end = start + bytes.len();

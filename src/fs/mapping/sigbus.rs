@@ -3,8 +3,8 @@
 //! Reading a mapped file ends the process if another process has shortened the file, or if its disk fails. No check
 //! beforehand can prevent that. The handler prints which file it was, and leaves the rest to the handler before it.
 //!
-//! A library must not change the handlers of its program. The command-line program and the Python module install this one,
-//! by [`install_sigbus_handler`]; other programs may do the same.
+//! A library must not change the handlers of its program. The command-line program and the Python module install this
+//! one, by [`install_sigbus_handler`]; other programs may do the same.
 
 use std::ffi::{c_int, c_void};
 use std::path::Path;
