@@ -27,7 +27,7 @@ struct BlendArgs {
     double weights[SOURCES * TARGETS];  // [k * M + m]: weight of source k for target m of M
     uint64_t sums;                      // [m * pitch + i]: f64 sum of target m at element i, between launches
     uint64_t pitch;
-    uint64_t unfit;                     // [m]: least index at which target m overflows its dtype
+    uint64_t overflow;                  // [m]: least index at which target m overflows its dtype
     uint64_t elements;
     double limit;                       // largest magnitude that the output dtype holds
     uint32_t count;                     // number of sources
@@ -131,7 +131,7 @@ template <int M, int V> DEVICE void write_targets(const double (&sum)[M][V], con
     for (int m = 0; m < M; m++)
         #pragma unroll
         for (int v = 0; v < V; v++)
-            if (!fits(sum[m][v], a.limit)) atomic_min(reinterpret_cast<uint64_t*>(a.unfit) + m, i + v);
+            if (!fits(sum[m][v], a.limit)) atomic_min(reinterpret_cast<uint64_t*>(a.overflow) + m, i + v);
     switch (a.output) {
         case KIND_F32: StoreTargets<F32, M, V>::run(sum, a, i); break;
         case KIND_F16: StoreTargets<F16, M, V>::run(sum, a, i); break;

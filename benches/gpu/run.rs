@@ -45,7 +45,7 @@ fn synthesize(dir: &Path, device: Device, out: &Path, times: usize) -> Result<()
     let plans = run.plans(&[Profile::sigma_rel(0.15)?], At::Latest)?;
     #[cfg(feature = "cuda")]
     let _open = match device {
-        Device::Cuda(number) => Some(posthoc_ema::compute::cuda::Device::open(number)?),
+        Device::Cuda(number) => Some(posthoc_ema::compute::cuda::CudaDevice::open(number)?),
         _ => None,
     };
     let mut seconds = Vec::new();

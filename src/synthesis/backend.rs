@@ -8,7 +8,7 @@ use crate::error::Result;
 pub(super) enum Backend {
     Cpu,
     #[cfg(feature = "cuda")]
-    Cuda(std::sync::Arc<crate::compute::cuda::Device>),
+    Cuda(std::sync::Arc<crate::compute::cuda::CudaDevice>),
 }
 
 impl Backend {
@@ -20,7 +20,7 @@ impl Backend {
         match device {
             Device::Auto | Device::Cpu => Ok(Backend::Cpu),
             #[cfg(feature = "cuda")]
-            Device::Cuda(number) => crate::compute::cuda::Device::open(number).map(Backend::Cuda),
+            Device::Cuda(number) => crate::compute::cuda::CudaDevice::open(number).map(Backend::Cuda),
             #[cfg(not(feature = "cuda"))]
             Device::Cuda(_) => {
                 let reason = format!("this program was built without CUDA and cannot use {device}: use the CPU");
@@ -73,7 +73,7 @@ mod trial {
     use std::time::Instant;
 
     use super::{Backend, Result, Streaming};
-    use crate::compute::cuda::{Blender, Device, devices};
+    use crate::compute::cuda::{Blender, CudaDevice, devices};
 
     /// Bytes of sources and results that a trial takes: some hundredths of a second.
     const BYTES: usize = 256 << 20;
@@ -104,7 +104,7 @@ mod trial {
         }
         let some = part(BYTES);
         let cpu = on_cpu(some)?;
-        let on_device = Device::open(0).and_then(|device| {
+        let on_device = CudaDevice::open(0).and_then(|device| {
             let mut blender = Blender::new(&device)?;
             Ok((seconds(some, &mut || streaming.try_on(&mut blender, some))?, device.clone()))
         });

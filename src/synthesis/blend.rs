@@ -142,17 +142,17 @@ impl<'a> TensorBlend<'a> {
     }
 
     /// A range of elements, to be blended on a device.
-    pub(super) fn on_device(&self, elements: Range<usize>) -> cuda::Stretch<'a> {
+    pub(super) fn on_device(&self, elements: Range<usize>) -> cuda::BlendPart<'a> {
         let cut = |(stored, dtype): (&Elements<'a>, &Dtype)| {
             let size = dtype.bitsize() / 8;
             let input = match *stored {
-                Elements::Host(bytes) => cuda::Input::Host(bytes),
+                Elements::Host(bytes) => cuda::BlendInput::Host(bytes),
                 Elements::Device(input) => input,
             };
             input.slice(elements.start * size..elements.end * size)
         };
         let sources = self.stored.iter().zip(&self.dtypes).map(cut).collect();
-        cuda::Stretch { sources, dtypes: self.dtypes.clone(), output: self.output, elements: elements.len() }
+        cuda::BlendPart { sources, dtypes: self.dtypes.clone(), output: self.output, elements: elements.len() }
     }
 
     /// What the error of a stretch names: the tensor, the dtype of the results, and the stretch's first element.

@@ -145,7 +145,7 @@ impl SourceSet<'_> {
     #[cfg(feature = "cuda")]
     fn fill_by(
         &self,
-        device: &std::sync::Arc<crate::compute::cuda::Device>,
+        device: &std::sync::Arc<crate::compute::cuda::CudaDevice>,
         selection: &Selection<'_>,
         target: &mut Target<'_>,
         progress: Progress<'_>,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::blend::TensorBlend;
 use super::output::copied;
 use super::source_set::{ModelTensor, Selection, SourceSet};
-use crate::compute::cuda::{Blender, Delivery, Device};
+use crate::compute::cuda::{Blender, CudaDevice, Destination};
 use crate::error::Result;
 use crate::tensor::{CudaMemory, CudaMemoryMut, MemoryMut, ParametersMut, Tensor, TensorViewMut, Tensors, byte_size};
 
@@ -33,18 +33,18 @@ pub(super) fn submit<'a>(
     blender: &mut Blender<'a>,
     parts: &[Part<'a>],
     targets: usize,
-    delivery: Delivery<'a, '_>,
+    destination: Destination<'a, '_>,
 ) -> Result<()> {
     let stretches = parts.iter().map(|(blend, elements)| blend.on_device(elements.clone())).collect();
     let origins: Vec<_> = parts.iter().map(|(blend, elements)| blend.origin(elements.start)).collect();
     let weights = parts.first().map_or(&[][..], |(blend, _)| blend.weights());
     let report = Box::new(move |stretch: usize, unfit| origins[stretch].unfit(unfit));
-    blender.submit(stretches, weights, targets, delivery, report)
+    blender.submit(stretches, weights, targets, destination, report)
 }
 
 impl SourceSet<'_> {
     /// Blends a plan into memory of its own, by way of a device. Tied tensors are left to the caller.
-    pub(super) fn load_on(&self, device: &Arc<Device>, selection: &Selection<'_>) -> Result<Tensors> {
+    pub(super) fn load_on(&self, device: &Arc<CudaDevice>, selection: &Selection<'_>) -> Result<Tensors> {
         let averaged: Vec<&ModelTensor> = self.tensors.iter().filter(|tensor| tensor.averaged).collect();
         let mut blends = Vec::with_capacity(averaged.len());
         for tensor in &averaged {
@@ -89,7 +89,7 @@ impl SourceSet<'_> {
     /// error is the caller's to restore.
     pub(super) fn blend_into_on(
         &self,
-        device: &Arc<Device>,
+        device: &Arc<CudaDevice>,
         selection: &Selection<'_>,
         params: &mut (impl ParametersMut + ?Sized),
     ) -> Result<()> {
@@ -123,8 +123,8 @@ fn into_device<'a>(blender: &mut Blender<'a>, blend: &TensorBlend<'a>, memory: C
         let place = CudaMemoryMut(CudaMemory { address: memory.address + start as u64, bytes, ..memory });
         let origin = blend.origin(elements.start);
         let report = Box::new(move |_, unfit| origin.unfit(unfit));
-        let delivery = Delivery::Device(vec![place]);
-        blender.submit(vec![blend.on_device(elements)], blend.weights(), 1, delivery, report)?;
+        let destination = Destination::Device(vec![place]);
+        blender.submit(vec![blend.on_device(elements)], blend.weights(), 1, destination, report)?;
     }
     Ok(())
 }
@@ -142,8 +142,8 @@ pub(super) fn into_host<'a>(blender: &mut Blender<'a>, blend: &TensorBlend<'a>, 
             arrived.borrow_mut().extend_from_slice(results.first().copied().unwrap_or_default());
             Ok(())
         };
-        let delivery = Delivery::Host(Box::new(deliver));
-        blender.submit(vec![blend.on_device(elements)], blend.weights(), 1, delivery, report)?;
+        let destination = Destination::Host(Box::new(deliver));
+        blender.submit(vec![blend.on_device(elements)], blend.weights(), 1, destination, report)?;
     }
     blender.flush()?;
     bytes.copy_from_slice(&arrived.borrow());
@@ -164,5 +164,5 @@ fn deliver_into<'a>(blender: &mut Blender<'a>, parts: &[Part<'a>], places: Vec<&
         }
         Ok(())
     };
-    submit(blender, parts, 1, Delivery::Host(Box::new(deliver)))
+    submit(blender, parts, 1, Destination::Host(Box::new(deliver)))
 }

@@ -17,7 +17,7 @@ pub(crate) enum Elements<'a> {
     Host(&'a [u8]),
     /// In memory of the holder's device.
     #[cfg(feature = "cuda")]
-    Device(crate::compute::cuda::Input<'a>),
+    Device(crate::compute::cuda::BlendInput<'a>),
 }
 
 impl<'a> Elements<'a> {

@@ -196,7 +196,7 @@ impl<'a> Streaming<'a> {
 #[cfg(feature = "cuda")]
 impl Streaming<'_> {
     /// As [`Streaming::run`], blended on a device.
-    pub(super) fn run_on(&self, device: &Arc<cuda::Device>) -> Result<()> {
+    pub(super) fn run_on(&self, device: &Arc<cuda::CudaDevice>) -> Result<()> {
         let mut blender = cuda::Blender::new(device)?;
         for block in on_device::blocks(self.elements(), self.bytes_per_element()) {
             let stretches = self.stretches(block);
@@ -206,7 +206,7 @@ impl Streaming<'_> {
                 self.report(self.bytes_read(&stretches));
                 Ok(())
             };
-            on_device::submit(&mut blender, &parts, self.files.len(), cuda::Delivery::Host(Box::new(deliver)))?;
+            on_device::submit(&mut blender, &parts, self.files.len(), cuda::Destination::Host(Box::new(deliver)))?;
         }
         blender.flush()
     }
@@ -215,7 +215,7 @@ impl Streaming<'_> {
     pub(super) fn try_on<'s>(&'s self, blender: &mut cuda::Blender<'s>, elements: usize) -> Result<()> {
         for block in on_device::blocks(elements, self.bytes_per_element()) {
             let parts = self.parts(&self.stretches(block));
-            on_device::submit(blender, &parts, self.files.len(), cuda::Delivery::Host(Box::new(|_| Ok(()))))?;
+            on_device::submit(blender, &parts, self.files.len(), cuda::Destination::Host(Box::new(|_| Ok(()))))?;
         }
         blender.flush()
     }

@@ -278,7 +278,7 @@ impl Bus {
     fn staging(&mut self, device: usize) -> Result<&mut Staging> {
         let staging = match self.staging.take() {
             Some(staging) if staging.device().number() == device => staging,
-            _ => Staging::new(&cuda::Device::open(device)?, usize::MAX)?,
+            _ => Staging::new(&cuda::CudaDevice::open(device)?, usize::MAX)?,
         };
         Ok(self.staging.insert(staging))
     }

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use posthoc_ema::compute::cpu::{self, Blend, Overflow};
-use posthoc_ema::compute::cuda::{Blender, Delivery, Device, Input, Stretch};
+use posthoc_ema::compute::cuda::{BlendInput, BlendPart, Blender, CudaDevice, Destination};
 use posthoc_ema::{Dtype, Error, Result};
 use rand::Rng;
 
@@ -33,9 +33,9 @@ impl Case {
         results
     }
 
-    fn stretch(&self) -> Stretch<'_> {
-        let sources = self.sources.iter().map(|bytes| Input::Host(bytes)).collect();
-        Stretch { sources, dtypes: self.dtypes.clone(), output: self.output, elements: self.elements }
+    fn stretch(&self) -> BlendPart<'_> {
+        let sources = self.sources.iter().map(|bytes| BlendInput::Host(bytes)).collect();
+        BlendPart { sources, dtypes: self.dtypes.clone(), output: self.output, elements: self.elements }
     }
 }
 
@@ -53,13 +53,13 @@ fn check(cases: &[Case], targets: usize) {
     crate::driver::driver();
     let weights = weights(cases[0].dtypes.len(), targets, 11);
     let got = RefCell::new(Vec::new());
-    let mut blender = Blender::new(&Device::open(0).unwrap()).unwrap();
+    let mut blender = Blender::new(&CudaDevice::open(0).unwrap()).unwrap();
     let deliver = |results: &[&[u8]]| -> Result<()> {
         *got.borrow_mut() = results.iter().map(|bytes| bytes.to_vec()).collect();
         Ok(())
     };
     let stretches = cases.iter().map(Case::stretch).collect();
-    blender.submit(stretches, &weights, targets, Delivery::Host(Box::new(deliver)), Box::new(report)).unwrap();
+    blender.submit(stretches, &weights, targets, Destination::Host(Box::new(deliver)), Box::new(report)).unwrap();
     blender.flush().unwrap();
     for (target, got) in got.borrow().iter().enumerate() {
         let expected: Vec<u8> =
@@ -119,7 +119,7 @@ fn blocks_take_turns_and_arrive_in_order() {
     let weights = weights(3, 2, 1);
     let order = RefCell::new(Vec::new());
     let order = &order;
-    let mut blender = Blender::new(&Device::open(0).unwrap()).unwrap();
+    let mut blender = Blender::new(&CudaDevice::open(0).unwrap()).unwrap();
     for (i, case) in cases.iter().enumerate() {
         let expected = case.expected(&weights, 2);
         let deliver = move |results: &[&[u8]]| -> Result<()> {
@@ -127,8 +127,8 @@ fn blocks_take_turns_and_arrive_in_order() {
             order.borrow_mut().push(i);
             Ok(())
         };
-        let delivery = Delivery::Host(Box::new(deliver));
-        blender.submit(vec![case.stretch()], &weights, 2, delivery, Box::new(report)).unwrap();
+        let destination = Destination::Host(Box::new(deliver));
+        blender.submit(vec![case.stretch()], &weights, 2, destination, Box::new(report)).unwrap();
     }
     blender.flush().unwrap();
     assert_eq!(*order.borrow(), [0, 1, 2, 3, 4, 5, 6]);
@@ -146,11 +146,11 @@ fn results_go_into_somebodys_memory_and_sources_may_be_there_too() {
     let sources: Vec<Owned<'_>> = cases.iter().map(|case| owner.own(&case.sources[1], 0)).collect();
     owner.wait();
     let stretches = cases.iter().zip(&sources).map(|(case, source)| {
-        let device = Input::Device { address: source.address(), bytes: source.bytes };
-        Stretch { sources: vec![Input::Host(&case.sources[0]), device], ..case.stretch() }
+        let device = BlendInput::Device { address: source.address(), bytes: source.bytes };
+        BlendPart { sources: vec![BlendInput::Host(&case.sources[0]), device], ..case.stretch() }
     });
-    let mut blender = Blender::new(&Device::open(0).unwrap()).unwrap();
-    let to = Delivery::Device(owned.iter().map(Owned::lend_mut).collect());
+    let mut blender = Blender::new(&CudaDevice::open(0).unwrap()).unwrap();
+    let to = Destination::Device(owned.iter().map(Owned::lend_mut).collect());
     blender.submit(stretches.collect(), &weights, 1, to, Box::new(report)).unwrap();
     // What the owner queues next comes after the results, without any waiting by the host.
     let copies: Vec<Vec<u8>> = owned.iter().map(Owned::get).collect();
@@ -169,10 +169,10 @@ fn sums_that_do_not_fit_are_reported_as_on_the_cpu() {
         let before = case.sources[1][4 * element..][..4].to_vec();
         case.sources[1][4 * element..][..4].copy_from_slice(&encode(value, Dtype::F32));
         let weights = [0.0, 0.0, 0.0, 0.0, 1.0, 0.0];
-        let mut blender = Blender::new(&Device::open(0).unwrap()).unwrap();
+        let mut blender = Blender::new(&CudaDevice::open(0).unwrap()).unwrap();
         let deliver = |_: &[&[u8]]| -> Result<()> { panic!("delivered") };
         let stretches = vec![whole.stretch(), case.stretch()];
-        blender.submit(stretches, &weights, 2, Delivery::Host(Box::new(deliver)), Box::new(report)).unwrap();
+        blender.submit(stretches, &weights, 2, Destination::Host(Box::new(deliver)), Box::new(report)).unwrap();
         let text = blender.flush().unwrap_err().to_string();
         drop(blender);
         let expected = if value.is_nan() { "NaN".into() } else { f64::from(value as f32).to_string() };
@@ -187,8 +187,8 @@ fn sums_that_do_not_fit_are_reported_as_on_the_cpu() {
         assert_eq!(results[0][..2], half::f16::from_f32(65_504.0).to_le_bytes());
         Ok(())
     };
-    let mut blender = Blender::new(&Device::open(0).unwrap()).unwrap();
-    let delivery = Delivery::Host(Box::new(deliver));
-    blender.submit(vec![case.stretch()], &[0.0, 1.0, 0.0], 1, delivery, Box::new(report)).unwrap();
+    let mut blender = Blender::new(&CudaDevice::open(0).unwrap()).unwrap();
+    let destination = Destination::Host(Box::new(deliver));
+    blender.submit(vec![case.stretch()], &[0.0, 1.0, 0.0], 1, destination, Box::new(report)).unwrap();
     blender.flush().unwrap();
 }

@@ -3,7 +3,7 @@
 use half::bf16;
 use posthoc_ema::Dtype;
 use posthoc_ema::compute::cpu::{self, Averages, Layout, Precision};
-use posthoc_ema::compute::cuda::{Device, DeviceAverages};
+use posthoc_ema::compute::cuda::{CudaDevice, DeviceAverages};
 use rand::Rng;
 
 use crate::driver::driver;
@@ -29,7 +29,7 @@ fn averages(lengths: &[usize], precision: Precision, seed: u64) -> (Layout, Aver
 #[test]
 fn every_dtype_rounds_as_on_the_cpu() {
     driver();
-    let device = Device::open(0).unwrap();
+    let device = CudaDevice::open(0).unwrap();
     let lengths: Vec<usize> = (0..20).chain([1000, 2049, 70_001]).collect();
     for precision in [Precision::Plain, Precision::Compensated] {
         let (layout, averages) = averages(&lengths, precision, 3);
@@ -63,7 +63,7 @@ fn canonical(bytes: &[u8], dtype: Dtype) -> Vec<u64> {
 #[test]
 fn ranges_are_the_cpus_and_name_the_first_bad_value() {
     driver();
-    let device = Device::open(0).unwrap();
+    let device = CudaDevice::open(0).unwrap();
     let lengths = [0usize, 1, 2, 3, 4, 5, 100, 5000, 140_001];
     for seed in 0..6 {
         let (layout, mut averages) = averages(&lengths, Precision::Plain, seed);
@@ -92,7 +92,7 @@ fn ranges_are_the_cpus_and_name_the_first_bad_value() {
 #[test]
 fn averages_larger_than_the_staging_arrive_whole() {
     driver();
-    let device = Device::open(0).unwrap();
+    let device = CudaDevice::open(0).unwrap();
     let n = (32 << 20) / 4 * 3 + 12_345;
     let layout = Layout::new([n]);
     let mut averages = Averages::zeros(&layout, Precision::Plain);

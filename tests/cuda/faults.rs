@@ -39,7 +39,7 @@ fn every_fault() {
 fn reason() -> String {
     driver();
     let text = devices().unwrap_err().to_string();
-    let error = cuda::Device::open(0).unwrap_err().to_string();
+    let error = cuda::CudaDevice::open(0).unwrap_err().to_string();
     assert!(error.contains("cuda:0: cannot use the device") && error.contains(&text), "{error}");
     text
 }
@@ -75,7 +75,7 @@ fn old_driver() {
 #[ignore = "run by `every_fault`"]
 fn no_code_for_the_device() {
     driver();
-    let text = cuda::Device::open(0).unwrap_err().to_string();
+    let text = cuda::CudaDevice::open(0).unwrap_err().to_string();
     assert!(text.contains("compute capability 7.5") && text.contains("POSTHOC_EMA_CUDA_ARCHS"), "{text}");
 }
 

@@ -48,7 +48,7 @@ const MUTATIONS: [Mutation; 14] = [
         "blend::",
     ),
     Mutation("sums begun anew", "blend.cu", "a.first ? 0.0 : load(sum_at(a, m, i + v))", "0.0", "blend::"),
-    Mutation("unfit sums unnoticed", "blend.cu", "if (!fits(sum[m][v], a.limit))", "if (false)", "blend::"),
+    Mutation("an overflow is ignored", "blend.cu", "if (!fits(sum[m][v], a.limit))", "if (false)", "blend::"),
     Mutation(
         "the last source left out",
         "blend.cu",

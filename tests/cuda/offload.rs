@@ -1,7 +1,7 @@
 //! Parameters copied to the host while their owner trains on.
 
 use posthoc_ema::CudaMemory;
-use posthoc_ema::compute::cuda::{Device, Offload};
+use posthoc_ema::compute::cuda::{CudaDevice, Offload};
 use rand::Rng;
 
 use crate::owner::{Owned, Owner};
@@ -17,7 +17,7 @@ fn bytes(seed: u64, n: usize) -> Vec<u8> {
 #[test]
 fn tensors_of_every_size_and_alignment_arrive() {
     let owner = Owner::new();
-    let device = Device::open(0).unwrap();
+    let device = CudaDevice::open(0).unwrap();
     let mut offload = Offload::new(&device, &SIZES).unwrap();
     for round in 0..5 {
         let values: Vec<Vec<u8>> = SIZES.iter().map(|&n| bytes(round + n as u64, n)).collect();
@@ -34,7 +34,7 @@ fn tensors_of_every_size_and_alignment_arrive() {
 #[test]
 fn the_fence_lets_training_go_on_meanwhile() {
     let owner = Owner::new();
-    let device = Device::open(0).unwrap();
+    let device = CudaDevice::open(0).unwrap();
     let value = bytes(1, 3_000_000);
     let owned = owner.own(&value, 0);
     let mut offload = Offload::new(&device, &[value.len()]).unwrap();
@@ -52,7 +52,7 @@ fn the_fence_lets_training_go_on_meanwhile() {
 #[test]
 fn two_copies_may_wait_and_the_third_blocks() {
     let owner = Owner::new();
-    let device = Device::open(0).unwrap();
+    let device = CudaDevice::open(0).unwrap();
     let owned = owner.own(&[5; 100], 0);
     let mut offload = Offload::new(&device, &[100]).unwrap();
     let first = offload.copy(&[owned.lend()]).unwrap().0;

@@ -1,7 +1,7 @@
 //! The stand-in notices what is not ordered: here by a lie about the stream, the one way to do it wrong from outside.
 
 use posthoc_ema::compute::cpu::{Layout, Precision};
-use posthoc_ema::compute::cuda::{Device, DeviceAverages};
+use posthoc_ema::compute::cuda::{CudaDevice, DeviceAverages};
 use posthoc_ema::{CudaMemory, Dtype};
 
 use crate::driver::{alone, is_standin};
@@ -16,7 +16,7 @@ fn wrong_stream() {
         return;
     }
     let memory = owner.own(&[0; 4000], 0);
-    let device = Device::open(0).unwrap();
+    let device = CudaDevice::open(0).unwrap();
     let mut averages = DeviceAverages::zeros(&device, &Layout::new([1000]), 1, Precision::Plain, &[]).unwrap();
     // SAFETY: the memory lives on; that the stream is not the owner's is what the stand-in is to notice.
     let lent = unsafe { CudaMemory::from_raw(0, other.stream(), memory.address(), 4000) };

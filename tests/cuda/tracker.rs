@@ -195,12 +195,12 @@ fn places(device: Device) {
     let mut elsewhere = elsewhere;
     elsewhere.device.tensors.swap_remove(2);
     let error = ema.update_at(5, &elsewhere.device).unwrap_err().to_string();
-    assert!(error.contains("cuda:0: cannot read the parameters: they lie on cuda:1 now"), "{error}");
+    assert!(error.contains("cuda:0: cannot read the parameters: they are on cuda:1"), "{error}");
     let moved = elsewhere.device.tensors.swap_remove(0);
     model.device.tensors.push(moved);
     model.device.tensors.swap_remove(0);
     let error = ema.update_at(6, &model.device).unwrap_err().to_string();
-    assert!(error.contains("the model's tensors lie on cuda:"), "{error}");
+    assert!(error.contains("the model has tensors on cuda:"), "{error}");
 }
 
 /// Counters of the stand-in are of the whole process, so this runs by itself, in a process of its own.

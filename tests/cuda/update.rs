@@ -1,7 +1,7 @@
 //! The update on a device.
 
 use posthoc_ema::compute::cpu::{self, Averages, Incoming, Layout, Precision};
-use posthoc_ema::compute::cuda::{Device, DeviceAverages};
+use posthoc_ema::compute::cuda::{CudaDevice, DeviceAverages};
 use posthoc_ema::{CudaMemory, Dtype};
 use rand::Rng;
 
@@ -34,7 +34,7 @@ fn check(lengths: &[usize], dtypes: &[Dtype], profiles: usize, precision: Precis
     let mut model = Model { tensors, copied: copied.into() };
     let layout = Layout::new(lengths.iter().copied());
     let sizes: Vec<usize> = model.copied.iter().map(|(bytes, _)| bytes.len()).collect();
-    let device = Device::open(0).unwrap();
+    let device = CudaDevice::open(0).unwrap();
     let mut got = DeviceAverages::zeros(&device, &layout, profiles, precision, &sizes).unwrap();
     let mut expected = vec![Averages::zeros(&layout, precision); profiles];
     for step in 0..3 {
@@ -107,7 +107,7 @@ fn chunks_of_the_largest_size_and_many_tensors() {
 fn parameters_that_move_and_streams_that_change() {
     let (first, second) = (Owner::new(), Owner::new());
     let layout = Layout::new([1000]);
-    let device = Device::open(0).unwrap();
+    let device = CudaDevice::open(0).unwrap();
     let mut got = DeviceAverages::zeros(&device, &layout, 2, Precision::Compensated, &[]).unwrap();
     let mut expected = vec![Averages::zeros(&layout, Precision::Compensated); 2];
     let mut random = random(5);
@@ -136,7 +136,7 @@ fn averages_that_were_on_the_host_go_on_alike() {
         let mut expected = vec![Averages::zeros(&layout, precision); 2];
         cpu::update(&mut expected, &incoming, &layout, &[0.7, 0.3]);
         let copies = [vec![1u8, 2, 3], vec![]];
-        let device = Device::open(0).unwrap();
+        let device = CudaDevice::open(0).unwrap();
         let mut got = DeviceAverages::upload(&device, &layout, &expected, precision, &copies).unwrap();
         let reader = &mut got.reader().unwrap();
         assert_eq!(reader.copies().unwrap(), copies);
@@ -159,7 +159,7 @@ fn tensors_of_several_streams_or_devices_are_refused_and_nothing_changes() {
     let (one, other) = (Owner::new(), Owner::new());
     let bytes = [0u8; 16];
     let (a, b) = (one.own(&bytes, 0), other.own(&bytes, 0));
-    let device = Device::open(0).unwrap();
+    let device = CudaDevice::open(0).unwrap();
     let layout = Layout::new([4, 4]);
     let mut averages = DeviceAverages::zeros(&device, &layout, 1, Precision::Plain, &[]).unwrap();
     let mixed = [(Dtype::F32, a.lend()), (Dtype::F32, b.lend())];

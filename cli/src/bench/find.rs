@@ -40,7 +40,7 @@ fn cuda(number: Option<usize>) -> std::result::Result<Vec<Box<dyn BenchDevice>>,
     let count = cuda::devices().map_err(|why| why.to_string())?;
     let numbers = number.map_or(0..count, |number| number..number + 1);
     let open =
-        |number| -> Result<Box<dyn BenchDevice>> { Ok(Box::new(super::cuda::Cuda(cuda::Device::open(number)?))) };
+        |number| -> Result<Box<dyn BenchDevice>> { Ok(Box::new(super::cuda::Cuda(cuda::CudaDevice::open(number)?))) };
     numbers.map(open).collect::<Result<_>>().map_err(|error| error.to_string())
 }
 

@@ -1,135 +1,114 @@
-//! Running averages on a device: one fused launch per update, on the stream of whoever trains.
+//! Running averages on a device. An update is one fused launch on the stream that trains.
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 use safetensors::Dtype;
 
-use super::chunks::{Chunk64, Table, chunk_size, cut};
+use super::arenas::Arenas;
+use super::chunks::{ChunkTable, TensorSpan, chunk_size, split_into_chunks};
 use super::device::Event;
-use super::kernels::{KIND_BYTES, PROFILES, UpdateArgs, kind};
+use super::kernels::{KIND_BYTES, MAX_PROFILES, UpdateArgs, kind};
 use super::staging::Staging;
-use super::{Buffer, Device, Reader};
+use super::{AveragesReader, BlendInput, Buffer, CudaDevice};
 use crate::compute::cpu::{Averages, Layout, Precision};
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
 
-/// The memory of all averages, shared with whoever reads them in the background.
-#[derive(Debug)]
-pub(super) struct Arenas {
-    pub(super) device: Arc<Device>,
-    pub(super) layout: Layout,
-    /// Of each profile, the f32 part and the low-order terms, by the layout.
-    pub(super) high: Vec<Buffer>,
-    pub(super) low: Vec<Buffer>,
-    /// The tensors that are copied, one after the other, each at 16 bytes.
-    pub(super) copies: Buffer,
-    /// Where each lies.
-    pub(super) places: Vec<std::ops::Range<usize>>,
-}
-
-/// The running averages of several profiles on a device, and the newest values of tensors that are copied.
+/// Running averages of several profiles on a device, and the newest values of tensors that are copied.
 #[derive(Debug)]
 pub struct DeviceAverages {
     arenas: Arc<Arenas>,
-    table: Table,
-    /// What the table was made for, in order: averaged tensors, then copied ones.
-    lent: Vec<(u64, Dtype)>,
-    /// Passes when the newest update has run.
+    table: ChunkTable,
+    /// Address and dtype of each tensor in `table`: averaged tensors, then copied ones.
+    tabulated: Vec<(u64, Dtype)>,
+    /// Event that passes when the newest update has run.
     updated: Event,
-    /// Whether an update was queued in part: the averages are then of no use.
-    torn: bool,
+    /// True if an update was queued only in part, so that the averages are unusable.
+    incomplete: bool,
 }
 
-/// The one device and stream of all tensors.
-pub(super) fn common<'a>(mut lent: impl Iterator<Item = &'a CudaMemory<'a>>) -> Result<Option<(usize, usize)>> {
-    let Some(first) = lent.next() else { return Ok(None) };
-    match lent.find(|memory| (memory.device, memory.stream) != (first.device, first.stream)) {
+/// Returns the common device and stream of all tensors, or none if there is no tensor.
+///
+/// # Errors
+/// [`Error::Cuda`] if the tensors are on several devices or have several streams.
+pub(super) fn common_stream<'a>(
+    mut tensors: impl Iterator<Item = &'a CudaMemory<'a>>,
+) -> Result<Option<(usize, usize)>> {
+    let Some(first) = tensors.next() else { return Ok(None) };
+    let reason = match tensors.find(|memory| (memory.device, memory.stream) != (first.device, first.stream)) {
+        None => return Ok(Some((first.device, first.stream))),
         Some(other) if other.device != first.device => {
-            let reason = format!("the model's tensors lie on cuda:{} too: lend those of one device", other.device);
-            Err(Error::Cuda { device: first.device, action: "read the parameters".into(), reason })
+            format!("the model has tensors on cuda:{} too: move all to one device", other.device)
         }
-        Some(_) => {
-            let reason = "the model's tensors come with several streams: lend all with the one that trains".into();
-            Err(Error::Cuda { device: first.device, action: "read the parameters".into(), reason })
-        }
-        None => Ok(Some((first.device, first.stream))),
-    }
+        Some(_) => "the tensors come with several streams: pass the stream that trains with each of them".into(),
+    };
+    Err(Error::Cuda { device: first.device, action: "read the parameters".into(), reason })
 }
 
 impl DeviceAverages {
-    /// Averages of zeros for tensors of a layout, and room for copied tensors of these sizes in bytes.
+    /// Creates averages of zeros for the tensors of a layout, and room for copied tensors of these sizes in bytes.
     ///
     /// # Errors
-    /// [`Error::Cuda`] where the device has too little memory.
+    /// [`Error::Cuda`] if the device has too little memory.
     pub fn zeros(
-        device: &Arc<Device>,
+        device: &Arc<CudaDevice>,
         layout: &Layout,
         profiles: usize,
         precision: Precision,
         copied: &[usize],
     ) -> Result<DeviceAverages> {
-        let arena = |size: usize| Buffer::new(device, layout.total() * size, "running averages");
-        let high = (0..profiles).map(|_| arena(4)).collect::<Result<Vec<_>>>()?;
-        let terms = if precision == Precision::Compensated { profiles } else { 0 };
-        let low = (0..terms).map(|_| arena(2)).collect::<Result<Vec<_>>>()?;
-        let mut places = Vec::with_capacity(copied.len());
-        let mut end = 0;
-        for &bytes in copied {
-            places.push(end..end + bytes);
-            end += bytes.next_multiple_of(16);
-        }
-        let copies = Buffer::new(device, end, "copied tensors")?;
-        let arenas = Arenas { device: device.clone(), layout: layout.clone(), high, low, copies, places };
+        let arenas = Arenas::new(device, layout, profiles, precision, copied)?;
         let stream = device.stream()?;
         for buffer in arenas.high.iter().chain(&arenas.low).chain([&arenas.copies]) {
             buffer.clear(&stream)?;
         }
         let averages = DeviceAverages {
             arenas: Arc::new(arenas),
-            table: Table::new(device)?,
-            lent: Vec::new(),
+            table: ChunkTable::new(device)?,
+            tabulated: Vec::new(),
             updated: device.order_event()?,
-            torn: false,
+            incomplete: false,
         };
-        averages.mark(&stream)?;
+        averages.mark_updated(&stream)?;
         averages.wait()?;
         Ok(averages)
     }
 
-    /// Averages with the values of others, and of tensors that are copied.
+    /// Creates averages with the values of `averages`, and copied tensors with the values of `copies`.
     ///
     /// # Errors
-    /// [`Error::Cuda`] where the device has too little memory.
+    /// [`Error::Cuda`] if the device has too little memory.
     pub fn upload(
-        device: &Arc<Device>,
+        device: &Arc<CudaDevice>,
         layout: &Layout,
         averages: &[Averages],
         precision: Precision,
         copies: &[Vec<u8>],
     ) -> Result<DeviceAverages> {
         let sizes: Vec<usize> = copies.iter().map(Vec::len).collect();
-        let made = DeviceAverages::zeros(device, layout, averages.len(), precision, &sizes)?;
-        let (stream, arenas) = (device.stream()?, &made.arenas);
+        let uploaded = DeviceAverages::zeros(device, layout, averages.len(), precision, &sizes)?;
+        let arenas = &uploaded.arenas;
+        let stream = device.stream()?;
         let mut staging = Staging::new(device, 4 * layout.total())?;
-        // SAFETY: the destinations are ours, and as long: both sides come from one layout and the same sizes.
-        let mut write = |to: u64, bytes: &[u8]| unsafe { staging.send(&stream, to, bytes) };
+        // SAFETY: we own the destinations, and they are as long: both sides come from one layout and the same sizes.
+        let mut send = |to: u64, bytes: &[u8]| unsafe { staging.send(&stream, to, bytes) };
         for (values, buffer) in averages.iter().zip(&arenas.high) {
-            write(buffer.address(), bytemuck::cast_slice(&values.high))?;
+            send(buffer.address(), bytemuck::cast_slice(&values.high))?;
         }
         for (values, buffer) in averages.iter().zip(&arenas.low) {
-            write(buffer.address(), bytemuck::cast_slice(values.low.as_deref().unwrap_or_default()))?;
+            send(buffer.address(), bytemuck::cast_slice(values.low.as_deref().unwrap_or_default()))?;
         }
         for (copy, place) in copies.iter().zip(&arenas.places) {
-            write(arenas.copies.address() + place.start as u64, copy)?;
+            send(arenas.copies.address() + place.start as u64, copy)?;
         }
-        made.mark(&stream)?;
-        made.wait()?;
-        Ok(made)
+        uploaded.mark_updated(&stream)?;
+        uploaded.wait()?;
+        Ok(uploaded)
     }
 
-    /// The device.
-    pub fn device(&self) -> &Arc<Device> {
+    /// Returns the device.
+    pub fn device(&self) -> &Arc<CudaDevice> {
         &self.arenas.device
     }
 
@@ -137,46 +116,52 @@ impl DeviceAverages {
         &self.arenas
     }
 
-    /// The number of profiles.
+    /// Returns the number of profiles.
     pub fn profiles(&self) -> usize {
         self.arenas.high.len()
     }
 
-    /// Queues the folding of new parameters into all averages, and the copying of the others, on the parameters' stream.
+    /// Queues an update of all averages and copied tensors on the stream of the parameters.
+    ///
+    /// `weights` holds `1 - beta` of each profile.
     ///
     /// # Errors
-    /// [`Error::Cuda`] where tensors lie on another device, come with several streams, or are of other sizes: nothing is
-    /// changed then; and where the driver refuses the launch.
+    /// [`Error::Cuda`] if tensors are on another device, have several streams or have other sizes, which leaves the
+    /// averages unchanged, or if the driver rejects the launch.
     pub fn update(
         &mut self,
         averaged: &[(Dtype, CudaMemory<'_>)],
         copied: &[CudaMemory<'_>],
         weights: &[f32],
     ) -> Result<()> {
-        let Some((number, stream)) = common(averaged.iter().map(|(_, memory)| memory).chain(copied))? else {
-            return Ok(());
-        };
+        let tensors = averaged.iter().map(|(_, memory)| memory).chain(copied);
+        let Some((number, stream)) = common_stream(tensors)? else { return Ok(()) };
         let device = self.device().clone();
-        device.check_is(number)?;
-        self.check(averaged, copied, weights)?;
+        device.check_number(number)?;
+        self.check_tensors(averaged, copied, weights)?;
         let _bound = device.bind()?;
         let borrowed = device.borrow_stream(stream);
-        // Also where the number is that of the last update: one number may stand for several streams, one after the
-        // other or, the default stream of each thread, at the same time.
+        // Needed even if the handle is that of the last update, because one handle can stand for several streams: a
+        // handle may be reused, and that of the per-thread default stream differs by thread.
         borrowed.wait(&self.updated).map_err(device.driver_error("order two streams"))?;
-        self.tabulate(&borrowed, averaged, copied)?;
-        for (group, weights) in weights.chunks(PROFILES).enumerate() {
-            let launched = self.launch(&borrowed, group * PROFILES, weights);
-            self.torn |= launched.is_err() && group > 0;
+        self.refresh_table(&borrowed, averaged, copied)?;
+        for (group, weights) in weights.chunks(MAX_PROFILES).enumerate() {
+            let launched = self.launch(&borrowed, group * MAX_PROFILES, weights);
+            self.incomplete |= launched.is_err() && group > 0;
             launched?;
         }
-        let marked = self.mark(&borrowed);
-        self.torn |= marked.is_err();
+        let marked = self.mark_updated(&borrowed);
+        self.incomplete |= marked.is_err();
         marked
     }
 
-    /// Checks that the tensors are as long as their places.
-    fn check(&self, averaged: &[(Dtype, CudaMemory<'_>)], copied: &[CudaMemory<'_>], weights: &[f32]) -> Result<()> {
+    /// Checks that the tensors have the sizes that the averages were created for.
+    fn check_tensors(
+        &self,
+        averaged: &[(Dtype, CudaMemory<'_>)],
+        copied: &[CudaMemory<'_>],
+        weights: &[f32],
+    ) -> Result<()> {
         let arenas = &self.arenas;
         let fits = |(i, (dtype, memory)): (usize, &(Dtype, CudaMemory<'_>))| {
             memory.bytes == arenas.layout.place(i).len() * dtype.bitsize() / 8
@@ -185,53 +170,64 @@ impl DeviceAverages {
         let averaged = averaged.iter().enumerate().take(arenas.layout.len()).all(fits);
         let copied = copied.iter().zip(&arenas.places).all(|(memory, place)| memory.bytes == place.len());
         if !(counts && averaged && copied && weights.len() == self.profiles()) {
-            return Err(self.unusable("update the averages", "the tensors are not those that they were made for"));
+            let reason = "the tensors differ from those that the averages were created for";
+            return Err(self.error("update the averages", reason));
         }
-        self.check_whole("update the averages")
+        self.check_complete("update the averages")
     }
 
-    fn check_whole(&self, action: &str) -> Result<()> {
-        if self.torn {
-            return Err(self.unusable(action, "an update was lost in part: start again and resume the run"));
+    fn check_complete(&self, action: &str) -> Result<()> {
+        if self.incomplete {
+            return Err(self.error(action, "part of an update was lost: restart the process and resume the run"));
         }
         Ok(())
     }
 
-    fn unusable(&self, action: &str, reason: &str) -> Error {
+    fn error(&self, action: &str, reason: &str) -> Error {
         Error::Cuda { device: self.device().number(), action: action.into(), reason: reason.into() }
     }
 
-    /// Makes the table of chunks anew where the tensors lie elsewhere than at the last update.
-    fn tabulate(
+    /// Rebuilds the table of chunks if a tensor has another address or dtype than at the last update.
+    fn refresh_table(
         &mut self,
         stream: &CudaStream,
         averaged: &[(Dtype, CudaMemory<'_>)],
         copied: &[CudaMemory<'_>],
     ) -> Result<()> {
-        let lent = averaged.iter().map(|&(dtype, memory)| (memory.address, dtype));
-        let lent = lent.chain(copied.iter().map(|memory| (memory.address, Dtype::U8)));
-        if lent.clone().eq(self.lent.iter().copied()) {
+        let tensors = averaged.iter().map(|&(dtype, memory)| (memory.address, dtype));
+        let tensors = tensors.chain(copied.iter().map(|memory| (memory.address, Dtype::U8)));
+        if tensors.clone().eq(self.tabulated.iter().copied()) {
             return Ok(());
         }
-        let lent: Vec<(u64, Dtype)> = lent.collect();
+        let tensors: Vec<(u64, Dtype)> = tensors.collect();
         let most = chunk_size(&self.arenas.device, self.arenas.layout.total());
         let mut chunks = Vec::new();
         for (i, (dtype, memory)) in averaged.iter().enumerate() {
             let place = self.arenas.layout.place(i);
-            let (elements, offset) = (place.len(), place.start as u64);
-            let tensor = Chunk64 { address: memory.address, offset, elements, kind: kind(*dtype) };
-            cut(&mut chunks, tensor, dtype.bitsize() / 8, 1, most);
+            let span = TensorSpan {
+                address: memory.address,
+                offset: place.start as u64,
+                elements: place.len(),
+                kind: kind(*dtype),
+            };
+            split_into_chunks(&mut chunks, span, dtype.bitsize() / 8, 1, most);
         }
         for (memory, place) in copied.iter().zip(&self.arenas.places) {
-            let (elements, offset) = (place.len(), place.start as u64);
-            cut(&mut chunks, Chunk64 { address: memory.address, offset, elements, kind: KIND_BYTES }, 1, 1, most * 4);
+            let span = TensorSpan {
+                address: memory.address,
+                offset: place.start as u64,
+                elements: place.len(),
+                kind: KIND_BYTES,
+            };
+            split_into_chunks(&mut chunks, span, 1, 1, most * 4);
         }
-        self.lent.clear();
+        self.tabulated.clear();
         self.table.set(stream, chunks)?;
-        self.lent = lent;
+        self.tabulated = tensors;
         Ok(())
     }
 
+    /// Queues the update of the profiles from `first` on, one for each weight.
     fn launch(&self, stream: &CudaStream, first: usize, weights: &[f32]) -> Result<()> {
         let arenas = &self.arenas;
         let mut args =
@@ -242,13 +238,14 @@ impl DeviceAverages {
             args.low[i] = arenas.low.get(first + i).map_or(0, Buffer::address);
         }
         let compensated = !arenas.low.is_empty();
-        // SAFETY: arenas and table are ours and live longer than the stream's work on them: freeing them waits. The
-        // parameters are lent for the stream's order.
+        // SAFETY: we own arenas and table, and freeing them waits for the stream's work on them. The parameters are
+        // borrowed in the order of the stream.
         unsafe { arenas.device.kernels.update(stream, &args, weights.len(), compensated, self.table.len()) }
             .map_err(arenas.device.driver_error("launch the update"))
     }
 
-    fn mark(&self, stream: &CudaStream) -> Result<()> {
+    /// Records the end of an update.
+    fn mark_updated(&self, stream: &CudaStream) -> Result<()> {
         let _bound = self.device().bind()?;
         self.updated.record(stream).map_err(self.device().driver_error("record an event"))
     }
@@ -256,38 +253,36 @@ impl DeviceAverages {
     /// Waits until all updates have run.
     ///
     /// # Errors
-    /// [`Error::Cuda`] where one of them failed.
+    /// [`Error::Cuda`] if one of them failed.
     pub fn wait(&self) -> Result<()> {
         let _bound = self.device().bind()?;
         self.updated.synchronize().map_err(self.device().driver_error("finish the update"))
     }
 
-    /// What reads the averages as the newest update leaves them, from any thread. The next update waits until it is done:
-    /// that is the caller's to see to.
+    /// Returns a reader of the averages after the newest update, usable from any thread.
+    ///
+    /// The caller must not start the next update before the reader is done.
     ///
     /// # Errors
-    /// [`Error::Cuda`] where the driver refuses a stream.
-    pub fn reader(&self) -> Result<Reader> {
-        let reader = Reader::new(self.arenas.clone(), self.device().stream()?);
+    /// [`Error::Cuda`] if the driver creates no stream.
+    pub fn reader(&self) -> Result<AveragesReader> {
+        let reader = AveragesReader::new(self.arenas.clone(), self.device().stream()?);
         self.follow(&reader)?;
         Ok(reader)
     }
 
-    /// Has a reader of these averages read them as the newest update leaves them.
+    /// Orders later reads of a reader of these averages after the newest update.
     ///
     /// # Errors
-    /// [`Error::Cuda`] where an update was lost in part, or the driver refuses.
-    pub fn follow(&self, reader: &Reader) -> Result<()> {
-        self.check_whole("read the averages")?;
+    /// [`Error::Cuda`] if part of an update was lost, or if the driver fails.
+    pub fn follow(&self, reader: &AveragesReader) -> Result<()> {
+        self.check_complete("read the averages")?;
         reader.wait_for(&self.updated)
     }
 
-    /// The place of an averaged tensor of one profile on the device.
-    pub fn place(&self, profile: usize, tensor: usize) -> super::Input<'_> {
+    /// Returns the memory of an averaged tensor of one profile, as an input of a blend.
+    pub fn place(&self, profile: usize, tensor: usize) -> BlendInput<'_> {
         let place = self.arenas.layout.place(tensor);
-        super::Input::Device {
-            address: self.arenas.high[profile].address() + 4 * place.start as u64,
-            bytes: 4 * place.len(),
-        }
+        BlendInput::Device { address: self.arenas.address(profile, place.start), bytes: 4 * place.len() }
     }
 }

@@ -1,4 +1,4 @@
-//! Tables of chunks: all tensors cut into pieces of about one size, so that one launch takes any number of them.
+//! Tables of chunks: tensors split into pieces of similar size, so that one launch handles any number of tensors.
 
 use std::sync::Arc;
 
@@ -6,26 +6,32 @@ use cudarc::driver::CudaStream;
 
 use super::device::Event;
 use super::kernels::Chunk;
-use super::memory::copy_in;
-use super::{Buffer, Device, Pinned};
+use super::memory::copy_to_device;
+use super::{Buffer, CudaDevice, Pinned};
 use crate::error::{Error, Result};
 
-/// The most and the fewest elements of a chunk: below, starting a block costs more than its work.
-const SIZES: (usize, usize) = (1 << 16, 1 << 11);
+/// Largest number of elements of a chunk.
+const MAX_CHUNK: usize = 1 << 16;
 
-/// Blocks for each multiprocessor, so that the last to finish is not far behind the others.
+/// Smallest number of elements into which a tensor is split. Below it, starting a block costs more than its work.
+const MIN_CHUNK: usize = 1 << 11;
+
+/// Number of blocks per multiprocessor, so that the last block does not finish long after the others.
 const BLOCKS: usize = 16;
 
-/// The size into which `elements` elements are cut on a device: many blocks for each multiprocessor, where there are
-/// enough elements. A multiple of the smallest, so that chunks of an aligned tensor are aligned.
-pub(super) fn chunk_size(device: &Device, elements: usize) -> usize {
-    let (most, least) = SIZES;
-    (elements / (device.multiprocessors() * BLOCKS)).next_multiple_of(least).clamp(least, most)
+/// Returns the chunk size for `elements` elements in total: many blocks per multiprocessor if there are enough
+/// elements.
+///
+/// It is a multiple of [`MIN_CHUNK`], so chunks of an aligned tensor are aligned.
+pub(super) fn chunk_size(device: &CudaDevice, elements: usize) -> usize {
+    (elements / (device.multiprocessors() * BLOCKS)).next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK)
 }
 
-/// Cuts one tensor; `size` is that of an element in its memory, `step` that in the place `offset` counts in.
-pub(super) fn cut(chunks: &mut Vec<Chunk>, tensor: Chunk64, size: usize, step: usize, most: usize) {
-    let Chunk64 { address, offset, elements, kind } = tensor;
+/// Splits a tensor into chunks of at most `most` elements.
+///
+/// For each element, the address advances by `size` and the offset by `step`.
+pub(super) fn split_into_chunks(chunks: &mut Vec<Chunk>, span: TensorSpan, size: usize, step: usize, most: usize) {
+    let TensorSpan { address, offset, elements, kind } = span;
     for start in (0..elements).step_by(most) {
         chunks.push(Chunk {
             address: address + (start * size) as u64,
@@ -36,31 +42,31 @@ pub(super) fn cut(chunks: &mut Vec<Chunk>, tensor: Chunk64, size: usize, step: u
     }
 }
 
-/// A whole tensor, as long as it may be.
+/// Whole tensor of any size, in the terms of a [`Chunk`].
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Chunk64 {
+pub(super) struct TensorSpan {
     pub address: u64,
     pub offset: u64,
     pub elements: usize,
     pub kind: u32,
 }
 
-/// A table on the device, uploaded only when it differs from what is there.
+/// Table of chunks on the device, uploaded only if it has changed.
 #[derive(Debug)]
-pub(super) struct Table {
-    device: Arc<Device>,
+pub(super) struct ChunkTable {
+    device: Arc<CudaDevice>,
     chunks: Vec<Chunk>,
-    /// What the copy to the device reads: pinned, so that the call returns at once.
+    /// Source of the upload, pinned so that the call does not block.
     pinned: Option<Pinned>,
     buffer: Option<Buffer>,
-    /// Passes when the newest upload has run.
+    /// Event that passes when the newest upload has run.
     uploaded: Event,
 }
 
-impl Table {
-    pub(super) fn new(device: &Arc<Device>) -> Result<Table> {
+impl ChunkTable {
+    pub(super) fn new(device: &Arc<CudaDevice>) -> Result<ChunkTable> {
         let uploaded = device.event()?;
-        Ok(Table { device: device.clone(), chunks: Vec::new(), pinned: None, buffer: None, uploaded })
+        Ok(ChunkTable { device: device.clone(), chunks: Vec::new(), pinned: None, buffer: None, uploaded })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -71,24 +77,25 @@ impl Table {
         self.buffer.as_ref().map_or(0, Buffer::address)
     }
 
-    /// Queues the upload of another table, after the one before has run: whoever moves tensors at every update is at most
-    /// one update ahead of the device. All earlier launches that read the old one come before in `stream`'s order.
+    /// Queues the upload of new chunks on `stream`, after the launches there that read the old ones.
+    ///
+    /// It waits for the previous upload, so a model whose tensors move at every update is at most one update ahead of
+    /// the device.
     pub(super) fn set(&mut self, stream: &CudaStream, chunks: Vec<Chunk>) -> Result<()> {
         if chunks == self.chunks {
             return Ok(());
         }
-        // Whatever fails from here on, the old table is not there any more.
+        // After any failure below, the old table is no longer valid.
         self.chunks.clear();
         let _bound = self.device.bind()?;
         self.uploaded.synchronize().map_err(self.device.driver_error("upload the table of tensors"))?;
         let bytes: &[u8] = bytemuck::cast_slice(&chunks);
         let device = self.device.clone();
-        let (pinned, buffer) = self.room(bytes.len())?;
-        // SAFETY: the newest upload, the only work that reads it, has been waited for.
+        let (pinned, buffer) = self.reserve(bytes.len())?;
+        // SAFETY: the newest upload is the only work that reads the pinned memory, and it is done.
         unsafe { &mut pinned.bytes_mut()[..bytes.len()] }.copy_from_slice(bytes);
-        let (pinned, to) = (&*pinned, buffer.address());
-        // SAFETY: both are so long; the pinned one is waited for before it changes or goes.
-        unsafe { copy_in(&device, stream, to, pinned, 0, bytes.len()) }?;
+        // SAFETY: both have that many bytes. The pinned memory changes or is freed only after the upload.
+        unsafe { copy_to_device(&device, stream, buffer.address(), pinned, 0, bytes.len()) }?;
         let recorded = self.uploaded.record(stream);
         if recorded.is_err() {
             let _ = stream.synchronize();
@@ -98,24 +105,25 @@ impl Table {
         Ok(())
     }
 
-    /// Memory on both sides for so many bytes.
-    fn room(&mut self, bytes: usize) -> Result<(&mut Pinned, &Buffer)> {
+    /// Returns memory of at least `bytes` bytes on both sides.
+    fn reserve(&mut self, bytes: usize) -> Result<(&mut Pinned, &Buffer)> {
         if self.buffer.as_ref().is_none_or(|buffer| buffer.len() < bytes) {
             let bytes = bytes.next_power_of_two();
-            (self.pinned, self.buffer) = (None, None);
+            self.pinned = None;
+            self.buffer = None;
             self.pinned = Some(Pinned::new(&self.device, bytes)?);
             self.buffer = Some(Buffer::new(&self.device, bytes, "the table of tensors")?);
         }
         match (&mut self.pinned, &self.buffer) {
             (Some(pinned), Some(buffer)) => Ok((pinned, buffer)),
-            _ => Err(Error::Internal("there is no room for the table of tensors".into())),
+            _ => Err(Error::Internal("the table of tensors has no memory".into())),
         }
     }
 }
 
-impl Drop for Table {
+impl Drop for ChunkTable {
     fn drop(&mut self) {
-        // Pinned memory must not be given back under a copy. What fails now failed before.
+        // Pinned memory must not be freed during a copy. An error was reported before.
         let _bound = self.device.bind();
         let _ = self.uploaded.synchronize();
     }

@@ -1,4 +1,4 @@
-//! The kernels and their arguments, as `kernels/*.cu` declare them.
+//! Kernels and their arguments, as declared in `kernels/*.cu`.
 
 use std::sync::Arc;
 
@@ -8,23 +8,23 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 use safetensors::Dtype;
 
-/// Profiles that one launch of the update takes.
-pub(super) const PROFILES: usize = 8;
+/// Largest number of profiles per launch of the update.
+pub(super) const MAX_PROFILES: usize = 8;
 
-/// Sources that one launch of the blend takes.
-pub(super) const SOURCES: usize = 64;
+/// Largest number of sources per launch of the blend.
+pub(super) const MAX_SOURCES: usize = 64;
 
-/// Targets that one launch of the blend takes.
-pub(super) const TARGETS: usize = 8;
+/// Largest number of targets per launch of the blend.
+pub(super) const MAX_TARGETS: usize = 8;
 
-/// Threads of a block.
-pub(super) const THREADS: usize = 256;
+/// Number of threads per block.
+pub(super) const BLOCK_THREADS: usize = 256;
 
 static UPDATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/update.fatbin"));
 static BLEND: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/blend.fatbin"));
 static CONVERT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/convert.fatbin"));
 
-/// The number of an averaged dtype in the kernels.
+/// Returns the number of an averaged dtype in the kernels (`Kind`).
 pub(super) fn kind(dtype: Dtype) -> u32 {
     match dtype {
         Dtype::F32 => 0,
@@ -35,10 +35,10 @@ pub(super) fn kind(dtype: Dtype) -> u32 {
     }
 }
 
-/// The number of plain bytes in the kernels.
+/// Number of plain bytes in the kernels (`Kind`).
 pub(super) const KIND_BYTES: u32 = 4;
 
-/// A piece of one tensor that a block works on.
+/// Part of one tensor that a block processes (`Chunk` in `chunk.cuh`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub(super) struct Chunk {
@@ -52,21 +52,21 @@ pub(super) struct Chunk {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct UpdateArgs {
     pub chunks: u64,
-    pub high: [u64; PROFILES],
-    pub low: [u64; PROFILES],
-    pub weights: [f32; PROFILES],
+    pub high: [u64; MAX_PROFILES],
+    pub low: [u64; MAX_PROFILES],
+    pub weights: [f32; MAX_PROFILES],
     pub copies: u64,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BlendArgs {
-    pub sources: [u64; SOURCES],
-    pub targets: [u64; TARGETS],
-    pub weights: [f64; SOURCES * TARGETS],
+    pub sources: [u64; MAX_SOURCES],
+    pub targets: [u64; MAX_TARGETS],
+    pub weights: [f64; MAX_SOURCES * MAX_TARGETS],
     pub sums: u64,
     pub pitch: u64,
-    pub unfit: u64,
+    pub overflow: u64,
     pub elements: u64,
     pub limit: f64,
     pub count: u32,
@@ -74,20 +74,20 @@ pub(super) struct BlendArgs {
     pub first: u32,
     pub last: u32,
     pub aligned: u32,
-    pub kinds: [u8; SOURCES],
-    /// The structure is as long as C++ makes it.
+    pub kinds: [u8; MAX_SOURCES],
+    /// Padding up to the size of the C++ structure.
     pub padding: u32,
 }
 
 impl Default for BlendArgs {
     fn default() -> Self {
         BlendArgs {
-            sources: [0; SOURCES],
-            targets: [0; TARGETS],
-            weights: [0.0; SOURCES * TARGETS],
+            sources: [0; MAX_SOURCES],
+            targets: [0; MAX_TARGETS],
+            weights: [0.0; MAX_SOURCES * MAX_TARGETS],
             sums: 0,
             pitch: 0,
-            unfit: 0,
+            overflow: 0,
             elements: 0,
             limit: 0.0,
             count: 0,
@@ -95,7 +95,7 @@ impl Default for BlendArgs {
             first: 0,
             last: 0,
             aligned: 0,
-            kinds: [0; SOURCES],
+            kinds: [0; MAX_SOURCES],
             padding: 0,
         }
     }
@@ -128,7 +128,7 @@ pub(super) struct GatherArgs {
     pub count: u64,
 }
 
-// SAFETY: plain numbers in C's layout, without references; the sizes below are those of the C++ structures.
+// SAFETY: it holds plain numbers in C's layout and no references. The sizes below are those of the C++ structures.
 unsafe impl DeviceRepr for UpdateArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for BlendArgs {}
@@ -144,7 +144,7 @@ const _: () = assert!(size_of::<UpdateArgs>() == 176);
 const _: () = assert!(size_of::<BlendArgs>() == 4800 && std::mem::offset_of!(BlendArgs, kinds) == 4732);
 const _: () = assert!(size_of::<ConvertArgs>() == 40);
 
-/// All kernels of a device.
+/// Kernels that are loaded on a device, indexed by the number of profiles or targets minus 1.
 #[derive(Debug)]
 pub(super) struct Kernels {
     plain: Vec<CudaFunction>,
@@ -163,16 +163,16 @@ impl Kernels {
             (1..=most).map(|n| module.load_function(&format!("{name}_{n}"))).collect::<Result<Vec<_>, _>>()
         };
         Ok(Kernels {
-            plain: numbered(&update, "update_plain", PROFILES)?,
-            compensated: numbered(&update, "update_compensated", PROFILES)?,
-            blend: numbered(&blend, "blend", TARGETS)?,
+            plain: numbered(&update, "update_plain", MAX_PROFILES)?,
+            compensated: numbered(&update, "update_compensated", MAX_PROFILES)?,
+            blend: numbered(&blend, "blend", MAX_TARGETS)?,
             convert: convert.load_function("convert")?,
             scan: convert.load_function("scan")?,
             gather: convert.load_function("gather")?,
         })
     }
 
-    /// Queues the update of up to 8 profiles: one block for each chunk.
+    /// Queues the update of up to 8 profiles, with one block per chunk.
     ///
     /// # Safety
     /// The addresses in `args` and in its table of `chunks` are valid until the launch has run.
@@ -185,7 +185,7 @@ impl Kernels {
         chunks: usize,
     ) -> Result<(), DriverError> {
         let kernel = if compensated { &self.compensated[profiles - 1] } else { &self.plain[profiles - 1] };
-        // SAFETY: the kernel takes this structure by value; the rest is the caller's promise.
+        // SAFETY: the kernel takes this structure by value. The caller guarantees the rest.
         unsafe { launch(stream, kernel, args, chunks) }
     }
 
@@ -199,19 +199,19 @@ impl Kernels {
         args: &BlendArgs,
         targets: usize,
     ) -> Result<(), DriverError> {
-        // As the kernels are instantiated: see the end of `blend.cu`.
+        // Elements per thread of the instances at the end of `blend.cu`.
         let per_thread = if targets <= 2 { 8 } else { 4 };
-        let blocks = (args.elements as usize).div_ceil(THREADS * per_thread);
+        let blocks = (args.elements as usize).div_ceil(BLOCK_THREADS * per_thread);
         // SAFETY: as in `update`.
         unsafe { launch(stream, &self.blend[targets - 1], args, blocks) }
     }
 
-    /// Queues the conversion of a stretch of averages.
+    /// Queues the conversion of elements of an average.
     ///
     /// # Safety
     /// As [`Kernels::update`].
     pub(super) unsafe fn convert(&self, stream: &CudaStream, args: &ConvertArgs) -> Result<(), DriverError> {
-        let blocks = (args.elements as usize).div_ceil(THREADS * 4);
+        let blocks = (args.elements as usize).div_ceil(BLOCK_THREADS * 4);
         // SAFETY: as in `update`.
         unsafe { launch(stream, &self.convert, args, blocks) }
     }
@@ -225,21 +225,23 @@ impl Kernels {
         unsafe { launch(stream, &self.scan, args, chunks) }
     }
 
-    /// Queues the copying of many small tensors into one place.
+    /// Queues the copy of many small tensors into one buffer.
     ///
     /// # Safety
     /// As [`Kernels::update`].
     pub(super) unsafe fn gather(&self, stream: &CudaStream, args: &GatherArgs) -> Result<(), DriverError> {
-        /// Enough to fill the bus; more would keep multiprocessors from the training beside it.
+        /// Number of blocks that saturates the bus. More would take multiprocessors from the training.
         const BLOCKS: usize = 32;
         // SAFETY: as in `update`.
         unsafe { launch(stream, &self.gather, args, BLOCKS.min(args.count as usize)) }
     }
 }
 
-/// Blocks of one launch: the largest grid.
-const GRID: usize = i32::MAX as usize;
+/// Largest number of blocks per launch.
+const MAX_BLOCKS: usize = i32::MAX as usize;
 
+/// Queues a launch of `blocks` blocks, if there are any.
+///
 /// # Safety
 /// `kernel` takes a `T` by value, and the addresses in it are valid until it has run.
 unsafe fn launch<T: DeviceRepr>(
@@ -251,9 +253,9 @@ unsafe fn launch<T: DeviceRepr>(
     if blocks == 0 {
         return Ok(());
     }
-    assert!(blocks <= GRID, "{blocks} blocks: the caller splits its work");
+    assert!(blocks <= MAX_BLOCKS, "{blocks} blocks: the caller splits its work");
     let grid_dim = (blocks as u32, 1, 1);
-    let config = LaunchConfig { grid_dim, block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 };
-    // SAFETY: the caller's promise.
+    let config = LaunchConfig { grid_dim, block_dim: (BLOCK_THREADS as u32, 1, 1), shared_mem_bytes: 0 };
+    // SAFETY: guaranteed by the caller.
     unsafe { stream.launch_builder(kernel).arg(args).launch(config) }.map(drop)
 }

@@ -1,62 +1,62 @@
-//! Memory of our own: on a device, and pinned on the host for copies that run by themselves.
+//! Memory that this crate allocates: on a device, and pinned on the host for asynchronous copies.
 
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, DriverError, result, sys};
 
-use super::Device;
+use super::CudaDevice;
 use crate::error::{Error, Result};
 
-/// Memory on a device. Its owner orders all work on it.
+/// Memory on a device. The owner orders all work on it.
 #[derive(Debug)]
 pub struct Buffer {
-    device: Arc<Device>,
+    device: Arc<CudaDevice>,
     address: u64,
     bytes: usize,
 }
 
 impl Buffer {
-    /// Allocates memory of undefined content, at 256 bytes.
+    /// Allocates memory of undefined content, aligned to 256 bytes.
     ///
-    /// Not from a pool: these live as long as a run, and are nobody's to reuse.
+    /// It does not come from a pool, because these buffers live as long as a run.
     ///
     /// # Errors
-    /// [`crate::Error::Cuda`] where the device has too little, saying how much was asked for and what for.
-    pub fn new(device: &Arc<Device>, bytes: usize, purpose: &str) -> Result<Buffer> {
+    /// [`crate::Error::Cuda`] if the device has too little memory, with the size and the purpose.
+    pub fn new(device: &Arc<CudaDevice>, bytes: usize, purpose: &str) -> Result<Buffer> {
         let _bound = device.bind()?;
         let driver_error = |error| {
             let free =
-                result::mem_get_info().map_or(String::new(), |(free, _)| format!(", {} are free", megabytes(free)));
-            device.driver_error(&format!("allocate {} for {purpose}{free}", megabytes(bytes)))(error)
+                result::mem_get_info().map_or(String::new(), |(free, _)| format!(", {} are free", format_bytes(free)));
+            device.driver_error(&format!("allocate {} for {purpose}{free}", format_bytes(bytes)))(error)
         };
-        // SAFETY: the device's context is current. A size of 0 is an error to the driver.
+        // SAFETY: the device's context is current. The size is not 0, which the driver rejects.
         let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(driver_error)?;
         Ok(Buffer { device: device.clone(), address, bytes })
     }
 
-    /// The address on the device.
+    /// Returns the address on the device.
     pub fn address(&self) -> u64 {
         self.address
     }
 
-    /// The number of bytes.
+    /// Returns the number of bytes.
     pub fn len(&self) -> usize {
         self.bytes
     }
 
-    /// Whether there are no bytes.
+    /// Returns true if the size is 0.
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
     }
 
-    /// Queues the filling of all bytes with zeros.
+    /// Queues the zeroing of all bytes.
     pub(super) fn clear(&self, stream: &CudaStream) -> Result<()> {
         if self.bytes == 0 {
             return Ok(());
         }
         let _bound = self.device.bind()?;
-        // SAFETY: the memory is ours and that long; the stream is of the same context.
+        // SAFETY: we own the memory, which has that many bytes, and the stream is of the same context.
         unsafe { result::memset_d8_async(self.address, 0, self.bytes, stream.cu_stream()) }
             .map_err(self.device.driver_error("clear memory"))
     }
@@ -65,23 +65,23 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let Ok(_bound) = self.device.bind() else { return };
-        // SAFETY: allocated by `new` and freed once. The driver waits for work that uses it. An error here is that of an
-        // earlier, failed launch, which was reported where it was met.
+        // SAFETY: it was allocated by `new` and is freed once. The driver waits for work that uses it. An error here
+        // comes from an earlier launch and was reported there.
         let _ = unsafe { result::free_sync(self.address) };
     }
 }
 
-/// Page-locked memory of the host: copies to and from it run beside the host and the device's other work.
+/// Page-locked host memory, for copies that run concurrently with the host and with other work of the device.
 ///
-/// Ordinary cached memory, not write-combined: the CPU reads it.
+/// It is cached, not write-combined, because the CPU reads it.
 #[derive(Debug)]
 pub struct Pinned {
-    device: Arc<Device>,
+    device: Arc<CudaDevice>,
     start: *mut u8,
     bytes: usize,
 }
 
-// SAFETY: the memory belongs to the value like that of a Vec; the driver's calls work from any thread.
+// SAFETY: the value owns the memory like a `Vec`, and the driver's calls work from any thread.
 unsafe impl Send for Pinned {}
 // SAFETY: shared references only read.
 unsafe impl Sync for Pinned {}
@@ -90,17 +90,16 @@ impl Pinned {
     /// Allocates zeroed memory.
     ///
     /// # Errors
-    /// [`crate::Error::Cuda`] where the system does not lock so much.
-    pub fn new(device: &Arc<Device>, bytes: usize) -> Result<Pinned> {
-        /// Pinned for every context.
+    /// [`crate::Error::Cuda`] if the system does not lock that much memory.
+    pub fn new(device: &Arc<CudaDevice>, bytes: usize) -> Result<Pinned> {
+        /// Flag that pins the memory for every context.
         const PORTABLE: u32 = 1;
         let _bound = device.bind()?;
         let driver_error = |error: DriverError| {
-            let action = format!("lock {} of the host's memory for copies", megabytes(bytes));
+            let action = format!("lock {} of the host's memory for copies", format_bytes(bytes));
             match error.0 {
                 sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                    let reason =
-                        "the system has not so much to lock: free memory of the host, or raise its limit".into();
+                    let reason = "the system cannot lock that much: free memory of the host, or raise the limit".into();
                     Error::Cuda { device: device.number(), action, reason }
                 }
                 _ => device.driver_error(&action)(error),
@@ -108,40 +107,40 @@ impl Pinned {
         };
         // SAFETY: the device's context is current.
         let start = unsafe { result::malloc_host(bytes.max(1), PORTABLE) }.map_err(driver_error)?.cast::<u8>();
-        // SAFETY: so many bytes were just allocated.
+        // SAFETY: that many bytes were just allocated.
         unsafe { start.write_bytes(0, bytes) };
         Ok(Pinned { device: device.clone(), start, bytes })
     }
 
-    /// The bytes.
+    /// Returns the bytes for reading.
     ///
     /// # Safety
-    /// No copy or kernel that writes into them is under way.
+    /// No pending copy or kernel writes to them.
     pub unsafe fn bytes(&self) -> &[u8] {
-        // SAFETY: allocated, initialised, and by the caller's promise nobody writes.
+        // SAFETY: they are allocated and initialised, and the caller guarantees that nothing writes to them.
         unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
     }
 
-    /// The bytes, to write.
+    /// Returns the bytes for writing.
     ///
     /// # Safety
-    /// No copy or kernel that reads or writes them is under way.
+    /// No pending copy or kernel reads or writes them.
     pub unsafe fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `bytes`, and borrowed for us alone.
+        // SAFETY: as in `bytes`, and `self` is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
     }
 
-    /// The number of bytes.
+    /// Returns the number of bytes.
     pub fn len(&self) -> usize {
         self.bytes
     }
 
-    /// Whether there are no bytes.
+    /// Returns true if the size is 0.
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
     }
 
-    /// Its address, which is valid on the device too: the address space is one.
+    /// Returns the address, which is the same on the host and on the device (unified addressing).
     pub(super) fn address(&self) -> u64 {
         self.start.addr() as u64
     }
@@ -150,7 +149,7 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         let Ok(_bound) = self.device.bind() else { return };
-        // SAFETY: allocated by `new` and freed once; its owners wait for copies first.
+        // SAFETY: it was allocated by `new` and is freed once. The owner waits for copies before.
         let _ = unsafe { result::free_host(self.start.cast::<c_void>()) };
     }
 }
@@ -158,10 +157,10 @@ impl Drop for Pinned {
 /// Queues a copy from pinned memory to a device.
 ///
 /// # Safety
-/// `from..from + bytes` lies in `pinned`, `to..` in memory of the stream's device; both live, and the source stays as it
-/// is, until the copy has run.
-pub(super) unsafe fn copy_in(
-    device: &Device,
+/// * `from..from + bytes` is within `pinned`, and `to..to + bytes` within memory of the stream's device.
+/// * Until the copy has run, both stay allocated and the source does not change.
+pub(super) unsafe fn copy_to_device(
+    device: &CudaDevice,
     stream: &CudaStream,
     to: u64,
     pinned: &Pinned,
@@ -171,9 +170,9 @@ pub(super) unsafe fn copy_in(
     if bytes == 0 {
         return Ok(());
     }
-    // SAFETY: within the allocation by the caller's promise; only its address is used now.
+    // SAFETY: the caller guarantees that it is within the allocation. Only its address is used now.
     let source = unsafe { std::slice::from_raw_parts(pinned.start.add(from), bytes) };
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { result::memcpy_htod_async(to, source, stream.cu_stream()) }
         .map_err(device.driver_error("copy to the device"))
 }
@@ -181,10 +180,10 @@ pub(super) unsafe fn copy_in(
 /// Queues a copy from a device to pinned memory.
 ///
 /// # Safety
-/// `to..to + bytes` lies in `pinned`, `from..` in memory of the stream's device; both live, and nobody reads the
-/// destination, until the copy has run.
-pub(super) unsafe fn copy_out(
-    device: &Device,
+/// * `to..to + bytes` is within `pinned`, and `from..from + bytes` within memory of the stream's device.
+/// * Until the copy has run, both stay allocated and nothing reads the destination.
+pub(super) unsafe fn copy_to_host(
+    device: &CudaDevice,
     stream: &CudaStream,
     pinned: &Pinned,
     to: usize,
@@ -194,9 +193,9 @@ pub(super) unsafe fn copy_out(
     if bytes == 0 {
         return Ok(());
     }
-    // SAFETY: within the allocation by the caller's promise, and nobody else looks at it meanwhile.
+    // SAFETY: the caller guarantees that it is within the allocation and that nothing else reads it.
     let target = unsafe { std::slice::from_raw_parts_mut(pinned.start.add(to), bytes) };
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { result::memcpy_dtoh_async(target, from, stream.cu_stream()) }
         .map_err(device.driver_error("copy to the host"))
 }
@@ -204,17 +203,23 @@ pub(super) unsafe fn copy_out(
 /// Queues a copy within a device.
 ///
 /// # Safety
-/// Both ranges lie in memory of the stream's device and live until the copy has run.
-pub(super) unsafe fn copy_within(device: &Device, stream: &CudaStream, to: u64, from: u64, bytes: usize) -> Result<()> {
+/// Both ranges are within memory of the stream's device that stays allocated until the copy has run.
+pub(super) unsafe fn copy_on_device(
+    device: &CudaDevice,
+    stream: &CudaStream,
+    to: u64,
+    from: u64,
+    bytes: usize,
+) -> Result<()> {
     if bytes == 0 {
         return Ok(());
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }
         .map_err(device.driver_error("copy within the device"))
 }
 
-/// A number of bytes for people.
-pub(super) fn megabytes(bytes: usize) -> String {
+/// Formats a number of bytes for a message.
+pub(super) fn format_bytes(bytes: usize) -> String {
     if bytes < 1_000_000 { format!("{bytes} bytes") } else { format!("{:.1} MB", bytes as f64 / 1e6) }
 }

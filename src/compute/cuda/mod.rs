@@ -1,29 +1,32 @@
-//! The operations on CUDA devices, with the CPU's bits: every element goes through the same operations in the same order,
-//! each rounded to nearest even. Only NaN differ, in their payload, and no average with a NaN is ever stored.
+//! Operations on CUDA devices, with the same bits as on the CPU.
 //!
-//! Nothing here panics where there is no driver: [`devices`] asks first, and without it no other call is made.
-//! A device is used through its primary context, the one that PyTorch, candle and the CUDA runtime use, so their memory
-//! and streams are ours to borrow. Memory and streams are ordered by hand, with events: cudarc's own tracking is off.
+//! Every element undergoes the same operations in the same order, each rounded to nearest even. Only the payload of a
+//! NaN differs, and no average with a NaN is ever stored.
+//!
+//! Without a driver nothing here panics: [`devices`] checks for it, and no other driver call is made before. A device
+//! is used through its primary context, which PyTorch, candle and the CUDA runtime use too, so their memory and streams
+//! can be borrowed. All work is ordered explicitly with events, and cudarc's own tracking is off.
 
+mod arenas;
 mod averages;
 mod blender;
 mod chunks;
 mod device;
+mod foreign;
 mod kernels;
-mod lent;
 mod memory;
 mod offload;
 mod probe;
 mod reader;
 mod staging;
-mod trial;
+mod timed_stream;
 
 pub use averages::DeviceAverages;
-pub use blender::{Blender, Deliver, Delivery, Input, Report, Stretch};
-pub use device::Device;
+pub use blender::{BlendInput, BlendPart, Blender, Deliver, Destination, Report};
+pub use device::CudaDevice;
 pub use memory::{Buffer, Pinned};
 pub use offload::{Fence, HostCopy, Offload, PendingCopy};
 pub use probe::{Unavailable, devices};
-pub use reader::Reader;
+pub use reader::AveragesReader;
 pub use staging::Staging;
-pub use trial::{Locked, Sums, TimedStream};
+pub use timed_stream::{BlendWorkspace, PinnedMemory, TimedStream};

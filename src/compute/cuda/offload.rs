@@ -1,141 +1,142 @@
-//! Parameters on their way from a device to averages on the host: copied once, in their own dtype, on a stream of our
-//! own, into pinned memory, while training goes on.
+//! Copies of parameters from a device to averages on the host.
+//!
+//! Parameters are copied in their own dtype into pinned memory, on a separate stream, while training continues.
 
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use super::Device;
-use super::averages::common;
-use super::chunks::{Chunk64, Table, chunk_size, cut};
+use super::CudaDevice;
+use super::averages::common_stream;
+use super::chunks::{ChunkTable, TensorSpan, chunk_size, split_into_chunks};
 use super::device::{Event, Stream};
 use super::kernels::{GatherArgs, KIND_BYTES};
-use super::memory::{Pinned, copy_out};
+use super::memory::{Pinned, copy_to_host};
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
 
-/// Copies that may be under way or waiting to be folded at a time.
+/// Largest number of copies that run or wait to be folded.
 const SLOTS: usize = 2;
 
-/// Tensors below this size in bytes are gathered by a kernel that writes through the bus: thousands of small copies would
-/// each cost more than their bytes.
+/// Size in bytes below which tensors are gathered by a kernel that writes to host memory. Each of thousands of small
+/// copies would cost more than the transfer of its bytes.
 const SMALL: usize = 1 << 20;
 
-/// Copies the parameters of one model from a device.
+/// Copier of one model's parameters from a device.
 #[derive(Debug)]
 pub struct Offload {
-    device: Arc<Device>,
+    device: Arc<CudaDevice>,
     stream: Stream,
-    small: Table,
-    /// Where each tensor lies in a slot, at 16 bytes.
+    /// Chunks of the tensors below [`SMALL`].
+    small: ChunkTable,
+    /// Range of each tensor in a slot, aligned to 16 bytes.
     places: Arc<[Range<usize>]>,
-    /// Passes when the parameters may be read.
+    /// Event that passes when the parameters may be read.
     begin: Event,
-    free: Arc<Free>,
+    free: Arc<FreeSlots>,
 }
 
-/// The slots that are not in use.
+/// Slots that are not in use.
 #[derive(Debug)]
-struct Free {
-    slots: Mutex<Vec<Slot>>,
+struct FreeSlots {
+    slots: Mutex<Vec<CopySlot>>,
     returned: Condvar,
 }
 
 /// Pinned memory for all parameters.
 #[derive(Debug)]
-struct Slot {
+struct CopySlot {
     pinned: Pinned,
-    /// Passes when the copy into it has run.
+    /// Event that passes when the copy into the slot has run.
     done: Arc<Event>,
-    device: Arc<Device>,
+    device: Arc<CudaDevice>,
 }
 
-impl Drop for Slot {
+impl Drop for CopySlot {
     fn drop(&mut self) {
-        // The memory must not be given back under a copy. What fails now failed before.
+        // Pinned memory must not be freed during a copy. An error was reported before.
         let _bound = self.device.bind();
         let _ = self.done.synchronize();
     }
 }
 
-/// A copy of the parameters that is under way.
+/// Copy of the parameters that has not arrived yet.
 #[derive(Debug)]
 pub struct PendingCopy {
-    slot: Option<Slot>,
-    free: Arc<Free>,
+    slot: Option<CopySlot>,
+    free: Arc<FreeSlots>,
     places: Arc<[Range<usize>]>,
 }
 
-/// A copy of the parameters that has arrived.
+/// Copy of the parameters that has arrived on the host.
 #[derive(Debug)]
 pub struct HostCopy(PendingCopy);
 
-/// Passes when the parameters of the newest update have been read, and may be changed.
+/// Fence that passes when the parameters of the newest update have been read and may be changed.
 #[derive(Clone, Debug)]
 pub struct Fence {
-    device: Arc<Device>,
+    device: Arc<CudaDevice>,
     done: Arc<Event>,
 }
 
 impl Offload {
-    /// Prepares for tensors of these sizes in bytes: twice as much of the host's memory is locked.
+    /// Prepares to copy tensors of these sizes in bytes. It locks twice as much host memory.
     ///
     /// # Errors
-    /// [`crate::Error::Cuda`] where that is refused.
-    pub fn new(device: &Arc<Device>, sizes: &[usize]) -> Result<Offload> {
+    /// [`crate::Error::Cuda`] if the driver or the system rejects it.
+    pub fn new(device: &Arc<CudaDevice>, sizes: &[usize]) -> Result<Offload> {
+        let mut places = Vec::with_capacity(sizes.len());
         let mut end = 0;
-        let mut place = |&bytes: &usize| {
-            let start = end;
+        for &bytes in sizes {
+            places.push(end..end + bytes);
             end += bytes.next_multiple_of(16);
-            start..start + bytes
-        };
-        let places: Arc<[Range<usize>]> = sizes.iter().map(&mut place).collect();
-        let slot = |_| {
-            let (pinned, done) = (Pinned::new(device, end)?, Arc::new(device.event()?));
-            Ok(Slot { pinned, done, device: device.clone() })
-        };
-        let slots = (0..SLOTS).map(slot).collect::<Result<Vec<_>>>()?;
+        }
+        let mut slots = Vec::with_capacity(SLOTS);
+        for _ in 0..SLOTS {
+            let pinned = Pinned::new(device, end)?;
+            slots.push(CopySlot { pinned, done: Arc::new(device.event()?), device: device.clone() });
+        }
         Ok(Offload {
             stream: device.stream()?,
-            small: Table::new(device)?,
-            places,
+            small: ChunkTable::new(device)?,
+            places: places.into(),
             begin: device.order_event()?,
-            free: Arc::new(Free { slots: Mutex::new(slots), returned: Condvar::new() }),
+            free: Arc::new(FreeSlots { slots: Mutex::new(slots), returned: Condvar::new() }),
             device: device.clone(),
         })
     }
 
-    /// The device.
-    pub fn device(&self) -> &Arc<Device> {
+    /// Returns the device.
+    pub fn device(&self) -> &Arc<CudaDevice> {
         &self.device
     }
 
     /// Queues a copy of all tensors, in the order of the sizes given to [`Offload::new`].
     ///
-    /// It returns at once, unless both earlier copies wait to be folded still. The stream that the tensors came with waits
-    /// for the copy, unless they are lent until the fence.
+    /// It blocks only while both earlier copies still wait to be folded. The stream of the tensors waits for the copy,
+    /// unless they are lent until the fence.
     ///
     /// # Errors
-    /// [`crate::Error::Cuda`] where tensors lie on several devices or come with several streams, and where the driver
-    /// refuses.
+    /// [`crate::Error::Cuda`] if tensors are on several devices or have several streams, or if the driver fails.
     pub fn copy(&mut self, tensors: &[CudaMemory<'_>]) -> Result<(PendingCopy, Fence)> {
         let device = self.device.clone();
-        let (number, stream) = common(tensors.iter())?.unwrap_or((device.number(), 0));
-        device.check_is(number)?;
+        let (number, stream) = common_stream(tensors.iter())?.unwrap_or((device.number(), 0));
+        device.check_number(number)?;
         let fits = |(memory, place): (&CudaMemory<'_>, &Range<usize>)| memory.bytes == place.len();
         if tensors.len() != self.places.len() || !tensors.iter().zip(self.places.iter()).all(fits) {
-            let reason = "the tensors are not those that the copy was prepared for".into();
+            let reason = "the tensors differ from those that the copy was prepared for".into();
             return Err(Error::Cuda { device: number, action: "read the parameters".into(), reason });
         }
-        let staged = PendingCopy { slot: Some(self.free.take()), free: self.free.clone(), places: self.places.clone() };
+        let pending =
+            PendingCopy { slot: Some(self.free.take()), free: self.free.clone(), places: self.places.clone() };
         let _bound = device.bind()?;
         let owner = device.borrow_stream(stream);
         let order = || device.driver_error("order two streams");
         self.begin.record(&owner).map_err(order())?;
         self.stream.wait(&self.begin).map_err(order())?;
-        if let Some(slot) = &staged.slot {
+        if let Some(slot) = &pending.slot {
             let queued = self.queue(slot, tensors).and_then(|()| slot.done.record(&self.stream).map_err(order()));
             if queued.is_err() {
-                // Nothing may be under way that no event tells of.
+                // No event covers the queued work, so it is waited for.
                 let _ = self.stream.synchronize();
             }
             queued?;
@@ -143,35 +144,44 @@ impl Offload {
                 owner.wait(&slot.done).map_err(order())?;
             }
         }
-        let fence = Fence { device: device.clone(), done: staged.done().clone() };
-        Ok((staged, fence))
+        let fence = Fence { device: device.clone(), done: pending.done().clone() };
+        Ok((pending, fence))
     }
 
-    fn queue(&mut self, slot: &Slot, tensors: &[CudaMemory<'_>]) -> Result<()> {
+    /// Queues the copy of all tensors into a slot.
+    fn queue(&mut self, slot: &CopySlot, tensors: &[CudaMemory<'_>]) -> Result<()> {
         let most = chunk_size(&self.device, slot.pinned.len()).max(1 << 14);
         let mut chunks = Vec::new();
         for (memory, place) in tensors.iter().zip(self.places.iter()) {
             if memory.bytes < SMALL {
-                let (address, offset, elements) = (memory.address, place.start as u64, memory.bytes);
-                cut(&mut chunks, Chunk64 { address, offset, elements, kind: KIND_BYTES }, 1, 1, most);
+                let span = TensorSpan {
+                    address: memory.address,
+                    offset: place.start as u64,
+                    elements: memory.bytes,
+                    kind: KIND_BYTES,
+                };
+                split_into_chunks(&mut chunks, span, 1, 1, most);
             }
         }
-        // Before the copies: where tensors have moved, it waits for its last upload, which then waits for none of them.
+        // The table comes before the copies: if tensors have moved, this waits for the previous upload, which must not
+        // be queued behind large copies.
         self.small.set(&self.stream, chunks)?;
         for (memory, place) in tensors.iter().zip(self.places.iter()).filter(|(memory, _)| memory.bytes >= SMALL) {
-            // SAFETY: a place is as long as its tensor, and the slot is not looked at before `done` has passed.
-            unsafe { copy_out(&self.device, &self.stream, &slot.pinned, place.start, memory.address, memory.bytes) }?;
+            // SAFETY: a place is as long as its tensor, and the slot is not read before `done` has passed.
+            unsafe {
+                copy_to_host(&self.device, &self.stream, &slot.pinned, place.start, memory.address, memory.bytes)
+            }?;
         }
         let count = self.small.len() as u64;
         let args = GatherArgs { chunks: self.small.address(), to: slot.pinned.address(), count };
-        // SAFETY: as above; pinned memory has one address on both sides.
+        // SAFETY: as above. Pinned memory has the same address on both sides.
         unsafe { self.device.kernels.gather(&self.stream, &args) }
             .map_err(self.device.driver_error("launch the gathering of small tensors"))
     }
 }
 
-impl Free {
-    fn take(&self) -> Slot {
+impl FreeSlots {
+    fn take(&self) -> CopySlot {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             match slots.pop() {
@@ -186,14 +196,14 @@ impl PendingCopy {
     fn done(&self) -> &Arc<Event> {
         match &self.slot {
             Some(slot) => &slot.done,
-            None => unreachable!("a slot is given back only when its owner is dropped"),
+            None => unreachable!("only `drop` takes the slot"),
         }
     }
 
     /// Waits until the copy has arrived.
     ///
     /// # Errors
-    /// [`crate::Error::Cuda`] where it failed.
+    /// [`crate::Error::Cuda`] if the copy failed.
     pub fn wait(self) -> Result<HostCopy> {
         if let Some(slot) = &self.slot {
             let _bound = slot.device.bind()?;
@@ -212,20 +222,22 @@ impl Drop for PendingCopy {
 }
 
 impl HostCopy {
-    /// The bytes of a tensor.
+    /// Returns the bytes of tensor `i`.
     pub fn tensor(&self, i: usize) -> &[u8] {
         let Some(slot) = &self.0.slot else { return &[] };
-        // SAFETY: the copy has run, and the slot takes another only after it is given back.
+        // SAFETY: the copy has run, and the slot takes the next one only after `self` is dropped.
         let all = unsafe { slot.pinned.bytes() };
         &all[self.0.places[i].clone()]
     }
 }
 
 impl Fence {
-    /// Makes a stream of the device, given as a `CUstream`'s number, wait; the host goes on.
+    /// Makes a stream of the device wait for the fence. The host does not wait.
+    ///
+    /// `stream` is a `CUstream` as a number.
     ///
     /// # Errors
-    /// [`crate::Error::Cuda`] where the driver refuses.
+    /// [`crate::Error::Cuda`] if the driver fails.
     ///
     /// # Safety
     /// The stream belongs to the device's primary context and exists.
@@ -234,10 +246,10 @@ impl Fence {
         self.device.borrow_stream(stream).wait(&self.done).map_err(self.device.driver_error("order two streams"))
     }
 
-    /// Waits on the host.
+    /// Waits for the fence on the host.
     ///
     /// # Errors
-    /// [`crate::Error::Cuda`] where the copy failed.
+    /// [`crate::Error::Cuda`] if the copy failed.
     pub fn wait(&self) -> Result<()> {
         let _bound = self.device.bind()?;
         self.done.synchronize().map_err(self.device.driver_error("copy the parameters to the host"))

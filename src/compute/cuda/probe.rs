@@ -1,4 +1,4 @@
-//! Whether there is a driver, and how many devices: found out without ever calling what might not be there.
+//! Check for a usable driver and the number of devices. It calls no function that the driver might lack.
 
 use std::ffi::{c_int, c_uint};
 use std::fmt;
@@ -7,23 +7,23 @@ use std::sync::OnceLock;
 use cudarc::driver::sys;
 use libloading::Library;
 
-/// Why no CUDA device can be used.
+/// Reason why no CUDA device can be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unavailable {
-    /// There is no driver on this machine.
+    /// The machine has no driver.
     NoDriver,
-    /// The library that is there lacks this function.
+    /// The driver's library lacks this function.
     Incomplete(&'static str),
     /// The driver is older than the kernels.
     TooOld {
-        /// The newest CUDA version that the driver knows.
+        /// Newest CUDA version that the driver supports.
         driver: String,
-        /// The CUDA version that compiled the kernels.
+        /// CUDA version that compiled the kernels.
         kernels: &'static str,
     },
-    /// The driver refused to start.
+    /// The driver does not start, with this error code.
     Refused(c_uint),
-    /// The driver runs and there is no device.
+    /// The driver starts but finds no device.
     NoDevice,
 }
 
@@ -32,35 +32,35 @@ impl fmt::Display for Unavailable {
         match self {
             Unavailable::NoDriver => f.write_str("there is no NVIDIA driver on this machine (libcuda.so.1)"),
             Unavailable::Incomplete(name) => {
-                write!(f, "the NVIDIA driver lacks {name}: it is damaged or far too old; install a current one")
+                write!(f, "the NVIDIA driver lacks {name}: it is damaged or far too old: install a current one")
             }
             Unavailable::TooOld { driver, kernels } => {
-                write!(f, "the NVIDIA driver knows CUDA {driver}, the kernels need {kernels}: update the driver")
+                write!(f, "the NVIDIA driver supports CUDA {driver}, the kernels need {kernels}: update the driver")
             }
             Unavailable::Refused(34) => f.write_str(
-                "the libcuda.so that is found is a stub of the CUDA toolkit: take its folder off LD_LIBRARY_PATH",
+                "the loaded libcuda.so is a stub of the CUDA toolkit: remove its folder from LD_LIBRARY_PATH",
             ),
-            Unavailable::Refused(802) => f.write_str(
-                "the NVIDIA driver is not ready (error 802): on machines with NVSwitch its fabric manager must run first",
-            ),
+            Unavailable::Refused(802) => {
+                f.write_str("the NVIDIA driver is not ready (error 802): with NVSwitch, start its fabric manager first")
+            }
             Unavailable::Refused(803) => f.write_str(
-                "parts of the NVIDIA driver are of different versions (error 803): reboot after its update",
+                "parts of the NVIDIA driver have different versions (error 803): reboot after the driver's update",
             ),
             Unavailable::Refused(code) => {
-                write!(f, "the NVIDIA driver does not start (error {code}): see whether nvidia-smi works")
+                write!(f, "the NVIDIA driver does not start (error {code}): check that nvidia-smi works")
             }
-            Unavailable::NoDevice => f.write_str("the NVIDIA driver finds no device (see CUDA_VISIBLE_DEVICES)"),
+            Unavailable::NoDevice => f.write_str("the NVIDIA driver finds no device: check CUDA_VISIBLE_DEVICES"),
         }
     }
 }
 
-/// The CUDA version of the compiler that made the kernels.
+/// CUDA version of the compiler that built the kernels.
 const KERNELS: &str = match option_env!("POSTHOC_EMA_CUDA_VERSION") {
     Some(version) => version,
     None => "0.0",
 };
 
-/// What is called, here or by way of cudarc, which panics for a function that is missing.
+/// Driver functions that are called here or by cudarc, which panics if one is missing.
 const NEEDED: [&str; 33] = [
     "cuInit",
     "cuDriverGetVersion",
@@ -97,30 +97,30 @@ const NEEDED: [&str; 33] = [
     "cuEventSynchronize",
 ];
 
-/// The number of devices, found out once.
+/// Returns the number of devices, which is at least 1. The driver is probed once per process.
 ///
 /// # Errors
-/// Why there is none to use.
+/// Returns the reason if no device can be used.
 pub fn devices() -> Result<usize, Unavailable> {
-    static FOUND: OnceLock<Result<usize, Unavailable>> = OnceLock::new();
-    FOUND.get_or_init(probe).clone()
+    static DEVICES: OnceLock<Result<usize, Unavailable>> = OnceLock::new();
+    DEVICES.get_or_init(probe).clone()
 }
 
 fn probe() -> Result<usize, Unavailable> {
-    // In cudarc's order, so that what is looked at is what is used.
-    // SAFETY: loading the driver's library runs its initialisers, as every CUDA program does.
+    // The names are in cudarc's order, so that it loads the same library.
+    // SAFETY: loading the driver's library runs its initialisers, as in every CUDA program.
     let open = |name: &&str| unsafe { Library::new(*name) }.ok();
     let library = ["libcuda.so", "libcuda.so.1"].iter().find_map(open).ok_or(Unavailable::NoDriver)?;
     for name in NEEDED {
-        // SAFETY: the symbol is only looked up, never called through this type.
+        // SAFETY: the symbol is looked up but never called through this type.
         if unsafe { library.get::<*const ()>(name.as_bytes()) }.is_err() {
             return Err(Unavailable::Incomplete(name));
         }
     }
     // The driver does not survive being unloaded.
     std::mem::forget(library);
-    // By way of cudarc, whose own search for the library might end at another one.
-    // SAFETY: the library is there and has the function.
+    // Called through cudarc, because its own search could find another library.
+    // SAFETY: the library exists and has the function.
     let code = unsafe { sys::cuInit(0) } as c_uint;
     match code {
         0 => {}
@@ -138,7 +138,7 @@ fn probe() -> Result<usize, Unavailable> {
     }
 }
 
-/// Machine code of one major version of CUDA runs on drivers of that version and later.
+/// Checks that the driver supports the kernels' major CUDA version, which it needs to run their machine code.
 fn check_version() -> Result<(), Unavailable> {
     let mut version: c_int = 0;
     // SAFETY: the driver is initialised, and the pointer is valid for the call.

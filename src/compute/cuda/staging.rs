@@ -1,5 +1,5 @@
-//! Copies between ordinary host memory and a device: in blocks, through two pinned buffers, so that one is filled or
-//! emptied by all threads while the other is on the bus.
+//! Copies between pageable host memory and a device, in blocks through two pinned buffers. All threads fill or empty
+//! one buffer while the other is on the bus.
 
 use std::sync::Arc;
 
@@ -7,57 +7,58 @@ use cudarc::driver::CudaStream;
 use rayon::prelude::*;
 
 use super::device::Event;
-use super::memory::{Pinned, copy_in, copy_out};
-use super::{Buffer, Device};
+use super::memory::{Pinned, copy_to_device, copy_to_host};
+use super::{Buffer, CudaDevice};
 use crate::error::Result;
 use crate::tensor::{CudaMemory, CudaMemoryMut};
 
-/// Bytes of a block: long enough for the bus; twice as much of the host's memory is locked.
+/// Bytes of a block, large enough to saturate the bus. Twice as much host memory is locked.
 pub(super) const BLOCK: usize = 32 << 20;
 
-/// Bytes that one thread moves from or to a pinned buffer at a time.
+/// Bytes per task of a copy from or to a pinned buffer.
 const PIECE: usize = 1 << 20;
 
-/// Two pinned buffers and what goes with them.
+/// Pair of pinned buffers for copies between host and device.
 #[derive(Debug)]
 pub struct Staging {
-    device: Arc<Device>,
+    device: Arc<CudaDevice>,
     stages: [Stage; 2],
 }
 
-/// A buffer on either side of the bus.
+/// Pinned buffer, with device memory for conversions.
 #[derive(Debug)]
 pub(super) struct Stage {
     pinned: Pinned,
-    /// Where values are converted before they travel, made when it is first asked for.
+    /// Device memory for values that are converted before the copy, allocated at the first use.
     scratch: Option<Buffer>,
-    /// Passes when the newest copy has run.
+    /// Event that passes when the newest copy has run.
     done: Event,
 }
 
-/// Queues whatever makes some bytes, given by their place in the whole and their number, and tells where they will lie.
-pub(super) type Make<'m> = dyn FnMut(&mut Stage, usize, usize) -> Result<u64> + 'm;
+/// Callback that queues the production of bytes, given their offset and number, and returns their address on the
+/// device.
+pub(super) type Produce<'m> = dyn FnMut(&mut Stage, usize, usize) -> Result<u64> + 'm;
 
 impl Staging {
-    /// Prepares for copies of up to so many bytes at a time; longer ones go in several blocks.
+    /// Allocates buffers for copies of up to `bytes` bytes, at most [`BLOCK`]. Longer copies take several blocks.
     ///
     /// # Errors
-    /// [`crate::Error::Cuda`] where the memory cannot be locked.
-    pub fn new(device: &Arc<Device>, bytes: usize) -> Result<Staging> {
+    /// [`crate::Error::Cuda`] if the memory cannot be locked.
+    pub fn new(device: &Arc<CudaDevice>, bytes: usize) -> Result<Staging> {
         let bytes = bytes.clamp(1, BLOCK);
         let stage = || Ok(Stage { pinned: Pinned::new(device, bytes)?, scratch: None, done: device.event()? });
         Ok(Staging { device: device.clone(), stages: [stage()?, stage()?] })
     }
 
-    /// The device.
-    pub fn device(&self) -> &Arc<Device> {
+    /// Returns the device.
+    pub fn device(&self) -> &Arc<CudaDevice> {
         &self.device
     }
 
-    /// Reads somebody's memory, in the order of its stream; the host waits.
+    /// Reads device memory of another library, in the order of its stream, and waits.
     ///
     /// # Errors
-    /// [`crate::Error::Cuda`] where the device fails.
+    /// [`crate::Error::Cuda`] if the device fails.
     pub fn read(&mut self, memory: &CudaMemory<'_>) -> Result<Vec<u8>> {
         let mut bytes = vec![0; memory.bytes];
         let stream = self.device.borrow_stream(memory.stream);
@@ -65,21 +66,21 @@ impl Staging {
         Ok(bytes)
     }
 
-    /// Writes somebody's memory, which is as long, in the order of its stream; the host waits.
+    /// Writes device memory of another library, which is as long as `bytes`, in the order of its stream, and waits.
     ///
     /// # Errors
     /// As [`Staging::read`].
     pub fn write(&mut self, memory: &CudaMemoryMut<'_>, bytes: &[u8]) -> Result<()> {
         let memory = &memory.0;
         let stream = self.device.borrow_stream(memory.stream);
-        // SAFETY: the memory is lent for writing, and is used up to its end at most.
+        // SAFETY: the memory is lent for writing, and is not written past its end.
         unsafe { self.send(&stream, memory.address, &bytes[..bytes.len().min(memory.bytes)]) }
     }
 
-    /// Copies to the device; the host waits.
+    /// Copies bytes to the device and waits.
     ///
     /// # Safety
-    /// From `to` on, as many bytes of the device's memory are ours to write in the order of `stream`.
+    /// `to` points to as many bytes of the device's memory, which may be written in the order of `stream`.
     pub(super) unsafe fn send(&mut self, stream: &CudaStream, to: u64, bytes: &[u8]) -> Result<()> {
         let _bound = self.device.bind()?;
         let block = self.stages[0].pinned.len();
@@ -87,46 +88,49 @@ impl Staging {
             let stage = &mut self.stages[i % 2];
             stage.wait(&self.device)?;
             stage.fill(bytes);
-            // SAFETY: the caller's promise; the buffer is that long, and is waited for before it is used again.
-            unsafe { copy_in(&self.device, stream, to + (i * block) as u64, &stage.pinned, 0, bytes.len()) }?;
+            // SAFETY: the caller guarantees the destination. The buffer has that many bytes and is not reused before
+            // the copy has run.
+            unsafe { copy_to_device(&self.device, stream, to + (i * block) as u64, &stage.pinned, 0, bytes.len()) }?;
             stage.mark(&self.device, stream)?;
         }
         self.stages.iter().try_for_each(|stage| stage.wait(&self.device))
     }
 
-    /// Copies to the host what `make` makes; the host waits.
-    pub(super) fn fetch(&mut self, stream: &CudaStream, dst: &mut [u8], make: &mut Make<'_>) -> Result<()> {
+    /// Copies the bytes that `produce` makes to the host, and waits.
+    pub(super) fn fetch(&mut self, stream: &CudaStream, dst: &mut [u8], produce: &mut Produce<'_>) -> Result<()> {
         let _bound = self.device.bind()?;
         let size = self.stages[0].pinned.len();
-        let mut under_way: [Option<&mut [u8]>; 2] = [None, None];
+        let mut pending: [Option<&mut [u8]>; 2] = [None, None];
         for (i, block) in dst.chunks_mut(size).enumerate() {
             let stage = &mut self.stages[i % 2];
-            if let Some(earlier) = under_way[i % 2].take() {
+            if let Some(earlier) = pending[i % 2].take() {
                 stage.empty(&self.device, earlier)?;
             }
-            let from = make(stage, i * size, block.len())?;
-            // SAFETY: the block is no longer than the buffer; nobody looks at it before `empty` has waited.
-            unsafe { copy_out(&self.device, stream, &stage.pinned, 0, from, block.len()) }?;
+            let from = produce(stage, i * size, block.len())?;
+            // SAFETY: the block is not longer than the buffer, which is not read before `empty` has waited.
+            unsafe { copy_to_host(&self.device, stream, &stage.pinned, 0, from, block.len()) }?;
             stage.mark(&self.device, stream)?;
-            under_way[i % 2] = Some(block);
+            pending[i % 2] = Some(block);
         }
-        let stages = self.stages.iter().zip(under_way);
-        stages
-            .filter_map(|(stage, block)| Some((stage, block?)))
-            .try_for_each(|(stage, block)| stage.empty(&self.device, block))
+        for (stage, block) in self.stages.iter().zip(pending) {
+            if let Some(block) = block {
+                stage.empty(&self.device, block)?;
+            }
+        }
+        Ok(())
     }
 }
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // After an error copies may still be under way. What fails now failed before.
+        // After an error, copies may still be running. An error was reported before.
         let _ = self.stages.iter().try_for_each(|stage| stage.wait(&self.device));
     }
 }
 
 impl Stage {
-    /// Memory on the device for as many bytes as the pinned buffer has.
-    pub(super) fn scratch(&mut self, device: &Arc<Device>) -> Result<u64> {
+    /// Returns the address of device memory with as many bytes as the pinned buffer.
+    pub(super) fn scratch(&mut self, device: &Arc<CudaDevice>) -> Result<u64> {
         if let Some(scratch) = &self.scratch {
             return Ok(scratch.address());
         }
@@ -134,8 +138,8 @@ impl Stage {
         Ok(self.scratch.insert(scratch).address())
     }
 
-    /// Marks the end of the copy that was just queued; where that fails, nothing may be under way behind our back.
-    fn mark(&self, device: &Device, stream: &CudaStream) -> Result<()> {
+    /// Records the end of the copy that was just queued. If that fails, it waits for the copy instead.
+    fn mark(&self, device: &CudaDevice, stream: &CudaStream) -> Result<()> {
         let recorded = self.done.record(stream);
         if recorded.is_err() {
             let _ = stream.synchronize();
@@ -143,13 +147,14 @@ impl Stage {
         recorded.map_err(device.driver_error("record an event"))
     }
 
-    fn wait(&self, device: &Device) -> Result<()> {
+    fn wait(&self, device: &CudaDevice) -> Result<()> {
         let _bound = device.bind()?;
         self.done.synchronize().map_err(device.driver_error("copy between host and device"))
     }
 
+    /// Copies bytes into the pinned buffer with all threads.
     fn fill(&mut self, bytes: &[u8]) {
-        // SAFETY: the buffer's newest copy has been waited for.
+        // SAFETY: the buffer's newest copy is done.
         let pinned = unsafe { self.pinned.bytes_mut() };
         pinned[..bytes.len()]
             .par_chunks_mut(PIECE)
@@ -157,10 +162,10 @@ impl Stage {
             .for_each(|(to, from)| to.copy_from_slice(from));
     }
 
-    /// Waits for the copy and moves its bytes on.
-    fn empty(&self, device: &Device, block: &mut [u8]) -> Result<()> {
+    /// Waits for the copy and moves its bytes to `block` with all threads.
+    fn empty(&self, device: &CudaDevice, block: &mut [u8]) -> Result<()> {
         self.wait(device)?;
-        // SAFETY: the copy has run, and the next is queued after this.
+        // SAFETY: the copy has run, and the next one is queued later.
         let bytes = unsafe { &self.pinned.bytes()[..block.len()] };
         block.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
         Ok(())

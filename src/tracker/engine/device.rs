@@ -8,7 +8,7 @@ use safetensors::Dtype;
 use super::background::Background;
 use super::{EngineConfig, cuda_memory};
 use crate::compute::cpu::Layout;
-use crate::compute::cuda::{Device, DeviceAverages, Reader};
+use crate::compute::cuda::{AveragesReader, CudaDevice, DeviceAverages};
 use crate::error::Result;
 use crate::tensor::CudaMemory;
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
@@ -21,12 +21,12 @@ pub(in crate::tracker) struct DeviceEngine {
     background: Background,
     averages: DeviceAverages,
     /// Reader of the averages, kept from checkpoint to checkpoint with its buffers.
-    reader: Arc<Mutex<Option<Reader>>>,
+    reader: Arc<Mutex<Option<AveragesReader>>>,
 }
 
 impl DeviceEngine {
     pub(super) fn start(
-        device: &Arc<Device>,
+        device: &Arc<CudaDevice>,
         dir: &Path,
         layout: &Layout,
         config: EngineConfig,
@@ -82,7 +82,7 @@ impl DeviceEngine {
 }
 
 /// Copies the averages to the host: unchanged for the live state, and converted on the device for the snapshots.
-fn read(reader: &mut Reader, meta: &CheckpointMeta) -> Result<OwnedValues, Failure> {
+fn read(reader: &mut AveragesReader, meta: &CheckpointMeta) -> Result<OwnedValues, Failure> {
     let ranges = reader.ranges().map_err(Failure::Files)?;
     let mut dtypes = Vec::with_capacity(ranges.len());
     for (profile, ranges) in ranges.iter().enumerate() {
@@ -92,7 +92,7 @@ fn read(reader: &mut Reader, meta: &CheckpointMeta) -> Result<OwnedValues, Failu
     copy(reader, dtypes).map_err(Failure::Files)
 }
 
-fn copy(reader: &mut Reader, dtypes: Vec<Vec<Dtype>>) -> Result<OwnedValues> {
+fn copy(reader: &mut AveragesReader, dtypes: Vec<Vec<Dtype>>) -> Result<OwnedValues> {
     let mut averages = Vec::with_capacity(dtypes.len());
     let mut converted = Vec::with_capacity(dtypes.len());
     for (profile, dtypes) in dtypes.iter().enumerate() {

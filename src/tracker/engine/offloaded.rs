@@ -12,7 +12,7 @@ use super::background::Background;
 use super::copy_buffer::CopyBuffer;
 use super::{EngineConfig, HostAverages, cuda_memory};
 use crate::compute::cpu::{Incoming, Layout};
-use crate::compute::cuda::{Device, Fence, HostCopy, Offload};
+use crate::compute::cuda::{CudaDevice, Fence, HostCopy, Offload};
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
@@ -68,7 +68,7 @@ impl OffloadedAverages {
 
 impl OffloadedEngine {
     pub(super) fn start(
-        device: &Arc<Device>,
+        device: &Arc<CudaDevice>,
         dir: &Path,
         layout: &Layout,
         config: EngineConfig,

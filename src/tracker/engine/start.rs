@@ -102,7 +102,7 @@ impl Engine {
     #[cfg(feature = "cuda")]
     fn for_device(dir: &Path, layout: &Layout, number: usize, device: Device, config: EngineConfig) -> Result<Engine> {
         use super::{DeviceEngine, OffloadedEngine};
-        let opened = crate::compute::cuda::Device::open(number)?;
+        let opened = crate::compute::cuda::CudaDevice::open(number)?;
         let on_device = match device {
             Device::Cpu => false,
             Device::Cuda(wanted) if wanted == number => true,

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use posthoc_ema::compute::cpu;
-use posthoc_ema::compute::cuda::{Buffer, Device, Sums, TimedStream};
+use posthoc_ema::compute::cuda::{BlendWorkspace, Buffer, CudaDevice, TimedStream};
 use posthoc_ema::{Error, Result};
 use safetensors::Dtype;
 
@@ -26,7 +26,7 @@ const ALIGNMENT: usize = 16;
 const WINDOWS: usize = 32;
 
 /// Times all cases.
-pub(super) fn measure(device: &Arc<Device>, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
+pub(super) fn measure(device: &Arc<CudaDevice>, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
     let mut state = DeviceSnapshots::new(device, sizes)?;
     let bytes = state.snapshots.len().min(state.results.len());
     let mut tasks: Vec<Box<dyn Task<DeviceSnapshots>>> = vec![Box::new(DeviceCopy { name: COPY, bytes })];
@@ -39,7 +39,7 @@ pub(super) fn measure(device: &Arc<Device>, sizes: &Sizes, session: &mut Session
 /// Returns the device memory in bytes.
 pub(super) fn bytes(sizes: &Sizes) -> u128 {
     let each = (size_of::<f32>() * sizes.parameters).next_multiple_of(ALIGNMENT) as u128;
-    let sums = Sums::bytes(sizes.snapshots, sizes.targets, sizes.parameters) as u128;
+    let sums = BlendWorkspace::bytes(sizes.snapshots, sizes.targets, sizes.parameters) as u128;
     each * (sizes.snapshots as u128 + sizes.targets as u128) + sums
 }
 
@@ -48,12 +48,12 @@ struct DeviceSnapshots {
     stream: TimedStream,
     snapshots: Buffer,
     results: Buffer,
-    sums: Sums,
+    sums: BlendWorkspace,
     pattern: Vec<u8>,
 }
 
 impl DeviceSnapshots {
-    fn new(device: &Arc<Device>, sizes: &Sizes) -> Result<DeviceSnapshots> {
+    fn new(device: &Arc<CudaDevice>, sizes: &Sizes) -> Result<DeviceSnapshots> {
         let Sizes { parameters, snapshots, targets, .. } = *sizes;
         let each = (size_of::<f32>() * parameters).next_multiple_of(ALIGNMENT);
         let stream = TimedStream::new(device)?;
@@ -64,7 +64,7 @@ impl DeviceSnapshots {
             stream,
             snapshots: all,
             results: Buffer::new(device, each * targets, "results")?,
-            sums: Sums::new(device, snapshots, targets, parameters)?,
+            sums: BlendWorkspace::new(device, snapshots, targets, parameters)?,
             pattern,
         })
     }
@@ -125,7 +125,7 @@ impl DeviceBlend {
             for (target, expected) in expected.iter().enumerate() {
                 let start = target * self.pitch();
                 let range = start + size * window.start..start + size * window.end;
-                let got = state.stream.part(&state.results, range)?;
+                let got = state.stream.read_range(&state.results, range)?;
                 if let Some(i) = got.chunks(size).zip(expected.chunks(size)).position(|(got, bits)| got != bits) {
                     let got = &got[size * i..][..size];
                     let expected = &expected[size * i..][..size];

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
-use posthoc_ema::compute::cuda::{Buffer, Device, Locked, Offload, TimedStream};
+use posthoc_ema::compute::cuda::{Buffer, CudaDevice, Offload, PinnedMemory, TimedStream};
 use posthoc_ema::{CudaMemory, Error, Result};
 use safetensors::Dtype;
 
@@ -40,7 +40,7 @@ const MAX_COPIES: usize = 1000;
 const ALIGNMENT: usize = 256;
 
 /// Times all cases.
-pub(super) fn measure(device: &Arc<Device>, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
+pub(super) fn measure(device: &Arc<CudaDevice>, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
     let parameters = parameters(sizes);
     let elements = split(parameters, sizes.tensors.min(parameters));
     let f32s = OffloadTask::new(Dtype::F32, &elements);
@@ -73,14 +73,14 @@ struct BusMemory {
     parameters: Buffer,
     /// Destination of copies on the device.
     copy: Buffer,
-    pinned: Locked,
+    pinned: PinnedMemory,
     pageable: Vec<u8>,
     pattern: Vec<u8>,
     offloads: Vec<(Dtype, Offload)>,
 }
 
 impl BusMemory {
-    fn new(device: &Arc<Device>, tasks: &[&OffloadTask]) -> Result<BusMemory> {
+    fn new(device: &Arc<CudaDevice>, tasks: &[&OffloadTask]) -> Result<BusMemory> {
         let bytes = tasks.iter().filter_map(|task| task.places.last()).map(|place| place.end).max().unwrap_or(1);
         let buffer = || Buffer::new(device, bytes, "parameters");
         let stream = TimedStream::new(device)?;
@@ -93,7 +93,7 @@ impl BusMemory {
             let sizes: Vec<usize> = task.places.iter().map(Range::len).collect();
             offloads.push((task.dtype, Offload::new(device, &sizes)?));
         }
-        let pinned = Locked::new(device, bytes)?;
+        let pinned = PinnedMemory::new(device, bytes)?;
         let pageable = vec![0; bytes];
         Ok(BusMemory { stream, parameters, copy, pinned, pageable, pattern, offloads })
     }

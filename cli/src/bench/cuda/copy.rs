@@ -44,7 +44,7 @@ impl<S: CopyMemory> Task<S> for DeviceCopy {
 pub(super) fn check_copy<S: CopyMemory>(state: &mut S, name: &str, bytes: usize) -> Result<()> {
     for window in windows(bytes) {
         let (stream, to, _) = state.copy_buffers();
-        let got = stream.part(to, window.clone())?;
+        let got = stream.read_range(to, window.clone())?;
         check_pattern(&got, state.pattern(), window.start, name)?;
     }
     Ok(())

@@ -11,7 +11,7 @@ mod update;
 use std::ops::Range;
 use std::sync::Arc;
 
-use posthoc_ema::compute::cuda::Device;
+use posthoc_ema::compute::cuda::CudaDevice;
 use posthoc_ema::{Error, Result, device};
 
 use super::cases::Sizes;
@@ -19,7 +19,7 @@ use super::device::BenchDevice;
 use super::session::Session;
 
 /// A CUDA device.
-pub(super) struct Cuda(pub Arc<Device>);
+pub(super) struct Cuda(pub Arc<CudaDevice>);
 
 /// Default number of parameters: hundreds of megabytes in every stream, beside caches of tens.
 const PARAMETERS: usize = 200_000_000;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use half::bf16;
 use posthoc_ema::compute::cpu::{Averages, Incoming, Layout, Precision, update};
-use posthoc_ema::compute::cuda::{Buffer, Device, DeviceAverages, TimedStream};
+use posthoc_ema::compute::cuda::{Buffer, CudaDevice, DeviceAverages, TimedStream};
 use posthoc_ema::{CudaMemory, Error, Result};
 use safetensors::Dtype;
 
@@ -25,7 +25,7 @@ const ALIGNMENT: usize = 128;
 const REPETITIONS: usize = 1 << 12;
 
 /// Times all cases.
-pub(super) fn measure(device: &Arc<Device>, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
+pub(super) fn measure(device: &Arc<CudaDevice>, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
     let mut state = DeviceModel::new(device, sizes)?;
     let mut tasks: Vec<Box<dyn Task<DeviceModel>>> = vec![Box::new(DeviceCopy { name: COPY, bytes: state.f32s.len() })];
     for case in UpdateCase::all(sizes) {
@@ -68,7 +68,7 @@ struct DeviceModel {
 }
 
 impl DeviceModel {
-    fn new(device: &Arc<Device>, sizes: &Sizes) -> Result<DeviceModel> {
+    fn new(device: &Arc<CudaDevice>, sizes: &Sizes) -> Result<DeviceModel> {
         let ends = tensor_counts(sizes).into_iter().map(|tensors| places(&split(sizes.parameters, tensors)).1);
         let elements = ends.max().unwrap_or(0);
         let buffer = |size: usize| Buffer::new(device, size * elements, "parameters");

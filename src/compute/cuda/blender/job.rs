@@ -1,126 +1,132 @@
-//! A block of stretches: what is blended, how it is grouped, and where everything lies in a slot's buffers.
+//! Job of one block: its parts, their groups, and the layout of a slot's buffers.
 
 use std::ops::Range;
 
 use cudarc::driver::result;
 use safetensors::Dtype;
 
-use super::{Deliver, Delivery, Input, Report, Stretch};
+use super::{BlendInput, BlendPart, Deliver, Destination, Report};
 use crate::compute::cpu::{self, Blend, Overflow};
-use crate::compute::cuda::Device;
-use crate::compute::cuda::memory::{Buffer, Pinned};
+use crate::compute::cuda::CudaDevice;
+use crate::compute::cuda::memory::Buffer;
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemoryMut;
 
-/// Every area of a slot begins at a multiple of this, as the kernels' vectors want it.
+/// Alignment in bytes of every area of a slot, which the kernels' vectors need.
 const ALIGNMENT: usize = 16;
 
-/// A block that is under way.
-pub(super) struct Job<'a> {
-    pub groups: Vec<Group>,
-    pub stretches: Vec<Stretch<'a>>,
+/// Block whose work is queued.
+pub(super) struct BlendJob<'a> {
+    pub groups: Vec<LaunchGroup>,
+    pub parts: Vec<BlendPart<'a>>,
     pub weights: &'a [f64],
     pub targets: usize,
     pub deliver: Option<Deliver<'a>>,
     pub report: Report<'a>,
-    /// The bytes of a target's results.
+    /// Bytes of a target's results.
     pub packed: usize,
 }
 
-/// Neighbouring stretches with equal dtypes: they are blended by one launch, their elements side by side.
+/// Neighbouring parts with equal dtypes. One launch blends them, with their elements side by side.
 #[derive(Clone, Debug)]
-pub(super) struct Group {
-    pub stretches: Range<usize>,
+pub(super) struct LaunchGroup {
+    /// Indices of the parts.
+    pub parts: Range<usize>,
+    /// Elements of all parts.
     pub elements: usize,
-    /// Where each source's elements begin in the inputs.
+    /// Offset of each source's elements in the inputs.
     pub sources: Vec<usize>,
-    /// Where each target's results begin in the outputs, and the distance from target to target.
+    /// Offset of the first target's results in the outputs.
     pub outputs: usize,
+    /// Distance from target to target in the outputs.
     pub pitch: usize,
-    /// The bytes of a target's results, and those before them when the results of all groups are packed.
+    /// Bytes of a target's results.
     pub bytes: usize,
+    /// Bytes before them if the results of all groups are packed.
     pub before: usize,
 }
 
-/// Checks that everything is as long as the rest of it says.
+/// Checks that sources, weights and results have consistent sizes.
 pub(super) fn check(
-    device: &Device,
-    stretches: &[Stretch<'_>],
+    device: &CudaDevice,
+    parts: &[BlendPart<'_>],
     weights: &[f64],
     targets: usize,
-    delivery: &Delivery<'_, '_>,
+    destination: &Destination<'_, '_>,
 ) -> Result<()> {
-    let whole = |stretch: &Stretch<'_>| {
-        let fits = |(source, dtype): (&Input<'_>, &Dtype)| source.len() == stretch.elements * dtype.bitsize() / 8;
-        let counts = stretch.sources.len() == stretch.dtypes.len() && stretch.dtypes.len() * targets == weights.len();
-        counts && stretch.sources.iter().zip(&stretch.dtypes).all(fits)
+    let consistent = |part: &BlendPart<'_>| {
+        let fits = |(source, dtype): (&BlendInput<'_>, &Dtype)| source.len() == part.elements * dtype.bitsize() / 8;
+        let counts = part.sources.len() == part.dtypes.len() && part.dtypes.len() * targets == weights.len();
+        counts && part.sources.iter().zip(&part.dtypes).all(fits)
     };
-    let delivered = match delivery {
-        Delivery::Host(_) => true,
-        Delivery::Device(to) => {
-            let fits = |(memory, stretch): (&CudaMemoryMut<'_>, &Stretch<'_>)| {
-                let bytes = stretch.elements * stretch.output.bitsize() / 8;
+    let deliverable = match destination {
+        Destination::Host(_) => true,
+        Destination::Device(to) => {
+            let fits = |(memory, part): (&CudaMemoryMut<'_>, &BlendPart<'_>)| {
+                let bytes = part.elements * part.output.bitsize() / 8;
                 memory.0.device == device.number() && memory.0.bytes == bytes
             };
-            targets == 1 && to.len() == stretches.len() && to.iter().zip(stretches).all(fits)
+            targets == 1 && to.len() == parts.len() && to.iter().zip(parts).all(fits)
         }
     };
-    if stretches.iter().all(whole) && delivered {
+    if parts.iter().all(consistent) && deliverable {
         return Ok(());
     }
-    let reason = "sources, weights and results are not of one size".into();
+    let reason = "the sizes of sources, weights and results differ".into();
     Err(Error::Cuda { device: device.number(), action: "blend".into(), reason })
 }
 
-/// Puts neighbouring stretches of equal dtypes together and gives every group its places.
-pub(super) fn group(stretches: &[Stretch<'_>], targets: usize) -> Vec<Group> {
-    let (mut groups, mut first) = (Vec::new(), 0);
-    let (mut input, mut output, mut before) = (0, 0, 0);
-    for run in stretches.chunk_by(|a, b| a.dtypes == b.dtypes && a.output == b.output) {
-        let elements = run.iter().map(|stretch| stretch.elements).sum::<usize>();
-        let mut place = |dtype: &Dtype| {
-            let start = input;
+/// Groups neighbouring parts of equal dtypes and lays the groups out in the buffers.
+pub(super) fn group(parts: &[BlendPart<'_>], targets: usize) -> Vec<LaunchGroup> {
+    let mut groups = Vec::new();
+    let mut first = 0;
+    let mut input = 0;
+    let mut output = 0;
+    let mut before = 0;
+    for run in parts.chunk_by(|a, b| a.dtypes == b.dtypes && a.output == b.output) {
+        let elements = run.iter().map(|part| part.elements).sum::<usize>();
+        let mut sources = Vec::with_capacity(run[0].dtypes.len());
+        for dtype in &run[0].dtypes {
+            sources.push(input);
             input += (elements * dtype.bitsize() / 8).next_multiple_of(ALIGNMENT);
-            start
-        };
-        let sources = run[0].dtypes.iter().map(&mut place).collect();
+        }
         let bytes = elements * run[0].output.bitsize() / 8;
         let pitch = bytes.next_multiple_of(ALIGNMENT);
-        let stretches = first..first + run.len();
-        first = stretches.end;
-        groups.push(Group { stretches, elements, sources, outputs: output, pitch, bytes, before });
+        let parts = first..first + run.len();
+        first = parts.end;
+        groups.push(LaunchGroup { parts, elements, sources, outputs: output, pitch, bytes, before });
         output += pitch * targets;
         before += bytes;
     }
     groups
 }
 
-impl Job<'_> {
-    /// The bytes of all areas for inputs.
+impl BlendJob<'_> {
+    /// Returns the bytes of the inputs of all groups.
     pub(super) fn input_bytes(&self) -> usize {
         let Some(group) = self.groups.last() else { return 0 };
-        let dtype = self.stretches[group.stretches.start].dtypes.last();
+        let dtype = self.parts[group.parts.start].dtypes.last();
         let last = group.elements * dtype.map_or(0, |dtype| dtype.bitsize() / 8);
         group.sources.last().map_or(0, |start| start + last.next_multiple_of(ALIGNMENT))
     }
 
-    /// Finds out what an unfit sum is, by the CPU, from the inputs that are on the device still.
-    pub(super) fn explain(
+    /// Returns the part and the value of an overflow. The CPU computes the sum again from the inputs on the device.
+    pub(super) fn locate(
         &self,
-        device: &Device,
-        inputs: &(Pinned, Buffer),
+        device: &CudaDevice,
+        inputs: &Buffer,
         group: usize,
         target: usize,
         element: usize,
     ) -> Result<(usize, Overflow)> {
         let group = &self.groups[group];
-        let first = &self.stretches[group.stretches.start];
+        let first = &self.parts[group.parts.start];
         let count = first.dtypes.len();
         let mut values = vec![[0u8; 8]; count];
         for ((value, dtype), start) in values.iter_mut().zip(&first.dtypes).zip(&group.sources) {
             let size = dtype.bitsize() / 8;
-            let from = inputs.1.address() + (start + element * size) as u64;
-            // SAFETY: within the inputs, and the stream has no work left that writes them.
+            let from = inputs.address() + (start + element * size) as u64;
+            // SAFETY: it is within the inputs, which no pending work writes.
             unsafe { result::memcpy_dtoh_sync(&mut value[..size], from) }
                 .map_err(device.driver_error("read an element"))?;
         }
@@ -129,12 +135,13 @@ impl Job<'_> {
         let blend = Blend { dtypes: &first.dtypes, weights, output: first.output };
         let mut result = [0u8; 8];
         let outcome = cpu::blend(&mut [&mut result[..first.output.bitsize() / 8]], &sources, &blend);
-        let value = outcome.err().map_or(f64::NAN, |unfit| unfit.value);
-        let (mut stretch, mut element) = (group.stretches.start, element);
-        while element >= self.stretches[stretch].elements {
-            element -= self.stretches[stretch].elements;
-            stretch += 1;
+        let value = outcome.err().map_or(f64::NAN, |overflow| overflow.value);
+        let mut part = group.parts.start;
+        let mut element = element;
+        while element >= self.parts[part].elements {
+            element -= self.parts[part].elements;
+            part += 1;
         }
-        Ok((stretch, Overflow { target, element, value }))
+        Ok((part, Overflow { target, element, value }))
     }
 }

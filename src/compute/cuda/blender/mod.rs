@@ -1,6 +1,7 @@
-//! Blending on a device what lies on the host: stretches of tensors travel through pinned memory, are blended, and the
-//! results travel back or into somebody's memory on the device. Two slots take turns, so that one is filled by the CPU
-//! while the other is on the bus or being blended.
+//! Blends on a device with sources on the host.
+//!
+//! Parts of tensors are copied through pinned memory and blended. The results are copied back, or into memory of
+//! another library on the device. Two slots alternate: the CPU fills one while the other is copied or blended.
 
 mod job;
 mod queue;
@@ -10,168 +11,174 @@ use std::sync::Arc;
 
 use safetensors::Dtype;
 
-use super::Device;
+use super::CudaDevice;
 use super::device::{ContextGuard, Event, Stream};
-use super::kernels::{SOURCES, TARGETS};
+use super::kernels::{MAX_SOURCES, MAX_TARGETS};
 use super::memory::{Buffer, Pinned};
 use crate::compute::cpu::Overflow;
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemoryMut;
 
-use job::{Job, check, group};
-use queue::Queue;
-pub(super) use queue::Resident;
+use job::{BlendJob, check, group};
+use queue::JobQueue;
+pub(super) use queue::ResidentBlend;
 
-/// The elements of a source's stretch.
+/// Elements of one source of a blend.
 #[derive(Clone, Copy, Debug)]
-pub enum Input<'a> {
-    /// In host memory, mapped files included.
+pub enum BlendInput<'a> {
+    /// Bytes in host memory, mapped files included.
     Host(&'a [u8]),
-    /// In memory of the blender's own device, with no work under way that writes it.
+    /// Memory of the blender's device, which no pending work writes.
     Device {
-        /// Where they begin.
+        /// Address on the device.
         address: u64,
-        /// How many bytes there are.
+        /// Number of bytes.
         bytes: usize,
     },
 }
 
-impl<'a> Input<'a> {
-    /// A part of it.
-    pub fn slice(self, range: Range<usize>) -> Input<'a> {
+impl<'a> BlendInput<'a> {
+    /// Returns a range of the bytes.
+    pub fn slice(self, range: Range<usize>) -> BlendInput<'a> {
         match self {
-            Input::Host(bytes) => Input::Host(&bytes[range]),
-            Input::Device { address, bytes } => {
+            BlendInput::Host(bytes) => BlendInput::Host(&bytes[range]),
+            BlendInput::Device { address, bytes } => {
                 assert!(range.start <= range.end && range.end <= bytes, "{range:?} of {bytes} bytes");
-                Input::Device { address: address + range.start as u64, bytes: range.len() }
+                BlendInput::Device { address: address + range.start as u64, bytes: range.len() }
             }
         }
     }
 
-    /// The number of bytes.
+    /// Returns the number of bytes.
     pub fn len(self) -> usize {
         match self {
-            Input::Host(bytes) => bytes.len(),
-            Input::Device { bytes, .. } => bytes,
+            BlendInput::Host(bytes) => bytes.len(),
+            BlendInput::Device { bytes, .. } => bytes,
         }
     }
 
-    /// Whether there are no bytes.
+    /// Returns true if the input has no bytes.
     pub fn is_empty(self) -> bool {
         self.len() == 0
     }
 }
 
-/// A stretch of one tensor that is to be blended.
+/// Part of one tensor that is to be blended.
 #[derive(Clone, Debug)]
-pub struct Stretch<'a> {
-    /// Of every source, the same number of elements.
-    pub sources: Vec<Input<'a>>,
-    /// The dtype of every source.
+pub struct BlendPart<'a> {
+    /// Elements of each source.
+    pub sources: Vec<BlendInput<'a>>,
+    /// Dtype of each source.
     pub dtypes: Vec<Dtype>,
-    /// The dtype of the results.
+    /// Dtype of the results.
     pub output: Dtype,
-    /// How many elements there are.
+    /// Number of elements of each source.
     pub elements: usize,
 }
 
-/// Called with the results of each target: all stretches, one after the other.
+/// Callback that receives the results of each target: all parts, one after the other.
 pub type Deliver<'a> = Box<dyn FnOnce(&[&[u8]]) -> Result<()> + 'a>;
 
-/// Where the results of a block go.
-pub enum Delivery<'a, 'm> {
-    /// To this function, later.
+/// Destination of a block's results.
+pub enum Destination<'a, 'm> {
+    /// Callback that is called later.
     Host(Deliver<'a>),
-    /// The results of the only target, stretch by stretch, in the order of the memory's stream: all is queued there
-    /// before the block's submission returns.
+    /// Device memory for each part of the only target. All work is queued in the order of the memory's stream before
+    /// [`Blender::submit`] returns.
     Device(Vec<CudaMemoryMut<'m>>),
 }
 
-/// Called with a stretch's index and the element that does not fit: makes the error.
+/// Callback that returns the error for an overflow in the part of this index.
 pub type Report<'a> = Box<dyn FnOnce(usize, Overflow) -> Error + 'a>;
 
-/// Blends blocks of stretches on one device.
+/// Blender of blocks of parts on one device.
 pub struct Blender<'a> {
-    device: Arc<Device>,
-    slots: [Slot<'a>; 2],
+    device: Arc<CudaDevice>,
+    slots: [BlendSlot<'a>; 2],
     next: usize,
 }
 
-/// The buffers of one block and the stream on which it is worked on.
-struct Slot<'a> {
+/// Pinned host memory and device memory of the same size.
+struct MirroredBuffer {
+    host: Pinned,
+    device: Buffer,
+}
+
+/// Stream, buffers and pending job of one block.
+struct BlendSlot<'a> {
     stream: Stream,
-    /// Passes when the block is done.
+    /// Event that passes when the block is done.
     done: Event,
-    inputs: Option<(Pinned, Buffer)>,
-    outputs: Option<(Pinned, Buffer)>,
-    /// Sums between launches, where there are more sources than one takes.
+    inputs: Option<MirroredBuffer>,
+    outputs: Option<MirroredBuffer>,
+    /// Sums between launches, if there are more sources than one launch takes.
     sums: Option<Buffer>,
-    /// The first unfit element of each group and target.
-    unfit: Option<(Pinned, Buffer)>,
-    job: Option<Job<'a>>,
+    /// First overflowing element of each group and target.
+    overflows: Option<MirroredBuffer>,
+    job: Option<BlendJob<'a>>,
 }
 
 impl<'a> Blender<'a> {
-    /// Prepares to blend on a device.
+    /// Creates a blender on a device.
     ///
     /// # Errors
-    /// [`Error::Cuda`] where the driver refuses.
-    pub fn new(device: &Arc<Device>) -> Result<Blender<'a>> {
-        let slot = || -> Result<Slot<'a>> {
-            let (stream, done) = (device.stream()?, device.event()?);
-            Ok(Slot { stream, done, inputs: None, outputs: None, sums: None, unfit: None, job: None })
-        };
-        Ok(Blender { device: device.clone(), slots: [slot()?, slot()?], next: 0 })
+    /// [`Error::Cuda`] if the driver fails.
+    pub fn new(device: &Arc<CudaDevice>) -> Result<Blender<'a>> {
+        Ok(Blender { device: device.clone(), slots: [BlendSlot::new(device)?, BlendSlot::new(device)?], next: 0 })
     }
 
-    /// The device.
-    pub fn device(&self) -> &Arc<Device> {
+    /// Returns the device.
+    pub fn device(&self) -> &Arc<CudaDevice> {
         &self.device
     }
 
-    /// Queues the blend of some stretches into `targets` targets; `weights` are those of target 0 for all sources, then
-    /// those of target 1, and so on. Before it returns, an earlier block may be waited for and delivered.
+    /// Queues the blend of a block of parts into `targets` targets. An earlier block may be awaited and delivered
+    /// before it returns.
+    ///
+    /// `weights` holds those of target 0 for all sources, then those of target 1, and so on.
     ///
     /// # Errors
-    /// What the delivery of an earlier block returned, the report of a sum that its dtype cannot hold, or [`Error::Cuda`].
+    /// The error of an earlier block's delivery or overflow report, or [`Error::Cuda`].
     pub fn submit(
         &mut self,
-        stretches: Vec<Stretch<'a>>,
+        parts: Vec<BlendPart<'a>>,
         weights: &'a [f64],
         targets: usize,
-        delivery: Delivery<'a, '_>,
+        destination: Destination<'a, '_>,
         report: Report<'a>,
     ) -> Result<()> {
         let device = self.device.clone();
-        check(&device, &stretches, weights, targets, &delivery)?;
+        check(&device, &parts, weights, targets, &destination)?;
         let _bound = device.bind()?;
         let slot = &mut self.slots[self.next % 2];
         self.next += 1;
         slot.finish(&device)?;
-        let groups = group(&stretches, targets);
+        let groups = group(&parts, targets);
         let packed = groups.last().map_or(0, |group| group.before + group.bytes);
-        let (deliver, to) = match delivery {
-            Delivery::Host(deliver) => (Some(deliver), Vec::new()),
-            Delivery::Device(to) => (None, to.into_iter().map(|memory| memory.0).collect()),
+        let (deliver, to) = match destination {
+            Destination::Host(deliver) => (Some(deliver), Vec::new()),
+            Destination::Device(to) => (None, to.into_iter().map(|memory| memory.0).collect()),
         };
-        let job = Job { groups, stretches, weights, targets, deliver, report, packed };
+        let job = BlendJob { groups, parts, weights, targets, deliver, report, packed };
         slot.prepare(&device, &job)?;
-        // From here on the slot has work under way: it is waited for even where the rest cannot be queued.
+        // From here on the slot has pending work. It is awaited even if the rest cannot be queued.
         let job = slot.job.insert(job);
-        let queue = Queue { device: &device, stream: &slot.stream, job };
-        let (inputs, outputs, unfit) = (pair(&mut slot.inputs)?, pair(&mut slot.outputs)?, pair(&mut slot.unfit)?);
+        let queue = JobQueue { device: &device, stream: &slot.stream, job };
+        let inputs = allocated(&mut slot.inputs)?;
+        let outputs = allocated(&mut slot.outputs)?;
+        let overflows = allocated(&mut slot.overflows)?;
         queue.fill(inputs)?;
         queue.send(inputs)?;
-        queue.clear(unfit)?;
-        queue.blend(&inputs.1, &outputs.1, &unfit.1, slot.sums.as_ref())?;
-        queue.fetch(unfit, outputs)?;
-        queue.hand_over(&outputs.1, &to, &slot.done)
+        queue.clear(overflows)?;
+        queue.blend(&inputs.device, &outputs.device, &overflows.device, slot.sums.as_ref())?;
+        queue.fetch(overflows, outputs)?;
+        queue.deliver_on_device(&outputs.device, &to, &slot.done)
     }
 
     /// Waits for all blocks and delivers them.
     ///
     /// # Errors
-    /// As [`Blender::submit`]; the blocks after the first that fails are not delivered.
+    /// As [`Blender::submit`]. Blocks after the first that fails are not delivered.
     pub fn flush(&mut self) -> Result<()> {
         let device = self.device.clone();
         let _bound = device.bind()?;
@@ -181,31 +188,42 @@ impl<'a> Blender<'a> {
     }
 }
 
-impl Drop for Slot<'_> {
+impl Drop for BlendSlot<'_> {
     fn drop(&mut self) {
-        // The buffers must not be given back under a copy. What fails now failed before.
+        // The buffers must not be freed during a copy. An error was reported before.
         let _bound = ContextGuard::new();
         let _ = self.stream.synchronize();
     }
 }
 
-/// The pair that `prepare` has just made.
-fn pair<T>(slot: &mut Option<T>) -> Result<&mut T> {
-    slot.as_mut().ok_or_else(|| Error::Internal("the blend has no buffers".into()))
+/// Returns the buffer that `prepare` has allocated.
+fn allocated(buffer: &mut Option<MirroredBuffer>) -> Result<&mut MirroredBuffer> {
+    buffer.as_mut().ok_or_else(|| Error::Internal("the blend has no buffers".into()))
 }
 
-impl Slot<'_> {
-    /// Sees to it that the buffers are large enough.
-    fn prepare(&mut self, device: &Arc<Device>, job: &Job<'_>) -> Result<()> {
-        let inputs = job.input_bytes();
+impl BlendSlot<'_> {
+    fn new<'a>(device: &CudaDevice) -> Result<BlendSlot<'a>> {
+        Ok(BlendSlot {
+            stream: device.stream()?,
+            done: device.event()?,
+            inputs: None,
+            outputs: None,
+            sums: None,
+            overflows: None,
+            job: None,
+        })
+    }
+
+    /// Allocates buffers that are large enough for a job.
+    fn prepare(&mut self, device: &Arc<CudaDevice>, job: &BlendJob<'_>) -> Result<()> {
         let outputs = job.groups.last().map_or(0, |group| group.outputs + group.pitch * job.targets);
-        grow(&mut self.inputs, device, inputs)?;
+        grow(&mut self.inputs, device, job.input_bytes())?;
         grow(&mut self.outputs, device, outputs.max(job.packed * job.targets))?;
-        grow(&mut self.unfit, device, 8 * job.groups.len() * job.targets)?;
+        grow(&mut self.overflows, device, 8 * job.groups.len() * job.targets)?;
         let most = job.groups.iter().map(|group| group.elements).max().unwrap_or(0);
-        let sums = 8 * TARGETS.min(job.targets) * most.next_multiple_of(4);
-        let several = job.stretches.iter().any(|stretch| stretch.sources.len() > SOURCES);
-        if several && self.sums.as_ref().is_none_or(|buffer| buffer.len() < sums) {
+        let sums = 8 * MAX_TARGETS.min(job.targets) * most.next_multiple_of(4);
+        let needs_sums = job.parts.iter().any(|part| part.sources.len() > MAX_SOURCES);
+        if needs_sums && self.sums.as_ref().is_none_or(|buffer| buffer.len() < sums) {
             self.sums = None;
             self.sums = Some(Buffer::new(device, sums, "the sums of a blend")?);
         }
@@ -213,35 +231,35 @@ impl Slot<'_> {
     }
 
     /// Waits for the slot's block and delivers it.
-    fn finish(&mut self, device: &Device) -> Result<()> {
+    fn finish(&mut self, device: &CudaDevice) -> Result<()> {
         let Some(job) = self.job.take() else { return Ok(()) };
         self.stream.synchronize().map_err(device.driver_error("blend"))?;
-        let (unfit, inputs) = (pair(&mut self.unfit)?, pair(&mut self.inputs)?);
-        // SAFETY: the stream has no work left.
-        let words = unsafe { unfit.0.bytes() };
-        let found = words[..8 * job.groups.len() * job.targets].chunks_exact(8).position(|word| word != [0xff; 8]);
-        if let Some(found) = found {
-            let word = &words[8 * found..][..8];
-            let element = u64::from_le_bytes(word.try_into().unwrap_or_default()) as usize;
-            let (stretch, unfit) = job.explain(device, inputs, found / job.targets, found % job.targets, element)?;
-            return Err((job.report)(stretch, unfit));
+        // SAFETY: the stream has no pending work.
+        let words = unsafe { allocated(&mut self.overflows)?.host.bytes() };
+        let words = words[..8 * job.groups.len() * job.targets].as_chunks().0;
+        if let Some(found) = words.iter().position(|word| *word != [0xff; 8]) {
+            let inputs = allocated(&mut self.inputs)?;
+            let element = u64::from_le_bytes(words[found]) as usize;
+            let (group, target) = (found / job.targets, found % job.targets);
+            let (part, overflow) = job.locate(device, &inputs.device, group, target, element)?;
+            return Err((job.report)(part, overflow));
         }
         let Some(deliver) = job.deliver else { return Ok(()) };
-        let outputs = pair(&mut self.outputs)?;
         // SAFETY: as above.
-        let bytes = unsafe { outputs.0.bytes() };
+        let bytes = unsafe { allocated(&mut self.outputs)?.host.bytes() };
         let results: Vec<&[u8]> = (0..job.targets).map(|target| &bytes[target * job.packed..][..job.packed]).collect();
         deliver(&results)
     }
 }
 
-/// Makes a pair of buffers at least so large; the old pair, idle now, is given back first.
-fn grow(pair: &mut Option<(Pinned, Buffer)>, device: &Arc<Device>, bytes: usize) -> Result<()> {
-    if pair.as_ref().is_none_or(|(pinned, _)| pinned.len() < bytes) {
-        // A little more, so that slightly larger blocks do not each ask for more.
+/// Grows a buffer to at least `bytes` bytes. The old memory has no pending work and is freed first.
+fn grow(buffer: &mut Option<MirroredBuffer>, device: &Arc<CudaDevice>, bytes: usize) -> Result<()> {
+    if buffer.as_ref().is_none_or(|buffer| buffer.host.len() < bytes) {
+        // Rounded up, so that slightly larger blocks do not allocate again.
         let bytes = bytes.next_power_of_two();
-        *pair = None;
-        *pair = Some((Pinned::new(device, bytes)?, Buffer::new(device, bytes, "a block of snapshots")?));
+        *buffer = None;
+        let host = Pinned::new(device, bytes)?;
+        *buffer = Some(MirroredBuffer { host, device: Buffer::new(device, bytes, "a block of snapshots")? });
     }
     Ok(())
 }
