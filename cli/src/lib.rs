@@ -6,4 +6,5 @@ mod numbers;
 mod pictures;
 mod tables;
 
-pub use commands::run;
+pub use commands::{run, run_with};
+pub use pictures::{ErrorCurve, ErrorPoint, SweepCurve, SweepPoint, error_curve_png, sweep_png};

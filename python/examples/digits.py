@@ -3,7 +3,7 @@
 #
 # Trains a small network that draws handwritten digits and tracks two averages of its weights. After the training it
 # synthesizes averages of 32 lengths from their snapshots, evaluates each on held-out digits, and prints the best. Run
-# it with `python python/examples/digits.py`, or cell by cell.
+# it with `python python/examples/digits.py`, or cell by cell. It needs matplotlib.
 #
 # The digits are the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998, UCI,
 # doi:10.24432/C50P49, CC BY 4.0), as distributed with scikit-learn: 1,797 images of 8 by 8 pixels.

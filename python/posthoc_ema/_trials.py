@@ -73,12 +73,12 @@ class Swept:
     def plot(self, title: str | None = None, figsize: tuple[float, float] = (10, 6)) -> Image.Image:
         """Draws the score over the length.
 
-        The picture shows the trials of the best one's family: a dot for each target, a ring for each step of the
-        refinement, a circle around the best, and a cross on the axis for each failure.
+        The picture is that of `posthoc-ema sweep --plot`. It shows the trials of the best one's family: a dot for each
+        target, a ring for each step of the refinement, a label at the best, and a cross at the axis for each failure.
 
         Args:
             title: Title of the picture; by default the best profile and its score.
-            figsize: Width and height in inches, at 150 dots per inch.
+            figsize: Width and height in inches, at 150 dots per inch. The picture keeps its proportions.
 
         Returns:
             An RGB image.
@@ -91,20 +91,10 @@ class Swept:
         best = next(trial for trial in self.results if trial.profile == self.best.profile)
         if best.length is None:
             raise ValueError(f"the best profile is a {best.profile}, which has no length to draw the score over")
-        name, best_length = best.length
         family = [trial for trial in self.results if _family(trial) == _family(best)]
-        lengths = {trial.profile: trial.length[1] for trial in family if trial.length is not None}
-        scored = [(lengths[trial.profile], trial.score, trial) for trial in family if trial.score is not None]
-        return _draw.draw_scores(
-            asked=[(length, score) for length, score, trial in scored if not trial.refined],
-            refined=[(length, score) for length, score, trial in scored if trial.refined],
-            best=[(length, score) for length, score, _ in scored if length == best_length],
-            failed=[lengths[trial.profile] for trial in family if trial.score is None],
-            length_name=name,
-            minimize=self.minimize,
-            title=title or f"Best: {best.profile}, score {best.score:.6g}",
-            figsize=figsize,
-        )
+        points = [(trial.length[1], trial.score, trial.refined) for trial in family if trial.length is not None]
+        title = title or f"Best: {best.profile}, score {best.score:.6g}"
+        return _draw.draw_scores(points, family.index(best), best.length[0], title, figsize)
 
 
 def _family(trial: Trial) -> tuple[object, ...] | None:

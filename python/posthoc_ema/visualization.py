@@ -85,12 +85,14 @@ def plot_reconstruction_errors(
 ) -> Image.Image:
     """Draws errors over the length of the average, on a logarithmic scale, with the tracked lengths marked.
 
+    The picture is that of `posthoc-ema error --plot`.
+
     Args:
         target_sigma_rels: Lengths of the averages, shape `(n,)`, rising.
-        errors: Their relative errors, shape `(n,)`, at least 0. The axis ends three decades below the largest.
+        errors: Their relative errors, shape `(n,)`, at least 0.
         source_sigma_rels: Lengths of the tracked averages.
         title: Title of the picture; default "Error of synthesized averages".
-        figsize: Width and height in inches, at 150 dots per inch.
+        figsize: Width and height in inches, at 150 dots per inch. The picture keeps its proportions.
 
     Returns:
         An RGB image.
@@ -111,7 +113,8 @@ def plot_reconstruction_errors(
             raise ValueError(f"{name}: every value must be finite and at least 0")
     from . import _draw
 
-    return _draw.draw_errors(lengths, values, tracked, title or "Error of synthesized averages", figsize)
+    title = title or "Error of synthesized averages"
+    return _draw.draw_errors(lengths.tolist(), values.tolist(), tracked.tolist(), title, figsize)
 
 
 def reconstruction_error(
@@ -134,7 +137,7 @@ def reconstruction_error(
         update_every: Steps between updates.
         checkpoint_every: Steps between snapshots.
         title: Title of the picture; default "Error of synthesized averages".
-        figsize: Width and height in inches, at 150 dots per inch.
+        figsize: Width and height in inches, at 150 dots per inch. The picture keeps its proportions.
 
     Returns:
         An RGB image.
@@ -154,7 +157,7 @@ def plot_sweep(swept: Swept, title: str | None = None, figsize: tuple[float, flo
     Args:
         swept: Result of `PostHocEMA.sweep`.
         title: Title of the picture; by default the best profile and its score.
-        figsize: Width and height in inches, at 150 dots per inch.
+        figsize: Width and height in inches, at 150 dots per inch. The picture keeps its proportions.
 
     Returns:
         An RGB image.

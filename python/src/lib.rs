@@ -10,8 +10,10 @@ mod import;
 mod jobs;
 mod json;
 mod lend;
+mod pictures;
 mod plans;
 mod process;
+mod program;
 mod run;
 mod saved_weights;
 mod sweep;
@@ -49,5 +51,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(plans::advise, module)?)?;
     module.add_function(wrap_pyfunction!(import::import_run, module)?)?;
     module.add_function(wrap_pyfunction!(sweep::profile_length, module)?)?;
+    module.add_function(wrap_pyfunction!(pictures::draw_errors, module)?)?;
+    module.add_function(wrap_pyfunction!(pictures::draw_scores, module)?)?;
+    module.add_function(wrap_pyfunction!(program::run_program, module)?)?;
     Ok(())
 }

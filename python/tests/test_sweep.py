@@ -330,7 +330,7 @@ def test_scores_are_drawn(ema: PostHocEMA) -> None:
     picture = swept.plot(figsize=(6, 4))
     assert picture.size == (900, 600)
     colours = {colour for _, colour in picture.getcolors(1 << 24)}
-    assert {(0, 90, 160), (190, 70, 30)} <= colours, "the curve and the mark of the best"
+    assert {(0, 90, 160), (180, 30, 30)} <= colours, "the scores and the failure"
     # The failure is visible.
     without = Swept(swept.best, tuple(t for t in swept.results if t.error is None), swept.at, True, None)
     assert without.plot(figsize=(6, 4)).tobytes() != picture.tobytes()

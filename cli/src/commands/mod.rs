@@ -22,6 +22,7 @@ mod synthesize;
 mod targets;
 mod verify;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -89,24 +90,32 @@ type Outcome = Result<(), Failure>;
 
 /// Runs the program.
 pub fn run() -> ExitCode {
-    let arguments = Arguments::parse();
+    ExitCode::from(run_with(std::env::args_os()))
+}
+
+/// Runs the program with arguments, the first of which is its name, and returns the exit status.
+///
+/// Help texts and usage errors end the process.
+pub fn run_with(arguments: impl IntoIterator<Item = OsString>) -> u8 {
+    let arguments = Arguments::parse_from(arguments);
     interrupt::remove_temporary_files_on_signal();
-    tracing_subscriber::fmt()
+    // The process may have a subscriber already.
+    let _ = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_max_level(tracing::Level::WARN)
         .with_target(false)
         .without_time()
-        .init();
+        .try_init();
     let outcome = dispatch(&arguments.command);
     interrupt::wait_for_signal_handler();
     let (status, message) = match outcome {
-        Ok(()) => return ExitCode::SUCCESS,
+        Ok(()) => return 0,
         Err(Failure::Usage(message)) => (2, message),
         Err(Failure::Failed(error)) => (1, error.to_string()),
         Err(Failure::Unhealthy(message)) => (1, message),
     };
     output::print_error(&message);
-    ExitCode::from(status)
+    status
 }
 
 fn dispatch(command: &Command) -> Outcome {

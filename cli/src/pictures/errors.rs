@@ -9,7 +9,7 @@ use super::canvas::{
     BLUE, Canvas, DrawError, Drawn, Frame, INK, MUTED, Point, SHADE, SMALL, Side, TEXT, TITLE, draw_svg, fit,
     text_width,
 };
-use super::file::save;
+use super::file::{png_of_size, save};
 use super::rounding::Rounding;
 use crate::numbers::short_percent;
 
@@ -111,6 +111,14 @@ pub fn error_grid(first: f64, last: f64, tracked: &[f64]) -> Vec<f64> {
 /// [`Error::Unexpected`](posthoc_ema::Error::Unexpected) for an extension other than `.svg` and `.png`.
 pub fn draw_error_curve(path: &Path, curve: &ErrorCurve) -> Result<()> {
     save(path, draw(curve))
+}
+
+/// Draws the same picture in the middle of a white PNG of `size` pixels, as large as its proportions allow.
+///
+/// # Errors
+/// The reason if the picture cannot be drawn, or has no pixel or too many.
+pub fn error_curve_png(curve: &ErrorCurve, size: (u32, u32)) -> std::result::Result<Vec<u8>, String> {
+    png_of_size(draw(curve), size)
 }
 
 fn draw(curve: &ErrorCurve) -> std::result::Result<String, DrawError> {

@@ -1,4 +1,4 @@
-//! Files of pictures: SVG as drawn, or PNG at twice its size.
+//! Files of pictures: SVG as drawn, or PNG at twice its size; and PNG in memory at any size.
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
@@ -56,11 +56,35 @@ pub(super) fn save(path: &Path, drawn: std::result::Result<String, DrawError>) -
 
 /// Renders an SVG document as a PNG on white.
 fn png(svg: &str) -> std::result::Result<Vec<u8>, String> {
-    let tree = Tree::from_str(svg, &OPTIONS).map_err(|error| error.to_string())?;
+    let tree = parse(svg)?;
     let size = tree.size().to_int_size().scale_by(PNG_SCALE).ok_or("the picture is too large")?;
-    let mut pixels = Pixmap::new(size.width(), size.height()).ok_or("the picture is too large")?;
+    render(&tree, (size.width(), size.height()), Transform::from_scale(PNG_SCALE, PNG_SCALE))
+}
+
+/// Renders a picture in the middle of a white PNG of `size` pixels, as large as its proportions allow.
+pub(super) fn png_of_size(
+    drawn: std::result::Result<String, DrawError>,
+    size: (u32, u32),
+) -> std::result::Result<Vec<u8>, String> {
+    let tree = parse(&drawn.map_err(|error| error.to_string())?)?;
+    let (width, height) = (size.0 as f32, size.1 as f32);
+    let drawn = tree.size();
+    let scale = (width / drawn.width()).min(height / drawn.height());
+    let left = 0.5 * (width - scale * drawn.width());
+    let top = 0.5 * (height - scale * drawn.height());
+    render(&tree, size, Transform::from_row(scale, 0.0, 0.0, scale, left, top))
+}
+
+fn parse(svg: &str) -> std::result::Result<Tree, String> {
+    Tree::from_str(svg, &OPTIONS).map_err(|error| error.to_string())
+}
+
+fn render(tree: &Tree, size: (u32, u32), transform: Transform) -> std::result::Result<Vec<u8>, String> {
+    let pixels = Pixmap::new(size.0, size.1);
+    let mut pixels =
+        pixels.ok_or_else(|| format!("a picture of {} x {} pixels is empty or too large", size.0, size.1))?;
     pixels.fill(Color::WHITE);
-    resvg::render(&tree, Transform::from_scale(PNG_SCALE, PNG_SCALE), &mut pixels.as_mut());
+    resvg::render(tree, transform, &mut pixels.as_mut());
     pixels.encode_png().map_err(|error| error.to_string())
 }
 
@@ -76,6 +100,18 @@ static OPTIONS: LazyLock<usvg::Options<'static>> = LazyLock::new(|| {
 mod tests {
     use super::*;
     use crate::pictures::canvas::{INK, Side, TEXT, draw_svg};
+
+    #[test]
+    fn picture_fills_a_png_of_any_size_in_its_middle() {
+        let draw = || draw_svg(60.0, 20.0, |canvas| canvas.bar((0.0, 0.0), (60.0, 20.0), INK));
+        let pixels = Pixmap::decode_png(&png_of_size(draw(), (30, 30)).unwrap()).unwrap();
+        assert_eq!((pixels.width(), pixels.height()), (30, 30));
+        let red = |x, y| pixels.pixel(x, y).unwrap().red();
+        assert_eq!([red(15, 3), red(15, 27), red(1, 15), red(28, 15)], [255, 255, 34, 34]);
+        for size in [(0, 30), (u32::MAX, u32::MAX)] {
+            assert!(png_of_size(draw(), size).unwrap_err().contains("empty or too large"));
+        }
+    }
 
     /// Returns the dark pixels of a short text.
     fn ink(text: &str) -> Vec<bool> {

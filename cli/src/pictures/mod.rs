@@ -14,9 +14,9 @@ mod sweep;
 mod timeline;
 
 pub use bench::draw_measurements;
-pub use errors::{ErrorCurve, ErrorPoint, draw_error_curve, error_grid};
+pub use errors::{ErrorCurve, ErrorPoint, draw_error_curve, error_curve_png, error_grid};
 pub use file::Format;
 pub use profiles::{MAX_PANELS, ProfilePanel, Profiles, draw_profiles};
 pub use rounding::Rounding;
-pub use sweep::{SweepCurve, draw_sweep};
+pub use sweep::{SweepCurve, SweepPoint, draw_sweep, sweep_png};
 pub use timeline::{Timeline, TimelineRow, draw_timeline};

@@ -10,7 +10,7 @@ use super::axis::{Axis, below, beside};
 use super::canvas::{
     BLUE, Canvas, DrawError, Drawn, Frame, INK, MUTED, Point, RED, SMALL, Side, TEXT, TITLE, draw_svg, fit, text_width,
 };
-use super::file::save;
+use super::file::{png_of_size, save};
 use crate::numbers::{number, tick};
 
 const WIDTH: f64 = 520.0;
@@ -89,6 +89,14 @@ impl SweepPoint {
 /// [`Error::Unexpected`](posthoc_ema::Error::Unexpected) for an extension other than `.svg` and `.png`.
 pub fn draw_sweep(path: &Path, curve: &SweepCurve) -> Result<()> {
     save(path, draw(curve))
+}
+
+/// Draws the same picture in the middle of a white PNG of `size` pixels, as large as its proportions allow.
+///
+/// # Errors
+/// The reason if the picture cannot be drawn, or has no pixel or too many.
+pub fn sweep_png(curve: &SweepCurve, size: (u32, u32)) -> std::result::Result<Vec<u8>, String> {
+    png_of_size(draw(curve), size)
 }
 
 fn draw(curve: &SweepCurve) -> std::result::Result<String, DrawError> {
