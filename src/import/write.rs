@@ -54,24 +54,36 @@ fn read(plan: &ImportPlan, snapshot: &PlannedSnapshot, progress: &(dyn Fn(u64) +
         let why = "the file was changed while it was imported: import again when it is whole";
         return Err(Error::unexpected(path, why));
     }
-    let read_one = |(spec, key): (&TensorSpec, &String)| {
-        let bytes = checkpoint.read(key)?;
-        progress(bytes.len() as u64);
-        if tensors.counters.contains(&spec.name) {
-            let count = match Count::parse(&bytes, spec.dtype) {
-                Some(Count::Known(count)) => count,
-                Some(Count::Overflown) | None => snapshot.id.step as i64,
-            };
-            return Ok(count.to_le_bytes().to_vec());
-        }
-        if !tensors.copied.contains(&spec.name) {
-            check_finite(path, spec, &bytes)?;
-        }
-        Ok(bytes)
-    };
+    let each = tensors.specs.par_iter().zip(&tensors.keys);
     // Collected before errors are looked for, so that the first one does not depend on the threads.
-    let read: Vec<Result<Vec<u8>>> = tensors.specs.par_iter().zip(&tensors.keys).map(read_one).collect();
+    let read: Vec<Result<Vec<u8>>> = each
+        .map(|(spec, key)| {
+            let bytes = checkpoint.read(key)?;
+            progress(bytes.len() as u64);
+            stored_bytes(tensors, snapshot, spec, bytes)
+        })
+        .collect();
     read.into_iter().collect()
+}
+
+/// Converts the elements of a tensor as read to those that the snapshot stores, and checks that averages are finite.
+fn stored_bytes(
+    tensors: &ImportTensors,
+    snapshot: &PlannedSnapshot,
+    spec: &TensorSpec,
+    bytes: Vec<u8>,
+) -> Result<Vec<u8>> {
+    if tensors.counters.contains(&spec.name) {
+        let count = match Count::parse(&bytes, spec.dtype) {
+            Some(Count::Known(count)) => count,
+            Some(Count::Overflown) | None => snapshot.id.step as i64,
+        };
+        return Ok(count.to_le_bytes().to_vec());
+    }
+    if !tensors.copied.contains(&spec.name) {
+        check_finite(&snapshot.file.path, spec, &bytes)?;
+    }
+    Ok(bytes)
 }
 
 /// Returns true if a file still holds a tensor as it was when the import was planned.

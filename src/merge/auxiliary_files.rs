@@ -160,9 +160,11 @@ fn with_dtype(bytes: &[u8], dtype: Dtype) -> Vec<u8> {
     let mut written = Vec::with_capacity(bytes.len());
     let mut copied = 0;
     for pair in json::strings(bytes).windows(2) {
-        let (key, value) = (&pair[0], &pair[1]);
-        let key_is = |name: &&str| bytes[key.clone()] == *format!("\"{name}\"").as_bytes();
-        if DTYPE_KEYS.iter().any(key_is) && bytes[key.end..value.start].trim_ascii() == b":" {
+        let [key, value] = pair else { continue };
+        // The ranges include the quotes.
+        let key_name = &bytes[key.start + 1..key.end - 1];
+        let is_dtype = DTYPE_KEYS.iter().any(|name| name.as_bytes() == key_name);
+        if is_dtype && bytes[key.end..value.start].trim_ascii() == b":" {
             written.extend_from_slice(&bytes[copied..value.start]);
             written.extend(format!("\"{}\"", torch_name(dtype)).into_bytes());
             copied = value.end;

@@ -112,8 +112,8 @@ fn single_checkpoint(only: &FoundCheckpoint) -> Error {
 
 fn find_one(path: &Path) -> Result<FoundCheckpoint> {
     if path.is_dir() {
-        let none = || Error::unexpected(path, "no weights are in this folder: name one that holds a checkpoint");
-        return find_in_folder(path)?.ok_or_else(none);
+        return find_in_folder(path)?
+            .ok_or_else(|| Error::unexpected(path, "no weights are in this folder: name one that holds a checkpoint"));
     }
     fs::metadata(path).map_err(Error::io("read", path))?;
     if is_index(path) {

@@ -82,13 +82,12 @@ impl WeightFile {
     pub(super) fn specs(&self) -> Vec<TensorSpec> {
         match self {
             WeightFile::Mapped(file) => {
-                let tensors = file.tensors().iter();
-                let spec = |(name, tensor): (&str, &crate::snapshot::StoredTensor)| TensorSpec {
-                    name: name.to_owned(),
-                    dtype: tensor.dtype,
-                    shape: tensor.shape.clone(),
-                };
-                tensors.map(spec).collect()
+                let mut specs = Vec::new();
+                for (name, tensor) in file.tensors().iter() {
+                    let shape = tensor.shape.clone();
+                    specs.push(TensorSpec { name: name.to_owned(), dtype: tensor.dtype, shape });
+                }
+                specs
             }
             #[cfg(feature = "pytorch")]
             WeightFile::Torch(contents) => contents.specs.clone(),

@@ -155,16 +155,13 @@ fn write_in_one_pass(
     // Dropped after an error, the inner directories are removed first.
     created.reverse();
     let sources = checkpoints.source_set();
-    let shards = match folders.is_empty() {
-        true => Shards::single(&sources, options.dtype)?,
-        false => Shards::new(&sources, options.dtype, tensors_by_file(&sources, newest))?,
-    };
-    let files: Vec<Vec<OutputFile>> = match folders.is_empty() {
-        true => outputs.iter().map(|output| vec![single_file(newest, output)]).collect(),
-        false => {
-            let each = outputs.iter().zip(&folders);
-            each.map(|(output, folder)| files_in_folder(newest, output, folder.path())).collect()
-        }
+    let (shards, files): (Shards, Vec<Vec<OutputFile>>) = if folders.is_empty() {
+        let files = outputs.iter().map(|output| vec![single_file(newest, output)]).collect();
+        (Shards::single(&sources, options.dtype)?, files)
+    } else {
+        let dirs = folders.iter().map(AtomicFolder::path);
+        let files = outputs.iter().zip(dirs).map(|(output, dir)| files_in_folder(newest, output, dir)).collect();
+        (Shards::new(&sources, options.dtype, tensors_by_file(&sources, newest))?, files)
     };
     let rows: Vec<&MergeRow> = outputs.iter().map(|output| &output.row).collect();
     let scratch = files[0][0].path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));

@@ -91,7 +91,9 @@ fn ramp_average_is_exact_unlike_the_tool_s() {
 
 /// Runs the tools' loops in f64 on `sin(t/100 + i)`; returns the average of parameter `i` at each call.
 fn loops(gamma: f64, first: u64, every: u64, corrected: bool, calls: u64, i: usize) -> Vec<f64> {
-    let (mut average, mut counted, mut averages) = (0.0, 0, vec![0.0]);
+    let mut average = 0.0;
+    let mut counted = 0;
+    let mut averages = vec![0.0];
     for call in 1..=calls {
         let value = (call as f64 / 100.0 + i as f64).sin();
         if call >= first {
@@ -166,7 +168,8 @@ fn wrong_options_give_other_chains() {
     let corrected = expected("corrected");
     assert_ne!(own, corrected);
     let gamma = Profile::sigma_rel(0.05).unwrap().as_gamma().unwrap();
-    let (with, without) = (loops(gamma, 1, 10, true, 820, 0), loops(gamma, 1, 10, false, 820, 0));
+    let with = loops(gamma, 1, 10, true, 820, 0);
+    let without = loops(gamma, 1, 10, false, 820, 0);
     assert!((with[820] - without[820]).abs() > 0.1);
     assert!((loops(gamma, 1, 20, false, 820, 0)[820] - without[820]).abs() > 0.01);
 }

@@ -116,7 +116,8 @@ fn tuple(values: &[usize]) -> Vec<u8> {
 
 /// Returns an archive of stored entries without checksums, as `compute_crc32=False` writes it.
 fn zip(files: &[(String, Vec<u8>)]) -> Vec<u8> {
-    let (mut out, mut directory) = (Vec::new(), Vec::new());
+    let mut out = Vec::new();
+    let mut directory = Vec::new();
     let common = |name: &str, length: usize| {
         let length = (length as u32).to_le_bytes();
         // Version, flags, method, time, date, checksum; then both lengths and those of the name and of extra fields.
@@ -135,7 +136,8 @@ fn zip(files: &[(String, Vec<u8>)]) -> Vec<u8> {
         directory.extend([b"PK\x01\x02\x14\x00", &entry[..], &[0; 10], &place, name.as_bytes()].concat());
         out.extend([b"PK\x03\x04", &entry[..], name.as_bytes(), bytes].concat());
     }
-    let (count, start) = ((files.len() as u16).to_le_bytes(), (out.len() as u32).to_le_bytes());
+    let count = (files.len() as u16).to_le_bytes();
+    let start = (out.len() as u32).to_le_bytes();
     let length = (directory.len() as u32).to_le_bytes();
     [&out[..], &directory, b"PK\x05\x06\0\0\0\0", &count, &count, &length, &start, &[0, 0]].concat()
 }

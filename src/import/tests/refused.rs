@@ -253,7 +253,8 @@ fn checkpoints_of_different_models_are_refused() {
 #[test]
 fn unusable_sources_and_targets_are_refused() {
     let temp = tempfile::tempdir().unwrap();
-    let (empty, file) = (temp.path().join("empty"), temp.path().join("file"));
+    let empty = temp.path().join("empty");
+    let file = temp.path().join("file");
     fs::create_dir(&empty).unwrap();
     fs::write(&file, "").unwrap();
     let (_other, run, _) = imported(&usual(Tool::EmaPytorch), &fixture("ema"));

@@ -96,7 +96,8 @@ fn dtype_is_in_the_configuration_and_a_file_is_written_if_named() {
     (1..).zip(&folders).for_each(|(step, dir)| folder(dir, step));
     let checkpoints = Checkpoints::open(&folders, None).unwrap();
     let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
-    let (dir, file) = (temp.path().join("average"), temp.path().join("average.safetensors"));
+    let dir = temp.path().join("average");
+    let file = temp.path().join("average.safetensors");
     let options = WriteOptions { dtype: Some(Dtype::BF16), ..WriteOptions::default() };
     checkpoints.write(&[(&merge, &dir), (&merge, &file)], &options).unwrap();
     let config: Value = serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
@@ -277,8 +278,8 @@ fn folder_of_checkpoints_may_hold_shards_and_links() {
     let run = temp.path().join("run");
     fs::create_dir(&run).unwrap();
     for step in [100u64, 200] {
-        let (first, second) =
-            (format!("step{step}-00001-of-00002.safetensors"), format!("step{step}-00002-of-00002.safetensors"));
+        let first = format!("step{step}-00001-of-00002.safetensors");
+        let second = format!("step{step}-00002-of-00002.safetensors");
         let tensors = model(step);
         save(&run.join(&first), &tensors[..4], &[]);
         save(&run.join(&second), &tensors[4..], &[]);

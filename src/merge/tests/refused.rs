@@ -16,7 +16,8 @@ fn checkpoints_of_other_models_are_refused_with_the_difference() {
         save(&paths[3], &tensors, &[]);
         error(&paths, None)
     };
-    let (own, other) = ("step_300.safetensors", "step_40.safetensors");
+    let own = "step_300.safetensors";
+    let other = "step_40.safetensors";
     for (text, part) in [
         (changed(&|model| model[0].1.shape = vec![5, 3]), "the shape of tensor `a.weight` is [5, 3], but [3, 5] in"),
         (changed(&|model| model[1].1.dtype = Dtype::BF16), "the dtype of tensor `b.half` is BF16, but F16 in"),
@@ -39,8 +40,9 @@ fn missing_and_repeated_steps_are_refused_with_the_option() {
         fs::copy(&paths[0], &path).unwrap();
         path
     };
-    let (unnamed, zero, twice) =
-        (copy("last.safetensors"), copy("step_0.safetensors"), copy("other-step100.safetensors"));
+    let unnamed = copy("last.safetensors");
+    let zero = copy("step_0.safetensors");
+    let twice = copy("other-step100.safetensors");
     assert_eq!(error(&paths, Some(&[1, 2])), "option steps: 2 are given for 5 checkpoints: give one for each");
     for (path, part) in [
         (unnamed, "no step can be read from its name as from the others', nor from metadata"),
