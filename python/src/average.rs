@@ -10,7 +10,7 @@ use crate::errors::{argument, to_python};
 use crate::jobs;
 use crate::json::to_json;
 use crate::lend::{Layout, output_views};
-use crate::plans::{at, profiles};
+use crate::plans::{at, parse_profiles};
 use crate::process;
 
 /// Checkpoints of one model, opened and checked against each other.
@@ -20,7 +20,7 @@ pub struct Checkpoints(posthoc_ema::Checkpoints);
 impl Checkpoints {
     fn merges(&self, py: Python<'_>, targets: &[String], step: Option<u64>) -> PyResult<Vec<Merge>> {
         process::check()?;
-        let targets = profiles(targets)?;
+        let targets = parse_profiles(targets)?;
         py.detach(|| self.0.plans(&targets, at(step))).map_err(to_python)
     }
 }

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 
 use crate::errors::{argument, to_python};
 use crate::jobs;
-use crate::plans::profiles;
+use crate::plans::parse_profiles;
 
 /// Number of snapshots, their steps, bytes written, and warnings of an import.
 type Report = (usize, Vec<u64>, u64, Vec<String>);
@@ -27,7 +27,7 @@ pub fn import_run(
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Report> {
     let tool: Tool = tool.parse().map_err(|why| argument(format!("cannot import from `{tool}`: {why}")))?;
-    let mut import = Import::new(tool, profiles(&tracked)?, update_every);
+    let mut import = Import::new(tool, parse_profiles(&tracked)?, update_every);
     import.update_after_step = update_after_step;
     import.step_size_correction = step_size_correction;
     let imported = jobs::run(py, progress, |progress| import.write(&source, &run, progress).map_err(to_python))?;

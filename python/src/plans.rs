@@ -9,13 +9,13 @@ use crate::errors::{argument, to_python};
 use crate::json::{from_json, to_json};
 
 /// Parses a profile's JSON.
-pub fn profile(json: &str) -> PyResult<Profile> {
+pub fn parse_profile(json: &str) -> PyResult<Profile> {
     from_json(json)
 }
 
 /// Parses the JSON of several profiles.
-pub fn profiles(jsons: &[String]) -> PyResult<Vec<Profile>> {
-    jsons.iter().map(|json| profile(json)).collect()
+pub fn parse_profiles(jsons: &[String]) -> PyResult<Vec<Profile>> {
+    jsons.iter().map(|json| parse_profile(json)).collect()
 }
 
 /// Returns the time of a step, or the newest time for no step.
@@ -40,7 +40,7 @@ pub fn cuda_devices() -> (usize, Option<String>) {
 /// Checks a profile's JSON; returns it with all fields, and the profile's name for messages.
 #[pyfunction]
 pub fn check_profile(json: &str) -> PyResult<(String, String)> {
-    let profile = profile(json)?;
+    let profile = parse_profile(json)?;
     Ok((to_json(&profile)?, profile.to_string()))
 }
 
@@ -64,13 +64,13 @@ pub fn track(kind: &str, value: f64) -> PyResult<String> {
 /// Returns the relative standard deviation of a power-function profile, or None for other profiles.
 #[pyfunction]
 pub fn as_sigma_rel(json: &str) -> PyResult<Option<f64>> {
-    Ok(profile(json)?.as_sigma_rel())
+    Ok(parse_profile(json)?.as_sigma_rel())
 }
 
 /// Returns `F_T(tau)`, the share of the average at time `at` that belongs to updates up to each of `times`.
 #[pyfunction]
 pub fn cumulative(json: &str, times: Vec<f64>, at: f64) -> PyResult<Vec<f64>> {
-    let profile = profile(json)?;
+    let profile = parse_profile(json)?;
     profile.check_at(at).map_err(to_python)?;
     Ok(times.into_iter().map(|time| profile.cumulative(time, at)).collect())
 }
@@ -105,7 +105,7 @@ pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: O
     } = training;
     let schedule = Schedule { update_every, update_after_step, checkpoint_every };
     let forecast = Forecast { schedule, steps, keep: max_checkpoints, retention, tracked };
-    let targets = profiles(&targets)?;
+    let targets = parse_profiles(&targets)?;
     let plans = py.detach(|| forecast.plans(&targets, at(at_step))).map_err(to_python)?;
     to_json(&plans)
 }

@@ -11,7 +11,7 @@ use crate::errors::{argument, to_python};
 use crate::jobs;
 use crate::json::to_json;
 use crate::lend::{Layout, Lent, output_views};
-use crate::plans::{at, parse_noise, profiles};
+use crate::plans::{at, parse_noise, parse_profiles};
 use crate::process;
 use crate::saved_weights::SavedWeights;
 
@@ -22,7 +22,7 @@ pub struct Run(posthoc_ema::Run);
 impl Run {
     fn solve(&self, py: Python<'_>, targets: &[String], step: Option<u64>, noise: &str) -> PyResult<Vec<Plan>> {
         process::check()?;
-        let targets = profiles(targets)?;
+        let targets = parse_profiles(targets)?;
         let noise = parse_noise(noise)?;
         py.detach(|| self.0.plans_with(&targets, at(step), noise)).map_err(to_python)
     }

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 
 use crate::errors::to_python;
 use crate::json::to_json;
-use crate::plans::{profile, profiles};
+use crate::plans::{parse_profile, parse_profiles};
 
 /// A search, with the record of its trials.
 #[pyclass(frozen, module = "posthoc_ema._native")]
@@ -43,13 +43,14 @@ impl Sweep {
         noise: String,
     ) -> PyResult<Sweep> {
         let goal = if minimize { Goal::Minimize } else { Goal::Maximize };
-        let mut search = sweep::Sweep::new(&profiles(&targets)?, goal, refine).map_err(to_python)?;
+        let mut search = sweep::Sweep::new(&parse_profiles(&targets)?, goal, refine).map_err(to_python)?;
         let key = SweepKey { run, at, evaluation, goal, dtype: None, noise };
-        let record = directory.map(|directory| Record::open(&directory, key)).transpose().map_err(to_python)?;
-        let record = record.map(|(record, trials)| {
+        let mut record = None;
+        if let Some(directory) = directory {
+            let (opened, trials) = Record::open(&directory, key).map_err(to_python)?;
             search.restore(trials);
-            record
-        });
+            record = Some(opened);
+        }
         Ok(Sweep(Mutex::new(RecordedSearch { search, record })))
     }
 
@@ -77,7 +78,7 @@ impl Sweep {
         let metrics =
             TrialMetrics { relative_error: Some(relative_error), noise_gain: Some(noise_gain), seconds: Some(seconds) };
         let mut state = self.lock();
-        state.search.record(profile(target)?, outcome, metrics);
+        state.search.record(parse_profile(target)?, outcome, metrics);
         let save = || state.record.as_ref().map_or(Ok(()), |record| record.save(&state.search));
         py.detach(save).map_err(to_python)
     }
@@ -114,6 +115,6 @@ impl Sweep {
 /// Returns the name of a profile's length and its value; None for a table.
 #[pyfunction]
 pub fn profile_length(json: &str) -> PyResult<Option<(String, f64)>> {
-    let length = profile(json)?.family();
+    let length = parse_profile(json)?.family();
     Ok(length.map(|(family, length)| (family.length_name().to_owned(), length)))
 }

@@ -16,7 +16,7 @@ use crate::errors::{argument, to_python};
 use crate::jobs;
 use crate::json::{from_json, to_json};
 use crate::lend::{Layout, Lent, output_views};
-use crate::plans::{profile, profiles};
+use crate::plans::{parse_profile, parse_profiles};
 use crate::process;
 use crate::saved_weights::SavedWeights;
 
@@ -214,7 +214,7 @@ impl Tracker {
 
     /// Solves targets at the newest update.
     fn plans(&self, py: Python<'_>, targets: Vec<String>) -> PyResult<String> {
-        let targets = profiles(&targets)?;
+        let targets = parse_profiles(&targets)?;
         to_json(&self.with(py, |tracker| tracker.plans(&targets))?)
     }
 
@@ -227,7 +227,7 @@ impl Tracker {
         addresses: Vec<Vec<u64>>,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<String> {
-        let targets = profiles(&targets)?;
+        let targets = parse_profiles(&targets)?;
         let views = output_views(layout, addresses)?;
         let load = move |progress: jobs::Progress<'_>| {
             with_open(&mut self.lock(), |tracker| tracker.load_into(&targets, views, progress))
@@ -251,7 +251,7 @@ impl Tracker {
         addresses: Vec<u64>,
         stream: usize,
     ) -> PyResult<()> {
-        let target = profile(target)?;
+        let target = parse_profile(target)?;
         let mut lent = Lent::new(layout, addresses, stream)?;
         self.with(py, |tracker| originals.fill(|| tracker.swap_in(target, &mut lent).map(SwapGuard::into_originals)))
     }
@@ -265,7 +265,7 @@ impl Tracker {
         addresses: Vec<u64>,
         stream: usize,
     ) -> PyResult<()> {
-        let target = profile(target)?;
+        let target = parse_profile(target)?;
         let mut lent = Lent::new(layout, addresses, stream)?;
         self.with(py, |tracker| tracker.switch_to(target, &mut lent))
     }

@@ -68,19 +68,22 @@ struct Weights<'a> {
 fn compare(sigma_rel: f64, plan: &Plan, weights: &Weights<'_>, bounds: &[f64]) -> Agreement {
     let differences = || zip(weights.synthesized, weights.direct).map(|(&a, &b)| f64::from(a) - f64::from(b));
     let distances = zip(weights.last, weights.direct).map(|(&a, &b)| f64::from(a) - f64::from(b));
-    let share = |(difference, bound): (f64, &f64)| {
-        let share = difference.abs() / bound.max(f64::MIN_POSITIVE);
-        // `f64::max` would ignore NaN.
-        if share.is_nan() { f64::INFINITY } else { share }
-    };
     Agreement {
         sigma_rel,
         predicted_error: plan.relative_error,
         distance: root_mean_square(distances),
         difference: root_mean_square(differences()),
         allowed: root_mean_square(bounds.iter().copied()),
-        worst: zip(differences(), bounds).map(share).fold(0.0, f64::max),
+        worst: zip(differences(), bounds)
+            .map(|(difference, &bound)| share_of_bound(difference, bound))
+            .fold(0.0, f64::max),
     }
+}
+
+/// Returns the share that a difference has of its bound, and infinity for NaN, which `f64::max` would ignore.
+fn share_of_bound(difference: f64, bound: f64) -> f64 {
+    let share = difference.abs() / bound.max(f64::MIN_POSITIVE);
+    if share.is_nan() { f64::INFINITY } else { share }
 }
 
 /// Returns the bound for each weight: the profile's error, and the rounding of snapshots and results to f32.
@@ -88,8 +91,9 @@ fn bounds(plan: &Plan, trajectory: &Trajectory) -> Vec<f64> {
     let profile_error = plan.relative_error * target_norm(plan, &trajectory.times);
     let roundings = 2.0 + plan.weights.iter().map(|weight| weight.weight.abs()).sum::<f64>();
     let rounding = 0.5 * f64::from(f32::EPSILON) * roundings;
-    let bound = |(norm, largest): (f64, f64)| profile_error * norm + rounding * largest;
-    zip(trajectory.norms(), trajectory.largest()).map(bound).collect()
+    zip(trajectory.norms(), trajectory.largest())
+        .map(|(norm, largest)| profile_error * norm + rounding * largest)
+        .collect()
 }
 
 /// Returns `||r||`; the factor `r_k` is the mass of the target's profile since the update before.

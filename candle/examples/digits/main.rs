@@ -21,7 +21,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use candle_nn::VarMap;
 use clap::Parser;
-use posthoc_ema::{At, Output, Plan, Profile, Run, WriteOptions};
+use posthoc_ema::{At, Output, Profile, Run, WriteOptions};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
@@ -138,8 +138,11 @@ fn synthesize(run: &Run, folder: &Folder) -> Result<Vec<Average>> {
     let profiles = lengths.iter().map(|&sigma_rel| Profile::sigma_rel(sigma_rel)).collect::<Result<Vec<_>, _>>()?;
     let start = Instant::now();
     let plans = run.plans(&profiles, At::Latest)?;
-    let average = |(&sigma_rel, plan): (&f64, &Plan)| Average::new(sigma_rel, plan, folder.average(sigma_rel));
-    let averages: Vec<Average> = lengths.iter().zip(&plans).map(average).collect();
+    let averages: Vec<Average> = lengths
+        .iter()
+        .zip(&plans)
+        .map(|(&sigma_rel, plan)| Average::new(sigma_rel, plan, folder.average(sigma_rel)))
+        .collect();
     let outputs: Vec<Output<'_>> =
         plans.iter().zip(&averages).map(|(plan, average)| Output { plan, path: &average.path }).collect();
     run.write_all(&outputs, &WriteOptions::default())?;
