@@ -47,7 +47,7 @@ pub struct ForecastArgs {
 }
 
 impl ForecastArgs {
-    /// Returns the forecast of a training of so many steps.
+    /// Returns the forecast of a training of `steps` steps.
     pub fn forecast(&self, steps: u64) -> Result<Forecast, Failure> {
         let tracked = profiles(&self.track, Profile::sigma_rel).chain(profiles(&self.track_beta, Profile::beta));
         let mut tracked: Vec<Profile> = tracked.collect::<Result<_, _>>()?;

@@ -31,7 +31,7 @@ pub struct Arguments {
     /// Write each target to a file of its own in this directory, which is made if it is missing
     #[arg(long, value_name = "DIR")]
     out_dir: Option<PathBuf>,
-    /// Read every snapshot that is blended once more beforehand, and compare its checksum
+    /// Read every snapshot that is blended and compare its checksum before the synthesis
     #[arg(long, conflicts_with = "skip_damaged")]
     verify: bool,
     #[command(flatten)]

@@ -101,10 +101,10 @@ pub fn error_grid(first: f64, last: f64, tracked: &[f64]) -> Vec<f64> {
 
 /// Draws the reconstruction error over sigma_rel into a file, `.svg` or `.png`, which appears whole or not at all.
 ///
-/// The axis of the errors is logarithmic. The tracked profiles are marked, and the worst length between them has a label.
-/// The noise floor is shaded: everything below the noise gain times the rounding of the snapshots, relative to the
-/// weights. The curve is relative to the profile, and an average moves by as much as the weights move. Plans of a run
-/// predict both errors in one unit.
+/// The axis of the errors is logarithmic. The tracked profiles are marked, and the worst length between them has a
+/// label. The noise floor is shaded: everything below the noise gain times the rounding of the snapshots, relative to
+/// the weights. The curve is relative to the profile, and an average moves by as much as the weights move. Plans of a
+/// run predict both errors in one unit.
 ///
 /// # Errors
 /// [`Error::Io`](posthoc_ema::Error::Io) if the file cannot be written,

@@ -1,7 +1,7 @@
 //! Pictures as SVG or PNG files.
 //!
-//! They are drawn for a column of a paper: few lines, letters that stay legible at two thirds of their size, and colours
-//! that differ in grey.
+//! They are drawn for a column of a paper: few lines, letters that stay legible at two thirds of their size, and
+//! colours that differ in grey.
 
 mod axis;
 mod bench;

@@ -1,4 +1,4 @@
-//! The measurements of a device: which there are, and that their answers are checked. Times on the stand-in mean nothing.
+//! Measurements of a device: their list and the checks of their answers. Times on the stand-in driver mean nothing.
 
 use std::process::{Command, Output};
 
@@ -7,22 +7,22 @@ use posthoc_ema_cli::bench::{self, Measurement, Measurements, Options, Work};
 
 use crate::driver::{Driver, driver};
 
-/// Small, of sizes that nothing divides, with more snapshots than one launch takes.
+/// Returns small sizes without common divisors, with more snapshots than one launch takes.
 fn small() -> Options {
     Options { parameters: Some(20_011), tensors: 37, snapshots: 66, targets: 9, repeats: 2, device: Device::Cuda(0) }
 }
 
-fn of(rows: &[Measurement], work: Work) -> Vec<&str> {
+fn names(rows: &[Measurement], work: Work) -> Vec<&str> {
     rows.iter().filter(|row| row.work == work).map(|row| row.name.as_str()).collect()
 }
 
 #[test]
-fn bench_measures_a_device_beside_its_copy_and_its_bus() {
+fn bench_measures_a_device_beside_copy_and_bus_limits() {
     driver();
     let Measurements { devices, rows, without_cuda } = bench::run(&small(), &mut |_| {}).unwrap();
     assert_eq!((devices.len(), without_cuda), (1, None));
     assert_eq!((devices[0].device.as_str(), devices[0].parameters), ("cuda:0", 20_011));
-    let limits = of(&rows, Work::Limit);
+    let limits = names(&rows, Work::Limit);
     assert_eq!(
         limits,
         [
@@ -35,9 +35,9 @@ fn bench_measures_a_device_beside_its_copy_and_its_bus() {
             "pageable device to host",
         ]
     );
-    assert_eq!((of(&rows, Work::Update).len(), of(&rows, Work::Blend).len()), (8, 6));
+    assert_eq!((names(&rows, Work::Update).len(), names(&rows, Work::Blend).len()), (8, 6));
     assert_eq!(
-        of(&rows, Work::Offload),
+        names(&rows, Work::Offload),
         [
             "f32 parameters in 37 tensors to the host",
             "bf16 parameters in 37 tensors to the host",
@@ -51,17 +51,17 @@ fn bench_measures_a_device_beside_its_copy_and_its_bus() {
         assert!(row.limit.iter().all(|limit| limits.contains(&limit.as_str())), "{row:?}");
     }
     let named = |name: &str| rows.iter().find(|row| row.name == name).unwrap();
-    // A parameter read, and two averages of 6 bytes read and written; 66 snapshots read, 9 results written.
+    // Reads a parameter, and reads and writes two averages of 6 bytes. Reads 66 snapshots and writes 9 results.
     assert_eq!(named("bf16, compensated, 37 tensors").bytes, 20_011 * (2 + 2 * 2 * 6));
     assert_eq!(named("66 f16 snapshots to 9 targets").bytes, 20_011 * 2 * (66 + 9));
     assert_eq!(named("bf16 parameters in 37 tensors to the host").bytes, 20_011 * 2);
-    // Both directions count, and the tensors lie at 512 bytes.
+    // Bytes read and written count, and tensors are aligned to 512 bytes.
     let copied = (0..37u64).map(|i| (20_011 / 37 + u64::from(i < 20_011 % 37)).next_multiple_of(128)).sum::<u64>();
     assert_eq!(named("copy within the device").bytes, 2 * 4 * copied);
 }
 
 #[test]
-fn bench_goes_on_with_one_of_everything() {
+fn bench_measures_each_case_once_for_sizes_of_one() {
     driver();
     let one = Options { parameters: Some(1), tensors: 1, snapshots: 1, targets: 1, repeats: 1, ..small() };
     let rows = bench::run(&one, &mut |_| {}).unwrap().rows;
@@ -73,7 +73,7 @@ fn bench_goes_on_with_one_of_everything() {
 }
 
 #[test]
-fn bench_refuses_what_does_not_fit_and_devices_that_are_not_there() {
+fn bench_refuses_too_large_models_and_missing_devices() {
     driver();
     let large = Options { parameters: Some(1 << 50), ..small() };
     let error = bench::run(&large, &mut |_| {}).unwrap_err();
@@ -84,7 +84,7 @@ fn bench_refuses_what_does_not_fit_and_devices_that_are_not_there() {
     assert!(text.contains("cuda:999") && text.contains("choose cpu"), "{text}");
 }
 
-/// The program, on the stand-in.
+/// Runs the program on the stand-in driver, unless the tests use a real one.
 fn program(arguments: &[&str], memory: &str) -> Option<Output> {
     let Driver::StandIn(_) = driver() else { return None };
     let library = crate::driver::standin();
@@ -94,7 +94,7 @@ fn program(arguments: &[&str], memory: &str) -> Option<Output> {
 }
 
 #[test]
-fn the_program_measures_and_draws_a_device() {
+fn program_measures_and_draws_a_device() {
     let temp = tempfile::tempdir().unwrap();
     let plot = temp.path().join("plot.svg");
     let arguments = ["bench", "--device", "cuda:0", "--parameters", "5000", "--tensors", "30", "--repeats", "1"];
@@ -113,7 +113,7 @@ fn the_program_measures_and_draws_a_device() {
 }
 
 #[test]
-fn a_small_device_is_measured_with_what_fits() {
+fn small_device_is_measured_with_fewer_parameters() {
     let arguments = ["bench", "--device", "cuda:0", "--tensors", "30", "--repeats", "1", "--json"];
     let Some(output) = program(&arguments, "6000000") else { return };
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

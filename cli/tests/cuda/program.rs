@@ -1,4 +1,4 @@
-//! The program: with a driver, and without one.
+//! The program with and without a driver.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -18,7 +18,7 @@ fn train(dir: &Path) {
     ema.finish().unwrap();
 }
 
-/// Runs the program with the stand-in in the loader's path, or with nothing there.
+/// Runs the program, with the stand-in driver in the loader's path or without any driver.
 fn run(arguments: &[&str], with_driver: bool, variables: &[(&str, &str)]) -> Output {
     let mut program = Command::new(env!("CARGO_BIN_EXE_posthoc-ema"));
     program.args(arguments).env_remove("LD_LIBRARY_PATH").envs(variables.iter().copied());
@@ -54,21 +54,23 @@ fn synthesize_writes_the_same_file_on_every_device() {
     }
     assert!(std::fs::read(out("cuda:1")).unwrap() == std::fs::read(out("cpu")).unwrap());
 
-    // Without a driver the program starts, says so, and does the work.
+    // Without a driver, `auto` reports the reason and blends on the CPU.
     let output = run(&["synthesize", dir, "--sigma-rel", "0.15", "-o", &out("auto")], false, &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert!(text(&output.stdout).contains("blended on cpu: there is no NVIDIA driver"), "{}", text(&output.stdout));
+    let printed = text(&output.stdout);
+    assert!(printed.contains("blended on cpu: ") && printed.contains("NVIDIA driver"), "{printed}");
     assert!(std::fs::read(out("auto")).unwrap() == std::fs::read(out("cpu")).unwrap());
     let output = synthesize("cuda:0", false);
     assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output.stderr).contains("cuda:0: cannot use the device: there is no NVIDIA driver"));
+    let error = text(&output.stderr);
+    assert!(error.contains("cuda:0: cannot use the device: ") && error.contains("NVIDIA driver"), "{error}");
     assert!(!Path::new(&out("cuda:0")).exists());
 
-    // And with one that fails.
+    // A driver that fails.
     let variables = [("STANDIN_FAIL_LAUNCH", "1")];
     let output =
         run(&["synthesize", dir, "--sigma-rel", "0.15", "-o", &out("x"), "--device", "cuda"], true, &variables);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("error: cuda:0: cannot"), "{}", text(&output.stderr));
-    assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 4, "no file of a synthesis that failed");
+    assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 4, "a failed synthesis leaves no file");
 }

@@ -1,4 +1,4 @@
-//! `posthoc-ema average`, through the binary.
+//! `posthoc-ema average`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 const STEPS: [u64; 6] = [500, 1000, 1500, 2000, 2500, 3000];
 
-/// The weights of a model at a step of its training: no two alike.
+/// Returns the weights of a tensor at a step of the training, all different.
 fn weights(step: u64, tensor: usize) -> Vec<f32> {
     (0..300).map(|i| (step as f32 * 0.01 + (tensor * 300 + i) as f32).sin()).collect()
 }
@@ -23,7 +23,7 @@ fn save(path: &Path, step: u64, tensors: &[usize]) {
     fs::write(path, safetensors::serialize(views, Some(metadata)).unwrap()).unwrap();
 }
 
-/// A training's folder with a checkpoint in two shards for each step; returns its name.
+/// Writes a folder with a checkpoint in two shards for each step, and returns its path.
 fn training(dir: &Path) -> String {
     let shard = |i: usize| format!("model-0000{i}-of-00002.safetensors");
     for step in STEPS {
@@ -41,7 +41,7 @@ fn training(dir: &Path) -> String {
     dir.join("run").to_str().unwrap().to_owned()
 }
 
-/// All tensors of a model in shards.
+/// Loads all tensors of a model in shards.
 fn load(dir: &Path) -> BTreeMap<String, Vec<f32>> {
     let index: Value = serde_json::from_slice(&fs::read(dir.join("model.safetensors.index.json")).unwrap()).unwrap();
     let mut tensors = BTreeMap::new();
@@ -53,7 +53,7 @@ fn load(dir: &Path) -> BTreeMap<String, Vec<f32>> {
     tensors
 }
 
-/// Compares with a sum in f64: no value exceeds 1, so that a rounding is at most half of 2^-24.
+/// Compares with sums in f64. No value exceeds 1, so that a rounding error is at most half of 2^-24.
 fn assert_is_sum(found: &BTreeMap<String, Vec<f32>>, expected: &[f64]) {
     assert_eq!(found.len(), 3);
     for tensor in 0..3 {
@@ -66,7 +66,7 @@ fn assert_is_sum(found: &BTreeMap<String, Vec<f32>>, expected: &[f64]) {
 }
 
 #[test]
-fn a_training_s_folder_becomes_models_of_several_lengths() {
+fn folder_of_checkpoints_gives_a_model_for_each_target() {
     let temp = tempfile::tempdir().unwrap();
     let run = training(temp.path());
     let out = temp.path().join("averages");
@@ -95,7 +95,7 @@ fn a_training_s_folder_becomes_models_of_several_lengths() {
         assert_is_sum(&load(dir), &expected);
         assert!(dir.join("tokenizer.json").exists() && !dir.join("optimizer.pt").exists());
         assert!(target["relative_error"].as_f64().unwrap() < 1.0);
-        // Half of the 500 steps that each checkpoint stands for, where all of them count alike.
+        // With equal weights it is half of the 500 steps between checkpoints.
         let lag = target["lag_steps"].as_f64().unwrap();
         assert!(lag > 200.0 && lag < 400.0, "{lag}");
     }
@@ -106,7 +106,7 @@ fn a_training_s_folder_becomes_models_of_several_lengths() {
 }
 
 #[test]
-fn a_single_target_is_shown_with_its_weights() {
+fn plan_of_one_target_prints_its_weights() {
     let temp = tempfile::tempdir().unwrap();
     training(temp.path());
     let paths: Vec<String> =
@@ -129,7 +129,7 @@ fn a_single_target_is_shown_with_its_weights() {
 }
 
 #[test]
-fn an_average_of_hardly_more_than_one_checkpoint_is_warned_of() {
+fn average_of_about_one_checkpoint_is_warned_of() {
     let temp = tempfile::tempdir().unwrap();
     let run = training(temp.path());
     let output = posthoc_ema(&["average", &run, "--half-life", "100", "--plan"]);
@@ -142,7 +142,7 @@ fn an_average_of_hardly_more_than_one_checkpoint_is_warned_of() {
 }
 
 #[test]
-fn bad_usage_and_failures_differ() {
+fn bad_usage_exits_with_2_and_failures_with_1() {
     let temp = tempfile::tempdir().unwrap();
     let run = training(temp.path());
     let out = temp.path().join("out");

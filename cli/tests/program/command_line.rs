@@ -1,4 +1,4 @@
-//! The command line, through its binary.
+//! The commands of the binary.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use crate::common::{failure, posthoc_ema, stdout, train};
 use posthoc_ema::{At, Noise, Profile, Run, Tensors};
 use serde_json::Value;
 
-/// A run and its directory's name, in a temporary folder.
+/// Trains a run in a temporary folder and returns its directory.
 fn run() -> (tempfile::TempDir, String) {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
@@ -17,7 +17,7 @@ fn run() -> (tempfile::TempDir, String) {
 
 fn json(arguments: &[&str]) -> Value {
     let text = stdout(arguments);
-    assert_eq!(text.lines().count(), 1, "one document and nothing else");
+    assert_eq!(text.lines().count(), 1, "one JSON document on one line");
     serde_json::from_str(&text).unwrap()
 }
 
@@ -32,7 +32,7 @@ fn load(path: &Path) -> Tensors {
 }
 
 #[test]
-fn help_texts_are_as_recorded() {
+fn help_texts_match_the_golden_files() {
     let bless = std::env::var_os("BLESS").is_some();
     for command in [
         "",
@@ -61,7 +61,7 @@ fn help_texts_are_as_recorded() {
 }
 
 #[test]
-fn synthesize_writes_what_the_library_computes() {
+fn synthesize_writes_the_bits_of_the_library() {
     let (temp, dir) = run();
     let out = temp.path().join("ema.safetensors");
     let document = json(&["synthesize", &dir, "--sigma-rel", "0.15", "-o", out.to_str().unwrap(), "--json"]);
@@ -77,7 +77,7 @@ fn synthesize_writes_what_the_library_computes() {
 }
 
 #[test]
-fn many_targets_go_to_a_directory() {
+fn out_dir_gets_a_file_for_each_target() {
     let (temp, dir) = run();
     let out = temp.path().join("deep/averages");
     let arguments = ["synthesize", &dir, "--sigma-rel", "0.05,0.06,...,0.1", "--half-life", "40", "--uniform", "20%"];
@@ -94,7 +94,7 @@ fn many_targets_go_to_a_directory() {
 }
 
 #[test]
-fn plan_prints_the_contract() {
+fn plan_json_has_weights_and_errors_of_each_target() {
     let (_temp, dir) = run();
     let document = json(&["plan", &dir, "--sigma-rel", "0.05,0.1", "--lr-decay", "cosine:25%", "--json"]);
     let targets = document["targets"].as_array().unwrap();
@@ -115,13 +115,13 @@ fn plan_prints_the_contract() {
 }
 
 #[test]
-fn planning_before_training_agrees_with_the_run() {
+fn plan_before_training_equals_the_plan_of_the_run() {
     let (_temp, dir) = run();
     let targets = ["--sigma-rel", "0.07,0.15", "--json"];
     let flags = ["plan", "--steps", "500", "--checkpoint-every", "50", "--track", "0.05,0.28"];
     let before = json(&[&flags[..], &targets[..]].concat());
     let mut after = json(&[&["plan", &dir][..], &targets[..]].concat());
-    // What cannot be known before training.
+    // A prediction needs stored snapshots.
     for target in after["targets"].as_array_mut().unwrap() {
         assert!(target["predicted"]["total"].as_f64().unwrap() > 0.0);
         target["predicted"] = Value::Null;
@@ -158,13 +158,13 @@ fn noise_auto_lowers_the_predicted_error() {
     assert_eq!(errors["errors"][0]["predicted"], auto[0]["predicted"]);
     let text = stdout(&["plan", &dir, "--sigma-rel", "0.01"]);
     assert!(text.contains("predicted error") && text.contains("by rounding"), "{text}");
-    // Too few snapshots to predict from.
+    // Two steps are too few to predict from.
     let early = json(&["plan", &dir, "--sigma-rel", "0.1", "--at", "100", "--noise", "auto", "--json"]);
     assert_eq!((&early["targets"][0]["predicted"], &early["targets"][0]["rho"]), (&Value::Null, &Value::from(0.0)));
 }
 
 #[test]
-fn error_lists_lengths() {
+fn error_lists_the_error_of_each_length() {
     let (_temp, dir) = run();
     let document = json(&["error", &dir, "--json"]);
     let errors = document["errors"].as_array().unwrap();
@@ -179,7 +179,7 @@ fn error_lists_lengths() {
 }
 
 #[test]
-fn inspect_shows_every_snapshot_and_what_is_damaged() {
+fn inspect_lists_sound_and_damaged_snapshots() {
     let (_temp, dir) = run();
     let text = stdout(&["inspect", &dir]);
     assert!(text.contains("20 snapshots at 10 steps (steps 50 to 500)"), "{text}");
@@ -197,14 +197,14 @@ fn inspect_shows_every_snapshot_and_what_is_damaged() {
 }
 
 #[test]
-fn verify_finds_a_flipped_bit() {
+fn verify_finds_flipped_bits_and_truncated_files() {
     let (_temp, dir) = run();
     assert!(stdout(&["verify", &dir]).contains("21 files ("));
     let path = Path::new(&dir).join("0.350.safetensors");
     let mut bytes = fs::read(&path).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&path, bytes).unwrap();
-    // One file cut short does not keep the others from being read.
+    // A truncated file does not stop the verification of the others.
     let path = Path::new(&dir).join("1.50.safetensors");
     let bytes = fs::read(&path).unwrap();
     fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
@@ -219,7 +219,7 @@ fn verify_finds_a_flipped_bit() {
 }
 
 #[test]
-fn profile_converts() {
+fn profile_converts_between_parametrisations() {
     let text = stdout(&["profile", "--sigma-rel", "0.1", "--steps", "10000"]);
     assert!(text.contains("6.9372039376018") && text.contains("0.999"), "{text}");
     let document = json(&["profile", "--beta", "0.999,0.9999", "--steps", "10000", "--json"]);
@@ -231,7 +231,7 @@ fn profile_converts() {
 }
 
 #[test]
-fn tables_of_profiles_are_read() {
+fn profile_csv_is_read_and_errors_name_the_row() {
     let (temp, dir) = run();
     let csv = temp.path().join("profile.csv");
     fs::write(&csv, "time, share\n# a comment\n0.5, 0.1\n1, 1\n").unwrap();
@@ -243,7 +243,7 @@ fn tables_of_profiles_are_read() {
 }
 
 #[test]
-fn several_tables_go_to_several_files() {
+fn tables_of_equal_length_get_different_files() {
     let (temp, dir) = run();
     let csv = temp.path().join("profile.csv");
     fs::write(&csv, "0.5,0.1\n1,1\n").unwrap();
@@ -254,12 +254,12 @@ fn several_tables_go_to_several_files() {
     assert_eq!(fs::read_dir(out).unwrap().count(), 2);
 }
 
-/// The arguments of a measurement that takes no time to speak of.
+/// Arguments of a fast measurement.
 const SMALL: [&str; 10] =
     ["bench", "--device", "cpu", "--parameters", "10000", "--tensors", "30", "--snapshots", "3", "--repeats=2"];
 
 #[test]
-fn bench_measures_prints_and_draws() {
+fn bench_prints_and_draws_every_measurement() {
     let temp = tempfile::tempdir().unwrap();
     let plot = temp.path().join("plot.svg");
     let document = json(&[&SMALL[..], &["--plot", plot.to_str().unwrap(), "--json"]].concat());
@@ -276,7 +276,7 @@ fn bench_measures_prints_and_draws() {
         assert_eq!(row["share_of_limit"].is_null(), row["work"] == "limit");
     }
     let compensated = rows.iter().find(|row| row["name"] == "f32, compensated, 30 tensors").unwrap();
-    // A parameter read, and two averages of 6 bytes read and written.
+    // Reads a parameter, and reads and writes two averages of 6 bytes.
     assert_eq!(compensated["bytes"], 10_000 * (4 + 2 * 2 * 6));
     let svg = fs::read_to_string(plot).unwrap();
     assert!(svg.starts_with("<svg") && svg.contains("f32, compensated, 30 tensors"), "{svg}");
@@ -287,7 +287,7 @@ fn bench_measures_prints_and_draws() {
 }
 
 #[test]
-fn bench_says_why_no_cuda_device_was_measured() {
+fn bench_reports_why_it_measures_no_cuda_device() {
     let output = posthoc_ema(&[&["bench", "--device", "auto"], &SMALL[3..]].concat());
     assert!(output.status.success());
     let (text, why) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
@@ -298,14 +298,14 @@ fn bench_says_why_no_cuda_device_was_measured() {
 }
 
 #[test]
-fn completions_are_printed_for_every_shell() {
+fn completions_exist_for_every_shell() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         assert!(stdout(&["completions", shell]).contains("synthesize"));
     }
 }
 
 #[test]
-fn bad_usage_exits_with_2_and_says_what_to_do() {
+fn bad_usage_exits_with_2_and_names_the_fix() {
     let (_temp, dir) = run();
     let dir = dir.as_str();
     for (arguments, part) in [
@@ -346,7 +346,7 @@ fn bad_usage_exits_with_2_and_says_what_to_do() {
 }
 
 #[test]
-fn what_cannot_be_done_exits_with_1_and_leaves_no_file() {
+fn failures_exit_with_1_and_leave_no_file() {
     let (temp, dir) = run();
     let path = |name: &str| temp.path().join(name).to_str().unwrap().to_owned();
     fs::create_dir(path("empty")).unwrap();
@@ -361,7 +361,7 @@ fn what_cannot_be_done_exits_with_1_and_leaves_no_file() {
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &inside], "write elsewhere"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", "/nonexistent/x"], "/nonexistent/x"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &empty], "name a file in it"),
-        // Without CUDA, or with a number that no machine has.
+        // This fails without CUDA, and with it for lack of so many devices.
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &out, "--device", "cuda:4096"], "cuda:4096"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1,0.1", "--out-dir", &out], "two targets"),
     ] {
@@ -373,9 +373,9 @@ fn what_cannot_be_done_exits_with_1_and_leaves_no_file() {
     assert_eq!(left, 0);
 }
 
-/// Checkpoints that pytorch-posthoc-ema wrote of a ramp from 0 to 1: its own average of sigma_rel 0.15 is 0.244.
+/// The checkpoints of pytorch-posthoc-ema are of a ramp from 0 to 1. Its own average of sigma_rel 0.15 is 0.244.
 #[test]
-fn checkpoints_of_another_tool_are_imported_and_give_the_average_asked_for() {
+fn imported_checkpoints_give_the_average_of_the_profile() {
     let temp = tempfile::tempdir().unwrap();
     let (run, out) = (temp.path().join("run"), temp.path().join("ema.safetensors"));
     let run = run.to_str().unwrap();
@@ -393,7 +393,7 @@ fn checkpoints_of_another_tool_are_imported_and_give_the_average_asked_for() {
 }
 
 #[test]
-fn an_import_tells_what_it_did_and_what_to_know() {
+fn import_reports_summary_warnings_and_errors() {
     let temp = tempfile::tempdir().unwrap();
     let run = temp.path().join("run").to_str().unwrap().to_owned();
     let options = ["--from", "pytorch-posthoc-ema", "--gammas", "16.97,0.083", "--update-every", "10"];
@@ -421,9 +421,9 @@ fn an_import_tells_what_it_did_and_what_to_know() {
     assert!(!Path::new(&none).exists());
 }
 
-/// A quota is reached while an import writes: one error, and the directory is gone again.
+/// A file size limit stands for a full disk.
 #[test]
-fn an_import_that_cannot_be_written_leaves_nothing() {
+fn import_on_a_full_disk_leaves_nothing() {
     let temp = tempfile::tempdir().unwrap();
     let run = temp.path().join("deep/run");
     let limit = "ulimit -f 2; trap '' XFSZ; exec \"$@\"";
@@ -436,14 +436,14 @@ fn an_import_that_cannot_be_written_leaves_nothing() {
     assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
 }
 
-/// A folder of checkpoints that another tool wrote.
+/// Returns the path of checkpoints that another tool wrote.
 fn foreign(case: &str) -> String {
     format!("{}/../tests/data/foreign/{case}", env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A quota is reached while an average is written: one error, and nothing is left behind.
+/// A file size limit stands for a full disk.
 #[test]
-fn a_reached_quota_is_reported_and_leaves_nothing() {
+fn synthesize_on_a_full_disk_leaves_nothing() {
     let (temp, dir) = run();
     let limit = "ulimit -f 4; trap '' XFSZ; exec \"$@\"";
     let out = temp.path().join("out.safetensors");

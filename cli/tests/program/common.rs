@@ -1,6 +1,4 @@
-//! A small run that every test of the command line can use.
-
-#![allow(dead_code, reason = "each test uses some of these")]
+//! A small run, and calls of the program.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -21,12 +19,12 @@ pub fn train(dir: &Path) {
     ema.finish().unwrap();
 }
 
-/// Runs the program and returns what it did.
+/// Runs the program and returns its output.
 pub fn posthoc_ema(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_posthoc-ema")).args(arguments).output().unwrap()
 }
 
-/// Standard output of a command that must succeed without a word on standard error.
+/// Returns the standard output of a command that must succeed with nothing on standard error.
 pub fn stdout(arguments: &[&str]) -> String {
     let output = posthoc_ema(arguments);
     let stderr = String::from_utf8(output.stderr).unwrap();
@@ -34,7 +32,7 @@ pub fn stdout(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Exit status and standard error of a command that must fail, with nothing on standard output.
+/// Returns the exit status and standard error of a command that must fail with nothing on standard output.
 pub fn failure(arguments: &[&str]) -> (i32, String) {
     let output = posthoc_ema(arguments);
     assert!(output.stdout.is_empty(), "{arguments:?} printed {}", String::from_utf8_lossy(&output.stdout));

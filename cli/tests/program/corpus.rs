@@ -1,5 +1,4 @@
-//! The corpora of the fuzz targets (`fuzz/corpus`) once more, and some thousand changed copies of each: what a fuzzer does for
-//! hours, in seconds, without one.
+//! Replays the corpora of the fuzz targets (`fuzz/corpus`) and thousands of mutated copies of their inputs.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +6,7 @@ use std::path::Path;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Checks every input of a corpus, then copies of them with some bytes changed, cut out, doubled or taken from another.
+/// Checks every input of a corpus, then copies with some bytes changed, removed, repeated or taken from another input.
 fn replay(target: &str, rounds: usize, check: fn(&[u8])) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target);
     let mut files: Vec<_> = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -19,18 +18,18 @@ fn replay(target: &str, rounds: usize, check: fn(&[u8])) {
     }
     let mut random = ChaCha8Rng::seed_from_u64(7);
     for round in 0..rounds {
-        let input = changed(&inputs, &mut random);
+        let input = mutated(&inputs, &mut random);
         run(&input, check, &format!("round {round} of {target}: {}", input.escape_ascii()));
     }
 }
 
-fn run(input: &[u8], check: fn(&[u8]), what: &str) {
+fn run(input: &[u8], check: fn(&[u8]), name: &str) {
     if std::panic::catch_unwind(|| check(input)).is_err() {
-        panic!("{what}");
+        panic!("{name}");
     }
 }
 
-fn changed(inputs: &[Vec<u8>], random: &mut ChaCha8Rng) -> Vec<u8> {
+fn mutated(inputs: &[Vec<u8>], random: &mut ChaCha8Rng) -> Vec<u8> {
     let mut input = inputs[random.random_range(0..inputs.len())].clone();
     for _ in 0..random.random_range(1..5) {
         if input.is_empty() {
@@ -55,26 +54,26 @@ fn changed(inputs: &[Vec<u8>], random: &mut ChaCha8Rng) -> Vec<u8> {
 }
 
 #[test]
-fn headers() {
+fn header_corpus_holds() {
     replay("header", 20_000, crate::oracles::header::check);
 }
 
 #[test]
-fn metadata() {
+fn metadata_corpus_holds() {
     replay("metadata", 3_000, crate::oracles::metadata::check);
 }
 
 #[test]
-fn checkpoints() {
+fn checkpoint_corpus_holds() {
     replay("checkpoint", 5_000, crate::oracles::checkpoint::check);
 }
 
 #[test]
-fn lists() {
+fn list_corpus_holds() {
     replay("lists", 100_000, crate::oracles::lists::check);
 }
 
 #[test]
-fn densities() {
+fn density_corpus_holds() {
     replay("density", 50_000, crate::oracles::density::check);
 }

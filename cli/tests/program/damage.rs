@@ -1,11 +1,11 @@
-//! Files of a run that are not what was written: each change is found, and what is whole can still be used.
+//! Damaged files of a run: every change is found, and the sound snapshots stay usable.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use posthoc_ema::{At, Dtype, Error, Plan, PostHocEma, Profile, Run, verify};
 
-/// A run of two profiles with three snapshots each and a live state.
+/// Trains a run of two profiles with a snapshot every ten steps and a live state.
 fn small_run(dir: &Path, shard_size: u64, steps: u8) {
     let mut model = model();
     let options = PostHocEma::options(dir).sigma_rels([0.05, 0.28]).update_every(1).checkpoint_every(10);
@@ -39,7 +39,7 @@ fn run_of_shards(size: u64) -> (tempfile::TempDir, PathBuf) {
     (temp, dir)
 }
 
-/// The files of a run, in order.
+/// Returns the files of a run in order.
 fn files(dir: &Path) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
@@ -47,7 +47,7 @@ fn files(dir: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// What is wrong with a run, as text.
+/// Returns the findings of a verification.
 fn findings(dir: &Path) -> Vec<String> {
     verify(dir, &mut |_| ()).unwrap().findings.iter().map(ToString::to_string).collect()
 }
@@ -56,13 +56,13 @@ fn plan(run: &Run) -> Plan {
     run.plan(Profile::sigma_rel(0.15).unwrap(), At::Latest).unwrap()
 }
 
-/// Where the data section of a file begins.
-fn data(bytes: &[u8]) -> usize {
+/// Returns the offset of the data section of a file.
+fn data_offset(bytes: &[u8]) -> usize {
     8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize
 }
 
 #[test]
-fn every_flipped_byte_is_found() {
+fn verify_finds_every_flipped_byte() {
     let (_temp, dir) = run();
     assert_eq!(findings(&dir), Vec::<String>::new());
     let files = files(&dir);
@@ -78,8 +78,8 @@ fn every_flipped_byte_is_found() {
             let found = findings(&dir);
             assert!(!found.is_empty() && found[0].contains(name), "{name}, byte {i}: {found:?}");
             flips += 1;
-            // A snapshot whose header is changed is refused by whoever opens the run.
-            if i < data(&whole) && name != "state.safetensors" {
+            // Opening the run refuses a snapshot with a changed header.
+            if i < data_offset(&whole) && name != "state.safetensors" {
                 assert!(Run::open(&dir).is_err(), "{name}, byte {i}");
             }
         }
@@ -90,7 +90,7 @@ fn every_flipped_byte_is_found() {
 }
 
 #[test]
-fn every_flipped_byte_of_shards_and_their_index_is_found() {
+fn verify_finds_every_flipped_byte_of_shards_and_index() {
     let (_temp, dir) = run_of_shards(12);
     assert_eq!((files(&dir).len(), findings(&dir)), (13, Vec::new()));
     for name in ["1.20-00001-of-00002.safetensors", "1.20-00002-of-00002.safetensors", "1.20.safetensors.index.json"] {
@@ -105,7 +105,7 @@ fn every_flipped_byte_of_shards_and_their_index_is_found() {
         }
         fs::write(&path, &whole).unwrap();
     }
-    // A set without an index is whole: the index is written last.
+    // Shards without an index are complete: the index is written last.
     fs::remove_file(dir.join("1.20.safetensors.index.json")).unwrap();
     assert_eq!(findings(&dir), Vec::<String>::new());
     fs::remove_file(dir.join("1.30-00001-of-00002.safetensors")).unwrap();
@@ -113,7 +113,7 @@ fn every_flipped_byte_of_shards_and_their_index_is_found() {
 }
 
 #[test]
-fn every_truncation_is_found() {
+fn verify_finds_every_truncation() {
     let (_temp, dir) = run();
     for name in ["0.20.safetensors", "state.safetensors"] {
         let path = dir.join(name);
@@ -129,7 +129,7 @@ fn every_truncation_is_found() {
 }
 
 #[test]
-fn what_is_whole_is_planned_with_and_the_rest_is_named() {
+fn open_sound_leaves_out_and_names_damaged_snapshots() {
     let (_temp, dir) = run();
     let whole = plan(&Run::open(&dir).unwrap());
     let path = dir.join("0.20.safetensors");
@@ -148,7 +148,7 @@ fn what_is_whole_is_planned_with_and_the_rest_is_named() {
         assert!(plan.relative_error > whole.relative_error, "{} {}", plan.relative_error, whole.relative_error);
         run.load(&plan).unwrap();
     }
-    // Data that a plan blends are only looked at where that is asked for.
+    // Opening does not read data: only a verification of the plan does.
     let run = Run::open(&dir).unwrap();
     let text = run.verify_used(&[plan(&run)], &mut |_| ()).unwrap_err().to_string();
     assert!(text.contains("0.20.safetensors") && text.contains("checksum"), "{text}");
@@ -159,7 +159,7 @@ fn what_is_whole_is_planned_with_and_the_rest_is_named() {
 }
 
 #[test]
-fn files_that_were_swapped_or_copied_are_found() {
+fn swapped_and_copied_files_are_found() {
     let (_temp, dir) = run();
     let name = |name: &str| dir.join(format!("{name}.safetensors"));
     let swap = |a: &str, b: &str| {
@@ -179,7 +179,7 @@ fn files_that_were_swapped_or_copied_are_found() {
     assert_eq!(Run::open_sound(&dir, &mut |_| ()).unwrap().1.len(), 1);
     fs::remove_file(name("0.15")).unwrap();
 
-    // A snapshot twice, in one file and in shards of which there is one.
+    // The same snapshot as one file and as a single shard.
     let shard = dir.join("0.20-00001-of-00001.safetensors");
     fs::copy(name("0.20"), &shard).unwrap();
     let text = Run::open(&dir).unwrap_err().to_string();
@@ -198,7 +198,7 @@ fn files_that_were_swapped_or_copied_are_found() {
 }
 
 #[test]
-fn a_snapshot_of_another_course_of_the_run_is_left_out() {
+fn snapshots_with_a_diverged_history_are_left_out() {
     let (_temp, dir) = run_until(15);
     let other = dir.with_file_name("other");
     fs::create_dir(&other).unwrap();
@@ -215,10 +215,10 @@ fn a_snapshot_of_another_course_of_the_run_is_left_out() {
     let text = Run::open(&other).unwrap_err().to_string();
     assert!(text.contains("0.20.safetensors: the history of updates is of one training"), "{text}");
     let (run, left_out) = Run::open_sound(&other, &mut |_| ()).unwrap();
-    // Steps 10, 15, 20 and 30 of two profiles, less one.
+    // Steps 10, 15, 20 and 30 of two profiles without one snapshot.
     assert_eq!((run.snapshots().len(), left_out.len()), (7, 1));
     assert!(left_out[0].to_string().contains("0.20.safetensors"), "{}", left_out[0]);
-    // So is one that is newer than all others.
+    // A snapshot that is newer than all others.
     fs::remove_file(other.join("0.20.safetensors")).unwrap();
     let mut ema = PostHocEma::options(&dir).resume(&model()).unwrap();
     (30..40).for_each(|_| assert!(ema.update(&model()).is_ok()));
@@ -230,16 +230,16 @@ fn a_snapshot_of_another_course_of_the_run_is_left_out() {
 }
 
 #[test]
-fn a_state_that_is_not_the_snapshots_is_found() {
+fn verify_finds_a_state_of_other_snapshots() {
     let (_temp, dir) = run();
     let state = dir.join("state.safetensors");
     let newest = fs::read(&state).unwrap();
-    // One of another run with the same options.
+    // The state of another run with the same options.
     let (_other, other) = run();
     fs::copy(other.join("state.safetensors"), &state).unwrap();
     let found = findings(&dir);
     assert!(found.len() == 1 && found[0].contains("belongs to another run than state.safetensors"), "{found:?}");
-    // An earlier one of this run: time would go backwards.
+    // An earlier state of the same run.
     let (_early, early) = run_until(15);
     let old = fs::read(early.join("state.safetensors")).unwrap();
     fs::write(early.join("state.safetensors"), &old).unwrap();
@@ -260,7 +260,7 @@ fn a_state_that_is_not_the_snapshots_is_found() {
 }
 
 #[test]
-fn the_command_line_refuses_damage_or_goes_on_without_it() {
+fn commands_refuse_damage_or_skip_it() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     crate::common::train(&dir);

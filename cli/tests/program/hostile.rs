@@ -1,4 +1,4 @@
-//! Files that somebody made to do harm: they cost little, say what they are, and reach nothing but what was named.
+//! Malicious files: they cost bounded memory, are named in errors, and reach no files beside those named.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,8 +10,8 @@ use posthoc_ema::snapshot::StoredFile;
 use posthoc_ema::{Error, Run, verify};
 use serde_json::json;
 
-/// A file with this header and so many bytes of zeros.
-fn file(path: &Path, header: &str, data: u64) {
+/// Writes a file with a header and `data` bytes of zeros.
+fn write_file(path: &Path, header: &str, data: u64) {
     let file = fs::File::create(path).unwrap();
     let head = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
     std::os::unix::fs::FileExt::write_all_at(&file, &head, 0).unwrap();
@@ -25,8 +25,8 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
-/// The program's exit status and message where it may take so many MiB of memory.
-fn within(mebibytes: usize, arguments: &[&str]) -> (Option<i32>, String) {
+/// Runs the program with a limit of memory, and returns its exit status and standard error.
+fn run_within(mebibytes: usize, arguments: &[&str]) -> (Option<i32>, String) {
     let script = format!("ulimit -v {}; exec \"$@\"", mebibytes << 10);
     let mut command = Command::new("sh");
     command.args(["-c", &script, "sh", env!("CARGO_BIN_EXE_posthoc-ema")]).args(arguments);
@@ -34,10 +34,10 @@ fn within(mebibytes: usize, arguments: &[&str]) -> (Option<i32>, String) {
     (output.status.code(), String::from_utf8(output.stderr).unwrap())
 }
 
-/// What a header of the format's greatest length can hold that takes most memory for its bytes; each is refused at the cost of
-/// some times its length.
+/// Headers of the greatest length with the contents that need most memory for their bytes. Each is refused at the cost
+/// of a few times its length.
 #[test]
-fn headers_as_long_as_the_format_allows_cost_bounded_memory() {
+fn longest_headers_need_bounded_memory() {
     let temp = tempfile::tempdir().unwrap();
     let path = temp.path().join("0.10.safetensors");
     let full = |text: &str, each: &str| text.replace('*', &each.repeat((99_000_000 - text.len()) / each.len()));
@@ -50,21 +50,21 @@ fn headers_as_long_as_the_format_allows_cost_bounded_memory() {
         (full(r#"{*}"#, " "), "not a snapshot of a run"),
     ] {
         let data = u64::from(header.contains("[0,1]"));
-        file(&path, &header, data);
-        let (status, text) = within(3000, &["inspect", temp.path().to_str().unwrap()]);
+        write_file(&path, &header, data);
+        let (status, text) = run_within(3000, &["inspect", temp.path().to_str().unwrap()]);
         assert!(status == Some(1) && text.contains(part) && text.contains("0.10.safetensors"), "{status:?} {text}");
         assert!(text.len() < 10_000, "{} bytes", text.len());
     }
-    // A length that nobody could read.
+    // Lengths beyond the limit of the format.
     for length in [100_000_001u64, u64::MAX, 1 << 40] {
         fs::write(&path, [&length.to_le_bytes()[..], b"{}"].concat()).unwrap();
-        let (_, text) = within(3000, &["inspect", temp.path().to_str().unwrap()]);
+        let (_, text) = run_within(3000, &["inspect", temp.path().to_str().unwrap()]);
         assert!(text.contains("the header is longer than the format allows"), "{text}");
     }
 }
 
 #[test]
-fn what_is_no_file_is_not_opened() {
+fn pipes_devices_and_folders_are_not_opened() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     train(&dir);
@@ -87,16 +87,16 @@ fn what_is_no_file_is_not_opened() {
         fs::remove_file(&place).or_else(|_| fs::remove_dir(&place)).unwrap();
     }
     assert!(Run::open(&dir).is_ok());
-    // A link to a file is fine: so the caches of Hugging Face's tools hold theirs.
+    // Links to files are followed: caches of Hugging Face's tools have them.
     let moved = temp.path().join("blob");
     fs::rename(dir.join("0.500.safetensors"), &moved).unwrap();
     symlink(&moved, dir.join("0.500.safetensors")).unwrap();
     assert_eq!(verify(&dir, &mut |_| ()).unwrap().findings.len(), 0);
 }
 
-/// Everything that is asked to write, over names that try to lead elsewhere.
+/// Indices and modules with paths that lead out of the folder.
 #[test]
-fn nothing_is_written_beside_what_was_named() {
+fn paths_in_files_cannot_escape_their_folder() {
     let temp = tempfile::tempdir().unwrap();
     let model = temp.path().join("inputs/model");
     fs::create_dir_all(&model).unwrap();
@@ -113,16 +113,16 @@ fn nothing_is_written_beside_what_was_named() {
     for trick in tricks {
         let index = json!({"weight_map": {"w": trick}});
         fs::write(model.join("model.safetensors.index.json"), index.to_string()).unwrap();
-        file(&temp.path().join("inputs/escaped.safetensors"), &format!("{{{entry}}}"), 4);
+        write_file(&temp.path().join("inputs/escaped.safetensors"), &format!("{{{entry}}}"), 4);
         let out = temp.path().join("out");
         let arguments = ["average", model.to_str().unwrap(), "--steps=1", "--uniform=1", "-o", out.to_str().unwrap()];
         let (status, text) = failure(&arguments);
         assert!(status == 1 && text.contains("shards lie beside their index"), "{trick}: {text}");
         assert_eq!(names(temp.path()), ["inputs"]);
     }
-    // Modules and other companions.
+    // Modules and other auxiliary files.
     fs::remove_file(model.join("model.safetensors.index.json")).unwrap();
-    file(&model.join("model.safetensors"), &format!("{{{entry}}}"), 4);
+    write_file(&model.join("model.safetensors"), &format!("{{{entry}}}"), 4);
     fs::create_dir(temp.path().join("inputs/secret")).unwrap();
     fs::write(temp.path().join("inputs/secret/config.json"), "{}").unwrap();
     let modules = ["../secret", "/etc", "../../..", "."].map(|path| json!({"path": path, "type": "x"}));
@@ -139,9 +139,8 @@ fn nothing_is_written_beside_what_was_named() {
     assert_eq!(names(&out), ["config.json", "model.safetensors", "modules.json"]);
 }
 
-/// A target's name is made of numbers alone, whatever they are.
 #[test]
-fn files_of_targets_lie_in_the_directory_that_was_named() {
+fn targets_are_written_into_the_out_dir_only() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     train(&dir);
@@ -154,14 +153,14 @@ fn files_of_targets_lie_in_the_directory_that_was_named() {
 }
 
 #[test]
-fn names_cannot_speak_to_the_terminal() {
+fn control_characters_in_names_are_escaped() {
     let temp = tempfile::tempdir().unwrap();
     let name = "w\u{1b}]0;owned\u{7}\u{1b}[2J\r";
     let tensor = json!({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]});
     let metadata = json!({"posthoc_ema": "1", "step": "10", "profile": name});
     let strange = [json!({name: tensor}), json!({name: tensor, "__metadata__": metadata})];
     for header in strange.map(|header| header.to_string()) {
-        file(&temp.path().join("0.10.safetensors"), &header, 4);
+        write_file(&temp.path().join("0.10.safetensors"), &header, 4);
         for command in [&["inspect"][..], &["inspect", "--json"], &["verify"], &["plan", "--sigma-rel=0.1"]] {
             let output = posthoc_ema(&[command, &[temp.path().to_str().unwrap()]].concat());
             let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
@@ -170,9 +169,8 @@ fn names_cannot_speak_to_the_terminal() {
     }
 }
 
-/// A directory of many thousand files that are none.
 #[test]
-fn a_crowd_of_strangers_is_looked_through_quickly() {
+fn folder_of_thousands_of_other_files_is_not_a_run() {
     let temp = tempfile::tempdir().unwrap();
     for i in 0..20_000 {
         fs::write(temp.path().join(format!("{i}.txt")), "").unwrap();

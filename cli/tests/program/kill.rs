@@ -1,7 +1,8 @@
-//! Trainings and imports that are killed at random moments, over and over: what is on disk is whole at all times, the
-//! training goes on from it, and ends where one that nobody disturbed ends, bit for bit.
+//! Trainings and commands that are killed at random moments.
 //!
-//! `POSTHOC_EMA_KILLS` sets how many, `POSTHOC_EMA_SEED` which moments.
+//! Files are always complete, and a resumed training ends with the bits of an undisturbed one.
+//!
+//! `POSTHOC_EMA_KILLS` sets the number of kills, `POSTHOC_EMA_SEED` the moments.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,14 +17,14 @@ use posthoc_ema::{At, Dtype, Error, PostHocEma, Profile, Retention, Run, SavedSt
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Where the process that is killed trains.
+/// Variable with the run directory of a training process.
 const DIR: &str = "POSTHOC_EMA_TEST_KILLED";
-/// How it trains.
+/// Variable with the mode of a training process.
 const MODE: &str = "POSTHOC_EMA_TEST_MODE";
-/// The steps of a training.
+/// Steps of a training.
 const STEPS: u64 = 150;
 
-/// Every kill in CI takes some milliseconds.
+/// Returns the number of kills.
 fn kills(default: usize) -> usize {
     std::env::var("POSTHOC_EMA_KILLS").map_or(default, |kills| kills.parse().unwrap())
 }
@@ -34,13 +35,13 @@ fn random() -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)
 }
 
-/// The parameters after a step: a function of the step alone, as a training that goes on from its own checkpoint has them.
+/// Returns the parameters after a step. They depend on the step alone, so that a resumed training repeats them.
 fn model(step: u64) -> Vec<(&'static str, Vec<f32>)> {
     let value = |i: usize| ((step as usize * 7 + i * 13) as f32).sin() * 0.1 + 1.0;
     vec![("weight", (0..60_000).map(value).collect()), ("bias", (0..10).map(value).collect())]
 }
 
-/// What the process that is killed does.
+/// Trains until the end, in the process that is killed.
 fn train(dir: &Path, mode: &str) {
     let options = PostHocEma::options(dir).update_every(1).checkpoint_every(5).checkpoint_dtype(Dtype::F16);
     let options = options.retention(Retention::Latest).max_checkpoints(6).shard_size(80_000);
@@ -55,35 +56,35 @@ fn train(dir: &Path, mode: &str) {
     ema.finish().unwrap();
 }
 
-/// Starts this test's own program once more.
+/// Starts this test binary as a training process.
 fn start(test: &str, dir: &Path, mode: &str) -> Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", &format!("kill::{test}"), "--nocapture"]).env(DIR, dir).env(MODE, mode);
     command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// Waits for a while and kills; whether it had ended by itself, well.
+/// Waits, then kills the process. Returns true if it had succeeded before.
 fn kill(mut child: Child, after: Duration) -> bool {
     let begun = Instant::now();
     while begun.elapsed() < after {
         if let Some(status) = child.try_wait().unwrap() {
-            assert!(status.success(), "{}", said(child));
+            assert!(status.success(), "{}", stderr(child));
             return true;
         }
         std::thread::sleep(Duration::from_micros(300));
     }
     child.kill().unwrap();
     let ended = child.wait().unwrap();
-    assert!(ended.success() || ended.code().is_none(), "{}", said(child));
+    assert!(ended.success() || ended.code().is_none(), "{}", stderr(child));
     ended.success()
 }
 
-fn said(child: Child) -> String {
+fn stderr(child: Child) -> String {
     String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap()
 }
 
-/// What a run holds at the end: all of the live state and of the newest snapshots, and an average.
-fn result(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+/// Returns the bytes of all files of a run and of an average.
+fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let run = Run::open(dir).unwrap();
     let average = run.load(&run.plan(Profile::sigma_rel(0.15).unwrap(), At::Latest).unwrap()).unwrap();
     let mut all: BTreeMap<String, Vec<u8>> =
@@ -98,14 +99,14 @@ fn result(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     all
 }
 
-/// What must hold at any time. Returns the step of the live state.
+/// Checks that a run is sound, and returns the step of its live state.
 fn check(dir: &Path) -> u64 {
     let saved = SavedState::of(dir).unwrap().map_or(0, |saved| saved.step);
     let found = match verify(dir, &mut |_| ()) {
         Err(Error::NoRun { .. }) => return 0,
         found => found.unwrap().findings,
     };
-    // A run without a snapshot yet.
+    // A run may have no snapshot yet.
     let fine = found.is_empty() || found.iter().all(|finding| matches!(finding, Error::NoRun { .. }));
     assert!(fine, "{found:?}");
     if let Ok(run) = Run::open(dir) {
@@ -117,15 +118,15 @@ fn check(dir: &Path) -> u64 {
 }
 
 #[test]
-fn a_training_that_is_killed_ends_where_an_undisturbed_one_ends() {
+fn resume_after_kills_keeps_bits() {
     if let (Some(dir), Ok(mode)) = (std::env::var_os(DIR), std::env::var(MODE)) {
         return train(Path::new(&dir), &mode);
     }
-    let test = "a_training_that_is_killed_ends_where_an_undisturbed_one_ends";
+    let test = "resume_after_kills_keeps_bits";
     let temp = tempfile::tempdir().unwrap();
     let straight = temp.path().join("straight");
     train(&straight, "background");
-    let expected = result(&straight);
+    let expected = contents(&straight);
     let (mut random, total) = (random(), kills(150));
     let (mut killed, mut ended, mut round) = (0, 0, 0);
     while killed < total || ended == 0 {
@@ -134,12 +135,12 @@ fn a_training_that_is_killed_ends_where_an_undisturbed_one_ends() {
         round += 1;
         let mut saved = 0;
         loop {
-            // Some are killed as they begin.
+            // A fifth of the kills is right after the start.
             let most = if random.random_bool(0.2) { 4_000 } else { 60_000 };
             let after = Duration::from_micros(random.random_range(0..most));
             let done = kill(start(test, &dir, mode), after);
             let now = check(&dir);
-            assert!(now >= saved, "the state went back from {saved} to {now}");
+            assert!(now >= saved, "the state went back from step {saved} to {now}");
             saved = now;
             if done {
                 break;
@@ -147,7 +148,7 @@ fn a_training_that_is_killed_ends_where_an_undisturbed_one_ends() {
             killed += 1;
         }
         ended += 1;
-        assert!(result(&dir) == expected, "another result, mode {mode}");
+        assert!(contents(&dir) == expected, "the bits differ in mode {mode}");
         assert!(
             fs::read_dir(&dir).unwrap().all(|entry| !entry.unwrap().file_name().to_str().unwrap().starts_with(".post"))
         );
@@ -156,7 +157,7 @@ fn a_training_that_is_killed_ends_where_an_undisturbed_one_ends() {
     println!("{killed} kills, {ended} trainings");
 }
 
-/// A command that writes to a path in a directory, from a source that it leaves alone.
+/// A command that writes to a path in a directory of its own.
 struct Job {
     arguments: Vec<String>,
     target: PathBuf,
@@ -168,16 +169,16 @@ impl Job {
         command.args(&self.arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
-    /// The bytes of what it writes, but for the id of a run, which is drawn; none where there is nothing.
+    /// Returns the bytes of the output, without the random id of a run, if there is any.
     fn written(&self) -> Option<BTreeMap<String, Vec<u8>>> {
         match fs::read_dir(&self.target) {
-            Ok(_) => Some(result(&self.target)),
+            Ok(_) => Some(contents(&self.target)),
             Err(_) => Some(BTreeMap::from([("file".to_owned(), fs::read(&self.target).ok()?)])),
         }
     }
 
-    /// The names beside what it writes.
-    fn beside(&self) -> Vec<String> {
+    /// Returns the names of other files beside the output.
+    fn leftovers(&self) -> Vec<String> {
         let names = fs::read_dir(self.target.parent().unwrap()).unwrap();
         let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         names.filter(|name| Some(name.as_str()) != self.target.file_name().unwrap().to_str()).collect()
@@ -188,7 +189,7 @@ impl Job {
     }
 }
 
-/// An import, an average of checkpoints and a synthesis, each into a directory of its own.
+/// Returns an import, an average of checkpoints and a synthesis, each into a directory of its own.
 fn jobs(temp: &Path) -> Vec<Job> {
     let foreign = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/foreign/ramp");
     let run = temp.join("source");
@@ -224,13 +225,13 @@ fn jobs(temp: &Path) -> Vec<Job> {
     ]
 }
 
-/// A million parameters.
+/// Returns a model of a million parameters.
 fn large(step: u64) -> Vec<(&'static str, Vec<f32>)> {
     vec![("weight", (0..1_000_000).map(|i| ((step * 7 + i * 13) as f32).sin()).collect())]
 }
 
 #[test]
-fn what_a_killed_command_writes_is_whole_or_not_there() {
+fn killed_commands_write_all_or_nothing() {
     let temp = tempfile::tempdir().unwrap();
     let mut random = random();
     for job in jobs(temp.path()) {
@@ -246,9 +247,11 @@ fn what_a_killed_command_writes_is_whole_or_not_there() {
                 Some(written) => assert!(written == expected, "{:?}", job.arguments),
                 None => assert!(!done, "{:?}", job.arguments),
             }
-            // What it left is gone when the next one begins.
-            let beside = job.beside();
-            assert!(beside.len() <= usize::from(!done) && beside.iter().all(|name| name.starts_with(".posthoc-ema-")));
+            // The next command removes the temporary file of a killed one.
+            let leftovers = job.leftovers();
+            assert!(
+                leftovers.len() <= usize::from(!done) && leftovers.iter().all(|name| name.starts_with(".posthoc-ema-"))
+            );
             (killed, ended) = (killed + usize::from(!done), ended + usize::from(done));
         }
         println!("{}: {killed} kills, {ended} ended", job.arguments[0]);
@@ -256,7 +259,7 @@ fn what_a_killed_command_writes_is_whole_or_not_there() {
 }
 
 #[test]
-fn a_command_that_is_told_to_end_leaves_nothing() {
+fn commands_ended_by_a_signal_leave_nothing() {
     let temp = tempfile::tempdir().unwrap();
     for job in jobs(temp.path()) {
         let mut ended_early = 0;
@@ -265,13 +268,13 @@ fn a_command_that_is_told_to_end_leaves_nothing() {
         {
             job.remove();
             let mut child = job.start();
-            // As soon as there is something to clear up.
-            while job.beside().is_empty() && child.try_wait().unwrap().is_none() {
+            // The signal is sent once there is a temporary file.
+            while job.leftovers().is_empty() && child.try_wait().unwrap().is_none() {
                 std::thread::yield_now();
             }
             send(Pid::from_raw(child.id() as i32), signal).unwrap_or_default();
             let status = child.wait().unwrap();
-            assert_eq!(job.beside(), Vec::<String>::new(), "{signal}, {:?}", job.arguments);
+            assert_eq!(job.leftovers(), Vec::<String>::new(), "{signal}, {:?}", job.arguments);
             let by_signal = std::os::unix::process::ExitStatusExt::signal(&status) == Some(signal as i32);
             assert!(status.success() || by_signal, "{status}");
             ended_early += usize::from(by_signal);
@@ -279,6 +282,6 @@ fn a_command_that_is_told_to_end_leaves_nothing() {
                 break;
             }
         }
-        assert!(ended_early > 0, "{:?} was always faster", job.arguments);
+        assert!(ended_early > 0, "{:?} always ended before the signal", job.arguments);
     }
 }

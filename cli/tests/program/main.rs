@@ -1,4 +1,4 @@
-//! Tests that drive the program, in one binary: linking each alone would take longer than running them.
+//! Tests that drive the program. They share one binary, since linking each alone would take longer than running them.
 
 mod average;
 mod command_line;

@@ -1,4 +1,4 @@
-//! The pictures of the command line, through its binary.
+//! Pictures that the commands draw.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::common::{failure, posthoc_ema, stdout, train};
 use resvg::tiny_skia::Pixmap;
 
-/// A run and the folder around it.
+/// Trains a run in a temporary folder and returns its directory.
 fn run() -> (tempfile::TempDir, String) {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
@@ -14,7 +14,7 @@ fn run() -> (tempfile::TempDir, String) {
     (temp, dir.to_str().unwrap().to_owned())
 }
 
-/// What a command draws, as SVG, with the PNG checked beside it.
+/// Returns the SVG that a command draws, after a check of its PNG.
 fn draw(arguments: &[&str]) -> String {
     let temp = tempfile::tempdir().unwrap();
     let path = |name: &str| temp.path().join(name).to_str().unwrap().to_owned();
@@ -31,7 +31,7 @@ fn size(svg: &str) -> (u32, u32) {
     (attribute("width="), attribute("height="))
 }
 
-/// A PNG of twice the size, white at its corners, with ink where the title is.
+/// Checks that a PNG has twice the size, white corners, and ink at the title.
 fn check_png(path: &Path, (width, height): (u32, u32)) {
     let pixels = Pixmap::decode_png(&fs::read(path).unwrap()).unwrap();
     assert_eq!((pixels.width(), pixels.height()), (2 * width, 2 * height));
@@ -42,14 +42,14 @@ fn check_png(path: &Path, (width, height): (u32, u32)) {
     assert!(dark > 50, "{}: {dark} dark pixels where the title is", path.display());
 }
 
-/// The texts of an SVG.
+/// Returns the texts of an SVG.
 fn texts(svg: &str) -> Vec<String> {
     let of = |part: &str| part.split('>').nth(1).unwrap().split("</text").next().unwrap().trim().to_owned();
     svg.split("<text").skip(1).map(of).collect()
 }
 
 #[test]
-fn error_draws_the_curve() {
+fn error_picture_labels_the_worst_length() {
     let (_temp, dir) = run();
     let svg = draw(&["error", &dir]);
     let texts = texts(&svg);
@@ -57,23 +57,23 @@ fn error_draws_the_curve() {
     {
         assert!(texts.iter().any(|own| own == text), "{text}: {texts:?}");
     }
-    // The worst length between the tracked ones is what a fine table says.
+    // The label has the worst error of a fine grid between the tracked lengths.
     let document = stdout(&["error", &dir, "--sigma-rel", "0.05,0.051,...,0.28", "--json"]);
     let document: serde_json::Value = serde_json::from_str(&document).unwrap();
     let errors = document["errors"].as_array().unwrap().iter().map(|point| point["relative_error"].as_f64().unwrap());
     let worst = errors.fold(0.0, f64::max);
     let label = texts.iter().find(|text| text.starts_with("worst")).unwrap();
     let shown: f64 = label.trim_start_matches("worst in between ").split('%').next().unwrap().parse().unwrap();
-    // Two digits are shown, and the two grids differ a little where the error is flat.
+    // Two digits are shown, and the grids differ slightly near the flat maximum.
     assert!((shown / (100.0 * worst) - 1.0).abs() < 0.06, "{label}: {worst}");
 }
 
 #[test]
-fn error_draws_before_training() {
+fn error_picture_before_training_marks_tracked_profiles() {
     let flags =
         ["error", "--steps", "30000", "--track", "0.06", "--track-beta", "0.9998", "--checkpoint-dtype", "bf16"];
     let texts = texts(&draw(&flags));
-    // A classical EMA is marked where it has about that standard deviation: 1 / (2e-4 * 30000) = 0.167.
+    // The mark of a classical EMA is at its standard deviation: 1 / (2e-4 * 30000) = 0.167.
     for text in [
         "30000 steps, a snapshot every 1000, 20 kept, at step 30000",
         "tracked beta 0.9998",
@@ -81,13 +81,13 @@ fn error_draws_before_training() {
     ] {
         assert!(texts.iter().any(|own| own == text), "{text}: {texts:?}");
     }
-    // One length, and one that is tracked.
+    // A single length, tracked and not tracked.
     assert!(draw(&["error", "--steps", "30000", "--sigma-rel", "0.05"]).contains("tracked 0.05"));
     assert!(!draw(&["error", "--steps", "30000", "--sigma-rel", "0.1"]).contains("tracked"));
 }
 
 #[test]
-fn plan_draws_its_targets() {
+fn plan_picture_has_a_panel_for_each_target() {
     let (_temp, dir) = run();
     let svg = draw(&["plan", &dir, "--sigma-rel", "0.15"]);
     let texts = texts(&svg);
@@ -106,7 +106,7 @@ fn plan_draws_its_targets() {
 }
 
 #[test]
-fn inspect_draws_what_is_damaged_too() {
+fn inspect_picture_crosses_damaged_snapshots() {
     let (temp, dir) = run();
     let svg = draw(&["inspect", &dir]);
     for text in ["sigma_rel 0.05", "sigma_rel 0.28", "newest update 500", "live state"] {
@@ -124,7 +124,7 @@ fn inspect_draws_what_is_damaged_too() {
 }
 
 #[test]
-fn what_is_printed_survives_a_picture_that_cannot_be_written() {
+fn output_is_printed_before_a_picture_fails() {
     let (_temp, dir) = run();
     for arguments in [vec!["error", &dir], vec!["plan", &dir, "--sigma-rel", "0.1"], vec!["inspect", &dir]] {
         let output = posthoc_ema(&[&arguments[..], &["--json", "--plot", "/nonexistent/a.png"]].concat());
@@ -135,7 +135,7 @@ fn what_is_printed_survives_a_picture_that_cannot_be_written() {
 }
 
 #[test]
-fn pictures_of_no_known_kind_are_bad_usage() {
+fn unknown_picture_formats_are_bad_usage() {
     let (_temp, dir) = run();
     let many: String = (5..=13).map(|i| format!("0.{i:02}")).collect::<Vec<_>>().join(",");
     for (arguments, part) in [
@@ -152,7 +152,7 @@ fn pictures_of_no_known_kind_are_bad_usage() {
 }
 
 #[test]
-fn bench_draws_pixels_too() {
+fn bench_picture_is_drawn_as_png() {
     let small =
         ["bench", "--device", "cpu", "--parameters", "10000", "--tensors", "30", "--snapshots", "3", "--repeats=2"];
     assert!(draw(&small).contains("f32, compensated, 30 tensors"));

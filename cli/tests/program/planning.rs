@@ -1,4 +1,4 @@
-//! Planning before training, through the binary: what is kept, what it takes, and advice.
+//! Planning before training: retention, disk size and advice.
 
 use crate::common::{failure, stdout};
 use serde_json::Value;
@@ -14,19 +14,19 @@ fn error(document: &Value) -> f64 {
 }
 
 #[test]
-fn what_is_kept_is_what_serves_the_range() {
+fn retention_keeps_snapshots_that_serve_its_range() {
     let target = ["--sigma-rel", "0.2"];
     let default = json(&[&TRAINING, &target]);
     assert_eq!(default["targets"][0]["weights"].as_array().unwrap().len(), 40);
     let latest = json(&[&TRAINING, &target, &["--retention", "latest"]]);
     assert!(error(&default) < 0.0095 && error(&latest) > 0.2, "{default} {latest}");
-    // A narrower range is served better.
+    // A narrower range has smaller errors.
     let narrow = json(&[&TRAINING, &target, &["--retention", "0.15..0.22"]]);
     assert!(error(&narrow) < error(&default), "{narrow}");
 }
 
 #[test]
-fn disk_is_told_where_the_size_is_given() {
+fn plan_reports_disk_if_parameters_are_given() {
     let flags = ["--sigma-rel", "0.2", "--parameters", "1B", "--checkpoint-dtype", "bf16"];
     // 21 steps of two profiles at 2 bytes, and the live state of 6 bytes for each profile twice.
     assert_eq!(json(&[&TRAINING, &flags])["disk"], 108_000_000_000u64);
@@ -35,10 +35,10 @@ fn disk_is_told_where_the_size_is_given() {
 }
 
 #[test]
-fn advice_is_within_the_disk_and_comes_true() {
-    let wish = ["--advise", "--parameters", "10M", "--checkpoint-dtype", "f16", "--disk", "1.1GB"];
+fn advice_fits_the_disk_and_matches_its_plan() {
+    let request = ["--advise", "--parameters", "10M", "--checkpoint-dtype", "f16", "--disk", "1.1GB"];
     let training = ["plan", "--steps", "20000"];
-    let document = json(&[&training, &wish, &["--json"]]);
+    let document = json(&[&training, &request, &["--json"]]);
     let (all, best) = (document["advice"].as_array().unwrap(), &document["best"]);
     assert!(all.len() == 6 && all.contains(best), "{document}");
     assert!(best["disk"].as_u64().unwrap() <= 1_100_000_000);
@@ -55,13 +55,13 @@ fn advice_is_within_the_disk_and_comes_true() {
     let rounding = plan["targets"][0]["noise_gain"].as_f64().unwrap() * 2.1e-4;
     let together = error(&plan).hypot(rounding);
     assert!((together / best["error"].as_f64().unwrap() - 1.0).abs() < 0.02, "{plan} {best}");
-    let table = stdout(&[&training[..], &wish].concat());
+    let table = stdout(&[&training[..], &request].concat());
     assert!(table.contains("Within 1.10 GB: track 0.") && table.contains("max_checkpoints"), "{table}");
 }
 
 #[test]
-fn what_cannot_be_advised_says_why() {
-    let wish = ["plan", "--advise", "--steps", "20000", "--parameters", "10M"];
+fn advise_reports_bad_usage() {
+    let request = ["plan", "--advise", "--steps", "20000", "--parameters", "10M"];
     for (more, part) in [
         (vec!["--disk", "1MB"], "1000000 bytes do not hold one step's snapshots of two profiles"),
         (vec!["--disk", "1GB", "--track", "0.1"], "'--advise' cannot be used with '--track <LIST>'"),
@@ -71,7 +71,7 @@ fn what_cannot_be_advised_says_why() {
         (vec!["--disk", "many"], "`MANY` is not a unit"),
         (vec![], "--disk"),
     ] {
-        let (status, text) = failure(&[&wish[..], &more].concat());
+        let (status, text) = failure(&[&request[..], &more].concat());
         assert!(status == 2 && text.contains(part), "{more:?}: {text}");
     }
     let (status, text) = failure(&["plan", "--advise", "--steps", "100", "--disk", "1GB"]);

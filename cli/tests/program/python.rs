@@ -6,7 +6,7 @@ use std::process::Command;
 
 #[test]
 #[ignore = "needs POSTHOC_EMA_PYTHON, a Python with safetensors and numpy"]
-fn python_reads_what_is_written() {
+fn python_loads_snapshots_and_averages() {
     let temp = tempfile::tempdir().unwrap();
     let (dir, out) = (temp.path().join("run"), temp.path().join("out.safetensors"));
     crate::common::train(&dir);

@@ -1,4 +1,4 @@
-//! Sweeps through the binary, with evaluations that are shell scripts, and through the library.
+//! Sweeps of the program, whose evaluations are shell scripts, and of the library.
 
 use std::fs;
 use std::io::Read;
@@ -10,10 +10,10 @@ use crate::common::{failure, posthoc_ema, stdout};
 use posthoc_ema::{At, Device, Dtype, PostHocEma, Profile, Run, SweepOptions, Tensors};
 use serde_json::Value;
 
-/// The length that the evaluations here like best.
+/// Length with the best score.
 const OPTIMUM: f64 = 0.137;
 
-/// A run over a ramp: the average of a profile is its mean time, so that every length gives another.
+/// A run over a ramp: the average of a profile is its mean time, so that every length has another one.
 struct Case {
     temp: tempfile::TempDir,
     run: String,
@@ -40,7 +40,7 @@ impl Case {
         Case { run: run.to_str().unwrap().to_owned(), out, script, temp }
     }
 
-    /// An evaluation: `before` and then the square of the distance from the optimum's average.
+    /// Writes an evaluation script: `before`, then the squared distance from the average of the optimum.
     fn script(&self, before: &str) {
         let optimum = self.average(&profile(OPTIMUM));
         let text = format!(
@@ -87,7 +87,7 @@ impl Case {
         self.out.join("best.safetensors")
     }
 
-    /// The names in the sweep's directory that a user sees.
+    /// Returns the names of the visible files in the directory of the sweep.
     fn names(&self) -> Vec<String> {
         names(&self.out).into_iter().filter(|name| !name.starts_with('.')).collect()
     }
@@ -121,7 +121,7 @@ fn weight(path: &Path) -> f32 {
 const LIST: [&str; 2] = ["--sigma-rel", "0.05,0.08,...,0.26"];
 
 #[test]
-fn the_best_length_is_found_and_kept() {
+fn sweep_finds_and_keeps_the_best_length() {
     let case = Case::new();
     case.script("");
     let (document, stderr) = case.sweep(&LIST);
@@ -129,7 +129,7 @@ fn the_best_length_is_found_and_kept() {
     let trials = document["trials"].as_array().unwrap();
     assert_eq!((trials.len(), &document["evaluated"], &document["failed"]), (14, &14.into(), &0.into()));
     let found = document["best"]["length"]["sigma_rel"].as_f64().unwrap();
-    // Two intervals of the list, narrowed by six steps.
+    // Two intervals of the list, narrowed by six golden-section steps.
     assert!((found - OPTIMUM).abs() <= 0.06 / 1.38f64.powi(6), "{found}");
     assert!(document["best"]["refined"] == true && document["edge"] == Value::Null);
     assert_eq!(document["path"], case.best().to_str().unwrap());
@@ -139,16 +139,16 @@ fn the_best_length_is_found_and_kept() {
     for trial in trials {
         let average = f64::from(case.average(&serde_json::from_value(trial["profile"].clone()).unwrap()));
         let expected = (average - f64::from(case.average(&profile(OPTIMUM)))).powi(2);
-        // Both averages have been printed, to 1e-4 at the worst of about 400, and the score to six digits.
+        // Both averages, of up to about 400, are printed to 1e-4 at worst, and the score to six digits.
         let tolerance = 1e-5 * expected + 2.0 * 2e-4 * expected.sqrt() + 2e-4f64.powi(2);
         let score = trial["score"].as_f64().unwrap();
         assert!((score - expected).abs() <= tolerance, "{score} is not {expected}");
     }
-    assert_eq!(case.names(), ["best.safetensors", "sweep.json"], "the others are gone");
+    assert_eq!(case.names(), ["best.safetensors", "sweep.json"], "the other averages are removed");
 }
 
 #[test]
-fn people_get_a_table_with_the_best_marked() {
+fn table_marks_the_best_trial() {
     let case = Case::new();
     case.script("");
     let arguments =
@@ -166,9 +166,9 @@ fn people_get_a_table_with_the_best_marked() {
     assert!(text.contains("nothing shorter was evaluated") && text.contains("refined"), "{text}");
 }
 
-/// One of each kind: the others go on, and the failures tell what happened.
+/// One failure of each kind.
 #[test]
-fn failures_are_reported_and_do_not_lose_the_others() {
+fn failed_evaluations_are_reported_and_the_others_scored() {
     let case = Case::new();
     let left = case.temp.path().join("left");
     case.script(&format!(
@@ -184,7 +184,7 @@ fn failures_are_reported_and_do_not_lose_the_others() {
     ));
     let start = Instant::now();
     let (document, stderr) = case.sweep(&[&LIST[..], &["--timeout", "1.5", "--refine", "0"]].concat());
-    assert!(start.elapsed() < Duration::from_secs(500), "an evaluation was waited for beyond its time");
+    assert!(start.elapsed() < Duration::from_secs(500), "the sweep waited longer than the timeout");
     wait_for(|| (!is_alive(&fs::read_to_string(&left).unwrap())).then_some(()));
     assert_eq!((&document["failed"], &document["evaluated"]), (&6.into(), &8.into()));
     assert_eq!(document["best"]["length"]["sigma_rel"], 0.14);
@@ -202,9 +202,9 @@ fn failures_are_reported_and_do_not_lose_the_others() {
     assert_eq!(weight(&case.best()), case.average(&profile(0.14)));
 }
 
-/// A process in a session of its own is out of reach; it holds the pipes, and is not waited for.
+/// A process in a session of its own cannot be killed with the evaluation, and keeps its pipes open.
 #[test]
-fn what_an_evaluation_leaves_in_another_session_is_not_waited_for() {
+fn sweep_does_not_wait_for_processes_of_another_session() {
     let case = Case::new();
     let left = case.temp.path().join("left");
     case.script(&format!(
@@ -216,13 +216,13 @@ fn what_an_evaluation_leaves_in_another_session_is_not_waited_for() {
     for pid in wait_for(|| fs::read_to_string(&left).ok()).lines() {
         Command::new("kill").args(["-9", pid]).status().unwrap();
     }
-    assert!(start.elapsed() < Duration::from_secs(500), "what was left was waited for");
+    assert!(start.elapsed() < Duration::from_secs(500), "the sweep waited for the process");
     assert!(stderr.contains("warning: sigma_rel 0.1: it took longer than 2 s"), "{stderr}");
     assert_eq!((&document["failed"], &document["best"]["length"]["sigma_rel"]), (&1.into(), &0.2.into()));
 }
 
 #[test]
-fn where_all_fail_the_command_does() {
+fn sweep_fails_if_all_evaluations_fail() {
     let case = Case::new();
     let eval = "false {}";
     let out = case.out.to_str().unwrap();
@@ -243,16 +243,16 @@ fn where_all_fail_the_command_does() {
     assert!(text.contains("the shell could not run it") && text.contains("nonesuch"), "{text}");
 }
 
-/// As `failure`, of a command that prints its table first.
+/// Returns what [`failure`] does, for a command that prints its table first.
 fn failure_with_table(arguments: &[&str]) -> (i32, String) {
     let output = posthoc_ema(arguments);
     assert!(String::from_utf8(output.stdout).unwrap().contains("failed"));
     (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
 }
 
-/// Killed in the middle of an evaluation: that one ends too, and the same command goes on with the rest.
+/// A sweep that is killed in an evaluation ends it, and the same command continues with the rest.
 #[test]
-fn a_sweep_that_was_killed_goes_on() {
+fn killed_sweep_continues() {
     let case = Case::new();
     let log = case.temp.path().join("log");
     let hang = case.temp.path().join("hang");
@@ -279,7 +279,7 @@ fn a_sweep_that_was_killed_goes_on() {
     let (document, stderr) = case.sweep(&further);
     assert_eq!((stderr.as_str(), document["trials"].as_array().unwrap().len()), ("", 14));
     assert_eq!(document["evaluated"], 11);
-    // Each once, and the one that was cut short once more.
+    // One call for each trial, and a second one for the interrupted trial.
     let calls = fs::read_to_string(&log).unwrap();
     let mut names: Vec<&str> = calls.lines().collect();
     assert_eq!((names.len(), names[3]), (15, names[4]));
@@ -288,7 +288,7 @@ fn a_sweep_that_was_killed_goes_on() {
     assert_eq!(names.len(), 14);
     assert_eq!(case.names(), ["best.safetensors", "sweep.json"]);
 
-    // It is done: nothing is evaluated, and the best is made again where it is missing.
+    // A finished sweep evaluates nothing, and writes a missing best average again.
     fs::remove_file(case.best()).unwrap();
     let (again, _) = case.sweep(&further);
     assert_eq!((&again["evaluated"], &again["trials"]), (&0.into(), &document["trials"]));
@@ -296,14 +296,14 @@ fn a_sweep_that_was_killed_goes_on() {
     assert_eq!(weight(&case.best()), case.average(&best));
 }
 
-/// Waits for something that another process does.
+/// Waits until another process has done something.
 fn wait_for<T>(mut ready: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
         if let Some(value) = ready() {
             return value;
         }
-        assert!(start.elapsed() < Duration::from_secs(300), "it does not come");
+        assert!(start.elapsed() < Duration::from_secs(300), "waited for five minutes");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -318,7 +318,7 @@ fn recorded(case: &Case) -> usize {
 }
 
 #[test]
-fn what_failed_is_tried_again() {
+fn failed_evaluations_are_tried_again() {
     let case = Case::new();
     let (log, broken) = (case.temp.path().join("log"), case.temp.path().join("broken"));
     fs::write(&broken, "").unwrap();
@@ -336,13 +336,13 @@ fn what_failed_is_tried_again() {
     assert_eq!(after["best"]["length"]["sigma_rel"], 0.14);
     assert_eq!(weight(&case.best()), case.average(&profile(0.14)));
     assert!(fs::read_to_string(log).unwrap().lines().last().unwrap().contains("sigma_rel-0.14."));
-    // A longer list and more steps go on with the same scores.
+    // A longer list and more refinement use the recorded scores.
     let (wider, _) = case.sweep(&["--sigma-rel", "0.05,0.08,...,0.26,0.28", "--refine", "2"]);
     assert_eq!((&wider["evaluated"], recorded(&case)), (&3.into(), 11));
 }
 
 #[test]
-fn the_directory_of_another_sweep_is_refused() {
+fn directory_of_another_sweep_is_refused() {
     let case = Case::new();
     case.script("");
     case.sweep(&["--sigma-rel", "0.1,0.2", "--refine", "0"]);
@@ -366,10 +366,10 @@ fn the_directory_of_another_sweep_is_refused() {
 }
 
 #[test]
-fn odd_paths_reach_the_command_whole() {
+fn special_characters_in_paths_reach_the_evaluation() {
     let mut case = Case::new();
     case.out = case.temp.path().join("it's a \"$HOME\" `dir`; échec\nof {} *");
-    // The path by all ways, and the profile.
+    // Checks the path in both arguments and the variable, the profile, and empty stdin.
     case.script(
         "[ \"$1\" = \"$POSTHOC_EMA_WEIGHTS\" ] && [ \"$1\" = \"$2\" ] && [ $# -eq 2 ] || exit 7\n\
          case \"$1\" in /*) ;; *) exit 8;; esac\n\
@@ -381,7 +381,7 @@ fn odd_paths_reach_the_command_whole() {
     let output = posthoc_ema(&["sweep", &case.run, "--eval", &eval, "--out-dir", out, "--sigma-rel", "0.1", "--json"]);
     let document: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(output.status.success() && document["failed"] == 0, "{document}");
-    // From a directory of its own, by a relative path.
+    // A relative path from another directory.
     let mut command = Command::new(env!("CARGO_BIN_EXE_posthoc-ema"));
     command.current_dir(case.temp.path()).args(["sweep", "run", "--eval", &eval, "--out-dir=-relative dir"]);
     let output = command.args(["--sigma-rel", "0.1"]).output().unwrap();
@@ -390,7 +390,7 @@ fn odd_paths_reach_the_command_whole() {
 }
 
 #[test]
-fn all_averages_can_be_kept() {
+fn keep_all_keeps_every_average() {
     let case = Case::new();
     case.script("");
     let (document, _) = case.sweep(&[&LIST[..], &["--keep-all", "--refine", "2", "--batch", "4"]].concat());
@@ -404,9 +404,9 @@ fn all_averages_can_be_kept() {
     assert_eq!(case.names(), ["best.safetensors", "candidates", "sweep.json"]);
 }
 
-/// Targets that print alike have files of their own, and so has a refinement that prints like an earlier trial.
+/// Targets with equal names have files of their own, and so has a refinement named like an earlier trial.
 #[test]
-fn averages_that_print_alike_are_kept_beside_each_other() {
+fn targets_with_equal_names_keep_separate_files() {
     let case = Case::new();
     let targets = [0.15, 0.150_000_000_000_01, 0.150_000_000_000_02].map(profile);
     let options = SweepOptions { keep_all: true, refine: 1, ..SweepOptions::new(&case.out, &targets) };
@@ -417,7 +417,7 @@ fn averages_that_print_alike_are_kept_beside_each_other() {
         if candidate.plan.profile == targets[1] { Err("once") } else { Ok(seen.len() as f64) }
     };
     assert_eq!(run.sweep(&options, &mut evaluate).unwrap().sweep.trials().len(), 4);
-    // What failed is written to its own file once more.
+    // A failed trial is written to its own file again.
     run.sweep(&SweepOptions { refine: 0, ..options }, &mut evaluate).unwrap();
     assert_eq!(seen.len(), 5);
     assert!(seen[4] == seen[1], "{seen:?}");
@@ -432,7 +432,7 @@ fn averages_that_print_alike_are_kept_beside_each_other() {
 }
 
 #[test]
-fn an_evaluation_may_move_its_file_or_change_the_directory() {
+fn evaluation_may_remove_its_file() {
     let case = Case::new();
     case.script("");
     let text = fs::read_to_string(&case.script).unwrap();
@@ -444,9 +444,8 @@ fn an_evaluation_may_move_its_file_or_change_the_directory() {
     assert_eq!(case.names(), ["best.safetensors", "sweep.json"]);
 }
 
-/// Nothing that is not the sweep's own is replaced or removed.
 #[test]
-fn other_files_in_the_directory_stay() {
+fn other_files_in_the_directory_are_kept() {
     let case = Case::new();
     case.script("");
     fs::create_dir(&case.out).unwrap();
@@ -459,7 +458,7 @@ fn other_files_in_the_directory_stay() {
     others.iter().for_each(|name| fs::write(case.out.join(name), "mine").unwrap());
     case.sweep(&["--sigma-rel", "0.1"]);
     others.iter().for_each(|name| assert_eq!(fs::read(case.out.join(name)).unwrap(), b"mine"));
-    // Another run's directory.
+    // The directory of another run.
     let (run, other) = (&case.run, Case::new());
     let before = names(Path::new(&other.run));
     let (status, text) = failure(&["sweep", run, "--eval", "true {}", "--out-dir", &other.run, "--sigma-rel", "0.1"]);
@@ -467,26 +466,26 @@ fn other_files_in_the_directory_stay() {
     assert_eq!(names(Path::new(&other.run)), before);
 }
 
-/// What waited for its evaluation goes, with the list that named it; what was kept stays, and what is not ours.
+/// Averages without an evaluation are removed with their list. Kept averages and other files stay.
 #[test]
-fn candidates_of_a_sweep_that_was_killed_are_removed() {
+fn candidates_of_a_killed_sweep_are_removed() {
     let case = Case::new();
     case.script("");
     let folder = case.out.join("candidates");
     case.sweep(&["--sigma-rel", "0.1,0.2", "--refine", "0", "--keep-all"]);
     let kept = names(&folder);
     let run = Run::open(&case.run).unwrap();
-    let waited = folder.join("sigma_rel-0.25.step-500.safetensors");
-    run.write(&run.plan(profile(0.25), At::Latest).unwrap(), &waited).unwrap();
+    let pending = folder.join("sigma_rel-0.25.step-500.safetensors");
+    run.write(&run.plan(profile(0.25), At::Latest).unwrap(), &pending).unwrap();
     let mine = folder.join("mine.safetensors");
-    fs::copy(&waited, &mine).unwrap();
+    fs::copy(&pending, &mine).unwrap();
     fs::write(folder.join(".posthoc-ema-abc123"), "half a file").unwrap();
     case.sweep(&["--sigma-rel", "0.1,0.15", "--refine", "0"]);
     assert_eq!(names(&folder), [vec!["mine.safetensors".to_owned()], kept].concat());
 }
 
 #[test]
-fn bad_usage_and_what_cannot_be_done() {
+fn bad_usage_and_failures_name_their_cause() {
     let case = Case::new();
     case.script("");
     for (further, part) in [
@@ -511,7 +510,7 @@ fn bad_usage_and_what_cannot_be_done() {
         let (status, text) = case.failure(&further);
         assert!(status == 1 && text.contains(part), "{further:?}: {text}");
     }
-    assert!(!case.out.exists(), "nothing is made for what cannot be done");
+    assert!(!case.out.exists(), "a failed sweep creates no directory");
     for inside in [case.run.clone(), format!("{}/deep/sweep", case.run)] {
         let (status, text) =
             failure(&["sweep", &case.run, "--eval", "true {}", "--out-dir", &inside, "--sigma-rel", "0.1"]);
@@ -521,9 +520,9 @@ fn bad_usage_and_what_cannot_be_done() {
     assert!(!Path::new(&case.run).join("deep").exists());
 }
 
-/// Short averages are too large for f16, long ones are not.
+/// The shortest average is too large for f16.
 #[test]
-fn an_average_that_its_dtype_cannot_hold_fails_alone() {
+fn average_beyond_its_dtype_fails_alone() {
     let case = Case::scaled(140.0);
     let targets = [0.05, 0.1, 0.15, 0.2].map(profile);
     let options = SweepOptions { dtype: Some(Dtype::F16), refine: 0, ..SweepOptions::new(&case.out, &targets) };
@@ -544,7 +543,7 @@ fn an_average_that_its_dtype_cannot_hold_fails_alone() {
 }
 
 #[test]
-fn an_evaluation_in_rust_that_fails_is_recorded() {
+fn failed_closure_evaluation_is_recorded() {
     let case = Case::new();
     let targets = [0.05, 0.1, 0.15].map(profile);
     let options = SweepOptions { refine: 2, device: Device::Auto, ..SweepOptions::new(&case.out, &targets) };

@@ -45,7 +45,7 @@ pub(super) fn measure(sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
     session.measure("blend", &mut state, &tasks)
 }
 
-/// Writes a file of at least so many bytes, in whole words, and maps it from the page cache.
+/// Writes a file of at least `bytes` bytes, in whole words, and maps it from the page cache.
 ///
 /// The file is unlinked at once, so that nothing is left behind if the process is killed.
 fn write_snapshots(bytes: usize, session: &mut Session<'_>) -> Result<StoredFile> {

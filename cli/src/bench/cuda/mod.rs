@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use posthoc_ema::compute::cuda::CudaDevice;
-use posthoc_ema::{Error, Result, device};
+use posthoc_ema::{Device, Error, Result};
 
 use super::cases::Sizes;
 use super::device::BenchDevice;
@@ -26,7 +26,7 @@ const PARAMETERS: usize = 200_000_000;
 
 impl BenchDevice for Cuda {
     fn name(&self) -> String {
-        device::Device::Cuda(self.0.number()).to_string()
+        Device::Cuda(self.0.number()).to_string()
     }
 
     fn model(&self) -> String {

@@ -1,4 +1,4 @@
-//! Checkpoints of PyTorch: never run, bounded, and imported whole or not at all.
+//! Checkpoints of PyTorch are never executed, and are imported whole or not at all.
 
 use std::fs;
 
@@ -7,8 +7,9 @@ use posthoc_ema::{Import, Profile, Run, Tool, verify};
 
 use super::{check_error, scratch};
 
-/// Imports a directory with a file of these bytes, of each tool: an error tells of the file and leaves nothing, and what is
-/// imported is whole.
+/// Imports a directory with a file of these bytes for each tool.
+///
+/// An error names the file and leaves nothing. An imported run passes verification.
 pub fn check(bytes: &[u8]) {
     let dir = scratch();
     let source = dir.path().join("source");

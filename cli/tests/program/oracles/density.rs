@@ -1,11 +1,11 @@
-//! Profiles as tables of comma-separated values, beside a plainer reading of them.
+//! Profiles as CSV, compared with a simpler parser.
 
 use posthoc_ema::Profile;
 
 #[path = "../../../src/commands/profile_csv.rs"]
 mod profile_csv;
 
-/// Reads a table; where it has no quotes, comments or empty fields, line by line as well.
+/// Reads a table, and compares it with a reading line by line if it has no quotes, comments or empty fields.
 pub fn check(bytes: &[u8]) {
     let read = profile_csv::read(bytes);
     if let Ok(profile) = &read {
@@ -23,12 +23,12 @@ pub fn check(bytes: &[u8]) {
         match (read, Profile::table(points)) {
             (Ok(read), Ok(plain)) => assert_eq!(read, plain),
             (Err(_), Err(_)) => {}
-            (read, plain) => panic!("{read:?} beside {plain:?}"),
+            (read, plain) => panic!("{read:?} differs from {plain:?}"),
         }
     }
 }
 
-/// The pairs of a text that is nothing but lines of two numbers.
+/// Returns the pairs of a text that has only lines of two numbers.
 fn plain(text: &str) -> Option<Vec<(f64, f64)>> {
     let number = |field: &str| field.bytes().all(|b| b.is_ascii_digit() || b == b'.').then(|| field.parse().ok())?;
     text.lines().map(|line| line.split_once(',').and_then(|(a, b)| Some((number(a)?, number(b)?)))).collect()

@@ -1,4 +1,4 @@
-//! Headers of safetensors files, beside the format's own reader.
+//! Headers of safetensors files, compared with the reader of the safetensors crate.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,9 @@ use safetensors::SafeTensors;
 
 use super::{check_error, scratch};
 
-/// Reads a file of these bytes with both readers: what ours takes, the format's own takes, and finds the same in it.
+/// Reads a file of these bytes with both readers.
+///
+/// The reference accepts every file that ours accepts, with equal contents.
 pub fn check(bytes: &[u8]) {
     let dir = scratch();
     let path = dir.path().join("0.1.safetensors");
@@ -18,12 +20,12 @@ pub fn check(bytes: &[u8]) {
         SafeTensors::deserialize(bytes).map(|tensors| (metadata.metadata().clone(), tensors))
     });
     match (StoredFile::open(&path), reference) {
-        (Ok(file), Ok((metadata, tensors))) => same(&file, metadata.unwrap_or_default().into_iter(), &tensors),
-        (Ok(_), Err(error)) => panic!("the format's own reader refuses it: {error}"),
+        (Ok(file), Ok((metadata, tensors))) => assert_same(&file, metadata.unwrap_or_default().into_iter(), &tensors),
+        (Ok(_), Err(error)) => panic!("the reference refuses the file: {error}"),
         (Err(error), Ok(_)) => {
             let text = error.to_string();
             let stricter = text.contains("is in the header twice") || text.contains("the file is empty");
-            assert!(stricter, "the format's own reader takes it: {text}");
+            assert!(stricter, "the reference accepts the file: {text}");
             check_error(&error, &path);
         }
         (Err(error), Err(_)) => {
@@ -34,7 +36,7 @@ pub fn check(bytes: &[u8]) {
     check_snapshot(&path);
 }
 
-fn same(file: &StoredFile, metadata: impl Iterator<Item = (String, String)>, tensors: &SafeTensors<'_>) {
+fn assert_same(file: &StoredFile, metadata: impl Iterator<Item = (String, String)>, tensors: &SafeTensors<'_>) {
     assert_eq!(*file.metadata(), metadata.collect());
     assert_eq!(file.tensors().len(), tensors.len());
     for (name, stored) in file.tensors().iter() {
@@ -44,7 +46,7 @@ fn same(file: &StoredFile, metadata: impl Iterator<Item = (String, String)>, ten
     }
 }
 
-/// The same file as a snapshot: it opens, or tells why not.
+/// Opens the file as a snapshot. An error names it.
 fn check_snapshot(path: &Path) {
     let stem = posthoc_ema::snapshot::SnapshotId { index: 0, step: 1 };
     if let Err(error) = posthoc_ema::snapshot::Snapshot::open(stem, &[path.to_owned()]) {

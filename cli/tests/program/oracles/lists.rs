@@ -1,4 +1,4 @@
-//! Lists on the command line, beside a plainer reading of them.
+//! Lists on the command line, compared with a simpler parser.
 
 use posthoc_ema::Retention;
 
@@ -37,7 +37,7 @@ fn check_reason(reason: &str) {
     assert!(!reason.is_empty());
 }
 
-/// Items are walked from the left: each `...` fills up from the two values before it to the one after it.
+/// Walks the items from the left: each `...` continues the two values before it up to the one after it.
 fn check_numbers(text: &str, values: &[f64]) {
     assert!(values.len() <= 10_000 + text.len(), "{} values", values.len());
     let items: Vec<&str> = text.split(',').map(str::trim).collect();

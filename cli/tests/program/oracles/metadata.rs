@@ -1,4 +1,4 @@
-//! The metadata of a snapshot: profiles, histories, dtypes and names as hostile text.
+//! Metadata of a snapshot: profiles, histories, dtypes and names as hostile text.
 
 use std::collections::HashMap;
 use std::fs;
@@ -9,15 +9,15 @@ use safetensors::{Dtype, tensor::TensorView};
 
 use super::{check_error, scratch};
 
-/// Times that a solve in a test may take; a run may have 2^26.
-const MANY: usize = 2_000;
+/// Most times of a history that is solved. A run may have 2^26.
+const MAX_TIMES: usize = 2_000;
 
-/// Lines of `key=value` become the metadata of two snapshots of a run, which is opened, planned and blended.
+/// Writes lines of `key=value` as the metadata of two snapshots of a run, and opens, plans and blends it.
 pub fn check(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let dir = scratch();
     for step in [50, 100] {
-        let mut metadata = usual(step);
+        let mut metadata = default_metadata(step);
         metadata.extend(text.lines().filter_map(|line| line.split_once('=')).map(|(k, v)| (k.into(), v.into())));
         let values = [1.0f32, 0.5, 0.25, 2.0].map(f32::to_le_bytes).concat();
         let tensor = |shape: &[usize], bytes| TensorView::new(Dtype::F32, shape.to_vec(), bytes).unwrap();
@@ -32,7 +32,7 @@ pub fn check(bytes: &[u8]) {
     };
     let Some(times) = run.history().map(History::times) else { return };
     assert!(times.is_sorted_by(|a, b| a < b) && times.last() == Some(&100), "{times:?}");
-    if times.len() > MANY {
+    if times.len() > MAX_TIMES {
         return;
     }
     let Ok(plan) = run.plan(Profile::sigma_rel(0.1).unwrap(), At::Latest) else { return };
@@ -44,7 +44,7 @@ pub fn check(bytes: &[u8]) {
     }
 }
 
-fn usual(step: u64) -> HashMap<String, String> {
+fn default_metadata(step: u64) -> HashMap<String, String> {
     let text = [
         ("format", "pt".to_owned()),
         ("posthoc_ema", "1".to_owned()),
@@ -55,11 +55,11 @@ fn usual(step: u64) -> HashMap<String, String> {
     text.map(|(key, value)| (key.to_owned(), value)).into_iter().collect()
 }
 
-/// Both snapshots hold the same values, and so does any average of them.
+/// Checks that an average has the values that both snapshots share.
 fn check_average(average: &Tensors, gain: &f64) {
     for (name, expected) in [("w", &[1.0f32, 0.5, 0.25][..]), ("b", &[2.0])] {
         let Some(tensor) = average.get(name) else { panic!("no tensor {name}") };
-        // The dtype may be any that the metadata tell of.
+        // The metadata may name any dtype.
         let Some(values) = tensor.to_vec::<f32>() else { continue };
         for (value, expected) in values.iter().zip(expected) {
             let tolerance = 1e-6 * (1.0 + gain) * f64::from(expected.abs());
@@ -68,7 +68,7 @@ fn check_average(average: &Tensors, gain: &f64) {
     }
 }
 
-/// What is understood is written as it would be read again.
+/// Checks that parsed profiles and histories survive a round trip through JSON.
 fn check_values(text: &str) {
     for (_, value) in text.lines().filter_map(|line| line.split_once('=')) {
         if let Ok(profile) = serde_json::from_str::<Profile>(value) {

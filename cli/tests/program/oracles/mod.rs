@@ -1,7 +1,8 @@
-//! What must hold of any input whatever, for the fuzz targets (`fuzz/`) and for `tests/corpus.rs`: each `check` panics where it
-//! does not.
+//! Properties of any input, for the fuzz targets (`fuzz/`) and the replay of their corpora.
+//!
+//! Each `check` panics if one is violated.
 
-#![allow(dead_code, reason = "each user takes some of these")]
+#![allow(dead_code, reason = "each fuzz target uses one of these")]
 
 pub mod checkpoint;
 pub mod density;
@@ -11,16 +12,16 @@ pub mod metadata;
 
 use std::path::Path;
 
-/// A directory in memory, where there is such a place: inputs come by the thousand a second.
+/// Returns a temporary directory, in memory if possible: a fuzzer tries thousands of inputs a second.
 pub fn scratch() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
 }
 
-/// An error is one clear line or more, which tells of the file.
+/// Checks that an error names the file, is short, and has no control characters.
 pub fn check_error(error: &posthoc_ema::Error, path: &Path) {
     let text = error.to_string();
-    assert!(text.contains(path.to_str().unwrap()), "no word of the file: {text}");
+    assert!(text.contains(path.to_str().unwrap()), "the error does not name the file: {text}");
     assert!(text.len() < 20_000, "{} bytes of an error", text.len());
     let hidden = text.chars().find(|c| c.is_control() && *c != '\n');
     assert_eq!(hidden, None, "a control character would reach the terminal: {text:?}");
