@@ -28,7 +28,7 @@ pub struct DeviceAverages {
     incomplete: bool,
 }
 
-/// Returns the common device and stream of all tensors, or none if there is no tensor.
+/// Returns the common device and stream of all tensors, or none for an empty list.
 ///
 /// # Errors
 /// [`Error::Cuda`] if the tensors are on several devices or have several streams.

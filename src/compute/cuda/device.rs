@@ -67,7 +67,7 @@ impl CudaDevice {
     /// Opens a device, or returns it if it is already open. It stays open, because contexts and kernels load slowly.
     ///
     /// # Errors
-    /// [`Error::Cuda`] if there is no driver, no device of this number, or no kernel code that the device can run.
+    /// [`Error::Cuda`] if the driver, the device, or kernel code that the device can run is missing.
     pub fn open(number: usize) -> Result<Arc<CudaDevice>> {
         static OPEN: Mutex<BTreeMap<usize, Arc<CudaDevice>>> = Mutex::new(BTreeMap::new());
         let unavailable = |reason: String| Error::Cuda { device: number, action: "use the device".into(), reason };

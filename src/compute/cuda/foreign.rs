@@ -15,8 +15,8 @@ impl CudaMemory<'_> {
     /// # Safety
     /// * `address` points to `bytes` initialised bytes of that device, allocated in its primary context.
     /// * They stay allocated for `'a`. Afterwards, they are freed, reused or written only in the order of `stream`.
-    /// * `stream` belongs to the same context and exists for `'a`. Number 2, the per-thread default stream, is that of the
-    ///   thread that calls this crate with the memory.
+    /// * `stream` belongs to the same context and exists for `'a`. Number 2, the per-thread default stream, is that of
+    ///   the thread that calls this crate with the memory.
     pub unsafe fn from_raw(device: usize, stream: usize, address: u64, bytes: usize) -> Self {
         CudaMemory { device, stream, address, bytes, until_fence: false, lent: PhantomData }
     }

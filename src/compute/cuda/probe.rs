@@ -30,7 +30,7 @@ pub enum Unavailable {
 impl fmt::Display for Unavailable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Unavailable::NoDriver => f.write_str("there is no NVIDIA driver on this machine (libcuda.so.1)"),
+            Unavailable::NoDriver => f.write_str("the machine has no NVIDIA driver (libcuda.so.1)"),
             Unavailable::Incomplete(name) => {
                 write!(f, "the NVIDIA driver lacks {name}: it is damaged or far too old: install a current one")
             }
