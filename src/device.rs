@@ -31,15 +31,14 @@ impl FromStr for Device {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Device, String> {
-        let unknown = || format!("`{text}` is not a device: the devices are auto, cpu and cuda:N");
         match text {
             "auto" => Ok(Device::Auto),
             "cpu" => Ok(Device::Cpu),
             "cuda" => Ok(Device::Cuda(0)),
-            other => {
-                let number = other.strip_prefix("cuda:").and_then(|number| number.parse().ok());
-                number.map(Device::Cuda).ok_or_else(unknown)
-            }
+            other => match other.strip_prefix("cuda:").and_then(|number| number.parse().ok()) {
+                Some(number) => Ok(Device::Cuda(number)),
+                None => Err(format!("`{text}` is not a device: the devices are auto, cpu and cuda:N")),
+            },
         }
     }
 }

@@ -1,11 +1,12 @@
 //! A run on disk, opened for reading.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
+mod parsed_snapshot;
 mod settings;
 mod state;
 #[cfg(test)]
@@ -14,16 +15,18 @@ mod verify;
 
 pub(crate) use settings::Settings;
 pub use state::SavedState;
-pub(crate) use state::{COPIED, STATE, Saved, StateDocument, check_snapshots, copy_name, high_name, low_name};
+pub(crate) use state::{COPIED, LiveState, STATE, StateDocument, check_snapshots, copy_name, high_name, low_name};
 pub use verify::{VerifyReport, verify};
 
+use parsed_snapshot::{ParsedSnapshot, common_history, remove_diverged};
+
 use crate::device::Device;
-use crate::error::{Difference, Error, Result};
+use crate::error::{Error, Result};
+use crate::fs::parent_dir;
 use crate::math::{Chain, Densities, History, Profile};
-use crate::planning::{At, IndexedSource, Noise, Plan, SnapshotNoise, densities, read_chain, solve};
+use crate::planning::{At, IndexedSource, Noise, Plan, SnapshotNoise, densities, solve};
 use crate::snapshot::{self, Snapshot, SnapshotId};
 use crate::synthesis::{MAX_TARGETS, ModelTensor, Output, SourceSet, SwapGuard, TensorSource, WriteOptions};
-
 use crate::tensor::{ParametersMut, TensorSpec, TensorViewMut, Tensors, is_averaged};
 
 /// Snapshots of a run, mapped and checked against each other.
@@ -62,7 +65,8 @@ impl Run {
     /// # Errors
     /// [`Error::NoRun`], [`Error::Damaged`], [`Error::Unexpected`] or [`Error::Mismatch`], each naming the file.
     pub fn open(dir: impl AsRef<Path>) -> Result<Run> {
-        Run::of(dir.as_ref(), snapshot::open_all(dir.as_ref())?)
+        let snapshots = snapshot::open_all(dir.as_ref())?;
+        Run::new(dir.as_ref(), snapshots.into_iter().map(ParsedSnapshot::new).collect::<Result<_>>()?)
     }
 
     /// Opens the intact snapshots and returns the error of each of the others. Plans use the intact ones only.
@@ -74,36 +78,36 @@ impl Run {
     pub fn open_sound(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<(Run, Vec<Error>)> {
         let (snapshots, mut damaged) = snapshot::open_sound(dir.as_ref(), progress)?;
         let mut sound = Vec::with_capacity(snapshots.len());
-        let mut read = Vec::with_capacity(snapshots.len());
         for snapshot in snapshots {
-            match read_chain(&snapshot) {
-                Ok(chain) => {
-                    read.push(chain);
-                    sound.push(snapshot);
-                }
+            match ParsedSnapshot::new(snapshot) {
+                Ok(parsed) => sound.push(parsed),
                 Err(error) => damaged.push(error),
             }
         }
-        for (diverged, error) in diverged_from_most(&sound, &read).into_iter().rev() {
-            damaged.push(error);
-            sound.remove(diverged);
-            read.remove(diverged);
-        }
+        damaged.extend(remove_diverged(&mut sound));
         if sound.is_empty() {
             return Err(damaged.swap_remove(0));
         }
-        Ok((Run::of(dir.as_ref(), sound)?, damaged))
+        Ok((Run::new(dir.as_ref(), sound)?, damaged))
     }
 
-    fn of(dir: &Path, snapshots: Vec<Snapshot>) -> Result<Run> {
-        let mut read = Vec::with_capacity(snapshots.len());
-        for snapshot in &snapshots {
-            read.push(read_chain(snapshot)?);
+    fn new(dir: &Path, parsed: Vec<ParsedSnapshot>) -> Result<Run> {
+        let history = common_history(&parsed)?;
+        let mut run = Run {
+            dir: dir.to_owned(),
+            snapshots: Vec::with_capacity(parsed.len()),
+            profiles: Vec::with_capacity(parsed.len()),
+            chains: Vec::with_capacity(parsed.len()),
+            history,
+            noise: OnceLock::new(),
+            process: std::process::id(),
+        };
+        for ParsedSnapshot { snapshot, profile, chain, .. } in parsed {
+            run.snapshots.push(snapshot);
+            run.profiles.push(profile);
+            run.chains.push(chain);
         }
-        let history = common_history(&snapshots, &read)?;
-        let (profiles, chains) = read.into_iter().map(|(profile, chain, _)| (profile, chain)).unzip();
-        let process = std::process::id();
-        Ok(Run { dir: dir.to_owned(), snapshots, profiles, chains, history, noise: OnceLock::new(), process })
+        Ok(run)
     }
 
     /// Returns the directory of the run.
@@ -154,12 +158,12 @@ impl Run {
     ///
     /// `None` if there are too few snapshots, or if they have no history.
     fn stored_noise(&self) -> Option<&SnapshotNoise> {
-        let sample = || {
+        let estimate = || {
             self.history.as_ref()?;
             let averaged = self.model_tensors().into_iter().filter(|tensor| tensor.averaged);
             SnapshotNoise::of(&self.snapshots, &averaged.map(ModelTensor::into_spec).collect::<Vec<_>>())
         };
-        self.noise.get_or_init(sample).as_ref()
+        self.noise.get_or_init(estimate).as_ref()
     }
 
     /// Returns the weights of a planned average and of its target over the training, one for each interval between
@@ -277,25 +281,26 @@ impl Run {
 
     /// Iterates over the snapshots that have a weight in any of the plans.
     fn used_by(&self, plans: &[Plan]) -> impl Iterator<Item = &Snapshot> {
-        let weighs = |plan: &Plan, id: SnapshotId| {
-            plan.weights.iter().any(|w| (w.index, w.step) == (id.index, id.step) && w.weight != 0.0)
-        };
-        self.snapshots.iter().filter(move |snapshot| plans.iter().any(|plan| weighs(plan, snapshot.id)))
+        let weights = || plans.iter().flat_map(|plan| &plan.weights).filter(|weight| weight.weight != 0.0);
+        let used: BTreeSet<SnapshotId> =
+            weights().map(|weight| SnapshotId { index: weight.index, step: weight.step }).collect();
+        self.snapshots.iter().filter(move |snapshot| used.contains(&snapshot.id))
     }
 
     /// Returns the bytes that one pass over the snapshots reads.
     fn bytes_of_pass(&self, plans: &[Plan]) -> u64 {
         let averaged: Vec<ModelTensor> = self.model_tensors().into_iter().filter(|tensor| tensor.averaged).collect();
-        let bytes = |snapshot: &Snapshot| -> u64 {
+        let mut total = 0;
+        for snapshot in self.used_by(plans) {
             let mut place = 0;
-            let tensors = averaged.iter().filter_map(|t| {
-                let found = snapshot.tensor_near(&t.name, &mut place);
+            for tensor in &averaged {
+                if let Some((_, bytes)) = snapshot.tensor_near(&tensor.name, &mut place) {
+                    total += bytes.len() as u64;
+                }
                 place += 1;
-                found
-            });
-            tensors.map(|(_, bytes)| bytes.len() as u64).sum()
-        };
-        self.used_by(plans).map(bytes).sum()
+            }
+        }
+        total
     }
 
     /// Reads every byte of every snapshot and compares its checksum.
@@ -325,36 +330,42 @@ impl Run {
         Ok(())
     }
 
+    /// Checks that an output is not in the directory of the run.
     fn check_outside(&self, path: &Path) -> Result<()> {
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let same = matches!((parent.canonicalize(), self.dir.canonicalize()), (Ok(a), Ok(b)) if a == b);
-        if same {
+        if matches!((parent_dir(path).canonicalize(), self.dir.canonicalize()), (Ok(a), Ok(b)) if a == b) {
             return Err(Error::unexpected(path, "a run's directory holds nothing but its snapshots: write elsewhere"));
         }
         Ok(())
     }
 
+    /// Returns the snapshots as the sources of a solve.
     pub(crate) fn sources(&self) -> Vec<IndexedSource> {
-        let source = |(snapshot, chain): (&Snapshot, &Chain)| IndexedSource {
-            index: snapshot.id.index,
-            step: snapshot.id.step,
-            chain: chain.clone(),
-            label: snapshot.path().display().to_string(),
-        };
-        self.snapshots.iter().zip(&self.chains).map(source).collect()
+        let mut sources = Vec::with_capacity(self.snapshots.len());
+        for (snapshot, chain) in self.snapshots.iter().zip(&self.chains) {
+            let SnapshotId { index, step } = snapshot.id;
+            sources.push(IndexedSource {
+                index,
+                step,
+                chain: chain.clone(),
+                label: snapshot.path().display().to_string(),
+            });
+        }
+        sources
     }
 
     /// Returns the tensors of a synthesis.
     fn model_tensors(&self) -> Vec<ModelTensor> {
         let first = &self.snapshots[0];
-        let tensor = |(name, stored): (&str, &snapshot::StoredTensor)| {
+        let mut tensors = Vec::new();
+        for (name, stored) in first.tensors() {
             let dtype = first.model_dtype(name, stored.dtype);
             let averaged = is_averaged(dtype) && !first.meta.copied.contains(name);
-            ModelTensor { name: name.to_owned(), dtype, shape: stored.shape.clone(), averaged }
-        };
-        first.tensors().map(tensor).collect()
+            tensors.push(ModelTensor { name: name.to_owned(), dtype, shape: stored.shape.clone(), averaged });
+        }
+        tensors
     }
 
+    /// Returns the snapshots as the sources of a synthesis.
     pub(crate) fn source_set(&self) -> SourceSet<'_> {
         let holders = self.sources().into_iter().zip(&self.snapshots);
         SourceSet {
@@ -363,45 +374,4 @@ impl Run {
             holders: holders.map(|(source, snapshot)| (source, snapshot as &dyn TensorSource)).collect(),
         }
     }
-}
-
-/// Profile, chain and updates of a snapshot.
-type StoredMeta = (Profile, Chain, Option<History>);
-
-/// Returns the updates of the newest snapshot, and checks that those of all others are a prefix of them.
-fn common_history(snapshots: &[Snapshot], read: &[StoredMeta]) -> Result<Option<History>> {
-    if read.iter().any(|(_, _, history)| history.is_none()) {
-        return Ok(None);
-    }
-    let newest = (0..snapshots.len()).max_by_key(|&i| snapshots[i].id.step);
-    match newest.and_then(|newest| diverged_from(snapshots, read, newest).into_iter().next()) {
-        Some((_, error)) => Err(error),
-        None => Ok(newest.and_then(|newest| read[newest].2.clone())),
-    }
-}
-
-/// Returns the snapshots whose updates are not a prefix of those of snapshot `end`, each with its error.
-fn diverged_from(snapshots: &[Snapshot], read: &[StoredMeta], end: usize) -> Vec<(usize, Error)> {
-    let Some(longest) = &read[end].2 else { return Vec::new() };
-    let has_diverged = |i: &usize| read[*i].2.as_ref().is_some_and(|history| !history.is_prefix_of(longest));
-    let error = |i: usize| {
-        let last_step = |i: usize| read[i].2.as_ref().and_then(History::last).unwrap_or(0);
-        let difference = Difference::new(
-            "the history of updates",
-            format!("of another (last step {})", last_step(end)),
-            format!("of one training (last step {})", last_step(i)),
-        );
-        (i, Error::mismatch(snapshots[i].path(), snapshots[end].path(), difference))
-    };
-    (0..snapshots.len()).filter(has_diverged).map(error).collect()
-}
-
-/// Returns the snapshots whose updates diverge from those of most snapshots, each with its error.
-///
-/// A training that was resumed from an older state leaves such snapshots. They may be newer than the others.
-fn diverged_from_most(snapshots: &[Snapshot], read: &[StoredMeta]) -> Vec<(usize, Error)> {
-    let leads = |(a, b): (&StoredMeta, &StoredMeta)| matches!((&a.2, &b.2), (Some(a), Some(b)) if a.is_prefix_of(b));
-    let members = |end: usize| read.iter().filter(|&own| leads((own, &read[end]))).count();
-    let end = (0..read.len()).max_by_key(|&end| (members(end), snapshots[end].id.step));
-    end.map_or_else(Vec::new, |end| diverged_from(snapshots, read, end))
 }

@@ -85,20 +85,17 @@ impl SavedState {
 }
 
 /// Live state that was read from disk.
-pub(crate) struct Saved {
+pub(crate) struct LiveState {
     pub file: StoredFile,
     pub document: StateDocument,
-    pub settings: Settings,
-    pub tied: BTreeMap<String, String>,
 }
 
-impl Saved {
+impl LiveState {
     /// Reads and verifies a live state.
-    pub(crate) fn read(path: &Path) -> Result<Saved> {
+    pub(crate) fn read(path: &Path) -> Result<LiveState> {
         let (file, document) = open(path)?;
         file.verify()?;
-        let (settings, tied) = (document.settings.clone(), document.tied.clone());
-        Ok(Saved { file, document, settings, tied })
+        Ok(LiveState { file, document })
     }
 
     /// Returns the bytes of a tensor of the given dtype and shape.

@@ -49,10 +49,10 @@ pub(super) fn seal<E>(
 /// The reason, as text.
 pub(super) fn check_header(bytes: &[u8], metadata: &BTreeMap<String, String>) -> Result<(), String> {
     let Some(stored) = metadata.get(HEADER) else {
-        return match metadata.contains_key(DATA) {
-            true => Err(format!("there is a checksum of the data, but none of the header (`{HEADER}`)")),
-            false => Ok(()),
-        };
+        if metadata.contains_key(DATA) {
+            return Err(format!("there is a checksum of the data, but none of the header (`{HEADER}`)"));
+        }
+        return Ok(());
     };
     let entry = format!("\"{HEADER}\":\"{stored}\"");
     let begin = bytes.windows(entry.len()).position(|window| window == entry.as_bytes());

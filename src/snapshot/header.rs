@@ -95,7 +95,8 @@ impl<'de> Visitor<'de> for EntriesVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
-        let (mut metadata, mut tensors) = (None, Vec::new());
+        let mut metadata = None;
+        let mut tensors = Vec::new();
         while let Some(name) = map.next_key::<String>()? {
             if name != METADATA {
                 tensors.push((name, map.next_value()?));
@@ -124,21 +125,24 @@ fn duplicate(path: &Path, name: &str) -> Error {
 /// Checks that the tensors have the right sizes and follow each other without gaps from offset 0.
 fn check_places(path: &Path, mut tensors: Vec<(String, TensorInfo)>) -> Result<Vec<(String, StoredTensor)>> {
     tensors.sort_by_key(|(_, info)| info.data_offsets);
+    let mut placed = Vec::with_capacity(tensors.len());
     let mut end = 0;
-    let place = |(name, info): (String, TensorInfo)| {
-        let TensorInfo { dtype, shape, data_offsets: (start, stop) } = info;
-        let damaged = |reason: String| Err(Error::damaged(path, format!("tensor `{name}` {reason}")));
+    for (name, TensorInfo { dtype, shape, data_offsets: (start, stop) }) in tensors {
         if start != end {
-            return damaged(format!("begins at byte {start} of the data, but the one before it ends at {end}"));
+            let why =
+                format!("tensor `{name}` begins at byte {start} of the data, but the one before it ends at {end}");
+            return Err(Error::damaged(path, why));
         }
         let size = byte_size(&name, dtype, &shape).map_err(|error| Error::damaged(path, error))?;
         if start.checked_add(size) != Some(stop) {
-            return damaged(format!("takes {size} bytes ({dtype} {shape:?}), but is stored from {start} to {stop}"));
+            let why =
+                format!("tensor `{name}` takes {size} bytes ({dtype} {shape:?}), but is stored from {start} to {stop}");
+            return Err(Error::damaged(path, why));
         }
         end = stop;
-        Ok((name, StoredTensor { dtype, shape, range: start..stop }))
-    };
-    tensors.into_iter().map(place).collect()
+        placed.push((name, StoredTensor { dtype, shape, range: start..stop }));
+    }
+    Ok(placed)
 }
 
 /// Sorts tensors by name and checks that no name occurs twice.

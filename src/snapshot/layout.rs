@@ -80,14 +80,18 @@ impl FileLayout {
         let mut json = format!("{{{}:{}", json!(METADATA), json!(metadata));
         for PlacedTensor { index, range: Range { start, end } } in &self.places {
             let TensorSpec { name, dtype, shape } = &self.specs[*index];
-            let (name, dtype) = (json!(name), json!(dtype));
-            json += &format!(",{name}:{{\"dtype\":{dtype},\"shape\":{shape:?},\"data_offsets\":[{start},{end}]}}");
+            json += &format!(
+                ",{}:{{\"dtype\":{},\"shape\":{shape:?},\"data_offsets\":[{start},{end}]}}",
+                json!(name),
+                json!(dtype)
+            );
         }
         json.push('}');
         let total = (8 + json.len()).next_multiple_of(PAGE);
         if total - 8 > MAX_HEADER {
             let first = self.specs.first().map_or("", |spec| &spec.name);
-            let (count, megabytes) = (self.specs.len(), total / 1_000_000);
+            let count = self.specs.len();
+            let megabytes = total / 1_000_000;
             let why = format!(
                 "with {count} tensors in one file the header takes {megabytes} MB, and the safetensors format allows \
                  100: join small tensors into larger ones"

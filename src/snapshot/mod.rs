@@ -5,7 +5,6 @@
 mod checksum;
 mod header;
 mod id;
-#[allow(dead_code, reason = "averages of checkpoints are about to use it")]
 mod index;
 mod layout;
 mod listing;
@@ -20,7 +19,6 @@ mod tests;
 mod write;
 
 pub use id::SnapshotId;
-#[allow(unused_imports, reason = "the averages of checkpoints are about to use it")]
 pub(crate) use index::{INDEX_SUFFIX, ShardIndex};
 pub use layout::FileLayout;
 pub(crate) use layout::MAX_HEADER;

@@ -97,7 +97,8 @@ fn fill_piece(block: &mut [u8], start: usize, places: &[PlacedTensor], fill: &Fi
     let end = start + block.len();
     let first = places.partition_point(|place| place.range.end <= start);
     for PlacedTensor { index, range } in places[first..].iter().take_while(|place| place.range.start < end) {
-        let (from, to) = (range.start.max(start), range.end.min(end));
+        let from = range.start.max(start);
+        let to = range.end.min(end);
         if from < to {
             fill(*index, from - range.start..to - range.start, &mut block[from - start..to - start]);
         }

@@ -14,7 +14,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::fs::Lock;
 use crate::math::{History, Profile, Retention, Schedule};
-use crate::run::{Run, Saved, Settings, check_snapshots};
+use crate::run::{LiveState, Run, Settings, check_snapshots};
 use crate::snapshot::{self, STATE_FILE};
 use crate::tensor::{Parameters, TensorView};
 
@@ -301,12 +301,13 @@ impl Options {
             return Err(self.no_state());
         }
         let lock = Lock::acquire(&self.dir)?;
-        let saved = Saved::read(&path)?;
-        let settings = self.settings(saved.settings.clone())?;
+        let saved = LiveState::read(&path)?;
+        let settings = self.settings(saved.document.settings.clone())?;
         settings.check()?;
-        saved.settings.check_unchanged(&settings)?;
-        let (registry, model_device) =
-            register(params, |views| TensorRegistry::resumed(views, &TensorChoice::new(&settings)?, &saved.tied))?;
+        saved.document.settings.check_unchanged(&settings)?;
+        let (registry, model_device) = register(params, |views| {
+            TensorRegistry::resumed(views, &TensorChoice::new(&settings)?, &saved.document.tied)
+        })?;
         state::check_tensors(&saved, &registry)?;
         if !snapshot::list(&self.dir)?.is_empty() {
             check_snapshots(&Run::open(&self.dir)?, &saved.document.run, &saved.document.history)?;

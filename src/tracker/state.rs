@@ -9,7 +9,7 @@ use super::registry::{Entry, TensorRegistry};
 use super::values::Values;
 use crate::compute::cpu::{Averages, Precision};
 use crate::error::{Difference, Error, Result};
-use crate::run::{COPIED, STATE, Saved, Settings, StateDocument, copy_name, high_name, low_name};
+use crate::run::{COPIED, LiveState, STATE, Settings, StateDocument, copy_name, high_name, low_name};
 use crate::snapshot::{self, MAX_HEADER, STATE_FILE, write_file};
 use crate::tensor::TensorSpec;
 
@@ -111,7 +111,7 @@ impl CheckpointMeta {
 ///
 /// # Errors
 /// [`Error::Changed`] for the first tensor that differs.
-pub(super) fn check_tensors(saved: &Saved, registry: &TensorRegistry) -> Result<()> {
+pub(super) fn check_tensors(saved: &LiveState, registry: &TensorRegistry) -> Result<()> {
     let dtypes = &saved.document.dtypes;
     for entry in registry.averaged() {
         let difference = match dtypes.get(&entry.name) {
@@ -130,7 +130,7 @@ pub(super) fn check_tensors(saved: &Saved, registry: &TensorRegistry) -> Result<
 }
 
 /// Checks that the model copies exactly the tensors that the state holds copies of.
-fn check_copied(saved: &Saved, registry: &TensorRegistry) -> Result<()> {
+fn check_copied(saved: &LiveState, registry: &TensorRegistry) -> Result<()> {
     for Entry { name, .. } in registry.copied() {
         if saved.file.tensors().get(&copy_name(name)).is_none() {
             return Err(Error::changed(name, Difference::new("the tensor", "missing when the run began", "new")));
@@ -149,7 +149,7 @@ fn check_copied(saved: &Saved, registry: &TensorRegistry) -> Result<()> {
 /// # Errors
 /// [`Error::Damaged`] or [`Error::Changed`] for a tensor that is missing or has another shape.
 pub(super) fn read_values(
-    saved: &Saved,
+    saved: &LiveState,
     registry: &TensorRegistry,
     settings: &Settings,
 ) -> Result<(Vec<Averages>, Vec<Vec<u8>>)> {
@@ -163,7 +163,7 @@ pub(super) fn read_values(
     Ok((averages, copies))
 }
 
-fn read_averages(saved: &Saved, index: usize, registry: &TensorRegistry, precision: Precision) -> Result<Averages> {
+fn read_averages(saved: &LiveState, index: usize, registry: &TensorRegistry, precision: Precision) -> Result<Averages> {
     let mut averages = Averages::zeros(registry.layout(), precision);
     for (i, Entry { name, shape, .. }) in registry.averaged().iter().enumerate() {
         let place = registry.layout().place(i);

@@ -117,7 +117,7 @@ fn paths_in_files_cannot_escape_their_folder() {
         let out = temp.path().join("out");
         let arguments = ["average", model.to_str().unwrap(), "--steps=1", "--uniform=1", "-o", out.to_str().unwrap()];
         let (status, text) = failure(&arguments);
-        assert!(status == 1 && text.contains("shards lie beside their index"), "{trick}: {text}");
+        assert!(status == 1 && text.contains("which is not beside the index"), "{trick}: {text}");
         assert_eq!(names(temp.path()), ["inputs"]);
     }
     // Modules and other auxiliary files.

@@ -35,7 +35,7 @@ fn options(dir: &Path) -> Options {
     PostHocEma::options(dir).checkpoint_every(50).max_checkpoints(3).retention(Retention::Latest)
 }
 
-fn stems(dir: &Path) -> Vec<String> {
+fn ids(dir: &Path) -> Vec<String> {
     Run::open(dir).unwrap().snapshots().iter().map(|s| s.id.to_string()).collect()
 }
 
@@ -43,8 +43,8 @@ fn stems(dir: &Path) -> Vec<String> {
 fn tensors(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let run = Run::open(dir).unwrap();
     let bytes = run.snapshots().iter().flat_map(|snapshot| {
-        let stem = snapshot.id;
-        snapshot.tensors().map(move |(name, _)| (format!("{stem} {name}"), snapshot.tensor(name).unwrap().1.to_vec()))
+        let id = snapshot.id;
+        snapshot.tensors().map(move |(name, _)| (format!("{id} {name}"), snapshot.tensor(name).unwrap().1.to_vec()))
     });
     bytes.collect()
 }
@@ -61,7 +61,7 @@ fn background_run_equals_a_waiting_one() {
     assert_eq!(background.synthesize(profile.clone()).unwrap(), ema.synthesize(profile).unwrap());
     ema.finish().unwrap();
     background.finish().unwrap();
-    assert_eq!(stems(&dir), ["0.250", "0.300", "0.330", "1.250", "1.300", "1.330"]);
+    assert_eq!(ids(&dir), ["0.250", "0.300", "0.330", "1.250", "1.300", "1.330"]);
     assert_eq!(tensors(&dir), tensors(&straight));
     drop(background);
     let resumed = options(&dir).resume(&other.model).unwrap();
@@ -118,7 +118,7 @@ fn later_update_returns_a_background_error_and_still_counts() {
         ema.update(walk.step()).unwrap();
     }
     ema.finish().unwrap();
-    assert_eq!(stems(&dir), ["0.5000", "0.10000", "1.5000", "1.10000"]);
+    assert_eq!(ids(&dir), ["0.5000", "0.10000", "1.5000", "1.10000"]);
     assert_eq!(ema.history().times(), (1..=1000).map(|i| 10 * i).collect::<Vec<_>>());
 }
 
@@ -137,9 +137,9 @@ fn second_finish_writes_a_failed_last_snapshot() {
         assert!(text.contains("check the path"), "{text}");
     }
     std::fs::rename(&aside, &dir).unwrap();
-    assert_eq!(stems(&dir), ["0.50", "1.50"]);
+    assert_eq!(ids(&dir), ["0.50", "1.50"]);
     ema.finish().unwrap();
-    assert_eq!(stems(&dir), ["0.50", "0.100", "1.50", "1.100"]);
+    assert_eq!(ids(&dir), ["0.50", "0.100", "1.50", "1.100"]);
     let before = listing(&dir);
     ema.finish().unwrap();
     assert_eq!(listing(&dir), before);
@@ -160,7 +160,7 @@ fn save_stores_the_state_and_returns_a_snapshots_error() {
     drop(ema);
     std::fs::remove_dir(&obstacle).unwrap();
     drop(options(&dir).resume(&walk.model).unwrap());
-    assert_eq!(stems(&dir), ["0.50", "1.50"]);
+    assert_eq!(ids(&dir), ["0.50", "1.50"]);
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn drop_writes_queued_checkpoints_under_the_lock() {
         drop(ema);
     });
     assert!(lines.is_empty(), "{lines:?}");
-    assert_eq!(stems(&dir), ["0.50", "0.100", "1.50", "1.100"]);
+    assert_eq!(ids(&dir), ["0.50", "0.100", "1.50", "1.100"]);
     assert_eq!(options(&dir).resume(&walk.model).unwrap().step(), 100);
 }
 
@@ -226,7 +226,7 @@ fn checkpoint_waits_until_the_previous_one_is_written() {
     });
     background.flush().unwrap();
     assert_eq!(tensors(&dir), tensors(&straight));
-    assert_eq!(stems(&dir), ["0.1", "0.2", "0.3", "1.1", "1.2", "1.3"]);
+    assert_eq!(ids(&dir), ["0.1", "0.2", "0.3", "1.1", "1.2", "1.3"]);
 }
 
 #[test]
@@ -248,7 +248,7 @@ fn thread_starts_at_the_first_background_checkpoint() {
     let mut ema = options(&dir).checkpoint_in_background(false).resume(&walk.model).unwrap();
     train_on(&mut ema, &mut walk, 50);
     assert!(host(&mut ema).writer.is_none() && !host(&mut ema).copy_buffer.is_ready());
-    assert_eq!(stems(&dir), ["0.50", "0.100", "1.50", "1.100"]);
+    assert_eq!(ids(&dir), ["0.50", "0.100", "1.50", "1.100"]);
     let mut never = options(&temp.path().join("never")).create(&walk.model).unwrap();
     never.finish().unwrap();
     assert!(host(&mut never).writer.is_none());
@@ -262,7 +262,7 @@ fn training_waits_without_memory_for_a_copy() {
     host(&mut ema).copy_buffer.refuse();
     let lines = logged(|| {
         train_on(&mut ema, &mut walk, 100);
-        assert_eq!(stems(&dir), ["0.50", "0.100", "1.50", "1.100"]);
+        assert_eq!(ids(&dir), ["0.50", "0.100", "1.50", "1.100"]);
     });
     assert_eq!(lines.iter().filter(|line| line.contains("no memory for a copy")).count(), 2, "{lines:?}");
     assert!(host(&mut ema).writer.is_none());

@@ -135,7 +135,7 @@ fn on_error_continue_warns_and_goes_on() {
         let train = || {
             for step in 0..STEPS {
                 let outcome = ema.update(&model(step + 1)).unwrap();
-                let whole = |stem: &SnapshotId| stem.index == 1 && stem.step == step + 1;
+                let whole = |id: &SnapshotId| id.index == 1 && id.step == step + 1;
                 let there = || crate::snapshot::list(&dir).unwrap().keys().any(whole);
                 // In the background, `Stored` means that the snapshot is queued.
                 assert!(outcome != UpdateOutcome::Stored || in_background || there(), "{step}");

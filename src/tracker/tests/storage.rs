@@ -72,8 +72,7 @@ pub(super) fn listing(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 }
 
 fn steps(dir: &Path) -> Vec<u64> {
-    let steps: std::collections::BTreeSet<u64> =
-        crate::snapshot::list(dir).unwrap().keys().map(|stem| stem.step).collect();
+    let steps: std::collections::BTreeSet<u64> = crate::snapshot::list(dir).unwrap().keys().map(|id| id.step).collect();
     steps.into_iter().collect()
 }
 
@@ -143,8 +142,8 @@ fn retention_latest_keeps_the_newest_snapshots() {
     let mut ema = options.create(&walk.model).unwrap();
     train(&mut ema, &mut walk, 130);
     let run = Run::open(&dir).unwrap();
-    let stems: Vec<String> = run.snapshots().iter().map(|snapshot| snapshot.id.to_string()).collect();
-    assert_eq!(stems, ["0.80", "0.100", "0.120", "1.80", "1.100", "1.120"]);
+    let ids: Vec<String> = run.snapshots().iter().map(|snapshot| snapshot.id.to_string()).collect();
+    assert_eq!(ids, ["0.80", "0.100", "0.120", "1.80", "1.100", "1.120"]);
     assert_eq!(run.snapshots()[0].files().len(), 2);
     // finish() stores a snapshot of the newest update.
     ema.finish().unwrap();
@@ -175,7 +174,7 @@ fn failed_checkpoint_is_written_by_the_next_update() {
     let mut ema = options.create(&walk.model).unwrap();
     train(&mut ema, &mut walk, 99);
     let aside = dir.with_extension("aside");
-    let stems = || Run::open(&dir).unwrap().snapshots().iter().map(|s| s.id.to_string()).collect::<Vec<_>>();
+    let ids = || Run::open(&dir).unwrap().snapshots().iter().map(|s| s.id.to_string()).collect::<Vec<_>>();
     std::fs::rename(&dir, &aside).unwrap();
     let text = ema.update(walk.step()).unwrap_err().to_string();
     assert!(text.contains("state.safetensors") && text.contains("check the path"), "{text}");
@@ -183,9 +182,9 @@ fn failed_checkpoint_is_written_by_the_next_update() {
     assert!(ema.finish().is_err());
     std::fs::rename(&aside, &dir).unwrap();
     train(&mut ema, &mut walk, 10);
-    assert_eq!(stems(), ["0.50", "0.100", "1.50", "1.100"]);
+    assert_eq!(ids(), ["0.50", "0.100", "1.50", "1.100"]);
     ema.finish().unwrap();
-    assert_eq!(stems(), ["0.50", "0.100", "0.110", "1.50", "1.100", "1.110"]);
+    assert_eq!(ids(), ["0.50", "0.100", "0.110", "1.50", "1.100", "1.110"]);
     // The snapshots equal those of an undisturbed run.
     let (_temp, straight) = scratch();
     let mut walk = Walk::new(3);
@@ -265,8 +264,8 @@ fn resume_with_another_schedule_is_exact() {
     let mut ema = options.checkpoint_dtype(Dtype::F16).shard_size(50).resume_or_create(&walk.model).unwrap();
     trajectory.extend(train(&mut ema, &mut walk, 150));
     let run = Run::open(&dir).unwrap();
-    let stems: Vec<String> = run.snapshots().iter().map(|s| s.id.to_string()).collect();
-    assert_eq!(stems, ["0.280", "0.350", "1.280", "1.350"]);
+    let ids: Vec<String> = run.snapshots().iter().map(|s| s.id.to_string()).collect();
+    assert_eq!(ids, ["0.280", "0.350", "1.280", "1.350"]);
     assert_eq!(run.snapshots()[0].files().len(), 2);
     assert_eq!(ema.history().times(), trajectory.iter().map(|(t, _)| *t).collect::<Vec<_>>());
     let profile = Profile::sigma_rel(0.28).unwrap();

@@ -48,8 +48,8 @@ fn assert_same(file: &StoredFile, metadata: impl Iterator<Item = (String, String
 
 /// Opens the file as a snapshot. An error names it.
 fn check_snapshot(path: &Path) {
-    let stem = posthoc_ema::snapshot::SnapshotId { index: 0, step: 1 };
-    if let Err(error) = posthoc_ema::snapshot::Snapshot::open(stem, &[path.to_owned()]) {
+    let id = posthoc_ema::snapshot::SnapshotId { index: 0, step: 1 };
+    if let Err(error) = posthoc_ema::snapshot::Snapshot::open(id, &[path.to_owned()]) {
         check_error(&error, path);
     }
 }
