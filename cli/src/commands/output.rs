@@ -7,11 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Escapes the control characters that could hide or forge terminal output: names come from files.
 fn escape_control(text: &str) -> String {
-    let escape = |c: char| match c.is_control() && !"\n\t".contains(c) {
-        true => c.escape_default().to_string(),
-        false => c.into(),
-    };
-    text.chars().map(escape).collect()
+    posthoc_ema::escape_controls(text, &['\n', '\t'])
 }
 
 /// Prints a warning to stderr.
