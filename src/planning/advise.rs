@@ -1,4 +1,4 @@
-//! Advice before training: which profiles to track, how often to store them and how many to keep, for the disk there is.
+//! Advice before training: the profiles to track, the spacing and the number of snapshots for a given disk.
 
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -9,83 +9,96 @@ use super::plan::At;
 use crate::error::{Error, Result};
 use crate::math::{Chain, ChainSource, MAX_SIGMA_REL, Profile, Retention, Schedule, System, relative_rounding};
 
-/// Lengths of the range at which errors are looked at.
+/// Number of lengths of the range at which errors are computed.
 const TARGETS: usize = 24;
 
-/// How far a tracked length moves in the search, as logarithms, one round after the other.
+/// Logarithmic moves of a tracked length, one per round of the search.
 const STRIDES: [f64; 5] = [0.2, 0.1, 0.05, 0.025, 0.0125];
 
-/// A number of snapshots at which the choice of profiles counts most.
+/// Number of snapshots at which the choice of profiles matters most.
 const FEW: u64 = 20;
 
-/// Intervals that are compared for one number of snapshots.
+/// Most intervals that are compared for one number of snapshots.
 const MOST_SPACINGS: u64 = 10_000;
 
-/// How many snapshots are taken for each that is kept: the more there are to choose from, the better those that are kept lie.
-const CHOICE: [u64; 3] = [1, 2, 4];
+/// Snapshots taken per snapshot kept. Retention finds better steps to keep if there are more to choose from.
+const TAKEN_PER_KEPT: [u64; 3] = [1, 2, 4];
 
-/// What is known of a training before it begins.
+/// Bytes of an element and profile in the live state: f32 and a bf16 low-order term.
+const LIVE_BYTES: u64 = 6;
+
+/// Shares of the disk that advice is given for, as fractions.
+const DISK_SHARES: [(u64, u64); 3] = [(1, 2), (1, 1), (2, 1)];
+
+/// Longest length to track, just below that of the plain mean.
+const MAX_LENGTH: f64 = MAX_SIGMA_REL - 1e-4;
+
+/// Most sources that are advised.
+///
+/// With more, the profile's error would be far below the rounding, and retention would not compute the error of each.
+const MOST_SOURCES: usize = 240;
+
+/// Facts about a training before it begins.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdviceRequest {
     /// The length of the training in steps.
     pub steps: u64,
     /// Steps between updates.
     pub update_every: u64,
-    /// No update before this step.
+    /// First step at which an update may happen.
     pub update_after_step: u64,
     /// Averaged elements of the model.
     pub parameters: u64,
     /// The dtype of averages in snapshots.
     pub dtype: Dtype,
-    /// What the run may take on disk, in bytes.
+    /// Bytes that the run may take on disk.
     pub disk: u64,
-    /// The shortest and the longest length that will be asked for, as `sigma_rel`.
+    /// The shortest and the longest length of targets, as `sigma_rel`.
     pub range: (f64, f64),
 }
 
 /// A choice of profiles, spacing and number of snapshots.
 #[derive(Clone, Debug)]
 pub struct Advice {
-    /// What to give a tracker.
+    /// The settings for a tracker.
     pub forecast: Forecast,
-    /// What it misses at the end of the training.
+    /// The errors at the end of the training.
     pub worst: WorstCase,
-    /// What the run takes on disk at most, in bytes.
+    /// Most bytes that the run takes on disk.
     pub disk: u64,
 }
 
 /// The largest errors over a range of lengths.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct WorstCase {
-    /// Of the profile: the relative error.
+    /// The largest relative error of the profile.
     pub relative_error: f64,
-    /// The noise gain.
+    /// The largest noise gain.
     pub noise_gain: f64,
-    /// Of the profile and of rounding together, `sqrt(relative_error^2 + (noise_gain u)^2)` for snapshots of the relative rounding
-    /// error `u`: what is made small. The two are alike where the weights move about as much over an average as they are large;
-    /// weights that move less, as they do late in training, make rounding count for more.
+    /// The largest error of profile and rounding together, which advice minimises.
+    ///
+    /// It is `sqrt(relative_error^2 + (noise_gain u)^2)` for snapshots of the relative rounding error `u`. The two parts
+    /// have the same unit if the weights move over an average by about their own size. Weights that move less, as they
+    /// do late in training, give rounding a larger part.
     pub error: f64,
-    /// The length, as `sigma_rel`, at which that is largest.
+    /// The length, as `sigma_rel`, at which `error` is largest.
     pub sigma_rel: f64,
 }
 
 impl WorstCase {
-    /// Over lengths with their relative errors and noise gains.
-    fn over(each: impl Iterator<Item = (f64, f64, f64)>, rounding: f64) -> WorstCase {
-        each.fold(WorstCase::default(), |worst, (sigma_rel, relative_error, noise_gain)| {
-            let error = relative_error.hypot(noise_gain * rounding);
-            let most = if error > worst.error { (error, sigma_rel) } else { (worst.error, worst.sigma_rel) };
-            WorstCase {
-                relative_error: worst.relative_error.max(relative_error),
-                noise_gain: worst.noise_gain.max(noise_gain),
-                error: most.0,
-                sigma_rel: most.1,
-            }
-        })
+    /// Raises the errors to those of a target of length `sigma_rel`, at the relative rounding error `rounding`.
+    fn include(&mut self, sigma_rel: f64, relative_error: f64, noise_gain: f64, rounding: f64) {
+        self.relative_error = self.relative_error.max(relative_error);
+        self.noise_gain = self.noise_gain.max(noise_gain);
+        let error = relative_error.hypot(noise_gain * rounding);
+        if error > self.error {
+            self.error = error;
+            self.sigma_rel = sigma_rel;
+        }
     }
 }
 
-/// The relative rounding error of a snapshot's elements, as a root mean square.
+/// Returns the relative rounding error of a snapshot's elements, as a root mean square.
 #[doc(hidden)]
 pub fn rounding(dtype: Dtype) -> f64 {
     match dtype {
@@ -96,9 +109,9 @@ pub fn rounding(dtype: Dtype) -> f64 {
     }
 }
 
-/// An [`Advice`] as a document.
+/// An [`Advice`] as it is serialized.
 #[derive(Serialize)]
-struct Document<'a> {
+struct AdviceDocument<'a> {
     tracked: &'a [Profile],
     sigma_rels: Vec<Option<f64>>,
     checkpoint_every: u64,
@@ -111,7 +124,7 @@ struct Document<'a> {
 impl Serialize for Advice {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         let Forecast { schedule, keep, tracked, .. } = &self.forecast;
-        Document {
+        AdviceDocument {
             tracked,
             sigma_rels: tracked.iter().map(Profile::as_sigma_rel).collect(),
             checkpoint_every: schedule.checkpoint_every,
@@ -124,66 +137,69 @@ impl Serialize for Advice {
 }
 
 impl Forecast {
-    /// The bytes that the run takes on disk at most, for a model of so many averaged elements, compensated averages, and
-    /// snapshots in one dtype: a step's snapshots more than are kept, and the live state twice, because nothing old is removed
-    /// before what is new is there.
+    /// Returns the most bytes that the run takes on disk.
+    ///
+    /// It assumes a model of `parameters` averaged elements, compensated averages, and snapshots in `dtype`. Old files
+    /// are removed only after the new ones are written. The sum therefore has the snapshots of one step more than are
+    /// kept, and the live state twice.
     pub fn disk(&self, parameters: u64, dtype: Dtype) -> u64 {
         let most = match &self.retention {
-            // One for each of the list and the newest, which the next one replaces.
+            // One for each step of the list, the newest, and the one that replaces it.
             Retention::Steps(steps) => steps.len().saturating_add(2),
             _ => self.keep.saturating_add(1),
         };
         let steps = self.schedule.snapshots(self.steps).len().min(most) as u64;
         let profiles = self.tracked.len() as u64;
-        let (state, stored) = (2 * LIVE, dtype.bitsize() as u64 / 8);
+        let state = 2 * LIVE_BYTES;
+        let stored = dtype.bitsize() as u64 / 8;
         parameters.saturating_mul(profiles).saturating_mul(steps.saturating_mul(stored).saturating_add(state))
     }
 }
 
-/// Bytes of an element and profile in the live state: f32 and a bf16 low-order term.
-const LIVE: u64 = 6;
-
-/// For two and for three profiles, and for half, all and twice the disk, in this order: the choice with the smallest worst error
-/// over the range, of the profile and of rounding together; once where more disk makes no difference. `progress` is told of each that is done, and how many there are.
+/// Finds the profiles, spacing and number of snapshots of the smallest worst error over the range.
+///
+/// Returns the best choice of two profiles for half, all and twice the disk, then of three profiles for the same. The
+/// error is that of profile and rounding together. A choice that more disk does not change is returned once.
+/// `progress` is called with the number of cases, after each of them.
 ///
 /// # Errors
-/// [`Error::Setting`] for a disk that does not hold one step's snapshots of two profiles, a range that makes no sense, or a
+/// [`Error::Setting`] for a disk that does not hold one step's snapshots of two profiles, an invalid range, or a
 /// schedule that leaves no snapshot.
-pub fn advise(wish: &AdviceRequest, progress: &(dyn Fn(usize) + Sync)) -> Result<Vec<Advice>> {
-    let (from, to) = wish.range;
+pub fn advise(request: &AdviceRequest, progress: &(dyn Fn(usize) + Sync)) -> Result<Vec<Advice>> {
+    let (from, to) = request.range;
     Retention::Range { from, to }.check()?;
-    wish.schedule(1).check()?;
-    let cases: Vec<(usize, u64)> = [2, 3].iter().flat_map(|&p| BUDGETS.map(|(n, d)| (p, wish.disk / d * n))).collect();
-    if wish.kept(2, wish.disk) == 0 {
-        let least = wish.forecast(vec![Profile::gamma(0.0)?; 2], 1, 1).disk(wish.parameters, wish.dtype);
+    request.schedule(1).check()?;
+    if request.kept(2, request.disk) == 0 {
+        let least = request.forecast(vec![Profile::gamma(0.0)?; 2], 1, 1).disk(request.parameters, request.dtype);
         let reason = format!(
-            "{} bytes do not hold one step's snapshots of two profiles and the live state, which take {least}: give more, or \
-             store snapshots in a smaller dtype",
-            wish.disk
+            "{} bytes do not hold one step's snapshots of two profiles and the live state, which take {least} bytes: give \
+             more, or store snapshots in a smaller dtype",
+            request.disk
         );
         return Err(Error::Setting { option: "disk", reason });
     }
-    let advice = |&(profiles, disk): &(usize, u64)| {
-        let best = wish.best(profiles, disk);
-        progress(BUDGETS.len() * 2);
+    let mut cases: Vec<(usize, u64)> = Vec::new();
+    for profiles in [2, 3] {
+        cases.extend(DISK_SHARES.map(|(numerator, denominator)| (profiles, request.disk / denominator * numerator)));
+    }
+    let best = |&(profiles, disk): &(usize, u64)| {
+        let best = request.best(profiles, disk);
+        progress(cases.len());
         best
     };
-    let found: Vec<Option<Advice>> = cases.par_iter().map(advice).collect::<Result<_>>()?;
+    let found: Vec<Option<Advice>> = cases.par_iter().map(best).collect::<Result<_>>()?;
     let mut advice: Vec<Advice> = found.into_iter().flatten().collect();
-    // More disk than the most snapshots take changes nothing.
     advice.dedup_by(|a, b| a.forecast == b.forecast);
     Ok(advice)
 }
 
-/// Shares of the disk that are looked at, as fractions.
-const BUDGETS: [(u64, u64); 3] = [(1, 2), (1, 1), (2, 1)];
-
 impl AdviceRequest {
-    /// How many steps' snapshots fit.
+    /// Returns the number of steps whose snapshots can be kept on `disk` bytes.
     fn kept(&self, profiles: u64, disk: u64) -> u64 {
         let element = self.parameters.saturating_mul(profiles).max(1);
-        let (state, stored) = (2 * LIVE, self.dtype.bitsize() as u64 / 8);
-        // One step more than is kept lies there for a moment.
+        let state = 2 * LIVE_BYTES;
+        let stored = self.dtype.bitsize() as u64 / 8;
+        // One step more than is kept is on disk for a moment.
         ((disk / element).saturating_sub(state) / stored.max(1)).saturating_sub(1)
     }
 
@@ -196,37 +212,38 @@ impl AdviceRequest {
         Forecast { schedule: self.schedule(checkpoint_every), steps: self.steps, keep, retention, tracked }
     }
 
-    /// The best choice of so many profiles; none where the disk holds none.
+    /// Returns the best choice of a number of profiles; `None` if the disk does not hold one step's snapshots.
     fn best(&self, profiles: usize, disk: u64) -> Result<Option<Advice>> {
         let updates = self.steps.saturating_sub(self.update_after_step) / self.update_every.max(1);
         let keep = self.kept(profiles as u64, disk).min(updates).min((MOST_SOURCES / profiles) as u64);
         if keep == 0 {
             return Ok(None);
         }
-        // Errors with evenly spaced snapshots are not those with the ones that retention keeps: two searches are judged.
-        let searched = [keep.min(FEW), keep].map(|keep| self.search(profiles, keep));
-        let mut searched: Vec<Vec<Profile>> = searched.into_iter().collect::<Result<_>>()?;
+        // The search assumes evenly spaced snapshots, not those that retention keeps: two of its results are compared.
+        let mut searched = vec![self.search(profiles, keep.min(FEW))?, self.search(profiles, keep)?];
         searched.dedup();
         let mut best: Option<Advice> = None;
-        for (tracked, choice) in searched.iter().flat_map(|tracked| CHOICE.map(|choice| (tracked, choice))) {
-            let every = self.spacing(keep.saturating_mul(choice));
-            let forecast = self.forecast(tracked.clone(), every, keep as usize);
-            let advice = match self.judge(forecast) {
-                Ok(advice) => advice,
-                // What cannot be solved is no candidate.
-                Err(Error::DependentSources { .. }) => continue,
-                Err(other) => return Err(other),
-            };
-            // What is stored more often has to be clearly better.
-            if best.as_ref().is_none_or(|best| advice.worst.error < 0.98 * best.worst.error) {
-                best = Some(advice);
+        for tracked in searched {
+            for taken in TAKEN_PER_KEPT {
+                let every = self.spacing(keep.saturating_mul(taken));
+                let forecast = self.forecast(tracked.clone(), every, keep as usize);
+                let advice = match self.evaluate(forecast) {
+                    Ok(advice) => advice,
+                    Err(Error::DependentSources { .. }) => continue,
+                    Err(other) => return Err(other),
+                };
+                // More frequent snapshots must be clearly better.
+                if best.as_ref().is_none_or(|best| advice.worst.error < 0.98 * best.worst.error) {
+                    best = Some(advice);
+                }
             }
         }
         Ok(best)
     }
 
-    /// An interval that makes so many snapshots, or up to a seventh fewer, in whole updates, of which the last lies as near to the end
-    /// of the training as can be.
+    /// Returns an interval, in whole updates, for a number of snapshots or up to a seventh fewer.
+    ///
+    /// It is chosen so that the last snapshot is as close to the end of the training as possible.
     fn spacing(&self, snapshots: u64) -> u64 {
         let update = self.update_every.max(1);
         let shortest = self.steps.div_ceil(snapshots.max(1)).next_multiple_of(update).max(update);
@@ -235,95 +252,91 @@ impl AdviceRequest {
         spacings.min_by_key(|every| self.steps % every).unwrap_or(shortest)
     }
 
-    /// Errors from the solve over all updates of the training.
-    fn judge(&self, forecast: Forecast) -> Result<Advice> {
+    /// Solves over all updates of the training for the errors of a forecast.
+    fn evaluate(&self, forecast: Forecast) -> Result<Advice> {
         let lengths = self.lengths();
         let targets: Vec<Profile> = lengths.iter().map(|&length| Profile::sigma_rel(length)).collect::<Result<_>>()?;
-        let plans = forecast.plans(&targets, At::Latest)?;
-        let each = plans.iter().zip(&lengths).map(|(plan, &length)| (length, plan.relative_error, plan.noise_gain));
-        let worst = WorstCase::over(each, rounding(self.dtype));
+        let mut worst = WorstCase::default();
+        for (plan, length) in forecast.plans(&targets, At::Latest)?.iter().zip(lengths) {
+            worst.include(length, plan.relative_error, plan.noise_gain, rounding(self.dtype));
+        }
         let disk = forecast.disk(self.parameters, self.dtype);
         Ok(Advice { forecast, worst, disk })
     }
 
+    /// Returns evenly spaced lengths of the range.
     fn lengths(&self) -> Vec<f64> {
         let (from, to) = self.range;
         let length = |i: usize| (from + (to - from) * i as f64 / (TARGETS - 1) as f64).clamp(from, to);
         (0..TARGETS).map(length).collect()
     }
 
-    /// Lengths to track, from the shortest to the longest: each is moved in turn as long as that makes the worst error smaller,
-    /// with evenly spaced snapshots and dense updates.
+    /// Searches for the lengths to track, in increasing order, with evenly spaced snapshots and dense updates.
+    ///
+    /// Each length is moved in turn as long as that lowers the worst error.
     fn search(&self, profiles: usize, keep: u64) -> Result<Vec<Profile>> {
         let (from, to) = self.range;
         let share = |i: usize| i as f64 / (profiles - 1) as f64;
         let mut tracked: Vec<f64> = (0..profiles).map(|i| from * (to / from).powf(share(i))).collect();
-        let mut least = self.worst_evenly(&tracked, keep);
+        let mut least = self.evenly_spaced_error(&tracked, keep);
         for stride in STRIDES {
-            while let Some((better, error)) = self.improved(&tracked, stride, keep, least) {
-                (tracked, least) = (better, error);
+            while let Some((better, error)) = self.improve(&tracked, stride, keep, least) {
+                tracked = better;
+                least = error;
             }
         }
-        tracked.iter().map(|&length| Profile::sigma_rel(rounded(length))).collect()
+        tracked.iter().map(|&length| Profile::sigma_rel(round_length(length))).collect()
     }
 
-    /// The best of the neighbours in which one length is moved, where there is one that is better.
-    fn improved(&self, tracked: &[f64], stride: f64, keep: u64, least: f64) -> Option<(Vec<f64>, f64)> {
-        let moved = |(i, by): (usize, f64)| {
-            let mut moved = tracked.to_vec();
-            moved[i] = (moved[i] * by.exp()).min(LONGEST);
-            let error = self.worst_evenly(&moved, keep);
-            (moved, error)
-        };
-        let moves = (0..tracked.len()).flat_map(|i| [(i, stride), (i, -stride)]);
-        let best = moves.map(moved).min_by(|a, b| a.1.total_cmp(&b.1));
+    /// Moves one length by `stride`, up or down, and returns the best result with its error if it is below `least`.
+    fn improve(&self, tracked: &[f64], stride: f64, keep: u64, least: f64) -> Option<(Vec<f64>, f64)> {
+        let mut best: Option<(Vec<f64>, f64)> = None;
+        for i in 0..tracked.len() {
+            for step in [stride, -stride] {
+                let mut moved = tracked.to_vec();
+                moved[i] = (moved[i] * step.exp()).min(MAX_LENGTH);
+                let error = self.evenly_spaced_error(&moved, keep);
+                if best.as_ref().is_none_or(|(_, least)| error < *least) {
+                    best = Some((moved, error));
+                }
+            }
+        }
         best.filter(|(_, error)| *error < 0.999 * least)
     }
 
-    /// The worst error with evenly spaced snapshots; infinite where it cannot be solved.
-    fn worst_evenly(&self, tracked: &[f64], keep: u64) -> f64 {
+    /// Returns the worst error with evenly spaced snapshots and dense updates; infinite if it cannot be solved.
+    fn evenly_spaced_error(&self, tracked: &[f64], keep: u64) -> f64 {
         let last = self.steps.max(keep);
-        let profiles = tracked.iter().filter_map(|&length| Profile::sigma_rel(length).ok());
-        let source = |profile: &Profile, step| ChainSource {
-            chain: Chain::Tracked(profile.clone()),
-            step,
-            label: String::new(),
-        };
-        let steps = |i: u64| (u128::from(last) * u128::from(i) / u128::from(keep)) as u64;
-        let steps: Vec<u64> = (1..=keep).map(steps).collect();
-        let sources: Vec<ChainSource> = profiles
-            .flat_map(|profile| steps.iter().map(move |&step| source(&profile, step)).collect::<Vec<_>>())
-            .collect();
-        let solve = |system: &System, length: f64| {
-            let solution = system.solve(&Profile::sigma_rel(length).ok()?).ok()?;
-            Some((length, solution.relative_error, solution.noise_gain))
-        };
-        let each = System::closed_form(last, &sources, 0.0).ok().and_then(|system| {
-            self.lengths().into_iter().map(|length| solve(&system, length)).collect::<Option<Vec<_>>>()
-        });
-        let worst = each.map(|each| WorstCase::over(each.into_iter(), rounding(self.dtype)).error);
-        worst.filter(|worst| worst.is_finite()).unwrap_or(f64::INFINITY)
+        let mut sources = Vec::new();
+        for profile in tracked.iter().filter_map(|&length| Profile::sigma_rel(length).ok()) {
+            for i in 1..=keep {
+                let chain = Chain::Tracked(profile.clone());
+                let step = (u128::from(last) * u128::from(i) / u128::from(keep)) as u64;
+                sources.push(ChainSource { chain, step, label: String::new() });
+            }
+        }
+        let Ok(system) = System::closed_form(last, &sources, 0.0) else { return f64::INFINITY };
+        let mut worst = WorstCase::default();
+        for length in self.lengths() {
+            let solved = Profile::sigma_rel(length).and_then(|profile| system.solve(&profile));
+            let Ok(solution) = solved else { return f64::INFINITY };
+            worst.include(length, solution.relative_error, solution.noise_gain, rounding(self.dtype));
+        }
+        worst.error
     }
 }
 
-/// The longest length that is tried, just below that of the plain mean.
-const LONGEST: f64 = MAX_SIGMA_REL - 1e-4;
-
-/// More snapshots are never advised: the profile is then off by far less than what they are rounded by, and retention would no
-/// longer look at each.
-const MOST_SOURCES: usize = 240;
-
-/// A length as a person would give it: to three decimals, or two digits below 0.01.
-fn rounded(length: f64) -> f64 {
-    let digits = if length < 0.01 { 1e4 } else { 1e3 };
-    ((length * digits).round() / digits).min(LONGEST)
+/// Rounds a length to three decimals, or to four below 0.01.
+fn round_length(length: f64) -> f64 {
+    let scale = if length < 0.01 { 1e4 } else { 1e3 };
+    ((length * scale).round() / scale).min(MAX_LENGTH)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn wish(disk: u64, range: (f64, f64)) -> AdviceRequest {
+    fn request(disk: u64, range: (f64, f64)) -> AdviceRequest {
         AdviceRequest {
             steps: 100_000,
             update_every: 10,
@@ -342,12 +355,12 @@ mod tests {
     }
 
     #[test]
-    fn advice_fits_the_disk_and_beats_what_would_be_done_without_it() {
+    fn advice_fits_the_disk_and_beats_the_defaults() {
         let range = (0.05, 0.28);
         // Twenty steps of two profiles, one more while it is written, and the live state twice.
         let disk = 2 * 1_000_000 * (21 * 2 + 2 * 6);
-        let wish = wish(disk, range);
-        let all = advise(&wish, &|_| ()).unwrap();
+        let request = request(disk, range);
+        let all = advise(&request, &|_| ()).unwrap();
         assert_eq!(all.iter().map(|advice| advice.forecast.tracked.len()).collect::<Vec<_>>(), [2, 2, 2, 3, 3, 3]);
         for (advice, share) in all.iter().zip([0.5, 1.0, 2.0].iter().cycle()) {
             let forecast = &advice.forecast;
@@ -356,11 +369,11 @@ mod tests {
             assert!(worst(forecast, range) <= 1.1 * advice.worst.relative_error, "{advice:?}");
         }
         assert_eq!(all[1].forecast.keep, 20);
-        let evenly = Forecast { keep: 20, ..wish.forecast(default(), 1000, 20) };
+        let evenly = Forecast { keep: 20, ..request.forecast(default(), 1000, 20) };
         assert!(all[1].worst.relative_error <= worst(&evenly, range), "{:?}", all[1]);
         let newest = Forecast { retention: Retention::Latest, ..evenly };
         assert!(all[1].worst.error < 0.1 * worst(&newest, range));
-        // A noise gain with which rounding to f16 would drown everything is not advised.
+        // Rounding to f16 is not the main part of the error.
         assert!(all.iter().all(|advice| advice.worst.noise_gain * 2.0e-4 <= advice.worst.error), "{all:?}");
         // More disk is better, and so are three profiles here.
         let error = |i: usize| all[i].worst.error;
@@ -372,18 +385,18 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused() {
-        let refused = |wish: AdviceRequest| advise(&wish, &|_| ()).unwrap_err().to_string();
-        let text = refused(wish(1_000_000, (0.05, 0.28)));
-        assert!(text.contains("1000000 bytes do not hold one step's") && text.contains("32000000"), "{text}");
-        assert!(refused(wish(1 << 30, (0.2, 0.1))).contains("the shorter sigma_rel first"));
-        let never = AdviceRequest { update_every: 0, ..wish(1 << 30, (0.1, 0.2)) };
-        assert!(refused(never).contains("update_every"));
+    fn small_disk_and_invalid_settings_are_an_error() {
+        let error = |request: AdviceRequest| advise(&request, &|_| ()).unwrap_err().to_string();
+        let text = error(request(1_000_000, (0.05, 0.28)));
+        assert!(text.contains("1000000 bytes do not hold one step's") && text.contains("32000000 bytes"), "{text}");
+        assert!(error(request(1 << 30, (0.2, 0.1))).contains("the shorter sigma_rel first"));
+        let never = AdviceRequest { update_every: 0, ..request(1 << 30, (0.1, 0.2)) };
+        assert!(error(never).contains("update_every"));
     }
 
     #[test]
-    fn a_short_training_is_stored_at_each_update() {
-        let short = AdviceRequest { steps: 50, ..wish(1 << 40, (0.1, 0.2)) };
+    fn short_training_is_stored_at_each_update() {
+        let short = AdviceRequest { steps: 50, ..request(1 << 40, (0.1, 0.2)) };
         let advice = advise(&short, &|_| ()).unwrap();
         assert!(
             advice.iter().all(|advice| advice.forecast.keep == 5 && advice.forecast.schedule.checkpoint_every == 10)

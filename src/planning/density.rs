@@ -1,13 +1,13 @@
-//! The densities of planned averages, to look at.
+//! Densities of planned averages, for plots.
 
 use super::forecast::Forecast;
 use super::plan::{Plan, Weight};
 use super::source::IndexedSource;
 use crate::error::{Error, Result};
-use crate::math::{self, Densities, History};
+use crate::math::{ChainSource, Densities, History};
 
 impl Forecast {
-    /// What a planned average and its target weigh over the time of training, as [`Run::densities`](crate::Run::densities).
+    /// Returns the densities of a planned average and its target, as [`Run::densities`](crate::Run::densities).
     ///
     /// # Errors
     /// [`Error::OtherPlan`] for a plan of another forecast, those of [`Densities::new`], and as [`Forecast::plans`].
@@ -18,12 +18,12 @@ impl Forecast {
 }
 
 pub(crate) fn densities(sources: Vec<IndexedSource>, history: Option<&History>, plan: &Plan) -> Result<Densities> {
-    let source_of = |weight: &Weight| {
-        let own = sources.iter().find(|source| (source.index, source.step) == (weight.index, weight.step));
-        own.map(IndexedSource::for_solve)
-            .ok_or_else(|| Error::OtherPlan { missing: format!("snapshot {}.{}", weight.index, weight.step) })
-    };
-    let used: Vec<math::ChainSource> = plan.weights.iter().map(source_of).collect::<Result<_>>()?;
+    let mut used: Vec<ChainSource> = Vec::with_capacity(plan.weights.len());
+    for Weight { index, step, .. } in &plan.weights {
+        let source = sources.iter().find(|source| source.index == *index && source.step == *step);
+        let source = source.ok_or_else(|| Error::OtherPlan { missing: format!("snapshot {index}.{step}") })?;
+        used.push(source.to_chain_source());
+    }
     let weights: Vec<f64> = plan.weights.iter().map(|weight| weight.weight).collect();
     Densities::new(history, plan.at, &used, &weights, &plan.profile)
 }

@@ -1,4 +1,4 @@
-//! Plans before there is a run: what a schedule of updates and snapshots will be able to synthesize.
+//! Plans before training, for a schedule of updates and snapshots.
 
 use super::noise::Noise;
 use super::plan::{At, Plan, solve};
@@ -6,16 +6,16 @@ use super::source::IndexedSource;
 use crate::error::{Error, Result};
 use crate::math::{Chain, History, Profile, Retention, Schedule};
 
-/// A training that has not happened yet.
+/// The settings of a training before it begins.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Forecast {
-    /// When averages will be updated and stored.
+    /// The schedule of updates and snapshots.
     pub schedule: Schedule,
     /// The length of the training in steps.
     pub steps: u64,
-    /// How many steps' snapshots will be kept.
+    /// Number of steps whose snapshots will be kept.
     pub keep: usize,
-    /// Which ones.
+    /// The rule for the steps to keep.
     pub retention: Retention,
     /// The profiles that will be tracked.
     pub tracked: Vec<Profile>,
@@ -25,12 +25,13 @@ impl Forecast {
     /// Solves targets over the snapshots that the training will leave.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a schedule that leaves no snapshot, [`Error::NotTrackable`], and those of the solve.
+    /// [`Error::Setting`] for a schedule that leaves no snapshot, [`Error::NotTrackable`] for a tracked profile that
+    /// cannot be tracked, and the errors of the solve.
     pub fn plans(&self, profiles: &[Profile], at: At) -> Result<Vec<Plan>> {
         self.plans_with(profiles, at, 0.0)
     }
 
-    /// As [`Forecast::plans`], with a regularisation: [`Noise::Rho`].
+    /// Solves as [`Forecast::plans`], with a regularisation: [`Noise::Rho`].
     ///
     /// # Errors
     /// As [`Forecast::plans`], and [`Error::Parameter`] for a `rho` that is negative, infinite or NaN.
@@ -39,7 +40,7 @@ impl Forecast {
         solve(&sources, Some(&history), profiles, at, Noise::Rho(rho), None)
     }
 
-    /// The snapshots that the training will leave, and its updates.
+    /// Returns the snapshots that the training will leave, and its updates.
     pub(super) fn sources(&self) -> Result<(Vec<IndexedSource>, History)> {
         self.schedule.check()?;
         if let Some(profile) = self.tracked.iter().find(|profile| !profile.is_trackable()) {
@@ -47,17 +48,22 @@ impl Forecast {
         }
         let history = self.schedule.updates(self.steps)?;
         let kept = self.kept(&history)?;
-        let source = |(index, profile): (usize, &Profile), step| IndexedSource {
-            index,
-            step,
-            chain: Chain::Tracked(profile.clone()),
-            label: format!("the snapshot of {profile} at step {step}"),
-        };
-        let of_profile = |tracked| kept.iter().map(move |&step| source(tracked, step));
-        Ok((self.tracked.iter().enumerate().flat_map(of_profile).collect(), history))
+        let mut sources = Vec::with_capacity(self.tracked.len() * kept.len());
+        for (index, profile) in self.tracked.iter().enumerate() {
+            for &step in &kept {
+                let chain = Chain::Tracked(profile.clone());
+                sources.push(IndexedSource {
+                    index,
+                    step,
+                    chain,
+                    label: format!("the snapshot of {profile} at step {step}"),
+                });
+            }
+        }
+        Ok((sources, history))
     }
 
-    /// The steps whose snapshots the training will leave, those of the end at last: what retention keeps, snapshot by snapshot.
+    /// Returns the steps whose snapshots the training will leave, by applying retention after each snapshot.
     fn kept(&self, history: &History) -> Result<Vec<u64>> {
         self.retention.check()?;
         let first = history.first().unwrap_or(1);
@@ -69,7 +75,7 @@ impl Forecast {
         }
         if kept.is_empty() {
             let reason =
-                format!("no snapshot is left after {} steps: store one sooner, and keep at least 1", self.steps);
+                format!("no snapshot is left after {} steps: store snapshots sooner, and keep at least 1", self.steps);
             return Err(Error::Setting { option: "checkpoint_every", reason });
         }
         Ok(kept)
@@ -85,16 +91,15 @@ mod tests {
         Forecast { schedule: Schedule::default(), steps: 1_000_000, keep, retention: Retention::Latest, tracked }
     }
 
-    /// The figure of DESIGN section 1: keeping the newest 20 of a long training loses the middle lengths.
     #[test]
-    fn the_newest_twenty_miss_the_middle_by_41_percent() {
+    fn newest_twenty_have_an_error_of_41_percent_in_the_middle() {
         let plans = forecast(20).plans(&[Profile::sigma_rel(0.15).unwrap()], At::Latest).unwrap();
         assert_eq!(plans[0].weights.len(), 40);
         assert!((plans[0].relative_error - 0.41).abs() < 0.005, "{}", plans[0].relative_error);
     }
 
     #[test]
-    fn the_twenty_that_matter_miss_it_by_less_than_a_percent() {
+    fn twenty_kept_for_a_range_have_an_error_below_one_percent() {
         let forecast = Forecast { retention: Retention::default(), ..forecast(20) };
         let plans = forecast.plans(&[Profile::sigma_rel(0.15).unwrap()], At::Latest).unwrap();
         assert_eq!((plans[0].weights.len(), plans[0].weights[39].step), (40, 1_000_000));
@@ -102,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn trainings_without_snapshots_are_refused() {
+    fn training_without_snapshots_is_an_error() {
         let profile = [Profile::sigma_rel(0.15).unwrap()];
         assert!(forecast(0).plans(&profile, At::Latest).unwrap_err().to_string().contains("keep at least 1"));
         let short = Forecast { steps: 999, ..forecast(20) };

@@ -7,7 +7,7 @@ use super::noise::{Noise, PredictedError};
 use super::sample::{RelativeErrorModel, SnapshotNoise};
 use super::source::IndexedSource;
 use crate::error::{Error, Result};
-use crate::math::{self, History, Profile, Solution, System};
+use crate::math::{ChainSource, History, Profile, Solution, System};
 
 /// The time of a target.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,7 +70,7 @@ pub(crate) fn solve(
     let rho = noise.rho()?;
     let at = target_time(sources, at)?;
     let usable: Vec<usize> = (0..sources.len()).filter(|&i| sources[i].step <= at).collect();
-    let inputs: Vec<math::ChainSource> = usable.iter().map(|&i| sources[i].for_solve()).collect();
+    let inputs: Vec<ChainSource> = usable.iter().map(|&i| sources[i].to_chain_source()).collect();
     let system = match history {
         Some(history) => System::new(history, at, &inputs, rho)?,
         None => System::closed_form(at, &inputs, rho)?,

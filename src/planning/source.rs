@@ -1,6 +1,6 @@
-//! An average as the solve sees it.
+//! Sources of a solve: the averages of a run.
 
-use crate::math::{self, Chain};
+use crate::math::{Chain, ChainSource};
 
 /// An average of a run: a snapshot on disk, or a live average.
 #[derive(Clone, Debug)]
@@ -10,12 +10,12 @@ pub(crate) struct IndexedSource {
     /// The time of the newest update in it.
     pub step: u64,
     pub chain: Chain,
-    /// What errors call it: a file's path, or the live average.
+    /// Name in errors: a file's path, or the live average.
     pub label: String,
 }
 
 impl IndexedSource {
-    pub(crate) fn for_solve(&self) -> math::ChainSource {
-        math::ChainSource { chain: self.chain.clone(), step: self.step, label: self.label.clone() }
+    pub(crate) fn to_chain_source(&self) -> ChainSource {
+        ChainSource { chain: self.chain.clone(), step: self.step, label: self.label.clone() }
     }
 }

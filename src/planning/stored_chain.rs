@@ -1,4 +1,4 @@
-//! What the JSON strings of a snapshot's metadata mean.
+//! Profiles and chains as JSON strings in a snapshot's metadata.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,21 +6,22 @@ use crate::error::{Error, Result};
 use crate::math::{Chain, History, Profile};
 use crate::snapshot::Snapshot;
 
-/// `history` of a chain that another tool wrote: the updates and the rule of their decays.
+/// The metadata's `history` of another tool's chain: the updates and the rule of their decays.
 #[derive(Serialize, Deserialize)]
 struct ForeignHistory {
     updates: History,
     decay: StoredDecay,
 }
 
-/// The rule of a foreign chain's decays.
+/// Rule of the decays of another tool's chain.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 enum StoredDecay {
     /// [`Chain::Counter`]; its `gamma` is that of the stored profile.
     Counter { stride: u64, offset: u64 },
-    /// [`Chain::CorrectedCounter`], likewise. A kind of its own: a reader that does not know it must not take it for a plain
-    /// counter.
+    /// [`Chain::CorrectedCounter`]; its `gamma` is that of the stored profile.
+    ///
+    /// It is a kind of its own, so that a reader that does not know it cannot take it for a plain counter.
     CorrectedCounter { stride: u64, offset: u64 },
 }
 
@@ -38,12 +39,12 @@ impl StoredDecay {
     }
 }
 
-/// The metadata string of a profile.
+/// Returns the metadata string of a profile.
 pub(crate) fn profile_json(profile: &Profile) -> String {
     serde_json::json!(profile).to_string()
 }
 
-/// The metadata string of the updates of a chain: a list, with the rule of the decays where they follow a counter.
+/// Returns the metadata string of a chain's updates: a list, with the rule of the decays if they follow a counter.
 #[cfg(feature = "pytorch")]
 pub(crate) fn history_json(chain: &Chain, updates: History) -> String {
     let decay = match *chain {
@@ -54,12 +55,15 @@ pub(crate) fn history_json(chain: &Chain, updates: History) -> String {
     serde_json::json!(ForeignHistory { updates, decay }).to_string()
 }
 
-/// The profile, chain and updates of a snapshot; no updates where it does not tell.
+/// Returns the profile, chain and updates of a snapshot; no updates if it has no history.
+///
+/// # Errors
+/// [`Error::Damaged`] for metadata that is invalid or inconsistent.
 pub(crate) fn read_chain(snapshot: &Snapshot) -> Result<(Profile, Chain, Option<History>)> {
-    let damaged = |key: &str, error: serde_json::Error| {
+    let invalid = |key: &str, error: serde_json::Error| {
         Error::damaged(snapshot.path(), format!("the metadata's `{key}` cannot be understood: {error}"))
     };
-    let profile: Profile = serde_json::from_str(&snapshot.meta.profile).map_err(|e| damaged("profile", e))?;
+    let profile: Profile = serde_json::from_str(&snapshot.meta.profile).map_err(|e| invalid("profile", e))?;
     if !profile.is_trackable() {
         let why = format!("the metadata's `profile` is {profile}, which no running average can track");
         return Err(Error::damaged(snapshot.path(), why));
@@ -67,19 +71,26 @@ pub(crate) fn read_chain(snapshot: &Snapshot) -> Result<(Profile, Chain, Option<
     let Some(history) = &snapshot.meta.history else {
         return Ok((profile.clone(), Chain::Tracked(profile), None));
     };
-    // A list is the updates of a chain of our own.
+    // The history of a tracked chain is a plain list of updates.
     let (chain, updates) = if history.trim_start().starts_with('[') {
-        let updates = serde_json::from_str(history).map_err(|e| damaged("history", e))?;
+        let updates = serde_json::from_str(history).map_err(|e| invalid("history", e))?;
         (Chain::Tracked(profile.clone()), updates)
     } else {
-        let ForeignHistory { updates, decay } = serde_json::from_str(history).map_err(|e| damaged("history", e))?;
+        let ForeignHistory { updates, decay } = serde_json::from_str(history).map_err(|e| invalid("history", e))?;
         let gamma = profile.as_gamma().filter(|_| decay.stride() > 0).ok_or_else(|| {
-            Error::damaged(snapshot.path(), "a decay by a growing counter belongs to a power-function profile")
+            Error::damaged(
+                snapshot.path(),
+                format!(
+                    "the metadata's `history` has a decay by a counter, which needs a power-function profile and \
+                         a stride above 0; the profile is {profile}"
+                ),
+            )
         })?;
         (decay.chain(gamma), updates)
     };
     if updates.last() != Some(snapshot.id.step) {
-        let why = format!("the history ends at {:?}, not at step {}", updates.last().unwrap_or(0), snapshot.id.step);
+        let last = updates.last().unwrap_or(0);
+        let why = format!("the history ends at step {last}, not at the snapshot's step {}", snapshot.id.step);
         return Err(Error::damaged(snapshot.path(), why));
     }
     Ok((profile, chain, Some(updates)))
