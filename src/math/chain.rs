@@ -147,7 +147,7 @@ mod tests {
             }
             k += 1;
         }
-        // Late in training the correction is near the exact decay; without it the average forgets at a tenth of the rate.
+        // Late in training the correction is near the exact decay; without it the average forgets ten times too slowly.
         let exact = Chain::Tracked(Profile::gamma(gamma).unwrap()).decays(&times);
         let corrected = Chain::CorrectedCounter { gamma, stride: every, offset: 2 }.decays(&times);
         let plain = Chain::Counter { gamma, stride: every, offset: 2 }.decays(&times);

@@ -116,7 +116,8 @@ impl Profile {
     /// `(0, 0)` is added if the first time is above 0.
     ///
     /// # Errors
-    /// [`Error::Table`] unless times increase, shares do not decrease, all are in [0, 1] and the last point is `(1, 1)`.
+    /// [`Error::Table`] unless times increase, shares do not decrease, both are in [0, 1], and the last point is
+    /// `(1, 1)`.
     pub fn table(points: Vec<(f64, f64)>) -> Result<Profile> {
         Profile::try_from(Kind::Table { points })
     }
@@ -281,7 +282,9 @@ impl fmt::Display for Profile {
     }
 }
 
-/// Formats a number to ten significant digits without trailing zeros, so that 0.15 stays 0.15 after conversion to gamma.
+/// Formats a number to ten significant digits without trailing zeros.
+///
+/// A `sigma_rel` of 0.15 is shown as 0.15 after its conversion to `gamma` and back.
 fn short(value: f64) -> String {
     let rounded: f64 = format!("{value:.9e}").parse().unwrap_or(value);
     rounded.to_string()

@@ -142,8 +142,8 @@ fn most_crowded(steps: &[u64]) -> usize {
 
 /// Inner products of the sources with each other, and with the targets at the last step.
 ///
-/// Sources are in order of step, then of profile. Updates are taken as dense: their interval hardly changes which step is
-/// needed least.
+/// Sources are in order of step, then of profile. Updates are taken as dense: their interval does not change which step
+/// is needed least.
 struct DenseProducts {
     steps: usize,
     profiles: usize,

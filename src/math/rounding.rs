@@ -4,7 +4,8 @@
 ///
 /// A number `m 2^e` with `1 <= m < 2` is rounded by up to half an `ulp = 2^(1 - bits) 2^e`. The rounding error is
 /// uniform, so its mean square is `ulp^2 / 12`. Significands of numbers of many magnitudes have the density
-/// `1 / (m ln 2)`, for which `E[1/m^2] = 3 / (8 ln 2)`. Together `u^2 = E[(ulp/x)^2] / 12 = 2^(2 - 2 bits) / (32 ln 2)`.
+/// `1 / (m ln 2)`, for which `E[1/m^2] = 3 / (8 ln 2)`. Together
+/// `u^2 = E[(ulp/x)^2] / 12 = 2^(2 - 2 bits) / (32 ln 2)`.
 ///
 /// The result is 2.5e-8 for f32, 2.1e-4 for f16 and 1.7e-3 for bf16. Numbers below a dtype's normal range are rounded
 /// more coarsely.

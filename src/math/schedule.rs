@@ -42,7 +42,9 @@ impl Schedule {
         time >= self.update_after_step && crosses(self.checkpoint_every, previous, time)
     }
 
-    /// Returns true if an update is due at `time`, after a previous call at `previous`. Each snapshot is also an update.
+    /// Returns true if an update is due at `time`, after a previous call at `previous`.
+    ///
+    /// Each snapshot is also an update.
     pub fn is_update_due(&self, previous: u64, time: u64) -> bool {
         time >= self.update_after_step
             && (crosses(self.update_every, previous, time) || crosses(self.checkpoint_every, previous, time))

@@ -77,9 +77,9 @@ pub struct WorstCase {
     pub noise_gain: f64,
     /// The largest error of profile and rounding together, which advice minimises.
     ///
-    /// It is `sqrt(relative_error^2 + (noise_gain u)^2)` for snapshots of the relative rounding error `u`. The two parts
-    /// have the same unit if the weights move over an average by about their own size. Weights that move less, as they
-    /// do late in training, give rounding a larger part.
+    /// It is `sqrt(relative_error^2 + (noise_gain u)^2)` for snapshots of the relative rounding error `u`. This weighs
+    /// the parts equally if the model's weights move by about their own size over an average. If they move less, as
+    /// they do late in training, the part of rounding is larger.
     pub error: f64,
     /// The length, as `sigma_rel`, at which `error` is largest.
     pub sigma_rel: f64,
@@ -172,8 +172,8 @@ pub fn advise(request: &AdviceRequest, progress: &(dyn Fn(usize) + Sync)) -> Res
     if request.kept(2, request.disk) == 0 {
         let least = request.forecast(vec![Profile::gamma(0.0)?; 2], 1, 1).disk(request.parameters, request.dtype);
         let reason = format!(
-            "{} bytes do not hold one step's snapshots of two profiles and the live state, which take {least} bytes: give \
-             more, or store snapshots in a smaller dtype",
+            "{} bytes do not hold one step's snapshots of two profiles and the live state, which take {least} bytes: \
+             give more, or store snapshots in a smaller dtype",
             request.disk
         );
         return Err(Error::Setting { option: "disk", reason });

@@ -1,4 +1,4 @@
-//! Values, shapes, names and sizes at the ends of what there can be, from the tracker to the file of an average.
+//! Extreme values, shapes, names and sizes, from the tracker to the file of an average.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +15,7 @@ fn target() -> Profile {
     Profile::sigma_rel(0.15).unwrap()
 }
 
-/// Names that a file system, a terminal, JSON or a pattern could trip over.
+/// Returns names that can break file systems, terminals, JSON or patterns.
 fn names() -> Vec<String> {
     let plain = [
         "",
@@ -51,7 +51,7 @@ fn names() -> Vec<String> {
 }
 
 #[test]
-fn tensors_of_every_name_and_shape_go_all_the_way() {
+fn tensors_of_every_name_and_shape_are_tracked_and_synthesized() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     let shapes: [&[usize]; 6] = [&[3], &[], &[0], &[2, 0, 5], &[1, 1, 1, 1, 1, 1, 1, 1, 3], &[1]];
@@ -73,7 +73,7 @@ fn tensors_of_every_name_and_shape_go_all_the_way() {
         ema.finish().unwrap();
         drop(ema);
         assert_eq!(verify(&dir, &mut |_| ()).unwrap().findings.len(), 0);
-        // A resume finds all of it.
+        // All tensors can be resumed.
         drop(PostHocEma::options(&dir).resume(&model(20)).unwrap());
         let run = Run::open(&dir).unwrap();
         let plan = run.plan(target(), At::Latest).unwrap();
@@ -83,7 +83,7 @@ fn tensors_of_every_name_and_shape_go_all_the_way() {
         run.write(&plan, &output).unwrap();
         let file = StoredFile::open(&output).unwrap();
         assert_eq!(file.tensors().len(), names().len());
-        // Values that grow evenly: the average of each is one number above its first element's.
+        // Elements grow evenly, so the average of element `i + e` is that of the first tensor plus `i + e`.
         let first = average.get("").unwrap().to_vec::<f32>().unwrap()[0];
         for (i, name) in names().iter().enumerate() {
             let stored = file.tensors().get(name).unwrap();
@@ -95,7 +95,7 @@ fn tensors_of_every_name_and_shape_go_all_the_way() {
                 assert!((value - expected).abs() <= 1e-5 * expected, "{name:?}: {value}, not {expected}");
             }
         }
-        // The output is a checkpoint like any other.
+        // The output can be merged like any checkpoint.
         let again = temp.path().join("again.safetensors");
         fs::copy(&output, &again).unwrap();
         let checkpoints = Checkpoints::open(&[&output, &again], Some(&[10, 20])).unwrap();
@@ -109,9 +109,9 @@ fn tensors_of_every_name_and_shape_go_all_the_way() {
     assert!(text.contains("reserves this name"), "{text}");
 }
 
-/// Averages of numbers below the least normal ones, by sums in f64 that are exact to far below their last bit.
+/// Compares averages of subnormal numbers with sums in f64, which are far more exact.
 #[test]
-fn subnormal_numbers_are_averaged_to_the_last_bit_that_they_have() {
+fn subnormal_numbers_are_averaged_to_their_last_bit() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     let value = |step: u64, i: usize| f32::from_bits((step as usize * 977 + i * 131) as u32 % 0x7f_ffff);
@@ -128,7 +128,7 @@ fn subnormal_numbers_are_averaged_to_the_last_bit_that_they_have() {
         }
     }
     ema.finish().unwrap();
-    // The low term has no bits below the high one's here: each update may lose half a unit of the last place.
+    // The low-order term has no bits below those of subnormal numbers: each update may lose half a unit.
     let unit = f64::from(f32::from_bits(1));
     for (index, exact) in exact.iter().enumerate() {
         let file = StoredFile::open(&dir.join(format!("{index}.10.safetensors"))).unwrap();
@@ -136,9 +136,9 @@ fn subnormal_numbers_are_averaged_to_the_last_bit_that_they_have() {
         for (stored, exact) in stored.iter().zip(exact) {
             assert!((f64::from(*stored) - exact).abs() <= 10.0 * unit, "{stored:e} beside {exact:e}");
         }
-        assert!(stored.iter().any(|value| value.is_subnormal()), "nothing was left of them");
+        assert!(stored.iter().any(|value| value.is_subnormal()), "no subnormal number was stored");
     }
-    // The blend adds in f64, where they are normal numbers, and rounds once.
+    // The blend adds in f64, in which they are normal numbers, and rounds once.
     let run = Run::open(&dir).unwrap();
     let plan = run.plan(target(), At::Latest).unwrap();
     let blended = run.load(&plan).unwrap().get("w").unwrap().to_vec::<f32>().unwrap();
@@ -157,9 +157,8 @@ fn subnormal_numbers_are_averaged_to_the_last_bit_that_they_have() {
     }
 }
 
-/// Snapshots of 16 bits at the ends of their range.
 #[test]
-fn numbers_that_16_bits_cannot_hold_are_kept_or_refused() {
+fn numbers_at_the_ends_of_16_bit_ranges_are_averaged_or_refused() {
     let temp = tempfile::tempdir().unwrap();
     for (dtype, fits, beyond) in [(Dtype::F16, 65504.0f32, 65536.0), (Dtype::BF16, bf16::MAX.to_f32(), f32::MAX)] {
         for value in [fits, beyond, f16::from_bits(1).to_f32(), f32::MIN_POSITIVE] {
@@ -177,7 +176,7 @@ fn numbers_that_16_bits_cannot_hold_are_kept_or_refused() {
                 let off = average.iter().map(|average| (average / value - 1.0).abs()).fold(0.0, f32::max);
                 assert!(off < 1e-6, "{dtype} {value}: {average:?}");
             }
-            // A file of f16 cannot hold the largest; nothing is written then.
+            // A file in f16 cannot hold larger values: the write fails and leaves no file.
             let output = temp.path().join(format!("{dtype}-{value:e}.out"));
             let options = WriteOptions { dtype: Some(Dtype::F16), ..WriteOptions::default() };
             let output = [posthoc_ema::Output { plan: &plan, path: &output }];
@@ -191,9 +190,9 @@ fn numbers_that_16_bits_cannot_hold_are_kept_or_refused() {
     }
 }
 
-/// So many tensors as the largest models have twice over; more than a header can tell of are refused before the first step.
+/// Tracks twice as many tensors as the largest models have; a header cannot hold a million.
 #[test]
-fn a_hundred_thousand_tensors_work_and_a_million_are_refused_at_once() {
+fn hundred_thousand_tensors_are_tracked_and_a_million_refused_at_creation() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     let model = |count: usize, value: f32| -> BTreeMap<String, Vec<f32>> {
@@ -222,9 +221,8 @@ fn a_hundred_thousand_tensors_work_and_a_million_are_refused_at_once() {
     assert!(!temp.path().join("more").exists());
 }
 
-/// A header of a million tensors is read; only who asked for a file like that will meet one.
 #[test]
-fn a_file_of_a_million_tensors_is_read() {
+fn file_of_a_million_tensors_can_be_merged() {
     let temp = tempfile::tempdir().unwrap();
     let path = temp.path().join("model.safetensors");
     let entry =
@@ -243,10 +241,10 @@ fn a_file_of_a_million_tensors_is_read() {
     assert_eq!(file.bytes(file.tensors().get("t654321").unwrap()), 654321f32.to_le_bytes());
 }
 
-/// One tensor of more than 2^32 elements, in sparse files; what comes of them is not sparse, so only on request.
+/// Blends a tensor of more than 2^32 elements from sparse files. The output is not sparse.
 #[test]
 #[ignore = "writes 8.6 GB"]
-fn a_tensor_of_more_elements_than_32_bits_count_is_blended() {
+fn tensor_of_more_than_2_to_32_elements_is_blended() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     fs::create_dir(&dir).unwrap();
@@ -269,12 +267,12 @@ fn a_tensor_of_more_elements_than_32_bits_count_is_blended() {
     }
     let others = [2, (1 << 31) + 1, (1u64 << 32) + 2, elements - 2];
     assert!(others.iter().all(|&place| read(place) == 0.0));
-    // Each side of 2^32 bytes and of 2^33, and the beginning.
-    let written = bytes.chunks(1 << 20).filter(|chunk| chunk.iter().any(|&byte| byte != 0)).count();
-    assert_eq!(written, 5, "something else was written");
+    // Nonzero MiB: the first one, and one on each side of 2^32 and of 2^33 bytes.
+    let nonzero = bytes.chunks(1 << 20).filter(|chunk| chunk.iter().any(|&byte| byte != 0)).count();
+    assert_eq!(nonzero, 5, "{nonzero} MiB are not zero");
 }
 
-/// A snapshot of one tensor of f16, zero but for some elements.
+/// Writes a snapshot of one f16 tensor that is zero except at `places`.
 fn sparse(path: &Path, step: u64, elements: u64, places: &[u64], scale: f32) {
     let metadata = serde_json::json!({
         "posthoc_ema": "1", "profile": r#"{"kind":"power","gamma":6.94}"#, "step": step.to_string(),

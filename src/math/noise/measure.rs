@@ -34,8 +34,8 @@ pub(crate) struct Sample {
 
 /// Measures each pair of snapshots.
 ///
-/// Elements of one block and one `ulp` form a group that is taken to move by similar amounts. The size of the movement in
-/// `ulp`s decides how far their rounding errors are equal or independent.
+/// Elements of one block and one `ulp` form a group that is taken to move by similar amounts. The size of the movement
+/// in `ulp`s decides how far their rounding errors are equal or independent.
 pub(crate) fn measure(sample: &Sample) -> Measured {
     let groups = group_elements(sample);
     let elements: usize = groups.iter().map(Vec::len).sum();

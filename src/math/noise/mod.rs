@@ -1,8 +1,8 @@
 //! The expected error of a blend of stored snapshots, and the regularisation that minimises it.
 //!
-//! A blend `sum_i x_i s_i` of stored snapshots `s_i = p_i + e_i` has two errors: the residual `d = sum_i x_i p_i - r` of
-//! the profiles, times the parameters' movement, and the snapshots' rounding `e_i`. Both are mean squares over the
-//! elements, estimated from a sample:
+//! A blend `sum_i x_i s_i` of stored snapshots `s_i = p_i + e_i` has two errors. One is the residual of the profiles,
+//! `d = sum_i x_i p_i - r`, applied to the parameters' movement; the other is the snapshots' rounding `e_i`. Both are
+//! mean squares over the elements, estimated from a sample:
 //!
 //! | symbol | meaning | where |
 //! | --- | --- | --- |

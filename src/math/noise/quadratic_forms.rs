@@ -8,8 +8,8 @@ use super::super::solve::Updates;
 
 /// Covariances of the sources of a system, for unit movement of each kind.
 ///
-/// The kinds are a drift of velocity 1 per step, a random walk of variance 1 per step, and white noise of variance 1 per
-/// update. All averages share the start of walk and drift, the first update.
+/// The kinds are a drift of velocity 1 per step, a random walk of variance 1 per step, and white noise of variance 1
+/// per update. Walk and drift start at the first update.
 pub(super) struct QuadraticForms {
     /// `sum_k p_k (t_k - t_1)` of each source: its drift.
     ages: Vec<f64>,

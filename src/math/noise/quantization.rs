@@ -2,13 +2,13 @@
 //!
 //! A value between two stored neighbours, and the same value after a movement of `f u`, `0 <= f <= 1`, are rounded to
 //! the same neighbour with probability `1 - f`. Over all values, the mean square of the rounded movement is the square
-//! of the movement plus `u^2 h`, where `h` is `f (1 - f)` of the movement's fraction. For Gaussian movements of standard
-//! deviation `s u` the Fourier series of `f (1 - f)` gives
+//! of the movement plus `u^2 h`, where `h` is `f (1 - f)` of the movement's fraction. For Gaussian movements of
+//! standard deviation `s u` the Fourier series of `f (1 - f)` gives
 //!
 //! `h(s) = 1/6 - sum_n exp(-2 pi^2 n^2 s^2) / (pi^2 n^2)`.
 //!
-//! It is 0 for values that do not move, whose rounding errors are equal, and grows to 1/6 for values that move far, whose
-//! rounding errors are independent.
+//! It is 0 for values that do not move, whose rounding errors are equal. It grows to 1/6 for values that move far,
+//! whose rounding errors are independent.
 
 use std::f64::consts::{FRAC_PI_2, PI};
 use std::sync::LazyLock;

@@ -13,9 +13,9 @@ use super::quadratic_forms::QuadraticForms;
 /// tools that decay too slowly hardly ever do.
 const WEIGHT_POWER: i32 = 4;
 
-/// Uncertainty of a movement smaller than the rounding, as a share of the mean square difference of the rounding errors.
+/// Uncertainty of a measured movement, as a share of the mean square difference of the pair's rounding errors.
 ///
-/// Elements of a group do not all move by the same amount.
+/// Movement below the rounding is uncertain because the elements of a group do not all move by the same amount.
 const MOVEMENT_MARGIN: f64 = 0.2;
 
 /// Variances of parameters that drift, walk at random and have white noise.
@@ -24,9 +24,9 @@ const MOVEMENT_MARGIN: f64 = 0.2;
 ///
 /// `v_l ((sum_k d_k t_k)^2 + bend / T) + v_r sum_j D_j^2 delta_j + v_w sum_k d_k^2`, `D_j = sum_{k >= j} d_k`.
 ///
-/// A drift does not keep its direction for a whole training. Its velocity is taken to walk by its own size over the time
-/// `T` of the target: `bend` is the integral over time of the square of the second sum of `d`. Without `bend`, the
-/// expected error would only count straight movement, and a blend could miss any curved one.
+/// A drift does not keep its direction for a whole training. Its velocity is taken to walk by its own size over the
+/// time `T` of the target: `bend` is the integral over time of the square of the second sum of `d`. Without `bend`,
+/// only straight movement would count, and every blend would seem to follow curved movement.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Trajectory {
     /// `v_l`: the mean square velocity, per step and step.

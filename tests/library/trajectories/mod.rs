@@ -1,4 +1,4 @@
-//! Trainings of which everything is known: snapshots as they are stored, and exact averages.
+//! Simulated trainings with known exact averages, and snapshots as they are stored.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -15,42 +15,42 @@ pub const ELEMENTS: usize = 2048;
 const STEPS: u64 = 20_000;
 const CHECKPOINT_EVERY: u64 = 1000;
 
-/// How parameters move: each figure is relative to the size of the weights, over the whole training.
+/// Movement of parameters. Sizes are relative to the weights, over the whole training.
 #[derive(Clone, Copy, Debug)]
 pub struct Movement {
     pub name: &'static str,
-    /// Along a straight line.
+    /// Size of the movement along a straight line.
     pub ramp: f64,
-    /// Along a power of time.
+    /// Size of the movement along a power of time.
     pub bent: f64,
-    /// That power: below 1 it is fast at first, above 1 at last.
+    /// Exponent of `bent`: below 1 it is fast at first, above 1 at last.
     pub power: f64,
-    /// By a random walk.
+    /// Size of a random walk.
     pub walk: f64,
-    /// Steps in which the walk forgets where it was.
+    /// Time constant of the walk's decay, in steps.
     pub memory: f64,
-    /// Each update on its own.
+    /// Size of the independent noise of each update.
     pub white: f64,
-    /// To and fro.
+    /// Amplitude of an oscillation.
     pub swing: f64,
-    /// In so many steps.
+    /// Period of the oscillation in steps.
     pub period: f64,
-    /// Whether walk and noise die down towards the end, as with a learning rate that falls to 0.
+    /// True if walk and noise fall to 0 at the end, as with a learning rate that falls to 0.
     pub cooling: bool,
 }
 
 impl Movement {
-    /// Whether it is a sum of a straight line, a walk and white noise, all the time: what a prediction takes it for.
+    /// Returns true if it is a stationary sum of a straight line, a walk and white noise, as the error model assumes.
     pub fn is_modelled(&self) -> bool {
         self.bent == 0.0 && self.swing == 0.0 && self.memory.is_infinite() && !self.cooling
     }
 
-    /// Whether it is small beside the rounding of 16 bits.
+    /// Returns true if it is small relative to the rounding of 16 bits.
     pub fn is_slow(&self) -> bool {
         [self.ramp, self.bent, self.walk, self.white, 10.0 * self.swing].iter().all(|&part| part <= 0.01)
     }
 
-    /// Mixtures, each kind alone, and movements below the rounding of 16 bits.
+    /// Returns mixtures, each kind alone, and movements below the rounding of 16 bits.
     pub fn all() -> Vec<Movement> {
         let of = |name, [ramp, bent, walk, white]: [f64; 4]| Movement {
             name,
@@ -94,12 +94,12 @@ impl Movement {
     }
 }
 
-/// How the averages were tracked.
+/// Decays that the averages are tracked with.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Chains {
-    /// Exactly.
+    /// Exact decays.
     Tracked,
-    /// As the tools of `tests/data/plans.json`, entry `foreign`, do it: one step's decay every ten steps.
+    /// One step's decay every ten steps, as in `tests/data/plans.json`, entry `foreign`.
     Counter,
 }
 
@@ -127,11 +127,11 @@ impl Chains {
     }
 }
 
-/// A training that has happened.
+/// A simulated training.
 pub struct Training {
     chains: Chains,
     profiles: [Profile; 2],
-    /// Profile, step and exact average of each snapshot.
+    /// Index of the profile, step and exact average of each snapshot.
     snapshots: Vec<(usize, u64, Vec<f64>)>,
     /// The exact average of each target.
     pub targets: Vec<Vec<f64>>,
@@ -140,7 +140,7 @@ pub struct Training {
 }
 
 impl Training {
-    /// Trains, and averages in f64.
+    /// Simulates a training, and averages in f64.
     pub fn new(chains: Chains, movement: Movement, targets: &[f64]) -> Training {
         let times = chains.times();
         let profiles = [0.05, 0.28].map(|s| Profile::sigma_rel(s).unwrap());
@@ -166,7 +166,7 @@ impl Training {
         Training { chains, profiles, snapshots, targets: exact, size }
     }
 
-    /// Writes the snapshots as a run; a synthesis from it is in f64.
+    /// Writes the snapshots as a run, whose syntheses are in f64.
     pub fn write(&self, dir: &Path, dtype: Dtype) {
         for (index, step, average) in &self.snapshots {
             let profile = serde_json::to_string(&self.profiles[*index]).unwrap();
@@ -187,7 +187,7 @@ impl Training {
     }
 }
 
-/// The weights of a target on the updates.
+/// Returns the weights of a target on the updates.
 fn shares(sigma_rel: f64, times: &[u64]) -> Vec<f64> {
     let profile = Profile::sigma_rel(sigma_rel).unwrap();
     Chain::Tracked(profile).densities(times)
@@ -202,52 +202,54 @@ fn stored(values: &[f64], dtype: Dtype) -> Vec<u8> {
     }
 }
 
-/// Parameters that move.
+/// Simulated parameters.
 struct Parameters {
     movement: Movement,
     random: rand_chacha::ChaCha8Rng,
     start: Vec<f64>,
     slope: Vec<f64>,
     walked: Vec<f64>,
-    before: u64,
+    previous: u64,
 }
 
 impl Parameters {
     fn new(movement: Movement) -> Parameters {
         let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(3);
-        let mut each = || (0..ELEMENTS).map(|_| normal(&mut random)).collect::<Vec<f64>>();
-        let (start, slope) = (each(), each());
-        Parameters { movement, random, start, slope, walked: vec![0.0; ELEMENTS], before: 0 }
+        let start = (0..ELEMENTS).map(|_| normal(&mut random)).collect();
+        let slope = (0..ELEMENTS).map(|_| normal(&mut random)).collect();
+        Parameters { movement, random, start, slope, walked: vec![0.0; ELEMENTS], previous: 0 }
     }
 
-    /// The parameters at the next update.
+    /// Advances to the next update, and returns the parameters there.
     fn at(&mut self, time: u64) -> Vec<f64> {
         let Movement { ramp, bent, power, walk, memory, white, swing, period, cooling, .. } = self.movement;
         let share = time as f64 / STEPS as f64;
-        let delta = (time - self.before) as f64;
+        let delta = (time - self.previous) as f64;
         let heat = if cooling { 1.0 - share } else { 1.0 };
-        let (step, kept) = (heat * walk * (delta / STEPS as f64).sqrt(), (-delta / memory).exp());
-        let turn = std::f64::consts::TAU * time as f64 / period;
-        let moved = ramp * share + bent * share.powf(power) + swing * turn.sin();
-        self.before = time;
-        let now = |i: usize| {
+        let step = heat * walk * (delta / STEPS as f64).sqrt();
+        let kept = (-delta / memory).exp();
+        let angle = std::f64::consts::TAU * time as f64 / period;
+        let moved = ramp * share + bent * share.powf(power) + swing * angle.sin();
+        self.previous = time;
+        let mut parameters = Vec::with_capacity(ELEMENTS);
+        for i in 0..ELEMENTS {
             if walk > 0.0 {
                 self.walked[i] = kept * self.walked[i] + step * normal(&mut self.random);
             }
             let noise = if white > 0.0 { heat * white * normal(&mut self.random) } else { 0.0 };
-            self.start[i] + self.slope[i] * moved + self.walked[i] + noise
-        };
-        (0..ELEMENTS).map(now).collect()
+            parameters.push(self.start[i] + self.slope[i] * moved + self.walked[i] + noise);
+        }
+        parameters
     }
 }
 
-/// Of mean 0 and variance 1; near enough to Gaussian.
+/// Returns a random number of mean 0 and variance 1, close to Gaussian.
 fn normal(random: &mut rand_chacha::ChaCha8Rng) -> f64 {
     let sum: f64 = (0..4).map(|_| random.random::<f64>() - 0.5).sum();
     sum * 3f64.sqrt()
 }
 
-/// The root mean square of a difference.
+/// Returns the root mean square of a difference.
 pub fn rms_difference(a: &[f64], b: &[f64]) -> f64 {
     (a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f64>() / a.len() as f64).sqrt()
 }
