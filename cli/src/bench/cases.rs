@@ -39,8 +39,7 @@ pub(super) fn word(i: usize) -> u64 {
 
 /// Splits `n` parameters into tensors whose sizes differ by at most one.
 pub(super) fn split(n: usize, tensors: usize) -> Vec<usize> {
-    let (each, rest) = (n / tensors, n % tensors);
-    (0..tensors).map(|i| each + usize::from(i < rest)).collect()
+    (0..tensors).map(|i| n / tensors + usize::from(i < n % tensors)).collect()
 }
 
 /// Returns the numbers of tensors of the two models: few and many.
@@ -145,7 +144,8 @@ impl BlendCase {
 
     pub fn info(&self, limit: String) -> TaskInfo {
         let BlendCase { dtype, sources, targets, .. } = *self;
-        let (from, to) = (plural(sources), plural(targets));
+        let from = plural(sources);
+        let to = plural(targets);
         TaskInfo {
             name: format!("{sources} {} snapshot{from} to {targets} target{to}", name(dtype)),
             work: Work::Blend,

@@ -40,18 +40,18 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let listed = snapshot::list_each(&arguments.run)?;
     let entries: Vec<Entry> = listed.into_iter().map(|(id, files)| open(id, files)).collect();
     // Errors of the run as a whole, such as an empty directory.
-    let trouble = Run::open(&arguments.run).err().or_else(|| SavedState::of(&arguments.run).err());
-    let trouble = trouble.map(|error| error.to_string());
+    let error = Run::open(&arguments.run).err().or_else(|| SavedState::of(&arguments.run).err());
+    let problem = error.map(|error| error.to_string());
     if arguments.json {
-        print_json(&document(&arguments.run, &entries, trouble.as_deref()));
+        print_json(&document(&arguments.run, &entries, problem.as_deref()));
     } else if !entries.is_empty() {
         print(&table(&entries).to_string());
         print(&summary(&arguments.run, &entries));
     }
     let drawn = if entries.is_empty() { Ok(()) } else { draw(arguments, &entries) };
-    match (trouble, drawn) {
-        (Some(trouble), Err(error)) => Err(Failure::Unhealthy(format!("{trouble}\nerror: {error}"))),
-        (Some(trouble), Ok(())) => Err(Failure::Unhealthy(trouble)),
+    match (problem, drawn) {
+        (Some(problem), Err(error)) => Err(Failure::Unhealthy(format!("{problem}\nerror: {error}"))),
+        (Some(problem), Ok(())) => Err(Failure::Unhealthy(problem)),
         (None, drawn) => Ok(drawn?),
     }
 }
@@ -60,6 +60,7 @@ fn open(id: SnapshotId, files: Result<Vec<PathBuf>, Error>) -> Entry {
     Entry { id, opened: files.and_then(|files| Snapshot::open(id, &files)).map_err(|error| error.to_string()) }
 }
 
+/// Returns the name of a snapshot's profile, or its metadata if they cannot be parsed.
 fn profile(snapshot: &Snapshot) -> String {
     let profile: Result<Profile, _> = serde_json::from_str(&snapshot.meta.profile);
     profile.map_or_else(|_| snapshot.meta.profile.clone(), |profile| profile.to_string())
@@ -99,7 +100,7 @@ fn table(entries: &[Entry]) -> comfy_table::Table {
     table
 }
 
-fn total(entries: &[Entry]) -> u64 {
+fn total_bytes(entries: &[Entry]) -> u64 {
     entries.iter().filter_map(|entry| entry.opened.as_ref().ok()).map(Snapshot::len).sum()
 }
 
@@ -114,7 +115,7 @@ fn summary(run: &Path, entries: &[Entry]) -> String {
         Ok(None) => "no live state: the run cannot be resumed".into(),
         Err(error) => format!("the live state is damaged: {error}"),
     };
-    format!("{} snapshots at {} steps ({range}), {}; {state}", entries.len(), steps.len(), bytes(total(entries)))
+    format!("{} snapshots at {} steps ({range}), {}; {state}", entries.len(), steps.len(), bytes(total_bytes(entries)))
 }
 
 fn draw(arguments: &Arguments, entries: &[Entry]) -> Result<(), Error> {
@@ -128,7 +129,7 @@ fn timeline(run: &Path, entries: &[Entry]) -> Timeline {
     let name = run.file_name().unwrap_or(run.as_os_str());
     let newest = entries.iter().filter(|entry| entry.opened.is_ok()).map(|entry| entry.id.step).max();
     Timeline {
-        title: format!("{}: {} snapshots, {}", name.to_string_lossy(), entries.len(), bytes(total(entries))),
+        title: format!("{}: {} snapshots, {}", name.to_string_lossy(), entries.len(), bytes(total_bytes(entries))),
         rows: indices.into_iter().map(|index| timeline_row(index, entries)).collect(),
         newest_update: newest.max(state.and_then(|state| state.updated)),
         state: state.map(|state| (state.step, bytes(state.bytes))),
@@ -137,35 +138,32 @@ fn timeline(run: &Path, entries: &[Entry]) -> Timeline {
 
 /// Returns the row of one profile, whose name is in any snapshot that can be read.
 fn timeline_row(index: usize, entries: &[Entry]) -> TimelineRow {
-    let own = || entries.iter().filter(move |entry| entry.id.index == index);
-    let sound: Vec<&Snapshot> = own().filter_map(|entry| entry.opened.as_ref().ok()).collect();
-    let largest = sound.iter().map(|snapshot| snapshot.len()).max();
-    let mut note = largest.map(|largest| format!("{} × {}", sound.len(), bytes(largest))).unwrap_or_default();
-    let damaged = own().count() - sound.len();
-    if damaged > 0 {
-        note = [note, format!("{damaged} damaged")]
-            .into_iter()
-            .filter(|part| !part.is_empty())
-            .collect::<Vec<_>>()
-            .join(", ");
+    let row: Vec<&Entry> = entries.iter().filter(|entry| entry.id.index == index).collect();
+    let sound: Vec<&Snapshot> = row.iter().filter_map(|entry| entry.opened.as_ref().ok()).collect();
+    let mut note = Vec::new();
+    if let Some(largest) = sound.iter().map(|snapshot| snapshot.len()).max() {
+        note.push(format!("{} × {}", sound.len(), bytes(largest)));
+    }
+    if row.len() > sound.len() {
+        note.push(format!("{} damaged", row.len() - sound.len()));
     }
     TimelineRow {
         label: sound.first().map_or_else(|| format!("profile {index}"), |snapshot| profile(snapshot)),
-        snapshots: own().map(|entry| (entry.id.step, entry.opened.is_ok())).collect(),
-        note,
+        snapshots: row.iter().map(|entry| (entry.id.step, entry.opened.is_ok())).collect(),
+        note: note.join(", "),
     }
 }
 
-fn document(run: &Path, entries: &[Entry], trouble: Option<&str>) -> serde_json::Value {
+fn document(run: &Path, entries: &[Entry], problem: Option<&str>) -> serde_json::Value {
     let snapshots: Vec<_> = entries.iter().map(entry_json).collect();
     let state = SavedState::of(run).ok().flatten();
     let state = state.map(|state| json!({ "step": state.step, "bytes": state.bytes }));
-    json!({ "run": run, "snapshots": snapshots, "bytes": total(entries), "state": state, "trouble": trouble })
+    json!({ "run": run, "snapshots": snapshots, "bytes": total_bytes(entries), "state": state, "trouble": problem })
 }
 
 fn entry_json(Entry { id, opened }: &Entry) -> serde_json::Value {
     match opened {
-        Err(trouble) => json!({ "index": id.index, "step": id.step, "trouble": trouble }),
+        Err(reason) => json!({ "index": id.index, "step": id.step, "trouble": reason }),
         Ok(snapshot) => json!({
             "index": id.index,
             "step": id.step,

@@ -70,7 +70,8 @@ impl Axis {
         let power = 10f64.powf(rough.log10().floor());
         let step = [1.0, 2.0, 5.0].map(|w| w * power).into_iter().find(|step| *step >= rough * (1.0 - 1e-9));
         let step = step.unwrap_or(10.0 * power);
-        let (first, last) = ((self.low / step - 1e-9).ceil() as i64, (self.high / step + 1e-9).floor() as i64);
+        let first = (self.low / step - 1e-9).ceil() as i64;
+        let last = (self.high / step + 1e-9).floor() as i64;
         (first..=last).map(|i| shortest(i as f64 * step)).collect()
     }
 
@@ -103,11 +104,20 @@ impl Axis {
         let decades = (self.high / self.low).log10();
         let within: &[f64] = if decades < 3.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
         let every = (decades / count.max(1) as f64).ceil().max(1.0) as i32;
-        let (first, last) = (self.low.log10().floor() as i32, self.high.log10().floor() as i32);
+        let first = self.low.log10().floor() as i32;
+        let last = self.high.log10().floor() as i32;
         let powers = (first..=last).filter(|exponent| exponent.rem_euclid(every) == 0);
         let all = powers.flat_map(|exponent| within.iter().map(move |w| shortest(w * 10f64.powi(exponent))));
         all.filter(|tick| *tick >= self.low * (1.0 - 1e-9) && *tick <= self.high * (1.0 + 1e-9)).collect()
     }
+}
+
+/// Returns the lowest and the highest of the finite values, if there are any.
+pub fn finite_range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
+    values.filter(|value| value.is_finite()).fold(None, |range, value| {
+        let (low, high) = range.unwrap_or((value, value));
+        Some((value.min(low), value.max(high)))
+    })
 }
 
 /// Returns the room around a single value.
@@ -126,12 +136,18 @@ fn step_label(step: f64, last: f64) -> String {
 }
 
 /// Draws the lower edge of a frame over the steps of a training.
-pub fn steps_below(canvas: &Canvas<'_>, frame: Frame, axis: &Axis) -> Drawn {
-    below(canvas, frame, axis, |step| step_label(step, axis.high), "step")
+pub fn draw_step_axis(canvas: &Canvas<'_>, frame: Frame, axis: &Axis) -> Drawn {
+    draw_bottom_axis(canvas, frame, axis, |step| step_label(step, axis.high), "step")
 }
 
 /// Draws the lower edge of a frame with ticks, their labels, and a caption.
-pub fn below(canvas: &Canvas<'_>, frame: Frame, axis: &Axis, label: impl Fn(f64) -> String, caption: &str) -> Drawn {
+pub fn draw_bottom_axis(
+    canvas: &Canvas<'_>,
+    frame: Frame,
+    axis: &Axis,
+    label: impl Fn(f64) -> String,
+    caption: &str,
+) -> Drawn {
     canvas.line([(frame.left, frame.bottom), (frame.right, frame.bottom)], INK, 1.0)?;
     for tick in axis.ticks(6) {
         let x = axis.place(tick);
@@ -142,7 +158,7 @@ pub fn below(canvas: &Canvas<'_>, frame: Frame, axis: &Axis, label: impl Fn(f64)
 }
 
 /// Draws the ticks at the left edge of a frame, faint lines across it, and a caption that reads upwards.
-pub fn beside(canvas: &Canvas<'_>, frame: Frame, axis: &Axis, count: usize, caption: &str) -> Drawn {
+pub fn draw_left_axis(canvas: &Canvas<'_>, frame: Frame, axis: &Axis, count: usize, caption: &str) -> Drawn {
     for tick in axis.ticks(count) {
         let y = axis.place(tick);
         canvas.line([(frame.left, y), (frame.right, y)], FAINT, 0.8)?;

@@ -54,6 +54,7 @@ fn panel_height(panel: &[Measurement]) -> f64 {
     HEADING + ROW * panel.len() as f64 + BELOW
 }
 
+/// Returns the label of a bar.
 fn name(row: &Measurement) -> String {
     format!("{}: {}", row.work, row.name)
 }
@@ -79,7 +80,8 @@ fn limit(row: &Measurement) -> Option<f64> {
 /// Draws one device: a heading, and its bars over an axis of its own.
 fn draw_panel(canvas: &Canvas<'_>, panel: &[Measurement], left: f64, top: f64) -> Drawn {
     let axis = axis(panel, left);
-    let (first, bottom) = (top + HEADING, top + HEADING + ROW * panel.len() as f64);
+    let first = top + HEADING;
+    let bottom = first + ROW * panel.len() as f64;
     let device = panel.first().map_or("", |row| &row.device);
     canvas.text(device, (MARGIN, top + HEADING / 2.0), TITLE, Side::Left, INK)?;
     for rate in axis.ticks(6) {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use posthoc_ema::{Plan, Result};
 
-use super::axis::{Axis, below, beside};
+use super::axis::{Axis, draw_bottom_axis, draw_left_axis, finite_range};
 use super::canvas::{
     BLUE, Canvas, DrawError, Drawn, Frame, INK, MUTED, Point, SHADE, SMALL, Side, TEXT, TITLE, draw_svg, fit,
     text_width,
@@ -57,14 +57,15 @@ impl ErrorCurve {
     /// Returns the largest error between the shortest and the longest tracked profile. If fewer than two of them are on
     /// the axis, all lengths count.
     pub fn worst(&self) -> Option<ErrorPoint> {
-        let within: Vec<f64> = self.tracked.iter().map(|t| t.0).filter(|&t| self.covers(t)).collect();
-        let least = within.iter().copied().fold(f64::INFINITY, f64::min);
-        let most = within.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let between = |point: &&ErrorPoint| !(least < most) || (point.sigma_rel >= least && point.sigma_rel <= most);
-        let finite = self.points.iter().filter(between).filter(|point| point.relative_error.is_finite());
+        let tracked = self.tracked.iter().map(|(sigma_rel, _)| *sigma_rel).filter(|&sigma_rel| self.covers(sigma_rel));
+        let (shortest, longest) =
+            finite_range(tracked).filter(|(low, high)| low < high).unwrap_or((f64::NEG_INFINITY, f64::INFINITY));
+        let between = self.points.iter().filter(|point| point.sigma_rel >= shortest && point.sigma_rel <= longest);
+        let finite = between.filter(|point| point.relative_error.is_finite());
         finite.copied().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error))
     }
 
+    /// Returns true if a length is between the ends of the curve.
     fn covers(&self, sigma_rel: f64) -> bool {
         let ends = self.points.first().zip(self.points.last());
         ends.is_some_and(|(first, last)| sigma_rel >= first.sigma_rel && sigma_rel <= last.sigma_rel)
@@ -76,7 +77,7 @@ impl ErrorCurve {
         self.tracked.iter().any(|(tracked, _)| (tracked - sigma_rel).abs() <= 0.01 * span)
     }
 
-    fn floor(&self, point: &ErrorPoint) -> f64 {
+    fn noise_floor(&self, point: &ErrorPoint) -> f64 {
         self.rounding.as_ref().map_or(f64::NAN, |rounding| rounding.rms * point.noise_gain)
     }
 }
@@ -125,17 +126,17 @@ fn draw(curve: &ErrorCurve) -> std::result::Result<String, DrawError> {
     let (x, y) = axes(curve);
     draw_svg(WIDTH, HEIGHT, |canvas| {
         canvas.text(&fit(&curve.title, TITLE, WIDTH - 32.0), (16.0, 15.0), TITLE, Side::Left, INK)?;
-        shade(canvas, curve, &x, &y)?;
-        beside(canvas, FRAME, &y, 7, "relative error")?;
-        below(canvas, FRAME, &x, |length| x.label(length), "length of the average (sigma_rel)")?;
-        marks(canvas, curve, &x)?;
+        draw_noise_floor(canvas, curve, &x, &y)?;
+        draw_left_axis(canvas, FRAME, &y, 7, "relative error")?;
+        draw_bottom_axis(canvas, FRAME, &x, |length| x.label(length), "length of the average (sigma_rel)")?;
+        draw_tracked(canvas, curve, &x)?;
         let place = |point: &ErrorPoint| (x.place(point.sigma_rel), y.place(point.relative_error));
         let worst = curve.worst().map(|worst| Label::of(&worst, place(&worst)));
         if let Some(Label { text, center, .. }) = &worst {
             canvas.plate(text, *center, TEXT)?;
         }
         canvas.line(curve.points.iter().map(place), BLUE, 1.8)?;
-        floor_label(canvas, curve, &x, &y)?;
+        draw_floor_label(canvas, curve, &x, &y)?;
         let Some(Label { text, center, dot }) = &worst else { return Ok(()) };
         canvas.dot(*dot, 3.0, BLUE)?;
         canvas.text(text, *center, TEXT, Side::Center, BLUE)
@@ -145,16 +146,13 @@ fn draw(curve: &ErrorCurve) -> std::result::Result<String, DrawError> {
 /// Returns axes that hold the errors and the noise floor, except for the dips at tracked profiles.
 fn axes(curve: &ErrorCurve) -> (Axis, Axis) {
     let lengths = curve.points.iter().map(|point| point.sigma_rel);
-    let (first, last) = (lengths.clone().fold(f64::INFINITY, f64::min), lengths.fold(f64::NEG_INFINITY, f64::max));
-    let (first, last) = if first <= last { (first, last) } else { (0.05, 0.28) };
+    let (first, last) = finite_range(lengths).unwrap_or((0.05, 0.28));
     let errors = curve.points.iter().filter(|point| !curve.is_dip(point.sigma_rel)).map(|point| point.relative_error);
-    let values = errors.chain(curve.points.iter().map(|point| curve.floor(point)));
-    let (mut least, mut most) = (f64::INFINITY, 0.0f64);
-    for value in values.filter(|value| value.is_finite() && *value > 0.0) {
-        (least, most) = (least.min(value), most.max(value));
-    }
-    let top = if most > 0.0 { (1.3 * most).log10().ceil() as i32 } else { 0 };
-    let bottom = if least.is_finite() { (0.7 * least).log10().floor() as i32 } else { top - 4 };
+    let floors = curve.points.iter().map(|point| curve.noise_floor(point));
+    let (bottom, top) = match finite_range(errors.chain(floors).filter(|value| *value > 0.0)) {
+        Some((least, most)) => ((0.7 * least).log10().floor() as i32, (1.3 * most).log10().ceil() as i32),
+        None => (-4, 0),
+    };
     let bottom = bottom.clamp(top - MAX_DECADES, top - 2);
     let power = |exponent: i32| 10f64.powi(exponent);
     (
@@ -163,9 +161,9 @@ fn axes(curve: &ErrorCurve) -> (Axis, Axis) {
     )
 }
 
-/// The noise floor, from the curve of what rounding leaves down to the axis.
-fn shade(canvas: &Canvas<'_>, curve: &ErrorCurve, x: &Axis, y: &Axis) -> Drawn {
-    let place = |point: &ErrorPoint| (x.place(point.sigma_rel), y.place(curve.floor(point)));
+/// Shades the area between the noise floor and the axis.
+fn draw_noise_floor(canvas: &Canvas<'_>, curve: &ErrorCurve, x: &Axis, y: &Axis) -> Drawn {
+    let place = |point: &ErrorPoint| (x.place(point.sigma_rel), y.place(curve.noise_floor(point)));
     let edge: Vec<Point> = curve.points.iter().map(place).filter(|point| point.1.is_finite()).collect();
     let (Some(first), Some(last)) = (edge.first(), edge.last()) else { return Ok(()) };
     let corners = [(last.0, FRAME.bottom), (first.0, FRAME.bottom)];
@@ -174,13 +172,13 @@ fn shade(canvas: &Canvas<'_>, curve: &ErrorCurve, x: &Axis, y: &Axis) -> Drawn {
 
 /// Draws the label of the shade in the widest gap between tracked profiles, inside the shade if there is room and above
 /// it otherwise.
-fn floor_label(canvas: &Canvas<'_>, curve: &ErrorCurve, x: &Axis, y: &Axis) -> Drawn {
+fn draw_floor_label(canvas: &Canvas<'_>, curve: &ErrorCurve, x: &Axis, y: &Axis) -> Drawn {
     let Some(rounding) = &curve.rounding else { return Ok(()) };
     let text = format!("rounding of the {} snapshots", rounding.dtypes);
     let half = 0.5 * text_width(&text, SMALL) + 6.0;
     let center = widest_gap(curve, x).clamp(FRAME.left + half, FRAME.right - half);
     let under = curve.points.iter().filter(|point| (x.place(point.sigma_rel) - center).abs() <= half);
-    let edge = under.map(|point| y.place(curve.floor(point))).filter(|y| y.is_finite());
+    let edge = under.map(|point| y.place(curve.noise_floor(point))).filter(|y| y.is_finite());
     let (high, low) = edge.fold((FRAME.bottom, FRAME.top), |(high, low), y| (high.min(y), low.max(y)));
     let middle = if low + 18.0 <= FRAME.bottom { FRAME.bottom - 10.0 } else { high - 9.0 };
     canvas.text(&text, (center, middle), SMALL, Side::Center, INK)
@@ -196,7 +194,7 @@ fn widest_gap(curve: &ErrorCurve, x: &Axis) -> f64 {
 }
 
 /// Draws a line at each tracked profile, and its name above in one of two rows if there is room.
-fn marks(canvas: &Canvas<'_>, curve: &ErrorCurve, x: &Axis) -> Drawn {
+fn draw_tracked(canvas: &Canvas<'_>, curve: &ErrorCurve, x: &Axis) -> Drawn {
     let mut tracked: Vec<&(f64, String)> = curve.tracked.iter().filter(|(at, _)| x.holds(*at)).collect();
     tracked.sort_by(|a, b| a.0.total_cmp(&b.0));
     let mut taken = [f64::NEG_INFINITY; 2];

@@ -1,4 +1,4 @@
-//! Files of pictures: SVG as drawn, or PNG at twice its size; and PNG in memory at any size.
+//! Files of pictures: SVG as drawn, or PNG at twice its size. A PNG in memory has any size.
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
@@ -67,7 +67,8 @@ pub(super) fn png_of_size(
     size: (u32, u32),
 ) -> std::result::Result<Vec<u8>, String> {
     let tree = parse(&drawn.map_err(|error| error.to_string())?)?;
-    let (width, height) = (size.0 as f32, size.1 as f32);
+    let width = size.0 as f32;
+    let height = size.1 as f32;
     let drawn = tree.size();
     let scale = (width / drawn.width()).min(height / drawn.height());
     let left = 0.5 * (width - scale * drawn.width());

@@ -6,7 +6,7 @@ use std::path::Path;
 use posthoc_ema::math::Densities;
 use posthoc_ema::{Error, Plan, Result, Weight};
 
-use super::axis::{Axis, steps_below};
+use super::axis::{Axis, draw_step_axis, finite_range};
 use super::canvas::{
     BLUE, Canvas, DrawError, Drawn, FAINT, Frame, GREEN, INK, MUTED, ORANGE, Point, Rgb, SHADE, SMALL, Side, TITLE,
     draw_svg, fit, text_width,
@@ -98,24 +98,25 @@ fn draw_panel(canvas: &Canvas<'_>, picture: &Profiles<'_>, panel: &ProfilePanel<
     let at = panel.plan.at as f64;
     let time = Axis::linear(0.0, at, (origin.0 + LEFT, origin.0 + RIGHT));
     let curves = Curves::of(&panel.densities, at);
-    heading(canvas, panel.plan, picture.rounding.as_ref(), origin)?;
+    draw_heading(canvas, panel.plan, picture.rounding.as_ref(), origin)?;
     draw_densities(canvas, frame(PROFILES), &time, &curves)?;
     draw_difference(canvas, frame(DIFFERENCE), &time, &curves)?;
     draw_weights(canvas, frame(WEIGHTS), &time, &panel.plan.weights, &picture.tracked)?;
-    steps_below(canvas, frame(WEIGHTS), &time)
+    draw_step_axis(canvas, frame(WEIGHTS), &time)
 }
 
 /// Draws the title, the errors and the keys of a panel.
-fn heading(canvas: &Canvas<'_>, plan: &Plan, rounding: Option<&Rounding>, (x, y): Point) -> Drawn {
-    let error = format!("profile error {}, noise gain {}", short_percent(plan.relative_error), number(plan.noise_gain));
-    let rounded =
-        |r: &Rounding| format!(" ({} rounding: {} of the weights)", r.dtypes, short_percent(plan.noise_gain * r.rms));
+fn draw_heading(canvas: &Canvas<'_>, plan: &Plan, rounding: Option<&Rounding>, (x, y): Point) -> Drawn {
     let title = format!("{} at step {}", plan.profile, plan.at);
-    let under = format!("{error}{}", rounding.map(rounded).unwrap_or_default());
+    let mut errors =
+        format!("profile error {}, noise gain {}", short_percent(plan.relative_error), number(plan.noise_gain));
+    if let Some(Rounding { rms, dtypes }) = rounding {
+        errors += &format!(" ({dtypes} rounding: {} of the weights)", short_percent(plan.noise_gain * rms));
+    }
     let room = RIGHT - 12.0;
     canvas.text(&fit(&title, TITLE, room - KEYS), (x + 12.0, y + 16.0), TITLE, Side::Left, INK)?;
-    canvas.text(&fit(&under, SMALL, room), (x + 12.0, y + 35.0), SMALL, Side::Left, MUTED)?;
-    keys(canvas, (x + RIGHT - KEYS + 10.0, y + 16.0))
+    canvas.text(&fit(&errors, SMALL, room), (x + 12.0, y + 35.0), SMALL, Side::Left, MUTED)?;
+    draw_keys(canvas, (x + RIGHT - KEYS + 10.0, y + 16.0))
 }
 
 /// Densities as multiples of the plain mean's, thinned to [`MAX_SPANS`].
@@ -140,13 +141,12 @@ impl Curves {
 
     /// Returns the lowest and the highest of some densities and 0.
     fn range<'a>(densities: impl Iterator<Item = &'a f64>) -> (f64, f64) {
-        let finite = densities.filter(|value| value.is_finite());
-        finite.fold((0.0, 0.0), |(low, high), &value| (f64::min(low, value), f64::max(high, value)))
+        finite_range(densities.copied().chain([0.0])).unwrap_or_default()
     }
 }
 
 /// Returns the corners of a piecewise constant curve.
-fn stairs(time: &Axis, value: &Axis, times: &[f64], density: &[f64]) -> Vec<Point> {
+fn step_corners(time: &Axis, value: &Axis, times: &[f64], density: &[f64]) -> Vec<Point> {
     let mut from = time.place(0.0);
     let mut corners = Vec::with_capacity(2 * times.len());
     for (&end, &density) in times.iter().zip(density) {
@@ -158,36 +158,38 @@ fn stairs(time: &Axis, value: &Axis, times: &[f64], density: &[f64]) -> Vec<Poin
     corners
 }
 
+/// Draws the densities of the target as a shade and of the blend as a line.
 fn draw_densities(canvas: &Canvas<'_>, frame: Frame, time: &Axis, curves: &Curves) -> Drawn {
     let (low, high) = Curves::range(curves.target.iter().chain(&curves.blend));
     let value = Axis::linear(low, 1.06 * high, (frame.bottom, frame.top));
-    let corners = stairs(time, &value, &curves.times, &curves.target);
+    let corners = step_corners(time, &value, &curves.times, &curves.target);
     if let (Some(first), Some(last)) = (corners.first().copied(), corners.last().copied()) {
         let zero = value.place(0.0);
         let finite = corners.into_iter().filter(|corner| corner.1.is_finite());
         canvas.area(finite.chain([(last.0, zero), (first.0, zero)]), SHADE)?;
     }
-    scale(canvas, frame, &value, &value.ticks(5))?;
-    canvas.line(stairs(time, &value, &curves.times, &curves.blend), BLUE, 1.4)?;
+    draw_scale(canvas, frame, &value, &value.ticks(5))?;
+    canvas.line(step_corners(time, &value, &curves.times, &curves.blend), BLUE, 1.4)?;
     let middle = (frame.left - 48.0, 0.5 * (frame.top + frame.bottom));
     canvas.upright("density (plain mean: 1)", middle, SMALL, MUTED)
 }
 
 /// Draws the keys of the shade and the line.
-fn keys(canvas: &Canvas<'_>, (x, y): Point) -> Drawn {
+fn draw_keys(canvas: &Canvas<'_>, (x, y): Point) -> Drawn {
     canvas.bar((x, y - 5.0), (x + 16.0, y + 5.0), SHADE)?;
     canvas.text("target", (x + 21.0, y), SMALL, Side::Left, INK)?;
     canvas.line([(x + 68.0, y), (x + 84.0, y)], BLUE, 1.4)?;
     canvas.text("synthesized", (x + 89.0, y), SMALL, Side::Left, INK)
 }
 
+/// Draws the difference of the densities on a scale of its own.
 fn draw_difference(canvas: &Canvas<'_>, frame: Frame, time: &Axis, curves: &Curves) -> Drawn {
     let (low, high) = Curves::range(curves.difference.iter());
     let peak = Curves::range(curves.target.iter()).1;
     let most = (1.1 * high.max(-low)).max(NEGLIGIBLE * peak);
     let value = Axis::linear(-most, most, (frame.bottom, frame.top));
-    scale(canvas, frame, &value, &value.few_ticks())?;
-    canvas.line(stairs(time, &value, &curves.times, &curves.difference), INK, 1.0)?;
+    draw_scale(canvas, frame, &value, &value.few_ticks())?;
+    canvas.line(step_corners(time, &value, &curves.times, &curves.difference), INK, 1.0)?;
     canvas.text("difference", (frame.left, frame.top - CAPTION), SMALL, Side::Left, INK)
 }
 
@@ -201,12 +203,13 @@ fn draw_weights(
 ) -> Drawn {
     let (low, high) = Curves::range(weights.iter().map(|weight| &weight.weight));
     let value = Axis::linear(1.1 * low, 1.1 * high, (frame.bottom - 4.0, frame.top + 4.0));
-    scale(canvas, frame, &value, &value.few_ticks())?;
+    draw_scale(canvas, frame, &value, &value.few_ticks())?;
     let zero = value.place(0.0);
     for weight in weights {
         let order = tracked.keys().position(|index| *index == weight.index).unwrap_or(weight.index);
         let apart = 1.6 * (order as f64 - 0.5 * (tracked.len().max(1) - 1) as f64);
-        let (x, y) = (time.place(weight.step as f64), value.place(weight.weight));
+        let x = time.place(weight.step as f64);
+        let y = value.place(weight.weight);
         canvas.line([(x, frame.bottom), (x, frame.bottom - 3.0)], MUTED, 0.8)?;
         canvas.line([(x + apart, zero), (x + apart, y)], stem_color(order), 1.2)?;
     }
@@ -220,12 +223,13 @@ fn draw_weights(
     Ok(())
 }
 
+/// Returns the colour of the profile at a position among the tracked ones.
 fn stem_color(order: usize) -> Rgb {
     [BLUE, ORANGE, GREEN, INK, MUTED][order % 5]
 }
 
 /// Draws the scale of a strip: a line at each tick, and a darker one at 0.
-fn scale(canvas: &Canvas<'_>, frame: Frame, value: &Axis, ticks: &[f64]) -> Drawn {
+fn draw_scale(canvas: &Canvas<'_>, frame: Frame, value: &Axis, ticks: &[f64]) -> Drawn {
     for &at in ticks {
         let y = value.place(at);
         let color = if at == 0.0 { MUTED } else { FAINT };

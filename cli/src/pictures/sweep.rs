@@ -6,13 +6,14 @@ use posthoc_ema::Result;
 use posthoc_ema::math::Family;
 use posthoc_ema::sweep::{Sweep, Trial};
 
-use super::axis::{Axis, below, beside};
+use super::axis::{Axis, draw_bottom_axis, draw_left_axis, finite_range};
 use super::canvas::{
     BLUE, Canvas, DrawError, Drawn, Frame, INK, MUTED, Point, RED, SMALL, Side, TEXT, TITLE, draw_svg, fit, text_width,
 };
 use super::file::{png_of_size, save};
 use crate::numbers::{number, tick};
 
+/// Sizes in pixels.
 const WIDTH: f64 = 520.0;
 const HEIGHT: f64 = 340.0;
 const FRAME: Frame = Frame { left: 60.0, top: 44.0, right: 500.0, bottom: 292.0 };
@@ -103,51 +104,48 @@ fn draw(curve: &SweepCurve) -> std::result::Result<String, DrawError> {
     let (frame, x, y) = axes(&curve.points);
     draw_svg(WIDTH, HEIGHT, |canvas| {
         canvas.text(&fit(&curve.title, TITLE, WIDTH - 32.0), (16.0, 18.0), TITLE, Side::Left, INK)?;
-        beside(canvas, frame, &y, TICKS, &fit(&curve.y_label, TEXT, FRAME.bottom - FRAME.top))?;
-        below(canvas, frame, &x, |length| x.label(length), &fit(&curve.x_label, TEXT, FRAME.right - FRAME.left))?;
+        draw_left_axis(canvas, frame, &y, TICKS, &fit(&curve.y_label, TEXT, FRAME.bottom - FRAME.top))?;
+        let caption = fit(&curve.x_label, TEXT, FRAME.right - FRAME.left);
+        draw_bottom_axis(canvas, frame, &x, |length| x.label(length), &caption)?;
         let mut sorted: Vec<&SweepPoint> = curve.points.iter().filter(|point| point.finite().is_some()).collect();
         sorted.sort_by(|a, b| a.x.total_cmp(&b.x));
         let place = |point: &SweepPoint| (x.place(point.x), y.place(point.finite().unwrap_or(f64::NAN)));
         canvas.line(sorted.iter().map(|point| place(point)), BLUE, 1.0)?;
         for point in &sorted {
-            mark(canvas, place(point), point.refined)?;
+            draw_mark(canvas, place(point), point.refined)?;
         }
-        failures(canvas, &curve.points, &x)?;
-        keys(canvas, &curve.points)?;
+        draw_failures(canvas, &curve.points, &x)?;
+        draw_keys(canvas, &curve.points)?;
         let best = curve.best.and_then(|best| curve.points.get(best)).filter(|point| point.finite().is_some());
-        best.map_or(Ok(()), |best| best_label(canvas, best, frame, place(best)))
+        best.map_or(Ok(()), |best| draw_best(canvas, best, frame, place(best)))
     })
 }
 
 /// Returns the axes and their frame, which leaves room for the labels of the scores.
 fn axes(points: &[SweepPoint]) -> (Frame, Axis, Axis) {
-    let range = |values: &mut dyn Iterator<Item = f64>| {
-        values.filter(|v| v.is_finite()).fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)))
-    };
-    let (first, last) = range(&mut points.iter().map(|point| point.x));
-    let (low, high) = range(&mut points.iter().filter_map(SweepPoint::finite));
-    let (first, last) = if first <= last { (first, last) } else { (0.0, 1.0) };
-    let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
+    let (first, last) = finite_range(points.iter().map(|point| point.x)).unwrap_or((0.0, 1.0));
+    let (low, high) = finite_range(points.iter().filter_map(SweepPoint::finite)).unwrap_or((0.0, 1.0));
     let y = Axis::linear(low, high, (FRAME.bottom - BELOW, FRAME.top + ABOVE));
     let frame = Frame { left: y.left_margin(TICKS).clamp(FRAME.left, 0.4 * WIDTH), ..FRAME };
     (frame, Axis::over(first, last, (frame.left + 12.0, frame.right - 12.0)), y)
 }
 
-fn mark(canvas: &Canvas<'_>, at: Point, refined: bool) -> Drawn {
+fn draw_mark(canvas: &Canvas<'_>, at: Point, refined: bool) -> Drawn {
     if refined { canvas.ring(at, 3.2, BLUE) } else { canvas.dot(at, 3.2, BLUE) }
 }
 
+/// Returns the lengths without a score.
 fn failed(points: &[SweepPoint]) -> impl Iterator<Item = f64> {
     points.iter().filter(|point| point.finite().is_none() && point.x.is_finite()).map(|point| point.x)
 }
 
 /// Draws crosses just above the axis.
-fn failures(canvas: &Canvas<'_>, points: &[SweepPoint], x: &Axis) -> Drawn {
+fn draw_failures(canvas: &Canvas<'_>, points: &[SweepPoint], x: &Axis) -> Drawn {
     failed(points).try_for_each(|length| canvas.cross((x.place(length), FRAME.bottom - 7.0), 3.5, RED))
 }
 
 /// Draws the keys of rings and crosses, if there are any.
-fn keys(canvas: &Canvas<'_>, points: &[SweepPoint]) -> Drawn {
+fn draw_keys(canvas: &Canvas<'_>, points: &[SweepPoint]) -> Drawn {
     let refined = points.iter().any(|point| point.refined && point.finite().is_some());
     let failed = failed(points).next().is_some();
     let mut x = FRAME.right;
@@ -167,7 +165,8 @@ fn keys(canvas: &Canvas<'_>, points: &[SweepPoint]) -> Drawn {
     Ok(())
 }
 
-fn best_label(canvas: &Canvas<'_>, best: &SweepPoint, frame: Frame, (x, y): Point) -> Drawn {
+/// Draws the label of the best point.
+fn draw_best(canvas: &Canvas<'_>, best: &SweepPoint, frame: Frame, (x, y): Point) -> Drawn {
     let score = best.score.map(number).unwrap_or_default();
     let text = format!("best: {score}, at {}", tick(rounded(best.x)));
     let half = 0.5 * text_width(&text, TEXT) + 6.0;
@@ -176,7 +175,7 @@ fn best_label(canvas: &Canvas<'_>, best: &SweepPoint, frame: Frame, (x, y): Poin
     let lowest = y > 0.5 * (FRAME.top + FRAME.bottom);
     canvas.line([(x, y + if lowest { 26.0 } else { 6.0 }), (x, FRAME.bottom)], MUTED, 0.8)?;
     canvas.ring((x, y), 6.0, INK)?;
-    mark(canvas, (x, y), best.refined)?;
+    draw_mark(canvas, (x, y), best.refined)?;
     canvas.text(&text, (center, if lowest { y + 17.0 } else { y - 15.0 }), TEXT, Side::Center, INK)
 }
 

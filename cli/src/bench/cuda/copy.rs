@@ -53,7 +53,8 @@ pub(super) fn check_copy<S: CopyMemory>(state: &mut S, name: &str, bytes: usize)
 /// Checks that bytes are those of the pattern, from `start` on.
 pub(super) fn check_pattern(bytes: &[u8], pattern: &[u8], start: usize, name: &str) -> Result<()> {
     let Some(at) = difference(bytes, pattern, start) else { return Ok(()) };
-    let (got, expected) = (bytes[at], pattern[(start + at) % pattern.len()]);
+    let got = bytes[at];
+    let expected = pattern[(start + at) % pattern.len()];
     let reason = format!("byte {} is {got:#x}, not {expected:#x}", start + at);
     Err(Error::Wrong { what: format!("cuda, {name}"), reason })
 }
