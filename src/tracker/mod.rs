@@ -8,6 +8,7 @@ mod options;
 mod registry;
 mod state;
 mod tensor_choice;
+mod thread;
 mod values;
 mod writer;
 
@@ -61,7 +62,7 @@ pub struct PostHocEma {
     settings: Settings,
     registry: TensorRegistry,
     /// Declared before the lock, so that it is dropped first: an engine's last writes happen under the lock.
-    engine: Engine,
+    engine: Box<dyn Engine>,
     /// Time of the last call.
     clock: u64,
     history: History,

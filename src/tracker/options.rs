@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
-use super::engine::{Engine, EngineConfig, model_device};
+use super::engine::{self, EngineConfig, model_device};
 use super::registry::TensorRegistry;
 use super::tensor_choice::TensorChoice;
 use super::{PostHocEma, state};
@@ -259,7 +259,7 @@ impl Options {
         snapshot::check_empty(&self.dir)?;
         snapshot::remove_leftovers(&self.dir)?;
         let config = EngineConfig::new(&registry, &settings);
-        let engine = Engine::start(&self.dir, registry.layout(), model_device, self.device, config)?;
+        let engine = engine::start(&self.dir, registry.layout(), model_device, self.device, config)?;
         if self.in_background {
             engine.prepare();
         }
@@ -314,7 +314,7 @@ impl Options {
         }
         let values = state::read_values(&saved, &registry, &settings)?;
         let config = EngineConfig { values: Some(values), ..EngineConfig::new(&registry, &settings) };
-        let engine = Engine::start(&self.dir, registry.layout(), model_device, self.device, config)?;
+        let engine = engine::start(&self.dir, registry.layout(), model_device, self.device, config)?;
         if self.in_background {
             engine.prepare();
         }

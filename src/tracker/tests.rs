@@ -8,6 +8,7 @@ mod log;
 mod storage;
 mod swapping;
 mod tensors;
+mod threads;
 mod writer;
 
 use std::cell::Cell;

@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use safetensors::Dtype;
 
+use super::averages::AveragesGuard;
 use super::background::Background;
-use super::{EngineConfig, cuda_memory};
+use super::{Engine, EngineConfig, Pending, cuda_memory};
 use crate::compute::cpu::Layout;
 use crate::compute::cuda::{AveragesReader, CudaDevice, DeviceAverages};
 use crate::error::Result;
@@ -37,8 +38,10 @@ impl DeviceEngine {
         };
         Ok(DeviceEngine { background: Background::start(dir)?, averages, reader: Arc::default() })
     }
+}
 
-    pub(super) fn fold(&mut self, views: &OrderedViews<'_, '_>, weights: &[f32]) -> Result<()> {
+impl Engine for DeviceEngine {
+    fn fold(&mut self, views: &OrderedViews<'_, '_>, _: &Layout, weights: &[f32]) -> Result<()> {
         let averaged = views.averaged.iter().map(|view| Ok((view.dtype, cuda_memory(view)?)));
         let averaged = averaged.collect::<Result<Vec<(Dtype, CudaMemory<'_>)>>>()?;
         let copied = views.copied.iter().map(|view| cuda_memory(view)).collect::<Result<Vec<_>>>()?;
@@ -47,19 +50,15 @@ impl DeviceEngine {
         self.averages.update(&averaged, &copied, weights)
     }
 
-    pub(super) fn values(&self) -> Result<OwnedValues> {
+    fn values(&self) -> Result<AveragesGuard<'_>> {
         self.background.wait();
         let mut reader = self.averages.reader()?;
         let profiles = 0..self.averages.profiles();
         let averages = profiles.map(|profile| reader.averages(profile)).collect::<Result<_>>()?;
-        Ok(OwnedValues { averages, copies: reader.copies()?, ..OwnedValues::default() })
+        Ok(AveragesGuard::Owned(OwnedValues { averages, copies: reader.copies()?, ..OwnedValues::default() }))
     }
 
-    pub(super) fn averages(&self) -> &DeviceAverages {
-        &self.averages
-    }
-
-    pub(super) fn checkpoint(&self, meta: CheckpointMeta) -> Result<(), Failure> {
+    fn checkpoint(&mut self, meta: CheckpointMeta) -> Result<(), Failure> {
         // Does not delay the training further: the updates since an earlier checkpoint have waited already.
         self.background.wait_for_reads();
         let kept = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -67,7 +66,8 @@ impl DeviceEngine {
             Some(reader) => self.averages.follow(&reader).map(|()| reader),
             None => self.averages.reader(),
         };
-        let (mut reader, keep) = (reader.map_err(Failure::Files)?, self.reader.clone());
+        let mut reader = reader.map_err(Failure::Files)?;
+        let keep = self.reader.clone();
         self.background.store(meta, None, move |meta| {
             let values = read(&mut reader, meta);
             *keep.lock().unwrap_or_else(PoisonError::into_inner) = Some(reader);
@@ -76,8 +76,12 @@ impl DeviceEngine {
         Ok(())
     }
 
-    pub(super) fn background(&self) -> &Background {
-        &self.background
+    fn pending(&self) -> Option<&dyn Pending> {
+        Some(&self.background)
+    }
+
+    fn on_device(&self) -> Option<&DeviceAverages> {
+        Some(&self.averages)
     }
 }
 

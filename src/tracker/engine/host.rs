@@ -4,15 +4,15 @@
 
 use std::path::Path;
 
-use super::HostAverages;
+use super::averages::{AveragesGuard, HostAverages};
 use super::copy_buffer::CopyBuffer;
+use super::{Engine, Pending};
 use crate::compute::cpu::{Incoming, Layout};
 use crate::error::{Error, Result};
 use crate::tensor::TensorView;
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::tracker::registry::OrderedViews;
-use crate::tracker::values::Values;
-use crate::tracker::writer::{Job, Writer};
+use crate::tracker::writer::{CheckpointJob, Writer};
 
 /// Engine for parameters in host memory.
 pub(in crate::tracker) struct HostEngine {
@@ -27,36 +27,6 @@ impl HostEngine {
         HostEngine { averages, writer: None, copy_buffer: CopyBuffer::default() }
     }
 
-    pub(super) fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
-        // Checks all views before the first average changes.
-        let incoming = views.averaged.iter().map(|view| incoming(view)).collect::<Result<Vec<_>>>()?;
-        let copied = views.copied.iter().map(|view| host_bytes(view)).collect::<Result<Vec<_>>>()?;
-        self.averages.update(&incoming, &copied, layout, weights);
-        Ok(())
-    }
-
-    pub(super) fn values(&self) -> Values<'_> {
-        self.averages.values()
-    }
-
-    /// Allocates the memory of checkpoints.
-    pub(super) fn prepare(&self) {
-        self.copy_buffer.prepare(&self.values());
-    }
-
-    /// Copies the averages for the writing thread, after the previous checkpoint is written or given up.
-    ///
-    /// There is at most one copy at any time.
-    pub(super) fn checkpoint(&mut self, meta: CheckpointMeta) -> Result<(), Failure> {
-        self.wait_idle().map_err(Failure::Files)?;
-        let Some(copy) = self.copy_buffer.copy_of(&self.values(), &meta)? else {
-            return meta.store(&self.values());
-        };
-        let recycle = self.copy_buffer.recycle();
-        let writer = self.writer(&meta.dir).map_err(Failure::Files)?;
-        writer.submit(Job { meta, values: copy, recycle: Some(recycle) }).map_err(Failure::Files)
-    }
-
     fn writer(&mut self, dir: &Path) -> Result<&Writer> {
         let writer = match self.writer.take() {
             Some(writer) => writer,
@@ -64,21 +34,42 @@ impl HostEngine {
         };
         Ok(self.writer.insert(writer))
     }
+}
 
-    pub(super) fn take_error(&self) -> Option<Error> {
-        self.writer.as_ref().and_then(Writer::take_error)
+impl Engine for HostEngine {
+    fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
+        // Checks all views before the first average changes.
+        let incoming = views.averaged.iter().map(|view| incoming(view)).collect::<Result<Vec<_>>>()?;
+        let copied = views.copied.iter().map(|view| host_bytes(view)).collect::<Result<Vec<_>>>()?;
+        self.averages.update(&incoming, &copied, layout, weights);
+        Ok(())
     }
 
-    pub(super) fn flush(&self) -> Result<()> {
-        self.writer.as_ref().map_or(Ok(()), Writer::flush)
+    fn values(&self) -> Result<AveragesGuard<'_>> {
+        Ok(AveragesGuard::Borrowed(self.averages.values()))
     }
 
-    pub(super) fn wait_idle(&self) -> Result<()> {
-        self.writer.as_ref().map_or(Ok(()), Writer::wait_idle)
+    /// Allocates the memory of checkpoints.
+    fn prepare(&self) {
+        self.copy_buffer.prepare(&self.averages.values());
     }
 
-    pub(super) fn last_failed_step(&self) -> Option<u64> {
-        self.writer.as_ref().and_then(Writer::last_failed_step)
+    /// Copies the averages for the writing thread, after the previous checkpoint is written or given up.
+    ///
+    /// There is at most one copy at any time.
+    fn checkpoint(&mut self, meta: CheckpointMeta) -> Result<(), Failure> {
+        self.wait_idle().map_err(Failure::Files)?;
+        let values = self.averages.values();
+        let Some(copy) = self.copy_buffer.copy_of(&values, &meta)? else {
+            return meta.store(&values);
+        };
+        let recycle = self.copy_buffer.recycle();
+        let writer = self.writer(&meta.dir).map_err(Failure::Files)?;
+        writer.submit(CheckpointJob { meta, values: copy, recycle: Some(recycle) }).map_err(Failure::Files)
+    }
+
+    fn pending(&self) -> Option<&dyn Pending> {
+        self.writer.as_ref().map(|writer| writer as &dyn Pending)
     }
 }
 

@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use safetensors::Dtype;
 
+use super::averages::{AveragesGuard, HostAverages};
 use super::background::Background;
 use super::copy_buffer::CopyBuffer;
-use super::{EngineConfig, HostAverages, cuda_memory};
+use super::{Engine, EngineConfig, Pending, cuda_memory};
 use crate::compute::cpu::{Incoming, Layout};
 use crate::compute::cuda::{CudaDevice, Fence, HostCopy, Offload};
 use crate::error::{Error, Result};
@@ -85,8 +86,10 @@ impl OffloadedEngine {
             copy_buffer: CopyBuffer::default(),
         })
     }
+}
 
-    pub(super) fn fold(&mut self, views: &OrderedViews<'_, '_>, weights: &[f32]) -> Result<()> {
+impl Engine for OffloadedEngine {
+    fn fold(&mut self, views: &OrderedViews<'_, '_>, _: &Layout, weights: &[f32]) -> Result<()> {
         let tensors = views.all().map(cuda_memory).collect::<Result<Vec<CudaMemory<'_>>>>()?;
         self.averages.check()?;
         let (staged, fence) = self.offload.copy(&tensors)?;
@@ -106,12 +109,12 @@ impl OffloadedEngine {
     }
 
     /// Waits until all updates are folded in, and locks the averages.
-    pub(super) fn averages(&self) -> Result<MutexGuard<'_, HostAverages>> {
+    fn values(&self) -> Result<AveragesGuard<'_>> {
         self.background.wait();
-        self.averages.lock()
+        self.averages.lock().map(AveragesGuard::Locked)
     }
 
-    pub(super) fn checkpoint(&self, meta: CheckpointMeta) -> Result<(), Failure> {
+    fn checkpoint(&mut self, meta: CheckpointMeta) -> Result<(), Failure> {
         let averages = self.averages.clone();
         let copy_buffer = self.copy_buffer.clone();
         self.background.store(meta, Some(self.copy_buffer.clone()), move |meta| {
@@ -125,12 +128,12 @@ impl OffloadedEngine {
         Ok(())
     }
 
-    pub(super) fn fence(&self) -> Option<&Fence> {
-        self.fence.as_ref()
+    fn pending(&self) -> Option<&dyn Pending> {
+        Some(&self.background)
     }
 
-    pub(super) fn background(&self) -> &Background {
-        &self.background
+    fn fence(&self) -> Option<&Fence> {
+        self.fence.as_ref()
     }
 }
 

@@ -2,8 +2,13 @@
 
 use std::path::Path;
 
+use super::Engine;
+use super::averages::HostAverages;
+#[cfg(feature = "cuda")]
+use super::device::DeviceEngine;
 use super::host::HostEngine;
-use super::{Engine, HostAverages};
+#[cfg(feature = "cuda")]
+use super::offloaded::OffloadedEngine;
 use crate::compute::cpu::{Averages, Layout, Precision};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -72,50 +77,56 @@ pub(in crate::tracker) fn model_device<'v, 'a: 'v>(
     }
 }
 
-impl Engine {
-    /// Starts the engine for parameters on `model_device` (none for the host) with averages on `device`.
-    pub(in crate::tracker) fn start(
-        dir: &Path,
-        layout: &Layout,
-        model_device: Option<usize>,
-        device: Device,
-        config: EngineConfig,
-    ) -> Result<Engine> {
-        match (model_device, device) {
-            (None, Device::Cuda(number)) => {
-                let reason =
-                    format!("the parameters are in host memory: averages on cuda:{number} need them there too");
-                Err(Error::Setting { option: "device", reason })
-            }
-            (None, _) => Ok(Engine::Host(HostEngine::new(config.host(layout)))),
-            (Some(number), _) => Engine::for_device(dir, layout, number, device, config),
+/// Starts the engine for parameters on `model_device` (none for the host) with averages on `device`.
+///
+/// # Errors
+/// [`Error::Setting`] for a device that cannot keep the averages of these parameters, [`Error::Io`] and
+/// [`Error::Cuda`].
+pub(in crate::tracker) fn start(
+    dir: &Path,
+    layout: &Layout,
+    model_device: Option<usize>,
+    device: Device,
+    config: EngineConfig,
+) -> Result<Box<dyn Engine>> {
+    match (model_device, device) {
+        (None, Device::Cuda(number)) => {
+            let reason = format!("the parameters are in host memory: averages on cuda:{number} need them there too");
+            Err(Error::Setting { option: "device", reason })
         }
+        (None, _) => Ok(Box::new(HostEngine::new(config.host(layout)))),
+        (Some(number), _) => start_for_device(dir, layout, number, device, config),
     }
+}
 
-    #[cfg(not(feature = "cuda"))]
-    fn for_device(_: &Path, _: &Layout, number: usize, _: Device, _: EngineConfig) -> Result<Engine> {
-        let reason =
-            format!("the parameters are on cuda:{number}, and this build has no CUDA: build with feature `cuda`");
-        Err(Error::Setting { option: "device", reason })
-    }
+#[cfg(not(feature = "cuda"))]
+fn start_for_device(_: &Path, _: &Layout, number: usize, _: Device, _: EngineConfig) -> Result<Box<dyn Engine>> {
+    let reason = format!("the parameters are on cuda:{number}, and this build has no CUDA: build with feature `cuda`");
+    Err(Error::Setting { option: "device", reason })
+}
 
-    #[cfg(feature = "cuda")]
-    fn for_device(dir: &Path, layout: &Layout, number: usize, device: Device, config: EngineConfig) -> Result<Engine> {
-        use super::{DeviceEngine, OffloadedEngine};
-        let opened = crate::compute::cuda::CudaDevice::open(number)?;
-        let on_device = match device {
-            Device::Cpu => false,
-            Device::Cuda(wanted) if wanted == number => true,
-            Device::Cuda(wanted) => {
-                let reason = format!("the parameters are on cuda:{number}: averages cannot be kept on cuda:{wanted}");
-                return Err(Error::Setting { option: "device", reason });
-            }
-            Device::Auto => config.bytes(layout) <= opened.memory()?.0 / AUTO_SHARE,
-        };
-        Ok(match on_device {
-            true => Engine::Device(DeviceEngine::start(&opened, dir, layout, config)?),
-            false => Engine::Offloaded(OffloadedEngine::start(&opened, dir, layout, config)?),
-        })
+#[cfg(feature = "cuda")]
+fn start_for_device(
+    dir: &Path,
+    layout: &Layout,
+    number: usize,
+    device: Device,
+    config: EngineConfig,
+) -> Result<Box<dyn Engine>> {
+    let opened = crate::compute::cuda::CudaDevice::open(number)?;
+    let on_device = match device {
+        Device::Cpu => false,
+        Device::Cuda(wanted) if wanted == number => true,
+        Device::Cuda(wanted) => {
+            let reason = format!("the parameters are on cuda:{number}: averages cannot be kept on cuda:{wanted}");
+            return Err(Error::Setting { option: "device", reason });
+        }
+        Device::Auto => config.bytes(layout) <= opened.memory()?.0 / AUTO_SHARE,
+    };
+    if on_device {
+        Ok(Box::new(DeviceEngine::start(&opened, dir, layout, config)?))
+    } else {
+        Ok(Box::new(OffloadedEngine::start(&opened, dir, layout, config)?))
     }
 }
 

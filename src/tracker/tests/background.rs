@@ -1,16 +1,17 @@
 //! Tests of snapshots written in the background.
 
+use std::any::Any;
 use std::sync::mpsc::channel;
 
 use super::log::logged;
 use super::storage::listing;
 use super::*;
 use crate::tracker::engine::HostEngine;
-use crate::tracker::writer::{Job, Writer};
+use crate::tracker::writer::{CheckpointJob, Writer};
 
 /// Gives a tracker a slow writer, which checks that the run is locked.
 fn slowly(ema: PostHocEma) -> PostHocEma {
-    let writer = Writer::start_with(&ema.dir, |job: &Job| {
+    let writer = Writer::start_with(&ema.dir, |job: &CheckpointJob| {
         std::thread::sleep(std::time::Duration::from_millis(50));
         assert!(matches!(Lock::acquire(&job.meta.dir), Err(Error::Locked { .. })));
         job.meta.store(&job.values.as_values())
@@ -24,11 +25,8 @@ fn over(writer: Writer, mut ema: PostHocEma) -> PostHocEma {
 }
 
 fn host(ema: &mut PostHocEma) -> &mut HostEngine {
-    match &mut ema.engine {
-        Engine::Host(host) => host,
-        #[cfg(feature = "cuda")]
-        _ => panic!("the parameters are in host memory"),
-    }
+    let engine: &mut dyn Any = &mut *ema.engine;
+    engine.downcast_mut().expect("the parameters are in host memory")
 }
 
 fn options(dir: &Path) -> Options {
@@ -203,7 +201,7 @@ fn checkpoint_waits_until_the_previous_one_is_written() {
     let mut ema = every(&straight).checkpoint_in_background(false).create(&one.model).unwrap();
     let (started, starts) = channel();
     let (proceed, proceeds) = channel();
-    let writer = Writer::start_with(&dir, move |job: &Job| {
+    let writer = Writer::start_with(&dir, move |job: &CheckpointJob| {
         started.send(job.meta.step()).unwrap();
         proceeds.recv().unwrap();
         job.meta.store(&job.values.as_values())

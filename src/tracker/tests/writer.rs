@@ -7,13 +7,13 @@ use super::checkpoint_meta::{checkpoint_for, contents, model, trained};
 use super::log::logged;
 use super::*;
 use crate::tracker::checkpoint_meta::Failure;
-use crate::tracker::writer::{Job, Writer};
+use crate::tracker::writer::{CheckpointJob, Pending, Writer};
 
 /// Long enough for a thread that is not blocked to go on.
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Returns checkpoints of steps 20, 40, 60 and 80 for `dir`, and the directory that the tracker itself wrote.
-fn jobs(temp: &TempDir, dir: &Path) -> (Vec<Job>, PathBuf) {
+fn jobs(temp: &TempDir, dir: &Path) -> (Vec<CheckpointJob>, PathBuf) {
     let straight = temp.path().join("straight");
     let mut ema = trained(&straight);
     let mut jobs = Vec::new();
@@ -24,7 +24,7 @@ fn jobs(temp: &TempDir, dir: &Path) -> (Vec<Job>, PathBuf) {
         if step % 20 == 0 {
             let (mut meta, values) = checkpoint_for(&ema, dir);
             meta.settings.max_checkpoints = 3;
-            jobs.push(Job { meta, values, recycle: None });
+            jobs.push(CheckpointJob { meta, values, recycle: None });
         }
     }
     (jobs, straight)
@@ -39,7 +39,7 @@ fn stored_steps(dir: &Path) -> Vec<u64> {
 fn controlled(dir: &Path) -> (Writer, Receiver<u64>, Sender<Result<(), Failure>>) {
     let (started, starts) = channel();
     let (answer, answers) = channel();
-    let writer = Writer::start_with(dir, move |job: &Job| {
+    let writer = Writer::start_with(dir, move |job: &CheckpointJob| {
         started.send(job.meta.step()).unwrap();
         answers.recv().unwrap()
     });
@@ -154,7 +154,7 @@ fn checkpoint_is_given_up_after_two_tries() {
         assert_eq!(writer.last_failed_step(), Some(60));
         // The same step may be submitted again.
         answer.send(Ok(())).unwrap();
-        writer.submit(Job { meta, values, recycle: None }).unwrap();
+        writer.submit(CheckpointJob { meta, values, recycle: None }).unwrap();
         writer.flush().unwrap();
         assert_eq!((starts.try_iter().collect::<Vec<_>>(), writer.last_failed_step()), (vec![60, 60, 60], None));
     });
@@ -185,7 +185,7 @@ fn non_finite_values_are_not_tried_again() {
     let (temp, dir) = scratch();
     let (mut jobs, _) = jobs(&temp, &dir);
     let (started, starts) = channel();
-    let writer = Writer::start_with(&dir, move |job: &Job| {
+    let writer = Writer::start_with(&dir, move |job: &CheckpointJob| {
         started.send(job.meta.step()).unwrap();
         job.meta.store(&job.values.as_values())
     });
