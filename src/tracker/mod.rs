@@ -145,9 +145,9 @@ impl PostHocEma {
     /// Folds the parameters at `time` into every average.
     fn fold(&mut self, time: u64, views: &[TensorView<'_>]) -> Result<()> {
         let views = self.registry.order_views(views)?;
-        let last = self.history.last().unwrap_or(0);
-        let weight = |profile: &Profile| profile.one_minus_beta(last as f64, time as f64) as f32;
-        let weights: Vec<f32> = self.settings.profiles.iter().map(weight).collect();
+        let last = self.history.last().unwrap_or(0) as f64;
+        let profiles = self.settings.profiles.iter();
+        let weights: Vec<f32> = profiles.map(|profile| profile.one_minus_beta(last, time as f64) as f32).collect();
         self.engine.fold(&views, self.registry.layout(), &weights)?;
         // Cannot fail once the averages have changed: the caller has checked that `time` is after the last update.
         self.history.push(time)

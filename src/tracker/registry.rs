@@ -185,8 +185,9 @@ impl TensorRegistry {
         }
         let by_name: HashMap<&str, &TensorView<'_>> = views.iter().map(|view| (view.name, view)).collect();
         for (dropped, kept) in &self.tied {
-            let (Some(a), Some(b)) = (by_name.get(dropped.as_str()), by_name.get(kept.as_str())) else { continue };
-            if place(a) != place(b) {
+            let Some(dropped_view) = by_name.get(dropped.as_str()) else { continue };
+            let Some(kept_view) = by_name.get(kept.as_str()) else { continue };
+            if memory_key(dropped_view) != memory_key(kept_view) {
                 let expected = format!("shared with `{kept}` when the run began");
                 return Err(Error::changed(dropped, Difference::new("its memory", expected, "separate")));
             }
@@ -249,14 +250,14 @@ fn check<'v, 'a>(view: &'v TensorView<'a>, entry: &Entry) -> Result<&'v TensorVi
     }
     // A view is a plain struct: its byte length may contradict its shape.
     if view.byte_len() != entry.bytes {
-        let (given, bytes) = (view.byte_len(), entry.bytes);
-        return Err(Error::tensor(view.name, format!("{given} bytes were lent, its shape and dtype take {bytes}")));
+        let reason = format!("{} bytes were lent, but its shape and dtype take {}", view.byte_len(), entry.bytes);
+        return Err(Error::tensor(view.name, reason));
     }
     Ok(view)
 }
 
 /// Returns the properties that two views share if they are the same memory.
-fn place<'v>(view: &'v TensorView<'_>) -> ((Option<usize>, u64), usize, Dtype, &'v [usize]) {
+fn memory_key<'v>(view: &'v TensorView<'_>) -> ((Option<usize>, u64), usize, Dtype, &'v [usize]) {
     (view.place(), view.byte_len(), view.dtype, view.shape)
 }
 
@@ -267,9 +268,9 @@ fn find_tied(views: &[&TensorView<'_>]) -> BTreeMap<String, String> {
     let mut kept: BTreeMap<_, &str> = BTreeMap::new();
     let mut tied = BTreeMap::new();
     for view in sorted {
-        match kept.get(&place(view)) {
+        match kept.get(&memory_key(view)) {
             Some(first) => drop(tied.insert(view.name.to_owned(), (*first).to_owned())),
-            None => drop(kept.insert(place(view), view.name)),
+            None => drop(kept.insert(memory_key(view), view.name)),
         }
     }
     tied

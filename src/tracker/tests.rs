@@ -178,7 +178,9 @@ fn synthesis_is_within_the_predicted_error() {
 
 /// Returns `||r||` of a target over the updates.
 fn target_norm(updates: &[&(u64, Vec<f64>)], profile: &Profile, at: u64) -> f64 {
-    let (mut square, mut share, mut time) = (0.0, 0.0, 0);
+    let mut square = 0.0;
+    let mut share = 0.0;
+    let mut time = 0;
     for (t, _) in updates {
         let next = if *t == updates.last().unwrap().0 { 1.0 } else { profile.cumulative(*t as f64, at as f64) };
         square += (next - share).powi(2) / (t - time) as f64;

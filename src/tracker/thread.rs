@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 
 /// Work that a [`JobThread`] does.
 pub(super) trait Runner<J>: Send + 'static {
-    /// Runs a job. It takes a place in the queue until `slot` is dropped.
+    /// Runs a job, which takes a place in the queue until `slot` is dropped.
     fn run(&mut self, job: J, slot: QueueSlot<'_, J>);
 
     /// Called after the last job, before the thread ends.
@@ -45,7 +45,7 @@ struct JobQueue<J> {
 
 struct Progress<J> {
     jobs: VecDeque<J>,
-    /// Number of slots in the queue that are taken.
+    /// Number of places in the queue that are taken.
     slots: usize,
     submitted: Ticket,
     finished: Ticket,
@@ -54,7 +54,7 @@ struct Progress<J> {
     has_ended: bool,
 }
 
-/// QueueSlot of a job in the queue, freed when it is dropped.
+/// Place of a job in the queue, freed when it is dropped.
 pub(super) struct QueueSlot<'a, J>(&'a JobQueue<J>);
 
 impl<J> Drop for QueueSlot<'_, J> {
@@ -254,7 +254,8 @@ mod tests {
         let (done, is_done) = channel();
         std::thread::scope(|scope| {
             // If an assertion fails, dropping `proceed` lets the threads go on, and the test fails instead of hanging.
-            let (thread, proceed) = (&thread, proceed);
+            let thread = &thread;
+            let proceed = proceed;
             scope.spawn(move || {
                 thread.submit(2).unwrap();
                 done.send(()).unwrap();

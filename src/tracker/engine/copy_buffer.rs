@@ -35,9 +35,10 @@ impl CopyBuffer {
     /// [`Failure::Values`] for NaN or infinity, which is never stored.
     pub(super) fn copy_of(&self, values: &Values<'_>, meta: &CheckpointMeta) -> Result<Option<OwnedValues>, Failure> {
         let Some((mut copy, ranges)) = self.copy(values, meta.registry.layout()) else {
-            let (dir, step) = (meta.dir.display(), meta.step());
             tracing::warn!(
-                "{dir}: no memory for a copy of the averages: training waits for the snapshot of step {step}"
+                "{}: no memory for a copy of the averages: training waits for the snapshot of step {}",
+                meta.dir.display(),
+                meta.step()
             );
             return Ok(None);
         };

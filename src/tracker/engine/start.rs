@@ -57,24 +57,30 @@ impl EngineConfig {
 pub(in crate::tracker) fn model_device<'v, 'a: 'v>(
     mut views: impl Iterator<Item = &'v TensorView<'a>>,
 ) -> Result<Option<usize>> {
-    let device = |view: &TensorView<'_>| match view.memory {
-        Memory::Host(_) => None,
-        Memory::Cuda(memory) => Some(memory.device),
-    };
-    let name = |device: Option<usize>| device.map_or("in host memory".to_owned(), |number| format!("on cuda:{number}"));
     let Some(first) = views.next() else { return Ok(None) };
-    match views.find(|view| device(view) != device(first)) {
+    match views.find(|view| device_of(view) != device_of(first)) {
         Some(other) => {
             let reason = format!(
                 "it is {}, but `{}` is {}: move the model to one device, or leave out the tensors of one of them",
-                name(device(other)),
+                place_name(device_of(other)),
                 first.name,
-                name(device(first))
+                place_name(device_of(first))
             );
             Err(Error::tensor(other.name, reason))
         }
-        None => Ok(device(first)),
+        None => Ok(device_of(first)),
     }
+}
+
+fn device_of(view: &TensorView<'_>) -> Option<usize> {
+    match view.memory {
+        Memory::Host(_) => None,
+        Memory::Cuda(memory) => Some(memory.device),
+    }
+}
+
+fn place_name(device: Option<usize>) -> String {
+    device.map_or("in host memory".to_owned(), |number| format!("on cuda:{number}"))
 }
 
 /// Starts the engine for parameters on `model_device` (none for the host) with averages on `device`.

@@ -49,8 +49,10 @@ fn tensors(dir: &Path) -> Vec<(String, Vec<u8>)> {
 
 #[test]
 fn background_run_equals_a_waiting_one() {
-    let ((_a, straight), (_b, dir)) = (scratch(), scratch());
-    let (mut one, mut other) = (Walk::new(4), Walk::new(4));
+    let (_a, straight) = scratch();
+    let (_b, dir) = scratch();
+    let mut one = Walk::new(4);
+    let mut other = Walk::new(4);
     let mut ema = options(&straight).checkpoint_in_background(false).create(&one.model).unwrap();
     let mut background = options(&dir).create(&other.model).unwrap();
     assert!(train_on(&mut ema, &mut one, 333) == train_on(&mut background, &mut other, 333));
@@ -71,8 +73,10 @@ fn background_run_equals_a_waiting_one() {
 
 #[test]
 fn synthesis_waits_for_queued_snapshots() {
-    let ((_a, straight), (_b, dir)) = (scratch(), scratch());
-    let (mut one, mut other) = (Walk::new(4), Walk::new(4));
+    let (_a, straight) = scratch();
+    let (_b, dir) = scratch();
+    let mut one = Walk::new(4);
+    let mut other = Walk::new(4);
     let mut ema = options(&straight).checkpoint_in_background(false).create(&one.model).unwrap();
     let mut background = slowly(options(&dir).create(&other.model).unwrap());
     train_on(&mut ema, &mut one, 110);
@@ -195,8 +199,10 @@ fn non_finite_average_is_an_error_of_the_same_call() {
 
 #[test]
 fn checkpoint_waits_until_the_previous_one_is_written() {
-    let ((_a, straight), (_b, dir)) = (scratch(), scratch());
-    let (mut one, mut other) = (Walk::new(4), Walk::new(4));
+    let (_a, straight) = scratch();
+    let (_b, dir) = scratch();
+    let mut one = Walk::new(4);
+    let mut other = Walk::new(4);
     let every = |dir: &Path| options(dir).update_every(1).checkpoint_every(1).max_checkpoints(9);
     let mut ema = every(&straight).checkpoint_in_background(false).create(&one.model).unwrap();
     let (started, starts) = channel();

@@ -69,7 +69,8 @@ fn thread_writes_the_same_files_in_order() {
     assert!(named(&dir).eq(named(&straight)));
     // A resume continues from the newest state.
     let options = |dir: &Path| PostHocEma::options(dir).resume(&model(80)).unwrap();
-    let (one, other) = (options(&dir), options(&straight));
+    let one = options(&dir);
+    let other = options(&straight);
     assert_eq!((one.step(), averages(&one)[1].high.clone()), (80, averages(&other)[1].high.clone()));
     assert_eq!((writer.last_failed_step(), writer.take_error().is_none()), (None, true));
 }
@@ -83,11 +84,13 @@ fn third_submission_blocks() {
     writer.submit(next()).unwrap();
     assert_eq!(starts.recv().unwrap(), 20);
     writer.submit(next()).unwrap();
-    let (third, fourth) = (next(), next());
+    let third = next();
+    let fourth = next();
     let (done, is_done) = channel();
     std::thread::scope(|scope| {
         // If an assertion fails, dropping `answer` lets the threads go on, and the test fails instead of hanging.
-        let (writer, answer) = (&writer, answer);
+        let writer = &writer;
+        let answer = answer;
         scope.spawn(move || {
             writer.submit(third).unwrap();
             done.send(60).unwrap();
@@ -135,7 +138,8 @@ fn failed_checkpoint_is_written_before_the_next() {
 fn checkpoint_is_given_up_after_two_tries() {
     let (temp, dir) = scratch();
     let (mut jobs, _) = jobs(&temp, &dir);
-    let (meta, values) = (jobs[2].meta.clone(), jobs[2].values.clone());
+    let meta = jobs[2].meta.clone();
+    let values = jobs[2].values.clone();
     let lines = logged(|| {
         let (writer, starts, answer) = controlled(&dir);
         for result in [failure("one"), failure("two"), Ok(())] {
