@@ -22,7 +22,7 @@ pub(super) trait Runner<J>: Send + 'static {
 ///
 /// Dropping it runs the queued jobs and waits for the end.
 pub(super) struct JobThread<J> {
-    queue: Arc<JobQueue<J>>,
+    queue: Arc<ThreadQueue<J>>,
     thread: Option<JoinHandle<()>>,
     /// Process that started the thread. A forked child has no such thread and would wait for it forever.
     process: u32,
@@ -36,7 +36,7 @@ pub(super) struct Ticket(u64);
 #[derive(Debug)]
 pub(super) struct Ended;
 
-struct JobQueue<J> {
+struct ThreadQueue<J> {
     /// Largest number of jobs that wait for the one that runs.
     capacity: usize,
     progress: Mutex<Progress<J>>,
@@ -55,7 +55,7 @@ struct Progress<J> {
 }
 
 /// Place of a job in the queue, freed when it is dropped.
-pub(super) struct QueueSlot<'a, J>(&'a JobQueue<J>);
+pub(super) struct QueueSlot<'a, J>(&'a ThreadQueue<J>);
 
 impl<J> Drop for QueueSlot<'_, J> {
     fn drop(&mut self) {
@@ -64,7 +64,7 @@ impl<J> Drop for QueueSlot<'_, J> {
     }
 }
 
-impl<J> JobQueue<J> {
+impl<J> ThreadQueue<J> {
     /// Locks the progress; nothing panics while it holds the lock.
     fn lock(&self) -> MutexGuard<'_, Progress<J>> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
@@ -91,7 +91,7 @@ impl<J> JobQueue<J> {
 }
 
 /// Guard that reports the end of the thread, also after a panic.
-struct EndGuard<J>(Arc<JobQueue<J>>);
+struct EndGuard<J>(Arc<ThreadQueue<J>>);
 
 impl<J> Drop for EndGuard<J> {
     fn drop(&mut self) {
@@ -114,7 +114,7 @@ impl<J: Send + 'static> JobThread<J> {
             is_closed: false,
             has_ended: false,
         };
-        let queue = Arc::new(JobQueue { capacity, progress: Mutex::new(progress), changed: Condvar::new() });
+        let queue = Arc::new(ThreadQueue { capacity, progress: Mutex::new(progress), changed: Condvar::new() });
         let end = EndGuard(queue.clone());
         // The thread logs to the same subscriber as the tracker.
         let log = tracing::dispatcher::get_default(Clone::clone);
