@@ -142,7 +142,7 @@ impl Run {
     ) -> PyResult<()> {
         let plan = self.solve(py, &[target.to_owned()], step, noise)?.remove(0);
         let mut lent = Lent::new(layout, addresses, stream)?;
-        let swap = || originals.fill(|| self.0.swap_in(&plan, &mut lent).map(|swapped| swapped.into_originals()));
+        let swap = || originals.fill(|| self.0.swap_in(&plan, &mut lent).map(|swapped| swapped.into_saved_weights()));
         py.detach(swap).map_err(to_python)
     }
 

@@ -253,7 +253,9 @@ impl Tracker {
     ) -> PyResult<()> {
         let target = parse_profile(target)?;
         let mut lent = Lent::new(layout, addresses, stream)?;
-        self.with(py, |tracker| originals.fill(|| tracker.swap_in(target, &mut lent).map(SwapGuard::into_originals)))
+        self.with(py, |tracker| {
+            originals.fill(|| tracker.swap_in(target, &mut lent).map(SwapGuard::into_saved_weights))
+        })
     }
 
     /// Replaces the elements of the lent tensors by an average.

@@ -75,7 +75,7 @@ impl<'a> MappedModels<'a> {
         let chosen: Vec<usize> = self.models.keys().copied().filter(has_weight).collect();
         let source = |i: usize| self.mapped(i) as &dyn TensorSource;
         Selection {
-            holders: chosen.iter().map(|&i| source(i)).collect(),
+            sources: chosen.iter().map(|&i| source(i)).collect(),
             weights: rows.iter().flat_map(|row| chosen.iter().map(|&i| row.weights[i])).collect(),
             newest: rows.iter().map(|row| source(row.newest)).collect(),
         }

@@ -218,7 +218,7 @@ impl Checkpoints {
                 averaged: first.is_averaged(name),
             });
         }
-        SourceSet { tensors, tied: Default::default(), holders: Vec::new() }
+        SourceSet { tensors, tied: Default::default(), sources: Vec::new() }
     }
 }
 

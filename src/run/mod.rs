@@ -367,11 +367,11 @@ impl Run {
 
     /// Returns the snapshots as the sources of a synthesis.
     pub(crate) fn source_set(&self) -> SourceSet<'_> {
-        let holders = self.sources().into_iter().zip(&self.snapshots);
+        let sources = self.sources().into_iter().zip(&self.snapshots);
         SourceSet {
             tensors: self.model_tensors(),
             tied: self.snapshots[0].meta.tied.clone(),
-            holders: holders.map(|(source, snapshot)| (source, snapshot as &dyn TensorSource)).collect(),
+            sources: sources.map(|(source, snapshot)| (source, snapshot as &dyn TensorSource)).collect(),
         }
     }
 }

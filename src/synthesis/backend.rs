@@ -1,10 +1,10 @@
-//! Where a job is blended.
+//! Devices that blend, and the choice between them.
 
 use super::streaming::Streaming;
 use crate::device::Device;
 use crate::error::Result;
 
-/// A device that is ready.
+/// Opened device.
 pub(super) enum Backend {
     Cpu,
     #[cfg(feature = "cuda")]
@@ -12,11 +12,12 @@ pub(super) enum Backend {
 }
 
 impl Backend {
-    /// The device that was asked for, or the CPU where the choice is free.
+    /// Opens a device. [`Device::Auto`] opens the CPU.
     ///
     /// # Errors
-    /// [`Error::Setting`](crate::Error::Setting) for a CUDA device in a build without, [`Error::Cuda`](crate::Error::Cuda) for one that cannot be used.
-    pub(super) fn asked(device: Device) -> Result<Backend> {
+    /// [`Error::Setting`](crate::Error::Setting) for a CUDA device in a build without CUDA, and
+    /// [`Error::Cuda`](crate::Error::Cuda) for one that cannot be used.
+    pub(super) fn open(device: Device) -> Result<Backend> {
         match device {
             Device::Auto | Device::Cpu => Ok(Backend::Cpu),
             #[cfg(feature = "cuda")]
@@ -29,7 +30,7 @@ impl Backend {
         }
     }
 
-    /// What a caller is told.
+    /// Device that was opened.
     pub(super) fn device(&self) -> Device {
         match self {
             Backend::Cpu => Device::Cpu,
@@ -39,18 +40,20 @@ impl Backend {
     }
 }
 
-/// Checks that a device can be used, before any file is made, and returns it; the CPU where the choice is free.
+/// Checks that a device can be used, before any file is created, and returns it. [`Device::Auto`] becomes the CPU.
 ///
 /// # Errors
-/// As [`WriteOptions::device`](super::WriteOptions::device) asks for one that this build or this machine lacks.
+/// [`Error::Setting`](crate::Error::Setting) or [`Error::Cuda`](crate::Error::Cuda) if this build or this machine lacks
+/// it.
 pub(crate) fn check_device(device: Device) -> Result<Device> {
-    Backend::asked(device).map(|chosen| chosen.device())
+    Backend::open(device).map(|backend| backend.device())
 }
 
-/// The number of CUDA devices that can be used.
+/// Counts the CUDA devices that can be used.
 ///
 /// # Errors
-/// Why there is none: no driver, one too old, no device, or a build without the feature `cuda`.
+/// Returns the reason if CUDA cannot be used: no driver or one that is too old, no device, or a build without the
+/// feature `cuda`.
 pub fn cuda_devices() -> Result<usize, String> {
     #[cfg(feature = "cuda")]
     return crate::compute::cuda::devices().map_err(|why| why.to_string());
@@ -58,14 +61,14 @@ pub fn cuda_devices() -> Result<usize, String> {
     Err("this program was built without the feature `cuda`".into())
 }
 
-/// Decides where a pass is blended: where it was asked for, or where a trial on its own data is faster.
+/// Opens the device of a pass. For [`Device::Auto`], it is the one that is faster in a trial on the pass's own data.
 pub(super) fn choose(streaming: &Streaming<'_>, wanted: Device) -> Result<Backend> {
     #[cfg(feature = "cuda")]
     if wanted == Device::Auto {
         return trial::faster(streaming);
     }
     let _ = streaming;
-    Backend::asked(wanted)
+    Backend::open(wanted)
 }
 
 #[cfg(feature = "cuda")]
@@ -75,44 +78,46 @@ mod trial {
     use super::{Backend, Result, Streaming};
     use crate::compute::cuda::{Blender, CudaDevice, devices};
 
-    /// Bytes of sources and results that a trial takes: some hundredths of a second.
-    const BYTES: usize = 256 << 20;
+    /// Bytes of sources and results in a trial, which takes a few hundredths of a second.
+    const TRIAL_BYTES: usize = 256 << 20;
 
-    /// Bytes from which the length of the whole job is guessed first: most jobs need no trial.
-    const GLANCE: usize = 16 << 20;
+    /// Bytes from which the duration of the job is estimated first. Most jobs are too short for a trial.
+    const ESTIMATE_BYTES: usize = 16 << 20;
 
-    /// Below this time in seconds, a job is done before a device is ready.
-    const SHORT: f64 = 0.75;
+    /// Seconds until a CUDA device is ready. A shorter job is done on the CPU by then.
+    const STARTUP_SECONDS: f64 = 0.75;
 
-    /// Tries both on the beginning of the job. A device that fails the trial is not chosen.
+    /// Times the CPU and the first CUDA device on the beginning of the job, and opens the faster one. A device that
+    /// fails is not chosen.
     pub(super) fn faster(streaming: &Streaming<'_>) -> Result<Backend> {
         let elements = streaming.elements();
-        let part = |bytes: usize| elements.min(bytes / streaming.bytes_per_element().max(1)).max(1);
+        let elements_in = |bytes: usize| elements.min(bytes / streaming.bytes_per_element().max(1)).max(1);
         if devices().is_err() || elements == 0 {
             return Ok(Backend::Cpu);
         }
-        // The second time: what the first one fetched from a disk would count for the CPU alone.
-        let seconds = |some: usize, run: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
+        // Estimates the seconds of the whole job from a part of it. The second run counts: the first one may read from
+        // a disk, which would count against the CPU alone.
+        let seconds = |part: usize, run: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
             run()?;
             let start = Instant::now();
             run()?;
-            Ok(start.elapsed().as_secs_f64() * elements as f64 / some as f64)
+            Ok(start.elapsed().as_secs_f64() * elements as f64 / part as f64)
         };
-        let on_cpu = |some| seconds(some, &mut || streaming.try_cpu(some));
-        if on_cpu(part(GLANCE))? < SHORT {
+        let on_cpu = |part| seconds(part, &mut || streaming.try_cpu(part));
+        if on_cpu(elements_in(ESTIMATE_BYTES))? < STARTUP_SECONDS {
             return Ok(Backend::Cpu);
         }
-        let some = part(BYTES);
-        let cpu = on_cpu(some)?;
+        let part = elements_in(TRIAL_BYTES);
+        let cpu = on_cpu(part)?;
         let on_device = CudaDevice::open(0).and_then(|device| {
             let mut blender = Blender::new(&device)?;
-            Ok((seconds(some, &mut || streaming.try_on(&mut blender, some))?, device.clone()))
+            Ok((seconds(part, &mut || streaming.try_on(&mut blender, part))?, device.clone()))
         });
         match on_device {
             Ok((cuda, device)) if cuda < cpu => Ok(Backend::Cuda(device)),
             Ok(_) => Ok(Backend::Cpu),
             Err(error) => {
-                tracing::warn!("blending on the CPU: {error}");
+                tracing::warn!("blending on the CPU, as the CUDA device failed: {error}");
                 Ok(Backend::Cpu)
             }
         }

@@ -1,4 +1,4 @@
-//! Blending stretches of tensors from a selection of sources.
+//! Blend of one tensor, in ranges of its elements.
 
 use std::ops::Range;
 
@@ -12,13 +12,13 @@ use crate::compute::cpu::{self, Overflow};
 use crate::compute::cuda;
 use crate::error::{Error, Result};
 
-/// How far ahead of a chunk the next one is asked for, in elements.
-const AHEAD: usize = 4 * cpu::CHUNK;
+/// Distance in elements between a chunk and the one that is prefetched meanwhile.
+const PREFETCH_DISTANCE: usize = 4 * cpu::CHUNK;
 
-/// The sources of one averaged tensor, ready to be blended.
+/// Averaged tensor, its elements in every source, and the weights of the sources.
 pub(super) struct TensorBlend<'a> {
     tensor: &'a ModelTensor,
-    holders: &'a [&'a dyn TensorSource],
+    sources: &'a [&'a dyn TensorSource],
     dtypes: Vec<Dtype>,
     stored: Vec<Elements<'a>>,
     weights: &'a [f64],
@@ -26,21 +26,27 @@ pub(super) struct TensorBlend<'a> {
 }
 
 impl<'a> TensorBlend<'a> {
-    /// Looks the tensor up in every source.
+    /// Looks the tensor up in every source. `output` is the dtype of the results.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if a source lacks it.
     pub(super) fn new(selection: &'a Selection<'a>, tensor: &'a ModelTensor, output: Dtype) -> Result<Self> {
         let mut place = 0;
-        let find = |holder: &&'a dyn TensorSource| {
-            holder
+        let find = |source: &&'a dyn TensorSource| {
+            source
                 .stored_near(&tensor.name, &mut place)
                 .ok_or_else(|| Error::tensor(&tensor.name, "a snapshot lacks it"))
         };
-        let stored: Vec<(Dtype, Elements<'_>)> = selection.holders.iter().map(find).collect::<Result<_>>()?;
+        let stored: Vec<(Dtype, Elements<'_>)> = selection.sources.iter().map(find).collect::<Result<_>>()?;
         let (dtypes, stored) = stored.into_iter().unzip();
-        Ok(TensorBlend { tensor, holders: &selection.holders, dtypes, stored, weights: &selection.weights, output })
+        Ok(TensorBlend { tensor, sources: &selection.sources, dtypes, stored, weights: &selection.weights, output })
     }
 
     /// Blends a range of elements into one slice per target.
-    pub(super) fn stretch(&self, dst: &mut [&mut [u8]], elements: Range<usize>) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if a source is not in host memory, or if a sum does not fit the dtype of the results.
+    pub(super) fn blend_range(&self, dst: &mut [&mut [u8]], elements: Range<usize>) -> Result<()> {
         let cut = |(stored, dtype): (&Elements<'a>, &Dtype)| {
             let size = dtype.bitsize() / 8;
             let bytes = stored.host().ok_or_else(|| Error::on_device(&self.tensor.name))?;
@@ -48,38 +54,46 @@ impl<'a> TensorBlend<'a> {
         };
         let sources: Vec<&[u8]> = self.stored.iter().zip(&self.dtypes).map(cut).collect::<Result<_>>()?;
         let blend = cpu::Blend { dtypes: &self.dtypes, weights: self.weights, output: self.output };
-        cpu::blend(dst, &sources, &blend).map_err(|unfit| self.unfit(unfit, elements.start))
+        cpu::blend(dst, &sources, &blend).map_err(|overflow| self.overflow_error(overflow, elements.start))
     }
 
-    /// Has what the blend of a range of elements will read fetched from the disk, where it lies there.
-    pub(super) fn ask_for(&self, elements: Range<usize>) {
-        // The last stretch has none after it, and even a call for nothing costs as much as any.
+    /// Announces the reads of a range of elements, so that the disk fetches them ahead.
+    pub(super) fn prefetch(&self, elements: Range<usize>) {
+        // A system call for nothing costs as much as any other.
         if elements.is_empty() {
             return;
         }
-        for ((holder, stored), dtype) in self.holders.iter().zip(&self.stored).zip(&self.dtypes) {
+        for ((source, stored), dtype) in self.sources.iter().zip(&self.stored).zip(&self.dtypes) {
             let size = dtype.bitsize() / 8;
             if let Some(bytes) = stored.host() {
-                holder.will_need(&bytes[elements.start * size..elements.end * size]);
+                source.will_need(&bytes[elements.start * size..elements.end * size]);
             }
         }
     }
 
-    /// Blends the whole tensor of a single target.
-    pub(super) fn whole(&self, dst: &mut [u8]) -> Result<()> {
+    /// Blends all elements of a single target.
+    ///
+    /// # Errors
+    /// As [`TensorBlend::blend_range`].
+    pub(super) fn blend_all(&self, dst: &mut [u8]) -> Result<()> {
         let size = self.output.bitsize() / 8;
-        let (total, ahead) = (dst.len() / size, Prefetcher::new());
+        let total = dst.len() / size;
+        let prefetcher = Prefetcher::new();
         let chunks = dst.par_chunks_mut(cpu::CHUNK * size).enumerate();
         chunks.try_for_each(|(i, chunk)| {
             let start = i * cpu::CHUNK;
             let elements = start..start + chunk.len() / size;
-            let next = (start + AHEAD).min(total)..(start + AHEAD + cpu::CHUNK).min(total);
+            let next = start + PREFETCH_DISTANCE;
+            let next = next.min(total)..(next + cpu::CHUNK).min(total);
             let bytes = self.bytes_read(elements.len());
-            ahead.around(bytes, || self.ask_for(next), || self.stretch(&mut [chunk], elements))
+            prefetcher.run(bytes, || self.prefetch(next), || self.blend_range(&mut [chunk], elements))
         })
     }
 
-    /// Checks that every sum of a single target fits, without keeping any.
+    /// Checks that every sum of a single target fits the dtype of the results, without keeping any.
+    ///
+    /// # Errors
+    /// As [`TensorBlend::blend_range`].
     pub(super) fn check(&self, elements: usize) -> Result<()> {
         let size = self.output.bitsize() / 8;
         let starts = (0..elements).into_par_iter().step_by(cpu::CHUNK);
@@ -87,29 +101,30 @@ impl<'a> TensorBlend<'a> {
             || vec![0; cpu::CHUNK * size],
             |scratch, start| {
                 let end = elements.min(start + cpu::CHUNK);
-                self.stretch(&mut [&mut scratch[..(end - start) * size]], start..end)
+                self.blend_range(&mut [&mut scratch[..(end - start) * size]], start..end)
             },
         )
     }
 
-    /// The size of an element of the results.
+    /// Size of an element of the results in bytes.
     pub(super) fn size(&self) -> usize {
         self.output.bitsize() / 8
     }
 
-    /// The bytes of all sources that a blend of so many elements reads.
+    /// Bytes of all sources that a blend of `elements` elements reads.
     pub(super) fn bytes_read(&self, elements: usize) -> u64 {
         self.dtypes.iter().map(|dtype| (dtype.bitsize() / 8 * elements) as u64).sum()
     }
 
-    fn unfit(&self, unfit: Overflow, start: usize) -> Error {
-        unfit_error(&self.tensor.name, self.output, unfit, start)
+    fn overflow_error(&self, overflow: Overflow, start: usize) -> Error {
+        overflow_error(&self.tensor.name, self.output, overflow, start)
     }
 }
 
-/// The error for a sum that a dtype cannot hold, in a stretch of a tensor that begins at element `start`.
-fn unfit_error(tensor: &str, output: Dtype, unfit: Overflow, start: usize) -> Error {
-    let (value, element) = (unfit.value, start + unfit.element);
+/// Error for a sum that does not fit the dtype `output`. The blended range begins at element `start` of the tensor.
+fn overflow_error(tensor: &str, output: Dtype, overflow: Overflow, start: usize) -> Error {
+    let value = overflow.value;
+    let element = start + overflow.element;
     let reason = if value.is_finite() {
         format!("the average is {value} at element {element}, beyond {output}: choose bf16 or f32")
     } else {
@@ -118,30 +133,25 @@ fn unfit_error(tensor: &str, output: Dtype, unfit: Overflow, start: usize) -> Er
     Error::tensor(tensor, reason)
 }
 
-/// What a device needs of it.
+/// Parts of a blend on a device.
 #[cfg(feature = "cuda")]
 impl<'a> TensorBlend<'a> {
-    /// The weights of target 0 for all sources, then those of target 1, and so on.
+    /// Weights of target 0 for all sources, then those of target 1, and so on.
     pub(super) fn weights(&self) -> &'a [f64] {
         self.weights
     }
 
-    /// The number of elements.
+    /// Number of elements of the tensor.
     pub(super) fn elements(&self) -> usize {
         self.tensor.shape.iter().product()
     }
 
-    /// An error of this tensor.
+    /// Error of this tensor.
     pub(super) fn error(&self, reason: String) -> Error {
         Error::tensor(&self.tensor.name, reason)
     }
 
-    /// The dtype of the results.
-    pub(super) fn output(&self) -> Dtype {
-        self.output
-    }
-
-    /// A range of elements, to be blended on a device.
+    /// Input of a device's blend of a range of elements.
     pub(super) fn on_device(&self, elements: Range<usize>) -> cuda::BlendPart<'a> {
         let cut = |(stored, dtype): (&Elements<'a>, &Dtype)| {
             let size = dtype.bitsize() / 8;
@@ -155,13 +165,13 @@ impl<'a> TensorBlend<'a> {
         cuda::BlendPart { sources, dtypes: self.dtypes.clone(), output: self.output, elements: elements.len() }
     }
 
-    /// What the error of a stretch names: the tensor, the dtype of the results, and the stretch's first element.
+    /// Origin of a range that begins at element `start`, for its errors.
     pub(super) fn origin(&self, start: usize) -> Origin<'a> {
         Origin { tensor: &self.tensor.name, output: self.output, start }
     }
 }
 
-/// Where a stretch comes from.
+/// Origin of a blended range: tensor, dtype of the results, and first element.
 #[cfg(feature = "cuda")]
 pub(super) struct Origin<'a> {
     tensor: &'a str,
@@ -171,7 +181,7 @@ pub(super) struct Origin<'a> {
 
 #[cfg(feature = "cuda")]
 impl Origin<'_> {
-    pub(super) fn unfit(&self, unfit: Overflow) -> Error {
-        unfit_error(self.tensor, self.output, unfit, self.start)
+    pub(super) fn overflow_error(&self, overflow: Overflow) -> Error {
+        overflow_error(self.tensor, self.output, overflow, self.start)
     }
 }

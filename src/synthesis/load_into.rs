@@ -1,4 +1,4 @@
-//! Blends of several plans into tensors of the caller's, in one pass over the sources.
+//! Synthesis of several plans into the caller's memory, in one pass over the sources.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -10,7 +10,7 @@ use super::backend::Backend;
 use super::blend::TensorBlend;
 #[cfg(feature = "cuda")]
 use super::on_device::into_host;
-use super::output::{MAX_TARGETS, copied};
+use super::options::{MAX_TARGETS, Progress};
 use super::prefetch::Prefetcher;
 use super::source_set::{ModelTensor, Selection, SourceSet};
 use crate::compute::cpu::CHUNK;
@@ -19,14 +19,20 @@ use crate::error::{Error, Result};
 use crate::planning::Plan;
 use crate::tensor::{TensorViewMut, byte_size, is_averaged};
 
-/// Told the bytes of sources that were read since the last call, from any thread.
-type Progress<'a> = Option<&'a (dyn Fn(u64) + Sync)>;
+/// Number of pieces between the one that is blended and the one that is prefetched meanwhile.
+const PREFETCH_DISTANCE: usize = 4;
 
-/// The memory of one target: dtype and elements of each tensor, by name.
+/// Memory of one target: dtype and bytes of each tensor, by name.
 type Target<'a> = BTreeMap<String, (Dtype, &'a mut [u8])>;
 
 impl SourceSet<'_> {
-    /// Blends each plan into its list of views: every tensor once, tied names under the kept one only.
+    /// Blends each plan into its list of views. A list holds every tensor once, tied ones under the kept name only.
+    ///
+    /// # Errors
+    /// - [`Error::Count`] if there is not one list for each plan.
+    /// - [`Error::Tensor`] if a view is missing or does not fit, or if a sum does not fit its dtype.
+    /// - [`Error::Cuda`] if a device fails.
+    /// - Those of [`SourceSet::select`].
     pub(crate) fn load_into(
         &self,
         plans: &[&Plan],
@@ -34,19 +40,26 @@ impl SourceSet<'_> {
         progress: Progress<'_>,
     ) -> Result<()> {
         if plans.len() != outputs.len() {
-            let (found, expected) = (outputs.len(), plans.len());
-            return Err(Error::Count { items: "lists of views", found, owners: "targets", expected });
+            return Err(Error::Count {
+                items: "lists of views",
+                found: outputs.len(),
+                owners: "targets",
+                expected: plans.len(),
+            });
         }
         let mut targets = self.targets(outputs)?;
-        let device = Backend::asked(self.device(Device::Cpu))?;
-        let each = if matches!(device, Backend::Cpu) { MAX_TARGETS } else { 1 };
-        for (plans, targets) in plans.chunks(each).zip(targets.chunks_mut(each)) {
-            self.fill_targets(&device, &self.select(plans)?, targets, progress)?;
+        let backend = Backend::open(self.device(Device::Cpu))?;
+        let targets_per_pass = if matches!(backend, Backend::Cpu) { MAX_TARGETS } else { 1 };
+        for (plans, targets) in plans.chunks(targets_per_pass).zip(targets.chunks_mut(targets_per_pass)) {
+            self.fill_targets(&backend, &self.select(plans)?, targets, progress)?;
         }
         Ok(())
     }
 
-    /// Blends each target of a selection, all of host memory, into its list of views.
+    /// Blends each target of a selection in host memory into its list of views.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`], as [`SourceSet::load_into`].
     pub(crate) fn load_selection_into(
         &self,
         selection: &Selection<'_>,
@@ -58,16 +71,16 @@ impl SourceSet<'_> {
 
     fn fill_targets(
         &self,
-        device: &Backend,
+        backend: &Backend,
         selection: &Selection<'_>,
         targets: &mut [Target<'_>],
         progress: Progress<'_>,
     ) -> Result<()> {
         self.copy_into(selection, targets)?;
-        match device {
-            Backend::Cpu => self.fill(selection, targets, progress),
+        match backend {
+            Backend::Cpu => self.fill_on_cpu(selection, targets, progress),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(device) => self.fill_by(device, selection, &mut targets[0], progress),
+            Backend::Cuda(device) => self.fill_on_cuda(device, selection, &mut targets[0], progress),
         }
     }
 
@@ -75,75 +88,87 @@ impl SourceSet<'_> {
         outputs.into_iter().map(|views| self.target(views)).collect()
     }
 
-    /// Checks the views of one target.
+    /// Checks the views of one target, and returns their memory by name.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if a view is missing, unknown, repeated or of another shape or dtype.
     fn target<'v>(&self, views: Vec<TensorViewMut<'v>>) -> Result<Target<'v>> {
         let mut target = Target::new();
         for view in views {
-            let (name, dtype) = (view.name, view.dtype);
-            let found = self.tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name));
-            let Ok(found) = found else {
-                return Err(Error::tensor(name, "the run has no tensor of this name to fill it with"));
-            };
-            let tensor = &self.tensors[found];
-            let fits = if tensor.averaged { is_averaged(dtype) } else { dtype == tensor.dtype };
-            if view.shape != tensor.shape || !fits {
-                let (shape, own, is) = (view.shape, &tensor.shape, tensor.dtype);
-                return Err(Error::tensor(name, format!("memory for {dtype} {shape:?} was lent, it is {is} {own:?}")));
-            }
-            let size = byte_size(name, dtype, view.shape)?;
-            let bytes = view.into_host_bytes().ok_or_else(|| Error::on_device(name))?;
-            if bytes.len() != size {
-                return Err(Error::tensor(name, format!("{} bytes were lent, it takes {size}", bytes.len())));
-            }
+            let name = view.name;
+            let dtype = view.dtype;
+            let bytes = self.checked_bytes(view)?;
             if target.insert(name.to_owned(), (dtype, bytes)).is_some() {
                 return Err(Error::tensor(name, "the name occurs twice: names must be unique"));
             }
         }
         match self.tensors.iter().find(|tensor| !target.contains_key(&tensor.name)) {
-            Some(missing) => Err(Error::tensor(&missing.name, "no memory was lent for it")),
+            Some(missing) => Err(Error::tensor(&missing.name, "no memory was given for it")),
             None => Ok(target),
         }
     }
 
+    /// Checks that a view fits its tensor, and returns its memory.
+    fn checked_bytes<'v>(&self, view: TensorViewMut<'v>) -> Result<&'v mut [u8]> {
+        let TensorViewMut { name, dtype, shape, .. } = view;
+        let Some(tensor) = self.find_kept(name) else {
+            return Err(Error::tensor(name, "the run has no tensor of this name to fill it with"));
+        };
+        let is_dtype_ok = if tensor.averaged { is_averaged(dtype) } else { dtype == tensor.dtype };
+        if shape != tensor.shape || !is_dtype_ok {
+            let stored = format!("{} {:?}", tensor.dtype, tensor.shape);
+            return Err(Error::tensor(name, format!("memory for {dtype} {shape:?} was given, but it is {stored}")));
+        }
+        let size = byte_size(name, dtype, shape)?;
+        let bytes = view.into_host_bytes().ok_or_else(|| Error::on_device(name))?;
+        if bytes.len() != size {
+            return Err(Error::tensor(name, format!("{} bytes were given, but it takes {size}", bytes.len())));
+        }
+        Ok(bytes)
+    }
+
     /// Fills the tensors that are not averaged.
     fn copy_into(&self, selection: &Selection<'_>, targets: &mut [Target<'_>]) -> Result<()> {
-        for tensor in self.tensors.iter().filter(|tensor| !tensor.averaged) {
+        for tensor in self.copied() {
             for (i, target) in targets.iter_mut().enumerate() {
                 if let Some((_, bytes)) = target.get_mut(&tensor.name) {
-                    bytes.copy_from_slice(copied(selection, i, tensor)?);
+                    bytes.copy_from_slice(selection.copied(i, tensor)?);
                 }
             }
         }
         Ok(())
     }
 
-    /// Blends on the CPU, a chunk of all targets at a time.
-    fn fill(&self, selection: &Selection<'_>, targets: &mut [Target<'_>], progress: Progress<'_>) -> Result<()> {
+    /// Blends the averaged tensors of all targets on the CPU, a chunk of all targets at a time.
+    fn fill_on_cpu(&self, selection: &Selection<'_>, targets: &mut [Target<'_>], progress: Progress<'_>) -> Result<()> {
         let mut slices: BTreeMap<&str, Vec<(Dtype, &mut [u8])>> = BTreeMap::new();
         for (name, (dtype, bytes)) in targets.iter_mut().flatten() {
             slices.entry(name).or_default().push((*dtype, bytes));
         }
         let mut blends = Vec::with_capacity(self.tensors.len());
-        for tensor in self.tensors.iter().filter(|tensor| tensor.averaged) {
+        for tensor in self.averaged() {
             let slices = slices.remove(tensor.name.as_str()).unwrap_or_default();
             blends.push((TensorBlend::new(selection, tensor, common_dtype(tensor, &slices)?)?, slices));
         }
-        let chunks: Vec<_> = blends.iter_mut().flat_map(|(blend, slices)| chunks(&*blend, slices)).collect();
-        let places: Vec<_> = chunks.iter().map(|(blend, elements, _)| (*blend, elements.clone())).collect();
-        let ahead = Prefetcher::new();
-        chunks.into_par_iter().enumerate().try_for_each(|(i, (blend, elements, mut dst))| {
-            let ask =
-                || places.get(i + AHEAD).into_iter().for_each(|(blend, elements)| blend.ask_for(elements.clone()));
+        let pieces: Vec<_> = blends.iter_mut().flat_map(|(blend, slices)| pieces(&*blend, slices)).collect();
+        let places: Vec<_> = pieces.iter().map(|piece| (piece.blend, piece.elements.clone())).collect();
+        let prefetcher = Prefetcher::new();
+        pieces.into_par_iter().enumerate().try_for_each(|(i, Piece { blend, elements, mut dst })| {
+            let prefetch = || {
+                if let Some((blend, elements)) = places.get(i + PREFETCH_DISTANCE) {
+                    blend.prefetch(elements.clone());
+                }
+            };
             let bytes = blend.bytes_read(elements.len());
-            ahead.around(bytes, ask, || blend.stretch(&mut dst, elements))?;
+            prefetcher.run(bytes, prefetch, || blend.blend_range(&mut dst, elements))?;
             progress.inspect(|progress| progress(bytes));
             Ok(())
         })
     }
 
-    /// Blends a single target by way of the device where sources lie.
+    /// Blends the averaged tensors of a single target on the device of the sources.
     #[cfg(feature = "cuda")]
-    fn fill_by(
+    fn fill_on_cuda(
         &self,
         device: &std::sync::Arc<crate::compute::cuda::CudaDevice>,
         selection: &Selection<'_>,
@@ -151,7 +176,7 @@ impl SourceSet<'_> {
         progress: Progress<'_>,
     ) -> Result<()> {
         let mut blender = crate::compute::cuda::Blender::new(device)?;
-        for tensor in self.tensors.iter().filter(|tensor| tensor.averaged) {
+        for tensor in self.averaged() {
             let Some((dtype, bytes)) = target.get_mut(&tensor.name) else { continue };
             let blend = TensorBlend::new(selection, tensor, *dtype)?;
             into_host(&mut blender, &blend, bytes)?;
@@ -161,34 +186,39 @@ impl SourceSet<'_> {
     }
 }
 
-/// The dtype in which all targets want a tensor.
+/// Returns the dtype of a tensor's memory, which all targets share.
+///
+/// # Errors
+/// [`Error::Tensor`] if they differ.
 fn common_dtype(tensor: &ModelTensor, slices: &[(Dtype, &mut [u8])]) -> Result<Dtype> {
     let first = slices.first().map_or(tensor.dtype, |(dtype, _)| *dtype);
     match slices.iter().find(|(dtype, _)| *dtype != first) {
         Some((other, _)) => {
-            let reason = format!("{first} is wanted of one target and {other} of another: ask for one dtype in a pass");
+            let reason = format!("one target wants {first} and another {other}: use one dtype for all targets");
             Err(Error::tensor(&tensor.name, reason))
         }
         None => Ok(first),
     }
 }
 
-/// How many pieces ahead of one another is asked for.
-const AHEAD: usize = 4;
+/// Range of a tensor's elements, and the memory for it in every target.
+struct Piece<'b, 'a, 's> {
+    blend: &'b TensorBlend<'a>,
+    elements: Range<usize>,
+    dst: Vec<&'s mut [u8]>,
+}
 
-/// A piece of a tensor of all targets: its blend, its elements, and one slice for each.
-type Piece<'b, 'a, 's> = (&'b TensorBlend<'a>, Range<usize>, Vec<&'s mut [u8]>);
-
-/// Cuts a tensor of all targets into pieces.
-fn chunks<'b, 'a, 's>(blend: &'b TensorBlend<'a>, slices: &'s mut [(Dtype, &mut [u8])]) -> Vec<Piece<'b, 'a, 's>> {
+/// Cuts a tensor of all targets into pieces of one chunk.
+fn pieces<'b, 'a, 's>(blend: &'b TensorBlend<'a>, slices: &'s mut [(Dtype, &mut [u8])]) -> Vec<Piece<'b, 'a, 's>> {
     let mut pieces: Vec<Piece<'b, 'a, 's>> = Vec::new();
     for (_, slice) in slices {
         for (i, chunk) in slice.chunks_mut(CHUNK * blend.size()).enumerate() {
             if i == pieces.len() {
                 let start = i * CHUNK;
-                pieces.push((blend, start..start + chunk.len() / blend.size(), Vec::new()));
+                let elements = start..start + chunk.len() / blend.size();
+                pieces.push(Piece { blend, elements, dst: Vec::new() });
             }
-            pieces[i].2.push(chunk);
+            pieces[i].dst.push(chunk);
         }
     }
     pieces

@@ -1,35 +1,37 @@
-//! Files that are not in the page cache are asked for ahead.
+//! Prefetch of files that are not in the page cache.
 //!
-//! A pass reads a stretch of every source, then the next one of each. Left to page faults, a disk sees forty readers that
-//! wait for one page at a time; told what comes next, it has the next stretches of all of them to fetch while this one is
-//! worked on. In the page cache telling it costs a tenth of the pass, so only those who wait do.
+//! A pass reads a stretch of every source, then the next stretch of each. With page faults alone, a disk serves dozens
+//! of readers that each wait for one page at a time. With prefetching it can fetch the next stretches of all sources
+//! while this one is blended. In the page cache the calls would cost a tenth of the pass, so only a pass that waits
+//! makes them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-/// Bytes a second: a thread that reads fewer is waiting for a disk, or has so much to compute that asking is for nothing.
-const FROM_MEMORY: f64 = 4e9;
+/// Bytes per second below which a thread counts as waiting for a disk. It may also be busy computing, and then gains
+/// nothing.
+const DISK_RATE: f64 = 4e9;
 
-/// How fast the last stretch came.
+/// Prefetches while the last stretch took so long that it came from a disk.
 pub(super) struct Prefetcher {
-    waits: AtomicBool,
+    is_waiting: AtomicBool,
 }
 
 impl Prefetcher {
-    /// Before the first stretch, which is taken to come from a disk.
+    /// Assumes that the first stretch comes from a disk.
     pub(super) fn new() -> Prefetcher {
-        Prefetcher { waits: AtomicBool::new(true) }
+        Prefetcher { is_waiting: AtomicBool::new(true) }
     }
 
-    /// Works on a stretch of so many bytes. `ask` asks for what comes next, and is left out where nothing is waited for.
-    pub(super) fn around<R>(&self, bytes: u64, ask: impl FnOnce(), work: impl FnOnce() -> R) -> R {
-        if self.waits.load(Ordering::Relaxed) {
-            ask();
+    /// Runs `work`, which reads `bytes`. Calls `prefetch` first if the last stretch came from a disk.
+    pub(super) fn run<R>(&self, bytes: u64, prefetch: impl FnOnce(), work: impl FnOnce() -> R) -> R {
+        if self.is_waiting.load(Ordering::Relaxed) {
+            prefetch();
         }
-        let begin = Instant::now();
+        let start = Instant::now();
         let done = work();
-        let waits = (bytes as f64) < FROM_MEMORY * begin.elapsed().as_secs_f64();
-        self.waits.store(waits, Ordering::Relaxed);
+        let is_waiting = (bytes as f64) < DISK_RATE * start.elapsed().as_secs_f64();
+        self.is_waiting.store(is_waiting, Ordering::Relaxed);
         done
     }
 }
@@ -42,13 +44,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_comes_next_is_asked_for_while_there_is_something_to_wait_for() {
-        let (ahead, asked) = (Prefetcher::new(), Cell::new(0));
-        let ask = || asked.set(asked.get() + 1);
+    fn prefetch_follows_slow_reads_only() {
+        let prefetcher = Prefetcher::new();
+        let calls = Cell::new(0);
+        let prefetch = || calls.set(calls.get() + 1);
         let sleep = || std::thread::sleep(Duration::from_millis(2));
         for (bytes, expected) in [(u64::MAX, 1), (1, 1), (u64::MAX, 2), (u64::MAX, 2), (1, 2), (1, 3)] {
-            ahead.around(bytes, ask, sleep);
-            assert_eq!(asked.get(), expected);
+            prefetcher.run(bytes, prefetch, sleep);
+            assert_eq!(calls.get(), expected);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! One pass over the sources: a block of the output at a time, blended for all targets and written at its place.
+//! One pass over the sources into files: a block of the output at a time is blended for all targets and written.
 
 use std::ops::Range;
 #[cfg(feature = "cuda")]
@@ -10,48 +10,51 @@ use super::blend::TensorBlend;
 use super::files::{OutputFiles, Shards};
 #[cfg(feature = "cuda")]
 use super::on_device;
-use super::output::WriteOptions;
+use super::options::WriteOptions;
 use super::prefetch::Prefetcher;
 use super::source_set::{Selection, SourceSet};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda;
 use crate::error::Result;
 
-/// Bytes of results that all threads together hold at a time, as long as threads times targets are at most 4,096.
-const BUFFERED: usize = 16 << 20;
+/// Bytes of results that all threads together buffer, if threads times targets are at most 4,096.
+const BUFFERED_BYTES: usize = 16 << 20;
 
-/// The elements that a thread blends before it writes: at most, and at least.
-const BLOCK_ELEMENTS: (usize, usize) = (1 << 18, 1 << 9);
+/// Fewest elements that a thread blends before it writes.
+const MIN_BLOCK_ELEMENTS: usize = 1 << 9;
 
-/// Bytes of all sources in a block, of which each thread may have one at work and [`BLOCKS_AHEAD`] asked for.
-const READ: usize = 32 << 20;
+/// Most elements that a thread blends before it writes.
+const MAX_BLOCK_ELEMENTS: usize = 1 << 18;
 
-/// How many blocks a disk is asked for ahead.
+/// Bytes of all sources in a block. Each thread blends one block and may prefetch [`BLOCKS_AHEAD`] more.
+const READ_BYTES: usize = 32 << 20;
+
+/// Number of blocks that are prefetched.
 const BLOCKS_AHEAD: usize = 2;
 
-/// What a pass works on.
+/// One pass over a selection: its tensors and the files of its targets.
 pub(super) struct Streaming<'a> {
-    /// The averaged tensors, in the order of the file.
-    tensors: Vec<Placed<'a>>,
-    /// The elements before each tensor, and at last those of all.
+    /// Averaged tensors in the order of the files.
+    tensors: Vec<PlacedBlend<'a>>,
+    /// Number of elements before each tensor, then the number of all elements.
     before: Vec<usize>,
-    /// Those of each target.
+    /// Files of each target.
     files: &'a [OutputFiles],
     options: &'a WriteOptions<'a>,
-    ahead: Prefetcher,
+    prefetcher: Prefetcher,
 }
 
-/// An averaged tensor, ready to be blended, and its place in the data section of a file.
-struct Placed<'a> {
+/// Blend of an averaged tensor, and the tensor's place in the data section of a file.
+struct PlacedBlend<'a> {
     blend: TensorBlend<'a>,
     file: usize,
     offset: usize,
-    /// The size of an element of the result.
+    /// Size of an element of the result in bytes.
     size: usize,
 }
 
-/// A stretch of one tensor, as bytes of a block's buffer and of the data section of a file.
-struct Stretch {
+/// Range of one tensor: its elements, its bytes in a block's buffer, and its offset in the data section of a file.
+struct TensorSpan {
     tensor: usize,
     elements: Range<usize>,
     buffer: Range<usize>,
@@ -60,53 +63,69 @@ struct Stretch {
 }
 
 impl<'a> Streaming<'a> {
+    /// Prepares a pass over a selection of `set`, with the files of each target.
+    ///
+    /// # Errors
+    /// As [`TensorBlend::new`].
     pub(super) fn new(
-        pool: &'a SourceSet<'a>,
+        set: &'a SourceSet<'a>,
         selection: &'a Selection<'a>,
         shards: &Shards,
         files: &'a [OutputFiles],
         options: &'a WriteOptions<'a>,
     ) -> Result<Self> {
-        let (mut tensors, mut before) = (Vec::new(), vec![0]);
-        for spot in shards.spots().filter(|spot| pool.tensors[spot.tensor].averaged) {
-            let size = spot.dtype.bitsize() / 8;
-            let blend = TensorBlend::new(selection, &pool.tensors[spot.tensor], spot.dtype)?;
-            before.push(before[tensors.len()] + spot.range.len() / size);
-            tensors.push(Placed { blend, file: spot.file, offset: spot.range.start, size });
+        let mut tensors = Vec::new();
+        let mut before = vec![0];
+        for location in shards.locations() {
+            let tensor = &set.tensors[location.tensor];
+            if !tensor.averaged {
+                continue;
+            }
+            let size = location.dtype.bitsize() / 8;
+            let blend = TensorBlend::new(selection, tensor, location.dtype)?;
+            before.push(before[tensors.len()] + location.range.len() / size);
+            tensors.push(PlacedBlend { blend, file: location.file, offset: location.range.start, size });
         }
-        Ok(Streaming { tensors, before, files, options, ahead: Prefetcher::new() })
+        Ok(Streaming { tensors, before, files, options, prefetcher: Prefetcher::new() })
     }
 
-    /// Blends and writes everything.
+    /// Blends and writes all averaged tensors on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`](crate::Error::Tensor) and [`Error::Io`](crate::Error::Io).
     pub(super) fn run(&self) -> Result<()> {
-        let (total, each) = (self.elements(), self.block_elements());
+        let total = self.elements();
+        let each = self.block_elements();
         (0..total.div_ceil(each)).into_par_iter().try_for_each_init(
             || vec![Vec::new(); self.files.len()],
             |buffers, block| self.block(block * each..total.min((block + 1) * each), buffers),
         )
     }
 
-    /// The elements of a block: so few that the blocks of all threads stay within what may be buffered.
+    /// Number of elements in a block, so that the blocks of all threads stay within [`BUFFERED_BYTES`].
     fn block_elements(&self) -> usize {
-        let held = self.files.len() * size_of::<f64>() * rayon::current_num_threads();
-        let (most, least) = BLOCK_ELEMENTS;
-        (BUFFERED / held).min(READ / self.source_bytes().max(1)).clamp(least, most)
+        let bytes_per_element = self.files.len() * size_of::<f64>() * rayon::current_num_threads();
+        let buffered = BUFFERED_BYTES / bytes_per_element;
+        let read = READ_BYTES / self.source_bytes().max(1);
+        buffered.min(read).clamp(MIN_BLOCK_ELEMENTS, MAX_BLOCK_ELEMENTS)
     }
 
-    /// The stretches that a range of all averaged elements is made of.
-    fn stretches(&self, elements: Range<usize>) -> Vec<Stretch> {
+    /// Splits a range of all averaged elements into spans of one tensor each.
+    fn spans(&self, elements: Range<usize>) -> Vec<TensorSpan> {
         let first = self.before.partition_point(|&before| before <= elements.start).saturating_sub(1);
-        let (mut stretches, mut filled) = (Vec::new(), 0);
+        let mut spans = Vec::new();
+        let mut filled = 0;
         for tensor in first..self.tensors.len() {
-            let Placed { file, offset, size, .. } = self.tensors[tensor];
+            let PlacedBlend { file, offset, size, .. } = self.tensors[tensor];
             let own = self.before[tensor]..self.before[tensor + 1];
-            let (start, end) = (own.start.max(elements.start), own.end.min(elements.end));
             if own.start >= elements.end {
                 break;
             }
+            let start = own.start.max(elements.start);
+            let end = own.end.min(elements.end);
             if start < end {
                 let bytes = (end - start) * size;
-                stretches.push(Stretch {
+                spans.push(TensorSpan {
                     tensor,
                     elements: start - own.start..end - own.start,
                     buffer: filled..filled + bytes,
@@ -116,42 +135,44 @@ impl<'a> Streaming<'a> {
                 filled += bytes;
             }
         }
-        stretches
+        spans
     }
 
+    /// Blends and writes a block, and prefetches the next ones.
     fn block(&self, elements: Range<usize>, buffers: &mut [Vec<u8>]) -> Result<()> {
-        let stretches = self.stretches(elements.clone());
+        let spans = self.spans(elements.clone());
         let next = elements.end..self.elements().min(elements.end + BLOCKS_AHEAD * elements.len());
-        self.ahead.around(self.bytes_read(&stretches), || self.ask_for(next), || self.blend(&stretches, buffers))?;
+        let bytes = self.bytes_read(&spans);
+        self.prefetcher.run(bytes, || self.prefetch(next), || self.blend(&spans, buffers))?;
         let results: Vec<&[u8]> = buffers.iter().map(Vec::as_slice).collect();
-        self.write(&stretches, &results)?;
-        self.report(self.bytes_read(&stretches));
+        self.write(&spans, &results)?;
+        self.report(bytes);
         Ok(())
     }
 
-    /// Asks for what the blend of some elements will read.
-    fn ask_for(&self, elements: Range<usize>) {
-        for Stretch { tensor, elements, .. } in self.stretches(elements) {
-            self.tensors[tensor].blend.ask_for(elements);
+    /// Announces the reads of some elements.
+    fn prefetch(&self, elements: Range<usize>) {
+        for TensorSpan { tensor, elements, .. } in self.spans(elements) {
+            self.tensors[tensor].blend.prefetch(elements);
         }
     }
 
-    /// Blends stretches into one buffer for each target.
-    fn blend(&self, stretches: &[Stretch], buffers: &mut [Vec<u8>]) -> Result<()> {
-        let total = stretches.last().map_or(0, |last| last.buffer.end);
+    /// Blends spans into one buffer for each target.
+    fn blend(&self, spans: &[TensorSpan], buffers: &mut [Vec<u8>]) -> Result<()> {
+        let total = spans.last().map_or(0, |last| last.buffer.end);
         buffers.iter_mut().for_each(|buffer| buffer.resize(total, 0));
-        for Stretch { tensor, elements, buffer, .. } in stretches {
+        for TensorSpan { tensor, elements, buffer, .. } in spans {
             let mut dst: Vec<&mut [u8]> = buffers.iter_mut().map(|whole| &mut whole[buffer.clone()]).collect();
-            self.tensors[*tensor].blend.stretch(&mut dst, elements.clone())?;
+            self.tensors[*tensor].blend.blend_range(&mut dst, elements.clone())?;
         }
         Ok(())
     }
 
-    /// Writes the results of each target at their places.
-    fn write(&self, stretches: &[Stretch], results: &[&[u8]]) -> Result<()> {
-        // Stretches that lie side by side in a file, as they all but always do, are written together.
-        let adjacent = |a: &Stretch, b: &Stretch| a.file == b.file && a.offset + a.buffer.len() == b.offset;
-        for group in stretches.chunk_by(adjacent) {
+    /// Writes the results of each target to their places in its files.
+    fn write(&self, spans: &[TensorSpan], results: &[&[u8]]) -> Result<()> {
+        // Segments that are adjacent in a file, as nearly all are, are written together.
+        let is_adjacent = |a: &TensorSpan, b: &TensorSpan| a.file == b.file && a.offset + a.buffer.len() == b.offset;
+        for group in spans.chunk_by(is_adjacent) {
             let bytes = group[0].buffer.start..group[group.len() - 1].buffer.end;
             results.par_iter().zip(self.files).try_for_each(|(results, files)| {
                 files.write_at(group[0].file, group[0].offset, &results[bytes.clone()])
@@ -160,29 +181,29 @@ impl<'a> Streaming<'a> {
         Ok(())
     }
 
-    /// The bytes of all sources that the blend of some stretches reads.
-    fn bytes_read(&self, stretches: &[Stretch]) -> u64 {
-        let read = |stretch: &Stretch| self.tensors[stretch.tensor].blend.bytes_read(stretch.elements.len());
-        stretches.iter().map(read).sum()
+    /// Bytes of all sources that the blend of some spans reads.
+    fn bytes_read(&self, spans: &[TensorSpan]) -> u64 {
+        let read = |span: &TensorSpan| self.tensors[span.tensor].blend.bytes_read(span.elements.len());
+        spans.iter().map(read).sum()
     }
 
-    /// The most bytes that an element takes in all sources.
+    /// Largest number of bytes that an element takes in all sources together.
     fn source_bytes(&self) -> usize {
         self.tensors.iter().map(|placed| placed.blend.bytes_read(1) as usize).max().unwrap_or(0)
     }
 
-    /// The elements of all averaged tensors.
+    /// Number of elements of all averaged tensors.
     pub(super) fn elements(&self) -> usize {
         self.before[self.tensors.len()]
     }
 
-    /// Blends the first so many elements on the CPU, as [`Streaming::run`] would, and writes nothing.
+    /// Blends the first `elements` elements on the CPU, as [`Streaming::run`] does, and discards the results.
     #[cfg(feature = "cuda")]
     pub(super) fn try_cpu(&self, elements: usize) -> Result<()> {
         let each = self.block_elements();
         (0..elements.div_ceil(each)).into_par_iter().try_for_each_init(
             || vec![Vec::new(); self.files.len()],
-            |buffers, block| self.blend(&self.stretches(block * each..elements.min((block + 1) * each)), buffers),
+            |buffers, block| self.blend(&self.spans(block * each..elements.min((block + 1) * each)), buffers),
         )
     }
 
@@ -195,15 +216,18 @@ impl<'a> Streaming<'a> {
 
 #[cfg(feature = "cuda")]
 impl Streaming<'_> {
-    /// As [`Streaming::run`], blended on a device.
+    /// Blends all averaged tensors on a device, and writes them.
+    ///
+    /// # Errors
+    /// As [`Streaming::run`], and [`Error::Cuda`](crate::Error::Cuda).
     pub(super) fn run_on(&self, device: &Arc<cuda::CudaDevice>) -> Result<()> {
         let mut blender = cuda::Blender::new(device)?;
         for block in on_device::blocks(self.elements(), self.bytes_per_element()) {
-            let stretches = self.stretches(block);
-            let parts = self.parts(&stretches);
+            let spans = self.spans(block);
+            let parts = self.parts(&spans);
             let deliver = move |results: &[&[u8]]| {
-                self.write(&stretches, results)?;
-                self.report(self.bytes_read(&stretches));
+                self.write(&spans, results)?;
+                self.report(self.bytes_read(&spans));
                 Ok(())
             };
             on_device::submit(&mut blender, &parts, self.files.len(), cuda::Destination::Host(Box::new(deliver)))?;
@@ -211,21 +235,21 @@ impl Streaming<'_> {
         blender.flush()
     }
 
-    /// Blends the first so many elements on a device, and writes nothing.
+    /// Blends the first `elements` elements on a device, and discards the results.
     pub(super) fn try_on<'s>(&'s self, blender: &mut cuda::Blender<'s>, elements: usize) -> Result<()> {
         for block in on_device::blocks(elements, self.bytes_per_element()) {
-            let parts = self.parts(&self.stretches(block));
+            let parts = self.parts(&self.spans(block));
             on_device::submit(blender, &parts, self.files.len(), cuda::Destination::Host(Box::new(|_| Ok(()))))?;
         }
         blender.flush()
     }
 
-    fn parts<'s>(&'s self, stretches: &[Stretch]) -> Vec<on_device::Part<'s>> {
-        let part = |stretch: &Stretch| (&self.tensors[stretch.tensor].blend, stretch.elements.clone());
-        stretches.iter().map(part).collect()
+    fn parts<'s>(&'s self, spans: &[TensorSpan]) -> Vec<on_device::Part<'s>> {
+        let part = |span: &TensorSpan| (&self.tensors[span.tensor].blend, span.elements.clone());
+        spans.iter().map(part).collect()
     }
 
-    /// The most bytes that an element takes in all sources and results.
+    /// Largest number of bytes that an element takes in all sources and results together.
     pub(super) fn bytes_per_element(&self) -> usize {
         let results = self.tensors.iter().map(|placed| placed.size).max().unwrap_or(0);
         self.source_bytes() + self.files.len() * results

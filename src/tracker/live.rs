@@ -255,17 +255,17 @@ impl PostHocEma {
         let live: Vec<LiveSource<'_>> = (0..self.settings.profiles.len())
             .map(|index| LiveSource { registry: &self.registry, values: guard.values(), index })
             .collect();
-        let snapshots = run.as_ref().map(|run| run.source_set().holders).unwrap_or_default();
-        let mut holders: Vec<(IndexedSource, &dyn TensorSource)> = Vec::with_capacity(sources.len());
+        let snapshots = run.as_ref().map(|run| run.source_set().sources).unwrap_or_default();
+        let mut held: Vec<(IndexedSource, &dyn TensorSource)> = Vec::with_capacity(sources.len());
         for source in sources {
             let snapshot = snapshots.iter().find(|(other, _)| (other.index, other.step) == (source.index, source.step));
             let holder = match snapshot {
                 Some((_, snapshot)) if source.step < step => *snapshot,
                 _ => &live[source.index],
             };
-            holders.push((source, holder));
+            held.push((source, holder));
         }
-        act(&SourceSet { tensors: self.model_tensors(), tied: self.registry.tied().clone(), holders }, plans)
+        act(&SourceSet { tensors: self.model_tensors(), tied: self.registry.tied().clone(), sources: held }, plans)
     }
 
     /// Returns a guard of the live averages, in the memory that holds them.

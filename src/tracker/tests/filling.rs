@@ -127,13 +127,17 @@ fn load_into_refuses_unfit_memory() {
     let wide: Vec<_> = memory(&model(0), &[("half", Dtype::F32)]).into_iter().collect();
     for (mut memory, targets, expected) in [
         (vec![whole()], 2, "1 lists of views were given for 2 targets: give one for each"),
-        (vec![whole()[1..].to_vec()], 1, "`empty`: no memory was lent"),
+        (vec![whole()[1..].to_vec()], 1, "`empty`: no memory was given"),
         (extra, 1, "`other`: the run has no tensor"),
         (twice, 1, "`empty`: the name occurs twice"),
-        (changed("half", Tensor::new(&[4], &[0f32; 4]).unwrap()), 1, "`half`: memory for F32 [4] was lent"),
-        (changed("half", Tensor::new(&[3], &[0i32; 3]).unwrap()), 1, "`half`: memory for I32 [3] was lent"),
-        (changed("steps", Tensor::new(&[], &[0i32]).unwrap()), 1, "`steps`: memory for I32 [] was lent, it is I64"),
-        (vec![whole(), wide], 2, "`half`: BF16 is wanted of one target and F32 of another"),
+        (changed("half", Tensor::new(&[4], &[0f32; 4]).unwrap()), 1, "`half`: memory for F32 [4] was given"),
+        (changed("half", Tensor::new(&[3], &[0i32; 3]).unwrap()), 1, "`half`: memory for I32 [3] was given"),
+        (
+            changed("steps", Tensor::new(&[], &[0i32]).unwrap()),
+            1,
+            "`steps`: memory for I32 [] was given, but it is I64",
+        ),
+        (vec![whole(), wide], 2, "`half`: one target wants BF16 and another F32"),
     ] {
         let text = load(&mut memory, targets);
         assert!(text.contains(expected), "{text}");
@@ -152,11 +156,11 @@ fn is_due_predicts_updates() {
 }
 
 #[test]
-fn into_originals_restores_later() {
+fn into_saved_weights_restores_later() {
     let dir = tempfile::tempdir().unwrap();
     let ema = trained(dir.path());
     let mut params = model(7);
-    let originals = ema.swap_in(profiles().remove(1), &mut params).unwrap().into_originals();
+    let originals = ema.swap_in(profiles().remove(1), &mut params).unwrap().into_saved_weights();
     assert!(params == ema.synthesize(profiles().remove(1)).unwrap());
     originals.restore(&mut params).unwrap();
     assert!(params == model(7));

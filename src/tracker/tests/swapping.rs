@@ -189,8 +189,10 @@ fn restore_names_unfit_tensors_and_restores_the_rest() {
     fn remove(params: &mut Tensors) {
         *params = std::mem::take(params).into_iter().filter(|(name, _)| name != "f16").collect();
     }
-    let cases =
-        [(reshape as fn(&mut Tensors), "`f16`: it is F16 [5] now, and was F16 [4]"), (remove, "`f16`: it is gone")];
+    let cases = [
+        (reshape as fn(&mut Tensors), "`f16`: it is F16 [5] now, and was F16 [4]"),
+        (remove, "`f16`: the model no longer has it"),
+    ];
     for (change, part) in cases {
         let mut params = odd_bits();
         let mut swapped = ema.swap_in(profile(), &mut params).unwrap();

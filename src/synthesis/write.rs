@@ -1,0 +1,111 @@
+//! Synthesis into files.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use super::backend::{Backend, choose};
+use super::files::{OutputFile, OutputFiles, Shards};
+use super::options::{MAX_TARGETS, Output, WriteOptions};
+use super::source_set::{Selection, SourceSet};
+use super::streaming::Streaming;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::fs::{parent_dir, remove_leftovers};
+use crate::planning::{Plan, profile_json};
+use crate::snapshot::{Meta, PROFILE, STEP};
+
+impl SourceSet<'_> {
+    /// Blends plans into files, up to [`MAX_TARGETS`] in one pass over the sources. Returns the device that blended.
+    ///
+    /// # Errors
+    /// - [`Error::NoTarget`] if `outputs` is empty.
+    /// - [`Error::Unexpected`] if two outputs have the same path.
+    /// - [`Error::Setting`] for a dtype or a device that cannot be used.
+    /// - Those of [`SourceSet::select`] and [`SourceSet::write_files`].
+    pub(crate) fn write(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<Device> {
+        check_distinct(outputs.iter().map(|output| output.path))?;
+        options.check()?;
+        if outputs.is_empty() {
+            return Err(Error::NoTarget);
+        }
+        let shards = Shards::single(self, options.dtype)?;
+        // The device is opened before any file is created.
+        let mut device = Backend::open(options.device)?.device();
+        for outputs in outputs.chunks(MAX_TARGETS) {
+            let plans: Vec<&Plan> = outputs.iter().map(|output| output.plan).collect();
+            let files: Vec<Vec<OutputFile>> = outputs.iter().map(|output| vec![self.output_file(output)]).collect();
+            device = self.write_files(&self.select(&plans)?, &shards, &files, options)?;
+        }
+        Ok(device)
+    }
+
+    /// Blends the targets of a selection in one pass, each into its list of files. Returns the device that blended.
+    ///
+    /// # Errors
+    /// - [`Error::Tensor`] if a tensor is missing, or if a sum does not fit its dtype.
+    /// - [`Error::Io`] if a file cannot be written.
+    /// - [`Error::Cuda`] if the device fails.
+    pub(crate) fn write_files(
+        &self,
+        selection: &Selection<'_>,
+        shards: &Shards,
+        outputs: &[Vec<OutputFile>],
+        options: &WriteOptions<'_>,
+    ) -> Result<Device> {
+        let directories: BTreeSet<&Path> = outputs.iter().flatten().map(|file| parent_dir(&file.path)).collect();
+        directories.into_iter().for_each(remove_leftovers);
+        let files = outputs.iter().map(|target| shards.create(target)).collect::<Result<Vec<_>>>()?;
+        self.copy(selection, shards, &files)?;
+        let streaming = Streaming::new(self, selection, shards, &files, options)?;
+        let backend = choose(&streaming, self.device(options.device))?;
+        match &backend {
+            Backend::Cpu => streaming.run()?,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(device) => streaming.run_on(device)?,
+        }
+        files.into_iter().try_for_each(OutputFiles::commit)?;
+        Ok(backend.device())
+    }
+
+    /// Copies the tensors that are not averaged.
+    fn copy(&self, selection: &Selection<'_>, shards: &Shards, files: &[OutputFiles]) -> Result<()> {
+        for location in shards.locations() {
+            let tensor = &self.tensors[location.tensor];
+            if tensor.averaged {
+                continue;
+            }
+            for (target, files) in files.iter().enumerate() {
+                let bytes = selection.copied(target, tensor)?;
+                files.write_block_at(location.file, location.range.start, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn output_file(&self, output: &Output<'_>) -> OutputFile {
+        OutputFile { path: output.path.to_owned(), metadata: self.metadata(output.plan) }
+    }
+
+    fn metadata(&self, plan: &Plan) -> BTreeMap<String, String> {
+        let mut strings = Meta { tied: self.tied.clone(), ..Meta::default() }.to_strings();
+        strings.insert(PROFILE.into(), profile_json(&plan.profile));
+        strings.insert(STEP.into(), plan.at.to_string());
+        strings
+    }
+}
+
+/// Checks that each target has a file or folder of its own.
+///
+/// # Errors
+/// [`Error::Unexpected`] if two paths are equal.
+pub(crate) fn check_distinct<'p>(paths: impl Iterator<Item = &'p Path>) -> Result<()> {
+    let mut paths: Vec<&Path> = paths.collect();
+    paths.sort_unstable();
+    match paths.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(Error::unexpected(
+            pair[0],
+            "two targets are to be written to this one file: give each a name of its own",
+        )),
+        None => Ok(()),
+    }
+}
