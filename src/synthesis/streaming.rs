@@ -54,7 +54,7 @@ struct PlacedBlend<'a> {
 }
 
 /// Range of one tensor: its elements, its bytes in a block's buffer, and its offset in the data section of a file.
-struct TensorSpan {
+struct OutputSpan {
     tensor: usize,
     elements: Range<usize>,
     buffer: Range<usize>,
@@ -111,7 +111,7 @@ impl<'a> Streaming<'a> {
     }
 
     /// Splits a range of all averaged elements into spans of one tensor each.
-    fn spans(&self, elements: Range<usize>) -> Vec<TensorSpan> {
+    fn spans(&self, elements: Range<usize>) -> Vec<OutputSpan> {
         let first = self.before.partition_point(|&before| before <= elements.start).saturating_sub(1);
         let mut spans = Vec::new();
         let mut filled = 0;
@@ -125,7 +125,7 @@ impl<'a> Streaming<'a> {
             let end = own.end.min(elements.end);
             if start < end {
                 let bytes = (end - start) * size;
-                spans.push(TensorSpan {
+                spans.push(OutputSpan {
                     tensor,
                     elements: start - own.start..end - own.start,
                     buffer: filled..filled + bytes,
@@ -152,16 +152,16 @@ impl<'a> Streaming<'a> {
 
     /// Announces the reads of some elements.
     fn prefetch(&self, elements: Range<usize>) {
-        for TensorSpan { tensor, elements, .. } in self.spans(elements) {
+        for OutputSpan { tensor, elements, .. } in self.spans(elements) {
             self.tensors[tensor].blend.prefetch(elements);
         }
     }
 
     /// Blends spans into one buffer for each target.
-    fn blend(&self, spans: &[TensorSpan], buffers: &mut [Vec<u8>]) -> Result<()> {
+    fn blend(&self, spans: &[OutputSpan], buffers: &mut [Vec<u8>]) -> Result<()> {
         let total = spans.last().map_or(0, |last| last.buffer.end);
         buffers.iter_mut().for_each(|buffer| buffer.resize(total, 0));
-        for TensorSpan { tensor, elements, buffer, .. } in spans {
+        for OutputSpan { tensor, elements, buffer, .. } in spans {
             let mut dst: Vec<&mut [u8]> = buffers.iter_mut().map(|whole| &mut whole[buffer.clone()]).collect();
             self.tensors[*tensor].blend.blend_range(&mut dst, elements.clone())?;
         }
@@ -169,9 +169,9 @@ impl<'a> Streaming<'a> {
     }
 
     /// Writes the results of each target to their places in its files.
-    fn write(&self, spans: &[TensorSpan], results: &[&[u8]]) -> Result<()> {
+    fn write(&self, spans: &[OutputSpan], results: &[&[u8]]) -> Result<()> {
         // Segments that are adjacent in a file, as nearly all are, are written together.
-        let is_adjacent = |a: &TensorSpan, b: &TensorSpan| a.file == b.file && a.offset + a.buffer.len() == b.offset;
+        let is_adjacent = |a: &OutputSpan, b: &OutputSpan| a.file == b.file && a.offset + a.buffer.len() == b.offset;
         for group in spans.chunk_by(is_adjacent) {
             let bytes = group[0].buffer.start..group[group.len() - 1].buffer.end;
             results.par_iter().zip(self.files).try_for_each(|(results, files)| {
@@ -182,8 +182,8 @@ impl<'a> Streaming<'a> {
     }
 
     /// Bytes of all sources that the blend of some spans reads.
-    fn bytes_read(&self, spans: &[TensorSpan]) -> u64 {
-        let read = |span: &TensorSpan| self.tensors[span.tensor].blend.bytes_read(span.elements.len());
+    fn bytes_read(&self, spans: &[OutputSpan]) -> u64 {
+        let read = |span: &OutputSpan| self.tensors[span.tensor].blend.bytes_read(span.elements.len());
         spans.iter().map(read).sum()
     }
 
@@ -244,8 +244,8 @@ impl Streaming<'_> {
         blender.flush()
     }
 
-    fn parts<'s>(&'s self, spans: &[TensorSpan]) -> Vec<on_device::Part<'s>> {
-        let part = |span: &TensorSpan| (&self.tensors[span.tensor].blend, span.elements.clone());
+    fn parts<'s>(&'s self, spans: &[OutputSpan]) -> Vec<on_device::Part<'s>> {
+        let part = |span: &OutputSpan| (&self.tensors[span.tensor].blend, span.elements.clone());
         spans.iter().map(part).collect()
     }
 

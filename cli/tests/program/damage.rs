@@ -226,7 +226,11 @@ fn snapshots_with_a_diverged_history_are_left_out() {
     fs::copy(dir.join("0.40.safetensors"), other.join("0.40.safetensors")).unwrap();
     let (run, left_out) = Run::open_sound(&other, &mut |_| ()).unwrap();
     assert_eq!((run.snapshots().len(), left_out.len()), (7, 1));
-    assert!(left_out[0].to_string().contains("0.40.safetensors: the history of updates is of one training"), "{}", left_out[0]);
+    assert!(
+        left_out[0].to_string().contains("0.40.safetensors: the history of updates is of one training"),
+        "{}",
+        left_out[0]
+    );
 }
 
 #[test]
