@@ -3,6 +3,7 @@
 mod averages;
 #[cfg(any(test, feature = "cuda"))]
 pub(super) mod background;
+mod config;
 mod copy_buffer;
 #[cfg(feature = "cuda")]
 mod device;
@@ -22,9 +23,10 @@ use crate::compute::cuda::{DeviceAverages, Fence};
 use crate::error::{Error, Result};
 
 pub(super) use averages::AveragesGuard;
+pub(super) use config::EngineConfig;
 #[cfg(test)]
 pub(super) use host::HostEngine;
-pub(super) use start::{EngineConfig, model_device, start};
+pub(super) use start::{model_device, start};
 
 /// Averages of a tracker, with the means to update and to store them.
 ///

@@ -2,53 +2,16 @@
 
 use std::path::Path;
 
-use super::Engine;
-use super::averages::HostAverages;
 #[cfg(feature = "cuda")]
 use super::device::DeviceEngine;
 use super::host::HostEngine;
 #[cfg(feature = "cuda")]
 use super::offloaded::OffloadedEngine;
-use crate::compute::cpu::{Averages, Layout, Precision};
+use super::{Engine, EngineConfig};
+use crate::compute::cpu::Layout;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::run::Settings;
 use crate::tensor::{Memory, TensorView};
-use crate::tracker::registry::TensorRegistry;
-
-/// Sizes and initial values of an engine.
-pub(in crate::tracker) struct EngineConfig {
-    pub profiles: usize,
-    pub precision: Precision,
-    /// Sizes in bytes of the averaged tensors.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only staging needs them"))]
-    pub averaged: Vec<usize>,
-    /// Sizes in bytes of the copied tensors.
-    pub copied: Vec<usize>,
-    /// Averages and copies of a resumed run.
-    pub values: Option<(Vec<Averages>, Vec<Vec<u8>>)>,
-}
-
-impl EngineConfig {
-    pub(in crate::tracker) fn new(registry: &TensorRegistry, settings: &Settings) -> EngineConfig {
-        EngineConfig {
-            profiles: settings.profiles.len(),
-            precision: settings.precision,
-            averaged: registry.averaged().iter().map(|entry| entry.bytes).collect(),
-            copied: registry.copied().iter().map(|entry| entry.bytes).collect(),
-            values: None,
-        }
-    }
-
-    /// Allocates the averages in host memory: those of a resumed run, or zeros, which the first update replaces.
-    pub(super) fn host(self, layout: &Layout) -> HostAverages {
-        let (averages, copies) = self.values.unwrap_or_else(|| {
-            let averages = vec![Averages::zeros(layout, self.precision); self.profiles];
-            (averages, self.copied.iter().map(|&bytes| vec![0; bytes]).collect())
-        });
-        HostAverages::new(averages, copies)
-    }
-}
 
 /// Returns the number of the model's CUDA device; none for the host.
 ///
@@ -139,12 +102,3 @@ fn start_for_device(
 /// Divisor of a device's free memory that gives the most for averages under [`Device::Auto`]; training needs the rest.
 #[cfg(feature = "cuda")]
 const AUTO_SHARE: usize = 4;
-
-#[cfg(feature = "cuda")]
-impl EngineConfig {
-    /// Returns the bytes of memory that the averages take.
-    fn bytes(&self, layout: &Layout) -> usize {
-        let each = if self.precision == Precision::Compensated { 6 } else { 4 };
-        self.profiles * layout.total() * each + self.copied.iter().sum::<usize>()
-    }
-}
