@@ -1,4 +1,4 @@
-//! The blend on a device.
+//! Tests of the blend on a device.
 
 use std::cell::RefCell;
 
@@ -10,7 +10,7 @@ use rand::Rng;
 use crate::owner::{Owned, Owner};
 use crate::values::{AVERAGED, encode, random, size, tame};
 
-/// A tensor of all sources, and what it is blended into.
+/// Sources of one tensor, and the dtype of the results.
 struct Case {
     dtypes: Vec<Dtype>,
     output: Dtype,
@@ -33,7 +33,7 @@ impl Case {
         results
     }
 
-    fn stretch(&self) -> BlendPart<'_> {
+    fn part(&self) -> BlendPart<'_> {
         let sources = self.sources.iter().map(|bytes| BlendInput::Host(bytes)).collect();
         BlendPart { sources, dtypes: self.dtypes.clone(), output: self.output, elements: self.elements }
     }
@@ -44,11 +44,12 @@ fn weights(sources: usize, targets: usize, seed: u64) -> Vec<f64> {
     (0..sources * targets).map(|_| random.random::<f64>() * 6.0 - 2.9).collect()
 }
 
-fn report(stretch: usize, unfit: Overflow) -> Error {
-    Error::Internal(format!("stretch {stretch} target {} element {} is {}", unfit.target, unfit.element, unfit.value))
+fn report(part: usize, overflow: Overflow) -> Error {
+    let Overflow { target, element, value } = overflow;
+    Error::Internal(format!("part {part} target {target} element {element} is {value}"))
 }
 
-/// Blends several tensors in one block and compares every byte with the CPU's.
+/// Blends several tensors in one block and compares every byte with the CPU's result.
 fn check(cases: &[Case], targets: usize) {
     crate::driver::driver();
     let weights = weights(cases[0].dtypes.len(), targets, 11);
@@ -58,8 +59,8 @@ fn check(cases: &[Case], targets: usize) {
         *got.borrow_mut() = results.iter().map(|bytes| bytes.to_vec()).collect();
         Ok(())
     };
-    let stretches = cases.iter().map(Case::stretch).collect();
-    blender.submit(stretches, &weights, targets, Destination::Host(Box::new(deliver)), Box::new(report)).unwrap();
+    let parts = cases.iter().map(Case::part).collect();
+    blender.submit(parts, &weights, targets, Destination::Host(Box::new(deliver)), Box::new(report)).unwrap();
     blender.flush().unwrap();
     for (target, got) in got.borrow().iter().enumerate() {
         let expected: Vec<u8> =
@@ -70,7 +71,7 @@ fn check(cases: &[Case], targets: usize) {
 }
 
 #[test]
-fn every_dtype_into_every_other_and_every_number_of_targets() {
+fn blend_between_all_dtypes_for_every_number_of_targets_has_bits_of_cpu() {
     for input in AVERAGED {
         for output in AVERAGED {
             for targets in 1..=9 {
@@ -81,7 +82,7 @@ fn every_dtype_into_every_other_and_every_number_of_targets() {
 }
 
 #[test]
-fn every_length() {
+fn blend_of_every_length_has_bits_of_cpu() {
     for elements in 0..70 {
         check(&[Case::new(&[Dtype::F16, Dtype::F16, Dtype::F32], Dtype::BF16, elements, 4)], 1);
         check(&[Case::new(&[Dtype::BF16; 6], Dtype::F32, elements, 4)], 3);
@@ -89,7 +90,7 @@ fn every_length() {
 }
 
 #[test]
-fn sources_of_mixed_dtypes_in_their_order() {
+fn blend_of_mixed_dtypes_has_bits_of_cpu() {
     let dtypes: Vec<Dtype> = (0..23).map(|i| AVERAGED[i * i % 7 % 4]).collect();
     for targets in [1, 2, 4, 8] {
         check(&[Case::new(&dtypes, Dtype::F32, 3001, 5)], targets);
@@ -97,7 +98,7 @@ fn sources_of_mixed_dtypes_in_their_order() {
 }
 
 #[test]
-fn more_sources_than_one_launch_takes() {
+fn blend_of_more_sources_than_one_launch_takes_has_bits_of_cpu() {
     for sources in [63, 64, 65, 130, 200] {
         let dtypes: Vec<Dtype> = (0..sources).map(|i| AVERAGED[i / 50 % 3]).collect();
         check(&[Case::new(&dtypes, Dtype::F32, 1025, 6)], 1);
@@ -106,14 +107,14 @@ fn more_sources_than_one_launch_takes() {
 }
 
 #[test]
-fn many_tensors_in_one_block() {
+fn blend_of_many_tensors_in_one_block_has_bits_of_cpu() {
     let case = |i: usize| Case::new(&[Dtype::F16; 4], [Dtype::F16, Dtype::F32][i / 20 % 2], 1 + 37 * i % 500, i as u64);
     let cases: Vec<Case> = (0..80).map(case).collect();
     check(&cases, 3);
 }
 
 #[test]
-fn blocks_take_turns_and_arrive_in_order() {
+fn blocks_are_delivered_in_order() {
     crate::driver::driver();
     let cases: Vec<Case> = (0..7).map(|i| Case::new(&[Dtype::F32; 3], Dtype::F32, 100 * (i + 1), i as u64)).collect();
     let weights = weights(3, 2, 1);
@@ -128,14 +129,14 @@ fn blocks_take_turns_and_arrive_in_order() {
             Ok(())
         };
         let destination = Destination::Host(Box::new(deliver));
-        blender.submit(vec![case.stretch()], &weights, 2, destination, Box::new(report)).unwrap();
+        blender.submit(vec![case.part()], &weights, 2, destination, Box::new(report)).unwrap();
     }
     blender.flush().unwrap();
     assert_eq!(*order.borrow(), [0, 1, 2, 3, 4, 5, 6]);
 }
 
 #[test]
-fn results_go_into_somebodys_memory_and_sources_may_be_there_too() {
+fn blend_reads_and_writes_memory_of_another_library() {
     let owner = Owner::new();
     let cases = [
         Case::new(&[Dtype::F16, Dtype::F32], Dtype::BF16, 501, 1),
@@ -145,14 +146,14 @@ fn results_go_into_somebodys_memory_and_sources_may_be_there_too() {
     let owned: Vec<Owned<'_>> = cases.iter().map(|case| owner.own(&vec![9; case.elements * 2], 2)).collect();
     let sources: Vec<Owned<'_>> = cases.iter().map(|case| owner.own(&case.sources[1], 0)).collect();
     owner.wait();
-    let stretches = cases.iter().zip(&sources).map(|(case, source)| {
+    let parts = cases.iter().zip(&sources).map(|(case, source)| {
         let device = BlendInput::Device { address: source.address(), bytes: source.bytes };
-        BlendPart { sources: vec![BlendInput::Host(&case.sources[0]), device], ..case.stretch() }
+        BlendPart { sources: vec![BlendInput::Host(&case.sources[0]), device], ..case.part() }
     });
     let mut blender = Blender::new(&CudaDevice::open(0).unwrap()).unwrap();
     let to = Destination::Device(owned.iter().map(Owned::lend_mut).collect());
-    blender.submit(stretches.collect(), &weights, 1, to, Box::new(report)).unwrap();
-    // What the owner queues next comes after the results, without any waiting by the host.
+    blender.submit(parts.collect(), &weights, 1, to, Box::new(report)).unwrap();
+    // The owner's next work runs after the results are written, although the host does not wait.
     let copies: Vec<Vec<u8>> = owned.iter().map(Owned::get).collect();
     blender.flush().unwrap();
     for (case, got) in cases.iter().zip(copies) {
@@ -161,27 +162,27 @@ fn results_go_into_somebodys_memory_and_sources_may_be_there_too() {
 }
 
 #[test]
-fn sums_that_do_not_fit_are_reported_as_on_the_cpu() {
+fn overflow_is_reported_as_on_cpu() {
     crate::driver::driver();
     let mut case = Case::new(&[Dtype::F32; 3], Dtype::F16, 1000, 3);
-    let whole = Case::new(&[Dtype::F32; 3], Dtype::F16, 50, 4);
+    let finite = Case::new(&[Dtype::F32; 3], Dtype::F16, 50, 4);
     for (element, value) in [(0, 65_520.0), (777, f64::NAN), (999, -1e30)] {
         let before = case.sources[1][4 * element..][..4].to_vec();
         case.sources[1][4 * element..][..4].copy_from_slice(&encode(value, Dtype::F32));
         let weights = [0.0, 0.0, 0.0, 0.0, 1.0, 0.0];
         let mut blender = Blender::new(&CudaDevice::open(0).unwrap()).unwrap();
         let deliver = |_: &[&[u8]]| -> Result<()> { panic!("delivered") };
-        let stretches = vec![whole.stretch(), case.stretch()];
-        blender.submit(stretches, &weights, 2, Destination::Host(Box::new(deliver)), Box::new(report)).unwrap();
+        let parts = vec![finite.part(), case.part()];
+        blender.submit(parts, &weights, 2, Destination::Host(Box::new(deliver)), Box::new(report)).unwrap();
         let text = blender.flush().unwrap_err().to_string();
         drop(blender);
         let expected = if value.is_nan() { "NaN".into() } else { f64::from(value as f32).to_string() };
-        // Nothing times NaN is NaN too, so the first target has it already.
+        // 0 times NaN is NaN, so the first target overflows too.
         let target = usize::from(!value.is_nan());
-        assert!(text.contains(&format!("stretch 1 target {target} element {element} is {expected}")), "{text}");
+        assert!(text.contains(&format!("part 1 target {target} element {element} is {expected}")), "{text}");
         case.sources[1][4 * element..][..4].copy_from_slice(&before);
     }
-    // The largest value that rounds to a finite one still fits.
+    // The largest value that rounds to a finite one fits.
     case.sources[1][..4].copy_from_slice(&65_519.0f32.to_le_bytes());
     let deliver = |results: &[&[u8]]| -> Result<()> {
         assert_eq!(results[0][..2], half::f16::from_f32(65_504.0).to_le_bytes());
@@ -189,6 +190,6 @@ fn sums_that_do_not_fit_are_reported_as_on_the_cpu() {
     };
     let mut blender = Blender::new(&CudaDevice::open(0).unwrap()).unwrap();
     let destination = Destination::Host(Box::new(deliver));
-    blender.submit(vec![case.stretch()], &[0.0, 1.0, 0.0], 1, destination, Box::new(report)).unwrap();
+    blender.submit(vec![case.part()], &[0.0, 1.0, 0.0], 1, destination, Box::new(report)).unwrap();
     blender.flush().unwrap();
 }

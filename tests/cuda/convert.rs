@@ -1,4 +1,4 @@
-//! What leaves a device: converted averages, their ranges.
+//! Tests of converted averages and of value ranges from a device.
 
 use half::bf16;
 use posthoc_ema::Dtype;
@@ -9,7 +9,7 @@ use rand::Rng;
 use crate::driver::driver;
 use crate::values::{AVERAGED, random, wild};
 
-/// Averages of any bits.
+/// Returns averages, of which a quarter have arbitrary bits.
 fn averages(lengths: &[usize], precision: Precision, seed: u64) -> (Layout, Averages) {
     let layout = Layout::new(lengths.iter().copied());
     let mut random = random(seed);
@@ -25,9 +25,8 @@ fn averages(lengths: &[usize], precision: Precision, seed: u64) -> (Layout, Aver
     (layout, averages)
 }
 
-/// NaN of f32 and f64 keep their payload on the way, so even those are compared bit by bit, but for f64's.
 #[test]
-fn every_dtype_rounds_as_on_the_cpu() {
+fn conversion_to_every_dtype_has_bits_of_cpu() {
     driver();
     let device = CudaDevice::open(0).unwrap();
     let lengths: Vec<usize> = (0..20).chain([1000, 2049, 70_001]).collect();
@@ -50,6 +49,7 @@ fn every_dtype_rounds_as_on_the_cpu() {
     }
 }
 
+/// Returns the bits to compare. Only the payload of an f64 NaN may differ.
 fn canonical(bytes: &[u8], dtype: Dtype) -> Vec<u64> {
     match dtype {
         Dtype::F64 => {
@@ -61,14 +61,14 @@ fn canonical(bytes: &[u8], dtype: Dtype) -> Vec<u64> {
 }
 
 #[test]
-fn ranges_are_the_cpus_and_name_the_first_bad_value() {
+fn ranges_equal_those_of_cpu() {
     driver();
     let device = CudaDevice::open(0).unwrap();
     let lengths = [0usize, 1, 2, 3, 4, 5, 100, 5000, 140_001];
     for seed in 0..6 {
         let (layout, mut averages) = averages(&lengths, Precision::Plain, seed);
         if seed > 0 {
-            // Without NaN and infinities in most tensors.
+            // Only the last tensor has NaN or infinities.
             for (i, value) in averages.high.iter_mut().enumerate() {
                 *value = if value.is_finite() { *value } else { i as f32 };
             }
@@ -88,9 +88,9 @@ fn ranges_are_the_cpus_and_name_the_first_bad_value() {
     }
 }
 
-/// More than a block, so that both pinned buffers take their turns.
+/// Reads several blocks, so that both pinned buffers are reused.
 #[test]
-fn averages_larger_than_the_staging_arrive_whole() {
+fn averages_larger_than_staging_buffers_keep_bits() {
     driver();
     let device = CudaDevice::open(0).unwrap();
     let n = (32 << 20) / 4 * 3 + 12_345;

@@ -1,4 +1,4 @@
-//! Which driver the tests run on, and the building of the stand-in.
+//! Driver that the tests run on, and the build of the stand-in.
 
 use std::collections::hash_map::DefaultHasher;
 use std::ffi::CString;
@@ -10,10 +10,10 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libloading::{Library, Symbol};
 
-/// Chooses another build of the stand-in, by path: a sanitized or a mutated one.
+/// Variable with the path of another build of the stand-in: a sanitized or a mutated one.
 pub const LIBRARY: &str = "POSTHOC_EMA_STANDIN";
 
-/// The flags of the stand-in: no contraction of products and sums, as for the GPU.
+/// Compiler flags of the stand-in. Products and sums are not contracted, as on the GPU.
 pub const FLAGS: [&str; 10] = [
     "-std=c++17",
     "-O2",
@@ -27,13 +27,13 @@ pub const FLAGS: [&str; 10] = [
     "-Wl,-soname,libcuda.so.1",
 ];
 
-/// What the tests run on.
+/// Driver that the tests run on.
 pub enum Driver {
     Real,
     StandIn(Library),
 }
 
-/// Loads the driver, once. Every test begins with it.
+/// Loads the driver once. Every test calls it first.
 pub fn driver() -> &'static Driver {
     static DRIVER: OnceLock<Driver> = OnceLock::new();
     DRIVER.get_or_init(|| {
@@ -47,29 +47,29 @@ pub fn driver() -> &'static Driver {
                 std::mem::forget(real);
                 Driver::Real
             }
-            // Its SONAME is the driver's: whoever asks for libcuda.so.1 from now on gets the one that is loaded.
+            // It has the driver's SONAME, so later requests for libcuda.so.1 get the loaded library.
             Err(_) => Driver::StandIn(load(&standin()).unwrap()),
         }
     })
 }
 
-/// A counter of the stand-in, such as `launches`; none on a real device.
+/// Returns a counter of the stand-in, such as `launches`, or none on a real device.
 pub fn count(what: &str) -> Option<u64> {
     let Driver::StandIn(library) = driver() else { return None };
-    // SAFETY: the stand-in's header declares it so.
+    // SAFETY: the stand-in declares the function with this type.
     let count: Symbol<'_, unsafe extern "C" fn(*const i8) -> u64> = unsafe { library.get(b"standin_count") }.unwrap();
     let what = CString::new(what).unwrap();
-    // SAFETY: a string that ends with 0 and lives for the call.
+    // SAFETY: the string ends with 0 and lives for the call.
     Some(unsafe { count(what.as_ptr().cast()) })
 }
 
-/// The top of the repository, above the crate `posthoc-ema-cli` too.
+/// Returns the root of the repository, for the tests of `posthoc-ema` and of `posthoc-ema-cli`.
 fn root() -> &'static Path {
     let own = Path::new(env!("CARGO_MANIFEST_DIR"));
     if own.join("kernels").is_dir() { own } else { own.parent().unwrap() }
 }
 
-/// The stand-in, built where its sources have changed.
+/// Returns the stand-in, built if its sources have changed.
 pub fn standin() -> PathBuf {
     build(&root().join("kernels"), &[])
 }
@@ -86,7 +86,7 @@ pub fn build(kernels: &Path, flags: &[&str]) -> PathBuf {
     }
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("standin-{:016x}", hasher.finish()));
     let library = folder.join("libcuda.so.1");
-    // One build at a time in this process; another process that builds the same one ends with the same file.
+    // One build at a time in this process. Another process that builds the same sources creates the same file.
     static BUILDING: Mutex<()> = Mutex::new(());
     let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
     if library.is_file() {
@@ -97,7 +97,7 @@ pub fn build(kernels: &Path, flags: &[&str]) -> PathBuf {
     let mut compiler = Command::new("g++");
     compiler.args(FLAGS).args(flags);
     if cfg!(target_arch = "x86_64") {
-        // Products and sums of one rounding in hardware, instead of by a function.
+        // Fused multiply-adds are instructions instead of calls of a function.
         compiler.arg("-mfma");
     }
     compiler.arg("-I").arg(kernels).arg("-I").arg(&tests).arg("-o").arg(&unfinished).arg(tests.join("driver.cpp"));
@@ -107,19 +107,20 @@ pub fn build(kernels: &Path, flags: &[&str]) -> PathBuf {
     library
 }
 
-/// Runs one ignored test in a process of its own, on the stand-in, with other variables set.
-pub fn alone(test: &str, variables: &[(&str, &str)]) {
+/// Checks that an ignored test passes in its own process, on the stand-in, with additional variables.
+pub fn check_in_own_process(test: &str, variables: &[(&str, &str)]) {
     if !is_standin() {
         return;
     }
-    let output = run_alone(test, variables, &standin());
+    let output = run_in_own_process(test, variables, &standin());
     let text = [output.stdout, output.stderr].concat();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&text));
 }
 
-/// As [`alone`], on a library, whatever comes of it. A test whose name ends with `::` stands for all below it that are
-/// not ignored.
-pub fn run_alone(test: &str, variables: &[(&str, &str)], library: &Path) -> std::process::Output {
+/// Runs a test in its own process on a library and returns its output.
+///
+/// A name that ends with `::` stands for all tests below it that are not ignored.
+pub fn run_in_own_process(test: &str, variables: &[(&str, &str)], library: &Path) -> std::process::Output {
     let mut process = Command::new(std::env::current_exe().unwrap());
     let one: &[&str] = if test.ends_with("::") { &[] } else { &["--exact", "--include-ignored", "--nocapture"] };
     process.arg(test).args(one).env(LIBRARY, library);
@@ -127,7 +128,7 @@ pub fn run_alone(test: &str, variables: &[(&str, &str)], library: &Path) -> std:
     process.envs(variables.iter().copied()).output().unwrap()
 }
 
-/// Whether the driver is the stand-in.
+/// Returns true if the driver is the stand-in.
 pub fn is_standin() -> bool {
     matches!(driver(), Driver::StandIn(_))
 }

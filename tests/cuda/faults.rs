@@ -1,11 +1,11 @@
-//! Drivers and devices that fail: clear errors, and nothing lost that was stored.
+//! Tests of failing drivers and devices: clear errors, and no loss of stored files.
 
 use std::path::Path;
 
 use posthoc_ema::compute::cuda::{self, Unavailable, devices};
 use posthoc_ema::{At, Device, Options, Output, PostHocEma, Profile, Run, WriteOptions};
 
-use crate::driver::{alone, count, driver, is_standin};
+use crate::driver::{check_in_own_process, count, driver, is_standin};
 use crate::model::{Model, files};
 use crate::owner::Owner;
 
@@ -13,26 +13,29 @@ fn options(dir: &Path) -> Options {
     PostHocEma::options(dir).update_every(1).checkpoint_every(5)
 }
 
-/// Each of these needs a driver of its own, and so a process.
+/// Each fault needs its own driver, and therefore its own process.
 #[test]
-fn every_fault() {
+fn every_fault_is_reported() {
     if !is_standin() {
         return;
     }
-    alone("faults::no_device", &[("STANDIN_DEVICES", "0")]);
-    alone("faults::stub_of_the_toolkit", &[("STANDIN_INIT", "34")]);
-    alone("faults::driver_that_does_not_start", &[("STANDIN_INIT", "999")]);
-    alone("faults::old_driver", &[("STANDIN_DRIVER", "12080")]);
-    alone("faults::no_code_for_the_device", &[("STANDIN_REJECT_IMAGE", "1"), ("STANDIN_CAPABILITY", "75")]);
-    alone("faults::too_little_memory", &[("STANDIN_MEMORY", "60000")]);
-    alone("faults::too_little_to_pin", &[("STANDIN_PINNED", "15000")]);
-    alone("faults::failed_synthesis", &[("STANDIN_FAIL_LAUNCH", "1")]);
+    check_in_own_process("faults::no_device", &[("STANDIN_DEVICES", "0")]);
+    check_in_own_process("faults::stub_of_the_toolkit", &[("STANDIN_INIT", "34")]);
+    check_in_own_process("faults::driver_that_does_not_start", &[("STANDIN_INIT", "999")]);
+    check_in_own_process("faults::old_driver", &[("STANDIN_DRIVER", "12080")]);
+    check_in_own_process(
+        "faults::no_code_for_the_device",
+        &[("STANDIN_REJECT_IMAGE", "1"), ("STANDIN_CAPABILITY", "75")],
+    );
+    check_in_own_process("faults::too_little_memory", &[("STANDIN_MEMORY", "60000")]);
+    check_in_own_process("faults::too_little_to_pin", &[("STANDIN_PINNED", "15000")]);
+    check_in_own_process("faults::failed_synthesis", &[("STANDIN_FAIL_LAUNCH", "1")]);
     for launch in ["1", "3", "12", "20", "40"] {
-        alone("faults::failed_launch", &[("STANDIN_FAIL_LAUNCH", launch)]);
+        check_in_own_process("faults::failed_launch", &[("STANDIN_FAIL_LAUNCH", launch)]);
     }
     for copy in ["30", "45", "50", "70"] {
-        alone("faults::failed_launch", &[("STANDIN_FAIL_COPY", copy)]);
-        alone("faults::failed_copy", &[("STANDIN_FAIL_COPY", copy)]);
+        check_in_own_process("faults::failed_launch", &[("STANDIN_FAIL_COPY", copy)]);
+        check_in_own_process("faults::failed_copy", &[("STANDIN_FAIL_COPY", copy)]);
     }
 }
 
@@ -45,7 +48,7 @@ fn reason() -> String {
 }
 
 #[test]
-#[ignore = "run by `every_fault`"]
+#[ignore = "run by `every_fault_is_reported`"]
 fn no_device() {
     driver();
     assert_eq!(devices(), Err(Unavailable::NoDevice));
@@ -53,26 +56,26 @@ fn no_device() {
 }
 
 #[test]
-#[ignore = "run by `every_fault`"]
+#[ignore = "run by `every_fault_is_reported`"]
 fn stub_of_the_toolkit() {
     assert!(reason().contains("LD_LIBRARY_PATH"));
 }
 
 #[test]
-#[ignore = "run by `every_fault`"]
+#[ignore = "run by `every_fault_is_reported`"]
 fn driver_that_does_not_start() {
     assert!(reason().contains("error 999") && reason().contains("nvidia-smi"));
 }
 
 #[test]
-#[ignore = "run by `every_fault`"]
+#[ignore = "run by `every_fault_is_reported`"]
 fn old_driver() {
     let text = reason();
     assert!(text.contains("CUDA 12.8") && text.contains("update the driver"), "{text}");
 }
 
 #[test]
-#[ignore = "run by `every_fault`"]
+#[ignore = "run by `every_fault_is_reported`"]
 fn no_code_for_the_device() {
     driver();
     let text = cuda::CudaDevice::open(0).unwrap_err().to_string();
@@ -80,14 +83,14 @@ fn no_code_for_the_device() {
 }
 
 #[test]
-#[ignore = "run by `every_fault`"]
+#[ignore = "run by `every_fault_is_reported`"]
 fn too_little_memory() {
     let temp = tempfile::tempdir().unwrap();
     let owner = Owner::new();
     let model = Model::new(&owner);
     let text = options(temp.path()).device(Device::Cuda(0)).create(&model.device).unwrap_err().to_string();
     assert!(text.contains("running averages") && text.contains("are free") && text.contains("on the host"), "{text}");
-    // There is room for them on the host, and `Auto` finds that out by itself.
+    // They fit on the host, which `Auto` chooses.
     let mut ema = options(temp.path()).device(Device::Auto).create(&model.device).unwrap();
     ema.update(&model.device).unwrap();
     assert!(ema.fence().is_some());
@@ -95,7 +98,7 @@ fn too_little_memory() {
 }
 
 #[test]
-#[ignore = "run by `every_fault`"]
+#[ignore = "run by `every_fault_is_reported`"]
 fn too_little_to_pin() {
     let temp = tempfile::tempdir().unwrap();
     let owner = Owner::new();
@@ -104,12 +107,12 @@ fn too_little_to_pin() {
     assert!(text.contains("lock") && text.contains("host's memory") && !text.contains("device's memory"), "{text}");
 }
 
-/// Trains until the device fails, and checks that what was stored before is whole and goes on without the device.
+/// Trains until the device fails, and checks that the stored files are intact and that training resumes on the host.
 fn until_failure(device: Device) {
     let temp = tempfile::tempdir().unwrap();
     let owner = Owner::new();
     let mut model = Model::new(&owner);
-    // Stores every step: where the failed run ends depends on the fault.
+    // Stores every step, because the last step of the failed run depends on the fault.
     let reference = options(&temp.path().join("reference")).checkpoint_every(1).max_checkpoints(100);
     let mut reference = reference.create(&model.host).unwrap();
     let dir = temp.path().join("run");
@@ -130,9 +133,9 @@ fn until_failure(device: Device) {
             failed = failed.or(last.err().map(|error| error.to_string()));
         }
     }
-    let text = failed.expect("the fault was to be met");
+    let text = failed.expect("the fault occurs");
     assert!(text.contains("cuda:0") || text.contains("lost") || text.contains("CUDA_ERROR"), "{text}");
-    // Every file is whole, and holds what an undisturbed run held at that step.
+    // Every file is intact and equals that of an undisturbed run at the same step.
     if !dir.join("state.safetensors").exists() {
         return;
     }
@@ -147,19 +150,19 @@ fn until_failure(device: Device) {
 }
 
 #[test]
-#[ignore = "run by `every_fault`"]
+#[ignore = "run by `every_fault_is_reported`"]
 fn failed_launch() {
     until_failure(Device::Cuda(0));
 }
 
 #[test]
-#[ignore = "run by `every_fault`"]
+#[ignore = "run by `every_fault_is_reported`"]
 fn failed_copy() {
     until_failure(Device::Cpu);
 }
 
 #[test]
-#[ignore = "run by `every_fault`"]
+#[ignore = "run by `every_fault_is_reported`"]
 fn failed_synthesis() {
     driver();
     let temp = tempfile::tempdir().unwrap();
@@ -177,7 +180,7 @@ fn failed_synthesis() {
     let text = run.write_all(&output, &options(Device::Cuda(0))).unwrap_err().to_string();
     assert!(text.contains("launch the blend") && text.contains("(700)"), "{text}");
     assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 1, "nothing but the run");
-    // The CPU goes on.
+    // The CPU still works.
     assert_eq!(run.write_all(&output, &options(Device::Cpu)).unwrap(), Device::Cpu);
     assert!(count("launches").unwrap() > 0);
 }

@@ -1,5 +1,6 @@
-//! The CUDA path against the CPU's, bit for bit: on the real driver where there is one, and otherwise on the stand-in that
-//! is built here from the very same kernels.
+//! Tests of the CUDA path, compared with the CPU's bit for bit.
+//!
+//! They run on the real driver if there is one, and otherwise on the stand-in, which is built from the same kernels.
 
 mod blend;
 mod convert;

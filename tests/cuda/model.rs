@@ -1,4 +1,4 @@
-//! A model that is trained twice: in host memory, and on a device.
+//! Model that is trained in host memory and on a device.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use rand::Rng;
 use crate::owner::{Owned, Owner};
 use crate::values::{encode, random};
 
-/// The same tensors on both sides; they change together.
+/// Model with equal tensors on host and device, which change together.
 pub struct Model<'o> {
     pub host: Tensors,
     pub device: OnDevice<'o>,
@@ -17,11 +17,11 @@ pub struct Model<'o> {
 /// Tensors on a device.
 pub struct OnDevice<'o> {
     pub tensors: Vec<(String, Tensor, Owned<'o>)>,
-    /// Whether they are lent until the fence has passed.
+    /// True if the tensors are lent until the fence has passed.
     pub until_fence: bool,
 }
 
-/// Mixed dtypes, small and odd sizes, copied tensors, and a tie.
+/// Tensors of mixed dtypes and odd sizes, averaged and copied.
 const TENSORS: [(&str, Dtype, &[usize]); 8] = [
     ("a.weight", Dtype::F32, &[33, 7]),
     ("b.weight", Dtype::BF16, &[5, 1001]),
@@ -53,13 +53,13 @@ impl<'o> Model<'o> {
         Model { host, device: OnDevice { tensors, until_fence: false } }
     }
 
-    /// The optimiser's step.
+    /// Changes the tensors on both sides, as an optimiser does.
     pub fn train(&mut self, step: u64) {
         self.train_host(step);
         self.try_train_device().unwrap();
     }
 
-    /// On the host alone.
+    /// Changes the tensors on the host.
     pub fn train_host(&mut self, step: u64) {
         let mut random = random(1000 + step);
         for (name, tensor, _) in &mut self.device.tensors {
@@ -76,12 +76,12 @@ impl<'o> Model<'o> {
         }
     }
 
-    /// The same on the device, which may fail.
+    /// Copies the new values to the device.
     pub fn try_train_device(&self) -> Result<(), String> {
         self.device.tensors.iter().try_for_each(|(_, tensor, owned)| owned.try_set(&tensor.bytes))
     }
 
-    /// What the device holds, read from there.
+    /// Reads the tensors from the device.
     pub fn on_device(&self) -> Tensors {
         let read = |(name, tensor, owned): &(String, Tensor, Owned<'_>)| {
             (name.clone(), Tensor { bytes: owned.get(), ..tensor.clone() })
@@ -95,7 +95,7 @@ impl Parameters for OnDevice<'_> {
         let mut views = Vec::new();
         for (name, tensor, owned) in &self.tensors {
             let lent = owned.lend();
-            // SAFETY: the tests change the memory after its stream has waited for the fence.
+            // SAFETY: the tests change the memory only after its stream has waited for the fence.
             let lent = if self.until_fence { unsafe { lent.until_fence() } } else { lent };
             views.push(TensorView::cuda(name, tensor.dtype, &tensor.shape, lent)?);
         }
@@ -112,10 +112,10 @@ impl ParametersMut for OnDevice<'_> {
     }
 }
 
-/// A file's name, its tensors and its metadata, both by name.
+/// Name of a file, its tensors and its metadata.
 pub type Contents = (String, Vec<(String, Tensor)>, Vec<(String, String)>);
 
-/// The files of a run: every tensor's bytes, and the metadata but for what is drawn at random.
+/// Reads the files of a run, without the metadata that differs between runs.
 pub fn files(dir: &Path) -> Vec<Contents> {
     let mut names: Vec<String> =
         std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();

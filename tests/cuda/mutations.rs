@@ -1,12 +1,12 @@
-//! Kernels that are wrong on purpose are caught by the tests; and the right ones hold under the address sanitizer.
+//! Tests that wrong kernels fail the tests, and that the right ones pass under the address sanitizer.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::driver::{build, is_standin, run_alone};
+use crate::driver::{build, is_standin, run_in_own_process};
 
-/// A fault: its name, the file, what is replaced by what, and the tests that must notice.
+/// Fault in a kernel: its name, the file, the old and the new text, and the tests that must fail.
 struct Mutation(&'static str, &'static str, &'static str, &'static str, &'static str);
 
 const MUTATIONS: [Mutation; 14] = [
@@ -20,19 +20,13 @@ const MUTATIONS: [Mutation; 14] = [
     Mutation("a lost low-order term", "update.cu", "c = sub_f32(d, sub_f32(s, e));", "c = 0.0f;", "update::"),
     Mutation("a dropped tail", "update.cu", "    if (i >= c.elements) return;", "    return;", "update::"),
     Mutation(
-        "a vector too many",
+        "one vector too many",
         "update.cu",
         "vectors = c.elements / V;",
         "vectors = (c.elements + V - 1) / V;",
         "update::",
     ),
-    Mutation(
-        "alignment taken for granted",
-        "update.cu",
-        "if (c.address % Alignment<T, V>::BYTES == 0)",
-        "if (true)",
-        "update::",
-    ),
+    Mutation("unaligned vectors", "update.cu", "if (c.address % Alignment<T, V>::BYTES == 0)", "if (true)", "update::"),
     Mutation(
         "the weight of another profile",
         "update.cu",
@@ -47,7 +41,7 @@ const MUTATIONS: [Mutation; 14] = [
         "sum[m][v] = f64_to_f32(fma_f64(a.weights[k * M + m], value, sum[m][v]));",
         "blend::",
     ),
-    Mutation("sums begun anew", "blend.cu", "a.first ? 0.0 : load(sum_at(a, m, i + v))", "0.0", "blend::"),
+    Mutation("sums restarted at 0", "blend.cu", "a.first ? 0.0 : load(sum_at(a, m, i + v))", "0.0", "blend::"),
     Mutation("an overflow is ignored", "blend.cu", "if (!fits(sum[m][v], a.limit))", "if (false)", "blend::"),
     Mutation(
         "the last source left out",
@@ -82,7 +76,7 @@ const MUTATIONS: [Mutation; 14] = [
 
 #[test]
 #[ignore = "builds the stand-in many times: minutes"]
-fn every_fault_of_a_kernel_is_caught() {
+fn every_mutated_kernel_fails_its_tests() {
     if !is_standin() {
         return;
     }
@@ -99,17 +93,17 @@ fn every_fault_of_a_kernel_is_caught() {
             fs::write(temp.path().join(path.file_name().unwrap()), text).unwrap();
         }
         let library = build(temp.path(), &["-O1", "-w"]);
-        let output = run_alone(tests, &[], &library);
+        let output = run_in_own_process(tests, &[], &library);
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(!output.status.success() && text.contains("test result: FAILED"), "{name} was not noticed by {tests}");
         fs::remove_dir_all(library.parent().unwrap()).unwrap();
     }
 }
 
-/// Device memory is memory of this process: whatever reads or writes beside it is caught.
+/// Device memory of the stand-in is memory of the process, so the sanitizer sees every access outside of it.
 #[test]
-#[ignore = "builds the stand-in anew: a minute"]
-fn the_address_sanitizer_finds_nothing() {
+#[ignore = "builds the stand-in again: a minute"]
+fn address_sanitizer_finds_no_fault() {
     if !is_standin() {
         return;
     }
@@ -119,16 +113,16 @@ fn the_address_sanitizer_finds_nothing() {
     let runtime = String::from_utf8(runtime.stdout).unwrap();
     let variables = [("LD_PRELOAD", runtime.trim()), ("ASAN_OPTIONS", "detect_leaks=0:halt_on_error=1")];
     for part in ["update::", "blend::", "convert::", "offload::", "tracker::", "synthesis::"] {
-        let output = run_alone(part, &variables, &library);
+        let output = run_in_own_process(part, &variables, &library);
         let text = [output.stdout, output.stderr].concat();
         assert!(output.status.success(), "{part}: {}", String::from_utf8_lossy(&text));
     }
 }
 
-/// The stand-in's own test.
+/// Runs the stand-in's own tests.
 #[test]
-#[ignore = "builds the stand-in anew: half a minute"]
-fn the_stand_in_notices_what_it_should() {
+#[ignore = "builds the stand-in again: half a minute"]
+fn stand_in_passes_its_own_tests() {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standin");
     let temp = tempfile::tempdir().unwrap();
     let (library, program) = (temp.path().join("selftest-libcuda.so.1"), temp.path().join("selftest"));

@@ -1,4 +1,4 @@
-//! Parameters copied to the host while their owner trains on.
+//! Tests of copies to the host during training.
 
 use posthoc_ema::CudaMemory;
 use posthoc_ema::compute::cuda::{CudaDevice, Offload};
@@ -15,7 +15,7 @@ fn bytes(seed: u64, n: usize) -> Vec<u8> {
 }
 
 #[test]
-fn tensors_of_every_size_and_alignment_arrive() {
+fn copy_of_every_size_and_alignment_keeps_bytes() {
     let owner = Owner::new();
     let device = CudaDevice::open(0).unwrap();
     let mut offload = Offload::new(&device, &SIZES).unwrap();
@@ -24,7 +24,7 @@ fn tensors_of_every_size_and_alignment_arrive() {
         let owned: Vec<Owned<'_>> = values.iter().map(|v| owner.own(v, round as usize)).collect();
         let lent: Vec<CudaMemory<'_>> = owned.iter().map(Owned::lend).collect();
         let (staged, _) = offload.copy(&lent).unwrap();
-        // The optimiser's next step, on the stream that waits for the copy.
+        // The next training step, on the stream that waits for the copy.
         owned.iter().for_each(|memory| memory.set(&vec![0xee; memory.bytes]));
         let arrived = staged.wait().unwrap();
         values.iter().enumerate().for_each(|(i, v)| assert_eq!(arrived.tensor(i), v, "round {round}, tensor {i}"));
@@ -32,7 +32,7 @@ fn tensors_of_every_size_and_alignment_arrive() {
 }
 
 #[test]
-fn the_fence_lets_training_go_on_meanwhile() {
+fn stream_that_waits_for_fence_may_change_tensor() {
     let owner = Owner::new();
     let device = CudaDevice::open(0).unwrap();
     let value = bytes(1, 3_000_000);
@@ -41,16 +41,16 @@ fn the_fence_lets_training_go_on_meanwhile() {
     // SAFETY: the memory changes only after its stream has waited for the fence.
     let lent = unsafe { owned.lend().until_fence() };
     let (staged, fence) = offload.copy(&[lent]).unwrap();
-    // SAFETY: the owner's own stream, in the same context.
+    // SAFETY: it is the owner's stream, in the same context.
     unsafe { fence.wait_on(owner.stream()) }.unwrap();
     owned.set(&vec![1; value.len()]);
     assert_eq!(staged.wait().unwrap().tensor(0), value);
     fence.wait().unwrap();
 }
 
-/// The third copy waits until one of the first two has been folded, so what is locked is bounded.
+/// The third copy waits until one of the first two is folded, which bounds the locked memory.
 #[test]
-fn two_copies_may_wait_and_the_third_blocks() {
+fn third_pending_copy_blocks() {
     let owner = Owner::new();
     let device = CudaDevice::open(0).unwrap();
     let owned = owner.own(&[5; 100], 0);
@@ -64,7 +64,7 @@ fn two_copies_may_wait_and_the_third_blocks() {
             done.send(()).unwrap();
             assert_eq!(third.wait().unwrap().tensor(0), [5; 100]);
         });
-        assert!(folded.recv_timeout(std::time::Duration::from_millis(100)).is_err(), "the third did not wait");
+        assert!(folded.recv_timeout(std::time::Duration::from_millis(100)).is_err(), "the third copy did not wait");
         drop(first.wait().unwrap());
         folded.recv().unwrap();
     });

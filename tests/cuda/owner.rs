@@ -1,4 +1,4 @@
-//! Somebody else's memory on a device, as PyTorch would hand it over.
+//! Device memory of another library, such as PyTorch.
 
 use std::sync::Arc;
 
@@ -7,13 +7,13 @@ use posthoc_ema::{CudaMemory, CudaMemoryMut};
 
 use crate::driver::driver;
 
-/// Whoever trains: a context object and a stream of their own.
+/// Library that trains, with its own context object and stream.
 pub struct Owner {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
 }
 
-/// Memory of an owner, at any alignment.
+/// Memory of an [`Owner`], at any alignment.
 pub struct Owned<'o> {
     owner: &'o Owner,
     allocation: u64,
@@ -37,7 +37,7 @@ impl Owner {
         self.stream.cu_stream().addr()
     }
 
-    /// Makes its device the thread's own.
+    /// Makes the device current on this thread.
     pub fn make_current(&self) {
         self.context.bind_to_thread().unwrap();
     }
@@ -46,7 +46,7 @@ impl Owner {
         self.stream.synchronize().unwrap();
     }
 
-    /// Memory with these bytes, `shift` bytes from where an allocation begins.
+    /// Allocates memory with these bytes, `shift` bytes after the start of an allocation.
     pub fn own(&self, bytes: &[u8], shift: usize) -> Owned<'_> {
         self.context.bind_to_thread().unwrap();
         // SAFETY: the context is current, and the size is not 0.
@@ -58,7 +58,7 @@ impl Owner {
 }
 
 impl Owned<'_> {
-    /// Queues other bytes, on the owner's stream, as an optimiser would.
+    /// Queues a copy of new bytes on the owner's stream, as an optimiser does.
     pub fn set(&self, bytes: &[u8]) {
         self.try_set(bytes).unwrap();
     }
@@ -69,7 +69,7 @@ impl Owned<'_> {
             return Ok(());
         }
         self.owner.context.bind_to_thread().map_err(|error| error.to_string())?;
-        // SAFETY: within the allocation; pageable memory is taken when the call returns.
+        // SAFETY: it is within the allocation, and pageable memory has been read when the call returns.
         unsafe { result::memcpy_htod_async(self.address(), bytes, self.owner.stream.cu_stream()) }
             .map_err(|error| error.to_string())
     }
@@ -78,7 +78,7 @@ impl Owned<'_> {
         self.owner.context.bind_to_thread().unwrap();
         let mut bytes = vec![0; self.bytes];
         if !bytes.is_empty() {
-            // SAFETY: within the allocation, and the destination is as long.
+            // SAFETY: it is within the allocation, and the destination has the same size.
             unsafe { result::memcpy_dtoh_async(&mut bytes, self.address(), self.owner.stream.cu_stream()) }.unwrap();
             self.owner.wait();
         }
@@ -94,12 +94,10 @@ impl Owned<'_> {
         // SAFETY: the allocation lives as long as `self`, and freeing it waits for the device.
         unsafe { CudaMemory::from_raw(device, self.owner.stream(), self.address(), self.bytes) }
     }
-}
 
-impl Owned<'_> {
     pub fn lend_mut(&self) -> CudaMemoryMut<'_> {
         let device = self.owner.context.ordinal();
-        // SAFETY: as in `lend`; the owner's own work is all on this stream.
+        // SAFETY: as in `lend`. All of the owner's work is on this stream.
         unsafe { CudaMemoryMut::from_raw(device, self.owner.stream(), self.address(), self.bytes) }
     }
 }
@@ -107,7 +105,7 @@ impl Owned<'_> {
 impl Drop for Owned<'_> {
     fn drop(&mut self) {
         let _ = self.owner.context.bind_to_thread();
-        // SAFETY: allocated by `own`, freed once.
+        // SAFETY: it was allocated by `own` and is freed once.
         let _ = unsafe { result::free_sync(self.allocation) };
     }
 }

@@ -1,4 +1,4 @@
-//! Synthesis on a device against that of the CPU, byte by byte.
+//! Tests of synthesis on a device, compared with the CPU's byte by byte.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use crate::driver::{Driver, count, driver};
 use crate::model::Model;
 use crate::owner::Owner;
 
-/// A run with some snapshots of a model of mixed dtypes.
+/// Writes a run with several snapshots of a model of mixed dtypes.
 fn train(dir: &Path, dtype: Option<Dtype>) -> Tensors {
     let owner = Owner::new();
     let mut model = Model::new(&owner);
@@ -33,7 +33,7 @@ fn profiles(n: usize) -> Vec<Profile> {
     (0..n).map(|i| Profile::sigma_rel(0.06 + 0.2 * i as f64 / n as f64).unwrap()).collect()
 }
 
-/// Writes some targets on a device and returns the files.
+/// Synthesizes targets on a device, and returns the device used and the bytes of the files.
 fn write(run: &Run, targets: usize, dtype: Option<Dtype>, device: Device, dir: &Path) -> (Device, Vec<Vec<u8>>) {
     std::fs::create_dir_all(dir).unwrap();
     let plans = run.plans(&profiles(targets), At::Latest).unwrap();
@@ -49,7 +49,7 @@ fn write(run: &Run, targets: usize, dtype: Option<Dtype>, device: Device, dir: &
 }
 
 #[test]
-fn files_are_the_same() {
+fn synthesis_on_device_writes_files_of_cpu() {
     driver();
     for stored in [None, Some(Dtype::F16), Some(Dtype::BF16), Some(Dtype::F64)] {
         let temp = tempfile::tempdir().unwrap();
@@ -67,9 +67,9 @@ fn files_are_the_same() {
     }
 }
 
-/// More than fits one block, and more than the two that are under way at a time.
+/// Synthesizes more blocks than the two that run at the same time.
 #[test]
-fn models_of_many_blocks() {
+fn synthesis_of_many_blocks_writes_files_of_cpu() {
     driver();
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
@@ -87,7 +87,7 @@ fn models_of_many_blocks() {
 }
 
 #[test]
-fn a_small_job_is_left_to_the_cpu() {
+fn auto_device_runs_small_job_on_cpu() {
     driver();
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
@@ -97,7 +97,7 @@ fn a_small_job_is_left_to_the_cpu() {
 }
 
 #[test]
-fn sums_that_do_not_fit_leave_no_file() {
+fn overflow_leaves_no_file() {
     driver();
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
@@ -125,7 +125,7 @@ fn sums_that_do_not_fit_leave_no_file() {
     assert!(text.unwrap_err().to_string().contains("cuda:99: cannot use the device"));
 }
 
-/// Two trackers alike, one of parameters on a device; `act` is done to both.
+/// Trains two trackers of the same model, one of parameters on a device, and calls `act` with both.
 fn with_both(device: Device, mut act: impl FnMut(&PostHocEma, &PostHocEma, &mut Model<'_>)) {
     let temp = tempfile::tempdir().unwrap();
     let owner = Owner::new();
@@ -137,14 +137,14 @@ fn with_both(device: Device, mut act: impl FnMut(&PostHocEma, &PostHocEma, &mut 
         model.train(step);
         on_host.update(&model.host).unwrap();
         on_device.update(&model.device).unwrap();
-        // What is written in the background is there for both.
+        // Waits until files written in the background exist.
         on_device.save().unwrap();
     }
     act(&on_host, &on_device, &mut model);
 }
 
 #[test]
-fn live_averages_join_where_they_lie() {
+fn live_averages_join_synthesis_on_either_side() {
     for device in [Device::Cuda(0), Device::Cpu] {
         with_both(device, |on_host, on_device, _| {
             for profile in profiles(3) {
@@ -159,14 +159,14 @@ fn live_averages_join_where_they_lie() {
 }
 
 #[test]
-fn the_model_becomes_its_average_in_place() {
+fn switch_to_average_changes_model_in_place() {
     for device in [Device::Cuda(0), Device::Cpu] {
         with_both(device, |on_host, on_device, model| {
             let profile = profiles(1).remove(0);
             on_host.switch_to(profile.clone(), &mut model.host).unwrap();
             on_device.switch_to(profile.clone(), &mut model.device).unwrap();
             assert!(model.on_device() == model.host);
-            // A model in host memory, of averages wherever they lie.
+            // The model is in host memory, the averages on either side.
             let mut copy = model.host.clone();
             copy.for_each_mut(&mut |view| {
                 let dtype = view.dtype;
@@ -181,10 +181,10 @@ fn the_model_becomes_its_average_in_place() {
 }
 
 #[test]
-fn an_evaluation_gives_every_bit_back() {
+fn restore_after_swap_in_keeps_bits() {
     for device in [Device::Cuda(0), Device::Cpu] {
         with_both(device, |on_host, on_device, model| {
-            // Bits that no arithmetic would give back.
+            // Bits that arithmetic would not preserve.
             let (_, tensor, owned) = &mut model.device.tensors[0];
             tensor.bytes[4..8].copy_from_slice(&0xffc1_2345u32.to_le_bytes());
             tensor.bytes[8..12].copy_from_slice(&(-0.0f32).to_le_bytes());
@@ -206,7 +206,7 @@ fn an_evaluation_gives_every_bit_back() {
     }
 }
 
-/// Compares what lies on the device, read as its owner would.
+/// Compares the tensors on the device with an average.
 fn check_averaged(params: &crate::model::OnDevice<'_>, average: &Tensors) {
     for (name, tensor, owned) in &params.tensors {
         let expected =
@@ -216,12 +216,12 @@ fn check_averaged(params: &crate::model::OnDevice<'_>, average: &Tensors) {
 }
 
 #[test]
-fn an_average_that_does_not_fit_leaves_the_model_as_it_was() {
+fn overflowing_average_leaves_model_unchanged() {
     let temp = tempfile::tempdir().unwrap();
     let owner = Owner::new();
     let mut model = Model::new(&owner);
     let mut host = model.host.clone();
-    // The run averages f32 where the model on the device has f16.
+    // The run has f32 averages of a tensor that is f16 on the device.
     let mut large = host.get("d.half").unwrap().clone();
     (large.dtype, large.bytes) = (Dtype::F32, (0..130).flat_map(|i| (1e4f32 * i as f32).to_le_bytes()).collect());
     host.insert("d.half", large);
@@ -239,9 +239,9 @@ fn an_average_that_does_not_fit_leaves_the_model_as_it_was() {
     assert!(model.on_device() == before);
 }
 
-/// A model that lends nothing: whoever evaluates needs no second one.
+/// Measures the memory that an evaluation takes in addition to the model.
 #[test]
-#[ignore = "run by `an_evaluation_takes_no_second_model`"]
+#[ignore = "run by `evaluation_needs_no_memory_for_second_model`"]
 fn evaluation() {
     let Driver::StandIn(_) = driver() else { return };
     let temp = tempfile::tempdir().unwrap();
@@ -269,7 +269,7 @@ fn evaluation() {
     let averaged = ema.swap_in(Profile::sigma_rel(0.2).unwrap(), &mut model).unwrap();
     averaged.restore().unwrap();
     let peak = count("peak_device_bytes").unwrap() - before;
-    assert!(peak < 300_000_000, "{peak} bytes beside the model's 400 MB");
+    assert!(peak < 300_000_000, "{peak} bytes in addition to the model's 400 MB");
     assert!(
         count("peak_pinned_bytes").unwrap() < 2 * 400_000_000 + 300_000_000,
         "the offload's two slots, and some blocks"
@@ -278,6 +278,6 @@ fn evaluation() {
 }
 
 #[test]
-fn an_evaluation_takes_no_second_model() {
-    crate::driver::alone("synthesis::evaluation", &[]);
+fn evaluation_needs_no_memory_for_second_model() {
+    crate::driver::check_in_own_process("synthesis::evaluation", &[]);
 }

@@ -1,4 +1,4 @@
-//! The tracker, with averages on the device and on the host, against the tracker of parameters in host memory.
+//! Tests of the tracker with parameters on a device, compared with a tracker of parameters in host memory.
 
 use posthoc_ema::compute::cuda::devices;
 use posthoc_ema::{Device, Dtype, Error, Options, PostHocEma, Precision, UpdateOutcome};
@@ -11,7 +11,7 @@ fn options(dir: &std::path::Path) -> Options {
     PostHocEma::options(dir).update_every(2).checkpoint_every(10).max_checkpoints(3).checkpoint_dtype(Dtype::F16)
 }
 
-/// Trains alike on both sides and compares every file.
+/// Trains the same model on both sides and compares every file.
 fn check(device: Device, set: impl Fn(Options) -> Options, until_fence: bool) {
     let temp = tempfile::tempdir().unwrap();
     let (on_host, on_device) = (temp.path().join("host"), temp.path().join("device"));
@@ -39,7 +39,7 @@ fn check(device: Device, set: impl Fn(Options) -> Options, until_fence: bool) {
     drop(got);
     drop(expected);
 
-    // Gone on with, on the other place: the same again.
+    // Resumes with the averages on the other side.
     let other = if device == Device::Cpu { Device::Cuda(0) } else { Device::Cpu };
     let mut expected = set(options(&on_host)).resume(&model.host).unwrap();
     let mut got = set(options(&on_device)).device(other).resume(&model.device).unwrap();
@@ -56,9 +56,8 @@ fn check(device: Device, set: impl Fn(Options) -> Options, until_fence: bool) {
     assert_eq!(files(&on_device), files(&on_host));
 }
 
-/// Where the training waits for the disk, the files are there after the call, wherever the averages are.
 #[test]
-fn without_the_background_the_files_are_there_at_once() {
+fn checkpoint_without_background_writes_files_before_returning() {
     driver();
     for device in [Device::Cuda(0), Device::Cpu] {
         check(device, |options| options.checkpoint_in_background(false), false);
@@ -78,22 +77,22 @@ fn without_the_background_the_files_are_there_at_once() {
 }
 
 #[test]
-fn averages_on_the_device_store_the_same_files() {
+fn averages_on_device_store_files_of_host() {
     check(Device::Cuda(0), |options| options, false);
 }
 
 #[test]
-fn averages_on_the_host_store_the_same_files() {
+fn averages_on_host_store_files_of_host() {
     check(Device::Cpu, |options| options, false);
 }
 
 #[test]
-fn the_fence_lets_the_parameters_be_read_later() {
+fn parameters_lent_until_fence_store_files_of_host() {
     check(Device::Cpu, |options| options, true);
 }
 
 #[test]
-fn every_precision_dtype_and_number_of_profiles() {
+fn every_precision_dtype_and_option_stores_files_of_host() {
     for device in [Device::Cuda(0), Device::Cpu] {
         check(device, |options| options.precision(Precision::Plain).checkpoint_dtype(None), false);
         let many = |options: Options| options.betas([0.5, 0.8, 0.9, 0.95, 0.99]).sigma_rels([0.05, 0.1, 0.2, 0.28]);
@@ -104,7 +103,7 @@ fn every_precision_dtype_and_number_of_profiles() {
 }
 
 #[test]
-fn the_place_is_chosen_by_what_fits() {
+fn auto_device_keeps_averages_on_device() {
     let temp = tempfile::tempdir().unwrap();
     let owner = Owner::new();
     let model = Model::new(&owner);
@@ -113,13 +112,13 @@ fn the_place_is_chosen_by_what_fits() {
         assert_eq!(ema.update_at(2, &model.device).unwrap(), UpdateOutcome::Updated);
         ema.fence().is_some()
     };
-    // On the device there is nothing to wait for.
+    // Averages on the device need no fence.
     assert!(!fence_after_an_update(Device::Auto, "auto"));
     assert!(fence_after_an_update(Device::Cpu, "host"));
 }
 
 #[test]
-fn values_that_are_not_finite_are_told_at_the_next_call_and_training_goes_on() {
+fn value_that_is_not_finite_is_reported_and_not_stored() {
     for device in [Device::Cuda(0), Device::Cpu] {
         let temp = tempfile::tempdir().unwrap();
         let owner = Owner::new();
@@ -142,7 +141,7 @@ fn values_that_are_not_finite_are_told_at_the_next_call_and_training_goes_on() {
 }
 
 #[test]
-fn values_beyond_f16_are_kept_in_f32_as_on_the_host() {
+fn average_beyond_f16_is_stored_in_f32() {
     for device in [Device::Cuda(0), Device::Cpu] {
         let temp = tempfile::tempdir().unwrap();
         let owner = Owner::new();
@@ -162,16 +161,16 @@ fn values_beyond_f16_are_kept_in_f32_as_on_the_host() {
 }
 
 #[test]
-fn parameters_and_averages_in_places_that_do_not_fit_are_refused() {
+fn parameters_on_wrong_device_are_rejected() {
     driver();
     if devices().unwrap() < 2 {
         return;
     }
-    places(Device::Cuda(0));
-    places(Device::Cpu);
+    check_wrong_devices(Device::Cuda(0));
+    check_wrong_devices(Device::Cpu);
 }
 
-fn places(device: Device) {
+fn check_wrong_devices(device: Device) {
     let temp = tempfile::tempdir().unwrap();
     let (owner, second) = (Owner::new(), Owner::on(1));
     let (mut model, elsewhere) = (Model::new(&owner), Model::new(&second));
@@ -181,7 +180,7 @@ fn places(device: Device) {
     assert!(error.contains("option device") && error.contains("host memory"), "{error}");
     let error = text(create(Device::Cuda(1)).create(&model.device));
     assert!(error.contains("on cuda:0") && error.contains("cuda:1"), "{error}");
-    // A model that is spread over two devices, and one that has moved.
+    // A model that has moved, and one on two devices.
     model.device.tensors.swap_remove(2);
     let mut ema = create(device).create(&model.device).unwrap();
     ema.update_at(2, &model.device).unwrap();
@@ -203,9 +202,9 @@ fn places(device: Device) {
     assert!(error.contains("the model has tensors on cuda:"), "{error}");
 }
 
-/// Counters of the stand-in are of the whole process, so this runs by itself, in a process of its own.
+/// Runs in its own process, because the counters of the stand-in are global.
 #[test]
-#[ignore = "run by `costs_are_bounded`"]
+#[ignore = "run by `update_costs_are_bounded`"]
 fn costs() {
     let Some(before) = count("launches") else { return };
     let temp = tempfile::tempdir().unwrap();
@@ -229,7 +228,7 @@ fn costs() {
     assert_eq!((copied, allocated), (idle[1], idle[2]), "the table of tensors is there already");
     drop(ema);
 
-    // Averages on the host: the device gives only the table of small tensors.
+    // With averages on the host, the device holds only the table of small tensors.
     let temp = tempfile::tempdir().unwrap();
     let memory = count("device_bytes").unwrap();
     let mut ema = options(temp.path()).create(&model.device).unwrap();
@@ -244,13 +243,13 @@ fn costs() {
 }
 
 #[test]
-fn costs_are_bounded() {
-    crate::driver::alone("tracker::costs", &[]);
+fn update_costs_are_bounded() {
+    crate::driver::check_in_own_process("tracker::costs", &[]);
 }
 
-/// Which device a thread works with is the caller's to say: PyTorch goes by it.
+/// PyTorch depends on the thread's current context.
 #[test]
-fn the_threads_context_is_left_as_it_was() {
+fn every_call_keeps_current_context_of_thread() {
     driver();
     let current = || cudarc::driver::result::ctx::get_current().unwrap();
     for device in [Device::Cuda(0), Device::Cpu] {
@@ -265,7 +264,7 @@ fn the_threads_context_is_left_as_it_was() {
             owner.wait();
             match &other {
                 Some(other) => other.make_current(),
-                // SAFETY: no context at all, as in a thread that has not used CUDA.
+                // SAFETY: the null context is that of a thread that has not used CUDA.
                 None => unsafe { cudarc::driver::result::ctx::set_current(std::ptr::null_mut()) }.unwrap(),
             }
             let before = current();
@@ -294,21 +293,21 @@ fn the_threads_context_is_left_as_it_was() {
 }
 
 #[test]
-fn elements_that_are_not_aligned_are_refused() {
+fn unaligned_tensor_is_rejected() {
     let temp = tempfile::tempdir().unwrap();
     let owner = Owner::new();
     let memory = owner.own(&[0; 17], 1);
-    struct Askew<'o>(crate::owner::Owned<'o>);
-    impl posthoc_ema::Parameters for Askew<'_> {
+    struct Unaligned<'o>(crate::owner::Owned<'o>);
+    impl posthoc_ema::Parameters for Unaligned<'_> {
         fn with_tensors(
             &self,
             read: &mut dyn FnMut(&[posthoc_ema::TensorView<'_>]) -> posthoc_ema::Result<()>,
         ) -> posthoc_ema::Result<()> {
-            // SAFETY: four elements of four bytes from the first on.
+            // SAFETY: the memory holds four elements of four bytes.
             let lent = unsafe { posthoc_ema::CudaMemory::from_raw(0, self.0.lend().device(), self.0.address(), 16) };
             read(&[posthoc_ema::TensorView::cuda("w", Dtype::F32, &[4], lent)?])
         }
     }
-    let error = options(temp.path()).create(&Askew(memory)).unwrap_err().to_string();
-    assert!(error.contains("`w`") && error.contains("no multiple of the 4 bytes"), "{error}");
+    let error = options(temp.path()).create(&Unaligned(memory)).unwrap_err().to_string();
+    assert!(error.contains("`w`") && error.contains("not a multiple of its element size of 4 bytes"), "{error}");
 }

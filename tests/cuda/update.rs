@@ -1,4 +1,4 @@
-//! The update on a device.
+//! Tests of the update on a device.
 
 use posthoc_ema::compute::cpu::{self, Averages, Incoming, Layout, Precision};
 use posthoc_ema::compute::cuda::{CudaDevice, DeviceAverages};
@@ -9,7 +9,7 @@ use crate::driver::driver;
 use crate::owner::{Owned, Owner};
 use crate::values::{AVERAGED, bits, random, size, wild};
 
-/// A model on both sides: the bytes, and somebody's device memory with the same.
+/// Averaged and copied tensors: their bytes, and device memory of another library with the same bytes.
 struct Model<'o> {
     tensors: Vec<(Dtype, Vec<u8>, Owned<'o>)>,
     copied: Vec<(Vec<u8>, Owned<'o>)>,
@@ -46,7 +46,7 @@ fn check(lengths: &[usize], dtypes: &[Dtype], profiles: usize, precision: Precis
             model.tensors.iter().map(|(dtype, bytes, _)| Incoming { dtype: *dtype, bytes }).collect();
         cpu::update(&mut expected, &incoming, &layout, &weights);
         compare(&got, &expected, &layout, &model);
-        // The optimiser's step: other values in the same place.
+        // The next training step: new values at the same addresses.
         for (dtype, bytes, owned) in &mut model.tensors {
             *bytes = wild(&mut random, *dtype, bytes.len() / size(*dtype));
             owned.set(bytes);
@@ -72,7 +72,7 @@ fn compare(got: &DeviceAverages, expected: &[Averages], layout: &Layout, model: 
 }
 
 #[test]
-fn every_length_dtype_precision_and_number_of_profiles() {
+fn update_of_every_length_dtype_and_precision_has_bits_of_cpu() {
     let lengths: Vec<usize> = (0..35).chain([1000, 1023, 4099]).collect();
     for profiles in 1..=8 {
         for precision in [Precision::Plain, Precision::Compensated] {
@@ -82,7 +82,7 @@ fn every_length_dtype_precision_and_number_of_profiles() {
 }
 
 #[test]
-fn one_dtype_alone_aligned_and_not() {
+fn aligned_and_unaligned_update_has_bits_of_cpu() {
     for dtype in AVERAGED {
         for precision in [Precision::Plain, Precision::Compensated] {
             check(&[1, 2047, 2048, 2049, 10_000], &[dtype], 2, precision, &[0]);
@@ -92,19 +92,19 @@ fn one_dtype_alone_aligned_and_not() {
 }
 
 #[test]
-fn more_profiles_than_one_launch_takes() {
+fn update_of_more_profiles_than_one_launch_takes_has_bits_of_cpu() {
     check(&[5, 300, 4097], &[Dtype::BF16, Dtype::F32], 9, Precision::Compensated, &[0]);
     check(&[5, 300, 4097], &[Dtype::F16], 17, Precision::Plain, &[1]);
 }
 
 #[test]
-fn chunks_of_the_largest_size_and_many_tensors() {
+fn update_of_large_and_many_tensors_has_bits_of_cpu() {
     check(&[(1 << 16) + 3, 200_001, 1], &[Dtype::F32, Dtype::BF16], 2, Precision::Compensated, &[0, 1]);
     check(&vec![7; 2000], &[Dtype::BF16], 1, Precision::Plain, &[0, 1]);
 }
 
 #[test]
-fn parameters_that_move_and_streams_that_change() {
+fn update_follows_new_addresses_and_streams() {
     let (first, second) = (Owner::new(), Owner::new());
     let layout = Layout::new([1000]);
     let device = CudaDevice::open(0).unwrap();
@@ -125,7 +125,7 @@ fn parameters_that_move_and_streams_that_change() {
 }
 
 #[test]
-fn averages_that_were_on_the_host_go_on_alike() {
+fn uploaded_averages_continue_with_bits_of_cpu() {
     let owner = Owner::new();
     let layout = Layout::new([100, 33]);
     let mut random = random(9);
@@ -155,7 +155,7 @@ fn averages_that_were_on_the_host_go_on_alike() {
 }
 
 #[test]
-fn tensors_of_several_streams_or_devices_are_refused_and_nothing_changes() {
+fn tensors_of_several_streams_are_rejected_without_change() {
     let (one, other) = (Owner::new(), Owner::new());
     let bytes = [0u8; 16];
     let (a, b) = (one.own(&bytes, 0), other.own(&bytes, 0));

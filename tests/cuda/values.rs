@@ -1,4 +1,4 @@
-//! Values that try everything: ordinary ones, and any bit pattern.
+//! Random values: ordinary numbers and arbitrary bit patterns.
 
 use half::{bf16, f16};
 use posthoc_ema::Dtype;
@@ -15,7 +15,7 @@ pub fn size(dtype: Dtype) -> usize {
     dtype.bitsize() / 8
 }
 
-/// One time in four any bits: subnormals, infinities, NaN.
+/// Returns random elements, of which a quarter have arbitrary bits: subnormals, infinities, NaN.
 pub fn wild(random: &mut ChaCha8Rng, dtype: Dtype, elements: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(elements * size(dtype));
     for _ in 0..elements {
@@ -28,7 +28,7 @@ pub fn wild(random: &mut ChaCha8Rng, dtype: Dtype, elements: usize) -> Vec<u8> {
     bytes
 }
 
-/// Values between -2 and 2.
+/// Returns random elements between -2 and 2.
 pub fn tame(random: &mut ChaCha8Rng, dtype: Dtype, elements: usize) -> Vec<u8> {
     (0..elements).flat_map(|_| encode(random.random::<f64>() * 4.0 - 2.0, dtype)).collect()
 }
@@ -42,7 +42,7 @@ pub fn encode(value: f64, dtype: Dtype) -> Vec<u8> {
     }
 }
 
-/// The bits of f32 values, all NaN made one: their payload is the one thing in which devices differ.
+/// Returns the bits of f32 values. Every NaN has the same bits, because its payload differs between devices.
 pub fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| if v.is_nan() { 0x7fff_ffff } else { v.to_bits() }).collect()
 }
