@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 use tempfile::NamedTempFile;
 
-use super::fail_point;
+use super::fail_point::attempt;
 use super::temporary::{self, LiveEntry};
 use crate::error::{Error, Result};
 
@@ -46,8 +46,7 @@ impl AtomicFile {
         }
         // Subject to the umask, as for any new file. The default of tempfile is private to the user.
         let permissions = Permissions::from_mode(0o666);
-        let create = || temporary::file(parent_dir(path), permissions);
-        let (file, live) = fail_point(path).and_then(|()| create()).map_err(Error::io("write", path))?;
+        let (file, live) = attempt("write", path, || temporary::file(parent_dir(path), permissions))?;
         Ok(AtomicFile { file, path: path.to_owned(), limit: file_limit(), _live: live })
     }
 
@@ -61,8 +60,7 @@ impl AtomicFile {
     /// # Errors
     /// [`Error::Io`], as for a full disk.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        let write = || write_within(self.limit, self.file.as_file(), offset, bytes);
-        fail_point(&self.path).and_then(|()| write()).map_err(Error::io("write", &self.path))?;
+        attempt("write", &self.path, || write_within(self.limit, self.file.as_file(), offset, bytes))?;
         if bytes.len() >= MIN_WRITEBACK {
             start_writeback(self.file.as_file(), offset, bytes.len());
         }
@@ -83,9 +81,10 @@ impl AtomicFile {
     /// # Errors
     /// [`Error::Io`]. The temporary file is removed, and the previous file of that name is untouched.
     pub fn commit(self) -> Result<()> {
-        fail_point(&self.path).and_then(|()| self.file.as_file().sync_all()).map_err(Error::io("sync", &self.path))?;
-        let rename = || self.file.persist(&self.path).map(drop).map_err(|failed| failed.error);
-        fail_point(&self.path).and_then(|()| rename()).map_err(Error::io("rename into place", &self.path))?;
+        attempt("sync", &self.path, || self.file.as_file().sync_all())?;
+        attempt("rename into place", &self.path, || {
+            self.file.persist(&self.path).map(drop).map_err(|failed| failed.error)
+        })?;
         sync_directory(parent_dir(&self.path))
     }
 }
@@ -126,7 +125,7 @@ fn start_writeback(_: &File, _: u64, _: usize) {}
 
 /// Makes renames and removals in a directory durable.
 pub fn sync_directory(dir: &Path) -> Result<()> {
-    fail_point(dir).and_then(|()| File::open(dir)).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", dir))
+    attempt("sync", dir, || File::open(dir)?.sync_all())
 }
 
 /// Returns the directory that contains a path.

@@ -1,9 +1,22 @@
-//! Injected failures of the file system, for tests: every operation that changes the disk calls [`fail_point`] first.
+//! Operations that change the disk, and injected failures of them, for tests.
+
+use std::io;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// Runs an operation that changes what is on disk at `path`. `action` is the verb of its error.
+///
+/// # Errors
+/// [`Error::Io`], also if a test has injected a fault.
+pub(crate) fn attempt<T>(action: &'static str, path: &Path, operation: impl FnOnce() -> io::Result<T>) -> Result<T> {
+    fail_point(path).and_then(|()| operation()).map_err(Error::io(action, path))
+}
 
 /// Called before an operation. Fails if a test has injected a fault.
 #[cfg(not(test))]
 #[inline(always)]
-pub(crate) fn fail_point(_: &std::path::Path) -> std::io::Result<()> {
+pub(crate) fn fail_point(_: &Path) -> io::Result<()> {
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use super::atomic::{parent_dir, sync_directory};
-use super::fail_point;
+use super::fail_point::attempt;
 use super::temporary::{self, TempLock};
 use crate::error::{Error, Result};
 
@@ -53,8 +53,8 @@ impl AtomicFolder {
     /// [`Error::Io`], and [`Error::Unexpected`] if `target` is a directory that cannot be replaced.
     pub fn create(target: &Path, purpose: &str) -> Result<AtomicFolder> {
         // `target` may be a link, and `.` has no parent.
-        let absolute = || target.canonicalize().or_else(|_| std::path::absolute(target));
-        let dir = absolute().map_err(Error::io("create", target))?;
+        let dir =
+            target.canonicalize().or_else(|_| std::path::absolute(target)).map_err(Error::io("create", target))?;
         let parent =
             dir.parent().ok_or_else(|| Error::unexpected(target, "this is the root: name a directory in it"))?;
         let created = CreatedDirs::parents(parent)?;
@@ -83,8 +83,7 @@ impl AtomicFolder {
         // Dropped in reverse order: the created parents last.
         let AtomicFolder { created, lock, temp, dir } = self;
         lock.finish();
-        let rename = || fs::rename(temp.path(), &dir);
-        fail_point(&dir).and_then(|()| rename()).map_err(Error::io("rename into place", &dir))?;
+        attempt("rename into place", &dir, || fs::rename(temp.path(), &dir))?;
         // It has been renamed, so there is nothing to remove.
         let _ = temp.keep();
         drop(lock);

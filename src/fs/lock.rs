@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::Path;
 
-use super::fail_point;
+use super::fail_point::fail_point;
 use crate::error::{Error, Result};
 
 /// File name of the lock within a run. The file is never removed: that would race with the next writer.

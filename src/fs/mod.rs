@@ -13,7 +13,7 @@ pub use atomic::AtomicFile;
 #[cfg(feature = "pytorch")]
 pub(crate) use atomic::write_all_at;
 pub(crate) use atomic::{parent_dir, sync_directory};
-pub(crate) use fail_point::fail_point;
+pub(crate) use fail_point::attempt;
 pub(crate) use file_checks::{check_regular, find_document, read_document};
 pub(crate) use folder::{AtomicFolder, CreatedDirs, check_vacant};
 pub(crate) use lock::Lock;

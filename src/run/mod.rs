@@ -1,4 +1,4 @@
-//! A run on disk, opened for reading.
+//! Reading a run on disk.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

@@ -46,7 +46,7 @@ pub(super) fn seal<E>(
 /// Compares the bytes before the data section with their checksum. A file without any checksum passes.
 ///
 /// # Errors
-/// The reason, as text.
+/// Text of the reason.
 pub(super) fn check_header(bytes: &[u8], metadata: &BTreeMap<String, String>) -> Result<(), String> {
     let Some(stored) = metadata.get(HEADER) else {
         if metadata.contains_key(DATA) {
@@ -66,7 +66,7 @@ pub(super) fn check_header(bytes: &[u8], metadata: &BTreeMap<String, String>) ->
 /// Compares the data section with its checksum, and checks that both checksums are stored.
 ///
 /// # Errors
-/// The reason, as text.
+/// Text of the reason.
 pub(super) fn check_data(bytes: &[u8], metadata: &BTreeMap<String, String>) -> Result<(), String> {
     for key in [DATA, HEADER] {
         let stored = metadata.get(key).map(String::as_str).unwrap_or_default();

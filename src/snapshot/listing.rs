@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::STATE_FILE;
 use super::id::{FileRole, SnapshotId, parse};
 use crate::error::{Error, Result};
-use crate::fs::{fail_point, is_temporary, sync_directory};
+use crate::fs::{attempt, is_temporary, sync_directory};
 
 /// Lists the snapshots of a run with the files of each, without opening them.
 ///
@@ -127,7 +127,7 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
         let is_shard = matches!(parse(&name), Some((_, FileRole::Shard { .. })));
         let is_leftover = is_temporary(&name) || is_shard && !finished.contains(&path);
         if is_leftover && path.is_file() {
-            fail_point(&path).and_then(|()| fs::remove_file(&path)).map_err(Error::io("remove", &path))?;
+            attempt("remove", &path, || fs::remove_file(&path))?;
         }
     }
     Ok(())
@@ -140,9 +140,9 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
 pub fn remove(dir: &Path, id: SnapshotId, files: &[PathBuf]) -> Result<()> {
     let index = dir.join(id.index_name());
     for path in std::iter::once(&index).chain(files) {
-        match fail_point(path).and_then(|()| fs::remove_file(path)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io("remove", path)(error)),
-            _ => {}
+        match attempt("remove", path, || fs::remove_file(path)) {
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {}
+            removed => removed?,
         }
     }
     sync_directory(dir)

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use safetensors::Dtype;
+use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
 
@@ -99,28 +100,36 @@ impl Meta {
         sibling: Option<(&BTreeMap<String, String>, &Meta)>,
     ) -> Result<Meta> {
         check_version(path, strings)?;
-        let text = |key: &str| {
-            strings.get(key).cloned().ok_or_else(|| Error::damaged(path, format!("the metadata lack `{key}`")))
+        let step = required(path, strings, STEP)?;
+        let dtypes = match sibling {
+            Some((its, meta)) if its.get(DTYPES) == strings.get(DTYPES) => meta.dtypes.clone(),
+            _ => Dtypes(Arc::new(parse(path, strings, DTYPES, "{}")?)),
         };
-        let wrong = |key: &str, value: &str| Error::damaged(path, format!("the metadata's `{key}` is `{value}`"));
-        let step = text(STEP)?;
-        let dtypes = || {
-            let text = strings.get(DTYPES).map_or("{}", String::as_str);
-            serde_json::from_str(text).map(|dtypes| Dtypes(Arc::new(dtypes))).map_err(|_| wrong(DTYPES, text))
-        };
-        let shared = sibling.filter(|(its, _)| its.get(DTYPES) == strings.get(DTYPES));
-        let tied = strings.get(TIED).map_or("{}", String::as_str);
-        let copied = strings.get(COPIED).map_or("[]", String::as_str);
         Ok(Meta {
-            profile: text(PROFILE)?,
-            step: step.parse().map_err(|_| wrong(STEP, &step))?,
+            profile: required(path, strings, PROFILE)?.clone(),
+            step: step.parse().map_err(|_| malformed(path, STEP, step))?,
             history: strings.get(HISTORY).cloned(),
-            dtypes: shared.map_or_else(dtypes, |(_, meta)| Ok(meta.dtypes.clone()))?,
-            copied: serde_json::from_str(copied).map_err(|_| wrong(COPIED, copied))?,
+            dtypes,
+            copied: parse(path, strings, COPIED, "[]")?,
             run: strings.get(RUN).cloned(),
-            tied: serde_json::from_str(tied).map_err(|_| wrong(TIED, tied))?,
+            tied: parse(path, strings, TIED, "{}")?,
         })
     }
+}
+
+/// Returns the value of a key that every snapshot has.
+fn required<'a>(path: &Path, strings: &'a BTreeMap<String, String>, key: &str) -> Result<&'a String> {
+    strings.get(key).ok_or_else(|| Error::damaged(path, format!("the metadata lack `{key}`")))
+}
+
+/// Parses the JSON value of a key, or `default` if the key is missing.
+fn parse<T: DeserializeOwned>(path: &Path, strings: &BTreeMap<String, String>, key: &str, default: &str) -> Result<T> {
+    let text = strings.get(key).map_or(default, String::as_str);
+    serde_json::from_str(text).map_err(|_| malformed(path, key, text))
+}
+
+fn malformed(path: &Path, key: &str, value: &str) -> Error {
+    Error::damaged(path, format!("the metadata's `{key}` is `{value}`"))
 }
 
 /// Returns a random identifier for a new run, of 128 bits from the system.

@@ -1,4 +1,4 @@
-//! A snapshot, opened: its files as one set of tensors.
+//! Opening a snapshot: its files as one set of tensors.
 
 use std::path::{Path, PathBuf};
 

@@ -12,7 +12,7 @@ use super::{PostHocEma, state};
 use crate::compute::cpu::Precision;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::fs::Lock;
+use crate::fs::{Lock, attempt};
 use crate::math::{History, Profile, Retention, Schedule};
 use crate::run::{LiveState, Run, Settings, check_snapshots};
 use crate::snapshot::{self, STATE_FILE};
@@ -280,9 +280,7 @@ impl Options {
     }
 
     fn create_dir(&self) -> Result<()> {
-        crate::fs::fail_point(&self.dir)
-            .and_then(|()| fs::create_dir_all(&self.dir))
-            .map_err(Error::io("create", &self.dir))
+        attempt("create", &self.dir, || fs::create_dir_all(&self.dir))
     }
 
     /// Resumes a run from its newest live state; [`PostHocEma::step`] returns the step of that state.
