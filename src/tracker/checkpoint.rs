@@ -10,8 +10,11 @@ impl PostHocEma {
         let meta = self.checkpoint_meta(self.history.last());
         let done = if self.in_background { self.engine.checkpoint(meta) } else { self.engine.store(&meta) };
         match done {
-            Ok(()) | Err(Failure::Removal(_)) => (self.stored, self.pending) = (self.history.last(), false),
-            Err(Failure::Files(_)) => self.pending = true,
+            Ok(()) | Err(Failure::Removal(_)) => {
+                self.stored = self.history.last();
+                self.needs_retry = false;
+            }
+            Err(Failure::Files(_)) => self.needs_retry = true,
             Err(Failure::Values(_)) => {}
         }
         done.map_err(Failure::into_error)
@@ -19,13 +22,13 @@ impl PostHocEma {
 
     /// Tries a failed checkpoint again before the averages change.
     pub(super) fn retry(&mut self) {
-        if !self.pending {
+        if !self.needs_retry {
             return;
         }
         if let Err(error) = self.checkpoint() {
             let step = self.history.last().unwrap_or(0);
             tracing::warn!("giving up the snapshot of step {step} after two tries: {error}");
-            self.pending = false;
+            self.needs_retry = false;
         }
     }
 
@@ -62,7 +65,7 @@ impl PostHocEma {
         // A queued checkpoint holds an older state, which must not replace this one.
         let flushed = self.engine.flush();
         // Names a checkpoint that is still incomplete, so that a resume completes it.
-        let stored = if self.pending { self.history.last() } else { self.stored };
+        let stored = if self.needs_retry { self.history.last() } else { self.stored };
         self.checkpoint_meta(stored).save(&self.engine.values()?.values())?;
         flushed
     }

@@ -69,7 +69,7 @@ pub struct PostHocEma {
     /// Newest step whose snapshots are, or are being, stored.
     stored: Option<u64>,
     /// True if the snapshots of the newest update failed and must be tried again.
-    pending: bool,
+    needs_retry: bool,
     /// Random id of the run, which every snapshot carries.
     run_id: String,
     in_background: bool,

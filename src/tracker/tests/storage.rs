@@ -324,6 +324,27 @@ fn resume_refuses_a_state_older_than_the_snapshots() {
 }
 
 #[test]
+fn saved_step_reads_and_checks_only_the_header() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(1);
+    let mut ema = PostHocEma::options(&dir).checkpoint_every(20).create(&walk.model).unwrap();
+    assert_eq!(PostHocEma::saved_step(&dir).unwrap(), None);
+    train(&mut ema, &mut walk, 20);
+    drop(ema);
+    let path = dir.join("state.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 0x40;
+    std::fs::write(&path, &bytes).unwrap();
+    assert_eq!(PostHocEma::saved_step(&dir).unwrap(), Some(20));
+    let clock = br#"\"clock\":20"#;
+    let place = bytes.windows(clock.len()).position(|window| window == clock).unwrap();
+    bytes[place + clock.len() - 1] = b'1';
+    std::fs::write(&path, &bytes).unwrap();
+    let text = PostHocEma::saved_step(&dir).unwrap_err().to_string();
+    assert!(text.contains("checksum") && text.contains("state.safetensors"), "{text}");
+}
+
+#[test]
 fn resume_refuses_a_damaged_state() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(1);
