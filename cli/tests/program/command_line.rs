@@ -3,33 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use crate::common::{failure, posthoc_ema, stdout, train};
-use posthoc_ema::{At, Noise, Profile, Run, Tensors};
+use crate::common::{failure, json, load, names, posthoc_ema, run, stdout};
+use posthoc_ema::{At, Noise, Profile, Run};
 use serde_json::Value;
-
-/// Trains a run in a temporary folder and returns its directory.
-fn run() -> (tempfile::TempDir, String) {
-    let temp = tempfile::tempdir().unwrap();
-    let dir = temp.path().join("run");
-    train(&dir);
-    (temp, dir.to_str().unwrap().to_owned())
-}
-
-fn json(arguments: &[&str]) -> Value {
-    let text = stdout(arguments);
-    assert_eq!(text.lines().count(), 1, "one JSON document on one line");
-    serde_json::from_str(&text).unwrap()
-}
-
-fn load(path: &Path) -> Tensors {
-    let bytes = fs::read(path).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let tensor = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
-        let (dtype, shape, bytes) = (view.dtype(), view.shape().to_vec(), view.data().to_vec());
-        (name, posthoc_ema::Tensor { dtype, shape, bytes })
-    };
-    file.tensors().into_iter().map(tensor).collect()
-}
 
 #[test]
 fn help_texts_match_the_golden_files() {
@@ -83,9 +59,7 @@ fn out_dir_gets_a_file_for_each_target() {
     let arguments = ["synthesize", &dir, "--sigma-rel", "0.05,0.06,...,0.1", "--half-life", "40", "--uniform", "20%"];
     let rest = ["--at", "400", "--dtype", "bf16", "--out-dir", out.to_str().unwrap()];
     let text = stdout(&[&arguments[..], &rest[..]].concat());
-    let mut names: Vec<String> =
-        fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
+    let names = names(&out);
     assert_eq!(names.len(), 8);
     assert_eq!(names[1], "sigma_rel-0.05.step-400.safetensors");
     assert!(names.iter().all(|name| text.contains(name)));
@@ -361,7 +335,7 @@ fn failures_exit_with_1_and_leave_no_file() {
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &inside], "write elsewhere"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", "/nonexistent/x"], "/nonexistent/x"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &empty], "name a file in it"),
-        // This fails without CUDA, and with it for lack of so many devices.
+        // Fails without CUDA, and with it since no machine has that device.
         (vec!["synthesize", &dir, "--sigma-rel", "0.1", "-o", &out, "--device", "cuda:4096"], "cuda:4096"),
         (vec!["synthesize", &dir, "--sigma-rel", "0.1,0.1", "--out-dir", &out], "two targets"),
     ] {

@@ -1,9 +1,13 @@
 //! A small run, and calls of the program.
 
+use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use posthoc_ema::{Dtype, PostHocEma};
+use posthoc_ema::{Dtype, PostHocEma, Tensor, Tensors};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use serde_json::Value;
 
 /// Trains a toy model for 500 steps with a snapshot every 50.
 pub fn train(dir: &Path) {
@@ -17,6 +21,31 @@ pub fn train(dir: &Path) {
         ema.update(&model).unwrap();
     }
     ema.finish().unwrap();
+}
+
+/// Trains a run in a temporary folder and returns its directory.
+pub fn run() -> (tempfile::TempDir, String) {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("run");
+    train(&dir);
+    (temp, dir.to_str().unwrap().to_owned())
+}
+
+/// Loads all tensors of a file.
+pub fn load(path: &Path) -> Tensors {
+    let bytes = fs::read(path).unwrap();
+    let tensor = |(name, view): (String, TensorView<'_>)| {
+        (name, Tensor { dtype: view.dtype(), shape: view.shape().to_vec(), bytes: view.data().to_vec() })
+    };
+    SafeTensors::deserialize(&bytes).unwrap().tensors().into_iter().map(tensor).collect()
+}
+
+/// Returns the sorted names of the files in a folder.
+pub fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
 }
 
 /// Runs the program and returns its output.
@@ -37,4 +66,11 @@ pub fn failure(arguments: &[&str]) -> (i32, String) {
     let output = posthoc_ema(arguments);
     assert!(output.stdout.is_empty(), "{arguments:?} printed {}", String::from_utf8_lossy(&output.stdout));
     (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+}
+
+/// Returns the JSON document of a command that must succeed.
+pub fn json(arguments: &[&str]) -> Value {
+    let text = stdout(arguments);
+    assert_eq!(text.lines().count(), 1, "one JSON document on one line");
+    serde_json::from_str(&text).unwrap()
 }

@@ -21,21 +21,18 @@ fn model() -> Vec<(&'static str, Vec<f32>)> {
     vec![("a", vec![0.5f32; 5]), ("b", vec![0.25f32; 3])]
 }
 
-fn run_until(steps: u8) -> (tempfile::TempDir, PathBuf) {
-    let temp = tempfile::tempdir().unwrap();
-    let dir = temp.path().join("run");
-    small_run(&dir, 1 << 20, steps);
-    (temp, dir)
-}
-
 fn run() -> (tempfile::TempDir, PathBuf) {
-    run_of_shards(1 << 20)
+    run_of(1 << 20, 30)
 }
 
-fn run_of_shards(size: u64) -> (tempfile::TempDir, PathBuf) {
+fn run_until(steps: u8) -> (tempfile::TempDir, PathBuf) {
+    run_of(1 << 20, steps)
+}
+
+fn run_of(shard_size: u64, steps: u8) -> (tempfile::TempDir, PathBuf) {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
-    small_run(&dir, size, 30);
+    small_run(&dir, shard_size, steps);
     (temp, dir)
 }
 
@@ -91,7 +88,7 @@ fn verify_finds_every_flipped_byte() {
 
 #[test]
 fn verify_finds_every_flipped_byte_of_shards_and_index() {
-    let (_temp, dir) = run_of_shards(12);
+    let (_temp, dir) = run_of(12, 30);
     assert_eq!((files(&dir).len(), findings(&dir)), (13, Vec::new()));
     for name in ["1.20-00001-of-00002.safetensors", "1.20-00002-of-00002.safetensors", "1.20.safetensors.index.json"] {
         let path = dir.join(name);

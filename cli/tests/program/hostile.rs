@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::common::{failure, posthoc_ema, train};
+use crate::common::{failure, names, posthoc_ema, train};
 use posthoc_ema::snapshot::StoredFile;
 use posthoc_ema::{Error, Run, verify};
 use serde_json::json;
@@ -16,13 +16,6 @@ fn write_file(path: &Path, header: &str, data: u64) {
     let head = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
     std::os::unix::fs::FileExt::write_all_at(&file, &head, 0).unwrap();
     file.set_len(head.len() as u64 + data).unwrap();
-}
-
-fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
 }
 
 /// Runs the program with a limit of memory, and returns its exit status and standard error.

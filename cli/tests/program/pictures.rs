@@ -3,16 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::common::{failure, posthoc_ema, stdout, train};
+use crate::common::{failure, json, posthoc_ema, run, stdout};
 use resvg::tiny_skia::Pixmap;
-
-/// Trains a run in a temporary folder and returns its directory.
-fn run() -> (tempfile::TempDir, String) {
-    let temp = tempfile::tempdir().unwrap();
-    let dir = temp.path().join("run");
-    train(&dir);
-    (temp, dir.to_str().unwrap().to_owned())
-}
 
 /// Returns the SVG that a command draws, after a check of its PNG.
 fn draw(arguments: &[&str]) -> String {
@@ -58,8 +50,7 @@ fn error_picture_labels_the_worst_length() {
         assert!(texts.iter().any(|own| own == text), "{text}: {texts:?}");
     }
     // The label has the worst error of a fine grid between the tracked lengths.
-    let document = stdout(&["error", &dir, "--sigma-rel", "0.05,0.051,...,0.28", "--json"]);
-    let document: serde_json::Value = serde_json::from_str(&document).unwrap();
+    let document = json(&["error", &dir, "--sigma-rel", "0.05,0.051,...,0.28", "--json"]);
     let errors = document["errors"].as_array().unwrap().iter().map(|point| point["relative_error"].as_f64().unwrap());
     let worst = errors.fold(0.0, f64::max);
     let label = texts.iter().find(|text| text.starts_with("worst")).unwrap();
@@ -112,8 +103,7 @@ fn inspect_picture_crosses_damaged_snapshots() {
     for text in ["sigma_rel 0.05", "sigma_rel 0.28", "newest update 500", "live state"] {
         assert!(texts(&svg).iter().any(|own| own == text), "{text}: {svg}");
     }
-    let document: serde_json::Value = serde_json::from_str(&stdout(&["inspect", &dir, "--json"])).unwrap();
-    assert_eq!(document["state"]["step"], 500);
+    assert_eq!(json(&["inspect", &dir, "--json"])["state"]["step"], 500);
     fs::write(Path::new(&dir).join("1.200.safetensors"), "cut").unwrap();
     let plot = temp.path().join("damaged.svg");
     let output = posthoc_ema(&["inspect", &dir, "--plot", plot.to_str().unwrap()]);

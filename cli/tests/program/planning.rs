@@ -1,12 +1,12 @@
 //! Planning before training: retention, disk size and advice.
 
-use crate::common::{failure, stdout};
+use crate::common::{self, failure, stdout};
 use serde_json::Value;
 
 const TRAINING: [&str; 6] = ["plan", "--steps", "100000", "--checkpoint-every", "1000", "--json"];
 
 fn json(arguments: &[&[&str]]) -> Value {
-    serde_json::from_str(&stdout(&arguments.concat())).unwrap()
+    common::json(&arguments.concat())
 }
 
 fn error(document: &Value) -> f64 {

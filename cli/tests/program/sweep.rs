@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::common::{failure, posthoc_ema, stdout};
-use posthoc_ema::{At, Device, Dtype, PostHocEma, Profile, Run, SweepOptions, Tensors};
+use crate::common::{failure, load, names, posthoc_ema, stdout};
+use posthoc_ema::{At, Device, Dtype, PostHocEma, Profile, Run, SweepOptions};
 use serde_json::Value;
 
 /// Length with the best score.
@@ -93,25 +93,8 @@ impl Case {
     }
 }
 
-fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
-}
-
 fn profile(sigma_rel: f64) -> Profile {
     Profile::sigma_rel(sigma_rel).unwrap()
-}
-
-fn load(path: &Path) -> Tensors {
-    let bytes = fs::read(path).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let tensor = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
-        let (dtype, shape, bytes) = (view.dtype(), view.shape().to_vec(), view.data().to_vec());
-        (name, posthoc_ema::Tensor { dtype, shape, bytes })
-    };
-    file.tensors().into_iter().map(tensor).collect()
 }
 
 fn weight(path: &Path) -> f32 {

@@ -170,7 +170,7 @@ impl<'a> BlendTask<'a> {
             let range = i * CHUNK * size..i * CHUNK * size + dst[0].len();
             let sources: Vec<&[u8]> = self.sources.iter().map(|source| &source[range.clone()]).collect();
             cpu::blend(&mut dst, &sources, &blend)
-                .map_err(|unfit| wrong(&self.info().name, format!("a sum is {}", unfit.value)))
+                .map_err(|overflow| wrong(&self.info().name, format!("a sum is {}", overflow.value)))
         })
     }
 

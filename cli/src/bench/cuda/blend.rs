@@ -105,7 +105,8 @@ impl DeviceBlend {
         let mut results = vec![vec![0; size * window.len()]; self.0.targets];
         let mut dst: Vec<&mut [u8]> = results.iter_mut().map(Vec::as_mut_slice).collect();
         let blend = cpu::Blend { dtypes: &dtypes, weights: &weights, output: self.0.dtype };
-        cpu::blend(&mut dst, &sources, &blend).map_err(|unfit| self.wrong(format!("a sum is {}", unfit.value)))?;
+        cpu::blend(&mut dst, &sources, &blend)
+            .map_err(|overflow| self.wrong(format!("a sum is {}", overflow.value)))?;
         Ok(results)
     }
 

@@ -13,7 +13,6 @@ use super::super::cases::{PERIOD, Sizes, name, parameter, plural, split};
 use super::super::machine::free_memory;
 use super::super::session::{Session, Task, TaskInfo, timed};
 use super::copy::{CopyMemory, DeviceCopy, check_copy, check_pattern};
-use super::pieces;
 
 /// Name of the limit of work beside the bus.
 const COPY: &str = "copy within the device, beside the bus";
@@ -101,7 +100,7 @@ impl BusMemory {
     /// Returns the inputs of an offload of the parameters in a dtype.
     fn offload(&mut self, dtype: Dtype) -> Result<OffloadInputs<'_>> {
         let found = self.offloads.iter_mut().find(|(of, _)| *of == dtype);
-        let missing = || Error::Internal(format!("no memory was locked for {dtype}"));
+        let missing = || Error::Internal(format!("no offload was made for {dtype}"));
         let (_, offload) = found.ok_or_else(missing)?;
         let BusMemory { stream, parameters, copy, pattern, .. } = self;
         Ok(OffloadInputs { stream, parameters, copy, pattern, offload })
@@ -147,6 +146,13 @@ impl BusLimit {
     }
 }
 
+/// Fills bytes with repetitions of a pattern.
+fn fill(bytes: &mut [u8], pattern: &[u8]) {
+    for chunk in bytes.chunks_mut(pattern.len()) {
+        chunk.copy_from_slice(&pattern[..chunk.len()]);
+    }
+}
+
 impl Task<BusMemory> for BusLimit {
     fn info(&self) -> TaskInfo {
         let (name, bytes) = self.name();
@@ -158,17 +164,11 @@ impl Task<BusMemory> for BusLimit {
         let BusMemory { stream, copy, pinned, pageable, pattern, .. } = state;
         let to_device = matches!(self, BusLimit::PinnedToDevice(_) | BusLimit::PageableToDevice(_));
         for host in [pinned.bytes_mut(), pageable] {
-            match to_device {
-                true => pieces(pattern, 0..bytes).fold(host, |rest, piece| {
-                    let (own, rest) = rest.split_at_mut(piece.len());
-                    own.copy_from_slice(piece);
-                    rest
-                }),
-                false => {
-                    host.fill(0xff);
-                    &mut []
-                }
-            };
+            if to_device {
+                fill(&mut host[..bytes], pattern);
+            } else {
+                host.fill(0xff);
+            }
         }
         stream.poison(copy)?;
         self.seconds(state)?;
