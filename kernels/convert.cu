@@ -1,4 +1,4 @@
-// Prepares what leaves the device: averages in the dtype of a snapshot, their ranges, small tensors in one place.
+// Prepares data for the host: averages in the dtype of a snapshot, their value ranges, small tensors in one buffer.
 //
 //     convert:  out = round(high), and high + low if the output is f64
 //     scan:     largest[t] = max over the elements of tensor t of |high|

@@ -107,7 +107,8 @@ pub(super) fn to_f64(level: SimdLevel, dst: &mut [f64], src: &[u8], dtype: Dtype
     if done == dst.len() {
         return;
     }
-    let (dst, src) = (&mut dst[done..], &src[done * dtype.bitsize() / 8..]);
+    let dst = &mut dst[done..];
+    let src = &src[done * dtype.bitsize() / 8..];
     match dtype {
         Dtype::F32 => fill(dst, values(src, |b| f64::from(f32::from_le_bytes(b)))),
         Dtype::F16 => fill(dst, values(src, |b| f64::from(f16_to_f32(u16::from_le_bytes(b))))),

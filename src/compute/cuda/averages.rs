@@ -163,13 +163,14 @@ impl DeviceAverages {
         weights: &[f32],
     ) -> Result<()> {
         let arenas = &self.arenas;
-        let fits = |(i, (dtype, memory)): (usize, &(Dtype, CudaMemory<'_>))| {
-            memory.bytes == arenas.layout.place(i).len() * dtype.bitsize() / 8
-        };
-        let counts = averaged.len() == arenas.layout.len() && copied.len() == arenas.places.len();
-        let averaged = averaged.iter().enumerate().take(arenas.layout.len()).all(fits);
-        let copied = copied.iter().zip(&arenas.places).all(|(memory, place)| memory.bytes == place.len());
-        if !(counts && averaged && copied && weights.len() == self.profiles()) {
+        let layout = &arenas.layout;
+        let counts_match =
+            averaged.len() == layout.len() && copied.len() == arenas.places.len() && weights.len() == self.profiles();
+        let averaged_match = averaged.iter().enumerate().all(|(i, (dtype, memory))| {
+            i < layout.len() && memory.bytes == layout.place(i).len() * dtype.bitsize() / 8
+        });
+        let copied_match = copied.iter().zip(&arenas.places).all(|(memory, place)| memory.bytes == place.len());
+        if !(counts_match && averaged_match && copied_match) {
             let reason = "the tensors differ from those that the averages were created for";
             return Err(self.error("update the averages", reason));
         }

@@ -123,7 +123,7 @@ impl ChunkTable {
 
 impl Drop for ChunkTable {
     fn drop(&mut self) {
-        // Pinned memory must not be freed during a copy. An error was reported before.
+        // Pinned memory must not be freed during a copy. An error here was already reported.
         let _bound = self.device.bind();
         let _ = self.uploaded.synchronize();
     }

@@ -86,18 +86,15 @@ impl CudaDevice {
     }
 
     fn initialize(number: usize) -> Result<CudaDevice> {
-        let driver_error = |action: &str| {
-            let action = action.to_owned();
-            move |error| cuda_error(number, action, error)
-        };
-        let _bound = ContextGuard::new().map_err(driver_error("read the thread's context"))?;
-        let context = CudaContext::new(number).map_err(driver_error("open the device"))?;
+        let _bound = ContextGuard::new().map_err(|error| cuda_error(number, "read the thread's context", error))?;
+        let context = CudaContext::new(number).map_err(|error| cuda_error(number, "open the device", error))?;
         // SAFETY: this crate orders all work explicitly, with events.
         unsafe { context.disable_event_tracking() };
-        let name = context.name().map_err(driver_error("read the device's name"))?;
+        let name = context.name().map_err(|error| cuda_error(number, "read the device's name", error))?;
         let kernels = Kernels::load(&context).map_err(|error| {
             let (major, minor) = context.compute_capability().unwrap_or_default();
-            cuda_error(number, format!("load the kernels on a device of compute capability {major}.{minor}"), error)
+            let action = format!("load the kernels on a device of compute capability {major}.{minor}");
+            cuda_error(number, action, error)
         })?;
         Ok(CudaDevice { number, name, context, kernels })
     }
@@ -177,13 +174,14 @@ impl CudaDevice {
 
     /// Returns a function for `map_err` that names the action which failed on this device.
     pub(super) fn driver_error(&self, action: &str) -> impl FnOnce(DriverError) -> Error {
-        let (number, action) = (self.number, action.to_owned());
+        let number = self.number;
+        let action = action.to_owned();
         move |error| cuda_error(number, action, error)
     }
 }
 
 /// Returns the error of a driver call, with the driver's text and a remedy.
-pub(super) fn cuda_error(device: usize, action: String, error: DriverError) -> Error {
+fn cuda_error(device: usize, action: impl Into<String>, error: DriverError) -> Error {
     use sys::CUresult as Code;
     let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
     let text = text.unwrap_or_else(|_| format!("{:?}", error.0));
@@ -212,5 +210,5 @@ pub(super) fn cuda_error(device: usize, action: String, error: DriverError) -> E
         }
         _ => "",
     };
-    Error::Cuda { device, action, reason: format!("{text} ({}){remedy}", error.0 as u32) }
+    Error::Cuda { device, action: action.into(), reason: format!("{text} ({}){remedy}", error.0 as u32) }
 }

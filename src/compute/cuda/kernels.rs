@@ -157,15 +157,13 @@ pub(super) struct Kernels {
 
 impl Kernels {
     pub(super) fn load(context: &Arc<CudaContext>) -> Result<Kernels, DriverError> {
-        let module = |image: &[u8]| context.load_module(Ptx::from_binary(image.to_vec()));
-        let (update, blend, convert) = (module(UPDATE)?, module(BLEND)?, module(CONVERT)?);
-        let numbered = |module: &Arc<CudaModule>, name: &str, most: usize| {
-            (1..=most).map(|n| module.load_function(&format!("{name}_{n}"))).collect::<Result<Vec<_>, _>>()
-        };
+        let update = load_module(context, UPDATE)?;
+        let blend = load_module(context, BLEND)?;
+        let convert = load_module(context, CONVERT)?;
         Ok(Kernels {
-            plain: numbered(&update, "update_plain", MAX_PROFILES)?,
-            compensated: numbered(&update, "update_compensated", MAX_PROFILES)?,
-            blend: numbered(&blend, "blend", MAX_TARGETS)?,
+            plain: load_instances(&update, "update_plain", MAX_PROFILES)?,
+            compensated: load_instances(&update, "update_compensated", MAX_PROFILES)?,
+            blend: load_instances(&blend, "blend", MAX_TARGETS)?,
             convert: convert.load_function("convert")?,
             scan: convert.load_function("scan")?,
             gather: convert.load_function("gather")?,
@@ -235,6 +233,15 @@ impl Kernels {
         // SAFETY: as in `update`.
         unsafe { launch(stream, &self.gather, args, BLOCKS.min(args.count as usize)) }
     }
+}
+
+fn load_module(context: &Arc<CudaContext>, image: &[u8]) -> Result<Arc<CudaModule>, DriverError> {
+    context.load_module(Ptx::from_binary(image.to_vec()))
+}
+
+/// Loads the instances of a kernel for 1 to `most` profiles or targets.
+fn load_instances(module: &Arc<CudaModule>, name: &str, most: usize) -> Result<Vec<CudaFunction>, DriverError> {
+    (1..=most).map(|n| module.load_function(&format!("{name}_{n}"))).collect()
 }
 
 /// Largest number of blocks per launch.

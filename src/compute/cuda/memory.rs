@@ -25,13 +25,15 @@ impl Buffer {
     /// [`crate::Error::Cuda`] if the device has too little memory, with the size and the purpose.
     pub fn new(device: &Arc<CudaDevice>, bytes: usize, purpose: &str) -> Result<Buffer> {
         let _bound = device.bind()?;
-        let driver_error = |error| {
-            let free =
-                result::mem_get_info().map_or(String::new(), |(free, _)| format!(", {} are free", format_bytes(free)));
+        let allocation_error = |error| {
+            let free = match result::mem_get_info() {
+                Ok((free, _)) => format!(", {} are free", format_bytes(free)),
+                Err(_) => String::new(),
+            };
             device.driver_error(&format!("allocate {} for {purpose}{free}", format_bytes(bytes)))(error)
         };
         // SAFETY: the device's context is current. The size is not 0, which the driver rejects.
-        let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(driver_error)?;
+        let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(allocation_error)?;
         Ok(Buffer { device: device.clone(), address, bytes })
     }
 
@@ -95,7 +97,7 @@ impl Pinned {
         /// Flag that pins the memory for every context.
         const PORTABLE: u32 = 1;
         let _bound = device.bind()?;
-        let driver_error = |error: DriverError| {
+        let allocation_error = |error: DriverError| {
             let action = format!("lock {} of the host's memory for copies", format_bytes(bytes));
             match error.0 {
                 sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
@@ -106,7 +108,7 @@ impl Pinned {
             }
         };
         // SAFETY: the device's context is current.
-        let start = unsafe { result::malloc_host(bytes.max(1), PORTABLE) }.map_err(driver_error)?.cast::<u8>();
+        let start = unsafe { result::malloc_host(bytes.max(1), PORTABLE) }.map_err(allocation_error)?.cast::<u8>();
         // SAFETY: that many bytes were just allocated.
         unsafe { start.write_bytes(0, bytes) };
         Ok(Pinned { device: device.clone(), start, bytes })

@@ -53,7 +53,7 @@ struct CopySlot {
 
 impl Drop for CopySlot {
     fn drop(&mut self) {
-        // Pinned memory must not be freed during a copy. An error was reported before.
+        // Pinned memory must not be freed during a copy. An error here was already reported.
         let _bound = self.device.bind();
         let _ = self.done.synchronize();
     }

@@ -203,7 +203,7 @@ impl AveragesReader {
 
 impl Drop for AveragesReader {
     fn drop(&mut self) {
-        // After an error, copies may still be running. An error was reported before.
+        // After an error, copies may still be running. An error here was already reported.
         let _bound = self.device().bind();
         let _ = self.stream.synchronize();
     }

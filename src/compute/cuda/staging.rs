@@ -123,7 +123,7 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // After an error, copies may still be running. An error was reported before.
+        // After an error, copies may still be running. An error here was already reported.
         let _ = self.stages.iter().try_for_each(|stage| stage.wait(&self.device));
     }
 }

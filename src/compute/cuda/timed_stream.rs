@@ -98,7 +98,8 @@ impl TimedStream {
             let reason = "the driver is older than CUDA 12.8: update the NVIDIA driver".into();
             return Err(Error::Cuda { device: device.number(), action: "read the device's clock".into(), reason });
         }
-        let (begin, end) = (device.event()?, device.event()?);
+        let begin = device.event()?;
+        let end = device.event()?;
         Ok(TimedStream { device: device.clone(), stream: device.stream()?, begin, end })
     }
 

@@ -53,7 +53,8 @@ impl TiledBlend<'_, '_> {
     /// Blends into `N` targets at a time.
     #[inline(always)]
     fn run<S: Simd, const N: usize>(self, simd: S) -> Result<(), Overflow> {
-        let (targets, size) = (self.dst.len(), self.blend.output.bitsize() / 8);
+        let targets = self.dst.len();
+        let size = self.blend.output.bitsize() / 8;
         let elements = self.dst.first().map_or(0, |dst| dst.len() / size);
         let weights = Weights::<N>::new(self.blend.weights, self.sources.len());
         let mut sums = cache_lines(targets.next_multiple_of(N) * TILE);

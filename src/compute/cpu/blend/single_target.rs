@@ -79,9 +79,11 @@ impl SourceGroup<'_> {
     fn add_of<const K: usize>(&self, sums: &mut [f64]) {
         let size = self.dtype.bitsize() / 8;
         let tile = |k: usize| &self.sources[k][self.start * size..][..sums.len() * size];
-        let (sources, weights) = (std::array::from_fn(tile), std::array::from_fn(|k| self.weights[k]));
+        let sources = std::array::from_fn(tile);
+        let weights = std::array::from_fn(|k| self.weights[k]);
         let done = x86::add::<K>(self.level, self.dtype, sums, sources, weights);
-        let (sums, sources) = (&mut sums[done..], sources.map(|source| &source[done * size..]));
+        let sums = &mut sums[done..];
+        let sources = sources.map(|source| &source[done * size..]);
         match self.dtype {
             Dtype::F32 => add_values(sums, sources, weights, |x| f64::from(f32::from_le_bytes(x))),
             Dtype::F64 => add_values(sums, sources, weights, f64::from_le_bytes),

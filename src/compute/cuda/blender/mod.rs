@@ -190,7 +190,7 @@ impl<'a> Blender<'a> {
 
 impl Drop for BlendSlot<'_> {
     fn drop(&mut self) {
-        // The buffers must not be freed during a copy. An error was reported before.
+        // The buffers must not be freed during a copy. An error here was already reported.
         let _bound = ContextGuard::new();
         let _ = self.stream.synchronize();
     }
@@ -240,7 +240,8 @@ impl BlendSlot<'_> {
         if let Some(found) = words.iter().position(|word| *word != [0xff; 8]) {
             let inputs = allocated(&mut self.inputs)?;
             let element = u64::from_le_bytes(words[found]) as usize;
-            let (group, target) = (found / job.targets, found % job.targets);
+            let group = found / job.targets;
+            let target = found % job.targets;
             let (part, overflow) = job.locate(device, &inputs.device, group, target, element)?;
             return Err((job.report)(part, overflow));
         }
