@@ -35,7 +35,7 @@ impl Lock {
     pub fn acquire(dir: &Path) -> Result<Lock> {
         let path = dir.join(LOCK_FILE);
         let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
-        let file = open.map_err(Error::io("lock", &path))?;
+        let file = open.map_err(Error::io("open", &path))?;
         match fail_point(&path).map_err(TryLockError::Error).and_then(|()| file.try_lock()) {
             Ok(()) => Ok(Lock { file, process: std::process::id() }),
             Err(TryLockError::WouldBlock) => Err(Error::Locked { path: dir.to_owned() }),

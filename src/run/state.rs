@@ -20,9 +20,12 @@ pub(crate) const COPIED: &str = "copied.";
 /// State of a tracker, without tensor data.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct StateDocument {
+    /// Identifier of the run.
     pub run: String,
+    /// Step of the last call.
     pub clock: u64,
     pub history: History,
+    /// Newest step whose snapshots were stored, if there is one.
     pub stored: Option<u64>,
     pub tied: BTreeMap<String, String>,
     pub settings: Settings,
@@ -30,14 +33,17 @@ pub(crate) struct StateDocument {
     pub dtypes: BTreeMap<String, Dtype>,
 }
 
+/// Returns the stored name of an average, or of its high part if it is compensated.
 pub(crate) fn high_name(index: usize, tensor: &str) -> String {
     format!("{index}.average.{tensor}")
 }
 
+/// Returns the stored name of the low part of a compensated average.
 pub(crate) fn low_name(index: usize, tensor: &str) -> String {
     format!("{index}.low.{tensor}")
 }
 
+/// Returns the stored name of a copied tensor.
 pub(crate) fn copy_name(tensor: &str) -> String {
     format!("{COPIED}{tensor}")
 }

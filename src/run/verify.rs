@@ -47,6 +47,7 @@ pub fn verify(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<Ve
     Ok(VerifyReport { files: paths.len(), bytes, findings: findings.0 })
 }
 
+/// Errors that were found so far, without duplicates.
 #[derive(Default)]
 struct Findings(Vec<Error>);
 
@@ -54,8 +55,8 @@ impl Findings {
     /// Adds an error, except that of a file that a tracker has dropped since the listing.
     fn add(&mut self, result: Result<()>) {
         let Err(error) = result else { return };
-        let known = || self.0.iter().any(|found| found.to_string() == error.to_string());
-        if !snapshot::is_gone(&error) && !known() {
+        let is_known = self.0.iter().any(|found| found.to_string() == error.to_string());
+        if !is_known && !snapshot::is_gone(&error) {
             self.0.push(error);
         }
     }

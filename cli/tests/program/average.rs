@@ -159,7 +159,7 @@ fn bad_usage_exits_with_2_and_failures_with_1() {
         (vec!["average", &run, "--uniform", "3001", "-o", out], 2, "no longer than the target time, 3000"),
         (vec!["average", &run, "--uniform", "5%", "-o", &last], 1, "is left untouched"),
         (vec!["average", &run, "--uniform", "5%", "-o", out, "--at", "499"], 1, "the target time 499 is before"),
-        (vec!["average", &last, other.to_str().unwrap(), "-o", out], 1, "a tensor `layer.1` more is stored"),
+        (vec!["average", &last, other.to_str().unwrap(), "-o", out], 1, "tensor `layer.1` is present, but missing in"),
         (vec!["average", &last, "-o", out], 1, "with nothing to average it with"),
     ] {
         let own = if part == "no target" || arguments.contains(&"--uniform") { &target[..0] } else { &target[..] };
