@@ -71,7 +71,7 @@ impl Chain {
 
     /// Returns the weight of each update in the average after the last one:
     /// `w_k = (1 - beta_k) prod_{k < j <= n} beta_j`.
-    pub fn densities(&self, times: &[u64]) -> Vec<f64> {
+    pub fn weights(&self, times: &[u64]) -> Vec<f64> {
         let Decays { beta, one_minus_beta: mut weights } = self.decays(times);
         let mut kept = 1.0;
         for k in (0..times.len()).rev() {
@@ -100,7 +100,7 @@ mod tests {
     #[test]
     fn weights_equal_profile_mass_between_updates() {
         for profile in [Profile::sigma_rel(0.05).unwrap(), Profile::gamma(0.0).unwrap(), Profile::beta(0.97).unwrap()] {
-            let weights = Chain::Tracked(profile.clone()).densities(&TIMES);
+            let weights = Chain::Tracked(profile.clone()).weights(&TIMES);
             let mut before = 0.0;
             for (weight, time) in weights.iter().zip(TIMES) {
                 let share = profile.cumulative(time as f64, 1000.0);
@@ -115,16 +115,17 @@ mod tests {
         let counter = Chain::Counter { gamma: 6.9, stride: 10, offset: 2 };
         let corrected = Chain::CorrectedCounter { gamma: 6.9, stride: 10, offset: 2 };
         for chain in [Chain::Tracked(Profile::sigma_rel(0.2).unwrap()), counter, corrected, Chain::Raw] {
-            let sum: f64 = chain.densities(&TIMES).iter().sum();
+            let sum: f64 = chain.weights(&TIMES).iter().sum();
             assert!((sum - 1.0).abs() < 1e-15, "{chain:?}: {sum}");
         }
-        assert_eq!(Chain::Raw.densities(&TIMES)[6], 1.0);
+        assert_eq!(Chain::Raw.weights(&TIMES)[6], 1.0);
     }
 
     /// Compares with loops written as in the sources of the tools.
     #[test]
     fn counter_decays_equal_the_loops_of_other_tools() {
-        let (gamma, every) = (6.94_f64, 10);
+        let gamma = 6.94_f64;
+        let every = 10;
         let times: Vec<u64> = (0..500).map(|k| 1 + every * k).collect();
         let plain = Chain::Counter { gamma, stride: every, offset: 2 }.decays(&times).beta;
         let corrected = Chain::CorrectedCounter { gamma, stride: every, offset: 2 }.decays(&times).beta;

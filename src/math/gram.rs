@@ -118,11 +118,11 @@ mod tests {
         let products = recurrence(&da, &db, &intervals, &marks);
         let between = decay_between(&db, &marks);
         for (i, &mark) in marks.iter().enumerate() {
-            let wa = a.densities(&times[..=mark]);
-            let exact = direct(&wa, &b.densities(&times[..=mark]), &intervals);
+            let wa = a.weights(&times[..=mark]);
+            let exact = direct(&wa, &b.weights(&times[..=mark]), &intervals);
             assert!((products[i] - exact).abs() <= 1e-13 * exact);
-            let at_target = target_recurrence(&da, &b.densities(&times), &intervals, &marks)[i];
-            let later = direct(&wa, &b.densities(&times), &intervals);
+            let at_target = target_recurrence(&da, &b.weights(&times), &intervals, &marks)[i];
+            let later = direct(&wa, &b.weights(&times), &intervals);
             assert!((at_target - later).abs() <= 1e-13 * later);
             let decayed = products[i] * between[i..].iter().product::<f64>();
             assert!((decayed - later).abs() <= 1e-12 * later, "{decayed} {later}");

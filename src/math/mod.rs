@@ -4,7 +4,7 @@
 //! | --- | --- | --- |
 //! | `F_T(tau)` share of the average at time `T` seen up to time `tau` | [`Profile::cumulative`] | `profile` |
 //! | `beta_k` decay of update `k` | [`Decays::beta`](chain::Decays) | `chain` |
-//! | `w_k` weight of update `k` in an average | [`Chain::densities`](chain::Chain) | `chain` |
+//! | `w_k` weight of update `k` in an average | [`Chain::weights`](chain::Chain) | `chain` |
 //! | `t_k`, `delta_k` time of update `k`, and the interval before it | `times`, `intervals` | `history` |
 //! | `<a, b>` inner product of two averages | `gram` | `gram` |
 //! | `x` weights of the snapshots | [`Solution::weights`] | `solve` |

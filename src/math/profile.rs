@@ -347,7 +347,8 @@ mod tests {
         for sigma_rel in [0.05, 0.1, 0.2, 0.28] {
             let profile = Profile::sigma_rel(sigma_rel).unwrap();
             let n = 200_000;
-            let (mut mean, mut square) = (0.0, 0.0);
+            let mut mean = 0.0;
+            let mut square = 0.0;
             for i in 0..n {
                 let a = f64::from(i) / f64::from(n);
                 let b = f64::from(i + 1) / f64::from(n);

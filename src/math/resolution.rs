@@ -52,8 +52,10 @@ impl Resolution {
             });
         };
         profile.check_at(at as f64)?;
-        let ends = || times[..last].iter().copied().chain([at]);
-        let intervals: Vec<(u64, u64)> = std::iter::once(0).chain(ends()).zip(ends()).collect();
+        let mut ends = times.to_vec();
+        ends[last] = at;
+        let starts = std::iter::once(0).chain(times.iter().copied());
+        let intervals: Vec<(u64, u64)> = starts.zip(ends).collect();
         let share = |time: u64| profile.cumulative(time as f64, at as f64);
         let weights: Vec<f64> = intervals.iter().map(|&(start, end)| share(end) - share(start)).collect();
         let sums = StepSums::new(profile, &intervals, &weights, at);

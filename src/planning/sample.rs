@@ -239,11 +239,13 @@ mod tests {
     #[test]
     fn ulp_equals_the_distance_to_the_next_value() {
         for bits in (0..0x7bff_u16).step_by(7) {
-            let (value, next) = (f16::from_bits(bits).to_f64(), f16::from_bits(bits + 1).to_f64());
+            let value = f16::from_bits(bits).to_f64();
+            let next = f16::from_bits(bits + 1).to_f64();
             assert_eq!(ulp(Dtype::F16, -value), next - value, "{value}");
         }
         for bits in (0..0x7f7f_u16).step_by(7) {
-            let (value, next) = (bf16::from_bits(bits).to_f64(), bf16::from_bits(bits + 1).to_f64());
+            let value = bf16::from_bits(bits).to_f64();
+            let next = bf16::from_bits(bits + 1).to_f64();
             assert_eq!(ulp(Dtype::BF16, value), next - value, "{value}");
         }
         for value in [0.0f32, 1e-40, 1e-3, 1.0, 1.999, 3e38] {

@@ -318,7 +318,7 @@ fn updates_on_a_clock_of_images_are_exact() {
     }
     let last = ema.history().last().unwrap();
     assert_eq!(ema.history().times(), trajectory.iter().map(|(t, _)| *t).collect::<Vec<_>>());
-    let weights = Chain::Tracked(ema.profiles()[1].clone()).densities(&ema.history().times());
+    let weights = Chain::Tracked(ema.profiles()[1].clone()).weights(&ema.history().times());
     assert!((weights.iter().sum::<f64>() - 1.0).abs() < 1e-14);
     let exact = direct(&trajectory, &ema.profiles()[1].clone(), last);
     let got = floats(&ema.synthesize(ema.profiles()[1].clone()).unwrap());

@@ -132,7 +132,7 @@ fn chains_match_the_tools_loops() {
             let (profile, chain, stored) = read_chain(snapshot).unwrap();
             assert_eq!(profile, options.profiles[snapshot.id.index]);
             assert_eq!(stored.unwrap().times(), updates);
-            let shares = chain.densities(&updates);
+            let shares = chain.weights(&updates);
             let (tensor, bytes) = snapshot.tensor("weight").unwrap();
             assert_eq!(tensor.shape, [2, 3]);
             for element in 0..6 {

@@ -30,7 +30,7 @@ fn system() -> (Vec<u64>, Vec<ChainSource>, System) {
 /// Returns the weights of a source on all updates.
 fn weights(source: &ChainSource, times: &[u64]) -> Vec<f64> {
     let seen = times.partition_point(|&time| time <= source.step);
-    let mut weights = source.chain.densities(&times[..seen]);
+    let mut weights = source.chain.weights(&times[..seen]);
     weights.resize(times.len(), 0.0);
     weights
 }

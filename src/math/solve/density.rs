@@ -174,7 +174,7 @@ mod tests {
         let times = history.times();
         let mut sum = vec![0.0; times.len()];
         for (source, weight) in sources.iter().zip(weights) {
-            for (k, share) in source.chain.densities(history.until(source.step).times().as_slice()).iter().enumerate() {
+            for (k, share) in source.chain.weights(history.until(source.step).times().as_slice()).iter().enumerate() {
                 sum[k] += weight * share;
             }
         }
@@ -221,7 +221,8 @@ mod tests {
     #[test]
     fn densities_without_a_history_equal_those_of_dense_updates() {
         let sources = sources(&[2500, 5000]);
-        let (profile, weights) = (Profile::sigma_rel(0.1).unwrap(), [0.1, 0.4, 0.2, 0.3]);
+        let profile = Profile::sigma_rel(0.1).unwrap();
+        let weights = [0.1, 0.4, 0.2, 0.3];
         let closed = Densities::new(None, 5000, &sources, &weights, &profile).unwrap();
         let (target, blend) = areas(&closed);
         assert!((target - 1.0).abs() < 1e-12 && (blend - 1.0).abs() < 1e-12);

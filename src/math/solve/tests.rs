@@ -135,11 +135,12 @@ fn weights_sum_to_one_and_reported_error_equals_the_sum_over_updates() {
         let mut reached = 0.0;
         for (source, x) in sources.iter().zip(&solution.weights) {
             let updates = &times[..times.partition_point(|&t| t <= source.step)];
-            for (sum, weight) in blend.iter_mut().zip(source.chain.densities(updates)) {
+            for (sum, weight) in blend.iter_mut().zip(source.chain.weights(updates)) {
                 *sum += x * weight;
             }
         }
-        let (mut square, mut norm) = (0.0, 0.0);
+        let mut square = 0.0;
+        let mut norm = 0.0;
         for (k, &time) in times.iter().enumerate() {
             let share = target.cumulative(time as f64, 20_000.0);
             square += (blend[k] - (share - reached)).powi(2) / 10.0;
@@ -239,7 +240,7 @@ fn decay_that_ignores_the_interval_gives_a_wrong_average() {
     let weights = System::new(&history, 20_000, &sources, 0.0).unwrap().solve(&power(0.15)).unwrap().weights;
     let ramp = |chain: &Chain, step: u64| -> f64 {
         let updates = &times[..times.partition_point(|&t| t <= step)];
-        chain.densities(updates).iter().zip(updates).map(|(w, &t)| w * t as f64 / 20_000.0).sum()
+        chain.weights(updates).iter().zip(updates).map(|(w, &t)| w * t as f64 / 20_000.0).sum()
     };
     let ignoring = |source: &ChainSource| {
         let Chain::Tracked(profile) = &source.chain else { unreachable!() };
@@ -284,8 +285,8 @@ fn solve_of_512_snapshots_is_faster_than_a_plain_matrix_product() {
         assert_eq!(std::hint::black_box(product)[n], 2.25 * n as f64);
     };
     let turns: Vec<(f64, f64)> = (0..5).map(|_| (seconds(&solve), seconds(&multiply))).collect();
-    let best = |of: fn(&(f64, f64)) -> f64| turns.iter().map(of).fold(f64::MAX, f64::min);
-    let (solved, multiplied) = (best(|turn| turn.0), best(|turn| turn.1));
+    let solved = turns.iter().map(|turn| turn.0).fold(f64::MAX, f64::min);
+    let multiplied = turns.iter().map(|turn| turn.1).fold(f64::MAX, f64::min);
     println!("solve {solved} s, product {multiplied} s");
     assert!(solved < multiplied, "solve {solved} s, product {multiplied} s");
 }

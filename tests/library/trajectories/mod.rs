@@ -190,7 +190,7 @@ impl Training {
 /// Returns the weights of a target on the updates.
 fn shares(sigma_rel: f64, times: &[u64]) -> Vec<f64> {
     let profile = Profile::sigma_rel(sigma_rel).unwrap();
-    Chain::Tracked(profile).densities(times)
+    Chain::Tracked(profile).weights(times)
 }
 
 fn stored(values: &[f64], dtype: Dtype) -> Vec<u8> {
