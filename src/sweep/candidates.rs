@@ -39,12 +39,12 @@ impl SweepDir {
     /// Creates the folder, and removes the leftovers of a killed sweep from it. Averages with a trial in `evaluated`
     /// are kept.
     pub(super) fn new(dir: &Path, keep_all: bool, evaluated: &[Trial]) -> Result<SweepDir> {
-        let files = SweepDir { dir: dir.to_owned(), keep_all };
-        let folder = files.folder();
+        let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all };
+        let folder = sweep_dir.folder();
         fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-        remove(&files.dir.join(TEMPORARY_BEST))?;
-        files.remove_leftovers(evaluated)?;
-        Ok(files)
+        remove(&sweep_dir.dir.join(TEMPORARY_BEST))?;
+        sweep_dir.remove_leftovers(evaluated)?;
+        Ok(sweep_dir)
     }
 
     /// Removes temporary files, and candidates that were not evaluated.

@@ -147,9 +147,11 @@ impl SweepKey {
 
 /// Identifies a run: by the id that its snapshots store, or by its directory if they store none.
 pub fn identity(run: &Run) -> String {
-    let id = run.snapshots().iter().find_map(|snapshot| snapshot.meta.run.clone());
-    let dir = || run.dir().canonicalize().unwrap_or_else(|_| run.dir().to_owned());
-    id.unwrap_or_else(|| dir().display().to_string())
+    if let Some(id) = run.snapshots().iter().find_map(|snapshot| snapshot.meta.run.clone()) {
+        return id;
+    }
+    let dir = run.dir().canonicalize().unwrap_or_else(|_| run.dir().to_owned());
+    dir.display().to_string()
 }
 
 /// Checks that a directory without a document holds neither a run nor files that a sweep would replace.

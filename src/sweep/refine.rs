@@ -57,8 +57,8 @@ fn step_between(
 /// plateau of equally good trials counts as one.
 pub(super) fn steps_around_best(trials: &Trials) -> usize {
     let Some(points) = points(trials) else { return 0 };
-    let below = |at: f64| points.iter().rev().filter(|point| point.is_listed()).find(|point| point.at < at);
-    let above = |at: f64| points.iter().filter(|point| point.is_listed()).find(|point| point.at > at);
+    let below = |at: f64| points.iter().rev().find(|point| point.is_listed() && point.at < at);
+    let above = |at: f64| points.iter().find(|point| point.is_listed() && point.at > at);
     let equal = best_points(trials, &points);
     let (Some(first), Some(last)) = (equal.first(), equal.last()) else { return 0 };
     let mut from = below(first.at);
@@ -81,8 +81,9 @@ pub(super) fn steps_around_best(trials: &Trials) -> usize {
 /// Returns the trials of the best one's family, sorted by length. Returns `None` for a family without lengths.
 fn points(trials: &Trials) -> Option<Vec<Point<'_>>> {
     let (family, _) = trials.best()?.profile.family()?;
-    let point = |(trial, length)| Point { at: family.coordinate(length), trial };
-    let mut points: Vec<Point<'_>> = trials.of_family(family).map(point).collect();
+    let trials = trials.of_family(family);
+    let mut points: Vec<Point<'_>> =
+        trials.map(|(trial, length)| Point { at: family.coordinate(length), trial }).collect();
     points.sort_by(|a, b| a.at.total_cmp(&b.at));
     Some(points)
 }
@@ -105,9 +106,8 @@ fn neighbours<'a>(
     centre: Point<'_>,
     bounds: fn(&Trial) -> bool,
 ) -> (Option<Point<'a>>, Option<Point<'a>>) {
-    let bounds = |point: &&Point<'a>| bounds(point.trial);
-    let shorter = points.iter().rev().filter(bounds).find(|point| point.at < centre.at);
-    let longer = points.iter().filter(bounds).find(|point| point.at > centre.at);
+    let shorter = points.iter().rev().find(|point| bounds(point.trial) && point.at < centre.at);
+    let longer = points.iter().find(|point| bounds(point.trial) && point.at > centre.at);
     (shorter.copied(), longer.copied())
 }
 

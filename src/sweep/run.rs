@@ -179,7 +179,7 @@ where
             let profiles = std::slice::from_ref(&best.profile);
             let plans = self.run.plans_with(profiles, At::Step(self.at), self.options.noise)?;
             self.options.observer.synthesizing(1, self.run.bytes_to_read(&plans));
-            // It is written among the candidates, whose leftovers the next sweep removes.
+            // It is written among the candidates first. After an interruption the same path is used again.
             let candidates = self.dir.candidates(&plans, self.sweep.targets());
             self.write(&[Output { plan: &plans[0], path: &candidates[0] }])?;
             self.dir.make_best(&candidates[0])?;

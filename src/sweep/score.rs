@@ -20,11 +20,12 @@ pub(super) fn score(output: &str) -> Result<f64, String> {
 
 /// Parses a number, or one after a name: `loss=0.3`.
 fn parse_number(word: &str) -> Option<f64> {
-    let named = |(name, value): (&str, &str)| {
-        let is_name = name.starts_with(|c: char| c.is_alphabetic() || c == '_') && !name.contains(['=', ':']);
-        is_name.then(|| value.parse().ok()).flatten()
-    };
-    word.parse().ok().or_else(|| word.rsplit_once(['=', ':']).and_then(named))
+    if let Ok(number) = word.parse() {
+        return Some(number);
+    }
+    let (name, value) = word.rsplit_once(['=', ':'])?;
+    let is_name = name.starts_with(|c: char| c.is_alphabetic() || c == '_') && !name.contains(['=', ':']);
+    if is_name { value.parse().ok() } else { None }
 }
 
 /// Cuts the beginning of a long line.

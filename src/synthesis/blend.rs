@@ -31,14 +31,16 @@ impl<'a> TensorBlend<'a> {
     /// # Errors
     /// [`Error::Tensor`] if a source lacks it.
     pub(super) fn new(selection: &'a Selection<'a>, tensor: &'a ModelTensor, output: Dtype) -> Result<Self> {
+        let mut dtypes = Vec::with_capacity(selection.sources.len());
+        let mut stored = Vec::with_capacity(selection.sources.len());
         let mut place = 0;
-        let find = |source: &&'a dyn TensorSource| {
-            source
-                .stored_near(&tensor.name, &mut place)
-                .ok_or_else(|| Error::tensor(&tensor.name, "a snapshot lacks it"))
-        };
-        let stored: Vec<(Dtype, Elements<'_>)> = selection.sources.iter().map(find).collect::<Result<_>>()?;
-        let (dtypes, stored) = stored.into_iter().unzip();
+        for source in &selection.sources {
+            let Some((dtype, elements)) = source.stored_near(&tensor.name, &mut place) else {
+                return Err(Error::tensor(&tensor.name, "a snapshot lacks it"));
+            };
+            dtypes.push(dtype);
+            stored.push(elements);
+        }
         Ok(TensorBlend { tensor, sources: &selection.sources, dtypes, stored, weights: &selection.weights, output })
     }
 
@@ -47,12 +49,11 @@ impl<'a> TensorBlend<'a> {
     /// # Errors
     /// [`Error::Tensor`] if a source is not in host memory, or if a sum does not fit the dtype of the results.
     pub(super) fn blend_range(&self, dst: &mut [&mut [u8]], elements: Range<usize>) -> Result<()> {
-        let cut = |(stored, dtype): (&Elements<'a>, &Dtype)| {
-            let size = dtype.bitsize() / 8;
+        let mut sources: Vec<&[u8]> = Vec::with_capacity(self.stored.len());
+        for (stored, &dtype) in self.stored.iter().zip(&self.dtypes) {
             let bytes = stored.host().ok_or_else(|| Error::on_device(&self.tensor.name))?;
-            Ok(&bytes[elements.start * size..elements.end * size])
-        };
-        let sources: Vec<&[u8]> = self.stored.iter().zip(&self.dtypes).map(cut).collect::<Result<_>>()?;
+            sources.push(&bytes[byte_range(&elements, dtype)]);
+        }
         let blend = cpu::Blend { dtypes: &self.dtypes, weights: self.weights, output: self.output };
         cpu::blend(dst, &sources, &blend).map_err(|overflow| self.overflow_error(overflow, elements.start))
     }
@@ -63,10 +64,9 @@ impl<'a> TensorBlend<'a> {
         if elements.is_empty() {
             return;
         }
-        for ((source, stored), dtype) in self.sources.iter().zip(&self.stored).zip(&self.dtypes) {
-            let size = dtype.bitsize() / 8;
+        for ((source, stored), &dtype) in self.sources.iter().zip(&self.stored).zip(&self.dtypes) {
             if let Some(bytes) = stored.host() {
-                source.will_need(&bytes[elements.start * size..elements.end * size]);
+                source.will_need(&bytes[byte_range(&elements, dtype)]);
             }
         }
     }
@@ -76,7 +76,7 @@ impl<'a> TensorBlend<'a> {
     /// # Errors
     /// As [`TensorBlend::blend_range`].
     pub(super) fn blend_all(&self, dst: &mut [u8]) -> Result<()> {
-        let size = self.output.bitsize() / 8;
+        let size = self.size();
         let total = dst.len() / size;
         let prefetcher = Prefetcher::new();
         let chunks = dst.par_chunks_mut(cpu::CHUNK * size).enumerate();
@@ -95,7 +95,7 @@ impl<'a> TensorBlend<'a> {
     /// # Errors
     /// As [`TensorBlend::blend_range`].
     pub(super) fn check(&self, elements: usize) -> Result<()> {
-        let size = self.output.bitsize() / 8;
+        let size = self.size();
         let starts = (0..elements).into_par_iter().step_by(cpu::CHUNK);
         starts.try_for_each_init(
             || vec![0; cpu::CHUNK * size],
@@ -119,6 +119,12 @@ impl<'a> TensorBlend<'a> {
     fn overflow_error(&self, overflow: Overflow, start: usize) -> Error {
         overflow_error(&self.tensor.name, self.output, overflow, start)
     }
+}
+
+/// Range of bytes that holds a range of elements.
+fn byte_range(elements: &Range<usize>, dtype: Dtype) -> Range<usize> {
+    let size = dtype.bitsize() / 8;
+    elements.start * size..elements.end * size
 }
 
 /// Error for a sum that does not fit the dtype `output`. The blended range begins at element `start` of the tensor.
@@ -153,15 +159,14 @@ impl<'a> TensorBlend<'a> {
 
     /// Input of a device's blend of a range of elements.
     pub(super) fn on_device(&self, elements: Range<usize>) -> cuda::BlendPart<'a> {
-        let cut = |(stored, dtype): (&Elements<'a>, &Dtype)| {
-            let size = dtype.bitsize() / 8;
+        let mut sources = Vec::with_capacity(self.stored.len());
+        for (stored, &dtype) in self.stored.iter().zip(&self.dtypes) {
             let input = match *stored {
                 Elements::Host(bytes) => cuda::BlendInput::Host(bytes),
                 Elements::Device(input) => input,
             };
-            input.slice(elements.start * size..elements.end * size)
-        };
-        let sources = self.stored.iter().zip(&self.dtypes).map(cut).collect();
+            sources.push(input.slice(byte_range(&elements, dtype)));
+        }
         cuda::BlendPart { sources, dtypes: self.dtypes.clone(), output: self.output, elements: elements.len() }
     }
 

@@ -46,11 +46,12 @@ impl Shards {
     /// # Errors
     /// As [`FileLayout::new`].
     pub(crate) fn new(set: &SourceSet<'_>, dtype: Option<Dtype>, parts: Vec<Vec<usize>>) -> Result<Shards> {
-        let shard = |members: Vec<usize>| {
+        let mut shards = Vec::with_capacity(parts.len());
+        for members in parts {
             let specs = members.iter().map(|&member| spec(&set.tensors[member], dtype)).collect();
-            Ok(Shard { members, layout: FileLayout::new(specs)? })
-        };
-        parts.into_iter().map(shard).collect::<Result<_>>().map(Shards)
+            shards.push(Shard { members, layout: FileLayout::new(specs)? });
+        }
+        Ok(Shards(shards))
     }
 
     /// Lays out a single file that holds all tensors.
@@ -89,13 +90,14 @@ impl Shards {
     /// [`Error::Io`](crate::Error::Io), and as [`FileLayout::header`].
     pub(super) fn create(&self, outputs: &[OutputFile]) -> Result<OutputFiles> {
         debug_assert_eq!(outputs.len(), self.len());
-        let create = |(shard, output): (&Shard, &OutputFile)| {
+        let mut files = Vec::with_capacity(outputs.len());
+        for (shard, output) in self.0.iter().zip(outputs) {
             let file = AtomicFile::create(&output.path)?;
             let header = shard.layout.header(&output.metadata)?;
             file.write_at(0, &header)?;
-            Ok((file, header.len() as u64))
-        };
-        self.0.iter().zip(outputs).map(create).collect::<Result<_>>().map(OutputFiles)
+            files.push((file, header.len() as u64));
+        }
+        Ok(OutputFiles(files))
     }
 }
 

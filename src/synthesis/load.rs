@@ -40,15 +40,18 @@ impl SourceSet<'_> {
     }
 
     fn load_cpu(&self, selection: &Selection<'_>) -> Result<Tensors> {
-        let load = |tensor: &ModelTensor| {
-            let mut bytes = cpu::zeros(byte_size(&tensor.name, tensor.dtype, &tensor.shape)?);
-            if tensor.averaged {
-                TensorBlend::new(selection, tensor, tensor.dtype)?.blend_all(&mut bytes)?;
-            } else {
-                bytes.copy_from_slice(selection.copied(0, tensor)?);
-            }
-            Ok((tensor.name.clone(), Tensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes }))
-        };
-        Ok(self.tensors.par_iter().map(load).collect::<Result<Vec<_>>>()?.into_iter().collect())
+        let loaded = self.tensors.par_iter().map(|tensor| Ok((tensor.name.clone(), load_tensor(selection, tensor)?)));
+        Ok(loaded.collect::<Result<Vec<_>>>()?.into_iter().collect())
     }
+}
+
+/// Blends or copies one tensor into new memory.
+fn load_tensor(selection: &Selection<'_>, tensor: &ModelTensor) -> Result<Tensor> {
+    let mut bytes = cpu::zeros(byte_size(&tensor.name, tensor.dtype, &tensor.shape)?);
+    if tensor.averaged {
+        TensorBlend::new(selection, tensor, tensor.dtype)?.blend_all(&mut bytes)?;
+    } else {
+        bytes.copy_from_slice(selection.copied(0, tensor)?);
+    }
+    Ok(Tensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes })
 }

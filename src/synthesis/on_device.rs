@@ -37,11 +37,11 @@ pub(super) fn submit<'a>(
     targets: usize,
     destination: Destination<'a, '_>,
 ) -> Result<()> {
-    let stretches = parts.iter().map(|(blend, elements)| blend.on_device(elements.clone())).collect();
+    let inputs = parts.iter().map(|(blend, elements)| blend.on_device(elements.clone())).collect();
     let origins: Vec<_> = parts.iter().map(|(blend, elements)| blend.origin(elements.start)).collect();
     let weights = parts.first().map_or(&[][..], |(blend, _)| blend.weights());
-    let report = Box::new(move |stretch: usize, overflow| origins[stretch].overflow_error(overflow));
-    blender.submit(stretches, weights, targets, destination, report)
+    let report = Box::new(move |part: usize, overflow| origins[part].overflow_error(overflow));
+    blender.submit(inputs, weights, targets, destination, report)
 }
 
 impl SourceSet<'_> {
@@ -52,8 +52,10 @@ impl SourceSet<'_> {
         for tensor in &averaged {
             blends.push(TensorBlend::new(selection, tensor, tensor.dtype)?);
         }
-        let size = |tensor: &&ModelTensor| byte_size(&tensor.name, tensor.dtype, &tensor.shape).map(|n| vec![0u8; n]);
-        let mut results: Vec<Vec<u8>> = averaged.iter().map(size).collect::<Result<_>>()?;
+        let mut results = Vec::with_capacity(averaged.len());
+        for tensor in &averaged {
+            results.push(vec![0u8; byte_size(&tensor.name, tensor.dtype, &tensor.shape)?]);
+        }
         blend_in_blocks(device, &blends, &mut results)?;
         let mut tensors = Tensors::default();
         for (tensor, bytes) in averaged.into_iter().zip(results) {

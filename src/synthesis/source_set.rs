@@ -121,10 +121,13 @@ impl<'a> SourceSet<'a> {
         }
         let is_used = |source: &IndexedSource| plans.iter().any(|plan| weight_of(plan, source) != 0.0);
         let used: Vec<_> = self.sources.iter().filter(|(source, _)| is_used(source)).collect();
-        let row = |plan: &&Plan| used.iter().map(|(source, _)| weight_of(plan, source)).collect::<Vec<_>>();
+        let mut weights = Vec::with_capacity(plans.len() * used.len());
+        for plan in plans {
+            weights.extend(used.iter().map(|(source, _)| weight_of(plan, source)));
+        }
         Ok(Selection {
             sources: used.iter().map(|(_, source)| *source).collect(),
-            weights: plans.iter().flat_map(row).collect(),
+            weights,
             newest: plans.iter().map(|plan| self.newest(plan.at)).collect::<Result<_>>()?,
         })
     }

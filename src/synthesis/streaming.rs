@@ -170,7 +170,7 @@ impl<'a> Streaming<'a> {
 
     /// Writes the results of each target to their places in its files.
     fn write(&self, spans: &[OutputSpan], results: &[&[u8]]) -> Result<()> {
-        // Segments that are adjacent in a file, as nearly all are, are written together.
+        // Spans that are adjacent in a file, as nearly all are, are written together.
         let is_adjacent = |a: &OutputSpan, b: &OutputSpan| a.file == b.file && a.offset + a.buffer.len() == b.offset;
         for group in spans.chunk_by(is_adjacent) {
             let bytes = group[0].buffer.start..group[group.len() - 1].buffer.end;
@@ -183,8 +183,7 @@ impl<'a> Streaming<'a> {
 
     /// Bytes of all sources that the blend of some spans reads.
     fn bytes_read(&self, spans: &[OutputSpan]) -> u64 {
-        let read = |span: &OutputSpan| self.tensors[span.tensor].blend.bytes_read(span.elements.len());
-        spans.iter().map(read).sum()
+        spans.iter().map(|span| self.tensors[span.tensor].blend.bytes_read(span.elements.len())).sum()
     }
 
     /// Largest number of bytes that an element takes in all sources together.
@@ -245,8 +244,7 @@ impl Streaming<'_> {
     }
 
     fn parts<'s>(&'s self, spans: &[OutputSpan]) -> Vec<on_device::Part<'s>> {
-        let part = |span: &OutputSpan| (&self.tensors[span.tensor].blend, span.elements.clone());
-        spans.iter().map(part).collect()
+        spans.iter().map(|span| (&self.tensors[span.tensor].blend, span.elements.clone())).collect()
     }
 
     /// Largest number of bytes that an element takes in all sources and results together.

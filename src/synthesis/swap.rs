@@ -224,8 +224,11 @@ impl SavedWeights {
             }
             Ok(())
         })?;
-        let missing_error = || missing.first().map(|name| not_restored(name, "the model no longer has it"));
-        first_error.or_else(missing_error).map_or(Ok(()), Err)
+        match (first_error, missing.first()) {
+            (Some(error), _) => Err(error),
+            (None, Some(name)) => Err(not_restored(name, "the model no longer has it")),
+            (None, None) => Ok(()),
+        }
     }
 }
 
@@ -237,13 +240,17 @@ impl fmt::Debug for SavedWeights {
 
 /// Copies tensors to host memory: all threads copy those in host memory, one thread those on a device.
 fn read_all(views: &[&TensorView<'_>]) -> Result<Vec<Tensor>> {
-    let tensor = |view: &TensorView<'_>, bytes| Tensor { dtype: view.dtype, shape: view.shape.to_vec(), bytes };
     if views.iter().all(|view| view.host_bytes().is_some()) {
-        let copy = |view: &&TensorView<'_>| tensor(view, view.host_bytes().unwrap_or_default().to_vec());
-        return Ok(views.par_iter().map(copy).collect());
+        let copies = views.par_iter().map(|view| tensor(view, view.host_bytes().unwrap_or_default().to_vec()));
+        return Ok(copies.collect());
     }
     let mut transfer = Transfer::default();
     views.iter().map(|view| Ok(tensor(view, transfer.read(view)?))).collect()
+}
+
+/// Tensor with the dtype and shape of a view.
+fn tensor(view: &TensorView<'_>, bytes: Vec<u8>) -> Tensor {
+    Tensor { dtype: view.dtype, shape: view.shape.to_vec(), bytes }
 }
 
 /// Copies between host memory and a model's memory on any device.
@@ -326,7 +333,8 @@ mod tests {
 
     #[test]
     fn shared_memory_is_saved_once() {
-        let (shared, apart) = ([1.0f32, 2.0], [1.0f32, 2.0]);
+        let shared = [1.0f32, 2.0];
+        let apart = [1.0f32, 2.0];
         let params = [("a", &shared[..]), ("apart", &apart), ("b", &shared), ("half", &shared[..1]), ("not", &apart)];
         let saved = SavedWeights::read(&params, |name| name != "not").unwrap();
         assert_eq!(saved.tensors.len(), 3);

@@ -359,7 +359,7 @@ fn special_characters_in_paths_reach_the_evaluation() {
          case \"$POSTHOC_EMA_PROFILE\" in '{\"gamma\":'*|'{\"kind\":\"power\",'*) ;; *) exit 9;; esac\n\
          [ \"$(cat)\" = '' ] || exit 10",
     );
-    let eval = format!("sh {} {{}} {{}}", case.script.display());
+    let eval = format!("sh {} {{}} \"$POSTHOC_EMA_WEIGHTS\"", case.script.display());
     let out = case.out.to_str().unwrap();
     let output = posthoc_ema(&["sweep", &case.run, "--eval", &eval, "--out-dir", out, "--sigma-rel", "0.1", "--json"]);
     let document: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -485,6 +485,9 @@ fn bad_usage_and_failures_name_their_cause() {
     let (status, text) =
         failure(&["sweep", &case.run, "--eval", "python eval.py", "--out-dir", out, "--sigma-rel", "0.1"]);
     assert!(status == 2 && text.contains("write {} where the path"), "{text}");
+    let quoted = ["sweep", &case.run, "--eval", "sh -c 'eval {}'", "--out-dir", out, "--sigma-rel", "0.1"];
+    let (status, text) = failure(&quoted);
+    assert!(status == 2 && text.contains("use \"$POSTHOC_EMA_WEIGHTS\" there"), "{text}");
     for (further, part) in [
         (vec!["--sigma-rel", "0.1", "--at", "49"], "before the first snapshot (step 50)"),
         (vec!["--sigma-rel", "0.1", "--at", "501"], "after the last snapshot"),
