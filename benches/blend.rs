@@ -65,7 +65,7 @@ fn bench(criterion: &mut Criterion, name: &str, dtype: Dtype, tensors: usize) {
     limits::report(name, bytes, seconds, scan, "adding up the same mapped files");
 }
 
-/// Times a blend of 40 stretches in the caches into many targets, which is arithmetic alone.
+/// Times a blend of 40 cached sources into many targets, which is limited by arithmetic.
 fn bench_targets(criterion: &mut Criterion, targets: usize) {
     const ELEMENTS: usize = 1 << 14;
     let sources: Vec<Vec<f32>> = (0..40).map(|k| vec![k as f32; ELEMENTS]).collect();

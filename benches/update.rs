@@ -45,7 +45,7 @@ impl<T: Element + Into<f32>> Case<T> {
         let each = self.parameters.len() / self.tensors;
         for (averages, weight) in averages.iter().zip(weights) {
             for (i, &parameter) in self.parameters.iter().enumerate().step_by(997) {
-                let got = averages.high[layout.place(i / each).start + i % each];
+                let got = averages.high[layout.range(i / each).start + i % each];
                 assert_eq!(got, weight * parameter.into(), "{} at {i}", self.name);
             }
         }

@@ -134,7 +134,7 @@ impl CheckpointMeta {
         let layout = self.registry.layout();
         let mut dtypes = Vec::with_capacity(ranges.len());
         for (profile, (averages, ranges)) in values.averages.iter().zip(ranges).enumerate() {
-            let value = |tensor: usize, element: usize| Ok(averages.high[layout.place(tensor)][element]);
+            let value = |tensor: usize, element: usize| Ok(averages.high[layout.range(tensor)][element]);
             dtypes.push(self.choose_dtypes(profile, ranges, value)?);
         }
         Ok(dtypes)
@@ -271,5 +271,5 @@ impl CheckpointMeta {
 
 /// Returns the range of the values of each tensor.
 fn scan(averages: &Averages, layout: &Layout) -> Vec<cpu::ValueRange> {
-    (0..layout.len()).map(|i| cpu::scan(&averages.high[layout.place(i)])).collect()
+    (0..layout.len()).map(|i| cpu::scan(&averages.high[layout.range(i)])).collect()
 }

@@ -55,7 +55,7 @@ impl TensorSource for LiveSource<'_> {
         let found = self.registry.find(name)?;
         match (self.values, found) {
             (LiveValues::Host(values), Ok(i)) => {
-                let average = &values.averages[self.index].high[self.registry.layout().place(i)];
+                let average = &values.averages[self.index].high[self.registry.layout().range(i)];
                 Some((Dtype::F32, Elements::Host(bytemuck::cast_slice(average))))
             }
             (LiveValues::Host(Values { copies, .. }), Err(i)) => {
@@ -63,7 +63,7 @@ impl TensorSource for LiveSource<'_> {
             }
             #[cfg(feature = "cuda")]
             (LiveValues::Device(averages, _), Ok(i)) => {
-                Some((Dtype::F32, Elements::Device(averages.place(self.index, i))))
+                Some((Dtype::F32, Elements::Device(averages.input(self.index, i))))
             }
             #[cfg(feature = "cuda")]
             (LiveValues::Device(_, copies), Err(i)) => {

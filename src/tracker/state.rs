@@ -76,7 +76,7 @@ impl CheckpointMeta {
         };
         for (index, averages) in values.averages.iter().enumerate() {
             for (i, Entry { name, shape, .. }) in self.registry.averaged().iter().enumerate() {
-                let place = self.registry.layout().place(i);
+                let place = self.registry.layout().range(i);
                 add(high_name(index, name), Dtype::F32, shape, bytemuck::cast_slice(&averages.high[place.clone()]));
                 if let Some(low) = &averages.low {
                     add(low_name(index, name), Dtype::BF16, shape, bytemuck::cast_slice(&low[place]));
@@ -166,7 +166,7 @@ pub(super) fn read_values(
 fn read_averages(saved: &LiveState, index: usize, registry: &TensorRegistry, precision: Precision) -> Result<Averages> {
     let mut averages = Averages::zeros(registry.layout(), precision);
     for (i, Entry { name, shape, .. }) in registry.averaged().iter().enumerate() {
-        let place = registry.layout().place(i);
+        let place = registry.layout().range(i);
         let high: &mut [u8] = bytemuck::cast_slice_mut(&mut averages.high[place.clone()]);
         high.copy_from_slice(saved.bytes(&high_name(index, name), Dtype::F32, shape)?);
         if let Some(low) = &mut averages.low {

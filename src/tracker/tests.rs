@@ -136,7 +136,7 @@ fn running_average_equals_direct_sum_for_every_schedule() {
             let exact = direct(&trajectory, profile, last);
             let layout = ema.registry.layout();
             let high = &averages(&ema)[index].high;
-            let got: Vec<f64> = (0..3).flat_map(|i| high[layout.place(i)].iter().map(|&x| f64::from(x))).collect();
+            let got: Vec<f64> = (0..3).flat_map(|i| high[layout.range(i)].iter().map(|&x| f64::from(x))).collect();
             // Half an ulp of f32 near 1, and as much for the rounded weights.
             assert!(largest_difference(&got, &exact) < 1.2e-7, "{profile} every {every}");
         }

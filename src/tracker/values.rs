@@ -34,7 +34,7 @@ impl Values<'_> {
         match self.converted {
             Some(converted) => dst.copy_from_slice(&converted[profile].tensor(i)[bytes]),
             None => {
-                let start = layout.place(i).start;
+                let start = layout.range(i).start;
                 let size = dtype.bitsize() / 8;
                 self.averages[profile].store(dst, start + bytes.start / size..start + bytes.end / size, dtype);
             }

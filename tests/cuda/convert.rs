@@ -15,7 +15,7 @@ fn averages(lengths: &[usize], precision: Precision, seed: u64) -> (Layout, Aver
     let mut random = random(seed);
     let mut averages = Averages::zeros(&layout, precision);
     for i in 0..layout.len() {
-        let place = layout.place(i);
+        let place = layout.range(i);
         let values = wild(&mut random, Dtype::F32, place.len());
         bytemuck::cast_slice_mut(&mut averages.high[place.clone()]).copy_from_slice(&values);
         if let Some(low) = &mut averages.low {
@@ -40,7 +40,7 @@ fn conversion_to_every_dtype_has_bits_of_cpu() {
         for dtypes in same.iter().chain([&mixed]) {
             let (bytes, ranges) = reader.converted(0, dtypes).unwrap();
             for (i, (&dtype, range)) in dtypes.iter().zip(ranges).enumerate() {
-                let place = layout.place(i);
+                let place = layout.range(i);
                 let mut expected = vec![0; place.len() * dtype.bitsize() / 8];
                 averages.store(&mut expected, place, dtype);
                 assert_eq!(canonical(&bytes[range], dtype), canonical(&expected, dtype), "{dtype} tensor {i}");
@@ -72,13 +72,13 @@ fn ranges_equal_those_of_cpu() {
             for (i, value) in averages.high.iter_mut().enumerate() {
                 *value = if value.is_finite() { *value } else { i as f32 };
             }
-            averages.high[layout.place(8).end - seed as usize] = [f32::NAN, f32::INFINITY][seed as usize % 2];
+            averages.high[layout.range(8).end - seed as usize] = [f32::NAN, f32::INFINITY][seed as usize % 2];
         }
         let profiles = [averages.clone(), Averages::zeros(&layout, Precision::Plain)];
         let on_device = DeviceAverages::upload(&device, &layout, &profiles, Precision::Plain, &[]).unwrap();
         let ranges = on_device.reader().unwrap().ranges().unwrap();
         for (i, (got, zeros)) in ranges[0].iter().zip(&ranges[1]).enumerate() {
-            let expected = cpu::scan(&averages.high[layout.place(i)]);
+            let expected = cpu::scan(&averages.high[layout.range(i)]);
             assert_eq!(got.first_not_finite, expected.first_not_finite, "tensor {i}");
             if expected.first_not_finite.is_none() {
                 assert_eq!(*got, expected, "tensor {i}");

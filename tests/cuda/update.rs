@@ -59,7 +59,7 @@ fn compare(got: &DeviceAverages, expected: &[Averages], layout: &Layout, model: 
     for (profile, expected) in expected.iter().enumerate() {
         let got = reader.averages(profile).unwrap();
         for i in 0..layout.len() {
-            let place = layout.place(i);
+            let place = layout.range(i);
             assert_eq!(bits(&got.high[place.clone()]), bits(&expected.high[place.clone()]), "tensor {i}");
             let low = |averages: &Averages| {
                 averages.low.as_ref().map(|low| low[place.clone()].iter().map(|c| c.to_bits()).collect::<Vec<_>>())

@@ -48,7 +48,7 @@ impl Layout {
     }
 
     /// Returns the elements of an arena that hold tensor `i`.
-    pub fn place(&self, i: usize) -> std::ops::Range<usize> {
+    pub fn range(&self, i: usize) -> std::ops::Range<usize> {
         self.offsets[i]..self.offsets[i] + self.elements[i]
     }
 
@@ -91,13 +91,13 @@ impl Averages {
         Averages { high: zeros(layout.total()), low }
     }
 
-    /// Converts the elements `place` of the arena to `dtype` and writes them to `dst`.
-    pub fn store(&self, dst: &mut [u8], place: std::ops::Range<usize>, dtype: Dtype) {
+    /// Converts the elements `range` of the arena to `dtype` and writes them to `dst`.
+    pub fn store(&self, dst: &mut [u8], range: std::ops::Range<usize>, dtype: Dtype) {
         let size = dtype.bitsize() / 8;
-        let high = self.high[place.clone()].par_chunks(CHUNK);
+        let high = self.high[range.clone()].par_chunks(CHUNK);
         let chunks = dst.par_chunks_mut(CHUNK * size).zip(high).enumerate();
         chunks.for_each(|(i, (dst, high))| {
-            let low = self.low.as_ref().map(|low| &low[place.start + i * CHUNK..][..high.len()]);
+            let low = self.low.as_ref().map(|low| &low[range.start + i * CHUNK..][..high.len()]);
             vectorised(
                 #[inline(always)]
                 || convert::from_average(dst, high, low, dtype),
@@ -138,7 +138,7 @@ impl SpareAverages {
         let mut ranges = Vec::new();
         let high = self.high.fill_with(|high| {
             let tensors = layout.split(high).into_par_iter().enumerate();
-            ranges = tensors.map(|(i, dst)| copy_and_scan(dst, &averages.high[layout.place(i)])).collect();
+            ranges = tensors.map(|(i, dst)| copy_and_scan(dst, &averages.high[layout.range(i)])).collect();
         });
         let low = self.low.zip(averages.low.as_ref()).map(|(spare, from)| {
             spare.fill_with(|low| {
@@ -159,9 +159,9 @@ mod tests {
     fn layout_aligns_every_tensor_to_16_bytes() {
         let layout = Layout::new([1, 4, 0, 7, 9]);
         assert_eq!(layout.total(), 4 + 4 + 8 + 12);
-        assert_eq!(layout.place(3), 8..15);
-        assert_eq!(layout.place(2), 8..8);
-        assert!((0..layout.len()).all(|i| layout.place(i).start.is_multiple_of(ALIGNMENT)));
+        assert_eq!(layout.range(3), 8..15);
+        assert_eq!(layout.range(2), 8..8);
+        assert!((0..layout.len()).all(|i| layout.range(i).start.is_multiple_of(ALIGNMENT)));
     }
 
     #[test]
@@ -171,7 +171,7 @@ mod tests {
         averages.high[..2].copy_from_slice(&[1.0, 2.0]);
         averages.low.as_mut().unwrap()[1] = bf16::from_f32(1e-9);
         let mut bytes = [0; 16];
-        averages.store(&mut bytes, layout.place(0), Dtype::F64);
+        averages.store(&mut bytes, layout.range(0), Dtype::F64);
         let values: Vec<f64> = bytes.chunks(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect();
         assert_eq!(values[0], 1.0);
         assert!((values[1] - 2.0 - 1e-9).abs() < 1e-11);
@@ -188,15 +188,15 @@ mod tests {
                 let value = |i: usize| ((i * 31 + round) % 9973) as f32 - 5000.0;
                 averages.high.iter_mut().enumerate().for_each(|(i, v)| *v = value(i));
                 averages.low.iter_mut().flatten().enumerate().for_each(|(i, v)| *v = bf16::from_f32(value(i)));
-                averages.high[layout.place(300).start + CHUNK + round] = f32::NAN;
+                averages.high[layout.range(300).start + CHUNK + round] = f32::NAN;
                 let (copy, ranges) = spare.copy(&averages, &layout);
-                let places = || (0..layout.len()).map(|i| layout.place(i));
-                assert!(ranges.iter().copied().eq(places().map(|place| scan(&averages.high[place]))));
+                let tensor_ranges = || (0..layout.len()).map(|i| layout.range(i));
+                assert!(ranges.iter().copied().eq(tensor_ranges().map(|range| scan(&averages.high[range]))));
                 assert_eq!(ranges[300].first_not_finite, Some(CHUNK + round));
-                let bits = |averages: &Averages, place: std::ops::Range<usize>| -> Vec<u32> {
-                    averages.high[place].iter().map(|v| v.to_bits()).collect()
+                let bits = |averages: &Averages, range: std::ops::Range<usize>| -> Vec<u32> {
+                    averages.high[range].iter().map(|v| v.to_bits()).collect()
                 };
-                assert!(places().all(|place| bits(&copy, place.clone()) == bits(&averages, place)));
+                assert!(tensor_ranges().all(|range| bits(&copy, range.clone()) == bits(&averages, range)));
                 assert_eq!(copy.low, averages.low);
                 spare = SpareAverages::release(copy);
             }

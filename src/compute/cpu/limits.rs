@@ -33,10 +33,10 @@ pub fn update(updated: &mut [&mut [f32]], read: &[f32]) {
             #[inline(always)]
             || {
                 for (i, read) in read.chunks(tile).enumerate() {
-                    prefetch::reading(read);
+                    prefetch::for_reading(read);
                     for updated in &mut updated {
                         let updated = &mut updated[i * tile..][..read.len()];
-                        prefetch::writing(updated);
+                        prefetch::for_writing(updated);
                         updated.iter_mut().zip(read).for_each(|(x, p)| *x = p - *x);
                     }
                 }
@@ -76,7 +76,7 @@ pub fn blend(dst: &mut [&mut [u8]], sources: &[&[u8]]) {
                     sums.fill(0);
                     for source in sources {
                         let source = &source[i * CHUNK + start..][..n];
-                        prefetch::reading(source);
+                        prefetch::for_reading(source);
                         sums.iter_mut().zip(words(source)).for_each(|(sum, word)| *sum = sum.wrapping_add(word));
                     }
                     for dst in &mut dst {

@@ -8,13 +8,13 @@ pub(super) const LINE: usize = 64;
 
 /// Prefetches for reading as many lines as the slice has, [`AHEAD`] bytes further on. They need not exist.
 #[inline(always)]
-pub(crate) fn reading<T>(slice: &[T]) {
+pub(crate) fn for_reading<T>(slice: &[T]) {
     lines::<T, false>(slice.as_ptr(), size_of_val(slice));
 }
 
-/// As [`reading`], for lines that will be written.
+/// As [`for_reading`], for lines that will be written.
 #[inline(always)]
-pub(crate) fn writing<T>(slice: &[T]) {
+pub(crate) fn for_writing<T>(slice: &[T]) {
     lines::<T, true>(slice.as_ptr(), size_of_val(slice));
 }
 

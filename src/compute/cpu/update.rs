@@ -85,16 +85,16 @@ fn split_into_chunks<'a>(
     let mut chunks = Vec::new();
     let mut end = 0;
     for (i, tensor) in incoming.iter().enumerate() {
-        let place = layout.place(i);
+        let range = layout.range(i);
         for averages in &mut rest {
-            averages.split_off(place.start - end);
+            averages.split_off(range.start - end);
         }
         let size = tensor.dtype.bitsize() / 8;
         for bytes in tensor.bytes.chunks(CHUNK * size) {
             let averages = rest.iter_mut().map(|averages| averages.split_off(bytes.len() / size)).collect();
             chunks.push(UpdateChunk { incoming: Incoming { bytes, ..*tensor }, averages });
         }
-        end = place.end;
+        end = range.end;
     }
     chunks
 }
@@ -118,7 +118,7 @@ impl UpdateChunk<'_> {
         let (whole, rest) = elements.as_chunks::<TILE>();
         let mut parameters = [0.0; TILE];
         for (i, tile) in whole.iter().enumerate() {
-            prefetch::reading(tile);
+            prefetch::for_reading(tile);
             to_f32_with(level, &mut parameters, tile.as_flattened(), dtype);
             for (averages, &weight) in self.averages.iter_mut().zip(weights) {
                 averages.fold_tile(i, &parameters, weight);
@@ -137,11 +137,11 @@ impl AveragesSlice<'_> {
     #[inline(always)]
     fn fold_tile(&mut self, i: usize, parameters: &[f32; TILE], weight: f32) {
         let high = &mut self.high.as_chunks_mut::<TILE>().0[i];
-        prefetch::writing(high);
+        prefetch::for_writing(high);
         match &mut self.low {
             Some(low) => {
                 let low = &mut low.as_chunks_mut::<TILE>().0[i];
-                prefetch::writing(low);
+                prefetch::for_writing(low);
                 compensated(high, low, parameters, weight);
             }
             None => plain(high, parameters, weight),
@@ -151,10 +151,10 @@ impl AveragesSlice<'_> {
     /// Folds fewer parameters than a tile, from element `start` on.
     #[inline(always)]
     fn fold(&mut self, start: usize, parameters: &[f32], weight: f32) {
-        let place = start..start + parameters.len();
-        let high = &mut self.high[place.clone()];
+        let range = start..start + parameters.len();
+        let high = &mut self.high[range.clone()];
         match &mut self.low {
-            Some(low) => compensated(high, &mut low[place], parameters, weight),
+            Some(low) => compensated(high, &mut low[range], parameters, weight),
             None => plain(high, parameters, weight),
         }
     }
@@ -241,7 +241,7 @@ mod tests {
             }
             for (averages, &w) in expected.iter_mut().zip(&weights) {
                 for (i, tensor) in incoming.iter().enumerate() {
-                    for (j, at) in layout.place(i).enumerate() {
+                    for (j, at) in layout.range(i).enumerate() {
                         let low = averages.low.as_mut().map(|low| &mut low[at]);
                         oracle(&mut averages.high[at], low, element(tensor.bytes, tensor.dtype, j), w);
                     }

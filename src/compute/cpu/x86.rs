@@ -160,7 +160,7 @@ mod vectors {
                     let weights = weights.map(|weight| _mm512_set1_pd(weight));
                     let sources = sources.map(|source| steps(source, sums.len()));
                     for (i, sums) in sums.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
-                        sources.iter().for_each(|source| prefetch::reading(&source[i]));
+                        sources.iter().for_each(|source| prefetch::for_reading(&source[i]));
                         for (j, sums) in sums.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
                             // SAFETY: the reference covers the 8 sums; the instruction takes any alignment.
                             let mut acc = unsafe { _mm512_loadu_pd(sums.as_ptr()) };
@@ -178,7 +178,7 @@ mod vectors {
                     let weights = weights.map(|weight| _mm256_set1_pd(weight));
                     let sources = sources.map(|source| steps(source, sums.len()));
                     for (i, sums) in sums.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
-                        sources.iter().for_each(|source| prefetch::reading(&source[i]));
+                        sources.iter().for_each(|source| prefetch::for_reading(&source[i]));
                         for (j, sums) in sums.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
                             let (low, high) = sums.split_at_mut(4);
                             // SAFETY: each half has the 4 sums; the instruction takes any alignment.

@@ -19,7 +19,7 @@ pub(super) struct Arenas {
     /// Tensors that are copied, one after the other, each aligned to 16 bytes.
     pub copies: Buffer,
     /// Range of each copied tensor in `copies`.
-    pub places: Vec<Range<usize>>,
+    pub copy_ranges: Vec<Range<usize>>,
 }
 
 impl Arenas {
@@ -35,14 +35,14 @@ impl Arenas {
         let high = (0..profiles).map(|_| arena(4)).collect::<Result<Vec<_>>>()?;
         let terms = if precision == Precision::Compensated { profiles } else { 0 };
         let low = (0..terms).map(|_| arena(2)).collect::<Result<Vec<_>>>()?;
-        let mut places = Vec::with_capacity(copied.len());
+        let mut copy_ranges = Vec::with_capacity(copied.len());
         let mut end = 0;
         for &bytes in copied {
-            places.push(end..end + bytes);
+            copy_ranges.push(end..end + bytes);
             end += bytes.next_multiple_of(16);
         }
         let copies = Buffer::new(device, end, "copied tensors")?;
-        Ok(Arenas { device: device.clone(), layout: layout.clone(), high, low, copies, places })
+        Ok(Arenas { device: device.clone(), layout: layout.clone(), high, low, copies, copy_ranges })
     }
 
     /// Returns the address of an element of the f32 part of a profile.

@@ -99,8 +99,8 @@ impl DeviceAverages {
         for (values, buffer) in averages.iter().zip(&arenas.low) {
             send(buffer.address(), bytemuck::cast_slice(values.low.as_deref().unwrap_or_default()))?;
         }
-        for (copy, place) in copies.iter().zip(&arenas.places) {
-            send(arenas.copies.address() + place.start as u64, copy)?;
+        for (copy, range) in copies.iter().zip(&arenas.copy_ranges) {
+            send(arenas.copies.address() + range.start as u64, copy)?;
         }
         uploaded.mark_updated(&stream)?;
         uploaded.wait()?;
@@ -164,12 +164,13 @@ impl DeviceAverages {
     ) -> Result<()> {
         let arenas = &self.arenas;
         let layout = &arenas.layout;
-        let counts_match =
-            averaged.len() == layout.len() && copied.len() == arenas.places.len() && weights.len() == self.profiles();
+        let counts_match = averaged.len() == layout.len()
+            && copied.len() == arenas.copy_ranges.len()
+            && weights.len() == self.profiles();
         let averaged_match = averaged.iter().enumerate().all(|(i, (dtype, memory))| {
-            i < layout.len() && memory.bytes == layout.place(i).len() * dtype.bitsize() / 8
+            i < layout.len() && memory.bytes == layout.range(i).len() * dtype.bitsize() / 8
         });
-        let copied_match = copied.iter().zip(&arenas.places).all(|(memory, place)| memory.bytes == place.len());
+        let copied_match = copied.iter().zip(&arenas.copy_ranges).all(|(memory, range)| memory.bytes == range.len());
         if !(counts_match && averaged_match && copied_match) {
             let reason = "the tensors differ from those that the averages were created for";
             return Err(self.error("update the averages", reason));
@@ -204,20 +205,20 @@ impl DeviceAverages {
         let most = chunk_size(&self.arenas.device, self.arenas.layout.total());
         let mut chunks = Vec::new();
         for (i, (dtype, memory)) in averaged.iter().enumerate() {
-            let place = self.arenas.layout.place(i);
+            let range = self.arenas.layout.range(i);
             let span = TensorSpan {
                 address: memory.address,
-                offset: place.start as u64,
-                elements: place.len(),
+                offset: range.start as u64,
+                elements: range.len(),
                 kind: kind(*dtype),
             };
             split_into_chunks(&mut chunks, span, dtype.bitsize() / 8, 1, most);
         }
-        for (memory, place) in copied.iter().zip(&self.arenas.places) {
+        for (memory, range) in copied.iter().zip(&self.arenas.copy_ranges) {
             let span = TensorSpan {
                 address: memory.address,
-                offset: place.start as u64,
-                elements: place.len(),
+                offset: range.start as u64,
+                elements: range.len(),
                 kind: KIND_BYTES,
             };
             split_into_chunks(&mut chunks, span, 1, 1, most * 4);
@@ -282,8 +283,8 @@ impl DeviceAverages {
     }
 
     /// Returns the memory of an averaged tensor of one profile, as an input of a blend.
-    pub fn place(&self, profile: usize, tensor: usize) -> BlendInput<'_> {
-        let place = self.arenas.layout.place(tensor);
-        BlendInput::Device { address: self.arenas.address(profile, place.start), bytes: 4 * place.len() }
+    pub fn input(&self, profile: usize, tensor: usize) -> BlendInput<'_> {
+        let range = self.arenas.layout.range(tensor);
+        BlendInput::Device { address: self.arenas.address(profile, range.start), bytes: 4 * range.len() }
     }
 }

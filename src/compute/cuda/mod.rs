@@ -22,7 +22,7 @@ mod staging;
 mod timed_stream;
 
 pub use averages::DeviceAverages;
-pub use blender::{BlendInput, BlendPart, Blender, Deliver, Destination, Report};
+pub use blender::{BlendInput, BlendPart, Blender, Deliver, Destination, OverflowHandler};
 pub use device::CudaDevice;
 pub use memory::{Buffer, Pinned};
 pub use offload::{Fence, HostCopy, Offload, PendingCopy};

@@ -29,7 +29,7 @@ pub struct Offload {
     /// Chunks of the tensors below [`SMALL`].
     small: ChunkTable,
     /// Range of each tensor in a slot, aligned to 16 bytes.
-    places: Arc<[Range<usize>]>,
+    ranges: Arc<[Range<usize>]>,
     /// Event that passes when the parameters may be read.
     begin: Event,
     free: Arc<FreeSlots>,
@@ -64,7 +64,7 @@ impl Drop for CopySlot {
 pub struct PendingCopy {
     slot: Option<CopySlot>,
     free: Arc<FreeSlots>,
-    places: Arc<[Range<usize>]>,
+    ranges: Arc<[Range<usize>]>,
 }
 
 /// Copy of the parameters that has arrived on the host.
@@ -84,10 +84,10 @@ impl Offload {
     /// # Errors
     /// [`crate::Error::Cuda`] if the driver or the system rejects it.
     pub fn new(device: &Arc<CudaDevice>, sizes: &[usize]) -> Result<Offload> {
-        let mut places = Vec::with_capacity(sizes.len());
+        let mut ranges = Vec::with_capacity(sizes.len());
         let mut end = 0;
         for &bytes in sizes {
-            places.push(end..end + bytes);
+            ranges.push(end..end + bytes);
             end += bytes.next_multiple_of(16);
         }
         let mut slots = Vec::with_capacity(SLOTS);
@@ -98,7 +98,7 @@ impl Offload {
         Ok(Offload {
             stream: device.stream()?,
             small: ChunkTable::new(device)?,
-            places: places.into(),
+            ranges: ranges.into(),
             begin: device.order_event()?,
             free: Arc::new(FreeSlots { slots: Mutex::new(slots), returned: Condvar::new() }),
             device: device.clone(),
@@ -121,13 +121,13 @@ impl Offload {
         let device = self.device.clone();
         let (number, stream) = common_stream(tensors.iter())?.unwrap_or((device.number(), 0));
         device.check_number(number)?;
-        let fits = |(memory, place): (&CudaMemory<'_>, &Range<usize>)| memory.bytes == place.len();
-        if tensors.len() != self.places.len() || !tensors.iter().zip(self.places.iter()).all(fits) {
+        let fits = |(memory, range): (&CudaMemory<'_>, &Range<usize>)| memory.bytes == range.len();
+        if tensors.len() != self.ranges.len() || !tensors.iter().zip(self.ranges.iter()).all(fits) {
             let reason = "the tensors differ from those that the copy was prepared for".into();
             return Err(Error::Cuda { device: number, action: "read the parameters".into(), reason });
         }
         let pending =
-            PendingCopy { slot: Some(self.free.take()), free: self.free.clone(), places: self.places.clone() };
+            PendingCopy { slot: Some(self.free.take()), free: self.free.clone(), ranges: self.ranges.clone() };
         let _bound = device.bind()?;
         let owner = device.borrow_stream(stream);
         let order = || device.driver_error("order two streams");
@@ -152,11 +152,11 @@ impl Offload {
     fn queue(&mut self, slot: &CopySlot, tensors: &[CudaMemory<'_>]) -> Result<()> {
         let most = chunk_size(&self.device, slot.pinned.len()).max(1 << 14);
         let mut chunks = Vec::new();
-        for (memory, place) in tensors.iter().zip(self.places.iter()) {
+        for (memory, range) in tensors.iter().zip(self.ranges.iter()) {
             if memory.bytes < SMALL {
                 let span = TensorSpan {
                     address: memory.address,
-                    offset: place.start as u64,
+                    offset: range.start as u64,
                     elements: memory.bytes,
                     kind: KIND_BYTES,
                 };
@@ -166,10 +166,10 @@ impl Offload {
         // The table comes before the copies: if tensors have moved, this waits for the previous upload, which must not
         // be queued behind large copies.
         self.small.set(&self.stream, chunks)?;
-        for (memory, place) in tensors.iter().zip(self.places.iter()).filter(|(memory, _)| memory.bytes >= SMALL) {
-            // SAFETY: a place is as long as its tensor, and the slot is not read before `done` has passed.
+        for (memory, range) in tensors.iter().zip(self.ranges.iter()).filter(|(memory, _)| memory.bytes >= SMALL) {
+            // SAFETY: a range is as long as its tensor, and the slot is not read before `done` has passed.
             unsafe {
-                copy_to_host(&self.device, &self.stream, &slot.pinned, place.start, memory.address, memory.bytes)
+                copy_to_host(&self.device, &self.stream, &slot.pinned, range.start, memory.address, memory.bytes)
             }?;
         }
         let count = self.small.len() as u64;
@@ -227,7 +227,7 @@ impl HostCopy {
         let Some(slot) = &self.0.slot else { return &[] };
         // SAFETY: the copy has run, and the slot takes the next one only after `self` is dropped.
         let all = unsafe { slot.pinned.bytes() };
-        &all[self.0.places[i].clone()]
+        &all[self.0.ranges[i].clone()]
     }
 }
 

@@ -64,7 +64,7 @@ impl AveragesReader {
             drop(bound);
             let mut bits = vec![0u32; arenas.layout.len()];
             self.read(bytemuck::cast_slice_mut(&mut bits), largest.address())?;
-            let ranges = bits.iter().enumerate().map(|(i, &bits)| self.range(profile, i, f32::from_bits(bits)));
+            let ranges = bits.iter().enumerate().map(|(i, &bits)| self.value_range(profile, i, f32::from_bits(bits)));
             all.push(ranges.collect::<Result<_>>()?);
         }
         self.scan = Some((table, largest));
@@ -77,9 +77,9 @@ impl AveragesReader {
         let most = chunk_size(device, layout.total());
         let mut chunks = Vec::new();
         for i in 0..layout.len() {
-            let place = layout.place(i);
+            let range = layout.range(i);
             // The "address" is the tensor's index, which does not advance from chunk to chunk.
-            let span = TensorSpan { address: i as u64, offset: place.start as u64, elements: place.len(), kind: 0 };
+            let span = TensorSpan { address: i as u64, offset: range.start as u64, elements: range.len(), kind: 0 };
             split_into_chunks(&mut chunks, span, 0, 1, most);
         }
         let mut table = ChunkTable::new(device)?;
@@ -88,13 +88,13 @@ impl AveragesReader {
     }
 
     /// Returns the range of one tensor from its largest magnitude. If that is not finite, the host scans the values.
-    fn range(&mut self, profile: usize, tensor: usize, largest: f32) -> Result<ValueRange> {
+    fn value_range(&mut self, profile: usize, tensor: usize, largest: f32) -> Result<ValueRange> {
         if largest.is_finite() {
             return Ok(ValueRange { largest, first_not_finite: None });
         }
-        let place = self.arenas.layout.place(tensor);
-        let mut values = vec![0f32; place.len()];
-        self.read(bytemuck::cast_slice_mut(&mut values), self.arenas.address(profile, place.start))?;
+        let range = self.arenas.layout.range(tensor);
+        let mut values = vec![0f32; range.len()];
+        self.read(bytemuck::cast_slice_mut(&mut values), self.arenas.address(profile, range.start))?;
         Ok(scan(&values))
     }
 
@@ -105,7 +105,7 @@ impl AveragesReader {
     pub fn value(&self, profile: usize, tensor: usize, element: usize) -> Result<f32> {
         let device = self.device();
         let _bound = device.bind()?;
-        let from = self.arenas.address(profile, self.arenas.layout.place(tensor).start + element);
+        let from = self.arenas.address(profile, self.arenas.layout.range(tensor).start + element);
         let mut value = [0f32];
         // SAFETY: the element is within the arena, and the value is read after the stream has been waited for.
         unsafe { result::memcpy_dtoh_async(&mut value, from, self.stream.cu_stream()) }
@@ -137,7 +137,7 @@ impl AveragesReader {
         let arenas = self.arenas.clone();
         let mut all = vec![0; arenas.copies.len()];
         self.read(&mut all, arenas.copies.address())?;
-        Ok(arenas.places.iter().map(|place| all[place.clone()].to_vec()).collect())
+        Ok(arenas.copy_ranges.iter().map(|range| all[range.clone()].to_vec()).collect())
     }
 
     /// Returns the averages of one profile, each tensor converted on the device to its dtype, and the range of each
@@ -153,11 +153,11 @@ impl AveragesReader {
         let mut first = 0;
         for run in dtypes.chunk_by(|a, b| a == b) {
             let size = run[0].bitsize() / 8;
-            let start = layout.place(first).start;
-            let end = layout.place(first + run.len() - 1).end;
+            let start = layout.range(first).start;
+            let end = layout.range(first + run.len() - 1).end;
             let before = bytes.len();
-            for place in (first..first + run.len()).map(|i| layout.place(i)) {
-                ranges.push(before + (place.start - start) * size..before + (place.end - start) * size);
+            for range in (first..first + run.len()).map(|i| layout.range(i)) {
+                ranges.push(before + (range.start - start) * size..before + (range.end - start) * size);
             }
             bytes.resize(before + (end - start) * size, 0);
             self.convert(&mut bytes[before..], profile, start, run[0])?;

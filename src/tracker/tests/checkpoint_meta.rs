@@ -22,9 +22,9 @@ fn converted(meta: &CheckpointMeta, averages: &[Averages], dtypes: &[Dtype]) -> 
         let mut converted = Converted { places: Vec::new(), bytes: Vec::new() };
         for (i, &dtype) in dtypes.iter().enumerate() {
             let start = converted.bytes.len() + 3;
-            let end = start + layout.place(i).len() * dtype.bitsize() / 8;
+            let end = start + layout.range(i).len() * dtype.bitsize() / 8;
             converted.bytes.resize(end, 0xee);
-            averages.store(&mut converted.bytes[start..], layout.place(i), dtype);
+            averages.store(&mut converted.bytes[start..], layout.range(i), dtype);
             converted.places.push(start..end);
         }
         converted
@@ -107,7 +107,7 @@ fn dtypes_are_chosen_by_given_ranges() {
     }
     // Without ranges, a scan of the values gives the same error.
     let mut poisoned = values.clone();
-    let place = meta.registry.layout().place(1);
+    let place = meta.registry.layout().range(1);
     poisoned.averages[1].high[place.start + 3] = f32::NEG_INFINITY;
     let failure = meta.store(&poisoned.as_values()).unwrap_err();
     assert!(matches!(failure, Failure::Values(_)) && failure.into_error().to_string() == text);

@@ -98,7 +98,7 @@ fn load_tracked_into_copies_the_running_average() {
     let held = ema.engine.values().unwrap();
     let high = &held.values().averages[1].high;
     for (name, place) in [("half", 1), ("large", 2)] {
-        let place = ema.registry.layout().place(place);
+        let place = ema.registry.layout().range(place);
         assert_eq!(itself[0].get(name).unwrap().to_vec::<f32>().unwrap(), high[place], "{name}");
     }
     let text = filled(&[], 1, |mut m| ema.load_tracked_into(2, m.remove(0))).unwrap_err().to_string();

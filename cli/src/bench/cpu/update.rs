@@ -128,7 +128,7 @@ impl UpdateTask {
     fn compare(&self, averages: &[Averages], layout: &Layout) -> Result<()> {
         let mut before = 0;
         for (tensor, &elements) in self.0.elements.iter().enumerate() {
-            let place = layout.place(tensor);
+            let place = layout.range(tensor);
             for i in (0..elements).step_by(SAMPLE_STEP).chain(elements.checked_sub(1)) {
                 for (averages, &weight) in averages.iter().zip(&WEIGHTS) {
                     let p = f64::from(parameter(before + i));
@@ -191,7 +191,7 @@ mod tests {
         let layout = task.0.layout();
         let mut state = UpdateMemory::new(100, layout.total());
         task.check(&mut state).unwrap();
-        let last = layout.place(2).end - 1;
+        let last = layout.range(2).end - 1;
         for wrong in [1.0001, f32::NAN] {
             let mut averages = state.averages.clone();
             averages[1].high[last] *= wrong;

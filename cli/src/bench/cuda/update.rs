@@ -147,7 +147,7 @@ impl DeviceUpdate {
     /// Compares a stretch of the averages of one profile, tensor by tensor.
     fn compare(&self, layout: &Layout, stretch: Range<usize>, got: &Averages, expected: &Averages) -> Result<()> {
         for (tensor, &begin) in self.places.iter().enumerate() {
-            let place = layout.place(tensor);
+            let place = layout.range(tensor);
             for i in place.start.max(stretch.start)..place.end.min(stretch.end) {
                 let at = i - stretch.start;
                 let from = (begin + i - place.start) % PERIOD;
@@ -217,7 +217,7 @@ mod tests {
         let expected = &task.expected()[1];
         let mut got = Averages::zeros(&layout, Precision::Compensated);
         for tensor in 0..3 {
-            let place = layout.place(tensor);
+            let place = layout.range(tensor);
             let from = task.places[tensor] % PERIOD;
             let values = expected.high.iter().cycle().skip(from).take(place.len());
             got.high[place.clone()].iter_mut().zip(values).for_each(|(to, value)| *to = *value);
@@ -226,7 +226,7 @@ mod tests {
         }
         let all = 0..layout.total();
         task.compare(&layout, all.clone(), &got, expected).unwrap();
-        let last = layout.place(2).end - 1;
+        let last = layout.range(2).end - 1;
         let mut wrong = got.clone();
         wrong.high[last] = f32::NAN;
         let text = task.compare(&layout, all.clone(), &wrong, expected).unwrap_err().to_string();

@@ -97,7 +97,7 @@ impl TiledBlend<'_, '_> {
             let dtype = self.blend.dtypes[k];
             let size = dtype.bitsize() / 8;
             let bytes = &self.sources[k][start * size..(start + n) * size];
-            prefetch::reading(bytes);
+            prefetch::for_reading(bytes);
             to_f64(self.level, &mut values[..n], bytes, dtype);
             // Elements after the last are added too, but their sums are never read.
             values[n..].fill(0.0);

@@ -104,7 +104,7 @@ fn add_values<const K: usize, const N: usize>(
 ) {
     for (i, sums) in sums.chunks_mut(STEP).enumerate() {
         let sources = sources.map(|source| &source.as_chunks().0[i * STEP..][..sums.len()]);
-        sources.iter().for_each(|source| prefetch::reading(source));
+        sources.iter().for_each(|source| prefetch::for_reading(source));
         for (j, sum) in sums.iter_mut().enumerate() {
             for k in 0..K {
                 *sum = weights[k].mul_add(value(sources[k][j]), *sum);

@@ -5,7 +5,7 @@ use std::ops::Range;
 use cudarc::driver::result;
 use safetensors::Dtype;
 
-use super::{BlendInput, BlendPart, Deliver, Destination, Report};
+use super::{BlendInput, BlendPart, Deliver, Destination, OverflowHandler};
 use crate::compute::cpu::{self, Blend, Overflow};
 use crate::compute::cuda::CudaDevice;
 use crate::compute::cuda::memory::Buffer;
@@ -22,7 +22,7 @@ pub(super) struct BlendJob<'a> {
     pub weights: &'a [f64],
     pub targets: usize,
     pub deliver: Option<Deliver<'a>>,
-    pub report: Report<'a>,
+    pub on_overflow: OverflowHandler<'a>,
     /// Bytes of a target's results.
     pub packed: usize,
 }

@@ -89,7 +89,7 @@ pub enum Destination<'a, 'm> {
 }
 
 /// Callback that returns the error for an overflow in the part of this index.
-pub type Report<'a> = Box<dyn FnOnce(usize, Overflow) -> Error + 'a>;
+pub type OverflowHandler<'a> = Box<dyn FnOnce(usize, Overflow) -> Error + 'a>;
 
 /// Blender of blocks of parts on one device.
 pub struct Blender<'a> {
@@ -138,14 +138,14 @@ impl<'a> Blender<'a> {
     /// `weights` holds those of target 0 for all sources, then those of target 1, and so on.
     ///
     /// # Errors
-    /// The error of an earlier block's delivery or overflow report, or [`Error::Cuda`].
+    /// The error of an earlier block's delivery or overflow handler, or [`Error::Cuda`].
     pub fn submit(
         &mut self,
         parts: Vec<BlendPart<'a>>,
         weights: &'a [f64],
         targets: usize,
         destination: Destination<'a, '_>,
-        report: Report<'a>,
+        on_overflow: OverflowHandler<'a>,
     ) -> Result<()> {
         let device = self.device.clone();
         check(&device, &parts, weights, targets, &destination)?;
@@ -159,7 +159,7 @@ impl<'a> Blender<'a> {
             Destination::Host(deliver) => (Some(deliver), Vec::new()),
             Destination::Device(to) => (None, to.into_iter().map(|memory| memory.0).collect()),
         };
-        let job = BlendJob { groups, parts, weights, targets, deliver, report, packed };
+        let job = BlendJob { groups, parts, weights, targets, deliver, on_overflow, packed };
         slot.prepare(&device, &job)?;
         // From here on the slot has pending work. It is awaited even if the rest cannot be queued.
         let job = slot.job.insert(job);
@@ -243,7 +243,7 @@ impl BlendSlot<'_> {
             let group = found / job.targets;
             let target = found % job.targets;
             let (part, overflow) = job.locate(device, &inputs.device, group, target, element)?;
-            return Err((job.report)(part, overflow));
+            return Err((job.on_overflow)(part, overflow));
         }
         let Some(deliver) = job.deliver else { return Ok(()) };
         // SAFETY: as above.

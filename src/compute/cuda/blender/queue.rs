@@ -6,7 +6,7 @@ use cudarc::driver::{CudaStream, result};
 use rayon::prelude::*;
 
 use super::job::{BlendJob, LaunchGroup, group};
-use super::{BlendInput, BlendPart, MirroredBuffer, Report};
+use super::{BlendInput, BlendPart, MirroredBuffer, OverflowHandler};
 use crate::compute::cpu;
 use crate::compute::cuda::CudaDevice;
 use crate::compute::cuda::device::Event;
@@ -200,8 +200,9 @@ impl ResidentBlend<'_> {
         let targets = weights.len() / part.dtypes.len().max(1);
         let parts = vec![part];
         let groups = group(&parts, targets);
-        let report: Report<'_> = Box::new(|_, overflow| Error::Internal(format!("a sum is {}", overflow.value)));
-        let job = BlendJob { groups, parts, weights, targets, deliver: None, report, packed: 0 };
+        let on_overflow: OverflowHandler<'_> =
+            Box::new(|_, overflow| Error::Internal(format!("a sum is {}", overflow.value)));
+        let job = BlendJob { groups, parts, weights, targets, deliver: None, on_overflow, packed: 0 };
         let group = &job.groups[0];
         let sums = 8 * MAX_TARGETS.min(targets) * group.elements.next_multiple_of(4);
         let fits = job.input_bytes() <= self.inputs.len()
