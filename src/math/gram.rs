@@ -32,7 +32,7 @@ pub(super) fn dense_product(a: &Profile, b: &Profile, at: f64, first: f64) -> f6
     }
 }
 
-/// Product of the masses at the first update, which holds all that an exponential profile weighs before it.
+/// Returns the first update's part of an inner product; an exponential profile's mass before it belongs to it.
 fn first_update_product(a: &Profile, b: &Profile, at: f64, first: f64) -> f64 {
     a.cumulative(first, at) * b.cumulative(first, at) / first
 }

@@ -17,13 +17,13 @@ use kkt::Kkt;
 pub(super) use kkt::scaled_kkt;
 pub(super) use updates::Updates;
 
-/// Difference of a cosine from 1 up to which two sources hold the same average.
+/// Largest difference from 1 of the cosine of two sources that hold the same average.
 const SAME: f64 = 8.0 * f64::EPSILON;
 
 /// Refinement steps after the first solve. The golden weights need one; the second is for worse conditions.
 const REFINEMENTS: usize = 2;
 
-/// Terms added to the diagonal of a scaled matrix whose factors would have no correct digits, in the order of trial.
+/// Ridges that are tried in turn if the factors of the scaled matrix have no correct digits.
 const RIDGES: [f64; 3] = [1e-14, 1e-12, 1e-10];
 
 /// Most sources of one solve: their Gram matrix and its factors take 1.5 GB.

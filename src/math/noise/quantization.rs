@@ -19,7 +19,7 @@ pub(super) const INDEPENDENT: f64 = 1.0 / 6.0;
 /// Mean square below which a movement reaches at most the next neighbour, so that `h(s) = s sqrt(2/pi) - s^2`.
 const SHORT: f64 = 0.2;
 
-/// Mean square from which on rounding errors are independent to eight digits.
+/// Mean square above which rounding errors are independent to eight digits.
 const FAR: f64 = 1.0;
 
 /// `h` at evenly spaced mean squares from [`SHORT`] to [`FAR`].

@@ -17,7 +17,7 @@ const MAX_ERROR_RATIO: f64 = 0.6;
 /// factor costs little.
 const PROFILE_FACTOR: f64 = 2.0;
 
-/// Ratio to the smallest cautious error up to which a weaker regularisation is preferred.
+/// Largest ratio to the smallest error at which a weaker regularisation is preferred.
 const NEAR_BEST: f64 = 1.02;
 
 /// Powers of ten of `rho` in units of the target's norm.
@@ -25,8 +25,8 @@ const NEAR_BEST: f64 = 1.02;
 /// At the lower end the weights do not change; at the upper end they become equal.
 const POWERS: std::ops::RangeInclusive<i32> = -7..=1;
 
-/// Distances from the best power of ten so far at which both neighbours are tried.
-const REFINED_DISTANCES: [f64; 2] = [0.5, 0.25];
+/// Distances from the best power of ten so far, each tried in both directions.
+const REFINEMENTS: [f64; 2] = [0.5, 0.25];
 
 /// A solution with its regularisation and expected error.
 pub(crate) struct RegularisedSolution {
@@ -36,7 +36,7 @@ pub(crate) struct RegularisedSolution {
 }
 
 impl RegularisedSolution {
-    /// Returns the error that the choice minimises.
+    /// Returns the error that a regularisation is chosen by.
     fn cautious_error(&self) -> f64 {
         (PROFILE_FACTOR * self.expected.profile).hypot(self.expected.rounding)
     }
@@ -79,7 +79,7 @@ impl ErrorModel<'_> {
 fn search(solve: impl Fn(f64) -> Option<RegularisedSolution>) -> Vec<RegularisedSolution> {
     let solve = |power: f64| solve(power).map(|solution| (power, solution));
     let mut tried: Vec<(f64, RegularisedSolution)> = POWERS.filter_map(|power| solve(f64::from(power))).collect();
-    for distance in REFINED_DISTANCES {
+    for distance in REFINEMENTS {
         let best = tried.iter().min_by(|a, b| a.1.cautious_error().total_cmp(&b.1.cautious_error()));
         let Some(&(power, _)) = best else { break };
         tried.extend(solve(power - distance));

@@ -114,7 +114,7 @@ fn slopes(times: &[f64], share: impl Fn(f64) -> f64) -> Vec<f64> {
     slopes
 }
 
-/// Returns the means of a density, whose spans end at `times`, over the spans that end at `ends`.
+/// Averages a density with spans ending at `times` over the spans ending at `ends`.
 fn means(ends: &[f64], times: &[f64], density: &[f64]) -> Vec<f64> {
     let mut i = 0;
     let mut from = 0.0;

@@ -61,8 +61,9 @@ impl Updates {
 
     /// Returns a symmetric matrix over the sources.
     ///
-    /// `of_chains` returns the function of the entries of a pair of chains. Its arguments are the mark of the first
-    /// chain's source, which is not the later one, and the second chain's decay from there to its own source.
+    /// `of_chains` returns the function that computes the entries of a pair of chains. Its arguments are the mark of
+    /// the first chain's source, and the decay of the second chain from that mark to its own source, which is not
+    /// earlier.
     pub(in crate::math) fn pairs<F: Fn(usize, f64) -> f64>(&self, of_chains: impl Fn(usize, usize) -> F) -> Mat<f64> {
         let between: Vec<Vec<f64>> = self.decays.iter().map(|decays| decay_between(decays, &self.marks)).collect();
         let mut matrix = Mat::zeros(self.sources.len(), self.sources.len());
