@@ -1,7 +1,7 @@
 //! Plans, errors, sweeps and measurements as tables.
 
 use comfy_table::{CellAlignment, Table, presets};
-use posthoc_ema::math::Profile;
+use posthoc_ema::math::{Family, Profile};
 use posthoc_ema::sweep::{Sweep, Trial};
 use posthoc_ema::{Advice, Merge, Plan};
 
@@ -161,12 +161,19 @@ pub fn trials(sweep: &Sweep) -> Table {
 
 /// Sorts the families by their first evaluation, and the trials of each by length.
 fn by_length(sweep: &Sweep) -> Vec<&Trial> {
-    let family = |trial: &Trial| trial.profile.family().map(|(family, _)| family);
-    let length = |trial: &Trial| trial.profile.family().map_or(0.0, |(_, length)| length);
-    let first = |trial: &Trial| sweep.trials().iter().position(|other| family(other) == family(trial));
-    let mut trials: Vec<&Trial> = sweep.trials().iter().collect();
-    trials.sort_by(|a, b| first(a).cmp(&first(b)).then(length(a).total_cmp(&length(b))));
-    trials
+    let mut trials: Vec<(usize, f64, &Trial)> = Vec::new();
+    for trial in sweep.trials() {
+        let family = family(trial);
+        let first = sweep.trials().iter().position(|other| self::family(other) == family).unwrap_or_default();
+        let length = trial.profile.family().map_or(0.0, |(_, length)| length);
+        trials.push((first, length, trial));
+    }
+    trials.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+    trials.into_iter().map(|(_, _, trial)| trial).collect()
+}
+
+fn family(trial: &Trial) -> Option<Family> {
+    trial.profile.family().map(|(family, _)| family)
 }
 
 fn mark(trial: &Trial, sweep: &Sweep) -> &'static str {

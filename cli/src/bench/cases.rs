@@ -1,6 +1,7 @@
 //! Sizes, cases and input values of the measurements, the same on every device.
 
 use posthoc_ema::compute::cpu::{Layout, Precision};
+use posthoc_ema::{Error, Result};
 use safetensors::Dtype;
 
 use super::session::TaskInfo;
@@ -22,6 +23,23 @@ pub(super) struct Sizes {
     pub tensors: usize,
     pub snapshots: usize,
     pub targets: usize,
+}
+
+impl Sizes {
+    /// Refuses sizes that need more bytes of a memory than are free.
+    pub fn check_memory(&self, needed: u128, free: u128, memory: &str) -> Result<()> {
+        if needed <= free {
+            return Ok(());
+        }
+        let Sizes { parameters, snapshots, targets, .. } = self;
+        let needed = needed as f64 / 1e9;
+        let free = free as f64 / 1e9;
+        let reason = format!(
+            "{parameters} parameters with {snapshots} snapshots and {targets} targets take {needed:.1} GB of {memory}, \
+             and {free:.1} GB are free: ask for fewer parameters"
+        );
+        Err(Error::Setting { option: "parameters", reason })
+    }
 }
 
 /// Returns parameter `i`, which is exact in f32 and bf16.
@@ -138,8 +156,7 @@ impl BlendCase {
     /// Returns weights of both signs, different for every target.
     pub fn weights(&self) -> Vec<f64> {
         let n = self.sources;
-        let weight = |i: usize| (((7 * (i % n) + 3 * (i / n)) % 5) as f64 - 0.7) / n as f64;
-        (0..n * self.targets).map(weight).collect()
+        (0..n * self.targets).map(|i| (((7 * (i % n) + 3 * (i / n)) % 5) as f64 - 0.7) / n as f64).collect()
     }
 
     pub fn info(&self, limit: String) -> TaskInfo {

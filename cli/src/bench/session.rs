@@ -69,7 +69,7 @@ impl<'a> Session<'a> {
             self.progress(name, round, self.repeats);
         }
         let rows: Vec<TaskInfo> = tasks.iter().map(|task| task.info()).collect();
-        let rate = |i: usize| rows[i].bytes as f64 / median(&seconds[i]);
+        let rates: Vec<f64> = rows.iter().zip(&seconds).map(|(row, all)| row.bytes as f64 / median(all)).collect();
         for (i, row) in rows.iter().enumerate() {
             let limit = row.limit.as_ref().and_then(|name| rows.iter().position(|row| row.name == *name));
             debug_assert_eq!(limit.is_some(), row.limit.is_some(), "a task is timed beside its limit");
@@ -80,9 +80,9 @@ impl<'a> Session<'a> {
                 bytes: row.bytes,
                 seconds_median: median(&seconds[i]),
                 seconds_all: seconds[i].clone(),
-                bytes_per_second: rate(i),
+                bytes_per_second: rates[i],
                 limit: row.limit.clone(),
-                share_of_limit: limit.map(|limit| rate(i) / rate(limit)),
+                share_of_limit: limit.map(|limit| rates[i] / rates[limit]),
             });
         }
         Ok(())

@@ -92,12 +92,16 @@ fn check_output(arguments: &Arguments, targets: usize) -> Outcome {
 
 /// Converts the steps of `--steps` to whole numbers.
 fn whole_steps(list: &Numbers) -> Result<Vec<u64>, Failure> {
-    // Above 2^53 an f64 does not hold every whole number.
-    let whole = |&step: &f64| match step >= 1.0 && step <= 2f64.powi(53) && step.fract() == 0.0 {
-        true => Ok(step as u64),
-        false => Err(Failure::Usage(format!("--steps: {step} is not a step: steps are whole numbers above 0"))),
-    };
-    list.0.iter().map(whole).collect()
+    let mut steps = Vec::new();
+    for &step in &list.0 {
+        // Above 2^53 an f64 does not hold every whole number.
+        if !(step >= 1.0 && step <= 2f64.powi(53) && step.fract() == 0.0) {
+            let why = format!("--steps: {step} is not a step: steps are whole numbers above 0");
+            return Err(Failure::Usage(why));
+        }
+        steps.push(step as u64);
+    }
+    Ok(steps)
 }
 
 /// Returns the file or folder of each target, or nothing if nothing is written.
@@ -106,8 +110,8 @@ fn paths(arguments: &Arguments, checkpoints: &Checkpoints, merges: &[Merge]) -> 
         return arguments.output.iter().cloned().collect();
     };
     let extension = if checkpoints.are_folders() { "" } else { ".safetensors" };
-    let name = |(i, merge): (usize, &Merge)| format!("{}{extension}", target_name(i, &merge.profile, merge.at));
-    merges.iter().enumerate().map(|target| dir.join(name(target))).collect()
+    let names = merges.iter().enumerate().map(|(i, merge)| target_name(i, &merge.profile, merge.at));
+    names.map(|name| dir.join(format!("{name}{extension}"))).collect()
 }
 
 /// Bytes read, seconds taken, and the device that blended.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use posthoc_ema::{Plan, Profile};
+use posthoc_ema::Plan;
 use serde_json::json;
 
 use super::args::{AtArgs, NoiseArgs};
@@ -85,12 +85,11 @@ pub fn run(arguments: &Arguments) -> Outcome {
 }
 
 fn draw(plot: &PlotArgs, source: &PlanSource, plans: &[Plan]) -> Outcome {
-    let panel = |plan| Ok(ProfilePanel { plan, densities: source.densities(plan)? });
-    let name = |(index, profile): (usize, Profile)| (index, profile.to_string());
-    let picture = Profiles {
-        panels: plans.iter().map(panel).collect::<Result<_, Failure>>()?,
-        tracked: source.tracked().into_iter().map(name).collect(),
-        rounding: Some(source.rounding()),
-    };
+    let mut panels = Vec::new();
+    for plan in plans {
+        panels.push(ProfilePanel { plan, densities: source.densities(plan)? });
+    }
+    let tracked = source.tracked().into_iter().map(|(index, profile)| (index, profile.to_string())).collect();
+    let picture = Profiles { panels, tracked, rounding: Some(source.rounding()) };
     Ok(plot.draw(|path| pictures::draw_profiles(path, &picture))?)
 }

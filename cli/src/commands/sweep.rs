@@ -96,7 +96,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     show(arguments, &swept);
     let failed = swept.sweep.failures().count();
     if swept.best.is_none() {
-        return Err(Failure::Unhealthy(format!("no evaluation succeeded: all {failed} failed, as said above")));
+        return Err(Failure::Unhealthy(format!("no evaluation succeeded: all {failed} failed, see the warnings")));
     }
     let title = format!("{}, at step {}", arguments.eval, swept.at);
     let curve = SweepCurve::of(&swept.sweep, title);

@@ -106,8 +106,8 @@ fn paths(arguments: &Arguments, plans: &[Plan]) -> Result<Vec<PathBuf>, Failure>
     };
     std::fs::create_dir_all(dir)
         .map_err(|source| Failure::Failed(Error::Io { action: "create", path: dir.clone(), source }))?;
-    let name = |(i, plan): (usize, &Plan)| format!("{}.safetensors", target_name(i, &plan.profile, plan.at));
-    Ok(plans.iter().enumerate().map(|target| dir.join(name(target))).collect())
+    let names = plans.iter().enumerate().map(|(i, plan)| target_name(i, &plan.profile, plan.at));
+    Ok(names.map(|name| dir.join(format!("{name}.safetensors"))).collect())
 }
 
 /// Writes all files. Returns the seconds that it took and the device that blended.

@@ -154,10 +154,9 @@ fn axes(curve: &ErrorCurve) -> (Axis, Axis) {
         None => (-4, 0),
     };
     let bottom = bottom.clamp(top - MAX_DECADES, top - 2);
-    let power = |exponent: i32| 10f64.powi(exponent);
     (
         Axis::over(first, last, (FRAME.left, FRAME.right)),
-        Axis::log(power(bottom), power(top), (FRAME.bottom, FRAME.top)),
+        Axis::log(10f64.powi(bottom), 10f64.powi(top), (FRAME.bottom, FRAME.top)),
     )
 }
 

@@ -89,20 +89,19 @@ fn draw(picture: &Profiles<'_>) -> std::result::Result<String, DrawError> {
 }
 
 fn draw_panel(canvas: &Canvas<'_>, picture: &Profiles<'_>, panel: &ProfilePanel<'_>, origin: Point) -> Drawn {
-    let frame = |(top, bottom): (f64, f64)| Frame {
-        left: origin.0 + LEFT,
-        right: origin.0 + RIGHT,
-        top: origin.1 + top,
-        bottom: origin.1 + bottom,
-    };
     let at = panel.plan.at as f64;
     let time = Axis::linear(0.0, at, (origin.0 + LEFT, origin.0 + RIGHT));
     let curves = Curves::of(&panel.densities, at);
     draw_heading(canvas, panel.plan, picture.rounding.as_ref(), origin)?;
-    draw_densities(canvas, frame(PROFILES), &time, &curves)?;
-    draw_difference(canvas, frame(DIFFERENCE), &time, &curves)?;
-    draw_weights(canvas, frame(WEIGHTS), &time, &panel.plan.weights, &picture.tracked)?;
-    draw_step_axis(canvas, frame(WEIGHTS), &time)
+    draw_densities(canvas, strip(origin, PROFILES), &time, &curves)?;
+    draw_difference(canvas, strip(origin, DIFFERENCE), &time, &curves)?;
+    draw_weights(canvas, strip(origin, WEIGHTS), &time, &panel.plan.weights, &picture.tracked)?;
+    draw_step_axis(canvas, strip(origin, WEIGHTS), &time)
+}
+
+/// Returns the frame of a strip in the panel at `origin`.
+fn strip(origin: Point, (top, bottom): (f64, f64)) -> Frame {
+    Frame { left: origin.0 + LEFT, right: origin.0 + RIGHT, top: origin.1 + top, bottom: origin.1 + bottom }
 }
 
 /// Draws the title, the errors and the keys of a panel.

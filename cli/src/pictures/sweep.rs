@@ -4,7 +4,7 @@ use std::path::Path;
 
 use posthoc_ema::Result;
 use posthoc_ema::math::Family;
-use posthoc_ema::sweep::{Sweep, Trial};
+use posthoc_ema::sweep::Sweep;
 
 use super::axis::{Axis, draw_bottom_axis, draw_left_axis, finite_range};
 use super::canvas::{
@@ -44,22 +44,21 @@ pub struct SweepCurve {
 impl SweepCurve {
     /// Returns the trials of a sweep in the family of the best, or of the first if none succeeded.
     pub fn of(sweep: &Sweep, title: String) -> SweepCurve {
-        let family = |trial: &Trial| trial.profile.family().map(|(family, _)| family);
-        let shown = sweep.best().or_else(|| sweep.trials().first()).and_then(family);
-        let trials: Vec<&Trial> =
-            sweep.trials().iter().filter(|trial| shown.is_some() && family(trial) == shown).collect();
-        let point = |trial: &&Trial| SweepPoint {
-            x: trial.profile.family().map_or(f64::NAN, |(_, length)| length),
-            score: trial.score(),
-            refined: trial.refined,
-        };
-        SweepCurve {
-            title,
-            x_label: shown.map_or("", Family::length_name).to_owned(),
-            y_label: "score".into(),
-            points: trials.iter().map(point).collect(),
-            best: trials.iter().position(|trial| sweep.best().is_some_and(|best| best.profile == trial.profile)),
+        let shown = sweep.best().or_else(|| sweep.trials().first()).and_then(|trial| trial.profile.family());
+        let shown = shown.map(|(family, _)| family);
+        let mut points = Vec::new();
+        let mut best = None;
+        for trial in sweep.trials() {
+            let Some((_, x)) = trial.profile.family().filter(|(family, _)| Some(*family) == shown) else {
+                continue;
+            };
+            if best.is_none() && sweep.best().is_some_and(|best| best.profile == trial.profile) {
+                best = Some(points.len());
+            }
+            points.push(SweepPoint { x, score: trial.score(), refined: trial.refined });
         }
+        let x_label = shown.map_or("", Family::length_name).to_owned();
+        SweepCurve { title, x_label, y_label: "score".into(), points, best }
     }
 }
 

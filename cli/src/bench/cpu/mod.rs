@@ -3,7 +3,7 @@
 mod blend;
 mod update;
 
-use posthoc_ema::{Device, Error, Result};
+use posthoc_ema::{Device, Result};
 
 use super::cases::Sizes;
 use super::device::BenchDevice;
@@ -29,7 +29,9 @@ impl BenchDevice for Cpu {
     }
 
     fn run(&self, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
-        check_memory(sizes)?;
+        // Without enough memory the disk would be timed, or the process killed.
+        let free = free_memory().map_or(isize::MAX as u128, u128::from);
+        sizes.check_memory(peak_bytes(sizes), free, "memory")?;
         update::measure(sizes, session)?;
         blend::measure(sizes, session)
     }
@@ -40,22 +42,4 @@ fn peak_bytes(sizes: &Sizes) -> u128 {
     let update = size_of::<f32>() + size_of::<u16>() + PROFILES * (size_of::<f32>() + size_of::<u16>());
     let blend = size_of::<f32>() as u128 * (sizes.snapshots as u128 + sizes.targets as u128);
     (update as u128).max(blend) * sizes.parameters as u128
-}
-
-/// Refuses sizes that would swap or be killed for their memory.
-fn check_memory(sizes: &Sizes) -> Result<()> {
-    let needed = peak_bytes(sizes);
-    let gb = |bytes: u128| bytes as f64 / 1e9;
-    let free = free_memory().map_or(isize::MAX as u128, u128::from);
-    if needed <= free {
-        return Ok(());
-    }
-    let Sizes { parameters, snapshots, targets, .. } = sizes;
-    let reason = format!(
-        "{parameters} parameters with {snapshots} snapshots and {targets} targets take {:.1} GB of memory, \
-         and {:.1} GB are free: ask for fewer parameters",
-        gb(needed),
-        gb(free)
-    );
-    Err(Error::Setting { option: "parameters", reason })
 }

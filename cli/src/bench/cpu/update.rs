@@ -66,11 +66,7 @@ impl Task<UpdateMemory> for StreamCopy {
     fn check(&self, state: &mut UpdateMemory) -> Result<()> {
         state.clear();
         self.seconds(state)?;
-        let wrong = |i: &usize| state.averages[0].high[*i] != parameter(*i);
-        match (0..self.0).step_by(SAMPLE_STEP).find(wrong) {
-            Some(i) => Err(wrong_at(COPY, i, state.averages[0].high[i].into(), parameter(i).into())),
-            None => Ok(()),
-        }
+        check_parameters(COPY, &state.averages[0].high[..self.0])
     }
 
     fn seconds(&self, state: &mut UpdateMemory) -> Result<f64> {
@@ -95,13 +91,7 @@ impl Task<UpdateMemory> for UpdateLoop {
     fn check(&self, state: &mut UpdateMemory) -> Result<()> {
         state.clear();
         self.seconds(state)?;
-        for averages in &state.averages {
-            let wrong = |i: &usize| averages.high[*i] != parameter(*i);
-            if let Some(i) = (0..self.0).step_by(SAMPLE_STEP).find(wrong) {
-                return Err(wrong_at(&loop_name(), i, averages.high[i].into(), parameter(i).into()));
-            }
-        }
-        Ok(())
+        state.averages.iter().try_for_each(|averages| check_parameters(&loop_name(), &averages.high[..self.0]))
     }
 
     fn seconds(&self, state: &mut UpdateMemory) -> Result<f64> {
@@ -172,6 +162,16 @@ impl Task<UpdateMemory> for UpdateTask {
         averages.iter_mut().zip(aside).for_each(|(averages, low)| averages.low = low);
         Ok(seconds)
     }
+}
+
+/// Checks that sampled values are the parameters.
+fn check_parameters(name: &str, values: &[f32]) -> Result<()> {
+    for (i, &value) in values.iter().enumerate().step_by(SAMPLE_STEP) {
+        if value != parameter(i) {
+            return Err(wrong_at(name, i, value.into(), parameter(i).into()));
+        }
+    }
+    Ok(())
 }
 
 fn wrong_at(name: &str, element: usize, got: f64, expected: f64) -> Error {

@@ -98,9 +98,12 @@ impl DeviceBlend {
         let size = self.0.dtype.bitsize() / 8;
         let weights = self.0.weights();
         let dtypes = self.dtypes();
-        let place = |k: usize| k * self.pitch() + size * window.start..k * self.pitch() + size * window.end;
-        let source = |k| pieces(pattern, place(k)).flatten().copied().collect();
-        let sources: Vec<Vec<u8>> = (0..self.0.sources).map(source).collect();
+        let mut sources: Vec<Vec<u8>> = Vec::new();
+        for source in 0..self.0.sources {
+            let start = source * self.pitch();
+            let range = start + size * window.start..start + size * window.end;
+            sources.push(pieces(pattern, range).flatten().copied().collect());
+        }
         let sources: Vec<&[u8]> = sources.iter().map(Vec::as_slice).collect();
         let mut results = vec![vec![0; size * window.len()]; self.0.targets];
         let mut dst: Vec<&mut [u8]> = results.iter_mut().map(Vec::as_mut_slice).collect();

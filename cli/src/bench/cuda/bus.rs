@@ -201,14 +201,14 @@ struct OffloadTask {
 
 impl OffloadTask {
     fn new(dtype: Dtype, elements: &[usize]) -> OffloadTask {
-        let mut end = 0;
-        let place = |elements: &usize| {
-            let start = end;
-            let bytes = elements * dtype.bitsize() / 8;
-            end += bytes.next_multiple_of(ALIGNMENT);
-            start..start + bytes
-        };
-        OffloadTask { dtype, places: elements.iter().map(place).collect() }
+        let mut places = Vec::new();
+        let mut start = 0;
+        for n in elements {
+            let bytes = n * dtype.bitsize() / 8;
+            places.push(start..start + bytes);
+            start += bytes.next_multiple_of(ALIGNMENT);
+        }
+        OffloadTask { dtype, places }
     }
 
     fn name(&self) -> String {

@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use posthoc_ema::compute::cuda::CudaDevice;
-use posthoc_ema::{Device, Error, Result};
+use posthoc_ema::{Device, Result};
 
 use super::cases::Sizes;
 use super::device::BenchDevice;
@@ -42,31 +42,11 @@ impl BenchDevice for Cuda {
     }
 
     fn run(&self, sizes: &Sizes, session: &mut Session<'_>) -> Result<()> {
-        self.check_memory(sizes)?;
+        let (free, _) = self.0.memory()?;
+        sizes.check_memory(peak_bytes(sizes), free as u128, &format!("the memory of {}", self.name()))?;
         update::measure(&self.0, sizes, session)?;
         blend::measure(&self.0, sizes, session)?;
         bus::measure(&self.0, sizes, session)
-    }
-}
-
-impl Cuda {
-    /// Refuses sizes that do not fit, before anything is filled.
-    fn check_memory(&self, sizes: &Sizes) -> Result<()> {
-        let (free, _) = self.0.memory()?;
-        let needed = peak_bytes(sizes);
-        let gb = |bytes: u128| bytes as f64 / 1e9;
-        if needed <= free as u128 {
-            return Ok(());
-        }
-        let Sizes { parameters, snapshots, targets, .. } = sizes;
-        let reason = format!(
-            "{parameters} parameters with {snapshots} snapshots and {targets} targets take {:.1} GB of the memory of \
-             {}, and {:.1} GB are free: ask for fewer parameters",
-            gb(needed),
-            self.name(),
-            gb(free as u128)
-        );
-        Err(Error::Setting { option: "parameters", reason })
     }
 }
 

@@ -46,13 +46,12 @@ pub(super) fn bytes(sizes: &Sizes) -> u128 {
 
 /// Returns the first element of each tensor in the parameters, and the end of the last.
 fn places(elements: &[usize]) -> (Vec<usize>, usize) {
+    let mut places = Vec::new();
     let mut end = 0;
-    let place = |n: &usize| {
-        let start = end;
+    for n in elements {
+        places.push(end);
         end += n.next_multiple_of(ALIGNMENT);
-        start
-    };
-    let places = elements.iter().map(place).collect();
+    }
     (places, end)
 }
 
@@ -125,8 +124,10 @@ impl DeviceUpdate {
         let kind = (self.case.elements.len(), self.case.precision);
         let found = averages.iter_mut().find(|(tensors, precision, _)| (*tensors, *precision) == kind);
         let Some((_, _, averages)) = found else { return Err(self.wrong("no averages were made for it".into())) };
-        let lend = |(&start, &n): (&usize, &usize)| (dtype, stream.lend(buffer, size * start..size * (start + n)));
-        let tensors = self.places.iter().zip(&self.case.elements).map(lend).collect();
+        let mut tensors = Vec::new();
+        for (start, n) in self.places.iter().zip(&self.case.elements) {
+            tensors.push((dtype, stream.lend(buffer, size * start..size * (start + n))));
+        }
         Ok(UpdateInputs { stream, averages, tensors })
     }
 
