@@ -146,7 +146,8 @@ fn bad_usage_exits_with_2_and_failures_with_1() {
     let temp = tempfile::tempdir().unwrap();
     let run = training(temp.path());
     let out = temp.path().join("out");
-    let (out, target) = (out.to_str().unwrap(), ["--sigma-rel", "0.2"]);
+    let out = out.to_str().unwrap();
+    let target = ["--sigma-rel", "0.2"];
     let last = format!("{run}/checkpoint-3000");
     save(&temp.path().join("checkpoint-100.safetensors"), 1, &[0]);
     let other = temp.path().join("checkpoint-100.safetensors");

@@ -111,7 +111,8 @@ fn noise_auto_lowers_the_predicted_error() {
     let targets = ["--sigma-rel", "0.01,0.05", "--json"];
     let plain = json(&[&["plan", &dir][..], &targets].concat());
     let auto = json(&[&["plan", &dir, "--noise", "auto"][..], &targets].concat());
-    let (plain, auto) = (&plain["targets"], &auto["targets"]);
+    let plain = &plain["targets"];
+    let auto = &auto["targets"];
     assert_eq!((&plain[0]["rho"], &plain[1]), (&Value::from(0.0), &auto[1]));
     assert!(auto[0]["rho"].as_f64().unwrap() > 0.0 && total(&auto[0]) < 0.9 * total(&plain[0]), "{auto}");
     let parts = |part: &str| auto[0]["predicted"][part].as_f64().unwrap();
@@ -221,7 +222,8 @@ fn tables_of_equal_length_get_different_files() {
     let (temp, dir) = run();
     let csv = temp.path().join("profile.csv");
     fs::write(&csv, "0.5,0.1\n1,1\n").unwrap();
-    let (csv, out) = (csv.to_str().unwrap(), temp.path().join("out"));
+    let csv = csv.to_str().unwrap();
+    let out = temp.path().join("out");
     let arguments =
         ["synthesize", &dir, "--profile-csv", csv, "--profile-csv", csv, "--out-dir", out.to_str().unwrap()];
     stdout(&arguments);
@@ -264,7 +266,8 @@ fn bench_prints_and_draws_every_measurement() {
 fn bench_reports_why_it_measures_no_cuda_device() {
     let output = posthoc_ema(&[&["bench", "--device", "auto"], &SMALL[3..]].concat());
     assert!(output.status.success());
-    let (text, why) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    let text = String::from_utf8(output.stdout).unwrap();
+    let why = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("cuda:0") || why.starts_with("no CUDA device was measured: "), "{text}{why}");
     let number = u32::MAX.to_string();
     let (status, text) = failure(&["bench", "--device", &format!("cuda:{number}")]);
@@ -324,7 +327,10 @@ fn failures_exit_with_1_and_leave_no_file() {
     let (temp, dir) = run();
     let path = |name: &str| temp.path().join(name).to_str().unwrap().to_owned();
     fs::create_dir(path("empty")).unwrap();
-    let (empty, none, out, inside) = (path("empty"), path("none"), path("out"), format!("{dir}/out.safetensors"));
+    let empty = path("empty");
+    let none = path("none");
+    let out = path("out");
+    let inside = format!("{dir}/out.safetensors");
     for (arguments, part) in [
         (vec!["plan", &none, "--sigma-rel", "0.1"], "does not exist"),
         (vec!["plan", &empty, "--sigma-rel", "0.1"], "no snapshot in it"),
@@ -351,7 +357,8 @@ fn failures_exit_with_1_and_leave_no_file() {
 #[test]
 fn imported_checkpoints_give_the_average_of_the_profile() {
     let temp = tempfile::tempdir().unwrap();
-    let (run, out) = (temp.path().join("run"), temp.path().join("ema.safetensors"));
+    let run = temp.path().join("run");
+    let out = temp.path().join("ema.safetensors");
     let run = run.to_str().unwrap();
     let options = ["--from", "pytorch-posthoc-ema", "--sigma-rels", "0.05,0.28", "--update-every", "10"];
     let document = json(&[&["import", &foreign("ramp"), run][..], &options, &["--json"]].concat());
@@ -372,7 +379,8 @@ fn import_reports_summary_warnings_and_errors() {
     let run = temp.path().join("run").to_str().unwrap().to_owned();
     let options = ["--from", "pytorch-posthoc-ema", "--gammas", "16.97,0.083", "--update-every", "10"];
     let output = posthoc_ema(&[&["import", &foreign("prefixed"), &run][..], &options].concat());
-    let (text, why) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    let text = String::from_utf8(output.stdout).unwrap();
+    let why = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success() && text.contains("at 3 steps (191 to 591)"), "{text}");
     assert!(why.starts_with("warning: `norm.running_mean` is the same") && why.lines().count() == 1, "{why}");
 

@@ -265,7 +265,8 @@ fn commands_refuse_damage_or_skip_it() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     crate::common::train(&dir);
-    let (run, out) = (dir.to_str().unwrap(), temp.path().join("out.safetensors"));
+    let run = dir.to_str().unwrap();
+    let out = temp.path().join("out.safetensors");
     let whole = plan(&Run::open(&dir).unwrap());
     let used = whole.weights.iter().find(|weight| weight.weight.abs() > 1e-3).unwrap();
     let name = format!("{}.{}.safetensors", used.index, used.step);
@@ -288,7 +289,8 @@ fn commands_refuse_damage_or_skip_it() {
     assert!(!out.exists());
 
     let output = crate::common::posthoc_ema(&[&synthesize[..], &["--skip-damaged"]].concat());
-    let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success() && stderr.starts_with("warning: left out: ") && stderr.contains(&name), "{stderr}");
     let document: serde_json::Value = serde_json::from_str(&stdout).unwrap();
     assert!(document["left_out"][0].as_str().unwrap().contains(&name));

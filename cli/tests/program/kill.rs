@@ -127,8 +127,11 @@ fn resume_after_kills_keeps_bits() {
     let straight = temp.path().join("straight");
     train(&straight, "background");
     let expected = contents(&straight);
-    let (mut random, total) = (random(), kills(150));
-    let (mut killed, mut ended, mut round) = (0, 0, 0);
+    let mut random = random();
+    let total = kills(150);
+    let mut killed = 0;
+    let mut ended = 0;
+    let mut round = 0;
     while killed < total || ended == 0 {
         let dir = temp.path().join(format!("run{round}"));
         let mode = ["background", "waiting", "saving"][round % 3];
@@ -239,7 +242,8 @@ fn killed_commands_write_all_or_nothing() {
         assert!(kill(job.start(), Duration::from_secs(600)));
         let long = begun.elapsed();
         let expected = job.written().unwrap();
-        let (mut killed, mut ended) = (0, 0);
+        let mut killed = 0;
+        let mut ended = 0;
         while killed < kills(40) || ended == 0 {
             job.remove();
             let done = kill(job.start(), random.random_range(Duration::ZERO..long.mul_f64(1.1)));

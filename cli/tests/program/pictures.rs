@@ -10,7 +10,8 @@ use resvg::tiny_skia::Pixmap;
 fn draw(arguments: &[&str]) -> String {
     let temp = tempfile::tempdir().unwrap();
     let path = |name: &str| temp.path().join(name).to_str().unwrap().to_owned();
-    let (svg, png) = (path("picture.svg"), path("picture.PNG"));
+    let svg = path("picture.svg");
+    let png = path("picture.PNG");
     stdout(&[arguments, &["--plot", &svg, "--plot", &png]].concat());
     let svg = fs::read_to_string(svg).unwrap();
     assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>") && !svg.contains("NaN"), "{svg}");
@@ -89,7 +90,8 @@ fn plan_picture_has_a_panel_for_each_target() {
     let heading = texts.iter().find(|text| text.contains("f16 rounding: ")).unwrap();
     let after =
         |part: &str| heading.split(part).nth(1).unwrap().split([' ', '%']).next().unwrap().parse::<f64>().unwrap();
-    let (gain, rounding) = (after("noise gain "), after("f16 rounding: "));
+    let gain = after("noise gain ");
+    let rounding = after("f16 rounding: ");
     assert!((100.0 * 2.0735e-4 * gain - rounding).abs() <= 0.0051, "{heading}");
     let several = draw(&["plan", &dir, "--sigma-rel", "0.05,0.1", "--uniform", "100", "--at", "425"]);
     assert_eq!(several.matches("synthesized").count(), 3);
@@ -118,7 +120,8 @@ fn output_is_printed_before_a_picture_fails() {
     let (_temp, dir) = run();
     for arguments in [vec!["error", &dir], vec!["plan", &dir, "--sigma-rel", "0.1"], vec!["inspect", &dir]] {
         let output = posthoc_ema(&[&arguments[..], &["--json", "--plot", "/nonexistent/a.png"]].concat());
-        let (text, why) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        let text = String::from_utf8(output.stdout).unwrap();
+        let why = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.code() == Some(1) && why.contains("/nonexistent/a.png"), "{why}");
         serde_json::from_str::<serde_json::Value>(&text).unwrap();
     }

@@ -39,7 +39,8 @@ fn advice_fits_the_disk_and_matches_its_plan() {
     let request = ["--advise", "--parameters", "10M", "--checkpoint-dtype", "f16", "--disk", "1.1GB"];
     let training = ["plan", "--steps", "20000"];
     let document = json(&[&training, &request, &["--json"]]);
-    let (all, best) = (document["advice"].as_array().unwrap(), &document["best"]);
+    let all = document["advice"].as_array().unwrap();
+    let best = &document["best"];
     assert!(all.len() == 6 && all.contains(best), "{document}");
     assert!(best["disk"].as_u64().unwrap() <= 1_100_000_000);
     let number = |key: &str| best[key].to_string();

@@ -8,7 +8,8 @@ use std::process::Command;
 #[ignore = "needs POSTHOC_EMA_PYTHON, a Python with safetensors and numpy"]
 fn python_loads_snapshots_and_averages() {
     let temp = tempfile::tempdir().unwrap();
-    let (dir, out) = (temp.path().join("run"), temp.path().join("out.safetensors"));
+    let dir = temp.path().join("run");
+    let out = temp.path().join("out.safetensors");
     crate::common::train(&dir);
     let arguments = ["synthesize", dir.to_str().unwrap(), "--sigma-rel", "0.15", "-o", out.to_str().unwrap()];
     crate::common::stdout(&arguments);

@@ -36,7 +36,8 @@ impl Case {
             ema.update(&model).unwrap();
         }
         ema.finish().unwrap();
-        let (out, script) = (temp.path().join("sweep"), temp.path().join("eval.sh"));
+        let out = temp.path().join("sweep");
+        let script = temp.path().join("eval.sh");
         Case { run: run.to_str().unwrap().to_owned(), out, script, temp }
     }
 
@@ -73,7 +74,8 @@ impl Case {
     fn sweep(&self, further: &[&str]) -> (Value, String) {
         let arguments = [self.arguments(further), vec!["--json".into()]].concat();
         let output = posthoc_ema(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
-        let (text, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        let text = String::from_utf8(output.stdout).unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.success(), "{stderr}");
         assert_eq!(text.lines().count(), 1, "one document and nothing else: {text}");
         (serde_json::from_str(&text).unwrap(), stderr)
@@ -303,7 +305,8 @@ fn recorded(case: &Case) -> usize {
 #[test]
 fn failed_evaluations_are_tried_again() {
     let case = Case::new();
-    let (log, broken) = (case.temp.path().join("log"), case.temp.path().join("broken"));
+    let log = case.temp.path().join("log");
+    let broken = case.temp.path().join("broken");
     fs::write(&broken, "").unwrap();
     case.script(&format!(
         "echo \"$1\" >> {}\ncase \"$1\" in *sigma_rel-0.14.*) [ ! -e {} ] || exit 1;; esac",
@@ -332,7 +335,8 @@ fn directory_of_another_sweep_is_refused() {
     let record = fs::read(case.out.join("sweep.json")).unwrap();
     let other = Case::new();
     let out = case.out.to_str().unwrap();
-    let (eval, longer) = (case.eval(), format!("{} --all", case.eval()));
+    let eval = case.eval();
+    let longer = format!("{} --all", case.eval());
     for (run, eval, further, part) in [
         (&other.run, &eval, vec![], "over another run"),
         (&case.run, &longer, vec![], "has another evaluation"),
@@ -442,7 +446,8 @@ fn other_files_in_the_directory_are_kept() {
     case.sweep(&["--sigma-rel", "0.1"]);
     others.iter().for_each(|name| assert_eq!(fs::read(case.out.join(name)).unwrap(), b"mine"));
     // The directory of another run.
-    let (run, other) = (&case.run, Case::new());
+    let run = &case.run;
+    let other = Case::new();
     let before = names(Path::new(&other.run));
     let (status, text) = failure(&["sweep", run, "--eval", "true {}", "--out-dir", &other.run, "--sigma-rel", "0.1"]);
     assert!(status == 1 && text.contains("sweep elsewhere"), "{text}");

@@ -51,7 +51,8 @@ fn check_numbers(text: &str, values: &[f64]) {
             continue;
         }
         let last: f64 = items[i + 1].parse().unwrap();
-        let (before, first) = (values[at - 2], values[at - 1]);
+        let before = values[at - 2];
+        let first = values[at - 1];
         let count = ((last - first) / (first - before)).round() as usize;
         assert_eq!(values[at + count - 1].to_bits(), last.to_bits(), "{text}");
         for (k, value) in values[at..at + count].iter().enumerate() {

@@ -74,7 +74,8 @@ fn check_values(text: &str) {
         if let Ok(profile) = serde_json::from_str::<Profile>(value) {
             let again = serde_json::to_string(&profile).unwrap();
             assert_eq!(serde_json::from_str::<Profile>(&again).unwrap(), profile, "{value}");
-            let (half, all) = (profile.cumulative(50.0, 100.0), profile.cumulative(100.0, 100.0));
+            let half = profile.cumulative(50.0, 100.0);
+            let all = profile.cumulative(100.0, 100.0);
             assert!((0.0..=1.0).contains(&half) && all == 1.0, "{value}: {half}, {all}");
         }
         if let Ok(history) = serde_json::from_str::<History>(value) {
