@@ -140,7 +140,8 @@ fn until_failure(device: Device) {
         return;
     }
     drop(reference);
-    let (stored, expected) = (files(&dir), files(&temp.path().join("reference")));
+    let stored = files(&dir);
+    let expected = files(&temp.path().join("reference"));
     for (name, tensors, metadata) in stored.iter().filter(|(name, ..)| name != "state.safetensors") {
         let (_, same, also) = expected.iter().find(|(other, ..)| other == name).unwrap();
         assert!(tensors == same && metadata == also, "{name}");

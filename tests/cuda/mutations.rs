@@ -125,7 +125,8 @@ fn address_sanitizer_finds_no_fault() {
 fn stand_in_passes_its_own_tests() {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standin");
     let temp = tempfile::tempdir().unwrap();
-    let (library, program) = (temp.path().join("selftest-libcuda.so.1"), temp.path().join("selftest"));
+    let library = temp.path().join("selftest-libcuda.so.1");
+    let program = temp.path().join("selftest");
     let compile = |arguments: &[&str], source: &str, out: &Path| {
         let mut compiler = Command::new("g++");
         compiler.args(arguments).arg("-I").arg(&tests).arg("-o").arg(out).arg(tests.join(source));

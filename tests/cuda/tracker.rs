@@ -1,7 +1,7 @@
 //! Tests of the tracker with parameters on a device, compared with a tracker of parameters in host memory.
 
 use posthoc_ema::compute::cuda::devices;
-use posthoc_ema::{Device, Dtype, Error, Options, PostHocEma, Precision, UpdateOutcome};
+use posthoc_ema::{Device, Dtype, Error, Options, PostHocEma, Precision, Tensors, UpdateOutcome};
 
 use crate::driver::{count, driver};
 use crate::model::{Model, files};
@@ -14,7 +14,8 @@ fn options(dir: &std::path::Path) -> Options {
 /// Trains the same model on both sides and compares every file.
 fn check(device: Device, set: impl Fn(Options) -> Options, until_fence: bool) {
     let temp = tempfile::tempdir().unwrap();
-    let (on_host, on_device) = (temp.path().join("host"), temp.path().join("device"));
+    let on_host = temp.path().join("host");
+    let on_device = temp.path().join("device");
     let owner = Owner::new();
     let mut model = Model::new(&owner);
     model.device.until_fence = until_fence;
@@ -172,8 +173,10 @@ fn parameters_on_wrong_device_are_rejected() {
 
 fn check_wrong_devices(device: Device) {
     let temp = tempfile::tempdir().unwrap();
-    let (owner, second) = (Owner::new(), Owner::on(1));
-    let (mut model, elsewhere) = (Model::new(&owner), Model::new(&second));
+    let owner = Owner::new();
+    let second = Owner::on(1);
+    let mut model = Model::new(&owner);
+    let mut elsewhere = Model::new(&second);
     let text = |outcome: posthoc_ema::Result<PostHocEma>| outcome.unwrap_err().to_string();
     let create = |device| options(&temp.path().join("run")).device(device);
     let error = text(create(Device::Cuda(0)).create(&model.host));
@@ -184,14 +187,9 @@ fn check_wrong_devices(device: Device) {
     model.device.tensors.swap_remove(2);
     let mut ema = create(device).create(&model.device).unwrap();
     ema.update_at(2, &model.device).unwrap();
-    let host = {
-        let mut host = model.host.clone();
-        host = host.into_iter().filter(|(name, _)| name != "c.scale").collect();
-        host
-    };
+    let host: Tensors = model.host.clone().into_iter().filter(|(name, _)| name != "c.scale").collect();
     let error = ema.update_at(4, &host).unwrap_err().to_string();
     assert!(error.contains("host memory"), "{error}");
-    let mut elsewhere = elsewhere;
     elsewhere.device.tensors.swap_remove(2);
     let error = ema.update_at(5, &elsewhere.device).unwrap_err().to_string();
     assert!(error.contains("cuda:0: cannot read the parameters: they are on cuda:1"), "{error}");

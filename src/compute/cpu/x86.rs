@@ -137,8 +137,8 @@ mod vectors {
         (whole.len() * LANES, fits)
     }
 
-    /// Defines the loops over elements of one dtype: their size in bytes, and the conversions of eight elements to one
-    /// vector of f64 or to two.
+    /// Defines the loops over elements of one dtype. `$wide` converts eight elements to one vector of f64, `$halves` to
+    /// two.
     macro_rules! of_dtype {
         ($name:ident, $size:literal, $wide:ident, $halves:ident) => {
             mod $name {

@@ -126,8 +126,8 @@ impl DeviceAverages {
     /// `weights` holds `1 - beta` of each profile.
     ///
     /// # Errors
-    /// [`Error::Cuda`] if tensors are on another device, have several streams or have other sizes, which leaves the
-    /// averages unchanged, or if the driver rejects the launch.
+    /// [`Error::Cuda`] if tensors are on another device, have several streams or have other sizes. The averages are
+    /// then unchanged. [`Error::Cuda`] too if the driver rejects the launch.
     pub fn update(
         &mut self,
         averaged: &[(Dtype, CudaMemory<'_>)],
@@ -141,8 +141,8 @@ impl DeviceAverages {
         self.check_tensors(averaged, copied, weights)?;
         let _bound = device.bind()?;
         let borrowed = device.borrow_stream(stream);
-        // Needed even if the handle is that of the last update, because one handle can stand for several streams: a
-        // handle may be reused, and that of the per-thread default stream differs by thread.
+        // Needed even if the handle is that of the last update. A handle may be reused for another stream, and the one
+        // of the per-thread default stream means another stream on each thread.
         borrowed.wait(&self.updated).map_err(device.driver_error("order two streams"))?;
         self.refresh_table(&borrowed, averaged, copied)?;
         for (group, weights) in weights.chunks(MAX_PROFILES).enumerate() {

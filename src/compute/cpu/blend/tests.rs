@@ -56,15 +56,15 @@ fn check(elements: usize, sources: usize, targets: usize, output: Dtype, shift: 
     // Weights of both signs and a noise gain of tens, as in synthesis.
     let weights: Vec<f64> = (0..sources * targets).map(|_| random.random::<f64>() * 40.0 - 20.0).collect();
     let size = output.bitsize() / 8;
-    let with = |level: SimdLevel| {
+    let blended = |level: SimdLevel| {
         let mut results = vec![vec![0xa5u8; shift + elements * size + 5]; targets];
         let mut dst: Vec<&mut [u8]> = results.iter_mut().map(|r| &mut r[shift..shift + elements * size]).collect();
         blend_with(level, &mut dst, &stored, &Blend { dtypes: &dtypes, weights: &weights, output }).unwrap();
         results
     };
-    let results = with(SimdLevel::BASELINE);
+    let results = blended(SimdLevel::BASELINE);
     for level in SimdLevel::all() {
-        assert_eq!(with(level), results, "{}", level.name());
+        assert_eq!(blended(level), results, "{}", level.name());
     }
     for (m, result) in results.iter().enumerate() {
         let weights = &weights[m * sources..][..sources];
@@ -152,9 +152,9 @@ fn single_target_has_bits_of_one_among_several() {
                 let mut alone = vec![0x55u8; 8 * elements];
                 let mut first = vec![0xaau8; 8 * elements];
                 let mut second = vec![0u8; 8 * elements];
-                let of = |weights| Blend { dtypes: &dtypes, weights, output: Dtype::F64 };
-                blend(&mut [&mut alone], &stored, &of(&weights[..sources])).unwrap();
-                blend(&mut [&mut first, &mut second], &stored, &of(&weights)).unwrap();
+                let task = |weights| Blend { dtypes: &dtypes, weights, output: Dtype::F64 };
+                blend(&mut [&mut alone], &stored, &task(&weights[..sources])).unwrap();
+                blend(&mut [&mut first, &mut second], &stored, &task(&weights)).unwrap();
                 assert_eq!(alone, first, "{dtype} of {size} bytes, {elements} elements, {sources} sources");
             }
         }

@@ -47,7 +47,7 @@ pub(super) struct LaunchGroup {
 }
 
 /// Checks that sources, weights and results have consistent sizes.
-pub(super) fn check(
+pub(super) fn check_sizes(
     device: &CudaDevice,
     parts: &[BlendPart<'_>],
     weights: &[f64],
@@ -77,7 +77,7 @@ pub(super) fn check(
 }
 
 /// Groups neighbouring parts of equal dtypes and lays the groups out in the buffers.
-pub(super) fn group(parts: &[BlendPart<'_>], targets: usize) -> Vec<LaunchGroup> {
+pub(super) fn group_parts(parts: &[BlendPart<'_>], targets: usize) -> Vec<LaunchGroup> {
     let mut groups = Vec::new();
     let mut first = 0;
     let mut input = 0;

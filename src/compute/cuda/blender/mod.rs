@@ -19,7 +19,7 @@ use crate::compute::cpu::Overflow;
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemoryMut;
 
-use job::{BlendJob, check, group};
+use job::{BlendJob, check_sizes, group_parts};
 use queue::JobQueue;
 pub(super) use queue::ResidentBlend;
 
@@ -148,12 +148,12 @@ impl<'a> Blender<'a> {
         on_overflow: OverflowHandler<'a>,
     ) -> Result<()> {
         let device = self.device.clone();
-        check(&device, &parts, weights, targets, &destination)?;
+        check_sizes(&device, &parts, weights, targets, &destination)?;
         let _bound = device.bind()?;
         let slot = &mut self.slots[self.next % 2];
         self.next += 1;
         slot.finish(&device)?;
-        let groups = group(&parts, targets);
+        let groups = group_parts(&parts, targets);
         let packed = groups.last().map_or(0, |group| group.before + group.bytes);
         let (deliver, to) = match destination {
             Destination::Host(deliver) => (Some(deliver), Vec::new()),

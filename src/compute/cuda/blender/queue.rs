@@ -5,7 +5,7 @@ use std::ops::Range;
 use cudarc::driver::{CudaStream, result};
 use rayon::prelude::*;
 
-use super::job::{BlendJob, LaunchGroup, group};
+use super::job::{BlendJob, LaunchGroup, group_parts};
 use super::{BlendInput, BlendPart, MirroredBuffer, OverflowHandler};
 use crate::compute::cpu;
 use crate::compute::cuda::CudaDevice;
@@ -172,7 +172,7 @@ impl<'a> JobQueue<'_, 'a> {
         for group in &self.job.groups {
             let mut from = outputs.address() + group.outputs as u64;
             for memory in to.iter().take(group.parts.end).skip(group.parts.start) {
-                // SAFETY: the memory is lent for writing, and `check` has compared its size with the part's.
+                // SAFETY: the memory is lent for writing, and `check_sizes` has compared its size with the part's.
                 unsafe { copy_on_device(self.device, self.stream, memory.address, from, memory.bytes) }?;
                 from += memory.bytes as u64;
             }
@@ -199,7 +199,7 @@ impl ResidentBlend<'_> {
     pub fn queue(&self, device: &CudaDevice, stream: &CudaStream, part: BlendPart<'_>, weights: &[f64]) -> Result<()> {
         let targets = weights.len() / part.dtypes.len().max(1);
         let parts = vec![part];
-        let groups = group(&parts, targets);
+        let groups = group_parts(&parts, targets);
         let on_overflow: OverflowHandler<'_> =
             Box::new(|_, overflow| Error::Internal(format!("a sum is {}", overflow.value)));
         let job = BlendJob { groups, parts, weights, targets, deliver: None, on_overflow, packed: 0 };
