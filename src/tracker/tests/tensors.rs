@@ -227,7 +227,7 @@ fn invalid_options_are_refused() {
     let options = || PostHocEma::options(&dir);
     for (options, part) in [
         (options().sigma_rels([0.3]), "plain mean"),
-        (options().betas([1.0]), "between 0 and 1"),
+        (options().betas([1.0]), "a decay per step must be above 0 and below 1"),
         (options().half_lives([0.0]), "half_life"),
         (options().gammas([-1.0]), "gamma"),
         (options().profiles([Profile::uniform(Window::Fraction(0.5)).unwrap()]), "cannot be tracked"),
