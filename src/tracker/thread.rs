@@ -290,7 +290,8 @@ mod tests {
     #[test]
     fn panics_are_caught_with_their_text() {
         assert_eq!(catch_panic(|| 3), Ok(3));
-        assert_eq!(catch_panic(|| -> () { panic!("on {}", "purpose") }), Err("on purpose".to_owned()));
-        assert_eq!(catch_panic(|| -> () { panic!("on purpose") }), Err("on purpose".to_owned()));
+        let number = 3;
+        assert_eq!(catch_panic::<()>(|| panic!("in job {number}")), Err("in job 3".to_owned()));
+        assert_eq!(catch_panic::<()>(|| panic!("on purpose")), Err("on purpose".to_owned()));
     }
 }
