@@ -37,8 +37,8 @@ pub(super) trait Engine: Any + Send + Sync {
     /// profile.
     ///
     /// # Errors
-    /// [`Error::Tensor`] or [`Error::Changed`] for memory that this engine cannot reach, and [`Error::Cuda`]. No average
-    /// has changed then.
+    /// [`Error::Tensor`] or [`Error::Changed`] for memory that this engine cannot reach, and [`Error::Cuda`]. No
+    /// average has changed then.
     fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()>;
 
     /// Returns the values after the newest [`Engine::fold`], in host memory.
