@@ -61,7 +61,7 @@ pub(crate) fn history_json(chain: &Chain, updates: History) -> String {
 /// [`Error::Damaged`] for metadata that is invalid or inconsistent.
 pub(crate) fn read_chain(snapshot: &Snapshot) -> Result<(Profile, Chain, Option<History>)> {
     let invalid = |key: &str, error: serde_json::Error| {
-        Error::damaged(snapshot.path(), format!("the metadata's `{key}` cannot be understood: {error}"))
+        Error::damaged(snapshot.path(), format!("the metadata's `{key}` cannot be parsed: {error}"))
     };
     let profile: Profile = serde_json::from_str(&snapshot.meta.profile).map_err(|e| invalid("profile", e))?;
     if !profile.is_trackable() {

@@ -76,11 +76,11 @@ fn invalid_metadata_is_named() {
     for (profile, history, part) in [
         (&uniform, "[[10,100,10]]", "no running average can track"),
         (&power(0.1), "[[10,105,10]]", "whole strides"),
-        (&power(0.1), "[[10,90,10]]", "ends at 90, not at step 100"),
-        (&power(0.1), "[[10,", "`history` cannot be understood"),
+        (&power(0.1), "[[10,90,10]]", "ends at step 90, not at the snapshot's step 100"),
+        (&power(0.1), "[[10,", "`history` cannot be parsed"),
         (&power(0.1), "{}", "missing field `updates`"),
-        (&beta, counter, "belongs to a power-function profile"),
-        (&power(0.1), corrected, "belongs to a power-function profile"),
+        (&beta, counter, "needs a power-function profile and a stride above 0"),
+        (&power(0.1), corrected, "needs a power-function profile and a stride above 0"),
         (&power(0.1), unknown, "unknown variant `spiral`"),
     ] {
         let dir = tempfile::tempdir().unwrap();

@@ -297,7 +297,7 @@ fn bad_usage_exits_with_2_and_names_the_fix() {
         (vec!["plan", dir, "--sigma-rel", "NaN"], "sigma_rel = NaN"),
         (vec!["plan", dir, "--sigma-rel", "0.3"], "the plain mean of all updates"),
         (vec!["plan", dir, "--sigma-rel", "0.1,...,0.2"], "two numbers before"),
-        (vec!["plan", dir, "--beta", "1"], "between 0 and 1"),
+        (vec!["plan", dir, "--beta", "1"], "above 0 and below 1"),
         (vec!["plan", dir, "--lr-decay", "steps:10"], "linear, cosine and 1-sqrt"),
         (vec!["plan", dir, "--uniform", "150%"], "at most 1"),
         (vec!["plan", dir, "--steps", "100", "--sigma-rel", "0.1"], "cannot be used with"),
