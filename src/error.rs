@@ -83,7 +83,7 @@ pub enum Error {
     #[error("no target was given: name at least one, such as sigma_rel 0.15")]
     NoTarget,
     /// There is nothing to blend, average or import.
-    #[error("there is no {wanted}: {remedy}")]
+    #[error("no {wanted}: {remedy}")]
     NoSource {
         /// Missing thing, such as "snapshot to blend".
         wanted: String,

@@ -135,7 +135,7 @@ mod tests {
         while k < 500 {
             let before = step;
             step += 1;
-            if before % every != 0 {
+            if !before.is_multiple_of(every) {
                 continue;
             }
             let own = (step + 1) as f64;

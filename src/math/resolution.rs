@@ -245,7 +245,7 @@ mod tests {
     fn time_before_the_first_checkpoint_and_too_long_window_are_errors() {
         let profile = Profile::uniform(Window::Steps(50.0)).unwrap();
         let text = Resolution::new(&profile, &[100], 99).unwrap_err().to_string();
-        assert!(text.contains("there is no checkpoint at or before step 99: ask for a later step"), "{text}");
+        assert!(text.contains("no checkpoint at or before step 99: ask for a later step"), "{text}");
         let text = Resolution::new(&profile, &[10, 20], 20).unwrap_err().to_string();
         assert!(text.contains("window = 50"), "{text}");
     }

@@ -103,7 +103,7 @@ fn invalid_checkpoints_are_refused_with_the_reason() {
         paths.pop();
         assert!(text.contains(part), "{name}: {text}");
     }
-    assert!(error(&[], None).contains("there is no checkpoint to average: name files, or a folder of them"));
+    assert!(error(&[], None).contains("no checkpoint to average: name files, or a folder of them"));
     assert!(error(&paths[..1], None).contains("with nothing to average it with"));
     assert!(error(&[path("empty")], None).contains("no weights are in it, nor in its folders"));
 }
