@@ -58,7 +58,7 @@ impl BatchCounters {
     }
 }
 
-/// A count as a tool stored it.
+/// Count as a tool stored it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Count {
     Known(i64),

@@ -9,7 +9,7 @@ use crate::math::History;
 use crate::pytorch::Number;
 use crate::snapshot::SnapshotId;
 
-/// A checkpoint that becomes a snapshot.
+/// Checkpoint that becomes a snapshot.
 pub(super) struct PlannedSnapshot {
     pub file: CheckpointFile,
     /// Name in the run, with the step of the last update contained.

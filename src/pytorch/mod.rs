@@ -56,8 +56,8 @@ impl Checkpoint {
 
     /// Opens a model's weights or a training checkpoint that holds them in a dict.
     ///
-    /// With such a dict, the checkpoint has its tensors. The entries beside it become values, including integers that
-    /// are stored as tensors.
+    /// If there is such a dict, its tensors become those of the checkpoint. The entries beside it become values, and so
+    /// do tensors of one integer among them.
     ///
     /// # Errors
     /// As [`Checkpoint::open`], and [`Error::Unexpected`] if it holds several models or none.

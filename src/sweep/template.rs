@@ -14,16 +14,17 @@ impl Template {
     /// Checks a command.
     ///
     /// # Errors
-    /// Returns the reason if the command does not use the path, or if `{}` is inside quotes. The check counts the quote
-    /// characters before `{}`. It does not parse the shell's language.
+    /// Returns the reason if the command does not use the path, or if `{}` is inside quotes. The check looks at the
+    /// quote characters around `{}`. It does not parse the shell's language, and refuses some commands that would work.
     pub(super) fn new(command: &str) -> Result<Template, String> {
         if !command.contains(PLACEHOLDER) && !command.contains(WEIGHTS) {
             return Err(format!("`{command}` names no file: write {{}} where the path of the weights goes"));
         }
-        if command.match_indices(PLACEHOLDER).any(|(start, _)| is_inside_quotes(&command[..start])) {
+        let mut places = command.match_indices(PLACEHOLDER);
+        if places.any(|(start, _)| may_be_inside_quotes(&command[..start], &command[start + PLACEHOLDER.len()..])) {
             return Err(format!(
-                "`{command}` has {{}} inside quotes, where the quoted path would be torn apart: use \"${WEIGHTS}\" \
-                 there, or remove the quotes, as the path is quoted anyway"
+                "`{command}` has {{}} inside quotes or a here-document, where the quoted path would be torn apart: use \
+                 \"${WEIGHTS}\" there, or remove the quotes, as the path is quoted anyway"
             ));
         }
         Ok(Template(command.to_owned()))
@@ -36,9 +37,14 @@ impl Template {
     }
 }
 
-/// Returns true if the text has an odd number of any quote character.
-fn is_inside_quotes(before: &str) -> bool {
-    ['\'', '"', '`'].into_iter().any(|quote| before.matches(quote).count() % 2 == 1)
+/// Returns true if a place in a command may be inside quotes or a here-document.
+///
+/// In `"$(cat "{}")"`, where quotes are nested, an even number of them is before the place. Two equal quotes right around
+/// it are therefore refused, too.
+fn may_be_inside_quotes(before: &str, after: &str) -> bool {
+    let is_open = |quote: char| before.matches(quote).count() % 2 == 1;
+    let is_around = |quote: char| before.ends_with(quote) && after.starts_with(quote);
+    before.contains("<<") || ['\'', '"', '`'].into_iter().any(|quote| is_open(quote) || is_around(quote))
 }
 
 /// Quotes a path as one word of the shell. A path of plain characters stays as it is.
@@ -87,7 +93,9 @@ mod tests {
             "sh -c \"eval {}\"",
             "python -c 'load(\"{}\")'",
             "python -c \"load('{}')\"",
+            "eval \"$(cat \"{}\")\"",
             "eval `cat {}`",
+            "cat <<EOF\n{}\nEOF",
             "eval $'it\\'s' {}",
             "eval \"--weights={}\"",
         ] {

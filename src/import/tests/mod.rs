@@ -11,9 +11,7 @@ use safetensors::Dtype;
 use self::pt::Pt;
 use super::*;
 use crate::math::Profile;
-use crate::planning::{At, Plan};
-
-use crate::planning::read_chain;
+use crate::planning::{At, Plan, read_chain};
 use crate::run::Run;
 
 fn fixture(case: &str) -> PathBuf {
