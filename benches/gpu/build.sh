@@ -7,16 +7,21 @@ folder=${1:-gpu-check}
 export CARGO_PROFILE_RELEASE_STRIP=symbols CARGO_TERM_COLOR=never
 
 mkdir -p "$folder"
-cargo build --release --features cuda --bin posthoc-ema --example gpu-check-run
-# Cargo's messages have the path of the test binary.
-tests=$(cargo test --release --features cuda --test cuda --no-run --message-format=json \
+on_cuda=(-p posthoc-ema -p posthoc-ema-cli --features posthoc-ema/cuda,posthoc-ema-cli/cuda)
+cargo build --release "${on_cuda[@]}" --bin posthoc-ema --example gpu-check-run
+# Cargo's messages have the paths of the test binaries, that of the program's in cli/.
+tests=$(cargo test --release "${on_cuda[@]}" --test cuda --no-run --message-format=json \
     | python3 -c '
 import json, sys
 built = [json.loads(line) for line in sys.stdin if line.startswith("{")]
-print(next(b["executable"] for b in built if b.get("executable") and b["target"]["name"] == "cuda"))')
+tests = [b for b in built if b.get("executable") and b["target"]["name"] == "cuda"]
+tests.sort(key=lambda b: b["target"]["src_path"].endswith("/cli/tests/cuda/main.rs"))
+print(*[b["executable"] for b in tests], sep="\n")')
+{ read -r library_tests && read -r program_tests; } <<<"$tests"
 release=${CARGO_TARGET_DIR:-target}/release
 install "$release/posthoc-ema" "$release/examples/gpu-check-run" "$folder/"
-install "$tests" "$folder/cuda-tests"
+install "$library_tests" "$folder/cuda-tests"
+install "$program_tests" "$folder/program-cuda-tests"
 
 # Builds the Python package if maturin is installed.
 rm -f "$folder"/*.whl
@@ -35,6 +40,6 @@ nvcc=${NVCC:-nvcc}
     rustc --version
     echo "nvcc $("$nvcc" --version 2>/dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p')"
     echo "architectures ${POSTHOC_EMA_CUDA_ARCHS:-all}"
-    (cd "$folder" && sha256sum posthoc-ema gpu-check-run cuda-tests)
+    (cd "$folder" && sha256sum posthoc-ema gpu-check-run cuda-tests program-cuda-tests)
 } >"$folder/manifest.txt"
 du -ch "$folder"/* | tail -n 1

@@ -47,7 +47,7 @@ stage() {
 }
 into() { local file=$1; shift; "$@" >"$file"; }
 
-tests() { "$folder/cuda-tests" --test-threads 1 "$@"; }
+tests() { "$folder/cuda-tests" --test-threads 1 && "$folder/program-cuda-tests" --test-threads 1; }
 
 bench() { # NAME ARGUMENTS...
     local name=$1
@@ -120,13 +120,14 @@ else
 fi
 if ! command -v compute-sanitizer >/dev/null; then
     echo "sanitizers: skipped, there is no compute-sanitizer" | tee -a "$work/results/stages.txt"
-elif compute-sanitizer "$folder/cuda-tests" --exact offload::the_fence_lets_training_go_on_meanwhile 2>&1 |
+elif compute-sanitizer "$folder/cuda-tests" --exact offload::stream_that_waits_for_fence_may_change_tensor 2>&1 |
     grep -qiE "not supported|unable to find"; then
     # On a virtual device, for example.
     echo "sanitizers: skipped, compute-sanitizer does not support this device" | tee -a "$work/results/stages.txt"
 else
     for tool in memcheck racecheck initcheck; do
-        stage "$tool" 60 bash -c "sanitize $tool one_dtype_alone blend::every_length offload::tensors convert::ranges"
+        stage "$tool" 60 bash -c "sanitize $tool update::aligned_and_unaligned_update blend::blend_of_every_length \
+            offload::copy_of_every_size convert::ranges"
     done
 fi
 

@@ -184,7 +184,8 @@ impl Profile {
         }
     }
 
-    /// Returns `1 - beta` of an update at `time` that follows one at `previous`, or 0 for the first.
+    /// Returns `1 - beta` of an update at `time` that follows one at `previous`. For the first update, `previous` is 0
+    /// and the result 1.
     ///
     /// It is computed without subtracting a decay near 1 from 1, which would cancel. For profiles that cannot be
     /// tracked it is the share of the average at `time` that is newer than `previous`.

@@ -82,7 +82,7 @@ pub(crate) fn read_chain(snapshot: &Snapshot) -> Result<(Profile, Chain, Option<
                 snapshot.path(),
                 format!(
                     "the metadata's `history` has a decay by a counter, which needs a power-function profile and \
-                         a stride above 0; the profile is {profile}"
+                     a stride above 0; the profile is {profile}"
                 ),
             )
         })?;

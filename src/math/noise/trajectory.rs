@@ -8,9 +8,9 @@ use super::quadratic_forms::QuadraticForms;
 
 /// Power of the held share by which a pair of snapshots is weighted.
 ///
-/// The held share is the part of the newest averages that comes from the pair's earlier snapshot. Training slows down,
-/// so that only movement within the blended time counts. Exact averages forget the noise of the start soon; those of
-/// tools that decay too slowly hardly ever do.
+/// The held share is the part of the newest averages that comes from the pair's earlier snapshot. Only movement within
+/// the blended time counts, and earlier movement is larger because training slows down. Exact averages forget the noise
+/// of the start soon; those of tools that decay too slowly hardly ever do.
 const WEIGHT_POWER: i32 = 4;
 
 /// Uncertainty of a measured movement, as a share of the mean square difference of the pair's rounding errors.
