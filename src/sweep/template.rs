@@ -39,8 +39,8 @@ impl Template {
 
 /// Returns true if a place in a command may be inside quotes or a here-document.
 ///
-/// In `"$(cat "{}")"`, where quotes are nested, an even number of them is before the place. Two equal quotes right around
-/// it are therefore refused, too.
+/// In `"$(cat "{}")"`, where quotes are nested, an even number of them is before the place. Two equal quotes right
+/// around it are therefore refused, too.
 fn may_be_inside_quotes(before: &str, after: &str) -> bool {
     let is_open = |quote: char| before.matches(quote).count() % 2 == 1;
     let is_around = |quote: char| before.ends_with(quote) && after.starts_with(quote);
