@@ -298,7 +298,7 @@ impl Difference {
 }
 
 impl Error {
-    /// Wraps an error of the operating system, for `map_err`.
+    /// Wraps an error of the operating system, for `map_err`. Public for the program only.
     #[doc(hidden)]
     pub fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_owned();
@@ -309,8 +309,8 @@ impl Error {
         Error::Damaged { path: path.to_owned(), reason: reason.to_string() }
     }
 
+    /// Creates an error for a file that is not the expected one. Public for the program only.
     #[doc(hidden)]
-    #[allow(missing_docs)]
     pub fn unexpected(path: &Path, reason: impl Into<String>) -> Error {
         Error::Unexpected { path: path.to_owned(), reason: reason.into() }
     }

@@ -25,14 +25,31 @@
 //! # Ok::<(), posthoc_ema::Error>(())
 //! ```
 //!
+//! By topic:
+//!
+//! * Training: [`PostHocEma`] and its [`Options`], with [`OnError`], [`Precision`], [`Retention`] and
+//!   [`UpdateOutcome`].
+//! * Tensors of a model: the traits [`Parameters`] and [`ParametersMut`], which lend [`TensorView`] and
+//!   [`TensorViewMut`] in [`Memory`] of the host or a device, and [`Tensors`] with memory of their own.
+//! * Runs on disk: [`Run`], [`verify`], [`SavedState`], and the files themselves in [`snapshot`].
+//! * Averages: a [`Profile`] at a time ([`At`]) becomes a [`Plan`], with [`Noise`] against rounding. [`Output`] and
+//!   [`WriteOptions`] say where a result goes and which [`Device`] computes it. [`SwapGuard`] and [`SavedWeights`] put
+//!   it into a model for a while.
+//! * Before a training: [`Forecast`] of a [`Schedule`], and [`advise`].
+//! * Many lengths, with one evaluation each: [`sweep`].
+//! * Other checkpoints: [`Checkpoints`] averages raw ones. `Import` makes runs of those of other tools.
+//! * The mathematics: [`math`].
+//!
 //! Features: `pytorch` reads PyTorch checkpoints (`.pt`) and imports those of other tools; `cuda` adds the CUDA
-//! kernels. By default, only the version of CUDA's driver interface is on. The command-line program is the crate
-//! `posthoc-ema-cli`.
+//! kernels. Neither is on by default. Features such as `cuda-13000` choose the version of CUDA's driver interface. The
+//! command-line program is the crate `posthoc-ema-cli`.
 
+// Hidden, without a promise of stability: only benchmarks, tests and the program's `bench` use it.
 #[doc(hidden)]
 pub mod compute;
 mod device;
 mod error;
+// Hidden, without a promise of stability: only the program uses it.
 #[doc(hidden)]
 pub mod fs;
 #[cfg(feature = "pytorch")]
@@ -53,17 +70,21 @@ pub use compute::cpu::Precision;
 #[cfg(feature = "cuda")]
 pub use compute::cuda::Fence;
 pub use device::Device;
+// Hidden: only the program uses it.
 #[doc(hidden)]
 pub use error::escape_controls;
 pub use error::{Difference, Error, Result};
+pub use fs::install_sigbus_handler;
 #[cfg(feature = "pytorch")]
 pub use import::{Import, ImportReport, Tool};
-pub use math::{Profile, Retention, Shape, Window};
+pub use math::{Densities, Family, History, Profile, Retention, Schedule, Shape, Window};
 pub use merge::{CheckpointWeight, Checkpoints, Merge};
+// Hidden: only the program uses it.
 #[doc(hidden)]
 pub use planning::rounding;
 pub use planning::{Advice, AdviceRequest, At, Forecast, Noise, Plan, PredictedError, Weight, WorstCase, advise};
 pub use run::{Run, SavedState, VerifyReport, verify};
+pub use snapshot::{Snapshot, SnapshotId};
 pub use sweep::{SweepOptions, SweepResult};
 pub use synthesis::{Output, SavedWeights, SwapGuard, WriteOptions, cuda_devices};
 pub use tensor::{

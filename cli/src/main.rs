@@ -3,6 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    posthoc_ema::fs::install_sigbus_handler();
+    posthoc_ema::install_sigbus_handler();
     posthoc_ema_cli::run()
 }

@@ -24,7 +24,7 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     process::record();
-    posthoc_ema::fs::install_sigbus_handler();
+    posthoc_ema::install_sigbus_handler();
     // Writes the library's warnings to standard error without the interpreter's lock. A subscriber that the program has
     // set before stays in place.
     let _ = tracing_subscriber::fmt()

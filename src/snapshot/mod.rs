@@ -20,6 +20,8 @@ mod write;
 
 pub use id::SnapshotId;
 pub(crate) use index::{INDEX_SUFFIX, ShardIndex};
+// Hidden: only the program's `bench` uses it.
+#[doc(hidden)]
 pub use layout::FileLayout;
 pub(crate) use layout::MAX_HEADER;
 pub(crate) use listing::{any_snapshot_file, check_empty, remove, remove_leftovers};

@@ -36,8 +36,8 @@ impl Snapshot {
     /// Opens the files of one snapshot.
     ///
     /// # Errors
-    /// Those of [`StoredFile::open`] and [`Meta::from_strings`], and [`Error::Unexpected`] for a file whose name and
-    /// contents disagree.
+    /// Those of [`StoredFile::open`] and [`Meta::from_strings`], [`Error::Unexpected`] for a file whose name and
+    /// contents disagree, and [`Error::NoSource`] without a path.
     pub fn open(id: SnapshotId, paths: &[PathBuf]) -> Result<Snapshot> {
         Snapshot::open_like(id, paths, None)
     }
@@ -242,7 +242,7 @@ fn read_meta(id: SnapshotId, files: &[StoredFile], sibling: Option<&Snapshot>) -
             Some(meta) => merge(meta, own, file.path(), files[0].path())?,
         }
     }
-    meta.ok_or_else(|| Error::Internal(format!("snapshot {id} has no file")))
+    meta.ok_or_else(|| Error::NoSource { wanted: format!("file of snapshot {id}"), remedy: "name its files" })
 }
 
 fn entry(files: &[StoredFile], place: Place) -> (&str, &StoredTensor) {

@@ -224,6 +224,12 @@ fn first_of_several_errors_is_returned() {
 }
 
 #[test]
+fn snapshot_without_files_is_refused() {
+    let text = Snapshot::open(SnapshotId { index: 0, step: 10 }, &[]).unwrap_err().to_string();
+    assert!(text.contains("no file of snapshot 0.10"), "{text}");
+}
+
+#[test]
 fn tensor_in_two_shards_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let files = write(dir.path(), 0, 10, &meta(10), 300);

@@ -117,7 +117,7 @@ impl OutputFiles {
         file.write_at(data + offset as u64, bytes)
     }
 
-    /// As [`OutputFiles::write_at`], with several threads.
+    /// As [`OutputFiles::write_at`], for a large block: see [`AtomicFile::write_block_at`].
     pub(super) fn write_block_at(&self, file: usize, offset: usize, bytes: &[u8]) -> Result<()> {
         let (file, data) = &self.0[file];
         file.write_block_at(data + offset as u64, bytes)

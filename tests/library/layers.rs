@@ -93,6 +93,15 @@ fn only_fs_names_the_operating_system() {
 }
 
 #[test]
+fn mathematics_names_no_files() {
+    for source in sources("src").iter().filter(|source| source.path.starts_with("src/math/")) {
+        for word in ["std::fs", "std::path"] {
+            assert!(!source.code.contains(word), "{}: `{word}`", source.path);
+        }
+    }
+}
+
+#[test]
 fn only_compute_and_the_mapping_hold_unsafe_code() {
     assert_only_in(&["src"], "unsafe", &["src/compute/", "src/fs/mapping"]);
     assert_only_in(&["cli/src"], "unsafe", &[]);
