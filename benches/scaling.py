@@ -3,7 +3,7 @@
 
     python3 benches/scaling.py --record benches/record/DATE-scaling.json
 
-Needs Python with numpy, and the program (cargo build --release), which starts again for every point.
+Needs Python with numpy, and the program (cargo build --release -p posthoc-ema-cli), which starts again for every point.
 """
 
 from __future__ import annotations

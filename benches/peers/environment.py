@@ -87,7 +87,7 @@ def build_program() -> Path | str:
     """Builds the program as a user does."""
     if shutil.which("cargo") is None:
         return "cargo was not found"
-    subprocess.run(["cargo", "build", "--release", "--quiet"], cwd=ROOT, check=True)
+    subprocess.run(["cargo", "build", "--release", "--quiet", "-p", "posthoc-ema-cli"], cwd=ROOT, check=True)
     target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
     return (target if target.is_absolute() else ROOT / target) / "release" / "posthoc-ema"
 

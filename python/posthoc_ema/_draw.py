@@ -6,6 +6,7 @@ No other module imports PIL. This one is imported by the functions that draw, so
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 from PIL import Image
@@ -61,8 +62,14 @@ def draw_scores(
 
 
 def _size(figsize: tuple[float, float]) -> tuple[int, int]:
-    """Returns width and height in pixels."""
+    """Returns width and height in pixels.
+
+    Raises:
+        ValueError: If one is not finite or not above 0.
+    """
     width, height = figsize
+    if not (0 < width < math.inf and 0 < height < math.inf):
+        raise ValueError(f"figsize = {figsize}: width and height must be finite and above 0")
     return round(_DOTS_PER_INCH * width), round(_DOTS_PER_INCH * height)
 
 

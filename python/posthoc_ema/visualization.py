@@ -98,7 +98,7 @@ def plot_reconstruction_errors(
         An RGB image.
 
     Raises:
-        ValueError: If the shapes differ, or a value is negative or not finite.
+        ValueError: If the shapes differ, a value is negative or not finite, or the picture has no size.
     """
     lengths = as_floats(target_sigma_rels)
     values = as_floats(errors)

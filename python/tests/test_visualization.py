@@ -117,6 +117,12 @@ def test_picture_shows_curve_and_tracked_lengths() -> None:
     assert (np.asarray(image) == 255).all(axis=-1).mean() > 0.9
 
 
+@pytest.mark.parametrize("figsize", [(-1.0, 6.0), (10.0, 0.0), (math.inf, 6.0), (10.0, math.nan)])
+def test_invalid_sizes_are_refused(figsize: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="figsize"):
+        reconstruction_error((0.05, 0.28), figsize=figsize)
+
+
 def test_larger_error_is_drawn_higher() -> None:
     image = plot_reconstruction_errors(torch.linspace(0.05, 0.28, 50), torch.logspace(-3, -1, 50), ())
     curve = pixels_of(image, BLUE)

@@ -102,6 +102,13 @@ fn mathematics_names_no_files() {
 }
 
 #[test]
+fn commands_do_not_use_the_arithmetic() {
+    for source in sources("cli/src").iter().filter(|source| source.path.starts_with("cli/src/commands/")) {
+        assert!(!source.code.contains("posthoc_ema::compute"), "{} uses `posthoc_ema::compute`", source.path);
+    }
+}
+
+#[test]
 fn only_compute_and_the_mapping_hold_unsafe_code() {
     assert_only_in(&["src"], "unsafe", &["src/compute/", "src/fs/mapping"]);
     assert_only_in(&["cli/src"], "unsafe", &[]);

@@ -58,12 +58,12 @@ fn synthesize_writes_the_same_file_on_every_device() {
     let output = run(&["synthesize", dir, "--sigma-rel", "0.15", "-o", &out("auto")], false, &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let printed = text(&output.stdout);
-    assert!(printed.contains("blended on cpu: ") && printed.contains("NVIDIA driver"), "{printed}");
+    assert!(printed.contains("blended on cpu: the machine has no NVIDIA driver"), "{printed}");
     assert!(std::fs::read(out("auto")).unwrap() == std::fs::read(out("cpu")).unwrap());
     let output = synthesize("cuda:0", false);
     assert_eq!(output.status.code(), Some(1));
     let error = text(&output.stderr);
-    assert!(error.contains("cuda:0: cannot use the device: ") && error.contains("NVIDIA driver"), "{error}");
+    assert!(error.contains("cuda:0: cannot use the device: the machine has no NVIDIA driver"), "{error}");
     assert!(!Path::new(&out("cuda:0")).exists());
 
     // A driver that fails.
