@@ -23,10 +23,8 @@ use super::*;
 use crate::compute::cpu::{Averages, Precision};
 use crate::math::{Chain, Retention, Schedule, Window};
 use crate::planning::At;
-
-use crate::synthesis::{Output, WriteOptions};
-
 use crate::run::Run;
+use crate::synthesis::{Output, WriteOptions};
 use crate::tensor::{Tensor, Tensors};
 
 /// Returns a directory for a run, which does not exist yet.

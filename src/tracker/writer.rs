@@ -200,20 +200,19 @@ impl<W: FnMut(&CheckpointJob) -> Result<(), Failure>> WriterThread<W> {
     fn retry(&mut self) -> Option<(u64, Error)> {
         let job = self.failed.take()?;
         let step = job.meta.step();
-        let written = self.attempt(&job);
-        let mut outcome = lock(&self.outcome);
-        match written {
+        // The lock is released before a message is logged, so that a slow subscriber does not block the training.
+        match self.attempt(&job) {
             Ok(()) => {
-                outcome.written(step);
+                lock(&self.outcome).written(step);
                 None
             }
             Err(Failure::Removal(error)) => {
-                outcome.written(step);
+                lock(&self.outcome).written(step);
                 tracing::warn!("the snapshot of step {step} is stored, but surplus ones could not be removed: {error}");
                 Some((step, error))
             }
             Err(Failure::Files(error) | Failure::Values(error)) => {
-                outcome.last_failed_step = Some(step);
+                lock(&self.outcome).last_failed_step = Some(step);
                 tracing::warn!("giving up the snapshot of step {step} after two tries: {error}");
                 Some((step, error))
             }

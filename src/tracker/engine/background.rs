@@ -120,7 +120,8 @@ impl Pending for Background {
     fn flush(&self) -> Result<()> {
         self.wait();
         let written = self.writer.flush();
-        match (lock(&self.error).take(), written) {
+        let error = lock(&self.error).take();
+        match (error, written) {
             (Some(error), Err(other)) => {
                 tracing::error!("{other}");
                 Err(error)

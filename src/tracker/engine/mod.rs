@@ -114,7 +114,7 @@ fn cuda_memory<'a>(view: &crate::tensor::TensorView<'a>) -> Result<crate::tensor
         crate::tensor::Memory::Cuda(memory) => Ok(memory),
         crate::tensor::Memory::Host(_) => Err(Error::changed(
             view.name,
-            crate::error::Difference::new("its memory", "on a CUDA device", "on the host"),
+            crate::error::Difference::new("the tensor", "on a CUDA device", "in host memory"),
         )),
     }
 }

@@ -236,7 +236,7 @@ impl BlendSlot<'_> {
         self.stream.synchronize().map_err(device.driver_error("blend"))?;
         // SAFETY: the stream has no pending work.
         let words = unsafe { allocated(&mut self.overflows)?.host.bytes() };
-        let words = words[..8 * job.groups.len() * job.targets].as_chunks().0;
+        let words = words[..8 * job.groups.len() * job.targets].as_chunks::<8>().0;
         if let Some(found) = words.iter().position(|word| *word != [0xff; 8]) {
             let inputs = allocated(&mut self.inputs)?;
             let element = u64::from_le_bytes(words[found]) as usize;
