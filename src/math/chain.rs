@@ -1,6 +1,8 @@
 //! Chains: the decays that a running average was updated with.
 
+use super::groups::Groups;
 use super::profile::Profile;
+use crate::error::{Error, Result};
 
 /// Rule for the decays of a running average, update by update.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,6 +53,46 @@ impl Chain {
         Decays { beta, one_minus_beta }
     }
 
+    /// Returns the decay of each group of updates: the product of the decays of its updates.
+    ///
+    /// # Errors
+    /// [`Error::History`] for a decay by a counter, if updates are grouped and runs overlap.
+    pub(super) fn group_decays(&self, groups: &Groups) -> Result<Decays> {
+        if matches!(self, Chain::Tracked(_) | Chain::Raw) || groups.are_single() {
+            return Ok(self.decays(&groups.times));
+        }
+        if groups.overlap {
+            let why = "runs of a long history overlap, which a decay by a counter does not allow".to_owned();
+            return Err(Error::History(why));
+        }
+        let mut updates = 0.0;
+        let mut decays = Decays { beta: Vec::new(), one_minus_beta: Vec::new() };
+        for &count in &groups.counts {
+            let ln_beta = if updates == 0.0 { f64::NEG_INFINITY } else { self.ln_group_decay(updates, count) };
+            decays.beta.push(ln_beta.exp());
+            decays.one_minus_beta.push(-ln_beta.exp_m1());
+            updates += count;
+        }
+        Ok(decays)
+    }
+
+    /// Returns the logarithm of the product of the decays of `count` updates, the first of which has the index `k`.
+    fn ln_group_decay(&self, k: f64, count: f64) -> f64 {
+        match *self {
+            Chain::Counter { gamma, stride, offset } => {
+                (gamma + 1.0) * sum_of_ln_step_decays(stride as f64 * k + offset as f64, stride as f64, count)
+            }
+            Chain::CorrectedCounter { gamma, stride, offset } => {
+                let steps = stride as f64;
+                let counter = steps * k + offset as f64;
+                let own = sum_of_ln_step_decays(counter, steps, count);
+                let next = sum_of_ln_step_decays(counter + steps, steps, count);
+                (gamma + 1.0) * steps / 2.0 * (own + next)
+            }
+            Chain::Tracked(_) | Chain::Raw => f64::NEG_INFINITY,
+        }
+    }
+
     fn one_minus_beta(&self, k: usize, times: &[u64]) -> f64 {
         if k == 0 {
             return 1.0;
@@ -89,6 +131,22 @@ fn counter(stride: u64, k: usize, offset: u64) -> f64 {
 /// `ln(1 - 1/counter)`: the logarithm of one step's decay for `gamma = 0`.
 fn ln_step_decay(counter: f64) -> f64 {
     (-1.0 / counter).ln_1p()
+}
+
+/// Most terms of a sum of logarithms that are added one by one.
+const FEW: f64 = 32.0;
+
+/// `sum_j ln(1 - 1/(counter + stride j))` over `count` terms.
+///
+/// Many terms are the middle one times their number, plus the first correction for its curvature. The next correction
+/// is below the sum by the fourth power of the group's length relative to the counter.
+fn sum_of_ln_step_decays(counter: f64, stride: f64, count: f64) -> f64 {
+    if count <= FEW {
+        return (0..count as u64).map(|j| ln_step_decay(counter + stride * j as f64)).sum();
+    }
+    let middle = counter + stride * (count - 1.0) / 2.0;
+    let curvature = middle.powi(-2) - (middle - 1.0).powi(-2);
+    count * (ln_step_decay(middle) + stride * stride * (count * count - 1.0) / 24.0 * curvature)
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@
 pub mod chain;
 mod conversion;
 mod gram;
+mod groups;
 pub mod history;
 pub(crate) mod noise;
 mod profile;

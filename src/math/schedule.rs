@@ -1,7 +1,10 @@
 //! The schedule of updates and snapshots.
 
-use super::history::{History, MAX_UPDATES};
+use super::history::{History, RegularRun};
 use crate::error::{Error, Result};
+
+/// Most snapshots of a training.
+const MAX_SNAPSHOTS: u64 = 1 << 26;
 
 /// Intervals at which averages are updated and stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -60,19 +63,26 @@ impl Schedule {
     /// Returns the updates of a training of `steps` steps.
     ///
     /// # Errors
-    /// [`Error::Setting`] for an interval of 0, or for more than 67 million updates.
+    /// [`Error::Setting`] for an interval of 0, or for more than 67 million snapshots.
     pub fn updates(&self, steps: u64) -> Result<History> {
         self.check()?;
-        if steps / self.update_every.min(self.checkpoint_every) > MAX_UPDATES {
-            let reason = format!("{steps} steps make more than {MAX_UPDATES} updates: use a longer interval");
-            return Err(Error::Setting { option: "update_every", reason });
+        if steps / self.checkpoint_every > MAX_SNAPSHOTS {
+            let reason = format!("{steps} steps make more than {MAX_SNAPSHOTS} snapshots: use a longer interval");
+            return Err(Error::Setting { option: "checkpoint_every", reason });
         }
-        let mut times = self.snapshots(steps);
-        let every = self.update_every;
-        times.extend((1..=steps / every).map(|i| i * every).filter(|&t| t >= self.update_after_step));
-        times.sort_unstable();
-        times.dedup();
-        History::from_times(times)
+        let mut runs: Vec<RegularRun> = self.multiples(self.update_every, steps).into_iter().collect();
+        if !self.checkpoint_every.is_multiple_of(self.update_every) {
+            runs.extend(self.multiples(self.checkpoint_every, steps));
+        }
+        Ok(History::from_runs(runs))
+    }
+
+    /// Returns the multiples of `every` from `update_after_step` to `steps`.
+    fn multiples(&self, every: u64, steps: u64) -> Option<RegularRun> {
+        let first = self.update_after_step.max(1).div_ceil(every).checked_mul(every)?;
+        let last = steps / every * every;
+        let stride = if first == last { 1 } else { every };
+        (first <= last).then_some(RegularRun { first, last, stride })
     }
 }
 

@@ -1,5 +1,6 @@
 //! Verification of all files of a run.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -32,7 +33,7 @@ pub fn verify(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<Ve
         let snapshot = files.and_then(|files| Snapshot::open(id, &files));
         findings.add(snapshot.and_then(|snapshot| snapshot.verify_index()));
     }
-    if findings.0.is_empty() {
+    if findings.errors.is_empty() {
         // A running tracker writes the state before the snapshots, so a state that is read after them is never older.
         findings.add(Run::open(dir).and_then(|run| state::check(dir, &run)));
     }
@@ -44,20 +45,22 @@ pub fn verify(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<Ve
         findings.add(verified.map(drop));
         progress(path.metadata().map_or(0, |metadata| metadata.len()));
     }
-    Ok(VerifyReport { files: paths.len(), bytes, findings: findings.0 })
+    Ok(VerifyReport { files: paths.len(), bytes, findings: findings.errors })
 }
 
 /// Errors that were found so far, without duplicates.
 #[derive(Default)]
-struct Findings(Vec<Error>);
+struct Findings {
+    errors: Vec<Error>,
+    texts: HashSet<String>,
+}
 
 impl Findings {
     /// Adds an error, except that of a file that a tracker has dropped since the listing.
     fn add(&mut self, result: Result<()>) {
         let Err(error) = result else { return };
-        let is_known = self.0.iter().any(|found| found.to_string() == error.to_string());
-        if !is_known && !snapshot::is_gone(&error) {
-            self.0.push(error);
+        if !snapshot::is_gone(&error) && self.texts.insert(error.to_string()) {
+            self.errors.push(error);
         }
     }
 }

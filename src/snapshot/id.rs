@@ -37,7 +37,7 @@ impl SnapshotId {
 }
 
 /// Role of a file within a snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum FileRole {
     /// The only file of the snapshot.
     Whole,

@@ -25,10 +25,10 @@ pub fn list(dir: &Path) -> Result<BTreeMap<SnapshotId, Vec<PathBuf>>> {
 /// # Errors
 /// [`Error::NoRun`] if the directory does not exist, [`Error::Io`] if it cannot be read.
 pub fn list_each(dir: &Path) -> Result<BTreeMap<SnapshotId, Result<Vec<PathBuf>>>> {
-    let mut found: BTreeMap<SnapshotId, Vec<FileRole>> = BTreeMap::new();
+    let mut found: BTreeMap<SnapshotId, BTreeSet<FileRole>> = BTreeMap::new();
     for name in names(dir)? {
         if let Some((id, role)) = parse(&name) {
-            found.entry(id).or_default().push(role);
+            found.entry(id).or_default().insert(role);
         }
     }
     let mut snapshots = BTreeMap::new();
@@ -63,7 +63,7 @@ pub fn check_empty(dir: &Path) -> Result<()> {
 }
 
 /// Returns the files of a snapshot in order, or `None` if it was never finished.
-fn complete(dir: &Path, id: SnapshotId, roles: &[FileRole]) -> Result<Option<Vec<PathBuf>>> {
+fn complete(dir: &Path, id: SnapshotId, roles: &BTreeSet<FileRole>) -> Result<Option<Vec<PathBuf>>> {
     let shard_count = |role: &FileRole| if let FileRole::Shard { n, .. } = role { Some(*n) } else { None };
     let count = roles.iter().filter_map(shard_count).max();
     // The search ends after at most as many shards as there are files, whatever number a file name claims.

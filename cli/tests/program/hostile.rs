@@ -173,3 +173,43 @@ fn folder_of_thousands_of_other_files_is_not_a_run() {
     fs::write(&missing, "").unwrap();
     assert!(Run::open(temp.path()).is_err() && StoredFile::open(&missing).is_err());
 }
+
+/// A few bytes can claim billions of updates, which happen on a clock of images or tokens.
+#[test]
+fn histories_of_billions_of_updates_are_planned_in_bounded_memory_and_time() {
+    let temp = tempfile::tempdir().unwrap();
+    for i in 1..=8u64 {
+        let step = 1_000_000_000 * i;
+        let header = json!({
+            "__metadata__": {
+                "format": "pt",
+                "posthoc_ema": "1",
+                "profile": r#"{"kind":"power","gamma":6.94}"#,
+                "step": step.to_string(),
+                "history": format!("[[1,{step},1]]"),
+            },
+            "w": { "dtype": "F32", "shape": [4], "data_offsets": [0, 16] },
+        });
+        write_file(&temp.path().join(format!("0.{step}.safetensors")), &header.to_string(), 16);
+    }
+    let begun = std::time::Instant::now();
+    for command in ["plan", "error"] {
+        let dir = temp.path().to_str().unwrap();
+        let targets: &[&str] = if command == "plan" { &["--sigma-rel", "0.15"] } else { &[] };
+        let (status, text) = run_within(400, &[&[command, dir], targets].concat());
+        assert_eq!(status, Some(0), "{command}: {text}");
+    }
+    assert!(begun.elapsed().as_secs() < 60, "{:?}", begun.elapsed());
+}
+
+#[test]
+fn thousands_of_empty_snapshots_are_verified_in_linear_time() {
+    let temp = tempfile::tempdir().unwrap();
+    for step in 1..=8000 {
+        fs::write(temp.path().join(format!("0.{step}.safetensors")), "").unwrap();
+    }
+    let begun = std::time::Instant::now();
+    let report = verify(temp.path(), &mut |_| ()).unwrap();
+    assert_eq!((report.files, report.findings.len()), (8000, 8000));
+    assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
+}

@@ -64,7 +64,7 @@ impl<'a> ErrorModel<'a> {
     }
 
     fn expected_error(&self, blend: &BlendSolution) -> ExpectedError {
-        let profile = self.trajectory.mean_square(&self.updates.times, &blend.residual);
+        let profile = self.trajectory.mean_square(&self.updates.times, &self.updates.counts, &blend.residual);
         // Measured covariances need not be positive definite to the last digit.
         let rounding = quadratic_form(&self.rounding, &blend.solution.weights).max(0.0);
         ExpectedError { profile: profile.sqrt(), rounding: rounding.sqrt() }

@@ -31,7 +31,7 @@ impl QuadraticForms {
         });
         QuadraticForms {
             walk,
-            white: updates.gram_over(&vec![1.0; updates.times.len()]),
+            white: updates.gram_over(&updates.counts),
             ages: updates.sources.iter().map(|&(chain, mark)| ages[chain][mark]).collect(),
         }
     }

@@ -61,7 +61,7 @@ fn mean_squares_equal_double_sums_over_covariances() {
     let newest = times[199] as f64;
     for (a, b) in [(0, 9), (3, 4), (2, 7), (9, 5)] {
         let d = difference(&weights(&sources[a], &times), &weights(&sources[b], &times));
-        let [drift, walk, white] = ALONE.map(|trajectory| trajectory.mean_square(&times, &d));
+        let [drift, walk, white] = ALONE.map(|trajectory| trajectory.mean_square(&times, &vec![1.0; times.len()], &d));
         // Position and velocity start at the newest update and go back in time: a twice summed walk.
         let bend = |s: f64, t: f64| {
             let near = newest - s.max(t);
@@ -87,7 +87,11 @@ fn quadratic_forms_equal_mean_squares_of_differences() {
         for j in 0..i {
             let d = difference(&weights(&sources[i], &times), &weights(&sources[j], &times));
             let straight = times.iter().zip(&d).map(|(&t, d)| t as f64 * d).sum::<f64>().powi(2);
-            let expected = [straight, ALONE[1].mean_square(&times, &d), ALONE[2].mean_square(&times, &d)];
+            let expected = [
+                straight,
+                ALONE[1].mean_square(&times, &vec![1.0; times.len()], &d),
+                ALONE[2].mean_square(&times, &vec![1.0; times.len()], &d),
+            ];
             for (found, expected) in forms.between(i, j).into_iter().zip(expected) {
                 // The forms are differences of sums as large as the time.
                 let tolerance = 1e-9 * expected + 1e-11;
@@ -141,7 +145,8 @@ fn simulated_elements_are_measured_and_fitted() {
         assert!((measured.moved[(i, j)] / direct(i, j) - 1.0).abs() < 1e-9);
         let d = difference(&weights[i], &weights[j]);
         let straight = times.iter().zip(&d).map(|(&t, d)| t as f64 * d).sum::<f64>().powi(2);
-        let expected = Trajectory { drift: 0.0, ..truth }.mean_square(&times, &d) + truth.drift * straight;
+        let expected = Trajectory { drift: 0.0, ..truth }.mean_square(&times, &vec![1.0; times.len()], &d)
+            + truth.drift * straight;
         // Six deviations of a mean square over the elements.
         let tolerance = 6.0 * (2.0 / elements as f64).sqrt();
         assert!((direct(i, j) / expected - 1.0).abs() < tolerance, "{i} {j}: {} is not {expected}", direct(i, j));

@@ -67,9 +67,11 @@ impl Trajectory {
     }
 
     /// Returns the mean square of a blend of the parameters at `times`, whose weights sum to 0.
-    pub(super) fn mean_square(&self, times: &[u64], weights: &[f64]) -> f64 {
+    ///
+    /// `counts` are the numbers of updates that the times stand for.
+    pub(super) fn mean_square(&self, times: &[u64], counts: &[f64], weights: &[f64]) -> f64 {
         let newest = times.last().map_or(1.0, |&time| time as f64);
-        let TrajectorySums { walk, mean_time, bend, squares } = TrajectorySums::new(times, weights);
+        let TrajectorySums { walk, mean_time, bend, squares } = TrajectorySums::new(times, counts, weights);
         self.drift * (mean_time * mean_time + bend / newest) + self.walk * walk + self.white * squares
     }
 }
@@ -101,13 +103,13 @@ struct TrajectorySums {
 }
 
 impl TrajectorySums {
-    fn new(times: &[u64], weights: &[f64]) -> TrajectorySums {
+    fn new(times: &[u64], counts: &[f64], weights: &[f64]) -> TrajectorySums {
         let newest = times.last().copied().unwrap_or(0);
         let mut previous = times.first().copied().unwrap_or(0);
         let mut sums = TrajectorySums { walk: 0.0, mean_time: 0.0, bend: 0.0, squares: 0.0 };
         let mut first_sum = 0.0;
         let mut second_sum = 0.0;
-        for (&time, &weight) in times.iter().zip(weights) {
+        for ((&time, &count), &weight) in times.iter().zip(counts).zip(weights) {
             let delta = (time - previous) as f64;
             let square = first_sum * first_sum;
             sums.walk += square * delta;
@@ -116,7 +118,7 @@ impl TrajectorySums {
             second_sum += first_sum * delta;
             first_sum += weight;
             sums.mean_time -= weight * (newest - time) as f64;
-            sums.squares += weight * weight;
+            sums.squares += weight * weight / count;
             previous = time;
         }
         sums

@@ -1,7 +1,7 @@
 //! The solve against golden values and by identities.
 
 use super::*;
-use crate::math::Schedule;
+use crate::math::{Schedule, Shape, Window};
 
 #[derive(serde::Deserialize)]
 struct Golden {
@@ -313,4 +313,76 @@ fn nearly_dependent_snapshots_are_solved_with_a_ridge() {
         assert!(solution.relative_error < most, "{sigma_rel}: {}", solution.relative_error);
         assert!((solution.weights.iter().sum::<f64>() - 1.0).abs() < 1e-6);
     }
+}
+
+/// Creates the system of a history whose updates are put into about `limit` groups.
+fn grouped_system(history: &History, at: u64, sources: &[ChainSource], limit: usize) -> System {
+    let updates = Updates::grouped(history, at, sources, |_| limit).unwrap();
+    assert!(updates.times.len() <= 2 * limit);
+    let gram = updates.gram();
+    System::factor(at, InnerProducts::Updates(updates), gram, sources, 0.0)
+}
+
+/// Returns the relative error of a blend with these weights, summed over each update.
+fn error_of(system: &System, weights: &[f64], profile: &Profile) -> f64 {
+    let updates = system.updates().unwrap();
+    let target = updates.target(profile, system.at);
+    updates.norm(&updates.residual(weights, &target)) / updates.norm(&target)
+}
+
+#[test]
+fn grouped_updates_give_the_best_weights_and_the_true_error() {
+    let histories =
+        ["[[10,3000000,10]]", "[[7,2100000,7],[2101000,3000000,1000]]", "[[3,300000,3],[300100,3000000,100]]"];
+    for text in histories {
+        let history: History = serde_json::from_str(text).unwrap();
+        let at = history.last().unwrap();
+        let steps: Vec<u64> = (1..=12).map(|i| history.until(at / 12 * i).last().unwrap()).collect();
+        let chains =
+            [Chain::Tracked(power(0.05)), Chain::Tracked(power(0.28)), Chain::Tracked(Profile::beta(0.9999).unwrap())];
+        let snapshots: Vec<(usize, u64)> = (0..3).flat_map(|i| steps.iter().map(move |&step| (i, step))).collect();
+        let sources = sources(&chains, &snapshots);
+        let exact = System::new(&history, at, &sources, 0.0).unwrap();
+        let grouped = grouped_system(&history, at, &sources, 40_000);
+        let fraction = Window::Fraction(0.15);
+        let decay = |shape| Profile::lr_decay(shape, fraction).unwrap();
+        // A group is 0.4% of the distance to the next snapshot, and smooth densities are off by about the square of that.
+        // The step of a uniform profile falls into a group.
+        for (profile, tolerance) in [
+            (power(0.15), 4e-6),
+            (Profile::half_life(100_000.0).unwrap(), 4e-6),
+            (Profile::uniform(fraction).unwrap(), 1e-3),
+            (Profile::linear(fraction).unwrap(), 1e-4),
+            (decay(Shape::Cosine), 1e-4),
+        ] {
+            let best = exact.solve(&profile).unwrap().relative_error;
+            let found = grouped.solve(&profile).unwrap();
+            let truth = error_of(&exact, &found.weights, &profile);
+            assert!(truth <= best * (1.0 + tolerance), "{text}, {profile}: {truth} instead of {best}");
+            let predicted = found.relative_error;
+            assert!(
+                (predicted / truth - 1.0).abs() <= 10.0 * tolerance,
+                "{text}, {profile}: {predicted} is not {truth}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_billion_updates_are_solved_as_dense_ones_within_a_second() {
+    let at = 1_000_000_000;
+    let history: History = serde_json::from_str("[[1,1000000000,1]]").unwrap();
+    let chains = tracked(&[0.05, 0.28]);
+    let snapshots: Vec<(usize, u64)> = (0..40).map(|i| (i % 2, at / 20 * (i as u64 / 2 + 1))).collect();
+    let sources = sources(&chains, &snapshots);
+    let begun = std::time::Instant::now();
+    let solution = System::new(&history, at, &sources, 0.0).unwrap().solve(&power(0.15)).unwrap();
+    let seconds = begun.elapsed().as_secs_f64();
+    let dense = System::closed_form(at, &sources, 0.0).unwrap().solve(&power(0.15)).unwrap();
+    let error = solution.relative_error / dense.relative_error;
+    assert!((error - 1.0).abs() < 1e-4, "{} is not {}", solution.relative_error, dense.relative_error);
+    for (weight, expected) in solution.weights.iter().zip(&dense.weights) {
+        assert!((weight - expected).abs() < 1e-4, "{weight} is not {expected}");
+    }
+    assert!(seconds < 1.0, "{seconds} s");
 }

@@ -6,12 +6,21 @@ use super::ChainSource;
 use crate::error::{Error, Result};
 use crate::math::chain::{Chain, Decays};
 use crate::math::gram::{decay_between, recurrence, target_recurrence};
+use crate::math::groups::Groups;
 use crate::math::history::History;
 use crate::math::profile::Profile;
 
-/// The updates up to a time, and the chains and sources on them.
+/// Largest number of bytes that the sums over the updates of one system take.
+const MEMORY: usize = 64 << 20;
+
+/// Least number of groups that the updates of a long history are put into.
+const MIN_GROUPS: usize = 1 << 14;
+
+/// The updates up to a time, and the chains and sources on them. "Update" is a group of updates if there are many.
 pub(in crate::math) struct Updates {
     pub times: Vec<u64>,
+    /// Number of updates that each one stands for.
+    pub counts: Vec<f64>,
     pub(super) intervals: Vec<f64>,
     /// The decays of each distinct chain.
     pub decays: Vec<Decays>,
@@ -23,27 +32,42 @@ pub(in crate::math) struct Updates {
 
 impl Updates {
     pub(super) fn new(history: &History, at: u64, sources: &[ChainSource]) -> Result<Updates> {
-        let times = history.until(at).times();
-        let intervals = intervals(&times);
+        Updates::grouped(history, at, sources, max_groups)
+    }
+
+    /// Groups the updates if there are more than `limit` of the number of chains.
+    pub(super) fn grouped(
+        history: &History,
+        at: u64,
+        sources: &[ChainSource],
+        limit: impl Fn(usize) -> usize,
+    ) -> Result<Updates> {
         let mut chains: Vec<&Chain> = Vec::new();
-        let mut placed = Vec::with_capacity(sources.len());
         for source in sources {
-            let update = times.binary_search(&source.step).map_err(|_| {
-                Error::History(format!("{} is at step {}, where there was no update", source.label, source.step))
-            })?;
-            let chain = chains.iter().position(|chain| **chain == source.chain).unwrap_or_else(|| {
+            if source.step > at || !history.contains(source.step) {
+                let ChainSource { label, step, .. } = source;
+                return Err(Error::History(format!("{label} is at step {step}, where there was no update")));
+            }
+            if !chains.contains(&&source.chain) {
                 chains.push(&source.chain);
-                chains.len() - 1
-            });
-            placed.push((chain, update));
+            }
         }
+        let steps: Vec<u64> = sources.iter().map(|source| source.step).collect();
+        let groups = Groups::new(history, at, &steps, limit(chains.len()))?;
+        let decays = chains.iter().map(|chain| chain.group_decays(&groups)).collect::<Result<_>>()?;
+        let Groups { times, counts, .. } = groups;
+        let intervals = intervals(&times);
+        let place = |source: &ChainSource| {
+            let chain = chains.iter().position(|chain| **chain == source.chain).unwrap_or_default();
+            (chain, times.partition_point(|&time| time < source.step))
+        };
+        let placed: Vec<(usize, usize)> = sources.iter().map(place).collect();
         let mut marks: Vec<usize> = placed.iter().map(|&(_, update)| update).collect();
         marks.sort_unstable();
         marks.dedup();
-        let decays = chains.iter().map(|chain| chain.decays(&times)).collect();
         let mark = |update| marks.partition_point(|&m| m < update);
         let sources = placed.iter().map(|&(chain, update)| (chain, mark(update))).collect();
-        Ok(Updates { times, intervals, decays, marks, sources })
+        Ok(Updates { times, counts, intervals, decays, marks, sources })
     }
 
     /// Returns the Gram matrix of the sources, from one pass over the updates per pair of chains.
@@ -160,6 +184,13 @@ impl Updates {
             kept *= decays.beta[k];
         }
     }
+}
+
+/// Returns the largest number of groups of a system with this number of chains.
+///
+/// Each group takes 48 bytes for times, intervals, counts, a target and a residual, and 16 bytes per chain.
+fn max_groups(chains: usize) -> usize {
+    (MEMORY / (48 + 16 * chains)).max(MIN_GROUPS)
 }
 
 /// Returns `delta_k = t_k - t_{k-1}`, with `t_0 = 0`.
