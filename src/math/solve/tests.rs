@@ -346,7 +346,7 @@ fn grouped_updates_give_the_best_weights_and_the_true_error() {
         let grouped = grouped_system(&history, at, &sources, 40_000);
         let fraction = Window::Fraction(0.15);
         let decay = |shape| Profile::lr_decay(shape, fraction).unwrap();
-        // A group is 0.4% of the distance to the next snapshot, and smooth densities are off by about the square of that.
+        // A group is 0.4% of the distance to the next snapshot, and smooth densities are off by about its square.
         // The step of a uniform profile falls into a group.
         for (profile, tolerance) in [
             (power(0.15), 4e-6),
