@@ -129,6 +129,13 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The system cannot start another thread.
+    #[error("cannot start threads: {source}{}", remedy("start threads", source))]
+    Threads {
+        /// Error of the system.
+        #[source]
+        source: io::Error,
+    },
     /// A directory does not contain a run.
     #[error(
         "{}: no run here ({}): name the directory that a tracker writes its snapshots to",
@@ -369,9 +376,29 @@ pub fn escape_controls(text: &str, kept: &[char]) -> String {
     escaped
 }
 
+/// Number of the error that the system has too many open files, on all Unix systems.
+const OPEN_IN_SYSTEM: i32 = 23;
+
+/// Number of the error that the process has too many open files, on all Unix systems.
+const OPEN_IN_PROCESS: i32 = 24;
+
 /// Returns the remedy for the most common errors of the operating system.
-fn remedy(action: &str, source: &io::Error) -> &'static str {
+pub(crate) fn remedy(action: &str, source: &io::Error) -> &'static str {
+    match source.raw_os_error() {
+        Some(OPEN_IN_SYSTEM) => return ": close other programs, or raise the limit of the system (`fs.file-max`)",
+        Some(OPEN_IN_PROCESS) => {
+            return ": the limit on open files is reached: raise it (`ulimit -n`), or ask for fewer files at a time";
+        }
+        _ => {}
+    }
     match source.kind() {
+        io::ErrorKind::WouldBlock if action.starts_with("start") => {
+            ": the limit on processes and threads (`ulimit -u`) or on memory (`ulimit -v`) is reached: raise it, or \
+             start fewer (RAYON_NUM_THREADS)"
+        }
+        io::ErrorKind::OutOfMemory => {
+            ": the memory, or a limit on it (`ulimit -v`, `vm.max_map_count`), is used up: free some or raise the limit"
+        }
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             ": free some space or choose another disk; what was there before is untouched"
         }
@@ -403,6 +430,22 @@ mod tests {
         assert!(Error::tensor("w\nerror: a lie", "").to_string().starts_with("tensor `w\\nerror: a lie`"));
         let text = Error::damaged(Path::new("a\u{1b}b"), "names of every kind: \u{e4}\u{4e2d} \u{1f600}").to_string();
         assert!(text.starts_with("a\\u{1b}b: names of every kind: \u{e4}\u{4e2d} \u{1f600}: the file is damaged"));
+    }
+
+    #[test]
+    fn limits_of_the_system_have_remedies() {
+        for (action, number, part) in [
+            ("write", 23, "`fs.file-max`"),
+            ("write", 24, "`ulimit -n`"),
+            ("open", 24, "`ulimit -n`"),
+            ("map", 12, "`ulimit -v`"),
+            ("start a background thread for", 11, "`ulimit -u`"),
+        ] {
+            let text = Error::io(action, Path::new("a/b"))(io::Error::from_raw_os_error(number)).to_string();
+            assert!(text.starts_with(&format!("cannot {action} a/b: ")) && text.contains(part), "{text}");
+        }
+        let text = Error::Threads { source: io::Error::from_raw_os_error(11) }.to_string();
+        assert!(text.starts_with("cannot start threads: ") && text.contains("RAYON_NUM_THREADS"), "{text}");
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub fn to_python(error: Error) -> PyErr {
         | Error::OtherPlan { .. }
         | Error::Count { .. }
         | Error::Internal(_)
+        | Error::Threads { .. }
         | Error::Wrong { .. } => PyRuntimeError::new_err(text),
         _ => PyValueError::new_err(text),
     }

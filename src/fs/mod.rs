@@ -8,6 +8,7 @@ mod lock;
 mod mapping;
 pub(crate) mod process;
 mod temporary;
+mod threads;
 
 pub use atomic::AtomicFile;
 #[cfg(feature = "pytorch")]
@@ -23,3 +24,4 @@ pub use temporary::remove_unfinished;
 #[cfg(feature = "pytorch")]
 pub(crate) use temporary::scratch_folder;
 pub(crate) use temporary::{TempLock, is_temporary, remove_leftovers};
+pub use threads::start_threads;

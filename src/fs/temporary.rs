@@ -8,8 +8,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
 use std::io;
-#[cfg(any(feature = "pytorch", test))]
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -60,8 +59,11 @@ fn live() -> MutexGuard<'static, BTreeSet<PathBuf>> {
 
 /// Creates a file with a temporary name in a directory.
 pub(super) fn file(dir: &Path, permissions: Permissions) -> io::Result<(NamedTempFile, LiveEntry)> {
+    let mode = permissions.mode();
     retry(|paths| {
-        let file = Builder::new().prefix(&with_machine(PREFIX)).permissions(permissions.clone()).tempfile_in(dir)?;
+        // The error of the system, with its number: that of `tempfile_in` has none.
+        let create = |path: &Path| File::options().read(true).write(true).create_new(true).mode(mode).open(path);
+        let file = Builder::new().prefix(&with_machine(PREFIX)).make_in(dir, create)?;
         if !try_lock(file.as_file(), file.path()) {
             return Ok(None);
         }

@@ -21,6 +21,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
+use crate::fs::start_threads;
 use crate::math::{Chain, Profile};
 
 use clock::Clock;
@@ -165,7 +166,7 @@ impl Import {
     /// [`Error::Setting`] as [`Import::check`]; [`Error::Unexpected`] for checkpoints that contradict the options or
     /// hold a value that is not finite in an average; [`Error::Mismatch`] for checkpoints of different models;
     /// [`Error::Damaged`] for files that PyTorch did not write; [`Error::RunExists`] for a target that holds a run, and
-    /// [`Error::Unexpected`] for one that holds anything else; [`Error::Io`].
+    /// [`Error::Unexpected`] for one that holds anything else; [`Error::Io`]; [`Error::Threads`].
     pub fn write(
         &self,
         source: impl AsRef<Path>,
@@ -173,6 +174,7 @@ impl Import {
         progress: Option<&(dyn Fn(u64) + Sync)>,
     ) -> Result<ImportReport> {
         self.check()?;
+        start_threads()?;
         let source = source.as_ref();
         let target = target.as_ref();
         target::check(source, target)?;

@@ -20,6 +20,7 @@ use rayon::prelude::*;
 
 use crate::device::Device;
 use crate::error::Result;
+use crate::fs::start_threads;
 use crate::math::Profile;
 use crate::planning::At;
 use crate::synthesis::{ModelTensor, SourceSet, WriteOptions};
@@ -89,7 +90,9 @@ impl Checkpoints {
     ///   low-rank adapters of different scales, snapshots of a run, models without a tensor that can be averaged, and
     ///   objects in PyTorch files.
     /// - [`Error::Setting`](crate::Error::Setting) for another number of steps than of checkpoints.
+    /// - [`Error::Threads`](crate::Error::Threads).
     pub fn open<P: AsRef<Path>>(paths: &[P], steps: Option<&[u64]>) -> Result<Checkpoints> {
+        start_threads()?;
         let found = find::find(paths)?;
         // Collected before errors are looked for, so that the first one does not depend on the threads.
         let opened: Vec<Result<CheckpointModel>> = found.into_par_iter().map(CheckpointModel::open).collect();

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::forecast::Forecast;
 use super::plan::At;
 use crate::error::{Error, Result};
+use crate::fs::start_threads;
 use crate::math::{Chain, ChainSource, MAX_SIGMA_REL, Profile, Retention, Schedule, System, relative_rounding};
 
 /// Number of lengths of the range at which errors are computed.
@@ -187,6 +188,7 @@ pub fn advise(request: &AdviceRequest, progress: &(dyn Fn(usize) + Sync)) -> Res
         progress(cases.len());
         best
     };
+    start_threads()?;
     let found: Vec<Option<Advice>> = cases.par_iter().map(best).collect::<Result<_>>()?;
     let mut advice: Vec<Advice> = found.into_iter().flatten().collect();
     advice.dedup_by(|a, b| a.forecast == b.forecast);

@@ -7,6 +7,7 @@ use super::noise::{Noise, PredictedError};
 use super::sample::{RelativeErrorModel, SnapshotNoise};
 use super::source::IndexedSource;
 use crate::error::{Error, Result};
+use crate::fs::start_threads;
 use crate::math::{ChainSource, History, Profile, Solution, System};
 
 /// The time of a target.
@@ -67,6 +68,7 @@ pub(crate) fn solve(
     noise: Noise,
     stored: Option<&SnapshotNoise>,
 ) -> Result<Vec<Plan>> {
+    start_threads()?;
     let rho = noise.rho()?;
     let at = target_time(sources, at)?;
     let usable: Vec<usize> = (0..sources.len()).filter(|&i| sources[i].step <= at).collect();

@@ -22,7 +22,7 @@ use parsed_snapshot::{ParsedSnapshot, common_history, remove_diverged};
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::fs::parent_dir;
+use crate::fs::{parent_dir, start_threads};
 use crate::math::{Chain, Densities, History, Profile};
 use crate::planning::{At, IndexedSource, Noise, Plan, SnapshotNoise, densities, solve};
 use crate::snapshot::{self, Snapshot, SnapshotId};
@@ -63,8 +63,10 @@ impl Run {
     /// Opens all snapshots in a directory.
     ///
     /// # Errors
-    /// [`Error::NoRun`], [`Error::Damaged`], [`Error::Unexpected`] or [`Error::Mismatch`], each naming the file.
+    /// [`Error::NoRun`], [`Error::Damaged`], [`Error::Unexpected`] or [`Error::Mismatch`], each naming the file;
+    /// [`Error::Threads`] if the system cannot start the threads that compute.
     pub fn open(dir: impl AsRef<Path>) -> Result<Run> {
+        start_threads()?;
         let snapshots = snapshot::open_all(dir.as_ref())?;
         Run::new(dir.as_ref(), snapshots.into_iter().map(ParsedSnapshot::new).collect::<Result<_>>()?)
     }
@@ -76,6 +78,7 @@ impl Run {
     /// # Errors
     /// [`Error::NoRun`] if the directory has no snapshot; the first snapshot's error if none is intact.
     pub fn open_sound(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<(Run, Vec<Error>)> {
+        start_threads()?;
         let (snapshots, mut damaged) = snapshot::open_sound(dir.as_ref(), progress)?;
         let mut sound = Vec::with_capacity(snapshots.len());
         for snapshot in snapshots {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Run, state};
 use crate::error::{Error, Result};
+use crate::fs::start_threads;
 use crate::snapshot::{self, Snapshot, StoredFile};
 
 /// Result of the verification of a run.
@@ -25,8 +26,9 @@ pub struct VerifyReport {
 /// the verification. Calls `progress` with the bytes of each file.
 ///
 /// # Errors
-/// [`Error::NoRun`] if the directory does not exist, [`Error::Io`] if it cannot be listed.
+/// [`Error::NoRun`] if the directory does not exist, [`Error::Io`] if it cannot be listed, [`Error::Threads`].
 pub fn verify(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<VerifyReport> {
+    start_threads()?;
     let dir = dir.as_ref();
     let mut findings = Findings::default();
     for (id, files) in snapshot::list_each(dir)? {

@@ -12,7 +12,7 @@ use super::header::{Header, SiblingHeader};
 use super::layout::MAX_HEADER;
 use super::tensors::{StoredTensor, StoredTensors};
 use crate::error::{Error, Result};
-use crate::fs::{Mapping, check_regular};
+use crate::fs::{Mapping, check_regular, start_threads};
 
 /// Safetensors file that is mapped and whose header is checked.
 #[derive(Debug)]
@@ -114,9 +114,10 @@ impl StoredFile {
     /// Compares the checksums of all data and of the header with those in the metadata.
     ///
     /// # Errors
-    /// [`Error::Damaged`] if they differ, or if the metadata have no checksum of a known algorithm.
+    /// [`Error::Damaged`] if they differ, or if the metadata have no checksum of a known algorithm; [`Error::Threads`].
     pub fn verify(&self) -> Result<()> {
         self.check_header()?;
+        start_threads()?;
         checksum::check_data(&self.map[self.data..], &self.header.metadata)
             .map_err(|reason| Error::damaged(&self.path, reason))
     }

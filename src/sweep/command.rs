@@ -10,7 +10,7 @@ use super::candidates::Candidate;
 use super::output::{self, Tails};
 use super::score::score;
 use super::template::{Template, WEIGHTS};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, remedy};
 use crate::fs::process;
 use crate::planning::profile_json;
 
@@ -56,7 +56,7 @@ impl Command {
     /// Returns the reason of a failure: an exit status, a signal, the timeout, or an output that does not end
     /// in a number. The last lines of the output follow.
     pub fn evaluate(&self, candidate: &Candidate<'_>, relay: &(dyn Fn(&[u8]) + Sync)) -> Result<f64, String> {
-        let ended = self.run(candidate, relay).map_err(|error| format!("cannot run the shell: {error}"))?;
+        let ended = self.run(candidate, relay).map_err(|error| not_run(&error))?;
         let (end, Tails { stdout, stderr }) = ended;
         let why = match end {
             End::Timeout(limit) => format!("it took longer than {} s", limit.as_secs_f64()),
@@ -73,11 +73,12 @@ impl Command {
         let (child_stdin, alive) = io::pipe()?;
         let (stdout, child_stdout) = io::pipe()?;
         let (stderr, child_stderr) = io::pipe()?;
-        let child = self.spawn(candidate, child_stdin, child_stdout, child_stderr)?;
-        let (outputs, end_signal) = output::spawn_readers(stdout, stderr);
+        // All threads are started before the command, which would otherwise run on after an error.
+        let (outputs, end_signal) = output::spawn_readers(stdout, stderr)?;
         thread::scope(|scope| {
-            let tails = scope.spawn(|| outputs.collect(relay));
-            let end = wait(child, alive, self.timeout);
+            let tails = thread::Builder::new().spawn_scoped(scope, || outputs.collect(relay))?;
+            let child = self.spawn(candidate, child_stdin, child_stdout, child_stderr);
+            let end = child.and_then(|child| wait(child, alive, self.timeout));
             drop(end_signal);
             Ok((end?, tails.join().unwrap_or_default()))
         })
@@ -133,6 +134,11 @@ fn wait(mut child: Child, alive: PipeWriter, timeout: Option<Duration>) -> io::R
     child.kill()?;
     child.wait()?;
     Ok(End::Timeout(limit))
+}
+
+/// Describes an error of the system, with its remedy.
+fn not_run(error: &io::Error) -> String {
+    format!("cannot run the shell: {error}{}", remedy("start the shell", error))
 }
 
 /// Describes an exit status other than success.

@@ -43,13 +43,16 @@ impl Drop for EndSignal {
 }
 
 /// Spawns a thread for each output that reads it.
-pub(super) fn spawn_readers(stdout: PipeReader, stderr: PipeReader) -> (Outputs, EndSignal) {
+///
+/// # Errors
+/// If the system cannot start a thread.
+pub(super) fn spawn_readers(stdout: PipeReader, stderr: PipeReader) -> io::Result<(Outputs, EndSignal)> {
     let (sender, receiver) = mpsc::sync_channel(QUEUED_PIECES);
     for (pipe, event) in [(stdout, Event::Stdout as fn(Vec<u8>) -> Event), (stderr, Event::Stderr)] {
         let sender = sender.clone();
-        thread::spawn(move || forward(pipe, event, &sender));
+        thread::Builder::new().spawn(move || forward(pipe, event, &sender))?;
     }
-    (Outputs(receiver), EndSignal(sender))
+    Ok((Outputs(receiver), EndSignal(sender)))
 }
 
 impl Outputs {
@@ -114,7 +117,7 @@ mod tests {
         let (stdout, child_stdout) = io::pipe().unwrap();
         let (stderr, mut child_stderr) = io::pipe().unwrap();
         drop(child_stdout);
-        let (outputs, end_signal) = spawn_readers(stdout, stderr);
+        let (outputs, end_signal) = spawn_readers(stdout, stderr).unwrap();
         let writer = thread::spawn(move || (0..200_000).try_for_each(|i| writeln!(child_stderr, "line {i}")).unwrap());
         let relayed = AtomicUsize::new(0);
         let count = |bytes: &[u8]| {
@@ -137,7 +140,7 @@ mod tests {
         let (stdout, mut child_stdout) = io::pipe().unwrap();
         let (stderr, child_stderr) = io::pipe().unwrap();
         child_stdout.write_all(b"0.5\n").unwrap();
-        let (outputs, end_signal) = spawn_readers(stdout, stderr);
+        let (outputs, end_signal) = spawn_readers(stdout, stderr).unwrap();
         drop(end_signal);
         assert_eq!(outputs.collect(&|_| ()).stdout, b"0.5\n");
         drop((child_stdout, child_stderr));

@@ -12,7 +12,7 @@ use super::{PostHocEma, state};
 use crate::compute::cpu::Precision;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::fs::{Lock, attempt};
+use crate::fs::{Lock, attempt, start_threads};
 use crate::math::{History, Profile, Retention, Schedule};
 use crate::run::{LiveState, Run, Settings, check_snapshots};
 use crate::snapshot::{self, STATE_FILE};
@@ -243,10 +243,11 @@ impl Options {
     /// * [`Error::RunExists`] if the directory already holds a run.
     /// * [`Error::Parameter`], [`Error::NotTrackable`] or [`Error::Setting`] for an invalid option.
     /// * [`Error::Tensor`] for a tensor that cannot be averaged, [`Error::NothingToAverage`] if none can.
-    /// * [`Error::Locked`], [`Error::Io`] and [`Error::Cuda`].
+    /// * [`Error::Locked`], [`Error::Io`], [`Error::Threads`] and [`Error::Cuda`].
     pub fn create(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let settings = self.settings(Settings::default())?;
         settings.check()?;
+        start_threads()?;
         let (registry, model_device) = register(params, |views| {
             let choice = TensorChoice::new(&settings)?;
             choice.check(views)?;
@@ -292,12 +293,13 @@ impl Options {
     /// * [`Error::Setting`] for an option that contradicts the run.
     /// * [`Error::Changed`] or [`Error::Tensor`] for parameters that differ from the run's.
     /// * [`Error::Unexpected`] for snapshots of another run.
-    /// * [`Error::Damaged`], [`Error::Locked`], [`Error::Io`] and [`Error::Cuda`].
+    /// * [`Error::Damaged`], [`Error::Locked`], [`Error::Io`], [`Error::Threads`] and [`Error::Cuda`].
     pub fn resume(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let path = self.dir.join(STATE_FILE);
         if !path.is_file() {
             return Err(self.no_state());
         }
+        start_threads()?;
         let lock = Lock::acquire(&self.dir)?;
         let saved = LiveState::read(&path)?;
         let settings = self.settings(saved.document.settings.clone())?;

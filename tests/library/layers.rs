@@ -14,7 +14,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("compute", &["error", "tensor", "device", "fs"]),
     ("snapshot", &["error", "tensor", "fs"]),
     ("pytorch", &["error", "tensor", "fs"]),
-    ("planning", &["error", "tensor", "math", "compute", "snapshot"]),
+    ("planning", &["error", "tensor", "fs", "math", "compute", "snapshot"]),
     ("synthesis", &["error", "tensor", "device", "fs", "compute", "snapshot", "planning"]),
     ("run", &["error", "tensor", "device", "fs", "math", "compute", "snapshot", "planning", "synthesis"]),
     ("tracker", &["error", "tensor", "device", "fs", "math", "compute", "snapshot", "planning", "synthesis", "run"]),

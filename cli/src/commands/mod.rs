@@ -98,7 +98,6 @@ pub fn run() -> ExitCode {
 /// Help texts and usage errors end the process.
 pub fn run_with(arguments: impl IntoIterator<Item = OsString>) -> u8 {
     let arguments = Arguments::parse_from(arguments);
-    interrupt::remove_temporary_files_on_signal();
     // The process may have a subscriber already.
     let _ = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -106,7 +105,8 @@ pub fn run_with(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         .with_target(false)
         .without_time()
         .try_init();
-    let outcome = dispatch(&arguments.command);
+    let handled = interrupt::remove_temporary_files_on_signal().map_err(Failure::Failed);
+    let outcome = handled.and_then(|()| dispatch(&arguments.command));
     interrupt::wait_for_signal_handler();
     let (status, message) = match outcome {
         Ok(()) => return 0,

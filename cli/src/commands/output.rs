@@ -1,6 +1,7 @@
 //! Printing to stdout and stderr, and progress bars.
 
 use std::io::{ErrorKind, Write};
+use std::thread;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -57,8 +58,17 @@ pub fn round_bar() -> ProgressBar {
 /// Returns a spinner on stderr, which turns until it is cleared. It is hidden if stderr is not a terminal.
 pub fn spinner(message: String) -> ProgressBar {
     let spinner = bar(0, "{spinner} {msg} {elapsed}").with_message(message);
-    spinner.enable_steady_tick(Duration::from_millis(100));
+    redraw_every(Duration::from_millis(100), &spinner);
     spinner
+}
+
+/// Redraws a bar at an interval. If the system cannot start a thread for it, the bar is redrawn when it changes.
+pub fn redraw_every(interval: Duration, bar: &ProgressBar) {
+    // indicatif would panic.
+    let can_start = || thread::Builder::new().spawn(|| ()).is_ok_and(|thread| thread.join().is_ok());
+    if !bar.is_hidden() && can_start() {
+        bar.enable_steady_tick(interval);
+    }
 }
 
 fn bar(total: u64, template: &str) -> ProgressBar {

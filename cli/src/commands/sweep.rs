@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::args::{AtArgs, BlendArgs, NoiseArgs};
 use super::open::OpenArgs;
-use super::output::{byte_bar, print, print_json, print_warning, round_bar};
+use super::output::{byte_bar, print, print_json, print_warning, redraw_every, round_bar};
 use super::plot::PlotArgs;
 use super::targets::TargetArgs;
 use super::{Failure, Outcome};
@@ -201,7 +201,7 @@ impl Observer for ProgressBars {
         let message = format!("evaluating {profile}{}", best_so_far(sweep));
         let bar = round_bar().with_message(message).with_position(sweep.trials().len() as u64);
         bar.set_length(sweep.planned() as u64);
-        bar.enable_steady_tick(Duration::from_millis(500));
+        redraw_every(Duration::from_millis(500), &bar);
         if let Ok(mut current) = self.evaluations.lock() {
             *current = Some(bar);
         }

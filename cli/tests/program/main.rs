@@ -7,6 +7,7 @@ mod corpus;
 mod damage;
 mod hostile;
 mod kill;
+mod limits;
 mod oracles;
 mod pictures;
 mod planning;
