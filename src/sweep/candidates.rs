@@ -14,8 +14,14 @@ use crate::snapshot::{PROFILE, StoredFile};
 /// Name of the best average.
 pub(super) const BEST: &str = "best.safetensors";
 
-/// Folder of the averages to be evaluated, and of all averages if they are kept.
-pub(super) const FOLDER: &str = "candidates";
+/// Folder of all averages, if they are kept.
+const KEPT: &str = "candidates";
+
+/// Folder of the averages to be evaluated, if only the best is kept. Whatever a killed sweep left there is removed.
+const PENDING: &str = "evaluating";
+
+/// Folders of averages.
+pub(super) const FOLDERS: [&str; 2] = [KEPT, PENDING];
 
 /// Temporary name of the best average. Its prefix is that of all temporary names, which identifies a leftover.
 const TEMPORARY_BEST: &str = ".posthoc-ema-best";
@@ -29,42 +35,30 @@ pub struct Candidate<'a> {
     pub path: &'a Path,
 }
 
-/// Directory of a sweep and its folder of candidates. The folder is removed on drop if it is empty.
+/// Directory of a sweep and its folder of candidates.
+///
+/// On drop, candidates that are not kept are removed, and the folder if it is empty.
 pub(super) struct SweepDir {
     dir: PathBuf,
     keep_all: bool,
 }
 
 impl SweepDir {
-    /// Creates the folder, and removes the leftovers of a killed sweep from it. Averages with a trial in `evaluated`
-    /// are kept.
+    /// Creates the folder, and removes the leftovers of a killed sweep. Averages with a trial in `evaluated` stay if
+    /// that sweep kept all.
     pub(super) fn new(dir: &Path, keep_all: bool, evaluated: &[Trial]) -> Result<SweepDir> {
         let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all };
+        remove(&sweep_dir.dir.join(TEMPORARY_BEST))?;
+        let kept: Vec<String> = evaluated.iter().map(|trial| profile_json(&trial.profile)).collect();
+        clear(&dir.join(KEPT), |profile| !keep_all && !kept.contains(profile))?;
+        clear(&dir.join(PENDING), |_| true)?;
         let folder = sweep_dir.folder();
         fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-        remove(&sweep_dir.dir.join(TEMPORARY_BEST))?;
-        sweep_dir.remove_leftovers(evaluated)?;
         Ok(sweep_dir)
     }
 
-    /// Removes temporary files, and candidates that were not evaluated.
-    fn remove_leftovers(&self, evaluated: &[Trial]) -> Result<()> {
-        let folder = self.folder();
-        let kept: Vec<String> = evaluated.iter().map(|trial| profile_json(&trial.profile)).collect();
-        for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
-            let path = entry.map_err(Error::io("list", &folder))?.path();
-            let is_unfinished = path.file_name().and_then(|name| name.to_str()).is_some_and(is_temporary);
-            let is_unevaluated =
-                || !self.keep_all && candidate_profile(&path).is_some_and(|profile| !kept.contains(&profile));
-            if path.is_file() && (is_unfinished || is_unevaluated()) {
-                remove(&path)?;
-            }
-        }
-        Ok(())
-    }
-
     fn folder(&self) -> PathBuf {
-        self.dir.join(FOLDER)
+        self.dir.join(if self.keep_all { KEPT } else { PENDING })
     }
 
     /// Path of the best average.
@@ -157,6 +151,25 @@ fn candidate_profile(path: &Path) -> Option<String> {
     (is_named && rest.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-')).then_some(stored)
 }
 
+/// Removes temporary files from a folder, and the candidates whose profile `is_leftover` selects. Removes the folder if
+/// nothing else is in it.
+fn clear(folder: &Path, is_leftover: impl Fn(&String) -> bool) -> Result<()> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(Error::io("list", folder))?,
+    };
+    for entry in entries {
+        let path = entry.map_err(Error::io("list", folder))?.path();
+        let is_unfinished = path.file_name().and_then(|name| name.to_str()).is_some_and(is_temporary);
+        if path.is_file() && (is_unfinished || candidate_profile(&path).as_ref().is_some_and(&is_leftover)) {
+            remove(&path)?;
+        }
+    }
+    // Fails if files are left in the folder.
+    let _ = fs::remove_dir(folder);
+    Ok(())
+}
+
 /// Removes a file if it exists.
 fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
@@ -167,7 +180,7 @@ fn remove(path: &Path) -> Result<()> {
 
 impl Drop for SweepDir {
     fn drop(&mut self) {
-        // Fails if files are left in the folder.
-        let _ = fs::remove_dir(self.folder());
+        // After an error, candidates are left that were not evaluated. The next sweep tries again to remove them.
+        let _ = clear(&self.folder(), |_| !self.keep_all);
     }
 }

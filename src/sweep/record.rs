@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::candidates::{BEST, FOLDER};
+use super::candidates::{BEST, FOLDERS};
 use super::options::SweepOptions;
 use super::search::Sweep;
 use super::trial::{Goal, Trial};
 use crate::error::{Error, Result};
-use crate::fs::{AtomicFile, Lock, find_document};
+use crate::fs::{AtomicFile, Lock, find_document, remove_leftovers};
 use crate::run::Run;
 use crate::snapshot::{STATE_FILE, any_snapshot_file};
 
@@ -65,7 +65,7 @@ impl Record {
     /// Opens the directory of a sweep, and returns the trials of the earlier sweep in it.
     ///
     /// A missing directory is created. The document of a new sweep is written at once, which marks the directory as the
-    /// sweep's.
+    /// sweep's. Temporary files that a killed sweep left are removed.
     ///
     /// # Errors
     /// - [`Error::Unexpected`] if the directory belongs to another sweep, if another process uses it, if it holds a
@@ -83,6 +83,7 @@ impl Record {
             }
             other => other,
         })?;
+        remove_leftovers(dir);
         let path = dir.join(FILE);
         let trials = find_document(&path)?.map_or(Ok(Vec::new()), |text| read(&path, &text, &key))?;
         let record = Record { dir: dir.to_owned(), key, _lock: lock };
@@ -164,14 +165,9 @@ fn check_own(dir: &Path) -> Result<()> {
         let why = format!("it holds {found}, and a run's directory holds nothing but its snapshots: sweep elsewhere");
         return Err(Error::unexpected(dir, why));
     }
-    let has_candidates = || dir.join(FOLDER).read_dir().is_ok_and(|mut entries| entries.next().is_some());
-    let found = if dir.join(BEST).symlink_metadata().is_ok() {
-        BEST
-    } else if has_candidates() {
-        FOLDER
-    } else {
-        return Ok(());
-    };
+    let has_files = |folder: &&str| dir.join(folder).read_dir().is_ok_and(|mut entries| entries.next().is_some());
+    let best = dir.join(BEST).symlink_metadata().is_ok().then_some(BEST);
+    let Some(found) = best.or_else(|| FOLDERS.into_iter().find(has_files)) else { return Ok(()) };
     let why = format!("a sweep would replace {found}, and no earlier sweep wrote it ({FILE} is missing)");
     Err(Error::unexpected(dir, format!("{why}: move it away, or choose another directory")))
 }
@@ -239,6 +235,21 @@ mod tests {
         assert_eq!(trials[2].score(), None);
     }
 
+    /// A kill while the document is written leaves one.
+    #[test]
+    fn temporary_files_of_a_killed_sweep_are_removed() {
+        let temp = tempfile::tempdir().unwrap();
+        Record::open(temp.path(), key()).unwrap().0.save(&sweep()).unwrap();
+        // Of another machine, and old: the process that wrote a new one may be alive.
+        let [old, new] =
+            ["00000000-abcdef", "00000000-ABCDEF"].map(|name| temp.path().join(".posthoc-ema-".to_owned() + name));
+        let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(2 * 24 * 60 * 60);
+        fs::File::create(&old).unwrap().set_modified(long_ago).unwrap();
+        fs::write(&new, "").unwrap();
+        Record::open(temp.path(), key()).unwrap();
+        assert!(!old.exists() && new.exists());
+    }
+
     #[test]
     fn sweep_with_other_settings_is_refused() {
         let temp = tempfile::tempdir().unwrap();
@@ -261,6 +272,7 @@ mod tests {
         for (name, part) in [
             (BEST, "would replace best.safetensors"),
             ("candidates/mine", "would replace candidates"),
+            ("evaluating/mine", "would replace evaluating"),
             (STATE_FILE, "sweep elsewhere"),
             ("0.50.safetensors", "it holds 0.50.safetensors"),
             ("0.50-00001-of-00002.safetensors", "sweep elsewhere"),

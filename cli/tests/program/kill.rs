@@ -262,6 +262,44 @@ fn killed_commands_write_all_or_nothing() {
     }
 }
 
+/// A sweep that succeeds after others were killed leaves the best average and the record.
+#[test]
+fn sweep_after_kills_leaves_nothing_else() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = temp.path().join("run");
+    train(&run, "waiting");
+    let mut random = random();
+    let (mut killed, mut round) = (0, 0);
+    while killed < kills(25) {
+        round += 1;
+        let out = temp.path().join(format!("sweep{round}"));
+        let [run, dir] = [&run, &out].map(|path| path.to_str().unwrap());
+        let sigmas = "--sigma-rel=0.05,0.1,0.15,0.2,0.25";
+        let arguments = [
+            "sweep",
+            run,
+            "--eval=cksum < {} | awk '{ print $1 }'",
+            "--out-dir",
+            dir,
+            sigmas,
+            "--refine=2",
+            "--batch=2",
+        ];
+        let start = || {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_posthoc-ema"));
+            command.args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        let mut longest = 100_000;
+        while !kill(start(), Duration::from_micros(random.random_range(0..longest))) {
+            (killed, longest) = (killed + 1, longest + 20_000);
+        }
+        let names: Vec<String> =
+            fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        assert!(names.len() == 3 && !names.iter().any(|name| name.starts_with(".posthoc")), "{names:?}");
+    }
+    println!("{killed} kills, {round} sweeps");
+}
+
 #[test]
 fn commands_ended_by_a_signal_leave_nothing() {
     let temp = tempfile::tempdir().unwrap();

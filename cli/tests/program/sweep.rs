@@ -472,6 +472,48 @@ fn candidates_of_a_killed_sweep_are_removed() {
     assert_eq!(names(&folder), [vec!["mine.safetensors".to_owned()], kept].concat());
 }
 
+/// As after a kill before an evaluated average was removed.
+#[test]
+fn evaluated_candidates_of_a_killed_sweep_are_removed() {
+    let case = Case::new();
+    let targets = [0.1, 0.2].map(profile);
+    let options = SweepOptions { refine: 0, ..SweepOptions::new(&case.out, &targets) };
+    let run = Run::open(&case.run).unwrap();
+    let mut left = Vec::new();
+    let evaluate = |candidate: &posthoc_ema::sweep::Candidate<'_>| {
+        left.push((candidate.path.to_owned(), fs::read(candidate.path).unwrap()));
+        Ok::<_, String>(left.len() as f64)
+    };
+    run.sweep(&options, evaluate).unwrap();
+    assert_eq!(names(&case.out), [".lock", "best.safetensors", "sweep.json"]);
+    for (path, bytes) in &left {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+    let mine = left[0].0.with_file_name("mine.txt");
+    fs::write(&mine, "mine").unwrap();
+    let nothing = |_: &posthoc_ema::sweep::Candidate<'_>| Err("it was evaluated before");
+    assert_eq!(run.sweep(&options, nothing).unwrap().evaluated, 0);
+    assert_eq!(names(mine.parent().unwrap()), ["mine.txt"]);
+    fs::remove_file(mine).unwrap();
+    assert_eq!(run.sweep(&options, nothing).unwrap().evaluated, 0);
+    assert_eq!(names(&case.out), [".lock", "best.safetensors", "sweep.json"]);
+}
+
+#[test]
+fn sweep_that_ends_with_an_error_leaves_no_candidates() {
+    let case = Case::new();
+    let targets = [0.1, 0.15, 0.2].map(profile);
+    let run = Run::open(&case.run).unwrap();
+    let evaluate = |_: &posthoc_ema::sweep::Candidate<'_>| {
+        let document = case.out.join("sweep.json");
+        fs::remove_file(&document).and_then(|()| fs::create_dir(&document)).map(|()| 1.0)
+    };
+    let text = run.sweep(&SweepOptions::new(&case.out, &targets), evaluate).err().unwrap().to_string();
+    assert!(text.contains("sweep.json"), "{text}");
+    assert_eq!(names(&case.out), [".lock", "sweep.json"]);
+}
+
 #[test]
 fn bad_usage_and_failures_name_their_cause() {
     let case = Case::new();
