@@ -43,7 +43,11 @@ pub enum Error {
     #[error("history of updates: {0}")]
     History(String),
     /// Two sources have the same profile and step.
-    #[error("{first} and {second} are the same average (same profile, same step): remove one of them")]
+    #[error(
+        "{} and {} are the same average (same profile, same step): remove one of them",
+        shown(first),
+        shown(second)
+    )]
     DuplicateSource {
         /// First of the pair.
         first: String,
@@ -52,8 +56,10 @@ pub enum Error {
     },
     /// Two sources are too much alike for the solve.
     #[error(
-        "cannot solve for the weights: {first} and {second} are almost the same average (cosine {cosine}): \
-         leave one of them out, or track profiles that are further apart"
+        "cannot solve for the weights: {} and {} are almost the same average (cosine {cosine}): \
+         leave one of them out, or track profiles that are further apart",
+        shown(first),
+        shown(second)
     )]
     DependentSources {
         /// First of the most similar pair.
@@ -97,7 +103,7 @@ pub enum Error {
     #[error("the model has no floating-point tensor to average: pass its parameters, or leave out fewer of them")]
     NothingToAverage,
     /// A plan was made for other snapshots or checkpoints.
-    #[error("the plan needs {missing}, which is not open: make a new plan")]
+    #[error("the plan needs {}, which is not open: make a new plan", shown(missing))]
     OtherPlan {
         /// Source that the plan names, such as "snapshot 0.1000".
         missing: String,
@@ -119,7 +125,7 @@ pub enum Error {
     Internal(String),
 
     /// A call to the operating system failed.
-    #[error("cannot {action} {}: {source}{}", named(path), remedy(action, source))]
+    #[error("cannot {action} {}: {source}{}", shown(path), remedy(action, source))]
     Io {
         /// Attempted action, as a verb.
         action: &'static str,
@@ -139,7 +145,7 @@ pub enum Error {
     /// A directory does not contain a run.
     #[error(
         "{}: no run here ({}): name the directory that a tracker writes its snapshots to",
-        named(path),
+        shown(path),
         shown(reason)
     )]
     NoRun {
@@ -151,8 +157,8 @@ pub enum Error {
     /// The directory of a new run already contains one.
     #[error(
         "{}: the directory already holds a run ({}): continue it with `resume`, or choose another directory",
-        named(path),
-        named(found)
+        shown(path),
+        shown(found)
     )]
     RunExists {
         /// Directory that was given.
@@ -161,7 +167,7 @@ pub enum Error {
         found: String,
     },
     /// Another tracker, of this or another process, is writing the run.
-    #[error("{}: another tracker is writing this run: stop it first, or choose another directory", named(path))]
+    #[error("{}: another tracker is writing this run: stop it first, or choose another directory", shown(path))]
     Locked {
         /// Directory of the run.
         path: PathBuf,
@@ -169,7 +175,7 @@ pub enum Error {
     /// A safetensors file is damaged.
     #[error(
         "{}: {}: the file is damaged or incomplete; move it out of the directory to go on without it",
-        named(path),
+        shown(path),
         shown(reason)
     )]
     Damaged {
@@ -179,7 +185,7 @@ pub enum Error {
         reason: String,
     },
     /// A file is intact, but not the expected one.
-    #[error("{}: {}", named(path), shown(reason))]
+    #[error("{}: {}", shown(path), shown(reason))]
     Unexpected {
         /// Unexpected file.
         path: PathBuf,
@@ -189,10 +195,10 @@ pub enum Error {
     /// Two files of one run, or of one list of checkpoints, do not belong together.
     #[error(
         "{}: {}, but {} in {}: the two files are not of one run; move one of them out of the directory",
-        named(path),
+        shown(path),
         difference.found(),
         shown(&difference.expected),
-        named(other)
+        shown(other)
     )]
     Mismatch {
         /// File that was checked.
@@ -206,7 +212,7 @@ pub enum Error {
     /// The model is not the one that the run began with.
     #[error(
         "tensor `{}`: {}, but was {}: pass the model that the run began with, or start a new run for the changed one",
-        named(tensor),
+        shown(tensor),
         difference.found(),
         shown(&difference.expected)
     )]
@@ -217,7 +223,7 @@ pub enum Error {
         difference: Difference,
     },
     /// A tensor cannot be averaged.
-    #[error("tensor `{}`: {}", named(tensor), shown(reason))]
+    #[error("tensor `{}`: {}", shown(tensor), shown(reason))]
     Tensor {
         /// Name of the tensor.
         tensor: String,
@@ -229,7 +235,7 @@ pub enum Error {
         "tensor `{}`: the average {profile} holds {value} at element {element} at step {step}: the snapshot was not \
          written. Training diverged at or before this step: go back to the newest snapshot and resume from there. If \
          the value is intended, as in a mask, name the tensor among those to copy",
-        named(tensor)
+        shown(tensor)
     )]
     NonFinite {
         /// Name of the tensor.
@@ -262,7 +268,7 @@ pub enum Error {
         last: u64,
     },
     /// An option is out of range or contradicts the run on disk.
-    #[error("option {option}: {reason}")]
+    #[error("option {option}: {}", shown(reason))]
     Setting {
         /// Name of the option.
         option: &'static str,
@@ -341,33 +347,30 @@ impl Error {
     }
 }
 
-/// Formats a name for one line of a message: as [`shown`], with newlines escaped too.
-fn named(text: &(impl AsRef<OsStr> + ?Sized)) -> String {
-    shown(text).replace('\n', "\\n")
-}
-
 /// Largest number of bytes of a name or reason in a message.
 const MAX_SHOWN: usize = 4000;
 
-/// Formats text from a file for a terminal: control characters are escaped, and the middle of longer text is left out.
-fn shown(text: &(impl AsRef<OsStr> + ?Sized)) -> String {
+/// Formats a name or a reason for one line of a message: control characters are escaped, and the middle of longer text
+/// is left out.
+#[doc(hidden)]
+pub fn shown(text: &(impl AsRef<OsStr> + ?Sized)) -> String {
     let text = text.as_ref().to_string_lossy();
     if text.len() <= MAX_SHOWN {
-        return escape_controls(&text, &['\n']);
+        return escape_controls(&text, &[]);
     }
     let head = text.floor_char_boundary(MAX_SHOWN / 2);
     let tail = text.ceil_char_boundary(text.len() - MAX_SHOWN / 2);
     let left_out = tail - head;
-    let escape = |part: &str| escape_controls(part, &['\n']);
+    let escape = |part: &str| escape_controls(part, &[]);
     format!("{} [{left_out} bytes] {}", escape(&text[..head]), escape(&text[tail..]))
 }
 
-/// Escapes control characters, which could hide or forge the output of a terminal, except those in `kept`.
+/// Escapes the characters of [`is_control`], except those in `kept`.
 #[doc(hidden)]
 pub fn escape_controls(text: &str, kept: &[char]) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
-        if c.is_control() && !kept.contains(&c) {
+        if is_control(c) && !kept.contains(&c) {
             escaped.extend(c.escape_default());
         } else {
             escaped.push(c);
@@ -381,6 +384,18 @@ const OPEN_IN_SYSTEM: i32 = 23;
 
 /// Number of the error that the process has too many open files, on all Unix systems.
 const OPEN_IN_PROCESS: i32 = 24;
+
+/// Returns true for characters that could hide or forge the output of a terminal: control characters, and those of
+/// Unicode that end a line or change the direction of the text after them.
+#[doc(hidden)]
+pub fn is_control(c: char) -> bool {
+    let is_separator = matches!(c, '\u{2028}' | '\u{2029}');
+    let is_direction = matches!(
+        c,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+    );
+    c.is_control() || is_separator || is_direction
+}
 
 /// Returns the remedy for the most common errors of the operating system.
 pub(crate) fn remedy(action: &str, source: &io::Error) -> &'static str {
@@ -427,9 +442,23 @@ mod tests {
         let name = "layer\u{1b}[2J\r\u{9b}\t.weight";
         let text = Error::tensor(name, "a reason\u{7}").to_string();
         assert_eq!(text, "tensor `layer\\u{1b}[2J\\r\\u{9b}\\t.weight`: a reason\\u{7}");
-        assert!(Error::tensor("w\nerror: a lie", "").to_string().starts_with("tensor `w\\nerror: a lie`"));
+        let text = Error::tensor("w\nerror: a lie", "not\nerror: another").to_string();
+        assert_eq!(text, "tensor `w\\nerror: a lie`: not\\nerror: another");
         let text = Error::damaged(Path::new("a\u{1b}b"), "names of every kind: \u{e4}\u{4e2d} \u{1f600}").to_string();
         assert!(text.starts_with("a\\u{1b}b: names of every kind: \u{e4}\u{4e2d} \u{1f600}: the file is damaged"));
+    }
+
+    /// U+202E shows `gnp.exe` as `exe.png`; U+2028 begins a new line in some terminals.
+    #[test]
+    fn characters_that_change_direction_or_line_are_escaped() {
+        for code in (0x202a..=0x202e).chain(0x2066..=0x2069).chain([0x61c, 0x200e, 0x200f, 0x2028, 0x2029, 0x85]) {
+            let c = char::from_u32(code).unwrap();
+            let text = Error::unexpected(Path::new(&format!("a{c}b")), format!("c{c}d")).to_string();
+            assert_eq!(text, format!("a\\u{{{code:x}}}b: c\\u{{{code:x}}}d"));
+        }
+        // Joiners, combining marks and right-to-left letters are text.
+        let text = "\u{1f469}\u{200d}\u{1f4bb} e\u{301} \u{5d0}\u{627}";
+        assert_eq!(escape_controls(text, &[]), text);
     }
 
     #[test]

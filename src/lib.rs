@@ -71,9 +71,9 @@ pub use compute::cpu::Precision;
 pub use compute::cuda::Fence;
 pub use device::Device;
 // Hidden: only the program uses it.
-#[doc(hidden)]
-pub use error::escape_controls;
 pub use error::{Difference, Error, Result};
+#[doc(hidden)]
+pub use error::{escape_controls, is_control, shown};
 pub use fs::install_sigbus_handler;
 #[cfg(feature = "pytorch")]
 pub use import::{Import, ImportReport, Tool};

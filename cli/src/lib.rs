@@ -2,9 +2,11 @@
 
 pub mod bench;
 mod commands;
+mod log;
 mod numbers;
 mod pictures;
 mod tables;
 
 pub use commands::{run, run_with};
+pub use log::log_to_stderr;
 pub use pictures::{ErrorCurve, ErrorPoint, SweepCurve, SweepPoint, error_curve_png, sweep_png};

@@ -3,7 +3,7 @@
 use comfy_table::{CellAlignment, Table, presets};
 use posthoc_ema::math::{Family, Profile};
 use posthoc_ema::sweep::{Sweep, Trial};
-use posthoc_ema::{Advice, Merge, Plan};
+use posthoc_ema::{Advice, Merge, Plan, shown};
 
 use crate::bench::Measurement;
 use crate::numbers::{exact, number, percent};
@@ -105,7 +105,7 @@ pub fn merges(merges: &[Merge]) -> Table {
 pub fn checkpoint_weights(merge: &Merge) -> Table {
     let mut table = table(&["checkpoint", "step", "weight"]);
     for weight in &merge.weights {
-        table.add_row([weight.path.display().to_string(), weight.step.to_string(), format!("{:.6e}", weight.weight)]);
+        table.add_row([shown(&weight.path), weight.step.to_string(), format!("{:.6e}", weight.weight)]);
     }
     table
 }

@@ -25,14 +25,8 @@ use pyo3::prelude::*;
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     process::record();
     posthoc_ema::install_sigbus_handler();
-    // Writes the library's warnings to standard error without the interpreter's lock. A subscriber that the program has
-    // set before stays in place.
-    let _ = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
-        .without_time()
-        .with_target(false)
-        .try_init();
+    // Writes the library's warnings to standard error without the interpreter's lock.
+    posthoc_ema_cli::log_to_stderr();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("CUDA", cfg!(feature = "cuda"))?;
     module.add_class::<lend::Layout>()?;

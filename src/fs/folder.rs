@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use super::atomic::{parent_dir, sync_directory};
 use super::fail_point::attempt;
 use super::temporary::{self, TempLock};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 
 /// Folder that is being written under a temporary name. If it is dropped before [`AtomicFolder::commit`], it is
 /// removed.
@@ -37,7 +37,7 @@ pub fn check_vacant(target: &Path) -> Result<()> {
             None => Ok(()),
             Some(entry) => {
                 let name = entry.map_err(Error::io("list", target))?.file_name();
-                let why = format!("the directory is not empty (`{}`): name an empty or a new one", name.display());
+                let why = format!("the directory is not empty (`{}`): name an empty or a new one", shown(&name));
                 Err(Error::unexpected(target, why))
             }
         },

@@ -11,7 +11,7 @@ use super::listing::{self, CheckpointFile};
 use super::planned::PlannedSnapshot;
 use super::tensors::ImportTensors;
 use super::{Import, Tool};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, escape_controls};
 use crate::math::{Chain, Profile};
 use crate::pytorch::Checkpoint;
 use crate::snapshot::SnapshotId;
@@ -47,6 +47,8 @@ impl ImportPlan {
         tensors.leave_out(&copied.left_out);
         tensors.copied = copied.names;
         warnings.extend(copied.warnings);
+        // Names from the files are in them, and Python's `warnings` print them as they are.
+        let warnings = warnings.iter().map(|warning| escape_controls(warning, &[])).collect();
         let profiles = import.profiles.clone();
         let chains = profiles.iter().map(|profile| import.chain(profile)).collect();
         Ok(ImportPlan { profiles, chains, snapshots, tensors, warnings })

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::find::FoundCheckpoint;
 use super::json;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 
 /// PEFT's configuration beside an adapter.
 const CONFIG: &str = "adapter_config.json";
@@ -52,7 +52,7 @@ pub(super) fn check_configs(checkpoint: &FoundCheckpoint, other: &FoundCheckpoin
         let value = &config[key];
         let other_value = &other[key];
         if normalize(value) != normalize(other_value) {
-            let why = format!("`{key}` is {value}, but {other_value} in {}: {REMEDY}", other_path.display());
+            let why = format!("`{key}` is {value}, but {other_value} in {}: {REMEDY}", shown(&other_path));
             return Err(Error::unexpected(&path, why));
         }
     }

@@ -8,7 +8,7 @@ use safetensors::Dtype;
 use super::adapter;
 use super::find::FoundCheckpoint;
 use super::weight_file::WeightFile;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::synthesis::{Elements, TensorSource};
 use crate::tensor::{TensorSpec, compare_tensors, is_averaged};
 
@@ -96,7 +96,7 @@ impl CheckpointModel {
             if self.scale(name) != other.scale(name) {
                 let why = format!(
                     "`{name}`, the scale of a low-rank adapter, differs from that in {}: {}",
-                    other.found.path.display(),
+                    shown(&other.found.path),
                     adapter::REMEDY
                 );
                 return Err(Error::unexpected(&self.found.path, why));

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::Checkpoints;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::math::{Profile, Resolution};
 use crate::planning::At;
 
@@ -104,7 +104,7 @@ impl MergeRow {
         let mut open = checkpoints.paths().zip(checkpoints.steps());
         for CheckpointWeight { path, step, .. } in &merge.weights {
             if open.next() != Some((path.as_path(), step)) {
-                return Err(Error::OtherPlan { missing: format!("checkpoint {} (step {step})", path.display()) });
+                return Err(Error::OtherPlan { missing: format!("checkpoint {} (step {step})", shown(path)) });
             }
         }
         let until = checkpoints.steps.partition_point(|&step| step <= merge.at);

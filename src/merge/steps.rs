@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::find::{FoundCheckpoint, file_name, has_usual_name, without_extension};
 use super::json;
 use super::model::CheckpointModel;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 
 /// Keys of the step in metadata and in PyTorch files; the last is that of kohya's scripts.
 const KEYS: [&str; 4] = ["step", "global_step", "steps", "ss_steps"];
@@ -65,7 +65,7 @@ fn check(models: &[CheckpointModel], steps: &[u64]) -> Result<()> {
             return Err(Error::unexpected(&model.found.path, why));
         }
         if let Some(other) = steps[..i].iter().position(|earlier| earlier == step) {
-            let other = models[other].found.path.display();
+            let other = shown(&models[other].found.path);
             let why = format!("its step is {step}, and so is that of {other}: leave one out, or {REMEDY}");
             return Err(Error::unexpected(&model.found.path, why));
         }

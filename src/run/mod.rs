@@ -21,7 +21,7 @@ pub use verify::{VerifyReport, verify};
 use parsed_snapshot::{ParsedSnapshot, common_history, remove_diverged};
 
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::fs::{parent_dir, start_threads};
 use crate::math::{Chain, Densities, History, Profile};
 use crate::planning::{At, IndexedSource, Noise, Plan, SnapshotNoise, densities, solve};
@@ -346,12 +346,7 @@ impl Run {
         let mut sources = Vec::with_capacity(self.snapshots.len());
         for (snapshot, chain) in self.snapshots.iter().zip(&self.chains) {
             let SnapshotId { index, step } = snapshot.id;
-            sources.push(IndexedSource {
-                index,
-                step,
-                chain: chain.clone(),
-                label: snapshot.path().display().to_string(),
-            });
+            sources.push(IndexedSource { index, step, chain: chain.clone(), label: shown(snapshot.path()) });
         }
         sources
     }

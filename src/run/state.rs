@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::{Run, Settings};
-use crate::error::{Difference, Error, Result};
+use crate::error::{Difference, Error, Result, shown};
 use crate::math::History;
 use crate::snapshot::{self, STATE_FILE, StoredFile};
 
@@ -111,7 +111,7 @@ impl LiveState {
             return Err(Error::damaged(path, format!("it lacks the tensor `{name}`")));
         };
         if tensor.dtype != dtype || tensor.shape != shape {
-            let stored = format!("{} {:?} in {}", tensor.dtype, tensor.shape, path.display());
+            let stored = format!("{} {:?} in {}", tensor.dtype, tensor.shape, shown(path));
             return Err(Error::changed(name, Difference::new("the tensor", stored, format!("{dtype} {shape:?}"))));
         }
         Ok(self.file.bytes(tensor))

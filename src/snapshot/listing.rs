@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::STATE_FILE;
 use super::id::{FileRole, SnapshotId, parse};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::fs::{attempt, is_temporary, sync_directory};
 
 /// Lists the snapshots of a run with the files of each, without opening them.
@@ -84,7 +84,7 @@ fn complete(dir: &Path, id: SnapshotId, roles: &BTreeSet<FileRole>) -> Result<Op
             Err(Error::unexpected(&dir.join(id.index_name()), why))
         }
         _ => {
-            tracing::warn!("{}: snapshot {id} was not finished and is left out", dir.display());
+            tracing::warn!("{}: snapshot {id} was not finished and is left out", shown(dir));
             Ok(None)
         }
     }

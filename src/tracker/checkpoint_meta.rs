@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use super::registry::{Entry, TensorRegistry};
 use super::values::Values;
 use crate::compute::cpu::{self, Averages, Layout};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::math::{History, Retention};
 use crate::planning::profile_json;
 use crate::run::Settings;
@@ -197,7 +197,7 @@ impl CheckpointMeta {
         for (entry, &stored) in self.registry.averaged().iter().zip(dtypes) {
             let requested = self.requested_dtype(entry);
             if stored != requested {
-                let name = &entry.name;
+                let name = shown(&entry.name);
                 tracing::warn!(
                     "snapshot {id}: tensor `{name}` has values out of range of {requested} and is stored in {stored}"
                 );
@@ -264,7 +264,7 @@ impl CheckpointMeta {
             Ok(_) => "it belongs to another run: move it out of the directory".to_owned(),
             Err(error) => error.to_string(),
         };
-        tracing::warn!("{}: retention skips snapshot {id}: {why}", self.dir.display());
+        tracing::warn!("{}: retention skips snapshot {id}: {why}", shown(&self.dir));
         false
     }
 }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::checkpoint_meta::{CheckpointMeta, Failure};
 use super::thread::{Ended, JobThread, QueueSlot, Runner, catch_panic};
 use super::values::OwnedValues;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 
 /// Checkpoint to be written, with its own copy of the values.
 pub(super) struct CheckpointJob {
@@ -139,7 +139,7 @@ impl Drop for Writer {
         if self.thread.close()
             && let Some(error) = self.take_error()
         {
-            tracing::error!("{}: a snapshot was not stored: {error}", self.dir.display());
+            tracing::error!("{}: a snapshot was not stored: {error}", shown(&self.dir));
         }
     }
 }

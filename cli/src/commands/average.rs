@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use posthoc_ema::{At, Checkpoints, Device, Merge, WriteOptions};
+use posthoc_ema::{At, Checkpoints, Device, Merge, WriteOptions, shown};
 use serde_json::{Value, json};
 
 use super::args::BlendArgs;
@@ -146,7 +146,7 @@ fn show(arguments: &Arguments, merges: &[Merge], paths: &[PathBuf], written: Opt
         print(&tables::checkpoint_weights(merge).to_string());
     }
     if let Some(Written { bytes: read, seconds, device }) = written {
-        let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
+        let names: Vec<String> = paths.iter().map(|path| shown(path)).collect();
         let why = arguments.blend.why_not_cuda();
         print(&format!("written: {}", names.join(", ")));
         print(&format!("{} of checkpoints read in {seconds:.2} s, blended on {device}{why}", bytes(read)));

@@ -4,7 +4,7 @@ use clap::Args;
 use indicatif::HumanCount;
 use serde_json::json;
 
-use super::output::{print, print_json, round_bar};
+use super::output::{print, print_json, print_report, round_bar};
 use super::plot::PlotArgs;
 use super::{Failure, Outcome};
 use crate::bench::{self, Machine, MeasuredDevice, Measurements, Options, Progress};
@@ -34,7 +34,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     posthoc_ema::fs::start_threads()?;
     let Measurements { devices, rows, without_cuda } = measure(&arguments.options)?;
     if let Some(why) = without_cuda {
-        eprintln!("no CUDA device was measured: {why}");
+        print_report(&format!("no CUDA device was measured: {why}"));
     }
     if arguments.json {
         print_json(&json!({

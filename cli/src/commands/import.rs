@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use posthoc_ema::{Import, ImportReport, Profile, Tool};
+use posthoc_ema::{Import, ImportReport, Profile, Tool, shown};
 use serde_json::json;
 
 use super::list::Numbers;
@@ -114,7 +114,7 @@ fn summary(arguments: &Arguments, imported: &ImportReport, seconds: f64) -> Stri
         "{} snapshots of {} at {steps} written to {}: {} in {seconds:.2} s",
         imported.snapshots,
         names.join(", "),
-        arguments.run.display(),
+        shown(&arguments.run),
         bytes(imported.bytes)
     )
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use posthoc_ema::snapshot::{self, Snapshot, SnapshotId};
-use posthoc_ema::{Error, Profile, Run, SavedState};
+use posthoc_ema::{Error, Profile, Run, SavedState, shown};
 use serde_json::json;
 
 use super::output::{bytes, print, print_json};
@@ -63,7 +63,7 @@ fn open(id: SnapshotId, files: Result<Vec<PathBuf>, Error>) -> Entry {
 /// Returns the name of a snapshot's profile, or its metadata if they cannot be parsed.
 fn profile(snapshot: &Snapshot) -> String {
     let profile: Result<Profile, _> = serde_json::from_str(&snapshot.meta.profile);
-    profile.map_or_else(|_| snapshot.meta.profile.clone(), |profile| profile.to_string())
+    profile.map_or_else(|_| shown(&snapshot.meta.profile), |profile| profile.to_string())
 }
 
 fn dtypes(snapshot: &Snapshot) -> BTreeSet<String> {

@@ -28,6 +28,8 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use posthoc_ema::Error;
 
+use crate::log::log_to_stderr;
+
 /// Averages of network weights of any length, chosen after training.
 ///
 /// A run is a directory in which training stored snapshots of two or more running averages. From them an average of
@@ -97,14 +99,8 @@ pub fn run() -> ExitCode {
 ///
 /// Help texts and usage errors end the process.
 pub fn run_with(arguments: impl IntoIterator<Item = OsString>) -> u8 {
-    let arguments = Arguments::parse_from(arguments);
-    // The process may have a subscriber already.
-    let _ = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_max_level(tracing::Level::WARN)
-        .with_target(false)
-        .without_time()
-        .try_init();
+    let arguments = Arguments::try_parse_from(arguments).unwrap_or_else(|error| output::exit_with(&error));
+    log_to_stderr();
     let handled = interrupt::remove_temporary_files_on_signal().map_err(Failure::Failed);
     let outcome = handled.and_then(|()| dispatch(&arguments.command));
     interrupt::wait_for_signal_handler();

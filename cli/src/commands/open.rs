@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use clap::Args;
-use posthoc_ema::{Plan, Run};
+use posthoc_ema::{Plan, Run, shown};
 
 use super::Failure;
 use super::output::{byte_bar, print_warning, spinner};
@@ -22,7 +22,7 @@ impl OpenArgs {
         if !self.skip_damaged {
             return Ok((Run::open(path)?, Vec::new()));
         }
-        let spinner = spinner(format!("verifying {}", path.display()));
+        let spinner = spinner(format!("verifying {}", shown(path)));
         let opened = Run::open_sound(path, &mut |bytes| spinner.inc(bytes));
         spinner.finish_and_clear();
         let (run, damaged) = opened?;

@@ -5,10 +5,11 @@ use std::thread;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use posthoc_ema::{escape_controls, is_control};
 
 /// Escapes the control characters that could hide or forge terminal output: names come from files.
 fn escape_control(text: &str) -> String {
-    posthoc_ema::escape_controls(text, &['\n', '\t'])
+    escape_controls(text, &['\n', '\t'])
 }
 
 /// Prints a warning to stderr.
@@ -19,6 +20,22 @@ pub fn print_warning(text: &str) {
 /// Prints an error to stderr.
 pub fn print_error(text: &str) {
     eprintln!("error: {}", escape_control(text));
+}
+
+/// Prints to stderr: stdout holds something else.
+pub fn print_report(text: &str) {
+    eprintln!("{}", escape_control(text));
+}
+
+/// Ends the program with a help text or an error of the arguments, in colours if it goes to a terminal.
+pub fn exit_with(error: &clap::Error) -> ! {
+    let text = error.render().to_string();
+    let escaped = escape_control(&text);
+    if escaped == text {
+        error.exit();
+    }
+    eprint!("{escaped}");
+    std::process::exit(error.exit_code());
 }
 
 /// Prints to stdout. A reader that went away (`| head`) is not an error.
@@ -41,7 +58,7 @@ fn write(text: &str) {
 /// Prints a JSON document.
 pub fn print_json(document: &serde_json::Value) {
     // serde_json escapes the control characters below U+0020 itself.
-    let escape = |c: char| if c.is_control() { format!("\\u{:04x}", u32::from(c)) } else { c.into() };
+    let escape = |c: char| if is_control(c) { format!("\\u{:04x}", u32::from(c)) } else { c.into() };
     write(&document.to_string().chars().map(escape).collect::<String>());
 }
 

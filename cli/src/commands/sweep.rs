@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Args;
 use indicatif::ProgressBar;
 use posthoc_ema::sweep::{Command, Edge, Goal, Observer, Sweep, Trial};
-use posthoc_ema::{Profile, SweepOptions, SweepResult};
+use posthoc_ema::{Profile, SweepOptions, SweepResult, shown};
 use serde_json::{Value, json};
 
 use super::args::{AtArgs, BlendArgs, NoiseArgs};
@@ -120,7 +120,7 @@ fn show(arguments: &Arguments, swept: &SweepResult) {
     }
     print(&tables::trials(&swept.sweep).to_string());
     if let (Some(best), Some(path)) = (swept.sweep.best(), &swept.best) {
-        print(&format!("best at step {}: {}, kept as {}", swept.at, best.profile, path.display()));
+        print(&format!("best at step {}: {}, kept as {}", swept.at, best.profile, shown(path)));
     }
     match swept.sweep.edge() {
         Some(Edge::Shortest) => print("nothing shorter was evaluated: a list that goes on there may do better"),

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use clap::Args;
 use comfy_table::Table;
-use posthoc_ema::{Device, Error, Output, Plan, Run, WriteOptions};
+use posthoc_ema::{Device, Error, Output, Plan, Run, WriteOptions, shown};
 use serde_json::{Value, json};
 
 use super::args::{AtArgs, BlendArgs, NoiseArgs};
@@ -92,7 +92,7 @@ fn table(plans: &[Plan], paths: &[PathBuf]) -> Table {
     let header = ["file", "target", "at", "relative error", "noise gain"];
     let mut table = tables::table(&[&header[..], predicted_header(plans)].concat());
     for (plan, path) in plans.iter().zip(paths) {
-        let target = [path.display().to_string(), plan.profile.to_string(), plan.at.to_string()];
+        let target = [shown(path), plan.profile.to_string(), plan.at.to_string()];
         let errors = [plan.relative_error, plan.noise_gain].map(number);
         table.add_row(target.into_iter().chain(errors).chain(predicted(plan)));
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use posthoc_ema::VerifyReport;
+use posthoc_ema::{VerifyReport, shown};
 use serde_json::json;
 
 use super::output::{byte_bar, bytes, print, print_json};
@@ -35,7 +35,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     if findings.is_empty() {
         return Ok(());
     }
-    Err(Failure::Unhealthy(format!("{}: {} findings", arguments.run.display(), findings.len())))
+    Err(Failure::Unhealthy(format!("{}: {} findings", shown(&arguments.run), findings.len())))
 }
 
 /// Returns about how many bytes there are to read, for the bar.

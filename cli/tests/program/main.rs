@@ -13,3 +13,4 @@ mod pictures;
 mod planning;
 mod python;
 mod sweep;
+mod terminal;

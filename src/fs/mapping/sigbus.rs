@@ -15,6 +15,8 @@ use memmap2::Mmap;
 use nix::libc;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
+use crate::error::escape_controls;
+
 /// Number of bytes of a path that are kept for the message, from its end.
 const PATH: usize = 256;
 
@@ -41,11 +43,9 @@ impl MappedFile {
     /// Returns an entry for a mapping, to be released before the mapping is dropped.
     pub(super) fn register(map: &Mmap, path: &Path) -> &'static MappedFile {
         let entry = MappedFile::unused();
-        let path = path.as_os_str().as_encoded_bytes();
+        let path = escape_controls(&path.to_string_lossy(), &[]).into_bytes();
         let path = &path[path.len().saturating_sub(PATH)..];
-        for (kept, &byte) in entry.path.iter().zip(path) {
-            kept.store(if byte.is_ascii_control() { b'?' } else { byte }, Ordering::Relaxed);
-        }
+        entry.path.iter().zip(path).for_each(|(kept, &byte)| kept.store(byte, Ordering::Relaxed));
         entry.length.store(path.len(), Ordering::Relaxed);
         entry.start.store(map.as_ptr().addr(), Ordering::Relaxed);
         entry.end.store(map.as_ptr().addr() + map.len(), Ordering::Release);

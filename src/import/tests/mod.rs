@@ -396,9 +396,11 @@ fn repeated_files_of_one_update_are_dropped() {
         Pt::with_step(call - 99).floats("w", &[value]).save(temp.path().join(format!("0.{call}.pt")));
     }
     fs::write(temp.path().join("model.pt"), "of no concern").unwrap();
+    fs::write(temp.path().join("forged\u{202e}\nok.pt"), "of no concern").unwrap();
     let (_temp, dir, report) = imported(&import(Tool::PytorchPosthocEma, &[0.1], 10), temp.path());
     assert_eq!(report.steps, [100, 110]);
     assert!(report.warnings.iter().any(|text| text.starts_with("model.pt is left out")));
+    assert!(report.warnings.iter().any(|text| text.starts_with("forged\\u{202e}\\nok.pt is left out")));
     assert!(report.warnings.iter().any(|text| text.starts_with("0.105.pt is left out: it is the average of 0.100.pt")));
     assert_eq!(Run::open(&dir).unwrap().snapshots().len(), 2);
     // Other values cannot be of the same update: the options are wrong.

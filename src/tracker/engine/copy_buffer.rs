@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::compute::cpu::{Layout, Spare, SpareAverages, ValueRange};
+use crate::error::shown;
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::tracker::values::{OwnedValues, Values};
 use crate::tracker::writer::Recycle;
@@ -37,7 +38,7 @@ impl CopyBuffer {
         let Some((mut copy, ranges)) = self.copy(values, meta.registry.layout()) else {
             tracing::warn!(
                 "{}: no memory for a copy of the averages: training waits for the snapshot of step {}",
-                meta.dir.display(),
+                shown(&meta.dir),
                 meta.step()
             );
             return Ok(None);
