@@ -15,8 +15,9 @@ use rustix::process::{Resource, getrlimit};
 use tempfile::NamedTempFile;
 
 use super::fail_point::attempt;
+use super::file_checks::check_replaceable;
 use super::temporary::{self, LiveEntry};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Bytes that are written before their writeback starts.
 const STRETCH: usize = 4 << 20;
@@ -39,11 +40,9 @@ impl AtomicFile {
     /// Creates a temporary file in the directory of `path`, its final name.
     ///
     /// # Errors
-    /// [`Error::Io`] if the directory cannot be written, [`Error::Unexpected`] if `path` is a directory itself.
+    /// [`Error::Io`](crate::Error::Io) if the directory cannot be written, and as [`check_replaceable`].
     pub fn create(path: &Path) -> Result<AtomicFile> {
-        if path.is_dir() {
-            return Err(Error::unexpected(path, "this is a directory: name a file in it"));
-        }
+        check_replaceable(path)?;
         // Subject to the umask, as for any new file. The default of tempfile is private to the user.
         let permissions = Permissions::from_mode(0o666);
         let (file, live) = attempt("write", path, || temporary::file(parent_dir(path), permissions))?;
@@ -58,7 +57,7 @@ impl AtomicFile {
     /// Writes bytes at an offset, in any order and from any thread.
     ///
     /// # Errors
-    /// [`Error::Io`], as for a full disk.
+    /// [`Error::Io`](crate::Error::Io), as for a full disk.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         attempt("write", &self.path, || write_within(self.limit, self.file.as_file(), offset, bytes))?;
         if bytes.len() >= MIN_WRITEBACK {
@@ -76,12 +75,14 @@ impl AtomicFile {
         stretches.try_for_each(|(i, bytes)| self.write_at(offset + (i * STRETCH) as u64, bytes))
     }
 
-    /// Makes the file durable under its final name and replaces any file of that name.
+    /// Makes the file durable under its final name and replaces any file or link of that name.
     ///
     /// # Errors
-    /// [`Error::Io`]. The temporary file is removed, and the previous file of that name is untouched.
+    /// [`Error::Io`](crate::Error::Io), and as [`check_replaceable`]: writing may have taken hours. The temporary file
+    /// is removed, and what has that name is untouched.
     pub fn commit(self) -> Result<()> {
         attempt("sync", &self.path, || self.file.as_file().sync_all())?;
+        check_replaceable(&self.path)?;
         attempt("rename into place", &self.path, || {
             self.file.persist(&self.path).map(drop).map_err(|failed| failed.error)
         })?;
@@ -90,7 +91,7 @@ impl AtomicFile {
 }
 
 /// Returns the largest length of a file that this process may write.
-fn file_limit() -> Option<u64> {
+pub(super) fn file_limit() -> Option<u64> {
     getrlimit(Resource::Fsize).current
 }
 
@@ -103,7 +104,7 @@ pub fn write_all_at(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
 /// Writes bytes at an offset of a file, or fails if they would exceed a limit on its length.
 ///
 /// Without the check, a signal would end the process.
-fn write_within(limit: Option<u64>, file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn write_within(limit: Option<u64>, file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
     if limit.is_some_and(|limit| offset + bytes.len() as u64 > limit) {
         return Err(Errno::FBIG.into());
     }

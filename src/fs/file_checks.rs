@@ -1,6 +1,9 @@
-//! Checks of a file before it is opened: reading a pipe may block forever, and a device may never end.
+//! Checks of files before they are opened or replaced.
+//!
+//! Reading a pipe may block forever, a device may never end, and a device that is replaced is lost to the system.
 
-use std::fs::{self, Metadata};
+use std::fs::{self, FileType, Metadata};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -18,6 +21,34 @@ pub fn check_regular(path: &Path) -> Result<Metadata> {
         Ok(metadata)
     } else {
         Err(Error::unexpected(path, "this is not a regular file: move it out of the directory"))
+    }
+}
+
+/// Checks that a file may be written at a path: that nothing is there, a regular file, or a link to one.
+///
+/// A link is replaced itself, and its target stays as it is. A link to a pipe or a device is refused as they are,
+/// because its name stands for what it leads to.
+///
+/// # Errors
+/// [`Error::Unexpected`] for a directory, a pipe, a socket or a device.
+pub fn check_replaceable(path: &Path) -> Result<()> {
+    let Ok(metadata) = fs::metadata(path) else { return Ok(()) };
+    if metadata.is_file() {
+        return Ok(());
+    }
+    if metadata.is_dir() {
+        return Err(Error::unexpected(path, "this is a directory: name a file in it"));
+    }
+    let kind = kind(metadata.file_type());
+    let why = format!("this is a {kind}, which a file would replace: name another file, or /dev/stdout for a stream");
+    Err(Error::unexpected(path, why))
+}
+
+fn kind(file_type: FileType) -> &'static str {
+    match (file_type.is_fifo(), file_type.is_socket()) {
+        (true, _) => "pipe",
+        (_, true) => "socket",
+        _ => "device",
     }
 }
 

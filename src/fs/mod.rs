@@ -7,6 +7,7 @@ mod folder;
 mod lock;
 mod mapping;
 pub(crate) mod process;
+mod stream;
 mod temporary;
 mod threads;
 
@@ -15,11 +16,13 @@ pub use atomic::AtomicFile;
 pub(crate) use atomic::write_all_at;
 pub(crate) use atomic::{parent_dir, sync_directory};
 pub(crate) use fail_point::attempt;
+pub use file_checks::check_replaceable;
 pub(crate) use file_checks::{check_regular, find_document, read_document};
 pub(crate) use folder::{AtomicFolder, CreatedDirs, check_vacant};
 pub(crate) use lock::Lock;
 pub use mapping::install_sigbus_handler;
 pub(crate) use mapping::{Mapping, release_pages, use_large_pages};
+pub use stream::{Stream, check_output};
 pub use temporary::remove_unfinished;
 #[cfg(feature = "pytorch")]
 pub(crate) use temporary::scratch_folder;

@@ -10,8 +10,8 @@ use super::mapped::MappedModels;
 use super::model::CheckpointModel;
 use super::plan::{Merge, MergeRow};
 use crate::device::Device;
-use crate::error::{Error, Result};
-use crate::fs::{AtomicFolder, CreatedDirs, check_vacant};
+use crate::error::{Error, Result, shown};
+use crate::fs::{AtomicFolder, CreatedDirs, Stream, check_output, check_vacant, parent_dir};
 use crate::planning::profile_json;
 use crate::snapshot::{INDEX_SUFFIX, PROFILE, STEP, base_strings};
 use crate::synthesis::{MAX_TARGETS, OutputFile, Shards, SourceSet, WriteOptions, check_device, check_distinct};
@@ -71,7 +71,8 @@ impl<'a> MergeOutput<'a> {
     fn new(checkpoints: &Checkpoints, merge: &'a Merge, path: &'a Path) -> Result<MergeOutput<'a>> {
         let row = MergeRow::new(checkpoints, merge)?;
         let newest = &checkpoints.models[row.newest];
-        let named_as_file = path.extension().is_some_and(|extension| extension == "safetensors");
+        let named_as_file =
+            Stream::is_named(path) || path.extension().is_some_and(|extension| extension == "safetensors");
         let folder = newest.found.folder.is_some() && !named_as_file;
         check_place(checkpoints, path, folder)?;
         if folder {
@@ -81,7 +82,7 @@ impl<'a> MergeOutput<'a> {
     }
 }
 
-/// Checks that nothing is written into an input or over it, nor a folder over anything.
+/// Checks that nothing is written into an input or over it, nor a folder over anything, nor a file over a device.
 fn check_place(checkpoints: &Checkpoints, path: &Path, folder: bool) -> Result<()> {
     let place = resolve(path)?;
     let mut files = checkpoints.models.iter().flat_map(|model| &model.found.files);
@@ -94,11 +95,11 @@ fn check_place(checkpoints: &Checkpoints, path: &Path, folder: bool) -> Result<(
     let inputs = checkpoints.models.iter().filter(is_folder).map(|model| &model.found.path);
     for input in inputs.chain(&checkpoints.named) {
         if resolve(input).is_ok_and(|dir| place.starts_with(dir)) {
-            let why = format!("this is inside {}, which is left untouched: write elsewhere", input.display());
+            let why = format!("this is inside {}, which is left untouched: write elsewhere", shown(input));
             return Err(Error::unexpected(path, why));
         }
     }
-    if folder { check_vacant(path) } else { Ok(()) }
+    if folder { check_vacant(path) } else { check_output(path) }
 }
 
 /// Returns the absolute path, with links and `..` resolved.
@@ -164,8 +165,8 @@ fn write_in_one_pass(
         (Shards::new(&sources, options.dtype, tensors_by_file(&sources, newest))?, files)
     };
     let rows: Vec<&MergeRow> = outputs.iter().map(|output| &output.row).collect();
-    let scratch = files[0][0].path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mapped = MappedModels::new(checkpoints, &rows, Some(scratch), options.progress.unwrap_or(&|_| ()))?;
+    let scratch = Some(&files[0][0].path).filter(|path| !Stream::is_named(path)).map(|path| parent_dir(path));
+    let mapped = MappedModels::new(checkpoints, &rows, scratch, options.progress.unwrap_or(&|_| ()))?;
     let written = sources.write_files(&mapped.selection(&rows), &shards, &files, options);
     let device = written.map_err(|error| mapped.blame(error))?;
     drop(mapped);

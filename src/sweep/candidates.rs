@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::trial::Trial;
 use crate::error::{Error, Result};
-use crate::fs::{is_temporary, sync_directory};
+use crate::fs::{check_replaceable, is_temporary, sync_directory};
 use crate::math::Profile;
 use crate::planning::{Plan, profile_json};
 use crate::snapshot::{PROFILE, StoredFile};
@@ -96,6 +96,7 @@ impl SweepDir {
             return Ok(());
         }
         let best = self.best();
+        check_replaceable(&best)?;
         if self.keep_all {
             self.replace_by_copy(&best, candidate)?;
         } else {

@@ -11,7 +11,7 @@ use super::options::SweepOptions;
 use super::search::Sweep;
 use super::trial::{Goal, Trial};
 use crate::error::{Error, Result};
-use crate::fs::{AtomicFile, Lock, find_document, remove_leftovers};
+use crate::fs::{AtomicFile, Lock, check_replaceable, find_document, remove_leftovers};
 use crate::run::Run;
 use crate::snapshot::{STATE_FILE, any_snapshot_file};
 
@@ -77,6 +77,8 @@ impl Record {
         // The path is made absolute, because an evaluation may change the working directory.
         let dir = &std::path::absolute(dir).map_err(Error::io("read", dir))?;
         check_own(dir)?;
+        // The best average is written last, after all evaluations.
+        check_replaceable(&dir.join(BEST))?;
         let lock = Lock::acquire(dir).map_err(|error| match error {
             Error::Locked { path } => {
                 Error::unexpected(&path, "another sweep is writing here: wait for it, or choose another directory")

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
 use super::source_set::{ModelTensor, SourceSet};
 use crate::error::Result;
-use crate::fs::AtomicFile;
+use crate::fs::{AtomicFile, Stream};
 use crate::snapshot::FileLayout;
 use crate::tensor::TensorSpec;
 
@@ -92,7 +92,7 @@ impl Shards {
         debug_assert_eq!(outputs.len(), self.len());
         let mut files = Vec::with_capacity(outputs.len());
         for (shard, output) in self.0.iter().zip(outputs) {
-            let file = AtomicFile::create(&output.path)?;
+            let file = WeightSink::create(&output.path)?;
             let header = shard.layout.header(&output.metadata)?;
             file.write_at(0, &header)?;
             files.push((file, header.len() as u64));
@@ -108,7 +108,43 @@ fn spec(tensor: &ModelTensor, dtype: Option<Dtype>) -> TensorSpec {
 }
 
 /// Files of one target under temporary names, each with the offset of its data section.
-pub(super) struct OutputFiles(Vec<(AtomicFile, u64)>);
+pub(super) struct OutputFiles(Vec<(WeightSink, u64)>);
+
+/// File under a temporary name, or a stream.
+enum WeightSink {
+    File(AtomicFile),
+    Stream(Stream),
+}
+
+impl WeightSink {
+    fn create(path: &Path) -> Result<WeightSink> {
+        match Stream::open(path)? {
+            Some(stream) => Ok(WeightSink::Stream(stream)),
+            None => AtomicFile::create(path).map(WeightSink::File),
+        }
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        match self {
+            WeightSink::File(file) => file.write_at(offset, bytes),
+            WeightSink::Stream(stream) => stream.write_at(offset, bytes),
+        }
+    }
+
+    fn write_block_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        match self {
+            WeightSink::File(file) => file.write_block_at(offset, bytes),
+            WeightSink::Stream(stream) => stream.write_at(offset, bytes),
+        }
+    }
+
+    fn commit(self) -> Result<()> {
+        match self {
+            WeightSink::File(file) => file.commit(),
+            WeightSink::Stream(stream) => stream.commit(),
+        }
+    }
+}
 
 impl OutputFiles {
     /// Writes bytes at an offset of a file's data section, from any thread.

@@ -20,7 +20,11 @@ pub(super) type Progress<'a> = Option<&'a (dyn Fn(u64) + Sync)>;
 pub struct Output<'a> {
     /// Solved target.
     pub plan: &'a Plan,
-    /// Path of the file. An existing file is replaced when the new one is complete.
+    /// Path of the file. An existing file is replaced when the new one is complete; of a link, the link and not its
+    /// target. A directory, a pipe, a socket or a device is refused before any work.
+    ///
+    /// `/dev/stdout`, `/dev/stderr`, `/dev/fd/N` and `/dev/null` are written to. The average is collected in an unnamed
+    /// file among the system's temporary files (`TMPDIR`) first, which needs as much space. A terminal is refused.
     pub path: &'a Path,
 }
 

@@ -10,7 +10,7 @@ use super::source_set::{Selection, SourceSet};
 use super::streaming::Streaming;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::fs::{parent_dir, remove_leftovers};
+use crate::fs::{Stream, check_output, parent_dir, remove_leftovers};
 use crate::planning::{Plan, profile_json};
 use crate::snapshot::{Meta, PROFILE, STEP};
 
@@ -19,11 +19,12 @@ impl SourceSet<'_> {
     ///
     /// # Errors
     /// - [`Error::NoTarget`] if `outputs` is empty.
-    /// - [`Error::Unexpected`] if two outputs have the same path.
+    /// - [`Error::Unexpected`] if two outputs have the same path, or if one cannot be written.
     /// - [`Error::Setting`] for a dtype or a device that cannot be used.
     /// - Those of [`SourceSet::select`] and [`SourceSet::write_files`].
     pub(crate) fn write(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<Device> {
         check_distinct(outputs.iter().map(|output| output.path))?;
+        outputs.iter().try_for_each(|output| check_output(output.path))?;
         options.check()?;
         if outputs.is_empty() {
             return Err(Error::NoTarget);
@@ -43,7 +44,7 @@ impl SourceSet<'_> {
     ///
     /// # Errors
     /// - [`Error::Tensor`] if a tensor is missing, or if a sum does not fit its dtype.
-    /// - [`Error::Io`] if a file cannot be written.
+    /// - [`Error::Io`] if a file cannot be written, [`Error::Unexpected`] if it would replace a pipe or a device.
     /// - [`Error::Cuda`] if the device fails.
     pub(crate) fn write_files(
         &self,
@@ -52,7 +53,8 @@ impl SourceSet<'_> {
         outputs: &[Vec<OutputFile>],
         options: &WriteOptions<'_>,
     ) -> Result<Device> {
-        let directories: BTreeSet<&Path> = outputs.iter().flatten().map(|file| parent_dir(&file.path)).collect();
+        let files = outputs.iter().flatten().filter(|file| !Stream::is_named(&file.path));
+        let directories: BTreeSet<&Path> = files.map(|file| parent_dir(&file.path)).collect();
         directories.into_iter().for_each(remove_leftovers);
         let files = outputs.iter().map(|target| shards.create(target)).collect::<Result<Vec<_>>>()?;
         self.copy(selection, shards, &files)?;

@@ -8,8 +8,9 @@ use posthoc_ema::{At, Checkpoints, Device, Merge, WriteOptions, shown};
 use serde_json::{Value, json};
 
 use super::args::BlendArgs;
+use super::destination::{Destination, output_parser};
 use super::list::Numbers;
-use super::output::{byte_bar, bytes, print, print_json, print_warning};
+use super::output::{byte_bar, bytes, print_json, print_warning};
 use super::targets::{TargetArgs, target_name};
 use super::{Failure, Outcome};
 use crate::tables;
@@ -34,8 +35,9 @@ pub struct Arguments {
     /// Time of the targets; later checkpoints are left out [default: the newest checkpoint]
     #[arg(long, value_name = "STEP")]
     at: Option<u64>,
-    /// Write the only target to this file, or to this folder if the checkpoints are folders
-    #[arg(short, long, value_name = "PATH", conflicts_with = "out_dir")]
+    /// Write the only target to this file, or to this folder if the checkpoints are folders; - is stdout, by way of a
+    /// temporary file in $TMPDIR
+    #[arg(short, long, value_name = "PATH", conflicts_with = "out_dir", value_parser = output_parser())]
     output: Option<PathBuf>,
     /// Write each target to a file or folder of its own in this directory, which is made if it is missing
     #[arg(long, value_name = "DIR")]
@@ -56,6 +58,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
     check_output(arguments, profiles.len())?;
+    arguments.destination().check(arguments.json)?;
     let steps = arguments.steps.as_ref().map(whole_steps).transpose()?;
     let checkpoints = Checkpoints::open(&arguments.paths, steps.as_deref()).map_err(Failure::of_argument)?;
     let at = arguments.at.map_or(At::Latest, At::Step);
@@ -74,6 +77,12 @@ pub fn run(arguments: &Arguments) -> Outcome {
         false => show(arguments, &merges, &paths, written),
     }
     Ok(())
+}
+
+impl Arguments {
+    fn destination(&self) -> Destination<'_> {
+        Destination { output: self.output.as_deref(), out_dir: self.out_dir.as_deref() }
+    }
 }
 
 /// Checks that the options name an output for every target.
@@ -141,15 +150,16 @@ fn write(
 
 /// Prints a row for each target, the weights of a single one, and what was written.
 fn show(arguments: &Arguments, merges: &[Merge], paths: &[PathBuf], written: Option<Written>) {
-    print(&tables::merges(merges).to_string());
+    let destination = arguments.destination();
+    destination.print(&tables::merges(merges).to_string());
     if let [merge] = merges {
-        print(&tables::checkpoint_weights(merge).to_string());
+        destination.print(&tables::checkpoint_weights(merge).to_string());
     }
     if let Some(Written { bytes: read, seconds, device }) = written {
         let names: Vec<String> = paths.iter().map(|path| shown(path)).collect();
         let why = arguments.blend.why_not_cuda();
-        print(&format!("written: {}", names.join(", ")));
-        print(&format!("{} of checkpoints read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
+        destination.print(&format!("written: {}", names.join(", ")));
+        destination.print(&format!("{} of checkpoints read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
     }
 }
 

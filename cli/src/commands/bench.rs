@@ -31,6 +31,7 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Measures, and prints and draws the measurements.
 pub fn run(arguments: &Arguments) -> Outcome {
     arguments.options.check().map_err(|error| Failure::Usage(error.to_string()))?;
+    arguments.plot.check()?;
     posthoc_ema::fs::start_threads()?;
     let Measurements { devices, rows, without_cuda } = measure(&arguments.options)?;
     if let Some(why) = without_cuda {

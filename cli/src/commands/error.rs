@@ -46,6 +46,7 @@ pub struct Arguments {
 
 /// Shows the reconstruction error over the length of the average.
 pub fn run(arguments: &Arguments) -> Outcome {
+    arguments.plot.check()?;
     let targets: Vec<Profile> = profiles(&arguments.sigma_rel, Profile::sigma_rel).collect::<Result<_, Failure>>()?;
     let source = PlanSource::open(arguments.run.as_deref(), &arguments.open, &arguments.forecast)?;
     let plans = source.plans(&targets, arguments.at.at(), arguments.noise.noise)?;

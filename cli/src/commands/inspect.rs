@@ -37,6 +37,7 @@ struct Entry {
 
 /// Shows the snapshots of a run, damaged ones beside the sound ones.
 pub fn run(arguments: &Arguments) -> Outcome {
+    arguments.plot.check()?;
     let listed = snapshot::list_each(&arguments.run)?;
     let entries: Vec<Entry> = listed.into_iter().map(|(id, files)| open(id, files)).collect();
     // Errors of the run as a whole, such as an empty directory.

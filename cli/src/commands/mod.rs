@@ -4,6 +4,7 @@ mod advise;
 mod args;
 mod average;
 mod bench;
+mod destination;
 mod error;
 mod forecast;
 mod import;

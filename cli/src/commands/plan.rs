@@ -63,6 +63,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         let why = format!("--plot shows at most {MAX_PANELS} targets, not {}: name fewer", profiles.len());
         return Err(Failure::Usage(why));
     }
+    arguments.plot.check()?;
     let source = PlanSource::open(arguments.run.as_deref(), &arguments.open, &arguments.forecast)?;
     let plans = source.plans(&profiles, arguments.at.at(), arguments.noise.noise)?;
     let disk = source.disk();

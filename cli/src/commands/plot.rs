@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use posthoc_ema::Result;
+use posthoc_ema::fs::check_replaceable;
 
 use crate::pictures::Format;
 
@@ -25,6 +26,11 @@ impl PlotArgs {
     /// Returns true if the option was not given.
     pub fn is_empty(&self) -> bool {
         self.plot.is_empty()
+    }
+
+    /// Checks before any work that each file can be written.
+    pub fn check(&self) -> Result<()> {
+        self.plot.iter().try_for_each(|path| check_replaceable(path))
     }
 
     /// Draws into each file. Commands print first, so that a picture that fails loses nothing else.

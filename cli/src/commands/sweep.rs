@@ -74,6 +74,7 @@ pub struct Arguments {
 /// Evaluates all targets and the steps around the best.
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
+    arguments.plot.check()?;
     let command = Command::new(&arguments.eval, timeout(arguments.timeout)?).map_err(Failure::of_argument)?;
     let (run, _) = arguments.open.open(&arguments.run)?;
     let bars = ProgressBars::default();

@@ -9,8 +9,9 @@ use posthoc_ema::{Device, Error, Output, Plan, Run, WriteOptions, shown};
 use serde_json::{Value, json};
 
 use super::args::{AtArgs, BlendArgs, NoiseArgs};
+use super::destination::{Destination, output_parser};
 use super::open::{self, OpenArgs};
-use super::output::{byte_bar, bytes, print, print_json};
+use super::output::{byte_bar, bytes, print_json};
 use super::targets::{TargetArgs, target_name};
 use super::{Failure, Outcome};
 use crate::numbers::number;
@@ -25,8 +26,8 @@ pub struct Arguments {
     run: PathBuf,
     #[command(flatten)]
     at: AtArgs,
-    /// Write the only target to this file
-    #[arg(short, long, value_name = "FILE", conflicts_with = "out_dir")]
+    /// Write the only target to this file; - is stdout, by way of a temporary file in $TMPDIR
+    #[arg(short, long, value_name = "FILE", conflicts_with = "out_dir", value_parser = output_parser())]
     output: Option<PathBuf>,
     /// Write each target to a file of its own in this directory, which is made if it is missing
     #[arg(long, value_name = "DIR")]
@@ -51,6 +52,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
     check_output(arguments, profiles.len())?;
+    arguments.destination().check(arguments.json)?;
     let (run, left_out) = arguments.open.open(&arguments.run)?;
     let plans = run.plans_with(&profiles, arguments.at.at(), arguments.noise.noise)?;
     if arguments.verify {
@@ -69,10 +71,17 @@ pub fn run(arguments: &Arguments) -> Outcome {
         print_json(&document);
         return Ok(());
     }
-    print(&table(&plans, &paths).to_string());
     let why = arguments.blend.why_not_cuda();
-    print(&format!("{} of snapshots read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
+    let destination = arguments.destination();
+    destination.print(&table(&plans, &paths).to_string());
+    destination.print(&format!("{} of snapshots read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
     Ok(())
+}
+
+impl Arguments {
+    fn destination(&self) -> Destination<'_> {
+        Destination { output: self.output.as_deref(), out_dir: self.out_dir.as_deref() }
+    }
 }
 
 /// Checks that the options name an output for every target.

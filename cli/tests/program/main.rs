@@ -9,6 +9,7 @@ mod hostile;
 mod kill;
 mod limits;
 mod oracles;
+mod outputs;
 mod pictures;
 mod planning;
 mod python;

@@ -1,6 +1,7 @@
 //! Text on a terminal: names cannot forge it, and colours are for terminals only.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use posthoc_ema::is_control;
@@ -130,4 +131,18 @@ fn colours_are_for_terminals_only() {
     if let Some(text) = on_terminal(commands[0], &[]) {
         assert!(text.contains('\u{1b}'), "{}", text.escape_debug());
     }
+}
+
+#[test]
+fn weights_are_not_sent_to_a_terminal() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("run");
+    train(&dir);
+    for path in ["-", "/dev/stdout", "/dev/stderr", "/dev/fd/1"] {
+        let command = format!("posthoc-ema synthesize {} --sigma-rel=0.1 -o {path}; echo status $?", dir.display());
+        let Some(text) = on_terminal(&command, &[]) else { return };
+        assert!(text.contains("this is a terminal: send the weights into a pipe or a file"), "{path}: {text}");
+        assert!(text.contains("status 1") && !text.contains("of snapshots read"), "{path}: {text}");
+    }
+    assert_eq!(fs::read_dir(Path::new(temp.path())).unwrap().count(), 1);
 }
