@@ -87,8 +87,9 @@ impl Sweep {
         Sweep { earlier, active: Vec::new(), visits: 0 }
     }
 
-    /// Returns the last time and the number of updates of each group. Each of `ends`, which are updates and increase, ends
-    /// a group.
+    /// Returns the last time and the number of updates of each group.
+    ///
+    /// Each of `ends`, which are updates and increase, ends a group.
     fn group(mut self, ends: &[u64], share: f64) -> Result<(Vec<u64>, Vec<f64>)> {
         let mut times = Vec::new();
         let mut counts = Vec::new();

@@ -156,7 +156,7 @@ fn show(arguments: &Arguments, merges: &[Merge], paths: &[PathBuf], written: Opt
         destination.print(&tables::checkpoint_weights(merge).to_string());
     }
     if let Some(Written { bytes: read, seconds, device }) = written {
-        let names: Vec<String> = paths.iter().map(|path| shown(path)).collect();
+        let names: Vec<String> = paths.iter().map(shown).collect();
         let why = arguments.blend.why_not_cuda();
         destination.print(&format!("written: {}", names.join(", ")));
         destination.print(&format!("{} of checkpoints read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
