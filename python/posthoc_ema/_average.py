@@ -63,6 +63,7 @@ def average(
     at: int | None = None,
     dtype: Any = None,
     device: str = "auto",
+    follow_links: bool = False,
     progress: Progress = None,
 ) -> list[Average]:
     """Averages the checkpoints of a training in which nothing was tracked, in one pass for all targets.
@@ -84,6 +85,8 @@ def average(
         at: Step of the averages; default that of the newest checkpoint.
         dtype: Dtype of averaged tensors; default each tensor's own.
         device: Device on which written averages are blended: "auto", "cpu" or "cuda:N". The bits are the same on all.
+        follow_links: If True, copies configuration, tokenizer and other small files even if they are links that lead
+            out of the checkpoint's folder, which is otherwise an error. Hugging Face's cache does not need it.
         progress: Function of the bytes read so far and in total, True for a bar, or False for none; default a bar
             on a terminal.
 
@@ -99,7 +102,8 @@ def average(
         OSError: If a file cannot be read or written.
     """
     jsons = to_json([targets] if isinstance(targets, (int, float, Profile)) else targets)
-    checkpoints = _native.Checkpoints(_paths(paths), None if steps is None else [int(step) for step in steps])
+    given = None if steps is None else [int(step) for step in steps]
+    checkpoints = _native.Checkpoints(_paths(paths), given, follow_links)
     outputs = None if out is None else _paths(out)
     if outputs is not None and len(outputs) != len(jsons):
         raise ValueError(f"out names {len(outputs)} paths for {len(jsons)} targets: give one for each")

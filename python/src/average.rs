@@ -27,11 +27,12 @@ impl Checkpoints {
 
 #[pymethods]
 impl Checkpoints {
-    /// Opens and checks checkpoints.
+    /// Opens and checks checkpoints. `follow_links` is that of the library.
     #[new]
-    fn new(py: Python<'_>, paths: Vec<PathBuf>, steps: Option<Vec<u64>>) -> PyResult<Checkpoints> {
+    fn new(py: Python<'_>, paths: Vec<PathBuf>, steps: Option<Vec<u64>>, follow_links: bool) -> PyResult<Checkpoints> {
         process::check()?;
-        py.detach(|| posthoc_ema::Checkpoints::open(&paths, steps.as_deref())).map(Checkpoints).map_err(to_python)
+        let opened = py.detach(|| posthoc_ema::Checkpoints::open(&paths, steps.as_deref())).map_err(to_python)?;
+        Ok(Checkpoints(opened.follow_links(follow_links)))
     }
 
     /// Returns name, dtype and shape of the tensors of an average.

@@ -125,6 +125,24 @@ def test_average_of_folders_is_a_folder(tmp_path: Path) -> None:
         assert not (each.path / "optimizer.pt").exists()
 
 
+def test_links_out_of_a_folder_are_copied_only_if_asked(tmp_path: Path) -> None:
+    folders = [tmp_path / f"checkpoint-{step}" for step in STEPS[:2]]
+    for folder, step in zip(folders, STEPS):
+        folder.mkdir()
+        save_file(state(step), folder / "model.safetensors")
+    secret = tmp_path / "key"
+    secret.write_text("secret")
+    secret.chmod(0o600)
+    (folders[1] / "vocab.txt").symlink_to(secret)
+    out = tmp_path / "average"
+    with pytest.raises(ValueError, match="vocab.txt: a link leads to"):
+        average(folders, Profile.uniform(fraction=1.0), out)
+    assert not out.exists()
+    average(folders, Profile.uniform(fraction=1.0), out, follow_links=True)
+    copy = out / "vocab.txt"
+    assert copy.read_text() == "secret" and copy.stat().st_mode & 0o777 == 0o600
+
+
 def test_lora_files_of_different_scales_are_refused(tmp_path: Path) -> None:
     def lora(alpha: float, step: int) -> dict[str, torch.Tensor]:
         return {"unet.lora_down.weight": torch.full((2, 3), float(step)), "unet.alpha": torch.tensor(alpha)}

@@ -42,9 +42,21 @@ impl AtomicFile {
     /// # Errors
     /// [`Error::Io`](crate::Error::Io) if the directory cannot be written, and as [`check_replaceable`].
     pub fn create(path: &Path) -> Result<AtomicFile> {
+        AtomicFile::with_mode(path, 0o666)
+    }
+
+    /// Creates a file as [`AtomicFile::create`] does, with no more than the given permissions.
+    ///
+    /// # Errors
+    /// As [`AtomicFile::create`].
+    pub(crate) fn create_within(path: &Path, permissions: &Permissions) -> Result<AtomicFile> {
+        AtomicFile::with_mode(path, permissions.mode() & 0o666)
+    }
+
+    fn with_mode(path: &Path, mode: u32) -> Result<AtomicFile> {
         check_replaceable(path)?;
         // Subject to the umask, as for any new file. The default of tempfile is private to the user.
-        let permissions = Permissions::from_mode(0o666);
+        let permissions = Permissions::from_mode(mode);
         let (file, live) = attempt("write", path, || temporary::file(parent_dir(path), permissions))?;
         Ok(AtomicFile { file, path: path.to_owned(), limit: file_limit(), _live: live })
     }

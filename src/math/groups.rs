@@ -45,7 +45,7 @@ impl Groups {
         let mut ends: Vec<u64> = marks.iter().copied().chain(history.first()).chain(history.last()).collect();
         ends.sort_unstable();
         ends.dedup();
-        let (times, counts) = Sweep::new(history.runs()).group(&ends, share_of_distance(&ends, limit))?;
+        let (times, counts) = HistoryWalk::new(history.runs()).group(&ends, share_of_distance(&ends, limit))?;
         Ok(Groups { times, counts, overlap: overlap(history.runs()) })
     }
 
@@ -72,7 +72,7 @@ fn share_of_distance(ends: &[u64], limit: usize) -> f64 {
 }
 
 /// Walk through a history, from its last update to the first.
-struct Sweep {
+struct HistoryWalk {
     /// Runs that end earlier, the latest at the end.
     earlier: Vec<RegularRun>,
     /// Runs that the current time is within.
@@ -80,11 +80,11 @@ struct Sweep {
     visits: usize,
 }
 
-impl Sweep {
-    fn new(runs: &[RegularRun]) -> Sweep {
+impl HistoryWalk {
+    fn new(runs: &[RegularRun]) -> HistoryWalk {
         let mut earlier = runs.to_vec();
         earlier.sort_unstable_by_key(|run| run.last);
-        Sweep { earlier, active: Vec::new(), visits: 0 }
+        HistoryWalk { earlier, active: Vec::new(), visits: 0 }
     }
 
     /// Returns the last time and the number of updates of each group.

@@ -1,6 +1,6 @@
 //! Small files that belong to a model: its configuration, its tokenizer, its templates.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::path::{Component, Path, PathBuf};
 
 use safetensors::Dtype;
@@ -8,8 +8,9 @@ use serde_json::Value;
 
 use super::find::is_weights;
 use super::json;
+use super::links::CopySource;
 use crate::error::{Error, Result};
-use crate::fs::{AtomicFile, read_document};
+use crate::fs::{AtomicFile, check_regular, read_document};
 use crate::snapshot::INDEX_SUFFIX;
 
 /// Configuration with the model's dtype.
@@ -54,6 +55,17 @@ pub(super) struct AuxiliaryFile {
     /// Path in the model's folder.
     path: PathBuf,
     bytes: Vec<u8>,
+    /// Permissions of the file that it was read from.
+    permissions: Permissions,
+}
+
+impl AuxiliaryFile {
+    /// Reads a file, which is at `path` in the model's folder.
+    fn read(source: &CopySource, file: &Path, path: PathBuf) -> Result<AuxiliaryFile> {
+        let place = source.resolve(file)?;
+        let permissions = check_regular(&place)?.permissions();
+        Ok(AuxiliaryFile { path, bytes: read_document(&place)?, permissions })
+    }
 }
 
 /// Returns true if a file belongs to the model, but neither to its weights nor to the state of its training.
@@ -70,40 +82,42 @@ fn is_auxiliary(name: &str) -> bool {
 }
 
 /// Reads the auxiliary files from a model's folder. If `dtype` is given, the configuration gets it as the model's
-/// dtype.
+/// dtype. If `follow_links` is true, links may lead out of the folder.
 ///
 /// # Errors
-/// [`Error::Io`], and [`Error::Damaged`] if a configuration that must be changed is not JSON.
-pub(super) fn read_all(folder: &Path, dtype: Option<Dtype>) -> Result<Vec<AuxiliaryFile>> {
+/// [`Error::Io`], [`Error::Damaged`] if a configuration that must be changed is not JSON, and [`Error::Unexpected`] for
+/// a link that leads out of the folder.
+pub(super) fn read_all(folder: &Path, dtype: Option<Dtype>, follow_links: bool) -> Result<Vec<AuxiliaryFile>> {
+    let source = CopySource::new(folder, follow_links)?;
     let mut found = Vec::new();
     for path in files(folder)? {
         let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|name| is_auxiliary(name)) else {
             continue;
         };
-        let mut bytes = read_document(&path)?;
+        let mut file = AuxiliaryFile::read(&source, &path, name.into())?;
         if let Some(dtype) = dtype.filter(|_| name == CONFIG) {
             json::read(&path)?;
-            bytes = with_dtype(&bytes, dtype);
+            file.bytes = with_dtype(&file.bytes, dtype);
         }
-        found.push(AuxiliaryFile { path: name.into(), bytes });
+        found.push(file);
     }
     for module in modules(folder)? {
         for path in files(&folder.join(&module))? {
             if path.extension().is_some_and(|extension| extension == "json") {
                 let name = path.file_name().unwrap_or_default();
-                found.push(AuxiliaryFile { path: module.join(name), bytes: read_document(&path)? });
+                found.push(AuxiliaryFile::read(&source, &path, module.join(name))?);
             }
         }
     }
     Ok(found)
 }
 
-/// Lists the files in a folder.
+/// Lists the files in a folder, and the links that lead nowhere, so that these are reported when they are read.
 fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
         let path = entry.map_err(Error::io("list", dir))?.path();
-        if path.is_file() {
+        if path.is_file() || !path.exists() {
             files.push(path);
         }
     }
@@ -138,17 +152,17 @@ pub(super) fn write_all(folder: &Path, files: &[AuxiliaryFile]) -> Result<()> {
         let path = folder.join(&file.path);
         let dir = path.parent().unwrap_or(folder);
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-        write(&path, &file.bytes)?;
+        write(&path, &file.bytes, &file.permissions)?;
     }
     Ok(())
 }
 
-/// Writes a small file.
+/// Writes a small file, which nobody may read who may not read the original with these permissions.
 ///
 /// # Errors
 /// [`Error::Io`].
-pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let file = AtomicFile::create(path)?;
+pub(super) fn write(path: &Path, bytes: &[u8], permissions: &Permissions) -> Result<()> {
+    let file = AtomicFile::create_within(path, permissions)?;
     file.write_at(0, bytes)?;
     file.commit()
 }

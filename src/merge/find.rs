@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::natural;
 use crate::error::{Error, Result};
+use crate::fs::parent_dir;
 use crate::snapshot::{INDEX_SUFFIX, ShardIndex};
 
 /// Names of the weights in a folder, without extensions, as the tools that load them expect. The first one found
@@ -117,7 +118,7 @@ fn find_one(path: &Path) -> Result<FoundCheckpoint> {
     }
     fs::metadata(path).map_err(Error::io("read", path))?;
     if is_index(path) {
-        return FoundCheckpoint::sharded(path, path.parent(), path);
+        return FoundCheckpoint::sharded(path, Some(parent_dir(path)), path);
     }
     if !is_weights(path) {
         let why =

@@ -6,6 +6,7 @@ mod auxiliary_files;
 mod convert;
 mod find;
 mod json;
+mod links;
 mod mapped;
 mod model;
 mod natural;
@@ -64,6 +65,8 @@ pub struct Checkpoints {
     steps: Vec<u64>,
     /// Folders that the user named. Nothing is written into them.
     named: Vec<PathBuf>,
+    /// True if files that are copied along may be links to anywhere.
+    follow_links: bool,
 }
 
 impl Checkpoints {
@@ -106,7 +109,17 @@ impl Checkpoints {
         }
         models[0].check_averaged()?;
         let named = paths.iter().map(AsRef::as_ref).filter(|path| path.is_dir()).map(Path::to_owned).collect();
-        Ok(Checkpoints { models, steps, named })
+        Ok(Checkpoints { models, steps, named, follow_links: false })
+    }
+
+    /// Copies configuration, tokenizer and other small files even if they are links that lead out of the checkpoint's
+    /// folder. By default such a link is an error of [`Checkpoints::write`].
+    ///
+    /// Links within the folder are always followed. So are those of Hugging Face's cache, from a folder in `snapshots`
+    /// to the `blobs` of the same model.
+    pub fn follow_links(mut self, follow: bool) -> Checkpoints {
+        self.follow_links = follow;
+        self
     }
 
     /// Returns the step of each checkpoint, in order.
@@ -166,14 +179,15 @@ impl Checkpoints {
     /// Missing directories are created. If the newest checkpoint is a folder, so is each average, unless its path
     /// ends in `.safetensors`. Such a folder has the same shards and index, and the configuration, tokenizer and
     /// other small files of the model, but not the state of the training. With `options.dtype`, its `config.json` has
-    /// the new dtype.
+    /// the new dtype. A copied file keeps its permissions, less those that the umask takes.
     ///
     /// The metadata of the newest checkpoint are kept, except checksums of the data. `profile` and `step` describe the
     /// average.
     ///
     /// # Errors
-    /// [`Error::Unexpected`](crate::Error::Unexpected) for a path that is or is in an input, or a folder that is not
-    /// empty; [`Error::Tensor`](crate::Error::Tensor) for a sum that the dtype cannot hold; and those of
+    /// [`Error::Unexpected`](crate::Error::Unexpected) for a path that is or is in an input, a folder that is not
+    /// empty, or a file to be copied that is a link out of its folder (see [`Checkpoints::follow_links`]);
+    /// [`Error::Tensor`](crate::Error::Tensor) for a sum that the dtype cannot hold; and those of
     /// [`Run::write_all`](crate::Run::write_all).
     pub fn write(&self, outputs: &[(&Merge, &Path)], options: &WriteOptions<'_>) -> Result<Device> {
         write::write(self, outputs, options)

@@ -1,17 +1,19 @@
 //! Averages, written to files, or to folders like those of the checkpoints.
 
 use std::collections::BTreeMap;
+use std::fs::Permissions;
 use std::path::{Component, Path, PathBuf};
 
 use super::Checkpoints;
 use super::auxiliary_files;
 use super::find::file_name;
+use super::links::CopySource;
 use super::mapped::MappedModels;
 use super::model::CheckpointModel;
 use super::plan::{Merge, MergeRow};
 use crate::device::Device;
 use crate::error::{Error, Result, shown};
-use crate::fs::{AtomicFolder, CreatedDirs, Stream, check_output, check_vacant, parent_dir};
+use crate::fs::{AtomicFolder, CreatedDirs, Stream, check_output, check_regular, check_vacant, parent_dir};
 use crate::planning::profile_json;
 use crate::snapshot::{INDEX_SUFFIX, PROFILE, STEP, base_strings};
 use crate::synthesis::{MAX_TARGETS, OutputFile, Shards, SourceSet, WriteOptions, check_device, check_distinct};
@@ -141,8 +143,11 @@ fn write_in_one_pass(
     options: &WriteOptions<'_>,
 ) -> Result<Device> {
     // Read first, so that an error comes before the blend.
+    let index_permissions = index_permissions(newest, checkpoints.follow_links)?;
     let auxiliary = match &newest.found.folder {
-        Some(folder) if outputs[0].folder => auxiliary_files::read_all(folder, options.dtype)?,
+        Some(folder) if outputs[0].folder => {
+            auxiliary_files::read_all(folder, options.dtype, checkpoints.follow_links)?
+        }
         _ => Vec::new(),
     };
     let mut folders = Vec::new();
@@ -171,7 +176,9 @@ fn write_in_one_pass(
     let device = written.map_err(|error| mapped.blame(error))?;
     drop(mapped);
     for folder in &folders {
-        write_index(folder.path(), newest, shards.data_len())?;
+        if let Some(permissions) = &index_permissions {
+            write_index(folder.path(), newest, shards.data_len(), permissions)?;
+        }
         auxiliary_files::write_all(folder.path(), &auxiliary)?;
     }
     folders.into_iter().try_for_each(AtomicFolder::commit)?;
@@ -227,8 +234,22 @@ fn safetensors_name(name: &str) -> String {
     }
 }
 
+/// Returns the permissions of a checkpoint's index; `None` if it has none. Its metadata are copied into the average's.
+///
+/// # Errors
+/// [`Error::Unexpected`] if the index is a link that leads out of the checkpoint's folder, and [`Error::Io`].
+fn index_permissions(newest: &CheckpointModel, follow_links: bool) -> Result<Option<Permissions>> {
+    match (&newest.found.index, &newest.found.folder) {
+        (Some((path, _)), Some(folder)) => {
+            let place = CopySource::new(folder, follow_links)?.resolve(path)?;
+            Ok(Some(check_regular(&place)?.permissions()))
+        }
+        _ => Ok(None),
+    }
+}
+
 /// Writes the index of an average's shards, if the checkpoint has one.
-fn write_index(dir: &Path, newest: &CheckpointModel, total_size: usize) -> Result<()> {
+fn write_index(dir: &Path, newest: &CheckpointModel, total_size: usize, permissions: &Permissions) -> Result<()> {
     let Some((path, index)) = &newest.found.index else { return Ok(()) };
     let files: Vec<String> = newest.found.files.iter().map(|path| safetensors_name(&file_name(path))).collect();
     let tensors = newest.tensors.iter();
@@ -236,5 +257,5 @@ fn write_index(dir: &Path, newest: &CheckpointModel, total_size: usize) -> Resul
     let name = file_name(path);
     let stem = name.strip_suffix(INDEX_SUFFIX).unwrap_or(&name);
     let path = dir.join(format!("{}{INDEX_SUFFIX}", safetensors_name(stem)));
-    auxiliary_files::write(&path, index.with_tensors(weight_map, total_size).to_json().as_bytes())
+    auxiliary_files::write(&path, index.with_tensors(weight_map, total_size).to_json().as_bytes(), permissions)
 }

@@ -42,6 +42,10 @@ pub struct Arguments {
     /// Write each target to a file or folder of its own in this directory, which is made if it is missing
     #[arg(long, value_name = "DIR")]
     out_dir: Option<PathBuf>,
+    /// Copy configuration, tokenizer and other small files even if they are links that lead out of the checkpoint's
+    /// folder; Hugging Face's cache does not need it
+    #[arg(long)]
+    follow_links: bool,
     /// Only show the weights and what they cost
     #[arg(long, conflicts_with_all = ["output", "out_dir"])]
     plan: bool,
@@ -61,6 +65,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     arguments.destination().check(arguments.json)?;
     let steps = arguments.steps.as_ref().map(whole_steps).transpose()?;
     let checkpoints = Checkpoints::open(&arguments.paths, steps.as_deref()).map_err(Failure::of_argument)?;
+    let checkpoints = checkpoints.follow_links(arguments.follow_links);
     let at = arguments.at.map_or(At::Latest, At::Step);
     let merges = checkpoints.plans(&profiles, at).map_err(Failure::of_argument)?;
     let warnings: Vec<String> = merges.iter().filter_map(Merge::warning).collect();

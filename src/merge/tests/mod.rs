@@ -1,6 +1,7 @@
 //! Averages of checkpoints, compared with sums in f64, in every layout of files.
 
 mod files;
+mod links;
 mod refused;
 
 use std::collections::HashMap;
