@@ -12,11 +12,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
-use tempfile::NamedTempFile;
 
 use super::fail_point::attempt;
 use super::file_checks::check_replaceable;
-use super::temporary::{self, LiveEntry};
+use super::temporary::TempFile;
 use crate::error::Result;
 
 /// Bytes that are written before their writeback starts.
@@ -28,12 +27,10 @@ const MIN_WRITEBACK: usize = 1 << 20;
 /// File that is being written under a temporary name. If it is dropped before [`AtomicFile::commit`], it is removed.
 #[derive(Debug)]
 pub struct AtomicFile {
-    file: NamedTempFile,
+    file: TempFile,
     path: PathBuf,
     /// Largest length of a file that this process may write.
     limit: Option<u64>,
-    /// Dropped after the file.
-    _live: LiveEntry,
 }
 
 impl AtomicFile {
@@ -57,8 +54,8 @@ impl AtomicFile {
         check_replaceable(path)?;
         // Subject to the umask, as for any new file. The default of tempfile is private to the user.
         let permissions = Permissions::from_mode(mode);
-        let (file, live) = attempt("write", path, || temporary::file(parent_dir(path), permissions))?;
-        Ok(AtomicFile { file, path: path.to_owned(), limit: file_limit(), _live: live })
+        let file = attempt("write", path, || TempFile::create(parent_dir(path), permissions))?;
+        Ok(AtomicFile { file, path: path.to_owned(), limit: file_limit() })
     }
 
     /// Returns the final path of the file.
@@ -95,9 +92,7 @@ impl AtomicFile {
     pub fn commit(self) -> Result<()> {
         attempt("sync", &self.path, || self.file.as_file().sync_all())?;
         check_replaceable(&self.path)?;
-        attempt("rename into place", &self.path, || {
-            self.file.persist(&self.path).map(drop).map_err(|failed| failed.error)
-        })?;
+        attempt("rename into place", &self.path, || self.file.persist(&self.path))?;
         sync_directory(parent_dir(&self.path))
     }
 }

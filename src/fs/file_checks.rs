@@ -2,9 +2,11 @@
 //!
 //! Reading a pipe may block forever, a device may never end, and a device that is replaced is lost to the system.
 
-use std::fs::{self, FileType, Metadata};
-use std::os::unix::fs::FileTypeExt;
+use std::fs::{self, FileType, Metadata, OpenOptions};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+
+use rustix::fs::OFlags;
 
 use crate::error::{Error, Result};
 
@@ -50,6 +52,11 @@ fn kind(file_type: FileType) -> &'static str {
         (_, true) => "socket",
         _ => "device",
     }
+}
+
+/// Makes opening fail on a link instead of following it, and return at once on a pipe.
+pub(super) fn without_following(options: &mut OpenOptions) -> &mut OpenOptions {
+    options.custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32)
 }
 
 /// Reads a whole document.

@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tempfile::{Builder, NamedTempFile, TempDir};
+use tempfile::{Builder, TempDir};
+
+use super::file_checks::without_following;
 
 /// Prefix of all temporary names.
 const PREFIX: &str = ".posthoc-ema-";
@@ -29,16 +31,14 @@ static LIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
 /// Guard that keeps a path in [`LIVE`].
 #[derive(Debug)]
-pub(super) struct LiveEntry {
+struct LiveEntry {
     path: PathBuf,
-    /// Handle that holds the lock of a folder. A file is locked through its own handle.
-    _lock: Option<File>,
 }
 
 impl LiveEntry {
-    fn new(paths: &mut BTreeSet<PathBuf>, path: &Path, lock: Option<File>) -> LiveEntry {
+    fn new(paths: &mut BTreeSet<PathBuf>, path: &Path) -> LiveEntry {
         paths.insert(path.to_owned());
-        LiveEntry { path: path.to_owned(), _lock: lock }
+        LiveEntry { path: path.to_owned() }
     }
 
     /// Removes the path, so that [`remove_unfinished`] leaves it alone.
@@ -57,19 +57,85 @@ fn live() -> MutexGuard<'static, BTreeSet<PathBuf>> {
     LIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Creates a file with a temporary name in a directory.
-pub(super) fn file(dir: &Path, permissions: Permissions) -> io::Result<(NamedTempFile, LiveEntry)> {
-    let mode = permissions.mode();
-    retry(|paths| {
-        // The error of the system, with its number: that of `tempfile_in` has none.
-        let create = |path: &Path| File::options().read(true).write(true).create_new(true).mode(mode).open(path);
-        let file = Builder::new().prefix(&with_machine(PREFIX)).make_in(dir, create)?;
-        if !try_lock(file.as_file(), file.path()) {
-            return Ok(None);
+/// File with a temporary name. Unless it is persisted, it is removed on drop, also if its directory was renamed.
+#[derive(Debug)]
+pub(super) struct TempFile {
+    file: File,
+    live: LiveEntry,
+    is_persisted: bool,
+}
+
+impl TempFile {
+    /// Creates a file with a temporary name in a directory. Fails if the name exists, and follows no link.
+    pub(super) fn create(dir: &Path, permissions: Permissions) -> io::Result<TempFile> {
+        let mode = permissions.mode();
+        retry(|paths| {
+            // The error of the system, with its number: that of `tempfile_in` has none.
+            let create = |path: &Path| File::options().read(true).write(true).create_new(true).mode(mode).open(path);
+            let file = Builder::new().prefix(&with_machine(PREFIX)).make_in(dir, create)?;
+            let (file, path) = file.keep().map_err(|failed| failed.error)?;
+            if !try_lock(&file, &path) {
+                let _ = fs::remove_file(&path);
+                remove_moved(&file, &path);
+                return Ok(None);
+            }
+            Ok(Some(TempFile { file, live: LiveEntry::new(paths, &path), is_persisted: false }))
+        })
+    }
+
+    pub(super) fn as_file(&self) -> &File {
+        &self.file
+    }
+
+    /// Renames the file, and replaces a file of that name.
+    pub(super) fn persist(mut self, path: &Path) -> io::Result<()> {
+        fs::rename(&self.live.path, path)?;
+        self.is_persisted = true;
+        Ok(())
+    }
+}
+
+impl Drop for TempFile {
+    fn drop(&mut self) {
+        if !self.is_persisted {
+            let _ = fs::remove_file(&self.live.path);
+            remove_moved(&self.file, &self.live.path);
         }
-        let live = LiveEntry::new(paths, file.path(), None);
-        Ok(Some((file, live)))
-    })
+    }
+}
+
+/// Removes a temporary file or folder whose directory was renamed since it was created.
+///
+/// The directory may be renamed again meanwhile.
+fn remove_moved(handle: &File, path: &Path) {
+    for _ in 0..ATTEMPTS {
+        // A removed file has another name, and so has one that was persisted.
+        match current_path(handle).filter(|current| current.file_name() == path.file_name()) {
+            Some(current) => remove(&current),
+            None => return,
+        }
+    }
+}
+
+/// Returns the path of an open file or folder, as the system knows it now.
+#[cfg(target_os = "linux")]
+fn current_path(handle: &File) -> Option<PathBuf> {
+    use std::os::fd::AsRawFd;
+
+    fs::read_link(format!("/proc/self/fd/{}", handle.as_raw_fd())).ok()
+}
+
+#[cfg(target_vendor = "apple")]
+fn current_path(handle: &File) -> Option<PathBuf> {
+    use std::os::unix::ffi::OsStringExt;
+
+    let path = rustix::fs::getpath(handle).ok()?;
+    Some(std::ffi::OsString::from_vec(path.into_bytes()).into())
+}
+
+#[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
+fn current_path(_: &File) -> Option<PathBuf> {
+    None
 }
 
 /// Creates a folder with a temporary name in a directory. `purpose` becomes part of the name.
@@ -80,10 +146,13 @@ pub(super) fn folder(dir: &Path, purpose: &str, permissions: Permissions) -> io:
         // A folder that cannot be opened cannot be locked, and no process takes it for a leftover.
         let Ok(handle) = File::open(folder.path()) else { return Ok(Some((folder, None))) };
         if !try_lock(&handle, folder.path()) {
+            let path = folder.path().to_owned();
+            drop(folder);
+            remove_moved(&handle, &path);
             return Ok(None);
         }
-        let live = LiveEntry::new(paths, folder.path(), Some(handle));
-        Ok(Some((folder, Some(live))))
+        let live = LiveEntry::new(paths, folder.path());
+        Ok(Some((folder, Some((live, handle)))))
     })
     .map(|(folder, live)| (folder, TempLock(live)))
 }
@@ -95,15 +164,25 @@ pub fn scratch_folder(dir: &Path, purpose: &str) -> io::Result<(TempDir, TempLoc
     folder(dir, purpose, Permissions::from_mode(0o700))
 }
 
-/// Lock that keeps a folder from being taken for a leftover.
+/// Lock that keeps a folder from being taken for a leftover, with the handle that holds it.
+///
+/// Dropped after the folder, it removes a folder whose parent was renamed.
 #[derive(Debug)]
-pub struct TempLock(Option<LiveEntry>);
+pub struct TempLock(Option<(LiveEntry, File)>);
 
 impl TempLock {
     /// Marks the folder as finished, so that [`remove_unfinished`] leaves it alone.
     pub(super) fn finish(&self) {
-        if let Some(live) = &self.0 {
+        if let Some((live, _)) = &self.0 {
             live.finish();
+        }
+    }
+}
+
+impl Drop for TempLock {
+    fn drop(&mut self) {
+        if let Some((live, handle)) = &self.0 {
+            remove_moved(handle, &live.path);
         }
     }
 }
@@ -118,7 +197,8 @@ fn retry<T>(create: impl Fn(&mut BTreeSet<PathBuf>) -> io::Result<Option<T>>) ->
     Err(io::Error::other("another process removes the temporary files here as soon as they are created"))
 }
 
-/// Locks a new file or folder. Returns false if another process has locked it and is removing it.
+/// Locks a new file or folder. Returns false if another process has locked it and is removing it, or if its directory
+/// was renamed.
 ///
 /// On a file system without locks, no process can lock it, so none removes it.
 fn try_lock(handle: &File, path: &Path) -> bool {
@@ -145,7 +225,7 @@ static MACHINE: LazyLock<String> = LazyLock::new(|| {
 });
 
 /// Purposes of temporary folders, in their names.
-const PURPOSES: [&str; 2] = ["import-", "average-"];
+const PURPOSES: [&str; 3] = ["import-", "average-", "link-"];
 
 /// Returns the machine in a temporary name, or `None` if this crate did not create it.
 fn machine_of(name: &str) -> Option<&str> {
@@ -179,8 +259,8 @@ fn lock_leftover(path: &Path, own: bool) -> Option<File> {
     }
     // Some file systems lock only files that are open for writing. A folder cannot be.
     let handle = match (metadata.is_file(), metadata.is_dir()) {
-        (true, _) => File::options().read(true).write(true).open(path).ok()?,
-        (_, true) => File::open(path).ok()?,
+        (true, _) => without_following(File::options().read(true).write(true)).open(path).ok()?,
+        (_, true) => without_following(File::options().read(true)).open(path).ok()?,
         _ => return None,
     };
     handle.try_lock().ok()?;
@@ -223,7 +303,7 @@ mod tests {
     #[test]
     fn only_leftovers_are_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let (file, _file) = file(dir.path(), Permissions::from_mode(0o666)).unwrap();
+        let file = TempFile::create(dir.path(), Permissions::from_mode(0o666)).unwrap();
         let (folder, lock) = folder(dir.path(), "import", Permissions::from_mode(0o777)).unwrap();
         fs::write(folder.path().join("inner"), "").unwrap();
         let foreign = [
@@ -242,13 +322,31 @@ mod tests {
         assert_eq!(before.len(), 8);
         remove_leftovers(dir.path());
         assert_eq!(names(dir.path()), before);
-        // As after a kill: the files exist, but no process holds their locks.
-        let path = folder.keep();
-        drop(lock);
-        let (_, killed) = file.keep().unwrap();
-        remove_leftovers(dir.path());
-        assert!(!path.exists() && !killed.exists());
+        drop((folder, lock, file));
         assert_eq!(names(dir.path()).len(), 6);
+        // As after a kill: the files exist, but no process holds their locks.
+        let killed = ["", "link-"].map(|purpose| with_machine(&format!("{PREFIX}{purpose}")) + "abcdef");
+        let killed = killed.map(|name| dir.path().join(name));
+        fs::write(&killed[0], "").unwrap();
+        fs::create_dir(&killed[1]).unwrap();
+        remove_leftovers(dir.path());
+        assert_eq!(names(dir.path()).len(), 6);
+    }
+
+    #[test]
+    fn files_in_a_renamed_directory_are_removed() {
+        let temp = tempfile::tempdir().unwrap();
+        let [dir, away] = ["dir", "away"].map(|name| temp.path().join(name));
+        fs::create_dir(&dir).unwrap();
+        let file = TempFile::create(&dir, Permissions::from_mode(0o666)).unwrap();
+        let (folder, lock) = folder(&dir, "average", Permissions::from_mode(0o777)).unwrap();
+        fs::write(folder.path().join("inner"), "").unwrap();
+        let persisted = TempFile::create(&dir, Permissions::from_mode(0o666)).unwrap();
+        persisted.persist(&dir.join("whole")).unwrap();
+        fs::rename(&dir, &away).unwrap();
+        drop((file, folder, lock));
+        fs::rename(&away, &dir).unwrap();
+        assert_eq!(names(&dir), ["whole"]);
     }
 
     #[test]
