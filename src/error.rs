@@ -172,6 +172,18 @@ pub enum Error {
         /// Directory of the run.
         path: PathBuf,
     },
+    /// The lock that this process took is not the directory's lock any more.
+    #[error(
+        "{}: {reason}, so that another process may write here, too: this process stores nothing more. Stop both, and \
+         start one of them again: it goes on from what is stored",
+        named(path)
+    )]
+    LockLost {
+        /// Directory that was locked.
+        path: PathBuf,
+        /// Event that lost the lock, such as "its lock file `.lock` was removed".
+        reason: &'static str,
+    },
     /// A safetensors file is damaged.
     #[error(
         "{}: {}: the file is damaged or incomplete; move it out of the directory to go on without it",

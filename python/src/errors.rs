@@ -14,6 +14,7 @@ pub fn to_python(error: Error) -> PyErr {
         Error::NoRun { .. } => PyFileNotFoundError::new_err(text),
         Error::RunExists { .. } => PyFileExistsError::new_err(text),
         Error::Locked { .. }
+        | Error::LockLost { .. }
         | Error::NonFinite { .. }
         | Error::Cuda { .. }
         | Error::NoTarget

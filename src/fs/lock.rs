@@ -1,18 +1,25 @@
 //! Lock of a run, held while it is being written.
 
-use std::fs::{File, OpenOptions, TryLockError};
-use std::path::Path;
+use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use super::fail_point::fail_point;
+use super::file_checks::without_following;
 use crate::error::{Error, Result};
 
 /// File name of the lock within a run. The file is never removed: that would race with the next writer.
 const LOCK_FILE: &str = ".lock";
 
+/// Number of attempts to lock the file that is at the path.
+const ATTEMPTS: usize = 3;
+
 /// Guard of a locked run. The system releases the lock even if the process is killed.
 #[derive(Debug)]
 pub struct Lock {
     file: File,
+    id: LockId,
     /// Process that took the lock. A forked child shares the open file and must not release it.
     process: u32,
 }
@@ -30,18 +37,103 @@ impl Drop for Lock {
 impl Lock {
     /// Locks a run for writing.
     ///
+    /// The lock file is neither followed if it is a link, nor waited for if it is a pipe.
+    ///
     /// # Errors
-    /// [`Error::Locked`] if another writer holds it, [`Error::Io`] if the lock cannot be taken.
+    /// [`Error::Locked`] if another writer holds it, [`Error::Io`] if the lock cannot be taken, [`Error::Unexpected`]
+    /// if the lock file is not a regular file.
     pub fn acquire(dir: &Path) -> Result<Lock> {
         let path = dir.join(LOCK_FILE);
-        let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
-        let file = open.map_err(Error::io("open", &path))?;
-        match fail_point(&path).map_err(TryLockError::Error).and_then(|()| file.try_lock()) {
-            Ok(()) => Ok(Lock { file, process: std::process::id() }),
+        let mut lock = Lock::open(dir, &path)?;
+        for _ in 0..ATTEMPTS {
+            let found = path.symlink_metadata().ok().map(|metadata| file_id(&metadata));
+            if found == lock.id.file {
+                return Ok(lock);
+            }
+            // The file was removed between its opening and its lock.
+            drop(lock);
+            lock = Lock::open(dir, &path)?;
+        }
+        // The numbers of files change from call to call here.
+        lock.id.file = None;
+        Ok(lock)
+    }
+
+    fn open(dir: &Path, path: &Path) -> Result<Lock> {
+        if path.symlink_metadata().is_ok_and(|metadata| !metadata.is_file()) {
+            return Err(not_regular(path));
+        }
+        let mut options = OpenOptions::new();
+        let open = without_following(options.create(true).truncate(false).write(true)).open(path);
+        let file = open.map_err(Error::io("open", path))?;
+        let metadata = file.metadata().map_err(Error::io("read", path))?;
+        if !metadata.is_file() {
+            return Err(not_regular(path));
+        }
+        let parent = fs::metadata(dir).map_err(Error::io("read", dir))?;
+        let id = LockId { dir: dir.to_owned(), parent: file_id(&parent), file: Some(file_id(&metadata)) };
+        match fail_point(path).map_err(TryLockError::Error).and_then(|()| file.try_lock()) {
+            Ok(()) => Ok(Lock { file, id, process: std::process::id() }),
             Err(TryLockError::WouldBlock) => Err(Error::Locked { path: dir.to_owned() }),
-            Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
+            Err(TryLockError::Error(error)) => Err(Error::io("lock", path)(error)),
         }
     }
+
+    /// Returns the identity of the lock, for checks before each store.
+    pub fn id(&self) -> &LockId {
+        &self.id
+    }
+}
+
+/// Identity of a locked file and of its directory.
+///
+/// The number of a file is not used again while the file is open.
+#[derive(Clone, Debug)]
+pub struct LockId {
+    dir: PathBuf,
+    parent: FileId,
+    /// Identity of the lock file, if it is the same from call to call.
+    file: Option<FileId>,
+}
+
+/// Device and number of a file.
+type FileId = (u64, u64);
+
+fn file_id(metadata: &Metadata) -> FileId {
+    (metadata.dev(), metadata.ino())
+}
+
+impl LockId {
+    /// Checks that the locked file is still the lock file of the directory. If it is not, another process can lock the
+    /// directory, too.
+    ///
+    /// A directory that does not exist passes: the operation that needs it returns the error.
+    ///
+    /// # Errors
+    /// [`Error::LockLost`], and [`Error::Io`] if the directory cannot be read.
+    pub fn check(&self) -> Result<()> {
+        let path = self.dir.join(LOCK_FILE);
+        let found = match path.symlink_metadata() {
+            Ok(metadata) if self.file.is_none_or(|file| file == file_id(&metadata)) => return Ok(()),
+            Ok(_) => true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(error) => return Err(Error::io("read", &path)(error)),
+        };
+        let reason = match fs::metadata(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(Error::io("read", &self.dir)(error)),
+            Ok(parent) if file_id(&parent) != self.parent => "the directory was replaced by another one",
+            Ok(_) if found => "its lock file `.lock` was replaced by another one",
+            Ok(_) => "its lock file `.lock` was removed",
+        };
+        Err(Error::LockLost { path: self.dir.clone(), reason })
+    }
+}
+
+fn not_regular(path: &Path) -> Error {
+    let why = "the lock file is a link, a pipe or otherwise not a regular file: remove it if no other process writes \
+               here";
+    Error::unexpected(path, why)
 }
 
 #[cfg(test)]
@@ -69,5 +161,63 @@ mod tests {
             assert!(text.contains(dir.path().to_str().unwrap()), "{text}");
         }
         Lock::acquire(dir.path()).unwrap();
+    }
+    #[test]
+    fn links_pipes_and_devices_are_not_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let [path, target] = [".lock", "target"].map(|name| dir.path().join(name));
+        let command = |program: &str, arguments: &[&str]| {
+            std::process::Command::new(program).arg(&path).args(arguments).status().unwrap().success()
+        };
+        let refused = |what: &str| {
+            let text = Lock::acquire(dir.path()).unwrap_err().to_string();
+            assert!(text.contains("not a regular file") && text.contains(path.to_str().unwrap()), "{what}: {text}");
+            fs::remove_file(&path).unwrap();
+        };
+        std::os::unix::fs::symlink(&target, &path).unwrap();
+        refused("dangling link");
+        assert!(!target.exists());
+        fs::write(&target, "kept").unwrap();
+        std::os::unix::fs::symlink(&target, &path).unwrap();
+        refused("link");
+        assert_eq!(fs::read(&target).unwrap(), b"kept");
+        assert!(command("mkfifo", &[]));
+        refused("pipe");
+        if command("mknod", &["c", "1", "3"]) {
+            refused("device");
+        } else {
+            eprintln!("links_pipes_and_devices_are_not_opened: no device, because mknod is not permitted");
+        }
+        Lock::acquire(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn lock_that_is_no_longer_at_its_path_is_lost() {
+        let temp = tempfile::tempdir().unwrap();
+        let [dir, away] = ["dir", "away"].map(|name| temp.path().join(name));
+        fs::create_dir(&dir).unwrap();
+        let lock = Lock::acquire(&dir).unwrap();
+        lock.id().check().unwrap();
+        // The directory is moved away and put back.
+        fs::rename(&dir, &away).unwrap();
+        lock.id().check().unwrap();
+        let lost = |part: &str| {
+            let text = lock.id().check().unwrap_err().to_string();
+            assert!(text.contains(part) && text.contains(dir.to_str().unwrap()), "{text}");
+            assert!(text.contains("another process may write here, too"), "{text}");
+        };
+        fs::create_dir(&dir).unwrap();
+        lost("the directory was replaced");
+        let other = Lock::acquire(&dir).unwrap();
+        lost("the directory was replaced");
+        fs::remove_dir_all(&dir).unwrap();
+        fs::rename(&away, &dir).unwrap();
+        lock.id().check().unwrap();
+        assert!(matches!(other.id().check(), Err(Error::LockLost { .. })));
+        fs::remove_file(dir.join(LOCK_FILE)).unwrap();
+        lost("`.lock` was removed");
+        let other = Lock::acquire(&dir).unwrap();
+        lost("`.lock` was replaced");
+        other.id().check().unwrap();
     }
 }

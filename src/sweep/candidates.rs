@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::trial::Trial;
 use crate::error::{Error, Result};
-use crate::fs::{check_replaceable, is_temporary, sync_directory};
+use crate::fs::{check_replaceable, is_temporary, replace_by_link, sync_directory};
 use crate::math::Profile;
 use crate::planning::{Plan, profile_json};
 use crate::snapshot::{PROFILE, StoredFile};
@@ -22,9 +22,6 @@ const PENDING: &str = "evaluating";
 
 /// Folders of averages.
 pub(super) const FOLDERS: [&str; 2] = [KEPT, PENDING];
-
-/// Temporary name of the best average. Its prefix is that of all temporary names, which identifies a leftover.
-const TEMPORARY_BEST: &str = ".posthoc-ema-best";
 
 /// Average to be evaluated.
 #[derive(Clone, Copy, Debug)]
@@ -47,8 +44,12 @@ impl SweepDir {
     /// Creates the folder, and removes the leftovers of a killed sweep. Averages with a trial in `evaluated` stay if
     /// that sweep kept all.
     pub(super) fn new(dir: &Path, keep_all: bool, evaluated: &[Trial]) -> Result<SweepDir> {
+        // Checked first: a sweep that is dropped clears a folder.
+        if let Some(link) = FOLDERS.map(|name| dir.join(name)).into_iter().find(|folder| folder.is_symlink()) {
+            let why = "a link is here, and a sweep removes files from this folder: replace it by a folder";
+            return Err(Error::unexpected(&link, why));
+        }
         let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all };
-        remove(&sweep_dir.dir.join(TEMPORARY_BEST))?;
         let kept: Vec<String> = evaluated.iter().map(|trial| profile_json(&trial.profile)).collect();
         clear(&dir.join(KEPT), |profile| !keep_all && !kept.contains(profile))?;
         clear(&dir.join(PENDING), |_| true)?;
@@ -98,23 +99,12 @@ impl SweepDir {
         let best = self.best();
         check_replaceable(&best)?;
         if self.keep_all {
-            self.replace_by_copy(&best, candidate)?;
+            // The candidate stays.
+            replace_by_link(candidate, &best)?;
         } else {
             fs::rename(candidate, &best).map_err(Error::io("rename into place", &best))?;
         }
         sync_directory(&self.dir)
-    }
-
-    /// Replaces the best average by a hard link to a candidate, or by a copy if the file system has no hard links.
-    fn replace_by_copy(&self, best: &Path, candidate: &Path) -> Result<()> {
-        let temporary = self.dir.join(TEMPORARY_BEST);
-        remove(&temporary)?;
-        let copied = fs::hard_link(candidate, &temporary).or_else(|_| fs::copy(candidate, &temporary).map(drop));
-        let synced = copied.and_then(|()| fs::File::open(&temporary)?.sync_all());
-        synced.map_err(Error::io("write", best))?;
-        fs::rename(&temporary, best).map_err(Error::io("rename into place", best))?;
-        // A rename between two links of one file does nothing, so the temporary name may still exist.
-        remove(&temporary)
     }
 
     /// Removes a candidate, unless all averages are kept.

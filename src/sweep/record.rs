@@ -43,7 +43,7 @@ pub struct SweepKey {
 pub struct Record {
     dir: PathBuf,
     key: SweepKey,
-    _lock: Lock,
+    lock: Lock,
 }
 
 /// Contents of the document.
@@ -88,7 +88,7 @@ impl Record {
         remove_leftovers(dir);
         let path = dir.join(FILE);
         let trials = find_document(&path)?.map_or(Ok(Vec::new()), |text| read(&path, &text, &key))?;
-        let record = Record { dir: dir.to_owned(), key, _lock: lock };
+        let record = Record { dir: dir.to_owned(), key, lock };
         if trials.is_empty() {
             record.write(&trials)?;
         }
@@ -103,12 +103,13 @@ impl Record {
     /// Replaces the document atomically.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be written.
+    /// [`Error::Io`] if it cannot be written, [`Error::LockLost`] if another process may write here.
     pub fn save(&self, sweep: &Sweep) -> Result<()> {
         self.write(sweep.trials())
     }
 
     fn write(&self, trials: &[Trial]) -> Result<()> {
+        self.lock.id().check()?;
         let document =
             SweepDocument { posthoc_ema_sweep: VERSION, key: Cow::Borrowed(&self.key), trials: trials.into() };
         let path = self.dir.join(FILE);

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use crate::common::{failure, names, posthoc_ema, train};
 use posthoc_ema::snapshot::StoredFile;
-use posthoc_ema::{Error, Run, verify};
+use posthoc_ema::{Error, Profile, Run, SweepOptions, verify};
 use serde_json::json;
 
 /// Writes a file with a header and `data` bytes of zeros.
@@ -212,4 +212,50 @@ fn thousands_of_empty_snapshots_are_verified_in_linear_time() {
     let report = verify(temp.path(), &mut |_| ()).unwrap();
     assert_eq!((report.files, report.findings.len()), (8000, 8000));
     assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
+}
+
+/// A sweep into a directory of others: its lock and its candidates are links or pipes, and a link has the name of a
+/// temporary file.
+#[test]
+fn sweep_follows_no_planted_link() {
+    let temp = tempfile::tempdir().unwrap();
+    let [dir, out, target] = ["run", "out", "target"].map(|name| temp.path().join(name));
+    train(&dir);
+    let run = Run::open(&dir).unwrap();
+    fs::create_dir(&out).unwrap();
+    fs::create_dir(&target).unwrap();
+    fs::write(target.join("file"), "kept").unwrap();
+    let targets = [0.1, 0.15].map(|sigma_rel| Profile::sigma_rel(sigma_rel).unwrap());
+    let sweep = |plant: &dyn Fn()| {
+        let options = SweepOptions { keep_all: true, refine: 0, ..SweepOptions::new(&out, &targets) };
+        run.sweep(&options, |candidate| {
+            plant();
+            Ok::<f64, Error>(f64::from(candidate.path.exists()))
+        })
+    };
+    let pipe = |path: &Path| assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+    let link = |path: &Path| symlink(&target, path).unwrap();
+    let dangling = |path: &Path| symlink(target.join("made"), path).unwrap();
+    let refused = |name: &str, make: &dyn Fn(&Path), part: &str| {
+        make(&out.join(name));
+        let text = sweep(&|| ()).map(|_| ()).unwrap_err().to_string();
+        assert!(text.contains(part) && text.contains(name), "{text}");
+        fs::remove_file(out.join(name)).unwrap();
+    };
+    refused(".lock", &pipe, "not a regular file");
+    refused(".lock", &link, "not a regular file");
+    refused(".lock", &dangling, "not a regular file");
+    // Names that a process could guess.
+    let planted = [".posthoc-ema-best", ".posthoc-ema-link"].map(|name| out.join(name));
+    let plant = || {
+        planted.iter().filter(|path| !path.is_symlink()).for_each(|path| symlink(target.join("file"), path).unwrap())
+    };
+    assert!(sweep(&plant).unwrap().best.is_some_and(|best| best.exists()));
+    assert!(planted.iter().all(|path| path.is_symlink()));
+    fs::remove_dir_all(out.join("candidates")).unwrap();
+    refused("candidates", &link, "a link is here");
+    assert_eq!(names(&target), ["file"]);
+    assert_eq!(fs::read(target.join("file")).unwrap(), b"kept");
+    let hidden = names(&out).into_iter().filter(|name| name.starts_with(".posthoc-ema-"));
+    assert_eq!(hidden.count(), planted.len());
 }
