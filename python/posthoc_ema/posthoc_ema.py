@@ -112,7 +112,7 @@ class PostHocEMA(RunAverages):
                 averages. The memory of the copy, as much as the averages take, is reserved here. Without this option or
                 this memory, the training waits for the disk.
             on_error: Reaction of an update to a snapshot that could not be stored: "raise" an OSError, or "warn". The
-                averages lose nothing either way, and the snapshot is tried again.
+                averages lose nothing either way, and the snapshot is tried again. A lost lock is raised either way.
             rank_zero_only: Track on rank 0 of `torch.distributed` only; all other ranks count steps, from the run's
                 step on. Under data parallelism all ranks hold the same parameters, and a run has one writer.
 
@@ -235,7 +235,7 @@ class PostHocEMA(RunAverages):
         Raises:
             ValueError: If the model's tensors are not those the run began with. The message names the first difference.
             RuntimeError: If an average to be stored contains NaN or infinity (nothing is written then), if the model
-                holds an average, or if a device fails.
+                holds an average, if the run's lock was removed or its directory replaced, or if a device fails.
             OSError: If a snapshot could not be written in the background, unless `on_error` is "warn". The update
                 itself is complete, and the snapshot is tried again before the next one. With
                 `checkpoint_in_background=False` it is the snapshot of this call, tried again before the next update.

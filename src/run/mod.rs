@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use rayon::prelude::*;
 
 mod parsed_snapshot;
+mod sessions;
 mod settings;
 mod state;
 #[cfg(test)]
@@ -68,7 +69,10 @@ impl Run {
     pub fn open(dir: impl AsRef<Path>) -> Result<Run> {
         start_threads()?;
         let snapshots = snapshot::open_all(dir.as_ref())?;
-        Run::new(dir.as_ref(), snapshots.into_iter().map(ParsedSnapshot::new).collect::<Result<_>>()?)
+        let parsed: Vec<_> = snapshots.into_iter().map(ParsedSnapshot::new).collect::<Result<_>>()?;
+        let run = Run::new(dir.as_ref(), parsed)?;
+        sessions::check(&run.snapshots)?;
+        Ok(run)
     }
 
     /// Opens the intact snapshots and returns the error of each of the others. Plans use the intact ones only.
@@ -88,6 +92,7 @@ impl Run {
             }
         }
         damaged.extend(remove_diverged(&mut sound));
+        damaged.extend(sessions::remove_strays(&mut sound));
         if sound.is_empty() {
             return Err(damaged.swap_remove(0));
         }

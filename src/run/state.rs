@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{Run, Settings};
 use crate::error::{Difference, Error, Result, shown};
 use crate::math::History;
-use crate::snapshot::{self, STATE_FILE, StoredFile};
+use crate::snapshot::{self, STATE_FILE, Session, StoredFile};
 
 /// Key of the JSON document in the metadata of the file.
 pub(crate) const STATE: &str = "state";
@@ -22,6 +22,9 @@ pub(crate) const COPIED: &str = "copied.";
 pub(crate) struct StateDocument {
     /// Identifier of the run.
     pub run: String,
+    /// Session that wrote the state. Older versions stored none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<Session>,
     /// Step of the last call.
     pub clock: u64,
     pub history: History,
@@ -124,16 +127,18 @@ impl LiveState {
 /// As [`SavedState::of`], and [`Error::Unexpected`] for a snapshot of another run, or of a step that the state lacks.
 pub(super) fn check(dir: &Path, run: &Run) -> Result<()> {
     match open(&dir.join(STATE_FILE)) {
-        Ok((_, document)) => check_snapshots(run, &document.run, &document.history),
+        Ok((_, document)) => check_snapshots(run, &document),
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
 }
 
-/// Checks that the snapshots are of the run of a live state, and of steps in its history.
-pub(crate) fn check_snapshots(on_disk: &Run, run: &str, history: &History) -> Result<()> {
+/// Checks that the snapshots are of the run of a live state, of steps in its history, and of its session or an earlier
+/// one.
+pub(crate) fn check_snapshots(on_disk: &Run, state: &StateDocument) -> Result<()> {
+    let history = &state.history;
     for snapshot in on_disk.snapshots() {
-        if snapshot.meta.run.as_deref() != Some(run) {
+        if snapshot.meta.run.as_deref() != Some(&state.run) {
             let why = format!("the snapshot belongs to another run than {STATE_FILE}: move it out of the directory");
             return Err(Error::unexpected(snapshot.path(), why));
         }
@@ -143,6 +148,16 @@ pub(crate) fn check_snapshots(on_disk: &Run, run: &str, history: &History) -> Re
                  the directory, or bring back the state that wrote it",
                 snapshot.id.step,
                 history.last().unwrap_or(0)
+            );
+            return Err(Error::unexpected(snapshot.path(), why));
+        }
+        if let (Some(own), Some(newest)) = (&snapshot.meta.session, &state.session)
+            && !own.can_precede(snapshot.id.step, newest)
+        {
+            let why = format!(
+                "two processes wrote this run at one time: the snapshot is of session {own}, which does not continue \
+                 into session {newest} of {STATE_FILE}: move the snapshots of session {own} out of the directory, or \
+                 bring back the state that belongs to them"
             );
             return Err(Error::unexpected(snapshot.path(), why));
         }

@@ -8,12 +8,16 @@ use safetensors::Dtype;
 use super::*;
 use crate::math::Profile;
 use crate::planning::profile_json;
-use crate::snapshot::{Meta, SnapshotId, write_snapshot};
+use crate::snapshot::{Meta, Session, SnapshotId, write_snapshot};
 use crate::tensor::TensorSpec;
 
 fn write(dir: &Path, index: usize, step: u64, profile: &Profile, history: Option<String>) {
+    write_with(dir, index, Meta { profile: profile_json(profile), step, history, ..Meta::default() });
+}
+
+fn write_with(dir: &Path, index: usize, meta: Meta) {
+    let step = meta.step;
     let spec = TensorSpec { name: "w".into(), dtype: Dtype::F32, shape: vec![2] };
-    let meta = Meta { profile: profile_json(profile), step, history, ..Meta::default() };
     let fill = |_: usize, range: std::ops::Range<usize>, dst: &mut [u8]| {
         let values = [step as f32, 1.0];
         dst.copy_from_slice(&bytemuck::cast_slice(&values)[range]);
@@ -143,4 +147,61 @@ fn failed_outputs_leave_previous_files_untouched() {
         tried += 1;
     }
     assert!(tried >= 8, "{tried} steps");
+}
+
+/// Writes a snapshot for each triple of step, session and step at which the session began. Session 0 stores none.
+fn write_sessions(dir: &Path, snapshots: &[(u64, (u64, &str), u64)]) {
+    for &(step, (number, id), from) in snapshots {
+        let session = (number > 0).then(|| Session { number, id: id.into(), from });
+        let profile = profile_json(&power(0.05));
+        write_with(dir, 0, Meta { profile, step, session, ..Meta::default() });
+    }
+}
+
+#[test]
+fn resumed_sessions_are_one_run() {
+    let (old, first, second, third) = ((0, ""), (1, "a"), (2, "b"), (4, "c"));
+    for snapshots in [
+        vec![(10, first, 0), (20, first, 0), (30, first, 0)],
+        // The second session completed step 20 as the first, or stored the step from which it began.
+        vec![(10, first, 0), (20, first, 0), (30, second, 20), (40, third, 35)],
+        vec![(10, first, 0), (20, second, 20), (30, second, 20)],
+        // Older versions wrote some of the snapshots.
+        vec![(10, old, 0), (20, first, 10), (30, old, 0), (40, second, 30)],
+        vec![(10, old, 0), (20, old, 0)],
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write_sessions(dir.path(), &snapshots);
+        assert_eq!(Run::open(dir.path()).unwrap().snapshots().len(), snapshots.len());
+        let found = verify(dir.path(), &mut |_| ()).unwrap().findings;
+        assert!(found.is_empty(), "{snapshots:?}: {found:?}");
+    }
+}
+
+#[test]
+fn sessions_at_one_time_are_found() {
+    let (first, second, other, third) = ((1, "a"), (2, "b"), (2, "c"), (3, "d"));
+    for (snapshots, strays) in [
+        // The first session goes on after the second has begun.
+        (vec![(10, first, 0), (20, first, 0), (30, second, 10), (40, second, 10)], vec![20]),
+        (vec![(10, first, 0), (20, second, 10), (30, first, 0), (40, second, 10)], vec![30]),
+        (vec![(10, first, 0), (20, second, 10), (30, first, 0)], vec![30]),
+        // Both resumed from one state.
+        (vec![(10, first, 0), (20, second, 10), (30, other, 10), (40, second, 10)], vec![30]),
+        // The third continues the second, and the first still writes.
+        (vec![(10, first, 0), (20, second, 10), (30, first, 0), (40, third, 25), (50, first, 0)], vec![30, 50]),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write_sessions(dir.path(), &snapshots);
+        let text = Run::open(dir.path()).unwrap_err().to_string();
+        let named = format!("0.{}.safetensors", strays[0]);
+        assert!(text.contains("two processes wrote this run") && text.contains(&named), "{text}");
+        let found = verify(dir.path(), &mut |_| ()).unwrap().findings;
+        assert!(found.len() == 1 && found[0].to_string() == text, "{found:?}");
+        let (sound, left_out) = Run::open_sound(dir.path(), &mut |_| ()).unwrap();
+        assert_eq!(left_out.len(), strays.len(), "{left_out:?}");
+        let kept: Vec<u64> = sound.snapshots().iter().map(|snapshot| snapshot.id.step).collect();
+        let expected: Vec<u64> = snapshots.iter().map(|(step, ..)| *step).filter(|s| !strays.contains(s)).collect();
+        assert_eq!(kept, expected, "{snapshots:?}");
+    }
 }

@@ -1,7 +1,6 @@
 //! Metadata of a snapshot, in the header of each of its files.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::sync::Arc;
@@ -9,6 +8,7 @@ use std::sync::Arc;
 use safetensors::Dtype;
 use serde::de::DeserializeOwned;
 
+use super::session::Session;
 use crate::error::{Error, Result};
 
 /// Key of the profile.
@@ -22,6 +22,7 @@ const DTYPES: &str = "dtypes";
 const COPIED: &str = "copied";
 const TIED: &str = "tied";
 const RUN: &str = "run";
+const SESSION: &str = "session";
 
 /// Metadata of a snapshot.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -38,6 +39,8 @@ pub struct Meta {
     pub copied: BTreeSet<String>,
     /// Random identifier of the run that wrote the snapshot.
     pub run: Option<String>,
+    /// Session of the run that wrote the snapshot. Older versions stored none.
+    pub session: Option<Session>,
     /// Names of tied tensors, as `dropped name -> kept name`.
     pub tied: BTreeMap<String, String>,
 }
@@ -81,6 +84,7 @@ impl Meta {
         strings.insert(COPIED.into(), serde_json::json!(self.copied).to_string());
         strings.extend(self.history.clone().map(|history| (HISTORY.into(), history)));
         strings.extend(self.run.clone().map(|run| (RUN.into(), run)));
+        strings.extend(self.session.as_ref().map(|session| (SESSION.into(), serde_json::json!(session).to_string())));
         strings
     }
 
@@ -105,6 +109,7 @@ impl Meta {
             Some((its, meta)) if its.get(DTYPES) == strings.get(DTYPES) => meta.dtypes.clone(),
             _ => Dtypes(Arc::new(parse(path, strings, DTYPES, "{}")?)),
         };
+        let tied = parse(path, strings, TIED, "{}")?;
         Ok(Meta {
             profile: required(path, strings, PROFILE)?.clone(),
             step: step.parse().map_err(|_| malformed(path, STEP, step))?,
@@ -112,9 +117,19 @@ impl Meta {
             dtypes,
             copied: parse(path, strings, COPIED, "[]")?,
             run: strings.get(RUN).cloned(),
-            tied: parse(path, strings, TIED, "{}")?,
+            session: session(path, strings, &tied)?,
+            tied,
         })
     }
+}
+
+/// Reads the session. In files of older versions, the key may be the name of a tied tensor.
+fn session(
+    path: &Path,
+    strings: &BTreeMap<String, String>,
+    tied: &BTreeMap<String, String>,
+) -> Result<Option<Session>> {
+    if tied.contains_key(SESSION) { Ok(None) } else { parse(path, strings, SESSION, "null") }
 }
 
 /// Returns the value of a key that every snapshot has.
@@ -130,12 +145,6 @@ fn parse<T: DeserializeOwned>(path: &Path, strings: &BTreeMap<String, String>, k
 
 fn malformed(path: &Path, key: &str, value: &str) -> Error {
     Error::damaged(path, format!("the metadata's `{key}` is `{value}`"))
-}
-
-/// Returns a random identifier for a new run, of 128 bits from the system.
-pub fn new_run_id() -> String {
-    let word = || RandomState::new().build_hasher().finish();
-    format!("{:016x}{:016x}", word(), word())
 }
 
 /// Returns the strings that every file of a run carries. Hugging Face's tools require `format`.
@@ -170,6 +179,7 @@ mod tests {
             dtypes: [("w".into(), Dtype::BF16)].into_iter().collect(),
             copied: BTreeSet::from(["b".into()]),
             run: Some("abc".into()),
+            session: Some(Session { number: 2, id: "d".into(), from: 10 }),
             tied: BTreeMap::from([("head".into(), "embedding".into())]),
         }
     }
@@ -183,6 +193,11 @@ mod tests {
         foreign.insert("license".into(), "mit".into());
         assert_eq!(Meta::from_strings(Path::new("f"), &foreign).unwrap(), meta());
         assert_eq!(Meta::from_strings(Path::new("f"), &strings).unwrap(), meta());
+        let older = Meta { session: None, ..meta() };
+        assert_eq!(Meta::from_strings(Path::new("f"), &older.to_strings()).unwrap(), older);
+        let tied = BTreeMap::from([("session".into(), "embedding".into())]);
+        let older = Meta { tied, ..older };
+        assert_eq!(Meta::from_strings(Path::new("f"), &older.to_strings()).unwrap(), older);
     }
 
     #[test]
@@ -208,6 +223,7 @@ mod tests {
             ("profile", None, "lack `profile`"),
             ("step", Some("-3"), "`step` is `-3`"),
             ("dtypes", Some("[]"), "`dtypes` is `[]`"),
+            ("session", Some("2"), "`session` is `2`"),
         ] {
             let mut strings = meta().to_strings();
             strings.remove(key);

@@ -12,6 +12,7 @@ mod meta;
 mod open_run;
 mod open_snapshot;
 mod read;
+mod session;
 mod shards;
 mod tensors;
 #[cfg(test)]
@@ -27,10 +28,12 @@ pub(crate) use layout::MAX_HEADER;
 pub(crate) use listing::{any_snapshot_file, check_empty, remove, remove_leftovers};
 pub use listing::{list, list_each};
 pub use meta::{Dtypes, Meta};
-pub(crate) use meta::{PROFILE, STEP, base_strings, check_version, new_run_id};
+pub(crate) use meta::{PROFILE, STEP, base_strings, check_version};
 pub(crate) use open_run::{is_gone, open_all, open_sound};
 pub use open_snapshot::Snapshot;
 pub use read::StoredFile;
+pub use session::Session;
+pub(crate) use session::new_run_id;
 pub use tensors::{StoredTensor, StoredTensors};
 pub(crate) use write::{write_file, write_snapshot};
 

@@ -279,10 +279,12 @@ fn check_step(file: &StoredFile, id: SnapshotId, meta: &Meta) -> Result<()> {
 
 /// Adds the metadata of another shard of the same snapshot.
 fn merge(meta: &mut Meta, own: Meta, path: &Path, other: &Path) -> Result<()> {
+    let session = |meta: &Meta| meta.session.as_ref().map(ToString::to_string);
     for (what, found, expected) in [
         ("the profile", Some(&own.profile), Some(&meta.profile)),
         ("the history", own.history.as_ref(), meta.history.as_ref()),
         ("the run's id", own.run.as_ref(), meta.run.as_ref()),
+        ("the writing session", session(&own).as_ref(), session(meta).as_ref()),
     ] {
         if found != expected {
             let shown = |text: Option<&String>| text.cloned().unwrap_or_else(|| "none".into());

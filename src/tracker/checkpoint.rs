@@ -33,6 +33,8 @@ impl PostHocEma {
     }
 
     /// Completes the last checkpoint of a process that died: writes missing snapshots and removes surplus ones.
+    ///
+    /// The snapshots carry the session of that process, whose state they are made of.
     pub(super) fn complete(&mut self) -> Result<()> {
         self.write_missing()?;
         if let Err(error) = self.checkpoint_meta(self.stored).drop_surplus() {
@@ -105,6 +107,8 @@ impl PostHocEma {
             history: self.history.clone(),
             stored,
             run_id: self.run_id.clone(),
+            session: self.session.clone(),
+            lock: self.lock.id().clone(),
         }
     }
 }

@@ -10,10 +10,11 @@ use super::registry::{Entry, TensorRegistry};
 use super::values::Values;
 use crate::compute::cpu::{self, Averages, Layout};
 use crate::error::{Error, Result, shown};
+use crate::fs::LockId;
 use crate::math::{History, Retention};
 use crate::planning::profile_json;
 use crate::run::Settings;
-use crate::snapshot::{self, Meta, Snapshot, SnapshotId, write_snapshot};
+use crate::snapshot::{self, Meta, Session, Snapshot, SnapshotId, write_snapshot};
 use crate::tensor::{TensorSpec, is_averaged};
 
 /// Checkpoint metadata, without tensor data.
@@ -31,6 +32,10 @@ pub(super) struct CheckpointMeta {
     /// Newest step whose snapshots are, or are being, stored. If it is the newest update, a resume completes them.
     pub stored: Option<u64>,
     pub run_id: String,
+    /// Session that every file of the checkpoint carries.
+    pub session: Option<Session>,
+    /// Lock of the run, which is checked before every file.
+    pub lock: LockId,
 }
 
 /// Error of a checkpoint, by the stage that failed.
@@ -176,6 +181,7 @@ impl CheckpointMeta {
     }
 
     fn write_average(&self, values: &Values<'_>, index: usize, dtypes: &[Dtype]) -> Result<()> {
+        self.lock.check()?;
         self.warn_of_other_dtypes(index, dtypes);
         let averaged = self.registry.averaged();
         let copied = self.registry.copied();
@@ -216,6 +222,7 @@ impl CheckpointMeta {
             dtypes: converted.map(|(entry, _)| (entry.name.clone(), entry.dtype)).collect(),
             copied: copied_floats.map(|entry| entry.name.clone()).collect(),
             run: Some(self.run_id.clone()),
+            session: self.session.clone(),
             tied: self.registry.tied().clone(),
         }
     }
@@ -224,6 +231,7 @@ impl CheckpointMeta {
     ///
     /// Snapshots of other runs, or that cannot be read, are neither counted nor removed, whatever their names.
     pub(super) fn drop_surplus(&self) -> Result<()> {
+        self.lock.check()?;
         let mut on_disk = snapshot::list(&self.dir)?;
         on_disk.retain(|id, _| self.history.contains(id.step));
         loop {

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::fs::Lock;
 use crate::math::{History, Profile};
 use crate::run::{SavedState, Settings};
-use crate::snapshot::STATE_FILE;
+use crate::snapshot::{STATE_FILE, Session};
 use crate::tensor::{Parameters, TensorView};
 use engine::Engine;
 pub use options::{OnError, Options};
@@ -72,9 +72,11 @@ pub struct PostHocEma {
     needs_retry: bool,
     /// Random id of the run, which every snapshot carries.
     run_id: String,
+    /// Session of this process. None while the checkpoint of a process of an older version is completed.
+    session: Option<Session>,
     in_background: bool,
     on_error: OnError,
-    _lock: Lock,
+    lock: Lock,
 }
 
 impl PostHocEma {
@@ -93,6 +95,8 @@ impl PostHocEma {
     ///   same, no file is half written, and training can go on. The snapshot is tried again before the next one; if
     ///   that fails too, it is dropped with a warning. Without [`Options::checkpoint_in_background`] the error is that
     ///   of this call's snapshot, which is tried again before the next update.
+    /// * [`Error::LockLost`] if the run's lock was removed or its directory replaced. Nothing is stored any more, also
+    ///   with [`OnError::Continue`].
     /// * [`Error::Cuda`] if a device fails. The call has no effect. If the error says that an update was lost, nothing
     ///   more is stored: resume the run in a new process.
     pub fn update(&mut self, params: &(impl Parameters + ?Sized)) -> Result<UpdateOutcome> {

@@ -14,8 +14,8 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::fs::{Lock, attempt, start_threads};
 use crate::math::{History, Profile, Retention, Schedule};
-use crate::run::{LiveState, Run, Settings, check_snapshots};
-use crate::snapshot::{self, STATE_FILE};
+use crate::run::{LiveState, Run, Settings, StateDocument, check_snapshots};
+use crate::snapshot::{self, STATE_FILE, Session};
 use crate::tensor::{Parameters, TensorView};
 
 /// Profile as the user gave it; it is checked when the run is opened.
@@ -71,7 +71,8 @@ pub enum OnError {
     #[default]
     Stop,
     /// Logs a warning and goes on. The averages lose nothing, and the snapshot is tried again as with
-    /// [`OnError::Stop`]. [`PostHocEma::save`], [`PostHocEma::flush`] and [`PostHocEma::finish`] still return errors.
+    /// [`OnError::Stop`]. [`PostHocEma::save`], [`PostHocEma::flush`] and [`PostHocEma::finish`] still return errors,
+    /// and so do all of [`Error::LockLost`].
     Continue,
 }
 
@@ -274,9 +275,10 @@ impl Options {
             stored: None,
             needs_retry: false,
             run_id: snapshot::new_run_id(),
+            session: Some(Session::begin(0, 0)),
             in_background: self.in_background,
             on_error: self.on_error,
-            _lock: lock,
+            lock,
         })
     }
 
@@ -309,9 +311,7 @@ impl Options {
             TensorRegistry::resumed(views, &TensorChoice::new(&settings)?, &saved.document.tied)
         })?;
         state::check_tensors(&saved, &registry)?;
-        if !snapshot::list(&self.dir)?.is_empty() {
-            check_snapshots(&Run::open(&self.dir)?, &saved.document.run, &saved.document.history)?;
-        }
+        let sessions = self.check_stored(&saved.document)?;
         let values = state::read_values(&saved, &registry, &settings)?;
         let config = EngineConfig { values: Some(values), ..EngineConfig::new(&registry, &settings) };
         let engine = engine::start(&self.dir, registry.layout(), model_device, self.device, config)?;
@@ -328,13 +328,28 @@ impl Options {
             stored: saved.document.stored,
             needs_retry: false,
             run_id: saved.document.run,
+            session: saved.document.session,
             in_background: self.in_background,
             on_error: self.on_error,
-            _lock: lock,
+            lock,
         };
         snapshot::remove_leftovers(&tracker.dir)?;
         tracker.complete()?;
+        tracker.session = Some(Session::begin(sessions, tracker.history.last().unwrap_or(0)));
         Ok(tracker)
+    }
+
+    /// Checks the stored snapshots against the live state, and returns the number of the newest session.
+    fn check_stored(&self, state: &StateDocument) -> Result<u64> {
+        let number = |session: &Option<Session>| session.as_ref().map_or(0, |session| session.number);
+        if snapshot::list(&self.dir)?.is_empty() {
+            return Ok(number(&state.session));
+        }
+        let run = Run::open(&self.dir)?;
+        check_snapshots(&run, state)?;
+        // A version that stores no session may have written the state after newer sessions.
+        let stored = run.snapshots().iter().map(|snapshot| number(&snapshot.meta.session));
+        Ok(stored.chain([number(&state.session)]).max().unwrap_or(0))
     }
 
     /// Returns the error of a directory without a live state.

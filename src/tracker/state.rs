@@ -68,6 +68,7 @@ fn quoted(text: &str) -> String {
 impl CheckpointMeta {
     /// Writes the live state.
     pub(super) fn write_state(&self, values: &Values<'_>) -> Result<()> {
+        self.lock.check()?;
         let mut specs = Vec::new();
         let mut sources: Vec<&[u8]> = Vec::new();
         let mut add = |name: String, dtype, shape: &[usize], bytes| {
@@ -97,6 +98,7 @@ impl CheckpointMeta {
     fn document(&self) -> StateDocument {
         StateDocument {
             run: self.run_id.clone(),
+            session: self.session.clone(),
             clock: self.clock,
             history: self.history.clone(),
             stored: self.stored,

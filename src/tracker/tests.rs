@@ -4,6 +4,7 @@ mod background;
 mod checkpoint_meta;
 mod faults;
 mod filling;
+mod locks;
 mod log;
 mod storage;
 mod swapping;

@@ -129,7 +129,7 @@ pub fn files(dir: &Path) -> Vec<Contents> {
         };
         let tensors: Vec<(String, Tensor)> = file.tensors().iter().map(tensor).collect();
         let mut metadata: Vec<(String, String)> = file.metadata().clone().into_iter().collect();
-        metadata.retain(|(key, _)| !["run", "state", "header_checksum"].contains(&key.as_str()));
+        metadata.retain(|(key, _)| !["run", "session", "state", "header_checksum"].contains(&key.as_str()));
         (name, tensors, metadata)
     };
     names.into_iter().map(read).collect()
