@@ -176,7 +176,7 @@ pub enum Error {
     #[error(
         "{}: {reason}, so that another process may write here, too: this process stores nothing more. Stop both, and \
          start one of them again: it goes on from what is stored",
-        named(path)
+        shown(path)
     )]
     LockLost {
         /// Directory that was locked.

@@ -37,9 +37,12 @@ fn strays(snapshots: &[&Snapshot]) -> Vec<(usize, Error)> {
     strays.into_iter().map(|(i, (other, _))| (i, stray(snapshots[i], snapshots[other]))).collect()
 }
 
+/// Snapshot of a list, by its place, and its session.
+type Placed<'a> = (usize, &'a Session);
+
 /// Returns a snapshot of the session that most of them have.
-fn most_common<'a>(group: &[(usize, &'a Session)]) -> Option<(usize, &'a Session)> {
-    let mut counts: BTreeMap<(&str, u64), (usize, (usize, &Session))> = BTreeMap::new();
+fn most_common<'a>(group: &[Placed<'a>]) -> Option<Placed<'a>> {
+    let mut counts: BTreeMap<(&str, u64), (usize, Placed<'a>)> = BTreeMap::new();
     for &(i, session) in group {
         counts.entry((&session.id, session.from)).or_insert((0, (i, session))).0 += 1;
     }
