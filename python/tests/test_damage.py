@@ -46,7 +46,8 @@ def test_training_continues_without_its_disk(run_dir: Path, in_background: bool)
     model = torch.nn.Linear(3, 3)
     ema = PostHocEMA.from_model(model, run_dir, on_error="warn", checkpoint_in_background=in_background, **OPTIONS)
     train(ema, model, 5)
-    shutil.rmtree(run_dir)
+    away = run_dir.with_name("away")
+    run_dir.rename(away)
     with pytest.warns(RuntimeWarning, match="a snapshot was not stored, and training continues: .*check the path"):
         for _ in range(15):
             ema.update_(model)
@@ -56,6 +57,10 @@ def test_training_continues_without_its_disk(run_dir: Path, in_background: bool)
     with pytest.raises(OSError, match="check the path"):
         ema.finish()
     run_dir.mkdir()
+    with pytest.raises(RuntimeError, match="the directory was replaced by another one"):
+        ema.finish()
+    run_dir.rmdir()
+    away.rename(run_dir)
     ema.finish()
     assert PostHocEMA.from_path(run_dir).step == 20
     with pytest.raises(ValueError, match="on_error = 'shrug': must be"):
