@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -86,3 +89,30 @@ def test_averages_do_not_depend_on_flushed_subnormals(tmp_path: Path) -> None:
         torch.set_flush_denormal(False)
     assert torch.equal(*found)
     assert (found[0] != 0).any()
+
+
+def test_leftovers_of_a_terminated_write_are_removed_by_the_next(run_dir: Path, tmp_path: Path) -> None:
+    model = torch.nn.Linear(2000, 2000)
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    train(ema, model, 10)
+    ema.close()
+    out = tmp_path / "averages"
+    program = (
+        "import sys; from posthoc_ema import PostHocEMA; run = PostHocEMA.from_path(sys.argv[1])\n"
+        "while True: run.write([0.05 + 0.01 * i for i in range(20)], sys.argv[2])"
+    )
+    left: list[Path] = []
+    for _ in range(20):
+        writer = subprocess.Popen([sys.executable, "-c", program, run_dir, out])
+        while not list(out.glob(".posthoc-ema-*")):
+            assert writer.poll() is None
+            time.sleep(0.001)
+        writer.send_signal(signal.SIGTERM)
+        assert writer.wait() == -signal.SIGTERM
+        left = list(out.glob(".posthoc-ema-*"))
+        if left:
+            break
+    assert left, "no write was interrupted"
+    paths = PostHocEMA.from_path(run_dir).write([0.15], out)
+    assert not list(out.glob(".posthoc-ema-*"))
+    assert all(path.is_file() for path in paths)
