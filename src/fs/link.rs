@@ -21,7 +21,7 @@ pub fn replace_by_link(from: &Path, to: &Path) -> Result<()> {
     let link = folder.path().join("file");
     let linked = fs::hard_link(from, &link).or_else(|_| copy(from, &link));
     linked.and_then(|()| File::open(&link)?.sync_all()).map_err(Error::io("write", to))?;
-    // Of two links of one file, a rename leaves both. The other one is removed with the folder.
+    // A rename between two links of one file leaves both. The other one is removed with the folder.
     fs::rename(&link, to).map_err(Error::io("rename into place", to))
 }
 

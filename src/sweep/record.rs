@@ -243,7 +243,7 @@ mod tests {
     fn temporary_files_of_a_killed_sweep_are_removed() {
         let temp = tempfile::tempdir().unwrap();
         Record::open(temp.path(), key()).unwrap().0.save(&sweep()).unwrap();
-        // Of another machine, and old: the process that wrote a new one may be alive.
+        // Both names are of another machine: the process that wrote the new file may be alive.
         let [old, new] =
             ["00000000-abcdef", "00000000-ABCDEF"].map(|name| temp.path().join(".posthoc-ema-".to_owned() + name));
         let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(2 * 24 * 60 * 60);
