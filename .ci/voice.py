@@ -32,10 +32,14 @@ Comment = tuple[int, str]
 
 
 def tracked() -> list[str]:
-    """Returns the files of code under version control."""
-    listed = subprocess.run(["git", "-C", TOP, "ls-files"], text=True, capture_output=True, check=True)
+    """Returns the files of code under version control, or all of them in a tree that is not a repository."""
+    listed = subprocess.run(["git", "-C", TOP, "ls-files"], text=True, capture_output=True, check=False)
     suffixes = (".rs", ".cu", ".cuh", ".py", ".pyi")
-    names = [name for name in listed.stdout.split("\n") if name.endswith(suffixes)]
+    if listed.returncode == 0:
+        files = listed.stdout.split("\n")
+    else:
+        files = [path.relative_to(TOP).as_posix() for path in TOP.rglob("*") if "target" not in path.parts]
+    names = [name for name in files if name.endswith(suffixes)]
     return [name for name in names if name.startswith(CODE) and (TOP / name).is_file()]
 
 

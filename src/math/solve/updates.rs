@@ -10,7 +10,7 @@ use crate::math::groups::Groups;
 use crate::math::history::History;
 use crate::math::profile::Profile;
 
-/// Largest number of bytes that the sums over the updates of one system take.
+/// Largest number of bytes that the sums over the updates of one system and one target take.
 const MEMORY: usize = 64 << 20;
 
 /// Least number of groups that the updates of a long history are put into.
