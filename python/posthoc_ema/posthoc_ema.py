@@ -18,6 +18,7 @@ from ._run_averages import RunAverages
 from ._run_reader import RunReader
 from ._tracked_average import TrackedAverage
 from ._tracker import ModelTracker
+from ._training_loop import TrainingLoop
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["PostHocEMA"]
 
 
-class PostHocEMA(RunAverages):
+class PostHocEMA(RunAverages, TrainingLoop):
     """Tracks running averages of a model, stores snapshots of them, and synthesizes averages of any length.
 
     `from_model` makes one to train with, `from_path` one to synthesize from a run on disk.

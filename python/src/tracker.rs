@@ -191,6 +191,12 @@ impl Tracker {
         self.with(py, |tracker| Ok(tracker.history().last()))
     }
 
+    /// True if the next call reads the tensors.
+    #[getter]
+    fn due(&self, py: Python<'_>) -> PyResult<bool> {
+        self.with(py, |tracker| Ok(tracker.is_due()))
+    }
+
     /// Returns the tracked profiles, as JSON.
     fn profiles(&self, py: Python<'_>) -> PyResult<Vec<String>> {
         let profiles = self.with(py, |tracker| Ok(tracker.profiles().to_vec()))?;

@@ -1,0 +1,142 @@
+"""Methods that fit the averages into a training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ._attach import Attachment, check_trains
+from ._lend import torch_module
+from ._lifetime import StepCounter
+from ._model import Model, unwrap
+from ._run_reader import RunReader
+from ._tracker import ModelTracker
+
+
+class TrainingLoop:
+    """Questions of a training loop, and hooks that update after each step; a base of `PostHocEMA`."""
+
+    _tracker: ModelTracker | None
+    _reader: RunReader
+    _skip: Callable[[], bool]
+    _attachment: Attachment | None = None
+
+    @property
+    def due(self) -> bool:
+        """True if the next `update_` reads the model; False on a process that leaves the tracking to another rank.
+
+        Raises:
+            RuntimeError: If the run was closed, or was opened by path.
+        """
+        if self._tracker is not None:
+            return self._tracker.native.due
+        self._check_counts()
+        return False
+
+    @property
+    def has_average(self) -> bool:
+        """True if a first update has happened, so that there is an average to evaluate.
+
+        False on a process that leaves the tracking to another rank.
+        """
+        return self.last_update is not None
+
+    @property
+    def last_update(self) -> int | None:
+        """Step of the newest update, or None before the first.
+
+        For a run that was closed or opened by path, the step of its newest snapshot. None on a process that leaves the
+        tracking to another rank.
+        """
+        if isinstance(self._skip, StepCounter):
+            return None
+        if self._tracker is not None and self._tracker.lifetime.closed_at is None:
+            return self._tracker.native.last_update
+        try:
+            return max(step for _, step in self._reader.run().snapshots())
+        except FileNotFoundError:
+            # A run that was closed before its first snapshot.
+            return None
+
+    def check_step(self, step: int) -> None:
+        """Checks that the averages and the training continue from the same step.
+
+        To be called once after a resume, with the number of optimizer steps in the training's own checkpoint.
+
+        Args:
+            step: Step from which the training continues.
+
+        Raises:
+            ValueError: If the averages have counted another number of steps. The message names both.
+        """
+        counted: int = self.step  # type: ignore[attr-defined]
+        if counted != step:
+            raise ValueError(
+                f"the averages in {self._reader.directory} are at step {counted}, and the training continues from step "
+                f"{step}: resume both from one checkpoint, with `from_model(..., resume=PATH)` and the file that "
+                f"`ema.save(PATH)` wrote beside it, or begin a new run in another directory"
+            )
+
+    def attach(self, optimizer: Any, model: Model) -> Attachment:
+        """Calls `update_` after each real step of an optimizer, in the place of a call in the loop.
+
+        Micro-batches of an accumulation do not count, nor do steps that a GradScaler skips. Several closures of one
+        step count once. With several optimizers, attach to the one whose steps count, such as a GAN's generator's.
+
+        A CUDA graph calls no hooks when it is replayed: call `update_` yourself there.
+
+        Args:
+            optimizer: Optimizer of PyTorch, as it is or in a wrapper of accelerate, Lightning or Fabric. It holds the
+                averages and the model from now on.
+            model: Model that it trains.
+
+        Returns:
+            Handle whose `remove` ends the updates; it is also a context manager.
+
+        Raises:
+            TypeError: If the optimizer calls no hooks after its steps.
+            ValueError: If the optimizer trains none of the model's parameters.
+            RuntimeError: If the averages are attached already, or the run was opened by path. Within a step of the
+                optimizer: the errors of `update_`, and one if `update_` is called besides.
+        """
+        self._check_counts()
+        if self._attachment is not None and self._attachment.is_active:
+            raise RuntimeError(
+                f"the averages are attached to an optimizer already ({self._attachment.optimizer_name}), and each step "
+                f"would count twice: call `remove` of that handle first"
+            )
+        torch = torch_module()
+        if torch is not None and isinstance(unwrap(model), torch.nn.Module):
+            check_trains(optimizer, model)
+        self._attachment = Attachment(optimizer, _Updates(self, model))
+        return self._attachment
+
+    def _check_counts(self) -> None:
+        """Raises the error of an update if this object was opened to synthesize from."""
+        if self._tracker is None and not isinstance(self._skip, StepCounter):
+            self._skip()
+
+
+class _Updates:
+    """Updates the averages from a model at each call, and finds out if anything else has updated them.
+
+    Args:
+        ema: Averages.
+        model: Model that trains.
+    """
+
+    def __init__(self, ema: Any, model: Model):
+        self._ema = ema
+        self._model = model
+        self._step = ema.step
+
+    def __call__(self) -> None:
+        if self._ema.step != self._step:
+            raise RuntimeError(
+                f"the averages are attached to the optimizer, at step {self._step}, and something else has counted to "
+                f"step {self._ema.step}: do not call `update_` besides, or `remove` the attachment"
+            )
+        try:
+            self._ema.update_(self._model)
+        finally:
+            self._step = self._ema.step
