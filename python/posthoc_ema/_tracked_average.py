@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,31 @@ def copy_on_cpu(model: Any) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def lend_tensors(module: Any, specs: TensorSpecs) -> tuple[_native.Layout, list[int]]:
-    """Returns layout and addresses of a copied module's tensors, in its own dtypes and in the order of the specs."""
+@contextmanager
+def lent_tensors(module: Any, specs: TensorSpecs) -> Iterator[tuple[_native.Layout, list[int]]]:
+    """Lends a module's tensors to be written, in its own dtypes and in the order of the specs.
+
+    The native part writes contiguous host memory. Others, because the module was moved to a device or to another memory
+    format, are copied from there after the block.
+    """
+    torch = torch_module()
+    assert torch is not None
     own = named_tensors(module)
-    described = [(name, dtype_name(name, own[name].dtype), shape, HOST) for name, _, shape in specs]
-    return _native.Layout(described), [own[name].data_ptr() for name, _, _ in specs]
+    targets = {name: own[name].data for name, _, _ in specs}
+    buffers = {
+        name: each if _is_host(each) else torch.empty(each.shape, dtype=each.dtype, device="cpu")
+        for name, each in targets.items()
+    }
+    described = [(name, dtype_name(name, buffers[name].dtype), shape, HOST) for name, _, shape in specs]
+    yield _native.Layout(described), [buffers[name].data_ptr() for name, _, _ in specs]
+    for name, tensor in targets.items():
+        if buffers[name] is not tensor:
+            tensor.copy_(buffers[name])
+
+
+def _is_host(tensor: Any) -> bool:
+    """Returns True if a tensor is contiguous in host memory."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def named_tensors(module: Any) -> dict[str, Any]:
@@ -71,21 +93,29 @@ class TrackedAverage:
     def ema_model(self) -> Any:
         """Module in host memory with the average's weights; before the first update, with those of the model.
 
-        Every access returns the same object and updates its weights.
+        Every access returns the same object and updates its weights, also after it was moved to another device.
         """
         if self._module is None:
             self._module = copy_on_cpu(self._model)
         if isinstance(self._source, Path):
             self._load_newest(_native.Run(self._source))
         elif self._source.last_update != self._update:
-            self._source.load_tracked_into(self._index, *lend_tensors(self._module, self._source.tensors()))
+            with lent_tensors(self._module, self._source.tensors()) as lent:
+                self._source.load_tracked_into(self._index, *lent)
             self._update = self._source.last_update
         return self._module
+
+    def show_in(self, module: Any) -> None:
+        """Updates the weights of another module of the model's structure, which `ema_model` returns from now on."""
+        if module is not self._module:
+            self._module = module
+            self._update = None
+        _ = self.ema_model
 
     def _load_newest(self, run: _native.Run) -> None:
         """Loads the newest snapshot, unless it is loaded already."""
         newest = max(step for index, step in run.snapshots() if index == self._index)
         if newest != self._update:
-            layout, addresses = lend_tensors(self._module, run.tensors())
-            run.load_into(to_json([self.profile]), newest, "off", layout, [addresses], None)
+            with lent_tensors(self._module, run.tensors()) as (layout, addresses):
+                run.load_into(to_json([self.profile]), newest, "off", layout, [addresses], None)
             self._update = newest

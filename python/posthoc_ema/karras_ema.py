@@ -14,7 +14,7 @@ from ._lend import torch_module
 from ._model import ModuleTensors
 from ._profiles import Profile
 from ._swap import check_own_weights
-from ._tracked_average import copy_on_cpu, lend_tensors, named_tensors
+from ._tracked_average import copy_on_cpu, lent_tensors, named_tensors
 
 __all__ = ["KarrasEMA"]
 
@@ -36,6 +36,8 @@ class KarrasEMA:
         ignore_startswith_names: Prefixes of names that keep their first values.
         only_save_diff: Average only parameters that require grad, and the statistics of batch normalisation.
         device: Device of the average: "cpu", "cuda" or "auto".
+        copy: Names to copy at each update instead of averaging them.
+        ema_model: Module of the model's structure for the property of that name; default a copy of the model.
 
     Raises:
         ValueError: If not exactly one of `sigma_rel` and `gamma` is given, or an option or a tensor is not valid.
@@ -53,6 +55,8 @@ class KarrasEMA:
         ignore_startswith_names: Collection[str] = (),
         only_save_diff: bool = False,
         device: str = "cpu",
+        copy: Collection[str] = (),
+        ema_model: Any = None,
     ):
         if update_every < 1:
             raise ValueError(f"update_every = {update_every}: must be at least 1 call")
@@ -68,11 +72,12 @@ class KarrasEMA:
         self.only_save_diff = only_save_diff
         self._device = device
         self._left_alone = {*param_or_buffer_names_no_ema, *ignore_names}
+        self._copied = set(copy)
         self._prefixes = tuple(ignore_startswith_names)
         self._tensors = ModuleTensors(model, only_save_diff)
         self._calls = 0
         self._tracker: _native.Tracker | None = None
-        self._module = copy_on_cpu(model)
+        self._module = copy_on_cpu(model) if ema_model is None else ema_model
         self._shown: int | None = None
 
     @property
@@ -114,6 +119,7 @@ class KarrasEMA:
             "update_every": 1,
             "checkpoint_every": _NEVER,
             "leave_out": left_out,
+            "copy": [name for name in names if name in self._copied and name not in left_out],
             "device": self._device,
         }
         directory = tempfile.mkdtemp(prefix="posthoc-ema-")
@@ -124,11 +130,12 @@ class KarrasEMA:
     def ema_model(self) -> Any:
         """Module in host memory with the average's weights; before the first update, with the model's first weights.
 
-        Every access returns the same object and updates its weights.
+        Every access returns the same object and updates its weights, also after it was moved to another device.
         """
         tracker = self._tracker
         if tracker is not None and tracker.last_update != self._shown:
-            tracker.load_tracked_into(0, *lend_tensors(self._module, tracker.tensors()))
+            with lent_tensors(self._module, tracker.tensors()) as lent:
+                tracker.load_tracked_into(0, *lent)
             self._shown = tracker.last_update
         return self._module
 
