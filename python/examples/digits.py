@@ -157,7 +157,8 @@ def train(images: torch.Tensor, digits: torch.Tensor, steps: int, out: Path) -> 
     network = Network()
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     run = Path(tempfile.mkdtemp(prefix="run-", dir=out))
-    options = {"update_every": UPDATE_EVERY, "update_after_step": 0}
+    # Evenly spaced snapshots alone: this training is long enough for them.
+    options = {"update_every": UPDATE_EVERY, "update_after_step": 0, "snapshot_growth": None}
     every = max(steps // SNAPSHOTS // UPDATE_EVERY, 1) * UPDATE_EVERY
     ema = PostHocEMA.from_model(
         network, run / "ema", max_checkpoints=2 * SNAPSHOTS, sigma_rels=STORED, checkpoint_every=every, **options

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import _native
 from ._dtypes import average_dtype_name
-from ._options import DEFAULTS
+from ._options import DEFAULTS, SNAPSHOT_GROWTH, growth_number
 from ._profiles import Profile
 
 __all__ = ["Advice", "advise"]
@@ -45,6 +45,7 @@ def advise(
     checkpoint_dtype: Any = "float32",
     update_every: int = DEFAULTS["update_every"],
     update_after_step: int = DEFAULTS["update_after_step"],
+    snapshot_growth: float | None = SNAPSHOT_GROWTH,
 ) -> list[Advice]:
     """Finds the best choices of two and of three profiles for half, all and twice a disk, in this order.
 
@@ -56,6 +57,7 @@ def advise(
         checkpoint_dtype: Dtype of averages in snapshots.
         update_every: Steps between updates.
         update_after_step: First step at which an update may happen.
+        snapshot_growth: Factor between the times of further snapshots early in the training, None for none.
 
     Returns:
         Three choices of two profiles, then three of three.
@@ -72,6 +74,7 @@ def advise(
         "dtype": average_dtype_name(checkpoint_dtype),
         "update_every": int(update_every),
         "update_after_step": int(update_after_step),
+        "snapshot_growth": growth_number(snapshot_growth),
     }
     return [_advice(found) for found in json.loads(_native.advise(json.dumps(known)))]
 

@@ -15,6 +15,11 @@ from ._profiles import Profile
 DEFAULTS = {"update_every": 10, "update_after_step": 100, "checkpoint_every": 1000, "max_checkpoints": 20}
 """Schedule of a new run, as in pytorch-posthoc-ema."""
 
+SNAPSHOT_GROWTH = float("1.2")
+"""Factor between the times of early snapshots in a new run.
+
+An option with this very object was not given: a resumed run then keeps its own factor."""
+
 
 def tracked_profiles(
     sigma_rels: Iterable[float] | None, gammas: Iterable[float], betas: Iterable[float], profiles: Iterable[Profile]
@@ -30,6 +35,7 @@ def tracker_options(
     profiles: list[dict[str, Any]],
     device: str,
     schedule: dict[str, Any],
+    snapshot_growth: float | None,
     checkpoint_dtype: Any,
     retention: Retention | None,
     **others: Any,
@@ -41,6 +47,7 @@ def tracker_options(
         profiles: Descriptions of the profiles to track.
         device: Device of the averages.
         schedule: Numbers of steps and snapshots under the names of `DEFAULTS`, None if not given.
+        snapshot_growth: Factor between the times of early snapshots; `SNAPSHOT_GROWTH` if it was not given.
         checkpoint_dtype: Dtype of averages in snapshots, or None.
         retention: Rule for the snapshots to keep, or None.
         others: Options that the native part takes as they are; None leaves one out.
@@ -56,7 +63,14 @@ def tracker_options(
     }
     options = {name: value for name, value in given.items() if value is not None}
     options |= {"profiles": profiles, "device": str(device)}
+    if is_new or snapshot_growth is not SNAPSHOT_GROWTH:
+        options["snapshot_growth"] = growth_number(snapshot_growth)
     return {**DEFAULTS, **options} if is_new else options
+
+
+def growth_number(snapshot_growth: float | None) -> float:
+    """Returns the factor between the times of early snapshots as the native part takes it: 0 for none."""
+    return float(snapshot_growth or 0.0)
 
 
 def whole_number(name: str, value: Any) -> int | None:

@@ -120,6 +120,7 @@ def plan(
     update_every: int = 10,
     update_after_step: int = 100,
     checkpoint_every: int = 1000,
+    snapshot_growth: float | None = 1.2,
     max_checkpoints: int = 20,
     retention: Retention = (0.05, 0.28),
     step: int | None = None,
@@ -134,6 +135,7 @@ def plan(
         update_every: Steps between updates.
         update_after_step: First step at which an update may happen.
         checkpoint_every: Steps between snapshots.
+        snapshot_growth: Factor between the times of further snapshots early in the training, None for none.
         max_checkpoints: Number of steps whose snapshots are kept.
         retention: Rule for the snapshots to keep: a range of sigma_rel to serve best, "latest", or a list of steps.
         step: Step of the averages; default that of the last snapshot.
@@ -151,6 +153,7 @@ def plan(
         "update_every": int(update_every),
         "update_after_step": int(update_after_step),
         "checkpoint_every": int(checkpoint_every),
+        "snapshot_growth": float(snapshot_growth or 0.0),
         "max_checkpoints": int(max_checkpoints),
         "retention": retention_to_dict(retention),
         "tracked": [profile.to_dict() for profile in tracked],

@@ -118,6 +118,7 @@ class KarrasEMA:
             "profiles": [self.profile.to_dict()],
             "update_every": 1,
             "checkpoint_every": _NEVER,
+            "snapshot_growth": 0,
             "leave_out": left_out,
             "copy": [name for name in names if name in self._copied and name not in left_out],
             "device": self._device,

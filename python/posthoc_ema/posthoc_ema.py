@@ -65,6 +65,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
         only_save_diff: bool = False,
         update_after_step: int | None = None,
         *,
+        snapshot_growth: float | None = _options.SNAPSHOT_GROWTH,
         gammas: Iterable[float] = (),
         betas: Iterable[float] = (),
         profiles: Iterable[Profile] = (),
@@ -95,6 +96,8 @@ class PostHocEMA(RunAverages, TrainingLoop):
             calculation_dtype: Accepted for compatibility, without effect: sums are always in float64.
             only_save_diff: Track parameters that require grad and the statistics of batch normalisation, nothing else.
             update_after_step: First step at which an update may happen; default 100.
+            snapshot_growth: Factor between the times of further snapshots early in the training, None for none. They
+                begin at the tenth update or `update_after_step`, and end where the next is `checkpoint_every` away.
             gammas: Power-function profiles to track, by exponent.
             betas: Classical EMAs to track, by decay per training step (not per update).
             profiles: Further profiles to track.
@@ -136,6 +139,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
                 "checkpoint_every": checkpoint_every,
                 "max_checkpoints": max_checkpoints,
             },
+            snapshot_growth=snapshot_growth,
             checkpoint_dtype=checkpoint_dtype,
             retention=retention,
             compensated=compensated,
@@ -151,6 +155,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
         self = cls._new(directory, RunReader(directory, tracker=tracker), tracker.native.skip)
         self._tracker = tracker
         self._schedule = {name: options.get(name, default) for name, default in _options.DEFAULTS.items()}
+        self._schedule["snapshot_growth"] = options.get("snapshot_growth")
         self.profiles = [Profile(text) for text in tracker.native.profiles()]
         self._list_averages(tracker.tensors, tracker.native)
         return self

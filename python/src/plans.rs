@@ -83,6 +83,8 @@ struct PlannedTraining {
     update_every: u64,
     update_after_step: u64,
     checkpoint_every: u64,
+    /// 0 for no early snapshots.
+    snapshot_growth: f64,
     max_checkpoints: usize,
     #[serde(default)]
     retention: Retention,
@@ -99,15 +101,22 @@ pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: O
         update_every,
         update_after_step,
         checkpoint_every,
+        snapshot_growth,
         max_checkpoints,
         retention,
         tracked,
     } = training;
-    let schedule = Schedule { update_every, update_after_step, checkpoint_every };
+    let snapshot_growth = given(snapshot_growth);
+    let schedule = Schedule { update_every, update_after_step, checkpoint_every, snapshot_growth };
     let forecast = Forecast { schedule, steps, keep: max_checkpoints, retention, tracked };
     let targets = parse_profiles(&targets)?;
     let plans = py.detach(|| forecast.plans(&targets, at(at_step))).map_err(to_python)?;
     to_json(&plans)
+}
+
+/// Returns the factor of early snapshots; `None` for 0.
+fn given(snapshot_growth: f64) -> Option<f64> {
+    Some(snapshot_growth).filter(|factor| *factor != 0.0)
 }
 
 /// Facts about a training that advice is computed from.
@@ -117,6 +126,8 @@ struct AdviceInput {
     steps: u64,
     update_every: u64,
     update_after_step: u64,
+    /// 0 for no early snapshots.
+    snapshot_growth: f64,
     parameters: u64,
     dtype: Dtype,
     disk: u64,
@@ -127,8 +138,10 @@ struct AdviceInput {
 #[pyfunction]
 pub fn advise(py: Python<'_>, input: &str) -> PyResult<String> {
     let input: AdviceInput = from_json(input)?;
-    let AdviceInput { steps, update_every, update_after_step, parameters, dtype, disk, range } = input;
-    let request = AdviceRequest { steps, update_every, update_after_step, parameters, dtype, disk, range };
+    let AdviceInput { steps, update_every, update_after_step, snapshot_growth, parameters, dtype, disk, range } = input;
+    let snapshot_growth = given(snapshot_growth);
+    let request =
+        AdviceRequest { steps, update_every, update_after_step, snapshot_growth, parameters, dtype, disk, range };
     let advice = py.detach(|| posthoc_ema::advise(&request, &|_| ())).map_err(to_python)?;
     to_json(&advice)
 }

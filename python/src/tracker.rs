@@ -28,6 +28,8 @@ struct Settings {
     update_every: Option<u64>,
     update_after_step: Option<u64>,
     checkpoint_every: Option<u64>,
+    /// 0 for no early snapshots.
+    snapshot_growth: Option<f64>,
     max_checkpoints: Option<usize>,
     retention: Option<Retention>,
     /// `null` selects the model's dtypes; an absent option keeps the run's own.
@@ -61,6 +63,7 @@ impl Settings {
             update_every,
             update_after_step,
             checkpoint_every,
+            snapshot_growth,
             max_checkpoints,
             retention,
             checkpoint_dtype,

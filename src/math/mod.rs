@@ -36,5 +36,5 @@ pub use profile::{Family, Profile, Shape, Unit, Window};
 pub use resolution::Resolution;
 pub use retention::Retention;
 pub use rounding::relative_rounding;
-pub use schedule::Schedule;
+pub use schedule::{SNAPSHOT_GROWTH, Schedule};
 pub use solve::{ChainSource, Densities, Solution, System};

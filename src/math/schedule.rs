@@ -6,8 +6,17 @@ use crate::error::{Error, Result};
 /// Most snapshots of a training.
 const MAX_SNAPSHOTS: u64 = 1 << 26;
 
+/// Default factor between the times of early snapshots.
+pub const SNAPSHOT_GROWTH: f64 = 1.2;
+
+/// Smallest factor between the times of early snapshots.
+const MIN_GROWTH: f64 = 1.01;
+
+/// Updates before the first snapshot, unless a multiple of `checkpoint_every` comes first.
+const UPDATES_BEFORE: u64 = 10;
+
 /// Intervals at which averages are updated and stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Schedule {
     /// Steps between updates.
     pub update_every: u64,
@@ -15,34 +24,53 @@ pub struct Schedule {
     pub update_after_step: u64,
     /// Steps between snapshots. Each snapshot is also an update.
     pub checkpoint_every: u64,
+    /// Factor between the times of further snapshots, early in the training; `None` for none.
+    ///
+    /// The first is at the tenth update or at `update_after_step`, whichever is later. They end where the distance to
+    /// the next would be `checkpoint_every` or more. Their times are rounded to updates, and depend on nothing but the
+    /// schedule. A run of an older version has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_growth: Option<f64>,
 }
 
 impl Default for Schedule {
     fn default() -> Self {
-        Schedule { update_every: 10, update_after_step: 0, checkpoint_every: 1000 }
+        Schedule {
+            update_every: 10,
+            update_after_step: 0,
+            checkpoint_every: 1000,
+            snapshot_growth: Some(SNAPSHOT_GROWTH),
+        }
     }
 }
 
 impl Schedule {
-    /// Checks that the intervals are at least 1.
+    /// Checks that the intervals are at least 1, and the factor between early snapshots at least 1.01.
     ///
     /// # Errors
-    /// [`Error::Setting`] for an interval of 0.
+    /// [`Error::Setting`] for an interval of 0, or a factor that is too small, infinite or NaN.
     pub fn check(&self) -> Result<()> {
         for (option, every) in [("update_every", self.update_every), ("checkpoint_every", self.checkpoint_every)] {
             if every == 0 {
                 return Err(Error::Setting { option, reason: "an interval is at least 1 step".into() });
             }
         }
-        Ok(())
+        match self.snapshot_growth {
+            Some(growth) if !(growth.is_finite() && growth >= MIN_GROWTH) => {
+                let reason = format!("{growth}: a factor of at least {MIN_GROWTH} is needed; 0 switches it off");
+                Err(Error::Setting { option: "snapshot_growth", reason })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Returns true if a snapshot is due at `time`, after a previous call at `previous`.
     ///
     /// On a clock that advances by more than 1 (images, tokens), a snapshot is due at the first call at or after each
-    /// multiple of the interval.
+    /// of the times of [`Schedule::snapshots`].
     pub fn is_snapshot_due(&self, previous: u64, time: u64) -> bool {
-        time >= self.update_after_step && crosses(self.checkpoint_every, previous, time)
+        time >= self.update_after_step
+            && (crosses(self.checkpoint_every, previous, time) || self.is_early_due(previous, time))
     }
 
     /// Returns true if an update is due at `time`, after a previous call at `previous`.
@@ -54,10 +82,27 @@ impl Schedule {
     }
 
     /// Returns the times of the snapshots of a training of `steps` steps.
+    ///
+    /// They are the multiples of `checkpoint_every`, and the early ones of `snapshot_growth`.
     pub fn snapshots(&self, steps: u64) -> Vec<u64> {
         let every = self.checkpoint_every;
         let count = steps.checked_div(every).unwrap_or(0);
-        (1..=count).map(|i| i * every).filter(|&t| t >= self.update_after_step).collect()
+        let mut times: Vec<u64> = (1..=count).map(|i| i * every).filter(|&t| t >= self.update_after_step).collect();
+        if let Some(early) = EarlySnapshots::of(self) {
+            times.extend((0..early.count).map(|i| early.time(i)).take_while(|&time| time <= steps));
+            times.sort_unstable();
+            times.dedup();
+        }
+        times
+    }
+
+    /// Returns true if an early snapshot is due at `time`, after a previous call at `previous`.
+    fn is_early_due(&self, previous: u64, time: u64) -> bool {
+        // Early snapshots are at multiples of the interval of updates: most calls need no logarithm.
+        if !crosses(self.update_every, previous, time) {
+            return false;
+        }
+        EarlySnapshots::of(self).is_some_and(|early| early.is_due(previous, time))
     }
 
     /// Returns the updates of a training of `steps` steps.
@@ -86,6 +131,52 @@ impl Schedule {
     }
 }
 
+/// Early snapshots of a schedule: their times grow by a factor, and are rounded to updates.
+///
+/// Evenly spaced snapshots leave an early average few to be blended from: after 1,000 steps, a spacing of 1,000 leaves
+/// an error of 45%, and a factor of 1.2 leaves 4%.
+struct EarlySnapshots {
+    update_every: u64,
+    growth: f64,
+    first: u64,
+    count: u32,
+}
+
+impl EarlySnapshots {
+    /// Returns those of a schedule, if it has any.
+    fn of(schedule: &Schedule) -> Option<Self> {
+        let growth = schedule.snapshot_growth.filter(|growth| *growth >= MIN_GROWTH)?;
+        let update_every = schedule.update_every;
+        let after = schedule.update_after_step.max(update_every.checked_mul(UPDATES_BEFORE)?);
+        let first = after.checked_next_multiple_of(update_every)?;
+        // From here on, the next would be as far as a multiple of `checkpoint_every`.
+        let end = schedule.checkpoint_every as f64 / (growth - 1.0);
+        let count = index(end, first, growth).ceil() as u32;
+        (count > 0).then_some(EarlySnapshots { update_every, growth, first, count })
+    }
+
+    /// Returns the time of number `i`, a multiple of `update_every`.
+    fn time(&self, i: u32) -> u64 {
+        let exact = self.first as f64 * self.growth.powi(i as i32);
+        // A half is rounded up, also on a machine on which its last bits differ.
+        let updates = (exact / self.update_every as f64 * (1.0 + 1e-12) + 0.5) as u64;
+        updates.saturating_mul(self.update_every)
+    }
+
+    /// Returns true if a time is in `(previous, time]`.
+    fn is_due(&self, previous: u64, time: u64) -> bool {
+        // Rounding moves a time by at most half the distance between updates.
+        let from = index(previous.saturating_sub(self.update_every) as f64, self.first, self.growth) as u32;
+        let to = index(time.saturating_add(self.update_every) as f64, self.first, self.growth) as u32;
+        (from..=to.min(self.count - 1)).map(|i| self.time(i)).any(|due| previous < due && due <= time)
+    }
+}
+
+/// Returns how often `first` is to be multiplied by `growth` to reach `time`; negative for an earlier one.
+fn index(time: f64, first: u64, growth: f64) -> f64 {
+    (time / first as f64).ln() / growth.ln()
+}
+
 /// Returns true if a multiple of `every` is in `(previous, time]`.
 fn crosses(every: u64, previous: u64, time: u64) -> bool {
     every > 0 && time / every > previous / every
@@ -97,18 +188,79 @@ mod tests {
 
     #[test]
     fn due_steps_equal_the_listed_updates_and_snapshots() {
-        for (update_every, update_after_step, checkpoint_every) in
-            [(10, 0, 1000), (7, 0, 100), (10, 105, 250), (1, 3, 1)]
-        {
-            let schedule = Schedule { update_every, update_after_step, checkpoint_every };
-            let steps = 3000;
-            let due: Vec<u64> = (1..=steps).filter(|&t| schedule.is_update_due(t - 1, t)).collect();
-            assert_eq!(due, schedule.updates(steps).unwrap().times());
-            let stored: Vec<u64> = (1..=steps).filter(|&t| schedule.is_snapshot_due(t - 1, t)).collect();
-            assert_eq!(stored, schedule.snapshots(steps));
-            assert!(stored.iter().all(|t| due.contains(t)));
-            assert!(due.iter().all(|&t| t >= update_after_step));
+        let schedules = [(10, 0, 1000), (7, 0, 100), (10, 105, 250), (1, 3, 1), (1, 0, 400), (10, 1500, 1000)];
+        for (update_every, update_after_step, checkpoint_every) in schedules {
+            for snapshot_growth in [None, Some(1.2), Some(1.01), Some(3.0)] {
+                let schedule = Schedule { update_every, update_after_step, checkpoint_every, snapshot_growth };
+                let steps = 3000;
+                let due: Vec<u64> = (1..=steps).filter(|&t| schedule.is_update_due(t - 1, t)).collect();
+                assert_eq!(due, schedule.updates(steps).unwrap().times());
+                let stored: Vec<u64> = (1..=steps).filter(|&t| schedule.is_snapshot_due(t - 1, t)).collect();
+                assert_eq!(stored, schedule.snapshots(steps));
+                assert!(stored.iter().all(|t| due.contains(t)));
+                assert!(due.iter().all(|&t| t >= update_after_step));
+            }
         }
+    }
+
+    /// Compares with the rule: each multiple of the interval, and the products of the factor until they are as far.
+    #[test]
+    fn early_snapshots_grow_by_the_factor_until_the_interval_is_reached() {
+        let schedule = Schedule { update_after_step: 100, ..Schedule::default() };
+        let mut expected: Vec<u64> = (1..=10).map(|i| 1000 * i).collect();
+        let mut exact = 100.0;
+        while 0.2 * exact < 1000.0 {
+            expected.push((exact / 10.0_f64).round() as u64 * 10);
+            exact *= 1.2;
+        }
+        expected.sort_unstable();
+        assert_eq!(schedule.snapshots(10_000), expected);
+        assert_eq!(&expected[..14], [100, 120, 140, 170, 210, 250, 300, 360, 430, 520, 620, 740, 890, 1000]);
+        assert_eq!(Schedule::default().snapshots(10_000), expected);
+        let off = Schedule { snapshot_growth: None, ..schedule };
+        assert_eq!(off.snapshots(10_000), (1..=10).map(|i| 1000 * i).collect::<Vec<_>>());
+        let late = Schedule { update_after_step: 6000, ..schedule };
+        assert_eq!(late.snapshots(10_000), [6000, 7000, 8000, 9000, 10_000]);
+        let later = Schedule { update_after_step: 1515, ..schedule };
+        assert_eq!(later.snapshots(3000), [1520, 1820, 2000, 2190, 2630, 3000]);
+    }
+
+    /// A run is cut at each step of a jumping clock: the snapshots do not depend on the calls before.
+    #[test]
+    fn early_snapshots_are_due_at_the_first_call_at_or_after_their_time() {
+        let schedule = Schedule::default();
+        let calls: Vec<u64> = (1..=300).map(|i| i * 37 + i % 5).collect();
+        let mut previous = 0;
+        for time in calls {
+            let passed = schedule.snapshots(time).iter().filter(|&&due| due > previous).count();
+            assert_eq!(schedule.is_snapshot_due(previous, time), passed > 0, "{previous}..{time}");
+            assert!(!schedule.is_snapshot_due(previous, time) || schedule.is_update_due(previous, time));
+            previous = time;
+        }
+        assert!(schedule.is_snapshot_due(0, 120) && !schedule.is_snapshot_due(120, 139));
+    }
+
+    #[test]
+    fn early_snapshots_of_extreme_intervals_are_few_and_do_not_overflow() {
+        let far = Schedule { checkpoint_every: u64::MAX, ..Schedule::default() };
+        assert!(far.snapshots(u64::MAX).len() < 250);
+        assert!(far.is_snapshot_due(0, u64::MAX));
+        let closest = Schedule { snapshot_growth: Some(1.01), ..far };
+        assert!(closest.snapshots(u64::MAX).len() < 5000);
+        let rare = Schedule { update_every: u64::MAX, ..far };
+        assert!(!rare.is_snapshot_due(0, u64::MAX - 1));
+        let huge = Schedule { snapshot_growth: Some(f64::MAX), ..Schedule::default() };
+        assert_eq!(huge.snapshots(2000), [1000, 2000]);
+    }
+
+    #[test]
+    fn schedule_without_the_factor_has_no_early_snapshots() {
+        let text = r#"{"update_every":10,"update_after_step":0,"checkpoint_every":1000}"#;
+        let old: Schedule = serde_json::from_str(text).unwrap();
+        assert_eq!(old, Schedule { snapshot_growth: None, ..Schedule::default() });
+        assert_eq!(serde_json::to_string(&old).unwrap(), text);
+        let new = serde_json::to_string(&Schedule::default()).unwrap();
+        assert_eq!(serde_json::from_str::<Schedule>(&new).unwrap(), Schedule::default());
     }
 
     #[test]
@@ -123,5 +275,14 @@ mod tests {
     fn intervals_of_zero_are_an_error() {
         assert!(Schedule { update_every: 0, ..Schedule::default() }.check().is_err());
         assert!(Schedule { checkpoint_every: 0, ..Schedule::default() }.check().is_err());
+    }
+
+    #[test]
+    fn factors_that_are_too_small_are_an_error() {
+        for growth in [0.0, 1.0, 1.001, -1.2, f64::NAN, f64::INFINITY] {
+            let wrong = Schedule { snapshot_growth: Some(growth), ..Schedule::default() };
+            let text = wrong.check().unwrap_err().to_string();
+            assert!(text.contains("snapshot_growth") && text.contains("0 switches it off"), "{text}");
+        }
     }
 }

@@ -48,6 +48,8 @@ pub struct AdviceRequest {
     pub update_every: u64,
     /// First step at which an update may happen.
     pub update_after_step: u64,
+    /// Factor between the times of early snapshots, as in [`Schedule`]; `None` for none.
+    pub snapshot_growth: Option<f64>,
     /// Averaged elements of the model.
     pub parameters: u64,
     /// The dtype of averages in snapshots.
@@ -206,7 +208,8 @@ impl AdviceRequest {
     }
 
     fn schedule(&self, checkpoint_every: u64) -> Schedule {
-        Schedule { update_every: self.update_every, update_after_step: self.update_after_step, checkpoint_every }
+        let AdviceRequest { update_every, update_after_step, snapshot_growth, .. } = *self;
+        Schedule { update_every, update_after_step, checkpoint_every, snapshot_growth }
     }
 
     fn forecast(&self, tracked: Vec<Profile>, checkpoint_every: u64, keep: usize) -> Forecast {
@@ -343,6 +346,7 @@ mod tests {
             steps: 100_000,
             update_every: 10,
             update_after_step: 0,
+            snapshot_growth: Some(1.2),
             parameters: 1_000_000,
             dtype: Dtype::F16,
             disk,

@@ -110,7 +110,10 @@ mod tests {
     fn training_without_snapshots_is_an_error() {
         let profile = [Profile::sigma_rel(0.15).unwrap()];
         assert!(forecast(0).plans(&profile, At::Latest).unwrap_err().to_string().contains("keep at least 1"));
-        let short = Forecast { steps: 999, ..forecast(20) };
+        let short = Forecast { steps: 99, ..forecast(20) };
+        assert!(short.plans(&profile, At::Latest).unwrap_err().to_string().contains("after 99 steps"));
+        let schedule = Schedule { snapshot_growth: None, ..Schedule::default() };
+        let short = Forecast { steps: 999, schedule, ..forecast(20) };
         assert!(short.plans(&profile, At::Latest).unwrap_err().to_string().contains("after 999 steps"));
     }
 }

@@ -4,6 +4,7 @@ mod background;
 mod checkpoint_meta;
 mod faults;
 mod filling;
+mod growth;
 mod locks;
 mod log;
 mod storage;
@@ -127,7 +128,12 @@ fn running_average_equals_direct_sum_for_every_schedule() {
         let mut walk = Walk::new(every);
         let mut ema = options.create(&walk.model).unwrap();
         let trajectory = train(&mut ema, &mut walk, 500);
-        let schedule = Schedule { update_every: every, update_after_step: after, checkpoint_every: checkpoint };
+        let schedule = Schedule {
+            update_every: every,
+            update_after_step: after,
+            checkpoint_every: checkpoint,
+            ..Schedule::default()
+        };
         let expected = schedule.updates(500).unwrap().times();
         assert_eq!(trajectory.iter().map(|(t, _)| *t).collect::<Vec<_>>(), expected);
         let last = *expected.last().unwrap();
@@ -263,7 +269,8 @@ fn one_pass_equals_many_passes_for_any_number_of_threads() {
 fn synthesis_during_training_reaches_the_newest_update() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(8);
-    let mut ema = PostHocEma::options(&dir).checkpoint_every(100).create(&walk.model).unwrap();
+    let options = PostHocEma::options(&dir).checkpoint_every(100).snapshot_growth(None);
+    let mut ema = options.create(&walk.model).unwrap();
     let profile = Profile::sigma_rel(0.1).unwrap();
     assert!(ema.synthesize(profile.clone()).unwrap_err().to_string().contains("no update yet"));
     let mut trajectory = train(&mut ema, &mut walk, 30);

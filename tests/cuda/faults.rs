@@ -10,7 +10,7 @@ use crate::model::{Model, files};
 use crate::owner::Owner;
 
 fn options(dir: &Path) -> Options {
-    PostHocEma::options(dir).update_every(1).checkpoint_every(5)
+    PostHocEma::options(dir).update_every(1).checkpoint_every(5).snapshot_growth(None)
 }
 
 /// Each fault needs its own driver, and therefore its own process.

@@ -18,6 +18,7 @@ fn train(dir: &Path, dtype: Option<Dtype>) -> Tensors {
     let mut ema = PostHocEma::options(dir)
         .update_every(1)
         .checkpoint_every(4)
+        .snapshot_growth(None)
         .checkpoint_dtype(dtype)
         .create(&model.host)
         .unwrap();
@@ -130,7 +131,9 @@ fn with_both(device: Device, mut act: impl FnMut(&PostHocEma, &PostHocEma, &mut 
     let temp = tempfile::tempdir().unwrap();
     let owner = Owner::new();
     let mut model = Model::new(&owner);
-    let options = |dir: &str| PostHocEma::options(temp.path().join(dir)).update_every(1).checkpoint_every(5);
+    let options = |dir: &str| {
+        PostHocEma::options(temp.path().join(dir)).update_every(1).checkpoint_every(5).snapshot_growth(None)
+    };
     let mut on_host = options("host").create(&model.host).unwrap();
     let mut on_device = options("device").device(device).create(&model.device).unwrap();
     for step in 1..=23 {

@@ -8,7 +8,8 @@ use crate::model::{Model, files};
 use crate::owner::Owner;
 
 fn options(dir: &std::path::Path) -> Options {
-    PostHocEma::options(dir).update_every(2).checkpoint_every(10).max_checkpoints(3).checkpoint_dtype(Dtype::F16)
+    let options = PostHocEma::options(dir).update_every(2).checkpoint_every(10).snapshot_growth(None);
+    options.max_checkpoints(3).checkpoint_dtype(Dtype::F16)
 }
 
 /// Trains the same model on both sides and compares every file.

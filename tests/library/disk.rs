@@ -54,7 +54,7 @@ fn train(ema: &mut PostHocEma, until: u64) -> Result<(), Error> {
 }
 
 fn options(dir: &Path) -> posthoc_ema::Options {
-    let options = PostHocEma::options(dir).update_every(1).checkpoint_every(5);
+    let options = PostHocEma::options(dir).update_every(1).checkpoint_every(5).snapshot_growth(None);
     options.retention(Retention::Latest).max_checkpoints(100)
 }
 

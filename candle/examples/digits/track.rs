@@ -40,6 +40,8 @@ impl Trackers {
             .sigma_rels(STORED)
             .update_every(UPDATE_EVERY)
             .checkpoint_every(every)
+            // Evenly spaced snapshots alone: this training is long enough for them.
+            .snapshot_growth(None)
             // One more for the end of a training that no interval divides.
             .max_checkpoints(SNAPSHOTS as usize + 1)
             .create(&Variables(vars))?;
@@ -48,6 +50,7 @@ impl Trackers {
             .update_every(UPDATE_EVERY)
             // No snapshot is due before the end; `finish` stores one.
             .checkpoint_every(steps.next_multiple_of(UPDATE_EVERY) + UPDATE_EVERY)
+            .snapshot_growth(None)
             .create(&Variables(vars))?;
         Ok(Self { run, direct, trajectory: Trajectory::default() })
     }

@@ -45,6 +45,7 @@ fn request(arguments: &ForecastArgs, disk: Count) -> Result<AdviceRequest, Failu
         steps: arguments.steps.ok_or_else(|| missing("the length of the training: --steps"))?,
         update_every: schedule.update_every,
         update_after_step: schedule.update_after_step,
+        snapshot_growth: schedule.snapshot_growth,
         parameters: arguments.parameters.ok_or_else(|| missing("the size of the model: --parameters"))?.0,
         dtype: arguments.dtype(),
         disk: disk.0,

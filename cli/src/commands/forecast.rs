@@ -1,7 +1,7 @@
 //! Options that describe a training before it runs.
 
 use clap::Args;
-use posthoc_ema::math::Schedule;
+use posthoc_ema::math::{SNAPSHOT_GROWTH, Schedule};
 use posthoc_ema::{Dtype, Forecast, Profile};
 
 use super::Failure;
@@ -25,6 +25,9 @@ pub struct ForecastArgs {
     /// Steps between snapshots
     #[arg(long, value_name = "N", default_value_t = 1000, conflicts_with = "run")]
     checkpoint_every: u64,
+    /// Factor between the times of further snapshots early in the training; 0 for none
+    #[arg(long, value_name = "FACTOR", default_value_t = SNAPSHOT_GROWTH, conflicts_with = "run")]
+    snapshot_growth: f64,
     /// Steps whose snapshots are kept
     #[arg(long, value_name = "N", default_value_t = 20, conflicts_with = "run")]
     keep: usize,
@@ -63,6 +66,7 @@ impl ForecastArgs {
             update_every: self.update_every,
             update_after_step: self.update_after_step,
             checkpoint_every: self.checkpoint_every,
+            snapshot_growth: Some(self.snapshot_growth).filter(|factor| *factor != 0.0),
         }
     }
 

@@ -10,7 +10,7 @@ use crate::driver::{is_standin, standin};
 fn train(dir: &Path) {
     let mut model = vec![("layer.weight", vec![0.5f32; 100_000]), ("layer.bias", vec![0.1f32; 10])];
     let options = PostHocEma::options(dir).checkpoint_every(50).checkpoint_dtype(Dtype::F16);
-    let mut ema = options.create(&model).unwrap();
+    let mut ema = options.snapshot_growth(None).create(&model).unwrap();
     for step in 0..500 {
         model.iter_mut().flat_map(|(_, v)| v).enumerate().for_each(|(i, v)| *v += 1e-3 * ((step * 7 + i) as f32).sin());
         ema.update(&model).unwrap();

@@ -92,7 +92,7 @@ fn plan_json_has_weights_and_errors_of_each_target() {
 fn plan_before_training_equals_the_plan_of_the_run() {
     let (_temp, dir) = run();
     let targets = ["--sigma-rel", "0.07,0.15", "--json"];
-    let flags = ["plan", "--steps", "500", "--checkpoint-every", "50", "--track", "0.05,0.28"];
+    let flags = ["plan", "--steps", "500", "--checkpoint-every", "50", "--snapshot-growth", "0"];
     let before = json(&[&flags[..], &targets[..]].concat());
     let mut after = json(&[&["plan", &dir][..], &targets[..]].concat());
     // A prediction needs stored snapshots.
@@ -148,6 +148,8 @@ fn error_lists_the_error_of_each_length() {
     assert!(errors[3]["relative_error"].as_f64().unwrap() < 1e-9);
     let flags = ["error", "--steps", "1000000", "--sigma-rel", "0.15"];
     let text = stdout(&flags);
+    assert!(text.contains("0.0077"), "{text}");
+    let text = stdout(&[&flags[..], &["--snapshot-growth", "0"]].concat());
     assert!(text.contains("0.0067"), "{text}");
     let text = stdout(&[&flags[..], &["--retention", "latest"]].concat());
     assert!(text.contains("0.41"), "{text}");
@@ -303,7 +305,7 @@ fn bad_usage_exits_with_2_and_names_the_fix() {
         (vec!["plan", dir, "--steps", "100", "--sigma-rel", "0.1"], "cannot be used with"),
         (vec!["plan", dir, "--sigma-rel", "0.1", "--keep", "5"], "cannot be used with"),
         (vec!["plan", "--sigma-rel", "0.1"], "--steps"),
-        (vec!["plan", "--steps", "100", "--sigma-rel", "0.1"], "no snapshot is left"),
+        (vec!["plan", "--steps", "99", "--sigma-rel", "0.1"], "no snapshot is left"),
         (vec!["plan", "--steps", "10000", "--update-every", "0", "--sigma-rel", "0.1"], "update_every"),
         (vec!["plan", "--steps", "1000000000000", "--update-every", "1", "--sigma-rel", "0.1"], "longer interval"),
         (vec!["plan", "--steps", "10000", "--noise", "auto", "--sigma-rel", "0.1"], "before training there are none"),

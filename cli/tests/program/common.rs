@@ -13,7 +13,7 @@ use serde_json::Value;
 pub fn train(dir: &Path) {
     let mut model = vec![("layer.weight", vec![0.5f32; 1000]), ("layer.bias", vec![0.1f32; 10])];
     let options = PostHocEma::options(dir).checkpoint_every(50).checkpoint_dtype(Dtype::F16);
-    let mut ema = options.create(&model).unwrap();
+    let mut ema = options.snapshot_growth(None).create(&model).unwrap();
     for step in 0..500 {
         for (i, value) in model.iter_mut().flat_map(|(_, values)| values).enumerate() {
             *value += 1e-3 * ((step * 7 + i * 13) as f32).sin();

@@ -9,6 +9,7 @@ use posthoc_ema::{At, Dtype, Error, Plan, PostHocEma, Profile, Run, verify};
 fn small_run(dir: &Path, shard_size: u64, steps: u8) {
     let mut model = model();
     let options = PostHocEma::options(dir).sigma_rels([0.05, 0.28]).update_every(1).checkpoint_every(10);
+    let options = options.snapshot_growth(None);
     let mut ema = options.checkpoint_dtype(Dtype::F16).shard_size(shard_size).create(&model).unwrap();
     for step in 0..steps {
         model.iter_mut().flat_map(|(_, values)| values).for_each(|value| *value += 0.01 * f32::from(step));

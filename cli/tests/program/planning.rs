@@ -78,3 +78,55 @@ fn advise_reports_bad_usage() {
     let (status, text) = failure(&["plan", "--advise", "--steps", "100", "--disk", "1GB"]);
     assert!(status == 2 && text.contains("--parameters"), "{text}");
 }
+
+/// Returns the number of snapshots of a training, all kept, and the worst error over sigma_rel 0.05 to 0.28.
+///
+/// Updates are every 10 steps. The program's own default is to keep 20 snapshots.
+fn worst_error(steps: u64, more: &[&str]) -> (usize, f64) {
+    let steps = steps.to_string();
+    let training = ["--steps", &steps, "--keep", "100", "--json"];
+    let document = json(&[&["error"], &training, &["--sigma-rel", "0.05,0.06,...,0.28"], more]);
+    let errors = document["errors"].as_array().unwrap().iter().map(|each| each["relative_error"].as_f64().unwrap());
+    let plan = json(&[&["plan"], &training, &["--sigma-rel", "0.15"], more]);
+    (plan["targets"][0]["weights"].as_array().unwrap().len() / 2, errors.fold(0.0, f64::max))
+}
+
+/// Compares with errors that were computed from the definitions, in percent.
+#[test]
+fn early_snapshots_bring_short_trainings_below_five_percent() {
+    for (steps, even, growing) in [
+        (1000, (1, 45.0), (14, 4.0)),
+        (2000, (2, 29.5), (19, 4.1)),
+        (3000, (3, 19.4), (22, 4.0)),
+        (5000, (5, 9.5), (27, 2.8)),
+        (10_000, (10, 2.8), (32, 2.8)),
+    ] {
+        let without = worst_error(steps, &["--snapshot-growth", "0"]);
+        let with = worst_error(steps, &[]);
+        for ((count, error), (expected_count, percent)) in [(without, even), (with, growing)] {
+            assert_eq!(count, expected_count, "at step {steps}");
+            assert!((100.0 * error - percent).abs() < 0.4, "{error} at step {steps}, not {percent}%");
+        }
+    }
+    // Without the multiples of 1,000 before the end, as few snapshots as can be.
+    for (steps, count, percent) in [(1000, 14, 4.02), (2000, 18, 4.13), (3000, 20, 4.08), (5000, 23, 4.05)] {
+        let (found, error) = worst_error(steps, &["--checkpoint-every", &steps.to_string()]);
+        assert_eq!(found, count, "at step {steps}");
+        assert!((100.0 * error - percent).abs() < 0.02, "{error} at step {steps}, not {percent}%");
+    }
+}
+
+#[test]
+fn early_snapshots_count_for_disk_and_advice() {
+    let training = ["plan", "--steps", "1000", "--sigma-rel", "0.2", "--parameters", "1B", "--json"];
+    // 14 steps of two profiles at 4 bytes, and the live state of 6 bytes for each profile twice.
+    assert_eq!(json(&[&training])["disk"], 136_000_000_000u64);
+    // A single step without early snapshots.
+    assert_eq!(json(&[&training, &["--snapshot-growth", "0"]])["disk"], 32_000_000_000u64);
+    let advise = ["plan", "--advise", "--steps", "2000", "--parameters", "1M", "--disk", "100MB", "--json"];
+    let worst = |more: &[&str]| json(&[&advise, more])["best"]["relative_error"].as_f64().unwrap();
+    let (with, without) = (worst(&[]), worst(&["--snapshot-growth", "0"]));
+    assert!(with <= without, "{with} with early snapshots, {without} without");
+    let (status, text) = failure(&["plan", "--steps", "1000", "--sigma-rel", "0.2", "--snapshot-growth", "1"]);
+    assert!(status == 2 && text.contains("snapshot_growth: 1: a factor of at least 1.01"), "{text}");
+}

@@ -30,7 +30,7 @@ impl Case {
         let temp = tempfile::tempdir().unwrap();
         let run = temp.path().join("run");
         let mut model = vec![("weight", vec![0.0f32; 3])];
-        let mut ema = PostHocEma::options(&run).checkpoint_every(50).create(&model).unwrap();
+        let mut ema = PostHocEma::options(&run).checkpoint_every(50).snapshot_growth(None).create(&model).unwrap();
         for step in 1..=500u16 {
             model[0].1.fill(scale * f32::from(step));
             ema.update(&model).unwrap();

@@ -72,6 +72,7 @@ fn golden_plans_are_reproduced() {
             update_every: case.update_every.unwrap(),
             update_after_step: case.update_after_step.unwrap(),
             checkpoint_every: case.checkpoint_every.unwrap(),
+            snapshot_growth: None,
         };
         let chains: Vec<Chain> = case.tracked.iter().map(|p| Chain::Tracked(profile(p))).collect();
         compare(&case, &schedule.updates(case.steps).unwrap(), &chains);

@@ -101,7 +101,7 @@ fn queued_checkpoint_does_not_replace_a_later_save() {
 fn later_update_returns_a_background_error_and_still_counts() {
     let (_temp, dir) = scratch();
     let mut walk = Walk::new(4);
-    let options = PostHocEma::options(&dir).checkpoint_every(5000);
+    let options = PostHocEma::options(&dir).checkpoint_every(5000).snapshot_growth(None);
     let mut ema = options.create(&walk.model).unwrap();
     train_on(&mut ema, &mut walk, 4999);
     let aside = dir.with_extension("aside");

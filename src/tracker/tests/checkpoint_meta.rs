@@ -50,6 +50,7 @@ pub(super) fn model(step: u16) -> Tensors {
 
 pub(super) fn trained(dir: &Path) -> PostHocEma {
     let options = PostHocEma::options(dir).update_every(1).checkpoint_every(20).checkpoint_dtype(Dtype::F16);
+    let options = options.snapshot_growth(None);
     let mut ema = options.create(&model(0)).unwrap();
     for step in 1..=20 {
         ema.update(&model(step)).unwrap();

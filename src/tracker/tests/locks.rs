@@ -7,7 +7,7 @@ use super::*;
 use crate::run::verify;
 
 fn options(dir: &Path) -> Options {
-    let options = PostHocEma::options(dir).update_every(1).update_after_step(0).checkpoint_every(10);
+    let options = PostHocEma::options(dir).update_every(1).checkpoint_every(10).snapshot_growth(None);
     options.retention(Retention::Latest).max_checkpoints(50).checkpoint_in_background(false)
 }
 

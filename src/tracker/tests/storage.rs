@@ -260,7 +260,7 @@ fn resume_with_another_schedule_is_exact() {
     ema.save().unwrap();
     drop(ema);
     let options = PostHocEma::options(&dir).update_every(3).checkpoint_every(70).max_checkpoints(2);
-    let options = options.retention(Retention::Latest);
+    let options = options.retention(Retention::Latest).snapshot_growth(None);
     let mut ema = options.checkpoint_dtype(Dtype::F16).shard_size(50).resume_or_create(&walk.model).unwrap();
     trajectory.extend(train(&mut ema, &mut walk, 150));
     let run = Run::open(&dir).unwrap();
