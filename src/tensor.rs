@@ -136,6 +136,9 @@ pub struct TensorView<'a> {
     pub shape: &'a [usize],
     /// Elements.
     pub memory: Memory<'a>,
+    /// True for state that is not trained. Of floating-point buffers, only batch-norm statistics are averaged:
+    /// `running_mean` and `running_var`. All others are copied.
+    pub is_buffer: bool,
 }
 
 impl<'a> TensorView<'a> {
@@ -145,7 +148,7 @@ impl<'a> TensorView<'a> {
     /// [`Error::Tensor`] if the number of bytes is not that of shape and dtype.
     pub fn host(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Result<Self> {
         check_size(name, dtype, shape, bytes.len())?;
-        Ok(TensorView { name, dtype, shape, memory: Memory::Host(bytes) })
+        Ok(TensorView { name, dtype, shape, memory: Memory::Host(bytes), is_buffer: false })
     }
 
     /// Creates a view of elements in memory of a CUDA device.
@@ -154,7 +157,16 @@ impl<'a> TensorView<'a> {
     /// [`Error::Tensor`] if the number of bytes is not that of shape and dtype.
     pub fn cuda(name: &'a str, dtype: Dtype, shape: &'a [usize], memory: CudaMemory<'a>) -> Result<Self> {
         check_size(name, dtype, shape, memory.bytes)?;
-        Ok(TensorView { name, dtype, shape, memory: Memory::Cuda(memory) })
+        Ok(TensorView { name, dtype, shape, memory: Memory::Cuda(memory), is_buffer: false })
+    }
+
+    /// Marks the tensor as a buffer: state that is not trained, such as the `u` and `v` of a spectral norm.
+    ///
+    /// Buffers are copied from the newest update, except for batch-norm statistics and those named in
+    /// [`Options::average`](crate::Options::average).
+    #[must_use]
+    pub fn as_buffer(self) -> Self {
+        TensorView { is_buffer: true, ..self }
     }
 
     /// Returns the number of elements.

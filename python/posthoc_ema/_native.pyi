@@ -10,9 +10,14 @@ CUDA: bool
 Progress = Callable[[int], object] | None
 
 class Layout:
-    """Description of tensors: `(name, dtype as in safetensors files, shape, number of the CUDA device or -1)`."""
+    """Description of tensors: `(name, dtype as in safetensors files, shape, number of the CUDA device or -1)`.
 
-    def __new__(cls, tensors: Sequence[tuple[str, str, Sequence[int], int]]) -> Layout: ...
+    `buffers` has the names of those that are not trained.
+    """
+
+    def __new__(
+        cls, tensors: Sequence[tuple[str, str, Sequence[int], int]], buffers: frozenset[str] | set[str] = ...
+    ) -> Layout: ...
 
 class SavedWeights:
     """Elements of tensors before an average replaced them."""

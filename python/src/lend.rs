@@ -1,5 +1,6 @@
 //! Tensors that Python's libraries lend by address. Only this module is `unsafe`.
 
+use std::collections::HashSet;
 use std::slice;
 
 #[cfg(feature = "cuda")]
@@ -18,14 +19,15 @@ struct TensorEntry {
     bytes: usize,
     /// Number of the CUDA device; `None` for the host.
     device: Option<usize>,
+    is_buffer: bool,
 }
 
 impl TensorEntry {
-    fn new(name: String, dtype: &str, shape: Vec<usize>, device: i64) -> PyResult<TensorEntry> {
+    fn new(name: String, dtype: &str, shape: Vec<usize>, device: i64, is_buffer: bool) -> PyResult<TensorEntry> {
         let dtype = parse_dtype(dtype)?;
         let bytes = posthoc_ema::byte_size(&name, dtype, &shape).map_err(to_python)?;
         let device = usize::try_from(device).ok();
-        Ok(TensorEntry { name, dtype, shape, bytes, device })
+        Ok(TensorEntry { name, dtype, shape, bytes, device, is_buffer })
     }
 }
 
@@ -36,14 +38,15 @@ pub struct Layout(Vec<TensorEntry>);
 #[pymethods]
 impl Layout {
     /// Takes `(name, dtype, shape, device)` of each tensor. The dtype is named as in safetensors files; the device is a
-    /// number, or -1 for the host.
+    /// number, or -1 for the host. `buffers` has the names of those that are not trained.
     #[new]
-    fn new(tensors: Vec<(String, String, Vec<usize>, i64)>) -> PyResult<Layout> {
-        let entries = tensors
-            .into_iter()
-            .map(|(name, dtype, shape, device)| TensorEntry::new(name, &dtype, shape, device))
-            .collect::<PyResult<_>>()?;
-        Ok(Layout(entries))
+    #[pyo3(signature = (tensors, buffers = HashSet::new()))]
+    fn new(tensors: Vec<(String, String, Vec<usize>, i64)>, buffers: HashSet<String>) -> PyResult<Layout> {
+        let entry = |(name, dtype, shape, device): (String, String, Vec<usize>, i64)| {
+            let is_buffer = buffers.contains(&name);
+            TensorEntry::new(name, &dtype, shape, device, is_buffer)
+        };
+        Ok(Layout(tensors.into_iter().map(entry).collect::<PyResult<_>>()?))
     }
 }
 
@@ -76,6 +79,10 @@ impl<'a> Lent<'a> {
     }
 
     fn view(&self, entry: &'a TensorEntry, address: u64) -> Result<TensorView<'a>> {
+        self.plain_view(entry, address).map(|view| TensorView { is_buffer: entry.is_buffer, ..view })
+    }
+
+    fn plain_view(&self, entry: &'a TensorEntry, address: u64) -> Result<TensorView<'a>> {
         #[cfg(feature = "cuda")]
         if let Some(device) = entry.device {
             // SAFETY: see the contract of `Lent`. PyTorch allocates in the primary context, and frees and reuses memory

@@ -107,6 +107,14 @@ impl LiveState {
         Ok(LiveState { file, document })
     }
 
+    /// Returns true for a tensor that the run averages, false for one that it copies, and `None` for any other.
+    pub(crate) fn was_averaged(&self, name: &str) -> Option<bool> {
+        if self.document.dtypes.contains_key(name) {
+            return Some(true);
+        }
+        self.file.tensors().get(&copy_name(name)).map(|_| false)
+    }
+
     /// Returns the bytes of a tensor of the given dtype and shape.
     pub(crate) fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
         let path = self.file.path();

@@ -193,9 +193,11 @@ impl Options {
         self
     }
 
-    /// Tensors to average, by name or glob (`*.lora_*`). Default: all of floating-point dtypes.
+    /// Tensors to average, by name or glob (`*.lora_*`).
     ///
-    /// If any are given, all others are copied.
+    /// Default: all parameters of floating-point dtypes, and of the [buffers](TensorView::as_buffer) the batch-norm
+    /// statistics, `running_mean` and `running_var`. If a name or glob matches a parameter, all tensors without a match
+    /// are copied. If all match buffers only, these are averaged besides the default.
     pub fn average<S: Into<String>>(mut self, globs: impl IntoIterator<Item = S>) -> Self {
         self.average = Some(globs.into_iter().map(Into::into).collect());
         self
@@ -321,7 +323,8 @@ impl Options {
         settings.check()?;
         saved.document.settings.check_unchanged(&settings)?;
         let (registry, model_device) = register(params, |views| {
-            TensorRegistry::resumed(views, &TensorChoice::new(&settings)?, &saved.document.tied)
+            let choice = TensorChoice::new(&settings)?;
+            TensorRegistry::resumed(views, &choice, &saved.document.tied, &|name| saved.was_averaged(name))
         })?;
         state::check_tensors(&saved, &registry)?;
         let sessions = self.check_stored(&saved.document)?;

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use safetensors::Dtype;
 
-use super::tensor_choice::{NamePatterns, TensorChoice};
+use super::tensor_choice::{Roles, TensorChoice};
 use crate::compute::cpu::Layout;
 use crate::error::{Difference, Error, Result};
 use crate::snapshot::FileLayout;
-use crate::tensor::{TensorSpec, TensorView, byte_size, is_averaged};
+use crate::tensor::{TensorSpec, TensorView, byte_size};
 
 /// Tensor of the run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,23 +65,20 @@ impl TensorRegistry {
     /// Registers the tensors of a new run and finds which are tied.
     pub(super) fn new(views: &[TensorView<'_>], choice: &TensorChoice) -> Result<TensorRegistry> {
         let kept: Vec<&TensorView<'_>> = views.iter().filter(|view| !choice.leave_out.contains(view.name)).collect();
-        TensorRegistry::build(views, choice, find_tied(&kept))
+        TensorRegistry::build(views, &Roles::new(views, choice, &|_| None), find_tied(&kept))
     }
 
-    /// Registers the tensors of a resumed run, whose ties are known.
+    /// Registers the tensors of a resumed run, whose ties are known. `was_averaged` returns `None` for a new tensor.
     pub(super) fn resumed(
         views: &[TensorView<'_>],
         choice: &TensorChoice,
         tied: &BTreeMap<String, String>,
+        was_averaged: &dyn Fn(&str) -> Option<bool>,
     ) -> Result<TensorRegistry> {
-        TensorRegistry::build(views, choice, tied.clone())
+        TensorRegistry::build(views, &Roles::new(views, choice, was_averaged), tied.clone())
     }
 
-    fn build(
-        views: &[TensorView<'_>],
-        choice: &TensorChoice,
-        tied: BTreeMap<String, String>,
-    ) -> Result<TensorRegistry> {
+    fn build(views: &[TensorView<'_>], roles: &Roles<'_>, tied: BTreeMap<String, String>) -> Result<TensorRegistry> {
         let mut sorted: Vec<&TensorView<'_>> = views.iter().collect();
         sorted.sort_by_key(|view| view.name);
         if let Some(pair) = sorted.windows(2).find(|pair| pair[0].name == pair[1].name) {
@@ -89,7 +86,7 @@ impl TensorRegistry {
         }
         let mut registry = TensorRegistry { tied, ..TensorRegistry::default() };
         for view in sorted {
-            let role = registry.add(view, choice)?;
+            let role = registry.add(view, roles)?;
             registry.roles.insert(view.name.to_owned(), role);
         }
         if registry.averaged.is_empty() {
@@ -102,8 +99,8 @@ impl TensorRegistry {
         Ok(registry)
     }
 
-    fn add(&mut self, view: &TensorView<'_>, choice: &TensorChoice) -> Result<TensorRole> {
-        if choice.leave_out.contains(view.name) {
+    fn add(&mut self, view: &TensorView<'_>, roles: &Roles<'_>) -> Result<TensorRole> {
+        if roles.choice.leave_out.contains(view.name) {
             return Ok(TensorRole::LeftOut);
         }
         if let Some(kept) = self.tied.get(view.name) {
@@ -112,17 +109,10 @@ impl TensorRegistry {
         let bytes = byte_size(view.name, view.dtype, view.shape)?;
         let entry = Entry { name: view.name.to_owned(), dtype: view.dtype, shape: view.shape.to_vec(), bytes };
         check(view, &entry)?;
-        let is_named = |patterns: &NamePatterns| self.names_of(view.name).any(|name| patterns.contains(name));
-        let copy = is_named(&choice.copy);
-        let average = choice.average.as_ref().map(is_named);
-        if !copy && is_averaged(view.dtype) && average != Some(false) {
+        let names: Vec<&str> = self.names_of(view.name).collect();
+        if roles.is_averaged(view, &names)? {
             self.averaged.push(entry);
             return Ok(TensorRole::Averaged(self.averaged.len() - 1));
-        }
-        let is_undecided = average.is_none() && !is_copied(view.dtype);
-        if !copy && !is_averaged(view.dtype) && (is_undecided || average == Some(true)) {
-            let why = format!("{} cannot be averaged: name it among those to copy or to leave out", view.dtype);
-            return Err(Error::tensor(view.name, why));
         }
         self.copied.push(entry);
         Ok(TensorRole::Copied(self.copied.len() - 1))
@@ -219,14 +209,6 @@ impl TensorRegistry {
             TensorRole::Tied(_) | TensorRole::LeftOut => None,
         }
     }
-}
-
-/// Returns true for dtypes that are copied by default: integers and booleans.
-///
-/// For floating-point numbers of 8 bits and fewer, and for complex ones, the user must decide.
-fn is_copied(dtype: Dtype) -> bool {
-    use Dtype::{BOOL, I8, I16, I32, I64, U8, U16, U32, U64};
-    matches!(dtype, BOOL | U8 | I8 | U16 | I16 | U32 | I32 | U64 | I64)
 }
 
 fn check<'v, 'a>(view: &'v TensorView<'a>, entry: &Entry) -> Result<&'v TensorView<'a>> {

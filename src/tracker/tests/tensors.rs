@@ -80,6 +80,81 @@ fn dtypes_without_a_default_treatment_are_refused() {
     }
 }
 
+/// Model with a parameter and four buffers, all of the value of the step.
+struct Buffered(f32);
+
+impl Parameters for Buffered {
+    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
+        let values = [[self.0; 2]; 5];
+        let names = ["weight", "weight_u", "mask", "norm.running_mean", "head.0.running_var"];
+        let mut views = Vec::new();
+        for (name, values) in names.into_iter().zip(&values) {
+            let view = TensorView::host(name, Dtype::F32, &[2], bytemuck::cast_slice(values.as_slice()))?;
+            views.push(if name == "weight" { view } else { view.as_buffer() });
+        }
+        let scale = TensorView::host("scale", Dtype::F8_E4M3, &[2], &[1, 2])?;
+        views.push(scale.as_buffer());
+        read(&views)
+    }
+}
+
+#[test]
+fn buffers_are_copied_except_for_batch_statistics() {
+    let averaged = |options: Options| {
+        let mut ema = options.update_every(1).update_after_step(0).create(&Buffered(0.0)).unwrap();
+        for step in 1..=4u8 {
+            ema.update(&Buffered(f32::from(step))).unwrap();
+        }
+        let mean = ema.synthesize(Profile::gamma(0.0).unwrap()).unwrap();
+        let value = |name: &str| mean.get(name).unwrap().to_vec::<f32>().unwrap()[0];
+        let expected = |name: &String| if ema.averaged().contains(name) { 2.5 } else { 4.0 };
+        for name in ["weight", "weight_u", "mask", "norm.running_mean", "head.0.running_var"].map(String::from) {
+            assert!((value(&name) - expected(&name)).abs() < 0.2, "{name}: {}", value(&name));
+        }
+        assert_eq!(mean.get("scale").unwrap().bytes, [1, 2]);
+        ema.averaged()
+    };
+    let (_temp, dir) = scratch();
+    let statistics = ["head.0.running_var", "norm.running_mean"];
+    assert_eq!(averaged(PostHocEma::options(dir.join("1"))), [statistics.as_slice(), &["weight"]].concat());
+    // A name of a buffer is an exception; one of a parameter leaves the others out of the averages.
+    let with_mask = ["head.0.running_var", "mask", "norm.running_mean", "weight"];
+    assert_eq!(averaged(PostHocEma::options(dir.join("2")).average(["mask"])), with_mask);
+    assert_eq!(averaged(PostHocEma::options(dir.join("3")).average(["wei*t", "mask"])), ["mask", "weight"]);
+    assert_eq!(averaged(PostHocEma::options(dir.join("4")).copy(["norm.*", "head.*"])), ["weight"]);
+    let text = PostHocEma::options(dir.join("5")).average(["scale"]).create(&Buffered(0.0)).unwrap_err().to_string();
+    assert!(text.contains("`scale`: F8_E4M3 cannot be averaged"), "{text}");
+}
+
+/// Same tensors, all of them lent as parameters.
+struct Unmarked(f32);
+
+impl Parameters for Unmarked {
+    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
+        Buffered(self.0).with_tensors(&mut |views| {
+            let unmarked: Vec<_> = views.iter().map(|view| TensorView { is_buffer: false, ..*view }).collect();
+            read(&unmarked)
+        })
+    }
+}
+
+#[test]
+fn resumed_run_averages_the_buffers_that_it_averaged() {
+    let (_temp, dir) = scratch();
+    let options = || PostHocEma::options(&dir).update_every(1).update_after_step(0).copy(["scale"]);
+    let all = ["head.0.running_var", "mask", "norm.running_mean", "weight", "weight_u"];
+    let mut ema = options().create(&Unmarked(0.0)).unwrap();
+    ema.update(&Unmarked(1.0)).unwrap();
+    ema.save().unwrap();
+    drop(ema);
+    let mut ema = options().resume(&Buffered(0.0)).unwrap();
+    assert_eq!(ema.averaged(), all);
+    ema.update(&Buffered(2.0)).unwrap();
+    ema.save().unwrap();
+    drop(ema);
+    assert_eq!(options().resume(&Buffered(0.0)).unwrap().averaged(), all);
+}
+
 /// Model with two tied tensors.
 struct Tied {
     values: Vec<f32>,
@@ -180,7 +255,7 @@ fn views_of_wrong_size_are_refused() {
         fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
             let bytes = [0u8; 64];
             let memory = crate::tensor::Memory::Host(&bytes[..self.0]);
-            read(&[TensorView { name: "w", dtype: Dtype::F32, shape: &[4], memory }])
+            read(&[TensorView { name: "w", dtype: Dtype::F32, shape: &[4], memory, is_buffer: false }])
         }
     }
     let (_temp, dir) = scratch();
