@@ -25,6 +25,9 @@ DTYPES = {
 }
 """Names of dtypes in PyTorch and NumPy, each with its name in safetensors files."""
 
+PAIRS = {"complex32": "F16", "complex64": "F32", "complex128": "F64"}
+"""Dtype of the real and the imaginary part, which are stored along a last dimension of size 2."""
+
 _AVERAGED = ("F32", "F16", "BF16", "F64")
 _SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
 
@@ -39,12 +42,32 @@ def dtype_name(name: str, dtype: Any) -> str:
     Raises:
         ValueError: If safetensors files have no such dtype.
     """
-    text = getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
+    text = dtype_text(dtype)
     if text not in DTYPES:
         raise ValueError(
             f"tensor `{name}`: {dtype} cannot be stored in safetensors files: name it in `leave_out`, or convert it"
         )
     return DTYPES[text]
+
+
+def lent_dtype_name(name: str, dtype: Any, is_native: bool = False) -> str:
+    """Returns the name of the dtype in which a tensor is lent.
+
+    Args:
+        name: The tensor's name, for the error.
+        dtype: A dtype of PyTorch or NumPy.
+        is_native: Lend complex numbers as such if safetensors files have them, not as pairs of reals.
+
+    Raises:
+        ValueError: If safetensors files have no such dtype.
+    """
+    text = dtype_text(dtype)
+    return PAIRS[text] if text in PAIRS and not (is_native and text in DTYPES) else dtype_name(name, dtype)
+
+
+def dtype_text(dtype: Any) -> str:
+    """Returns the name of a dtype of PyTorch or NumPy, such as `float32`."""
+    return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
 
 
 def average_dtype_name(dtype: Any) -> str | None:

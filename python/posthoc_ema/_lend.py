@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _native
-from ._dtypes import dtype_name
+from ._dtypes import PAIRS, dtype_text, lent_dtype_name
 
 HOST = -1
 """Stands for host memory in the place of a CUDA device's number."""
@@ -79,22 +79,34 @@ class Lender:
 
     Args:
         named: Pairs of a unique name and a tensor of PyTorch, of NumPy, or with DLPack.
+        buffers: Names of those that are not trained.
+        stored_complex: Names of those that the run stores as complex numbers. Other complex tensors are lent as pairs
+            of reals along a last dimension of size 2, except for complex64 buffers, which are copied only.
     """
 
-    def __init__(self, named: Sequence[tuple[str, Any]]):
+    def __init__(
+        self,
+        named: Sequence[tuple[str, Any]],
+        buffers: frozenset[str] = frozenset(),
+        stored_complex: frozenset[str] = frozenset(),
+    ):
         self.names = [name for name, _ in named]
         self.originals = [tensor for _, tensor in named]
         self.tensors = [as_array(name, tensor) for name, tensor in named]
         self._torch = [is_torch(tensor) for tensor in self.tensors]
         self._facts = [self._facts_of(i) for i in range(len(self.tensors))]
+        native = buffers | stored_complex
+        dtypes = [lent_dtype_name(name, facts.dtype, name in native) for name, facts in zip(self.names, self._facts)]
+        self._pairs = {i for i, dtype in enumerate(dtypes) if PAIRS.get(dtype_text(self._facts[i].dtype)) == dtype}
         self._indirect = [i for i in range(len(self.tensors)) if not self._is_direct(i)]
         devices = [self._device_number(i) for i in range(len(self.tensors))]
         self._device = next((device for device in devices if device != HOST), None)
-        described = [
-            (name, dtype_name(name, facts.dtype), list(facts.shape), device)
-            for name, facts, device in zip(self.names, self._facts, devices)
+        self.described = [
+            (name, dtype, [*facts.shape, 2] if i in self._pairs else list(facts.shape), device)
+            for i, (name, dtype, facts, device) in enumerate(zip(self.names, dtypes, self._facts, devices))
         ]
-        self.layout = _native.Layout(described)
+        """Name, dtype, shape and device of each tensor, as it is lent."""
+        self.layout = _native.Layout(self.described, buffers)
         # Lists for the fast path of `is_current`.
         self._all_torch = all(self._torch)
         if self._all_torch:
@@ -104,10 +116,9 @@ class Lender:
             self._numels = [tensor.numel() for tensor in self.tensors]
             self._direct = [tensor for i, tensor in enumerate(self.tensors) if i not in indirect]
             self._addresses = [tensor.data_ptr() for tensor in self.tensors]
+        self.check_storages()
 
-        self._check_storages()
-
-    def _check_storages(self) -> None:
+    def check_storages(self) -> None:
         """Refuses tensors that reach beyond their storage, which was resized."""
         for name, tensor, of_torch in zip(self.names, self.tensors, self._torch):
             if not of_torch or tensor.numel() == 0:
@@ -130,8 +141,10 @@ class Lender:
         return tensor.device.index if self._torch[i] and tensor.is_cuda and cuda_usable() else HOST
 
     def _is_direct(self, i: int) -> bool:
-        """Returns True if a tensor can be lent in place."""
+        """Returns True if a tensor can be lent in place, without a look at its elements."""
         tensor = self.tensors[i]
+        if i in self._pairs:
+            return False
         if not self._torch[i]:
             return bool(tensor.flags.c_contiguous) and tensor.dtype.isnative
         reachable = tensor.device.type == "cpu" or (tensor.is_cuda and cuda_usable())
@@ -151,7 +164,7 @@ class Lender:
         if addresses != self._addresses:
             if any(self._facts_of(i) != facts for i, facts in enumerate(self._facts)):
                 return False
-            self._check_storages()
+            self.check_storages()
             self._addresses = addresses
         return (
             all(map(operator.is_, [tensor.dtype for tensor in tensors], self._dtypes))
@@ -169,14 +182,32 @@ class Lender:
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
     def _contiguous_copy(self, i: int) -> Any:
-        """Copies a tensor into contiguous memory that the native part can reach."""
+        """Returns a tensor's elements in contiguous memory that the native part can reach: a copy, or its own."""
         tensor = self.tensors[i]
         if not self._torch[i]:
-            return np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("="))
+            copy = np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("="))
+            return copy.view(copy.real.dtype) if i in self._pairs else copy
         torch = torch_module()
         device = tensor.device if tensor.is_cuda and cuda_usable() else "cpu"
         assert torch is not None
-        return tensor.detach().to(device).resolve_conj().resolve_neg().contiguous()
+        copy = tensor.detach().to(device).resolve_conj().resolve_neg().contiguous()
+        return torch.view_as_real(copy) if i in self._pairs else copy
+
+    def _copy_back(self, i: int, copy: Any) -> None:
+        """Writes the elements of a contiguous copy to its tensor."""
+        tensor = self.tensors[i]
+        if not self._torch[i]:
+            np.copyto(tensor, copy.view(tensor.dtype.newbyteorder("=")).reshape(tensor.shape))
+            return
+        torch = torch_module()
+        assert torch is not None
+        # Through `data`: autograd must not record the copy as an operation of the model.
+        tensor.data.copy_(torch.view_as_complex(copy) if i in self._pairs else copy)
+
+    @property
+    def pairs(self) -> list[str]:
+        """Names of the complex tensors that are lent as pairs of reals."""
+        return [self.names[i] for i in sorted(self._pairs)]
 
     @contextmanager
     def reading(self) -> Iterator[tuple[list[int], int]]:
@@ -196,11 +227,7 @@ class Lender:
         copies = self._copies()
         yield self._addresses_with(copies), self.stream
         for i, copy in copies.items():
-            if self._torch[i]:
-                # Through `data`: autograd must not record the copy as an operation of the model.
-                self.tensors[i].data.copy_(copy)
-            else:
-                np.copyto(self.tensors[i], copy)
+            self._copy_back(i, copy)
 
     def _copies(self) -> dict[int, Any]:
         """Copies the tensors that cannot be lent in place; names that share their elements share the copy."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _native
+from ._dtypes import DTYPES
 from ._lend import Lender
 
 STATE = "state.safetensors"
@@ -69,6 +70,20 @@ def open_tracker(directory: Path, lender: Lender, options: dict[str, Any], resum
             f"{directory} already contains checkpoints: {remedy}, read them with `PostHocEMA.from_path`, "
             f"or choose another directory"
         ) from error
+
+
+def stored_complex(state: Path) -> frozenset[str]:
+    """Returns the names of the tensors that a live state holds as complex numbers, as older versions stored them."""
+    if not state.is_file():
+        return frozenset()
+    with state.open("rb") as file:
+        try:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            entries = [(name, entry.get("dtype")) for name, entry in header.items()]
+        except (ValueError, AttributeError, OverflowError, MemoryError):
+            # The native part names what is damaged.
+            return frozenset()
+    return frozenset(name.removeprefix("copied.") for name, dtype in entries if dtype == DTYPES["complex64"])
 
 
 class TrackerLifetime:

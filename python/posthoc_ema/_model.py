@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Container, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ._dtypes import dtype_name
+from ._dtypes import lent_dtype_name
 from ._lend import Lender, torch_module
 
 Model = Any
@@ -16,8 +17,14 @@ Model = Any
 # Tracked even with `only_save_diff`: an averaged network with batch normalisation cannot be evaluated without them.
 BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
-# Wrappers that hold the actual module as `module`.
-_WRAPPERS = {"DistributedDataParallel", "DataParallel", "DeepSpeedEngine", "FullyShardedDataParallel"}
+# Wrappers, each with the attribute that holds the actual module.
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "_FabricModule": "_original_module",
+}
 
 # Parts that wrappers insert anywhere into the names of parameters.
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -29,12 +36,22 @@ _Slot = tuple[dict[str, Any], str]
 def unwrap(module: Any) -> Any:
     """Returns the module inside `torch.compile`, DistributedDataParallel and other wrappers."""
     while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and {base.__name__ for base in type(module).__mro__} & _WRAPPERS:
-            inner = getattr(module, "module", None)
+        attributes = [_WRAPPERS[base.__name__] for base in type(module).__mro__ if base.__name__ in _WRAPPERS]
+        found = (own_attribute(module, name) for name in [*attributes, "_orig_mod"])
+        inner = next((inner for inner in found if inner is not None), None)
         if inner is None:
             return module
         module = inner
+
+
+def own_attribute(module: Any, name: str) -> Any | None:
+    """Returns a part or an attribute of a module's own, or None.
+
+    Modules that delegate `__getattr__` have all attributes of the inner one, which are not meant.
+    """
+    fields = getattr(module, "__dict__", {})
+    found = fields.get("_modules", {}).get(name)
+    return fields.get(name) if found is None else found
 
 
 def plain_name(name: str) -> str:
@@ -42,8 +59,22 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
-def check_tensor(name: str, tensor: Any) -> None:
+def gathered_by_fsdp(module: Any) -> frozenset[int]:
+    """Returns the identities of the parameters that FSDP holds whole at the moment (`use_orig_params=True`)."""
+    handle = own_attribute(module, "_handle")
+    flat = getattr(handle, "flat_param", None)
+    if handle is None or flat is None or not getattr(handle, "_use_orig_params", False) or handle.is_sharded(flat):
+        return frozenset()
+    return frozenset(map(id, flat._params or ()))
+
+
+def check_tensor(name: str, tensor: Any, is_gathered: bool = False) -> None:
     """Refuses tensors whose elements are not in memory, or not in the usual layout.
+
+    Args:
+        name: The tensor's name.
+        tensor: Tensor of PyTorch.
+        is_gathered: FSDP has put the tensor together.
 
     Raises:
         ValueError: If the tensor is meta, lazy, sharded, sparse or quantized; the message names the remedy.
@@ -59,7 +90,7 @@ def check_tensor(name: str, tensor: Any) -> None:
             "ZeRO-3 has moved its elements to other processes: call this within "
             "`deepspeed.zero.GatheredParameters(params)`, with `modifier_rank=0` for the methods that write"
         )
-    elif type(tensor).__name__ == "FlatParameter" or hasattr(tensor, "_fsdp_flattened"):
+    elif type(tensor).__name__ == "FlatParameter" or (hasattr(tensor, "_fsdp_flattened") and not is_gathered):
         reason = (
             "FSDP has cut it into shards: call this within `FullyShardedDataParallel.summon_full_params(model)`, or "
             "pass a mapping of names to gathered tensors"
@@ -73,6 +104,8 @@ def check_tensor(name: str, tensor: Any) -> None:
         reason = f"its layout is {tensor.layout}: name it in `leave_out`, or convert it to a dense tensor"
     elif tensor.is_quantized:
         reason = "it is quantized: name it in `leave_out`, or dequantize it"
+    elif is_wrapper_subclass(tensor):
+        reason = f"{type(tensor).__name__} computes its elements from other tensors: name it in `leave_out`"
     elif tensor.numel() > 0 and tensor.untyped_storage().size() == 0:
         reason = "its storage has been freed (FSDP does so between passes): call this while parameters are gathered"
     else:
@@ -80,12 +113,40 @@ def check_tensor(name: str, tensor: Any) -> None:
     raise ValueError(f"tensor `{name}`: {reason}")
 
 
+def is_wrapper_subclass(tensor: Any) -> bool:
+    """Returns True for a tensor without elements of its own, such as those of torchao."""
+    return hasattr(type(tensor), "__tensor_flatten__")
+
+
+def state_dict_keys(model: Any, names: Sequence[str], tensors: Sequence[Any]) -> dict[str, str]:
+    """Returns the key of each tensor in the state dict of a module, which its wrappers decide.
+
+    FSDP and DeepSpeed would gather tensors for a state dict; their modules keep the plain names.
+    """
+    own = {name: name for name in names}
+    parts = list(model.modules())
+    is_plain = unwrap(model) is model and not any(key in _WRAPPER_PARTS for part in parts for key in part._modules)
+    gathers = {"DeepSpeedEngine", "FullyShardedDataParallel"}
+    if is_plain or any(base.__name__ in gathers for part in parts for base in type(part).__mro__):
+        return own
+    owners: dict[int, list[str]] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        owners.setdefault(id(tensor), []).append(key)
+    for name, tensor in zip(names, tensors):
+        keys = [key for key in owners.get(id(tensor), ()) if f".{plain_name(key)}".endswith(f".{name}")]
+        if keys:
+            # The longer ones are of tied tensors in other parts.
+            own[name] = min(keys, key=len)
+    return own
+
+
 class MappingTensors:
     """Tensors of a mapping of names to tensors, looked up at every call."""
 
-    def __init__(self, model: Mapping[str, Any]):
+    def __init__(self, model: Mapping[str, Any], stored_complex: frozenset[str] = frozenset()):
         self.model = model
-        self._lender = Lender(list(model.items()))
+        self._stored_complex = stored_complex
+        self._lender = Lender(list(model.items()), stored_complex=stored_complex)
 
     def patterns_in_use(self, patterns: Sequence[str]) -> list[str]:
         """Returns all patterns: every tensor of a mapping can be lent."""
@@ -96,13 +157,22 @@ class MappingTensors:
         """Names at the last lookup, in the order of the mapping."""
         return self._lender.names
 
+    @property
+    def pairs(self) -> list[str]:
+        """Names of the complex tensors that are lent as pairs of reals."""
+        return self._lender.pairs
+
+    def keys(self) -> dict[str, str]:
+        """Returns the key of each tensor in the mapping, which is its name."""
+        return {name: name for name in self.names}
+
     def lender(self) -> Lender:
         """Returns a lender of the tensors that the mapping holds now."""
         same = self._lender.names == list(self.model) and all(
             map(operator.is_, self._lender.originals, self.model.values())
         )
         if not (same and self._lender.is_current()):
-            self._lender = Lender(list(self.model.items()))
+            self._lender = Lender(list(self.model.items()), stored_complex=self._stored_complex)
         return self._lender
 
 
@@ -117,15 +187,22 @@ class ModuleTensors:
         only_save_diff: Leave out parameters that do not require grad, and buffers except for batch statistics.
         keep: Names that stay even if they no longer require grad.
         leave_out: Names and globs of tensors of any kind to leave out.
+        stored_complex: Names of the tensors that the run stores as complex numbers, not as pairs of reals.
     """
 
     def __init__(
-        self, module: Any, only_save_diff: bool = False, keep: Container[str] = (), leave_out: Sequence[str] = ()
+        self,
+        module: Any,
+        only_save_diff: bool = False,
+        keep: Container[str] = (),
+        leave_out: Sequence[str] = (),
+        stored_complex: frozenset[str] = frozenset(),
     ):
         self.model = module
         self._only_save_diff = only_save_diff
         self.keep = keep
         self._leave_out = leave_out
+        self._stored_complex = stored_complex
         self._list()
 
     def patterns_in_use(self, patterns: Sequence[str]) -> list[str]:
@@ -146,6 +223,10 @@ class ModuleTensors:
         # Tensors that match `leave_out` because they cannot be lent.
         self._left_out: list[str] = []
         chosen: dict[str, _Slot] = {}
+        buffer_names: set[str] = set()
+        self._gathered: frozenset[int] = frozenset()
+        if "torch.distributed.fsdp" in sys.modules:
+            self._gathered = frozenset().union(*map(gathered_by_fsdp, self.model.modules()))
         for prefix, module in unwrap(self.model).named_modules(remove_duplicate=False):
             parameters = module._parameters
             buffers = module._buffers
@@ -163,11 +244,14 @@ class ModuleTensors:
                     )
                 if self._is_wanted(name, key, dictionary[key]) and self._can_be_lent(name, dictionary[key]):
                     chosen[name] = (dictionary, key)
+                    if dictionary is buffers:
+                        buffer_names.add(name)
         self._sizes = list(map(len, self._dictionaries))
         self._child_modules = [children[key] for children, key in self._children]
         self._requires_grad = self._requires_grad_now()
         self._slots = list(chosen.values())
-        self._lender = Lender([(name, dictionary[key]) for name, (dictionary, key) in chosen.items()])
+        named = [(name, dictionary[key]) for name, (dictionary, key) in chosen.items()]
+        self._lender = Lender(named, frozenset(buffer_names), self._stored_complex)
 
     @staticmethod
     def _tensor_slots(module: Any) -> list[_Slot]:
@@ -178,11 +262,16 @@ class ModuleTensors:
 
     def _can_be_lent(self, name: str, tensor: Any) -> bool:
         """Returns False for a tensor that cannot be lent and is left out; raises if it is not left out."""
+        is_left_out = any(_matches(pattern, name) for pattern in self._leave_out)
+        # Some tensors answer no question at all, so one that is left out is asked none.
+        if is_left_out and is_wrapper_subclass(tensor):
+            self._left_out.append(name)
+            return False
         try:
-            check_tensor(name, tensor)
-            dtype_name(name, tensor.dtype)
+            check_tensor(name, tensor, id(tensor) in self._gathered)
+            lent_dtype_name(name, tensor.dtype)
         except ValueError:
-            if not any(_matches(pattern, name) for pattern in self._leave_out):
+            if not is_left_out:
                 raise
             self._left_out.append(name)
             return False
@@ -196,6 +285,15 @@ class ModuleTensors:
         """Names at the last listing, in the order of the state dict."""
         return self._lender.names
 
+    @property
+    def pairs(self) -> list[str]:
+        """Names of the complex tensors that are lent as pairs of reals."""
+        return self._lender.pairs
+
+    def keys(self) -> dict[str, str]:
+        """Returns the key that each tensor has in the model's own state dict, which may be that of a wrapper."""
+        return state_dict_keys(self.model, self.names, self._lender.originals)
+
     def lender(self) -> Lender:
         """Returns a lender of the tensors that the module holds now."""
         if not self._is_current():
@@ -208,7 +306,7 @@ class ModuleTensors:
             return (
                 list(map(len, self._dictionaries)) == self._sizes
                 and all(map(operator.is_, [children[key] for children, key in self._children], self._child_modules))
-                and all(map(operator.is_, [place[key] for place, key in self._slots], self._lender.tensors))
+                and all(map(operator.is_, [place[key] for place, key in self._slots], self._lender.originals))
                 and all(place[key] is None for place, key in self._absent)
                 and (not self._only_save_diff or self._requires_grad_now() == self._requires_grad)
                 and self._lender.is_current()
@@ -227,7 +325,11 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def tensors_of(
-    model: Model, only_save_diff: bool = False, keep: Container[str] = (), leave_out: Sequence[str] = ()
+    model: Model,
+    only_save_diff: bool = False,
+    keep: Container[str] = (),
+    leave_out: Sequence[str] = (),
+    stored_complex: frozenset[str] = frozenset(),
 ) -> ModuleTensors | MappingTensors:
     """Lists the tensors of a model; the options are those of `ModuleTensors`.
 
@@ -235,10 +337,10 @@ def tensors_of(
         TypeError: If the object is neither a module nor a mapping.
     """
     if isinstance(model, Mapping):
-        return MappingTensors(model)
+        return MappingTensors(model, stored_complex)
     torch = torch_module()
     if torch is not None and isinstance(unwrap(model), torch.nn.Module):
-        return ModuleTensors(model, only_save_diff, keep, leave_out)
+        return ModuleTensors(model, only_save_diff, keep, leave_out, stored_complex)
     raise TypeError(
         f"{type(model).__name__} is not a model: pass a module of PyTorch, or a mapping of names to tensors or arrays"
     )

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from . import _native
 from ._dtypes import DTYPES
-from ._lend import HOST, address
+from ._lend import HOST, address, is_torch
 
 _NAMES = {stored: name for name, stored in DTYPES.items()}
 
 TensorSpecs = list[tuple[str, str, list[int]]]
 """Name, dtype and shape of each tensor, as the native part describes them."""
+
+
+def complex_names(specs: TensorSpecs) -> frozenset[str]:
+    """Returns the names of the tensors that a run stores as complex numbers, not as pairs of reals."""
+    return frozenset(name for name, dtype, _ in specs if dtype == DTYPES["complex64"])
+
+
+def join_pairs(state_dict: dict[str, Any], names: Iterable[str]) -> None:
+    """Turns pairs of reals along the last dimension into the complex numbers that the model has."""
+    for name in state_dict.keys() & set(names):
+        pairs = state_dict[name]
+        if is_torch(pairs):
+            import torch
+
+            # PyTorch lacks complex numbers of bfloat16.
+            pairs = pairs.float() if pairs.dtype == torch.bfloat16 else pairs
+            state_dict[name] = torch.view_as_complex(pairs)
+        else:
+            state_dict[name] = pairs.view(np.result_type(pairs.dtype, np.complex64))[..., 0]
 
 
 class OutputBuffers:

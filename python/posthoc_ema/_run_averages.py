@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _swap
+from ._batch_norm import update_bn
 from ._model import Model
 from ._options import check_calculation_dtype
 from ._plans import Noise, Plan
@@ -54,7 +55,10 @@ class RunAverages:
         After the block, also if it raises, every tensor of the run has its own bits, address and device again, every
         submodule its training flag, and every parameter its gradient. During the block, host memory holds one copy of
         the original tensors. Only strided tensors take memory of a GPU, while they are written. Blocks may be nested. A
-        backward pass after the block through results of the block raises an error.
+        backward pass after the block through results of the block raises an error. Gradients are taken away for the
+        block, so that a backward pass in it adds to none. Of tensors that the run lacks, buffers are restored too.
+        The power iteration of PyTorch's spectral norms is run again for the averaged weights. Another thread may not
+        begin a block of the same model meanwhile.
 
         Args:
             model: Tracked model, or another of its structure.
@@ -71,11 +75,12 @@ class RunAverages:
 
         Raises:
             ValueError: If the model has another structure, the target is not valid, or the step is outside the run.
-            RuntimeError: If there was no update yet.
+            RuntimeError: If there was no update yet, or another thread evaluates an average in this model. At the end,
+                if something could not be restored, such as a changed parameter that the run lacks. It is named.
         """
         check_calculation_dtype(calculation_dtype)
-        swap = self._reader.swap(sigma_rel, step, noise)
-        with _swap.swapped_in(self._reader.tensors_of(model), swap):
+        swap, names = self._reader.swap(sigma_rel, step, noise)
+        with _swap.swapped_in(self._reader.tensors_of(model), swap, names):
             yield model
 
     @contextmanager
@@ -96,8 +101,9 @@ class RunAverages:
             noise: Regularisation, as for `model`.
 
         Yields:
-            New tensors in host memory, in the model's dtypes, which may be kept after the block. With `only_save_diff`,
-                load them with `strict=False`.
+            New tensors in host memory, in the model's dtypes and under the keys of its state dict, which may be kept
+                after the block. Without a model (a run opened by path) the keys are those without wrappers. With
+                `only_save_diff`, load them with `strict=False`.
 
         Raises:
             ValueError: If the target is not valid, or the step is outside the run.
@@ -252,6 +258,30 @@ class RunAverages:
             progress=progress,
         )
 
+    @staticmethod
+    def update_bn(loader: Iterable[Any], model: Any, device: Any = None) -> None:
+        """Computes the statistics of batch normalisation again, for a model that holds an average.
+
+        The averages of the statistics, which the run has, are those of other weights. After this call `running_mean`
+        and `running_var` are the plain means over the batches, as by `torch.optim.swa_utils.update_bn`. All layers but
+        those of batch and instance normalisation stay in eval mode, so that dropout is off and no other buffer changes.
+        A model without such layers is not run. Within a block of `PostHocEMA.model`, the statistics last until its end.
+
+            with ema.model(model, sigma_rel=0.15) as averaged:
+                ema.update_bn(loader, averaged)
+                evaluate(averaged)
+
+        Args:
+            loader: Batches: tensors; lists or tuples, of which the first element is the model's input; or dictionaries,
+                which are passed by keyword.
+            model: Module that holds an average.
+            device: Device to which tensors of a batch are moved; default none.
+
+        Raises:
+            ValueError: If the loader gives no batch. As after any error, the statistics are as before.
+        """
+        update_bn(loader, model, device)
+
     def verify(self) -> None:
         """Reads every byte of every snapshot and compares its checksum.
 
@@ -259,3 +289,21 @@ class RunAverages:
             ValueError: If a file does not match; the message names the first one.
         """
         self._reader.run().verify()
+
+    # A copy would be a second writer of the run, and a pickled tracker one without a run.
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(
+            f"{self!r} can be neither copied nor pickled: store its state beside the model's with `ema.save(path)`, "
+            f"keep it outside of modules that are copied, and read the run elsewhere with `PostHocEMA.from_path`"
+        )
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "load_state_dict":
+                raise TypeError(
+                    "a PostHocEMA is not stored by a state dict: call `ema.save(path)` whenever the trainer stores a "
+                    "checkpoint, and continue with `PostHocEMA.from_model(..., resume=True)`"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)

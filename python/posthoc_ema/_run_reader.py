@@ -13,7 +13,7 @@ from . import _native, _swap
 from ._dtypes import average_dtype_name
 from ._lend import is_torch, torch_module
 from ._model import MappingTensors, Model, ModuleTensors, tensors_of
-from ._outputs import OutputBuffers
+from ._outputs import OutputBuffers, complex_names, join_pairs
 from ._plans import Noise, Plan, noise_text
 from ._profiles import Target, as_profile, profile_json, to_json
 from ._progress import Progress, byte_progress
@@ -53,7 +53,7 @@ class RunReader:
 
     def use_model(self, model: Model, run: _native.Run) -> ModuleTensors | MappingTensors:
         """Sets the model that decides type and order of an average's tensors, and returns its tensors."""
-        self._tensors = tensors_of(model, self._only_save_diff, names_in(run))
+        self._tensors = self._list(model, run)
         self._of_torch = any(map(is_torch, self._tensors.lender().tensors))
         return self._tensors
 
@@ -63,7 +63,10 @@ class RunReader:
             return self._tracker.tensors_of(model)
         if self._tensors is not None and self._tensors.model is model:
             return self._tensors
-        return tensors_of(model, self._only_save_diff, names_in(self.run()))
+        return self._list(model, self.run())
+
+    def _list(self, model: Model, run: _native.Run) -> ModuleTensors | MappingTensors:
+        return tensors_of(model, self._only_save_diff, names_in(run), stored_complex=complex_names(run.tensors()))
 
     def run(self) -> _native.Run:
         """Returns the snapshots stored so far."""
@@ -98,11 +101,11 @@ class RunReader:
             )
         return live, ()
 
-    def swap(self, target: Target, step: int | None, noise: Noise) -> _swap.Swap:
-        """Returns the function that writes an average into a model's tensors."""
+    def swap(self, target: Target, step: int | None, noise: Noise) -> tuple[_swap.Swap, frozenset[str]]:
+        """Returns the function that writes an average into a model's tensors, and the names of those that it writes."""
         profile = as_profile(target)
         source, at = self._source(step, noise)
-        return partial(source.swap_in, profile_json(profile), *at)
+        return partial(source.swap_in, profile_json(profile), *at), names_in(source)
 
     def plan(self, targets: Iterable[Target], step: int | None, noise: Noise) -> list[Plan]:
         """Returns the plan of each target; see `PostHocEMA.plan`."""
@@ -124,16 +127,12 @@ class RunReader:
 
         with byte_progress(progress, total, "synthesizing") as report:
             source.load_into(jsons, *at, buffers.layout, buffers.addresses(), report)
-        for target in buffers.targets:
-            target.update({name: target[kept] for name, kept in tied.items()})
-        return [self._in_model_order(target) for target in buffers.targets]
-
-    def _in_model_order(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Orders tensors as in the model, if it is known: some users zip the values with a model's."""
         tensors = self._tensors if self._tracker is None else self._tracker.tensors
-        names = tensors.names if tensors is not None else []
-        known = {name: state_dict[name] for name in names if name in state_dict}
-        return known | {name: tensor for name, tensor in state_dict.items() if name not in known}
+        for target in buffers.targets:
+            join_pairs(target, tensors.pairs if tensors is not None else ())
+            target.update({name: target[kept] for name, kept in tied.items()})
+        keys = tensors.keys() if tensors is not None else {}
+        return [_as_in_model(target, keys) for target in buffers.targets]
 
     def write(
         self,
@@ -173,6 +172,12 @@ class RunReader:
             return str(self.directory.resolve())
 
 
-def names_in(run: _native.Run) -> frozenset[str]:
+def _as_in_model(state_dict: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
+    """Gives tensors the order and the keys that they have in the model; some users zip the values with a model's."""
+    known = {key: state_dict[name] for name, key in keys.items() if name in state_dict}
+    return known | {name: tensor for name, tensor in state_dict.items() if name not in keys}
+
+
+def names_in(run: _native.Run | _native.Tracker) -> frozenset[str]:
     """Returns the names that a run's tensors have in the model."""
     return frozenset([name for name, _, _ in run.tensors()]) | frozenset(run.tied())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import operator
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 from . import _native
 from ._lend import Lender, address, is_torch, torch_module
 from ._model import MappingTensors, ModuleTensors
+from ._module_state import ModuleState, Problems, TensorStates, attempt, restore_contents
+from ._spectral import refresh_spectral_norms
 
 Swap = Callable[[_native.SavedWeights, _native.Layout, list[int], int], None]
 """Writes an average to tensors at addresses, on a stream, and moves their old elements into the first argument."""
 
-holding: dict[object, frozenset[int]] = {}
-"""Addresses of the tensors that hold an average at the moment, for each open block."""
+holding: dict[_Block, frozenset[int]] = {}
+"""Tensors that hold an average at the moment, by their marks, for each open block in the order of their beginning."""
+
+_entering = threading.RLock()
 
 
 def check_own_weights(tensors: Iterable[Any]) -> None:
@@ -24,56 +29,20 @@ def check_own_weights(tensors: Iterable[Any]) -> None:
     Raises:
         RuntimeError: If the model is inside a block of `PostHocEMA.model`.
     """
-    if holding and not addresses_of(tensors).isdisjoint(frozenset().union(*holding.values())):
+    if holding and not marks_of(tensors).isdisjoint(frozenset().union(*list(holding.values()))):
         raise RuntimeError(
             "the model holds an average at the moment, and averages of averages would spoil the run: "
             "leave the `with` block of `PostHocEMA.model` first"
         )
 
 
-def addresses_of(tensors: Iterable[Any]) -> frozenset[int]:
-    """Returns the addresses of tensors, without the 0 of those that have no elements."""
-    return frozenset(map(address, tensors)) - {0}
+def marks_of(tensors: Iterable[Any]) -> frozenset[int]:
+    """Returns what tensors are known by: the address of their elements, if there are any, and their identity.
 
-
-class _ModuleState:
-    """State of a module besides its elements: parts, training flags, places of tensors, gradients."""
-
-    def __init__(self, module: Any):
-        parts = list(module.modules())
-        self._flags = [(part, part.training) for part in parts]
-        dictionaries = [d for part in parts for d in (part._parameters, part._buffers, part._modules)]
-        self._contents = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
-        own = [t for part in parts for d in (part._parameters, part._buffers) for t in d.values() if t is not None]
-        # `data` is a second handle that keeps the elements in place if the block moves the model.
-        placed = [tensor for tensor in own if tensor.layout is torch_module().strided]  # type: ignore[union-attr]
-        leaves = [tensor for tensor in placed if tensor.is_leaf]
-        gradients = [tensor.grad for tensor in leaves]
-        self._leaves = [(tensor, tensor.requires_grad, grad) for tensor, grad in zip(leaves, gradients)]
-        self._places = [(t, t.data) for t in [*placed, *(grad for grad in gradients if grad is not None)]]
-
-    def restore(self) -> None:
-        """Undoes `to`, `half`, `eval`, `train`, replaced parts and similar changes, but not those of elements."""
-        for part, training in self._flags:
-            part.training = training
-        for dictionary, contents in self._contents:
-            same = list(dictionary) == list(contents)
-            if not (same and all(map(operator.is_, dictionary.values(), contents.values()))):
-                dictionary.clear()
-                dictionary.update(contents)
-        for tensor, data in self._places:
-            _restore_data(tensor, data)
-        for tensor, requires_grad, grad in self._leaves:
-            tensor.requires_grad_(requires_grad)
-            # A gradient computed in the block does not belong to the training.
-            tensor.grad = grad
-
-
-def _restore_data(tensor: Any, data: Any) -> None:
-    """Points a tensor to its old elements again, unless it still does."""
-    same = tensor.device == data.device and tensor.dtype == data.dtype and tensor.stride() == data.stride()
-    if not same or tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr():
-        tensor.data = data
+    A tensor that the block moves keeps its identity, and another tensor of the same elements has their address.
+    """
+    tensors = list(tensors)
+    return frozenset(map(address, tensors)) - {0} | frozenset(map(id, tensors))
 
 
 class _VersionCounters:
@@ -108,43 +77,124 @@ def mark_changed(tensors: Iterable[Any]) -> None:
             increment(tensor)
 
 
-@contextmanager
-def swapped_in(tensors: ModuleTensors | MappingTensors, swap: Swap) -> Iterator[None]:
-    """Swaps an average into a model for a block; every bit, flag and device is restored when it ends or raises."""
-    lender = tensors.lender()
-    module = _ModuleState(tensors.model) if isinstance(tensors, ModuleTensors) else None
-    versions = _VersionCounters(lender.tensors)
-    originals = _native.SavedWeights()
-    addresses = addresses_of(lender.tensors)
-    block = object()
-    try:
-        # An interrupt between any two lines finds either the originals filled or nothing written.
-        with lender.writing() as (lent, stream):
-            swap(originals, lender.layout, lent, stream)
-        versions.mark_changed()
-        holding[block] = addresses
+class _Block:
+    """Block in which a model holds an average."""
+
+    def __init__(self, tensors: ModuleTensors | MappingTensors, written: frozenset[str]):
+        self._lender: Lender = tensors.lender()
+        self._model: Any = tensors.model
+        self._module: ModuleState | None = None
+        self._contents: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        changing = [t for name, t in zip(self._lender.names, self._lender.tensors) if name in written]
         if isinstance(tensors, ModuleTensors):
-            tensors.model.eval()
+            self._module = ModuleState(tensors.model, changing)
+        elif isinstance(tensors.model, dict):
+            self._contents = [(tensors.model, dict(tensors.model))]
+        of_torch = [tensor for tensor in self._lender.originals if is_torch(tensor)]
+        self._tensors = TensorStates(of_torch) if of_torch and self._module is None else None
+        self._versions = _VersionCounters(changing)
+        self._originals = _native.SavedWeights()
+        self._marks = marks_of([*self._lender.tensors, *self._lender.originals])
+        self._owner = _owner()
+        self._left_before: list[_Block] = []
+        self._is_restored = False
+
+    def enter(self, swap: Swap) -> None:
+        """Puts an average into the model.
+
+        Raises:
+            RuntimeError: If another thread is inside a block of the same tensors.
+        """
+        with _entering:
+            for other, marks in holding.items():
+                if other._owner != self._owner and not marks.isdisjoint(self._marks):
+                    raise RuntimeError(
+                        "another thread or task has put an average into this model, and evaluates it: wait until that "
+                        "`with` block of `PostHocEMA.model` has ended, or give each thread a copy of the model"
+                    )
+            holding[self] = self._marks
+        # An interrupt between any two lines finds either the originals filled or nothing written.
+        with self._lender.writing() as (lent, stream):
+            swap(self._originals, self._lender.layout, lent, stream)
+        self._versions.mark_changed()
+        if self._tensors is not None:
+            self._tensors.begin()
+        if self._module is not None:
+            self._module.begin()
+            self._model.eval()
+            refresh_spectral_norms(self._model)
+
+    def leave(self) -> None:
+        """Gives the model its own state back; may be called again after an interrupt.
+
+        If a block that began later still holds the same tensors, it is done when that one ends.
+
+        Raises:
+            RuntimeError: If something could not be restored. The message names it.
+        """
+        problems: Problems = []
+        with _entering:
+            later = list(holding)
+            later = later[later.index(self) + 1 :] if self in holding else []
+            inner = next((block for block in later if not holding[block].isdisjoint(self._marks)), None)
+            if inner is None:
+                self._restore_all(problems)
+            elif self not in inner._left_before:
+                inner._left_before.append(self)
+        if problems:
+            raise RuntimeError("the model could not be given back as it was: " + "; ".join(dict.fromkeys(problems)))
+
+    def _restore_all(self, problems: Problems) -> None:
+        """Restores the model, and what blocks that began and were left earlier have to restore."""
+        if self in holding and not self._is_restored:
+            self._restore(problems)
+            self._is_restored = True
+        while self._left_before:
+            self._left_before[-1]._restore_all(problems)
+            self._left_before.pop()
+        holding.pop(self, None)
+
+    def _restore(self, problems: Problems) -> None:
+        restore_contents(self._contents)
+        if self._tensors is not None:
+            self._tensors.restore(problems)
+        if self._module is not None:
+            self._module.restore(problems)
+        if self._originals.filled:
+            attempt(problems, "the elements of the run's tensors", self._write_originals)
+            self._versions.restore()
+
+    def _write_originals(self) -> None:
+        self._lender.check_storages()
+        with self._lender.writing() as (addresses, stream):
+            self._originals.restore(self._lender.layout, addresses, stream)
+
+
+def _owner() -> tuple[int, Any]:
+    """Returns the thread and the task of asyncio that run this code."""
+    asyncio = sys.modules.get("asyncio")
+    try:
+        task = asyncio.current_task() if asyncio is not None else None
+    except RuntimeError:
+        task = None
+    return threading.get_ident(), task
+
+
+@contextmanager
+def swapped_in(tensors: ModuleTensors | MappingTensors, swap: Swap, written: frozenset[str]) -> Iterator[None]:
+    """Swaps an average into a model for a block; every bit, flag and device is restored when it ends or raises.
+
+    Args:
+        tensors: Tensors of the model.
+        swap: Function that writes the average.
+        written: Names of the tensors that it writes.
+    """
+    block = _Block(tensors, written)
+    try:
+        block.enter(swap)
         yield
     finally:
-        _uninterrupted(lambda: _swap_out(module, lender, originals, versions, block))
-
-
-def _swap_out(
-    module: _ModuleState | None,
-    lender: Lender,
-    originals: _native.SavedWeights,
-    versions: _VersionCounters,
-    block: object,
-) -> None:
-    """Restores the model; may be called again after an interrupt."""
-    if module is not None:
-        module.restore()
-    if originals.filled:
-        with lender.writing() as (addresses, stream):
-            originals.restore(lender.layout, addresses, stream)
-        versions.restore()
-    holding.pop(block, None)
+        _uninterrupted(block.leave)
 
 
 def _uninterrupted(act: Callable[[], None]) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from . import _native
-from ._dtypes import dtype_name
-from ._lend import HOST, torch_module
-from ._model import ModuleTensors, unwrap
-from ._outputs import TensorSpecs
+from ._lend import Lender, torch_module
+from ._model import is_wrapper_subclass, plain_name, unwrap
+from ._outputs import TensorSpecs, complex_names
 from ._profiles import Profile, to_json
+from ._spectral import refresh_spectral_norms
 
 
 def copy_on_cpu(model: Any) -> Any:
@@ -28,13 +28,17 @@ def copy_on_cpu(model: Any) -> Any:
         # Tensors that share their elements must share them in the copy.
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         elements = made.get(place)
-        if elements is None or tensor.numel() == 0:
+        if elements is None or tensor.numel() == 0 or is_wrapper_subclass(tensor):
             elements = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             made[place] = elements
         if isinstance(tensor, torch.nn.Parameter):
             memo[id(tensor)] = torch.nn.Parameter(elements, requires_grad=tensor.requires_grad)
         else:
             memo[id(tensor)] = elements.detach()
+    for part in model.modules():
+        # Results of hooks, such as those of old weight norms, belong to a graph and cannot be copied.
+        results = [v for v in part.__dict__.values() if isinstance(v, torch.Tensor) and not v.is_leaf]
+        memo.update({id(result): result.detach().to("cpu", copy=True) for result in results})
     return copy.deepcopy(model, memo)
 
 
@@ -49,26 +53,26 @@ def lent_tensors(module: Any, specs: TensorSpecs) -> Iterator[tuple[_native.Layo
     assert torch is not None
     own = named_tensors(module)
     targets = {name: own[name].data for name, _, _ in specs}
-    buffers = {
+    held = {
         name: each if _is_host(each) else torch.empty(each.shape, dtype=each.dtype, device="cpu")
         for name, each in targets.items()
     }
-    described = [(name, dtype_name(name, buffers[name].dtype), shape, HOST) for name, _, shape in specs]
-    yield _native.Layout(described), [buffers[name].data_ptr() for name, _, _ in specs]
+    buffers = frozenset(plain_name(name) for name, _ in module.named_buffers(remove_duplicate=False))
+    yield Lender(list(held.items()), buffers, complex_names(specs)).layout, [each.data_ptr() for each in held.values()]
     for name, tensor in targets.items():
-        if buffers[name] is not tensor:
-            tensor.copy_(buffers[name])
+        if held[name] is not tensor:
+            tensor.copy_(held[name])
 
 
 def _is_host(tensor: Any) -> bool:
-    """Returns True if a tensor is contiguous in host memory."""
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
+    """Returns True if a tensor's elements are in host memory as they are, in the order of its shape."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def named_tensors(module: Any) -> dict[str, Any]:
-    """Returns a module's tensors under their names in a run."""
-    tensors = ModuleTensors(module).lender()
-    return dict(zip(tensors.names, tensors.tensors))
+    """Returns a module's tensors under the names that they have in a run."""
+    kinds = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return {plain_name(name): tensor for named in kinds for name, tensor in named}
 
 
 class TrackedAverage:
@@ -102,6 +106,7 @@ class TrackedAverage:
         elif self._source.last_update != self._update:
             with lent_tensors(self._module, self._source.tensors()) as lent:
                 self._source.load_tracked_into(self._index, *lent)
+            refresh_spectral_norms(self._module)
             self._update = self._source.last_update
         return self._module
 
@@ -118,4 +123,5 @@ class TrackedAverage:
         if newest != self._update:
             with lent_tensors(self._module, run.tensors()) as (layout, addresses):
                 run.load_into(to_json([self.profile]), newest, "off", layout, [addresses], None)
+            refresh_spectral_norms(self._module)
             self._update = newest

@@ -10,9 +10,10 @@ from typing import Any
 
 from . import _native, _swap
 from ._lend import Lender
-from ._lifetime import TrackerLifetime, open_tracker
+from ._lifetime import STATE, TrackerLifetime, open_tracker, stored_complex
 from ._model import MappingTensors, Model, ModuleTensors, tensors_of
 from ._profiles import Target, profile_json
+from ._spectral import refresh_spectral_norms
 
 
 class ModelTracker:
@@ -42,7 +43,8 @@ class ModelTracker:
         self._only_save_diff = only_save_diff
         self._leave_out = tuple(leave_out or ())
         self._on_error = on_error
-        self.tensors = tensors_of(model, only_save_diff, leave_out=leave_out or ())
+        self._stored_complex = stored_complex(directory / STATE) if resume else frozenset()
+        self.tensors = tensors_of(model, only_save_diff, (), leave_out or (), self._stored_complex)
         """Tensors of the model that trains."""
         lender = self.tensors.lender()
         _swap.check_own_weights(lender.tensors)
@@ -73,6 +75,8 @@ class ModelTracker:
             self.native.switch_to(profile, lender.layout, addresses, stream)
         # A backward pass through results of the old weights must fail instead of being wrong.
         _swap.mark_changed(lender.tensors)
+        if isinstance(self.tensors, ModuleTensors):
+            refresh_spectral_norms(model)
 
     @property
     def step(self) -> int:
@@ -102,4 +106,4 @@ class ModelTracker:
         if self.tensors.model is model:
             return self.tensors
         keep = self.tensors.keep if isinstance(self.tensors, ModuleTensors) else ()
-        return tensors_of(model, self._only_save_diff, keep, self._leave_out)
+        return tensors_of(model, self._only_save_diff, keep, self._leave_out, self._stored_complex)

@@ -13,6 +13,7 @@ from . import _native
 from ._lend import torch_module
 from ._model import ModuleTensors
 from ._profiles import Profile
+from ._spectral import refresh_spectral_norms
 from ._swap import check_own_weights
 from ._tracked_average import copy_on_cpu, lent_tensors, named_tensors
 
@@ -137,12 +138,18 @@ class KarrasEMA:
         if tracker is not None and tracker.last_update != self._shown:
             with lent_tensors(self._module, tracker.tensors()) as lent:
                 tracker.load_tracked_into(0, *lent)
+            refresh_spectral_norms(self._module)
             self._shown = tracker.last_update
         return self._module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the averaged module."""
         return self.ema_model(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError(
+            "a KarrasEMA can be neither copied nor pickled: store its `state_dict()`, and load it into another one"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the average's tensors under the model's names, with `initted` and `step`, for `load_state_dict`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _lifetime, _native, _options, _swap, visualization
+from ._compiled import keep_out_of_graphs
 from ._lifetime import StepCounter
 from ._model import MappingTensors, Model, ModuleTensors
 from ._plans import Plan, Retention, plan
@@ -31,10 +32,12 @@ class PostHocEMA(RunAverages, TrainingLoop):
 
     `from_model` makes one to train with, `from_path` one to synthesize from a run on disk.
 
-    A floating-point tensor (float32, float16, bfloat16, float64) is averaged in float32 with a compensation term,
-    exactly for any interval of updates. Integers and booleans are copied from the newest update. A synthesis sums in
-    float64. A number as a target is a `sigma_rel`: the standard deviation of the average relative to the length of the
-    training so far, in (0, 0.288675]. `posthoc_ema.Profile` has other targets.
+    A floating-point parameter (float32, float16, bfloat16, float64) is averaged in float32 with a compensation term,
+    exactly for any interval of updates, and so are the batch-norm statistics, `running_mean` and `running_var`. All
+    other buffers, integers and booleans are copied from the newest update. Complex parameters are averaged and stored
+    as pairs of reals along a last dimension of size 2. A synthesis sums in float64. A number as a target is a
+    `sigma_rel`: the standard deviation of the average relative to the length of the training so far, in (0, 0.288675].
+    `posthoc_ema.Profile` has other targets.
     """
 
     def __init__(self) -> None:
@@ -105,7 +108,8 @@ class PostHocEMA(RunAverages, TrainingLoop):
                 "cuda:N" (an update is one kernel launch), or "auto" (on the model's device if they take at most a
                 quarter of its free memory).
             resume: Continue the run in `checkpoint_dir` if there is one; `step` is then the step to continue from.
-            average: Names or globs of the only tensors to average; all others are copied.
+            average: Names or globs of tensors to average. If one names a parameter, all tensors that none names are
+                copied. If all name buffers, these are averaged besides the default.
             copy: Names or globs of tensors to copy from the newest update instead of averaging them.
             leave_out: Names or globs of tensors to leave out altogether.
             compensated: Keep a low-order term of each average, without which late updates are lost. It takes 6 bytes a
@@ -215,6 +219,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
 
     @classmethod
     def _new(cls, directory: Path, reader: RunReader, skip: Callable[[], bool]) -> PostHocEMA:
+        keep_out_of_graphs(PostHocEMA, ("update_", "update_at_", "switch_", "model", "state_dict", "synthesize"))
         self = object.__new__(cls)
         self.checkpoint_dir = directory
         self._reader = reader
@@ -233,7 +238,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
     def update_(self, model: Model) -> None:
         """Updates the averages and stores snapshots when they are due; to be called once after each training step.
 
-        A step at which nothing is due costs one or two microseconds.
+        A step at which nothing is due costs some tenths of a microsecond.
 
         Args:
             model: Model that trains.
@@ -289,7 +294,8 @@ class PostHocEMA(RunAverages, TrainingLoop):
     def switch_(self, model: Model, sigma_rel: Target) -> Model:
         """Replaces the model's weights by its average at the newest update (Switch EMA, arXiv:2402.09240).
 
-        Tensors that are not averaged stay as they are, and so do the running averages.
+        Tensors that are not averaged stay as they are, and so do the running averages. Only the power iteration of
+        PyTorch's spectral norms is run again for the averaged weights.
 
         Args:
             model: Model that trains.

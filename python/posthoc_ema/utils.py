@@ -1,5 +1,7 @@
 """Conversions between the lengths of averages, and the closed forms of Karras et al. 2023 (arXiv:2312.02696).
 
+`refresh_spectral_norms` prepares a model that has loaded an average. The other functions are of numbers.
+
 | paper | here | meaning |
 | --- | --- | --- |
 | sigma_rel | `sigma_rel` | standard deviation of a power-function profile, relative to the training so far |
@@ -7,9 +9,9 @@
 | beta | `beta` | decay per training step of an exponential (classical EMA) |
 | <p_a, p_b> | `p_dot_p` | inner product of two profiles, the integral of `p_a p_b` |
 
-Every function takes floats, NumPy arrays and torch tensors, elementwise and with broadcasting, and computes in float64.
-Floats give a float, arrays an array, and tensors a tensor on the device of the first, without a gradient. The dtype is
-the widest floating-point dtype among the arguments, or float64 if there is none.
+Every other function takes floats, NumPy arrays and torch tensors, elementwise and with broadcasting, and computes in
+float64. Floats give a float, arrays an array, and tensors a tensor on the device of the first, without a gradient. The
+dtype is the widest floating-point dtype among the arguments, or float64 if there is none.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _native
+from ._spectral import refresh_spectral_norms
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +36,7 @@ __all__ = [
     "beta_to_sigma_rel",
     "gamma_to_sigma_rel",
     "p_dot_p",
+    "refresh_spectral_norms",
     "sigma_rel_to_beta",
     "sigma_rel_to_gamma",
     "solve_weights",

@@ -54,7 +54,8 @@ class DlpackOnly:
 def bits(model: torch.nn.Module) -> dict[str, bytes]:
     """Returns every bit of a model's parameters and buffers, in the order of their indices."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in named}
+    resolved = {name: tensor.detach().resolve_conj().resolve_neg().contiguous() for name, tensor in named}
+    return {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in resolved.items()}
 
 
 def masses(profile: Profile, times: np.ndarray) -> np.ndarray:

@@ -330,7 +330,7 @@ def test_names_similar_to_those_of_wrappers_are_kept() -> None:
 
 def test_infinite_mask_is_refused_with_the_remedy(run_dir: Path) -> None:
     model = torch.nn.Linear(3, 3)
-    model.register_buffer("mask", torch.full((3,), -torch.inf))
+    model.mask = torch.nn.Parameter(torch.full((3,), -torch.inf))
     ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
     with pytest.raises(RuntimeError, match="`mask`.*as in a mask, name the tensor among those to copy"):
         train(ema, model, 10)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DlpackOnly, shake, train
+from torch.testing._internal.two_tensor import TwoTensor
 
 from posthoc_ema import PostHocEMA
 
@@ -87,28 +88,32 @@ def process_group(tmp_path: Path):
     torch.distributed.destroy_process_group()
 
 
-def test_names_are_without_wrappers(tmp_path: Path, process_group: None) -> None:
-    plain = net()
+def test_names_in_files_are_without_wrappers_and_keys_are_the_models(tmp_path: Path, process_group: None) -> None:
+    plain = set(net().state_dict())
     inner = net()
     inner[2] = Sharded(inner[2])
     named_module = torch.nn.Module()
     named_module.module = net()
     for i, (model, expected) in enumerate(
         [
-            (torch.compile(net()), set(plain.state_dict())),
-            (torch.nn.parallel.DistributedDataParallel(net()), set(plain.state_dict())),
-            (torch.nn.parallel.DistributedDataParallel(torch.compile(net())), set(plain.state_dict())),
-            (torch.nn.DataParallel(net()), set(plain.state_dict())),
-            (inner, set(plain.state_dict())),
+            (torch.compile(net()), plain),
+            (torch.nn.parallel.DistributedDataParallel(net()), plain),
+            (torch.nn.parallel.DistributedDataParallel(torch.compile(net())), plain),
+            (torch.nn.DataParallel(net()), plain),
+            (inner, plain),
             # A submodule named `module` is not a wrapper.
-            (named_module, {f"module.{name}" for name in plain.state_dict()}),
+            (named_module, {f"module.{name}" for name in plain}),
         ]
     ):
         ema = PostHocEMA.from_model(model, tmp_path / str(i), **OPTIONS)
         train(ema, model, 10)
-        assert names(ema) == expected
-        with ema.model(model, 0.1) as averaged:
+        ema.finish()
+        assert names(PostHocEMA.from_path(tmp_path / str(i))) == expected
+        with ema.state_dict(0.1) as state_dict, ema.model(model, 0.1) as averaged:
             assert averaged is model
+            assert all(torch.equal(tensor, state_dict[key]) for key, tensor in model.state_dict().items())
+        assert names(ema) == set(model.state_dict()) == names(PostHocEMA.from_path(tmp_path / str(i), model))
+        model.load_state_dict(state_dict)
 
 
 def test_changed_model_is_refused_with_the_tensor_name(run_dir: Path) -> None:
@@ -175,20 +180,20 @@ def unfit_models() -> dict[str, tuple[torch.nn.Module, str]]:
     sparse.register_buffer("values", torch.eye(3).to_sparse())
     with torch.device("meta"):
         meta = torch.nn.Linear(2, 2)
-    phases = torch.nn.Module()
-    phases.phase = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     small = torch.nn.Linear(2, 2)
-    small.register_buffer("scale", torch.zeros(2).to(torch.float8_e4m3fn))
-    wide = torch.nn.Module()
-    wide.phase = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex128))
+    small.scale = torch.nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn))
+    strange = torch.nn.Linear(2, 2)
+    strange.register_buffer("codes", torch.zeros(2, dtype=torch.bits8))
+    two = torch.nn.Linear(2, 2)
+    two.weight = torch.nn.Parameter(TwoTensor(torch.zeros(2, 2), torch.zeros(2, 2)))
     return {
         "meta": (meta, "`weight`: it is on the meta device"),
         "lazy": (torch.nn.LazyLinear(3), "`weight`: it has no shape yet"),
         "ZeRO-3": (zero, "`weight`: ZeRO-3 .*GatheredParameters"),
         "freed": (freed, "`weight`: its storage has been freed"),
         "sparse": (sparse, "`values`: its layout is torch.sparse_coo"),
-        "complex": (phases, "`phase`: C64 cannot be averaged: name it among those to copy or to leave out"),
-        "complex128": (wide, "`phase`: torch.complex128 cannot be stored"),
+        "bits": (strange, "`codes`: torch.bits8 cannot be stored"),
+        "made of others": (two, "`weight`: TwoTensor computes its elements from other tensors: name it in `leave_out`"),
         "float8": (small, "`scale`: F8_E4M3 cannot be averaged: name it among those to copy or to leave out"),
         "nothing": (torch.nn.ReLU(), "no floating-point tensor to average"),
     }
