@@ -113,9 +113,15 @@ class RunReader:
         return Plan.from_json(source.plans(to_json(targets), *at))
 
     def synthesize(
-        self, targets: Iterable[Target], step: int | None, dtype: Any, noise: Noise, progress: Progress
+        self,
+        targets: Iterable[Target],
+        step: int | None,
+        dtype: Any,
+        noise: Noise,
+        progress: Progress,
+        model: Model = None,
     ) -> list[dict[str, Any]]:
-        """Returns a state dict for each target; see `PostHocEMA.synthesize`."""
+        """Returns a state dict for each target, for a model if one is given; see `PostHocEMA.synthesize`."""
         jsons = to_json(targets)
         source, at = self._source(step, noise)
         specs = source.tensors()
@@ -128,6 +134,7 @@ class RunReader:
         with byte_progress(progress, total, "synthesizing") as report:
             source.load_into(jsons, *at, buffers.layout, buffers.addresses(), report)
         tensors = self._tensors if self._tracker is None else self._tracker.tensors
+        tensors = tensors if model is None else self.tensors_of(model)
         for target in buffers.targets:
             join_pairs(target, tensors.pairs if tensors is not None else ())
             target.update({name: target[kept] for name, kept in tied.items()})

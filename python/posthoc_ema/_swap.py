@@ -71,6 +71,7 @@ class _VersionCounters:
 def mark_changed(tensors: Iterable[Any]) -> None:
     """Informs autograd that tensors have changed."""
     torch = torch_module()
+    forget_casts()
     increment = getattr(getattr(getattr(torch, "autograd", None), "graph", None), "increment_version", None)
     for tensor in tensors:
         if increment is not None and is_torch(tensor) and not tensor.is_inference():
@@ -163,6 +164,7 @@ class _Block:
         if self._originals.filled:
             attempt(problems, "the elements of the run's tensors", self._write_originals)
             self._versions.restore()
+            forget_casts()
 
     def _write_originals(self) -> None:
         self._lender.check_storages()
@@ -178,6 +180,13 @@ def _owner() -> tuple[int, Any]:
     except RuntimeError:
         task = None
     return threading.get_ident(), task
+
+
+def forget_casts() -> None:
+    """Clears the converted weights that autocast keeps, which are not those that a model holds now."""
+    clear = getattr(torch_module(), "clear_autocast_cache", None)
+    if clear is not None:
+        clear()
 
 
 @contextmanager

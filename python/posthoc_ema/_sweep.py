@@ -160,7 +160,10 @@ class SweepAverages:
             yield profile, partial(_apply, state_dicts.pop(0))
 
     def _synthesize_one(self, profile: Profile) -> dict[str, Any]:
-        [state_dict] = self._ema.synthesize([profile], self._step, noise=self._noise, progress=False)
+        if self._model is not None:
+            [state_dict] = self._reader.synthesize([profile], self._step, None, self._noise, False, self._model)
+        else:
+            [state_dict] = self._ema.synthesize([profile], self._step, noise=self._noise, progress=False)
         return state_dict
 
     def _evaluate_one(self, profile: Profile, evaluate: Evaluation) -> object:

@@ -2,87 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from block_model import OPTIONS, TOKENS, Net, check_works, everything, trained
 from conftest import bits, shake, train
 from torch.nn.utils import parametrize, prune
 
 from posthoc_ema import PostHocEMA
-
-OPTIONS = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 10}
-
-
-class Net(torch.nn.Module):
-    """Model with tied weights, batch normalisation, a recurrent part, buffers of all kinds and a frozen part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = torch.nn.Embedding(7, 4)
-        self.recurrent = torch.nn.LSTM(4, 4, batch_first=True)
-        self.norm = torch.nn.BatchNorm1d(4)
-        self.frozen = torch.nn.Linear(4, 4).requires_grad_(False)
-        self.lone = torch.nn.Linear(4, 4)
-        self.output = torch.nn.Linear(4, 7, bias=False)
-        self.output.weight = self.embedding.weight
-        self.dropout = torch.nn.Dropout(0.5)
-        self.register_buffer("table", torch.arange(4.0))
-        self.register_buffer("cache", torch.ones(4), persistent=False)
-        self.register_buffer("absent", None)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden, _ = self.recurrent(self.embedding(tokens) + self.table)
-        hidden = self.norm(self.lone(self.frozen(hidden)).transpose(1, 2)).transpose(1, 2)
-        return self.output(self.dropout(hidden * self.cache))
-
-
-TOKENS = torch.randint(7, (5, 3), generator=torch.Generator().manual_seed(0))
-
-
-def trained(run_dir: Path, model: torch.nn.Module | None = None) -> tuple[PostHocEMA, torch.nn.Module]:
-    model = Net() if model is None else model
-    left_out = ["lone.*"] if isinstance(model, Net) else None
-    ema = PostHocEMA.from_model(model, run_dir, leave_out=left_out, **OPTIONS)
-    if isinstance(model, Net):
-        # Gradients, one of them absent, and a mixture of modes.
-        model(TOKENS).square().sum().backward()
-        model.norm.bias.grad = None
-        model.dropout.eval()
-    train(ema, model, 20)
-    return ema, model
-
-
-def everything(model: torch.nn.Module) -> dict[str, object]:
-    """Returns all that a block must give back: bits, identities, places, flags, modes, gradients and versions."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    facts = {
-        name: (id(t), t.data_ptr(), t.stride(), t.dtype, t.device, t.requires_grad, t.is_leaf, id(t.grad))
-        for name, t in tensors
-    }
-    gradients = {name: t.grad.clone().numpy().tobytes() for name, t in tensors if t.grad is not None}
-    modules = [
-        (name, id(part), type(part), part.training, len(part._forward_hooks)) for name, part in model.named_modules()
-    ]
-    hidden = [name for part in model.modules() for name, value in part.__dict__.items() if torch.is_tensor(value)]
-    return {"bits": bits(model), "facts": facts, "gradients": gradients, "modules": modules, "hidden": hidden}
-
-
-def check_works(ema: PostHocEMA, model: torch.nn.Module) -> None:
-    """Checks that model and averages can still be used."""
-    model(TOKENS).sum().backward()
-    step = ema.step
-    shake(model)
-    ema.update_(model)
-    assert ema.step == step + 1
-    with ema.model(model, 0.1):
-        assert not model.training
 
 
 def half(model: Net) -> None:
@@ -314,112 +246,33 @@ def test_gradients_of_a_block_are_its_own(run_dir: Path) -> None:
     assert everything(model) == before
 
 
-def test_blocks_of_several_models_do_not_touch_each_other(tmp_path: Path) -> None:
-    first, one = trained(tmp_path / "1")
-    second, two = trained(tmp_path / "2")
-    states = everything(one), everything(two)
-    with first.model(one, 0.1), second.model(two, 0.28), first.model(one, 0.28):
-        with second.model(one, 0.2):
-            pass
-        two.half()
-        assert everything(one)["bits"] != states[0]["bits"]
-    assert (everything(one), everything(two)) == states
+def test_weights_that_autocast_has_converted_are_not_mixed_up(run_dir: Path) -> None:
+    ema, model = trained(run_dir, torch.nn.Linear(4, 4))
+    inputs = torch.randn(3, 4)
+
+    def output() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(inputs).detach()
+
+    own = output()
+    with ema.model(model, 0.28):
+        average = output()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(inputs), own)
+        with ema.model(model, 0.28):
+            assert torch.equal(model(inputs), average)
+        assert torch.equal(model(inputs), own)
+        ema.switch_(model, 0.28)
+        assert torch.equal(model(inputs), average) and not torch.equal(average, own)
 
 
-def test_blocks_that_end_in_another_order_restore_the_model(run_dir: Path) -> None:
+def test_block_ends_after_its_averages_were_closed(run_dir: Path) -> None:
     ema, model = trained(run_dir)
     before = everything(model)
-    for order in ([0, 1, 2], [1, 0, 2], [1, 2, 0], [2, 0, 1], [0, 2, 1], [2, 1, 0]):
-        blocks = [ema.model(model, length) for length in (0.1, 0.2, 0.28)]
-        for block in blocks:
-            block.__enter__()
-            model.half() if block is blocks[1] else None
-        for i in order[:-1]:
-            blocks[i].__exit__(None, None, None)
-            with pytest.raises(RuntimeError, match="averages of averages"):
-                ema.update_(model)
-        blocks[order[-1]].__exit__(None, None, None)
-        assert everything(model) == before, order
-    check_works(ema, model)
-
-
-def test_moved_model_that_holds_an_average_is_not_averaged(run_dir: Path) -> None:
-    ema, model = trained(run_dir, torch.nn.Conv2d(3, 3, 3))
     with ema.model(model, 0.1):
-        model.to(memory_format=torch.channels_last)
-        with pytest.raises(RuntimeError, match="averages of averages"):
-            ema.update_(model)
-
-
-def test_another_thread_is_refused_while_a_block_is_open(run_dir: Path) -> None:
-    ema, model = trained(run_dir)
-    other, spare = trained(run_dir.parent / "other")
-    before, errors, scores = everything(model), [], []
-
-    def evaluate(length: float) -> None:
-        try:
-            with ema.model(model, length):
-                scores.append(length)
-        except RuntimeError as error:
-            errors.append(str(error))
-
-    def elsewhere() -> None:
-        with other.model(spare, 0.1):
-            scores.append("other")
-
-    with ema.model(model, 0.1):
-        held = bits(model)
-        for act in (lambda: evaluate(0.28), elsewhere):
-            thread = threading.Thread(target=act)
-            thread.start()
-            thread.join()
-        assert bits(model) == held
-    assert len(errors) == 1 and "another thread or task has put an average into this model" in errors[0]
-    assert scores == ["other"] and everything(model) == before
-    evaluate(0.28)
-    assert scores == ["other", 0.28]
-
-
-def test_many_threads_leave_the_model_as_it_was(run_dir: Path) -> None:
-    ema, model = trained(run_dir)
-    before, wanted, bad, refused = everything(model), {}, [], []
-    for length in (0.1, 0.2, 0.28):
-        with ema.model(model, length):
-            wanted[length] = bits(model)
-
-    def evaluate(length: float) -> None:
-        for _ in range(40):
-            try:
-                with ema.model(model, length):
-                    if bits(model) != wanted[length]:
-                        bad.append(length)
-            except RuntimeError as error:
-                refused.append("another thread or task" in str(error))
-
-    threads = [threading.Thread(target=evaluate, args=(length,)) for length in wanted]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not bad and all(refused)
-    assert everything(model) == before
-
-
-def test_tasks_of_asyncio_are_refused_like_threads(run_dir: Path) -> None:
-    ema, model = trained(run_dir)
-    before = everything(model)
-
-    async def evaluate(length: float) -> bool:
-        with ema.model(model, length):
-            held = bits(model)
-            await asyncio.sleep(0.01)
-            return bits(model) == held
-
-    async def both() -> list[object]:
-        return await asyncio.gather(evaluate(0.1), evaluate(0.28), return_exceptions=True)
-
-    results = asyncio.run(both())
-    assert results[0] is True and isinstance(results[1], RuntimeError)
+        ema.close()
+        del ema
+        gc.collect()
     assert everything(model) == before
 
 

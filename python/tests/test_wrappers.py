@@ -104,6 +104,16 @@ def test_state_dict_has_the_keys_of_the_given_model(wrapper: str, run_dir: Path,
     check_keys(model, run_dir, {f"{inside}{name}" for name in plain.state_dict()})
 
 
+def test_best_average_of_a_sweep_has_the_keys_of_its_model(run_dir: Path) -> None:
+    model = torch.compile(torch.nn.Linear(4, 2), backend="eager")
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    train(ema, model, 40)
+    ema.finish()
+    opened = PostHocEMA.from_path(run_dir)
+    swept = opened.sweep(lambda averaged: averaged.weight.sum().item(), [0.1, 0.2], model=model, refine=0)
+    model.load_state_dict(swept.best.state_dict)
+
+
 def test_state_dict_has_the_keys_of_a_fabric_module(run_dir: Path) -> None:
     lightning = pytest.importorskip("lightning")
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
