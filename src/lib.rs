@@ -82,7 +82,9 @@ pub use merge::{CheckpointWeight, Checkpoints, Merge};
 // Hidden: only the program uses it.
 #[doc(hidden)]
 pub use planning::rounding;
-pub use planning::{Advice, AdviceRequest, At, Forecast, Noise, Plan, PredictedError, Weight, WorstCase, advise};
+pub use planning::{
+    Advice, AdviceRequest, At, Forecast, LaterTensors, Noise, Plan, PredictedError, Weight, WorstCase, advise,
+};
 pub use run::{Run, SavedState, VerifyReport, verify};
 pub use snapshot::{Snapshot, SnapshotId};
 pub use sweep::{SweepOptions, SweepResult};

@@ -85,6 +85,30 @@ pub fn weights(plan: &Plan) -> Table {
     table
 }
 
+/// Lists the tensors that are averaged since a later step than the others, with their errors; `None` if there are none.
+pub fn later(plans: &[Plan]) -> Option<Table> {
+    let mut table = table(&["averaged since", "target", "at", "relative error", "noise gain", "tensors"]);
+    for plan in plans {
+        for later in &plan.later {
+            let names = match &later.tensors[..] {
+                [first, _, .., last] => {
+                    format!("{} of them: {} ... {}", later.tensors.len(), shown(first), shown(last))
+                }
+                few => few.iter().map(shown).collect::<Vec<_>>().join(", "),
+            };
+            table.add_row([
+                format!("step {}", later.since),
+                plan.profile.to_string(),
+                plan.at.to_string(),
+                number(later.relative_error),
+                number(later.noise_gain),
+                names,
+            ]);
+        }
+    }
+    (!table.is_empty()).then_some(table)
+}
+
 /// Lists the errors of averages of checkpoints.
 pub fn merges(merges: &[Merge]) -> Table {
     let mut table = table(&["target", "at", "relative error", "late by steps", "checkpoints", "that count"]);

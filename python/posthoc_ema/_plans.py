@@ -10,7 +10,7 @@ from typing import Any, Literal
 from . import _native
 from ._profiles import Profile, Target, to_json
 
-__all__ = ["Noise", "Plan", "Predicted", "Retention", "Weight", "plan"]
+__all__ = ["LaterTensors", "Noise", "Plan", "Predicted", "Retention", "Weight", "plan"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,27 @@ def noise_text(noise: Noise) -> str:
 
 
 @dataclass(frozen=True)
+class LaterTensors:
+    """Tensors whose averages began after the run did, and their weights in a plan."""
+
+    since: int
+    """Step at which their averages began, with their values at that step."""
+    tensors: tuple[str, ...]
+    """Names of the tensors."""
+    relative_error: float
+    """As `Plan.relative_error`, over the updates since they began."""
+    noise_gain: float
+    """As `Plan.noise_gain`."""
+    weights: tuple[Weight, ...]
+    """Weights of the snapshots that have the tensors."""
+
+    @staticmethod
+    def _from_dict(later: dict[str, Any]) -> LaterTensors:
+        weights = tuple(Weight(**weight) for weight in later.pop("weights"))
+        return LaterTensors(tensors=tuple(later.pop("tensors")), weights=weights, **later)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Solved weights of a target, and their error."""
 
@@ -73,6 +94,8 @@ class Plan:
     three steps or do not record their updates."""
     weights: tuple[Weight, ...]
     """Weights of the snapshots."""
+    later: tuple[LaterTensors, ...] = ()
+    """Tensors whose averages began after the run did (`extend=True`): they have weights of their own."""
 
     @staticmethod
     def from_json(text: str) -> list[Plan]:
@@ -82,7 +105,8 @@ class Plan:
             weights = tuple(Weight(**weight) for weight in plan.pop("weights"))
             found = plan.pop("predicted")
             predicted = Predicted(**found) if found is not None else None
-            return Plan(profile=Profile(plan.pop("profile")), weights=weights, predicted=predicted, **plan)
+            later = tuple(map(LaterTensors._from_dict, plan.pop("later", ())))
+            return Plan(profile=Profile(plan.pop("profile")), weights=weights, predicted=predicted, later=later, **plan)
 
         return [plan(each) for each in json.loads(text)]
 

@@ -124,9 +124,11 @@ class RunReader:
         """Returns a state dict for each target, for a model if one is given; see `PostHocEMA.synthesize`."""
         jsons = to_json(targets)
         source, at = self._source(step, noise)
-        specs = source.tensors()
-        tied = source.tied()
-        buffers = OutputBuffers(specs, len(jsons), average_dtype_name(dtype), self._of_torch, source.averaged())
+        steps = at[:1]
+        specs = source.tensors(*steps)
+        tied = source.tied(*steps)
+        averaged = source.averaged(*steps)
+        buffers = OutputBuffers(specs, len(jsons), average_dtype_name(dtype), self._of_torch, averaged)
 
         def total() -> int | None:
             return source.bytes_to_read(jsons, step) if isinstance(source, _native.Run) else None

@@ -56,19 +56,22 @@ impl Run {
         self.0.profiles().into_iter().map(|(index, profile)| Ok((index, to_json(profile)?))).collect()
     }
 
-    /// Returns name, dtype and shape of the tensors of a synthesis.
-    fn tensors(&self) -> Vec<(String, String, Vec<usize>)> {
-        describe(self.0.tensors())
+    /// Returns name, dtype and shape of the tensors of a synthesis at a step, or at the newest one.
+    #[pyo3(signature = (step=None))]
+    fn tensors(&self, step: Option<u64>) -> Vec<(String, String, Vec<usize>)> {
+        describe(self.0.tensors_at(step.unwrap_or(u64::MAX)))
     }
 
     /// Returns the names of the averaged tensors.
-    fn averaged(&self) -> Vec<String> {
-        self.0.averaged()
+    #[pyo3(signature = (step=None))]
+    fn averaged(&self, step: Option<u64>) -> Vec<String> {
+        self.0.averaged_at(step.unwrap_or(u64::MAX))
     }
 
     /// Returns the names that share another tensor's elements, with the name of that tensor.
-    fn tied(&self) -> BTreeMap<String, String> {
-        self.0.tied().clone()
+    #[pyo3(signature = (step=None))]
+    fn tied(&self, step: Option<u64>) -> BTreeMap<String, String> {
+        self.0.tied_at(step.unwrap_or(u64::MAX)).clone()
     }
 
     /// Solves targets; `noise` is "off", "auto" or a number.

@@ -37,6 +37,7 @@ struct Settings {
     checkpoint_dtype: Option<Option<Dtype>>,
     checkpoint_in_background: Option<bool>,
     compensated: Option<bool>,
+    extend: Option<bool>,
     shard_size: Option<u64>,
     average: Option<Vec<String>>,
     copy: Option<Vec<String>>,
@@ -68,7 +69,8 @@ impl Settings {
             retention,
             checkpoint_dtype,
             checkpoint_in_background,
-            shard_size
+            shard_size,
+            extend
         );
         set_given!(average, copy, leave_out);
         if let Some(compensated) = self.compensated {

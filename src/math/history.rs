@@ -58,6 +58,13 @@ impl RegularRun {
         self.last.checked_add(self.stride) == Some(time)
     }
 
+    /// Returns the part after `time`, if there is one.
+    fn after(self, time: u64) -> Option<RegularRun> {
+        let first = self.next_from(time.checked_add(1)?)?;
+        let stride = if first == self.last { 1 } else { self.stride };
+        Some(RegularRun { first, stride, ..self })
+    }
+
     /// Returns the part at or before `time`, if there is one.
     fn until(self, time: u64) -> Option<RegularRun> {
         let last = self.first + (time.min(self.last).checked_sub(self.first)?) / self.stride * self.stride;
@@ -150,6 +157,14 @@ impl History {
     /// Returns the updates at or before `time`.
     pub fn until(&self, time: u64) -> History {
         History { runs: self.runs.iter().filter_map(|run| run.until(time)).collect() }
+    }
+
+    /// Returns an update at `time` and those after it.
+    pub(crate) fn since(&self, time: u64) -> History {
+        let mut runs = vec![RegularRun { first: time, last: time, stride: 1 }];
+        let after = |run: &RegularRun| run.after(time);
+        runs.extend(self.runs.iter().filter_map(after));
+        History { runs }
     }
 
     /// Returns true if `later` begins with exactly these updates.

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::fs::TempLock;
 #[cfg(feature = "pytorch")]
 use crate::fs::scratch_folder;
-use crate::synthesis::{Selection, TensorSource};
+use crate::synthesis::{Selection, TensorSource, WeightedSources};
 use crate::tensor::first_non_finite;
 
 /// Checkpoints that some targets read, by their index.
@@ -75,9 +75,12 @@ impl<'a> MappedModels<'a> {
         let chosen: Vec<usize> = self.models.keys().copied().filter(has_weight).collect();
         let source = |i: usize| self.mapped(i) as &dyn TensorSource;
         Selection {
-            sources: chosen.iter().map(|&i| source(i)).collect(),
-            weights: rows.iter().flat_map(|row| chosen.iter().map(|&i| row.weights[i])).collect(),
+            first: WeightedSources {
+                sources: chosen.iter().map(|&i| source(i)).collect(),
+                weights: rows.iter().flat_map(|row| chosen.iter().map(|&i| row.weights[i])).collect(),
+            },
             newest: rows.iter().map(|row| source(row.newest)).collect(),
+            later: Vec::new(),
         }
     }
 

@@ -56,6 +56,7 @@ impl Forecast {
                     index,
                     step,
                     chain,
+                    extensions: 0,
                     label: format!("the snapshot of {profile} at step {step}"),
                 });
             }

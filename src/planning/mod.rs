@@ -3,6 +3,7 @@
 mod advise;
 mod density;
 mod forecast;
+mod later;
 mod noise;
 mod plan;
 mod sample;
@@ -14,9 +15,10 @@ pub use advise::rounding;
 pub use advise::{Advice, AdviceRequest, WorstCase, advise};
 pub(crate) use density::densities;
 pub use forecast::Forecast;
+pub(crate) use later::{LaterGroup, solve_later};
 pub use noise::{Noise, PredictedError};
 pub(crate) use plan::solve;
-pub use plan::{At, Plan, Weight};
+pub use plan::{At, LaterTensors, Plan, Weight};
 pub(crate) use sample::SnapshotNoise;
 pub(crate) use source::IndexedSource;
 #[cfg(feature = "pytorch")]

@@ -44,6 +44,16 @@ pub struct Plan {
     pub predicted: Option<PredictedError>,
     /// The weights, in order of profile and step.
     pub weights: Vec<Weight>,
+    /// The weights of tensors whose averages began after the run did; they do not have the plan's own weights.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub later: Vec<LaterTensors>,
+}
+
+impl Plan {
+    /// Iterates over the weights of all tensors.
+    pub(crate) fn all_weights(&self) -> impl Iterator<Item = &Weight> {
+        self.weights.iter().chain(self.later.iter().flat_map(|later| &later.weights))
+    }
 }
 
 /// The weight of one snapshot.
@@ -55,6 +65,23 @@ pub struct Weight {
     pub step: u64,
     /// The weight of the snapshot.
     pub weight: f64,
+}
+
+/// The solved weights of tensors whose averages began after the run did.
+///
+/// Their averages hold their first values from before `since` on, as a training that began there does.
+#[derive(Clone, Debug, Serialize)]
+pub struct LaterTensors {
+    /// The step at which their averages began.
+    pub since: u64,
+    /// The names of the tensors.
+    pub tensors: Vec<String>,
+    /// As [`Plan::relative_error`], over the updates since they began.
+    pub relative_error: f64,
+    /// As [`Plan::noise_gain`].
+    pub noise_gain: f64,
+    /// The weights of the snapshots that have the tensors, in order of profile and step.
+    pub weights: Vec<Weight>,
 }
 
 /// Solves several targets at one time over the same sources, with one factorization.
@@ -139,6 +166,7 @@ impl Solver<'_> {
             rho,
             predicted,
             weights,
+            later: Vec::new(),
         })
     }
 }

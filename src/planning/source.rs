@@ -10,6 +10,8 @@ pub(crate) struct IndexedSource {
     /// The time of the newest update in it.
     pub step: u64,
     pub chain: Chain,
+    /// The number of extensions of the run before it.
+    pub extensions: usize,
     /// Name in errors: a file's path, or the live average.
     pub label: String,
 }

@@ -1,11 +1,12 @@
 //! Reading a run on disk.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
+mod extended;
 mod parsed_snapshot;
 mod sessions;
 mod settings;
@@ -16,19 +17,21 @@ mod verify;
 
 pub(crate) use settings::Settings;
 pub use state::SavedState;
-pub(crate) use state::{COPIED, LiveState, STATE, StateDocument, check_snapshots, copy_name, high_name, low_name};
+pub(crate) use state::{LiveState, STATE, StateDocument, check_snapshots, copy_name, high_name, low_name};
 pub use verify::{VerifyReport, verify};
 
+pub(crate) use extended::later_groups;
+use extended::{model_tensors, used};
 use parsed_snapshot::{ParsedSnapshot, common_history, remove_diverged};
 
 use crate::device::Device;
 use crate::error::{Error, Result, shown};
 use crate::fs::{parent_dir, start_threads};
 use crate::math::{Chain, Densities, History, Profile};
-use crate::planning::{At, IndexedSource, Noise, Plan, SnapshotNoise, densities, solve};
-use crate::snapshot::{self, Snapshot, SnapshotId};
-use crate::synthesis::{MAX_TARGETS, ModelTensor, Output, SourceSet, SwapGuard, TensorSource, WriteOptions};
-use crate::tensor::{ParametersMut, TensorSpec, TensorViewMut, Tensors, is_averaged};
+use crate::planning::{At, IndexedSource, Noise, Plan, SnapshotNoise, densities, solve, solve_later};
+use crate::snapshot::{self, Snapshot, SnapshotId, beginning_of};
+use crate::synthesis::{MAX_TARGETS, ModelTensor, Output, SwapGuard, WriteOptions};
+use crate::tensor::{ParametersMut, TensorSpec, TensorViewMut, Tensors};
 
 /// Snapshots of a run, mapped and checked against each other.
 ///
@@ -159,7 +162,12 @@ impl Run {
     /// # Errors
     /// As [`Run::plan`], and [`Error::Parameter`] for a `rho` that is negative, infinite or NaN.
     pub fn plans_with(&self, profiles: &[Profile], at: At, noise: Noise) -> Result<Vec<Plan>> {
-        solve(&self.sources(), self.history.as_ref(), profiles, at, noise, self.stored_noise())
+        let sources = self.sources();
+        let mut plans = solve(&sources, self.history.as_ref(), profiles, at, noise, self.stored_noise())?;
+        if let (Some(history), Some(at)) = (&self.history, plans.first().map(|plan| plan.at)) {
+            solve_later(&mut plans, &self.later_groups(at), &sources, history, noise)?;
+        }
+        Ok(plans)
     }
 
     /// Returns the movement and rounding of the snapshots, estimated from a sample on the first call.
@@ -168,7 +176,8 @@ impl Run {
     fn stored_noise(&self) -> Option<&SnapshotNoise> {
         let estimate = || {
             self.history.as_ref()?;
-            let averaged = self.model_tensors().into_iter().filter(|tensor| tensor.averaged);
+            let is_in_all = |tensor: &ModelTensor| beginning_of(self.extensions(), &tensor.name) == 0;
+            let averaged = self.model_tensors().into_iter().filter(|tensor| tensor.averaged && is_in_all(tensor));
             SnapshotNoise::of(&self.snapshots, &averaged.map(ModelTensor::into_spec).collect::<Vec<_>>())
         };
         self.noise.get_or_init(estimate).as_ref()
@@ -202,7 +211,7 @@ impl Run {
     /// needs the feature `cuda`.
     pub fn write_all(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<Device> {
         outputs.iter().try_for_each(|output| self.check_outside(output.path))?;
-        self.source_set().write(outputs, options)
+        self.source_set_of(outputs.iter().map(|output| output.plan))?.write(outputs, options)
     }
 
     /// Blends one planned average into memory, in the model's dtypes. Tied tensors appear under each of their names.
@@ -210,7 +219,7 @@ impl Run {
     /// # Errors
     /// [`Error::Tensor`] for a result that the dtype cannot hold.
     pub fn load(&self, plan: &Plan) -> Result<Tensors> {
-        self.source_set().load(plan)
+        self.source_set_of([plan])?.load(plan)
     }
 
     /// Blends several planned averages into the caller's memory, in one pass over the snapshots.
@@ -228,10 +237,12 @@ impl Run {
         outputs: Vec<Vec<TensorViewMut<'_>>>,
         progress: Option<&(dyn Fn(u64) + Sync)>,
     ) -> Result<()> {
-        self.source_set().load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)
+        self.source_set_of(plans)?.load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)
     }
 
-    /// Returns the tensors of a synthesis by name, in the model's dtypes. Of tied tensors, only the kept one is listed.
+    /// Returns the tensors of a synthesis at the newest step by name, in the model's dtypes.
+    ///
+    /// Of tied tensors, only the kept one is listed.
     pub fn tensors(&self) -> Vec<TensorSpec> {
         self.model_tensors().into_iter().map(ModelTensor::into_spec).collect()
     }
@@ -243,7 +254,7 @@ impl Run {
 
     /// Returns the names of tied tensors, as `dropped name -> kept name`.
     pub fn tied(&self) -> &BTreeMap<String, String> {
-        &self.snapshots[0].meta.tied
+        &self.newest().meta.tied
     }
 
     /// Puts one planned average into a live model, in the model's own dtypes, until the returned guard is dropped.
@@ -279,7 +290,7 @@ impl Run {
     /// [`Error::Changed`] for a model with other tensors, [`Error::Tensor`] for a result that its dtype cannot
     /// hold, [`Error::Cuda`]. The model is then unchanged.
     pub fn swap_in<'p, P: ParametersMut + ?Sized>(&self, plan: &Plan, params: &'p mut P) -> Result<SwapGuard<'p, P>> {
-        self.source_set().swap_in(plan, params)
+        self.source_set_of([plan])?.swap_in(plan, params)
     }
 
     /// Returns the bytes of snapshots that a synthesis of these plans reads, once for up to 256 targets.
@@ -289,26 +300,8 @@ impl Run {
 
     /// Iterates over the snapshots that have a weight in any of the plans.
     fn used_by(&self, plans: &[Plan]) -> impl Iterator<Item = &Snapshot> {
-        let weights = || plans.iter().flat_map(|plan| &plan.weights).filter(|weight| weight.weight != 0.0);
-        let used: BTreeSet<SnapshotId> =
-            weights().map(|weight| SnapshotId { index: weight.index, step: weight.step }).collect();
+        let used = used(plans.iter().flat_map(|plan| plan.all_weights()));
         self.snapshots.iter().filter(move |snapshot| used.contains(&snapshot.id))
-    }
-
-    /// Returns the bytes that one pass over the snapshots reads.
-    fn bytes_of_pass(&self, plans: &[Plan]) -> u64 {
-        let averaged: Vec<ModelTensor> = self.model_tensors().into_iter().filter(|tensor| tensor.averaged).collect();
-        let mut total = 0;
-        for snapshot in self.used_by(plans) {
-            let mut place = 0;
-            for tensor in &averaged {
-                if let Some((_, bytes)) = snapshot.tensor_near(&tensor.name, &mut place) {
-                    total += bytes.len() as u64;
-                }
-                place += 1;
-            }
-        }
-        total
     }
 
     /// Reads every byte of every snapshot and compares its checksum.
@@ -351,30 +344,15 @@ impl Run {
         let mut sources = Vec::with_capacity(self.snapshots.len());
         for (snapshot, chain) in self.snapshots.iter().zip(&self.chains) {
             let SnapshotId { index, step } = snapshot.id;
-            sources.push(IndexedSource { index, step, chain: chain.clone(), label: shown(snapshot.path()) });
+            let extensions = snapshot.meta.extensions.len();
+            let label = shown(snapshot.path());
+            sources.push(IndexedSource { index, step, chain: chain.clone(), extensions, label });
         }
         sources
     }
 
-    /// Returns the tensors of a synthesis.
+    /// Returns the tensors of a synthesis at the newest step.
     fn model_tensors(&self) -> Vec<ModelTensor> {
-        let first = &self.snapshots[0];
-        let mut tensors = Vec::new();
-        for (name, stored) in first.tensors() {
-            let dtype = first.model_dtype(name, stored.dtype);
-            let averaged = is_averaged(dtype) && !first.meta.copied.contains(name);
-            tensors.push(ModelTensor { name: name.to_owned(), dtype, shape: stored.shape.clone(), averaged });
-        }
-        tensors
-    }
-
-    /// Returns the snapshots as the sources of a synthesis.
-    pub(crate) fn source_set(&self) -> SourceSet<'_> {
-        let sources = self.sources().into_iter().zip(&self.snapshots);
-        SourceSet {
-            tensors: self.model_tensors(),
-            tied: self.snapshots[0].meta.tied.clone(),
-            sources: sources.map(|(source, snapshot)| (source, snapshot as &dyn TensorSource)).collect(),
-        }
+        model_tensors(self.newest())
     }
 }

@@ -1,5 +1,6 @@
 //! Snapshots with their parsed metadata, and the check that their histories belong to one training.
 
+use super::extended::check_extensions;
 use crate::error::{Difference, Error, Result};
 use crate::math::{Chain, History, Profile};
 use crate::planning::read_chain;
@@ -21,6 +22,7 @@ impl ParsedSnapshot {
     /// As [`read_chain`].
     pub(super) fn new(snapshot: Snapshot) -> Result<ParsedSnapshot> {
         let (profile, chain, history) = read_chain(&snapshot)?;
+        check_extensions(&snapshot, history.as_ref())?;
         Ok(ParsedSnapshot { snapshot, profile, chain, history })
     }
 

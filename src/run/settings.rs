@@ -72,27 +72,25 @@ impl Settings {
 
     /// Checks that a resume with the settings `now` changes only settings that may change.
     pub(crate) fn check_unchanged(&self, now: &Settings) -> Result<()> {
-        let fail = |option, saved: String, now: String| {
-            let reason =
-                format!("the run has {saved}, but {now} was asked for: leave it unchanged, or start a new run");
-            Err(Error::Setting { option, reason })
-        };
         let names = |profiles: &[Profile]| profiles.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        if self.profiles != now.profiles {
-            return fail("profiles", names(&self.profiles), names(&now.profiles));
-        }
-        if self.precision != now.precision {
-            return fail("precision", format!("{:?}", self.precision), format!("{:?}", now.precision));
-        }
-        if self.average != now.average {
-            return fail("average", format!("{:?}", self.average), format!("{:?}", now.average));
-        }
-        if self.copy != now.copy {
-            return fail("copy", format!("{:?}", self.copy), format!("{:?}", now.copy));
-        }
-        if self.leave_out != now.leave_out {
-            return fail("leave_out", format!("{:?}", self.leave_out), format!("{:?}", now.leave_out));
-        }
-        Ok(())
+        let remedy = "leave it unchanged, or start a new run";
+        check_equal("profiles", names(&self.profiles), names(&now.profiles), remedy)?;
+        check_equal("precision", format!("{:?}", self.precision), format!("{:?}", now.precision), remedy)
     }
+
+    /// Checks that a resume does not change the choice of tensors.
+    pub(crate) fn check_same_choice(&self, now: &Settings) -> Result<()> {
+        let remedy = "leave it unchanged, resume with `extend`, or start a new run";
+        check_equal("average", format!("{:?}", self.average), format!("{:?}", now.average), remedy)?;
+        check_equal("copy", format!("{:?}", self.copy), format!("{:?}", now.copy), remedy)?;
+        check_equal("leave_out", format!("{:?}", self.leave_out), format!("{:?}", now.leave_out), remedy)
+    }
+}
+
+fn check_equal(option: &'static str, saved: String, now: String, remedy: &str) -> Result<()> {
+    if saved == now {
+        return Ok(());
+    }
+    let reason = format!("the run has {saved}, but {now} was asked for: {remedy}");
+    Err(Error::Setting { option, reason })
 }

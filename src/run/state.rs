@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{Run, Settings};
 use crate::error::{Difference, Error, Result, shown};
 use crate::math::History;
-use crate::snapshot::{self, STATE_FILE, Session, StoredFile};
+use crate::snapshot::{self, Extension, STATE_FILE, Session, StoredFile};
 
 /// Key of the JSON document in the metadata of the file.
 pub(crate) const STATE: &str = "state";
@@ -34,6 +34,9 @@ pub(crate) struct StateDocument {
     pub settings: Settings,
     /// Model dtype of each averaged tensor.
     pub dtypes: BTreeMap<String, Dtype>,
+    /// Changes of the run's tensors, the oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub extensions: Vec<Extension>,
 }
 
 /// Returns the stored name of an average, or of its high part if it is compensated.
@@ -113,6 +116,22 @@ impl LiveState {
             return Some(true);
         }
         self.file.tensors().get(&copy_name(name)).map(|_| false)
+    }
+
+    /// Iterates over the names of the copied tensors.
+    pub(crate) fn copied(&self) -> impl Iterator<Item = &str> {
+        self.file.tensors().keys().filter_map(|name| name.strip_prefix(COPIED))
+    }
+
+    /// Returns the shape of an averaged tensor.
+    pub(crate) fn averaged_shape(&self, name: &str) -> Option<&Vec<usize>> {
+        self.file.tensors().get(&high_name(0, name)).map(|tensor| &tensor.shape)
+    }
+
+    /// Returns true if the state has a copy of this dtype and shape.
+    pub(crate) fn has_copy(&self, name: &str, dtype: Dtype, shape: &[usize]) -> bool {
+        let copy = self.file.tensors().get(&copy_name(name));
+        copy.is_some_and(|tensor| tensor.dtype == dtype && tensor.shape == shape)
     }
 
     /// Returns the bytes of a tensor of the given dtype and shape.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use safetensors::Dtype;
 use serde::de::DeserializeOwned;
 
+use super::extension::Extension;
 use super::session::Session;
 use crate::error::{Error, Result};
 
@@ -23,6 +24,13 @@ const COPIED: &str = "copied";
 const TIED: &str = "tied";
 const RUN: &str = "run";
 const SESSION: &str = "session";
+const EXTENSIONS: &str = "extensions";
+
+/// Version of files whose tensors all began with the run.
+const FIRST_VERSION: &str = "1";
+
+/// Version of files of an extended run. A reader of the first version would give wrong weights to what began later.
+const EXTENDED_VERSION: &str = "2";
 
 /// Metadata of a snapshot.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -43,6 +51,8 @@ pub struct Meta {
     pub session: Option<Session>,
     /// Names of tied tensors, as `dropped name -> kept name`.
     pub tied: BTreeMap<String, String>,
+    /// Extensions of the run before this snapshot, the oldest first.
+    pub extensions: Vec<Extension>,
 }
 
 /// Dtypes of tensors, by name. The snapshots of a run have thousands of equal entries and share one map.
@@ -76,7 +86,7 @@ impl Meta {
         // Hugging Face's tools expect each pair `dropped name -> kept name` as an entry, as `save_model` writes it.
         // This crate reads the key `tied` instead, which cannot be confused with the name of a tensor.
         let mut strings = self.tied.clone();
-        strings.extend(base_strings());
+        strings.extend(versioned_strings(&self.extensions));
         strings.insert(PROFILE.into(), self.profile.clone());
         strings.insert(STEP.into(), self.step.to_string());
         strings.insert(DTYPES.into(), serde_json::json!(*self.dtypes).to_string());
@@ -85,6 +95,9 @@ impl Meta {
         strings.extend(self.history.clone().map(|history| (HISTORY.into(), history)));
         strings.extend(self.run.clone().map(|run| (RUN.into(), run)));
         strings.extend(self.session.as_ref().map(|session| (SESSION.into(), serde_json::json!(session).to_string())));
+        if !self.extensions.is_empty() {
+            strings.insert(EXTENSIONS.into(), serde_json::json!(self.extensions).to_string());
+        }
         strings
     }
 
@@ -103,7 +116,7 @@ impl Meta {
         strings: &BTreeMap<String, String>,
         sibling: Option<(&BTreeMap<String, String>, &Meta)>,
     ) -> Result<Meta> {
-        check_version(path, strings)?;
+        let is_extended = check_version(path, strings)? == EXTENDED_VERSION;
         let step = required(path, strings, STEP)?;
         let dtypes = match sibling {
             Some((its, meta)) if its.get(DTYPES) == strings.get(DTYPES) => meta.dtypes.clone(),
@@ -119,6 +132,7 @@ impl Meta {
             run: strings.get(RUN).cloned(),
             session: session(path, strings, &tied)?,
             tied,
+            extensions: if is_extended { parse(path, strings, EXTENSIONS, "[]")? } else { Vec::new() },
         })
     }
 }
@@ -149,15 +163,22 @@ fn malformed(path: &Path, key: &str, value: &str) -> Error {
 
 /// Returns the strings that every file of a run carries. Hugging Face's tools require `format`.
 pub(crate) fn base_strings() -> BTreeMap<String, String> {
-    BTreeMap::from([(FORMAT.into(), "pt".into()), (VERSION.into(), "1".into())])
+    versioned_strings(&[])
 }
 
-/// Checks that a file belongs to a run and that this version can read it.
-pub(crate) fn check_version(path: &Path, strings: &BTreeMap<String, String>) -> Result<()> {
+/// Returns the strings that every file of a run with these extensions carries.
+pub(crate) fn versioned_strings(extensions: &[Extension]) -> BTreeMap<String, String> {
+    let version = if extensions.is_empty() { FIRST_VERSION } else { EXTENDED_VERSION };
+    BTreeMap::from([(FORMAT.into(), "pt".into()), (VERSION.into(), version.into())])
+}
+
+/// Checks that a file belongs to a run and that this version can read it. Returns its version.
+pub(crate) fn check_version<'a>(path: &Path, strings: &'a BTreeMap<String, String>) -> Result<&'a str> {
     match strings.get(VERSION).map(String::as_str) {
-        Some("1") => Ok(()),
+        Some(version @ (FIRST_VERSION | EXTENDED_VERSION)) => Ok(version),
         Some(version) => {
-            let why = format!("the file is of version {version}, and this program reads version 1: use a newer one");
+            let why =
+                format!("the file is of version {version}, and this program reads versions 1 and 2: use a newer one");
             Err(Error::unexpected(path, why))
         }
         None => Err(Error::unexpected(
@@ -181,6 +202,7 @@ mod tests {
             run: Some("abc".into()),
             session: Some(Session { number: 2, id: "d".into(), from: 10 }),
             tied: BTreeMap::from([("head".into(), "embedding".into())]),
+            extensions: Vec::new(),
         }
     }
 
@@ -195,6 +217,10 @@ mod tests {
         assert_eq!(Meta::from_strings(Path::new("f"), &strings).unwrap(), meta());
         let older = Meta { session: None, ..meta() };
         assert_eq!(Meta::from_strings(Path::new("f"), &older.to_strings()).unwrap(), older);
+        let begun = BTreeSet::from(["head.bias".into()]);
+        let extended = Meta { extensions: vec![Extension { at: 7, begun, ..Extension::default() }], ..meta() };
+        assert_eq!(extended.to_strings()["posthoc_ema"], "2");
+        assert_eq!(Meta::from_strings(Path::new("f"), &extended.to_strings()).unwrap(), extended);
         let tied = BTreeMap::from([("session".into(), "embedding".into())]);
         let older = Meta { tied, ..older };
         assert_eq!(Meta::from_strings(Path::new("f"), &older.to_strings()).unwrap(), older);
@@ -219,7 +245,7 @@ mod tests {
     fn missing_and_malformed_keys_are_named() {
         for (key, value, expected) in [
             ("posthoc_ema", None, "not a snapshot of a run"),
-            ("posthoc_ema", Some("2"), "use a newer one"),
+            ("posthoc_ema", Some("3"), "use a newer one"),
             ("profile", None, "lack `profile`"),
             ("step", Some("-3"), "`step` is `-3`"),
             ("dtypes", Some("[]"), "`dtypes` is `[]`"),

@@ -3,6 +3,7 @@
 //! Profiles and histories pass through as JSON text, which this module does not interpret.
 
 mod checksum;
+mod extension;
 mod header;
 mod id;
 mod index;
@@ -19,6 +20,8 @@ mod tensors;
 mod tests;
 mod write;
 
+pub use extension::Extension;
+pub(crate) use extension::beginning_of;
 pub use id::SnapshotId;
 pub(crate) use index::{INDEX_SUFFIX, ShardIndex};
 // Hidden: only the program's `bench` uses it.
@@ -28,7 +31,7 @@ pub(crate) use layout::MAX_HEADER;
 pub(crate) use listing::{any_snapshot_file, check_empty, remove, remove_leftovers};
 pub use listing::{list, list_each};
 pub use meta::{Dtypes, Meta};
-pub(crate) use meta::{PROFILE, STEP, base_strings, check_version};
+pub(crate) use meta::{PROFILE, STEP, base_strings, check_version, versioned_strings};
 pub(crate) use open_run::{is_gone, open_all, open_sound};
 pub use open_snapshot::Snapshot;
 pub use read::StoredFile;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
+use super::extension::AllowedDifferences;
 use super::id::SnapshotId;
 use super::meta::Meta;
 use super::read::StoredFile;
@@ -158,16 +159,20 @@ impl Snapshot {
             let id = |snapshot: &Snapshot| snapshot.meta.run.clone().unwrap_or_else(|| "none".into());
             return Some(Difference::new("the run's id", id(other), id(self)));
         }
+        let Some(allowed) = AllowedDifferences::between(&self.meta.extensions, &other.meta.extensions) else {
+            let list = |snapshot: &Snapshot| serde_json::json!(snapshot.meta.extensions).to_string();
+            return Some(Difference::new("the list of extensions", list(other), list(self)));
+        };
         if !self.shares_tensors(other)
-            && let Some(difference) = compare_tensors(self.model_specs(), other.model_specs())
+            && let Some(difference) = compare_tensors(self.kept_specs(&allowed), other.kept_specs(&allowed))
         {
             return Some(difference);
         }
-        if self.meta.tied != other.meta.tied {
+        if allowed.is_empty() && self.meta.tied != other.meta.tied {
             let expected = format!("{:?}", other.meta.tied);
             return Some(Difference::new("the list of tied tensors", expected, format!("{:?}", self.meta.tied)));
         }
-        if self.meta.copied != other.meta.copied {
+        if allowed.is_empty() && self.meta.copied != other.meta.copied {
             let expected = format!("{:?}", other.meta.copied);
             return Some(Difference::new("the list of copied tensors", expected, format!("{:?}", self.meta.copied)));
         }
@@ -193,9 +198,18 @@ impl Snapshot {
             && self.meta.dtypes == other.meta.dtypes
     }
 
-    /// Iterates over name, model dtype and shape of every tensor.
-    fn model_specs(&self) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
-        self.tensors().map(|(name, stored)| (name, self.model_dtype(name, stored.dtype), stored.shape.as_slice()))
+    /// Iterates over name, model dtype and shape of every tensor that another snapshot must have alike.
+    ///
+    /// Tensors whose dtype may differ all have one dtype here.
+    fn kept_specs<'a>(
+        &'a self,
+        allowed: &'a AllowedDifferences<'_>,
+    ) -> impl Iterator<Item = (&'a str, Dtype, &'a [usize])> {
+        self.tensors().filter(|(name, _)| allowed.keeps(name)).map(|(name, stored)| {
+            let dtype = self.model_dtype(name, stored.dtype);
+            let dtype = if allowed.keeps_dtype(name) { dtype } else { Dtype::F32 };
+            (name, dtype, stored.shape.as_slice())
+        })
     }
 
     /// Checks the model dtypes in the metadata: only an averaged tensor may be stored in another dtype.
@@ -280,11 +294,13 @@ fn check_step(file: &StoredFile, id: SnapshotId, meta: &Meta) -> Result<()> {
 /// Adds the metadata of another shard of the same snapshot.
 fn merge(meta: &mut Meta, own: Meta, path: &Path, other: &Path) -> Result<()> {
     let session = |meta: &Meta| meta.session.as_ref().map(ToString::to_string);
+    let extensions = |meta: &Meta| serde_json::json!(meta.extensions).to_string();
     for (what, found, expected) in [
         ("the profile", Some(&own.profile), Some(&meta.profile)),
         ("the history", own.history.as_ref(), meta.history.as_ref()),
         ("the run's id", own.run.as_ref(), meta.run.as_ref()),
         ("the writing session", session(&own).as_ref(), session(meta).as_ref()),
+        ("the list of extensions", Some(&extensions(&own)), Some(&extensions(meta))),
     ] {
         if found != expected {
             let shown = |text: Option<&String>| text.cloned().unwrap_or_else(|| "none".into());

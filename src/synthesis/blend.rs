@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::prefetch::Prefetcher;
-use super::source_set::{Elements, ModelTensor, Selection, TensorSource};
+use super::source_set::{Elements, ModelTensor, Selection, TensorSource, WeightedSources};
 use crate::compute::cpu::{self, Overflow};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda;
@@ -31,17 +31,18 @@ impl<'a> TensorBlend<'a> {
     /// # Errors
     /// [`Error::Tensor`] if a source lacks it.
     pub(super) fn new(selection: &'a Selection<'a>, tensor: &'a ModelTensor, output: Dtype) -> Result<Self> {
-        let mut dtypes = Vec::with_capacity(selection.sources.len());
-        let mut stored = Vec::with_capacity(selection.sources.len());
+        let WeightedSources { sources, weights } = selection.of(&tensor.name);
+        let mut dtypes = Vec::with_capacity(sources.len());
+        let mut stored = Vec::with_capacity(sources.len());
         let mut place = 0;
-        for source in &selection.sources {
+        for source in sources {
             let Some((dtype, elements)) = source.stored_near(&tensor.name, &mut place) else {
                 return Err(Error::tensor(&tensor.name, "a snapshot lacks it"));
             };
             dtypes.push(dtype);
             stored.push(elements);
         }
-        Ok(TensorBlend { tensor, sources: &selection.sources, dtypes, stored, weights: &selection.weights, output })
+        Ok(TensorBlend { tensor, sources, dtypes, stored, weights, output })
     }
 
     /// Blends a range of elements into one slice per target.
@@ -145,6 +146,11 @@ impl<'a> TensorBlend<'a> {
     /// Weights of target 0 for all sources, then those of target 1, and so on.
     pub(super) fn weights(&self) -> &'a [f64] {
         self.weights
+    }
+
+    /// Returns true if both blends have the same sources with the same weights.
+    pub(super) fn has_weights_of(&self, other: &TensorBlend<'_>) -> bool {
+        std::ptr::eq(self.weights, other.weights)
     }
 
     /// Number of elements of the tensor.

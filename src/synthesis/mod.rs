@@ -20,6 +20,6 @@ pub use backend::cuda_devices;
 pub(crate) use files::{OutputFile, Shards};
 pub(crate) use options::MAX_TARGETS;
 pub use options::{Output, WriteOptions};
-pub(crate) use source_set::{Elements, ModelTensor, Selection, SourceSet, TensorSource};
+pub(crate) use source_set::{Elements, ModelTensor, Selection, SourceSet, TensorSource, WeightedSources};
 pub use swap::{SavedWeights, SwapGuard};
 pub(crate) use write::check_distinct;

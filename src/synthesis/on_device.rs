@@ -30,7 +30,7 @@ pub(super) fn blocks(elements: usize, bytes_per_element: usize) -> impl Iterator
     (0..elements).step_by(each).map(move |start| start..elements.min(start + each))
 }
 
-/// Queues the blend of parts of tensors as one block. All parts belong to one selection.
+/// Queues the blend of parts of tensors as one block. All parts have the same weights.
 pub(super) fn submit<'a>(
     blender: &mut Blender<'a>,
     parts: &[Part<'a>],
@@ -96,6 +96,11 @@ fn blend_in_blocks(device: &Arc<CudaDevice>, blends: &[TensorBlend<'_>], results
     let mut places = Vec::new();
     let mut bytes = 0;
     for (blend, result) in blends.iter().zip(results) {
+        if parts.first().is_some_and(|(first, _): &Part<'_>| !first.has_weights_of(blend)) {
+            deliver_into(&mut blender, &parts, std::mem::take(&mut places))?;
+            parts.clear();
+            bytes = 0;
+        }
         let size = blend.size();
         let bytes_per_element = blend.bytes_read(1) as usize + size;
         let mut rest = result.as_mut_slice();

@@ -1,12 +1,12 @@
 //! Sources of a blend: snapshots on disk and live averages behind one interface.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use safetensors::Dtype;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::planning::{IndexedSource, Plan, Weight};
+use crate::planning::{IndexedSource, LaterTensors, Plan, Weight};
 use crate::snapshot::Snapshot;
 use crate::tensor::TensorSpec;
 
@@ -94,12 +94,24 @@ pub(crate) struct SourceSet<'a> {
 
 /// Sources that some plans use, and the weights of each plan.
 pub(crate) struct Selection<'a> {
-    /// Sources in the order of the set, which is the order of summation.
-    pub sources: Vec<&'a dyn TensorSource>,
-    /// Weights of plan 0 for all sources, then those of plan 1, and so on.
-    pub weights: Vec<f64>,
+    /// Sources of the tensors that began with the run.
+    pub first: WeightedSources<'a>,
     /// Newest source at or before the time of each plan.
     pub newest: Vec<&'a dyn TensorSource>,
+    /// Tensors whose averages began after the run did, with sources and weights of their own.
+    pub later: Vec<LaterSelection<'a>>,
+}
+
+/// Sources of tensors whose averages began after the run did.
+pub(crate) struct LaterSelection<'a> {
+    pub tensors: BTreeSet<String>,
+    pub weighted: WeightedSources<'a>,
+}
+
+/// Sources in the order of summation, and their weights: those of plan 0 for all sources, then those of plan 1.
+pub(crate) struct WeightedSources<'a> {
+    pub sources: Vec<&'a dyn TensorSource>,
+    pub weights: Vec<f64>,
 }
 
 impl<'a> SourceSet<'a> {
@@ -113,28 +125,40 @@ impl<'a> SourceSet<'a> {
         if plans.is_empty() {
             return Err(Error::NoTarget);
         }
-        for weight in plans.iter().flat_map(|plan| &plan.weights) {
+        for weight in plans.iter().flat_map(|plan| plan.all_weights()) {
             if !self.sources.iter().any(|(source, _)| is_of(weight, source)) {
                 let missing = format!("snapshot {}.{}", weight.index, weight.step);
                 return Err(Error::OtherPlan { missing });
             }
         }
-        let is_used = |source: &IndexedSource| plans.iter().any(|plan| weight_of(plan, source) != 0.0);
-        let used: Vec<_> = self.sources.iter().filter(|(source, _)| is_used(source)).collect();
-        let mut weights = Vec::with_capacity(plans.len() * used.len());
-        for plan in plans {
-            weights.extend(used.iter().map(|(source, _)| weight_of(plan, source)));
+        let rows: Vec<&[Weight]> = plans.iter().map(|plan| plan.weights.as_slice()).collect();
+        let mut later = Vec::with_capacity(plans[0].later.len());
+        for (i, LaterTensors { tensors, .. }) in plans[0].later.iter().enumerate() {
+            // Plans of one pass are at times with the same tensors, so they have the same groups.
+            let rows: Vec<&[Weight]> = plans.iter().map(|plan| plan.later[i].weights.as_slice()).collect();
+            later.push(LaterSelection { tensors: tensors.iter().cloned().collect(), weighted: self.weighted(&rows) });
         }
         Ok(Selection {
-            sources: used.iter().map(|(_, source)| *source).collect(),
-            weights,
+            first: self.weighted(&rows),
             newest: plans.iter().map(|plan| self.newest(plan.at)).collect::<Result<_>>()?,
+            later,
         })
+    }
+
+    /// Returns the sources that have a weight in any row, with the weights of each row.
+    fn weighted(&self, rows: &[&[Weight]]) -> WeightedSources<'a> {
+        let is_used = |source: &IndexedSource| rows.iter().any(|row| weight_of(row, source) != 0.0);
+        let used: Vec<_> = self.sources.iter().filter(|(source, _)| is_used(source)).collect();
+        let mut weights = Vec::with_capacity(rows.len() * used.len());
+        for row in rows {
+            weights.extend(used.iter().map(|(source, _)| weight_of(row, source)));
+        }
+        WeightedSources { sources: used.iter().map(|(_, source)| *source).collect(), weights }
     }
 
     fn newest(&self, at: u64) -> Result<&'a dyn TensorSource> {
         let until = self.sources.iter().filter(|(source, _)| source.step <= at);
-        let newest = until.max_by_key(|(source, _)| source.step).map(|(_, source)| *source);
+        let newest = until.max_by_key(|(source, _)| (source.step, source.extensions)).map(|(_, source)| *source);
         newest.ok_or_else(|| Error::NoSource { wanted: "snapshot to copy from".into(), remedy: "ask for a later step" })
     }
 
@@ -171,6 +195,12 @@ impl<'a> SourceSet<'a> {
 }
 
 impl<'a> Selection<'a> {
+    /// Returns the sources of a tensor, with their weights.
+    pub(super) fn of(&self, tensor: &str) -> &WeightedSources<'a> {
+        let later = self.later.iter().find(|later| later.tensors.contains(tensor));
+        later.map_or(&self.first, |later| &later.weighted)
+    }
+
     /// Returns the elements of a copied tensor for a target: those of its newest source.
     ///
     /// # Errors
@@ -185,7 +215,7 @@ fn is_of(weight: &Weight, source: &IndexedSource) -> bool {
     (weight.index, weight.step) == (source.index, source.step)
 }
 
-/// Weight of a source in a plan, 0 if the plan does not use it.
-fn weight_of(plan: &Plan, source: &IndexedSource) -> f64 {
-    plan.weights.iter().find(|weight| is_of(weight, source)).map_or(0.0, |weight| weight.weight)
+/// Weight of a source in a row of a plan, 0 if the row does not use it.
+fn weight_of(row: &[Weight], source: &IndexedSource) -> f64 {
+    row.iter().find(|weight| is_of(weight, source)).map_or(0.0, |weight| weight.weight)
 }

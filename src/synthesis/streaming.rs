@@ -221,7 +221,7 @@ impl Streaming<'_> {
     /// As [`Streaming::run`], and [`Error::Cuda`](crate::Error::Cuda).
     pub(super) fn run_on(&self, device: &Arc<cuda::CudaDevice>) -> Result<()> {
         let mut blender = cuda::Blender::new(device)?;
-        for block in on_device::blocks(self.elements(), self.bytes_per_element()) {
+        for block in self.device_blocks(self.elements()) {
             let spans = self.spans(block);
             let parts = self.parts(&spans);
             let deliver = move |results: &[&[u8]]| {
@@ -236,11 +236,25 @@ impl Streaming<'_> {
 
     /// Blends the first `elements` elements on a device, and discards the results.
     pub(super) fn try_on<'s>(&'s self, blender: &mut cuda::Blender<'s>, elements: usize) -> Result<()> {
-        for block in on_device::blocks(elements, self.bytes_per_element()) {
+        for block in self.device_blocks(elements) {
             let parts = self.parts(&self.spans(block));
             on_device::submit(blender, &parts, self.files.len(), cuda::Destination::Host(Box::new(|_| Ok(()))))?;
         }
         blender.flush()
+    }
+
+    /// Cuts the first `elements` elements into blocks of a device: all tensors of a block have the same weights.
+    fn device_blocks(&self, elements: usize) -> impl Iterator<Item = Range<usize>> {
+        let mut starts = vec![0];
+        let pairs = self.tensors.windows(2).enumerate();
+        let changes = pairs.filter(|(_, pair)| !pair[0].blend.has_weights_of(&pair[1].blend));
+        starts.extend(changes.map(|(i, _)| self.before[i + 1]).filter(|&start| start < elements));
+        starts.push(elements);
+        let each = self.bytes_per_element();
+        let ranges: Vec<Range<usize>> = starts.windows(2).map(|pair| pair[0]..pair[1]).collect();
+        ranges.into_iter().flat_map(move |range| {
+            on_device::blocks(range.len(), each).map(move |block| range.start + block.start..range.start + block.end)
+        })
     }
 
     fn parts<'s>(&'s self, spans: &[OutputSpan]) -> Vec<on_device::Part<'s>> {

@@ -108,6 +108,7 @@ impl PostHocEma {
             stored,
             run_id: self.run_id.clone(),
             session: self.session.clone(),
+            extensions: self.extensions.clone(),
             lock: self.lock.id().clone(),
         }
     }

@@ -14,7 +14,7 @@ use crate::fs::LockId;
 use crate::math::{History, Retention};
 use crate::planning::profile_json;
 use crate::run::Settings;
-use crate::snapshot::{self, Meta, Session, Snapshot, SnapshotId, write_snapshot};
+use crate::snapshot::{self, Extension, Meta, Session, Snapshot, SnapshotId, write_snapshot};
 use crate::tensor::{TensorSpec, is_averaged};
 
 /// Checkpoint metadata, without tensor data.
@@ -34,6 +34,8 @@ pub(super) struct CheckpointMeta {
     pub run_id: String,
     /// Session that every file of the checkpoint carries.
     pub session: Option<Session>,
+    /// Changes of the run's tensors, the oldest first.
+    pub extensions: Vec<Extension>,
     /// Lock of the run, which is checked before every file.
     pub lock: LockId,
 }
@@ -224,6 +226,7 @@ impl CheckpointMeta {
             run: Some(self.run_id.clone()),
             session: self.session.clone(),
             tied: self.registry.tied().clone(),
+            extensions: self.extensions.clone(),
         }
     }
 

@@ -12,8 +12,8 @@ use super::values::Values;
 use crate::compute::cuda::DeviceAverages;
 use crate::error::{Error, Result};
 use crate::math::{Chain, Profile};
-use crate::planning::{At, IndexedSource, Noise, Plan, Weight, solve};
-use crate::run::Run;
+use crate::planning::{At, IndexedSource, Noise, Plan, Weight, solve, solve_later};
+use crate::run::{Run, later_groups};
 use crate::synthesis::{Elements, ModelTensor, SourceSet, SwapGuard, TensorSource};
 use crate::tensor::{ParametersMut, TensorSpec, TensorViewMut, Tensors};
 
@@ -146,6 +146,7 @@ impl PostHocEma {
             rho: 0.0,
             predicted: None,
             weights: vec![Weight { index, step: at, weight: 1.0 }],
+            later: Vec::new(),
         };
         self.with_sources(|_| Ok(vec![plan]), |sources, plans| sources.load_into(&[&plans[0]], vec![output], None))
     }
@@ -233,7 +234,10 @@ impl PostHocEma {
     }
 
     fn solve_sources(&self, sources: &[IndexedSource], profiles: &[Profile]) -> Result<Vec<Plan>> {
-        solve(sources, Some(&self.history), profiles, At::Latest, Noise::Off, None)
+        let mut plans = solve(sources, Some(&self.history), profiles, At::Latest, Noise::Off, None)?;
+        let groups = later_groups(&self.extensions, self.averaged().into_iter());
+        solve_later(&mut plans, &groups, sources, &self.history, Noise::Off)?;
+        Ok(plans)
     }
 
     /// Solves one target and calls `act` with all sources and the plan.
@@ -255,7 +259,7 @@ impl PostHocEma {
         let live: Vec<LiveSource<'_>> = (0..self.settings.profiles.len())
             .map(|index| LiveSource { registry: &self.registry, values: guard.values(), index })
             .collect();
-        let snapshots = run.as_ref().map(|run| run.source_set().sources).unwrap_or_default();
+        let snapshots = run.as_ref().map(Run::tensor_sources).unwrap_or_default();
         let mut held: Vec<(IndexedSource, &dyn TensorSource)> = Vec::with_capacity(sources.len());
         for source in sources {
             let snapshot = snapshots.iter().find(|(other, _)| (other.index, other.step) == (source.index, source.step));
@@ -281,7 +285,8 @@ impl PostHocEma {
     fn live_source(&self, index: usize, step: u64) -> IndexedSource {
         let profile = &self.settings.profiles[index];
         let label = format!("the live average of {profile}");
-        IndexedSource { index, step, chain: Chain::Tracked(profile.clone()), label }
+        let extensions = self.extensions.len();
+        IndexedSource { index, step, chain: Chain::Tracked(profile.clone()), extensions, label }
     }
 
     fn model_tensors(&self) -> Vec<ModelTensor> {

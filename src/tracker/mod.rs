@@ -3,6 +3,7 @@
 mod checkpoint;
 mod checkpoint_meta;
 mod engine;
+mod extend;
 mod live;
 mod options;
 mod registry;
@@ -18,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::fs::Lock;
 use crate::math::{History, Profile};
 use crate::run::{SavedState, Settings};
-use crate::snapshot::{STATE_FILE, Session};
+use crate::snapshot::{Extension, STATE_FILE, Session};
 use crate::tensor::{Parameters, TensorView};
 use engine::Engine;
 pub use options::{OnError, Options};
@@ -74,6 +75,8 @@ pub struct PostHocEma {
     run_id: String,
     /// Session of this process. None while the checkpoint of a process of an older version is completed.
     session: Option<Session>,
+    /// Changes of the run's tensors, the oldest first.
+    extensions: Vec<Extension>,
     in_background: bool,
     on_error: OnError,
     lock: Lock,

@@ -1,21 +1,23 @@
 //! Options of a run, with the defaults that users of the existing tools know.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
 use super::engine::{self, EngineConfig, model_device};
+use super::extend::StateValues;
 use super::registry::TensorRegistry;
 use super::tensor_choice::TensorChoice;
-use super::{PostHocEma, state};
+use super::{PostHocEma, extend, state};
 use crate::compute::cpu::Precision;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::fs::{Lock, attempt, start_threads};
 use crate::math::{History, Profile, Retention, Schedule};
 use crate::run::{LiveState, Run, Settings, StateDocument, check_snapshots};
-use crate::snapshot::{self, STATE_FILE, Session};
+use crate::snapshot::{self, Extension, STATE_FILE, Session};
 use crate::tensor::{Parameters, TensorView};
 
 /// Profile as the user gave it; it is checked when the run is opened.
@@ -63,6 +65,7 @@ pub struct Options {
     device: Device,
     in_background: bool,
     on_error: OnError,
+    extend: bool,
 }
 
 /// Reaction of an update to a snapshot that cannot be stored, for example because the disk is full.
@@ -97,6 +100,7 @@ impl Options {
             device: Device::Cpu,
             in_background: true,
             on_error: OnError::Stop,
+            extend: false,
         }
     }
 
@@ -253,6 +257,17 @@ impl Options {
         self
     }
 
+    /// Resumes with a model that has other tensors than the run: new layers, adapters, resized embeddings, unfrozen
+    /// parameters, another dtype. Default: false, which refuses such a model.
+    ///
+    /// The averages of new tensors begin at the newest update of the run with their present values. A tensor that the
+    /// model lacks stays in the snapshots that have it. A tensor of another shape ends, and begins again. The choice of
+    /// tensors may change, too. [`Plan::later`](crate::Plan::later) says since when a tensor is averaged.
+    pub fn extend(mut self, yes: bool) -> Self {
+        self.extend = yes;
+        self
+    }
+
     /// Creates a new run.
     ///
     /// # Errors
@@ -291,6 +306,7 @@ impl Options {
             needs_retry: false,
             run_id: snapshot::new_run_id(),
             session: Some(Session::begin(0, 0)),
+            extensions: Vec::new(),
             in_background: self.in_background,
             on_error: self.on_error,
             lock,
@@ -322,13 +338,12 @@ impl Options {
         let settings = self.settings(saved.document.settings.clone())?;
         settings.check()?;
         saved.document.settings.check_unchanged(&settings)?;
-        let (registry, model_device) = register(params, |views| {
-            let choice = TensorChoice::new(&settings)?;
-            TensorRegistry::resumed(views, &choice, &saved.document.tied, &|name| saved.was_averaged(name))
-        })?;
-        state::check_tensors(&saved, &registry)?;
+        if !self.extend {
+            saved.document.settings.check_same_choice(&settings)?;
+        }
+        let (registry, model_device) = register(params, |views| self.resumed(&saved, &settings, views))?;
+        let (values, extensions) = self.resumed_values(&saved, &settings, &registry, params)?;
         let sessions = self.check_stored(&saved.document)?;
-        let values = state::read_values(&saved, &registry, &settings)?;
         let config = EngineConfig { values: Some(values), ..EngineConfig::new(&registry, &settings) };
         let engine = engine::start(&self.dir, registry.layout(), model_device, self.device, config)?;
         if self.in_background {
@@ -345,6 +360,7 @@ impl Options {
             needs_retry: false,
             run_id: saved.document.run,
             session: saved.document.session,
+            extensions,
             in_background: self.in_background,
             on_error: self.on_error,
             lock,
@@ -353,6 +369,46 @@ impl Options {
         tracker.complete()?;
         tracker.session = Some(Session::begin(sessions, tracker.history.last().unwrap_or(0)));
         Ok(tracker)
+    }
+
+    /// Registers the tensors of a resumed run. Known ones keep their roles, unless an extension chooses again.
+    fn resumed(&self, saved: &LiveState, settings: &Settings, views: &[TensorView<'_>]) -> Result<TensorRegistry> {
+        let choice = TensorChoice::new(settings)?;
+        let was_averaged = |name: &str| saved.was_averaged(name);
+        if !self.extend {
+            return TensorRegistry::resumed(views, &choice, &saved.document.tied, &was_averaged);
+        }
+        let is_known = |name: &str| saved.was_averaged(name).is_some();
+        // The run's own patterns may name tensors that end, so only new ones are checked.
+        if self.average.is_some() || self.copy.is_some() || self.leave_out.is_some() {
+            choice.check(views)?;
+            return TensorRegistry::extended(views, &choice, &|_| None, is_known);
+        }
+        TensorRegistry::extended(views, &choice, &was_averaged, is_known)
+    }
+
+    /// Returns the values of a resumed run, and the changes of its tensors.
+    fn resumed_values(
+        &self,
+        saved: &LiveState,
+        settings: &Settings,
+        registry: &TensorRegistry,
+        params: &(impl Parameters + ?Sized),
+    ) -> Result<(StateValues, Vec<Extension>)> {
+        let mut extensions = saved.document.extensions.clone();
+        if !self.extend {
+            state::check_tensors(saved, registry)?;
+            return Ok((state::read_values(saved, registry, settings, &BTreeSet::new())?, extensions));
+        }
+        state::check_header(registry, settings)?;
+        let change = extend::change(saved, registry);
+        // Before the first update, all tensors begin with the run.
+        if saved.document.history.is_empty() {
+            return Ok((state::read_values(saved, registry, settings, &change.begun)?, extensions));
+        }
+        let values = extend::values(saved, registry, settings, &change.begun, params)?;
+        extensions.extend((!change.is_empty()).then_some(change));
+        Ok((values, extensions))
     }
 
     /// Checks the stored snapshots against the live state, and returns the number of the newest session.

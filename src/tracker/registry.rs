@@ -64,8 +64,18 @@ impl<'v, 'a> OrderedViews<'v, 'a> {
 impl TensorRegistry {
     /// Registers the tensors of a new run and finds which are tied.
     pub(super) fn new(views: &[TensorView<'_>], choice: &TensorChoice) -> Result<TensorRegistry> {
+        TensorRegistry::extended(views, choice, &|_| None, |_| true)
+    }
+
+    /// Registers the tensors of a run that is extended. Of tied tensors, one that `is_known` to the run is kept.
+    pub(super) fn extended(
+        views: &[TensorView<'_>],
+        choice: &TensorChoice,
+        was_averaged: &dyn Fn(&str) -> Option<bool>,
+        is_known: impl Fn(&str) -> bool,
+    ) -> Result<TensorRegistry> {
         let kept: Vec<&TensorView<'_>> = views.iter().filter(|view| !choice.leave_out.contains(view.name)).collect();
-        TensorRegistry::build(views, &Roles::new(views, choice, &|_| None), find_tied(&kept))
+        TensorRegistry::build(views, &Roles::new(views, choice, was_averaged), find_tied(&kept, is_known))
     }
 
     /// Registers the tensors of a resumed run, whose ties are known. `was_averaged` returns `None` for a new tensor.
@@ -243,10 +253,12 @@ fn memory_key<'v>(view: &'v TensorView<'_>) -> ((Option<usize>, u64), usize, Dty
     (view.place(), view.byte_len(), view.dtype, view.shape)
 }
 
-/// Finds tensors that share their elements with a tensor of an earlier name: `dropped name -> kept name`.
-fn find_tied(views: &[&TensorView<'_>]) -> BTreeMap<String, String> {
+/// Finds tensors that share their elements with another tensor: `dropped name -> kept name`.
+///
+/// The kept one is known, if one of them is, and of the first name.
+fn find_tied(views: &[&TensorView<'_>], is_known: impl Fn(&str) -> bool) -> BTreeMap<String, String> {
     let mut sorted: Vec<&TensorView<'_>> = views.iter().copied().filter(|view| view.byte_len() > 0).collect();
-    sorted.sort_by_key(|view| view.name);
+    sorted.sort_by_key(|view| (!is_known(view.name), view.name));
     let mut kept: BTreeMap<_, &str> = BTreeMap::new();
     let mut tied = BTreeMap::new();
     for view in sorted {

@@ -1,5 +1,6 @@
 //! Live state on disk: everything that a resume needs to continue with the same bits.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use safetensors::Dtype;
@@ -9,7 +10,7 @@ use super::registry::{Entry, TensorRegistry};
 use super::values::Values;
 use crate::compute::cpu::{Averages, Precision};
 use crate::error::{Difference, Error, Result};
-use crate::run::{COPIED, LiveState, STATE, Settings, StateDocument, copy_name, high_name, low_name};
+use crate::run::{LiveState, STATE, Settings, StateDocument, copy_name, high_name, low_name};
 use crate::snapshot::{self, MAX_HEADER, STATE_FILE, write_file};
 use crate::tensor::TensorSpec;
 
@@ -87,7 +88,7 @@ impl CheckpointMeta {
         for (Entry { name, dtype, shape, .. }, bytes) in self.registry.copied().iter().zip(values.copies) {
             add(copy_name(name), *dtype, shape, bytes);
         }
-        let mut metadata = snapshot::base_strings();
+        let mut metadata = snapshot::versioned_strings(&self.extensions);
         metadata.insert(STATE.into(), serde_json::json!(self.document()).to_string());
         let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| {
             dst.copy_from_slice(&sources[i][range]);
@@ -105,6 +106,7 @@ impl CheckpointMeta {
             tied: self.registry.tied().clone(),
             settings: self.settings.clone(),
             dtypes: self.registry.averaged().iter().map(|entry| (entry.name.clone(), entry.dtype)).collect(),
+            extensions: self.extensions.clone(),
         }
     }
 }
@@ -138,7 +140,7 @@ fn check_copied(saved: &LiveState, registry: &TensorRegistry) -> Result<()> {
             return Err(Error::changed(name, Difference::new("the tensor", "missing when the run began", "new")));
         }
     }
-    for name in saved.file.tensors().keys().filter_map(|name| name.strip_prefix(COPIED)) {
+    for name in saved.copied() {
         if !matches!(registry.find(name), Some(Err(_))) {
             return Err(Error::changed(name, Difference::new("the tensor", "copied", "missing")));
         }
@@ -146,7 +148,7 @@ fn check_copied(saved: &LiveState, registry: &TensorRegistry) -> Result<()> {
     Ok(())
 }
 
-/// Reads the averages of every profile and the copied tensors of a state.
+/// Reads the averages of every profile and the copied tensors of a state. Leaves those that begin at zero.
 ///
 /// # Errors
 /// [`Error::Damaged`] or [`Error::Changed`] for a tensor that is missing or has another shape.
@@ -154,20 +156,31 @@ pub(super) fn read_values(
     saved: &LiveState,
     registry: &TensorRegistry,
     settings: &Settings,
+    begun: &BTreeSet<String>,
 ) -> Result<(Vec<Averages>, Vec<Vec<u8>>)> {
-    let profiles = 0..settings.profiles.len();
-    let averages = profiles.map(|index| read_averages(saved, index, registry, settings.precision));
-    let averages = averages.collect::<Result<_>>()?;
+    let mut averages = vec![Averages::zeros(registry.layout(), settings.precision); settings.profiles.len()];
+    for (index, averages) in averages.iter_mut().enumerate() {
+        read_averages(averages, saved, index, registry, begun)?;
+    }
     let mut copies = Vec::with_capacity(registry.copied().len());
-    for Entry { name, dtype, shape, .. } in registry.copied() {
-        copies.push(saved.bytes(&copy_name(name), *dtype, shape)?.to_vec());
+    for Entry { name, dtype, shape, bytes } in registry.copied() {
+        copies.push(match begun.contains(name) {
+            true => vec![0; *bytes],
+            false => saved.bytes(&copy_name(name), *dtype, shape)?.to_vec(),
+        });
     }
     Ok((averages, copies))
 }
 
-fn read_averages(saved: &LiveState, index: usize, registry: &TensorRegistry, precision: Precision) -> Result<Averages> {
-    let mut averages = Averages::zeros(registry.layout(), precision);
-    for (i, Entry { name, shape, .. }) in registry.averaged().iter().enumerate() {
+fn read_averages(
+    averages: &mut Averages,
+    saved: &LiveState,
+    index: usize,
+    registry: &TensorRegistry,
+    begun: &BTreeSet<String>,
+) -> Result<()> {
+    let entries = registry.averaged().iter().enumerate();
+    for (i, Entry { name, shape, .. }) in entries.filter(|(_, entry)| !begun.contains(&entry.name)) {
         let place = registry.layout().range(i);
         let high: &mut [u8] = bytemuck::cast_slice_mut(&mut averages.high[place.clone()]);
         high.copy_from_slice(saved.bytes(&high_name(index, name), Dtype::F32, shape)?);
@@ -176,5 +189,5 @@ fn read_averages(saved: &LiveState, index: usize, registry: &TensorRegistry, pre
             low.copy_from_slice(saved.bytes(&low_name(index, name), Dtype::BF16, shape)?);
         }
     }
-    Ok(averages)
+    Ok(())
 }

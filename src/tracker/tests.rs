@@ -2,6 +2,7 @@
 
 mod background;
 mod checkpoint_meta;
+mod extending;
 mod faults;
 mod filling;
 mod growth;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use posthoc_ema::snapshot::{self, Snapshot, SnapshotId};
+use posthoc_ema::snapshot::{self, Extension, Snapshot, SnapshotId};
 use posthoc_ema::{Error, Profile, Run, SavedState, shown};
 use serde_json::json;
 
@@ -48,6 +48,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     } else if !entries.is_empty() {
         print(&table(&entries).to_string());
         print(&summary(&arguments.run, &entries));
+        extensions(&entries).iter().for_each(|extension| print(&extension_text(extension)));
     }
     let drawn = if entries.is_empty() { Ok(()) } else { draw(arguments, &entries) };
     match (problem, drawn) {
@@ -119,6 +120,21 @@ fn summary(run: &Path, entries: &[Entry]) -> String {
     format!("{} snapshots at {} steps ({range}), {}; {state}", entries.len(), steps.len(), bytes(total_bytes(entries)))
 }
 
+/// Returns the changes of the run's tensors, the oldest first.
+fn extensions(entries: &[Entry]) -> &[Extension] {
+    let opened = entries.iter().filter_map(|entry| entry.opened.as_ref().ok());
+    let longest = opened.map(|snapshot| snapshot.meta.extensions.as_slice()).max_by_key(|extensions| extensions.len());
+    longest.unwrap_or_default()
+}
+
+fn extension_text(extension: &Extension) -> String {
+    let names = |names: &BTreeSet<String>| names.iter().map(shown).collect::<Vec<_>>().join(", ");
+    let parts = [("begins", &extension.begun), ("ends", &extension.ended), ("has another dtype", &extension.retyped)];
+    let parts = parts.into_iter().filter(|(_, tensors)| !tensors.is_empty());
+    let parts: Vec<String> = parts.map(|(what, tensors)| format!("{what}: {}", names(tensors))).collect();
+    format!("extended at step {}; {}", extension.at, parts.join("; "))
+}
+
 fn draw(arguments: &Arguments, entries: &[Entry]) -> Result<(), Error> {
     let timeline = timeline(&arguments.run, entries);
     arguments.plot.draw(|path| pictures::draw_timeline(path, &timeline))
@@ -159,7 +175,8 @@ fn document(run: &Path, entries: &[Entry], problem: Option<&str>) -> serde_json:
     let snapshots: Vec<_> = entries.iter().map(entry_json).collect();
     let state = SavedState::of(run).ok().flatten();
     let state = state.map(|state| json!({ "step": state.step, "bytes": state.bytes }));
-    json!({ "run": run, "snapshots": snapshots, "bytes": total_bytes(entries), "state": state, "trouble": problem })
+    json!({ "run": run, "snapshots": snapshots, "bytes": total_bytes(entries), "state": state, "trouble": problem,
+            "extensions": extensions(entries) })
 }
 
 fn entry_json(Entry { id, opened }: &Entry) -> serde_json::Value {

@@ -78,6 +78,9 @@ pub fn run(arguments: &Arguments) -> Outcome {
         if let [plan] = plans.as_slice() {
             print(&tables::weights(plan).to_string());
         }
+        if let Some(later) = tables::later(&plans) {
+            print(&later.to_string());
+        }
         if let Some(disk) = disk {
             print(&format!("The run takes at most {} on disk, its live state included.", bytes(disk)));
         }

@@ -74,6 +74,9 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let why = arguments.blend.why_not_cuda();
     let destination = arguments.destination();
     destination.print(&table(&plans, &paths).to_string());
+    if let Some(later) = tables::later(&plans) {
+        destination.print(&later.to_string());
+    }
     destination.print(&format!("{} of snapshots read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
     Ok(())
 }
@@ -133,7 +136,7 @@ fn write(run: &Run, plans: &[Plan], paths: &[PathBuf], arguments: &Arguments) ->
 }
 
 fn target_json(plan: &Plan, path: &Path) -> Value {
-    json!({
+    let mut target = json!({
         "path": path,
         "profile": plan.profile,
         "at": plan.at,
@@ -141,5 +144,9 @@ fn target_json(plan: &Plan, path: &Path) -> Value {
         "noise_gain": plan.noise_gain,
         "rho": plan.rho,
         "predicted": plan.predicted,
-    })
+    });
+    if !plan.later.is_empty() {
+        target["later"] = json!(plan.later);
+    }
+    target
 }
