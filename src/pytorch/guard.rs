@@ -1,16 +1,15 @@
-//! Cheap checks that refuse files which would take too much memory.
-//!
-//! The reader itself refuses pickles that fill the memory by repetition or the stack by nesting.
+//! Checks that refuse files which would take too much memory, before they are parsed.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use pytorch_reader::{PickleValue, Tensor};
 use zip::{CompressionMethod, ZipArchive};
 
-use super::REMEDY;
+use super::pickle_memory::{self, Held};
+use super::{REMEDY, archive_directory};
 use crate::error::{Error, Result};
 use crate::fs::check_regular;
 
@@ -23,36 +22,90 @@ const MAX_GROWTH: u64 = 4;
 /// Bytes of tensors that are allowed whatever the file's length.
 const ALWAYS_ALLOWED: u64 = 1 << 20;
 
+/// Most bytes of values for each byte of a file, and the bounds of their sum.
+const VALUES_PER_BYTE: u64 = 8;
+const LEAST_VALUES: u64 = 128 << 20;
+const MOST_VALUES: u64 = 1 << 30;
+
+/// Most bytes of the copies that the parser memorizes. A file of as many tensors as it can parse has less.
+const MOST_COPIES: u64 = 320 << 20;
+
+/// Number of pickles at the start of a file of PyTorch before 1.6.
+const LEGACY_PICKLES: usize = 5;
+
 /// Checks a file before it is parsed, and returns its length in bytes.
 ///
 /// # Errors
 /// - [`Error::Io`] if it cannot be read.
 /// - [`Error::Damaged`] if PyTorch does not write such files.
-/// - [`Error::Unexpected`] if it is not a regular file, or if its pickle is compressed.
+/// - [`Error::Unexpected`] if it is not a regular file, if its pickle is compressed, or if its values take far more
+///   memory than the file.
 pub(super) fn check_file(path: &Path) -> Result<u64> {
-    let metadata = check_regular(path)?;
-    if metadata.len() == 0 {
+    let length = check_regular(path)?.len();
+    if length == 0 {
         return Err(Error::damaged(path, "the file is empty"));
     }
+    let open = || File::open(path).map_err(Error::io("read", path));
     let mut start = Vec::new();
-    File::open(path).and_then(|file| file.take(262).read_to_end(&mut start)).map_err(Error::io("read", path))?;
+    open()?.take(262).read_to_end(&mut start).map_err(Error::io("read", path))?;
+    let limit =
+        Held { values: length.saturating_mul(VALUES_PER_BYTE).clamp(LEAST_VALUES, MOST_VALUES), copies: MOST_COPIES };
     if start.starts_with(b"PK") {
-        check_uncompressed(path)?;
+        check_archive(path, open()?, limit)?;
     } else if start.get(257..262) == Some(b"ustar") {
         return Err(Error::damaged(path, "a TAR archive, which no supported tool writes"));
+    } else {
+        let mut reader = BufReader::new(open()?);
+        let mut held = Held::default();
+        for _ in 0..LEGACY_PICKLES {
+            if !check_pickle(path, &mut reader, &mut held, limit)? {
+                break;
+            }
+        }
     }
-    Ok(metadata.len())
+    Ok(length)
 }
 
-/// Checks that the pickle is not compressed: it could expand to a thousand times the file.
-fn check_uncompressed(path: &Path) -> Result<()> {
-    let file = File::open(path).map_err(Error::io("read", path))?;
+/// Checks the entries of an archive and its pickle.
+fn check_archive(path: &Path, mut file: File, limit: Held) -> Result<()> {
+    let directory = archive_directory::held(&mut file).map_err(|error| match error.raw_os_error() {
+        Some(_) => Error::io("read", path)(error),
+        None => Error::damaged(path, error),
+    })?;
+    check_held(path, Held { values: directory, copies: 0 }, limit)?;
     let damaged = |error: zip::result::ZipError| Error::damaged(path, error);
     let mut archive = ZipArchive::new(BufReader::new(file)).map_err(damaged)?;
     for i in 0..archive.len() {
         let entry = archive.by_index_raw(i).map_err(damaged)?;
-        if entry.name_raw().ends_with(b"data.pkl") && entry.compression() != CompressionMethod::Stored {
+        if !entry.name_raw().ends_with(b"data.pkl") {
+            continue;
+        }
+        // A compressed pickle could expand to a thousand times the file.
+        if entry.compression() != CompressionMethod::Stored {
             let why = format!("`data.pkl` is compressed, which `torch.save` never does: {REMEDY_COMPRESSED}");
+            return Err(Error::unexpected(path, why));
+        }
+        let mut held = Held { values: directory.saturating_add(entry.size()), copies: 0 };
+        check_pickle(path, &mut BufReader::new(entry), &mut held, limit)?;
+    }
+    Ok(())
+}
+
+/// Checks the memory of one pickle beside what is held already. Returns true if another pickle may follow.
+fn check_pickle(path: &Path, reader: &mut impl BufRead, held: &mut Held, limit: Held) -> Result<bool> {
+    let is_complete = pickle_memory::walk(reader, held, limit).map_err(Error::io("read", path))?;
+    check_held(path, *held, limit)?;
+    Ok(is_complete)
+}
+
+fn check_held(path: &Path, held: Held, limit: Held) -> Result<()> {
+    for (what, bytes, most) in [("values", held.values, limit.values), ("repeated values", held.copies, limit.copies)] {
+        if bytes > most {
+            let why = format!(
+                "its {what} would take over {} MB of memory, the limit of a file of this length: if you trust it, \
+                 load it with PyTorch and save the model's state dict alone",
+                most / 1_000_000
+            );
             return Err(Error::unexpected(path, why));
         }
     }

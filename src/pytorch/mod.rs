@@ -2,7 +2,9 @@
 //!
 //! Code that a pickle names is never run. An entry that is a Python object is an error.
 
+mod archive_directory;
 mod guard;
+mod pickle_memory;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -229,6 +231,11 @@ fn read_error(path: &Path, error: PytorchError) -> Error {
         PytorchError::Pickle(PickleError::UnsupportedType(kind)) => {
             Error::unexpected(path, format!("it holds a tensor of type `{kind}`, which cannot be averaged: {REMEDY}"))
         }
+        PytorchError::Pickle(PickleError::InvalidData(why)) if why.contains("memo bomb") => {
+            let why = "it holds more values than the reader copies (about 33,000 tensors, or 64 MiB of repeated \
+                       texts): if you trust it, load it with PyTorch and save the model's state dict alone";
+            Error::unexpected(path, why)
+        }
         other => Error::damaged(path, other),
     }
 }
@@ -243,26 +250,46 @@ const REMEDY: &str = "if you trust the file, load it with PyTorch, remove that e
 /// # Errors
 /// [`Error::Unexpected`] if it is or contains a Python object.
 fn plain_value(path: &Path, name: &str, value: PickleValue) -> Result<Value> {
+    plain(value).map_err(|object| {
+        let inner = object.keys.iter().rev().map(|key| format!(".{key}")).collect::<String>();
+        let kind = object.kind;
+        let why = format!("`{name}{inner}` is a Python object (`{kind}`), whose code is never run: {REMEDY}");
+        Error::unexpected(path, why)
+    })
+}
+
+/// Python object in an entry, with the keys that lead to it, innermost first.
+struct PythonObject {
+    kind: String,
+    keys: Vec<String>,
+}
+
+/// Converts a value. Only an object that is found gets a name, since long keys of nested dicts would fill the memory.
+fn plain(value: PickleValue) -> std::result::Result<Value, PythonObject> {
+    let within = |key: String, mut object: PythonObject| {
+        object.keys.push(key);
+        object
+    };
     Ok(match value {
         PickleValue::Bool(value) => Value::Bool(value),
         PickleValue::Int(value) => Value::Int(value),
         PickleValue::Dict(entries) => {
-            let entry = |(key, value)| {
-                let inner = plain_value(path, &format!("{name}.{key}"), value)?;
-                Ok((key, inner))
-            };
-            Value::Dict(entries.into_iter().map(entry).collect::<Result<_>>()?)
+            let mut dict = BTreeMap::new();
+            for (key, value) in entries {
+                match plain(value) {
+                    Ok(value) => drop(dict.insert(key, value)),
+                    Err(object) => return Err(within(key, object)),
+                }
+            }
+            Value::Dict(dict)
         }
         PickleValue::List(values) => {
             for (i, value) in values.into_iter().enumerate() {
-                plain_value(path, &format!("{name}.{i}"), value)?;
+                plain(value).map_err(|object| within(i.to_string(), object))?;
             }
             Value::Other
         }
-        PickleValue::Unsupported(kind) if kind != TENSOR => {
-            let why = format!("`{name}` is a Python object (`{kind}`), whose code is never run: {REMEDY}");
-            return Err(Error::unexpected(path, why));
-        }
+        PickleValue::Unsupported(kind) if kind != TENSOR => return Err(PythonObject { kind, keys: Vec::new() }),
         _ => Value::Other,
     })
 }

@@ -19,7 +19,7 @@ fn write_file(path: &Path, header: &str, data: u64) {
 }
 
 /// Runs the program with a limit of memory, and returns its exit status and standard error.
-fn run_within(mebibytes: usize, arguments: &[&str]) -> (Option<i32>, String) {
+pub fn run_within(mebibytes: usize, arguments: &[&str]) -> (Option<i32>, String) {
     let script = format!("ulimit -v {}; exec \"$@\"", mebibytes << 10);
     let mut command = Command::new("sh");
     command.args(["-c", &script, "sh", env!("CARGO_BIN_EXE_posthoc-ema")]).args(arguments);

@@ -6,6 +6,7 @@ mod common;
 mod corpus;
 mod damage;
 mod hostile;
+mod hostile_pickles;
 mod kill;
 mod limits;
 mod oracles;
