@@ -74,6 +74,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
         profiles: Iterable[Profile] = (),
         device: str = "cpu",
         resume: bool = False,
+        extend: bool = False,
         average: Sequence[str] | None = None,
         copy: Sequence[str] | None = None,
         leave_out: Sequence[str] | None = None,
@@ -108,6 +109,8 @@ class PostHocEMA(RunAverages, TrainingLoop):
                 "cuda:N" (an update is one kernel launch), or "auto" (on the model's device if they take at most a
                 quarter of its free memory).
             resume: Continue the run in `checkpoint_dir` if there is one; `step` is then the step to continue from.
+            extend: Resume with a model that has other tensors than the run: unfrozen or new ones are averaged from now
+                on, those that are gone stay in the snapshots that have them. `Plan.later` says since when.
             average: Names or globs of tensors to average. If one names a parameter, all tensors that none names are
                 copied. If all name buffers, these are averaged besides the default.
             copy: Names or globs of tensors to copy from the newest update instead of averaging them.
@@ -150,6 +153,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
             checkpoint_in_background=checkpoint_in_background,
             average=average,
             copy=copy,
+            extend=extend or None,
         )
         if rank_zero_only and _options.rank() != 0:
             counter = StepCounter(_native.saved_step(directory) or 0 if resume else 0)
