@@ -50,8 +50,8 @@ def own_attribute(module: Any, name: str) -> Any | None:
     Modules that delegate `__getattr__` have all attributes of the inner one, which are not meant.
     """
     fields = getattr(module, "__dict__", {})
-    found = fields.get("_modules", {}).get(name)
-    return fields.get(name) if found is None else found
+    parts = fields.get("_modules", ())
+    return parts[name] if name in parts else fields.get(name)
 
 
 def plain_name(name: str) -> str:
@@ -125,7 +125,8 @@ def state_dict_keys(model: Any, names: Sequence[str], tensors: Sequence[Any]) ->
     """
     own = {name: name for name in names}
     parts = list(model.modules())
-    is_plain = unwrap(model) is model and not any(key in _WRAPPER_PARTS for part in parts for key in part._modules)
+    inserted = any(key in part._modules for part in parts for key in _WRAPPER_PARTS)
+    is_plain = unwrap(model) is model and not inserted
     gathers = {"DeepSpeedEngine", "FullyShardedDataParallel"}
     if is_plain or any(base.__name__ in gathers for part in parts for base in type(part).__mro__):
         return own
@@ -232,9 +233,11 @@ class ModuleTensors:
             buffers = module._buffers
             children = module._modules
             self._dictionaries += [parameters, buffers, children]
-            self._children += [(children, key) for key in children]
+            self._children += [(children, key) for key in children.keys()]  # noqa: SIM118
             self._parameters += [(parameters, key) for key, value in parameters.items() if value is not None]
-            self._absent += [(place, key) for place in (parameters, buffers) for key in place if place[key] is None]
+            self._absent += [
+                (place, key) for place in (parameters, buffers) for key, value in place.items() if value is None
+            ]
             for dictionary, key in self._tensor_slots(module):
                 name = plain_name(f"{prefix}.{key}" if prefix else key)
                 if name in chosen:
@@ -256,9 +259,10 @@ class ModuleTensors:
     @staticmethod
     def _tensor_slots(module: Any) -> list[_Slot]:
         """Returns the slots of a module's own tensors: parameters, and the buffers that its state dict holds."""
-        buffers = [key for key in module._buffers if key not in module._non_persistent_buffers_set]
-        slots = [(module._parameters, key) for key in module._parameters] + [(module._buffers, key) for key in buffers]
-        return [(dictionary, key) for dictionary, key in slots if dictionary[key] is not None]
+        skipped = module._non_persistent_buffers_set
+        slots = [(module._parameters, key, value) for key, value in module._parameters.items()]
+        slots += [(module._buffers, key, value) for key, value in module._buffers.items() if key not in skipped]
+        return [(dictionary, key) for dictionary, key, value in slots if value is not None]
 
     def _can_be_lent(self, name: str, tensor: Any) -> bool:
         """Returns False for a tensor that cannot be lent and is left out; raises if it is not left out."""

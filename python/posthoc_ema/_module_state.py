@@ -83,7 +83,7 @@ class ModuleState:
 def restore_contents(dictionaries: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     """Gives dictionaries the contents and the order that they had."""
     for dictionary, contents in dictionaries:
-        same = list(dictionary) == list(contents)
+        same = list(dictionary.keys()) == list(contents)
         if not (same and all(map(operator.is_, dictionary.values(), contents.values()))):
             dictionary.clear()
             dictionary.update(contents)
@@ -108,7 +108,7 @@ def _parametrized(part: Any) -> dict[str, Any]:
 
 def _structure(part: Any) -> list[list[str]]:
     """Returns the names of a part's own tensors."""
-    return [list(part._parameters), list(part._buffers)]
+    return [list(part._parameters.keys()), list(part._buffers.keys())]
 
 
 def _derived_tensors(part: Any) -> dict[str, Any]:

@@ -59,8 +59,9 @@ def _spectral_norms(model: Any) -> Iterator[tuple[Any, Any, Any]]:
             if _is_of(hook, "torch.nn.utils.spectral_norm", "SpectralNorm"):
                 matrix = hook.reshape_weight_to_matrix(getattr(part, f"{hook.name}_orig"))
                 yield matrix, getattr(part, f"{hook.name}_u"), getattr(part, f"{hook.name}_v")
-        for chain in (part._modules.get("parametrizations") or {}).values():
-            yield from _in_chain(chain)
+        if "parametrizations" in part._modules:
+            for chain in part._modules["parametrizations"].values():
+                yield from _in_chain(chain)
 
 
 def _in_chain(chain: Any) -> Iterator[tuple[Any, Any, Any]]:

@@ -298,7 +298,23 @@ def test_mapping_is_given_back_whole(run_dir: Path) -> None:
     ema.update_(tensors)
 
 
-def test_scripted_and_lazy_parts_are_given_back(run_dir: Path) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("whole", [False, True])
+def test_scripted_modules_are_tracked_and_given_back(whole: bool, run_dir: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    scripted = torch.jit.script(model) if whole else torch.nn.Sequential(torch.jit.script(model[0]), model[1])
+    ema = PostHocEMA.from_model(scripted, run_dir, **OPTIONS)
+    train(ema, scripted, 20)
+    inputs, own = torch.randn(6, 4), scripted(torch.ones(6, 4))
+    before = everything(scripted)
+    with ema.model(scripted, 0.28):
+        assert not torch.equal(scripted(torch.ones(6, 4)), own)
+        scripted.train()(inputs)
+    assert everything(scripted) == before
+    scripted.load_state_dict(ema.synthesize([0.28])[0])
+
+
+def test_graphs_made_in_a_block_use_the_weights_of_their_call(run_dir: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
     ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
     train(ema, model, 20)
