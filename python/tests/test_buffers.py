@@ -88,7 +88,7 @@ def test_spectral_norms_of_a_loaded_file_are_refreshed(norm: object, run_dir: Pa
     assert refresh_spectral_norms(torch.nn.Linear(2, 2)) == 0
 
 
-@pytest.mark.parametrize("build", ["convolution", "bfloat16", "chain", "vector", "zeros"])
+@pytest.mark.parametrize("build", ["convolution", "bfloat16", "chain", "vector", "complex", "narrow", "zeros"])
 def test_power_iteration_finds_the_largest_singular_value(build: str) -> None:
     if build == "convolution":
         model = torch.nn.Sequential(NEW(torch.nn.ConvTranspose2d(3, 8, 5)))
@@ -101,6 +101,11 @@ def test_power_iteration_finds_the_largest_singular_value(build: str) -> None:
         layer = torch.nn.Module()
         layer.weight = torch.nn.Parameter(torch.randn(7))
         model = torch.nn.Sequential(NEW(layer))
+    elif build == "complex":
+        model = torch.nn.Sequential(NEW(torch.nn.Linear(7, 6, dtype=torch.complex64)))
+    elif build == "narrow":
+        # The largest singular values are close to each other.
+        model = torch.nn.Sequential(NEW(torch.nn.Linear(400, 400)))
     else:
         model = torch.nn.Sequential(NEW(torch.nn.Linear(5, 5)))
         for name, buffer in model.named_buffers():
@@ -109,7 +114,8 @@ def test_power_iteration_finds_the_largest_singular_value(build: str) -> None:
     shake(model, 1.0)
     model.eval()
     assert refresh_spectral_norms(model) == (build != "vector")
-    weight = model[0].weight.detach().float()
+    weight = model[0].weight.detach()
+    weight = weight if build == "complex" else weight.float()
     if build == "convolution":
         weight = weight.transpose(0, 1).flatten(1)
     elif build == "vector":
