@@ -223,8 +223,8 @@ pub enum Error {
 
     /// The model is not the one that the run began with.
     #[error(
-        "tensor `{}`: {}, but was {}: pass the model that the run began with, or resume with `extend` to go on with this \
-         one",
+        "tensor `{}`: {}, but was {}: pass the model that the run began with, or resume with `extend` to go on with \
+         this one",
         shown(tensor),
         difference.found(),
         shown(&difference.expected)

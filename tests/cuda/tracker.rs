@@ -1,7 +1,7 @@
 //! Tests of the tracker with parameters on a device, compared with a tracker of parameters in host memory.
 
 use posthoc_ema::compute::cuda::devices;
-use posthoc_ema::{Device, Dtype, Error, Options, PostHocEma, Precision, Tensors, UpdateOutcome};
+use posthoc_ema::{Device, Dtype, Error, Options, PostHocEma, Precision, Profile, Tensors, UpdateOutcome};
 
 use crate::driver::{count, driver};
 use crate::model::{Model, files};
@@ -101,6 +101,41 @@ fn every_precision_dtype_and_option_stores_files_of_host() {
         check(device, |options| many(options).checkpoint_dtype(Dtype::F64), false);
         check(device, |options| options.checkpoint_dtype(Dtype::BF16).shard_size(3000), false);
         check(device, |options| options.copy(["d.half"]).leave_out(["a.*"]), false);
+    }
+}
+
+#[test]
+fn extended_run_stores_files_and_gives_averages_of_host() {
+    driver();
+    for device in [Device::Cuda(0), Device::Cpu] {
+        let temp = tempfile::tempdir().unwrap();
+        let on_host = temp.path().join("host");
+        let on_device = temp.path().join("device");
+        let owner = Owner::new();
+        let mut model = Model::new(&owner);
+        let mut expected = options(&on_host).leave_out(["a.*"]).copy(["d.half"]).create(&model.host).unwrap();
+        let few = options(&on_device).leave_out(["a.*"]).copy(["d.half"]).device(device);
+        let mut got = few.create(&model.device).unwrap();
+        let train = |model: &mut Model, expected: &mut PostHocEma, got: &mut PostHocEma, until: u64| {
+            while got.step() < until {
+                got.fence().map_or(Ok(()), |fence| fence.wait()).unwrap();
+                model.train(got.step() + 1);
+                assert_eq!(got.update(&model.device).unwrap(), expected.update(&model.host).unwrap());
+            }
+            expected.finish().unwrap();
+            got.finish().unwrap();
+        };
+        train(&mut model, &mut expected, &mut got, 25);
+        drop((expected, got));
+        let all = |dir| options(dir).extend(true).leave_out(Vec::<String>::new()).copy(Vec::<String>::new());
+        let mut expected = all(&on_host).resume(&model.host).unwrap();
+        let mut got = all(&on_device).device(device).resume(&model.device).unwrap();
+        train(&mut model, &mut expected, &mut got, 47);
+        assert_eq!(files(&on_device), files(&on_host));
+        let profile = Profile::sigma_rel(0.15).unwrap();
+        let plan = got.plan(profile.clone()).unwrap();
+        assert!(plan.later.iter().any(|later| later.since == 24), "{:?}", plan.later);
+        assert_eq!(got.synthesize(profile.clone()).unwrap(), expected.synthesize(profile).unwrap());
     }
 }
 
