@@ -154,6 +154,17 @@ pub enum Error {
         /// Reason, such as "it does not exist".
         reason: String,
     },
+    /// Nothing is there to resume from.
+    #[error(
+        "{}: {reason}: name a file that `save` wrote for a path of yours, or the folder that it was saved into",
+        shown(path)
+    )]
+    NoState {
+        /// Path that was given.
+        path: PathBuf,
+        /// Reason, such as "it does not exist".
+        reason: String,
+    },
     /// The directory of a new run already contains one.
     #[error(
         "{}: the directory already holds a run ({}): continue it with `resume`, or choose another directory",
@@ -279,6 +290,17 @@ pub enum Error {
         time: u64,
         /// Time of the previous call.
         last: u64,
+    },
+    /// The training and its averages are not at the same step.
+    #[error(
+        "the averages are at step {averages}, but the training is at step {training}: resume both from one checkpoint, \
+         the averages from the state that was saved with it"
+    )]
+    Step {
+        /// Step that the averages have counted.
+        averages: u64,
+        /// Step of the training.
+        training: u64,
     },
     /// An option is out of range or contradicts the run on disk.
     #[error("option {option}: {}", shown(reason))]

@@ -7,7 +7,7 @@ import os
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from . import _native
 from ._dtypes import DTYPES
@@ -15,6 +15,12 @@ from ._lend import Lender
 
 STATE = "state.safetensors"
 """File of a run that holds the live state."""
+
+SAVED_STATE = "posthoc-ema.safetensors"
+"""File of a live state that is saved into a folder."""
+
+Resume: TypeAlias = bool | str | os.PathLike[str]
+"""Whether to continue a run, or the path of the live state to continue it from."""
 
 
 class StepCounter:
@@ -54,7 +60,37 @@ def check_old_checkpoints(directory: Path, problem: str) -> None:
         )
 
 
-def open_tracker(directory: Path, lender: Lender, options: dict[str, Any], resume: bool) -> _native.Tracker:
+def step_counter(directory: Path, resume: Resume) -> StepCounter:
+    """Returns a counter that begins at the step that a training continues from."""
+    if isinstance(resume, bool):
+        return StepCounter((_native.saved_step(directory) or 0) if resume else 0)
+    return StepCounter(_native.state_step(resume))
+
+
+def state_file(directory: Path, resume: Resume) -> Path:
+    """Returns the file of the live state that a training continues from; it may be missing."""
+    if isinstance(resume, bool):
+        return directory / STATE
+    path = Path(resume)
+    files = [path / SAVED_STATE, path / STATE] if path.is_dir() else [path]
+    return next(filter(Path.exists, files), files[0])
+
+
+def begins(directory: Path, resume: Resume) -> bool:
+    """Returns True if opening the run begins a new one.
+
+    Raises:
+        TypeError: If `resume` is neither a truth value nor a path.
+        ValueError: If it is an empty path.
+    """
+    if isinstance(resume, bool):
+        return not (resume and (directory / STATE).exists())
+    if not os.fspath(resume):
+        raise ValueError("resume = '': must be True, False, or the path of a state that `save` wrote")
+    return False
+
+
+def open_tracker(directory: Path, lender: Lender, options: dict[str, Any], resume: Resume) -> _native.Tracker:
     """Opens a run for the tensors of a model, which become the first averages of a new one.
 
     Raises:
@@ -62,7 +98,7 @@ def open_tracker(directory: Path, lender: Lender, options: dict[str, Any], resum
     """
     try:
         with lender.reading() as (addresses, stream):
-            lent = (lender.layout, addresses, stream)
+            lent = (lender.layout, addresses, stream, None if isinstance(resume, bool) else resume)
             return _native.Tracker.open(str(directory), "either" if resume else "create", json.dumps(options), *lent)
     except FileExistsError as error:
         remedy = f"there is no {STATE} to resume from" if resume else "continue it with `resume=True`"

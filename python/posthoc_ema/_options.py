@@ -73,6 +73,11 @@ def growth_number(snapshot_growth: float | None) -> float:
     return float(snapshot_growth or 0.0)
 
 
+def schedule(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the schedule of a run with these options, for a forecast."""
+    return {name: options.get(name, default) for name, default in [*DEFAULTS.items(), ("snapshot_growth", None)]}
+
+
 def whole_number(name: str, value: Any) -> int | None:
     """Returns a value as an int, or None for None.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import _native, _swap
 from ._lend import Lender
-from ._lifetime import STATE, TrackerLifetime, open_tracker, stored_complex
+from ._lifetime import Resume, TrackerLifetime, open_tracker, state_file, stored_complex
 from ._model import MappingTensors, Model, ModuleTensors, tensors_of
 from ._profiles import Target, profile_json
 from ._spectral import refresh_spectral_norms
@@ -25,7 +25,7 @@ class ModelTracker:
         options: Options as the native part takes them.
         only_save_diff: Track only parameters that require grad, and the batch statistics.
         leave_out: Names and globs of tensors to leave out; None if not given.
-        resume: Continue the run in the directory, if there is one.
+        resume: Continue the run in the directory, if there is one; or the path of the live state to continue it from.
         on_error: Effect of a storage error on an update: "raise" or "warn".
     """
 
@@ -37,13 +37,13 @@ class ModelTracker:
         only_save_diff: bool,
         leave_out: Sequence[str] | None,
         *,
-        resume: bool,
+        resume: Resume,
         on_error: str,
     ):
         self._only_save_diff = only_save_diff
         self._leave_out = tuple(leave_out or ())
         self._on_error = on_error
-        self._stored_complex = stored_complex(directory / STATE) if resume else frozenset()
+        self._stored_complex = stored_complex(state_file(directory, resume)) if resume else frozenset()
         self.tensors = tensors_of(model, only_save_diff, (), leave_out or (), self._stored_complex)
         """Tensors of the model that trains."""
         lender = self.tensors.lender()

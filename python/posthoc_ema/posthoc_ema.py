@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _lifetime, _native, _options, _swap, visualization
 from ._compiled import keep_out_of_graphs
-from ._lifetime import StepCounter
+from ._lifetime import Resume, StepCounter
 from ._model import MappingTensors, Model, ModuleTensors
 from ._plans import Plan, Retention, plan
 from ._profiles import Profile, Target
@@ -73,7 +73,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
         betas: Iterable[float] = (),
         profiles: Iterable[Profile] = (),
         device: str = "cpu",
-        resume: bool = False,
+        resume: Resume = False,
         extend: bool = False,
         average: Sequence[str] | None = None,
         copy: Sequence[str] | None = None,
@@ -108,7 +108,9 @@ class PostHocEMA(RunAverages, TrainingLoop):
             device: Device of the averages, without effect on any bit: "cpu" (takes no memory of the GPU), "cuda" or
                 "cuda:N" (an update is one kernel launch), or "auto" (on the model's device if they take at most a
                 quarter of its free memory).
-            resume: Continue the run in `checkpoint_dir` if there is one; `step` is then the step to continue from.
+            resume: Continue the run in `checkpoint_dir` if there is one; `step` is then the step to continue from. A
+                path is that of a state that `save(path)` wrote, its file or folder: the run continues from there, and
+                the snapshots of the course that it leaves are set aside.
             extend: Resume with a model that has other tensors than the run: unfrozen or new ones are averaged from now
                 on, those that are gone stay in the snapshots that have them. `Plan.later` says since when.
             average: Names or globs of tensors to average. If one names a parameter, all tensors that none names are
@@ -128,8 +130,9 @@ class PostHocEMA(RunAverages, TrainingLoop):
                 step on. Under data parallelism all ranks hold the same parameters, and a run has one writer.
 
         Raises:
-            ValueError: If the directory "already contains checkpoints" and `resume` is not set, or if an option or a
-                tensor is not valid. The message names it.
+            ValueError: If the directory "already contains checkpoints" and `resume` is not set, if it holds another run
+                than the state at `resume`, or if an option or a tensor is not valid. The message names it.
+            FileNotFoundError: If nothing is at the path `resume`.
             OSError: If the directory cannot be created or written.
         """
         _options.check_calculation_dtype(calculation_dtype)
@@ -137,15 +140,10 @@ class PostHocEMA(RunAverages, TrainingLoop):
         directory = Path(checkpoint_dir)
         _lifetime.check_old_checkpoints(directory, "already contains checkpoints")
         options = _options.tracker_options(
-            is_new=not (resume and (directory / _lifetime.STATE).exists()),
+            is_new=_lifetime.begins(directory, resume),
             profiles=_options.tracked_profiles(sigma_rels, gammas, betas, profiles),
             device=device,
-            schedule={
-                "update_every": update_every,
-                "update_after_step": update_after_step,
-                "checkpoint_every": checkpoint_every,
-                "max_checkpoints": max_checkpoints,
-            },
+            schedule=dict(zip(_options.DEFAULTS, (update_every, update_after_step, checkpoint_every, max_checkpoints))),
             snapshot_growth=snapshot_growth,
             checkpoint_dtype=checkpoint_dtype,
             retention=retention,
@@ -156,14 +154,12 @@ class PostHocEMA(RunAverages, TrainingLoop):
             extend=extend or None,
         )
         if rank_zero_only and _options.rank() != 0:
-            counter = StepCounter(_native.saved_step(directory) or 0 if resume else 0)
-            return cls._new(directory, RunReader(directory, is_idle=True), counter)
+            return cls._new(directory, RunReader(directory, is_idle=True), _lifetime.step_counter(directory, resume))
         _options.check_device(device)
         tracker = ModelTracker(model, directory, options, only_save_diff, leave_out, resume=resume, on_error=on_error)
         self = cls._new(directory, RunReader(directory, tracker=tracker), tracker.native.skip)
         self._tracker = tracker
-        self._schedule = {name: options.get(name, default) for name, default in _options.DEFAULTS.items()}
-        self._schedule["snapshot_growth"] = options.get("snapshot_growth")
+        self._schedule = _options.schedule(options)
         self.profiles = [Profile(text) for text in tracker.native.profiles()]
         self._list_averages(tracker.tensors, tracker.native)
         return self
@@ -319,16 +315,22 @@ class PostHocEMA(RunAverages, TrainingLoop):
 
     # Storing and closing.
 
-    def save(self) -> None:
-        """Stores the live state, from which `resume=True` continues with the same bits; no snapshot is written.
+    def save(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Stores the live state, from which a resume continues with the same bits; no snapshot is written.
 
-        To be called whenever the training stores its own checkpoint.
+        To be called whenever the training stores its own checkpoint, best with that checkpoint's path: a training that
+        goes back to it then continues with `resume=path`.
+
+        Args:
+            path: File to write, or an existing folder to write `posthoc-ema.safetensors` into. It appears whole or not
+                at all. By default the state of the run itself, from which `resume=True` continues.
 
         Raises:
             OSError: If the state cannot be written.
+            ValueError: If `path` is in the run's own directory, or cannot be a file.
         """
         if self._tracker is not None:
-            self._tracker.native.save()
+            self._tracker.native.save(path)
 
     def flush(self) -> None:
         """Waits until every snapshot so far is on disk, for readers of the run's directory during the training.

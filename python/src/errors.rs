@@ -11,7 +11,7 @@ pub fn to_python(error: Error) -> PyErr {
     let text = error.to_string();
     match error {
         Error::Io { path, source, .. } => from_io(&path.display().to_string(), &source, text),
-        Error::NoRun { .. } => PyFileNotFoundError::new_err(text),
+        Error::NoRun { .. } | Error::NoState { .. } => PyFileNotFoundError::new_err(text),
         Error::RunExists { .. } => PyFileExistsError::new_err(text),
         Error::Locked { .. }
         | Error::LockLost { .. }

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use posthoc_ema::{
-    Dtype, Options, Parameters, PostHocEma, Precision, Profile, Result, Retention, SwapGuard, TensorView, UpdateOutcome,
+    Dtype, Options, Parameters, PostHocEma, Precision, Profile, Result, Retention, SavedState, SwapGuard, TensorView,
+    UpdateOutcome,
 };
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -113,8 +114,10 @@ fn with_open<R>(tracker: &mut Option<PostHocEma>, act: impl FnOnce(&mut PostHocE
 
 #[pymethods]
 impl Tracker {
-    /// Opens a run: `mode` is "create", "resume" or "either".
+    /// Opens a run: `mode` is "create", "resume" or "either". With `state`, goes on from that live state.
     #[staticmethod]
+    #[pyo3(signature = (directory, mode, options, layout, addresses, stream, state=None))]
+    #[expect(clippy::too_many_arguments, reason = "one argument for each of the caller's")]
     fn open(
         py: Python<'_>,
         directory: &str,
@@ -123,14 +126,16 @@ impl Tracker {
         layout: &Layout,
         addresses: Vec<u64>,
         stream: usize,
+        state: Option<PathBuf>,
     ) -> PyResult<Tracker> {
         process::check()?;
         let settings: Settings = from_json(options)?;
         let options = settings.into_options(directory)?;
         let lent = Lent::new(layout, addresses, stream)?;
-        let opened = py.detach(|| match mode {
-            "create" => options.create(&lent),
-            "resume" => options.resume(&lent),
+        let opened = py.detach(|| match (mode, state) {
+            (_, Some(state)) => options.resume_from(state, &lent),
+            ("create", None) => options.create(&lent),
+            ("resume", None) => options.resume(&lent),
             _ => options.resume_or_create(&lent),
         });
         opened.map(|tracker| Tracker(Mutex::new(Some(tracker)))).map_err(to_python)
@@ -164,9 +169,10 @@ impl Tracker {
         self.with(py, |tracker| tracker.update_at(time, &lent)).map(code)
     }
 
-    /// Stores the live state.
-    fn save(&self, py: Python<'_>) -> PyResult<()> {
-        self.with(py, |tracker| tracker.save())
+    /// Stores the live state, in the run or at a path.
+    #[pyo3(signature = (path=None))]
+    fn save(&self, py: Python<'_>, path: Option<PathBuf>) -> PyResult<()> {
+        self.with(py, |tracker| path.map_or_else(|| tracker.save(), |path| tracker.save_to(path)))
     }
 
     /// Waits until every snapshot so far is on disk.
@@ -306,6 +312,12 @@ fn code(outcome: UpdateOutcome) -> u8 {
         UpdateOutcome::Updated => 1,
         UpdateOutcome::Stored => 2,
     }
+}
+
+/// Returns the step of a live state that was saved to a path.
+#[pyfunction]
+pub fn state_step(path: PathBuf) -> PyResult<u64> {
+    SavedState::at(path).map(|state| state.step).map_err(to_python)
 }
 
 /// Returns the step that a resume continues from; None without a live state.

@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use super::atomic::parent_dir;
+use super::fail_point::attempt;
 use super::temporary;
 use crate::error::{Error, Result};
 
@@ -19,10 +20,10 @@ pub fn replace_by_link(from: &Path, to: &Path) -> Result<()> {
     let private = Permissions::from_mode(0o700);
     let (folder, _lock) = temporary::folder(parent_dir(to), "link", private).map_err(Error::io("write", to))?;
     let link = folder.path().join("file");
-    let linked = fs::hard_link(from, &link).or_else(|_| copy(from, &link));
-    linked.and_then(|()| File::open(&link)?.sync_all()).map_err(Error::io("write", to))?;
+    let linked = || fs::hard_link(from, &link).or_else(|_| copy(from, &link));
+    attempt("write", to, || linked().and_then(|()| File::open(&link)?.sync_all()))?;
     // A rename between two links of one file leaves both. The other one is removed with the folder.
-    fs::rename(&link, to).map_err(Error::io("rename into place", to))
+    attempt("rename into place", to, || fs::rename(&link, to))
 }
 
 /// Copies a file and its mode to a name that does not exist.

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use rayon::prelude::*;
 
 mod extended;
+mod lineage;
 mod parsed_snapshot;
 mod sessions;
 mod settings;
@@ -17,7 +18,9 @@ mod verify;
 
 pub(crate) use settings::Settings;
 pub use state::SavedState;
-pub(crate) use state::{LiveState, STATE, StateDocument, check_snapshots, copy_name, high_name, low_name};
+pub(crate) use state::{
+    LiveState, STATE, StateDocument, check_snapshots, copy_name, find, high_name, low_name, saved_path,
+};
 pub use verify::{VerifyReport, verify};
 
 pub(crate) use extended::later_groups;

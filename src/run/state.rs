@@ -1,7 +1,7 @@
 //! Live state of a run on disk: everything that a resume needs to continue with the same bits.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{Run, Settings};
 use crate::error::{Difference, Error, Result, shown};
 use crate::math::History;
-use crate::snapshot::{self, Extension, STATE_FILE, Session, StoredFile};
+use crate::snapshot::{self, Extension, SAVED_STATE_FILE, STATE_FILE, Session, StoredFile};
 
 /// Key of the JSON document in the metadata of the file.
 pub(crate) const STATE: &str = "state";
@@ -25,6 +25,9 @@ pub(crate) struct StateDocument {
     /// Session that wrote the state. Older versions stored none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session: Option<Session>,
+    /// Sessions before it, of which each goes on from an update of the one before. Older versions stored none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lineage: Vec<Session>,
     /// Step of the last call.
     pub clock: u64,
     pub history: History,
@@ -86,13 +89,44 @@ impl SavedState {
     /// # Errors
     /// [`Error::Io`], [`Error::Damaged`] or [`Error::Unexpected`] if the file cannot be used.
     pub fn of(run: impl AsRef<Path>) -> Result<Option<SavedState>> {
-        match open(&run.as_ref().join(STATE_FILE)) {
-            Ok((file, document)) => {
-                Ok(Some(SavedState { step: document.clock, updated: document.history.last(), bytes: file.len() }))
-            }
-            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        Ok(find(&run.as_ref().join(STATE_FILE))?.map(|(file, document)| SavedState::new(&file, &document)))
+    }
+
+    /// Reads the summary of a state that [`PostHocEma::save_to`](crate::PostHocEma::save_to) wrote, given its file or
+    /// the folder that it was saved into. Does not read its data.
+    ///
+    /// # Errors
+    /// [`Error::NoState`] if the file does not exist, and those of [`SavedState::of`].
+    pub fn at(path: impl AsRef<Path>) -> Result<SavedState> {
+        let (file, document) = open(&saved_path(path.as_ref())?)?;
+        Ok(SavedState::new(&file, &document))
+    }
+
+    fn new(file: &StoredFile, document: &StateDocument) -> SavedState {
+        SavedState { step: document.clock, updated: document.history.last(), bytes: file.len() }
+    }
+}
+
+/// Returns the file of a live state, given its path or that of a folder: one that it was saved into, or a run.
+///
+/// # Errors
+/// [`Error::NoState`] if it does not exist.
+pub(crate) fn saved_path(path: &Path) -> Result<PathBuf> {
+    let none = |reason: String| Err(Error::NoState { path: path.to_owned(), reason });
+    if !path.is_dir() {
+        return if path.exists() { Ok(path.to_owned()) } else { none("it does not exist".into()) };
+    }
+    match [SAVED_STATE_FILE, STATE_FILE].map(|name| path.join(name)).into_iter().find(|file| file.exists()) {
+        Some(file) => Ok(file),
+        None => none(format!("it has neither {SAVED_STATE_FILE} nor {STATE_FILE} to resume from")),
+    }
+}
+
+/// Opens a live state and reads its document, without its data. Returns `None` if the file does not exist.
+pub(crate) fn find(path: &Path) -> Result<Option<(StoredFile, StateDocument)>> {
+    match open(path) {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        opened => opened.map(Some),
     }
 }
 
@@ -153,11 +187,7 @@ impl LiveState {
 /// # Errors
 /// As [`SavedState::of`], and [`Error::Unexpected`] for a snapshot of another run, or of a step that the state lacks.
 pub(super) fn check(dir: &Path, run: &Run) -> Result<()> {
-    match open(&dir.join(STATE_FILE)) {
-        Ok((_, document)) => check_snapshots(run, &document),
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-    }
+    find(&dir.join(STATE_FILE))?.map_or(Ok(()), |(_, document)| check_snapshots(run, &document))
 }
 
 /// Checks that the snapshots are of the run of a live state, of steps in its history, and of its session or an earlier

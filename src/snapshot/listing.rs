@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::STATE_FILE;
 use super::id::{FileRole, SnapshotId, parse};
+use super::rewind::{MARKER_FILE, Rewind};
 use crate::error::{Error, Result, shown};
 use crate::fs::{attempt, is_temporary, sync_directory};
 
@@ -26,7 +27,7 @@ pub fn list(dir: &Path) -> Result<BTreeMap<SnapshotId, Vec<PathBuf>>> {
 /// [`Error::NoRun`] if the directory does not exist, [`Error::Io`] if it cannot be read.
 pub fn list_each(dir: &Path) -> Result<BTreeMap<SnapshotId, Result<Vec<PathBuf>>>> {
     let mut found: BTreeMap<SnapshotId, BTreeSet<FileRole>> = BTreeMap::new();
-    for name in names(dir)? {
+    for name in current_names(dir)? {
         if let Some((id, role)) = parse(&name) {
             found.entry(id).or_default().insert(role);
         }
@@ -38,6 +39,28 @@ pub fn list_each(dir: &Path) -> Result<BTreeMap<SnapshotId, Result<Vec<PathBuf>>
         }
     }
     Ok(snapshots)
+}
+
+/// Returns the names of a run's files without those that a rewind sets aside, in order.
+fn current_names(dir: &Path) -> Result<Vec<String>> {
+    loop {
+        let mut names = names(dir)?;
+        if !names.iter().any(|name| name == MARKER_FILE) {
+            return Ok(names);
+        }
+        // A marker that is gone again belonged to a rewind that has been carried out: the names are old.
+        let Some(rewind) = Rewind::read(dir)? else { continue };
+        if rewind.counts(dir)? {
+            names.retain(|name| !rewind.hides(dir, name));
+        }
+        return Ok(names);
+    }
+}
+
+/// Returns the names of the files of a snapshot in a directory, of incomplete sets too.
+pub fn files_of(dir: &Path, id: SnapshotId) -> Result<Vec<String>> {
+    let is_own = |name: &String| parse(name).is_some_and(|(other, _)| other == id);
+    Ok(names(dir)?.into_iter().filter(is_own).collect())
 }
 
 /// Returns the name of any file of a snapshot in a directory, finished or not.

@@ -2,6 +2,7 @@
 //!
 //! Profiles and histories pass through as JSON text, which this module does not interpret.
 
+mod aside;
 mod checksum;
 mod extension;
 mod header;
@@ -13,6 +14,7 @@ mod meta;
 mod open_run;
 mod open_snapshot;
 mod read;
+mod rewind;
 mod session;
 mod shards;
 mod tensors;
@@ -20,6 +22,8 @@ mod tensors;
 mod tests;
 mod write;
 
+pub use aside::{SetAside, set_aside};
+pub(crate) use aside::{carry_out, create_aside, recover, remove_set_aside};
 pub use extension::Extension;
 pub(crate) use extension::beginning_of;
 pub use id::SnapshotId;
@@ -28,6 +32,7 @@ pub(crate) use index::{INDEX_SUFFIX, ShardIndex};
 #[doc(hidden)]
 pub use layout::FileLayout;
 pub(crate) use layout::MAX_HEADER;
+pub(crate) use listing::files_of;
 pub(crate) use listing::{any_snapshot_file, check_empty, remove, remove_leftovers};
 pub use listing::{list, list_each};
 pub use meta::{Dtypes, Meta};
@@ -35,6 +40,7 @@ pub(crate) use meta::{PROFILE, STEP, base_strings, check_version, versioned_stri
 pub(crate) use open_run::{is_gone, open_all, open_sound};
 pub use open_snapshot::Snapshot;
 pub use read::StoredFile;
+pub(crate) use rewind::{Rewind, header_hash};
 pub use session::Session;
 pub(crate) use session::new_run_id;
 pub use tensors::{StoredTensor, StoredTensors};
@@ -42,6 +48,9 @@ pub(crate) use write::{write_file, write_snapshot};
 
 /// File name of the live state of a run.
 pub const STATE_FILE: &str = "state.safetensors";
+
+/// File name of a live state that is saved into a folder of the caller's.
+pub const SAVED_STATE_FILE: &str = "posthoc-ema.safetensors";
 
 /// Default size of shards in bytes, as in Hugging Face's tools. Larger snapshots are split.
 pub const SHARD_SIZE: u64 = 5_000_000_000;

@@ -14,7 +14,7 @@ pub fn new_run_id() -> String {
 }
 
 /// Returns 64 random bits of the system as hexadecimal digits.
-fn random_digits() -> String {
+pub(super) fn random_digits() -> String {
     format!("{:016x}", RandomState::new().build_hasher().finish())
 }
 

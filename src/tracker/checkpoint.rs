@@ -109,6 +109,7 @@ impl PostHocEma {
             run_id: self.run_id.clone(),
             session: self.session.clone(),
             extensions: self.extensions.clone(),
+            lineage: self.lineage.clone(),
             lock: self.lock.id().clone(),
         }
     }

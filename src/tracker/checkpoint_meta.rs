@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
@@ -36,6 +36,8 @@ pub(super) struct CheckpointMeta {
     pub session: Option<Session>,
     /// Changes of the run's tensors, the oldest first.
     pub extensions: Vec<Extension>,
+    /// Sessions before it that led to these averages.
+    pub lineage: Vec<Session>,
     /// Lock of the run, which is checked before every file.
     pub lock: LockId,
 }
@@ -73,7 +75,7 @@ impl CheckpointMeta {
     pub(super) fn store(&self, values: &Values<'_>) -> Result<(), Failure> {
         let dtypes = self.stored_dtypes(values).map_err(Failure::Values)?;
         self.write_files(values, &dtypes).map_err(Failure::Files)?;
-        self.drop_surplus().map_err(Failure::Removal)
+        self.remove_left_course().and_then(|()| self.drop_surplus()).map_err(Failure::Removal)
     }
 
     /// Writes the state first: if the process dies before all snapshots are written, a resume writes the rest.
@@ -89,6 +91,12 @@ impl CheckpointMeta {
     pub(super) fn save(&self, values: &Values<'_>) -> Result<()> {
         self.stored_dtypes(values)?;
         self.write_state(values)
+    }
+
+    /// Stores the live state in a file of the caller's.
+    pub(super) fn save_to(&self, path: &Path, values: &Values<'_>) -> Result<()> {
+        self.stored_dtypes(values)?;
+        self.write_state_to(path, values)
     }
 
     /// Returns the profiles whose snapshot of this step is missing or incomplete.

@@ -7,6 +7,9 @@ mod extend;
 mod live;
 mod options;
 mod registry;
+mod resume;
+mod rewind;
+mod save_to;
 mod state;
 mod tensor_choice;
 mod thread;
@@ -77,6 +80,8 @@ pub struct PostHocEma {
     session: Option<Session>,
     /// Changes of the run's tensors, the oldest first.
     extensions: Vec<Extension>,
+    /// Sessions before it that led to these averages.
+    lineage: Vec<Session>,
     in_background: bool,
     on_error: OnError,
     lock: Lock,
@@ -189,6 +194,16 @@ impl PostHocEma {
     /// Returns the time of the last call: the step that training continues from after a resume.
     pub fn step(&self) -> u64 {
         self.clock
+    }
+
+    /// Checks that the training is at the step that the averages have counted.
+    ///
+    /// Call it after a resume: a model and averages of different checkpoints do not fit together.
+    ///
+    /// # Errors
+    /// [`Error::Step`], which names both steps.
+    pub fn check_step(&self, step: u64) -> Result<()> {
+        if step == self.clock { Ok(()) } else { Err(Error::Step { averages: self.clock, training: step }) }
     }
 
     /// Returns the tracked profiles.

@@ -1,23 +1,21 @@
 //! Options of a run, with the defaults that users of the existing tools know.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
 use super::engine::{self, EngineConfig, model_device};
-use super::extend::StateValues;
 use super::registry::TensorRegistry;
 use super::tensor_choice::TensorChoice;
-use super::{PostHocEma, extend, state};
+use super::{PostHocEma, state};
 use crate::compute::cpu::Precision;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::fs::{Lock, attempt, start_threads};
 use crate::math::{History, Profile, Retention, Schedule};
-use crate::run::{LiveState, Run, Settings, StateDocument, check_snapshots};
-use crate::snapshot::{self, Extension, STATE_FILE, Session};
+use crate::run::Settings;
+use crate::snapshot::{self, STATE_FILE, Session};
 use crate::tensor::{Parameters, TensorView};
 
 /// Profile as the user gave it; it is checked when the run is opened.
@@ -48,7 +46,7 @@ impl ProfileSpec {
 #[derive(Clone, Debug)]
 #[must_use = "nothing happens before `create` or `resume`"]
 pub struct Options {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     profiles: Vec<ProfileSpec>,
     update_every: Option<u64>,
     update_after_step: Option<u64>,
@@ -59,13 +57,13 @@ pub struct Options {
     checkpoint_dtype: Option<Option<Dtype>>,
     precision: Option<Precision>,
     shard_size: Option<u64>,
-    average: Option<Vec<String>>,
-    copy: Option<Vec<String>>,
-    leave_out: Option<Vec<String>>,
-    device: Device,
-    in_background: bool,
-    on_error: OnError,
-    extend: bool,
+    pub(super) average: Option<Vec<String>>,
+    pub(super) copy: Option<Vec<String>>,
+    pub(super) leave_out: Option<Vec<String>>,
+    pub(super) device: Device,
+    pub(super) in_background: bool,
+    pub(super) on_error: OnError,
+    pub(super) extend: bool,
 }
 
 /// Reaction of an update to a snapshot that cannot be stored, for example because the disk is full.
@@ -289,6 +287,7 @@ impl Options {
         snapshot::check_empty(&self.dir)?;
         let lock = Lock::acquire(&self.dir)?;
         snapshot::check_empty(&self.dir)?;
+        snapshot::recover(&self.dir)?;
         snapshot::remove_leftovers(&self.dir)?;
         let config = EngineConfig::new(&registry, &settings);
         let engine = engine::start(&self.dir, registry.layout(), model_device, self.device, config)?;
@@ -307,125 +306,19 @@ impl Options {
             run_id: snapshot::new_run_id(),
             session: Some(Session::begin(0, 0)),
             extensions: Vec::new(),
+            lineage: Vec::new(),
             in_background: self.in_background,
             on_error: self.on_error,
             lock,
         })
     }
 
-    fn create_dir(&self) -> Result<()> {
+    pub(super) fn create_dir(&self) -> Result<()> {
         attempt("create", &self.dir, || fs::create_dir_all(&self.dir))
     }
 
-    /// Resumes a run from its newest live state; [`PostHocEma::step`] returns the step of that state.
-    ///
-    /// Schedule, retention, dtype and shard size may change; profiles, precision and the choice of tensors may not.
-    ///
-    /// # Errors
-    /// * [`Error::NoRun`] if the directory holds no live state.
-    /// * [`Error::Setting`] for an option that contradicts the run.
-    /// * [`Error::Changed`] or [`Error::Tensor`] for parameters that differ from the run's.
-    /// * [`Error::Unexpected`] for snapshots of another run.
-    /// * [`Error::Damaged`], [`Error::Locked`], [`Error::Io`], [`Error::Threads`] and [`Error::Cuda`].
-    pub fn resume(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
-        let path = self.dir.join(STATE_FILE);
-        if !path.is_file() {
-            return Err(self.no_state());
-        }
-        start_threads()?;
-        let lock = Lock::acquire(&self.dir)?;
-        let saved = LiveState::read(&path)?;
-        let settings = self.settings(saved.document.settings.clone())?;
-        settings.check()?;
-        saved.document.settings.check_unchanged(&settings)?;
-        if !self.extend {
-            saved.document.settings.check_same_choice(&settings)?;
-        }
-        let (registry, model_device) = register(params, |views| self.resumed(&saved, &settings, views))?;
-        let (values, extensions) = self.resumed_values(&saved, &settings, &registry, params)?;
-        let sessions = self.check_stored(&saved.document)?;
-        let config = EngineConfig { values: Some(values), ..EngineConfig::new(&registry, &settings) };
-        let engine = engine::start(&self.dir, registry.layout(), model_device, self.device, config)?;
-        if self.in_background {
-            engine.prepare();
-        }
-        let mut tracker = PostHocEma {
-            dir: self.dir,
-            engine,
-            settings,
-            registry,
-            clock: saved.document.clock,
-            history: saved.document.history,
-            stored: saved.document.stored,
-            needs_retry: false,
-            run_id: saved.document.run,
-            session: saved.document.session,
-            extensions,
-            in_background: self.in_background,
-            on_error: self.on_error,
-            lock,
-        };
-        snapshot::remove_leftovers(&tracker.dir)?;
-        tracker.complete()?;
-        tracker.session = Some(Session::begin(sessions, tracker.history.last().unwrap_or(0)));
-        Ok(tracker)
-    }
-
-    /// Registers the tensors of a resumed run. Known ones keep their roles, unless an extension chooses again.
-    fn resumed(&self, saved: &LiveState, settings: &Settings, views: &[TensorView<'_>]) -> Result<TensorRegistry> {
-        let choice = TensorChoice::new(settings)?;
-        let was_averaged = |name: &str| saved.was_averaged(name);
-        if !self.extend {
-            return TensorRegistry::resumed(views, &choice, &saved.document.tied, &was_averaged);
-        }
-        let is_known = |name: &str| saved.was_averaged(name).is_some();
-        // The run's own patterns may name tensors that end, so only new ones are checked.
-        if self.average.is_some() || self.copy.is_some() || self.leave_out.is_some() {
-            choice.check(views)?;
-            return TensorRegistry::extended(views, &choice, &|_| None, is_known);
-        }
-        TensorRegistry::extended(views, &choice, &was_averaged, is_known)
-    }
-
-    /// Returns the values of a resumed run, and the changes of its tensors.
-    fn resumed_values(
-        &self,
-        saved: &LiveState,
-        settings: &Settings,
-        registry: &TensorRegistry,
-        params: &(impl Parameters + ?Sized),
-    ) -> Result<(StateValues, Vec<Extension>)> {
-        let mut extensions = saved.document.extensions.clone();
-        if !self.extend {
-            state::check_tensors(saved, registry)?;
-            return Ok((state::read_values(saved, registry, settings, &BTreeSet::new())?, extensions));
-        }
-        state::check_header(registry, settings)?;
-        let change = extend::change(saved, registry);
-        // Before the first update, all tensors begin with the run.
-        if saved.document.history.is_empty() {
-            return Ok((state::read_values(saved, registry, settings, &change.begun)?, extensions));
-        }
-        let values = extend::values(saved, registry, settings, &change.begun, params)?;
-        extensions.extend((!change.is_empty()).then_some(change));
-        Ok((values, extensions))
-    }
-
-    /// Checks the stored snapshots against the live state, and returns the number of the newest session.
-    fn check_stored(&self, state: &StateDocument) -> Result<u64> {
-        let number = |session: &Option<Session>| session.as_ref().map_or(0, |session| session.number);
-        if snapshot::list(&self.dir)?.is_empty() {
-            return Ok(number(&state.session));
-        }
-        let run = Run::open(&self.dir)?;
-        check_snapshots(&run, state)?;
-        // A version that stores no session may have written the state after newer sessions.
-        let stored = run.snapshots().iter().map(|snapshot| number(&snapshot.meta.session));
-        Ok(stored.chain([number(&state.session)]).max().unwrap_or(0))
-    }
-
     /// Returns the error of a directory without a live state.
-    fn no_state(self) -> Error {
+    pub(super) fn no_state(self) -> Error {
         let snapshot = if self.dir.is_dir() { snapshot::any_snapshot_file(&self.dir) } else { Ok(None) };
         let but = match snapshot {
             Ok(Some(_)) => "snapshots but ",
@@ -435,16 +328,8 @@ impl Options {
         Error::NoRun { path: self.dir, reason: format!("{but}no {STATE_FILE} to resume from") }
     }
 
-    /// Resumes the run if the directory holds a live state, and creates a new one otherwise: for jobs that restart.
-    ///
-    /// # Errors
-    /// Those of [`Options::create`] and [`Options::resume`].
-    pub fn resume_or_create(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
-        if self.dir.join(STATE_FILE).exists() { self.resume(params) } else { self.create(params) }
-    }
-
     /// Returns `base` with the options that were set.
-    fn settings(&self, base: Settings) -> Result<Settings> {
+    pub(super) fn settings(&self, base: Settings) -> Result<Settings> {
         let mut profiles: Vec<Profile> = self.profiles.iter().map(ProfileSpec::profile).collect::<Result<_>>()?;
         if profiles.is_empty() {
             profiles = base.profiles;
@@ -474,7 +359,7 @@ impl Options {
 }
 
 /// Registers the tensors of `params` and returns the registry with the model's device.
-fn register(
+pub(super) fn register(
     params: &(impl Parameters + ?Sized),
     build: impl Fn(&[TensorView<'_>]) -> Result<TensorRegistry>,
 ) -> Result<(TensorRegistry, Option<usize>)> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::path::Path;
 
 use safetensors::Dtype;
 
@@ -11,7 +12,7 @@ use super::values::Values;
 use crate::compute::cpu::{Averages, Precision};
 use crate::error::{Difference, Error, Result};
 use crate::run::{LiveState, STATE, Settings, StateDocument, copy_name, high_name, low_name};
-use crate::snapshot::{self, MAX_HEADER, STATE_FILE, write_file};
+use crate::snapshot::{self, MAX_HEADER, STATE_FILE, StoredFile, write_file};
 use crate::tensor::TensorSpec;
 
 /// Bytes of a tensor's header entry beside its name and shape: name prefix, keys, dtype, and offsets of up to 13
@@ -67,8 +68,13 @@ fn quoted(text: &str) -> String {
 }
 
 impl CheckpointMeta {
-    /// Writes the live state.
+    /// Writes the live state of the run.
     pub(super) fn write_state(&self, values: &Values<'_>) -> Result<()> {
+        self.write_state_to(&self.dir.join(STATE_FILE), values)
+    }
+
+    /// Writes the live state to a path.
+    pub(super) fn write_state_to(&self, path: &Path, values: &Values<'_>) -> Result<()> {
         self.lock.check()?;
         let mut specs = Vec::new();
         let mut sources: Vec<&[u8]> = Vec::new();
@@ -93,13 +99,22 @@ impl CheckpointMeta {
         let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| {
             dst.copy_from_slice(&sources[i][range]);
         };
-        write_file(&self.dir.join(STATE_FILE), specs, metadata, &fill)
+        write_file(path, specs, metadata, &fill)
+    }
+
+    /// Returns true if the live state of the run on disk is the one that [`CheckpointMeta::write_state`] would write.
+    pub(super) fn is_stored(&self) -> bool {
+        // A session is one process, so that the same document stands for the same averages.
+        let path = self.dir.join(STATE_FILE);
+        let stored = StoredFile::open(&path).and_then(|file| file.check_header().map(|()| file));
+        stored.is_ok_and(|file| file.metadata().get(STATE) == Some(&serde_json::json!(self.document()).to_string()))
     }
 
     fn document(&self) -> StateDocument {
         StateDocument {
             run: self.run_id.clone(),
             session: self.session.clone(),
+            lineage: self.lineage.clone(),
             clock: self.clock,
             history: self.history.clone(),
             stored: self.stored,

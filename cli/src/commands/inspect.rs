@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use posthoc_ema::snapshot::{self, Extension, Snapshot, SnapshotId};
+use posthoc_ema::snapshot::{self, Extension, SetAside, Snapshot, SnapshotId};
 use posthoc_ema::{Error, Profile, Run, SavedState, shown};
 use serde_json::json;
 
@@ -49,6 +49,9 @@ pub fn run(arguments: &Arguments) -> Outcome {
         print(&table(&entries).to_string());
         print(&summary(&arguments.run, &entries));
         extensions(&entries).iter().for_each(|extension| print(&extension_text(extension)));
+    }
+    if !arguments.json {
+        snapshot::set_aside(&arguments.run)?.iter().for_each(|left| print(&left_course(left)));
     }
     let drawn = if entries.is_empty() { Ok(()) } else { draw(arguments, &entries) };
     match (problem, drawn) {
@@ -135,6 +138,22 @@ fn extension_text(extension: &Extension) -> String {
     format!("extended at step {}; {}", extension.at, parts.join("; "))
 }
 
+/// Describes a folder of snapshots that are set aside. They are not an error.
+pub(super) fn left_course(SetAside { path, snapshots, has_state }: &SetAside) -> String {
+    let steps: BTreeSet<u64> = snapshots.iter().map(|id| id.step).collect();
+    let range = match (steps.first(), steps.last()) {
+        (Some(first), Some(last)) => format!(" of steps {first} to {last}"),
+        _ => String::new(),
+    };
+    let state = if *has_state { " and a live state" } else { "" };
+    format!(
+        "{}: {} snapshots{range}{state} of a course that was left are set aside; the next snapshot of the run removes \
+         them",
+        shown(path),
+        snapshots.len()
+    )
+}
+
 fn draw(arguments: &Arguments, entries: &[Entry]) -> Result<(), Error> {
     let timeline = timeline(&arguments.run, entries);
     arguments.plot.draw(|path| pictures::draw_timeline(path, &timeline))
@@ -175,8 +194,24 @@ fn document(run: &Path, entries: &[Entry], problem: Option<&str>) -> serde_json:
     let snapshots: Vec<_> = entries.iter().map(entry_json).collect();
     let state = SavedState::of(run).ok().flatten();
     let state = state.map(|state| json!({ "step": state.step, "bytes": state.bytes }));
-    json!({ "run": run, "snapshots": snapshots, "bytes": total_bytes(entries), "state": state, "trouble": problem,
-            "extensions": extensions(entries) })
+    json!({
+        "run": run,
+        "snapshots": snapshots,
+        "bytes": total_bytes(entries),
+        "state": state,
+        "aside": aside_json(run),
+        "trouble": problem,
+        "extensions": extensions(entries),
+    })
+}
+
+/// Returns the folders of snapshots that are set aside.
+pub(super) fn aside_json(run: &Path) -> Vec<serde_json::Value> {
+    let describe = |left: SetAside| {
+        let snapshots: Vec<_> = left.snapshots.iter().map(|id| json!({ "index": id.index, "step": id.step })).collect();
+        json!({ "path": left.path, "snapshots": snapshots, "state": left.has_state })
+    };
+    snapshot::set_aside(run).unwrap_or_default().into_iter().map(describe).collect()
 }
 
 fn entry_json(Entry { id, opened }: &Entry) -> serde_json::Value {

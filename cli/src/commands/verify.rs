@@ -3,9 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use posthoc_ema::snapshot;
 use posthoc_ema::{VerifyReport, shown};
 use serde_json::json;
 
+use super::inspect::{aside_json, left_course};
 use super::output::{byte_bar, bytes, print, print_json};
 use super::{Failure, Outcome};
 
@@ -27,9 +29,11 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let VerifyReport { files, bytes: read, findings } = verified?;
     let findings: Vec<String> = findings.iter().map(ToString::to_string).collect();
     if arguments.json {
-        print_json(&json!({ "files": files, "bytes": read, "damaged": findings }));
+        let aside = aside_json(&arguments.run);
+        print_json(&json!({ "files": files, "bytes": read, "damaged": findings, "aside": aside }));
     } else {
         findings.iter().for_each(|line| print(line));
+        snapshot::set_aside(&arguments.run)?.iter().for_each(|left| print(&left_course(left)));
         print(&format!("{files} files ({} read), {} findings", bytes(read), findings.len()));
     }
     if findings.is_empty() {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::common::{failure, json, load, names, posthoc_ema, run, stdout};
-use posthoc_ema::{At, Noise, Profile, Run};
+use posthoc_ema::{At, Noise, PostHocEma, Profile, Run};
 use serde_json::Value;
 
 #[test]
@@ -171,6 +171,40 @@ fn inspect_lists_sound_and_damaged_snapshots() {
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8(output.stdout).unwrap().contains("damaged"));
     assert!(String::from_utf8(output.stderr).unwrap().contains("1.200.safetensors"));
+}
+
+/// What a rewind sets aside is named, and is neither an error nor part of the run.
+#[test]
+fn left_course_is_named() {
+    let temp = tempfile::tempdir().unwrap();
+    let (dir, state) = (temp.path().join("run"), temp.path().join("state"));
+    let model = |step: u64| vec![("weight", vec![step as f32; 8])];
+    let options = || PostHocEma::options(&dir).update_every(1).checkpoint_every(10).snapshot_growth(None);
+    let mut ema = options().create(&model(0)).unwrap();
+    for step in 1..=40 {
+        ema.update(&model(step)).unwrap();
+        if step == 25 {
+            ema.save_to(&state).unwrap();
+        }
+    }
+    ema.finish().unwrap();
+    drop(ema);
+    drop(options().resume_from(&state, &model(25)).unwrap());
+    let run = dir.to_str().unwrap();
+    let named = "4 snapshots of steps 30 to 40 and a live state of a course that was left are set aside";
+    let inspected = stdout(&["inspect", run]);
+    assert!(inspected.contains("4 snapshots at 2 steps (steps 10 to 20)") && inspected.contains(named), "{inspected}");
+    let verified = stdout(&["verify", run]);
+    assert!(
+        verified.contains("5 files (") && verified.contains("0 findings") && verified.contains(named),
+        "{verified}"
+    );
+    for command in ["inspect", "verify"] {
+        let left = &json(&[command, run, "--json"])["aside"][0];
+        assert_eq!((left["snapshots"].as_array().unwrap().len(), &left["state"]), (4, &Value::Bool(true)));
+    }
+    let planned = json(&["plan", run, "--sigma-rel=0.1", "--json"]);
+    assert_eq!(planned["targets"][0]["at"], 20);
 }
 
 #[test]

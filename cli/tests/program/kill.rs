@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill as send};
 use nix::unistd::Pid;
 use posthoc_ema::snapshot::StoredFile;
-use posthoc_ema::{At, Dtype, Error, PostHocEma, Profile, Retention, Run, SavedState, verify};
+use posthoc_ema::{At, Dtype, Error, Options, PostHocEma, Profile, Retention, Run, SavedState, verify};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -41,16 +41,64 @@ fn model(step: u64) -> Vec<(&'static str, Vec<f32>)> {
     vec![("weight", (0..60_000).map(value).collect()), ("bias", (0..10).map(value).collect())]
 }
 
+fn options(dir: &Path) -> Options {
+    let options = PostHocEma::options(dir).update_every(1).checkpoint_every(5).checkpoint_dtype(Dtype::F16);
+    options.retention(Retention::Latest).max_checkpoints(6).shard_size(80_000)
+}
+
 /// Trains until the end, in the process that is killed.
 fn train(dir: &Path, mode: &str) {
-    let options = PostHocEma::options(dir).update_every(1).checkpoint_every(5).checkpoint_dtype(Dtype::F16);
-    let options = options.retention(Retention::Latest).max_checkpoints(6).shard_size(80_000);
-    let options = options.checkpoint_in_background(mode != "waiting");
+    if let Some(seed) = mode.strip_prefix("rewinding") {
+        return go_back_and_train(dir, seed.parse().unwrap());
+    }
+    let options = options(dir).checkpoint_in_background(mode != "waiting");
     let mut ema = options.resume_or_create(&model(0)).unwrap();
     while ema.step() < STEPS {
         ema.update(&model(ema.step())).unwrap();
         if mode == "saving" && ema.step().is_multiple_of(3) {
             ema.save().unwrap();
+        }
+    }
+    ema.finish().unwrap();
+}
+
+/// Returns the checkpoints of a training that keeps them itself, up to the newest of its course.
+fn checkpoints(kept: &Path) -> Vec<u64> {
+    let newest = fs::read_to_string(kept.join("newest")).map_or(0, |step| step.parse().unwrap());
+    (1..=newest).filter(|step| kept.join(step.to_string()).exists()).collect()
+}
+
+/// Sets the newest checkpoint of a course.
+fn set_newest(kept: &Path, step: u64) {
+    fs::write(kept.join("new"), step.to_string()).unwrap();
+    fs::rename(kept.join("new"), kept.join("newest")).unwrap();
+}
+
+/// Goes back to a random checkpoint of the training and trains until the end.
+fn go_back_and_train(dir: &Path, seed: u64) {
+    let kept = dir.with_extension("checkpoints");
+    fs::create_dir_all(&kept).unwrap();
+    let whole = checkpoints(&kept);
+    let place = ChaCha8Rng::seed_from_u64(seed).random_range(0..whole.len().max(1));
+    let from = whole.get(place).copied().unwrap_or(0);
+    set_newest(&kept, from);
+    if from == 0 && dir.exists() {
+        // One rename, so that a kill leaves no part of a run.
+        let gone = dir.with_extension(format!("gone{seed}"));
+        fs::rename(dir, &gone).unwrap();
+        fs::remove_dir_all(gone).unwrap();
+    }
+    let options = options(dir).checkpoint_in_background(seed.is_multiple_of(2));
+    let mut ema = match from {
+        0 => options.create(&model(0)).unwrap(),
+        from => options.resume_from(kept.join(from.to_string()), &model(0)).unwrap(),
+    };
+    ema.check_step(from).unwrap();
+    while ema.step() < STEPS {
+        ema.update(&model(ema.step())).unwrap();
+        if ema.step().is_multiple_of(7) {
+            ema.save_to(kept.join(ema.step().to_string())).unwrap();
+            set_newest(&kept, ema.step());
         }
     }
     ema.finish().unwrap();
@@ -158,6 +206,38 @@ fn resume_after_kills_keeps_bits() {
         fs::remove_dir_all(&dir).unwrap();
     }
     println!("{killed} kills, {ended} trainings");
+}
+
+/// Each process goes back to a random checkpoint of those before it, and is killed.
+#[test]
+fn rewinds_between_kills_keep_bits() {
+    if let (Some(dir), Ok(mode)) = (std::env::var_os(DIR), std::env::var(MODE)) {
+        return train(Path::new(&dir), &mode);
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let straight = temp.path().join("straight");
+    train(&straight, "background");
+    let expected = contents(&straight);
+    let mut random = random();
+    let dir = temp.path().join("run");
+    let (mut killed, mut went_back, mut ended) = (0, 0, 0);
+    while killed < kills(60) || ended == 0 {
+        let mode = format!("rewinding{}", random.random_range(0..1_000_000));
+        let before = checkpoints(&dir.with_extension("checkpoints")).last().copied();
+        let done = kill(
+            start("rewinds_between_kills_keep_bits", &dir, &mode),
+            Duration::from_micros(random.random_range(0..80_000)),
+        );
+        let after = checkpoints(&dir.with_extension("checkpoints")).last().copied();
+        went_back += usize::from(after < before);
+        check(&dir);
+        if done {
+            assert!(contents(&dir) == expected, "the bits differ after {mode}");
+            assert!(!dir.join("aside").exists() && !dir.join(".rewind").exists());
+        }
+        (killed, ended) = (killed + usize::from(!done), ended + usize::from(done));
+    }
+    println!("{killed} kills, {went_back} left an older checkpoint, {ended} trainings");
 }
 
 /// A command that writes to a path in a directory of its own.

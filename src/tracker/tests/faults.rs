@@ -10,7 +10,7 @@ const NO_SPACE: i32 = 28;
 const STEPS: u64 = 30;
 
 /// Returns the parameters after a step. They depend only on the step, like those of a resumed training.
-fn model(step: u64) -> Model {
+pub(super) fn model(step: u64) -> Model {
     let value = |i: usize| ((step as usize * 7 + i * 13) as f32).sin();
     SIZES.map(|(name, n)| (name, (0..n).map(value).collect())).to_vec()
 }
@@ -46,11 +46,11 @@ fn train_to_the_end(options: Options) -> Vec<Error> {
 }
 
 /// Returns names and contents of all files, without the run's random id and all that depends on it.
-fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
+pub(super) fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let mut names: Vec<String> = std::fs::read_dir(dir)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .filter(|name| !name.ends_with(".lock"))
+        .filter(|name| !name.ends_with(".lock") && name != "aside")
         .collect();
     names.sort();
     let data = |name: String| {
@@ -62,7 +62,7 @@ fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
     names.into_iter().map(data).collect()
 }
 
-fn assert_whole(dir: &Path) {
+pub(super) fn assert_whole(dir: &Path) {
     match verify(dir, &mut |_| ()) {
         Err(Error::NoRun { .. }) => {}
         found => {
