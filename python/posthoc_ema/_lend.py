@@ -140,6 +140,10 @@ class Lender:
         tensor = self.tensors[i]
         return tensor.device.index if self._torch[i] and tensor.is_cuda and cuda_usable() else HOST
 
+    def devices(self) -> list[int]:
+        """Returns the CUDA device on which each tensor is lent, or `HOST`."""
+        return [self._device_number(i) for i in range(len(self.tensors))]
+
     def _is_direct(self, i: int) -> bool:
         """Returns True if a tensor can be lent in place, without a look at its elements."""
         tensor = self.tensors[i]

@@ -6,11 +6,13 @@ import json
 import os
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from . import _native
 from ._dtypes import DTYPES
+from ._launch import distributed
 from ._lend import Lender
 
 STATE = "state.safetensors"
@@ -24,14 +26,35 @@ Resume: TypeAlias = bool | str | os.PathLike[str]
 
 
 class StepCounter:
-    """Counts steps in the place of updates, on a process that does not track."""
+    """Counts steps in the place of updates, on a process that does not track.
 
-    def __init__(self, steps: int = 0):
+    Args:
+        steps: Steps counted so far.
+        last_update: Step of the newest update so far.
+        schedule: Intervals of the run under their names; without them no update is known.
+    """
+
+    def __init__(self, steps: int = 0, last_update: int | None = None, schedule: Mapping[str, Any] | None = None):
+        given = schedule or {}
         self.steps = steps
+        self.last_update = last_update
+        # Each snapshot at another time than these is also at a multiple of `update_every`.
+        self._intervals = [given[name] for name in ("update_every", "checkpoint_every") if given.get(name)]
+        self._first = given.get("update_after_step", 0)
 
     def __call__(self) -> bool:
-        self.steps += 1
+        self.count_to(self.steps + 1)
         return True
+
+    def count_to(self, time: int) -> None:
+        """Counts up to a time."""
+        if self.is_due(time):
+            self.last_update = time
+        self.steps = time
+
+    def is_due(self, time: int) -> bool:
+        """Returns True if the process that tracks updates at a time."""
+        return time >= self._first and any(time // every > self.steps // every for every in self._intervals)
 
 
 def refuse_update(directory: Path) -> bool:
@@ -60,11 +83,14 @@ def check_old_checkpoints(directory: Path, problem: str) -> None:
         )
 
 
-def step_counter(directory: Path, resume: Resume) -> StepCounter:
+def step_counter(directory: Path, resume: Resume, schedule: Mapping[str, Any]) -> StepCounter:
     """Returns a counter that begins at the step that a training continues from."""
+    if distributed() is not None:
+        # Rank 0 sends its step: the files may be on its machine only.
+        return StepCounter(schedule=schedule)
     if isinstance(resume, bool):
-        return StepCounter((_native.saved_step(directory) or 0) if resume else 0)
-    return StepCounter(_native.state_step(resume))
+        return StepCounter((_native.saved_step(directory) or 0) if resume else 0, schedule=schedule)
+    return StepCounter(_native.state_step(resume), schedule=schedule)
 
 
 def state_file(directory: Path, resume: Resume) -> Path:

@@ -146,7 +146,7 @@ class MappingTensors:
 
     def __init__(self, model: Mapping[str, Any], stored_complex: frozenset[str] = frozenset()):
         self.model = model
-        self._stored_complex = stored_complex
+        self.stored_complex = stored_complex
         self._lender = Lender(list(model.items()), stored_complex=stored_complex)
 
     def patterns_in_use(self, patterns: Sequence[str]) -> list[str]:
@@ -173,7 +173,7 @@ class MappingTensors:
             map(operator.is_, self._lender.originals, self.model.values())
         )
         if not (same and self._lender.is_current()):
-            self._lender = Lender(list(self.model.items()), stored_complex=self._stored_complex)
+            self._lender = Lender(list(self.model.items()), stored_complex=self.stored_complex)
         return self._lender
 
 
@@ -203,7 +203,7 @@ class ModuleTensors:
         self._only_save_diff = only_save_diff
         self.keep = keep
         self._leave_out = leave_out
-        self._stored_complex = stored_complex
+        self.stored_complex = stored_complex
         self._list()
 
     def patterns_in_use(self, patterns: Sequence[str]) -> list[str]:
@@ -254,7 +254,7 @@ class ModuleTensors:
         self._requires_grad = self._requires_grad_now()
         self._slots = list(chosen.values())
         named = [(name, dictionary[key]) for name, (dictionary, key) in chosen.items()]
-        self._lender = Lender(named, frozenset(buffer_names), self._stored_complex)
+        self._lender = Lender(named, frozenset(buffer_names), self.stored_complex)
 
     @staticmethod
     def _tensor_slots(module: Any) -> list[_Slot]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
 from . import _native
 from ._dtypes import average_dtype_name
-from ._lend import torch_module
 from ._plans import Retention, retention_to_dict
 from ._profiles import Profile
 
@@ -118,12 +116,3 @@ def check_device(device: str) -> None:
     devices, reason = _native.cuda_devices()
     if devices == 0:
         raise RuntimeError(f"device={device!r}: {reason}: keep the averages on the host with device='cpu'")
-
-
-def rank() -> int:
-    """Returns this process's rank in `torch.distributed`, else in the variable `RANK`, else 0."""
-    torch = torch_module()
-    distributed = getattr(torch, "distributed", None)
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_rank())
-    return int(os.environ.get("RANK", "0"))

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _swap
 from ._batch_norm import update_bn
 from ._model import Model
 from ._options import check_calculation_dtype
@@ -40,6 +39,23 @@ class RunAverages:
         described = (profile.to_dict() for profile in self.profiles)
         return tuple(description["gamma"] for description in described if description["kind"] == "power")
 
+    @property
+    def local(self) -> RunAverages:
+        """The same averages, computed by this process alone.
+
+        Under `rank_zero_only`, `model`, `state_dict` and `synthesize` are calls of all ranks. A block that only rank 0
+        runs uses this instead: `if rank == 0: with ema.local.model(model, 0.15): ...`.
+
+        Raises:
+            RuntimeError: If this process does not track.
+        """
+        reader = self._reader.alone
+        if reader is self._reader:
+            return self
+        alone = RunAverages()
+        alone.checkpoint_dir, alone.profiles, alone._reader = self.checkpoint_dir, self.profiles, reader
+        return alone
+
     @contextmanager
     def model(
         self,
@@ -60,6 +76,9 @@ class RunAverages:
         The power iteration of PyTorch's spectral norms is run again for the averaged weights. Another thread may not
         begin a block of the same model meanwhile.
 
+        Under `rank_zero_only` all ranks call it with equal arguments. Each gets rank 0's average, bit for bit, and
+        leaves the block by itself.
+
         Args:
             model: Tracked model, or another of its structure.
             sigma_rel: Length of the average, or any profile.
@@ -77,10 +96,10 @@ class RunAverages:
             ValueError: If the model has another structure, the target is not valid, or the step is outside the run.
             RuntimeError: If there was no update yet, or another thread evaluates an average in this model. At the end,
                 if something could not be restored, such as a changed parameter that the run lacks. It is named.
+            TimeoutError: Under `rank_zero_only`, if a rank did not call it until the time-out of the process group.
         """
         check_calculation_dtype(calculation_dtype)
-        swap, names = self._reader.swap(sigma_rel, step, noise)
-        with _swap.swapped_in(self._reader.tensors_of(model), swap, names):
+        with self._reader.swapped(model, sigma_rel, step, noise):
             yield model
 
     @contextmanager
@@ -92,7 +111,7 @@ class RunAverages:
         *,
         noise: Noise = "off",
     ) -> Iterator[dict[str, Any]]:
-        """Synthesizes an average as a state dict for `load_state_dict`.
+        """Synthesizes an average as a state dict for `load_state_dict`; under `rank_zero_only` a call of all ranks.
 
         Args:
             sigma_rel: Length of the average, or any profile.
@@ -122,6 +141,8 @@ class RunAverages:
         progress: Progress = None,
     ) -> list[dict[str, Any]]:
         """Synthesizes averages of several lengths in one pass over the snapshots.
+
+        Under `rank_zero_only` all ranks call it with equal arguments, and get the same bits.
 
         Args:
             targets: Profiles, or numbers as sigma_rel.
@@ -242,9 +263,10 @@ class RunAverages:
             OSError: If the directory cannot be written.
         """
         profiles = [*map(as_profile, targets), *map(Profile.sigma_rel, sigma_rels)]
+        alone = self.local
         return sweep(
-            self,
-            self._reader,
+            alone,
+            alone._reader,
             evaluate,
             profiles,
             model=model,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class RunReader:
         """Returns the tracker if `step` asks for its newest update, else None."""
         if self._is_idle:
             raise RuntimeError(
-                "this process does not track (rank_zero_only): synthesize on rank 0, or open the run by path"
+                "this process does not track (rank_zero_only): call this on rank 0, or open the run by path"
             )
         if self._tracker is None or self._tracker.lifetime.closed_at is not None:
             return None
@@ -106,6 +107,18 @@ class RunReader:
         profile = as_profile(target)
         source, at = self._source(step, noise)
         return partial(source.swap_in, profile_json(profile), *at), names_in(source)
+
+    @property
+    def alone(self) -> RunReader:
+        """Reader that asks no other process."""
+        return self
+
+    @contextmanager
+    def swapped(self, model: Model, target: Target, step: int | None, noise: Noise) -> Iterator[None]:
+        """Swaps an average into a model for a block; see `PostHocEMA.model`."""
+        swap, names = self.swap(target, step, noise)
+        with _swap.swapped_in(self.tensors_of(model), swap, names):
+            yield
 
     def plan(self, targets: Iterable[Target], step: int | None, noise: Noise) -> list[Plan]:
         """Returns the plan of each target; see `PostHocEMA.plan`."""

@@ -23,7 +23,7 @@ class TrainingLoop:
 
     @property
     def due(self) -> bool:
-        """True if the next `update_` reads the model; False on a process that leaves the tracking to another rank.
+        """True if the next `update_` reads the model, or on another rank than the one that tracks, would read it.
 
         Raises:
             RuntimeError: If the run was closed, or was opened by path.
@@ -31,13 +31,13 @@ class TrainingLoop:
         if self._tracker is not None:
             return self._tracker.native.due
         self._check_counts()
-        return False
+        return isinstance(self._skip, StepCounter) and self._skip.is_due(self._skip.steps + 1)
 
     @property
     def has_average(self) -> bool:
         """True if a first update has happened, so that there is an average to evaluate.
 
-        False on a process that leaves the tracking to another rank.
+        Under `rank_zero_only` it is True on all ranks at the same step, without communication.
         """
         return self.last_update is not None
 
@@ -45,11 +45,11 @@ class TrainingLoop:
     def last_update(self) -> int | None:
         """Step of the newest update, or None before the first.
 
-        For a run that was closed or opened by path, the step of its newest snapshot. None on a process that leaves the
-        tracking to another rank.
+        For a run that was closed or opened by path, the step of its newest snapshot. The ranks that do not track follow
+        the schedule of the run. They know it if it is a new run, or if the process group was there when it was opened.
         """
         if isinstance(self._skip, StepCounter):
-            return None
+            return self._skip.last_update
         if self._tracker is not None and self._tracker.lifetime.closed_at is None:
             return self._tracker.native.last_update
         try:

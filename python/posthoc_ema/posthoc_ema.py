@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _lifetime, _native, _options, _swap, visualization
+from ._collective_reader import CollectiveReader, opened_together, reader_of
 from ._compiled import keep_out_of_graphs
+from ._launch import launched
 from ._lifetime import Resume, StepCounter
 from ._model import MappingTensors, Model, ModuleTensors
 from ._plans import Plan, Retention, plan
@@ -55,6 +57,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
     _skip: Callable[[], bool]
 
     @classmethod
+    @opened_together
     def from_model(
         cls,
         model: Model,
@@ -126,8 +129,11 @@ class PostHocEMA(RunAverages, TrainingLoop):
                 this memory, the training waits for the disk.
             on_error: Reaction of an update to a snapshot that could not be stored: "raise" an OSError, or "warn". The
                 averages lose nothing either way, and the snapshot is tried again. A lost lock is raised either way.
-            rank_zero_only: Track on rank 0 of `torch.distributed` only; all other ranks count steps, from the run's
-                step on. Under data parallelism all ranks hold the same parameters, and a run has one writer.
+            rank_zero_only: Track on rank 0 only; all other ranks count steps, from the run's step on. Under data
+                parallelism all ranks hold the same parameters, and a run has one writer. Call
+                `torch.distributed.init_process_group` before, so that the ranks are known: this method is then a call
+                of all ranks, as are `model`, `state_dict`, `synthesize` and `switch_`, which give all of them the same
+                bits. An error on one rank is raised on all. `local` computes on rank 0 alone.
 
         Raises:
             ValueError: If the directory "already contains checkpoints" and `resume` is not set, if it holds another run
@@ -153,16 +159,12 @@ class PostHocEMA(RunAverages, TrainingLoop):
             copy=copy,
             extend=extend or None,
         )
-        if rank_zero_only and _options.rank() != 0:
-            return cls._new(directory, RunReader(directory, is_idle=True), _lifetime.step_counter(directory, resume))
+        read = partial(reader_of, directory, model, rank_zero_only, only_save_diff, leave_out)
+        if rank_zero_only and launched().rank != 0:
+            return cls._new(directory, read(None), _lifetime.step_counter(directory, resume, options))
         _options.check_device(device)
         tracker = ModelTracker(model, directory, options, only_save_diff, leave_out, resume=resume, on_error=on_error)
-        self = cls._new(directory, RunReader(directory, tracker=tracker), tracker.native.skip)
-        self._tracker = tracker
-        self._schedule = _options.schedule(options)
-        self.profiles = [Profile(text) for text in tracker.native.profiles()]
-        self._list_averages(tracker.tensors, tracker.native)
-        return self
+        return cls._new(directory, read(tracker), tracker.native.skip)._track(tracker, options)
 
     @classmethod
     def from_path(
@@ -227,6 +229,14 @@ class PostHocEMA(RunAverages, TrainingLoop):
         self.profiles = []
         return self
 
+    def _track(self, tracker: ModelTracker, options: dict[str, Any]) -> PostHocEMA:
+        """Sets the tracker of this process, and returns this object."""
+        self._tracker = tracker
+        self._schedule = _options.schedule(options)
+        self.profiles = [Profile(text) for text in tracker.native.profiles()]
+        self._list_averages(tracker.tensors, tracker.native)
+        return self
+
     def _list_averages(self, tensors: ModuleTensors | MappingTensors, source: _native.Tracker | Path) -> None:
         if isinstance(tensors, ModuleTensors):
             self.ema_models = [
@@ -275,9 +285,10 @@ class PostHocEMA(RunAverages, TrainingLoop):
         if self._tracker is not None:
             self._tracker.update_at(time, model)
             return
-        self._skip()
         if isinstance(self._skip, StepCounter):
-            self._skip.steps = time
+            self._skip.count_to(time)
+        else:
+            self._skip()
 
     @property
     def step(self) -> int:
@@ -295,7 +306,8 @@ class PostHocEMA(RunAverages, TrainingLoop):
         """Replaces the model's weights by its average at the newest update (Switch EMA, arXiv:2402.09240).
 
         Tensors that are not averaged stay as they are, and so do the running averages. Only the power iteration of
-        PyTorch's spectral norms is run again for the averaged weights.
+        PyTorch's spectral norms is run again for the averaged weights. Under `rank_zero_only` all ranks call it, and
+        get the same average.
 
         Args:
             model: Model that trains.
@@ -305,12 +317,15 @@ class PostHocEMA(RunAverages, TrainingLoop):
             The model.
 
         Raises:
-            RuntimeError: If this process does not track, or there was no update yet.
+            ValueError: If the model has another structure, or the target is not valid.
+            RuntimeError: If there was no update yet, or the run was opened by path.
         """
-        if self._tracker is None:
+        if isinstance(self._reader, CollectiveReader):
+            self._reader.switch(model, sigma_rel)
+        elif self._tracker is not None:
+            self._tracker.switch(model, sigma_rel)
+        else:
             self._skip()
-            raise RuntimeError("this process does not track (rank_zero_only): switch on rank 0, and broadcast")
-        self._tracker.switch(model, sigma_rel)
         return model
 
     # Storing and closing.

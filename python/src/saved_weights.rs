@@ -33,10 +33,16 @@ impl SavedWeights {
         SavedWeights(Mutex::new(None))
     }
 
-    /// True if an average has replaced the elements.
+    /// True once the elements are saved, and an average may have replaced them.
     #[getter]
     fn filled(&self) -> bool {
         self.lock().is_some()
+    }
+
+    /// Copies the elements, which the caller replaces.
+    fn save(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, stream: usize) -> PyResult<()> {
+        let lent = Lent::new(layout, addresses, stream)?;
+        py.detach(|| self.fill(|| posthoc_ema::SavedWeights::copy_of(&lent))).map_err(to_python)
     }
 
     /// Restores every tensor's own bits; may be called again.

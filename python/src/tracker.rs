@@ -208,6 +208,11 @@ impl Tracker {
         self.with(py, |tracker| Ok(tracker.is_due()))
     }
 
+    /// Returns the schedule, as JSON.
+    fn schedule(&self, py: Python<'_>) -> PyResult<String> {
+        to_json(&self.with(py, |tracker| Ok(tracker.schedule()))?)
+    }
+
     /// Returns the tracked profiles, as JSON.
     fn profiles(&self, py: Python<'_>) -> PyResult<Vec<String>> {
         let profiles = self.with(py, |tracker| Ok(tracker.profiles().to_vec()))?;

@@ -185,6 +185,15 @@ pub struct SavedWeights {
 }
 
 impl SavedWeights {
+    /// Copies all tensors of a model to host memory, for a caller that replaces them itself: a rank that receives the
+    /// average of another process.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if a name occurs twice; [`Error::Cuda`] if a device fails.
+    pub fn copy_of(params: &(impl Parameters + ?Sized)) -> Result<SavedWeights> {
+        SavedWeights::read(params, |_| true)
+    }
+
     /// Copies the tensors that `is_wanted` selects.
     fn read(params: &(impl Parameters + ?Sized), is_wanted: impl Fn(&str) -> bool) -> Result<SavedWeights> {
         let mut saved = SavedWeights::default();
@@ -329,6 +338,19 @@ mod tests {
         assert_eq!(*converted(&brains, Dtype::BF16, Dtype::F32), *wide);
         assert!(is_convertible(Dtype::I64, Dtype::I64) && is_convertible(Dtype::BF16, Dtype::F32));
         assert!(!is_convertible(Dtype::I64, Dtype::F32) && !is_convertible(Dtype::F64, Dtype::F32));
+    }
+
+    #[test]
+    fn copy_of_a_model_restores_all_of_it() {
+        let mut params = vec![("a", vec![1.0f32, f32::from_bits(0x7fc0_1234)]), ("b", vec![3.0])];
+        let bits = |params: &[(&str, Vec<f32>)]| -> Vec<u32> {
+            params.iter().flat_map(|(_, values)| values.iter().map(|x| x.to_bits())).collect()
+        };
+        let before = bits(&params);
+        let saved = SavedWeights::copy_of(&params).unwrap();
+        params.iter_mut().for_each(|(_, values)| values.fill(9.0));
+        saved.restore(&mut params).unwrap();
+        assert_eq!(bits(&params), before);
     }
 
     #[test]

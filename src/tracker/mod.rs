@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::fs::Lock;
-use crate::math::{History, Profile};
+use crate::math::{History, Profile, Schedule};
 use crate::run::{SavedState, Settings};
 use crate::snapshot::{Extension, STATE_FILE, Session};
 use crate::tensor::{Parameters, TensorView};
@@ -178,6 +178,11 @@ impl PostHocEma {
     /// Returns true if the next call of [`PostHocEma::update`] reads the parameters.
     pub fn is_due(&self) -> bool {
         self.settings.schedule.is_update_due(self.clock, self.clock.saturating_add(1))
+    }
+
+    /// Returns the schedule of the run.
+    pub fn schedule(&self) -> Schedule {
+        self.settings.schedule
     }
 
     /// Returns the step that a resume continues from; none if the directory holds no live state.

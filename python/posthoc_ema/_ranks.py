@@ -1,0 +1,304 @@
+"""Calls that all processes of a data-parallel training make together.
+
+Rank 0 computes, and all get the result; or all get the error that one of them met. Short messages go through the store
+of the default process group, so that a rank which waits knows for whom. Tensors are broadcast.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import time
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ._launch import distributed, launched
+
+T = TypeVar("T")
+
+_PREFIX = "posthoc_ema/"
+"""Start of all keys in the store."""
+
+PATIENCE = 30.0
+"""Seconds of waiting after which a warning names the ranks that are missing."""
+
+_ALL_RANKS = (
+    "under `rank_zero_only` all ranks must make this call; a block that only rank 0 runs uses `ema.local` instead"
+)
+
+_ASK_RANK_0 = (
+    "this process does not track (rank_zero_only), and has no process group to receive the average by: call this on "
+    "rank 0, or call torch.distributed.init_process_group before it"
+)
+
+# Builtin errors of these classes keep their class on the other ranks, so that all handle them alike.
+_KINDS = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
+
+
+class RankGroup:
+    """Processes of a training, as they were when a run was opened under `rank_zero_only`."""
+
+    def __init__(self) -> None:
+        self.rank, self._size, self._source = launched()
+
+    @property
+    def is_zero(self) -> bool:
+        """True on the process that tracks."""
+        return self.rank == 0
+
+    def call(self, name: str, arguments: Callable[[], str] = str) -> Call | None:
+        """Begins a call of all ranks; None if this process is the only one.
+
+        Args:
+            name: Name of the method.
+            arguments: Returns the arguments, which must be equal on all ranks. An error of it is one of the first part.
+
+        Raises:
+            RuntimeError: If there are several processes, and the process group is missing.
+        """
+        group = distributed()
+        if group is not None:
+            call = Call(name, arguments, _exchanges(group))
+            if (group.get_rank() == 0) != self.is_zero:
+                call.problem = RuntimeError(
+                    f"this process began the run as rank {self.rank} (by {self._source or 'default'}), and is rank "
+                    f"{group.get_rank()} of the process group: call init_process_group before from_model"
+                )
+            return call if group.get_world_size() > 1 else None
+        if self._size > 1:
+            alone = " On rank 0, `ema.local` computes without the others." if self.is_zero else ""
+            raise RuntimeError(
+                f"`{name}` is a call of all {self._size} processes under `rank_zero_only`, and the process group is "
+                f"missing: call torch.distributed.init_process_group before it.{alone}"
+            )
+        if not self.is_zero:
+            raise RuntimeError(_ASK_RANK_0)
+        return None
+
+
+class Call:
+    """One call of all ranks, in parts.
+
+    After each part all ranks know if it failed on one, and all raise then. As a context manager it also reports what
+    this rank raises between two parts.
+
+    Args:
+        name: Name of the method.
+        arguments: Returns the arguments.
+        exchanges: Exchange of messages with the other ranks.
+    """
+
+    def __init__(self, name: str, arguments: Callable[[], str], exchanges: _Exchanges):
+        self.problem: Exception | None = None
+        """Error to raise in the first part."""
+        try:
+            self.text = f"{name}({arguments()})"
+        except Exception as error:
+            self.text = name
+            self.problem = error
+        self._exchanges = exchanges
+        self._part = 0
+        self._is_open = False
+
+    @property
+    def rank(self) -> int:
+        """Rank of this process in the default process group."""
+        return self._exchanges.rank
+
+    def part(self, act: Callable[[], tuple[T, Any]], *, is_last: bool = False) -> tuple[T, Any]:
+        """Does this rank's share of a part.
+
+        Args:
+            act: Function of this rank. It returns a result, and an answer for JSON that goes from rank 0 to all.
+            is_last: True if no further part follows.
+
+        Returns:
+            This rank's result, and rank 0's answer.
+
+        Raises:
+            BaseException: Whatever `act` raised on this rank.
+            Exception: If it raised on another rank, or the ranks make different calls.
+        """
+        self._is_open = False
+        self._part += 1
+        try:
+            if self.problem is not None:
+                raise self.problem
+            result, answer = act()
+            message = {"call": self.text, "part": self._part, "answer": answer if self.rank == 0 else None}
+        except BaseException as error:
+            self._exchange({"error": _described(error)})
+            raise
+        verdict = self._exchange(message)
+        if "error" in verdict:
+            raise _raised(verdict["error"])
+        self._is_open = not is_last
+        return result, verdict["answer"]
+
+    def abandon(self, error: BaseException) -> None:
+        """Reports a failure to communicate, after which this rank waits for no other."""
+        self._is_open = False
+        self._exchanges.abandon(error)
+
+    def _exchange(self, message: dict[str, Any]) -> dict[str, Any]:
+        return self._exchanges.exchange(message, self.text)
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None and self._is_open:
+            self._is_open = False
+            self._exchange({"error": _described(error)})
+
+
+class _Exchanges:
+    """Numbered exchanges of messages between all ranks: each sends one, and rank 0 answers all alike.
+
+    Args:
+        store: Store of the default process group.
+        rank: Rank of this process.
+        size: Number of processes.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int):
+        self.store = store
+        self.rank = rank
+        self._size = size
+        self._number = 0
+        # True once this rank has had its say in the present exchange.
+        self._is_sent = False
+
+    def exchange(self, message: dict[str, Any], text: str) -> dict[str, Any]:
+        """Sends a message and returns the answer, which has the key "error" if one rank failed.
+
+        Args:
+            message: Message of this rank, for JSON.
+            text: Call that is being made, for messages.
+
+        Raises:
+            RuntimeError: If a rank is missing until the time-out of the process group, or the store fails.
+        """
+        try:
+            verdict = self._collect(message, text) if self.rank == 0 else self._ask(message, text)
+        except BaseException as error:
+            # The others may go on to the next exchange, and must not wait for this rank there.
+            self.abandon(error)
+            raise
+        self._number += 1
+        self._is_sent = False
+        return verdict
+
+    def abandon(self, error: BaseException) -> None:
+        """Reports an error of this rank in the present exchange, or in the next if it is too late, and goes on."""
+        self._number += self._is_sent
+        self._is_sent = False
+        message = {"error": {**_described(error), "rank": self.rank}}
+        try:
+            self._set(None if self.rank == 0 else self.rank, message)
+        except RuntimeError as failure:
+            warnings.warn(f"the other ranks could not be informed of an error: {failure}", RuntimeWarning, stacklevel=2)
+        self._number += 1
+
+    def _ask(self, message: dict[str, Any], text: str) -> dict[str, Any]:
+        """Sends the message of this rank, and waits for the answer."""
+        self._is_sent = True
+        self._set(self.rank, message)
+        key = self._key()
+        # Rank 0 reports the ranks that are missing, and is given the time for it.
+        limit = self.store.timeout.total_seconds() + 10
+        self._wait([key], lambda: "rank 0, which computes, waits for another rank, or is elsewhere", text, limit)
+        return self._get(key)
+
+    def _collect(self, message: dict[str, Any], text: str) -> dict[str, Any]:
+        """Waits for the messages of all ranks, as rank 0, and sends the answer."""
+        keys = [self._key(rank) for rank in range(1, self._size)]
+        self._wait(keys, lambda: self._missing(keys), text, self.store.timeout.total_seconds())
+        verdict = _verdict([message, *map(self._get, keys)])
+        self._is_sent = True
+        self._set(None, verdict)
+        # All ranks have read the answer before, or they would not have sent another message.
+        for key in [*keys, f"{_PREFIX}{self._number - 1}"]:
+            self.store.delete_key(key)
+        return verdict
+
+    def _wait(self, keys: list[str], awaited: Callable[[], str], text: str, limit: float) -> None:
+        """Waits until all keys are there. The store's own wait can be neither interrupted nor made quiet."""
+        begun = time.monotonic()
+        pause, is_warned = 0.0002, False
+        try:
+            while keys and not self.store.check(keys):
+                waited = time.monotonic() - begun
+                if waited > limit:
+                    raise TimeoutError(f"{text}: waited {waited:.0f} s for {awaited()}: {_ALL_RANKS}")
+                if waited > PATIENCE and not is_warned:
+                    is_warned = True
+                    warnings.warn(f"{text} waits for {awaited()}: {_ALL_RANKS}", RuntimeWarning, stacklevel=2)
+                time.sleep(pause)
+                pause = min(pause * 1.3, 0.05)
+        except RuntimeError as error:
+            raise RuntimeError(f"{text}: the process group's store failed, as if a rank had ended: {error}") from error
+
+    def _missing(self, keys: list[str]) -> str:
+        ranks = [str(rank) for rank, key in enumerate(keys, 1) if not self.store.check([key])]
+        shown = ", ".join(ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+        return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"
+
+    def _set(self, rank: int | None, message: dict[str, Any]) -> None:
+        self.store.set(self._key(rank), json.dumps(message))
+
+    def _get(self, key: str) -> dict[str, Any]:
+        return json.loads(self.store.get(key))
+
+    def _key(self, rank: int | None = None) -> str:
+        """Returns the key of a rank's message in the present exchange, or of the answer."""
+        return f"{_PREFIX}{self._number}" + ("" if rank is None else f"/{rank}")
+
+
+_current: _Exchanges | None = None
+"""Exchanges through the store of the present process group, which all runs of a process share."""
+
+
+def _exchanges(group: Any) -> _Exchanges:
+    """Returns the exchanges of the default process group; a new group begins again with number 0."""
+    global _current
+    store = group.distributed_c10d._get_default_store()
+    if store is None:
+        raise RuntimeError(
+            f"the process group ({group.get_backend()}) has no store, through which the ranks agree: initialise "
+            f"torch.distributed with gloo or nccl"
+        )
+    if _current is None or _current.store is not store:
+        _current = _Exchanges(store, int(group.get_rank()), int(group.get_world_size()))
+    return _current
+
+
+def _verdict(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the answer to the messages of all ranks: the first error, or the result of rank 0."""
+    for rank, message in enumerate(messages):
+        if "error" in message:
+            return {"error": {**message["error"], "rank": rank}}
+    first = messages[0]
+    for rank, message in enumerate(messages):
+        if message["call"] != first["call"] or message["part"] != first["part"]:
+            problem = f"rank {rank} calls {message['call']}, and rank 0 {first['call']}"
+            text = f"{problem}: all ranks must make the same calls in the same order, with equal arguments"
+            return {"error": {"text": text, "rank": None}}
+    return {"answer": first["answer"]}
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    return {"kind": type(error).__name__, "text": str(error)}
+
+
+def _raised(error: dict[str, Any]) -> Exception:
+    """Returns an error of another rank, or of all, as one of this rank."""
+    if error["rank"] is None:
+        return ValueError(error["text"])
+    kind = getattr(builtins, error["kind"], None)
+    text = error["text"] or error["kind"]
+    if isinstance(kind, type) and issubclass(kind, _KINDS) and not issubclass(kind, UnicodeError):
+        return kind(f"rank {error['rank']}: {text}")
+    return RuntimeError(f"rank {error['rank']}: {error['kind']}: {error['text']}".removesuffix(": "))

@@ -1,0 +1,652 @@
+"""Averages that several processes get together, with real process groups of gloo."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import bits, train
+
+import posthoc_ema._broadcast
+import posthoc_ema._ranks
+from posthoc_ema import PostHocEMA, Profile
+
+SIZE = 3
+LIMIT = 120
+"""Seconds after which a call counts as a hang; a busy machine needs some of them."""
+OPTIONS = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 10, "rank_zero_only": True}
+
+# The processes.
+
+
+def serve(connection: Connection, rank: int, port: int) -> None:
+    """Runs functions in a process of the group, until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=SIZE,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    connection.send("ready")
+    try:
+        while True:
+            function, arguments = connection.recv()
+            torch.manual_seed(0)
+            try:
+                connection.send(function(rank, *arguments))
+            except BaseException:
+                connection.send(traceback.format_exc())
+    except EOFError:
+        os._exit(0)
+
+
+class Group:
+    """Processes that wait for functions to run together."""
+
+    def __init__(self) -> None:
+        self.is_alive = True
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        pairs = [context.Pipe() for _ in range(SIZE)]
+        self.connections = [own for own, _ in pairs]
+        self.processes = [
+            context.Process(target=serve, args=(other, rank, port), daemon=True)
+            for rank, (_, other) in enumerate(pairs)
+        ]
+        for process in self.processes:
+            process.start()
+        # Importing PyTorch takes a while on a busy machine.
+        self._receive("the start", 3 * LIMIT)
+
+    def __call__(self, function: Callable[..., Any], *arguments: object) -> list[Any]:
+        """Runs a function on all ranks, which it takes first, and returns their results."""
+        for connection in self.connections:
+            connection.send((function, arguments))
+        results = self._receive(function.__name__, LIMIT)
+        for rank, result in enumerate(results):
+            if isinstance(result, str):
+                pytest.fail(f"rank {rank}: {result}")
+        return results
+
+    def _receive(self, what: str, limit: float) -> list[Any]:
+        end = time.monotonic() + limit
+        waiting = [rank for rank, c in enumerate(self.connections) if not c.poll(max(0, end - time.monotonic()))]
+        if waiting:
+            self.close()
+            pytest.fail(f"ranks {waiting} hang in {what}")
+        return [connection.recv() for connection in self.connections]
+
+    def close(self) -> None:
+        self.is_alive = False
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[list[Group]]:
+    """List of the group of this module, which another one replaces after a hang."""
+    made: list[Group] = []
+    yield made
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def group(groups: list[Group]) -> Group:
+    if not groups or not groups[-1].is_alive:
+        groups.append(Group())
+    return groups[-1]
+
+
+# Models and runs within the processes.
+
+
+class Net(torch.nn.Module):
+    """Tied, strided, 16-bit, complex and integer tensors, and batch normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.head = torch.nn.Linear(3, 4)
+        self.tied = torch.nn.Linear(3, 4)
+        self.tied.weight = self.head.weight
+        self.short = torch.nn.Parameter(torch.randn(5).bfloat16())
+        self.phase = torch.nn.Parameter(torch.randn(2, dtype=torch.complex64))
+        self.register_buffer("nothing", torch.zeros(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.norm(self.body(x)).mean((2, 3))
+        return self.head(features) + self.tied(features) + self.short.sum() + self.phase.abs().sum()
+
+
+def begin(rank: int, run_dir: str, steps: int = 12, **options: object) -> tuple[Any, PostHocEMA]:
+    """Trains a model whose batch statistics differ between the ranks in the end, as after each training step."""
+    model = torch.nn.parallel.DistributedDataParallel(Net())
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS, **options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(steps):
+        torch.manual_seed(SIZE * step + rank)
+        model(torch.randn(4, 2, 5, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_(model)
+    model.module.norm.running_mean += rank
+    return model, ema
+
+
+def outcome(act: Callable[[], object]) -> str:
+    """Returns the text of the error that a call raises; empty if there is none."""
+    try:
+        act()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def enter(ema: PostHocEMA, model: Any, *arguments: Any, **options: Any) -> dict[str, bytes]:
+    """Returns the bits of a model that holds an average."""
+    with ema.model(model, *arguments, **options):
+        assert not any(part.training for part in model.modules())
+        return bits(model)
+
+
+def states(made: list[dict[str, Any]]) -> list[dict[str, bytes]]:
+    """Returns the bits of state dicts."""
+
+    def wide(tensor: Any) -> bytes:
+        return (tensor.to(torch.complex128).numpy() if isinstance(tensor, torch.Tensor) else tensor).tobytes()
+
+    return [{name: wide(tensor) for name, tensor in each.items()} for each in made]
+
+
+def equal(results: list[Any]) -> Any:
+    """Checks that all ranks have the same result, and returns it."""
+    for rank, result in enumerate(results):
+        assert result == results[0], f"rank {rank} differs from rank 0"
+    return results[0]
+
+
+# Averages in models.
+
+
+def _evaluate(rank: int, run_dir: str, piece: int) -> Any:
+    posthoc_ema._broadcast.PIECE, before = piece, posthoc_ema._broadcast.PIECE
+    model, ema = begin(rank, run_dir)
+    own = bits(model)
+    inside = [enter(ema, model, 0.28), enter(ema, model, Profile.sigma_rel(0.1), step=10)]
+    posthoc_ema._broadcast.PIECE = before
+    restored = bits(model) == own and all(part.training for part in model.modules())
+    with ema.model(model, 0.28), torch.no_grad():
+        scores = model.module(torch.ones(2, 2, 5, 5)).tolist()
+    alone = enter(ema.local, model, 0.28) if rank == 0 else inside[0]
+    ema.close()
+    return {"inside": inside, "restored": restored, "scores": scores, "alone": alone == inside[0]}, own
+
+
+@pytest.mark.parametrize("piece", [64 << 20, 7])
+def test_all_ranks_evaluate_the_same_bits(group: Group, tmp_path: Path, piece: int) -> None:
+    results = group(_evaluate, str(tmp_path / "ema"), piece)
+    shared = equal([result[0] for result in results])
+    assert shared["restored"] and shared["alone"]
+    assert shared["inside"][0] != shared["inside"][1]
+    assert results[0][1]["module.norm.running_mean"] != results[1][1]["module.norm.running_mean"]
+
+
+def _raise_inside(rank: int, run_dir: str) -> Any:
+    model, ema = begin(rank, run_dir)
+    own = bits(model)
+
+    def body() -> None:
+        with ema.model(model, 0.28):
+            model.half()
+            if rank == 1:
+                raise ZeroDivisionError("of the evaluation")
+
+    error = outcome(body)
+    again = enter(ema, model, 0.28)
+    ema.close()
+    return error, bits(model) == own, again
+
+
+def test_exception_in_the_block_of_one_rank_stays_there(group: Group, tmp_path: Path) -> None:
+    results = group(_raise_inside, str(tmp_path / "ema"))
+    assert [result[0] for result in results] == ["", "ZeroDivisionError: of the evaluation", ""]
+    assert equal([result[1:] for result in results])[0]
+
+
+def _switch(rank: int, run_dir: str) -> Any:
+    model, ema = begin(rank, run_dir, copy=["norm.*"])
+    own = bits(model)
+    inside = enter(ema, model, 0.28)
+    returned = ema.switch_(model, 0.28) is model
+    now = bits(model)
+    ema.close()
+    averaged = {name for name in now if ".norm." not in name}
+    copied = now.keys() - averaged
+    return (
+        {name: now[name] for name in averaged} == {name: inside[name] for name in averaged} and returned,
+        {name: now[name] for name in copied} == {name: own[name] for name in copied},
+        {name: now[name] for name in averaged},
+    )
+
+
+def test_switch_replaces_the_weights_of_all_ranks(group: Group, tmp_path: Path) -> None:
+    is_average, is_kept, _ = equal(group(_switch, str(tmp_path / "ema")))
+    assert is_average and is_kept
+
+
+def _spectral(rank: int, run_dir: str) -> Any:
+    model = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(3, 3)))
+    )
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for step in range(12):
+        torch.manual_seed(SIZE * step + rank)
+        model(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+        ema.update_(model)
+    inside = enter(ema, model, 0.28)
+    ema.switch_(model, 0.28)
+    ema.close()
+    return inside, bits(model)
+
+
+def test_spectral_norms_are_the_same_on_all_ranks(group: Group, tmp_path: Path) -> None:
+    equal(group(_spectral, str(tmp_path / "ema")))
+
+
+def _update_inside(rank: int, run_dir: str) -> list[str]:
+    model, ema = begin(rank, run_dir)
+    with ema.model(model, 0.28):
+        inside = outcome(lambda: ema.update_(model))
+    after = outcome(lambda: ema.update_(model))
+    ema.close()
+    return [inside, after]
+
+
+def test_update_inside_the_block_is_refused_on_all_ranks(group: Group, tmp_path: Path) -> None:
+    for inside, after in group(_update_inside, str(tmp_path / "ema")):
+        assert "the model holds an average at the moment" in inside and after == ""
+
+
+# New tensors.
+
+
+def _synthesize(rank: int, run_dir: str) -> Any:
+    model, ema = begin(rank, run_dir)
+    made = ema.synthesize([0.05, 0.28]) + ema.synthesize([0.1], 10, dtype=torch.float64)
+    if rank == 0:
+        alone = ema.local.synthesize([0.05, 0.28]) + ema.local.synthesize([0.1], 10, dtype=torch.float64)
+        assert states(alone) == states(made)
+        assert [t.dtype for t in alone[2].values()] == [t.dtype for t in made[2].values()]
+    with ema.state_dict(0.28) as state_dict:
+        fresh = torch.nn.parallel.DistributedDataParallel(Net())
+        fresh.load_state_dict(state_dict)
+        assert list(model.state_dict()) == list(state_dict)
+    with ema.model(model, 0.28):
+        assert bits(model) == bits(fresh)
+    tied = all(each["module.head.weight"] is each["module.tied.weight"] for each in made)
+    ema.close()
+    return [list(each) for each in made], states(made), tied, str(made[0]["module.short"].dtype)
+
+
+def test_all_ranks_get_the_same_state_dicts(group: Group, tmp_path: Path) -> None:
+    _, _, tied, dtype = equal(group(_synthesize, str(tmp_path / "ema")))
+    assert tied and dtype == "torch.bfloat16"
+
+
+def _synthesize_arrays(rank: int, run_dir: str) -> Any:
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "count": np.array([rank])}
+    ema = PostHocEMA.from_model(arrays, run_dir, **OPTIONS)
+    for _ in range(3):
+        arrays["a"] += 1
+        ema.update_(arrays)
+    made = ema.synthesize([0.28])
+    with ema.model(arrays, 0.28):
+        inside = {name: array.copy().tolist() for name, array in arrays.items()}
+    own = arrays["count"].tolist()
+    ema.close()
+    return type(made[0]["a"]).__name__, {name: array.tolist() for name, array in made[0].items()} == inside, inside, own
+
+
+def test_mappings_of_arrays_are_shared_too(group: Group, tmp_path: Path) -> None:
+    results = group(_synthesize_arrays, str(tmp_path / "ema"))
+    kind, same, inside = equal([result[:3] for result in results])
+    assert kind == "ndarray" and same and inside["count"] == [0]
+    assert [result[3] for result in results] == [[0], [1], [2]]
+
+
+# Failures: all ranks raise, and the next call works.
+
+
+def _fails(rank: int, run_dir: str, what: str) -> Any:
+    model, ema = begin(rank, run_dir, steps=0 if what == "no update" else 12)
+    own = bits(model)
+    act, undo = FAILURES[what](rank, ema, model)
+    error = outcome(act)
+    undo()
+    same = bits(model) == own
+    if what == "no update":
+        ema.update_(model)
+    again = enter(ema, model, 0.28)
+    ema.close()
+    return error, same, again
+
+
+def _nothing() -> None:
+    pass
+
+
+def _patched(owner: Any, name: str, value: object) -> Callable[[], None]:
+    """Replaces an attribute, and returns the function that restores it."""
+    before = owner.__dict__[name]
+    setattr(owner, name, value)
+    return lambda: setattr(owner, name, before)
+
+
+def _fails_copying(failing: int) -> Callable[..., Any]:
+    """Makes one rank fail in the middle of a broadcast of several pieces."""
+
+    def failure(rank: int, ema: PostHocEMA, model: Any) -> Any:
+        undo_piece = _patched(posthoc_ema._broadcast, "PIECE", 100)
+        copied = posthoc_ema._broadcast.Broadcast._copied
+        calls: list[int] = []
+
+        def fails(*arguments: Any, **options: Any) -> Any:
+            calls.append(1)
+            if rank == failing and len(calls) == 3:
+                return MemoryError("of the third piece")
+            return copied(*arguments, **options)
+
+        undo = _patched(posthoc_ema._broadcast.Broadcast, "_copied", staticmethod(fails))
+        return lambda: enter(ema, model, 0.28), lambda: (undo(), undo_piece())
+
+    return failure
+
+
+def _fails_allocating(method: str) -> Callable[..., Any]:
+    def failure(rank: int, ema: PostHocEMA, model: Any) -> Any:
+        def no_memory(*_: Any) -> None:
+            raise MemoryError("of rank 1")
+
+        undo = _patched(posthoc_ema._broadcast.Broadcast, "__init__", no_memory) if rank == 1 else _nothing
+        acts = {
+            "model": lambda: enter(ema, model, 0.28),
+            "synthesize": lambda: ema.synthesize([0.28]),
+            "switch": lambda: ema.switch_(model, 0.28),
+        }
+        return acts[method], undo
+
+    return failure
+
+
+def _other_model(rank: int, ema: PostHocEMA, model: Any) -> Any:
+    other = Net()
+    if rank == 2:
+        other.head = torch.nn.Linear(3, 7)
+    return lambda: enter(ema, other, 0.28), _nothing
+
+
+def _missing_file(rank: int, ema: PostHocEMA, model: Any) -> Any:
+    ema.flush()
+    dist.barrier()
+    if rank == 0:
+        for path in ema.checkpoint_dir.glob("*.10.safetensors"):
+            path.rename(path.with_suffix(".away"))
+
+    def undo() -> None:
+        for path in ema.checkpoint_dir.glob("*.away"):
+            path.rename(path.with_suffix(".safetensors"))
+
+    return lambda: enter(ema, model, 0.28, step=10), undo if rank == 0 else _nothing
+
+
+FAILURES: dict[str, Callable[..., Any]] = {
+    "no update": lambda rank, ema, model: (lambda: enter(ema, model, 0.28), _nothing),
+    "bad target": lambda rank, ema, model: (lambda: enter(ema, model, 0.9 if rank == 2 else 0.28), _nothing),
+    "bad dtype": lambda rank, ema, model: (lambda: ema.synthesize([0.1], dtype="int8"), _nothing),
+    "other target": lambda rank, ema, model: (lambda: enter(ema, model, 0.1 if rank == 1 else 0.28), _nothing),
+    "other call": lambda rank, ema, model: (
+        (lambda: ema.synthesize([0.28])) if rank == 1 else (lambda: enter(ema, model, 0.28)),
+        _nothing,
+    ),
+    "other model": _other_model,
+    "missing file": _missing_file,
+    "allocating model": _fails_allocating("model"),
+    "allocating synthesize": _fails_allocating("synthesize"),
+    "allocating switch": _fails_allocating("switch"),
+    "copying on 0": _fails_copying(0),
+    "copying on 1": _fails_copying(1),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "errors"),
+    [
+        ("no update", ["RuntimeError: there was no update yet"] + ["RuntimeError: rank 0: there was no update"] * 2),
+        ("bad target", ["ValueError: rank 2: ", "ValueError: rank 2: ", "ValueError: "]),
+        ("bad dtype", ["ValueError: dtype int8"] * 3),
+        ("other target", ["ValueError: rank 1 calls model(sigma_rel 0.1"] * 3),
+        ("other call", ["ValueError: rank 1 calls synthesize([sigma_rel 0.28]"] * 3),
+        ("other model", ["ValueError: rank 2: tensor `head.weight`"] * 2 + ["ValueError: tensor `head.weight`: shape"]),
+        ("missing file", ["", "", ""]),
+        ("allocating model", ["MemoryError: rank 1: of rank 1", "MemoryError: of", "MemoryError: rank 1: of rank 1"]),
+        ("allocating synthesize", ["MemoryError: rank 1: of", "MemoryError: of", "MemoryError: rank 1: of"]),
+        ("allocating switch", ["MemoryError: rank 1: of", "MemoryError: of", "MemoryError: rank 1: of"]),
+        ("copying on 0", ["MemoryError: of the third", "MemoryError: rank 0: of", "MemoryError: rank 0: of"]),
+        ("copying on 1", ["MemoryError: rank 1: of", "MemoryError: of the third", "MemoryError: rank 1: of"]),
+    ],
+)
+def test_failure_of_one_rank_ends_the_call_on_all(group: Group, tmp_path: Path, what: str, errors: list[str]) -> None:
+    results = group(_fails, str(tmp_path / "ema"), what)
+    for (error, _, _), expected in zip(results, errors):
+        assert error and error.startswith(expected), results
+    assert equal([result[1:] for result in results])[0]
+
+
+def _interrupted(rank: int, run_dir: str) -> Any:
+    model, ema = begin(rank, run_dir)
+    own = bits(model)
+    if rank == 0:
+        time.sleep(1.5)
+    if rank == 1:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    error = outcome(lambda: enter(ema, model, 0.28))
+    again = enter(ema, model, 0.28)
+    ema.close()
+    return error, bits(model) == own, again
+
+
+def test_interrupt_of_a_waiting_rank_ends_the_call_on_all(group: Group, tmp_path: Path) -> None:
+    results = group(_interrupted, str(tmp_path / "ema"))
+    errors = [result[0] for result in results]
+    assert errors == ["RuntimeError: rank 1: KeyboardInterrupt", "KeyboardInterrupt: ", errors[0]]
+    assert equal([result[1:] for result in results])[0]
+
+
+def _missing(rank: int, run_dir: str) -> Any:
+    model, ema = begin(rank, run_dir)
+    store = dist.distributed_c10d._get_default_store()
+    before = store.timeout
+    store.set_timeout(datetime.timedelta(seconds=1.5))
+    undo = _patched(posthoc_ema._ranks, "PATIENCE", 0.5)
+    dist.barrier()
+    if rank == 2:
+        time.sleep(3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        error = outcome(lambda: enter(ema, model, 0.28))
+    warning = "".join(str(each.message) for each in caught)
+    store.set_timeout(before)
+    undo()
+    dist.barrier()
+    again = enter(ema, model, 0.28)
+    ema.close()
+    return error, warning, again
+
+
+def test_missing_rank_is_named_in_a_warning_and_then_in_an_error(group: Group, tmp_path: Path) -> None:
+    results = group(_missing, str(tmp_path / "ema"))
+    errors = [result[0] for result in results]
+    assert "waits for rank 2: under `rank_zero_only` all ranks must make this call" in results[0][1]
+    assert errors[0].startswith("TimeoutError: model(sigma_rel 0.28") and "for rank 2: " in errors[0]
+    assert errors[1] == errors[2] and errors[1].startswith("TimeoutError: rank 0: model(")
+    equal([result[2] for result in results])
+
+
+# Opening, counting and closing.
+
+
+def _open_existing(rank: int, run_dir: str) -> list[Any]:
+    model, ema = begin(rank, run_dir)
+    ema.save()
+    step = ema.step
+    ema.close()
+    dist.barrier()
+    # Only rank 0 sees the directory, as without a shared file system.
+    own = run_dir if rank == 0 else f"{run_dir}-of-{rank}"
+    refused = outcome(lambda: PostHocEMA.from_model(model, own, **OPTIONS))
+    resumed = PostHocEMA.from_model(model, own, resume=True, rank_zero_only=True)
+    inside = enter(resumed, model, 0.28)
+    profiles = list(map(str, resumed.profiles))
+    resumed.update_(model)
+    resumed.save(f"{own}.state")
+    resumed.close()
+    again = PostHocEMA.from_model(model, own, resume=f"{own}.state", rank_zero_only=True)
+    again.close()
+    return [refused, step, resumed.step, inside, profiles, again.step]
+
+
+def _properties(rank: int, run_dir: str) -> Any:
+    model = torch.nn.Linear(2, 2)
+    schedule = {"update_every": 4, "update_after_step": 7, "checkpoint_every": 10, "rank_zero_only": True}
+    seen = []
+    for stop in (23, 47):
+        options = schedule if stop == 23 else {"rank_zero_only": True}
+        ema = PostHocEMA.from_model(model, run_dir if rank == 0 else f"{run_dir}-{rank}", resume=True, **options)
+        while ema.step < stop:
+            seen.append((ema.step, ema.due, ema.has_average, ema.last_update))
+            ema.update_(model)
+        ema.save()
+        ema.close()
+    return seen
+
+
+def test_all_ranks_know_of_each_update(group: Group, tmp_path: Path) -> None:
+    seen = equal(group(_properties, str(tmp_path / "ema")))
+    assert [step for step, due, _, _ in seen if due] == [7, 9, 11, 15, 19, 23, 27, 29, 31, 35, 39, 43]
+    assert [has for _, _, has, _ in seen] == [False] * 8 + [True] * 39
+    assert seen[-1] == (46, False, True, 44)
+
+
+def test_ranks_without_a_shared_directory_resume_from_the_step_of_rank_0(group: Group, tmp_path: Path) -> None:
+    results = group(_open_existing, str(tmp_path / "ema"))
+    assert all("already contains checkpoints" in result[0] for result in results)
+    step, resumed, _, profiles, again = equal([result[1:] for result in results])
+    assert step == 12 and resumed == again == 13 and len(profiles) == 2
+
+
+def _sweep(rank: int, run_dir: str) -> Any:
+    model, ema = begin(rank, run_dir)
+    error = outcome(
+        lambda: ema.sweep(
+            lambda averaged: averaged.short.sum().item(), [0.1, 0.2], model=model.module, refine=0, progress=False
+        )
+    )
+    again = enter(ema, model, 0.28)
+    ema.close()
+    return error, again
+
+
+def test_sweep_runs_on_rank_0_alone(group: Group, tmp_path: Path) -> None:
+    results = group(_sweep, str(tmp_path / "ema"))
+    assert results[0][0] == "" and all("does not track (rank_zero_only)" in result[0] for result in results[1:])
+    equal([result[1] for result in results])
+
+
+def _two_runs(rank: int, run_dir: str) -> Any:
+    model, first = begin(rank, run_dir)
+    second = PostHocEMA.from_model(model, f"{run_dir}-2", **OPTIONS)
+    train(second, model.module, 3)
+    made = [states(ema.synthesize([0.28])) for ema in (first, second, first)]
+    first.close()
+    second.close()
+    return made
+
+
+def test_several_runs_share_the_group(group: Group, tmp_path: Path) -> None:
+    first, second, again = equal(group(_two_runs, str(tmp_path / "ema")))
+    assert first == again != second
+
+
+# Without a process group.
+
+
+@pytest.mark.parametrize(
+    ("config", "is_on_cuda", "kind"),
+    [
+        ("cpu:gloo,cuda:gloo", True, "cpu"),
+        ("cuda:nccl", False, "cuda"),
+        ("cuda:nccl", True, "cuda"),
+        ("cpu:gloo,cuda:nccl", False, "cpu"),
+        ("cpu:gloo,cuda:nccl", True, "cuda"),
+        ("xpu:xccl", False, "xpu"),
+    ],
+)
+def test_device_of_the_transfer_fits_the_backend(
+    monkeypatch: pytest.MonkeyPatch, config: str, is_on_cuda: bool, kind: str
+) -> None:
+    group = types.SimpleNamespace(get_backend_config=lambda: config)
+    monkeypatch.setattr(posthoc_ema._broadcast, "distributed", lambda: group)
+    assert posthoc_ema._broadcast.transfer_device(is_on_cuda) == kind
+
+
+def test_calls_before_the_process_group_say_so(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(3, 3)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    monkeypatch.setenv("RANK", "1")
+    other = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    train(ema, model, 12)
+    for each in (ema, other):
+        with pytest.raises(RuntimeError, match="call torch.distributed.init_process_group before it"):
+            enter(each, model, 0.1)
+        with pytest.raises(RuntimeError, match="synthesize.*call torch.distributed.init_process_group before it"):
+            each.synthesize([0.1])
+        with pytest.raises(RuntimeError, match="switch_.*call torch.distributed.init_process_group before it"):
+            each.switch_(model, 0.1)
+    assert enter(ema.local, model, 0.1)
+    with pytest.raises(RuntimeError, match="this process does not track"):
+        other.local  # noqa: B018
+
+
+def test_single_process_needs_no_group(run_dir: Path) -> None:
+    model = torch.nn.Linear(3, 3)
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    train(ema, model, 12)
+    assert enter(ema, model, 0.1) == enter(ema.local, model, 0.1)
+    assert ema.switch_(model, 0.1) is model
