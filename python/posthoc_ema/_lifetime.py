@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 import weakref
@@ -41,9 +42,13 @@ class StepCounter:
         # Each snapshot at another time than these is also at a multiple of `update_every`.
         self._intervals = [given[name] for name in ("update_every", "checkpoint_every") if given.get(name)]
         self._first = given.get("update_after_step", 0)
+        self._next_update = self._multiple_after(steps)
 
     def __call__(self) -> bool:
-        self.count_to(self.steps + 1)
+        self.steps += 1
+        if self.steps >= self._next_update:
+            self.last_update = self.steps
+            self._next_update = self._multiple_after(self.steps)
         return True
 
     def count_to(self, time: int) -> None:
@@ -51,10 +56,16 @@ class StepCounter:
         if self.is_due(time):
             self.last_update = time
         self.steps = time
+        self._next_update = self._multiple_after(time)
 
     def is_due(self, time: int) -> bool:
         """Returns True if the process that tracks updates at a time."""
         return time >= self._first and any(time // every > self.steps // every for every in self._intervals)
+
+    def _multiple_after(self, time: int) -> float:
+        """Returns the first time of an update after a time, if each step is counted."""
+        last = max(time, self._first - 1)
+        return min(((last // every + 1) * every for every in self._intervals), default=math.inf)
 
 
 def refuse_update(directory: Path) -> bool:

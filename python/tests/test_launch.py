@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from posthoc_ema._launch import launched
+from posthoc_ema._lifetime import StepCounter
 
 VARIABLES = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK TORCHELASTIC_RUN_ID SLURM_PROCID SLURM_NTASKS "
@@ -81,6 +82,20 @@ def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch, text: str, 
     set_variables(monkeypatch, text)
     with pytest.raises(ValueError, match=message):
         launched()
+
+
+def test_counter_follows_the_schedule() -> None:
+    schedule = {"update_every": 4, "update_after_step": 7, "checkpoint_every": 10}
+    by_steps, by_times = StepCounter(schedule=schedule), StepCounter(schedule=schedule)
+    for step in range(1, 100):
+        due = by_steps.is_due(step)
+        assert due == (step >= 7 and (step % 4 == 0 or step % 10 == 0))
+        assert by_steps() and (by_steps.last_update == step) == due
+        by_times.count_to(step)
+        assert vars(by_times) == vars(by_steps)
+    # A clock that jumps over several multiples.
+    by_times.count_to(150)
+    assert by_times.last_update == 150 and not by_times.is_due(151) and by_times.is_due(152)
 
 
 @pytest.mark.parametrize("variables", ["LOCAL_RANK={} WORLD_SIZE=2", "SLURM_PROCID={} SLURM_NTASKS=2"])

@@ -387,6 +387,22 @@ def _fails_copying(failing: int) -> Callable[..., Any]:
     return failure
 
 
+def _interrupted_copying(rank: int, ema: PostHocEMA, model: Any) -> Any:
+    """Presses Ctrl-C on one rank in the middle of a broadcast."""
+    undo_piece = _patched(posthoc_ema._broadcast, "PIECE", 100)
+    copied = posthoc_ema._broadcast.Broadcast._copied
+    calls: list[int] = []
+
+    def interrupts(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if rank == 1 and len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return copied(*arguments, **options)
+
+    undo = _patched(posthoc_ema._broadcast.Broadcast, "_copied", staticmethod(interrupts))
+    return lambda: enter(ema, model, 0.28), lambda: (undo(), undo_piece())
+
+
 def _fails_allocating(method: str) -> Callable[..., Any]:
     def failure(rank: int, ema: PostHocEMA, model: Any) -> Any:
         def no_memory(*_: Any) -> None:
@@ -440,6 +456,7 @@ FAILURES: dict[str, Callable[..., Any]] = {
     "allocating switch": _fails_allocating("switch"),
     "copying on 0": _fails_copying(0),
     "copying on 1": _fails_copying(1),
+    "interrupt": _interrupted_copying,
 }
 
 
@@ -458,6 +475,7 @@ FAILURES: dict[str, Callable[..., Any]] = {
         ("allocating switch", ["MemoryError: rank 1: of", "MemoryError: of", "MemoryError: rank 1: of"]),
         ("copying on 0", ["MemoryError: of the third", "MemoryError: rank 0: of", "MemoryError: rank 0: of"]),
         ("copying on 1", ["MemoryError: rank 1: of", "MemoryError: of the third", "MemoryError: rank 1: of"]),
+        ("interrupt", ["RuntimeError: rank 1: Keyboard", "KeyboardInterrupt: ", "RuntimeError: rank 1: Keyboard"]),
     ],
 )
 def test_failure_of_one_rank_ends_the_call_on_all(group: Group, tmp_path: Path, what: str, errors: list[str]) -> None:
@@ -515,6 +533,39 @@ def test_missing_rank_is_named_in_a_warning_and_then_in_an_error(group: Group, t
     assert errors[0].startswith("TimeoutError: model(sigma_rel 0.28") and "for rank 2: " in errors[0]
     assert errors[1] == errors[2] and errors[1].startswith("TimeoutError: rank 0: model(")
     equal([result[2] for result in results])
+
+
+def _dies(rank: int, run_dir: str, dying: int) -> Any:
+    model, ema = begin(rank, run_dir)
+    own = bits(model)
+    posthoc_ema._broadcast.PIECE = 100
+    copied = posthoc_ema._broadcast.Broadcast._copied
+    calls: list[int] = []
+
+    def dies(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if rank == dying and len(calls) == 3:
+            os._exit(1)
+        return copied(*arguments, **options)
+
+    posthoc_ema._broadcast.Broadcast._copied = staticmethod(dies)
+    error = outcome(lambda: enter(ema, model, 0.28))
+    return error, bits(model) == own
+
+
+@pytest.mark.parametrize("dying", [0, 2])
+def test_process_that_dies_while_it_sends_or_receives_ends_the_call(tmp_path: Path, dying: int) -> None:
+    group = Group()
+    try:
+        for connection in group.connections:
+            connection.send((_dies, (str(tmp_path / "ema"), dying)))
+        for rank, connection in enumerate(group.connections):
+            if rank != dying:
+                assert connection.poll(LIMIT), f"rank {rank} hangs"
+                error, is_restored = connection.recv()
+                assert error and is_restored, error
+    finally:
+        group.close()
 
 
 # Opening, counting and closing.
