@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,3 +80,22 @@ def allowance(profile: Profile, times: np.ndarray, values: np.ndarray, relative_
     norm = np.sqrt((masses(profile, times) ** 2 / intervals).sum())
     spread = values - np.median(values, axis=0)
     return relative_error * norm * np.sqrt(np.tensordot(intervals, spread.astype(np.float64) ** 2, axes=1))
+
+
+PAGES = Path(__file__).parents[2] / "docs" / "how-to"
+
+
+def code_of(page: str, heading: str = "") -> list[str]:
+    """Returns the Python code of a section of a how-to page; by default of what is above the first heading."""
+    top, *sections = re.split(r"^## ", (PAGES / page).read_text(), flags=re.MULTILINE)
+    (text,) = [section for section in sections if section.partition("\n")[0] == heading] if heading else [top]
+    found = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert found, f"{page} has no code under {heading!r}"
+    return found
+
+
+def run_code(code: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Runs code with names of its own, and returns all names."""
+    names = dict(names)
+    exec(compile(code, "page", "exec"), names)
+    return names

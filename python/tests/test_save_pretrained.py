@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bits, shake
+from conftest import bits, code_of, run_code, shake
 from diffusers import UNet2DModel
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -52,7 +52,11 @@ CASES: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any], bool]] = {
 # PEFT's own call.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("library", CASES)
-def test_saved_folder_holds_the_average(library: str, run_dir: Path, tmp_path: Path) -> None:
+def test_saved_folder_holds_the_average(
+    library: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    in_block, from_file = code_of("read-elsewhere.md", "Convert")
     make, load, only_trained = CASES[library]
     model = make(tmp_path / "base")
     ema = PostHocEMA.from_model(model, run_dir, only_save_diff=only_trained, **OPTIONS)
@@ -63,8 +67,7 @@ def test_saved_folder_holds_the_average(library: str, run_dir: Path, tmp_path: P
     for source in (ema, PostHocEMA.from_path(run_dir, model, only_save_diff=only_trained)):
         ema.finish()
         expected = source.synthesize([0.15])[0]
-        with source.model(model, sigma_rel=0.15) as averaged:
-            averaged.save_pretrained(tmp_path / "averaged")
+        run_code(in_block, {"ema": source, "model": model})
         assert bits(model) == before
         loaded = load(tmp_path / "averaged").state_dict()
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -72,3 +75,8 @@ def test_saved_folder_holds_the_average(library: str, run_dir: Path, tmp_path: P
         for name in expected:
             assert torch.equal(loaded[name], expected[name]), name
             assert name not in trained or not torch.equal(loaded[name], model.state_dict()[name]), name
+    # The same from a file, for a model that has all its tensors.
+    if not only_trained:
+        ema.write([0.15], tmp_path / "files")[0].rename(tmp_path / "ema.safetensors")
+        run_code(from_file, {"model": model})
+        assert all(torch.equal(load(tmp_path / "averaged").state_dict()[name], expected[name]) for name in expected)
