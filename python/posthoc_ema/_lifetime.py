@@ -26,6 +26,10 @@ Resume: TypeAlias = bool | str | os.PathLike[str]
 """Whether to continue a run, or the path of the live state to continue it from."""
 
 
+_LONGEST_HEADER = 100_000_000
+"""Bytes of the longest header of a safetensors file."""
+
+
 class StepCounter:
     """Counts steps in the place of updates, on a process that does not track.
 
@@ -151,7 +155,7 @@ def stored_complex(state: Path) -> frozenset[str]:
         return frozenset()
     with state.open("rb") as file:
         try:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER)))
             entries = [(name, entry.get("dtype")) for name, entry in header.items()]
         except (ValueError, AttributeError, OverflowError, MemoryError):
             # The native part names what is damaged.
