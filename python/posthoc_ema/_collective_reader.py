@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 from . import _native, _swap
 from ._broadcast import Broadcast, Bytes, device_of, places, transfer_device
 from ._dtypes import average_dtype_name
-from ._launch import distributed
+from ._launch import distributed, launched
 from ._lend import HOST, Lender, address, is_torch
 from ._lifetime import StepCounter
 from ._model import MappingTensors, Model, ModuleTensors, tensors_of
@@ -342,6 +342,20 @@ def _state(ema: Any) -> dict[str, Any] | None:
     }
 
 
+@contextmanager
+def _rank_remedy() -> Iterator[None]:
+    """Names the remedy if this process takes itself for rank 0, and the run has a writer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "another tracker is writing" not in str(error) or launched().source:
+            raise
+        raise RuntimeError(
+            f"{error}. If that is rank 0 of this training: neither a process group nor a variable gives the rank of "
+            f"this process, so call torch.distributed.init_process_group before from_model"
+        ) from error
+
+
 def opened_together(open_run: Callable[P, R]) -> Callable[P, R]:
     """Makes the opening of a run under `rank_zero_only` a call of all ranks, if there is a process group.
 
@@ -350,10 +364,12 @@ def opened_together(open_run: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(open_run)
     def opened(*args: P.args, **kwargs: P.kwargs) -> R:
-        together = bool(kwargs.get("rank_zero_only")) and distributed() is not None
-        call = RankGroup().call("from_model") if together else None
-        if call is None:
+        if not kwargs.get("rank_zero_only"):
             return open_run(*args, **kwargs)
+        call = RankGroup().call("from_model") if distributed() is not None else None
+        if call is None:
+            with _rank_remedy():
+                return open_run(*args, **kwargs)
         made: list[Any] = []
 
         def act() -> tuple[Any, dict[str, Any] | None]:

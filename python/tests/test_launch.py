@@ -8,8 +8,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from posthoc_ema import PostHocEMA
 from posthoc_ema._launch import launched
 from posthoc_ema._lifetime import StepCounter
 
@@ -82,6 +84,18 @@ def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch, text: str, 
     set_variables(monkeypatch, text)
     with pytest.raises(ValueError, match=message):
         launched()
+
+
+def test_second_process_of_unknown_rank_learns_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_variables(monkeypatch, "")
+    model = {"a": np.zeros(3, np.float32)}
+    ema = PostHocEMA.from_model(model, tmp_path / "ema", rank_zero_only=True)
+    with pytest.raises(RuntimeError, match="another tracker.*call torch.distributed.init_process_group"):
+        PostHocEMA.from_model(model, tmp_path / "ema", rank_zero_only=True)
+    set_variables(monkeypatch, "RANK=0")
+    with pytest.raises(RuntimeError, match="choose another directory$"):
+        PostHocEMA.from_model(model, tmp_path / "ema", rank_zero_only=True)
+    ema.close()
 
 
 def test_counter_follows_the_schedule() -> None:
