@@ -15,8 +15,8 @@ use rustix::process::{Resource, getrlimit};
 
 use super::fail_point::attempt;
 use super::file_checks::check_replaceable;
-use super::temporary::TempFile;
-use crate::error::Result;
+use super::temporary::{TempFile, remove_leftovers};
+use crate::error::{Error, Result};
 
 /// Bytes that are written before their writeback starts.
 const STRETCH: usize = 4 << 20;
@@ -48,6 +48,15 @@ impl AtomicFile {
     /// As [`AtomicFile::create`].
     pub(crate) fn create_within(path: &Path, permissions: &Permissions) -> Result<AtomicFile> {
         AtomicFile::with_mode(path, permissions.mode() & 0o666)
+    }
+
+    /// Creates a file as [`AtomicFile::create`] does, after it has removed what killed processes left in the directory.
+    ///
+    /// # Errors
+    /// As [`AtomicFile::create`].
+    pub fn create_after_leftovers(path: &Path) -> Result<AtomicFile> {
+        remove_leftovers(parent_dir(path));
+        AtomicFile::create(path)
     }
 
     fn with_mode(path: &Path, mode: u32) -> Result<AtomicFile> {
@@ -132,8 +141,19 @@ fn start_writeback(file: &File, offset: u64, bytes: usize) {
 fn start_writeback(_: &File, _: u64, _: usize) {}
 
 /// Makes renames and removals in a directory durable.
+///
+/// Some file systems, such as those of shared folders, cannot sync a directory. There it does nothing.
 pub fn sync_directory(dir: &Path) -> Result<()> {
-    attempt("sync", dir, || File::open(dir)?.sync_all())
+    match attempt("sync", dir, || File::open(dir)?.sync_all()) {
+        Err(Error::Io { source, .. }) if is_not_supported(&source) => Ok(()),
+        synced => synced,
+    }
+}
+
+/// Returns true for the errors of file systems that cannot sync a directory.
+fn is_not_supported(error: &io::Error) -> bool {
+    let numbers = [Errno::INVAL, Errno::BADF, Errno::OPNOTSUPP, Errno::NOTSUP, Errno::NOSYS].map(Errno::raw_os_error);
+    error.raw_os_error().is_some_and(|number| numbers.contains(&number))
 }
 
 /// Returns the directory that contains a path.
@@ -147,6 +167,7 @@ pub fn parent_dir(path: &Path) -> &Path {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fs::fail_point::Fault;
 
     #[test]
     fn file_appears_on_commit_and_leaves_nothing_without_it() {
@@ -177,6 +198,19 @@ mod tests {
         File::create(&plain).unwrap();
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
         assert_eq!(mode(&ours), mode(&plain));
+    }
+
+    #[test]
+    fn file_system_that_cannot_sync_a_directory_is_no_error() {
+        let dir = tempfile::tempdir().unwrap();
+        for code in [Errno::INVAL, Errno::BADF, Errno::OPNOTSUPP, Errno::NOSYS] {
+            let _fault = Fault::within(dir.path(), 0..1, code.raw_os_error());
+            sync_directory(dir.path()).unwrap();
+        }
+        for code in [Errno::IO, Errno::NOSPC, Errno::ROFS] {
+            let _fault = Fault::within(dir.path(), 0..1, code.raw_os_error());
+            assert!(matches!(sync_directory(dir.path()), Err(Error::Io { .. })), "{code}");
+        }
     }
 
     #[test]

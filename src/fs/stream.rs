@@ -3,9 +3,10 @@
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Seek};
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::atomic::{file_limit, write_within};
@@ -68,10 +69,20 @@ impl StreamName {
                 if link.is_symlink() && link.permissions().mode() & 0o200 == 0 {
                     return Err(Errno::BADF.into());
                 }
-                File::options().append(true).open(path)
+                open_without_waiting(&path)
             }
         }
     }
+}
+
+/// Opens a file for appending. A named pipe whose readers have gone away is an error, and is not waited for.
+fn open_without_waiting(path: &str) -> io::Result<File> {
+    let nonblock = OFlags::NONBLOCK;
+    let file = File::options().append(true).custom_flags(nonblock.bits() as i32).open(path).map_err(|error| {
+        if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) { Errno::PIPE.into() } else { error }
+    })?;
+    rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - nonblock)?;
+    Ok(file)
 }
 
 impl Stream {
@@ -172,6 +183,29 @@ mod tests {
             let text = check_output(Path::new(&format!("/dev/fd/{number}"))).unwrap_err().to_string();
             assert!(text.starts_with(&format!("cannot open /dev/fd/{number}: ")), "{text}");
         }
+    }
+
+    #[test]
+    fn named_pipe_without_readers_is_refused_and_not_waited_for() {
+        use std::os::fd::AsRawFd;
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let reader = File::options().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(&pipe).unwrap();
+        let writer = File::options().write(true).open(&pipe).unwrap();
+        let path = format!("/dev/fd/{}", writer.as_raw_fd());
+        let stream = Stream::open(Path::new(&path)).unwrap().unwrap();
+        assert!(!rustix::fs::fcntl_getfl(&stream.to).unwrap().contains(OFlags::NONBLOCK));
+        drop((reader, stream));
+        let opened = std::thread::spawn(move || Stream::open(Path::new(&path)).map(drop));
+        let begun = std::time::Instant::now();
+        while !opened.is_finished() {
+            assert!(begun.elapsed().as_secs() < 60, "opening the pipe waits for a reader");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let text = opened.join().unwrap().unwrap_err().to_string();
+        assert!(text.contains("cannot open /dev/fd/") && text.contains("Broken pipe"), "{text}");
+        drop(writer);
     }
 
     #[test]

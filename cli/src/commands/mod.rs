@@ -27,7 +27,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use posthoc_ema::Error;
+use posthoc_ema::{Error, escape_controls};
 
 use crate::log::log_to_stderr;
 
@@ -100,7 +100,7 @@ pub fn run() -> ExitCode {
 ///
 /// Help texts and usage errors end the process.
 pub fn run_with(arguments: impl IntoIterator<Item = OsString>) -> u8 {
-    let arguments = Arguments::try_parse_from(arguments).unwrap_or_else(|error| output::exit_with(&error));
+    let arguments = parse(&arguments.into_iter().collect::<Vec<_>>()).unwrap_or_else(|error| output::exit_with(&error));
     log_to_stderr();
     let handled = interrupt::remove_temporary_files_on_signal().map_err(Failure::Failed);
     let outcome = handled.and_then(|()| dispatch(&arguments.command));
@@ -113,6 +113,14 @@ pub fn run_with(arguments: impl IntoIterator<Item = OsString>) -> u8 {
     };
     output::print_error(&message);
     status
+}
+
+/// Parses the arguments. The error shows their control characters escaped, line ends among them.
+fn parse(arguments: &[OsString]) -> Result<Arguments, clap::Error> {
+    Arguments::try_parse_from(arguments).map_err(|error| {
+        let escaped = arguments.iter().map(|argument| escape_controls(&argument.to_string_lossy(), &[]));
+        Arguments::try_parse_from(escaped).err().unwrap_or(error)
+    })
 }
 
 fn dispatch(command: &Command) -> Outcome {

@@ -49,7 +49,7 @@ pub(super) fn save(path: &Path, drawn: std::result::Result<String, DrawError>) -
         Format::Svg => svg.into_bytes(),
         Format::Png => png(&svg).map_err(|error| cannot(&error))?,
     };
-    let file = AtomicFile::create(path)?;
+    let file = AtomicFile::create_after_leftovers(path)?;
     file.write_at(0, &bytes)?;
     file.commit()
 }

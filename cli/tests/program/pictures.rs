@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::common::{failure, json, posthoc_ema, run, stdout};
+use crate::common::{failure, json, names, posthoc_ema, run, stdout};
 use resvg::tiny_skia::Pixmap;
 
 /// Returns the SVG that a command draws, after a check of its PNG.
@@ -149,4 +149,17 @@ fn bench_picture_is_drawn_as_png() {
     let small =
         ["bench", "--device", "cpu", "--parameters", "10000", "--tensors", "30", "--snapshots", "3", "--repeats=2"];
     assert!(draw(&small).contains("f32, compensated, 30 tensors"));
+}
+
+#[test]
+fn picture_removes_what_a_killed_process_left() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("a.svg");
+    let file = posthoc_ema::fs::AtomicFile::create(&path).unwrap();
+    let name = names(temp.path()).remove(0);
+    drop(file);
+    // As after a kill: the file exists, but no process holds its lock.
+    fs::write(temp.path().join(format!("{}abcdef", &name[..name.len() - 6])), "").unwrap();
+    stdout(&["plan", "--steps=1000", "--sigma-rel=0.1", "--plot", path.to_str().unwrap()]);
+    assert_eq!(names(temp.path()), ["a.svg"]);
 }

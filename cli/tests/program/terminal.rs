@@ -69,8 +69,11 @@ fn names_of_files_cannot_forge_lines() {
         &["plan", "--sigma-rel=0.1", &format!("{dir}-missing")],
         &["synthesize", dir, "--sigma-rel=0.1", "-o", outputs],
         // Errors of the arguments.
-        &["inspect", &format!("--{}", FORGED.replace('\n', ""))],
-        &["synthesize", dir, "--sigma-rel", &FORGED.replace('\n', "")],
+        &["inspect", &format!("--{FORGED}")],
+        &[FORGED],
+        &["synthesize", dir, "--sigma-rel", FORGED],
+        &["plan", "--sigma-rel=0.1", &format!("--steps=1{FORGED}")],
+        &["average", dir, "--uniform=2", "-o", out, &format!("--device={FORGED}")],
     ] {
         plain(command);
     }
