@@ -177,9 +177,19 @@ pub enum Error {
         /// Name of a file of the run.
         found: String,
     },
-    /// Another tracker, of this or another process, is writing the run.
+    /// A tracker of another process is writing the run.
     #[error("{}: another tracker is writing this run: stop it first, or choose another directory", shown(path))]
     Locked {
+        /// Directory of the run.
+        path: PathBuf,
+    },
+    /// This process itself is writing the run.
+    #[error(
+        "{}: this process is writing this run already: close the tracker that writes it (`close()` in Python) before \
+         the run is opened again, or choose another directory",
+        shown(path)
+    )]
+    LockedHere {
         /// Directory of the run.
         path: PathBuf,
     },
@@ -420,6 +430,12 @@ const OPEN_IN_SYSTEM: i32 = 23;
 /// Number of the error that the process has too many open files, on all Unix systems.
 const OPEN_IN_PROCESS: i32 = 24;
 
+/// Number of the error that a device fails, on all Unix systems.
+const DEVICE_FAILS: i32 = 5;
+
+/// Number of the error that a device or file system lacks an operation, on all Unix systems.
+const NO_SUCH_DEVICE: i32 = 19;
+
 /// Returns true for characters that could hide or forge the output of a terminal: control characters, and those of
 /// Unicode that end a line or change the direction of the text after them.
 #[doc(hidden)]
@@ -439,9 +455,18 @@ pub(crate) fn remedy(action: &str, source: &io::Error) -> &'static str {
         Some(OPEN_IN_PROCESS) => {
             return ": the limit on open files is reached: raise it (`ulimit -n`), or ask for fewer files at a time";
         }
+        Some(NO_SUCH_DEVICE) if action == "map" => {
+            return ": this file system cannot map files: copy them to another one";
+        }
+        Some(DEVICE_FAILS) if action != "lock" => return ": the disk or its connection fails: see the system's log",
         _ => {}
     }
     match source.kind() {
+        // The lock file could be opened, so its permissions are not the reason.
+        _ if action == "lock" => {
+            ": if this file system does not support locks, two trainings could write one run: \
+             put the run on another one, or mount this one with locks"
+        }
         io::ErrorKind::WouldBlock if action.starts_with("start") => {
             ": the limit on processes and threads (`ulimit -u`) or on memory (`ulimit -v`) is reached: raise it, or \
              start fewer (RAYON_NUM_THREADS)"
@@ -458,11 +483,6 @@ pub(crate) fn remedy(action: &str, source: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => ": check the permissions of the file and its directory",
         io::ErrorKind::ReadOnlyFilesystem => ": the disk is mounted read-only",
         io::ErrorKind::NotFound => ": check the path",
-        // Not every system has a kind of error for a file system without locks.
-        _ if action == "lock" => {
-            ": if this file system does not support locks, two trainings could write one run: \
-             put the run on another one, or mount this one with locks"
-        }
         io::ErrorKind::Unsupported => ": this file system cannot do that: put the run on another one",
         _ => "",
     }

@@ -136,6 +136,7 @@ def open_tracker(directory: Path, lender: Lender, options: dict[str, Any], resum
 
     Raises:
         ValueError: If the directory holds a run that may not or cannot be resumed.
+        RuntimeError: If a tracker is writing the run that is to be resumed.
     """
     try:
         with lender.reading() as (addresses, stream):
@@ -146,6 +147,13 @@ def open_tracker(directory: Path, lender: Lender, options: dict[str, Any], resum
         raise ValueError(
             f"{directory} already contains checkpoints: {remedy}, read them with `PostHocEMA.from_path`, "
             f"or choose another directory"
+        ) from error
+    except BlockingIOError as error:
+        if resume:
+            raise RuntimeError(str(error)) from None
+        raise ValueError(
+            f"{directory} already contains checkpoints, or will: this process is writing them: call `close()` of the "
+            f"object that does and continue with `resume=True`, or choose another directory"
         ) from error
 
 
@@ -164,13 +172,19 @@ def stored_complex(state: Path) -> frozenset[str]:
 
 
 class TrackerLifetime:
-    """Stores and closes a native tracker, and waits for its snapshots when nothing refers to it any more."""
+    """Stores and closes a native tracker, at the latest when nothing refers to it any more or the interpreter ends.
 
-    def __init__(self, native: _native.Tracker):
+    Args:
+        native: Tracker.
+        directory: Directory of its run.
+    """
+
+    def __init__(self, native: _native.Tracker, directory: Path):
         self.native = native
         self.closed_at: int | None = None
         """Step at which the tracker was closed; None while it is open."""
-        self._finalizer = weakref.finalize(self, _flush_in, native, os.getpid())
+        self._directory = directory
+        self._finalizer = weakref.finalize(self, _end, native, directory, os.getpid())
 
     def flush(self) -> None:
         """Waits until every snapshot is on disk; does nothing once closed."""
@@ -178,22 +192,29 @@ class TrackerLifetime:
             self.native.flush()
 
     def close(self) -> None:
-        """Waits for the snapshots and releases the run; does nothing once closed."""
-        if self.closed_at is None:
-            self.closed_at = self.native.step
-            self._finalizer.detach()
+        """Waits for the snapshots, stores the live state, and releases the run; does nothing once closed.
+
+        A state that cannot be stored is a warning.
+        """
+        if self.closed_at is not None:
+            return
+        self.closed_at = self.native.step
+        self._finalizer.detach()
+        try:
             try:
                 self.native.flush()
             finally:
-                self.native.close()
+                _store_state(self.native, self._directory)
+        finally:
+            self.native.close()
 
     def leave(self, failed: bool) -> None:
         """Ends a `with` block: finishes and closes the run, or only closes it if the block failed."""
         if failed:
-            # The error of the block must reach the caller, not one of the disk.
+            # The error of the block must reach the caller, not one of the disk or of the averages.
             try:
                 self.close()
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 warnings.warn(f"a snapshot was not stored: {error}", stacklevel=3)
             return
         try:
@@ -202,10 +223,32 @@ class TrackerLifetime:
             self.close()
 
 
-def _flush_in(native: _native.Tracker, process: int) -> None:
-    """Waits for snapshots that are being written, so that the interpreter does not end meanwhile.
+def _end(native: _native.Tracker, directory: Path, process: int) -> None:
+    """Waits for snapshots that are being written, and stores the live state.
 
-    A forked child has neither the writing thread nor anything to write.
+    A forked child has neither the writing thread nor anything to write. A run whose directory was removed is not
+    missed.
     """
-    if os.getpid() == process:
+    if os.getpid() != process or not directory.is_dir():
+        return
+    try:
         native.flush()
+    except (OSError, RuntimeError) as error:
+        if directory.is_dir():
+            warnings.warn(f"a snapshot was not stored: {error}", RuntimeWarning, stacklevel=2)
+    _store_state(native, directory)
+
+
+def _store_state(native: _native.Tracker, directory: Path) -> None:
+    """Stores the live state unless it is on disk, so that a resume loses nothing. Warns if that fails."""
+    if not directory.is_dir() or native.is_saved():
+        return
+    try:
+        native.save()
+    except (OSError, RuntimeError) as error:
+        if directory.is_dir():
+            warnings.warn(
+                f"{directory}: the run ends at step {native.step}, and its live state could not be stored: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )

@@ -50,7 +50,7 @@ class ModelTracker:
         _swap.check_own_weights(lender.tensors)
         if leave_out is not None:
             options = {**options, "leave_out": self.tensors.patterns_in_use(leave_out)}
-        self.lifetime = TrackerLifetime(open_tracker(directory, lender, options, resume))
+        self.lifetime = TrackerLifetime(open_tracker(directory, lender, options, resume), directory)
         self.native: _native.Tracker = self.lifetime.native
         if isinstance(self.tensors, ModuleTensors):
             self.tensors.keep = frozenset(lender.names)

@@ -366,10 +366,12 @@ class PostHocEMA(RunAverages, TrainingLoop):
             self._tracker.native.finish()
 
     def close(self) -> None:
-        """Releases the run for another tracker without storing anything: call `finish` or `save` before.
+        """Stores the live state if it is not on disk, and releases the run for another tracker.
 
-        The stored snapshots can still be synthesized from. Without a call it happens when nothing refers to this object
-        any more.
+        `resume=True` continues from that state; a snapshot of the newest update is stored by `finish` only. Stored
+        snapshots can still be synthesized from. Without a call it happens when nothing refers to this object any more,
+        or when the interpreter ends: also after an exception, `sys.exit` or Ctrl-C, but not after a signal such as
+        SIGTERM or SIGKILL, or `os._exit`. A state that cannot be stored is a RuntimeWarning then.
 
         Raises:
             OSError: If a snapshot could not be written and no call has raised it yet. The run is released all the same.

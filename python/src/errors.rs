@@ -4,7 +4,9 @@ use std::io;
 
 use posthoc_ema::Error;
 use pyo3::PyErr;
-use pyo3::exceptions::{PyFileExistsError, PyFileNotFoundError, PyOSError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{
+    PyBlockingIOError, PyFileExistsError, PyFileNotFoundError, PyOSError, PyRuntimeError, PyValueError,
+};
 
 /// Converts an error into the exception of its kind, with the same text.
 pub fn to_python(error: Error) -> PyErr {
@@ -12,6 +14,7 @@ pub fn to_python(error: Error) -> PyErr {
     match error {
         Error::Io { path, source, .. } => from_io(&path.display().to_string(), &source, text),
         Error::NoRun { .. } | Error::NoState { .. } => PyFileNotFoundError::new_err(text),
+        Error::LockedHere { .. } => PyBlockingIOError::new_err(text),
         Error::RunExists { .. } => PyFileExistsError::new_err(text),
         Error::Locked { .. }
         | Error::LockLost { .. }

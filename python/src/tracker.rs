@@ -101,6 +101,15 @@ impl Tracker {
     }
 }
 
+/// The package stores the live state, or warns of it, before the tracker is dropped.
+impl Drop for Tracker {
+    fn drop(&mut self) {
+        if let Some(tracker) = self.lock().take() {
+            tracker.abandon();
+        }
+    }
+}
+
 /// Calls `act` with the tracker.
 ///
 /// # Errors
@@ -185,9 +194,18 @@ impl Tracker {
         self.with(py, PostHocEma::finish)
     }
 
+    /// Returns true if the live state on disk is that of now.
+    fn is_saved(&self, py: Python<'_>) -> PyResult<bool> {
+        self.with(py, |tracker| Ok(tracker.is_saved()))
+    }
+
     /// Releases the run after all pending writes.
     fn close(&self, py: Python<'_>) {
-        py.detach(|| drop(self.lock().take()));
+        py.detach(|| {
+            if let Some(tracker) = self.lock().take() {
+                tracker.abandon();
+            }
+        });
     }
 
     /// Time of the last call.

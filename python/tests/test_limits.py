@@ -23,6 +23,7 @@ with PostHocEMA.from_model(arrays, place + "/run", **options) as ema:
     for _ in range(20):
         ema.update_(arrays)
 run = PostHocEMA.from_path(place + "/run")
+run.synthesize([0.1])  # imports what another user may not be able to read
 calls = {
     "synthesize": lambda: run.synthesize([0.1], progress=lambda done, total: None),
     "write": lambda: run.write([0.1], place + "/out", progress=lambda done, total: None),

@@ -158,12 +158,15 @@ def test_switch_replaces_the_model_by_its_average(run_dir: Path) -> None:
 
 def test_diverged_training_is_refused_and_not_stored(run_dir: Path) -> None:
     model = torch.nn.Linear(2, 2)
-    ema = PostHocEMA.from_model(model, run_dir, update_every=1, update_after_step=0, checkpoint_every=10)
+    options = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 10, "snapshot_growth": 0}
+    ema = PostHocEMA.from_model(model, run_dir, **options)
     train(ema, model, 15)
     model.weight.data[1, 0] = float("nan")
     with pytest.raises(RuntimeError, match="`weight`.*NaN at element 2 at step 20"):
         train(ema, model, 5, lambda _: None)
     assert [path.name for path in sorted(run_dir.glob("0.*.safetensors"))] == ["0.10.safetensors"]
+    with pytest.warns(RuntimeWarning, match="its live state could not be stored: .*NaN at element 2"):
+        ema.close()
 
 
 def every_step(model: torch.nn.Module, directory: Path, **options: object) -> PostHocEMA:

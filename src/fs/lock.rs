@@ -1,9 +1,11 @@
 //! Lock of a run, held while it is being written.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::fail_point::fail_point;
 use super::file_checks::without_following;
@@ -11,6 +13,13 @@ use crate::error::{Error, Result};
 
 /// File name of the lock within a run. The file is never removed: that would race with the next writer.
 const LOCK_FILE: &str = ".lock";
+
+/// Files that this process has locked, each with the process: a forked child holds none of its parent's locks.
+static HELD: Mutex<BTreeSet<(u32, FileId)>> = Mutex::new(BTreeSet::new());
+
+fn held() -> MutexGuard<'static, BTreeSet<(u32, FileId)>> {
+    HELD.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Number of attempts to lock the file that is at the path.
 const ATTEMPTS: usize = 3;
@@ -27,7 +36,11 @@ pub struct Lock {
 /// Unlocks explicitly: closing the file is not enough while a forked child, such as a data loader, has it open.
 impl Drop for Lock {
     fn drop(&mut self) {
-        if self.process == std::process::id() {
+        if self.is_own() {
+            // Before the release, after which another thread may lock the file.
+            if let Some(file) = self.id.file {
+                held().remove(&(self.process, file));
+            }
             // If this fails, closing the file releases the lock.
             let _ = self.file.unlock();
         }
@@ -40,8 +53,8 @@ impl Lock {
     /// The lock file is neither followed if it is a link, nor waited for if it is a pipe.
     ///
     /// # Errors
-    /// [`Error::Locked`] if another writer holds it, [`Error::Io`] if the lock cannot be taken, [`Error::Unexpected`]
-    /// if the lock file is not a regular file.
+    /// [`Error::Locked`] or [`Error::LockedHere`] if another writer holds it, [`Error::Io`] if the lock cannot be
+    /// taken, [`Error::Unexpected`] if the lock file is not a regular file.
     pub fn acquire(dir: &Path) -> Result<Lock> {
         let path = dir.join(LOCK_FILE);
         let mut lock = Lock::open(dir, &path)?;
@@ -55,7 +68,9 @@ impl Lock {
             lock = Lock::open(dir, &path)?;
         }
         // The numbers of files change from call to call here.
-        lock.id.file = None;
+        if let Some(file) = lock.id.file.take() {
+            held().remove(&(lock.process, file));
+        }
         Ok(lock)
     }
 
@@ -72,16 +87,39 @@ impl Lock {
         }
         let parent = fs::metadata(dir).map_err(Error::io("read", dir))?;
         let id = LockId { dir: dir.to_owned(), parent: file_id(&parent), file: Some(file_id(&metadata)) };
-        match fail_point(path).map_err(TryLockError::Error).and_then(|()| file.try_lock()) {
-            Ok(()) => Ok(Lock { file, id, process: std::process::id() }),
-            Err(TryLockError::WouldBlock) => Err(Error::Locked { path: dir.to_owned() }),
+        match fail_point(path).map_err(TryLockError::Error).and_then(|()| try_lock(&file)) {
+            Ok(()) => {
+                let process = std::process::id();
+                held().insert((process, file_id(&metadata)));
+                Ok(Lock { file, id, process })
+            }
+            Err(TryLockError::WouldBlock) => {
+                let path = dir.to_owned();
+                let is_here = held().contains(&(std::process::id(), file_id(&metadata)));
+                Err(if is_here { Error::LockedHere { path } } else { Error::Locked { path } })
+            }
             Err(TryLockError::Error(error)) => Err(Error::io("lock", path)(error)),
         }
+    }
+
+    /// Returns true in the process that took the lock, and false in a forked child.
+    pub fn is_own(&self) -> bool {
+        self.process == std::process::id()
     }
 
     /// Returns the identity of the lock, for checks before each store.
     pub fn id(&self) -> &LockId {
         &self.id
+    }
+}
+
+/// Locks a file. Network file systems let a signal interrupt that.
+fn try_lock(file: &File) -> std::result::Result<(), TryLockError> {
+    loop {
+        match file.try_lock() {
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
+        }
     }
 }
 
@@ -138,6 +176,8 @@ fn not_regular(path: &Path) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use rustix::io::Errno;
+
     use super::*;
     use crate::fs::fail_point::Fault;
 
@@ -146,15 +186,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = Lock::acquire(dir.path()).unwrap();
         let text = Lock::acquire(dir.path()).unwrap_err().to_string();
-        assert!(text.contains("another tracker") && text.contains(dir.path().to_str().unwrap()), "{text}");
+        assert!(text.contains("this process is writing") && text.contains(dir.path().to_str().unwrap()), "{text}");
         drop(first);
+        // The lock of another process, of which this one knows nothing.
+        let other = Lock::acquire(dir.path()).unwrap();
+        held().remove(&(other.process, other.id.file.unwrap()));
+        let text = Lock::acquire(dir.path()).unwrap_err().to_string();
+        assert!(text.contains("another tracker") && text.contains(dir.path().to_str().unwrap()), "{text}");
+        drop(other);
         Lock::acquire(dir.path()).unwrap();
     }
 
     #[test]
     fn file_system_without_locks_is_an_error_with_a_remedy() {
         let dir = tempfile::tempdir().unwrap();
-        for code in [rustix::io::Errno::NOLCK, rustix::io::Errno::OPNOTSUPP, rustix::io::Errno::NOSYS] {
+        for code in [Errno::NOLCK, Errno::OPNOTSUPP, Errno::NOSYS, Errno::PERM, Errno::IO] {
             let _fault = Fault::within(dir.path(), 0..1, code.raw_os_error());
             let text = Lock::acquire(dir.path()).unwrap_err().to_string();
             assert!(text.contains("cannot lock") && text.contains("put the run on another one"), "{text}");
@@ -162,6 +208,7 @@ mod tests {
         }
         Lock::acquire(dir.path()).unwrap();
     }
+
     #[test]
     fn links_pipes_and_devices_are_not_opened() {
         let dir = tempfile::tempdir().unwrap();

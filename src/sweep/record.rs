@@ -80,7 +80,7 @@ impl Record {
         // The best average is written last, after all evaluations.
         check_replaceable(&dir.join(BEST))?;
         let lock = Lock::acquire(dir).map_err(|error| match error {
-            Error::Locked { path } => {
+            Error::Locked { path } | Error::LockedHere { path } => {
                 Error::unexpected(&path, "another sweep is writing here: wait for it, or choose another directory")
             }
             other => other,

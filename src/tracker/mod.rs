@@ -13,6 +13,7 @@ mod save_to;
 mod state;
 mod tensor_choice;
 mod thread;
+mod unfinished;
 mod values;
 mod writer;
 
@@ -44,6 +45,8 @@ pub enum UpdateOutcome {
 }
 
 /// Running averages of a model's parameters under several profiles, with regular snapshots in a run's directory.
+///
+/// Call [`PostHocEma::finish`] at the end. If it is dropped with updates that are not stored, a warning is logged.
 ///
 /// ```
 /// use posthoc_ema::{PostHocEma, Profile};
@@ -84,6 +87,8 @@ pub struct PostHocEma {
     lineage: Vec<Session>,
     in_background: bool,
     on_error: OnError,
+    /// True if the end without [`PostHocEma::finish`] is on purpose.
+    is_abandoned: bool,
     lock: Lock,
 }
 

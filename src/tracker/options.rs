@@ -272,7 +272,7 @@ impl Options {
     /// * [`Error::RunExists`] if the directory already holds a run.
     /// * [`Error::Parameter`], [`Error::NotTrackable`] or [`Error::Setting`] for an invalid option.
     /// * [`Error::Tensor`] for a tensor that cannot be averaged, [`Error::NothingToAverage`] if none can.
-    /// * [`Error::Locked`], [`Error::Io`], [`Error::Threads`] and [`Error::Cuda`].
+    /// * [`Error::Locked`], [`Error::LockedHere`], [`Error::Io`], [`Error::Threads`] and [`Error::Cuda`].
     pub fn create(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let settings = self.settings(Settings::default())?;
         settings.check()?;
@@ -309,6 +309,7 @@ impl Options {
             lineage: Vec::new(),
             in_background: self.in_background,
             on_error: self.on_error,
+            is_abandoned: false,
             lock,
         })
     }

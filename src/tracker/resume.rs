@@ -28,7 +28,8 @@ impl Options {
     /// * [`Error::Setting`] for an option that contradicts the run.
     /// * [`Error::Changed`] or [`Error::Tensor`] for parameters that differ from the run's.
     /// * [`Error::Unexpected`] for snapshots of another run.
-    /// * [`Error::Damaged`], [`Error::Locked`], [`Error::Io`], [`Error::Threads`] and [`Error::Cuda`].
+    /// * [`Error::Damaged`], [`Error::Locked`], [`Error::LockedHere`], [`Error::Io`], [`Error::Threads`] and
+    ///   [`Error::Cuda`].
     pub fn resume(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
         let path = self.dir.join(STATE_FILE);
         if !path.is_file() {
@@ -158,6 +159,7 @@ impl Options {
             lineage,
             in_background: self.in_background,
             on_error: self.on_error,
+            is_abandoned: false,
             lock,
         };
         snapshot::remove_leftovers(&tracker.dir)?;

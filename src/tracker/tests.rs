@@ -13,6 +13,7 @@ mod storage;
 mod swapping;
 mod tensors;
 mod threads;
+mod unfinished;
 mod writer;
 
 use std::cell::Cell;

@@ -136,8 +136,10 @@ impl Pending for Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
+        // The snapshots of a directory that was removed are not missed.
         if self.thread.close()
             && let Some(error) = self.take_error()
+            && self.dir.is_dir()
         {
             tracing::error!("{}: a snapshot was not stored: {error}", shown(&self.dir));
         }
@@ -213,7 +215,9 @@ impl<W: FnMut(&CheckpointJob) -> Result<(), Failure>> WriterThread<W> {
             }
             Err(Failure::Files(error) | Failure::Values(error)) => {
                 lock(&self.outcome).last_failed_step = Some(step);
-                tracing::warn!("giving up the snapshot of step {step} after two tries: {error}");
+                if self.dir.is_dir() {
+                    tracing::warn!("giving up the snapshot of step {step} after two tries: {error}");
+                }
                 Some((step, error))
             }
         }

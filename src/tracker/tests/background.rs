@@ -13,7 +13,7 @@ use crate::tracker::writer::{CheckpointJob, Writer};
 fn slowly(ema: PostHocEma) -> PostHocEma {
     let writer = Writer::start_with(&ema.dir, |job: &CheckpointJob| {
         std::thread::sleep(std::time::Duration::from_millis(50));
-        assert!(matches!(Lock::acquire(&job.meta.dir), Err(Error::Locked { .. })));
+        assert!(matches!(Lock::acquire(&job.meta.dir), Err(Error::LockedHere { .. })));
         job.meta.store(&job.values.as_values())
     });
     over(writer.unwrap(), ema)

@@ -320,7 +320,7 @@ fn state_is_a_link_right_after_a_snapshot_and_a_file_of_its_own_otherwise() {
     assert_eq!(SavedState::at(&linked).unwrap().step, 20);
     assert_eq!(SavedState::at(&own).unwrap().step, 23);
     let locked = training.options().resume_from(&own, &model(0)).map(drop).unwrap_err();
-    assert!(matches!(locked, Error::Locked { .. }), "{locked}");
+    assert!(matches!(locked, Error::LockedHere { .. }), "{locked}");
     for dir in [training.temp.path(), &training.dir] {
         let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
         assert_eq!(names.filter(|name| name.starts_with(".posthoc-ema-")).count(), 0);

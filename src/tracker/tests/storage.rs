@@ -287,9 +287,9 @@ fn create_and_resume_refuse_other_runs() {
     assert!(text(PostHocEma::options(&part).resume(&walk.model)).contains("snapshots but no state.safetensors"));
     assert_eq!(std::fs::read_dir(&part).unwrap().count(), 1);
     let mut ema = PostHocEma::options(&dir).checkpoint_every(20).create(&walk.model).unwrap();
-    assert!(text(PostHocEma::options(&dir).create(&walk.model)).contains("another tracker is writing"));
+    assert!(text(PostHocEma::options(&dir).create(&walk.model)).contains("this process is writing this run already"));
     train(&mut ema, &mut walk, 40);
-    assert!(text(PostHocEma::options(&dir).resume(&walk.model)).contains("another tracker is writing"));
+    assert!(text(PostHocEma::options(&dir).resume(&walk.model)).contains("this process is writing this run already"));
     drop(ema);
     let whole = listing(&dir);
     assert!(text(PostHocEma::options(&dir).create(&walk.model)).contains("already holds a run"));
