@@ -22,8 +22,8 @@ STATE = "state.safetensors"
 SAVED_STATE = "posthoc-ema.safetensors"
 """File of a live state that is saved into a folder."""
 
-Resume: TypeAlias = bool | str | os.PathLike[str]
-"""Whether to continue a run, or the path of the live state to continue it from."""
+Resume: TypeAlias = bool | str | os.PathLike[str] | None
+"""Whether to continue a run, or the path of the live state to continue it from. None is False."""
 
 
 _LONGEST_HEADER = 100_000_000
@@ -98,21 +98,37 @@ def check_old_checkpoints(directory: Path, problem: str) -> None:
         )
 
 
+def _state(resume: Resume) -> str | os.PathLike[str] | None:
+    """Returns the path of the live state to continue from, if one is given.
+
+    Raises:
+        TypeError: If `resume` is neither a truth value nor a path.
+        ValueError: If it is an empty path.
+    """
+    if resume is None or isinstance(resume, bool):
+        return None
+    if not os.fspath(resume):
+        raise ValueError("resume = '': must be True, False, or the path of a state that `save` wrote")
+    return resume
+
+
 def step_counter(directory: Path, resume: Resume, schedule: Mapping[str, Any]) -> StepCounter:
     """Returns a counter that begins at the step that a training continues from."""
     if distributed() is not None:
         # Rank 0 sends its step: the files may be on its machine only.
         return StepCounter(schedule=schedule)
-    if isinstance(resume, bool):
-        return StepCounter((_native.saved_step(directory) or 0) if resume else 0, schedule=schedule)
-    return StepCounter(_native.state_step(resume), schedule=schedule)
+    state = _state(resume)
+    if state is not None:
+        return StepCounter(_native.state_step(state), schedule=schedule)
+    return StepCounter((_native.saved_step(directory) or 0) if resume else 0, schedule=schedule)
 
 
 def state_file(directory: Path, resume: Resume) -> Path:
     """Returns the file of the live state that a training continues from; it may be missing."""
-    if isinstance(resume, bool):
+    state = _state(resume)
+    if state is None:
         return directory / STATE
-    path = Path(resume)
+    path = Path(state)
     files = [path / SAVED_STATE, path / STATE] if path.is_dir() else [path]
     return next(filter(Path.exists, files), files[0])
 
@@ -124,11 +140,7 @@ def begins(directory: Path, resume: Resume) -> bool:
         TypeError: If `resume` is neither a truth value nor a path.
         ValueError: If it is an empty path.
     """
-    if isinstance(resume, bool):
-        return not (resume and (directory / STATE).exists())
-    if not os.fspath(resume):
-        raise ValueError("resume = '': must be True, False, or the path of a state that `save` wrote")
-    return False
+    return _state(resume) is None and not (resume and (directory / STATE).exists())
 
 
 def open_tracker(directory: Path, lender: Lender, options: dict[str, Any], resume: Resume) -> _native.Tracker:
@@ -140,7 +152,7 @@ def open_tracker(directory: Path, lender: Lender, options: dict[str, Any], resum
     """
     try:
         with lender.reading() as (addresses, stream):
-            lent = (lender.layout, addresses, stream, None if isinstance(resume, bool) else resume)
+            lent = (lender.layout, addresses, stream, _state(resume))
             return _native.Tracker.open(str(directory), "either" if resume else "create", json.dumps(options), *lent)
     except FileExistsError as error:
         remedy = f"there is no {STATE} to resume from" if resume else "continue it with `resume=True`"

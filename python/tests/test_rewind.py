@@ -111,7 +111,11 @@ def test_unfit_states_are_refused(tmp_path: Path) -> None:
         PostHocEMA.from_model(model, tmp_path / "ema", resume=tmp_path)
     with pytest.raises(ValueError, match="resume = ''"):
         PostHocEMA.from_model(model, tmp_path / "ema", resume="")
+    with pytest.raises(TypeError):
+        PostHocEMA.from_model(model, tmp_path / "ema", resume=3)  # type: ignore[arg-type]
     assert not (tmp_path / "ema").exists()
+    # A trainer without a checkpoint passes None.
+    PostHocEMA.from_model(model, tmp_path / "new", resume=None).close()
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         Trainer(tmp_path / name).train(12)

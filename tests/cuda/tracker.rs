@@ -139,6 +139,62 @@ fn extended_run_stores_files_and_gives_averages_of_host() {
     }
 }
 
+/// Goes back to checkpoints of the training, with the averages on either side.
+#[test]
+fn rewinds_store_files_of_an_undisturbed_host() {
+    driver();
+    let temp = tempfile::tempdir().unwrap();
+    let owner = Owner::new();
+    let mut model = Model::new(&owner);
+    let straight = temp.path().join("straight");
+    let mut expected = options(&straight).max_checkpoints(30).create(&model.host).unwrap();
+    for step in 1..=47 {
+        // The mask depends on the step alone here.
+        set(&mut model, step);
+        expected.update(&model.host).unwrap();
+    }
+    expected.finish().unwrap();
+    for device in [Device::Cuda(0), Device::Cpu] {
+        let dir = temp.path().join(format!("{device:?}"));
+        let state = |step: u64| temp.path().join(format!("{device:?}-{step}"));
+        let options = |device| options(&dir).max_checkpoints(30).device(device);
+        let mut got = options(device).create(&model.device).unwrap();
+        for (from, until, side) in [(24, 40, device), (12, 31, Device::Cpu), (24, 47, device), (36, 47, device)] {
+            while got.step() < until {
+                got.fence().map_or(Ok(()), |fence| fence.wait()).unwrap();
+                set(&mut model, got.step() + 1);
+                got.update(&model.device).unwrap();
+                if got.step().is_multiple_of(6) {
+                    got.save_to(state(got.step())).unwrap();
+                }
+            }
+            drop(got);
+            got = options(side).resume_from(state(from), &model.device).unwrap();
+            got.check_step(from).unwrap();
+        }
+        while got.step() < 47 {
+            got.fence().map_or(Ok(()), |fence| fence.wait()).unwrap();
+            set(&mut model, got.step() + 1);
+            got.update(&model.device).unwrap();
+        }
+        got.finish().unwrap();
+        assert_eq!(files(&dir), files(&straight), "{device:?}");
+        assert!(!dir.join("aside").exists());
+        let profile = Profile::sigma_rel(0.15).unwrap();
+        assert_eq!(got.synthesize(profile.clone()).unwrap(), expected.synthesize(profile).unwrap());
+    }
+}
+
+/// Gives the model the values of a step, whatever it held before.
+fn set(model: &mut Model, step: u64) {
+    for (_, tensor, _) in &mut model.device.tensors {
+        if tensor.dtype == Dtype::BOOL {
+            tensor.bytes.fill((step % 2) as u8);
+        }
+    }
+    model.train(step);
+}
+
 #[test]
 fn auto_device_keeps_averages_on_device() {
     let temp = tempfile::tempdir().unwrap();

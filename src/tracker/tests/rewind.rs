@@ -449,6 +449,47 @@ fn unfit_states_and_paths_are_refused_and_change_nothing() {
     assert!(refused(&training.temp.path().join("no/")).contains("this folder does not exist"));
 }
 
+/// Goes back to before and after a change of the model's tensors.
+#[test]
+fn rewind_across_an_extension_keeps_bits() {
+    let few = |step: u64| model(step)[..2].to_vec();
+    let grow = |ema: &mut PostHocEma, until: u64, is_whole: bool| {
+        while ema.step() < until {
+            let next = ema.step() + 1;
+            ema.update(&if is_whole { model(next) } else { few(next) }).unwrap();
+        }
+    };
+    let straight = Training::new();
+    let path = |training: &Training, name: &str| training.temp.path().join(name);
+    let begun = |training: &Training| {
+        let mut ema = training.options().create(&few(0)).unwrap();
+        grow(&mut ema, 25, false);
+        ema.save_to(path(training, "few")).unwrap();
+        drop(ema);
+        let options = training.options().extend(true);
+        let mut ema = options.resume_from(path(training, "few"), &model(25)).unwrap();
+        grow(&mut ema, 45, true);
+        ema.save_to(path(training, "whole")).unwrap();
+        ema
+    };
+    let expected = straight.end(begun(&straight));
+    let training = Training::new();
+    let mut ema = begun(&training);
+    grow(&mut ema, 85, true);
+    drop(ema);
+    let ema = training.options().resume_from(path(&training, "few"), &few(25)).unwrap();
+    assert_eq!((ema.tensors().len(), training.steps()), (2, [10, 20].into()));
+    drop(ema);
+    let mut ema = training.options().resume_from(path(&training, "whole"), &model(45)).unwrap();
+    assert_eq!((ema.tensors().len(), training.steps()), (3, (10..=40).step_by(10).collect()));
+    grow(&mut ema, 58, true);
+    drop(ema);
+    let options = training.options().extend(true);
+    let mut ema = options.resume_from(path(&training, "few"), &model(25)).unwrap();
+    grow(&mut ema, 45, true);
+    assert!(training.end(ema) == expected);
+}
+
 /// A run whose own state is damaged goes on from the training's checkpoint.
 #[test]
 fn damaged_state_of_the_run_is_replaced() {
