@@ -269,6 +269,39 @@ fn tracked_map_equals_the_naive_average_and_switches_to_it() {
     }
 }
 
+/// Goes back to a checkpoint of the training, and ends with the bits of one that did not.
+#[test]
+fn training_that_goes_back_keeps_every_bit() {
+    let temp = tempfile::tempdir().unwrap();
+    let (mut vars, loss) = model(DType::F32);
+    let checkpoint = |step: u64| temp.path().join(format!("checkpoint-{step}"));
+    let options = || PostHocEma::options(temp.path().join("ema")).update_every(2).checkpoint_every(10);
+    let train = |ema: &mut PostHocEma, vars: &VarMap, until: u64| {
+        let mut optimizer = candle_nn::SGD::new(vars.all_vars(), 0.1).unwrap();
+        while ema.step() < until {
+            let x = Tensor::full(ema.step() as f32 * 0.1, (4, 3), CPU).unwrap();
+            optimizer.backward_step(&loss(&x)).unwrap();
+            ema.update(&Variables(vars)).unwrap();
+            if ema.step().is_multiple_of(6) {
+                let folder = checkpoint(ema.step());
+                std::fs::create_dir_all(&folder).unwrap();
+                vars.save(folder.join("model.safetensors")).unwrap();
+                ema.save_to(&folder).unwrap();
+            }
+        }
+        ema.synthesize(Profile::sigma_rel(0.15).unwrap()).unwrap()
+    };
+    let mut ema = options().create(&Variables(&vars)).unwrap();
+    let expected = train(&mut ema, &vars, 45);
+    drop(ema);
+    for from in [30, 12, 36] {
+        vars.load(checkpoint(from).join("model.safetensors")).unwrap();
+        let mut ema = options().resume_from(checkpoint(from), &Variables(&vars)).unwrap();
+        ema.check_step(from).unwrap();
+        assert_eq!(train(&mut ema, &vars, 45), expected, "from step {from}");
+    }
+}
+
 #[test]
 fn f64_and_bf16_models_are_tracked_and_switched_in_their_dtype() {
     for dtype in [DType::F64, DType::BF16] {
