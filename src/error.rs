@@ -283,6 +283,23 @@ pub enum Error {
         /// Step of the newest update.
         step: u64,
     },
+    /// A parameter contains a NaN or an infinity.
+    #[error(
+        "tensor `{}`: the parameter is {value} at element {element} at step {step}: this update was left out, and the \
+         averages are as before. Repair the model, or go back to a checkpoint before it diverged, and go on. If the \
+         value is intended, as in a mask, name the tensor among those to copy",
+        shown(tensor)
+    )]
+    NonFiniteParameter {
+        /// Name of the tensor.
+        tensor: String,
+        /// Flat index of the first such element.
+        element: usize,
+        /// Value of that element.
+        value: f64,
+        /// Step of the update.
+        step: u64,
+    },
     /// A call to a CUDA device or its driver failed.
     #[error("cuda:{device}: cannot {action}: {reason}")]
     Cuda {

@@ -93,7 +93,7 @@ pub use tensor::{
     CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorSpec,
     TensorView, TensorViewMut, Tensors, byte_size, is_averaged,
 };
-pub use tracker::{OnError, Options, PostHocEma, UpdateOutcome};
+pub use tracker::{OnError, OnNonFinite, Options, PostHocEma, UpdateOutcome};
 
 /// Compiles the examples of the README with the documentation tests.
 #[cfg(doctest)]

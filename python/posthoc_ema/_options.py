@@ -89,10 +89,12 @@ def whole_number(name: str, value: Any) -> int | None:
     return int(value)
 
 
-def check_on_error(on_error: str) -> None:
-    """Checks the option `on_error`."""
+def check_reactions(on_error: str, on_nonfinite: str | None) -> None:
+    """Checks the options `on_error` and `on_nonfinite`."""
     if on_error not in ("raise", "warn"):
         raise ValueError(f'on_error = {on_error!r}: must be "raise" or "warn"')
+    if on_nonfinite not in (None, "raise", "skip", "ignore"):
+        raise ValueError(f'on_nonfinite = {on_nonfinite!r}: must be "raise", "skip" or "ignore"')
 
 
 def check_calculation_dtype(dtype: Any) -> None:

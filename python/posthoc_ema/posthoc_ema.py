@@ -85,6 +85,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
         retention: Retention | None = None,
         checkpoint_in_background: bool = True,
         on_error: str = "raise",
+        on_nonfinite: str | None = None,
         rank_zero_only: bool = False,
     ) -> PostHocEMA:
         """Starts to track a model, or resumes a run.
@@ -129,6 +130,10 @@ class PostHocEMA(RunAverages, TrainingLoop):
                 this memory, the training waits for the disk.
             on_error: Reaction of an update to a snapshot that could not be stored: "raise" an OSError, or "warn". The
                 averages lose nothing either way, and the snapshot is tried again. A lost lock is raised either way.
+            on_nonfinite: Reaction of an update to parameters with NaN or infinity: "raise" a RuntimeError that names
+                tensor and element, "skip" the update with a warning on standard error, or "ignore" them, which fails at
+                the next snapshot. With the first two the averages and the history are as if this update was not due.
+                Default "raise", but "ignore" for a model on a GPU, the only choice there.
             rank_zero_only: Track on rank 0 only; all other ranks count steps, from the run's step on. Under data
                 parallelism all ranks hold the same parameters, and a run has one writer. Call
                 `torch.distributed.init_process_group` before, so that the ranks are known: this method is then a call
@@ -142,7 +147,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
             OSError: If the directory cannot be created or written.
         """
         _options.check_calculation_dtype(calculation_dtype)
-        _options.check_on_error(on_error)
+        _options.check_reactions(on_error, on_nonfinite)
         directory = Path(checkpoint_dir)
         _lifetime.check_old_checkpoints(directory, "already contains checkpoints")
         options = _options.tracker_options(
@@ -158,6 +163,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
             average=average,
             copy=copy,
             extend=extend or None,
+            on_nonfinite=on_nonfinite,
         )
         read = partial(reader_of, directory, model, rank_zero_only, only_save_diff, leave_out)
         if rank_zero_only and launched().rank != 0:
@@ -255,8 +261,9 @@ class PostHocEMA(RunAverages, TrainingLoop):
 
         Raises:
             ValueError: If the model's tensors are not those the run began with. The message names the first difference.
-            RuntimeError: If an average to be stored contains NaN or infinity (nothing is written then), if the model
-                holds an average, if the run's lock was removed or its directory replaced, or if a device fails.
+            RuntimeError: If a parameter is NaN or infinite (`on_nonfinite`; the averages do not change then), if an
+                average to be stored is (nothing is written then), if the model holds an average, if the run's lock was
+                removed or its directory replaced, or if a device fails.
             OSError: If a snapshot could not be written in the background, unless `on_error` is "warn". The update
                 itself is complete, and the snapshot is tried again before the next one. With
                 `checkpoint_in_background=False` it is the snapshot of this call, tried again before the next update.

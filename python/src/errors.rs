@@ -19,6 +19,7 @@ pub fn to_python(error: Error) -> PyErr {
         Error::Locked { .. }
         | Error::LockLost { .. }
         | Error::NonFinite { .. }
+        | Error::NonFiniteParameter { .. }
         | Error::Cuda { .. }
         | Error::NoTarget
         | Error::NoSource { .. }

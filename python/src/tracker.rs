@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use posthoc_ema::{
-    Dtype, Options, Parameters, PostHocEma, Precision, Profile, Result, Retention, SavedState, SwapGuard, TensorView,
-    UpdateOutcome,
+    Dtype, OnNonFinite, Options, Parameters, PostHocEma, Precision, Profile, Result, Retention, SavedState, SwapGuard,
+    TensorView, UpdateOutcome,
 };
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -37,6 +37,7 @@ struct Settings {
     #[serde(with = "nullable")]
     checkpoint_dtype: Option<Option<Dtype>>,
     checkpoint_in_background: Option<bool>,
+    on_nonfinite: Option<String>,
     compensated: Option<bool>,
     extend: Option<bool>,
     shard_size: Option<u64>,
@@ -74,6 +75,14 @@ impl Settings {
             extend
         );
         set_given!(average, copy, leave_out);
+        if let Some(reaction) = self.on_nonfinite {
+            options = options.on_non_finite(match reaction.as_str() {
+                "raise" => OnNonFinite::Raise,
+                "skip" => OnNonFinite::Skip,
+                "ignore" => OnNonFinite::Ignore,
+                _ => return Err(argument(format_args!("on_nonfinite = {reaction:?}"))),
+            });
+        }
         if let Some(compensated) = self.compensated {
             options = options.precision(if compensated { Precision::Compensated } else { Precision::Plain });
         }

@@ -30,6 +30,47 @@ pub(crate) fn first_non_finite(dtype: Dtype, bytes: &[u8]) -> Option<(usize, f64
     }
 }
 
+/// Bytes of a block that a thread looks at, a multiple of every element's size.
+const BLOCK_BYTES: usize = 1 << 18;
+
+/// Total size in bytes up to which starting threads costs more than the look.
+const FEW_BYTES: usize = 1 << 19;
+
+/// Returns the tensor, the index and the value of the first element of several tensors that is NaN or infinite.
+///
+/// Reads each tensor once. Tensors of dtypes that are not averaged have no such element.
+pub(crate) fn first_non_finite_of(tensors: &[(Dtype, &[u8])]) -> Option<(usize, usize, f64)> {
+    let blocks_of = |(i, (_, bytes)): (usize, &(Dtype, &[u8]))| {
+        (0..bytes.len()).step_by(BLOCK_BYTES).map(move |start| (i, start)).collect::<Vec<_>>()
+    };
+    let blocks: Vec<(usize, usize)> = tensors.iter().enumerate().flat_map(blocks_of).collect();
+    let is_bad = |&(i, start): &(usize, usize)| {
+        let (dtype, bytes) = tensors[i];
+        has_non_finite(dtype, &bytes[start..bytes.len().min(start + BLOCK_BYTES)])
+    };
+    let total: usize = tensors.iter().map(|(_, bytes)| bytes.len()).sum();
+    let block =
+        if total <= FEW_BYTES { blocks.iter().position(is_bad) } else { blocks.par_iter().position_first(is_bad) };
+    let (tensor, start) = blocks[block?];
+    let (dtype, bytes) = tensors[tensor];
+    let (element, value) = first_non_finite(dtype, &bytes[start..])?;
+    Some((tensor, start / (dtype.bitsize() / 8) + element, value))
+}
+
+/// Returns true if an element is NaN or infinite. Without an early exit, so that the compiler can vectorise the loop.
+fn has_non_finite(dtype: Dtype, bytes: &[u8]) -> bool {
+    fn any<const N: usize>(bytes: &[u8], matches: impl Fn([u8; N]) -> bool) -> bool {
+        bytes.as_chunks::<N>().0.iter().fold(false, |found, &element| found | matches(element))
+    }
+    match dtype {
+        Dtype::F16 => any(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
+        Dtype::BF16 => any(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+        Dtype::F32 => any(bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
+        Dtype::F64 => any(bytes, |b| u64::from_le_bytes(b) & 0x7ff0 << 48 == 0x7ff0 << 48),
+        _ => false,
+    }
+}
+
 /// Returns the first element of `N` bytes for which `matches` is true, with its index.
 fn find<const N: usize>(bytes: &[u8], matches: impl Fn([u8; N]) -> bool + Sync) -> Option<(usize, [u8; N])> {
     const BLOCK: usize = 1 << 16;
@@ -44,6 +85,29 @@ fn find<const N: usize>(bytes: &[u8], matches: impl Fn([u8; N]) -> bool + Sync) 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn first_non_finite_element_of_several_tensors_is_found() {
+        let mut tensors = vec![vec![1f32; 3], vec![2.0; 100_001], vec![], vec![3.0; 5]];
+        let find = |tensors: &[Vec<f32>]| {
+            let views: Vec<(Dtype, &[u8])> = tensors.iter().map(|t| (Dtype::F32, bytemuck::cast_slice(t))).collect();
+            first_non_finite_of(&views)
+        };
+        assert_eq!(find(&tensors), None);
+        for (tensor, element) in [(3, 4), (1, 100_000), (1, 65_536), (1, 65_535), (0, 1)] {
+            tensors[tensor][element] = f32::INFINITY;
+            assert_eq!(find(&tensors), Some((tensor, element, f64::INFINITY)));
+        }
+        let ones = half::f16::ONE.to_le_bytes().repeat(400_000);
+        let mut mixed = ones.clone();
+        mixed[600_000..600_002].copy_from_slice(&f16::NAN.to_le_bytes());
+        let views = [(Dtype::I32, &[0xff; 8][..]), (Dtype::F16, &ones), (Dtype::F16, &mixed)];
+        assert!(first_non_finite_of(&views).is_some_and(|(i, at, value)| (i, at) == (2, 300_000) && value.is_nan()));
+        for (dtype, bytes) in [(Dtype::F64, &f64::NAN.to_le_bytes()[..]), (Dtype::BF16, &bf16::INFINITY.to_le_bytes())]
+        {
+            assert!(first_non_finite_of(&[(dtype, bytes)]).is_some_and(|(i, at, _)| (i, at) == (0, 0)));
+        }
+    }
 
     #[test]
     fn first_non_finite_element_is_found_in_each_dtype() {

@@ -5,6 +5,7 @@ mod checkpoint_meta;
 mod engine;
 mod extend;
 mod live;
+mod non_finite;
 mod options;
 mod registry;
 mod resume;
@@ -26,6 +27,8 @@ use crate::run::{SavedState, Settings};
 use crate::snapshot::{Extension, STATE_FILE, Session};
 use crate::tensor::{Parameters, TensorView};
 use engine::Engine;
+use non_finite::NonFinitePolicy;
+pub use non_finite::OnNonFinite;
 pub use options::{OnError, Options};
 use registry::TensorRegistry;
 
@@ -89,6 +92,7 @@ pub struct PostHocEma {
     on_error: OnError,
     /// True if the end without [`PostHocEma::finish`] is on purpose.
     is_abandoned: bool,
+    non_finite: NonFinitePolicy,
     lock: Lock,
 }
 
@@ -102,6 +106,8 @@ impl PostHocEma {
     ///
     /// # Errors
     /// * [`Error::Changed`] if names, shapes or dtypes differ from those the run began with. The call has no effect.
+    /// * [`Error::NonFiniteParameter`] if a parameter is NaN or infinite. The averages do not change, but the call
+    ///   counts a step. See [`Options::on_non_finite`].
     /// * [`Error::NonFinite`] if an average to be stored holds NaN or infinity. Nothing is written. For parameters on a
     ///   device, a later call returns this error.
     /// * [`Error::Io`] if an earlier snapshot could not be written in the background. The averages are updated all the
@@ -129,23 +135,29 @@ impl PostHocEma {
             return Err(Error::Time { time, last: previous });
         }
         let mut outcome = UpdateOutcome::Skipped;
+        let mut looked = Ok(true);
         if self.settings.schedule.is_update_due(previous, time) {
             self.retry();
-            params.with_tensors(&mut |views| self.fold(time, views))?;
-            outcome = UpdateOutcome::Updated;
+            params.with_tensors(&mut |views| {
+                looked = self.fold(time, views)?;
+                Ok(())
+            })?;
+            outcome = if matches!(looked, Ok(true)) { UpdateOutcome::Updated } else { outcome };
         }
         self.clock = time;
         // Taken before another checkpoint is queued, whose errors belong to a later call.
-        let earlier = self.engine.take_error().map_or(Ok(()), Err);
-        if !self.settings.schedule.is_snapshot_due(previous, time) {
-            return self.apply_error_policy(earlier).map(|()| outcome);
+        let earlier = looked.and_then(|_| self.apply_error_policy(self.engine.take_error().map_or(Ok(()), Err)));
+        // If the update was left out, the newest average may be stored already.
+        let is_stored = outcome == UpdateOutcome::Skipped && self.stored == self.history.last();
+        if is_stored || !self.settings.schedule.is_snapshot_due(previous, time) {
+            return earlier.map(|()| outcome);
         }
         let stored = self.checkpoint();
         if stored.is_ok() {
             outcome = UpdateOutcome::Stored;
         }
         // Applied to each error: one that becomes a warning must not hide the other.
-        self.apply_error_policy(earlier).and(self.apply_error_policy(stored)).map(|()| outcome)
+        earlier.and(self.apply_error_policy(stored)).map(|()| outcome)
     }
 
     /// Applies `on_error` to the result of storing: [`OnError::Continue`] turns file errors into warnings.
@@ -159,15 +171,20 @@ impl PostHocEma {
         }
     }
 
-    /// Folds the parameters at `time` into every average.
-    fn fold(&mut self, time: u64, views: &[TensorView<'_>]) -> Result<()> {
+    /// Folds the parameters at `time` into every average, unless the result of [`PostHocEma::look`] forbids it.
+    fn fold(&mut self, time: u64, views: &[TensorView<'_>]) -> Result<Result<bool>> {
         let views = self.registry.order_views(views)?;
+        let looked = self.look(time, &views);
+        if !matches!(looked, Ok(true)) {
+            return Ok(looked);
+        }
         let last = self.history.last().unwrap_or(0) as f64;
         let profiles = self.settings.profiles.iter();
         let weights: Vec<f32> = profiles.map(|profile| profile.one_minus_beta(last, time as f64) as f32).collect();
         self.engine.fold(&views, self.registry.layout(), &weights)?;
         // Cannot fail once the averages have changed: the caller has checked that `time` is after the last update.
-        self.history.push(time)
+        self.history.push(time)?;
+        Ok(looked)
     }
 
     /// Returns the fence to wait for before the parameters of the newest update are changed or freed.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 
 use super::engine::{self, EngineConfig, model_device};
+use super::non_finite::{NonFinitePolicy, OnNonFinite};
 use super::registry::TensorRegistry;
 use super::tensor_choice::TensorChoice;
 use super::{PostHocEma, state};
@@ -63,6 +64,7 @@ pub struct Options {
     pub(super) device: Device,
     pub(super) in_background: bool,
     pub(super) on_error: OnError,
+    pub(super) on_non_finite: Option<OnNonFinite>,
     pub(super) extend: bool,
 }
 
@@ -98,6 +100,7 @@ impl Options {
             device: Device::Cpu,
             in_background: true,
             on_error: OnError::Stop,
+            on_non_finite: None,
             extend: false,
         }
     }
@@ -266,6 +269,16 @@ impl Options {
         self
     }
 
+    /// Reaction of an update to parameters with NaN or infinity. Default: [`OnNonFinite::Raise`] for parameters in host
+    /// memory, [`OnNonFinite::Ignore`] for those on a CUDA device, the only choice there.
+    ///
+    /// The look reads each parameter that is averaged once more, before any average changes. A resume may choose
+    /// differently.
+    pub fn on_non_finite(mut self, on_non_finite: OnNonFinite) -> Self {
+        self.on_non_finite = Some(on_non_finite);
+        self
+    }
+
     /// Creates a new run.
     ///
     /// # Errors
@@ -282,6 +295,7 @@ impl Options {
             choice.check(views)?;
             TensorRegistry::new(views, &choice)
         })?;
+        let non_finite = NonFinitePolicy::new(self.on_non_finite, model_device)?;
         state::check_header(&registry, &settings)?;
         self.create_dir()?;
         snapshot::check_empty(&self.dir)?;
@@ -310,6 +324,7 @@ impl Options {
             in_background: self.in_background,
             on_error: self.on_error,
             is_abandoned: false,
+            non_finite,
             lock,
         })
     }

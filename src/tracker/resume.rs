@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::engine::{self, Engine, EngineConfig};
 use super::extend::{self, StateValues};
+use super::non_finite::NonFinitePolicy;
 use super::options::register;
 use super::registry::TensorRegistry;
 use super::rewind::Course;
@@ -86,8 +87,9 @@ impl Options {
             saved.document.settings.check_same_choice(&settings)?;
         }
         let (registry, device) = register(params, |views| self.resumed(saved, &settings, views))?;
+        let non_finite = NonFinitePolicy::new(self.on_non_finite, device)?;
         let (values, extensions) = self.resumed_values(saved, &settings, &registry, params)?;
-        Ok(Prepared { settings, registry, device, values, extensions })
+        Ok(Prepared { settings, registry, device, non_finite, values, extensions })
     }
 
     /// Registers the tensors of a resumed run. Known ones keep their roles, unless an extension chooses again.
@@ -132,13 +134,13 @@ impl Options {
 
     /// Starts an engine with the averages of a live state.
     fn start(&self, model: Prepared) -> Result<Started> {
-        let Prepared { settings, registry, device, values, extensions } = model;
+        let Prepared { settings, registry, device, non_finite, values, extensions } = model;
         let config = EngineConfig { values: Some(values), ..EngineConfig::new(&registry, &settings) };
         let engine = engine::start(&self.dir, registry.layout(), device, self.device, config)?;
         if self.in_background {
             engine.prepare();
         }
-        Ok(Started { settings, registry, extensions, engine })
+        Ok(Started { settings, registry, non_finite, extensions, engine })
     }
 
     /// Begins a session that goes on from the run's live state, after session number `sessions`.
@@ -160,6 +162,7 @@ impl Options {
             in_background: self.in_background,
             on_error: self.on_error,
             is_abandoned: false,
+            non_finite: model.non_finite,
             lock,
         };
         snapshot::remove_leftovers(&tracker.dir)?;
@@ -196,6 +199,7 @@ struct Prepared {
     registry: TensorRegistry,
     /// Number of the model's device, if it is on one.
     device: Option<usize>,
+    non_finite: NonFinitePolicy,
     values: StateValues,
     extensions: Vec<Extension>,
 }
@@ -204,6 +208,7 @@ struct Prepared {
 struct Started {
     settings: Settings,
     registry: TensorRegistry,
+    non_finite: NonFinitePolicy,
     extensions: Vec<Extension>,
     engine: Box<dyn Engine>,
 }

@@ -8,6 +8,7 @@ mod filling;
 mod growth;
 mod locks;
 mod log;
+mod non_finite;
 mod rewind;
 mod storage;
 mod swapping;

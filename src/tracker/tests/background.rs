@@ -183,7 +183,8 @@ fn drop_writes_queued_checkpoints_under_the_lock() {
 fn non_finite_average_is_an_error_of_the_same_call() {
     let (_temp, dir) = scratch();
     let mut model = vec![("w", vec![1.0f32; 9])];
-    let mut ema = options(&dir).update_every(1).checkpoint_every(2).create(&model).unwrap();
+    let mut ema =
+        options(&dir).update_every(1).checkpoint_every(2).on_non_finite(OnNonFinite::Ignore).create(&model).unwrap();
     ema.update(&model).unwrap();
     ema.update(&model).unwrap();
     ema.finish().unwrap();

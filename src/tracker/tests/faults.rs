@@ -17,7 +17,8 @@ pub(super) fn model(step: u64) -> Model {
 
 fn options(dir: &Path, in_background: bool) -> Options {
     let options = PostHocEma::options(dir).update_every(1).update_after_step(0).checkpoint_every(6);
-    let options = options.retention(Retention::Latest).max_checkpoints(3).shard_size(100);
+    let options =
+        options.on_non_finite(OnNonFinite::Ignore).retention(Retention::Latest).max_checkpoints(3).shard_size(100);
     options.checkpoint_in_background(in_background)
 }
 
