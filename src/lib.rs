@@ -83,7 +83,8 @@ pub use merge::{CheckpointWeight, Checkpoints, Merge};
 #[doc(hidden)]
 pub use planning::rounding;
 pub use planning::{
-    Advice, AdviceRequest, At, Forecast, LaterTensors, Noise, Plan, PredictedError, Weight, WorstCase, advise,
+    ACCURACY_LOG, Advice, AdviceRequest, At, Forecast, LARGE_ERROR, LaterTensors, Noise, Plan, PredictedError,
+    Shortfall, Weight, WorstCase, advise, log_warnings, warnings,
 };
 pub use run::{Run, SavedState, VerifyReport, verify};
 pub use snapshot::{Snapshot, SnapshotId};

@@ -8,7 +8,8 @@ from typing import Any
 
 from . import _native
 from ._dtypes import average_dtype_name
-from ._options import DEFAULTS, SNAPSHOT_GROWTH, growth_number
+from ._options import DEFAULTS, SNAPSHOT_GROWTH
+from ._plans import growth_number
 from ._profiles import Profile
 
 __all__ = ["Advice", "advise"]

@@ -9,7 +9,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from . import _native, _swap
+from . import _accuracy, _native, _swap
 from ._broadcast import Broadcast, Bytes, device_of, places, transfer_device
 from ._dtypes import average_dtype_name
 from ._launch import distributed, launched
@@ -137,6 +137,7 @@ class CollectiveReader(RunReader):
     ) -> None:
         originals.save(layout, lent, stream)
         self._live().native.switch_to(profile_json(target), layout, lent, stream)
+        _accuracy.warn()
 
     def _offer_swap(
         self, call: Call, model: Model, target: Target, step: int | None, noise: Noise

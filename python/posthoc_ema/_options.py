@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _native
 from ._dtypes import average_dtype_name
-from ._plans import Retention, retention_to_dict
+from ._plans import Retention, growth_number, retention_to_dict
 from ._profiles import Profile
 
 DEFAULTS = {"update_every": 10, "update_after_step": 100, "checkpoint_every": 1000, "max_checkpoints": 20}
@@ -64,11 +64,6 @@ def tracker_options(
     if is_new or snapshot_growth is not SNAPSHOT_GROWTH:
         options["snapshot_growth"] = growth_number(snapshot_growth)
     return {**DEFAULTS, **options} if is_new else options
-
-
-def growth_number(snapshot_growth: float | None) -> float:
-    """Returns the factor between the times of early snapshots as the native part takes it: 0 for none."""
-    return float(snapshot_growth or 0.0)
 
 
 def schedule(options: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -92,6 +93,8 @@ class Plan:
 
     None before training, for averages at the newest update of a training, and if the stored snapshots are of fewer than
     three steps or do not record their updates."""
+    warning: str | None
+    """Reason of a relative error above 5%, with a remedy; None for a smaller one."""
     weights: tuple[Weight, ...]
     """Weights of the snapshots."""
     later: tuple[LaterTensors, ...] = ()
@@ -133,6 +136,18 @@ def retention_to_dict(retention: Retention) -> Any:
     if len(values) != 2:
         raise ValueError(f"retention = {retention!r}: a range is two sigma_rel, steps are whole numbers")
     return {"range": {"from": float(values[0]), "to": float(values[1])}}
+
+
+def growth_number(snapshot_growth: float | None) -> float:
+    """Returns the factor between the times of early snapshots as the native part takes it: 0 for none.
+
+    Raises:
+        ValueError: If it is infinite or NaN.
+    """
+    growth = float(snapshot_growth or 0.0)
+    if not math.isfinite(growth):
+        raise ValueError(f"snapshot_growth: {growth}: a factor of at least 1.01 is needed; 0 switches it off")
+    return growth
 
 
 def plan(
@@ -177,7 +192,7 @@ def plan(
         "update_every": int(update_every),
         "update_after_step": int(update_after_step),
         "checkpoint_every": int(checkpoint_every),
-        "snapshot_growth": float(snapshot_growth or 0.0),
+        "snapshot_growth": growth_number(snapshot_growth),
         "max_checkpoints": int(max_checkpoints),
         "retention": retention_to_dict(retention),
         "tracked": [profile.to_dict() for profile in tracked],

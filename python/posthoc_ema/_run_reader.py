@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import _native, _swap
+from . import _accuracy, _native, _swap
 from ._dtypes import average_dtype_name
 from ._lend import is_torch, torch_module
 from ._model import MappingTensors, Model, ModuleTensors, tensors_of
@@ -106,7 +106,20 @@ class RunReader:
         """Returns the function that writes an average into a model's tensors, and the names of those that it writes."""
         profile = as_profile(target)
         source, at = self._source(step, noise)
-        return partial(source.swap_in, profile_json(profile), *at), names_in(source)
+        swap_in = partial(source.swap_in, profile_json(profile), *at)
+
+        def swap(originals: _native.SavedWeights, layout: _native.Layout, addresses: list[int], stream: int) -> None:
+            swap_in(originals, layout, addresses, stream)
+            # A warning that is an exception restores the model.
+            _accuracy.warn()
+
+        return swap, names_in(source)
+
+    def warn_of(self, targets: Iterable[Target], step: int | None, noise: Noise) -> None:
+        """Warns of targets as a synthesis of all of them does."""
+        source, at = self._source(step, noise)
+        source.log_warnings(to_json(targets), *at)
+        _accuracy.warn()
 
     @property
     def alone(self) -> RunReader:
@@ -148,6 +161,7 @@ class RunReader:
 
         with byte_progress(progress, total, "synthesizing") as report:
             source.load_into(jsons, *at, buffers.layout, buffers.addresses(), report)
+        _accuracy.warn()
         tensors = self._tensors if self._tracker is None else self._tracker.tensors
         tensors = tensors if model is None else self.tensors_of(model)
         for target in buffers.targets:
@@ -179,6 +193,7 @@ class RunReader:
         paths = [folder / name for name in names]
         with byte_progress(progress, lambda: run.bytes_to_read(jsons, step), "synthesizing") as report:
             run.write(jsons, step, noise_text(noise), paths, average_dtype_name(dtype), device, report)
+        _accuracy.warn()
         return paths
 
     def write_best(self, target: Target, path: Path, step: int | None, noise: Noise) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from . import _native
+from . import _accuracy, _native
 from ._model import Model
 from ._options import whole_number
 from ._plans import Noise, Plan, noise_text
@@ -78,6 +78,7 @@ def sweep(
     if not profiles:
         raise ValueError("there is nothing to evaluate: give targets or sigma_rels")
     at = ema.plan(profiles, step, noise=noise)[0].at
+    reader.warn_of(profiles, step, noise)
     # Only snapshots can be named by a step, not the newest update of a tracker.
     step = step if reader.live(step) is not None else at
     directory = None if out is None else check_output_directory(out, reader.directory)
@@ -96,13 +97,15 @@ def sweep(
         check_recorded_scores(search, name, is_unique, directory)
         averages = SweepAverages(ema, reader, step, noise, model)
         loop = EvaluationLoop(search, averages, evaluate)
-        loop.run(batch, progress)
+        with _accuracy.silenced():
+            loop.run(batch, progress)
         results = trials_from_json(search.trials())
         number = search.best()
         if number is None:
             reasons = "; ".join(f"{trial.profile}: {trial.error}" for trial in results)
             raise RuntimeError(f"all {len(results)} evaluations failed: {reasons}") from loop.first_error
-        best = averages.best(results[number], directory)
+        with _accuracy.silenced():
+            best = averages.best(results[number], directory)
         return Swept(best=best, results=results, at=at, minimize=minimize, edge=search.edge())
     finally:
         search.close()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import _native, _swap
+from . import _accuracy, _native, _swap
 from ._lend import Lender
 from ._lifetime import Resume, TrackerLifetime, open_tracker, state_file, stored_complex
 from ._model import MappingTensors, Model, ModuleTensors, tensors_of
@@ -77,6 +77,7 @@ class ModelTracker:
         _swap.mark_changed(lender.tensors)
         if isinstance(self.tensors, ModuleTensors):
             refresh_spectral_norms(model)
+        _accuracy.warn()
 
     @property
     def step(self) -> int:

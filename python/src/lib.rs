@@ -18,6 +18,7 @@ mod run;
 mod saved_weights;
 mod sweep;
 mod tracker;
+mod warnings;
 
 use pyo3::prelude::*;
 
@@ -26,7 +27,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     process::record();
     posthoc_ema::install_sigbus_handler();
     // Writes the library's warnings to standard error without the interpreter's lock.
-    posthoc_ema_cli::log_to_stderr();
+    posthoc_ema_cli::log_to_stderr(warnings::keep);
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("CUDA", cfg!(feature = "cuda"))?;
     module.add_class::<lend::Layout>()?;
@@ -49,5 +50,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(pictures::draw_errors, module)?)?;
     module.add_function(wrap_pyfunction!(pictures::draw_scores, module)?)?;
     module.add_function(wrap_pyfunction!(program::run_program, module)?)?;
+    module.add_function(wrap_pyfunction!(warnings::take_warnings, module)?)?;
     Ok(())
 }

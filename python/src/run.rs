@@ -79,6 +79,12 @@ impl Run {
         to_json(&self.solve(py, &targets, step, noise)?)
     }
 
+    /// Logs the warnings of targets, as a synthesis does.
+    fn log_warnings(&self, py: Python<'_>, targets: Vec<String>, step: Option<u64>, noise: &str) -> PyResult<()> {
+        posthoc_ema::log_warnings(self.0.dir(), &self.solve(py, &targets, step, noise)?);
+        Ok(())
+    }
+
     /// Returns the bytes of snapshots that a synthesis reads.
     fn bytes_to_read(&self, py: Python<'_>, targets: Vec<String>, step: Option<u64>) -> PyResult<u64> {
         // A regularisation sets no weight to 0, so the plans without one read the same files.

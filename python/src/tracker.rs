@@ -267,6 +267,15 @@ impl Tracker {
         to_json(&self.with(py, |tracker| tracker.plans(&targets))?)
     }
 
+    /// Logs the warnings of targets at the newest update, as a synthesis does.
+    fn log_warnings(&self, py: Python<'_>, targets: Vec<String>) -> PyResult<()> {
+        let targets = parse_profiles(&targets)?;
+        self.with(py, |tracker| {
+            posthoc_ema::log_warnings(tracker.dir(), &tracker.plans(&targets)?);
+            Ok(())
+        })
+    }
+
     /// Blends targets at the newest update into new tensors, one list of addresses for each target.
     fn load_into(
         &self,

@@ -269,7 +269,7 @@ def test_storages_that_were_made_smaller_are_refused(run_dir: Path) -> None:
 def test_resume_keeps_options_that_are_not_given(run_dir: Path) -> None:
     model = torch.nn.Linear(3, 3)
     options = {"copy": ["bias"], "checkpoint_dtype": torch.bfloat16, "sigma_rels": (0.1, 0.2), "compensated": False}
-    ema = PostHocEMA.from_model(model, run_dir, max_checkpoints=50, **OPTIONS, **options)
+    ema = PostHocEMA.from_model(model, run_dir, max_checkpoints=50, snapshot_growth=None, **OPTIONS, **options)
     train(ema, model, 300)
     ema.save()
     ema.close()

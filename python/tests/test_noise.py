@@ -17,7 +17,13 @@ def drifting(run_dir: Path, steps: int = 400) -> tuple[PostHocEMA, torch.nn.Line
     """Trains a slowly drifting model with snapshots in float16; returns exact averages of sigma_rel 0.01 and 0.02."""
     model = torch.nn.Linear(40, 40, bias=False)
     ema = PostHocEMA.from_model(
-        model, run_dir, update_every=1, update_after_step=0, checkpoint_every=20, checkpoint_dtype=torch.float16
+        model,
+        run_dir,
+        update_every=1,
+        update_after_step=0,
+        checkpoint_every=20,
+        checkpoint_dtype=torch.float16,
+        snapshot_growth=None,
     )
     slope = torch.randn_like(model.weight) * 1e-6
     seen = []

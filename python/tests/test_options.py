@@ -203,7 +203,8 @@ def test_step_without_update_takes_under_two_microseconds(run_dir: Path) -> None
 
 def test_update_of_many_small_tensors_costs_little_more_than_listing_them(run_dir: Path) -> None:
     model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(500)])
-    ema = PostHocEMA.from_model(model, run_dir, update_every=1, update_after_step=0, checkpoint_every=10**9)
+    options = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 10**9, "snapshot_growth": None}
+    ema = PostHocEMA.from_model(model, run_dir, **options)
 
     def seconds(work: Callable[[], object]) -> float:
         start = time.perf_counter()

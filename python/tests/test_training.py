@@ -91,7 +91,8 @@ def test_resumed_run_has_the_bits_of_one_that_never_stopped(tmp_path: Path) -> N
     run("straight", False)
     run("resumed", True)
     names = sorted(path.name for path in (tmp_path / "straight").glob("*.*.safetensors"))
-    assert len(names) == 10
+    assert len(names) == 40
+    assert names == sorted(path.name for path in (tmp_path / "resumed").glob("*.*.safetensors"))
     a = {name: PostHocEMA.from_path(tmp_path / "straight").synthesize([0.1])[0] for name in ("x",)}
     b = PostHocEMA.from_path(tmp_path / "resumed").synthesize([0.1])[0]
     assert all(torch.equal(tensor, b[name]) for name, tensor in a["x"].items())

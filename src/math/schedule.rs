@@ -12,8 +12,13 @@ pub const SNAPSHOT_GROWTH: f64 = 1.2;
 /// Smallest factor between the times of early snapshots.
 const MIN_GROWTH: f64 = 1.01;
 
-/// Updates before the first snapshot, unless a multiple of `checkpoint_every` comes first.
+/// Updates up to the first early snapshot, at least.
 const UPDATES_BEFORE: u64 = 10;
+
+/// Updates between an early snapshot and any other, at least.
+///
+/// After a single update, the snapshots of two profiles depend on each other and on those before.
+const UPDATES_BETWEEN: u64 = 2;
 
 /// Intervals at which averages are updated and stored.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -89,7 +94,7 @@ impl Schedule {
         let count = steps.checked_div(every).unwrap_or(0);
         let mut times: Vec<u64> = (1..=count).map(|i| i * every).filter(|&t| t >= self.update_after_step).collect();
         if let Some(early) = EarlySnapshots::of(self) {
-            times.extend((0..early.count).map(|i| early.time(i)).take_while(|&time| time <= steps));
+            times.extend((0..early.count).filter_map(|i| early.time(i)).take_while(|&time| time <= steps));
             times.sort_unstable();
             times.dedup();
         }
@@ -135,40 +140,49 @@ impl Schedule {
 ///
 /// Evenly spaced snapshots leave an early average few to be blended from: after 1,000 steps, a spacing of 1,000 leaves
 /// an error of 45%, and a factor of 1.2 leaves 4%.
-struct EarlySnapshots {
-    update_every: u64,
+struct EarlySnapshots<'a> {
+    schedule: &'a Schedule,
     growth: f64,
     first: u64,
     count: u32,
 }
 
-impl EarlySnapshots {
+impl<'a> EarlySnapshots<'a> {
     /// Returns those of a schedule, if it has any.
-    fn of(schedule: &Schedule) -> Option<Self> {
+    fn of(schedule: &'a Schedule) -> Option<Self> {
         let growth = schedule.snapshot_growth.filter(|growth| *growth >= MIN_GROWTH)?;
         let update_every = schedule.update_every;
-        let after = schedule.update_after_step.max(update_every.checked_mul(UPDATES_BEFORE)?);
+        // A shorter time would not grow by the updates that lie between two.
+        let updates = (UPDATES_BETWEEN as f64 / (growth - 1.0) - 1e-9).ceil() as u64;
+        let after = schedule.update_after_step.max(update_every.checked_mul(updates.max(UPDATES_BEFORE))?);
         let first = after.checked_next_multiple_of(update_every)?;
         // From here on, the next would be as far as a multiple of `checkpoint_every`.
         let end = schedule.checkpoint_every as f64 / (growth - 1.0);
         let count = index(end, first, growth).ceil() as u32;
-        (count > 0).then_some(EarlySnapshots { update_every, growth, first, count })
+        (count > 0).then_some(EarlySnapshots { schedule, growth, first, count })
     }
 
-    /// Returns the time of number `i`, a multiple of `update_every`.
-    fn time(&self, i: u32) -> u64 {
+    /// Returns the time of number `i`, a multiple of `update_every`; `None` if a regular snapshot is next to it.
+    fn time(&self, i: u32) -> Option<u64> {
+        let Schedule { update_every, update_after_step, checkpoint_every, .. } = *self.schedule;
         let exact = self.first as f64 * self.growth.powi(i as i32);
         // A half is rounded up, also on a machine on which its last bits differ.
-        let updates = (exact / self.update_every as f64 * (1.0 + 1e-12) + 0.5) as u64;
-        updates.saturating_mul(self.update_every)
+        let updates = (exact / update_every as f64 * (1.0 + 1e-12) + 0.5) as u64;
+        let time = updates.checked_mul(update_every)?;
+        let before = time / checkpoint_every * checkpoint_every;
+        let is_next = |regular: u64| {
+            regular >= update_after_step.max(1) && time.abs_diff(regular) < UPDATES_BETWEEN * update_every
+        };
+        (!is_next(before) && !is_next(before.saturating_add(checkpoint_every))).then_some(time)
     }
 
     /// Returns true if a time is in `(previous, time]`.
     fn is_due(&self, previous: u64, time: u64) -> bool {
         // Rounding moves a time by at most half the distance between updates.
-        let from = index(previous.saturating_sub(self.update_every) as f64, self.first, self.growth) as u32;
-        let to = index(time.saturating_add(self.update_every) as f64, self.first, self.growth) as u32;
-        (from..=to.min(self.count - 1)).map(|i| self.time(i)).any(|due| previous < due && due <= time)
+        let every = self.schedule.update_every;
+        let from = index(previous.saturating_sub(every) as f64, self.first, self.growth) as u32;
+        let to = index(time.saturating_add(every) as f64, self.first, self.growth) as u32;
+        (from..=to.min(self.count - 1)).filter_map(|i| self.time(i)).any(|due| previous < due && due <= time)
     }
 }
 
@@ -223,6 +237,26 @@ mod tests {
         assert_eq!(late.snapshots(10_000), [6000, 7000, 8000, 9000, 10_000]);
         let later = Schedule { update_after_step: 1515, ..schedule };
         assert_eq!(later.snapshots(3000), [1520, 1820, 2000, 2190, 2630, 3000]);
+    }
+
+    /// Snapshots after one update each would depend on each other: two profiles add one dimension.
+    #[test]
+    fn early_snapshots_are_two_updates_from_any_other() {
+        for (update_every, checkpoint_every) in [(1, 5), (1, 20), (1, 97), (10, 1000), (10, 105), (7, 100), (100, 1000)]
+        {
+            for growth in [1.01, 1.1, 1.2, 1.5, 3.0] {
+                let schedule =
+                    Schedule { update_every, checkpoint_every, snapshot_growth: Some(growth), ..Schedule::default() };
+                let snapshots = schedule.snapshots(30_000);
+                for pair in snapshots.windows(2) {
+                    let is_regular = pair.iter().all(|time| time.is_multiple_of(checkpoint_every));
+                    assert!(is_regular || pair[1] - pair[0] >= 2 * update_every, "{pair:?} {schedule:?}");
+                }
+                assert!(
+                    snapshots.iter().filter(|time| **time < 10 * update_every).all(|time| time % checkpoint_every == 0)
+                );
+            }
+        }
     }
 
     /// A run is cut at each step of a jumping clock: the snapshots do not depend on the calls before.

@@ -7,8 +7,10 @@ mod later;
 mod noise;
 mod plan;
 mod sample;
+mod shortfall;
 mod source;
 mod stored_chain;
+mod warnings;
 
 #[doc(hidden)]
 pub use advise::rounding;
@@ -20,7 +22,9 @@ pub use noise::{Noise, PredictedError};
 pub(crate) use plan::solve;
 pub use plan::{At, LaterTensors, Plan, Weight};
 pub(crate) use sample::SnapshotNoise;
+pub use shortfall::{LARGE_ERROR, Shortfall};
 pub(crate) use source::IndexedSource;
 #[cfg(feature = "pytorch")]
 pub(crate) use stored_chain::history_json;
 pub(crate) use stored_chain::{profile_json, read_chain};
+pub use warnings::{ACCURACY_LOG, log_warnings, warnings};

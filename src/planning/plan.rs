@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use super::noise::{Noise, PredictedError};
 use super::sample::{RelativeErrorModel, SnapshotNoise};
+use super::shortfall::Shortfall;
 use super::source::IndexedSource;
 use crate::error::{Error, Result};
 use crate::fs::start_threads;
@@ -42,6 +43,9 @@ pub struct Plan {
     /// `None` before training and for live averages. Also `None` if snapshots are at fewer than three steps, have no
     /// history of updates, or have only zeros as weights.
     pub predicted: Option<PredictedError>,
+    /// The reason of a relative error above 5%, with a remedy; `warning` when it is serialized.
+    #[serde(rename = "warning")]
+    pub shortfall: Option<Shortfall>,
     /// The weights, in order of profile and step.
     pub weights: Vec<Weight>,
     /// The weights of tensors whose averages began after the run did; they do not have the plan's own weights.
@@ -105,7 +109,7 @@ pub(crate) fn solve(
         None => System::closed_form(at, &inputs, rho)?,
     };
     let model = stored.and_then(|stored| stored.model(&system, sources, &usable));
-    let solver = Solver { system: &system, model: model.as_ref(), noise, rho };
+    let solver = Solver { system: &system, sources, model: model.as_ref(), noise, rho };
     let usable: Vec<&IndexedSource> = usable.iter().map(|&i| &sources[i]).collect();
     // Collect all results first, so that the error returned is that of the first target, not of the first thread.
     let plans: Vec<Result<Plan>> = profiles.par_iter().map(|profile| solver.plan(&usable, profile, at)).collect();
@@ -132,6 +136,8 @@ fn target_time(sources: &[IndexedSource], at: At) -> Result<u64> {
 /// Solver of the targets of one time.
 struct Solver<'a> {
     system: &'a System,
+    /// All sources, also those after the time.
+    sources: &'a [IndexedSource],
     model: Option<&'a RelativeErrorModel<'a>>,
     noise: Noise,
     rho: f64,
@@ -156,6 +162,7 @@ impl Solver<'_> {
             .zip(&solution.weights)
             .map(|(source, &weight)| Weight { index: source.index, step: source.step, weight })
             .collect();
+        let shortfall = Shortfall::of(self.sources, profile, at, solution.relative_error);
         Ok(Plan {
             profile: profile.clone(),
             at,
@@ -165,6 +172,7 @@ impl Solver<'_> {
             sum: solution.weights.iter().sum(),
             rho,
             predicted,
+            shortfall,
             weights,
             later: Vec::new(),
         })

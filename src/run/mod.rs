@@ -31,7 +31,7 @@ use crate::device::Device;
 use crate::error::{Error, Result, shown};
 use crate::fs::{parent_dir, start_threads};
 use crate::math::{Chain, Densities, History, Profile};
-use crate::planning::{At, IndexedSource, Noise, Plan, SnapshotNoise, densities, solve, solve_later};
+use crate::planning::{At, IndexedSource, Noise, Plan, SnapshotNoise, densities, log_warnings, solve, solve_later};
 use crate::snapshot::{self, Snapshot, SnapshotId, beginning_of};
 use crate::synthesis::{MAX_TARGETS, ModelTensor, Output, SwapGuard, WriteOptions};
 use crate::tensor::{ParametersMut, TensorSpec, TensorViewMut, Tensors};
@@ -214,6 +214,7 @@ impl Run {
     /// needs the feature `cuda`.
     pub fn write_all(&self, outputs: &[Output<'_>], options: &WriteOptions<'_>) -> Result<Device> {
         outputs.iter().try_for_each(|output| self.check_outside(output.path))?;
+        log_warnings(&self.dir, outputs.iter().map(|output| output.plan));
         self.source_set_of(outputs.iter().map(|output| output.plan))?.write(outputs, options)
     }
 
@@ -222,6 +223,7 @@ impl Run {
     /// # Errors
     /// [`Error::Tensor`] for a result that the dtype cannot hold.
     pub fn load(&self, plan: &Plan) -> Result<Tensors> {
+        log_warnings(&self.dir, [plan]);
         self.source_set_of([plan])?.load(plan)
     }
 
@@ -240,6 +242,7 @@ impl Run {
         outputs: Vec<Vec<TensorViewMut<'_>>>,
         progress: Option<&(dyn Fn(u64) + Sync)>,
     ) -> Result<()> {
+        log_warnings(&self.dir, plans);
         self.source_set_of(plans)?.load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)
     }
 
@@ -293,6 +296,7 @@ impl Run {
     /// [`Error::Changed`] for a model with other tensors, [`Error::Tensor`] for a result that its dtype cannot
     /// hold, [`Error::Cuda`]. The model is then unchanged.
     pub fn swap_in<'p, P: ParametersMut + ?Sized>(&self, plan: &Plan, params: &'p mut P) -> Result<SwapGuard<'p, P>> {
+        log_warnings(&self.dir, [plan]);
         self.source_set_of([plan])?.swap_in(plan, params)
     }
 

@@ -10,7 +10,7 @@ use super::record::{Record, SweepKey};
 use super::search::Sweep;
 use super::trial::{TrialMetrics, TrialOutcome};
 use crate::error::{Error, Result};
-use crate::planning::{At, Plan};
+use crate::planning::{At, Plan, log_warnings};
 use crate::run::Run;
 use crate::synthesis::{Output, WriteOptions};
 
@@ -65,6 +65,7 @@ impl Run {
         let plans = self.plans_with(sweep.targets(), options.at, options.noise)?;
         let at = plans.first().map_or(0, |plan| plan.at);
         self.check_apart(options.dir)?;
+        log_warnings(self.dir(), &plans);
         let (record, trials) = Record::open(options.dir, SweepKey::new(self, at, options))?;
         let dir = SweepDir::new(record.dir(), options.keep_all, &trials)?;
         sweep.restore(trials);

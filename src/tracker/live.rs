@@ -12,7 +12,7 @@ use super::values::Values;
 use crate::compute::cuda::DeviceAverages;
 use crate::error::{Error, Result};
 use crate::math::{Chain, Profile};
-use crate::planning::{At, IndexedSource, Noise, Plan, Weight, solve, solve_later};
+use crate::planning::{At, IndexedSource, Noise, Plan, Weight, log_warnings, solve, solve_later};
 use crate::run::{Run, later_groups};
 use crate::synthesis::{Elements, ModelTensor, SourceSet, SwapGuard, TensorSource};
 use crate::tensor::{ParametersMut, TensorSpec, TensorViewMut, Tensors};
@@ -119,6 +119,7 @@ impl PostHocEma {
     ) -> Result<Vec<Plan>> {
         let solve = |sources: &[IndexedSource]| self.solve_sources(sources, profiles);
         self.with_sources(solve, |sources, plans| {
+            log_warnings(&self.dir, &plans);
             sources.load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)?;
             Ok(plans)
         })
@@ -145,6 +146,7 @@ impl PostHocEma {
             sum: 1.0,
             rho: 0.0,
             predicted: None,
+            shortfall: None,
             weights: vec![Weight { index, step: at, weight: 1.0 }],
             later: Vec::new(),
         };
@@ -243,7 +245,10 @@ impl PostHocEma {
     /// Solves one target and calls `act` with all sources and the plan.
     fn with_plan<R>(&self, profile: &Profile, act: impl FnOnce(&SourceSet<'_>, &Plan) -> Result<R>) -> Result<R> {
         let solve = |sources: &[IndexedSource]| self.solve_sources(sources, std::slice::from_ref(profile));
-        self.with_sources(solve, |sources, plans| act(sources, &plans[0]))
+        self.with_sources(solve, |sources, plans| {
+            log_warnings(&self.dir, &plans);
+            act(sources, &plans[0])
+        })
     }
 
     /// Calls `act` with all sources and the plans that `solve` makes of them.

@@ -13,7 +13,7 @@ const STEPS: u64 = 96_000;
 /// Two profiles are tracked, with `snapshots` evenly spaced snapshots of each.
 fn worst([first, last]: [f64; 2], tracked: [f64; 2], snapshots: usize) -> f64 {
     let forecast = Forecast {
-        schedule: Schedule { checkpoint_every: STEPS / snapshots as u64, ..Schedule::default() },
+        schedule: Schedule { checkpoint_every: STEPS / snapshots as u64, snapshot_growth: None, ..Schedule::default() },
         steps: STEPS,
         keep: snapshots,
         retention: Retention::Latest,

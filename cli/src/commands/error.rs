@@ -10,7 +10,7 @@ use super::args::{AtArgs, NoiseArgs};
 use super::forecast::ForecastArgs;
 use super::list::Numbers;
 use super::open::OpenArgs;
-use super::output::{print, print_json};
+use super::output::{print, print_json, print_warnings};
 use super::plot::PlotArgs;
 use super::source::{PlanSource, length_at};
 use super::targets::{numbers, profiles};
@@ -50,6 +50,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let targets: Vec<Profile> = profiles(&arguments.sigma_rel, Profile::sigma_rel).collect::<Result<_, Failure>>()?;
     let source = PlanSource::open(arguments.run.as_deref(), &arguments.open, &arguments.forecast)?;
     let plans = source.plans(&targets, arguments.at.at(), arguments.noise.noise)?;
+    print_warnings(&plans);
     if arguments.json {
         let errors: Vec<Value> = numbers(&arguments.sigma_rel).zip(&plans).map(error_json).collect();
         print_json(&json!({ "errors": errors }));
@@ -67,6 +68,7 @@ fn error_json((sigma_rel, plan): (f64, &Plan)) -> Value {
         "noise_gain": plan.noise_gain,
         "rho": plan.rho,
         "predicted": plan.predicted,
+        "warning": plan.shortfall,
     })
 }
 

@@ -101,7 +101,7 @@ pub fn run() -> ExitCode {
 /// Help texts and usage errors end the process.
 pub fn run_with(arguments: impl IntoIterator<Item = OsString>) -> u8 {
     let arguments = parse(&arguments.into_iter().collect::<Vec<_>>()).unwrap_or_else(|error| output::exit_with(&error));
-    log_to_stderr();
+    log_to_stderr(drop);
     let handled = interrupt::remove_temporary_files_on_signal().map_err(Failure::Failed);
     let outcome = handled.and_then(|()| dispatch(&arguments.command));
     interrupt::wait_for_signal_handler();

@@ -5,11 +5,16 @@ use std::thread;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use posthoc_ema::{escape_controls, is_control};
+use posthoc_ema::{Plan, escape_controls, is_control, warnings};
 
 /// Escapes the control characters that could hide or forge terminal output: names come from files.
 fn escape_control(text: &str) -> String {
     escape_controls(text, &['\n', '\t'])
+}
+
+/// Prints the warnings of plans with a large error to stderr.
+pub fn print_warnings(plans: &[Plan]) {
+    warnings(plans).iter().for_each(|warning| print_warning(warning));
 }
 
 /// Prints a warning to stderr.

@@ -10,7 +10,7 @@ use super::args::{AtArgs, NoiseArgs};
 use super::forecast::ForecastArgs;
 use super::list::Count;
 use super::open::OpenArgs;
-use super::output::{bytes, print, print_json};
+use super::output::{bytes, print, print_json, print_warnings};
 use super::plot::PlotArgs;
 use super::source::PlanSource;
 use super::targets::TargetArgs;
@@ -66,6 +66,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     arguments.plot.check()?;
     let source = PlanSource::open(arguments.run.as_deref(), &arguments.open, &arguments.forecast)?;
     let plans = source.plans(&profiles, arguments.at.at(), arguments.noise.noise)?;
+    print_warnings(&plans);
     let disk = source.disk();
     if arguments.json {
         let mut document = json!({ "targets": plans });

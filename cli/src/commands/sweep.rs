@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::args::{AtArgs, BlendArgs, NoiseArgs};
 use super::open::OpenArgs;
-use super::output::{byte_bar, print, print_json, print_warning, redraw_every, round_bar};
+use super::output::{byte_bar, print, print_json, print_warning, print_warnings, redraw_every, round_bar};
 use super::plot::PlotArgs;
 use super::targets::TargetArgs;
 use super::{Failure, Outcome};
@@ -77,6 +77,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     arguments.plot.check()?;
     let command = Command::new(&arguments.eval, timeout(arguments.timeout)?).map_err(Failure::of_argument)?;
     let (run, _) = arguments.open.open(&arguments.run)?;
+    print_warnings(&run.plans_with(&profiles, arguments.at.at(), arguments.noise.noise)?);
     let bars = ProgressBars::default();
     let options = SweepOptions {
         at: arguments.at.at(),

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::args::{AtArgs, BlendArgs, NoiseArgs};
 use super::destination::{Destination, output_parser};
 use super::open::{self, OpenArgs};
-use super::output::{byte_bar, bytes, print_json};
+use super::output::{byte_bar, bytes, print_json, print_warnings};
 use super::targets::{TargetArgs, target_name};
 use super::{Failure, Outcome};
 use crate::numbers::number;
@@ -55,6 +55,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     arguments.destination().check(arguments.json)?;
     let (run, left_out) = arguments.open.open(&arguments.run)?;
     let plans = run.plans_with(&profiles, arguments.at.at(), arguments.noise.noise)?;
+    print_warnings(&plans);
     if arguments.verify {
         open::verify(&run, &plans)?;
     }
@@ -144,6 +145,7 @@ fn target_json(plan: &Plan, path: &Path) -> Value {
         "noise_gain": plan.noise_gain,
         "rho": plan.rho,
         "predicted": plan.predicted,
+        "warning": plan.shortfall,
     });
     if !plan.later.is_empty() {
         target["later"] = json!(plan.later);

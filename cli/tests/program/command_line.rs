@@ -148,7 +148,7 @@ fn error_lists_the_error_of_each_length() {
     assert!(errors[3]["relative_error"].as_f64().unwrap() < 1e-9);
     let flags = ["error", "--steps", "1000000", "--sigma-rel", "0.15"];
     let text = stdout(&flags);
-    assert!(text.contains("0.0077"), "{text}");
+    assert!(text.contains("0.00767"), "{text}");
     let text = stdout(&[&flags[..], &["--snapshot-growth", "0"]].concat());
     assert!(text.contains("0.0067"), "{text}");
     let text = stdout(&[&flags[..], &["--retention", "latest"]].concat());

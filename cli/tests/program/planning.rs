@@ -1,6 +1,6 @@
 //! Planning before training: retention, disk size and advice.
 
-use crate::common::{self, failure, stdout};
+use crate::common::{self, failure, posthoc_ema, stdout};
 use serde_json::Value;
 
 const TRAINING: [&str; 6] = ["plan", "--steps", "100000", "--checkpoint-every", "1000", "--json"];
@@ -129,4 +129,45 @@ fn early_snapshots_count_for_disk_and_advice() {
     assert!(with <= without, "{with} with early snapshots, {without} without");
     let (status, text) = failure(&["plan", "--steps", "1000", "--sigma-rel", "0.2", "--snapshot-growth", "1"]);
     assert!(status == 2 && text.contains("snapshot_growth: 1: a factor of at least 1.01"), "{text}");
+}
+
+/// Returns the lines of stderr of a command that succeeds, and its output as JSON.
+fn warned(arguments: &[&str]) -> (Vec<String>, Value) {
+    let output = posthoc_ema(arguments);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{text}");
+    (text.lines().map(str::to_owned).collect(), serde_json::from_slice(&output.stdout).unwrap())
+}
+
+#[test]
+fn large_error_is_warned_of_once_with_reason_and_remedy() {
+    let training = ["--steps", "5000", "--snapshot-growth", "0", "--json"];
+    // 27 targets have one warning for each reason.
+    let (lines, document) = warned(&[&["error"], &training[..]].concat());
+    assert_eq!(lines.len(), 2, "{lines:?}");
+    assert!(lines[0].starts_with("warning: sigma_rel 0.02 at step 5000 has a relative error of"), "{lines:?}");
+    assert!(lines[0].ends_with("tracked sigma_rel 0.05 to 0.28: ask for one within, or track it in the next training"));
+    assert!(lines[1].contains("averages of 5 steps, 1000 to 5000, are too few so far: store them more often"));
+    assert!(document["errors"][0]["warning"].as_str().unwrap().contains("outside of the tracked"));
+    assert_eq!(document["errors"][3]["warning"], Value::Null);
+    let (lines, document) = warned(&[&["plan", "--sigma-rel", "0.15", "--at", "4990"], &training[..]].concat());
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    let reason = "the step lies between snapshots: ask for step 5000, the nearest that is stored";
+    assert!(lines[0].starts_with("warning: sigma_rel 0.15 at step 4990") && lines[0].ends_with(reason), "{lines:?}");
+    assert_eq!(document["targets"][0]["warning"], reason);
+    assert!(warned(&["plan", "--steps", "5000", "--sigma-rel", "0.05,0.15,0.28", "--json"]).0.is_empty());
+}
+
+#[test]
+fn synthesis_and_sweep_warn_once() {
+    let (temp, dir) = common::run();
+    let path = |name: &str| temp.path().join(name).to_str().unwrap().to_owned();
+    let between = ["--at", "490", "--sigma-rel", "0.1,0.15", "--json"];
+    let (lines, document) = warned(&[&["synthesize", &dir, "--out-dir", &path("averages")], &between[..]].concat());
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].contains("and 1 more target of more than 5%: the step lies between snapshots: ask for step 500"));
+    assert!(document["targets"][1]["warning"].as_str().unwrap().contains("ask for step 500"));
+    let sweep = ["sweep", &dir, "--out-dir", &path("sweep"), "--eval", "echo {} 1", "--refine", "2"];
+    let (lines, _) = warned(&[&sweep[..], &between].concat());
+    assert_eq!(lines.iter().filter(|line| line.contains("lies between snapshots")).count(), 1, "{lines:?}");
 }

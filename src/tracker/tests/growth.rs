@@ -135,3 +135,27 @@ fn forecast_lists_the_plan_of_the_run() {
     assert_eq!((&plan.weights, plan.relative_error), (&predicted.weights, predicted.relative_error));
     assert_eq!(plan.weights.len(), 16);
 }
+
+/// A training that evaluates one target again and again logs its large error once, and another target's once.
+#[test]
+fn inaccurate_average_is_logged_once() {
+    let (_temp, dir) = scratch();
+    let mut walk = Walk::new(3);
+    let lines = log::logged(|| {
+        let mut ema = options(&dir).snapshot_growth(None).create(&walk.model).unwrap();
+        for _ in 0..3 {
+            train(&mut ema, &mut walk, 300);
+            ema.synthesize(Profile::sigma_rel(0.15).unwrap()).unwrap();
+            ema.swap_in(Profile::sigma_rel(0.15).unwrap(), &mut walk.model).unwrap().restore().unwrap();
+            ema.plan(Profile::sigma_rel(0.2).unwrap()).unwrap();
+        }
+        train(&mut ema, &mut walk, 100);
+        let run = Run::open(&dir).unwrap();
+        let plan = run.plan(Profile::sigma_rel(0.2).unwrap(), At::Latest).unwrap();
+        run.load(&plan).unwrap();
+        run.load(&plan).unwrap();
+    });
+    assert_eq!(lines.len(), 2, "{lines:?}");
+    assert!(lines[0].starts_with("WARN sigma_rel 0.15 at step 300 has a relative error of"), "{lines:?}");
+    assert!(lines[1].starts_with("WARN sigma_rel 0.2 at step 1000 has") && lines[1].contains("too few"), "{lines:?}");
+}
