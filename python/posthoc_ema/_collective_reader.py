@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -20,7 +20,7 @@ from ._outputs import OutputBuffers, join_pairs
 from ._plans import Noise
 from ._profiles import Profile, Target, as_profile, profile_json
 from ._progress import Progress
-from ._ranks import Call, RankGroup
+from ._ranks import Call, Notices, RankGroup
 from ._run_reader import RunReader
 from ._spectral import refresh_spectral_norms
 from ._tracker import ModelTracker
@@ -330,10 +330,8 @@ def reader_of(
     )
 
 
-def _state(ema: Any) -> dict[str, Any] | None:
-    """Describes the run that rank 0 tracks; None on the other ranks."""
-    if ema._tracker is None:
-        return None
+def _state(ema: Any) -> dict[str, Any]:
+    """Describes the run that rank 0 tracks."""
     native = ema._tracker.native
     return {
         "steps": native.step,
@@ -358,34 +356,30 @@ def _rank_remedy() -> Iterator[None]:
 
 
 def opened_together(open_run: Callable[P, R]) -> Callable[P, R]:
-    """Makes the opening of a run under `rank_zero_only` a call of all ranks, if there is a process group.
+    """Makes all ranks count from the step of rank 0, or raise its error, when a run is opened under `rank_zero_only`.
 
-    All ranks fail if one does, and all count from the step of rank 0.
+    Rank 0 waits for no other: programs exist that open a run on their main process only.
     """
 
     @wraps(open_run)
     def opened(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not kwargs.get("rank_zero_only"):
-            return open_run(*args, **kwargs)
-        call = RankGroup().call("from_model") if distributed() is not None else None
-        if call is None:
-            with _rank_remedy():
+        group = distributed() if kwargs.get("rank_zero_only") else None
+        notices = Notices(group) if group is not None and group.get_world_size() > 1 else None
+        if notices is None:
+            with _rank_remedy() if kwargs.get("rank_zero_only") else nullcontext():
                 return open_run(*args, **kwargs)
-        made: list[Any] = []
-
-        def act() -> tuple[Any, dict[str, Any] | None]:
-            made.append(open_run(*args, **kwargs))
-            return made[0], _state(made[0])
-
-        try:
-            ema, state = call.part(act, is_last=True)
-        except BaseException:
-            for ema in made:
-                ema.close()
-            raise
-        if isinstance(ema._skip, StepCounter):
-            ema._skip = StepCounter(state["steps"], state["last_update"], state["schedule"])
-            ema.profiles = [Profile(text) for text in state["profiles"]]
+        if notices.is_zero:
+            try:
+                ema: Any = open_run(*args, **kwargs)
+                notices.leave(_state(ema))
+            except BaseException as error:
+                notices.leave(error)
+                raise
+            return ema
+        ema = open_run(*args, **kwargs)
+        state = notices.read("from_model")
+        ema._skip = StepCounter(state["steps"], state["last_update"], state["schedule"])
+        ema.profiles = [Profile(text) for text in state["profiles"]]
         return ema
 
     return opened

@@ -154,6 +154,39 @@ class Call:
             self._exchange({"error": _described(error)})
 
 
+class Notices:
+    """Notices that rank 0 leaves for the others, for each run that it opens, without waiting for them."""
+
+    def __init__(self, group: Any):
+        self._exchanges = _exchanges(group)
+
+    @property
+    def is_zero(self) -> bool:
+        """True on the rank that leaves the notices."""
+        return self._exchanges.rank == 0
+
+    def leave(self, answer: Any) -> None:
+        """Leaves the next notice: a value for JSON, or an error that the others raise."""
+        is_error = isinstance(answer, BaseException)
+        message = {"error": {**_described(answer), "rank": 0}} if is_error else {"answer": answer}
+        self._exchanges.store.set(self._exchanges.next_notice(), json.dumps(message))
+
+    def read(self, text: str) -> Any:
+        """Waits for the next notice, and returns its value.
+
+        Args:
+            text: Call that is being made, for messages.
+
+        Raises:
+            Exception: If the notice is an error of rank 0, or does not come until the time-out of the process group.
+        """
+        key = self._exchanges.next_notice()
+        message = self._exchanges.wait_for(key, text)
+        if "error" in message:
+            raise _raised(message["error"])
+        return message["answer"]
+
+
 class _Exchanges:
     """Numbered exchanges of messages between all ranks: each sends one, and rank 0 answers all alike.
 
@@ -168,6 +201,7 @@ class _Exchanges:
         self.rank = rank
         self._size = size
         self._number = 0
+        self._notices = 0
         # True once this rank has had its say in the present exchange.
         self._is_sent = False
 
@@ -206,7 +240,15 @@ class _Exchanges:
         """Sends the message of this rank, and waits for the answer."""
         self._is_sent = True
         self._set(self.rank, message)
-        key = self._key()
+        return self.wait_for(self._key(), text)
+
+    def next_notice(self) -> str:
+        """Returns the key of the next notice."""
+        self._notices += 1
+        return f"{_PREFIX}notice/{self._notices}"
+
+    def wait_for(self, key: str, text: str) -> dict[str, Any]:
+        """Waits for a message of rank 0."""
         # Rank 0 reports the ranks that are missing, and is given the time for it.
         limit = self.store.timeout.total_seconds() + 10
         self._wait([key], lambda: "rank 0, which computes, waits for another rank, or is elsewhere", text, limit)

@@ -136,9 +136,9 @@ class PostHocEMA(RunAverages, TrainingLoop):
                 Default "raise", but "ignore" for a model on a GPU, the only choice there.
             rank_zero_only: Track on rank 0 only; all other ranks count steps, from the run's step on. Under data
                 parallelism all ranks hold the same parameters, and a run has one writer. Call
-                `torch.distributed.init_process_group` before, so that the ranks are known: this method is then a call
-                of all ranks, as are `model`, `state_dict`, `synthesize` and `switch_`, which give all of them the same
-                bits. An error on one rank is raised on all. `local` computes on rank 0 alone.
+                `torch.distributed.init_process_group` before, so that the ranks are known; the others then wait for
+                rank 0 here, and raise its error. `model`, `state_dict`, `synthesize` and `switch_` are calls of all
+                ranks, which get the same bits, or the error of any. `local` computes on rank 0 alone.
 
         Raises:
             ValueError: If the directory "already contains checkpoints" and `resume` is not set, if it holds another run

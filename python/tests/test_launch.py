@@ -8,10 +8,9 @@ import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from posthoc_ema import PostHocEMA
+from posthoc_ema._collective_reader import _rank_remedy
 from posthoc_ema._launch import launched
 from posthoc_ema._lifetime import StepCounter
 
@@ -86,16 +85,15 @@ def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch, text: str, 
         launched()
 
 
-def test_second_process_of_unknown_rank_learns_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    set_variables(monkeypatch, "")
-    model = {"a": np.zeros(3, np.float32)}
-    ema = PostHocEMA.from_model(model, tmp_path / "ema", rank_zero_only=True)
-    with pytest.raises(RuntimeError, match="another tracker.*call torch.distributed.init_process_group"):
-        PostHocEMA.from_model(model, tmp_path / "ema", rank_zero_only=True)
-    set_variables(monkeypatch, "RANK=0")
-    with pytest.raises(RuntimeError, match="choose another directory$"):
-        PostHocEMA.from_model(model, tmp_path / "ema", rank_zero_only=True)
-    ema.close()
+@pytest.mark.parametrize(
+    ("variables", "message"), [("", "init_process_group before from_model$"), ("RANK=0", "first$")]
+)
+def test_second_process_of_unknown_rank_learns_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, variables: str, message: str
+) -> None:
+    set_variables(monkeypatch, variables)
+    with pytest.raises(RuntimeError, match=f"another tracker is writing this run: stop it.*{message}"), _rank_remedy():
+        raise RuntimeError("ema: another tracker is writing this run: stop it first")
 
 
 def test_counter_follows_the_schedule() -> None:

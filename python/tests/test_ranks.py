@@ -591,6 +591,26 @@ def _open_existing(rank: int, run_dir: str) -> list[Any]:
     return [refused, step, resumed.step, inside, profiles, again.step]
 
 
+def _main_process_only(rank: int, run_dir: str) -> Any:
+    if rank == 0:
+        model = torch.nn.Linear(2, 2)
+        ema = PostHocEMA.from_model(model, f"{run_dir}-main", **OPTIONS)
+        train(ema, model, 12)
+        with ema.local.model(model, 0.28):
+            pass
+        ema.close()
+    dist.barrier()
+    return True
+
+
+def test_run_of_the_main_process_waits_for_no_other(tmp_path: Path) -> None:
+    group = Group()
+    try:
+        assert group(_main_process_only, str(tmp_path / "ema")) == [True] * SIZE
+    finally:
+        group.close()
+
+
 def _properties(rank: int, run_dir: str) -> Any:
     model = torch.nn.Linear(2, 2)
     schedule = {"update_every": 4, "update_after_step": 7, "checkpoint_every": 10, "rank_zero_only": True}

@@ -253,7 +253,7 @@ class PostHocEMA(torch.nn.Module):  # type: ignore[misc]
         """
         made = KarrasEMA(self.model, sigma_rel, gamma, ema_model=self._new_module, **self._options)
         held = named_tensors(made.ema_model)
-        average = self.posthoc.synthesize([Profile.gamma(made.gamma)], step)[0]
+        average = self.posthoc.local.synthesize([Profile.gamma(made.gamma)], step)[0]
         for name, tensor in average.items():
             held[name].data.copy_(tensor)
         refresh_spectral_norms(made._modules["ema_model"])
