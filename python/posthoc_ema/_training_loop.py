@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ._attach import Attachment, check_trains
 from ._lend import torch_module
-from ._lifetime import StepCounter
+from ._lifetime import Resume, StepCounter
 from ._model import Model, unwrap
 from ._run_reader import RunReader
 from ._tracker import ModelTracker
+
+Arguments = ParamSpec("Arguments")
+Loop = TypeVar("Loop", bound="TrainingLoop")
+
+
+def reopened(
+    make: Callable[Concatenate[type[Loop], Arguments], Loop],
+) -> Callable[Concatenate[type[Loop], Arguments], Loop]:
+    """Lets an object that a class method makes open its run again with the same arguments."""
+
+    @wraps(make)
+    def made(cls: type[Loop], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Loop:
+        self = make(cls, *args, **kwargs)
+        self._reopen = lambda path: make(cls, *args, **{**kwargs, "resume": path})
+        return self
+
+    return made  # type: ignore[return-value]
 
 
 class TrainingLoop:
@@ -20,6 +38,10 @@ class TrainingLoop:
     _reader: RunReader
     _skip: Callable[[], bool]
     _attachment: Attachment | None = None
+    # Step after the newest update by a hook.
+    _hooked_step: int = 0
+    # Opens the run again, from a state in a file.
+    _reopen: Callable[[Any], TrainingLoop]
 
     @property
     def due(self) -> bool:
@@ -116,6 +138,25 @@ class TrainingLoop:
         if self._tracker is None and not isinstance(self._skip, StepCounter):
             self._skip()
 
+    @property
+    def _is_closed(self) -> bool:
+        return self._tracker is not None and self._tracker.lifetime.closed_at is not None
+
+    def _rewind(self, path: Resume) -> None:
+        """Goes back to a live state that `save(path)` wrote, and stays attached.
+
+        Under `rank_zero_only` it is a call of all ranks; those that do not track pass False.
+
+        Raises:
+            ValueError: If the state does not belong to the run. The run is closed then.
+        """
+        if self._tracker is not None:
+            self._tracker.lifetime.close()
+        reopened = self._reopen(path)
+        kept = {"_attachment": self._attachment, "_reopen": self._reopen}
+        self.__dict__.update({**reopened.__dict__, **kept})
+        self._hooked_step = self.step  # type: ignore[attr-defined]
+
 
 class _Updates:
     """Updates the averages from a model at each call, and finds out if anything else has updated them.
@@ -128,15 +169,16 @@ class _Updates:
     def __init__(self, ema: Any, model: Model):
         self._ema = ema
         self._model = model
-        self._step = ema.step
+        ema._hooked_step = ema.step
 
     def __call__(self) -> None:
-        if self._ema.step != self._step:
+        ema = self._ema
+        if ema.step != ema._hooked_step:
             raise RuntimeError(
-                f"the averages are attached to the optimizer, at step {self._step}, and something else has counted to "
-                f"step {self._ema.step}: do not call `update_` besides, or `remove` the attachment"
+                f"the averages are attached to the optimizer, at step {ema._hooked_step}, and something else has "
+                f"counted to step {ema.step}: do not call `update_` besides, or `remove` the attachment"
             )
         try:
-            self._ema.update_(self._model)
+            ema.update_(self._model)
         finally:
-            self._step = self._ema.step
+            ema._hooked_step = ema.step

@@ -21,7 +21,7 @@ from ._run_averages import RunAverages
 from ._run_reader import RunReader
 from ._tracked_average import TrackedAverage
 from ._tracker import ModelTracker
-from ._training_loop import TrainingLoop
+from ._training_loop import TrainingLoop, reopened
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,6 +57,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
     _skip: Callable[[], bool]
 
     @classmethod
+    @reopened
     @opened_together
     def from_model(
         cls,

@@ -99,3 +99,30 @@ def run_code(code: str, names: dict[str, Any]) -> dict[str, Any]:
     names = dict(names)
     exec(compile(code, "page", "exec"), names)
     return names
+
+
+class RecordedWeights:
+    """Weights of a layer after each optimizer step, for averages computed without the package."""
+
+    def __init__(self, layer: torch.nn.Module):
+        self._layer = layer
+        self.seen: list[np.ndarray] = []
+
+    def add(self) -> None:
+        """Records the weights after a step."""
+        self.seen.append(self._layer.weight.detach().double().numpy().copy())
+
+    def check(self, ema: PostHocEMA, name: str = "weight") -> None:
+        """Compares averages of a run, of which each step was an update, with those of the recorded weights."""
+        times = np.arange(1, len(self.seen) + 1)
+        assert ema.last_update == len(self.seen) > 0
+        averages = ema.synthesize(ema.profiles)
+        assert len(averages) > 0
+        for profile, average in zip(ema.profiles, averages):
+            right = exact(profile, times, np.stack(self.seen))
+            got = average[name].detach().double().numpy()
+            assert np.all(np.abs(got - right) <= 4e-7), (profile, got, right)
+
+
+EACH_STEP = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 1000}
+"""Schedule by which each step is an update."""
