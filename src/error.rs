@@ -1,9 +1,15 @@
 //! Errors of the whole crate: one variant per cause, with the place, the value and the remedy.
 
-use std::ffi::OsStr;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+
+mod remedy;
+mod text;
+
+pub(crate) use remedy::remedy;
+#[doc(hidden)]
+pub use text::{escape_controls, is_control, shown};
 
 /// Result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -406,102 +412,6 @@ impl Error {
 
     pub(crate) fn mismatch(path: &Path, other: &Path, difference: Difference) -> Error {
         Error::Mismatch { path: path.to_owned(), other: other.to_owned(), difference }
-    }
-}
-
-/// Largest number of bytes of a name or reason in a message.
-const MAX_SHOWN: usize = 4000;
-
-/// Formats a name or a reason for one line of a message: control characters are escaped, and the middle of longer text
-/// is left out.
-#[doc(hidden)]
-pub fn shown(text: &(impl AsRef<OsStr> + ?Sized)) -> String {
-    let text = text.as_ref().to_string_lossy();
-    if text.len() <= MAX_SHOWN {
-        return escape_controls(&text, &[]);
-    }
-    let head = text.floor_char_boundary(MAX_SHOWN / 2);
-    let tail = text.ceil_char_boundary(text.len() - MAX_SHOWN / 2);
-    let left_out = tail - head;
-    let escape = |part: &str| escape_controls(part, &[]);
-    format!("{} [{left_out} bytes] {}", escape(&text[..head]), escape(&text[tail..]))
-}
-
-/// Escapes the characters of [`is_control`], except those in `kept`.
-#[doc(hidden)]
-pub fn escape_controls(text: &str, kept: &[char]) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        if is_control(c) && !kept.contains(&c) {
-            escaped.extend(c.escape_default());
-        } else {
-            escaped.push(c);
-        }
-    }
-    escaped
-}
-
-/// Number of the error that the system has too many open files, on all Unix systems.
-const OPEN_IN_SYSTEM: i32 = 23;
-
-/// Number of the error that the process has too many open files, on all Unix systems.
-const OPEN_IN_PROCESS: i32 = 24;
-
-/// Number of the error that a device fails, on all Unix systems.
-const DEVICE_FAILS: i32 = 5;
-
-/// Number of the error that a device or file system lacks an operation, on all Unix systems.
-const NO_SUCH_DEVICE: i32 = 19;
-
-/// Returns true for characters that could hide or forge the output of a terminal: control characters, and those of
-/// Unicode that end a line or change the direction of the text after them.
-#[doc(hidden)]
-pub fn is_control(c: char) -> bool {
-    let is_separator = matches!(c, '\u{2028}' | '\u{2029}');
-    let is_direction = matches!(
-        c,
-        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
-    );
-    c.is_control() || is_separator || is_direction
-}
-
-/// Returns the remedy for the most common errors of the operating system.
-pub(crate) fn remedy(action: &str, source: &io::Error) -> &'static str {
-    match source.raw_os_error() {
-        Some(OPEN_IN_SYSTEM) => return ": close other programs, or raise the limit of the system (`fs.file-max`)",
-        Some(OPEN_IN_PROCESS) => {
-            return ": the limit on open files is reached: raise it (`ulimit -n`), or ask for fewer files at a time";
-        }
-        Some(NO_SUCH_DEVICE) if action == "map" => {
-            return ": this file system cannot map files: copy them to another one";
-        }
-        Some(DEVICE_FAILS) if action != "lock" => return ": the disk or its connection fails: see the system's log",
-        _ => {}
-    }
-    match source.kind() {
-        // The lock file could be opened, so its permissions are not the reason.
-        _ if action == "lock" => {
-            ": if this file system does not support locks, two trainings could write one run: \
-             put the run on another one, or mount this one with locks"
-        }
-        io::ErrorKind::WouldBlock if action.starts_with("start") => {
-            ": the limit on processes and threads (`ulimit -u`) or on memory (`ulimit -v`) is reached: raise it, or \
-             start fewer (RAYON_NUM_THREADS)"
-        }
-        io::ErrorKind::OutOfMemory => {
-            ": the memory, or a limit on it (`ulimit -v`, `vm.max_map_count`), is used up: free some or raise the limit"
-        }
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            ": free some space or choose another disk; what was there before is untouched"
-        }
-        io::ErrorKind::FileTooLarge => {
-            ": the limit on the length of files is reached: raise it (`ulimit -f`), or store in shards"
-        }
-        io::ErrorKind::PermissionDenied => ": check the permissions of the file and its directory",
-        io::ErrorKind::ReadOnlyFilesystem => ": the disk is mounted read-only",
-        io::ErrorKind::NotFound => ": check the path",
-        io::ErrorKind::Unsupported => ": this file system cannot do that: put the run on another one",
-        _ => "",
     }
 }
 

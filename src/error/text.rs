@@ -1,0 +1,47 @@
+//! Names and reasons as text of a message.
+
+use std::ffi::OsStr;
+
+/// Largest number of bytes of a name or reason in a message.
+const MAX_SHOWN: usize = 4000;
+
+/// Formats a name or a reason for one line of a message: control characters are escaped, and the middle of longer text
+/// is left out.
+#[doc(hidden)]
+pub fn shown(text: &(impl AsRef<OsStr> + ?Sized)) -> String {
+    let text = text.as_ref().to_string_lossy();
+    if text.len() <= MAX_SHOWN {
+        return escape_controls(&text, &[]);
+    }
+    let head = text.floor_char_boundary(MAX_SHOWN / 2);
+    let tail = text.ceil_char_boundary(text.len() - MAX_SHOWN / 2);
+    let left_out = tail - head;
+    let escape = |part: &str| escape_controls(part, &[]);
+    format!("{} [{left_out} bytes] {}", escape(&text[..head]), escape(&text[tail..]))
+}
+
+/// Escapes the characters of [`is_control`], except those in `kept`.
+#[doc(hidden)]
+pub fn escape_controls(text: &str, kept: &[char]) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        if is_control(c) && !kept.contains(&c) {
+            escaped.extend(c.escape_default());
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped
+}
+
+/// Returns true for characters that could hide or forge the output of a terminal: control characters, and those of
+/// Unicode that end a line or change the direction of the text after them.
+#[doc(hidden)]
+pub fn is_control(c: char) -> bool {
+    let is_separator = matches!(c, '\u{2028}' | '\u{2029}');
+    let is_direction = matches!(
+        c,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+    );
+    c.is_control() || is_separator || is_direction
+}
