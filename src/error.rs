@@ -417,6 +417,7 @@ impl Error {
 
 #[cfg(test)]
 mod tests {
+    use super::text::MAX_SHOWN;
     use super::*;
 
     #[test]

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 
 /// Largest number of bytes of a name or reason in a message.
-const MAX_SHOWN: usize = 4000;
+pub(super) const MAX_SHOWN: usize = 4000;
 
 /// Formats a name or a reason for one line of a message: control characters are escaped, and the middle of longer text
 /// is left out.
