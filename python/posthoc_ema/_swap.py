@@ -81,27 +81,26 @@ def mark_changed(tensors: Iterable[Any]) -> None:
 class _Block:
     """Block in which a model holds an average."""
 
-    def __init__(self, tensors: ModuleTensors | MappingTensors, written: frozenset[str]):
+    def __init__(self, tensors: ModuleTensors | MappingTensors):
         self._lender: Lender = tensors.lender()
         self._model: Any = tensors.model
+        self._is_module = isinstance(tensors, ModuleTensors)
         self._module: ModuleState | None = None
         self._contents: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        changing = [t for name, t in zip(self._lender.names, self._lender.tensors) if name in written]
-        if isinstance(tensors, ModuleTensors):
-            self._module = ModuleState(tensors.model, changing)
-        elif isinstance(tensors.model, dict):
-            self._contents = [(tensors.model, dict(tensors.model))]
-        of_torch = [tensor for tensor in self._lender.originals if is_torch(tensor)]
-        self._tensors = TensorStates(of_torch) if of_torch and self._module is None else None
-        self._versions = _VersionCounters(changing)
+        self._tensors: TensorStates | None = None
+        self._versions = _VersionCounters(())
         self._originals = _native.SavedWeights()
         self._marks = marks_of([*self._lender.tensors, *self._lender.originals])
         self._owner = _owner()
         self._left_before: list[_Block] = []
         self._is_restored = False
 
-    def enter(self, swap: Swap) -> None:
+    def enter(self, swap: Swap, written: frozenset[str]) -> None:
         """Puts an average into the model.
+
+        Args:
+            swap: Function that writes the average.
+            written: Names of the tensors that it writes.
 
         Raises:
             RuntimeError: If another thread is inside a block of the same tensors.
@@ -114,6 +113,8 @@ class _Block:
                         "`with` block of `PostHocEMA.model` has ended, or give each thread a copy of the model"
                     )
             holding[self] = self._marks
+        # Only now: the state that another thread's block leaves behind is not the model's own.
+        self._record(written)
         # An interrupt between any two lines finds either the originals filled or nothing written.
         with self._lender.writing() as (lent, stream):
             swap(self._originals, self._lender.layout, lent, stream)
@@ -124,6 +125,18 @@ class _Block:
             self._module.begin()
             self._model.eval()
             refresh_spectral_norms(self._model)
+
+    def _record(self, written: frozenset[str]) -> None:
+        """Records the state that the end of the block gives back."""
+        changing = [t for name, t in zip(self._lender.names, self._lender.tensors) if name in written]
+        of_torch = [tensor for tensor in self._lender.originals if is_torch(tensor)]
+        if self._is_module:
+            self._module = ModuleState(self._model, changing)
+        elif of_torch:
+            self._tensors = TensorStates(of_torch)
+        if isinstance(self._model, dict):
+            self._contents = [(self._model, dict(self._model))]
+        self._versions = _VersionCounters(changing)
 
     def leave(self) -> None:
         """Gives the model its own state back; may be called again after an interrupt.
@@ -198,9 +211,9 @@ def swapped_in(tensors: ModuleTensors | MappingTensors, swap: Swap, written: fro
         swap: Function that writes the average.
         written: Names of the tensors that it writes.
     """
-    block = _Block(tensors, written)
+    block = _Block(tensors)
     try:
-        block.enter(swap)
+        block.enter(swap, written)
         yield
     finally:
         _uninterrupted(block.leave)

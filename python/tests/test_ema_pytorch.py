@@ -353,10 +353,10 @@ def test_example_continues_and_prints_losses(tmp_path: Path) -> None:
         return done.stdout
 
     # A step with a snapshot: the end of a process stores one.
-    run(out, 200)
-    resumed = run(out, 100)
-    assert resumed.startswith("step 300, ") and len(resumed.splitlines()) == 6
-    assert resumed == run(tmp_path / "one", 300)
+    run(out, 500)
+    resumed = run(out, 500)
+    assert resumed.startswith("step 1000, ") and len(resumed.splitlines()) == 6
+    assert resumed == run(tmp_path / "one", 1000)
 
 
 def test_killed_training_continues_from_its_folder(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ def test_end_that_runs_no_code_stores_nothing(run_dir: Path, end: str) -> None:
 
 @pytest.mark.parametrize("end", ["", "del ema", "ema.close()", "with ema: raise LookupError('of the block')"])
 def test_state_that_cannot_be_stored_is_a_warning(run_dir: Path, end: str) -> None:
-    done = run(run_dir, START + "arrays['w'][3] = np.nan\nfor _ in range(10): ema.update_(arrays)\n" + end)
+    start = START.replace("**OPTIONS", "on_nonfinite='ignore', **OPTIONS")
+    done = run(run_dir, start + "arrays['w'][3] = np.nan\nfor _ in range(10): ema.update_(arrays)\n" + end)
     assert done.returncode == ("LookupError" in end), done.stderr
     assert done.stderr.count("RuntimeWarning") == 1, done.stderr
     assert f"{run_dir}: the run ends at step 1010, and its live state could not be stored: " in done.stderr

@@ -334,8 +334,7 @@ def test_infinite_mask_is_refused_with_the_remedy(run_dir: Path) -> None:
     ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
     with pytest.raises(RuntimeError, match="`mask`.*as in a mask, name the tensor among those to copy"):
         train(ema, model, 10)
-    with pytest.warns(RuntimeWarning, match="ends at step 10, and its live state could not be stored: .*`mask`"):
-        ema.close()
+    ema.close()
     ema = trained(model, run_dir.parent / "other", copy=["mask"])
     assert torch.equal(ema.synthesize([0.1])[0]["mask"], model.mask)
 

@@ -230,8 +230,8 @@ def test_killed_and_rewound_trainings_have_the_bits_of_an_undisturbed_one(tmp_pa
     run(tmp_path / "straight")
     moved = tmp_path / "moved"
     run(moved, kill=27)
-    # The newest snapshot may still have been on its way to the disk.
-    assert PostHocEMA.from_path(moved / "ema").step in (14, 21)
+    # Snapshots after the checkpoint that the training goes back to: the newest may still have been on its way.
+    assert 20 < PostHocEMA.from_path(moved / "ema").step <= 27
     # Killed at 27, continued from 20, killed at 38, taken back to 10.
     run(moved, resume=20, kill=38)
     run(moved, resume=10)

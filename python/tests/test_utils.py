@@ -204,7 +204,7 @@ def test_stored_average_has_weight_one() -> None:
 def test_weights_are_close_to_a_plan_with_dense_updates() -> None:
     gammas, times = snapshots(20)
     weights = solve_weights(gammas, times, sigma_rel_to_gamma(0.15))
-    (dense,) = plan([0.15], steps=20_000, update_every=1, update_after_step=0)
+    (dense,) = plan([0.15], steps=20_000, update_every=1, update_after_step=0, snapshot_growth=None)
     planned = {(weight.index, weight.step): weight.weight for weight in dense.weights}
     expected = [planned[index, step] for index in (0, 1) for step in range(1000, 20_001, 1000)]
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=0.0, atol=0.01)
