@@ -274,7 +274,7 @@ def test_a_training_loop_can_ask(run_dir: Path, model: torch.nn.Module) -> None:
     ema.close()
     with pytest.raises(RuntimeError, match="the run was closed"):
         _ = ema.due
-    # Of a closed run the stored snapshots are left.
+    # A closed run still has its stored snapshots.
     assert ema.last_update == PostHocEMA.from_path(run_dir).last_update == 12
     with pytest.raises(RuntimeError, match="was opened to synthesize from"):
         _ = PostHocEMA.from_path(run_dir).due

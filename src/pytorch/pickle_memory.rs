@@ -54,7 +54,7 @@ enum Container {
 }
 
 impl Container {
-    /// Bytes of a container of so many values. Those of a dict are its keys and values in turn.
+    /// Bytes of a container with this number of values. Those of a dict are its keys and values in turn.
     fn bytes(self, items: u32) -> u64 {
         let items = u64::from(items);
         ALLOCATION

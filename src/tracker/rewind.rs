@@ -91,7 +91,7 @@ impl Course {
     /// Finds the snapshots in a folder that is set aside that belong to the course and that the run lacks.
     fn survey_aside(&mut self, folder: &SetAside, saved: &LiveState, kept: &mut BTreeSet<SnapshotId>) -> Result<()> {
         for (id, files) in snapshot::list_each(&folder.path)? {
-            // What cannot be read stays aside.
+            // A file that cannot be read stays aside.
             let Ok(snapshot) = files.and_then(|files| Snapshot::open(id, &files)) else { continue };
             self.sessions = self.sessions.max(number(snapshot.meta.session.as_ref()));
             let is_own = snapshot.meta.run.as_ref() == Some(&saved.document.run);

@@ -173,7 +173,7 @@ fn inspect_lists_sound_and_damaged_snapshots() {
     assert!(String::from_utf8(output.stderr).unwrap().contains("1.200.safetensors"));
 }
 
-/// What a rewind sets aside is named, and is neither an error nor part of the run.
+/// Files that a rewind sets aside are named. They are neither an error nor part of the run.
 #[test]
 fn left_course_is_named() {
     let temp = tempfile::tempdir().unwrap();

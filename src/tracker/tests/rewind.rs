@@ -149,7 +149,7 @@ fn rewind_that_is_killed_leaves_the_old_course_or_the_new_one() {
     let new: BTreeSet<u64> = (10..=40).step_by(10).collect();
     for first in 0.. {
         let mut struck = true;
-        // What the next process does: resumes the run, or goes back to the same state, an earlier or a later one.
+        // The next process resumes the run, or goes back to the same state, an earlier or a later one.
         for next in [None, [Some(48), Some(24), Some(84)][first % 3]] {
             let training = Training::begun(105);
             let fault = Fault::within(training.temp.path(), first..usize::MAX, FAILED);
