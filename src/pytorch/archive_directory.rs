@@ -31,7 +31,8 @@ struct Directory {
 /// Returns the bytes that a reader holds for the entries of an archive.
 ///
 /// # Errors
-/// Those of the file, and [`io::ErrorKind::InvalidData`] if its directory is not where `torch.save` writes it.
+/// Those of the file, [`io::ErrorKind::InvalidData`] if its directory is not where `torch.save` writes it, and
+/// [`io::ErrorKind::Unsupported`] if the reader would not find it there.
 pub(super) fn held(file: &mut File) -> io::Result<u64> {
     let length = file.seek(SeekFrom::End(0))?;
     let directory = find(file, length)?;
@@ -89,8 +90,11 @@ fn find(file: &mut File, length: u64) -> io::Result<Directory> {
     file.seek(SeekFrom::Start(expected))?;
     let mut header = Vec::new();
     file.take(4).read_to_end(&mut header)?;
-    if !is_sound || !agree || header == *b"PK\x01\x02" {
+    if !is_sound || !agree {
         return Err(invalid());
+    }
+    if header == *b"PK\x01\x02" {
+        return Err(hidden());
     }
     let [entries, size, start] = wide;
     within(Directory { start, entries }, size, place)
@@ -115,6 +119,16 @@ fn within(directory: Directory, size: u64, end: u64) -> io::Result<Directory> {
 /// Reads a little-endian number.
 fn number(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte))
+}
+
+/// Error for an archive whose first entry is as long as the two records between directory and end.
+///
+/// The reader would take the second entry for the first. `torch.save` writes such an archive if the file's name has 21
+/// characters before its ending.
+fn hidden() -> io::Error {
+    let why = "the name that the file was saved under has 21 characters before its ending, which hides where the \
+               archive's directory begins: load it with `torch.load`, and save it under another name";
+    io::Error::new(io::ErrorKind::Unsupported, why)
 }
 
 fn invalid() -> io::Error {

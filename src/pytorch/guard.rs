@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::path::Path;
 
 use pytorch_reader::{PickleValue, Tensor};
@@ -70,6 +70,7 @@ pub(super) fn check_file(path: &Path) -> Result<u64> {
 fn check_archive(path: &Path, mut file: File, limit: Held) -> Result<()> {
     let directory = archive_directory::held(&mut file).map_err(|error| match error.raw_os_error() {
         Some(_) => Error::io("read", path)(error),
+        None if error.kind() == ErrorKind::Unsupported => Error::unexpected(path, error.to_string()),
         None => Error::damaged(path, error),
     })?;
     check_held(path, Held { values: directory, copies: 0 }, limit)?;
