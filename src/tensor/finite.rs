@@ -57,18 +57,24 @@ pub(crate) fn first_non_finite_of(tensors: &[(Dtype, &[u8])]) -> Option<(usize, 
     Some((tensor, start / (dtype.bitsize() / 8) + element, value))
 }
 
-/// Returns true if an element is NaN or infinite. Without an early exit, so that the compiler can vectorise the loop.
+/// Returns true if an element is NaN or infinite, that is if one more in its exponent sets its sign bit.
+///
+/// Looks at eight bytes at a time and has no early exit, so that the compiler can vectorise the loop.
 fn has_non_finite(dtype: Dtype, bytes: &[u8]) -> bool {
-    fn any<const N: usize>(bytes: &[u8], matches: impl Fn([u8; N]) -> bool) -> bool {
-        bytes.as_chunks::<N>().0.iter().fold(false, |found, &element| found | matches(element))
-    }
-    match dtype {
-        Dtype::F16 => any(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
-        Dtype::BF16 => any(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-        Dtype::F32 => any(bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
-        Dtype::F64 => any(bytes, |b| u64::from_le_bytes(b) & 0x7ff0 << 48 == 0x7ff0 << 48),
-        _ => false,
-    }
+    // All bits of the exponents in eight bytes, and the lowest bit of each.
+    let (exponents, ones): (u64, u64) = match dtype {
+        Dtype::F16 => (0x7c00_7c00_7c00_7c00, 0x0400_0400_0400_0400),
+        Dtype::BF16 => (0x7f80_7f80_7f80_7f80, 0x0080_0080_0080_0080),
+        Dtype::F32 => (0x7f80_0000_7f80_0000, 0x0080_0000_0080_0000),
+        Dtype::F64 => (0x7ff0 << 48, 0x0010 << 48),
+        _ => return false,
+    };
+    let add_one = |word: [u8; 8]| (u64::from_le_bytes(word) & exponents) + ones;
+    let (words, rest) = bytes.as_chunks::<8>();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let all = words.iter().fold(add_one(last), |all, &word| all | add_one(word));
+    all & (exponents + ones) != 0
 }
 
 /// Returns the first element of `N` bytes for which `matches` is true, with its index.
@@ -106,6 +112,29 @@ mod tests {
         for (dtype, bytes) in [(Dtype::F64, &f64::NAN.to_le_bytes()[..]), (Dtype::BF16, &bf16::INFINITY.to_le_bytes())]
         {
             assert!(first_non_finite_of(&[(dtype, bytes)]).is_some_and(|(i, at, _)| (i, at) == (0, 0)));
+        }
+    }
+
+    #[test]
+    fn look_agrees_with_is_finite_for_every_exponent_and_lane() {
+        let check = |dtype: Dtype, one: &[u8], bits: &[u8], is_finite: bool| {
+            // Five elements fill no whole number of eight bytes.
+            for lane in 0..5 {
+                let mut bytes = one.repeat(5);
+                bytes[lane * one.len()..(lane + 1) * one.len()].copy_from_slice(bits);
+                assert_eq!(has_non_finite(dtype, &bytes), !is_finite, "{dtype} {bits:x?} {lane}");
+            }
+        };
+        for bits in 0..=u16::MAX {
+            let bytes = bits.to_le_bytes();
+            check(Dtype::F16, &f16::ONE.to_le_bytes(), &bytes, f16::from_bits(bits).is_finite());
+            check(Dtype::BF16, &bf16::NEG_ONE.to_le_bytes(), &bytes, bf16::from_bits(bits).is_finite());
+            for low in [0, 1, 0xffff] {
+                let bits = u32::from(bits) << 16 | low;
+                check(Dtype::F32, &(-1f32).to_le_bytes(), &bits.to_le_bytes(), f32::from_bits(bits).is_finite());
+                let bits = u64::from(bits) << 32 | u64::from(low);
+                check(Dtype::F64, &1f64.to_le_bytes(), &bits.to_le_bytes(), f64::from_bits(bits).is_finite());
+            }
         }
     }
 
