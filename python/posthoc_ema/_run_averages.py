@@ -73,8 +73,8 @@ class RunAverages:
         the original tensors. Only strided tensors take memory of a GPU, while they are written. Blocks may be nested. A
         backward pass after the block through results of the block raises an error. Gradients are taken away for the
         block, so that a backward pass in it adds to none. Of tensors that the run lacks, buffers are restored too.
-        The power iteration of PyTorch's spectral norms is run again for the averaged weights. Another thread may not
-        begin a block of the same model meanwhile.
+        The singular vectors of PyTorch's spectral norms are computed again for the averaged weights. Another thread may
+        not begin a block of the same model meanwhile.
 
         Under `rank_zero_only` all ranks call it with equal arguments. Each gets rank 0's average, bit for bit, and
         leaves the block by itself.

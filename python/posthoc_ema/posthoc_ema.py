@@ -313,9 +313,9 @@ class PostHocEMA(RunAverages, TrainingLoop):
     def switch_(self, model: Model, sigma_rel: Target) -> Model:
         """Replaces the model's weights by its average at the newest update (Switch EMA, arXiv:2402.09240).
 
-        Tensors that are not averaged stay as they are, and so do the running averages. Only the power iteration of
-        PyTorch's spectral norms is run again for the averaged weights. Under `rank_zero_only` all ranks call it, and
-        get the same average.
+        Tensors that are not averaged stay as they are, and so do the running averages. Only the singular vectors
+        of PyTorch's spectral norms are computed again for the averaged weights. Under `rank_zero_only` all ranks call
+        it, and get the same average.
 
         Args:
             model: Model that trains.
