@@ -2,6 +2,7 @@
 
 use super::noise::Noise;
 use super::plan::{At, LaterTensors, Plan, solve};
+use super::shortfall::Shortfall;
 use super::source::IndexedSource;
 use crate::error::Result;
 use crate::math::{History, Profile};
@@ -34,8 +35,12 @@ pub(crate) fn solve_later(
         let has_tensors = |source: &&IndexedSource| source.extensions >= group.extension;
         let sources: Vec<IndexedSource> = sources.iter().filter(has_tensors).cloned().collect();
         let solved = solve(&sources, Some(&history.since(group.since)), &profiles, At::Step(at), noise, None)?;
-        for (plan, Plan { relative_error, noise_gain, weights, .. }) in plans.iter_mut().zip(solved) {
+        for (plan, Plan { relative_error, noise_gain, weights, shortfall, .. }) in plans.iter_mut().zip(solved) {
             let LaterGroup { since, tensors, .. } = group.clone();
+            if let (None, Some(reason)) = (&plan.shortfall, shortfall) {
+                let reason = Box::new(reason);
+                plan.shortfall = Some(Shortfall::Later { since, tensors: tensors.len(), relative_error, reason });
+            }
             plan.later.push(LaterTensors { since, tensors, relative_error, noise_gain, weights });
         }
     }

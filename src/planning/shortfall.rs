@@ -37,6 +37,17 @@ pub enum Shortfall {
         /// The last of these steps.
         last: u64,
     },
+    /// Only tensors that began after the run did are far from their target.
+    Later {
+        /// The step at which they began.
+        since: u64,
+        /// Number of the tensors.
+        tensors: usize,
+        /// Their relative error.
+        relative_error: f64,
+        /// The reason for it.
+        reason: Box<Shortfall>,
+    },
 }
 
 impl Shortfall {
@@ -77,6 +88,9 @@ fn length(profile: &Profile, at: u64) -> Option<f64> {
 impl fmt::Display for Shortfall {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Shortfall::Later { since, tensors, reason, .. } => {
+                write!(f, "for {tensors} of its tensors, which began at step {since}, {reason}")
+            }
             Shortfall::Between { nearest } => {
                 write!(f, "the step lies between snapshots: ask for step {nearest}, the nearest that is stored")
             }

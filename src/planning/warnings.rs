@@ -34,16 +34,24 @@ pub fn warnings<'a>(plans: impl IntoIterator<Item = &'a Plan>) -> Vec<String> {
 
 /// Returns the warning of plans with one kind of shortfall.
 fn warning(group: &[&Plan]) -> Option<String> {
-    let worst = group.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error))?;
+    let worst = group.iter().max_by(|a, b| large_error(a).total_cmp(&large_error(b)))?;
     let others = match group.len() - 1 {
         0 => String::new(),
         1 => ", and 1 more target of more than 5%".into(),
         others => format!(", and {others} more targets of more than 5%"),
     };
-    let Plan { profile, at, relative_error, shortfall, .. } = worst;
-    let percent = 100.0 * relative_error;
+    let Plan { profile, at, shortfall, .. } = worst;
+    let percent = 100.0 * large_error(worst);
     let percent = if percent < 10.0 { format!("{percent:.1}%") } else { format!("{percent:.0}%") };
     Some(format!("{profile} at step {at} has a relative error of {percent}{others}: {}", shortfall.as_ref()?))
+}
+
+/// Returns the relative error that a plan's shortfall is the reason for.
+fn large_error(plan: &Plan) -> f64 {
+    match plan.shortfall {
+        Some(Shortfall::Later { relative_error, .. }) => relative_error,
+        _ => plan.relative_error,
+    }
 }
 
 /// Logs the warnings of plans of the run in `dir`, to [`ACCURACY_LOG`].
@@ -64,6 +72,7 @@ fn is_new(dir: &Path, plan: &Plan) -> bool {
         Some(Shortfall::Between { .. }) => format!("between, at {}", plan.at),
         Some(Shortfall::Outside { .. }) => "outside".into(),
         Some(Shortfall::Few { .. }) => "few".into(),
+        Some(Shortfall::Later { since, .. }) => format!("later, since {since}"),
     };
     let mut logged = LOGGED.lock().unwrap_or_else(PoisonError::into_inner);
     if logged.len() >= MOST_REMEMBERED {

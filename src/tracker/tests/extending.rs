@@ -202,6 +202,23 @@ fn model_of_another_dtype_goes_on() {
 }
 
 #[test]
+fn large_error_of_tensors_that_began_later_is_a_shortfall_of_the_plan() {
+    let (_temp, dir) = scratch();
+    let mut ema = options(&dir).create(&model(&FIRST, 0)).unwrap();
+    train_to(&mut ema, &FIRST, CHANGE);
+    drop(ema);
+    let mut ema = options(&dir).extend(true).resume(&model(&SECOND, CHANGE)).unwrap();
+    train_to(&mut ema, &SECOND, CHANGE + 25);
+    let plan = ema.plan(Profile::sigma_rel(0.1).unwrap()).unwrap();
+    assert!(plan.relative_error < 0.05 && plan.later[0].relative_error > 0.05, "{plan:?}");
+    let text = crate::planning::warnings([&plan]).remove(0);
+    let percent = 100.0 * plan.later[0].relative_error;
+    let percent = if percent < 10.0 { format!("{percent:.1}%") } else { format!("{percent:.0}%") };
+    assert!(text.contains("for 3 of its tensors, which began at step 150, averages of"), "{text}");
+    assert!(text.contains(&format!("has a relative error of {percent}: ")), "{text}");
+}
+
+#[test]
 fn extension_before_the_first_update_leaves_no_trace() {
     let (_temp, dir) = scratch();
     let mut ema = options(&dir).create(&model(&FIRST, 0)).unwrap();
