@@ -230,9 +230,11 @@ class RunAverages:
         """Evaluates averages of many lengths, refines around the best one, and returns it.
 
         All targets are evaluated first, then `refine` golden-section steps between the neighbours of the best, within
-        its family of profiles. An evaluation that raises, or returns no finite number, is recorded, and the sweep
-        continues. Ctrl-C ends the sweep. With `out`, the same call continues it later and repeats the evaluations that
-        failed.
+        its family of profiles. If the best is at an edge of the list, the steps go outwards first, as far as the run
+        makes averages with a relative error of at most 5%. A flat curve is not refined.
+
+        An evaluation that raises, or returns no finite number, is recorded, and the sweep continues. Ctrl-C ends the
+        sweep. With `out`, the same call continues it later and repeats the evaluations that failed.
 
         Args:
             evaluate: Returns the score of an average. It takes a state dict of new tensors; with `model`, that model

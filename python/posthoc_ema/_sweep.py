@@ -106,7 +106,8 @@ def sweep(
             raise RuntimeError(f"all {len(results)} evaluations failed: {reasons}") from loop.first_error
         with _accuracy.silenced():
             best = averages.best(results[number], directory)
-        return Swept(best=best, results=results, at=at, minimize=minimize, edge=search.edge())
+            at_limit = search.is_at_limit(averages.is_reached)
+        return Swept(best, results, at, minimize, search.edge(), at_limit, search.is_flat())
     finally:
         search.close()
 
@@ -132,6 +133,14 @@ class SweepAverages:
     def plans(self, profiles: list[Profile]) -> list[Plan]:
         """Returns the plan of each profile."""
         return self._ema.plan(profiles, self._step, noise=self._noise)
+
+    def is_reached(self, profile: str) -> bool:
+        """Returns True if the run makes a profile, given as JSON, with a relative error of at most 5%."""
+        try:
+            [plan] = self.plans([Profile(profile)])
+        except ValueError:
+            return False
+        return plan.warning is None
 
     def each(self, profiles: list[Profile]) -> Iterator[tuple[Profile, ApplyEvaluation]]:
         """Yields each profile of a batch with the function that evaluates its average."""
@@ -200,7 +209,7 @@ class EvaluationLoop:
     def run(self, batch: int, progress: SweepProgress) -> None:
         """Evaluates until the search ends; each trial is recorded at once."""
         with _evaluation_progress(progress) as report:
-            while targets := self._search.next(batch):
+            while targets := self._search.next(batch, self._averages.is_reached):
                 profiles = [Profile(text) for text in targets]
                 plans = dict(zip(profiles, self._averages.plans(profiles)))
                 for profile, apply in self._averages.each(profiles):

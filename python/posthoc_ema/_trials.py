@@ -69,6 +69,10 @@ class Swept:
     """True if small scores are better, False if large ones are."""
     edge: Literal["shortest", "longest"] | None
     """End of the evaluated lengths at which the best one is: lengths beyond it may do better. None inside the range."""
+    at_limit: bool = False
+    """True at an edge beyond which the run makes no average with a relative error of at most 5%."""
+    flat: bool = False
+    """True if all lengths have the same score. A flat curve is not refined."""
 
     def plot(self, title: str | None = None, figsize: tuple[float, float] = (10, 6)) -> Image.Image:
         """Draws the score over the length.

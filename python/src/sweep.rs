@@ -1,8 +1,10 @@
 //! `Sweep`: the search over many lengths and its record. The evaluations are made in Python.
 
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use posthoc_ema::Profile;
 use posthoc_ema::sweep::{self, Goal, Record, SweepKey, TrialMetrics, TrialOutcome};
 use pyo3::prelude::*;
 
@@ -22,6 +24,30 @@ struct RecordedSearch {
 impl Sweep {
     fn lock(&self) -> MutexGuard<'_, RecordedSearch> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Python function of a profile as JSON, with its first error.
+struct PythonReach<'a, 'py> {
+    function: &'a Bound<'py, PyAny>,
+    error: RefCell<Option<PyErr>>,
+}
+
+impl<'a, 'py> PythonReach<'a, 'py> {
+    fn new(function: &'a Bound<'py, PyAny>) -> PythonReach<'a, 'py> {
+        PythonReach { function, error: RefCell::new(None) }
+    }
+
+    fn holds(&self, profile: &Profile) -> bool {
+        let call = || self.function.call1((to_json(profile)?,))?.extract();
+        call().unwrap_or_else(|error| {
+            self.error.borrow_mut().get_or_insert(error);
+            false
+        })
+    }
+
+    fn check(self) -> PyResult<()> {
+        self.error.into_inner().map_or(Ok(()), Err)
     }
 }
 
@@ -55,8 +81,13 @@ impl Sweep {
     }
 
     /// Returns the next profiles to evaluate; an empty list when the search has ended.
-    fn next(&self, batch: usize) -> PyResult<Vec<String>> {
-        self.lock().search.next(batch).iter().map(to_json).collect()
+    ///
+    /// `is_reached` returns True for a profile that the run makes with a small error.
+    fn next(&self, batch: usize, is_reached: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
+        let reach = PythonReach::new(is_reached);
+        let profiles = self.lock().search.next(batch, &|profile| reach.holds(profile));
+        reach.check()?;
+        profiles.iter().map(to_json).collect()
     }
 
     /// Adds a score, or the error of an evaluation, and writes the record.
@@ -99,6 +130,19 @@ impl Sweep {
     fn edge(&self) -> PyResult<Option<String>> {
         let edge = self.lock().search.edge();
         Ok(edge.map(|edge| if edge == sweep::Edge::Shortest { "shortest" } else { "longest" }.to_owned()))
+    }
+
+    /// Returns True if the best trial is at an edge beyond which `is_reached` allows no step.
+    fn is_at_limit(&self, is_reached: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let reach = PythonReach::new(is_reached);
+        let is_at_limit = self.lock().search.is_at_limit(&|profile| reach.holds(profile));
+        reach.check()?;
+        Ok(is_at_limit)
+    }
+
+    /// Returns True if all lengths have the same score.
+    fn is_flat(&self) -> bool {
+        self.lock().search.is_flat()
     }
 
     /// Returns the number of all evaluations, done and planned.

@@ -313,8 +313,19 @@ def test_record_has_the_format_of_the_command_line(ema: PostHocEMA, tmp_path: Pa
 
 
 def test_best_at_an_end_is_marked(ema: PostHocEMA) -> None:
-    assert ema.sweep(weight, LIST, refine=1).edge == "longest"
+    assert ema.sweep(weight, LIST, refine=0).edge == "longest"
     assert ema.sweep(weight, LIST, refine=1, minimize=False).edge == "shortest"
+
+
+def test_best_at_an_edge_is_searched_outwards_and_a_flat_curve_is_not(ema: PostHocEMA) -> None:
+    swept = ema.sweep(Score(ema), [0.2, 0.22, 0.24], refine=9)
+    assert swept.best.profile.as_sigma_rel == pytest.approx(OPTIMUM, abs=0.01) and swept.edge is None
+    assert not swept.flat and not swept.at_limit
+    shortest = ema.sweep(weight, [0.1, 0.12], minimize=False)
+    assert shortest.edge == "shortest" and shortest.at_limit
+    assert all(trial.relative_error <= 0.05 for trial in shortest.results)
+    flat = ema.sweep(lambda state: 0.93, LIST)
+    assert flat.flat and len(flat.results) == len(LIST) and flat.edge is None
 
 
 def test_scores_are_drawn(ema: PostHocEMA) -> None:

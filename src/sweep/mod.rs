@@ -9,6 +9,8 @@ mod command;
 mod observer;
 mod options;
 mod output;
+mod outward;
+mod points;
 mod record;
 mod refine;
 mod run;

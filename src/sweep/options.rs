@@ -29,7 +29,8 @@ pub struct SweepOptions<'a> {
     pub evaluation: &'a str,
     /// Direction in which scores are better.
     pub goal: Goal,
-    /// Number of golden-section steps around the best target.
+    /// Number of golden-section steps around the best target. At an edge of the list they go outwards first, as far
+    /// as the run makes averages with a relative error of at most 5%.
     pub refine: usize,
     /// Number of averages that are synthesized in one pass, and so are on the disk at a time.
     pub batch: usize,
@@ -74,6 +75,9 @@ pub struct SweepResult {
     pub best: Option<PathBuf>,
     /// Time of the targets.
     pub at: u64,
+    /// True at an edge of the evaluated lengths beyond which the run makes no average with a relative error of at most
+    /// 5%.
+    pub at_limit: bool,
     /// Number of evaluations in this call.
     pub evaluated: usize,
 }

@@ -10,6 +10,7 @@ use super::record::{Record, SweepKey};
 use super::search::Sweep;
 use super::trial::{TrialMetrics, TrialOutcome};
 use crate::error::{Error, Result};
+use crate::math::Profile;
 use crate::planning::{At, Plan, log_warnings};
 use crate::run::Run;
 use crate::synthesis::{Output, WriteOptions};
@@ -72,7 +73,8 @@ impl Run {
         let mut active = ActiveSweep { run: self, options, record, dir, sweep, at, evaluate, evaluated: 0 };
         active.search()?;
         let best = active.ensure_best()?;
-        Ok(SweepResult { sweep: active.sweep, best, at, evaluated: active.evaluated })
+        let at_limit = active.sweep.is_at_limit(&|profile| active.is_reached(profile));
+        Ok(SweepResult { sweep: active.sweep, best, at, at_limit, evaluated: active.evaluated })
     }
 
     /// Checks that a sweep's directory is outside the run's, which may hold only the run's files.
@@ -106,7 +108,7 @@ where
     /// Evaluates all targets and refinements.
     fn search(&mut self) -> Result<()> {
         loop {
-            let profiles = self.sweep.next(self.options.batch);
+            let profiles = self.sweep.next(self.options.batch, &|profile| self.is_reached(profile));
             if profiles.is_empty() {
                 return Ok(());
             }
@@ -120,6 +122,12 @@ where
                 }
             }
         }
+    }
+
+    /// Returns true if the run makes this average with a relative error of at most 5%.
+    fn is_reached(&self, profile: &Profile) -> bool {
+        let plans = self.run.plans_with(std::slice::from_ref(profile), At::Step(self.at), self.options.noise);
+        plans.is_ok_and(|plans| plans[0].shortfall.is_none())
     }
 
     /// Writes all candidates in one pass, and returns the result of each.

@@ -2,10 +2,11 @@
 
 use serde::Serialize;
 
+use super::outward::{self, longest};
 use super::refine;
 use super::trial::{Goal, Trial, TrialMetrics, TrialOutcome, Trials};
 use crate::error::{Error, Result};
-use crate::math::{Family, MAX_SIGMA_REL, Profile, Unit};
+use crate::math::Profile;
 
 /// End of the evaluated lengths at which the best one is. Beyond it there may be a better one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -17,7 +18,8 @@ pub enum Edge {
     Longest,
 }
 
-/// Search for the best length: first a list of targets, then golden-section steps around the best of them.
+/// Search for the best length: first a list of targets, then golden-section steps around the best of them. If the best
+/// is at an edge of the list, steps go outwards first, each longer than the one before.
 ///
 /// All decisions follow from the trials alone. A search to which the trials of an earlier one are
 /// [restored](Sweep::restore) therefore continues exactly as the earlier one would have.
@@ -28,7 +30,7 @@ pub enum Edge {
 /// let targets = [0.05, 0.1, 0.15, 0.2].map(|s| Profile::sigma_rel(s).unwrap());
 /// let mut sweep = Sweep::new(&targets, Goal::Minimize, 6)?;
 /// loop {
-///     let profiles = sweep.next(10);
+///     let profiles = sweep.next(10, &|_| true);
 ///     if profiles.is_empty() {
 ///         break;
 ///     }
@@ -74,15 +76,18 @@ impl Sweep {
     }
 
     /// Returns the profiles to evaluate next: up to `batch` targets of the list, then one refinement at a time. Returns
-    /// none when the search is over.
+    /// none when the search is over, or if the [curve is flat](Sweep::is_flat).
     ///
+    /// If the best target is at an edge of the list, refinements go outwards first, to lengths that `is_reached`
+    /// allows.
     /// Profiles are returned again until they are recorded.
-    pub fn next(&self, batch: usize) -> Vec<Profile> {
+    pub fn next(&self, batch: usize, is_reached: &dyn Fn(&Profile) -> bool) -> Vec<Profile> {
         let open: Vec<Profile> = self.open_targets().take(batch.max(1)).cloned().collect();
-        if !open.is_empty() || self.refined() >= self.refine {
+        if !open.is_empty() || self.is_flat() || self.refined() >= self.refine {
             return open;
         }
-        refine::next_profile(&self.trials).into_iter().collect()
+        let outward = outward::next_profile(&self.trials, is_reached);
+        outward.or_else(|| refine::next_profile(&self.trials)).into_iter().collect()
     }
 
     /// Records the outcome of an evaluation. A score that is NaN or infinite counts as a failure.
@@ -133,9 +138,12 @@ impl Sweep {
     /// Returns the end of the evaluated lengths of its family at which the best trial is, if it is at one. A wider list
     /// may then do better.
     ///
-    /// The only trial of a family has no edge. Neither has the greatest length of a family, beyond which nothing
-    /// exists.
+    /// The only trial of a family has no edge. Neither has a flat curve, nor the greatest length of a family, beyond
+    /// which nothing exists.
     pub fn edge(&self) -> Option<Edge> {
+        if self.is_flat() {
+            return None;
+        }
         let (family, best) = self.best()?.profile.family()?;
         let scored = self.trials.of_family(family).filter(|(trial, _)| trial.score().is_some());
         let lengths: Vec<f64> = scored.map(|(_, length)| length).collect();
@@ -143,14 +151,27 @@ impl Sweep {
         let has_longer = lengths.iter().any(|&length| length > best);
         match (has_shorter, has_longer) {
             (false, true) => Some(Edge::Shortest),
-            (true, false) if best < longest(family) => Some(Edge::Longest),
+            (true, false) if best < longest(family) * (1.0 - 1e-12) => Some(Edge::Longest),
             _ => None,
         }
     }
 
+    /// Returns true if the best trial is at an edge, and `is_reached` allows no step beyond it.
+    pub fn is_at_limit(&self, is_reached: &dyn Fn(&Profile) -> bool) -> bool {
+        self.edge().is_some() && outward::next_profile(&self.trials, is_reached).is_none()
+    }
+
+    /// Returns true if at least three lengths of the best one's family have a score, and all have the same one.
+    pub fn is_flat(&self) -> bool {
+        let Some((family, _)) = self.best().and_then(|best| best.profile.family()) else { return false };
+        let scores: Vec<f64> = self.trials.of_family(family).filter_map(|(trial, _)| trial.score()).collect();
+        scores.len() >= 3 && scores.iter().all(|score| *score == scores[0])
+    }
+
     /// Estimates the total number of evaluations. The search may end sooner.
     pub fn planned(&self) -> usize {
-        let refinements = if self.targets.len() > 1 { self.refine.saturating_sub(self.refined()) } else { 0 };
+        let refinements =
+            if self.targets.len() > 1 && !self.is_flat() { self.refine.saturating_sub(self.refined()) } else { 0 };
         self.trials().len() + self.open_targets().count() + refinements
     }
 
@@ -162,14 +183,5 @@ impl Sweep {
     /// Number of refinements around the current best. Those around the best of an earlier, shorter list do not count.
     fn refined(&self) -> usize {
         refine::steps_around_best(&self.trials)
-    }
-}
-
-/// Length that no profile of a family exceeds, up to rounding.
-fn longest(family: Family) -> f64 {
-    match family {
-        Family::Power => MAX_SIGMA_REL * (1.0 - 1e-12),
-        Family::Uniform(Unit::Fraction) | Family::Linear(Unit::Fraction) | Family::LrDecay(_, Unit::Fraction) => 1.0,
-        _ => f64::INFINITY,
     }
 }

@@ -16,10 +16,20 @@ fn list() -> Vec<Profile> {
     (1..=14).map(|i| power(0.02 * f64::from(i))).collect()
 }
 
-/// Evaluates to the end of the search. An evaluation fails if the function returns `None`.
+/// Evaluates to the end of a search that stays within its list. An evaluation fails if the function returns `None`.
 fn finish(sweep: &mut Sweep, batch: usize, function: &dyn Fn(f64) -> Option<f64>) {
+    finish_within(sweep, batch, function, (f64::INFINITY, 0.0));
+}
+
+/// As [`finish`], for a run that reaches lengths from `shortest` to `longest`.
+fn finish_within(
+    sweep: &mut Sweep,
+    batch: usize,
+    function: &dyn Fn(f64) -> Option<f64>,
+    (shortest, longest): (f64, f64),
+) {
     loop {
-        let profiles = sweep.next(batch);
+        let profiles = sweep.next(batch, &|profile| (shortest..=longest).contains(&length(profile)));
         assert!(profiles.len() <= batch);
         if profiles.is_empty() {
             return;
@@ -136,6 +146,61 @@ fn best_at_end_is_refined_inwards_and_reported_as_edge() {
     assert_eq!((alone.trials().len(), alone.edge()), (1, None));
 }
 
+/// The optimum is beyond the list: it is bracketed outwards, then refined as if the list had held it.
+#[test]
+fn best_at_edge_is_searched_outwards() {
+    let targets = [0.1, 0.12, 0.14].map(power);
+    for optimum in [0.03, 0.05, 0.07, 0.09, 0.095, 0.15, 0.17, 0.2, 0.24, 0.28] {
+        let mut sweep = Sweep::new(&targets, Goal::Minimize, 12).unwrap();
+        finish_within(&mut sweep, 5, &|x| Some((x - optimum).powi(2)), (0.0, 1.0));
+        let found = length(&sweep.best().unwrap().profile);
+        assert_eq!(sweep.trials().len(), 15);
+        assert!((found - optimum).abs() <= 0.004 && sweep.edge().is_none(), "{optimum}: {found}");
+    }
+    let windows = [100.0, 200.0, 400.0].map(|steps| Profile::uniform(Window::Steps(steps)).unwrap());
+    for optimum in [3.0f64, 30.0, 2000.0, 40000.0] {
+        let mut sweep = Sweep::new(&windows, Goal::Minimize, 12).unwrap();
+        finish_within(&mut sweep, 5, &|x| Some((x / optimum).ln().powi(2)), (0.0, 1e9));
+        let found = length(&sweep.best().unwrap().profile);
+        assert!((found / optimum).ln().abs() <= 0.15, "{optimum}: {found}");
+    }
+}
+
+/// Steps go to the end of the reach, and then inwards.
+#[test]
+fn outward_steps_stay_within_reach() {
+    for (reach, goal, edge) in
+        [((0.061, 0.2), Goal::Minimize, Edge::Shortest), ((0.03, 0.187), Goal::Maximize, Edge::Longest)]
+    {
+        let mut sweep = Sweep::new(&[0.1, 0.12, 0.14].map(power), goal, 8).unwrap();
+        let within = |profile: &Profile| (reach.0..=reach.1).contains(&length(profile));
+        finish_within(&mut sweep, 5, &|x| Some(x), reach);
+        assert!(sweep.trials().iter().all(|trial| within(&trial.profile)));
+        let found = length(&sweep.best().unwrap().profile);
+        let end = if edge == Edge::Shortest { reach.0 } else { reach.1 };
+        assert!((found - end).abs() < 0.005 && sweep.edge() == Some(edge), "{found}");
+        assert!(sweep.is_at_limit(&within) && !sweep.is_at_limit(&|_| true));
+        // A list beyond the reach has no outward steps.
+        let mut beyond = Sweep::new(&[0.01, 0.02, 0.03].map(power), Goal::Minimize, 3).unwrap();
+        finish_within(&mut beyond, 5, &|x| Some(x), reach);
+        assert!(beyond.trials().iter().all(|trial| length(&trial.profile) > 0.0099));
+    }
+}
+
+/// A search that is interrupted on its way outwards takes the same steps.
+#[test]
+fn restored_outward_search_ends_with_same_trials() {
+    let function = |x: f64| Some((x - 0.23).abs());
+    let mut whole = Sweep::new(&list()[..4], Goal::Minimize, 8).unwrap();
+    finish_within(&mut whole, 5, &function, (0.02, 0.25));
+    for done in 0..=whole.trials().len() {
+        let mut resumed = Sweep::new(&list()[..4], Goal::Minimize, 8).unwrap();
+        resumed.restore(whole.trials()[..done].to_vec());
+        finish_within(&mut resumed, 5, &function, (0.02, 0.25));
+        assert_eq!(resumed.trials(), whole.trials());
+    }
+}
+
 #[test]
 fn plateau_is_refined_around_its_middle() {
     // Accuracies of few examples are flat: here from 0.09 to 0.21.
@@ -146,7 +211,8 @@ fn plateau_is_refined_around_its_middle() {
         assert!((0.12..=0.18).contains(&length(&trial.profile)), "{}", trial.profile);
     }
     let constant = run_search(&list(), Goal::Minimize, 6, &|_| Some(1.0));
-    assert_eq!(constant.trials().len(), 20);
+    assert!(constant.is_flat() && !sweep.is_flat());
+    assert_eq!(constant.trials().len(), 14, "a flat curve is not refined");
 }
 
 #[test]
@@ -182,7 +248,7 @@ fn non_finite_scores_are_failures() {
     for (sigma_rel, score) in [(0.1, f64::NAN), (0.2, f64::INFINITY), (0.25, f64::NEG_INFINITY)] {
         assert_eq!(sweep.record(power(sigma_rel), TrialOutcome::Score(score), TrialMetrics::default()).score(), None);
     }
-    assert!(sweep.best().is_none() && sweep.edge().is_none() && sweep.next(10).is_empty());
+    assert!(sweep.best().is_none() && sweep.edge().is_none() && sweep.next(10, &|_| true).is_empty());
     let reasons: Vec<&str> = sweep.failures().map(|(_, why)| why).collect();
     assert!(reasons[0].contains("NaN") && reasons[1].contains("inf") && reasons[2].contains("-inf"), "{reasons:?}");
 }
@@ -192,16 +258,16 @@ fn list_is_batched_without_repeats_and_tables_are_not_refined() {
     let table = Profile::table(vec![(0.5, 0.1), (1.0, 1.0)]).unwrap();
     let targets = [power(0.1), table.clone(), power(0.1), Profile::half_life(50.0).unwrap(), power(0.2)];
     let mut sweep = Sweep::new(&targets, Goal::Minimize, 4).unwrap();
-    assert_eq!(sweep.next(2), [power(0.1), table.clone()]);
-    assert_eq!(sweep.next(2), sweep.next(2), "profiles are repeated until they are recorded");
-    assert_eq!(sweep.next(0).len(), 1);
-    assert_eq!(sweep.next(256).len(), 4);
-    for target in sweep.next(256) {
+    assert_eq!(sweep.next(2, &|_| false), [power(0.1), table.clone()]);
+    assert_eq!(sweep.next(2, &|_| false), sweep.next(2, &|_| false), "profiles are repeated until they are recorded");
+    assert_eq!(sweep.next(0, &|_| false).len(), 1);
+    assert_eq!(sweep.next(256, &|_| false).len(), 4);
+    for target in sweep.next(256, &|_| false) {
         let score = if target == table { 0.0 } else { 1.0 };
         sweep.record(target, TrialOutcome::Score(score), TrialMetrics::default());
     }
     assert_eq!(sweep.best().unwrap().profile, table);
-    assert!(sweep.next(256).is_empty() && sweep.edge().is_none());
+    assert!(sweep.next(256, &|_| false).is_empty() && sweep.edge().is_none());
     assert!(Sweep::new(&[], Goal::Minimize, 4).unwrap_err().to_string().contains("no target"));
 }
 

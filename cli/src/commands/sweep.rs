@@ -24,9 +24,11 @@ use crate::tables;
 /// Evaluate averages of many lengths with a command, and keep the best
 ///
 /// All targets are synthesized in one pass over the snapshots and evaluated one after the other. Golden-section steps
-/// around the best of them follow, in its own family. The best average is kept as best.safetensors in --out-dir, the
-/// others are removed. Scores are recorded in sweep.json there after each evaluation: the same command goes on where it
-/// was interrupted, and tries again what failed.
+/// around the best of them follow, in its own family. If the best is at an edge of the list, the steps go outwards
+/// first, as far as the run makes averages with a relative error below 5%.
+///
+/// The best average is kept as best.safetensors in --out-dir, the others are removed. Scores are recorded in sweep.json
+/// there after each evaluation: the same command goes on where it was interrupted, and tries again what failed.
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
@@ -124,11 +126,27 @@ fn show(arguments: &Arguments, swept: &SweepResult) {
     if let (Some(best), Some(path)) = (swept.sweep.best(), &swept.best) {
         print(&format!("best at step {}: {}, kept as {}", swept.at, best.profile, shown(path)));
     }
-    match swept.sweep.edge() {
-        Some(Edge::Shortest) => print("nothing shorter was evaluated: a list that goes on there may do better"),
-        Some(Edge::Longest) => print("nothing longer was evaluated: a list that goes on there may do better"),
-        None => {}
+    if let Some(remark) = remark(swept) {
+        print(&remark);
     }
+}
+
+/// Returns a remark on a flat curve, or on a best average at the edge of the evaluated ones.
+fn remark(swept: &SweepResult) -> Option<String> {
+    if swept.sweep.is_flat() {
+        return Some("the curve is flat: all lengths have the same score".into());
+    }
+    let side = match swept.sweep.edge()? {
+        Edge::Shortest => "shorter",
+        Edge::Longest => "longer",
+    };
+    Some(if swept.at_limit {
+        format!(
+            "this run makes nothing {side} with a relative error below 5%: track other profiles in the next training"
+        )
+    } else {
+        format!("nothing {side} was evaluated: more steps (--refine), or a list that goes on there, may do better")
+    })
 }
 
 fn document(swept: &SweepResult) -> Value {
@@ -138,6 +156,8 @@ fn document(swept: &SweepResult) -> Value {
         "best": swept.sweep.best().map(trial_json),
         "path": swept.best,
         "edge": swept.sweep.edge(),
+        "at_limit": swept.at_limit,
+        "flat": swept.sweep.is_flat(),
         "evaluated": swept.evaluated,
         "failed": swept.sweep.failures().count(),
         "trials": swept.sweep.trials().iter().map(trial_json).collect::<Vec<_>>(),

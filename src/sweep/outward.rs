@@ -1,0 +1,84 @@
+//! Steps beyond the edge of a list, if the best trial is there.
+
+use super::points::{GOLDEN, Point, best_points, points, round_length};
+use super::trial::Trials;
+use crate::math::{Family, MAX_SIGMA_REL, Profile, Unit};
+
+/// Factor by which steps grow: with it, the first bracket has golden proportions.
+const GROWTH: f64 = (1.0 - GOLDEN) / GOLDEN;
+
+/// Number of halvings that look for the last length within reach.
+const HALVINGS: usize = 6;
+
+/// Smallest step to the end of the reach, as a share of the list's mean interval.
+const SMALLEST: f64 = 0.25;
+
+/// Returns the next profile beyond the edge. Returns `None` if the best trial is at none, if a trial is beyond it, or
+/// if nothing worth a trial is within reach.
+pub(super) fn next_profile(trials: &Trials, is_reached: &dyn Fn(&Profile) -> bool) -> Option<Profile> {
+    let (family, _) = trials.best()?.profile.family()?;
+    let points = points(trials)?;
+    let best = best_points(trials, &points);
+    let (first, last) = (points.first()?, points.last()?);
+    let interval = mean_interval(&points)?;
+    let step_from = |edge: &Point<'_>, up: bool| {
+        let inner = points.iter().filter(|point| point.trial.score().is_some() && point.at != edge.at);
+        let gap = inner.map(|point| (point.at - edge.at).abs()).reduce(f64::min)?.max(interval);
+        step(family, edge.at, if up { gap } else { -gap }, SMALLEST * interval, is_reached)
+    };
+    let at_end = |end: &Point<'_>| best.iter().any(|point| point.at == end.at);
+    let shorter = if at_end(first) { step_from(first, false) } else { None };
+    shorter.or_else(|| if at_end(last) { step_from(last, true) } else { None })
+}
+
+/// Returns the mean interval of the list. Returns `None` for fewer than two targets.
+fn mean_interval(points: &[Point<'_>]) -> Option<f64> {
+    let mut listed = points.iter().filter(|point| !point.trial.refined);
+    let first = listed.next()?.at;
+    let (last, intervals) = listed.fold((first, 0), |(_, count), point| (point.at, count + 1));
+    if intervals == 0 { None } else { Some((last - first) / f64::from(intervals)) }
+}
+
+/// Returns the profile a step beyond an edge, or the last one within reach.
+fn step(family: Family, edge: f64, gap: f64, smallest: f64, is_reached: &dyn Fn(&Profile) -> bool) -> Option<Profile> {
+    let mut far = edge + GROWTH * gap;
+    if family == Family::Power {
+        // A length is above 0, and below the plain mean's.
+        far = far.max(GOLDEN * edge);
+    }
+    far = far.min(family.coordinate(longest(family)));
+    let profile_at = |at: f64| {
+        let is_beyond = |length: f64| {
+            let place = family.coordinate(length);
+            (place - edge) * gap > 0.0 && length <= longest(family)
+        };
+        let length = round_length(family.length_at(at), is_beyond, family.length_at(edge));
+        family.profile(length).ok().filter(is_reached)
+    };
+    if (far - edge).abs() < smallest {
+        return None;
+    }
+    if let Some(profile) = profile_at(far) {
+        return Some(profile);
+    }
+    // A list may go beyond the reach, where a further step is worse still.
+    profile_at(edge)?;
+    let (mut near, mut found) = (edge, None);
+    for _ in 0..HALVINGS {
+        let middle = 0.5 * (near + far);
+        match profile_at(middle) {
+            Some(profile) => (near, found) = (middle, Some(profile)),
+            None => far = middle,
+        }
+    }
+    found.filter(|_| (near - edge).abs() >= smallest)
+}
+
+/// Length that no profile of a family exceeds.
+pub(super) fn longest(family: Family) -> f64 {
+    match family {
+        Family::Power => MAX_SIGMA_REL,
+        Family::Uniform(Unit::Fraction) | Family::Linear(Unit::Fraction) | Family::LrDecay(_, Unit::Fraction) => 1.0,
+        _ => f64::INFINITY,
+    }
+}
