@@ -17,8 +17,25 @@ use kkt::Kkt;
 pub(super) use kkt::scaled_kkt;
 pub(super) use updates::Updates;
 
-/// Largest difference from 1 of the cosine of two sources that hold the same average.
-const SAME: f64 = 8.0 * f64::EPSILON;
+/// Largest difference from 1 of the cosine of two sources that are taken as one average.
+///
+/// They are closer than a millionth of their size, so merging them costs less than that. A blend that uses so small a
+/// difference would amplify rounding a million times, and the factors have too few digits to find it.
+const SAME: f64 = 5e-13;
+
+/// Largest relative error at which a single source is the target.
+///
+/// Rounding in the products of a million decays is far below it, and the rounding of stored snapshots far above.
+const EXACT: f64 = 1e-10;
+
+/// Relative error, computed from the Gram matrix, up to which a single source may be the target.
+const NEAR: f64 = 1e-5;
+
+/// Most sources that are compared with the target one by one.
+const MOST_NEAR: usize = 8;
+
+/// Condition number from which the factors may have lost the digits that a blend needs.
+const ILL_CONDITIONED: f64 = 1e12;
 
 /// Refinement steps after the first solve. The golden weights need one; the second is for worse conditions.
 const REFINEMENTS: usize = 2;
@@ -159,20 +176,27 @@ impl System {
 
     /// Solves for the weights of a target on the updates, and keeps the residual.
     ///
-    /// Factors have no correct digits if snapshots are too close together. The same refinement then starts from the
-    /// factors of a matrix with a ridge. A blend with a larger error than a single source is not accepted.
+    /// A source that is the target has weight 1, unless a regularisation prefers other weights. Factors have few
+    /// correct digits if snapshots are close together. The same refinement then starts from the factors of a matrix
+    /// with a ridge, too, and the smallest error is taken. A blend with a larger error than a single source is not
+    /// accepted.
     ///
     /// # Errors
     /// [`Error::DependentSources`] if no blend is accepted.
     pub(super) fn blend(&self, updates: &Updates, target: &[f64]) -> Result<BlendSolution> {
         let norm = updates.norm(target);
-        let limit = self.error_limit(&updates.products(target), norm * norm);
+        let single_errors = self.single_errors(&updates.products(target), norm * norm);
+        if let Some(blend) = self.target_source(updates, target, &single_errors) {
+            return Ok(blend);
+        }
+        let limit = self.error_limit(&single_errors);
         let plain = self.solve_updates(updates, target, &self.kkt);
-        if plain.as_ref().is_ok_and(|blend| blend.solution.relative_error <= limit) {
+        let is_accepted = plain.as_ref().is_ok_and(|blend| blend.solution.relative_error <= limit);
+        if is_accepted && self.kkt.condition < ILL_CONDITIONED {
             return plain;
         }
         let rho = self.kkt.rho_squared.sqrt();
-        let mut best: Option<BlendSolution> = None;
+        let mut best = plain.ok().filter(|_| is_accepted);
         for ridge in RIDGES {
             let kkt = Kkt::new(&self.gram, &self.order, rho, ridge);
             let Ok(blend) = self.solve_updates(updates, target, &kkt) else { continue };
@@ -184,16 +208,42 @@ impl System {
         best.ok_or_else(|| self.dependent())
     }
 
-    /// Returns the largest relative error of an acceptable blend: that of the nearest single source, plus rounding.
+    /// Returns the relative error of each source alone, from the Gram matrix, to about 1e-8.
     ///
     /// `products` are the inner products of the sources with the target, `target_square` is that of the target with
-    /// itself. A regularised blend has no limit.
-    fn error_limit(&self, products: &[f64], target_square: f64) -> f64 {
+    /// itself.
+    fn single_errors(&self, products: &[f64], target_square: f64) -> Vec<f64> {
+        let square = |i: usize| (self.gram[(i, i)] - 2.0 * products[i] + target_square) / target_square;
+        (0..products.len()).map(|i| square(i).max(0.0).sqrt()).collect()
+    }
+
+    /// Returns the largest relative error of an acceptable blend: that of the nearest single source, plus rounding.
+    ///
+    /// A regularised blend has no limit.
+    fn error_limit(&self, single_errors: &[f64]) -> f64 {
         if self.kkt.rho_squared > 0.0 {
             return f64::INFINITY;
         }
-        let distance = |i: usize| (self.gram[(i, i)] - 2.0 * products[i] + target_square) / target_square;
-        (0..products.len()).map(|i| distance(i).max(0.0).sqrt()).fold(f64::INFINITY, f64::min) + 1e-6
+        single_errors.iter().copied().fold(f64::INFINITY, f64::min) + 1e-6
+    }
+
+    /// Returns the source that is the target, with weight 1; `None` if there is none or the solve is regularised.
+    ///
+    /// Sources that nearly depend on each other have many blends without an error, of any noise gain.
+    fn target_source(&self, updates: &Updates, target: &[f64], single_errors: &[f64]) -> Option<BlendSolution> {
+        if self.kkt.rho_squared > 0.0 {
+            return None;
+        }
+        let mut near: Vec<usize> = (0..single_errors.len()).filter(|&i| single_errors[i] <= NEAR).collect();
+        near.sort_by(|&a, &b| single_errors[a].total_cmp(&single_errors[b]));
+        let alone = near.into_iter().take(MOST_NEAR).map(|source| {
+            let weights = unit_weights(single_errors.len(), source);
+            let residual = updates.residual(&weights, target);
+            let relative_error = updates.norm(&residual) / updates.norm(target);
+            BlendSolution { solution: Solution::new(weights, relative_error, &self.kkt), residual }
+        });
+        let best = alone.min_by(|a, b| a.solution.relative_error.total_cmp(&b.solution.relative_error));
+        best.filter(|best| best.solution.relative_error <= EXACT)
     }
 
     /// Solves as [`System::blend`], with `rho` instead of the system's regularisation.
@@ -222,12 +272,18 @@ impl System {
         })?;
         let at = self.at as f64;
         let products: Vec<f64> = sources.iter().map(|&(g, t)| power_function_gram(g, t, gamma, at)).collect();
+        let is_target = |&(g, t): &(f64, f64)| t == at && (g - gamma).abs() <= EXACT * (gamma + 1.0);
+        if self.kkt.rho_squared == 0.0
+            && let Some(source) = sources.iter().position(is_target)
+        {
+            return Ok(Solution::new(unit_weights(sources.len(), source), 0.0, &self.kkt));
+        }
         let weights = self.solve_once(&self.kkt, &products, 1.0);
         self.check_sum(&weights)?;
         let target_square = power_function_gram(gamma, at, gamma, at);
         let square = target_square + closed_form_distance(sources, &products, &weights);
         let relative_error = (square.max(0.0) / target_square).sqrt();
-        if !(relative_error <= self.error_limit(&products, target_square)) {
+        if !(relative_error <= self.error_limit(&self.single_errors(&products, target_square))) {
             return Err(self.dependent());
         }
         Ok(Solution::new(weights, relative_error, &self.kkt))
@@ -254,6 +310,11 @@ impl System {
             cosine,
         }
     }
+}
+
+/// Returns the weights of one source alone.
+fn unit_weights(sources: usize, source: usize) -> Vec<f64> {
+    (0..sources).map(|i| f64::from(u8::from(i == source))).collect()
 }
 
 fn check_distinct(sources: &[ChainSource]) -> Result<()> {
@@ -316,5 +377,7 @@ fn closed_form_distance(sources: &[(f64, f64)], products: &[f64], weights: &[f64
     weights.iter().zip(sources).zip(products).map(|((x, &source), h)| x * (row(source) - 2.0 * h)).sum()
 }
 
+#[cfg(test)]
+mod near_tests;
 #[cfg(test)]
 mod tests;
