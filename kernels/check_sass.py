@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["update", "blend", "convert"]
+SOURCES = ["update", "look", "blend", "convert"]
 ARCHITECTURES = [80, 90, 100, 120]
 # Flags of build.rs.
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ftz=false"]
@@ -46,6 +46,7 @@ def numbered(prefix, last):
 
 KERNELS = {
     "update": numbered("update_plain", 8) + numbered("update_compensated", 8),
+    "look": ["look"],
     "blend": numbered("blend", 8),
     "convert": ["convert", "scan", "gather"],
 }
@@ -78,6 +79,7 @@ def expected(kernel):
     if kernel.startswith("blend"):
         return expected_blend(number)
     one = {
+        "look": [(3, {"LDG.128": 4})],  # f32, f16, bf16; of f64 only the halves with the exponents are loaded
         "convert": [(1, {"LDG.128": 1, "STG.128": 1}), (2, {"LDG.128": 1, "STG.64": 1})],
         "scan": [(1, {"LDG.128": 1})],
         "gather": [(1, {"LDG.128": 1, "STG.128": 1})],

@@ -20,6 +20,9 @@ struct Chunk {
     uint32_t kind;      // dtype, see Kind
 };
 
+// Key that stands for no element, in what `look` has found.
+#define NOTHING_FOUND 0xffffffffffffffff
+
 DEVICE Chunk load_chunk(const Chunk* table, uint64_t index) {
     const uint64_t* words = reinterpret_cast<const uint64_t*>(table + index);
     const uint64_t last = load(words + 2);

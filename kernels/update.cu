@@ -26,6 +26,7 @@ struct UpdateArgs {
     uint16_t* low[8];   // bf16 low-order terms, if compensated
     float weights[8];   // 1 - beta of each profile
     uint8_t* copies;    // tensors that are copied, not averaged
+    const uint64_t* found;  // what look.cu has found in the parameters
 };
 
 #define THREADS 256  // 4 blocks of 64 registers a thread fill the 65,536 registers of a multiprocessor
@@ -157,6 +158,8 @@ template <class T, int PROFILES, bool COMPENSATED> DEVICE void update_chunk(cons
 
 template <int PROFILES, bool COMPENSATED> DEVICE void update(const UpdateArgs& a) {
     const Chunk c = load_chunk(a.chunks, blockIdx.x);
+    // An update with NaN changes nothing. Every block reads the same 8 bytes.
+    if (load(a.found) != NOTHING_FOUND) return;
     switch (c.kind) {
         case KIND_F32: update_chunk<F32, PROFILES, COMPENSATED>(a, c); break;
         case KIND_F16: update_chunk<F16, PROFILES, COMPENSATED>(a, c); break;

@@ -291,8 +291,8 @@ pub enum Error {
     },
     /// A parameter contains a NaN or an infinity.
     #[error(
-        "tensor `{}`: the parameter is {value} at element {element} at step {step}: this update was left out, and the \
-         averages are as before. Repair the model, or go back to a checkpoint before it diverged, and go on. If the \
+        "tensor `{}`: the parameter is {value} at element {element} at step {step}: the update of that step was left \
+         out, as if it was not due. Repair the model, or go back to a checkpoint before it diverged, and go on. If the \
          value is intended, as in a mask, name the tensor among those to copy",
         shown(tensor)
     )]

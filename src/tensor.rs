@@ -10,6 +10,7 @@ use crate::error::{Difference, Error, Result};
 
 mod finite;
 
+pub use finite::NonFiniteElement;
 pub(crate) use finite::{first_non_finite, first_non_finite_of};
 
 /// Element type of a tensor in a safetensors file.

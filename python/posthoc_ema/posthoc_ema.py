@@ -134,7 +134,8 @@ class PostHocEMA(RunAverages, TrainingLoop):
             on_nonfinite: Reaction of an update to parameters with NaN or infinity: "raise" a RuntimeError that names
                 tensor and element, "skip" the update with a warning on standard error, or "ignore" them, which fails at
                 the next snapshot. With the first two the averages and the history are as if this update was not due.
-                Default "raise", but "ignore" for a model on a GPU, the only choice there.
+                For a model on a GPU a later call raises or warns: the next update, or one that needs the averages.
+                Default "raise".
             rank_zero_only: Track on rank 0 only; all other ranks count steps, from the run's step on. Under data
                 parallelism all ranks hold the same parameters, and a run has one writer. Call
                 `torch.distributed.init_process_group` before, so that the ranks are known; the others then wait for
@@ -262,9 +263,9 @@ class PostHocEMA(RunAverages, TrainingLoop):
 
         Raises:
             ValueError: If the model's tensors are not those the run began with. The message names the first difference.
-            RuntimeError: If a parameter is NaN or infinite (`on_nonfinite`; the averages do not change then), if an
-                average to be stored is (nothing is written then), if the model holds an average, if the run's lock was
-                removed or its directory replaced, or if a device fails.
+            RuntimeError: If a parameter is NaN or infinite (`on_nonfinite`; the averages do not change then, and on a
+                GPU the update before is meant), if an average to be stored is (nothing is written then), if the model
+                holds an average, if the run's lock was removed or its directory replaced, or if a device fails.
             OSError: If a snapshot could not be written in the background, unless `on_error` is "warn". The update
                 itself is complete, and the snapshot is tried again before the next one. With
                 `checkpoint_in_background=False` it is the snapshot of this call, tried again before the next update.

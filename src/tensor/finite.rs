@@ -5,6 +5,17 @@ use rayon::prelude::*;
 
 use super::Dtype;
 
+/// Element that is NaN or infinite, among several tensors.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NonFiniteElement {
+    /// Index of the tensor.
+    pub tensor: usize,
+    /// Flat index in the tensor.
+    pub element: usize,
+    /// Value.
+    pub value: f64,
+}
+
 /// Returns the index and the value of the first element that is NaN or infinite; its exponent is all ones.
 ///
 /// Dtypes that are not averaged have none.
@@ -36,10 +47,10 @@ const BLOCK_BYTES: usize = 1 << 18;
 /// Total size in bytes up to which starting threads costs more than the look.
 const FEW_BYTES: usize = 1 << 19;
 
-/// Returns the tensor, the index and the value of the first element of several tensors that is NaN or infinite.
+/// Returns the first element of several tensors that is NaN or infinite.
 ///
 /// Reads each tensor once. Tensors of dtypes that are not averaged have no such element.
-pub(crate) fn first_non_finite_of(tensors: &[(Dtype, &[u8])]) -> Option<(usize, usize, f64)> {
+pub(crate) fn first_non_finite_of(tensors: &[(Dtype, &[u8])]) -> Option<NonFiniteElement> {
     let blocks_of = |(i, (_, bytes)): (usize, &(Dtype, &[u8]))| {
         (0..bytes.len()).step_by(BLOCK_BYTES).map(move |start| (i, start)).collect::<Vec<_>>()
     };
@@ -54,7 +65,7 @@ pub(crate) fn first_non_finite_of(tensors: &[(Dtype, &[u8])]) -> Option<(usize, 
     let (tensor, start) = blocks[block?];
     let (dtype, bytes) = tensors[tensor];
     let (element, value) = first_non_finite(dtype, &bytes[start..])?;
-    Some((tensor, start / (dtype.bitsize() / 8) + element, value))
+    Some(NonFiniteElement { tensor, element: start / (dtype.bitsize() / 8) + element, value })
 }
 
 /// Returns true if an element is NaN or infinite, that is if one more in its exponent sets its sign bit.
@@ -97,7 +108,7 @@ mod tests {
         let mut tensors = vec![vec![1f32; 3], vec![2.0; 100_001], vec![], vec![3.0; 5]];
         let find = |tensors: &[Vec<f32>]| {
             let views: Vec<(Dtype, &[u8])> = tensors.iter().map(|t| (Dtype::F32, bytemuck::cast_slice(t))).collect();
-            first_non_finite_of(&views)
+            first_non_finite_of(&views).map(|found| (found.tensor, found.element, found.value))
         };
         assert_eq!(find(&tensors), None);
         for (tensor, element) in [(3, 4), (1, 100_000), (1, 65_536), (1, 65_535), (0, 1)] {
@@ -108,10 +119,13 @@ mod tests {
         let mut mixed = ones.clone();
         mixed[600_000..600_002].copy_from_slice(&f16::NAN.to_le_bytes());
         let views = [(Dtype::I32, &[0xff; 8][..]), (Dtype::F16, &ones), (Dtype::F16, &mixed)];
-        assert!(first_non_finite_of(&views).is_some_and(|(i, at, value)| (i, at) == (2, 300_000) && value.is_nan()));
+        let found = first_non_finite_of(&views).unwrap();
+        assert!((found.tensor, found.element) == (2, 300_000) && found.value.is_nan());
         for (dtype, bytes) in [(Dtype::F64, &f64::NAN.to_le_bytes()[..]), (Dtype::BF16, &bf16::INFINITY.to_le_bytes())]
         {
-            assert!(first_non_finite_of(&[(dtype, bytes)]).is_some_and(|(i, at, _)| (i, at) == (0, 0)));
+            assert!(
+                first_non_finite_of(&[(dtype, bytes)]).is_some_and(|found| (found.tensor, found.element) == (0, 0))
+            );
         }
     }
 

@@ -7,11 +7,11 @@ use crate::error::Result;
 impl PostHocEma {
     /// Stores the live state and a snapshot of every average, in the background if that is allowed.
     pub(super) fn checkpoint(&mut self) -> Result<()> {
-        let meta = self.checkpoint_meta(self.history.last());
+        let meta = self.checkpoint_meta(self.settled.last());
         let done = if self.in_background { self.engine.checkpoint(meta) } else { self.engine.store(&meta) };
         match done {
             Ok(()) | Err(Failure::Removal(_)) => {
-                self.stored = self.history.last();
+                self.stored = self.settled.last();
                 self.needs_retry = false;
             }
             Err(Failure::Files(_)) => self.needs_retry = true,
@@ -26,7 +26,7 @@ impl PostHocEma {
             return;
         }
         if let Err(error) = self.checkpoint() {
-            let step = self.history.last().unwrap_or(0);
+            let step = self.settled.last().unwrap_or(0);
             tracing::warn!("giving up the snapshot of step {step} after two tries: {error}");
             self.needs_retry = false;
         }
@@ -44,7 +44,7 @@ impl PostHocEma {
     }
 
     fn write_missing(&mut self) -> Result<()> {
-        if self.stored.is_none() || self.stored != self.history.last() {
+        if self.stored.is_none() || self.stored != self.settled.last() {
             return Ok(());
         }
         let meta = self.checkpoint_meta(self.stored);
@@ -62,12 +62,18 @@ impl PostHocEma {
     /// # Errors
     /// [`Error::NonFinite`](crate::Error::NonFinite) if an average holds NaN or infinity, and
     /// [`Error::Io`](crate::Error::Io); the previous state is then untouched. The error of a snapshot that failed in
-    /// the background is returned here too; the state is stored all the same.
+    /// the background, or of an update with NaN on a device, is returned here too; the state is stored all the same.
     pub fn save(&self) -> Result<()> {
+        self.save_state()?;
+        self.non_finite.take_error()
+    }
+
+    fn save_state(&self) -> Result<()> {
+        self.settle()?;
         // A queued checkpoint holds an older state, which must not replace this one.
         let flushed = self.engine.flush();
         // Names a checkpoint that is still incomplete, so that a resume completes it.
-        let stored = if self.needs_retry { self.history.last() } else { self.stored };
+        let stored = if self.needs_retry { self.history().last() } else { self.stored };
         self.checkpoint_meta(stored).save(&self.engine.values()?.values())?;
         flushed
     }
@@ -85,11 +91,17 @@ impl PostHocEma {
     /// # Errors
     /// Those of [`PostHocEma::update`]; it can then be called again.
     pub fn finish(&mut self) -> Result<()> {
-        if self.history.is_empty() {
+        self.settle_history()?;
+        self.store_newest()?;
+        self.non_finite.take_error()
+    }
+
+    fn store_newest(&mut self) -> Result<()> {
+        if self.settled.is_empty() {
             return Ok(());
         }
-        if self.stored == self.history.last() && self.engine.last_failed_step() != self.stored {
-            self.save()?;
+        if self.stored == self.settled.last() && self.engine.last_failed_step() != self.stored {
+            self.save_state()?;
             return self.checkpoint_meta(self.stored).drop_surplus();
         }
         self.checkpoint()?;
@@ -104,7 +116,7 @@ impl PostHocEma {
             settings: self.settings.clone(),
             registry: self.registry.clone(),
             clock: self.clock,
-            history: self.history.clone(),
+            history: self.history().clone(),
             stored,
             run_id: self.run_id.clone(),
             session: self.session.clone(),

@@ -15,7 +15,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::run::{LiveState, Settings};
 use crate::snapshot::Extension;
-use crate::tensor::{Parameters, TensorView};
+use crate::tensor::{Dtype, Parameters, TensorView, first_non_finite};
 
 /// Averages of each profile, and the copied tensors.
 pub(super) type StateValues = (Vec<Averages>, Vec<Vec<u8>>);
@@ -87,6 +87,29 @@ pub(super) fn values(
     Ok((averages, copies))
 }
 
+/// Checks that the first values of the tensors that begin are finite.
+///
+/// # Errors
+/// [`Error::Tensor`] for NaN or infinity.
+pub(super) fn check_finite(
+    (averages, _): &StateValues,
+    registry: &TensorRegistry,
+    begun: &BTreeSet<String>,
+) -> Result<()> {
+    let Some(Averages { high, .. }) = averages.first() else { return Ok(()) };
+    for (i, entry) in registry.averaged().iter().enumerate().filter(|(_, entry)| begun.contains(&entry.name)) {
+        let values = bytemuck::cast_slice(&high[registry.layout().range(i)]);
+        if let Some((element, value)) = first_non_finite(Dtype::F32, values) {
+            let reason = format!(
+                "its average would begin with {value} at element {element}: repair the model. If the value is \
+                 intended, as in a mask, name the tensor among those to copy"
+            );
+            return Err(Error::tensor(&entry.name, reason));
+        }
+    }
+    Ok(())
+}
+
 /// Returns the averages of the tensors that begin after one update with the model.
 ///
 /// An engine makes them, because it reads parameters on any device. It averages at least one tensor.
@@ -114,7 +137,7 @@ fn first_values(
         let device = engine::model_device(ordered.all())?;
         let layout = first.layout();
         let mut engine = engine::start(dir, layout, device, Device::Cpu, config)?;
-        engine.fold(&ordered, layout, &vec![1.0; settings.profiles.len()])?;
+        engine.fold(&ordered, layout, &vec![1.0; settings.profiles.len()], false)?;
         engine.flush()?;
         let guard = engine.values()?;
         values = (guard.values().averages.to_vec(), guard.values().copies.to_vec());

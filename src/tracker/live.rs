@@ -85,7 +85,8 @@ impl PostHocEma {
     /// Solves a target at the newest update, from the snapshots on disk and the live averages.
     ///
     /// # Errors
-    /// [`Error::NoUpdate`] before the first update, and the errors of [`Run::open`] and [`Run::plan`].
+    /// [`Error::NoUpdate`] before the first update, [`Error::NonFiniteParameter`] once for an update on a device that
+    /// was left out, and the errors of [`Run::open`] and [`Run::plan`].
     pub fn plan(&self, profile: Profile) -> Result<Plan> {
         Ok(self.plans(&[profile])?.remove(0))
     }
@@ -136,7 +137,7 @@ impl PostHocEma {
             let reason = format!("index {index} is out of range: {count} profiles are tracked");
             return Err(Error::Setting { option: "profiles", reason });
         };
-        let at = self.history.last().ok_or(Error::NoUpdate)?;
+        let at = self.newest_step()?;
         let plan = Plan {
             profile: profile.clone(),
             at,
@@ -216,9 +217,16 @@ impl PostHocEma {
         self.with_plan(&profile, |sources, plan| sources.swap_in(plan, params))
     }
 
+    /// Returns the step of the newest update that was done.
+    fn newest_step(&self) -> Result<u64> {
+        self.settle()?;
+        self.non_finite.take_error()?;
+        self.history().last().ok_or(Error::NoUpdate)
+    }
+
     /// Opens the snapshots, if there are any, and returns them with the step of the live averages.
     fn open_snapshots(&self) -> Result<(Option<Run>, u64)> {
-        let step = self.history.last().ok_or(Error::NoUpdate)?;
+        let step = self.newest_step()?;
         // Without waiting, the result would depend on how many snapshots are written already.
         self.engine.wait_idle()?;
         let run = if crate::snapshot::list(&self.dir)?.is_empty() { None } else { Some(Run::open(&self.dir)?) };
@@ -236,9 +244,9 @@ impl PostHocEma {
     }
 
     fn solve_sources(&self, sources: &[IndexedSource], profiles: &[Profile]) -> Result<Vec<Plan>> {
-        let mut plans = solve(sources, Some(&self.history), profiles, At::Latest, Noise::Off, None)?;
+        let mut plans = solve(sources, Some(self.history()), profiles, At::Latest, Noise::Off, None)?;
         let groups = later_groups(&self.extensions, self.averaged().into_iter());
-        solve_later(&mut plans, &groups, sources, &self.history, Noise::Off)?;
+        solve_later(&mut plans, &groups, sources, self.history(), Noise::Off)?;
         Ok(plans)
     }
 

@@ -11,6 +11,7 @@ mod registry;
 mod resume;
 mod rewind;
 mod save_to;
+mod settle;
 mod state;
 mod tensor_choice;
 mod thread;
@@ -31,13 +32,15 @@ use non_finite::NonFinitePolicy;
 pub use non_finite::OnNonFinite;
 pub use options::{OnError, Options};
 use registry::TensorRegistry;
+use settle::NewestUpdate;
 
 /// Outcome of a call of [`PostHocEma::update`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UpdateOutcome {
     /// No update was due.
     Skipped,
-    /// The averages were updated.
+    /// The averages were updated. For parameters on a device, a later call may find that they were not, and then
+    /// returns [`Error::NonFiniteParameter`] or warns.
     Updated,
     /// The averages were updated and a snapshot of each is being stored in the background.
     ///
@@ -75,7 +78,10 @@ pub struct PostHocEma {
     engine: Box<dyn Engine>,
     /// Time of the last call.
     clock: u64,
-    history: History,
+    /// Times of all updates before the newest, and of the newest once it is known that it was done.
+    settled: History,
+    /// Newest update, until it is in `settled` or was refused.
+    newest: Option<NewestUpdate>,
     /// Newest step whose snapshots are, or are being, stored.
     stored: Option<u64>,
     /// True if the snapshots of the newest update failed and must be tried again.
@@ -107,7 +113,8 @@ impl PostHocEma {
     /// # Errors
     /// * [`Error::Changed`] if names, shapes or dtypes differ from those the run began with. The call has no effect.
     /// * [`Error::NonFiniteParameter`] if a parameter is NaN or infinite. The averages do not change, but the call
-    ///   counts a step. See [`Options::on_non_finite`].
+    ///   counts a step. See [`Options::on_non_finite`]. For parameters on a device, the error is that of an earlier
+    ///   update, and this one is done.
     /// * [`Error::NonFinite`] if an average to be stored holds NaN or infinity. Nothing is written. For parameters on a
     ///   device, a later call returns this error.
     /// * [`Error::Io`] if an earlier snapshot could not be written in the background. The averages are updated all the
@@ -135,21 +142,24 @@ impl PostHocEma {
             return Err(Error::Time { time, last: previous });
         }
         let mut outcome = UpdateOutcome::Skipped;
-        let mut looked = Ok(true);
         if self.settings.schedule.is_update_due(previous, time) {
+            self.settle_history()?;
             self.retry();
-            params.with_tensors(&mut |views| {
-                looked = self.fold(time, views)?;
-                Ok(())
-            })?;
-            outcome = if matches!(looked, Ok(true)) { UpdateOutcome::Updated } else { outcome };
+            params.with_tensors(&mut |views| self.fold(time, views))?;
+            outcome = UpdateOutcome::Updated;
         }
         self.clock = time;
+        let is_snapshot_due = self.settings.schedule.is_snapshot_due(previous, time);
+        if is_snapshot_due || !self.engine.looks_later() {
+            self.settle_history()?;
+            outcome = if self.settled.last() == Some(time) { outcome } else { UpdateOutcome::Skipped };
+        }
         // Taken before another checkpoint is queued, whose errors belong to a later call.
-        let earlier = looked.and_then(|_| self.apply_error_policy(self.engine.take_error().map_or(Ok(()), Err)));
+        let earlier = self.non_finite.take_error();
+        let earlier = earlier.and_then(|()| self.apply_error_policy(self.engine.take_error().map_or(Ok(()), Err)));
         // If the update was left out, the newest average may be stored already.
-        let is_stored = outcome == UpdateOutcome::Skipped && self.stored == self.history.last();
-        if is_stored || !self.settings.schedule.is_snapshot_due(previous, time) {
+        let is_stored = outcome == UpdateOutcome::Skipped && self.stored == self.settled.last();
+        if is_stored || !is_snapshot_due {
             return earlier.map(|()| outcome);
         }
         let stored = self.checkpoint();
@@ -171,20 +181,20 @@ impl PostHocEma {
         }
     }
 
-    /// Folds the parameters at `time` into every average, unless the result of [`PostHocEma::look`] forbids it.
-    fn fold(&mut self, time: u64, views: &[TensorView<'_>]) -> Result<Result<bool>> {
+    /// Folds the parameters at `time` into every average, unless they have NaN.
+    fn fold(&mut self, time: u64, views: &[TensorView<'_>]) -> Result<()> {
         let views = self.registry.order_views(views)?;
-        let looked = self.look(time, &views);
-        if !matches!(looked, Ok(true)) {
-            return Ok(looked);
-        }
-        let last = self.history.last().unwrap_or(0) as f64;
+        let last = self.settled.last().unwrap_or(0) as f64;
         let profiles = self.settings.profiles.iter();
         let weights: Vec<f32> = profiles.map(|profile| profile.one_minus_beta(last, time as f64) as f32).collect();
-        self.engine.fold(&views, self.registry.layout(), &weights)?;
+        let looks = self.non_finite.looks();
+        self.engine.fold(&views, self.registry.layout(), &weights, looks)?;
+        if looks {
+            self.newest = Some(NewestUpdate::new(time));
+            return Ok(());
+        }
         // Cannot fail once the averages have changed: the caller has checked that `time` is after the last update.
-        self.history.push(time)?;
-        Ok(looked)
+        self.settled.push(time)
     }
 
     /// Returns the fence to wait for before the parameters of the newest update are changed or freed.
@@ -236,11 +246,6 @@ impl PostHocEma {
     /// Returns the tracked profiles.
     pub fn profiles(&self) -> &[Profile] {
         &self.settings.profiles
-    }
-
-    /// Returns the times of all updates so far.
-    pub fn history(&self) -> &History {
-        &self.history
     }
 
     /// Returns the run's directory.

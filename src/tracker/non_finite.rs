@@ -1,11 +1,16 @@
-//! Look at the parameters before an update, so that one NaN does not spoil the averages.
+//! Reaction to NaN and infinity in the parameters, so that they do not spoil the averages.
 
-use super::PostHocEma;
-use super::registry::OrderedViews;
-use crate::error::{Error, Result};
-use crate::tensor::{TensorView, first_non_finite_of};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::{Error, Result, shown};
+use crate::tensor::NonFiniteElement;
 
 /// Reaction of an update to parameters with NaN or infinity. Only tensors that are averaged are looked at.
+///
+/// For parameters on a device, the look ends after the call. A later call then reports it: the next that is due, or
+/// before it one that needs the averages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnNonFinite {
     /// Returns [`Error::NonFiniteParameter`]. The call counts a step, but the averages do not change and the history
@@ -19,68 +24,53 @@ pub enum OnNonFinite {
     Ignore,
 }
 
-/// Chosen reaction, with the state of its warnings.
-#[derive(Debug)]
+/// Chosen reaction, with the state of its reports.
+#[derive(Debug, Default)]
 pub(super) struct NonFinitePolicy {
     reaction: OnNonFinite,
-    /// True if the newest due update was left out.
-    has_left_out: bool,
+    /// True if the newest update was left out.
+    has_left_out: AtomicBool,
+    /// Errors that no call has returned yet, the oldest first. A call may find that of two updates.
+    errors: Mutex<VecDeque<Error>>,
 }
 
 impl NonFinitePolicy {
-    /// Returns the policy for a model on a device, or on the host if `model_device` is none.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] for a look at parameters on a device.
-    pub(super) fn new(chosen: Option<OnNonFinite>, model_device: Option<usize>) -> Result<NonFinitePolicy> {
-        let reaction = match (chosen, model_device) {
-            (None, None) => OnNonFinite::default(),
-            (None | Some(OnNonFinite::Ignore), _) => OnNonFinite::Ignore,
-            (Some(reaction), None) => reaction,
-            (Some(_), Some(number)) => {
-                let reason = format!(
-                    "the parameters are on cuda:{number}, where no update looks at them: leave the option out or \
-                     choose `ignore`; the error then comes with the next snapshot"
-                );
-                return Err(Error::Setting { option: "on_nonfinite", reason });
-            }
-        };
-        Ok(NonFinitePolicy { reaction, has_left_out: false })
+    pub(super) fn new(reaction: OnNonFinite) -> NonFinitePolicy {
+        NonFinitePolicy { reaction, ..NonFinitePolicy::default() }
     }
-}
 
-impl PostHocEma {
-    /// Returns true if the parameters of an update at `time` may be folded in.
-    ///
-    /// # Errors
-    /// [`Error::NonFiniteParameter`] with [`OnNonFinite::Raise`].
-    pub(super) fn look(&mut self, time: u64, views: &OrderedViews<'_, '_>) -> Result<bool> {
-        let policy = &mut self.non_finite;
-        if policy.reaction == OnNonFinite::Ignore {
-            return Ok(true);
-        }
-        let tensors: Vec<_> = views.averaged.iter().filter_map(|view| elements(view)).collect();
-        let Some((tensor, element, value)) = first_non_finite_of(&tensors) else {
-            policy.has_left_out = false;
-            return Ok(true);
-        };
-        let tensor = views.averaged[tensor].name;
-        if policy.reaction == OnNonFinite::Raise {
-            return Err(Error::NonFiniteParameter { tensor: tensor.to_owned(), element, value, step: time });
-        }
-        if !policy.has_left_out {
-            let tensor = crate::error::shown(tensor);
+    /// Returns true if updates look at their parameters.
+    pub(super) fn looks(&self) -> bool {
+        self.reaction != OnNonFinite::Ignore
+    }
+
+    /// Takes note of an update that was done.
+    pub(super) fn note_update(&self) {
+        self.has_left_out.store(false, Ordering::Relaxed);
+    }
+
+    /// Warns of an update that was left out, or keeps its error for [`NonFinitePolicy::take_error`].
+    pub(super) fn note_refusal(
+        &self,
+        step: u64,
+        tensor: &str,
+        NonFiniteElement { element, value, .. }: NonFiniteElement,
+    ) {
+        let is_first = !self.has_left_out.swap(true, Ordering::Relaxed);
+        if self.reaction == OnNonFinite::Raise {
+            let error = Error::NonFiniteParameter { tensor: tensor.to_owned(), element, value, step };
+            self.errors.lock().unwrap_or_else(PoisonError::into_inner).push_back(error);
+        } else if is_first {
+            let tensor = shown(tensor);
             tracing::warn!(
-                "the update of step {time} is left out: the parameter `{tensor}` is {value} at element {element}. The \
+                "the update of step {step} is left out: the parameter `{tensor}` is {value} at element {element}. The \
                  next warning comes after an update without NaN"
             );
         }
-        policy.has_left_out = true;
-        Ok(false)
     }
-}
 
-/// Returns a view's elements; none on a device, where [`NonFinitePolicy::new`] allows no look.
-fn elements<'a>(view: &TensorView<'a>) -> Option<(safetensors::Dtype, &'a [u8])> {
-    Some((view.dtype, view.host_bytes()?))
+    /// Returns the oldest error of an update that was left out, once.
+    pub(super) fn take_error(&self) -> Result<()> {
+        self.errors.lock().unwrap_or_else(PoisonError::into_inner).pop_front().map_or(Ok(()), Err)
+    }
 }

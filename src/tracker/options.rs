@@ -64,7 +64,7 @@ pub struct Options {
     pub(super) device: Device,
     pub(super) in_background: bool,
     pub(super) on_error: OnError,
-    pub(super) on_non_finite: Option<OnNonFinite>,
+    pub(super) on_non_finite: OnNonFinite,
     pub(super) extend: bool,
 }
 
@@ -100,7 +100,7 @@ impl Options {
             device: Device::Cpu,
             in_background: true,
             on_error: OnError::Stop,
-            on_non_finite: None,
+            on_non_finite: OnNonFinite::default(),
             extend: false,
         }
     }
@@ -225,7 +225,8 @@ impl Options {
     /// * [`Device::Cpu`]: on the host. Each update copies the parameters there once, in their own dtype. The training
     ///   stream waits for the copy but not for the folding. It does not wait for the copy either if the parameters are
     ///   lent until the fence ([`CudaMemory::until_fence`](crate::CudaMemory)). No device memory is used.
-    /// * [`Device::Cuda`]: on the parameters' device. An update is one launch on the training stream.
+    /// * [`Device::Cuda`]: on the parameters' device. An update is one launch on the training stream, after
+    ///   a look for NaN.
     /// * [`Device::Auto`]: on the device if the averages take at most a quarter of its free memory, otherwise on the
     ///   host.
     ///
@@ -269,13 +270,16 @@ impl Options {
         self
     }
 
-    /// Reaction of an update to parameters with NaN or infinity. Default: [`OnNonFinite::Raise`] for parameters in host
-    /// memory, [`OnNonFinite::Ignore`] for those on a CUDA device, the only choice there.
+    /// Reaction of an update to parameters with NaN or infinity. Default: [`OnNonFinite::Raise`].
     ///
     /// The look reads each parameter that is averaged once more, before any average changes. A resume may choose
     /// differently.
+    ///
+    /// On a device, it is a second launch on the training stream, and the next update that is due waits for its result.
+    /// So the training is at most one update ahead of the device, and does not wait if updates are a few steps apart. A
+    /// call that stores snapshots waits for its own update.
     pub fn on_non_finite(mut self, on_non_finite: OnNonFinite) -> Self {
-        self.on_non_finite = Some(on_non_finite);
+        self.on_non_finite = on_non_finite;
         self
     }
 
@@ -295,7 +299,7 @@ impl Options {
             choice.check(views)?;
             TensorRegistry::new(views, &choice)
         })?;
-        let non_finite = NonFinitePolicy::new(self.on_non_finite, model_device)?;
+        let non_finite = NonFinitePolicy::new(self.on_non_finite);
         state::check_header(&registry, &settings)?;
         self.create_dir()?;
         snapshot::check_empty(&self.dir)?;
@@ -314,7 +318,8 @@ impl Options {
             settings,
             registry,
             clock: 0,
-            history: History::default(),
+            settled: History::default(),
+            newest: None,
             stored: None,
             needs_retry: false,
             run_id: snapshot::new_run_id(),

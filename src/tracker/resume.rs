@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::engine::{self, Engine, EngineConfig};
 use super::extend::{self, StateValues};
-use super::non_finite::NonFinitePolicy;
+use super::non_finite::{NonFinitePolicy, OnNonFinite};
 use super::options::register;
 use super::registry::TensorRegistry;
 use super::rewind::Course;
@@ -87,7 +87,7 @@ impl Options {
             saved.document.settings.check_same_choice(&settings)?;
         }
         let (registry, device) = register(params, |views| self.resumed(saved, &settings, views))?;
-        let non_finite = NonFinitePolicy::new(self.on_non_finite, device)?;
+        let non_finite = NonFinitePolicy::new(self.on_non_finite);
         let (values, extensions) = self.resumed_values(saved, &settings, &registry, params)?;
         Ok(Prepared { settings, registry, device, non_finite, values, extensions })
     }
@@ -128,6 +128,9 @@ impl Options {
             return Ok((state::read_values(saved, registry, settings, &change.begun)?, extensions));
         }
         let values = extend::values(saved, registry, settings, &change.begun, params)?;
+        if self.on_non_finite != OnNonFinite::Ignore {
+            extend::check_finite(&values, registry, &change.begun)?;
+        }
         extensions.extend((!change.is_empty()).then_some(change));
         Ok((values, extensions))
     }
@@ -153,7 +156,8 @@ impl Options {
             registry: model.registry,
             extensions: model.extensions,
             clock: document.clock,
-            history: document.history,
+            settled: document.history,
+            newest: None,
             stored: document.stored,
             needs_retry: false,
             run_id: document.run,
@@ -167,7 +171,7 @@ impl Options {
         };
         snapshot::remove_leftovers(&tracker.dir)?;
         tracker.complete()?;
-        tracker.session = Some(Session::begin(sessions, tracker.history.last().unwrap_or(0)));
+        tracker.session = Some(Session::begin(sessions, tracker.settled.last().unwrap_or(0)));
         Ok(tracker)
     }
 

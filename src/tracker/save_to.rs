@@ -18,13 +18,14 @@ impl PostHocEma {
     ///
     /// # Errors
     /// Those of [`PostHocEma::save`], and [`Error::Unexpected`] for a path in the run's own directory, a folder that
-    /// does not exist, or something that is not a file. The error of a snapshot that failed in the background is
-    /// returned here too; the file is stored all the same.
+    /// does not exist, or something that is not a file. The error of a snapshot that failed in the background, or of an
+    /// update with NaN on a device, is returned here too; the file is stored all the same.
     pub fn save_to(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = self.output(path.as_ref())?;
+        self.settle()?;
         // Snapshots come first: the state says which of them are stored.
         let flushed = self.engine.flush();
-        let stored = if self.needs_retry { self.history.last() } else { self.stored };
+        let stored = if self.needs_retry { self.history().last() } else { self.stored };
         let meta = self.checkpoint_meta(stored);
         fs::remove_leftovers(parent_dir(&path));
         if meta.is_stored() {
@@ -34,7 +35,7 @@ impl PostHocEma {
         } else {
             meta.save_to(&path, &self.engine.values()?.values())?;
         }
-        flushed
+        flushed.and_then(|()| self.non_finite.take_error())
     }
 
     /// Returns the file to write, after checking that it can be.

@@ -10,8 +10,8 @@ impl PostHocEma {
     /// Before the first update there is nothing to lose.
     pub fn is_saved(&self) -> bool {
         match SavedState::of(&self.dir) {
-            Ok(Some(saved)) => saved.step == self.clock && saved.updated == self.history.last(),
-            _ => self.history.is_empty(),
+            Ok(Some(saved)) => saved.step == self.clock && saved.updated == self.history().last(),
+            _ => self.history().is_empty(),
         }
     }
 
@@ -24,7 +24,7 @@ impl PostHocEma {
 
     /// Returns the steps that a resume would repeat, as text; none if it loses no update.
     fn unsaved(&self) -> Option<String> {
-        let updated = self.history.last()?;
+        let updated = self.history().last()?;
         let from = match SavedState::of(&self.dir) {
             Ok(Some(saved)) if saved.updated == Some(updated) => return None,
             Ok(Some(saved)) => format!("a resume goes on from step {}", saved.step),
@@ -42,6 +42,10 @@ impl Drop for PostHocEma {
         }
         // A checkpoint that is still being written may hold the newest update.
         let _ = self.engine.wait_idle();
+        let _ = self.settle();
+        while let Err(error) = self.non_finite.take_error() {
+            tracing::warn!("{}: {error}", shown(&self.dir));
+        }
         if let Some(unsaved) = self.unsaved() {
             tracing::warn!("{}: {unsaved}", shown(&self.dir));
         }

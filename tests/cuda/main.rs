@@ -8,6 +8,7 @@ mod driver;
 mod faults;
 mod model;
 mod mutations;
+mod non_finite;
 mod offload;
 mod ordering;
 mod owner;

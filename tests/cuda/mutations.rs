@@ -9,7 +9,7 @@ use crate::driver::{build, is_standin, run_in_own_process};
 /// Fault in a kernel: its name, the file, the old and the new text, and the tests that must fail.
 struct Mutation(&'static str, &'static str, &'static str, &'static str, &'static str);
 
-const MUTATIONS: [Mutation; 14] = [
+const MUTATIONS: [Mutation; 17] = [
     Mutation(
         "an unfused product",
         "update.cu",
@@ -72,6 +72,27 @@ const MUTATIONS: [Mutation; 14] = [
         "set_pair(low, i, f32_bits(c0) >> 16, f32_bits(c1) >> 16)",
         "update::",
     ),
+    Mutation(
+        "an update with NaN is done",
+        "update.cu",
+        "    if (load(a.found) != NOTHING_FOUND) return;",
+        "",
+        "non_finite::",
+    ),
+    Mutation(
+        "no look at the last element",
+        "look.cu",
+        "i = vectors * V + threadIdx.x; i < c.elements;",
+        "i = vectors * V + threadIdx.x; i + 1 < c.elements;",
+        "non_finite::",
+    ),
+    Mutation(
+        "infinity passes",
+        "look.cu",
+        "magnitude<T>(element(p, v)) < Infinity<T>::BITS",
+        "magnitude<T>(element(p, v)) <= Infinity<T>::BITS",
+        "non_finite::",
+    ),
 ];
 
 #[test]
@@ -112,7 +133,7 @@ fn address_sanitizer_finds_no_fault() {
     let runtime = Command::new("g++").arg("-print-file-name=libasan.so").output().unwrap();
     let runtime = String::from_utf8(runtime.stdout).unwrap();
     let variables = [("LD_PRELOAD", runtime.trim()), ("ASAN_OPTIONS", "detect_leaks=0:halt_on_error=1")];
-    for part in ["update::", "blend::", "convert::", "offload::", "tracker::", "synthesis::"] {
+    for part in ["update::", "blend::", "convert::", "offload::", "non_finite::", "tracker::", "synthesis::"] {
         let output = run_in_own_process(part, &variables, &library);
         let text = [output.stdout, output.stderr].concat();
         assert!(output.status.success(), "{part}: {}", String::from_utf8_lossy(&text));

@@ -10,9 +10,10 @@
 #define STANDIN_KERNELS(X) SELFTEST_KERNELS(X)
 #else
 #include "update.cu"
+#include "look.cu"
 #include "blend.cu"
 #include "convert.cu"
-#define STANDIN_KERNELS(X) UPDATE_KERNELS(X) BLEND_KERNELS(X) CONVERT_KERNELS(X)
+#define STANDIN_KERNELS(X) UPDATE_KERNELS(X) LOOK_KERNELS(X) BLEND_KERNELS(X) CONVERT_KERNELS(X)
 #endif
 
 namespace standin {

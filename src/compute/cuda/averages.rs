@@ -9,19 +9,25 @@ use super::arenas::Arenas;
 use super::chunks::{ChunkTable, TensorSpan, chunk_size, split_into_chunks};
 use super::device::Event;
 use super::kernels::{KIND_BYTES, MAX_PROFILES, UpdateArgs, kind};
+use super::look::Look;
 use super::staging::Staging;
 use super::{AveragesReader, BlendInput, Buffer, CudaDevice};
 use crate::compute::cpu::{Averages, Layout, Precision};
 use crate::error::{Error, Result};
-use crate::tensor::CudaMemory;
+use crate::tensor::{CudaMemory, NonFiniteElement};
 
 /// Running averages of several profiles on a device, and the newest values of tensors that are copied.
 #[derive(Debug)]
 pub struct DeviceAverages {
     arenas: Arc<Arenas>,
     table: ChunkTable,
+    /// Number of chunks of averaged tensors, the first in `table`.
+    averaged_chunks: usize,
     /// Address and dtype of each tensor in `table`: averaged tensors, then copied ones.
     tabulated: Vec<(u64, Dtype)>,
+    look: Look,
+    /// True if the newest update looked at its parameters.
+    has_looked: bool,
     /// Event that passes when the newest update has run.
     updated: Event,
     /// True if an update was queued only in part, so that the averages are unusable.
@@ -66,8 +72,12 @@ impl DeviceAverages {
         let averages = DeviceAverages {
             arenas: Arc::new(arenas),
             table: ChunkTable::new(device)?,
+            averaged_chunks: 0,
             tabulated: Vec::new(),
-            updated: device.order_event()?,
+            look: Look::new(device)?,
+            has_looked: false,
+            // The host waits for it if the next update comes soon.
+            updated: device.event()?,
             incomplete: false,
         };
         averages.mark_updated(&stream)?;
@@ -121,18 +131,42 @@ impl DeviceAverages {
         self.arenas.high.len()
     }
 
-    /// Queues an update of all averages and copied tensors on the stream of the parameters.
+    /// Does the same as [`DeviceAverages::update_if_finite`], but takes NaN and infinity into the averages.
+    ///
+    /// # Errors
+    /// Those of [`DeviceAverages::update_if_finite`].
+    pub fn update(
+        &mut self,
+        averaged: &[(Dtype, CudaMemory<'_>)],
+        copied: &[CudaMemory<'_>],
+        weights: &[f32],
+    ) -> Result<()> {
+        self.queue(averaged, copied, weights, false)
+    }
+
+    /// Queues an update of all averages and copied tensors on the stream of the parameters. It changes nothing if an
+    /// averaged tensor has NaN or infinity, as [`DeviceAverages::refused`] returns later.
     ///
     /// `weights` holds `1 - beta` of each profile.
     ///
     /// # Errors
     /// [`Error::Cuda`] if tensors are on another device, have several streams or have other sizes. The averages are
     /// then unchanged. [`Error::Cuda`] too if the driver rejects the launch.
-    pub fn update(
+    pub fn update_if_finite(
         &mut self,
         averaged: &[(Dtype, CudaMemory<'_>)],
         copied: &[CudaMemory<'_>],
         weights: &[f32],
+    ) -> Result<()> {
+        self.queue(averaged, copied, weights, true)
+    }
+
+    fn queue(
+        &mut self,
+        averaged: &[(Dtype, CudaMemory<'_>)],
+        copied: &[CudaMemory<'_>],
+        weights: &[f32],
+        looks: bool,
     ) -> Result<()> {
         let tensors = averaged.iter().map(|(_, memory)| memory).chain(copied);
         let Some((number, stream)) = common_stream(tensors)? else { return Ok(()) };
@@ -145,14 +179,42 @@ impl DeviceAverages {
         // of the per-thread default stream means another stream on each thread.
         borrowed.wait(&self.updated).map_err(device.driver_error("order two streams"))?;
         self.refresh_table(&borrowed, averaged, copied)?;
+        self.look.reset(&borrowed)?;
+        if looks {
+            // SAFETY: the parameters are borrowed in the order of the stream.
+            unsafe { self.look.queue(&borrowed, self.table.address(), self.averaged_chunks) }?;
+        }
         for (group, weights) in weights.chunks(MAX_PROFILES).enumerate() {
             let launched = self.launch(&borrowed, group * MAX_PROFILES, weights);
             self.incomplete |= launched.is_err() && group > 0;
             launched?;
         }
-        let marked = self.mark_updated(&borrowed);
+        let fetched = if looks { self.look.fetch(&borrowed) } else { Ok(()) };
+        let marked = fetched.and_then(|()| self.mark_updated(&borrowed));
         self.incomplete |= marked.is_err();
+        self.has_looked = looks;
         marked
+    }
+
+    /// Waits for the newest update, and returns the first element for which it was refused, if it was.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] if the update failed.
+    pub fn refused(&self) -> Result<Option<NonFiniteElement>> {
+        if !self.has_looked {
+            return Ok(None);
+        }
+        self.wait()?;
+        // SAFETY: the event that was waited for follows the copy.
+        let Some(found) = (unsafe { self.look.found() })? else { return Ok(None) };
+        let layout = &self.arenas.layout;
+        let position = self.table.offset(found.chunk).map(|offset| offset as usize + found.element);
+        let place = |at: usize| Some((at, (0..layout.len()).find(|&i| layout.range(i).contains(&at))?));
+        let Some((at, tensor)) = position.and_then(place) else {
+            return Err(Error::Internal(format!("{found:?} is outside of the parameters")));
+        };
+        let element = at - layout.range(tensor).start;
+        Ok(Some(NonFiniteElement { tensor, element, value: found.value }))
     }
 
     /// Checks that the tensors have the sizes that the averages were created for.
@@ -214,6 +276,7 @@ impl DeviceAverages {
             };
             split_into_chunks(&mut chunks, span, dtype.bitsize() / 8, 1, most);
         }
+        self.averaged_chunks = chunks.len();
         for (memory, range) in copied.iter().zip(&self.arenas.copy_ranges) {
             let span = TensorSpan {
                 address: memory.address,
@@ -232,8 +295,12 @@ impl DeviceAverages {
     /// Queues the update of the profiles from `first` on, one for each weight.
     fn launch(&self, stream: &CudaStream, first: usize, weights: &[f32]) -> Result<()> {
         let arenas = &self.arenas;
-        let mut args =
-            UpdateArgs { chunks: self.table.address(), copies: arenas.copies.address(), ..Default::default() };
+        let mut args = UpdateArgs {
+            chunks: self.table.address(),
+            copies: arenas.copies.address(),
+            found: self.look.address(),
+            ..Default::default()
+        };
         for (i, &weight) in weights.iter().enumerate() {
             args.weights[i] = weight;
             args.high[i] = arenas.high[first + i].address();

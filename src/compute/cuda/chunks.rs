@@ -73,6 +73,11 @@ impl ChunkTable {
         self.chunks.len()
     }
 
+    /// Returns the offset of a chunk in the arenas.
+    pub(super) fn offset(&self, chunk: usize) -> Option<u64> {
+        self.chunks.get(chunk).map(|chunk| chunk.offset)
+    }
+
     pub(super) fn address(&self) -> u64 {
         self.buffer.as_ref().map_or(0, Buffer::address)
     }

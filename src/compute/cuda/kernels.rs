@@ -21,6 +21,7 @@ pub(super) const MAX_TARGETS: usize = 8;
 pub(super) const BLOCK_THREADS: usize = 256;
 
 static UPDATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/update.fatbin"));
+static LOOK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/look.fatbin"));
 static BLEND: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/blend.fatbin"));
 static CONVERT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/convert.fatbin"));
 
@@ -56,6 +57,14 @@ pub(super) struct UpdateArgs {
     pub low: [u64; MAX_PROFILES],
     pub weights: [f32; MAX_PROFILES],
     pub copies: u64,
+    pub found: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LookArgs {
+    pub chunks: u64,
+    pub found: u64,
 }
 
 #[repr(C)]
@@ -131,6 +140,8 @@ pub(super) struct GatherArgs {
 // SAFETY: it holds plain numbers in C's layout and no references. The sizes below are those of the C++ structures.
 unsafe impl DeviceRepr for UpdateArgs {}
 // SAFETY: as above.
+unsafe impl DeviceRepr for LookArgs {}
+// SAFETY: as above.
 unsafe impl DeviceRepr for BlendArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for ConvertArgs {}
@@ -140,7 +151,7 @@ unsafe impl DeviceRepr for ScanArgs {}
 unsafe impl DeviceRepr for GatherArgs {}
 
 const _: () = assert!(size_of::<Chunk>() == 24);
-const _: () = assert!(size_of::<UpdateArgs>() == 176);
+const _: () = assert!(size_of::<UpdateArgs>() == 184);
 const _: () = assert!(size_of::<BlendArgs>() == 4800 && std::mem::offset_of!(BlendArgs, kinds) == 4732);
 const _: () = assert!(size_of::<ConvertArgs>() == 40);
 
@@ -149,6 +160,7 @@ const _: () = assert!(size_of::<ConvertArgs>() == 40);
 pub(super) struct Kernels {
     plain: Vec<CudaFunction>,
     compensated: Vec<CudaFunction>,
+    look: CudaFunction,
     blend: Vec<CudaFunction>,
     convert: CudaFunction,
     scan: CudaFunction,
@@ -158,11 +170,13 @@ pub(super) struct Kernels {
 impl Kernels {
     pub(super) fn load(context: &Arc<CudaContext>) -> Result<Kernels, DriverError> {
         let update = load_module(context, UPDATE)?;
+        let look = load_module(context, LOOK)?;
         let blend = load_module(context, BLEND)?;
         let convert = load_module(context, CONVERT)?;
         Ok(Kernels {
             plain: load_instances(&update, "update_plain", MAX_PROFILES)?,
             compensated: load_instances(&update, "update_compensated", MAX_PROFILES)?,
+            look: look.load_function("look")?,
             blend: load_instances(&blend, "blend", MAX_TARGETS)?,
             convert: convert.load_function("convert")?,
             scan: convert.load_function("scan")?,
@@ -185,6 +199,15 @@ impl Kernels {
         let kernel = if compensated { &self.compensated[profiles - 1] } else { &self.plain[profiles - 1] };
         // SAFETY: the kernel takes this structure by value. The caller guarantees the rest.
         unsafe { launch(stream, kernel, args, chunks) }
+    }
+
+    /// Queues the look at the parameters in a table of `chunks`.
+    ///
+    /// # Safety
+    /// As [`Kernels::update`].
+    pub(super) unsafe fn look(&self, stream: &CudaStream, args: &LookArgs, chunks: usize) -> Result<(), DriverError> {
+        // SAFETY: as in `update`.
+        unsafe { launch(stream, &self.look, args, chunks) }
     }
 
     /// Queues the blend of up to 64 sources into up to 8 targets.

@@ -54,12 +54,17 @@ impl Buffer {
 
     /// Queues the zeroing of all bytes.
     pub(super) fn clear(&self, stream: &CudaStream) -> Result<()> {
+        self.fill(stream, 0)
+    }
+
+    /// Queues the setting of all bytes to `byte`.
+    pub(super) fn fill(&self, stream: &CudaStream, byte: u8) -> Result<()> {
         if self.bytes == 0 {
             return Ok(());
         }
         let _bound = self.device.bind()?;
         // SAFETY: we own the memory, which has that many bytes, and the stream is of the same context.
-        unsafe { result::memset_d8_async(self.address, 0, self.bytes, stream.cu_stream()) }
+        unsafe { result::memset_d8_async(self.address, byte, self.bytes, stream.cu_stream()) }
             .map_err(self.device.driver_error("clear memory"))
     }
 }

@@ -14,6 +14,7 @@ mod chunks;
 mod device;
 mod foreign;
 mod kernels;
+mod look;
 mod memory;
 mod offload;
 mod probe;
@@ -30,3 +31,5 @@ pub use probe::{Unavailable, devices};
 pub use reader::AveragesReader;
 pub use staging::Staging;
 pub use timed_stream::{BlendWorkspace, PinnedMemory, TimedStream};
+
+pub use crate::tensor::NonFiniteElement;

@@ -1,6 +1,7 @@
 //! Averages in host memory, for parameters on any device.
 
 use crate::compute::cpu::{Averages, Incoming, Layout, update};
+use crate::tensor::{NonFiniteElement, first_non_finite_of};
 #[cfg(feature = "cuda")]
 use crate::tracker::values::OwnedValues;
 use crate::tracker::values::Values;
@@ -27,6 +28,12 @@ impl AveragesGuard<'_> {
             AveragesGuard::Locked(host) => host.values(),
         }
     }
+}
+
+/// Returns the first element of the parameters of an update that is NaN or infinite.
+pub(super) fn first_refused(incoming: &[Incoming<'_>]) -> Option<NonFiniteElement> {
+    let tensors: Vec<_> = incoming.iter().map(|incoming| (incoming.dtype, incoming.bytes)).collect();
+    first_non_finite_of(&tensors)
 }
 
 /// Averages of every profile, with the newest values of the copied tensors.

@@ -11,7 +11,7 @@ use super::{Engine, EngineConfig, Pending, cuda_memory};
 use crate::compute::cpu::Layout;
 use crate::compute::cuda::{AveragesReader, CudaDevice, DeviceAverages};
 use crate::error::Result;
-use crate::tensor::CudaMemory;
+use crate::tensor::{CudaMemory, NonFiniteElement};
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::tracker::registry::OrderedViews;
 use crate::tracker::values::{Converted, OwnedValues};
@@ -41,13 +41,24 @@ impl DeviceEngine {
 }
 
 impl Engine for DeviceEngine {
-    fn fold(&mut self, views: &OrderedViews<'_, '_>, _: &Layout, weights: &[f32]) -> Result<()> {
+    fn fold(&mut self, views: &OrderedViews<'_, '_>, _: &Layout, weights: &[f32], looks: bool) -> Result<()> {
         let averaged = views.averaged.iter().map(|view| Ok((view.dtype, cuda_memory(view)?)));
         let averaged = averaged.collect::<Result<Vec<(Dtype, CudaMemory<'_>)>>>()?;
         let copied = views.copied.iter().map(|view| cuda_memory(view)).collect::<Result<Vec<_>>>()?;
         // The averages must not change while a checkpoint reads them.
         self.background.wait_for_reads();
-        self.averages.update(&averaged, &copied, weights)
+        match looks {
+            true => self.averages.update_if_finite(&averaged, &copied, weights),
+            false => self.averages.update(&averaged, &copied, weights),
+        }
+    }
+
+    fn refused(&self) -> Result<Option<NonFiniteElement>> {
+        self.averages.refused()
+    }
+
+    fn looks_later(&self) -> bool {
+        true
     }
 
     fn values(&self) -> Result<AveragesGuard<'_>> {

@@ -4,12 +4,12 @@
 
 use std::path::Path;
 
-use super::averages::{AveragesGuard, HostAverages};
+use super::averages::{AveragesGuard, HostAverages, first_refused};
 use super::copy_buffer::CopyBuffer;
 use super::{Engine, Pending};
 use crate::compute::cpu::{Incoming, Layout};
 use crate::error::{Error, Result};
-use crate::tensor::TensorView;
+use crate::tensor::{NonFiniteElement, TensorView};
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::tracker::registry::OrderedViews;
 use crate::tracker::writer::{CheckpointJob, Writer};
@@ -17,6 +17,7 @@ use crate::tracker::writer::{CheckpointJob, Writer};
 /// Engine for parameters in host memory.
 pub(in crate::tracker) struct HostEngine {
     averages: HostAverages,
+    refused: Option<NonFiniteElement>,
     /// Started at the first checkpoint: a process may fork before that, or never store anything.
     pub(in crate::tracker) writer: Option<Writer>,
     pub(in crate::tracker) copy_buffer: CopyBuffer,
@@ -24,7 +25,7 @@ pub(in crate::tracker) struct HostEngine {
 
 impl HostEngine {
     pub(super) fn new(averages: HostAverages) -> HostEngine {
-        HostEngine { averages, writer: None, copy_buffer: CopyBuffer::default() }
+        HostEngine { averages, refused: None, writer: None, copy_buffer: CopyBuffer::default() }
     }
 
     fn writer(&mut self, dir: &Path) -> Result<&Writer> {
@@ -37,12 +38,19 @@ impl HostEngine {
 }
 
 impl Engine for HostEngine {
-    fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()> {
+    fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32], looks: bool) -> Result<()> {
         // Checks all views before the first average changes.
         let incoming = views.averaged.iter().map(|view| incoming(view)).collect::<Result<Vec<_>>>()?;
         let copied = views.copied.iter().map(|view| host_bytes(view)).collect::<Result<Vec<_>>>()?;
-        self.averages.update(&incoming, &copied, layout, weights);
+        self.refused = if looks { first_refused(&incoming) } else { None };
+        if self.refused.is_none() {
+            self.averages.update(&incoming, &copied, layout, weights);
+        }
         Ok(())
+    }
+
+    fn refused(&self) -> Result<Option<NonFiniteElement>> {
+        Ok(self.refused)
     }
 
     fn values(&self) -> Result<AveragesGuard<'_>> {

@@ -21,6 +21,7 @@ use crate::compute::cpu::Layout;
 #[cfg(feature = "cuda")]
 use crate::compute::cuda::{DeviceAverages, Fence};
 use crate::error::{Error, Result};
+use crate::tensor::NonFiniteElement;
 
 pub(super) use averages::AveragesGuard;
 pub(super) use config::EngineConfig;
@@ -34,12 +35,23 @@ pub(super) use start::{model_device, start};
 /// keeps an error until the tracker takes it.
 pub(super) trait Engine: Any + Send + Sync {
     /// Folds new parameters into the averages and copies the copied tensors. `weights` holds `1 - beta` of each
-    /// profile.
+    /// profile. With `looks`, it changes nothing if an averaged tensor has NaN or infinity.
     ///
     /// # Errors
     /// [`Error::Tensor`] or [`Error::Changed`] for memory that this engine cannot reach, and [`Error::Cuda`]. No
     /// average has changed then.
-    fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32]) -> Result<()>;
+    fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32], looks: bool) -> Result<()>;
+
+    /// Waits for the look of the newest [`Engine::fold`], and returns the first element for which it changed nothing.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] if the parameters could not be looked at.
+    fn refused(&self) -> Result<Option<NonFiniteElement>>;
+
+    /// Returns true if [`Engine::refused`] waits for a device.
+    fn looks_later(&self) -> bool {
+        false
+    }
 
     /// Returns the values after the newest [`Engine::fold`], in host memory.
     ///

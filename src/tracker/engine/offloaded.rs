@@ -8,14 +8,14 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use safetensors::Dtype;
 
-use super::averages::{AveragesGuard, HostAverages};
+use super::averages::{AveragesGuard, HostAverages, first_refused};
 use super::background::Background;
 use super::copy_buffer::CopyBuffer;
 use super::{Engine, EngineConfig, Pending, cuda_memory};
 use crate::compute::cpu::{Incoming, Layout};
 use crate::compute::cuda::{CudaDevice, Fence, HostCopy, Offload};
 use crate::error::{Error, Result};
-use crate::tensor::CudaMemory;
+use crate::tensor::{CudaMemory, NonFiniteElement};
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::tracker::registry::OrderedViews;
 
@@ -26,8 +26,22 @@ pub(in crate::tracker) struct OffloadedEngine {
     offload: Offload,
     averages: Arc<OffloadedAverages>,
     layout: Arc<Layout>,
+    /// Result of the newest look.
+    looked: Looked,
     fence: Option<Fence>,
     copy_buffer: CopyBuffer,
+}
+
+/// Result of a look by the thread, once it is there: the first element for which the update is refused.
+type Looked = Arc<OnceLock<Option<NonFiniteElement>>>;
+
+/// Promise of a result, which is kept even if the thread fails before it looks.
+struct Promise(Looked);
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        self.0.get_or_init(|| None);
+    }
 }
 
 /// Averages, with a record of a lost update.
@@ -82,6 +96,7 @@ impl OffloadedEngine {
             offload: Offload::new(device, &sizes)?,
             averages: Arc::new(averages),
             layout: Arc::new(layout.clone()),
+            looked: Arc::new(OnceLock::from(None)),
             fence: None,
             copy_buffer: CopyBuffer::default(),
         })
@@ -89,7 +104,7 @@ impl OffloadedEngine {
 }
 
 impl Engine for OffloadedEngine {
-    fn fold(&mut self, views: &OrderedViews<'_, '_>, _: &Layout, weights: &[f32]) -> Result<()> {
+    fn fold(&mut self, views: &OrderedViews<'_, '_>, _: &Layout, weights: &[f32], looks: bool) -> Result<()> {
         let tensors = views.all().map(cuda_memory).collect::<Result<Vec<CudaMemory<'_>>>>()?;
         self.averages.check()?;
         let (staged, fence) = self.offload.copy(&tensors)?;
@@ -98,14 +113,32 @@ impl Engine for OffloadedEngine {
         let averages = self.averages.clone();
         let layout = self.layout.clone();
         let weights = weights.to_vec();
+        self.looked = Looked::default();
+        let promise = Promise(self.looked.clone());
         self.background.work(move || {
             let arrived = staged.wait().inspect_err(|error| {
                 averages.lost.get_or_init(|| error.to_string());
             })?;
-            fold(&mut *averages.lock()?, &arrived, &dtypes, &layout, &weights);
+            let mut host = averages.lock()?;
+            let incoming = incoming(&arrived, &dtypes);
+            let refused = if looks { first_refused(&incoming) } else { None };
+            promise.0.get_or_init(|| refused);
+            if refused.is_none() {
+                let copied: Vec<&[u8]> = (0..host.copies()).map(|i| arrived.tensor(dtypes.len() + i)).collect();
+                host.update(&incoming, &copied, &layout, &weights);
+            }
             Ok(())
         });
         Ok(())
+    }
+
+    fn refused(&self) -> Result<Option<NonFiniteElement>> {
+        let refused = *self.looked.wait();
+        self.averages.check().map(|()| refused)
+    }
+
+    fn looks_later(&self) -> bool {
+        true
     }
 
     /// Waits until all updates are folded in, and locks the averages.
@@ -137,9 +170,6 @@ impl Engine for OffloadedEngine {
     }
 }
 
-fn fold(host: &mut HostAverages, arrived: &HostCopy, dtypes: &[Dtype], layout: &Layout, weights: &[f32]) {
-    let incoming = dtypes.iter().enumerate().map(|(i, &dtype)| Incoming { dtype, bytes: arrived.tensor(i) });
-    let incoming: Vec<Incoming<'_>> = incoming.collect();
-    let copied: Vec<&[u8]> = (0..host.copies()).map(|i| arrived.tensor(dtypes.len() + i)).collect();
-    host.update(&incoming, &copied, layout, weights);
+fn incoming<'a>(arrived: &'a HostCopy, dtypes: &[Dtype]) -> Vec<Incoming<'a>> {
+    dtypes.iter().enumerate().map(|(i, &dtype)| Incoming { dtype, bytes: arrived.tensor(i) }).collect()
 }

@@ -250,3 +250,24 @@ fn extension_at_no_update_is_damage() {
     std::fs::write(path, damaged).unwrap();
     Run::open(&dir).unwrap_err();
 }
+
+#[test]
+fn new_tensors_must_begin_with_finite_values() {
+    let (_temp, dir) = scratch();
+    let mut ema = options(&dir).create(&model(&FIRST, 0)).unwrap();
+    train_to(&mut ema, &FIRST, CHANGE);
+    ema.finish().unwrap();
+    drop(ema);
+    let mut bad = model(&SECOND, CHANGE);
+    bad[2].1[8] = f32::NAN;
+    let resume = |model, reaction| options(&dir).on_non_finite(reaction).extend(true).resume(&model);
+    for reaction in [OnNonFinite::Raise, OnNonFinite::Skip] {
+        let text = resume(bad.clone(), reaction).unwrap_err().to_string();
+        assert!(text.contains("`head`") && text.contains("NaN at element 8"), "{text}");
+    }
+    drop(resume(bad, OnNonFinite::Ignore).unwrap());
+    // Tensors that go on keep their averages, whatever the model holds.
+    let mut other = model(&SECOND, CHANGE);
+    other[0].1[0] = f32::INFINITY;
+    drop(resume(other, OnNonFinite::Raise).unwrap());
+}

@@ -2,6 +2,13 @@
 
 use super::log::logged;
 use super::*;
+use crate::compute::cpu::Layout;
+use crate::device::Device;
+use crate::tensor::NonFiniteElement;
+use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
+use crate::tracker::engine::{AveragesGuard, EngineConfig};
+use crate::tracker::registry::OrderedViews;
+use crate::tracker::writer::Pending;
 
 fn options(dir: &std::path::Path) -> Options {
     PostHocEma::options(dir).update_every(1).checkpoint_every(3).snapshot_growth(None)
@@ -104,13 +111,102 @@ fn ignored_and_copied_values_are_not_looked_at() {
     assert!(matches!(ema.save(), Err(Error::NonFinite { .. })));
 }
 
-#[test]
-fn look_at_parameters_on_a_device_is_refused() {
-    for reaction in [OnNonFinite::Raise, OnNonFinite::Skip] {
-        let text = NonFinitePolicy::new(Some(reaction), Some(1)).unwrap_err().to_string();
-        assert!(text.contains("on_nonfinite") && text.contains("cuda:1"), "{text}");
-        assert!(NonFinitePolicy::new(Some(reaction), None).is_ok());
+/// Engine on the host that looks at parameters after the call, as one for parameters on a device.
+struct Later(Box<dyn Engine>);
+
+impl Engine for Later {
+    fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32], looks: bool) -> Result<()> {
+        self.0.fold(views, layout, weights, looks)
     }
-    assert!(NonFinitePolicy::new(None, Some(0)).is_ok());
-    assert!(NonFinitePolicy::new(Some(OnNonFinite::Ignore), Some(0)).is_ok());
+
+    fn refused(&self) -> Result<Option<NonFiniteElement>> {
+        self.0.refused()
+    }
+
+    fn looks_later(&self) -> bool {
+        true
+    }
+
+    fn values(&self) -> Result<AveragesGuard<'_>> {
+        self.0.values()
+    }
+
+    fn checkpoint(&mut self, meta: CheckpointMeta) -> Result<(), Failure> {
+        self.0.checkpoint(meta)
+    }
+
+    fn pending(&self) -> Option<&dyn Pending> {
+        self.0.pending()
+    }
+}
+
+/// Creates a run that looks later.
+fn later(dir: &std::path::Path, reaction: OnNonFinite) -> PostHocEma {
+    let model = vec![("w", vec![1.0f32; 3])];
+    let mut ema = options(dir).checkpoint_every(10).on_non_finite(reaction).create(&model).unwrap();
+    let config = EngineConfig::new(&ema.registry, &ema.settings);
+    let engine = engine::start(dir, ema.registry.layout(), None, Device::Cpu, config).unwrap();
+    ema.engine = Box::new(Later(engine));
+    ema
+}
+
+#[test]
+fn late_look_is_reported_by_the_next_call_that_needs_it() {
+    let step = |result: Result<()>| match result {
+        Err(Error::NonFiniteParameter { step, .. }) => step,
+        other => panic!("{other:?}"),
+    };
+    let model = |value: f32| vec![("w", vec![1.0, value, 3.0])];
+    let (_temp, dir) = scratch();
+    let mut ema = later(&dir, OnNonFinite::Raise);
+    let update = |ema: &mut PostHocEma, value| ema.update(&model(value)).map(drop);
+    update(&mut ema, f32::NAN).unwrap();
+    assert_eq!(step(update(&mut ema, 1.0)), 1);
+    update(&mut ema, f32::NAN).unwrap();
+    // The history knows it before a call reports it.
+    assert_eq!(ema.history().times(), [2]);
+    assert_eq!(step(ema.save()), 3);
+    assert_eq!(SavedState::of(&dir).unwrap().unwrap().updated, Some(2));
+    ema.save().unwrap();
+    update(&mut ema, f32::NAN).unwrap();
+    let profile = Profile::sigma_rel(0.1).unwrap();
+    assert_eq!(step(ema.plan(profile.clone()).map(drop)), 4);
+    ema.plan(profile).unwrap();
+    for _ in 5..9 {
+        update(&mut ema, 2.0).unwrap();
+    }
+    // Two of them in one call: that of the update before, and that of the snapshot, which holds step 8.
+    update(&mut ema, f32::NAN).unwrap();
+    assert_eq!(step(update(&mut ema, f32::NAN)), 9);
+    assert_eq!(step(update(&mut ema, 1.0)), 10);
+    ema.flush().unwrap();
+    assert_eq!(Run::open(&dir).unwrap().snapshots()[0].id.step, 8);
+    update(&mut ema, f32::NAN).unwrap();
+    assert_eq!(step(ema.finish()), 12);
+    ema.finish().unwrap();
+    assert_eq!(ema.history().times(), [2, 5, 6, 7, 8, 11]);
+}
+
+#[test]
+fn late_look_warns_once_in_a_row_and_at_the_end() {
+    let (_temp, dir) = scratch();
+    let model = |value: f32| vec![("w", vec![1.0, value, 3.0])];
+    let log = logged(|| {
+        let mut ema = later(&dir, OnNonFinite::Skip);
+        for value in [1.0, f32::NAN, f32::NAN, 2.0, f32::NAN] {
+            ema.update(&model(value)).unwrap();
+        }
+        assert_eq!(ema.history().times(), [1, 4]);
+        ema.finish().unwrap();
+    });
+    let steps = |text: &str| log.iter().filter(|line| line.contains(text)).count();
+    assert_eq!((steps("is left out"), steps("step 2 is left"), steps("step 5 is left")), (2, 1, 1), "{log:?}");
+    let (_temp, dir) = scratch();
+    let log = logged(|| {
+        let mut ema = later(&dir, OnNonFinite::Raise);
+        ema.update(&model(1.0)).unwrap();
+        ema.save().unwrap();
+        ema.update(&model(f32::NAN)).unwrap();
+    });
+    assert!(log.iter().any(|line| line.contains("NaN at element 1 at step 2")), "{log:?}");
 }
