@@ -173,3 +173,46 @@ def test_strided_tensors_and_moved_models_are_restored(tmp_path: Path) -> None:
         ema.update_(model)
         torch.cuda.current_stream().synchronize()
     ema.finish()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("reaction", [None, "skip"])
+def test_updates_with_nan_are_left_out_as_on_the_host(
+    tmp_path: Path, to_device: ToDevice, device: str, reaction: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host, model = net(), to_device(net())
+    options = {"update_every": 2, "update_after_step": 0, "checkpoint_every": 10, "on_nonfinite": reaction}
+    errors: dict[str, list[str]] = {"host": [], "device": []}
+
+    def tried(name: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except RuntimeError as error:
+            errors[name].append(str(error))
+
+    runs = {"host": PostHocEMA.from_model(host, tmp_path / "host", **options)}
+    runs["device"] = PostHocEMA.from_model(model, tmp_path / "device", device=device, **options)
+    capfd.readouterr()
+    for step in range(1, 24):
+        for name, module in [("host", host), ("device", model)]:
+            with torch.no_grad():
+                module[0].weight.add_(0.01 * step)
+                module[1].num_batches_tracked.fill_(step)
+                good = module[2].bias[4].item()
+                if step in (2, 6, 8, 10, 22):
+                    module[2].bias[4] = float("nan")
+            tried(name, lambda run=runs[name], module=module: run.update_(module))
+            # A call after the last one that had NaN must wait for it before the parameters change again.
+            assert step % 5 or runs[name].last_update == max(s for s in range(2, step + 1, 2) if s not in (6, 8, 10))
+            module[2].bias.data[4] = good
+    for name, run in runs.items():
+        tried(name, lambda run=run: run.finish())
+    assert errors["device"] == errors["host"]
+    steps = [] if reaction else [2, 6, 8, 10, 22]
+    named = [f"`2.bias`: the parameter is NaN at element 4 at step {s}:" for s in steps]
+    assert len(errors["host"]) == len(steps) and all(part in e for part, e in zip(named, errors["host"]))
+    assert capfd.readouterr().err.count("is left out") == (6 if reaction else 0)
+    files = {name: sorted(path.name for path in (tmp_path / name).glob("*.*.safetensors")) for name in runs}
+    assert files["host"] == files["device"] and len(files["host"]) > 2
+    for right, got in zip(runs["host"].synthesize([0.06, 0.15]), runs["device"].synthesize([0.06, 0.15])):
+        assert all(torch.equal(tensor, got[name]) for name, tensor in right.items())
