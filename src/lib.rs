@@ -84,7 +84,7 @@ pub use merge::{CheckpointWeight, Checkpoints, Merge};
 pub use planning::rounding;
 pub use planning::{
     ACCURACY_LOG, Advice, AdviceRequest, At, Forecast, LARGE_ERROR, LaterTensors, Noise, Plan, PredictedError,
-    Shortfall, Weight, WorstCase, advise, log_warnings, warnings,
+    Shortfall, Weight, WorstCase, WorstGroup, advise, log_warnings, warnings,
 };
 pub use run::{Run, SavedState, VerifyReport, verify};
 pub use snapshot::{Snapshot, SnapshotId};

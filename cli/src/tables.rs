@@ -76,6 +76,30 @@ pub fn predicted(plan: &Plan) -> Vec<String> {
     plan.predicted.map_or(Vec::new(), |error| [error.total, error.profile, error.rounding].map(number).to_vec())
 }
 
+/// Lists the group of tensors of the largest predicted error for each target; `None` if all tensors move alike.
+pub fn worst_groups(plans: &[Plan]) -> Option<Table> {
+    let mut table = table(&["worst group of", "at", "of the elements", "predicted error", "tensors"]);
+    for plan in plans {
+        let Some(group) = &plan.worst_group else { continue };
+        table.add_row([
+            plan.profile.to_string(),
+            plan.at.to_string(),
+            percent(group.share),
+            number(group.predicted.total),
+            names(&group.tensors),
+        ]);
+    }
+    (!table.is_empty()).then_some(table)
+}
+
+/// Returns the names of a few tensors, or the first and the last of many.
+fn names(tensors: &[String]) -> String {
+    match tensors {
+        [first, _, .., last] => format!("{} of them: {} ... {}", tensors.len(), shown(first), shown(last)),
+        few => few.iter().map(shown).collect::<Vec<_>>().join(", "),
+    }
+}
+
 /// Lists the weight of each snapshot in one target.
 pub fn weights(plan: &Plan) -> Table {
     let mut table = table(&["snapshot", "weight"]);
@@ -90,19 +114,13 @@ pub fn later(plans: &[Plan]) -> Option<Table> {
     let mut table = table(&["averaged since", "target", "at", "relative error", "noise gain", "tensors"]);
     for plan in plans {
         for later in &plan.later {
-            let names = match &later.tensors[..] {
-                [first, _, .., last] => {
-                    format!("{} of them: {} ... {}", later.tensors.len(), shown(first), shown(last))
-                }
-                few => few.iter().map(shown).collect::<Vec<_>>().join(", "),
-            };
             table.add_row([
                 format!("step {}", later.since),
                 plan.profile.to_string(),
                 plan.at.to_string(),
                 number(later.relative_error),
                 number(later.noise_gain),
-                names,
+                names(&later.tensors),
             ]);
         }
     }

@@ -21,7 +21,7 @@ from ._advise import Advice, advise
 from ._average import Average, CheckpointWeight, average
 from ._import import Imported, import_run
 from ._native import __version__
-from ._plans import Noise, Plan, Predicted, Retention, Weight, plan
+from ._plans import Noise, Plan, Predicted, Retention, Weight, WorstGroup, plan
 from ._profiles import Profile, Target
 from ._trials import Best, Swept, Trial
 from .karras_ema import KarrasEMA
@@ -44,6 +44,7 @@ __all__ = [
     "Target",
     "Trial",
     "Weight",
+    "WorstGroup",
     "__version__",
     "advise",
     "average",

@@ -38,6 +38,26 @@ class Predicted:
     """Both parts together."""
 
 
+@dataclass(frozen=True)
+class WorstGroup:
+    """Group of tensors with the largest predicted error, relative to its own weights.
+
+    Tensors that move by similar shares of their weights are one group."""
+
+    tensors: tuple[str, ...]
+    """Names of the tensors."""
+    share: float
+    """Share of all averaged elements."""
+    predicted: Predicted
+    """Predicted error of the group, relative to the root mean square of its own weights."""
+
+    @staticmethod
+    def _from_dict(group: dict[str, Any] | None) -> WorstGroup | None:
+        if group is None:
+            return None
+        return WorstGroup(tuple(group["tensors"]), group["share"], Predicted(**group["predicted"]))
+
+
 Noise = Literal["off", "auto"] | float
 """Regularisation of a solve against the rounding of stored snapshots.
 
@@ -97,6 +117,8 @@ class Plan:
     """Reason of a relative error above 5%, with a remedy; None for a smaller one."""
     weights: tuple[Weight, ...]
     """Weights of the snapshots."""
+    worst_group: WorstGroup | None = None
+    """Group of tensors with the largest predicted error; None if all move alike or nothing is predicted."""
     later: tuple[LaterTensors, ...] = ()
     """Tensors whose averages began after the run did (`extend=True`): they have weights of their own."""
 
@@ -105,11 +127,13 @@ class Plan:
         """Returns plans as the native part describes them."""
 
         def plan(plan: dict[str, Any]) -> Plan:
-            weights = tuple(Weight(**weight) for weight in plan.pop("weights"))
-            found = plan.pop("predicted")
-            predicted = Predicted(**found) if found is not None else None
-            later = tuple(map(LaterTensors._from_dict, plan.pop("later", ())))
-            return Plan(profile=Profile(plan.pop("profile")), weights=weights, predicted=predicted, later=later, **plan)
+            plan["profile"] = Profile(plan["profile"])
+            plan["weights"] = tuple(Weight(**weight) for weight in plan["weights"])
+            found = plan["predicted"]
+            plan["predicted"] = Predicted(**found) if found is not None else None
+            plan["worst_group"] = WorstGroup._from_dict(plan.get("worst_group"))
+            plan["later"] = tuple(map(LaterTensors._from_dict, plan.get("later", ())))
+            return Plan(**plan)
 
         return [plan(each) for each in json.loads(text)]
 

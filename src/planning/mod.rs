@@ -4,12 +4,15 @@ mod advise;
 mod density;
 mod forecast;
 mod later;
+mod movement_groups;
 mod noise;
 mod plan;
 mod sample;
+mod segments;
 mod shortfall;
 mod source;
 mod stored_chain;
+mod stored_noise;
 mod warnings;
 
 #[doc(hidden)]
@@ -18,13 +21,13 @@ pub use advise::{Advice, AdviceRequest, WorstCase, advise};
 pub(crate) use density::densities;
 pub use forecast::Forecast;
 pub(crate) use later::{LaterGroup, solve_later};
-pub use noise::{Noise, PredictedError};
+pub use noise::{Noise, PredictedError, WorstGroup};
 pub(crate) use plan::solve;
 pub use plan::{At, LaterTensors, Plan, Weight};
-pub(crate) use sample::SnapshotNoise;
 pub use shortfall::{LARGE_ERROR, Shortfall};
 pub(crate) use source::IndexedSource;
 #[cfg(feature = "pytorch")]
 pub(crate) use stored_chain::history_json;
 pub(crate) use stored_chain::{profile_json, read_chain};
+pub(crate) use stored_noise::SnapshotNoise;
 pub use warnings::{ACCURACY_LOG, log_warnings, warnings};

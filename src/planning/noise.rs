@@ -16,7 +16,7 @@ pub enum Noise {
     /// The regularisation of the smallest predicted error, chosen for each target.
     ///
     /// It is used only if it lowers the predicted error by at least two fifths, and never if no error can be predicted
-    /// ([`Plan::predicted`](super::Plan::predicted)).
+    /// ([`Plan::predicted`](super::Plan::predicted)). No group of tensors may become worse by more than 5%.
     Auto,
     /// A given regularisation `rho`, in the units of the profiles' norm (1/sqrt steps): `rho^2 ||x||^2` is added to the
     /// squared distance of the profiles.
@@ -64,7 +64,7 @@ impl FromStr for Noise {
     }
 }
 
-/// Expected error of an average: root mean squares over its elements.
+/// Expected error of an average: root mean squares over the elements of all tensors.
 ///
 /// It is relative to the root mean square of the weights in the newest snapshot at the time of the target.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -75,6 +75,19 @@ pub struct PredictedError {
     pub rounding: f64,
     /// Both errors combined: `hypot(profile, rounding)`.
     pub total: f64,
+}
+
+/// The group of tensors of the largest predicted error, relative to its own weights.
+///
+/// Tensors that move by similar shares of their weights are one group.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct WorstGroup {
+    /// Names of the tensors, in the order of the run.
+    pub tensors: Vec<String>,
+    /// The group's share of all averaged elements.
+    pub share: f64,
+    /// The expected error of the group, relative to the root mean square of its own weights.
+    pub predicted: PredictedError,
 }
 
 #[cfg(test)]

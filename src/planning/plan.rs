@@ -3,13 +3,13 @@
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::noise::{Noise, PredictedError};
-use super::sample::{RelativeErrorModel, SnapshotNoise};
+use super::noise::{Noise, PredictedError, WorstGroup};
 use super::shortfall::Shortfall;
 use super::source::IndexedSource;
+use super::stored_noise::{PredictedSolution, RelativeErrorModel, SnapshotNoise};
 use crate::error::{Error, Result};
 use crate::fs::start_threads;
-use crate::math::{ChainSource, History, Profile, Solution, System};
+use crate::math::{ChainSource, History, Profile, System};
 
 /// The time of a target.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,8 +41,11 @@ pub struct Plan {
     /// The expected error of the average, before its rounding to the output's dtype.
     ///
     /// `None` before training and for live averages. Also `None` if snapshots are at fewer than three steps, have no
-    /// history of updates, or have only zeros as weights.
+    /// history of updates, have only zeros as weights, or do not differ in the elements that were sampled.
     pub predicted: Option<PredictedError>,
+    /// The group of tensors with the largest predicted error; `None` if all move alike or nothing is predicted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub worst_group: Option<WorstGroup>,
     /// The reason of a relative error above 5%, with a remedy; `warning` when it is serialized.
     #[serde(rename = "warning")]
     pub shortfall: Option<Shortfall>,
@@ -144,19 +147,19 @@ struct Solver<'a> {
 }
 
 impl Solver<'_> {
-    fn solve(&self, profile: &Profile) -> Result<(Solution, f64, Option<PredictedError>)> {
+    fn solve(&self, profile: &Profile) -> Result<PredictedSolution> {
         let Some(model) = self.model else {
-            return Ok((self.system.solve(profile)?, self.rho, None));
+            let solution = self.system.solve(profile)?;
+            return Ok(PredictedSolution { solution, rho: self.rho, predicted: None, worst_group: None });
         };
-        let (solution, rho, predicted) = match self.noise {
-            Noise::Auto => model.solve_best(profile)?,
-            Noise::Off | Noise::Rho(_) => model.solve(profile, self.rho)?,
-        };
-        Ok((solution, rho, Some(predicted)))
+        match self.noise {
+            Noise::Auto => model.solve_best(profile),
+            Noise::Off | Noise::Rho(_) => model.solve(profile, self.rho),
+        }
     }
 
     fn plan(&self, usable: &[&IndexedSource], profile: &Profile, at: u64) -> Result<Plan> {
-        let (solution, rho, predicted) = self.solve(profile)?;
+        let PredictedSolution { solution, rho, predicted, worst_group } = self.solve(profile)?;
         let weights: Vec<Weight> = usable
             .iter()
             .zip(&solution.weights)
@@ -172,6 +175,7 @@ impl Solver<'_> {
             sum: solution.weights.iter().sum(),
             rho,
             predicted,
+            worst_group,
             shortfall,
             weights,
             later: Vec::new(),

@@ -5,146 +5,55 @@ use std::ops::Range;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use super::noise::PredictedError;
-use super::source::IndexedSource;
+use super::segments::{Segment, segments};
 use crate::compute::cpu::to_f32;
-use crate::error::Result;
-use crate::math::noise::{ErrorModel, Measured, RegularisedSolution, Sample, measure};
-use crate::math::{Profile, Solution, System};
+use crate::math::noise::Sample;
 use crate::snapshot::Snapshot;
 use crate::tensor::{TensorSpec, is_averaged};
 
-/// Fewest steps of snapshots that separate drift, walk and noise.
-const FEWEST_STEPS: usize = 3;
-
 /// Smallest and largest number of elements of a sample.
-const ELEMENTS: (usize, usize) = (256, 4_096);
+const ELEMENTS: (usize, usize) = (256, 16_384);
 
-/// Largest product of pairs of snapshots and elements of a sample: a tenth of a second of work.
-const WORK: usize = 1 << 27;
+/// Largest product of pairs of snapshots and elements of a sample: a few hundredths of a second of work.
+const WORK: usize = 1 << 25;
 
-/// Number of blocks of elements that a sample is taken from, spread over the model.
-const BLOCKS: usize = 16;
-
-/// Movement and rounding of a run's snapshots, measured on a sample.
-#[derive(Debug)]
-pub(crate) struct SnapshotNoise {
-    measured: Measured,
-    /// The root mean square of each snapshot's weights.
-    sizes: Vec<f64>,
+/// A sample of every tensor.
+pub(super) struct ModelSample {
+    pub sample: Sample,
+    pub tensors: Vec<SampledTensor>,
 }
 
-impl SnapshotNoise {
-    /// Samples snapshots; `None` if they are of too few steps or nothing is averaged.
-    pub(crate) fn of(snapshots: &[Snapshot], averaged: &[TensorSpec]) -> Option<SnapshotNoise> {
-        let mut steps: Vec<u64> = snapshots.iter().map(|snapshot| snapshot.id.step).collect();
-        steps.sort_unstable();
-        steps.dedup();
-        if steps.len() < FEWEST_STEPS {
-            return None;
-        }
-        let sample = sample(snapshots, averaged)?;
-        let size = |values: &Vec<f64>| (values.iter().map(|v| v * v).sum::<f64>() / values.len() as f64).sqrt();
-        Some(SnapshotNoise { sizes: sample.values.iter().map(size).collect(), measured: measure(&sample) })
-    }
-
-    /// Returns the error model of a system of the sources `usable`; `None` if there is too little to predict from.
-    pub(crate) fn model<'a>(
-        &self,
-        system: &'a System,
-        sources: &[IndexedSource],
-        usable: &[usize],
-    ) -> Option<RelativeErrorModel<'a>> {
-        let mut steps: Vec<u64> = usable.iter().map(|&i| sources[i].step).collect();
-        steps.sort_unstable();
-        steps.dedup();
-        let newest = usable.iter().filter(|&&i| Some(&sources[i].step) == steps.last());
-        let size = newest.map(|&i| self.sizes[i]).fold(0.0, f64::max);
-        if steps.len() < FEWEST_STEPS || !(size > 0.0) {
-            return None;
-        }
-        let model = ErrorModel::new(system, self.measured.subset(usable))?;
-        Some(RelativeErrorModel { model, size })
-    }
+/// The sampled elements of one tensor.
+pub(super) struct SampledTensor {
+    /// Index among the averaged tensors.
+    pub index: usize,
+    /// Number of elements of the tensor.
+    pub count: usize,
+    /// The range of its elements in the sample.
+    pub elements: Range<usize>,
 }
 
-/// A model of errors relative to the size of the weights.
-pub(crate) struct RelativeErrorModel<'a> {
-    model: ErrorModel<'a>,
-    /// The root mean square of the newest snapshot's weights; the largest of several snapshots.
-    size: f64,
-}
-
-impl RelativeErrorModel<'_> {
-    /// Solves with the system's own regularisation, `rho`.
-    pub(crate) fn solve(&self, profile: &Profile, rho: f64) -> Result<(Solution, f64, PredictedError)> {
-        self.model.solve(profile, rho).map(|solved| self.relative(solved))
-    }
-
-    /// Solves with the regularisation of the smallest predicted error.
-    pub(crate) fn solve_best(&self, profile: &Profile) -> Result<(Solution, f64, PredictedError)> {
-        self.model.solve_best(profile).map(|solved| self.relative(solved))
-    }
-
-    fn relative(&self, solved: RegularisedSolution) -> (Solution, f64, PredictedError) {
-        let RegularisedSolution { solution, rho, expected } = solved;
-        let predicted = PredictedError {
-            profile: expected.profile / self.size,
-            rounding: expected.rounding / self.size,
-            total: expected.total() / self.size,
-        };
-        (solution, rho, predicted)
-    }
-}
-
-/// Contiguous elements of one tensor.
-#[derive(Debug)]
-struct Segment {
-    tensor: usize,
-    elements: Range<usize>,
-}
-
-/// Reads the same elements of all snapshots, in segments spread evenly over all averaged tensors.
+/// Reads the same elements of all snapshots, in segments of each averaged tensor.
 ///
 /// Returns `None` if a value is not finite or there are none.
-fn sample(snapshots: &[Snapshot], averaged: &[TensorSpec]) -> Option<Sample> {
+pub(super) fn sample(snapshots: &[Snapshot], averaged: &[TensorSpec]) -> Option<ModelSample> {
     let counts: Vec<usize> = averaged.iter().map(|tensor| tensor.shape.iter().product()).collect();
-    let pairs = snapshots.len() * snapshots.len();
-    let segments = segments(&counts, (WORK / pairs).clamp(ELEMENTS.0, ELEMENTS.1));
+    let pairs = snapshots.len() * snapshots.len() / 2;
+    let segments = segments(&counts, (WORK / pairs.max(1)).clamp(ELEMENTS.0, ELEMENTS.1));
     let read = |snapshot: &Snapshot| snapshot.sparsely(|| read_segments(snapshot, averaged, &segments));
     let read: Vec<(Vec<f64>, Vec<f64>)> = snapshots.par_iter().map(read).collect::<Option<_>>()?;
     let (values, ulps): (Vec<_>, Vec<_>) = read.into_iter().unzip();
-    let mut blocks = Vec::with_capacity(segments.len());
-    let mut start = 0;
-    for segment in &segments {
-        let end = start + segment.elements.len();
-        blocks.push(start..end);
-        start = end;
+    let mut tensors = Vec::new();
+    let mut weights = Vec::new();
+    for segments in segments.chunk_by(|a, b| a.tensor == b.tensor) {
+        let index = segments[0].tensor;
+        let sampled: usize = segments.iter().map(|segment| segment.elements.len()).sum();
+        let start = weights.len();
+        weights.resize(start + sampled, counts[index] as f64 / sampled as f64);
+        tensors.push(SampledTensor { index, count: counts[index], elements: start..start + sampled });
     }
     let finite = values.iter().flatten().all(|value| value.is_finite());
-    (finite && !values.first()?.is_empty()).then_some(Sample { values, ulps, blocks })
-}
-
-/// Returns `BLOCKS` blocks of about `elements` elements in all, cut into segments at the ends of tensors.
-fn segments(counts: &[usize], elements: usize) -> Vec<Segment> {
-    let total: usize = counts.iter().sum();
-    let length = total.div_ceil(BLOCKS).min(elements / BLOCKS);
-    let mut segments = Vec::new();
-    for block in 0..BLOCKS {
-        // The first block begins at the first element, and the last one ends at the last.
-        let start = ((total - length) as u128 * block as u128 / (BLOCKS - 1) as u128) as usize;
-        let end = start + length;
-        let mut first = 0;
-        for (tensor, &count) in counts.iter().enumerate() {
-            let from = start.clamp(first, first + count);
-            let until = end.clamp(first, first + count);
-            if from < until {
-                segments.push(Segment { tensor, elements: from - first..until - first });
-            }
-            first += count;
-        }
-    }
-    segments
+    (finite && !tensors.is_empty()).then_some(ModelSample { sample: Sample { values, ulps, weights }, tensors })
 }
 
 /// Reads values and `ulp`s of the segments in one snapshot; `None` if a tensor is missing or not floating-point.
@@ -254,21 +163,5 @@ mod tests {
         for value in [1e-300f64, 0.1, 1.0, 1e300] {
             assert_eq!(ulp(Dtype::F64, value), value.next_up() - value, "{value}");
         }
-    }
-
-    #[test]
-    fn segments_are_spread_over_the_model_and_within_its_tensors() {
-        for counts in [vec![1], vec![3, 0, 5], vec![100_000], vec![7; 5000], vec![1 << 40, 10]] {
-            let total: usize = counts.iter().sum();
-            let cut = segments(&counts, ELEMENTS.1);
-            for Segment { tensor, elements } in &cut {
-                assert!(elements.end <= counts[*tensor] && !elements.is_empty(), "{counts:?}");
-            }
-            let length: usize = cut.iter().map(|segment| segment.elements.len()).sum();
-            assert!(length <= ELEMENTS.1.max(2 * BLOCKS) && length >= total.min(ELEMENTS.1), "{length} of {total}");
-        }
-        let cut = segments(&[1 << 40], ELEMENTS.1);
-        assert!(cut[0].elements.start == 0 && cut[15].elements.end > (1 << 40) - 16 && cut.len() == BLOCKS);
-        assert!(segments(&[], ELEMENTS.1).is_empty());
     }
 }

@@ -147,6 +147,7 @@ impl PostHocEma {
             sum: 1.0,
             rho: 0.0,
             predicted: None,
+            worst_group: None,
             shortfall: None,
             weights: vec![Weight { index, step: at, weight: 1.0 }],
             later: Vec::new(),

@@ -8,4 +8,5 @@ mod noise;
 mod numbers;
 mod paper;
 mod sources;
+mod tensor_groups;
 mod trajectories;

@@ -56,6 +56,9 @@ pub fn run(arguments: &Arguments) -> Outcome {
         print_json(&json!({ "errors": errors }));
     } else {
         print(&tables::errors(&plans).to_string());
+        if let Some(groups) = tables::worst_groups(&plans) {
+            print(&groups.to_string());
+        }
     }
     if arguments.plot.is_empty() { Ok(()) } else { draw(arguments, &source, &plans) }
 }
@@ -68,6 +71,7 @@ fn error_json((sigma_rel, plan): (f64, &Plan)) -> Value {
         "noise_gain": plan.noise_gain,
         "rho": plan.rho,
         "predicted": plan.predicted,
+        "worst_group": plan.worst_group,
         "warning": plan.shortfall,
     })
 }

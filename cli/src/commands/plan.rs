@@ -79,6 +79,9 @@ pub fn run(arguments: &Arguments) -> Outcome {
         if let [plan] = plans.as_slice() {
             print(&tables::weights(plan).to_string());
         }
+        if let Some(groups) = tables::worst_groups(&plans) {
+            print(&groups.to_string());
+        }
         if let Some(later) = tables::later(&plans) {
             print(&later.to_string());
         }

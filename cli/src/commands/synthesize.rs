@@ -75,6 +75,9 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let why = arguments.blend.why_not_cuda();
     let destination = arguments.destination();
     destination.print(&table(&plans, &paths).to_string());
+    if let Some(groups) = tables::worst_groups(&plans) {
+        destination.print(&groups.to_string());
+    }
     if let Some(later) = tables::later(&plans) {
         destination.print(&later.to_string());
     }
@@ -145,6 +148,7 @@ fn target_json(plan: &Plan, path: &Path) -> Value {
         "noise_gain": plan.noise_gain,
         "rho": plan.rho,
         "predicted": plan.predicted,
+        "worst_group": plan.worst_group,
         "warning": plan.shortfall,
     });
     if !plan.later.is_empty() {

@@ -11,7 +11,12 @@ use serde_json::Value;
 
 /// Trains a toy model for 500 steps with a snapshot every 50.
 pub fn train(dir: &Path) {
-    let mut model = vec![("layer.weight", vec![0.5f32; 1000]), ("layer.bias", vec![0.1f32; 10])];
+    train_from(dir, 0.1);
+}
+
+/// Trains the toy model with biases that begin at a given value. Those at 0.5 move as its weights do.
+pub fn train_from(dir: &Path, bias: f32) {
+    let mut model = vec![("layer.weight", vec![0.5f32; 1000]), ("layer.bias", vec![bias; 10])];
     let options = PostHocEma::options(dir).checkpoint_every(50).checkpoint_dtype(Dtype::F16);
     let mut ema = options.snapshot_growth(None).create(&model).unwrap();
     for step in 0..500 {

@@ -28,21 +28,22 @@ pub(crate) struct Sample {
     pub values: Vec<Vec<f64>>,
     /// The distances of neighbouring values of each snapshot's dtype, one per element.
     pub ulps: Vec<Vec<f64>>,
-    /// Ranges of elements that are likely to move by similar amounts: parts of one tensor.
-    pub blocks: Vec<Range<usize>>,
+    /// Number of the model's elements that each element stands for.
+    pub weights: Vec<f64>,
 }
 
-/// Measures each pair of snapshots.
+/// Measures each pair of snapshots on the elements of some blocks.
 ///
-/// Elements of one block and one `ulp` form a group that is taken to move by similar amounts. The size of the movement
-/// in `ulp`s decides how far their rounding errors are equal or independent.
-pub(crate) fn measure(sample: &Sample) -> Measured {
-    let groups = group_elements(sample);
-    let elements: usize = groups.iter().map(Vec::len).sum();
+/// A block has ranges of elements that are likely to move by similar amounts. Its elements of one `ulp` form a group:
+/// the size of the movement in `ulp`s decides how far their rounding errors are equal or independent.
+pub(crate) fn measure(sample: &Sample, blocks: &[Vec<Range<usize>>]) -> Measured {
+    let groups = group_elements(sample, blocks);
+    let weight = |group: &Vec<usize>| group.iter().map(|&i| sample.weights[i]).sum::<f64>();
+    let total: f64 = groups.iter().map(weight).sum();
     let measure_part = |part: &[Vec<usize>]| {
         let mut sum = Measured::zero(sample.values.len());
         for group in part {
-            sum.add(&UlpGroup::new(sample, group), group.len() as f64 / elements as f64);
+            sum.add(&UlpGroup::new(sample, group), weight(group) / total);
         }
         sum
     };
@@ -57,11 +58,11 @@ pub(crate) fn measure(sample: &Sample) -> Measured {
 }
 
 /// Groups the elements of each block by their `ulp` in the last snapshot.
-fn group_elements(sample: &Sample) -> Vec<Vec<usize>> {
+fn group_elements(sample: &Sample, blocks: &[Vec<Range<usize>>]) -> Vec<Vec<usize>> {
     let Some(last) = sample.ulps.last() else { return Vec::new() };
     let mut groups = Vec::new();
-    for block in &sample.blocks {
-        let mut elements: Vec<usize> = block.clone().collect();
+    for block in blocks {
+        let mut elements: Vec<usize> = block.iter().cloned().flatten().collect();
         elements.sort_by(|&a, &b| last[a].total_cmp(&last[b]));
         groups.extend(elements.chunk_by(|&a, &b| last[a] == last[b]).map(<[usize]>::to_vec));
     }
@@ -70,17 +71,20 @@ fn group_elements(sample: &Sample) -> Vec<Vec<usize>> {
 
 /// Contiguous values of the elements of one group.
 struct UlpGroup {
-    /// The values of each snapshot.
+    /// The values of each snapshot, each times the root of the element's share of the group.
     values: Vec<Vec<f64>>,
-    /// The mean of `ulp^2` of each snapshot.
+    /// The weighted mean of `ulp^2` of each snapshot.
     ulp_squares: Vec<f64>,
 }
 
 impl UlpGroup {
     fn new(sample: &Sample, elements: &[usize]) -> UlpGroup {
-        let gather = |all: &Vec<f64>| elements.iter().map(|&i| all[i]).collect::<Vec<f64>>();
+        let total: f64 = elements.iter().map(|&i| sample.weights[i]).sum();
+        let shares: Vec<f64> = elements.iter().map(|&i| sample.weights[i] / total).collect();
+        let roots: Vec<f64> = shares.iter().map(|share| share.sqrt()).collect();
+        let gather = |all: &Vec<f64>| elements.iter().zip(&roots).map(|(&i, root)| all[i] * root).collect();
         let mean_square =
-            |ulps: &Vec<f64>| elements.iter().map(|&i| ulps[i] * ulps[i]).sum::<f64>() / elements.len() as f64;
+            |ulps: &Vec<f64>| elements.iter().zip(&shares).map(|(&i, share)| ulps[i] * ulps[i] * share).sum();
         UlpGroup {
             values: sample.values.iter().map(gather).collect(),
             ulp_squares: sample.ulps.iter().map(mean_square).collect(),
@@ -89,7 +93,7 @@ impl UlpGroup {
 
     /// Returns the mean square movement between two snapshots, and the covariance of their rounding errors.
     fn pair(&self, i: usize, j: usize) -> (f64, f64) {
-        let rounded = squared_distance(&self.values[i], &self.values[j]) / self.values[i].len() as f64;
+        let rounded = squared_distance(&self.values[i], &self.values[j]);
         let ulp_square = 0.5 * (self.ulp_squares[i] + self.ulp_squares[j]);
         // The square underflows to 0 for the smallest f64 values, whose rounding is negligible.
         let h = if ulp_square > 0.0 { excess(rounded / ulp_square) } else { 0.0 };

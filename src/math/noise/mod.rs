@@ -2,7 +2,7 @@
 //!
 //! A blend `sum_i x_i s_i` of stored snapshots `s_i = p_i + e_i` has two errors. One is the residual of the profiles,
 //! `d = sum_i x_i p_i - r`, applied to the parameters' movement; the other is the snapshots' rounding `e_i`. Both are
-//! mean squares over the elements, estimated from a sample:
+//! mean squares over the elements of a group of tensors, estimated from a sample:
 //!
 //! | symbol | meaning | where |
 //! | --- | --- | --- |
@@ -14,7 +14,7 @@
 //! | `C_ij` | covariance of `e_i` and `e_j` | [`Measured::rounding`] |
 //!
 //! `quantization` splits `M_ij` into `m_ij` and `C_ij`. `fit` finds the trajectory from the `m_ij` of all pairs.
-//! `ErrorModel::expected_error` adds `x' C x` and the mean square of the trajectory's blend with weights `d`.
+//! `ErrorModel::expected_errors` adds `x' C x` and the mean square of the trajectory's blend with weights `d`.
 
 mod fit;
 mod measure;
@@ -26,22 +26,37 @@ mod trajectory;
 use faer::Mat;
 
 pub(crate) use measure::{Measured, Sample, measure};
+use quadratic_forms::QuadraticForms;
 pub(crate) use regularisation::RegularisedSolution;
 use trajectory::Trajectory;
 
 use super::solve::{BlendSolution, System, Updates};
 
-/// Model of the movement and rounding of one system's snapshots.
+/// Measurements of a group of tensors that move alike.
+#[derive(Clone, Debug)]
+pub(crate) struct MeasuredGroup {
+    pub measured: Measured,
+    /// The group's share of all elements.
+    pub share: f64,
+}
+
+/// Model of the movement and rounding of one system's snapshots, for each group of tensors.
 pub(crate) struct ErrorModel<'a> {
     system: &'a System,
     updates: &'a Updates,
+    groups: Vec<GroupModel>,
+}
+
+/// Movement and rounding of one group.
+struct GroupModel {
     trajectory: Trajectory,
     /// `C_ij`.
     rounding: Mat<f64>,
+    share: f64,
 }
 
 /// Expected error of a blend: root mean squares over the elements, in the units of the model's weights.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct ExpectedError {
     /// Error due to the difference of the blend's profile from the target's.
     pub profile: f64,
@@ -57,17 +72,34 @@ impl ExpectedError {
 
 impl<'a> ErrorModel<'a> {
     /// Creates the model of a system from measurements of its sources; `None` if the sources have no history.
-    pub(crate) fn new(system: &'a System, measured: Measured) -> Option<ErrorModel<'a>> {
+    pub(crate) fn new(system: &'a System, groups: Vec<MeasuredGroup>) -> Option<ErrorModel<'a>> {
         let updates = system.updates()?;
-        let trajectory = Trajectory::fit(updates, &measured);
-        Some(ErrorModel { system, updates, trajectory, rounding: measured.rounding })
+        let forms = QuadraticForms::new(updates);
+        let fit = |MeasuredGroup { measured, share }| {
+            let trajectory = Trajectory::fit(updates, &forms, &measured);
+            GroupModel { trajectory, rounding: measured.rounding, share }
+        };
+        Some(ErrorModel { system, updates, groups: groups.into_iter().map(fit).collect() })
     }
 
-    fn expected_error(&self, blend: &BlendSolution) -> ExpectedError {
-        let profile = self.trajectory.mean_square(&self.updates.times, &self.updates.counts, &blend.residual);
-        // Measured covariances need not be positive definite to the last digit.
-        let rounding = quadratic_form(&self.rounding, &blend.solution.weights).max(0.0);
-        ExpectedError { profile: profile.sqrt(), rounding: rounding.sqrt() }
+    /// Returns the expected error of each group.
+    fn expected_errors(&self, blend: &BlendSolution) -> Vec<ExpectedError> {
+        let of_group = |group: &GroupModel| {
+            let profile = group.trajectory.mean_square(&self.updates.times, &self.updates.counts, &blend.residual);
+            // Measured covariances need not be positive definite to the last digit.
+            let rounding = quadratic_form(&group.rounding, &blend.solution.weights).max(0.0);
+            ExpectedError { profile: profile.sqrt(), rounding: rounding.sqrt() }
+        };
+        self.groups.iter().map(of_group).collect()
+    }
+
+    /// Returns the expected error over the elements of all groups.
+    fn expected_over_all(&self, groups: &[ExpectedError]) -> ExpectedError {
+        let mean_square = |part: fn(&ExpectedError) -> f64| {
+            let squares = self.groups.iter().zip(groups).map(|(group, error)| group.share * part(error).powi(2));
+            squares.sum::<f64>().sqrt()
+        };
+        ExpectedError { profile: mean_square(|error| error.profile), rounding: mean_square(|error| error.rounding) }
     }
 }
 

@@ -20,6 +20,9 @@ const PROFILE_FACTOR: f64 = 2.0;
 /// Largest ratio to the smallest error at which a weaker regularisation is preferred.
 const NEAR_BEST: f64 = 1.02;
 
+/// Largest factor by which a regularisation may raise the expected error of any group of tensors.
+const MAX_GROUP_RATIO: f64 = 1.05;
+
 /// Powers of ten of `rho` in units of the target's norm.
 ///
 /// At the lower end the weights do not change; at the upper end they become equal.
@@ -32,13 +35,31 @@ const REFINEMENTS: [f64; 2] = [0.5, 0.25];
 pub(crate) struct RegularisedSolution {
     pub solution: Solution,
     pub rho: f64,
+    /// The expected error over all elements.
     pub expected: ExpectedError,
+    /// The expected error of each group.
+    pub groups: Vec<ExpectedError>,
 }
 
 impl RegularisedSolution {
     /// Returns the error that a regularisation is chosen by.
     fn cautious_error(&self) -> f64 {
-        (PROFILE_FACTOR * self.expected.profile).hypot(self.expected.rounding)
+        self.expected.cautious()
+    }
+
+    /// Returns true if no group's expected error is much larger than in `plain`.
+    fn spares_groups(&self, plain: &RegularisedSolution) -> bool {
+        let spares = |(error, plain): (&ExpectedError, &ExpectedError)| {
+            error.cautious() <= MAX_GROUP_RATIO * plain.cautious() && error.total() <= MAX_GROUP_RATIO * plain.total()
+        };
+        self.groups.iter().zip(&plain.groups).all(spares)
+    }
+}
+
+impl ExpectedError {
+    /// Returns the error with the factor of the profile's part.
+    fn cautious(&self) -> f64 {
+        (PROFILE_FACTOR * self.profile).hypot(self.rounding)
     }
 }
 
@@ -54,6 +75,8 @@ impl ErrorModel<'_> {
 
     /// Solves a target with the regularisation of the smallest expected error; the system's own must be 0.
     ///
+    /// No regularisation is used that makes one group much worse to make another better.
+    ///
     /// # Errors
     /// As [`System::solve`](crate::math::System::solve), for the solve without a regularisation.
     pub(crate) fn solve_best(&self, profile: &Profile) -> Result<RegularisedSolution> {
@@ -64,14 +87,15 @@ impl ErrorModel<'_> {
             let rho = norm * 10f64.powf(power);
             // A regularisation that cannot be solved for is skipped.
             let blend = self.system.blend_with(self.updates, &target, rho).ok()?;
-            Some(self.with_expected_error(blend, rho))
+            Some(self.with_expected_error(blend, rho)).filter(|candidate| candidate.spares_groups(&plain))
         });
         Ok(choose(candidates, plain))
     }
 
     fn with_expected_error(&self, blend: BlendSolution, rho: f64) -> RegularisedSolution {
-        let expected = self.expected_error(&blend);
-        RegularisedSolution { solution: blend.solution, rho, expected }
+        let groups = self.expected_errors(&blend);
+        let expected = self.expected_over_all(&groups);
+        RegularisedSolution { solution: blend.solution, rho, expected, groups }
     }
 }
 

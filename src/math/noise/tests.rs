@@ -134,9 +134,8 @@ fn simulated_elements_are_measured_and_fitted() {
         }
     }
     // Exact values: no movement is taken for rounding.
-    let sample =
-        Sample { ulps: vec![vec![1e-12; elements]; sources.len()], values, blocks: vec![0..5000, 5000..elements] };
-    let measured = measure(&sample);
+    let sample = Sample { ulps: vec![vec![1e-12; elements]; sources.len()], values, weights: vec![1.0; elements] };
+    let measured = measure(&sample, &[vec![0..5000], vec![5000..elements]]);
     let direct = |i: usize, j: usize| {
         let pairs = sample.values[i].iter().zip(&sample.values[j]);
         pairs.map(|(a, b)| (a - b) * (a - b)).sum::<f64>() / elements as f64
@@ -151,10 +150,16 @@ fn simulated_elements_are_measured_and_fitted() {
         let tolerance = 6.0 * (2.0 / elements as f64).sqrt();
         assert!((direct(i, j) / expected - 1.0).abs() < tolerance, "{i} {j}: {} is not {expected}", direct(i, j));
     }
-    let fitted = Trajectory::fit(system.updates().unwrap(), &measured);
+    let forms = QuadraticForms::new(system.updates().unwrap());
+    let fitted = Trajectory::fit(system.updates().unwrap(), &forms, &measured);
     for (found, expected) in [(fitted.drift, truth.drift), (fitted.walk, truth.walk), (fitted.white, truth.white)] {
         assert!((found / expected - 1.0).abs() < 0.1, "{fitted:?}");
     }
+}
+
+/// Returns a single group.
+fn alone(measured: Measured) -> Vec<MeasuredGroup> {
+    vec![MeasuredGroup { measured, share: 1.0 }]
 }
 
 /// Returns measurements of movement without rounding.
@@ -170,7 +175,7 @@ fn fit_recovers_known_variances() {
         let moved = Mat::from_fn(sources.len(), sources.len(), |i, j| {
             forms.between(i, j).iter().zip(truth).map(|(form, variance)| form * variance).sum::<f64>()
         });
-        let fitted = Trajectory::fit(system.updates().unwrap(), &exact(moved.clone()));
+        let fitted = Trajectory::fit(system.updates().unwrap(), &forms, &exact(moved.clone()));
         for (found, expected) in [fitted.drift, fitted.walk, fitted.white].into_iter().zip(truth) {
             // A variance of 0 is found up to the rounding of the others.
             let most = moved.norm_max();
@@ -190,7 +195,8 @@ fn rounding_errors_are_equal_without_movement_and_independent_after_it() {
     let stored = |values: &Vec<f64>| values.iter().map(|v| (v / ulp).round() * ulp).collect::<Vec<f64>>();
     let values = vec![stored(&exact), stored(&exact), stored(&moved)];
     let ulps = vec![vec![ulp; elements]; 3];
-    let measured = measure(&Sample { values, ulps, blocks: vec![0..5000, 5000..elements] });
+    let weights = vec![1.0; elements];
+    let measured = measure(&Sample { values, ulps, weights }, &[vec![0..5000, 5000..elements]]);
     let variance = ulp * ulp / 12.0;
     let close = |found: f64, expected: f64| (found - expected).abs() < 1e-3 * variance;
     for (i, j, covariance) in [(0, 0, variance), (0, 1, variance), (0, 2, 0.0), (2, 2, variance)] {
@@ -208,7 +214,7 @@ fn regularisation_is_chosen_only_against_rounding() {
     let n = sources.len();
     let model = |rounding: f64| {
         let rounding = Mat::from_fn(n, n, |i, j| if i == j { rounding } else { 0.0 });
-        ErrorModel::new(&system, Measured { moved: Mat::from_fn(n, n, moved), rounding }).unwrap()
+        ErrorModel::new(&system, alone(Measured { moved: Mat::from_fn(n, n, moved), rounding })).unwrap()
     };
     let target = Profile::sigma_rel(0.05).unwrap();
     let plain = model(0.0).solve(&target, 0.0).unwrap();
@@ -231,8 +237,46 @@ fn regularisation_is_chosen_only_against_rounding() {
         )
         .unwrap();
         let rounding = Mat::from_fn(n, n, |i, j| if i == j { noise } else { 0.0 });
-        let other = ErrorModel::new(&other, Measured { moved: Mat::from_fn(n, n, moved), rounding }).unwrap();
+        let other = ErrorModel::new(&other, alone(Measured { moved: Mat::from_fn(n, n, moved), rounding })).unwrap();
         let other = other.solve(&target, rho).unwrap().expected.total();
         assert!(other > 0.9 * quiet.expected.total(), "{rho}: {other} {}", quiet.expected.total());
     }
+}
+
+/// A slow group gains from a regularisation that would make a fast one much worse.
+#[test]
+fn regularisation_does_not_help_one_group_by_hurting_another() {
+    let (_, sources, system) = system();
+    let forms = QuadraticForms::new(system.updates().unwrap());
+    let n = sources.len();
+    let measured = |walk: f64| Measured {
+        moved: Mat::from_fn(n, n, |i, j| forms.between(i, j)[1] * walk),
+        rounding: Mat::from_fn(n, n, |i, j| f64::from(u8::from(i == j))),
+    };
+    let target = Profile::sigma_rel(0.05).unwrap();
+    let slow = MeasuredGroup { measured: measured(1e-4), share: 0.996 };
+    let alone = ErrorModel::new(&system, vec![slow.clone()]).unwrap();
+    assert!(alone.solve_best(&target).unwrap().rho > 0.0);
+    for walk in [1e2, 1e4, 1e8] {
+        let fast = MeasuredGroup { measured: measured(walk), share: 0.004 };
+        let both = ErrorModel::new(&system, vec![slow.clone(), fast]).unwrap();
+        let plain = both.solve(&target, 0.0).unwrap();
+        let best = both.solve_best(&target).unwrap();
+        for (group, plain) in best.groups.iter().zip(&plain.groups) {
+            assert!(group.total() <= 1.05 * plain.total(), "{walk}: {group:?} {plain:?}");
+        }
+        let mean_square = 0.996 * best.groups[0].total().powi(2) + 0.004 * best.groups[1].total().powi(2);
+        assert!((best.expected.total() / mean_square.sqrt() - 1.0).abs() < 1e-12);
+    }
+}
+
+#[test]
+fn elements_count_by_what_they_stand_for() {
+    let values = vec![vec![0.0; 3], vec![1.0, 1.0, 3.0]];
+    let sample = Sample { values, ulps: vec![vec![1e-9; 3]; 2], weights: vec![4.0, 4.0, 1.0] };
+    let moved = |blocks: &[Vec<std::ops::Range<usize>>]| measure(&sample, blocks).moved[(0, 1)];
+    for blocks in [vec![vec![0..3]], vec![vec![0..2], vec![2..3]], vec![vec![0..1, 2..3], vec![1..2]]] {
+        assert!((moved(&blocks) - 17.0 / 9.0).abs() < 1e-12, "{blocks:?}");
+    }
+    assert!((moved(&[vec![2..3]]) - 9.0).abs() < 1e-12);
 }

@@ -43,8 +43,7 @@ impl Trajectory {
     /// If parameters move in another way, all variances are raised until no pair, by its weight, differs by more than
     /// expected. Too large variances make the regularisation weaker than the best; too small ones can make the average
     /// worse than without a regularisation.
-    pub(super) fn fit(updates: &Updates, measured: &Measured) -> Trajectory {
-        let forms = QuadraticForms::new(updates);
+    pub(super) fn fit(updates: &Updates, forms: &QuadraticForms, measured: &Measured) -> Trajectory {
         let held = held_shares(updates);
         let mut pairs = Vec::new();
         for j in 0..measured.moved.ncols() {

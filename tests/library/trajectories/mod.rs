@@ -50,20 +50,26 @@ impl Movement {
         [self.ramp, self.bent, self.walk, self.white, 10.0 * self.swing].iter().all(|&part| part <= 0.01)
     }
 
-    /// Returns mixtures, each kind alone, and movements below the rounding of 16 bits.
-    pub fn all() -> Vec<Movement> {
-        let of = |name, [ramp, bent, walk, white]: [f64; 4]| Movement {
-            name,
-            ramp,
-            bent,
+    /// Returns parameters that do not move.
+    pub fn still() -> Movement {
+        Movement {
+            name: "still",
+            ramp: 0.0,
+            bent: 0.0,
             power: 0.5,
-            walk,
+            walk: 0.0,
             memory: f64::INFINITY,
-            white,
+            white: 0.0,
             swing: 0.0,
             period: 1.0,
             cooling: false,
-        };
+        }
+    }
+
+    /// Returns mixtures, each kind alone, and movements below the rounding of 16 bits.
+    pub fn all() -> Vec<Movement> {
+        let of =
+            |name, [ramp, bent, walk, white]: [f64; 4]| Movement { name, ramp, bent, walk, white, ..Movement::still() };
         let swing = |name, swing, period| Movement { swing, period, ..of(name, [0.0; 4]) };
         vec![
             of("mixed", [0.5, 0.0, 0.3, 0.05]),
@@ -168,23 +174,40 @@ impl Training {
 
     /// Writes the snapshots as a run, whose syntheses are in f64.
     pub fn write(&self, dir: &Path, dtype: Dtype) {
-        for (index, step, average) in &self.snapshots {
-            let profile = serde_json::to_string(&self.profiles[*index]).unwrap();
-            let strings = [
-                ("format", "pt".into()),
-                ("posthoc_ema", "1".into()),
-                ("profile", profile),
-                ("step", step.to_string()),
-                ("history", self.chains.history(*step)),
-                ("dtypes", r#"{"weight":"F64"}"#.into()),
-            ];
-            let metadata: HashMap<String, String> = strings.map(|(key, value)| (key.to_owned(), value)).into();
-            let bytes = stored(average, dtype);
-            let view = TensorView::new(dtype, vec![ELEMENTS], &bytes).unwrap();
-            let path = dir.join(format!("{index}.{step}.safetensors"));
-            safetensors::serialize_to_file([("weight", view)], Some(metadata), &path).unwrap();
-        }
+        write_tensors(dir, dtype, &[("weight", self, ELEMENTS)]);
     }
+}
+
+/// Writes a run of tensors of given numbers of elements, which repeat the elements of a training each.
+pub fn write_tensors(dir: &Path, dtype: Dtype, tensors: &[(&str, &Training, usize)]) {
+    let Training { chains, profiles, snapshots, .. } = tensors[0].1;
+    let dtypes: HashMap<&str, &str> = tensors.iter().map(|(name, ..)| (*name, "F64")).collect();
+    for (at, (index, step, _)) in snapshots.iter().enumerate() {
+        let profile = serde_json::to_string(&profiles[*index]).unwrap();
+        let strings = [
+            ("format", "pt".into()),
+            ("posthoc_ema", "1".into()),
+            ("profile", profile),
+            ("step", step.to_string()),
+            ("history", chains.history(*step)),
+            ("dtypes", serde_json::to_string(&dtypes).unwrap()),
+        ];
+        let metadata: HashMap<String, String> = strings.map(|(key, value)| (key.to_owned(), value)).into();
+        let values = |training: &Training, count| repeated(&training.snapshots[at].2, count);
+        let bytes: Vec<(&str, usize, Vec<u8>)> = tensors
+            .iter()
+            .map(|&(name, training, count)| (name, count, stored(&values(training, count), dtype)))
+            .collect();
+        let views =
+            bytes.iter().map(|(name, count, bytes)| (*name, TensorView::new(dtype, vec![*count], bytes).unwrap()));
+        let path = dir.join(format!("{index}.{step}.safetensors"));
+        safetensors::serialize_to_file(views, Some(metadata), &path).unwrap();
+    }
+}
+
+/// Returns `count` elements that repeat the given ones.
+pub fn repeated(values: &[f64], count: usize) -> Vec<f64> {
+    values.iter().cycle().take(count).copied().collect()
 }
 
 /// Returns the weights of a target on the updates.

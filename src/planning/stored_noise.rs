@@ -1,0 +1,178 @@
+//! Movement and rounding of a run's snapshots, and the errors predicted from them.
+
+use super::movement_groups::{TensorMovement, movement_groups};
+use super::noise::{PredictedError, WorstGroup};
+use super::sample::{ModelSample, SampledTensor, sample};
+use super::source::IndexedSource;
+use crate::error::Result;
+use crate::math::noise::{ErrorModel, ExpectedError, MeasuredGroup, RegularisedSolution, Sample, measure};
+use crate::math::{Profile, Solution, System};
+use crate::snapshot::Snapshot;
+use crate::tensor::TensorSpec;
+
+/// Fewest steps of snapshots that separate drift, walk and noise.
+const FEWEST_STEPS: usize = 3;
+
+/// Movement and rounding of a run's snapshots, measured on a sample.
+#[derive(Debug)]
+pub(crate) struct SnapshotNoise {
+    groups: Vec<StoredGroup>,
+}
+
+/// Movement and rounding of tensors that move alike.
+#[derive(Debug)]
+struct StoredGroup {
+    /// Names of the tensors.
+    tensors: Vec<String>,
+    measured: MeasuredGroup,
+    /// The mean square of each snapshot's weights.
+    sizes: Vec<f64>,
+    /// True if every element was sampled.
+    complete: bool,
+}
+
+impl SnapshotNoise {
+    /// Samples snapshots; `None` if they are of too few steps or nothing is averaged.
+    pub(crate) fn of(snapshots: &[Snapshot], averaged: &[TensorSpec]) -> Option<SnapshotNoise> {
+        let mut steps: Vec<u64> = snapshots.iter().map(|snapshot| snapshot.id.step).collect();
+        steps.sort_unstable();
+        steps.dedup();
+        if steps.len() < FEWEST_STEPS {
+            return None;
+        }
+        let newest = snapshots.iter().position(|snapshot| Some(&snapshot.id.step) == steps.last())?;
+        let sample = sample(snapshots, averaged)?;
+        Some(SnapshotNoise { groups: stored_groups(&sample, averaged, newest) })
+    }
+
+    /// Returns the error model of a system of the sources `usable`; `None` if there is too little to predict from.
+    ///
+    /// A sample that does not move says nothing of elements that are not in it.
+    pub(crate) fn model<'a>(
+        &'a self,
+        system: &'a System,
+        sources: &[IndexedSource],
+        usable: &[usize],
+    ) -> Option<RelativeErrorModel<'a>> {
+        let mut steps: Vec<u64> = usable.iter().map(|&i| sources[i].step).collect();
+        steps.sort_unstable();
+        steps.dedup();
+        if steps.len() < FEWEST_STEPS {
+            return None;
+        }
+        let newest: Vec<usize> = usable.iter().copied().filter(|&i| Some(&sources[i].step) == steps.last()).collect();
+        let of_group = |group: &'a StoredGroup| RelativeGroup {
+            tensors: &group.tensors,
+            share: group.measured.share,
+            size: newest.iter().map(|&i| group.sizes[i]).fold(0.0, f64::max).sqrt(),
+            is_seen: group.complete || usable.iter().any(|&i| group.measured.measured.moved[(usable[0], i)] > 0.0),
+        };
+        let groups: Vec<RelativeGroup<'a>> = self.groups.iter().map(of_group).collect();
+        let mean_square: f64 = groups.iter().map(|group| group.share * group.size.powi(2)).sum();
+        if !(mean_square > 0.0) || !groups.iter().any(|group| group.is_seen) {
+            return None;
+        }
+        let subset = |StoredGroup { measured: MeasuredGroup { measured, share }, .. }: &StoredGroup| MeasuredGroup {
+            measured: measured.subset(usable),
+            share: *share,
+        };
+        let model = ErrorModel::new(system, self.groups.iter().map(subset).collect())?;
+        Some(RelativeErrorModel { model, groups, size: mean_square.sqrt() })
+    }
+}
+
+/// Measures each group of tensors.
+fn stored_groups(sampled: &ModelSample, averaged: &[TensorSpec], newest: usize) -> Vec<StoredGroup> {
+    let ModelSample { sample, tensors } = sampled;
+    let movements: Vec<TensorMovement> = tensors.iter().map(|tensor| movement(sample, tensor, newest)).collect();
+    let total: f64 = sample.weights.iter().sum();
+    let groups = movement_groups(&movements).into_iter().map(|group| {
+        let members = || group.tensors.iter().map(|&index| &tensors[index]);
+        let weight: f64 = members().map(|tensor| tensor.count as f64).sum();
+        let size = |values: &Vec<f64>| {
+            let square = |i: usize| sample.weights[i] * values[i].powi(2);
+            members().flat_map(|tensor| tensor.elements.clone()).map(square).sum::<f64>() / weight
+        };
+        StoredGroup {
+            tensors: members().map(|tensor| averaged[tensor.index].name.clone()).collect(),
+            measured: MeasuredGroup { measured: measure(sample, &group.blocks), share: weight / total },
+            sizes: sample.values.iter().map(size).collect(),
+            complete: members().all(|tensor| tensor.count == tensor.elements.len()),
+        }
+    });
+    groups.collect()
+}
+
+/// Returns the movement of one tensor: mean square differences to the snapshot `newest`.
+fn movement(sample: &Sample, tensor: &SampledTensor, newest: usize) -> TensorMovement {
+    let elements = tensor.elements.clone();
+    let last = &sample.values[newest][elements.clone()];
+    let count = elements.len() as f64;
+    let distance = |values: &Vec<f64>| {
+        values[elements.clone()].iter().zip(last).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / count
+    };
+    let moved = sample.values.iter().map(distance).sum::<f64>() / sample.values.len() as f64;
+    TensorMovement { elements: elements.clone(), moved, size: last.iter().map(|v| v * v).sum::<f64>() / count }
+}
+
+/// A model of errors relative to the size of the weights.
+pub(crate) struct RelativeErrorModel<'a> {
+    model: ErrorModel<'a>,
+    groups: Vec<RelativeGroup<'a>>,
+    /// The root mean square of the newest snapshot's weights; the largest of several snapshots.
+    size: f64,
+}
+
+/// A group of tensors with the size of its weights.
+struct RelativeGroup<'a> {
+    tensors: &'a [String],
+    share: f64,
+    /// As [`RelativeErrorModel::size`], of the group's weights.
+    size: f64,
+    /// True unless elements that were not sampled may move although the sampled ones do not.
+    is_seen: bool,
+}
+
+/// A solution with its predicted errors.
+pub(crate) struct PredictedSolution {
+    pub solution: Solution,
+    pub rho: f64,
+    pub predicted: Option<PredictedError>,
+    pub worst_group: Option<WorstGroup>,
+}
+
+impl RelativeErrorModel<'_> {
+    /// Solves with the system's own regularisation, `rho`.
+    pub(crate) fn solve(&self, profile: &Profile, rho: f64) -> Result<PredictedSolution> {
+        self.model.solve(profile, rho).map(|solved| self.relative(solved))
+    }
+
+    /// Solves with the regularisation of the smallest predicted error.
+    pub(crate) fn solve_best(&self, profile: &Profile) -> Result<PredictedSolution> {
+        self.model.solve_best(profile).map(|solved| self.relative(solved))
+    }
+
+    fn relative(&self, solved: RegularisedSolution) -> PredictedSolution {
+        let RegularisedSolution { solution, rho, expected, groups } = solved;
+        let predicted = Some(predicted_error(expected, self.size));
+        PredictedSolution { solution, rho, predicted, worst_group: self.worst_group(&groups) }
+    }
+
+    /// Returns the group of the largest error relative to its own weights; `None` if there is only one.
+    fn worst_group(&self, errors: &[ExpectedError]) -> Option<WorstGroup> {
+        let seen = self.groups.iter().zip(errors).filter(|(group, _)| group.is_seen && group.size > 0.0);
+        let relative = seen.map(|(group, error)| (group, predicted_error(*error, group.size)));
+        let (group, predicted) = relative.max_by(|a, b| a.1.total.total_cmp(&b.1.total))?;
+        let tensors = group.tensors.to_vec();
+        (self.groups.len() > 1).then_some(WorstGroup { tensors, share: group.share, predicted })
+    }
+}
+
+/// Returns an expected error relative to the size of the weights.
+fn predicted_error(expected: ExpectedError, size: f64) -> PredictedError {
+    PredictedError {
+        profile: expected.profile / size,
+        rounding: expected.rounding / size,
+        total: expected.total() / size,
+    }
+}
