@@ -6,6 +6,7 @@ mod log;
 mod numbers;
 mod pictures;
 mod tables;
+mod trials;
 
 pub use commands::{run, run_with};
 pub use log::log_to_stderr;

@@ -1,12 +1,11 @@
 //! Plans, errors, sweeps and measurements as tables.
 
 use comfy_table::{CellAlignment, Table, presets};
-use posthoc_ema::math::{Family, Profile};
-use posthoc_ema::sweep::{Sweep, Trial};
+use posthoc_ema::math::Profile;
 use posthoc_ema::{Advice, Merge, Plan, shown};
 
 use crate::bench::Measurement;
-use crate::numbers::{exact, number, percent};
+use crate::numbers::{number, percent};
 
 /// Returns an empty table in the style of all tables: no rules, numbers to the right.
 pub fn table(header: &[&str]) -> Table {
@@ -180,48 +179,4 @@ pub fn measurements(rows: &[Measurement]) -> Table {
         ]);
     }
     table
-}
-
-/// Lists every trial of a sweep, by family and length, with the best one marked.
-pub fn trials(sweep: &Sweep) -> Table {
-    let mut table = table(&["target", "score", "relative error", "noise gain", ""]);
-    table.column_mut(4).into_iter().for_each(|column| {
-        column.set_cell_alignment(CellAlignment::Left);
-    });
-    for trial in by_length(sweep) {
-        let figure = |value: Option<f64>| value.map(number).unwrap_or_default();
-        table.add_row([
-            trial.profile.to_string(),
-            trial.score().map_or("failed".into(), exact),
-            figure(trial.metrics.relative_error),
-            figure(trial.metrics.noise_gain),
-            mark(trial, sweep).into(),
-        ]);
-    }
-    table
-}
-
-/// Sorts the families by their first evaluation, and the trials of each by length.
-fn by_length(sweep: &Sweep) -> Vec<&Trial> {
-    let mut trials: Vec<(usize, f64, &Trial)> = Vec::new();
-    for trial in sweep.trials() {
-        let family = family(trial);
-        let first = sweep.trials().iter().position(|other| self::family(other) == family).unwrap_or_default();
-        let length = trial.profile.family().map_or(0.0, |(_, length)| length);
-        trials.push((first, length, trial));
-    }
-    trials.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-    trials.into_iter().map(|(_, _, trial)| trial).collect()
-}
-
-fn family(trial: &Trial) -> Option<Family> {
-    trial.profile.family().map(|(family, _)| family)
-}
-
-fn mark(trial: &Trial, sweep: &Sweep) -> &'static str {
-    match (sweep.best().is_some_and(|best| best.profile == trial.profile), trial.refined) {
-        (true, _) => "best",
-        (false, true) => "refined",
-        (false, false) => "",
-    }
 }

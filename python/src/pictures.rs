@@ -37,8 +37,9 @@ pub fn draw_scores<'py>(
     title: String,
     size: (u32, u32),
 ) -> PyResult<Bound<'py, PyBytes>> {
-    let points = points.into_iter().map(|(x, score, refined)| SweepPoint { x, score, refined }).collect();
-    let curve = SweepCurve { title, x_label: length_name, y_label: "score".into(), points, best };
-    let png = py.detach(|| sweep_png(&curve, size)).map_err(argument)?;
+    let points =
+        points.into_iter().map(|(x, score, refined)| SweepPoint { x, score, refined, as_good: false }).collect();
+    let curve = SweepCurve { title, x_label: length_name, y_label: "score".into(), points, best, standard_error: None };
+    let png = py.detach(|| sweep_png(&[curve], size)).map_err(argument)?;
     Ok(PyBytes::new(py, &png))
 }

@@ -70,7 +70,7 @@ impl Sweep {
     ) -> PyResult<Sweep> {
         let goal = if minimize { Goal::Minimize } else { Goal::Maximize };
         let mut search = sweep::Sweep::new(&parse_profiles(&targets)?, goal, refine).map_err(to_python)?;
-        let key = SweepKey { run, at, evaluation, goal, dtype: None, noise };
+        let key = SweepKey { run, at, evaluation, goal, metrics: Vec::new(), dtype: None, noise };
         let mut record = None;
         if let Some(directory) = directory {
             let (opened, trials) = Record::open(&directory, key).map_err(to_python)?;

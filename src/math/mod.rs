@@ -25,6 +25,7 @@ mod retention;
 mod rounding;
 pub mod schedule;
 mod solve;
+mod student;
 
 pub use chain::Chain;
 pub use conversion::{
@@ -38,3 +39,4 @@ pub use retention::Retention;
 pub use rounding::relative_rounding;
 pub use schedule::{SNAPSHOT_GROWTH, Schedule};
 pub use solve::{ChainSource, Densities, Solution, System};
+pub(crate) use student::upper_quantile;

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::trial::Trial;
+use super::trial::{Metric, Trial};
 use crate::error::{Error, Result};
 use crate::fs::{check_replaceable, is_temporary, replace_by_link, sync_directory};
 use crate::math::Profile;
@@ -28,8 +28,12 @@ pub(super) const FOLDERS: [&str; 2] = [KEPT, PENDING];
 pub struct Candidate<'a> {
     /// Solved weights.
     pub plan: &'a Plan,
-    /// Absolute path of its safetensors file. The file exists during the evaluation only, unless all averages are kept.
+    /// Absolute path of its safetensors file. The file exists during its evaluations only, unless all averages are
+    /// kept.
     pub path: &'a Path,
+    /// Number of the repeat, from 1. An evaluation that draws random numbers should seed them by it: what the seed does
+    /// to all lengths alike is then no noise.
+    pub repeat: u32,
 }
 
 /// Directory of a sweep and its folder of candidates.
@@ -62,9 +66,9 @@ impl SweepDir {
         self.dir.join(if self.keep_all { KEPT } else { PENDING })
     }
 
-    /// Path of the best average.
-    pub(super) fn best(&self) -> PathBuf {
-        self.dir.join(BEST)
+    /// Path of the best average by a metric. The first one has the plain name.
+    pub(super) fn best(&self, metrics: &[Metric], metric: usize) -> PathBuf {
+        self.dir.join(best_name(metrics, metric))
     }
 
     /// Returns a path for each plan, named after its target and step. A table is named by its number among `targets`.
@@ -84,25 +88,23 @@ impl SweepDir {
         paths
     }
 
-    /// Returns true if the stored best average has this profile.
-    pub(super) fn holds(&self, profile: &Profile) -> bool {
-        stored_profile(&self.best()).as_ref() == Some(&profile_json(profile))
+    /// Returns true if a best average is stored and has this profile.
+    pub(super) fn holds(&self, best: &Path, profile: &Profile) -> bool {
+        stored_profile(best).as_ref() == Some(&profile_json(profile))
     }
 
-    /// Makes a candidate the best average. The earlier best is replaced atomically.
+    /// Makes a candidate the best average by one or more metrics. Earlier ones are replaced atomically.
     ///
     /// Does nothing if the evaluation removed the file.
-    pub(super) fn make_best(&self, candidate: &Path) -> Result<()> {
-        if !candidate.exists() {
-            return Ok(());
-        }
-        let best = self.best();
-        check_replaceable(&best)?;
+    pub(super) fn make_best(&self, candidate: &Path, best: &[PathBuf]) -> Result<()> {
+        let Some((last, others)) = best.split_last().filter(|_| candidate.exists()) else { return Ok(()) };
+        best.iter().try_for_each(|best| check_replaceable(best))?;
+        others.iter().try_for_each(|best| replace_by_link(candidate, best))?;
         if self.keep_all {
             // The candidate stays.
-            replace_by_link(candidate, &best)?;
+            replace_by_link(candidate, last)?;
         } else {
-            fs::rename(candidate, &best).map_err(Error::io("rename into place", &best))?;
+            fs::rename(candidate, last).map_err(Error::io("rename into place", last))?;
         }
         sync_directory(&self.dir)
     }
@@ -111,6 +113,11 @@ impl SweepDir {
     pub(super) fn discard(&self, candidate: &Path) -> Result<()> {
         if self.keep_all { Ok(()) } else { remove(candidate) }
     }
+}
+
+/// Returns the name of the best average by a metric.
+pub(super) fn best_name(metrics: &[Metric], metric: usize) -> String {
+    if metric == 0 { BEST.to_owned() } else { format!("best-{}.safetensors", metrics[metric].name) }
 }
 
 /// Returns the name of a candidate's file without extension, such as `sigma_rel-0.05.step-500`.

@@ -8,14 +8,19 @@ use std::time::{Duration, Instant};
 
 use super::candidates::Candidate;
 use super::output::{self, Tails};
-use super::score::score;
+use super::score::{named_scores, score};
+use super::scores::Scores;
 use super::template::{Template, WEIGHTS};
+use super::trial::Metric;
 use crate::error::{Error, Result, remedy};
 use crate::fs::process;
 use crate::planning::profile_json;
 
 /// Environment variable of the command that holds the profile as JSON.
 const PROFILE: &str = "POSTHOC_EMA_PROFILE";
+
+/// Environment variable of the command that holds the number of the repeat.
+const REPEAT: &str = "POSTHOC_EMA_REPEAT";
 
 /// Runs the command in `$1` in a process group of its own, and kills the whole group when our end of the pipe on its
 /// standard input is closed: after the command, after the timeout, and when this process ends in any way.
@@ -32,11 +37,12 @@ const SHOWN_LINES: usize = 5;
 /// Shell command that evaluates an average. It is run by `sh -c` and prints the score at the end of its last line.
 ///
 /// `{}` is replaced by the path of the average's file, quoted for the shell. The environment variable
-/// `POSTHOC_EMA_WEIGHTS` holds the same path, and `POSTHOC_EMA_PROFILE` the profile as JSON. The standard input is
-/// empty.
+/// `POSTHOC_EMA_WEIGHTS` holds the same path, and `POSTHOC_EMA_PROFILE` the profile as JSON. `{repeat}` and
+/// `POSTHOC_EMA_REPEAT` are the number of the repeat, from 1. The standard input is empty.
 #[derive(Clone, Debug)]
 pub struct Command {
     template: Template,
+    metrics: Vec<String>,
     timeout: Option<Duration>,
 }
 
@@ -47,26 +53,35 @@ impl Command {
     /// [`Error::Setting`] if the command contains neither `{}` nor `POSTHOC_EMA_WEIGHTS`, or has `{}` inside quotes.
     pub fn new(text: &str, timeout: Option<Duration>) -> Result<Command> {
         let template = Template::new(text).map_err(|reason| Error::Setting { option: "eval", reason })?;
-        Ok(Command { template, timeout })
+        Ok(Command { template, metrics: Vec::new(), timeout })
+    }
+
+    /// Takes the values of these metrics from lines `name: value`, instead of one number from the last line.
+    pub fn with_metrics(self, metrics: &[Metric]) -> Command {
+        Command { metrics: metrics.iter().map(|metric| metric.name.clone()).collect(), ..self }
     }
 
     /// Runs the command for one average. `relay` receives what it writes to its standard error.
     ///
     /// # Errors
-    /// Returns the reason of a failure: an exit status, a signal, the timeout, or an output that does not end
-    /// in a number. The last lines of the output follow.
-    pub fn evaluate(&self, candidate: &Candidate<'_>, relay: &(dyn Fn(&[u8]) + Sync)) -> Result<f64, String> {
+    /// Returns the reason of a failure: an exit status, a signal, the timeout, or an output without the numbers. The
+    /// last lines of the output follow.
+    pub fn evaluate(&self, candidate: &Candidate<'_>, relay: &(dyn Fn(&[u8]) + Sync)) -> Result<Scores, String> {
         let ended = self.run(candidate, relay).map_err(|error| not_run(&error))?;
         let (end, Tails { stdout, stderr }) = ended;
         let why = match end {
             End::Timeout(limit) => format!("it took longer than {} s", limit.as_secs_f64()),
             End::Exit(status) if !status.success() => describe(status),
-            End::Exit(_) => match score(&String::from_utf8_lossy(&stdout)) {
+            End::Exit(_) => match self.scores(&String::from_utf8_lossy(&stdout)) {
                 Ok(score) => return Ok(score),
                 Err(why) => why,
             },
         };
         Err(with_tail(why, if stderr.is_empty() { &stdout } else { &stderr }))
+    }
+
+    fn scores(&self, output: &str) -> Result<Scores, String> {
+        if self.metrics.is_empty() { score(output).map(Scores::from) } else { named_scores(output, &self.metrics) }
     }
 
     fn run(&self, candidate: &Candidate<'_>, relay: &(dyn Fn(&[u8]) + Sync)) -> io::Result<(End, Tails)> {
@@ -93,12 +108,13 @@ impl Command {
     ) -> io::Result<Child> {
         // Our copies of the shell's pipe ends are closed with the `Command` that owns them, at the end of this
         // function.
-        let text = self.template.fill(candidate.path.as_os_str().as_encoded_bytes());
+        let text = self.template.fill(candidate.path.as_os_str().as_encoded_bytes(), &[("{repeat}", candidate.repeat)]);
         let mut command = std::process::Command::new("sh");
         process::in_new_group(&mut command)
             .args([OsStr::new("-c"), OsStr::new(SUPERVISE), OsStr::new("sh")])
             .arg(process::argument(text))
             .env(WEIGHTS, candidate.path)
+            .env(REPEAT, candidate.repeat.to_string())
             .env(PROFILE, profile_json(&candidate.plan.profile))
             .stdin(Stdio::from(stdin))
             .stdout(Stdio::from(stdout))

@@ -6,6 +6,8 @@
 
 mod candidates;
 mod command;
+mod comparison;
+mod curve;
 mod observer;
 mod options;
 mod output;
@@ -15,17 +17,20 @@ mod record;
 mod refine;
 mod run;
 mod score;
+mod scores;
 mod search;
 mod template;
 mod trial;
 
 pub use candidates::Candidate;
 pub use command::Command;
+pub use comparison::Comparison;
 pub use observer::Observer;
 pub use options::{SweepOptions, SweepResult};
 pub use record::{Record, SweepKey, identity};
+pub use scores::Scores;
 pub use search::{Edge, Sweep};
-pub use trial::{Goal, Trial, TrialMetrics, TrialOutcome};
+pub use trial::{Goal, Metric, Trial, TrialMetrics, TrialOutcome};
 
 #[cfg(test)]
 mod tests;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::observer::Observer;
 use super::search::Sweep;
-use super::trial::Goal;
+use super::trial::{Goal, Metric};
 use crate::device::Device;
 use crate::math::Profile;
 use crate::planning::{At, Noise};
@@ -27,8 +27,13 @@ pub struct SweepOptions<'a> {
     pub at: At,
     /// Name of the evaluation. A directory holds the scores of one evaluation only.
     pub evaluation: &'a str,
-    /// Direction in which scores are better.
+    /// Direction in which scores are better, if `metrics` is empty.
     pub goal: Goal,
+    /// Metrics of each evaluation, in the order of its values; empty for one number. Each has its own best, which is
+    /// refined by itself. `best.safetensors` is the best by the first one, `best-NAME.safetensors` that by another.
+    pub metrics: &'a [Metric],
+    /// Number of times that each average is evaluated.
+    pub repeats: u32,
     /// Number of golden-section steps around the best target. At an edge of the list they go outwards first, as far
     /// as the run makes averages with a relative error of at most 5%.
     pub refine: usize,
@@ -55,6 +60,8 @@ impl<'a> SweepOptions<'a> {
             at: At::Latest,
             evaluation: "",
             goal: Goal::Minimize,
+            metrics: &[],
+            repeats: 1,
             refine: REFINE,
             batch: BATCH,
             noise: Noise::Off,
@@ -71,8 +78,8 @@ impl<'a> SweepOptions<'a> {
 pub struct SweepResult {
     /// All trials, including those of earlier calls. [`Sweep::best`] returns the best one.
     pub sweep: Sweep,
-    /// Safetensors file of the best average; `None` if no evaluation succeeded.
-    pub best: Option<PathBuf>,
+    /// Safetensors file of the best average by each metric; empty if no evaluation succeeded.
+    pub best: Vec<PathBuf>,
     /// Time of the targets.
     pub at: u64,
     /// True at an edge of the evaluated lengths beyond which the run makes no average with a relative error of at most

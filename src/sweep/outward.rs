@@ -1,7 +1,7 @@
 //! Steps beyond the edge of a list, if the best trial is there.
 
+use super::curve::Curve;
 use super::points::{GOLDEN, Point, best_points, points, round_length};
-use super::trial::Trials;
 use crate::math::{Family, MAX_SIGMA_REL, Profile, Unit};
 
 /// Factor by which steps grow: with it, the first bracket has golden proportions.
@@ -15,14 +15,14 @@ const SMALLEST: f64 = 0.25;
 
 /// Returns the next profile beyond the edge. Returns `None` if the best trial is at none, if a trial is beyond it, or
 /// if nothing worth a trial is within reach.
-pub(super) fn next_profile(trials: &Trials, is_reached: &dyn Fn(&Profile) -> bool) -> Option<Profile> {
-    let (family, _) = trials.best()?.profile.family()?;
-    let points = points(trials)?;
-    let best = best_points(trials, &points);
+pub(super) fn next_profile(curve: Curve<'_>, is_reached: &dyn Fn(&Profile) -> bool) -> Option<Profile> {
+    let (family, _) = curve.best()?.profile.family()?;
+    let points = points(curve)?;
+    let best = best_points(curve, &points);
     let (first, last) = (points.first()?, points.last()?);
     let interval = mean_interval(&points)?;
     let step_from = |edge: &Point<'_>, up: bool| {
-        let inner = points.iter().filter(|point| point.trial.score().is_some() && point.at != edge.at);
+        let inner = points.iter().filter(|point| point.score.is_some() && point.at != edge.at);
         let gap = inner.map(|point| (point.at - edge.at).abs()).reduce(f64::min)?.max(interval);
         step(family, edge.at, if up { gap } else { -gap }, SMALLEST * interval, is_reached)
     };

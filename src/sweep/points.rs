@@ -1,6 +1,7 @@
 //! Trials on the axis of their family.
 
-use super::trial::{Trial, Trials};
+use super::curve::Curve;
+use super::trial::Trial;
 
 /// Smaller part of a golden section: `(3 - sqrt 5) / 2`.
 pub(super) const GOLDEN: f64 = 0.381_966_011_250_105_15;
@@ -10,29 +11,30 @@ pub(super) const GOLDEN: f64 = 0.381_966_011_250_105_15;
 pub(super) struct Point<'a> {
     pub at: f64,
     pub trial: &'a Trial,
+    pub score: Option<f64>,
 }
 
 impl Point<'_> {
     /// Returns true for a successful target of the list.
     pub(super) fn is_listed(&self) -> bool {
-        !self.trial.refined && self.trial.score().is_some()
+        !self.trial.refined && self.score.is_some()
     }
 }
 
 /// Returns the trials of the best one's family, sorted by length. Returns `None` for a family without lengths.
-pub(super) fn points(trials: &Trials) -> Option<Vec<Point<'_>>> {
-    let (family, _) = trials.best()?.profile.family()?;
-    let trials = trials.of_family(family);
-    let mut points: Vec<Point<'_>> =
-        trials.map(|(trial, length)| Point { at: family.coordinate(length), trial }).collect();
+pub(super) fn points<'a>(curve: Curve<'a>) -> Option<Vec<Point<'a>>> {
+    let (family, _) = curve.best()?.profile.family()?;
+    let point =
+        |(trial, length): (&'a Trial, f64)| Point { at: family.coordinate(length), trial, score: curve.score(trial) };
+    let mut points: Vec<Point<'_>> = curve.of_family(family).map(point).collect();
     points.sort_by(|a, b| a.at.total_cmp(&b.at));
     Some(points)
 }
 
 /// Returns the points whose score equals the best one.
-pub(super) fn best_points<'a>(trials: &Trials, points: &[Point<'a>]) -> Vec<Point<'a>> {
-    let best = trials.best().and_then(Trial::score);
-    points.iter().copied().filter(|point| point.trial.score() == best).collect()
+pub(super) fn best_points<'a>(curve: Curve<'_>, points: &[Point<'a>]) -> Vec<Point<'a>> {
+    let best = curve.best().and_then(|best| curve.score(best));
+    points.iter().copied().filter(|point| point.score == best).collect()
 }
 
 /// Rounds a length to a thousandth of its distance from the centre, if the result is still between its neighbours.

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::candidates::{BEST, FOLDERS};
+use super::candidates::{FOLDERS, best_name};
 use super::options::SweepOptions;
 use super::search::Sweep;
-use super::trial::{Goal, Trial};
+use super::trial::{Goal, Metric, Trial};
 use crate::error::{Error, Result};
 use crate::fs::{AtomicFile, Lock, check_replaceable, find_document, remove_leftovers};
 use crate::run::Run;
@@ -18,8 +18,11 @@ use crate::snapshot::{STATE_FILE, any_snapshot_file};
 /// Name of the document.
 const FILE: &str = "sweep.json";
 
-/// Version of the document.
-const VERSION: u32 = 1;
+/// Version of a document with one number for each trial.
+const PLAIN_VERSION: u32 = 1;
+
+/// Version of a document with several metrics or repeats, which older programs would lose.
+const VERSION: u32 = 2;
 
 /// Settings that the scores of a sweep depend on. Sweeps that differ in one do not share scores.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,8 +33,11 @@ pub struct SweepKey {
     pub at: u64,
     /// Evaluation: a command, or the name of a function.
     pub evaluation: String,
-    /// Direction in which scores are better.
+    /// Direction in which scores are better: that of the first metric.
     pub goal: Goal,
+    /// Metrics of the evaluation; empty for one without a name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub metrics: Vec<Metric>,
     /// Dtype of averaged tensors; `None` for the model's own.
     pub dtype: Option<String>,
     /// Treatment of the snapshots' rounding, as [`Noise`](crate::Noise) is written.
@@ -76,9 +82,10 @@ impl Record {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         // The path is made absolute, because an evaluation may change the working directory.
         let dir = &std::path::absolute(dir).map_err(Error::io("read", dir))?;
-        check_own(dir)?;
-        // The best average is written last, after all evaluations.
-        check_replaceable(&dir.join(BEST))?;
+        let names: Vec<String> = (0..key.metrics.len().max(1)).map(|metric| best_name(&key.metrics, metric)).collect();
+        check_own(dir, &names)?;
+        // The best averages are written last, after all evaluations.
+        names.iter().try_for_each(|name| check_replaceable(&dir.join(name)))?;
         let lock = Lock::acquire(dir).map_err(|error| match error {
             Error::Locked { path } | Error::LockedHere { path } => {
                 Error::unexpected(&path, "another sweep is writing here: wait for it, or choose another directory")
@@ -110,8 +117,10 @@ impl Record {
 
     fn write(&self, trials: &[Trial]) -> Result<()> {
         self.lock.id().check()?;
+        let is_plain = self.key.metrics.is_empty() && trials.iter().all(|trial| trial.repeats.is_empty());
+        let version = if is_plain { PLAIN_VERSION } else { VERSION };
         let document =
-            SweepDocument { posthoc_ema_sweep: VERSION, key: Cow::Borrowed(&self.key), trials: trials.into() };
+            SweepDocument { posthoc_ema_sweep: version, key: Cow::Borrowed(&self.key), trials: trials.into() };
         let path = self.dir.join(FILE);
         let text = serde_json::to_string_pretty(&document).map_err(|e| Error::unexpected(&path, e.to_string()))?;
         let file = AtomicFile::create(&path)?;
@@ -127,7 +136,8 @@ impl SweepKey {
             run: identity(run),
             at,
             evaluation: options.evaluation.to_owned(),
-            goal: options.goal,
+            goal: options.metrics.first().map_or(options.goal, |metric| metric.goal),
+            metrics: options.metrics.to_vec(),
             dtype: options.dtype.map(|dtype| dtype.to_string()),
             noise: options.noise.to_string(),
         }
@@ -135,11 +145,16 @@ impl SweepKey {
 
     /// Describes the first difference from the stored key, for a message that begins with "the sweep here".
     fn difference(&self, stored: &SweepKey) -> Option<String> {
+        let metrics = |key: &SweepKey| match key.metrics.is_empty() {
+            true => "one number".into(),
+            false => key.metrics.iter().map(Metric::to_string).collect::<Vec<_>>().join(", "),
+        };
         let dtype = |key: &SweepKey| key.dtype.clone().unwrap_or_else(|| "the model's".into());
         let parts = [
             ("is over another run", self.run.clone(), stored.run.clone()),
             ("is at another step", self.at.to_string(), stored.at.to_string()),
             ("has another evaluation", self.evaluation.clone(), stored.evaluation.clone()),
+            ("has other metrics", metrics(self), metrics(stored)),
             ("has another direction", self.goal.to_string(), stored.goal.to_string()),
             ("has another dtype", dtype(self), dtype(stored)),
             ("has another regularisation", self.noise.clone(), stored.noise.clone()),
@@ -159,7 +174,7 @@ pub fn identity(run: &Run) -> String {
 }
 
 /// Checks that a directory without a document holds neither a run nor files that a sweep would replace.
-fn check_own(dir: &Path) -> Result<()> {
+fn check_own(dir: &Path, best: &[String]) -> Result<()> {
     if dir.join(FILE).exists() {
         return Ok(());
     }
@@ -169,7 +184,7 @@ fn check_own(dir: &Path) -> Result<()> {
         return Err(Error::unexpected(dir, why));
     }
     let has_files = |folder: &&str| dir.join(folder).read_dir().is_ok_and(|mut entries| entries.next().is_some());
-    let best = dir.join(BEST).symlink_metadata().is_ok().then_some(BEST);
+    let best = best.iter().map(String::as_str).find(|name| dir.join(name).symlink_metadata().is_ok());
     let Some(found) = best.or_else(|| FOLDERS.into_iter().find(has_files)) else { return Ok(()) };
     let why = format!("a sweep would replace {found}, and no earlier sweep wrote it ({FILE} is missing)");
     Err(Error::unexpected(dir, format!("{why}: move it away, or choose another directory")))
@@ -179,8 +194,9 @@ fn check_own(dir: &Path) -> Result<()> {
 fn read(path: &Path, text: &[u8], key: &SweepKey) -> Result<Vec<Trial>> {
     let damaged = |error: serde_json::Error| Error::damaged(path, format!("not the record of a sweep: {error}"));
     let version: SweepVersion = serde_json::from_slice(text).map_err(damaged)?;
-    if version.posthoc_ema_sweep != VERSION {
-        let why = format!("its version is {}, and this program reads version {VERSION}", version.posthoc_ema_sweep);
+    if !(PLAIN_VERSION..=VERSION).contains(&version.posthoc_ema_sweep) {
+        let version = version.posthoc_ema_sweep;
+        let why = format!("its version is {version}, and this program reads versions {PLAIN_VERSION} to {VERSION}");
         return Err(Error::unexpected(path, format!("{why}: use a newer program, or choose another directory")));
     }
     let stored: SweepDocument<'_> = serde_json::from_slice(text).map_err(damaged)?;
@@ -196,6 +212,7 @@ fn read(path: &Path, text: &[u8], key: &SweepKey) -> Result<Vec<Trial>> {
 mod tests {
     use super::*;
     use crate::math::Profile;
+    use crate::sweep::candidates::BEST;
     use crate::sweep::{TrialMetrics, TrialOutcome};
 
     fn key() -> SweepKey {
@@ -204,6 +221,7 @@ mod tests {
             at: 500,
             evaluation: "eval {}".into(),
             goal: Goal::Minimize,
+            metrics: Vec::new(),
             dtype: None,
             noise: "off".into(),
         }
@@ -238,6 +256,31 @@ mod tests {
         assert_eq!(trials[2].score(), None);
     }
 
+    /// A document of version 1, as older programs wrote it, continues with repeats and is then one of version 2.
+    #[test]
+    fn plain_document_of_version_1_is_read_and_extended() {
+        let temp = tempfile::tempdir().unwrap();
+        let (record, _) = Record::open(temp.path(), key()).unwrap();
+        let text = r#"{"posthoc_ema_sweep": 1, "run": "a1", "at": 500, "evaluation": "eval {}", "goal": "minimize",
+            "dtype": null, "noise": "off", "trials": [{"profile": {"kind": "power", "gamma": 3.5}, "score": 0.25,
+            "relative_error": 0.001, "noise_gain": 1.5, "seconds": 2.0, "refined": false}]}"#;
+        fs::write(temp.path().join(FILE), text).unwrap();
+        drop(record);
+        let (record, trials) = Record::open(temp.path(), key()).unwrap();
+        let profile = trials[0].profile.clone();
+        let mut sweep = Sweep::new(std::slice::from_ref(&profile), Goal::Minimize, 0).unwrap().with_repeats(2);
+        sweep.restore(trials);
+        assert_eq!((sweep.next(9, &|_| true), sweep.missing(&profile)), (vec![profile.clone()], vec![2]));
+        sweep.record_repeat(profile.clone(), 2, Ok(0.75.into()), TrialMetrics::default());
+        assert_eq!(sweep.trials()[0].score(), Some(0.5));
+        record.save(&sweep).unwrap();
+        drop(record);
+        let text = fs::read_to_string(temp.path().join(FILE)).unwrap();
+        assert!(text.contains("\"posthoc_ema_sweep\": 2"), "{text}");
+        let (_record, trials) = Record::open(temp.path(), key()).unwrap();
+        assert_eq!(trials, sweep.trials());
+    }
+
     /// A kill while the document is written leaves one.
     #[test]
     fn temporary_files_of_a_killed_sweep_are_removed() {
@@ -257,10 +300,12 @@ mod tests {
     fn sweep_with_other_settings_is_refused() {
         let temp = tempfile::tempdir().unwrap();
         Record::open(temp.path(), key()).unwrap().0.save(&sweep()).unwrap();
+        let fid = Metric::parse("fid").unwrap();
         for (other, part) in [
             (SweepKey { run: "b2".into(), ..key() }, "is over another run (a1, and now b2)"),
             (SweepKey { at: 400, ..key() }, "is at another step (500, and now 400)"),
             (SweepKey { evaluation: "true".into(), ..key() }, "has another evaluation (eval {}, and now true)"),
+            (SweepKey { metrics: vec![fid], ..key() }, "has other metrics (one number, and now fid:min)"),
             (SweepKey { goal: Goal::Maximize, ..key() }, "has another direction (minimize, and now maximize)"),
             (SweepKey { dtype: Some("F16".into()), ..key() }, "has another dtype (the model's, and now F16)"),
         ] {
@@ -309,7 +354,7 @@ mod tests {
         for (text, part) in [
             (good[..good.len() / 2].to_owned(), "not the record of a sweep"),
             ("{}".into(), "posthoc_ema_sweep"),
-            (good.replace("\"posthoc_ema_sweep\": 1", "\"posthoc_ema_sweep\": 2"), "its version is 2"),
+            (good.replace("\"posthoc_ema_sweep\": 1", "\"posthoc_ema_sweep\": 3"), "its version is 3"),
             (good.replace("\"trials\"", "\"trails\""), "missing field `trials`"),
             (good.replace("\"gamma\": ", "\"gamma\": -"), "gamma = -"),
         ] {

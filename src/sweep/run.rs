@@ -7,8 +7,9 @@ use std::time::Instant;
 use super::candidates::{Candidate, SweepDir};
 use super::options::{SweepOptions, SweepResult};
 use super::record::{Record, SweepKey};
+use super::scores::Scores;
 use super::search::Sweep;
-use super::trial::{TrialMetrics, TrialOutcome};
+use super::trial::TrialMetrics;
 use crate::error::{Error, Result};
 use crate::math::Profile;
 use crate::planning::{At, Plan, log_warnings};
@@ -56,12 +57,13 @@ impl Run {
     /// - As [`Run::plans`] and [`Run::write_all`].
     ///
     /// Recorded trials are kept.
-    pub fn sweep<E: Display>(
+    pub fn sweep<S: Into<Scores>, E: Display>(
         &self,
         options: &SweepOptions<'_>,
-        evaluate: impl FnMut(&Candidate<'_>) -> Result<f64, E>,
+        evaluate: impl FnMut(&Candidate<'_>) -> Result<S, E>,
     ) -> Result<SweepResult> {
-        let mut sweep = Sweep::new(options.targets, options.goal, options.refine)?;
+        let sweep = Sweep::new(options.targets, options.goal, options.refine)?;
+        let mut sweep = sweep.with_metrics(options.metrics)?.with_repeats(options.repeats);
         // All targets are solved first, so that an impossible one fails before anything is written.
         let plans = self.plans_with(sweep.targets(), options.at, options.noise)?;
         let at = plans.first().map_or(0, |plan| plan.at);
@@ -101,9 +103,9 @@ struct ActiveSweep<'a, F> {
     evaluated: usize,
 }
 
-impl<F, E: Display> ActiveSweep<'_, F>
+impl<F, S: Into<Scores>, E: Display> ActiveSweep<'_, F>
 where
-    F: FnMut(&Candidate<'_>) -> Result<f64, E>,
+    F: FnMut(&Candidate<'_>) -> Result<S, E>,
 {
     /// Evaluates all targets and refinements.
     fn search(&mut self) -> Result<()> {
@@ -118,7 +120,7 @@ where
             for ((plan, path), result) in plans.iter().zip(&paths).zip(results) {
                 match result {
                     Ok(()) => self.evaluate(plan, path)?,
-                    Err(error) => self.record(plan, TrialOutcome::Error(error.to_string()), 0.0)?,
+                    Err(error) => self.record(plan, 1, Err(error.to_string()), 0.0)?,
                 }
             }
         }
@@ -154,24 +156,31 @@ where
         self.run.write_all(outputs, &WriteOptions { dtype, device, progress: Some(&progress) }).map(drop)
     }
 
-    /// Evaluates a candidate, records the outcome, and keeps its file if it is the best.
+    /// Evaluates a candidate until all repeats are there or one failed, and keeps its file if it is a best one.
     fn evaluate(&mut self, plan: &Plan, path: &Path) -> Result<()> {
-        self.options.observer.evaluating(&plan.profile, &self.sweep);
-        let start = Instant::now();
-        let outcome = match (self.evaluate)(&Candidate { plan, path }) {
-            Ok(score) => TrialOutcome::Score(score),
-            Err(error) => TrialOutcome::Error(error.to_string()),
-        };
-        self.evaluated += 1;
-        self.record(plan, outcome, start.elapsed().as_secs_f64())?;
-        if self.sweep.best().is_some_and(|best| best.profile == plan.profile) {
-            self.dir.make_best(path)?;
+        for repeat in self.sweep.missing(&plan.profile) {
+            self.options.observer.evaluating(&plan.profile, &self.sweep);
+            let start = Instant::now();
+            let scores = (self.evaluate)(&Candidate { plan, path, repeat });
+            self.evaluated += 1;
+            let scores = scores.map(Into::into).map_err(|error| error.to_string());
+            self.record(plan, repeat, scores, start.elapsed().as_secs_f64())?;
+            if self.sweep.trial(&plan.profile).is_some_and(|trial| trial.score().is_none()) {
+                break;
+            }
         }
+        let is_best = |metric: &usize| self.sweep.best_by(*metric).is_some_and(|best| best.profile == plan.profile);
+        let best: Vec<PathBuf> = (0..self.sweep.metrics().len()).filter(is_best).map(|m| self.best_path(m)).collect();
+        self.dir.make_best(path, &best)?;
         self.dir.discard(path)
     }
 
-    fn record(&mut self, plan: &Plan, outcome: TrialOutcome, seconds: f64) -> Result<()> {
-        self.sweep.record(plan.profile.clone(), outcome, TrialMetrics::of(plan, seconds));
+    fn best_path(&self, metric: usize) -> PathBuf {
+        self.dir.best(self.sweep.metrics(), metric)
+    }
+
+    fn record(&mut self, plan: &Plan, repeat: u32, scores: Result<Scores, String>, seconds: f64) -> Result<()> {
+        self.sweep.record_repeat(plan.profile.clone(), repeat, scores, TrialMetrics::of(plan, seconds));
         self.record.save(&self.sweep)?;
         if let Some(trial) = self.sweep.trial(&plan.profile) {
             self.options.observer.evaluated(trial, &self.sweep);
@@ -179,20 +188,24 @@ where
         Ok(())
     }
 
-    /// Returns the file of the best average. It is synthesized again if it was removed, or if the sweep was killed
-    /// before it was renamed.
-    fn ensure_best(&self) -> Result<Option<PathBuf>> {
-        let Some(best) = self.sweep.best() else { return Ok(None) };
-        let path = self.dir.best();
-        if !self.dir.holds(&best.profile) {
-            let profiles = std::slice::from_ref(&best.profile);
-            let plans = self.run.plans_with(profiles, At::Step(self.at), self.options.noise)?;
-            self.options.observer.synthesizing(1, self.run.bytes_to_read(&plans));
-            // It is written among the candidates first. After an interruption the same path is used again.
-            let candidates = self.dir.candidates(&plans, self.sweep.targets());
-            self.write(&[Output { plan: &plans[0], path: &candidates[0] }])?;
-            self.dir.make_best(&candidates[0])?;
+    /// Returns the files of the best averages. Each is synthesized again if it was removed, if the sweep was killed
+    /// before it was renamed, or if it became the best after others were evaluated.
+    fn ensure_best(&self) -> Result<Vec<PathBuf>> {
+        let mut paths = Vec::new();
+        for metric in 0..self.sweep.metrics().len() {
+            let Some(best) = self.sweep.best_by(metric) else { break };
+            let path = self.best_path(metric);
+            if !self.dir.holds(&path, &best.profile) {
+                let profiles = std::slice::from_ref(&best.profile);
+                let plans = self.run.plans_with(profiles, At::Step(self.at), self.options.noise)?;
+                self.options.observer.synthesizing(1, self.run.bytes_to_read(&plans));
+                // It is written among the candidates first. After an interruption the same path is used again.
+                let candidates = self.dir.candidates(&plans, self.sweep.targets());
+                self.write(&[Output { plan: &plans[0], path: &candidates[0] }])?;
+                self.dir.make_best(&candidates[0], std::slice::from_ref(&path))?;
+            }
+            paths.push(path);
         }
-        Ok(Some(path))
+        Ok(paths)
     }
 }

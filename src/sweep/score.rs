@@ -1,4 +1,6 @@
-//! Score at the end of a command's output.
+//! Score at the end of a command's output, or values of several metrics in it.
+
+use super::scores::Scores;
 
 /// Parses the number at the end of the last line that is not empty: `0.31`, `loss 0.31`, `FID: 2.1`, `accuracy=0.93`.
 ///
@@ -16,6 +18,36 @@ pub(super) fn score(output: &str) -> Result<f64, String> {
         return Err(format!("the score is {score}: a finite number is needed"));
     }
     Ok(score)
+}
+
+/// Parses the values of metrics, each from the last line that begins with its name: `fid: 2.1`, `acc = 0.93`. Several
+/// numbers in a line are several measurements: `fid: 2.1 2.3 2.2`.
+///
+/// # Errors
+/// Returns the reason if a name has no line, if there is something else than numbers in it, or if the names have
+/// different numbers of values.
+pub(super) fn named_scores(output: &str, names: &[String]) -> Result<Scores, String> {
+    let columns: Vec<Vec<f64>> = names.iter().map(|name| named_values(output, name)).collect::<Result<_, _>>()?;
+    let rows = columns.first().map_or(0, Vec::len);
+    if let Some((name, column)) = names.iter().zip(&columns).find(|(_, column)| column.len() != rows) {
+        return Err(format!("it printed {} values of {name}, and {rows} of {}", column.len(), names[0]));
+    }
+    let row = |i: usize| columns.iter().map(|column| column[i]).collect();
+    Ok(Scores::of_rows((0..rows).map(row).collect()))
+}
+
+/// Parses the numbers in the last line of a metric.
+fn named_values(output: &str, name: &str) -> Result<Vec<f64>, String> {
+    let values_of = |line: &str| {
+        let rest = line.trim().strip_prefix(name)?.trim_start();
+        rest.strip_prefix([':', '=']).map(str::to_owned)
+    };
+    let Some(values) = output.lines().rev().find_map(values_of) else {
+        return Err(format!("no line of its output begins with `{name}:`"));
+    };
+    let numbers: Option<Vec<f64>> = values.split_whitespace().map(|word| word.parse().ok()).collect();
+    let numbers = numbers.filter(|numbers| !numbers.is_empty());
+    numbers.ok_or_else(|| format!("the line of {name} has no numbers after the name: {}", shorten(&values)))
 }
 
 /// Parses a number, or one after a name: `loss=0.3`.
@@ -54,6 +86,29 @@ mod tests {
             ("epoch 3\t7", 7.0),
         ] {
             assert_eq!(score(output), Ok(expected), "{output}");
+        }
+    }
+
+    #[test]
+    fn named_values_are_in_the_last_line_of_their_name() {
+        let names = ["fid", "acc"].map(str::to_owned);
+        for (output, expected) in [
+            ("fid: 2.5\nacc: 0.9\n", vec![vec![2.5, 0.9]]),
+            (" acc=0.9 \nfid = -1e3\ndone", vec![vec![-1e3, 0.9]]),
+            ("fid: 9\nfid_clip: 3\nacc: 1 2 3\nfid: 4 5 6", vec![vec![4.0, 1.0], vec![5.0, 2.0], vec![6.0, 3.0]]),
+        ] {
+            assert_eq!(named_scores(output, &names), Ok(Scores::of_rows(expected)), "{output}");
+        }
+        for (output, part) in [
+            ("", "no line of its output begins with `fid:`"),
+            ("fid: 2\nfid_acc: 3", "begins with `acc:`"),
+            ("fid: 2\nacc:", "the line of acc has no numbers"),
+            ("fid: 2\nacc: 93%", "93%"),
+            ("fid: 2 3\nacc: 1", "1 values of acc, and 2 of fid"),
+            ("my fid: 2", "begins with `fid:`"),
+        ] {
+            let why = named_scores(output, &names).unwrap_err();
+            assert!(why.contains(part), "{output}: {why}");
         }
     }
 

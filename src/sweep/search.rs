@@ -2,9 +2,12 @@
 
 use serde::Serialize;
 
+use super::comparison::{Comparison, compare};
+use super::curve::Trials;
 use super::outward::{self, longest};
 use super::refine;
-use super::trial::{Goal, Trial, TrialMetrics, TrialOutcome, Trials};
+use super::scores::Scores;
+use super::trial::{Goal, Metric, Trial, TrialMetrics, TrialOutcome};
 use crate::error::{Error, Result};
 use crate::math::Profile;
 
@@ -47,6 +50,7 @@ pub enum Edge {
 pub struct Sweep {
     targets: Vec<Profile>,
     refine: usize,
+    repeats: u32,
     trials: Trials,
 }
 
@@ -66,12 +70,34 @@ impl Sweep {
                 distinct.push(target.clone());
             }
         }
-        Ok(Sweep { targets: distinct, refine, trials: Trials::new(goal) })
+        Ok(Sweep { targets: distinct, refine, repeats: 1, trials: Trials::new(goal) })
     }
 
-    /// Adds the trials of an earlier search, which are not evaluated again. Failed trials are left out, so that they
-    /// are tried again.
-    pub fn restore(&mut self, trials: Vec<Trial>) {
+    /// Repeats each evaluation, so that the scores have a [standard error](Sweep::comparison).
+    pub fn with_repeats(self, repeats: u32) -> Sweep {
+        Sweep { repeats: repeats.max(1), ..self }
+    }
+
+    /// Takes several metrics from each evaluation. Each has its own best, which is refined by itself. An empty list
+    /// changes nothing.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if two have one name.
+    pub fn with_metrics(self, metrics: &[Metric]) -> Result<Sweep> {
+        let is_repeated = |(i, metric): (usize, &Metric)| metrics[..i].iter().any(|other| other.name == metric.name);
+        if let Some((_, metric)) = metrics.iter().enumerate().find(|(i, metric)| is_repeated((*i, metric))) {
+            return Err(Error::Setting { option: "metric", reason: format!("{} is given twice", metric.name) });
+        }
+        if metrics.is_empty() {
+            return Ok(self);
+        }
+        Ok(Sweep { trials: self.trials.with_metrics(metrics.to_vec()), ..self })
+    }
+
+    /// Adds the trials of an earlier search, which are not evaluated again. Failed evaluations are left out, so that
+    /// they are tried again.
+    pub fn restore(&mut self, mut trials: Vec<Trial>) {
+        trials.iter_mut().for_each(Trial::rescore);
         self.trials.extend(trials.into_iter().filter(|trial| trial.score().is_some()));
     }
 
@@ -82,24 +108,63 @@ impl Sweep {
     /// allows.
     /// Profiles are returned again until they are recorded.
     pub fn next(&self, batch: usize, is_reached: &dyn Fn(&Profile) -> bool) -> Vec<Profile> {
-        let open: Vec<Profile> = self.open_targets().take(batch.max(1)).cloned().collect();
-        if !open.is_empty() || self.is_flat() || self.refined() >= self.refine {
+        let open: Vec<Profile> = self.open().take(batch.max(1)).cloned().collect();
+        if !open.is_empty() {
             return open;
         }
-        let outward = outward::next_profile(&self.trials, is_reached);
-        outward.or_else(|| refine::next_profile(&self.trials)).into_iter().collect()
+        let refinement = |metric: usize| {
+            let curve = self.trials.by(metric);
+            if self.is_flat_by(metric) || refine::steps_around_best(curve) >= self.refine {
+                return None;
+            }
+            outward::next_profile(curve, is_reached).or_else(|| refine::next_profile(curve))
+        };
+        (0..self.metrics().len()).find_map(refinement).into_iter().collect()
     }
 
-    /// Records the outcome of an evaluation. A score that is NaN or infinite counts as a failure.
+    /// Numbers of the repeats that a profile still needs, from 1.
+    pub fn missing(&self, profile: &Profile) -> Vec<u32> {
+        self.trial(profile).map_or_else(|| (1..=self.repeats).collect(), |trial| trial.missing(self.repeats))
+    }
+
+    /// Records the only evaluation of a profile, of one metric. A score that is NaN or infinite counts as a failure.
     pub fn record(&mut self, profile: Profile, outcome: TrialOutcome, metrics: TrialMetrics) -> &Trial {
-        let outcome = match outcome {
-            TrialOutcome::Score(score) if !score.is_finite() => {
-                TrialOutcome::Error(format!("the score is {score}: a finite number is needed"))
-            }
-            other => other,
+        let scores = match outcome {
+            TrialOutcome::Score(score) => Ok(score.into()),
+            TrialOutcome::Error(why) => Err(why),
         };
-        let refined = !self.targets.contains(&profile);
-        self.trials.record(Trial { profile, outcome, metrics, refined })
+        self.add(Trial::new(profile), 1, scores, metrics)
+    }
+
+    /// Records a repeat of an evaluation. A value that is NaN or infinite counts as a failure. The trial has failed if
+    /// one of its repeats did.
+    pub fn record_repeat(
+        &mut self,
+        profile: Profile,
+        repeat: u32,
+        scores: std::result::Result<Scores, String>,
+        metrics: TrialMetrics,
+    ) -> &Trial {
+        let trial = self.trial(&profile).cloned().unwrap_or_else(|| Trial::new(profile));
+        self.add(trial, repeat, scores, metrics)
+    }
+
+    fn add(
+        &mut self,
+        mut trial: Trial,
+        repeat: u32,
+        scores: std::result::Result<Scores, String>,
+        metrics: TrialMetrics,
+    ) -> &Trial {
+        let names: Vec<String> = self.metrics().iter().map(|metric| metric.name.clone()).collect();
+        trial.refined = !self.targets.contains(&trial.profile);
+        trial.add(repeat, scores.and_then(|scores| scores.checked(&names)), metrics);
+        self.trials.record(trial)
+    }
+
+    /// Gives the trials of the last batch the order of its profiles, whatever order their evaluations ended in.
+    pub fn arrange(&mut self, batch: &[Profile]) {
+        self.trials.arrange(batch);
     }
 
     /// Targets of the list, without repetitions.
@@ -107,9 +172,14 @@ impl Sweep {
         &self.targets
     }
 
-    /// Direction in which scores are better.
+    /// Direction in which scores are better: that of the first metric.
     pub fn goal(&self) -> Goal {
-        self.trials.goal()
+        self.metrics()[0].goal
+    }
+
+    /// Metrics of an evaluation; one of the name `score` if none was named.
+    pub fn metrics(&self) -> &[Metric] {
+        self.trials.metrics()
     }
 
     /// All trials, in the order of their evaluation.
@@ -130,9 +200,36 @@ impl Sweep {
         self.trials.get(profile)
     }
 
-    /// Returns the trial of the best score, the first of equal ones. Returns `None` if no evaluation succeeded.
+    /// Returns the best trial by the first metric. Returns `None` if no evaluation succeeded.
+    ///
+    /// It is the trial of the best score, the first of equal ones. If evaluations were repeated, it is that of the
+    /// [comparison](Sweep::comparison).
     pub fn best(&self) -> Option<&Trial> {
-        self.trials.best()
+        self.best_by(0)
+    }
+
+    /// As [`Sweep::best`], by the index of a metric.
+    pub fn best_by(&self, metric: usize) -> Option<&Trial> {
+        let curve = self.trials.by(metric);
+        match compare(curve) {
+            Some(comparison) => curve.get(&comparison.best),
+            None => curve.best(),
+        }
+    }
+
+    /// Compares the trials by the index of a metric. Returns `None` if the evaluations were not repeated.
+    pub fn comparison(&self, metric: usize) -> Option<Comparison> {
+        compare(self.trials.by(metric))
+    }
+
+    /// Returns the trials that no other one beats: none is as good in all metrics, and better in one.
+    pub fn unbeaten(&self) -> Vec<&Trial> {
+        let curves: Vec<_> = (0..self.metrics().len()).map(|metric| self.trials.by(metric)).collect();
+        let beats = |one: &Trial, other: &Trial| {
+            curves.iter().all(|curve| !curve.is_better(other, one)) && curves.iter().any(|c| c.is_better(one, other))
+        };
+        let scored = || self.trials().iter().filter(|trial| trial.score().is_some());
+        scored().filter(|trial| !scored().any(|other| beats(other, trial))).collect()
     }
 
     /// Returns the end of the evaluated lengths of its family at which the best trial is, if it is at one. A wider list
@@ -145,7 +242,7 @@ impl Sweep {
             return None;
         }
         let (family, best) = self.best()?.profile.family()?;
-        let scored = self.trials.of_family(family).filter(|(trial, _)| trial.score().is_some());
+        let scored = self.trials.by(0).of_family(family).filter(|(trial, _)| trial.score().is_some());
         let lengths: Vec<f64> = scored.map(|(_, length)| length).collect();
         let has_shorter = lengths.iter().any(|&length| length < best);
         let has_longer = lengths.iter().any(|&length| length > best);
@@ -158,30 +255,52 @@ impl Sweep {
 
     /// Returns true if the best trial is at an edge, and `is_reached` allows no step beyond it.
     pub fn is_at_limit(&self, is_reached: &dyn Fn(&Profile) -> bool) -> bool {
-        self.edge().is_some() && outward::next_profile(&self.trials, is_reached).is_none()
+        self.edge().is_some() && outward::next_profile(self.trials.by(0), is_reached).is_none()
     }
 
-    /// Returns true if at least three lengths of the best one's family have a score, and all have the same one.
+    /// Returns true if at least three lengths of the best one's family have a score, and all have the same one. If
+    /// evaluations were repeated, the same within their noise.
     pub fn is_flat(&self) -> bool {
-        let Some((family, _)) = self.best().and_then(|best| best.profile.family()) else { return false };
-        let scores: Vec<f64> = self.trials.of_family(family).filter_map(|(trial, _)| trial.score()).collect();
-        scores.len() >= 3 && scores.iter().all(|score| *score == scores[0])
+        self.is_flat_by(0)
+    }
+
+    /// As [`Sweep::is_flat`], by the index of a metric.
+    pub fn is_flat_by(&self, metric: usize) -> bool {
+        let curve = self.trials.by(metric);
+        let Some((best, (family, _))) = curve.best().and_then(|best| Some((best, best.profile.family()?))) else {
+            return false;
+        };
+        let comparison = compare(curve);
+        let is_alike = |trial: &Trial| match &comparison {
+            Some(comparison) => comparison.as_good.contains(&trial.profile),
+            None => curve.score(trial) == curve.score(best),
+        };
+        let trials = curve.of_family(family).map(|(trial, _)| trial);
+        let scored: Vec<&Trial> = trials.filter(|trial| curve.score(trial).is_some()).collect();
+        scored.len() >= 3 && scored.into_iter().all(is_alike)
+    }
+
+    /// Number of evaluations so far.
+    pub fn done(&self) -> usize {
+        self.trials().iter().map(Trial::evaluations).sum()
     }
 
     /// Estimates the total number of evaluations. The search may end sooner.
     pub fn planned(&self) -> usize {
-        let refinements =
-            if self.targets.len() > 1 && !self.is_flat() { self.refine.saturating_sub(self.refined()) } else { 0 };
-        self.trials().len() + self.open_targets().count() + refinements
+        let left = |metric| match self.is_flat_by(metric) {
+            true => 0,
+            false => self.refine.saturating_sub(refine::steps_around_best(self.trials.by(metric))),
+        };
+        let metrics = if self.targets.len() > 1 { self.metrics().len() } else { 0 };
+        let refinements: usize = (0..metrics).map(left).sum();
+        let open: usize = self.open().map(|profile| self.missing(profile).len()).sum();
+        self.done() + open + refinements * self.repeats as usize
     }
 
-    /// Iterates over the targets of the list that have no trial.
-    fn open_targets(&self) -> impl Iterator<Item = &Profile> {
-        self.targets.iter().filter(|target| self.trial(target).is_none())
-    }
-
-    /// Number of refinements around the current best. Those around the best of an earlier, shorter list do not count.
-    fn refined(&self) -> usize {
-        refine::steps_around_best(&self.trials)
+    /// Iterates over the profiles that need an evaluation: trials with too few repeats, and targets without a trial.
+    fn open(&self) -> impl Iterator<Item = &Profile> {
+        let is_short = |trial: &&Trial| trial.score().is_some() && !trial.missing(self.repeats).is_empty();
+        let short = self.trials().iter().filter(is_short).map(|trial| &trial.profile);
+        short.chain(self.targets.iter().filter(|target| self.trial(target).is_none()))
     }
 }

@@ -30,9 +30,11 @@ impl Template {
         Ok(Template(command.to_owned()))
     }
 
-    /// Returns the command with a quoted path in place of each `{}`.
-    pub(super) fn fill(&self, path: &[u8]) -> Vec<u8> {
-        let pieces: Vec<&[u8]> = self.0.split(PLACEHOLDER).map(str::as_bytes).collect();
+    /// Returns the command with a quoted path in place of each `{}`, and a number in place of each name.
+    pub(super) fn fill(&self, path: &[u8], numbers: &[(&str, u32)]) -> Vec<u8> {
+        let replace = |text: String, (name, number): &(&str, u32)| text.replace(name, &number.to_string());
+        let text = numbers.iter().fold(self.0.clone(), replace);
+        let pieces: Vec<&[u8]> = text.split(PLACEHOLDER).map(str::as_bytes).collect();
         pieces.join(quote(path).as_slice())
     }
 }
@@ -81,7 +83,7 @@ mod tests {
             ("eval $(cat {}) `nproc` {}", "eval $(cat 'a b') `nproc` 'a b'"),
             ("sh -c \"eval $POSTHOC_EMA_WEIGHTS\"", "sh -c \"eval $POSTHOC_EMA_WEIGHTS\""),
         ] {
-            assert_eq!(String::from_utf8(Template::new(command).unwrap().fill(b"a b")).unwrap(), expected);
+            assert_eq!(String::from_utf8(Template::new(command).unwrap().fill(b"a b", &[])).unwrap(), expected);
         }
     }
 
@@ -105,6 +107,13 @@ mod tests {
     }
 
     #[test]
+    fn numbers_replace_their_names_wherever_they_are() {
+        let template = Template::new("eval {} --seed {repeat} 'on cuda:{job}' {other}").unwrap();
+        let filled = template.fill(b"w", &[("{repeat}", 3), ("{job}", 0)]);
+        assert_eq!(String::from_utf8(filled).unwrap(), "eval w --seed 3 'on cuda:0' {other}");
+    }
+
+    #[test]
     fn command_without_path_is_refused() {
         assert!(Template::new("eval").unwrap_err().contains("names no file"));
     }
@@ -113,7 +122,7 @@ mod tests {
     fn quoted_path_is_one_shell_word() {
         let every: Vec<u8> = (1..=255).collect();
         for path in [b"/a/b-1.safetensors".as_slice(), b"", b"it's", b"a b\n$HOME `x` \"y\" \\ * ~ #", &every] {
-            let script = Template::new("printf %s {}").unwrap().fill(path);
+            let script = Template::new("printf %s {}").unwrap().fill(path, &[]);
             let output = std::process::Command::new("sh").arg("-c").arg(OsStr::from_bytes(&script)).output().unwrap();
             assert!(output.status.success() && output.stdout == path, "{path:?}");
         }

@@ -327,3 +327,141 @@ fn wider_list_is_refined_again() {
     finish(&mut wider, 5, &inside);
     assert_eq!(wider.trials().len(), 14 + 6);
 }
+
+/// Seeded normal deviates, by the polar method.
+struct Normal(u64);
+
+impl Normal {
+    fn uniform(&mut self) -> f64 {
+        // SplitMix64.
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    fn next(&mut self) -> f64 {
+        loop {
+            let (u, v) = (2.0 * self.uniform() - 1.0, 2.0 * self.uniform() - 1.0);
+            let square = u * u + v * v;
+            if square > 0.0 && square < 1.0 {
+                return u * (-2.0 * square.ln() / square).sqrt();
+            }
+        }
+    }
+}
+
+/// Searches a curve with noise, whose repeats share a part of ten times the noise if they are `paired`.
+fn run_noisy(curve: &dyn Fn(f64) -> f64, noise: f64, repeats: u32, paired: bool, normal: &mut Normal) -> Sweep {
+    let mut sweep = Sweep::new(&list(), Goal::Minimize, 6).unwrap().with_repeats(repeats);
+    let shared: Vec<f64> = (0..repeats).map(|_| if paired { 10.0 * noise * normal.next() } else { 0.0 }).collect();
+    loop {
+        let profiles = sweep.next(5, &|_| false);
+        if profiles.is_empty() {
+            return sweep;
+        }
+        for profile in profiles {
+            for repeat in sweep.missing(&profile) {
+                let score = curve(length(&profile)) + noise * normal.next() + shared[repeat as usize - 1];
+                sweep.record_repeat(profile.clone(), repeat, Ok(score.into()), TrialMetrics::default());
+            }
+        }
+    }
+}
+
+/// In at least 95% of the trials the truly best length is among those called as good, and the chosen one misses less
+/// than half of what the one with the best score does. That shared seeds hide nothing is the case `paired`.
+#[test]
+fn as_good_lengths_hold_the_truth_and_the_smooth_best_is_nearer_to_it() {
+    let curves: [fn(f64, f64) -> f64; 3] =
+        [|x, c| ((x - c) / 0.1).powi(2), |x, c| ((x / c).ln() / 0.7).powi(2), |x, c| ((x - c) / 0.1).powi(4)];
+    let mut normal = Normal(7);
+    let (mut trials, mut held, mut chosen_loss, mut raw_loss) = (0, 0, 0.0, 0.0);
+    for _ in 0..20 {
+        for (noise, repeats, paired) in [(0.01, 2, false), (0.1, 3, true), (0.3, 5, false)] {
+            for curve in curves {
+                let optimum = 0.06 + 0.18 * normal.uniform();
+                let sweep = run_noisy(&|x| curve(x, optimum), noise, repeats, paired, &mut normal);
+                let loss = |trial: &Trial| curve(length(&trial.profile), optimum) / noise;
+                let all = sweep.trials();
+                let truth = all.iter().min_by(|a, b| loss(a).total_cmp(&loss(b))).unwrap();
+                let raw = all.iter().min_by(|a, b| a.score().unwrap().total_cmp(&b.score().unwrap())).unwrap();
+                let comparison = sweep.comparison(0).unwrap();
+                let ratio = comparison.standard_error / (noise / f64::from(repeats).sqrt());
+                assert!(ratio > 0.3 && ratio < 2.0, "the standard error is {ratio} times the noise's");
+                assert!(comparison.as_good.contains(&comparison.best) && comparison.as_good.contains(&raw.profile));
+                held += usize::from(comparison.as_good.contains(&truth.profile));
+                chosen_loss += loss(sweep.best().unwrap());
+                raw_loss += loss(raw);
+                trials += 1;
+            }
+        }
+    }
+    assert!(held * 100 >= 95 * trials, "{held} of {trials}");
+    assert!(chosen_loss < 0.5 * raw_loss, "{chosen_loss} and {raw_loss}");
+}
+
+#[test]
+fn curve_below_its_noise_is_flat_and_one_above_it_is_not() {
+    let mut normal = Normal(1);
+    let flat = (0..40).filter(|_| run_noisy(&|_| 1.0, 0.1, 3, true, &mut normal).is_flat()).count();
+    assert!(flat >= 36, "{flat} of 40 constant curves are flat");
+    let steep = |x: f64| 10.0 * (x - 0.15f64).powi(2);
+    let found = (0..20).filter(|_| run_noisy(&steep, 0.01, 3, true, &mut normal).is_flat()).count();
+    assert_eq!(found, 0);
+    // Without noise, a repeat changes nothing.
+    let sweep = run_noisy(&steep, 0.0, 2, false, &mut normal);
+    let comparison = sweep.comparison(0).unwrap();
+    assert!(comparison.standard_error < 1e-12 && comparison.as_good == [sweep.best().unwrap().profile.clone()]);
+}
+
+/// Each metric has its own best, refined by itself, and no trial that another one beats is unbeaten.
+#[test]
+fn each_metric_has_its_own_best() {
+    let metrics = ["fid", "acc:max"].map(|text| Metric::parse(text).unwrap());
+    let mut sweep = Sweep::new(&list(), Goal::Minimize, 8).unwrap().with_metrics(&metrics).unwrap();
+    loop {
+        let profiles = sweep.next(5, &|_| false);
+        let Some(profile) = profiles.first() else { break };
+        let x = length(profile);
+        let row = vec![(x - 0.077).abs(), 1.0 - (x - 0.213).powi(2)];
+        sweep.record_repeat(profile.clone(), 1, Ok(row.into()), TrialMetrics::default());
+    }
+    assert!((length(&sweep.best_by(0).unwrap().profile) - 0.077).abs() < bracket(0.04, 8));
+    assert!((length(&sweep.best_by(1).unwrap().profile) - 0.213).abs() < bracket(0.04, 8));
+    assert_eq!(sweep.trials().len(), 14 + 2 * 8);
+    let (best, other) = (length(&sweep.best_by(0).unwrap().profile), length(&sweep.best_by(1).unwrap().profile));
+    for trial in sweep.trials() {
+        let is_between = (best..=other).contains(&length(&trial.profile));
+        assert_eq!(sweep.unbeaten().contains(&trial), is_between, "{}", trial.profile);
+    }
+    let twice = ["fid", "fid:max"].map(|text| Metric::parse(text).unwrap());
+    let error = Sweep::new(&list(), Goal::Minimize, 8).unwrap().with_metrics(&twice).unwrap_err();
+    assert!(error.to_string().contains("fid is given twice"));
+    for text in ["", ":max", "a b", "fid:up", "a/b"] {
+        assert!(Metric::parse(text).is_err(), "{text}");
+    }
+}
+
+/// A failed repeat keeps the others, and only the missing ones are tried again.
+#[test]
+fn failed_repeat_is_tried_again_alone() {
+    let mut sweep = Sweep::new(&[power(0.1)], Goal::Minimize, 0).unwrap().with_repeats(3);
+    let add = |sweep: &mut Sweep, repeat, scores: std::result::Result<f64, &str>| {
+        let scores = scores.map(Scores::from).map_err(str::to_owned);
+        sweep.record_repeat(power(0.1), repeat, scores, TrialMetrics::default());
+    };
+    add(&mut sweep, 1, Ok(1.0));
+    add(&mut sweep, 2, Err("no memory"));
+    add(&mut sweep, 3, Ok(f64::NAN));
+    assert!(sweep.next(9, &|_| true).is_empty() && sweep.best().is_none());
+    assert_eq!(sweep.failures().map(|(_, why)| why).collect::<Vec<_>>(), ["no memory"]);
+    let mut resumed = Sweep::new(&[power(0.1)], Goal::Minimize, 0).unwrap().with_repeats(3);
+    resumed.restore(sweep.trials().to_vec());
+    assert_eq!((resumed.next(9, &|_| true), resumed.missing(&power(0.1))), (vec![power(0.1)], vec![2, 3]));
+    add(&mut resumed, 2, Ok(4.0));
+    add(&mut resumed, 3, Ok(7.0));
+    assert!(resumed.next(9, &|_| true).is_empty());
+    assert_eq!(resumed.best().unwrap().score(), Some(4.0));
+}

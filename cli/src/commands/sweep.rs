@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 use indicatif::ProgressBar;
-use posthoc_ema::sweep::{Command, Edge, Goal, Observer, Sweep, Trial};
+use posthoc_ema::sweep::{Command, Edge, Goal, Metric, Observer, Sweep, Trial};
 use posthoc_ema::{Profile, SweepOptions, SweepResult, shown};
 use serde_json::{Value, json};
 
@@ -17,9 +17,9 @@ use super::output::{byte_bar, print, print_json, print_warning, print_warnings, 
 use super::plot::PlotArgs;
 use super::targets::TargetArgs;
 use super::{Failure, Outcome};
-use crate::numbers::exact;
+use crate::numbers::{exact, number};
 use crate::pictures::{self, SweepCurve};
-use crate::tables;
+use crate::trials;
 
 /// Evaluate averages of many lengths with a command, and keep the best
 ///
@@ -35,7 +35,8 @@ pub struct Arguments {
     run: PathBuf,
     /// Shell command that evaluates the safetensors file {}, and whose last line of output ends in a number, the
     /// score: loss 0.31. {} becomes the path, quoted for the shell: inside quotes, write "$POSTHOC_EMA_WEIGHTS"
-    /// instead. POSTHOC_EMA_PROFILE holds the profile as JSON
+    /// instead. POSTHOC_EMA_PROFILE holds the profile as JSON, {repeat} and POSTHOC_EMA_REPEAT are the number of the
+    /// repeat
     #[arg(long, value_name = "COMMAND")]
     eval: String,
     /// Directory of the sweep, which is made if it is missing
@@ -44,8 +45,16 @@ pub struct Arguments {
     #[command(flatten)]
     at: AtArgs,
     /// The largest score is the best [default: the smallest]
-    #[arg(long)]
+    #[arg(long, conflicts_with = "metric")]
     maximize: bool,
+    /// Take this metric from the last line of output that begins with its name: fid: 2.1. Several numbers in the line
+    /// are several measurements. Small values are better, or with NAME:max large ones. May be given more than once:
+    /// each metric has its own best, and its own refinement
+    #[arg(long, value_name = "NAME[:min|max]", value_parser = Metric::parse)]
+    metric: Vec<Metric>,
+    /// Evaluations of each average, for a standard error. The command should seed what is random by {repeat}
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeats: u32,
     /// Evaluations around the best of the targets
     #[arg(long, value_name = "N", default_value_t = 6)]
     refine: usize,
@@ -78,6 +87,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
     arguments.plot.check()?;
     let command = Command::new(&arguments.eval, timeout(arguments.timeout)?).map_err(Failure::of_argument)?;
+    let command = command.with_metrics(&arguments.metric);
     let (run, _) = arguments.open.open(&arguments.run)?;
     print_warnings(&run.plans_with(&profiles, arguments.at.at(), arguments.noise.noise)?);
     let bars = ProgressBars::default();
@@ -85,6 +95,8 @@ pub fn run(arguments: &Arguments) -> Outcome {
         at: arguments.at.at(),
         evaluation: &arguments.eval,
         goal: if arguments.maximize { Goal::Maximize } else { Goal::Minimize },
+        metrics: &arguments.metric,
+        repeats: arguments.repeats,
         refine: arguments.refine,
         batch: arguments.batch as usize,
         noise: arguments.noise.noise,
@@ -99,12 +111,12 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let swept = swept?;
     show(arguments, &swept);
     let failed = swept.sweep.failures().count();
-    if swept.best.is_none() {
+    if swept.best.is_empty() {
         return Err(Failure::Unhealthy(format!("no evaluation succeeded: all {failed} failed, see the warnings")));
     }
     let title = format!("{}, at step {}", arguments.eval, swept.at);
-    let curve = SweepCurve::of(&swept.sweep, title);
-    Ok(arguments.plot.draw(|path| pictures::draw_sweep(path, &curve))?)
+    let curves = SweepCurve::all_of(&swept.sweep, &title);
+    Ok(arguments.plot.draw(|path| pictures::draw_sweep(path, &curves))?)
 }
 
 fn timeout(seconds: Option<f64>) -> Result<Option<Duration>, Failure> {
@@ -122,20 +134,42 @@ fn show(arguments: &Arguments, swept: &SweepResult) {
         print_json(&document(swept));
         return;
     }
-    print(&tables::trials(&swept.sweep).to_string());
-    if let (Some(best), Some(path)) = (swept.sweep.best(), &swept.best) {
-        print(&format!("best at step {}: {}, kept as {}", swept.at, best.profile, shown(path)));
+    let sweep = &swept.sweep;
+    print(&trials::trials(sweep).to_string());
+    if sweep.metrics().len() > 1 && !sweep.unbeaten().is_empty() {
+        print("no other average is as good as these in all metrics and better in one:");
+        print(&trials::unbeaten(sweep).to_string());
+    }
+    for (metric, path) in swept.best.iter().enumerate() {
+        let Some(best) = sweep.best_by(metric) else { continue };
+        let by =
+            if sweep.metrics().len() == 1 { String::new() } else { format!(" by {}", sweep.metrics()[metric].name) };
+        print(&format!("best{by} at step {}: {}, kept as {}", swept.at, best.profile, shown(path)));
+        if sweep.is_flat_by(metric) {
+            print(&flat(sweep, metric));
+        } else if let Some(as_good) = trials::as_good(sweep, metric) {
+            print(&as_good);
+        }
     }
     if let Some(remark) = remark(swept) {
         print(&remark);
     }
 }
 
-/// Returns a remark on a flat curve, or on a best average at the edge of the evaluated ones.
-fn remark(swept: &SweepResult) -> Option<String> {
-    if swept.sweep.is_flat() {
-        return Some("the curve is flat: all lengths have the same score".into());
+/// Describes a flat curve.
+fn flat(sweep: &Sweep, metric: usize) -> String {
+    match sweep.comparison(metric) {
+        Some(comparison) if comparison.standard_error > 0.0 => format!(
+            "the curve is flat: the lengths differ by no more than the noise (standard error {}); more repeats may \
+             tell them apart",
+            number(comparison.standard_error)
+        ),
+        _ => "the curve is flat: all lengths have the same score".into(),
     }
+}
+
+/// Returns a remark on a best average at the edge of the evaluated ones.
+fn remark(swept: &SweepResult) -> Option<String> {
     let side = match swept.sweep.edge()? {
         Edge::Shortest => "shorter",
         Edge::Longest => "longer",
@@ -150,28 +184,54 @@ fn remark(swept: &SweepResult) -> Option<String> {
 }
 
 fn document(swept: &SweepResult) -> Value {
-    json!({
+    let sweep = &swept.sweep;
+    let mut document = json!({
         "at": swept.at,
-        "goal": swept.sweep.goal(),
-        "best": swept.sweep.best().map(trial_json),
-        "path": swept.best,
-        "edge": swept.sweep.edge(),
+        "goal": sweep.goal(),
+        "best": sweep.best().map(trial_json),
+        "path": swept.best.first(),
+        "edge": sweep.edge(),
         "at_limit": swept.at_limit,
-        "flat": swept.sweep.is_flat(),
+        "flat": sweep.is_flat(),
         "evaluated": swept.evaluated,
-        "failed": swept.sweep.failures().count(),
-        "trials": swept.sweep.trials().iter().map(trial_json).collect::<Vec<_>>(),
+        "failed": sweep.failures().count(),
+        "metrics": (0..sweep.metrics().len()).map(|metric| metric_json(swept, metric)).collect::<Vec<_>>(),
+        "trials": sweep.trials().iter().map(trial_json).collect::<Vec<_>>(),
+    });
+    if sweep.metrics().len() > 1 {
+        document["unbeaten"] = sweep.unbeaten().into_iter().map(trial_json).collect();
+    }
+    document
+}
+
+/// Returns the best trial by a metric, and the profiles that are as good if the evaluations were repeated.
+fn metric_json(swept: &SweepResult, metric: usize) -> Value {
+    let sweep = &swept.sweep;
+    let comparison = sweep.comparison(metric);
+    json!({
+        "name": sweep.metrics()[metric].name,
+        "goal": sweep.metrics()[metric].goal,
+        "best": sweep.best_by(metric).map(trial_json),
+        "score": sweep.best_by(metric).and_then(|best| best.mean(metric)),
+        "path": swept.best.get(metric),
+        "flat": sweep.is_flat_by(metric),
+        "standard_error": comparison.as_ref().map(|comparison| comparison.standard_error),
+        "as_good": comparison.map(|comparison| comparison.as_good.iter().map(length_json).collect::<Vec<_>>()),
     })
 }
 
 /// Returns a recorded trial with its length, since the JSON of a profile has `gamma` but not `sigma_rel`.
 fn trial_json(trial: &Trial) -> Value {
     let mut object = json!(trial);
-    object["length"] = trial.profile.family().map_or(Value::Null, |(family, length)| {
+    object["length"] = length_json(&trial.profile);
+    object
+}
+
+fn length_json(profile: &Profile) -> Value {
+    profile.family().map_or(Value::Null, |(family, length)| {
         let length: f64 = exact(length).parse().unwrap_or(length);
         json!({ family.length_name(): length })
-    });
-    object
+    })
 }
 
 /// Bars on stderr: bytes during a synthesis, and evaluations with the best score so far.
@@ -221,7 +281,7 @@ impl Observer for ProgressBars {
         self.clear();
         // The bar is complete before it is drawn.
         let message = format!("evaluating {profile}{}", best_so_far(sweep));
-        let bar = round_bar().with_message(message).with_position(sweep.trials().len() as u64);
+        let bar = round_bar().with_message(message).with_position(sweep.done() as u64);
         bar.set_length(sweep.planned() as u64);
         redraw_every(Duration::from_millis(500), &bar);
         if let Ok(mut current) = self.evaluations.lock() {
@@ -230,6 +290,9 @@ impl Observer for ProgressBars {
     }
 
     fn evaluated(&self, trial: &Trial, sweep: &Sweep) {
+        if trial.score().is_some() && !sweep.missing(&trial.profile).is_empty() {
+            return self.clear();
+        }
         let score = trial.score().map_or("failed".into(), exact);
         if let Some(bar) = self.evaluations.lock().ok().and_then(|bar| bar.clone()) {
             bar.println(format!("{}: {score}{}", trial.profile, best_so_far(sweep)));

@@ -250,7 +250,7 @@ fn sweep_follows_no_planted_link() {
     let plant = || {
         planted.iter().filter(|path| !path.is_symlink()).for_each(|path| symlink(target.join("file"), path).unwrap())
     };
-    assert!(sweep(&plant).unwrap().best.is_some_and(|best| best.exists()));
+    assert!(sweep(&plant).unwrap().best[0].exists());
     assert!(planted.iter().all(|path| path.is_symlink()));
     fs::remove_dir_all(out.join("candidates")).unwrap();
     refused("candidates", &link, "a link is here");

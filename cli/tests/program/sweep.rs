@@ -172,6 +172,84 @@ fn best_at_edge_is_searched_outwards_within_reach() {
     assert!(stdout(&arguments).contains("makes nothing shorter with a relative error below 5%"));
 }
 
+/// The evaluation adds noise that it seeds by the repeat alone: all lengths share it, so it does not count.
+#[test]
+fn repeats_give_standard_errors_and_lengths_that_are_as_good() {
+    let case = Case::new();
+    let optimum = case.average(&profile(OPTIMUM));
+    let run = |noise: &str, out: &str| {
+        let eval = format!(
+            "value=$(od -An -tf4 -j$((8 + $(od -An -tu8 -N8 {{}}))) -N4 {{}}); \
+             awk -v \"x=$value\" -v path={{}} 'BEGIN {{ \
+             srand({noise}); d = (x - {optimum}) / 50; print d * d + rand() }}'"
+        );
+        let out = case.temp.path().join(out).to_str().unwrap().to_owned();
+        let arguments = ["sweep", &case.run, "--eval", &eval, "--out-dir", &out, "--repeats", "3", LIST[0], LIST[1]]
+            .map(str::to_owned);
+        let text = stdout(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        let json = [&arguments[..], &["--json".to_owned()]].concat();
+        let document = stdout(&json.iter().map(String::as_str).collect::<Vec<_>>());
+        (text, serde_json::from_str::<Value>(&document).unwrap())
+    };
+    let (text, document) = run("{repeat}", "shared");
+    let metric = &document["metrics"][0];
+    assert!(metric["standard_error"].as_f64().unwrap() < 1e-5, "{document}");
+    assert_eq!(metric["as_good"].as_array().unwrap().len(), 1);
+    assert!(text.contains("no other length is as good"), "{text}");
+    let found = document["best"]["length"]["sigma_rel"].as_f64().unwrap();
+    assert!((found - OPTIMUM).abs() <= 0.06 / 1.38f64.powi(6), "{found}");
+    let repeats = &document["trials"][0]["repeats"];
+    assert!(repeats["1"] != repeats["2"] && repeats["2"] != repeats["3"], "{repeats}");
+
+    // Seeds of the length and the repeat are noise of a standard deviation of 0.29.
+    let (text, document) = run("'$POSTHOC_EMA_REPEAT' * 1000 + length(path) + int(x * 100) % 997", "noisy");
+    let metric = &document["metrics"][0];
+    let error = metric["standard_error"].as_f64().unwrap();
+    assert!(error > 0.05 && error < 0.4, "{error}");
+    let as_good = metric["as_good"].as_array().unwrap();
+    assert!(as_good.iter().any(|length| (length["sigma_rel"].as_f64().unwrap() - OPTIMUM).abs() < 0.02), "{metric}");
+    assert!(text.contains(" are as good (standard error ") && text.contains("as good"), "{text}");
+    assert_eq!(document["evaluated"], 0, "a finished sweep evaluates nothing again");
+}
+
+#[test]
+fn each_metric_keeps_its_best_average() {
+    let case = Case::new();
+    case.script("");
+    let text = fs::read_to_string(&case.script).unwrap();
+    let text = text.replace("print \"score\", d * d", "print \"dist:\", d * d; print \"mean = \" x");
+    fs::write(&case.script, text).unwrap();
+    let further = [&LIST[..], &["--metric", "dist", "--metric", "mean:max", "--refine", "4"]].concat();
+    let (document, _) = case.sweep(&further);
+    let [dist, mean] = [0, 1].map(|metric| document["metrics"][metric].clone());
+    assert_eq!((&dist["name"], &mean["name"], &mean["goal"]), (&"dist".into(), &"mean".into(), &"maximize".into()));
+    let length = |metric: &Value| metric["best"]["length"]["sigma_rel"].as_f64().unwrap();
+    assert!((length(&dist) - OPTIMUM).abs() <= 0.06 / 1.38f64.powi(4) && length(&mean) <= 0.05, "{document}");
+    for (metric, file) in [(&dist, "best.safetensors"), (&mean, "best-mean.safetensors")] {
+        let best = serde_json::from_value(metric["best"]["profile"].clone()).unwrap();
+        assert_eq!(weight(&case.out.join(file)), case.average(&best));
+        assert_eq!(metric["path"], case.out.join(file).to_str().unwrap());
+    }
+    assert_eq!(case.names(), ["best-mean.safetensors", "best.safetensors", "sweep.json"]);
+    // Averages that are shorter than that of the best distance have greater means and greater distances.
+    for trial in document["trials"].as_array().unwrap() {
+        let is_shorter = trial["length"]["sigma_rel"].as_f64().unwrap() <= length(&dist);
+        assert_eq!(document["unbeaten"].as_array().unwrap().contains(trial), is_shorter, "{trial}");
+    }
+    let arguments = case.arguments(&further);
+    let text = stdout(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(text.contains("best dist") && text.contains("best by mean at step 500"), "{text}");
+    let (status, text) = case.failure(&[&further[..], &["--metric", "fid"]].concat());
+    assert!(
+        status == 1 && text.contains("has other metrics (dist:min, mean:max, and now dist:min, mean:max, fid:min)"),
+        "{text}"
+    );
+    for (further, part) in [(["--metric", "fid:up"], "write min or max"), (["--metric", "a/b"], "no name of letters")] {
+        let (status, text) = case.failure(&[&LIST[..], &further].concat());
+        assert!(status == 2 && text.contains(part), "{text}");
+    }
+}
+
 #[test]
 fn flat_curve_is_called_flat_and_not_refined() {
     let case = Case::new();
@@ -525,7 +603,7 @@ fn evaluated_candidates_of_a_killed_sweep_are_removed() {
     }
     let mine = left[0].0.with_file_name("mine.txt");
     fs::write(&mine, "mine").unwrap();
-    let nothing = |_: &posthoc_ema::sweep::Candidate<'_>| Err("it was evaluated before");
+    let nothing = |_: &posthoc_ema::sweep::Candidate<'_>| Err::<f64, _>("it was evaluated before");
     assert_eq!(run.sweep(&options, nothing).unwrap().evaluated, 0);
     assert_eq!(names(mine.parent().unwrap()), ["mine.txt"]);
     fs::remove_file(mine).unwrap();
@@ -605,7 +683,7 @@ fn average_beyond_its_dtype_fails_alone() {
     let (trial, why) = swept.sweep.failures().next().unwrap();
     assert!(trial.profile == targets[0] && why.contains("tensor `weight`"), "{why}");
     assert_eq!(swept.sweep.best().unwrap().profile, targets[1]);
-    assert_eq!(load(&swept.best.unwrap()).get("weight").unwrap().dtype, Dtype::F16);
+    assert_eq!(load(&swept.best[0]).get("weight").unwrap().dtype, Dtype::F16);
 }
 
 #[test]
