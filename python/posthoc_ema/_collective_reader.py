@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 from . import _accuracy, _native, _swap
 from ._broadcast import Broadcast, Bytes, device_of, places, transfer_device
 from ._dtypes import average_dtype_name
+from ._first_update import FirstUpdate
 from ._launch import distributed, launched
 from ._lend import HOST, Lender, address, is_torch
 from ._lifetime import StepCounter
@@ -371,14 +372,19 @@ def opened_together(open_run: Callable[P, R]) -> Callable[P, R]:
         if notices.is_zero:
             try:
                 ema: Any = open_run(*args, **kwargs)
-                notices.leave(_state(ema))
+                state = _state(ema)
+                notices.leave(state)
             except BaseException as error:
                 notices.leave(error)
                 raise
+            if state["last_update"] is None:
+                ema._first_update = FirstUpdate(notices, StepCounter(state["steps"], None, state["schedule"]))
             return ema
         ema = open_run(*args, **kwargs)
         state = notices.read("from_model")
         ema._skip = StepCounter(state["steps"], state["last_update"], state["schedule"])
+        if state["last_update"] is None:
+            ema._skip.is_begun = FirstUpdate(notices, ema._skip).is_done
         ema.profiles = [Profile(text) for text in state["profiles"]]
         return ema
 

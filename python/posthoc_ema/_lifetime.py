@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -42,7 +42,11 @@ class StepCounter:
     def __init__(self, steps: int = 0, last_update: int | None = None, schedule: Mapping[str, Any] | None = None):
         given = schedule or {}
         self.steps = steps
-        self.last_update = last_update
+        # Step of the newest update by the schedule, and the number of updates since the counter was made.
+        self._last_update = last_update
+        self.updates = 0
+        # Returns True if there was an update. Without it the schedule decides.
+        self.is_begun: Callable[[], bool] | None = None
         # Each snapshot at another time than these is also at a multiple of `update_every`.
         self._intervals = [given[name] for name in ("update_every", "checkpoint_every") if given.get(name)]
         self._first = given.get("update_after_step", 0)
@@ -51,16 +55,27 @@ class StepCounter:
     def __call__(self) -> bool:
         self.steps += 1
         if self.steps >= self._next_update:
-            self.last_update = self.steps
+            self._note_update()
             self._next_update = self._multiple_after(self.steps)
         return True
 
     def count_to(self, time: int) -> None:
         """Counts up to a time."""
-        if self.is_due(time):
-            self.last_update = time
+        is_due = self.is_due(time)
         self.steps = time
+        if is_due:
+            self._note_update()
         self._next_update = self._multiple_after(time)
+
+    @property
+    def last_update(self) -> int | None:
+        """Step of the newest update by the schedule; None if rank 0 has left out all so far."""
+        is_begun = self._last_update is not None and (self.is_begun is None or self.is_begun())
+        return self._last_update if is_begun else None
+
+    def _note_update(self) -> None:
+        self._last_update = self.steps
+        self.updates += 1
 
     def is_due(self, time: int) -> bool:
         """Returns True if the process that tracks updates at a time."""

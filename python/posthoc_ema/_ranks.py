@@ -159,6 +159,7 @@ class Notices:
 
     def __init__(self, group: Any):
         self._exchanges = _exchanges(group)
+        self._key = ""
 
     @property
     def is_zero(self) -> bool:
@@ -169,7 +170,8 @@ class Notices:
         """Leaves the next notice: a value for JSON, or an error that the others raise."""
         is_error = isinstance(answer, BaseException)
         message = {"error": {**_described(answer), "rank": 0}} if is_error else {"answer": answer}
-        self._exchanges.store.set(self._exchanges.next_notice(), json.dumps(message))
+        self._key = self._exchanges.next_notice()
+        self._exchanges.store.set(self._key, json.dumps(message))
 
     def read(self, text: str) -> Any:
         """Waits for the next notice, and returns its value.
@@ -180,11 +182,19 @@ class Notices:
         Raises:
             Exception: If the notice is an error of rank 0, or does not come until the time-out of the process group.
         """
-        key = self._exchanges.next_notice()
-        message = self._exchanges.wait_for(key, text)
+        self._key = self._exchanges.next_notice()
+        message = self._exchanges.wait_for(self._key, text)
         if "error" in message:
             raise _raised(message["error"])
         return message["answer"]
+
+    def leave_further(self, number: int, answer: Any) -> None:
+        """Leaves a numbered value for JSON that follows the last notice."""
+        self._exchanges.store.set(f"{self._key}/{number}", json.dumps(answer))
+
+    def read_further(self, number: int, text: str) -> Any:
+        """Waits for a numbered value that follows the last notice, and returns it."""
+        return self._exchanges.wait_for(f"{self._key}/{number}", text)
 
 
 class _Exchanges:
@@ -240,14 +250,15 @@ class _Exchanges:
         """Sends the message of this rank, and waits for the answer."""
         self._is_sent = True
         self._set(self.rank, message)
-        return self.wait_for(self._key(), text)
+        answer: dict[str, Any] = self.wait_for(self._key(), text)
+        return answer
 
     def next_notice(self) -> str:
         """Returns the key of the next notice."""
         self._notices += 1
         return f"{_PREFIX}notice/{self._notices}"
 
-    def wait_for(self, key: str, text: str) -> dict[str, Any]:
+    def wait_for(self, key: str, text: str) -> Any:
         """Waits for a message of rank 0."""
         # Rank 0 reports the ranks that are missing, and is given the time for it.
         limit = self.store.timeout.total_seconds() + 10
@@ -291,7 +302,7 @@ class _Exchanges:
     def _set(self, rank: int | None, message: dict[str, Any]) -> None:
         self.store.set(self._key(rank), json.dumps(message))
 
-    def _get(self, key: str) -> dict[str, Any]:
+    def _get(self, key: str) -> Any:
         return json.loads(self.store.get(key))
 
     def _key(self, rank: int | None = None) -> str:

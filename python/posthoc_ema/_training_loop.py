@@ -59,7 +59,8 @@ class TrainingLoop:
     def has_average(self) -> bool:
         """True if a first update has happened, so that there is an average to evaluate.
 
-        Under `rank_zero_only` it is True on all ranks at the same step, without communication.
+        Under `rank_zero_only` it is True on all ranks at the same step. Before the first update the other ranks wait
+        for rank 0 at each that is due, since it leaves out one with NaN in the parameters.
         """
         return self.last_update is not None
 
@@ -68,7 +69,8 @@ class TrainingLoop:
         """Step of the newest update, or None before the first.
 
         For a run that was closed or opened by path, the step of its newest snapshot. The ranks that do not track follow
-        the schedule of the run. They know it if it is a new run, or if the process group was there when it was opened.
+        the schedule of the run, as if no update after the first was left out for NaN. They know it if it is a new
+        run, or if the process group was there when it was opened.
         """
         if isinstance(self._skip, StepCounter):
             return self._skip.last_update

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import _lifetime, _native, _options, _swap, visualization
 from ._collective_reader import CollectiveReader, opened_together, reader_of
 from ._compiled import keep_out_of_graphs
+from ._first_update import FirstUpdate
 from ._launch import launched
 from ._lifetime import Resume, StepCounter
 from ._model import MappingTensors, Model, ModuleTensors
@@ -55,6 +56,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
     # Counts a step and returns True if nothing is due at it. A method of this class would be a cycle of references,
     # which would hold the run's lock until the garbage collector finds it.
     _skip: Callable[[], bool]
+    _first_update: FirstUpdate | None = None
 
     @classmethod
     @reopened
@@ -275,7 +277,10 @@ class PostHocEMA(RunAverages, TrainingLoop):
         if self._skip():
             return
         assert self._tracker is not None
-        self._tracker.update(model)
+        try:
+            self._tracker.update(model)
+        finally:
+            self._note_first_update(self._tracker)
 
     def update_at_(self, time: int, model: Model) -> None:
         """Updates the averages on a clock of the caller's own, such as images or tokens seen.
@@ -292,12 +297,21 @@ class PostHocEMA(RunAverages, TrainingLoop):
             OSError: As for `update_`.
         """
         if self._tracker is not None:
-            self._tracker.update_at(time, model)
+            try:
+                self._tracker.update_at(time, model)
+            finally:
+                self._note_first_update(self._tracker)
             return
         if isinstance(self._skip, StepCounter):
             self._skip.count_to(time)
         else:
             self._skip()
+
+    def _note_first_update(self, tracker: ModelTracker) -> None:
+        """Informs the other ranks of the first update, if they may ask."""
+        if self._first_update is not None and tracker.lifetime.closed_at is None:
+            if self._first_update.note(tracker.native.step, tracker.native.last_update):
+                self._first_update = None
 
     @property
     def step(self) -> int:

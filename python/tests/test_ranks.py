@@ -633,6 +633,44 @@ def test_all_ranks_know_of_each_update(group: Group, tmp_path: Path) -> None:
     assert seen[-1] == (46, False, True, 44)
 
 
+def _left_out(rank: int, run_dir: str) -> Any:
+    """Trains runs whose first updates are left out, and asks them in another order on each rank, or at the end."""
+    model = torch.nn.Linear(2, 2)
+    options = {"update_every": 2, "update_after_step": 0, "checkpoint_every": 7, "rank_zero_only": True}
+    runs = [
+        PostHocEMA.from_model(model, f"{run_dir}-{name}", on_nonfinite=name, **options) for name in ("skip", "raise")
+    ]
+    late = PostHocEMA.from_model(model, f"{run_dir}-late", on_nonfinite="skip", **options)
+    seen, raised = [], []
+    for step in range(1, 12):
+        model.weight.data.fill_(float("nan") if step in (2, 4, 6, 10) else 1.0)
+        if step > 1:
+            late.update_at_(10 * step, model)
+        for ema in runs if step % 2 else reversed(runs):
+            try:
+                ema.update_(model)
+            except RuntimeError:
+                raised.append(step)
+        order = runs if rank == 1 else list(reversed(runs))
+        has = {id(ema): ema.has_average for ema in order}
+        seen.append([(step, has[id(ema)], ema.last_update) for ema in runs])
+    is_late = late.has_average
+    is_noted = all(ema._first_update is None for ema in (*runs, late))
+    averages = [states(ema.synthesize([0.28])) for ema in (*runs, late)]
+    for ema in (*runs, late):
+        ema.close()
+    return (seen[:9], is_late, is_noted, averages), raised
+
+
+def test_all_ranks_know_of_first_updates_that_were_left_out(group: Group, tmp_path: Path) -> None:
+    results = group(_left_out, str(tmp_path / "ema"))
+    seen, is_late, is_noted, _ = equal([result[0] for result in results])
+    assert is_late and is_noted
+    expected = [(step, step >= 7, None if step < 7 else max(7, step // 2 * 2)) for step in range(1, 10)]
+    assert seen == [[row, row] for row in expected]
+    assert [raised for _, raised in results] == [[2, 4, 6, 10]] + [[]] * (SIZE - 1)
+
+
 def test_ranks_without_a_shared_directory_resume_from_the_step_of_rank_0(group: Group, tmp_path: Path) -> None:
     results = group(_open_existing, str(tmp_path / "ema"))
     assert all("already contains checkpoints" in result[0] for result in results)
