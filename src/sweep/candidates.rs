@@ -34,6 +34,8 @@ pub struct Candidate<'a> {
     /// Number of the repeat, from 1. An evaluation that draws random numbers should seed them by it: what the seed does
     /// to all lengths alike is then no noise.
     pub repeat: u32,
+    /// Number of the job, from 0: of those that run at the same time, each has another one.
+    pub job: u32,
 }
 
 /// Directory of a sweep and its folder of candidates.

@@ -22,6 +22,9 @@ const PROFILE: &str = "POSTHOC_EMA_PROFILE";
 /// Environment variable of the command that holds the number of the repeat.
 const REPEAT: &str = "POSTHOC_EMA_REPEAT";
 
+/// Environment variable of the command that holds the number of the job.
+const JOB: &str = "POSTHOC_EMA_JOB";
+
 /// Runs the command in `$1` in a process group of its own, and kills the whole group when our end of the pipe on its
 /// standard input is closed: after the command, after the timeout, and when this process ends in any way.
 const SUPERVISE: &str = r#"exec 3<&0 </dev/null
@@ -38,7 +41,8 @@ const SHOWN_LINES: usize = 5;
 ///
 /// `{}` is replaced by the path of the average's file, quoted for the shell. The environment variable
 /// `POSTHOC_EMA_WEIGHTS` holds the same path, and `POSTHOC_EMA_PROFILE` the profile as JSON. `{repeat}` and
-/// `POSTHOC_EMA_REPEAT` are the number of the repeat, from 1. The standard input is empty.
+/// `POSTHOC_EMA_REPEAT` are the number of the repeat, from 1; `{job}` and `POSTHOC_EMA_JOB` are that of the job, from 0.
+/// The standard input is empty.
 #[derive(Clone, Debug)]
 pub struct Command {
     template: Template,
@@ -108,13 +112,15 @@ impl Command {
     ) -> io::Result<Child> {
         // Our copies of the shell's pipe ends are closed with the `Command` that owns them, at the end of this
         // function.
-        let text = self.template.fill(candidate.path.as_os_str().as_encoded_bytes(), &[("{repeat}", candidate.repeat)]);
+        let numbers = [("{repeat}", candidate.repeat), ("{job}", candidate.job)];
+        let text = self.template.fill(candidate.path.as_os_str().as_encoded_bytes(), &numbers);
         let mut command = std::process::Command::new("sh");
         process::in_new_group(&mut command)
             .args([OsStr::new("-c"), OsStr::new(SUPERVISE), OsStr::new("sh")])
             .arg(process::argument(text))
             .env(WEIGHTS, candidate.path)
             .env(REPEAT, candidate.repeat.to_string())
+            .env(JOB, candidate.job.to_string())
             .env(PROFILE, profile_json(&candidate.plan.profile))
             .stdin(Stdio::from(stdin))
             .stdout(Stdio::from(stdout))

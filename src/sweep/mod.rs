@@ -8,6 +8,7 @@ mod candidates;
 mod command;
 mod comparison;
 mod curve;
+mod evaluator;
 mod observer;
 mod options;
 mod output;

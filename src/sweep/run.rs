@@ -1,10 +1,10 @@
-//! Sweep over a run: averages are written to files and evaluated one after the other.
+//! Sweep over a run: averages are written to files and evaluated.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use super::candidates::{Candidate, SweepDir};
+use super::evaluator::{Evaluator, Event, Parallel, Progress, Serial, Task};
 use super::options::{SweepOptions, SweepResult};
 use super::record::{Record, SweepKey};
 use super::scores::Scores;
@@ -62,6 +62,27 @@ impl Run {
         options: &SweepOptions<'_>,
         evaluate: impl FnMut(&Candidate<'_>) -> Result<S, E>,
     ) -> Result<SweepResult> {
+        self.sweep_with(options, &mut Serial(evaluate))
+    }
+
+    /// As [`Run::sweep`], with up to `jobs` evaluations at a time, each on a thread of its own.
+    ///
+    /// Targets and repeats are evaluated side by side, and the steps of the refinement one after the other. The trials
+    /// do not depend on the number of jobs, if the evaluation does not. After an error of the sweep itself, the
+    /// evaluations that run already end first.
+    ///
+    /// # Errors
+    /// As [`Run::sweep`].
+    pub fn sweep_parallel<S: Into<Scores>, E: Display>(
+        &self,
+        options: &SweepOptions<'_>,
+        jobs: u32,
+        evaluate: impl Fn(&Candidate<'_>) -> Result<S, E> + Sync,
+    ) -> Result<SweepResult> {
+        self.sweep_with(options, &mut Parallel(evaluate, jobs.max(1)))
+    }
+
+    fn sweep_with(&self, options: &SweepOptions<'_>, evaluator: &mut dyn Evaluator) -> Result<SweepResult> {
         let sweep = Sweep::new(options.targets, options.goal, options.refine)?;
         let mut sweep = sweep.with_metrics(options.metrics)?.with_repeats(options.repeats);
         // All targets are solved first, so that an impossible one fails before anything is written.
@@ -72,8 +93,8 @@ impl Run {
         let (record, trials) = Record::open(options.dir, SweepKey::new(self, at, options))?;
         let dir = SweepDir::new(record.dir(), options.keep_all, &trials)?;
         sweep.restore(trials);
-        let mut active = ActiveSweep { run: self, options, record, dir, sweep, at, evaluate, evaluated: 0 };
-        active.search()?;
+        let mut active = ActiveSweep { run: self, options, record, dir, sweep, at, evaluated: 0 };
+        active.search(evaluator)?;
         let best = active.ensure_best()?;
         let at_limit = active.sweep.is_at_limit(&|profile| active.is_reached(profile));
         Ok(SweepResult { sweep: active.sweep, best, at, at_limit, evaluated: active.evaluated })
@@ -92,23 +113,19 @@ impl Run {
 }
 
 /// Sweep in progress.
-struct ActiveSweep<'a, F> {
+struct ActiveSweep<'a> {
     run: &'a Run,
     options: &'a SweepOptions<'a>,
     record: Record,
     dir: SweepDir,
     sweep: Sweep,
     at: u64,
-    evaluate: F,
     evaluated: usize,
 }
 
-impl<F, S: Into<Scores>, E: Display> ActiveSweep<'_, F>
-where
-    F: FnMut(&Candidate<'_>) -> Result<S, E>,
-{
+impl ActiveSweep<'_> {
     /// Evaluates all targets and refinements.
-    fn search(&mut self) -> Result<()> {
+    fn search(&mut self, evaluator: &mut dyn Evaluator) -> Result<()> {
         loop {
             let profiles = self.sweep.next(self.options.batch, &|profile| self.is_reached(profile));
             if profiles.is_empty() {
@@ -117,13 +134,56 @@ where
             let plans = self.run.plans_with(&profiles, At::Step(self.at), self.options.noise)?;
             let paths = self.dir.candidates(&plans, self.sweep.targets());
             let results = self.synthesize(&plans, &paths)?;
-            for ((plan, path), result) in plans.iter().zip(&paths).zip(results) {
-                match result {
-                    Ok(()) => self.evaluate(plan, path)?,
-                    Err(error) => self.record(plan, 1, Err(error.to_string()), 0.0)?,
+            let mut tasks = Vec::new();
+            for (index, (plan, path)) in plans.iter().zip(&paths).enumerate() {
+                match &results[index] {
+                    Ok(()) => {
+                        let candidate = |repeat| Candidate { plan, path, repeat, job: 0 };
+                        let task = |repeat| Task { candidate: candidate(repeat), index };
+                        tasks.extend(self.sweep.missing(&plan.profile).into_iter().map(task));
+                    }
+                    Err(error) => {
+                        self.record(plan, 1, Err(error.to_string()), 0.0, &profiles)?;
+                        self.announce(plan);
+                    }
                 }
             }
+            self.evaluate(&tasks, &profiles, evaluator)?;
         }
+    }
+
+    /// Evaluates the tasks of a batch, and announces each as soon as all before it have ended.
+    fn evaluate(&mut self, tasks: &[Task<'_>], batch: &[Profile], evaluator: &mut dyn Evaluator) -> Result<()> {
+        let mut progress = Progress::new(tasks);
+        evaluator.run(tasks, &mut |event| {
+            let (i, is_skipped) = match event {
+                Event::Started(i) => {
+                    self.options.observer.evaluating(&tasks[i].candidate.plan.profile, &self.sweep);
+                    return Ok(());
+                }
+                Event::Ended(i, scores, seconds) => {
+                    let Candidate { plan, repeat, .. } = tasks[i].candidate;
+                    self.evaluated += 1;
+                    self.record(plan, repeat, scores, seconds, batch)?;
+                    (i, false)
+                }
+                Event::Skipped(i) => (i, true),
+            };
+            let is_last = progress.end(i, tasks[i].index, is_skipped);
+            while let Some(ended) = progress.next_to_announce() {
+                self.announce(tasks[ended].candidate.plan);
+            }
+            if is_last { self.keep_or_discard(&tasks[i].candidate) } else { Ok(()) }
+        })
+    }
+
+    /// Keeps the file of an evaluated candidate if it is a best one, and removes it otherwise.
+    fn keep_or_discard(&self, candidate: &Candidate<'_>) -> Result<()> {
+        let profile = &candidate.plan.profile;
+        let is_best = |metric: &usize| self.sweep.best_by(*metric).is_some_and(|best| best.profile == *profile);
+        let best: Vec<PathBuf> = (0..self.sweep.metrics().len()).filter(is_best).map(|m| self.best_path(m)).collect();
+        self.dir.make_best(candidate.path, &best)?;
+        self.dir.discard(candidate.path)
     }
 
     /// Returns true if the run makes this average with a relative error of at most 5%.
@@ -156,36 +216,27 @@ where
         self.run.write_all(outputs, &WriteOptions { dtype, device, progress: Some(&progress) }).map(drop)
     }
 
-    /// Evaluates a candidate until all repeats are there or one failed, and keeps its file if it is a best one.
-    fn evaluate(&mut self, plan: &Plan, path: &Path) -> Result<()> {
-        for repeat in self.sweep.missing(&plan.profile) {
-            self.options.observer.evaluating(&plan.profile, &self.sweep);
-            let start = Instant::now();
-            let scores = (self.evaluate)(&Candidate { plan, path, repeat });
-            self.evaluated += 1;
-            let scores = scores.map(Into::into).map_err(|error| error.to_string());
-            self.record(plan, repeat, scores, start.elapsed().as_secs_f64())?;
-            if self.sweep.trial(&plan.profile).is_some_and(|trial| trial.score().is_none()) {
-                break;
-            }
-        }
-        let is_best = |metric: &usize| self.sweep.best_by(*metric).is_some_and(|best| best.profile == plan.profile);
-        let best: Vec<PathBuf> = (0..self.sweep.metrics().len()).filter(is_best).map(|m| self.best_path(m)).collect();
-        self.dir.make_best(path, &best)?;
-        self.dir.discard(path)
-    }
-
     fn best_path(&self, metric: usize) -> PathBuf {
         self.dir.best(self.sweep.metrics(), metric)
     }
 
-    fn record(&mut self, plan: &Plan, repeat: u32, scores: Result<Scores, String>, seconds: f64) -> Result<()> {
+    fn record(
+        &mut self,
+        plan: &Plan,
+        repeat: u32,
+        scores: Result<Scores, String>,
+        seconds: f64,
+        batch: &[Profile],
+    ) -> Result<()> {
         self.sweep.record_repeat(plan.profile.clone(), repeat, scores, TrialMetrics::of(plan, seconds));
-        self.record.save(&self.sweep)?;
+        self.sweep.arrange(batch);
+        self.record.save(&self.sweep)
+    }
+
+    fn announce(&self, plan: &Plan) {
         if let Some(trial) = self.sweep.trial(&plan.profile) {
             self.options.observer.evaluated(trial, &self.sweep);
         }
-        Ok(())
     }
 
     /// Returns the files of the best averages. Each is synthesized again if it was removed, if the sweep was killed

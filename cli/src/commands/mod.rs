@@ -19,6 +19,7 @@ mod profile;
 mod profile_csv;
 mod source;
 mod sweep;
+mod sweep_errors;
 mod synthesize;
 mod targets;
 mod verify;

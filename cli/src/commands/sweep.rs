@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 use indicatif::ProgressBar;
-use posthoc_ema::sweep::{Command, Edge, Goal, Metric, Observer, Sweep, Trial};
+use posthoc_ema::sweep::{Candidate, Command, Edge, Goal, Metric, Observer, Sweep, Trial};
 use posthoc_ema::{Profile, SweepOptions, SweepResult, shown};
 use serde_json::{Value, json};
 
@@ -15,6 +15,7 @@ use super::args::{AtArgs, BlendArgs, NoiseArgs};
 use super::open::OpenArgs;
 use super::output::{byte_bar, print, print_json, print_warning, print_warnings, redraw_every, round_bar};
 use super::plot::PlotArgs;
+use super::sweep_errors::KeptErrors;
 use super::targets::TargetArgs;
 use super::{Failure, Outcome};
 use crate::numbers::{exact, number};
@@ -35,8 +36,8 @@ pub struct Arguments {
     run: PathBuf,
     /// Shell command that evaluates the safetensors file {}, and whose last line of output ends in a number, the
     /// score: loss 0.31. {} becomes the path, quoted for the shell: inside quotes, write "$POSTHOC_EMA_WEIGHTS"
-    /// instead. POSTHOC_EMA_PROFILE holds the profile as JSON, {repeat} and POSTHOC_EMA_REPEAT are the number of the
-    /// repeat
+    /// instead. POSTHOC_EMA_PROFILE holds the profile as JSON. {repeat} and POSTHOC_EMA_REPEAT are the number of the
+    /// repeat, {job} and POSTHOC_EMA_JOB that of the job
     #[arg(long, value_name = "COMMAND")]
     eval: String,
     /// Directory of the sweep, which is made if it is missing
@@ -55,6 +56,10 @@ pub struct Arguments {
     /// Evaluations of each average, for a standard error. The command should seed what is random by {repeat}
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeats: u32,
+    /// Evaluations at a time, such as one for each GPU: CUDA_VISIBLE_DEVICES={job}. Targets and repeats run side by
+    /// side, refinements one after the other
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    jobs: u32,
     /// Evaluations around the best of the targets
     #[arg(long, value_name = "N", default_value_t = 6)]
     refine: usize,
@@ -106,7 +111,15 @@ pub fn run(arguments: &Arguments) -> Outcome {
         observer: &bars,
         ..SweepOptions::new(&arguments.out_dir, &profiles)
     };
-    let swept = run.sweep(&options, |candidate| command.evaluate(candidate, &|bytes| bars.relay(bytes)));
+    let swept = if arguments.jobs == 1 {
+        run.sweep(&options, |candidate| command.evaluate(candidate, &|bytes| bars.relay(bytes)))
+    } else {
+        let evaluate = |candidate: &Candidate<'_>| {
+            let place = bars.errors.begin(candidate);
+            command.evaluate(candidate, &|bytes| bars.errors.append(&place, bytes))
+        };
+        run.sweep_parallel(&options, arguments.jobs, evaluate)
+    };
     bars.clear();
     let swept = swept?;
     show(arguments, &swept);
@@ -239,6 +252,7 @@ fn length_json(profile: &Profile) -> Value {
 struct ProgressBars {
     bytes: Mutex<Option<ProgressBar>>,
     evaluations: Mutex<Option<ProgressBar>>,
+    errors: KeptErrors,
 }
 
 impl ProgressBars {
@@ -290,6 +304,7 @@ impl Observer for ProgressBars {
     }
 
     fn evaluated(&self, trial: &Trial, sweep: &Sweep) {
+        self.relay(&self.errors.take(&trial.profile));
         if trial.score().is_some() && !sweep.missing(&trial.profile).is_empty() {
             return self.clear();
         }
