@@ -81,6 +81,9 @@ def updates(results, few, many):
             for precision in ("plain", "compensated"):
                 name = f"{dtype}, {precision}, {tensors} tensors"
                 lines.append(share(results, bench, name, target, f"update, {name}"))
+                if precision == "compensated":
+                    name += ", with a look"
+                    lines.append(share(results, bench, name, None, f"update, {name}"))
     return lines
 
 

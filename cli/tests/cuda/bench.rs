@@ -35,7 +35,7 @@ fn bench_measures_a_device_beside_copy_and_bus_limits() {
             "pageable device to host",
         ]
     );
-    assert_eq!((names(&rows, Work::Update).len(), names(&rows, Work::Blend).len()), (8, 6));
+    assert_eq!((names(&rows, Work::Update).len(), names(&rows, Work::Blend).len()), (12, 6));
     assert_eq!(
         names(&rows, Work::Offload),
         [
@@ -53,6 +53,7 @@ fn bench_measures_a_device_beside_copy_and_bus_limits() {
     let named = |name: &str| rows.iter().find(|row| row.name == name).unwrap();
     // Reads a parameter, and reads and writes two averages of 6 bytes. Reads 66 snapshots and writes 9 results.
     assert_eq!(named("bf16, compensated, 37 tensors").bytes, 20_011 * (2 + 2 * 2 * 6));
+    assert_eq!(named("bf16, compensated, 37 tensors, with a look").bytes, 20_011 * (2 + 2 + 2 * 2 * 6));
     assert_eq!(named("66 f16 snapshots to 9 targets").bytes, 20_011 * 2 * (66 + 9));
     assert_eq!(named("bf16 parameters in 37 tensors to the host").bytes, 20_011 * 2);
     // Bytes read and written count, and tensors are aligned to 512 bytes.
@@ -66,7 +67,7 @@ fn bench_measures_each_case_once_for_sizes_of_one() {
     let one = Options { parameters: Some(1), tensors: 1, snapshots: 1, targets: 1, repeats: 1, ..small() };
     let rows = bench::run(&one, &mut |_| {}).unwrap().rows;
     let mut names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
-    assert_eq!(names.len(), 7 + 4 + 3 + 3);
+    assert_eq!(names.len(), 7 + 6 + 3 + 3);
     names.sort_unstable();
     names.dedup();
     assert_eq!(names.len(), rows.len());
@@ -104,7 +105,7 @@ fn program_measures_and_draws_a_device() {
     let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(document["devices"][0]["device"], "cuda:0");
     assert_eq!(document["devices"][0]["parameters"], 5000);
-    assert_eq!(document["measurements"].as_array().unwrap().len(), 7 + 8 + 3 + 6);
+    assert_eq!(document["measurements"].as_array().unwrap().len(), 7 + 12 + 3 + 6);
     let svg = std::fs::read_to_string(plot).unwrap();
     assert!(
         svg.contains("pinned host to device") && svg.contains("bf16 parameters in 30 tensors to the host"),

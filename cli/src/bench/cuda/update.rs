@@ -29,7 +29,11 @@ pub(super) fn measure(device: &Arc<CudaDevice>, sizes: &Sizes, session: &mut Ses
     let mut state = DeviceModel::new(device, sizes)?;
     let mut tasks: Vec<Box<dyn Task<DeviceModel>>> = vec![Box::new(DeviceCopy { name: COPY, bytes: state.f32s.len() })];
     for case in UpdateCase::all(sizes) {
-        tasks.push(Box::new(DeviceUpdate::new(case)));
+        // Compensated averages are the default, and so is the look.
+        if case.precision == Precision::Compensated {
+            tasks.push(Box::new(DeviceUpdate::new(case.clone(), true)));
+        }
+        tasks.push(Box::new(DeviceUpdate::new(case, false)));
     }
     session.measure("update", &mut state, &tasks)
 }
@@ -105,13 +109,15 @@ impl CopyMemory for DeviceModel {
 /// An update on the device.
 struct DeviceUpdate {
     case: UpdateCase,
+    /// True if it looks for NaN in the parameters first.
+    looks: bool,
     /// First element of each tensor in the parameters.
     places: Vec<usize>,
 }
 
 impl DeviceUpdate {
-    fn new(case: UpdateCase) -> DeviceUpdate {
-        DeviceUpdate { places: places(&case.elements).0, case }
+    fn new(case: UpdateCase, looks: bool) -> DeviceUpdate {
+        DeviceUpdate { places: places(&case.elements).0, looks, case }
     }
 
     /// Returns the stream, the averages of the case's kind, and the parameters.
@@ -129,6 +135,13 @@ impl DeviceUpdate {
             tensors.push((dtype, stream.lend(buffer, size * start..size * (start + n))));
         }
         Ok(UpdateInputs { stream, averages, tensors })
+    }
+
+    fn update(&self, averages: &mut DeviceAverages, tensors: &[(Dtype, CudaMemory<'_>)]) -> Result<()> {
+        match self.looks {
+            true => averages.update_if_finite(tensors, &[], &WEIGHTS),
+            false => averages.update(tensors, &[], &WEIGHTS),
+        }
     }
 
     /// Updates zeros twice on the CPU, with one period of the parameters.
@@ -178,13 +191,18 @@ struct UpdateInputs<'s> {
 
 impl Task<DeviceModel> for DeviceUpdate {
     fn info(&self) -> TaskInfo {
-        self.case.info(COPY.into())
+        let mut info = self.case.info(COPY.into());
+        if self.looks {
+            info.name += ", with a look";
+            info.bytes += (self.case.dtype.bitsize() / 8 * self.case.elements.iter().sum::<usize>()) as u64;
+        }
+        info
     }
 
     fn check(&self, state: &mut DeviceModel) -> Result<()> {
         let UpdateInputs { stream, averages, tensors } = self.inputs(state)?;
         stream.clear(averages)?;
-        (0..2).try_for_each(|_| averages.update(&tensors, &[], &WEIGHTS))?;
+        (0..2).try_for_each(|_| self.update(averages, &tensors))?;
         let layout = self.case.layout();
         let expected = self.expected();
         for window in windows(layout.total()) {
@@ -198,7 +216,7 @@ impl Task<DeviceModel> for DeviceUpdate {
 
     fn seconds(&self, state: &mut DeviceModel) -> Result<f64> {
         let UpdateInputs { stream, averages, tensors } = self.inputs(state)?;
-        stream.seconds(&mut || averages.update(&tensors, &[], &WEIGHTS))
+        stream.seconds(&mut || self.update(averages, &tensors))
     }
 }
 
@@ -208,11 +226,9 @@ mod tests {
 
     #[test]
     fn compare_finds_a_wrong_element() {
-        let task = DeviceUpdate::new(UpdateCase {
-            dtype: Dtype::BF16,
-            precision: Precision::Compensated,
-            elements: split(100, 3),
-        });
+        let elements = split(100, 3);
+        let case = UpdateCase { dtype: Dtype::BF16, precision: Precision::Compensated, elements };
+        let task = DeviceUpdate::new(case, false);
         assert_eq!(task.places, [0, 128, 256]);
         let layout = task.case.layout();
         let expected = &task.expected()[1];
