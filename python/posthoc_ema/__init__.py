@@ -23,7 +23,7 @@ from ._import import Imported, import_run
 from ._native import __version__
 from ._plans import Noise, Plan, Predicted, Retention, Weight, WorstGroup, plan
 from ._profiles import Profile, Target
-from ._trials import Best, Swept, Trial
+from ._trials import Best, Comparison, Swept, Trial
 from .karras_ema import KarrasEMA
 from .posthoc_ema import PostHocEMA
 
@@ -31,6 +31,7 @@ __all__ = [
     "Advice",
     "Average",
     "Best",
+    "Comparison",
     "CheckpointWeight",
     "Imported",
     "KarrasEMA",

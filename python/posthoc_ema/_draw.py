@@ -39,18 +39,20 @@ def draw_errors(
     return _image(_native.draw_errors(list(zip(lengths, errors)), names, title, _size(figsize)))
 
 
+Points = Sequence[tuple[float, float | None, bool, bool]]
+"""Length and score of each trial, None for a failure; True for a refinement; True if as good as the best."""
+
+
 def draw_scores(
-    points: Sequence[tuple[float, float | None, bool]],
-    best: int | None,
+    curves: Sequence[tuple[Points, int | None, str, float | None]],
     length_name: str,
     title: str,
     figsize: tuple[float, float],
 ) -> Image.Image:
-    """Draws the scores of a sweep over the length.
+    """Draws the scores of a sweep over the length, a panel for each metric.
 
     Args:
-        points: Length and score of each trial, None for a failure, and True for a step of the refinement.
-        best: Index of the best point.
+        curves: Points, index of the best one, name of the scores, and their standard error if there are repeats.
         length_name: Name of the length, as in `Trial.length`.
         title: Title of the picture.
         figsize: Width and height in inches.
@@ -58,7 +60,7 @@ def draw_scores(
     Returns:
         An RGB image.
     """
-    return _image(_native.draw_scores(points, best, length_name, title, _size(figsize)))
+    return _image(_native.draw_scores(curves, length_name, title, _size(figsize)))
 
 
 def _size(figsize: tuple[float, float]) -> tuple[int, int]:

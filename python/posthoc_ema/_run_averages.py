@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,6 +219,8 @@ class RunAverages:
         sigma_rels: Iterable[float] = (),
         model: Model = None,
         minimize: bool = True,
+        metrics: Mapping[str, str] | None = None,
+        repeats: int = 1,
         refine: int = 6,
         step: int | None = None,
         noise: Noise = "off",
@@ -242,7 +244,11 @@ class RunAverages:
             targets: Profiles, or numbers as sigma_rel.
             sigma_rels: Further targets.
             model: Tracked model, or another of its structure. It has its own bits again after each evaluation.
-            minimize: True if small scores are better, False if large ones are.
+            minimize: True if small scores are better, False if large ones are; with `metrics`, their directions count.
+            metrics: Names of several metrics, each with "min" or "max": `{"fid": "min", "acc": "max"}`. The evaluation
+                then returns a dictionary with a number for each. Each metric has its own best and its own refinement.
+            repeats: Evaluations of each average, for a standard error. A parameter of the evaluation with the name
+                `repeat` gets their number, from 1: random numbers should be seeded by it.
             refine: Number of refinement steps.
             step: Step of the averages, as for `model`.
             noise: Regularisation, as for `model`.
@@ -273,6 +279,8 @@ class RunAverages:
             profiles,
             model=model,
             minimize=minimize,
+            metrics=metrics,
+            repeats=repeats,
             refine=refine,
             step=step,
             noise=noise,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from ._plans import Noise, Plan, noise_text
 from ._profiles import Profile, Target, profile_json, to_json
 from ._progress import wants_bar
 from ._run_reader import RunReader
-from ._trials import Best, Swept, Trial, trials_from_json
+from ._trials import Best, Comparison, Swept, Trial, trials_from_json
 
 LOG = logging.getLogger("posthoc_ema")
 
@@ -29,7 +30,7 @@ SweepProgress = Callable[[int, int], object] | bool | None
 
 The default None draws a bar if standard error is a terminal."""
 
-Evaluation = Callable[[Any], object]
+Evaluation = Callable[..., object]
 """Function of the caller that returns the score of an average."""
 
 ApplyEvaluation = Callable[[Evaluation], object]
@@ -56,6 +57,8 @@ def sweep(
     *,
     model: Model,
     minimize: bool,
+    metrics: Mapping[str, str] | None,
+    repeats: int,
     refine: int,
     step: int | None,
     noise: Noise,
@@ -92,24 +95,68 @@ def sweep(
         at,
         name,
         noise_text(noise),
+        [f"{metric}:{direction}" for metric, direction in (metrics or {}).items()],
+        check_repeats(repeats),
     )
     try:
         check_recorded_scores(search, name, is_unique, directory)
         averages = SweepAverages(ema, reader, step, noise, model)
-        loop = EvaluationLoop(search, averages, evaluate)
+        loop = EvaluationLoop(search, averages, evaluate, tuple(metrics or ()))
         with _accuracy.silenced():
             loop.run(batch, progress)
-        results = trials_from_json(search.trials())
-        number = search.best()
-        if number is None:
-            reasons = "; ".join(f"{trial.profile}: {trial.error}" for trial in results)
-            raise RuntimeError(f"all {len(results)} evaluations failed: {reasons}") from loop.first_error
-        with _accuracy.silenced():
-            best = averages.best(results[number], directory)
-            at_limit = search.is_at_limit(averages.is_reached)
-        return Swept(best, results, at, minimize, search.edge(), at_limit, search.is_flat())
+            return result(search, averages, at, directory, loop.first_error)
     finally:
         search.close()
+
+
+def check_repeats(repeats: int) -> int:
+    """Returns a number of repeats.
+
+    Raises:
+        ValueError: If it is below 1.
+    """
+    if (whole_number("repeats", repeats) or 0) < 1:
+        raise ValueError(f"repeats = {repeats}: must be at least 1")
+    return repeats
+
+
+def result(
+    search: _native.Sweep, averages: SweepAverages, at: int, directory: Path | None, first_error: Exception | None
+) -> Swept:
+    """Returns the result of a finished search, with the best average by each metric.
+
+    Raises:
+        RuntimeError: If all evaluations failed.
+    """
+    results = trials_from_json(search.trials())
+    if search.best() is None:
+        reasons = "; ".join(f"{trial.profile}: {trial.error}" for trial in results)
+        raise RuntimeError(f"all {len(results)} evaluations failed: {reasons}") from first_error
+    comparisons: dict[str, Comparison] = {}
+    for found in json.loads(search.metrics()):
+        file = "best.safetensors" if not comparisons else f"best-{found['name']}.safetensors"
+        trial = results[found["best"]]
+        score = trial.means[found["name"]]
+        assert score is not None
+        comparisons[found["name"]] = Comparison(
+            best=averages.best(trial, score, None if directory is None else directory / file),
+            minimize=found["minimize"],
+            flat=found["flat"],
+            standard_error=found["standard_error"],
+            as_good=tuple(Profile(json.dumps(profile)) for profile in found["as_good"]),
+        )
+    first = next(iter(comparisons.values()))
+    return Swept(
+        best=first.best,
+        results=results,
+        at=at,
+        minimize=first.minimize,
+        edge=search.edge(),
+        at_limit=search.is_at_limit(averages.is_reached),
+        flat=first.flat,
+        metrics=comparisons,
+        unbeaten=tuple(results[number] for number in search.unbeaten()),
+    )
 
 
 class SweepAverages:
@@ -148,15 +195,14 @@ class SweepAverages:
             return ((profile, partial(self._evaluate_in_model, profile)) for profile in profiles)
         return self._state_dicts(profiles)
 
-    def best(self, trial: Trial, directory: Path | None) -> Best:
-        """Synthesizes the best average again: the evaluation may have changed its own."""
-        assert trial.score is not None
+    def best(self, trial: Trial, score: float, path: Path | None) -> Best:
+        """Synthesizes a best average again: the evaluation may have changed its own."""
         state_dict = self._synthesize_one(trial.profile)
-        path = None
-        if directory is not None and self._reader.live(self._step) is None:
-            path = directory / "best.safetensors"
+        if path is not None and self._reader.live(self._step) is None:
             self._reader.write_best(trial.profile, path, self._step, self._noise)
-        return Best(trial.profile, trial.score, state_dict, path)
+        else:
+            path = None
+        return Best(trial.profile, score, state_dict, path)
 
     def _state_dicts(self, profiles: list[Profile]) -> Iterator[tuple[Profile, ApplyEvaluation]]:
         """Synthesizes a batch in one pass."""
@@ -197,37 +243,73 @@ class EvaluationLoop:
         search: Search that chooses targets and records scores.
         averages: Averages of the run.
         evaluate: Function of the caller.
+        metrics: Names of the metrics that it returns; none if it returns one number.
     """
 
-    def __init__(self, search: _native.Sweep, averages: SweepAverages, evaluate: Evaluation):
+    def __init__(
+        self, search: _native.Sweep, averages: SweepAverages, evaluate: Evaluation, metrics: tuple[str, ...] = ()
+    ):
         self._search = search
         self._averages = averages
         self._evaluate = evaluate
+        self._metrics = metrics
+        self._takes_repeat = takes_repeat(evaluate)
         self.first_error: Exception | None = None
         """Exception of the first evaluation that failed."""
 
     def run(self, batch: int, progress: SweepProgress) -> None:
-        """Evaluates until the search ends; each trial is recorded at once."""
+        """Evaluates until the search ends; each repeat is recorded at once."""
         with _evaluation_progress(progress) as report:
             while targets := self._search.next(batch, self._averages.is_reached):
                 profiles = [Profile(text) for text in targets]
                 plans = dict(zip(profiles, self._averages.plans(profiles)))
                 for profile, apply in self._averages.each(profiles):
-                    self._record(plans[profile], apply)
-                    report(self._search)
+                    for repeat in self._search.missing(profile_json(profile)):
+                        has_score = self._record(plans[profile], repeat, apply)
+                        report(self._search)
+                        if not has_score:
+                            break
 
-    def _record(self, plan: Plan, apply: ApplyEvaluation) -> None:
-        """Evaluates one average and records its score or its error."""
-        score = None
+    def _record(self, plan: Plan, repeat: int, apply: ApplyEvaluation) -> bool:
+        """Evaluates one average and records its values or its error. Returns False after an error."""
+        values = None
         error = None
+        evaluate = partial(self._evaluate, repeat=repeat) if self._takes_repeat else self._evaluate
         start = time.perf_counter()
         try:
-            score = _as_score(apply(self._evaluate))
+            values = as_values(apply(evaluate), self._metrics)
         except Exception as raised:
             self.first_error = self.first_error or raised
             error = f"{type(raised).__name__}: {raised}"
         seconds = time.perf_counter() - start
-        self._search.record(profile_json(plan.profile), score, error, plan.relative_error, plan.noise_gain, seconds)
+        target = profile_json(plan.profile)
+        return self._search.record(target, repeat, values, error, plan.relative_error, plan.noise_gain, seconds)
+
+
+def takes_repeat(evaluate: Evaluation) -> bool:
+    """Returns True if a function has a parameter with the name `repeat`."""
+    try:
+        parameters = inspect.signature(evaluate).parameters
+    except (TypeError, ValueError):
+        # Some functions of C have no signature.
+        return False
+    return "repeat" in parameters
+
+
+def as_values(returned: object, metrics: tuple[str, ...]) -> list[float]:
+    """Returns the values of the metrics that an evaluation returned.
+
+    Raises:
+        TypeError: If a value is not a number, or the metrics are not in a dictionary.
+        ValueError: If a metric is missing.
+    """
+    if not metrics:
+        return [_as_score(returned)]
+    if not isinstance(returned, Mapping):
+        raise TypeError(f"the evaluation returned {returned!r:.100}: it must return a dictionary of {list(metrics)}")
+    if missing := [name for name in metrics if name not in returned]:
+        raise ValueError(f"the evaluation returned no {missing[0]}, but {sorted(map(str, returned))}")
+    return [_as_score(returned[name]) for name in metrics]
 
 
 def evaluation_name(evaluate: Callable[..., object]) -> tuple[str, bool]:
@@ -296,7 +378,7 @@ def _evaluation_progress(progress: SweepProgress) -> Iterator[Callable[[_native.
     """Yields the function that is called after each evaluation."""
     if callable(progress):
         report = progress
-        yield lambda search: report(_count(search), search.planned())
+        yield lambda search: report(search.done(), search.planned())
     elif wants_bar(progress):
         from tqdm import tqdm
 
@@ -313,4 +395,4 @@ def _advance(bar: Any, search: _native.Sweep) -> None:
     if number is not None:
         best = trials_from_json(search.trials())[number]
         bar.set_postfix_str(f"best so far {best.score:g} at {best.profile}", refresh=False)
-    bar.update(_count(search) - bar.n)
+    bar.update(search.done() - bar.n)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ from ._profiles import Profile, profile_json
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Best", "Swept", "Trial"]
+__all__ = ["Best", "Comparison", "Swept", "Trial"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Trial:
     """Duration of the evaluation."""
     refined: bool
     """True if the refinement chose the length, False if the caller asked for it."""
+    means: Mapping[str, float | None] = field(default_factory=dict)
+    """Mean of each metric over the repeats; None for a failure. Without metrics, the score under the name "score"."""
+    repeats: Mapping[str, Any] = field(default_factory=dict)
+    """Values by number of the repeat, in the order of the metrics; empty for a single value."""
 
     @property
     def length(self) -> tuple[str, float] | None:
@@ -56,11 +61,27 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Comparison of the lengths by one metric."""
+
+    best: Best
+    """The best average by this metric. With repeats, the one as good as the best whose neighbours agree."""
+    minimize: bool
+    """True if small values are better, False if large ones are."""
+    flat: bool
+    """True if all lengths have the same score, with repeats within their noise. A flat curve is not refined."""
+    standard_error: float | None
+    """Standard error of a mean, without what all lengths share in a repeat; None without repeats."""
+    as_good: tuple[Profile, ...]
+    """Profiles that the repeats do not tell from the best one, at a risk of 5%; empty without repeats."""
+
+
+@dataclass(frozen=True)
 class Swept:
     """Result of a sweep."""
 
     best: Best
-    """The best average."""
+    """The best average, by the first metric."""
     results: tuple[Trial, ...]
     """All trials in the order of their evaluation, including those of an earlier call that was interrupted."""
     at: int
@@ -72,13 +93,19 @@ class Swept:
     at_limit: bool = False
     """True at an edge beyond which the run makes no average with a relative error of at most 5%."""
     flat: bool = False
-    """True if all lengths have the same score. A flat curve is not refined."""
+    """True if all lengths have the same score, with repeats within their noise. A flat curve is not refined."""
+    metrics: Mapping[str, Comparison] = field(default_factory=dict)
+    """Comparison by each metric, in their order; by "score" if none was named."""
+    unbeaten: tuple[Trial, ...] = ()
+    """Trials that no other one beats: none is as good in all metrics, and better in one."""
 
     def plot(self, title: str | None = None, figsize: tuple[float, float] = (10, 6)) -> Image.Image:
         """Draws the score over the length.
 
         The picture is that of `posthoc-ema sweep --plot`. It shows the trials of the best one's family: a dot for each
         target, a ring for each step of the refinement, a label at the best, and a cross at the axis for each failure.
+        With repeats, bars are one standard error to each side, and lengths as good as the best are shaded. Each metric
+        has a panel.
 
         Args:
             title: Title of the picture; by default the best profile and its score.
@@ -92,13 +119,36 @@ class Swept:
         """
         from . import _draw
 
-        best = next(trial for trial in self.results if trial.profile == self.best.profile)
+        best = self._trial(self.best.profile)
         if best.length is None:
             raise ValueError(f"the best profile is a {best.profile}, which has no length to draw the score over")
         family = [trial for trial in self.results if _family(trial) == _family(best)]
-        points = [(trial.length[1], trial.score, trial.refined) for trial in family if trial.length is not None]
-        title = title or f"Best: {best.profile}, score {best.score:.6g}"
-        return _draw.draw_scores(points, family.index(best), best.length[0], title, figsize)
+        title = title or f"Best: {best.profile}, score {self.best.score:.6g}"
+        names: list[str | None] = [*self.metrics] or [None]
+        return _draw.draw_scores([self._curve(name, family) for name in names], best.length[0], title, figsize)
+
+    def _trial(self, profile: Profile) -> Trial:
+        return next(trial for trial in self.results if trial.profile == profile)
+
+    def _curve(
+        self, name: str | None, family: list[Trial]
+    ) -> tuple[list[tuple[float, float | None, bool, bool]], int | None, str, float | None]:
+        """Returns the points of a metric, the index of the best, the name and the standard error."""
+        comparison = None if name is None else self.metrics[name]
+        best = self._trial(self.best.profile if comparison is None else comparison.best.profile)
+        as_good = () if comparison is None else comparison.as_good
+        points = [
+            (
+                trial.length[1],
+                trial.score if name is None else trial.means.get(name),
+                trial.refined,
+                trial.profile in as_good,
+            )
+            for trial in family
+            if trial.length is not None
+        ]
+        error = None if comparison is None else comparison.standard_error
+        return points, family.index(best) if best in family else None, name or "score", error
 
 
 def _family(trial: Trial) -> tuple[object, ...] | None:

@@ -25,21 +25,32 @@ pub fn draw_errors<'py>(
     Ok(PyBytes::new(py, &png))
 }
 
-/// Draws scores over lengths, with the best one marked, on a PNG of `size` pixels.
-///
-/// A point is a length, its score unless the evaluation failed, and true for a step of the refinement.
+/// Lengths with their scores: each a length, its score unless the evaluation failed, true for a step of the refinement,
+/// and true if it is as good as the best. Then the index of the best, the name of the scores and their standard error.
+type ScoreCurve = (Vec<(f64, Option<f64>, bool, bool)>, Option<usize>, String, Option<f64>);
+
+/// Draws scores over lengths, with the best one marked, on a PNG of `size` pixels: a panel for each curve.
 #[pyfunction]
 pub fn draw_scores<'py>(
     py: Python<'py>,
-    points: Vec<(f64, Option<f64>, bool)>,
-    best: Option<usize>,
+    curves: Vec<ScoreCurve>,
     length_name: String,
     title: String,
     size: (u32, u32),
 ) -> PyResult<Bound<'py, PyBytes>> {
-    let points =
-        points.into_iter().map(|(x, score, refined)| SweepPoint { x, score, refined, as_good: false }).collect();
-    let curve = SweepCurve { title, x_label: length_name, y_label: "score".into(), points, best, standard_error: None };
-    let png = py.detach(|| sweep_png(&[curve], size)).map_err(argument)?;
+    let mut titles = std::iter::once(title).chain(std::iter::repeat(String::new()));
+    let curve = |(points, best, y_label, standard_error): ScoreCurve| {
+        let point = |(x, score, refined, as_good)| SweepPoint { x, score, refined, as_good };
+        SweepCurve {
+            title: titles.next().unwrap_or_default(),
+            x_label: length_name.clone(),
+            y_label,
+            points: points.into_iter().map(point).collect(),
+            best,
+            standard_error,
+        }
+    };
+    let curves: Vec<SweepCurve> = curves.into_iter().map(curve).collect();
+    let png = py.detach(|| sweep_png(&curves, size)).map_err(argument)?;
     Ok(PyBytes::new(py, &png))
 }

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use posthoc_ema::Profile;
-use posthoc_ema::sweep::{self, Goal, Record, SweepKey, TrialMetrics, TrialOutcome};
+use posthoc_ema::sweep::{self, Goal, Metric, Record, SweepKey, TrialMetrics};
 use pyo3::prelude::*;
+use serde_json::{Value, json};
 
 use crate::errors::to_python;
 use crate::json::to_json;
@@ -67,10 +68,16 @@ impl Sweep {
         at: u64,
         evaluation: String,
         noise: String,
+        metrics: Vec<String>,
+        repeats: u32,
     ) -> PyResult<Sweep> {
+        let metrics: Vec<Metric> =
+            metrics.iter().map(|metric| Metric::parse(metric)).collect::<Result<_, _>>().map_err(to_python)?;
         let goal = if minimize { Goal::Minimize } else { Goal::Maximize };
-        let mut search = sweep::Sweep::new(&parse_profiles(&targets)?, goal, refine).map_err(to_python)?;
-        let key = SweepKey { run, at, evaluation, goal, metrics: Vec::new(), dtype: None, noise };
+        let goal = metrics.first().map_or(goal, |metric| metric.goal);
+        let search = sweep::Sweep::new(&parse_profiles(&targets)?, goal, refine).map_err(to_python)?;
+        let mut search = search.with_metrics(&metrics).map_err(to_python)?.with_repeats(repeats);
+        let key = SweepKey { run, at, evaluation, goal, metrics, dtype: None, noise };
         let mut record = None;
         if let Some(directory) = directory {
             let (opened, trials) = Record::open(&directory, key).map_err(to_python)?;
@@ -90,33 +97,79 @@ impl Sweep {
         profiles.iter().map(to_json).collect()
     }
 
-    /// Adds a score, or the error of an evaluation, and writes the record.
+    /// Returns the numbers of the repeats that a profile still needs.
+    fn missing(&self, target: &str) -> PyResult<Vec<u32>> {
+        Ok(self.lock().search.missing(&parse_profile(target)?))
+    }
+
+    /// Adds the values of a repeat, one of each metric, or its error, and writes the record. Returns True if all
+    /// repeats so far have succeeded.
     #[expect(clippy::too_many_arguments, reason = "called by the package only")]
     fn record(
         &self,
         py: Python<'_>,
         target: &str,
-        score: Option<f64>,
+        repeat: u32,
+        values: Option<Vec<f64>>,
         error: Option<String>,
         relative_error: f64,
         noise_gain: f64,
         seconds: f64,
-    ) -> PyResult<()> {
-        let outcome = match (score, error) {
-            (Some(score), None) => TrialOutcome::Score(score),
-            (_, error) => TrialOutcome::Error(error.unwrap_or_default()),
+    ) -> PyResult<bool> {
+        let scores = match (values, error) {
+            (Some(values), None) => Ok(values.into()),
+            (_, error) => Err(error.unwrap_or_default()),
         };
         let metrics =
             TrialMetrics { relative_error: Some(relative_error), noise_gain: Some(noise_gain), seconds: Some(seconds) };
         let mut state = self.lock();
-        state.search.record(parse_profile(target)?, outcome, metrics);
+        let trial = state.search.record_repeat(parse_profile(target)?, repeat, scores, metrics);
+        let has_score = trial.score().is_some();
         let save = || state.record.as_ref().map_or(Ok(()), |record| record.save(&state.search));
-        py.detach(save).map_err(to_python)
+        py.detach(save).map_err(to_python)?;
+        Ok(has_score)
     }
 
-    /// Returns all trials as JSON, in the order of their evaluation.
+    /// Returns all trials as JSON, in the order of their evaluation, each with the means of its metrics.
     fn trials(&self) -> PyResult<String> {
-        to_json(self.lock().search.trials())
+        let state = self.lock();
+        let search = &state.search;
+        let with_means = |trial: &sweep::Trial| {
+            let mut object = json!(trial);
+            let means = search.metrics().iter().enumerate();
+            object["means"] = means.map(|(i, metric)| (metric.name.clone(), json!(trial.mean(i)))).collect();
+            object
+        };
+        to_json(&search.trials().iter().map(with_means).collect::<Vec<Value>>())
+    }
+
+    /// Returns the metrics as JSON, each with its best trial and the comparison of the trials.
+    fn metrics(&self) -> PyResult<String> {
+        let state = self.lock();
+        let search = &state.search;
+        let describe = |i: usize| {
+            let comparison = search.comparison(i);
+            json!({
+                "name": search.metrics()[i].name,
+                "minimize": search.metrics()[i].goal == Goal::Minimize,
+                "best": search.best_by(i).and_then(|best| position(search, best)),
+                "flat": search.is_flat_by(i),
+                "standard_error": comparison.as_ref().map(|comparison| comparison.standard_error),
+                "as_good": comparison.map_or_else(Vec::new, |comparison| comparison.as_good),
+            })
+        };
+        to_json(&(0..search.metrics().len()).map(describe).collect::<Vec<Value>>())
+    }
+
+    /// Returns the indices of the trials that no other one beats in all metrics.
+    fn unbeaten(&self) -> Vec<usize> {
+        let state = self.lock();
+        state.search.unbeaten().into_iter().filter_map(|trial| position(&state.search, trial)).collect()
+    }
+
+    /// Returns the number of evaluations so far.
+    fn done(&self) -> usize {
+        self.lock().search.done()
     }
 
     /// Returns the index of the best trial.
@@ -154,6 +207,10 @@ impl Sweep {
     fn close(&self) {
         self.lock().record = None;
     }
+}
+
+fn position(search: &sweep::Sweep, trial: &sweep::Trial) -> Option<usize> {
+    search.trials().iter().position(|other| other.profile == trial.profile)
 }
 
 /// Returns the name of a profile's length and its value; None for a table.

@@ -328,6 +328,60 @@ def test_best_at_an_edge_is_searched_outwards_and_a_flat_curve_is_not(ema: PostH
     assert flat.flat and len(flat.results) == len(LIST) and flat.edge is None
 
 
+def test_repeats_give_a_standard_error_and_lengths_that_are_as_good(ema: PostHocEMA, tmp_path: Path) -> None:
+    score, calls = Score(ema), []
+
+    def evaluate(state: dict[str, Any], repeat: int) -> float:
+        calls.append(repeat)
+        shared = np.random.default_rng(repeat).normal()
+        own = np.random.default_rng([repeat, int(weight(state) * 1000)]).normal()
+        return score(state) / 1000 + 5 * shared + 0.01 * own
+
+    options: dict[str, Any] = {"out": tmp_path / "sweep", "refine": 2, "name": "noisy"}
+    ema.sweep(evaluate, LIST, **options)
+    swept = ema.sweep(evaluate, LIST, repeats=3, **options)
+    # The first repeats were there already, but for refinements that are now elsewhere.
+    assert calls[:10] == [1] * 10 and calls[10:14] == [2, 3, 2, 3]
+    comparison = swept.metrics["score"]
+    assert comparison.standard_error is not None and 0.003 < comparison.standard_error < 0.02
+    assert swept.best.profile in comparison.as_good and len(comparison.as_good) < 8 and not swept.flat
+    found = swept.best.profile.as_sigma_rel
+    assert found is not None and abs(found - OPTIMUM) < 0.03
+    assert set(swept.results[0].repeats) == {"1", "2", "3"}
+    assert swept.results[0].score == pytest.approx(np.mean([row[0][0] for row in swept.results[0].repeats.values()]))
+    assert weight(load_file(tmp_path / "sweep/best.safetensors")) == weight(swept.best.state_dict)
+    assert ema.sweep(lambda state: 1.0, LIST, repeats=2).flat
+    with pytest.raises(ValueError, match="repeats = 0"):
+        ema.sweep(evaluate, LIST, repeats=0)
+
+
+def test_each_metric_has_its_best(ema: PostHocEMA, tmp_path: Path) -> None:
+    score = Score(ema)
+
+    def evaluate(state: dict[str, Any]) -> dict[str, float]:
+        return {"mean": weight(state), "dist": score(state), "other": 0.0}
+
+    swept = ema.sweep(evaluate, LIST, metrics={"dist": "min", "mean": "max"}, out=tmp_path / "sweep", name="both")
+    assert list(swept.metrics) == ["dist", "mean"] and swept.best is swept.metrics["dist"].best
+    found, other = (swept.metrics[name].best.profile.as_sigma_rel for name in ("dist", "mean"))
+    assert found is not None and abs(found - OPTIMUM) < 0.01 and other is not None and other <= 0.05
+    assert not swept.metrics["mean"].minimize and swept.metrics["mean"].standard_error is None
+    path = swept.metrics["mean"].best.path
+    assert path == tmp_path / "sweep/best-mean.safetensors" and path is not None
+    assert weight(load_file(path)) == swept.metrics["mean"].best.score
+    lengths = [trial.profile.as_sigma_rel or 0.0 for trial in swept.unbeaten]
+    assert max(lengths) == found and min(lengths) == other
+    assert swept.plot(figsize=(6, 8)).size == (900, 1200)
+    with pytest.raises(ValueError, match="has other metrics"):
+        ema.sweep(evaluate, LIST, metrics={"dist": "min"}, out=tmp_path / "sweep", name="both")
+    with pytest.raises(ValueError, match="write min or max"):
+        ema.sweep(evaluate, LIST, metrics={"dist": "up"})
+    with pytest.raises(RuntimeError, match="returned no fid"):
+        ema.sweep(evaluate, LIST, metrics={"fid": "min"})
+    with pytest.raises(RuntimeError, match="must return a dictionary"):
+        ema.sweep(weight, LIST, metrics={"fid": "min"})
+
+
 def test_scores_are_drawn(ema: PostHocEMA) -> None:
     score = Score(ema)
 

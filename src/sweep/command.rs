@@ -41,8 +41,8 @@ const SHOWN_LINES: usize = 5;
 ///
 /// `{}` is replaced by the path of the average's file, quoted for the shell. The environment variable
 /// `POSTHOC_EMA_WEIGHTS` holds the same path, and `POSTHOC_EMA_PROFILE` the profile as JSON. `{repeat}` and
-/// `POSTHOC_EMA_REPEAT` are the number of the repeat, from 1; `{job}` and `POSTHOC_EMA_JOB` are that of the job, from 0.
-/// The standard input is empty.
+/// `POSTHOC_EMA_REPEAT` are the number of the repeat, from 1; `{job}` and `POSTHOC_EMA_JOB` are that of the job, from
+/// 0. The standard input is empty.
 #[derive(Clone, Debug)]
 pub struct Command {
     template: Template,

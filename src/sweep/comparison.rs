@@ -22,8 +22,8 @@ pub struct Comparison {
     pub standard_error: f64,
     /// Profiles that the repeats do not tell from the best one, which is among them, in the order of their evaluation.
     ///
-    /// With a probability of 95%, the truly best one of all that were evaluated is among them. They are all lengths with
-    /// a probability of 95% if all are equally good.
+    /// With a probability of 95%, the truly best one of all that were evaluated is among them. If all are equally good,
+    /// they are all lengths with the same probability.
     pub as_good: Vec<Profile>,
     /// The one of them whose neighbours agree: nine tenths of the value of a parabola through them and their
     /// neighbours, and one tenth of its own score, are the best.

@@ -20,7 +20,7 @@ pub(super) struct Task<'a> {
     pub index: usize,
 }
 
-/// What happened to a task, by its index.
+/// Progress of a task, by its index.
 pub(super) enum Event {
     /// Its evaluation begins.
     Started(usize),

@@ -9,7 +9,7 @@ use posthoc_ema::sweep::Candidate;
 /// Bytes that are kept of each evaluation, from its end.
 const KEPT_BYTES: usize = 64 << 10;
 
-/// What evaluations wrote to their standard error, until it is their turn.
+/// Standard errors of evaluations until it is their turn.
 #[derive(Default)]
 pub struct KeptErrors(Mutex<BTreeMap<Place, Vec<u8>>>);
 
