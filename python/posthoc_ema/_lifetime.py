@@ -242,7 +242,7 @@ class TrackerLifetime:
             try:
                 self.close()
             except (OSError, RuntimeError) as error:
-                warnings.warn(f"a snapshot was not stored: {error}", stacklevel=3)
+                warnings.warn(f"a snapshot was not stored, or an update left out: {error}", stacklevel=3)
             return
         try:
             self.native.finish()
@@ -262,7 +262,8 @@ def _end(native: _native.Tracker, directory: Path, process: int) -> None:
         native.flush()
     except (OSError, RuntimeError) as error:
         if directory.is_dir():
-            warnings.warn(f"a snapshot was not stored: {error}", RuntimeWarning, stacklevel=2)
+            reason = f"a snapshot was not stored, or an update left out: {error}"
+            warnings.warn(reason, RuntimeWarning, stacklevel=2)
     _store_state(native, directory)
 
 
@@ -274,8 +275,8 @@ def _store_state(native: _native.Tracker, directory: Path) -> None:
         native.save()
     except (OSError, RuntimeError) as error:
         if directory.is_dir():
+            # An update that was left out is an error after the state was stored.
+            lost = "" if native.is_saved() else ", and its live state could not be stored"
             warnings.warn(
-                f"{directory}: the run ends at step {native.step}, and its live state could not be stored: {error}",
-                RuntimeWarning,
-                stacklevel=3,
+                f"{directory}: the run ends at step {native.step}{lost}: {error}", RuntimeWarning, stacklevel=3
             )

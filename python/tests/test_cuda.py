@@ -216,3 +216,33 @@ def test_updates_with_nan_are_left_out_as_on_the_host(
     assert files["host"] == files["device"] and len(files["host"]) > 2
     for right, got in zip(runs["host"].synthesize([0.06, 0.15]), runs["device"].synthesize([0.06, 0.15])):
         assert all(torch.equal(tensor, got[name]) for name, tensor in right.items())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nan_of_the_last_update_is_reported_at_the_end(tmp_path: Path, to_device: ToDevice, device: str) -> None:
+    model = to_device(net())
+    options = {"update_every": 1, "update_after_step": 0, "device": device}
+
+    def begun(name: str) -> PostHocEMA:
+        model[2].bias.data[4] = 1.0
+        ema = PostHocEMA.from_model(model, tmp_path / name, **options)
+        ema.update_(model)
+        model[2].bias.data[4] = float("nan")
+        ema.update_(model)
+        return ema
+
+    what = "`2.bias`: the parameter is NaN at element 4 at step 2:"
+    with pytest.raises(RuntimeError, match=what):
+        begun("closed").close()
+    ema = begun("left")
+    with pytest.warns(RuntimeWarning, match="an update left out: .*" + what):
+        del ema
+    with pytest.warns(UserWarning, match="an update left out: .*" + what), pytest.raises(KeyError):
+        with begun("failed"):
+            raise KeyError
+    with pytest.raises(RuntimeError, match=what), begun("finished"):
+        pass
+    for name in ("closed", "left", "failed", "finished"):
+        resumed = PostHocEMA.from_model(model, tmp_path / name, resume=True, **options)
+        assert (resumed.step, resumed.last_update) == (2, 1), name
+        resumed.close()

@@ -81,9 +81,11 @@ impl PostHocEma {
     /// Waits until every snapshot so far is on disk, so that the run can be read while the training goes on.
     ///
     /// # Errors
-    /// The first error of a snapshot that no call has returned yet.
+    /// The first error of a snapshot, or of an update with NaN on a device, that no call has returned yet.
     pub fn flush(&self) -> Result<()> {
-        self.engine.flush()
+        self.settle()?;
+        self.engine.flush()?;
+        self.non_finite.take_error()
     }
 
     /// Ends the run: stores the live state, and a snapshot of the newest update if there is none yet.
