@@ -320,3 +320,32 @@ fn look_costs_are_bounded() {
     driver();
     check_in_own_process("non_finite::costs", &[]);
 }
+
+#[test]
+fn new_tensors_on_a_device_must_begin_with_finite_values() {
+    for device in [Device::Cuda(0), Device::Cpu] {
+        let temp = tempfile::tempdir().unwrap();
+        let owner = Owner::new();
+        let mut model = Model::new(&owner);
+        let few = options(temp.path(), OnNonFinite::Skip).leave_out(["d.*"]).device(device);
+        let mut ema = few.create(&model.device).unwrap();
+        model.train(2);
+        ema.update_at(2, &model.device).unwrap();
+        ema.finish().unwrap();
+        drop(ema);
+        let all =
+            || options(temp.path(), OnNonFinite::Skip).leave_out(Vec::<String>::new()).extend(true).device(device);
+        // The tensor that goes on may hold anything, the new one may not.
+        for (i, is_new) in [(0, false), (3, true)] {
+            let (_, tensor, owned) = &mut model.device.tensors[i];
+            let mut bytes = tensor.bytes.clone();
+            bytes[..size(tensor.dtype)].copy_from_slice(&encode(f64::INFINITY, tensor.dtype));
+            owned.set(&bytes);
+            let resumed = all().resume(&model.device);
+            let text = resumed.as_ref().err().map(ToString::to_string).unwrap_or_default();
+            assert_eq!(text.contains("`d.half`") && text.contains("inf at element 0"), is_new, "{device:?} {i} {text}");
+            assert_eq!(resumed.is_err(), is_new, "{text}");
+            resumed.into_iter().for_each(PostHocEma::abandon);
+        }
+    }
+}
