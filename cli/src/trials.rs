@@ -1,7 +1,7 @@
 //! Trials of a sweep as tables and sentences.
 
 use comfy_table::{CellAlignment, Table};
-use posthoc_ema::math::Family;
+use posthoc_ema::math::{Family, Profile};
 use posthoc_ema::sweep::{Comparison, Sweep, Trial};
 
 use crate::numbers::{exact, number};
@@ -31,6 +31,26 @@ fn rows(sweep: &Sweep, trials: Vec<&Trial>) -> Table {
         let mut row = vec![trial.profile.to_string()];
         row.extend((0..names.len()).map(|metric| trial.mean(metric).map_or("failed".into(), exact)));
         row.extend([figure(trial.metrics.relative_error), figure(trial.metrics.noise_gain), marks.of(trial)]);
+        table.add_row(row);
+    }
+    table
+}
+
+/// Lists the trials of a joint sweep in the order of their evaluation: the target of the tensors without a group, that
+/// of each group, and the score.
+pub fn joint(trials: &[Trial], groups: &[String], best: Option<&Trial>) -> Table {
+    let names: Vec<&str> = groups.iter().map(String::as_str).collect();
+    let header = [&["other tensors"], &names[..], &["score", "relative error", ""]].concat();
+    let mut table = table(&header);
+    table.column_mut(header.len() - 1).into_iter().for_each(|column| {
+        column.set_cell_alignment(CellAlignment::Left);
+    });
+    for trial in trials {
+        let mut row = vec![trial.profile.to_string()];
+        row.extend(groups.iter().map(|group| trial.groups.get(group).map(Profile::to_string).unwrap_or_default()));
+        row.push(trial.score().map_or("failed".into(), exact));
+        row.push(trial.metrics.relative_error.map(number).unwrap_or_default());
+        row.push(if Some(trial) == best { "best".into() } else { String::new() });
         table.add_row(row);
     }
     table

@@ -3,6 +3,7 @@
 mod advise;
 mod density;
 mod forecast;
+mod groups;
 mod later;
 mod movement_groups;
 mod noise;
@@ -20,6 +21,7 @@ pub use advise::rounding;
 pub use advise::{Advice, AdviceRequest, WorstCase, advise};
 pub(crate) use density::densities;
 pub use forecast::Forecast;
+pub(crate) use groups::{TensorGroup, groups_json, with_groups};
 pub(crate) use later::{LaterGroup, solve_later};
 pub use noise::{Noise, PredictedError, WorstGroup};
 pub(crate) use plan::solve;

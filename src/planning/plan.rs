@@ -1,5 +1,7 @@
 //! Plans: the solved weights of a target and their error.
 
+use std::collections::BTreeMap;
+
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -51,9 +53,13 @@ pub struct Plan {
     pub shortfall: Option<Shortfall>,
     /// The weights, in order of profile and step.
     pub weights: Vec<Weight>,
-    /// The weights of tensors whose averages began after the run did; they do not have the plan's own weights.
+    /// The weights of tensors whose averages began after the run did, and those of groups with targets of their own.
+    /// These tensors do not have the plan's own weights.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub later: Vec<LaterTensors>,
+    /// The targets of groups of tensors, by name; their weights are in `later`. Empty if all tensors have one target.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub groups: BTreeMap<String, Profile>,
 }
 
 impl Plan {
@@ -74,12 +80,12 @@ pub struct Weight {
     pub weight: f64,
 }
 
-/// The solved weights of tensors whose averages began after the run did.
+/// The solved weights of tensors whose averages began after the run did, or of a group with a target of its own.
 ///
 /// Their averages hold their first values from before `since` on, as a training that began there does.
 #[derive(Clone, Debug, Serialize)]
 pub struct LaterTensors {
-    /// The step at which their averages began.
+    /// The step at which their averages began; 0 if it is that of the run.
     pub since: u64,
     /// The names of the tensors.
     pub tensors: Vec<String>,
@@ -179,6 +185,7 @@ impl Solver<'_> {
             shortfall,
             weights,
             later: Vec::new(),
+            groups: BTreeMap::new(),
         })
     }
 }

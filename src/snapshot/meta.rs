@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 
 /// Key of the profile.
 pub const PROFILE: &str = "profile";
+/// Key of the targets of groups of tensors, in an average that has such.
+pub const GROUPS: &str = "groups";
 /// Key of the step.
 pub const STEP: &str = "step";
 const FORMAT: &str = "format";

@@ -1,5 +1,6 @@
 //! Files of a sweep: averages to be evaluated, and the best one.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,8 +9,8 @@ use super::trial::{Metric, Trial};
 use crate::error::{Error, Result};
 use crate::fs::{check_replaceable, is_temporary, replace_by_link, sync_directory};
 use crate::math::Profile;
-use crate::planning::{Plan, profile_json};
-use crate::snapshot::{PROFILE, StoredFile};
+use crate::planning::{Plan, groups_json, profile_json};
+use crate::snapshot::{GROUPS, PROFILE, StoredFile};
 
 /// Name of the best average.
 pub(super) const BEST: &str = "best.safetensors";
@@ -56,8 +57,8 @@ impl SweepDir {
             return Err(Error::unexpected(&link, why));
         }
         let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all };
-        let kept: Vec<String> = evaluated.iter().map(|trial| profile_json(&trial.profile)).collect();
-        clear(&dir.join(KEPT), |profile| !keep_all && !kept.contains(profile))?;
+        let kept: Vec<String> = evaluated.iter().map(|trial| targets_json(&trial.profile, &trial.groups)).collect();
+        clear(&dir.join(KEPT), |targets| !keep_all && !kept.contains(targets))?;
         clear(&dir.join(PENDING), |_| true)?;
         let folder = sweep_dir.folder();
         fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
@@ -85,14 +86,14 @@ impl SweepDir {
                 _ => format!("{name}-{number}.safetensors"),
             };
             let mut names = (1..).map(|number| self.folder().join(numbered(number)));
-            paths.extend(names.find(|path| !paths.contains(path) && is_free(path, &plan.profile)));
+            paths.extend(names.find(|path| !paths.contains(path) && is_free(path, plan)));
         }
         paths
     }
 
-    /// Returns true if a best average is stored and has this profile.
-    pub(super) fn holds(&self, best: &Path, profile: &Profile) -> bool {
-        stored_profile(best).as_ref() == Some(&profile_json(profile))
+    /// Returns true if a best average is stored and has these targets.
+    pub(super) fn holds(&self, best: &Path, profile: &Profile, groups: &BTreeMap<String, Profile>) -> bool {
+        stored_targets(best) == Some(targets_json(profile, groups))
     }
 
     /// Makes a candidate the best average by one or more metrics. Earlier ones are replaced atomically.
@@ -132,26 +133,35 @@ fn file_stem(plan: &Plan, targets: &[Profile]) -> String {
     format!("{target}{number}.step-{}", plan.at)
 }
 
-/// Returns true if nothing is at a path, or an average of the same profile.
-fn is_free(path: &Path, profile: &Profile) -> bool {
-    path.symlink_metadata().is_err() || stored_profile(path).as_ref() == Some(&profile_json(profile))
+/// Returns true if nothing is at a path, or an average of the same targets.
+fn is_free(path: &Path, plan: &Plan) -> bool {
+    path.symlink_metadata().is_err() || stored_targets(path) == Some(targets_json(&plan.profile, &plan.groups))
 }
 
-/// Reads the profile of a stored average, as JSON.
-fn stored_profile(path: &Path) -> Option<String> {
-    StoredFile::open(path).ok()?.metadata().get(PROFILE).cloned()
+/// Describes the targets of an average: its profile as JSON, and those of its groups.
+fn targets_json(profile: &Profile, groups: &BTreeMap<String, Profile>) -> String {
+    let groups = if groups.is_empty() { String::new() } else { groups_json(groups) };
+    profile_json(profile) + &groups
 }
 
-/// Reads the profile of a sweep's candidate, as JSON. Returns `None` if its name does not match its contents.
-fn candidate_profile(path: &Path) -> Option<String> {
+/// Reads the targets of a stored average, as [`targets_json`] describes them.
+fn stored_targets(path: &Path) -> Option<String> {
+    let file = StoredFile::open(path).ok()?;
+    let groups = file.metadata().get(GROUPS).cloned().unwrap_or_default();
+    file.metadata().get(PROFILE).map(|profile| profile.clone() + &groups)
+}
+
+/// Reads the targets of a sweep's candidate. Returns `None` if its name does not match its contents.
+fn candidate_targets(path: &Path) -> Option<String> {
     let (target, rest) = path.file_name()?.to_str()?.strip_suffix(".safetensors")?.rsplit_once(".step-")?;
-    let stored = stored_profile(path)?;
-    let profile: Profile = serde_json::from_str(&stored).ok()?;
+    let stored = stored_targets(path)?;
+    // The profile comes first.
+    let profile: Profile = serde_json::Deserializer::from_str(&stored).into_iter().next()?.ok()?;
     let is_named = target.starts_with(&profile.to_string().replace(' ', "-"));
     (is_named && rest.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-')).then_some(stored)
 }
 
-/// Removes temporary files from a folder, and the candidates whose profile `is_leftover` selects. Removes the folder if
+/// Removes temporary files from a folder, and the candidates whose targets `is_leftover` selects. Removes the folder if
 /// nothing else is in it.
 fn clear(folder: &Path, is_leftover: impl Fn(&String) -> bool) -> Result<()> {
     let entries = match fs::read_dir(folder) {
@@ -161,7 +171,7 @@ fn clear(folder: &Path, is_leftover: impl Fn(&String) -> bool) -> Result<()> {
     for entry in entries {
         let path = entry.map_err(Error::io("list", folder))?.path();
         let is_unfinished = path.file_name().and_then(|name| name.to_str()).is_some_and(is_temporary);
-        if path.is_file() && (is_unfinished || candidate_profile(&path).as_ref().is_some_and(&is_leftover)) {
+        if path.is_file() && (is_unfinished || candidate_targets(&path).as_ref().is_some_and(&is_leftover)) {
             remove(&path)?;
         }
     }

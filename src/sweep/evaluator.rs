@@ -20,8 +20,8 @@ pub(super) struct Task<'a> {
     pub index: usize,
 }
 
-/// Progress of a task, by its index.
-pub(super) enum Event {
+/// BatchProgress of a task, by its index.
+pub(super) enum TaskEvent {
     /// Its evaluation begins.
     Started(usize),
     /// Its evaluation ended, after a number of seconds.
@@ -31,7 +31,7 @@ pub(super) enum Event {
 }
 
 /// Tasks of a batch that have ended. They are announced in order, whatever order they end in.
-pub(super) struct Progress {
+pub(super) struct BatchProgress {
     /// Number of tasks of each candidate that have not ended.
     open: Vec<usize>,
     /// True for a task that is skipped; `None` until a task ends.
@@ -39,11 +39,11 @@ pub(super) struct Progress {
     announced: usize,
 }
 
-impl Progress {
-    pub(super) fn new(tasks: &[Task<'_>]) -> Progress {
+impl BatchProgress {
+    pub(super) fn new(tasks: &[Task<'_>]) -> BatchProgress {
         let mut open = vec![0; tasks.iter().map(|task| task.index + 1).max().unwrap_or(0)];
         tasks.iter().for_each(|task| open[task.index] += 1);
-        Progress { open, skipped: vec![None; tasks.len()], announced: 0 }
+        BatchProgress { open, skipped: vec![None; tasks.len()], announced: 0 }
     }
 
     /// Notes the end of a task. Returns true for the last one of its candidate.
@@ -67,7 +67,7 @@ impl Progress {
 
 /// Evaluates the tasks of a batch, and reports what happens to each. An error of `report` ends it.
 pub(super) trait Evaluator {
-    fn run(&mut self, tasks: &[Task<'_>], report: &mut dyn FnMut(Event) -> Result<()>) -> Result<()>;
+    fn run(&mut self, tasks: &[Task<'_>], report: &mut dyn FnMut(TaskEvent) -> Result<()>) -> Result<()>;
 }
 
 /// Evaluates one task after the other.
@@ -86,17 +86,17 @@ impl<F, S: Into<Scores>, E: Display> Evaluator for Serial<F>
 where
     F: FnMut(&Candidate<'_>) -> Result<S, E>,
 {
-    fn run(&mut self, tasks: &[Task<'_>], report: &mut dyn FnMut(Event) -> Result<()>) -> Result<()> {
+    fn run(&mut self, tasks: &[Task<'_>], report: &mut dyn FnMut(TaskEvent) -> Result<()>) -> Result<()> {
         let mut failed = None;
         for (i, task) in tasks.iter().enumerate() {
             if failed == Some(task.index) {
-                report(Event::Skipped(i))?;
+                report(TaskEvent::Skipped(i))?;
                 continue;
             }
-            report(Event::Started(i))?;
+            report(TaskEvent::Started(i))?;
             let (scores, seconds) = evaluate(|| (self.0)(&task.candidate));
             failed = if scores.is_err() { Some(task.index) } else { None };
-            report(Event::Ended(i, scores, seconds))?;
+            report(TaskEvent::Ended(i, scores, seconds))?;
         }
         Ok(())
     }
@@ -106,23 +106,23 @@ impl<F, S: Into<Scores>, E: Display> Evaluator for Parallel<F>
 where
     F: Fn(&Candidate<'_>) -> Result<S, E> + Sync,
 {
-    fn run(&mut self, tasks: &[Task<'_>], report: &mut dyn FnMut(Event) -> Result<()>) -> Result<()> {
+    fn run(&mut self, tasks: &[Task<'_>], report: &mut dyn FnMut(TaskEvent) -> Result<()>) -> Result<()> {
         let Parallel(function, jobs) = self;
         let function = &*function;
         let waiting: Mutex<VecDeque<usize>> = Mutex::new((0..tasks.len()).collect());
         let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         let failed: Vec<AtomicBool> = tasks.iter().map(|_| AtomicBool::new(false)).collect();
-        let work = |job: u32, sender: mpsc::Sender<Event>| {
+        let work = |job: u32, sender: mpsc::Sender<TaskEvent>| {
             while let Some(i) = next() {
                 let Task { candidate, index } = tasks[i];
                 if failed[index].load(Ordering::Relaxed) {
-                    let _ = sender.send(Event::Skipped(i));
+                    let _ = sender.send(TaskEvent::Skipped(i));
                     continue;
                 }
-                let _ = sender.send(Event::Started(i));
+                let _ = sender.send(TaskEvent::Started(i));
                 let (scores, seconds) = evaluate(|| function(&Candidate { job, ..candidate }));
                 failed[index].fetch_or(scores.is_err(), Ordering::Relaxed);
-                let _ = sender.send(Event::Ended(i, scores, seconds));
+                let _ = sender.send(TaskEvent::Ended(i, scores, seconds));
             }
         };
         thread::scope(|scope| {
@@ -165,18 +165,19 @@ mod tests {
             shortfall: None,
             weights: Vec::new(),
             later: Vec::new(),
+            groups: std::collections::BTreeMap::new(),
         };
         let paths: Vec<String> = (0..10).map(|i| format!("{i}")).collect();
         let candidate = |i: usize, repeat| Candidate { plan: &plan, path: Path::new(&paths[i]), repeat, job: 0 };
         let tasks: Vec<Task<'_>> =
             (0..20).map(|i| Task { candidate: candidate(i / 2, 1 + (i % 2) as u32), index: i / 2 }).collect();
-        let mut progress = Progress::new(&tasks);
+        let mut progress = BatchProgress::new(&tasks);
         let (mut ended, mut announced, mut count) = (Vec::new(), Vec::new(), 0);
         let result = evaluator.run(&tasks, &mut |event| {
             let (i, is_skipped) = match event {
-                Event::Started(_) => return Ok(()),
-                Event::Ended(i, _, _) => (i, false),
-                Event::Skipped(i) => (i, true),
+                TaskEvent::Started(_) => return Ok(()),
+                TaskEvent::Ended(i, _, _) => (i, false),
+                TaskEvent::Skipped(i) => (i, true),
             };
             count += 1;
             progress.end(i, tasks[i].index, is_skipped);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::observer::Observer;
 use super::search::Sweep;
-use super::trial::{Goal, Metric};
+use super::trial::{Goal, Metric, Trial};
 use crate::device::Device;
 use crate::math::Profile;
 use crate::planning::{At, Noise};
@@ -15,6 +15,9 @@ const BATCH: usize = 256;
 
 /// Default number of refinement steps. They narrow an evenly spaced list about twentyfold.
 const REFINE: usize = 6;
+
+/// Default number of turns of a joint sweep.
+const ROUNDS: usize = 2;
 
 /// Options of [`Run::sweep`](crate::Run::sweep).
 #[derive(Clone)]
@@ -32,6 +35,11 @@ pub struct SweepOptions<'a> {
     /// Metrics of each evaluation, in the order of its values; empty for one number. Each has its own best, which is
     /// refined by itself. `best.safetensors` is the best by the first one, `best-NAME.safetensors` that by another.
     pub metrics: &'a [Metric],
+    /// Globs of tensor names: each group has a length of its own, and so have the other tensors. All begin with the
+    /// same one; then one is varied at a time. Empty for one length.
+    pub groups: &'a [String],
+    /// Number of times that each length of a joint sweep is varied at most.
+    pub rounds: usize,
     /// Number of times that each average is evaluated.
     pub repeats: u32,
     /// Number of golden-section steps around the best target. At an edge of the list they go outwards first, as far
@@ -61,6 +69,8 @@ impl<'a> SweepOptions<'a> {
             evaluation: "",
             goal: Goal::Minimize,
             metrics: &[],
+            groups: &[],
+            rounds: ROUNDS,
             repeats: 1,
             refine: REFINE,
             batch: BATCH,
@@ -76,8 +86,13 @@ impl<'a> SweepOptions<'a> {
 /// Result of [`Run::sweep`](crate::Run::sweep).
 #[derive(Clone, Debug)]
 pub struct SweepResult {
-    /// All trials, including those of earlier calls. [`Sweep::best`] returns the best one.
+    /// All trials, including those of earlier calls. [`Sweep::best`] returns the best one. Of a joint sweep, those of
+    /// the last length that was varied.
     pub sweep: Sweep,
+    /// All trials of a joint sweep, or of a plain one.
+    pub trials: Vec<Trial>,
+    /// Best trial, with the targets of its groups; `None` if no evaluation succeeded.
+    pub best_trial: Option<Trial>,
     /// Safetensors file of the best average by each metric; empty if no evaluation succeeded.
     pub best: Vec<PathBuf>,
     /// Time of the targets.

@@ -21,7 +21,7 @@ const FILE: &str = "sweep.json";
 /// Version of a document with one number for each trial.
 const PLAIN_VERSION: u32 = 1;
 
-/// Version of a document with several metrics or repeats, which older programs would lose.
+/// Version of a document with metrics, repeats or groups, which older programs would lose.
 const VERSION: u32 = 2;
 
 /// Settings that the scores of a sweep depend on. Sweeps that differ in one do not share scores.
@@ -38,6 +38,9 @@ pub struct SweepKey {
     /// Metrics of the evaluation; empty for one without a name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub metrics: Vec<Metric>,
+    /// Globs of the groups of a joint sweep.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<String>,
     /// Dtype of averaged tensors; `None` for the model's own.
     pub dtype: Option<String>,
     /// Treatment of the snapshots' rounding, as [`Noise`](crate::Noise) is written.
@@ -115,9 +118,16 @@ impl Record {
         self.write(sweep.trials())
     }
 
+    /// As [`Record::save`], for the trials of a joint sweep.
+    pub(super) fn save_trials(&self, trials: &[Trial]) -> Result<()> {
+        self.write(trials)
+    }
+
     fn write(&self, trials: &[Trial]) -> Result<()> {
         self.lock.id().check()?;
-        let is_plain = self.key.metrics.is_empty() && trials.iter().all(|trial| trial.repeats.is_empty());
+        let is_plain = self.key.metrics.is_empty()
+            && self.key.groups.is_empty()
+            && trials.iter().all(|trial| trial.repeats.is_empty());
         let version = if is_plain { PLAIN_VERSION } else { VERSION };
         let document =
             SweepDocument { posthoc_ema_sweep: version, key: Cow::Borrowed(&self.key), trials: trials.into() };
@@ -138,6 +148,7 @@ impl SweepKey {
             evaluation: options.evaluation.to_owned(),
             goal: options.metrics.first().map_or(options.goal, |metric| metric.goal),
             metrics: options.metrics.to_vec(),
+            groups: options.groups.to_vec(),
             dtype: options.dtype.map(|dtype| dtype.to_string()),
             noise: options.noise.to_string(),
         }
@@ -149,12 +160,17 @@ impl SweepKey {
             true => "one number".into(),
             false => key.metrics.iter().map(Metric::to_string).collect::<Vec<_>>().join(", "),
         };
+        let groups = |key: &SweepKey| match key.groups.is_empty() {
+            true => "none".into(),
+            false => key.groups.join(", "),
+        };
         let dtype = |key: &SweepKey| key.dtype.clone().unwrap_or_else(|| "the model's".into());
         let parts = [
             ("is over another run", self.run.clone(), stored.run.clone()),
             ("is at another step", self.at.to_string(), stored.at.to_string()),
             ("has another evaluation", self.evaluation.clone(), stored.evaluation.clone()),
             ("has other metrics", metrics(self), metrics(stored)),
+            ("has other groups", groups(self), groups(stored)),
             ("has another direction", self.goal.to_string(), stored.goal.to_string()),
             ("has another dtype", dtype(self), dtype(stored)),
             ("has another regularisation", self.noise.clone(), stored.noise.clone()),
@@ -222,6 +238,7 @@ mod tests {
             evaluation: "eval {}".into(),
             goal: Goal::Minimize,
             metrics: Vec::new(),
+            groups: Vec::new(),
             dtype: None,
             noise: "off".into(),
         }

@@ -4,7 +4,8 @@ use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use super::candidates::{Candidate, SweepDir};
-use super::evaluator::{Evaluator, Event, Parallel, Progress, Serial, Task};
+use super::evaluator::{BatchProgress, Evaluator, Parallel, Serial, Task, TaskEvent};
+use super::joint::JointSearch;
 use super::options::{SweepOptions, SweepResult};
 use super::record::{Record, SweepKey};
 use super::scores::Scores;
@@ -84,20 +85,25 @@ impl Run {
 
     fn sweep_with(&self, options: &SweepOptions<'_>, evaluator: &mut dyn Evaluator) -> Result<SweepResult> {
         let sweep = Sweep::new(options.targets, options.goal, options.refine)?;
-        let mut sweep = sweep.with_metrics(options.metrics)?.with_repeats(options.repeats);
+        let sweep = sweep.with_metrics(options.metrics)?.with_repeats(options.repeats);
         // All targets are solved first, so that an impossible one fails before anything is written.
         let plans = self.plans_with(sweep.targets(), options.at, options.noise)?;
         let at = plans.first().map_or(0, |plan| plan.at);
+        let rows = vec![vec![sweep.targets()[0].clone(); options.groups.len() + 1]];
+        self.grouped_plans(&rows, options.groups, At::Step(at), options.noise)?;
         self.check_apart(options.dir)?;
         log_warnings(self.dir(), &plans);
         let (record, trials) = Record::open(options.dir, SweepKey::new(self, at, options))?;
         let dir = SweepDir::new(record.dir(), options.keep_all, &trials)?;
-        sweep.restore(trials);
-        let mut active = ActiveSweep { run: self, options, record, dir, sweep, at, evaluated: 0 };
+        let search = JointSearch::new(sweep, options.groups, options.rounds, trials)?;
+        let mut active = ActiveSweep { run: self, options, record, dir, search, at, evaluated: 0 };
         active.search(evaluator)?;
         let best = active.ensure_best()?;
-        let at_limit = active.sweep.is_at_limit(&|profile| active.is_reached(profile));
-        Ok(SweepResult { sweep: active.sweep, best, at, at_limit, evaluated: active.evaluated })
+        let sweep = active.search.sweep();
+        let at_limit = sweep.is_at_limit(&|profile| active.is_reached(profile));
+        let best_trial = sweep.best().map(|best| active.search.to_joint(best));
+        let (sweep, trials) = (sweep.clone(), active.search.trials());
+        Ok(SweepResult { sweep, trials, best_trial, best, at, at_limit, evaluated: active.evaluated })
     }
 
     /// Checks that a sweep's directory is outside the run's, which may hold only the run's files.
@@ -118,7 +124,7 @@ struct ActiveSweep<'a> {
     options: &'a SweepOptions<'a>,
     record: Record,
     dir: SweepDir,
-    sweep: Sweep,
+    search: JointSearch,
     at: u64,
     evaluated: usize,
 }
@@ -127,24 +133,28 @@ impl ActiveSweep<'_> {
     /// Evaluates all targets and refinements.
     fn search(&mut self, evaluator: &mut dyn Evaluator) -> Result<()> {
         loop {
-            let profiles = self.sweep.next(self.options.batch, &|profile| self.is_reached(profile));
+            let profiles = self.search.sweep().next(self.options.batch, &|profile| self.is_reached(profile));
             if profiles.is_empty() {
+                if self.search.advance() {
+                    continue;
+                }
                 return Ok(());
             }
-            let plans = self.run.plans_with(&profiles, At::Step(self.at), self.options.noise)?;
-            let paths = self.dir.candidates(&plans, self.sweep.targets());
+            let plans = self.plans(&profiles)?;
+            let paths = self.dir.candidates(&plans, self.search.sweep().targets());
             let results = self.synthesize(&plans, &paths)?;
             let mut tasks = Vec::new();
-            for (index, (plan, path)) in plans.iter().zip(&paths).enumerate() {
+            for (index, profile) in profiles.iter().enumerate() {
+                let (plan, path) = (&plans[index], &paths[index]);
                 match &results[index] {
                     Ok(()) => {
                         let candidate = |repeat| Candidate { plan, path, repeat, job: 0 };
                         let task = |repeat| Task { candidate: candidate(repeat), index };
-                        tasks.extend(self.sweep.missing(&plan.profile).into_iter().map(task));
+                        tasks.extend(self.search.sweep().missing(profile).into_iter().map(task));
                     }
                     Err(error) => {
-                        self.record(plan, 1, Err(error.to_string()), 0.0, &profiles)?;
-                        self.announce(plan);
+                        self.record(profile, 1, Err(error.to_string()), TrialMetrics::of(plan, 0.0), &profiles)?;
+                        self.announce(profile);
                     }
                 }
             }
@@ -154,36 +164,46 @@ impl ActiveSweep<'_> {
 
     /// Evaluates the tasks of a batch, and announces each as soon as all before it have ended.
     fn evaluate(&mut self, tasks: &[Task<'_>], batch: &[Profile], evaluator: &mut dyn Evaluator) -> Result<()> {
-        let mut progress = Progress::new(tasks);
+        let mut progress = BatchProgress::new(tasks);
         evaluator.run(tasks, &mut |event| {
             let (i, is_skipped) = match event {
-                Event::Started(i) => {
-                    self.options.observer.evaluating(&tasks[i].candidate.plan.profile, &self.sweep);
+                TaskEvent::Started(i) => {
+                    self.options.observer.evaluating(&batch[tasks[i].index], self.search.sweep());
                     return Ok(());
                 }
-                Event::Ended(i, scores, seconds) => {
+                TaskEvent::Ended(i, scores, seconds) => {
                     let Candidate { plan, repeat, .. } = tasks[i].candidate;
                     self.evaluated += 1;
-                    self.record(plan, repeat, scores, seconds, batch)?;
+                    self.record(&batch[tasks[i].index], repeat, scores, TrialMetrics::of(plan, seconds), batch)?;
                     (i, false)
                 }
-                Event::Skipped(i) => (i, true),
+                TaskEvent::Skipped(i) => (i, true),
             };
             let is_last = progress.end(i, tasks[i].index, is_skipped);
             while let Some(ended) = progress.next_to_announce() {
-                self.announce(tasks[ended].candidate.plan);
+                self.announce(&batch[tasks[ended].index]);
             }
-            if is_last { self.keep_or_discard(&tasks[i].candidate) } else { Ok(()) }
+            let Task { candidate, index } = tasks[i];
+            if is_last { self.keep_or_discard(&batch[index], candidate.path) } else { Ok(()) }
         })
     }
 
     /// Keeps the file of an evaluated candidate if it is a best one, and removes it otherwise.
-    fn keep_or_discard(&self, candidate: &Candidate<'_>) -> Result<()> {
-        let profile = &candidate.plan.profile;
-        let is_best = |metric: &usize| self.sweep.best_by(*metric).is_some_and(|best| best.profile == *profile);
-        let best: Vec<PathBuf> = (0..self.sweep.metrics().len()).filter(is_best).map(|m| self.best_path(m)).collect();
-        self.dir.make_best(candidate.path, &best)?;
-        self.dir.discard(candidate.path)
+    fn keep_or_discard(&self, profile: &Profile, path: &Path) -> Result<()> {
+        let sweep = self.search.sweep();
+        let is_best = |metric: &usize| sweep.best_by(*metric).is_some_and(|best| best.profile == *profile);
+        let best: Vec<PathBuf> = (0..sweep.metrics().len()).filter(is_best).map(|m| self.best_path(m)).collect();
+        self.dir.make_best(path, &best)?;
+        self.dir.discard(path)
+    }
+
+    /// Solves for the averages of the current stage, with the targets of all groups.
+    fn plans(&self, profiles: &[Profile]) -> Result<Vec<Plan>> {
+        let rows: Vec<Vec<Profile>> = profiles.iter().map(|profile| self.search.point(profile)).collect();
+        match self.options.groups {
+            [] => self.run.plans_with(profiles, At::Step(self.at), self.options.noise),
+            groups => self.run.grouped_plans(&rows, groups, At::Step(self.at), self.options.noise),
+        }
     }
 
     /// Returns true if the run makes this average with a relative error of at most 5%.
@@ -217,41 +237,44 @@ impl ActiveSweep<'_> {
     }
 
     fn best_path(&self, metric: usize) -> PathBuf {
-        self.dir.best(self.sweep.metrics(), metric)
+        self.dir.best(self.search.sweep().metrics(), metric)
     }
 
     fn record(
         &mut self,
-        plan: &Plan,
+        profile: &Profile,
         repeat: u32,
         scores: Result<Scores, String>,
-        seconds: f64,
+        metrics: TrialMetrics,
         batch: &[Profile],
     ) -> Result<()> {
-        self.sweep.record_repeat(plan.profile.clone(), repeat, scores, TrialMetrics::of(plan, seconds));
-        self.sweep.arrange(batch);
-        self.record.save(&self.sweep)
+        let sweep = self.search.sweep_mut();
+        sweep.record_repeat(profile.clone(), repeat, scores, metrics);
+        sweep.arrange(batch);
+        self.record.save_trials(&self.search.trials())
     }
 
-    fn announce(&self, plan: &Plan) {
-        if let Some(trial) = self.sweep.trial(&plan.profile) {
-            self.options.observer.evaluated(trial, &self.sweep);
+    fn announce(&self, profile: &Profile) {
+        let sweep = self.search.sweep();
+        if let Some(trial) = sweep.trial(profile) {
+            self.options.observer.evaluated(trial, sweep);
         }
     }
 
     /// Returns the files of the best averages. Each is synthesized again if it was removed, if the sweep was killed
     /// before it was renamed, or if it became the best after others were evaluated.
     fn ensure_best(&self) -> Result<Vec<PathBuf>> {
+        let sweep = self.search.sweep();
         let mut paths = Vec::new();
-        for metric in 0..self.sweep.metrics().len() {
-            let Some(best) = self.sweep.best_by(metric) else { break };
+        for metric in 0..sweep.metrics().len() {
+            let Some(best) = sweep.best_by(metric) else { break };
             let path = self.best_path(metric);
-            if !self.dir.holds(&path, &best.profile) {
-                let profiles = std::slice::from_ref(&best.profile);
-                let plans = self.run.plans_with(profiles, At::Step(self.at), self.options.noise)?;
+            let base = &self.search.point(&best.profile)[0];
+            if !self.dir.holds(&path, base, &self.search.group_targets(&best.profile)) {
+                let plans = self.plans(std::slice::from_ref(&best.profile))?;
                 self.options.observer.synthesizing(1, self.run.bytes_to_read(&plans));
                 // It is written among the candidates first. After an interruption the same path is used again.
-                let candidates = self.dir.candidates(&plans, self.sweep.targets());
+                let candidates = self.dir.candidates(&plans, sweep.targets());
                 self.write(&[Output { plan: &plans[0], path: &candidates[0] }])?;
                 self.dir.make_best(&candidates[0], std::slice::from_ref(&path))?;
             }

@@ -101,6 +101,11 @@ impl Sweep {
         self.trials.extend(trials.into_iter().filter(|trial| trial.score().is_some()));
     }
 
+    /// Adds trials of this search, failed ones included.
+    pub(super) fn restore_all(&mut self, trials: Vec<Trial>) {
+        self.trials.extend(trials.into_iter());
+    }
+
     /// Returns the profiles to evaluate next: up to `batch` targets of the list, then one refinement at a time. Returns
     /// none when the search is over, or if the [curve is flat](Sweep::is_flat).
     ///

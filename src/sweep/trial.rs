@@ -70,6 +70,9 @@ pub struct Trial {
     /// Measured values by the number of the repeat, from 1. Empty for one value of one metric, which is the score.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub repeats: BTreeMap<u32, Scores>,
+    /// Targets of groups of tensors, by glob, in a joint sweep. The other tensors have `profile`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub groups: BTreeMap<String, Profile>,
 }
 
 impl Trial {
@@ -112,7 +115,14 @@ impl Trial {
     /// Trial without an evaluation.
     pub(super) fn new(profile: Profile) -> Trial {
         let outcome = TrialOutcome::Error(UNTRIED.into());
-        Trial { profile, outcome, metrics: TrialMetrics::default(), refined: false, repeats: BTreeMap::new() }
+        Trial {
+            profile,
+            outcome,
+            metrics: TrialMetrics::default(),
+            refined: false,
+            repeats: BTreeMap::new(),
+            groups: BTreeMap::new(),
+        }
     }
 
     /// Adds the values of a repeat. A failure keeps the values of the other repeats, and stays.

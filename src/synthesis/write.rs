@@ -11,8 +11,8 @@ use super::streaming::Streaming;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::fs::{Stream, check_output, parent_dir, remove_leftovers};
-use crate::planning::{Plan, profile_json};
-use crate::snapshot::{Meta, PROFILE, STEP};
+use crate::planning::{Plan, groups_json, profile_json};
+use crate::snapshot::{GROUPS, Meta, PROFILE, STEP};
 
 impl SourceSet<'_> {
     /// Blends plans into files, up to [`MAX_TARGETS`] in one pass over the sources. Returns the device that blended.
@@ -92,6 +92,9 @@ impl SourceSet<'_> {
         let mut strings = Meta { tied: self.tied.clone(), ..Meta::default() }.to_strings();
         strings.insert(PROFILE.into(), profile_json(&plan.profile));
         strings.insert(STEP.into(), plan.at.to_string());
+        if !plan.groups.is_empty() {
+            strings.insert(GROUPS.into(), groups_json(&plan.groups));
+        }
         strings
     }
 }

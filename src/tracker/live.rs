@@ -151,6 +151,7 @@ impl PostHocEma {
             shortfall: None,
             weights: vec![Weight { index, step: at, weight: 1.0 }],
             later: Vec::new(),
+            groups: BTreeMap::new(),
         };
         self.with_sources(|_| Ok(vec![plan]), |sources, plans| sources.load_into(&[&plans[0]], vec![output], None))
     }

@@ -53,6 +53,13 @@ pub struct Arguments {
     /// each metric has its own best, and its own refinement
     #[arg(long, value_name = "NAME[:min|max]", value_parser = Metric::parse)]
     metric: Vec<Metric>,
+    /// Give the tensors of this glob, such as decoder.*, a length of their own; may be given more than once. All
+    /// tensors begin with one length. Then that of the other tensors and that of each group are swept in turns
+    #[arg(long, value_name = "GLOB", conflicts_with = "metric")]
+    group: Vec<String>,
+    /// Turns in which each length is swept at most, with --group
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    rounds: usize,
     /// Evaluations of each average, for a standard error. The command should seed what is random by {repeat}
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeats: u32,
@@ -101,6 +108,8 @@ pub fn run(arguments: &Arguments) -> Outcome {
         evaluation: &arguments.eval,
         goal: if arguments.maximize { Goal::Maximize } else { Goal::Minimize },
         metrics: &arguments.metric,
+        groups: &arguments.group,
+        rounds: arguments.rounds,
         repeats: arguments.repeats,
         refine: arguments.refine,
         batch: arguments.batch as usize,
@@ -148,6 +157,9 @@ fn show(arguments: &Arguments, swept: &SweepResult) {
         return;
     }
     let sweep = &swept.sweep;
+    if !arguments.group.is_empty() {
+        return show_joint(arguments, swept);
+    }
     print(&trials::trials(sweep).to_string());
     if sweep.metrics().len() > 1 && !sweep.unbeaten().is_empty() {
         print("no other average is as good as these in all metrics and better in one:");
@@ -167,6 +179,14 @@ fn show(arguments: &Arguments, swept: &SweepResult) {
     if let Some(remark) = remark(swept) {
         print(&remark);
     }
+}
+
+/// Prints the trials of a joint sweep, and the best length of each part.
+fn show_joint(arguments: &Arguments, swept: &SweepResult) {
+    print(&trials::joint(&swept.trials, &arguments.group, swept.best_trial.as_ref()).to_string());
+    let (Some(best), Some(path)) = (&swept.best_trial, swept.best.first()) else { return };
+    let groups: Vec<String> = best.groups.iter().map(|(group, profile)| format!("{profile} for {group}")).collect();
+    print(&format!("best at step {}: {}, {}, kept as {}", swept.at, best.profile, groups.join(", "), shown(path)));
 }
 
 /// Describes a flat curve.
@@ -201,7 +221,7 @@ fn document(swept: &SweepResult) -> Value {
     let mut document = json!({
         "at": swept.at,
         "goal": sweep.goal(),
-        "best": sweep.best().map(trial_json),
+        "best": swept.best_trial.as_ref().map(trial_json),
         "path": swept.best.first(),
         "edge": sweep.edge(),
         "at_limit": swept.at_limit,
@@ -209,7 +229,7 @@ fn document(swept: &SweepResult) -> Value {
         "evaluated": swept.evaluated,
         "failed": sweep.failures().count(),
         "metrics": (0..sweep.metrics().len()).map(|metric| metric_json(swept, metric)).collect::<Vec<_>>(),
-        "trials": sweep.trials().iter().map(trial_json).collect::<Vec<_>>(),
+        "trials": swept.trials.iter().map(trial_json).collect::<Vec<_>>(),
     });
     if sweep.metrics().len() > 1 {
         document["unbeaten"] = sweep.unbeaten().into_iter().map(trial_json).collect();
@@ -237,6 +257,10 @@ fn metric_json(swept: &SweepResult, metric: usize) -> Value {
 fn trial_json(trial: &Trial) -> Value {
     let mut object = json!(trial);
     object["length"] = length_json(&trial.profile);
+    if !trial.groups.is_empty() {
+        let lengths = trial.groups.iter().map(|(group, profile)| (group.clone(), length_json(profile)));
+        object["group_lengths"] = lengths.collect();
+    }
     object
 }
 
