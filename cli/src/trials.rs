@@ -38,8 +38,8 @@ fn rows(sweep: &Sweep, trials: Vec<&Trial>) -> Table {
 
 /// Lists the trials of a joint sweep in the order of their evaluation: the target of the tensors without a group, that
 /// of each group, and the score.
-pub fn joint(trials: &[Trial], groups: &[String], best: Option<&Trial>) -> Table {
-    let names: Vec<&str> = groups.iter().map(String::as_str).collect();
+pub fn joint(trials: &[Trial], best: Option<&Trial>) -> Table {
+    let names: Vec<&str> = trials.first().iter().flat_map(|trial| trial.groups.keys()).map(String::as_str).collect();
     let header = [&["other tensors"], &names[..], &["score", "relative error", ""]].concat();
     let mut table = table(&header);
     table.column_mut(header.len() - 1).into_iter().for_each(|column| {
@@ -47,7 +47,7 @@ pub fn joint(trials: &[Trial], groups: &[String], best: Option<&Trial>) -> Table
     });
     for trial in trials {
         let mut row = vec![trial.profile.to_string()];
-        row.extend(groups.iter().map(|group| trial.groups.get(group).map(Profile::to_string).unwrap_or_default()));
+        row.extend(trial.groups.values().map(Profile::to_string));
         row.push(trial.score().map_or("failed".into(), exact));
         row.push(trial.metrics.relative_error.map(number).unwrap_or_default());
         row.push(if Some(trial) == best { "best".into() } else { String::new() });

@@ -21,8 +21,18 @@ const KEPT: &str = "candidates";
 /// Folder of the averages to be evaluated, if only the best is kept. Whatever a killed sweep left there is removed.
 const PENDING: &str = "evaluating";
 
+/// The same folders for averages of the second run.
+const SECOND_KEPT: &str = "candidates-with";
+const SECOND_PENDING: &str = "evaluating-with";
+
+/// Name of the second run among the parts of a joint sweep.
+pub(super) const WITH: &str = "with";
+
+/// Name of the second run's average that goes with the best one.
+pub(super) const SECOND_BEST: &str = "best-with.safetensors";
+
 /// Folders of averages.
-pub(super) const FOLDERS: [&str; 2] = [KEPT, PENDING];
+pub(super) const FOLDERS: [&str; 4] = [KEPT, PENDING, SECOND_KEPT, SECOND_PENDING];
 
 /// Average to be evaluated.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +42,8 @@ pub struct Candidate<'a> {
     /// Absolute path of its safetensors file. The file exists during its evaluations only, unless all averages are
     /// kept.
     pub path: &'a Path,
+    /// Absolute path of the second run's average, in a sweep over two runs.
+    pub with: Option<&'a Path>,
     /// Number of the repeat, from 1. An evaluation that draws random numbers should seed them by it: what the seed does
     /// to all lengths alike is then no noise.
     pub repeat: u32,
@@ -45,6 +57,7 @@ pub struct Candidate<'a> {
 pub(super) struct SweepDir {
     dir: PathBuf,
     keep_all: bool,
+    is_second: bool,
 }
 
 impl SweepDir {
@@ -56,8 +69,10 @@ impl SweepDir {
             let why = "a link is here, and a sweep removes files from this folder: replace it by a folder";
             return Err(Error::unexpected(&link, why));
         }
-        let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all };
-        let kept: Vec<String> = evaluated.iter().map(|trial| targets_json(&trial.profile, &trial.groups)).collect();
+        let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all, is_second: false };
+        // The second run's target is not in the file.
+        let in_file = |trial: &Trial| trial.groups.clone().into_iter().filter(|(name, _)| name != WITH).collect();
+        let kept: Vec<String> = evaluated.iter().map(|trial| targets_json(&trial.profile, &in_file(trial))).collect();
         clear(&dir.join(KEPT), |targets| !keep_all && !kept.contains(targets))?;
         clear(&dir.join(PENDING), |_| true)?;
         let folder = sweep_dir.folder();
@@ -65,13 +80,32 @@ impl SweepDir {
         Ok(sweep_dir)
     }
 
+    /// As [`SweepDir::new`], for the averages of the second run. They have the file names of the others.
+    pub(super) fn second(dir: &Path, keep_all: bool) -> Result<SweepDir> {
+        let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all, is_second: true };
+        clear(&dir.join(SECOND_PENDING), |_| true)?;
+        let folder = sweep_dir.folder();
+        fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+        Ok(sweep_dir)
+    }
+
+    /// Path of the second run's average that goes with a candidate.
+    pub(super) fn beside(&self, candidate: &Path) -> PathBuf {
+        self.folder().join(candidate.file_name().unwrap_or_default())
+    }
+
     fn folder(&self) -> PathBuf {
-        self.dir.join(if self.keep_all { KEPT } else { PENDING })
+        self.dir.join(match (self.is_second, self.keep_all) {
+            (false, true) => KEPT,
+            (false, false) => PENDING,
+            (true, true) => SECOND_KEPT,
+            (true, false) => SECOND_PENDING,
+        })
     }
 
     /// Path of the best average by a metric. The first one has the plain name.
     pub(super) fn best(&self, metrics: &[Metric], metric: usize) -> PathBuf {
-        self.dir.join(best_name(metrics, metric))
+        self.dir.join(if self.is_second { SECOND_BEST.into() } else { best_name(metrics, metric) })
     }
 
     /// Returns a path for each plan, named after its target and step. A table is named by its number among `targets`.
@@ -157,7 +191,9 @@ fn candidate_targets(path: &Path) -> Option<String> {
     let stored = stored_targets(path)?;
     // The profile comes first.
     let profile: Profile = serde_json::Deserializer::from_str(&stored).into_iter().next()?.ok()?;
-    let is_named = target.starts_with(&profile.to_string().replace(' ', "-"));
+    // An average of the second run has the name of the other one.
+    let is_second = path.parent().is_some_and(|folder| folder.ends_with(SECOND_PENDING));
+    let is_named = is_second || target.starts_with(&profile.to_string().replace(' ', "-"));
     (is_named && rest.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-')).then_some(stored)
 }
 

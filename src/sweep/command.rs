@@ -10,7 +10,7 @@ use super::candidates::Candidate;
 use super::output::{self, Tails};
 use super::score::{named_scores, score};
 use super::scores::Scores;
-use super::template::{Template, WEIGHTS};
+use super::template::{Template, WEIGHTS, WITH};
 use super::trial::Metric;
 use crate::error::{Error, Result, remedy};
 use crate::fs::process;
@@ -84,6 +84,18 @@ impl Command {
         Err(with_tail(why, if stderr.is_empty() { &stdout } else { &stderr }))
     }
 
+    /// Checks that the command uses the average of the second run.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if it contains neither `{with}` nor `POSTHOC_EMA_WITH`.
+    pub fn with_second(self) -> Result<Command> {
+        if self.template.has_second() {
+            return Ok(self);
+        }
+        let reason = "it names no average of the second run: write {with} where its path goes".into();
+        Err(Error::Setting { option: "eval", reason })
+    }
+
     fn scores(&self, output: &str) -> Result<Scores, String> {
         if self.metrics.is_empty() { score(output).map(Scores::from) } else { named_scores(output, &self.metrics) }
     }
@@ -112,13 +124,15 @@ impl Command {
     ) -> io::Result<Child> {
         // Our copies of the shell's pipe ends are closed with the `Command` that owns them, at the end of this
         // function.
+        let second = candidate.with.map(|path| path.as_os_str().as_encoded_bytes());
         let numbers = [("{repeat}", candidate.repeat), ("{job}", candidate.job)];
-        let text = self.template.fill(candidate.path.as_os_str().as_encoded_bytes(), &numbers);
+        let text = self.template.fill(candidate.path.as_os_str().as_encoded_bytes(), second, &numbers);
         let mut command = std::process::Command::new("sh");
         process::in_new_group(&mut command)
             .args([OsStr::new("-c"), OsStr::new(SUPERVISE), OsStr::new("sh")])
             .arg(process::argument(text))
             .env(WEIGHTS, candidate.path)
+            .envs(candidate.with.map(|path| (WITH, path)))
             .env(REPEAT, candidate.repeat.to_string())
             .env(JOB, candidate.job.to_string())
             .env(PROFILE, profile_json(&candidate.plan.profile))

@@ -168,7 +168,8 @@ mod tests {
             groups: std::collections::BTreeMap::new(),
         };
         let paths: Vec<String> = (0..10).map(|i| format!("{i}")).collect();
-        let candidate = |i: usize, repeat| Candidate { plan: &plan, path: Path::new(&paths[i]), repeat, job: 0 };
+        let candidate =
+            |i: usize, repeat| Candidate { plan: &plan, path: Path::new(&paths[i]), with: None, repeat, job: 0 };
         let tasks: Vec<Task<'_>> =
             (0..20).map(|i| Task { candidate: candidate(i / 2, 1 + (i % 2) as u32), index: i / 2 }).collect();
         let mut progress = BatchProgress::new(&tasks);

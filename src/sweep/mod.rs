@@ -21,6 +21,7 @@ mod run;
 mod score;
 mod scores;
 mod search;
+mod second;
 mod template;
 mod trial;
 

@@ -8,6 +8,7 @@ use super::trial::{Goal, Metric, Trial};
 use crate::device::Device;
 use crate::math::Profile;
 use crate::planning::{At, Noise};
+use crate::run::Run;
 use crate::tensor::Dtype;
 
 /// Default number of averages in one pass: the most that a pass allows.
@@ -38,6 +39,9 @@ pub struct SweepOptions<'a> {
     /// Globs of tensor names: each group has a length of its own, and so have the other tensors. All begin with the
     /// same one; then one is varied at a time. Empty for one length.
     pub groups: &'a [String],
+    /// Second run, such as that of a guiding model. Its averages have a length of their own, as a group has one, and
+    /// are those of its newest snapshot.
+    pub with: Option<&'a Run>,
     /// Number of times that each length of a joint sweep is varied at most.
     pub rounds: usize,
     /// Number of times that each average is evaluated.
@@ -70,6 +74,7 @@ impl<'a> SweepOptions<'a> {
             goal: Goal::Minimize,
             metrics: &[],
             groups: &[],
+            with: None,
             rounds: ROUNDS,
             repeats: 1,
             refine: REFINE,
@@ -93,7 +98,7 @@ pub struct SweepResult {
     pub trials: Vec<Trial>,
     /// Best trial, with the targets of its groups; `None` if no evaluation succeeded.
     pub best_trial: Option<Trial>,
-    /// Safetensors file of the best average by each metric; empty if no evaluation succeeded.
+    /// Safetensors file of the best average by each metric, or those of both runs. Empty if no evaluation succeeded.
     pub best: Vec<PathBuf>,
     /// Time of the targets.
     pub at: u64,

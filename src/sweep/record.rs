@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::candidates::{FOLDERS, best_name};
+use super::candidates::{FOLDERS, SECOND_BEST, best_name};
 use super::options::SweepOptions;
 use super::search::Sweep;
 use super::trial::{Goal, Metric, Trial};
@@ -41,6 +41,9 @@ pub struct SweepKey {
     /// Globs of the groups of a joint sweep.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub groups: Vec<String>,
+    /// Second run and the step of its averages.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub with: Option<String>,
     /// Dtype of averaged tensors; `None` for the model's own.
     pub dtype: Option<String>,
     /// Treatment of the snapshots' rounding, as [`Noise`](crate::Noise) is written.
@@ -85,7 +88,9 @@ impl Record {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         // The path is made absolute, because an evaluation may change the working directory.
         let dir = &std::path::absolute(dir).map_err(Error::io("read", dir))?;
-        let names: Vec<String> = (0..key.metrics.len().max(1)).map(|metric| best_name(&key.metrics, metric)).collect();
+        let mut names: Vec<String> =
+            (0..key.metrics.len().max(1)).map(|metric| best_name(&key.metrics, metric)).collect();
+        names.extend(key.with.iter().map(|_| SECOND_BEST.to_owned()));
         check_own(dir, &names)?;
         // The best averages are written last, after all evaluations.
         names.iter().try_for_each(|name| check_replaceable(&dir.join(name)))?;
@@ -127,6 +132,7 @@ impl Record {
         self.lock.id().check()?;
         let is_plain = self.key.metrics.is_empty()
             && self.key.groups.is_empty()
+            && self.key.with.is_none()
             && trials.iter().all(|trial| trial.repeats.is_empty());
         let version = if is_plain { PLAIN_VERSION } else { VERSION };
         let document =
@@ -149,6 +155,7 @@ impl SweepKey {
             goal: options.metrics.first().map_or(options.goal, |metric| metric.goal),
             metrics: options.metrics.to_vec(),
             groups: options.groups.to_vec(),
+            with: options.with.map(second_identity),
             dtype: options.dtype.map(|dtype| dtype.to_string()),
             noise: options.noise.to_string(),
         }
@@ -164,6 +171,7 @@ impl SweepKey {
             true => "none".into(),
             false => key.groups.join(", "),
         };
+        let with = |key: &SweepKey| key.with.clone().unwrap_or_else(|| "none".into());
         let dtype = |key: &SweepKey| key.dtype.clone().unwrap_or_else(|| "the model's".into());
         let parts = [
             ("is over another run", self.run.clone(), stored.run.clone()),
@@ -171,6 +179,7 @@ impl SweepKey {
             ("has another evaluation", self.evaluation.clone(), stored.evaluation.clone()),
             ("has other metrics", metrics(self), metrics(stored)),
             ("has other groups", groups(self), groups(stored)),
+            ("has another second run", with(self), with(stored)),
             ("has another direction", self.goal.to_string(), stored.goal.to_string()),
             ("has another dtype", dtype(self), dtype(stored)),
             ("has another regularisation", self.noise.clone(), stored.noise.clone()),
@@ -178,6 +187,12 @@ impl SweepKey {
         let (what, now, then) = parts.into_iter().find(|(_, now, then)| now != then)?;
         Some(format!("{what} ({then}, and now {now})"))
     }
+}
+
+/// Identifies the second run and its newest step.
+fn second_identity(run: &Run) -> String {
+    let newest = run.snapshots().iter().map(|snapshot| snapshot.id.step).max().unwrap_or(0);
+    format!("{} at step {newest}", identity(run))
 }
 
 /// Identifies a run: by the id that its snapshots store, or by its directory if they store none.
@@ -239,6 +254,7 @@ mod tests {
             goal: Goal::Minimize,
             metrics: Vec::new(),
             groups: Vec::new(),
+            with: None,
             dtype: None,
             noise: "off".into(),
         }

@@ -3,13 +3,14 @@
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-use super::candidates::{Candidate, SweepDir};
+use super::candidates::{Candidate, SweepDir, WITH};
 use super::evaluator::{BatchProgress, Evaluator, Parallel, Serial, Task, TaskEvent};
 use super::joint::JointSearch;
 use super::options::{SweepOptions, SweepResult};
 use super::record::{Record, SweepKey};
 use super::scores::Scores;
 use super::search::Sweep;
+use super::second::SecondRun;
 use super::trial::TrialMetrics;
 use crate::error::{Error, Result};
 use crate::math::Profile;
@@ -91,12 +92,23 @@ impl Run {
         let at = plans.first().map_or(0, |plan| plan.at);
         let rows = vec![vec![sweep.targets()[0].clone(); options.groups.len() + 1]];
         self.grouped_plans(&rows, options.groups, At::Step(at), options.noise)?;
+        if let Some(run) = options.with {
+            if options.groups.iter().any(|group| group == WITH) {
+                let reason = format!("`{WITH}` is the name of the second run: write [w]ith");
+                return Err(Error::Setting { option: "group", reason });
+            }
+            run.plans_with(sweep.targets(), At::Latest, options.noise)?;
+            run.check_apart(options.dir)?;
+        }
         self.check_apart(options.dir)?;
         log_warnings(self.dir(), &plans);
         let (record, trials) = Record::open(options.dir, SweepKey::new(self, at, options))?;
         let dir = SweepDir::new(record.dir(), options.keep_all, &trials)?;
-        let search = JointSearch::new(sweep, options.groups, options.rounds, trials)?;
-        let mut active = ActiveSweep { run: self, options, record, dir, search, at, evaluated: 0 };
+        let second = options.with.map(|run| SecondRun::new(run, options, record.dir())).transpose()?;
+        let with = second.iter().map(|_| WITH.to_owned());
+        let parts: Vec<String> = options.groups.iter().cloned().chain(with).collect();
+        let search = JointSearch::new(sweep, &parts, options.rounds, trials)?;
+        let mut active = ActiveSweep { run: self, options, record, dir, second, search, at, evaluated: 0 };
         active.search(evaluator)?;
         let best = active.ensure_best()?;
         let sweep = active.search.sweep();
@@ -124,6 +136,7 @@ struct ActiveSweep<'a> {
     options: &'a SweepOptions<'a>,
     record: Record,
     dir: SweepDir,
+    second: Option<SecondRun<'a>>,
     search: JointSearch,
     at: u64,
     evaluated: usize,
@@ -143,12 +156,14 @@ impl ActiveSweep<'_> {
             let plans = self.plans(&profiles)?;
             let paths = self.dir.candidates(&plans, self.search.sweep().targets());
             let results = self.synthesize(&plans, &paths)?;
+            let seconds = self.write_seconds(&profiles, &paths)?;
             let mut tasks = Vec::new();
             for (index, profile) in profiles.iter().enumerate() {
                 let (plan, path) = (&plans[index], &paths[index]);
                 match &results[index] {
                     Ok(()) => {
-                        let candidate = |repeat| Candidate { plan, path, repeat, job: 0 };
+                        let with = seconds.get(index).map(PathBuf::as_path);
+                        let candidate = |repeat| Candidate { plan, path, with, repeat, job: 0 };
                         let task = |repeat| Task { candidate: candidate(repeat), index };
                         tasks.extend(self.search.sweep().missing(profile).into_iter().map(task));
                     }
@@ -193,15 +208,33 @@ impl ActiveSweep<'_> {
         let sweep = self.search.sweep();
         let is_best = |metric: &usize| sweep.best_by(*metric).is_some_and(|best| best.profile == *profile);
         let best: Vec<PathBuf> = (0..sweep.metrics().len()).filter(is_best).map(|m| self.best_path(m)).collect();
+        if let Some(SecondRun { dir, .. }) = &self.second {
+            let beside = dir.beside(path);
+            let best: Vec<PathBuf> = best.iter().map(|_| dir.best(&[], 0)).collect();
+            dir.make_best(&beside, &best)?;
+            dir.discard(&beside)?;
+        }
         self.dir.make_best(path, &best)?;
         self.dir.discard(path)
     }
 
+    /// Writes the second run's averages, if there is one, and returns their paths.
+    fn write_seconds(&self, profiles: &[Profile], paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+        let Some(second) = &self.second else { return Ok(Vec::new()) };
+        let targets: Vec<Profile> = profiles.iter().filter_map(|profile| self.search.point(profile).pop()).collect();
+        second.write(&targets, paths)
+    }
+
     /// Solves for the averages of the current stage, with the targets of all groups.
     fn plans(&self, profiles: &[Profile]) -> Result<Vec<Plan>> {
-        let rows: Vec<Vec<Profile>> = profiles.iter().map(|profile| self.search.point(profile)).collect();
+        let row = |profile: &Profile| {
+            let mut row = self.search.point(profile);
+            row.truncate(self.options.groups.len() + 1);
+            row
+        };
+        let rows: Vec<Vec<Profile>> = profiles.iter().map(row).collect();
         match self.options.groups {
-            [] => self.run.plans_with(profiles, At::Step(self.at), self.options.noise),
+            [] if self.second.is_none() => self.run.plans_with(profiles, At::Step(self.at), self.options.noise),
             groups => self.run.grouped_plans(&rows, groups, At::Step(self.at), self.options.noise),
         }
     }
@@ -209,7 +242,8 @@ impl ActiveSweep<'_> {
     /// Returns true if the run makes this average with a relative error of at most 5%.
     fn is_reached(&self, profile: &Profile) -> bool {
         let plans = self.run.plans_with(std::slice::from_ref(profile), At::Step(self.at), self.options.noise);
-        plans.is_ok_and(|plans| plans[0].shortfall.is_none())
+        let is_in_second = || self.second.as_ref().is_none_or(|second| second.is_reached(profile));
+        plans.is_ok_and(|plans| plans[0].shortfall.is_none()) && is_in_second()
     }
 
     /// Writes all candidates in one pass, and returns the result of each.
@@ -270,7 +304,9 @@ impl ActiveSweep<'_> {
             let Some(best) = sweep.best_by(metric) else { break };
             let path = self.best_path(metric);
             let base = &self.search.point(&best.profile)[0];
-            if !self.dir.holds(&path, base, &self.search.group_targets(&best.profile)) {
+            let mut groups = self.search.group_targets(&best.profile);
+            let with = self.second.as_ref().and_then(|_| groups.remove(WITH));
+            if !self.dir.holds(&path, base, &groups) {
                 let plans = self.plans(std::slice::from_ref(&best.profile))?;
                 self.options.observer.synthesizing(1, self.run.bytes_to_read(&plans));
                 // It is written among the candidates first. After an interruption the same path is used again.
@@ -279,6 +315,9 @@ impl ActiveSweep<'_> {
                 self.dir.make_best(&candidates[0], std::slice::from_ref(&path))?;
             }
             paths.push(path);
+            if let (Some(second), Some(with)) = (&self.second, with) {
+                paths.push(second.ensure_best(&with)?);
+            }
         }
         Ok(paths)
     }

@@ -3,8 +3,14 @@
 /// Placeholder that is replaced by the quoted path.
 const PLACEHOLDER: &str = "{}";
 
+/// Placeholder that is replaced by the quoted path of the second run's average.
+pub(super) const SECOND: &str = "{with}";
+
 /// Environment variable of the command that holds the path.
 pub(super) const WEIGHTS: &str = "POSTHOC_EMA_WEIGHTS";
+
+/// Environment variable of the command that holds the path of the second run's average.
+pub(super) const WITH: &str = "POSTHOC_EMA_WITH";
 
 /// Shell command with `{}` where the path goes.
 #[derive(Clone, Debug)]
@@ -20,22 +26,40 @@ impl Template {
         if !command.contains(PLACEHOLDER) && !command.contains(WEIGHTS) {
             return Err(format!("`{command}` names no file: write {{}} where the path of the weights goes"));
         }
-        let mut places = command.match_indices(PLACEHOLDER);
-        if places.any(|(start, _)| may_be_inside_quotes(&command[..start], &command[start + PLACEHOLDER.len()..])) {
+        let places = |name| command.match_indices(name);
+        let mut places = places(PLACEHOLDER).chain(places(SECOND));
+        let is_torn =
+            |(start, name): &(usize, &str)| may_be_inside_quotes(&command[..*start], &command[start + name.len()..]);
+        if let Some((_, name)) = places.find(is_torn) {
             return Err(format!(
-                "`{command}` has {{}} inside quotes or a here-document, where the quoted path would be torn apart: use \
-                 \"${WEIGHTS}\" there, or remove the quotes, as the path is quoted anyway"
+                "`{command}` has {name} inside quotes or a here-document, where the quoted path would be torn apart: \
+                 use \"${variable}\" there, or remove the quotes, as the path is quoted anyway",
+                variable = if name == SECOND { WITH } else { WEIGHTS }
             ));
         }
         Ok(Template(command.to_owned()))
     }
 
-    /// Returns the command with a quoted path in place of each `{}`, and a number in place of each name.
-    pub(super) fn fill(&self, path: &[u8], numbers: &[(&str, u32)]) -> Vec<u8> {
+    /// Returns true if the command uses the path of the second run's average.
+    pub(super) fn has_second(&self) -> bool {
+        self.0.contains(SECOND) || self.0.contains(WITH)
+    }
+
+    /// Returns the command with a quoted path in place of each `{}`, that of the second run's average in place of each
+    /// `{with}`, and a number in place of each name.
+    pub(super) fn fill(&self, path: &[u8], second: Option<&[u8]>, numbers: &[(&str, u32)]) -> Vec<u8> {
         let replace = |text: String, (name, number): &(&str, u32)| text.replace(name, &number.to_string());
         let text = numbers.iter().fold(self.0.clone(), replace);
-        let pieces: Vec<&[u8]> = text.split(PLACEHOLDER).map(str::as_bytes).collect();
-        pieces.join(quote(path).as_slice())
+        let path = quote(path);
+        let fill = |piece: &str| -> Vec<u8> {
+            let pieces: Vec<&[u8]> = piece.split(PLACEHOLDER).map(str::as_bytes).collect();
+            pieces.join(path.as_slice())
+        };
+        match second {
+            // Split first: a path may hold the other placeholder.
+            Some(second) => text.split(SECOND).map(fill).collect::<Vec<_>>().join(quote(second).as_slice()),
+            None => fill(&text),
+        }
     }
 }
 
@@ -83,7 +107,7 @@ mod tests {
             ("eval $(cat {}) `nproc` {}", "eval $(cat 'a b') `nproc` 'a b'"),
             ("sh -c \"eval $POSTHOC_EMA_WEIGHTS\"", "sh -c \"eval $POSTHOC_EMA_WEIGHTS\""),
         ] {
-            assert_eq!(String::from_utf8(Template::new(command).unwrap().fill(b"a b", &[])).unwrap(), expected);
+            assert_eq!(String::from_utf8(Template::new(command).unwrap().fill(b"a b", None, &[])).unwrap(), expected);
         }
     }
 
@@ -109,8 +133,18 @@ mod tests {
     #[test]
     fn numbers_replace_their_names_wherever_they_are() {
         let template = Template::new("eval {} --seed {repeat} 'on cuda:{job}' {other}").unwrap();
-        let filled = template.fill(b"w", &[("{repeat}", 3), ("{job}", 0)]);
+        let filled = template.fill(b"w", None, &[("{repeat}", 3), ("{job}", 0)]);
         assert_eq!(String::from_utf8(filled).unwrap(), "eval w --seed 3 'on cuda:0' {other}");
+    }
+
+    #[test]
+    fn second_path_has_a_placeholder_of_its_own() {
+        let template = Template::new("eval {} {with} {}").unwrap();
+        let filled = template.fill(b"a {with}", Some(b"b {}"), &[]);
+        assert_eq!(String::from_utf8(filled).unwrap(), "eval 'a {with}' 'b {}' 'a {with}'");
+        assert!(template.has_second() && !Template::new("eval {}").unwrap().has_second());
+        let why = Template::new("eval {} '{with}'").unwrap_err();
+        assert!(why.contains("{with} inside quotes") && why.contains("use \"$POSTHOC_EMA_WITH\" there"), "{why}");
     }
 
     #[test]
@@ -122,7 +156,7 @@ mod tests {
     fn quoted_path_is_one_shell_word() {
         let every: Vec<u8> = (1..=255).collect();
         for path in [b"/a/b-1.safetensors".as_slice(), b"", b"it's", b"a b\n$HOME `x` \"y\" \\ * ~ #", &every] {
-            let script = Template::new("printf %s {}").unwrap().fill(path, &[]);
+            let script = Template::new("printf %s {}").unwrap().fill(path, None, &[]);
             let output = std::process::Command::new("sh").arg("-c").arg(OsStr::from_bytes(&script)).output().unwrap();
             assert!(output.status.success() && output.stdout == path, "{path:?}");
         }

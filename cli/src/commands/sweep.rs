@@ -57,7 +57,11 @@ pub struct Arguments {
     /// tensors begin with one length. Then that of the other tensors and that of each group are swept in turns
     #[arg(long, value_name = "GLOB", conflicts_with = "metric")]
     group: Vec<String>,
-    /// Turns in which each length is swept at most, with --group
+    /// Evaluate each average together with one of this run, such as a guiding model's: {with} becomes its path, and
+    /// POSTHOC_EMA_WITH holds it. Its length is swept in turns with the other one, at its newest snapshot
+    #[arg(long, value_name = "RUN", conflicts_with = "metric")]
+    with: Option<PathBuf>,
+    /// Turns in which each length is swept at most, with --group or --with
     #[arg(long, value_name = "N", default_value_t = 2)]
     rounds: usize,
     /// Evaluations of each average, for a standard error. The command should seed what is random by {repeat}
@@ -100,7 +104,9 @@ pub fn run(arguments: &Arguments) -> Outcome {
     arguments.plot.check()?;
     let command = Command::new(&arguments.eval, timeout(arguments.timeout)?).map_err(Failure::of_argument)?;
     let command = command.with_metrics(&arguments.metric);
+    let command = if arguments.with.is_some() { command.with_second().map_err(Failure::of_argument)? } else { command };
     let (run, _) = arguments.open.open(&arguments.run)?;
+    let second = arguments.with.as_ref().map(|path| arguments.open.open(path)).transpose()?;
     print_warnings(&run.plans_with(&profiles, arguments.at.at(), arguments.noise.noise)?);
     let bars = ProgressBars::default();
     let options = SweepOptions {
@@ -109,6 +115,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         goal: if arguments.maximize { Goal::Maximize } else { Goal::Minimize },
         metrics: &arguments.metric,
         groups: &arguments.group,
+        with: second.as_ref().map(|(run, _)| run),
         rounds: arguments.rounds,
         repeats: arguments.repeats,
         refine: arguments.refine,
@@ -157,8 +164,8 @@ fn show(arguments: &Arguments, swept: &SweepResult) {
         return;
     }
     let sweep = &swept.sweep;
-    if !arguments.group.is_empty() {
-        return show_joint(arguments, swept);
+    if !arguments.group.is_empty() || arguments.with.is_some() {
+        return show_joint(swept);
     }
     print(&trials::trials(sweep).to_string());
     if sweep.metrics().len() > 1 && !sweep.unbeaten().is_empty() {
@@ -182,11 +189,18 @@ fn show(arguments: &Arguments, swept: &SweepResult) {
 }
 
 /// Prints the trials of a joint sweep, and the best length of each part.
-fn show_joint(arguments: &Arguments, swept: &SweepResult) {
-    print(&trials::joint(&swept.trials, &arguments.group, swept.best_trial.as_ref()).to_string());
-    let (Some(best), Some(path)) = (&swept.best_trial, swept.best.first()) else { return };
+fn show_joint(swept: &SweepResult) {
+    print(&trials::joint(&swept.trials, swept.best_trial.as_ref()).to_string());
+    let Some(best) = &swept.best_trial else { return };
+    let paths: Vec<String> = swept.best.iter().map(|path| shown(path).to_string()).collect();
     let groups: Vec<String> = best.groups.iter().map(|(group, profile)| format!("{profile} for {group}")).collect();
-    print(&format!("best at step {}: {}, {}, kept as {}", swept.at, best.profile, groups.join(", "), shown(path)));
+    print(&format!(
+        "best at step {}: {}, {}, kept as {}",
+        swept.at,
+        best.profile,
+        groups.join(", "),
+        paths.join(" and ")
+    ));
 }
 
 /// Describes a flat curve.

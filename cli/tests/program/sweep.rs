@@ -358,6 +358,54 @@ fn joint_sweep_finds_the_length_of_each_group() {
     assert!(status == 1 && text.contains("`nothing*` matches no averaged tensor"), "{text}");
 }
 
+/// The score has its optimum at one length of the run and another one of the guiding run.
+#[test]
+fn joint_sweep_finds_the_lengths_of_two_runs() {
+    let (case, guide) = (Case::new(), Case::scaled(0.5));
+    let (first, second) = (case.average(&profile(0.1)), guide.average(&profile(0.19)));
+    let log = case.temp.path().join("log");
+    let read = |path: &str| format!("$(od -An -tf4 -j$((8 + $(od -An -tu8 -N8 {path}))) -N4 {path})");
+    let eval = format!(
+        "[ {{with}} = \"$POSTHOC_EMA_WITH\" ] || exit 3; echo {{with}} >> {log}; \
+         awk -v \"x={x}\" -v \"y={y}\" 'BEGIN {{ d = (x - {first}) / 10; e = (y - {second}) / 5; \
+              print d * d + e * e }}'",
+        log = log.display(),
+        x = read("{}").replace("{}", "$POSTHOC_EMA_WEIGHTS"),
+        y = read("$POSTHOC_EMA_WITH"),
+    );
+    let out = case.out.to_str().unwrap();
+    let arguments = ["sweep", &case.run, "--with", &guide.run, "--eval", &eval, "--out-dir", out, LIST[0], LIST[1]];
+    let further = ["--jobs", "2", "--json"];
+    let document: Value = serde_json::from_str(&stdout(&[&arguments[..], &further].concat())).unwrap();
+    let best = &document["best"];
+    let found =
+        [&best["length"]["sigma_rel"], &best["group_lengths"]["with"]["sigma_rel"]].map(|v| v.as_f64().unwrap());
+    assert!((found[0] - 0.1).abs() < 0.01 && (found[1] - 0.19).abs() < 0.01, "{best}");
+    assert_eq!(document["failed"], 0);
+    let stored = |value: &Value| serde_json::from_value::<Profile>(value.clone()).unwrap();
+    assert_eq!(weight(&case.best()), case.average(&stored(&best["profile"])));
+    assert_eq!(weight(&case.out.join("best-with.safetensors")), guide.average(&stored(&best["groups"]["with"])));
+    assert_eq!(case.names(), ["best-with.safetensors", "best.safetensors", "sweep.json"]);
+    assert!(fs::read_to_string(log).unwrap().lines().all(|path| path.contains("evaluating-with")));
+    let again: Value = serde_json::from_str(&stdout(&[&arguments[..], &further].concat())).unwrap();
+    assert_eq!((&again["evaluated"], &again["best"]), (&0.into(), best));
+    // A lost file of either run is made again.
+    fs::remove_file(case.out.join("best-with.safetensors")).unwrap();
+    let text = stdout(&arguments);
+    assert!(text.contains(" for with, kept as ") && text.contains("best-with.safetensors"), "{text}");
+    assert_eq!(weight(&case.out.join("best-with.safetensors")), guide.average(&stored(&best["groups"]["with"])));
+    assert_eq!(case.names(), ["best-with.safetensors", "best.safetensors", "sweep.json"]);
+    // Another second run, none, and a command that does not use it.
+    let other = Case::new();
+    let with_other = ["sweep", &case.run, "--with", &other.run, "--eval", &eval, "--out-dir", out, LIST[0], LIST[1]];
+    let (status, text) = failure(&with_other);
+    assert!(status == 1 && text.contains("has another second run"), "{text}");
+    let (status, text) = failure(&[&["sweep", &case.run][..], &arguments[4..]].concat());
+    assert!(status == 1 && text.contains("second run") && text.contains("now none"), "{text}");
+    let (status, text) = failure(&[&arguments[..4], &["--eval", "true {}", "--out-dir", out], &LIST[..]].concat());
+    assert!(status == 2 && text.contains("write {with} where its path goes"), "{text}");
+}
+
 /// Returns a document without what may differ between two sweeps with the same scores.
 fn without_times(document: &Value) -> Value {
     let mut document = document.clone();
