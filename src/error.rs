@@ -8,6 +8,7 @@ mod remedy;
 mod text;
 
 pub(crate) use remedy::remedy;
+pub(crate) use text::listed;
 #[doc(hidden)]
 pub use text::{escape_controls, is_control, shown};
 

@@ -78,7 +78,7 @@ pub use fs::install_sigbus_handler;
 #[cfg(feature = "pytorch")]
 pub use import::{Import, ImportReport, Tool};
 pub use math::{Densities, Family, History, Profile, Retention, Schedule, Shape, Window};
-pub use merge::{CheckpointWeight, Checkpoints, Merge};
+pub use merge::{CheckpointOptions, CheckpointWeight, Checkpoints, Merge};
 // Hidden: only the program uses it.
 #[doc(hidden)]
 pub use planning::rounding;

@@ -9,9 +9,11 @@ use half::{bf16, f16};
 use crate::error::{Difference, Error, Result};
 
 mod finite;
+mod patterns;
 
 pub use finite::NonFiniteElement;
 pub(crate) use finite::{first_non_finite, first_non_finite_of};
+pub(crate) use patterns::NamePatterns;
 
 /// Element type of a tensor in a safetensors file.
 pub use safetensors::Dtype;

@@ -63,6 +63,9 @@ def average(
     at: int | None = None,
     dtype: Any = None,
     device: str = "auto",
+    key: str | None = None,
+    copy: Iterable[str] = (),
+    leave_out: Iterable[str] = (),
     follow_links: bool = False,
     progress: Progress = None,
 ) -> list[Average]:
@@ -85,6 +88,10 @@ def average(
         at: Step of the averages; default that of the newest checkpoint.
         dtype: Dtype of averaged tensors; default each tensor's own.
         device: Device on which written averages are blended: "auto", "cpu" or "cuda:N". The bits are the same on all.
+        key: Entry that holds the model in training checkpoints of PyTorch: a key, or keys that lead to it, joined by
+            dots. By default it is found by the names that trainers use.
+        copy: Names or globs of tensors to copy from the newest checkpoint instead of averaging them.
+        leave_out: Names or globs of tensors, or of other entries of the model, to leave out.
         follow_links: If True, copies configuration, tokenizer and other small files even if they are links that lead
             out of the checkpoint's folder, which is otherwise an error. Hugging Face's cache does not need it.
         progress: Function of the bytes read so far and in total, True for a bar, or False for none; default a bar
@@ -94,7 +101,8 @@ def average(
         An average for each target, in their order.
 
     Warns:
-        UserWarning: If an average contains hardly more than one checkpoint.
+        UserWarning: If an average contains hardly more than one checkpoint, and if the files leave a choice: with what
+            was chosen and what else is in them.
 
     Raises:
         ValueError: If the checkpoints are of different models, a step cannot be read, or a window is longer than the
@@ -103,7 +111,8 @@ def average(
     """
     jsons = to_json([targets] if isinstance(targets, (int, float, Profile)) else targets)
     given = None if steps is None else [int(step) for step in steps]
-    checkpoints = _native.Checkpoints(_paths(paths), given, follow_links)
+    copied, left_out = _patterns("copy", copy), _patterns("leave_out", leave_out)
+    checkpoints = _native.Checkpoints(_paths(paths), given, key, copied, left_out, follow_links)
     outputs = None if out is None else _paths(out)
     if outputs is not None and len(outputs) != len(jsons):
         raise ValueError(f"out names {len(outputs)} paths for {len(jsons)} targets: give one for each")
@@ -122,13 +131,19 @@ def average(
         else:
             checkpoints.write(jsons, at, outputs, stored, device, report)
             results = [{"path": path} for path in outputs]
-    for note in filter(None, notes):
+    for note in filter(None, [*checkpoints.notes(), *notes]):
         warnings.warn(note, stacklevel=2)
     return [_average(plan, result) for plan, result in zip(json.loads(text), results)]
 
 
 def _paths(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
     return [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
+
+
+def _patterns(option: str, patterns: Iterable[str]) -> list[str]:
+    if isinstance(patterns, str):
+        raise TypeError(f"{option} is a list of names or globs, such as [{patterns!r}]")
+    return list(patterns)
 
 
 def _average(plan: dict[str, Any], result: dict[str, Any]) -> Average:

@@ -160,8 +160,15 @@ class Checkpoints:
     """Checkpoints of a training in which nothing was tracked, opened to read."""
 
     def __new__(
-        cls, paths: Sequence[str | PathLike[str]], steps: Sequence[int] | None, follow_links: bool
+        cls,
+        paths: Sequence[str | PathLike[str]],
+        steps: Sequence[int] | None,
+        key: str | None,
+        copy: Sequence[str],
+        leave_out: Sequence[str],
+        follow_links: bool,
     ) -> Checkpoints: ...
+    def notes(self) -> list[str]: ...
     def tensors(self) -> list[tuple[str, str, list[int]]]: ...
     def averaged(self) -> list[str]: ...
     def plans(self, targets: Sequence[str], step: int | None) -> tuple[str, list[str | None]]: ...

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use posthoc_ema::{Device, Merge, WriteOptions};
+use posthoc_ema::{CheckpointOptions, Device, Merge, WriteOptions};
 use pyo3::prelude::*;
 
 use crate::dtypes::{describe, parse_optional_dtype};
@@ -27,12 +27,26 @@ impl Checkpoints {
 
 #[pymethods]
 impl Checkpoints {
-    /// Opens and checks checkpoints. `follow_links` is that of the library.
+    /// Opens and checks checkpoints. The options are those of the library.
     #[new]
-    fn new(py: Python<'_>, paths: Vec<PathBuf>, steps: Option<Vec<u64>>, follow_links: bool) -> PyResult<Checkpoints> {
+    fn new(
+        py: Python<'_>,
+        paths: Vec<PathBuf>,
+        steps: Option<Vec<u64>>,
+        key: Option<String>,
+        copy: Vec<String>,
+        leave_out: Vec<String>,
+        follow_links: bool,
+    ) -> PyResult<Checkpoints> {
         process::check()?;
-        let opened = py.detach(|| posthoc_ema::Checkpoints::open(&paths, steps.as_deref())).map_err(to_python)?;
+        let options = CheckpointOptions { steps, key, copy, leave_out };
+        let opened = py.detach(|| posthoc_ema::Checkpoints::open_with(&paths, &options)).map_err(to_python)?;
         Ok(Checkpoints(opened.follow_links(follow_links)))
+    }
+
+    /// Returns notes on how the checkpoints were read.
+    fn notes(&self) -> Vec<String> {
+        self.0.notes().to_vec()
     }
 
     /// Returns name, dtype and shape of the tensors of an average.

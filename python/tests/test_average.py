@@ -171,16 +171,3 @@ def test_invalid_arguments_are_refused(files: list[Path], tmp_path: Path) -> Non
         average(files, 0.1, dtype="int8")
     with pytest.warns(UserWarning, match="hardly an average"):
         average(files, Profile.half_life(10))
-
-
-def test_name_that_hides_the_directory_of_an_archive_is_an_error_with_a_remedy(tmp_path: Path) -> None:
-    for name in ("checkpoint-step-00100.pt", "checkpoint-step-00200.pt"):
-        torch.save({"w": torch.ones(3)}, tmp_path / name)
-    with pytest.raises(ValueError, match="has 21 characters before its ending.*save it under another name"):
-        average(sorted(tmp_path.glob("*.pt")), [Profile.uniform(fraction=1.0)])
-    for step in (100, 200):
-        loaded = torch.load(tmp_path / f"checkpoint-step-00{step}.pt")
-        torch.save(loaded, tmp_path / f"step-{step}.pt")
-    (averaged,) = average(sorted(tmp_path.glob("step-*.pt")), [Profile.uniform(fraction=1.0)])
-    assert averaged.state_dict is not None
-    torch.testing.assert_close(averaged.state_dict["w"], torch.ones(3))

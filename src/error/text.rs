@@ -45,3 +45,21 @@ pub fn is_control(c: char) -> bool {
     );
     c.is_control() || is_separator || is_direction
 }
+
+/// Most names in a message, and most letters of each.
+const MOST_NAMES: usize = 10;
+const MOST_LETTERS: usize = 60;
+
+/// Returns a list of names for a message: `a`, `b` and `c`.
+pub(crate) fn listed<T: AsRef<str>>(names: &[T]) -> String {
+    let short = |name: &T| name.as_ref().chars().take(MOST_LETTERS).collect::<String>();
+    let mut quoted: Vec<String> = names.iter().take(MOST_NAMES).map(|name| format!("`{}`", short(name))).collect();
+    if names.len() > MOST_NAMES {
+        quoted.push(format!("{} more", names.len() - MOST_NAMES));
+    }
+    match quoted.split_last() {
+        Some((last, [])) => last.clone(),
+        Some((last, rest)) => format!("{} and {last}", rest.join(", ")),
+        None => "none".to_owned(),
+    }
+}

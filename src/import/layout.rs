@@ -5,7 +5,7 @@ use std::fmt;
 
 use super::Tool;
 use crate::error::{Error, Result};
-use crate::pytorch::{Checkpoint, Number, Value};
+use crate::pytorch::{Checkpoint, Number};
 
 /// Prefix of the model's tensors in most layouts.
 const PREFIX: &str = "ema_model.";
@@ -13,8 +13,6 @@ const PREFIX: &str = "ema_model.";
 const STEP: &str = "step";
 const INITTED: &str = "initted";
 const EXTRA: &str = "_extra_state";
-/// Entry that PyTorch adds to the state dict of a module: the versions of its parts.
-const METADATA: &str = "_metadata";
 
 /// Places of the model and of the tool's state in a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,8 +73,8 @@ impl ParsedCheckpoint {
             let why = "it holds no tensor of a model: move it out of the directory";
             return Err(Error::unexpected(checkpoint.path(), why));
         }
-        let known = |key: &str| key == METADATA || (layout == CheckpointLayout::Extra && key == EXTRA);
-        let ignored = checkpoint.values().keys().filter(|key| !known(key)).cloned().collect();
+        let is_known = |key: &str| layout == CheckpointLayout::Extra && key == EXTRA;
+        let ignored = checkpoint.beside().filter(|key| !is_known(key)).map(str::to_owned).collect();
         let unlikely = layout == CheckpointLayout::Plain && detected == Some(CheckpointLayout::Module);
         let likelier_tool = unlikely.then_some(Tool::EmaPytorch);
         Ok(ParsedCheckpoint { layout, likelier_tool, keys, counted, ignored })
@@ -107,7 +105,7 @@ fn check_tool(tool: Tool, checkpoint: &Checkpoint, detected: Option<CheckpointLa
 }
 
 fn detect(checkpoint: &Checkpoint) -> Option<CheckpointLayout> {
-    if matches!(checkpoint.values().get(EXTRA), Some(Value::Dict(state)) if state.contains_key(STEP)) {
+    if checkpoint.int(&[EXTRA, STEP]).is_some() {
         return Some(CheckpointLayout::Extra);
     }
     let has_state = |prefix: &str| [STEP, INITTED].iter().all(|name| checkpoint.has(&format!("{prefix}{name}")));
@@ -135,11 +133,10 @@ fn state_in_tensors(checkpoint: &Checkpoint, prefix: &str) -> Result<(bool, Numb
 
 /// Reads `initted` and `step` from a dict of plain values.
 fn state_in_dict(checkpoint: &Checkpoint) -> Result<(bool, Number)> {
-    if let Some(Value::Dict(state)) = checkpoint.values().get(EXTRA)
-        && let Some(Value::Bool(initted)) = state.get(INITTED)
-        && let Some(Value::Int(step)) = state.get(STEP)
+    if let Some(initted) = checkpoint.bool(&[EXTRA, INITTED])
+        && let Some(step) = checkpoint.int(&[EXTRA, STEP])
     {
-        return Ok((*initted, Number::Whole(*step)));
+        return Ok((initted, Number::Whole(step)));
     }
     let why = format!("`{EXTRA}` does not hold `{INITTED}`, a truth value, and `{STEP}`, a whole number");
     Err(Error::unexpected(checkpoint.path(), why))

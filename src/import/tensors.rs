@@ -8,7 +8,7 @@ use safetensors::Dtype;
 use super::layout::{CheckpointLayout, ParsedCheckpoint};
 use crate::error::{Difference, Error, Result};
 use crate::pytorch::Checkpoint;
-use crate::tensor::{TensorSpec, compare_tensors};
+use crate::tensor::{TensorSpec, compare_tensors, is_averaged};
 
 /// Tensors of all checkpoints of an import, in order of their names.
 pub(super) struct ImportTensors {
@@ -25,10 +25,19 @@ pub(super) struct ImportTensors {
 
 impl ImportTensors {
     /// Returns the tensors of one checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`] for complex ones, and for floating-point ones of 8 bits.
     pub(super) fn new(checkpoint: &Checkpoint, parsed: &ParsedCheckpoint) -> Result<ImportTensors> {
         let mut specs = Vec::with_capacity(parsed.keys.len());
         for (name, key) in &parsed.keys {
-            specs.push(TensorSpec { name: name.clone(), ..checkpoint.spec(key)? });
+            let spec = checkpoint.spec(key)?;
+            if !is_averaged(spec.dtype) && spec.dtype.to_string().starts_with(['F', 'C']) {
+                let why =
+                    format!("`{key}` is a tensor of {}, which cannot be averaged and so not imported", spec.dtype);
+                return Err(Error::unexpected(checkpoint.path(), why));
+            }
+            specs.push(TensorSpec { name: name.clone(), ..spec });
         }
         Ok(ImportTensors {
             layout: parsed.layout,

@@ -1,6 +1,7 @@
 //! Scales of low-rank adapters. Factors of adapters can be averaged only if their scales are equal.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde_json::Value;
 
@@ -13,6 +14,9 @@ const CONFIG: &str = "adapter_config.json";
 
 /// Settings of the configuration that determine the scale.
 const SCALE_SETTINGS: [&str; 5] = ["lora_alpha", "r", "alpha_pattern", "rank_pattern", "use_rslora"];
+
+/// Entries of a safetensors file's metadata that determine the scale: of diffusers, and of kohya's scripts.
+const SCALE_METADATA: [&str; 3] = ["lora_adapter_metadata", "ss_network_alpha", "ss_network_dim"];
 
 /// Prefixes of the names of factors, as kohya's scripts and LyCORIS write them.
 const FACTOR_PREFIXES: [&str; 3] = ["lora_", "hada_", "lokr_"];
@@ -57,6 +61,37 @@ pub(super) fn check_configs(checkpoint: &FoundCheckpoint, other: &FoundCheckpoin
         }
     }
     Ok(())
+}
+
+/// Checks that the metadata of two adapters, if they have any, give the same scale.
+///
+/// # Errors
+/// [`Error::Unexpected`] with both files.
+pub(super) fn check_metadata(
+    path: &Path,
+    metadata: &BTreeMap<String, String>,
+    other_path: &Path,
+    other: &BTreeMap<String, String>,
+) -> Result<()> {
+    for key in SCALE_METADATA {
+        let (Some(value), Some(other_value)) = (metadata.get(key), other.get(key)) else { continue };
+        if scales(value) != scales(other_value) {
+            let why = format!("`{key}` of its metadata differs from that of {}: {REMEDY}", shown(other_path));
+            return Err(Error::unexpected(path, why));
+        }
+    }
+    Ok(())
+}
+
+/// Returns the settings of the scale in an entry of the metadata: a number, or a configuration as JSON.
+///
+/// The keys of a configuration for several parts begin with the part, as in `unet.lora_alpha`.
+fn scales(text: &str) -> BTreeMap<String, Value> {
+    let value: Value = serde_json::from_str(text).unwrap_or_else(|_| text.into());
+    let Value::Object(entries) = &value else { return BTreeMap::from([(String::new(), normalize(&value))]) };
+    let is_scale = |key: &str| SCALE_SETTINGS.iter().any(|setting| key.rsplit('.').next() == Some(setting));
+    let scales = entries.iter().filter(|(key, _)| is_scale(key));
+    scales.map(|(key, value)| (key.clone(), normalize(value))).filter(|(_, value)| !value.is_null()).collect()
 }
 
 /// Normalizes a setting for comparison: off or empty equals absent, and 16 equals 16.0.

@@ -1,17 +1,15 @@
 //! Small files that belong to a model: its configuration, its tokenizer, its templates.
 
 use std::fs::{self, Permissions};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
-use serde_json::Value;
 
-use super::find::is_weights;
+use super::find::{module_folders, split_index};
 use super::json;
 use super::links::CopySource;
 use crate::error::{Error, Result};
 use crate::fs::{AtomicFile, check_regular, read_document};
-use crate::snapshot::INDEX_SUFFIX;
 
 /// Configuration with the model's dtype.
 const CONFIG: &str = "config.json";
@@ -19,36 +17,45 @@ const CONFIG: &str = "config.json";
 /// Keys of the dtype in the configuration, the older one first.
 const DTYPE_KEYS: [&str; 2] = ["torch_dtype", "dtype"];
 
-/// List of the modules of sentence-transformers, with the folder of each.
-const MODULES: &str = "modules.json";
-
-/// Prefixes of the names of JSON files that belong to a model.
-const JSON_PREFIXES: [&str; 18] = [
-    "config",
-    "generation_config",
-    "tokenizer",
-    "special_tokens_map",
-    "added_tokens",
-    "vocab",
-    "preprocessor_config",
-    "processor_config",
-    "image_processor",
-    "video_preprocessor_config",
-    "feature_extractor",
-    "chat_template",
-    "adapter_config",
-    "modules",
-    "sentence_bert_config",
-    "normalizer",
-    "params",
-    "tekken",
+/// Beginnings of the names of files that hold the state of a training, or that trainers write about it.
+const TRAINING_STATE: [&str; 9] = [
+    "trainer_state",
+    "training_args",
+    "optimizer",
+    "scheduler.",
+    "scaler",
+    "rng_state",
+    "random_states",
+    "events.out.tfevents",
+    "zero_to_fp32",
 ];
 
-/// Prefixes of the names of Python files that define a model of its own kind. They are copied and never run.
-const CODE_PREFIXES: [&str; 5] = ["configuration_", "modeling_", "tokenization_", "processing_", "image_processing_"];
+/// Whole names and endings of such files.
+const TRAINING_NAMES: [&str; 1] = ["latest"];
+const TRAINING_ENDINGS: [&str; 4] = ["_results.json", ".log", ".lock", ".tmp"];
 
-/// Prefixes of the names of text files that belong to a model.
-const TEXT_PREFIXES: [&str; 3] = ["vocab", "merges", "sentencepiece"];
+/// Extensions of files of weights, or of arrays in a training's state.
+const ARRAYS: [&str; 19] = [
+    "safetensors",
+    "bin",
+    "pt",
+    "pth",
+    "ckpt",
+    "pkl",
+    "pickle",
+    "tar",
+    "h5",
+    "msgpack",
+    "onnx",
+    "gguf",
+    "ggml",
+    "tflite",
+    "npy",
+    "npz",
+    "distcp",
+    "data",
+    "pb",
+];
 
 /// Small file that belongs to a model.
 pub(super) struct AuxiliaryFile {
@@ -69,16 +76,14 @@ impl AuxiliaryFile {
 }
 
 /// Returns true if a file belongs to the model, but neither to its weights nor to the state of its training.
+///
+/// A model may need any file: its configuration, its tokenizer, code of its own. So what does not belong is named.
 fn is_auxiliary(name: &str) -> bool {
-    let starts_with_any = |prefixes: &[&str]| prefixes.iter().any(|prefix| name.starts_with(prefix));
-    match name.rsplit_once('.').map(|(_, extension)| extension) {
-        Some("json") => starts_with_any(&JSON_PREFIXES) && !name.ends_with(INDEX_SUFFIX),
-        Some("txt") => starts_with_any(&TEXT_PREFIXES),
-        Some("py") => starts_with_any(&CODE_PREFIXES),
-        Some("model" | "tiktoken" | "jinja" | "bpe" | "spm") => true,
-        // The name may end in a version, as in `tokenizer.model.v3`.
-        _ => name.starts_with("tokenizer.model"),
-    }
+    let is_state = TRAINING_STATE.iter().any(|prefix| name.starts_with(prefix))
+        || TRAINING_NAMES.contains(&name)
+        || TRAINING_ENDINGS.iter().any(|ending| name.ends_with(ending));
+    let has_arrays = name.rsplit_once('.').is_some_and(|(_, extension)| ARRAYS.contains(&extension));
+    !is_state && !has_arrays && split_index(name).is_none() && !name.starts_with('.')
 }
 
 /// Reads the auxiliary files from a model's folder. If `dtype` is given, the configuration gets it as the model's
@@ -101,10 +106,10 @@ pub(super) fn read_all(folder: &Path, dtype: Option<Dtype>, follow_links: bool) 
         }
         found.push(file);
     }
-    for module in modules(folder)? {
+    for module in module_folders(folder)? {
         for path in files(&folder.join(&module))? {
-            if path.extension().is_some_and(|extension| extension == "json") {
-                let name = path.file_name().unwrap_or_default();
+            let name = path.file_name().unwrap_or_default();
+            if name.to_str().is_some_and(is_auxiliary) {
                 found.push(AuxiliaryFile::read(&source, &path, module.join(name))?);
             }
         }
@@ -122,25 +127,6 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
         }
     }
     Ok(files)
-}
-
-/// Lists the folders of modules without weights, such as `1_Pooling`, relative to the model's folder.
-///
-/// # Errors
-/// [`Error::Io`], and [`Error::Damaged`] if the list of modules is not JSON.
-fn modules(dir: &Path) -> Result<Vec<PathBuf>> {
-    let Some(Value::Array(modules)) = json::read(&dir.join(MODULES))? else { return Ok(Vec::new()) };
-    let mut found = Vec::new();
-    for path in modules.iter().filter_map(|module| module["path"].as_str()).map(PathBuf::from) {
-        let inside = path.components().all(|component| matches!(component, Component::Normal(_)));
-        if path.as_os_str().is_empty() || !inside || !dir.join(&path).is_dir() {
-            continue;
-        }
-        if !files(&dir.join(&path))?.iter().any(|file| is_weights(file)) {
-            found.push(path);
-        }
-    }
-    Ok(found)
 }
 
 /// Writes auxiliary files into another folder.
@@ -204,6 +190,10 @@ mod tests {
     #[test]
     fn auxiliary_files_are_recognised_by_name() {
         for name in [
+            "net.py",
+            "layers.py",
+            "README.md",
+            "model_config.yaml",
             "config.json",
             "tokenizer_config.json",
             "vocab.txt",
@@ -225,9 +215,13 @@ mod tests {
             "trainer_state.json",
             "optimizer.pt",
             "training_args.bin",
-            "README.md",
-            "notes.txt",
-            "train.py",
+            "model.safetensors.index.fp16.json",
+            "model_1.safetensors",
+            "all_results.json",
+            "latest",
+            "tf_model.h5",
+            "scheduler.pt",
+            ".gitattributes",
         ] {
             assert!(!is_auxiliary(name), "{name}");
         }

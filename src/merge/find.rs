@@ -2,10 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use super::natural;
-use crate::error::{Error, Result};
+use serde_json::Value;
+
+use super::{json, natural};
+use crate::error::{Error, Result, listed, shown};
 use crate::fs::parent_dir;
 use crate::snapshot::{INDEX_SUFFIX, ShardIndex};
 
@@ -14,14 +16,34 @@ use crate::snapshot::{INDEX_SUFFIX, ShardIndex};
 const WEIGHT_NAMES: [&str; 5] =
     ["model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "pytorch_model"];
 
+/// File that lists the contents of a folder of `torch.distributed.checkpoint`.
+const DISTRIBUTED: &str = ".metadata";
+
 /// Extension of safetensors files.
 const SAFETENSORS: &str = "safetensors";
 
-/// Extensions of PyTorch files; `bin` is that of Hugging Face's tools.
-const PYTORCH: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
+/// Extensions of PyTorch files; `bin` is that of Hugging Face's tools, and `pth.tar` an old one that timm kept.
+const PYTORCH: [&str; 6] = ["bin", "pt", "pth", "ckpt", PICKLE, "pth.tar"];
+
+/// Extension of pickles, which need not be weights.
+const PICKLE: &str = "pkl";
 
 /// Prefixes of the names of PyTorch files that hold other state of a training.
-const TRAINING_STATE: [&str; 6] = ["optimizer", "scheduler", "scaler", "rng_state", "random_states", "training_args"];
+const TRAINING_STATE: [&str; 10] = [
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng_state",
+    "random_states",
+    "training_args",
+    "training-state",
+    "training_state",
+    "sampler",
+    "custom_checkpoint",
+];
+
+/// Endings of the names, without extensions, of DeepSpeed's files of an optimizer's state.
+const OPTIMIZER_STATE: &str = "optim_states";
 
 /// Checkpoint that was found, but not yet opened.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,8 +52,10 @@ pub(super) struct FoundCheckpoint {
     pub path: PathBuf,
     /// Folder of the checkpoint; `None` for a plain file.
     pub folder: Option<PathBuf>,
-    /// Files of weights, in order of their names.
+    /// Files of the model's weights, in order of their names, then those of other weights beside them.
     pub files: Vec<PathBuf>,
+    /// Number of the model's own files.
+    pub own_files: usize,
     /// Index of the shards, with its path.
     pub index: Option<(PathBuf, ShardIndex)>,
 }
@@ -48,7 +72,7 @@ impl FoundCheckpoint {
     }
 
     fn single_file(path: &Path) -> FoundCheckpoint {
-        FoundCheckpoint { path: path.to_owned(), folder: None, files: vec![path.to_owned()], index: None }
+        FoundCheckpoint { path: path.to_owned(), folder: None, files: vec![path.to_owned()], own_files: 1, index: None }
     }
 
     fn file_in_folder(path: &Path, folder: &Path) -> FoundCheckpoint {
@@ -56,19 +80,67 @@ impl FoundCheckpoint {
             path: folder.to_owned(),
             folder: Some(folder.to_owned()),
             files: vec![path.to_owned()],
+            own_files: 1,
             index: None,
         }
     }
 
     fn sharded(path: &Path, folder: Option<&Path>, index_path: &Path) -> Result<FoundCheckpoint> {
         let index = ShardIndex::read(index_path)?;
+        let files: Vec<PathBuf> = index.shards().into_iter().map(|name| index_path.with_file_name(name)).collect();
         Ok(FoundCheckpoint {
             path: path.to_owned(),
             folder: folder.map(Path::to_owned),
-            files: index.shards().into_iter().map(|name| index_path.with_file_name(name)).collect(),
+            own_files: files.len(),
+            files,
             index: Some((index_path.to_owned(), index)),
         })
     }
+
+    /// Adds the files of other weights in the folder: of a second model, of a value head, or of trained embeddings.
+    ///
+    /// Files that hold the same weights in another format are left out.
+    fn with_other_weights(mut self, dir: &Path) -> Result<FoundCheckpoint> {
+        let own: BTreeSet<String> = self.files.iter().map(|path| safetensors_name(&file_name(path))).collect();
+        let is_same = |path: &Path| {
+            let name = safetensors_name(&file_name(path));
+            let whole = without_extension(&name);
+            own.contains(&name) || own.iter().any(|own| own.starts_with(&format!("{whole}-0")))
+        };
+        let mut others = entries(dir)?;
+        others.retain(|path| !is_same(path));
+        for module in module_folders(dir)? {
+            others.extend(entries(&dir.join(module))?);
+        }
+        others.retain(|path| is_weights(path) && !has_extension(path, PICKLE) && !self.files.contains(path));
+        self.files.extend(others);
+        Ok(self)
+    }
+
+    /// Returns the name of a file, within the checkpoint's folder if it has one.
+    pub(super) fn name_of(&self, path: &Path) -> String {
+        let within = self.folder.as_ref().and_then(|folder| path.strip_prefix(folder).ok());
+        within.map_or_else(|| file_name(path), |name| name.to_string_lossy().into_owned())
+    }
+}
+
+/// List of the modules of sentence-transformers, with the folder of each.
+const MODULES: &str = "modules.json";
+
+/// Lists the folders of a model's modules, such as `2_Dense`, relative to the model's folder.
+///
+/// # Errors
+/// [`Error::Io`], and [`Error::Damaged`] if the list of modules is not JSON.
+pub(super) fn module_folders(dir: &Path) -> Result<Vec<PathBuf>> {
+    let Some(Value::Array(modules)) = json::read(&dir.join(MODULES))? else { return Ok(Vec::new()) };
+    let mut found = Vec::new();
+    for path in modules.iter().filter_map(|module| module["path"].as_str()).map(PathBuf::from) {
+        let is_inside = path.components().all(|component| matches!(component, Component::Normal(_)));
+        if !path.as_os_str().is_empty() && is_inside && dir.join(&path).is_dir() {
+            found.push(path);
+        }
+    }
+    Ok(found)
 }
 
 /// Finds the checkpoints at some paths: each is a file, an index of shards or a folder.
@@ -121,8 +193,8 @@ fn find_one(path: &Path) -> Result<FoundCheckpoint> {
         return FoundCheckpoint::sharded(path, Some(parent_dir(path)), path);
     }
     if !is_weights(path) {
-        let why =
-            "not a file of weights: name a .safetensors file, its .index.json, or a .bin, .pt, .pth or .ckpt file";
+        let why = "not a file of weights: name a .safetensors file, its .index.json, or a .bin, .pt, .pth, .ckpt or \
+                   .pkl file";
         return Err(Error::unexpected(path, why));
     }
     Ok(FoundCheckpoint::single_file(path))
@@ -130,15 +202,19 @@ fn find_one(path: &Path) -> Result<FoundCheckpoint> {
 
 /// Finds the checkpoint that a folder is; `None` if it holds no weights.
 fn find_in_folder(dir: &Path) -> Result<Option<FoundCheckpoint>> {
+    let list = dir.join(DISTRIBUTED);
+    if list.is_file() {
+        return Ok(Some(FoundCheckpoint { path: dir.to_owned(), ..FoundCheckpoint::single_file(&list) }));
+    }
     for name in WEIGHT_NAMES {
         for extension in [SAFETENSORS, PYTORCH[0]] {
             let file = dir.join(format!("{name}.{extension}"));
             if file.is_file() {
-                return Ok(Some(FoundCheckpoint::file_in_folder(&file, dir)));
+                return FoundCheckpoint::file_in_folder(&file, dir).with_other_weights(dir).map(Some);
             }
             let index = dir.join(format!("{name}.{extension}{INDEX_SUFFIX}"));
             if index.is_file() {
-                return FoundCheckpoint::sharded(dir, Some(dir), &index).map(Some);
+                return FoundCheckpoint::sharded(dir, Some(dir), &index)?.with_other_weights(dir).map(Some);
             }
         }
     }
@@ -184,10 +260,31 @@ fn find_all_in_folder(dir: &Path) -> Result<Vec<FoundCheckpoint>> {
         }
     }
     if found.is_empty() {
-        return Err(Error::unexpected(dir, "no weights are in it, nor in its folders: name a folder of checkpoints"));
+        return Err(Error::unexpected(dir, nothing_found(dir, &entries)));
     }
     found.sort_by(|a, b| natural::compare(&file_name(&a.path), &file_name(&b.path)).then_with(|| a.path.cmp(&b.path)));
     Ok(found)
+}
+
+/// Explains that a folder holds no checkpoints. Its folders may hold some, such as `checkpoint-500/unet`.
+fn nothing_found(dir: &Path, folders: &[PathBuf]) -> String {
+    let mut inner = BTreeSet::new();
+    for path in folders.iter().filter(|path| path.is_dir()).flat_map(|folder| entries(folder).unwrap_or_default()) {
+        if path.is_dir() && matches!(find_in_folder(&path), Ok(Some(_))) {
+            inner.insert(file_name(&path));
+        }
+    }
+    match inner.into_iter().collect::<Vec<String>>().as_slice() {
+        [] => "no weights are in it, nor in its folders: name a folder of checkpoints".into(),
+        names => {
+            let pattern = dir.join("*").join(&names[0]);
+            format!(
+                "no weights are in it, nor in its folders, but in folders called {} within these: name them, as in {}",
+                listed(names),
+                shown(&pattern)
+            )
+        }
+    }
 }
 
 /// Lists a folder in order, without hidden entries and without links to other entries.
@@ -208,18 +305,45 @@ fn is_link_to_sibling(path: &Path, dir: &Path) -> bool {
 }
 
 fn is_index(path: &Path) -> bool {
-    file_name(path).ends_with(INDEX_SUFFIX)
+    split_index(&file_name(path)).is_some()
+}
+
+/// Splits the name of an index of shards before its ending, `.index.json` or with a variant `.index.fp16.json`.
+pub(super) fn split_index(name: &str) -> Option<(&str, &str)> {
+    let at = name.rfind(".index.").filter(|_| name.ends_with(".json"))?;
+    let variant = name.get(at + 7..name.len() - 5).unwrap_or_default();
+    (!variant.contains('.')).then(|| name.split_at(at))
 }
 
 /// Returns true if a file is one of weights, by its name.
 pub(super) fn is_weights(path: &Path) -> bool {
     let known = is_pytorch(path) || path.extension().is_some_and(|extension| extension == SAFETENSORS);
-    known && path.is_file() && !TRAINING_STATE.iter().any(|prefix| file_name(path).starts_with(prefix))
+    let name = file_name(path);
+    let is_state = without_extension(&name).ends_with(OPTIMIZER_STATE);
+    known && path.is_file() && !is_state && !TRAINING_STATE.iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// Returns true if a file of weights is one of PyTorch's and not a safetensors file.
 pub(super) fn is_pytorch(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| PYTORCH.iter().any(|known| extension == *known))
+    PYTORCH.iter().any(|extension| has_extension(path, extension))
+}
+
+/// Returns true for the list of the contents of a folder of `torch.distributed.checkpoint`.
+pub(super) fn is_distributed(path: &Path) -> bool {
+    path.ends_with(DISTRIBUTED)
+}
+
+fn has_extension(path: &Path, extension: &str) -> bool {
+    file_name(path).strip_suffix(extension).is_some_and(|stem| stem.len() > 1 && stem.ends_with('.'))
+}
+
+/// Returns the name of a file of weights as a safetensors file, by the conventions of Hugging Face's tools.
+pub(super) fn safetensors_name(name: &str) -> String {
+    let stem = without_extension(name);
+    match stem.strip_prefix("pytorch_model") {
+        Some(rest) if !name.ends_with(SAFETENSORS) => format!("model{rest}.{SAFETENSORS}"),
+        _ => format!("{stem}.{SAFETENSORS}"),
+    }
 }
 
 /// Returns true if a file has the same name in every checkpoint, so that only the folder's name identifies it.
@@ -230,11 +354,10 @@ pub(super) fn has_usual_name(path: &Path) -> bool {
 
 /// Returns a name without the extension of a file of weights or of an index.
 pub(super) fn without_extension(name: &str) -> &str {
-    let name = name.strip_suffix(INDEX_SUFFIX).unwrap_or(name);
-    match name.rsplit_once('.') {
-        Some((stem, extension)) if extension == SAFETENSORS || PYTORCH.contains(&extension) => stem,
-        _ => name,
-    }
+    let name = split_index(name).map_or(name, |(stem, _)| stem);
+    let known = PYTORCH.iter().copied().chain([SAFETENSORS]);
+    let stems = known.filter_map(|extension| name.strip_suffix(extension)?.strip_suffix('.'));
+    stems.min_by_key(|stem| stem.len()).unwrap_or(name)
 }
 
 /// Returns the last component of a path; bytes that are not UTF-8 are replaced.

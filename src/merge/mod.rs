@@ -3,16 +3,22 @@
 mod adapter;
 mod auxiliary_files;
 #[cfg(feature = "pytorch")]
-mod convert;
+mod distributed;
 mod find;
+#[cfg(feature = "pytorch")]
+mod gather;
 mod json;
 mod links;
 mod mapped;
 mod model;
 mod natural;
+mod notes;
+mod options;
 mod plan;
+mod quantized;
 mod steps;
 mod weight_file;
+mod wrappers;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -29,8 +35,10 @@ use crate::tensor::{TensorSpec, TensorViewMut, Tensors};
 
 use mapped::MappedModels;
 use model::CheckpointModel;
+use options::ReadOptions;
 use plan::MergeRow;
 
+pub use options::CheckpointOptions;
 pub use plan::{CheckpointWeight, Merge};
 
 /// Checkpoints of one training, opened and checked against each other, in order of their steps.
@@ -67,6 +75,7 @@ pub struct Checkpoints {
     named: Vec<PathBuf>,
     /// True if files that are copied along may be links to anywhere.
     follow_links: bool,
+    notes: Vec<String>,
 }
 
 impl Checkpoints {
@@ -74,8 +83,8 @@ impl Checkpoints {
     ///
     /// Each path is a safetensors file, an index of shards (`*.index.json`) or a folder that holds either, as Hugging
     /// Face's tools write them. With the feature `pytorch`, it may also be a PyTorch file (`.pt`, `.pth`, `.bin`,
-    /// `.ckpt`); no code in it is ever run. A single folder that is not a checkpoint itself is a folder of
-    /// checkpoints, in order of their names, where `epoch2` is before `epoch10`.
+    /// `.ckpt`) or a folder of `torch.distributed.checkpoint`; no code in it is ever run. A single folder that is not a
+    /// checkpoint itself is a folder of checkpoints, in order of their names, where `epoch2` is before `epoch10`.
     ///
     /// `steps` gives the steps in the order of the paths. By default they come from the first of these that has the
     /// step of every checkpoint:
@@ -90,26 +99,54 @@ impl Checkpoints {
     ///   [`Error::Damaged`](crate::Error::Damaged) for checkpoints that cannot be read.
     /// - [`Error::Mismatch`](crate::Error::Mismatch) for checkpoints of different models.
     /// - [`Error::Unexpected`](crate::Error::Unexpected) for a step that cannot be found, is 0 or occurs twice, for
-    ///   low-rank adapters of different scales, snapshots of a run, models without a tensor that can be averaged, and
-    ///   objects in PyTorch files.
+    ///   low-rank adapters of different scales, snapshots of a run, models without a tensor that can be averaged,
+    ///   quantized weights, several models in one file, and entries of a model that are not tensors.
     /// - [`Error::Setting`](crate::Error::Setting) for another number of steps than of checkpoints.
     /// - [`Error::Threads`](crate::Error::Threads).
     pub fn open<P: AsRef<Path>>(paths: &[P], steps: Option<&[u64]>) -> Result<Checkpoints> {
+        let steps = steps.map(<[u64]>::to_vec);
+        Checkpoints::open_with(paths, &CheckpointOptions { steps, ..Default::default() })
+    }
+
+    /// Opens checkpoints as [`Checkpoints::open`] does, with options.
+    ///
+    /// Names of tensors that differ only in what wrappers of a model put before them, such as `_orig_mod.`, are the
+    /// same.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::open`], and [`Error::Setting`](crate::Error::Setting) for a pattern that is not a glob or
+    /// matches nothing.
+    pub fn open_with<P: AsRef<Path>>(paths: &[P], options: &CheckpointOptions) -> Result<Checkpoints> {
         start_threads()?;
+        let read = ReadOptions::new(options)?;
         let found = find::find(paths)?;
         // Collected before errors are looked for, so that the first one does not depend on the threads.
-        let opened: Vec<Result<CheckpointModel>> = found.into_par_iter().map(CheckpointModel::open).collect();
+        let opened: Vec<Result<CheckpointModel>> =
+            found.into_par_iter().map(|found| CheckpointModel::open(found, &read)).collect();
         let models: Vec<CheckpointModel> = opened.into_iter().collect::<Result<_>>()?;
-        let steps = steps::steps(&models, steps)?;
+        models.iter().try_for_each(quantized::check)?;
+        let steps = steps::steps(&models, options.steps.as_deref())?;
         let mut sorted: Vec<(u64, CheckpointModel)> = steps.into_iter().zip(models).collect();
         sorted.sort_by_key(|(step, _)| *step);
-        let (steps, models): (Vec<u64>, Vec<CheckpointModel>) = sorted.into_iter().unzip();
+        let (steps, mut models): (Vec<u64>, Vec<CheckpointModel>) = sorted.into_iter().unzip();
+        for patterns in [&read.copy, &read.leave_out] {
+            let entries = models[0].tensors.keys().map(String::as_str);
+            patterns.check(entries.chain(models[0].left_out.iter().map(String::as_str)))?;
+        }
+        let mut notes = notes::of_models(&models);
+        notes.extend(wrappers::look_through(&mut models));
         for model in &models[1..] {
             model.check_sibling(&models[0])?;
         }
         models[0].check_averaged()?;
         let named = paths.iter().map(AsRef::as_ref).filter(|path| path.is_dir()).map(Path::to_owned).collect();
-        Ok(Checkpoints { models, steps, named, follow_links: false })
+        Ok(Checkpoints { models, steps, named, follow_links: false, notes })
+    }
+
+    /// Returns what a user may want to know of how the checkpoints were read: the entry that was taken for the model,
+    /// other weights beside it, names that were changed, and tensors that were left out.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Copies configuration, tokenizer and other small files even if they are links that lead out of the checkpoint's
@@ -168,7 +205,7 @@ impl Checkpoints {
 
     /// Returns the bytes that [`Checkpoints::write`] reads for these targets in one pass.
     ///
-    /// PyTorch files are read twice: they are first converted into files that can be mapped.
+    /// Tensors that a PyTorch file does not hold in C order are read twice: they are first gathered.
     pub fn bytes_to_read(&self, merges: &[Merge]) -> u64 {
         mapped::bytes_to_read(self, merges)
     }

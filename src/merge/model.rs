@@ -6,7 +6,8 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use super::adapter;
-use super::find::FoundCheckpoint;
+use super::find::{FoundCheckpoint, safetensors_name, without_extension};
+use super::options::ReadOptions;
 use super::weight_file::WeightFile;
 use crate::error::{Error, Result, shown};
 use crate::synthesis::{Elements, TensorSource};
@@ -20,6 +21,8 @@ pub(super) struct CheckpointModel {
     pub files: Vec<WeightFile>,
     /// Tensors by name.
     pub tensors: BTreeMap<String, TensorEntry>,
+    /// Names of tensors and other entries that were left out.
+    pub left_out: Vec<String>,
 }
 
 /// Tensor of a checkpoint.
@@ -29,6 +32,10 @@ pub(super) struct TensorEntry {
     pub shape: Vec<usize>,
     /// Index of the file that holds it.
     pub file: usize,
+    /// Name in that file.
+    pub stored_name: String,
+    /// True if the user asked for the newest one instead of an average.
+    pub copied: bool,
 }
 
 impl TensorEntry {
@@ -38,6 +45,11 @@ impl TensorEntry {
     pub(super) fn bytes(&self) -> u64 {
         (self.dtype.bitsize() * self.shape.iter().product::<usize>() / 8) as u64
     }
+
+    /// Returns the tensor without its elements, under a name.
+    pub(super) fn spec(&self, name: &str) -> TensorSpec {
+        TensorSpec { name: name.to_owned(), dtype: self.dtype, shape: self.shape.clone() }
+    }
 }
 
 impl CheckpointModel {
@@ -45,19 +57,39 @@ impl CheckpointModel {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Damaged`], and [`Error::Unexpected`] for files that are not a checkpoint of a model.
-    pub(super) fn open(found: FoundCheckpoint) -> Result<CheckpointModel> {
-        let files: Vec<WeightFile> = found.files.iter().map(|path| WeightFile::open(path)).collect::<Result<_>>()?;
+    pub(super) fn open(mut found: FoundCheckpoint, options: &ReadOptions) -> Result<CheckpointModel> {
+        let mut files = Vec::with_capacity(found.files.len());
         let mut tensors = BTreeMap::new();
-        for (i, (file, path)) in files.iter().zip(&found.files).enumerate() {
+        let mut left_out = Vec::new();
+        for path in std::mem::take(&mut found.files) {
+            let file = WeightFile::open(&path, options)?;
+            let i = files.len();
+            let before = tensors.len();
+            left_out.extend_from_slice(file.left_out());
             for TensorSpec { name, dtype, shape } in file.specs() {
-                check_dtype(path, &name, dtype)?;
-                if tensors.contains_key(&name) {
-                    return Err(Error::damaged(path, format!("tensor `{name}` is in another shard too")));
+                let stored_name = name;
+                let name = if i < found.own_files {
+                    stored_name.clone()
+                } else {
+                    name_beside(&found.name_of(&path), &stored_name)
+                };
+                if options.leave_out.contains(&name) {
+                    left_out.push(name);
+                    continue;
                 }
-                tensors.insert(name, TensorEntry { dtype, shape, file: i });
+                let entry = TensorEntry { dtype, shape, file: i, stored_name, copied: options.copy.contains(&name) };
+                check_dtype(&path, &name, &entry)?;
+                if tensors.insert(name.clone(), entry).is_some() {
+                    return Err(Error::damaged(&path, format!("tensor `{name}` is in another shard too")));
+                }
+            }
+            // The average has no file for weights beside the model if all of them were left out.
+            if i < found.own_files || tensors.len() > before {
+                files.push(file);
+                found.files.push(path);
             }
         }
-        let model = CheckpointModel { found, files, tensors };
+        let model = CheckpointModel { found, files, tensors, left_out };
         model.check_index()?;
         if model.tensors.is_empty() {
             return Err(Error::unexpected(&model.found.path, "it holds no tensor: leave it out"));
@@ -70,6 +102,9 @@ impl CheckpointModel {
         let Some((path, index)) = &self.found.index else { return Ok(()) };
         for (name, file) in index.weight_map() {
             let entry = self.tensors.get(name);
+            if self.left_out.contains(name) {
+                continue;
+            }
             if !entry.is_some_and(|entry| self.found.files[entry.file].ends_with(file)) {
                 return Err(Error::damaged(path, format!("tensor `{name}` is not in `{file}`, as the index has it")));
             }
@@ -102,7 +137,13 @@ impl CheckpointModel {
                 return Err(Error::unexpected(&self.found.path, why));
             }
         }
+        adapter::check_metadata(&self.found.path, &self.metadata(), &other.found.path, &other.metadata())?;
         adapter::check_configs(&self.found, &other.found)
+    }
+
+    /// Returns the strings of all files' metadata.
+    fn metadata(&self) -> BTreeMap<String, String> {
+        self.files.iter().flat_map(|file| file.metadata()).collect()
     }
 
     fn specs(&self) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
@@ -122,9 +163,11 @@ impl CheckpointModel {
         Err(Error::unexpected(&self.found.path, why))
     }
 
-    /// Returns true if a tensor is averaged: it is of floating point and not the scale of a low-rank adapter.
+    /// Returns true if a tensor is averaged: it is of floating point, not the scale of a low-rank adapter, and the user
+    /// did not ask for a copy.
     pub(super) fn is_averaged(&self, name: &str) -> bool {
-        self.tensors.get(name).is_some_and(|entry| is_averaged(entry.dtype)) && !self.is_scale(name)
+        let is_candidate = self.tensors.get(name).is_some_and(|entry| is_averaged(entry.dtype) && !entry.copied);
+        is_candidate && !self.is_scale(name)
     }
 
     /// Returns true if a tensor is the scale of a low-rank adapter.
@@ -135,43 +178,55 @@ impl CheckpointModel {
 
     /// Returns the elements of an adapter's scale.
     fn scale(&self, name: &str) -> Option<&[u8]> {
-        self.files[self.tensors.get(name)?.file].scale(name)
+        self.bytes(self.tensors.get(name)?)
     }
 
-    /// Returns true if all files are mapped.
-    pub(super) fn is_mapped(&self) -> bool {
-        self.files.iter().all(|file| matches!(file, WeightFile::Mapped(_)))
+    /// Returns the elements of a tensor; `None` if its file does not hold them in C order.
+    fn bytes(&self, entry: &TensorEntry) -> Option<&[u8]> {
+        self.files[entry.file].bytes(&entry.stored_name)
+    }
+
+    /// Iterates over the tensors that their files do not hold in C order.
+    pub(super) fn scattered(&self) -> impl Iterator<Item = (&str, &TensorEntry)> {
+        let tensors = self.tensors.iter().map(|(name, entry)| (name.as_str(), entry));
+        tensors.filter(|(_, entry)| self.bytes(entry).is_none())
     }
 }
 
 impl TensorSource for CheckpointModel {
     fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
         let entry = self.tensors.get(name)?;
-        match &self.files[entry.file] {
-            WeightFile::Mapped(file) => Some((entry.dtype, Elements::Host(file.bytes(file.tensors().get(name)?)))),
-            #[cfg(feature = "pytorch")]
-            WeightFile::Torch(_) => None,
-        }
+        Some((entry.dtype, Elements::Host(self.bytes(entry)?)))
     }
 
     fn will_need(&self, bytes: &[u8]) {
-        for file in &self.files {
-            match file {
-                WeightFile::Mapped(file) => file.will_need(bytes),
-                #[cfg(feature = "pytorch")]
-                WeightFile::Torch(_) => {}
-            }
-        }
+        self.files.iter().for_each(|file| file.will_need(bytes));
     }
 }
 
+/// Separates the file of weights beside the model from a tensor's name in it.
+const BESIDE: &str = ".safetensors/";
+
+/// Returns the name of a tensor of weights beside the model: that in the file, after the file's.
+fn name_beside(file: &str, name: &str) -> String {
+    let file = safetensors_name(file);
+    format!("{}{BESIDE}{name}", without_extension(&file))
+}
+
+/// Returns the name of a tensor in its own file.
+pub(super) fn name_in_file(name: &str) -> &str {
+    name.split_once(BESIDE).map_or(name, |(_, name)| name)
+}
+
 /// Refuses floating-point dtypes that are too coarse for averages; they would otherwise be copied like integers.
-fn check_dtype(path: &Path, name: &str, dtype: Dtype) -> Result<()> {
-    if is_averaged(dtype) || !dtype.to_string().starts_with(['F', 'C']) {
+fn check_dtype(path: &Path, name: &str, entry: &TensorEntry) -> Result<()> {
+    let dtype = entry.dtype;
+    if entry.copied || is_averaged(dtype) || !dtype.to_string().starts_with(['F', 'C']) {
         return Ok(());
     }
     let why = format!(
-        "tensor `{name}` is of {dtype}, which cannot be averaged: average f32, f16, bf16 or f64 and convert the average"
+        "tensor `{name}` is of {dtype}, which cannot be averaged: copy it with --copy (`copy`), leave it out with \
+         --leave-out (`leave_out`), or average f32, f16, bf16 or f64 and convert the average"
     );
     Err(Error::unexpected(path, why))
 }

@@ -6,10 +6,8 @@ use std::path::{Path, PathBuf};
 use super::find::{FoundCheckpoint, file_name, has_usual_name, without_extension};
 use super::json;
 use super::model::CheckpointModel;
+use super::weight_file::STEP_KEYS;
 use crate::error::{Error, Result, shown};
-
-/// Keys of the step in metadata and in PyTorch files; the last is that of kohya's scripts.
-const KEYS: [&str; 4] = ["step", "global_step", "steps", "ss_steps"];
 
 /// File that Hugging Face's trainer writes beside the weights.
 const TRAINER_STATE: &str = "trainer_state.json";
@@ -41,7 +39,7 @@ pub(super) fn steps(models: &[CheckpointModel], given: Option<&[u64]>) -> Result
 }
 
 fn read_steps(models: &[CheckpointModel]) -> Result<Vec<u64>> {
-    for key in KEYS {
+    for key in STEP_KEYS {
         if let Some(steps) = models.iter().map(|model| model.number(key)).collect() {
             return Ok(steps);
         }
@@ -85,7 +83,8 @@ fn trainer_step(found: &FoundCheckpoint) -> Result<Option<u64>> {
 
 /// Reads steps from the names of checkpoints, or else from those of the folders above.
 ///
-/// The folders above count if each checkpoint is a folder in one, such as `checkpoint-1000/unet`.
+/// The folders above count if each checkpoint is a folder in one, such as `checkpoint-1000/unet`, or if all have one
+/// name, such as `step-1000/model.pth`.
 ///
 /// # Errors
 /// The index of a checkpoint whose name is unlike the others.
@@ -96,7 +95,8 @@ fn steps_of_names(found: &[&FoundCheckpoint]) -> std::result::Result<Vec<u64>, u
         Ok(steps) => return Ok(steps),
         Err(odd) => odd,
     };
-    if found.iter().any(|found| found.folder.is_none()) {
+    let have_one_name = labels.len() > 1 && labels.iter().all(|label| *label == labels[0]);
+    if !have_one_name && found.iter().any(|found| found.folder.is_none()) {
         return Err(odd);
     }
     let labels: Vec<String> = paths.iter().map(|path| label(path.parent().unwrap_or(path))).collect();
@@ -305,7 +305,7 @@ mod tests {
             ("runs7/lora.safetensors", false, None),
         ] {
             let folder = folder.then(|| path.into());
-            let found = FoundCheckpoint { path: path.into(), folder, files: vec![], index: None };
+            let found = FoundCheckpoint { path: path.into(), folder, files: vec![], own_files: 0, index: None };
             assert_eq!(steps_of_names(&[&found]).ok(), step.map(|step| vec![step]), "{path}");
         }
     }

@@ -2,51 +2,71 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+#[cfg(feature = "pytorch")]
+use std::sync::{Mutex, PoisonError};
 
 #[cfg(feature = "pytorch")]
-use super::adapter;
-use super::find::is_pytorch;
+use super::distributed;
+use super::find::{is_distributed, is_pytorch};
+use super::options::ReadOptions;
 use crate::error::{Error, Result};
 #[cfg(feature = "pytorch")]
-use crate::pytorch::{Checkpoint, Value};
+use crate::fs::parent_dir;
+#[cfg(feature = "pytorch")]
+use crate::pytorch::{Checkpoint, TensorFile};
 use crate::snapshot::StoredFile;
 use crate::tensor::TensorSpec;
 
-/// File of a checkpoint's weights, opened.
+/// Keys of the step in metadata and in PyTorch files; the last is that of kohya's scripts.
+pub(super) const STEP_KEYS: [&str; 4] = ["step", "global_step", "steps", "ss_steps"];
+
+/// File of a checkpoint's weights, mapped.
 #[derive(Debug)]
 pub(super) enum WeightFile {
-    /// Safetensors file, mapped.
-    Mapped(StoredFile),
-    /// PyTorch file, whose elements cannot be mapped.
-    ///
-    /// It is opened again when its elements are needed: kept open, the files of a long training would take too many
-    /// descriptors.
+    Safetensors(StoredFile),
     #[cfg(feature = "pytorch")]
-    Torch(TorchContents),
+    Torch(TorchWeights),
 }
 
-/// Contents of a PyTorch file, without most elements of its tensors.
+/// Tensors of a PyTorch file, and what is known of the model beside them.
 #[cfg(feature = "pytorch")]
 #[derive(Debug)]
-pub(super) struct TorchContents {
-    specs: Vec<TensorSpec>,
-    values: BTreeMap<String, Value>,
-    /// Elements of the tensors that may be scales of adapters.
-    scales: BTreeMap<String, Vec<u8>>,
+pub(super) struct TorchWeights {
+    pub tensors: TensorFile,
+    /// Whole numbers that may be the step.
+    numbers: BTreeMap<&'static str, u64>,
+    /// Key of the entry that holds the model, and keys of others that hold weights too.
+    pub key: Option<String>,
+    pub other_models: Vec<String>,
+    /// Entries of the model that were left out.
+    left_out: Vec<String>,
 }
 
+/// Lock for parsing a pickle, whose values may take much memory until its tensors are known.
 #[cfg(feature = "pytorch")]
-impl TorchContents {
-    fn read(path: &Path) -> Result<TorchContents> {
-        let checkpoint = Checkpoint::open_model(path)?;
-        let specs: Vec<TensorSpec> = checkpoint.names().map(|name| checkpoint.spec(name)).collect::<Result<_>>()?;
-        let mut scales = BTreeMap::new();
-        for TensorSpec { name, shape, .. } in &specs {
-            if adapter::may_be_scale(name, shape) {
-                scales.insert(name.clone(), checkpoint.read(name)?);
+static PARSING: Mutex<()> = Mutex::new(());
+
+#[cfg(feature = "pytorch")]
+impl TorchWeights {
+    fn read(path: &Path, options: &ReadOptions) -> Result<TorchWeights> {
+        let _one_at_a_time = PARSING.lock().unwrap_or_else(PoisonError::into_inner);
+        let checkpoint = Checkpoint::open_model(path, options.key.as_deref(), &options.leave_out)?;
+        let mut numbers = BTreeMap::new();
+        for key in STEP_KEYS {
+            if let Some(number) = checkpoint.int(&[key]).and_then(|number| number.try_into().ok()) {
+                numbers.insert(key, number);
             }
         }
-        Ok(TorchContents { specs, values: checkpoint.values().clone(), scales })
+        let key = checkpoint.key().map(str::to_owned);
+        let [other_models, left_out] = [checkpoint.other_models(), checkpoint.left_out()].map(<[String]>::to_vec);
+        Ok(TorchWeights { tensors: checkpoint.into_tensors(), numbers, key, other_models, left_out })
+    }
+
+    /// Reads a folder of `torch.distributed.checkpoint`, whose list of contents is `path`.
+    fn read_distributed(path: &Path, options: &ReadOptions) -> Result<TorchWeights> {
+        let _one_at_a_time = PARSING.lock().unwrap_or_else(PoisonError::into_inner);
+        let (tensors, key, left_out) = distributed::read(parent_dir(path), options)?;
+        Ok(TorchWeights { tensors, numbers: BTreeMap::new(), key, other_models: Vec::new(), left_out })
     }
 }
 
@@ -54,34 +74,41 @@ impl WeightFile {
     /// Opens a file.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Damaged`], and [`Error::Unexpected`] for a snapshot of a run, or for a PyTorch file in a
-    /// build without the feature `pytorch`.
-    pub(super) fn open(path: &Path) -> Result<WeightFile> {
-        if is_pytorch(path) {
-            return WeightFile::open_pytorch(path);
+    /// [`Error::Io`], [`Error::Damaged`], and [`Error::Unexpected`] for a snapshot of a run, for a key of a file that
+    /// has none, or for a PyTorch file in a build without the feature `pytorch`.
+    pub(super) fn open(path: &Path, options: &ReadOptions) -> Result<WeightFile> {
+        if is_pytorch(path) || is_distributed(path) {
+            return WeightFile::open_pytorch(path, options);
+        }
+        if let Some(key) = &options.key {
+            let why = format!(
+                "a safetensors file has no entry `{key}`: --key (`key`) is for training checkpoints of PyTorch"
+            );
+            return Err(Error::unexpected(path, why));
         }
         let file = StoredFile::open(path)?;
         if file.metadata().contains_key("history") && file.metadata().contains_key("posthoc_ema") {
             let why = "this is a snapshot of a run, and so an average itself: use `synthesize` on its directory";
             return Err(Error::unexpected(path, why));
         }
-        Ok(WeightFile::Mapped(file))
+        Ok(WeightFile::Safetensors(file))
     }
 
     #[cfg(feature = "pytorch")]
-    fn open_pytorch(path: &Path) -> Result<WeightFile> {
-        TorchContents::read(path).map(WeightFile::Torch)
+    fn open_pytorch(path: &Path, options: &ReadOptions) -> Result<WeightFile> {
+        let read = if is_distributed(path) { TorchWeights::read_distributed } else { TorchWeights::read };
+        read(path, options).map(WeightFile::Torch)
     }
 
     #[cfg(not(feature = "pytorch"))]
-    fn open_pytorch(path: &Path) -> Result<WeightFile> {
+    fn open_pytorch(path: &Path, _: &ReadOptions) -> Result<WeightFile> {
         Err(Error::unexpected(path, "a PyTorch file, which a build without the feature `pytorch` cannot read"))
     }
 
     /// Returns the tensors without their elements.
     pub(super) fn specs(&self) -> Vec<TensorSpec> {
         match self {
-            WeightFile::Mapped(file) => {
+            WeightFile::Safetensors(file) => {
                 let mut specs = Vec::new();
                 for (name, tensor) in file.tensors().iter() {
                     let shape = tensor.shape.clone();
@@ -90,14 +117,23 @@ impl WeightFile {
                 specs
             }
             #[cfg(feature = "pytorch")]
-            WeightFile::Torch(contents) => contents.specs.clone(),
+            WeightFile::Torch(file) => file.tensors.names().filter_map(|name| file.tensors.spec(name).ok()).collect(),
+        }
+    }
+
+    /// Returns the names of entries that were left out when the file was read.
+    pub(super) fn left_out(&self) -> &[String] {
+        match self {
+            WeightFile::Safetensors(_) => &[],
+            #[cfg(feature = "pytorch")]
+            WeightFile::Torch(file) => &file.left_out,
         }
     }
 
     /// Returns the strings of `__metadata__`; none for a PyTorch file.
     pub(super) fn metadata(&self) -> BTreeMap<String, String> {
         match self {
-            WeightFile::Mapped(file) => file.metadata().clone(),
+            WeightFile::Safetensors(file) => file.metadata().clone(),
             #[cfg(feature = "pytorch")]
             WeightFile::Torch(_) => BTreeMap::new(),
         }
@@ -106,21 +142,27 @@ impl WeightFile {
     /// Returns a whole number from the metadata, or from the plain values of a PyTorch file.
     pub(super) fn number(&self, key: &str) -> Option<u64> {
         match self {
-            WeightFile::Mapped(file) => file.metadata().get(key)?.trim().parse().ok(),
+            WeightFile::Safetensors(file) => file.metadata().get(key)?.trim().parse().ok(),
             #[cfg(feature = "pytorch")]
-            WeightFile::Torch(contents) => match contents.values.get(key)? {
-                Value::Int(value) => (*value).try_into().ok(),
-                _ => None,
-            },
+            WeightFile::Torch(file) => file.numbers.get(key).copied(),
         }
     }
 
-    /// Returns the elements of a tensor that may be the scale of an adapter.
-    pub(super) fn scale(&self, name: &str) -> Option<&[u8]> {
+    /// Returns the elements of a tensor in C order; `None` if the file has them in another order, or no such tensor.
+    pub(super) fn bytes(&self, name: &str) -> Option<&[u8]> {
         match self {
-            WeightFile::Mapped(file) => file.tensors().get(name).map(|tensor| file.bytes(tensor)),
+            WeightFile::Safetensors(file) => file.tensors().get(name).map(|tensor| file.bytes(tensor)),
             #[cfg(feature = "pytorch")]
-            WeightFile::Torch(contents) => contents.scales.get(name).map(Vec::as_slice),
+            WeightFile::Torch(file) => file.tensors.stored(name),
+        }
+    }
+
+    /// Starts to read bytes of the file from the disk in the background.
+    pub(super) fn will_need(&self, bytes: &[u8]) {
+        match self {
+            WeightFile::Safetensors(file) => file.will_need(bytes),
+            #[cfg(feature = "pytorch")]
+            WeightFile::Torch(file) => file.tensors.will_need(bytes),
         }
     }
 }

@@ -1,15 +1,15 @@
 //! Averages, written to files, or to folders like those of the checkpoints.
 
 use std::collections::BTreeMap;
-use std::fs::Permissions;
+use std::fs::{self, Permissions};
 use std::path::{Component, Path, PathBuf};
 
 use super::Checkpoints;
 use super::auxiliary_files;
-use super::find::file_name;
+use super::find::{file_name, safetensors_name, split_index};
 use super::links::CopySource;
 use super::mapped::MappedModels;
-use super::model::CheckpointModel;
+use super::model::{CheckpointModel, name_in_file};
 use super::plan::{Merge, MergeRow};
 use crate::device::Device;
 use crate::error::{Error, Result, shown};
@@ -79,6 +79,8 @@ impl<'a> MergeOutput<'a> {
         check_place(checkpoints, path, folder)?;
         if folder {
             check_file_names(newest)?;
+        } else {
+            check_single_model(newest)?;
         }
         Ok(MergeOutput { merge, path, row, folder })
     }
@@ -125,7 +127,7 @@ fn resolve(path: &Path) -> Result<PathBuf> {
 fn check_file_names(newest: &CheckpointModel) -> Result<()> {
     let mut taken = BTreeMap::new();
     for path in &newest.found.files {
-        let name = file_name(path);
+        let name = newest.found.name_of(path);
         let written = safetensors_name(&name);
         if let Some(other) = taken.insert(written.clone(), name.clone()) {
             let why = format!("`{other}` and `{name}` would both be written as `{written}`: name a file to write to");
@@ -133,6 +135,18 @@ fn check_file_names(newest: &CheckpointModel) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Checks that a checkpoint has no weights beside those of its model, which one file could not hold apart.
+fn check_single_model(newest: &CheckpointModel) -> Result<()> {
+    let Some(other) = newest.found.files.get(newest.found.own_files) else { return Ok(()) };
+    let why = format!(
+        "`{}` holds other weights beside the model's, and one file cannot hold both: name a folder to write to, or \
+         leave them out with --leave-out '{}/*' (`leave_out`)",
+        file_name(other),
+        file_name(other)
+    );
+    Err(Error::unexpected(&newest.found.path, why))
 }
 
 /// Writes averages that have the same newest checkpoint and are all files or all folders.
@@ -166,8 +180,12 @@ fn write_in_one_pass(
         (Shards::single(&sources, options.dtype)?, files)
     } else {
         let dirs = folders.iter().map(AtomicFolder::path);
-        let files = outputs.iter().zip(dirs).map(|(output, dir)| files_in_folder(newest, output, dir)).collect();
-        (Shards::new(&sources, options.dtype, tensors_by_file(&sources, newest))?, files)
+        let files: Vec<Vec<OutputFile>> =
+            outputs.iter().zip(dirs).map(|(output, dir)| files_in_folder(newest, output, dir)).collect();
+        for dir in files.iter().flatten().filter_map(|file| file.path.parent()) {
+            fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        }
+        (Shards::new(&sources, options.dtype, tensors_by_file(&sources, newest), name_in_file)?, files)
     };
     let rows: Vec<&MergeRow> = outputs.iter().map(|output| &output.row).collect();
     let scratch = Some(&files[0][0].path).filter(|path| !Stream::is_named(path)).map(|path| parent_dir(path));
@@ -177,7 +195,7 @@ fn write_in_one_pass(
     drop(mapped);
     for folder in &folders {
         if let Some(permissions) = &index_permissions {
-            write_index(folder.path(), newest, shards.data_len(), permissions)?;
+            write_index(folder.path(), newest, shards.data_len(newest.found.own_files), permissions)?;
         }
         auxiliary_files::write_all(folder.path(), &auxiliary)?;
     }
@@ -205,7 +223,7 @@ fn single_file(newest: &CheckpointModel, output: &MergeOutput) -> OutputFile {
 fn files_in_folder(newest: &CheckpointModel, output: &MergeOutput, dir: &Path) -> Vec<OutputFile> {
     let mut files = Vec::with_capacity(newest.files.len());
     for (file, path) in newest.files.iter().zip(&newest.found.files) {
-        let path = dir.join(safetensors_name(&file_name(path)));
+        let path = dir.join(safetensors_name(&newest.found.name_of(path)));
         files.push(OutputFile { path, metadata: metadata(file.metadata(), output.merge) });
     }
     files
@@ -220,18 +238,6 @@ fn metadata(mut carried: BTreeMap<String, String>, merge: &Merge) -> BTreeMap<St
     carried.insert(PROFILE.into(), profile_json(&merge.profile));
     carried.insert(STEP.into(), merge.at.to_string());
     carried
-}
-
-/// Returns the name of a file of weights as a safetensors file, by the conventions of Hugging Face's tools.
-fn safetensors_name(name: &str) -> String {
-    let (stem, extension) = name.rsplit_once('.').unwrap_or((name, ""));
-    if extension == "safetensors" {
-        return name.to_owned();
-    }
-    match stem.strip_prefix("pytorch_model") {
-        Some(rest) => format!("model{rest}.safetensors"),
-        None => format!("{stem}.safetensors"),
-    }
 }
 
 /// Returns the permissions of a checkpoint's index; `None` if it has none. Its metadata are copied into the average's.
@@ -251,11 +257,12 @@ fn index_permissions(newest: &CheckpointModel, follow_links: bool) -> Result<Opt
 /// Writes the index of an average's shards, if the checkpoint has one.
 fn write_index(dir: &Path, newest: &CheckpointModel, total_size: usize, permissions: &Permissions) -> Result<()> {
     let Some((path, index)) = &newest.found.index else { return Ok(()) };
-    let files: Vec<String> = newest.found.files.iter().map(|path| safetensors_name(&file_name(path))).collect();
-    let tensors = newest.tensors.iter();
+    let files: Vec<String> =
+        newest.found.files.iter().map(|path| safetensors_name(&newest.found.name_of(path))).collect();
+    let tensors = newest.tensors.iter().filter(|(_, entry)| entry.file < newest.found.own_files);
     let weight_map = tensors.map(|(name, entry)| (name.clone(), files[entry.file].clone())).collect();
     let name = file_name(path);
-    let stem = name.strip_suffix(INDEX_SUFFIX).unwrap_or(&name);
-    let path = dir.join(format!("{}{INDEX_SUFFIX}", safetensors_name(stem)));
+    let (stem, ending) = split_index(&name).unwrap_or((&name, INDEX_SUFFIX));
+    let path = dir.join(format!("{}{ending}", safetensors_name(stem)));
     auxiliary_files::write(&path, index.with_tensors(weight_map, total_size).to_json().as_bytes(), permissions)
 }

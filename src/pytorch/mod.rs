@@ -1,333 +1,247 @@
-//! PyTorch checkpoints (`.pt`): a dict of tensors and plain values.
+//! Checkpoints of PyTorch (`.pt`): dicts of tensors, training checkpoints that hold one, and pickled modules.
 //!
-//! Code that a pickle names is never run. An entry that is a Python object is an error.
+//! A pickle is parsed as data. Code that it names is never run, and objects stay opaque. The file is mapped: a tensor
+//! is a place in it.
 
-mod archive_directory;
-mod guard;
-mod pickle_memory;
+mod archive;
+mod choice;
+mod distributed;
+mod file;
+mod file_kind;
+mod legacy;
+mod module;
+mod number;
+mod pickle;
+mod storage;
+mod tensor;
+mod tensor_file;
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, HashSet};
+use std::ops::Deref;
+use std::path::Path;
 
-use half::{bf16, f16};
-use pytorch_reader::{DType, FileFormat, PickleError, PickleValue, PytorchError, PytorchReader, Tensor};
-use safetensors::Dtype;
+use choice::Choice;
+pub use distributed::DistributedCheckpoint;
+use file::{PickledFile, Storages};
+pub use number::{Number, number};
+use pickle::{MemoryBudget, Node, NodeId, Pickle};
+use tensor::{NotRead, TensorReader};
+pub use tensor_file::TensorFile;
+use tensor_file::TiledTensor;
 
 use crate::error::{Error, Result};
-use crate::tensor::TensorSpec;
+use crate::tensor::NamePatterns;
 
-/// Opened checkpoint. Its pickle is parsed; the elements of its tensors are still in the file.
+/// Largest ratio of a file's tensors to its length. It exceeds 1 if tensors share elements.
+const MAX_GROWTH: u64 = 4;
+
+/// Bytes of tensors that are allowed whatever the file's length.
+const ALWAYS_ALLOWED: u64 = 1 << 20;
+
+/// Bytes that the names of a model's tensors may take.
+const NAMES: usize = 64 << 20;
+
+/// Most entries that an error names after the first.
+const MOST_REFUSED: usize = 9;
+
+const REMEDY: &str = "leave it out with --leave-out (`leave_out`), or if you trust the file, load it with PyTorch, \
+                      remove that entry and save it again";
+
+/// Opened checkpoint. Its pickle is parsed; the elements of its tensors are in the mapped file.
 #[derive(Debug)]
 pub struct Checkpoint {
-    path: PathBuf,
-    tensors: BTreeMap<String, Tensor>,
-    values: BTreeMap<String, Value>,
+    tensors: TensorFile,
+    pickle: Pickle,
+    storages: Storages,
+    /// Key of the entry that holds the model, if it is not the whole file.
+    key: Option<String>,
+    /// Keys of other entries that hold weights.
+    other_models: Vec<String>,
+    left_out: Vec<String>,
 }
 
-/// Entry of a checkpoint that is not a tensor.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Value {
-    Bool(bool),
-    Int(i64),
-    Dict(BTreeMap<String, Value>),
-    /// Any other plain value. None of them is used.
-    Other,
-}
+impl Deref for Checkpoint {
+    type Target = TensorFile;
 
-/// Number that a checkpoint stores as a tensor of one element.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Number {
-    /// Exact integer.
-    Whole(i64),
-    /// Number that was rounded to this floating-point dtype.
-    Rounded(f64, Dtype),
+    fn deref(&self) -> &TensorFile {
+        &self.tensors
+    }
 }
 
 impl Checkpoint {
-    /// Opens a checkpoint and reads everything but the elements of its tensors.
+    /// Opens a checkpoint and reads the dict at its top level. Values that are not tensors are beside the model.
     ///
     /// # Errors
     /// - [`Error::Io`] if the file cannot be read.
     /// - [`Error::Damaged`] if it is not a complete PyTorch file.
-    /// - [`Error::Unexpected`] if it is not a regular file, if it holds anything but tensors and plain values, or if
-    ///   its contents would take far more memory than the file.
+    /// - [`Error::Unexpected`] if it is not a regular file, if an entry is a Python object or a tensor that cannot be
+    ///   read, or if its contents would take far more memory than the file.
     pub fn open(path: &Path) -> Result<Checkpoint> {
-        let (root, mut found) = parse(path)?;
-        Checkpoint::from_dict(path, root, &mut found)
+        let file = PickledFile::open(path)?;
+        let root = file.pickle.root();
+        if file.pickle.entries(root).is_none() {
+            return Err(Error::damaged(path, "not a dict of tensors"));
+        }
+        let whole = Choice { model: root, key: None, others: Vec::new() };
+        Checkpoint::new(file, whole, &NamePatterns::default())
     }
 
-    /// Opens a model's weights or a training checkpoint that holds them in a dict.
+    /// Opens a model's weights: a dict of tensors or a pickled module, or a training checkpoint that holds either.
     ///
-    /// If there is such a dict, its tensors become those of the checkpoint. The entries beside it become values, and so
-    /// do tensors of one integer among them.
+    /// `key` names the entry of a training checkpoint that holds the model: one key, or several that lead to it, joined
+    /// by dots. By default it is found by the names that trainers use. Entries of the model that match `leave_out` are
+    /// left out, whatever they are.
     ///
     /// # Errors
     /// As [`Checkpoint::open`], and [`Error::Unexpected`] if it holds several models or none.
-    pub fn open_model(path: &Path) -> Result<Checkpoint> {
-        let (mut root, mut found) = parse(path)?;
-        let Some(key) = model_key(path, &root)? else {
-            return Checkpoint::from_dict(path, root, &mut found);
-        };
-        let Some(PickleValue::Dict(model)) = root.remove(key) else {
-            return Err(Error::unexpected(path, format!("`{key}` is not a dict of tensors")));
-        };
-        let mut model_tensors =
-            model.keys().filter_map(|name| Some((name.clone(), found.remove(&format!("{key}.{name}"))?))).collect();
-        let Checkpoint { tensors, .. } = Checkpoint::from_dict(path, model, &mut model_tensors)?;
-        let mut rest = Checkpoint::from_dict(path, root, &mut found)?;
-        let integers = rest.integers();
-        rest.values.extend(integers);
-        Ok(Checkpoint { tensors, ..rest })
+    pub fn open_model(path: &Path, key: Option<&str>, leave_out: &NamePatterns) -> Result<Checkpoint> {
+        let file = PickledFile::open(path)?;
+        let choice = choice::choose(&file.pickle, key).map_err(|why| Error::unexpected(path, why))?;
+        Checkpoint::new(file, choice, leave_out)
     }
 
-    /// Splits the entries of a dict into tensors and values.
-    fn from_dict(
-        path: &Path,
-        dict: HashMap<String, PickleValue>,
-        found: &mut HashMap<String, Tensor>,
-    ) -> Result<Checkpoint> {
+    /// Reads the tensors of a model without their elements.
+    fn new(file: PickledFile, choice: Choice, leave_out: &NamePatterns) -> Result<Checkpoint> {
         let mut tensors = BTreeMap::new();
-        let mut values = BTreeMap::new();
-        for (name, value) in dict {
-            match found.remove(&name) {
-                Some(tensor) => drop(tensors.insert(name, tensor)),
-                None => drop(values.insert(name.clone(), plain_value(path, &name, value)?)),
+        let mut left_out = Vec::new();
+        let mut refused = Vec::new();
+        for (name, id) in model_entries(&file, choice.model)? {
+            if leave_out.contains(&name) {
+                left_out.push(name);
+                continue;
             }
-        }
-        Ok(Checkpoint { path: path.to_owned(), tensors, values })
-    }
-
-    /// Reads all tensors that hold a single integer.
-    fn integers(&self) -> Vec<(String, Value)> {
-        let integer = |name: &str| match self.number(name) {
-            Ok(Number::Whole(value)) => Some((name.to_owned(), Value::Int(value))),
-            _ => None,
-        };
-        self.names().filter_map(integer).collect()
-    }
-
-    /// Path of the file.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Names of all tensors, sorted.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
-    }
-
-    /// Returns true if there is a tensor of this name.
-    pub fn has(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
-    }
-
-    /// Entries that are not tensors.
-    pub fn values(&self) -> &BTreeMap<String, Value> {
-        &self.values
-    }
-
-    /// Returns the name, dtype and shape of a tensor.
-    ///
-    /// # Errors
-    /// [`Error::Unexpected`] if the tensor is missing.
-    pub fn spec(&self, name: &str) -> Result<TensorSpec> {
-        let tensor = self.tensor(name)?;
-        Ok(TensorSpec { name: name.to_owned(), dtype: dtype(tensor.dtype()), shape: tensor.shape().to_vec() })
-    }
-
-    /// Reads the elements of a tensor in C order, little endian, whatever its strides.
-    ///
-    /// # Errors
-    /// [`Error::Io`], [`Error::Damaged`] if the file ends before them, and as [`Checkpoint::spec`].
-    pub fn read(&self, name: &str) -> Result<Vec<u8>> {
-        let damaged = |error: std::io::Error| match error.raw_os_error() {
-            Some(_) => Error::io("read", &self.path)(error),
-            None => Error::damaged(&self.path, error),
-        };
-        self.tensor(name)?.read().map_err(damaged)
-    }
-
-    /// Reads a tensor of one element as a number.
-    ///
-    /// # Errors
-    /// [`Error::Unexpected`] if the tensor has more elements or none, or is not a number. Otherwise as
-    /// [`Checkpoint::read`].
-    pub fn number(&self, name: &str) -> Result<Number> {
-        let spec = self.spec(name)?;
-        if spec.shape.iter().product::<usize>() != 1 {
-            let why = format!("`{name}` has the shape {:?}; a single number is expected", spec.shape);
-            return Err(Error::unexpected(&self.path, why));
-        }
-        let bytes = self.read(name)?;
-        number(spec.dtype, &bytes).ok_or_else(|| {
-            Error::unexpected(&self.path, format!("`{name}` of dtype {} cannot be read as a number", spec.dtype))
-        })
-    }
-
-    fn tensor(&self, name: &str) -> Result<&Tensor> {
-        self.tensors.get(name).ok_or_else(|| Error::unexpected(&self.path, format!("it has no tensor `{name}`")))
-    }
-}
-
-/// Parses a file into its entries and its tensors. A tensor's name is the keys that lead to it, joined by dots.
-fn parse(path: &Path) -> Result<(HashMap<String, PickleValue>, HashMap<String, Tensor>)> {
-    let length = guard::check_file(path)?;
-    let reader = PytorchReader::new(path).map_err(|error| read_error(path, error))?;
-    // The reader loads old archives into memory whole, and its other formats hold no tensors. No supported tool writes
-    // either.
-    if !matches!(reader.metadata().format_type, FileFormat::Zip | FileFormat::Legacy) {
-        return Err(Error::damaged(path, "not a checkpoint that `torch.save` of PyTorch 1.0 or later writes"));
-    }
-    let root = PytorchReader::read_pickle_data(path, None).map_err(|error| read_error(path, error))?;
-    let PickleValue::Dict(root) = root else {
-        return Err(Error::damaged(path, "not a dict of tensors"));
-    };
-    let found = reader.into_tensors();
-    guard::check_tensors(path, length, &root, &found)?;
-    Ok((root, found))
-}
-
-/// Keys under which training checkpoints store the model.
-const MODEL_KEYS: [&str; 4] = ["state_dict", "model_state_dict", "model", "module"];
-
-/// Finds the key of the dict that holds the model. Returns `None` if its tensors are at the top level.
-///
-/// # Errors
-/// [`Error::Unexpected`] if it holds several models or none.
-fn model_key(path: &Path, root: &HashMap<String, PickleValue>) -> Result<Option<&'static str>> {
-    let known: Vec<&'static str> =
-        MODEL_KEYS.into_iter().filter(|key| root.get(*key).is_some_and(holds_tensors)).collect();
-    let other = root.iter().filter(|(_, value)| holds_tensors(value)).map(|(key, _)| key).min();
-    let why = match (known.as_slice(), root.values().any(is_tensor), other) {
-        ([key], ..) => return Ok(Some(key)),
-        ([], true, None) => return Ok(None),
-        ([], true, Some(other)) => {
-            format!("tensors are at its top level and in `{other}`: save the model's state dict alone")
-        }
-        ([], false, _) => {
-            let known = MODEL_KEYS.join("`, `");
-            format!("no tensors are at its top level, nor in `{known}`: save the model's state dict alone")
-        }
-        ([first, second, ..], ..) => {
-            format!("both `{first}` and `{second}` hold tensors: save the model's state dict alone")
-        }
-    };
-    Err(Error::unexpected(path, why))
-}
-
-/// Returns true for a dict with a tensor in it.
-fn holds_tensors(value: &PickleValue) -> bool {
-    matches!(value, PickleValue::Dict(dict) if dict.values().any(is_tensor))
-}
-
-fn is_tensor(value: &PickleValue) -> bool {
-    matches!(value, PickleValue::Unsupported(kind) if kind == TENSOR)
-}
-
-/// Converts an error of the reader.
-fn read_error(path: &Path, error: PytorchError) -> Error {
-    match error {
-        PytorchError::Io(error) if error.raw_os_error().is_some() => Error::io("read", path)(error),
-        PytorchError::Pickle(PickleError::UnsupportedType(kind)) => {
-            Error::unexpected(path, format!("it holds a tensor of type `{kind}`, which cannot be averaged: {REMEDY}"))
-        }
-        PytorchError::Pickle(PickleError::InvalidData(why)) if why.contains("memo bomb") => {
-            let why = "it holds more values than the reader copies (about 33,000 tensors, or 64 MiB of repeated \
-                       texts): if you trust it, load it with PyTorch and save the model's state dict alone";
-            Error::unexpected(path, why)
-        }
-        other => Error::damaged(path, other),
-    }
-}
-
-/// Type that the reader reports for an entry that is a tensor.
-const TENSOR: &str = "torch.Tensor";
-
-const REMEDY: &str = "if you trust the file, load it with PyTorch, remove that entry and save it again";
-
-/// Converts an entry that is not a tensor.
-///
-/// # Errors
-/// [`Error::Unexpected`] if it is or contains a Python object.
-fn plain_value(path: &Path, name: &str, value: PickleValue) -> Result<Value> {
-    plain(value).map_err(|object| {
-        let inner = object.keys.iter().rev().map(|key| format!(".{key}")).collect::<String>();
-        let kind = object.kind;
-        let why = format!("`{name}{inner}` is a Python object (`{kind}`), whose code is never run: {REMEDY}");
-        Error::unexpected(path, why)
-    })
-}
-
-/// Python object in an entry, with the keys that lead to it, innermost first.
-struct PythonObject {
-    kind: String,
-    keys: Vec<String>,
-}
-
-/// Converts a value. Only an object that is found gets a name, since long keys of nested dicts would fill the memory.
-fn plain(value: PickleValue) -> std::result::Result<Value, PythonObject> {
-    let within = |key: String, mut object: PythonObject| {
-        object.keys.push(key);
-        object
-    };
-    Ok(match value {
-        PickleValue::Bool(value) => Value::Bool(value),
-        PickleValue::Int(value) => Value::Int(value),
-        PickleValue::Dict(entries) => {
-            let mut dict = BTreeMap::new();
-            for (key, value) in entries {
-                match plain(value) {
-                    Ok(value) => drop(dict.insert(key, value)),
-                    Err(object) => return Err(within(key, object)),
+            match file.with_tensors(|tensors| tensors.read(id)) {
+                Ok(tensor) => drop(tensors.insert(name, TiledTensor::whole(tensor))),
+                Err(NotRead::Damaged(why)) => {
+                    return Err(Error::damaged(&file.path, format!("tensor `{name}`: {why}")));
                 }
+                Err(NotRead::Kind(kind)) => refused.push(format!("`{name}` is a tensor that is not read (`{kind}`)")),
+                Err(NotRead::Other) => refused.extend(refusal(&file.pickle, choice.key.is_some(), &name, id)),
             }
-            Value::Dict(dict)
         }
-        PickleValue::List(values) => {
-            for (i, value) in values.into_iter().enumerate() {
-                plain(value).map_err(|object| within(i.to_string(), object))?;
-            }
-            Value::Other
-        }
-        PickleValue::Unsupported(kind) if kind != TENSOR => return Err(PythonObject { kind, keys: Vec::new() }),
-        _ => Value::Other,
-    })
-}
+        check_refused(&file.path, &refused)?;
+        let PickledFile { path, map, pickle, storages } = file;
+        let tensors = TensorFile { path, maps: vec![map], tensors };
+        check_growth(&tensors)?;
+        Ok(Checkpoint { tensors, pickle, storages, key: choice.key, other_models: choice.others, left_out })
+    }
 
-fn dtype(dtype: DType) -> Dtype {
-    match dtype {
-        DType::F64 => Dtype::F64,
-        DType::F32 => Dtype::F32,
-        DType::F16 => Dtype::F16,
-        DType::BF16 => Dtype::BF16,
-        DType::I64 => Dtype::I64,
-        DType::I32 => Dtype::I32,
-        DType::I16 => Dtype::I16,
-        DType::I8 => Dtype::I8,
-        DType::U64 => Dtype::U64,
-        DType::U32 => Dtype::U32,
-        DType::U16 => Dtype::U16,
-        DType::U8 => Dtype::U8,
-        DType::Bool => Dtype::BOOL,
+    /// Key of the entry that holds the model; `None` if its tensors are at the top level.
+    pub fn key(&self) -> Option<&str> {
+        self.key.as_deref()
+    }
+
+    /// Keys of other entries that hold weights.
+    pub fn other_models(&self) -> &[String] {
+        &self.other_models
+    }
+
+    /// Names of the model's entries that were left out.
+    pub fn left_out(&self) -> &[String] {
+        &self.left_out
+    }
+
+    /// Names of the entries at the top level that are not tensors, in the order of the file.
+    pub fn beside(&self) -> impl Iterator<Item = &str> {
+        let entries = self.pickle.entries(self.pickle.root()).unwrap_or_default().iter();
+        let others = entries.filter(|(_, value)| !tensor::is_tensor(&self.pickle, *value));
+        others.filter_map(|(key, _)| self.pickle.text(*key))
+    }
+
+    /// Returns an integer at the top level, or in the dicts that keys lead to. It may be a tensor of one integer.
+    pub fn int(&self, keys: &[&str]) -> Option<i64> {
+        let id = self.value(keys)?;
+        if let Some(value) = self.pickle.int(id) {
+            return Some(value);
+        }
+        let place = |key: &str| self.storages.get(key).cloned();
+        let file = &self.tensors.maps[0];
+        let tensor = TensorReader { file, pickle: &self.pickle, place: &place }.read(id).ok()?;
+        let element = tensor.stored(file).filter(|bytes| bytes.len() == tensor.dtype.bitsize() / 8)?;
+        match number(tensor.dtype, element)? {
+            Number::Whole(value) => Some(value),
+            Number::Rounded(..) => None,
+        }
+    }
+
+    /// Returns a truth value at the top level, or in the dicts that keys lead to.
+    pub fn bool(&self, keys: &[&str]) -> Option<bool> {
+        match self.pickle.node(self.value(keys)?) {
+            Node::Bool(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    fn value(&self, keys: &[&str]) -> Option<NodeId> {
+        keys.iter().try_fold(self.pickle.root(), |dict, key| self.pickle.get(dict, key))
+    }
+
+    /// Returns the tensors, and frees what is beside them.
+    pub fn into_tensors(self) -> TensorFile {
+        self.tensors
     }
 }
 
-/// Reads the bytes of one element as a number. Returns `None` for an integer beyond `i64` and for other dtypes.
-pub fn number(dtype: Dtype, bytes: &[u8]) -> Option<Number> {
-    let rounded = |value: f64| Some(Number::Rounded(value, dtype));
-    match dtype {
-        Dtype::F64 => rounded(f64::from_le_bytes(bytes.try_into().ok()?)),
-        Dtype::F32 => rounded(f32::from_le_bytes(bytes.try_into().ok()?).into()),
-        Dtype::F16 => rounded(f16::from_le_bytes(bytes.try_into().ok()?).into()),
-        Dtype::BF16 => rounded(bf16::from_le_bytes(bytes.try_into().ok()?).into()),
-        Dtype::I64 => Some(Number::Whole(i64::from_le_bytes(bytes.try_into().ok()?))),
-        Dtype::I32 => Some(Number::Whole(i32::from_le_bytes(bytes.try_into().ok()?).into())),
-        Dtype::I16 => Some(Number::Whole(i16::from_le_bytes(bytes.try_into().ok()?).into())),
-        Dtype::I8 => Some(Number::Whole(i8::from_le_bytes(bytes.try_into().ok()?).into())),
-        Dtype::U64 => u64::from_le_bytes(bytes.try_into().ok()?).try_into().ok().map(Number::Whole),
-        Dtype::U32 => Some(Number::Whole(u32::from_le_bytes(bytes.try_into().ok()?).into())),
-        Dtype::U16 => Some(Number::Whole(u16::from_le_bytes(bytes.try_into().ok()?).into())),
-        Dtype::U8 | Dtype::BOOL => Some(Number::Whole(u8::from_le_bytes(bytes.try_into().ok()?).into())),
-        _ => None,
+/// Lists the entries of a model by their names, in its order. Of equal names, the last counts.
+fn model_entries(file: &PickledFile, model: NodeId) -> Result<Vec<(String, NodeId)>> {
+    let pickle = &file.pickle;
+    if module::is_module(pickle, model) {
+        let entries = module::state_dict(pickle, model, &mut MemoryBudget::new(NAMES));
+        return entries.map_err(|_| Error::unexpected(&file.path, "its modules hold each other"));
     }
+    let mut entries = Vec::new();
+    for (key, value) in pickle.entries(model).unwrap_or_default() {
+        let name = match pickle.node(*key) {
+            Node::Text(name) => name.to_string(),
+            Node::Int(number) => number.to_string(),
+            _ => continue,
+        };
+        entries.push((name, *value));
+    }
+    Ok(entries)
+}
+
+/// Explains why an entry that is not a tensor cannot be left aside; `None` if it can.
+///
+/// Plain values may be beside tensors at the top level, but not in the dict of a model.
+fn refusal(pickle: &Pickle, is_model: bool, name: &str, id: NodeId) -> Option<String> {
+    match pickle.node(id) {
+        Node::Object(_) | Node::Class(_) | Node::Persistent(_) => {
+            let kind = pickle.call(id).map(|(class, _)| class).or(pickle.class(id)).unwrap_or("a storage");
+            Some(format!("`{name}` is a Python object (`{kind}`), whose code is never run"))
+        }
+        Node::None => None,
+        _ if !is_model => None,
+        _ => Some(format!("`{name}` is not a tensor")),
+    }
+}
+
+/// Returns the error for the entries that cannot be read, in the order of the file.
+fn check_refused(path: &Path, refused: &[String]) -> Result<()> {
+    let Some((first, rest)) = refused.split_first() else { return Ok(()) };
+    let shown: String = rest.iter().take(MOST_REFUSED).map(|why| format!("; {why}")).collect();
+    let more = match rest.len().saturating_sub(MOST_REFUSED) {
+        0 => String::new(),
+        more => format!("; and {more} more"),
+    };
+    Err(Error::unexpected(path, format!("{first}{shown}{more}: {REMEDY}")))
+}
+
+/// Refuses tensors that repeat few elements many times.
+fn check_growth(file: &TensorFile) -> Result<()> {
+    // Tied tensors are the same elements under several names.
+    let mut places = HashSet::new();
+    let all = file.tensors.values().flat_map(|tensor| &tensor.parts).map(|part| &part.tensor);
+    let distinct = all.filter(|tensor| places.insert(tensor.place()));
+    let sizes = distinct.map(|tensor| tensor.bytes().map_or(u64::MAX, |bytes| bytes as u64));
+    let bytes = sizes.fold(0, u64::saturating_add);
+    let length = file.maps.iter().map(|map| map.len() as u64).sum::<u64>();
+    if bytes > length.saturating_mul(MAX_GROWTH).saturating_add(ALWAYS_ALLOWED) {
+        let why = format!(
+            "its tensors take {bytes} bytes and the file only {length}, so they repeat few elements: if you trust \
+             the file, load it with PyTorch, make them contiguous and save it again"
+        );
+        return Err(Error::unexpected(&file.path, why));
+    }
+    Ok(())
 }

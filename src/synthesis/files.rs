@@ -41,14 +41,19 @@ pub(crate) struct OutputFile {
 
 impl Shards {
     /// Lays out one file for each list of tensor indices. `dtype` is that of averaged tensors, `None` for the model's
-    /// own.
+    /// own. `name` gives the name in the file.
     ///
     /// # Errors
     /// As [`FileLayout::new`].
-    pub(crate) fn new(set: &SourceSet<'_>, dtype: Option<Dtype>, parts: Vec<Vec<usize>>) -> Result<Shards> {
+    pub(crate) fn new(
+        set: &SourceSet<'_>,
+        dtype: Option<Dtype>,
+        parts: Vec<Vec<usize>>,
+        name: fn(&str) -> &str,
+    ) -> Result<Shards> {
         let mut shards = Vec::with_capacity(parts.len());
         for members in parts {
-            let specs = members.iter().map(|&member| spec(&set.tensors[member], dtype)).collect();
+            let specs = members.iter().map(|&member| spec(&set.tensors[member], dtype, name)).collect();
             shards.push(Shard { members, layout: FileLayout::new(specs)? });
         }
         Ok(Shards(shards))
@@ -59,7 +64,7 @@ impl Shards {
     /// # Errors
     /// As [`Shards::new`].
     pub(crate) fn single(set: &SourceSet<'_>, dtype: Option<Dtype>) -> Result<Shards> {
-        Shards::new(set, dtype, vec![(0..set.tensors.len()).collect()])
+        Shards::new(set, dtype, vec![(0..set.tensors.len()).collect()], |name| name)
     }
 
     /// Number of files.
@@ -67,9 +72,9 @@ impl Shards {
         self.0.len()
     }
 
-    /// Bytes of all tensors.
-    pub(crate) fn data_len(&self) -> usize {
-        self.0.iter().map(|shard| shard.layout.data_len()).sum()
+    /// Bytes of all tensors in the first files.
+    pub(crate) fn data_len(&self, files: usize) -> usize {
+        self.0.iter().take(files).map(|shard| shard.layout.data_len()).sum()
     }
 
     /// Iterates over the locations of all tensors, file by file, in the order of each file.
@@ -102,9 +107,9 @@ impl Shards {
 }
 
 /// Spec of a tensor in a file. `dtype` applies to averaged tensors only.
-fn spec(tensor: &ModelTensor, dtype: Option<Dtype>) -> TensorSpec {
+fn spec(tensor: &ModelTensor, dtype: Option<Dtype>, name: fn(&str) -> &str) -> TensorSpec {
     let dtype = if tensor.averaged { dtype.unwrap_or(tensor.dtype) } else { tensor.dtype };
-    TensorSpec { name: tensor.name.clone(), dtype, shape: tensor.shape.clone() }
+    TensorSpec { name: name(&tensor.name).to_owned(), dtype, shape: tensor.shape.clone() }
 }
 
 /// Files of one target under temporary names, each with the offset of its data section.

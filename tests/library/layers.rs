@@ -120,7 +120,6 @@ fn only_compute_and_the_mapping_hold_unsafe_code() {
 fn foreign_libraries_are_named_in_one_place_each() {
     // Candle's storages hold slices and streams of cudarc.
     assert_only_in(CRATES, "cudarc", &["src/compute/cuda/", "candle/src/cuda.rs"]);
-    assert_only_in(CRATES, "pytorch_reader", &["src/pytorch/"]);
     assert_only_in(CRATES, "plotters", &["cli/src/pictures/canvas.rs"]);
     assert_only_in(CRATES, "resvg", &["cli/src/pictures/file.rs"]);
 }

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use posthoc_ema::{At, Checkpoints, Device, Merge, WriteOptions, shown};
+use posthoc_ema::{At, CheckpointOptions, Checkpoints, Device, Merge, WriteOptions, shown};
 use serde_json::{Value, json};
 
 use super::args::BlendArgs;
 use super::destination::{Destination, output_parser};
 use super::list::Numbers;
-use super::output::{byte_bar, bytes, print_json, print_warning};
+use super::output::{byte_bar, bytes, print_json, print_report, print_warning};
 use super::targets::{TargetArgs, target_name};
 use super::{Failure, Outcome};
 use crate::tables;
@@ -32,6 +32,17 @@ pub struct Arguments {
     /// epoch10: 1000,2000,...,20000 [default: from metadata, trainer_state.json or names]
     #[arg(long, value_name = "LIST")]
     steps: Option<Numbers>,
+    /// Entry that holds the model in training checkpoints of PyTorch: a key, or keys that lead to it, joined by dots
+    /// [default: found by the names that trainers use]
+    #[arg(long, value_name = "NAME")]
+    key: Option<String>,
+    /// Copy these tensors from the newest checkpoint instead of averaging them: a name or a glob; may be given several
+    /// times
+    #[arg(long, value_name = "GLOB")]
+    copy: Vec<String>,
+    /// Leave these tensors, or other entries of the model, out: a name or a glob; may be given several times
+    #[arg(long, value_name = "GLOB")]
+    leave_out: Vec<String>,
     /// Time of the targets; later checkpoints are left out [default: the newest checkpoint]
     #[arg(long, value_name = "STEP")]
     at: Option<u64>,
@@ -63,14 +74,14 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
     check_output(arguments, profiles.len())?;
     arguments.destination().check(arguments.json)?;
-    let steps = arguments.steps.as_ref().map(whole_steps).transpose()?;
-    let checkpoints = Checkpoints::open(&arguments.paths, steps.as_deref()).map_err(Failure::of_argument)?;
+    let options = arguments.options()?;
+    let checkpoints = Checkpoints::open_with(&arguments.paths, &options).map_err(Failure::of_argument)?;
     let checkpoints = checkpoints.follow_links(arguments.follow_links);
     let at = arguments.at.map_or(At::Latest, At::Step);
     let merges = checkpoints.plans(&profiles, at).map_err(Failure::of_argument)?;
-    let warnings: Vec<String> = merges.iter().filter_map(Merge::warning).collect();
     if !arguments.json {
-        warnings.iter().for_each(|warning| print_warning(warning));
+        checkpoints.notes().iter().for_each(|note| print_report(note));
+        merges.iter().filter_map(Merge::warning).for_each(|warning| print_warning(&warning));
     }
     let paths = paths(arguments, &checkpoints, &merges);
     let written = match arguments.plan {
@@ -78,13 +89,22 @@ pub fn run(arguments: &Arguments) -> Outcome {
         false => Some(write(&checkpoints, &merges, &paths, arguments)?),
     };
     match arguments.json {
-        true => print_json(&document(&merges, &paths, &warnings, written)),
+        true => print_json(&document(&checkpoints, &merges, &paths, written)),
         false => show(arguments, &merges, &paths, written),
     }
     Ok(())
 }
 
 impl Arguments {
+    fn options(&self) -> Result<CheckpointOptions, Failure> {
+        Ok(CheckpointOptions {
+            steps: self.steps.as_ref().map(whole_steps).transpose()?,
+            key: self.key.clone(),
+            copy: self.copy.clone(),
+            leave_out: self.leave_out.clone(),
+        })
+    }
+
     fn destination(&self) -> Destination<'_> {
         Destination { output: self.output.as_deref(), out_dir: self.out_dir.as_deref() }
     }
@@ -168,11 +188,12 @@ fn show(arguments: &Arguments, merges: &[Merge], paths: &[PathBuf], written: Opt
     }
 }
 
-fn document(merges: &[Merge], paths: &[PathBuf], warnings: &[String], written: Option<Written>) -> Value {
+fn document(checkpoints: &Checkpoints, merges: &[Merge], paths: &[PathBuf], written: Option<Written>) -> Value {
     let mut targets = json!(merges);
     let each = targets.as_array_mut().into_iter().flatten();
     each.zip(paths).for_each(|(target, path)| target["path"] = json!(path));
-    let mut document = json!({ "targets": targets, "warnings": warnings });
+    let warnings: Vec<String> = merges.iter().filter_map(Merge::warning).collect();
+    let mut document = json!({ "targets": targets, "notes": checkpoints.notes(), "warnings": warnings });
     if let Some(Written { bytes, seconds, device }) = written {
         document["bytes_read"] = bytes.into();
         document["seconds"] = seconds.into();

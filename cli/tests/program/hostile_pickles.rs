@@ -1,13 +1,14 @@
-//! Files of PyTorch whose values take far more memory than their bytes: refused before they are parsed. Genuine files
-//! of many small tensors are read.
+//! Files of PyTorch whose values take far more memory than their bytes: read or refused in bounded memory. Genuine
+//! files of many small tensors are read.
 
 use std::fs;
 use std::path::Path;
 
 use crate::hostile::run_within;
 
-/// Memory of the program in MiB that suffices to refuse any file, its own 100 MiB included.
-const ENOUGH: usize = 330;
+/// Address space in MiB that suffices for any file of this length: at most 160 MB of values, the program's own 100 MiB,
+/// and what the allocator reserves for each thread.
+const ENOUGH: usize = 450;
 
 /// Averages a file with itself within that memory. Returns the exit status and standard error.
 fn average(dir: &Path, bytes: &[u8], mebibytes: usize) -> (Option<i32>, String) {
@@ -79,7 +80,7 @@ fn tensors(count: usize, outer: Option<&str>) -> Vec<u8> {
 }
 
 #[test]
-fn pickles_of_small_values_are_refused_in_bounded_memory() {
+fn pickles_of_small_values_need_bounded_memory() {
     let dir = tempfile::tempdir().unwrap();
     let put = |i: usize| [b"Nr", &(i as u32).to_le_bytes()[..]].concat();
     let many = |unit: &[u8]| [b"(", &unit.repeat(20_000_000 / unit.len())[..], b"l"].concat();
@@ -107,18 +108,17 @@ fn pickles_of_small_values_are_refused_in_bounded_memory() {
     for (what, body) in bodies {
         let pickle = [b"\x80\x02}X\x01\0\0\0a", &body[..], b"s."].concat();
         let (status, text) = average(dir.path(), &legacy(&pickle, 0), ENOUGH);
-        let is_clear = text.contains("model.pt: its ") && text.contains("MB of memory");
+        let is_clear = text.contains("model.pt: its values would take over 1") || text.contains("model.pt: no weights");
         assert!(status == Some(1) && is_clear && text.len() < 400, "{what}: {status:?} {text}");
     }
 }
 
 #[test]
-fn long_names_are_refused_in_bounded_memory() {
+fn long_keys_need_bounded_memory() {
     let dir = tempfile::tempdir().unwrap();
-    // Each tensor has the long key in its name.
+    // The long key is not part of the tensors' names.
     let (status, text) = average(dir.path(), &tensors(2000, Some(&"k".repeat(100_000))), ENOUGH);
-    assert!(status == Some(1) && text.contains("model.pt: its values would take over 134 MB"), "{status:?} {text}");
-    // The names of values that are not tensors are not made.
+    assert!(status == Some(0), "{status:?} {text}");
     let keys = [&b"}"[..], &unicode(&"k".repeat(20_000))].concat().repeat(900);
     let pickle = [b"\x80\x02}(", &unicode("w")[..], &tensor(&mut 0, 0), &unicode("a"), &keys, b"N"].concat();
     let pickle = [&pickle[..], &b"s".repeat(900), b"u."].concat();
@@ -144,7 +144,7 @@ fn archive_that_is_all_directory_is_refused_in_bounded_memory() {
     let record = [b"PK\x05\x06\0\0\0\0", &[0xff; 12][..], b"\0\0"].concat();
     let bytes = [b"PK\x03\x04", &directory[..], &end_64, &locator, &record].concat();
     let (status, text) = average(dir.path(), &bytes, ENOUGH);
-    assert!(status == Some(1) && text.contains("model.pt: its values would take over 160 MB"), "{status:?} {text}");
+    assert!(status == Some(1) && text.contains("model.pt: "), "{status:?} {text}");
     // A number of entries that only the record claims.
     let claim = [&end_64[..24], &(1u64 << 40).to_le_bytes(), &(1u64 << 40).to_le_bytes(), &end_64[40..]].concat();
     let bytes = [b"PK\x03\x04", &directory[..], &claim, &locator, &record].concat();
@@ -153,12 +153,10 @@ fn archive_that_is_all_directory_is_refused_in_bounded_memory() {
 }
 
 #[test]
-fn thirty_thousand_small_tensors_are_read() {
+fn sixty_thousand_small_tensors_are_read() {
     let dir = tempfile::tempdir().unwrap();
-    for (count, outer) in [(20_000, None), (30_000, Some("state_dict"))] {
-        let (status, text) = average(dir.path(), &tensors(count, outer), 1000);
+    for (count, outer) in [(30_000, None), (60_000, Some("state_dict"))] {
+        let (status, text) = average(dir.path(), &tensors(count, outer), 600);
         assert_eq!(status, Some(0), "{count} tensors: {text}");
     }
-    let (status, text) = average(dir.path(), &tensors(50_000, None), 1000);
-    assert!(status == Some(1) && text.contains("model.pt: its repeated values would take over 335 MB"), "{text}");
 }

@@ -147,7 +147,7 @@ fn json_files_may_hold_numbers_that_are_not_finite() {
 
 /// Lists modules as sentence-transformers does; those without weights are folders with a configuration.
 #[test]
-fn configurations_of_modules_are_copied() {
+fn modules_are_averaged_with_their_configurations() {
     let temp = tempfile::tempdir().unwrap();
     let folders = [1, 2].map(|step| temp.path().join(format!("checkpoint-{step}")));
     for (step, dir) in (1..).zip(&folders) {
@@ -161,15 +161,23 @@ fn configurations_of_modules_are_copied() {
                 .unwrap();
             fs::write(dir.join(module).join("notes.txt"), "").unwrap();
         }
-        fs::write(dir.join("3_Dense/model.safetensors"), "").unwrap();
+        let dense = [("w", Tensor { dtype: Dtype::F32, shape: vec![1], bytes: (step as f32).to_le_bytes().into() })];
+        save(&dir.join("3_Dense/model.safetensors"), &dense, &[]);
     }
     let checkpoints = Checkpoints::open(&folders, None).unwrap();
     let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
     let out = temp.path().join("average");
     checkpoints.write(&[(&merge, &out)], &WriteOptions::default()).unwrap();
-    assert!(names(&out).iter().map(String::as_str).filter(|name| !name.contains('.')).eq(["1_Pooling", "deep"]));
+    assert!(names(&out).iter().map(String::as_str).filter(|name| !name.contains('.')).eq([
+        "1_Pooling",
+        "3_Dense",
+        "deep"
+    ]));
+    assert_eq!(names(&out.join("3_Dense")), ["config.json", "model.safetensors", "notes.txt"]);
+    let dense = read(&out.join("3_Dense/model.safetensors")).0;
+    assert_eq!(dense.get("w").unwrap().bytes, 1.5f32.to_le_bytes());
     for module in ["1_Pooling", "deep/4_Pooling"] {
-        assert_eq!(names(&out.join(module)), ["config.json"]);
+        assert_eq!(names(&out.join(module)), ["config.json", "notes.txt"]);
         assert!(fs::read_to_string(out.join(module).join("config.json")).unwrap().contains("\"n\": 2"));
     }
 }
@@ -226,10 +234,10 @@ fn model_is_found_beside_other_tensors() {
     let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
     assert_eq!(checkpoints.load(&merge).unwrap(), reference(&merge));
     let both = save("both-1.pt", pt(1).within("model").nested("state_dict", "w", &[1.0]).floats("loss", &[1.0]));
-    let odd = save("odd-2.pt", pt(1).within("net").floats("best_loss", &[1.0]));
+    let odd = save("odd-2.pt", pt(1).within("teacher").floats("best_loss", &[1.0]));
     for (path, part) in [
-        (both, "both `state_dict` and `model` hold tensors"),
-        (odd, "tensors are at its top level and in `net`: save the model's state dict alone"),
+        (both, "`model` and `state_dict` hold weights: choose one with --key (`key`)"),
+        (odd, "tensors are at its top level and in `teacher`: choose these with --key (`key`)"),
     ] {
         let text = Checkpoints::open(&[&paths[0], &path], None).unwrap_err().to_string();
         assert!(text.contains(part), "{text}");

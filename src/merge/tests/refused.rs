@@ -82,7 +82,7 @@ fn invalid_checkpoints_are_refused_with_the_reason() {
     save(&path("coarse-11.safetensors"), &coarse, &[]);
     Pt::default().floats("w", &[1.0]).entry("evil", &call("os", "system", "true")).save(path("evil-12.pt"));
     Pt::default().nested("state_dict", "w", &[1.0]).nested("model", "w", &[1.0]).save(path("two-13.pt"));
-    Pt::default().nested("weights", "w", &[1.0]).save(path("odd-14.pt"));
+    Pt::default().nested("optimizer", "w", &[1.0]).save(path("odd-14.pt"));
     for (name, part) in [
         ("missing", "check the path"),
         ("empty", "no weights are in this folder"),
@@ -95,8 +95,8 @@ fn invalid_checkpoints_are_refused_with_the_reason() {
         ("0.9.safetensors", "this is a snapshot of a run"),
         ("coarse-11.safetensors", "tensor `q` is of F8_E4M3, which cannot be averaged"),
         ("evil-12.pt", "`evil` is a Python object (`os.system`), whose code is never run"),
-        ("two-13.pt", "both `state_dict` and `model` hold tensors"),
-        ("odd-14.pt", "no tensors are at its top level, nor in `state_dict`"),
+        ("two-13.pt", "`state_dict` and `model` hold weights: choose one with --key (`key`)"),
+        ("odd-14.pt", "no weights are at its top level or in one of its entries `optimizer`"),
     ] {
         paths.push(path(name));
         let text = error(&paths, None);

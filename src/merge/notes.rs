@@ -1,0 +1,35 @@
+//! Notes on how checkpoints were read, each said once for all of them.
+
+use std::collections::BTreeSet;
+
+use super::model::CheckpointModel;
+#[cfg(feature = "pytorch")]
+use super::weight_file::WeightFile;
+use crate::error::listed;
+
+/// Returns the notes on some checkpoints.
+pub(super) fn of_models(models: &[CheckpointModel]) -> Vec<String> {
+    let mut notes = BTreeSet::new();
+    #[cfg(feature = "pytorch")]
+    notes.extend(models.iter().flat_map(|model| &model.files).filter_map(choice));
+    let left_out: BTreeSet<&str> = models.iter().flat_map(|model| &model.left_out).map(String::as_str).collect();
+    if !left_out.is_empty() {
+        let names: Vec<&str> = left_out.into_iter().collect();
+        notes.insert(format!("left out: {}", listed(&names)));
+    }
+    notes.into_iter().collect()
+}
+
+/// Names the entry of a training checkpoint that was taken for the model.
+#[cfg(feature = "pytorch")]
+fn choice(file: &WeightFile) -> Option<String> {
+    let WeightFile::Torch(weights) = file else { return None };
+    let key = weights.key.as_ref()?;
+    if weights.other_models.is_empty() {
+        return None;
+    }
+    Some(format!(
+        "the entry `{key}` of each checkpoint is averaged; {} hold weights too, and --key (`key`) chooses them",
+        listed(&weights.other_models)
+    ))
+}

@@ -1,0 +1,239 @@
+//! Folders of `torch.distributed.checkpoint`: tensors in rectangles, each a small archive within a file of a process.
+//!
+//! `.metadata` is a pickle that names the rectangles of each tensor, and for each rectangle the file and the bytes of it
+//! in which `torch.save` wrote it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use super::file::{PickledFile, map_file, parse_archive};
+use super::pickle::{MemoryBudget, NodeId, Pickle};
+use super::tensor::{NotRead, PickledTensor, TensorReader};
+use super::tensor_file::{TensorFile, TensorPart, TiledTensor};
+use crate::error::{Error, Result};
+use crate::fs::Mapping;
+
+/// File that lists the contents of such a folder.
+const METADATA: &str = ".metadata";
+
+/// Bytes that the pickle of one rectangle may take.
+const PART_MEMORY: usize = 1 << 20;
+
+/// Folder whose list of contents is parsed.
+#[derive(Debug)]
+pub struct DistributedCheckpoint {
+    file: PickledFile,
+    folder: PathBuf,
+}
+
+/// Place of an entry of the folder.
+struct StoragePlace {
+    file: usize,
+    start: usize,
+    end: usize,
+}
+
+impl DistributedCheckpoint {
+    /// Reads the list of a folder's contents.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and [`Error::Damaged`] if it is not such a list.
+    pub fn open(folder: &Path) -> Result<DistributedCheckpoint> {
+        let file = PickledFile::open_plain(&folder.join(METADATA))?;
+        Ok(DistributedCheckpoint { file, folder: folder.to_owned() })
+    }
+
+    /// Lists the entries: the keys that lead to each, joined by dots, and true for a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`].
+    pub fn entries(&self) -> Result<Vec<(String, bool)>> {
+        let is_tensor = |id| self.pickle().attribute(id, "chunks").is_some();
+        Ok(self.named("state_dict_metadata")?.into_iter().map(|(name, id)| (name, is_tensor(id))).collect())
+    }
+
+    /// Maps the files and reads the tensors of some names without their elements. `rename` gives the name of a tensor,
+    /// or `None` to leave it out.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::Damaged`], with the file; [`Error::Unexpected`] for tensors that are compressed or of
+    /// a kind that is not read.
+    pub fn read(&self, rename: &dyn Fn(&str) -> Option<String>) -> Result<TensorFile> {
+        let mut maps = Vec::new();
+        let places = self.places(&mut maps)?;
+        let mut tensors = BTreeMap::new();
+        for (stored_name, id) in self.named("state_dict_metadata")? {
+            if let Some(name) = rename(&stored_name).filter(|_| self.pickle().attribute(id, "chunks").is_some()) {
+                tensors.insert(name, self.tensor(&stored_name, id, &places, &maps)?);
+            }
+        }
+        Ok(TensorFile { path: self.folder.clone(), maps, tensors })
+    }
+
+    fn pickle(&self) -> &Pickle {
+        &self.file.pickle
+    }
+
+    fn damaged(&self, why: impl std::fmt::Display) -> Error {
+        Error::damaged(&self.file.path, why)
+    }
+
+    /// Lists the entries of a dict of the metadata whose keys are names.
+    fn named(&self, attribute: &str) -> Result<Vec<(String, NodeId)>> {
+        let pickle = self.pickle();
+        let entries = self.dict(attribute)?;
+        Ok(entries.iter().filter_map(|(key, value)| Some((pickle.text(*key)?.to_owned(), *value))).collect())
+    }
+
+    fn dict(&self, attribute: &str) -> Result<&[(NodeId, NodeId)]> {
+        let pickle = self.pickle();
+        let dict = pickle.attribute(pickle.root(), attribute).and_then(|dict| pickle.entries(dict));
+        dict.ok_or_else(|| {
+            self.damaged(format!("it has no `{attribute}`, as `torch.distributed.checkpoint` writes it"))
+        })
+    }
+
+    /// Finds the places of all rectangles, by the tensor and the offset, and maps the files.
+    fn places(&self, maps: &mut Vec<Mapping>) -> Result<BTreeMap<(String, Vec<usize>), StoragePlace>> {
+        let pickle = self.pickle();
+        let mut files: BTreeMap<String, usize> = BTreeMap::new();
+        let mut places = BTreeMap::new();
+        for (key, value) in self.dict("storage_data")? {
+            let name = pickle.attribute(*key, "fqn").and_then(|name| pickle.text(name));
+            let offset = pickle.attribute(*key, "offset").and_then(|offset| sizes(pickle, offset));
+            // An entry that is not a tensor has no offset.
+            let (Some(name), Some(offset)) = (name, offset) else { continue };
+            let path = pickle.attribute(*value, "relative_path").and_then(|path| pickle.text(path));
+            let number = |attribute| usize::try_from(pickle.int(pickle.attribute(*value, attribute)?)?).ok();
+            let (Some(path), Some(start), Some(length)) = (path, number("offset"), number("length")) else {
+                return Err(self.damaged(format!("tensor `{name}` has no place")));
+            };
+            let transforms = pickle.attribute(*value, "transform_descriptors");
+            if transforms.is_some_and(|list| pickle.items(list).is_some_and(|list| !list.is_empty())) {
+                let why = format!("tensor `{name}` is compressed: load the checkpoint with PyTorch, save it without");
+                return Err(Error::unexpected(&self.file.path, why));
+            }
+            let file = match files.get(path) {
+                Some(file) => *file,
+                None => {
+                    maps.push(self.map(path)?);
+                    *files.entry(path.to_owned()).or_insert(maps.len() - 1)
+                }
+            };
+            let end = start.checked_add(length).filter(|&end| end <= maps[file].len()).ok_or_else(|| {
+                let why = format!("tensor `{name}` ends after it: the file is incomplete");
+                Error::damaged(&self.folder.join(path), why)
+            })?;
+            places.insert((name.to_owned(), offset), StoragePlace { file, start, end });
+        }
+        Ok(places)
+    }
+
+    /// Maps a file of the folder.
+    fn map(&self, name: &str) -> Result<Mapping> {
+        let path = Path::new(name);
+        let is_inside = path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+        if !is_inside {
+            return Err(self.damaged(format!("it names the file `{name}`, which is not in the folder")));
+        }
+        map_file(&self.folder.join(path))
+    }
+
+    /// Reads a tensor: its rectangles, which must tile it.
+    fn tensor(
+        &self,
+        name: &str,
+        id: NodeId,
+        places: &BTreeMap<(String, Vec<usize>), StoragePlace>,
+        maps: &[Mapping],
+    ) -> Result<TiledTensor> {
+        let pickle = self.pickle();
+        let shape = pickle.attribute(id, "size").and_then(|size| sizes(pickle, size));
+        let chunks = pickle.attribute(id, "chunks").and_then(|chunks| pickle.items(chunks)).unwrap_or_default();
+        let shape = shape.ok_or_else(|| self.damaged(format!("tensor `{name}` has no size")))?;
+        let mut parts: Vec<TensorPart> = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            let attribute = |key| pickle.attribute(*chunk, key).and_then(|value| sizes(pickle, value));
+            let (Some(offset), Some(extent)) = (attribute("offsets"), attribute("sizes")) else {
+                return Err(self.damaged(format!("a part of tensor `{name}` has no place")));
+            };
+            let place = places.get(&(name.to_owned(), offset.clone())).ok_or_else(|| {
+                self.damaged(format!(
+                    "the part of tensor `{name}` at {offset:?} is missing: the checkpoint is incomplete"
+                ))
+            })?;
+            let tensor = self.part(name, place, &maps[place.file])?;
+            if tensor.shape != extent {
+                return Err(self.damaged(format!("the part of tensor `{name}` at {offset:?} has another shape")));
+            }
+            if parts.first().is_some_and(|first| first.tensor.dtype != tensor.dtype) {
+                return Err(self.damaged(format!("the parts of tensor `{name}` have different dtypes")));
+            }
+            parts.push(TensorPart { file: place.file, offset, tensor });
+        }
+        let Some(dtype) = parts.first().map(|part| part.tensor.dtype) else {
+            return Err(self.damaged(format!("tensor `{name}` has no parts")));
+        };
+        check_tiling(&shape, &parts).map_err(|why| self.damaged(format!("the parts of tensor `{name}` {why}")))?;
+        Ok(TiledTensor { dtype, shape, parts })
+    }
+
+    /// Reads the archive of one rectangle.
+    fn part(&self, name: &str, place: &StoragePlace, map: &Mapping) -> Result<PickledTensor> {
+        let path = &self.file.path;
+        let mut memory = MemoryBudget::new(PART_MEMORY);
+        let archive = &map[place.start..place.end];
+        let (pickle, storages) = parse_archive(path, archive, &mut memory, PART_MEMORY)?;
+        let storage = |key: &str| storages.get(key).cloned();
+        let read = TensorReader { file: archive, pickle: &pickle, place: &storage }.read(pickle.root());
+        read.map(|tensor| tensor.moved(place.start)).map_err(|error| match error {
+            NotRead::Other => self.damaged(format!("a part of `{name}` is not a tensor")),
+            NotRead::Damaged(why) => self.damaged(format!("a part of tensor `{name}`: {why}")),
+            NotRead::Kind(kind) => Error::unexpected(path, format!("`{name}` is a tensor that is not read (`{kind}`)")),
+        })
+    }
+}
+
+/// Reads a `torch.Size`, which is pickled as the call that makes it of a tuple.
+fn sizes(pickle: &Pickle, id: NodeId) -> Option<Vec<usize>> {
+    let items = match pickle.call(id) {
+        Some((_, [tuple])) => pickle.items(*tuple)?,
+        _ => pickle.items(id)?,
+    };
+    items.iter().map(|&item| usize::try_from(pickle.int(item)?).ok()).collect()
+}
+
+/// Checks that rectangles cover a tensor, each element once.
+fn check_tiling(shape: &[usize], parts: &[TensorPart]) -> std::result::Result<(), String> {
+    let volume = |shape: &[usize]| shape.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent));
+    let whole = volume(shape).ok_or("are too large")?;
+    let mut covered = 0usize;
+    for part in parts {
+        let fits = part.offset.len() == shape.len()
+            && part.tensor.shape.len() == shape.len()
+            && (0..shape.len())
+                .all(|i| part.offset[i].checked_add(part.tensor.shape[i]).is_some_and(|end| end <= shape[i]));
+        if !fits {
+            return Err(format!("lead out of its shape {shape:?}"));
+        }
+        covered = covered.saturating_add(volume(&part.tensor.shape).unwrap_or(usize::MAX));
+    }
+    let overlap = |a: &TensorPart, b: &TensorPart| {
+        (0..shape.len())
+            .all(|i| a.offset[i] < b.offset[i] + b.tensor.shape[i] && b.offset[i] < a.offset[i] + a.tensor.shape[i])
+    };
+    let mut sorted: Vec<&TensorPart> = parts.iter().filter(|part| volume(&part.tensor.shape) != Some(0)).collect();
+    sorted.sort_by(|a, b| a.offset.cmp(&b.offset));
+    for (i, part) in sorted.iter().enumerate() {
+        // Sorted by the first dimension, only those that begin before this one ends can overlap it.
+        let end = part.offset.first().map_or(usize::MAX, |first| first + part.tensor.shape[0]);
+        let near = sorted[i + 1..].iter().take_while(|other| other.offset.first().is_none_or(|first| *first < end));
+        if near.clone().any(|other| overlap(part, other)) {
+            return Err("overlap".into());
+        }
+    }
+    if covered != whole {
+        return Err(format!("hold {covered} of its {whole} elements: the checkpoint is incomplete"));
+    }
+    Ok(())
+}

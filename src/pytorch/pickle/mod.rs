@@ -1,0 +1,155 @@
+//! Pickles, parsed as data. Nothing that a pickle names is ever looked up, imported or called.
+//!
+//! A value is a node of an arena, and its parts are numbers of nodes. So a value that a pickle repeats by its memo is
+//! held once, a value that contains itself is no danger, and nothing is nested when it is dropped.
+
+mod memory_budget;
+mod opcodes;
+
+pub(super) use memory_budget::MemoryBudget;
+
+use std::ops::Range;
+
+/// Number of a node in its pickle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct NodeId(u32);
+
+/// Value of a pickle.
+#[derive(Debug)]
+pub(super) enum Node {
+    None,
+    Bool(bool),
+    Int(i64),
+    /// Any other number: a float, or an integer of more than 64 bits.
+    Number,
+    Text(Box<str>),
+    /// Place of some bytes in the file.
+    Bytes(Range<usize>),
+    /// Class or function, by its module and name: `torch._utils._rebuild_tensor_v2`.
+    Class(Box<str>),
+    Tuple(Box<[NodeId]>),
+    /// List or set.
+    List(Box<Vec<NodeId>>),
+    /// Dict of any kind whose entries are pickled as those of one.
+    Dict(Box<Vec<(NodeId, NodeId)>>),
+    /// Reference to something outside the pickle. PyTorch stores the elements of tensors there.
+    Persistent(NodeId),
+    Object(Box<Object>),
+}
+
+/// Python object: a class that was made, or a function that was called.
+#[derive(Debug)]
+pub(super) struct Object {
+    /// Class or function.
+    pub class: NodeId,
+    /// Arguments, mostly a tuple.
+    pub arguments: NodeId,
+    /// What was set afterwards, mostly a dict of its attributes.
+    pub state: Option<NodeId>,
+    /// Entries, if the class is derived from dict.
+    pub entries: Vec<(NodeId, NodeId)>,
+}
+
+/// Reason why a pickle cannot be parsed.
+#[derive(Debug, PartialEq)]
+pub(super) enum PickleError {
+    /// It ends early, or is not a pickle.
+    Invalid { at: usize, why: &'static str },
+    /// Its values would take more memory than they may.
+    TooLarge,
+}
+
+/// Parsed pickle.
+#[derive(Debug)]
+pub(super) struct Pickle {
+    nodes: Vec<Node>,
+    root: NodeId,
+}
+
+impl Pickle {
+    /// Parses the pickle at `at` in a file, and moves `at` behind it.
+    ///
+    /// # Errors
+    /// [`PickleError`] for anything that is not a pickle, and as soon as the values take more than is left of `memory`.
+    pub(super) fn parse(file: &[u8], at: &mut usize, memory: &mut MemoryBudget) -> Result<Pickle, PickleError> {
+        opcodes::parse(file, at, memory).map(|(nodes, root)| Pickle { nodes, root })
+    }
+
+    pub(super) fn root(&self) -> NodeId {
+        self.root
+    }
+
+    /// Iterates over all values, also those that lead to no other.
+    pub(super) fn ids(&self) -> impl Iterator<Item = NodeId> {
+        (0..self.nodes.len() as u32).map(NodeId)
+    }
+
+    pub(super) fn node(&self, id: NodeId) -> &Node {
+        &self.nodes[id.0 as usize]
+    }
+
+    pub(super) fn text(&self, id: NodeId) -> Option<&str> {
+        match self.node(id) {
+            Node::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    pub(super) fn int(&self, id: NodeId) -> Option<i64> {
+        match self.node(id) {
+            Node::Int(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// Returns the items of a tuple or a list.
+    pub(super) fn items(&self, id: NodeId) -> Option<&[NodeId]> {
+        match self.node(id) {
+            Node::Tuple(items) => Some(items),
+            Node::List(items) => Some(items),
+            _ => None,
+        }
+    }
+
+    /// Returns the entries of a dict, or of an object of a class that is derived from dict.
+    pub(super) fn entries(&self, id: NodeId) -> Option<&[(NodeId, NodeId)]> {
+        match self.node(id) {
+            Node::Dict(entries) => Some(entries),
+            Node::Object(object) if !object.entries.is_empty() => Some(&object.entries),
+            _ => None,
+        }
+    }
+
+    /// Returns the value of a text key in a dict. Of equal keys, the last counts.
+    pub(super) fn get(&self, dict: NodeId, key: &str) -> Option<NodeId> {
+        let mut entries = self.entries(dict)?.iter().rev();
+        entries.find(|(name, _)| self.text(*name) == Some(key)).map(|(_, value)| *value)
+    }
+
+    /// Returns the name of the class or function that an object was made by, with its arguments.
+    pub(super) fn call(&self, id: NodeId) -> Option<(&str, &[NodeId])> {
+        let Node::Object(object) = self.node(id) else { return None };
+        Some((self.class(object.class)?, self.items(object.arguments).unwrap_or_default()))
+    }
+
+    /// Returns an attribute of an object that was pickled with a dict of them.
+    pub(super) fn attribute(&self, id: NodeId, name: &str) -> Option<NodeId> {
+        let Node::Object(object) = self.node(id) else { return None };
+        self.get(object.state?, name)
+    }
+
+    pub(super) fn class(&self, id: NodeId) -> Option<&str> {
+        match self.node(id) {
+            Node::Class(name) => Some(name),
+            _ => None,
+        }
+    }
+
+    /// Iterates over the references to what is outside the pickle.
+    pub(super) fn references(&self) -> impl Iterator<Item = NodeId> {
+        self.nodes.iter().filter_map(|node| match node {
+            Node::Persistent(id) => Some(*id),
+            _ => None,
+        })
+    }
+}
