@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._batch_norm import update_bn
+from ._launch import launched
 from ._model import Model
 from ._options import check_calculation_dtype
 from ._plans import Noise, Plan
 from ._profiles import Profile, Target, as_profile
 from ._progress import Progress
 from ._run_reader import RunReader
+from ._save_pretrained import saver
 from ._sweep import SweepProgress, sweep
 from ._trials import Swept
 
@@ -101,6 +103,39 @@ class RunAverages:
         check_calculation_dtype(calculation_dtype)
         with self._reader.swapped(model, sigma_rel, step, noise):
             yield model
+
+    def save_pretrained(
+        self,
+        model: Model,
+        directory: str | os.PathLike[str],
+        sigma_rel: Target,
+        step: int | None = None,
+        *,
+        noise: Noise = "off",
+        **options: Any,
+    ) -> None:
+        """Writes the folder that the model's own library writes, with an average in the place of the weights.
+
+        The library loads it as any other: `from_pretrained(directory)`. With several processes rank 0 writes.
+
+        Args:
+            model: Model of transformers, diffusers, PEFT or timm, or another with a method `save_pretrained`, in its
+                wrappers or without. It has its own weights again afterwards, as after a block of `model`.
+            directory: Folder to write.
+            sigma_rel: Length of the average, or any profile.
+            step: Step of the average, as for `model`.
+            noise: Regularisation, as for `model`.
+            **options: Further arguments of the library's `save_pretrained` (timm's `save_for_hf`).
+
+        Raises:
+            TypeError: If no library is known to save the model.
+            ValueError: As for `model`.
+            RuntimeError: As for `model`.
+        """
+        save = saver(model)
+        with self.model(model, sigma_rel, step, noise=noise):
+            if launched().rank == 0:
+                save(directory, **options)
 
     @contextmanager
     def state_dict(

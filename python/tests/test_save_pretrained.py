@@ -11,7 +11,8 @@ import torch
 from conftest import bits, code_of, run_code, shake
 from diffusers import UNet2DModel
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from posthoc_ema import PostHocEMA
 
@@ -56,7 +57,7 @@ def test_saved_folder_holds_the_average(
     library: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    in_block, from_file = code_of("read-elsewhere.md", "Convert")
+    _, in_block, from_file = code_of("read-elsewhere.md", "Convert")
     make, load, only_trained = CASES[library]
     model = make(tmp_path / "base")
     ema = PostHocEMA.from_model(model, run_dir, only_save_diff=only_trained, **OPTIONS)
@@ -80,3 +81,59 @@ def test_saved_folder_holds_the_average(
         ema.write([0.15], tmp_path / "files")[0].rename(tmp_path / "ema.safetensors")
         run_code(from_file, {"model": model})
         assert all(torch.equal(load(tmp_path / "averaged").state_dict()[name], expected[name]) for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("library", CASES)
+def test_save_pretrained_writes_the_average(
+    library: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, load, only_trained = CASES[library]
+    model = make(tmp_path / "base")
+    ema = PostHocEMA.from_model(model, run_dir, only_save_diff=only_trained, **OPTIONS)
+    for _ in range(20):
+        shake(model, 0.01)
+        ema.update_(model)
+    before = bits(model)
+    expected = ema.synthesize([0.15])[0]
+    run_code(code_of("read-elsewhere.md", "Convert")[0], {"ema": ema, "model": torch.compile(model)})
+    assert bits(model) == before
+    loaded = load(tmp_path / "averaged").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_save_pretrained_of_timm_and_of_no_library(run_dir: Path, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t", num_classes=3)
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    for _ in range(12):
+        shake(model, 0.01)
+        ema.update_(model)
+    expected = ema.synthesize([0.15])[0]
+    ema.save_pretrained(model, tmp_path / "averaged", 0.15)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'averaged'}", pretrained=True).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(TypeError, match="Linear has no method `save_pretrained`, and is not a model of timm"):
+        ema.save_pretrained(torch.nn.Linear(2, 2), tmp_path / "other", 0.15)
+
+
+def test_file_of_tied_weights_has_the_name_that_libraries_keep(run_dir: Path, tmp_path: Path) -> None:
+    """The file in the place of `model.safetensors` loads into classes with and without the output layer."""
+    model = gpt()
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+    for _ in range(12):
+        shake(model, 0.01)
+        ema.update_(model)
+    model.save_pretrained(tmp_path / "folder")
+    stored = load_file(tmp_path / "folder" / "model.safetensors")
+    (path,) = ema.write([0.15], tmp_path / "files")
+    assert load_file(path).keys() == stored.keys()
+    path.replace(tmp_path / "folder" / "model.safetensors")
+    expected = ema.synthesize([0.15])[0]
+    for kind, prefix in [(AutoModel, "transformer."), (AutoModelForCausalLM, "")]:
+        loaded, info = kind.from_pretrained(tmp_path / "folder", output_loading_info=True)
+        assert not info["missing_keys"]
+        for name, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, expected[prefix + name]), name

@@ -125,7 +125,7 @@ impl TensorReader<'_> {
         let list = |id| self.pickle.items(id)?.iter().map(|&item| self.size(item)).collect::<Option<Vec<usize>>>();
         let damaged = |why: &str| NotRead::Damaged(why.to_owned());
         let (Some(offset), Some(shape), Some(strides)) = (self.size(offset), list(shape), list(strides)) else {
-            return Err(damaged("its shape or its strides are no numbers"));
+            return Err(damaged("its shape or its strides do not hold numbers"));
         };
         if shape.len() != strides.len() {
             return Err(damaged("it has another number of strides than of dimensions"));

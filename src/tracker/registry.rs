@@ -255,10 +255,12 @@ fn memory_key<'v>(view: &'v TensorView<'_>) -> ((Option<usize>, u64), usize, Dty
 
 /// Finds tensors that share their elements with another tensor: `dropped name -> kept name`.
 ///
-/// The kept one is known, if one of them is, and of the first name.
+/// The kept one is known, if one of them is, and the first in the model's order: the one that Hugging Face's
+/// `save_pretrained` keeps.
 fn find_tied(views: &[&TensorView<'_>], is_known: impl Fn(&str) -> bool) -> BTreeMap<String, String> {
     let mut sorted: Vec<&TensorView<'_>> = views.iter().copied().filter(|view| view.byte_len() > 0).collect();
-    sorted.sort_by_key(|view| (!is_known(view.name), view.name));
+    // Stable: of those that are alike, the first in the model's order comes first.
+    sorted.sort_by_key(|view| !is_known(view.name));
     let mut kept: BTreeMap<_, &str> = BTreeMap::new();
     let mut tied = BTreeMap::new();
     for view in sorted {

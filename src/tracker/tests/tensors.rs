@@ -177,14 +177,14 @@ fn tied_tensors_are_stored_once() {
     ema.update(&model).unwrap();
     ema.update(&model).unwrap();
     let run = Run::open(&dir).unwrap();
-    assert_eq!(run.snapshots()[0].tensors().map(|(name, _)| name).collect::<Vec<_>>(), ["embedding"]);
-    assert_eq!(run.snapshots()[0].files()[0].metadata()["head"], "embedding");
+    assert_eq!(run.snapshots()[0].tensors().map(|(name, _)| name).collect::<Vec<_>>(), ["head"], "the first");
+    assert_eq!(run.snapshots()[0].files()[0].metadata()["embedding"], "head");
     let average = run.load(&run.plan(Profile::gamma(0.0).unwrap(), At::Latest).unwrap()).unwrap();
     assert_eq!(average.get("head"), average.get("embedding"));
     assert_eq!(average.len(), 2);
     model.apart.set(true);
     let text = ema.update(&model).unwrap_err().to_string();
-    let expected = "`head`: its memory is separate, but was shared with `embedding` when the run began";
+    let expected = "`embedding`: its memory is separate, but was shared with `head` when the run began";
     assert!(text.contains(expected), "{text}");
 }
 
