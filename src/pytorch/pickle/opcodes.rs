@@ -198,23 +198,7 @@ impl<'a> Machine<'a> {
                 let (_named, arguments, class) = (self.pop()?, self.pop()?, self.pop()?);
                 self.call(class, arguments)
             }
-            b'i' | b'o' => {
-                let class = match code {
-                    b'i' => {
-                        let (module, name) = (self.line()?, self.line()?);
-                        Some(self.class(&String::from_utf8_lossy(module), &String::from_utf8_lossy(name))?)
-                    }
-                    _ => None,
-                };
-                let mut items = self.pop_to_mark()?;
-                let class = match class {
-                    Some(class) => class,
-                    None if items.is_empty() => return Err(self.invalid("an object has no class")),
-                    None => items.remove(0),
-                };
-                let arguments = self.tuple(items)?;
-                self.call(class, arguments)
-            }
+            b'i' | b'o' => self.instance(code),
             // Extension codes name classes by numbers of a registry that no file holds.
             0x82..=0x84 => {
                 self.bytes(1 << (code - 0x82))?;
@@ -222,6 +206,25 @@ impl<'a> Machine<'a> {
             }
             _ => Err(self.invalid("an unknown opcode")),
         }
+    }
+
+    /// Makes an object of a class that comes before its arguments, as protocols 0 and 1 pickle it.
+    fn instance(&mut self, code: u8) -> Step<NodeId> {
+        let named = match code {
+            b'i' => {
+                let (module, name) = (self.line()?, self.line()?);
+                Some(self.class(&String::from_utf8_lossy(module), &String::from_utf8_lossy(name))?)
+            }
+            _ => None,
+        };
+        let mut items = self.pop_to_mark()?;
+        let class = match named {
+            Some(class) => class,
+            None if items.is_empty() => return Err(self.invalid("an object has no class")),
+            None => items.remove(0),
+        };
+        let arguments = self.tuple(items)?;
+        self.call(class, arguments)
     }
 
     /// Makes an object, or the dict that it is.
