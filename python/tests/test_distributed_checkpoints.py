@@ -44,6 +44,8 @@ def _save(rank: int, port: int, folder: str) -> None:
         moments = {"state": {"rows": {"exp_avg": torch.ones(2)}}, "lr": 0.1}
         dcp.save({"model": tensors, "optim": moments, "epoch": step}, checkpoint_id=f"{folder}/step-{step}")
         dcp.save(tensors, checkpoint_id=f"{folder}/flat-{step}")
+        writer = dcp.HuggingFaceStorageWriter(path=f"{folder}/shards-{step}", save_distributed=True)
+        dcp.save({name: tensor for name, tensor in tensors.items() if name != "count"}, storage_writer=writer)
     dist.destroy_process_group()
 
 
@@ -79,6 +81,13 @@ def test_average_of_folders_is_a_file(run: Path, tmp_path: Path) -> None:
 
     average([run / "step-10", run / "step-20"], EVEN, tmp_path / "mean.safetensors")
     assert_is_mean(load_file(tmp_path / "mean.safetensors"))
+
+
+def test_safetensors_with_parts_of_tensors_are_refused(run: Path) -> None:
+    shards = sorted(run.glob("shards-*/*.safetensors"))
+    assert len(shards) == 2 * RANKS
+    with pytest.raises(ValueError, match="a shard of a distributed checkpoint, which holds parts of tensors"):
+        average(shards[:2], EVEN, steps=[10, 20])
 
 
 def test_incomplete_folders_name_what_is_missing(run: Path, tmp_path: Path) -> None:

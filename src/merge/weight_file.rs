@@ -20,6 +20,9 @@ use crate::tensor::TensorSpec;
 /// Keys of the step in metadata and in PyTorch files; the last is that of kohya's scripts.
 pub(super) const STEP_KEYS: [&str; 4] = ["step", "global_step", "steps", "ss_steps"];
 
+/// Key of the metadata of a safetensors file that holds parts of tensors.
+const SHARDING: &str = "DCP_SHARDING_INFO";
+
 /// File of a checkpoint's weights, mapped.
 #[derive(Debug)]
 pub(super) enum WeightFile {
@@ -74,8 +77,8 @@ impl WeightFile {
     /// Opens a file.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Damaged`], and [`Error::Unexpected`] for a snapshot of a run, for a key of a file that
-    /// has none, or for a PyTorch file in a build without the feature `pytorch`.
+    /// [`Error::Io`], [`Error::Damaged`], and [`Error::Unexpected`] for a snapshot of a run, for parts of tensors, for a
+    /// key of a file that has none, or for a PyTorch file in a build without the feature `pytorch`.
     pub(super) fn open(path: &Path, options: &ReadOptions) -> Result<WeightFile> {
         if is_pytorch(path) || is_distributed(path) {
             return WeightFile::open_pytorch(path, options);
@@ -89,6 +92,11 @@ impl WeightFile {
         let file = StoredFile::open(path)?;
         if file.metadata().contains_key("history") && file.metadata().contains_key("posthoc_ema") {
             let why = "this is a snapshot of a run, and so an average itself: use `synthesize` on its directory";
+            return Err(Error::unexpected(path, why));
+        }
+        if file.metadata().contains_key(SHARDING) {
+            let why = "a shard of a distributed checkpoint, which holds parts of tensors: make whole files of its folder \
+                       with `consolidate_safetensors_files` of `torch.distributed.checkpoint`, and average those";
             return Err(Error::unexpected(path, why));
         }
         Ok(WeightFile::Safetensors(file))

@@ -1,4 +1,4 @@
-//! Names of files that are no checkpoint of PyTorch, by how they begin.
+//! Names of files that PyTorch did not write, by how they begin.
 
 /// Beginnings of files that are often taken for checkpoints, with what they are and what to do.
 const KINDS: [(&[u8], &str); 10] = [

@@ -1,7 +1,7 @@
 //! Pickles, parsed as data. Nothing that a pickle names is ever looked up, imported or called.
 //!
 //! A value is a node of an arena, and its parts are numbers of nodes. So a value that a pickle repeats by its memo is
-//! held once, a value that contains itself is no danger, and nothing is nested when it is dropped.
+//! held once, a value that contains itself does no harm, and nothing is nested when it is dropped.
 
 mod memory_budget;
 mod opcodes;
