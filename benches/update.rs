@@ -4,7 +4,7 @@ mod limits;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
-use posthoc_ema::compute::cpu::{Averages, Incoming, Layout, Precision, update};
+use posthoc_ema::compute::cpu::{Averages, Incoming, Layout, Precision, UpdateWeights, update};
 use posthoc_ema::{Dtype, Element};
 
 const PARAMETERS: usize = 20_000_000;
@@ -30,13 +30,14 @@ impl<T: Element + Into<f32>> Case<T> {
         let tensors = self.parameters.chunks(each).map(bytemuck::cast_slice);
         let incoming: Vec<Incoming<'_>> = tensors.map(|bytes| Incoming { dtype: T::DTYPE, bytes }).collect();
         let weights = [0.25f32, 0.5];
-        update(&mut averages, &incoming, &layout, &weights);
+        let at = |time| UpdateWeights::at(time, &weights);
+        update(&mut averages, &incoming, &layout, at(1));
         self.check(&averages, &layout, &weights);
         let mut group = criterion.benchmark_group("update");
         group.throughput(Throughput::Bytes(self.bytes() as u64)).sample_size(20);
-        group.bench_function(self.name, |bench| bench.iter(|| update(&mut averages, &incoming, &layout, &weights)));
+        group.bench_function(self.name, |bench| bench.iter(|| update(&mut averages, &incoming, &layout, at(2))));
         group.finish();
-        let seconds = limits::best_seconds(|| update(&mut averages, &incoming, &layout, &weights));
+        let seconds = limits::best_seconds(|| update(&mut averages, &incoming, &layout, at(3)));
         limits::report(self.name, self.bytes(), seconds, copy, "a copy");
     }
 

@@ -34,7 +34,6 @@ FORBIDDEN = {
     "BAR": "threads wait for each other",
     "SHFL": "threads exchange values",
     "MUFU": "a function is approximated",
-    "FMUL": "an f32 product is rounded by itself",
     "DMUL": "an f64 product is rounded by itself",
     "RET": "a function is called",
 }
@@ -235,11 +234,14 @@ def row(kernel, arch, used, code):
 
 def arithmetic(kernel, counter):
     """Checks that the sums and products are those of the source, neither contracted nor split."""
-    if kernel.startswith("update"):
-        fused, single = pairs(counter, "FFMA"), pairs(counter, "FADD")
-        each = 4 if "compensated" in kernel else 1
-        if fused == 0 or single != each * fused:
-            return [f"{single} f32 sums and {fused} fused products, the source has {each} sums for each product"]
+    fused, sums, products = (pairs(counter, name) for name in ("FFMA", "FADD", "FMUL"))
+    # Products by themselves are with powers of two: one for each low-order term that is decoded.
+    each = {"update_compensated": (2, 5, 1), "update_plain": (1, 1, 0), "convert": (0, 1, 1)}
+    ratio = each.get(kernel.rsplit("_", 1)[0], (0, 0, 0))
+    times = max(fused, sums, products) // max(ratio) if any(ratio) else 0
+    if (fused, sums, products) != tuple(times * n for n in ratio) or any(ratio) and times == 0:
+        found = f"{fused} fused products, {sums} sums and {products} products of f32"
+        return [f"{found}; the source has {ratio[0]}, {ratio[1]} and {ratio[2]} for each average"]
     if kernel.startswith("blend") and (count(counter, "DADD") or not count(counter, "DFMA")):
         return [f"{count(counter, 'DADD')} f64 sums, the source has only fused products"]
     return []

@@ -16,7 +16,7 @@
 
 struct ConvertArgs {
     uint64_t high;  // f32 averages
-    uint64_t low;   // bf16 low-order terms; 0 if there are none
+    uint64_t low;   // low-order terms (Term); 0 if there are none
     uint64_t to;
     uint64_t elements;
     uint32_t output;   // dtype to convert to, see Kind
@@ -40,8 +40,10 @@ template <class T> DEVICE void convert_one(const ConvertArgs& a, uint64_t i) {
 
 // Converts one element to f64, which has room for the low-order term.
 DEVICE void convert_whole(const ConvertArgs& a, uint64_t i) {
-    const double high = f32_to_f64(bits_f32(load(reinterpret_cast<const uint32_t*>(a.high) + i)));
-    const double low = a.low ? f32_to_f64(bf16_to_f32(load(reinterpret_cast<const uint16_t*>(a.low) + i))) : 0.0;
+    const float value = bits_f32(load(reinterpret_cast<const uint32_t*>(a.high) + i));
+    const double high = f32_to_f64(value);
+    const uint16_t* terms = reinterpret_cast<const uint16_t*>(a.low);
+    const double low = terms ? f32_to_f64(Term::decode(value, load(terms + i))) : 0.0;
     // A missing term is not added as 0.0, which would turn -0.0 into 0.0.
     store(reinterpret_cast<uint64_t*>(a.to) + i, f64_bits(a.low ? fma_f64(1.0, high, low) : high));
 }

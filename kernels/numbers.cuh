@@ -1,9 +1,9 @@
 // Element types and their arithmetic: the numeric contract with the CPU code, which computes the same bits.
 //
-//     a * b + c, a + b, a - b: each rounded once, to nearest even
+//     a * b + c, a + b, a - b, a * b: each rounded once, to nearest even
 //
 // Every operation is a named intrinsic, which no compiler contracts or reorders. Only the payload of a NaN may differ
-// from the CPU's.
+// from the CPU's, and the low-order term of an average that is not finite.
 //
 // Memory: every element is read once and written once. Loads and stores are streaming ones, which leave the caches to
 // other work. Vectors move 128 bits at a time, or 64 if they are that short.
@@ -36,6 +36,7 @@ DEVICE uint64_t f64_bits(double value) { return __double_as_longlong(value); }
 DEVICE float fma_f32(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float add_f32(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float sub_f32(float a, float b) { return __fsub_rn(a, b); }
+DEVICE float mul_f32(float a, float b) { return __fmul_rn(a, b); }
 DEVICE double fma_f64(double a, double b, double c) { return __fma_rn(a, b, c); }
 
 DEVICE double f32_to_f64(float value) { return value; }
@@ -83,6 +84,24 @@ struct F64 {
     DEVICE double whole(uint64_t bits) { return bits_f64(bits); }
     DEVICE uint64_t round(double value) { return f64_bits(value); }
     DEVICE uint64_t round_single(float value) { return f64_bits(f32_to_f64(value)); }
+};
+
+// Low-order term of an average, an integer in units of 2^-14 ulp. src/compute/cpu/low_order.rs has the derivation.
+struct Term {
+    typedef uint16_t Bits;
+    // Returns 1.5 2^E, for a value whose exponent is E. Its neighbours are an ulp of the value away.
+    DEVICE uint32_t anchor(float value) { return (f32_bits(value) & 0x7f800000) | 0x00400000; }
+    // Returns the remainder that the term of a value stands for.
+    DEVICE float decode(float value, uint16_t bits) {
+        const uint32_t a = anchor(value);
+        const float sum = bits_f32(a + static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(bits))));
+        return mul_f32(sub_f32(sum, bits_f32(a)), 0x1p-14f);
+    }
+    // Returns the term of a remainder, rounded down from `threshold` 64ths of a unit above it.
+    DEVICE uint16_t encode(float value, float remainder, uint32_t threshold) {
+        const float sum = fma_f32(remainder, 0x1p20f, bits_f32(anchor(value)));
+        return static_cast<uint16_t>((f32_bits(sum) + threshold) >> 6);
+    }
 };
 
 // V consecutive elements of type T as 32-bit words.

@@ -1,9 +1,10 @@
 // Updates the running averages of up to 8 profiles in one pass over the parameters, all tensors in one launch.
 //
 //     plain:        e' = fma(w, p - e, e)
-//     compensated:  d = fma(w, p - e, c);  s = e + d;  c' = bf16(d - (s - e));  e' = s
+//     compensated:  d = fma(w, p - e, c);  s = e + d;  c' = round(d - (s - e));  e' = s
 //
-// p is a parameter, e its f32 average, c the average's bf16 low-order term, and w = 1 - beta.
+// p is a parameter, e its f32 average, c the average's low-order term, and w = 1 - beta. Terms are stored in 16 bits
+// and rounded by a threshold of the update (Term).
 //
 // Memory: each parameter is read once; each average is read and written once. For P profiles that is 8 P bytes beside
 // the parameter, and 4 P more if the averages are compensated. A block works on one chunk. The averages of a profile
@@ -23,23 +24,24 @@
 struct UpdateArgs {
     const Chunk* chunks;
     float* high[8];     // f32 part of each profile's averages
-    uint16_t* low[8];   // bf16 low-order terms, if compensated
+    uint16_t* low[8];   // low-order terms (Term), if compensated
     float weights[8];   // 1 - beta of each profile
     uint8_t* copies;    // tensors that are copied, not averaged
     const uint64_t* found;  // what look.cu has found in the parameters
+    uint32_t threshold;     // rounds the low-order terms
 };
 
 #define THREADS 256  // 4 blocks of 64 registers a thread fill the 65,536 registers of a multiprocessor
 #define V 4          // elements a thread takes at a time: 16 bytes of f32, the widest access
 
 // Updates one average by the equation above.
-template <bool COMPENSATED> DEVICE void step(float p, float w, float& e, float& c) {
+template <bool COMPENSATED> DEVICE void step(float p, float w, uint32_t threshold, float& e, uint16_t& term) {
     if (!COMPENSATED) {
         e = fma_f32(w, sub_f32(p, e), e);
         return;
     }
-    const float d = fma_f32(w, sub_f32(p, e), c), s = add_f32(e, d);
-    c = sub_f32(d, sub_f32(s, e));
+    const float d = fma_f32(w, sub_f32(p, e), Term::decode(e, term)), s = add_f32(e, d);
+    term = Term::encode(s, sub_f32(d, sub_f32(s, e)), threshold);
     e = s;
 }
 
@@ -64,7 +66,7 @@ template <class T, int FIRST, int PROFILES, bool COMPENSATED, int U> struct Prof
     DEVICE void run(const UpdateArgs& a, uint64_t offset, uint32_t stride, const Vector<T, V>* p) {
         const int GROUP = Group<PROFILES, COMPENSATED>::SIZE, N = GROUP < PROFILES - FIRST ? GROUP : PROFILES - FIRST;
         Vector<F32, V> high[U][N];
-        Vector<BF16, V> low[U][COMPENSATED ? N : 1];
+        Vector<Term, V> low[U][COMPENSATED ? N : 1];
         // All loads come before all stores: the compiler cannot know that averages do not alias.
         #pragma unroll
         for (int u = 0; u < U; u++) {
@@ -72,7 +74,7 @@ template <class T, int FIRST, int PROFILES, bool COMPENSATED, int U> struct Prof
             #pragma unroll
             for (int j = 0; j < N; j++) {
                 high[u][j] = load_vector<F32, V>(address_of(a.high[FIRST + j], at, 4));
-                if (COMPENSATED) low[u][j] = load_vector<BF16, V>(address_of(a.low[FIRST + j], at, 2));
+                if (COMPENSATED) low[u][j] = load_vector<Term, V>(address_of(a.low[FIRST + j], at, 2));
             }
         }
         #pragma unroll
@@ -80,7 +82,7 @@ template <class T, int FIRST, int PROFILES, bool COMPENSATED, int U> struct Prof
             const uint64_t at = offset + static_cast<uint64_t>(u) * stride * V;
             #pragma unroll
             for (int j = 0; j < N; j++) {
-                update_vector(a.weights[FIRST + j], p[u], high[u][j], low[u][COMPENSATED ? j : 0]);
+                update_vector(a.weights[FIRST + j], a.threshold, p[u], high[u][j], low[u][COMPENSATED ? j : 0]);
                 store_vector(address_of(a.high[FIRST + j], at, 4), high[u][j]);
                 if (COMPENSATED) store_vector(address_of(a.low[FIRST + j], at, 2), low[u][j]);
             }
@@ -89,16 +91,16 @@ template <class T, int FIRST, int PROFILES, bool COMPENSATED, int U> struct Prof
         Profiles<T, NEXT, PROFILES, COMPENSATED, U>::run(a, offset, stride, p);
     }
 
-    DEVICE void update_vector(float w, const Vector<T, V>& p, Vector<F32, V>& high, Vector<BF16, V>& low) {
+    DEVICE void update_vector(float w, uint32_t threshold, const Vector<T, V>& p, Vector<F32, V>& high,
+                              Vector<Term, V>& low) {
         #pragma unroll
         for (int i = 0; i < V; i += 2) {
             float e0 = bits_f32(element(high, i)), e1 = bits_f32(element(high, i + 1));
-            float c0 = COMPENSATED ? bf16_to_f32(element(low, i)) : 0,
-                  c1 = COMPENSATED ? bf16_to_f32(element(low, i + 1)) : 0;
-            step<COMPENSATED>(T::single(element(p, i)), w, e0, c0);
-            step<COMPENSATED>(T::single(element(p, i + 1)), w, e1, c1);
+            uint16_t c0 = COMPENSATED ? element(low, i) : 0, c1 = COMPENSATED ? element(low, i + 1) : 0;
+            step<COMPENSATED>(T::single(element(p, i)), w, threshold, e0, c0);
+            step<COMPENSATED>(T::single(element(p, i + 1)), w, threshold, e1, c1);
             set_pair(high, i, f32_bits(e0), f32_bits(e1));
-            if (COMPENSATED) set_pair(low, i, f32_to_bf16(c0), f32_to_bf16(c1));
+            if (COMPENSATED) set_pair(low, i, c0, c1);
         }
     }
 };
@@ -139,10 +141,11 @@ template <class T, int PROFILES, bool COMPENSATED> DEVICE void update_rest(const
     for (int j = 0; j < PROFILES; j++) {
         uint32_t* high = reinterpret_cast<uint32_t*>(a.high[j]) + c.offset + i;
         uint16_t* low = a.low[j] + c.offset + i;
-        float e = bits_f32(load(high)), term = COMPENSATED ? bf16_to_f32(load(low)) : 0;
-        step<COMPENSATED>(p, a.weights[j], e, term);
+        float e = bits_f32(load(high));
+        uint16_t term = COMPENSATED ? load(low) : 0;
+        step<COMPENSATED>(p, a.weights[j], a.threshold, e, term);
         store(high, f32_bits(e));
-        if (COMPENSATED) store(low, f32_to_bf16(term));
+        if (COMPENSATED) store(low, term);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use posthoc_ema::Dtype;
 use posthoc_ema::Precision;
-use posthoc_ema::compute::cpu::{Averages, Blend, Incoming, Layout, SimdLevel, blend_with, update_with};
+use posthoc_ema::compute::cpu::{Averages, Blend, Incoming, Layout, SimdLevel, UpdateWeights, blend_with, update_with};
 
 /// Elements of a tile: a multiple of the tiles of every loop (64 and 96).
 pub const TILE: usize = 192;
@@ -62,7 +62,8 @@ impl Row {
                 let mut averages = vec![Averages::zeros(&layout, precision); 2];
                 let bytes = values(dtype, elements);
                 Box::new(move || {
-                    update_with(level, &mut averages, &[Incoming { dtype, bytes: &bytes }], &layout, &[0.3, 0.05]);
+                    let weights = UpdateWeights::at(1, &[0.3, 0.05]);
+                    update_with(level, &mut averages, &[Incoming { dtype, bytes: &bytes }], &layout, weights);
                 })
             }
             Kind::Blend(dtype, targets) => {

@@ -25,7 +25,7 @@ const MOST_SPACINGS: u64 = 10_000;
 /// Snapshots taken per snapshot kept. Retention finds better steps to keep if there are more to choose from.
 const TAKEN_PER_KEPT: [u64; 3] = [1, 2, 4];
 
-/// Bytes of an element and profile in the live state: f32 and a bf16 low-order term.
+/// Bytes of an element and profile in the live state: f32 and a low-order term of 16 bits.
 const LIVE_BYTES: u64 = 6;
 
 /// Shares of the disk that advice is given for, as fractions.

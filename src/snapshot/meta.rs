@@ -34,6 +34,9 @@ const FIRST_VERSION: &str = "1";
 /// Version of files of an extended run. A reader of the first version would give wrong weights to what began later.
 const EXTENDED_VERSION: &str = "2";
 
+/// Version of live states whose low-order terms are integers, extended or not. Older readers would take them for bf16.
+const TERMS_VERSION: &str = "3";
+
 /// Metadata of a snapshot.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Meta {
@@ -118,7 +121,7 @@ impl Meta {
         strings: &BTreeMap<String, String>,
         sibling: Option<(&BTreeMap<String, String>, &Meta)>,
     ) -> Result<Meta> {
-        let is_extended = check_version(path, strings)? == EXTENDED_VERSION;
+        let is_extended = check_version(path, strings)? != FIRST_VERSION;
         let step = required(path, strings, STEP)?;
         let dtypes = match sibling {
             Some((its, meta)) if its.get(DTYPES) == strings.get(DTYPES) => meta.dtypes.clone(),
@@ -171,16 +174,25 @@ pub(crate) fn base_strings() -> BTreeMap<String, String> {
 /// Returns the strings that every file of a run with these extensions carries.
 pub(crate) fn versioned_strings(extensions: &[Extension]) -> BTreeMap<String, String> {
     let version = if extensions.is_empty() { FIRST_VERSION } else { EXTENDED_VERSION };
+    strings_of(version)
+}
+
+/// Returns the strings that every live state with low-order terms carries.
+pub(crate) fn terms_strings() -> BTreeMap<String, String> {
+    strings_of(TERMS_VERSION)
+}
+
+fn strings_of(version: &str) -> BTreeMap<String, String> {
     BTreeMap::from([(FORMAT.into(), "pt".into()), (VERSION.into(), version.into())])
 }
 
 /// Checks that a file belongs to a run and that this version can read it. Returns its version.
 pub(crate) fn check_version<'a>(path: &Path, strings: &'a BTreeMap<String, String>) -> Result<&'a str> {
     match strings.get(VERSION).map(String::as_str) {
-        Some(version @ (FIRST_VERSION | EXTENDED_VERSION)) => Ok(version),
+        Some(version @ (FIRST_VERSION | EXTENDED_VERSION | TERMS_VERSION)) => Ok(version),
         Some(version) => {
             let why =
-                format!("the file is of version {version}, and this program reads versions 1 and 2: use a newer one");
+                format!("the file is of version {version}, and this program reads versions 1 to 3: use a newer one");
             Err(Error::unexpected(path, why))
         }
         None => Err(Error::unexpected(
@@ -247,7 +259,7 @@ mod tests {
     fn missing_and_malformed_keys_are_named() {
         for (key, value, expected) in [
             ("posthoc_ema", None, "not a snapshot of a run"),
-            ("posthoc_ema", Some("3"), "use a newer one"),
+            ("posthoc_ema", Some("4"), "use a newer one"),
             ("profile", None, "lack `profile`"),
             ("step", Some("-3"), "`step` is `-3`"),
             ("dtypes", Some("[]"), "`dtypes` is `[]`"),

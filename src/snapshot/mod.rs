@@ -36,7 +36,7 @@ pub(crate) use listing::files_of;
 pub(crate) use listing::{any_snapshot_file, check_empty, remove, remove_leftovers};
 pub use listing::{list, list_each};
 pub use meta::{Dtypes, Meta};
-pub(crate) use meta::{GROUPS, PROFILE, STEP, base_strings, check_version, versioned_strings};
+pub(crate) use meta::{GROUPS, PROFILE, STEP, base_strings, check_version, terms_strings, versioned_strings};
 pub(crate) use open_run::{is_gone, open_all, open_sound};
 pub use open_snapshot::Snapshot;
 pub use read::StoredFile;

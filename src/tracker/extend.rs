@@ -10,7 +10,7 @@ use super::engine::{self, EngineConfig};
 use super::registry::{Entry, TensorRegistry};
 use super::state;
 use super::tensor_choice::TensorChoice;
-use crate::compute::cpu::Averages;
+use crate::compute::cpu::{Averages, UpdateWeights};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::run::{LiveState, Settings};
@@ -137,7 +137,8 @@ fn first_values(
         let device = engine::model_device(ordered.all())?;
         let layout = first.layout();
         let mut engine = engine::start(dir, layout, device, Device::Cpu, config)?;
-        engine.fold(&ordered, layout, &vec![1.0; settings.profiles.len()], false)?;
+        let weights = vec![1.0; settings.profiles.len()];
+        engine.fold(&ordered, layout, UpdateWeights::at(0, &weights), false)?;
         engine.flush()?;
         let guard = engine.values()?;
         values = (guard.values().averages.to_vec(), guard.values().copies.to_vec());

@@ -21,6 +21,7 @@ mod writer;
 
 use std::path::{Path, PathBuf};
 
+use crate::compute::cpu::UpdateWeights;
 use crate::error::{Error, Result};
 use crate::fs::Lock;
 use crate::math::{History, Profile, Schedule};
@@ -188,7 +189,7 @@ impl PostHocEma {
         let profiles = self.settings.profiles.iter();
         let weights: Vec<f32> = profiles.map(|profile| profile.one_minus_beta(last, time as f64) as f32).collect();
         let looks = self.non_finite.looks();
-        self.engine.fold(&views, self.registry.layout(), &weights, looks)?;
+        self.engine.fold(&views, self.registry.layout(), UpdateWeights::at(time, &weights), looks)?;
         if looks {
             self.newest = Some(NewestUpdate::new(time));
             return Ok(());

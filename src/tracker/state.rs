@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use super::checkpoint_meta::CheckpointMeta;
 use super::registry::{Entry, TensorRegistry};
 use super::values::Values;
-use crate::compute::cpu::{Averages, Precision};
+use crate::compute::cpu::{Averages, Precision, low_order};
 use crate::error::{Difference, Error, Result};
 use crate::run::{LiveState, STATE, Settings, StateDocument, copy_name, high_name, low_name};
 use crate::snapshot::{self, MAX_HEADER, STATE_FILE, StoredFile, write_file};
@@ -87,14 +87,17 @@ impl CheckpointMeta {
                 let place = self.registry.layout().range(i);
                 add(high_name(index, name), Dtype::F32, shape, bytemuck::cast_slice(&averages.high[place.clone()]));
                 if let Some(low) = &averages.low {
-                    add(low_name(index, name), Dtype::BF16, shape, bytemuck::cast_slice(&low[place]));
+                    add(low_name(index, name), Dtype::I16, shape, bytemuck::cast_slice(&low[place]));
                 }
             }
         }
         for (Entry { name, dtype, shape, .. }, bytes) in self.registry.copied().iter().zip(values.copies) {
             add(copy_name(name), *dtype, shape, bytes);
         }
-        let mut metadata = snapshot::versioned_strings(&self.extensions);
+        let mut metadata = match self.settings.precision {
+            Precision::Compensated => snapshot::terms_strings(),
+            Precision::Plain => snapshot::versioned_strings(&self.extensions),
+        };
         metadata.insert(STATE.into(), serde_json::json!(self.document()).to_string());
         let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| {
             dst.copy_from_slice(&sources[i][range]);
@@ -200,9 +203,22 @@ fn read_averages(
         let high: &mut [u8] = bytemuck::cast_slice_mut(&mut averages.high[place.clone()]);
         high.copy_from_slice(saved.bytes(&high_name(index, name), Dtype::F32, shape)?);
         if let Some(low) = &mut averages.low {
-            let low: &mut [u8] = bytemuck::cast_slice_mut(&mut low[place]);
-            low.copy_from_slice(saved.bytes(&low_name(index, name), Dtype::BF16, shape)?);
+            read_terms(&mut low[place.clone()], &averages.high[place], saved, (&low_name(index, name), shape))?;
         }
     }
     Ok(())
+}
+
+/// Reads the low-order terms of averages. Those in bf16, of older versions, become integers.
+fn read_terms(terms: &mut [i16], values: &[f32], saved: &LiveState, (name, shape): (&str, &[usize])) -> Result<()> {
+    if saved.file.tensors().get(name).is_none_or(|tensor| tensor.dtype != Dtype::BF16) {
+        let terms: &mut [u8] = bytemuck::cast_slice_mut(terms);
+        terms.copy_from_slice(saved.bytes(name, Dtype::I16, shape)?);
+        return Ok(());
+    }
+    let halves = saved.bytes(name, Dtype::BF16, shape)?;
+    low_order::from_bf16(terms, values, halves).map_err(|element| {
+        let why = format!("element {element} of `{name}` is larger than the rounding error of its average");
+        Error::damaged(saved.file.path(), why)
+    })
 }

@@ -1,6 +1,5 @@
 //! Tests of converted averages and of value ranges from a device.
 
-use half::bf16;
 use posthoc_ema::Dtype;
 use posthoc_ema::compute::cpu::{self, Averages, Layout, Precision};
 use posthoc_ema::compute::cuda::{CudaDevice, DeviceAverages};
@@ -19,7 +18,7 @@ fn averages(lengths: &[usize], precision: Precision, seed: u64) -> (Layout, Aver
         let values = wild(&mut random, Dtype::F32, place.len());
         bytemuck::cast_slice_mut(&mut averages.high[place.clone()]).copy_from_slice(&values);
         if let Some(low) = &mut averages.low {
-            low[place].iter_mut().for_each(|c| *c = bf16::from_f32(random.random::<f32>() * 1e-6));
+            low[place].iter_mut().for_each(|c| *c = random.random::<i16>() / 2);
         }
     }
     (layout, averages)

@@ -9,7 +9,7 @@ use crate::driver::{build, is_standin, run_in_own_process};
 /// Fault in a kernel: its name, the file, the old and the new text, and the tests that must fail.
 struct Mutation(&'static str, &'static str, &'static str, &'static str, &'static str);
 
-const MUTATIONS: [Mutation; 17] = [
+const MUTATIONS: [Mutation; 19] = [
     Mutation(
         "an unfused product",
         "update.cu",
@@ -17,7 +17,13 @@ const MUTATIONS: [Mutation; 17] = [
         "e = add_f32(w * sub_f32(p, e), e);",
         "update::",
     ),
-    Mutation("a lost low-order term", "update.cu", "c = sub_f32(d, sub_f32(s, e));", "c = 0.0f;", "update::"),
+    Mutation(
+        "a lost low-order term",
+        "update.cu",
+        "Term::encode(s, sub_f32(d, sub_f32(s, e)), threshold)",
+        "0",
+        "update::",
+    ),
     Mutation("a dropped tail", "update.cu", "    if (i >= c.elements) return;", "    return;", "update::"),
     Mutation(
         "one vector too many",
@@ -66,10 +72,24 @@ const MUTATIONS: [Mutation; 17] = [
         "offload::",
     ),
     Mutation(
-        "truncated bf16",
+        "a term without its threshold",
+        "numbers.cuh",
+        "(f32_bits(sum) + threshold) >> 6",
+        "f32_bits(sum) >> 6",
+        "update::",
+    ),
+    Mutation(
+        "a term without its sign",
+        "numbers.cuh",
+        "static_cast<int32_t>(static_cast<int16_t>(bits))",
+        "bits",
+        "update::",
+    ),
+    Mutation(
+        "the exponent of the value before the update",
         "update.cu",
-        "set_pair(low, i, f32_to_bf16(c0), f32_to_bf16(c1))",
-        "set_pair(low, i, f32_bits(c0) >> 16, f32_bits(c1) >> 16)",
+        "Term::encode(s, sub",
+        "Term::encode(e, sub",
         "update::",
     ),
     Mutation(

@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use posthoc_ema::compute::cpu::{self, Averages, Incoming, Layout, Precision};
+use posthoc_ema::compute::cpu::{self, Averages, Incoming, Layout, Precision, UpdateWeights};
 use posthoc_ema::compute::cuda::{CudaDevice, DeviceAverages, NonFiniteElement};
 use posthoc_ema::{CudaMemory, Device, Dtype, Error, OnNonFinite, Options, PostHocEma, Profile};
 
 use crate::driver::{check_in_own_process, count, driver};
 use crate::model::{Model, files};
 use crate::owner::{Owned, Owner};
-use crate::values::{AVERAGED, bits, encode, random, size, tame};
+use crate::values::{AVERAGED, bits, encode, random, size, tame, terms};
 
 /// Lengths of tensors, of which the longest take several chunks.
 const LENGTHS: [usize; 8] = [3, 0, 1, 2049, 6147, 9, 4096, 0];
@@ -52,18 +52,19 @@ impl<'o> Both<'o> {
             owned.set(bytes);
         }
         self.copied.set(&[copied; 5]);
-        let weights: Vec<f32> = (0..self.expected.len()).map(|i| 0.5 / (i + 1) as f32).collect();
+        let each: Vec<f32> = (0..self.expected.len()).map(|i| 0.5 / (i + 1) as f32).collect();
+        let weights = UpdateWeights::at(copied.into(), &each);
         let averaged: Vec<(Dtype, CudaMemory<'_>)> =
             self.tensors.iter().map(|(_, owned)| (self.dtype, owned.lend())).collect();
         if looks {
-            self.averages.update_if_finite(&averaged, &[self.copied.lend()], &weights).unwrap();
+            self.averages.update_if_finite(&averaged, &[self.copied.lend()], weights).unwrap();
         } else {
-            self.averages.update(&averaged, &[self.copied.lend()], &weights).unwrap();
+            self.averages.update(&averaged, &[self.copied.lend()], weights).unwrap();
         }
         if bad.is_empty() || !looks {
             let incoming: Vec<Incoming<'_>> =
                 values.iter().map(|bytes| Incoming { dtype: self.dtype, bytes }).collect();
-            cpu::update(&mut self.expected, &incoming, &self.layout, &weights);
+            cpu::update(&mut self.expected, &incoming, &self.layout, weights);
         }
         self.averages.refused().unwrap()
     }
@@ -75,10 +76,7 @@ impl<'o> Both<'o> {
             for i in 0..self.layout.len() {
                 let range = self.layout.range(i);
                 assert_eq!(bits(&got.high[range.clone()]), bits(&expected.high[range.clone()]), "tensor {i}");
-                let low = |averages: &Averages| {
-                    averages.low.as_ref().map(|low| low[range.clone()].iter().map(|c| c.to_bits()).collect::<Vec<_>>())
-                };
-                assert_eq!(low(&got), low(expected), "tensor {i}");
+                assert_eq!(terms(&got, range.clone()), terms(expected, range), "tensor {i}");
             }
         }
         assert_eq!(reader.copies().unwrap(), [vec![copied; 5]]);

@@ -1,6 +1,6 @@
 //! Tests that the stand-in detects unordered work: a wrong stream, the only such error that a caller can make.
 
-use posthoc_ema::compute::cpu::{Layout, Precision};
+use posthoc_ema::compute::cpu::{Layout, Precision, UpdateWeights};
 use posthoc_ema::compute::cuda::{CudaDevice, DeviceAverages};
 use posthoc_ema::{CudaMemory, Dtype};
 
@@ -20,10 +20,11 @@ fn wrong_stream() {
     let mut averages = DeviceAverages::zeros(&device, &Layout::new([1000]), 1, Precision::Plain, &[]).unwrap();
     // SAFETY: the memory stays allocated. The wrong stream is the error that the stand-in must report.
     let lent = unsafe { CudaMemory::from_raw(0, other.stream(), memory.address(), 4000) };
-    let text = averages.update(&[(Dtype::F32, lent)], &[], &[1.0]).unwrap_err().to_string();
+    let text = averages.update(&[(Dtype::F32, lent)], &[], UpdateWeights::at(1, &[1.0])).unwrap_err().to_string();
     assert!(text.contains("launch the update") && text.contains("(719)"), "{text}");
     // The error persists, as on a real device.
-    let text = averages.update(&[(Dtype::F32, memory.lend())], &[], &[1.0]).unwrap_err().to_string();
+    let text =
+        averages.update(&[(Dtype::F32, memory.lend())], &[], UpdateWeights::at(1, &[1.0])).unwrap_err().to_string();
     assert!(text.contains("(719)") && text.contains("restart"), "{text}");
 }
 

@@ -1,13 +1,13 @@
 //! Tests of the update on a device.
 
-use posthoc_ema::compute::cpu::{self, Averages, Incoming, Layout, Precision};
+use posthoc_ema::compute::cpu::{self, Averages, Incoming, Layout, Precision, UpdateWeights};
 use posthoc_ema::compute::cuda::{CudaDevice, DeviceAverages};
 use posthoc_ema::{CudaMemory, Dtype};
 use rand::Rng;
 
 use crate::driver::driver;
 use crate::owner::{Owned, Owner};
-use crate::values::{AVERAGED, bits, random, size, wild};
+use crate::values::{AVERAGED, bits, random, size, terms, wild};
 
 /// Averaged and copied tensors: their bytes, and device memory of another library with the same bytes.
 struct Model<'o> {
@@ -41,10 +41,11 @@ fn check(lengths: &[usize], dtypes: &[Dtype], profiles: usize, precision: Precis
         let weights: Vec<f32> = (0..profiles).map(|p| if step == 0 { 1.0 } else { 0.9 / (p + 2) as f32 }).collect();
         let averaged: Vec<(Dtype, CudaMemory<'_>)> = model.tensors.iter().map(|(d, _, m)| (*d, m.lend())).collect();
         let copied: Vec<CudaMemory<'_>> = model.copied.iter().map(|(_, memory)| memory.lend()).collect();
-        got.update(&averaged, &copied, &weights).unwrap();
+        let weights = UpdateWeights::at(step, &weights);
+        got.update(&averaged, &copied, weights).unwrap();
         let incoming: Vec<Incoming<'_>> =
             model.tensors.iter().map(|(dtype, bytes, _)| Incoming { dtype: *dtype, bytes }).collect();
-        cpu::update(&mut expected, &incoming, &layout, &weights);
+        cpu::update(&mut expected, &incoming, &layout, weights);
         compare(&got, &expected, &layout, &model);
         // The next training step: new values at the same addresses.
         for (dtype, bytes, owned) in &mut model.tensors {
@@ -61,10 +62,7 @@ fn compare(got: &DeviceAverages, expected: &[Averages], layout: &Layout, model: 
         for i in 0..layout.len() {
             let place = layout.range(i);
             assert_eq!(bits(&got.high[place.clone()]), bits(&expected.high[place.clone()]), "tensor {i}");
-            let low = |averages: &Averages| {
-                averages.low.as_ref().map(|low| low[place.clone()].iter().map(|c| c.to_bits()).collect::<Vec<_>>())
-            };
-            assert_eq!(low(&got), low(expected), "tensor {i}");
+            assert_eq!(terms(&got, place.clone()), terms(expected, place), "tensor {i}");
         }
     }
     let copies: Vec<&Vec<u8>> = model.copied.iter().map(|(bytes, _)| bytes).collect();
@@ -115,8 +113,9 @@ fn update_follows_new_addresses_and_streams() {
         let owner = if step % 2 == 0 { &first } else { &second };
         let bytes = wild(&mut random, Dtype::F16, 1000);
         let owned = owner.own(&bytes, 2 * (step % 3));
-        got.update(&[(Dtype::F16, owned.lend())], &[], &[0.5, 0.25]).unwrap();
-        cpu::update(&mut expected, &[Incoming { dtype: Dtype::F16, bytes: &bytes }], &layout, &[0.5, 0.25]);
+        let weights = UpdateWeights::at(step as u64, &[0.5, 0.25]);
+        got.update(&[(Dtype::F16, owned.lend())], &[], weights).unwrap();
+        cpu::update(&mut expected, &[Incoming { dtype: Dtype::F16, bytes: &bytes }], &layout, weights);
     }
     let mut reader = got.reader().unwrap();
     for (profile, expected) in expected.iter().enumerate() {
@@ -134,7 +133,7 @@ fn uploaded_averages_continue_with_bits_of_cpu() {
     let owned: Vec<Owned<'_>> = values.iter().map(|bytes| owner.own(bytes, 0)).collect();
     for precision in [Precision::Plain, Precision::Compensated] {
         let mut expected = vec![Averages::zeros(&layout, precision); 2];
-        cpu::update(&mut expected, &incoming, &layout, &[0.7, 0.3]);
+        cpu::update(&mut expected, &incoming, &layout, UpdateWeights::at(1, &[0.7, 0.3]));
         let copies = [vec![1u8, 2, 3], vec![]];
         let device = CudaDevice::open(0).unwrap();
         let mut got = DeviceAverages::upload(&device, &layout, &expected, precision, &copies).unwrap();
@@ -142,14 +141,14 @@ fn uploaded_averages_continue_with_bits_of_cpu() {
         assert_eq!(reader.copies().unwrap(), copies);
         let small = [owner.own(&[7, 8, 9], 0), owner.own(&[], 0)];
         let averaged: Vec<(Dtype, CudaMemory<'_>)> = owned.iter().map(|memory| (Dtype::F32, memory.lend())).collect();
-        got.update(&averaged, &[small[0].lend(), small[1].lend()], &[0.1, 0.2]).unwrap();
-        cpu::update(&mut expected, &incoming, &layout, &[0.1, 0.2]);
+        got.update(&averaged, &[small[0].lend(), small[1].lend()], UpdateWeights::at(2, &[0.1, 0.2])).unwrap();
+        cpu::update(&mut expected, &incoming, &layout, UpdateWeights::at(2, &[0.1, 0.2]));
         let reader = &mut got.reader().unwrap();
         assert_eq!(reader.copies().unwrap(), [vec![7, 8, 9], vec![]]);
         for (profile, expected) in expected.iter().enumerate() {
             let got = reader.averages(profile).unwrap();
             assert_eq!(bits(&got.high), bits(&expected.high));
-            assert_eq!(got.low, expected.low);
+            assert_eq!(terms(&got, 0..layout.total()), terms(expected, 0..layout.total()));
         }
     }
 }
@@ -163,7 +162,7 @@ fn tensors_of_several_streams_are_rejected_without_change() {
     let layout = Layout::new([4, 4]);
     let mut averages = DeviceAverages::zeros(&device, &layout, 1, Precision::Plain, &[]).unwrap();
     let mixed = [(Dtype::F32, a.lend()), (Dtype::F32, b.lend())];
-    let text = averages.update(&mixed, &[], &[1.0]).unwrap_err().to_string();
+    let text = averages.update(&mixed, &[], UpdateWeights::at(1, &[1.0])).unwrap_err().to_string();
     assert!(text.contains("several streams"), "{text}");
     assert!(averages.reader().unwrap().averages(0).unwrap().high.iter().all(|&v| v == 0.0));
 }

@@ -1,7 +1,10 @@
 //! Random values: ordinary numbers and arbitrary bit patterns.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 use posthoc_ema::Dtype;
+use posthoc_ema::compute::cpu::Averages;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -45,4 +48,10 @@ pub fn encode(value: f64, dtype: Dtype) -> Vec<u8> {
 /// Returns the bits of f32 values. Every NaN has the same bits, because its payload differs between devices.
 pub fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| if v.is_nan() { 0x7fff_ffff } else { v.to_bits() }).collect()
+}
+
+/// Returns the low-order terms of averages, if they have any. Those of numbers that are not finite have no meaning.
+pub fn terms(averages: &Averages, place: Range<usize>) -> Option<Vec<i16>> {
+    let low = averages.low.as_ref()?;
+    Some(place.map(|i| if averages.high[i].is_finite() { low[i] } else { 0 }).collect())
 }

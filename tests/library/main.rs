@@ -3,6 +3,7 @@
 mod concurrency;
 mod disk;
 mod layers;
+mod live_states;
 mod names;
 mod noise;
 mod numbers;

@@ -17,6 +17,7 @@ static inline uint64_t f64_bits(double value) { return same_bits<uint64_t>(value
 
 static inline float fma_f32(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 static inline float sub_f32(float a, float b) { return a - b; }
+static inline float mul_f32(float a, float b) { return a * b; }
 static inline float add_f32(float a, float b) { return a + b; }
 static inline double fma_f64(double a, double b, double c) { return __builtin_fma(a, b, c); }
 static inline float f64_to_f32(double value) { return (float)value; }

@@ -1,6 +1,5 @@
 //! Running averages in host memory: per profile an arena of f32 and, if compensated, an arena of low-order terms.
 
-use half::bf16;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
@@ -15,7 +14,7 @@ const ALIGNMENT: usize = 4;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// An f32 and a bf16 low-order term per element: 6 bytes, exact to about 2^-32.
+    /// An f32 and a low-order term of 16 bits per element: 6 bytes, exact to about 2^-38.
     #[default]
     Compensated,
     /// An f32 per element: 4 bytes. Increments below half an ulp, which occur late in training, are lost.
@@ -80,8 +79,8 @@ impl Layout {
 pub struct Averages {
     /// Arena of the f32 parts, in the order of a [`Layout`].
     pub high: Vec<f32>,
-    /// Arena of the low-order terms in the same layout, if the averages are compensated.
-    pub low: Option<Vec<bf16>>,
+    /// Arena of the [low-order terms](super::low_order) in the same layout, if the averages are compensated.
+    pub low: Option<Vec<i16>>,
 }
 
 impl Averages {
@@ -110,7 +109,7 @@ impl Averages {
 #[derive(Debug)]
 pub struct SpareAverages {
     high: Spare<f32>,
-    low: Option<Spare<bf16>>,
+    low: Option<Spare<i16>>,
 }
 
 impl SpareAverages {
@@ -169,7 +168,7 @@ mod tests {
         let layout = Layout::new([2]);
         let mut averages = Averages::zeros(&layout, Precision::Compensated);
         averages.high[..2].copy_from_slice(&[1.0, 2.0]);
-        averages.low.as_mut().unwrap()[1] = bf16::from_f32(1e-9);
+        averages.low.as_mut().unwrap()[1] = super::super::low_order::encode(2.0, 1e-9, 32);
         let mut bytes = [0; 16];
         averages.store(&mut bytes, layout.range(0), Dtype::F64);
         let values: Vec<f64> = bytes.chunks(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect();
@@ -187,7 +186,7 @@ mod tests {
             for round in 0..3 {
                 let value = |i: usize| ((i * 31 + round) % 9973) as f32 - 5000.0;
                 averages.high.iter_mut().enumerate().for_each(|(i, v)| *v = value(i));
-                averages.low.iter_mut().flatten().enumerate().for_each(|(i, v)| *v = bf16::from_f32(value(i)));
+                averages.low.iter_mut().flatten().enumerate().for_each(|(i, v)| *v = value(i) as i16);
                 averages.high[layout.range(300).start + CHUNK + round] = f32::NAN;
                 let (copy, ranges) = spare.copy(&averages, &layout);
                 let tensor_ranges = || (0..layout.len()).map(|i| layout.range(i));

@@ -4,10 +4,10 @@
 //! The conversions use integer operations without branches. They vectorise, and a flush-to-zero mode that another
 //! library has set does not change their results.
 
-use half::bf16;
 use safetensors::Dtype;
 
 use super::SimdLevel;
+use super::low_order;
 use super::x86;
 
 /// NaN that CUDA's conversions write, the same bits for f16 and bf16.
@@ -155,14 +155,14 @@ fn store_fitting<const N: usize>(dst: &mut [u8], src: &[f64], limit: f64, to: im
 
 /// Converts elements of an average to an averaged dtype. Only f64 includes the low-order term.
 #[inline(always)]
-pub(super) fn from_average(dst: &mut [u8], average: &[f32], low: Option<&[bf16]>, dtype: Dtype) {
+pub(super) fn from_average(dst: &mut [u8], average: &[f32], low: Option<&[i16]>, dtype: Dtype) {
     match (dtype, low) {
         (Dtype::F32, _) => store(dst, average.iter().map(|x| x.to_le_bytes())),
         (Dtype::F16, _) => store(dst, average.iter().map(|&x| f32_to_f16(x).to_le_bytes())),
         (Dtype::BF16, _) => store(dst, average.iter().map(|&x| f32_to_bf16(x).to_le_bytes())),
         (Dtype::F64, None) => store(dst, average.iter().map(|&x| f64::from(x).to_le_bytes())),
         (Dtype::F64, Some(low)) => {
-            let sum = |(&x, low): (&f32, &bf16)| (f64::from(x) + f64::from(bf16_to_f32(low.to_bits()))).to_le_bytes();
+            let sum = |(&x, &low): (&f32, &i16)| (f64::from(x) + f64::from(low_order::decode(x, low))).to_le_bytes();
             store(dst, average.iter().zip(low).map(sum));
         }
         _ => unreachable!("{dtype} is not averaged"),
@@ -172,7 +172,7 @@ pub(super) fn from_average(dst: &mut [u8], average: &[f32], low: Option<&[bf16]>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::f16;
+    use half::{bf16, f16};
 
     #[test]
     fn every_f16_and_bf16_converts_as_in_half_crate() {

@@ -109,7 +109,9 @@ mod tests {
 
     use safetensors::Dtype;
 
-    use super::super::{Averages, Blend, Incoming, Layout, Precision, SimdLevel, blend_with, update_with};
+    use super::super::{
+        Averages, Blend, Incoming, Layout, Precision, SimdLevel, UpdateWeights, blend_with, update_with,
+    };
     use super::*;
 
     /// Bits that treat subnormal numbers as zero and round down.
@@ -165,7 +167,7 @@ mod tests {
                     let mut averages = [Averages::zeros(&layout, precision)];
                     let incoming = [Incoming { bytes: &source, dtype: Dtype::F32 }];
                     for weight in [1.0, 0.3, 0.1] {
-                        update_with(level, &mut averages, &incoming, &layout, &[weight]);
+                        update_with(level, &mut averages, &incoming, &layout, UpdateWeights::at(7, &[weight]));
                     }
                     averages
                 };

@@ -5,6 +5,8 @@
 //! instruction set, and the widest available one is chosen at run time: AVX-512, AVX2 with FMA, NEON, or none.
 //! `f32::mul_add` rounds once on all of them.
 
+#[cfg(test)]
+mod accuracy;
 mod averages;
 mod blend;
 mod convert;
@@ -12,6 +14,7 @@ mod fp_env;
 mod level;
 #[doc(hidden)]
 pub mod limits;
+pub mod low_order;
 mod memory;
 pub(crate) mod prefetch;
 mod scan;
@@ -25,7 +28,7 @@ pub use level::SimdLevel;
 pub use memory::Spare;
 pub(crate) use memory::zeros;
 pub use scan::{ValueRange, copy_and_scan, scan};
-pub use update::{Incoming, update, update_with};
+pub use update::{Incoming, UpdateWeights, update, update_with};
 
 /// Number of elements per task: large enough to amortise scheduling, small enough to balance the threads.
 pub const CHUNK: usize = 1 << 16;

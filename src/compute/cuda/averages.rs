@@ -12,7 +12,7 @@ use super::kernels::{KIND_BYTES, MAX_PROFILES, UpdateArgs, kind};
 use super::look::Look;
 use super::staging::Staging;
 use super::{AveragesReader, BlendInput, Buffer, CudaDevice};
-use crate::compute::cpu::{Averages, Layout, Precision};
+use crate::compute::cpu::{Averages, Layout, Precision, UpdateWeights};
 use crate::error::{Error, Result};
 use crate::tensor::{CudaMemory, NonFiniteElement};
 
@@ -139,15 +139,13 @@ impl DeviceAverages {
         &mut self,
         averaged: &[(Dtype, CudaMemory<'_>)],
         copied: &[CudaMemory<'_>],
-        weights: &[f32],
+        weights: UpdateWeights<'_>,
     ) -> Result<()> {
         self.queue(averaged, copied, weights, false)
     }
 
     /// Queues an update of all averages and copied tensors on the stream of the parameters. It changes nothing if an
     /// averaged tensor has NaN or infinity, as [`DeviceAverages::refused`] returns later.
-    ///
-    /// `weights` holds `1 - beta` of each profile.
     ///
     /// # Errors
     /// [`Error::Cuda`] if tensors are on another device, have several streams or have other sizes. The averages are
@@ -156,7 +154,7 @@ impl DeviceAverages {
         &mut self,
         averaged: &[(Dtype, CudaMemory<'_>)],
         copied: &[CudaMemory<'_>],
-        weights: &[f32],
+        weights: UpdateWeights<'_>,
     ) -> Result<()> {
         self.queue(averaged, copied, weights, true)
     }
@@ -165,7 +163,7 @@ impl DeviceAverages {
         &mut self,
         averaged: &[(Dtype, CudaMemory<'_>)],
         copied: &[CudaMemory<'_>],
-        weights: &[f32],
+        weights: UpdateWeights<'_>,
         looks: bool,
     ) -> Result<()> {
         let tensors = averaged.iter().map(|(_, memory)| memory).chain(copied);
@@ -184,8 +182,8 @@ impl DeviceAverages {
             // SAFETY: the parameters are borrowed in the order of the stream.
             unsafe { self.look.queue(&borrowed, self.table.address(), self.averaged_chunks) }?;
         }
-        for (group, weights) in weights.chunks(MAX_PROFILES).enumerate() {
-            let launched = self.launch(&borrowed, group * MAX_PROFILES, weights);
+        for (group, each) in weights.each.chunks(MAX_PROFILES).enumerate() {
+            let launched = self.launch(&borrowed, group * MAX_PROFILES, UpdateWeights { each, ..weights });
             self.incomplete |= launched.is_err() && group > 0;
             launched?;
         }
@@ -222,13 +220,13 @@ impl DeviceAverages {
         &self,
         averaged: &[(Dtype, CudaMemory<'_>)],
         copied: &[CudaMemory<'_>],
-        weights: &[f32],
+        weights: UpdateWeights<'_>,
     ) -> Result<()> {
         let arenas = &self.arenas;
         let layout = &arenas.layout;
         let counts_match = averaged.len() == layout.len()
             && copied.len() == arenas.copy_ranges.len()
-            && weights.len() == self.profiles();
+            && weights.each.len() == self.profiles();
         let averaged_match = averaged.iter().enumerate().all(|(i, (dtype, memory))| {
             i < layout.len() && memory.bytes == layout.range(i).len() * dtype.bitsize() / 8
         });
@@ -293,15 +291,16 @@ impl DeviceAverages {
     }
 
     /// Queues the update of the profiles from `first` on, one for each weight.
-    fn launch(&self, stream: &CudaStream, first: usize, weights: &[f32]) -> Result<()> {
+    fn launch(&self, stream: &CudaStream, first: usize, weights: UpdateWeights<'_>) -> Result<()> {
         let arenas = &self.arenas;
         let mut args = UpdateArgs {
             chunks: self.table.address(),
             copies: arenas.copies.address(),
             found: self.look.address(),
+            threshold: weights.threshold,
             ..Default::default()
         };
-        for (i, &weight) in weights.iter().enumerate() {
+        for (i, &weight) in weights.each.iter().enumerate() {
             args.weights[i] = weight;
             args.high[i] = arenas.high[first + i].address();
             args.low[i] = arenas.low.get(first + i).map_or(0, Buffer::address);
@@ -309,7 +308,7 @@ impl DeviceAverages {
         let compensated = !arenas.low.is_empty();
         // SAFETY: we own arenas and table, and freeing them waits for the stream's work on them. The parameters are
         // borrowed in the order of the stream.
-        unsafe { arenas.device.kernels.update(stream, &args, weights.len(), compensated, self.table.len()) }
+        unsafe { arenas.device.kernels.update(stream, &args, weights.each.len(), compensated, self.table.len()) }
             .map_err(arenas.device.driver_error("launch the update"))
     }
 

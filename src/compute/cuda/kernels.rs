@@ -58,6 +58,9 @@ pub(super) struct UpdateArgs {
     pub weights: [f32; MAX_PROFILES],
     pub copies: u64,
     pub found: u64,
+    pub threshold: u32,
+    /// Padding up to the size of the C++ structure.
+    pub padding: u32,
 }
 
 #[repr(C)]
@@ -151,7 +154,7 @@ unsafe impl DeviceRepr for ScanArgs {}
 unsafe impl DeviceRepr for GatherArgs {}
 
 const _: () = assert!(size_of::<Chunk>() == 24);
-const _: () = assert!(size_of::<UpdateArgs>() == 184);
+const _: () = assert!(size_of::<UpdateArgs>() == 192);
 const _: () = assert!(size_of::<BlendArgs>() == 4800 && std::mem::offset_of!(BlendArgs, kinds) == 4732);
 const _: () = assert!(size_of::<ConvertArgs>() == 40);
 

@@ -4,7 +4,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::result;
-use half::bf16;
 use safetensors::Dtype;
 
 use super::arenas::Arenas;
@@ -123,7 +122,7 @@ impl AveragesReader {
         let mut high = vec![0f32; arenas.layout.total()];
         self.read(bytemuck::cast_slice_mut(&mut high), arenas.high[profile].address())?;
         let low = arenas.low.get(profile).map(|from| {
-            let mut low = vec![bf16::ZERO; arenas.layout.total()];
+            let mut low = vec![0i16; arenas.layout.total()];
             self.read(bytemuck::cast_slice_mut(&mut low), from.address()).map(|()| low)
         });
         Ok(Averages { high, low: low.transpose()? })

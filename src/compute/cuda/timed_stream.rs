@@ -7,7 +7,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
-use half::bf16;
 use safetensors::Dtype;
 
 use super::blender::{BlendPart, ResidentBlend};
@@ -259,7 +258,7 @@ impl TimedStream {
         let high = high.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
         let Some(low) = arenas.low.get(profile) else { return Ok(Averages { high, low: None }) };
         let low = self.read_range(low, 2 * elements.start..2 * elements.end)?;
-        let low = low.as_chunks().0.iter().map(|bytes| bf16::from_le_bytes(*bytes)).collect();
+        let low = low.as_chunks().0.iter().map(|bytes| i16::from_le_bytes(*bytes)).collect();
         Ok(Averages { high, low: Some(low) })
     }
 

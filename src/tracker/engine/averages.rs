@@ -1,6 +1,6 @@
 //! Averages in host memory, for parameters on any device.
 
-use crate::compute::cpu::{Averages, Incoming, Layout, update};
+use crate::compute::cpu::{Averages, Incoming, Layout, UpdateWeights, update};
 use crate::tensor::{NonFiniteElement, first_non_finite_of};
 #[cfg(feature = "cuda")]
 use crate::tracker::values::OwnedValues;
@@ -47,7 +47,13 @@ impl HostAverages {
         HostAverages { averages, copies }
     }
 
-    pub(super) fn update(&mut self, incoming: &[Incoming<'_>], copied: &[&[u8]], layout: &Layout, weights: &[f32]) {
+    pub(super) fn update(
+        &mut self,
+        incoming: &[Incoming<'_>],
+        copied: &[&[u8]],
+        layout: &Layout,
+        weights: UpdateWeights<'_>,
+    ) {
         update(&mut self.averages, incoming, layout, weights);
         self.copies.iter_mut().zip(copied).for_each(|(copy, bytes)| copy.copy_from_slice(bytes));
     }

@@ -8,7 +8,7 @@ use safetensors::Dtype;
 use super::averages::AveragesGuard;
 use super::background::Background;
 use super::{Engine, EngineConfig, Pending, cuda_memory};
-use crate::compute::cpu::Layout;
+use crate::compute::cpu::{Layout, UpdateWeights};
 use crate::compute::cuda::{AveragesReader, CudaDevice, DeviceAverages};
 use crate::error::Result;
 use crate::tensor::{CudaMemory, NonFiniteElement};
@@ -41,7 +41,13 @@ impl DeviceEngine {
 }
 
 impl Engine for DeviceEngine {
-    fn fold(&mut self, views: &OrderedViews<'_, '_>, _: &Layout, weights: &[f32], looks: bool) -> Result<()> {
+    fn fold(
+        &mut self,
+        views: &OrderedViews<'_, '_>,
+        _: &Layout,
+        weights: UpdateWeights<'_>,
+        looks: bool,
+    ) -> Result<()> {
         let averaged = views.averaged.iter().map(|view| Ok((view.dtype, cuda_memory(view)?)));
         let averaged = averaged.collect::<Result<Vec<(Dtype, CudaMemory<'_>)>>>()?;
         let copied = views.copied.iter().map(|view| cuda_memory(view)).collect::<Result<Vec<_>>>()?;

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::averages::{AveragesGuard, HostAverages, first_refused};
 use super::copy_buffer::CopyBuffer;
 use super::{Engine, Pending};
-use crate::compute::cpu::{Incoming, Layout};
+use crate::compute::cpu::{Incoming, Layout, UpdateWeights};
 use crate::error::{Error, Result};
 use crate::tensor::{NonFiniteElement, TensorView};
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
@@ -38,7 +38,13 @@ impl HostEngine {
 }
 
 impl Engine for HostEngine {
-    fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32], looks: bool) -> Result<()> {
+    fn fold(
+        &mut self,
+        views: &OrderedViews<'_, '_>,
+        layout: &Layout,
+        weights: UpdateWeights<'_>,
+        looks: bool,
+    ) -> Result<()> {
         // Checks all views before the first average changes.
         let incoming = views.averaged.iter().map(|view| incoming(view)).collect::<Result<Vec<_>>>()?;
         let copied = views.copied.iter().map(|view| host_bytes(view)).collect::<Result<Vec<_>>>()?;

@@ -17,7 +17,7 @@ use std::any::Any;
 use super::checkpoint_meta::{CheckpointMeta, Failure};
 use super::registry::OrderedViews;
 use super::writer::Pending;
-use crate::compute::cpu::Layout;
+use crate::compute::cpu::{Layout, UpdateWeights};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda::{DeviceAverages, Fence};
 use crate::error::{Error, Result};
@@ -34,13 +34,19 @@ pub(super) use start::{model_device, start};
 /// An engine works in the background if it can. It then copies the values it needs before the averages change, and
 /// keeps an error until the tracker takes it.
 pub(super) trait Engine: Any + Send + Sync {
-    /// Folds new parameters into the averages and copies the copied tensors. `weights` holds `1 - beta` of each
-    /// profile. With `looks`, it changes nothing if an averaged tensor has NaN or infinity.
+    /// Folds new parameters into the averages and copies the copied tensors. With `looks`, it changes
+    /// nothing if an averaged tensor has NaN or infinity.
     ///
     /// # Errors
     /// [`Error::Tensor`] or [`Error::Changed`] for memory that this engine cannot reach, and [`Error::Cuda`]. No
     /// average has changed then.
-    fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32], looks: bool) -> Result<()>;
+    fn fold(
+        &mut self,
+        views: &OrderedViews<'_, '_>,
+        layout: &Layout,
+        weights: UpdateWeights<'_>,
+        looks: bool,
+    ) -> Result<()>;
 
     /// Waits for the look of the newest [`Engine::fold`], and returns the first element for which it changed nothing.
     ///

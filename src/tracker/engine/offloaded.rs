@@ -12,7 +12,7 @@ use super::averages::{AveragesGuard, HostAverages, first_refused};
 use super::background::Background;
 use super::copy_buffer::CopyBuffer;
 use super::{Engine, EngineConfig, Pending, cuda_memory};
-use crate::compute::cpu::{Incoming, Layout};
+use crate::compute::cpu::{Incoming, Layout, UpdateWeights};
 use crate::compute::cuda::{CudaDevice, Fence, HostCopy, Offload};
 use crate::error::{Error, Result};
 use crate::tensor::{CudaMemory, NonFiniteElement};
@@ -104,7 +104,13 @@ impl OffloadedEngine {
 }
 
 impl Engine for OffloadedEngine {
-    fn fold(&mut self, views: &OrderedViews<'_, '_>, _: &Layout, weights: &[f32], looks: bool) -> Result<()> {
+    fn fold(
+        &mut self,
+        views: &OrderedViews<'_, '_>,
+        _: &Layout,
+        weights: UpdateWeights<'_>,
+        looks: bool,
+    ) -> Result<()> {
         let tensors = views.all().map(cuda_memory).collect::<Result<Vec<CudaMemory<'_>>>>()?;
         self.averages.check()?;
         let (staged, fence) = self.offload.copy(&tensors)?;
@@ -112,7 +118,8 @@ impl Engine for OffloadedEngine {
         let dtypes: Vec<Dtype> = views.averaged.iter().map(|view| view.dtype).collect();
         let averages = self.averages.clone();
         let layout = self.layout.clone();
-        let weights = weights.to_vec();
+        let UpdateWeights { each, threshold } = weights;
+        let each = each.to_vec();
         self.looked = Looked::default();
         let promise = Promise(self.looked.clone());
         self.background.work(move || {
@@ -125,7 +132,7 @@ impl Engine for OffloadedEngine {
             promise.0.get_or_init(|| refused);
             if refused.is_none() {
                 let copied: Vec<&[u8]> = (0..host.copies()).map(|i| arrived.tensor(dtypes.len() + i)).collect();
-                host.update(&incoming, &copied, &layout, &weights);
+                host.update(&incoming, &copied, &layout, UpdateWeights { each: &each, threshold });
             }
             Ok(())
         });

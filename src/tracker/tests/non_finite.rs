@@ -2,7 +2,7 @@
 
 use super::log::logged;
 use super::*;
-use crate::compute::cpu::Layout;
+use crate::compute::cpu::{Layout, UpdateWeights};
 use crate::device::Device;
 use crate::tensor::NonFiniteElement;
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
@@ -15,7 +15,7 @@ fn options(dir: &std::path::Path) -> Options {
 }
 
 /// Returns the bits of all averages.
-fn bits(ema: &PostHocEma) -> Vec<(Vec<u32>, Option<Vec<bf16>>)> {
+fn bits(ema: &PostHocEma) -> Vec<(Vec<u32>, Option<Vec<i16>>)> {
     let guard = ema.engine.values().unwrap();
     let bits = |averages: &Averages| averages.high.iter().map(|value| value.to_bits()).collect();
     guard.values().averages.iter().map(|averages| (bits(averages), averages.low.clone())).collect()
@@ -115,7 +115,13 @@ fn ignored_and_copied_values_are_not_looked_at() {
 struct Later(Box<dyn Engine>);
 
 impl Engine for Later {
-    fn fold(&mut self, views: &OrderedViews<'_, '_>, layout: &Layout, weights: &[f32], looks: bool) -> Result<()> {
+    fn fold(
+        &mut self,
+        views: &OrderedViews<'_, '_>,
+        layout: &Layout,
+        weights: UpdateWeights<'_>,
+        looks: bool,
+    ) -> Result<()> {
         self.0.fold(views, layout, weights, looks)
     }
 

@@ -1,7 +1,7 @@
 //! Updates of f32 and bf16 parameters, plain and compensated averages, few large and many small tensors.
 
 use half::bf16;
-use posthoc_ema::compute::cpu::{Averages, CHUNK, Incoming, Layout, Precision, limits, update};
+use posthoc_ema::compute::cpu::{Averages, CHUNK, Incoming, Layout, Precision, UpdateWeights, limits, update};
 use posthoc_ema::{Error, Result};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -50,7 +50,7 @@ impl UpdateMemory {
     fn clear(&mut self) {
         for Averages { high, low } in &mut self.averages {
             high.par_chunks_mut(CHUNK).for_each(|chunk| chunk.fill(0.0));
-            low.iter_mut().for_each(|low| low.par_chunks_mut(CHUNK).for_each(|chunk| chunk.fill(bf16::ZERO)));
+            low.iter_mut().for_each(|low| low.par_chunks_mut(CHUNK).for_each(|chunk| chunk.fill(0)));
         }
     }
 }
@@ -111,7 +111,7 @@ impl UpdateTask {
         let mut rest = parameters;
         let tensors = self.0.elements.iter().map(|n| rest.split_off(..n * size).unwrap_or_default());
         let incoming: Vec<Incoming<'_>> = tensors.map(|bytes| Incoming { dtype: self.0.dtype, bytes }).collect();
-        timed(|| update(averages, &incoming, layout, &WEIGHTS))
+        timed(|| update(averages, &incoming, layout, UpdateWeights::at(1, &WEIGHTS)))
     }
 
     /// Compares with the closed form: from zeros, two updates leave `1 - (1 - w)^2` of a parameter.

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::bf16;
-use posthoc_ema::compute::cpu::{Averages, Incoming, Layout, Precision, update};
+use posthoc_ema::compute::cpu::{Averages, Incoming, Layout, Precision, UpdateWeights, update};
 use posthoc_ema::compute::cuda::{Buffer, CudaDevice, DeviceAverages, TimedStream};
 use posthoc_ema::{CudaMemory, Error, Result};
 use safetensors::Dtype;
@@ -139,8 +139,8 @@ impl DeviceUpdate {
 
     fn update(&self, averages: &mut DeviceAverages, tensors: &[(Dtype, CudaMemory<'_>)]) -> Result<()> {
         match self.looks {
-            true => averages.update_if_finite(tensors, &[], &WEIGHTS),
-            false => averages.update(tensors, &[], &WEIGHTS),
+            true => averages.update_if_finite(tensors, &[], UpdateWeights::at(1, &WEIGHTS)),
+            false => averages.update(tensors, &[], UpdateWeights::at(1, &WEIGHTS)),
         }
     }
 
@@ -154,7 +154,7 @@ impl DeviceUpdate {
         let layout = Layout::new([PERIOD]);
         let mut averages = vec![Averages::zeros(&layout, self.case.precision); PROFILES];
         let incoming = [Incoming { dtype: self.case.dtype, bytes: &bytes }];
-        (0..2).for_each(|_| update(&mut averages, &incoming, &layout, &WEIGHTS));
+        (0..2).for_each(|_| update(&mut averages, &incoming, &layout, UpdateWeights::at(1, &WEIGHTS)));
         averages
     }
 
@@ -165,7 +165,7 @@ impl DeviceUpdate {
             for i in place.start.max(stretch.start)..place.end.min(stretch.end) {
                 let at = i - stretch.start;
                 let from = (begin + i - place.start) % PERIOD;
-                let low = |averages: &Averages, i: usize| averages.low.as_ref().map(|low| low[i].to_bits());
+                let low = |averages: &Averages, i: usize| averages.low.as_ref().map(|low| low[i]);
                 if got.high[at].to_bits() != expected.high[from].to_bits() || low(got, at) != low(expected, from) {
                     let element = i - place.start;
                     let got = got.high[at];
@@ -251,7 +251,7 @@ mod tests {
             text.contains("tensor 2, element 32 is NaN") && text.contains("bf16, compensated, 3 tensors"),
             "{text}"
         );
-        got.low.as_mut().unwrap()[last] = bf16::ONE;
+        got.low.as_mut().unwrap()[last] = i16::MAX;
         assert!(task.compare(&layout, all, &got, expected).is_err());
     }
 }
