@@ -1,7 +1,7 @@
 //! Folders of `torch.distributed.checkpoint`: tensors in rectangles, each a small archive within a file of a process.
 //!
-//! `.metadata` is a pickle that names the rectangles of each tensor, and for each rectangle the file and the bytes of it
-//! in which `torch.save` wrote it.
+//! `.metadata` is a pickle that names the rectangles of each tensor, and for each rectangle the file and the bytes of
+//! it in which `torch.save` wrote it.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
