@@ -79,13 +79,13 @@ pub use fs::install_sigbus_handler;
 pub use import::{Import, ImportReport, Tool};
 pub use math::{Densities, Family, History, Profile, Retention, Schedule, Shape, Window};
 pub use merge::{CheckpointOptions, CheckpointWeight, Checkpoints, Merge};
-// Hidden: only the program uses it.
-#[doc(hidden)]
-pub use planning::rounding;
+// Hidden: only the program and the Python package use them.
 pub use planning::{
     ACCURACY_LOG, Advice, AdviceRequest, At, Forecast, LARGE_ERROR, LaterTensors, Noise, Plan, PredictedError,
     Shortfall, Weight, WorstCase, WorstGroup, advise, log_warnings, warnings,
 };
+#[doc(hidden)]
+pub use planning::{ADVICE_PARTS, rounding};
 pub use run::{Run, SavedState, VerifyReport, verify};
 pub use snapshot::{Snapshot, SnapshotId};
 pub use sweep::{SweepOptions, SweepResult};

@@ -11,13 +11,14 @@ from ._dtypes import average_dtype_name
 from ._options import DEFAULTS, SNAPSHOT_GROWTH
 from ._plans import growth_number
 from ._profiles import Profile
+from ._progress import Progress, byte_progress
 
 __all__ = ["Advice", "advise"]
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A choice of profiles, spacing and number of snapshots, and its errors at the end of the training."""
+    """A choice of profiles, spacing and number of snapshots, and its errors over the last tenth of the training."""
 
     profiles: tuple[Profile, ...]
     """Profiles to track: the `profiles` of `PostHocEMA.from_model`."""
@@ -47,8 +48,12 @@ def advise(
     update_every: int = DEFAULTS["update_every"],
     update_after_step: int = DEFAULTS["update_after_step"],
     snapshot_growth: float | None = SNAPSHOT_GROWTH,
+    progress: Progress = None,
 ) -> list[Advice]:
-    """Finds the best choices of two and of three profiles for half, all and twice a disk, in this order.
+    """Finds the best choices of two, three and four profiles for half, all and twice a disk, in this order.
+
+    The error of a choice is the largest after any snapshot of the last tenth of the training, with the snapshots that
+    are kept by then.
 
     Args:
         steps: Length of the training in steps.
@@ -59,9 +64,12 @@ def advise(
         update_every: Steps between updates.
         update_after_step: First step at which an update may happen.
         snapshot_growth: Factor between the times of further snapshots early in the training, None for none.
+        progress: Function of the parts of the search done so far and in total, True for a bar, or False for none;
+            default a bar on a terminal.
 
     Returns:
-        Three choices of two profiles, then three of three.
+        Three choices of two profiles, then of three and of four. Choices for which the disk is too small, and those
+        that more disk does not change, are left out.
 
     Raises:
         ValueError: If the disk is too small for one step's snapshots of two profiles, or the range or the schedule is
@@ -77,7 +85,9 @@ def advise(
         "update_after_step": int(update_after_step),
         "snapshot_growth": growth_number(snapshot_growth),
     }
-    return [_advice(found) for found in json.loads(_native.advise(json.dumps(known)))]
+    with byte_progress(progress, _native.advice_parts, "trying profiles and spacings", unit="part") as report:
+        text = _native.advise(json.dumps(known), report)
+    return [_advice(found) for found in json.loads(text)]
 
 
 def _advice(found: dict[str, Any]) -> Advice:

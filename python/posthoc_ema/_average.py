@@ -41,7 +41,9 @@ class Average:
     at: int
     """Step of the average."""
     relative_error: float
-    """Distance between the profile of the weights and the one asked for, over single steps, relative to its norm."""
+    """Distance from the average asked for, if weights walked at random, relative to that of the newest weights.
+
+    1 means that the average is not nearer than the newest checkpoint; 0 takes a checkpoint at each step."""
     lag_steps: float
     """Steps by which the average is later than the one asked for: a checkpoint is the end of its interval."""
     effective_checkpoints: float

@@ -19,14 +19,15 @@ def wants_bar(progress: bool | None) -> bool:
 
 @contextmanager
 def byte_progress(
-    progress: Progress, total: Callable[[], int | None], description: str
+    progress: Progress, total: Callable[[], int | None], description: str, unit: str = "B"
 ) -> Iterator[Callable[[int], object] | None]:
-    """Yields the function that the native part calls with the bytes read so far, or None.
+    """Yields the function that the native part calls with the bytes read, or other units done, so far, or None.
 
     Args:
         progress: Choice of the caller.
-        total: Returns the number of all bytes, if known; called only if the progress is shown.
+        total: Returns the number of all units, if known; called only if the progress is shown.
         description: Label of the bar.
+        unit: Name of the unit. Bytes have prefixes.
     """
     if callable(progress):
         report = progress
@@ -37,9 +38,8 @@ def byte_progress(
 
         # A bar that was not asked for appears after a second.
         delay = 0 if progress else 1
-        with tqdm(
-            total=total(), desc=description, unit="B", unit_scale=True, unit_divisor=1024, delay=delay, leave=False
-        ) as bar:
+        scale = {"unit_scale": True, "unit_divisor": 1024} if unit == "B" else {}
+        with tqdm(total=total(), desc=description, unit=unit, delay=delay, leave=False, **scale) as bar:
             yield lambda done: bar.update(done - bar.n)
     else:
         yield None

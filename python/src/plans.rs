@@ -1,11 +1,12 @@
 //! Functions of profiles and plans, which need no tensors.
 
 use posthoc_ema::math::Schedule;
-use posthoc_ema::{AdviceRequest, At, Dtype, Forecast, Noise, Profile, Retention};
+use posthoc_ema::{ADVICE_PARTS, AdviceRequest, At, Dtype, Forecast, Noise, Profile, Retention};
 use pyo3::prelude::*;
 use serde::Deserialize;
 
 use crate::errors::{argument, to_python};
+use crate::jobs;
 use crate::json::{from_json, to_json};
 
 /// Parses a profile's JSON.
@@ -135,13 +136,24 @@ struct AdviceInput {
 }
 
 /// Returns choices of profiles, spacing and number of snapshots for a disk, as JSON.
+///
+/// `progress` is called with the parts of the search that have ended, of [`ADVICE_PARTS`].
 #[pyfunction]
-pub fn advise(py: Python<'_>, input: &str) -> PyResult<String> {
+pub fn advise(py: Python<'_>, input: &str, progress: Option<&Bound<'_, PyAny>>) -> PyResult<String> {
     let input: AdviceInput = from_json(input)?;
     let AdviceInput { steps, update_every, update_after_step, snapshot_growth, parameters, dtype, disk, range } = input;
     let snapshot_growth = given(snapshot_growth);
     let request =
         AdviceRequest { steps, update_every, update_after_step, snapshot_growth, parameters, dtype, disk, range };
-    let advice = py.detach(|| posthoc_ema::advise(&request, &|_| ())).map_err(to_python)?;
+    let advice = jobs::run(py, progress, |progress| {
+        let report = |_| progress.iter().for_each(|progress| progress(1));
+        posthoc_ema::advise(&request, &report).map_err(to_python)
+    })?;
     to_json(&advice)
+}
+
+/// Returns the number of parts of the search for advice.
+#[pyfunction]
+pub fn advice_parts() -> usize {
+    ADVICE_PARTS
 }

@@ -9,8 +9,10 @@ from posthoc_ema import Profile, advise, plan
 
 def test_advice_fits_the_disk_and_agrees_with_plans() -> None:
     known = {"steps": 20_000, "parameters": 10_000_000, "disk": 1.1e9, "checkpoint_dtype": "float16"}
-    advice = advise(**known)
-    assert [len(each.profiles) for each in advice] == [2, 2, 2, 3, 3, 3]
+    reported: list[tuple[int, int | None]] = []
+    advice = advise(**known, progress=lambda done, total: reported.append((done, total)))
+    assert reported[-1][0] == reported[-1][1] and [done for done, _ in reported] == sorted(done for done, _ in reported)
+    assert [len(each.profiles) for each in advice] == [2, 2, 2, 3, 3, 3, 4, 4]
     best = min((each for each in advice if each.disk <= 1.1e9), key=lambda each: each.error)
     [found] = plan(
         [best.sigma_rel],
@@ -20,7 +22,8 @@ def test_advice_fits_the_disk_and_agrees_with_plans() -> None:
         max_checkpoints=best.max_checkpoints,
     )
     together = (found.relative_error**2 + (2.1e-4 * found.noise_gain) ** 2) ** 0.5
-    assert together == pytest.approx(best.error, rel=0.02)
+    # The advised error is the largest of the last tenth of the training, not only of its end.
+    assert 0.2 * best.error < together < 1.02 * best.error
     default = max(each.relative_error for each in plan([0.06, 0.1, 0.2, 0.26], steps=20_000, max_checkpoints=19))
     assert best.relative_error < default
     assert all(isinstance(profile, Profile) for profile in best.profiles)

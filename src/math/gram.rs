@@ -39,7 +39,7 @@ fn first_update_product(a: &Profile, b: &Profile, at: f64, first: f64) -> f64 {
 
 /// `lambda` of an exponential profile.
 fn rate(profile: &Profile) -> f64 {
-    -profile.as_beta().unwrap_or(1.0).ln()
+    profile.as_half_life().map_or(0.0, |steps| std::f64::consts::LN_2 / steps)
 }
 
 /// Integrates `(gamma+1) tau^gamma / T^(gamma+1) lambda e^(-lambda (T - tau))` from `first` to `T = at`.

@@ -29,13 +29,15 @@ mod student;
 
 pub use chain::Chain;
 pub use conversion::{
-    MAX_SIGMA_REL, beta_to_sigma_rel, gamma_to_sigma_rel, half_life_to_beta, sigma_rel_to_beta, sigma_rel_to_gamma,
+    MAX_SIGMA_REL, beta_to_half_life, beta_to_sigma_rel, gamma_to_sigma_rel, half_life_to_beta, half_life_to_sigma_rel,
+    sigma_rel_to_beta, sigma_rel_to_gamma, sigma_rel_to_half_life,
 };
 pub use gram::power_function_gram;
 pub use history::History;
 pub use profile::{Family, Profile, Shape, Unit, Window};
 pub use resolution::Resolution;
 pub use retention::Retention;
+pub(crate) use retention::{dense_errors, targets};
 pub use rounding::relative_rounding;
 pub use schedule::{SNAPSHOT_GROWTH, Schedule};
 pub use solve::{ChainSource, Densities, Solution, System};

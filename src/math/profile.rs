@@ -1,5 +1,6 @@
 //! Profiles: the weights of an average over time, as cumulative distributions `F_T(tau)`.
 
+mod decay;
 mod family;
 mod window;
 
@@ -7,9 +8,10 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::conversion::{gamma_to_sigma_rel, half_life_to_beta, sigma_rel_to_gamma};
+use super::conversion::{gamma_to_sigma_rel, sigma_rel_to_gamma};
 use crate::error::{Error, Result};
 
+use decay::Decay;
 pub use family::{Family, Unit};
 pub use window::{Shape, Window};
 
@@ -29,7 +31,8 @@ enum Kind {
         gamma: f64,
     },
     Exponential {
-        beta: f64,
+        #[serde(flatten)]
+        decay: Decay,
     },
     Uniform {
         #[serde(flatten)]
@@ -71,20 +74,17 @@ impl Profile {
     /// # Errors
     /// [`Error::Parameter`] outside that range.
     pub fn beta(beta: f64) -> Result<Profile> {
-        Profile::try_from(Kind::Exponential { beta })
+        Profile::try_from(Kind::Exponential { decay: Decay::Beta(beta) })
     }
 
     /// Creates the exponential profile that halves a weight in `steps` steps.
     ///
+    /// It keeps the half-life itself, with all its digits.
+    ///
     /// # Errors
-    /// [`Error::Parameter`] unless `steps` is above 0 and its decay differs from 0 and 1.
+    /// [`Error::Parameter`] unless `steps` is above 0 and finite, with a decay per step above 0.
     pub fn half_life(steps: f64) -> Result<Profile> {
-        let beta = half_life_to_beta(steps);
-        if !(steps > 0.0 && beta > 0.0 && beta < 1.0) {
-            let allowed = "a half-life in steps must be above 0, with a decay 2^(-1/h) in (0, 1)".into();
-            return Err(Error::Parameter { name: "half_life", value: steps, allowed });
-        }
-        Profile::beta(beta)
+        Profile::try_from(Kind::Exponential { decay: Decay::HalfLife(steps) })
     }
 
     /// Creates the plain mean over a window.
@@ -140,10 +140,25 @@ impl Profile {
         self.as_gamma().map(gamma_to_sigma_rel)
     }
 
-    /// Returns `beta` of an exponential profile.
+    /// Returns `beta` of an exponential profile; 1 for half-lives above 1e16 steps, whose decay rounds to it.
     pub fn as_beta(&self) -> Option<f64> {
+        self.decay().map(Decay::beta)
+    }
+
+    /// Returns the half-life in steps of an exponential profile.
+    pub fn as_half_life(&self) -> Option<f64> {
+        self.decay().map(Decay::half_life)
+    }
+
+    /// Returns the standard deviation at time `at`, relative to it: [`Profile::as_sigma_rel`] of a power function, and
+    /// about `1/((1-beta) T)` of an exponential profile. `None` for profiles that cannot be tracked.
+    pub fn sigma_rel_at(&self, at: f64) -> Option<f64> {
+        self.as_sigma_rel().or_else(|| self.decay().map(|decay| -1.0 / (decay.ln_over(1.0).exp_m1() * at)))
+    }
+
+    fn decay(&self) -> Option<Decay> {
         match self.0 {
-            Kind::Exponential { beta } => Some(beta),
+            Kind::Exponential { decay } => Some(decay),
             _ => None,
         }
     }
@@ -166,6 +181,14 @@ impl Profile {
         }
     }
 
+    /// Returns the time before which a profile has no mass: the start of its window, 0 without one.
+    pub(super) fn edge(&self, at: f64) -> f64 {
+        match self.0 {
+            Kind::Uniform { window } | Kind::Linear { window } | Kind::LrDecay { window, .. } => at - window.steps(at),
+            _ => 0.0,
+        }
+    }
+
     /// Returns `F_T(tau)`: the share of the average at time `at` of parameters seen at or before `tau`.
     pub fn cumulative(&self, tau: f64, at: f64) -> f64 {
         if tau <= 0.0 {
@@ -176,7 +199,7 @@ impl Profile {
         }
         match &self.0 {
             Kind::Power { gamma } => (tau / at).powf(gamma + 1.0),
-            Kind::Exponential { beta } => (beta.ln() * (at - tau)).exp(),
+            Kind::Exponential { decay } => decay.ln_over(at - tau).exp(),
             Kind::Uniform { window } => window.elapsed(tau, at),
             Kind::Linear { window } => window.elapsed(tau, at).powi(2),
             Kind::LrDecay { shape, window } => 1.0 - shape.factor(window.elapsed(tau, at)),
@@ -195,7 +218,7 @@ impl Profile {
         }
         match self.0 {
             Kind::Power { gamma } => -((gamma + 1.0) * (-(time - previous) / time).ln_1p()).exp_m1(),
-            Kind::Exponential { beta } => -(beta.ln() * (time - previous)).exp_m1(),
+            Kind::Exponential { decay } => -decay.ln_over(time - previous).exp_m1(),
             _ => 1.0 - self.cumulative(previous, time),
         }
     }
@@ -217,11 +240,7 @@ impl Kind {
                 value: *gamma,
                 allowed: "must be 0 (the plain mean, sigma_rel 0.288675) or above, and finite".into(),
             }),
-            Kind::Exponential { beta } if !(*beta > 0.0 && *beta < 1.0) => Err(Error::Parameter {
-                name: "beta",
-                value: *beta,
-                allowed: "a decay per step must be above 0 and below 1".into(),
-            }),
+            Kind::Exponential { decay } => decay.check(),
             Kind::Uniform { window } | Kind::Linear { window } | Kind::LrDecay { window, .. } => window.check(),
             Kind::Table { points } => check_table(points),
             _ => Ok(()),
@@ -274,7 +293,7 @@ impl fmt::Display for Profile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Kind::Power { gamma } => write!(f, "sigma_rel {}", short(gamma_to_sigma_rel(*gamma))),
-            Kind::Exponential { beta } => write!(f, "beta {beta}"),
+            Kind::Exponential { decay } => decay.fmt(f),
             Kind::Uniform { window } => write!(f, "uniform {window}"),
             Kind::Linear { window } => write!(f, "linear {window}"),
             Kind::LrDecay { shape, window } => write!(f, "lr-decay {shape} {window}"),
@@ -343,6 +362,41 @@ mod tests {
         assert!((one_minus_beta - 4e-9 * (1.0 - 1.5e-9)).abs() < 1e-22, "{one_minus_beta}");
     }
 
+    /// Half-lives up to 1e18 steps, against 40-digit values of `1 - 2^(-d/h)`.
+    #[test]
+    fn half_lives_keep_fifteen_digits() {
+        for (half_life, steps, expected) in [
+            (3.0, 1.0, 0.206_299_474_015_900_26),
+            (1e9, 1.0, 6.931_471_803_197_188e-10),
+            (1e12, 10.0, 6.931_471_805_575_43e-12),
+            (1e15, 1.0, 6.931_471_805_599_450_7e-16),
+            (1e18, 1.0, 6.931_471_805_599_453e-19),
+            (1e18, 1000.0, 6.931_471_805_599_451e-16),
+        ] {
+            let profile = Profile::half_life(half_life).unwrap();
+            let found = profile.one_minus_beta(1e3, 1e3 + steps);
+            assert!((found / expected - 1.0).abs() < 1e-15, "{half_life}: {found} is not {expected}");
+            assert_eq!(profile.as_half_life(), Some(half_life));
+            let restored: Profile = serde_json::from_str(&serde_json::to_string(&profile).unwrap()).unwrap();
+            assert_eq!(restored.as_half_life(), Some(half_life));
+            let relative = profile.sigma_rel_at(half_life).unwrap();
+            // The standard deviation is the half-life over ln 2, plus half a step.
+            let deviation = half_life / std::f64::consts::LN_2 + 0.5;
+            assert!((relative * half_life / deviation - 1.0).abs() < 0.02 / half_life.min(1e13), "{half_life}");
+        }
+        assert_ne!(Profile::half_life(1e18).unwrap(), Profile::half_life(2e18).unwrap());
+    }
+
+    /// Older versions stored the decay per step of a half-life.
+    #[test]
+    fn half_life_equals_its_stored_decay_per_step() {
+        let stored: Profile = serde_json::from_str(r#"{"kind":"exponential","beta":0.9828205985452511}"#).unwrap();
+        assert_eq!(Profile::half_life(40.0).unwrap(), stored);
+        assert_ne!(Profile::half_life(41.0).unwrap(), stored);
+        let new = serde_json::to_string(&Profile::half_life(40.0).unwrap()).unwrap();
+        assert_eq!(new, r#"{"kind":"exponential","half_life":40.0}"#);
+    }
+
     #[test]
     fn power_function_has_standard_deviation_sigma_rel() {
         for sigma_rel in [0.05, 0.1, 0.2, 0.28] {
@@ -385,6 +439,9 @@ mod tests {
         for text in [
             r#"{"kind":"power","gamma":-1.0}"#,
             r#"{"kind":"exponential","beta":1.0}"#,
+            r#"{"kind":"exponential"}"#,
+            r#"{"kind":"exponential","half_life":0.0}"#,
+            r#"{"kind":"exponential","half_life":1e999}"#,
             r#"{"kind":"uniform","window":0}"#,
             r#"{"kind":"uniform"}"#,
             r#"{"kind":"linear","fraction":1.5}"#,
@@ -402,7 +459,7 @@ mod tests {
     fn profiles_display_with_short_numbers() {
         let names: Vec<String> = all().iter().map(ToString::to_string).collect();
         assert_eq!(names[0], "sigma_rel 0.1");
-        assert_eq!(names[2], "beta 0.99");
+        assert_eq!((names[2].as_str(), names[3].as_str()), ("beta 0.99", "half_life 30"));
         assert_eq!(names[4], "uniform 40");
         assert_eq!(names[9], "lr-decay 1-sqrt 50%");
     }

@@ -2,6 +2,7 @@
 
 mod density;
 mod kkt;
+mod target;
 mod updates;
 
 use faer::Mat;
@@ -15,6 +16,7 @@ use crate::error::{Error, Result};
 pub use density::Densities;
 use kkt::Kkt;
 pub(super) use kkt::scaled_kkt;
+pub(super) use target::TargetWeights;
 pub(super) use updates::Updates;
 
 /// Largest difference from 1 of the cosine of two sources that are taken as one average.
@@ -151,7 +153,7 @@ impl System {
         profile.check_at(self.at as f64)?;
         match &self.products {
             InnerProducts::Updates(updates) => {
-                self.blend(updates, &updates.target(profile, self.at)).map(|blend| blend.solution)
+                self.blend(updates, &TargetWeights::new(updates, profile, self.at)).map(|blend| blend.solution)
             }
             InnerProducts::PowerFunctions(sources) => self.solve_closed_form(sources, profile),
         }
@@ -169,9 +171,9 @@ impl System {
     ///
     /// # Errors
     /// [`Error::Parameter`] for a window longer than the time.
-    pub(super) fn target(&self, updates: &Updates, profile: &Profile) -> Result<Vec<f64>> {
+    pub(super) fn target(&self, updates: &Updates, profile: &Profile) -> Result<TargetWeights> {
         profile.check_at(self.at as f64)?;
-        Ok(updates.target(profile, self.at))
+        Ok(TargetWeights::new(updates, profile, self.at))
     }
 
     /// Solves for the weights of a target on the updates, and keeps the residual.
@@ -183,9 +185,8 @@ impl System {
     ///
     /// # Errors
     /// [`Error::DependentSources`] if no blend is accepted.
-    pub(super) fn blend(&self, updates: &Updates, target: &[f64]) -> Result<BlendSolution> {
-        let norm = updates.norm(target);
-        let single_errors = self.single_errors(&updates.products(target), norm * norm);
+    pub(super) fn blend(&self, updates: &Updates, target: &TargetWeights) -> Result<BlendSolution> {
+        let single_errors = self.single_errors(&updates.products(target), target.square(updates));
         if let Some(blend) = self.target_source(updates, target, &single_errors) {
             return Ok(blend);
         }
@@ -230,7 +231,7 @@ impl System {
     /// Returns the source that is the target, with weight 1; `None` if there is none or the solve is regularised.
     ///
     /// Sources that nearly depend on each other have many blends without an error, of any noise gain.
-    fn target_source(&self, updates: &Updates, target: &[f64], single_errors: &[f64]) -> Option<BlendSolution> {
+    fn target_source(&self, updates: &Updates, target: &TargetWeights, single_errors: &[f64]) -> Option<BlendSolution> {
         if self.kkt.rho_squared > 0.0 {
             return None;
         }
@@ -239,7 +240,7 @@ impl System {
         let alone = near.into_iter().take(MOST_NEAR).map(|source| {
             let weights = unit_weights(single_errors.len(), source);
             let residual = updates.residual(&weights, target);
-            let relative_error = updates.norm(&residual) / updates.norm(target);
+            let relative_error = target.relative_error(updates, &residual);
             BlendSolution { solution: Solution::new(weights, relative_error, &self.kkt), residual }
         });
         let best = alone.min_by(|a, b| a.solution.relative_error.total_cmp(&b.solution.relative_error));
@@ -247,11 +248,11 @@ impl System {
     }
 
     /// Solves as [`System::blend`], with `rho` instead of the system's regularisation.
-    pub(super) fn blend_with(&self, updates: &Updates, target: &[f64], rho: f64) -> Result<BlendSolution> {
+    pub(super) fn blend_with(&self, updates: &Updates, target: &TargetWeights, rho: f64) -> Result<BlendSolution> {
         self.solve_updates(updates, target, &Kkt::new(&self.gram, &self.order, rho, 0.0))
     }
 
-    fn solve_updates(&self, updates: &Updates, target: &[f64], kkt: &Kkt) -> Result<BlendSolution> {
+    fn solve_updates(&self, updates: &Updates, target: &TargetWeights, kkt: &Kkt) -> Result<BlendSolution> {
         let mut weights = self.solve_once(kkt, &updates.products(target), 1.0);
         for _ in 0..REFINEMENTS {
             // The gradient of the residual keeps the digits that the Gram matrix, which squares the condition, loses.
@@ -262,7 +263,7 @@ impl System {
         }
         self.check_sum(&weights)?;
         let residual = updates.residual(&weights, target);
-        let relative_error = updates.norm(&residual) / updates.norm(target);
+        let relative_error = target.relative_error(updates, &residual);
         Ok(BlendSolution { solution: Solution::new(weights, relative_error, kkt), residual })
     }
 

@@ -19,9 +19,10 @@ pub struct Merge {
     pub profile: Profile,
     /// Time of the target, a step.
     pub at: u64,
-    /// Relative error `||p - r|| / ||r||` of the profile `p` that the weights stand for, from the target's `r`.
+    /// Distance of the average from the target for parameters that walk at random, relative to that of the newest
+    /// parameters: [`Resolution::relative_error`](crate::math::Resolution).
     ///
-    /// `p` is even between checkpoints. Both are taken over single steps.
+    /// It is 1 if the newest checkpoint has all the weight, and 0 if there is one at each step.
     pub relative_error: f64,
     /// Steps by which the mean time of the average is later than the target's.
     ///

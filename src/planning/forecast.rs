@@ -47,10 +47,15 @@ impl Forecast {
             return Err(Error::NotTrackable { profile: profile.to_string() });
         }
         let history = self.schedule.updates(self.steps)?;
-        let kept = self.kept(&history)?;
+        let kept = self.kept(&history, |_| ())?;
+        Ok((self.sources_at(&kept), history))
+    }
+
+    /// Returns the snapshots at some steps.
+    pub(super) fn sources_at(&self, kept: &[u64]) -> Vec<IndexedSource> {
         let mut sources = Vec::with_capacity(self.tracked.len() * kept.len());
         for (index, profile) in self.tracked.iter().enumerate() {
-            for &step in &kept {
+            for &step in kept {
                 let chain = Chain::Tracked(profile.clone());
                 sources.push(IndexedSource {
                     index,
@@ -61,19 +66,17 @@ impl Forecast {
                 });
             }
         }
-        Ok((sources, history))
+        sources
     }
 
     /// Returns the steps whose snapshots the training will leave, by applying retention after each snapshot.
-    fn kept(&self, history: &History) -> Result<Vec<u64>> {
+    ///
+    /// `look` is called with the kept steps after each snapshot.
+    pub(super) fn kept(&self, history: &History, look: impl FnMut(&[u64])) -> Result<Vec<u64>> {
         self.retention.check()?;
         let first = history.first().unwrap_or(1);
-        let mut kept: Vec<u64> = Vec::new();
-        for step in self.schedule.snapshots(self.steps).into_iter().take_while(|_| self.keep > 0) {
-            kept.push(step);
-            let surplus = self.retention.surplus(&self.tracked, first, &kept, self.keep);
-            kept.retain(|step| !surplus.contains(step));
-        }
+        let snapshots = if self.keep > 0 { self.schedule.snapshots(self.steps) } else { Vec::new() };
+        let kept = self.retention.over_training(&self.tracked, first, &snapshots, self.keep, look);
         if kept.is_empty() {
             let reason =
                 format!("no snapshot is left after {} steps: store snapshots sooner, and keep at least 1", self.steps);

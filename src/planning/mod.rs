@@ -17,7 +17,7 @@ mod stored_noise;
 mod warnings;
 
 #[doc(hidden)]
-pub use advise::rounding;
+pub use advise::{ADVICE_PARTS, rounding};
 pub use advise::{Advice, AdviceRequest, WorstCase, advise};
 pub(crate) use density::densities;
 pub use forecast::Forecast;

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Serialize, Serializer};
 
 use super::source::IndexedSource;
-use crate::math::{Chain, Profile, beta_to_sigma_rel};
+use crate::math::{Chain, Profile};
 
 /// Relative error above which a plan has a [`Shortfall`].
 pub const LARGE_ERROR: f64 = 0.05;
@@ -65,11 +65,11 @@ impl Shortfall {
             return Some(Shortfall::Between { nearest });
         }
         let tracked = sources.iter().filter_map(|source| match &source.chain {
-            Chain::Tracked(profile) => length(profile, at),
+            Chain::Tracked(profile) => profile.sigma_rel_at(at as f64),
             _ => None,
         });
         let (shortest, longest) = tracked.fold((f64::INFINITY, 0.0), |(a, b), length| (length.min(a), length.max(b)));
-        if let Some(length) = length(profile, at).filter(|_| longest > 0.0)
+        if let Some(length) = profile.sigma_rel_at(at as f64).filter(|_| longest > 0.0)
             && (length < shortest * (1.0 - SAME_LENGTH) || length > longest * (1.0 + SAME_LENGTH))
         {
             return Some(Shortfall::Outside { shortest, longest });
@@ -78,11 +78,6 @@ impl Shortfall {
         let first = steps.first().copied().unwrap_or(at);
         Some(Shortfall::Few { steps: steps.len(), first, last: at })
     }
-}
-
-/// Returns the standard deviation of a profile relative to the time; `None` for one that cannot be tracked.
-fn length(profile: &Profile, at: u64) -> Option<f64> {
-    profile.as_sigma_rel().or_else(|| profile.as_beta().map(|beta| beta_to_sigma_rel(beta, at as f64)))
 }
 
 impl fmt::Display for Shortfall {

@@ -352,7 +352,8 @@ impl Options {
     /// Returns `base` with the options that were set.
     pub(super) fn settings(&self, base: Settings) -> Result<Settings> {
         let mut profiles: Vec<Profile> = self.profiles.iter().map(ProfileSpec::profile).collect::<Result<_>>()?;
-        if profiles.is_empty() {
+        // Equal profiles may be stored in another unit; those of the run keep its bits.
+        if profiles.is_empty() || profiles == base.profiles {
             profiles = base.profiles;
         }
         if profiles.is_empty() {

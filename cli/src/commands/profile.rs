@@ -2,7 +2,7 @@
 
 use clap::Args;
 use posthoc_ema::Profile;
-use posthoc_ema::math::{MAX_SIGMA_REL, beta_to_sigma_rel, sigma_rel_to_beta};
+use posthoc_ema::math::{MAX_SIGMA_REL, sigma_rel_to_beta, sigma_rel_to_half_life};
 
 use super::output::{print, print_json};
 use super::targets::FamilyArgs;
@@ -61,13 +61,13 @@ pub fn run(arguments: &Arguments) -> Outcome {
 fn convert(profile: Profile, steps: Option<f64>) -> Conversion {
     let sigma_rel = profile.as_sigma_rel().or_else(|| {
         // Wider than the plain mean, no power function matches.
-        Some(beta_to_sigma_rel(profile.as_beta()?, steps?)).filter(|&sigma_rel| sigma_rel <= MAX_SIGMA_REL)
+        profile.sigma_rel_at(steps?).filter(|&sigma_rel| sigma_rel <= MAX_SIGMA_REL)
     });
     let gamma = profile.as_gamma().or_else(|| Profile::sigma_rel(sigma_rel?).ok()?.as_gamma());
     let beta = profile.as_beta().or_else(|| sigma_rel_to_beta(sigma_rel?, steps?).ok());
-    let half_life = beta.map(|beta| -std::f64::consts::LN_2 / beta.ln());
+    let half_life = profile.as_half_life().or_else(|| sigma_rel_to_half_life(sigma_rel?, steps?).ok());
     let deviation = match profile.as_beta() {
-        Some(beta) => Some(1.0 / (1.0 - beta)),
+        Some(_) => profile.sigma_rel_at(1.0),
         None => sigma_rel.zip(steps).map(|(sigma_rel, steps)| sigma_rel * steps),
     };
     Conversion { profile, gamma, sigma_rel, beta, half_life, deviation }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use posthoc_ema::math::{Densities, beta_to_sigma_rel};
+use posthoc_ema::math::Densities;
 use posthoc_ema::{At, Dtype, Forecast, Noise, Plan, Profile, Run};
 
 use super::Failure;
@@ -105,7 +105,7 @@ impl PlanSource {
 
 /// Returns the `sigma_rel` of a tracked profile at a time; for an exponential one, that of the same standard deviation.
 pub fn length_at(profile: &Profile, at: u64) -> Option<f64> {
-    profile.as_sigma_rel().or_else(|| profile.as_beta().map(|beta| beta_to_sigma_rel(beta, at as f64)))
+    profile.sigma_rel_at(at as f64)
 }
 
 /// Returns the regularisation of a plan before training.

@@ -134,7 +134,7 @@ fn average_of_about_one_checkpoint_is_warned_of() {
     let run = training(temp.path());
     let output = posthoc_ema(&["average", &run, "--half-life", "100", "--plan"]);
     let stderr = String::from_utf8(output.stderr).unwrap();
-    assert!(output.status.success() && stderr.starts_with("warning: beta 0.99"), "{stderr}");
+    assert!(output.status.success() && stderr.starts_with("warning: half_life 100"), "{stderr}");
     assert!(stderr.contains("at step 3000: only 1.06 checkpoints count"), "{stderr}");
     let text = stdout(&["average", &run, "--half-life", "100", "--plan", "--json"]);
     let document: Value = serde_json::from_str(&text).unwrap();

@@ -41,7 +41,7 @@ fn advice_fits_the_disk_and_matches_its_plan() {
     let document = json(&[&training, &request, &["--json"]]);
     let all = document["advice"].as_array().unwrap();
     let best = &document["best"];
-    assert!(all.len() == 6 && all.contains(best), "{document}");
+    assert!(all.len() == 8 && all.contains(best), "{document}");
     assert!(best["disk"].as_u64().unwrap() <= 1_100_000_000);
     let number = |key: &str| best[key].to_string();
     let tracked: Vec<String> = best["sigma_rels"].as_array().unwrap().iter().map(Value::to_string).collect();
@@ -55,7 +55,9 @@ fn advice_fits_the_disk_and_matches_its_plan() {
     assert_eq!(plan["disk"], best["disk"]);
     let rounding = plan["targets"][0]["noise_gain"].as_f64().unwrap() * 2.1e-4;
     let together = error(&plan).hypot(rounding);
-    assert!((together / best["error"].as_f64().unwrap() - 1.0).abs() < 0.02, "{plan} {best}");
+    // The advised error is the largest of the last tenth of the training, not only of its end.
+    let ratio = together / best["error"].as_f64().unwrap();
+    assert!(ratio > 0.2 && ratio < 1.02, "{plan} {best}");
     let table = stdout(&[&training[..], &request].concat());
     assert!(table.contains("Within 1.10 GB: track 0.") && table.contains("max_checkpoints"), "{table}");
 }

@@ -140,9 +140,11 @@ fn table_marks_the_best_trial() {
         case.arguments(&["--sigma-rel", "0.05,0.1,0.15", "--half-life", "5", "--refine", "1", "--maximize"]);
     let text = stdout(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
     let best: Vec<&str> = text.lines().filter(|line| line.trim_end().ends_with("best")).collect();
-    assert!(best.len() == 1 && best[0].trim_start().starts_with("beta 0.87"), "{text}");
+    assert!(best.len() == 1 && best[0].trim_start().starts_with("half_life 5"), "{text}");
     assert!(
-        text.contains("relative error") && text.contains("best at step 500: beta") && text.contains("best.safetensors")
+        text.contains("relative error")
+            && text.contains("best at step 500: half_life")
+            && text.contains("best.safetensors")
     );
     let wide = case.temp.path().join("wide").to_str().unwrap().to_owned();
     let eval = case.eval();

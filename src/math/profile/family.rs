@@ -36,7 +36,7 @@ impl Profile {
     pub fn family(&self) -> Option<(Family, f64)> {
         match &self.0 {
             Kind::Power { gamma } => Some((Family::Power, gamma_to_sigma_rel(*gamma))),
-            Kind::Exponential { beta } => Some((Family::Exponential, -std::f64::consts::LN_2 / beta.ln())),
+            Kind::Exponential { decay } => Some((Family::Exponential, decay.half_life())),
             Kind::Uniform { window } => Some((Family::Uniform(window.unit()), window.length())),
             Kind::Linear { window } => Some((Family::Linear(window.unit()), window.length())),
             Kind::LrDecay { shape, window } => Some((Family::LrDecay(*shape, window.unit()), window.length())),
@@ -131,8 +131,7 @@ mod tests {
             let profile = profile.unwrap();
             let (family, found) = profile.family().unwrap();
             assert_eq!(family.length_name(), name);
-            // A decay near 1 keeps as many digits of the half-life as 1 - beta has: 3e-16 of 1e-3.
-            assert!((found - length).abs() <= 1e-12 * length, "{profile}: {found}");
+            assert!((found - length).abs() <= 1e-15 * length, "{profile}: {found}");
             let restored = family.profile(found).unwrap();
             assert_eq!(restored.family().unwrap().0, family);
             let coordinate = family.coordinate(length);

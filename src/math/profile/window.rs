@@ -32,12 +32,17 @@ pub enum Shape {
 }
 
 impl Window {
-    /// Returns the share of the window that has passed at `tau`, in [0, 1].
-    pub(super) fn elapsed(self, tau: f64, at: f64) -> f64 {
-        let steps = match self {
+    /// Returns the length in steps.
+    pub(super) fn steps(self, at: f64) -> f64 {
+        match self {
             Window::Steps(steps) => steps,
             Window::Fraction(fraction) => fraction * at,
-        };
+        }
+    }
+
+    /// Returns the share of the window that has passed at `tau`, in [0, 1].
+    pub(super) fn elapsed(self, tau: f64, at: f64) -> f64 {
+        let steps = self.steps(at);
         ((tau - (at - steps)) / steps).clamp(0.0, 1.0)
     }
 

@@ -104,7 +104,7 @@ fn early_snapshots_do_not_push_out_those_that_matter() {
 #[test]
 fn dropped_snapshot_leaves_the_smallest_worst_error() {
     for (steps, range) in [((1..=21).map(|i| 1000 * i).collect::<Vec<u64>>(), (0.05, 0.28)), (uneven(), (0.1, 0.2))] {
-        let targets = targets(range.0, range.1);
+        let targets = targets(range.0, range.1, TARGETS);
         let without = |dropped: usize| {
             let left: Vec<u64> = steps.iter().enumerate().filter(|(i, _)| *i != dropped).map(|(_, s)| *s).collect();
             let system = System::closed_form(steps[steps.len() - 1], &sources(&tracked(), &left), 0.0).unwrap();
@@ -113,12 +113,49 @@ fn dropped_snapshot_leaves_the_smallest_worst_error() {
         };
         let all: Vec<f64> = (0..steps.len() - 1).map(without).collect();
         let least = all.iter().copied().fold(f64::MAX, f64::min);
-        let chosen = least_needed(&tracked(), &targets, 10, &steps);
+        let mut thinning = Thinning::new(&tracked(), targets.clone(), 10);
+        steps.iter().for_each(|&step| thinning.push(step));
+        let chosen = thinning.least_needed();
         assert!(all[chosen] <= least * (1.0 + 1e-4), "{chosen} leaves {}, {least} is possible", all[chosen]);
         // The errors from the inverse equal those of a solve without the step.
-        let products = DenseProducts::new(&tracked(), &targets, 10, &steps);
-        for ((error, _), exact) in ConstrainedSolve::new(&products).errors_without().iter().zip(&all) {
+        for ((error, _), exact) in ConstrainedSolve::new(&thinning.products).errors_without().iter().zip(&all) {
             assert!((error.sqrt() / exact - 1.0).abs() < 1e-3, "{} is not {exact}", error.sqrt());
+        }
+    }
+}
+
+/// Compares with the rule applied to the steps alone, after each snapshot.
+#[test]
+fn training_keeps_what_the_rule_leaves_after_each_snapshot() {
+    let with_exponential = [power(0.05), Profile::half_life(2000.0).unwrap()];
+    let snapshots = Schedule::default().snapshots(60_000);
+    for retention in [Retention::default(), Retention::Latest, Retention::Steps(vec![500, 9000, 20_000])] {
+        for tracked in [tracked(), with_exponential.clone()] {
+            let mut kept: Vec<u64> = Vec::new();
+            let mut expected = Vec::new();
+            for &step in &snapshots {
+                kept.push(step);
+                let surplus = retention.surplus(&tracked, 10, &kept, 12);
+                kept.retain(|step| !surplus.contains(step));
+                expected.push(kept.clone());
+            }
+            let mut seen = Vec::new();
+            let last = retention.over_training(&tracked, 10, &snapshots, 12, |kept| seen.push(kept.to_vec()));
+            assert_eq!((seen, last), (expected, kept), "{retention:?}");
+        }
+    }
+}
+
+#[test]
+fn dense_errors_equal_those_of_a_solve() {
+    for steps in [uneven(), (1..=15).map(|i| 1000 * i).collect()] {
+        let targets = targets(0.06, 0.2, 5);
+        let system = System::closed_form(steps[steps.len() - 1], &sources(&tracked(), &steps), 0.0).unwrap();
+        let found = dense_errors(&tracked(), &targets, 10, &steps);
+        for ((error, gain), target) in found.iter().zip(&targets) {
+            let exact = system.solve(target).unwrap();
+            assert!((error / exact.relative_error - 1.0).abs() < 1e-4, "{error} is not {}", exact.relative_error);
+            assert!((gain / exact.noise_gain - 1.0).abs() < 1e-4, "{gain} is not {}", exact.noise_gain);
         }
     }
 }

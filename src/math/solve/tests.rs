@@ -348,13 +348,14 @@ fn grouped_updates_give_the_best_weights_and_the_true_error() {
         let fraction = Window::Fraction(0.15);
         let decay = |shape| Profile::lr_decay(shape, fraction).unwrap();
         // A group is 0.4% of the distance to the next snapshot, and smooth densities are off by about its square.
-        // The step of a uniform profile falls into a group.
+        // The step of a uniform profile and the infinite slope of a decay by 1-sqrt fall into a group.
         for (profile, tolerance) in [
             (power(0.15), 4e-6),
             (Profile::half_life(100_000.0).unwrap(), 4e-6),
-            (Profile::uniform(fraction).unwrap(), 1e-3),
+            (Profile::uniform(fraction).unwrap(), 1e-4),
             (Profile::linear(fraction).unwrap(), 1e-4),
             (decay(Shape::Cosine), 1e-4),
+            (decay(Shape::OneMinusSqrt), 1e-4),
         ] {
             let best = exact.solve(&profile).unwrap().relative_error;
             let found = grouped.solve(&profile).unwrap();
