@@ -97,7 +97,8 @@ def test_plan_and_advice_know_early_snapshots() -> None:
         found = posthoc_ema.plan(
             [best.sigma_rel], steps=3000, profiles=best.profiles, snapshot_growth=growth, **schedule
         )
-        assert found[0].relative_error == pytest.approx(best.relative_error, rel=0.1)
+        # The advised error is the largest of the last tenth of the training, not only of its end.
+        assert 0.1 * best.relative_error < found[0].relative_error < 1.1 * best.relative_error
 
 
 def test_average_in_memory_stores_no_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
