@@ -8,6 +8,7 @@ mod names;
 mod noise;
 mod numbers;
 mod paper;
+mod predictions;
 mod sources;
 mod tensor_groups;
 mod trajectories;

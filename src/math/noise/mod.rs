@@ -7,28 +7,33 @@
 //! | symbol | meaning | where |
 //! | --- | --- | --- |
 //! | `d_k` | the residual on update `k`; its sum is 0 | `BlendSolution::residual` |
-//! | `v_l`, `v_r`, `v_w` | drift, random walk and white noise of the parameters, per element | [`Trajectory`] |
+//! | `v_c` | variance of each kind of movement of the parameters, per element | `Movement` |
+//! | `B_c`, `G` | covariances of the snapshots' differences for unit variance, and for all kinds | `MovementBasis` |
+//! | `S` | mean products of the snapshots' differences, from `M` | `MovementBasis::fit` |
 //! | `u` | the distance of neighbouring values of a stored dtype | `ulps` |
 //! | `M_ij` | mean square of `s_i - s_j` | [`Measured`] |
 //! | `m_ij` | mean square of `p_i - p_j`: without rounding | [`Measured::moved`] |
 //! | `C_ij` | covariance of `e_i` and `e_j` | [`Measured::rounding`] |
 //!
-//! `quantization` splits `M_ij` into `m_ij` and `C_ij`. `fit` finds the trajectory from the `m_ij` of all pairs.
-//! `ErrorModel::expected_errors` adds `x' C x` and the mean square of the trajectory's blend with weights `d`.
+//! `quantization` splits `M_ij` into `m_ij` and `C_ij`. `likelihood` finds the variances for which `S` is most likely.
+//! `ErrorModel::expected_errors` adds `x' C x` and the mean square of `sum_k d_k` times the parameters that is expected
+//! given the snapshots.
 
-mod fit;
+mod cells;
+mod knots;
+mod likelihood;
 mod measure;
-mod quadratic_forms;
+mod movement;
 mod quantization;
 mod regularisation;
-mod trajectory;
+mod waves;
 
 use faer::Mat;
+use rayon::prelude::*;
 
 pub(crate) use measure::{Measured, Sample, measure};
-use quadratic_forms::QuadraticForms;
+use movement::{Movement, MovementBasis};
 pub(crate) use regularisation::RegularisedSolution;
-use trajectory::Trajectory;
 
 use super::solve::{BlendSolution, System, Updates};
 
@@ -44,12 +49,13 @@ pub(crate) struct MeasuredGroup {
 pub(crate) struct ErrorModel<'a> {
     system: &'a System,
     updates: &'a Updates,
+    basis: MovementBasis<'a>,
     groups: Vec<GroupModel>,
 }
 
 /// Movement and rounding of one group.
 struct GroupModel {
-    trajectory: Trajectory,
+    movement: Movement,
     /// `C_ij`.
     rounding: Mat<f64>,
     share: f64,
@@ -74,18 +80,19 @@ impl<'a> ErrorModel<'a> {
     /// Creates the model of a system from measurements of its sources; `None` if the sources have no history.
     pub(crate) fn new(system: &'a System, groups: Vec<MeasuredGroup>) -> Option<ErrorModel<'a>> {
         let updates = system.updates()?;
-        let forms = QuadraticForms::new(updates);
+        let basis = MovementBasis::new(updates);
         let fit = |MeasuredGroup { measured, share }| {
-            let trajectory = Trajectory::fit(updates, &forms, &measured);
-            GroupModel { trajectory, rounding: measured.rounding, share }
+            let movement = basis.fit(&measured);
+            GroupModel { movement, rounding: measured.rounding, share }
         };
-        Some(ErrorModel { system, updates, groups: groups.into_iter().map(fit).collect() })
+        let groups = groups.into_par_iter().map(fit).collect();
+        Some(ErrorModel { system, updates, basis, groups })
     }
 
     /// Returns the expected error of each group.
     fn expected_errors(&self, blend: &BlendSolution) -> Vec<ExpectedError> {
         let of_group = |group: &GroupModel| {
-            let profile = group.trajectory.mean_square(&self.updates.times, &self.updates.counts, &blend.residual);
+            let profile = self.basis.mean_square(&group.movement, &blend.residual);
             // Measured covariances need not be positive definite to the last digit.
             let rounding = quadratic_form(&group.rounding, &blend.solution.weights).max(0.0);
             ExpectedError { profile: profile.sqrt(), rounding: rounding.sqrt() }

@@ -1,9 +1,8 @@
-//! Quadratic forms against naive sums and simulations, and fits of known variances.
+//! Expected errors against naive sums and simulations.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::quadratic_forms::QuadraticForms;
 use super::*;
 use crate::math::{Chain, ChainSource, History, Profile};
 
@@ -47,58 +46,50 @@ fn double_sum(times: &[u64], d: &[f64], covariance: impl Fn(f64, f64) -> f64) ->
     (0..times.len()).map(row).sum()
 }
 
-/// Drift, walk and white noise of unit variance, each alone.
-const ALONE: [Trajectory; 3] = [
-    Trajectory { drift: 1.0, walk: 0.0, white: 0.0 },
-    Trajectory { drift: 0.0, walk: 1.0, white: 0.0 },
-    Trajectory { drift: 0.0, walk: 0.0, white: 1.0 },
-];
+/// Variances of a straight line, a random walk and white noise.
+#[derive(Clone, Copy)]
+struct Truth {
+    line: f64,
+    walk: f64,
+    white: f64,
+}
 
-#[test]
-fn mean_squares_equal_double_sums_over_covariances() {
-    let (times, sources, _) = system();
-    let first = times[0] as f64;
-    let newest = times[199] as f64;
-    for (a, b) in [(0, 9), (3, 4), (2, 7), (9, 5)] {
-        let d = difference(&weights(&sources[a], &times), &weights(&sources[b], &times));
-        let [drift, walk, white] = ALONE.map(|trajectory| trajectory.mean_square(&times, &vec![1.0; times.len()], &d));
-        // Position and velocity start at the newest update and go back in time: a twice summed walk.
-        let bend = |s: f64, t: f64| {
-            let near = newest - s.max(t);
-            let far = newest - s.min(t);
-            near * near * (3.0 * far - near) / 6.0
-        };
-        let straight = double_sum(&times, &d, |s, t| (s - newest) * (t - newest));
-        for (found, expected) in [
-            (drift, straight + double_sum(&times, &d, bend) / newest),
-            (walk, double_sum(&times, &d, |s, t| s.min(t) - first)),
-            (white, double_sum(&times, &d, |s, t| f64::from(u8::from(s == t)))),
-        ] {
-            assert!((found - expected).abs() <= 1e-9 * expected, "{a} {b}: {found} is not {expected}");
+impl Truth {
+    /// Returns the mean square of the parameters at `times`, blended with weights that sum to 0.
+    fn mean_square(&self, times: &[u64], weights: &[f64]) -> f64 {
+        let line: f64 = times.iter().zip(weights).map(|(&t, w)| t as f64 * w).sum();
+        let mut from = 0.0;
+        let mut walk = 0.0;
+        for k in (1..times.len()).rev() {
+            from += weights[k];
+            walk += from * from * (times[k] - times[k - 1]) as f64;
         }
+        self.line * line * line + self.walk * walk + self.white * weights.iter().map(|w| w * w).sum::<f64>()
+    }
+
+    /// Returns what exact snapshots of such parameters would be measured as.
+    fn measured(&self, sources: &[ChainSource], times: &[u64]) -> Measured {
+        let weights: Vec<Vec<f64>> = sources.iter().map(|source| weights(source, times)).collect();
+        let moved = |i: usize, j: usize| self.mean_square(times, &difference(&weights[i], &weights[j]));
+        exact(Mat::from_fn(sources.len(), sources.len(), moved))
     }
 }
 
+/// Returns the residual of the best blend for a target.
+fn residual(system: &System, sigma_rel: f64) -> Vec<f64> {
+    let updates = system.updates().unwrap();
+    let target = system.target(updates, &Profile::sigma_rel(sigma_rel).unwrap()).unwrap();
+    system.blend(updates, &target).unwrap().residual
+}
+
 #[test]
-fn quadratic_forms_equal_mean_squares_of_differences() {
-    let (times, sources, system) = system();
-    let forms = QuadraticForms::new(system.updates().unwrap());
-    for i in 0..sources.len() {
-        for j in 0..i {
-            let d = difference(&weights(&sources[i], &times), &weights(&sources[j], &times));
-            let straight = times.iter().zip(&d).map(|(&t, d)| t as f64 * d).sum::<f64>().powi(2);
-            let expected = [
-                straight,
-                ALONE[1].mean_square(&times, &vec![1.0; times.len()], &d),
-                ALONE[2].mean_square(&times, &vec![1.0; times.len()], &d),
-            ];
-            for (found, expected) in forms.between(i, j).into_iter().zip(expected) {
-                // The forms are differences of sums as large as the time.
-                let tolerance = 1e-9 * expected + 1e-11;
-                assert!((found - expected).abs() <= tolerance, "{i} {j}: {found} is not {expected}");
-            }
-        }
-    }
+fn walk_equals_the_double_sum_over_covariances() {
+    let (times, sources, _) = system();
+    let first = times[0] as f64;
+    let d = difference(&weights(&sources[2], &times), &weights(&sources[7], &times));
+    let found = Truth { line: 0.0, walk: 1.0, white: 0.0 }.mean_square(&times, &d);
+    let expected = double_sum(&times, &d, |s, t| s.min(t) - first);
+    assert!((found - expected).abs() <= 1e-9 * expected, "{found} is not {expected}");
 }
 
 /// Returns a number of mean 0 and variance 1.
@@ -106,26 +97,26 @@ fn random_number(random: &mut ChaCha8Rng) -> f64 {
     (random.random::<f64>() - 0.5) * 12f64.sqrt()
 }
 
-/// Simulates an element at each of the times, with a constant drift.
-fn simulated(random: &mut ChaCha8Rng, times: &[u64], trajectory: Trajectory) -> Vec<f64> {
-    let speed = trajectory.drift.sqrt() * random_number(random);
+/// Simulates an element at each of the times.
+fn simulated(random: &mut ChaCha8Rng, times: &[u64], truth: Truth) -> Vec<f64> {
+    let speed = truth.line.sqrt() * random_number(random);
     let mut walked = 0.0;
     let mut before = times[0];
     let mut at = |&time: &u64| {
-        walked += (trajectory.walk * (time - before) as f64).sqrt() * random_number(random);
+        walked += (truth.walk * (time - before) as f64).sqrt() * random_number(random);
         before = time;
-        speed * time as f64 + walked + trajectory.white.sqrt() * random_number(random)
+        speed * time as f64 + walked + truth.white.sqrt() * random_number(random)
     };
     times.iter().map(&mut at).collect()
 }
 
 #[test]
-fn simulated_elements_are_measured_and_fitted() {
+fn simulated_elements_are_measured_and_predicted() {
     let (times, sources, system) = system();
-    let truth = Trajectory { drift: 2e-5, walk: 0.01, white: 3.0 };
+    let truth = Truth { line: 2e-5, walk: 0.01, white: 3.0 };
     let weights: Vec<Vec<f64>> = sources.iter().map(|source| weights(source, &times)).collect();
     let mut random = ChaCha8Rng::seed_from_u64(12);
-    let elements = 20_000;
+    let elements = 4_000;
     let mut values = vec![Vec::with_capacity(elements); sources.len()];
     for _ in 0..elements {
         let element = simulated(&mut random, &times, truth);
@@ -135,25 +126,24 @@ fn simulated_elements_are_measured_and_fitted() {
     }
     // Exact values: no movement is taken for rounding.
     let sample = Sample { ulps: vec![vec![1e-12; elements]; sources.len()], values, weights: vec![1.0; elements] };
-    let measured = measure(&sample, &[vec![0..5000], vec![5000..elements]]);
-    let direct = |i: usize, j: usize| {
-        let pairs = sample.values[i].iter().zip(&sample.values[j]);
-        pairs.map(|(a, b)| (a - b) * (a - b)).sum::<f64>() / elements as f64
-    };
+    let measured = measure(&sample, &[vec![0..1000], vec![1000..elements]]);
+    // Six deviations of a mean square over the elements.
+    let tolerance = 6.0 * (2.0 / elements as f64).sqrt();
     for (i, j) in [(0, 1), (3, 8), (9, 2)] {
-        assert!((measured.moved[(i, j)] / direct(i, j) - 1.0).abs() < 1e-9);
-        let d = difference(&weights[i], &weights[j]);
-        let straight = times.iter().zip(&d).map(|(&t, d)| t as f64 * d).sum::<f64>().powi(2);
-        let expected = Trajectory { drift: 0.0, ..truth }.mean_square(&times, &vec![1.0; times.len()], &d)
-            + truth.drift * straight;
-        // Six deviations of a mean square over the elements.
-        let tolerance = 6.0 * (2.0 / elements as f64).sqrt();
-        assert!((direct(i, j) / expected - 1.0).abs() < tolerance, "{i} {j}: {} is not {expected}", direct(i, j));
+        let expected = truth.mean_square(&times, &difference(&weights[i], &weights[j]));
+        assert!((measured.moved[(i, j)] / expected - 1.0).abs() < tolerance, "{i} {j}: {}", measured.moved[(i, j)]);
     }
-    let forms = QuadraticForms::new(system.updates().unwrap());
-    let fitted = Trajectory::fit(system.updates().unwrap(), &forms, &measured);
-    for (found, expected) in [(fitted.drift, truth.drift), (fitted.walk, truth.walk), (fitted.white, truth.white)] {
-        assert!((found / expected - 1.0).abs() < 0.1, "{fitted:?}");
+    check_predictions(&times, &system, &measured, truth);
+}
+
+/// Checks the mean squares of blends for targets of several lengths, to a factor of 1.5 of their roots.
+fn check_predictions(times: &[u64], system: &System, measured: &Measured, truth: Truth) {
+    let basis = MovementBasis::new(system.updates().unwrap());
+    let movement = basis.fit(measured);
+    for sigma_rel in [0.02, 0.05, 0.15, 0.2] {
+        let d = residual(system, sigma_rel);
+        let ratio = (basis.mean_square(&movement, &d) / truth.mean_square(times, &d)).sqrt();
+        assert!((1.0 / 1.5..1.5).contains(&ratio), "{sigma_rel}: {ratio}");
     }
 }
 
@@ -168,18 +158,45 @@ fn exact(moved: Mat<f64>) -> Measured {
 }
 
 #[test]
-fn fit_recovers_known_variances() {
-    let (_, sources, system) = system();
-    let forms = QuadraticForms::new(system.updates().unwrap());
-    for truth in [[1.0, 0.0, 0.0], [0.0, 1e-9, 0.0], [0.0, 0.0, 5.0], [1e-6, 1e-3, 0.3], [0.0; 3]] {
-        let moved = Mat::from_fn(sources.len(), sources.len(), |i, j| {
-            forms.between(i, j).iter().zip(truth).map(|(form, variance)| form * variance).sum::<f64>()
-        });
-        let fitted = Trajectory::fit(system.updates().unwrap(), &forms, &exact(moved.clone()));
-        for (found, expected) in [fitted.drift, fitted.walk, fitted.white].into_iter().zip(truth) {
-            // A variance of 0 is found up to the rounding of the others.
-            let most = moved.norm_max();
-            assert!((found - expected).abs() <= 1e-6 * expected + 1e-12 * most, "{fitted:?} is not {truth:?}");
+fn movement_of_known_variances_is_predicted() {
+    let (times, sources, system) = system();
+    for [line, walk, white] in [[0.0, 1e-9, 0.0], [0.0, 0.0, 5.0], [1e-6, 1e-3, 0.3], [1e-2, 1e-6, 1e-3]] {
+        let truth = Truth { line, walk, white };
+        check_predictions(&times, &system, &truth.measured(&sources, &times), truth);
+    }
+}
+
+#[test]
+fn movement_of_nothing_is_predicted_as_nothing() {
+    let (times, sources, system) = system();
+    let truth = Truth { line: 0.0, walk: 0.0, white: 0.0 };
+    let basis = MovementBasis::new(system.updates().unwrap());
+    let movement = basis.fit(&truth.measured(&sources, &times));
+    assert_eq!(basis.mean_square(&movement, &residual(&system, 0.1)), 0.0);
+}
+
+/// Convergence is fast at first. All elements move by one function of time, of which the snapshots are one sample.
+#[test]
+fn fast_start_is_predicted() {
+    let times: Vec<u64> = (1..=1000).map(|k| 10 * k).collect();
+    let tracked = [0.05, 0.28].map(|length| Chain::Tracked(Profile::sigma_rel(length).unwrap()));
+    let source = |chain: &Chain, step: u64| ChainSource { chain: chain.clone(), step, label: format!("{step}") };
+    let steps = || (1..=20).map(|i| 500 * i);
+    let sources: Vec<ChainSource> = tracked.iter().flat_map(|chain| steps().map(|step| source(chain, step))).collect();
+    let history = History::from_times(times.iter().copied()).unwrap();
+    let system = System::new(&history, 10_000, &sources, 0.0).unwrap();
+    let basis = MovementBasis::new(system.updates().unwrap());
+    for time_constant in [100.0, 300.0] {
+        let blended = |weights: &[f64]| -> f64 {
+            times.iter().zip(weights).map(|(&t, w)| w * (-(t as f64) / time_constant).exp()).sum()
+        };
+        let averages: Vec<f64> = sources.iter().map(|source| blended(&weights(source, &times))).collect();
+        let n = sources.len();
+        let movement = basis.fit(&exact(Mat::from_fn(n, n, |i, j| (averages[i] - averages[j]).powi(2))));
+        for sigma_rel in [0.1, 0.15, 0.21, 0.26] {
+            let d = residual(&system, sigma_rel);
+            let ratio = basis.mean_square(&movement, &d).sqrt() / blended(&d).abs();
+            assert!((0.5..2.0).contains(&ratio), "{time_constant}, {sigma_rel}: {ratio}");
         }
     }
 }
@@ -210,11 +227,11 @@ fn rounding_errors_are_equal_without_movement_and_independent_after_it() {
 #[test]
 fn regularisation_is_chosen_only_against_rounding() {
     let (_, sources, system) = system();
-    let moved = |i: usize, j: usize| QuadraticForms::new(system.updates().unwrap()).between(i, j)[1] * 1e-3;
-    let n = sources.len();
+    let (times, n) = (system.updates().unwrap().times.clone(), sources.len());
+    let moved = Truth { line: 0.0, walk: 1e-3, white: 0.0 }.measured(&sources, &times).moved;
     let model = |rounding: f64| {
         let rounding = Mat::from_fn(n, n, |i, j| if i == j { rounding } else { 0.0 });
-        ErrorModel::new(&system, alone(Measured { moved: Mat::from_fn(n, n, moved), rounding })).unwrap()
+        ErrorModel::new(&system, alone(Measured { moved: moved.clone(), rounding })).unwrap()
     };
     let target = Profile::sigma_rel(0.05).unwrap();
     let plain = model(0.0).solve(&target, 0.0).unwrap();
@@ -237,7 +254,7 @@ fn regularisation_is_chosen_only_against_rounding() {
         )
         .unwrap();
         let rounding = Mat::from_fn(n, n, |i, j| if i == j { noise } else { 0.0 });
-        let other = ErrorModel::new(&other, alone(Measured { moved: Mat::from_fn(n, n, moved), rounding })).unwrap();
+        let other = ErrorModel::new(&other, alone(Measured { moved: moved.clone(), rounding })).unwrap();
         let other = other.solve(&target, rho).unwrap().expected.total();
         assert!(other > 0.9 * quiet.expected.total(), "{rho}: {other} {}", quiet.expected.total());
     }
@@ -247,10 +264,9 @@ fn regularisation_is_chosen_only_against_rounding() {
 #[test]
 fn regularisation_does_not_help_one_group_by_hurting_another() {
     let (_, sources, system) = system();
-    let forms = QuadraticForms::new(system.updates().unwrap());
-    let n = sources.len();
+    let (times, n) = (system.updates().unwrap().times.clone(), sources.len());
     let measured = |walk: f64| Measured {
-        moved: Mat::from_fn(n, n, |i, j| forms.between(i, j)[1] * walk),
+        moved: Truth { line: 0.0, walk, white: 0.0 }.measured(&sources, &times).moved,
         rounding: Mat::from_fn(n, n, |i, j| f64::from(u8::from(i == j))),
     };
     let target = Profile::sigma_rel(0.05).unwrap();

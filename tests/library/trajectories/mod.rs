@@ -1,5 +1,7 @@
 //! Simulated trainings with known exact averages, and snapshots as they are stored.
 
+pub mod kinds;
+
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -12,7 +14,7 @@ use safetensors::tensor::TensorView;
 /// Elements of the one tensor.
 pub const ELEMENTS: usize = 2048;
 
-const STEPS: u64 = 20_000;
+pub const STEPS: u64 = 20_000;
 const CHECKPOINT_EVERY: u64 = 1000;
 
 /// Movement of parameters. Sizes are relative to the weights, over the whole training.
@@ -148,16 +150,26 @@ pub struct Training {
 impl Training {
     /// Simulates a training, and averages in f64.
     pub fn new(chains: Chains, movement: Movement, targets: &[f64]) -> Training {
+        let mut parameters = Parameters::new(movement);
+        Training::of(chains, ELEMENTS, |time| parameters.at(time), targets)
+    }
+
+    /// Averages parameters, given at each update, in f64.
+    pub fn of(
+        chains: Chains,
+        elements: usize,
+        mut parameters: impl FnMut(u64) -> Vec<f64>,
+        targets: &[f64],
+    ) -> Training {
         let times = chains.times();
         let profiles = [0.05, 0.28].map(|s| Profile::sigma_rel(s).unwrap());
         let new_shares = profiles.clone().map(|profile| chains.chain(&profile).decays(&times).one_minus_beta);
         let shares: Vec<Vec<f64>> = targets.iter().map(|&s| shares(s, &times)).collect();
-        let mut averages = [vec![0.0; ELEMENTS], vec![0.0; ELEMENTS]];
-        let mut exact = vec![vec![0.0; ELEMENTS]; targets.len()];
+        let mut averages = [vec![0.0; elements], vec![0.0; elements]];
+        let mut exact = vec![vec![0.0; elements]; targets.len()];
         let mut snapshots = Vec::new();
-        let mut parameters = Parameters::new(movement);
         for (k, &time) in times.iter().enumerate() {
-            let now = parameters.at(time);
+            let now = parameters(time);
             for (index, average) in averages.iter_mut().enumerate() {
                 average.iter_mut().zip(&now).for_each(|(a, p)| *a += new_shares[index][k] * (p - *a));
                 if time.is_multiple_of(CHECKPOINT_EVERY) {
@@ -168,13 +180,13 @@ impl Training {
                 target.iter_mut().zip(&now).for_each(|(t, p)| *t += shares[k] * p);
             }
         }
-        let size = rms_difference(&averages[0], &vec![0.0; ELEMENTS]);
+        let size = rms_difference(&averages[0], &vec![0.0; elements]);
         Training { chains, profiles, snapshots, targets: exact, size }
     }
 
     /// Writes the snapshots as a run, whose syntheses are in f64.
     pub fn write(&self, dir: &Path, dtype: Dtype) {
-        write_tensors(dir, dtype, &[("weight", self, ELEMENTS)]);
+        write_tensors(dir, dtype, &[("weight", self, self.targets[0].len())]);
     }
 }
 
