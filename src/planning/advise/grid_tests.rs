@@ -6,7 +6,7 @@
 //! cargo test --release -p posthoc-ema --lib advise::grid_tests::fine -- --ignored --nocapture
 //! ```
 
-use super::search::Candidate;
+use super::search::TrackingSetup;
 use super::*;
 
 /// The first of the settings: a small range and averages in f32.
@@ -96,7 +96,7 @@ impl Grid {
     fn best(&self, search: &Search) -> (Option<Advice>, usize) {
         let all = self.candidates(search);
         let judge = |(lengths, every): &(Vec<f64>, u64)| search.judge(lengths.clone(), *every);
-        let best: Option<Candidate> = all.par_iter().map(judge).min_by(|a, b| a.error.total_cmp(&b.error));
+        let best: Option<TrackingSetup> = all.par_iter().map(judge).min_by(|a, b| a.error.total_cmp(&b.error));
         (search.exact(best.into_iter().collect()).unwrap(), all.len())
     }
 }

@@ -66,7 +66,7 @@ struct Effort {
 
 /// A choice of lengths and interval, and its error.
 #[derive(Clone, Debug)]
-pub(super) struct Candidate {
+pub(super) struct TrackingSetup {
     lengths: Vec<f64>,
     every: u64,
     /// The worst error under dense updates.
@@ -120,7 +120,7 @@ impl<'a> Search<'a> {
     }
 
     /// Moves evenly spread lengths for the kept steps of about three snapshots per kept step.
-    fn start(&self) -> Candidate {
+    fn start(&self) -> TrackingSetup {
         let (from, to) = self.request.range;
         let share = |i: usize| (i as f64 + 0.25) / (self.profiles as f64 - 0.5);
         let spread = (0..self.profiles).map(|i| from * (to / from).powf(share(i))).collect();
@@ -128,7 +128,7 @@ impl<'a> Search<'a> {
     }
 
     /// Returns the candidates of a range of intervals, the best of them with lengths of their own, the best first.
-    fn over_intervals(&self, start: &Candidate) -> Vec<Candidate> {
+    fn over_intervals(&self, start: &TrackingSetup) -> Vec<TrackingSetup> {
         let Effort { snapshots_ratio, most_snapshots, refined, .. } = self.effort();
         let mut intervals = Vec::new();
         let mut snapshots = 0.7 * self.keep as f64;
@@ -138,7 +138,7 @@ impl<'a> Search<'a> {
         }
         intervals.dedup();
         let judge = |&every: &u64| self.judge(start.lengths.clone(), every);
-        let mut found: Vec<Candidate> = intervals.par_iter().map(judge).collect();
+        let mut found: Vec<TrackingSetup> = intervals.par_iter().map(judge).collect();
         found.push(start.clone());
         found.sort_by(by_error);
         found.truncate(refined);
@@ -148,7 +148,7 @@ impl<'a> Search<'a> {
     }
 
     /// Moves lengths with the kept steps held fixed, then keeps steps for these lengths, as long as it helps.
-    fn alternate(&self, mut best: Candidate, rounds: usize) -> Candidate {
+    fn alternate(&self, mut best: TrackingSetup, rounds: usize) -> TrackingSetup {
         for _ in 0..rounds {
             let sets = &best.sets[..best.sets.len().min(MOST_SETS)];
             let next = self.judge(self.descend(&best.lengths, sets), best.every);
@@ -179,7 +179,7 @@ impl<'a> Search<'a> {
     }
 
     /// Moves lengths and interval together as long as that lowers the error.
-    fn polish(&self, mut best: Candidate) -> Candidate {
+    fn polish(&self, mut best: TrackingSetup) -> TrackingSetup {
         for &stride in self.effort().strides {
             loop {
                 let shifted = self.shifts(best.every).into_iter().map(|every| (best.lengths.clone(), every));
@@ -223,10 +223,10 @@ impl<'a> Search<'a> {
     }
 
     /// Computes the error of a choice, with lengths rounded as they are advised.
-    pub(super) fn judge(&self, lengths: Vec<f64>, every: u64) -> Candidate {
+    pub(super) fn judge(&self, lengths: Vec<f64>, every: u64) -> TrackingSetup {
         let mut lengths: Vec<f64> = lengths.into_iter().map(round_length).collect();
         lengths.sort_by(f64::total_cmp);
-        let mut candidate = Candidate { lengths, every, error: f64::INFINITY, sets: Vec::new() };
+        let mut candidate = TrackingSetup { lengths, every, error: f64::INFINITY, sets: Vec::new() };
         let Some((forecast, first)) = self.forecast(&candidate) else { return candidate };
         let snapshots = forecast.schedule.snapshots(self.request.steps);
         // The newest snapshot when the last tenth begins counts, too.
@@ -247,7 +247,7 @@ impl<'a> Search<'a> {
     }
 
     /// Returns the settings of a choice and its first update; `None` for an invalid schedule.
-    fn forecast(&self, candidate: &Candidate) -> Option<(Forecast, u64)> {
+    fn forecast(&self, candidate: &TrackingSetup) -> Option<(Forecast, u64)> {
         let tracked = profiles(&candidate.lengths)?;
         let forecast = self.request.forecast(tracked, candidate.every, self.keep as usize);
         let first = forecast.schedule.updates(forecast.steps).ok()?.first()?;
@@ -268,7 +268,7 @@ impl<'a> Search<'a> {
     }
 
     /// Solves over all updates for the errors of the first candidate that can be solved for.
-    pub(super) fn exact(&self, candidates: Vec<Candidate>) -> Result<Option<Advice>> {
+    pub(super) fn exact(&self, candidates: Vec<TrackingSetup>) -> Result<Option<Advice>> {
         for candidate in candidates {
             match self.evaluate(&candidate) {
                 Err(Error::DependentSources { .. }) => continue,
@@ -278,7 +278,7 @@ impl<'a> Search<'a> {
         Ok(None)
     }
 
-    fn evaluate(&self, candidate: &Candidate) -> Result<Option<Advice>> {
+    fn evaluate(&self, candidate: &TrackingSetup) -> Result<Option<Advice>> {
         let Some((forecast, _)) = self.forecast(candidate) else { return Ok(None) };
         let history = forecast.schedule.updates(forecast.steps)?;
         let mut worst = WorstCase::default();
@@ -295,7 +295,7 @@ impl<'a> Search<'a> {
     }
 }
 
-fn by_error(a: &Candidate, b: &Candidate) -> Ordering {
+fn by_error(a: &TrackingSetup, b: &TrackingSetup) -> Ordering {
     a.error.total_cmp(&b.error)
 }
 
