@@ -77,8 +77,8 @@ impl WeightFile {
     /// Opens a file.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Damaged`], and [`Error::Unexpected`] for a snapshot of a run, for parts of tensors, for a
-    /// key of a file that has none, or for a PyTorch file in a build without the feature `pytorch`.
+    /// [`Error::Io`], [`Error::Damaged`], and [`Error::Unexpected`] for a snapshot of a run, for parts of tensors, for
+    /// a key of a file that has none, or for a PyTorch file in a build without the feature `pytorch`.
     pub(super) fn open(path: &Path, options: &ReadOptions) -> Result<WeightFile> {
         if is_pytorch(path) || is_distributed(path) {
             return WeightFile::open_pytorch(path, options);
@@ -95,8 +95,9 @@ impl WeightFile {
             return Err(Error::unexpected(path, why));
         }
         if file.metadata().contains_key(SHARDING) {
-            let why = "a shard of a distributed checkpoint, which holds parts of tensors: make whole files of its folder \
-                       with `consolidate_safetensors_files` of `torch.distributed.checkpoint`, and average those";
+            let why = "a shard of a distributed checkpoint, which holds parts of tensors: make whole files of its \
+                       folder with `consolidate_safetensors_files` of `torch.distributed.checkpoint`, and average \
+                       those";
             return Err(Error::unexpected(path, why));
         }
         Ok(WeightFile::Safetensors(file))

@@ -38,7 +38,7 @@ pub(super) struct Choice {
 /// Finds the model, by its key if one is given: the key of an entry, or keys that lead to it, joined by dots.
 ///
 /// # Errors
-/// The reason why there is no such model, or not one alone.
+/// The reason why the model is not found, or not one alone.
 pub(super) fn choose(pickle: &Pickle, key: Option<&str>) -> Result<Choice, String> {
     let root = pickle.root();
     if let Some(key) = key {
