@@ -30,7 +30,8 @@ pub(super) fn check(model: &CheckpointModel) -> Result<()> {
         if let Some((_, library)) = MARKS.iter().find(|(mark, _)| name.ends_with(mark)) {
             let why = format!(
                 "tensor `{name}` belongs to quantized weights ({library}), whose integers and scales cannot be \
-                 averaged: average the weights before they were quantized, or copy what is quantized with --copy (`copy`)"
+                 averaged: average the weights before they were quantized, or copy what is quantized with --copy \
+                 (`copy`)"
             );
             return Err(Error::unexpected(&model.found.files[entry.file], why));
         }
