@@ -130,10 +130,7 @@ impl<'a> MovementBasis<'a> {
         }
         let n = self.pairs.len();
         self.covariances = Mat::from_fn(n * n, columns.len(), |entry, kind| columns[kind][(entry % n, entry / n)]);
-        let of_range = |kind: usize| {
-            let begins = |&(ref range, _): &(Range<usize>, Vec<f64>)| range.start / cells < kind;
-            self.kinds.iter().take_while(|entry| begins(entry)).count()
-        };
+        let of_range = |kind: usize| self.kinds.iter().take_while(|(range, _)| range.start / cells < kind).count();
         self.smooth = (0..SUBDIVISIONS.len()).map(|kind| of_range(kind)..of_range(kind + 1)).collect();
     }
 

@@ -29,9 +29,9 @@ pub(super) enum Node {
     Class(Box<str>),
     Tuple(Box<[NodeId]>),
     /// List or set.
-    List(Box<Vec<NodeId>>),
+    List(Vec<NodeId>),
     /// Dict of any kind whose entries are pickled as those of one.
-    Dict(Box<Vec<(NodeId, NodeId)>>),
+    Dict(Vec<(NodeId, NodeId)>),
     /// Reference to something outside the pickle. PyTorch stores the elements of tensors there.
     Persistent(NodeId),
     Object(Box<Object>),

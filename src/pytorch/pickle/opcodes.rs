@@ -388,12 +388,12 @@ impl<'a> Machine<'a> {
     }
 
     fn list(&mut self, items: Vec<NodeId>) -> Step<NodeId> {
-        let bytes = 2 * ALLOCATION + size_of::<Vec<NodeId>>() + items.len() * SLOT;
-        self.add(Node::List(Box::new(items)), bytes)
+        let bytes = ALLOCATION + items.len() * SLOT;
+        self.add(Node::List(items), bytes)
     }
 
     fn dict(&mut self, entries: Vec<(NodeId, NodeId)>) -> Step<NodeId> {
-        self.add(Node::Dict(Box::new(entries)), 2 * ALLOCATION + size_of::<Vec<NodeId>>())
+        self.add(Node::Dict(entries), ALLOCATION)
     }
 
     /// Pairs keys with values.
