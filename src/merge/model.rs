@@ -47,6 +47,7 @@ impl TensorEntry {
     }
 
     /// Returns the tensor without its elements, under a name.
+    #[cfg(feature = "pytorch")]
     pub(super) fn spec(&self, name: &str) -> TensorSpec {
         TensorSpec { name: name.to_owned(), dtype: self.dtype, shape: self.shape.clone() }
     }

@@ -126,7 +126,7 @@ fn simulated_elements_are_measured_and_predicted() {
     }
     // Exact values: no movement is taken for rounding.
     let sample = Sample { ulps: vec![vec![1e-12; elements]; sources.len()], values, weights: vec![1.0; elements] };
-    let measured = measure(&sample, &[vec![0..1000], vec![1000..elements]]);
+    let measured = measure(&sample, &[0..1000, 1000..elements].map(|block| Vec::from_iter([block])));
     // Six deviations of a mean square over the elements.
     let tolerance = 6.0 * (2.0 / elements as f64).sqrt();
     for (i, j) in [(0, 1), (3, 8), (9, 2)] {
@@ -294,5 +294,5 @@ fn elements_count_by_what_they_stand_for() {
     for blocks in [vec![vec![0..3]], vec![vec![0..2], vec![2..3]], vec![vec![0..1, 2..3], vec![1..2]]] {
         assert!((moved(&blocks) - 17.0 / 9.0).abs() < 1e-12, "{blocks:?}");
     }
-    assert!((moved(&[vec![2..3]]) - 9.0).abs() < 1e-12);
+    assert!((moved(&[std::iter::once(2..3).collect()]) - 9.0).abs() < 1e-12);
 }

@@ -61,6 +61,8 @@ fn is_even(s: f64) -> bool {
 }
 
 /// Places of ten jumps.
+// One of them happens to be near 1/pi.
+#[allow(clippy::approx_constant)]
 fn jumps(s: f64) -> f64 {
     let all = [0.053, 0.081, 0.243, 0.318, 0.442, 0.507, 0.691, 0.774, 0.826, 0.953];
     let sizes = [1.2, -0.4, 0.9, -1.7, 0.3, 1.1, -0.6, 0.8, -1.3, 0.5];
