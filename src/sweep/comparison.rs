@@ -20,7 +20,8 @@ const OWN_SHARE: f64 = 0.1;
 pub struct Comparison {
     /// Standard error of a mean, without what all lengths share in a repeat.
     pub standard_error: f64,
-    /// Profiles that the repeats do not tell from the best one, which is among them, in the order of their evaluation.
+    /// Profiles that the repeats do not distinguish from the best one, in the order of their evaluation. The best one
+    /// is among them.
     ///
     /// With a probability of 95%, the truly best one of all that were evaluated is among them. If all are equally good,
     /// they are all lengths with the same probability.

@@ -115,7 +115,7 @@ impl JointSearch {
         Trial { profile: base, groups: self.groups.iter().cloned().zip(point).collect(), ..trial.clone() }
     }
 
-    /// Returns the search of the current stage, with the trials that lie on its line.
+    /// Returns the search of the current stage, with the trials that are on its line.
     fn stage_sweep(&self) -> Sweep {
         let mut sweep = self.template.clone();
         sweep.restore_all(self.trials.iter().filter_map(|trial| self.on_line(trial)).collect());

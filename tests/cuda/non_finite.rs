@@ -127,7 +127,7 @@ fn look_finds_first_element_and_leaves_averages_of_every_dtype_and_alignment() {
     }
 }
 
-/// Largest finite values and subnormals are no reason to leave out an update.
+/// Checks that an update with the largest finite values and with subnormals is not left out.
 #[test]
 fn look_passes_extreme_finite_values() {
     for dtype in AVERAGED {

@@ -89,7 +89,7 @@ pub struct SweepPoint {
     pub score: Option<f64>,
     /// True if the point is from the refinement of the search.
     pub refined: bool,
-    /// True if repeats do not tell the point from the best one.
+    /// True if repeats do not distinguish the point from the best one.
     pub as_good: bool,
 }
 

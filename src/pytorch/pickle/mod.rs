@@ -44,7 +44,7 @@ pub(super) struct Object {
     pub class: NodeId,
     /// Arguments, mostly a tuple.
     pub arguments: NodeId,
-    /// What was set afterwards, mostly a dict of its attributes.
+    /// State that was set afterwards, mostly a dict of its attributes.
     pub state: Option<NodeId>,
     /// Entries, if the class is derived from dict.
     pub entries: Vec<(NodeId, NodeId)>,
