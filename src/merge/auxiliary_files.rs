@@ -1,6 +1,7 @@
-//! Small files that belong to a model: its configuration, its tokenizer, its templates.
+//! Files that belong to a model beside its weights: its configuration, its tokenizer, its templates, its code.
 
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -17,18 +18,11 @@ const CONFIG: &str = "config.json";
 /// Keys of the dtype in the configuration, the older one first.
 const DTYPE_KEYS: [&str; 2] = ["torch_dtype", "dtype"];
 
-/// Beginnings of the names of files that hold the state of a training, or that trainers write about it.
-const TRAINING_STATE: [&str; 9] = [
-    "trainer_state",
-    "training_args",
-    "optimizer",
-    "scheduler.",
-    "scaler",
-    "rng_state",
-    "random_states",
-    "events.out.tfevents",
-    "zero_to_fp32",
-];
+/// Bytes of a file that are copied at a time.
+const COPY_PIECE: usize = 1 << 20;
+
+/// Beginnings of the names of files that trainers write about a training. Files of arrays are known by their extension.
+const TRAINING_STATE: [&str; 4] = ["trainer_state", "training_args", "events.out.tfevents", "zero_to_fp32"];
 
 /// Whole names and endings of such files.
 const TRAINING_NAMES: [&str; 1] = ["latest"];
@@ -57,21 +51,25 @@ const ARRAYS: [&str; 19] = [
     "pb",
 ];
 
-/// Small file that belongs to a model.
+/// File that belongs to a model, and is neither weights nor state of the training.
 pub(super) struct AuxiliaryFile {
     /// Path in the model's folder.
     path: PathBuf,
-    bytes: Vec<u8>,
+    /// File that it is copied from, without links.
+    place: PathBuf,
+    /// Contents, if they are not those of that file.
+    changed: Option<Vec<u8>>,
     /// Permissions of the file that it was read from.
     permissions: Permissions,
 }
 
 impl AuxiliaryFile {
-    /// Reads a file, which is at `path` in the model's folder.
-    fn read(source: &CopySource, file: &Path, path: PathBuf) -> Result<AuxiliaryFile> {
+    /// Checks that a file can be read, which is at `path` in the model's folder. It may be large, so it is not read yet.
+    fn find(source: &CopySource, file: &Path, path: PathBuf) -> Result<AuxiliaryFile> {
         let place = source.resolve(file)?;
         let permissions = check_regular(&place)?.permissions();
-        Ok(AuxiliaryFile { path, bytes: read_document(&place)?, permissions })
+        File::open(&place).map_err(Error::io("read", &place))?;
+        Ok(AuxiliaryFile { path, place, changed: None, permissions })
     }
 }
 
@@ -86,23 +84,23 @@ fn is_auxiliary(name: &str) -> bool {
     !is_state && !has_arrays && split_index(name).is_none() && !name.starts_with('.')
 }
 
-/// Reads the auxiliary files from a model's folder. If `dtype` is given, the configuration gets it as the model's
+/// Finds the auxiliary files of a model's folder. If `dtype` is given, the configuration gets it as the model's
 /// dtype. If `follow_links` is true, links may lead out of the folder.
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::Damaged`] if a configuration that must be changed is not JSON, and [`Error::Unexpected`] for
 /// a link that leads out of the folder.
-pub(super) fn read_all(folder: &Path, dtype: Option<Dtype>, follow_links: bool) -> Result<Vec<AuxiliaryFile>> {
+pub(super) fn find_all(folder: &Path, dtype: Option<Dtype>, follow_links: bool) -> Result<Vec<AuxiliaryFile>> {
     let source = CopySource::new(folder, follow_links)?;
     let mut found = Vec::new();
     for path in files(folder)? {
         let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|name| is_auxiliary(name)) else {
             continue;
         };
-        let mut file = AuxiliaryFile::read(&source, &path, name.into())?;
+        let mut file = AuxiliaryFile::find(&source, &path, name.into())?;
         if let Some(dtype) = dtype.filter(|_| name == CONFIG) {
             json::read(&path)?;
-            file.bytes = with_dtype(&file.bytes, dtype);
+            file.changed = Some(with_dtype(&read_document(&file.place)?, dtype));
         }
         found.push(file);
     }
@@ -110,7 +108,7 @@ pub(super) fn read_all(folder: &Path, dtype: Option<Dtype>, follow_links: bool) 
         for path in files(&folder.join(&module))? {
             let name = path.file_name().unwrap_or_default();
             if name.to_str().is_some_and(is_auxiliary) {
-                found.push(AuxiliaryFile::read(&source, &path, module.join(name))?);
+                found.push(AuxiliaryFile::find(&source, &path, module.join(name))?);
             }
         }
     }
@@ -138,9 +136,28 @@ pub(super) fn write_all(folder: &Path, files: &[AuxiliaryFile]) -> Result<()> {
         let path = folder.join(&file.path);
         let dir = path.parent().unwrap_or(folder);
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-        write(&path, &file.bytes, &file.permissions)?;
+        match &file.changed {
+            Some(bytes) => write(&path, bytes, &file.permissions)?,
+            None => copy(&path, &file.place, &file.permissions)?,
+        }
     }
     Ok(())
+}
+
+/// Copies a file in pieces, since it may be larger than the memory.
+fn copy(path: &Path, place: &Path, permissions: &Permissions) -> Result<()> {
+    let mut source = File::open(place).map_err(Error::io("read", place))?;
+    let file = AtomicFile::create_within(path, permissions)?;
+    let mut piece = vec![0; COPY_PIECE];
+    let mut at = 0;
+    loop {
+        let length = source.read(&mut piece).map_err(Error::io("read", place))?;
+        if length == 0 {
+            return file.commit();
+        }
+        file.write_at(at, &piece[..length])?;
+        at += length as u64;
+    }
 }
 
 /// Writes a small file, which nobody may read who may not read the original with these permissions.

@@ -156,11 +156,11 @@ fn write_in_one_pass(
     outputs: &[MergeOutput<'_>],
     options: &WriteOptions<'_>,
 ) -> Result<Device> {
-    // Read first, so that an error comes before the blend.
+    // Looked for first, so that an error comes before the blend.
     let index_permissions = index_permissions(newest, checkpoints.follow_links)?;
     let auxiliary = match &newest.found.folder {
         Some(folder) if outputs[0].folder => {
-            auxiliary_files::read_all(folder, options.dtype, checkpoints.follow_links)?
+            auxiliary_files::find_all(folder, options.dtype, checkpoints.follow_links)?
         }
         _ => Vec::new(),
     };

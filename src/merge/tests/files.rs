@@ -182,6 +182,23 @@ fn modules_are_averaged_with_their_configurations() {
     }
 }
 
+/// A folder may hold a file that is larger than any document that is read whole.
+#[test]
+fn large_files_are_copied_in_pieces() {
+    let temp = tempfile::tempdir().unwrap();
+    let folders = [1, 2].map(|step| temp.path().join(format!("checkpoint-{step}")));
+    for (step, dir) in (1..).zip(&folders) {
+        folder(dir, step);
+        let samples = fs::File::create(dir.join("samples.jsonl")).unwrap();
+        samples.set_len((1 << 28) + 3).unwrap();
+    }
+    let checkpoints = Checkpoints::open(&folders, None).unwrap();
+    let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
+    let out = temp.path().join("average");
+    checkpoints.write(&[(&merge, &out)], &WriteOptions::default()).unwrap();
+    assert_eq!(fs::metadata(out.join("samples.jsonl")).unwrap().len(), (1 << 28) + 3);
+}
+
 /// Returns a model as a `.pt` file.
 fn pt(step: u64) -> Pt {
     let storage = |dtype| match dtype {
