@@ -100,7 +100,8 @@ def test_quantized_weights_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_scales_of_adapters_in_metadata_must_agree(tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
+    """Files of diffusers hold the scale in their metadata only."""
+    loaders = pytest.importorskip("diffusers.loaders")
     peft = pytest.importorskip("peft")
 
     class Net(torch.nn.Module):
@@ -108,17 +109,19 @@ def test_scales_of_adapters_in_metadata_must_agree(tmp_path: Path) -> None:
             super().__init__()
             self.to_q = torch.nn.Linear(4, 4)
 
-    for step, alpha in [(1, 4), (2, 4), (3, 32)]:
-        adapted = peft.get_peft_model(Net(), peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["to_q"]))
-        weights = {f"unet.{k}": v.contiguous() for k, v in peft.get_peft_model_state_dict(adapted).items()}
-        config = {"unet.r": 2, "unet.lora_alpha": alpha, "unet.target_modules": ["to_q"]}
-        metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
-        save_file(weights, tmp_path / f"step_{step}.safetensors", metadata=metadata)
-    assert diffusers.__version__
-    paths = [tmp_path / f"step_{step}.safetensors" for step in (1, 2, 3)]
-    average(paths[:2], EVEN, tmp_path / "mean.safetensors")
+    folders = [tmp_path / f"step_{step}" for step in (1, 2, 3)]
+    for folder, alpha in zip(folders, (4, 4, 32)):
+        config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["to_q"])
+        adapted = peft.get_peft_model(Net(), config)
+        loaders.StableDiffusionLoraLoaderMixin.save_lora_weights(
+            folder,
+            unet_lora_layers=peft.get_peft_model_state_dict(adapted),
+            unet_lora_adapter_metadata=config.to_dict(),
+        )
+    average(folders[:2], EVEN, tmp_path / "mean")
+    assert (tmp_path / "mean" / "pytorch_lora_weights.safetensors").is_file()
     with pytest.raises(ValueError, match="`lora_adapter_metadata` of its metadata differs"):
-        average(paths, EVEN, tmp_path / "other.safetensors")
+        average(folders, EVEN, tmp_path / "other")
 
 
 def test_folders_keep_all_but_the_state_of_the_training(tmp_path: Path) -> None:
