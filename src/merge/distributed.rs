@@ -5,13 +5,10 @@ use std::path::Path;
 
 use super::options::ReadOptions;
 use crate::error::{Error, Result, listed};
-use crate::pytorch::{DistributedCheckpoint, TensorFile};
+use crate::pytorch::{DistributedCheckpoint, TensorFile, is_training_state};
 
 /// Keys under which trainers store the model.
 const MODEL_KEYS: [&str; 5] = ["model", "state_dict", "module", "app.model", "app"];
-
-/// Parts of the first keys of entries that hold the state of a training.
-const TRAINING_PARTS: [&str; 8] = ["optim", "sched", "scaler", "rng", "random", "dataloader", "train_state", "trainer"];
 
 /// Reads the tensors of the model without their elements: those under the key of the options, or under a usual one, or
 /// all but the state of the training. Returns them by their names after the key, the key, and what was left out.
@@ -29,7 +26,7 @@ pub(super) fn read(folder: &Path, options: &ReadOptions) -> Result<(TensorFile, 
     });
     let own_name = |name: &str| match &key {
         Some(key) => within(name, key).map(str::to_owned),
-        None => Some(name.to_owned()).filter(|name| !is_training_state(name)),
+        None => Some(name.to_owned()).filter(|name| !is_training_state(first_key(name))),
     };
     let (left_out, of_model): (Vec<_>, Vec<_>) = entries
         .iter()
@@ -42,7 +39,7 @@ pub(super) fn read(folder: &Path, options: &ReadOptions) -> Result<(TensorFile, 
         return Err(Error::unexpected(folder, why));
     }
     if !of_model.iter().any(|(_, is_tensor)| *is_tensor) {
-        let first = entries.iter().map(|(name, _)| name.split('.').next().unwrap_or(name));
+        let first = entries.iter().map(|(name, _)| first_key(name));
         let keys: Vec<&str> = first.collect::<BTreeSet<_>>().into_iter().collect();
         let why = format!("no weights are in it under this key: --key (`key`) may be one of {}", listed(&keys));
         return Err(Error::unexpected(folder, why));
@@ -56,7 +53,7 @@ fn within<'a>(name: &'a str, key: &str) -> Option<&'a str> {
     name.strip_prefix(key)?.strip_prefix('.')
 }
 
-fn is_training_state(name: &str) -> bool {
-    let first = name.split('.').next().unwrap_or(name).to_lowercase();
-    TRAINING_PARTS.iter().any(|part| first.contains(part))
+/// Returns the first of the keys that lead to an entry.
+fn first_key(name: &str) -> &str {
+    name.split('.').next().unwrap_or(name)
 }

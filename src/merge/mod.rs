@@ -215,7 +215,7 @@ impl Checkpoints {
     ///
     /// Missing directories are created. If the newest checkpoint is a folder, so is each average, unless its path
     /// ends in `.safetensors`. Such a folder has the same shards and index, and the configuration, tokenizer and
-    /// other small files of the model, but not the state of the training. With `options.dtype`, its `config.json` has
+    /// all other files of the model, but not the state of the training. With `options.dtype`, its `config.json` has
     /// the new dtype. A copied file keeps its permissions, less those that the umask takes.
     ///
     /// The metadata of the newest checkpoint are kept, except checksums of the data. `profile` and `step` describe the

@@ -21,8 +21,9 @@ const MODEL_KEYS: [&str; 10] = [
 const AVERAGE_KEYS: [&str; 8] =
     ["state_dict_ema", "ema_state_dict", "params_ema", "model_ema", "ema_model", "net_ema", "ema", "averaged_model"];
 
-/// Parts of the names of entries that hold the state of a training.
-const TRAINING_PARTS: [&str; 6] = ["optim", "sched", "scaler", "rng", "random", "callback"];
+/// Parts of the keys of entries that hold the state of a training.
+const TRAINING_PARTS: [&str; 9] =
+    ["optim", "sched", "scaler", "rng", "random", "callback", "dataloader", "train_state", "trainer"];
 
 /// Model of a checkpoint.
 #[derive(Debug, PartialEq)]
@@ -58,14 +59,13 @@ pub(super) fn choose(pickle: &Pickle, key: Option<&str>) -> Result<Choice, Strin
     let is_flat = named(pickle, root).any(|(_, value)| is_tensor(pickle, value));
     let of =
         |known: &dyn Fn(&str) -> bool| candidates.iter().filter(|(key, _)| known(key)).copied().collect::<Vec<_>>();
-    let is_training = |key: &str| TRAINING_PARTS.iter().any(|part| key.to_lowercase().contains(part));
     let models = of(&|key| MODEL_KEYS.contains(&key));
     let averages = of(&|key| AVERAGE_KEYS.contains(&key));
-    let others = of(&|key| !is_training(key));
+    let others = of(&|key| !is_training_state(key));
     let tiers = if is_flat { vec![models] } else { vec![models, averages, others] };
     match tiers.into_iter().find(|tier| !tier.is_empty()).as_deref() {
         Some([(key, model)]) => {
-            let others = candidates.iter().filter(|(other, _)| other != key && !is_training(other));
+            let others = candidates.iter().filter(|(other, _)| other != key && !is_training_state(other));
             let others = others.map(|(key, _)| (*key).to_owned()).collect();
             Ok(Choice { model: *model, key: Some((*key).to_owned()), others })
         }
@@ -82,6 +82,12 @@ pub(super) fn choose(pickle: &Pickle, key: Option<&str>) -> Result<Choice, Strin
             Err(format!("no weights are at its top level or in one of its entries {}", listed(&keys(pickle, root))))
         }
     }
+}
+
+/// Returns true for the key of an entry that holds the state of a training.
+pub fn is_training_state(key: &str) -> bool {
+    let key = key.to_lowercase();
+    TRAINING_PARTS.iter().any(|part| key.contains(part))
 }
 
 /// Returns true for a dict with a tensor in it, and for a module.

@@ -21,6 +21,7 @@ use std::ops::Deref;
 use std::path::Path;
 
 use choice::Choice;
+pub use choice::is_training_state;
 pub use distributed::DistributedCheckpoint;
 use file::{PickledFile, Storages};
 pub use number::{Number, number};
