@@ -64,7 +64,8 @@ pub(super) struct AuxiliaryFile {
 }
 
 impl AuxiliaryFile {
-    /// Checks that a file can be read, which is at `path` in the model's folder. It may be large, so it is not read yet.
+    /// Checks that a file can be read, which is at `path` in the model's folder. It may be large, so it is not read
+    /// yet.
     fn find(source: &CopySource, file: &Path, path: PathBuf) -> Result<AuxiliaryFile> {
         let place = source.resolve(file)?;
         let permissions = check_regular(&place)?.permissions();
