@@ -44,6 +44,7 @@
 //! kernels. Neither is on by default. Features such as `cuda-13000` choose the version of CUDA's driver interface. The
 //! command-line program is the crate `posthoc-ema-cli`.
 
+mod checkpoint;
 // Hidden, without a promise of stability: only benchmarks, tests and the program's `bench` use it.
 #[doc(hidden)]
 pub mod compute;
@@ -66,6 +67,7 @@ mod synthesis;
 mod tensor;
 mod tracker;
 
+pub use checkpoint::CheckpointOptions;
 pub use compute::cpu::Precision;
 #[cfg(feature = "cuda")]
 pub use compute::cuda::Fence;
@@ -78,7 +80,7 @@ pub use fs::install_sigbus_handler;
 #[cfg(feature = "pytorch")]
 pub use import::{Import, ImportReport, Tool};
 pub use math::{Densities, Family, History, Profile, Retention, Schedule, Shape, Window};
-pub use merge::{CheckpointOptions, CheckpointWeight, Checkpoints, Merge};
+pub use merge::{CheckpointWeight, Checkpoints, Merge};
 // Hidden: only the program and the Python package use them.
 pub use planning::{
     ACCURACY_LOG, Advice, AdviceRequest, At, Forecast, LARGE_ERROR, LaterTensors, Noise, Plan, PredictedError,

@@ -3,8 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 
-use super::model::CheckpointModel;
-use super::weight_file::WeightFile;
+use crate::checkpoint::{CheckpointModel, WeightFile};
 use crate::error::{Error, Result};
 use crate::fs::write_all_at;
 use crate::snapshot::{FileLayout, StoredFile};

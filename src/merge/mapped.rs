@@ -7,8 +7,8 @@ use safetensors::Dtype;
 use tempfile::TempDir;
 
 use super::Checkpoints;
-use super::model::CheckpointModel;
 use super::plan::{Merge, MergeRow};
+use crate::checkpoint::CheckpointModel;
 use crate::error::{Error, Result};
 use crate::fs::TempLock;
 #[cfg(feature = "pytorch")]

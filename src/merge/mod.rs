@@ -1,44 +1,24 @@
 //! Averages of checkpoints from any training, in which nothing was tracked.
 
-mod adapter;
-mod auxiliary_files;
-#[cfg(feature = "pytorch")]
-mod distributed;
-mod find;
 #[cfg(feature = "pytorch")]
 mod gather;
-mod json;
-mod links;
 mod mapped;
-mod model;
-mod natural;
-mod notes;
-mod options;
 mod plan;
-mod quantized;
-mod steps;
-mod weight_file;
-mod wrappers;
 mod write;
 
 use std::path::{Path, PathBuf};
 
-use rayon::prelude::*;
-
+use crate::checkpoint::{CheckpointModel, CheckpointOptions, OpenedCheckpoints, open_all};
 use crate::device::Device;
 use crate::error::Result;
-use crate::fs::start_threads;
 use crate::math::Profile;
 use crate::planning::At;
 use crate::synthesis::{ModelTensor, SourceSet, WriteOptions};
 use crate::tensor::{TensorSpec, TensorViewMut, Tensors};
 
 use mapped::MappedModels;
-use model::CheckpointModel;
-use options::ReadOptions;
 use plan::MergeRow;
 
-pub use options::CheckpointOptions;
 pub use plan::{CheckpointWeight, Merge};
 
 /// Checkpoints of one training, opened and checked against each other, in order of their steps.
@@ -117,28 +97,7 @@ impl Checkpoints {
     /// As [`Checkpoints::open`], and [`Error::Setting`](crate::Error::Setting) for a pattern that is not a glob or
     /// matches nothing.
     pub fn open_with<P: AsRef<Path>>(paths: &[P], options: &CheckpointOptions) -> Result<Checkpoints> {
-        start_threads()?;
-        let read = ReadOptions::new(options)?;
-        let found = find::find(paths)?;
-        // Collected before errors are looked for, so that the first one does not depend on the threads.
-        let opened: Vec<Result<CheckpointModel>> =
-            found.into_par_iter().map(|found| CheckpointModel::open(found, &read)).collect();
-        let models: Vec<CheckpointModel> = opened.into_iter().collect::<Result<_>>()?;
-        models.iter().try_for_each(quantized::check)?;
-        let steps = steps::steps(&models, options.steps.as_deref())?;
-        let mut sorted: Vec<(u64, CheckpointModel)> = steps.into_iter().zip(models).collect();
-        sorted.sort_by_key(|(step, _)| *step);
-        let (steps, mut models): (Vec<u64>, Vec<CheckpointModel>) = sorted.into_iter().unzip();
-        for patterns in [&read.copy, &read.leave_out] {
-            let entries = models[0].tensors.keys().map(String::as_str);
-            patterns.check(entries.chain(models[0].left_out.iter().map(String::as_str)))?;
-        }
-        let mut notes = notes::of_models(&models);
-        notes.extend(wrappers::look_through(&mut models));
-        for model in &models[1..] {
-            model.check_sibling(&models[0])?;
-        }
-        models[0].check_averaged()?;
+        let OpenedCheckpoints { models, steps, notes } = open_all(paths, options)?;
         let named = paths.iter().map(AsRef::as_ref).filter(|path| path.is_dir()).map(Path::to_owned).collect();
         Ok(Checkpoints { models, steps, named, follow_links: false, notes })
     }

@@ -5,12 +5,11 @@ use std::fs::{self, Permissions};
 use std::path::{Component, Path, PathBuf};
 
 use super::Checkpoints;
-use super::auxiliary_files;
-use super::find::{file_name, safetensors_name, split_index};
-use super::links::CopySource;
 use super::mapped::MappedModels;
-use super::model::{CheckpointModel, name_in_file};
 use super::plan::{Merge, MergeRow};
+use crate::checkpoint::{
+    CheckpointModel, CopySource, auxiliary_files, file_name, name_in_file, safetensors_name, split_index,
+};
 use crate::device::Device;
 use crate::error::{Error, Result, shown};
 use crate::fs::{AtomicFolder, CreatedDirs, Stream, check_output, check_regular, check_vacant, parent_dir};

@@ -16,10 +16,11 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("pytorch", &["error", "tensor", "fs"]),
     ("planning", &["error", "tensor", "fs", "math", "compute", "snapshot"]),
     ("synthesis", &["error", "tensor", "device", "fs", "compute", "snapshot", "planning"]),
+    ("checkpoint", &["error", "tensor", "fs", "snapshot", "pytorch", "synthesis"]),
     ("run", &["error", "tensor", "device", "fs", "math", "compute", "snapshot", "planning", "synthesis"]),
     ("tracker", &["error", "tensor", "device", "fs", "math", "compute", "snapshot", "planning", "synthesis", "run"]),
     ("sweep", &["error", "tensor", "device", "fs", "math", "snapshot", "planning", "synthesis", "run"]),
-    ("merge", &["error", "tensor", "device", "fs", "math", "snapshot", "pytorch", "planning", "synthesis"]),
+    ("merge", &["error", "tensor", "device", "fs", "math", "snapshot", "planning", "synthesis", "checkpoint"]),
     ("import", &["error", "tensor", "fs", "math", "snapshot", "pytorch", "planning", "run"]),
 ];
 

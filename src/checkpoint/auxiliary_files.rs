@@ -52,7 +52,7 @@ const ARRAYS: [&str; 19] = [
 ];
 
 /// File that belongs to a model, and is neither weights nor state of the training.
-pub(super) struct AuxiliaryFile {
+pub(crate) struct AuxiliaryFile {
     /// Path in the model's folder.
     path: PathBuf,
     /// File that it is copied from, without links.
@@ -91,7 +91,7 @@ fn is_auxiliary(name: &str) -> bool {
 /// # Errors
 /// [`Error::Io`], [`Error::Damaged`] if a configuration that must be changed is not JSON, and [`Error::Unexpected`] for
 /// a link that leads out of the folder.
-pub(super) fn find_all(folder: &Path, dtype: Option<Dtype>, follow_links: bool) -> Result<Vec<AuxiliaryFile>> {
+pub(crate) fn find_all(folder: &Path, dtype: Option<Dtype>, follow_links: bool) -> Result<Vec<AuxiliaryFile>> {
     let source = CopySource::new(folder, follow_links)?;
     let mut found = Vec::new();
     for path in files(folder)? {
@@ -132,7 +132,7 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
 ///
 /// # Errors
 /// [`Error::Io`].
-pub(super) fn write_all(folder: &Path, files: &[AuxiliaryFile]) -> Result<()> {
+pub(crate) fn write_all(folder: &Path, files: &[AuxiliaryFile]) -> Result<()> {
     for file in files {
         let path = folder.join(&file.path);
         let dir = path.parent().unwrap_or(folder);
@@ -165,7 +165,7 @@ fn copy(path: &Path, place: &Path, permissions: &Permissions) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Io`].
-pub(super) fn write(path: &Path, bytes: &[u8], permissions: &Permissions) -> Result<()> {
+pub(crate) fn write(path: &Path, bytes: &[u8], permissions: &Permissions) -> Result<()> {
     let file = AtomicFile::create_within(path, permissions)?;
     file.write_at(0, bytes)?;
     file.commit()

@@ -11,7 +11,7 @@ const REVISIONS: &str = "snapshots";
 const BLOBS: &str = "blobs";
 
 /// Places from which files are copied along with a model.
-pub(super) struct CopySource {
+pub(crate) struct CopySource {
     /// Folder of the checkpoint, without links.
     folder: PathBuf,
     /// Folder of the files of the same model in Hugging Face's cache.
@@ -25,7 +25,7 @@ impl CopySource {
     ///
     /// # Errors
     /// [`Error::Io`] if the folder is gone.
-    pub(super) fn new(folder: &Path, follow: bool) -> Result<CopySource> {
+    pub(crate) fn new(folder: &Path, follow: bool) -> Result<CopySource> {
         let folder = folder.canonicalize().map_err(Error::io("read", folder))?;
         let revisions = folder.ancestors().skip(1).find(|dir| dir.ends_with(REVISIONS));
         let blobs = revisions.and_then(Path::parent).map(|model| model.join(BLOBS));
@@ -36,7 +36,7 @@ impl CopySource {
     ///
     /// # Errors
     /// [`Error::Unexpected`] if a link leads out of the checkpoint's folder, and [`Error::Io`] if it leads nowhere.
-    pub(super) fn resolve(&self, path: &Path) -> Result<PathBuf> {
+    pub(crate) fn resolve(&self, path: &Path) -> Result<PathBuf> {
         let place = path.canonicalize().map_err(Error::io("read", path))?;
         // `blobs` is compared as it is named, so that it cannot be a link itself.
         let is_blob = self.blobs.as_deref().is_some_and(|blobs| place.parent() == Some(blobs));

@@ -15,7 +15,7 @@ use crate::tensor::{TensorSpec, compare_tensors, is_averaged};
 
 /// Checkpoint whose files are open.
 #[derive(Debug)]
-pub(super) struct CheckpointModel {
+pub(crate) struct CheckpointModel {
     pub found: FoundCheckpoint,
     /// In the order of the files found.
     pub files: Vec<WeightFile>,
@@ -27,7 +27,7 @@ pub(super) struct CheckpointModel {
 
 /// Tensor of a checkpoint.
 #[derive(Debug)]
-pub(super) struct TensorEntry {
+pub(crate) struct TensorEntry {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
     /// Index of the file that holds it.
@@ -42,13 +42,13 @@ impl TensorEntry {
     /// Returns the size of the elements in bytes.
     ///
     /// It cannot overflow, as the file was checked to hold the elements.
-    pub(super) fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         (self.dtype.bitsize() * self.shape.iter().product::<usize>() / 8) as u64
     }
 
     /// Returns the tensor without its elements, under a name.
     #[cfg(feature = "pytorch")]
-    pub(super) fn spec(&self, name: &str) -> TensorSpec {
+    pub(crate) fn spec(&self, name: &str) -> TensorSpec {
         TensorSpec { name: name.to_owned(), dtype: self.dtype, shape: self.shape.clone() }
     }
 }
@@ -166,7 +166,7 @@ impl CheckpointModel {
 
     /// Returns true if a tensor is averaged: it is of floating point, not the scale of a low-rank adapter, and the user
     /// did not ask for a copy.
-    pub(super) fn is_averaged(&self, name: &str) -> bool {
+    pub(crate) fn is_averaged(&self, name: &str) -> bool {
         let is_candidate = self.tensors.get(name).is_some_and(|entry| is_averaged(entry.dtype) && !entry.copied);
         is_candidate && !self.is_scale(name)
     }
@@ -188,7 +188,7 @@ impl CheckpointModel {
     }
 
     /// Iterates over the tensors that their files do not hold in C order.
-    pub(super) fn scattered(&self) -> impl Iterator<Item = (&str, &TensorEntry)> {
+    pub(crate) fn scattered(&self) -> impl Iterator<Item = (&str, &TensorEntry)> {
         let tensors = self.tensors.iter().map(|(name, entry)| (name.as_str(), entry));
         tensors.filter(|(_, entry)| self.bytes(entry).is_none())
     }
@@ -215,7 +215,7 @@ fn name_beside(file: &str, name: &str) -> String {
 }
 
 /// Returns the name of a tensor in its own file.
-pub(super) fn name_in_file(name: &str) -> &str {
+pub(crate) fn name_in_file(name: &str) -> &str {
     name.split_once(BESIDE).map_or(name, |(_, name)| name)
 }
 

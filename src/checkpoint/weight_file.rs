@@ -25,7 +25,7 @@ const SHARDING: &str = "DCP_SHARDING_INFO";
 
 /// File of a checkpoint's weights, mapped.
 #[derive(Debug)]
-pub(super) enum WeightFile {
+pub(crate) enum WeightFile {
     Safetensors(StoredFile),
     #[cfg(feature = "pytorch")]
     Torch(TorchWeights),
@@ -34,7 +34,7 @@ pub(super) enum WeightFile {
 /// Tensors of a PyTorch file, and what is known of the model beside them.
 #[cfg(feature = "pytorch")]
 #[derive(Debug)]
-pub(super) struct TorchWeights {
+pub(crate) struct TorchWeights {
     pub tensors: TensorFile,
     /// Whole numbers that may be the step.
     numbers: BTreeMap<&'static str, u64>,
@@ -140,7 +140,7 @@ impl WeightFile {
     }
 
     /// Returns the strings of `__metadata__`; none for a PyTorch file.
-    pub(super) fn metadata(&self) -> BTreeMap<String, String> {
+    pub(crate) fn metadata(&self) -> BTreeMap<String, String> {
         match self {
             WeightFile::Safetensors(file) => file.metadata().clone(),
             #[cfg(feature = "pytorch")]

@@ -47,7 +47,7 @@ const OPTIMIZER_STATE: &str = "optim_states";
 
 /// Checkpoint that was found, but not yet opened.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct FoundCheckpoint {
+pub(crate) struct FoundCheckpoint {
     /// File or folder that names the checkpoint in messages.
     pub path: PathBuf,
     /// Folder of the checkpoint; `None` for a plain file.
@@ -118,7 +118,7 @@ impl FoundCheckpoint {
     }
 
     /// Returns the name of a file, within the checkpoint's folder if it has one.
-    pub(super) fn name_of(&self, path: &Path) -> String {
+    pub(crate) fn name_of(&self, path: &Path) -> String {
         let within = self.folder.as_ref().and_then(|folder| path.strip_prefix(folder).ok());
         within.map_or_else(|| file_name(path), |name| name.to_string_lossy().into_owned())
     }
@@ -309,7 +309,7 @@ fn is_index(path: &Path) -> bool {
 }
 
 /// Splits the name of an index of shards before its ending, `.index.json` or with a variant `.index.fp16.json`.
-pub(super) fn split_index(name: &str) -> Option<(&str, &str)> {
+pub(crate) fn split_index(name: &str) -> Option<(&str, &str)> {
     let at = name.rfind(".index.").filter(|_| name.ends_with(".json"))?;
     let variant = name.get(at + 7..name.len() - 5).unwrap_or_default();
     (!variant.contains('.')).then(|| name.split_at(at))
@@ -338,7 +338,7 @@ fn has_extension(path: &Path, extension: &str) -> bool {
 }
 
 /// Returns the name of a file of weights as a safetensors file, by the conventions of Hugging Face's tools.
-pub(super) fn safetensors_name(name: &str) -> String {
+pub(crate) fn safetensors_name(name: &str) -> String {
     let stem = without_extension(name);
     match stem.strip_prefix("pytorch_model") {
         Some(rest) if !name.ends_with(SAFETENSORS) => format!("model{rest}.{SAFETENSORS}"),
@@ -361,6 +361,6 @@ pub(super) fn without_extension(name: &str) -> &str {
 }
 
 /// Returns the last component of a path; bytes that are not UTF-8 are replaced.
-pub(super) fn file_name(path: &Path) -> String {
+pub(crate) fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }

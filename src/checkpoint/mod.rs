@@ -1,0 +1,71 @@
+//! Checkpoints of any tool: found, opened, and checked against each other.
+
+mod adapter;
+pub(crate) mod auxiliary_files;
+#[cfg(feature = "pytorch")]
+mod distributed;
+mod find;
+mod json;
+mod links;
+mod model;
+mod natural;
+mod notes;
+mod options;
+mod quantized;
+mod steps;
+mod weight_file;
+mod wrappers;
+
+use std::path::Path;
+
+use rayon::prelude::*;
+
+use crate::error::Result;
+use crate::fs::start_threads;
+
+use options::ReadOptions;
+
+pub(crate) use find::{file_name, safetensors_name, split_index};
+pub(crate) use links::CopySource;
+pub(crate) use model::{CheckpointModel, name_in_file};
+pub use options::CheckpointOptions;
+#[cfg(feature = "pytorch")]
+pub(crate) use weight_file::WeightFile;
+
+/// Checkpoints of one model, in order of their steps.
+pub(crate) struct OpenedCheckpoints {
+    pub models: Vec<CheckpointModel>,
+    pub steps: Vec<u64>,
+    /// Notes on how they were read.
+    pub notes: Vec<String>,
+}
+
+/// Opens checkpoints and checks that they are of one model.
+///
+/// # Errors
+/// As [`Checkpoints::open_with`](crate::Checkpoints::open_with).
+pub(crate) fn open_all<P: AsRef<Path>>(paths: &[P], options: &CheckpointOptions) -> Result<OpenedCheckpoints> {
+    start_threads()?;
+    let read = ReadOptions::new(options)?;
+    let found = find::find(paths)?;
+    // Collected before errors are looked for, so that the first one does not depend on the threads.
+    let opened: Vec<Result<CheckpointModel>> =
+        found.into_par_iter().map(|found| CheckpointModel::open(found, &read)).collect();
+    let models: Vec<CheckpointModel> = opened.into_iter().collect::<Result<_>>()?;
+    models.iter().try_for_each(quantized::check)?;
+    let steps = steps::steps(&models, options.steps.as_deref())?;
+    let mut sorted: Vec<(u64, CheckpointModel)> = steps.into_iter().zip(models).collect();
+    sorted.sort_by_key(|(step, _)| *step);
+    let (steps, mut models): (Vec<u64>, Vec<CheckpointModel>) = sorted.into_iter().unzip();
+    for patterns in [&read.copy, &read.leave_out] {
+        let entries = models[0].tensors.keys().map(String::as_str);
+        patterns.check(entries.chain(models[0].left_out.iter().map(String::as_str)))?;
+    }
+    let mut notes = notes::of_models(&models);
+    notes.extend(wrappers::look_through(&mut models));
+    for model in &models[1..] {
+        model.check_sibling(&models[0])?;
+    }
+    models[0].check_averaged()?;
+    Ok(OpenedCheckpoints { models, steps, notes })
+}
