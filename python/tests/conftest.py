@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,25 @@ from posthoc_ema import PostHocEMA, Profile
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def groups() -> Iterator[list[Any]]:
+    """List of the group of the tests, which another one replaces after a hang."""
+    made: list[Any] = []
+    yield made
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def group(groups: list[Any]) -> Any:
+    """Processes that run functions together; see `process_group.Group`."""
+    from process_group import Group
+
+    if not groups or not groups[-1].is_alive:
+        groups.append(Group())
+    return groups[-1]
 
 
 @pytest.fixture

@@ -1,0 +1,86 @@
+//! Evaluations side by side.
+
+use super::*;
+
+/// Returns a document without what may differ between two sweeps with the same scores.
+fn without_times(document: &Value) -> Value {
+    let mut document = document.clone();
+    for trial in document["trials"].as_array_mut().unwrap() {
+        trial["seconds"] = Value::Null;
+    }
+    document["trials"].clone()
+}
+
+/// Each evaluation waits for one of another job, and the first ones end last.
+#[test]
+fn jobs_run_side_by_side_with_the_trials_and_the_order_of_one() {
+    let case = Case::new();
+    let [marks, other] = ["marks", "other"].map(|name| case.temp.path().join(name));
+    fs::create_dir(&marks).unwrap();
+    let noise = "echo \"evaluating $POSTHOC_EMA_REPEAT $1\" | sed 's/ .*sigma_rel/ sigma_rel/' >&2";
+    case.script(&format!(
+        "{noise}\n[ \"$2\" = \"$POSTHOC_EMA_JOB\" ] || exit 3\n: > {marks}/$POSTHOC_EMA_JOB\ni=0\n\
+         while [ ! -e {marks}/1 ] || [ ! -e {marks}/0 ]; do sleep 0.02; i=$((i + 1)); [ $i -lt 3000 ] || exit 4; done\n\
+         case \"$1\" in *sigma_rel-0.05.*) sleep 0.4;; esac",
+        marks = marks.display()
+    ));
+    let eval = format!("sh {} {{}} {{job}}", case.script.display());
+    let run = |out: &Path, further: &[&str]| {
+        let fixed = ["sweep", &case.run, "--eval", &eval, "--out-dir", out.to_str().unwrap(), "--json"];
+        let output = posthoc_ema(&[&fixed[..], &LIST, &["--repeats", "2"], further].concat());
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{stderr}");
+        (serde_json::from_slice::<Value>(&output.stdout).unwrap(), stderr)
+    };
+    let (side_by_side, errors) = run(&case.out, &["--jobs", "3"]);
+    assert_eq!((&side_by_side["failed"], &side_by_side["evaluated"]), (&0.into(), &28.into()));
+    let (alone, errors_alone) = run(&other, &[]);
+    assert_eq!(without_times(&side_by_side), without_times(&alone));
+    assert_eq!((errors.lines().count(), errors), (28, errors_alone), "the order is that of one job");
+    assert_eq!(case.names(), ["best.safetensors", "sweep.json"]);
+    assert_eq!(fs::read(case.best()).unwrap(), fs::read(other.join("best.safetensors")).unwrap());
+}
+
+/// All evaluations end with the sweep, and the same command continues with the rest.
+#[test]
+fn interrupted_jobs_end_and_the_sweep_continues() {
+    for signal in ["-INT", "-KILL"] {
+        let case = Case::new();
+        let hang = case.temp.path().join("hang");
+        fs::create_dir(&hang).unwrap();
+        case.script(&format!(
+            "case \"$1\" in *sigma_rel-0.05.*) ;; *) if [ -d {hang} ]; then echo $$ > {hang}/$POSTHOC_EMA_JOB; \
+             sleep 1000; fi;; esac",
+            hang = hang.display()
+        ));
+        let further = [&LIST[..], &["--jobs", "3", "--refine", "2"]].concat();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_posthoc-ema"))
+            .args(case.arguments(&further))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let is_whole = |job: u32| fs::read_to_string(hang.join(job.to_string())).ok().filter(|pid| pid.ends_with('\n'));
+        let pids: Vec<String> = (0..3).map(|job| wait_for(|| is_whole(job))).collect();
+        wait_for(|| (recorded(&case) == 1).then_some(()));
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        assert!(!child.wait().unwrap().success());
+        pids.iter().for_each(|pid| wait_for(|| (!is_alive(pid)).then_some(())));
+        assert_eq!(recorded(&case), 1);
+        fs::remove_dir_all(&hang).unwrap();
+        let (document, _) = case.sweep(&further);
+        assert_eq!((&document["evaluated"], &document["failed"]), (&9.into(), &0.into()));
+        assert_eq!(case.names(), ["best.safetensors", "sweep.json"]);
+    }
+}
+
+/// A repeat that fails ends the others of its average, and no file is left.
+#[test]
+fn failed_repeats_of_jobs_are_recorded_once() {
+    let case = Case::new();
+    case.script("case \"$1\" in *sigma_rel-0.08.*) echo broken >&2; exit 1;; esac");
+    let (document, errors) = case.sweep(&[&LIST[..], &["--jobs", "4", "--repeats", "3", "--refine", "0"]].concat());
+    assert_eq!(document["failed"], 1);
+    assert!(errors.contains("warning: sigma_rel 0.08: its exit status is 1"), "{errors}");
+    assert_eq!(case.names(), ["best.safetensors", "sweep.json"]);
+}
