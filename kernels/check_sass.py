@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["update", "look", "blend", "convert"]
+SOURCES = ["update", "look", "blend", "gather"]
 ARCHITECTURES = [80, 90, 100, 120]
 # Flags of build.rs.
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ftz=false"]
@@ -47,7 +47,7 @@ KERNELS = {
     "update": numbered("update_plain", 8) + numbered("update_compensated", 8),
     "look": ["look"],
     "blend": numbered("blend", 8),
-    "convert": ["convert", "scan", "gather"],
+    "gather": ["gather"],
 }
 ALL = [kernel for names in KERNELS.values() for kernel in names]
 
@@ -79,8 +79,6 @@ def expected(kernel):
         return expected_blend(number)
     one = {
         "look": [(3, {"LDG.128": 4})],  # f32, f16, bf16; of f64 only the halves with the exponents are loaded
-        "convert": [(1, {"LDG.128": 1, "STG.128": 1}), (2, {"LDG.128": 1, "STG.64": 1})],
-        "scan": [(1, {"LDG.128": 1})],
         "gather": [(1, {"LDG.128": 1, "STG.128": 1})],
     }
     return one[kernel]
@@ -236,7 +234,7 @@ def arithmetic(kernel, counter):
     """Checks that the sums and products are those of the source, neither contracted nor split."""
     fused, sums, products = (pairs(counter, name) for name in ("FFMA", "FADD", "FMUL"))
     # Products by themselves are with powers of two: one for each low-order term that is decoded.
-    each = {"update_compensated": (2, 5, 1), "update_plain": (1, 1, 0), "convert": (0, 1, 1)}
+    each = {"update_compensated": (2, 5, 1), "update_plain": (1, 1, 0)}
     ratio = each.get(kernel.rsplit("_", 1)[0], (0, 0, 0))
     times = max(fused, sums, products) // max(ratio) if any(ratio) else 0
     if (fused, sums, products) != tuple(times * n for n in ratio) or any(ratio) and times == 0:

@@ -25,7 +25,6 @@
 
 template <class T> DEVICE T load(const T* p) { return __ldcs(p); }
 template <class T> DEVICE void store(T* p, T value) { __stcs(p, value); }
-DEVICE void atomic_max(uint32_t* p, uint32_t value) { atomicMax(p, value); }
 DEVICE void atomic_min(uint64_t* p, uint64_t value) { atomicMin(reinterpret_cast<unsigned long long*>(p), value); }
 
 DEVICE float bits_f32(uint32_t bits) { return __uint_as_float(bits); }
@@ -52,14 +51,13 @@ DEVICE uint16_t f32_to_bf16(float value) { return __bfloat16_as_ushort(__float2b
 // Numbers of the element types; the host uses the same.
 enum Kind : uint32_t { KIND_F32 = 0, KIND_F16 = 1, KIND_BF16 = 2, KIND_F64 = 3, KIND_BYTES = 4 };
 
-// Each type has `single` and `whole`, which widen an element to f32 and f64. `round` and `round_single` round an f64
-// and an f32 to it. f16 and bf16 go through f32 in both directions.
+// Each type has `single` and `whole`, which widen an element to f32 and f64, and `round`, which rounds an f64 to
+// it. f16 and bf16 go through f32 in both directions.
 struct F32 {
     typedef uint32_t Bits;
     DEVICE float single(uint32_t bits) { return bits_f32(bits); }
     DEVICE double whole(uint32_t bits) { return f32_to_f64(bits_f32(bits)); }
     DEVICE uint32_t round(double value) { return f32_bits(f64_to_f32(value)); }
-    DEVICE uint32_t round_single(float value) { return f32_bits(value); }
 };
 
 struct F16 {
@@ -67,7 +65,6 @@ struct F16 {
     DEVICE float single(uint16_t bits) { return f16_to_f32(bits); }
     DEVICE double whole(uint16_t bits) { return f32_to_f64(f16_to_f32(bits)); }
     DEVICE uint16_t round(double value) { return f32_to_f16(f64_to_f32(value)); }
-    DEVICE uint16_t round_single(float value) { return f32_to_f16(value); }
 };
 
 struct BF16 {
@@ -75,7 +72,6 @@ struct BF16 {
     DEVICE float single(uint16_t bits) { return bf16_to_f32(bits); }
     DEVICE double whole(uint16_t bits) { return f32_to_f64(bf16_to_f32(bits)); }
     DEVICE uint16_t round(double value) { return f32_to_bf16(f64_to_f32(value)); }
-    DEVICE uint16_t round_single(float value) { return f32_to_bf16(value); }
 };
 
 struct F64 {
@@ -83,7 +79,6 @@ struct F64 {
     DEVICE float single(uint64_t bits) { return f64_to_f32(bits_f64(bits)); }
     DEVICE double whole(uint64_t bits) { return bits_f64(bits); }
     DEVICE uint64_t round(double value) { return f64_bits(value); }
-    DEVICE uint64_t round_single(float value) { return f64_bits(f32_to_f64(value)); }
 };
 
 // Low-order term of an average, an integer in units of 2^-14 ulp. src/compute/cpu/low_order.rs has the derivation.

@@ -14,6 +14,8 @@ pub enum Device {
     Cpu,
     /// CUDA device of this number.
     Cuda(usize),
+    /// CUDA device of the parameters for a tracker, and the first one for a synthesis.
+    AnyCuda,
 }
 
 impl fmt::Display for Device {
@@ -22,11 +24,12 @@ impl fmt::Display for Device {
             Device::Auto => f.write_str("auto"),
             Device::Cpu => f.write_str("cpu"),
             Device::Cuda(number) => write!(f, "cuda:{number}"),
+            Device::AnyCuda => f.write_str("cuda"),
         }
     }
 }
 
-/// Parses `auto`, `cpu`, `cuda` (the first CUDA device) or `cuda:N`.
+/// Parses `auto`, `cpu`, `cuda` ([`Device::AnyCuda`]) or `cuda:N`.
 impl FromStr for Device {
     type Err = String;
 
@@ -34,10 +37,10 @@ impl FromStr for Device {
         match text {
             "auto" => Ok(Device::Auto),
             "cpu" => Ok(Device::Cpu),
-            "cuda" => Ok(Device::Cuda(0)),
+            "cuda" => Ok(Device::AnyCuda),
             other => match other.strip_prefix("cuda:").and_then(|number| number.parse().ok()) {
                 Some(number) => Ok(Device::Cuda(number)),
-                None => Err(format!("`{text}` is not a device: the devices are auto, cpu and cuda:N")),
+                None => Err(format!("`{text}` is not a device: the devices are auto, cpu, cuda and cuda:N")),
             },
         }
     }
@@ -49,10 +52,9 @@ mod tests {
 
     #[test]
     fn display_and_from_str_round_trip() {
-        for device in [Device::Auto, Device::Cpu, Device::Cuda(0), Device::Cuda(17)] {
+        for device in [Device::Auto, Device::Cpu, Device::Cuda(0), Device::Cuda(17), Device::AnyCuda] {
             assert_eq!(device.to_string().parse(), Ok(device));
         }
-        assert_eq!("cuda".parse(), Ok(Device::Cuda(0)));
         for wrong in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "CPU"] {
             assert!(wrong.parse::<Device>().unwrap_err().contains("cuda:N"), "{wrong}");
         }

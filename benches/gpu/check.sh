@@ -127,7 +127,7 @@ elif compute-sanitizer "$folder/cuda-tests" --exact offload::stream_that_waits_f
 else
     for tool in memcheck racecheck initcheck; do
         stage "$tool" 60 bash -c "sanitize $tool update::aligned_and_unaligned_update blend::blend_of_every_length \
-            offload::copy_of_every_size convert::ranges non_finite::look_passes"
+            offload::copy_of_every_size reader::averages non_finite::look_passes"
     done
 fi
 

@@ -112,9 +112,9 @@ class PostHocEMA(RunAverages, TrainingLoop):
             gammas: Power-function profiles to track, by exponent.
             betas: Classical EMAs to track, by decay per training step (not per update).
             profiles: Further profiles to track.
-            device: Device of the averages, without effect on any bit: "cpu" (takes no memory of the GPU), "cuda" or
-                "cuda:N" (an update is one kernel launch), or "auto" (on the model's device if they take at most a
-                quarter of its free memory).
+            device: Device of the averages, without effect on any bit: "cpu" (takes no memory of a GPU), "cuda" (beside
+                the parameters; an update is one kernel launch), "cuda:N" (the same, if they are there), or "auto" (on
+                the model's device if they take at most a quarter of its free memory).
             resume: Continue the run in `checkpoint_dir` if there is one; `step` is then the step to continue from. A
                 path is that of a state that `save(path)` wrote, its file or folder: the run continues from there, and
                 the snapshots of the course that it leaves are set aside.

@@ -22,8 +22,10 @@ impl Backend {
             Device::Auto | Device::Cpu => Ok(Backend::Cpu),
             #[cfg(feature = "cuda")]
             Device::Cuda(number) => crate::compute::cuda::CudaDevice::open(number).map(Backend::Cuda),
+            #[cfg(feature = "cuda")]
+            Device::AnyCuda => crate::compute::cuda::CudaDevice::open(0).map(Backend::Cuda),
             #[cfg(not(feature = "cuda"))]
-            Device::Cuda(_) => {
+            Device::Cuda(_) | Device::AnyCuda => {
                 let reason = format!("this program was built without CUDA and cannot use {device}: use the CPU");
                 Err(crate::Error::Setting { option: "device", reason })
             }

@@ -137,37 +137,25 @@ impl CheckpointMeta {
         }
         let layout = self.registry.layout();
         let ranges: Vec<_> = values.averages.iter().map(|averages| scan(averages, layout)).collect();
-        self.choose_all_dtypes(values, &ranges)
+        self.choose_dtypes(values, &ranges)
     }
 
-    /// Does the same as [`CheckpointMeta::choose_dtypes`] for all profiles.
-    pub(super) fn choose_all_dtypes(
+    /// Chooses the stored dtype of each averaged tensor of each profile by the range of its values.
+    ///
+    /// That is the requested dtype, or f32 if the requested one cannot hold the values.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] for a tensor that holds NaN or infinity.
+    pub(super) fn choose_dtypes(
         &self,
         values: &Values<'_>,
         ranges: &[Vec<cpu::ValueRange>],
     ) -> Result<Vec<Vec<Dtype>>> {
-        let layout = self.registry.layout();
-        let mut dtypes = Vec::with_capacity(ranges.len());
-        for (profile, (averages, ranges)) in values.averages.iter().zip(ranges).enumerate() {
-            let value = |tensor: usize, element: usize| Ok(averages.high[layout.range(tensor)][element]);
-            dtypes.push(self.choose_dtypes(profile, ranges, value)?);
-        }
-        Ok(dtypes)
+        let averages = values.averages.iter().zip(ranges).enumerate();
+        averages.map(|(profile, (averages, ranges))| self.dtypes_of(profile, averages, ranges)).collect()
     }
 
-    /// Chooses the stored dtype of each averaged tensor of a profile by the range of its values.
-    ///
-    /// That is the requested dtype, or f32 if the requested one cannot hold the values. `value(tensor, element)` looks
-    /// up an element.
-    ///
-    /// # Errors
-    /// [`Error::NonFinite`] for a tensor that holds NaN or infinity, and the errors of `value`.
-    pub(super) fn choose_dtypes(
-        &self,
-        profile: usize,
-        ranges: &[cpu::ValueRange],
-        value: impl Fn(usize, usize) -> Result<f32>,
-    ) -> Result<Vec<Dtype>> {
+    fn dtypes_of(&self, profile: usize, averages: &Averages, ranges: &[cpu::ValueRange]) -> Result<Vec<Dtype>> {
         let mut dtypes = Vec::with_capacity(ranges.len());
         for (i, (entry, range)) in self.registry.averaged().iter().zip(ranges).enumerate() {
             if let Some(element) = range.first_not_finite {
@@ -175,7 +163,7 @@ impl CheckpointMeta {
                     tensor: entry.name.clone(),
                     profile: self.settings.profiles[profile].to_string(),
                     element,
-                    value: value(i, element)?,
+                    value: averages.high[self.registry.layout().range(i)][element],
                     step: self.step(),
                 });
             }
@@ -195,12 +183,17 @@ impl CheckpointMeta {
         self.warn_of_other_dtypes(index, dtypes);
         let averaged = self.registry.averaged();
         let copied = self.registry.copied();
+        let layout = self.registry.layout();
         let mut specs: Vec<TensorSpec> =
             averaged.iter().zip(dtypes).map(|(entry, &dtype)| TensorSpec { dtype, ..entry.spec() }).collect();
         specs.extend(copied.iter().map(Entry::spec));
         let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| match i.checked_sub(averaged.len()) {
             Some(copy) => dst.copy_from_slice(&values.copies[copy][range]),
-            None => values.store(dst, self.registry.layout(), index, i, range, dtypes[i]),
+            None => {
+                let start = layout.range(i).start;
+                let size = dtypes[i].bitsize() / 8;
+                values.averages[index].store(dst, start + range.start / size..start + range.end / size, dtypes[i]);
+            }
         };
         let meta = self.snapshot_meta(index, dtypes);
         write_snapshot(&self.dir, self.snapshot_id(index), specs, &meta, self.settings.shard_size, &fill)?;

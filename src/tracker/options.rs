@@ -225,8 +225,8 @@ impl Options {
     /// * [`Device::Cpu`]: on the host. Each update copies the parameters there once, in their own dtype. The training
     ///   stream waits for the copy but not for the folding. It does not wait for the copy either if the parameters are
     ///   lent until the fence ([`CudaMemory::until_fence`](crate::CudaMemory)). No device memory is used.
-    /// * [`Device::Cuda`]: on the parameters' device. An update is one launch on the training stream, after
-    ///   a look for NaN.
+    /// * [`Device::AnyCuda`]: on the parameters' device. An update is one launch on the training stream, after a look
+    ///   for NaN. [`Device::Cuda`] is the same, and an error if the parameters are on another device.
     /// * [`Device::Auto`]: on the device if the averages take at most a quarter of its free memory, otherwise on the
     ///   host.
     ///

@@ -3,7 +3,7 @@
 //! They run on the real driver if there is one, and otherwise on the stand-in, which is built from the same kernels.
 
 mod blend;
-mod convert;
+mod capture;
 mod driver;
 mod faults;
 mod model;
@@ -12,6 +12,7 @@ mod non_finite;
 mod offload;
 mod ordering;
 mod owner;
+mod reader;
 mod synthesis;
 mod tracker;
 mod update;

@@ -4,6 +4,7 @@ use posthoc_ema::CudaMemory;
 use posthoc_ema::compute::cuda::{CudaDevice, Offload};
 use rand::Rng;
 
+use crate::driver::{check_in_own_process, count};
 use crate::owner::{Owned, Owner};
 use crate::values::random;
 
@@ -46,6 +47,27 @@ fn stream_that_waits_for_fence_may_change_tensor() {
     owned.set(&vec![1; value.len()]);
     assert_eq!(staged.wait().unwrap().tensor(0), value);
     fence.wait().unwrap();
+}
+
+/// A copy of the training waits for the piece that is on the bus, and not for a whole tensor.
+#[test]
+#[ignore = "run by `large_tensors_are_copied_in_pieces`"]
+fn pieces() {
+    let owner = Owner::new();
+    let Some(before) = count("copies") else { return };
+    let device = CudaDevice::open(0).unwrap();
+    let value = bytes(3, (20 << 20) + 5);
+    let owned = owner.own(&value, 0);
+    let mut offload = Offload::new(&device, &[value.len()]).unwrap();
+    let uploads = count("copies").unwrap() - before;
+    let arrived = offload.copy(&[owned.lend()]).unwrap().0.wait().unwrap();
+    assert_eq!(count("copies").unwrap() - before - uploads, 3);
+    assert!(arrived.tensor(0) == value);
+}
+
+#[test]
+fn large_tensors_are_copied_in_pieces() {
+    check_in_own_process("offload::pieces", &[]);
 }
 
 /// The third copy waits until one of the first two is folded, which bounds the locked memory.

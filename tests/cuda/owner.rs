@@ -91,7 +91,7 @@ impl Owned<'_> {
 
     pub fn lend(&self) -> CudaMemory<'_> {
         let device = self.owner.context.ordinal();
-        // SAFETY: the allocation lives as long as `self`, and freeing it waits for the device.
+        // SAFETY: the allocation lives as long as `self`, and is freed after the work of the owner's stream.
         unsafe { CudaMemory::from_raw(device, self.owner.stream(), self.address(), self.bytes) }
     }
 
@@ -105,6 +105,7 @@ impl Owned<'_> {
 impl Drop for Owned<'_> {
     fn drop(&mut self) {
         let _ = self.owner.context.bind_to_thread();
+        let _ = self.owner.stream.synchronize();
         // SAFETY: it was allocated by `own` and is freed once.
         let _ = unsafe { result::free_sync(self.allocation) };
     }

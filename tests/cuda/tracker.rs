@@ -1,5 +1,6 @@
 //! Tests of the tracker with parameters on a device, compared with a tracker of parameters in host memory.
 
+use cudarc::driver::sys::CUstreamCaptureMode;
 use posthoc_ema::compute::cuda::devices;
 use posthoc_ema::{Device, Dtype, Error, OnNonFinite, Options, PostHocEma, Precision, Profile, Tensors, UpdateOutcome};
 
@@ -276,6 +277,15 @@ fn check_wrong_devices(device: Device) {
     assert!(error.contains("option device") && error.contains("host memory"), "{error}");
     let error = text(create(Device::Cuda(1)).create(&model.device));
     assert!(error.contains("on cuda:0") && error.contains("cuda:1"), "{error}");
+    let error = text(create(Device::AnyCuda).create(&model.host));
+    assert!(error.contains("averages on cuda need them there"), "{error}");
+    // Without a number, it is the device of the parameters.
+    let mut beside = create(Device::AnyCuda).create(&elsewhere.device).unwrap();
+    beside.update_at(2, &elsewhere.device).unwrap();
+    assert!(beside.fence().is_none(), "the averages are on the device");
+    beside.finish().unwrap();
+    drop(beside);
+    std::fs::remove_dir_all(temp.path().join("run")).unwrap();
     // A model that has moved, and one on two devices.
     model.device.tensors.swap_remove(2);
     let mut ema = create(device).create(&model.device).unwrap();
@@ -302,6 +312,7 @@ fn costs() {
     let owner = Owner::new();
     let mut model = Model::new(&owner);
     let mut ema = options(temp.path()).device(Device::Cuda(0)).create(&model.device).unwrap();
+    let created = count("allocations").unwrap();
     let device_work = || ["launches", "copies", "allocations", "events"].map(|what| count(what).unwrap());
     let launches = || count("launches").unwrap();
     assert_eq!(launches(), before, "no kernel runs before the first update");
@@ -317,6 +328,13 @@ fn costs() {
     let [launched, copied, allocated, _] = device_work();
     assert_eq!(launched, idle[0] + 2, "an update is one launch, and its look another");
     assert_eq!((copied, allocated), (idle[1] + 1, idle[2]), "only the result of the look is copied");
+    for step in 5..=20 {
+        model.train(step);
+        ema.update(&model.device).unwrap();
+    }
+    ema.save().unwrap();
+    ema.finish().unwrap();
+    assert_eq!(count("allocations").unwrap(), created, "no checkpoint allocates memory of the device");
     drop(ema);
 
     // With averages on the host, the device holds only the table of small tensors.
@@ -324,12 +342,14 @@ fn costs() {
     let memory = count("device_bytes").unwrap();
     let mut ema = options(temp.path()).create(&model.device).unwrap();
     let bus = count("d2h_bytes").unwrap();
-    for step in 4..14 {
+    let created = count("allocations").unwrap();
+    for step in 21..31 {
         model.train(step);
         ema.update(&model.device).unwrap();
     }
     ema.finish().unwrap();
     assert!(count("device_bytes").unwrap() - memory < 4096);
+    assert_eq!(count("allocations").unwrap(), created);
     assert_eq!(count("d2h_bytes").unwrap(), bus, "small tensors are gathered by a kernel");
 }
 
@@ -338,7 +358,15 @@ fn update_costs_are_bounded() {
     crate::driver::check_in_own_process("tracker::costs", &[]);
 }
 
-/// PyTorch depends on the thread's current context.
+/// Returns the thread's capture mode, and makes it the default.
+fn capture_mode() -> CUstreamCaptureMode {
+    let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
+    // SAFETY: the driver is loaded, and the pointer is valid for the call.
+    unsafe { cudarc::driver::sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }.result().unwrap();
+    mode
+}
+
+/// PyTorch depends on the thread's current context and capture mode.
 #[test]
 fn every_call_keeps_current_context_of_thread() {
     driver();
@@ -361,6 +389,7 @@ fn every_call_keeps_current_context_of_thread() {
             let before = current();
             act(model);
             assert_eq!(current(), before, "{what}");
+            assert_eq!(capture_mode(), CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL, "{what}");
         };
         let mut ema = None;
         check("create", &mut model, &mut |model| {

@@ -8,7 +8,10 @@ static void* new_memory(Kind kind, uint64_t bytes, bool stream_ordered) {
     return (void*)allocate(kind, context().device, bytes, stream_ordered).begin;
 }
 API cuMemAlloc_v2(Pointer* out, size_t bytes) {
-    return call([=] { *out = (Pointer)new_memory(device_memory, bytes, false); });
+    return call([=] {
+        check_captures("cuMemAlloc");
+        *out = (Pointer)new_memory(device_memory, bytes, false);
+    });
 }
 API cuMemAllocAsync(Pointer* out, size_t bytes, void* handle) {
     return call([=] {
@@ -19,7 +22,10 @@ API cuMemAllocAsync(Pointer* out, size_t bytes, void* handle) {
     });
 }
 API cuMemHostAlloc(void** out, size_t bytes, unsigned) {
-    return call([=] { *out = new_memory(pinned_memory, bytes, false); });
+    return call([=] {
+        check_captures("cuMemHostAlloc");
+        *out = new_memory(pinned_memory, bytes, false);
+    });
 }
 API cuMemAllocHost_v2(void** out, size_t bytes) { return cuMemHostAlloc(out, bytes, 0); }
 API cuMemHostGetDevicePointer_v2(Pointer* out, void* pointer, unsigned) {
@@ -32,13 +38,12 @@ static void check_finished(const Allocation& gone) {
         break_device(launch_failed, "freeing %s, while the host has not waited for %s", gone.name().c_str(),
                      describe(work).c_str());
 }
-// Waits for the whole device. For memory of cuMemAllocAsync it does not: there the caller has to wait.
+// Does not wait, because NVIDIA promises no more than that it may.
 API cuMemFree_v2(Pointer pointer) {
     return call(tolerant, [=] {
         if (!pointer) return;
         Allocation& gone = owned(pointer, device_memory);
-        if (!sticky_code && gone.stream_ordered) check_finished(gone);
-        if (!sticky_code && !gone.stream_ordered) host_waits(driver().contexts[gone.device]->everything);
+        if (!sticky_code) check_captures("cuMemFree"), check_finished(gone);
         deallocate(gone);
     });
 }
@@ -55,7 +60,7 @@ API cuMemFreeAsync(Pointer pointer, void* handle) {
 API cuMemFreeHost(void* pointer) {
     return call(tolerant, [=] {
         Allocation& gone = owned((uintptr_t)pointer, pinned_memory);
-        if (!sticky_code) check_finished(gone);
+        if (!sticky_code) check_captures("cuMemFreeHost"), check_finished(gone);
         staged().erase(&gone);
         deallocate(gone);
     });

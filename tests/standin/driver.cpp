@@ -16,7 +16,7 @@ UNSUPPORTED(cuDeviceGetDefaultMemPool) UNSUPPORTED(cuDeviceGetMemPool) UNSUPPORT
 UNSUPPORTED(cuMemAllocFromPoolAsync) UNSUPPORTED(cuMemPoolCreate) UNSUPPORTED(cuMemPoolDestroy)
 UNSUPPORTED(cuMemPoolGetAttribute) UNSUPPORTED(cuMemPoolSetAttribute) UNSUPPORTED(cuMemPoolTrimTo)
 UNSUPPORTED(cuMemAllocManaged) UNSUPPORTED(cuMemAdvise_v2) UNSUPPORTED(cuMemPrefetchAsync_v2)
-UNSUPPORTED(cuStreamAttachMemAsync) UNSUPPORTED(cuStreamBeginCapture_v2) UNSUPPORTED(cuStreamEndCapture)
+UNSUPPORTED(cuStreamAttachMemAsync)
 UNSUPPORTED(cuLaunchHostFunc) UNSUPPORTED(cuLaunchCooperativeKernel) UNSUPPORTED(cuModuleLoad)
 UNSUPPORTED(cuModuleGetGlobal_v2) UNSUPPORTED(cuMemHostRegister_v2) UNSUPPORTED(cuMemHostUnregister)
 

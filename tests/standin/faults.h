@@ -15,7 +15,7 @@ enum Code {
     success = 0, invalid_value = 1, out_of_memory = 2, not_initialized = 3, no_device = 100, invalid_device = 101,
     invalid_image = 200, invalid_context = 201, no_binary_for_gpu = 209, unsupported_ptx = 222, invalid_handle = 400,
     not_found = 500, not_ready = 600, illegal_address = 700, misaligned_address = 716, launch_failed = 719,
-    not_supported = 801,
+    not_supported = 801, capture_unsupported = 900, capture_invalidated = 901, capture_implicit = 906,
 };
 
 struct CodeName { int code; const char *name, *text; };
@@ -37,6 +37,9 @@ static const CodeName code_names[] = {
     {misaligned_address, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
     {launch_failed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
     {not_supported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
+    {capture_unsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
+    {capture_invalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "a previous error has ended the capture"},
+    {capture_implicit, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT", "the legacy stream would wait for a captured one"},
     // Returned only if STANDIN_INIT asks for them.
     {34, "CUDA_ERROR_STUB_LIBRARY", "CUDA driver is a stub library"},
     {46, "CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA-capable device(s) is/are busy or unavailable"},

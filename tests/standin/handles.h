@@ -1,6 +1,7 @@
 // Parts of every entry point: the lock, the sticky error, and handles that must be live.
 #pragma once
 #include <mutex>
+#include <thread>
 
 #include "staging.h"
 
@@ -67,13 +68,6 @@ static Stream& stream_of(void* handle) {
     if (handle == nullptr || handle == (void*)1) return *context().legacy;
     if (handle == (void*)2) return per_thread_stream();
     return live<Stream>(driver().streams, handle, "stream");
-}
-// Returns a stream that takes work. It must be of the current context; for a wait it need not be.
-static Stream& working_stream(void* handle) {
-    Stream& stream = stream_of(handle);
-    if (stream.context == &context()) return stream;
-    const char* name = ordering().lanes[stream.lane].c_str();
-    refuse(invalid_handle, "%s is used in the context of device %d", name, current->device);
 }
 static Event& event_of(void* handle) { return live<Event>(driver().events, handle, "event"); }
 

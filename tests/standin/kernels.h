@@ -12,8 +12,8 @@
 #include "update.cu"
 #include "look.cu"
 #include "blend.cu"
-#include "convert.cu"
-#define STANDIN_KERNELS(X) UPDATE_KERNELS(X) LOOK_KERNELS(X) BLEND_KERNELS(X) CONVERT_KERNELS(X)
+#include "gather.cu"
+#define STANDIN_KERNELS(X) UPDATE_KERNELS(X) LOOK_KERNELS(X) BLEND_KERNELS(X) GATHER_KERNELS(X)
 #endif
 
 namespace standin {

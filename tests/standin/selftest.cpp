@@ -6,7 +6,8 @@
 #include <unistd.h>
 
 #include "selftest_ordering.h"
-#include "selftest_faults.h"  // second: cases run in the order of the files
+#include "selftest_capture.h"
+#include "selftest_faults.h"  // last: cases run in the order of the files
 
 static std::string contents(FILE* file) {
     std::string text;

@@ -2,7 +2,7 @@
 #pragma once
 #include <chrono>
 
-#include "handles.h"
+#include "capture.h"
 
 namespace standin {
 
@@ -20,7 +20,13 @@ static void query(const Clock& clock, uint64_t& refusals) {
     }
     host_reaches(clock);
 }
-API cuCtxSynchronize() { return call([] { host_waits(context().everything); }); }
+API cuCtxSynchronize() {
+    return call([] {
+        check_captures("cuCtxSynchronize");
+        check_no_capture(context());
+        host_waits(context().everything);
+    });
+}
 
 // ---- Streams and events
 
@@ -42,18 +48,21 @@ API cuStreamDestroy_v2(void* handle) {
     });
 }
 API cuStreamSynchronize(void* stream) {
-    return call([=] { host_waits(stream_of(stream).clock); });
+    return call([=] {
+        check_captures("cuStreamSynchronize");
+        host_waits(working_stream(stream).clock);
+    });
 }
 API cuStreamQuery(void* handle) {
     return call([=] {
-        Stream& stream = stream_of(handle);
+        check_captures("cuStreamQuery");
+        Stream& stream = working_stream(handle);
         query(stream.clock, stream.queries);
     });
 }
 API cuStreamWaitEvent(void* stream, void* event, unsigned) {
-    return call([=] { wait_for(stream_of(stream), event_of(event)); });
+    return call([=] { wait_for(not_capturing(stream_of(stream)), event_of(event)); });
 }
-API cuStreamIsCapturing(void*, int* status) { return *status = 0, success; }
 
 static double milliseconds_now() {
     auto now = std::chrono::steady_clock::now().time_since_epoch();
@@ -77,7 +86,7 @@ API cuEventDestroy_v2(void* handle) {
 API cuEventRecord(void* handle, void* stream_handle) {
     return call([=] {
         Event& event = event_of(handle);
-        Stream& stream = stream_of(stream_handle);
+        Stream& stream = not_capturing(stream_of(stream_handle));
         if (event.context != stream.context) refuse(invalid_handle, "event and stream are of different contexts");
         count("events")++;
         record(event, stream);
@@ -85,10 +94,14 @@ API cuEventRecord(void* handle, void* stream_handle) {
     });
 }
 API cuEventSynchronize(void* event) {
-    return call([=] { host_waits(event_of(event).clock); });
+    return call([=] {
+        check_captures("cuEventSynchronize");
+        host_waits(event_of(event).clock);
+    });
 }
 API cuEventQuery(void* handle) {
     return call([=] {
+        check_captures("cuEventQuery");
         Event& event = event_of(handle);
         query(event.clock, event.queries);
     });

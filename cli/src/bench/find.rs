@@ -17,7 +17,8 @@ pub(super) fn find(device: Device) -> Result<Found> {
     let cpu: Box<dyn BenchDevice> = Box::new(Cpu);
     let (devices, without_cuda) = match device {
         Device::Cpu => (vec![cpu], None),
-        Device::Cuda(number) => {
+        Device::Cuda(_) | Device::AnyCuda => {
+            let number = if let Device::Cuda(number) = device { number } else { 0 };
             let unusable = |why| Error::Setting {
                 option: "device",
                 reason: format!("cuda:{number}: {why}: choose cpu, or auto for all available devices"),

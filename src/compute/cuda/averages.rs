@@ -16,6 +16,9 @@ use crate::compute::cpu::{Averages, Layout, Precision, UpdateWeights};
 use crate::error::{Error, Result};
 use crate::tensor::{CudaMemory, NonFiniteElement};
 
+/// Bytes of a copied tensor's chunk for each element of an averaged tensor's.
+const COPIED_CHUNK: usize = 4;
+
 /// Running averages of several profiles on a device, and the newest values of tensors that are copied.
 #[derive(Debug)]
 pub struct DeviceAverages {
@@ -32,6 +35,13 @@ pub struct DeviceAverages {
     updated: Event,
     /// True if an update was queued only in part, so that the averages are unusable.
     incomplete: bool,
+}
+
+impl Drop for DeviceAverages {
+    fn drop(&mut self) {
+        // NVIDIA does not promise that a free waits for kernels. An error here was already reported.
+        let _ = self.wait();
+    }
 }
 
 /// Returns the common device and stream of all tensors, or none for an empty list.
@@ -69,9 +79,12 @@ impl DeviceAverages {
         for buffer in arenas.high.iter().chain(&arenas.low).chain([&arenas.copies]) {
             buffer.clear(&stream)?;
         }
+        let most = chunk_size(device, layout.total());
+        let averaged = (0..layout.len()).map(|i| layout.range(i).len().div_ceil(most));
+        let chunks = averaged.chain(copied.iter().map(|bytes| bytes.div_ceil(most * COPIED_CHUNK))).sum();
         let averages = DeviceAverages {
             arenas: Arc::new(arenas),
-            table: ChunkTable::new(device)?,
+            table: ChunkTable::new(device, chunks)?,
             averaged_chunks: 0,
             tabulated: Vec::new(),
             look: Look::new(device)?,
@@ -172,23 +185,33 @@ impl DeviceAverages {
         device.check_number(number)?;
         self.check_tensors(averaged, copied, weights)?;
         let _bound = device.bind()?;
-        let borrowed = device.borrow_stream(stream);
+        let borrowed = device.borrow_stream(stream)?;
         // Needed even if the handle is that of the last update. A handle may be reused for another stream, and the one
         // of the per-thread default stream means another stream on each thread.
         borrowed.wait(&self.updated).map_err(device.driver_error("order two streams"))?;
         self.refresh_table(&borrowed, averaged, copied)?;
-        self.look.reset(&borrowed)?;
+        let queued = self.queue_launches(&borrowed, weights, looks);
+        if queued.is_err() {
+            // No event covers the queued work, so it is waited for.
+            let _ = borrowed.synchronize();
+        }
+        queued
+    }
+
+    /// Queues the look and the launches of an update, and records their end.
+    fn queue_launches(&mut self, stream: &CudaStream, weights: UpdateWeights<'_>, looks: bool) -> Result<()> {
+        self.look.reset(stream)?;
         if looks {
             // SAFETY: the parameters are borrowed in the order of the stream.
-            unsafe { self.look.queue(&borrowed, self.table.address(), self.averaged_chunks) }?;
+            unsafe { self.look.queue(stream, self.table.address(), self.averaged_chunks) }?;
         }
         for (group, each) in weights.each.chunks(MAX_PROFILES).enumerate() {
-            let launched = self.launch(&borrowed, group * MAX_PROFILES, UpdateWeights { each, ..weights });
+            let launched = self.launch(stream, group * MAX_PROFILES, UpdateWeights { each, ..weights });
             self.incomplete |= launched.is_err() && group > 0;
             launched?;
         }
-        let fetched = if looks { self.look.fetch(&borrowed) } else { Ok(()) };
-        let marked = fetched.and_then(|()| self.mark_updated(&borrowed));
+        let fetched = if looks { self.look.fetch(stream) } else { Ok(()) };
+        let marked = fetched.and_then(|()| self.mark_updated(stream));
         self.incomplete |= marked.is_err();
         self.has_looked = looks;
         marked
@@ -282,7 +305,7 @@ impl DeviceAverages {
                 elements: range.len(),
                 kind: KIND_BYTES,
             };
-            split_into_chunks(&mut chunks, span, 1, 1, most * 4);
+            split_into_chunks(&mut chunks, span, 1, 1, most * COPIED_CHUNK);
         }
         self.tabulated.clear();
         self.table.set(stream, chunks)?;
@@ -306,8 +329,8 @@ impl DeviceAverages {
             args.low[i] = arenas.low.get(first + i).map_or(0, Buffer::address);
         }
         let compensated = !arenas.low.is_empty();
-        // SAFETY: we own arenas and table, and freeing them waits for the stream's work on them. The parameters are
-        // borrowed in the order of the stream.
+        // SAFETY: we own arenas and table, which are freed after the update has run. The parameters are borrowed in the
+        // order of the stream.
         unsafe { arenas.device.kernels.update(stream, &args, weights.each.len(), compensated, self.table.len()) }
             .map_err(arenas.device.driver_error("launch the update"))
     }

@@ -8,7 +8,7 @@ use super::device::Event;
 use super::kernels::Chunk;
 use super::memory::copy_to_device;
 use super::{Buffer, CudaDevice, Pinned};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Largest number of elements of a chunk.
 const MAX_CHUNK: usize = 1 << 16;
@@ -57,16 +57,23 @@ pub(super) struct ChunkTable {
     device: Arc<CudaDevice>,
     chunks: Vec<Chunk>,
     /// Source of the upload, pinned so that the call does not block.
-    pinned: Option<Pinned>,
-    buffer: Option<Buffer>,
+    pinned: Pinned,
+    buffer: Buffer,
     /// Event that passes when the newest upload has run.
     uploaded: Event,
 }
 
 impl ChunkTable {
-    pub(super) fn new(device: &Arc<CudaDevice>) -> Result<ChunkTable> {
-        let uploaded = device.event()?;
-        Ok(ChunkTable { device: device.clone(), chunks: Vec::new(), pinned: None, buffer: None, uploaded })
+    /// Creates a table with room for this many chunks, so that the first update allocates nothing.
+    pub(super) fn new(device: &Arc<CudaDevice>, chunks: usize) -> Result<ChunkTable> {
+        let bytes = (chunks * size_of::<Chunk>()).next_power_of_two();
+        Ok(ChunkTable {
+            device: device.clone(),
+            chunks: Vec::new(),
+            pinned: Pinned::new(device, bytes)?,
+            buffer: Buffer::new(device, bytes, "the table of tensors")?,
+            uploaded: device.event()?,
+        })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -79,7 +86,7 @@ impl ChunkTable {
     }
 
     pub(super) fn address(&self) -> u64 {
-        self.buffer.as_ref().map_or(0, Buffer::address)
+        self.buffer.address()
     }
 
     /// Queues the upload of new chunks on `stream`, after the launches there that read the old ones.
@@ -95,12 +102,11 @@ impl ChunkTable {
         let _bound = self.device.bind()?;
         self.uploaded.synchronize().map_err(self.device.driver_error("upload the table of tensors"))?;
         let bytes: &[u8] = bytemuck::cast_slice(&chunks);
-        let device = self.device.clone();
-        let (pinned, buffer) = self.reserve(bytes.len())?;
+        self.reserve(stream, bytes.len())?;
         // SAFETY: the newest upload is the only work that reads the pinned memory, and it is done.
-        unsafe { &mut pinned.bytes_mut()[..bytes.len()] }.copy_from_slice(bytes);
+        unsafe { &mut self.pinned.bytes_mut()[..bytes.len()] }.copy_from_slice(bytes);
         // SAFETY: both have that many bytes. The pinned memory changes or is freed only after the upload.
-        unsafe { copy_to_device(&device, stream, buffer.address(), pinned, 0, bytes.len()) }?;
+        unsafe { copy_to_device(&self.device, stream, self.buffer.address(), &self.pinned, 0, bytes.len()) }?;
         let recorded = self.uploaded.record(stream);
         if recorded.is_err() {
             let _ = stream.synchronize();
@@ -110,19 +116,17 @@ impl ChunkTable {
         Ok(())
     }
 
-    /// Returns memory of at least `bytes` bytes on both sides.
-    fn reserve(&mut self, bytes: usize) -> Result<(&mut Pinned, &Buffer)> {
-        if self.buffer.as_ref().is_none_or(|buffer| buffer.len() < bytes) {
+    /// Makes room for `bytes` bytes on both sides. It waits for `stream` before it frees smaller memory.
+    fn reserve(&mut self, stream: &CudaStream, bytes: usize) -> Result<()> {
+        if self.buffer.len() < bytes {
             let bytes = bytes.next_power_of_two();
-            self.pinned = None;
-            self.buffer = None;
-            self.pinned = Some(Pinned::new(&self.device, bytes)?);
-            self.buffer = Some(Buffer::new(&self.device, bytes, "the table of tensors")?);
+            let pinned = Pinned::new(&self.device, bytes)?;
+            let buffer = Buffer::new(&self.device, bytes, "the table of tensors")?;
+            stream.synchronize().map_err(self.device.driver_error("finish the use of the table of tensors"))?;
+            self.pinned = pinned;
+            self.buffer = buffer;
         }
-        match (&mut self.pinned, &self.buffer) {
-            (Some(pinned), Some(buffer)) => Ok((pinned, buffer)),
-            _ => Err(Error::Internal("the table of tensors has no memory".into())),
-        }
+        Ok(())
     }
 }
 

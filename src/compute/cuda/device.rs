@@ -20,21 +20,40 @@ pub struct CudaDevice {
     pub(super) kernels: Kernels,
 }
 
-/// Guard that restores the thread's context, or the absence of one. The caller's own CUDA work depends on it.
-pub(super) struct ContextGuard(sys::CUcontext);
+/// Guard that restores the thread's context, or the absence of one, and its capture mode. The caller's own CUDA work
+/// depends on both.
+pub(super) struct ContextGuard {
+    context: sys::CUcontext,
+    mode: sys::CUstreamCaptureMode,
+}
 
 impl ContextGuard {
-    /// Saves the thread's context.
+    /// Saves the thread's context, and makes its capture mode relaxed.
+    ///
+    /// In the default mode, an allocation or a wait invalidates a graph that any other thread captures.
     pub(super) fn new() -> std::result::Result<ContextGuard, DriverError> {
-        Ok(ContextGuard(result::ctx::get_current()?.unwrap_or(std::ptr::null_mut())))
+        let context = result::ctx::get_current()?.unwrap_or(std::ptr::null_mut());
+        let mode = exchange_capture_mode(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)?;
+        Ok(ContextGuard { context, mode })
     }
 }
 
 impl Drop for ContextGuard {
     fn drop(&mut self) {
+        // A failure leaves the relaxed mode, which allows more.
+        let _ = exchange_capture_mode(self.mode);
         // SAFETY: it was this thread's context before, or null. A failure leaves ours in place.
-        let _ = unsafe { result::ctx::set_current(self.0) };
+        let _ = unsafe { result::ctx::set_current(self.context) };
     }
+}
+
+/// Sets the thread's capture mode and returns the one before.
+fn exchange_capture_mode(
+    mut mode: sys::CUstreamCaptureMode,
+) -> std::result::Result<sys::CUstreamCaptureMode, DriverError> {
+    // SAFETY: the pointer is valid for the call.
+    unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }.result()?;
+    Ok(mode)
 }
 
 /// Object of cudarc that keeps the thread's context when it is dropped.
@@ -141,10 +160,25 @@ impl CudaDevice {
     }
 
     /// Wraps a stream of another library for the duration of a call.
-    pub(super) fn borrow_stream(&self, stream: usize) -> Arc<CudaStream> {
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] while the owner captures the stream's work: replays of the graph would write to memory that is
+    /// in use for something else by then.
+    pub(super) fn borrow_stream(&self, stream: usize) -> Result<Arc<CudaStream>> {
+        let _bound = self.bind()?;
         // SAFETY: the owner keeps the stream alive for the call (`CudaMemory::from_raw`), and the wrapper is not kept
         // longer.
-        unsafe { self.context.wrap_borrowed_stream(stream as sys::CUstream) }
+        let borrowed = unsafe { self.context.wrap_borrowed_stream(stream as sys::CUstream) };
+        let action = "use the stream of the parameters";
+        match borrowed.capture_status().map_err(self.driver_error(action))? {
+            sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(borrowed),
+            _ => {
+                let reason = "its work is being captured in a CUDA graph: call this after the capture, and between \
+                              replays"
+                    .to_owned();
+                Err(Error::Cuda { device: self.number, action: action.into(), reason })
+            }
+        }
     }
 
     /// Creates an event on which the host sleeps instead of spinning.

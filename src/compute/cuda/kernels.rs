@@ -23,7 +23,7 @@ pub(super) const BLOCK_THREADS: usize = 256;
 static UPDATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/update.fatbin"));
 static LOOK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/look.fatbin"));
 static BLEND: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/blend.fatbin"));
-static CONVERT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/convert.fatbin"));
+static GATHER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/gather.fatbin"));
 
 /// Returns the number of an averaged dtype in the kernels (`Kind`).
 pub(super) fn kind(dtype: Dtype) -> u32 {
@@ -115,25 +115,6 @@ impl Default for BlendArgs {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct ConvertArgs {
-    pub high: u64,
-    pub low: u64,
-    pub to: u64,
-    pub elements: u64,
-    pub output: u32,
-    pub aligned: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub(super) struct ScanArgs {
-    pub chunks: u64,
-    pub high: u64,
-    pub largest: u64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
 pub(super) struct GatherArgs {
     pub chunks: u64,
     pub to: u64,
@@ -147,16 +128,12 @@ unsafe impl DeviceRepr for LookArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for BlendArgs {}
 // SAFETY: as above.
-unsafe impl DeviceRepr for ConvertArgs {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for ScanArgs {}
-// SAFETY: as above.
 unsafe impl DeviceRepr for GatherArgs {}
 
 const _: () = assert!(size_of::<Chunk>() == 24);
 const _: () = assert!(size_of::<UpdateArgs>() == 192);
 const _: () = assert!(size_of::<BlendArgs>() == 4800 && std::mem::offset_of!(BlendArgs, kinds) == 4732);
-const _: () = assert!(size_of::<ConvertArgs>() == 40);
+const _: () = assert!(size_of::<GatherArgs>() == 24);
 
 /// Kernels that are loaded on a device, indexed by the number of profiles or targets minus 1.
 #[derive(Debug)]
@@ -165,8 +142,6 @@ pub(super) struct Kernels {
     compensated: Vec<CudaFunction>,
     look: CudaFunction,
     blend: Vec<CudaFunction>,
-    convert: CudaFunction,
-    scan: CudaFunction,
     gather: CudaFunction,
 }
 
@@ -175,15 +150,13 @@ impl Kernels {
         let update = load_module(context, UPDATE)?;
         let look = load_module(context, LOOK)?;
         let blend = load_module(context, BLEND)?;
-        let convert = load_module(context, CONVERT)?;
+        let gather = load_module(context, GATHER)?;
         Ok(Kernels {
             plain: load_instances(&update, "update_plain", MAX_PROFILES)?,
             compensated: load_instances(&update, "update_compensated", MAX_PROFILES)?,
             look: look.load_function("look")?,
             blend: load_instances(&blend, "blend", MAX_TARGETS)?,
-            convert: convert.load_function("convert")?,
-            scan: convert.load_function("scan")?,
-            gather: convert.load_function("gather")?,
+            gather: gather.load_function("gather")?,
         })
     }
 
@@ -228,25 +201,6 @@ impl Kernels {
         let blocks = (args.elements as usize).div_ceil(BLOCK_THREADS * per_thread);
         // SAFETY: as in `update`.
         unsafe { launch(stream, &self.blend[targets - 1], args, blocks) }
-    }
-
-    /// Queues the conversion of elements of an average.
-    ///
-    /// # Safety
-    /// As [`Kernels::update`].
-    pub(super) unsafe fn convert(&self, stream: &CudaStream, args: &ConvertArgs) -> Result<(), DriverError> {
-        let blocks = (args.elements as usize).div_ceil(BLOCK_THREADS * 4);
-        // SAFETY: as in `update`.
-        unsafe { launch(stream, &self.convert, args, blocks) }
-    }
-
-    /// Queues the search for the largest magnitude of every tensor.
-    ///
-    /// # Safety
-    /// As [`Kernels::update`].
-    pub(super) unsafe fn scan(&self, stream: &CudaStream, args: &ScanArgs, chunks: usize) -> Result<(), DriverError> {
-        // SAFETY: as in `update`.
-        unsafe { launch(stream, &self.scan, args, chunks) }
     }
 
     /// Queues the copy of many small tensors into one buffer.

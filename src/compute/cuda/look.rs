@@ -67,8 +67,8 @@ impl Look {
         self.reset(stream)?;
         let args = LookArgs { chunks: table, found: self.found.address() };
         self.may_be_set.store(true, Ordering::Relaxed);
-        // SAFETY: we own the key and the table, and freeing them waits for the stream's work on them. The caller
-        // guarantees the rest.
+        // SAFETY: we own the key and the table, which are freed after the update has run. The caller guarantees the
+        // rest.
         unsafe { self.device.kernels.look(stream, &args, chunks) }
             .map_err(self.device.driver_error("launch the look at the parameters"))
     }

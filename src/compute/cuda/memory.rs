@@ -2,6 +2,7 @@
 
 use std::ffi::c_void;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::{CudaStream, DriverError, result, sys};
 
@@ -14,6 +15,8 @@ pub struct Buffer {
     device: Arc<CudaDevice>,
     address: u64,
     bytes: usize,
+    /// True if work may still use the memory whose end no owner waits for.
+    has_pending_work: AtomicBool,
 }
 
 impl Buffer {
@@ -34,7 +37,7 @@ impl Buffer {
         };
         // SAFETY: the device's context is current. The size is not 0, which the driver rejects.
         let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(allocation_error)?;
-        Ok(Buffer { device: device.clone(), address, bytes })
+        Ok(Buffer { device: device.clone(), address, bytes, has_pending_work: AtomicBool::new(false) })
     }
 
     /// Returns the address on the device.
@@ -50,6 +53,11 @@ impl Buffer {
     /// Returns true if the size is 0.
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
+    }
+
+    /// Makes the drop wait for all work of the device, for an owner that does not wait itself.
+    pub(super) fn wait_on_drop(&self) {
+        self.has_pending_work.store(true, Ordering::Relaxed);
     }
 
     /// Queues the zeroing of all bytes.
@@ -72,8 +80,12 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let Ok(_bound) = self.device.bind() else { return };
-        // SAFETY: it was allocated by `new` and is freed once. The driver waits for work that uses it. An error here
-        // comes from an earlier launch and was reported there.
+        if self.has_pending_work.load(Ordering::Relaxed) {
+            // An error here was already reported.
+            let _ = result::ctx::synchronize();
+        }
+        // SAFETY: it was allocated by `new` and is freed once. The owner waits for work that uses it: NVIDIA does not
+        // promise that this call does. An error here comes from an earlier launch and was reported there.
         let _ = unsafe { result::free_sync(self.address) };
     }
 }

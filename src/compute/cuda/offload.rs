@@ -21,6 +21,9 @@ const SLOTS: usize = 2;
 /// copies would cost more than the transfer of its bytes.
 const SMALL: usize = 1 << 20;
 
+/// Most bytes of one copy. A copy of the training, such as that of a loss, waits for at most one.
+const PIECE: usize = 8 << 20;
+
 /// Copier of one model's parameters from a device.
 #[derive(Debug)]
 pub struct Offload {
@@ -78,6 +81,11 @@ pub struct Fence {
     done: Arc<Event>,
 }
 
+/// Returns the size in bytes of the chunks of small tensors, among `total` bytes.
+fn small_chunk_size(device: &CudaDevice, total: usize) -> usize {
+    chunk_size(device, total).max(1 << 14)
+}
+
 impl Offload {
     /// Prepares to copy tensors of these sizes in bytes. It locks twice as much host memory.
     ///
@@ -95,9 +103,11 @@ impl Offload {
             let pinned = Pinned::new(device, end)?;
             slots.push(CopySlot { pinned, done: Arc::new(device.event()?), device: device.clone() });
         }
+        let most = small_chunk_size(device, end);
+        let chunks = sizes.iter().filter(|bytes| **bytes < SMALL).map(|bytes| bytes.div_ceil(most)).sum();
         Ok(Offload {
             stream: device.stream()?,
-            small: ChunkTable::new(device)?,
+            small: ChunkTable::new(device, chunks)?,
             ranges: ranges.into(),
             begin: device.order_event()?,
             free: Arc::new(FreeSlots { slots: Mutex::new(slots), returned: Condvar::new() }),
@@ -126,10 +136,10 @@ impl Offload {
             let reason = "the tensors differ from those that the copy was prepared for".into();
             return Err(Error::Cuda { device: number, action: "read the parameters".into(), reason });
         }
+        let owner = device.borrow_stream(stream)?;
         let pending =
             PendingCopy { slot: Some(self.free.take()), free: self.free.clone(), ranges: self.ranges.clone() };
         let _bound = device.bind()?;
-        let owner = device.borrow_stream(stream);
         let order = || device.driver_error("order two streams");
         self.begin.record(&owner).map_err(order())?;
         self.stream.wait(&self.begin).map_err(order())?;
@@ -150,7 +160,7 @@ impl Offload {
 
     /// Queues the copy of all tensors into a slot.
     fn queue(&mut self, slot: &CopySlot, tensors: &[CudaMemory<'_>]) -> Result<()> {
-        let most = chunk_size(&self.device, slot.pinned.len()).max(1 << 14);
+        let most = small_chunk_size(&self.device, slot.pinned.len());
         let mut chunks = Vec::new();
         for (memory, range) in tensors.iter().zip(self.ranges.iter()) {
             if memory.bytes < SMALL {
@@ -167,16 +177,26 @@ impl Offload {
         // be queued behind large copies.
         self.small.set(&self.stream, chunks)?;
         for (memory, range) in tensors.iter().zip(self.ranges.iter()).filter(|(memory, _)| memory.bytes >= SMALL) {
-            // SAFETY: a range is as long as its tensor, and the slot is not read before `done` has passed.
-            unsafe {
-                copy_to_host(&self.device, &self.stream, &slot.pinned, range.start, memory.address, memory.bytes)
-            }?;
+            for start in (0..memory.bytes).step_by(PIECE) {
+                let (to, from) = (range.start + start, memory.address + start as u64);
+                let bytes = PIECE.min(memory.bytes - start);
+                // SAFETY: a range is as long as its tensor, and the slot is not read before `done` has passed.
+                unsafe { copy_to_host(&self.device, &self.stream, &slot.pinned, to, from, bytes) }?;
+            }
         }
         let count = self.small.len() as u64;
         let args = GatherArgs { chunks: self.small.address(), to: slot.pinned.address(), count };
         // SAFETY: as above. Pinned memory has the same address on both sides.
         unsafe { self.device.kernels.gather(&self.stream, &args) }
             .map_err(self.device.driver_error("launch the gathering of small tensors"))
+    }
+}
+
+impl Drop for Offload {
+    fn drop(&mut self) {
+        // A pending copy may still read the table of small tensors. An error here was already reported.
+        let _bound = self.device.bind();
+        let _ = self.stream.synchronize();
     }
 }
 
@@ -243,7 +263,7 @@ impl Fence {
     /// The stream belongs to the device's primary context and exists.
     pub unsafe fn wait_on(&self, stream: usize) -> Result<()> {
         let _bound = self.device.bind()?;
-        self.device.borrow_stream(stream).wait(&self.done).map_err(self.device.driver_error("order two streams"))
+        self.device.borrow_stream(stream)?.wait(&self.done).map_err(self.device.driver_error("order two streams"))
     }
 
     /// Waits for the fence on the host.

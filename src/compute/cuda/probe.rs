@@ -61,7 +61,7 @@ const KERNELS: &str = match option_env!("POSTHOC_EMA_CUDA_VERSION") {
 };
 
 /// Driver functions that are called here or by cudarc, which panics if one is missing.
-const NEEDED: [&str; 33] = [
+const NEEDED: [&str; 35] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuGetErrorString",
@@ -91,6 +91,8 @@ const NEEDED: [&str; 33] = [
     "cuStreamDestroy_v2",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
+    "cuStreamIsCapturing",
+    "cuThreadExchangeStreamCaptureMode",
     "cuEventCreate",
     "cuEventDestroy_v2",
     "cuEventRecord",

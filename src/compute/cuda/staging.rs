@@ -6,9 +6,9 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 use rayon::prelude::*;
 
+use super::CudaDevice;
 use super::device::Event;
 use super::memory::{Pinned, copy_to_device, copy_to_host};
-use super::{Buffer, CudaDevice};
 use crate::error::Result;
 use crate::tensor::{CudaMemory, CudaMemoryMut};
 
@@ -25,19 +25,13 @@ pub struct Staging {
     stages: [Stage; 2],
 }
 
-/// Pinned buffer, with device memory for conversions.
+/// Pinned buffer of one block.
 #[derive(Debug)]
-pub(super) struct Stage {
+struct Stage {
     pinned: Pinned,
-    /// Device memory for values that are converted before the copy, allocated at the first use.
-    scratch: Option<Buffer>,
     /// Event that passes when the newest copy has run.
     done: Event,
 }
-
-/// Callback that queues the production of bytes, given their offset and number, and returns their address on the
-/// device.
-pub(super) type Produce<'m> = dyn FnMut(&mut Stage, usize, usize) -> Result<u64> + 'm;
 
 impl Staging {
     /// Allocates buffers for copies of up to `bytes` bytes, at most [`BLOCK`]. Longer copies take several blocks.
@@ -46,7 +40,7 @@ impl Staging {
     /// [`crate::Error::Cuda`] if the memory cannot be locked.
     pub fn new(device: &Arc<CudaDevice>, bytes: usize) -> Result<Staging> {
         let bytes = bytes.clamp(1, BLOCK);
-        let stage = || Ok(Stage { pinned: Pinned::new(device, bytes)?, scratch: None, done: device.event()? });
+        let stage = || Ok(Stage { pinned: Pinned::new(device, bytes)?, done: device.event()? });
         Ok(Staging { device: device.clone(), stages: [stage()?, stage()?] })
     }
 
@@ -61,8 +55,8 @@ impl Staging {
     /// [`crate::Error::Cuda`] if the device fails.
     pub fn read(&mut self, memory: &CudaMemory<'_>) -> Result<Vec<u8>> {
         let mut bytes = vec![0; memory.bytes];
-        let stream = self.device.borrow_stream(memory.stream);
-        self.fetch(&stream, &mut bytes, &mut |_, start, _| Ok(memory.address + start as u64))?;
+        let stream = self.device.borrow_stream(memory.stream)?;
+        self.fetch(&stream, &mut bytes, memory.address)?;
         Ok(bytes)
     }
 
@@ -72,7 +66,7 @@ impl Staging {
     /// As [`Staging::read`].
     pub fn write(&mut self, memory: &CudaMemoryMut<'_>, bytes: &[u8]) -> Result<()> {
         let memory = &memory.0;
-        let stream = self.device.borrow_stream(memory.stream);
+        let stream = self.device.borrow_stream(memory.stream)?;
         // SAFETY: the memory is lent for writing, and is not written past its end.
         unsafe { self.send(&stream, memory.address, &bytes[..bytes.len().min(memory.bytes)]) }
     }
@@ -96,8 +90,8 @@ impl Staging {
         self.stages.iter().try_for_each(|stage| stage.wait(&self.device))
     }
 
-    /// Copies the bytes that `produce` makes to the host, and waits.
-    pub(super) fn fetch(&mut self, stream: &CudaStream, dst: &mut [u8], produce: &mut Produce<'_>) -> Result<()> {
+    /// Copies bytes of the device, from an address on, to the host, and waits.
+    pub(super) fn fetch(&mut self, stream: &CudaStream, dst: &mut [u8], from: u64) -> Result<()> {
         let _bound = self.device.bind()?;
         let size = self.stages[0].pinned.len();
         let mut pending: [Option<&mut [u8]>; 2] = [None, None];
@@ -106,7 +100,7 @@ impl Staging {
             if let Some(earlier) = pending[i % 2].take() {
                 stage.empty(&self.device, earlier)?;
             }
-            let from = produce(stage, i * size, block.len())?;
+            let from = from + (i * size) as u64;
             // SAFETY: the block is not longer than the buffer, which is not read before `empty` has waited.
             unsafe { copy_to_host(&self.device, stream, &stage.pinned, 0, from, block.len()) }?;
             stage.mark(&self.device, stream)?;
@@ -129,15 +123,6 @@ impl Drop for Staging {
 }
 
 impl Stage {
-    /// Returns the address of device memory with as many bytes as the pinned buffer.
-    pub(super) fn scratch(&mut self, device: &Arc<CudaDevice>) -> Result<u64> {
-        if let Some(scratch) = &self.scratch {
-            return Ok(scratch.address());
-        }
-        let scratch = Buffer::new(device, self.pinned.len(), "the conversion of averages")?;
-        Ok(self.scratch.insert(scratch).address())
-    }
-
     /// Records the end of the copy that was just queued. If that fails, it waits for the copy instead.
     fn mark(&self, device: &CudaDevice, stream: &CudaStream) -> Result<()> {
         let recorded = self.done.record(stream);

@@ -148,7 +148,8 @@ impl TimedStream {
     pub fn lend<'a>(&'a self, buffer: &'a Buffer, range: Range<usize>) -> CudaMemory<'a> {
         let stream = self.stream.cu_stream().addr();
         let address = within(buffer, &range);
-        // SAFETY: the range is within the buffer, which lives for `'a`, as does the stream. Freeing it waits for the
+        buffer.wait_on_drop();
+        // SAFETY: the range is within the buffer, which lives for `'a`, as does the stream. Its drop waits for the
         // device. A buffer that is borrowed for reading is not written.
         unsafe { CudaMemory::from_raw(self.device.number(), stream, address, range.len()) }
     }
@@ -156,6 +157,7 @@ impl TimedStream {
     /// Queues setting all bytes to `0xff`, which is NaN in every float dtype.
     pub fn poison(&self, buffer: &mut Buffer) -> Result<()> {
         let _bound = self.device.bind()?;
+        buffer.wait_on_drop();
         // SAFETY: the buffer has that many bytes, and is borrowed for writing in the stream's order.
         unsafe { result::memset_d8_async(buffer.address(), 0xff, buffer.len(), self.stream.cu_stream()) }
             .map_err(self.device.driver_error("set memory"))
@@ -180,7 +182,9 @@ impl TimedStream {
     pub fn copy(&self, to: &mut Buffer, from: &Buffer) -> Result<()> {
         let _bound = self.device.bind()?;
         let bytes = to.len().min(from.len());
-        // SAFETY: both have that many bytes, and freeing them waits for the device.
+        to.wait_on_drop();
+        from.wait_on_drop();
+        // SAFETY: both have that many bytes, and their drop waits for the device.
         unsafe { copy_on_device(&self.device, &self.stream, to.address(), from.address(), bytes) }
     }
 
@@ -289,6 +293,7 @@ impl TimedStream {
         let _bound = self.device.bind()?;
         let part = BlendPart { sources: Vec::new(), dtypes: dtypes.to_vec(), output: dtypes[0], elements };
         let BlendWorkspace { overflows, sums } = workspace;
+        [&*results, sources, overflows].into_iter().chain(sums.as_ref()).for_each(Buffer::wait_on_drop);
         let memory = ResidentBlend { inputs: sources, outputs: results, overflows, sums: sums.as_ref() };
         memory.queue(&self.device, &self.stream, part, weights)
     }

@@ -59,7 +59,7 @@ impl HostAverages {
     }
 
     pub(super) fn values(&self) -> Values<'_> {
-        Values { averages: &self.averages, copies: &self.copies, dtypes: None, converted: None }
+        Values { averages: &self.averages, copies: &self.copies, dtypes: None }
     }
 
     /// Returns the number of copied tensors.

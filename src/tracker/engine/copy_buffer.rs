@@ -43,7 +43,7 @@ impl CopyBuffer {
             );
             return Ok(None);
         };
-        match meta.choose_all_dtypes(&copy.as_values(), &ranges) {
+        match meta.choose_dtypes(&copy.as_values(), &ranges) {
             Ok(dtypes) => {
                 copy.dtypes = Some(dtypes);
                 Ok(Some(copy))

@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::tensor::{CudaMemory, NonFiniteElement};
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::tracker::registry::OrderedViews;
-use crate::tracker::values::{Converted, OwnedValues};
+use crate::tracker::values::OwnedValues;
 
 /// Engine that keeps the averages on the device of the parameters.
 pub(in crate::tracker) struct DeviceEngine {
@@ -36,7 +36,10 @@ impl DeviceEngine {
             Some((averages, copies)) => DeviceAverages::upload(device, layout, &averages, config.precision, &copies)?,
             None => DeviceAverages::zeros(device, layout, config.profiles, config.precision, &config.copied)?,
         };
-        Ok(DeviceEngine { background: Background::start(dir)?, averages, reader: Arc::default() })
+        // Locks its memory now: later, training may have left none.
+        let mut reader = averages.reader()?;
+        reader.prepare()?;
+        Ok(DeviceEngine { background: Background::start(dir)?, averages, reader: Arc::new(Mutex::new(Some(reader))) })
     }
 }
 
@@ -69,10 +72,7 @@ impl Engine for DeviceEngine {
 
     fn values(&self) -> Result<AveragesGuard<'_>> {
         self.background.wait();
-        let mut reader = self.averages.reader()?;
-        let profiles = 0..self.averages.profiles();
-        let averages = profiles.map(|profile| reader.averages(profile)).collect::<Result<_>>()?;
-        Ok(AveragesGuard::Owned(OwnedValues { averages, copies: reader.copies()?, ..OwnedValues::default() }))
+        Ok(AveragesGuard::Owned(read(&mut self.averages.reader()?, self.averages.profiles())?))
     }
 
     fn checkpoint(&mut self, meta: CheckpointMeta) -> Result<(), Failure> {
@@ -85,10 +85,11 @@ impl Engine for DeviceEngine {
         };
         let mut reader = reader.map_err(Failure::Files)?;
         let keep = self.reader.clone();
-        self.background.store(meta, None, move |meta| {
-            let values = read(&mut reader, meta);
+        let profiles = self.averages.profiles();
+        self.background.store(meta, None, move |_| {
+            let values = read(&mut reader, profiles);
             *keep.lock().unwrap_or_else(PoisonError::into_inner) = Some(reader);
-            values.map(Some)
+            values.map(Some).map_err(Failure::Files)
         });
         Ok(())
     }
@@ -102,24 +103,8 @@ impl Engine for DeviceEngine {
     }
 }
 
-/// Copies the averages to the host: unchanged for the live state, and converted on the device for the snapshots.
-fn read(reader: &mut AveragesReader, meta: &CheckpointMeta) -> Result<OwnedValues, Failure> {
-    let ranges = reader.ranges().map_err(Failure::Files)?;
-    let mut dtypes = Vec::with_capacity(ranges.len());
-    for (profile, ranges) in ranges.iter().enumerate() {
-        let value = |tensor: usize, element: usize| reader.value(profile, tensor, element);
-        dtypes.push(meta.choose_dtypes(profile, ranges, value).map_err(Failure::Values)?);
-    }
-    copy(reader, dtypes).map_err(Failure::Files)
-}
-
-fn copy(reader: &mut AveragesReader, dtypes: Vec<Vec<Dtype>>) -> Result<OwnedValues> {
-    let mut averages = Vec::with_capacity(dtypes.len());
-    let mut converted = Vec::with_capacity(dtypes.len());
-    for (profile, dtypes) in dtypes.iter().enumerate() {
-        averages.push(reader.averages(profile)?);
-        let (bytes, places) = reader.converted(profile, dtypes)?;
-        converted.push(Converted { places, bytes });
-    }
-    Ok(OwnedValues { averages, copies: reader.copies()?, dtypes: Some(dtypes), converted: Some(converted) })
+/// Copies the averages and the copied tensors to the host, where the writer converts them for the snapshots.
+fn read(reader: &mut AveragesReader, profiles: usize) -> Result<OwnedValues> {
+    let averages = (0..profiles).map(|profile| reader.averages(profile)).collect::<Result<_>>()?;
+    Ok(OwnedValues { averages, copies: reader.copies()?, dtypes: None })
 }

@@ -59,8 +59,8 @@ pub(in crate::tracker) fn start(
     config: EngineConfig,
 ) -> Result<Box<dyn Engine>> {
     match (model_device, device) {
-        (None, Device::Cuda(number)) => {
-            let reason = format!("the parameters are in host memory: averages on cuda:{number} need them there too");
+        (None, Device::Cuda(_) | Device::AnyCuda) => {
+            let reason = format!("the parameters are in host memory: averages on {device} need them there too");
             Err(Error::Setting { option: "device", reason })
         }
         (None, _) => Ok(Box::new(HostEngine::new(config.host(layout)))),
@@ -85,6 +85,7 @@ fn start_for_device(
     let opened = crate::compute::cuda::CudaDevice::open(number)?;
     let on_device = match device {
         Device::Cpu => false,
+        Device::AnyCuda => true,
         Device::Cuda(wanted) if wanted == number => true,
         Device::Cuda(wanted) => {
             let reason = format!("the parameters are on cuda:{number}: averages cannot be kept on cuda:{wanted}");

@@ -4,7 +4,7 @@ use super::storage::listing;
 use super::*;
 use crate::compute::cpu;
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
-use crate::tracker::values::{Converted, OwnedValues};
+use crate::tracker::values::OwnedValues;
 
 /// Returns a checkpoint of the run to be written into another directory, with its values.
 pub(super) fn checkpoint_for(ema: &PostHocEma, dir: &Path) -> (CheckpointMeta, OwnedValues) {
@@ -13,23 +13,6 @@ pub(super) fn checkpoint_for(ema: &PostHocEma, dir: &Path) -> (CheckpointMeta, O
     let held = ema.engine.values().unwrap();
     let values = held.values();
     (meta, OwnedValues { averages: values.averages.to_vec(), copies: values.copies.to_vec(), ..OwnedValues::default() })
-}
-
-/// Converts averages to the data of their snapshots, with gaps between the tensors.
-fn converted(meta: &CheckpointMeta, averages: &[Averages], dtypes: &[Dtype]) -> Vec<Converted> {
-    let layout = meta.registry.layout();
-    let of_profile = |averages: &Averages| {
-        let mut converted = Converted { places: Vec::new(), bytes: Vec::new() };
-        for (i, &dtype) in dtypes.iter().enumerate() {
-            let start = converted.bytes.len() + 3;
-            let end = start + layout.range(i).len() * dtype.bitsize() / 8;
-            converted.bytes.resize(end, 0xee);
-            averages.store(&mut converted.bytes[start..], layout.range(i), dtype);
-            converted.places.push(start..end);
-        }
-        converted
-    };
-    averages.iter().map(of_profile).collect()
 }
 
 /// Returns names and contents of all files but the lock.
@@ -60,31 +43,18 @@ pub(super) fn trained(dir: &Path) -> PostHocEma {
 }
 
 #[test]
-fn values_converted_beforehand_give_the_same_files() {
+fn dtypes_chosen_beforehand_give_the_same_files() {
     let (temp, dir) = scratch();
     let ema = trained(&dir);
     let (meta, mut values) = checkpoint_for(&ema, &temp.path().join("other"));
     meta.store(&values.as_values()).unwrap();
     assert_eq!(contents(&meta.dir), contents(&dir));
 
-    let dtypes = [Dtype::F16, Dtype::F32];
-    values.dtypes = Some(vec![dtypes.to_vec(); 2]);
-    values.converted = Some(converted(&meta, &values.averages, &dtypes));
-    let meta = CheckpointMeta { dir: temp.path().join("converted"), ..meta };
+    values.dtypes = Some(vec![vec![Dtype::F16, Dtype::F32]; 2]);
+    let meta = CheckpointMeta { dir: temp.path().join("chosen"), ..meta };
     std::fs::create_dir(&meta.dir).unwrap();
     meta.store(&values.as_values()).unwrap();
     assert_eq!(contents(&meta.dir), contents(&dir));
-
-    // Snapshots store the converted values, and the state the averages.
-    let first = &mut values.converted.as_mut().unwrap()[1];
-    let start = first.places[1].start;
-    first.bytes[start..start + 4].copy_from_slice(&7.5f32.to_le_bytes());
-    meta.store(&values.as_values()).unwrap();
-    let run = Run::open(&meta.dir).unwrap();
-    let large = |i: usize| bytemuck::pod_read_unaligned::<f32>(&run.snapshots()[i].tensor("large").unwrap().1[..4]);
-    assert_eq!((large(0), large(1)), (70_000.0, 7.5));
-    let state = |dir: &Path| std::fs::read(dir.join("state.safetensors")).unwrap();
-    assert_eq!(state(&meta.dir), state(&dir));
 }
 
 #[test]
@@ -93,23 +63,19 @@ fn dtypes_are_chosen_by_given_ranges() {
     let ema = trained(&dir);
     let (meta, values) = checkpoint_for(&ema, &temp.path().join("other"));
     let range = |largest| cpu::ValueRange { largest, first_not_finite: None };
-    let never = |_: usize, _: usize| -> Result<f32> { panic!("no element has to be looked up") };
     // The largest value that f16 takes, and the first that it would round to infinity.
-    let chosen = meta.choose_dtypes(0, &[range(65_519.996), range(65_520.0)], never).unwrap();
-    assert_eq!(chosen, [Dtype::F16, Dtype::F32]);
-    let bad = cpu::ValueRange { largest: 0.0, first_not_finite: Some(3) };
-    let look_up = |tensor: usize, element: usize| {
-        assert_eq!((tensor, element), (1, 3));
-        Ok(f32::NEG_INFINITY)
-    };
-    let text = meta.choose_dtypes(1, &[range(1.0), bad], look_up).unwrap_err().to_string();
+    let fine = vec![range(65_519.996), range(65_520.0)];
+    let chosen = meta.choose_dtypes(&values.as_values(), &[fine.clone(), fine.clone()]).unwrap();
+    assert_eq!(chosen, [[Dtype::F16, Dtype::F32], [Dtype::F16, Dtype::F32]]);
+    let mut poisoned = values.clone();
+    let place = meta.registry.layout().range(1);
+    poisoned.averages[1].high[place.start + 3] = f32::NEG_INFINITY;
+    let bad = vec![range(1.0), cpu::ValueRange { largest: 0.0, first_not_finite: Some(3) }];
+    let text = meta.choose_dtypes(&poisoned.as_values(), &[fine, bad]).unwrap_err().to_string();
     for part in ["`large`", "sigma_rel 0.28", "-inf", "element 3", "step 20"] {
         assert!(text.contains(part), "{text}");
     }
     // Without ranges, a scan of the values gives the same error.
-    let mut poisoned = values.clone();
-    let place = meta.registry.layout().range(1);
-    poisoned.averages[1].high[place.start + 3] = f32::NEG_INFINITY;
     let failure = meta.store(&poisoned.as_values()).unwrap_err();
     assert!(matches!(failure, Failure::Values(_)) && failure.into_error().to_string() == text);
     assert!(contents(&meta.dir).is_empty());

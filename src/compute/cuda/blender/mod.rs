@@ -159,6 +159,7 @@ impl<'a> Blender<'a> {
             Destination::Host(deliver) => (Some(deliver), Vec::new()),
             Destination::Device(to) => (None, to.into_iter().map(|memory| memory.0).collect()),
         };
+        let owner = to.first().map(|memory| device.borrow_stream(memory.stream)).transpose()?;
         let job = BlendJob { groups, parts, weights, targets, deliver, on_overflow, packed };
         slot.prepare(&device, &job)?;
         // From here on the slot has pending work. It is awaited even if the rest cannot be queued.
@@ -172,7 +173,7 @@ impl<'a> Blender<'a> {
         queue.clear(overflows)?;
         queue.blend(&inputs.device, &outputs.device, &overflows.device, slot.sums.as_ref())?;
         queue.fetch(overflows, outputs)?;
-        queue.deliver_on_device(&outputs.device, &to, &slot.done)
+        queue.deliver_on_device(&outputs.device, &to, owner.as_deref(), &slot.done)
     }
 
     /// Waits for all blocks and delivers them.

@@ -162,10 +162,15 @@ impl<'a> JobQueue<'_, 'a> {
     }
 
     /// Queues the copies into memory of another library, in the order of its stream, and records the end of the block.
-    pub(super) fn deliver_on_device(&self, outputs: &Buffer, to: &[CudaMemory<'_>], done: &Event) -> Result<()> {
+    pub(super) fn deliver_on_device(
+        &self,
+        outputs: &Buffer,
+        to: &[CudaMemory<'_>],
+        owner: Option<&CudaStream>,
+        done: &Event,
+    ) -> Result<()> {
         let order = || self.device.driver_error("order two streams");
-        let owner = to.first().map(|memory| self.device.borrow_stream(memory.stream));
-        if let Some(owner) = &owner {
+        if let Some(owner) = owner {
             done.record(owner).map_err(order())?;
             self.stream.wait(done).map_err(order())?;
         }
@@ -178,7 +183,7 @@ impl<'a> JobQueue<'_, 'a> {
             }
         }
         done.record(self.stream).map_err(order())?;
-        if let Some(owner) = &owner {
+        if let Some(owner) = owner {
             owner.wait(done).map_err(order())?;
         }
         Ok(())
