@@ -1,6 +1,7 @@
 //! Trials of a sweep as tables and sentences.
 
 use comfy_table::{CellAlignment, Table};
+use posthoc_ema::SweepResult;
 use posthoc_ema::math::{Family, Profile};
 use posthoc_ema::sweep::{Comparison, Sweep, Trial};
 
@@ -36,11 +37,12 @@ fn rows(sweep: &Sweep, trials: Vec<&Trial>) -> Table {
     table
 }
 
-/// Lists the trials of a joint sweep in the order of their evaluation: the target of the tensors without a group, that
-/// of each group, and the score.
-pub fn joint(trials: &[Trial], best: Option<&Trial>) -> Table {
+/// Lists trials of a joint sweep in the order of their evaluation: the target of the tensors without a group, that of
+/// each group, and the metrics.
+pub fn joint(swept: &SweepResult, trials: &[Trial]) -> Table {
     let names: Vec<&str> = trials.first().iter().flat_map(|trial| trial.groups.keys()).map(String::as_str).collect();
-    let header = [&["other tensors"], &names[..], &["score", "relative error", ""]].concat();
+    let metrics: Vec<&str> = swept.sweep.metrics().iter().map(|metric| metric.name.as_str()).collect();
+    let header = [&[part_name(None)], &names[..], &metrics[..], &["relative error", ""]].concat();
     let mut table = table(&header);
     table.column_mut(header.len() - 1).into_iter().for_each(|column| {
         column.set_cell_alignment(CellAlignment::Left);
@@ -48,12 +50,33 @@ pub fn joint(trials: &[Trial], best: Option<&Trial>) -> Table {
     for trial in trials {
         let mut row = vec![trial.profile.to_string()];
         row.extend(trial.groups.values().map(Profile::to_string));
-        row.push(trial.score().map_or("failed".into(), exact));
+        row.extend((0..metrics.len()).map(|metric| trial.mean(metric).map_or("failed".into(), exact)));
         row.push(trial.metrics.relative_error.map(number).unwrap_or_default());
-        row.push(if Some(trial) == best { "best".into() } else { String::new() });
+        let best = swept.best_trials.iter().zip(&metrics).filter(|(best, _)| *best == trial);
+        row.push(best_mark(&best.map(|(_, name)| *name).collect::<Vec<_>>(), metrics.len()));
         table.add_row(row);
     }
     table
+}
+
+/// Names the targets of a trial: `sigma_rel 0.1, sigma_rel 0.2 for decoder.*`.
+pub fn targets(trial: &Trial) -> String {
+    let groups = trial.groups.iter().map(|(group, profile)| format!("{profile} for {group}"));
+    std::iter::once(trial.profile.to_string()).chain(groups).collect::<Vec<_>>().join(", ")
+}
+
+/// Names a part of a joint sweep: a group, or the tensors without one.
+pub fn part_name(part: Option<&str>) -> &str {
+    part.unwrap_or("other tensors")
+}
+
+/// Marks a trial with the names of the metrics by which it is the best, of so many.
+fn best_mark(names: &[&str], metrics: usize) -> String {
+    match names {
+        [] => String::new(),
+        [_] if metrics == 1 => "best".into(),
+        _ => format!("best {}", names.join(", ")),
+    }
 }
 
 /// Sorts the families by their first evaluation, and the trials of each by length.
@@ -98,7 +121,7 @@ impl<'a> Marks<'a> {
             .map(|(_, metric)| metric.name.as_str())
             .collect();
         if !best.is_empty() {
-            return if self.best.len() == 1 { "best".into() } else { format!("best {}", best.join(", ")) };
+            return best_mark(&best, self.best.len());
         }
         if self.comparison.as_ref().is_some_and(|comparison| comparison.as_good.contains(&trial.profile)) {
             return "as good".into();

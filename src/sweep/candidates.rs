@@ -12,9 +12,6 @@ use crate::math::Profile;
 use crate::planning::{Plan, groups_json, profile_json};
 use crate::snapshot::{GROUPS, PROFILE, StoredFile};
 
-/// Name of the best average.
-pub(super) const BEST: &str = "best.safetensors";
-
 /// Folder of all averages, if they are kept.
 const KEPT: &str = "candidates";
 
@@ -27,9 +24,6 @@ const SECOND_PENDING: &str = "evaluating-with";
 
 /// Name of the second run among the parts of a joint sweep.
 pub(super) const WITH: &str = "with";
-
-/// Name of the second run's average that goes with the best one.
-pub(super) const SECOND_BEST: &str = "best-with.safetensors";
 
 /// Folders of averages.
 pub(super) const FOLDERS: [&str; 4] = [KEPT, PENDING, SECOND_KEPT, SECOND_PENDING];
@@ -105,7 +99,7 @@ impl SweepDir {
 
     /// Path of the best average by a metric. The first one has the plain name.
     pub(super) fn best(&self, metrics: &[Metric], metric: usize) -> PathBuf {
-        self.dir.join(if self.is_second { SECOND_BEST.into() } else { best_name(metrics, metric) })
+        self.dir.join(best_name(metrics, metric, self.is_second))
     }
 
     /// Returns a path for each plan, named after its target and step. A table is named by its number among `targets`.
@@ -152,9 +146,13 @@ impl SweepDir {
     }
 }
 
-/// Returns the name of the best average by a metric.
-pub(super) fn best_name(metrics: &[Metric], metric: usize) -> String {
-    if metric == 0 { BEST.to_owned() } else { format!("best-{}.safetensors", metrics[metric].name) }
+/// Returns the name of the best average by a metric, or of the second run's that goes with it.
+pub(super) fn best_name(metrics: &[Metric], metric: usize, is_second: bool) -> String {
+    let with = if is_second { "-with" } else { "" };
+    match metric {
+        0 => format!("best{with}.safetensors"),
+        _ => format!("best-{}{with}.safetensors", metrics[metric].name),
+    }
 }
 
 /// Returns the name of a candidate's file without extension, such as `sigma_rel-0.05.step-500`.

@@ -60,6 +60,16 @@ impl Trials {
         self.trials.iter().find(|trial| trial.profile == *profile)
     }
 
+    /// Returns the trials that no other one beats: none is as good in all metrics, and better in one.
+    pub(super) fn unbeaten(&self) -> Vec<&Trial> {
+        let curves: Vec<Curve<'_>> = (0..self.metrics.len()).map(|metric| self.by(metric)).collect();
+        let beats = |one: &Trial, other: &Trial| {
+            curves.iter().all(|curve| !curve.is_better(other, one)) && curves.iter().any(|c| c.is_better(one, other))
+        };
+        let scored = || self.trials.iter().filter(|trial| trial.score().is_some());
+        scored().filter(|trial| !scored().any(|other| beats(other, trial))).collect()
+    }
+
     /// Returns the trials as a metric orders them, by its index.
     pub(super) fn by(&self, metric: usize) -> Curve<'_> {
         Curve { trials: &self.trials, metric, goal: self.metrics[metric].goal }

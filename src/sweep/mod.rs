@@ -28,6 +28,7 @@ mod trial;
 pub use candidates::Candidate;
 pub use command::Command;
 pub use comparison::Comparison;
+pub use joint::{JointSearch, SweepLine};
 pub use observer::Observer;
 pub use options::{SweepOptions, SweepResult};
 pub use record::{Record, SweepKey, identity};
@@ -37,3 +38,5 @@ pub use trial::{Goal, Metric, Trial, TrialMetrics, TrialOutcome};
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod width_tests;

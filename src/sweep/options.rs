@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::joint::SweepLine;
 use super::observer::Observer;
 use super::search::Sweep;
 use super::trial::{Goal, Metric, Trial};
@@ -42,7 +43,7 @@ pub struct SweepOptions<'a> {
     /// Second run, such as that of a guiding model. Its averages have a length of their own, as a group has one, and
     /// are those of its newest snapshot.
     pub with: Option<&'a Run>,
-    /// Number of times that each length of a joint sweep is varied at most.
+    /// Number of times that each length of a joint sweep is varied at most, for each metric.
     pub rounds: usize,
     /// Number of times that each average is evaluated.
     pub repeats: u32,
@@ -96,10 +97,18 @@ pub struct SweepResult {
     pub sweep: Sweep,
     /// All trials of a joint sweep, or of a plain one.
     pub trials: Vec<Trial>,
-    /// Best trial, with the targets of its groups; `None` if no evaluation succeeded.
-    pub best_trial: Option<Trial>,
-    /// Safetensors file of the best average by each metric, or those of both runs. Empty if no evaluation succeeded.
+    /// Best trial by each metric, with the targets of its groups. Empty if no evaluation succeeded.
+    pub best_trials: Vec<Trial>,
+    /// Trials that no other one beats: none is as good in all metrics, and better in one.
+    pub unbeaten: Vec<Trial>,
+    /// Last sweep along each length of a joint sweep, by metric; empty for a plain one.
+    pub lines: Vec<SweepLine>,
+    /// False if the turns of a joint sweep ended before the lengths settled.
+    pub settled: bool,
+    /// Safetensors file of the best average by each metric. Empty if no evaluation succeeded.
     pub best: Vec<PathBuf>,
+    /// Those of the second run that go with them. Empty without a second run.
+    pub best_with: Vec<PathBuf>,
     /// Time of the targets.
     pub at: u64,
     /// True at an edge of the evaluated lengths beyond which the run makes no average with a relative error of at most

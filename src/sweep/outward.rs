@@ -13,22 +13,35 @@ const HALVINGS: usize = 6;
 /// Smallest step to the end of the reach, as a share of the list's mean interval.
 const SMALLEST: f64 = 0.25;
 
-/// Returns the next profile beyond the edge. Returns `None` if the best trial is at none, if a trial is beyond it, or
-/// if nothing worth a trial is within reach.
-pub(super) fn next_profile(curve: Curve<'_>, is_reached: &dyn Fn(&Profile) -> bool) -> Option<Profile> {
+/// Returns the next profiles beyond the edge, at most `count`: each is where the search would go if the one before it
+/// were the best. Returns none if the best trial is at no edge, if a trial is beyond it, or if nothing worth a trial is
+/// within reach.
+pub(super) fn next_profiles(curve: Curve<'_>, count: usize, is_reached: &dyn Fn(&Profile) -> bool) -> Vec<Profile> {
+    steps(curve, count, is_reached).unwrap_or_default()
+}
+
+fn steps(curve: Curve<'_>, count: usize, is_reached: &dyn Fn(&Profile) -> bool) -> Option<Vec<Profile>> {
     let (family, _) = curve.best()?.profile.family()?;
     let points = points(curve)?;
     let best = best_points(curve, &points);
     let (first, last) = (points.first()?, points.last()?);
     let interval = mean_interval(&points)?;
-    let step_from = |edge: &Point<'_>, up: bool| {
+    let steps_from = |edge: &Point<'_>, up: bool| {
         let inner = points.iter().filter(|point| point.score.is_some() && point.at != edge.at);
         let gap = inner.map(|point| (point.at - edge.at).abs()).reduce(f64::min)?.max(interval);
-        step(family, edge.at, if up { gap } else { -gap }, SMALLEST * interval, is_reached)
+        let (mut edge, mut gap) = (edge.at, if up { gap } else { -gap });
+        let mut profiles = Vec::new();
+        while profiles.len() < count {
+            let Some(profile) = step(family, edge, gap, SMALLEST * interval, is_reached) else { break };
+            let at = family.coordinate(profile.family()?.1);
+            (gap, edge) = ((at - edge).abs().max(interval).copysign(gap), at);
+            profiles.push(profile);
+        }
+        Some(profiles).filter(|profiles| !profiles.is_empty())
     };
     let at_end = |end: &Point<'_>| best.iter().any(|point| point.at == end.at);
-    let shorter = if at_end(first) { step_from(first, false) } else { None };
-    shorter.or_else(|| if at_end(last) { step_from(last, true) } else { None })
+    let shorter = if at_end(first) { steps_from(first, false) } else { None };
+    shorter.or_else(|| if at_end(last) { steps_from(last, true) } else { None })
 }
 
 /// Returns the mean interval of the list. Returns `None` for fewer than two targets.

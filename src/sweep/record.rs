@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::candidates::{FOLDERS, SECOND_BEST, best_name};
+use super::candidates::{FOLDERS, best_name};
 use super::options::SweepOptions;
 use super::search::Sweep;
 use super::trial::{Goal, Metric, Trial};
@@ -88,9 +88,14 @@ impl Record {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         // The path is made absolute, because an evaluation may change the working directory.
         let dir = &std::path::absolute(dir).map_err(Error::io("read", dir))?;
-        let mut names: Vec<String> =
-            (0..key.metrics.len().max(1)).map(|metric| best_name(&key.metrics, metric)).collect();
-        names.extend(key.with.iter().map(|_| SECOND_BEST.to_owned()));
+        let metrics = 0..key.metrics.len().max(1);
+        let best = |metric| [false, true].map(|is_second| best_name(&key.metrics, metric, is_second));
+        let runs = if key.with.is_some() { 2 } else { 1 };
+        let names: Vec<String> = metrics.flat_map(|metric| best(metric).into_iter().take(runs)).collect();
+        if let Some(name) = names.iter().enumerate().find_map(|(i, name)| names[..i].contains(name).then_some(name)) {
+            let reason = format!("{name} would be the best average of two: give the metric another name");
+            return Err(Error::Setting { option: "metric", reason });
+        }
         check_own(dir, &names)?;
         // The best averages are written last, after all evaluations.
         names.iter().try_for_each(|name| check_replaceable(&dir.join(name)))?;
@@ -124,7 +129,10 @@ impl Record {
     }
 
     /// As [`Record::save`], for the trials of a joint sweep.
-    pub(super) fn save_trials(&self, trials: &[Trial]) -> Result<()> {
+    ///
+    /// # Errors
+    /// As [`Record::save`].
+    pub fn save_trials(&self, trials: &[Trial]) -> Result<()> {
         self.write(trials)
     }
 
@@ -243,7 +251,6 @@ fn read(path: &Path, text: &[u8], key: &SweepKey) -> Result<Vec<Trial>> {
 mod tests {
     use super::*;
     use crate::math::Profile;
-    use crate::sweep::candidates::BEST;
     use crate::sweep::{TrialMetrics, TrialOutcome};
 
     fn key() -> SweepKey {
@@ -351,7 +358,7 @@ mod tests {
     #[test]
     fn directory_with_files_of_others_is_refused() {
         for (name, part) in [
-            (BEST, "would replace best.safetensors"),
+            ("best.safetensors", "would replace best.safetensors"),
             ("candidates/mine", "would replace candidates"),
             ("evaluating/mine", "would replace evaluating"),
             (STATE_FILE, "sweep elsewhere"),
@@ -374,7 +381,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         fs::write(temp.path().join("notes"), "").unwrap();
         drop(Record::open(temp.path(), SweepKey { at: 400, ..key() }).unwrap());
-        fs::write(temp.path().join(BEST), "").unwrap();
+        fs::write(temp.path().join("best.safetensors"), "").unwrap();
         Record::open(temp.path(), key()).unwrap();
     }
 

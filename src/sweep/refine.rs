@@ -4,37 +4,51 @@ use super::curve::Curve;
 use super::points::{GOLDEN, Point, best_points, points, round_length};
 use crate::math::{Family, Profile};
 
+/// Nearest shorter and longer point of a centre.
+type Bracket<'a> = (Option<Point<'a>>, Option<Point<'a>>);
+
 /// Relative difference below which two segments count as equal. Segments of an evenly spaced list differ by rounding.
 const EVEN: f64 = 1e-6;
 
-/// Returns the next profile to try. Returns `None` if the best trial has no neighbour, or if no length fits between
-/// them.
+/// Returns the next profiles to try, at most `count`. Returns none if the best trial has no neighbour, or if no length
+/// fits between them.
 ///
+/// One step is a golden section. Several, which are evaluated at a time, cut the segments beside the best trial evenly.
 /// A failed target of the list does not bound the search: the optimum may be behind it. A failed refinement does, and
 /// so does any trial exactly where the next step would go.
-pub(super) fn next_profile(curve: Curve<'_>) -> Option<Profile> {
-    let (family, _) = curve.best()?.profile.family()?;
-    let points = points(curve)?;
-    let centre = centre(curve, &points)?;
-    let step = |bounds| step_between(curve, family, centre, neighbours(&points, centre, bounds));
-    step(|point| point.trial.refined || point.score.is_some()).or_else(|| step(|_| true))
+pub(super) fn next_profiles(curve: Curve<'_>, count: usize) -> Vec<Profile> {
+    let Some((family, _)) = curve.best().and_then(|best| best.profile.family()) else { return Vec::new() };
+    let points = points(curve).unwrap_or_default();
+    let Some(centre) = centre(curve, &points) else { return Vec::new() };
+    let steps = |bounds| steps_between(curve, family, centre, neighbours(&points, centre, bounds), count);
+    let steps_of_successes = steps(|point| point.trial.refined || point.score.is_some());
+    if steps_of_successes.is_empty() { steps(|_| true) } else { steps_of_successes }
 }
 
-/// Returns the profile of the next step around the centre, unless it has a trial already.
-fn step_between(
+/// Returns the profiles of the next steps around the centre, without those that have a trial already.
+fn steps_between(
     curve: Curve<'_>,
     family: Family,
     centre: Point<'_>,
-    (shorter, longer): (Option<Point<'_>>, Option<Point<'_>>),
-) -> Option<Profile> {
-    let place = golden_section(curve, shorter, centre, longer)?;
+    (shorter, longer): Bracket<'_>,
+    count: usize,
+) -> Vec<Profile> {
+    let places = match count {
+        0 => Vec::new(),
+        1 => golden_section(curve, shorter, centre, longer).into_iter().collect(),
+        _ => even_sections(curve, shorter, centre, longer, count),
+    };
     let is_between = |length: f64| {
         let at = family.coordinate(length);
         shorter.is_none_or(|shorter| shorter.at < at) && longer.is_none_or(|longer| at < longer.at)
     };
-    let length = round_length(family.length_at(place), is_between, family.length_at(centre.at));
-    let profile = family.profile(length).ok()?;
-    curve.get(&profile).is_none().then_some(profile)
+    let mut profiles: Vec<Profile> = Vec::with_capacity(places.len());
+    for place in places {
+        let length = round_length(family.length_at(place), is_between, family.length_at(centre.at));
+        let profile = family.profile(length).ok().filter(|profile| curve.get(profile).is_none());
+        profiles.extend(profile.filter(|profile| !profiles.contains(profile)));
+    }
+    profiles
 }
 
 /// Counts the refinements around the best trial: those between the neighbours, in the list, of its best target. A
@@ -69,11 +83,7 @@ fn centre<'a>(curve: Curve<'_>, points: &[Point<'a>]) -> Option<Point<'a>> {
 }
 
 /// Returns the nearest point on each side whose trial bounds the search.
-fn neighbours<'a>(
-    points: &[Point<'a>],
-    centre: Point<'_>,
-    bounds: fn(&Point<'_>) -> bool,
-) -> (Option<Point<'a>>, Option<Point<'a>>) {
+fn neighbours<'a>(points: &[Point<'a>], centre: Point<'_>, bounds: fn(&Point<'_>) -> bool) -> Bracket<'a> {
     let shorter = points.iter().rev().find(|point| bounds(point) && point.at < centre.at);
     let longer = points.iter().find(|point| bounds(point) && point.at > centre.at);
     (shorter.copied(), longer.copied())
@@ -100,4 +110,41 @@ fn golden_section(
         (Some(only), None) | (None, Some(only)) => Some(towards(only)),
         (None, None) => None,
     }
+}
+
+/// Places that cut the two segments beside the centre into equal pieces, as many of each as leave the least of the
+/// whole in the worst case: two pieces of one segment, or one of each around the centre.
+fn even_sections(
+    curve: Curve<'_>,
+    shorter: Option<Point<'_>>,
+    centre: Point<'_>,
+    longer: Option<Point<'_>>,
+    count: usize,
+) -> Vec<f64> {
+    let length = |bound: Option<Point<'_>>| bound.map_or(0.0, |bound| (bound.at - centre.at).abs());
+    let piece = |bound: Option<Point<'_>>, cuts: usize| length(bound) / (cuts + 1) as f64;
+    let left = |below: usize| {
+        let (short, long) = (piece(shorter, below), piece(longer, count - below));
+        let pair = |piece: f64, cuts: usize| if cuts > 0 { 2.0 * piece } else { 0.0 };
+        pair(short, below).max(pair(long, count - below)).max(short + long)
+    };
+    let (fewest, most) = match (shorter, longer) {
+        (None, None) => return Vec::new(),
+        (None, Some(_)) => (0, 0),
+        (Some(_), None) => (count, count),
+        (Some(_), Some(_)) => (0, count),
+    };
+    let least = (fewest..=most).map(left).fold(f64::INFINITY, f64::min);
+    let mut equal = (fewest..=most).filter(|below| left(*below) <= (1.0 + EVEN) * least);
+    // Of two equal choices, the one with more cuts towards the better neighbour.
+    let up = match (shorter, longer) {
+        (Some(shorter), Some(longer)) => !curve.is_better(shorter.trial, longer.trial),
+        _ => true,
+    };
+    let below = if up { equal.next() } else { equal.next_back() }.unwrap_or(fewest);
+    let cuts = |bound: Option<Point<'_>>, cuts: usize| {
+        let step = bound.map_or(0.0, |bound| (bound.at - centre.at) / (cuts + 1) as f64);
+        (1..=cuts).map(move |cut| centre.at + step * cut as f64)
+    };
+    cuts(shorter, below).chain(cuts(longer, count - below)).collect()
 }

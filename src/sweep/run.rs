@@ -11,7 +11,7 @@ use super::record::{Record, SweepKey};
 use super::scores::Scores;
 use super::search::Sweep;
 use super::second::SecondRun;
-use super::trial::TrialMetrics;
+use super::trial::{Trial, TrialMetrics};
 use crate::error::{Error, Result};
 use crate::math::Profile;
 use crate::planning::{At, Plan, log_warnings};
@@ -64,14 +64,14 @@ impl Run {
         options: &SweepOptions<'_>,
         evaluate: impl FnMut(&Candidate<'_>) -> Result<S, E>,
     ) -> Result<SweepResult> {
-        self.sweep_with(options, &mut Serial(evaluate))
+        self.sweep_with(options, 1, &mut Serial(evaluate))
     }
 
     /// As [`Run::sweep`], with up to `jobs` evaluations at a time, each on a thread of its own.
     ///
-    /// Targets and repeats are evaluated side by side, and the steps of the refinement one after the other. The trials
-    /// do not depend on the number of jobs, if the evaluation does not. After an error of the sweep itself, the
-    /// evaluations that run already end first.
+    /// Targets, repeats and [steps of the refinement](Sweep::with_width) are evaluated side by side. The trials depend
+    /// on the number of jobs and the scores, not on the order in which evaluations end. After an error of the sweep
+    /// itself, the evaluations that run already end first.
     ///
     /// # Errors
     /// As [`Run::sweep`].
@@ -81,12 +81,12 @@ impl Run {
         jobs: u32,
         evaluate: impl Fn(&Candidate<'_>) -> Result<S, E> + Sync,
     ) -> Result<SweepResult> {
-        self.sweep_with(options, &mut Parallel(evaluate, jobs.max(1)))
+        self.sweep_with(options, jobs, &mut Parallel(evaluate, jobs.max(1)))
     }
 
-    fn sweep_with(&self, options: &SweepOptions<'_>, evaluator: &mut dyn Evaluator) -> Result<SweepResult> {
+    fn sweep_with(&self, options: &SweepOptions<'_>, jobs: u32, evaluator: &mut dyn Evaluator) -> Result<SweepResult> {
         let sweep = Sweep::new(options.targets, options.goal, options.refine)?;
-        let sweep = sweep.with_metrics(options.metrics)?.with_repeats(options.repeats);
+        let sweep = sweep.with_metrics(options.metrics)?.with_repeats(options.repeats).with_jobs(jobs);
         // All targets are solved first, so that an impossible one fails before anything is written.
         let plans = self.plans_with(sweep.targets(), options.at, options.noise)?;
         let at = plans.first().map_or(0, |plan| plan.at);
@@ -107,15 +107,24 @@ impl Run {
         let second = options.with.map(|run| SecondRun::new(run, options, record.dir())).transpose()?;
         let with = second.iter().map(|_| WITH.to_owned());
         let parts: Vec<String> = options.groups.iter().cloned().chain(with).collect();
-        let search = JointSearch::new(sweep, &parts, options.rounds, trials)?;
+        let search = JointSearch::new(sweep, &parts, options.rounds, trials);
         let mut active = ActiveSweep { run: self, options, record, dir, second, search, at, evaluated: 0 };
         active.search(evaluator)?;
-        let best = active.ensure_best()?;
-        let sweep = active.search.sweep();
-        let at_limit = sweep.is_at_limit(&|profile| active.is_reached(profile));
-        let best_trial = sweep.best().map(|best| active.search.to_joint(best));
-        let (sweep, trials) = (sweep.clone(), active.search.trials());
-        Ok(SweepResult { sweep, trials, best_trial, best, at, at_limit, evaluated: active.evaluated })
+        let (best_trials, best, best_with) = active.ensure_best()?;
+        let search = &active.search;
+        Ok(SweepResult {
+            trials: search.trials(),
+            best_trials,
+            unbeaten: search.unbeaten(),
+            lines: search.lines(),
+            settled: search.is_settled(),
+            best,
+            best_with,
+            at,
+            at_limit: search.sweep().is_at_limit(&|profile| active.is_reached(profile)),
+            evaluated: active.evaluated,
+            sweep: search.sweep().clone(),
+        })
     }
 
     /// Checks that a sweep's directory is outside the run's, which may hold only the run's files.
@@ -153,10 +162,11 @@ impl ActiveSweep<'_> {
                 }
                 return Ok(());
             }
-            let plans = self.plans(&profiles)?;
+            let rows: Vec<Vec<Profile>> = profiles.iter().map(|profile| self.search.point(profile)).collect();
+            let plans = self.plans(&rows)?;
             let paths = self.dir.candidates(&plans, self.search.sweep().targets());
             let results = self.synthesize(&plans, &paths)?;
-            let seconds = self.write_seconds(&profiles, &paths)?;
+            let seconds = self.write_seconds(&rows, &paths)?;
             let mut tasks = Vec::new();
             for (index, profile) in profiles.iter().enumerate() {
                 let (plan, path) = (&plans[index], &paths[index]);
@@ -207,36 +217,29 @@ impl ActiveSweep<'_> {
     fn keep_or_discard(&self, profile: &Profile, path: &Path) -> Result<()> {
         let sweep = self.search.sweep();
         let is_best = |metric: &usize| sweep.best_by(*metric).is_some_and(|best| best.profile == *profile);
-        let best: Vec<PathBuf> = (0..sweep.metrics().len()).filter(is_best).map(|m| self.best_path(m)).collect();
+        let metrics: Vec<usize> = self.search.stage_metrics().filter(is_best).collect();
+        let best_of = |dir: &SweepDir| metrics.iter().map(|m| dir.best(sweep.metrics(), *m)).collect::<Vec<_>>();
         if let Some(SecondRun { dir, .. }) = &self.second {
             let beside = dir.beside(path);
-            let best: Vec<PathBuf> = best.iter().map(|_| dir.best(&[], 0)).collect();
-            dir.make_best(&beside, &best)?;
+            dir.make_best(&beside, &best_of(dir))?;
             dir.discard(&beside)?;
         }
-        self.dir.make_best(path, &best)?;
+        self.dir.make_best(path, &best_of(&self.dir))?;
         self.dir.discard(path)
     }
 
     /// Writes the second run's averages, if there is one, and returns their paths.
-    fn write_seconds(&self, profiles: &[Profile], paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    fn write_seconds(&self, rows: &[Vec<Profile>], paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
         let Some(second) = &self.second else { return Ok(Vec::new()) };
-        let targets: Vec<Profile> = profiles.iter().filter_map(|profile| self.search.point(profile).pop()).collect();
+        let targets: Vec<Profile> = rows.iter().filter_map(|row| row.last().cloned()).collect();
         second.write(&targets, paths)
     }
 
-    /// Solves for the averages of the current stage, with the targets of all groups.
-    fn plans(&self, profiles: &[Profile]) -> Result<Vec<Plan>> {
-        let row = |profile: &Profile| {
-            let mut row = self.search.point(profile);
-            row.truncate(self.options.groups.len() + 1);
-            row
-        };
-        let rows: Vec<Vec<Profile>> = profiles.iter().map(row).collect();
-        match self.options.groups {
-            [] if self.second.is_none() => self.run.plans_with(profiles, At::Step(self.at), self.options.noise),
-            groups => self.run.grouped_plans(&rows, groups, At::Step(self.at), self.options.noise),
-        }
+    /// Solves for averages, each with the targets of all parts.
+    fn plans(&self, rows: &[Vec<Profile>]) -> Result<Vec<Plan>> {
+        let parts = self.options.groups.len() + 1;
+        let rows: Vec<Vec<Profile>> = rows.iter().map(|row| row[..parts].to_vec()).collect();
+        self.run.grouped_plans(&rows, self.options.groups, At::Step(self.at), self.options.noise)
     }
 
     /// Returns true if the run makes this average with a relative error of at most 5%.
@@ -270,10 +273,6 @@ impl ActiveSweep<'_> {
         self.run.write_all(outputs, &WriteOptions { dtype, device, progress: Some(&progress) }).map(drop)
     }
 
-    fn best_path(&self, metric: usize) -> PathBuf {
-        self.dir.best(self.search.sweep().metrics(), metric)
-    }
-
     fn record(
         &mut self,
         profile: &Profile,
@@ -295,30 +294,37 @@ impl ActiveSweep<'_> {
         }
     }
 
-    /// Returns the files of the best averages. Each is synthesized again if it was removed, if the sweep was killed
-    /// before it was renamed, or if it became the best after others were evaluated.
-    fn ensure_best(&self) -> Result<Vec<PathBuf>> {
-        let sweep = self.search.sweep();
-        let mut paths = Vec::new();
-        for metric in 0..sweep.metrics().len() {
-            let Some(best) = sweep.best_by(metric) else { break };
-            let path = self.best_path(metric);
-            let base = &self.search.point(&best.profile)[0];
-            let mut groups = self.search.group_targets(&best.profile);
+    /// Returns the best trial by each metric and its files. Each is synthesized again if it was removed, if the sweep
+    /// was killed before it was renamed, or if it became the best after others were evaluated.
+    fn ensure_best(&self) -> Result<(Vec<Trial>, Vec<PathBuf>, Vec<PathBuf>)> {
+        let metrics = self.search.sweep().metrics();
+        let (mut trials, mut paths, mut seconds) = (Vec::new(), Vec::new(), Vec::new());
+        for metric in 0..metrics.len() {
+            let Some(best) = self.search.best_by(metric) else { break };
+            let path = self.dir.best(metrics, metric);
+            let mut groups = best.groups.clone();
             let with = self.second.as_ref().and_then(|_| groups.remove(WITH));
-            if !self.dir.holds(&path, base, &groups) {
-                let plans = self.plans(std::slice::from_ref(&best.profile))?;
-                self.options.observer.synthesizing(1, self.run.bytes_to_read(&plans));
-                // It is written among the candidates first. After an interruption the same path is used again.
-                let candidates = self.dir.candidates(&plans, sweep.targets());
-                self.write(&[Output { plan: &plans[0], path: &candidates[0] }])?;
-                self.dir.make_best(&candidates[0], std::slice::from_ref(&path))?;
+            if !self.dir.holds(&path, &best.profile, &groups) {
+                self.write_best(&best, &path)?;
             }
             paths.push(path);
             if let (Some(second), Some(with)) = (&self.second, with) {
-                paths.push(second.ensure_best(&with)?);
+                let path = second.dir.best(metrics, metric);
+                second.ensure_best(&with, &path)?;
+                seconds.push(path);
             }
+            trials.push(best);
         }
-        Ok(paths)
+        Ok((trials, paths, seconds))
+    }
+
+    /// Writes a best average. It is written among the candidates first, at the same path after an interruption.
+    fn write_best(&self, best: &Trial, path: &PathBuf) -> Result<()> {
+        let plans = self.plans(&self.search.point_of(best).into_iter().collect::<Vec<_>>())?;
+        let candidates = self.dir.candidates(&plans, self.search.sweep().targets());
+        let (Some(plan), Some(candidate)) = (plans.first(), candidates.first()) else { return Ok(()) };
+        self.options.observer.synthesizing(1, self.run.bytes_to_read(&plans));
+        self.write(&[Output { plan, path: candidate }])?;
+        self.dir.make_best(candidate, std::slice::from_ref(path))
     }
 }

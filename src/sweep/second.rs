@@ -29,14 +29,13 @@ impl<'a> SecondRun<'a> {
         self.plans(std::slice::from_ref(profile)).is_ok_and(|plans| plans[0].shortfall.is_none())
     }
 
-    /// Returns the file that goes with the best average, which is written again if it is not that.
-    pub(super) fn ensure_best(&self, profile: &Profile) -> Result<PathBuf> {
-        let path = self.dir.best(&[], 0);
-        if !self.dir.holds(&path, profile, &BTreeMap::new()) {
+    /// Checks the file that goes with a best average, and writes it again if it is not that.
+    pub(super) fn ensure_best(&self, profile: &Profile, path: &PathBuf) -> Result<()> {
+        if !self.dir.holds(path, profile, &BTreeMap::new()) {
             let written = self.write(std::slice::from_ref(profile), &["best.step-0.safetensors".into()])?;
-            self.dir.make_best(&written[0], std::slice::from_ref(&path))?;
+            self.dir.make_best(&written[0], std::slice::from_ref(path))?;
         }
-        Ok(path)
+        Ok(())
     }
 
     /// Writes the average that goes with each candidate, and returns their paths. Equal ones share their bytes.

@@ -90,6 +90,11 @@ impl Trial {
         if metric == 0 { Some(score) } else { mean(self.repeats.values(), metric) }
     }
 
+    /// Returns true if all targets are those of another trial.
+    pub(super) fn has_targets_of(&self, other: &Trial) -> bool {
+        self.profile == other.profile && self.groups == other.groups
+    }
+
     /// Returns the numbers of the repeats up to `repeats` that are missing.
     pub(super) fn missing(&self, repeats: u32) -> Vec<u32> {
         let is_single = self.repeats.is_empty() && self.score().is_some();

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 use indicatif::ProgressBar;
-use posthoc_ema::sweep::{Candidate, Command, Edge, Goal, Metric, Observer, Sweep, Trial};
+use posthoc_ema::sweep::{Candidate, Command, Edge, Goal, Metric, Observer, Sweep, SweepLine, Trial, TrialOutcome};
 use posthoc_ema::{Profile, SweepOptions, SweepResult, shown};
 use serde_json::{Value, json};
 
@@ -55,20 +55,20 @@ pub struct Arguments {
     metric: Vec<Metric>,
     /// Give the tensors of this glob, such as decoder.*, a length of their own; may be given more than once. All
     /// tensors begin with one length. Then that of the other tensors and that of each group are swept in turns
-    #[arg(long, value_name = "GLOB", conflicts_with = "metric")]
+    #[arg(long, value_name = "GLOB")]
     group: Vec<String>,
     /// Evaluate each average together with one of this run, such as a guiding model's: {with} becomes its path, and
     /// POSTHOC_EMA_WITH holds it. Its length is swept in turns with the other one, at its newest snapshot
-    #[arg(long, value_name = "RUN", conflicts_with = "metric")]
+    #[arg(long, value_name = "RUN")]
     with: Option<PathBuf>,
-    /// Turns in which each length is swept at most, with --group or --with
+    /// Turns in which each length is swept at most, with --group or --with; for each metric
     #[arg(long, value_name = "N", default_value_t = 2)]
     rounds: usize,
     /// Evaluations of each average, for a standard error. The command should seed what is random by {repeat}
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeats: u32,
-    /// Evaluations at a time, such as one for each GPU: CUDA_VISIBLE_DEVICES={job}. Targets and repeats run side by
-    /// side, refinements one after the other
+    /// Evaluations at a time, such as one for each GPU: CUDA_VISIBLE_DEVICES={job}. Targets, repeats and refinements
+    /// run side by side. Refinements at a time cut the range around the best evenly
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     jobs: u32,
     /// Evaluations around the best of the targets
@@ -139,12 +139,16 @@ pub fn run(arguments: &Arguments) -> Outcome {
     bars.clear();
     let swept = swept?;
     show(arguments, &swept);
-    let failed = swept.sweep.failures().count();
+    let failed = swept.trials.iter().filter(|trial| trial.score().is_none()).count();
     if swept.best.is_empty() {
         return Err(Failure::Unhealthy(format!("no evaluation succeeded: all {failed} failed, see the warnings")));
     }
     let title = format!("{}, at step {}", arguments.eval, swept.at);
-    let curves = SweepCurve::all_of(&swept.sweep, &title);
+    let curves = if swept.lines.is_empty() {
+        SweepCurve::all_of(&swept.sweep, &title)
+    } else {
+        SweepCurve::of_lines(&swept.lines, &title)
+    };
     Ok(arguments.plot.draw(|path| pictures::draw_sweep(path, &curves))?)
 }
 
@@ -156,8 +160,10 @@ fn timeout(seconds: Option<f64>) -> Result<Option<Duration>, Failure> {
 }
 
 fn show(arguments: &Arguments, swept: &SweepResult) {
-    for (trial, why) in swept.sweep.failures() {
-        print_warning(&format!("{}: {why}", trial.profile));
+    for trial in &swept.trials {
+        if let TrialOutcome::Error(why) = &trial.outcome {
+            print_warning(&format!("{}: {why}", trials::targets(trial)));
+        }
     }
     if arguments.json {
         print_json(&document(swept));
@@ -188,19 +194,31 @@ fn show(arguments: &Arguments, swept: &SweepResult) {
     }
 }
 
-/// Prints the trials of a joint sweep, and the best length of each part.
+/// Prints the trials of a joint sweep, and the best length of each part by each metric.
 fn show_joint(swept: &SweepResult) {
-    print(&trials::joint(&swept.trials, swept.best_trial.as_ref()).to_string());
-    let Some(best) = &swept.best_trial else { return };
-    let paths: Vec<String> = swept.best.iter().map(|path| shown(path).to_string()).collect();
-    let groups: Vec<String> = best.groups.iter().map(|(group, profile)| format!("{profile} for {group}")).collect();
-    print(&format!(
-        "best at step {}: {}, {}, kept as {}",
-        swept.at,
-        best.profile,
-        groups.join(", "),
-        paths.join(" and ")
-    ));
+    let names: Vec<&str> = swept.sweep.metrics().iter().map(|metric| metric.name.as_str()).collect();
+    print(&trials::joint(swept, &swept.trials).to_string());
+    if names.len() > 1 && !swept.unbeaten.is_empty() {
+        print("no other average is as good as these in all metrics and better in one:");
+        print(&trials::joint(swept, &swept.unbeaten).to_string());
+    }
+    for (metric, best) in swept.best_trials.iter().enumerate() {
+        let by = if names.len() == 1 { String::new() } else { format!(" by {}", names[metric]) };
+        let paths = [&swept.best, &swept.best_with].into_iter().filter_map(|paths| paths.get(metric));
+        let paths: Vec<String> = paths.map(|path| shown(path).to_string()).collect();
+        let targets = trials::targets(best);
+        print(&format!("best{by} at step {}: {targets}, kept as {}", swept.at, paths.join(" and ")));
+        for SweepLine { part, sweep, .. } in swept.lines.iter().filter(|line| line.metric == metric) {
+            let remark =
+                if sweep.is_flat_by(metric) { Some(flat(sweep, metric)) } else { trials::as_good(sweep, metric) };
+            if let Some(remark) = remark {
+                print(&format!("{}: {remark}", trials::part_name(part.as_deref())));
+            }
+        }
+    }
+    if !swept.settled {
+        print("the lengths still changed in the last turn: more turns (--rounds) may do better");
+    }
 }
 
 /// Describes a flat curve.
@@ -232,39 +250,64 @@ fn remark(swept: &SweepResult) -> Option<String> {
 
 fn document(swept: &SweepResult) -> Value {
     let sweep = &swept.sweep;
+    let failed = swept.trials.iter().filter(|trial| trial.score().is_none()).count();
     let mut document = json!({
         "at": swept.at,
         "goal": sweep.goal(),
-        "best": swept.best_trial.as_ref().map(trial_json),
+        "best": swept.best_trials.first().map(trial_json),
         "path": swept.best.first(),
         "edge": sweep.edge(),
         "at_limit": swept.at_limit,
         "flat": sweep.is_flat(),
         "evaluated": swept.evaluated,
-        "failed": sweep.failures().count(),
+        "failed": failed,
         "metrics": (0..sweep.metrics().len()).map(|metric| metric_json(swept, metric)).collect::<Vec<_>>(),
         "trials": swept.trials.iter().map(trial_json).collect::<Vec<_>>(),
     });
     if sweep.metrics().len() > 1 {
-        document["unbeaten"] = sweep.unbeaten().into_iter().map(trial_json).collect();
+        document["unbeaten"] = swept.unbeaten.iter().map(trial_json).collect();
+    }
+    if !swept.lines.is_empty() {
+        document["lines"] = swept.lines.iter().map(line_json).collect();
+        document["settled"] = swept.settled.into();
     }
     document
+}
+
+/// Returns the best profile along one length of a joint sweep, and those that are as good.
+fn line_json(line: &SweepLine) -> Value {
+    let SweepLine { metric, part, sweep } = line;
+    let comparison = sweep.comparison(*metric);
+    json!({
+        "metric": sweep.metrics()[*metric].name,
+        "part": part,
+        "best": sweep.best_by(*metric).map(|best| length_json(&best.profile)),
+        "flat": sweep.is_flat_by(*metric),
+        "edge": sweep.edge_by(*metric),
+        "standard_error": comparison.as_ref().map(|comparison| comparison.standard_error),
+        "as_good": comparison.map(|comparison| comparison.as_good.iter().map(length_json).collect::<Vec<_>>()),
+    })
 }
 
 /// Returns the best trial by a metric, and the profiles that are as good if the evaluations were repeated.
 fn metric_json(swept: &SweepResult, metric: usize) -> Value {
     let sweep = &swept.sweep;
-    let comparison = sweep.comparison(metric);
-    json!({
+    let best = swept.best_trials.get(metric);
+    let mut object = json!({
         "name": sweep.metrics()[metric].name,
         "goal": sweep.metrics()[metric].goal,
-        "best": sweep.best_by(metric).map(trial_json),
-        "score": sweep.best_by(metric).and_then(|best| best.mean(metric)),
+        "best": best.map(trial_json),
+        "score": best.and_then(|best| best.mean(metric)),
         "path": swept.best.get(metric),
-        "flat": sweep.is_flat_by(metric),
-        "standard_error": comparison.as_ref().map(|comparison| comparison.standard_error),
-        "as_good": comparison.map(|comparison| comparison.as_good.iter().map(length_json).collect::<Vec<_>>()),
-    })
+    });
+    // Along the lines of a joint sweep there is one comparison each.
+    if swept.lines.is_empty() {
+        let comparison = sweep.comparison(metric);
+        object["flat"] = sweep.is_flat_by(metric).into();
+        object["standard_error"] = json!(comparison.as_ref().map(|comparison| comparison.standard_error));
+        object["as_good"] = json!(comparison.map(|c| c.as_good.iter().map(length_json).collect::<Vec<_>>()));
+    }
+    object
 }
 
 /// Returns a recorded trial with its length, since the JSON of a profile has `gamma` but not `sigma_rel`.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use posthoc_ema::Result;
 use posthoc_ema::math::Family;
-use posthoc_ema::sweep::Sweep;
+use posthoc_ema::sweep::{Sweep, SweepLine};
 
 use super::axis::{Axis, draw_bottom_axis, draw_left_axis, finite_range};
 use super::canvas::{
@@ -13,6 +13,7 @@ use super::canvas::{
 };
 use super::file::{png_of_size, save};
 use crate::numbers::{number, tick};
+use crate::trials::part_name;
 
 /// Sizes in pixels.
 const WIDTH: f64 = 520.0;
@@ -50,7 +51,19 @@ pub struct SweepCurve {
 impl SweepCurve {
     /// Returns the curve of each metric.
     pub fn all_of(sweep: &Sweep, title: &str) -> Vec<SweepCurve> {
-        (0..sweep.metrics().len()).map(|metric| SweepCurve::of(sweep, metric, title)).collect()
+        // The title is that of the whole picture.
+        let title = |metric| if metric == 0 { title } else { "" };
+        (0..sweep.metrics().len()).map(|metric| SweepCurve::of(sweep, metric, title(metric))).collect()
+    }
+
+    /// Returns the curve of each length of a joint sweep and each metric.
+    pub fn of_lines(lines: &[SweepLine], title: &str) -> Vec<SweepCurve> {
+        let curve = |(i, SweepLine { metric, part, sweep }): (usize, &SweepLine)| {
+            let curve = SweepCurve::of(sweep, *metric, if i == 0 { title } else { "" });
+            let x_label = format!("{} of {}", curve.x_label, part_name(part.as_deref()));
+            SweepCurve { x_label, ..curve }
+        };
+        lines.iter().enumerate().map(curve).collect()
     }
 
     /// Returns the trials of a sweep in the family of the best by a metric, or of the first if none succeeded.
@@ -74,9 +87,7 @@ impl SweepCurve {
         let x_label = shown.map_or("", Family::length_name).to_owned();
         let y_label = sweep.metrics()[metric].name.clone();
         let standard_error = comparison.map(|comparison| comparison.standard_error);
-        // The title is that of the whole picture.
-        let title = if metric == 0 { title.to_owned() } else { String::new() };
-        SweepCurve { title, x_label, y_label, points, best, standard_error }
+        SweepCurve { title: title.to_owned(), x_label, y_label, points, best, standard_error }
     }
 }
 

@@ -110,6 +110,79 @@ fn joint_sweep_finds_the_length_of_each_group() {
     assert!(status == 1 && text.contains("`nothing*` matches no averaged tensor"), "{text}");
 }
 
+/// Two metrics of an encoder and a decoder, with noise that the repeat seeds, and failures.
+#[test]
+fn joint_sweep_by_two_metrics_compares_along_each_length() {
+    let temp = tempfile::tempdir().unwrap();
+    let [dir, out, picture] = ["run", "sweep", "sweep.svg"].map(|name| temp.path().join(name));
+    two_parts(&dir);
+    let run = Run::open(&dir).unwrap();
+    let value = |sigma_rel, name: &str| {
+        let tensors = run.load(&run.plan(profile(sigma_rel), At::Latest).unwrap()).unwrap();
+        tensors.get(name).unwrap().to_vec::<f32>().unwrap()[0]
+    };
+    let [decoder, encoder] = [value(0.19, "decoder.a"), value(0.09, "encoder.a")];
+    // The second metric is the sum of both parts: the shortest averages have the greatest one.
+    let eval = format!(
+        "case {{}} in *sigma_rel-0.26.*) exit 3;; esac; \
+         set -- {{}} && od -An -v -w4 -tf4 -j$((8 + $(od -An -tu8 -N8 \"$1\"))) \"$1\" | \
+         awk -v r=$POSTHOC_EMA_REPEAT 'NR == 1 {{ d = ($1 - {decoder}) / 4; s = $1 }} \
+              NR == 8 {{ e = ($1 - {encoder}) / 10; s += $1; srand(1000 * r + int($1 * 100) % 997); n = rand() / 50 }} \
+              END {{ print \"dist:\", d * d + e * e + n; print \"sum:\", s }}'"
+    );
+    let fixed = ["sweep", dir.to_str().unwrap(), "--eval", &eval, "--out-dir", out.to_str().unwrap()];
+    let further =
+        ["--metric", "dist", "--metric", "sum:max", "--group", "decoder.*", "--repeats", "2", "--rounds", "1"];
+    let all = [&fixed[..], &["--sigma-rel", "0.05,0.12,...,0.26", "--refine", "1"], &further].concat();
+    let output = posthoc_ema(&[&all[..], &["--json"]].concat());
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    // Failures of all stages are reported, not those of the last one alone.
+    assert!(stderr.contains("warning: sigma_rel 0.26, sigma_rel 0.26 for decoder.*: its exit status is 3"), "{stderr}");
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let trials = document["trials"].as_array().unwrap();
+    let failed = trials.iter().filter(|trial| trial["error"].is_string()).count();
+    assert!(document["failed"] == failed && failed > 1, "{failed}");
+    let lengths = |metric: usize| {
+        let best = &document["metrics"][metric]["best"];
+        [&best["length"]["sigma_rel"], &best["group_lengths"]["decoder.*"]["sigma_rel"]].map(|v| v.as_f64().unwrap())
+    };
+    let [near, far] = [lengths(0), lengths(1)];
+    assert!((near[0] - 0.09).abs() < 0.04 && (near[1] - 0.19).abs() < 0.04, "{near:?}");
+    assert!(far[0] <= 0.05 && far[1] <= 0.05, "{far:?}");
+    for (metric, file) in [(0, "best.safetensors"), (1, "best-sum.safetensors")] {
+        let kept = load(&out.join(file));
+        for (name, sigma_rel) in [("encoder.a", lengths(metric)[0]), ("decoder.a", lengths(metric)[1])] {
+            let found = kept.get(name).unwrap().to_vec::<f32>().unwrap()[0];
+            assert!((found - value(sigma_rel, name)).abs() <= 1e-4 * found, "{file}: {name}");
+        }
+    }
+    let lines = document["lines"].as_array().unwrap();
+    let names: Vec<[&Value; 2]> = lines.iter().map(|line| [&line["metric"], &line["part"]]).collect();
+    let (dist, sum, group) = ("dist".into(), "sum".into(), "decoder.*".into());
+    assert_eq!(names, [[&dist, &Value::Null], [&dist, &group], [&sum, &Value::Null], [&sum, &group]]);
+    assert!(lines.iter().all(|line| line["as_good"].is_array()), "{lines:?}");
+    assert!(lines[0]["standard_error"].as_f64().unwrap() > 1e-4, "{lines:?}");
+    assert!(document["unbeaten"].as_array().unwrap().len() > 1);
+    let output = posthoc_ema(&[&all[..], &["--plot", picture.to_str().unwrap()]].concat());
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in [
+        "no other average is as good as these in all metrics",
+        "best by dist at step 500: ",
+        "best by sum at step 500: ",
+        "other tensors: ",
+        "decoder.*: ",
+        " (standard error ",
+        "more turns (--rounds) may do better",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let picture = fs::read_to_string(picture).unwrap();
+    for label in ["sigma_rel of other tensors", "sigma_rel of decoder.*", "dist", "sum"] {
+        assert!(picture.contains(label), "{label}");
+    }
+    assert_eq!(picture.matches("sigma_rel of decoder.*").count(), 2, "a panel for each length and metric");
+}
+
 /// The score has its optimum at one length of the run and another one of the guiding run.
 #[test]
 fn joint_sweep_finds_the_lengths_of_two_runs() {
@@ -147,6 +220,10 @@ fn joint_sweep_finds_the_lengths_of_two_runs() {
     assert!(text.contains(" for with, kept as ") && text.contains("best-with.safetensors"), "{text}");
     assert_eq!(weight(&case.out.join("best-with.safetensors")), guide.average(&stored(&best["groups"]["with"])));
     assert_eq!(case.names(), ["best-with.safetensors", "best.safetensors", "sweep.json"]);
+    // The best of a metric with the name of the second run would have the name of its average.
+    let metrics = [&arguments[..], &["--metric", "a", "--metric", "with"]].concat();
+    let (status, text) = failure(&metrics);
+    assert!(status == 1 && text.contains("best-with.safetensors would be the best average of two"), "{text}");
     // Another second run, none, and a command that does not use it.
     let other = Case::new();
     let with_other = ["sweep", &case.run, "--with", &other.run, "--eval", &eval, "--out-dir", out, LIST[0], LIST[1]];
