@@ -317,6 +317,16 @@ pub enum Error {
         /// Answer of the driver, and remedy.
         reason: String,
     },
+    /// A CUDA device has too little free memory.
+    #[error("cuda:{device}: cannot {action}: {reason}")]
+    DeviceMemory {
+        /// Number of the device.
+        device: usize,
+        /// Attempted action, as a verb, with the bytes that it takes.
+        action: String,
+        /// Answer of the driver, and remedy.
+        reason: String,
+    },
     /// The time of an update is not after that of the one before.
     #[error("update at time {time}, but the last one was at {last}: times must increase")]
     Time {

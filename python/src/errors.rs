@@ -21,6 +21,7 @@ pub fn to_python(error: Error) -> PyErr {
         | Error::NonFinite { .. }
         | Error::NonFiniteParameter { .. }
         | Error::Cuda { .. }
+        | Error::DeviceMemory { .. }
         | Error::NoTarget
         | Error::NoSource { .. }
         | Error::NoUpdate

@@ -28,6 +28,7 @@ fn every_fault_is_reported() {
         &[("STANDIN_REJECT_IMAGE", "1"), ("STANDIN_CAPABILITY", "75")],
     );
     check_in_own_process("faults::too_little_memory", &[("STANDIN_MEMORY", "60000")]);
+    check_in_own_process("faults::full_device", &[("STANDIN_MEMORY", "2000000")]);
     check_in_own_process("faults::too_little_to_pin", &[("STANDIN_PINNED", "15000")]);
     check_in_own_process("faults::failed_synthesis", &[("STANDIN_FAIL_LAUNCH", "1")]);
     for launch in ["1", "3", "12", "20", "40"] {
@@ -95,6 +96,36 @@ fn too_little_memory() {
     ema.update(&model.device).unwrap();
     assert!(ema.fence().is_some());
     ema.finish().unwrap();
+}
+
+/// Trains, stores and evaluates after another library has taken the rest of the device, as PyTorch's cache does.
+#[test]
+#[ignore = "run by `every_fault_is_reported`"]
+fn full_device() {
+    let temp = tempfile::tempdir().unwrap();
+    let owner = Owner::new();
+    let mut model = Model::new(&owner);
+    let create = |name: &str| options(&temp.path().join(name));
+    let mut ema = create("device").device(Device::AnyCuda).create(&model.device).unwrap();
+    let mut twin = create("host").create(&model.host).unwrap();
+    let free = cudarc::driver::result::mem_get_info().unwrap().0;
+    let rest = owner.own(&vec![1; free - 60_000], 0);
+    for step in 1..=20 {
+        model.train(step);
+        ema.update(&model.device).unwrap();
+        twin.update(&model.host).unwrap();
+    }
+    let profile = Profile::sigma_rel(0.1).unwrap();
+    let average = twin.synthesize(profile.clone()).unwrap();
+    let swapped = ema.swap_in(profile, &mut model.device).unwrap();
+    for (name, tensor, owned) in &swapped.tensors {
+        assert!(owned.get() == average.get(name).unwrap().bytes, "{name} {}", tensor.dtype);
+    }
+    swapped.restore().unwrap();
+    ema.finish().unwrap();
+    twin.finish().unwrap();
+    assert!(files(&temp.path().join("device")) == files(&temp.path().join("host")));
+    drop(rest);
 }
 
 #[test]

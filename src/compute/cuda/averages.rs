@@ -66,7 +66,7 @@ impl DeviceAverages {
     /// Creates averages of zeros for the tensors of a layout, and room for copied tensors of these sizes in bytes.
     ///
     /// # Errors
-    /// [`Error::Cuda`] if the device has too little memory.
+    /// [`Error::DeviceMemory`] if the device has too little memory.
     pub fn zeros(
         device: &Arc<CudaDevice>,
         layout: &Layout,
@@ -101,7 +101,7 @@ impl DeviceAverages {
     /// Creates averages with the values of `averages`, and copied tensors with the values of `copies`.
     ///
     /// # Errors
-    /// [`Error::Cuda`] if the device has too little memory.
+    /// [`Error::DeviceMemory`] if the device has too little memory.
     pub fn upload(
         device: &Arc<CudaDevice>,
         layout: &Layout,

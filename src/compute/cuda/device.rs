@@ -244,5 +244,9 @@ fn cuda_error(device: usize, action: impl Into<String>, error: DriverError) -> E
         }
         _ => "",
     };
-    Error::Cuda { device, action: action.into(), reason: format!("{text} ({}){remedy}", error.0 as u32) }
+    let (action, reason) = (action.into(), format!("{text} ({}){remedy}", error.0 as u32));
+    match error.0 {
+        Code::CUDA_ERROR_OUT_OF_MEMORY => Error::DeviceMemory { device, action, reason },
+        _ => Error::Cuda { device, action, reason },
+    }
 }

@@ -25,7 +25,7 @@ impl Buffer {
     /// It does not come from a pool, because these buffers live as long as a run.
     ///
     /// # Errors
-    /// [`crate::Error::Cuda`] if the device has too little memory, with the size and the purpose.
+    /// [`crate::Error::DeviceMemory`] if the device has too little memory, with the size and the purpose.
     pub fn new(device: &Arc<CudaDevice>, bytes: usize, purpose: &str) -> Result<Buffer> {
         let _bound = device.bind()?;
         let allocation_error = |error| {

@@ -73,7 +73,7 @@ impl BlendWorkspace {
     /// Allocates the workspace.
     ///
     /// # Errors
-    /// [`Error::Cuda`] if the device has too little memory.
+    /// [`Error::DeviceMemory`] if the device has too little memory.
     pub fn new(device: &Arc<CudaDevice>, sources: usize, targets: usize, elements: usize) -> Result<BlendWorkspace> {
         let overflows = Buffer::new(device, 8 * targets, "the overflows of a blend")?;
         let bytes = BlendWorkspace::bytes(sources, targets, elements) - overflows.len();

@@ -101,7 +101,19 @@ pub(super) fn group_parts(parts: &[BlendPart<'_>], targets: usize) -> Vec<Launch
     groups
 }
 
-impl BlendJob<'_> {
+impl<'a> BlendJob<'a> {
+    pub(super) fn new(
+        parts: Vec<BlendPart<'a>>,
+        weights: &'a [f64],
+        targets: usize,
+        deliver: Option<Deliver<'a>>,
+        on_overflow: OverflowHandler<'a>,
+    ) -> BlendJob<'a> {
+        let groups = group_parts(&parts, targets);
+        let packed = groups.last().map_or(0, |group| group.before + group.bytes);
+        BlendJob { groups, parts, weights, targets, deliver, on_overflow, packed }
+    }
+
     /// Returns the bytes of the inputs of all groups.
     pub(super) fn input_bytes(&self) -> usize {
         let Some(group) = self.groups.last() else { return 0 };

@@ -4,6 +4,7 @@
 //! another library on the device. Two slots alternate: the CPU fills one while the other is copied or blended.
 
 mod job;
+mod pieces;
 mod queue;
 
 use std::ops::Range;
@@ -17,9 +18,9 @@ use super::kernels::{MAX_SOURCES, MAX_TARGETS};
 use super::memory::{Buffer, Pinned};
 use crate::compute::cpu::Overflow;
 use crate::error::{Error, Result};
-use crate::tensor::CudaMemoryMut;
+use crate::tensor::{CudaMemory, CudaMemoryMut};
 
-use job::{BlendJob, check_sizes, group_parts};
+use job::{BlendJob, check_sizes};
 use queue::JobQueue;
 pub(super) use queue::ResidentBlend;
 
@@ -96,6 +97,8 @@ pub struct Blender<'a> {
     device: Arc<CudaDevice>,
     slots: [BlendSlot<'a>; 2],
     next: usize,
+    /// Most elements of a piece, if the device has no memory for whole blocks.
+    piece: Option<usize>,
 }
 
 /// Pinned host memory and device memory of the same size.
@@ -124,7 +127,8 @@ impl<'a> Blender<'a> {
     /// # Errors
     /// [`Error::Cuda`] if the driver fails.
     pub fn new(device: &Arc<CudaDevice>) -> Result<Blender<'a>> {
-        Ok(Blender { device: device.clone(), slots: [BlendSlot::new(device)?, BlendSlot::new(device)?], next: 0 })
+        let slots = [BlendSlot::new(device)?, BlendSlot::new(device)?];
+        Ok(Blender { device: device.clone(), slots, next: 0, piece: None })
     }
 
     /// Returns the device.
@@ -135,10 +139,12 @@ impl<'a> Blender<'a> {
     /// Queues the blend of a block of parts into `targets` targets. An earlier block may be awaited and delivered
     /// before it returns.
     ///
-    /// `weights` holds those of target 0 for all sources, then those of target 1, and so on.
+    /// `weights` holds those of target 0 for all sources, then those of target 1, and so on. A block for which the
+    /// device has too little memory is blended in smaller pieces.
     ///
     /// # Errors
-    /// The error of an earlier block's delivery or overflow handler, or [`Error::Cuda`].
+    /// The error of an earlier block's delivery or overflow handler, [`Error::Cuda`], or [`Error::DeviceMemory`] if not
+    /// even a small piece fits.
     pub fn submit(
         &mut self,
         parts: Vec<BlendPart<'a>>,
@@ -150,30 +156,26 @@ impl<'a> Blender<'a> {
         let device = self.device.clone();
         check_sizes(&device, &parts, weights, targets, &destination)?;
         let _bound = device.bind()?;
-        let slot = &mut self.slots[self.next % 2];
-        self.next += 1;
-        slot.finish(&device)?;
-        let groups = group_parts(&parts, targets);
-        let packed = groups.last().map_or(0, |group| group.before + group.bytes);
         let (deliver, to) = match destination {
             Destination::Host(deliver) => (Some(deliver), Vec::new()),
             Destination::Device(to) => (None, to.into_iter().map(|memory| memory.0).collect()),
         };
-        let owner = to.first().map(|memory| device.borrow_stream(memory.stream)).transpose()?;
-        let job = BlendJob { groups, parts, weights, targets, deliver, on_overflow, packed };
-        slot.prepare(&device, &job)?;
-        // From here on the slot has pending work. It is awaited even if the rest cannot be queued.
-        let job = slot.job.insert(job);
-        let queue = JobQueue { device: &device, stream: &slot.stream, job };
-        let inputs = allocated(&mut slot.inputs)?;
-        let outputs = allocated(&mut slot.outputs)?;
-        let overflows = allocated(&mut slot.overflows)?;
-        queue.fill(inputs)?;
-        queue.send(inputs)?;
-        queue.clear(overflows)?;
-        queue.blend(&inputs.device, &outputs.device, &overflows.device, slot.sums.as_ref())?;
-        queue.fetch(overflows, outputs)?;
-        queue.deliver_on_device(&outputs.device, &to, owner.as_deref(), &slot.done)
+        let job = BlendJob::new(parts, weights, targets, deliver, on_overflow);
+        if self.piece.is_some() {
+            return self.blend_in_pieces(job, &to);
+        }
+        let slot = &mut self.slots[self.next % 2];
+        self.next += 1;
+        slot.finish(&device)?;
+        match slot.prepare(&device, &job) {
+            Ok(()) => slot.queue(&device, job, &to),
+            Err(Error::DeviceMemory { reason, .. }) => {
+                self.flush()?;
+                self.warn_of_pieces(&job, &reason);
+                self.blend_in_pieces(job, &to)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Waits for all blocks and delivers them.
@@ -202,8 +204,8 @@ fn allocated(buffer: &mut Option<MirroredBuffer>) -> Result<&mut MirroredBuffer>
     buffer.as_mut().ok_or_else(|| Error::Internal("the blend has no buffers".into()))
 }
 
-impl BlendSlot<'_> {
-    fn new<'a>(device: &CudaDevice) -> Result<BlendSlot<'a>> {
+impl<'a> BlendSlot<'a> {
+    fn new(device: &CudaDevice) -> Result<BlendSlot<'a>> {
         Ok(BlendSlot {
             stream: device.stream()?,
             done: device.event()?,
@@ -229,6 +231,31 @@ impl BlendSlot<'_> {
             self.sums = Some(Buffer::new(device, sums, "the sums of a blend")?);
         }
         Ok(())
+    }
+
+    /// Queues a job, whose results are copied to `to` if they stay on the device.
+    fn queue(&mut self, device: &CudaDevice, job: BlendJob<'a>, to: &[CudaMemory<'_>]) -> Result<()> {
+        let owner = to.first().map(|memory| device.borrow_stream(memory.stream)).transpose()?;
+        // From here on the slot has pending work. It is awaited even if the rest cannot be queued.
+        let job = self.job.insert(job);
+        let queue = JobQueue { device, stream: &self.stream, job };
+        let inputs = allocated(&mut self.inputs)?;
+        let outputs = allocated(&mut self.outputs)?;
+        let overflows = allocated(&mut self.overflows)?;
+        queue.fill(inputs)?;
+        queue.send(inputs)?;
+        queue.clear(overflows)?;
+        queue.blend(&inputs.device, &outputs.device, &overflows.device, self.sums.as_ref())?;
+        queue.fetch(overflows, outputs)?;
+        queue.deliver_on_device(&outputs.device, to, owner.as_deref(), &self.done)
+    }
+
+    /// Frees all buffers, which have no pending work.
+    fn release(&mut self) {
+        self.inputs = None;
+        self.outputs = None;
+        self.sums = None;
+        self.overflows = None;
     }
 
     /// Waits for the slot's block and delivers it.
