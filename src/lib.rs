@@ -67,7 +67,7 @@ mod synthesis;
 mod tensor;
 mod tracker;
 
-pub use checkpoint::CheckpointOptions;
+pub use checkpoint::{AdapterProduct, CheckpointOptions};
 pub use compute::cpu::Precision;
 #[cfg(feature = "cuda")]
 pub use compute::cuda::Fence;
@@ -80,7 +80,7 @@ pub use fs::install_sigbus_handler;
 #[cfg(feature = "pytorch")]
 pub use import::{Import, ImportReport, Tool};
 pub use math::{Densities, Family, History, Profile, Retention, Schedule, Shape, Window};
-pub use merge::{CheckpointWeight, Checkpoints, Merge};
+pub use merge::{CheckpointWeight, Checkpoints, Merge, ProductErrors};
 // Hidden: only the program and the Python package use them.
 pub use planning::{
     ACCURACY_LOG, Advice, AdviceRequest, At, Forecast, LARGE_ERROR, LaterTensors, Noise, Plan, PredictedError,

@@ -9,10 +9,12 @@ use half::{bf16, f16};
 use crate::error::{Difference, Error, Result};
 
 mod finite;
+mod numbers;
 mod patterns;
 
 pub use finite::NonFiniteElement;
 pub(crate) use finite::{first_non_finite, first_non_finite_of};
+pub(crate) use numbers::to_f64;
 pub(crate) use patterns::NamePatterns;
 
 /// Element type of a tensor in a safetensors file.

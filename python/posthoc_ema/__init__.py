@@ -18,7 +18,7 @@ During training and after it:
 
 from . import visualization
 from ._advise import Advice, advise
-from ._average import Average, CheckpointWeight, average
+from ._average import Average, CheckpointWeight, ProductErrors, average
 from ._import import Imported, import_run
 from ._native import __version__
 from ._plans import Noise, Plan, Predicted, Retention, Weight, WorstGroup, plan
@@ -39,6 +39,7 @@ __all__ = [
     "Plan",
     "PostHocEMA",
     "Predicted",
+    "ProductErrors",
     "Profile",
     "Retention",
     "Swept",

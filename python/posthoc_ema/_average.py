@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import _native
 from ._dtypes import average_dtype_name
@@ -17,7 +17,7 @@ from ._outputs import OutputBuffers
 from ._profiles import Profile, Target, to_json
 from ._progress import Progress, byte_progress
 
-__all__ = ["Average", "CheckpointWeight", "average"]
+__all__ = ["Average", "CheckpointWeight", "ProductErrors", "average"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,19 @@ class CheckpointWeight:
     """Step of the checkpoint."""
     weight: float
     """Factor of the checkpoint; one of weight 0 is not read."""
+
+
+@dataclass(frozen=True)
+class ProductErrors:
+    """Errors of an average of low-rank adapters, in the Frobenius norm of all their products together."""
+
+    pairs: int
+    """Number of adapters: pairs of factors."""
+    truncation_error: float
+    """Distance of the products in the average from the averages of the products, relative to these: the cost of cutting
+    them back to the rank of the factors."""
+    factors_error: float
+    """The same distance for averages of the factors."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,8 @@ class Average:
     """File or folder of the average, if it was written."""
     state_dict: dict[str, Any] | None = None
     """Tensors of the average, if it was not written."""
+    product: ProductErrors | None = None
+    """Errors of the products of adapters, if these were averaged."""
 
 
 def average(
@@ -68,6 +83,8 @@ def average(
     key: str | None = None,
     copy: Iterable[str] = (),
     leave_out: Iterable[str] = (),
+    product: Literal["factors", "svd"] = "factors",
+    ignore_config: Iterable[str] = (),
     follow_links: bool = False,
     progress: Progress = None,
 ) -> list[Average]:
@@ -75,7 +92,8 @@ def average(
 
     The weight of a checkpoint is the target's share of the time since the checkpoint before it. Floating-point tensors
     are summed in float64; all others are copied from the newest checkpoint. So is the `alpha` of LoRA files, which must
-    be equal in all of them. The factors of a LoRA are averaged separately, which is not the average of their products.
+    be equal in all of them. The factors of a LoRA are averaged separately, which is not the average of their products:
+    `product="svd"` averages these.
 
     Args:
         paths: Checkpoints, or a single folder of them. Each is a safetensors file, an index of shards, a folder in the
@@ -94,6 +112,9 @@ def average(
             dots. By default it is found by the names that trainers use.
         copy: Names or globs of tensors to copy from the newest checkpoint instead of averaging them.
         leave_out: Names or globs of tensors, or of other entries of the model, to leave out.
+        product: Average of low-rank adapters (LoRA). "factors" averages each factor. "svd" averages the products, each
+            with its scale, and cuts them back to their rank.
+        ignore_config: Settings in which the `config.json` of the checkpoints may differ: keys joined by dots, or globs.
         follow_links: If True, copies configuration, tokenizer and other small files even if they are links that lead
             out of the checkpoint's folder, which is otherwise an error. Hugging Face's cache does not need it.
         progress: Function of the bytes read so far and in total, True for a bar, or False for none; default a bar
@@ -114,7 +135,8 @@ def average(
     jsons = to_json([targets] if isinstance(targets, (int, float, Profile)) else targets)
     given = None if steps is None else [int(step) for step in steps]
     copied, left_out = _patterns("copy", copy), _patterns("leave_out", leave_out)
-    checkpoints = _native.Checkpoints(_paths(paths), given, key, copied, left_out, follow_links)
+    ignored = _patterns("ignore_config", ignore_config)
+    checkpoints = _native.Checkpoints(_paths(paths), given, key, copied, left_out, ignored, product, follow_links)
     outputs = None if out is None else _paths(out)
     if outputs is not None and len(outputs) != len(jsons):
         raise ValueError(f"out names {len(outputs)} paths for {len(jsons)} targets: give one for each")
@@ -135,6 +157,8 @@ def average(
             results = [{"path": path} for path in outputs]
     for note in filter(None, [*checkpoints.notes(), *notes]):
         warnings.warn(note, stacklevel=2)
+    for result, errors in zip(results, json.loads(checkpoints.product_errors(jsons, at))):
+        result["product"] = errors and ProductErrors(**errors)
     return [_average(plan, result) for plan, result in zip(json.loads(text), results)]
 
 

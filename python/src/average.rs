@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use posthoc_ema::{CheckpointOptions, Device, Merge, WriteOptions};
+use posthoc_ema::{AdapterProduct, CheckpointOptions, Device, Merge, WriteOptions};
 use pyo3::prelude::*;
 
 use crate::dtypes::{describe, parse_optional_dtype};
@@ -29,6 +29,7 @@ impl Checkpoints {
 impl Checkpoints {
     /// Opens and checks checkpoints. The options are those of the library.
     #[new]
+    #[expect(clippy::too_many_arguments, reason = "called by name, by the package only")]
     fn new(
         py: Python<'_>,
         paths: Vec<PathBuf>,
@@ -36,10 +37,17 @@ impl Checkpoints {
         key: Option<String>,
         copy: Vec<String>,
         leave_out: Vec<String>,
+        ignore_config: Vec<String>,
+        product: &str,
         follow_links: bool,
     ) -> PyResult<Checkpoints> {
         process::check()?;
-        let options = CheckpointOptions { steps, key, copy, leave_out };
+        let product = match product {
+            "factors" => AdapterProduct::Factors,
+            "svd" => AdapterProduct::Svd,
+            other => return Err(argument(format!("product: {other:?} is not one of \"factors\" and \"svd\""))),
+        };
+        let options = CheckpointOptions { steps, key, copy, leave_out, ignore_config, product };
         let opened = py.detach(|| posthoc_ema::Checkpoints::open_with(&paths, &options)).map_err(to_python)?;
         Ok(Checkpoints(opened.follow_links(follow_links)))
     }
@@ -68,6 +76,13 @@ impl Checkpoints {
     ) -> PyResult<(String, Vec<Option<String>>)> {
         let merges = self.merges(py, &targets, step)?;
         Ok((to_json(&merges)?, merges.iter().map(Merge::warning).collect()))
+    }
+
+    /// Returns the errors of averages of products of adapters as JSON: null for each target if factors are averaged.
+    fn product_errors(&self, py: Python<'_>, targets: Vec<String>, step: Option<u64>) -> PyResult<String> {
+        let merges = self.merges(py, &targets, step)?;
+        let errors = || merges.iter().map(|merge| self.0.product_errors(merge)).collect::<Result<Vec<_>, _>>();
+        to_json(&py.detach(errors).map_err(to_python)?)
     }
 
     /// Returns the bytes of checkpoints that are read for targets.

@@ -124,6 +124,30 @@ def test_scales_of_adapters_in_metadata_must_agree(tmp_path: Path) -> None:
         average(folders, EVEN, tmp_path / "other")
 
 
+def test_models_of_different_configuration_are_refused(tmp_path: Path) -> None:
+    """Their tensors have the same names and shapes."""
+    transformers = pytest.importorskip("transformers")
+    folders = [tmp_path / f"checkpoint-{step}" for step in (1, 2, 3)]
+    for folder, activation, dropout in zip(folders, ("silu", "silu", "relu"), (0.0, 0.1, 0.1)):
+        config = transformers.LlamaConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            hidden_act=activation,
+            attention_dropout=dropout,
+        )
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    average(folders[:2], EVEN, tmp_path / "mean")
+    message = (
+        r'checkpoint-3/config.json: `hidden_act` is "relu", but "silu" in .*checkpoint-1.*--ignore-config hidden_act'
+    )
+    with pytest.raises(ValueError, match=message):
+        average(folders, EVEN, tmp_path / "other")
+    average(folders, EVEN, tmp_path / "other", ignore_config=["hidden_act"])
+
+
 def test_folders_keep_all_but_the_state_of_the_training(tmp_path: Path) -> None:
     kept = ["config.json", "layers.py", "lit.yaml", "merges.txt", "net.py", "README.md", "tokenizer.model"]
     dropped = ["optimizer.pt", "rng_state.pth", "trainer_state.json", "training_args.bin", "latest", "x.log"]

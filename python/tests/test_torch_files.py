@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import pathlib
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,23 @@ def test_entries_that_are_no_tensors_are_all_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="left out: `a`, `sparse` and `z`"):
         found = averaged(paths, leave_out=["[az]", "sparse"])
     assert_is_mean(found, [{"w": torch.ones(2)}] * 2)
+
+
+def test_none_and_keys_that_are_not_texts_are_named(tmp_path: Path) -> None:
+    paths = [tmp_path / f"step_{step}.pt" for step in (1, 2)]
+    for path in paths:
+        torch.save({"w": torch.ones(2), "bias": None}, path)
+    with pytest.warns(UserWarning, match="^None in the checkpoints, and so not in the average: `bias`$"):
+        (found,) = average(paths, EVEN)
+    assert found.state_dict is not None and list(found.state_dict) == ["w"]
+    for key, name in [(None, "None"), (True, "True"), (1.5, "(a number)"), (("a", 0), "(a tuple)")]:
+        for path in paths:
+            torch.save({"model": {"w": torch.ones(2), key: torch.ones(3)}}, path)
+        with pytest.raises(ValueError, match=f"a tensor is at the key {re.escape(name)}, which is not a text"):
+            average(paths, EVEN)
+        with pytest.warns(UserWarning, match=f"left out: `{re.escape(name)}`"):
+            (found,) = average(paths, EVEN, leave_out=[name])
+        assert found.state_dict is not None and list(found.state_dict) == ["w"]
 
 
 def test_wrappers_of_a_model_are_looked_through(tmp_path: Path) -> None:

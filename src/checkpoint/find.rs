@@ -62,7 +62,7 @@ pub(crate) struct FoundCheckpoint {
 
 impl FoundCheckpoint {
     /// Returns the path of a file that belongs to this checkpoint: in its folder, or beside a file with a usual name.
-    pub(super) fn beside(&self, name: &str) -> Option<PathBuf> {
+    pub(super) fn beside(&self, name: impl AsRef<Path>) -> Option<PathBuf> {
         let dir = match &self.folder {
             Some(folder) => folder,
             None if has_usual_name(&self.path) => self.path.parent()?,

@@ -4,14 +4,17 @@ mod adapter;
 pub(crate) mod auxiliary_files;
 #[cfg(feature = "pytorch")]
 mod distributed;
+mod factors;
 mod find;
 mod json;
 mod links;
 mod model;
+mod model_config;
 mod natural;
 mod notes;
 mod options;
 mod quantized;
+mod settings;
 mod steps;
 mod weight_file;
 mod wrappers;
@@ -25,10 +28,11 @@ use crate::fs::start_threads;
 
 use options::ReadOptions;
 
+pub(crate) use factors::{Adapters, FactorPair};
 pub(crate) use find::{file_name, safetensors_name, split_index};
 pub(crate) use links::CopySource;
 pub(crate) use model::{CheckpointModel, name_in_file};
-pub use options::CheckpointOptions;
+pub use options::{AdapterProduct, CheckpointOptions};
 #[cfg(feature = "pytorch")]
 pub(crate) use weight_file::WeightFile;
 
@@ -38,6 +42,8 @@ pub(crate) struct OpenedCheckpoints {
     pub steps: Vec<u64>,
     /// Notes on how they were read.
     pub notes: Vec<String>,
+    /// Adapters whose products are averaged.
+    pub adapters: Option<Adapters>,
 }
 
 /// Opens checkpoints and checks that they are of one model.
@@ -64,8 +70,12 @@ pub(crate) fn open_all<P: AsRef<Path>>(paths: &[P], options: &CheckpointOptions)
     let mut notes = notes::of_models(&models);
     notes.extend(wrappers::look_through(&mut models));
     for model in &models[1..] {
-        model.check_sibling(&models[0])?;
+        model.check_sibling(&models[0], &read)?;
     }
     models[0].check_averaged()?;
-    Ok(OpenedCheckpoints { models, steps, notes })
+    let adapters = match options.product {
+        AdapterProduct::Factors => None,
+        AdapterProduct::Svd => Some(Adapters::find(&models)?),
+    };
+    Ok(OpenedCheckpoints { models, steps, notes, adapters })
 }

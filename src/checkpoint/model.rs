@@ -5,10 +5,10 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use super::adapter;
 use super::find::{FoundCheckpoint, safetensors_name, without_extension};
-use super::options::ReadOptions;
+use super::options::{AdapterProduct, ReadOptions};
 use super::weight_file::WeightFile;
+use super::{adapter, model_config};
 use crate::error::{Error, Result, shown};
 use crate::synthesis::{Elements, TensorSource};
 use crate::tensor::{TensorSpec, compare_tensors, is_averaged};
@@ -124,12 +124,13 @@ impl CheckpointModel {
     ///
     /// # Errors
     /// [`Error::Mismatch`] for other names, shapes or dtypes, [`Error::Unexpected`] for other scales.
-    pub(super) fn check_sibling(&self, other: &CheckpointModel) -> Result<()> {
+    pub(super) fn check_sibling(&self, other: &CheckpointModel, options: &ReadOptions) -> Result<()> {
         if let Some(difference) = compare_tensors(self.specs(), other.specs()) {
             return Err(Error::mismatch(&self.found.path, &other.found.path, difference));
         }
+        let product = options.product;
         for name in self.tensors.keys().filter(|name| self.is_scale(name)) {
-            if self.scale(name) != other.scale(name) {
+            if product == AdapterProduct::Factors && self.scale(name) != other.scale(name) {
                 let why = format!(
                     "`{name}`, the scale of a low-rank adapter, differs from that in {}: {}",
                     shown(&other.found.path),
@@ -138,12 +139,14 @@ impl CheckpointModel {
                 return Err(Error::unexpected(&self.found.path, why));
             }
         }
-        adapter::check_metadata(&self.found.path, &self.metadata(), &other.found.path, &other.metadata())?;
-        adapter::check_configs(&self.found, &other.found)
+        let [own, others] = [self.metadata(), other.metadata()];
+        adapter::check_metadata((&self.found.path, &own), (&other.found.path, &others), product)?;
+        adapter::check_configs(&self.found, &other.found, product)?;
+        model_config::check(&self.found, &other.found, &options.ignore_config)
     }
 
     /// Returns the strings of all files' metadata.
-    fn metadata(&self) -> BTreeMap<String, String> {
+    pub(super) fn metadata(&self) -> BTreeMap<String, String> {
         self.files.iter().flat_map(|file| file.metadata()).collect()
     }
 
@@ -178,7 +181,7 @@ impl CheckpointModel {
     }
 
     /// Returns the elements of an adapter's scale.
-    fn scale(&self, name: &str) -> Option<&[u8]> {
+    pub(super) fn scale(&self, name: &str) -> Option<&[u8]> {
         self.bytes(self.tensors.get(name)?)
     }
 

@@ -12,6 +12,8 @@ pub(super) fn of_models(models: &[CheckpointModel]) -> Vec<String> {
     let mut notes = BTreeSet::new();
     #[cfg(feature = "pytorch")]
     notes.extend(models.iter().flat_map(|model| &model.files).filter_map(choice));
+    #[cfg(feature = "pytorch")]
+    notes.extend(nones(models));
     let left_out: BTreeSet<&str> = models.iter().flat_map(|model| &model.left_out).map(String::as_str).collect();
     if !left_out.is_empty() {
         let names: Vec<&str> = left_out.into_iter().collect();
@@ -32,4 +34,20 @@ fn choice(file: &WeightFile) -> Option<String> {
         "the entry `{key}` of each checkpoint is averaged; {} hold weights too, and --key (`key`) chooses them",
         listed(&weights.other_models)
     ))
+}
+
+/// Names the entries of models that are None, which no average holds.
+#[cfg(feature = "pytorch")]
+fn nones(models: &[CheckpointModel]) -> Option<String> {
+    let files = models.iter().flat_map(|model| &model.files);
+    let names: BTreeSet<&str> = files
+        .filter_map(|file| match file {
+            WeightFile::Torch(weights) => Some(&weights.nones),
+            WeightFile::Safetensors(_) => None,
+        })
+        .flatten()
+        .map(String::as_str)
+        .collect();
+    let names: Vec<&str> = names.into_iter().collect();
+    (!names.is_empty()).then(|| format!("None in the checkpoints, and so not in the average: {}", listed(&names)))
 }

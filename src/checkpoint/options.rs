@@ -17,6 +17,22 @@ pub struct CheckpointOptions {
     pub copy: Vec<String>,
     /// Tensors, or other entries of the model, to leave out of the average.
     pub leave_out: Vec<String>,
+    /// Settings of `config.json` in which the checkpoints may differ: keys, joined by dots, or globs. They need not
+    /// occur.
+    pub ignore_config: Vec<String>,
+    /// Average of low-rank adapters.
+    pub product: AdapterProduct,
+}
+
+/// Average of the two factors of a low-rank adapter, whose product `B A` is what it adds to a weight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AdapterProduct {
+    /// Averages each factor. The product of the averages is not the average of the products.
+    #[default]
+    Factors,
+    /// Averages the products, each with its scale, and cuts them back to the rank of the factors by a singular value
+    /// decomposition: the nearest product of that rank (Eckart and Young, 1936).
+    Svd,
 }
 
 /// Compiled options.
@@ -24,6 +40,8 @@ pub(super) struct ReadOptions {
     pub key: Option<String>,
     pub copy: NamePatterns,
     pub leave_out: NamePatterns,
+    pub ignore_config: NamePatterns,
+    pub product: AdapterProduct,
 }
 
 impl ReadOptions {
@@ -36,6 +54,8 @@ impl ReadOptions {
             key: options.key.clone(),
             copy: NamePatterns::new("copy", &options.copy)?,
             leave_out: NamePatterns::new("leave_out", &options.leave_out)?,
+            ignore_config: NamePatterns::new("ignore_config", &options.ignore_config)?,
+            product: options.product,
         })
     }
 }

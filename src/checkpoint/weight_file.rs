@@ -43,6 +43,8 @@ pub(crate) struct TorchWeights {
     pub other_models: Vec<String>,
     /// Entries of the model that were left out.
     left_out: Vec<String>,
+    /// Entries of the model that are None.
+    pub nones: Vec<String>,
 }
 
 /// Lock for parsing a pickle, whose values may take much memory until its tensors are known.
@@ -61,15 +63,17 @@ impl TorchWeights {
             }
         }
         let key = checkpoint.key().map(str::to_owned);
-        let [other_models, left_out] = [checkpoint.other_models(), checkpoint.left_out()].map(<[String]>::to_vec);
-        Ok(TorchWeights { tensors: checkpoint.into_tensors(), numbers, key, other_models, left_out })
+        let [other_models, left_out, nones] =
+            [checkpoint.other_models(), checkpoint.left_out(), checkpoint.nones()].map(<[String]>::to_vec);
+        Ok(TorchWeights { tensors: checkpoint.into_tensors(), numbers, key, other_models, left_out, nones })
     }
 
     /// Reads a folder of `torch.distributed.checkpoint`, whose list of contents is `path`.
     fn read_distributed(path: &Path, options: &ReadOptions) -> Result<TorchWeights> {
         let _one_at_a_time = PARSING.lock().unwrap_or_else(PoisonError::into_inner);
         let (tensors, key, left_out) = distributed::read(parent_dir(path), options)?;
-        Ok(TorchWeights { tensors, numbers: BTreeMap::new(), key, other_models: Vec::new(), left_out })
+        let [other_models, nones] = [const { Vec::new() }; 2];
+        Ok(TorchWeights { tensors, numbers: BTreeMap::new(), key, other_models, left_out, nones })
     }
 }
 

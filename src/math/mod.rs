@@ -18,6 +18,7 @@ mod conversion;
 mod gram;
 mod groups;
 pub mod history;
+mod low_rank;
 pub(crate) mod noise;
 mod profile;
 mod resolution;
@@ -34,6 +35,7 @@ pub use conversion::{
 };
 pub use gram::power_function_gram;
 pub use history::History;
+pub(crate) use low_rank::{CutProduct, FactorProduct, ProductShape, average_products};
 pub use profile::{Family, Profile, Shape, Unit, Window};
 pub use resolution::Resolution;
 pub use retention::Retention;

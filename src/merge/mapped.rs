@@ -1,25 +1,31 @@
 //! The checkpoints that some targets read, all of them mapped.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use safetensors::Dtype;
 use tempfile::TempDir;
 
 use super::Checkpoints;
 use super::plan::{Merge, MergeRow};
+use super::products::{AveragedProducts, Products};
 use crate::checkpoint::CheckpointModel;
 use crate::error::{Error, Result};
 use crate::fs::TempLock;
 #[cfg(feature = "pytorch")]
 use crate::fs::scratch_folder;
 use crate::snapshot::StoredFile;
-use crate::synthesis::{Elements, Selection, TensorSource, WeightedSources};
-use crate::tensor::first_non_finite;
+use crate::synthesis::{Elements, LaterSelection, Selection, TensorSource, WeightedSources};
+use crate::tensor::{first_non_finite, to_f64};
 
 /// Checkpoints that some targets read, by their index.
 pub(super) struct MappedModels<'a> {
     models: BTreeMap<usize, MappedModel<'a>>,
+    /// Averaged products of adapters, for each target.
+    products: Vec<Arc<AveragedProducts>>,
+    /// Names of the factors of these.
+    factors: BTreeSet<String>,
     /// Folder of the gathered tensors.
     _scratch: Option<(TempDir, TempLock)>,
 }
@@ -48,7 +54,7 @@ impl TensorSource for MappedModel<'_> {
 }
 
 impl<'a> MappedModels<'a> {
-    /// Maps the checkpoints that the targets read.
+    /// Maps the checkpoints that the targets read, and averages the products of adapters if these are asked for.
     ///
     /// Tensors that a PyTorch file does not hold in C order are gathered first, one by one, in a temporary folder in
     /// `scratch`, or else among the system's temporary files.
@@ -62,11 +68,22 @@ impl<'a> MappedModels<'a> {
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<MappedModels<'a>> {
         let models = used(checkpoints, rows).map(|(i, model)| (i, MappedModel { model, gathered: None })).collect();
-        let mut mapped = MappedModels { models, _scratch: None };
+        let mut mapped = MappedModels { models, products: Vec::new(), factors: BTreeSet::new(), _scratch: None };
         if mapped.models.values().any(|mapped| mapped.model.scattered().next().is_some()) {
             mapped.gather(scratch, progress)?;
         }
+        if let Some(products) = &checkpoints.products {
+            let sources = mapped.models.iter().map(|(&i, model)| (i, model as &dyn TensorSource)).collect();
+            let averaged: Result<_> = rows.iter().map(|row| products.average(row, &sources, progress)).collect();
+            mapped.products = averaged.map_err(|error| mapped.blame(error))?;
+            mapped.factors = products.factors().map(str::to_owned).collect();
+        }
         Ok(mapped)
+    }
+
+    /// Returns the averaged products of adapters, for each target; none if factors are averaged.
+    pub(super) fn products(&self) -> &[Arc<AveragedProducts>] {
+        &self.products
     }
 
     #[cfg(feature = "pytorch")]
@@ -98,18 +115,26 @@ impl<'a> MappedModels<'a> {
                 weights: rows.iter().flat_map(|row| chosen.iter().map(|&i| row.weights[i])).collect(),
             },
             newest: rows.iter().map(|row| source(row.newest)).collect(),
-            later: Vec::new(),
+            later: self.factors_of_products().into_iter().collect(),
         }
     }
 
-    /// Finds the checkpoint to blame for a tensor that could not be averaged: the first that holds NaN or an infinity.
+    /// Returns the factors of averaged products as sources with weights of their own: 1 for the target's.
+    fn factors_of_products(&self) -> Option<LaterSelection<'_>> {
+        let targets = 0..self.products.len();
+        let weight = |target, source| if target == source { 1.0 } else { 0.0 };
+        let weights = targets.clone().flat_map(|i| targets.clone().map(move |j| weight(i, j))).collect();
+        let sources = self.products.iter().map(|products| products.as_ref() as &dyn TensorSource).collect();
+        let weighted = WeightedSources { sources, weights };
+        (!self.products.is_empty()).then(|| LaterSelection { tensors: self.factors.clone(), weighted })
+    }
+
+    /// Finds the checkpoint to blame for a tensor that could not be averaged: the first that holds NaN, or an infinity
+    /// that another does not hold.
     pub(super) fn blame(&self, error: Error) -> Error {
         let Error::Tensor { tensor, .. } = &error else { return error };
         for mapped in self.models.values() {
-            if let Some((dtype, elements)) = mapped.stored(tensor)
-                && let Some(bytes) = elements.host()
-                && let Some((element, value)) = first_non_finite(dtype, bytes)
-            {
+            if let Some((element, value)) = self.first_odd(mapped, tensor) {
                 let why = format!(
                     "tensor `{tensor}` holds {value} at element {element}, and so would every average of it: leave \
                      this checkpoint out"
@@ -118,6 +143,36 @@ impl<'a> MappedModels<'a> {
             }
         }
         error
+    }
+
+    /// Returns the first element of a checkpoint's tensor that is NaN, or an infinity that another does not hold.
+    fn first_odd(&self, mapped: &MappedModel<'_>, tensor: &str) -> Option<(usize, f64)> {
+        let mut start = 0;
+        loop {
+            let (dtype, bytes) = mapped.host(tensor)?;
+            let size = dtype.bitsize() / 8;
+            let (element, value) = first_non_finite(dtype, bytes.get(start * size..)?)?;
+            let element = start + element;
+            if !self.models.values().all(|other| other.number(tensor, element) == Some(value)) {
+                return Some((element, value));
+            }
+            start = element + 1;
+        }
+    }
+}
+
+impl MappedModel<'_> {
+    /// Returns the dtype and the elements of a tensor.
+    fn host(&self, tensor: &str) -> Option<(Dtype, &[u8])> {
+        let (dtype, elements) = self.stored(tensor)?;
+        Some((dtype, elements.host()?))
+    }
+
+    /// Returns one element of a tensor.
+    fn number(&self, tensor: &str, element: usize) -> Option<f64> {
+        let (dtype, bytes) = self.host(tensor)?;
+        let size = dtype.bitsize() / 8;
+        to_f64(dtype, bytes.get(element * size..(element + 1) * size)?)?.first().copied()
     }
 }
 
@@ -135,12 +190,19 @@ pub(super) fn bytes_to_read(checkpoints: &Checkpoints, merges: &[Merge]) -> u64 
     let rows: Vec<MergeRow> = merges.iter().filter_map(|merge| MergeRow::new(checkpoints, merge).ok()).collect();
     let rows: Vec<&MergeRow> = rows.iter().collect();
     let first = &checkpoints.models[0];
-    let averaged: u64 =
-        first.tensors.iter().filter(|(name, _)| first.is_averaged(name)).map(|(_, entry)| entry.bytes()).sum();
-    let mut bytes = 0;
+    let factors: BTreeSet<&str> = checkpoints.products.iter().flat_map(Products::factors).collect();
+    let of = |counts: &dyn Fn(&str) -> bool| -> u64 {
+        first.tensors.iter().filter(|(name, _)| counts(name)).map(|(_, entry)| entry.bytes()).sum()
+    };
+    let averaged = of(&|name| first.is_averaged(name) && !factors.contains(name));
+    let of_factors = of(&|name| factors.contains(name));
+    // Averaged products are in f64, and are read for all targets.
+    let elements: usize = checkpoints.products.iter().flat_map(Products::elements).sum();
+    let mut bytes = (rows.len() * elements * size_of::<f64>()) as u64;
     for (i, model) in used(checkpoints, &rows) {
         if rows.iter().any(|row| row.weights[i] != 0.0) {
             bytes += averaged;
+            bytes += of_factors * rows.iter().filter(|row| row.weights[i] != 0.0).count() as u64;
         }
         bytes += model.scattered().map(|(_, entry)| entry.bytes()).sum::<u64>();
     }

@@ -4,6 +4,7 @@
 mod gather;
 mod mapped;
 mod plan;
+mod products;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -18,8 +19,10 @@ use crate::tensor::{TensorSpec, TensorViewMut, Tensors};
 
 use mapped::MappedModels;
 use plan::MergeRow;
+use products::Products;
 
 pub use plan::{CheckpointWeight, Merge};
+pub use products::ProductErrors;
 
 /// Checkpoints of one training, opened and checked against each other, in order of their steps.
 ///
@@ -43,7 +46,8 @@ pub use plan::{CheckpointWeight, Merge};
 ///
 /// The factors `A` and `B` of an adapter are averaged separately, like all tensors. That is not the average of their
 /// products `B A`, which would have a higher rank than any adapter of the same size. Running averages of adapters do
-/// the same, and within one training the factors move together.
+/// the same, and within one training the factors move together. With
+/// [`AdapterProduct::Svd`](crate::AdapterProduct::Svd) the products are averaged.
 ///
 /// The files are mapped: they must not be changed in place while they are open.
 #[derive(Debug)]
@@ -56,6 +60,8 @@ pub struct Checkpoints {
     /// True if files that are copied along may be links to anywhere.
     follow_links: bool,
     notes: Vec<String>,
+    /// Averages of the products of adapters, if these are asked for.
+    products: Option<Products>,
 }
 
 impl Checkpoints {
@@ -79,8 +85,9 @@ impl Checkpoints {
     ///   [`Error::Damaged`](crate::Error::Damaged) for checkpoints that cannot be read.
     /// - [`Error::Mismatch`](crate::Error::Mismatch) for checkpoints of different models.
     /// - [`Error::Unexpected`](crate::Error::Unexpected) for a step that cannot be found, is 0 or occurs twice, for
-    ///   low-rank adapters of different scales, snapshots of a run, models without a tensor that can be averaged,
-    ///   quantized weights, several models in one file, and entries of a model that are not tensors.
+    ///   low-rank adapters of different scales, models of different configuration, snapshots of a run, models without a
+    ///   tensor that can be averaged, quantized weights, several models in one file, and entries of a model that are
+    ///   not tensors.
     /// - [`Error::Setting`](crate::Error::Setting) for another number of steps than of checkpoints.
     /// - [`Error::Threads`](crate::Error::Threads).
     pub fn open<P: AsRef<Path>>(paths: &[P], steps: Option<&[u64]>) -> Result<Checkpoints> {
@@ -97,9 +104,9 @@ impl Checkpoints {
     /// As [`Checkpoints::open`], and [`Error::Setting`](crate::Error::Setting) for a pattern that is not a glob or
     /// matches nothing.
     pub fn open_with<P: AsRef<Path>>(paths: &[P], options: &CheckpointOptions) -> Result<Checkpoints> {
-        let OpenedCheckpoints { models, steps, notes } = open_all(paths, options)?;
+        let OpenedCheckpoints { models, steps, notes, adapters } = open_all(paths, options)?;
         let named = paths.iter().map(AsRef::as_ref).filter(|path| path.is_dir()).map(Path::to_owned).collect();
-        Ok(Checkpoints { models, steps, named, follow_links: false, notes })
+        Ok(Checkpoints { models, steps, named, follow_links: false, notes, products: adapters.map(Products::new) })
     }
 
     /// Returns what a user may want to know of how the checkpoints were read: the entry that was taken for the model,
@@ -217,6 +224,24 @@ impl Checkpoints {
         let mapped = MappedModels::new(self, &rows, None, progress.unwrap_or(&|_| ()))?;
         let loaded = self.source_set().load_selection_into(&mapped.selection(&rows), outputs, progress);
         loaded.map_err(|error| mapped.blame(error))
+    }
+
+    /// Returns the errors of averages of adapters, if their products are averaged
+    /// ([`AdapterProduct::Svd`](crate::AdapterProduct::Svd)).
+    ///
+    /// The products are computed if they have not been written or loaded yet.
+    ///
+    /// # Errors
+    /// [`Error::OtherPlan`](crate::Error::OtherPlan) for a merge of other checkpoints,
+    /// [`Error::Unexpected`](crate::Error::Unexpected) for factors that are not finite, and
+    /// [`Error::Io`](crate::Error::Io).
+    pub fn product_errors(&self, merge: &Merge) -> Result<Option<ProductErrors>> {
+        if self.products.is_none() {
+            return Ok(None);
+        }
+        let row = MergeRow::new(self, merge)?;
+        let mapped = MappedModels::new(self, &[&row], None, &|_| ())?;
+        Ok(mapped.products().first().map(|products| products.errors))
     }
 
     /// Returns the tensors of an average; the checkpoints that hold them are in a selection.

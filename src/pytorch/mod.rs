@@ -59,6 +59,8 @@ pub struct Checkpoint {
     /// Keys of other entries that hold weights.
     other_models: Vec<String>,
     left_out: Vec<String>,
+    /// Entries of the model that are None.
+    nones: Vec<String>,
 }
 
 impl Deref for Checkpoint {
@@ -105,18 +107,21 @@ impl Checkpoint {
     fn new(file: PickledFile, choice: Choice, leave_out: &NamePatterns) -> Result<Checkpoint> {
         let mut tensors = BTreeMap::new();
         let mut left_out = Vec::new();
+        let mut nones = Vec::new();
         let mut refused = Vec::new();
-        for (name, id) in model_entries(&file, choice.model)? {
+        for ModelEntry { name, is_text, value: id } in model_entries(&file, choice.model)? {
             if leave_out.contains(&name) {
                 left_out.push(name);
                 continue;
             }
             match file.with_tensors(|tensors| tensors.read(id)) {
+                Ok(_) if !is_text => refused.push(format!("a tensor is at the key {name}, which is not a text")),
                 Ok(tensor) => drop(tensors.insert(name, TiledTensor::whole(tensor))),
                 Err(NotRead::Damaged(why)) => {
                     return Err(Error::damaged(&file.path, format!("tensor `{name}`: {why}")));
                 }
                 Err(NotRead::Kind(kind)) => refused.push(format!("`{name}` is a tensor that is not read (`{kind}`)")),
+                Err(NotRead::Other) if matches!(file.pickle.node(id), Node::None) => nones.push(name),
                 Err(NotRead::Other) => refused.extend(refusal(&file.pickle, choice.key.is_some(), &name, id)),
             }
         }
@@ -124,7 +129,7 @@ impl Checkpoint {
         let PickledFile { path, map, pickle, storages } = file;
         let tensors = TensorFile { path, maps: vec![map], tensors };
         check_growth(&tensors)?;
-        Ok(Checkpoint { tensors, pickle, storages, key: choice.key, other_models: choice.others, left_out })
+        Ok(Checkpoint { tensors, pickle, storages, key: choice.key, other_models: choice.others, left_out, nones })
     }
 
     /// Key of the entry that holds the model; `None` if its tensors are at the top level.
@@ -140,6 +145,11 @@ impl Checkpoint {
     /// Names of the model's entries that were left out.
     pub fn left_out(&self) -> &[String] {
         &self.left_out
+    }
+
+    /// Names of the model's entries that are None.
+    pub fn nones(&self) -> &[String] {
+        &self.nones
     }
 
     /// Names of the entries at the top level that are not tensors, in the order of the file.
@@ -183,23 +193,45 @@ impl Checkpoint {
     }
 }
 
+/// Entry of a model.
+struct ModelEntry {
+    /// Key, as a text.
+    name: String,
+    /// False for a key that is neither a text nor a whole number, so that no tensor can be called by it.
+    is_text: bool,
+    value: NodeId,
+}
+
 /// Lists the entries of a model by their names, in its order. Of equal names, the last counts.
-fn model_entries(file: &PickledFile, model: NodeId) -> Result<Vec<(String, NodeId)>> {
+fn model_entries(file: &PickledFile, model: NodeId) -> Result<Vec<ModelEntry>> {
     let pickle = &file.pickle;
     if module::is_module(pickle, model) {
         let entries = module::state_dict(pickle, model, &mut MemoryBudget::new(NAMES));
-        return entries.map_err(|_| Error::unexpected(&file.path, "its modules hold each other"));
+        let entries = entries.map_err(|_| Error::unexpected(&file.path, "its modules hold each other"))?;
+        let entry = |(name, value)| ModelEntry { name, is_text: true, value };
+        return Ok(entries.into_iter().map(entry).collect());
     }
     let mut entries = Vec::new();
-    for (key, value) in pickle.entries(model).unwrap_or_default() {
-        let name = match pickle.node(*key) {
-            Node::Text(name) => name.to_string(),
-            Node::Int(number) => number.to_string(),
-            _ => continue,
-        };
-        entries.push((name, *value));
+    for &(key, value) in pickle.entries(model).unwrap_or_default() {
+        let is_text = matches!(pickle.node(key), Node::Text(_) | Node::Int(_));
+        entries.push(ModelEntry { name: key_text(pickle, key), is_text, value });
     }
     Ok(entries)
+}
+
+/// Returns a key as Python prints it, or its kind.
+fn key_text(pickle: &Pickle, key: NodeId) -> String {
+    match pickle.node(key) {
+        Node::Text(name) => name.to_string(),
+        Node::Int(number) => number.to_string(),
+        Node::Bool(true) => "True".to_owned(),
+        Node::Bool(false) => "False".to_owned(),
+        Node::None => "None".to_owned(),
+        Node::Number => "(a number)".to_owned(),
+        Node::Tuple(_) => "(a tuple)".to_owned(),
+        Node::Bytes(_) => "(bytes)".to_owned(),
+        _ => "(an object)".to_owned(),
+    }
 }
 
 /// Explains why an entry that is not a tensor cannot be left aside; `None` if it can.
@@ -211,7 +243,6 @@ fn refusal(pickle: &Pickle, is_model: bool, name: &str, id: NodeId) -> Option<St
             let kind = pickle.call(id).map(|(class, _)| class).or(pickle.class(id)).unwrap_or("a storage");
             Some(format!("`{name}` is a Python object (`{kind}`), whose code is never run"))
         }
-        Node::None => None,
         _ if !is_model => None,
         _ => Some(format!("`{name}` is not a tensor")),
     }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use super::infinities;
 use super::prefetch::Prefetcher;
 use super::source_set::{Elements, ModelTensor, Selection, TensorSource, WeightedSources};
 use crate::compute::cpu::{self, Overflow};
@@ -45,7 +46,7 @@ impl<'a> TensorBlend<'a> {
         Ok(TensorBlend { tensor, sources, dtypes, stored, weights, output })
     }
 
-    /// Blends a range of elements into one slice per target.
+    /// Blends a range of elements into one slice per target. An infinity that all sources share stays.
     ///
     /// # Errors
     /// [`Error::Tensor`] if a source is not in host memory, or if a sum does not fit the dtype of the results.
@@ -56,7 +57,9 @@ impl<'a> TensorBlend<'a> {
             sources.push(&bytes[byte_range(&elements, dtype)]);
         }
         let blend = cpu::Blend { dtypes: &self.dtypes, weights: self.weights, output: self.output };
-        cpu::blend(dst, &sources, &blend).map_err(|overflow| self.overflow_error(overflow, elements.start))
+        let blended = cpu::blend(dst, &sources, &blend);
+        let blended = blended.or_else(|overflow| infinities::blend_again(dst, &sources, &blend, overflow));
+        blended.map_err(|overflow| self.overflow_error(overflow, elements.start))
     }
 
     /// Announces the reads of a range of elements, so that the disk fetches them ahead.

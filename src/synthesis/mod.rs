@@ -3,6 +3,7 @@
 mod backend;
 mod blend;
 mod files;
+mod infinities;
 mod live_model;
 mod load;
 mod load_into;
@@ -20,6 +21,8 @@ pub use backend::cuda_devices;
 pub(crate) use files::{OutputFile, Shards};
 pub(crate) use options::MAX_TARGETS;
 pub use options::{Output, WriteOptions};
-pub(crate) use source_set::{Elements, ModelTensor, Selection, SourceSet, TensorSource, WeightedSources};
+pub(crate) use source_set::{
+    Elements, LaterSelection, ModelTensor, Selection, SourceSet, TensorSource, WeightedSources,
+};
 pub use swap::{SavedWeights, SwapGuard};
 pub(crate) use write::check_distinct;

@@ -63,7 +63,11 @@ impl SourceSet<'_> {
         match &backend {
             Backend::Cpu => streaming.run()?,
             #[cfg(feature = "cuda")]
-            Backend::Cuda(device) => streaming.run_on(device)?,
+            Backend::Cuda(device) => match streaming.run_on(device) {
+                // Only the CPU keeps infinities that all sources share.
+                Err(error @ Error::Tensor { .. }) => streaming.run().map_err(|_| error)?,
+                done => done?,
+            },
         }
         files.into_iter().try_for_each(OutputFiles::commit)?;
         Ok(backend.device())

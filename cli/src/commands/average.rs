@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use clap::Args;
-use posthoc_ema::{At, CheckpointOptions, Checkpoints, Device, Merge, WriteOptions, shown};
+use clap::{Args, ValueEnum};
+use posthoc_ema::{
+    AdapterProduct, At, CheckpointOptions, Checkpoints, Device, Merge, ProductErrors, WriteOptions, shown,
+};
 use serde_json::{Value, json};
 
 use super::args::BlendArgs;
@@ -43,6 +45,13 @@ pub struct Arguments {
     /// Leave these tensors, or other entries of the model, out: a name or a glob; may be given several times
     #[arg(long, value_name = "GLOB")]
     leave_out: Vec<String>,
+    /// Average of low-rank adapters (LoRA)
+    #[arg(long, value_enum, default_value_t = Product::Factors)]
+    product: Product,
+    /// Average checkpoints whose config.json differ in this setting: keys joined by dots, or a glob; may be given
+    /// several times
+    #[arg(long, value_name = "KEY")]
+    ignore_config: Vec<String>,
     /// Time of the targets; later checkpoints are left out [default: the newest checkpoint]
     #[arg(long, value_name = "STEP")]
     at: Option<u64>,
@@ -69,6 +78,15 @@ pub struct Arguments {
     targets: TargetArgs,
 }
 
+/// Average of the two factors of a low-rank adapter.
+#[derive(Clone, Copy, ValueEnum)]
+enum Product {
+    /// Average each factor; the product of these is not the average of the products
+    Factors,
+    /// Average the products, each with its scale, and cut them back to their rank; both errors are reported
+    Svd,
+}
+
 /// Weighs the checkpoints for each target and writes the averages in one pass.
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
@@ -88,9 +106,10 @@ pub fn run(arguments: &Arguments) -> Outcome {
         true => None,
         false => Some(write(&checkpoints, &merges, &paths, arguments)?),
     };
+    let products = merges.iter().map(|merge| checkpoints.product_errors(merge)).collect::<Result<Vec<_>, _>>()?;
     match arguments.json {
-        true => print_json(&document(&checkpoints, &merges, &paths, written)),
-        false => show(arguments, &merges, &paths, written),
+        true => print_json(&document(&checkpoints, &merges, &paths, &products, written)),
+        false => show(arguments, &merges, &paths, &products, written),
     }
     Ok(())
 }
@@ -102,6 +121,11 @@ impl Arguments {
             key: self.key.clone(),
             copy: self.copy.clone(),
             leave_out: self.leave_out.clone(),
+            ignore_config: self.ignore_config.clone(),
+            product: match self.product {
+                Product::Factors => AdapterProduct::Factors,
+                Product::Svd => AdapterProduct::Svd,
+            },
         })
     }
 
@@ -174,11 +198,20 @@ fn write(
 }
 
 /// Prints a row for each target, the weights of a single one, and what was written.
-fn show(arguments: &Arguments, merges: &[Merge], paths: &[PathBuf], written: Option<Written>) {
+fn show(
+    arguments: &Arguments,
+    merges: &[Merge],
+    paths: &[PathBuf],
+    products: &[Option<ProductErrors>],
+    written: Option<Written>,
+) {
     let destination = arguments.destination();
     destination.print(&tables::merges(merges).to_string());
     if let [merge] = merges {
         destination.print(&tables::checkpoint_weights(merge).to_string());
+    }
+    for (merge, errors) in merges.iter().zip(products) {
+        errors.iter().for_each(|errors| destination.print(&product_line(merge, errors)));
     }
     if let Some(Written { bytes: read, seconds, device }) = written {
         let names: Vec<String> = paths.iter().map(shown).collect();
@@ -188,10 +221,30 @@ fn show(arguments: &Arguments, merges: &[Merge], paths: &[PathBuf], written: Opt
     }
 }
 
-fn document(checkpoints: &Checkpoints, merges: &[Merge], paths: &[PathBuf], written: Option<Written>) -> Value {
+/// Returns the errors of an average of adapters.
+fn product_line(merge: &Merge, errors: &ProductErrors) -> String {
+    let ProductErrors { pairs, truncation_error, factors_error } = errors;
+    format!(
+        "{}: products of {pairs} adapters off by {truncation_error:.2e}, cut back to their rank; by \
+         {factors_error:.2e} if the factors were averaged",
+        merge.profile
+    )
+}
+
+fn document(
+    checkpoints: &Checkpoints,
+    merges: &[Merge],
+    paths: &[PathBuf],
+    products: &[Option<ProductErrors>],
+    written: Option<Written>,
+) -> Value {
     let mut targets = json!(merges);
     let each = targets.as_array_mut().into_iter().flatten();
     each.zip(paths).for_each(|(target, path)| target["path"] = json!(path));
+    let each = targets.as_array_mut().into_iter().flatten();
+    for (target, errors) in each.zip(products) {
+        errors.iter().for_each(|errors| target["product"] = json!(errors));
+    }
     let warnings: Vec<String> = merges.iter().filter_map(Merge::warning).collect();
     let mut document = json!({ "targets": targets, "notes": checkpoints.notes(), "warnings": warnings });
     if let Some(Written { bytes, seconds, device }) = written {

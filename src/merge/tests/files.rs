@@ -19,7 +19,7 @@ fn folder(dir: &Path, step: u64) {
     }
     let index = json!({"metadata": {"total_size": 1, "total_parameters": 7}, "weight_map": map});
     fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
-    let config = json!({"model_type": "llama", "torch_dtype": "float32", "vocab_size": step});
+    let config = json!({"model_type": "llama", "torch_dtype": "float32", "_name_or_path": step});
     fs::write(dir.join("config.json"), config.to_string()).unwrap();
     for name in ["tokenizer.json", "merges.txt", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"] {
         fs::write(dir.join(name), format!("{name} {step}")).unwrap();
@@ -66,7 +66,7 @@ fn folders_in_shards_become_a_folder_in_shards() {
         assert_eq!(names(&out), expected);
         assert_eq!(fs::read_to_string(out.join("merges.txt")).unwrap(), format!("merges.txt {newest}"));
         let config: Value = serde_json::from_slice(&fs::read(out.join("config.json")).unwrap()).unwrap();
-        assert_eq!(config, json!({"model_type": "llama", "torch_dtype": "float32", "vocab_size": newest}));
+        assert_eq!(config, json!({"model_type": "llama", "torch_dtype": "float32", "_name_or_path": newest}));
         let index: Value =
             serde_json::from_slice(&fs::read(out.join("model.safetensors.index.json")).unwrap()).unwrap();
         let mut all = Tensors::default();
@@ -101,7 +101,7 @@ fn dtype_is_in_the_configuration_and_a_file_is_written_if_named() {
     let options = WriteOptions { dtype: Some(Dtype::BF16), ..WriteOptions::default() };
     checkpoints.write(&[(&merge, &dir), (&merge, &file)], &options).unwrap();
     let config: Value = serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
-    assert_eq!(config, json!({"model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": 2}));
+    assert_eq!(config, json!({"model_type": "llama", "torch_dtype": "bfloat16", "_name_or_path": 2}));
     let (whole, metadata) = read(&file);
     assert_is_sum(&whole, &[1, 2], &[0.5, 0.5], Some(Dtype::BF16));
     assert_eq!(metadata["format"], "pt");
@@ -157,8 +157,11 @@ fn modules_are_averaged_with_their_configurations() {
         fs::write(dir.join("modules.json"), json!(modules).to_string()).unwrap();
         for module in ["1_Pooling", "3_Dense", "deep/4_Pooling", "other"] {
             fs::create_dir_all(dir.join(module)).unwrap();
-            fs::write(dir.join(module).join("config.json"), format!("{{\"dtype\": \"float32\", \"n\": {step}}}"))
-                .unwrap();
+            fs::write(
+                dir.join(module).join("config.json"),
+                format!("{{\"dtype\": \"float32\", \"_name_or_path\": {step}}}"),
+            )
+            .unwrap();
             fs::write(dir.join(module).join("notes.txt"), "").unwrap();
         }
         let dense = [("w", Tensor { dtype: Dtype::F32, shape: vec![1], bytes: (step as f32).to_le_bytes().into() })];
@@ -178,7 +181,7 @@ fn modules_are_averaged_with_their_configurations() {
     assert_eq!(dense.get("w").unwrap().bytes, 1.5f32.to_le_bytes());
     for module in ["1_Pooling", "deep/4_Pooling"] {
         assert_eq!(names(&out.join(module)), ["config.json", "notes.txt"]);
-        assert!(fs::read_to_string(out.join(module).join("config.json")).unwrap().contains("\"n\": 2"));
+        assert!(fs::read_to_string(out.join(module).join("config.json")).unwrap().contains("\"_name_or_path\": 2"));
     }
 }
 

@@ -1,7 +1,9 @@
 //! Averages of checkpoints, compared with sums in f64, in every layout of files.
 
+mod configs;
 mod files;
 mod links;
+mod products;
 mod refused;
 
 use std::collections::HashMap;
@@ -258,7 +260,7 @@ fn alphas_of_adapters_are_copied_bit_for_bit() {
 #[test]
 fn alphas_of_any_dtype_must_agree() {
     let temp = tempfile::tempdir().unwrap();
-    for factor in ["lora_down.weight", "hada_w1_a", "lokr_w1", "weight"] {
+    for factor in ["lora_down.weight", "lora.down.weight", "hada_w1_a", "lokr_w1", "oft_blocks", "weight"] {
         let factor = format!("x.{factor}");
         for alpha in [8i64, 16] {
             let tensors =

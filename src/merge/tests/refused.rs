@@ -238,3 +238,24 @@ fn shards_with_the_same_output_name_are_refused() {
     write("average.safetensors").unwrap();
     assert_eq!(read(&temp.path().join("average.safetensors")).0.len(), 2);
 }
+
+#[test]
+fn infinities_of_a_mask_stay_and_others_are_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    let paths = [1, 2, 3].map(|step| temp.path().join(format!("step_{step}.safetensors")));
+    let [first, second, third] = [&paths[0], &paths[1], &paths[2]];
+    let mask = |values: [f32; 3]| [("bias", Tensor::new(&[3], &values).unwrap())];
+    save(first, &mask([f32::NEG_INFINITY, 1.0, f32::INFINITY]), &[]);
+    save(second, &mask([f32::NEG_INFINITY, 2.0, f32::INFINITY]), &[]);
+    save(third, &mask([f32::NEG_INFINITY, f32::INFINITY, f32::INFINITY]), &[]);
+    let average = |paths: &[&PathBuf]| {
+        let checkpoints = Checkpoints::open(paths, None).unwrap();
+        let merge = checkpoints.plan(Profile::uniform(Window::Fraction(1.0)).unwrap(), At::Latest).unwrap();
+        let out = temp.path().join("out/mean.safetensors");
+        let written = checkpoints.write(&[(&merge, &out)], &WriteOptions::default());
+        written.map(|_| numbers(read(&out).0.get("bias").unwrap())).map_err(|error| error.to_string())
+    };
+    assert_eq!(average(&[first, second]), Ok(vec![f64::NEG_INFINITY, 1.5, f64::INFINITY]));
+    let text = average(&[first, second, third]).unwrap_err();
+    assert!(text.contains("step_3.safetensors: tensor `bias` holds inf at element 1"), "{text}");
+}
