@@ -109,10 +109,7 @@ class Plan:
     rho: float
     """Regularisation of the solve; 0 is none."""
     predicted: Predicted | None
-    """Predicted error of the average before it is rounded to its dtype.
-
-    None before training, for averages at the newest update of a training, and if the stored snapshots are of fewer than
-    three steps or do not record their updates."""
+    """Predicted error of the average before it is rounded to its dtype; None for a reason that `no_prediction` has."""
     warning: str | None
     """Reason of a relative error above 5%, with a remedy; None for a smaller one."""
     weights: tuple[Weight, ...]
@@ -121,6 +118,17 @@ class Plan:
     """Group of tensors with the largest predicted error; None if all move alike or nothing is predicted."""
     later: tuple[LaterTensors, ...] = ()
     """Tensors whose averages began after the run did (`extend=True`): they have weights of their own."""
+    no_prediction: str | None = None
+    """Reason for having no predicted error, with a remedy; None if there is one."""
+
+    def __str__(self) -> str:
+        """Says in one line how far the average is from what was asked for."""
+        text = f"{self.profile} at step {self.at}: relative error {self.relative_error:.2g}"
+        text += f", noise gain {self.noise_gain:.2g}, "
+        if self.predicted is None:
+            return text + f"no predicted error: {self.no_prediction}"
+        text += f"predicted error {self.predicted.total:.2g} of the weights"
+        return text + f" ({self.predicted.profile:.2g} by profile, {self.predicted.rounding:.2g} by rounding)"
 
     @staticmethod
     def from_json(text: str) -> list[Plan]:

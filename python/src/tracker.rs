@@ -270,10 +270,7 @@ impl Tracker {
     /// Logs the warnings of targets at the newest update, as a synthesis does.
     fn log_warnings(&self, py: Python<'_>, targets: Vec<String>) -> PyResult<()> {
         let targets = parse_profiles(&targets)?;
-        self.with(py, |tracker| {
-            posthoc_ema::log_warnings(tracker.dir(), &tracker.plans(&targets)?);
-            Ok(())
-        })
+        self.with(py, |tracker| tracker.log_warnings(&targets))
     }
 
     /// Blends targets at the newest update into new tensors, one list of addresses for each target.

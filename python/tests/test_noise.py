@@ -74,9 +74,44 @@ def test_auto_lowers_the_rounding_error(run_dir: Path, tmp_path: Path) -> None:
     assert by_number == chosen[0]
 
 
-def test_newest_update_of_a_training_has_no_prediction(run_dir: Path) -> None:
+def test_plan_in_training_predicts_what_is_measured(run_dir: Path) -> None:
+    """Trains a small network by SGD, and compares averages made between two snapshots with exact ones."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    ema = PostHocEMA.from_model(
+        model, run_dir, update_every=1, update_after_step=0, checkpoint_every=100, checkpoint_dtype=torch.float32
+    )
+    seen = []
+    targets = [0.03, 0.1, 0.2]
+    for step in range(1, 761):
+        inputs = torch.randn(16, 8)
+        loss = ((model(inputs) - inputs.sin().sum(1, keepdim=True)) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update_(model)
+        seen.append(torch.cat([p.detach().double().flatten() for p in model.parameters()]).numpy())
+        if step == 150:
+            assert all(plan.predicted is not None for plan in ema.plan(targets))
+    times = np.arange(761) / 760
+    size = float(np.sqrt(np.mean(seen[-1] ** 2)))
+    plans = ema.plan(targets)
+    for target, planned, average in zip(targets, plans, ema.synthesize(targets), strict=True):
+        exact = np.diff(times ** (sigma_rel_to_gamma(target) + 1)) @ np.stack(seen)
+        made = torch.cat([average[name].double().flatten() for name, _ in model.named_parameters()]).numpy()
+        error = float(np.sqrt(np.mean((made - exact) ** 2))) / size
+        assert planned.at == 760 and planned.predicted is not None
+        assert 0.5 < planned.predicted.total / error < 2, (target, planned.predicted, error)
+        assert f"predicted error {planned.predicted.total:.2g} of the weights" in str(planned)
+        assert repr(planned.predicted) in repr(planned)
+    ema.finish()
+
+
+def test_plan_says_why_nothing_is_predicted(run_dir: Path) -> None:
     ema, model, _ = drifting(run_dir, 130)
-    assert ema.plan([0.1])[0].predicted is None
+    (now,) = ema.plan([0.1])
+    assert now.predicted is not None and now.no_prediction is None
     with pytest.raises(ValueError, match="stored snapshots.*from_path"):
         ema.plan([0.1], noise="auto")
     with pytest.raises(ValueError, match="stored snapshots"), ema.model(model, 0.1, noise="auto"):
@@ -85,7 +120,10 @@ def test_newest_update_of_a_training_has_no_prediction(run_dir: Path) -> None:
     assert ema.plan([0.1], step=60, noise="auto")[0].predicted is not None
     (early,) = ema.plan([0.1], step=40, noise="auto")
     assert (early.predicted, early.rho) == (None, 0.0)
-    assert plan([0.1], steps=10_000)[0].predicted is None
+    assert early.no_prediction is not None and "averages of 2 steps" in early.no_prediction
+    assert early.no_prediction in str(early) and repr(early.no_prediction) in repr(early)
+    (before,) = plan([0.1], steps=10_000)
+    assert before.predicted is None and "before training" in str(before)
 
 
 @pytest.mark.parametrize("noise", ["on", -1.0, float("nan")])

@@ -1,5 +1,6 @@
 //! Plans before training, for a schedule of updates and snapshots.
 
+use super::no_prediction::NoPrediction;
 use super::noise::Noise;
 use super::plan::{At, Plan, solve};
 use super::source::IndexedSource;
@@ -37,7 +38,7 @@ impl Forecast {
     /// As [`Forecast::plans`], and [`Error::Parameter`] for a `rho` that is negative, infinite or NaN.
     pub fn plans_with(&self, profiles: &[Profile], at: At, rho: f64) -> Result<Vec<Plan>> {
         let (sources, history) = self.sources()?;
-        solve(&sources, Some(&history), profiles, at, Noise::Rho(rho), None)
+        solve(&sources, Some(&history), profiles, at, Noise::Rho(rho), Err(NoPrediction::BeforeTraining))
     }
 
     /// Returns the snapshots that the training will leave, and its updates.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::no_prediction::NoPrediction;
 use super::plan::{LaterTensors, Plan};
 use crate::math::Profile;
 
@@ -31,6 +32,7 @@ pub(crate) fn with_groups(mut base: Plan, groups: Vec<(&TensorGroup, Plan)>) -> 
         base.shortfall = base.shortfall.or(plan.shortfall);
         // The error is predicted for one target only.
         (base.predicted, base.worst_group) = (None, None);
+        base.no_prediction = Some(NoPrediction::Groups);
         let mut rest: BTreeSet<String> = group.tensors.iter().cloned().collect();
         for later in plan.later {
             let tensors: Vec<String> = later.tensors.iter().filter(|name| rest.remove(*name)).cloned().collect();

@@ -1,5 +1,6 @@
 //! Plans of tensors whose averages began after the run did.
 
+use super::no_prediction::NoPrediction;
 use super::noise::Noise;
 use super::plan::{At, LaterTensors, Plan, solve};
 use super::shortfall::Shortfall;
@@ -34,7 +35,8 @@ pub(crate) fn solve_later(
     for group in groups {
         let has_tensors = |source: &&IndexedSource| source.extensions >= group.extension;
         let sources: Vec<IndexedSource> = sources.iter().filter(has_tensors).cloned().collect();
-        let solved = solve(&sources, Some(&history.since(group.since)), &profiles, At::Step(at), noise, None)?;
+        let unasked = Err(NoPrediction::NotAsked);
+        let solved = solve(&sources, Some(&history.since(group.since)), &profiles, At::Step(at), noise, unasked)?;
         for (plan, Plan { relative_error, noise_gain, weights, shortfall, .. }) in plans.iter_mut().zip(solved) {
             let LaterGroup { since, tensors, .. } = group.clone();
             if let (None, Some(reason)) = (&plan.shortfall, shortfall) {

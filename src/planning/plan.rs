@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::no_prediction::NoPrediction;
 use super::noise::{Noise, PredictedError, WorstGroup};
 use super::shortfall::Shortfall;
 use super::source::IndexedSource;
-use super::stored_noise::{PredictedSolution, RelativeErrorModel, SnapshotNoise};
+use super::stored_noise::{ErrorSource, PredictedSolution, RelativeErrorModel};
 use crate::error::{Error, Result};
 use crate::fs::start_threads;
 use crate::math::{ChainSource, History, Profile, System};
@@ -42,9 +43,11 @@ pub struct Plan {
     pub rho: f64,
     /// The expected error of the average, before its rounding to the output's dtype.
     ///
-    /// `None` before training and for live averages. Also `None` if snapshots are at fewer than three steps, have no
-    /// history of updates, have only zeros as weights, or do not differ in the elements that were sampled.
+    /// `None` for a reason that `no_prediction` has.
     pub predicted: Option<PredictedError>,
+    /// The reason for having no predicted error, with a remedy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub no_prediction: Option<NoPrediction>,
     /// The group of tensors with the largest predicted error; `None` if all move alike or nothing is predicted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub worst_group: Option<WorstGroup>,
@@ -99,14 +102,14 @@ pub struct LaterTensors {
 
 /// Solves several targets at one time over the same sources, with one factorization.
 ///
-/// `stored` holds the sources' movement and rounding, in their order.
+/// `movement` has the movement and rounding of the sources, in their order.
 pub(crate) fn solve(
     sources: &[IndexedSource],
     history: Option<&History>,
     profiles: &[Profile],
     at: At,
     noise: Noise,
-    stored: Option<&SnapshotNoise>,
+    movement: Result<&dyn ErrorSource, NoPrediction>,
 ) -> Result<Vec<Plan>> {
     start_threads()?;
     let rho = noise.rho()?;
@@ -117,8 +120,8 @@ pub(crate) fn solve(
         Some(history) => System::new(history, at, &inputs, rho)?,
         None => System::closed_form(at, &inputs, rho)?,
     };
-    let model = stored.and_then(|stored| stored.model(&system, sources, &usable));
-    let solver = Solver { system: &system, sources, model: model.as_ref(), noise, rho };
+    let model = movement.and_then(|movement| movement.model(&system, sources, &usable));
+    let solver = Solver { system: &system, sources, model, noise, rho };
     let usable: Vec<&IndexedSource> = usable.iter().map(|&i| &sources[i]).collect();
     // Collect all results first, so that the error returned is that of the first target, not of the first thread.
     let plans: Vec<Result<Plan>> = profiles.par_iter().map(|profile| solver.plan(&usable, profile, at)).collect();
@@ -147,16 +150,19 @@ struct Solver<'a> {
     system: &'a System,
     /// All sources, also those after the time.
     sources: &'a [IndexedSource],
-    model: Option<&'a RelativeErrorModel<'a>>,
+    model: Result<RelativeErrorModel<'a>, NoPrediction>,
     noise: Noise,
     rho: f64,
 }
 
 impl Solver<'_> {
     fn solve(&self, profile: &Profile) -> Result<PredictedSolution> {
-        let Some(model) = self.model else {
-            let solution = self.system.solve(profile)?;
-            return Ok(PredictedSolution { solution, rho: self.rho, predicted: None, worst_group: None });
+        let model = match &self.model {
+            Ok(model) => model,
+            Err(why) => {
+                let solution = self.system.solve(profile)?;
+                return Ok(PredictedSolution { solution, rho: self.rho, predicted: Err(*why), worst_group: None });
+            }
         };
         match self.noise {
             Noise::Auto => model.solve_best(profile),
@@ -180,7 +186,8 @@ impl Solver<'_> {
             condition: solution.condition,
             sum: solution.weights.iter().sum(),
             rho,
-            predicted,
+            predicted: predicted.ok(),
+            no_prediction: predicted.err(),
             worst_group,
             shortfall,
             weights,

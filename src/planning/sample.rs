@@ -1,4 +1,4 @@
-//! A sample of stored snapshots, from which the error of a blend is predicted.
+//! A sample of averages, from which the error of a blend is predicted.
 
 use std::ops::Range;
 
@@ -33,16 +33,40 @@ pub(super) struct SampledTensor {
     pub elements: Range<usize>,
 }
 
-/// Reads the same elements of all snapshots, in segments of each averaged tensor.
+/// An average whose elements can be sampled.
+pub(crate) trait SampledSource: Sync {
+    /// Reads segments of tensors, in their order; `None` if a tensor is missing or is not floating-point.
+    fn read_segments(&self, tensors: &[TensorSpec], segments: &[Segment]) -> Option<SampledElements>;
+}
+
+/// Elements of one average.
+#[derive(Debug, Default)]
+pub(crate) struct SampledElements {
+    values: Vec<f64>,
+    /// The distances of neighbouring values of the dtype.
+    ulps: Vec<f64>,
+}
+
+impl SampledElements {
+    /// Appends elements as they are in memory; `None` if they are not floating-point.
+    pub(crate) fn append(&mut self, dtype: Dtype, bytes: &[u8]) -> Option<()> {
+        let start = self.values.len();
+        append(&mut self.values, dtype, bytes)?;
+        self.ulps.extend(self.values[start..].iter().map(|&value| ulp(dtype, value)));
+        Some(())
+    }
+}
+
+/// Reads the same elements of all averages, in segments of each averaged tensor.
 ///
 /// Returns `None` if a value is not finite or there are none.
-pub(super) fn sample(snapshots: &[Snapshot], averaged: &[TensorSpec]) -> Option<ModelSample> {
+pub(super) fn sample(sources: &[&dyn SampledSource], averaged: &[TensorSpec]) -> Option<ModelSample> {
     let counts: Vec<usize> = averaged.iter().map(|tensor| tensor.shape.iter().product()).collect();
-    let pairs = snapshots.len() * snapshots.len() / 2;
+    let pairs = sources.len() * sources.len() / 2;
     let segments = segments(&counts, (WORK / pairs.max(1)).clamp(ELEMENTS.0, ELEMENTS.1));
-    let read = |snapshot: &Snapshot| snapshot.sparsely(|| read_segments(snapshot, averaged, &segments));
-    let read: Vec<(Vec<f64>, Vec<f64>)> = snapshots.par_iter().map(read).collect::<Option<_>>()?;
-    let (values, ulps): (Vec<_>, Vec<_>) = read.into_iter().unzip();
+    let read = |source: &&dyn SampledSource| source.read_segments(averaged, &segments);
+    let read: Vec<SampledElements> = sources.par_iter().map(read).collect::<Option<_>>()?;
+    let (values, ulps): (Vec<_>, Vec<_>) = read.into_iter().map(|read| (read.values, read.ulps)).unzip();
     let mut tensors = Vec::new();
     let mut weights = Vec::new();
     for segments in segments.chunk_by(|a, b| a.tensor == b.tensor) {
@@ -56,20 +80,21 @@ pub(super) fn sample(snapshots: &[Snapshot], averaged: &[TensorSpec]) -> Option<
     (finite && !tensors.is_empty()).then_some(ModelSample { sample: Sample { values, ulps, weights }, tensors })
 }
 
-/// Reads values and `ulp`s of the segments in one snapshot; `None` if a tensor is missing or not floating-point.
-fn read_segments(snapshot: &Snapshot, tensors: &[TensorSpec], segments: &[Segment]) -> Option<(Vec<f64>, Vec<f64>)> {
-    let count = segments.iter().map(|segment| segment.elements.len()).sum();
-    let mut values = Vec::with_capacity(count);
-    let mut ulps = Vec::with_capacity(count);
-    for Segment { tensor, elements } in segments {
-        let (stored, bytes) = snapshot.tensor(&tensors[*tensor].name)?;
-        let dtype = stored.dtype;
-        let size = dtype.bitsize() / 8;
-        let start = values.len();
-        append(&mut values, dtype, bytes.get(elements.start * size..elements.end * size)?)?;
-        ulps.extend(values[start..].iter().map(|&value| ulp(dtype, value)));
+impl SampledSource for Snapshot {
+    fn read_segments(&self, tensors: &[TensorSpec], segments: &[Segment]) -> Option<SampledElements> {
+        let read = || {
+            let mut sampled = SampledElements::default();
+            for segments in segments.chunk_by(|a, b| a.tensor == b.tensor) {
+                let (stored, bytes) = self.tensor(&tensors[segments[0].tensor].name)?;
+                let size = stored.dtype.bitsize() / 8;
+                for Segment { elements, .. } in segments {
+                    sampled.append(stored.dtype, bytes.get(elements.start * size..elements.end * size)?)?;
+                }
+            }
+            Some(sampled)
+        };
+        self.sparsely(read)
     }
-    Some((values, ulps))
 }
 
 /// Appends floating-point elements, which f64 holds exactly; `None` for other dtypes.

@@ -13,7 +13,7 @@ const GOLDEN: f64 = 0.618_033_988_749_894_9;
 
 /// Contiguous elements of one tensor.
 #[derive(Debug)]
-pub(super) struct Segment {
+pub(crate) struct Segment {
     pub tensor: usize,
     pub elements: Range<usize>,
 }

@@ -1,19 +1,32 @@
-//! Movement and rounding of a run's snapshots, and the errors predicted from them.
+//! Movement and rounding of a run's averages, and the errors predicted from them.
+
+use std::collections::BTreeSet;
 
 use super::movement_groups::{TensorMovement, movement_groups};
+use super::no_prediction::{FEWEST_STEPS, NoPrediction};
 use super::noise::{PredictedError, WorstGroup};
-use super::sample::{ModelSample, SampledTensor, sample};
+use super::sample::{ModelSample, SampledSource, SampledTensor, sample};
 use super::source::IndexedSource;
 use crate::error::Result;
 use crate::math::noise::{ErrorModel, ExpectedError, MeasuredGroup, RegularisedSolution, Sample, measure};
 use crate::math::{Profile, Solution, System};
-use crate::snapshot::Snapshot;
 use crate::tensor::TensorSpec;
 
-/// Fewest steps of snapshots that separate drift, walk and noise.
-const FEWEST_STEPS: usize = 3;
+/// Movement and rounding from which errors are predicted.
+pub(crate) trait ErrorSource: Sync {
+    /// Returns the error model of a system of the sources `usable`.
+    ///
+    /// # Errors
+    /// [`NoPrediction`] if there is too little to predict from.
+    fn model<'a>(
+        &'a self,
+        system: &'a System,
+        sources: &[IndexedSource],
+        usable: &[usize],
+    ) -> Result<RelativeErrorModel<'a>, NoPrediction>;
+}
 
-/// Movement and rounding of a run's snapshots, measured on a sample.
+/// Movement and rounding of a run's averages, measured on a sample.
 #[derive(Debug)]
 pub(crate) struct SnapshotNoise {
     groups: Vec<StoredGroup>,
@@ -32,35 +45,42 @@ struct StoredGroup {
 }
 
 impl SnapshotNoise {
-    /// Samples snapshots; `None` if they are of too few steps or nothing is averaged.
-    pub(crate) fn of(snapshots: &[Snapshot], averaged: &[TensorSpec]) -> Option<SnapshotNoise> {
-        let mut steps: Vec<u64> = snapshots.iter().map(|snapshot| snapshot.id.step).collect();
-        steps.sort_unstable();
-        steps.dedup();
-        if steps.len() < FEWEST_STEPS {
-            return None;
-        }
-        let newest = snapshots.iter().position(|snapshot| Some(&snapshot.id.step) == steps.last())?;
-        let sample = sample(snapshots, averaged)?;
-        Some(SnapshotNoise { groups: stored_groups(&sample, averaged, newest) })
-    }
-
-    /// Returns the error model of a system of the sources `usable`; `None` if there is too little to predict from.
+    /// Samples the averages of each step.
     ///
-    /// A sample that does not move says nothing of elements that are not in it.
-    pub(crate) fn model<'a>(
+    /// # Errors
+    /// [`NoPrediction`] if they are of too few steps, or nothing is averaged.
+    pub(crate) fn of(
+        steps: &[u64],
+        sources: &[&dyn SampledSource],
+        averaged: &[TensorSpec],
+    ) -> Result<SnapshotNoise, NoPrediction> {
+        let last = last_of(steps)?;
+        let newest = steps.iter().position(|&step| step == last).unwrap_or_default();
+        let sample = sample(sources, averaged).ok_or(NoPrediction::NoSample)?;
+        Ok(SnapshotNoise { groups: stored_groups(&sample, averaged, newest) })
+    }
+}
+
+/// Returns the last of some steps.
+///
+/// # Errors
+/// [`NoPrediction::FewSteps`].
+fn last_of(steps: &[u64]) -> Result<u64, NoPrediction> {
+    let distinct: BTreeSet<u64> = steps.iter().copied().collect();
+    let last = distinct.last().copied().filter(|_| distinct.len() >= FEWEST_STEPS);
+    last.ok_or(NoPrediction::FewSteps { steps: distinct.len() })
+}
+
+/// A sample that does not move says nothing of elements that are not in it.
+impl ErrorSource for SnapshotNoise {
+    fn model<'a>(
         &'a self,
         system: &'a System,
         sources: &[IndexedSource],
         usable: &[usize],
-    ) -> Option<RelativeErrorModel<'a>> {
-        let mut steps: Vec<u64> = usable.iter().map(|&i| sources[i].step).collect();
-        steps.sort_unstable();
-        steps.dedup();
-        if steps.len() < FEWEST_STEPS {
-            return None;
-        }
-        let newest: Vec<usize> = usable.iter().copied().filter(|&i| Some(&sources[i].step) == steps.last()).collect();
+    ) -> Result<RelativeErrorModel<'a>, NoPrediction> {
+        let last = last_of(&usable.iter().map(|&i| sources[i].step).collect::<Vec<u64>>())?;
+        let newest: Vec<usize> = usable.iter().copied().filter(|&i| sources[i].step == last).collect();
         let of_group = |group: &'a StoredGroup| RelativeGroup {
             tensors: &group.tensors,
             share: group.measured.share,
@@ -69,15 +89,19 @@ impl SnapshotNoise {
         };
         let groups: Vec<RelativeGroup<'a>> = self.groups.iter().map(of_group).collect();
         let mean_square: f64 = groups.iter().map(|group| group.share * group.size.powi(2)).sum();
-        if !(mean_square > 0.0) || !groups.iter().any(|group| group.is_seen) {
-            return None;
+        if !(mean_square > 0.0) {
+            return Err(NoPrediction::Zeros);
+        }
+        if !groups.iter().any(|group| group.is_seen) {
+            return Err(NoPrediction::Still);
         }
         let subset = |StoredGroup { measured: MeasuredGroup { measured, share }, .. }: &StoredGroup| MeasuredGroup {
             measured: measured.subset(usable),
             share: *share,
         };
-        let model = ErrorModel::new(system, self.groups.iter().map(subset).collect())?;
-        Some(RelativeErrorModel { model, groups, size: mean_square.sqrt() })
+        let measured = self.groups.iter().map(subset).collect();
+        let model = ErrorModel::new(system, measured).ok_or(NoPrediction::NoHistory)?;
+        Ok(RelativeErrorModel { model, groups, size: mean_square.sqrt() })
     }
 }
 
@@ -137,7 +161,7 @@ struct RelativeGroup<'a> {
 pub(crate) struct PredictedSolution {
     pub solution: Solution,
     pub rho: f64,
-    pub predicted: Option<PredictedError>,
+    pub predicted: Result<PredictedError, NoPrediction>,
     pub worst_group: Option<WorstGroup>,
 }
 
@@ -154,7 +178,7 @@ impl RelativeErrorModel<'_> {
 
     fn relative(&self, solved: RegularisedSolution) -> PredictedSolution {
         let RegularisedSolution { solution, rho, expected, groups } = solved;
-        let predicted = Some(predicted_error(expected, self.size));
+        let predicted = Ok(predicted_error(expected, self.size));
         PredictedSolution { solution, rho, predicted, worst_group: self.worst_group(&groups) }
     }
 

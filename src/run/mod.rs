@@ -32,7 +32,10 @@ use crate::device::Device;
 use crate::error::{Error, Result, shown};
 use crate::fs::{parent_dir, start_threads};
 use crate::math::{Chain, Densities, History, Profile};
-use crate::planning::{At, IndexedSource, Noise, Plan, SnapshotNoise, densities, log_warnings, solve, solve_later};
+use crate::planning::{
+    At, ErrorSource, IndexedSource, NoPrediction, Noise, Plan, SampledSource, SnapshotNoise, densities, log_warnings,
+    solve, solve_later,
+};
 use crate::snapshot::{self, Snapshot, SnapshotId, beginning_of};
 use crate::synthesis::{MAX_TARGETS, ModelTensor, Output, SwapGuard, WriteOptions};
 use crate::tensor::{ParametersMut, TensorSpec, TensorViewMut, Tensors};
@@ -51,7 +54,7 @@ pub struct Run {
     /// Updates of the newest snapshot, unless a snapshot has no history.
     history: Option<History>,
     /// Estimate from a sample of the elements, computed for the first plan.
-    noise: OnceLock<Option<SnapshotNoise>>,
+    noise: OnceLock<Result<SnapshotNoise, NoPrediction>>,
     /// Process that opened the run. A forked child lacks its threads and would wait for them forever.
     process: u32,
 }
@@ -167,7 +170,8 @@ impl Run {
     /// As [`Run::plan`], and [`Error::Parameter`] for a `rho` that is negative, infinite or NaN.
     pub fn plans_with(&self, profiles: &[Profile], at: At, noise: Noise) -> Result<Vec<Plan>> {
         let sources = self.sources();
-        let mut plans = solve(&sources, self.history.as_ref(), profiles, at, noise, self.stored_noise())?;
+        let movement = self.stored_noise().map(|stored| stored as &dyn ErrorSource);
+        let mut plans = solve(&sources, self.history.as_ref(), profiles, at, noise, movement)?;
         if let (Some(history), Some(at)) = (&self.history, plans.first().map(|plan| plan.at)) {
             solve_later(&mut plans, &self.later_groups(at), &sources, history, noise)?;
         }
@@ -176,15 +180,22 @@ impl Run {
 
     /// Returns the movement and rounding of the snapshots, estimated from a sample on the first call.
     ///
-    /// `None` if there are too few snapshots, or if they have no history.
-    fn stored_noise(&self) -> Option<&SnapshotNoise> {
+    /// # Errors
+    /// [`NoPrediction`] if there are too few snapshots, or if they have no history.
+    pub(super) fn stored_noise(&self) -> Result<&SnapshotNoise, NoPrediction> {
         let estimate = || {
-            self.history.as_ref()?;
+            self.history.as_ref().ok_or(NoPrediction::NoHistory)?;
             let is_in_all = |tensor: &ModelTensor| beginning_of(self.extensions(), &tensor.name) == 0;
             let averaged = self.model_tensors().into_iter().filter(|tensor| tensor.averaged && is_in_all(tensor));
-            SnapshotNoise::of(&self.snapshots, &averaged.map(ModelTensor::into_spec).collect::<Vec<_>>())
+            let steps: Vec<u64> = self.snapshots.iter().map(|snapshot| snapshot.id.step).collect();
+            SnapshotNoise::of(&steps, &self.sampled(), &averaged.map(ModelTensor::into_spec).collect::<Vec<_>>())
         };
-        self.noise.get_or_init(estimate).as_ref()
+        self.noise.get_or_init(estimate).as_ref().map_err(|why| *why)
+    }
+
+    /// Returns the snapshots as the sources of a sample, in the order of [`Run::sources`].
+    pub(crate) fn sampled(&self) -> Vec<&dyn SampledSource> {
+        self.snapshots.iter().map(|snapshot| snapshot as &dyn SampledSource).collect()
     }
 
     /// Returns the weights of a planned average and of its target over the training, one for each interval between

@@ -148,7 +148,7 @@ mod tests {
 
     use super::*;
     use crate::math::Profile;
-    use crate::planning::Plan;
+    use crate::planning::{NoPrediction, Plan};
 
     /// Ten candidates of two repeats each, of which the fourth fails.
     fn events(evaluator: &mut dyn Evaluator, stop_after: usize) -> (Vec<String>, Vec<usize>, bool) {
@@ -161,6 +161,7 @@ mod tests {
             sum: 1.0,
             rho: 0.0,
             predicted: None,
+            no_prediction: Some(NoPrediction::NotAsked),
             worst_group: None,
             shortfall: None,
             weights: Vec::new(),

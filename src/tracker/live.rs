@@ -2,87 +2,22 @@
 
 use std::collections::BTreeMap;
 
-use safetensors::Dtype;
-
 use super::PostHocEma;
-use super::engine::AveragesGuard;
-use super::registry::{Entry, TensorRegistry};
-use super::values::Values;
-#[cfg(feature = "cuda")]
-use crate::compute::cuda::DeviceAverages;
+use super::live_source::{LiveGuard, LiveSource};
+use super::registry::Entry;
 use crate::error::{Error, Result};
 use crate::math::{Chain, Profile};
-use crate::planning::{At, IndexedSource, Noise, Plan, Weight, log_warnings, solve, solve_later};
+use crate::planning::{
+    At, ErrorSource, IndexedSource, NoPrediction, Noise, Plan, SampledSource, SnapshotNoise, Weight, log_warnings,
+    solve, solve_later,
+};
 use crate::run::{Run, later_groups};
-use crate::synthesis::{Elements, ModelTensor, SourceSet, SwapGuard, TensorSource};
+use crate::snapshot::beginning_of;
+use crate::synthesis::{ModelTensor, SourceSet, SwapGuard, TensorSource};
 use crate::tensor::{ParametersMut, TensorSpec, TensorViewMut, Tensors};
 
-/// Live averages of one profile.
-struct LiveSource<'a> {
-    registry: &'a TensorRegistry,
-    values: LiveValues<'a>,
-    index: usize,
-}
-
-/// Live averages in host or device memory, with the newest values of copied tensors.
-#[derive(Clone, Copy)]
-enum LiveValues<'a> {
-    Host(Values<'a>),
-    #[cfg(feature = "cuda")]
-    Device(&'a DeviceAverages, &'a [Vec<u8>]),
-}
-
-/// Guard of an engine's averages during a synthesis.
-enum LiveGuard<'a> {
-    Host(AveragesGuard<'a>),
-    /// Averages that stay on the device; only the copied tensors are copied to the host.
-    #[cfg(feature = "cuda")]
-    Device(&'a DeviceAverages, Vec<Vec<u8>>),
-}
-
-impl LiveGuard<'_> {
-    fn values(&self) -> LiveValues<'_> {
-        match self {
-            LiveGuard::Host(averages) => LiveValues::Host(averages.values()),
-            #[cfg(feature = "cuda")]
-            LiveGuard::Device(averages, copies) => LiveValues::Device(averages, copies),
-        }
-    }
-}
-
-impl TensorSource for LiveSource<'_> {
-    fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
-        let found = self.registry.find(name)?;
-        match (self.values, found) {
-            (LiveValues::Host(values), Ok(i)) => {
-                let average = &values.averages[self.index].high[self.registry.layout().range(i)];
-                Some((Dtype::F32, Elements::Host(bytemuck::cast_slice(average))))
-            }
-            (LiveValues::Host(Values { copies, .. }), Err(i)) => {
-                Some((self.registry.copied()[i].dtype, Elements::Host(&copies[i])))
-            }
-            #[cfg(feature = "cuda")]
-            (LiveValues::Device(averages, _), Ok(i)) => {
-                Some((Dtype::F32, Elements::Device(averages.input(self.index, i))))
-            }
-            #[cfg(feature = "cuda")]
-            (LiveValues::Device(_, copies), Err(i)) => {
-                Some((self.registry.copied()[i].dtype, Elements::Host(&copies[i])))
-            }
-        }
-    }
-
-    fn device(&self) -> Option<usize> {
-        match self.values {
-            LiveValues::Host(_) => None,
-            #[cfg(feature = "cuda")]
-            LiveValues::Device(averages, _) => Some(averages.device().number()),
-        }
-    }
-}
-
 impl PostHocEma {
-    /// Solves a target at the newest update, from the snapshots on disk and the live averages.
+    /// Solves a target at the newest update, from the snapshots on disk and the live averages, and predicts its error.
     ///
     /// # Errors
     /// [`Error::NoUpdate`] before the first update, [`Error::NonFiniteParameter`] once for an update on a device that
@@ -91,13 +26,28 @@ impl PostHocEma {
         Ok(self.plans(&[profile])?.remove(0))
     }
 
-    /// Solves several targets at the newest update. The system is factored once.
+    /// Solves several targets at the newest update, and predicts the error of each average if it were made now.
+    ///
+    /// The system is factored once. Snapshots and live averages are read for a sample of their elements.
     ///
     /// # Errors
     /// Those of [`PostHocEma::plan`].
     pub fn plans(&self, profiles: &[Profile]) -> Result<Vec<Plan>> {
         let (run, step) = self.open_snapshots()?;
-        self.solve_sources(&self.sources(run.as_ref(), step), profiles)
+        let sources = self.sources(run.as_ref(), step);
+        let noise = self.live_noise(run.as_ref(), &sources, step)?;
+        let movement = noise.as_ref().map(|noise| noise as &dyn ErrorSource);
+        self.solve_sources(&sources, profiles, movement.map_err(|why| *why))
+    }
+
+    /// Logs the warnings of targets at the newest update, as a synthesis does.
+    ///
+    /// # Errors
+    /// Those of [`PostHocEma::plan`].
+    pub fn log_warnings(&self, profiles: &[Profile]) -> Result<()> {
+        let (run, step) = self.open_snapshots()?;
+        log_warnings(&self.dir, &self.solve_unpredicted(&self.sources(run.as_ref(), step), profiles)?);
+        Ok(())
     }
 
     /// Returns the average of `profile` at the newest update, in the model's shapes and dtypes.
@@ -118,7 +68,7 @@ impl PostHocEma {
         outputs: Vec<Vec<TensorViewMut<'_>>>,
         progress: Option<&(dyn Fn(u64) + Sync)>,
     ) -> Result<Vec<Plan>> {
-        let solve = |sources: &[IndexedSource]| self.solve_sources(sources, profiles);
+        let solve = |sources: &[IndexedSource]| self.solve_unpredicted(sources, profiles);
         self.with_sources(solve, |sources, plans| {
             log_warnings(&self.dir, &plans);
             sources.load_into(&plans.iter().collect::<Vec<_>>(), outputs, progress)?;
@@ -147,6 +97,7 @@ impl PostHocEma {
             sum: 1.0,
             rho: 0.0,
             predicted: None,
+            no_prediction: Some(NoPrediction::NotAsked),
             worst_group: None,
             shortfall: None,
             weights: vec![Weight { index, step: at, weight: 1.0 }],
@@ -245,8 +196,48 @@ impl PostHocEma {
         sources
     }
 
-    fn solve_sources(&self, sources: &[IndexedSource], profiles: &[Profile]) -> Result<Vec<Plan>> {
-        let mut plans = solve(sources, Some(self.history()), profiles, At::Latest, Noise::Off, None)?;
+    /// Measures the movement and rounding of the sources, on a sample of their elements.
+    ///
+    /// The inner result has the reason if there is too little to predict from.
+    fn live_noise(
+        &self,
+        run: Option<&Run>,
+        sources: &[IndexedSource],
+        step: u64,
+    ) -> Result<Result<SnapshotNoise, NoPrediction>> {
+        let guard = self.live_values()?;
+        let live = self.live_sources(&guard);
+        let stored: Vec<(IndexedSource, &dyn SampledSource)> =
+            run.map(|run| run.sources().into_iter().zip(run.sampled()).collect()).unwrap_or_default();
+        let sampled = |source: &IndexedSource| -> &dyn SampledSource {
+            let found = stored.iter().find(|(other, _)| (other.index, other.step) == (source.index, source.step));
+            found.filter(|_| source.step < step).map_or(&live[source.index], |(_, snapshot)| *snapshot)
+        };
+        let is_in_all = |entry: &&Entry| beginning_of(&self.extensions, &entry.name) == 0;
+        let averaged = self.registry.averaged().iter().filter(is_in_all);
+        let averaged: Vec<TensorSpec> = averaged.map(|entry| model_tensor(entry, true).into_spec()).collect();
+        let steps: Vec<u64> = sources.iter().map(|source| source.step).collect();
+        Ok(SnapshotNoise::of(&steps, &sources.iter().map(sampled).collect::<Vec<_>>(), &averaged))
+    }
+
+    /// Returns the live averages of all profiles.
+    fn live_sources<'a>(&'a self, guard: &'a LiveGuard<'_>) -> Vec<LiveSource<'a>> {
+        let of_profile = |index| LiveSource { registry: &self.registry, values: guard.values(), index };
+        (0..self.settings.profiles.len()).map(of_profile).collect()
+    }
+
+    /// Solves targets for a synthesis, which needs no prediction.
+    fn solve_unpredicted(&self, sources: &[IndexedSource], profiles: &[Profile]) -> Result<Vec<Plan>> {
+        self.solve_sources(sources, profiles, Err(NoPrediction::NotAsked))
+    }
+
+    fn solve_sources(
+        &self,
+        sources: &[IndexedSource],
+        profiles: &[Profile],
+        movement: Result<&dyn ErrorSource, NoPrediction>,
+    ) -> Result<Vec<Plan>> {
+        let mut plans = solve(sources, Some(self.history()), profiles, At::Latest, Noise::Off, movement)?;
         let groups = later_groups(&self.extensions, self.averaged().into_iter());
         solve_later(&mut plans, &groups, sources, self.history(), Noise::Off)?;
         Ok(plans)
@@ -254,7 +245,7 @@ impl PostHocEma {
 
     /// Solves one target and calls `act` with all sources and the plan.
     fn with_plan<R>(&self, profile: &Profile, act: impl FnOnce(&SourceSet<'_>, &Plan) -> Result<R>) -> Result<R> {
-        let solve = |sources: &[IndexedSource]| self.solve_sources(sources, std::slice::from_ref(profile));
+        let solve = |sources: &[IndexedSource]| self.solve_unpredicted(sources, std::slice::from_ref(profile));
         self.with_sources(solve, |sources, plans| {
             log_warnings(&self.dir, &plans);
             act(sources, &plans[0])
@@ -271,9 +262,7 @@ impl PostHocEma {
         let sources = self.sources(run.as_ref(), step);
         let plans = solve(&sources)?;
         let guard = self.live_values()?;
-        let live: Vec<LiveSource<'_>> = (0..self.settings.profiles.len())
-            .map(|index| LiveSource { registry: &self.registry, values: guard.values(), index })
-            .collect();
+        let live = self.live_sources(&guard);
         let snapshots = run.as_ref().map(Run::tensor_sources).unwrap_or_default();
         let mut held: Vec<(IndexedSource, &dyn TensorSource)> = Vec::with_capacity(sources.len());
         for source in sources {

@@ -5,6 +5,7 @@ mod checkpoint_meta;
 mod engine;
 mod extend;
 mod live;
+mod live_source;
 mod non_finite;
 mod options;
 mod registry;

@@ -6,6 +6,7 @@ mod extending;
 mod faults;
 mod filling;
 mod growth;
+mod live_predictions;
 mod locks;
 mod log;
 mod non_finite;

@@ -10,7 +10,7 @@ use super::args::{AtArgs, NoiseArgs};
 use super::forecast::ForecastArgs;
 use super::list::Numbers;
 use super::open::OpenArgs;
-use super::output::{print, print_json, print_warnings};
+use super::output::{print, print_json, print_notes, print_warnings};
 use super::plot::PlotArgs;
 use super::source::{PlanSource, length_at};
 use super::targets::{numbers, profiles};
@@ -59,6 +59,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         if let Some(groups) = tables::worst_groups(&plans) {
             print(&groups.to_string());
         }
+        print_notes(&plans);
     }
     if arguments.plot.is_empty() { Ok(()) } else { draw(arguments, &source, &plans) }
 }
@@ -71,6 +72,7 @@ fn error_json((sigma_rel, plan): (f64, &Plan)) -> Value {
         "noise_gain": plan.noise_gain,
         "rho": plan.rho,
         "predicted": plan.predicted,
+        "no_prediction": plan.no_prediction,
         "worst_group": plan.worst_group,
         "warning": plan.shortfall,
     })

@@ -17,6 +17,14 @@ pub fn print_warnings(plans: &[Plan]) {
     warnings(plans).iter().for_each(|warning| print_warning(warning));
 }
 
+/// Prints the reasons for plans without a predicted error, each once.
+pub fn print_notes(plans: &[Plan]) {
+    let mut reasons: Vec<String> =
+        plans.iter().filter_map(|plan| plan.no_prediction).map(|why| why.to_string()).collect();
+    reasons.dedup();
+    reasons.iter().for_each(|why| print(&format!("No error is predicted: {why}.")));
+}
+
 /// Prints a warning to stderr.
 pub fn print_warning(text: &str) {
     eprintln!("warning: {}", escape_control(text));

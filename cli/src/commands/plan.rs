@@ -10,7 +10,7 @@ use super::args::{AtArgs, NoiseArgs};
 use super::forecast::ForecastArgs;
 use super::list::Count;
 use super::open::OpenArgs;
-use super::output::{bytes, print, print_json, print_warnings};
+use super::output::{bytes, print, print_json, print_notes, print_warnings};
 use super::plot::PlotArgs;
 use super::source::PlanSource;
 use super::targets::TargetArgs;
@@ -82,6 +82,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         if let Some(groups) = tables::worst_groups(&plans) {
             print(&groups.to_string());
         }
+        print_notes(&plans);
         if let Some(later) = tables::later(&plans) {
             print(&later.to_string());
         }

@@ -148,6 +148,7 @@ fn target_json(plan: &Plan, path: &Path) -> Value {
         "noise_gain": plan.noise_gain,
         "rho": plan.rho,
         "predicted": plan.predicted,
+        "no_prediction": plan.no_prediction,
         "worst_group": plan.worst_group,
         "warning": plan.shortfall,
     });

@@ -95,14 +95,17 @@ fn plan_before_training_equals_the_plan_of_the_run() {
     let flags = ["plan", "--steps", "500", "--checkpoint-every", "50", "--snapshot-growth", "0"];
     let before = json(&[&flags[..], &targets[..]].concat());
     let mut after = json(&[&["plan", &dir][..], &targets[..]].concat());
-    // A prediction needs stored snapshots.
+    // Nothing is known of the movement before training.
     for target in after["targets"].as_array_mut().unwrap() {
         assert!(target["predicted"]["total"].as_f64().unwrap() > 0.0);
         assert_eq!(target["worst_group"]["tensors"], serde_json::json!(["layer.bias"]));
         target["predicted"] = Value::Null;
+        target["no_prediction"] = before["targets"][0]["no_prediction"].clone();
         target.as_object_mut().unwrap().remove("worst_group");
     }
     assert_eq!(before, after);
+    let text = stdout(&[&flags[..], &targets[..2]].concat());
+    assert!(text.contains("No error is predicted: before training nothing is known of the movement"), "{text}");
 }
 
 /// Snapshots in f16 of a model that moves little: a short average is mostly their rounding.
@@ -140,6 +143,8 @@ fn noise_auto_lowers_the_predicted_error() {
     // Two steps are too few to predict from.
     let early = json(&["plan", &dir, "--sigma-rel", "0.1", "--at", "100", "--noise", "auto", "--json"]);
     assert_eq!((&early["targets"][0]["predicted"], &early["targets"][0]["rho"]), (&Value::Null, &Value::from(0.0)));
+    let text = stdout(&["error", &dir, "--sigma-rel", "0.1,0.2", "--at", "100"]);
+    assert_eq!(text.matches("No error is predicted: averages of 2 steps do not show").count(), 1, "{text}");
 }
 
 #[test]

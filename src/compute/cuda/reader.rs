@@ -43,6 +43,17 @@ impl AveragesReader {
         self.staging(largest).map(drop)
     }
 
+    /// Returns some elements of the f32 part of one tensor.
+    ///
+    /// # Errors
+    /// As [`AveragesReader::ranges`].
+    pub fn elements(&mut self, profile: usize, tensor: usize, elements: Range<usize>) -> Result<Vec<f32>> {
+        let mut values = vec![0f32; elements.len()];
+        let start = self.arenas.layout.range(tensor).start + elements.start;
+        self.read(bytemuck::cast_slice_mut(&mut values), self.arenas.address(profile, start))?;
+        Ok(values)
+    }
+
     /// Returns the averages of one profile, with their low-order terms.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ use super::{Advice, AdviceRequest, WorstCase, rounding};
 use crate::error::{Error, Result};
 use crate::math::{MAX_SIGMA_REL, Profile, dense_errors, targets};
 use crate::planning::forecast::Forecast;
+use crate::planning::no_prediction::NoPrediction;
 use crate::planning::noise::Noise;
 use crate::planning::plan::{At, solve};
 
@@ -284,7 +285,8 @@ impl<'a> Search<'a> {
         let mut worst = WorstCase::default();
         for set in candidate.sets.iter().take(MOST_SETS) {
             let sources = forecast.sources_at(set);
-            let plans = solve(&sources, Some(&history), &self.targets, At::Latest, Noise::Off, None)?;
+            let unasked = Err(NoPrediction::NotAsked);
+            let plans = solve(&sources, Some(&history), &self.targets, At::Latest, Noise::Off, unasked)?;
             for plan in plans {
                 let length = plan.profile.as_sigma_rel().unwrap_or_default();
                 worst.include(length, plan.relative_error, plan.noise_gain, self.rounding);
