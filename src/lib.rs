@@ -57,6 +57,7 @@ pub mod fs;
 mod import;
 pub mod math;
 mod merge;
+mod output;
 mod planning;
 #[cfg(feature = "pytorch")]
 mod pytorch;
@@ -81,6 +82,7 @@ pub use fs::install_sigbus_handler;
 pub use import::{Import, ImportReport, Tool};
 pub use math::{Densities, Family, History, Profile, Retention, Schedule, Shape, Window};
 pub use merge::{CheckpointWeight, Checkpoints, Merge, ProductErrors};
+pub use output::{FormOptions, OutputForm};
 // Hidden: only the program and the Python package use them.
 pub use planning::{
     ACCURACY_LOG, Advice, AdviceRequest, At, Forecast, LARGE_ERROR, LaterTensors, NoPrediction, Noise, Plan,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from . import _native
 from ._dtypes import average_dtype_name
+from ._form import output_form, patterns
 from ._outputs import OutputBuffers
 from ._profiles import Profile, Target, to_json
 from ._progress import Progress, byte_progress
@@ -85,6 +86,9 @@ def average(
     leave_out: Iterable[str] = (),
     product: Literal["factors", "svd"] = "factors",
     ignore_config: Iterable[str] = (),
+    like: str | os.PathLike[str] | None = None,
+    shard_size: int | str | None = None,
+    rename: str | Iterable[str] = (),
     follow_links: bool = False,
     progress: Progress = None,
 ) -> list[Average]:
@@ -115,6 +119,9 @@ def average(
         product: Average of low-rank adapters (LoRA). "factors" averages each factor. "svd" averages the products, each
             with its scale, and cuts them back to their rank.
         ignore_config: Settings in which the `config.json` of the checkpoints may differ: keys joined by dots, or globs.
+        like: Folder of a model that averages are written like, as for `PostHocEMA.write`.
+        shard_size: Largest size of a shard, as for `PostHocEMA.write`.
+        rename: Rules that rename tensors, as for `PostHocEMA.write`.
         follow_links: If True, copies configuration, tokenizer and other small files even if they are links that lead
             out of the checkpoint's folder, which is otherwise an error. Hugging Face's cache does not need it.
         progress: Function of the bytes read so far and in total, True for a bar, or False for none; default a bar
@@ -134,13 +141,17 @@ def average(
     """
     jsons = to_json([targets] if isinstance(targets, (int, float, Profile)) else targets)
     given = None if steps is None else [int(step) for step in steps]
-    copied, left_out = _patterns("copy", copy), _patterns("leave_out", leave_out)
-    ignored = _patterns("ignore_config", ignore_config)
+    copied, left_out = patterns("copy", copy), patterns("leave_out", leave_out)
+    ignored = patterns("ignore_config", ignore_config)
     checkpoints = _native.Checkpoints(_paths(paths), given, key, copied, left_out, ignored, product, follow_links)
     outputs = None if out is None else _paths(out)
     if outputs is not None and len(outputs) != len(jsons):
         raise ValueError(f"out names {len(outputs)} paths for {len(jsons)} targets: give one for each")
+    if outputs is None and (like is not None or shard_size is not None or rename):
+        raise ValueError("like, shard_size and rename are for averages that are written: name a path with out")
+    form = output_form(like, shard_size, rename, (), follow_links)
     text, notes = checkpoints.plans(jsons, at)
+    notes += checkpoints.check_form(jsons, at, form)
     stored = average_dtype_name(dtype)
 
     def total() -> int:
@@ -153,7 +164,7 @@ def average(
             checkpoints.load_into(jsons, at, buffers.layout, buffers.addresses(), report)
             results: list[dict[str, Any]] = [{"state_dict": target} for target in buffers.targets]
         else:
-            checkpoints.write(jsons, at, outputs, stored, device, report)
+            checkpoints.write(jsons, at, outputs, stored, device, form, report)
             results = [{"path": path} for path in outputs]
     for note in filter(None, [*checkpoints.notes(), *notes]):
         warnings.warn(note, stacklevel=2)
@@ -164,12 +175,6 @@ def average(
 
 def _paths(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
     return [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
-
-
-def _patterns(option: str, patterns: Iterable[str]) -> list[str]:
-    if isinstance(patterns, str):
-        raise TypeError(f"{option} is a list of names or globs, such as [{patterns!r}]")
-    return list(patterns)
 
 
 def _average(plan: dict[str, Any], result: dict[str, Any]) -> Average:

@@ -71,6 +71,19 @@ class Tracker:
     ) -> None: ...
     def switch_to(self, target: str, layout: Layout, addresses: Sequence[int], stream: int) -> None: ...
 
+class OutputForm:
+    """Form of averages on disk."""
+
+    def __new__(
+        cls,
+        like: str | PathLike[str] | None,
+        shard_size: int | None,
+        rename: Sequence[str],
+        leave_out: Sequence[str],
+        follow_links: bool,
+    ) -> OutputForm: ...
+    def is_folder(self) -> bool: ...
+
 class Run:
     """Snapshots of a training, opened to read."""
 
@@ -85,6 +98,7 @@ class Run:
     def plans(self, targets: Sequence[str], step: int | None, noise: str) -> str: ...
     def log_warnings(self, targets: Sequence[str], step: int | None, noise: str) -> None: ...
     def bytes_to_read(self, targets: Sequence[str], step: int | None) -> int: ...
+    def check_form(self, targets: Sequence[str], step: int | None, form: OutputForm) -> list[str]: ...
     def load_into(
         self,
         targets: Sequence[str],
@@ -102,6 +116,7 @@ class Run:
         paths: Sequence[str | PathLike[str]],
         dtype: str | None,
         device: str,
+        form: OutputForm,
         progress: Progress,
     ) -> tuple[str, str]: ...
     def swap_in(
@@ -176,6 +191,7 @@ class Checkpoints:
     def plans(self, targets: Sequence[str], step: int | None) -> tuple[str, list[str | None]]: ...
     def product_errors(self, targets: Sequence[str], step: int | None) -> str: ...
     def bytes_to_read(self, targets: Sequence[str], step: int | None) -> int: ...
+    def check_form(self, targets: Sequence[str], step: int | None, form: OutputForm) -> list[str]: ...
     def load_into(
         self,
         targets: Sequence[str],
@@ -191,6 +207,7 @@ class Checkpoints:
         paths: Sequence[str | PathLike[str]],
         dtype: str | None,
         device: str,
+        form: OutputForm,
         progress: Progress,
     ) -> str: ...
 

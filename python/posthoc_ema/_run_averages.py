@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._batch_norm import update_bn
+from ._form import output_form
 from ._launch import launched
 from ._model import Model
 from ._options import check_calculation_dtype
@@ -205,29 +206,49 @@ class RunAverages:
         dtype: Any = None,
         device: str = "auto",
         noise: Noise = "off",
+        like: str | os.PathLike[str] | None = None,
+        shard_size: int | str | None = None,
+        rename: str | Iterable[str] = (),
+        leave_out: Iterable[str] = (),
+        follow_links: bool = False,
         progress: Progress = None,
     ) -> list[Path]:
-        """Writes averages of several lengths as safetensors files, in one pass over the stored snapshots.
+        """Writes averages of several lengths as safetensors files or folders, in one pass over the stored snapshots.
 
         Memory stays bounded for models of any size.
 
         Args:
             targets: Profiles, or numbers as sigma_rel.
-            directory: Folder of the files, which are named after target and step; created if it is missing.
+            directory: Folder of the outputs, which are named after target and step; created if it is missing.
             step: Step of the averages; default that of the newest snapshot.
-            dtype: Dtype of averaged tensors; default each tensor's own.
+            dtype: Dtype of averaged tensors; default each tensor's own, or that of `like`.
             device: Device of the blend: "auto", "cpu" or "cuda:N". The bits are the same on all.
             noise: Regularisation, as for `model`.
+            like: Folder of a model as `save_pretrained` writes it. Each average becomes such a folder, which the
+                model's library loads: with its names of tensors, tied tensors, dtypes and shards, and all of its files
+                but weights and the state of a training.
+            shard_size: Largest size of a shard in bytes, or a text such as "5GB". Each average becomes a folder, with
+                an index if it has more than one shard.
+            rename: Rules that rename tensors: `s/PATTERN/REPLACEMENT/` as of `sed -E`, "wrappers" (takes away
+                `module.`, `_orig_mod.` and the like) or "peft" (takes away an adapter's `.default`). If the names do
+                not fit `like`, the last two are tried.
+            leave_out: Names or globs of tensors to leave out.
+            follow_links: Copy files of `like` even if they are links that lead out of its folder.
             progress: As for `synthesize`.
 
         Returns:
-            The files, in the order of the targets.
+            The files or folders, in the order of the targets.
+
+        Warns:
+            UserWarning: If tensors are renamed or left out without being asked for, to fit `like`.
 
         Raises:
-            ValueError: If a target is not valid, the step is outside the run, or `directory` is the run's own.
+            ValueError: If a target is not valid, the step is outside the run, `directory` is the run's own, or an
+                average would not load strictly in the place of the weights of `like`.
             OSError: If a file cannot be read or written.
         """
-        return self._reader.write(targets, directory, step, dtype, device, noise, progress)
+        form = output_form(like, shard_size, rename, leave_out, follow_links)
+        return self._reader.write(targets, directory, step, dtype, device, noise, form, progress)
 
     def plan(self, targets: Iterable[Target], step: int | None = None, *, noise: Noise = "off") -> list[Plan]:
         """Solves the weights of targets and predicts their errors; of stored tensors only a sample is read.

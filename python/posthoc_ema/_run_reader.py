@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 from . import _accuracy, _native, _swap
 from ._dtypes import average_dtype_name
+from ._form import output_form
 from ._lend import is_torch, torch_module
 from ._model import MappingTensors, Model, ModuleTensors, tensors_of
 from ._outputs import OutputBuffers, complex_names, join_pairs
@@ -178,27 +180,31 @@ class RunReader:
         dtype: Any,
         device: str,
         noise: Noise,
+        form: _native.OutputForm,
         progress: Progress,
     ) -> list[Path]:
-        """Writes a file for each target; see `PostHocEMA.write`."""
+        """Writes a file or folder for each target; see `PostHocEMA.write`."""
         profiles = [as_profile(target) for target in targets]
         run = self.run()
         jsons = to_json(profiles)
         plans = Plan.from_json(run.plans(jsons, step, "off"))
-        names = [f"{str(plan.profile).replace(' ', '-')}.step-{plan.at}.safetensors" for plan in plans]
+        for note in run.check_form(jsons, step, form):
+            warnings.warn(note, stacklevel=3)
+        extension = "" if form.is_folder() else ".safetensors"
+        names = [f"{str(plan.profile).replace(' ', '-')}.step-{plan.at}{extension}" for plan in plans]
         if len(set(names)) < len(names):
             names = [f"{i}.{name}" for i, name in enumerate(names, 1)]
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in names]
         with byte_progress(progress, lambda: run.bytes_to_read(jsons, step), "synthesizing") as report:
-            run.write(jsons, step, noise_text(noise), paths, average_dtype_name(dtype), device, report)
+            run.write(jsons, step, noise_text(noise), paths, average_dtype_name(dtype), device, form, report)
         _accuracy.warn()
         return paths
 
     def write_best(self, target: Target, path: Path, step: int | None, noise: Noise) -> None:
         """Writes one average to a path, on the CPU and in the dtypes of its tensors."""
-        self.run().write(to_json([target]), step, noise_text(noise), [path], None, "cpu", None)
+        self.run().write(to_json([target]), step, noise_text(noise), [path], None, "cpu", output_form(), None)
 
     def identity(self) -> str:
         """Returns the name under which a sweep records the run."""

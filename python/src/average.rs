@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 use crate::dtypes::{describe, parse_optional_dtype};
 use crate::errors::{argument, to_python};
+use crate::form::OutputForm;
 use crate::jobs;
 use crate::json::to_json;
 use crate::lend::{Layout, output_views};
@@ -55,6 +56,18 @@ impl Checkpoints {
     /// Returns notes on how the checkpoints were read.
     fn notes(&self) -> Vec<String> {
         self.0.notes().to_vec()
+    }
+
+    /// Checks that targets fit a form, and returns notes on it.
+    fn check_form(
+        &self,
+        py: Python<'_>,
+        targets: Vec<String>,
+        step: Option<u64>,
+        form: &OutputForm,
+    ) -> PyResult<Vec<String>> {
+        let merges = self.merges(py, &targets, step)?;
+        py.detach(|| self.0.check_form(&merges, &form.0)).map_err(to_python)
     }
 
     /// Returns name, dtype and shape of the tensors of an average.
@@ -115,6 +128,7 @@ impl Checkpoints {
         paths: Vec<PathBuf>,
         dtype: Option<&str>,
         device: &str,
+        form: &OutputForm,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<String> {
         let merges = self.merges(py, &targets, step)?;
@@ -125,7 +139,7 @@ impl Checkpoints {
         let dtype = parse_optional_dtype(dtype)?;
         let device: Device = device.parse().map_err(argument)?;
         let write = |progress: jobs::Progress<'_>| {
-            self.0.write(&outputs, &WriteOptions { dtype, device, progress }).map_err(to_python)
+            self.0.write_as(&outputs, &form.0, &WriteOptions { dtype, device, progress }).map_err(to_python)
         };
         Ok(jobs::run(py, progress, write)?.to_string())
     }

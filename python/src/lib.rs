@@ -6,6 +6,7 @@
 mod average;
 mod dtypes;
 mod errors;
+mod form;
 mod import;
 mod jobs;
 mod json;
@@ -36,6 +37,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<run::Run>()?;
     module.add_class::<sweep::Sweep>()?;
     module.add_class::<average::Checkpoints>()?;
+    module.add_class::<form::OutputForm>()?;
     module.add_function(wrap_pyfunction!(plans::cuda_devices, module)?)?;
     module.add_function(wrap_pyfunction!(tracker::saved_step, module)?)?;
     module.add_function(wrap_pyfunction!(tracker::state_step, module)?)?;

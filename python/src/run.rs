@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 
 use crate::dtypes::{describe, parse_optional_dtype};
 use crate::errors::{argument, to_python};
+use crate::form::OutputForm;
 use crate::jobs;
 use crate::json::to_json;
 use crate::lend::{Layout, Lent, output_views};
@@ -109,7 +110,19 @@ impl Run {
         to_json(&plans)
     }
 
-    /// Writes each target to a file, in one pass; returns the plans and the device of the blend.
+    /// Checks that targets fit a form, and returns notes on it.
+    fn check_form(
+        &self,
+        py: Python<'_>,
+        targets: Vec<String>,
+        step: Option<u64>,
+        form: &OutputForm,
+    ) -> PyResult<Vec<String>> {
+        let plans = self.solve(py, &targets, step, "off")?;
+        py.detach(|| self.0.check_form(&plans, &form.0)).map_err(to_python)
+    }
+
+    /// Writes each target to a file or folder, in one pass; returns the plans and the device of the blend.
     #[expect(clippy::too_many_arguments, reason = "called by name, by the package only")]
     fn write(
         &self,
@@ -120,6 +133,7 @@ impl Run {
         paths: Vec<PathBuf>,
         dtype: Option<&str>,
         device: &str,
+        form: &OutputForm,
         progress: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<(String, String)> {
         let plans = self.solve(py, &targets, step, noise)?;
@@ -130,7 +144,7 @@ impl Run {
         let dtype = parse_optional_dtype(dtype)?;
         let device: Device = device.parse().map_err(argument)?;
         let write = |progress: jobs::Progress<'_>| {
-            self.0.write_all(&outputs, &WriteOptions { dtype, device, progress }).map_err(to_python)
+            self.0.write_as(&outputs, &form.0, &WriteOptions { dtype, device, progress }).map_err(to_python)
         };
         let device = jobs::run(py, progress, write)?;
         Ok((to_json(&plans)?, device.to_string()))

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::find::FoundCheckpoint;
 use super::json;
 use super::options::AdapterProduct;
-use super::settings::{Difference, difference, normalize};
+use super::settings::{SettingDifference, difference, normalize};
 use crate::error::{Error, Result, shown};
 
 /// PEFT's configuration beside an adapter.
@@ -102,7 +102,7 @@ pub(super) fn check_configs(
         key if is_scale(key.split('.').next().unwrap_or(key)) => true,
         key => both && !HARMLESS.contains(&key),
     };
-    let Some(Difference { key, value, other }) = difference(&config, &other, &counts) else { return Ok(()) };
+    let Some(SettingDifference { key, value, other }) = difference(&config, &other, &counts) else { return Ok(()) };
     let is_ratio = key == ALPHA && !has_pattern;
     let remedy = if is_ratio { REMEDY } else { REMEDY_OTHER };
     Err(Error::unexpected(&path, format!("`{key}` is {value}, but {other} in {}: {remedy}", shown(&other_path))))

@@ -162,10 +162,7 @@ fn copy(path: &Path, place: &Path, permissions: &Permissions) -> Result<()> {
 }
 
 /// Writes a small file, which nobody may read who may not read the original with these permissions.
-///
-/// # Errors
-/// [`Error::Io`].
-pub(crate) fn write(path: &Path, bytes: &[u8], permissions: &Permissions) -> Result<()> {
+fn write(path: &Path, bytes: &[u8], permissions: &Permissions) -> Result<()> {
     let file = AtomicFile::create_within(path, permissions)?;
     file.write_at(0, bytes)?;
     file.commit()

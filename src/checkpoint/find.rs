@@ -183,7 +183,7 @@ fn single_checkpoint(only: &FoundCheckpoint) -> Error {
     Error::unexpected(&only.path, why)
 }
 
-fn find_one(path: &Path) -> Result<FoundCheckpoint> {
+pub(super) fn find_one(path: &Path) -> Result<FoundCheckpoint> {
     if path.is_dir() {
         return find_in_folder(path)?
             .ok_or_else(|| Error::unexpected(path, "no weights are in this folder: name one that holds a checkpoint"));
@@ -352,8 +352,13 @@ pub(super) fn has_usual_name(path: &Path) -> bool {
     WEIGHT_NAMES.iter().any(|usual| name.strip_prefix(usual).is_some_and(|rest| rest.starts_with(['.', '-'])))
 }
 
+/// Returns true for a name of weights, without extension, that the tools of Hugging Face expect in a folder.
+pub(crate) fn is_usual_name(name: &str) -> bool {
+    WEIGHT_NAMES.contains(&name)
+}
+
 /// Returns a name without the extension of a file of weights or of an index.
-pub(super) fn without_extension(name: &str) -> &str {
+pub(crate) fn without_extension(name: &str) -> &str {
     let name = split_index(name).map_or(name, |(stem, _)| stem);
     let known = PYTORCH.iter().copied().chain([SAFETENSORS]);
     let stems = known.filter_map(|extension| name.strip_suffix(extension)?.strip_suffix('.'));

@@ -23,18 +23,19 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fs::start_threads;
 
 use options::ReadOptions;
 
 pub(crate) use factors::{Adapters, FactorPair};
-pub(crate) use find::{file_name, safetensors_name, split_index};
+pub(crate) use find::{file_name, is_usual_name, safetensors_name, split_index, without_extension};
 pub(crate) use links::CopySource;
 pub(crate) use model::{CheckpointModel, name_in_file};
 pub use options::{AdapterProduct, CheckpointOptions};
 #[cfg(feature = "pytorch")]
 pub(crate) use weight_file::WeightFile;
+pub(crate) use wrappers::unwrapped;
 
 /// Checkpoints of one model, in order of their steps.
 pub(crate) struct OpenedCheckpoints {
@@ -78,4 +79,21 @@ pub(crate) fn open_all<P: AsRef<Path>>(paths: &[P], options: &CheckpointOptions)
         AdapterProduct::Svd => Some(Adapters::find(&models)?),
     };
     Ok(OpenedCheckpoints { models, steps, notes, adapters })
+}
+
+/// Opens the folder of a model, as `save_pretrained` writes it. Tensors that `leave_out` matches are not of interest.
+///
+/// # Errors
+/// [`Error::Unexpected`] for anything else, [`Error::Setting`] for a pattern that is not a glob, and as
+/// [`CheckpointModel::open`].
+pub(crate) fn open_folder(dir: &Path, leave_out: &[String]) -> Result<CheckpointModel> {
+    let options = CheckpointOptions { leave_out: leave_out.to_vec(), ..Default::default() };
+    let found = find::find_one(dir)?;
+    if !dir.is_dir() || found.folder.is_none() {
+        let why = "not a folder of a model as `save_pretrained` writes it: name one with config.json and weights";
+        return Err(Error::unexpected(dir, why));
+    }
+    let model = CheckpointModel::open(found, &ReadOptions::new(&options)?)?;
+    quantized::check(&model)?;
+    Ok(model)
 }

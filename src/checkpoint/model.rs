@@ -190,6 +190,19 @@ impl CheckpointModel {
         self.files[entry.file].bytes(&entry.stored_name)
     }
 
+    /// Returns true if two tensors share their elements in the file.
+    pub(crate) fn share_elements(&self, a: &str, b: &str) -> bool {
+        let elements = |name| self.tensors.get(name).and_then(|entry| self.bytes(entry));
+        matches!((elements(a), elements(b)), (Some(a), Some(b)) if !a.is_empty() && std::ptr::eq(a, b))
+    }
+
+    /// Returns true if two matrices are equal, as those of tied layers are in files that hold both.
+    pub(crate) fn equal_matrices(&self, a: &str, b: &str) -> bool {
+        let matrix = |name| self.tensors.get(name).filter(|entry: &&TensorEntry| entry.shape.len() > 1);
+        let (Some(a), Some(b)) = (matrix(a), matrix(b)) else { return false };
+        (a.dtype, &a.shape) == (b.dtype, &b.shape) && self.bytes(a).is_some() && self.bytes(a) == self.bytes(b)
+    }
+
     /// Iterates over the tensors that their files do not hold in C order.
     pub(crate) fn scattered(&self) -> impl Iterator<Item = (&str, &TensorEntry)> {
         let tensors = self.tensors.iter().map(|(name, entry)| (name.as_str(), entry));

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::find::{FoundCheckpoint, module_folders};
 use super::json;
-use super::settings::{Difference, difference};
+use super::settings::{SettingDifference, difference};
 use crate::error::{Error, Result, shown};
 use crate::tensor::NamePatterns;
 
@@ -67,7 +67,7 @@ pub(super) fn check(checkpoint: &FoundCheckpoint, other: &FoundCheckpoint, ignor
         }
         let same_version = VERSIONS.iter().all(|key| config[key] == other[key]);
         let counts = |key: &str, both: bool| (both || same_version) && !is_harmless(key) && !ignored.contains(key);
-        if let Some(Difference { key, value, other }) = difference(&config, &other, &counts) {
+        if let Some(SettingDifference { key, value, other }) = difference(&config, &other, &counts) {
             let [value, other] =
                 [value, other].map(|value| value.to_string().chars().take(MOST_LETTERS).collect::<String>());
             let why = format!(

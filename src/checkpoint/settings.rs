@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 /// Setting in which two configurations differ. A value that is missing is null.
-pub(super) struct Difference<'a> {
+pub(super) struct SettingDifference<'a> {
     /// Keys that lead to it, joined by dots.
     pub key: String,
     pub value: &'a Value,
@@ -18,7 +18,7 @@ pub(super) fn difference<'a>(
     config: &'a Value,
     other: &'a Value,
     counts: &dyn Fn(&str, bool) -> bool,
-) -> Option<Difference<'a>> {
+) -> Option<SettingDifference<'a>> {
     compare("", config, other, counts)
 }
 
@@ -27,7 +27,7 @@ fn compare<'a>(
     value: &'a Value,
     other: &'a Value,
     counts: &dyn Fn(&str, bool) -> bool,
-) -> Option<Difference<'a>> {
+) -> Option<SettingDifference<'a>> {
     let (entries, others) = match (value, other) {
         (Value::Object(entries), Value::Object(others))
             if key.is_empty() || !(entries.is_empty() || others.is_empty()) =>
@@ -36,7 +36,7 @@ fn compare<'a>(
         }
         _ => {
             let differs = normalize(value) != normalize(other);
-            return differs.then(|| Difference { key: key.to_owned(), value, other });
+            return differs.then(|| SettingDifference { key: key.to_owned(), value, other });
         }
     };
     let mut keys: Vec<&String> =

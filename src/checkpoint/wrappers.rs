@@ -36,7 +36,7 @@ pub(super) fn look_through(models: &mut [CheckpointModel]) -> Option<String> {
 }
 
 /// Returns a name without the parts that wrappers add. Only DataParallel's is an ordinary word: it counts in front.
-fn unwrapped(name: &str) -> String {
+pub(crate) fn unwrapped(name: &str) -> String {
     let mut parts: Vec<&str> = name.split('.').collect();
     parts.retain(|part| *part == WRAPPERS[0] || !WRAPPERS.contains(part));
     let is_wrapped = parts.len() > 1 && parts[0] == WRAPPERS[0];

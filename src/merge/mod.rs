@@ -13,6 +13,7 @@ use crate::checkpoint::{CheckpointModel, CheckpointOptions, OpenedCheckpoints, o
 use crate::device::Device;
 use crate::error::Result;
 use crate::math::Profile;
+use crate::output::OutputForm;
 use crate::planning::At;
 use crate::synthesis::{ModelTensor, SourceSet, WriteOptions};
 use crate::tensor::{TensorSpec, TensorViewMut, Tensors};
@@ -193,7 +194,32 @@ impl Checkpoints {
     /// [`Error::Tensor`](crate::Error::Tensor) for a sum that the dtype cannot hold; and those of
     /// [`Run::write_all`](crate::Run::write_all).
     pub fn write(&self, outputs: &[(&Merge, &Path)], options: &WriteOptions<'_>) -> Result<Device> {
-        write::write(self, outputs, options)
+        self.write_as(outputs, &OutputForm::default(), options)
+    }
+
+    /// Writes averages as [`Checkpoints::write`] does, in a form: like the folder of a model, in shards, or under other
+    /// names.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::write`] and [`Checkpoints::check_form`].
+    pub fn write_as(
+        &self,
+        outputs: &[(&Merge, &Path)],
+        form: &OutputForm,
+        options: &WriteOptions<'_>,
+    ) -> Result<Device> {
+        write::write(self, outputs, form, options)
+    }
+
+    /// Checks that averages fit a form, and returns what a user may want to know of it: names that were changed, and
+    /// tied tensors that are not written.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`](crate::Error::Unexpected) with all tensors that the form's folder has and the average
+    /// lacks, with all that the folder lacks, and with all of another shape; [`Error::Setting`](crate::Error::Setting)
+    /// for rules by which two tensors get one name, and for rules and patterns that match nothing.
+    pub fn check_form(&self, merges: &[Merge], form: &OutputForm) -> Result<Vec<String>> {
+        write::notes(self, merges, form)
     }
 
     /// Blends one average into memory.

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use rayon::prelude::*;
 
 mod extended;
+mod formed;
 mod grouped;
 mod lineage;
 mod parsed_snapshot;

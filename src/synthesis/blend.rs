@@ -132,7 +132,7 @@ fn byte_range(elements: &Range<usize>, dtype: Dtype) -> Range<usize> {
 }
 
 /// Error for a sum that does not fit the dtype `output`. The blended range begins at element `start` of the tensor.
-fn overflow_error(tensor: &str, output: Dtype, overflow: Overflow, start: usize) -> Error {
+pub(super) fn overflow_error(tensor: &str, output: Dtype, overflow: Overflow, start: usize) -> Error {
     let value = overflow.value;
     let element = start + overflow.element;
     let reason = if value.is_finite() {

@@ -39,32 +39,47 @@ pub(crate) struct OutputFile {
     pub metadata: BTreeMap<String, String>,
 }
 
+/// Tensor of a file: its index in the [`SourceSet`], its name there, and its dtype.
+#[derive(Clone, Debug)]
+pub(crate) struct ShardTensor {
+    pub tensor: usize,
+    pub name: String,
+    pub dtype: Dtype,
+}
+
+impl ShardTensor {
+    /// Returns a tensor under its own name. `dtype` is that of averaged tensors, `None` for the model's own.
+    pub(crate) fn own(set: &SourceSet<'_>, tensor: usize, dtype: Option<Dtype>) -> ShardTensor {
+        let ModelTensor { name, dtype: own, averaged, .. } = &set.tensors[tensor];
+        ShardTensor { tensor, name: name.clone(), dtype: dtype.filter(|_| *averaged).unwrap_or(*own) }
+    }
+}
+
 impl Shards {
-    /// Lays out one file for each list of tensor indices. `dtype` is that of averaged tensors, `None` for the model's
-    /// own. `name` gives the name in the file.
+    /// Lays out one file for each list of tensors.
     ///
     /// # Errors
     /// As [`FileLayout::new`].
-    pub(crate) fn new(
-        set: &SourceSet<'_>,
-        dtype: Option<Dtype>,
-        parts: Vec<Vec<usize>>,
-        name: fn(&str) -> &str,
-    ) -> Result<Shards> {
+    pub(crate) fn new(set: &SourceSet<'_>, parts: Vec<Vec<ShardTensor>>) -> Result<Shards> {
         let mut shards = Vec::with_capacity(parts.len());
-        for members in parts {
-            let specs = members.iter().map(|&member| spec(&set.tensors[member], dtype, name)).collect();
-            shards.push(Shard { members, layout: FileLayout::new(specs)? });
+        for part in parts {
+            let members = part.iter().map(|member| member.tensor).collect();
+            let spec = |ShardTensor { tensor, name, dtype }: ShardTensor| {
+                let shape = set.tensors[tensor].shape.clone();
+                TensorSpec { name, dtype, shape }
+            };
+            shards.push(Shard { members, layout: FileLayout::new(part.into_iter().map(spec).collect())? });
         }
         Ok(Shards(shards))
     }
 
-    /// Lays out a single file that holds all tensors.
+    /// Lays out a single file that holds all tensors. `dtype` is that of averaged tensors, `None` for the model's own.
     ///
     /// # Errors
     /// As [`Shards::new`].
     pub(crate) fn single(set: &SourceSet<'_>, dtype: Option<Dtype>) -> Result<Shards> {
-        Shards::new(set, dtype, vec![(0..set.tensors.len()).collect()], |name| name)
+        let all = (0..set.tensors.len()).map(|tensor| ShardTensor::own(set, tensor, dtype)).collect();
+        Shards::new(set, vec![all])
     }
 
     /// Number of files.
@@ -104,12 +119,6 @@ impl Shards {
         }
         Ok(OutputFiles(files))
     }
-}
-
-/// Spec of a tensor in a file. `dtype` applies to averaged tensors only.
-fn spec(tensor: &ModelTensor, dtype: Option<Dtype>, name: fn(&str) -> &str) -> TensorSpec {
-    let dtype = if tensor.averaged { dtype.unwrap_or(tensor.dtype) } else { tensor.dtype };
-    TensorSpec { name: name(&tensor.name).to_owned(), dtype, shape: tensor.shape.clone() }
 }
 
 /// Files of one target under temporary names, each with the offset of its data section.

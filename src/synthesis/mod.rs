@@ -18,11 +18,11 @@ mod write;
 
 pub(crate) use backend::check_device;
 pub use backend::cuda_devices;
-pub(crate) use files::{OutputFile, Shards};
+pub(crate) use files::{OutputFile, ShardTensor, Shards};
 pub(crate) use options::MAX_TARGETS;
 pub use options::{Output, WriteOptions};
 pub(crate) use source_set::{
     Elements, LaterSelection, ModelTensor, Selection, SourceSet, TensorSource, WeightedSources,
 };
 pub use swap::{SavedWeights, SwapGuard};
-pub(crate) use write::check_distinct;
+pub(crate) use write::{check_distinct, metadata};

@@ -4,15 +4,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::backend::{Backend, choose};
-use super::files::{OutputFile, OutputFiles, Shards};
+use super::blend::overflow_error;
+use super::files::{OutputFile, OutputFiles, Shards, TensorLocation};
 use super::options::{MAX_TARGETS, Output, WriteOptions};
-use super::source_set::{Selection, SourceSet};
+use super::source_set::{ModelTensor, Selection, SourceSet};
 use super::streaming::Streaming;
+use crate::compute::cpu;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::fs::{Stream, check_output, parent_dir, remove_leftovers};
 use crate::planning::{Plan, groups_json, profile_json};
 use crate::snapshot::{GROUPS, Meta, PROFILE, STEP};
+
+/// Elements of a copied tensor that are converted at a time.
+const CONVERTED_ELEMENTS: usize = 1 << 18;
 
 impl SourceSet<'_> {
     /// Blends plans into files, up to [`MAX_TARGETS`] in one pass over the sources. Returns the device that blended.
@@ -82,25 +87,44 @@ impl SourceSet<'_> {
             }
             for (target, files) in files.iter().enumerate() {
                 let bytes = selection.copied(target, tensor)?;
-                files.write_block_at(location.file, location.range.start, bytes)?;
+                if location.dtype == tensor.dtype {
+                    files.write_block_at(location.file, location.range.start, bytes)?;
+                } else {
+                    convert(files, &location, tensor, bytes)?;
+                }
             }
         }
         Ok(())
     }
 
     fn output_file(&self, output: &Output<'_>) -> OutputFile {
-        OutputFile { path: output.path.to_owned(), metadata: self.metadata(output.plan) }
+        OutputFile { path: output.path.to_owned(), metadata: metadata(output.plan, &self.tied) }
     }
+}
 
-    fn metadata(&self, plan: &Plan) -> BTreeMap<String, String> {
-        let mut strings = Meta { tied: self.tied.clone(), ..Meta::default() }.to_strings();
-        strings.insert(PROFILE.into(), profile_json(&plan.profile));
-        strings.insert(STEP.into(), plan.at.to_string());
-        if !plan.groups.is_empty() {
-            strings.insert(GROUPS.into(), groups_json(&plan.groups));
-        }
-        strings
+/// Returns the metadata of an average, with the name of the kept tensor for each tied one.
+pub(crate) fn metadata(plan: &Plan, tied: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let mut strings = Meta { tied: tied.clone(), ..Meta::default() }.to_strings();
+    strings.insert(PROFILE.into(), profile_json(&plan.profile));
+    strings.insert(STEP.into(), plan.at.to_string());
+    if !plan.groups.is_empty() {
+        strings.insert(GROUPS.into(), groups_json(&plan.groups));
     }
+    strings
+}
+
+/// Writes a copied tensor in another floating-point dtype, in pieces.
+fn convert(files: &OutputFiles, location: &TensorLocation, tensor: &ModelTensor, bytes: &[u8]) -> Result<()> {
+    let [from, to] = [tensor.dtype, location.dtype].map(|dtype| dtype.bitsize() / 8);
+    let blend = cpu::Blend { dtypes: &[tensor.dtype], weights: &[1.0], output: location.dtype };
+    let mut converted = Vec::new();
+    for (i, piece) in bytes.chunks(CONVERTED_ELEMENTS * from).enumerate() {
+        converted.resize(piece.len() / from * to, 0);
+        let fits = cpu::blend(&mut [&mut converted], &[piece], &blend);
+        fits.map_err(|overflow| overflow_error(&tensor.name, location.dtype, overflow, i * CONVERTED_ELEMENTS))?;
+        files.write_at(location.file, location.range.start + i * CONVERTED_ELEMENTS * to, &converted)?;
+    }
+    Ok(())
 }
 
 /// Checks that each target has a file or folder of its own.

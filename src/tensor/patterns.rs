@@ -28,6 +28,11 @@ impl NamePatterns {
         Ok(NamePatterns { option, literal: patterns.iter().cloned().collect(), globs: globs.build().map_err(setting)? })
     }
 
+    /// Returns true for a set without patterns.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.literal.is_empty()
+    }
+
     /// Returns true if a pattern matches the name.
     pub(crate) fn contains(&self, name: &str) -> bool {
         self.literal.contains(name) || self.globs.is_match(name)

@@ -17,10 +17,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("planning", &["error", "tensor", "fs", "math", "compute", "snapshot"]),
     ("synthesis", &["error", "tensor", "device", "fs", "compute", "snapshot", "planning"]),
     ("checkpoint", &["error", "tensor", "fs", "snapshot", "pytorch", "synthesis"]),
-    ("run", &["error", "tensor", "device", "fs", "math", "compute", "snapshot", "planning", "synthesis"]),
+    ("output", &["error", "tensor", "fs", "snapshot", "synthesis", "checkpoint"]),
+    ("run", &["error", "tensor", "device", "fs", "math", "compute", "snapshot", "planning", "synthesis", "output"]),
     ("tracker", &["error", "tensor", "device", "fs", "math", "compute", "snapshot", "planning", "synthesis", "run"]),
-    ("sweep", &["error", "tensor", "device", "fs", "math", "snapshot", "planning", "synthesis", "run"]),
-    ("merge", &["error", "tensor", "device", "fs", "math", "snapshot", "planning", "synthesis", "checkpoint"]),
+    ("sweep", &["error", "tensor", "device", "fs", "math", "snapshot", "planning", "synthesis", "output", "run"]),
+    (
+        "merge",
+        &["error", "tensor", "device", "fs", "math", "snapshot", "planning", "synthesis", "checkpoint", "output"],
+    ),
     ("import", &["error", "tensor", "fs", "math", "snapshot", "pytorch", "planning", "run"]),
 ];
 

@@ -20,7 +20,7 @@ impl AtArgs {
 /// Dtype of averages, and the device that blends them.
 #[derive(Args)]
 pub struct BlendArgs {
-    /// Dtype of averaged tensors [default: the model's]
+    /// Dtype of averaged tensors [default: the model's, or that of --like]
     #[arg(long, value_enum)]
     dtype: Option<DtypeName>,
     /// Device to blend on: auto (whichever is faster for the job), cpu, or cuda:N

@@ -5,12 +5,13 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use posthoc_ema::{
-    AdapterProduct, At, CheckpointOptions, Checkpoints, Device, Merge, ProductErrors, WriteOptions, shown,
+    AdapterProduct, At, CheckpointOptions, Checkpoints, Device, Merge, OutputForm, ProductErrors, WriteOptions, shown,
 };
 use serde_json::{Value, json};
 
 use super::args::BlendArgs;
 use super::destination::{Destination, output_parser};
+use super::form::FormArgs;
 use super::list::Numbers;
 use super::output::{byte_bar, bytes, print_json, print_report, print_warning};
 use super::targets::{TargetArgs, target_name};
@@ -55,8 +56,8 @@ pub struct Arguments {
     /// Time of the targets; later checkpoints are left out [default: the newest checkpoint]
     #[arg(long, value_name = "STEP")]
     at: Option<u64>,
-    /// Write the only target to this file, or to this folder if the checkpoints are folders; - is stdout, by way of a
-    /// temporary file in $TMPDIR
+    /// Write the only target to this file, or to this folder if the checkpoints are folders, or with --like or
+    /// --shard-size; - is stdout, by way of a temporary file in $TMPDIR
     #[arg(short, long, value_name = "PATH", conflicts_with = "out_dir", value_parser = output_parser())]
     output: Option<PathBuf>,
     /// Write each target to a file or folder of its own in this directory, which is made if it is missing
@@ -69,6 +70,8 @@ pub struct Arguments {
     /// Only show the weights and what they cost
     #[arg(long, conflicts_with_all = ["output", "out_dir"])]
     plan: bool,
+    #[command(flatten)]
+    form: FormArgs,
     #[command(flatten)]
     blend: BlendArgs,
     /// Print one JSON document
@@ -93,22 +96,25 @@ pub fn run(arguments: &Arguments) -> Outcome {
     check_output(arguments, profiles.len())?;
     arguments.destination().check(arguments.json)?;
     let options = arguments.options()?;
+    let form = arguments.form.form(None)?;
     let checkpoints = Checkpoints::open_with(&arguments.paths, &options).map_err(Failure::of_argument)?;
     let checkpoints = checkpoints.follow_links(arguments.follow_links);
     let at = arguments.at.map_or(At::Latest, At::Step);
     let merges = checkpoints.plans(&profiles, at).map_err(Failure::of_argument)?;
+    let mut notes = checkpoints.notes().to_vec();
+    notes.extend(checkpoints.check_form(&merges, &form).map_err(Failure::of_argument)?);
     if !arguments.json {
-        checkpoints.notes().iter().for_each(|note| print_report(note));
+        notes.iter().for_each(|note| print_report(note));
         merges.iter().filter_map(Merge::warning).for_each(|warning| print_warning(&warning));
     }
-    let paths = paths(arguments, &checkpoints, &merges);
+    let paths = paths(arguments, checkpoints.are_folders() || form.is_folder(), &merges);
     let written = match arguments.plan {
         true => None,
-        false => Some(write(&checkpoints, &merges, &paths, arguments)?),
+        false => Some(write(&checkpoints, &merges, &paths, &form, arguments)?),
     };
     let products = merges.iter().map(|merge| checkpoints.product_errors(merge)).collect::<Result<Vec<_>, _>>()?;
     match arguments.json {
-        true => print_json(&document(&checkpoints, &merges, &paths, &products, written)),
+        true => print_json(&document(&notes, &merges, &paths, &products, written)),
         false => show(arguments, &merges, &paths, &products, written),
     }
     Ok(())
@@ -163,11 +169,11 @@ fn whole_steps(list: &Numbers) -> Result<Vec<u64>, Failure> {
 }
 
 /// Returns the file or folder of each target, or nothing if nothing is written.
-fn paths(arguments: &Arguments, checkpoints: &Checkpoints, merges: &[Merge]) -> Vec<PathBuf> {
+fn paths(arguments: &Arguments, are_folders: bool, merges: &[Merge]) -> Vec<PathBuf> {
     let Some(dir) = &arguments.out_dir else {
         return arguments.output.iter().cloned().collect();
     };
-    let extension = if checkpoints.are_folders() { "" } else { ".safetensors" };
+    let extension = if are_folders { "" } else { ".safetensors" };
     let names = merges.iter().enumerate().map(|(i, merge)| target_name(i, &merge.profile, merge.at));
     names.map(|name| dir.join(format!("{name}{extension}"))).collect()
 }
@@ -183,6 +189,7 @@ fn write(
     checkpoints: &Checkpoints,
     merges: &[Merge],
     paths: &[PathBuf],
+    form: &OutputForm,
     arguments: &Arguments,
 ) -> Result<Written, Failure> {
     let outputs: Vec<(&Merge, &Path)> = merges.iter().zip(paths.iter().map(PathBuf::as_path)).collect();
@@ -192,7 +199,7 @@ fn write(
     let options =
         WriteOptions { dtype: arguments.blend.dtype(), device: arguments.blend.device, progress: Some(&progress) };
     let start = Instant::now();
-    let device = checkpoints.write(&outputs, &options);
+    let device = checkpoints.write_as(&outputs, form, &options);
     bar.finish_and_clear();
     Ok(Written { bytes, device: device?, seconds: start.elapsed().as_secs_f64() })
 }
@@ -232,7 +239,7 @@ fn product_line(merge: &Merge, errors: &ProductErrors) -> String {
 }
 
 fn document(
-    checkpoints: &Checkpoints,
+    notes: &[String],
     merges: &[Merge],
     paths: &[PathBuf],
     products: &[Option<ProductErrors>],
@@ -246,7 +253,7 @@ fn document(
         errors.iter().for_each(|errors| target["product"] = json!(errors));
     }
     let warnings: Vec<String> = merges.iter().filter_map(Merge::warning).collect();
-    let mut document = json!({ "targets": targets, "notes": checkpoints.notes(), "warnings": warnings });
+    let mut document = json!({ "targets": targets, "notes": notes, "warnings": warnings });
     if let Some(Written { bytes, seconds, device }) = written {
         document["bytes_read"] = bytes.into();
         document["seconds"] = seconds.into();

@@ -7,6 +7,7 @@ mod bench;
 mod destination;
 mod error;
 mod forecast;
+mod form;
 mod import;
 mod inspect;
 mod interrupt;

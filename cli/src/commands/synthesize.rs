@@ -5,13 +5,14 @@ use std::time::Instant;
 
 use clap::Args;
 use comfy_table::Table;
-use posthoc_ema::{Device, Error, Output, Plan, Run, WriteOptions, shown};
+use posthoc_ema::{Device, Error, Output, OutputForm, Plan, Run, WriteOptions, shown};
 use serde_json::{Value, json};
 
 use super::args::{AtArgs, BlendArgs, NoiseArgs};
 use super::destination::{Destination, output_parser};
+use super::form::{FormArgs, LikeArgs};
 use super::open::{self, OpenArgs};
-use super::output::{byte_bar, bytes, print_json, print_warnings};
+use super::output::{byte_bar, bytes, print_json, print_report, print_warnings};
 use super::targets::{TargetArgs, target_name};
 use super::{Failure, Outcome};
 use crate::numbers::number;
@@ -19,17 +20,19 @@ use crate::tables::{self, predicted, predicted_header};
 
 /// Synthesize averages from a run's snapshots
 ///
-/// Up to 256 targets are synthesized in one pass over the snapshots. Files appear whole or not at all.
+/// Up to 256 targets are synthesized in one pass over the snapshots. Files and folders appear whole or not at all. With
+/// --like, an average is a folder that the model's own library loads: AutoModel.from_pretrained.
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
     run: PathBuf,
     #[command(flatten)]
     at: AtArgs,
-    /// Write the only target to this file; - is stdout, by way of a temporary file in $TMPDIR
-    #[arg(short, long, value_name = "FILE", conflicts_with = "out_dir", value_parser = output_parser())]
+    /// Write the only target to this file, or to this folder with --like or --shard-size; - is stdout, by way of a
+    /// temporary file in $TMPDIR
+    #[arg(short, long, value_name = "PATH", conflicts_with = "out_dir", value_parser = output_parser())]
     output: Option<PathBuf>,
-    /// Write each target to a file of its own in this directory, which is made if it is missing
+    /// Write each target to a file or folder of its own in this directory, which is made if it is missing
     #[arg(long, value_name = "DIR")]
     out_dir: Option<PathBuf>,
     /// Read every snapshot that is blended and compare its checksum before the synthesis
@@ -37,6 +40,10 @@ pub struct Arguments {
     verify: bool,
     #[command(flatten)]
     open: OpenArgs,
+    #[command(flatten)]
+    form: FormArgs,
+    #[command(flatten)]
+    like: LikeArgs,
     #[command(flatten)]
     blend: BlendArgs,
     /// Print one JSON document
@@ -53,19 +60,25 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
     check_output(arguments, profiles.len())?;
     arguments.destination().check(arguments.json)?;
+    let form = arguments.form.form(Some(&arguments.like))?;
     let (run, left_out) = arguments.open.open(&arguments.run)?;
     let plans = run.plans_with(&profiles, arguments.at.at(), arguments.noise.noise)?;
     print_warnings(&plans);
+    let notes = run.check_form(&plans, &form).map_err(Failure::of_argument)?;
+    if !arguments.json {
+        notes.iter().for_each(|note| print_report(note));
+    }
     if arguments.verify {
         open::verify(&run, &plans)?;
     }
-    let paths = paths(arguments, &plans)?;
-    let (seconds, device) = write(&run, &plans, &paths, arguments)?;
+    let paths = paths(arguments, &form, &plans)?;
+    let (seconds, device) = write(&run, &plans, &paths, &form, arguments)?;
     let read = run.bytes_to_read(&plans);
     if arguments.json {
         let targets: Vec<Value> = plans.iter().zip(&paths).map(|(plan, path)| target_json(plan, path)).collect();
         let mut document =
             json!({ "targets": targets, "bytes_read": read, "seconds": seconds, "device": device.to_string() });
+        document["notes"] = json!(notes);
         if arguments.open.skip_damaged {
             document["left_out"] = json!(left_out);
         }
@@ -116,25 +129,32 @@ fn table(plans: &[Plan], paths: &[PathBuf]) -> Table {
 }
 
 /// Returns the file of each target, in a directory that is made if it is missing.
-fn paths(arguments: &Arguments, plans: &[Plan]) -> Result<Vec<PathBuf>, Failure> {
+fn paths(arguments: &Arguments, form: &OutputForm, plans: &[Plan]) -> Result<Vec<PathBuf>, Failure> {
     let Some(dir) = &arguments.out_dir else {
         return Ok(arguments.output.iter().cloned().collect());
     };
     std::fs::create_dir_all(dir)
         .map_err(|source| Failure::Failed(Error::Io { action: "create", path: dir.clone(), source }))?;
     let names = plans.iter().enumerate().map(|(i, plan)| target_name(i, &plan.profile, plan.at));
-    Ok(names.map(|name| dir.join(format!("{name}.safetensors"))).collect())
+    let extension = if form.is_folder() { "" } else { ".safetensors" };
+    Ok(names.map(|name| dir.join(format!("{name}{extension}"))).collect())
 }
 
 /// Writes all files. Returns the seconds that it took and the device that blended.
-fn write(run: &Run, plans: &[Plan], paths: &[PathBuf], arguments: &Arguments) -> Result<(f64, Device), Failure> {
+fn write(
+    run: &Run,
+    plans: &[Plan],
+    paths: &[PathBuf],
+    form: &OutputForm,
+    arguments: &Arguments,
+) -> Result<(f64, Device), Failure> {
     let outputs: Vec<Output<'_>> = plans.iter().zip(paths).map(|(plan, path)| Output { plan, path }).collect();
     let bar = byte_bar(run.bytes_to_read(plans), "synthesizing");
     let progress = |bytes| bar.inc(bytes);
     let options =
         WriteOptions { dtype: arguments.blend.dtype(), device: arguments.blend.device, progress: Some(&progress) };
     let start = Instant::now();
-    let device = run.write_all(&outputs, &options)?;
+    let device = run.write_as(&outputs, form, &options)?;
     bar.finish_and_clear();
     Ok((start.elapsed().as_secs_f64(), device))
 }

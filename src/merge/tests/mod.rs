@@ -2,6 +2,7 @@
 
 mod configs;
 mod files;
+mod like;
 mod links;
 mod products;
 mod refused;
