@@ -1,4 +1,4 @@
-//! Compiles `kernels/*.cu` into fatbins for every GPU since 2020, if the feature `cuda` is on.
+//! Compiles `kernels/*.cu` for every GPU since 2018 and drivers since CUDA 12.0, if the feature `cuda` is on.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
@@ -6,9 +6,19 @@ use std::{env, fs, thread};
 
 const KERNELS: [&str; 4] = ["update", "look", "blend", "gather"];
 
-/// Architectures that get machine code; PTX of the first serves every other and later GPU. Machine code of 8.0 also
-/// runs on 8.6 and 8.9, that of 10.0 on 10.3, and that of 12.0 on 12.1.
-const ARCHITECTURES: [u32; 4] = [80, 90, 100, 120];
+/// Architectures that get machine code. That of 8.0 also runs on 8.6 and 8.9, that of 10.0 on 10.3, and that of 12.0 on
+/// 12.1.
+const ARCHITECTURES: [u32; 5] = [75, 80, 90, 100, 120];
+
+/// Architecture whose PTX serves later GPUs. That of 7.5 has no instructions for bf16.
+const LATER: u32 = 80;
+
+/// PTX version that drivers of CUDA 12.0 take. nvcc writes its own version, whose newer parts the kernels do not use:
+/// `kernels/check_ptx.py` assembles them by CUDA 12.0.
+const OLD_PTX: &str = "8.0";
+
+/// Newest architecture in that version.
+const NEWEST_IN_OLD_PTX: u32 = 90;
 
 /// Variable that overrides [`ARCHITECTURES`], as `90` or `80,90`: one architecture compiles in a quarter of the time.
 const ARCHITECTURES_VARIABLE: &str = "POSTHOC_EMA_CUDA_ARCHS";
@@ -31,14 +41,18 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
     if env::var_os("DOCS_RS").is_some() {
         // docs.rs has no nvcc and runs nothing: empty fatbins are enough.
-        for kernel in KERNELS {
-            fs::write(fatbin(&out, kernel), []).unwrap_or_else(|error| fail(&[error.to_string()]));
+        for file in KERNELS.iter().flat_map(|kernel| [fatbin(&out, kernel), ptx(&out, kernel)]) {
+            fs::write(file, []).unwrap_or_else(|error| fail(&[error.to_string()]));
         }
         return;
     }
     let nvcc = find_nvcc().unwrap_or_else(|tried| fail(&not_found(&tried)));
-    println!("cargo::rustc-env=POSTHOC_EMA_CUDA_VERSION={}", version(&nvcc));
-    compile(&nvcc, &architectures(&nvcc), &out);
+    let version = version(&nvcc);
+    let architectures = architectures(&nvcc);
+    let oldest = if old_architecture(&architectures).is_some() { "12.0" } else { &version };
+    println!("cargo::rustc-env=POSTHOC_EMA_CUDA_VERSION={version}");
+    println!("cargo::rustc-env=POSTHOC_EMA_CUDA_OLDEST={oldest}");
+    compile(&nvcc, &version, &architectures, &out);
 }
 
 /// Ends the build with a message, without the backtrace of a panic.
@@ -51,6 +65,15 @@ fn fail(lines: &[String]) -> ! {
 
 fn fatbin(out: &Path, kernel: &str) -> PathBuf {
     out.join(format!("{kernel}.fatbin"))
+}
+
+fn ptx(out: &Path, kernel: &str) -> PathBuf {
+    out.join(format!("{kernel}.ptx"))
+}
+
+/// Returns the architecture of the PTX for old drivers; none if all are too new.
+fn old_architecture(architectures: &[u32]) -> Option<u32> {
+    architectures.iter().min().copied().filter(|arch| *arch <= NEWEST_IN_OLD_PTX)
 }
 
 /// Finds the compiler, or returns the places that were searched.
@@ -137,10 +160,12 @@ fn bad_list(list: &str) -> String {
 }
 
 /// Compiles all files in parallel.
-fn compile(nvcc: &Path, architectures: &[u32], out: &Path) {
+fn compile(nvcc: &Path, version: &str, architectures: &[u32], out: &Path) {
     let outcomes: Vec<Result<(), String>> = thread::scope(|scope| {
-        let compile = |kernel| scope.spawn(move || compile_one(nvcc, architectures, kernel, &fatbin(out, kernel)));
-        let running: Vec<_> = KERNELS.map(compile).into();
+        let fatbins =
+            KERNELS.map(|kernel| scope.spawn(move || compile_fatbin(nvcc, version, architectures, kernel, out)));
+        let ptx = KERNELS.map(|kernel| scope.spawn(move || compile_ptx(nvcc, architectures, kernel, out)));
+        let running: Vec<_> = fatbins.into_iter().chain(ptx).collect();
         running.into_iter().map(|job| job.join().unwrap_or_else(|_| Err("the build script panicked".into()))).collect()
     });
     let errors: Vec<String> = outcomes.into_iter().filter_map(Result::err).collect();
@@ -151,15 +176,51 @@ fn compile(nvcc: &Path, architectures: &[u32], out: &Path) {
     }
 }
 
-fn compile_one(nvcc: &Path, architectures: &[u32], kernel: &str, out: &Path) -> Result<(), String> {
+/// Compiles machine code of every architecture, and PTX for later ones.
+fn compile_fatbin(nvcc: &Path, version: &str, architectures: &[u32], kernel: &str, out: &Path) -> Result<(), String> {
+    let mut arguments = vec!["-fatbin".to_owned()];
+    // Drivers of CUDA 12 before 550 do not know the smaller compression.
+    let compression = if version.starts_with("12.") { "-Xfatbin=-compress-all" } else { "--compress-mode=size" };
+    arguments.push(compression.to_owned());
+    for arch in architectures {
+        arguments.extend(["-gencode".to_owned(), format!("arch=compute_{arch},code=sm_{arch}")]);
+    }
+    let oldest = architectures.iter().min().copied().unwrap_or(LATER);
+    let later = architectures.iter().copied().filter(|arch| *arch >= LATER).min().unwrap_or(oldest);
+    arguments.extend(["-gencode".to_owned(), format!("arch=compute_{later},code=compute_{later}")]);
+    run_nvcc(nvcc, &arguments, kernel, &fatbin(out, kernel))
+}
+
+/// Compiles PTX for drivers that are older than the compiler; an empty file if there can be none.
+fn compile_ptx(nvcc: &Path, architectures: &[u32], kernel: &str, out: &Path) -> Result<(), String> {
+    let path = ptx(out, kernel);
+    let text = match old_architecture(architectures) {
+        None => String::new(),
+        Some(arch) => {
+            run_nvcc(nvcc, &["-ptx".to_owned(), format!("-arch=compute_{arch}")], kernel, &path)?;
+            let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+            in_old_version(&text).ok_or_else(|| format!("{}: no line names the version", path.display()))?
+        }
+    };
+    fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// Returns PTX that names [`OLD_PTX`] as its version, without comments.
+fn in_old_version(text: &str) -> Option<String> {
+    let mut is_named = false;
+    let mut lines = Vec::new();
+    for line in text.lines().filter(|line| !line.starts_with("//") && !line.is_empty()) {
+        let is_version = line.starts_with(".version ");
+        is_named |= is_version;
+        lines.push(if is_version { format!(".version {OLD_PTX}") } else { line.to_owned() });
+    }
+    is_named.then(|| lines.join("\n") + "\n")
+}
+
+fn run_nvcc(nvcc: &Path, arguments: &[String], kernel: &str, out: &Path) -> Result<(), String> {
     let mut command = Command::new(nvcc);
     // No contraction and no flushing of subnormals, so that results have the CPU's bits.
-    command.args(["-std=c++17", "-O3", "-fmad=false", "-ftz=false", "-fatbin", "--compress-mode=size"]);
-    for arch in architectures {
-        command.args(["-gencode", &format!("arch=compute_{arch},code=sm_{arch}")]);
-    }
-    let oldest = architectures.iter().min().copied().unwrap_or(ARCHITECTURES[0]);
-    command.args(["-gencode", &format!("arch=compute_{oldest},code=compute_{oldest}")]);
+    command.args(["-std=c++17", "-O3", "-fmad=false", "-ftz=false"]).args(arguments);
     if let Some(compiler) = env::var_os("NVCC_CCBIN") {
         command.arg("-ccbin").arg(compiler);
     }

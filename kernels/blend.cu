@@ -1,4 +1,4 @@
-// Blends snapshots (sources) into weighted sums (targets), up to 64 sources and 8 targets a launch.
+// Blends snapshots (sources) into weighted sums (targets), up to 52 sources and 8 targets a launch.
 //
 //     out[m] = round(sum over k of w[k][m] x[k])
 //
@@ -17,7 +17,7 @@
 // - A kernel for each pair of dtypes: 72 kernels took 48 s to compile. The dtype of each source is an argument instead.
 #include "numbers.cuh"
 
-#define SOURCES 64   // 4,800 bytes of arguments with the weights; 52 would fit the 4,096 that CUDA allowed before 12.1
+#define SOURCES 52   // with the weights, 3,920 bytes of arguments: CUDA 12.0 allows 4,096
 #define TARGETS 8    // their f64 sums take 64 registers of a thread with 4 elements
 #define THREADS 256  // as in update.cu
 

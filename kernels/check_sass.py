@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ["update", "look", "blend", "gather"]
-ARCHITECTURES = [80, 90, 100, 120]
+ARCHITECTURES = [75, 80, 90, 100, 120]
 # Flags of build.rs.
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ftz=false"]
 THREADS = 256

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use posthoc_ema::compute::cuda::{self, Unavailable, devices};
+use posthoc_ema::compute::cuda::{self, KernelCode, Unavailable, devices};
 use posthoc_ema::{At, Device, Options, Output, PostHocEma, Profile, Run, WriteOptions};
 
-use crate::driver::{check_in_own_process, count, driver, is_standin};
+use crate::driver::{check_in_own_process, count, driver, is_standin, run_in_own_process, standin};
 use crate::model::{Model, files};
 use crate::owner::Owner;
 
@@ -22,7 +22,8 @@ fn every_fault_is_reported() {
     check_in_own_process("faults::no_device", &[("STANDIN_DEVICES", "0")]);
     check_in_own_process("faults::stub_of_the_toolkit", &[("STANDIN_INIT", "34")]);
     check_in_own_process("faults::driver_that_does_not_start", &[("STANDIN_INIT", "999")]);
-    check_in_own_process("faults::old_driver", &[("STANDIN_DRIVER", "12080")]);
+    check_in_own_process("faults::old_driver", &[("STANDIN_DRIVER", "11080")]);
+    check_in_own_process("faults::driver_older_than_the_compiler", &[("STANDIN_DRIVER", "12020")]);
     check_in_own_process(
         "faults::no_code_for_the_device",
         &[("STANDIN_REJECT_IMAGE", "1"), ("STANDIN_CAPABILITY", "75")],
@@ -72,7 +73,28 @@ fn driver_that_does_not_start() {
 #[ignore = "run by `every_fault_is_reported`"]
 fn old_driver() {
     let text = reason();
-    assert!(text.contains("CUDA 12.8") && text.contains("update the driver"), "{text}");
+    assert!(text.contains("CUDA 11.8, the kernels need 12.0") && text.contains("update the driver"), "{text}");
+}
+
+#[test]
+#[ignore = "run by `every_fault_is_reported`"]
+fn driver_older_than_the_compiler() {
+    driver();
+    let device = cuda::CudaDevice::open(0).unwrap();
+    assert_eq!((device.code(), device.driver().as_str()), (KernelCode::Ptx, "12.2"));
+}
+
+/// The stand-in refuses machine code of CUDA 13 for such a driver, and PTX of a version that it does not know.
+#[test]
+fn drivers_of_cuda_12_run_every_kernel() {
+    if !is_standin() {
+        return;
+    }
+    for part in ["update::", "blend::blend_of_mixed_dtypes_has_bits_of_cpu", "offload::"] {
+        let output = run_in_own_process(part, &[("STANDIN_DRIVER", "12000")], &standin());
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && !text.contains(" 0 passed"), "{text}");
+    }
 }
 
 #[test]

@@ -10,12 +10,23 @@ struct Function;
 struct Module { Context* context; std::map<std::string, Function*> functions; };
 struct Function { Module* module; std::string name; Runner run; };
 
+// Checks the version and the target of PTX, as a driver that compiles it does.
+static void check_ptx(const char* text) {
+    int major = 0, minor = 0, target = 0;
+    if (sscanf(text, ".version %d.%d .target sm_%d", &major, &minor, &target) != 3)
+        refuse(invalid_image, "the image is neither a fatbin nor PTX");
+    int driver = (int)settings().driver;
+    int newest = driver < 13000 ? 80 + driver % 1000 / 10 : 90;  // CUDA 12.0 has PTX 8.0, CUDA 13.0 has 9.0
+    if (major * 10 + minor > newest) throw Failure{unsupported_ptx, false, ""};
+    if (target > (int)settings().capability) throw Failure{no_binary_for_gpu, false, ""};
+}
+
 API cuModuleLoadData(void** out, const void* image) {
     return call([=] {
         const uint32_t fatbin_magic = 0xba55ed50;
-        if (memcmp(image, &fatbin_magic, 4)) refuse(invalid_image, "the image is not a fatbin");
         if (settings().reject_image) throw Failure{no_binary_for_gpu, false, ""};
-        if (settings().driver < 13000) throw Failure{unsupported_ptx, false, ""};
+        if (memcmp(image, &fatbin_magic, 4)) check_ptx((const char*)image);
+        else if (settings().driver < 13000) throw Failure{unsupported_ptx, false, ""};
         auto* made = new Module{&context(), {}};
         driver().modules.insert(made);
         *out = made;

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
-use super::kernels::Kernels;
-use super::probe::devices;
+use super::kernels::{KernelCode, Kernels};
+use super::probe::{DriverVersion, KERNELS, devices};
 use crate::error::{Error, Result};
 
 /// CUDA device that is ready for use.
@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 pub struct CudaDevice {
     number: usize,
     name: String,
+    driver: DriverVersion,
     context: Arc<CudaContext>,
     pub(super) kernels: Kernels,
 }
@@ -110,12 +111,23 @@ impl CudaDevice {
         // SAFETY: this crate orders all work explicitly, with events.
         unsafe { context.disable_event_tracking() };
         let name = context.name().map_err(|error| cuda_error(number, "read the device's name", error))?;
-        let kernels = Kernels::load(&context).map_err(|error| {
+        let driver = DriverVersion::read().map_err(|why| Error::Cuda {
+            device: number,
+            action: "read the driver's version".into(),
+            reason: why.to_string(),
+        })?;
+        if driver.code() == KernelCode::Ptx {
+            tracing::warn!(
+                "cuda:{number}: the driver supports CUDA {driver}, the kernels are of CUDA {KERNELS}: it compiles them \
+                 now, and keeps them in its cache; a driver of version 580 or later need not"
+            );
+        }
+        let kernels = Kernels::load(&context, driver.code()).map_err(|error| {
             let (major, minor) = context.compute_capability().unwrap_or_default();
             let action = format!("load the kernels on a device of compute capability {major}.{minor}");
             cuda_error(number, action, error)
         })?;
-        Ok(CudaDevice { number, name, context, kernels })
+        Ok(CudaDevice { number, name, driver, context, kernels })
     }
 
     /// Returns the number among the devices of the machine.
@@ -126,6 +138,16 @@ impl CudaDevice {
     /// Returns the product name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Returns the newest CUDA version that the driver supports, such as 12.2.
+    pub fn driver(&self) -> String {
+        self.driver.to_string()
+    }
+
+    /// Returns the kind of the kernels' code that the driver has loaded.
+    pub fn code(&self) -> KernelCode {
+        self.driver.code()
     }
 
     /// Returns the number of multiprocessors.
@@ -227,7 +249,9 @@ fn cuda_error(device: usize, action: impl Into<String>, error: DriverError) -> E
         Code::CUDA_ERROR_NO_BINARY_FOR_GPU | Code::CUDA_ERROR_INVALID_PTX => {
             ": build for this device with POSTHOC_EMA_CUDA_ARCHS, or use the CPU"
         }
-        Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => ": update the NVIDIA driver",
+        Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
+            ": the driver is older than the kernels' compiler: update it, or build with an nvcc of its CUDA version"
+        }
         Code::CUDA_ERROR_INVALID_CONTEXT | Code::CUDA_ERROR_INVALID_HANDLE => {
             ": the stream that came with the memory belongs to another device or no longer exists"
         }

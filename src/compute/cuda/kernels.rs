@@ -12,7 +12,7 @@ use safetensors::Dtype;
 pub(super) const MAX_PROFILES: usize = 8;
 
 /// Largest number of sources per launch of the blend.
-pub(super) const MAX_SOURCES: usize = 64;
+pub(super) const MAX_SOURCES: usize = 52;
 
 /// Largest number of targets per launch of the blend.
 pub(super) const MAX_TARGETS: usize = 8;
@@ -20,10 +20,36 @@ pub(super) const MAX_TARGETS: usize = 8;
 /// Number of threads per block.
 pub(super) const BLOCK_THREADS: usize = 256;
 
-static UPDATE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/update.fatbin"));
-static LOOK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/look.fatbin"));
-static BLEND: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/blend.fatbin"));
-static GATHER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/gather.fatbin"));
+/// One file of kernels, compiled.
+struct Compiled {
+    /// Machine code of several architectures, and PTX for later ones.
+    fatbin: &'static [u8],
+    /// PTX for drivers that are older than the compiler; empty if the build has none.
+    ptx: &'static str,
+}
+
+macro_rules! compiled {
+    ($file:literal) => {
+        Compiled {
+            fatbin: include_bytes!(concat!(env!("OUT_DIR"), "/", $file, ".fatbin")),
+            ptx: include_str!(concat!(env!("OUT_DIR"), "/", $file, ".ptx")),
+        }
+    };
+}
+
+static UPDATE: Compiled = compiled!("update");
+static LOOK: Compiled = compiled!("look");
+static BLEND: Compiled = compiled!("blend");
+static GATHER: Compiled = compiled!("gather");
+
+/// Code of the kernels that a driver loads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KernelCode {
+    /// Machine code, or PTX for a device that is newer than the build.
+    Fatbin,
+    /// PTX that the driver compiles, because it is older than the compiler of the build.
+    Ptx,
+}
 
 /// Returns the number of an averaged dtype in the kernels (`Kind`).
 pub(super) fn kind(dtype: Dtype) -> u32 {
@@ -87,8 +113,6 @@ pub(super) struct BlendArgs {
     pub last: u32,
     pub aligned: u32,
     pub kinds: [u8; MAX_SOURCES],
-    /// Padding up to the size of the C++ structure.
-    pub padding: u32,
 }
 
 impl Default for BlendArgs {
@@ -108,7 +132,6 @@ impl Default for BlendArgs {
             last: 0,
             aligned: 0,
             kinds: [0; MAX_SOURCES],
-            padding: 0,
         }
     }
 }
@@ -132,7 +155,7 @@ unsafe impl DeviceRepr for GatherArgs {}
 
 const _: () = assert!(size_of::<Chunk>() == 24);
 const _: () = assert!(size_of::<UpdateArgs>() == 192);
-const _: () = assert!(size_of::<BlendArgs>() == 4800 && std::mem::offset_of!(BlendArgs, kinds) == 4732);
+const _: () = assert!(size_of::<BlendArgs>() == 3920 && std::mem::offset_of!(BlendArgs, kinds) == 3868);
 const _: () = assert!(size_of::<GatherArgs>() == 24);
 
 /// Kernels that are loaded on a device, indexed by the number of profiles or targets minus 1.
@@ -146,11 +169,11 @@ pub(super) struct Kernels {
 }
 
 impl Kernels {
-    pub(super) fn load(context: &Arc<CudaContext>) -> Result<Kernels, DriverError> {
-        let update = load_module(context, UPDATE)?;
-        let look = load_module(context, LOOK)?;
-        let blend = load_module(context, BLEND)?;
-        let gather = load_module(context, GATHER)?;
+    pub(super) fn load(context: &Arc<CudaContext>, code: KernelCode) -> Result<Kernels, DriverError> {
+        let update = UPDATE.load(context, code)?;
+        let look = LOOK.load(context, code)?;
+        let blend = BLEND.load(context, code)?;
+        let gather = GATHER.load(context, code)?;
         Ok(Kernels {
             plain: load_instances(&update, "update_plain", MAX_PROFILES)?,
             compensated: load_instances(&update, "update_compensated", MAX_PROFILES)?,
@@ -186,7 +209,7 @@ impl Kernels {
         unsafe { launch(stream, &self.look, args, chunks) }
     }
 
-    /// Queues the blend of up to 64 sources into up to 8 targets.
+    /// Queues the blend of up to 52 sources into up to 8 targets.
     ///
     /// # Safety
     /// As [`Kernels::update`].
@@ -215,8 +238,13 @@ impl Kernels {
     }
 }
 
-fn load_module(context: &Arc<CudaContext>, image: &[u8]) -> Result<Arc<CudaModule>, DriverError> {
-    context.load_module(Ptx::from_binary(image.to_vec()))
+impl Compiled {
+    fn load(&self, context: &Arc<CudaContext>, code: KernelCode) -> Result<Arc<CudaModule>, DriverError> {
+        context.load_module(match code {
+            KernelCode::Fatbin => Ptx::from_binary(self.fatbin.to_vec()),
+            KernelCode::Ptx => Ptx::from_src(self.ptx),
+        })
+    }
 }
 
 /// Loads the instances of a kernel for 1 to `most` profiles or targets.

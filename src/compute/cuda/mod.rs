@@ -25,6 +25,7 @@ mod timed_stream;
 pub use averages::DeviceAverages;
 pub use blender::{BlendInput, BlendPart, Blender, Deliver, Destination, OverflowHandler};
 pub use device::CudaDevice;
+pub use kernels::KernelCode;
 pub use memory::{Buffer, Pinned};
 pub use offload::{Fence, HostCopy, Offload, PendingCopy};
 pub use probe::{Unavailable, devices};

@@ -7,6 +7,8 @@ use std::sync::OnceLock;
 use cudarc::driver::sys;
 use libloading::Library;
 
+use super::KernelCode;
+
 /// Reason why no CUDA device can be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unavailable {
@@ -18,7 +20,7 @@ pub enum Unavailable {
     TooOld {
         /// Newest CUDA version that the driver supports.
         driver: String,
-        /// CUDA version that compiled the kernels.
+        /// Oldest CUDA version that the kernels need.
         kernels: &'static str,
     },
     /// The driver does not start, with this error code.
@@ -55,10 +57,19 @@ impl fmt::Display for Unavailable {
 }
 
 /// CUDA version of the compiler that built the kernels.
-const KERNELS: &str = match option_env!("POSTHOC_EMA_CUDA_VERSION") {
+pub(super) const KERNELS: &str = match option_env!("POSTHOC_EMA_CUDA_VERSION") {
     Some(version) => version,
     None => "0.0",
 };
+
+/// Oldest CUDA version whose drivers run the kernels: by their PTX, and in a build without it by their machine code.
+const OLDEST: &str = match option_env!("POSTHOC_EMA_CUDA_OLDEST") {
+    Some(version) => version,
+    None => "0.0",
+};
+
+/// Variable that makes every driver compile the PTX, for tests of that path.
+const PTX_VARIABLE: &str = "POSTHOC_EMA_CUDA_PTX";
 
 /// Driver functions that are called here or by cudarc, which panics if one is missing.
 const NEEDED: [&str; 35] = [
@@ -140,18 +151,44 @@ fn probe() -> Result<usize, Unavailable> {
     }
 }
 
-/// Checks that the driver supports the kernels' major CUDA version, which it needs to run their machine code.
-fn check_version() -> Result<(), Unavailable> {
-    let mut version: c_int = 0;
-    // SAFETY: the driver is initialised, and the pointer is valid for the call.
-    let code = unsafe { sys::cuDriverGetVersion(&raw mut version) } as c_uint;
-    if code != 0 {
-        return Err(Unavailable::Refused(code));
+/// Newest CUDA version that the driver supports.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DriverVersion(c_int);
+
+impl DriverVersion {
+    /// Asks the driver, which is initialised.
+    pub(super) fn read() -> Result<DriverVersion, Unavailable> {
+        let mut version: c_int = 0;
+        // SAFETY: the driver is initialised, and the pointer is valid for the call.
+        let code = unsafe { sys::cuDriverGetVersion(&raw mut version) } as c_uint;
+        if code == 0 { Ok(DriverVersion(version)) } else { Err(Unavailable::Refused(code)) }
     }
-    let needed = KERNELS.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0);
-    if version / 1000 < needed {
-        let driver = format!("{}.{}", version / 1000, version % 1000 / 10);
-        return Err(Unavailable::TooOld { driver, kernels: KERNELS });
+
+    /// Returns the kernels' code that the driver takes: machine code needs its compiler's major version.
+    pub(super) fn code(self) -> KernelCode {
+        if self.0 / 1000 < major(KERNELS) || std::env::var_os(PTX_VARIABLE).is_some() {
+            KernelCode::Ptx
+        } else {
+            KernelCode::Fatbin
+        }
+    }
+}
+
+impl fmt::Display for DriverVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.0 / 1000, self.0 % 1000 / 10)
+    }
+}
+
+fn major(version: &str) -> c_int {
+    version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0)
+}
+
+/// Checks that the driver supports the kernels' machine code or PTX.
+fn check_version() -> Result<(), Unavailable> {
+    let version = DriverVersion::read()?;
+    if version.0 / 1000 < major(OLDEST) {
+        return Err(Unavailable::TooOld { driver: version.to_string(), kernels: OLDEST });
     }
     Ok(())
 }

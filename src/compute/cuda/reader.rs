@@ -1,5 +1,6 @@
 //! Reads of averages from a device, after the newest update.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::arenas::Arenas;
@@ -46,7 +47,7 @@ impl AveragesReader {
     /// Returns some elements of the f32 part of one tensor.
     ///
     /// # Errors
-    /// As [`AveragesReader::ranges`].
+    /// As [`AveragesReader::averages`].
     pub fn elements(&mut self, profile: usize, tensor: usize, elements: Range<usize>) -> Result<Vec<f32>> {
         let mut values = vec![0f32; elements.len()];
         let start = self.arenas.layout.range(tensor).start + elements.start;
