@@ -65,17 +65,17 @@ impl SourceSet<'_> {
         self.copy(selection, shards, &files)?;
         let streaming = Streaming::new(self, selection, shards, &files, options)?;
         let backend = choose(&streaming, self.device(options.device))?;
-        match &backend {
-            Backend::Cpu => streaming.run()?,
+        let device = match &backend {
+            Backend::Cpu => streaming.run().map(|()| Device::Cpu)?,
             #[cfg(feature = "cuda")]
             Backend::Cuda(device) => match streaming.run_on(device) {
                 // Only the CPU keeps infinities that all sources share.
-                Err(error @ Error::Tensor { .. }) => streaming.run().map_err(|_| error)?,
-                done => done?,
+                Err(error @ Error::Tensor { .. }) => streaming.run().map(|()| Device::Cpu).map_err(|_| error)?,
+                done => done.map(|()| backend.device())?,
             },
-        }
+        };
         files.into_iter().try_for_each(OutputFiles::commit)?;
-        Ok(backend.device())
+        Ok(device)
     }
 
     /// Copies the tensors that are not averaged.

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use posthoc_ema::{
-    At, Device, Dtype, Error, Output, Parameters, ParametersMut, PostHocEma, Profile, Result, Run, Tensors,
-    WriteOptions,
+    At, Checkpoints, Device, Dtype, Error, Output, Parameters, ParametersMut, PostHocEma, Profile, Result, Run,
+    Tensors, WriteOptions,
 };
 
 use crate::driver::{Driver, count, driver};
@@ -124,6 +124,28 @@ fn overflow_leaves_no_file() {
         &WriteOptions { device: Device::Cuda(99), ..Default::default() },
     );
     assert!(text.unwrap_err().to_string().contains("cuda:99: cannot use the device"));
+}
+
+/// Elements that are infinite in all checkpoints are left to the CPU.
+#[test]
+fn infinities_of_a_mask_stay() {
+    driver();
+    let temp = tempfile::tempdir().unwrap();
+    let paths = [1, 2].map(|step| temp.path().join(format!("step_{step}.safetensors")));
+    for (step, path) in (1u8..).zip(&paths) {
+        let bytes = [f32::NEG_INFINITY, f32::from(step), f32::INFINITY].map(f32::to_le_bytes).concat();
+        let view = safetensors::tensor::TensorView::new(Dtype::F32, vec![3], &bytes).unwrap();
+        std::fs::write(path, safetensors::serialize([("mask", view)], None).unwrap()).unwrap();
+    }
+    let checkpoints = Checkpoints::open(&paths, None).unwrap();
+    let merge = checkpoints.plan(Profile::gamma(0.0).unwrap(), At::Latest).unwrap();
+    let written = |name: &str, device| {
+        let path = temp.path().join("out").join(name);
+        let options = WriteOptions { device, ..Default::default() };
+        let used = checkpoints.write(&[(&merge, &path)], &options).unwrap();
+        (used, std::fs::read(path).unwrap())
+    };
+    assert_eq!(written("device.safetensors", Device::Cuda(0)), written("host.safetensors", Device::Cpu));
 }
 
 /// Trains two trackers of the same model, one of parameters on a device, and calls `act` with both.
