@@ -11,11 +11,13 @@ use crate::error::{Difference, Error, Result};
 mod finite;
 mod numbers;
 mod patterns;
+mod scattered;
 
 pub use finite::NonFiniteElement;
 pub(crate) use finite::{first_non_finite, first_non_finite_of};
 pub(crate) use numbers::to_f64;
 pub(crate) use patterns::NamePatterns;
+pub use scattered::ScatteredElements;
 
 /// Element type of a tensor in a safetensors file.
 pub use safetensors::Dtype;

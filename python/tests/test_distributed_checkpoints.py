@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 from pathlib import Path
@@ -31,6 +32,16 @@ def model(step: int) -> dict[str, torch.Tensor]:
     }
 
 
+def _megatron(tensors: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Returns the entries of a checkpoint in Megatron's layout `torch_dist`, without the number of a step."""
+    entries: dict[str, Any] = {f"decoder.layers.{name}": tensor for name, tensor in tensors.items()}
+    entries |= {f"decoder.layers.mlp._extra_state/shard_{i}_2": io.BytesIO(b"scales") for i in range(2)}
+    entries["optimizer.state.exp_avg.decoder.layers.rows"] = torch.ones(3)
+    entries["chained_0.optimizer.state.exp_avg.decoder.layers.whole"] = torch.ones(3)
+    entries["rng_state/shard_0_1"] = io.BytesIO(b"state of rank %d" % rank)
+    return entries
+
+
 def _save(rank: int, port: int, folder: str) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
@@ -45,7 +56,19 @@ def _save(rank: int, port: int, folder: str) -> None:
         dcp.save({"model": tensors, "optim": moments, "epoch": step}, checkpoint_id=f"{folder}/step-{step}")
         dcp.save(tensors, checkpoint_id=f"{folder}/flat-{step}")
         writer = dcp.HuggingFaceStorageWriter(path=f"{folder}/shards-{step}", save_distributed=True)
-        dcp.save({name: tensor for name, tensor in tensors.items() if name != "count"}, storage_writer=writer)
+        dcp.save(tensors, storage_writer=writer)
+        # The consolidation of PyTorch fails for integers.
+        floats = {name: tensor for name, tensor in tensors.items() if name != "count"}
+        path = f"{folder}/both-{step}"
+        writer = dcp.HuggingFaceStorageWriter(path=path, save_distributed=True, enable_consolidation=True)
+        dcp.save(floats, storage_writer=writer)
+        dcp.save(_megatron(tensors, rank), checkpoint_id=f"{folder}/megatron/iter_{step:07}")
+        if rank == 0:
+            torch.save({"args": None, "iteration": step}, f"{folder}/megatron/iter_{step:07}/common.pt")
+            Path(f"{folder}/megatron/iter_{step:07}/metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+        accelerate = f"{folder}/accelerate/checkpoint_{step}"
+        dcp.save({"model": tensors}, checkpoint_id=f"{accelerate}/pytorch_model_fsdp_0")
+        dcp.save({"optimizer": moments}, checkpoint_id=f"{accelerate}/optimizer_0")
     dist.destroy_process_group()
 
 
@@ -83,11 +106,73 @@ def test_average_of_folders_is_a_file(run: Path, tmp_path: Path) -> None:
     assert_is_mean(load_file(tmp_path / "mean.safetensors"))
 
 
-def test_safetensors_with_parts_of_tensors_are_refused(run: Path) -> None:
+def test_shards_of_safetensors_are_assembled(run: Path) -> None:
+    (found,) = average([run / "shards-10", run / "shards-20"], EVEN)
+    assert [weight.step for weight in found.weights] == [10, 20]
+    assert found.state_dict is not None
+    assert_is_mean(found.state_dict)
     shards = sorted(run.glob("shards-*/*.safetensors"))
     assert len(shards) == 2 * RANKS
-    with pytest.raises(ValueError, match="a shard of a distributed checkpoint, which holds parts of tensors"):
+    message = "a shard of a distributed checkpoint, which holds parts of tensors: name the folder of all shards"
+    with pytest.raises(ValueError, match=message):
         average(shards[:2], EVEN, steps=[10, 20])
+    with pytest.raises(ValueError, match="shards-10: a safetensors file has no entry `model`"):
+        average([run / "shards-10", run / "shards-20"], EVEN, key="model")
+
+
+def test_whole_files_of_the_same_writer_are_read(run: Path, tmp_path: Path) -> None:
+    (found,) = average([run / "both-10", run / "both-20"], EVEN)
+    assert found.state_dict is not None
+    assert_is_mean({**found.state_dict, "count": torch.tensor(20)})
+    for step in (10, 20):
+        writer = dcp.HuggingFaceStorageWriter(path=str(tmp_path / f"whole-{step}"))
+        with pytest.warns(UserWarning, match="assuming the intent is to save in a single process"):
+            dcp.save(model(step), storage_writer=writer, no_dist=True)
+    (found,) = average([tmp_path / "whole-10", tmp_path / "whole-20"], EVEN)
+    assert found.state_dict is not None
+    assert_is_mean(found.state_dict)
+
+
+def test_incomplete_shards_are_named(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    paths = [Path(shutil.copytree(run / f"shards-{step}", tmp_path / f"shards-{step}")) for step in (10, 20)]
+    last = paths[0] / "shard-00003-model-00001-of-00001.safetensors"
+    content = last.read_bytes()
+    last.unlink()
+    # The files do not say how many they are, but the shapes are smaller than those of the other checkpoint.
+    with pytest.raises(ValueError, match=r"`both`"):
+        average(paths, EVEN)
+    last.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="shard-00003-model-00001-of-00001.safetensors: "):
+        average(paths, EVEN)
+    last.write_bytes(content)
+    (paths[1] / "shard-00002-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"shards-20: `shard-00002-\*\.safetensors` is missing"):
+        average(paths, EVEN)
+    # A set with consecutive numbers can have holes, too.
+    (paths[1] / last.name).rename(paths[1] / "shard-00002-model-00001-of-00001.safetensors")
+    with pytest.raises(ValueError, match=r"the parts of tensor `both` hold 20 of its 35 elements"):
+        average(paths, EVEN)
+
+
+def test_checkpoints_of_megatron_are_read(run: Path) -> None:
+    with pytest.warns(UserWarning, match=r"left out: .*_extra_state/shard_0_2` and .*_extra_state/shard_1_2`"):
+        (found,) = average([run / "megatron"], EVEN)
+    assert [weight.step for weight in found.weights] == [10, 20]
+    assert found.state_dict is not None
+    assert_is_mean({name.removeprefix("decoder.layers."): tensor for name, tensor in found.state_dict.items()})
+
+
+def test_folders_of_accelerate_are_looked_into(run: Path) -> None:
+    folder = run / "accelerate"
+    for paths in ([folder], [folder / "checkpoint_10", folder / "checkpoint_20"]):
+        (found,) = average(paths, EVEN)
+        assert [weight.step for weight in found.weights] == [10, 20]
+        assert found.state_dict is not None
+        assert_is_mean(found.state_dict)
+    with pytest.raises(ValueError, match="this is one checkpoint, with nothing to average it with"):
+        average([folder / "checkpoint_10"], EVEN)
 
 
 def test_incomplete_folders_name_what_is_missing(run: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::options::ReadOptions;
 use crate::error::{Error, Result, listed};
-use crate::pytorch::{DistributedCheckpoint, TensorFile, is_training_state};
+use crate::pytorch::{DistributedCheckpoint, TensorFile, is_extra_state, is_training_state};
 
 /// Keys under which trainers store the model.
 const MODEL_KEYS: [&str; 5] = ["model", "state_dict", "module", "app.model", "app"];
@@ -31,7 +31,7 @@ pub(super) fn read(folder: &Path, options: &ReadOptions) -> Result<(TensorFile, 
     let (left_out, of_model): (Vec<_>, Vec<_>) = entries
         .iter()
         .filter_map(|(name, is_tensor)| Some((own_name(name)?, *is_tensor)))
-        .partition(|(name, _)| options.leave_out.contains(name));
+        .partition(|(name, is_tensor)| options.leave_out.contains(name) || (!is_tensor && is_extra_state(name)));
     let odd: Vec<&String> = of_model.iter().filter(|(_, is_tensor)| !is_tensor).map(|(name, _)| name).collect();
     if key.is_some() && !odd.is_empty() {
         let why =

@@ -100,7 +100,7 @@ impl Adapters {
 fn alpha(model: &CheckpointModel, source: &adapter::ScaleSources, pair: &FactorPair) -> Option<f64> {
     let stored = pair.alphas.iter().find_map(|name| {
         let entry = model.tensors.get(name).filter(|entry| adapter::may_be_scale(name, &entry.shape))?;
-        to_f64(entry.dtype, model.scale(name)?)?.first().copied()
+        to_f64(entry.dtype, &model.scale(name)?)?.first().copied()
     });
     stored.or_else(|| source.alpha(&pair.down))
 }

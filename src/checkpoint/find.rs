@@ -6,6 +6,8 @@ use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
 
+pub(crate) use super::names::file_name;
+use super::parts::{self, PartsFolder};
 use super::{json, natural};
 use crate::error::{Error, Result, listed, shown};
 use crate::fs::parent_dir;
@@ -15,9 +17,6 @@ use crate::snapshot::{INDEX_SUFFIX, ShardIndex};
 /// counts.
 const WEIGHT_NAMES: [&str; 5] =
     ["model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "pytorch_model"];
-
-/// File that lists the contents of a folder of `torch.distributed.checkpoint`.
-const DISTRIBUTED: &str = ".metadata";
 
 /// Extension of safetensors files.
 const SAFETENSORS: &str = "safetensors";
@@ -158,16 +157,24 @@ pub(super) fn find<P: AsRef<Path>>(paths: &[P]) -> Result<Vec<FoundCheckpoint>> 
                 remedy: "name files, or a folder of them",
             });
         }
-        [dir] if dir.as_ref().is_dir() => match find_in_folder(dir.as_ref()) {
+        [dir] if dir.as_ref().is_dir() && !holds_parts_folders(dir.as_ref()) => match find_in_folder(dir.as_ref()) {
             Ok(Some(only)) => return Err(single_checkpoint(&only)),
             _ => find_all_in_folder(dir.as_ref())?,
         },
+        [dir] if dir.as_ref().is_dir() => find_all_in_folder(dir.as_ref())?,
         paths => paths.iter().map(|path| find_one(path.as_ref())).collect::<Result<_>>()?,
     };
     match found.as_slice() {
         [only] => Err(single_checkpoint(only)),
         _ => Ok(found),
     }
+}
+
+/// Returns true if several folders of parts are in a folder, as DeepSpeed keeps them beside the name of the latest.
+fn holds_parts_folders(dir: &Path) -> bool {
+    let is_parts = |path: &&PathBuf| PartsFolder::of(path).is_some() && !is_state(path);
+    let folders = entries(dir).unwrap_or_default();
+    folders.iter().filter(is_parts).nth(1).is_some()
 }
 
 /// Returns the error for a single checkpoint. Trainers put the last model beside the folders of earlier ones.
@@ -202,9 +209,8 @@ pub(super) fn find_one(path: &Path) -> Result<FoundCheckpoint> {
 
 /// Finds the checkpoint that a folder is; `None` if it holds no weights.
 fn find_in_folder(dir: &Path) -> Result<Option<FoundCheckpoint>> {
-    let list = dir.join(DISTRIBUTED);
-    if list.is_file() {
-        return Ok(Some(FoundCheckpoint { path: dir.to_owned(), ..FoundCheckpoint::single_file(&list) }));
+    if PartsFolder::of(dir).is_some() {
+        return Ok(Some(FoundCheckpoint::single_file(dir)));
     }
     for name in WEIGHT_NAMES {
         for extension in [SAFETENSORS, PYTORCH[0]] {
@@ -218,11 +224,21 @@ fn find_in_folder(dir: &Path) -> Result<Option<FoundCheckpoint>> {
             }
         }
     }
+    match parts::model_folders(dir).as_slice() {
+        [] => {}
+        [folder] => {
+            return Ok(Some(FoundCheckpoint { path: dir.to_owned(), ..FoundCheckpoint::single_file(folder) }));
+        }
+        [first, second, ..] => return Err(several_in_folder(dir, first, second)),
+    }
     let entries = entries(dir)?;
     let indices: Vec<&PathBuf> = entries.iter().filter(|path| is_index(path)).collect();
     let files: Vec<&PathBuf> = entries.iter().filter(|path| is_weights(path)).collect();
     match (indices.as_slice(), files.as_slice()) {
-        ([], []) => Ok(None),
+        ([], []) => {
+            let latest = parts::latest(dir)?;
+            Ok(latest.map(|folder| FoundCheckpoint { path: dir.to_owned(), ..FoundCheckpoint::single_file(&folder) }))
+        }
         ([], [file]) => Ok(Some(FoundCheckpoint::file_in_folder(file, dir))),
         ([index], _) => {
             let found = FoundCheckpoint::sharded(dir, Some(dir), index)?;
@@ -254,7 +270,9 @@ fn find_all_in_folder(dir: &Path) -> Result<Vec<FoundCheckpoint>> {
     }
     for path in &entries {
         if path.is_dir() {
-            found.extend(find_in_folder(path)?);
+            if !is_state(path) {
+                found.extend(find_in_folder(path)?);
+            }
         } else if is_weights(path) && !shards.contains(path) {
             found.push(FoundCheckpoint::single_file(path));
         }
@@ -319,18 +337,18 @@ pub(crate) fn split_index(name: &str) -> Option<(&str, &str)> {
 pub(super) fn is_weights(path: &Path) -> bool {
     let known = is_pytorch(path) || path.extension().is_some_and(|extension| extension == SAFETENSORS);
     let name = file_name(path);
-    let is_state = without_extension(&name).ends_with(OPTIMIZER_STATE);
-    known && path.is_file() && !is_state && !TRAINING_STATE.iter().any(|prefix| name.starts_with(prefix))
+    known && path.is_file() && !without_extension(&name).ends_with(OPTIMIZER_STATE) && !is_state(path)
+}
+
+/// Returns true if a file or folder holds other state of a training, by its name.
+fn is_state(path: &Path) -> bool {
+    let name = file_name(path);
+    TRAINING_STATE.iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// Returns true if a file of weights is one of PyTorch's and not a safetensors file.
 pub(super) fn is_pytorch(path: &Path) -> bool {
     PYTORCH.iter().any(|extension| has_extension(path, extension))
-}
-
-/// Returns true for the list of the contents of a folder of `torch.distributed.checkpoint`.
-pub(super) fn is_distributed(path: &Path) -> bool {
-    path.ends_with(DISTRIBUTED)
 }
 
 fn has_extension(path: &Path, extension: &str) -> bool {
@@ -363,9 +381,4 @@ pub(crate) fn without_extension(name: &str) -> &str {
     let known = PYTORCH.iter().copied().chain([SAFETENSORS]);
     let stems = known.filter_map(|extension| name.strip_suffix(extension)?.strip_suffix('.'));
     stems.min_by_key(|stem| stem.len()).unwrap_or(name)
-}
-
-/// Returns the last component of a path; bytes that are not UTF-8 are replaced.
-pub(crate) fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }

@@ -10,11 +10,15 @@ mod json;
 mod links;
 mod model;
 mod model_config;
+mod names;
 mod natural;
 mod notes;
 mod options;
+mod parts;
 mod quantized;
 mod settings;
+#[cfg(feature = "pytorch")]
+mod sharded;
 mod steps;
 mod weight_file;
 mod wrappers;
@@ -33,8 +37,6 @@ pub(crate) use find::{file_name, is_usual_name, safetensors_name, split_index, w
 pub(crate) use links::CopySource;
 pub(crate) use model::{CheckpointModel, name_in_file};
 pub use options::{AdapterProduct, CheckpointOptions};
-#[cfg(feature = "pytorch")]
-pub(crate) use weight_file::WeightFile;
 pub(crate) use wrappers::unwrapped;
 
 /// Checkpoints of one model, in order of their steps.

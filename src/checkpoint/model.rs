@@ -1,5 +1,6 @@
 //! A checkpoint, opened: its tensors, in whichever of its files they are.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -44,12 +45,6 @@ impl TensorEntry {
     /// It cannot overflow, as the file was checked to hold the elements.
     pub(crate) fn bytes(&self) -> u64 {
         (self.dtype.bitsize() * self.shape.iter().product::<usize>() / 8) as u64
-    }
-
-    /// Returns the tensor without its elements, under a name.
-    #[cfg(feature = "pytorch")]
-    pub(crate) fn spec(&self, name: &str) -> TensorSpec {
-        TensorSpec { name: name.to_owned(), dtype: self.dtype, shape: self.shape.clone() }
     }
 }
 
@@ -181,45 +176,48 @@ impl CheckpointModel {
     }
 
     /// Returns the elements of an adapter's scale.
-    pub(super) fn scale(&self, name: &str) -> Option<&[u8]> {
-        self.bytes(self.tensors.get(name)?)
-    }
-
-    /// Returns the elements of a tensor; `None` if its file does not hold them in C order.
-    fn bytes(&self, entry: &TensorEntry) -> Option<&[u8]> {
-        self.files[entry.file].bytes(&entry.stored_name)
+    pub(super) fn scale(&self, name: &str) -> Option<Cow<'_, [u8]>> {
+        self.stored(name).map(|(_, elements)| elements.to_bytes())
     }
 
     /// Returns true if two tensors share their elements in the file.
     pub(crate) fn share_elements(&self, a: &str, b: &str) -> bool {
-        let elements = |name| self.tensors.get(name).and_then(|entry| self.bytes(entry));
-        matches!((elements(a), elements(b)), (Some(a), Some(b)) if !a.is_empty() && std::ptr::eq(a, b))
+        match (self.stored(a), self.stored(b)) {
+            (Some((_, Elements::Host(a))), Some((_, Elements::Host(b)))) => !a.is_empty() && std::ptr::eq(a, b),
+            _ => false,
+        }
     }
 
     /// Returns true if two matrices are equal, as those of tied layers are in files that hold both.
     pub(crate) fn equal_matrices(&self, a: &str, b: &str) -> bool {
-        let matrix = |name| self.tensors.get(name).filter(|entry: &&TensorEntry| entry.shape.len() > 1);
-        let (Some(a), Some(b)) = (matrix(a), matrix(b)) else { return false };
-        (a.dtype, &a.shape) == (b.dtype, &b.shape) && self.bytes(a).is_some() && self.bytes(a) == self.bytes(b)
-    }
-
-    /// Iterates over the tensors that their files do not hold in C order.
-    pub(crate) fn scattered(&self) -> impl Iterator<Item = (&str, &TensorEntry)> {
-        let tensors = self.tensors.iter().map(|(name, entry)| (name.as_str(), entry));
-        tensors.filter(|(_, entry)| self.bytes(entry).is_none())
+        let is_matrix = |name| self.tensors.get(name).is_some_and(|entry| entry.shape.len() > 1);
+        let shape = |name| self.tensors.get(name).map(|entry| &entry.shape);
+        let (Some((dtype, left)), Some((other, right))) = (self.stored(a), self.stored(b)) else { return false };
+        let are_alike = is_matrix(a) && dtype == other && shape(a) == shape(b);
+        let mut copies = [Vec::new(), Vec::new()];
+        are_alike
+            && (0..left.len()).step_by(COMPARED_BYTES).all(|start| {
+                let range = start..left.len().min(start + COMPARED_BYTES);
+                let [copy, other_copy] = &mut copies;
+                let bytes = left.read(range.clone(), copy);
+                bytes.is_some() && bytes == right.read(range, other_copy)
+            })
     }
 }
 
 impl TensorSource for CheckpointModel {
     fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
         let entry = self.tensors.get(name)?;
-        Some((entry.dtype, Elements::Host(self.bytes(entry)?)))
+        Some((entry.dtype, self.files[entry.file].elements(&entry.stored_name)?))
     }
 
     fn will_need(&self, bytes: &[u8]) {
         self.files.iter().for_each(|file| file.will_need(bytes));
     }
 }
+
+/// Bytes of two tensors that are compared at a time.
+const COMPARED_BYTES: usize = 1 << 18;
 
 /// Separates the file of weights beside the model from a tensor's name in it.
 const BESIDE: &str = ".safetensors/";

@@ -26,10 +26,9 @@ pub(super) fn of_models(models: &[CheckpointModel]) -> Vec<String> {
 #[cfg(feature = "pytorch")]
 fn choice(file: &WeightFile) -> Option<String> {
     let WeightFile::Torch(weights) = file else { return None };
-    let key = weights.key.as_ref()?;
-    if weights.other_models.is_empty() {
-        return None;
-    }
+    let Some(key) = weights.key.as_ref().filter(|_| !weights.other_models.is_empty()) else {
+        return weights.note.map(str::to_owned);
+    };
     Some(format!(
         "the entry `{key}` of each checkpoint is averaged; {} hold weights too, and --key (`key`) chooses them",
         listed(&weights.other_models)

@@ -7,21 +7,21 @@ use std::sync::{Mutex, PoisonError};
 
 #[cfg(feature = "pytorch")]
 use super::distributed;
-use super::find::{is_distributed, is_pytorch};
+use super::find::is_pytorch;
 use super::options::ReadOptions;
+#[cfg(feature = "pytorch")]
+use super::parts::PartsFolder;
+#[cfg(feature = "pytorch")]
+use super::sharded;
 use crate::error::{Error, Result};
 #[cfg(feature = "pytorch")]
-use crate::fs::parent_dir;
-#[cfg(feature = "pytorch")]
-use crate::pytorch::{Checkpoint, TensorFile};
+use crate::pytorch::{Checkpoint, DeepSpeedModel, TensorFile};
 use crate::snapshot::StoredFile;
+use crate::synthesis::Elements;
 use crate::tensor::TensorSpec;
 
 /// Keys of the step in metadata and in PyTorch files; the last is that of kohya's scripts.
 pub(super) const STEP_KEYS: [&str; 4] = ["step", "global_step", "steps", "ss_steps"];
-
-/// Key of the metadata of a safetensors file that holds parts of tensors.
-const SHARDING: &str = "DCP_SHARDING_INFO";
 
 /// File of a checkpoint's weights, mapped.
 #[derive(Debug)]
@@ -45,6 +45,8 @@ pub(crate) struct TorchWeights {
     left_out: Vec<String>,
     /// Entries of the model that are None.
     pub nones: Vec<String>,
+    /// Note on which weights were taken.
+    pub note: Option<&'static str>,
 }
 
 /// Lock for parsing a pickle, whose values may take much memory until its tensors are known.
@@ -65,16 +67,44 @@ impl TorchWeights {
         let key = checkpoint.key().map(str::to_owned);
         let [other_models, left_out, nones] =
             [checkpoint.other_models(), checkpoint.left_out(), checkpoint.nones()].map(<[String]>::to_vec);
-        Ok(TorchWeights { tensors: checkpoint.into_tensors(), numbers, key, other_models, left_out, nones })
+        let new = TorchWeights::new(checkpoint.into_tensors());
+        Ok(TorchWeights { numbers, key, other_models, left_out, nones, ..new })
     }
 
-    /// Reads a folder of `torch.distributed.checkpoint`, whose list of contents is `path`.
-    fn read_distributed(path: &Path, options: &ReadOptions) -> Result<TorchWeights> {
+    /// Reads a folder whose files hold parts of tensors.
+    fn read_parts(kind: PartsFolder, folder: &Path, options: &ReadOptions) -> Result<TorchWeights> {
         let _one_at_a_time = PARSING.lock().unwrap_or_else(PoisonError::into_inner);
-        let (tensors, key, left_out) = distributed::read(parent_dir(path), options)?;
-        let [other_models, nones] = [const { Vec::new() }; 2];
-        Ok(TorchWeights { tensors, numbers: BTreeMap::new(), key, other_models, left_out, nones })
+        match kind {
+            PartsFolder::Distributed => {
+                let (tensors, key, left_out) = distributed::read(folder, options)?;
+                Ok(TorchWeights { key, left_out, ..TorchWeights::new(tensors) })
+            }
+            PartsFolder::Shards => {
+                check_no_key(folder, options)?;
+                let (tensors, left_out) = sharded::read(folder, options)?;
+                Ok(TorchWeights { left_out, ..TorchWeights::new(tensors) })
+            }
+            PartsFolder::DeepSpeed => {
+                let read = DeepSpeedModel::open(folder, options.key.as_deref(), &options.leave_out)?;
+                let numbers = read.step.map(|step| (STEP_KEYS[1], step)).into_iter().collect();
+                let DeepSpeedModel { tensors, left_out, nones, note, .. } = read;
+                Ok(TorchWeights { numbers, left_out, nones, note, ..TorchWeights::new(tensors) })
+            }
+        }
     }
+
+    fn new(tensors: TensorFile) -> TorchWeights {
+        let (numbers, key, note) = Default::default();
+        let [other_models, left_out, nones] = [const { Vec::new() }; 3];
+        TorchWeights { tensors, numbers, key, other_models, left_out, nones, note }
+    }
+}
+
+/// Refuses a key for a safetensors file.
+fn check_no_key(path: &Path, options: &ReadOptions) -> Result<()> {
+    let Some(key) = &options.key else { return Ok(()) };
+    let why = format!("a safetensors file has no entry `{key}`: --key (`key`) is for training checkpoints of PyTorch");
+    Err(Error::unexpected(path, why))
 }
 
 impl WeightFile {
@@ -84,24 +114,19 @@ impl WeightFile {
     /// [`Error::Io`], [`Error::Damaged`], and [`Error::Unexpected`] for a snapshot of a run, for parts of tensors, for
     /// a key of a file that has none, or for a PyTorch file in a build without the feature `pytorch`.
     pub(super) fn open(path: &Path, options: &ReadOptions) -> Result<WeightFile> {
-        if is_pytorch(path) || is_distributed(path) {
+        if is_pytorch(path) || path.is_dir() {
             return WeightFile::open_pytorch(path, options);
         }
-        if let Some(key) = &options.key {
-            let why = format!(
-                "a safetensors file has no entry `{key}`: --key (`key`) is for training checkpoints of PyTorch"
-            );
-            return Err(Error::unexpected(path, why));
-        }
+        check_no_key(path, options)?;
         let file = StoredFile::open(path)?;
         if file.metadata().contains_key("history") && file.metadata().contains_key("posthoc_ema") {
             let why = "this is a snapshot of a run, and so an average itself: use `synthesize` on its directory";
             return Err(Error::unexpected(path, why));
         }
-        if file.metadata().contains_key(SHARDING) {
-            let why = "a shard of a distributed checkpoint, which holds parts of tensors: make whole files of its \
-                       folder with `consolidate_safetensors_files` of `torch.distributed.checkpoint`, and average \
-                       those";
+        #[cfg(feature = "pytorch")]
+        if file.metadata().contains_key(sharded::SHARDING) && !sharded::is_whole(&file)? {
+            let why =
+                "a shard of a distributed checkpoint, which holds parts of tensors: name the folder of all shards";
             return Err(Error::unexpected(path, why));
         }
         Ok(WeightFile::Safetensors(file))
@@ -109,8 +134,11 @@ impl WeightFile {
 
     #[cfg(feature = "pytorch")]
     fn open_pytorch(path: &Path, options: &ReadOptions) -> Result<WeightFile> {
-        let read = if is_distributed(path) { TorchWeights::read_distributed } else { TorchWeights::read };
-        read(path, options).map(WeightFile::Torch)
+        let read = match PartsFolder::of(path) {
+            Some(kind) => TorchWeights::read_parts(kind, path, options),
+            None => TorchWeights::read(path, options),
+        };
+        read.map(WeightFile::Torch)
     }
 
     #[cfg(not(feature = "pytorch"))]
@@ -161,12 +189,15 @@ impl WeightFile {
         }
     }
 
-    /// Returns the elements of a tensor in C order; `None` if the file has them in another order, or no such tensor.
-    pub(super) fn bytes(&self, name: &str) -> Option<&[u8]> {
+    /// Returns the elements of a tensor; `None` if the file lacks it.
+    pub(super) fn elements(&self, name: &str) -> Option<Elements<'_>> {
         match self {
-            WeightFile::Safetensors(file) => file.tensors().get(name).map(|tensor| file.bytes(tensor)),
+            WeightFile::Safetensors(file) => file.tensors().get(name).map(|tensor| Elements::Host(file.bytes(tensor))),
             #[cfg(feature = "pytorch")]
-            WeightFile::Torch(file) => file.tensors.stored(name),
+            WeightFile::Torch(file) => match file.tensors.stored(name) {
+                Some(bytes) => Some(Elements::Host(bytes)),
+                None => file.tensors.scattered(name).map(Elements::Scattered),
+            },
         }
     }
 

@@ -111,12 +111,6 @@ pub(super) fn file_limit() -> Option<u64> {
     getrlimit(Resource::Fsize).current
 }
 
-/// Writes bytes at an offset of a file.
-#[cfg(feature = "pytorch")]
-pub fn write_all_at(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
-    write_within(file_limit(), file, offset, bytes)
-}
-
 /// Writes bytes at an offset of a file, or fails if they would exceed a limit on its length.
 ///
 /// Without the check, a signal would end the process.

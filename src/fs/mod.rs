@@ -13,8 +13,6 @@ mod temporary;
 mod threads;
 
 pub use atomic::AtomicFile;
-#[cfg(feature = "pytorch")]
-pub(crate) use atomic::write_all_at;
 pub(crate) use atomic::{parent_dir, sync_directory};
 pub(crate) use fail_point::attempt;
 pub use file_checks::check_replaceable;
@@ -26,7 +24,5 @@ pub use mapping::install_sigbus_handler;
 pub(crate) use mapping::{Mapping, release_pages, use_large_pages};
 pub use stream::{Stream, check_output};
 pub use temporary::remove_unfinished;
-#[cfg(feature = "pytorch")]
-pub(crate) use temporary::scratch_folder;
-pub(crate) use temporary::{TempLock, is_temporary, remove_leftovers};
+pub(crate) use temporary::{is_temporary, remove_leftovers};
 pub use threads::start_threads;

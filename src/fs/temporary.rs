@@ -157,13 +157,6 @@ pub(super) fn folder(dir: &Path, purpose: &str, permissions: Permissions) -> io:
     .map(|(folder, live)| (folder, TempLock(live)))
 }
 
-/// Creates a private temporary folder in a directory, and removes leftovers there.
-#[cfg(feature = "pytorch")]
-pub fn scratch_folder(dir: &Path, purpose: &str) -> io::Result<(TempDir, TempLock)> {
-    remove_leftovers(dir);
-    folder(dir, purpose, Permissions::from_mode(0o700))
-}
-
 /// Lock that keeps a folder from being taken for a leftover, with the handle that holds it.
 ///
 /// Dropped after the folder, it removes a folder whose parent was renamed.

@@ -1,79 +1,39 @@
-//! The checkpoints that some targets read, all of them mapped.
+//! The checkpoints that some targets read.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::sync::Arc;
-
-use safetensors::Dtype;
-use tempfile::TempDir;
 
 use super::Checkpoints;
 use super::plan::{Merge, MergeRow};
 use super::products::{AveragedProducts, Products};
 use crate::checkpoint::CheckpointModel;
 use crate::error::{Error, Result};
-use crate::fs::TempLock;
-#[cfg(feature = "pytorch")]
-use crate::fs::scratch_folder;
-use crate::snapshot::StoredFile;
-use crate::synthesis::{Elements, LaterSelection, Selection, TensorSource, WeightedSources};
+use crate::synthesis::{LaterSelection, Selection, TensorSource, WeightedSources};
 use crate::tensor::{first_non_finite, to_f64};
 
 /// Checkpoints that some targets read, by their index.
 pub(super) struct MappedModels<'a> {
-    models: BTreeMap<usize, MappedModel<'a>>,
+    models: BTreeMap<usize, &'a CheckpointModel>,
     /// Averaged products of adapters, for each target.
     products: Vec<Arc<AveragedProducts>>,
     /// Names of the factors of these.
     factors: BTreeSet<String>,
-    /// Folder of the gathered tensors.
-    _scratch: Option<(TempDir, TempLock)>,
-}
-
-/// Checkpoint, all of whose tensors are mapped in C order.
-struct MappedModel<'a> {
-    model: &'a CheckpointModel,
-    /// Tensors that the checkpoint's own files do not hold in C order.
-    gathered: Option<StoredFile>,
-}
-
-impl TensorSource for MappedModel<'_> {
-    fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
-        let gathered = || {
-            let file = self.gathered.as_ref()?;
-            let tensor = file.tensors().get(name)?;
-            Some((tensor.dtype, Elements::Host(file.bytes(tensor))))
-        };
-        self.model.stored(name).or_else(gathered)
-    }
-
-    fn will_need(&self, bytes: &[u8]) {
-        self.model.will_need(bytes);
-        self.gathered.iter().for_each(|file| file.will_need(bytes));
-    }
 }
 
 impl<'a> MappedModels<'a> {
     /// Maps the checkpoints that the targets read, and averages the products of adapters if these are asked for.
     ///
-    /// Tensors that a PyTorch file does not hold in C order are gathered first, one by one, in a temporary folder in
-    /// `scratch`, or else among the system's temporary files.
-    ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Unexpected`] for factors that are not finite.
     pub(super) fn new(
         checkpoints: &'a Checkpoints,
         rows: &[&MergeRow],
-        scratch: Option<&Path>,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<MappedModels<'a>> {
-        let models = used(checkpoints, rows).map(|(i, model)| (i, MappedModel { model, gathered: None })).collect();
-        let mut mapped = MappedModels { models, products: Vec::new(), factors: BTreeSet::new(), _scratch: None };
-        if mapped.models.values().any(|mapped| mapped.model.scattered().next().is_some()) {
-            mapped.gather(scratch, progress)?;
-        }
+        let models = used(checkpoints, rows).collect();
+        let mut mapped = MappedModels { models, products: Vec::new(), factors: BTreeSet::new() };
         if let Some(products) = &checkpoints.products {
-            let sources = mapped.models.iter().map(|(&i, model)| (i, model as &dyn TensorSource)).collect();
+            let sources = mapped.models.iter().map(|(&i, model)| (i, *model as &dyn TensorSource)).collect();
             let averaged: Result<_> = rows.iter().map(|row| products.average(row, &sources, progress)).collect();
             mapped.products = averaged.map_err(|error| mapped.blame(error))?;
             mapped.factors = products.factors().map(str::to_owned).collect();
@@ -86,29 +46,11 @@ impl<'a> MappedModels<'a> {
         &self.products
     }
 
-    #[cfg(feature = "pytorch")]
-    fn gather(&mut self, scratch: Option<&Path>, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
-        let parent = scratch.map_or_else(std::env::temp_dir, Path::to_owned);
-        let (temp, lock) = scratch_folder(&parent, "average").map_err(Error::io("write", &parent))?;
-        for (i, mapped) in self.models.iter_mut().filter(|(_, mapped)| mapped.model.scattered().next().is_some()) {
-            let path = temp.path().join(format!("{i}.safetensors"));
-            mapped.gathered = Some(super::gather::gather(mapped.model, &path, progress)?);
-        }
-        self._scratch = Some((temp, lock));
-        Ok(())
-    }
-
-    /// Does nothing: without the feature, all files hold their tensors in C order.
-    #[cfg(not(feature = "pytorch"))]
-    fn gather(&mut self, _: Option<&Path>, _: &(dyn Fn(u64) + Sync)) -> Result<()> {
-        Ok(())
-    }
-
     /// Selects the checkpoints that have a weight in a target.
     pub(super) fn selection(&self, rows: &[&MergeRow]) -> Selection<'_> {
         let has_weight = |i: &usize| rows.iter().any(|row| row.weights[*i] != 0.0);
         let chosen: Vec<usize> = self.models.keys().copied().filter(has_weight).collect();
-        let source = |i: usize| &self.models[&i] as &dyn TensorSource;
+        let source = |i: usize| self.models[&i] as &dyn TensorSource;
         Selection {
             first: WeightedSources {
                 sources: chosen.iter().map(|&i| source(i)).collect(),
@@ -133,47 +75,51 @@ impl<'a> MappedModels<'a> {
     /// that another does not hold.
     pub(super) fn blame(&self, error: Error) -> Error {
         let Error::Tensor { tensor, .. } = &error else { return error };
-        for mapped in self.models.values() {
-            if let Some((element, value)) = self.first_odd(mapped, tensor) {
+        for model in self.models.values() {
+            if let Some((element, value)) = self.first_odd(model, tensor) {
                 let why = format!(
                     "tensor `{tensor}` holds {value} at element {element}, and so would every average of it: leave \
                      this checkpoint out"
                 );
-                return Error::unexpected(&mapped.model.found.path, why);
+                return Error::unexpected(&model.found.path, why);
             }
         }
         error
     }
 
     /// Returns the first element of a checkpoint's tensor that is NaN, or an infinity that another does not hold.
-    fn first_odd(&self, mapped: &MappedModel<'_>, tensor: &str) -> Option<(usize, f64)> {
+    fn first_odd(&self, model: &CheckpointModel, tensor: &str) -> Option<(usize, f64)> {
+        let (dtype, elements) = model.stored(tensor)?;
+        let size = dtype.bitsize() / 8;
+        let mut copy = Vec::new();
         let mut start = 0;
-        loop {
-            let (dtype, bytes) = mapped.host(tensor)?;
-            let size = dtype.bitsize() / 8;
-            let (element, value) = first_non_finite(dtype, bytes.get(start * size..)?)?;
-            let element = start + element;
-            if !self.models.values().all(|other| other.number(tensor, element) == Some(value)) {
-                return Some((element, value));
+        while start < elements.len() {
+            let bytes = elements.read(start..elements.len().min(start + PIECE_ELEMENTS * size), &mut copy)?;
+            match first_non_finite(dtype, bytes) {
+                None => start += bytes.len(),
+                Some((element, value)) => {
+                    let element = start / size + element;
+                    if !self.models.values().all(|other| number(other, tensor, element) == Some(value)) {
+                        return Some((element, value));
+                    }
+                    start = (element + 1) * size;
+                }
             }
-            start = element + 1;
         }
+        None
     }
 }
 
-impl MappedModel<'_> {
-    /// Returns the dtype and the elements of a tensor.
-    fn host(&self, tensor: &str) -> Option<(Dtype, &[u8])> {
-        let (dtype, elements) = self.stored(tensor)?;
-        Some((dtype, elements.host()?))
-    }
+/// Elements that are looked through at a time.
+const PIECE_ELEMENTS: usize = 1 << 16;
 
-    /// Returns one element of a tensor.
-    fn number(&self, tensor: &str, element: usize) -> Option<f64> {
-        let (dtype, bytes) = self.host(tensor)?;
-        let size = dtype.bitsize() / 8;
-        to_f64(dtype, bytes.get(element * size..(element + 1) * size)?)?.first().copied()
-    }
+/// Returns one element of a tensor.
+fn number(model: &CheckpointModel, tensor: &str, element: usize) -> Option<f64> {
+    let (dtype, elements) = model.stored(tensor)?;
+    let size = dtype.bitsize() / 8;
+    let mut copy = Vec::new();
+    let bytes = elements.read(element * size..(element + 1) * size, &mut copy)?;
+    to_f64(dtype, bytes)?.first().copied()
 }
 
 /// Iterates over the checkpoints that have a weight in a target, or from which tensors are copied.
@@ -182,8 +128,7 @@ fn used<'a>(checkpoints: &'a Checkpoints, rows: &[&MergeRow]) -> impl Iterator<I
     checkpoints.models.iter().enumerate().filter(move |(i, _)| is_used(*i))
 }
 
-/// Returns the bytes that one pass over the checkpoints reads: the averaged tensors, and once more all that are
-/// gathered.
+/// Returns the bytes that one pass over the checkpoints reads: the averaged tensors.
 ///
 /// Merges of other checkpoints count nothing.
 pub(super) fn bytes_to_read(checkpoints: &Checkpoints, merges: &[Merge]) -> u64 {
@@ -199,12 +144,11 @@ pub(super) fn bytes_to_read(checkpoints: &Checkpoints, merges: &[Merge]) -> u64 
     // Averaged products are in f64, and are read for all targets.
     let elements: usize = checkpoints.products.iter().flat_map(Products::elements).sum();
     let mut bytes = (rows.len() * elements * size_of::<f64>()) as u64;
-    for (i, model) in used(checkpoints, &rows) {
+    for (i, _) in used(checkpoints, &rows) {
         if rows.iter().any(|row| row.weights[i] != 0.0) {
             bytes += averaged;
             bytes += of_factors * rows.iter().filter(|row| row.weights[i] != 0.0).count() as u64;
         }
-        bytes += model.scattered().map(|(_, entry)| entry.bytes()).sum::<u64>();
     }
     bytes
 }

@@ -1,7 +1,5 @@
 //! Averages of checkpoints from any training, in which nothing was tracked.
 
-#[cfg(feature = "pytorch")]
-mod gather;
 mod mapped;
 mod plan;
 mod products;
@@ -70,8 +68,9 @@ impl Checkpoints {
     ///
     /// Each path is a safetensors file, an index of shards (`*.index.json`) or a folder that holds either, as Hugging
     /// Face's tools write them. With the feature `pytorch`, it may also be a PyTorch file (`.pt`, `.pth`, `.bin`,
-    /// `.ckpt`) or a folder of `torch.distributed.checkpoint`; no code in it is ever run. A single folder that is not a
-    /// checkpoint itself is a folder of checkpoints, in order of their names, where `epoch2` is before `epoch10`.
+    /// `.ckpt`) or a folder of `torch.distributed.checkpoint`, of `HuggingFaceStorageWriter`'s shards or of DeepSpeed;
+    /// no code in it is ever run. A single folder that is not a checkpoint itself is a folder of checkpoints, in order
+    /// of their names, where `epoch2` is before `epoch10`.
     ///
     /// `steps` gives the steps in the order of the paths. By default they come from the first of these that has the
     /// step of every checkpoint:
@@ -171,8 +170,6 @@ impl Checkpoints {
     }
 
     /// Returns the bytes that [`Checkpoints::write`] reads for these targets in one pass.
-    ///
-    /// Tensors that a PyTorch file does not hold in C order are read twice: they are first gathered.
     pub fn bytes_to_read(&self, merges: &[Merge]) -> u64 {
         mapped::bytes_to_read(self, merges)
     }
@@ -229,7 +226,7 @@ impl Checkpoints {
     /// [`Error::Io`](crate::Error::Io).
     pub fn load(&self, merge: &Merge) -> Result<Tensors> {
         let row = MergeRow::new(self, merge)?;
-        let mapped = MappedModels::new(self, &[&row], None, &|_| ())?;
+        let mapped = MappedModels::new(self, &[&row], &|_| ())?;
         self.source_set().load_selection(&mapped.selection(&[&row])).map_err(|error| mapped.blame(error))
     }
 
@@ -247,7 +244,7 @@ impl Checkpoints {
     ) -> Result<()> {
         let rows: Vec<MergeRow> = merges.iter().map(|merge| MergeRow::new(self, merge)).collect::<Result<_>>()?;
         let rows: Vec<&MergeRow> = rows.iter().collect();
-        let mapped = MappedModels::new(self, &rows, None, progress.unwrap_or(&|_| ()))?;
+        let mapped = MappedModels::new(self, &rows, progress.unwrap_or(&|_| ()))?;
         let loaded = self.source_set().load_selection_into(&mapped.selection(&rows), outputs, progress);
         loaded.map_err(|error| mapped.blame(error))
     }
@@ -266,7 +263,7 @@ impl Checkpoints {
             return Ok(None);
         }
         let row = MergeRow::new(self, merge)?;
-        let mapped = MappedModels::new(self, &[&row], None, &|_| ())?;
+        let mapped = MappedModels::new(self, &[&row], &|_| ())?;
         Ok(mapped.products().first().map(|products| products.errors))
     }
 

@@ -132,11 +132,11 @@ impl Products {
 /// Reads a factor.
 fn read(source: Option<&dyn TensorSource>, name: &str, progress: &(dyn Fn(u64) + Sync)) -> Result<Vec<f64>> {
     let stored = source.and_then(|source| source.stored(name));
-    let bytes = stored.and_then(|(dtype, elements)| Some((dtype, elements.host()?)));
-    let (dtype, bytes) = bytes.ok_or_else(|| Error::tensor(name, "a checkpoint lacks it"))?;
-    if let Some((element, value)) = first_non_finite(dtype, bytes) {
+    let (dtype, elements) = stored.ok_or_else(|| Error::tensor(name, "a checkpoint lacks it"))?;
+    let bytes = elements.to_bytes();
+    if let Some((element, value)) = first_non_finite(dtype, &bytes) {
         return Err(Error::tensor(name, format!("it holds {value} at element {element}")));
     }
     progress(bytes.len() as u64);
-    to_f64(dtype, bytes).ok_or_else(|| Error::tensor(name, format!("{dtype} is not averaged")))
+    to_f64(dtype, &bytes).ok_or_else(|| Error::tensor(name, format!("{dtype} is not averaged")))
 }

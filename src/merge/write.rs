@@ -143,7 +143,7 @@ fn write_in_one_pass(
         outputs.iter().map(|output| OutputTarget { path: output.path, metadata: metadata(output.merge) }).collect();
     let open = files.create(&targets)?;
     let rows: Vec<&MergeRow> = outputs.iter().map(|output| &output.row).collect();
-    let mapped = MappedModels::new(checkpoints, &rows, open.scratch(), options.progress.unwrap_or(&|_| ()))?;
+    let mapped = MappedModels::new(checkpoints, &rows, options.progress.unwrap_or(&|_| ()))?;
     let written = sources.write_files(&mapped.selection(&rows), &files.shards, &open.files, options);
     let device = written.map_err(|error| mapped.blame(error))?;
     drop(mapped);

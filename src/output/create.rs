@@ -96,11 +96,3 @@ impl FilePlan {
         created.into_iter().try_for_each(CreatedDirs::keep)
     }
 }
-
-impl OpenOutputs {
-    /// Returns a folder for temporary files, beside those of the first target.
-    pub(crate) fn scratch(&self) -> Option<&Path> {
-        let first = &self.files.first()?.first()?.path;
-        (!Stream::is_named(first)).then(|| parent_dir(first))
-    }
-}

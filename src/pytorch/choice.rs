@@ -87,7 +87,9 @@ pub(super) fn choose(pickle: &Pickle, key: Option<&str>) -> Result<Choice, Strin
 /// Returns true for the key of an entry that holds the state of a training.
 pub fn is_training_state(key: &str) -> bool {
     let key = key.to_lowercase();
-    TRAINING_PARTS.iter().any(|part| key.contains(part))
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    // Megatron numbers the optimizers that follow each other.
+    key.strip_prefix("chained_").is_some_and(is_number) || TRAINING_PARTS.iter().any(|part| key.contains(part))
 }
 
 /// Returns true for a dict with a tensor in it, and for a module.

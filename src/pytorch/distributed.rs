@@ -5,11 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::file::{PickledFile, map_file, parse_archive};
 use super::pickle::{MemoryBudget, NodeId, Pickle};
 use super::tensor::{NotRead, PickledTensor, TensorReader};
-use super::tensor_file::{TensorFile, TensorPart, TiledTensor};
+use super::tensor_file::TensorFile;
+use super::tiled::{TensorPart, TiledTensor};
 use crate::error::{Error, Result};
 use crate::fs::Mapping;
 
@@ -61,6 +63,7 @@ impl DistributedCheckpoint {
     pub fn read(&self, rename: &dyn Fn(&str) -> Option<String>) -> Result<TensorFile> {
         let mut maps = Vec::new();
         let places = self.places(&mut maps)?;
+        let maps = Arc::new(maps);
         let mut tensors = BTreeMap::new();
         for (stored_name, id) in self.named("state_dict_metadata")? {
             if let Some(name) = rename(&stored_name).filter(|_| self.pickle().attribute(id, "chunks").is_some()) {
@@ -100,7 +103,7 @@ impl DistributedCheckpoint {
         let mut places = BTreeMap::new();
         for (key, value) in self.dict("storage_data")? {
             let name = pickle.attribute(*key, "fqn").and_then(|name| pickle.text(name));
-            let offset = pickle.attribute(*key, "offset").and_then(|offset| sizes(pickle, offset));
+            let offset = pickle.attribute(*key, "offset").and_then(|offset| pickle.sizes(offset));
             // An entry that is not a tensor has no offset.
             let (Some(name), Some(offset)) = (name, offset) else { continue };
             let path = pickle.attribute(*value, "relative_path").and_then(|path| pickle.text(path));
@@ -145,15 +148,21 @@ impl DistributedCheckpoint {
         name: &str,
         id: NodeId,
         places: &BTreeMap<(String, Vec<usize>), StoragePlace>,
-        maps: &[Mapping],
+        maps: &Arc<Vec<Mapping>>,
     ) -> Result<TiledTensor> {
         let pickle = self.pickle();
-        let shape = pickle.attribute(id, "size").and_then(|size| sizes(pickle, size));
+        let shape = pickle.attribute(id, "size").and_then(|size| pickle.sizes(size));
         let chunks = pickle.attribute(id, "chunks").and_then(|chunks| pickle.items(chunks)).unwrap_or_default();
         let shape = shape.ok_or_else(|| self.damaged(format!("tensor `{name}` has no size")))?;
+        if self.is_reshaped(name) {
+            let why = format!(
+                "tensor `{name}` is stored in another shape by Megatron: leave it out with --leave-out (`leave_out`)"
+            );
+            return Err(Error::unexpected(&self.file.path, why));
+        }
         let mut parts: Vec<TensorPart> = Vec::with_capacity(chunks.len());
         for chunk in chunks {
-            let attribute = |key| pickle.attribute(*chunk, key).and_then(|value| sizes(pickle, value));
+            let attribute = |key| pickle.attribute(*chunk, key).and_then(|value| pickle.sizes(value));
             let (Some(offset), Some(extent)) = (attribute("offsets"), attribute("sizes")) else {
                 return Err(self.damaged(format!("a part of tensor `{name}` has no place")));
             };
@@ -166,16 +175,17 @@ impl DistributedCheckpoint {
             if tensor.shape != extent {
                 return Err(self.damaged(format!("the part of tensor `{name}` at {offset:?} has another shape")));
             }
-            if parts.first().is_some_and(|first| first.tensor.dtype != tensor.dtype) {
-                return Err(self.damaged(format!("the parts of tensor `{name}` have different dtypes")));
-            }
             parts.push(TensorPart { file: place.file, offset, tensor });
         }
-        let Some(dtype) = parts.first().map(|part| part.tensor.dtype) else {
-            return Err(self.damaged(format!("tensor `{name}` has no parts")));
-        };
-        check_tiling(&shape, &parts).map_err(|why| self.damaged(format!("the parts of tensor `{name}` {why}")))?;
-        Ok(TiledTensor { dtype, shape, parts })
+        TiledTensor::new(shape.clone(), shape, parts, maps)
+            .map_err(|why| self.damaged(format!("the parts of tensor `{name}` {why}")))
+    }
+
+    /// Returns true for a tensor whose shape in the files Megatron changed.
+    fn is_reshaped(&self, name: &str) -> bool {
+        let pickle = self.pickle();
+        let data = pickle.attribute(pickle.root(), "mcore_data").and_then(|data| pickle.get(data, name));
+        data.is_some_and(|data| pickle.get(data, "nd_reformulated_orig_global_shape").is_some())
     }
 
     /// Reads the archive of one rectangle.
@@ -192,48 +202,4 @@ impl DistributedCheckpoint {
             NotRead::Kind(kind) => Error::unexpected(path, format!("`{name}` is a tensor that is not read (`{kind}`)")),
         })
     }
-}
-
-/// Reads a `torch.Size`, which is pickled as the call that makes it of a tuple.
-fn sizes(pickle: &Pickle, id: NodeId) -> Option<Vec<usize>> {
-    let items = match pickle.call(id) {
-        Some((_, [tuple])) => pickle.items(*tuple)?,
-        _ => pickle.items(id)?,
-    };
-    items.iter().map(|&item| usize::try_from(pickle.int(item)?).ok()).collect()
-}
-
-/// Checks that rectangles cover a tensor, each element once.
-fn check_tiling(shape: &[usize], parts: &[TensorPart]) -> std::result::Result<(), String> {
-    let volume = |shape: &[usize]| shape.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent));
-    let whole = volume(shape).ok_or("are too large")?;
-    let mut covered = 0usize;
-    for part in parts {
-        let fits = part.offset.len() == shape.len()
-            && part.tensor.shape.len() == shape.len()
-            && (0..shape.len())
-                .all(|i| part.offset[i].checked_add(part.tensor.shape[i]).is_some_and(|end| end <= shape[i]));
-        if !fits {
-            return Err(format!("lead out of its shape {shape:?}"));
-        }
-        covered = covered.saturating_add(volume(&part.tensor.shape).unwrap_or(usize::MAX));
-    }
-    let overlap = |a: &TensorPart, b: &TensorPart| {
-        (0..shape.len())
-            .all(|i| a.offset[i] < b.offset[i] + b.tensor.shape[i] && b.offset[i] < a.offset[i] + a.tensor.shape[i])
-    };
-    let mut sorted: Vec<&TensorPart> = parts.iter().filter(|part| volume(&part.tensor.shape) != Some(0)).collect();
-    sorted.sort_by(|a, b| a.offset.cmp(&b.offset));
-    for (i, part) in sorted.iter().enumerate() {
-        // Sorted by the first dimension, only those that begin before this one ends can overlap it.
-        let end = part.offset.first().map_or(usize::MAX, |first| first + part.tensor.shape[0]);
-        let near = sorted[i + 1..].iter().take_while(|other| other.offset.first().is_none_or(|first| *first < end));
-        if near.clone().any(|other| overlap(part, other)) {
-            return Err("overlap".into());
-        }
-    }
-    if covered != whole {
-        return Err(format!("hold {covered} of its {whole} elements: the checkpoint is incomplete"));
-    }
-    Ok(())
 }

@@ -5,7 +5,9 @@
 
 mod archive;
 mod choice;
+mod deepspeed;
 mod distributed;
+mod entries;
 mod file;
 mod file_kind;
 mod legacy;
@@ -15,38 +17,27 @@ mod pickle;
 mod storage;
 mod tensor;
 mod tensor_file;
+mod tiled;
 
-use std::collections::{BTreeMap, HashSet};
 use std::ops::Deref;
 use std::path::Path;
+use std::sync::Arc;
 
 use choice::Choice;
 pub use choice::is_training_state;
+pub use deepspeed::DeepSpeedModel;
 pub use distributed::DistributedCheckpoint;
+pub use entries::is_extra_state;
+use entries::{ModelEntries, check_growth, read_entries};
 use file::{PickledFile, Storages};
 pub use number::{Number, number};
-use pickle::{MemoryBudget, Node, NodeId, Pickle};
-use tensor::{NotRead, TensorReader};
-pub use tensor_file::TensorFile;
-use tensor_file::TiledTensor;
+use pickle::{Node, NodeId, Pickle};
+use tensor::TensorReader;
+pub use tensor_file::{Rectangle, TensorFile};
+use tiled::TiledTensor;
 
 use crate::error::{Error, Result};
 use crate::tensor::NamePatterns;
-
-/// Largest ratio of a file's tensors to its length. It exceeds 1 if tensors share elements.
-const MAX_GROWTH: u64 = 4;
-
-/// Bytes of tensors that are allowed whatever the file's length.
-const ALWAYS_ALLOWED: u64 = 1 << 20;
-
-/// Bytes that the names of a model's tensors may take.
-const NAMES: usize = 64 << 20;
-
-/// Most entries that an error names after the first.
-const MOST_REFUSED: usize = 9;
-
-const REMEDY: &str = "leave it out with --leave-out (`leave_out`), or if you trust the file, load it with PyTorch, \
-                      remove that entry and save it again";
 
 /// Opened checkpoint. Its pickle is parsed; the elements of its tensors are in the mapped file.
 #[derive(Debug)]
@@ -105,29 +96,12 @@ impl Checkpoint {
 
     /// Reads the tensors of a model without their elements.
     fn new(file: PickledFile, choice: Choice, leave_out: &NamePatterns) -> Result<Checkpoint> {
-        let mut tensors = BTreeMap::new();
-        let mut left_out = Vec::new();
-        let mut nones = Vec::new();
-        let mut refused = Vec::new();
-        for ModelEntry { name, is_text, value: id } in model_entries(&file, choice.model)? {
-            if leave_out.contains(&name) {
-                left_out.push(name);
-                continue;
-            }
-            match file.with_tensors(|tensors| tensors.read(id)) {
-                Ok(_) if !is_text => refused.push(format!("a tensor is at the key {name}, which is not a text")),
-                Ok(tensor) => drop(tensors.insert(name, TiledTensor::whole(tensor))),
-                Err(NotRead::Damaged(why)) => {
-                    return Err(Error::damaged(&file.path, format!("tensor `{name}`: {why}")));
-                }
-                Err(NotRead::Kind(kind)) => refused.push(format!("`{name}` is a tensor that is not read (`{kind}`)")),
-                Err(NotRead::Other) if matches!(file.pickle.node(id), Node::None) => nones.push(name),
-                Err(NotRead::Other) => refused.extend(refusal(&file.pickle, choice.key.is_some(), &name, id)),
-            }
-        }
-        check_refused(&file.path, &refused)?;
+        let ModelEntries { tensors, left_out, nones } =
+            read_entries(&file, choice.model, choice.key.is_some(), leave_out)?;
         let PickledFile { path, map, pickle, storages } = file;
-        let tensors = TensorFile { path, maps: vec![map], tensors };
+        let maps = Arc::new(vec![map]);
+        let tensors = tensors.into_iter().map(|(name, tensor)| (name, TiledTensor::whole(tensor, 0, &maps))).collect();
+        let tensors = TensorFile { path, maps, tensors };
         check_growth(&tensors)?;
         Ok(Checkpoint { tensors, pickle, storages, key: choice.key, other_models: choice.others, left_out, nones })
     }
@@ -191,89 +165,4 @@ impl Checkpoint {
     pub fn into_tensors(self) -> TensorFile {
         self.tensors
     }
-}
-
-/// Entry of a model.
-struct ModelEntry {
-    /// Key, as a text.
-    name: String,
-    /// False for a key that is neither a text nor a whole number, so that no tensor can be called by it.
-    is_text: bool,
-    value: NodeId,
-}
-
-/// Lists the entries of a model by their names, in its order. Of equal names, the last counts.
-fn model_entries(file: &PickledFile, model: NodeId) -> Result<Vec<ModelEntry>> {
-    let pickle = &file.pickle;
-    if module::is_module(pickle, model) {
-        let entries = module::state_dict(pickle, model, &mut MemoryBudget::new(NAMES));
-        let entries = entries.map_err(|_| Error::unexpected(&file.path, "its modules hold each other"))?;
-        let entry = |(name, value)| ModelEntry { name, is_text: true, value };
-        return Ok(entries.into_iter().map(entry).collect());
-    }
-    let mut entries = Vec::new();
-    for &(key, value) in pickle.entries(model).unwrap_or_default() {
-        let is_text = matches!(pickle.node(key), Node::Text(_) | Node::Int(_));
-        entries.push(ModelEntry { name: key_text(pickle, key), is_text, value });
-    }
-    Ok(entries)
-}
-
-/// Returns a key as Python prints it, or its kind.
-fn key_text(pickle: &Pickle, key: NodeId) -> String {
-    match pickle.node(key) {
-        Node::Text(name) => name.to_string(),
-        Node::Int(number) => number.to_string(),
-        Node::Bool(true) => "True".to_owned(),
-        Node::Bool(false) => "False".to_owned(),
-        Node::None => "None".to_owned(),
-        Node::Number => "(a number)".to_owned(),
-        Node::Tuple(_) => "(a tuple)".to_owned(),
-        Node::Bytes(_) => "(bytes)".to_owned(),
-        _ => "(an object)".to_owned(),
-    }
-}
-
-/// Explains why an entry that is not a tensor cannot be left aside; `None` if it can.
-///
-/// Plain values may be beside tensors at the top level, but not in the dict of a model.
-fn refusal(pickle: &Pickle, is_model: bool, name: &str, id: NodeId) -> Option<String> {
-    match pickle.node(id) {
-        Node::Object(_) | Node::Class(_) | Node::Persistent(_) => {
-            let kind = pickle.call(id).map(|(class, _)| class).or(pickle.class(id)).unwrap_or("a storage");
-            Some(format!("`{name}` is a Python object (`{kind}`), whose code is never run"))
-        }
-        _ if !is_model => None,
-        _ => Some(format!("`{name}` is not a tensor")),
-    }
-}
-
-/// Returns the error for the entries that cannot be read, in the order of the file.
-fn check_refused(path: &Path, refused: &[String]) -> Result<()> {
-    let Some((first, rest)) = refused.split_first() else { return Ok(()) };
-    let shown: String = rest.iter().take(MOST_REFUSED).map(|why| format!("; {why}")).collect();
-    let more = match rest.len().saturating_sub(MOST_REFUSED) {
-        0 => String::new(),
-        more => format!("; and {more} more"),
-    };
-    Err(Error::unexpected(path, format!("{first}{shown}{more}: {REMEDY}")))
-}
-
-/// Refuses tensors that repeat few elements many times.
-fn check_growth(file: &TensorFile) -> Result<()> {
-    // Tied tensors are the same elements under several names.
-    let mut places = HashSet::new();
-    let all = file.tensors.values().flat_map(|tensor| &tensor.parts).map(|part| &part.tensor);
-    let distinct = all.filter(|tensor| places.insert(tensor.place()));
-    let sizes = distinct.map(|tensor| tensor.bytes().map_or(u64::MAX, |bytes| bytes as u64));
-    let bytes = sizes.fold(0, u64::saturating_add);
-    let length = file.maps.iter().map(|map| map.len() as u64).sum::<u64>();
-    if bytes > length.saturating_mul(MAX_GROWTH).saturating_add(ALWAYS_ALLOWED) {
-        let why = format!(
-            "its tensors take {bytes} bytes and the file only {length}, so they repeat few elements: if you trust \
-             the file, load it with PyTorch, make them contiguous and save it again"
-        );
-        return Err(Error::unexpected(&file.path, why));
-    }
-    Ok(())
 }

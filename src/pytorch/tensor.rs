@@ -212,6 +212,30 @@ fn end(shape: &[usize], strides: &[usize]) -> Option<usize> {
 }
 
 impl PickledTensor {
+    /// Returns a tensor whose elements follow each other from the byte `start` of a file on; `None` if it is too large.
+    pub(super) fn plain(dtype: Dtype, shape: Vec<usize>, start: usize) -> Option<PickledTensor> {
+        let mut strides = vec![1; shape.len()];
+        for i in (1..shape.len()).rev() {
+            strides[i - 1] = shape[i].checked_mul(strides[i])?;
+        }
+        let tensor = PickledTensor { dtype, shape, strides, start, negated: false, conjugated: false };
+        start.checked_add(tensor.bytes()?).map(|_| tensor)
+    }
+
+    /// Returns true if the elements of a plain tensor are in a file.
+    pub(super) fn ends_within(&self, file: &[u8]) -> bool {
+        self.bytes().is_some_and(|bytes| self.start + bytes <= file.len())
+    }
+
+    /// Returns some elements of a list; `None` if they are not in it, or if it is not a plain list.
+    pub(super) fn stretch(&self, elements: Range<usize>) -> Option<PickledTensor> {
+        let is_plain = self.shape.len() == 1 && self.is_contiguous() && !self.negated && !self.conjugated;
+        if !is_plain || elements.start > elements.end || elements.end > self.shape[0] {
+            return None;
+        }
+        PickledTensor::plain(self.dtype, vec![elements.len()], self.start + elements.start * self.dtype.bitsize() / 8)
+    }
+
     /// Number of elements; `None` if it has no number.
     fn len(&self) -> Option<usize> {
         self.shape.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent))
@@ -250,17 +274,29 @@ impl PickledTensor {
             })
     }
 
-    /// Copies the elements in C order, little endian.
-    pub(super) fn read(&self, file: &[u8]) -> Vec<u8> {
-        if let Some(stored) = self.stored(file) {
-            return stored.to_vec();
-        }
+    /// Returns a range of the elements in C order if the file has them so.
+    pub(super) fn piece<'a>(&self, file: &'a [u8], elements: Range<usize>) -> Option<&'a [u8]> {
         let size = self.dtype.bitsize() / 8;
-        let mut bytes = Vec::with_capacity(self.bytes().unwrap_or(0));
+        self.stored(file)?.get(elements.start * size..elements.end * size)
+    }
+
+    /// Copies elements in C order, little endian, from the element `first` on.
+    pub(super) fn copy(&self, file: &[u8], dst: &mut [u8], first: usize) {
+        let size = self.dtype.bitsize() / 8;
+        if let Some(stored) = self.piece(file, first..first + dst.len() / size) {
+            dst.copy_from_slice(stored);
+            return;
+        }
         let mut index = vec![0; self.shape.len()];
+        let mut rest = first;
         let mut at = self.start;
-        for _ in 0..self.len().unwrap_or(0) {
-            bytes.extend_from_slice(&file[at..at + size]);
+        for (i, extent) in self.shape.iter().enumerate().rev() {
+            index[i] = rest % extent;
+            rest /= extent;
+            at += index[i] * self.strides[i] * size;
+        }
+        for element in dst.chunks_exact_mut(size) {
+            element.copy_from_slice(&file[at..at + size]);
             // Moves to the next element: along the last dimension, or back to its start and along the one before.
             for (i, extent) in self.shape.iter().enumerate().rev() {
                 index[i] += 1;
@@ -272,8 +308,7 @@ impl PickledTensor {
                 index[i] = 0;
             }
         }
-        self.resolve_signs(&mut bytes);
-        bytes
+        self.resolve_signs(dst);
     }
 
     /// Changes the signs of the elements as the flags say.

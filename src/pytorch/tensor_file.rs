@@ -2,84 +2,66 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use safetensors::Dtype;
 
 use super::number::{Number, number};
 use super::tensor::PickledTensor;
+use super::tiled::{TensorPart, TiledTensor};
 use crate::error::{Error, Result};
 use crate::fs::Mapping;
-use crate::tensor::TensorSpec;
+use crate::tensor::{ScatteredElements, TensorSpec};
 
 /// Mapped files with the places of their tensors.
 #[derive(Debug)]
 pub struct TensorFile {
     pub(super) path: PathBuf,
-    pub(super) maps: Vec<Mapping>,
+    pub(super) maps: Arc<Vec<Mapping>>,
     pub(super) tensors: BTreeMap<String, TiledTensor>,
 }
 
-/// Tensor that is in one piece, or in rectangles that tile it.
+/// Part of a tensor: a rectangle whose elements follow each other in a file.
 #[derive(Debug)]
-pub(super) struct TiledTensor {
-    pub dtype: Dtype,
-    pub shape: Vec<usize>,
-    pub parts: Vec<TensorPart>,
-}
-
-/// Rectangle of a tensor.
-#[derive(Debug)]
-pub(super) struct TensorPart {
+pub struct Rectangle {
+    /// Name of the tensor.
+    pub name: String,
     /// Index of the file.
     pub file: usize,
-    /// Index of its first element along each dimension.
+    /// Element type.
+    pub dtype: Dtype,
+    /// Extents of the rectangle.
+    pub shape: Vec<usize>,
+    /// Index of its first element along each dimension of the tensor.
     pub offset: Vec<usize>,
-    pub tensor: PickledTensor,
-}
-
-impl TiledTensor {
-    /// Returns a tensor in one piece, in the first file.
-    pub(super) fn whole(tensor: PickledTensor) -> TiledTensor {
-        let (dtype, shape) = (tensor.dtype, tensor.shape.clone());
-        let offset = vec![0; shape.len()];
-        TiledTensor { dtype, shape, parts: vec![TensorPart { file: 0, offset, tensor }] }
-    }
-
-    /// Copies the elements of all rectangles to their places.
-    fn assemble(&self, maps: &[Mapping]) -> Vec<u8> {
-        let size = self.dtype.bitsize() / 8;
-        let mut elements = vec![0; self.shape.iter().product::<usize>() * size];
-        for part in &self.parts {
-            let bytes = part.tensor.read(&maps[part.file]);
-            let shape = &part.tensor.shape;
-            let run = shape.last().copied().unwrap_or(1).max(1) * size;
-            for (i, row) in bytes.chunks_exact(run).enumerate() {
-                let start = self.index_of_row(part, i) * size;
-                elements[start..start + run].copy_from_slice(row);
-            }
-        }
-        elements
-    }
-
-    /// Returns the index of the first element of a part's row: its elements along the last dimension.
-    fn index_of_row(&self, part: &TensorPart, mut row: usize) -> usize {
-        let rank = self.shape.len();
-        let mut index = 0;
-        let mut stride = 1;
-        for i in (0..rank).rev() {
-            let mut place = part.offset[i];
-            if i + 1 < rank {
-                place += row % part.tensor.shape[i];
-                row /= part.tensor.shape[i];
-            }
-            index += place * stride;
-            stride *= self.shape[i];
-        }
-        index
-    }
+    /// Byte of the file at which the elements begin.
+    pub start: usize,
 }
 
 impl TensorFile {
+    /// Puts tensors together from rectangles in mapped files. A tensor's shape is where its last rectangles end.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if rectangles of a tensor do not cover it.
+    pub(crate) fn from_rectangles(path: &Path, maps: Vec<Mapping>, rectangles: Vec<Rectangle>) -> Result<TensorFile> {
+        let maps = Arc::new(maps);
+        let mut parts: BTreeMap<String, Vec<TensorPart>> = BTreeMap::new();
+        for Rectangle { name, file, dtype, shape, offset, start } in rectangles {
+            let tensor = PickledTensor::plain(dtype, shape, start).filter(|tensor| tensor.ends_within(&maps[file]));
+            let tensor =
+                tensor.ok_or_else(|| Error::damaged(path, format!("tensor `{name}` leads out of its file")))?;
+            parts.entry(name).or_default().push(TensorPart { file, offset, tensor });
+        }
+        let mut tensors = BTreeMap::new();
+        for (name, parts) in parts {
+            let wrong = |why| Error::damaged(path, format!("the parts of tensor `{name}` {why}"));
+            let shape = bounding_shape(&parts).ok_or_else(|| wrong("lead out of any shape".to_owned()))?;
+            let tensor = TiledTensor::new(shape.clone(), shape, parts, &maps).map_err(wrong)?;
+            tensors.insert(name, tensor);
+        }
+        Ok(TensorFile { path: path.to_owned(), maps, tensors })
+    }
+
     /// Path of the file, or of the folder of the files.
     pub fn path(&self) -> &Path {
         &self.path
@@ -109,19 +91,17 @@ impl TensorFile {
     /// # Errors
     /// As [`TensorFile::spec`].
     pub fn read(&self, name: &str) -> Result<Vec<u8>> {
-        let tensor = self.tensor(name)?;
-        Ok(match tensor.parts.as_slice() {
-            [part] => part.tensor.read(&self.maps[part.file]),
-            _ => tensor.assemble(&self.maps),
-        })
+        Ok(self.tensor(name)?.read())
     }
 
     /// Returns the elements of a tensor in C order, little endian, if a file has them so.
     pub fn stored(&self, name: &str) -> Option<&[u8]> {
-        match self.tensors.get(name)?.parts.as_slice() {
-            [part] => part.tensor.stored(&self.maps[part.file]),
-            _ => None,
-        }
+        self.tensors.get(name)?.stored()
+    }
+
+    /// Returns the elements of a tensor, wherever they are.
+    pub fn scattered(&self, name: &str) -> Option<&dyn ScatteredElements> {
+        self.tensors.get(name).map(|tensor| tensor as &dyn ScatteredElements)
     }
 
     /// Starts to read bytes of the files from the disk in the background.
@@ -149,4 +129,18 @@ impl TensorFile {
     fn tensor(&self, name: &str) -> Result<&TiledTensor> {
         self.tensors.get(name).ok_or_else(|| Error::unexpected(&self.path, format!("it has no tensor `{name}`")))
     }
+}
+
+/// Returns the smallest shape that holds all parts; `None` if they have other numbers of dimensions.
+fn bounding_shape(parts: &[TensorPart]) -> Option<Vec<usize>> {
+    let mut shape = vec![0; parts.first()?.offset.len()];
+    for part in parts {
+        if part.offset.len() != shape.len() || part.tensor.shape.len() != shape.len() {
+            return None;
+        }
+        for (whole, (offset, extent)) in shape.iter_mut().zip(part.offset.iter().zip(&part.tensor.shape)) {
+            *whole = offset.checked_add(*extent)?.max(*whole);
+        }
+    }
+    Some(shape)
 }

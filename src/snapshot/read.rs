@@ -75,6 +75,18 @@ impl StoredFile {
         &self.map[self.data + tensor.range.start..self.data + tensor.range.end]
     }
 
+    /// Returns the byte of the file at which a tensor of this file begins.
+    #[cfg(feature = "pytorch")]
+    pub(crate) fn start(&self, tensor: &StoredTensor) -> usize {
+        self.data + tensor.range.start
+    }
+
+    /// Returns the mapping of the whole file.
+    #[cfg(feature = "pytorch")]
+    pub(crate) fn into_mapping(self) -> Mapping {
+        self.map
+    }
+
     /// Starts to read bytes of a tensor from the disk in the background. Bytes outside the mapping are ignored.
     pub(crate) fn will_need(&self, bytes: &[u8]) {
         self.map.will_need(bytes);

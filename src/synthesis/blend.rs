@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 /// Distance in elements between a chunk and the one that is prefetched meanwhile.
 const PREFETCH_DISTANCE: usize = 4 * cpu::CHUNK;
 
+/// Bytes of all sources that are copied at a time, if they are not in one piece: they stay in a core's cache.
+const COPIED_BYTES: usize = 1 << 18;
+
 /// Averaged tensor, its elements in every source, and the weights of the sources.
 pub(super) struct TensorBlend<'a> {
     tensor: &'a ModelTensor,
@@ -51,15 +54,38 @@ impl<'a> TensorBlend<'a> {
     /// # Errors
     /// [`Error::Tensor`] if a source is not in host memory, or if a sum does not fit the dtype of the results.
     pub(super) fn blend_range(&self, dst: &mut [&mut [u8]], elements: Range<usize>) -> Result<()> {
-        let mut sources: Vec<&[u8]> = Vec::with_capacity(self.stored.len());
-        for (stored, &dtype) in self.stored.iter().zip(&self.dtypes) {
-            let bytes = stored.host().ok_or_else(|| Error::on_device(&self.tensor.name))?;
-            sources.push(&bytes[byte_range(&elements, dtype)]);
+        let pieces = self.stored.iter().zip(&self.dtypes);
+        let pieces = pieces.map(|(stored, &dtype)| stored.piece(byte_range(&elements, dtype)));
+        match pieces.collect::<Option<Vec<&[u8]>>>() {
+            Some(sources) => self.blend_slices(dst, &sources, elements.start),
+            None => self.blend_copies(dst, elements),
         }
+    }
+
+    /// Blends a range of elements that some sources do not have in one piece: a stretch at a time is copied.
+    fn blend_copies(&self, dst: &mut [&mut [u8]], elements: Range<usize>) -> Result<()> {
+        let size = self.size();
+        let each = (COPIED_BYTES / (self.bytes_read(1) as usize).max(1)).max(1);
+        let mut copies = vec![Vec::new(); self.stored.len()];
+        for start in elements.clone().step_by(each) {
+            let stretch = start..elements.end.min(start + each);
+            let mut sources: Vec<&[u8]> = Vec::with_capacity(copies.len());
+            for ((copy, stored), &dtype) in copies.iter_mut().zip(&self.stored).zip(&self.dtypes) {
+                let bytes = stored.read(byte_range(&stretch, dtype), copy);
+                sources.push(bytes.ok_or_else(|| Error::on_device(&self.tensor.name))?);
+            }
+            let place = (start - elements.start) * size..(stretch.end - elements.start) * size;
+            let mut dst: Vec<&mut [u8]> = dst.iter_mut().map(|dst| &mut dst[place.clone()]).collect();
+            self.blend_slices(&mut dst, &sources, start)?;
+        }
+        Ok(())
+    }
+
+    fn blend_slices(&self, dst: &mut [&mut [u8]], sources: &[&[u8]], start: usize) -> Result<()> {
         let blend = cpu::Blend { dtypes: &self.dtypes, weights: self.weights, output: self.output };
-        let blended = cpu::blend(dst, &sources, &blend);
-        let blended = blended.or_else(|overflow| infinities::blend_again(dst, &sources, &blend, overflow));
-        blended.map_err(|overflow| self.overflow_error(overflow, elements.start))
+        let blended = cpu::blend(dst, sources, &blend);
+        let blended = blended.or_else(|overflow| infinities::blend_again(dst, sources, &blend, overflow));
+        blended.map_err(|overflow| self.overflow_error(overflow, start))
     }
 
     /// Announces the reads of a range of elements, so that the disk fetches them ahead.
@@ -69,8 +95,12 @@ impl<'a> TensorBlend<'a> {
             return;
         }
         for ((source, stored), &dtype) in self.sources.iter().zip(&self.stored).zip(&self.dtypes) {
-            if let Some(bytes) = stored.host() {
-                source.will_need(&bytes[byte_range(&elements, dtype)]);
+            let range = byte_range(&elements, dtype);
+            match stored {
+                Elements::Host(bytes) => source.will_need(&bytes[range]),
+                Elements::Scattered(elements) => elements.will_need(range),
+                #[cfg(feature = "cuda")]
+                Elements::Device(_) => {}
             }
         }
     }
@@ -172,6 +202,9 @@ impl<'a> TensorBlend<'a> {
         for (stored, &dtype) in self.stored.iter().zip(&self.dtypes) {
             let input = match *stored {
                 Elements::Host(bytes) => cuda::BlendInput::Host(bytes),
+                Elements::Scattered(elements) => {
+                    cuda::BlendInput::Scattered { elements, start: 0, bytes: elements.len() }
+                }
                 Elements::Device(input) => input,
             };
             sources.push(input.slice(byte_range(&elements, dtype)));

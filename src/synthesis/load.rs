@@ -51,7 +51,7 @@ fn load_tensor(selection: &Selection<'_>, tensor: &ModelTensor) -> Result<Tensor
     if tensor.averaged {
         TensorBlend::new(selection, tensor, tensor.dtype)?.blend_all(&mut bytes)?;
     } else {
-        bytes.copy_from_slice(selection.copied(0, tensor)?);
+        bytes.copy_from_slice(&selection.copied(0, tensor)?.to_bytes());
     }
     Ok(Tensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes })
 }

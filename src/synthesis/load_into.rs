@@ -132,7 +132,7 @@ impl SourceSet<'_> {
         for tensor in self.copied() {
             for (i, target) in targets.iter_mut().enumerate() {
                 if let Some((_, bytes)) = target.get_mut(&tensor.name) {
-                    bytes.copy_from_slice(selection.copied(i, tensor)?);
+                    bytes.copy_from_slice(&selection.copied(i, tensor)?.to_bytes());
                 }
             }
         }

@@ -62,7 +62,7 @@ impl SourceSet<'_> {
             tensors.insert(&*tensor.name, Tensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes });
         }
         for tensor in self.copied() {
-            let bytes = selection.copied(0, tensor)?.to_vec();
+            let bytes = selection.copied(0, tensor)?.to_bytes().into_owned();
             tensors.insert(&*tensor.name, Tensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes });
         }
         Ok(tensors)

@@ -1,6 +1,8 @@
 //! Sources of a blend: snapshots on disk and live averages behind one interface.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use safetensors::Dtype;
 
@@ -8,26 +10,68 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::planning::{IndexedSource, LaterTensors, Plan, Weight};
 use crate::snapshot::Snapshot;
-use crate::tensor::TensorSpec;
+use crate::tensor::{ScatteredElements, TensorSpec};
 
 /// Elements of a stored tensor.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Elements<'a> {
     /// Bytes in host memory, mapped files included.
     Host(&'a [u8]),
+    /// Pieces of host memory.
+    #[cfg_attr(not(feature = "pytorch"), expect(dead_code, reason = "other files have tensors in one piece"))]
+    Scattered(&'a dyn ScatteredElements),
     /// Memory of the source's device.
     #[cfg(feature = "cuda")]
     Device(crate::compute::cuda::BlendInput<'a>),
 }
 
 impl<'a> Elements<'a> {
-    /// Returns the bytes in host memory. Returns `None` for elements on a device.
-    pub(crate) fn host(self) -> Option<&'a [u8]> {
+    /// Returns a range of the bytes that is in one piece of host memory.
+    pub(super) fn piece(self, bytes: Range<usize>) -> Option<&'a [u8]> {
         match self {
-            Elements::Host(bytes) => Some(bytes),
+            Elements::Host(all) => Some(&all[bytes]),
+            Elements::Scattered(elements) => elements.piece(bytes),
             #[cfg(feature = "cuda")]
             Elements::Device(_) => None,
         }
+    }
+
+    /// Returns a range of the bytes, copied to `copy` if it is not in one piece. Returns `None` for elements on a
+    /// device.
+    pub(crate) fn read<'c>(self, bytes: Range<usize>, copy: &'c mut Vec<u8>) -> Option<&'c [u8]>
+    where
+        'a: 'c,
+    {
+        match (self.piece(bytes.clone()), self) {
+            (None, Elements::Scattered(elements)) => {
+                copy.resize(bytes.len(), 0);
+                elements.copy(copy, bytes.start);
+                Some(copy)
+            }
+            (piece, _) => piece,
+        }
+    }
+
+    /// Returns the number of bytes in host memory, 0 for elements on a device.
+    pub(crate) fn len(self) -> usize {
+        match self {
+            Elements::Host(bytes) => bytes.len(),
+            Elements::Scattered(elements) => elements.len(),
+            #[cfg(feature = "cuda")]
+            Elements::Device(_) => 0,
+        }
+    }
+
+    /// Returns all bytes in host memory, copied if they are not in one piece.
+    pub(crate) fn to_bytes(self) -> Cow<'a, [u8]> {
+        self.piece(0..self.len()).map_or_else(
+            || {
+                let mut copy = Vec::new();
+                self.read(0..self.len(), &mut copy);
+                Cow::Owned(copy)
+            },
+            Cow::Borrowed,
+        )
     }
 }
 
@@ -205,9 +249,13 @@ impl<'a> Selection<'a> {
     ///
     /// # Errors
     /// [`Error::Tensor`] if the source has no such tensor in host memory.
-    pub(super) fn copied(&self, target: usize, tensor: &ModelTensor) -> Result<&'a [u8]> {
-        let stored = self.newest[target].stored(&tensor.name).and_then(|(_, elements)| elements.host());
-        stored.ok_or_else(|| Error::tensor(&tensor.name, "the newest snapshot lacks it"))
+    pub(super) fn copied(&self, target: usize, tensor: &ModelTensor) -> Result<Elements<'a>> {
+        let lacks = || Error::tensor(&tensor.name, "the newest snapshot lacks it");
+        match self.newest[target].stored(&tensor.name).ok_or_else(lacks)? {
+            #[cfg(feature = "cuda")]
+            (_, Elements::Device(_)) => Err(lacks()),
+            (_, elements) => Ok(elements),
+        }
     }
 }
 

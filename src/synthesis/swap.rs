@@ -145,7 +145,8 @@ impl SourceSet<'_> {
         let mut transfer = Transfer::default();
         params.for_each_mut(&mut |view| match self.find(view.name) {
             Some(tensor) if !tensor.averaged => {
-                let bytes = converted(selection.copied(0, tensor)?, tensor.dtype, view.dtype);
+                let stored = selection.copied(0, tensor)?.to_bytes();
+                let bytes = converted(&stored, tensor.dtype, view.dtype);
                 transfer.write(view.name, view.memory, &bytes)
             }
             _ => Ok(()),

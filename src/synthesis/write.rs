@@ -7,7 +7,7 @@ use super::backend::{Backend, choose};
 use super::blend::overflow_error;
 use super::files::{OutputFile, OutputFiles, Shards, TensorLocation};
 use super::options::{MAX_TARGETS, Output, WriteOptions};
-use super::source_set::{ModelTensor, Selection, SourceSet};
+use super::source_set::{Elements, ModelTensor, Selection, SourceSet};
 use super::streaming::Streaming;
 use crate::compute::cpu;
 use crate::device::Device;
@@ -16,8 +16,8 @@ use crate::fs::{Stream, check_output, parent_dir, remove_leftovers};
 use crate::planning::{Plan, groups_json, profile_json};
 use crate::snapshot::{GROUPS, Meta, PROFILE, STEP};
 
-/// Elements of a copied tensor that are converted at a time.
-const CONVERTED_ELEMENTS: usize = 1 << 18;
+/// Elements of a copied tensor that are read and converted at a time.
+const COPIED_ELEMENTS: usize = 1 << 18;
 
 impl SourceSet<'_> {
     /// Blends plans into files, up to [`MAX_TARGETS`] in one pass over the sources. Returns the device that blended.
@@ -86,12 +86,8 @@ impl SourceSet<'_> {
                 continue;
             }
             for (target, files) in files.iter().enumerate() {
-                let bytes = selection.copied(target, tensor)?;
-                if location.dtype == tensor.dtype {
-                    files.write_block_at(location.file, location.range.start, bytes)?;
-                } else {
-                    convert(files, &location, tensor, bytes)?;
-                }
+                let elements = selection.copied(target, tensor)?;
+                copy(files, &location, tensor, elements)?;
             }
         }
         Ok(())
@@ -113,16 +109,23 @@ pub(crate) fn metadata(plan: &Plan, tied: &BTreeMap<String, String>) -> BTreeMap
     strings
 }
 
-/// Writes a copied tensor in another floating-point dtype, in pieces.
-fn convert(files: &OutputFiles, location: &TensorLocation, tensor: &ModelTensor, bytes: &[u8]) -> Result<()> {
+/// Writes a copied tensor in pieces, converted if the file has another floating-point dtype.
+fn copy(files: &OutputFiles, location: &TensorLocation, tensor: &ModelTensor, elements: Elements<'_>) -> Result<()> {
     let [from, to] = [tensor.dtype, location.dtype].map(|dtype| dtype.bitsize() / 8);
     let blend = cpu::Blend { dtypes: &[tensor.dtype], weights: &[1.0], output: location.dtype };
-    let mut converted = Vec::new();
-    for (i, piece) in bytes.chunks(CONVERTED_ELEMENTS * from).enumerate() {
+    let (mut piece, mut converted) = (Vec::new(), Vec::new());
+    for (i, start) in (0..elements.len()).step_by(COPIED_ELEMENTS * from).enumerate() {
+        let range = start..elements.len().min(start + COPIED_ELEMENTS * from);
+        let piece = elements.read(range, &mut piece).unwrap_or_default();
+        let place = location.range.start + i * COPIED_ELEMENTS * to;
+        if location.dtype == tensor.dtype {
+            files.write_block_at(location.file, place, piece)?;
+            continue;
+        }
         converted.resize(piece.len() / from * to, 0);
         let fits = cpu::blend(&mut [&mut converted], &[piece], &blend);
-        fits.map_err(|overflow| overflow_error(&tensor.name, location.dtype, overflow, i * CONVERTED_ELEMENTS))?;
-        files.write_at(location.file, location.range.start + i * CONVERTED_ELEMENTS * to, &converted)?;
+        fits.map_err(|overflow| overflow_error(&tensor.name, location.dtype, overflow, i * COPIED_ELEMENTS))?;
+        files.write_at(location.file, place, &converted)?;
     }
     Ok(())
 }

@@ -111,6 +111,19 @@ impl Pickle {
         }
     }
 
+    pub(super) fn is_none(&self, id: NodeId) -> bool {
+        matches!(self.node(id), Node::None)
+    }
+
+    /// Returns a `torch.Size`, which is pickled as the call that makes it of a tuple, or any list of sizes.
+    pub(super) fn sizes(&self, id: NodeId) -> Option<Vec<usize>> {
+        let items = match self.call(id) {
+            Some((_, [tuple])) => self.items(*tuple)?,
+            _ => self.items(id)?,
+        };
+        items.iter().map(|&item| usize::try_from(self.int(item)?).ok()).collect()
+    }
+
     /// Returns the entries of a dict, or of an object of a class that is derived from dict.
     pub(super) fn entries(&self, id: NodeId) -> Option<&[(NodeId, NodeId)]> {
         match self.node(id) {

@@ -18,7 +18,7 @@ use super::kernels::{MAX_SOURCES, MAX_TARGETS};
 use super::memory::{Buffer, Pinned};
 use crate::compute::cpu::Overflow;
 use crate::error::{Error, Result};
-use crate::tensor::{CudaMemory, CudaMemoryMut};
+use crate::tensor::{CudaMemory, CudaMemoryMut, ScatteredElements};
 
 use job::{BlendJob, check_sizes};
 use queue::JobQueue;
@@ -29,6 +29,15 @@ pub(super) use queue::ResidentBlend;
 pub enum BlendInput<'a> {
     /// Bytes in host memory, mapped files included.
     Host(&'a [u8]),
+    /// Pieces of host memory.
+    Scattered {
+        /// Elements of the tensor.
+        elements: &'a dyn ScatteredElements,
+        /// Byte of the tensor that is the first.
+        start: usize,
+        /// Number of bytes.
+        bytes: usize,
+    },
     /// Memory of the blender's device, which no pending work writes.
     Device {
         /// Address on the device.
@@ -43,6 +52,10 @@ impl<'a> BlendInput<'a> {
     pub fn slice(self, range: Range<usize>) -> BlendInput<'a> {
         match self {
             BlendInput::Host(bytes) => BlendInput::Host(&bytes[range]),
+            BlendInput::Scattered { elements, start, bytes } => {
+                assert!(range.start <= range.end && range.end <= bytes, "{range:?} of {bytes} bytes");
+                BlendInput::Scattered { elements, start: start + range.start, bytes: range.len() }
+            }
             BlendInput::Device { address, bytes } => {
                 assert!(range.start <= range.end && range.end <= bytes, "{range:?} of {bytes} bytes");
                 BlendInput::Device { address: address + range.start as u64, bytes: range.len() }
@@ -54,7 +67,7 @@ impl<'a> BlendInput<'a> {
     pub fn len(self) -> usize {
         match self {
             BlendInput::Host(bytes) => bytes.len(),
-            BlendInput::Device { bytes, .. } => bytes,
+            BlendInput::Scattered { bytes, .. } | BlendInput::Device { bytes, .. } => bytes,
         }
     }
 

@@ -46,14 +46,22 @@ impl<'a> JobQueue<'_, 'a> {
         let mut end = 0;
         let mut pieces = Vec::new();
         self.for_each_input(|at, input| {
-            let BlendInput::Host(bytes) = input else { return };
+            if matches!(input, BlendInput::Device { .. }) {
+                return;
+            }
             let (_, tail) = std::mem::take(&mut rest).split_at_mut(at - end);
-            let (place, tail) = tail.split_at_mut(bytes.len());
+            let (place, tail) = tail.split_at_mut(input.len());
             rest = tail;
-            end = at + bytes.len();
-            pieces.extend(place.chunks_mut(PIECE).zip(bytes.chunks(PIECE)));
+            end = at + input.len();
+            for (i, to) in place.chunks_mut(PIECE).enumerate() {
+                pieces.push((input.slice(i * PIECE..i * PIECE + to.len()), to));
+            }
         });
-        pieces.into_par_iter().for_each(|(to, from)| to.copy_from_slice(from));
+        pieces.into_par_iter().for_each(|(from, to)| match from {
+            BlendInput::Host(bytes) => to.copy_from_slice(bytes),
+            BlendInput::Scattered { elements, start, .. } => elements.copy(to, start),
+            BlendInput::Device { .. } => {}
+        });
         Ok(())
     }
 
