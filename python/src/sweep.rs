@@ -77,7 +77,18 @@ impl Sweep {
         let goal = metrics.first().map_or(goal, |metric| metric.goal);
         let search = sweep::Sweep::new(&parse_profiles(&targets)?, goal, refine).map_err(to_python)?;
         let mut search = search.with_metrics(&metrics).map_err(to_python)?.with_repeats(repeats);
-        let key = SweepKey { run, at, evaluation, goal, metrics, groups: Vec::new(), with: None, dtype: None, noise };
+        let key = SweepKey {
+            run,
+            at,
+            evaluation,
+            goal,
+            metrics,
+            groups: Vec::new(),
+            with: None,
+            dtype: None,
+            form: None,
+            noise,
+        };
         let mut record = None;
         if let Some(directory) = directory {
             let (opened, trials) = Record::open(&directory, key).map_err(to_python)?;

@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use super::rename::RenameRule;
 use crate::checkpoint::{CheckpointModel, open_folder};
 use crate::error::{Error, Result};
 use crate::tensor::NamePatterns;
 
 /// Options of [`OutputForm::new`].
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct FormOptions {
     /// Folder of a model, as `save_pretrained` of transformers, diffusers or PEFT writes it. An average becomes a
     /// folder of that form: its names, tied tensors, dtypes and shards, and all of its files but weights and the state
@@ -40,11 +42,20 @@ pub struct FormOptions {
 /// ```
 #[derive(Debug, Default)]
 pub struct OutputForm {
+    /// Options that it was made of, with an absolute path.
+    pub(crate) options: FormOptions,
     pub(super) like: Option<CheckpointModel>,
     pub(super) shard_size: Option<u64>,
     pub(super) rename: Vec<RenameRule>,
     pub(super) leave_out: NamePatterns,
     pub(super) follow_links: bool,
+}
+
+impl FormOptions {
+    /// Returns true if an average becomes a folder.
+    pub(crate) fn is_folder(&self) -> bool {
+        self.like.is_some() || self.shard_size.is_some()
+    }
 }
 
 impl OutputForm {
@@ -58,7 +69,10 @@ impl OutputForm {
         if *shard_size == Some(0) {
             return Err(Error::Setting { option: "shard_size", reason: "0 bytes hold no tensor: try 5 GB".into() });
         }
+        let absolute = |dir: &PathBuf| dir.canonicalize().map_err(Error::io("read", dir));
+        let options = FormOptions { like: like.as_ref().map(absolute).transpose()?, ..options.clone() };
         Ok(OutputForm {
+            options,
             like: like.as_ref().map(|dir| open_folder(dir, leave_out)).transpose()?,
             shard_size: *shard_size,
             rename: rename.iter().map(|rule| RenameRule::new(rule)).collect::<Result<_>>()?,
@@ -79,6 +93,6 @@ impl OutputForm {
 
     /// Returns true if an average becomes a folder, whatever it is made of.
     pub fn is_folder(&self) -> bool {
-        self.like.is_some() || self.shard_size.is_some()
+        self.options.is_folder()
     }
 }

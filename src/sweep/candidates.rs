@@ -5,12 +5,13 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::folders;
 use super::trial::{Metric, Trial};
 use crate::error::{Error, Result};
-use crate::fs::{check_replaceable, is_temporary, replace_by_link, sync_directory};
+use crate::fs::{is_temporary, replace_by_link, sync_directory};
 use crate::math::Profile;
 use crate::planning::{Plan, groups_json, profile_json};
-use crate::snapshot::{GROUPS, PROFILE, StoredFile};
+use crate::snapshot::{GROUPS, PROFILE};
 
 /// Folder of all averages, if they are kept.
 const KEPT: &str = "candidates";
@@ -33,8 +34,8 @@ pub(super) const FOLDERS: [&str; 4] = [KEPT, PENDING, SECOND_KEPT, SECOND_PENDIN
 pub struct Candidate<'a> {
     /// Solved weights.
     pub plan: &'a Plan,
-    /// Absolute path of its safetensors file. The file exists during its evaluations only, unless all averages are
-    /// kept.
+    /// Absolute path of its safetensors file, or of its folder. It exists during its evaluations only, unless all
+    /// averages are kept.
     pub path: &'a Path,
     /// Absolute path of the second run's average, in a sweep over two runs.
     pub with: Option<&'a Path>,
@@ -52,18 +53,20 @@ pub(super) struct SweepDir {
     dir: PathBuf,
     keep_all: bool,
     is_second: bool,
+    /// True if averages are folders.
+    are_folders: bool,
 }
 
 impl SweepDir {
     /// Creates the folder, and removes the leftovers of a killed sweep. Averages with a trial in `evaluated` stay if
     /// that sweep kept all.
-    pub(super) fn new(dir: &Path, keep_all: bool, evaluated: &[Trial]) -> Result<SweepDir> {
+    pub(super) fn new(dir: &Path, keep_all: bool, are_folders: bool, evaluated: &[Trial]) -> Result<SweepDir> {
         // Checked first: a sweep that is dropped clears a folder.
         if let Some(link) = FOLDERS.map(|name| dir.join(name)).into_iter().find(|folder| folder.is_symlink()) {
             let why = "a link is here, and a sweep removes files from this folder: replace it by a folder";
             return Err(Error::unexpected(&link, why));
         }
-        let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all, is_second: false };
+        let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all, is_second: false, are_folders };
         // The second run's target is not in the file.
         let in_file = |trial: &Trial| trial.groups.clone().into_iter().filter(|(name, _)| name != WITH).collect();
         let kept: Vec<String> = evaluated.iter().map(|trial| targets_json(&trial.profile, &in_file(trial))).collect();
@@ -76,7 +79,7 @@ impl SweepDir {
 
     /// As [`SweepDir::new`], for the averages of the second run. They have the file names of the others.
     pub(super) fn second(dir: &Path, keep_all: bool) -> Result<SweepDir> {
-        let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all, is_second: true };
+        let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all, is_second: true, are_folders: false };
         clear(&dir.join(SECOND_PENDING), |_| true)?;
         let folder = sweep_dir.folder();
         fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
@@ -99,7 +102,7 @@ impl SweepDir {
 
     /// Path of the best average by a metric. The first one has the plain name.
     pub(super) fn best(&self, metrics: &[Metric], metric: usize) -> PathBuf {
-        self.dir.join(best_name(metrics, metric, self.is_second))
+        self.dir.join(best_name(metrics, metric, self.is_second, self.are_folders))
     }
 
     /// Returns a path for each plan, named after its target and step. A table is named by its number among `targets`.
@@ -107,11 +110,12 @@ impl SweepDir {
     /// A suffix separates averages whose targets print alike.
     pub(super) fn candidates(&self, plans: &[Plan], targets: &[Profile]) -> Vec<PathBuf> {
         let mut paths: Vec<PathBuf> = Vec::with_capacity(plans.len());
+        let extension = extension(self.are_folders);
         for plan in plans {
             let name = file_stem(plan, targets);
             let numbered = |number: usize| match number {
-                1 => format!("{name}.safetensors"),
-                _ => format!("{name}-{number}.safetensors"),
+                1 => format!("{name}{extension}"),
+                _ => format!("{name}-{number}{extension}"),
             };
             let mut names = (1..).map(|number| self.folder().join(numbered(number)));
             paths.extend(names.find(|path| !paths.contains(path) && is_free(path, plan)));
@@ -129,30 +133,37 @@ impl SweepDir {
     /// Does nothing if the evaluation removed the file.
     pub(super) fn make_best(&self, candidate: &Path, best: &[PathBuf]) -> Result<()> {
         let Some((last, others)) = best.split_last().filter(|_| candidate.exists()) else { return Ok(()) };
-        best.iter().try_for_each(|best| check_replaceable(best))?;
-        others.iter().try_for_each(|best| replace_by_link(candidate, best))?;
+        best.iter().try_for_each(|best| folders::check_best(best, self.are_folders))?;
+        let link = if self.are_folders { folders::link } else { replace_by_link };
+        others.iter().try_for_each(|best| link(candidate, best))?;
+        // The candidate stays if all are kept.
         if self.keep_all {
-            // The candidate stays.
-            replace_by_link(candidate, last)?;
+            link(candidate, last)?
         } else {
-            fs::rename(candidate, last).map_err(Error::io("rename into place", last))?;
+            folders::rename(candidate, last)?
         }
         sync_directory(&self.dir)
     }
 
     /// Removes a candidate, unless all averages are kept.
     pub(super) fn discard(&self, candidate: &Path) -> Result<()> {
-        if self.keep_all { Ok(()) } else { remove(candidate) }
+        if self.keep_all { Ok(()) } else { folders::remove(candidate) }
     }
 }
 
 /// Returns the name of the best average by a metric, or of the second run's that goes with it.
-pub(super) fn best_name(metrics: &[Metric], metric: usize, is_second: bool) -> String {
+pub(super) fn best_name(metrics: &[Metric], metric: usize, is_second: bool, are_folders: bool) -> String {
     let with = if is_second { "-with" } else { "" };
+    let extension = extension(are_folders);
     match metric {
-        0 => format!("best{with}.safetensors"),
-        _ => format!("best-{}{with}.safetensors", metrics[metric].name),
+        0 => format!("best{with}{extension}"),
+        _ => format!("best-{}{with}{extension}", metrics[metric].name),
     }
+}
+
+/// Returns the extension of averages.
+fn extension(are_folders: bool) -> &'static str {
+    if are_folders { "" } else { ".safetensors" }
 }
 
 /// Returns the name of a candidate's file without extension, such as `sigma_rel-0.05.step-500`.
@@ -178,14 +189,15 @@ fn targets_json(profile: &Profile, groups: &BTreeMap<String, Profile>) -> String
 
 /// Reads the targets of a stored average, as [`targets_json`] describes them.
 fn stored_targets(path: &Path) -> Option<String> {
-    let file = StoredFile::open(path).ok()?;
+    let file = folders::open(path)?;
     let groups = file.metadata().get(GROUPS).cloned().unwrap_or_default();
     file.metadata().get(PROFILE).map(|profile| profile.clone() + &groups)
 }
 
 /// Reads the targets of a sweep's candidate. Returns `None` if its name does not match its contents.
 fn candidate_targets(path: &Path) -> Option<String> {
-    let (target, rest) = path.file_name()?.to_str()?.strip_suffix(".safetensors")?.rsplit_once(".step-")?;
+    let name = path.file_name()?.to_str()?.strip_suffix(extension(folders::is_directory(path)))?;
+    let (target, rest) = name.rsplit_once(".step-")?;
     let stored = stored_targets(path)?;
     // The profile comes first.
     let profile: Profile = serde_json::Deserializer::from_str(&stored).into_iter().next()?.ok()?;
@@ -205,21 +217,14 @@ fn clear(folder: &Path, is_leftover: impl Fn(&String) -> bool) -> Result<()> {
     for entry in entries {
         let path = entry.map_err(Error::io("list", folder))?.path();
         let is_unfinished = path.file_name().and_then(|name| name.to_str()).is_some_and(is_temporary);
-        if path.is_file() && (is_unfinished || candidate_targets(&path).as_ref().is_some_and(&is_leftover)) {
-            remove(&path)?;
+        let is_own = path.is_file() || folders::is_directory(&path);
+        if is_own && (is_unfinished || candidate_targets(&path).as_ref().is_some_and(&is_leftover)) {
+            folders::remove(&path)?;
         }
     }
     // Fails if files are left in the folder.
     let _ = fs::remove_dir(folder);
     Ok(())
-}
-
-/// Removes a file if it exists.
-fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
-        _ => Ok(()),
-    }
 }
 
 impl Drop for SweepDir {

@@ -9,6 +9,7 @@ mod command;
 mod comparison;
 mod curve;
 mod evaluator;
+mod folders;
 mod joint;
 mod observer;
 mod options;

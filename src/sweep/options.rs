@@ -8,6 +8,7 @@ use super::search::Sweep;
 use super::trial::{Goal, Metric, Trial};
 use crate::device::Device;
 use crate::math::Profile;
+use crate::output::OutputForm;
 use crate::planning::{At, Noise};
 use crate::run::Run;
 use crate::tensor::Dtype;
@@ -56,6 +57,9 @@ pub struct SweepOptions<'a> {
     pub noise: Noise,
     /// Dtype of averaged tensors; `None` for the model's own.
     pub dtype: Option<Dtype>,
+    /// Form of the averages: they may be folders that the model's own library loads. The best is then the folder
+    /// `best`. It is not for sweeps with a second run.
+    pub form: Option<&'a OutputForm>,
     /// Device that blends them.
     pub device: Device,
     /// Keeps every average in the folder `candidates` of the directory, instead of the best one only.
@@ -82,10 +86,18 @@ impl<'a> SweepOptions<'a> {
             batch: BATCH,
             noise: Noise::Off,
             dtype: None,
+            form: None,
             device: Device::Cpu,
             keep_all: false,
             observer: &(),
         }
+    }
+}
+
+impl SweepOptions<'_> {
+    /// Returns true if averages are folders.
+    pub(super) fn are_folders(&self) -> bool {
+        self.form.is_some_and(OutputForm::is_folder)
     }
 }
 
@@ -105,7 +117,7 @@ pub struct SweepResult {
     pub lines: Vec<SweepLine>,
     /// False if the turns of a joint sweep ended before the lengths settled.
     pub settled: bool,
-    /// Safetensors file of the best average by each metric. Empty if no evaluation succeeded.
+    /// Safetensors file or folder of the best average by each metric. Empty if no evaluation succeeded.
     pub best: Vec<PathBuf>,
     /// Those of the second run that go with them. Empty without a second run.
     pub best_with: Vec<PathBuf>,

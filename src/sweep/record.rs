@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::candidates::{FOLDERS, best_name};
+use super::folders::check_best;
 use super::options::SweepOptions;
 use super::search::Sweep;
 use super::trial::{Goal, Metric, Trial};
 use crate::error::{Error, Result};
-use crate::fs::{AtomicFile, Lock, check_replaceable, find_document, remove_leftovers};
+use crate::fs::{AtomicFile, Lock, find_document, remove_leftovers};
+use crate::output::FormOptions;
 use crate::run::Run;
 use crate::snapshot::{STATE_FILE, any_snapshot_file};
 
@@ -46,6 +48,9 @@ pub struct SweepKey {
     pub with: Option<String>,
     /// Dtype of averaged tensors; `None` for the model's own.
     pub dtype: Option<String>,
+    /// Form of the averages, unless they are plain files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub form: Option<FormOptions>,
     /// Treatment of the snapshots' rounding, as [`Noise`](crate::Noise) is written.
     pub noise: String,
 }
@@ -89,7 +94,8 @@ impl Record {
         // The path is made absolute, because an evaluation may change the working directory.
         let dir = &std::path::absolute(dir).map_err(Error::io("read", dir))?;
         let metrics = 0..key.metrics.len().max(1);
-        let best = |metric| [false, true].map(|is_second| best_name(&key.metrics, metric, is_second));
+        let are_folders = key.form.as_ref().is_some_and(FormOptions::is_folder);
+        let best = |metric| [false, true].map(|is_second| best_name(&key.metrics, metric, is_second, are_folders));
         let runs = if key.with.is_some() { 2 } else { 1 };
         let names: Vec<String> = metrics.flat_map(|metric| best(metric).into_iter().take(runs)).collect();
         if let Some(name) = names.iter().enumerate().find_map(|(i, name)| names[..i].contains(name).then_some(name)) {
@@ -98,7 +104,7 @@ impl Record {
         }
         check_own(dir, &names)?;
         // The best averages are written last, after all evaluations.
-        names.iter().try_for_each(|name| check_replaceable(&dir.join(name)))?;
+        names.iter().try_for_each(|name| check_best(&dir.join(name), are_folders))?;
         let lock = Lock::acquire(dir).map_err(|error| match error {
             Error::Locked { path } | Error::LockedHere { path } => {
                 Error::unexpected(&path, "another sweep is writing here: wait for it, or choose another directory")
@@ -141,6 +147,7 @@ impl Record {
         let is_plain = self.key.metrics.is_empty()
             && self.key.groups.is_empty()
             && self.key.with.is_none()
+            && self.key.form.is_none()
             && trials.iter().all(|trial| trial.repeats.is_empty());
         let version = if is_plain { PLAIN_VERSION } else { VERSION };
         let document =
@@ -165,6 +172,7 @@ impl SweepKey {
             groups: options.groups.to_vec(),
             with: options.with.map(second_identity),
             dtype: options.dtype.map(|dtype| dtype.to_string()),
+            form: options.form.filter(|form| !form.is_plain()).map(|form| form.options.clone()),
             noise: options.noise.to_string(),
         }
     }
@@ -181,6 +189,7 @@ impl SweepKey {
         };
         let with = |key: &SweepKey| key.with.clone().unwrap_or_else(|| "none".into());
         let dtype = |key: &SweepKey| key.dtype.clone().unwrap_or_else(|| "the model's".into());
+        let form = |key: &SweepKey| serde_json::json!(key.form).to_string();
         let parts = [
             ("is over another run", self.run.clone(), stored.run.clone()),
             ("is at another step", self.at.to_string(), stored.at.to_string()),
@@ -190,6 +199,7 @@ impl SweepKey {
             ("has another second run", with(self), with(stored)),
             ("has another direction", self.goal.to_string(), stored.goal.to_string()),
             ("has another dtype", dtype(self), dtype(stored)),
+            ("has another form", form(self), form(stored)),
             ("has another regularisation", self.noise.clone(), stored.noise.clone()),
         ];
         let (what, now, then) = parts.into_iter().find(|(_, now, then)| now != then)?;
@@ -263,6 +273,7 @@ mod tests {
             groups: Vec::new(),
             with: None,
             dtype: None,
+            form: None,
             noise: "off".into(),
         }
     }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::candidates::{Candidate, SweepDir, WITH};
 use super::evaluator::{BatchProgress, Evaluator, Parallel, Serial, Task, TaskEvent};
+use super::folders;
 use super::joint::JointSearch;
 use super::options::{SweepOptions, SweepResult};
 use super::record::{Record, SweepKey};
@@ -14,6 +15,7 @@ use super::second::SecondRun;
 use super::trial::{Trial, TrialMetrics};
 use crate::error::{Error, Result};
 use crate::math::Profile;
+use crate::output::check_inputs;
 use crate::planning::{At, Plan, log_warnings};
 use crate::run::Run;
 use crate::synthesis::{Output, WriteOptions};
@@ -97,13 +99,21 @@ impl Run {
                 let reason = format!("`{WITH}` is the name of the second run: write [w]ith");
                 return Err(Error::Setting { option: "group", reason });
             }
+            if options.form.is_some_and(|form| !form.is_plain()) {
+                let reason = "averages of a second run have a form of their own: sweep without one".into();
+                return Err(Error::Setting { option: "form", reason });
+            }
             run.plans_with(sweep.targets(), At::Latest, options.noise)?;
             run.check_apart(options.dir)?;
         }
         self.check_apart(options.dir)?;
+        if let Some(form) = options.form {
+            self.check_form(&plans, form)?;
+            check_inputs(options.dir, form.folder())?;
+        }
         log_warnings(self.dir(), &plans);
         let (record, trials) = Record::open(options.dir, SweepKey::new(self, at, options))?;
-        let dir = SweepDir::new(record.dir(), options.keep_all, &trials)?;
+        let dir = SweepDir::new(record.dir(), options.keep_all, options.are_folders(), &trials)?;
         let second = options.with.map(|run| SecondRun::new(run, options, record.dir())).transpose()?;
         let with = second.iter().map(|_| WITH.to_owned());
         let parts: Vec<String> = options.groups.iter().cloned().chain(with).collect();
@@ -270,7 +280,15 @@ impl ActiveSweep<'_> {
     fn write(&self, outputs: &[Output<'_>]) -> Result<()> {
         let SweepOptions { dtype, device, observer, .. } = *self.options;
         let progress = |bytes| observer.read(bytes);
-        self.run.write_all(outputs, &WriteOptions { dtype, device, progress: Some(&progress) }).map(drop)
+        let write = WriteOptions { dtype, device, progress: Some(&progress) };
+        if self.options.are_folders() {
+            // Kept averages of the same targets. A file would be replaced.
+            outputs.iter().try_for_each(|output| folders::remove(output.path))?;
+        }
+        match self.options.form {
+            Some(form) => self.run.write_as(outputs, form, &write).map(drop),
+            None => self.run.write_all(outputs, &write).map(drop),
+        }
     }
 
     fn record(

@@ -12,8 +12,11 @@ use posthoc_ema::{Profile, SweepOptions, SweepResult, shown};
 use serde_json::{Value, json};
 
 use super::args::{AtArgs, BlendArgs, NoiseArgs};
+use super::form::{FormArgs, LikeArgs};
 use super::open::OpenArgs;
-use super::output::{byte_bar, print, print_json, print_warning, print_warnings, redraw_every, round_bar};
+use super::output::{
+    byte_bar, print, print_json, print_report, print_warning, print_warnings, redraw_every, round_bar,
+};
 use super::plot::PlotArgs;
 use super::sweep_errors::KeptErrors;
 use super::targets::TargetArgs;
@@ -28,16 +31,17 @@ use crate::trials;
 /// around the best of them follow, in its own family. If the best is at an edge of the list, the steps go outwards
 /// first, as far as the run makes averages with a relative error below 5%.
 ///
-/// The best average is kept as best.safetensors in --out-dir, the others are removed. Scores are recorded in sweep.json
-/// there after each evaluation: the same command goes on where it was interrupted, and tries again what failed.
+/// The best average is kept as best.safetensors in --out-dir, or as the folder best; the others are removed. Scores are
+/// recorded in sweep.json there after each evaluation: the same command goes on where it was interrupted, and tries
+/// again what failed.
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
     run: PathBuf,
-    /// Shell command that evaluates the safetensors file {}, and whose last line of output ends in a number, the
-    /// score: loss 0.31. {} becomes the path, quoted for the shell: inside quotes, write "$POSTHOC_EMA_WEIGHTS"
-    /// instead. POSTHOC_EMA_PROFILE holds the profile as JSON. {repeat} and POSTHOC_EMA_REPEAT are the number of the
-    /// repeat, {job} and POSTHOC_EMA_JOB that of the job
+    /// Shell command that evaluates the safetensors file {}, or the folder {} with --like or --shard-size. Its last
+    /// line of output ends in a number, the score: loss 0.31. {} becomes the path, quoted for the shell: inside quotes,
+    /// write "$POSTHOC_EMA_WEIGHTS" instead. POSTHOC_EMA_PROFILE holds the profile as JSON. {repeat} and
+    /// POSTHOC_EMA_REPEAT are the number of the repeat, {job} and POSTHOC_EMA_JOB that of the job
     #[arg(long, value_name = "COMMAND")]
     eval: String,
     /// Directory of the sweep, which is made if it is missing
@@ -84,6 +88,10 @@ pub struct Arguments {
     #[arg(long)]
     keep_all: bool,
     #[command(flatten)]
+    form: FormArgs,
+    #[command(flatten)]
+    like: LikeArgs,
+    #[command(flatten)]
     blend: BlendArgs,
     /// Print one JSON document
     #[arg(long)]
@@ -107,7 +115,10 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let command = if arguments.with.is_some() { command.with_second().map_err(Failure::of_argument)? } else { command };
     let (run, _) = arguments.open.open(&arguments.run)?;
     let second = arguments.with.as_ref().map(|path| arguments.open.open(path)).transpose()?;
-    print_warnings(&run.plans_with(&profiles, arguments.at.at(), arguments.noise.noise)?);
+    let form = arguments.form.form(Some(&arguments.like))?;
+    let plans = run.plans_with(&profiles, arguments.at.at(), arguments.noise.noise)?;
+    print_warnings(&plans);
+    run.check_form(&plans, &form).map_err(Failure::of_argument)?.iter().for_each(|note| print_report(note));
     let bars = ProgressBars::default();
     let options = SweepOptions {
         at: arguments.at.at(),
@@ -122,6 +133,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         batch: arguments.batch as usize,
         noise: arguments.noise.noise,
         dtype: arguments.blend.dtype(),
+        form: Some(&form),
         device: arguments.blend.device,
         keep_all: arguments.keep_all,
         observer: &bars,

@@ -2,6 +2,7 @@
 
 mod failures;
 mod files;
+mod folders;
 mod jobs;
 mod joint;
 
