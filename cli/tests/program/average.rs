@@ -169,3 +169,55 @@ fn bad_usage_exits_with_2_and_failures_with_1() {
     }
     assert!(!Path::new(out).exists());
 }
+
+/// Writes a file of an adapter of rank 1, whose product at a step is its number in the first row.
+fn save_adapter(path: &Path, number: f32) {
+    let factors = [("x.lora_A.weight", vec![1, 2], [number, 1.0]), ("x.lora_B.weight", vec![2, 1], [1.0, number])];
+    let bytes = factors.each_ref().map(|(_, _, values)| bytemuck::cast_slice::<f32, u8>(values).to_vec());
+    let views = factors
+        .iter()
+        .zip(&bytes)
+        .map(|((name, shape, _), bytes)| (*name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn products_of_adapters_report_both_errors() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path();
+    fs::create_dir(dir.join("run")).unwrap();
+    for (step, number) in [(1, 2.0), (2, -2.0)] {
+        save_adapter(&dir.join(format!("run/lora-{step}.safetensors")), number);
+    }
+    let run = dir.join("run").to_str().unwrap().to_owned();
+    let out = dir.join("mean.safetensors").to_str().unwrap().to_owned();
+    let base = ["average", &run, "--uniform", "100%"];
+    let products = [&base[..], &["--product", "svd"]].concat();
+    let json = crate::common::json(&[&products[..], &["-o", &out, "--json"]].concat());
+    // The mean of [[n, 1], [n^2, n]] for 2 and -2 is [[0, 1], [4, 0]]: its singular values are 4 and 1, and the mean
+    // factors have the product [[0, 1], [0, 0]].
+    let errors = &json["targets"][0]["product"];
+    let expected = [("truncation_error", 1.0 / 17f64.sqrt()), ("factors_error", 4.0 / 17f64.sqrt())];
+    for (key, expected) in expected {
+        let is = errors[key].as_f64().unwrap();
+        assert!((is - expected).abs() < 1e-12, "{key}: {is}, not {expected}");
+    }
+    assert_eq!(errors["pairs"], 1);
+    let text = stdout(&[&products[..], &["--plan"]].concat());
+    assert!(text.contains("products of 1 adapters off by 2.43e-1, cut back to their rank; by 9.70e-1 if"), "{text}");
+    let plain = crate::common::json(&[&base[..], &["--plan", "--json"]].concat());
+    assert!(plain["targets"][0].get("product").is_none(), "{plain}");
+}
+
+#[test]
+fn models_of_different_configuration_are_averaged_only_if_allowed() {
+    let temp = tempfile::tempdir().unwrap();
+    let run = training(temp.path());
+    fs::write(temp.path().join("run/checkpoint-1000/config.json"), r#"{"hidden_act": "relu"}"#).unwrap();
+    let base = ["average", &run, "--uniform", "100%", "--plan"];
+    let (code, text) = failure(&base);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains(r#"`hidden_act` is "relu", but null in"#), "{text}");
+    assert!(text.contains("--ignore-config hidden_act"), "{text}");
+    stdout(&[&base[..], &["--ignore-config", "hidden_act"]].concat());
+}
