@@ -48,6 +48,11 @@ WORKS = {
         "The same, with the snapshots dropped from the page cache before each round (`posix_fadvise`, checked with "
         "`mincore`). The limit reads the same files directly from the disk.",
     ),
+    "folders": (
+        "Averages of folders",
+        "The mean of three folders of one model, each of two shards, into a folder of the same kind, with the files in "
+        "the page cache. Both are timed as whole processes. The limit is that of a synthesis.",
+    ),
     "writing": (
         "Storing",
         "Time from the call that stores a snapshot until it is on the disk, and the part of it for which the training "

@@ -23,7 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 # Modules with a function `measure(environment)`, which returns their cases.
-WORKS = ("updates", "synthesis", "cold", "writing", "start")
+WORKS = ("updates", "synthesis", "cold", "folders", "writing", "start")
 
 
 def main() -> None:
