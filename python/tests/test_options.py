@@ -30,7 +30,7 @@ from posthoc_ema import KarrasEMA, Plan, PostHocEMA, Profile, _native, plan
         ({"profiles": [Profile.uniform(100)]}, "uniform 100 cannot be tracked by a running average"),
         ({"checkpoint_dtype": torch.int8}, "dtype torch.int8: averages can be float32"),
         ({"calculation_dtype": torch.int64}, "dtype torch.int64: averages can be float32"),
-        ({"device": "gpu"}, "`gpu` is not a device: the devices are auto, cpu and cuda:N"),
+        ({"device": "gpu"}, "`gpu` is not a device: the devices are auto, cpu, cuda and cuda:N"),
         ({"copy": ["[", "weight"]}, "option copy"),
     ],
 )
