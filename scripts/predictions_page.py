@@ -37,7 +37,7 @@ than 95% of the predictions for f32 are right to a factor of 2 (16 bits: 99%), o
 
 HARDEST = """
 A prediction that is far too large belongs to an event between two snapshots. Its time within the interval is not known,
-and the average happens to be exact there.
+and the average happens to be exact there. Such plans also have a [range](noise.md), which has the error.
 
 ## Each kind
 

@@ -2,7 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 use posthoc_ema::math::Profile;
-use posthoc_ema::{Advice, Merge, Plan, shown};
+use posthoc_ema::{Advice, Merge, Plan, PredictedError, shown};
 
 use crate::bench::Measurement;
 use crate::numbers::{number, percent};
@@ -30,12 +30,13 @@ pub fn plans(plans: &[Plan]) -> Table {
     table
 }
 
-/// Lists pieces of advice, one for each disk size and number of profiles.
-pub fn advice(all: &[Advice]) -> Table {
+/// Lists pieces of advice, one for each disk size and number of profiles, with predicted errors if there are any.
+pub fn advice(all: &[Advice], predicted: &[Option<PredictedError>]) -> Table {
     let header = ["track", "kept", "every", "on disk", "worst error", "noise gain", "with rounding", "at sigma_rel"];
-    let mut table = table(&header);
-    for Advice { forecast, worst, disk } in all {
-        table.add_row([
+    let any = predicted.iter().any(Option::is_some);
+    let mut table = table(&[&header[..], if any { &["predicted error"] } else { &[] }].concat());
+    for (Advice { forecast, worst, disk }, predicted) in all.iter().zip(predicted) {
+        let figures = [
             lengths(&forecast.tracked),
             forecast.keep.to_string(),
             forecast.schedule.checkpoint_every.to_string(),
@@ -44,7 +45,8 @@ pub fn advice(all: &[Advice]) -> Table {
             number(worst.noise_gain),
             number(worst.error),
             number(worst.sigma_rel),
-        ]);
+        ];
+        table.add_row(figures.into_iter().chain(predicted.map(|error| number(error.total))));
     }
     table
 }

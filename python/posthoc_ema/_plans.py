@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from . import _native
+from ._dtypes import average_dtype_name
 from ._profiles import Profile, Target, to_json
 
 __all__ = ["LaterTensors", "Noise", "Plan", "Predicted", "Retention", "Weight", "plan"]
@@ -56,6 +58,22 @@ class WorstGroup:
         if group is None:
             return None
         return WorstGroup(tuple(group["tensors"]), group["share"], Predicted(**group["predicted"]))
+
+
+@dataclass(frozen=True)
+class MovementEvent:
+    """One event between two snapshots that makes the most of a predicted error: a jump, a spike or a fast start.
+
+    Snapshots show its size and not its time, so the error is known to a range only."""
+
+    after: int
+    """Step of the snapshot before the event; 0 for the beginning."""
+    before: int
+    """Step of the snapshot after it."""
+    least: float
+    """Smallest error of the average, as `Predicted.total`."""
+    most: float
+    """Largest error of the average."""
 
 
 Noise = Literal["off", "auto"] | float
@@ -120,6 +138,8 @@ class Plan:
     """Tensors whose averages began after the run did (`extend=True`): they have weights of their own."""
     no_prediction: str | None = None
     """Reason for having no predicted error, with a remedy; None if there is one."""
+    event: MovementEvent | None = None
+    """Event between two snapshots that makes the most of the predicted error, with its range; None if none does."""
 
     def __str__(self) -> str:
         """Says in one line how far the average is from what was asked for."""
@@ -128,7 +148,11 @@ class Plan:
         if self.predicted is None:
             return text + f"no predicted error: {self.no_prediction}"
         text += f"predicted error {self.predicted.total:.2g} of the weights"
-        return text + f" ({self.predicted.profile:.2g} by profile, {self.predicted.rounding:.2g} by rounding)"
+        text += f" ({self.predicted.profile:.2g} by profile, {self.predicted.rounding:.2g} by rounding)"
+        if self.event is None:
+            return text
+        least, most, after, before = self.event.least, self.event.most, self.event.after, self.event.before
+        return text + f", {least:.2g} to {most:.2g} by when one event between steps {after} and {before} was"
 
     @staticmethod
     def from_json(text: str) -> list[Plan]:
@@ -139,6 +163,8 @@ class Plan:
             plan["weights"] = tuple(Weight(**weight) for weight in plan["weights"])
             found = plan["predicted"]
             plan["predicted"] = Predicted(**found) if found is not None else None
+            event = plan.get("event")
+            plan["event"] = MovementEvent(**event) if event is not None else None
             plan["worst_group"] = WorstGroup._from_dict(plan.get("worst_group"))
             plan["later"] = tuple(map(LaterTensors._from_dict, plan.get("later", ())))
             return Plan(**plan)
@@ -195,8 +221,14 @@ def plan(
     max_checkpoints: int = 20,
     retention: Retention = (0.05, 0.28),
     step: int | None = None,
+    checkpoint_dtype: Any = "float32",
+    movement: str | None = None,
+    like: str | os.PathLike[str] | None = None,
+    noise: Noise = "off",
 ) -> list[Plan]:
     """Predicts how well averages can be synthesized after a training that has not begun.
+
+    With `movement` or `like`, the plans have a predicted error of the weights.
 
     Args:
         targets: Profiles, or numbers as sigma_rel.
@@ -210,13 +242,25 @@ def plan(
         max_checkpoints: Number of steps whose snapshots are kept.
         retention: Rule for the snapshots to keep: a range of sigma_rel to serve best, "latest", or a list of steps.
         step: Step of the averages; default that of the last snapshot.
+        checkpoint_dtype: Dtype of averages in snapshots, for their predicted rounding.
+        movement: Movement of the weights over the training: "walk", "cosine" (a walk with a learning rate that falls
+            as a cosine), "line", "converge" (`exp(-t/0.2T)`) or "noise" (of each update). A size relative to the
+            weights may follow, and several kinds add up: "walk:0.3+noise:0.01". Default size 1.
+        like: Directory of another training's run, to predict errors as if the weights moved as there.
+        noise: Regularisation; "auto" needs `movement` or `like`.
 
     Returns:
         A plan for each target, in their order.
 
     Raises:
-        ValueError: If a profile or the schedule is not valid.
+        ValueError: If a profile, the schedule or the movement is not valid, or `like` does not show how its weights
+            move.
+        OSError: If `like` cannot be read.
     """
+    if movement is not None and like is not None:
+        raise ValueError(f"movement = {movement!r} and like = {os.fspath(like)!r}: give one of them")
+    if noise == "auto" and movement is None and like is None:
+        raise ValueError("noise = 'auto' needs to know how the weights move: give movement or like, or a number")
     tracked = [*(Profile.sigma_rel(sigma_rel) for sigma_rel in sigma_rels or ()), *profiles]
     tracked = tracked or [Profile.sigma_rel(0.05), Profile.sigma_rel(0.28)]
     training = {
@@ -228,5 +272,9 @@ def plan(
         "max_checkpoints": int(max_checkpoints),
         "retention": retention_to_dict(retention),
         "tracked": [profile.to_dict() for profile in tracked],
+        "dtype": average_dtype_name(checkpoint_dtype or "float32"),
+        "noise": noise_text(noise),
+        "movement": movement,
+        "like": None if like is None else os.fspath(like),
     }
     return Plan.from_json(_native.forecast(json.dumps(training), to_json(targets), step))

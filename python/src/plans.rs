@@ -1,7 +1,9 @@
 //! Functions of profiles and plans, which need no tensors.
 
+use std::path::PathBuf;
+
 use posthoc_ema::math::Schedule;
-use posthoc_ema::{ADVICE_PARTS, AdviceRequest, At, Dtype, Forecast, Noise, Profile, Retention};
+use posthoc_ema::{ADVICE_PARTS, AdviceRequest, At, Dtype, Forecast, NamedMovement, Noise, Profile, Retention, Run};
 use pyo3::prelude::*;
 use serde::Deserialize;
 
@@ -90,6 +92,12 @@ struct PlannedTraining {
     #[serde(default)]
     retention: Retention,
     tracked: Vec<Profile>,
+    dtype: Dtype,
+    noise: String,
+    /// Movement that is expected of the weights.
+    movement: Option<String>,
+    /// Directory of a run that moves alike.
+    like: Option<PathBuf>,
 }
 
 /// Solves targets over the snapshots that a training will keep.
@@ -97,6 +105,9 @@ struct PlannedTraining {
 #[pyo3(signature = (training, targets, at_step=None))]
 pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: Option<u64>) -> PyResult<String> {
     let training: PlannedTraining = from_json(training)?;
+    let noise = parse_noise(&training.noise)?;
+    let movement = training.movement.as_deref().map(str::parse::<NamedMovement>).transpose();
+    let movement = movement.map_err(|why| argument(format!("movement: {why}")))?;
     let PlannedTraining {
         steps,
         update_every,
@@ -106,13 +117,21 @@ pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: O
         max_checkpoints,
         retention,
         tracked,
+        dtype,
+        like,
+        ..
     } = training;
     let snapshot_growth = given(snapshot_growth);
     let schedule = Schedule { update_every, update_after_step, checkpoint_every, snapshot_growth };
     let forecast = Forecast { schedule, steps, keep: max_checkpoints, retention, tracked };
     let targets = parse_profiles(&targets)?;
-    let plans = py.detach(|| forecast.plans(&targets, at(at_step))).map_err(to_python)?;
-    to_json(&plans)
+    let plans = py.detach(|| match (movement, like, noise) {
+        (Some(movement), _, noise) => forecast.plans_moving(&targets, at(at_step), noise, &movement, dtype),
+        (None, Some(run), noise) => Run::open(run)?.plans_like(&forecast, &targets, at(at_step), noise, dtype),
+        (None, None, Noise::Rho(rho)) => forecast.plans_with(&targets, at(at_step), rho),
+        (None, None, _) => forecast.plans(&targets, at(at_step)),
+    });
+    to_json(&plans.map_err(to_python)?)
 }
 
 /// Returns the factor of early snapshots; `None` for 0.

@@ -126,6 +126,24 @@ def test_plan_says_why_nothing_is_predicted(run_dir: Path) -> None:
     assert before.predicted is None and "before training" in str(before)
 
 
+def test_movement_or_another_run_predicts_before_training(run_dir: Path) -> None:
+    _, _, _ = drifting(run_dir)
+    (walked,) = plan([0.15], steps=20_000, movement="walk:0.3")
+    (further,) = plan([0.15], steps=20_000, movement="walk:0.6", checkpoint_dtype=torch.bfloat16)
+    assert walked.predicted is not None and further.predicted is not None
+    assert abs(further.predicted.profile / walked.predicted.profile - 2) < 1e-9
+    assert further.predicted.rounding > 1e4 * walked.predicted.rounding
+    (alike,) = plan([0.15], steps=20_000, like=run_dir, noise="auto")
+    assert alike.predicted is not None and alike.predicted.total > 0
+    for options, message in (
+        ({"movement": "run"}, "movement: `run` is not a kind of movement"),
+        ({"movement": "walk", "like": run_dir}, "give one of them"),
+        ({"noise": "auto"}, "give movement or like"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan([0.15], steps=20_000, **options)
+
+
 @pytest.mark.parametrize("noise", ["on", -1.0, float("nan")])
 def test_invalid_noise_is_refused(run_dir: Path, noise: float) -> None:
     drifting(run_dir, 80)

@@ -1,11 +1,14 @@
 //! Plans before training, for a schedule of updates and snapshots.
 
+use super::expected_noise::NamedNoise;
 use super::no_prediction::NoPrediction;
 use super::noise::Noise;
 use super::plan::{At, Plan, solve};
 use super::source::IndexedSource;
 use crate::error::{Error, Result};
+use crate::math::noise::NamedMovement;
 use crate::math::{Chain, History, Profile, Retention, Schedule};
+use crate::tensor::Dtype;
 
 /// The settings of a training before it begins.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,8 +44,27 @@ impl Forecast {
         solve(&sources, Some(&history), profiles, at, Noise::Rho(rho), Err(NoPrediction::BeforeTraining))
     }
 
+    /// Solves targets, and predicts their errors for a movement that is expected of the weights.
+    ///
+    /// `dtype` is that of the snapshots. The weights are taken to be Gaussian, for their rounding.
+    ///
+    /// # Errors
+    /// As [`Forecast::plans_with`].
+    pub fn plans_moving(
+        &self,
+        profiles: &[Profile],
+        at: At,
+        noise: Noise,
+        movement: &NamedMovement,
+        dtype: Dtype,
+    ) -> Result<Vec<Plan>> {
+        let (sources, history) = self.sources()?;
+        let movement = NamedNoise { movement, steps: self.steps, dtype };
+        solve(&sources, Some(&history), profiles, at, noise, Ok(&movement))
+    }
+
     /// Returns the snapshots that the training will leave, and its updates.
-    pub(super) fn sources(&self) -> Result<(Vec<IndexedSource>, History)> {
+    pub(crate) fn sources(&self) -> Result<(Vec<IndexedSource>, History)> {
         self.schedule.check()?;
         if let Some(profile) = self.tracked.iter().find(|profile| !profile.is_trackable()) {
             return Err(Error::NotTrackable { profile: profile.to_string() });

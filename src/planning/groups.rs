@@ -33,6 +33,7 @@ pub(crate) fn with_groups(mut base: Plan, groups: Vec<(&TensorGroup, Plan)>) -> 
         // The error is predicted for one target only.
         (base.predicted, base.worst_group) = (None, None);
         base.no_prediction = Some(NoPrediction::Groups);
+        base.event = None;
         let mut rest: BTreeSet<String> = group.tensors.iter().cloned().collect();
         for later in plan.later {
             let tensors: Vec<String> = later.tensors.iter().filter(|name| rest.remove(*name)).cloned().collect();

@@ -2,6 +2,7 @@
 
 mod advise;
 mod density;
+mod expected_noise;
 mod forecast;
 mod groups;
 mod later;
@@ -21,11 +22,12 @@ mod warnings;
 pub use advise::{ADVICE_PARTS, rounding};
 pub use advise::{Advice, AdviceRequest, WorstCase, advise};
 pub(crate) use density::densities;
+pub(crate) use expected_noise::LikeNoise;
 pub use forecast::Forecast;
 pub(crate) use groups::{TensorGroup, groups_json, with_groups};
 pub(crate) use later::{LaterGroup, solve_later};
 pub use no_prediction::NoPrediction;
-pub use noise::{Noise, PredictedError, WorstGroup};
+pub use noise::{MovementEvent, Noise, PredictedError, WorstGroup};
 pub(crate) use plan::solve;
 pub use plan::{At, LaterTensors, Plan, Weight};
 pub(crate) use sample::{SampledElements, SampledSource};

@@ -77,6 +77,35 @@ pub struct PredictedError {
     pub total: f64,
 }
 
+/// Event between two snapshots that makes the most of a predicted error.
+///
+/// It is a jump, a spike or a fast start.
+///
+/// Snapshots show its size and not its time, so the error is known to a range only.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct MovementEvent {
+    /// Step of the snapshot before the event; 0 for the beginning.
+    pub after: u64,
+    /// Step of the snapshot after it.
+    pub before: u64,
+    /// Smallest error of the average, in the units of [`PredictedError::total`].
+    pub least: f64,
+    /// Largest error of the average.
+    pub most: f64,
+}
+
+/// Says in a sentence how far the error is known.
+impl fmt::Display for MovementEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let MovementEvent { after, before, least, most } = self;
+        write!(
+            f,
+            "one event between steps {after} and {before} (a jump, a spike, a fast start) makes the most of the \
+             predicted error, which can be {least:.1e} to {most:.1e} by when it was"
+        )
+    }
+}
+
 /// The group of tensors of the largest predicted error, relative to its own weights.
 ///
 /// Tensors that move by similar shares of their weights are one group.

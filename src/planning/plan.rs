@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::no_prediction::NoPrediction;
-use super::noise::{Noise, PredictedError, WorstGroup};
+use super::noise::{MovementEvent, Noise, PredictedError, WorstGroup};
 use super::shortfall::Shortfall;
 use super::source::IndexedSource;
 use super::stored_noise::{ErrorSource, PredictedSolution, RelativeErrorModel};
@@ -48,6 +48,9 @@ pub struct Plan {
     /// The reason for having no predicted error, with a remedy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub no_prediction: Option<NoPrediction>,
+    /// The event between two snapshots that makes the most of the predicted error, and its range; `None` if none does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub event: Option<MovementEvent>,
     /// The group of tensors with the largest predicted error; `None` if all move alike or nothing is predicted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub worst_group: Option<WorstGroup>,
@@ -161,7 +164,8 @@ impl Solver<'_> {
             Ok(model) => model,
             Err(why) => {
                 let solution = self.system.solve(profile)?;
-                return Ok(PredictedSolution { solution, rho: self.rho, predicted: Err(*why), worst_group: None });
+                let (rho, predicted) = (self.rho, Err(*why));
+                return Ok(PredictedSolution { solution, rho, predicted, worst_group: None, event: None });
             }
         };
         match self.noise {
@@ -171,7 +175,7 @@ impl Solver<'_> {
     }
 
     fn plan(&self, usable: &[&IndexedSource], profile: &Profile, at: u64) -> Result<Plan> {
-        let PredictedSolution { solution, rho, predicted, worst_group } = self.solve(profile)?;
+        let PredictedSolution { solution, rho, predicted, worst_group, event } = self.solve(profile)?;
         let weights: Vec<Weight> = usable
             .iter()
             .zip(&solution.weights)
@@ -188,6 +192,7 @@ impl Solver<'_> {
             rho,
             predicted: predicted.ok(),
             no_prediction: predicted.err(),
+            event,
             worst_group,
             shortfall,
             weights,

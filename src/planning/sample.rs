@@ -110,7 +110,7 @@ fn append(values: &mut Vec<f64>, dtype: Dtype, bytes: &[u8]) -> Option<()> {
 }
 
 /// Returns the distance of neighbouring values of `dtype` at `value`.
-fn ulp(dtype: Dtype, value: f64) -> f64 {
+pub(super) fn ulp(dtype: Dtype, value: f64) -> f64 {
     // Bits of the fraction, and the exponent of the smallest subnormal number.
     let (digits, least) = match dtype {
         Dtype::F16 => (10, -24),

@@ -1,16 +1,21 @@
 //! Movement and rounding of a run's averages, and the errors predicted from them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::movement_groups::{TensorMovement, movement_groups};
 use super::no_prediction::{FEWEST_STEPS, NoPrediction};
-use super::noise::{PredictedError, WorstGroup};
-use super::sample::{ModelSample, SampledSource, SampledTensor, sample};
+use super::noise::{MovementEvent, PredictedError, WorstGroup};
+use super::sample::{ModelSample, SampledSource, SampledTensor, sample, ulp};
 use super::source::IndexedSource;
 use crate::error::Result;
-use crate::math::noise::{ErrorModel, ExpectedError, MeasuredGroup, RegularisedSolution, Sample, measure};
+use crate::math::noise::{
+    ErrorModel, ExpectedError, ExpectedEvent, LikeGroup, MeasuredGroup, RegularisedSolution, Sample, measure,
+};
 use crate::math::{Profile, Solution, System};
-use crate::tensor::TensorSpec;
+use crate::tensor::{Dtype, TensorSpec};
+
+/// Ratio of the largest to the smallest error from which an event is worth a word.
+const WIDE: f64 = 1.5;
 
 /// Movement and rounding from which errors are predicted.
 pub(crate) trait ErrorSource: Sync {
@@ -40,6 +45,8 @@ struct StoredGroup {
     measured: MeasuredGroup,
     /// The mean square of each snapshot's weights.
     sizes: Vec<f64>,
+    /// Binary exponents of the newest snapshot's weights, each with its share of the group.
+    exponents: Vec<(i32, f64)>,
     /// True if every element was sampled.
     complete: bool,
 }
@@ -79,15 +86,31 @@ impl ErrorSource for SnapshotNoise {
         sources: &[IndexedSource],
         usable: &[usize],
     ) -> Result<RelativeErrorModel<'a>, NoPrediction> {
+        let (groups, size) = self.relative_groups(sources, usable)?;
+        let subset = |StoredGroup { measured: MeasuredGroup { measured, share }, .. }: &StoredGroup| MeasuredGroup {
+            measured: measured.subset(usable),
+            share: *share,
+        };
+        let measured = self.groups.iter().map(subset).collect();
+        let model = ErrorModel::new(system, measured).ok_or(NoPrediction::NoHistory)?;
+        Ok(RelativeErrorModel { model, groups, size })
+    }
+}
+
+impl SnapshotNoise {
+    /// Returns the groups with their sizes, and the root mean square of all weights, at the newest of some sources.
+    ///
+    /// # Errors
+    /// [`NoPrediction`] if the sources are of too few steps, or do not move.
+    pub(super) fn relative_groups(
+        &self,
+        sources: &[IndexedSource],
+        usable: &[usize],
+    ) -> Result<(Vec<RelativeGroup<'_>>, f64), NoPrediction> {
         let last = last_of(&usable.iter().map(|&i| sources[i].step).collect::<Vec<u64>>())?;
         let newest: Vec<usize> = usable.iter().copied().filter(|&i| sources[i].step == last).collect();
-        let of_group = |group: &'a StoredGroup| RelativeGroup {
-            tensors: &group.tensors,
-            share: group.measured.share,
-            size: newest.iter().map(|&i| group.sizes[i]).fold(0.0, f64::max).sqrt(),
-            is_seen: group.complete || usable.iter().any(|&i| group.measured.measured.moved[(usable[0], i)] > 0.0),
-        };
-        let groups: Vec<RelativeGroup<'a>> = self.groups.iter().map(of_group).collect();
+        let of_group = |group| relative_group(group, usable, &newest);
+        let groups: Vec<RelativeGroup<'_>> = self.groups.iter().map(of_group).collect();
         let mean_square: f64 = groups.iter().map(|group| group.share * group.size.powi(2)).sum();
         if !(mean_square > 0.0) {
             return Err(NoPrediction::Zeros);
@@ -95,13 +118,28 @@ impl ErrorSource for SnapshotNoise {
         if !groups.iter().any(|group| group.is_seen) {
             return Err(NoPrediction::Still);
         }
-        let subset = |StoredGroup { measured: MeasuredGroup { measured, share }, .. }: &StoredGroup| MeasuredGroup {
-            measured: measured.subset(usable),
-            share: *share,
+        Ok((groups, mean_square.sqrt()))
+    }
+
+    /// Returns the measurements of each group, for a training that is expected to be like this one.
+    ///
+    /// `dtype` is that of the other training's snapshots.
+    pub(super) fn like_groups(&self, dtype: Dtype) -> Vec<LikeGroup> {
+        let of_group = |StoredGroup { measured, exponents, .. }: &StoredGroup| LikeGroup {
+            group: measured.clone(),
+            ulps: exponents.iter().map(|&(exponent, share)| (ulp(dtype, 2f64.powi(exponent)), share)).collect(),
         };
-        let measured = self.groups.iter().map(subset).collect();
-        let model = ErrorModel::new(system, measured).ok_or(NoPrediction::NoHistory)?;
-        Ok(RelativeErrorModel { model, groups, size: mean_square.sqrt() })
+        self.groups.iter().map(of_group).collect()
+    }
+}
+
+/// Returns a group with the size of its weights in the sources `newest`.
+fn relative_group<'a>(group: &'a StoredGroup, usable: &[usize], newest: &[usize]) -> RelativeGroup<'a> {
+    RelativeGroup {
+        tensors: &group.tensors,
+        share: group.measured.share,
+        size: newest.iter().map(|&i| group.sizes[i]).fold(0.0, f64::max).sqrt(),
+        is_seen: group.complete || usable.iter().any(|&i| group.measured.measured.moved[(usable[0], i)] > 0.0),
     }
 }
 
@@ -121,10 +159,22 @@ fn stored_groups(sampled: &ModelSample, averaged: &[TensorSpec], newest: usize) 
             tensors: members().map(|tensor| averaged[tensor.index].name.clone()).collect(),
             measured: MeasuredGroup { measured: measure(sample, &group.blocks), share: weight / total },
             sizes: sample.values.iter().map(size).collect(),
+            exponents: exponents(sample, newest, members().flat_map(|tensor| tensor.elements.clone())),
             complete: members().all(|tensor| tensor.count == tensor.elements.len()),
         }
     });
     groups.collect()
+}
+
+/// Returns the binary exponents of elements in one average, each with its share of them.
+fn exponents(sample: &Sample, source: usize, elements: impl Iterator<Item = usize>) -> Vec<(i32, f64)> {
+    let mut weights: BTreeMap<i32, f64> = BTreeMap::new();
+    for i in elements {
+        let exponent = (sample.values[source][i].to_bits() >> 52 & 0x7ff) as i32 - 1023;
+        *weights.entry(exponent).or_default() += sample.weights[i];
+    }
+    let total: f64 = weights.values().sum();
+    weights.into_iter().map(|(exponent, weight)| (exponent, weight / total)).collect()
 }
 
 /// Returns the movement of one tensor: mean square differences to the snapshot `newest`.
@@ -141,20 +191,20 @@ fn movement(sample: &Sample, tensor: &SampledTensor, newest: usize) -> TensorMov
 
 /// A model of errors relative to the size of the weights.
 pub(crate) struct RelativeErrorModel<'a> {
-    model: ErrorModel<'a>,
-    groups: Vec<RelativeGroup<'a>>,
+    pub model: ErrorModel<'a>,
+    pub groups: Vec<RelativeGroup<'a>>,
     /// The root mean square of the newest snapshot's weights; the largest of several snapshots.
-    size: f64,
+    pub size: f64,
 }
 
 /// A group of tensors with the size of its weights.
-struct RelativeGroup<'a> {
-    tensors: &'a [String],
-    share: f64,
+pub(crate) struct RelativeGroup<'a> {
+    pub tensors: &'a [String],
+    pub share: f64,
     /// As [`RelativeErrorModel::size`], of the group's weights.
-    size: f64,
+    pub size: f64,
     /// True unless elements that were not sampled may move although the sampled ones do not.
-    is_seen: bool,
+    pub is_seen: bool,
 }
 
 /// A solution with its predicted errors.
@@ -163,6 +213,7 @@ pub(crate) struct PredictedSolution {
     pub rho: f64,
     pub predicted: Result<PredictedError, NoPrediction>,
     pub worst_group: Option<WorstGroup>,
+    pub event: Option<MovementEvent>,
 }
 
 impl RelativeErrorModel<'_> {
@@ -177,9 +228,18 @@ impl RelativeErrorModel<'_> {
     }
 
     fn relative(&self, solved: RegularisedSolution) -> PredictedSolution {
-        let RegularisedSolution { solution, rho, expected, groups } = solved;
+        let event = self.event(&solved);
+        let RegularisedSolution { solution, rho, expected, groups, .. } = solved;
         let predicted = Ok(predicted_error(expected, self.size));
-        PredictedSolution { solution, rho, predicted, worst_group: self.worst_group(&groups) }
+        PredictedSolution { solution, rho, predicted, worst_group: self.worst_group(&groups), event }
+    }
+
+    /// Returns the event that makes the most of an error, if there is one.
+    fn event(&self, solved: &RegularisedSolution) -> Option<MovementEvent> {
+        let ExpectedEvent { between: (after, before), profile: (least, most) } = self.model.expected_event(solved)?;
+        let total = |profile: f64| profile.hypot(solved.expected.rounding) / self.size;
+        let event = MovementEvent { after, before, least: total(least), most: total(most) };
+        Some(event).filter(|event| event.most > WIDE * event.least)
     }
 
     /// Returns the group of the largest error relative to its own weights; `None` if there is only one.

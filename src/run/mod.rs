@@ -9,6 +9,7 @@ use rayon::prelude::*;
 mod extended;
 mod formed;
 mod grouped;
+mod like;
 mod lineage;
 mod parsed_snapshot;
 mod sessions;

@@ -162,6 +162,7 @@ mod tests {
             rho: 0.0,
             predicted: None,
             no_prediction: Some(NoPrediction::NotAsked),
+            event: None,
             worst_group: None,
             shortfall: None,
             weights: Vec::new(),

@@ -98,6 +98,7 @@ impl PostHocEma {
             rho: 0.0,
             predicted: None,
             no_prediction: Some(NoPrediction::NotAsked),
+            event: None,
             worst_group: None,
             shortfall: None,
             weights: vec![Weight { index, step: at, weight: 1.0 }],

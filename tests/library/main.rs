@@ -2,6 +2,7 @@
 
 mod concurrency;
 mod disk;
+mod expected_movement;
 mod layers;
 mod live_states;
 mod names;

@@ -2,18 +2,23 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use posthoc_ema::{Advice, AdviceRequest, Retention, advise};
+use posthoc_ema::{Advice, AdviceRequest, At, Noise, PredictedError, Profile, Retention, advise};
 use serde_json::json;
 
-use super::forecast::ForecastArgs;
+use super::forecast::{ExpectedMovement, ForecastArgs};
 use super::list::Count;
+use super::open::OpenArgs;
 use super::output::{bytes, print, print_json, round_bar};
 use super::{Failure, Outcome};
 use crate::tables;
 
+/// Number of lengths of the range at which errors are predicted, apart from that of the worst error.
+const LENGTHS: usize = 12;
+
 /// Shows the best profiles, spacing and number of snapshots for a disk, and for half and twice that disk.
-pub fn run(arguments: &ForecastArgs, disk: Count, as_json: bool) -> Outcome {
+pub fn run(arguments: &ForecastArgs, open: &OpenArgs, disk: Count, as_json: bool) -> Outcome {
     let request = request(arguments, disk)?;
+    let movement = arguments.movement(open)?;
     let bar = round_bar();
     bar.set_message("trying profiles and spacings");
     let done = AtomicU64::new(0);
@@ -24,11 +29,13 @@ pub fn run(arguments: &ForecastArgs, disk: Count, as_json: bool) -> Outcome {
     bar.finish_and_clear();
     let advice = advice.map_err(Failure::of_argument)?;
     let best = best(&advice, request.disk);
+    let predicted: Vec<Option<PredictedError>> =
+        advice.iter().map(|advice| worst_predicted(advice, &movement, &request)).collect::<Result<_, _>>()?;
     if as_json {
-        print_json(&json!({ "advice": advice, "best": best }));
+        print_json(&json!({ "advice": advice, "best": best, "predicted": predicted }));
         return Ok(());
     }
-    print(&tables::advice(&advice).to_string());
+    print(&tables::advice(&advice, &predicted).to_string());
     if let Some(best) = best {
         print(&recommendation(best, request.disk));
     }
@@ -51,6 +58,22 @@ fn request(arguments: &ForecastArgs, disk: Count) -> Result<AdviceRequest, Failu
         disk: disk.0,
         range: (from, to),
     })
+}
+
+/// Returns the largest predicted error over the range of lengths, at the end of the training; `None` if the movement is
+/// unknown.
+fn worst_predicted(
+    advice: &Advice,
+    movement: &ExpectedMovement,
+    request: &AdviceRequest,
+) -> Result<Option<PredictedError>, Failure> {
+    let (from, to) = request.range;
+    let at = |i: usize| from * (to / from).powf(i as f64 / (LENGTHS - 1) as f64);
+    let lengths = (0..LENGTHS).map(at).chain([advice.worst.sigma_rel]);
+    let targets: Vec<Profile> = lengths.map(Profile::sigma_rel).collect::<Result<_, _>>()?;
+    let plans = movement.plans(&advice.forecast, &targets, At::Latest, Noise::Off, request.dtype)?;
+    let predicted = plans.iter().filter_map(|plan| plan.predicted);
+    Ok(predicted.max_by(|a, b| a.total.total_cmp(&b.total)))
 }
 
 /// Returns the advice with the smallest worst error within the disk.

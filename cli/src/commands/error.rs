@@ -73,6 +73,7 @@ fn error_json((sigma_rel, plan): (f64, &Plan)) -> Value {
         "rho": plan.rho,
         "predicted": plan.predicted,
         "no_prediction": plan.no_prediction,
+        "event": plan.event,
         "worst_group": plan.worst_group,
         "warning": plan.shortfall,
     })

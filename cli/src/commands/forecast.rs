@@ -1,12 +1,15 @@
 //! Options that describe a training before it runs.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use posthoc_ema::math::{SNAPSHOT_GROWTH, Schedule};
-use posthoc_ema::{Dtype, Forecast, Profile};
+use posthoc_ema::{At, Dtype, Forecast, NamedMovement, Noise, Plan, Profile, Run};
 
 use super::Failure;
 use super::args::DtypeName;
 use super::list::{Count, Numbers, RetentionArg};
+use super::open::OpenArgs;
 use super::targets::profiles;
 
 /// A training that has not happened yet
@@ -47,6 +50,52 @@ pub struct ForecastArgs {
     /// Dtype of stored snapshots [default: f32]
     #[arg(long, value_name = "DTYPE", conflicts_with = "run")]
     checkpoint_dtype: Option<DtypeName>,
+    /// Movement of the weights, to predict errors from: walk, cosine, line, converge, noise, each with its size
+    /// relative to the weights [default: 1], and sums of them, such as walk:0.3+noise:0.01
+    #[arg(long, value_name = "KIND:SIZE", conflicts_with_all = ["run", "like"])]
+    movement: Option<NamedMovement>,
+    /// Run of another training, to predict errors as if the weights moved as there
+    #[arg(long, value_name = "RUN", conflicts_with = "run")]
+    like: Option<PathBuf>,
+}
+
+/// Movement of the weights in a training that has not happened yet.
+pub enum ExpectedMovement {
+    Unknown,
+    Named(NamedMovement),
+    Like(&'static Run),
+}
+
+impl ExpectedMovement {
+    /// Solves targets of a forecast, and predicts their errors if the movement is known.
+    pub fn plans(
+        &self,
+        forecast: &Forecast,
+        targets: &[Profile],
+        at: At,
+        noise: Noise,
+        dtype: Dtype,
+    ) -> Result<Vec<Plan>, Failure> {
+        match self {
+            ExpectedMovement::Unknown => forecast.plans_with(targets, at, fixed_rho(noise)?),
+            ExpectedMovement::Named(movement) => forecast.plans_moving(targets, at, noise, movement, dtype),
+            ExpectedMovement::Like(run) => run.plans_like(forecast, targets, at, noise, dtype),
+        }
+        .map_err(Failure::of_argument)
+    }
+}
+
+/// Returns the regularisation of a plan before training.
+fn fixed_rho(noise: Noise) -> Result<f64, Failure> {
+    match noise {
+        Noise::Off => Ok(0.0),
+        Noise::Rho(rho) => Ok(rho),
+        Noise::Auto => {
+            let why = "--noise auto needs to know how the weights move: name it with --movement, name a run like it \
+                       with --like, or give a number";
+            Err(Failure::Usage(why.into()))
+        }
+    }
 }
 
 impl ForecastArgs {
@@ -67,6 +116,15 @@ impl ForecastArgs {
             update_after_step: self.update_after_step,
             checkpoint_every: self.checkpoint_every,
             snapshot_growth: Some(self.snapshot_growth).filter(|factor| *factor != 0.0),
+        }
+    }
+
+    /// Returns the movement of the weights, as far as it is known. A run is never closed.
+    pub fn movement(&self, open: &OpenArgs) -> Result<ExpectedMovement, Failure> {
+        match (&self.movement, &self.like) {
+            (Some(movement), _) => Ok(ExpectedMovement::Named(movement.clone())),
+            (None, Some(run)) => Ok(ExpectedMovement::Like(Box::leak(Box::new(open.open(run)?.0)))),
+            (None, None) => Ok(ExpectedMovement::Unknown),
         }
     }
 

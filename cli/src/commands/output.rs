@@ -17,12 +17,17 @@ pub fn print_warnings(plans: &[Plan]) {
     warnings(plans).iter().for_each(|warning| print_warning(warning));
 }
 
-/// Prints the reasons for plans without a predicted error, each once.
+/// Prints the reasons for plans without a predicted error, each once, and events that make an error uncertain.
 pub fn print_notes(plans: &[Plan]) {
     let mut reasons: Vec<String> =
         plans.iter().filter_map(|plan| plan.no_prediction).map(|why| why.to_string()).collect();
     reasons.dedup();
     reasons.iter().for_each(|why| print(&format!("No error is predicted: {why}.")));
+    for plan in plans {
+        if let Some(event) = &plan.event {
+            print(&format!("{}: {event}.", plan.profile));
+        }
+    }
 }
 
 /// Prints a warning to stderr.

@@ -22,7 +22,8 @@ use crate::tables;
 ///
 /// A picture shows each target's profile over the training, that of the blend, their difference, and the snapshots'
 /// weights. --advise, with --steps, --parameters, --disk and a range of lengths (--retention), finds the profiles,
-/// spacing and number of snapshots that make the worst error over the range smallest.
+/// spacing and number of snapshots that make the worst error over the range smallest. With --movement or --like, plans
+/// before training predict the error of the weights.
 #[derive(Args)]
 pub struct Arguments {
     /// Directory of the run
@@ -56,7 +57,7 @@ pub struct Arguments {
 /// Solves targets and shows their errors; a single one with its weights.
 pub fn run(arguments: &Arguments) -> Outcome {
     if let (true, Some(disk)) = (arguments.advise, arguments.disk) {
-        return advise::run(&arguments.forecast, disk, arguments.json);
+        return advise::run(&arguments.forecast, &arguments.open, disk, arguments.json);
     }
     let profiles = arguments.targets.profiles()?;
     if !arguments.plot.is_empty() && profiles.len() > MAX_PANELS {

@@ -7,7 +7,7 @@ use posthoc_ema::math::Densities;
 use posthoc_ema::{At, Dtype, Forecast, Noise, Plan, Profile, Run};
 
 use super::Failure;
-use super::forecast::ForecastArgs;
+use super::forecast::{ExpectedMovement, ForecastArgs};
 use super::open::OpenArgs;
 use super::output::spinner;
 use crate::pictures::Rounding;
@@ -22,6 +22,7 @@ pub enum PlanSource {
         dtype: Dtype,
         /// Averaged elements of the model.
         parameters: Option<u64>,
+        movement: ExpectedMovement,
     },
 }
 
@@ -34,6 +35,7 @@ impl PlanSource {
                 forecast: forecast.forecast(steps)?,
                 dtype: forecast.dtype(),
                 parameters: forecast.parameters.map(|count| count.0),
+                movement: forecast.movement(open)?,
             }),
             (None, None) => {
                 Err(Failure::Usage("name the directory of a run, or give --steps to plan before training".into()))
@@ -46,8 +48,8 @@ impl PlanSource {
         let spinner = spinner(format!("solving {} targets", targets.len()));
         let plans = match self {
             PlanSource::Run(run) => run.plans_with(targets, at, noise).map_err(Failure::from),
-            PlanSource::Forecast { forecast, .. } => {
-                fixed_rho(noise).and_then(|rho| forecast.plans_with(targets, at, rho).map_err(Failure::of_argument))
+            PlanSource::Forecast { forecast, dtype, movement, .. } => {
+                movement.plans(forecast, targets, at, noise, *dtype)
             }
         };
         spinner.finish_and_clear();
@@ -83,7 +85,7 @@ impl PlanSource {
     /// Returns the bytes that a forecast run takes on disk at most, if the size of the model is known.
     pub fn disk(&self) -> Option<u64> {
         match self {
-            PlanSource::Forecast { forecast, dtype, parameters } => Some(forecast.disk((*parameters)?, *dtype)),
+            PlanSource::Forecast { forecast, dtype, parameters, .. } => Some(forecast.disk((*parameters)?, *dtype)),
             PlanSource::Run(_) => None,
         }
     }
@@ -106,16 +108,4 @@ impl PlanSource {
 /// Returns the `sigma_rel` of a tracked profile at a time; for an exponential one, that of the same standard deviation.
 pub fn length_at(profile: &Profile, at: u64) -> Option<f64> {
     profile.sigma_rel_at(at as f64)
-}
-
-/// Returns the regularisation of a plan before training.
-fn fixed_rho(noise: Noise) -> Result<f64, Failure> {
-    match noise {
-        Noise::Off => Ok(0.0),
-        Noise::Rho(rho) => Ok(rho),
-        Noise::Auto => {
-            let why = "--noise auto looks at stored snapshots, and before training there are none: give a number";
-            Err(Failure::Usage(why.into()))
-        }
-    }
 }

@@ -169,6 +169,7 @@ fn target_json(plan: &Plan, path: &Path) -> Value {
         "rho": plan.rho,
         "predicted": plan.predicted,
         "no_prediction": plan.no_prediction,
+        "event": plan.event,
         "worst_group": plan.worst_group,
         "warning": plan.shortfall,
     });

@@ -174,3 +174,33 @@ fn synthesis_and_sweep_warn_once() {
     let (lines, _) = warned(&[&sweep[..], &between].concat());
     assert_eq!(lines.iter().filter(|line| line.contains("lies between snapshots")).count(), 1, "{lines:?}");
 }
+
+#[test]
+fn named_movement_and_another_run_predict_errors_before_training() {
+    let (_temp, dir) = common::run();
+    let training = ["plan", "--steps", "20000", "--sigma-rel", "0.15", "--json"];
+    let target = |more: &[&str]| json(&[&training, more])["targets"][0].clone();
+    let part = |target: &Value, part: &str| target["predicted"][part].as_f64().unwrap();
+    let (small, large) = (target(&["--movement", "walk:0.3"]), target(&["--movement", "walk:0.6"]));
+    assert!((part(&large, "profile") / part(&small, "profile") - 2.0).abs() < 1e-9, "{small} {large}");
+    assert_eq!((&small["relative_error"], &small["no_prediction"]), (&target(&[])["relative_error"], &Value::Null));
+    let coarse = target(&["--movement", "walk:0.3", "--checkpoint-dtype", "bf16"]);
+    assert!(part(&coarse, "rounding") > 1e4 * part(&small, "rounding"));
+    let short = ["plan", "--steps", "20000", "--sigma-rel", "0.02", "--json", "--checkpoint-dtype", "bf16"];
+    let auto = json(&[&short, &["--movement", "noise:0.3", "--noise", "auto"]])["targets"][0].clone();
+    assert!(auto["rho"].as_f64().unwrap() > 0.0, "{auto}");
+    let like = target(&["--like", &dir]);
+    assert!(part(&like, "total") > 0.0 && like["worst_group"]["tensors"].is_array(), "{like}");
+
+    let refused = |more: &[&str]| failure(&[&training, more].concat());
+    let (status, text) = refused(&["--movement", "run:0.3"]);
+    assert!(status == 2 && text.contains("`run` is not a kind of movement: use walk, cosine, line"), "{text}");
+    let (status, text) = refused(&["--noise", "auto"]);
+    assert!(status == 2 && text.contains("--movement") && text.contains("--like"), "{text}");
+    assert_eq!(refused(&["--movement", "walk", "--like", &dir]).0, 2);
+    assert!(refused(&["--like", "/no such run"]).1.contains("/no such run"));
+
+    let advise = ["plan", "--advise", "--steps", "200", "--parameters", "1M", "--disk", "40MB", "--movement", "walk"];
+    let text = stdout(&advise);
+    assert!(text.lines().next().unwrap().trim_end().ends_with("predicted error"), "{text}");
+}

@@ -20,19 +20,30 @@
 //! given the snapshots.
 
 mod cells;
+mod events;
+mod expected_rounding;
 mod knots;
+mod like;
 mod likelihood;
 mod measure;
 mod movement;
+mod named;
 mod quantization;
 mod regularisation;
 mod waves;
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
 use faer::Mat;
 use rayon::prelude::*;
 
+use expected_rounding::expected_rounding;
+use like::LikeBasis;
 pub(crate) use measure::{Measured, Sample, measure};
 use movement::{Movement, MovementBasis};
+use named::NamedBasis;
+pub use named::{MovementKind, NamedMovement};
 pub(crate) use regularisation::RegularisedSolution;
 
 use super::solve::{BlendSolution, System, Updates};
@@ -45,20 +56,58 @@ pub(crate) struct MeasuredGroup {
     pub share: f64,
 }
 
+/// Measurements of a group of tensors of a training that another one is expected to be like.
+#[derive(Clone, Debug)]
+pub(crate) struct LikeGroup {
+    /// Measurements of the other training's snapshots.
+    pub group: MeasuredGroup,
+    /// Distances of neighbouring values in the new training's snapshots, each with its share of the elements.
+    pub ulps: Vec<(f64, f64)>,
+}
+
+/// Range of an expected error that one event between two snapshots makes the most of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct ExpectedEvent {
+    /// Times of the snapshots around the event, or around the largest of several.
+    pub between: (u64, u64),
+    /// Smallest and largest error due to the blend's profile, by when the event was.
+    pub profile: (f64, f64),
+}
+
 /// Model of the movement and rounding of one system's snapshots, for each group of tensors.
 pub(crate) struct ErrorModel<'a> {
     system: &'a System,
     updates: &'a Updates,
-    basis: MovementBasis<'a>,
-    groups: Vec<GroupModel>,
+    groups: Vec<GroupModel<'a>>,
 }
 
 /// Movement and rounding of one group.
-struct GroupModel {
-    movement: Movement,
+struct GroupModel<'a> {
+    movement: GroupMovement<'a>,
     /// `C_ij`.
     rounding: Mat<f64>,
     share: f64,
+}
+
+/// Movement of one group, by the source that it is known from.
+enum GroupMovement<'a> {
+    /// The system's own snapshots.
+    Fitted(Arc<MovementBasis<'a>>, Movement),
+    /// Those of another training.
+    Like(Arc<LikeBasis<'a>>, Movement),
+    /// The user.
+    Named(NamedBasis<'a>),
+}
+
+impl GroupMovement<'_> {
+    /// Returns the mean square of a blend of the parameters, with weights on the updates whose sum is 0.
+    fn mean_square(&self, weights: &[f64]) -> f64 {
+        match self {
+            GroupMovement::Fitted(basis, movement) => basis.mean_square(movement, weights),
+            GroupMovement::Like(basis, movement) => basis.mean_square(movement, weights),
+            GroupMovement::Named(basis) => basis.mean_square(weights),
+        }
+    }
 }
 
 /// Expected error of a blend: root mean squares over the elements, in the units of the model's weights.
@@ -80,24 +129,80 @@ impl<'a> ErrorModel<'a> {
     /// Creates the model of a system from measurements of its sources; `None` if the sources have no history.
     pub(crate) fn new(system: &'a System, groups: Vec<MeasuredGroup>) -> Option<ErrorModel<'a>> {
         let updates = system.updates()?;
-        let basis = MovementBasis::new(updates);
+        let basis = Arc::new(MovementBasis::new(Cow::Borrowed(updates), &[]));
         let fit = |MeasuredGroup { measured, share }| {
             let movement = basis.fit(&measured);
-            GroupModel { movement, rounding: measured.rounding, share }
+            GroupModel { movement: GroupMovement::Fitted(basis.clone(), movement), rounding: measured.rounding, share }
         };
         let groups = groups.into_par_iter().map(fit).collect();
-        Some(ErrorModel { system, updates, basis, groups })
+        Some(ErrorModel { system, updates, groups })
+    }
+
+    /// Creates the model of a training of `steps` steps that is expected to be like another one, of which all sources
+    /// are measured.
+    ///
+    /// `None` if one of them has no history.
+    pub(crate) fn like(
+        (system, steps): (&'a System, u64),
+        (other, other_steps): (&System, u64),
+        groups: Vec<LikeGroup>,
+    ) -> Option<ErrorModel<'a>> {
+        let updates = system.updates()?;
+        let basis = Arc::new(LikeBasis::new(updates, steps, other.updates()?, other_steps));
+        let fit = |LikeGroup { group, ulps }| {
+            let movement = basis.fit(&group.measured);
+            let rounding = expected_rounding(&basis.distances(&movement), &ulps);
+            GroupModel { movement: GroupMovement::Like(basis.clone(), movement), rounding, share: group.share }
+        };
+        let groups = groups.into_par_iter().map(fit).collect();
+        Some(ErrorModel { system, updates, groups })
+    }
+
+    /// Creates the model of a training of `steps` steps with a movement that the user names; `None` without a history.
+    pub(crate) fn named(
+        (system, steps): (&'a System, u64),
+        movement: &'a NamedMovement,
+        ulps: &[(f64, f64)],
+    ) -> Option<ErrorModel<'a>> {
+        let updates = system.updates()?;
+        let basis = NamedBasis::new(updates, movement, steps);
+        let rounding = expected_rounding(&basis.distances(), ulps);
+        let groups = vec![GroupModel { movement: GroupMovement::Named(basis), rounding, share: 1.0 }];
+        Some(ErrorModel { system, updates, groups })
     }
 
     /// Returns the expected error of each group.
     fn expected_errors(&self, blend: &BlendSolution) -> Vec<ExpectedError> {
-        let of_group = |group: &GroupModel| {
-            let profile = self.basis.mean_square(&group.movement, &blend.residual);
+        let of_group = |group: &GroupModel<'_>| {
+            let profile = group.movement.mean_square(&blend.residual);
             // Measured covariances need not be positive definite to the last digit.
             let rounding = quadratic_form(&group.rounding, &blend.solution.weights).max(0.0);
             ExpectedError { profile: profile.sqrt(), rounding: rounding.sqrt() }
         };
         self.groups.iter().map(of_group).collect()
+    }
+
+    /// Returns the range of the error of a blend over all elements, if an event makes the most of it.
+    pub(crate) fn expected_event(&self, solved: &RegularisedSolution) -> Option<ExpectedEvent> {
+        let (mut least, mut most, mut largest) = (0.0, 0.0, 0.0);
+        let mut between = None;
+        for (group, error) in self.groups.iter().zip(&solved.groups) {
+            let square = error.profile.powi(2);
+            let range = match &group.movement {
+                GroupMovement::Fitted(basis, movement) => basis.event_range(movement, &solved.residual, square),
+                GroupMovement::Like(..) | GroupMovement::Named(_) => None,
+            };
+            least += group.share * range.map_or(square, |range| range.least);
+            most += group.share * range.map_or(square, |range| range.most);
+            if let Some(range) = range.filter(|_| group.share * square > largest) {
+                largest = group.share * square;
+                between = Some(range.between);
+            }
+        }
+        // Events in groups that matter little are not worth a word.
+        let is_most = largest > 0.5 * solved.expected.profile.powi(2);
+        let profile = (least.sqrt(), most.sqrt());
+        between.filter(|_| is_most).map(|between| ExpectedEvent { between, profile })
     }
 
     /// Returns the expected error over the elements of all groups.

@@ -1,5 +1,7 @@
 //! Movement of parameters during training: a Gaussian process whose variances change with time.
 
+use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use faer::Mat;
@@ -22,8 +24,10 @@ const SUBDIVISIONS: [usize; 3] = [2, 2, 1];
 /// The kinds are white noise, a random walk, and a walk of the velocity, each around one knot of time; a straight
 /// line; and oscillations.
 pub(super) struct MovementBasis<'a> {
-    updates: &'a Updates,
-    cells: Cells,
+    updates: Cow<'a, Updates>,
+    /// The updates of the snapshots that are fitted.
+    marks: Vec<usize>,
+    pub cells: Cells,
     waves: Vec<Wave>,
     /// Pairs of sources whose differences are fitted.
     pairs: Vec<(usize, usize)>,
@@ -40,7 +44,7 @@ pub(super) struct MovementBasis<'a> {
 /// Movement of one group of tensors: variances, and what the snapshots say beyond them.
 pub(super) struct Movement {
     /// Variance of each response.
-    variances: Vec<f64>,
+    pub variances: Vec<f64>,
     /// The inverse covariance of the pairs.
     inverse: Mat<f64>,
     /// `S`, the measured mean products of the pairs' differences.
@@ -48,15 +52,17 @@ pub(super) struct Movement {
 }
 
 impl<'a> MovementBasis<'a> {
-    /// Computes the responses of a system's sources.
-    pub(super) fn new(updates: &'a Updates) -> MovementBasis<'a> {
-        let marks = thinned_marks(updates);
-        let cells = Cells::new(updates, &marks);
-        let waves = waves(updates, &cells, &marks);
-        let sources = fitted_sources(updates, &marks);
+    /// Computes the responses of a system's sources. Cells also end at `cuts`.
+    pub(super) fn new(updates: Cow<'a, Updates>, cuts: &[usize]) -> MovementBasis<'a> {
+        let marks = thinned_marks(&updates);
+        let ends: BTreeSet<usize> = marks.iter().chain(cuts).copied().collect();
+        let cells = Cells::new(&updates, &ends.into_iter().collect::<Vec<_>>());
+        let waves = waves(&updates, &cells, &marks);
+        let sources = fitted_sources(&updates, &marks);
         let pairs: Vec<(usize, usize)> = sources.windows(2).map(|pair| (pair[0], pair[1])).collect();
         let mut basis = MovementBasis {
             updates,
+            marks: marks.clone(),
             cells,
             waves,
             pairs,
@@ -75,7 +81,7 @@ impl<'a> MovementBasis<'a> {
     fn pair_responses(&self, marks: &[usize]) -> Vec<Vec<f64>> {
         let shares: Vec<Vec<Vec<f64>>> =
             self.updates.decays.iter().map(|decays| self.cells.shares(decays, marks)).collect();
-        let alternating = alternating_at_marks(self.updates, marks);
+        let alternating = alternating_at_marks(&self.updates, marks);
         let place = |source: usize| {
             let (chain, mark) = self.updates.sources[source];
             (chain, marks.partition_point(|&update| update < self.updates.marks[mark]))
@@ -90,9 +96,8 @@ impl<'a> MovementBasis<'a> {
     }
 
     /// Returns the responses of weights with the given sums over the cells.
-    fn responses(&self, shares: &[f64], alternating: f64) -> Vec<f64> {
-        let mut responses: Vec<f64> =
-            shares.iter().zip(&self.cells.counts).map(|(share, count)| share / count.sqrt()).collect();
+    pub(super) fn responses(&self, shares: &[f64], alternating: f64) -> Vec<f64> {
+        let mut responses = white_responses(shares, &self.cells.counts);
         let (walk, bend) = self.cells.responses(shares);
         let product = |values: &Vec<f64>| shares.iter().zip(values).map(|(share, value)| share * value).sum::<f64>();
         responses.extend(walk);
@@ -164,7 +169,12 @@ impl<'a> MovementBasis<'a> {
     /// blend and its covariances `e` with the pairs' differences.
     pub(super) fn mean_square(&self, movement: &Movement, weights: &[f64]) -> f64 {
         let shares = self.cells.sums(weights);
-        let responses = self.responses(&shares, alternating(weights));
+        let responses = self.responses(&shares, alternating(&self.updates, weights));
+        self.given_snapshots(movement, &responses) + self.within_cells(weights, &shares, &movement.variances)
+    }
+
+    /// Returns the mean square of a blend with some responses, given the snapshots.
+    pub(super) fn given_snapshots(&self, movement: &Movement, responses: &[f64]) -> f64 {
         let variances = &movement.variances;
         let weighted = Mat::from_fn(responses.len(), 1, |i, _| variances[i] * responses[i]);
         let covariances = &self.responses * &weighted;
@@ -174,7 +184,33 @@ impl<'a> MovementBasis<'a> {
         let prior: f64 = responses.iter().zip(variances).map(|(r, v)| v * r * r).sum();
         let variance = prior - product(&expected, &covariances);
         let mean_square = product(&expected, &(&movement.observed * &expected));
-        variance.max(0.0) + mean_square.max(0.0) + self.within_cells(weights, &shares, variances)
+        variance.max(0.0) + mean_square.max(0.0)
+    }
+
+    /// Returns the cells between each two snapshots, and up to the first.
+    pub(super) fn intervals(&self) -> Vec<Range<usize>> {
+        let start = |mark: usize| self.cells.bounds.partition_point(|&bound| bound <= mark);
+        let ends: Vec<usize> = self.marks.iter().map(|&mark| start(mark)).collect();
+        let starts = std::iter::once(0).chain(ends.iter().copied());
+        starts.zip(ends.iter().copied()).map(|(start, end)| start..end).collect()
+    }
+
+    /// Returns the times of the snapshots around an interval; 0 before the first.
+    pub(super) fn times_around(&self, interval: usize) -> (u64, u64) {
+        let time = |mark: usize| self.updates.times[self.marks[mark]];
+        (interval.checked_sub(1).map_or(0, time), time(interval))
+    }
+
+    /// Returns the mean products of blends with some responses, one row each, given the snapshots.
+    pub(super) fn products_given_snapshots(&self, movement: &Movement, rows: &Mat<f64>) -> Mat<f64> {
+        let variances = &movement.variances;
+        let scaled =
+            |rows: &Mat<f64>| Mat::from_fn(rows.nrows(), rows.ncols(), |i, j| rows[(i, j)] * variances[j].sqrt());
+        let (own, pairs) = (scaled(rows), scaled(&self.responses));
+        let covariances = &own * pairs.transpose();
+        let expected = &covariances * &movement.inverse;
+        &own * own.transpose() - &expected * covariances.transpose()
+            + &(&expected * &movement.observed) * expected.transpose()
     }
 
     /// Returns the variance by white noise of the differences of weights from their means over the cells.
@@ -186,6 +222,12 @@ impl<'a> MovementBasis<'a> {
         };
         self.cells.bounds.windows(2).enumerate().map(of_cell).sum()
     }
+}
+
+/// Returns the responses of sums of weights over cells to the noise of each update; 0 for cells without an update.
+pub(super) fn white_responses(shares: &[f64], counts: &[f64]) -> Vec<f64> {
+    let of_cell = |(share, count): (&f64, &f64)| if *count > 0.0 { share / count.sqrt() } else { 0.0 };
+    shares.iter().zip(counts).map(of_cell).collect()
 }
 
 /// Returns the updates of snapshots, few enough for all chains together: those amid the closest others are left out.

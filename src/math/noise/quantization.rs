@@ -10,7 +10,7 @@
 //! It is 0 for values that do not move, whose rounding errors are equal. It grows to 1/6 for values that move far,
 //! whose rounding errors are independent.
 
-use std::f64::consts::{FRAC_PI_2, PI};
+use std::f64::consts::{FRAC_2_PI, FRAC_PI_2, PI};
 use std::sync::LazyLock;
 
 /// `h` of independent rounding errors: twice the variance `u^2/12` of one.
@@ -38,6 +38,18 @@ pub(super) fn excess(rounded: f64) -> f64 {
     let position = (rounded - SHORT) / SPACING;
     let i = (position as usize).min(TABLE.len() - 2);
     TABLE[i] + (position - i as f64) * (TABLE[i + 1] - TABLE[i])
+}
+
+/// Returns `h(s)` of movements whose mean square before rounding is `moved`, in units of `u^2`: `s^2`.
+pub(super) fn excess_of(moved: f64) -> f64 {
+    let s = moved.sqrt();
+    if moved > FAR {
+        INDEPENDENT
+    } else if s < 0.2 {
+        s * FRAC_2_PI.sqrt() - moved
+    } else {
+        gaussian(s)
+    }
 }
 
 /// Returns `h(s)` of the `s` with `s^2 + h(s) = rounded`, by bisection.
@@ -84,6 +96,16 @@ mod tests {
             let tolerance = 0.01 + 6.0 / (count as f64 * rounded.min(1.0)).sqrt();
             assert!((found / exact - 1.0).abs() < tolerance + 2e-3 / s, "{s}: {found} is not {exact}");
         }
+    }
+
+    #[test]
+    fn excess_before_and_after_rounding_is_the_same() {
+        for s in [1e-9, 1e-3, 0.1, 0.19, 0.21, 0.4, 0.7, 0.99] {
+            let moved = s * s;
+            let h = excess_of(moved);
+            assert!((excess(moved + h) - h).abs() < 2e-4, "{s}: {h} is not {}", excess(moved + h));
+        }
+        assert_eq!((excess_of(0.0), excess_of(1e9)), (0.0, INDEPENDENT));
     }
 
     #[test]

@@ -39,6 +39,8 @@ pub(crate) struct RegularisedSolution {
     pub expected: ExpectedError,
     /// The expected error of each group.
     pub groups: Vec<ExpectedError>,
+    /// The residual on each update.
+    pub residual: Vec<f64>,
 }
 
 impl RegularisedSolution {
@@ -95,7 +97,7 @@ impl ErrorModel<'_> {
     fn with_expected_error(&self, blend: BlendSolution, rho: f64) -> RegularisedSolution {
         let groups = self.expected_errors(&blend);
         let expected = self.expected_over_all(&groups);
-        RegularisedSolution { solution: blend.solution, rho, expected, groups }
+        RegularisedSolution { solution: blend.solution, rho, expected, groups, residual: blend.residual }
     }
 }
 

@@ -138,7 +138,7 @@ fn simulated_elements_are_measured_and_predicted() {
 
 /// Checks the mean squares of blends for targets of several lengths, to a factor of 1.5 of their roots.
 fn check_predictions(times: &[u64], system: &System, measured: &Measured, truth: Truth) {
-    let basis = MovementBasis::new(system.updates().unwrap());
+    let basis = MovementBasis::new(Cow::Borrowed(system.updates().unwrap()), &[]);
     let movement = basis.fit(measured);
     for sigma_rel in [0.02, 0.05, 0.15, 0.2] {
         let d = residual(system, sigma_rel);
@@ -170,7 +170,7 @@ fn movement_of_known_variances_is_predicted() {
 fn movement_of_nothing_is_predicted_as_nothing() {
     let (times, sources, system) = system();
     let truth = Truth { line: 0.0, walk: 0.0, white: 0.0 };
-    let basis = MovementBasis::new(system.updates().unwrap());
+    let basis = MovementBasis::new(Cow::Borrowed(system.updates().unwrap()), &[]);
     let movement = basis.fit(&truth.measured(&sources, &times));
     assert_eq!(basis.mean_square(&movement, &residual(&system, 0.1)), 0.0);
 }
@@ -185,7 +185,7 @@ fn fast_start_is_predicted() {
     let sources: Vec<ChainSource> = tracked.iter().flat_map(|chain| steps().map(|step| source(chain, step))).collect();
     let history = History::from_times(times.iter().copied()).unwrap();
     let system = System::new(&history, 10_000, &sources, 0.0).unwrap();
-    let basis = MovementBasis::new(system.updates().unwrap());
+    let basis = MovementBasis::new(Cow::Borrowed(system.updates().unwrap()), &[]);
     for time_constant in [100.0, 300.0] {
         let blended = |weights: &[f64]| -> f64 {
             times.iter().zip(weights).map(|(&t, w)| w * (-(t as f64) / time_constant).exp()).sum()

@@ -69,21 +69,31 @@ fn oscillation(updates: &Updates, cells: &Cells, frequency: f64) -> (Vec<f64>, V
 
 /// Returns the response of each chain at each mark to parameters that alternate from update to update.
 pub(super) fn alternating_at_marks(updates: &Updates, marks: &[usize]) -> Vec<Vec<f64>> {
+    let signs = signs(&updates.counts);
     let of_chain = |decays: &super::super::chain::Decays| {
         let mut response = 0.0;
         at_marks(marks, |k| {
-            response = decays.beta[k] * response + decays.one_minus_beta[k] * sign(k);
+            response = decays.beta[k] * response + decays.one_minus_beta[k] * signs[k];
             response
         })
     };
     updates.decays.iter().map(of_chain).collect()
 }
 
-/// Returns the response of weights, one per update.
-pub(super) fn alternating(weights: &[f64]) -> f64 {
-    weights.iter().enumerate().map(|(k, weight)| sign(k) * weight).sum()
+/// Returns the response of weights on the updates.
+pub(super) fn alternating(updates: &Updates, weights: &[f64]) -> f64 {
+    signs(&updates.counts).iter().zip(weights).map(|(sign, weight)| sign * weight).sum()
 }
 
-fn sign(update: usize) -> f64 {
-    if update.is_multiple_of(2) { 1.0 } else { -1.0 }
+/// Returns alternating signs of the updates, and 0 at times without an update.
+fn signs(counts: &[f64]) -> Vec<f64> {
+    let mut next = 1.0;
+    let sign = |count: &f64| {
+        if !(*count > 0.0) {
+            return 0.0;
+        }
+        next = -next;
+        -next
+    };
+    counts.iter().map(sign).collect()
 }

@@ -17,6 +17,7 @@ const MEMORY: usize = 64 << 20;
 const MIN_GROUPS: usize = 1 << 14;
 
 /// The updates up to a time, and the chains and sources on them. "Update" is a group of updates if there are many.
+#[derive(Clone)]
 pub(in crate::math) struct Updates {
     pub times: Vec<u64>,
     /// Number of updates that each one stands for.
@@ -68,6 +69,27 @@ impl Updates {
         let mark = |update| marks.partition_point(|&m| m < update);
         let sources = placed.iter().map(|&(chain, update)| (chain, mark(update))).collect();
         Ok(Updates { times, counts, intervals, decays, marks, sources })
+    }
+
+    /// Returns the updates at some places among other times. The other times have no update: a count of 0.
+    pub(in crate::math) fn placed(&self, times: &[u64], places: &[usize]) -> Updates {
+        let spread = |values: &[f64], other: f64| {
+            let mut all = vec![other; times.len()];
+            places.iter().zip(values).for_each(|(&place, value)| all[place] = *value);
+            all
+        };
+        let of_chain = |Decays { beta, one_minus_beta }: &Decays| Decays {
+            beta: spread(beta, 1.0),
+            one_minus_beta: spread(one_minus_beta, 0.0),
+        };
+        Updates {
+            times: times.to_vec(),
+            counts: spread(&self.counts, 0.0),
+            intervals: intervals(times),
+            decays: self.decays.iter().map(of_chain).collect(),
+            marks: self.marks.iter().map(|&mark| places[mark]).collect(),
+            sources: self.sources.clone(),
+        }
     }
 
     /// Returns the Gram matrix of the sources, from one pass over the updates per pair of chains.
