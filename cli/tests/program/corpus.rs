@@ -77,3 +77,18 @@ fn list_corpus_holds() {
 fn density_corpus_holds() {
     replay("density", 50_000, crate::oracles::density::check);
 }
+
+#[test]
+fn model_file_corpus_holds() {
+    replay("model_file", 2_000, crate::oracles::weights::check_file);
+}
+
+#[test]
+fn distributed_corpus_holds() {
+    replay("distributed", 1_000, crate::oracles::weights::check_distributed);
+}
+
+#[test]
+fn deepspeed_corpus_holds() {
+    replay("deepspeed", 1_000, crate::oracles::weights::check_deepspeed);
+}

@@ -9,6 +9,7 @@ pub mod density;
 pub mod header;
 pub mod lists;
 pub mod metadata;
+pub mod weights;
 
 use std::path::Path;
 
