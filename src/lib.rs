@@ -79,8 +79,8 @@ pub use error::{Difference, Error, Result};
 pub use error::{escape_controls, is_control, shown};
 pub use fs::install_sigbus_handler;
 #[cfg(feature = "pytorch")]
-pub use import::{Import, ImportReport, Tool};
-pub use math::{Densities, Family, History, Profile, Retention, Schedule, Shape, Window};
+pub use import::{AverageDecay, FoundAverages, Import, ImportAverages, ImportReport, Tool};
+pub use math::{Densities, EmaDecay, Family, History, Profile, Ramp, Retention, Schedule, Shape, Window};
 pub use merge::{CheckpointWeight, Checkpoints, Merge, ProductErrors};
 pub use output::{FormOptions, OutputForm};
 // Hidden: only the program and the Python package use them.

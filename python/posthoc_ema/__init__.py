@@ -20,6 +20,7 @@ from . import visualization
 from ._advise import Advice, advise
 from ._average import Average, CheckpointWeight, ProductErrors, average
 from ._import import Imported, import_run
+from ._import_averages import import_averages
 from ._native import __version__
 from ._plans import Noise, Plan, Predicted, Retention, Weight, WorstGroup, plan
 from ._profiles import Profile, Target
@@ -50,6 +51,7 @@ __all__ = [
     "__version__",
     "advise",
     "average",
+    "import_averages",
     "import_run",
     "plan",
     "visualization",

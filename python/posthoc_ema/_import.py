@@ -27,6 +27,8 @@ class Imported:
     """Size of all files written."""
     warnings: tuple[str, ...]
     """Remarks on the files; each is raised as a `UserWarning`, too."""
+    notes: tuple[str, ...] = ()
+    """How the files were read, for averages that a training kept."""
 
 
 def import_run(

@@ -232,6 +232,26 @@ def import_run(
     step_size_correction: bool,
     progress: Progress,
 ) -> tuple[int, list[int], int, list[str]]: ...
+
+class FoundAverages:
+    def __new__(
+        cls,
+        source: str | PathLike[str],
+        keys: Sequence[str],
+        betas: Sequence[float],
+        ramp: str | None,
+        tracked: Sequence[str],
+        raw: str | None,
+        update_every: int | None,
+        update_after_step: int | None,
+        steps: Sequence[int] | None,
+        copy: Sequence[str],
+        leave_out: Sequence[str],
+    ) -> FoundAverages: ...
+    def notes(self) -> list[str]: ...
+    def bytes(self) -> int: ...
+    def write(self, run: str | PathLike[str], progress: Progress) -> tuple[int, list[int], int, list[str]]: ...
+
 def profile_length(json: str) -> tuple[str, float] | None: ...
 def draw_errors(
     errors: Sequence[tuple[float, float]], tracked: Sequence[tuple[float, str]], title: str, size: tuple[int, int]

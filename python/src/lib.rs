@@ -49,6 +49,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(plans::advise, module)?)?;
     module.add_function(wrap_pyfunction!(plans::advice_parts, module)?)?;
     module.add_function(wrap_pyfunction!(import::import_run, module)?)?;
+    module.add_class::<import::FoundAverages>()?;
     module.add_function(wrap_pyfunction!(sweep::profile_length, module)?)?;
     module.add_function(wrap_pyfunction!(pictures::draw_errors, module)?)?;
     module.add_function(wrap_pyfunction!(pictures::draw_scores, module)?)?;

@@ -259,7 +259,7 @@ fn several_in_folder(dir: &Path, first: &Path, second: &Path) -> Error {
 }
 
 /// Finds all checkpoints in a folder: files, shards with their indices, and folders.
-fn find_all_in_folder(dir: &Path) -> Result<Vec<FoundCheckpoint>> {
+pub(super) fn find_all_in_folder(dir: &Path) -> Result<Vec<FoundCheckpoint>> {
     let entries = entries(dir)?;
     let mut found = Vec::new();
     let mut shards = BTreeSet::new();

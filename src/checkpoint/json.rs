@@ -12,7 +12,7 @@ use crate::fs::find_document;
 ///
 /// # Errors
 /// As [`find_document`], and [`Error::Damaged`] for a file that is not JSON.
-pub(super) fn read(path: &Path) -> Result<Option<Value>> {
+pub(crate) fn read(path: &Path) -> Result<Option<Value>> {
     let Some(bytes) = find_document(path)? else { return Ok(None) };
     parse(&bytes).map(Some).map_err(|error| Error::damaged(path, error))
 }

@@ -16,6 +16,8 @@ mod notes;
 mod options;
 mod parts;
 mod quantized;
+#[cfg(feature = "pytorch")]
+mod series;
 mod settings;
 #[cfg(feature = "pytorch")]
 mod sharded;
@@ -30,16 +32,22 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::fs::start_threads;
 
+use find::FoundCheckpoint;
 use options::ReadOptions;
 
 pub(crate) use factors::{Adapters, FactorPair};
 pub(crate) use find::{file_name, is_usual_name, safetensors_name, split_index, without_extension};
+#[cfg(feature = "pytorch")]
+pub(crate) use json::read as read_json;
 pub(crate) use links::CopySource;
 pub(crate) use model::{CheckpointModel, name_in_file};
 pub use options::{AdapterProduct, CheckpointOptions};
+#[cfg(feature = "pytorch")]
+pub(crate) use series::{CheckpointSeries, SeriesTensor, is_pytorch_file, list_checkpoints, open_series};
 pub(crate) use wrappers::unwrapped;
 
 /// Checkpoints of one model, in order of their steps.
+#[derive(Debug)]
 pub(crate) struct OpenedCheckpoints {
     pub models: Vec<CheckpointModel>,
     pub steps: Vec<u64>,
@@ -54,9 +62,13 @@ pub(crate) struct OpenedCheckpoints {
 /// # Errors
 /// As [`Checkpoints::open_with`](crate::Checkpoints::open_with).
 pub(crate) fn open_all<P: AsRef<Path>>(paths: &[P], options: &CheckpointOptions) -> Result<OpenedCheckpoints> {
+    open_found(find::find(paths)?, options)
+}
+
+/// Opens the checkpoints that were found.
+fn open_found(found: Vec<FoundCheckpoint>, options: &CheckpointOptions) -> Result<OpenedCheckpoints> {
     start_threads()?;
     let read = ReadOptions::new(options)?;
-    let found = find::find(paths)?;
     // Collected before errors are looked for, so that the first one does not depend on the threads.
     let opened: Vec<Result<CheckpointModel>> =
         found.into_par_iter().map(|found| CheckpointModel::open(found, &read)).collect();

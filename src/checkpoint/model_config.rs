@@ -15,7 +15,7 @@ const CONFIG: &str = "config.json";
 const VERSIONS: [&str; 2] = ["transformers_version", "_diffusers_version"];
 
 /// Settings that do not change what weights mean: of the library and of the training.
-const HARMLESS: [&str; 26] = [
+const HARMLESS: [&str; 28] = [
     "transformers_version",
     "_diffusers_version",
     "torch_dtype",
@@ -42,6 +42,9 @@ const HARMLESS: [&str; 26] = [
     "problem_type",
     "finetuning_task",
     "task_specific_params",
+    // Of diffusers' EMAModel.
+    "optimization_step",
+    "cur_decay_value",
 ];
 
 /// Parts of the keys of further harmless settings: rates of dropout, and numbers of special tokens.

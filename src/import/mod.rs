@@ -4,6 +4,7 @@
 //! synthesize as if it had been applied at every step. Their files still hold sound averages, of a profile that follows
 //! from their decays ([`Chain::Counter`]). A solve with that profile gives the averages asked for.
 
+mod averages;
 mod clock;
 mod copied;
 mod counters;
@@ -24,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::fs::start_threads;
 use crate::math::{Chain, Profile};
 
+pub use averages::{AverageDecay, FoundAverages, ImportAverages};
 use clock::Clock;
 use layout::CheckpointLayout;
 

@@ -1,5 +1,6 @@
 //! Chains: the decays that a running average was updated with.
 
+use super::ema_chain::EmaChain;
 use super::groups::Groups;
 use super::profile::Profile;
 use crate::error::{Error, Result};
@@ -32,6 +33,8 @@ pub enum Chain {
         /// The counter at update 0.
         offset: u64,
     },
+    /// Chain of an EMA of a known decay, whose updates may be some of the history's only.
+    Ema(EmaChain),
     /// A raw checkpoint: the parameters of the newest update, without averaging.
     Raw,
 }
@@ -58,7 +61,7 @@ impl Chain {
     /// # Errors
     /// [`Error::History`] for a decay by a counter, if updates are grouped and runs overlap.
     pub(super) fn group_decays(&self, groups: &Groups) -> Result<Decays> {
-        if matches!(self, Chain::Tracked(_) | Chain::Raw) || groups.are_single() {
+        if matches!(self, Chain::Tracked(_) | Chain::Ema(_) | Chain::Raw) || groups.are_single() {
             return Ok(self.decays(&groups.times));
         }
         if groups.overlap {
@@ -89,7 +92,7 @@ impl Chain {
                 let next = sum_of_ln_step_decays(counter + steps, steps, count);
                 (gamma + 1.0) * steps / 2.0 * (own + next)
             }
-            Chain::Tracked(_) | Chain::Raw => f64::NEG_INFINITY,
+            Chain::Tracked(_) | Chain::Ema(_) | Chain::Raw => f64::NEG_INFINITY,
         }
     }
 
@@ -107,6 +110,7 @@ impl Chain {
                 let steps = *stride as f64;
                 -((gamma + 1.0) * steps / 2.0 * (ln_step_decay(counter) + ln_step_decay(counter + steps))).exp_m1()
             }
+            Chain::Ema(chain) => chain.one_minus_beta(times[k - 1], times[k]),
             Chain::Raw => 1.0,
         }
     }

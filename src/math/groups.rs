@@ -137,7 +137,7 @@ impl HistoryWalk {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::math::{Chain, Profile};
+    use crate::math::{Chain, EmaChain, EmaDecay, Profile, Ramp};
 
     fn history(text: &str) -> History {
         serde_json::from_str(text).unwrap()
@@ -195,11 +195,13 @@ mod tests {
         let times = history.times();
         let groups = Groups::new(&history, u64::MAX, &[2_000_001, 3_999_991], 4000).unwrap();
         assert!(groups.times.len() < 10_000);
+        let ramped = EmaDecay { beta: 0.9999, floor: 0.0, ramp: Ramp::Ratio { offset: 10.0 } };
         for chain in [
             Chain::Counter { gamma: 6.94, stride: 10, offset: 2 },
             Chain::CorrectedCounter { gamma: 6.94, stride: 10, offset: 2 },
             Chain::Tracked(Profile::gamma(6.94).unwrap()),
             Chain::Tracked(Profile::beta(0.99999).unwrap()),
+            Chain::Ema(EmaChain { decay: ramped, start: 1, every: 10 }),
         ] {
             let decays = chain.decays(&times).beta;
             let grouped = chain.group_decays(&groups).unwrap();

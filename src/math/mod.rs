@@ -15,6 +15,7 @@
 
 pub mod chain;
 mod conversion;
+mod ema_chain;
 mod gram;
 mod groups;
 pub mod history;
@@ -33,6 +34,7 @@ pub use conversion::{
     MAX_SIGMA_REL, beta_to_half_life, beta_to_sigma_rel, gamma_to_sigma_rel, half_life_to_beta, half_life_to_sigma_rel,
     sigma_rel_to_beta, sigma_rel_to_gamma, sigma_rel_to_half_life,
 };
+pub use ema_chain::{EmaChain, EmaDecay, Ramp};
 pub use gram::power_function_gram;
 pub use history::History;
 pub(crate) use low_rank::{CutProduct, FactorProduct, ProductShape, average_products};

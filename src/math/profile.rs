@@ -87,6 +87,11 @@ impl Profile {
         Profile::try_from(Kind::Exponential { decay: Decay::HalfLife(steps) })
     }
 
+    /// Creates the profile of raw weights, without averaging: an exponential so short that nothing older counts.
+    pub(crate) fn raw() -> Profile {
+        Profile(Kind::Exponential { decay: Decay::HalfLife(decay::RAW) })
+    }
+
     /// Creates the plain mean over a window.
     ///
     /// # Errors

@@ -66,6 +66,7 @@ impl Shortfall {
         }
         let tracked = sources.iter().filter_map(|source| match &source.chain {
             Chain::Tracked(profile) => profile.sigma_rel_at(at as f64),
+            Chain::Ema(chain) => chain.profile().ok()?.sigma_rel_at(at as f64),
             _ => None,
         });
         let (shortest, longest) = tracked.fold((f64::INFINITY, 0.0), |(a, b), length| (length.min(a), length.max(b)));

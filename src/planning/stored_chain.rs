@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::math::{Chain, History, Profile};
+use crate::math::{Chain, EmaChain, EmaDecay, History, Profile, Ramp};
 use crate::snapshot::Snapshot;
 
 /// The metadata's `history` of another tool's chain: the updates and the rule of their decays.
@@ -23,20 +23,43 @@ enum StoredDecay {
     ///
     /// It is a kind of its own, so that a reader that does not know it cannot take it for a plain counter.
     CorrectedCounter { stride: u64, offset: u64 },
+    /// [`Chain::Ema`].
+    Ema { start: u64, every: u64, beta: f64, floor: f64, ramp: Ramp },
 }
 
 impl StoredDecay {
-    fn chain(self, gamma: f64) -> Chain {
+    /// Returns the chain of an average of a profile.
+    ///
+    /// # Errors
+    /// The reason why there is none.
+    fn chain(self, profile: &Profile) -> std::result::Result<Chain, String> {
         match self {
-            StoredDecay::Counter { stride, offset } => Chain::Counter { gamma, stride, offset },
-            StoredDecay::CorrectedCounter { stride, offset } => Chain::CorrectedCounter { gamma, stride, offset },
+            StoredDecay::Counter { stride, offset } => {
+                Ok(Chain::Counter { gamma: counted_gamma(profile, stride)?, stride, offset })
+            }
+            StoredDecay::CorrectedCounter { stride, offset } => {
+                Ok(Chain::CorrectedCounter { gamma: counted_gamma(profile, stride)?, stride, offset })
+            }
+            StoredDecay::Ema { start, every, beta, floor, ramp } => {
+                let decay = EmaDecay { beta, floor, ramp };
+                decay.check().map_err(|why| format!("has a wrong decay: {why}"))?;
+                if every == 0 {
+                    return Err("has an EMA that is updated every 0 steps: `every` must be above 0".into());
+                }
+                Ok(Chain::Ema(EmaChain { decay, start, every }))
+            }
         }
     }
+}
 
-    fn stride(&self) -> u64 {
-        let (StoredDecay::Counter { stride, .. } | StoredDecay::CorrectedCounter { stride, .. }) = self;
-        *stride
-    }
+/// Returns the `gamma` of a chain by a counter.
+fn counted_gamma(profile: &Profile, stride: u64) -> std::result::Result<f64, String> {
+    profile.as_gamma().filter(|_| stride > 0).ok_or_else(|| {
+        format!(
+            "has a decay by a counter, which needs a power-function profile and a stride above 0; the profile is \
+             {profile}"
+        )
+    })
 }
 
 /// Returns the metadata string of a profile.
@@ -50,6 +73,9 @@ pub(crate) fn history_json(chain: &Chain, updates: History) -> String {
     let decay = match *chain {
         Chain::Counter { stride, offset, .. } => StoredDecay::Counter { stride, offset },
         Chain::CorrectedCounter { stride, offset, .. } => StoredDecay::CorrectedCounter { stride, offset },
+        Chain::Ema(EmaChain { decay: EmaDecay { beta, floor, ramp }, start, every }) => {
+            StoredDecay::Ema { start, every, beta, floor, ramp }
+        }
         Chain::Tracked(_) | Chain::Raw => return serde_json::json!(updates).to_string(),
     };
     serde_json::json!(ForeignHistory { updates, decay }).to_string()
@@ -77,16 +103,9 @@ pub(crate) fn read_chain(snapshot: &Snapshot) -> Result<(Profile, Chain, Option<
         (Chain::Tracked(profile.clone()), updates)
     } else {
         let ForeignHistory { updates, decay } = serde_json::from_str(history).map_err(|e| invalid("history", e))?;
-        let gamma = profile.as_gamma().filter(|_| decay.stride() > 0).ok_or_else(|| {
-            Error::damaged(
-                snapshot.path(),
-                format!(
-                    "the metadata's `history` has a decay by a counter, which needs a power-function profile and \
-                     a stride above 0; the profile is {profile}"
-                ),
-            )
-        })?;
-        (decay.chain(gamma), updates)
+        let chain = decay.chain(&profile);
+        let chain = chain.map_err(|why| Error::damaged(snapshot.path(), format!("the metadata's `history` {why}")))?;
+        (chain, updates)
     };
     if updates.last() != Some(snapshot.id.step) {
         let last = updates.last().unwrap_or(0);

@@ -92,10 +92,20 @@ pub fn is_training_state(key: &str) -> bool {
     key.strip_prefix("chained_").is_some_and(is_number) || TRAINING_PARTS.iter().any(|part| key.contains(part))
 }
 
+/// Returns true for a key under which training checkpoints store an average of the model.
+pub fn is_average(key: &str) -> bool {
+    AVERAGE_KEYS.contains(&key)
+}
+
 /// Returns true for a dict with a tensor in it, and for a module.
 fn holds_model(pickle: &Pickle, id: NodeId) -> bool {
     let has_tensor = |entries: &[(NodeId, NodeId)]| entries.iter().any(|(_, value)| is_tensor(pickle, *value));
     pickle.entries(id).is_some_and(has_tensor) || is_module(pickle, id)
+}
+
+/// Returns the keys at the top level of entries that hold weights.
+pub(super) fn models(pickle: &Pickle) -> Vec<&str> {
+    named(pickle, pickle.root()).filter(|(_, value)| holds_model(pickle, *value)).map(|(key, _)| key).collect()
 }
 
 /// Follows a key: that of an entry, or several that are joined by dots.

@@ -24,7 +24,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use choice::Choice;
-pub use choice::is_training_state;
+pub use choice::{is_average, is_training_state};
 pub use deepspeed::DeepSpeedModel;
 pub use distributed::DistributedCheckpoint;
 pub use entries::is_extra_state;
@@ -78,6 +78,22 @@ impl Checkpoint {
         }
         let whole = Choice { model: root, key: None, others: Vec::new() };
         Checkpoint::new(file, whole, &NamePatterns::default())
+    }
+
+    /// Opens a checkpoint for the values beside its models; its tensors are not read.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], less those of entries.
+    pub fn open_values(path: &Path) -> Result<Checkpoint> {
+        let PickledFile { path, map, pickle, storages } = PickledFile::open(path)?;
+        let tensors = TensorFile { path, maps: Arc::new(vec![map]), tensors: Default::default() };
+        let (other_models, left_out, nones) = Default::default();
+        Ok(Checkpoint { tensors, pickle, storages, key: None, other_models, left_out, nones })
+    }
+
+    /// Returns the keys at the top level of entries that hold weights.
+    pub fn models(&self) -> Vec<&str> {
+        choice::models(&self.pickle)
     }
 
     /// Opens a model's weights: a dict of tensors or a pickled module, or a training checkpoint that holds either.

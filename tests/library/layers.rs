@@ -25,7 +25,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "merge",
         &["error", "tensor", "device", "fs", "math", "snapshot", "planning", "synthesis", "checkpoint", "output"],
     ),
-    ("import", &["error", "tensor", "fs", "math", "snapshot", "pytorch", "planning", "run"]),
+    ("import", &["error", "tensor", "fs", "math", "snapshot", "pytorch", "planning", "checkpoint", "run"]),
 ];
 
 /// Source folders of the crates.

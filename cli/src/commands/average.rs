@@ -14,7 +14,7 @@ use super::destination::{Destination, output_parser};
 use super::form::FormArgs;
 use super::list::Numbers;
 use super::output::{byte_bar, bytes, print_json, print_report, print_warning};
-use super::targets::{TargetArgs, target_name};
+use super::targets::{TargetArgs, target_name, whole_steps};
 use super::{Failure, Outcome};
 use crate::tables;
 
@@ -152,20 +152,6 @@ fn check_output(arguments: &Arguments, targets: usize) -> Outcome {
         return Err(Failure::Usage(why.into()));
     }
     Ok(())
-}
-
-/// Converts the steps of `--steps` to whole numbers.
-fn whole_steps(list: &Numbers) -> Result<Vec<u64>, Failure> {
-    let mut steps = Vec::new();
-    for &step in &list.0 {
-        // Above 2^53 an f64 does not hold every whole number.
-        if !(step >= 1.0 && step <= 2f64.powi(53) && step.fract() == 0.0) {
-            let why = format!("--steps: {step} is not a step: steps are whole numbers above 0");
-            return Err(Failure::Usage(why));
-        }
-        steps.push(step as u64);
-    }
-    Ok(steps)
 }
 
 /// Returns the file or folder of each target, or nothing if nothing is written.

@@ -9,6 +9,7 @@ mod error;
 mod forecast;
 mod form;
 mod import;
+mod import_averages;
 mod inspect;
 mod interrupt;
 mod list;

@@ -92,6 +92,20 @@ pub fn profiles(
     numbers(lists).map(move |value| make(value).map_err(Failure::of_argument))
 }
 
+/// Converts the steps of `--steps` to whole numbers.
+pub fn whole_steps(list: &Numbers) -> Result<Vec<u64>, Failure> {
+    let mut steps = Vec::new();
+    for &step in &list.0 {
+        // Above 2^53 an f64 does not hold every whole number.
+        if !(step >= 1.0 && step <= 2f64.powi(53) && step.fract() == 0.0) {
+            let why = format!("--steps: {step} is not a step: steps are whole numbers above 0");
+            return Err(Failure::Usage(why));
+        }
+        steps.push(step as u64);
+    }
+    Ok(steps)
+}
+
 /// Names a target's file: `sigma_rel-0.15.step-20000`. The name of a table has its number among the targets.
 pub fn target_name(index: usize, profile: &Profile, at: u64) -> String {
     let target = profile.to_string().replace(' ', "-");

@@ -1,6 +1,7 @@
 //! Tests that drive the program. They share one binary, since linking each alone would take longer than running them.
 
 mod average;
+mod averages;
 mod command_line;
 mod common;
 mod corpus;

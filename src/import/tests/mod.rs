@@ -47,7 +47,7 @@ fn imported(import: &Import, source: &Path) -> (tempfile::TempDir, PathBuf, Impo
 ///
 /// The bound is that of Cauchy and Schwarz, in the inner product of the solve. The weights sum to 1, so only the
 /// movement about the mean counts.
-fn average(plan: &Plan, times: &[u64], value: impl Fn(f64) -> f64) -> (f64, f64) {
+pub(super) fn average(plan: &Plan, times: &[u64], value: impl Fn(f64) -> f64) -> (f64, f64) {
     let end = plan.at as f64;
     let interval = |k: usize| (times[k] - if k == 0 { 0 } else { times[k - 1] }) as f64;
     let share = |k: usize| {

@@ -9,6 +9,9 @@ use super::short;
 use crate::error::{Error, Result};
 use crate::math::conversion::half_life_to_beta;
 
+/// Half-life of raw weights in steps: a decay of 2^-128 per step, so that `1 - beta` is 1.
+pub(super) const RAW: f64 = 1.0 / 128.0;
+
 /// Decay of an exponential profile, in the unit in which it was given.
 ///
 /// Each keeps its own digits: the decay per step of a half-life of 1e18 steps differs from 1 by less than an f64 holds.
@@ -77,6 +80,7 @@ impl fmt::Display for Decay {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Decay::Beta(beta) => write!(f, "beta {beta}"),
+            Decay::HalfLife(RAW) => f.write_str("raw weights"),
             Decay::HalfLife(steps) => write!(f, "half_life {}", short(*steps)),
         }
     }
