@@ -38,6 +38,7 @@
 //! * Before a training: [`Forecast`] of a [`Schedule`], and [`advise`].
 //! * Many lengths, with one evaluation each: [`sweep`].
 //! * Other checkpoints: [`Checkpoints`] averages raw ones. `Import` makes runs of those of other tools.
+//!   `ImportAverages` makes runs of the averages that a training kept.
 //! * The mathematics: [`math`].
 //!
 //! Features: `pytorch` reads PyTorch checkpoints (`.pt`) and imports those of other tools; `cuda` adds the CUDA
