@@ -24,7 +24,7 @@ from ._import_averages import import_averages
 from ._native import __version__
 from ._plans import Noise, Plan, Predicted, Retention, Weight, WorstGroup, plan
 from ._profiles import Profile, Target
-from ._trials import Best, Comparison, Swept, Trial
+from ._trials import Best, Comparison, SweepLine, Swept, Trial
 from .karras_ema import KarrasEMA
 from .posthoc_ema import PostHocEMA
 
@@ -43,6 +43,7 @@ __all__ = [
     "ProductErrors",
     "Profile",
     "Retention",
+    "SweepLine",
     "Swept",
     "Target",
     "Trial",

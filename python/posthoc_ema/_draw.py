@@ -44,23 +44,22 @@ Points = Sequence[tuple[float, float | None, bool, bool]]
 
 
 def draw_scores(
-    curves: Sequence[tuple[Points, int | None, str, float | None]],
-    length_name: str,
+    curves: Sequence[tuple[Points, int | None, str, str, float | None]],
     title: str,
     figsize: tuple[float, float],
 ) -> Image.Image:
-    """Draws the scores of a sweep over the length, a panel for each metric.
+    """Draws the scores of a sweep over the length, a panel for each curve.
 
     Args:
-        curves: Points, index of the best one, name of the scores, and their standard error if there are repeats.
-        length_name: Name of the length, as in `Trial.length`.
+        curves: Points, index of the best one, names of the scores and of the lengths, and the standard error of the
+            scores if there are repeats.
         title: Title of the picture.
         figsize: Width and height in inches.
 
     Returns:
         An RGB image.
     """
-    return _image(_native.draw_scores(curves, length_name, title, _size(figsize)))
+    return _image(_native.draw_scores(curves, title, _size(figsize)))
 
 
 def _size(figsize: tuple[float, float]) -> tuple[int, int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from . import _native
@@ -135,7 +135,10 @@ class Plan:
     worst_group: WorstGroup | None = None
     """Group of tensors with the largest predicted error; None if all move alike or nothing is predicted."""
     later: tuple[LaterTensors, ...] = ()
-    """Tensors whose averages began after the run did (`extend=True`): they have weights of their own."""
+    """Tensors whose averages began after the run did (`extend=True`): they have weights of their own. So have groups of
+    tensors in a joint sweep."""
+    groups: Mapping[str, Profile] = field(default_factory=dict)
+    """Profiles of groups of tensors by their glob, in a joint sweep."""
     no_prediction: str | None = None
     """Reason for having no predicted error, with a remedy; None if there is one."""
     event: MovementEvent | None = None
@@ -167,6 +170,7 @@ class Plan:
             plan["event"] = MovementEvent(**event) if event is not None else None
             plan["worst_group"] = WorstGroup._from_dict(plan.get("worst_group"))
             plan["later"] = tuple(map(LaterTensors._from_dict, plan.get("later", ())))
+            plan["groups"] = {name: Profile(profile) for name, profile in plan.get("groups", {}).items()}
             return Plan(**plan)
 
         return [plan(each) for each in json.loads(text)]

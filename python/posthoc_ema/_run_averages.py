@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from ._profiles import Profile, Target, as_profile
 from ._progress import Progress
 from ._run_reader import RunReader
 from ._save_pretrained import saver
-from ._sweep import SweepProgress, sweep
+from ._sweep import JointOptions, SweepProgress, sweep
 from ._trials import Swept
 
 
@@ -284,6 +284,11 @@ class RunAverages:
         name: str | None = None,
         batch: int = 8,
         progress: SweepProgress = None,
+        jobs: int = 1,
+        groups: Iterable[str] = (),
+        with_run: RunAverages | None = None,
+        with_model: Model = None,
+        rounds: int = 2,
     ) -> Swept:
         """Evaluates averages of many lengths, refines around the best one, and returns it.
 
@@ -316,6 +321,16 @@ class RunAverages:
                 is blended into the model in a pass of its own.
             progress: Function of the evaluations done and planned, True for a bar, or False for none; default a bar on
                 a terminal.
+            jobs: Evaluations at a time, each on a thread of its own; also refinements. With `model`, that is a list of
+                models then, one for each job. A parameter of the evaluation with the name `job` gets the number of the
+                job, from 0. PyTorch's operations, files and subprocesses of threads run side by side, Python code in
+                turns. A thread begins with PyTorch's defaults: `torch.no_grad` belongs into the evaluation.
+            groups: Globs of tensor names: each group has a length of its own, and so have the other tensors. All begin
+                with the same one; then one is varied at a time. Of stored snapshots only.
+            with_run: Second run, such as that of a guiding model. The evaluation takes an average of it as its second
+                argument, at the newest step of that run, whose length is varied in turns with the others.
+            with_model: As `model`, for the averages of the second run.
+            rounds: Turns in which each length of a joint sweep is varied at most, for each metric.
 
         Returns:
             The best average and all trials.
@@ -328,23 +343,32 @@ class RunAverages:
         """
         profiles = [*map(as_profile, targets), *map(Profile.sigma_rel, sigma_rels)]
         alone = self.local
-        return sweep(
-            alone,
-            alone._reader,
-            evaluate,
-            profiles,
-            model=model,
-            minimize=minimize,
-            metrics=metrics,
-            repeats=repeats,
-            refine=refine,
-            step=step,
-            noise=noise,
-            out=out,
-            name=name,
-            batch=batch,
-            progress=progress,
-        )
+        second = None if with_run is None else (with_run.local, with_run.local._reader)
+        if (with_model is not None) != (model is not None and with_run is not None):
+            raise ValueError("with_model goes with `model` and `with_run`: give all three, or evaluate state dicts")
+        with ExitStack() as stack:
+            stack.enter_context(alone._reader.opened(step))
+            if second is not None:
+                stack.enter_context(second[1].opened(None))
+            return sweep(
+                alone,
+                alone._reader,
+                evaluate,
+                profiles,
+                model=model,
+                minimize=minimize,
+                metrics=metrics,
+                repeats=repeats,
+                refine=refine,
+                step=step,
+                noise=noise,
+                out=out,
+                name=name,
+                batch=batch,
+                progress=progress,
+                jobs=jobs,
+                joint=JointOptions(tuple(groups), second, with_model, rounds),
+            )
 
     @staticmethod
     def update_bn(loader: Iterable[Any], model: Any, device: Any = None) -> None:

@@ -79,6 +79,21 @@ class RunReader:
             self._tracker.lifetime.flush()
         return _native.Run(self.directory)
 
+    @contextmanager
+    def opened(self, step: int | None) -> Iterator[None]:
+        """Keeps the stored snapshots open for a block, which are otherwise opened and sampled by each call.
+
+        Does nothing if `step` asks for the newest update of a training.
+        """
+        if self._sound is not None or self.live(step) is not None:
+            yield
+            return
+        self._sound = self.run()
+        try:
+            yield
+        finally:
+            self._sound = None
+
     def live(self, step: int | None) -> _native.Tracker | None:
         """Returns the tracker if `step` asks for its newest update, else None."""
         if self._is_idle:

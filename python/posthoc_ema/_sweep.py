@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from . import _accuracy, _native
+from ._evaluation import Evaluation, EvaluationLoop
 from ._model import Model
 from ._options import whole_number
-from ._plans import Noise, Plan, noise_text
-from ._profiles import Profile, Target, profile_json, to_json
+from ._plans import Noise, noise_text
+from ._profiles import Profile, to_json
 from ._progress import wants_bar
 from ._run_reader import RunReader
-from ._trials import Best, Comparison, Swept, Trial, trials_from_json
+from ._sweep_averages import WITH, SweepAverages, SweptRun, Synthesizer, grouped
+from ._trials import Best, Comparison, Swept, Trial, lines_from_json, profiles_from, trials_from_json
 
 LOG = logging.getLogger("posthoc_ema")
 
@@ -30,23 +31,29 @@ SweepProgress = Callable[[int, int], object] | bool | None
 
 The default None draws a bar if standard error is a terminal."""
 
-Evaluation = Callable[..., object]
-"""Function of the caller that returns the score of an average."""
 
-ApplyEvaluation = Callable[[Evaluation], object]
-"""Calls an evaluation with one average, and returns its result."""
+@dataclass(frozen=True)
+class JointOptions:
+    """Options of a joint sweep."""
 
+    groups: tuple[str, ...] = ()
+    """Globs of tensors with a length of their own."""
+    second: tuple[Synthesizer, RunReader] | None = None
+    """Second run."""
+    second_model: Model = None
+    """Model that holds its averages, or one for each job."""
+    rounds: int = 2
+    """Turns in which each length is swept at most."""
 
-class Synthesizer(Protocol):
-    """The methods of `PostHocEMA` that a sweep calls."""
+    def __post_init__(self) -> None:
+        if self.second is not None and WITH in self.groups:
+            raise ValueError(f"groups: {WITH!r} is the name of the second run: write '[w]ith'")
 
-    def plan(self, targets: Sequence[Target], step: int | None, *, noise: Noise) -> list[Plan]: ...
-    def synthesize(
-        self, targets: Sequence[Target], step: int | None, *, noise: Noise, progress: bool
-    ) -> list[dict[str, Any]]: ...
-    def model(
-        self, model: Model, sigma_rel: Target, step: int | None, *, noise: Noise
-    ) -> AbstractContextManager[Model]: ...
+    def swept_run(self, noise: Noise, jobs: int) -> SweptRun | None:
+        """Returns the second run as a sweep takes it."""
+        if self.second is None:
+            return None
+        return SweptRun(*self.second, None, noise, models("with_model", self.second_model, jobs))
 
 
 def sweep(
@@ -66,6 +73,8 @@ def sweep(
     name: str | None,
     batch: int,
     progress: SweepProgress,
+    jobs: int = 1,
+    joint: JointOptions = JointOptions(),
 ) -> Swept:
     """Evaluates averages of many lengths; see `PostHocEMA.sweep`.
 
@@ -73,6 +82,7 @@ def sweep(
         ema: Run, which synthesizes.
         reader: Reading side of the same run.
         profiles: Targets to evaluate.
+        joint: Groups and second run that have lengths of their own.
 
     The other arguments are those of `PostHocEMA.sweep`.
     """
@@ -80,44 +90,79 @@ def sweep(
         raise ValueError(f"batch = {batch}: must be at least 1")
     if not profiles:
         raise ValueError("there is nothing to evaluate: give targets or sigma_rels")
-    at = ema.plan(profiles, step, noise=noise)[0].at
+    positive("jobs", jobs)
+    if joint.groups and reader.live(step) is not None:
+        raise ValueError("groups: an average of the newest update has one length: give the `step` of a snapshot")
+    first_target = grouped(profiles[0], {group: profiles[0] for group in joint.groups})
+    at = ema.plan([first_target], step, noise=noise)[0].at
     reader.warn_of(profiles, step, noise)
     # Only snapshots can be named by a step, not the newest update of a tracker.
     step = step if reader.live(step) is not None else at
     directory = None if out is None else check_output_directory(out, reader.directory)
     name, is_unique = (name, True) if name is not None else evaluation_name(evaluate)
-    search = _native.Sweep(
-        to_json(profiles),
-        minimize,
-        whole_number("refine", refine) or 0,
-        directory,
-        reader.identity(),
-        at,
-        name,
-        noise_text(noise),
-        [f"{metric}:{direction}" for metric, direction in (metrics or {}).items()],
-        check_repeats(repeats),
-    )
+    settings = {
+        "minimize": minimize,
+        "metrics": [f"{metric}:{direction}" for metric, direction in (metrics or {}).items()],
+        "repeats": positive("repeats", repeats),
+        "refine": whole_number("refine", refine) or 0,
+        "jobs": jobs,
+        "groups": joint.groups,
+        "with": second_identity(joint, profiles, noise),
+        "rounds": whole_number("rounds", joint.rounds) or 0,
+        "run": reader.identity(),
+        "at": at,
+        "evaluation": name,
+        "noise": noise_text(noise),
+    }
+    first = SweptRun(ema, reader, step, noise, models("model", model, jobs))
+    averages = SweepAverages(first, joint.swept_run(noise, jobs))
+    search = _native.Sweep(to_json(profiles), json.dumps(settings), directory)
     try:
         check_recorded_scores(search, name, is_unique, directory)
-        averages = SweepAverages(ema, reader, step, noise, model)
-        loop = EvaluationLoop(search, averages, evaluate, tuple(metrics or ()))
+        loop = EvaluationLoop(search, averages, joint.groups, evaluate, tuple(metrics or ()), jobs)
         with _accuracy.silenced():
-            loop.run(batch, progress)
+            with _evaluation_progress(progress) as report:
+                loop.run(batch, report)
             return result(search, averages, at, directory, loop.first_error)
     finally:
         search.close()
 
 
-def check_repeats(repeats: int) -> int:
-    """Returns a number of repeats.
+def positive(name: str, value: int) -> int:
+    """Returns a number that is at least 1.
 
     Raises:
         ValueError: If it is below 1.
     """
-    if (whole_number("repeats", repeats) or 0) < 1:
-        raise ValueError(f"repeats = {repeats}: must be at least 1")
-    return repeats
+    if (whole_number(name, value) or 0) < 1:
+        raise ValueError(f"{name} = {value}: must be at least 1")
+    return value
+
+
+def models(name: str, model: Model, jobs: int) -> list[Model] | None:
+    """Returns the model of each job; None to evaluate state dicts.
+
+    Raises:
+        ValueError: If jobs would share a model.
+    """
+    if model is None:
+        return None
+    if jobs == 1 and not isinstance(model, (list, tuple)):
+        return [model]
+    if not isinstance(model, (list, tuple)) or len(model) != jobs:
+        raise ValueError(f"{name}: {jobs} evaluations at a time need a list of {jobs} models, one for each job")
+    if len({id(each) for each in model}) != jobs:
+        raise ValueError(f"{name}: two jobs have the same model: give each a copy of its own")
+    return list(model)
+
+
+def second_identity(joint: JointOptions, profiles: list[Profile], noise: Noise) -> str | None:
+    """Returns the name under which a sweep records the second run and the step of its averages."""
+    if joint.second is None:
+        return None
+    ema, reader = joint.second
+    at = ema.plan(profiles, None, noise=noise)[0].at
+    return f"{reader.identity()} at step {at}"
 
 
 def result(
@@ -132,18 +177,19 @@ def result(
     if search.best() is None:
         reasons = "; ".join(f"{trial.profile}: {trial.error}" for trial in results)
         raise RuntimeError(f"all {len(results)} evaluations failed: {reasons}") from first_error
+    lines = lines_from_json(search.lines())
     comparisons: dict[str, Comparison] = {}
     for found in json.loads(search.metrics()):
-        file = "best.safetensors" if not comparisons else f"best-{found['name']}.safetensors"
         trial = results[found["best"]]
         score = trial.means[found["name"]]
         assert score is not None
+        along = [line for line in lines if line.metric == found["name"]]
         comparisons[found["name"]] = Comparison(
-            best=averages.best(trial, score, None if directory is None else directory / file),
+            best=best(averages, trial, score, directory, found["name"] if comparisons else None),
             minimize=found["minimize"],
-            flat=found["flat"],
-            standard_error=found["standard_error"],
-            as_good=tuple(Profile(json.dumps(profile)) for profile in found["as_good"]),
+            flat=all(line.flat for line in along) if along else found["flat"],
+            standard_error=found.get("standard_error"),
+            as_good=profiles_from(found["as_good"]),
         )
     first = next(iter(comparisons.values()))
     return Swept(
@@ -151,165 +197,43 @@ def result(
         results=results,
         at=at,
         minimize=first.minimize,
-        edge=search.edge(),
-        at_limit=search.is_at_limit(averages.is_reached),
+        edge=None if lines else search.edge(),
+        at_limit=not lines and search.is_at_limit(averages.is_reached),
         flat=first.flat,
         metrics=comparisons,
         unbeaten=tuple(results[number] for number in search.unbeaten()),
+        lines=lines,
+        settled=search.is_settled(),
     )
 
 
-class SweepAverages:
-    """The averages that a sweep evaluates.
+def best(averages: SweepAverages, trial: Trial, score: float, directory: Path | None, metric: str | None) -> Best:
+    """Synthesizes a best average again: the evaluation may have changed its own.
 
     Args:
-        ema: Run, which synthesizes.
-        reader: Reading side of the same run.
-        step: Step of the averages; None for the newest update of a training.
-        noise: Noise option of the synthesis.
-        model: Model that holds each average for its evaluation; None to evaluate state dicts.
+        averages: Averages of the sweep.
+        trial: Trial of the average.
+        score: Its score.
+        directory: Directory of the file; None for no file.
+        metric: Metric that the file is named after; None for the first one.
     """
-
-    def __init__(self, ema: Synthesizer, reader: RunReader, step: int | None, noise: Noise, model: Model):
-        self._ema = ema
-        self._reader = reader
-        self._step = step
-        self._noise = noise
-        self._model = model
-
-    def plans(self, profiles: list[Profile]) -> list[Plan]:
-        """Returns the plan of each profile."""
-        return self._ema.plan(profiles, self._step, noise=self._noise)
-
-    def is_reached(self, profile: str) -> bool:
-        """Returns True if the run makes a profile, given as JSON, with a relative error of at most 5%."""
-        try:
-            [plan] = self.plans([Profile(profile)])
-        except ValueError:
-            return False
-        return plan.warning is None
-
-    def each(self, profiles: list[Profile]) -> Iterator[tuple[Profile, ApplyEvaluation]]:
-        """Yields each profile of a batch with the function that evaluates its average."""
-        if self._model is not None:
-            return ((profile, partial(self._evaluate_in_model, profile)) for profile in profiles)
-        return self._state_dicts(profiles)
-
-    def best(self, trial: Trial, score: float, path: Path | None) -> Best:
-        """Synthesizes a best average again: the evaluation may have changed its own."""
-        state_dict = self._synthesize_one(trial.profile)
-        if path is not None and self._reader.live(self._step) is None:
-            self._reader.write_best(trial.profile, path, self._step, self._noise)
-        else:
-            path = None
-        return Best(trial.profile, score, state_dict, path)
-
-    def _state_dicts(self, profiles: list[Profile]) -> Iterator[tuple[Profile, ApplyEvaluation]]:
-        """Synthesizes a batch in one pass."""
-        try:
-            state_dicts = self._ema.synthesize(profiles, self._step, noise=self._noise, progress=False)
-        except ValueError:
-            # One average does not fit its dtype: synthesized alone, no other one fails with it.
-            for profile in profiles:
-                yield profile, partial(self._evaluate_one, profile)
-            return
-        for profile in profiles:
-            # Popped, so that its memory is free after the evaluation.
-            yield profile, partial(_apply, state_dicts.pop(0))
-
-    def _synthesize_one(self, profile: Profile) -> dict[str, Any]:
-        if self._model is not None:
-            [state_dict] = self._reader.synthesize([profile], self._step, None, self._noise, False, self._model)
-        else:
-            [state_dict] = self._ema.synthesize([profile], self._step, noise=self._noise, progress=False)
-        return state_dict
-
-    def _evaluate_one(self, profile: Profile, evaluate: Evaluation) -> object:
-        return evaluate(self._synthesize_one(profile))
-
-    def _evaluate_in_model(self, profile: Profile, evaluate: Evaluation) -> object:
-        with self._ema.model(self._model, profile, self._step, noise=self._noise) as averaged:
-            return evaluate(averaged)
-
-
-def _apply(state_dict: dict[str, Any], evaluate: Evaluation) -> object:
-    return evaluate(state_dict)
-
-
-class EvaluationLoop:
-    """Evaluates the averages that a search asks for.
-
-    Args:
-        search: Search that chooses targets and records scores.
-        averages: Averages of the run.
-        evaluate: Function of the caller.
-        metrics: Names of the metrics that it returns; none if it returns one number.
-    """
-
-    def __init__(
-        self, search: _native.Sweep, averages: SweepAverages, evaluate: Evaluation, metrics: tuple[str, ...] = ()
-    ):
-        self._search = search
-        self._averages = averages
-        self._evaluate = evaluate
-        self._metrics = metrics
-        self._takes_repeat = takes_repeat(evaluate)
-        self.first_error: Exception | None = None
-        """Exception of the first evaluation that failed."""
-
-    def run(self, batch: int, progress: SweepProgress) -> None:
-        """Evaluates until the search ends; each repeat is recorded at once."""
-        with _evaluation_progress(progress) as report:
-            while targets := self._search.next(batch, self._averages.is_reached):
-                profiles = [Profile(text) for text in targets]
-                plans = dict(zip(profiles, self._averages.plans(profiles)))
-                for profile, apply in self._averages.each(profiles):
-                    for repeat in self._search.missing(profile_json(profile)):
-                        has_score = self._record(plans[profile], repeat, apply)
-                        report(self._search)
-                        if not has_score:
-                            break
-
-    def _record(self, plan: Plan, repeat: int, apply: ApplyEvaluation) -> bool:
-        """Evaluates one average and records its values or its error. Returns False after an error."""
-        values = None
-        error = None
-        evaluate = partial(self._evaluate, repeat=repeat) if self._takes_repeat else self._evaluate
-        start = time.perf_counter()
-        try:
-            values = as_values(apply(evaluate), self._metrics)
-        except Exception as raised:
-            self.first_error = self.first_error or raised
-            error = f"{type(raised).__name__}: {raised}"
-        seconds = time.perf_counter() - start
-        target = profile_json(plan.profile)
-        return self._search.record(target, repeat, values, error, plan.relative_error, plan.noise_gain, seconds)
-
-
-def takes_repeat(evaluate: Evaluation) -> bool:
-    """Returns True if a function has a parameter with the name `repeat`."""
-    try:
-        parameters = inspect.signature(evaluate).parameters
-    except (TypeError, ValueError):
-        # Some functions of C have no signature.
-        return False
-    return "repeat" in parameters
-
-
-def as_values(returned: object, metrics: tuple[str, ...]) -> list[float]:
-    """Returns the values of the metrics that an evaluation returned.
-
-    Raises:
-        TypeError: If a value is not a number, or the metrics are not in a dictionary.
-        ValueError: If a metric is missing.
-    """
-    if not metrics:
-        return [_as_score(returned)]
-    if not isinstance(returned, Mapping):
-        raise TypeError(f"the evaluation returned {returned!r:.100}: it must return a dictionary of {list(metrics)}")
-    if missing := [name for name in metrics if name not in returned]:
-        raise ValueError(f"the evaluation returned no {missing[0]}, but {sorted(map(str, returned))}")
-    return [_as_score(returned[name]) for name in metrics]
+    stem = "best" if metric is None else f"best-{metric}"
+    groups = {name: profile for name, profile in trial.groups.items() if averages.second is None or name != WITH}
+    target = grouped(trial.profile, groups)
+    second, with_target = averages.second, trial.groups.get(WITH)
+    with_state, with_path = None, None
+    if second is not None and with_target is not None:
+        with_state = second.synthesize(with_target)
+        with_path = second.write(with_target, directory and directory / f"{stem}-with.safetensors")
+    return Best(
+        profile=trial.profile,
+        score=score,
+        state_dict=averages.first.synthesize(target),
+        path=averages.first.write(target, directory and directory / f"{stem}.safetensors"),
+        groups=trial.groups,
+        with_state_dict=with_state,
+        with_path=with_path,
+    )
 
 
 def evaluation_name(evaluate: Callable[..., object]) -> tuple[str, bool]:
@@ -360,13 +284,6 @@ def check_output_directory(out: str | os.PathLike[str], run: Path) -> Path:
     if inside == directory.resolve() or inside in directory.resolve().parents:
         raise ValueError(f"out = {out}: a run's directory holds nothing but its snapshots: give one outside of {run}")
     return directory
-
-
-def _as_score(score: object) -> float:
-    try:
-        return float(score)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"the evaluation returned {score!r:.100}: it must return one number") from error
 
 
 def _count(search: _native.Sweep) -> int:

@@ -26,24 +26,24 @@ pub fn draw_errors<'py>(
 }
 
 /// Lengths with their scores: each a length, its score unless the evaluation failed, true for a step of the refinement,
-/// and true if it is as good as the best. Then the index of the best, the name of the scores and their standard error.
-type ScoreCurve = (Vec<(f64, Option<f64>, bool, bool)>, Option<usize>, String, Option<f64>);
+/// and true if it is as good as the best. Then the index of the best, the names of the scores and of the lengths, and
+/// the standard error.
+type ScoreCurve = (Vec<(f64, Option<f64>, bool, bool)>, Option<usize>, String, String, Option<f64>);
 
 /// Draws scores over lengths, with the best one marked, on a PNG of `size` pixels: a panel for each curve.
 #[pyfunction]
 pub fn draw_scores<'py>(
     py: Python<'py>,
     curves: Vec<ScoreCurve>,
-    length_name: String,
     title: String,
     size: (u32, u32),
 ) -> PyResult<Bound<'py, PyBytes>> {
     let mut titles = std::iter::once(title).chain(std::iter::repeat(String::new()));
-    let curve = |(points, best, y_label, standard_error): ScoreCurve| {
+    let curve = |(points, best, y_label, x_label, standard_error): ScoreCurve| {
         let point = |(x, score, refined, as_good)| SweepPoint { x, score, refined, as_good };
         SweepCurve {
             title: titles.next().unwrap_or_default(),
-            x_label: length_name.clone(),
+            x_label,
             y_label,
             points: points.into_iter().map(point).collect(),
             best,

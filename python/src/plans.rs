@@ -1,5 +1,6 @@
 //! Functions of profiles and plans, which need no tensors.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use posthoc_ema::math::Schedule;
@@ -19,6 +20,31 @@ pub fn parse_profile(json: &str) -> PyResult<Profile> {
 /// Parses the JSON of several profiles.
 pub fn parse_profiles(jsons: &[String]) -> PyResult<Vec<Profile>> {
     jsons.iter().map(|json| parse_profile(json)).collect()
+}
+
+/// Target of an average in which groups of tensors have profiles of their own.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GroupedTarget {
+    profile: Profile,
+    groups: BTreeMap<String, Profile>,
+}
+
+/// Parses the JSON of targets of one synthesis: each a profile, or the profile of the tensors without a group with
+/// those of the groups. Returns a row for each target as [`posthoc_ema::Run::grouped_plans`] takes it, and the groups.
+pub fn parse_targets(jsons: &[String]) -> PyResult<(Vec<Vec<Profile>>, Vec<String>)> {
+    let parse = |json: &String| {
+        let value: serde_json::Value = from_json(json)?;
+        if value.get("groups").is_some() { from_json(json) } else { parse_plain(json) }
+    };
+    let targets: Vec<GroupedTarget> = jsons.iter().map(parse).collect::<PyResult<_>>()?;
+    let groups: Vec<String> = targets.first().iter().flat_map(|target| target.groups.keys().cloned()).collect();
+    let row = |target: GroupedTarget| std::iter::once(target.profile).chain(target.groups.into_values()).collect();
+    Ok((targets.into_iter().map(row).collect(), groups))
+}
+
+fn parse_plain(json: &str) -> PyResult<GroupedTarget> {
+    Ok(GroupedTarget { profile: parse_profile(json)?, groups: BTreeMap::new() })
 }
 
 /// Returns the time of a step, or the newest time for no step.

@@ -12,7 +12,7 @@ use crate::form::OutputForm;
 use crate::jobs;
 use crate::json::to_json;
 use crate::lend::{Layout, Lent, output_views};
-use crate::plans::{at, parse_noise, parse_profiles};
+use crate::plans::{at, parse_noise, parse_targets};
 use crate::process;
 use crate::saved_weights::SavedWeights;
 
@@ -23,9 +23,9 @@ pub struct Run(posthoc_ema::Run);
 impl Run {
     fn solve(&self, py: Python<'_>, targets: &[String], step: Option<u64>, noise: &str) -> PyResult<Vec<Plan>> {
         process::check()?;
-        let targets = parse_profiles(targets)?;
+        let (targets, groups) = parse_targets(targets)?;
         let noise = parse_noise(noise)?;
-        py.detach(|| self.0.plans_with(&targets, at(step), noise)).map_err(to_python)
+        py.detach(|| self.0.grouped_plans(&targets, &groups, at(step), noise)).map_err(to_python)
     }
 }
 

@@ -24,7 +24,7 @@ const SECOND_KEPT: &str = "candidates-with";
 const SECOND_PENDING: &str = "evaluating-with";
 
 /// Name of the second run among the parts of a joint sweep.
-pub(super) const WITH: &str = "with";
+pub const WITH: &str = "with";
 
 /// Folders of averages.
 pub(super) const FOLDERS: [&str; 4] = [KEPT, PENDING, SECOND_KEPT, SECOND_PENDING];

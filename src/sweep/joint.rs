@@ -136,6 +136,11 @@ impl JointSearch {
         trials
     }
 
+    /// Number of evaluations of all trials, failed ones included.
+    pub fn evaluations(&self) -> usize {
+        self.trials().iter().map(Trial::evaluations).sum()
+    }
+
     /// Returns the best trial by the index of a metric, with the targets of the groups. Returns `None` if no evaluation
     /// succeeded.
     ///
