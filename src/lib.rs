@@ -87,8 +87,9 @@ pub use output::{FormOptions, OutputForm};
 // Hidden: only the program and the Python package use them.
 pub use math::noise::{MovementKind, NamedMovement};
 pub use planning::{
-    ACCURACY_LOG, Advice, AdviceRequest, At, Forecast, LARGE_ERROR, LaterTensors, MovementEvent, NoPrediction, Noise,
-    Plan, PredictedError, Shortfall, Weight, WorstCase, WorstGroup, advise, log_warnings, warnings,
+    ACCURACY_LOG, Advice, AdviceRequest, At, Forecast, HeldBack, LARGE_ERROR, LaterTensors, MovementEvent,
+    NoPrediction, Noise, Plan, PredictedError, Shortfall, Weight, WorstCase, WorstGroup, advise, log_warnings,
+    warnings,
 };
 #[doc(hidden)]
 pub use planning::{ADVICE_PARTS, rounding};

@@ -93,6 +93,19 @@ pub fn worst_groups(plans: &[Plan]) -> Option<Table> {
     (!table.is_empty()).then_some(table)
 }
 
+/// Says which tensors keep `--noise auto` from a better regularisation, with the remedy.
+pub fn held_back(plan: &Plan) -> Option<String> {
+    let held = plan.held_back.as_ref()?;
+    Some(format!(
+        "{}: --noise {:.3e} would lower the predicted error to {}, but make these tensors worse: {}. --noise auto \
+         leaves it out for their sake: give it yourself if they matter little",
+        plan.profile,
+        held.rho,
+        number(held.predicted.total),
+        names(&held.tensors)
+    ))
+}
+
 /// Returns the names of a few tensors, or the first and the last of many.
 fn names(tensors: &[String]) -> String {
     match tensors {

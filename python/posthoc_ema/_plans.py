@@ -76,6 +76,24 @@ class MovementEvent:
     """Largest error of the average."""
 
 
+@dataclass(frozen=True)
+class HeldBack:
+    """Regularisation that `noise="auto"` does not use, because it would make a group of tensors worse by more than 5%.
+
+    The whole would have a clearly smaller error with it: `noise=rho` uses it all the same."""
+
+    tensors: tuple[str, ...]
+    """Names of the tensors that would be worse."""
+    rho: float
+    """The regularisation."""
+    predicted: Predicted
+    """Predicted error of all elements with it."""
+
+    @staticmethod
+    def _from_dict(held: dict[str, Any] | None) -> HeldBack | None:
+        return None if held is None else HeldBack(tuple(held["tensors"]), held["rho"], Predicted(**held["predicted"]))
+
+
 Noise = Literal["off", "auto"] | float
 """Regularisation of a solve against the rounding of stored snapshots.
 
@@ -139,6 +157,8 @@ class Plan:
     tensors in a joint sweep."""
     groups: Mapping[str, Profile] = field(default_factory=dict)
     """Profiles of groups of tensors by their glob, in a joint sweep."""
+    held_back: HeldBack | None = None
+    """Better regularisation that `noise="auto"` left out, and the tensors that it would make worse; mostly None."""
     no_prediction: str | None = None
     """Reason for having no predicted error, with a remedy; None if there is one."""
     event: MovementEvent | None = None
@@ -169,6 +189,7 @@ class Plan:
             event = plan.get("event")
             plan["event"] = MovementEvent(**event) if event is not None else None
             plan["worst_group"] = WorstGroup._from_dict(plan.get("worst_group"))
+            plan["held_back"] = HeldBack._from_dict(plan.get("held_back"))
             plan["later"] = tuple(map(LaterTensors._from_dict, plan.get("later", ())))
             plan["groups"] = {name: Profile(profile) for name, profile in plan.get("groups", {}).items()}
             return Plan(**plan)

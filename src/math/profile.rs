@@ -88,6 +88,7 @@ impl Profile {
     }
 
     /// Creates the profile of raw weights, without averaging: an exponential so short that nothing older counts.
+    #[cfg(feature = "pytorch")]
     pub(crate) fn raw() -> Profile {
         Profile(Kind::Exponential { decay: Decay::HalfLife(decay::RAW) })
     }

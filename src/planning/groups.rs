@@ -31,7 +31,7 @@ pub(crate) fn with_groups(mut base: Plan, groups: Vec<(&TensorGroup, Plan)>) -> 
         base.noise_gain = base.noise_gain.max(plan.noise_gain);
         base.shortfall = base.shortfall.or(plan.shortfall);
         // The error is predicted for one target only.
-        (base.predicted, base.worst_group) = (None, None);
+        (base.predicted, base.worst_group, base.held_back) = (None, None, None);
         base.no_prediction = Some(NoPrediction::Groups);
         base.event = None;
         let mut rest: BTreeSet<String> = group.tensors.iter().cloned().collect();

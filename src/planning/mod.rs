@@ -27,7 +27,7 @@ pub use forecast::Forecast;
 pub(crate) use groups::{TensorGroup, groups_json, with_groups};
 pub(crate) use later::{LaterGroup, solve_later};
 pub use no_prediction::NoPrediction;
-pub use noise::{MovementEvent, Noise, PredictedError, WorstGroup};
+pub use noise::{HeldBack, MovementEvent, Noise, PredictedError, WorstGroup};
 pub(crate) use plan::solve;
 pub use plan::{At, LaterTensors, Plan, Weight};
 pub(crate) use sample::{SampledElements, SampledSource};

@@ -119,6 +119,19 @@ pub struct WorstGroup {
     pub predicted: PredictedError,
 }
 
+/// Regularisation that [`Noise::Auto`] does not use, because it would make a group of tensors worse by more than 5%.
+///
+/// The whole would have a clearly smaller error with it: [`Noise::Rho`] uses it all the same.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct HeldBack {
+    /// Names of the tensors that would be worse, in the order of the run.
+    pub tensors: Vec<String>,
+    /// The regularisation, as [`Plan::rho`](super::Plan::rho).
+    pub rho: f64,
+    /// The expected error of all elements with it.
+    pub predicted: PredictedError,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::no_prediction::NoPrediction;
-use super::noise::{MovementEvent, Noise, PredictedError, WorstGroup};
+use super::noise::{HeldBack, MovementEvent, Noise, PredictedError, WorstGroup};
 use super::shortfall::Shortfall;
 use super::source::IndexedSource;
 use super::stored_noise::{ErrorSource, PredictedSolution, RelativeErrorModel};
@@ -54,6 +54,9 @@ pub struct Plan {
     /// The group of tensors with the largest predicted error; `None` if all move alike or nothing is predicted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub worst_group: Option<WorstGroup>,
+    /// The better regularisation that [`Noise::Auto`] left out, and the tensors that it would make worse.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub held_back: Option<HeldBack>,
     /// The reason of a relative error above 5%, with a remedy; `warning` when it is serialized.
     #[serde(rename = "warning")]
     pub shortfall: Option<Shortfall>,
@@ -165,7 +168,14 @@ impl Solver<'_> {
             Err(why) => {
                 let solution = self.system.solve(profile)?;
                 let (rho, predicted) = (self.rho, Err(*why));
-                return Ok(PredictedSolution { solution, rho, predicted, worst_group: None, event: None });
+                return Ok(PredictedSolution {
+                    solution,
+                    rho,
+                    predicted,
+                    worst_group: None,
+                    event: None,
+                    held_back: None,
+                });
             }
         };
         match self.noise {
@@ -175,7 +185,7 @@ impl Solver<'_> {
     }
 
     fn plan(&self, usable: &[&IndexedSource], profile: &Profile, at: u64) -> Result<Plan> {
-        let PredictedSolution { solution, rho, predicted, worst_group, event } = self.solve(profile)?;
+        let PredictedSolution { solution, rho, predicted, worst_group, event, held_back } = self.solve(profile)?;
         let weights: Vec<Weight> = usable
             .iter()
             .zip(&solution.weights)
@@ -194,6 +204,7 @@ impl Solver<'_> {
             no_prediction: predicted.err(),
             event,
             worst_group,
+            held_back,
             shortfall,
             weights,
             later: Vec::new(),

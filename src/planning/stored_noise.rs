@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::movement_groups::{TensorMovement, movement_groups};
 use super::no_prediction::{FEWEST_STEPS, NoPrediction};
-use super::noise::{MovementEvent, PredictedError, WorstGroup};
+use super::noise::{HeldBack, MovementEvent, PredictedError, WorstGroup};
 use super::sample::{ModelSample, SampledSource, SampledTensor, sample, ulp};
 use super::source::IndexedSource;
 use crate::error::Result;
@@ -214,6 +214,7 @@ pub(crate) struct PredictedSolution {
     pub predicted: Result<PredictedError, NoPrediction>,
     pub worst_group: Option<WorstGroup>,
     pub event: Option<MovementEvent>,
+    pub held_back: Option<HeldBack>,
 }
 
 impl RelativeErrorModel<'_> {
@@ -229,9 +230,14 @@ impl RelativeErrorModel<'_> {
 
     fn relative(&self, solved: RegularisedSolution) -> PredictedSolution {
         let event = self.event(&solved);
-        let RegularisedSolution { solution, rho, expected, groups, .. } = solved;
+        let RegularisedSolution { solution, rho, expected, groups, refused, .. } = solved;
         let predicted = Ok(predicted_error(expected, self.size));
-        PredictedSolution { solution, rho, predicted, worst_group: self.worst_group(&groups), event }
+        let held_back = refused.map(|refused| HeldBack {
+            tensors: self.groups[refused.group].tensors.to_vec(),
+            rho: refused.rho,
+            predicted: predicted_error(refused.expected, self.size),
+        });
+        PredictedSolution { solution, rho, predicted, worst_group: self.worst_group(&groups), event, held_back }
     }
 
     /// Returns the event that makes the most of an error, if there is one.

@@ -164,6 +164,7 @@ mod tests {
             no_prediction: Some(NoPrediction::NotAsked),
             event: None,
             worst_group: None,
+            held_back: None,
             shortfall: None,
             weights: Vec::new(),
             later: Vec::new(),

@@ -100,6 +100,7 @@ impl PostHocEma {
             no_prediction: Some(NoPrediction::NotAsked),
             event: None,
             worst_group: None,
+            held_back: None,
             shortfall: None,
             weights: vec![Weight { index, step: at, weight: 1.0 }],
             later: Vec::new(),

@@ -88,6 +88,25 @@ fn head_of_480_elements_is_predicted_and_not_made_worse() {
     }
 }
 
+/// Four elements forbid what would make all others three times better. The plan names them, and its remedy works.
+#[test]
+fn tensor_that_holds_auto_back_is_named() {
+    let model = TwoTensors::new(0.005, 0.3, 4, Dtype::F16);
+    let (off, auto) = (model.plans(Noise::Off), model.plans(Noise::Auto));
+    let index = 1;
+    let plan = &auto[index];
+    let held = plan.held_back.as_ref().expect("the head holds it back");
+    assert!(held.tensors == ["head"] && held.rho > plan.rho, "{held:?}");
+    assert!(held.predicted.total < 0.6 * plan.predicted.unwrap().total, "{held:?}");
+    let forced = model.plans(Noise::Rho(held.rho)).remove(index);
+    let (before, after) = (model.errors(plan, index), model.errors(&forced, index));
+    assert!(after.whole < 0.7 * before.whole && after.head > 1.05 * before.head, "{before:?} {after:?}");
+    assert!((0.5..2.0).contains(&(held.predicted.total / after.whole)), "{held:?} {after:?}");
+    assert!(off.iter().all(|plan| plan.held_back.is_none()), "nothing was asked for");
+    let alike = TwoTensors::new(0.005, 0.005, 480, Dtype::F16).plans(Noise::Auto);
+    assert!(alike.iter().any(|plan| plan.rho > 0.0) && alike.iter().all(|plan| plan.held_back.is_none()));
+}
+
 #[test]
 fn head_on_a_still_body_is_predicted() {
     for head in [480, 3600] {

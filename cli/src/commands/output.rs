@@ -7,6 +7,8 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use posthoc_ema::{Plan, escape_controls, is_control, warnings};
 
+use crate::tables::held_back;
+
 /// Escapes the control characters that could hide or forge terminal output: names come from files.
 fn escape_control(text: &str) -> String {
     escape_controls(text, &['\n', '\t'])
@@ -17,7 +19,8 @@ pub fn print_warnings(plans: &[Plan]) {
     warnings(plans).iter().for_each(|warning| print_warning(warning));
 }
 
-/// Prints the reasons for plans without a predicted error, each once, and events that make an error uncertain.
+/// Prints the reasons for plans without a predicted error, each once, events that make an error uncertain, and what
+/// holds a regularisation back.
 pub fn print_notes(plans: &[Plan]) {
     let mut reasons: Vec<String> =
         plans.iter().filter_map(|plan| plan.no_prediction).map(|why| why.to_string()).collect();
@@ -28,6 +31,7 @@ pub fn print_notes(plans: &[Plan]) {
             print(&format!("{}: {event}.", plan.profile));
         }
     }
+    plans.iter().filter_map(held_back).for_each(|text| print(&text));
 }
 
 /// Prints a warning to stderr.

@@ -91,6 +91,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     if let Some(groups) = tables::worst_groups(&plans) {
         destination.print(&groups.to_string());
     }
+    plans.iter().filter_map(tables::held_back).for_each(|text| destination.print(&text));
     if let Some(later) = tables::later(&plans) {
         destination.print(&later.to_string());
     }
@@ -173,6 +174,9 @@ fn target_json(plan: &Plan, path: &Path) -> Value {
         "worst_group": plan.worst_group,
         "warning": plan.shortfall,
     });
+    if let Some(held_back) = &plan.held_back {
+        target["held_back"] = json!(held_back);
+    }
     if !plan.later.is_empty() {
         target["later"] = json!(plan.later);
     }
