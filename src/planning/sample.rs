@@ -82,18 +82,14 @@ pub(super) fn sample(sources: &[&dyn SampledSource], averaged: &[TensorSpec]) ->
 
 impl SampledSource for Snapshot {
     fn read_segments(&self, tensors: &[TensorSpec], segments: &[Segment]) -> Option<SampledElements> {
-        let read = || {
-            let mut sampled = SampledElements::default();
-            for segments in segments.chunk_by(|a, b| a.tensor == b.tensor) {
-                let (stored, bytes) = self.tensor(&tensors[segments[0].tensor].name)?;
-                let size = stored.dtype.bitsize() / 8;
-                for Segment { elements, .. } in segments {
-                    sampled.append(stored.dtype, bytes.get(elements.start * size..elements.end * size)?)?;
-                }
-            }
-            Some(sampled)
-        };
-        self.sparsely(read)
+        let mut reader = self.scattered();
+        let mut sampled = SampledElements::default();
+        for segments in segments.chunk_by(|a, b| a.tensor == b.tensor) {
+            let ranges = segments.iter().map(|segment| segment.elements.clone());
+            let append = |dtype, bytes: &[u8]| sampled.append(dtype, bytes);
+            reader.read(&tensors[segments[0].tensor].name, ranges, append)?;
+        }
+        Some(sampled)
     }
 }
 

@@ -15,6 +15,7 @@ mod open_run;
 mod open_snapshot;
 mod read;
 mod rewind;
+mod scattered;
 mod session;
 mod shards;
 mod tensors;

@@ -90,14 +90,6 @@ impl Snapshot {
         &self.files
     }
 
-    /// Calls `read`, which reads a few scattered elements, and keeps the system from fetching their neighbours.
-    pub(crate) fn sparsely<R>(&self, read: impl FnOnce() -> R) -> R {
-        self.files.iter().for_each(|file| file.read_sparsely(true));
-        let result = read();
-        self.files.iter().for_each(|file| file.read_sparsely(false));
-        result
-    }
-
     /// Frees the page tables of everything that was read, as closing the files would.
     pub(crate) fn unmap_pages(&self) {
         self.files.iter().for_each(StoredFile::unmap_pages);
@@ -120,6 +112,12 @@ impl Snapshot {
         let Place { file, tensor } = self.places[*place];
         let tensor = self.files[file].tensors().at(tensor).1;
         Some((tensor, self.files[file].bytes(tensor)))
+    }
+
+    /// Returns the index of the file that holds a tensor, and the tensor.
+    pub(super) fn located(&self, name: &str) -> Option<(usize, &StoredTensor)> {
+        let Place { file, tensor } = self.places[self.find(name, 0)?];
+        Some((file, self.files[file].tensors().at(tensor).1))
     }
 
     fn find(&self, name: &str, near: usize) -> Option<usize> {

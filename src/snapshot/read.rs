@@ -5,8 +5,6 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::Advice;
-
 use super::checksum;
 use super::header::{Header, SiblingHeader};
 use super::layout::MAX_HEADER;
@@ -76,7 +74,6 @@ impl StoredFile {
     }
 
     /// Returns the byte of the file at which a tensor of this file begins.
-    #[cfg(feature = "pytorch")]
     pub(crate) fn start(&self, tensor: &StoredTensor) -> usize {
         self.data + tensor.range.start
     }
@@ -90,11 +87,6 @@ impl StoredFile {
     /// Starts to read bytes of a tensor from the disk in the background. Bytes outside the mapping are ignored.
     pub(crate) fn will_need(&self, bytes: &[u8]) {
         self.map.will_need(bytes);
-    }
-
-    /// Advises the system that only a few scattered bytes will be read, so that it does not fetch their neighbours.
-    pub(super) fn read_sparsely(&self, sparsely: bool) {
-        self.map.advise(if sparsely { Advice::Random } else { Advice::Normal });
     }
 
     /// Unmaps all pages. Later reads map them again.

@@ -73,6 +73,36 @@ fn shards_hold_the_same_as_one_file() {
 }
 
 #[test]
+fn scattered_reads_equal_the_mapping() {
+    for shard_size in [u64::MAX, 300] {
+        let dir = tempfile::tempdir().unwrap();
+        let files = write(dir.path(), 0, 10, &meta(10), shard_size);
+        let snapshots = open_all(dir.path()).unwrap();
+        // A file that cannot be opened again is read from its mapping.
+        for removed in [None, files.last()] {
+            removed.into_iter().for_each(|file| fs::remove_file(file).unwrap());
+            let mut reader = snapshots[0].scattered();
+            for spec in specs() {
+                let (stored, bytes) = snapshots[0].tensor(&spec.name).unwrap();
+                let size = stored.dtype.bitsize() / 8;
+                let mut read = Vec::new();
+                let ranges = [0..1, 1..3, 2..spec.shape[0], 1..1];
+                let append = |dtype, bytes: &[u8]| {
+                    assert_eq!(dtype, spec.dtype);
+                    read.push(bytes.to_vec());
+                    Some(())
+                };
+                reader.read(&spec.name, ranges.iter().cloned(), append).unwrap();
+                let expected = ranges.map(|range| bytes[range.start * size..range.end * size].to_vec());
+                assert_eq!(read, expected);
+                assert!(reader.read(&spec.name, std::iter::once(0..spec.shape[0] + 1), |_, _| Some(())).is_none());
+            }
+            assert!(reader.read("none", std::iter::once(0..1), |_, _| Some(())).is_none());
+        }
+    }
+}
+
+#[test]
 fn unfinished_shards_are_left_out_and_removed() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), 0, 10, &meta(10), u64::MAX);

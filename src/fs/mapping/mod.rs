@@ -31,11 +31,6 @@ impl Mapping {
         Ok(Mapping { map, entry })
     }
 
-    /// Advises the system about the order of reading. The system may ignore it.
-    pub(crate) fn advise(&self, advice: Advice) {
-        let _ = self.map.advise(advice);
-    }
-
     /// Starts to read bytes of the mapping from the disk in the background. Bytes outside of it are ignored, and so may
     /// be the advice: the bytes are then read on access.
     pub(crate) fn will_need(&self, bytes: &[u8]) {
