@@ -335,7 +335,7 @@ fn bad_usage_exits_with_2_and_names_the_fix() {
         (vec!["synthesize", dir, "-o", "x"], "no target"),
         (vec!["synthesize", dir, "--sigma-rel", "0.1"], "nowhere to write"),
         (vec!["synthesize", dir, "--sigma-rel", "0.1,0.2", "-o", "x"], "--out-dir"),
-        (vec!["synthesize", dir, "--sigma-rel", "0.1", "-o", "x", "--device", "tpu"], "auto, cpu and cuda:N"),
+        (vec!["synthesize", dir, "--sigma-rel", "0.1", "-o", "x", "--device", "tpu"], "auto, cpu, cuda and cuda:N"),
         (vec!["synthesize", dir, "--sigma-rel", "0.1", "-o", "x", "--dtype", "i8"], "bf16"),
         (vec!["plan", dir, "--sigma-rel", "0"], "sigma_rel = 0"),
         (vec!["plan", dir, "--sigma-rel", "-0.1"], "sigma_rel = -0.1"),
@@ -358,7 +358,7 @@ fn bad_usage_exits_with_2_and_names_the_fix() {
         (vec!["profile"], "no profile"),
         (vec!["bench", "--parameters", "0"], "1 or more"),
         (vec!["bench", "--tensors", "3", "--parameters", "2"], "at most 2"),
-        (vec!["bench", "--device", "tpu"], "auto, cpu and cuda:N"),
+        (vec!["bench", "--device", "tpu"], "auto, cpu, cuda and cuda:N"),
         (vec!["bench", "--plot", "plot.pdf"], "ends in .svg or .png"),
         (vec!["frobnicate"], "unrecognized subcommand"),
     ] {
