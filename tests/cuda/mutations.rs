@@ -142,9 +142,13 @@ fn address_sanitizer_finds_no_fault() {
     }
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
     let library = build(&kernels, &["-g", "-O1", "-fsanitize=address", "-w"]);
-    let runtime = Command::new("g++").arg("-print-file-name=libasan.so").output().unwrap();
-    let runtime = String::from_utf8(runtime.stdout).unwrap();
-    let variables = [("LD_PRELOAD", runtime.trim()), ("ASAN_OPTIONS", "detect_leaks=0:halt_on_error=1")];
+    // The sanitizer finds the functions of exceptions only if their library is loaded with it.
+    let preloaded = ["libasan.so", "libstdc++.so.6"].map(|name| {
+        let found = Command::new("g++").arg(format!("-print-file-name={name}")).output().unwrap();
+        String::from_utf8(found.stdout).unwrap().trim().to_owned()
+    });
+    let preloaded = preloaded.join(" ");
+    let variables = [("LD_PRELOAD", preloaded.as_str()), ("ASAN_OPTIONS", "detect_leaks=0:halt_on_error=1")];
     for part in ["update::", "blend::", "offload::", "non_finite::", "tracker::", "synthesis::"] {
         let output = run_in_own_process(part, &variables, &library);
         let text = [output.stdout, output.stderr].concat();
