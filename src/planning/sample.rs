@@ -45,13 +45,15 @@ pub(crate) struct SampledElements {
     values: Vec<f64>,
     /// The distances of neighbouring values of the dtype.
     ulps: Vec<f64>,
+    /// Memory for elements in f32, which is used again and again.
+    exact: Vec<f32>,
 }
 
 impl SampledElements {
     /// Appends elements as they are in memory; `None` if they are not floating-point.
     pub(crate) fn append(&mut self, dtype: Dtype, bytes: &[u8]) -> Option<()> {
         let start = self.values.len();
-        append(&mut self.values, dtype, bytes)?;
+        append(&mut self.values, &mut self.exact, dtype, bytes)?;
         self.ulps.extend(self.values[start..].iter().map(|&value| ulp(dtype, value)));
         Some(())
     }
@@ -94,14 +96,15 @@ impl SampledSource for Snapshot {
 }
 
 /// Appends floating-point elements, which f64 holds exactly; `None` for other dtypes.
-fn append(values: &mut Vec<f64>, dtype: Dtype, bytes: &[u8]) -> Option<()> {
+fn append(values: &mut Vec<f64>, exact: &mut Vec<f32>, dtype: Dtype, bytes: &[u8]) -> Option<()> {
     if dtype == Dtype::F64 {
         values.extend(bytes.as_chunks().0.iter().map(|&element| f64::from_le_bytes(element)));
         return Some(());
     }
-    let mut exact = is_averaged(dtype).then(|| vec![0.0f32; bytes.len() * 8 / dtype.bitsize()])?;
-    to_f32(&mut exact, bytes, dtype);
-    values.extend(exact.into_iter().map(f64::from));
+    is_averaged(dtype).then_some(())?;
+    exact.resize(bytes.len() * 8 / dtype.bitsize(), 0.0);
+    to_f32(exact, bytes, dtype);
+    values.extend(exact.iter().copied().map(f64::from));
     Some(())
 }
 
@@ -144,12 +147,13 @@ mod tests {
                 numbers.map(|x| bf16::from_f64(x).into()),
             ),
         ];
+        let mut exact = Vec::new();
         for (dtype, bytes, expected) in cases {
             let mut values = vec![7.0];
-            append(&mut values, dtype, &bytes).unwrap();
+            append(&mut values, &mut exact, dtype, &bytes).unwrap();
             assert!(values[0] == 7.0 && values[1..] == expected, "{dtype}: {values:?}");
         }
-        assert_eq!(append(&mut Vec::new(), Dtype::I64, &[0; 8]), None);
+        assert_eq!(append(&mut Vec::new(), &mut exact, Dtype::I64, &[0; 8]), None);
     }
 
     #[test]

@@ -108,15 +108,14 @@ impl Snapshot {
     /// Returns a tensor and its bytes. `place` is a guess of its position in the order of names, such as that in a
     /// sibling, and becomes its position.
     pub(crate) fn tensor_near(&self, name: &str, place: &mut usize) -> Option<(&StoredTensor, &[u8])> {
-        *place = self.find(name, *place)?;
-        let Place { file, tensor } = self.places[*place];
-        let tensor = self.files[file].tensors().at(tensor).1;
+        let (file, tensor) = self.located(name, place)?;
         Some((tensor, self.files[file].bytes(tensor)))
     }
 
-    /// Returns the index of the file that holds a tensor, and the tensor.
-    pub(super) fn located(&self, name: &str) -> Option<(usize, &StoredTensor)> {
-        let Place { file, tensor } = self.places[self.find(name, 0)?];
+    /// Returns the index of the file that holds a tensor, and the tensor. `place` is as in [`Snapshot::tensor_near`].
+    pub(super) fn located(&self, name: &str, place: &mut usize) -> Option<(usize, &StoredTensor)> {
+        *place = self.find(name, *place)?;
+        let Place { file, tensor } = self.places[*place];
         Some((file, self.files[file].tensors().at(tensor).1))
     }
 

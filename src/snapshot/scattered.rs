@@ -13,13 +13,15 @@ pub(crate) struct ScatteredReader<'s> {
     /// Each file, opened again; `None` for one that cannot be, whose mapping is read.
     files: Vec<Option<ScatteredFile>>,
     read: Vec<u8>,
+    /// Guess of the next tensor's position in the order of names.
+    near: usize,
 }
 
 impl Snapshot {
     /// Opens the files for reads of a few scattered elements.
     pub(crate) fn scattered(&self) -> ScatteredReader<'_> {
         let files = self.files().iter().map(|file| ScatteredFile::open(file.path(), file.len())).collect();
-        ScatteredReader { snapshot: self, files, read: Vec::new() }
+        ScatteredReader { snapshot: self, files, read: Vec::new(), near: 0 }
     }
 }
 
@@ -32,7 +34,8 @@ impl ScatteredReader<'_> {
         ranges: impl Iterator<Item = Range<usize>>,
         mut act: impl FnMut(Dtype, &[u8]) -> Option<()>,
     ) -> Option<()> {
-        let (index, tensor) = self.snapshot.located(name)?;
+        let (index, tensor) = self.snapshot.located(name, &mut self.near)?;
+        self.near += 1;
         let file = &self.snapshot.files()[index];
         let size = tensor.dtype.bitsize() / 8;
         let bytes = file.bytes(tensor);
