@@ -10,6 +10,8 @@ model is moved to the device of LOCAL_RANK.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -116,3 +118,6 @@ def arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     main()
+    # Leaves out the end of the interpreter, in which a thread of gloo sometimes aborts the process (torch 2.15).
+    sys.stdout.flush()
+    os._exit(0)
