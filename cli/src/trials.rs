@@ -70,7 +70,7 @@ pub fn part_name(part: Option<&str>) -> &str {
     part.unwrap_or("other tensors")
 }
 
-/// Marks a trial with the names of the metrics by which it is the best, of so many.
+/// Marks a trial with the names of the metrics by which it is the best. `metrics` is the number of all.
 fn best_mark(names: &[&str], metrics: usize) -> String {
     match names {
         [] => String::new(),

@@ -42,7 +42,7 @@ const HARMLESS: [&str; 28] = [
     "problem_type",
     "finetuning_task",
     "task_specific_params",
-    // Of diffusers' EMAModel.
+    // Keys that diffusers' EMAModel adds.
     "optimization_step",
     "cur_decay_value",
 ];

@@ -27,7 +27,7 @@ impl Snapshot {
 
 impl ScatteredReader<'_> {
     /// Calls `act` with the dtype of a tensor and with the bytes of each of some ranges of its elements. Returns `None`
-    /// if there is no such tensor or range, or if `act` does.
+    /// if the snapshot lacks the tensor or a range, or if `act` does.
     pub(crate) fn read(
         &mut self,
         name: &str,

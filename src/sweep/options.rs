@@ -119,7 +119,7 @@ pub struct SweepResult {
     pub settled: bool,
     /// Safetensors file or folder of the best average by each metric. Empty if no evaluation succeeded.
     pub best: Vec<PathBuf>,
-    /// Those of the second run that go with them. Empty without a second run.
+    /// Files of the second run that go with them. Empty without a second run.
     pub best_with: Vec<PathBuf>,
     /// Time of the targets.
     pub at: u64,

@@ -136,7 +136,7 @@ fn even_sections(
     };
     let least = (fewest..=most).map(left).fold(f64::INFINITY, f64::min);
     let mut equal = (fewest..=most).filter(|below| left(*below) <= (1.0 + EVEN) * least);
-    // Of two equal choices, the one with more cuts towards the better neighbour.
+    // Prefers the choice with more cuts towards the better neighbour, of two equal ones.
     let up = match (shorter, longer) {
         (Some(shorter), Some(longer)) => !curve.is_better(shorter.trial, longer.trial),
         _ => true,

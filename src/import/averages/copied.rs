@@ -9,7 +9,7 @@ use crate::error::{Result, listed};
 #[derive(Debug, Default)]
 pub(super) struct CopiedTensors {
     pub names: BTreeSet<String>,
-    /// Those that were found by their elements.
+    /// Names that were found by their elements.
     found: BTreeSet<String>,
 }
 

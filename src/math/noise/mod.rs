@@ -93,7 +93,7 @@ struct GroupModel<'a> {
 enum GroupMovement<'a> {
     /// The system's own snapshots.
     Fitted(Arc<MovementBasis<'a>>, Movement),
-    /// Those of another training.
+    /// Snapshots of another training.
     Like(Arc<LikeBasis<'a>>, Movement),
     /// The user.
     Named(NamedBasis<'a>),

@@ -89,7 +89,7 @@ fn products_are_averaged_in_every_convention() {
         assert_eq!(errors.pairs, 1);
         assert_is_average_of_products(&loaded, names, &thirds, errors);
         assert_eq!(loaded.get(names.up).unwrap().shape.len(), if convolution { 4 } else { 2 });
-        // What is not a factor is averaged as ever, and the scale is copied.
+        // Other tensors are averaged as ever, and the scale is copied.
         let plain = Checkpoints::open(&[temp.path()], None).unwrap().load(&merge).unwrap();
         assert_eq!(loaded.get("norm.weight"), plain.get("norm.weight"));
         if let Some(alpha) = names.alpha {
