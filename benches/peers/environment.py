@@ -21,7 +21,7 @@ VENV = ROOT / "target" / "peers-venv"
 NEEDED = ("torch", "numpy", "safetensors", "matplotlib", "pillow", "tqdm", "timm")
 # Packages in a folder of their own: the first has our import name.
 APART = ("pytorch-posthoc-ema", "ema-pytorch")
-LIMITS = ("update", "scan", "peak")
+LIMITS = ("update", "scan", "peak", "many")
 FLAGS = ("-O3", "-march=native", "-pthread")
 
 

@@ -19,6 +19,8 @@ static int threads;
 static work_fn *work;
 static uint64_t *sums;
 static pthread_barrier_t begin, end;
+/* Prepares a round; not timed. */
+static void (*prepare)(void);
 
 static void *serve(void *arg)
 {
@@ -61,6 +63,7 @@ static int turns(work_fn *given, int count)
     for (int i = 0; i < count; i++)
         if (pthread_create(&thread, NULL, serve, (void *)(intptr_t)i) != 0) return 1;
     while (fgets(line, sizeof line, stdin)) {
+        if (prepare) prepare();
         double start = now();
         pthread_barrier_wait(&begin);
         pthread_barrier_wait(&end);
