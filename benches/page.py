@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes docs/explanation/performance.md and its pictures from the newest records; no figure is typed in.
+"""Makes the pages of performance and their pictures from the newest records; no figure is typed in.
 
 python3 benches/page.py             # needs matplotlib, for the pictures
 python3 benches/page.py --check     # fails if the page differs from the records, or a picture is missing
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benches" / "peers"))
+sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "benches" / "peers")]
+
+import gpu_page  # noqa: E402
 
 import table  # noqa: E402
 
@@ -38,9 +40,10 @@ WORKS = {
         "Synthesis",
         "One state dict or file from 40 snapshots in the page cache. The limit is a loop in C that maps the same files "
         "and adds their 64-bit words up, with as many threads. For many targets, it is the multiply-adds in f64 alone, "
-        "if they take longer. GB/s are of snapshots read. Programs are timed as whole processes, Python after its "
-        "imports. Memory is anonymous: it includes results, but not mapped files. Off from f64 is the largest "
-        "difference, in a sample of elements, from a sum in f64 with the weights of our plan, relative to the RMS. "
+        "if they take longer, or the same sums and files made in C if a row has that. GB/s are of snapshots read. "
+        "Programs are timed as whole processes, Python after its imports. Memory is anonymous: it includes results, "
+        "but not mapped files. Off from f64 is the largest difference, in a sample of elements, from a sum in f64 with "
+        "the weights of our plan, relative to the RMS. "
         "Packages that solve for their own weights differ by those, too.",
     ),
     "cold": (
@@ -90,16 +93,18 @@ def main() -> None:
         "peers": newest_cases(options.records),
         "scaling": newest(options.records, "scaling"),
     }
-    if not any(records.values()):
-        print(f"{options.records} holds no record of {' or '.join(KINDS)}: the page is not made")
-        return
-    text = page(records)
+    pages = {gpu_page.PAGE: gpu_page.page(newest(options.records, "gpu"))}
+    if any(records.values()):
+        pages[PAGE] = page(records)
+    else:
+        print(f"{options.records} holds no record of {' or '.join(KINDS)}: their page is not made")
     if options.check:
-        check(options, text, records)
+        check(options, pages, records)
         return
-    for folder in (options.docs / "pictures", (options.docs / PAGE).parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    (options.docs / PAGE).write_text(text)
+    for path, text in pages.items():
+        (options.docs / path).parent.mkdir(parents=True, exist_ok=True)
+        (options.docs / path).write_text(text)
+    (options.docs / "pictures").mkdir(parents=True, exist_ok=True)
     for name, draw in pictures(records).items():
         draw(options.docs / "pictures" / name)
 
@@ -134,11 +139,12 @@ def newest_cases(folder: Path) -> Record | None:
     return {"cases": [case for work in cases.values() for case in work]} if cases else None
 
 
-def check(options: argparse.Namespace, text: str, records: dict[str, Record | None]) -> None:
-    path = options.docs / PAGE
+def check(options: argparse.Namespace, pages: dict[Path, str], records: dict[str, Record | None]) -> None:
     wrong = []
-    if not path.exists() or path.read_text() != text:
-        wrong.append(f"{path} differs from the records")
+    for path, text in pages.items():
+        made = options.docs / path
+        if not made.exists() or made.read_text() != text:
+            wrong.append(f"{made} differs from the records")
     missing = [name for name in pictures(records) if not (options.docs / "pictures" / name).exists()]
     wrong += [f"{options.docs / 'pictures' / name} is missing" for name in missing]
     if wrong:

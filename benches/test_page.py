@@ -117,10 +117,13 @@ def test_pictures_have_the_same_bytes_each_time(folders: tuple[Path, Path]) -> N
     assert all(b"<dc:date>" not in picture for picture in made[0].values())
 
 
-def test_without_records_there_is_no_page(tmp_path: Path) -> None:
-    (tmp_path / "records").mkdir()
-    done = run((tmp_path / "records", tmp_path / "docs"), "--check")
+def test_without_records_only_the_page_of_gpus_is_made(tmp_path: Path) -> None:
+    folders = (tmp_path / "records", tmp_path / "docs")
+    folders[0].mkdir()
+    done = run(folders)
     assert done.returncode == 0 and "no record" in done.stdout
+    assert [path.name for path in (folders[1] / "explanation").iterdir()] == ["performance-gpu.md"]
+    assert run(folders, "--check").returncode == 0
 
 
 @pytest.mark.parametrize(

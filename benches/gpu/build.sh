@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Builds the binaries of the GPU check, for a machine without Rust, into gpu-check/ (or the folder in the first
-# argument). Needs Rust and nvcc (see build.rs); POSTHOC_EMA_CUDA_ARCHS=90 compiles for the H200 alone.
+# argument). Needs Rust and nvcc (see build.rs); POSTHOC_EMA_CUDA_ARCHS=90 compiles for H100 and H200 alone. PROFILE=dev
+# takes Cargo's quick profile, to try the check on the stand-in driver.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-gpu-check}
 export CARGO_PROFILE_RELEASE_STRIP=symbols CARGO_TERM_COLOR=never
+profile=${PROFILE:-release}
 
 mkdir -p "$folder"
 on_cuda=(-p posthoc-ema -p posthoc-ema-cli --features posthoc-ema/cuda,posthoc-ema-cli/cuda)
-cargo build --release "${on_cuda[@]}" --bin posthoc-ema --example gpu-check-run
+cargo build --profile "$profile" "${on_cuda[@]}" --bin posthoc-ema --example gpu-check-run
 # Cargo's messages have the paths of the test binaries, that of the program's in cli/.
-tests=$(cargo test --release "${on_cuda[@]}" --test cuda --no-run --message-format=json \
+tests=$(cargo test --profile "$profile" "${on_cuda[@]}" --test cuda --no-run --message-format=json \
     | python3 -c '
 import json, sys
 built = [json.loads(line) for line in sys.stdin if line.startswith("{")]
@@ -18,14 +20,16 @@ tests = [b for b in built if b.get("executable") and b["target"]["name"] == "cud
 tests.sort(key=lambda b: b["target"]["src_path"].endswith("/cli/tests/cuda/main.rs"))
 print(*[b["executable"] for b in tests], sep="\n")')
 { read -r library_tests && read -r program_tests; } <<<"$tests"
-release=${CARGO_TARGET_DIR:-target}/release
-install "$release/posthoc-ema" "$release/examples/gpu-check-run" "$folder/"
+built=${CARGO_TARGET_DIR:-target}/${profile/#dev/debug}
+install "$built/posthoc-ema" "$built/examples/gpu-check-run" "$folder/"
 install "$library_tests" "$folder/cuda-tests"
 install "$program_tests" "$folder/program-cuda-tests"
 
 # Builds the Python package if maturin is installed.
 rm -f "$folder"/*.whl
-if command -v maturin >/dev/null; then
+if [ "$profile" != release ]; then
+    echo "no wheel of the Python package: the profile is $profile"
+elif command -v maturin >/dev/null; then
     maturin build --quiet --release --features cuda --compatibility linux --manifest-path python/Cargo.toml \
         --out "$folder"
 else

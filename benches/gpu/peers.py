@@ -10,6 +10,9 @@ compile, 1  the same on all parameters as one tensor; no model is one, but it is
 copy        Tensor.copy_ within the device: bytes read and bytes written both count
 """
 
+# Each function is called before the loop goes on.
+# ruff: noqa: B023, E731
+
 import json
 import os
 import statistics

@@ -1,209 +1,129 @@
-#!/usr/bin/env python3
-"""Reports the GPU check as one JSON document and one table, with each figure beside its limit and its target.
+"""Record of the GPU check: one JSON document and one table, written again after every part."""
 
-report.py RESULTS RECORD: reads the results of all stages, and writes DATE-gpu.json and DATE-gpu.md to folder RECORD.
-Exits with 1 if a stage failed or a target is missed.
-"""
+from __future__ import annotations
 
 import json
 import os
-import statistics
-import sys
+import platform
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-COPY = "copy within the device"
-
-
-class Results:
-    """Documents and lines that the stages left in a folder."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.benches = {name: self.document(f"{name}.json") for name in ("few", "many", "blend")}
-        self.peers = self.document("peers.json")
-        self.synthesis = self.document("synthesis.json")
-        self.command = self.document("synthesize-command.json")
-        self.python = self.document("python.json")
-
-    def document(self, name):
-        """Returns the document of a stage, or None if the stage did not finish."""
-        try:
-            return json.loads((self.folder / name).read_text())
-        except (OSError, ValueError):
-            return None
-
-    def lines(self, name):
-        path = self.folder / name
-        return path.read_text().splitlines() if path.is_file() else []
-
-    def row(self, bench, name):
-        rows = (self.benches[bench] or {}).get("measurements", [])
-        return next((row for row in rows if row["name"] == name), None)
-
-    def peer(self, name):
-        rows = (self.peers or {}).get("measurements", [])
-        return next((row for row in rows if row["name"] == name and "error" not in row), None)
+import figures
+import stages
+from process import Done
 
 
-def figure(what, value, unit, beside, limit, ratio, target, at_most=False):
-    """Returns a line of the table: a ratio that must reach its target, or stay below it if `at_most`."""
-    passed = None if ratio is None or target is None else ratio <= target if at_most else ratio >= target
-    keys = ("what", "value", "unit", "beside", "limit", "ratio", "target", "at_most", "passed")
-    return dict(zip(keys, (what, value, unit, beside, limit, ratio, target, at_most, passed)))
+class Record:
+    """Record in a folder; `results` is the folder with the output of the parts."""
+
+    def __init__(self, results: Path, folder: Path, clocks: Callable[[], dict[str, object] | None]):
+        for each in (results, folder):
+            each.mkdir(parents=True, exist_ok=True)
+        self.results = results
+        self.date = datetime.now(timezone.utc).strftime("%Y-%m-%d-%H%M")
+        self.path = folder / f"{self.date}-gpu.json"
+        self.clocks = clocks
+        self.stages: list[dict[str, Any]] = []
+        # Part that runs now.
+        self.running: str | None = None
+        self.interrupted: str | None = None
+        self.save(finished=False)
+
+    def add(self, name: str, done: Done, limit: float) -> None:
+        """Adds the outcome of a part, with the end of its output if it failed."""
+        stage: dict[str, Any] = {"name": name, "outcome": done.outcome, "seconds": round(done.seconds, 1)}
+        stage["limit_seconds"] = round(limit, 1)
+        if done.outcome.startswith(("failed", "out of time")):
+            stage["output"] = done.output
+        self.stages.append(stage)
+        print(f"{name}: {done.outcome}, {done.seconds:.0f} s", flush=True)
+        self.save(finished=False)
+
+    def save(self, finished: bool) -> None:
+        """Writes the record beside its name, then gives it that name: a reader sees a whole record, old or new."""
+        document = self.document(finished)
+        for path, text in (
+            (self.path, json.dumps(document, indent=1) + "\n"),
+            (self.path.with_suffix(".md"), markdown(document)),
+        ):
+            beside = path.with_suffix(f"{path.suffix}.new")
+            beside.write_text(text)
+            os.replace(beside, path)
+
+    def document(self, finished: bool) -> dict[str, Any]:
+        results = figures.Results(self.results)
+        bench = next((document for document in results.benches.values() if document), {})
+        return {
+            "date": self.date,
+            "finished": finished,
+            "interrupted": self.interrupted and {"by": self.interrupted, "during": self.running},
+            "full": all(stages.size(name) == full for name, full in stages.SIZES.items()),
+            "device": results.lines("device.txt"),
+            "host": {"machine": bench.get("machine"), "system": platform.platform(), "cores": os.cpu_count()},
+            "binaries": results.lines("manifest.txt"),
+            "versions": {"python": platform.python_version(), "torch": (results.peers or {}).get("torch")},
+            "sizes": {name.lower(): stages.size(name) for name in stages.SIZES},
+            "stages": self.stages,
+            "clocks": self.clocks(),
+            "figures": figures.all_figures(results),
+            "results": results.all(),
+        }
+
+    def verdict(self) -> str | int:
+        """Returns 0, or a text with the parts that failed and the targets that are missed."""
+        document = json.loads(self.path.read_text())
+        print(self.path.with_suffix(".md").read_text())
+        bad = [f"{s['name']}: {s['outcome']}" for s in self.stages if s["outcome"] != "passed" and not allowed(s)]
+        # At small sizes no target can be met.
+        missed = [line["what"] for line in document["figures"] if line["passed"] is False and document["full"]]
+        bad += [f"missed: {what}" for what in missed]
+        bad += [f"interrupted by {self.interrupted}"] if self.interrupted else []
+        return "\n".join(["", *bad]) if bad else 0
 
 
-def share(results, bench, name, target, what=None):
-    """Compares a row of a bench with the limit that was measured with it."""
-    row = results.row(bench, name)
-    if row is None:
-        return figure(what or name, None, "GB/s", None, None, None, target)
-    limit = results.row(bench, row["limit"])
-    rates = [r["bytes_per_second"] / 1e9 for r in (row, limit)]
-    return figure(what or name, rates[0], "GB/s", row["limit"], rates[1], row["share_of_limit"], target)
+def allowed(stage: dict[str, Any]) -> bool:
+    """True if a part was left out because something is missing on the machine."""
+    return stage["outcome"].startswith("skipped") and "no time" not in stage["outcome"]
 
 
-def faster(results, bench, name, peer, target):
-    """Compares a row with a peer: how many times as fast it is."""
-    own, other = results.row(bench, name), results.peer(peer)
-    how = peer.split(",")[0] + (" of one tensor" if peer.endswith(", 1") else " in a graph" if "graph" in peer else "")
-    what = f"update, {name}: times as fast as torch {how}"
-    if own is None or other is None:
-        return figure(what, None, "ms", None, None, None, target)
-    own, other = own["seconds_median"], other["seconds_median"]
-    return figure(what, 1e3 * own, "ms", "torch", 1e3 * other, other / own, target)
+def skipped_itself(output: Path, done: Done) -> Done:
+    """Returns the outcome with the reason of a part that found nothing to measure."""
+    try:
+        document = json.loads(output.read_text())
+    except (OSError, ValueError):
+        return done
+    reason = document.get("skipped") if isinstance(document, dict) else None
+    return Done(f"skipped: {reason}", done.seconds, "") if reason and done.outcome == "passed" else done
 
 
-def updates(results, few, many):
-    lines = []
-    for bench, tensors, target in (("few", few, 0.9), ("many", many, 0.8)):
-        for dtype in ("f32", "bf16"):
-            for precision in ("plain", "compensated"):
-                name = f"{dtype}, {precision}, {tensors} tensors"
-                lines.append(share(results, bench, name, target, f"update, {name}"))
-                if precision == "compensated":
-                    name += ", with a look"
-                    lines.append(share(results, bench, name, None, f"update, {name}"))
-    return lines
+def markdown(document: dict[str, Any]) -> str:
+    listed = [*document["device"], *document["binaries"]]
+    listed += [f"{stage['name']}: {stage['outcome']}, {stage['seconds']:g} s" for stage in document["stages"]]
+    if document["interrupted"]:
+        listed.append(f"interrupted by {document['interrupted']['by']} during {document['interrupted']['during']}")
+    if not document["full"]:
+        listed.append("**the sizes are not those of a full check: the figures mean nothing**")
+    lines = [f"# {document['date']}, GPU", "", *(f"* {line}" for line in listed), "", table(document["figures"])]
+    return "\n".join(lines) + "\n"
 
 
-def peers(results, few, many):
-    lines = []
-    for bench, tensors in (("few", few), ("many", many)):
-        for dtype, target in (("f32", 1.15), ("bf16", 2.5)):
-            name = f"{dtype}, plain, {tensors} tensors"
-            lines.append(faster(results, bench, name, f"foreach, {dtype}, {tensors}", target))
-            lines.append(faster(results, bench, name, f"foreach, graph, {dtype}, {tensors}", None))
-    for dtype in ("f32", "bf16"):
-        name = f"{dtype}, plain, {few} tensors"
-        lines.append(faster(results, "few", name, f"compile, {dtype}, {few}", 1.0))
-        lines.append(faster(results, "few", name, f"compile, {dtype}, 1", None))
-    return lines
-
-
-def blends(results, snapshots, targets):
-    lines = []
-    for dtype in ("f16", "bf16", "f32"):
-        for count, target in ((1, 0.85), (targets, 0.6)):
-            name = f"{snapshots} {dtype} snapshots to {count} target{'' if count == 1 else 's'}"
-            lines.append(share(results, "blend", name, target if dtype == "f16" else None, f"blend, {name}"))
-    return lines
-
-
-def offloads(results, few, many):
-    lines = []
-    for bench, tensors in (("few", few), ("many", many)):
-        name = f"f32 parameters in {tensors} tensors to the host"
-        lines.append(share(results, bench, name, 0.85))
-        lines.append(share(results, bench, name.replace("f32", "bf16"), 0.85))
-        lines.append(held_up(results, bench, name))
-    return lines
-
-
-def held_up(results, bench, name):
-    """Compares the time that copies on the training stream lose during an offload with the offload's time."""
-    what = f"training stream held up, {name}"
-    beside, offload = results.row(bench, f"copies within the device, while {name} go"), results.row(bench, name)
-    if beside is None or offload is None:
-        return figure(what, None, "ms", None, None, None, 0.05, True)
-    alone = beside["bytes"] / results.row(bench, beside["limit"])["bytes_per_second"]
-    lost, lasted = beside["seconds_median"] - alone, offload["seconds_median"]
-    return figure(what, 1e3 * lost, "ms", "the offload", 1e3 * lasted, lost / lasted, 0.05, True)
-
-
-def synthesis(results):
-    """Compares synthesis with the bus. The first time opens files and locks memory, so only the others count."""
-    limit = results.row("few", "pinned host to device") or results.row("blend", "pinned host to device")
-    lines = []
-    for what, document, target in (
-        ("synthesis into a file, from the page cache, again and again", results.synthesis, 0.8),
-        ("synthesis into a file, the command once", results.command, None),
-    ):
-        if document is None or limit is None:
-            lines.append(figure(what, None, "GB/s", "pinned host to device", None, None, target))
-            continue
-        seconds = document["seconds"]
-        seconds = statistics.median(seconds[1:] or seconds) if isinstance(seconds, list) else seconds
-        rates = [document["bytes_read"] / seconds, limit["bytes_per_second"]]
-        rate, of = (r / 1e9 for r in rates)
-        lines.append(figure(what, rate, "GB/s", "pinned host to device", of, rates[0] / rates[1], target))
-    return lines
-
-
-def number(value):
+def number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def verdict(line):
-    return {None: "" if line["target"] is None else "not measured", True: "passes", False: "**fails**"}[line["passed"]]
+def verdict_of(line: dict[str, Any]) -> str:
+    if line["passed"] is None:
+        return "" if line["target"] is None else "not measured"
+    return "passes" if line["passed"] else "**fails**"
 
 
-def table(lines):
+def table(lines: list[dict[str, Any]]) -> str:
+    """Returns the table of all figures in Markdown."""
     rows = [["what", "", "beside", "", "ratio", "target", ""], ["---", "---:", "---", "---:", "---:", "---:", "---"]]
     for line in lines:
-        unit = line["unit"]
-        value, limit = (number(line[k]) and f"{number(line[k])} {unit}" for k in ("value", "limit"))
+        value, limit = (number(line[k]) and f"{number(line[k])} {line['unit']}" for k in ("value", "limit"))
         target = number(line["target"]) and f"{'≤' if line['at_most'] else '≥'} {number(line['target'])}"
-        rows.append([line["what"], value, line["beside"] or "", limit, number(line["ratio"]), target, verdict(line)])
+        rows.append([line["what"], value, line["beside"] or "", limit, number(line["ratio"]), target, verdict_of(line)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def about(results, date):
-    bench = next((document for document in results.benches.values() if document), {})
-    machine = bench.get("machine", {})
-    return {
-        "date": date,
-        "device": results.lines("device.txt"),
-        "host": [f"{machine.get('cpu')}, {machine.get('threads')} threads", machine.get("os")] if machine else [],
-        "binaries": results.lines("manifest.txt"),
-        "torch": (results.peers or {}).get("torch"),
-        "stages": results.lines("stages.txt"),
-    }
-
-
-def main():
-    folder, record = sys.argv[1:3]
-    few, many, snapshots, targets = (os.environ[k] for k in ("FEW", "MANY", "SNAPSHOTS", "TARGETS"))
-    names = ("PARAMETERS", "SNAPSHOT_PARAMETERS", "RUN_PARAMETERS", "RUN_SNAPSHOTS")
-    sizes = {name.lower(): int(os.environ[name]) for name in names}
-    results = Results(folder)
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d-%H%M")
-    lines = updates(results, few, many) + peers(results, few, many) + blends(results, snapshots, int(targets))
-    lines += synthesis(results) + offloads(results, few, many)
-    facts = about(results, date)
-    document = {**facts, "sizes": sizes, "figures": lines, "bench": results.benches, "peers": results.peers}
-    document |= {"synthesis": results.synthesis, "command": results.command, "python": results.python}
-    Path(record, f"{date}-gpu.json").write_text(json.dumps(document) + "\n")
-    listed = [f"* {line}" for key in ("device", "host", "binaries", "stages") for line in facts[key]]
-    torch = [f"* torch {facts['torch']}"] if facts["torch"] else []
-    sized = "* " + ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in sizes.items())
-    text = "\n".join([f"# {date}, GPU", "", *listed, *torch, sized, "", table(lines)])
-    Path(record, f"{date}-gpu.md").write_text(text + "\n")
-    print(text)
-    failed = [s for s in facts["stages"] if any(word in s for word in ("failed", "out of time", "no time is left"))]
-    missed = [line["what"] for line in lines if line["passed"] is False]
-    sys.exit("\n".join(["", *failed, *(f"missed: {what}" for what in missed)]) if failed or missed else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,8 @@
-//! Writes a made-up run for the GPU check, and synthesizes from it repeatedly in one process.
+//! Writes a made-up run for the GPU check, and synthesizes from it repeatedly in one process; times single pieces of
+//! work on a device.
+
+#[cfg(feature = "cuda")]
+mod device;
 
 use std::error::Error;
 use std::path::Path;
@@ -18,7 +22,23 @@ fn main() -> Result<(), Box<dyn Error>> {
         ["synthesize", dir, device, out, times] => {
             synthesize(Path::new(dir), device.parse()?, Path::new(out), times.parse()?)
         }
-        _ => Err("gpu-check-run write DIR PARAMETERS SNAPSHOTS | synthesize DIR DEVICE FILE TIMES".into()),
+        #[cfg(feature = "cuda")]
+        ["update", at, profiles, dtype, parameters, off, repeats] => {
+            let dtype = match dtype {
+                "f32" => Dtype::F32,
+                "bf16" => Dtype::BF16,
+                "f16" => Dtype::F16,
+                other => return Err(format!("dtype {other}: choose f32, bf16 or f16").into()),
+            };
+            let (profiles, parameters, off) = (profiles.parse()?, parameters.parse()?, off.parse()?);
+            let kind = device::Kind { profiles, dtype, parameters, off };
+            device::update_times(&device::open(at.parse()?)?, &kind, repeats.parse()?)
+        }
+        #[cfg(feature = "cuda")]
+        ["pin", at, bytes] => device::pin_times(&device::open(at.parse()?)?, bytes.parse()?),
+        _ => Err("gpu-check-run write DIR PARAMETERS SNAPSHOTS | synthesize DIR DEVICE FILE TIMES | \
+                  update DEVICE PROFILES DTYPE PARAMETERS OFF REPEATS | pin DEVICE BYTES"
+            .into()),
     }
 }
 
