@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the binaries of the GPU check, for a machine without Rust, into gpu-check/ (or the folder in the first
 # argument). Needs Rust and nvcc (see build.rs); POSTHOC_EMA_CUDA_ARCHS=90 compiles for H100 and H200 alone. PROFILE=dev
-# takes Cargo's quick profile, to try the check on the stand-in driver.
+# takes Cargo's quick profile, to try the check on the stand-in driver. UNROLL="2 8" also builds binaries whose kernels
+# keep at most so many loads in flight; the check compares them.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-gpu-check}
@@ -24,6 +25,14 @@ built=${CARGO_TARGET_DIR:-target}/${profile/#dev/debug}
 install "$built/posthoc-ema" "$built/examples/gpu-check-run" "$folder/"
 install "$library_tests" "$folder/cuda-tests"
 install "$program_tests" "$folder/program-cuda-tests"
+
+rm -f "$folder"/*-unroll-*
+for most in ${UNROLL:-}; do
+    POSTHOC_EMA_CUDA_UPDATE_UNROLL=$most POSTHOC_EMA_CUDA_BLEND_UNROLL=$most \
+        cargo build --profile "$profile" "${on_cuda[@]}" --bin posthoc-ema --example gpu-check-run
+    install "$built/posthoc-ema" "$folder/posthoc-ema-unroll-$most"
+    install "$built/examples/gpu-check-run" "$folder/gpu-check-run-unroll-$most"
+done
 
 # Builds the Python package if maturin is installed.
 rm -f "$folder"/*.whl

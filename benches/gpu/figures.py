@@ -19,6 +19,7 @@ class Results:
     def __init__(self, folder: Path):
         self.folder = folder
         self.benches = {name: self.document(f"{name}.json") for name in ("few", "many", "blend")}
+        self.unrolled = {path.stem: self.document(path.name) for path in sorted(folder.glob("blend-unroll-*.json"))}
         self.peers = self.document("peers.json")
         self.sweep = self.documents("sweep.jsonl")
         self.synthesis, self.command = [*self.documents("synthesis.jsonl"), None, None][:2]
@@ -187,7 +188,29 @@ def all_figures(results: Results) -> list[Line]:
     few, many, snapshots = (os.environ[name] for name in ("FEW", "MANY", "SNAPSHOTS"))
     lines = updates(results, few, many) + peers(results, few, many)
     lines += blends(results, snapshots, int(os.environ["TARGETS"]))
-    return lines + sweep(results) + synthesis(results) + offloads(results, few, many) + training(results)
+    return (
+        lines
+        + unrolled(results)
+        + sweep(results)
+        + synthesis(results)
+        + offloads(results, few, many)
+        + training(results)
+    )
+
+
+def unrolled(results: Results) -> list[Line]:
+    """Returns the blends of binaries whose kernels keep fewer or more loads in flight."""
+    lines = []
+    for name, document in results.unrolled.items():
+        rows = {row["name"]: row for row in (document or {}).get("measurements", [])}
+        for row in rows.values():
+            limit = rows.get(row.get("limit", ""))
+            if " snapshots to " not in row["name"] or limit is None:
+                continue
+            what = f"blend, {row['name']}, at most {name.rpartition('-')[2]} loads in flight"
+            rates = [each["bytes_per_second"] / 1e9 for each in (row, limit)]
+            lines.append(figure(what, rates[0], "GB/s", row["limit"], rates[1], row["share_of_limit"], None))
+    return lines
 
 
 def sweep(results: Results) -> list[Line]:
@@ -197,6 +220,7 @@ def sweep(results: Results) -> list[Line]:
         what += f", {row['off']} bytes off" if row["off"] != "0" else ""
         chunk = row.get("POSTHOC_EMA_CUDA_CHUNK")
         what += f", chunks of {int(chunk):,}" if chunk else ""
+        what += f", at most {row['unroll']} loads in flight" if "unroll" in row else ""
         if "error" in row:
             lines.append(figure(what, None, "GB/s", None, None, None, None))
             continue

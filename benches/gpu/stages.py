@@ -129,29 +129,28 @@ def package(found: Found) -> dict[str, str]:
 def updates(found: Found) -> list[Stage]:
     sweep = [sys.executable, str(HERE / "sweep.py"), found.binary("gpu-check-run"), found.device]
     parameters = size("PARAMETERS")
-    return [
-        bench(found, "update, few tensors", 45, "few.json", parameters, size("FEW"), 1, 1),
-        bench(found, "update, many tensors", 45, "many.json", parameters, size("MANY"), 1, 1),
+    stages = [
+        bench(found, "update, few tensors", 45, "few.json", (parameters, size("FEW"), 1, 1)),
+        bench(found, "update, many tensors", 45, "many.json", (parameters, size("MANY"), 1, 1)),
         Stage("update, sweep", 50, sweep, "sweep.jsonl"),
-        bench(
-            found,
-            "blend",
-            50,
-            "blend.json",
-            size("SNAPSHOT_PARAMETERS"),
-            size("FEW"),
-            size("SNAPSHOTS"),
-            size("TARGETS"),
-        ),
     ]
+    sizes = (size("SNAPSHOT_PARAMETERS"), size("FEW"), size("SNAPSHOTS"), size("TARGETS"))
+    stages.append(bench(found, "blend", 50, "blend.json", sizes))
+    for path in sorted(found.binaries.glob("posthoc-ema-unroll-*")):
+        most = path.name.rpartition("-")[2]
+        name = f"blend, at most {most} loads in flight"
+        stages.append(bench(found, name, 20, f"blend-unroll-{most}.json", sizes, path.name))
+    return stages
 
 
 def bench(
-    found: Found, name: str, seconds: float, output: str, parameters: int, tensors: int, snapshots: int, targets: int
+    found: Found, name: str, seconds: float, output: str, sizes: tuple[int, int, int, int], program: str = "posthoc-ema"
 ) -> Stage:
-    command = [found.binary("posthoc-ema"), "bench", "--device", found.device, "--repeats", str(size("REPEATS"))]
-    command += ["--parameters", str(parameters), "--tensors", str(tensors), "--snapshots", str(snapshots)]
-    return Stage(name, seconds, [*command, "--targets", str(targets), "--json"], output)
+    """Returns `posthoc-ema bench` with parameters, tensors, snapshots and targets."""
+    command = [found.binary(program), "bench", "--device", found.device, "--repeats", str(size("REPEATS")), "--json"]
+    for option, value in zip(("parameters", "tensors", "snapshots", "targets"), sizes):
+        command += [f"--{option}", str(value)]
+    return Stage(name, seconds, command, output)
 
 
 def rest(found: Found) -> list[Stage]:

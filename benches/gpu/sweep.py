@@ -3,15 +3,18 @@
 
     sweep.py PROGRAM DEVICE      # the binary gpu-check-run; size from SWEEP_PARAMETERS
 
-Kinds: 1, 4 and 8 profiles, f16 and bf16, tensors at odd addresses, a tenth of the parameters, and chunk sizes.
+Kinds: 1, 4 and 8 profiles, f16 and bf16, tensors at odd addresses, a tenth of the parameters, and chunk sizes; the
+first ones also by binaries PROGRAM-unroll-N, whose kernels keep at most N loads in flight.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 CHUNKS = (8192, 16384, 32768, 65536)
 
@@ -31,13 +34,23 @@ def kinds(parameters: int) -> list[tuple[dict[str, str], list[str]]]:
     return found
 
 
+def programs(program: str, parameters: int) -> Iterator[tuple[str, str, dict[str, str], list[str]]]:
+    """Yields each program with its limit of loads and a kind."""
+    for variables, arguments in kinds(parameters):
+        yield program, "", variables, arguments
+    for other in sorted(glob.glob(f"{program}-unroll-*")):
+        for variables, arguments in kinds(parameters)[:3]:
+            yield other, other.rpartition("-")[2], variables, arguments
+
+
 def main() -> None:
     program, device = sys.argv[1:3]
     failures = 0
-    for variables, arguments in kinds(int(os.environ["SWEEP_PARAMETERS"])):
-        command = [program, "update", device, *arguments, os.environ["REPEATS"]]
+    for each, unroll, variables, arguments in programs(program, int(os.environ["SWEEP_PARAMETERS"])):
+        command = [each, "update", device, *arguments, os.environ["REPEATS"]]
         done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
         named = dict(zip(("profiles", "dtype", "parameters", "off"), arguments))
+        named |= {"unroll": unroll} if unroll else {}
         if done.returncode == 0:
             print(json.dumps({**named, **variables, **json.loads(done.stdout)}), flush=True)
         else:

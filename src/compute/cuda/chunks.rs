@@ -19,18 +19,11 @@ const MIN_CHUNK: usize = 1 << 11;
 /// Number of blocks per multiprocessor, so that the last block does not finish long after the others.
 const BLOCKS: usize = 16;
 
-/// Variable with the chunk size for measurements, a multiple of [`MIN_CHUNK`]. It changes no bit.
-const CHUNK_VARIABLE: &str = "POSTHOC_EMA_CUDA_CHUNK";
-
 /// Returns the chunk size for `elements` elements in total: many blocks per multiprocessor if there are enough
 /// elements.
 ///
 /// It is a multiple of [`MIN_CHUNK`], so chunks of an aligned tensor are aligned.
 pub(super) fn chunk_size(device: &CudaDevice, elements: usize) -> usize {
-    let given = std::env::var(CHUNK_VARIABLE).ok().and_then(|given| given.parse::<usize>().ok());
-    if let Some(given) = given {
-        return given.next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, 1 << 20);
-    }
     (elements / (device.multiprocessors() * BLOCKS)).next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK)
 }
 
