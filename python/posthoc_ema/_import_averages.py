@@ -30,6 +30,7 @@ def import_averages(
     steps: Iterable[int] | None = None,
     copy: Iterable[str] = (),
     leave_out: Iterable[str] = (),
+    ignore_config: Iterable[str] = (),
     progress: Progress = None,
 ) -> Imported:
     """Makes a run of the averages that a training kept itself, so that any length can be chosen afterwards.
@@ -42,7 +43,8 @@ def import_averages(
     Args:
         source: Folder of the checkpoints. Files without a number in their name are left out if others have one.
         run: Directory of the new run, empty or missing.
-        beta: Decay per update of each average, in the order of `key`. The files of diffusers and EDM2 record theirs.
+        beta: Decay per update of each average, in the order of `key`. The files of diffusers and EDM2 record theirs, as
+            do those of trainings that store their arguments, such as timm's.
         ramp: Growth of the decay at the start: "ratio[:OFFSET]", "inverse-gamma[:GAMMA[:POWER]]" or "exponential:TAU".
         sigma_rel: Averages by power functions instead, after those of `beta`.
         gamma: Averages by power functions, by exponent.
@@ -54,6 +56,7 @@ def import_averages(
         steps: Steps of the checkpoints, in the order of their names; default from metadata or names.
         copy: Names or globs of tensors that the training copied instead of averaging.
         leave_out: Names or globs of tensors to leave out.
+        ignore_config: Settings of config.json in which the checkpoints may differ: keys, joined by dots, or globs.
         progress: Function of the bytes written so far and in total, True for a bar, or False for none; default a bar
             on a terminal.
 
@@ -82,6 +85,7 @@ def import_averages(
         None if steps is None else [int(step) for step in steps],
         [copy] if isinstance(copy, str) else list(copy),
         [leave_out] if isinstance(leave_out, str) else list(leave_out),
+        [ignore_config] if isinstance(ignore_config, str) else list(ignore_config),
     )
     with byte_progress(progress, found.bytes, "importing") as report:
         snapshots, written_steps, written, notes = found.write(Path(run), report)

@@ -57,6 +57,7 @@ impl FoundAverages {
         steps: Option<Vec<u64>>,
         copy: Vec<String>,
         leave_out: Vec<String>,
+        ignore_config: Vec<String>,
     ) -> PyResult<FoundAverages> {
         process::check()?;
         let ramp: Option<Ramp> = ramp.map(|ramp| ramp.parse().map_err(argument)).transpose()?;
@@ -66,7 +67,17 @@ impl FoundAverages {
         let ramp = ramp.unwrap_or_default();
         let emas = betas.into_iter().map(|beta| AverageDecay::Ema(EmaDecay { beta, floor: 0.0, ramp }));
         let decays = emas.chain(parse_profiles(&tracked)?.into_iter().map(AverageDecay::Power)).collect();
-        let import = ImportAverages { keys, decays, raw, update_every, update_after_step, steps, copy, leave_out };
+        let import = ImportAverages {
+            keys,
+            decays,
+            raw,
+            update_every,
+            update_after_step,
+            steps,
+            copy,
+            leave_out,
+            ignore_config,
+        };
         let found = py.detach(|| import.open(&source)).map_err(to_python)?;
         Ok(FoundAverages(found))
     }

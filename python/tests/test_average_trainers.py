@@ -57,6 +57,14 @@ def test_checkpoints_of_timm(tmp_path: Path) -> None:
     found = load_file(tmp_path / "ema.safetensors")
     assert_is_mean(found, [each["state_dict_ema"] for each in stored])
     model.load_state_dict(found, strict=True)
+    # The whole folder: the last and the best are names of a numbered one.
+    with pytest.warns(UserWarning) as said:
+        (whole,) = average([tmp_path], EVEN, key="state_dict_ema")
+    texts = [str(warning.message) for warning in said]
+    for name in ("last", "model_best"):
+        assert f"left out, the same as `checkpoint-2.pth.tar`: `{name}.pth.tar`" in texts
+    assert whole.state_dict is not None
+    assert_is_mean(whole.state_dict, [each["state_dict_ema"] for each in stored])
 
 
 def test_checkpoints_of_lightning(tmp_path: Path) -> None:

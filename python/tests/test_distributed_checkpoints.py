@@ -164,6 +164,66 @@ def test_checkpoints_of_megatron_are_read(run: Path) -> None:
     assert_is_mean({name.removeprefix("decoder.layers."): tensor for name, tensor in found.state_dict.items()})
 
 
+def test_a_tensor_that_megatron_reshaped_is_refused(tmp_path: Path) -> None:
+    class Described(dcp.DefaultSavePlanner):
+        """Adds to the contents what Megatron's planner does for a tensor that it stores in another shape."""
+
+        def create_global_plan(self, all_plans: list[Any]) -> Any:
+            plan, metadata = super().create_global_plan(all_plans)
+            cut = {"nd_reformulated_orig_global_shape": (4, 6), "prepend_axis_num": 0}
+            vars(metadata)["mcore_data"] = {"experts.weight": cut}
+            return plan, metadata
+
+    paths = [tmp_path / f"iter_{step:07}" for step in (10, 20)]
+    for step, path in zip((10, 20), paths):
+        tensors = {"experts.weight": torch.ones(2, 2, 6) * step, "norm.weight": torch.ones(3) * step}
+        dcp.save(tensors, checkpoint_id=path, planner=Described(), no_dist=True)
+    with pytest.raises(ValueError, match=r"`experts.weight` is stored in another shape by Megatron: leave it out"):
+        average(paths, EVEN)
+    with pytest.warns(UserWarning, match="left out: `experts.weight`"):
+        (found,) = average(paths, EVEN, leave_out="experts.weight")
+    assert found.state_dict is not None and found.state_dict.keys() == {"norm.weight"}
+    assert torch.equal(found.state_dict["norm.weight"], torch.full((3,), 15.0))
+
+
+class Trained:
+    """State of a training that is not a tensor."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": torch.tensor(self.step, dtype=torch.int32), "ntokens_seen": torch.tensor(8 * self.step)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def test_checkpoints_of_torchtitan_are_read(tmp_path: Path) -> None:
+    """Entries as torchtitan's `CheckpointManager` flattens them: the model's names beside the state of the training."""
+    models = {}
+    for step in (10, 20):
+        torch.manual_seed(step)
+        layer = {"attention.wq.weight": torch.randn(4, 4), "attention_norm.weight": torch.randn(4)}
+        tensors = {"tok_embeddings.weight": torch.randn(8, 4), "output.weight": torch.randn(8, 4)}
+        tensors |= {f"layers.0.{name}": tensor for name, tensor in layer.items()}
+        models[step] = {name: tensor.clone() for name, tensor in tensors.items()}
+        optimizer = {f"state.{name}.exp_avg": torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        optimizer |= {f"param_groups.{name}.lr": 0.1 for name in tensors}
+        state = {
+            "optimizer": optimizer,
+            "lr_scheduler": {"last_epoch": step},
+            "dataloader": {"dp_rank_0": b"position", "world_size": 1},
+            "train_state": Trained(step),
+        }
+        dcp.save(tensors | state, checkpoint_id=tmp_path / "checkpoint" / f"step-{step}", no_dist=True)
+    (found,) = average([tmp_path / "checkpoint"], EVEN)
+    assert [weight.step for weight in found.weights] == [10, 20]
+    assert found.state_dict is not None and found.state_dict.keys() == models[10].keys()
+    for name, tensor in found.state_dict.items():
+        assert torch.equal(tensor, ((models[10][name].double() + models[20][name].double()) / 2).float()), name
+
+
 def test_folders_of_accelerate_are_looked_into(run: Path) -> None:
     folder = run / "accelerate"
     for paths in ([folder], [folder / "checkpoint_10", folder / "checkpoint_20"]):

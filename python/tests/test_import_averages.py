@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import pickle
@@ -66,9 +67,12 @@ def test_timm_s_checkpoints(tmp_path: Path, warmup: bool) -> None:
     ema = utils.ModelEmaV3(model, decay=BETA, use_warmup=warmup)
     out = tmp_path / "out"
     out.mkdir()
-    saver = utils.CheckpointSaver(
-        model, optimizer, model_ema=ema, checkpoint_dir=str(out), recovery_dir=str(out), max_history=99
+    # As the options of timm's train.py.
+    arguments = argparse.Namespace(
+        model="linear", model_ema=True, model_ema_decay=BETA, model_ema_warmup=warmup, model_ema_force_cpu=False
     )
+    folders = {"checkpoint_dir": str(out), "recovery_dir": str(out)}
+    saver = utils.CheckpointSaver(model, optimizer, args=arguments, model_ema=ema, max_history=99, **folders)
     for step in range(1, STEPS + 1):
         move(model, step)
         ema.update(model, step=step)
@@ -83,6 +87,11 @@ def test_timm_s_checkpoints(tmp_path: Path, warmup: bool) -> None:
     assert imported.snapshots == 2 * len(steps) and imported.steps == tuple(steps)
     assert "timm: `state_dict_ema` is the average" in imported.notes[0]
     check(tmp_path / "run", ("weight", "bias"), weights_after(model), 1e-5)
+    # The files record decay and warm-up.
+    with pytest.warns(UserWarning, match="last.pth.tar"):
+        recorded = import_averages(out, tmp_path / "recorded", steps=steps)
+    assert any(f"the decay {BETA}" in note and "`args.model_ema_decay`" in note for note in recorded.notes)
+    check(tmp_path / "recorded", ("weight", "bias"), weights_after(model), 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,10 +12,12 @@ mod model;
 mod model_config;
 mod names;
 mod natural;
+mod non_finite;
 mod notes;
 mod options;
 mod parts;
 mod quantized;
+mod repeated;
 #[cfg(feature = "pytorch")]
 mod series;
 mod settings;
@@ -41,6 +43,7 @@ pub(crate) use find::{file_name, is_usual_name, safetensors_name, split_index, w
 pub(crate) use json::read as read_json;
 pub(crate) use links::CopySource;
 pub(crate) use model::{CheckpointModel, name_in_file};
+pub(crate) use non_finite::first_odd;
 pub use options::{AdapterProduct, CheckpointOptions};
 #[cfg(feature = "pytorch")]
 pub(crate) use series::{CheckpointSeries, SeriesTensor, is_pytorch_file, list_checkpoints, open_series};
@@ -62,7 +65,14 @@ pub(crate) struct OpenedCheckpoints {
 /// # Errors
 /// As [`Checkpoints::open_with`](crate::Checkpoints::open_with).
 pub(crate) fn open_all<P: AsRef<Path>>(paths: &[P], options: &CheckpointOptions) -> Result<OpenedCheckpoints> {
-    open_found(find::find(paths)?, options)
+    let opened = open_found(find::find(paths)?, options)?;
+    match opened.models.as_slice() {
+        [only] => {
+            let why = format!("this is the only checkpoint ({}): name at least two", opened.notes.join("; "));
+            Err(Error::unexpected(&only.found.path, why))
+        }
+        _ => Ok(opened),
+    }
 }
 
 /// Opens the checkpoints that were found.
@@ -74,15 +84,15 @@ fn open_found(found: Vec<FoundCheckpoint>, options: &CheckpointOptions) -> Resul
         found.into_par_iter().map(|found| CheckpointModel::open(found, &read)).collect();
     let models: Vec<CheckpointModel> = opened.into_iter().collect::<Result<_>>()?;
     models.iter().try_for_each(quantized::check)?;
-    let steps = steps::steps(&models, options.steps.as_deref())?;
-    let mut sorted: Vec<(u64, CheckpointModel)> = steps.into_iter().zip(models).collect();
-    sorted.sort_by_key(|(step, _)| *step);
-    let (steps, mut models): (Vec<u64>, Vec<CheckpointModel>) = sorted.into_iter().unzip();
+    let mut stepped = steps::steps(models, options.steps.as_deref())?;
+    stepped.models.sort_by_key(|(step, _)| *step);
+    let (steps, mut models): (Vec<u64>, Vec<CheckpointModel>) = stepped.models.into_iter().unzip();
     for patterns in [&read.copy, &read.leave_out] {
         let entries = models[0].tensors.keys().map(String::as_str);
         patterns.check(entries.chain(models[0].left_out.iter().map(String::as_str)))?;
     }
     let mut notes = notes::of_models(&models);
+    notes.extend(stepped.notes);
     notes.extend(wrappers::look_through(&mut models));
     for model in &models[1..] {
         model.check_sibling(&models[0], &read)?;

@@ -145,6 +145,15 @@ impl CheckpointModel {
         self.files.iter().flat_map(|file| file.metadata()).collect()
     }
 
+    /// Returns true if another checkpoint has the same tensors with the same elements.
+    pub(super) fn is_same(&self, other: &CheckpointModel) -> bool {
+        compare_tensors(self.specs(), other.specs()).is_none()
+            && self.tensors.keys().all(|name| match (self.stored(name), other.stored(name)) {
+                (Some((_, own)), Some((_, others))) => own.equals(others),
+                _ => false,
+            })
+    }
+
     fn specs(&self) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), entry.dtype, entry.shape.as_slice()))
     }
@@ -193,15 +202,7 @@ impl CheckpointModel {
         let is_matrix = |name| self.tensors.get(name).is_some_and(|entry| entry.shape.len() > 1);
         let shape = |name| self.tensors.get(name).map(|entry| &entry.shape);
         let (Some((dtype, left)), Some((other, right))) = (self.stored(a), self.stored(b)) else { return false };
-        let are_alike = is_matrix(a) && dtype == other && shape(a) == shape(b);
-        let mut copies = [Vec::new(), Vec::new()];
-        are_alike
-            && (0..left.len()).step_by(COMPARED_BYTES).all(|start| {
-                let range = start..left.len().min(start + COMPARED_BYTES);
-                let [copy, other_copy] = &mut copies;
-                let bytes = left.read(range.clone(), copy);
-                bytes.is_some() && bytes == right.read(range, other_copy)
-            })
+        is_matrix(a) && dtype == other && shape(a) == shape(b) && left.equals(right)
     }
 }
 
@@ -215,9 +216,6 @@ impl TensorSource for CheckpointModel {
         self.files.iter().for_each(|file| file.will_need(bytes));
     }
 }
-
-/// Bytes of two tensors that are compared at a time.
-const COMPARED_BYTES: usize = 1 << 18;
 
 /// Separates the file of weights beside the model from a tensor's name in it.
 const BESIDE: &str = ".safetensors/";

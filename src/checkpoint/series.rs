@@ -1,6 +1,5 @@
 //! Checkpoints that are imported and not averaged: several entries of the same files, each a series of its own.
 
-use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +9,7 @@ use super::find::{file_name, find_all_in_folder, find_one, is_pytorch};
 use super::model::CheckpointModel;
 use super::{CheckpointOptions, OpenedCheckpoints, open_found, wrappers};
 use crate::error::{Difference, Error, Result};
-use crate::synthesis::TensorSource;
+use crate::synthesis::{Elements, TensorSource};
 use crate::tensor::is_averaged;
 
 /// One entry of some checkpoints.
@@ -129,10 +128,10 @@ impl OpenedCheckpoints {
     ///
     /// # Errors
     /// [`Error::Unexpected`] if the tensor is missing.
-    pub(crate) fn elements(&self, i: usize, name: &str) -> Result<Cow<'_, [u8]>> {
+    pub(crate) fn elements(&self, i: usize, name: &str) -> Result<Elements<'_>> {
         let model = &self.models[i];
         let missing = || Error::unexpected(&model.found.path, format!("it has no tensor `{name}`"));
-        model.stored(name).map(|(_, elements)| elements.to_bytes()).ok_or_else(missing)
+        model.stored(name).map(|(_, elements)| elements).ok_or_else(missing)
     }
 
     /// Returns the file or folder of each checkpoint.

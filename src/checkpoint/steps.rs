@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::find::{FoundCheckpoint, file_name, has_usual_name, without_extension};
 use super::json;
 use super::model::CheckpointModel;
+use super::repeated::{self, SteppedModels};
 use super::weight_file::STEP_KEYS;
 use crate::error::{Error, Result, shown};
 
@@ -25,45 +26,62 @@ const REMEDY: &str = "give the steps of all, in the order of the checkpoints, wi
 /// # Errors
 /// [`Error::Setting`] for another number of given steps; [`Error::Unexpected`] for a file without a step, with step 0
 /// or with the step of another file.
-pub(super) fn steps(models: &[CheckpointModel], given: Option<&[u64]>) -> Result<Vec<u64>> {
-    let steps = match given {
+pub(super) fn steps(models: Vec<CheckpointModel>, given: Option<&[u64]>) -> Result<SteppedModels> {
+    let stepped = match given {
         Some(given) if given.len() != models.len() => {
             let reason = format!("{} are given for {} checkpoints: give one for each", given.len(), models.len());
             return Err(Error::Setting { option: "steps", reason });
         }
-        Some(given) => given.to_vec(),
+        Some(given) => SteppedModels { models: given.iter().copied().zip(models).collect(), notes: Vec::new() },
         None => read_steps(models)?,
     };
-    check(models, &steps)?;
-    Ok(steps)
+    check(&stepped.models)?;
+    Ok(stepped)
 }
 
-fn read_steps(models: &[CheckpointModel]) -> Result<Vec<u64>> {
+/// Reads the steps. A checkpoint without one may repeat another.
+fn read_steps(mut models: Vec<CheckpointModel>) -> Result<SteppedModels> {
+    let mut odd = Vec::new();
+    let steps = loop {
+        match read_all(&models)? {
+            Ok(steps) => break steps,
+            Err(i) => odd.push(models.remove(i)),
+        }
+    };
+    let numbered = steps.into_iter().zip(models).collect();
+    repeated::settle(numbered, odd).map_err(|path| {
+        let why = format!("no step can be read from its name as from the others', nor from metadata: {REMEDY}");
+        Error::unexpected(&path, why)
+    })
+}
+
+/// Reads the steps of all checkpoints, or finds the first whose name is unlike the others.
+///
+/// # Errors
+/// [`Error::Io`] and [`Error::Damaged`] for the state of a trainer that cannot be read.
+fn read_all(models: &[CheckpointModel]) -> Result<std::result::Result<Vec<u64>, usize>> {
     for key in STEP_KEYS {
         if let Some(steps) = models.iter().map(|model| model.number(key)).collect() {
-            return Ok(steps);
+            return Ok(Ok(steps));
         }
     }
     let states: Vec<Option<u64>> = models.iter().map(|model| trainer_step(&model.found)).collect::<Result<_>>()?;
     if let Some(steps) = states.into_iter().collect() {
-        return Ok(steps);
+        return Ok(Ok(steps));
     }
     let found: Vec<&FoundCheckpoint> = models.iter().map(|model| &model.found).collect();
-    steps_of_names(&found).map_err(|odd| {
-        let why = format!("no step can be read from its name as from the others', nor from metadata: {REMEDY}");
-        Error::unexpected(&found[odd].path, why)
-    })
+    Ok(steps_of_names(&found))
 }
 
 /// Checks that steps are positive and distinct.
-fn check(models: &[CheckpointModel], steps: &[u64]) -> Result<()> {
-    for (i, (model, step)) in models.iter().zip(steps).enumerate() {
+fn check(models: &[(u64, CheckpointModel)]) -> Result<()> {
+    for (i, (step, model)) in models.iter().enumerate() {
         if *step == 0 {
             let why = format!("its step is 0, before any training: leave it out, or {REMEDY}");
             return Err(Error::unexpected(&model.found.path, why));
         }
-        if let Some(other) = steps[..i].iter().position(|earlier| earlier == step) {
-            let other = shown(&models[other].found.path);
+        if let Some((_, other)) = models[..i].iter().find(|(earlier, _)| earlier == step) {
+            let other = shown(&other.found.path);
             let why = format!("its step is {step}, and so is that of {other}: leave one out, or {REMEDY}");
             return Err(Error::unexpected(&model.found.path, why));
         }

@@ -23,6 +23,9 @@ use crate::tensor::TensorSpec;
 /// Keys of the step in metadata and in PyTorch files; the last is that of kohya's scripts.
 pub(super) const STEP_KEYS: [&str; 4] = ["step", "global_step", "steps", "ss_steps"];
 
+/// Key of the epoch, which is the step in the names of some trainers' files.
+pub(super) const EPOCH_KEY: &str = "epoch";
+
 /// File of a checkpoint's weights, mapped.
 #[derive(Debug)]
 pub(crate) enum WeightFile {
@@ -59,7 +62,7 @@ impl TorchWeights {
         let _one_at_a_time = PARSING.lock().unwrap_or_else(PoisonError::into_inner);
         let checkpoint = Checkpoint::open_model(path, options.key.as_deref(), &options.leave_out)?;
         let mut numbers = BTreeMap::new();
-        for key in STEP_KEYS {
+        for key in STEP_KEYS.into_iter().chain([EPOCH_KEY]) {
             if let Some(number) = checkpoint.int(&[key]).and_then(|number| number.try_into().ok()) {
                 numbers.insert(key, number);
             }

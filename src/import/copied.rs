@@ -13,7 +13,7 @@ use super::planned::PlannedSnapshot;
 use super::tensors::ImportTensors;
 use crate::error::Result;
 use crate::pytorch::{self, Checkpoint, Number};
-use crate::tensor::{TensorSpec, first_non_finite, is_averaged};
+use crate::tensor::{ScatteredElements, TensorSpec, first_non_finite, for_each_piece, is_averaged};
 
 /// Tensors that are not averages.
 #[derive(Debug, Default)]
@@ -179,9 +179,8 @@ fn retain_identical<'a>(
     let files: Vec<Checkpoint> =
         files.iter().map(|snapshot| Checkpoint::open(&snapshot.file.path)).collect::<Result<_>>()?;
     let mut retained = Vec::with_capacity(candidates.len());
-    // One after the other: several tensors at a time could be larger than a checkpoint.
     for mut candidate in candidates {
-        let Some(digest) = TensorDigest::of_identical(&files, candidate.spec.dtype, candidate.key)? else { continue };
+        let Some(digest) = TensorDigest::of_identical(&files, candidate.spec.dtype, candidate.key) else { continue };
         candidate.add(digest);
         if candidate.constant || !constants_only {
             retained.push(candidate);
@@ -201,58 +200,51 @@ struct TensorDigest {
 
 impl TensorDigest {
     /// Returns the digest of a tensor that is identical in all files; `None` if it is not.
-    ///
-    /// At most two copies of the tensor are in memory.
-    fn of_identical(files: &[Checkpoint], dtype: Dtype, key: &str) -> Result<Option<TensorDigest>> {
-        let Some((first, others)) = files.split_first() else { return Ok(None) };
-        let bytes = first.read(key)?;
-        for other in others {
-            if other.read(key)? != bytes {
-                return Ok(None);
-            }
-        }
-        Ok(Some(TensorDigest::new(dtype, &bytes)))
+    fn of_identical(files: &[Checkpoint], dtype: Dtype, key: &str) -> Option<TensorDigest> {
+        let (first, others) = files.split_first()?;
+        let is_same = |other: &Checkpoint| other.equals(first, key);
+        others.iter().all(is_same).then(|| TensorDigest::new(dtype, first.scattered(key)))?
     }
 
-    fn new(dtype: Dtype, bytes: &[u8]) -> TensorDigest {
-        let mut digest = TensorDigest {
-            hash: blake3::hash(bytes),
-            nan: false,
-            infinite: false,
-            rounded_integers: are_rounded_integers(dtype, bytes),
-        };
-        if let Some((first, _)) = first_non_finite(dtype, bytes) {
+    /// Reads a tensor piece by piece.
+    fn new(dtype: Dtype, elements: Option<&dyn ScatteredElements>) -> Option<TensorDigest> {
+        let mut hasher = blake3::Hasher::new();
+        let [mut nan, mut infinite, mut beyond] = [false; 3];
+        let mut whole = true;
+        for_each_piece(elements?, &mut |bytes| {
+            hasher.update(bytes);
+            let integers = if whole { integers_beyond(dtype, bytes) } else { None };
+            whole = integers.is_some();
+            beyond |= integers.unwrap_or(false);
             let size = dtype.bitsize() / 8;
-            for element in bytes[first * size..].chunks_exact(size) {
+            let first = first_non_finite(dtype, bytes).map_or(bytes.len(), |(first, _)| first * size);
+            for element in bytes[first..].chunks_exact(size) {
                 if let Some(Number::Rounded(value, _)) = pytorch::number(dtype, element) {
-                    digest.nan |= value.is_nan();
-                    digest.infinite |= value.is_infinite();
+                    nan |= value.is_nan();
+                    infinite |= value.is_infinite();
                 }
             }
-        }
-        digest
+        });
+        Some(TensorDigest { hash: hasher.finalize(), nan, infinite, rounded_integers: whole && beyond })
     }
 }
 
-/// Returns true if all elements are whole numbers of 16 bits, some of them beyond the range in which all are exact.
-fn are_rounded_integers(dtype: Dtype, bytes: &[u8]) -> bool {
-    match dtype {
-        Dtype::F16 => are_integers_beyond(2048.0, bytes, |bytes| f16::from_le_bytes(bytes).to_f32()),
-        Dtype::BF16 => are_integers_beyond(256.0, bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
-        _ => false,
-    }
-}
-
-/// Returns true if all elements are whole numbers, some of them larger than `exact`.
-fn are_integers_beyond(exact: f32, bytes: &[u8], value: fn([u8; 2]) -> f32) -> bool {
+/// Looks for whole numbers beyond the range in which all are exact, in a dtype of 16 bits. Returns `None` if not all
+/// elements are whole.
+fn integers_beyond(dtype: Dtype, bytes: &[u8]) -> Option<bool> {
+    let (value, exact): (fn([u8; 2]) -> f32, f32) = match dtype {
+        Dtype::F16 => (|bytes| f16::from_le_bytes(bytes).to_f32(), 2048.0),
+        Dtype::BF16 => (|bytes| bf16::from_le_bytes(bytes).to_f32(), 256.0),
+        _ => return None,
+    };
     let (elements, _) = bytes.as_chunks::<2>();
     let mut beyond = false;
     for &element in elements {
         let value = value(element);
         if value.fract() != 0.0 {
-            return false;
+            return None;
         }
         beyond |= value.abs() > exact;
     }
-    beyond
+    Some(beyond)
 }

@@ -13,6 +13,7 @@ mod listing;
 mod messages;
 mod plan;
 mod planned;
+mod snapshots;
 mod target;
 mod tensors;
 mod write;
@@ -151,8 +152,8 @@ impl Import {
     ///
     /// Everything but the values of averages is checked before the first byte is written. The run is written to a
     /// hidden directory beside it (`.posthoc-ema-import-*`) and appears whole, by a rename. An error leaves nothing
-    /// behind; what a killed import leaves, the next one removes. At most one checkpoint is in memory. `progress` is
-    /// called from any thread, with the bytes of tensors read for the run since the last call.
+    /// behind; what a killed import leaves, the next one removes. The elements are read as they are written. `progress`
+    /// is called from any thread, with the bytes of tensors read for the run since the last call.
     ///
     /// The source is only read. Code that a file may name is never run: an entry that is an object is an error.
     ///

@@ -183,7 +183,7 @@ fn check_same(import: &Import, file: &CheckpointFile, first: &CheckpointFile, te
     let checkpoint = Checkpoint::open(&file.path)?;
     let first_checkpoint = Checkpoint::open(&first.path)?;
     for (spec, key) in tensors.iter() {
-        if checkpoint.read(key)? != first_checkpoint.read(key)? {
+        if !checkpoint.equals(&first_checkpoint, key) {
             let why = format!(
                 "tensor `{}` differs from that of {}, though with update_every {} no update is between them: check \
                  update_every",

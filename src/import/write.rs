@@ -1,7 +1,6 @@
 //! The run, written checkpoint by checkpoint.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
@@ -12,41 +11,28 @@ use super::counters::Count;
 use super::messages::join_names;
 use super::plan::ImportPlan;
 use super::planned::PlannedSnapshot;
+use super::snapshots::NewRun;
 use super::tensors::ImportTensors;
 use crate::error::{Error, Result};
-use crate::fs::AtomicFolder;
 use crate::planning::{history_json, profile_json};
 use crate::pytorch::Checkpoint;
-use crate::run::Run;
-use crate::snapshot::{Meta, SHARD_SIZE, new_run_id, write_snapshot};
-use crate::tensor::{TensorSpec, first_non_finite};
+use crate::snapshot::Meta;
+use crate::tensor::{TensorSpec, first_non_finite_in};
 
 /// Writes a run whole, or nothing.
 pub(super) fn write(plan: &ImportPlan, dir: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<ImportReport> {
-    let target = AtomicFolder::create(dir, "import")?;
-    let run = new_run_id();
-    let mut bytes = 0;
+    let mut run = NewRun::create(dir)?;
     let mut statistics = NormStatistics::default();
     for snapshot in &plan.snapshots {
-        let values = read(plan, snapshot, progress)?;
-        statistics.add(&plan.tensors, snapshot.id.step, &values);
-        bytes += write_one(plan, snapshot, target.path(), &run, &values)?;
+        let checkpoint = open(plan, snapshot)?;
+        statistics.add(&plan.tensors, snapshot.id.step, &checkpoint)?;
+        write_one(plan, snapshot, &checkpoint, &mut run, progress)?;
     }
-    // Makes a reader's checks across the files before anyone can see the run.
-    Run::open(target.path())?;
-    target.commit()?;
-    let steps: BTreeSet<u64> = plan.snapshots.iter().map(|snapshot| snapshot.id.step).collect();
-    Ok(ImportReport {
-        snapshots: plan.snapshots.len(),
-        steps: steps.into_iter().collect(),
-        profiles: plan.profiles.clone(),
-        bytes,
-        warnings: plan.warnings.iter().cloned().chain(statistics.warning()).collect(),
-    })
+    run.finish(&plan.profiles, plan.warnings.iter().cloned().chain(statistics.warning()).collect())
 }
 
-/// Reads the elements of all tensors, as the snapshot stores them.
-fn read(plan: &ImportPlan, snapshot: &PlannedSnapshot, progress: &(dyn Fn(u64) + Sync)) -> Result<Vec<Vec<u8>>> {
+/// Opens the file of a snapshot and checks its averages.
+fn open(plan: &ImportPlan, snapshot: &PlannedSnapshot) -> Result<Checkpoint> {
     let path = &snapshot.file.path;
     let checkpoint = Checkpoint::open(path)?;
     let tensors = &plan.tensors;
@@ -54,36 +40,18 @@ fn read(plan: &ImportPlan, snapshot: &PlannedSnapshot, progress: &(dyn Fn(u64) +
         let why = "the file was changed while it was imported: import again when it is whole";
         return Err(Error::unexpected(path, why));
     }
-    let each = tensors.specs.par_iter().zip(&tensors.keys);
-    // Collected before errors are looked for, so that the first one does not depend on the threads.
-    let read: Vec<Result<Vec<u8>>> = each
-        .map(|(spec, key)| {
-            let bytes = checkpoint.read(key)?;
-            progress(bytes.len() as u64);
-            stored_bytes(tensors, snapshot, spec, bytes)
-        })
-        .collect();
-    read.into_iter().collect()
-}
-
-/// Converts the elements of a tensor as read to those that the snapshot stores, and checks that averages are finite.
-fn stored_bytes(
-    tensors: &ImportTensors,
-    snapshot: &PlannedSnapshot,
-    spec: &TensorSpec,
-    bytes: Vec<u8>,
-) -> Result<Vec<u8>> {
-    if tensors.counters.contains(&spec.name) {
-        let count = match Count::parse(&bytes, spec.dtype) {
-            Some(Count::Known(count)) => count,
-            Some(Count::Overflown) | None => snapshot.id.step as i64,
-        };
-        return Ok(count.to_le_bytes().to_vec());
-    }
-    if !tensors.copied.contains(&spec.name) {
-        check_finite(&snapshot.file.path, spec, &bytes)?;
-    }
-    Ok(bytes)
+    let each: Vec<(&TensorSpec, &str)> = tensors.iter().collect();
+    let found = each.into_par_iter().find_map_first(|(spec, key)| {
+        let is_average = !tensors.copied.contains(&spec.name) && !tensors.counters.contains(&spec.name);
+        let elements = checkpoint.scattered(key).filter(|_| is_average)?;
+        first_non_finite_in(spec.dtype, elements).map(|(element, value)| (&spec.name, element, value))
+    });
+    let Some((name, element, value)) = found else { return Ok(checkpoint) };
+    let why = format!(
+        "tensor `{name}` holds {value} at element {element}, and every average that it is blended into would: move the \
+         checkpoints of this step out of the directory"
+    );
+    Err(Error::unexpected(path, why))
 }
 
 /// Returns true if a file still holds a tensor as it was when the import was planned.
@@ -92,34 +60,43 @@ fn is_unchanged(checkpoint: &Checkpoint, spec: &TensorSpec, key: &str) -> bool {
     checkpoint.has(key) && checkpoint.spec(key).is_ok_and(same)
 }
 
-fn check_finite(path: &Path, spec: &TensorSpec, bytes: &[u8]) -> Result<()> {
-    let Some((element, value)) = first_non_finite(spec.dtype, bytes) else { return Ok(()) };
-    let why = format!(
-        "tensor `{}` holds {value} at element {element}, and every average that it is blended into would: move the \
-         checkpoints of this step out of the directory",
-        spec.name
-    );
-    Err(Error::unexpected(path, why))
-}
-
-/// Writes one snapshot and returns the size of its files in bytes.
-fn write_one(plan: &ImportPlan, snapshot: &PlannedSnapshot, dir: &Path, run: &str, values: &[Vec<u8>]) -> Result<u64> {
+/// Writes one snapshot. The elements are read as they are written.
+fn write_one(
+    plan: &ImportPlan,
+    snapshot: &PlannedSnapshot,
+    checkpoint: &Checkpoint,
+    run: &mut NewRun,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<()> {
+    let tensors = &plan.tensors;
+    let mut counts: BTreeMap<usize, [u8; 8]> = BTreeMap::new();
+    for (i, (spec, key)) in tensors.iter().enumerate() {
+        if tensors.counters.contains(&spec.name) {
+            let bytes = checkpoint.read(key)?;
+            progress(bytes.len() as u64);
+            let count = match Count::parse(&bytes, spec.dtype) {
+                Some(Count::Known(count)) => count,
+                Some(Count::Overflown) | None => snapshot.id.step as i64,
+            };
+            counts.insert(i, count.to_le_bytes());
+        }
+    }
     let id = snapshot.id;
     let meta = Meta {
         profile: profile_json(&plan.profiles[id.index]),
         step: id.step,
         history: Some(history_json(&plan.chains[id.index], snapshot.updates.clone())),
-        run: Some(run.to_owned()),
-        copied: plan.tensors.copied.clone(),
+        copied: tensors.copied.clone(),
         ..Meta::default()
     };
-    let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| dst.copy_from_slice(&values[i][range]);
-    let paths = write_snapshot(dir, id, plan.tensors.stored_specs(), &meta, SHARD_SIZE, &fill)?;
-    let mut bytes = 0;
-    for path in &paths {
-        bytes += fs::metadata(path).map_err(Error::io("read", path))?.len();
-    }
-    Ok(bytes)
+    let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| {
+        if let Some(count) = counts.get(&i) {
+            return dst.copy_from_slice(&count[range]);
+        }
+        progress(range.len() as u64);
+        checkpoint.scattered(&tensors.keys[i]).into_iter().for_each(|elements| elements.copy(dst, range.start));
+    };
+    run.add(id, tensors.stored_specs(), meta, &fill)
 }
 
 /// Running means of norms, which pytorch-posthoc-ema stores but does not always update.
@@ -131,17 +108,19 @@ struct NormStatistics {
 }
 
 impl NormStatistics {
-    fn add(&mut self, tensors: &ImportTensors, step: u64, values: &[Vec<u8>]) {
+    fn add(&mut self, tensors: &ImportTensors, step: u64, checkpoint: &Checkpoint) -> Result<()> {
         self.steps.insert(step);
-        for (spec, bytes) in tensors.specs.iter().zip(values) {
+        for (spec, key) in tensors.iter() {
             if spec.name.rsplit('.').next() != Some("running_mean") {
                 continue;
             }
+            let bytes = checkpoint.read(key)?;
             let constant = self.constant.entry(spec.name.clone()).or_insert_with(|| Some(bytes.clone()));
-            if constant.as_ref().is_some_and(|first| first != bytes) {
+            if constant.as_ref().is_some_and(|first| *first != bytes) {
                 *constant = None;
             }
         }
+        Ok(())
     }
 
     fn warning(&self) -> Option<String> {

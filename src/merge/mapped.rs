@@ -6,10 +6,9 @@ use std::sync::Arc;
 use super::Checkpoints;
 use super::plan::{Merge, MergeRow};
 use super::products::{AveragedProducts, Products};
-use crate::checkpoint::CheckpointModel;
+use crate::checkpoint::{CheckpointModel, first_odd};
 use crate::error::{Error, Result};
 use crate::synthesis::{LaterSelection, Selection, TensorSource, WeightedSources};
-use crate::tensor::{first_non_finite, to_f64};
 
 /// Checkpoints that some targets read, by their index.
 pub(super) struct MappedModels<'a> {
@@ -76,7 +75,7 @@ impl<'a> MappedModels<'a> {
     pub(super) fn blame(&self, error: Error) -> Error {
         let Error::Tensor { tensor, .. } = &error else { return error };
         for model in self.models.values() {
-            if let Some((element, value)) = self.first_odd(model, tensor) {
+            if let Some((element, value)) = first_odd(model, tensor, self.models.values().copied()) {
                 let why = format!(
                     "tensor `{tensor}` holds {value} at element {element}, and so would every average of it: leave \
                      this checkpoint out"
@@ -86,40 +85,6 @@ impl<'a> MappedModels<'a> {
         }
         error
     }
-
-    /// Returns the first element of a checkpoint's tensor that is NaN, or an infinity that another does not hold.
-    fn first_odd(&self, model: &CheckpointModel, tensor: &str) -> Option<(usize, f64)> {
-        let (dtype, elements) = model.stored(tensor)?;
-        let size = dtype.bitsize() / 8;
-        let mut copy = Vec::new();
-        let mut start = 0;
-        while start < elements.len() {
-            let bytes = elements.read(start..elements.len().min(start + PIECE_ELEMENTS * size), &mut copy)?;
-            match first_non_finite(dtype, bytes) {
-                None => start += bytes.len(),
-                Some((element, value)) => {
-                    let element = start / size + element;
-                    if !self.models.values().all(|other| number(other, tensor, element) == Some(value)) {
-                        return Some((element, value));
-                    }
-                    start = (element + 1) * size;
-                }
-            }
-        }
-        None
-    }
-}
-
-/// Elements that are looked through at a time.
-const PIECE_ELEMENTS: usize = 1 << 16;
-
-/// Returns one element of a tensor.
-fn number(model: &CheckpointModel, tensor: &str, element: usize) -> Option<f64> {
-    let (dtype, elements) = model.stored(tensor)?;
-    let size = dtype.bitsize() / 8;
-    let mut copy = Vec::new();
-    let bytes = elements.read(element * size..(element + 1) * size, &mut copy)?;
-    to_f64(dtype, bytes)?.first().copied()
 }
 
 /// Iterates over the checkpoints that have a weight in a target, or from which tensors are copied.

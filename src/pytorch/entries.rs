@@ -111,7 +111,7 @@ fn key_text(pickle: &Pickle, key: NodeId) -> String {
         Node::Bool(true) => "True".to_owned(),
         Node::Bool(false) => "False".to_owned(),
         Node::None => "None".to_owned(),
-        Node::Number => "(a number)".to_owned(),
+        Node::Number | Node::Float(_) => "(a number)".to_owned(),
         Node::Tuple(_) => "(a tuple)".to_owned(),
         Node::Bytes(_) => "(bytes)".to_owned(),
         _ => "(an object)".to_owned(),

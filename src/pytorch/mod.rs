@@ -165,12 +165,29 @@ impl Checkpoint {
         }
     }
 
-    /// Returns a truth value at the top level, or in the dicts that keys lead to.
+    /// Returns a truth value at the top level, or among the attributes or entries that keys lead to.
     pub fn bool(&self, keys: &[&str]) -> Option<bool> {
-        match self.pickle.node(self.value(keys)?) {
+        let id = keys.iter().try_fold(self.pickle.root(), |at, key| self.field(at, key))?;
+        match self.pickle.node(id) {
             Node::Bool(value) => Some(*value),
             _ => None,
         }
+    }
+
+    /// Returns a number at the top level, or among the attributes or entries that keys lead to.
+    pub fn float(&self, keys: &[&str]) -> Option<f64> {
+        self.pickle.float(keys.iter().try_fold(self.pickle.root(), |at, key| self.field(at, key))?)
+    }
+
+    /// Returns the names of the attributes or entries of the value of a key.
+    pub fn fields(&self, key: &str) -> Vec<&str> {
+        let value = self.value(&[key]).and_then(|id| self.pickle.fields(id)).unwrap_or_default();
+        value.iter().filter_map(|(name, _)| self.pickle.text(*name)).collect()
+    }
+
+    fn field(&self, id: NodeId, name: &str) -> Option<NodeId> {
+        let mut fields = self.pickle.fields(id)?.iter().rev();
+        fields.find(|(key, _)| self.pickle.text(*key) == Some(name)).map(|(_, value)| *value)
     }
 
     fn value(&self, keys: &[&str]) -> Option<NodeId> {

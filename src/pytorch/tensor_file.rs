@@ -11,7 +11,7 @@ use super::tensor::PickledTensor;
 use super::tiled::{TensorPart, TiledTensor};
 use crate::error::{Error, Result};
 use crate::fs::Mapping;
-use crate::tensor::{ScatteredElements, TensorSpec};
+use crate::tensor::{ScatteredElements, TensorSpec, equal_elements};
 
 /// Mapped files with the places of their tensors.
 #[derive(Debug)]
@@ -102,6 +102,14 @@ impl TensorFile {
     /// Returns the elements of a tensor, wherever they are.
     pub fn scattered(&self, name: &str) -> Option<&dyn ScatteredElements> {
         self.tensors.get(name).map(|tensor| tensor as &dyn ScatteredElements)
+    }
+
+    /// Returns true if another file has a tensor of this name with the same bytes.
+    pub fn equals(&self, other: &TensorFile, name: &str) -> bool {
+        match (self.scattered(name), other.scattered(name)) {
+            (Some(own), Some(others)) => equal_elements(own, others),
+            _ => false,
+        }
     }
 
     /// Starts to read bytes of the files from the disk in the background.

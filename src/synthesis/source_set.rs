@@ -10,7 +10,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::planning::{IndexedSource, LaterTensors, Plan, Weight};
 use crate::snapshot::Snapshot;
-use crate::tensor::{ScatteredElements, TensorSpec};
+use crate::tensor::{ScatteredElements, TensorSpec, equal_elements};
 
 /// Elements of a stored tensor.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +59,24 @@ impl<'a> Elements<'a> {
             Elements::Scattered(elements) => elements.len(),
             #[cfg(feature = "cuda")]
             Elements::Device(_) => 0,
+        }
+    }
+
+    /// Returns the elements in host memory; `None` for those on a device.
+    pub(crate) fn on_host(&self) -> Option<&(dyn ScatteredElements + 'a)> {
+        match self {
+            Elements::Host(bytes) => Some(bytes),
+            Elements::Scattered(elements) => Some(*elements),
+            #[cfg(feature = "cuda")]
+            Elements::Device(_) => None,
+        }
+    }
+
+    /// Returns true if two tensors have the same bytes in host memory.
+    pub(crate) fn equals(self, other: Elements<'_>) -> bool {
+        match (self.on_host(), other.on_host()) {
+            (Some(own), Some(others)) => equal_elements(own, others),
+            _ => false,
         }
     }
 

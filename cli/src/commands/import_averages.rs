@@ -16,6 +16,7 @@ use super::{Failure, Outcome};
 #[command(next_help_heading = "Averages that a training kept (--from averages)")]
 pub struct AveragesArgs {
     /// Decay per update of each average, in the order of --key; --sigma-rels and --gammas give those of power functions
+    /// [default: as recorded by diffusers, EDM2, and trainings that store their arguments, such as timm's]
     #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
     beta: Vec<Numbers>,
     /// Growth of the decay at the start: ratio[:OFFSET] is (1+k)/(OFFSET+k) with 10 as in diffusers,
@@ -40,6 +41,10 @@ pub struct AveragesArgs {
     /// Leave these tensors out: a name or a glob; may be given several times
     #[arg(long, value_name = "GLOB")]
     leave_out: Vec<String>,
+    /// Accept checkpoints whose config.json differ in this setting: a key, joined by dots if nested, or a glob; may be
+    /// given several times
+    #[arg(long, value_name = "KEY")]
+    ignore_config: Vec<String>,
 }
 
 impl AveragesArgs {
@@ -53,6 +58,7 @@ impl AveragesArgs {
             ("--steps", self.steps.is_some()),
             ("--copy", !self.copy.is_empty()),
             ("--leave-out", !self.leave_out.is_empty()),
+            ("--ignore-config", !self.ignore_config.is_empty()),
         ];
         match given.into_iter().find(|(_, given)| *given) {
             Some((option, _)) => Err(Failure::Usage(format!("{option} is for --from averages: leave it out"))),
@@ -98,6 +104,7 @@ impl AveragesArgs {
             steps: self.steps.as_ref().map(whole_steps).transpose()?,
             copy: self.copy.clone(),
             leave_out: self.leave_out.clone(),
+            ignore_config: self.ignore_config.clone(),
             ..common
         })
     }

@@ -62,11 +62,11 @@ fn is_copied(opened: &[OpenedCheckpoints], newest: usize, name: &str) -> Result<
     for i in (0..=newest).rev() {
         let elements = first.elements(i, name)?;
         for other in others {
-            if other.elements(i, name)? != elements {
+            if !other.elements(i, name)?.equals(elements) {
                 return Ok(false);
             }
         }
-        changes |= elements != newest_elements;
+        changes = changes || !elements.equals(newest_elements);
     }
     Ok(changes)
 }

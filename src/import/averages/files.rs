@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use super::clock::UpdateClock;
 use super::found::{FoundSeries, FoundSet};
-use super::{ImportAverages, lightning, steps};
+use super::recorded_decay::RecordedDecay;
+use super::{AverageDecay, ImportAverages, lightning, steps};
 use crate::checkpoint::{CheckpointSeries, is_pytorch_file, list_checkpoints};
 use crate::error::{Error, Result, listed};
 use crate::pytorch::{Checkpoint, is_average};
@@ -108,7 +109,8 @@ pub(super) fn find(import: &ImportAverages, dir: &Path) -> Result<FoundSet> {
             return Err(Error::Setting { option: "update_every", reason: reason.into() });
         }
     };
-    check_decays(import, &entries)?;
+    let mut notes = entries.notes();
+    let decays = decays(import, &entries, &paths, &mut notes)?;
     let after = import.update_after_step;
     let start = match entries.layout {
         Some(layout) => layout.start(after, every),
@@ -123,8 +125,7 @@ pub(super) fn find(import: &ImportAverages, dir: &Path) -> Result<FoundSet> {
         (None, Some(TrainerLayout::Ultralytics)) => steps::numbers(&paths, "updates")?,
         (None, _) => None,
     };
-    let notes = entries.notes();
-    let series = entries.series(import, &paths, steps.as_deref());
+    let series = entries.series(&decays, &paths, steps.as_deref());
     let names: Vec<&str> = left_out.iter().map(String::as_str).collect();
     let warnings = match names.as_slice() {
         [] => Vec::new(),
@@ -163,20 +164,37 @@ fn entries(import: &ImportAverages, first: Option<&Checkpoint>) -> Result<Averag
     Ok(AverageEntries { averages: vec![key], raw: import.raw.clone(), layout: None })
 }
 
-/// Checks that there is a decay for each average.
-fn check_decays(import: &ImportAverages, entries: &AverageEntries) -> Result<()> {
-    let (averages, decays) = (entries.averages.len(), import.decays.len());
-    if averages == decays {
-        return Ok(());
+/// Returns the decay of each average: those of the options, or the one that the files record.
+///
+/// # Errors
+/// [`Error::Setting`] if there is not one for each.
+fn decays(
+    import: &ImportAverages,
+    entries: &AverageEntries,
+    paths: &[PathBuf],
+    notes: &mut Vec<String>,
+) -> Result<Vec<AverageDecay>> {
+    let averages = entries.averages.len();
+    let given = import.decays.len();
+    if averages == given {
+        return Ok(import.decays.clone());
     }
-    let reason = match decays {
-        0 => format!(
-            "the files do not record the decay of the average: give that of the training, such as {}",
-            TrainerLayout::example(entries.layout)
-        ),
-        _ => format!(
-            "{decays} decays are given for {averages} averages: name the averages with --key, in the same order"
-        ),
+    let mut why_none = "the files do not record the decay of the average".to_owned();
+    if given == 0 && averages == 1 && entries.layout != Some(TrainerLayout::Ultralytics) {
+        match RecordedDecay::read(paths)? {
+            RecordedDecay::Known(decay, note) => {
+                notes.push(note);
+                return Ok(vec![AverageDecay::Ema(decay)]);
+            }
+            RecordedDecay::Unclear(why) => why_none = why,
+            RecordedDecay::Missing => {}
+        }
+    }
+    let reason = match given {
+        0 => format!("{why_none}: give that of the training, such as {}", TrainerLayout::example(entries.layout)),
+        _ => {
+            format!("{given} decays are given for {averages} averages: name the averages with --key, in the same order")
+        }
     };
     Err(Error::Setting { option: "beta", reason })
 }
@@ -194,9 +212,9 @@ impl AverageEntries {
         notes
     }
 
-    fn series(self, import: &ImportAverages, paths: &[PathBuf], steps: Option<&[u64]>) -> Vec<FoundSeries> {
+    fn series(self, decays: &[AverageDecay], paths: &[PathBuf], steps: Option<&[u64]>) -> Vec<FoundSeries> {
         let source = |key| CheckpointSeries { paths: paths.to_vec(), key, steps: steps.map(<[u64]>::to_vec) };
-        let averages = self.averages.into_iter().zip(&import.decays);
+        let averages = self.averages.into_iter().zip(decays);
         let averages = averages.map(|(key, decay)| FoundSeries { source: source(key), decay: Some(decay.clone()) });
         let raw = self.raw.map(|key| FoundSeries { source: source(Some(key)), decay: None });
         averages.chain(raw).collect()

@@ -11,6 +11,7 @@ mod files;
 mod found;
 mod lightning;
 mod plan;
+mod recorded_decay;
 mod search;
 mod steps;
 mod write;
@@ -52,7 +53,7 @@ pub struct ImportAverages {
     /// weights or is called an average.
     pub keys: Vec<String>,
     /// Decay of each average, in the order of `keys`. None are given if the files record them, as those of diffusers
-    /// and EDM2 do.
+    /// and EDM2 do, and those of timm's and other trainings that store their arguments with the decay.
     pub decays: Vec<AverageDecay>,
     /// Entry, or folder, of the raw weights, which join as averages of their own step.
     ///
@@ -71,6 +72,8 @@ pub struct ImportAverages {
     pub copy: Vec<String>,
     /// Tensors to leave out: names or globs.
     pub leave_out: Vec<String>,
+    /// Settings of `config.json` in which the checkpoints may differ: keys, joined by dots, or globs.
+    pub ignore_config: Vec<String>,
 }
 
 /// Averages that were found, opened and checked against each other and against the options.
@@ -142,13 +145,13 @@ impl FoundAverages {
     /// Writes a run to `target`, a directory that is empty or missing, as [`Import::write`](crate::Import::write) does.
     ///
     /// Tensors keep their dtypes. One that is alike in all averages and the raw weights of each step, but changes from
-    /// step to step, was copied by the training and is marked as copied. The elements come from the mapped files; only
-    /// tensors that a file does not hold in C order are in memory, those of one checkpoint at a time. `progress` is
+    /// step to step, was copied by the training and is marked as copied. Infinities that all averages share, as in a
+    /// mask, stay. The elements are read from the mapped files as they are written, a few blocks at a time. `progress` is
     /// called from any thread, with the bytes written since the last call.
     ///
     /// # Errors
     /// [`Error::RunExists`] for a target that holds a run, and [`Error::Unexpected`] for one that holds anything else,
-    /// or for a value that is not finite in an average; [`Error::Io`].
+    /// or for NaN or an infinity of its own in an average; [`Error::Io`].
     pub fn write(&self, target: impl AsRef<Path>, progress: Option<&(dyn Fn(u64) + Sync)>) -> Result<ImportReport> {
         target::check(&self.0.source, target.as_ref())?;
         write::write(&self.0, target.as_ref(), progress.unwrap_or(&|_| ()))

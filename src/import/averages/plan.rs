@@ -44,8 +44,12 @@ impl AveragesPlan {
     /// As [`ImportAverages::open`].
     pub(super) fn new(import: &ImportAverages, source: &Path, found: FoundSet) -> Result<AveragesPlan> {
         let FoundSet { series, clock, mut notes, mut warnings } = found;
-        let options =
-            CheckpointOptions { copy: import.copy.clone(), leave_out: import.leave_out.clone(), ..Default::default() };
+        let options = CheckpointOptions {
+            copy: import.copy.clone(),
+            leave_out: import.leave_out.clone(),
+            ignore_config: import.ignore_config.clone(),
+            ..Default::default()
+        };
         let sources: Vec<CheckpointSeries> = series.iter().map(|one| one.source.clone()).collect();
         let opened = open_series(&sources, &options)?;
         if let (Some(first), Some(None)) = (opened.first(), sources.first().map(|source| source.steps.as_ref())) {

@@ -368,3 +368,63 @@ fn steps_come_from_the_first_source_that_has_all() {
     }
     assert_eq!(Checkpoints::open(&[path("x"), path("y")], None).unwrap().steps(), [30, 31]);
 }
+
+/// Saves a training checkpoint of timm: the number of an epoch is the step in its name.
+fn save_epoch(path: &Path, epoch: u8, value: f32) {
+    Pt::default().floats("w", &[value]).within("state_dict").entry("epoch", &[b'K', epoch]).save(path);
+}
+
+#[test]
+fn checkpoints_that_repeat_another_are_left_out() {
+    let temp = tempfile::tempdir().unwrap();
+    let [ten, twenty] = [10, 20].map(|epoch| temp.path().join(format!("checkpoint-{epoch}.pth.tar")));
+    save_epoch(&ten, 10, 1.0);
+    save_epoch(&twenty, 20, 2.0);
+    fs::hard_link(&twenty, temp.path().join("last.pth.tar")).unwrap();
+    fs::copy(&ten, temp.path().join("model_best.pth.tar")).unwrap();
+    let checkpoints = Checkpoints::open(&[temp.path()], None).unwrap();
+    assert_eq!(checkpoints.steps(), [10, 20]);
+    let notes = checkpoints.notes().join("\n");
+    assert!(notes.contains("left out, the same as `checkpoint-20.pth.tar`: `last.pth.tar`"), "{notes}");
+    assert!(notes.contains("left out, the same as `checkpoint-10.pth.tar`: `model_best.pth.tar`"), "{notes}");
+    // Nothing is left to average it with.
+    fs::remove_file(&ten).unwrap();
+    fs::remove_file(temp.path().join("model_best.pth.tar")).unwrap();
+    let error = Checkpoints::open(&[temp.path()], None).unwrap_err().to_string();
+    assert!(error.contains("the only checkpoint (left out, the same as"), "{error}");
+}
+
+#[test]
+fn a_newer_checkpoint_without_a_number_is_taken_by_its_epoch() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = |name: &str| temp.path().join(format!("{name}.pth.tar"));
+    save_epoch(&path("checkpoint-10"), 10, 1.0);
+    save_epoch(&path("checkpoint-20"), 20, 2.0);
+    save_epoch(&path("last"), 25, 3.0);
+    let checkpoints = Checkpoints::open(&[temp.path()], None).unwrap();
+    assert_eq!(checkpoints.steps(), [10, 20, 25]);
+    let notes = checkpoints.notes().join("\n");
+    assert!(notes.contains("`last.pth.tar` is taken as step 25, by its epoch"), "{notes}");
+    // Another one of the same epoch.
+    save_epoch(&path("last"), 20, 3.0);
+    let error = Checkpoints::open(&[temp.path()], None).unwrap_err().to_string();
+    assert!(error.contains("last.pth.tar") && error.contains("no step can be read"), "{error}");
+    // Epochs that are not the steps of the names.
+    save_epoch(&path("last"), 25, 3.0);
+    save_epoch(&path("checkpoint-20"), 2, 2.0);
+    let error = Checkpoints::open(&[temp.path()], None).unwrap_err().to_string();
+    assert!(error.contains("last.pth.tar") && error.contains("no step can be read"), "{error}");
+}
+
+/// Lightning stores the step in each file, so that the last has that of the newest.
+#[test]
+fn a_copy_with_the_step_of_another_is_left_out() {
+    let temp = tempfile::tempdir().unwrap();
+    for (name, step, value) in [("step=5", 5, 1.0), ("step=9", 9, 2.0), ("last", 9, 2.0)] {
+        let pt = Pt::default().floats("w", &[value]).within("state_dict").entry("global_step", &[b'K', step]);
+        pt.save(temp.path().join(format!("{name}.ckpt")));
+    }
+    let checkpoints = Checkpoints::open(&[temp.path()], None).unwrap();
+    assert_eq!(checkpoints.steps(), [5, 9]);
+    assert!(checkpoints.notes().join("\n").contains("the same as `step=9.ckpt`: `last.ckpt`"));
+}

@@ -40,7 +40,8 @@ fn missing_and_repeated_steps_are_refused_with_the_option() {
         fs::copy(&paths[0], &path).unwrap();
         path
     };
-    let unnamed = copy("last.safetensors");
+    let unnamed = temp.path().join("last.safetensors");
+    save(&unnamed, &model(999), &[]);
     let zero = copy("step_0.safetensors");
     let twice = copy("other-step100.safetensors");
     assert_eq!(error(&paths, Some(&[1, 2])), "option steps: 2 are given for 5 checkpoints: give one for each");

@@ -3,6 +3,7 @@
 //! A value is a node of an arena, and its parts are numbers of nodes. So a value that a pickle repeats by its memo is
 //! held once, a value that contains itself does no harm, and nothing is nested when it is dropped.
 
+mod known;
 mod memory_budget;
 mod opcodes;
 
@@ -20,7 +21,8 @@ pub(super) enum Node {
     None,
     Bool(bool),
     Int(i64),
-    /// Any other number: a float, or an integer of more than 64 bits.
+    Float(f64),
+    /// Any other number: an integer of more than 64 bits, or a float after very many others.
     Number,
     Text(Box<str>),
     /// Place of some bytes in the file.
@@ -99,6 +101,23 @@ impl Pickle {
         match self.node(id) {
             Node::Int(value) => Some(*value),
             _ => None,
+        }
+    }
+
+    /// Returns a number with a fraction, or a whole one.
+    pub(super) fn float(&self, id: NodeId) -> Option<f64> {
+        match self.node(id) {
+            Node::Float(value) => Some(*value),
+            Node::Int(value) => Some(*value as f64),
+            _ => None,
+        }
+    }
+
+    /// Returns the attributes of an object that was pickled with a dict of them, or the entries of a dict.
+    pub(super) fn fields(&self, id: NodeId) -> Option<&[(NodeId, NodeId)]> {
+        match self.node(id) {
+            Node::Object(object) => object.state.map_or_else(|| self.entries(id), |state| self.entries(state)),
+            _ => self.entries(id),
         }
     }
 

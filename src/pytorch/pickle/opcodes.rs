@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 
+use super::known::{DICTS, EMPTY, FALSE, NONE, NUMBER, RECONSTRUCTORS, TRUE, singletons};
 use super::{MemoryBudget, Node, NodeId, Object, PickleError};
 
 /// Bytes of an allocation beside its contents.
@@ -17,21 +18,8 @@ const SLOT: usize = GROWTH * size_of::<NodeId>();
 const MARK: usize = GROWTH * size_of::<usize>();
 const MEMO_SLOT: usize = 40;
 
-/// Nodes that every pickle begins with: values without parts, which are held once.
-fn singletons() -> Vec<Node> {
-    vec![Node::None, Node::Bool(false), Node::Bool(true), Node::Number, Node::Tuple(Box::default())]
-}
-const NONE: NodeId = NodeId(0);
-const FALSE: NodeId = NodeId(1);
-const TRUE: NodeId = NodeId(2);
-const NUMBER: NodeId = NodeId(3);
-const EMPTY: NodeId = NodeId(4);
-
-/// Classes whose objects are dicts, and are pickled as an empty one that is filled.
-const DICTS: [&str; 4] = ["collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict"];
-
-/// Functions that make an object of the class that is their first argument.
-const RECONSTRUCTORS: [&str; 2] = ["copyreg._reconstructor", "copy_reg._reconstructor"];
+/// Most floats that keep their values. Lists of very many are beside the model.
+const MOST_FLOATS: usize = 1 << 16;
 
 type Step<T = ()> = Result<T, PickleError>;
 
@@ -43,6 +31,7 @@ pub(super) fn parse(file: &[u8], at: &mut usize, memory: &mut MemoryBudget) -> S
         memory,
         nodes: singletons(),
         ints: HashMap::new(),
+        floats: HashMap::new(),
         classes: HashMap::new(),
         stack: Vec::new(),
         marks: Vec::new(),
@@ -61,6 +50,8 @@ struct Machine<'a> {
     nodes: Vec<Node>,
     /// Integers of 16 bits that have a node, which every use of them shares.
     ints: HashMap<u16, NodeId>,
+    /// Floats that have a node, by their bits.
+    floats: HashMap<u64, NodeId>,
     /// Classes that have a node, by module and name.
     classes: HashMap<Box<str>, NodeId>,
     stack: Vec<NodeId>,
@@ -111,8 +102,11 @@ impl<'a> Machine<'a> {
             b'N' => NONE,
             0x88 => TRUE,
             0x89 => FALSE,
-            b'F' => self.line().map(|_| NUMBER)?,
-            b'G' => self.bytes(8).map(|_| NUMBER)?,
+            b'F' => {
+                let line = self.line()?;
+                self.float(std::str::from_utf8(line).ok().and_then(|line| line.parse().ok()))?
+            }
+            b'G' => self.number(8).and_then(|bits| self.float(Some(f64::from_bits(bits.swap_bytes()))))?,
             b'I' | b'L' => {
                 let line = self.line()?;
                 match (code, line) {
@@ -325,6 +319,20 @@ impl<'a> Machine<'a> {
         let id = u32::try_from(self.nodes.len()).map_err(|_| PickleError::TooLarge)?;
         self.nodes.push(node);
         Ok(NodeId(id))
+    }
+
+    /// Makes a float. Equal ones share a node; after very many, others have no value.
+    fn float(&mut self, value: Option<f64>) -> Step<NodeId> {
+        let Some(value) = value else { return Ok(NUMBER) };
+        if let Some(id) = self.floats.get(&value.to_bits()) {
+            return Ok(*id);
+        }
+        if self.floats.len() >= MOST_FLOATS {
+            return Ok(NUMBER);
+        }
+        let id = self.add(Node::Float(value), MEMO_SLOT)?;
+        self.floats.insert(value.to_bits(), id);
+        Ok(id)
     }
 
     fn int(&mut self, value: i64) -> Step<NodeId> {

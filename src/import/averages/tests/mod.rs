@@ -1,6 +1,7 @@
 //! Imports of averages of hand-made trainings, compared with loops in f64.
 
 mod layouts;
+mod recorded;
 mod refused;
 
 use std::fs;

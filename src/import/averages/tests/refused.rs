@@ -108,3 +108,45 @@ fn save_two(path: &Path, w: f64, buffer: f64) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     safetensors::serialize_to_file([("w", view(&w)), ("buffer", view(&buffer))], None, path).unwrap();
 }
+
+/// A mask is part of the model, and the same in every average.
+#[test]
+fn infinities_that_all_averages_share_stay() {
+    let temp = tempfile::tempdir().unwrap();
+    let minus = f64::NEG_INFINITY;
+    for step in [10_u64, 20, 30] {
+        let path = temp.path().join(format!("out/step-{step}.safetensors"));
+        save(&path, [minus, step as f64, f64::INFINITY]);
+    }
+    let import = options(EmaDecay::constant(0.9), 1);
+    let (dir, report) = imported(&import, &temp);
+    assert_eq!(report.snapshots, 3);
+    let run = Run::open(&dir).unwrap();
+    let plan = run.plan(Profile::sigma_rel(0.2).unwrap(), At::Latest).unwrap();
+    let values = run.load(&plan).unwrap().get("w").unwrap().to_vec::<f64>().unwrap();
+    assert!(values[0] == minus && values[1].is_finite() && values[2] == f64::INFINITY, "{values:?}");
+    fs::remove_dir_all(&dir).unwrap();
+    // One that is only in an average of its own.
+    let odd = temp.path().join("out/step-20.safetensors");
+    save(&odd, [minus, minus, f64::INFINITY]);
+    let error = import.open(temp.path().join("out")).unwrap().write(&dir, None).unwrap_err().to_string();
+    assert!(error.contains("step-20") && error.contains("holds -inf at element 1"), "{error}");
+    save(&odd, [minus, f64::NAN, f64::INFINITY]);
+    let error = import.open(temp.path().join("out")).unwrap().write(&dir, None).unwrap_err().to_string();
+    assert!(error.contains("step-20") && error.contains("holds NaN at element 1"), "{error}");
+}
+
+#[test]
+fn settings_of_config_files_that_may_differ_are_ignored() {
+    let temp = tempfile::tempdir().unwrap();
+    for step in [10_u64, 20] {
+        let folder = temp.path().join(format!("out/step-{step}"));
+        save(&folder.join("model.safetensors"), [step as f64; ELEMENTS]);
+        fs::write(folder.join("config.json"), format!(r#"{{"hidden_act": "{step}"}}"#)).unwrap();
+    }
+    let import = options(EmaDecay::constant(0.9), 1);
+    let error = refused(&import, &temp);
+    assert!(error.contains("hidden_act"), "{error}");
+    let import = ImportAverages { ignore_config: vec!["hidden_*".into()], ..import };
+    assert_eq!(imported(&import, &temp).1.snapshots, 2);
+}

@@ -1,0 +1,89 @@
+//! Decays that the files of a training record.
+
+use super::*;
+use crate::import::tests::pt::Pt;
+
+/// Returns a pickled float.
+fn float(value: f64) -> Vec<u8> {
+    [b"G", &value.to_be_bytes()[..]].concat()
+}
+
+fn text(text: &str) -> Vec<u8> {
+    [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat()
+}
+
+/// Returns a pickled `argparse.Namespace`.
+fn namespace(arguments: &[(&str, Vec<u8>)]) -> Vec<u8> {
+    let items: Vec<u8> = arguments.iter().flat_map(|(name, value)| [text(name), value.clone()].concat()).collect();
+    [b"cargparse\nNamespace\n)\x81}(", &items[..], b"ub"].concat()
+}
+
+/// Saves the average at each of the steps under this key, with the arguments of the training.
+fn training(key: &str, ema: &EmaLoop, arguments: &dyn Fn(u64) -> Vec<u8>) -> TempDir {
+    let temp = tempfile::tempdir().unwrap();
+    fs::create_dir(temp.path().join("out")).unwrap();
+    let averages: Vec<Vec<f64>> = (0..ELEMENTS).map(|i| ema.averages(300, i)).collect();
+    for step in [50, 100, 150, 200, 250, 300] {
+        let values: Vec<f32> = averages.iter().map(|averages| averages[step as usize] as f32).collect();
+        let pt = Pt::default().nested(key, "w", &values).entry("args", &arguments(step));
+        pt.save(temp.path().join(format!("out/step-{step}.pth.tar")));
+    }
+    temp
+}
+
+fn warmed(k: f64) -> f64 {
+    1.0 - (1.0 + k).powf(-2.0 / 3.0)
+}
+
+#[test]
+fn decay_and_warm_up_of_timm_are_read_from_the_arguments() {
+    for (warmup, ramp) in [(b"\x89", no_ramp as fn(f64) -> f64), (b"\x88", warmed)] {
+        let ema = EmaLoop { ramp, start: 1, ..EmaLoop::constant(0.9) };
+        let arguments = [
+            ("lr", float(0.1)),
+            ("model_ema", b"\x88".to_vec()),
+            ("model_ema_decay", float(0.9)),
+            ("model_ema_warmup", warmup.to_vec()),
+        ];
+        let temp = training("state_dict_ema", &ema, &|_| namespace(&arguments));
+        let import = ImportAverages::default();
+        let notes = import.open(temp.path().join("out")).unwrap().notes().join("\n");
+        assert!(notes.contains("the decay 0.9") && notes.contains("is that of `args.model_ema_decay`"), "{notes}");
+        assert_eq!(notes.contains("with timm's warm-up"), warmup == b"\x88", "{notes}");
+        let (dir, _) = imported(&import, &temp);
+        let worst = check(&dir, &[Profile::sigma_rel(0.1).unwrap()], 1e-5, &|_, step| ema.response(step));
+        assert!(worst < 1.0, "{worst}");
+    }
+}
+
+#[test]
+fn decay_of_another_trainer_is_read_from_its_arguments() {
+    let ema = EmaLoop::constant(0.8);
+    let temp = training("model_ema", &ema, &|_| namespace(&[("ema_decay", float(0.8)), ("use_ema", b"\x88".to_vec())]));
+    let import = ImportAverages { update_every: Some(1), ..Default::default() };
+    let found = import.open(temp.path().join("out")).unwrap();
+    assert!(found.notes().join("\n").contains("the decay 0.8 is that of `args.ema_decay`"), "{:?}", found.notes());
+    // The option counts.
+    let given = ImportAverages { decays: vec![AverageDecay::Ema(EmaDecay::constant(0.7))], ..import };
+    assert!(!given.open(temp.path().join("out")).unwrap().notes().join("\n").contains("ema_decay"));
+}
+
+#[test]
+fn recorded_decays_that_may_not_hold_are_refused() {
+    let ema = EmaLoop::constant(0.8);
+    let import = ImportAverages { update_every: Some(1), ..Default::default() };
+    for (arguments, expected) in [
+        (
+            &(|_| namespace(&[("model_ema_decay", float(0.8)), ("model_ema_steps", b"K\x20".to_vec())]))
+                as &dyn Fn(u64) -> Vec<u8>,
+            "but also `args.model_ema_steps`, which may change the decay",
+        ),
+        (&|step| namespace(&[("ema_decay", float(1.0 - 1.0 / step as f64))]), "different decays, 0.98 and 0.99"),
+        (&|_| namespace(&[("ema_decay", float(1.5))]), "the files record `args.ema_decay`: "),
+        (&|_| namespace(&[("lr", float(0.1))]), "the files do not record the decay"),
+    ] {
+        let temp = training("model_ema", &ema, arguments);
+        let error = import.open(temp.path().join("out")).unwrap_err().to_string();
+        assert!(error.contains("option beta: ") && error.contains(expected), "{error}");
+    }
+}
