@@ -31,6 +31,8 @@ def test_checkpoints_of_timm(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     utils = pytest.importorskip("timm.utils")
     torch.manual_seed(3)
+    out = tmp_path / "out"
+    out.mkdir()
     model = timm.create_model("test_vit")
     ema = utils.ModelEmaV3(model)
     saver = utils.CheckpointSaver(
@@ -38,15 +40,15 @@ def test_checkpoints_of_timm(tmp_path: Path) -> None:
         torch.optim.SGD(model.parameters(), 0.1),
         args=argparse.Namespace(model="test_vit"),
         model_ema=ema,
-        checkpoint_dir=str(tmp_path),
-        recovery_dir=str(tmp_path),
+        checkpoint_dir=str(out),
+        recovery_dir=str(out),
     )
     for epoch in (1, 2):
         with torch.no_grad():
             for parameter in [*model.parameters(), *ema.module.parameters()]:
                 parameter.add_(torch.randn_like(parameter))
         saver.save_checkpoint(epoch, metric=epoch)
-    files = sorted(tmp_path.glob("checkpoint-*.pth.tar"))
+    files = sorted(out.glob("checkpoint-*.pth.tar"))
     stored = [torch.load(path, weights_only=False) for path in files]
     with pytest.warns(
         UserWarning, match="the entry `state_dict` of each checkpoint is averaged; `state_dict_ema` hold"
@@ -59,7 +61,7 @@ def test_checkpoints_of_timm(tmp_path: Path) -> None:
     model.load_state_dict(found, strict=True)
     # The whole folder: the last and the best are names of a numbered one.
     with pytest.warns(UserWarning) as said:
-        (whole,) = average([tmp_path], EVEN, key="state_dict_ema")
+        (whole,) = average([out], EVEN, key="state_dict_ema")
     texts = [str(warning.message) for warning in said]
     for name in ("last", "model_best"):
         assert f"left out, the same as `checkpoint-2.pth.tar`: `{name}.pth.tar`" in texts

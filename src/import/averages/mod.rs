@@ -146,8 +146,8 @@ impl FoundAverages {
     ///
     /// Tensors keep their dtypes. One that is alike in all averages and the raw weights of each step, but changes from
     /// step to step, was copied by the training and is marked as copied. Infinities that all averages share, as in a
-    /// mask, stay. The elements are read from the mapped files as they are written, a few blocks at a time. `progress` is
-    /// called from any thread, with the bytes written since the last call.
+    /// mask, stay. The elements are read from the mapped files as they are written, a few blocks at a time.
+    /// `progress` is called from any thread, with the bytes written since the last call.
     ///
     /// # Errors
     /// [`Error::RunExists`] for a target that holds a run, and [`Error::Unexpected`] for one that holds anything else,
