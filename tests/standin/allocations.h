@@ -65,6 +65,29 @@ API cuMemFreeHost(void* pointer) {
         deallocate(gone);
     });
 }
+// Pins memory of the program.
+API cuMemHostRegister_v2(void* pointer, size_t bytes, unsigned) {
+    return call([=] {
+        check_captures("cuMemHostRegister");
+        if (!settings().can_register) throw Failure{not_supported, false, ""};
+        uintptr_t begin = (uintptr_t)pointer;
+        auto next = memory().live.lower_bound(begin);
+        if (find(begin) || (next != memory().live.end() && next->first < begin + bytes))
+            refuse(already_registered, "0x%lx: part of %lu bytes is pinned already", begin, bytes);
+        reserve(pinned_memory, context().device, bytes);
+        count("registered_bytes") += bytes;
+        insert(begin, bytes, pinned_memory, context().device).registered = true;
+    });
+}
+API cuMemHostUnregister(void* pointer) {
+    return call(tolerant, [=] {
+        Allocation& gone = owned((uintptr_t)pointer, pinned_memory, true);
+        if (!sticky_code) check_captures("cuMemHostUnregister"), check_finished(gone);
+        staged().erase(&gone);
+        count("registered_bytes") -= gone.bytes;
+        deallocate(gone);
+    });
+}
 API cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
     return call([=] { *total = settings().memory, *free_bytes = *total - memory().device_bytes[context().device]; });
 }

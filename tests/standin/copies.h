@@ -8,12 +8,14 @@ static void count_copy(const char* direction, uint64_t bytes) {
     if (++count("copies") == settings().fail_copy) break_device(launch_failed, "STANDIN_FAIL_COPY fails this copy");
     count(direction) += bytes;
 }
-static void copy(const char* name, Stream& stream, const Span& to, const Span& from) {
+static Work copy(const char* name, Stream& stream, const Span& to, const Span& from, uint64_t bytes_per_us) {
     Work work = enqueue(stream, name);
     note(from, reads, work, stream.clock), note(to, writes, work, stream.clock);
     open_for_device(from, reads), open_for_device(to, writes);
     memcpy(to.data(), from.data(), to.bytes);
     close_for_device(from, reads, work), close_for_device(to, writes, work);
+    spend(stream, to.bytes * 1000 / bytes_per_us);
+    return work;
 }
 static void copy_to_device(const char* name, void* handle, Pointer dst, const void* src, size_t bytes, bool wait) {
     Stream& stream = working_stream(handle);
@@ -23,7 +25,7 @@ static void copy_to_device(const char* name, void* handle, Pointer dst, const vo
     catch_up(stream);
     // From pageable memory CUDA waits for the stream first, and returns as soon as it has read the source.
     if (wait && !from.memory) host_waits(stream.clock);
-    copy(name, stream, to, from);
+    copy(name, stream, to, from, settings().bus);
     if (wait && from.memory) host_waits(stream.clock);
 }
 static void copy_to_host(const char* name, void* handle, void* dst, Pointer src, size_t bytes, bool wait) {
@@ -31,7 +33,8 @@ static void copy_to_host(const char* name, void* handle, void* dst, Pointer src,
     if (!bytes) return;
     Span to = host_span(name, dst, bytes), from = device_span(name, context().device, src, bytes);
     count_copy("d2h_bytes", bytes);
-    copy(name, stream, to, from);
+    Work work = copy(name, stream, to, from, settings().bus);
+    delay(to, from, work);
     if (wait || !to.memory) host_waits(stream.clock);  // to pageable memory even the asynchronous form waits
 }
 static void copy_on_device(const char* name, void* handle, Pointer dst, Pointer src, size_t bytes,
@@ -41,7 +44,7 @@ static void copy_on_device(const char* name, void* handle, Pointer dst, Pointer 
     Span to = device_span(name, dst_in.device, dst, bytes), from = device_span(name, src_in.device, src, bytes);
     if (dst < src + bytes && src < dst + bytes) refuse(invalid_value, "%s: source and destination overlap", name);
     count_copy("d2d_bytes", bytes);
-    copy(name, stream, to, from);
+    copy(name, stream, to, from, settings().dram);
 }
 API cuMemcpyHtoD_v2(Pointer dst, const void* src, size_t bytes) {
     return call([=] { copy_to_device("cuMemcpyHtoD", nullptr, dst, src, bytes, true); });
@@ -75,6 +78,7 @@ template <class T> static void fill(const char* name, void* handle, Pointer dst,
     open_for_device(to, writes);
     std::fill_n((T*)to.data(), elements, value);
     close_for_device(to, writes, work);
+    spend(stream, to.bytes * 1000 / settings().dram);
 }
 API cuMemsetD8Async(Pointer dst, unsigned char value, size_t elements, void* stream) {
     return call([=] { fill("cuMemsetD8Async", stream, dst, value, elements); });

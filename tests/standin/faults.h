@@ -15,7 +15,8 @@ enum Code {
     success = 0, invalid_value = 1, out_of_memory = 2, not_initialized = 3, no_device = 100, invalid_device = 101,
     invalid_image = 200, invalid_context = 201, no_binary_for_gpu = 209, unsupported_ptx = 222, invalid_handle = 400,
     not_found = 500, not_ready = 600, illegal_address = 700, misaligned_address = 716, launch_failed = 719,
-    not_supported = 801, capture_unsupported = 900, capture_invalidated = 901, capture_implicit = 906,
+    already_registered = 712, not_supported = 801, capture_unsupported = 900, capture_invalidated = 901,
+    capture_implicit = 906,
 };
 
 struct CodeName { int code; const char *name, *text; };
@@ -35,6 +36,7 @@ static const CodeName code_names[] = {
     {not_ready, "CUDA_ERROR_NOT_READY", "device not ready"},
     {illegal_address, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {misaligned_address, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
+    {already_registered, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED", "part of the memory is pinned already"},
     {launch_failed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
     {not_supported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
     {capture_unsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
@@ -58,6 +60,8 @@ struct Settings {
     uint64_t memory = environment("STANDIN_MEMORY", 8ull << 30), pinned = environment("STANDIN_PINNED", 8ull << 30);
     uint64_t queries = environment("STANDIN_QUERIES", 1), reverse = environment("STANDIN_REVERSE", 0);
     uint64_t fail_launch = environment("STANDIN_FAIL_LAUNCH", 0), fail_copy = environment("STANDIN_FAIL_COPY", 0);
+    uint64_t bus = environment("STANDIN_BUS", 50000), dram = environment("STANDIN_DRAM", 3000000);  // bytes per us
+    uint64_t can_register = environment("STANDIN_REGISTER", 1);
     uint64_t fail_alloc = environment("STANDIN_FAIL_ALLOC", 0), reject_image = environment("STANDIN_REJECT_IMAGE", 0);
 };
 static inline const Settings& settings() {
@@ -71,7 +75,7 @@ static inline std::map<std::string, uint64_t>& counters() {
         {"launches", 0}, {"copies", 0}, {"memsets", 0}, {"h2d_bytes", 0}, {"d2h_bytes", 0}, {"d2d_bytes", 0},
         {"allocations", 0}, {"device_bytes", 0}, {"peak_device_bytes", 0}, {"pinned_bytes", 0},
         {"peak_pinned_bytes", 0}, {"events", 0}, {"host_waits", 0}, {"kernel_read_bytes", 0},
-        {"kernel_written_bytes", 0}};
+        {"kernel_written_bytes", 0}, {"kernel_bus_bytes", 0}, {"spins", 0}, {"registered_bytes", 0}};
     return *all;
 }
 static inline uint64_t& count(const char* what) { return counters().at(what); }

@@ -77,13 +77,21 @@ static void check_extents(const char* kernel, const standin_index& grid, const s
         refuse(invalid_value, "kernel %s: no device takes %u x %u x %u blocks of %u x %u x %u threads", kernel, grid.x,
                grid.y, grid.z, block.x, block.y, block.z);
 }
+static uint64_t total(const std::vector<Range>& ranges) {
+    uint64_t bytes = 0;
+    for (const Range& range : ranges) bytes += range.end - range.begin;
+    return bytes;
+}
 // Takes the marks of the launch from every allocation, and checks their order unless the kernel failed (`work` is 0).
 static void finish_launch(Stream& stream, Work work) {
     for (Allocation* it : launch.touched) {
         auto read = take_ranges(*it, reads), written = take_ranges(*it, writes);
         it->touched_first = 1, it->touched_last = 0;
-        for (const Range& range : read) count("kernel_read_bytes") += range.end - range.begin;
-        for (const Range& range : written) count("kernel_written_bytes") += range.end - range.begin;
+        uint64_t in = total(read), out = total(written);
+        count("kernel_read_bytes") += in, count("kernel_written_bytes") += out;
+        bool over_bus = it->kind == pinned_memory;
+        count("kernel_bus_bytes") += over_bus ? in + out : 0;
+        spend(stream, (in + out) * 1000 / (over_bus ? settings().bus : settings().dram));
         if (!work) read.clear(), written.clear();
         for (const Range& range : read) note_read(*it, range, work, stream.clock);
         for (const Range& range : written) note_write(*it, range, work, stream.clock);

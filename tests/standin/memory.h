@@ -26,7 +26,13 @@ struct Segment {
 };
 
 // Writes to pinned memory, and reads from it, that the host has not waited for yet: see staging.h.
-struct Arrival { Range range; Work work; std::vector<uint8_t> data; bool visible; };
+struct Arrival {
+    Range range;
+    Work work;
+    std::vector<uint8_t> data;
+    bool visible;
+    const uint8_t* source;  // of a late copy that has not read it yet
+};
 struct Departure { Range range; Work work; uint64_t hash; };
 
 struct Allocation {
@@ -34,7 +40,7 @@ struct Allocation {
     uint64_t bytes;
     Kind kind;
     int device, number;
-    bool stream_ordered;
+    bool stream_ordered, registered;  // registered memory belongs to the program
     // Bytes that the launch in progress has read [0] and written [1]: one bit each, from the start of the first page.
     std::vector<uint64_t> touched[2];
     uint64_t touched_first = 1, touched_last = 0;  // pages
@@ -112,6 +118,12 @@ static inline void release(Kind kind, int device, uint64_t bytes) {
     count(kind == device_memory ? "device_bytes" : "pinned_bytes") -= bytes;
 }
 
+static inline Allocation& insert(uintptr_t begin, uint64_t bytes, Kind kind, int device) {
+    auto made = std::make_unique<Allocation>();
+    made->begin = begin, made->bytes = bytes, made->kind = kind, made->device = device;
+    made->number = ++memory().numbers;
+    return *(memory().live[begin] = std::move(made));
+}
 static inline Allocation& allocate(Kind kind, int device, uint64_t bytes, bool stream_ordered) {
     if (bytes == 0) refuse(invalid_value, "an allocation of 0 bytes");
     bool must_fail = kind == device_memory && ++count("allocations") == settings().fail_alloc;
@@ -122,24 +134,25 @@ static inline Allocation& allocate(Kind kind, int device, uint64_t bytes, bool s
         release(kind, device, bytes);
         throw Failure{out_of_memory, false, ""};
     }
-    auto made = std::make_unique<Allocation>();
-    made->begin = (uintptr_t)begin, made->bytes = bytes, made->kind = kind, made->device = device;
-    made->number = ++memory().numbers, made->stream_ordered = stream_ordered;
-    return *(memory().live[made->begin] = std::move(made));
+    Allocation& made = insert((uintptr_t)begin, bytes, kind, device);
+    made.stream_ordered = stream_ordered;
+    return made;
 }
 
 // Returns the allocation that begins at an address, which is about to be freed.
-static inline Allocation& owned(uintptr_t address, Kind kind) {
+static inline Allocation& owned(uintptr_t address, Kind kind, bool registered = false) {
     auto at = memory().live.find(address);
-    if (at != memory().live.end() && at->second->kind == kind) return *at->second;
+    bool found = at != memory().live.end() && at->second->kind == kind && at->second->registered == registered;
+    if (found) return *at->second;
     refuse(invalid_value, "freeing 0x%lx, which is not a %s allocation: %s", address,
-           kind == device_memory ? "device" : "pinned", whereabouts(address).c_str());
+           kind == device_memory ? "device" : registered ? "registered" : "pinned", whereabouts(address).c_str());
 }
 
 static inline void deallocate(Allocation& gone) {
     const uint64_t held_back = 64 << 20;
     Memory& all = memory();
     release(gone.kind, gone.device, gone.bytes);
+    if (gone.registered) return (void)all.live.erase(gone.begin);
     memset((void*)gone.begin, 0xA7, gone.bytes);
     auto at = all.live.find(gone.begin);
     all.freed_bytes += gone.bytes;

@@ -1,6 +1,9 @@
 // Streams, events and vector clocks. Work runs at once, in the order of the calls; the clocks show which work a device
 // could have run in another order.
 //
+// Clocks also have a time, in nanoseconds of a simple device: work takes as long as its bytes do on the bus or in the
+// device's memory, and calls of the host take no time. It shows how long a stream waits for another one.
+//
 // A lane is a stream's place in the clocks. All host threads share one clock, because the driver cannot see how they
 // wait for each other: a wait of one thread counts for all.
 #pragma once
@@ -13,10 +16,12 @@ namespace standin {
 
 struct Clock {
     std::vector<uint64_t> lanes;
+    uint64_t time = 0;
     uint64_t at(unsigned lane) const { return lane < lanes.size() ? lanes[lane] : 0; }
     void join(const Clock& other) {
         if (lanes.size() < other.lanes.size()) lanes.resize(other.lanes.size());
         for (size_t i = 0; i < other.lanes.size(); i++) lanes[i] = std::max(lanes[i], other.lanes[i]);
+        time = std::max(time, other.time);
     }
     uint64_t tick(unsigned lane) {
         if (lanes.size() <= lane) lanes.resize(lane + 1);
@@ -35,6 +40,7 @@ struct Stream {
     enum { legacy, blocking, non_blocking } kind;
     Clock clock;
     uint64_t queries;  // "not ready" answers that are left to give
+    uint64_t stalled = 0;  // nanoseconds for which events have held the stream up
 };
 
 // Primary context of a device. `everything` covers all work enqueued in it, `blocking` the blocking streams', which the
@@ -48,7 +54,7 @@ struct Context {
 
 struct Event {
     Context* context;
-    bool timed, recorded;
+    bool timed, recorded, sleeps;  // the host sleeps while it waits, instead of spinning
     Clock clock;
     uint64_t queries;
     double milliseconds;
@@ -85,7 +91,7 @@ static inline Stream* new_stream(Context& context, decltype(Stream::kind) kind, 
     unsigned lane = (unsigned)ordering().lanes.size();
     std::string name = what + (" " + std::to_string(lane)) + " of device " + std::to_string(context.device);
     ordering().lanes.push_back(name);
-    return new Stream{&context, lane, kind, {}, 0};
+    return new Stream{&context, lane, kind, {}, 0, 0};
 }
 
 // Orders the next work of a stream after all that the host has waited for. The legacy default stream and the blocking
@@ -99,8 +105,18 @@ static inline void publish(Stream& stream) {
     stream.context->everything.join(stream.clock);
     if (stream.kind == Stream::blocking) stream.context->blocking.join(stream.clock);
 }
+// Called with a clock that a stream or the host has reached, before anything after it can happen.
+static void (*on_reached)(const Clock&) = nullptr;
+
+// Lets a stream be busy.
+static inline void spend(Stream& stream, uint64_t nanoseconds) {
+    catch_up(stream);
+    stream.clock.time += nanoseconds;
+    publish(stream);
+}
 static inline Work enqueue(Stream& stream, const std::string& name) {
     catch_up(stream);
+    if (on_reached) on_reached(stream.clock);
     uint64_t time = stream.clock.tick(stream.lane);
     publish(stream);
     stream.queries = settings().queries;
@@ -115,8 +131,11 @@ static inline void record(Event& event, Stream& stream) {
 }
 static inline void wait_for(Stream& stream, const Event& event) {
     catch_up(stream);
+    uint64_t before = stream.clock.time;
     stream.clock.join(event.clock);
+    stream.stalled += stream.clock.time - before;
     publish(stream);
+    if (on_reached) on_reached(stream.clock);
 }
 
 // ---- Bytes and the work that touched them

@@ -7,6 +7,7 @@
 
 #include "selftest_ordering.h"
 #include "selftest_capture.h"
+#include "selftest_times.h"
 #include "selftest_faults.h"  // last: cases run in the order of the files
 
 static std::string contents(FILE* file) {

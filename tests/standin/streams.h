@@ -7,8 +7,9 @@
 namespace standin {
 
 // Waits on the host until a clock is reached, as a synchronization does.
-static void host_waits(const Clock& clock) {
+static void host_waits(const Clock& clock, bool sleeps = true) {
     count("host_waits")++;
+    if (!sleeps && !ordering().host.covers(clock)) count("spins")++;
     host_reaches(clock);
 }
 // Answers a query: "not ready" a few times, unless the host has waited for the work already.
@@ -24,7 +25,7 @@ API cuCtxSynchronize() {
     return call([] {
         check_captures("cuCtxSynchronize");
         check_no_capture(context());
-        host_waits(context().everything);
+        host_waits(context().everything, false);
     });
 }
 
@@ -50,7 +51,7 @@ API cuStreamDestroy_v2(void* handle) {
 API cuStreamSynchronize(void* stream) {
     return call([=] {
         check_captures("cuStreamSynchronize");
-        host_waits(working_stream(stream).clock);
+        host_waits(working_stream(stream).clock, false);
     });
 }
 API cuStreamQuery(void* handle) {
@@ -70,7 +71,7 @@ static double milliseconds_now() {
 }
 API cuEventCreate(void** out, unsigned flags) {
     return call([=] {
-        auto* made = new Event{&context(), !(flags & 2), false, {}, 0, 0};
+        auto* made = new Event{&context(), !(flags & 2), false, (flags & 1) != 0, {}, 0, 0};
         driver().events.insert(made);
         *out = made;
     });
@@ -96,7 +97,7 @@ API cuEventRecord(void* handle, void* stream_handle) {
 API cuEventSynchronize(void* event) {
     return call([=] {
         check_captures("cuEventSynchronize");
-        host_waits(event_of(event).clock);
+        host_waits(event_of(event).clock, event_of(event).sleeps);
     });
 }
 API cuEventQuery(void* handle) {
