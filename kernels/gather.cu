@@ -1,12 +1,12 @@
-// Copies many small tensors into one buffer of the host.
+// Copies many small tensors into one buffer of the device, from which one copy takes them to the host.
 //
 //     to[offset + i] = tensor[i], in bytes
 //
 // Memory: everything is read once and written once, by the widest access that both addresses allow.
 //
 // Tried and rejected:
-// - One block per chunk: it reaches the host over the bus, which few blocks fill. More would only keep multiprocessors
-//   from the training that runs beside it.
+// - Writing to the host: it keeps multiprocessors from the training for as long as the bus takes.
+// - One block per chunk: starting a block costs more than a small chunk. A few blocks per multiprocessor take turns.
 #include "chunk.cuh"
 
 #define THREADS 256  // as in update.cu; registers are far from a limit here (README.md)

@@ -1,7 +1,8 @@
 """Tensors of PyTorch, NumPy and others, lent to the native part by address.
 
 A contiguous tensor in memory that the native part can reach is lent in place: in host memory, and on CUDA devices if
-the build has CUDA. Any other is lent as a contiguous copy, which lives for one call.
+the build has CUDA. Any other is lent as a contiguous copy, for which memory is kept: `channels_last` weights, for
+example.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ class Lender:
         native = buffers | stored_complex
         dtypes = [lent_dtype_name(name, facts.dtype, name in native) for name, facts in zip(self.names, self._facts)]
         self._pairs = {i for i, dtype in enumerate(dtypes) if PAIRS.get(dtype_text(self._facts[i].dtype)) == dtype}
+        # Memory of the copies. On a GPU, the table of tensors is not uploaded again if they stay in place.
+        self._buffers: dict[int, Any] = {}
         self._indirect = [i for i in range(len(self.tensors)) if not self._is_direct(i)]
         devices = [self._device_number(i) for i in range(len(self.tensors))]
         self._device = next((device for device in devices if device != HOST), None)
@@ -107,11 +110,19 @@ class Lender:
         ]
         """Name, dtype, shape and device of each tensor, as it is lent."""
         self.layout = _native.Layout(self.described, buffers)
+        self.buffers = {i for i, name in enumerate(self.names) if name in buffers}
+        """Indices of the tensors that are not trained."""
+        indirect = set(self._indirect)
+        self.lent_on_devices = [
+            i
+            for i, device in enumerate(devices)
+            if device != HOST and i not in indirect and not self.tensors[i].is_inference()
+        ]
+        """Indices of the tensors on CUDA devices that are lent in place."""
         # Lists for the fast path of `is_current`.
         self._all_torch = all(self._torch)
         if self._all_torch:
             self._kind = torch_module().Tensor  # type: ignore[union-attr]
-            indirect = set(self._indirect)
             self._dtypes = [facts.dtype for facts in self._facts]
             self._numels = [tensor.numel() for tensor in self.tensors]
             self._direct = [tensor for i, tensor in enumerate(self.tensors) if i not in indirect]
@@ -151,8 +162,13 @@ class Lender:
             return False
         if not self._torch[i]:
             return bool(tensor.flags.c_contiguous) and tensor.dtype.isnative
+        return self._is_plain(tensor)
+
+    @staticmethod
+    def _is_plain(tensor: Any) -> bool:
+        """Returns True if the elements of a tensor of PyTorch are in order in memory that the native part reaches."""
         reachable = tensor.device.type == "cpu" or (tensor.is_cuda and cuda_usable())
-        return reachable and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+        return bool(reachable and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg())
 
     def is_current(self) -> bool:
         """Returns True if the tensors can still be lent as they were described.
@@ -192,10 +208,23 @@ class Lender:
             copy = np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("="))
             return copy.view(copy.real.dtype) if i in self._pairs else copy
         torch = torch_module()
-        device = tensor.device if tensor.is_cuda and cuda_usable() else "cpu"
         assert torch is not None
-        copy = tensor.detach().to(device).resolve_conj().resolve_neg().contiguous()
+        copy = tensor.detach()
+        if not self._is_plain(tensor):
+            buffer = self._buffers.get(i)
+            if buffer is None:
+                buffer = self._buffers[i] = self._new_buffer(tensor)
+            copy = buffer.copy_(copy)
         return torch.view_as_real(copy) if i in self._pairs else copy
+
+    @staticmethod
+    def _new_buffer(tensor: Any) -> Any:
+        """Returns memory for the elements of a tensor, where the native part reaches it."""
+        torch = torch_module()
+        assert torch is not None
+        device = tensor.device if tensor.is_cuda and cuda_usable() else "cpu"
+        with torch.inference_mode(False):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
     def _copy_back(self, i: int, copy: Any) -> None:
         """Writes the elements of a contiguous copy to its tensor."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import _native
+from ._fence import wait_for_copies
 from ._lend import Lender, address, is_torch, torch_module
 from ._model import MappingTensors, ModuleTensors
 from ._module_state import ModuleState, Problems, TensorStates, attempt, restore_contents
@@ -116,6 +117,7 @@ class _Block:
         # Only now: the state that another thread's block leaves behind is not the model's own.
         self._record(written)
         # An interrupt between any two lines finds either the originals filled or nothing written.
+        wait_for_copies()
         with self._lender.writing() as (lent, stream):
             swap(self._originals, self._lender.layout, lent, stream)
         self._versions.mark_changed()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _accuracy, _native, _swap
+from ._fence import CopyFence, Fenced, wait_for_copies
 from ._lend import Lender
 from ._lifetime import Resume, TrackerLifetime, open_tracker, state_file, stored_complex
 from ._model import MappingTensors, Model, ModuleTensors, tensors_of
@@ -52,25 +53,35 @@ class ModelTracker:
             options = {**options, "leave_out": self.tensors.patterns_in_use(leave_out)}
         self.lifetime = TrackerLifetime(open_tracker(directory, lender, options, resume), directory)
         self.native: _native.Tracker = self.lifetime.native
+        self.fence = CopyFence(self.native)
+        """Copy of the newest update that the training has not waited for."""
         if isinstance(self.tensors, ModuleTensors):
             self.tensors.keep = frozenset(lender.names)
 
-    def update(self, model: Model) -> None:
-        """Counts a step at which `skip` of the native tracker found something due, and updates the averages."""
+    def update(self, model: Model, parameters: Fenced) -> None:
+        """Counts a step at which `skip` of the native tracker found something due, and updates the averages.
+
+        Args:
+            model: Model that trains.
+            parameters: Tensors for whose copy the training waits before the next step of an optimizer only.
+        """
         lender = self._lender(model)
-        with self._storing(), lender.reading() as (addresses, stream):
-            self.native.update(lender.layout, addresses, stream)
+        fenced = self.fence.begin(lender, parameters)
+        with self._storing(6), lender.reading() as (addresses, stream):
+            self.native.update(lender.layout, addresses, stream, fenced)
 
     def update_at(self, time: int, model: Model) -> None:
         """Updates the averages at a time of the caller's own clock, if that is due."""
         lender = self._lender(model)
-        with self._storing(), lender.reading() as (addresses, stream):
+        self.fence.wait()
+        with self._storing(5), lender.reading() as (addresses, stream):
             self.native.update_at(time, lender.layout, addresses, stream)
 
     def switch(self, model: Model, target: Target) -> None:
         """Replaces the model's weights by an average at the newest update."""
         profile = profile_json(target)
         lender = self._lender(model)
+        wait_for_copies()
         with lender.writing() as (addresses, stream):
             self.native.switch_to(profile, lender.layout, addresses, stream)
         # A backward pass through results of the old weights must fail instead of being wrong.
@@ -85,15 +96,19 @@ class ModelTracker:
         return self.native.step if self.lifetime.closed_at is None else self.lifetime.closed_at
 
     @contextmanager
-    def _storing(self) -> Iterator[None]:
-        """Applies `on_error` to a storage error; the update itself is complete by then."""
+    def _storing(self, caller: int) -> Iterator[None]:
+        """Applies `on_error` to a storage error; the update itself is complete by then.
+
+        Args:
+            caller: Level of the stack at which the caller of `PostHocEMA` is.
+        """
         try:
             yield
         except OSError as error:
             if self._on_error == "raise":
                 raise
-            # The caller of `PostHocEMA.update_`.
-            warnings.warn(f"a snapshot was not stored, and training continues: {error}", RuntimeWarning, stacklevel=5)
+            text = f"a snapshot was not stored, and training continues: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=caller)
 
     def _lender(self, model: Model) -> Lender:
         """Lends the tensors of the model that trains, and keeps them listed."""

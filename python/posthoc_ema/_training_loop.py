@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ._attach import Attachment, check_trains
+from ._attach import unwrap as unwrap_optimizer
 from ._lend import torch_module
 from ._lifetime import Resume, StepCounter
 from ._model import Model, unwrap
@@ -101,8 +102,39 @@ class TrainingLoop:
                 f"`ema.save(PATH)` wrote beside it, or begin a new run in another directory"
             )
 
-    def attach(self, optimizer: Any, model: Model) -> Attachment:
+    @property
+    def placement(self) -> str:
+        """Where the averages are, and how the parameters come there, in words.
+
+        Raises:
+            RuntimeError: If the run was closed, or was opened by path.
+        """
+        if self._tracker is not None:
+            return self._tracker.native.placement
+        self._check_counts()
+        return "averages on rank 0"
+
+    def wait_for_copy(self) -> None:
+        """Makes the current stream of a GPU wait until the weights of the newest update have been copied.
+
+        To be called before the weights change: after `update_(model, wait=False)`, and with `attach` before anything
+        but the optimizer changes them. The host does not wait. Without a copy it does nothing.
+
+        Raises:
+            RuntimeError: If weights have changed already. The average may then hold a part of both.
+        """
+        if self._tracker is not None:
+            self._tracker.fence.wait()
+
+    def attach(self, optimizer: Any, model: Model, *, wait: bool = False) -> Attachment:
         """Calls `update_` after each real step of an optimizer, in the place of a call in the loop.
+
+        If averages on the host are those of a model on a GPU, its weights are copied while the training continues. The
+        GPU waits for the copy before the next step of the optimizer, and at no other place. Buffers, and parameters
+        that the optimizer does not hold, are waited for at once. If anything but the optimizer changes its weights
+        (weight clipping, `load_state_dict`), call `wait_for_copy` before, or pass `wait`. Most such changes are found:
+        tensors that change after the first update are waited for from then on, with a warning, and a later change is an
+        error. A change through `.data` is not.
 
         Micro-batches of an accumulation do not count, nor do steps that a GradScaler skips. Several closures of one
         step count once. With several optimizers, attach to the one whose steps count, such as a GAN's generator's.
@@ -113,6 +145,7 @@ class TrainingLoop:
             optimizer: Optimizer of PyTorch, as it is or in a wrapper of accelerate, Lightning or Fabric. It holds the
                 averages and the model from now on.
             model: Model that it trains.
+            wait: Let the GPU wait for each copy at once.
 
         Returns:
             Handle whose `remove` ends the updates; it is also a context manager.
@@ -132,7 +165,8 @@ class TrainingLoop:
         torch = torch_module()
         if torch is not None and isinstance(unwrap(model), torch.nn.Module):
             check_trains(optimizer, model)
-        self._attachment = Attachment(optimizer, _Updates(self, model))
+        groups = () if wait else unwrap_optimizer(optimizer).param_groups
+        self._attachment = Attachment(optimizer, _Updates(self, model, groups))
         return self._attachment
 
     def _check_counts(self) -> None:
@@ -166,11 +200,13 @@ class _Updates:
     Args:
         ema: Averages.
         model: Model that trains.
+        groups: Parameter groups of the optimizer, for whose copy the training waits before the next step only.
     """
 
-    def __init__(self, ema: Any, model: Model):
+    def __init__(self, ema: Any, model: Model, groups: Sequence[dict[str, Any]]):
         self._ema = ema
         self._model = model
+        self._groups = groups
         ema._hooked_step = ema.step
 
     def __call__(self) -> None:
@@ -181,6 +217,9 @@ class _Updates:
                 f"counted to step {ema.step}: do not call `update_` besides, or `remove` the attachment"
             )
         try:
-            ema.update_(self._model)
+            ema._update(self._model, self._parameters)
         finally:
             ema._hooked_step = ema.step
+
+    def _parameters(self) -> set[int]:
+        return {id(parameter) for group in self._groups for parameter in group["params"]}

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _lifetime, _native, _options, _swap, visualization
+from . import _fence, _lifetime, _native, _options, _swap, visualization
 from ._collective_reader import CollectiveReader, opened_together, reader_of
 from ._compiled import keep_out_of_graphs
 from ._first_update import FirstUpdate
@@ -79,6 +79,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
         betas: Iterable[float] = (),
         profiles: Iterable[Profile] = (),
         device: str = "cpu",
+        device_copy: bool | None = None,
         resume: Resume = False,
         extend: bool = False,
         average: Sequence[str] | None = None,
@@ -112,9 +113,14 @@ class PostHocEMA(RunAverages, TrainingLoop):
             gammas: Power-function profiles to track, by exponent.
             betas: Classical EMAs to track, by decay per training step (not per update).
             profiles: Further profiles to track.
-            device: Device of the averages, without effect on any bit: "cpu" (takes no memory of a GPU), "cuda" (beside
-                the parameters; an update is one kernel launch), "cuda:N" (the same, if they are there), or "auto" (on
-                the model's device if they take at most a quarter of its free memory).
+            device: Device of the averages, without effect on any bit: "cpu", "cuda" (beside the parameters; an update
+                is one kernel launch), "cuda:N" (the same, if they are there), or "auto" (on the model's device if they
+                take at most a quarter of the memory that the training leaves free; a gradient and two moments for each
+                parameter count as taken).
+            device_copy: Copy the parameters within their GPU at each update, on the way to averages on the host. The
+                training waits for that alone, and not for the bus. By default it is done if they take at most a quarter
+                of the memory that the training leaves free; True makes it an error if there is too little. `placement`
+                says what is done.
             resume: Continue the run in `checkpoint_dir` if there is one; `step` is then the step to continue from. A
                 path is that of a state that `save(path)` wrote, its file or folder: the run continues from there, and
                 the snapshots of the course that it leaves are set aside.
@@ -158,6 +164,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
             is_new=_lifetime.begins(directory, resume),
             profiles=_options.tracked_profiles(sigma_rels, gammas, betas, profiles),
             device=device,
+            device_copy=device_copy,
             schedule=dict(zip(_options.DEFAULTS, (update_every, update_after_step, checkpoint_every, max_checkpoints))),
             snapshot_growth=snapshot_growth,
             checkpoint_dtype=checkpoint_dtype,
@@ -231,7 +238,9 @@ class PostHocEMA(RunAverages, TrainingLoop):
 
     @classmethod
     def _new(cls, directory: Path, reader: RunReader, skip: Callable[[], bool]) -> PostHocEMA:
-        keep_out_of_graphs(PostHocEMA, ("update_", "update_at_", "switch_", "model", "state_dict", "synthesize"))
+        keep_out_of_graphs(
+            PostHocEMA, ("update_", "_update", "update_at_", "switch_", "model", "state_dict", "synthesize")
+        )
         self = object.__new__(cls)
         self.checkpoint_dir = directory
         self._reader = reader
@@ -255,13 +264,16 @@ class PostHocEMA(RunAverages, TrainingLoop):
 
     # Training.
 
-    def update_(self, model: Model) -> None:
+    def update_(self, model: Model, *, wait: bool = True) -> None:
         """Updates the averages and stores snapshots when they are due; to be called once after each training step.
 
         A step at which nothing is due costs some tenths of a microsecond.
 
         Args:
             model: Model that trains.
+            wait: Let a GPU that trains wait until the weights have been copied to averages on the host. Without it,
+                call `wait_for_copy` before the weights change; an optimizer of PyTorch waits by itself. Buffers of a
+                module are always waited for. `attach` does the same for the weights of its optimizer.
 
         Raises:
             ValueError: If the model's tensors are not those the run began with. The message names the first difference.
@@ -272,13 +284,17 @@ class PostHocEMA(RunAverages, TrainingLoop):
                 itself is complete, and the snapshot is tried again before the next one. With
                 `checkpoint_in_background=False` it is the snapshot of this call, tried again before the next update.
         """
+        self._update(model, frozenset if wait else _fence.all_parameters)
+
+    def _update(self, model: Model, parameters: _fence.Fenced) -> None:
+        """Updates the averages if that is due; see `ModelTracker.update`."""
         if _swap.holding:
             _swap.check_own_weights(self._reader.tensors_of(model).lender().tensors)
         if self._skip():
             return
         assert self._tracker is not None
         try:
-            self._tracker.update(model)
+            self._tracker.update(model, parameters)
         finally:
             self._note_first_update(self._tracker)
 

@@ -58,6 +58,9 @@ impl Layout {
 pub struct Lent<'a> {
     layout: &'a Layout,
     addresses: Vec<u64>,
+    /// True for the tensors that do not change before the fence of the call has passed. Missing ones are false.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only devices have fences"))]
+    fenced: Vec<bool>,
     /// `CUstream` on which the owner works with the tensors.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only devices have streams"))]
     stream: usize,
@@ -71,23 +74,35 @@ impl<'a> Lent<'a> {
         if let Some((entry, _)) = layout.0.iter().zip(&addresses).find(|(e, address)| e.bytes > 0 && **address == 0) {
             return Err(argument(format!("tensor `{}`: its elements have the address 0", entry.name)));
         }
-        Ok(Lent { layout, addresses, stream })
+        Ok(Lent { layout, addresses, stream, fenced: Vec::new() })
+    }
+
+    /// Lends some of the tensors until the fence of the call that reads them.
+    ///
+    /// The package keeps them allocated, and makes the stream that changes them wait for the fence.
+    pub fn until_fence(self, fenced: Vec<bool>) -> Lent<'a> {
+        Lent { fenced, ..self }
     }
 
     fn entries(&self) -> impl Iterator<Item = (&'a TensorEntry, u64)> {
         self.layout.0.iter().zip(self.addresses.iter().copied())
     }
 
-    fn view(&self, entry: &'a TensorEntry, address: u64) -> Result<TensorView<'a>> {
-        self.plain_view(entry, address).map(|view| TensorView { is_buffer: entry.is_buffer, ..view })
+    fn view(&self, i: usize) -> Result<TensorView<'a>> {
+        let entry = &self.layout.0[i];
+        self.plain_view(i).map(|view| TensorView { is_buffer: entry.is_buffer, ..view })
     }
 
-    fn plain_view(&self, entry: &'a TensorEntry, address: u64) -> Result<TensorView<'a>> {
+    fn plain_view(&self, i: usize) -> Result<TensorView<'a>> {
+        let (entry, address) = (&self.layout.0[i], self.addresses[i]);
         #[cfg(feature = "cuda")]
         if let Some(device) = entry.device {
             // SAFETY: see the contract of `Lent`. PyTorch allocates in the primary context, and frees and reuses memory
             // in the order of the stream, which is the current one of the calling thread.
             let memory = unsafe { CudaMemory::from_raw(device, self.stream, address, entry.bytes) };
+            let is_fenced = self.fenced.get(i).copied().unwrap_or_default();
+            // SAFETY: see `until_fence`.
+            let memory = if is_fenced { unsafe { memory.until_fence() } } else { memory };
             return TensorView::cuda(&entry.name, entry.dtype, &entry.shape, memory);
         }
         check_on_host(entry)?;
@@ -132,6 +147,13 @@ pub fn output_views(layout: &Layout, addresses: Vec<Vec<u64>>) -> PyResult<Vec<V
     lists.iter_mut().map(Lent::views_mut).collect::<Result<_>>().map_err(to_python)
 }
 
+/// Makes the stream that works with the tensors wait for a fence.
+#[cfg(feature = "cuda")]
+pub fn wait_on_stream(fence: &posthoc_ema::compute::cuda::Fence, stream: usize) -> Result<()> {
+    // SAFETY: the stream is the current one of PyTorch on the device of the tensors, in its primary context.
+    unsafe { fence.wait_on(stream) }
+}
+
 /// Refuses tensors on a device in a build without CUDA; the package copies them to the host before.
 fn check_on_host(entry: &TensorEntry) -> Result<()> {
     match entry.device {
@@ -157,7 +179,7 @@ fn check_disjoint(lists: &[Lent<'_>]) -> PyResult<()> {
 
 impl Parameters for Lent<'_> {
     fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
-        let views = self.entries().map(|(entry, address)| self.view(entry, address)).collect::<Result<Vec<_>>>()?;
+        let views = (0..self.addresses.len()).map(|i| self.view(i)).collect::<Result<Vec<_>>>()?;
         read(&views)
     }
 }

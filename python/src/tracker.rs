@@ -45,6 +45,7 @@ struct Settings {
     copy: Option<Vec<String>>,
     leave_out: Option<Vec<String>>,
     device: Option<String>,
+    device_copy: Option<bool>,
 }
 
 /// Deserializer that distinguishes `null` from an absent field.
@@ -72,6 +73,7 @@ impl Settings {
             checkpoint_dtype,
             checkpoint_in_background,
             shard_size,
+            device_copy,
             extend
         );
         set_given!(average, copy, leave_out);
@@ -95,7 +97,12 @@ impl Settings {
 
 /// Running averages of lent tensors, stored in a run's directory; `None` once it is closed.
 #[pyclass(frozen, module = "posthoc_ema._native")]
-pub struct Tracker(Mutex<Option<PostHocEma>>);
+pub struct Tracker {
+    ema: Mutex<Option<PostHocEma>>,
+    /// Fence of the newest update. Outside of `ema`, which another thread locks for a whole synthesis.
+    #[cfg(feature = "cuda")]
+    fence: Mutex<Option<posthoc_ema::compute::cuda::Fence>>,
+}
 
 impl Tracker {
     /// Calls `act` with the tracker, without the interpreter's lock.
@@ -104,9 +111,29 @@ impl Tracker {
         py.detach(|| with_open(&mut self.lock(), act))
     }
 
+    /// Updates the averages and keeps the fence, also if the call fails: a copy may run nevertheless.
+    fn fold(
+        &self,
+        py: Python<'_>,
+        update: impl FnOnce(&mut PostHocEma) -> Result<UpdateOutcome> + Send,
+    ) -> PyResult<u8> {
+        let outcome = self.with(py, |tracker| {
+            let outcome = update(tracker);
+            #[cfg(feature = "cuda")]
+            self.lock_fence().clone_from(&tracker.fence().cloned());
+            outcome
+        });
+        outcome.map(code)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn lock_fence(&self) -> MutexGuard<'_, Option<posthoc_ema::compute::cuda::Fence>> {
+        self.fence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Locks the tracker. After a panic in another thread it stays usable, as after an error.
     fn lock(&self) -> MutexGuard<'_, Option<PostHocEma>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ema.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -156,22 +183,38 @@ impl Tracker {
             ("resume", None) => options.resume(&lent),
             _ => options.resume_or_create(&lent),
         });
-        opened.map(|tracker| Tracker(Mutex::new(Some(tracker)))).map_err(to_python)
+        opened
+            .map(|tracker| Tracker {
+                ema: Mutex::new(Some(tracker)),
+                #[cfg(feature = "cuda")]
+                fence: Mutex::default(),
+            })
+            .map_err(to_python)
     }
 
     /// Counts a step at which nothing is due and returns true; does nothing and returns false if something is due.
     fn skip(&self, py: Python<'_>) -> PyResult<bool> {
         // Another thread holds the lock for a whole update or synthesis.
-        match self.0.try_lock() {
+        match self.ema.try_lock() {
             Ok(mut tracker) => with_open(&mut tracker, skip),
             Err(_) => self.with(py, skip),
         }
     }
 
     /// Counts a step and does the work that is due. Returns 0 for none, 1 for an update, 2 for a snapshot, too.
-    fn update(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, stream: usize) -> PyResult<u8> {
-        let lent = Lent::new(layout, addresses, stream)?;
-        self.with(py, |tracker| tracker.update(&lent)).map(code)
+    ///
+    /// `fenced` is true for the tensors that do not change before `wait_for_copy`, and stay allocated until then.
+    #[pyo3(signature = (layout, addresses, stream, fenced=Vec::new()))]
+    fn update(
+        &self,
+        py: Python<'_>,
+        layout: &Layout,
+        addresses: Vec<u64>,
+        stream: usize,
+        fenced: Vec<bool>,
+    ) -> PyResult<u8> {
+        let lent = Lent::new(layout, addresses, stream)?.until_fence(fenced);
+        self.fold(py, |tracker| tracker.update(&lent))
     }
 
     /// Same as `update`, on the caller's clock.
@@ -184,7 +227,32 @@ impl Tracker {
         stream: usize,
     ) -> PyResult<u8> {
         let lent = Lent::new(layout, addresses, stream)?;
-        self.with(py, |tracker| tracker.update_at(time, &lent)).map(code)
+        self.fold(py, |tracker| tracker.update_at(time, &lent))
+    }
+
+    /// Makes a stream wait until the tensors of the newest update have been read.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only devices have streams"))]
+    fn wait_for_copy(&self, py: Python<'_>, stream: usize) -> PyResult<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(fence) = self.lock_fence().clone() {
+            return py.detach(|| crate::lend::wait_on_stream(&fence, stream)).map_err(to_python);
+        }
+        Ok(())
+    }
+
+    /// True if lending tensors until the fence spares the training a wait.
+    #[getter]
+    fn needs_fence(&self, py: Python<'_>) -> PyResult<bool> {
+        #[cfg(feature = "cuda")]
+        return self.with(py, |tracker| Ok(tracker.needs_fence()));
+        #[cfg(not(feature = "cuda"))]
+        self.with(py, |_| Ok(false))
+    }
+
+    /// Returns in words where the averages are, and how the tensors come there.
+    #[getter]
+    fn placement(&self, py: Python<'_>) -> PyResult<String> {
+        self.with(py, |tracker| Ok(tracker.placement()))
     }
 
     /// Stores the live state, in the run or at a path.

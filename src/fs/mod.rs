@@ -7,6 +7,7 @@ mod folder;
 mod link;
 mod lock;
 mod mapping;
+mod memory_room;
 pub(crate) mod process;
 mod scattered;
 mod stream;
@@ -22,7 +23,11 @@ pub(crate) use folder::{AtomicFolder, CreatedDirs, check_vacant};
 pub(crate) use link::replace_by_link;
 pub(crate) use lock::{Lock, LockId};
 pub use mapping::install_sigbus_handler;
+#[cfg(feature = "cuda")]
+pub(crate) use mapping::keep_from_children;
 pub(crate) use mapping::{Mapping, release_pages, use_large_pages};
+#[cfg(feature = "cuda")]
+pub(crate) use memory_room::{MemoryRoom, memory_room};
 pub(crate) use scattered::ScatteredFile;
 pub use stream::{Stream, check_output};
 pub use temporary::remove_unfinished;

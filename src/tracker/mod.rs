@@ -209,6 +209,20 @@ impl PostHocEma {
         self.engine.fence()
     }
 
+    /// Returns true if parameters that are lent [until the fence](crate::CudaMemory::until_fence) spare the training a
+    /// wait for the bus.
+    #[cfg(feature = "cuda")]
+    pub fn needs_fence(&self) -> bool {
+        self.engine.needs_fence()
+    }
+
+    /// Describes in words where the averages are, and how the parameters come there.
+    ///
+    /// It says if a training on a device waits for the bus: see [`Options::device_copy`].
+    pub fn placement(&self) -> String {
+        self.engine.placement()
+    }
+
     /// Returns true if the next call of [`PostHocEma::update`] reads the parameters.
     pub fn is_due(&self) -> bool {
         self.settings.schedule.is_update_due(self.clock, self.clock.saturating_add(1))

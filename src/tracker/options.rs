@@ -62,6 +62,7 @@ pub struct Options {
     pub(super) copy: Option<Vec<String>>,
     pub(super) leave_out: Option<Vec<String>>,
     pub(super) device: Device,
+    pub(super) device_copy: Option<bool>,
     pub(super) in_background: bool,
     pub(super) on_error: OnError,
     pub(super) on_non_finite: OnNonFinite,
@@ -98,6 +99,7 @@ impl Options {
             copy: None,
             leave_out: None,
             device: Device::Cpu,
+            device_copy: None,
             in_background: true,
             on_error: OnError::Stop,
             on_non_finite: OnNonFinite::default(),
@@ -224,16 +226,31 @@ impl Options {
     ///
     /// * [`Device::Cpu`]: on the host. Each update copies the parameters there once, in their own dtype. The training
     ///   stream waits for the copy but not for the folding. It does not wait for the copy either if the parameters are
-    ///   lent until the fence ([`CudaMemory::until_fence`](crate::CudaMemory)). No device memory is used.
+    ///   lent until the fence ([`CudaMemory::until_fence`](crate::CudaMemory)). With [`Options::device_copy`] it waits
+    ///   for a copy within the device only.
     /// * [`Device::AnyCuda`]: on the parameters' device. An update is one launch on the training stream, after a look
     ///   for NaN. [`Device::Cuda`] is the same, and an error if the parameters are on another device.
-    /// * [`Device::Auto`]: on the device if the averages take at most a quarter of its free memory, otherwise on the
-    ///   host.
+    /// * [`Device::Auto`]: on the device if the averages take at most a quarter of the memory that the training leaves
+    ///   free, otherwise on the host. The choice is made when the run is opened, when gradients and the optimizer's
+    ///   state often do not exist yet: 12 bytes a parameter count as taken by them.
     ///
     /// The averages are the same, bit for bit, and a resume may choose differently. The averages of parameters in host
     /// memory stay there; choosing a device for them is an [`Error::Setting`].
     pub fn device(mut self, device: Device) -> Self {
         self.device = device;
+        self
+    }
+
+    /// Copies the parameters within their device at each update, on the way to averages on the host. Default: `None`,
+    /// which does so if they take at most a quarter of the memory that the training leaves free (see
+    /// [`Options::device`]).
+    ///
+    /// The training stream then waits for this copy, and not for the bus. The memory is
+    /// allocated when the run is opened. `true` makes it an error if the device has too little, `false` allocates at
+    /// most 32 MiB, for small tensors. Without effect if averages and parameters are in the same memory.
+    /// [`PostHocEma::placement`] says which way is used.
+    pub fn device_copy(mut self, yes: impl Into<Option<bool>>) -> Self {
+        self.device_copy = yes.into();
         self
     }
 
@@ -307,7 +324,7 @@ impl Options {
         snapshot::check_empty(&self.dir)?;
         snapshot::recover(&self.dir)?;
         snapshot::remove_leftovers(&self.dir)?;
-        let config = EngineConfig::new(&registry, &settings);
+        let config = EngineConfig { device_copy: self.device_copy, ..EngineConfig::new(&registry, &settings) };
         let engine = engine::start(&self.dir, registry.layout(), model_device, self.device, config)?;
         if self.in_background {
             engine.prepare();

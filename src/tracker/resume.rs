@@ -138,7 +138,11 @@ impl Options {
     /// Starts an engine with the averages of a live state.
     fn start(&self, model: Prepared) -> Result<Started> {
         let Prepared { settings, registry, device, non_finite, values, extensions } = model;
-        let config = EngineConfig { values: Some(values), ..EngineConfig::new(&registry, &settings) };
+        let config = EngineConfig {
+            values: Some(values),
+            device_copy: self.device_copy,
+            ..EngineConfig::new(&registry, &settings)
+        };
         let engine = engine::start(&self.dir, registry.layout(), device, self.device, config)?;
         if self.in_background {
             engine.prepare();

@@ -63,6 +63,26 @@ pub fn count(what: &str) -> Option<u64> {
     Some(unsafe { count(what.as_ptr().cast()) })
 }
 
+/// Lets a stream of the stand-in be busy for some nanoseconds.
+pub fn work(stream: usize, nanoseconds: u64) {
+    let Driver::StandIn(library) = driver() else { return };
+    // SAFETY: the stand-in declares the function with this type, and the stream exists.
+    unsafe {
+        let work: Symbol<'_, unsafe extern "C" fn(usize, u64)> = library.get(b"standin_work").unwrap();
+        work(stream, nanoseconds);
+    }
+}
+
+/// Returns the nanoseconds for which waits for events have held a stream of the stand-in up.
+pub fn stalled(stream: usize) -> u64 {
+    let Driver::StandIn(library) = driver() else { return 0 };
+    // SAFETY: as in `work`.
+    unsafe {
+        let stalled: Symbol<'_, unsafe extern "C" fn(usize) -> u64> = library.get(b"standin_stalled").unwrap();
+        stalled(stream)
+    }
+}
+
 /// Returns the root of the repository, for the tests of `posthoc-ema` and of `posthoc-ema-cli`.
 fn root() -> &'static Path {
     let own = Path::new(env!("CARGO_MANIFEST_DIR"));

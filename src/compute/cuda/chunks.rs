@@ -122,7 +122,7 @@ impl ChunkTable {
             let bytes = bytes.next_power_of_two();
             let pinned = Pinned::new(&self.device, bytes)?;
             let buffer = Buffer::new(&self.device, bytes, "the table of tensors")?;
-            stream.synchronize().map_err(self.device.driver_error("finish the use of the table of tensors"))?;
+            self.device.wait_for(stream, "finish the use of the table of tensors")?;
             self.pinned = pinned;
             self.buffer = buffer;
         }

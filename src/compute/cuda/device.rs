@@ -208,6 +208,13 @@ impl CudaDevice {
         self.create_event(Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC))
     }
 
+    /// Waits for the work of a stream. The thread sleeps; a plain wait for a stream spins.
+    pub(super) fn wait_for(&self, stream: &CudaStream, action: &str) -> Result<()> {
+        let _bound = self.bind()?;
+        let done = self.event()?;
+        done.record(stream).and_then(|()| done.synchronize()).map_err(self.driver_error(action))
+    }
+
     /// Creates an event that orders streams. The host rarely waits for it.
     pub(super) fn order_event(&self) -> Result<Event> {
         self.create_event(None)
@@ -273,4 +280,9 @@ fn cuda_error(device: usize, action: impl Into<String>, error: DriverError) -> E
         Code::CUDA_ERROR_OUT_OF_MEMORY => Error::DeviceMemory { device, action, reason },
         _ => Error::Cuda { device, action, reason },
     }
+}
+
+/// Formats a number of bytes for a message.
+pub(super) fn format_bytes(bytes: usize) -> String {
+    if bytes < 1_000_000 { format!("{bytes} bytes") } else { format!("{:.1} MB", bytes as f64 / 1e6) }
 }

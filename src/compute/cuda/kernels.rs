@@ -230,11 +230,16 @@ impl Kernels {
     ///
     /// # Safety
     /// As [`Kernels::update`].
-    pub(super) unsafe fn gather(&self, stream: &CudaStream, args: &GatherArgs) -> Result<(), DriverError> {
-        /// Number of blocks that saturates the bus. More would take multiprocessors from the training.
-        const BLOCKS: usize = 32;
+    pub(super) unsafe fn gather(
+        &self,
+        stream: &CudaStream,
+        args: &GatherArgs,
+        multiprocessors: usize,
+    ) -> Result<(), DriverError> {
+        /// Number of blocks per multiprocessor, of which it has room for eight.
+        const BLOCKS: usize = 8;
         // SAFETY: as in `update`.
-        unsafe { launch(stream, &self.gather, args, BLOCKS.min(args.count as usize)) }
+        unsafe { launch(stream, &self.gather, args, (BLOCKS * multiprocessors).min(args.count as usize)) }
     }
 }
 

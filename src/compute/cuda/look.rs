@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use cudarc::driver::CudaStream;
 
 use super::kernels::LookArgs;
-use super::memory::{Pinned, copy_to_host};
-use super::{Buffer, CudaDevice};
+use super::memory::copy_to_host;
+use super::{Buffer, CudaDevice, Pinned};
 use crate::error::{Error, Result};
 
 /// Key in device memory that stands for no element (`NOTHING_FOUND`).

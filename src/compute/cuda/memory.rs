@@ -1,13 +1,13 @@
-//! Memory that this crate allocates: on a device, and pinned on the host for asynchronous copies.
+//! Memory that this crate allocates on a device, and copies of it.
 
-use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use cudarc::driver::{CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaStream, result};
 
-use super::CudaDevice;
-use crate::error::{Error, Result};
+use super::device::format_bytes;
+use super::{CudaDevice, Pinned};
+use crate::error::Result;
 
 /// Memory on a device. The owner orders all work on it.
 #[derive(Debug)]
@@ -90,89 +90,6 @@ impl Drop for Buffer {
     }
 }
 
-/// Page-locked host memory, for copies that run concurrently with the host and with other work of the device.
-///
-/// It is cached, not write-combined, because the CPU reads it.
-#[derive(Debug)]
-pub struct Pinned {
-    device: Arc<CudaDevice>,
-    start: *mut u8,
-    bytes: usize,
-}
-
-// SAFETY: the value owns the memory like a `Vec`, and the driver's calls work from any thread.
-unsafe impl Send for Pinned {}
-// SAFETY: shared references only read.
-unsafe impl Sync for Pinned {}
-
-impl Pinned {
-    /// Allocates zeroed memory.
-    ///
-    /// # Errors
-    /// [`crate::Error::Cuda`] if the system does not lock that much memory.
-    pub fn new(device: &Arc<CudaDevice>, bytes: usize) -> Result<Pinned> {
-        /// Flag that pins the memory for every context.
-        const PORTABLE: u32 = 1;
-        let _bound = device.bind()?;
-        let allocation_error = |error: DriverError| {
-            let action = format!("lock {} of the host's memory for copies", format_bytes(bytes));
-            match error.0 {
-                sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                    let reason = "the system cannot lock that much: free memory of the host, or raise the limit".into();
-                    Error::Cuda { device: device.number(), action, reason }
-                }
-                _ => device.driver_error(&action)(error),
-            }
-        };
-        // SAFETY: the device's context is current.
-        let start = unsafe { result::malloc_host(bytes.max(1), PORTABLE) }.map_err(allocation_error)?.cast::<u8>();
-        // SAFETY: that many bytes were just allocated.
-        unsafe { start.write_bytes(0, bytes) };
-        Ok(Pinned { device: device.clone(), start, bytes })
-    }
-
-    /// Returns the bytes for reading.
-    ///
-    /// # Safety
-    /// No pending copy or kernel writes to them.
-    pub unsafe fn bytes(&self) -> &[u8] {
-        // SAFETY: they are allocated and initialised, and the caller guarantees that nothing writes to them.
-        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
-    }
-
-    /// Returns the bytes for writing.
-    ///
-    /// # Safety
-    /// No pending copy or kernel reads or writes them.
-    pub unsafe fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `bytes`, and `self` is borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
-    }
-
-    /// Returns the number of bytes.
-    pub fn len(&self) -> usize {
-        self.bytes
-    }
-
-    /// Returns true if the size is 0.
-    pub fn is_empty(&self) -> bool {
-        self.bytes == 0
-    }
-
-    /// Returns the address, which is the same on the host and on the device (unified addressing).
-    pub(super) fn address(&self) -> u64 {
-        self.start.addr() as u64
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        let Ok(_bound) = self.device.bind() else { return };
-        // SAFETY: it was allocated by `new` and is freed once. The owner waits for copies before.
-        let _ = unsafe { result::free_host(self.start.cast::<c_void>()) };
-    }
-}
-
 /// Queues a copy from pinned memory to a device.
 ///
 /// # Safety
@@ -190,7 +107,7 @@ pub(super) unsafe fn copy_to_device(
         return Ok(());
     }
     // SAFETY: the caller guarantees that it is within the allocation. Only its address is used now.
-    let source = unsafe { std::slice::from_raw_parts(pinned.start.add(from), bytes) };
+    let source = unsafe { std::slice::from_raw_parts(pinned.start().add(from), bytes) };
     // SAFETY: guaranteed by the caller.
     unsafe { result::memcpy_htod_async(to, source, stream.cu_stream()) }
         .map_err(device.driver_error("copy to the device"))
@@ -213,7 +130,7 @@ pub(super) unsafe fn copy_to_host(
         return Ok(());
     }
     // SAFETY: the caller guarantees that it is within the allocation and that nothing else reads it.
-    let target = unsafe { std::slice::from_raw_parts_mut(pinned.start.add(to), bytes) };
+    let target = unsafe { std::slice::from_raw_parts_mut(pinned.start().add(to), bytes) };
     // SAFETY: guaranteed by the caller.
     unsafe { result::memcpy_dtoh_async(target, from, stream.cu_stream()) }
         .map_err(device.driver_error("copy to the host"))
@@ -236,9 +153,4 @@ pub(super) unsafe fn copy_on_device(
     // SAFETY: guaranteed by the caller.
     unsafe { result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }
         .map_err(device.driver_error("copy within the device"))
-}
-
-/// Formats a number of bytes for a message.
-pub(super) fn format_bytes(bytes: usize) -> String {
-    if bytes < 1_000_000 { format!("{bytes} bytes") } else { format!("{:.1} MB", bytes as f64 / 1e6) }
 }

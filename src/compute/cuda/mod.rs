@@ -8,6 +8,7 @@
 //! can be borrowed. All work is ordered explicitly with events, and cudarc's own tracking is off.
 
 mod arenas;
+mod arrangement;
 mod averages;
 mod blender;
 mod chunks;
@@ -17,6 +18,7 @@ mod kernels;
 mod look;
 mod memory;
 mod offload;
+mod pinned;
 mod probe;
 mod reader;
 mod staging;
@@ -26,8 +28,9 @@ pub use averages::DeviceAverages;
 pub use blender::{BlendInput, BlendPart, Blender, Deliver, Destination, OverflowHandler};
 pub use device::CudaDevice;
 pub use kernels::KernelCode;
-pub use memory::{Buffer, Pinned};
+pub use memory::Buffer;
 pub use offload::{Fence, HostCopy, Offload, PendingCopy};
+pub use pinned::{Pinned, check_host_memory};
 pub use probe::{Unavailable, devices};
 pub use reader::AveragesReader;
 pub use staging::Staging;

@@ -1,25 +1,29 @@
 //! Copies of parameters from a device to averages on the host.
 //!
-//! Parameters are copied in their own dtype into pinned memory, on a separate stream, while training continues.
+//! Parameters are copied in their own dtype into pinned memory, on a separate stream, while training continues. Small
+//! tensors are gathered in a buffer of the device before, so that no kernel runs for as long as the bus takes. If the
+//! buffer has room for all tensors, they are copied there first, and the training waits for that alone.
 
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use super::CudaDevice;
+use cudarc::driver::CudaStream;
+
+use super::arrangement::{Arrangement, Batch, SMALL, total_bytes};
 use super::averages::common_stream;
 use super::chunks::{ChunkTable, TensorSpan, chunk_size, split_into_chunks};
 use super::device::{Event, Stream};
-use super::kernels::{GatherArgs, KIND_BYTES};
-use super::memory::{Pinned, copy_to_host};
+use super::kernels::{Chunk, GatherArgs, KIND_BYTES};
+use super::memory::{copy_on_device, copy_to_host};
+use super::{Buffer, CudaDevice, Pinned};
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
 
 /// Largest number of copies that run or wait to be folded.
 const SLOTS: usize = 2;
 
-/// Size in bytes below which tensors are gathered by a kernel that writes to host memory. Each of thousands of small
-/// copies would cost more than the transfer of its bytes.
-const SMALL: usize = 1 << 20;
+/// Most bytes of small tensors that are gathered at a time.
+const RING: usize = 32 << 20;
 
 /// Most bytes of one copy. A copy of the training, such as that of a loss, waits for at most one.
 const PIECE: usize = 8 << 20;
@@ -29,12 +33,19 @@ const PIECE: usize = 8 << 20;
 pub struct Offload {
     device: Arc<CudaDevice>,
     stream: Stream,
-    /// Chunks of the tensors below [`SMALL`].
+    sizes: Vec<usize>,
+    arrangement: Arrangement,
+    /// Chunks of the small tensors, in the order of the batches.
     small: ChunkTable,
-    /// Range of each tensor in a slot, aligned to 16 bytes.
-    ranges: Arc<[Range<usize>]>,
+    /// Buffer of the device in which tensors are gathered: all at once if it has room for them, or batches of the small
+    /// ones in turns.
+    gathered: Buffer,
+    /// True if `gathered` has room for all tensors.
+    copies_on_device: bool,
     /// Event that passes when the parameters may be read.
     begin: Event,
+    /// Event that passes when the tensors whose owner waits have been read.
+    read: Event,
     free: Arc<FreeSlots>,
 }
 
@@ -49,8 +60,10 @@ struct FreeSlots {
 #[derive(Debug)]
 struct CopySlot {
     pinned: Pinned,
+    /// Event that passes when all tensors have been read.
+    all_read: Arc<Event>,
     /// Event that passes when the copy into the slot has run.
-    done: Arc<Event>,
+    done: Event,
     device: Arc<CudaDevice>,
 }
 
@@ -74,11 +87,11 @@ pub struct PendingCopy {
 #[derive(Debug)]
 pub struct HostCopy(PendingCopy);
 
-/// Fence that passes when the parameters of the newest update have been read and may be changed.
+/// Fence that passes when all parameters of the newest update have been read and may be changed.
 #[derive(Clone, Debug)]
 pub struct Fence {
     device: Arc<CudaDevice>,
-    done: Arc<Event>,
+    all_read: Arc<Event>,
 }
 
 /// Returns the size in bytes of the chunks of small tensors, among `total` bytes.
@@ -89,27 +102,39 @@ fn small_chunk_size(device: &CudaDevice, total: usize) -> usize {
 impl Offload {
     /// Prepares to copy tensors of these sizes in bytes. It locks twice as much host memory.
     ///
+    /// With `copies_on_device`, it takes as much memory of the device: the owner's stream then waits for a copy there
+    /// only. Otherwise it takes up to 32 MiB for small tensors, less if the device has less.
+    ///
     /// # Errors
-    /// [`crate::Error::Cuda`] if the driver or the system rejects it.
-    pub fn new(device: &Arc<CudaDevice>, sizes: &[usize]) -> Result<Offload> {
-        let mut ranges = Vec::with_capacity(sizes.len());
-        let mut end = 0;
-        for &bytes in sizes {
-            ranges.push(end..end + bytes);
-            end += bytes.next_multiple_of(16);
-        }
+    /// [`Error::DeviceMemory`] if the device has too little memory, [`Error::Cuda`] if the driver or the system rejects
+    /// it.
+    pub fn new(device: &Arc<CudaDevice>, sizes: &[usize], copies_on_device: bool) -> Result<Offload> {
+        let total = total_bytes(sizes);
+        let gathered = if copies_on_device {
+            Buffer::new(device, total, "a copy of the parameters")?
+        } else {
+            ring(device, total_bytes(&sizes.iter().copied().filter(|&bytes| bytes < SMALL).collect::<Vec<_>>()))?
+        };
+        let most = small_chunk_size(device, total);
+        let chunks = sizes.iter().filter(|bytes| **bytes < SMALL).map(|bytes| bytes.div_ceil(most)).sum();
+        let small = ChunkTable::new(device, chunks)?;
         let mut slots = Vec::with_capacity(SLOTS);
         for _ in 0..SLOTS {
-            let pinned = Pinned::new(device, end)?;
-            slots.push(CopySlot { pinned, done: Arc::new(device.event()?), device: device.clone() });
+            let (all_read, done) = (Arc::new(device.event()?), device.event()?);
+            slots.push(CopySlot { pinned: Pinned::new(device, total)?, all_read, done, device: device.clone() });
         }
-        let most = small_chunk_size(device, end);
-        let chunks = sizes.iter().filter(|bytes| **bytes < SMALL).map(|bytes| bytes.div_ceil(most)).sum();
+        let stream = device.stream()?;
+        // Copies take the bytes between tensors along.
+        gathered.clear(&stream)?;
         Ok(Offload {
-            stream: device.stream()?,
-            small: ChunkTable::new(device, chunks)?,
-            ranges: ranges.into(),
+            stream,
+            arrangement: Arrangement::new(sizes, vec![true; sizes.len()], gathered.len().max(SMALL)),
+            sizes: sizes.to_vec(),
+            small,
+            gathered,
+            copies_on_device,
             begin: device.order_event()?,
+            read: device.order_event()?,
             free: Arc::new(FreeSlots { slots: Mutex::new(slots), returned: Condvar::new() }),
             device: device.clone(),
         })
@@ -120,10 +145,25 @@ impl Offload {
         &self.device
     }
 
+    /// Returns true if each copy begins with one within the device.
+    pub fn copies_on_device(&self) -> bool {
+        self.copies_on_device
+    }
+
+    /// Returns the bytes of host memory that copies of tensors of these sizes lock.
+    pub fn pinned_bytes(sizes: &[usize]) -> usize {
+        SLOTS * total_bytes(sizes)
+    }
+
+    /// Returns the bytes of device memory that tensors are gathered in.
+    pub fn device_bytes(&self) -> usize {
+        self.gathered.len()
+    }
+
     /// Queues a copy of all tensors, in the order of the sizes given to [`Offload::new`].
     ///
-    /// It blocks only while both earlier copies still wait to be folded. The stream of the tensors waits for the copy,
-    /// unless they are lent until the fence.
+    /// It blocks only while both earlier copies still wait to be folded. The stream of the tensors waits until those
+    /// have been read that are not lent until the fence.
     ///
     /// # Errors
     /// [`crate::Error::Cuda`] if tensors are on several devices or have several streams, or if the driver fails.
@@ -131,72 +171,148 @@ impl Offload {
         let device = self.device.clone();
         let (number, stream) = common_stream(tensors.iter())?.unwrap_or((device.number(), 0));
         device.check_number(number)?;
-        let fits = |(memory, range): (&CudaMemory<'_>, &Range<usize>)| memory.bytes == range.len();
-        if tensors.len() != self.ranges.len() || !tensors.iter().zip(self.ranges.iter()).all(fits) {
+        if !tensors.iter().map(|memory| memory.bytes).eq(self.sizes.iter().copied()) {
             let reason = "the tensors differ from those that the copy was prepared for".into();
             return Err(Error::Cuda { device: number, action: "read the parameters".into(), reason });
         }
         let owner = device.borrow_stream(stream)?;
-        let pending =
-            PendingCopy { slot: Some(self.free.take()), free: self.free.clone(), ranges: self.ranges.clone() };
+        let ordered: Vec<bool> = tensors.iter().map(|memory| !memory.until_fence).collect();
+        if ordered != self.arrangement.ordered {
+            self.arrangement = Arrangement::new(&self.sizes, ordered, self.gathered.len().max(SMALL));
+        }
+        let slot = self.free.take();
+        let fence = Fence { device: device.clone(), all_read: slot.all_read.clone() };
+        let ranges = self.arrangement.ranges.clone();
+        let pending = PendingCopy { slot: Some(slot), free: self.free.clone(), ranges };
         let _bound = device.bind()?;
         let order = || device.driver_error("order two streams");
         self.begin.record(&owner).map_err(order())?;
         self.stream.wait(&self.begin).map_err(order())?;
         if let Some(slot) = &pending.slot {
-            let queued = self.queue(slot, tensors).and_then(|()| slot.done.record(&self.stream).map_err(order()));
+            let queued =
+                self.queue(&owner, slot, tensors).and_then(|()| slot.done.record(&self.stream).map_err(order()));
             if queued.is_err() {
                 // No event covers the queued work, so it is waited for.
                 let _ = self.stream.synchronize();
             }
             queued?;
-            if tensors.iter().any(|memory| !memory.until_fence) {
-                owner.wait(&slot.done).map_err(order())?;
-            }
         }
-        let fence = Fence { device: device.clone(), done: pending.done().clone() };
         Ok((pending, fence))
     }
 
-    /// Queues the copy of all tensors into a slot.
-    fn queue(&mut self, slot: &CopySlot, tensors: &[CudaMemory<'_>]) -> Result<()> {
-        let most = small_chunk_size(&self.device, slot.pinned.len());
+    /// Queues the copy of all tensors into a slot, and the waits of the owner's stream.
+    fn queue(&mut self, owner: &CudaStream, slot: &CopySlot, tensors: &[CudaMemory<'_>]) -> Result<()> {
+        let first_chunks = self.tabulate(tensors)?;
+        if self.copies_on_device {
+            self.gather(0..self.small.len(), self.gathered.address())?;
+            for &i in &self.arrangement.large {
+                let to = self.gathered.address() + self.arrangement.ranges[i].start as u64;
+                // SAFETY: the buffer has room for all tensors, which may be read in the order of the stream.
+                unsafe { copy_on_device(&self.device, &self.stream, to, tensors[i].address, tensors[i].bytes) }?;
+            }
+            self.hold_up(owner)?;
+            self.record(&slot.all_read)?;
+            return self.drain(slot, 0..slot.pinned.len(), self.gathered.address());
+        }
+        for ordered in [true, false] {
+            let mut holds_up = ordered && self.arrangement.ordered.contains(&true);
+            for &i in self.arrangement.large.iter().filter(|&&i| self.arrangement.ordered[i] == ordered) {
+                self.drain(slot, self.arrangement.ranges[i].clone(), tensors[i].address)?;
+            }
+            let batches: Vec<(&Batch, &Range<usize>)> = self
+                .arrangement
+                .batches
+                .iter()
+                .zip(&first_chunks)
+                .filter(|(batch, _)| batch.ordered == ordered)
+                .collect();
+            for (k, (batch, chunks)) in batches.iter().enumerate() {
+                // Chunks have their offsets in the slot.
+                self.gather((*chunks).clone(), self.gathered.address().wrapping_sub(batch.range.start as u64))?;
+                if holds_up && k + 1 == batches.len() {
+                    self.hold_up(owner)?;
+                    holds_up = false;
+                }
+                self.drain(slot, batch.range.clone(), self.gathered.address())?;
+            }
+            if holds_up {
+                self.hold_up(owner)?;
+            }
+        }
+        self.record(&slot.all_read)
+    }
+
+    /// Uploads the chunks of small tensors if they have changed, and returns the chunks of each batch.
+    fn tabulate(&mut self, tensors: &[CudaMemory<'_>]) -> Result<Vec<Range<usize>>> {
+        let most = small_chunk_size(&self.device, total_bytes(&self.sizes));
         let mut chunks = Vec::new();
-        for (memory, range) in tensors.iter().zip(self.ranges.iter()) {
-            if memory.bytes < SMALL {
-                let span = TensorSpan {
-                    address: memory.address,
-                    offset: range.start as u64,
-                    elements: memory.bytes,
-                    kind: KIND_BYTES,
-                };
+        let mut of_batches = Vec::with_capacity(self.arrangement.batches.len());
+        for batch in &self.arrangement.batches {
+            let first = chunks.len();
+            for &i in &batch.tensors {
+                let (address, elements) = (tensors[i].address, tensors[i].bytes);
+                let offset = self.arrangement.ranges[i].start as u64;
+                let span = TensorSpan { address, offset, elements, kind: KIND_BYTES };
                 split_into_chunks(&mut chunks, span, 1, 1, most);
             }
+            of_batches.push(first..chunks.len());
         }
         // The table comes before the copies: if tensors have moved, this waits for the previous upload, which must not
         // be queued behind large copies.
         self.small.set(&self.stream, chunks)?;
-        for (memory, range) in tensors.iter().zip(self.ranges.iter()).filter(|(memory, _)| memory.bytes >= SMALL) {
-            for start in (0..memory.bytes).step_by(PIECE) {
-                let (to, from) = (range.start + start, memory.address + start as u64);
-                let bytes = PIECE.min(memory.bytes - start);
-                // SAFETY: a range is as long as its tensor, and the slot is not read before `done` has passed.
-                unsafe { copy_to_host(&self.device, &self.stream, &slot.pinned, to, from, bytes) }?;
-            }
-        }
-        let count = self.small.len() as u64;
-        let args = GatherArgs { chunks: self.small.address(), to: slot.pinned.address(), count };
-        // SAFETY: as above. Pinned memory has the same address on both sides.
-        unsafe { self.device.kernels.gather(&self.stream, &args) }
+        Ok(of_batches)
+    }
+
+    /// Queues the gathering of small tensors, by their chunks.
+    fn gather(&self, chunks: Range<usize>, to: u64) -> Result<()> {
+        let first = self.small.address() + (chunks.start * size_of::<Chunk>()) as u64;
+        let args = GatherArgs { chunks: first, to, count: chunks.len() as u64 };
+        // SAFETY: the buffer has room for a batch, and the tensors may be read in the order of the stream.
+        unsafe { self.device.kernels.gather(&self.stream, &args, self.device.multiprocessors()) }
             .map_err(self.device.driver_error("launch the gathering of small tensors"))
+    }
+
+    /// Queues the copy of bytes at an address of the device into a range of a slot.
+    fn drain(&self, slot: &CopySlot, range: Range<usize>, from: u64) -> Result<()> {
+        for start in (0..range.len()).step_by(PIECE) {
+            let bytes = PIECE.min(range.len() - start);
+            let from = from + start as u64;
+            // SAFETY: the range is within the slot and as long as what is copied. The slot is not read before `done`
+            // has passed.
+            unsafe { copy_to_host(&self.device, &self.stream, &slot.pinned, range.start + start, from, bytes) }?;
+        }
+        Ok(())
+    }
+
+    /// Makes the owner's stream wait for the work so far, if it changes a tensor before the fence.
+    fn hold_up(&self, owner: &CudaStream) -> Result<()> {
+        if !self.arrangement.ordered.contains(&true) {
+            return Ok(());
+        }
+        self.record(&self.read)?;
+        owner.wait(&self.read).map_err(self.device.driver_error("order two streams"))
+    }
+
+    fn record(&self, event: &Event) -> Result<()> {
+        event.record(&self.stream).map_err(self.device.driver_error("record an event"))
+    }
+}
+
+/// Allocates a buffer for small tensors of this many bytes in total. On a full device it is smaller.
+fn ring(device: &Arc<CudaDevice>, bytes: usize) -> Result<Buffer> {
+    let mut size = bytes.min(RING);
+    loop {
+        match Buffer::new(device, size, "small parameters on their way to the host") {
+            Err(Error::DeviceMemory { .. }) if size > SMALL => size = (size / 2).max(SMALL),
+            made => return made,
+        }
     }
 }
 
 impl Drop for Offload {
     fn drop(&mut self) {
         // A pending copy may still read the table of small tensors. An error here was already reported.
-        let _bound = self.device.bind();
-        let _ = self.stream.synchronize();
+        let _ = self.device.wait_for(&self.stream, "copy the parameters to the host");
     }
 }
 
@@ -213,13 +329,6 @@ impl FreeSlots {
 }
 
 impl PendingCopy {
-    fn done(&self) -> &Arc<Event> {
-        match &self.slot {
-            Some(slot) => &slot.done,
-            None => unreachable!("only `drop` takes the slot"),
-        }
-    }
-
     /// Waits until the copy has arrived.
     ///
     /// # Errors
@@ -263,7 +372,7 @@ impl Fence {
     /// The stream belongs to the device's primary context and exists.
     pub unsafe fn wait_on(&self, stream: usize) -> Result<()> {
         let _bound = self.device.bind()?;
-        self.device.borrow_stream(stream)?.wait(&self.done).map_err(self.device.driver_error("order two streams"))
+        self.device.borrow_stream(stream)?.wait(&self.all_read).map_err(self.device.driver_error("order two streams"))
     }
 
     /// Waits for the fence on the host.
@@ -272,6 +381,6 @@ impl Fence {
     /// [`crate::Error::Cuda`] if the copy failed.
     pub fn wait(&self) -> Result<()> {
         let _bound = self.device.bind()?;
-        self.done.synchronize().map_err(self.device.driver_error("copy the parameters to the host"))
+        self.all_read.synchronize().map_err(self.device.driver_error("copy the parameters to the host"))
     }
 }

@@ -72,7 +72,7 @@ const OLDEST: &str = match option_env!("POSTHOC_EMA_CUDA_OLDEST") {
 const PTX_VARIABLE: &str = "POSTHOC_EMA_CUDA_PTX";
 
 /// Driver functions that are called here or by cudarc, which panics if one is missing.
-const NEEDED: [&str; 35] = [
+const NEEDED: [&str; 37] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuGetErrorString",
@@ -92,6 +92,8 @@ const NEEDED: [&str; 35] = [
     "cuMemFree_v2",
     "cuMemHostAlloc",
     "cuMemFreeHost",
+    "cuMemHostRegister_v2",
+    "cuMemHostUnregister",
     "cuMemGetInfo_v2",
     "cuMemsetD8Async",
     "cuMemcpyHtoDAsync_v2",

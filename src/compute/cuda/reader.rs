@@ -100,7 +100,6 @@ impl AveragesReader {
 impl Drop for AveragesReader {
     fn drop(&mut self) {
         // After an error, copies may still be running. An error here was already reported.
-        let _bound = self.device().bind();
-        let _ = self.stream.synchronize();
+        let _ = self.device().wait_for(&self.stream, "read the averages");
     }
 }

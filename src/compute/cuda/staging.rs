@@ -6,9 +6,9 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 use rayon::prelude::*;
 
-use super::CudaDevice;
 use super::device::Event;
-use super::memory::{Pinned, copy_to_device, copy_to_host};
+use super::memory::{copy_to_device, copy_to_host};
+use super::{CudaDevice, Pinned};
 use crate::error::Result;
 use crate::tensor::{CudaMemory, CudaMemoryMut};
 

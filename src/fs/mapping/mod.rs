@@ -10,6 +10,8 @@ use memmap2::{Advice, Mmap, UncheckedAdvice};
 mod pages;
 mod sigbus;
 
+#[cfg(feature = "cuda")]
+pub(crate) use pages::keep_from_children;
 pub(crate) use pages::{release_pages, use_large_pages};
 pub use sigbus::install_sigbus_handler;
 

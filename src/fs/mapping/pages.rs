@@ -1,6 +1,9 @@
 //! Advice to the system about the pages of large arrays.
 
 #[cfg(target_os = "linux")]
+#[cfg(feature = "cuda")]
+pub(crate) use linux::keep_from_children;
+#[cfg(target_os = "linux")]
 pub(crate) use linux::{release_pages, use_large_pages};
 
 #[cfg(target_os = "linux")]
@@ -36,6 +39,19 @@ mod linux {
         }
     }
 
+    /// Leaves the pages out of processes that are forked, or lets them in again.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn keep_from_children<T: Pod>(memory: &mut [T], yes: bool) {
+        if let Some((start, bytes)) = whole_pages(memory) {
+            let advice = if yes { Advice::LinuxDontFork } else { Advice::LinuxDoFork };
+            // SAFETY: the range is within memory that is borrowed mutably. A child has no reference to it that it uses:
+            // devices cannot be used after a fork.
+            let advised = unsafe { madvise(start, bytes, advice) };
+            // Old kernels share the pages with children.
+            let _ = advised;
+        }
+    }
+
     /// Returns the whole pages within some memory, if they are [`LARGE`].
     fn whole_pages<T: Pod>(memory: &mut [T]) -> Option<(*mut std::ffi::c_void, usize)> {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(memory);
@@ -49,6 +65,10 @@ mod linux {
 /// Does nothing on this system.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn use_large_pages<T>(_: &mut [T]) {}
+
+/// Does nothing on this system.
+#[cfg(all(feature = "cuda", not(target_os = "linux")))]
+pub(crate) fn keep_from_children<T>(_: &mut [T], _: bool) {}
 
 /// Does nothing on this system: the memory stays allocated.
 #[cfg(not(target_os = "linux"))]

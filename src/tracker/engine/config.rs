@@ -14,6 +14,9 @@ pub(in crate::tracker) struct EngineConfig {
     pub averaged: Vec<usize>,
     /// Sizes in bytes of the copied tensors.
     pub copied: Vec<usize>,
+    /// Choice of a copy of the parameters on their device at each update; automatic if none.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only devices need it"))]
+    pub device_copy: Option<bool>,
     /// Averages and copies of a resumed run.
     pub values: Option<(Vec<Averages>, Vec<Vec<u8>>)>,
 }
@@ -25,6 +28,7 @@ impl EngineConfig {
             precision: settings.precision,
             averaged: registry.averaged().iter().map(|entry| entry.bytes).collect(),
             copied: registry.copied().iter().map(|entry| entry.bytes).collect(),
+            device_copy: None,
             values: None,
         }
     }

@@ -98,6 +98,10 @@ impl Engine for DeviceEngine {
         Some(&self.background)
     }
 
+    fn placement(&self) -> String {
+        format!("averages on cuda:{}, beside the parameters", self.averages.device().number())
+    }
+
     fn on_device(&self) -> Option<&DeviceAverages> {
         Some(&self.averages)
     }

@@ -112,6 +112,17 @@ pub(super) trait Engine: Any + Send + Sync {
         self.pending().and_then(Pending::last_failed_step)
     }
 
+    /// Describes the memory of the averages, and the way of the parameters to it.
+    fn placement(&self) -> String {
+        "averages in host memory, beside the parameters".into()
+    }
+
+    /// Returns true if the fence spares the training a wait for the bus.
+    #[cfg(feature = "cuda")]
+    fn needs_fence(&self) -> bool {
+        false
+    }
+
     /// Returns the fence that the parameters' owner waits for before it changes them.
     #[cfg(feature = "cuda")]
     fn fence(&self) -> Option<&Fence> {

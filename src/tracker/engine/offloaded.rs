@@ -13,7 +13,7 @@ use super::background::Background;
 use super::copy_buffer::CopyBuffer;
 use super::{Engine, EngineConfig, Pending, cuda_memory};
 use crate::compute::cpu::{Incoming, Layout, UpdateWeights};
-use crate::compute::cuda::{CudaDevice, Fence, HostCopy, Offload};
+use crate::compute::cuda::{CudaDevice, Fence, HostCopy, Offload, check_host_memory};
 use crate::error::{Error, Result};
 use crate::tensor::{CudaMemory, NonFiniteElement};
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
@@ -30,6 +30,15 @@ pub(in crate::tracker) struct OffloadedEngine {
     looked: Looked,
     fence: Option<Fence>,
     copy_buffer: CopyBuffer,
+}
+
+/// Choice of a copy of the parameters within their device at each update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DeviceCopy {
+    Never,
+    /// Unless the device has too little memory.
+    IfPossible,
+    Always,
 }
 
 /// Result of a look by the thread, once it is there: the first element for which the update is refused.
@@ -87,13 +96,16 @@ impl OffloadedEngine {
         dir: &Path,
         layout: &Layout,
         config: EngineConfig,
+        device_copy: DeviceCopy,
     ) -> Result<OffloadedEngine> {
         let sizes: Vec<usize> = config.averaged.iter().chain(&config.copied).copied().collect();
+        check_host_memory(device, Offload::pinned_bytes(&sizes) + config.bytes(layout), "averages in host memory")?;
+        let offload = offload(device, &sizes, device_copy)?;
         let averages =
             OffloadedAverages { device: device.number(), host: Mutex::new(config.host(layout)), lost: OnceLock::new() };
         Ok(OffloadedEngine {
             background: Background::start(dir)?,
-            offload: Offload::new(device, &sizes)?,
+            offload,
             averages: Arc::new(averages),
             layout: Arc::new(layout.clone()),
             looked: Arc::new(OnceLock::from(None)),
@@ -172,8 +184,36 @@ impl Engine for OffloadedEngine {
         Some(&self.background)
     }
 
+    fn placement(&self) -> String {
+        let (number, bytes) = (self.offload.device().number(), self.offload.device_bytes());
+        let way = match self.offload.copies_on_device() {
+            true => "each update copies the parameters there, and the training waits for that alone",
+            false => "the training waits for the bus, at each update or at its fence",
+        };
+        format!("averages in host memory; {:.1} MB on cuda:{number}: {way}", bytes as f64 / 1e6)
+    }
+
+    fn needs_fence(&self) -> bool {
+        !self.offload.copies_on_device()
+    }
+
     fn fence(&self) -> Option<&Fence> {
         self.fence.as_ref()
+    }
+}
+
+/// Prepares the copies of tensors to the host.
+fn offload(device: &Arc<CudaDevice>, sizes: &[usize], device_copy: DeviceCopy) -> Result<Offload> {
+    match (Offload::new(device, sizes, device_copy != DeviceCopy::Never), device_copy) {
+        (Err(error @ Error::DeviceMemory { .. }), DeviceCopy::IfPossible) => {
+            tracing::warn!("{error}: the training waits for the bus instead, at each update or at its fence");
+            Offload::new(device, sizes, false)
+        }
+        (Err(Error::DeviceMemory { device, action, reason }), DeviceCopy::Always) => {
+            let reason = format!("{reason}; or leave out the option `device_copy`");
+            Err(Error::DeviceMemory { device, action, reason })
+        }
+        (prepared, _) => prepared,
     }
 }
 

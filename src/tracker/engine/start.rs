@@ -6,7 +6,7 @@ use std::path::Path;
 use super::device::DeviceEngine;
 use super::host::HostEngine;
 #[cfg(feature = "cuda")]
-use super::offloaded::OffloadedEngine;
+use super::offloaded::{DeviceCopy, OffloadedEngine};
 use super::{Engine, EngineConfig};
 use crate::compute::cpu::Layout;
 use crate::device::Device;
@@ -91,15 +91,28 @@ fn start_for_device(
             let reason = format!("the parameters are on cuda:{number}: averages cannot be kept on cuda:{wanted}");
             return Err(Error::Setting { option: "device", reason });
         }
-        Device::Auto => config.bytes(layout) <= opened.memory()?.0 / AUTO_SHARE,
+        Device::Auto => fits_beside_training(&opened, layout, config.bytes(layout))?,
     };
     if on_device {
         Ok(Box::new(DeviceEngine::start(&opened, dir, layout, config)?))
     } else {
-        Ok(Box::new(OffloadedEngine::start(&opened, dir, layout, config)?))
+        let parameters: usize = config.averaged.iter().chain(&config.copied).sum();
+        let device_copy = match config.device_copy {
+            None if fits_beside_training(&opened, layout, parameters)? => DeviceCopy::IfPossible,
+            None | Some(false) => DeviceCopy::Never,
+            Some(true) => DeviceCopy::Always,
+        };
+        Ok(Box::new(OffloadedEngine::start(&opened, dir, layout, config, device_copy)?))
     }
 }
 
-/// Divisor of a device's free memory that gives the most for averages under [`Device::Auto`]; training needs the rest.
+/// Returns true if memory on a device leaves enough for the training, which may not have begun.
+///
+/// It may take a quarter of the free memory that is left after a gradient and two moments in f32 for each parameter.
 #[cfg(feature = "cuda")]
-const AUTO_SHARE: usize = 4;
+fn fits_beside_training(device: &crate::compute::cuda::CudaDevice, layout: &Layout, bytes: usize) -> Result<bool> {
+    const TRAINING: usize = 12;
+    const SHARE: usize = 4;
+    let free = device.memory()?.0.saturating_sub(TRAINING * layout.total());
+    Ok(bytes <= free / SHARE)
+}

@@ -90,7 +90,7 @@ impl BusMemory {
         let mut offloads = Vec::new();
         for task in tasks {
             let sizes: Vec<usize> = task.places.iter().map(Range::len).collect();
-            offloads.push((task.dtype, Offload::new(device, &sizes)?));
+            offloads.push((task.dtype, Offload::new(device, &sizes, false)?));
         }
         let pinned = PinnedMemory::new(device, bytes)?;
         let pageable = vec![0; bytes];

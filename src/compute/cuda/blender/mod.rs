@@ -12,10 +12,9 @@ use std::sync::Arc;
 
 use safetensors::Dtype;
 
-use super::CudaDevice;
 use super::device::{ContextGuard, Event, Stream};
 use super::kernels::{MAX_SOURCES, MAX_TARGETS};
-use super::memory::{Buffer, Pinned};
+use super::{Buffer, CudaDevice, Pinned};
 use crate::compute::cpu::Overflow;
 use crate::error::{Error, Result};
 use crate::tensor::{CudaMemory, CudaMemoryMut, ScatteredElements};
@@ -274,7 +273,7 @@ impl<'a> BlendSlot<'a> {
     /// Waits for the slot's block and delivers it.
     fn finish(&mut self, device: &CudaDevice) -> Result<()> {
         let Some(job) = self.job.take() else { return Ok(()) };
-        self.stream.synchronize().map_err(device.driver_error("blend"))?;
+        device.wait_for(&self.stream, "blend")?;
         // SAFETY: the stream has no pending work.
         let words = unsafe { allocated(&mut self.overflows)?.host.bytes() };
         let words = words[..8 * job.groups.len() * job.targets].as_chunks::<8>().0;

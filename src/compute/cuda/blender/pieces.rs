@@ -7,7 +7,7 @@ use std::rc::Rc;
 use super::job::BlendJob;
 use super::{BlendPart, Blender};
 use crate::compute::cpu::Overflow;
-use crate::compute::cuda::memory::format_bytes;
+use crate::compute::cuda::device::format_bytes;
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
 
