@@ -102,6 +102,38 @@ fn update_of_large_and_many_tensors_has_bits_of_cpu() {
 }
 
 #[test]
+fn update_has_the_same_bits_for_every_chunk_size() {
+    for chunk in ["2048", "16384", "65536"] {
+        let variables = [("POSTHOC_EMA_CUDA_CHUNK", chunk)];
+        crate::driver::check_in_own_process("update::update_of_large_and_many_tensors_has_bits_of_cpu", &variables);
+    }
+}
+
+/// Runs in its own process, for its variable.
+#[test]
+#[ignore = "run by `a_wrong_chunk_size_is_an_error`"]
+fn wrong_chunk_size() {
+    driver();
+    let device = CudaDevice::open(0).unwrap();
+    let zeros = DeviceAverages::zeros(&device, &Layout::new([4]), 1, Precision::Plain, &[]);
+    let text = zeros.unwrap_err().to_string();
+    assert!(text.contains("POSTHOC_EMA_CUDA_CHUNK") && text.contains("1000"), "{text}");
+}
+
+#[test]
+fn a_wrong_chunk_size_is_an_error() {
+    crate::driver::check_in_own_process("update::wrong_chunk_size", &[("POSTHOC_EMA_CUDA_CHUNK", "1000")]);
+}
+
+#[test]
+fn update_around_the_ends_of_chunks_has_bits_of_cpu() {
+    let lengths = [2047, 2048, 2049, (1 << 15) - 1, 1 << 15, (1 << 15) + 1];
+    for profiles in [1, 2, 5, 7] {
+        check(&lengths, &[Dtype::F32, Dtype::F16], profiles, Precision::Compensated, &[0, 1]);
+    }
+}
+
+#[test]
 fn update_follows_new_addresses_and_streams() {
     let (first, second) = (Owner::new(), Owner::new());
     let layout = Layout::new([1000]);

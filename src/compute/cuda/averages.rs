@@ -79,7 +79,7 @@ impl DeviceAverages {
         for buffer in arenas.high.iter().chain(&arenas.low).chain([&arenas.copies]) {
             buffer.clear(&stream)?;
         }
-        let most = chunk_size(device, layout.total());
+        let most = chunk_size(device, layout.total())?;
         let averaged = (0..layout.len()).map(|i| layout.range(i).len().div_ceil(most));
         let chunks = averaged.chain(copied.iter().map(|bytes| bytes.div_ceil(most * COPIED_CHUNK))).sum();
         let averages = DeviceAverages {
@@ -285,7 +285,7 @@ impl DeviceAverages {
             return Ok(());
         }
         let tensors: Vec<(u64, Dtype)> = tensors.collect();
-        let most = chunk_size(&self.arenas.device, self.arenas.layout.total());
+        let most = chunk_size(&self.arenas.device, self.arenas.layout.total())?;
         let mut chunks = Vec::new();
         for (i, (dtype, memory)) in averaged.iter().enumerate() {
             let range = self.arenas.layout.range(i);

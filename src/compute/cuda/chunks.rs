@@ -8,23 +8,48 @@ use super::device::Event;
 use super::kernels::Chunk;
 use super::memory::copy_to_device;
 use super::{Buffer, CudaDevice, Pinned};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
-/// Largest number of elements of a chunk.
-const MAX_CHUNK: usize = 1 << 16;
+/// Variable that sets the number of elements of a chunk, to compare sizes. Averages do not depend on it.
+const CHUNK_VARIABLE: &str = "POSTHOC_EMA_CUDA_CHUNK";
+
+/// Largest number of elements of a chunk. A block of threads goes 16 times around in it, which hides its start.
+const MAX_CHUNK: usize = 1 << 15;
+
+/// Largest number of elements that [`CHUNK_VARIABLE`] may set.
+const MAX_CHOSEN: usize = 1 << 24;
 
 /// Smallest number of elements into which a tensor is split. Below it, starting a block costs more than its work.
 const MIN_CHUNK: usize = 1 << 11;
 
-/// Number of blocks per multiprocessor, so that the last block does not finish long after the others.
-const BLOCKS: usize = 16;
+/// Number of blocks per multiprocessor, so that the last block does not finish long after the others. Four or five run
+/// at a time.
+const BLOCKS: usize = 32;
 
 /// Returns the chunk size for `elements` elements in total: many blocks per multiprocessor if there are enough
 /// elements.
 ///
 /// It is a multiple of [`MIN_CHUNK`], so chunks of an aligned tensor are aligned.
-pub(super) fn chunk_size(device: &CudaDevice, elements: usize) -> usize {
-    (elements / (device.multiprocessors() * BLOCKS)).next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK)
+///
+/// # Errors
+/// [`Error::Setting`] if [`CHUNK_VARIABLE`] is set to another number.
+pub(super) fn chunk_size(device: &CudaDevice, elements: usize) -> Result<usize> {
+    match std::env::var_os(CHUNK_VARIABLE) {
+        Some(text) => chosen_size(&text.to_string_lossy()),
+        None => Ok(size_for(device.multiprocessors(), elements)),
+    }
+}
+
+fn size_for(multiprocessors: usize, elements: usize) -> usize {
+    (elements / (multiprocessors * BLOCKS)).next_multiple_of(MIN_CHUNK).clamp(MIN_CHUNK, MAX_CHUNK)
+}
+
+fn chosen_size(text: &str) -> Result<usize> {
+    let size = text.trim().parse().ok().filter(|size: &usize| size.is_multiple_of(MIN_CHUNK));
+    size.filter(|size| (MIN_CHUNK..=MAX_CHOSEN).contains(size)).ok_or_else(|| Error::Setting {
+        option: CHUNK_VARIABLE,
+        reason: format!("{text} is not a chunk size: give a multiple of {MIN_CHUNK} up to {MAX_CHOSEN}, or unset it"),
+    })
 }
 
 /// Splits a tensor into chunks of at most `most` elements.
@@ -135,5 +160,35 @@ impl Drop for ChunkTable {
         // Pinned memory must not be freed during a copy. An error here was already reported.
         let _bound = self.device.bind();
         let _ = self.uploaded.synchronize();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunk_size_fills_all_multiprocessors_and_stays_within_its_bounds() {
+        for (multiprocessors, elements, expected) in [
+            (132, 0, 2_048),
+            (132, 8_000_000, 2_048),
+            (132, 10_000_000, 4_096),
+            (132, 100_000_000, 24_576),
+            (132, 1_000_000_000, 32_768),
+            (40, 100_000_000, 32_768),
+        ] {
+            let size = size_for(multiprocessors, elements);
+            assert_eq!(size, expected, "{elements} elements on {multiprocessors} multiprocessors");
+            assert!(elements < multiprocessors * MIN_CHUNK || elements.div_ceil(size) >= multiprocessors);
+        }
+    }
+
+    #[test]
+    fn chosen_chunk_size_must_be_a_multiple() {
+        assert_eq!(chosen_size("16384").unwrap(), 16_384);
+        for text in ["", "0", "1000", "2049", "-2048", "33554432", "many"] {
+            let error = chosen_size(text).unwrap_err().to_string();
+            assert!(error.contains(CHUNK_VARIABLE) && error.contains("multiple of 2048"), "{error}");
+        }
     }
 }

@@ -95,8 +95,8 @@ pub struct Fence {
 }
 
 /// Returns the size in bytes of the chunks of small tensors, among `total` bytes.
-fn small_chunk_size(device: &CudaDevice, total: usize) -> usize {
-    chunk_size(device, total).max(1 << 14)
+fn small_chunk_size(device: &CudaDevice, total: usize) -> Result<usize> {
+    Ok(chunk_size(device, total)?.max(1 << 14))
 }
 
 impl Offload {
@@ -115,7 +115,7 @@ impl Offload {
         } else {
             ring(device, total_bytes(&sizes.iter().copied().filter(|&bytes| bytes < SMALL).collect::<Vec<_>>()))?
         };
-        let most = small_chunk_size(device, total);
+        let most = small_chunk_size(device, total)?;
         let chunks = sizes.iter().filter(|bytes| **bytes < SMALL).map(|bytes| bytes.div_ceil(most)).sum();
         let small = ChunkTable::new(device, chunks)?;
         let mut slots = Vec::with_capacity(SLOTS);
@@ -244,7 +244,7 @@ impl Offload {
 
     /// Uploads the chunks of small tensors if they have changed, and returns the chunks of each batch.
     fn tabulate(&mut self, tensors: &[CudaMemory<'_>]) -> Result<Vec<Range<usize>>> {
-        let most = small_chunk_size(&self.device, total_bytes(&self.sizes));
+        let most = small_chunk_size(&self.device, total_bytes(&self.sizes))?;
         let mut chunks = Vec::new();
         let mut of_batches = Vec::with_capacity(self.arrangement.batches.len());
         for batch in &self.arrangement.batches {
