@@ -23,6 +23,10 @@ const NEWEST_IN_OLD_PTX: u32 = 90;
 /// Variable that overrides [`ARCHITECTURES`], as `90` or `80,90`: one architecture compiles in a quarter of the time.
 const ARCHITECTURES_VARIABLE: &str = "POSTHOC_EMA_CUDA_ARCHS";
 
+/// Variables that cap how many vectors of an average, or how many snapshots, a thread loads at a time: to compare.
+const UNROLL_VARIABLES: [(&str, &str); 2] =
+    [("POSTHOC_EMA_CUDA_UPDATE_UNROLL", "UPDATE_UNROLL"), ("POSTHOC_EMA_CUDA_BLEND_UNROLL", "BLEND_UNROLL")];
+
 /// Command that installs all parts in one version. By itself, nvcc's package lets pip choose newer parts that do not
 /// fit.
 const PIP: &str = "pip install 'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-crt==13.0.*' \
@@ -32,7 +36,7 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=kernels");
     let watched = ["NVCC", "CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "NVCC_CCBIN", "VIRTUAL_ENV", ARCHITECTURES_VARIABLE];
-    for variable in watched {
+    for variable in watched.into_iter().chain(UNROLL_VARIABLES.map(|(variable, _)| variable)) {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
@@ -223,6 +227,14 @@ fn run_nvcc(nvcc: &Path, arguments: &[String], kernel: &str, out: &Path) -> Resu
     command.args(["-std=c++17", "-O3", "-fmad=false", "-ftz=false"]).args(arguments);
     if let Some(compiler) = env::var_os("NVCC_CCBIN") {
         command.arg("-ccbin").arg(compiler);
+    }
+    for (variable, name) in UNROLL_VARIABLES {
+        if let Ok(number) = env::var(variable) {
+            if !matches!(number.parse(), Ok(1..=8u32)) {
+                fail(&[format!("{variable}={number}: give a number from 1 to 8, or unset it")]);
+            }
+            command.arg(format!("-D{name}={number}"));
+        }
     }
     command.arg("-o").arg(out).arg(format!("kernels/{kernel}.cu"));
     match command.output() {

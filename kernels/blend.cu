@@ -14,12 +14,21 @@
 // - Splitting the sources among threads: the order of additions would differ from the CPU's.
 // - 8 elements a thread for more than two targets: the f64 sums do not fit the registers.
 // - 3 blocks per multiprocessor for 8 targets of 8 elements: 80 registers a thread spill, even with f32 sums.
+// - 4 sources of 16 bits or f32 at a time for three and more targets: half as many bytes are in flight, and no block
+//   more fits a multiprocessor.
+// - Loading the next sources while these are added: spills for one and two targets, and more targets have enough warps.
+// - A scan of the dtypes for the end of a run: 6 to 9% of a thread's instructions. The host passes the ends.
 // - A kernel for each pair of dtypes: 72 kernels took 48 s to compile. The dtype of each source is an argument instead.
 #include "numbers.cuh"
 
-#define SOURCES 52   // with the weights, 3,920 bytes of arguments: CUDA 12.0 allows 4,096
+#define SOURCES 52   // with the weights, 3,976 bytes of arguments: CUDA 12.0 allows 4,096
 #define TARGETS 8    // their f64 sums take 64 registers of a thread with 4 elements
 #define THREADS 256  // as in update.cu
+
+// Most sources that a thread loads before it adds them. A build can set another number, to compare.
+#ifndef BLEND_UNROLL
+#define BLEND_UNROLL 8
+#endif
 
 struct BlendArgs {
     uint64_t sources[SOURCES];
@@ -30,48 +39,50 @@ struct BlendArgs {
     uint64_t overflow;                  // [m]: least index at which target m overflows its dtype
     uint64_t elements;
     double limit;                       // largest magnitude that the output dtype holds
-    uint32_t count;                     // number of sources
+    uint32_t runs;                      // number of runs: neighbouring sources of one dtype
     uint32_t output;                    // dtype of the targets, see Kind
     uint32_t first, last;               // 1 in the first launch, 1 in the last
     uint32_t aligned;                   // 1 if all sources and targets are aligned to 16 bytes
-    uint8_t kinds[SOURCES];             // dtypes of the sources
+    uint8_t ends[SOURCES];              // [r]: first source after run r
+    uint8_t kinds[SOURCES];             // [r]: dtype of the sources of run r
 };
 
 DEVICE bool fits(double x, double limit) { return x <= limit && x >= -limit; }
 
-// Adds sources k to end, all of type T, to the sums of V elements from i on.
-template <class T, int M, int V> struct AddSources {
-    // Sources that are loaded before they are added, so that loads wait together. Two of f64 are as many bytes as four
-    // of f32. Compiled but not timed: 8 of 16 bits for eight targets take 118 registers and spill none; loading the
-    // next four while these are added spills for one and two targets.
-    static const int U = sizeof(typename T::Bits) == 8 ? 2 : 4;
+// Sources of type T that a thread loads before it adds them: 128 bytes in vectors of V elements.
+template <class T, int V> struct Batch {
+    static const int MOST = 128 / (V * static_cast<int>(sizeof(typename T::Bits)));
+    static const int COUNT = MOST < BLEND_UNROLL ? MOST : BLEND_UNROLL;
+};
 
-    DEVICE void one(double (&sum)[M][V], const BlendArgs& a, uint32_t k, const Vector<T, V>& x) {
+// Adds sources k to end, all of type T, to the sums of V elements. `at` is the offset of these elements in bytes. U
+// sources are loaded before they are added, so that their loads wait together. The last ones go half as many at a time.
+template <class T, int M, int V, int U> struct AddSources {
+    DEVICE void add(double (&sum)[M][V], const BlendArgs& a, uint32_t k, uint64_t at) {
+        Vector<T, V> x[U];
         #pragma unroll
-        for (int v = 0; v < V; v++) {
-            const double value = T::whole(element(x, v));
+        for (int u = 0; u < U; u++) x[u] = load_vector<T, V>(a.sources[k + u] + at);
+        #pragma unroll
+        for (int u = 0; u < U; u++) {
             #pragma unroll
-            for (int m = 0; m < M; m++) sum[m][v] = fma_f64(a.weights[k * M + m], value, sum[m][v]);
+            for (int v = 0; v < V; v++) {
+                const double value = T::whole(element(x[u], v));
+                #pragma unroll
+                for (int m = 0; m < M; m++) sum[m][v] = fma_f64(a.weights[(k + u) * M + m], value, sum[m][v]);
+            }
         }
     }
 
-    DEVICE void run(double (&sum)[M][V], const BlendArgs& a, uint32_t k, uint32_t end, uint64_t i) {
-        const uint64_t at = i * sizeof(typename T::Bits);
-        for (; k + U <= end; k += U) {
-            Vector<T, V> x[U];
-            #pragma unroll
-            for (int u = 0; u < U; u++) x[u] = load_vector<T, V>(a.sources[k + u] + at);
-            #pragma unroll
-            for (int u = 0; u < U; u++) one(sum, a, k + u, x[u]);
-        }
-        for (; k < end; k++) one(sum, a, k, load_vector<T, V>(a.sources[k] + at));
+    DEVICE void run(double (&sum)[M][V], const BlendArgs& a, uint32_t k, uint32_t end, uint64_t at) {
+        for (; k + U <= end; k += U) add(sum, a, k, at);
+        if constexpr (U > 1) AddSources<T, M, V, U / 2>::run(sum, a, k, end, at);
     }
 };
 
-template <class T, int M> struct AddSources<T, M, 1> {
-    DEVICE void run(double (&sum)[M][1], const BlendArgs& a, uint32_t k, uint32_t end, uint64_t i) {
+template <class T, int M, int U> struct AddSources<T, M, 1, U> {
+    DEVICE void run(double (&sum)[M][1], const BlendArgs& a, uint32_t k, uint32_t end, uint64_t at) {
         for (; k < end; k++) {
-            const double value = T::whole(load(reinterpret_cast<const typename T::Bits*>(a.sources[k]) + i));
+            const double value = T::whole(load(reinterpret_cast<const typename T::Bits*>(a.sources[k] + at)));
             #pragma unroll
             for (int m = 0; m < M; m++) sum[m][0] = fma_f64(a.weights[k * M + m], value, sum[m][0]);
         }
@@ -109,17 +120,21 @@ template <int M, int V> DEVICE void init_sums(double (&sum)[M][V], const BlendAr
         for (int v = 0; v < V; v++) sum[m][v] = a.first ? 0.0 : load(sum_at(a, m, i + v));
 }
 
-// Adds all sources, in runs of equal dtype.
+template <class T, int M, int V>
+DEVICE void add_run(double (&sum)[M][V], const BlendArgs& a, uint32_t k, uint32_t end, uint64_t i) {
+    AddSources<T, M, V, Batch<T, V>::COUNT>::run(sum, a, k, end, i * sizeof(typename T::Bits));
+}
+
+// Adds all sources, run by run.
 template <int M, int V> DEVICE void add_all(double (&sum)[M][V], const BlendArgs& a, uint64_t i) {
-    for (uint32_t k = 0; k < a.count;) {
-        const uint8_t kind = a.kinds[k];
-        uint32_t end = k + 1;
-        while (end < a.count && a.kinds[end] == kind) end++;
-        switch (kind) {
-            case KIND_F32: AddSources<F32, M, V>::run(sum, a, k, end, i); break;
-            case KIND_F16: AddSources<F16, M, V>::run(sum, a, k, end, i); break;
-            case KIND_BF16: AddSources<BF16, M, V>::run(sum, a, k, end, i); break;
-            default: AddSources<F64, M, V>::run(sum, a, k, end, i);
+    uint32_t k = 0;
+    for (uint32_t r = 0; r < a.runs; r++) {
+        const uint32_t end = a.ends[r];
+        switch (a.kinds[r]) {
+            case KIND_F32: add_run<F32>(sum, a, k, end, i); break;
+            case KIND_F16: add_run<F16>(sum, a, k, end, i); break;
+            case KIND_BF16: add_run<BF16>(sum, a, k, end, i); break;
+            default: add_run<F64>(sum, a, k, end, i);
         }
         k = end;
     }

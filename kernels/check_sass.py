@@ -16,13 +16,18 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+# The build and the tests take every file beside the kernels for one of theirs.
+sys.dont_write_bytecode = True
+import in_flight
+
 HERE = Path(__file__).resolve().parent
 SOURCES = ["update", "look", "blend", "gather"]
 ARCHITECTURES = [75, 80, 90, 100, 120]
 # Flags of build.rs.
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ftz=false"]
-THREADS = 256
-REGISTERS = 65536  # per multiprocessor, on each of these architectures
+# KB in flight that a multiprocessor of each architecture needs to fill its memory's bandwidth (README.md).
+NEEDED = {75: 8, 80: 16, 90: 32, 100: 32, 120: 16}
+SLOW_F64 = (75, 120)  # architectures with one f64 unit for 32 or 64 of f32
 
 # Instructions that no kernel may contain, and what each would mean.
 FORBIDDEN = {
@@ -50,13 +55,15 @@ KERNELS = {
     "gather": ["gather"],
 }
 ALL = [kernel for names in KERNELS.values() for kernel in names]
+# Kernels whose bytes in flight are in README.md: those that stream f32 and 16-bit values.
+COUNTED = KERNELS["update"] + KERNELS["blend"]
 
 
 def blocks(kernel):
     """Returns the blocks per multiprocessor in the launch bounds."""
     number = int(kernel.rsplit("_", 1)[-1]) if "_" in kernel else 0
     if kernel.startswith("update"):
-        return 3 if "compensated" in kernel and number >= 5 else 4
+        return 4 if "plain" in kernel or number < 5 else 3 if number < 7 else 2
     if kernel.startswith("blend"):
         return 3 if number <= 4 else 2
     return 1
@@ -64,7 +71,14 @@ def blocks(kernel):
 
 def most_registers(kernel):
     """Returns the registers a thread may use: they are allocated 8 at a time, and 255 are addressable."""
-    return min(255, REGISTERS // (THREADS * blocks(kernel)) // 8 * 8)
+    return min(255, in_flight.REGISTERS // (in_flight.THREADS * blocks(kernel)) // 8 * 8)
+
+
+def needed(kernel, arch):
+    """Returns the KB that must be in flight. If sums in f64 take longer than the loads, fewer are enough."""
+    if kernel in KERNELS["blend"] and arch in SLOW_F64:
+        return 0
+    return NEEDED[arch] // (2 if kernel in KERNELS["blend"][4:] else 1)
 
 
 def expected(kernel):
@@ -86,7 +100,7 @@ def expected(kernel):
 
 def expected_update(profiles, compensated):
     # Unroll in update.cu.
-    unroll = (2 if profiles == 1 else 1) if compensated else 4 if profiles == 1 else 2 if profiles <= 3 else 1
+    unroll = 4 if profiles == 1 and not compensated else 2 if profiles + compensated <= 3 else 1
     averages, terms = unroll * profiles, unroll * profiles if compensated else 0
     written = {"STG.128": averages, "STG.64": terms}
     return [
@@ -96,10 +110,10 @@ def expected_update(profiles, compensated):
 
 
 def expected_blend(targets):
-    # Four sources are loaded before they are added; of f64, two.
-    if targets <= 2:  # 8 elements of each
-        return [(2, {"LDG.128": 4, "DFMA": 32 * targets}), (1, {"LDG.128": 8, "DFMA": 32 * targets})]
-    return [(2, {"LDG.64": 4, "DFMA": 16 * targets}), (1, {"LDG.128": 4, "DFMA": 16 * targets})]
+    # Batch in blend.cu: 128 bytes of sources, and 8 sources at most.
+    f32 = {"LDG.128": 8, "DFMA": 32 * targets}
+    halves = {"LDG.128": 8, "DFMA": 64 * targets} if targets <= 2 else {"LDG.64": 8, "DFMA": 32 * targets}
+    return [(1, f32), (2, halves)]
 
 
 def find_tools():
@@ -161,21 +175,21 @@ def instructions(sass):
 
 
 def pieces(code):
-    """Counts the instructions of each piece of code that nothing jumps into or out of."""
+    """Splits code where something jumps: each piece is a list of names and operands."""
     targets = set()
     for _, opcode, operands in code:
         if opcode.split(".")[0] in JUMPS:
             targets |= {int(text, 16) for text in re.findall(r"0x([0-9a-f]+)", operands)}
-    found, counter = [], Counter()
-    for address, opcode, _ in code:
+    found, piece = [], []
+    for address, opcode, operands in code:
         if address in targets:
-            found.append(counter)
-            counter = Counter()
-        counter[opcode] += 1
+            found.append(piece)
+            piece = []
+        piece.append((opcode, operands))
         if opcode.split(".")[0] in JUMPS:
-            found.append(counter)
-            counter = Counter()
-    return [*found, counter]
+            found.append(piece)
+            piece = []
+    return [*found, piece]
 
 
 def count(counter, name, width=None):
@@ -197,19 +211,30 @@ def accesses(counter):
     return {f"{name}.{width}": count(counter, name, width) for name in ("LDG", "STG") for width in (128, 64)}
 
 
-def loops(kernel, code):
-    """Checks that the main loops are there, in vectors."""
-    problems = []
+def loops(code, least):
+    """Returns the pieces of code with these instructions and no narrow access."""
+    found = []
+    for piece in pieces(code):
+        counter = Counter(opcode for opcode, _ in piece)
+        wide = {**accesses(counter), "DFMA": count(counter, "DFMA")}
+        narrow = count(counter, "LDG") + count(counter, "STG") - sum(accesses(counter).values())
+        if narrow == 0 and all(wide[name] >= n for name, n in least.items()):
+            found.append(piece)
+    return found
+
+
+def main_loops(kernel, arch, registers, code):
+    """Checks that the main loops are there. Returns what is wrong, and the KB in flight in each."""
+    problems, flights = [], []
     for times, least in expected(kernel):
-        found = 0
-        for counter in pieces(code):
-            wide = {**accesses(counter), "DFMA": count(counter, "DFMA")}
-            narrow = count(counter, "LDG") + count(counter, "STG") - sum(accesses(counter).values())
-            found += narrow == 0 and all(wide[name] >= n for name, n in least.items())
-        if found < times:
+        found = loops(code, least)
+        flights.append(in_flight.per_multiprocessor(found, times, registers, arch))
+        if len(found) < times:
             asked = ", ".join(f"{n} x {name}" for name, n in least.items() if n)
-            problems.append(f"{found} loops in vectors with {asked}, the source has {times}")
-    return problems
+            problems.append(f"{len(found)} loops in vectors with {asked}, the source has {times}")
+        elif kernel in COUNTED and flights[-1] < needed(kernel, arch):
+            problems.append(f"{flights[-1]} KB are in flight per multiprocessor, {needed(kernel, arch)} are needed")
+    return problems, flights
 
 
 def row(kernel, arch, used, code):
@@ -225,9 +250,10 @@ def row(kernel, arch, used, code):
     problems += [f"{opcode}: subnormals are flushed" for opcode in flushed]
     generic = [opcode for opcode in counter if opcode.split(".")[0] in ("LD", "ST")]
     problems += [f"{opcode}: an access of generic type" for opcode in generic]
-    problems += loops(kernel, code)
-    problems += arithmetic(kernel, counter)
-    return {"kernel": kernel, "arch": f"sm_{arch}", **used, **wide, "problems": problems}
+    missing, flights = main_loops(kernel, arch, used["registers"], code)
+    problems += missing + arithmetic(kernel, counter)
+    flights = {"blocks": in_flight.blocks(used["registers"], arch), "KB": flights}
+    return {"kernel": kernel, "arch": f"sm_{arch}", **used, **flights, **wide, "problems": problems}
 
 
 def arithmetic(kernel, counter):
@@ -259,7 +285,7 @@ def check(tools, jobs):
     return sorted(rows, key=lambda r: order[r["kernel"]])
 
 
-COLUMNS = ["kernel", "arch", "registers", "allowed", "spills", "LDG.128", "LDG.64", "STG.128", "STG.64"]
+COLUMNS = ["kernel", "arch", "registers", "allowed", "blocks", "KB", "spills", "LDG.128", "LDG.64", "STG.128", "STG.64"]
 
 
 def table(rows):
@@ -269,30 +295,51 @@ def table(rows):
     return "\n".join("  ".join(pad(i, text) for i, text in enumerate(line)).rstrip() for line in cells)
 
 
-def markdown(rows):
-    """Returns the table of registers: a line for each kernel, a column for each architecture."""
-    lines = [["kernel", "allowed", *(f"sm_{arch}" for arch in ARCHITECTURES)]]
-    lines.append(["---", *["---:"] * (1 + len(ARCHITECTURES))])
-    for kernel in ALL:
-        used = [str(r["registers"]) for r in rows if r["kernel"] == kernel]
-        lines.append([f"`{kernel}`", str(most_registers(kernel)), *used])
+def markdown(kernels, heads, cell, rows):
+    """Returns a table of README.md: a line for each kernel, a column for each architecture."""
+    lines = [[*heads, *(f"sm_{arch}" for arch in ARCHITECTURES)]]
+    lines.append(["---", *["---:"] * (len(heads) - 1 + len(ARCHITECTURES))])
+    for kernel in kernels:
+        allowed = [str(most_registers(kernel))] * (len(heads) - 1)
+        lines.append([f"`{kernel}`", *allowed, *(cell(r) for r in rows if r["kernel"] == kernel)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def readme_tables(rows):
+    """Returns the tables of README.md: registers, and blocks with the KB in flight of f32 and of 16 bits."""
+    flight = lambda r: f"{r['blocks']}: {r['KB'][0]} / {r['KB'][1]}"
+    return [
+        markdown(ALL, ["kernel", "allowed"], lambda r: str(r["registers"]), rows),
+        markdown(COUNTED, ["kernel"], flight, rows),
+    ]
+
+
+def compare_with_readme(rows, version):
+    """Returns what README.md says differently. Another version of nvcc has other figures."""
+    text = (HERE / "README.md").read_text()
+    if f"nvcc {version} " not in text:
+        print(f"README.md has no figures of nvcc {version}: they were not compared", file=sys.stderr)
+        return []
+    different = sum(table not in text for table in readme_tables(rows))
+    return [f"README.md: {different} tables differ from the machine code; --markdown prints them"] if different else []
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--markdown", action="store_true", help="print the table of registers in README.md")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of README.md")
     parser.add_argument("--jobs", type=int, default=2, help="compilers that run at the same time")
     options = parser.parse_args()
     tools = find_tools()
     version = re.search(r"release ([\d.]+)", run([tools[0], "--version"]))
+    version = version.group(1) if version else "of unknown version"
     rows = check(tools, options.jobs)
     if options.json:
-        print(json.dumps({"nvcc": version and version.group(1), "kernels": rows}))
+        print(json.dumps({"nvcc": version, "kernels": rows}))
     else:
-        print(markdown(rows) if options.markdown else table(rows))
+        print("\n\n".join(readme_tables(rows)) if options.markdown else table(rows))
     problems = [f"{r['kernel']}, {r['arch']}: {problem}" for r in rows for problem in r["problems"]]
+    problems += compare_with_readme(rows, version)
     if problems:
         sys.exit("\n".join(problems))
 

@@ -16,7 +16,8 @@
 // - Peeling elements off the front until the streams are aligned: P + 1 streams of different alignment never all are.
 // - 8 elements a thread: neighbouring threads would read vectors 32 bytes apart, so a request would use half of each
 //   sector. It also takes more registers.
-// - All profiles of a thread at once: 8 compensated ones take 115 registers, or spill 280 bytes at 64.
+// - All profiles of a thread at once: 8 compensated ones spill 280 bytes at 64 registers.
+// - Groups of 2 compensated profiles of 8, in 3 blocks: 36 KB in flight per multiprocessor instead of 48.
 // - Leaving the order of loads and stores to the compiler: averages may alias, so it moves no load before a store.
 // - A grid-stride loop: not needed, since the host chooses how many chunks there are.
 #include "chunk.cuh"
@@ -45,26 +46,33 @@ template <bool COMPENSATED> DEVICE void step(float p, float w, uint32_t threshol
     e = s;
 }
 
-// Profiles whose averages a thread holds at a time. More would spill registers.
-template <int PROFILES, bool COMPENSATED> struct Group {
-    static const int SIZE = !COMPENSATED ? 4 : PROFILES < 8 ? 3 : 2;
+// Groups of profiles, of similar size. A thread holds the averages of one group: MOST profiles, more would spill.
+template <int PROFILES, bool COMPENSATED> struct Groups {
+    static const int MOST = !COMPENSATED ? 5 : PROFILES < 7 ? 3 : 4;
+    static const int COUNT = (PROFILES + MOST - 1) / MOST;
 };
 
+// Most vectors of each average that a thread loads before it computes. A build can set another number, to compare.
+#ifndef UPDATE_UNROLL
+#define UPDATE_UNROLL 4
+#endif
+
 // Vectors of each average that a thread loads before it computes: enough loads in flight to hide the memory's latency.
-// Fewer profiles need more vectors. Compiled, but not timed yet: 2 for one plain profile take 32 registers, 2 for two
-// compensated profiles 64; neither spills.
+// Fewer profiles need more vectors. Compiled, but not timed yet.
 template <int PROFILES, bool COMPENSATED> struct Unroll {
-    static const int COUNT = COMPENSATED ? (PROFILES == 1 ? 2 : 1) : PROFILES == 1 ? 4 : PROFILES <= 3 ? 2 : 1;
+    static const int MOST = PROFILES == 1 && !COMPENSATED ? 4 : PROFILES + COMPENSATED <= 3 ? 2 : 1;
+    static const int COUNT = MOST < UPDATE_UNROLL ? MOST : UPDATE_UNROLL;
 };
 
 DEVICE uint64_t address_of(const void* base, uint64_t offset, uint64_t size) {
     return reinterpret_cast<uint64_t>(base) + offset * size;
 }
 
-// Updates the profiles from FIRST on, a group at a time.
-template <class T, int FIRST, int PROFILES, bool COMPENSATED, int U> struct Profiles {
+// Updates the profiles from those of a group on, a group at a time.
+template <class T, int GROUP, int PROFILES, bool COMPENSATED, int U> struct Profiles {
     DEVICE void run(const UpdateArgs& a, uint64_t offset, uint32_t stride, const Vector<T, V>* p) {
-        const int GROUP = Group<PROFILES, COMPENSATED>::SIZE, N = GROUP < PROFILES - FIRST ? GROUP : PROFILES - FIRST;
+        const int GROUPS = Groups<PROFILES, COMPENSATED>::COUNT;
+        const int FIRST = PROFILES * GROUP / GROUPS, N = PROFILES * (GROUP + 1) / GROUPS - FIRST;
         Vector<F32, V> high[U][N];
         Vector<Term, V> low[U][COMPENSATED ? N : 1];
         // All loads come before all stores: the compiler cannot know that averages do not alias.
@@ -87,8 +95,8 @@ template <class T, int FIRST, int PROFILES, bool COMPENSATED, int U> struct Prof
                 if (COMPENSATED) store_vector(address_of(a.low[FIRST + j], at, 2), low[u][j]);
             }
         }
-        const int NEXT = FIRST + N;
-        Profiles<T, NEXT, PROFILES, COMPENSATED, U>::run(a, offset, stride, p);
+        const int NEXT = GROUP + 1;
+        if constexpr (NEXT < GROUPS) Profiles<T, NEXT, PROFILES, COMPENSATED, U>::run(a, offset, stride, p);
     }
 
     DEVICE void update_vector(float w, uint32_t threshold, const Vector<T, V>& p, Vector<F32, V>& high,
@@ -103,10 +111,6 @@ template <class T, int FIRST, int PROFILES, bool COMPENSATED, int U> struct Prof
             if (COMPENSATED) set_pair(low, i, c0, c1);
         }
     }
-};
-
-template <class T, int PROFILES, bool COMPENSATED, int U> struct Profiles<T, PROFILES, PROFILES, COMPENSATED, U> {
-    DEVICE void run(const UpdateArgs&, uint64_t, uint32_t, const Vector<T, V>*) {}
 };
 
 // Updates U vectors of a thread, THREADS vectors apart, from vector i of the chunk on.
@@ -176,9 +180,9 @@ template <int PROFILES, bool COMPENSATED> DEVICE void update(const UpdateArgs& a
     }
 }
 
-// Blocks per multiprocessor that the registers must allow: 4 leave 64 registers a thread, 3 leave 80. Compensated
-// averages of 5 and more profiles need 80. A thread with more registers keeps more loads in flight.
-#define BLOCKS(PROFILES, COMPENSATED) ((COMPENSATED) && (PROFILES) >= 5 ? 3 : 4)
+// Blocks per multiprocessor that the registers must allow: 4 leave 64 registers a thread, 3 leave 80, 2 leave 128.
+// Compensated averages of 5 and 6 profiles need 80, of 7 and 8 up to 128: a thread then keeps 4 of them in flight.
+#define BLOCKS(PROFILES, COMPENSATED) (!(COMPENSATED) || (PROFILES) < 5 ? 4 : (PROFILES) < 7 ? 3 : 2)
 #define UPDATE(PROFILES, name, COMPENSATED) \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS(PROFILES, COMPENSATED)) \
     update_##name##_##PROFILES(const __grid_constant__ UpdateArgs a) { \

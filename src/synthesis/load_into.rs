@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use super::backend::Backend;
 use super::blend::TensorBlend;
 #[cfg(feature = "cuda")]
-use super::on_device::into_host;
+use super::on_device::blend_in_blocks;
 use super::options::{MAX_TARGETS, Progress};
 use super::prefetch::Prefetcher;
 use super::source_set::{ModelTensor, Selection, SourceSet};
@@ -175,14 +175,16 @@ impl SourceSet<'_> {
         target: &mut Target<'_>,
         progress: Progress<'_>,
     ) -> Result<()> {
-        let mut blender = crate::compute::cuda::Blender::new(device)?;
+        let mut places: BTreeMap<&str, (Dtype, &mut [u8])> = BTreeMap::new();
+        places.extend(target.iter_mut().map(|(name, (dtype, bytes))| (name.as_str(), (*dtype, &mut **bytes))));
+        let mut blends = Vec::with_capacity(places.len());
+        let mut results = Vec::with_capacity(places.len());
         for tensor in self.averaged() {
-            let Some((dtype, bytes)) = target.get_mut(&tensor.name) else { continue };
-            let blend = TensorBlend::new(selection, tensor, *dtype)?;
-            into_host(&mut blender, &blend, bytes)?;
-            progress.inspect(|progress| progress(blend.bytes_read(blend.elements())));
+            let Some((dtype, bytes)) = places.remove(tensor.name.as_str()) else { continue };
+            blends.push(TensorBlend::new(selection, tensor, dtype)?);
+            results.push(bytes);
         }
-        blender.flush()
+        blend_in_blocks(device, &blends, results, progress)
     }
 }
 

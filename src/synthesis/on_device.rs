@@ -6,14 +6,15 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::blend::TensorBlend;
+use super::options::Progress;
 use super::source_set::{ModelTensor, Selection, SourceSet};
 use crate::compute::cuda::{Blender, CudaDevice, Destination};
 use crate::error::Result;
 use crate::tensor::{CudaMemory, CudaMemoryMut, MemoryMut, ParametersMut, Tensor, TensorViewMut, Tensors, byte_size};
 
-/// Bytes of a block, sources and results together. Two blocks are held in the device's memory and in pinned host
+/// Bytes of a block, sources and results together. Three blocks are held in the device's memory and in pinned host
 /// memory.
-const BLOCK_BYTES: usize = 64 << 20;
+const BLOCK_BYTES: usize = 32 << 20;
 
 /// Fewest elements of a block.
 const MIN_BLOCK_ELEMENTS: usize = 1 << 12;
@@ -56,7 +57,8 @@ impl SourceSet<'_> {
         for tensor in &averaged {
             results.push(vec![0u8; byte_size(&tensor.name, tensor.dtype, &tensor.shape)?]);
         }
-        blend_in_blocks(device, &blends, &mut results)?;
+        let places = results.iter_mut().map(Vec::as_mut_slice).collect();
+        blend_in_blocks(device, &blends, places, None)?;
         let mut tensors = Tensors::default();
         for (tensor, bytes) in averaged.into_iter().zip(results) {
             tensors.insert(&*tensor.name, Tensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes });
@@ -90,20 +92,25 @@ impl SourceSet<'_> {
 }
 
 /// Blends all tensors into host memory. Small tensors share a block.
-fn blend_in_blocks(device: &Arc<CudaDevice>, blends: &[TensorBlend<'_>], results: &mut [Vec<u8>]) -> Result<()> {
+pub(super) fn blend_in_blocks<'a>(
+    device: &Arc<CudaDevice>,
+    blends: &'a [TensorBlend<'a>],
+    results: Vec<&'a mut [u8]>,
+    progress: Progress<'a>,
+) -> Result<()> {
     let mut blender = Blender::new(device)?;
     let mut parts = Vec::new();
     let mut places = Vec::new();
     let mut bytes = 0;
     for (blend, result) in blends.iter().zip(results) {
         if parts.first().is_some_and(|(first, _): &Part<'_>| !first.has_weights_of(blend)) {
-            deliver_into(&mut blender, &parts, std::mem::take(&mut places))?;
+            deliver_into(&mut blender, &parts, std::mem::take(&mut places), progress)?;
             parts.clear();
             bytes = 0;
         }
         let size = blend.size();
         let bytes_per_element = blend.bytes_read(1) as usize + size;
-        let mut rest = result.as_mut_slice();
+        let mut rest = result;
         for elements in blocks(rest.len() / size, bytes_per_element) {
             let (place, tail) = rest.split_at_mut(elements.len() * size);
             rest = tail;
@@ -111,13 +118,13 @@ fn blend_in_blocks(device: &Arc<CudaDevice>, blends: &[TensorBlend<'_>], results
             parts.push((blend, elements));
             places.push(place);
             if bytes >= BLOCK_BYTES {
-                deliver_into(&mut blender, &parts, std::mem::take(&mut places))?;
+                deliver_into(&mut blender, &parts, std::mem::take(&mut places), progress)?;
                 parts.clear();
                 bytes = 0;
             }
         }
     }
-    deliver_into(&mut blender, &parts, places)?;
+    deliver_into(&mut blender, &parts, places, progress)?;
     blender.flush()
 }
 
@@ -168,10 +175,16 @@ pub(super) fn into_host<'a>(blender: &mut Blender<'a>, blend: &TensorBlend<'a>, 
 }
 
 /// Queues a block whose results are copied to these places, one for each part.
-fn deliver_into<'a>(blender: &mut Blender<'a>, parts: &[Part<'a>], places: Vec<&'a mut [u8]>) -> Result<()> {
+fn deliver_into<'a>(
+    blender: &mut Blender<'a>,
+    parts: &[Part<'a>],
+    places: Vec<&'a mut [u8]>,
+    progress: Progress<'a>,
+) -> Result<()> {
     if parts.is_empty() {
         return Ok(());
     }
+    let read = parts.iter().map(|(blend, elements)| blend.bytes_read(elements.len())).sum();
     let deliver = move |results: &[&[u8]]| {
         let mut rest = results.first().copied().unwrap_or_default();
         for place in places {
@@ -179,6 +192,7 @@ fn deliver_into<'a>(blender: &mut Blender<'a>, parts: &[Part<'a>], places: Vec<&
             place.copy_from_slice(head);
             rest = tail;
         }
+        progress.inspect(|progress| progress(read));
         Ok(())
     };
     submit(blender, parts, 1, Destination::Host(Box::new(deliver)))

@@ -12,6 +12,12 @@ pub trait ScatteredElements: Debug + Sync {
     /// Returns the number of bytes.
     fn len(&self) -> usize;
 
+    /// Returns true if the number of bytes is 0.
+    #[cfg(feature = "cuda")]
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Returns a range that is stored in one piece.
     fn piece(&self, bytes: Range<usize>) -> Option<&[u8]>;
 

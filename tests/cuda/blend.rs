@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use posthoc_ema::compute::cpu::{self, Blend, Overflow};
-use posthoc_ema::compute::cuda::{BlendInput, BlendPart, Blender, CudaDevice, Destination};
+use posthoc_ema::compute::cuda::{BlendInput, BlendPart, Blender, CudaDevice, Destination, ScatteredElements};
 use posthoc_ema::{Dtype, Error, Result};
 use rand::Rng;
 
@@ -104,6 +104,106 @@ fn blend_of_more_sources_than_one_launch_takes_has_bits_of_cpu() {
         check(&[Case::new(&dtypes, Dtype::F32, 1025, 6)], 1);
         check(&[Case::new(&dtypes, Dtype::BF16, 77, 6)], 10);
     }
+}
+
+/// A thread loads 8, 4 and 2 sources at a time, and those of each dtype by themselves.
+#[test]
+fn blend_of_every_number_of_sources_and_every_run_has_bits_of_cpu() {
+    for sources in 1..=19 {
+        for dtype in AVERAGED {
+            check(&[Case::new(&vec![dtype; sources], Dtype::F32, 67, 8)], 1);
+            check(&[Case::new(&vec![dtype; sources], Dtype::F32, 67, 8)], 3);
+        }
+        for first in 0..sources {
+            let dtypes: Vec<Dtype> = (0..sources).map(|i| if i < first { Dtype::BF16 } else { Dtype::F32 }).collect();
+            check(&[Case::new(&dtypes, Dtype::F32, 67, 9)], 2);
+        }
+    }
+}
+
+/// Runs in its own process, for its counters.
+#[test]
+#[ignore = "run by `only_sources_on_the_host_cross_the_bus`"]
+fn bytes_over_the_bus() {
+    let owner = Owner::new();
+    let cases: Vec<Case> = (0..30).map(|i| Case::new(&[Dtype::F16, Dtype::F32], Dtype::F32, 101 + i, 1)).collect();
+    let owned: Vec<Owned<'_>> = cases.iter().map(|case| owner.own(&case.sources[1], 0)).collect();
+    owner.wait();
+    let parts = cases.iter().zip(&owned).map(|(case, source)| {
+        let device = BlendInput::Device { address: source.address(), bytes: source.bytes };
+        BlendPart { sources: vec![BlendInput::Host(&case.sources[0]), device], ..case.part() }
+    });
+    let weights = [0.75, -2.5];
+    let expected: Vec<u8> = cases.iter().flat_map(|case| case.expected(&weights, 1)[0].clone()).collect();
+    let mut blender = Blender::new(&CudaDevice::open(0).unwrap()).unwrap();
+    let deliver = move |results: &[&[u8]]| -> Result<()> {
+        assert!(results[0] == expected);
+        Ok(())
+    };
+    let [bytes, copies] = ["h2d_bytes", "copies"].map(|name| crate::driver::count(name).unwrap());
+    let destination = Destination::Host(Box::new(deliver));
+    blender.submit(parts.collect(), &weights, 1, destination, Box::new(report)).unwrap();
+    blender.flush().unwrap();
+    let on_host: usize = cases.iter().map(|case| case.sources[0].len()).sum();
+    assert_eq!(crate::driver::count("h2d_bytes").unwrap() - bytes, on_host as u64);
+    // One for the host's sources, one for each source on the device, results and overflows.
+    assert_eq!(crate::driver::count("copies").unwrap() - copies, 1 + 30 + 2);
+}
+
+#[test]
+fn only_sources_on_the_host_cross_the_bus() {
+    crate::driver::check_in_own_process("blend::bytes_over_the_bus", &[]);
+}
+
+/// Elements that report their copy to the delivery of an older block.
+#[derive(Debug)]
+struct Reporting(usize, std::sync::Mutex<std::sync::mpsc::Sender<()>>);
+
+impl ScatteredElements for Reporting {
+    fn len(&self) -> usize {
+        self.0
+    }
+
+    fn piece(&self, _: std::ops::Range<usize>) -> Option<&[u8]> {
+        None
+    }
+
+    fn copy(&self, dst: &mut [u8], _: usize) {
+        dst.fill(0);
+        self.1.lock().unwrap().send(()).unwrap();
+    }
+
+    fn will_need(&self, _: std::ops::Range<usize>) {}
+}
+
+#[test]
+fn a_block_is_delivered_while_another_is_filled() {
+    crate::driver::driver();
+    const ELEMENTS: usize = 1 << 19;
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let reporting = Reporting(4 * ELEMENTS, std::sync::Mutex::new(sender));
+    let zeros = vec![0u8; 4 * ELEMENTS];
+    let part =
+        |source| BlendPart { sources: vec![source], dtypes: vec![Dtype::F32], output: Dtype::F32, elements: ELEMENTS };
+    let order = RefCell::new(Vec::new());
+    let order = &order;
+    let receiver = &receiver;
+    let mut blender = Blender::new(&CudaDevice::open(0).unwrap()).unwrap();
+    for block in 0..4 {
+        let scattered = BlendInput::Scattered { elements: &reporting, start: 0, bytes: 4 * ELEMENTS };
+        let source = if block == 2 { scattered } else { BlendInput::Host(&zeros) };
+        let deliver = move |_: &[&[u8]]| -> Result<()> {
+            order.borrow_mut().push(block);
+            if block == 0 {
+                receiver.recv_timeout(std::time::Duration::from_secs(60)).expect("block 2 is filled meanwhile");
+            }
+            Ok(())
+        };
+        let destination = Destination::Host(Box::new(deliver));
+        blender.submit(vec![part(source)], &[1.0], 1, destination, Box::new(report)).unwrap();
+    }
+    blender.flush().unwrap();
+    assert_eq!(*order.borrow(), [0, 1, 2, 3]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::driver::{build, is_standin, run_in_own_process};
 /// Fault in a kernel: its name, the file, the old and the new text, and the tests that must fail.
 struct Mutation(&'static str, &'static str, &'static str, &'static str, &'static str);
 
-const MUTATIONS: [Mutation; 17] = [
+const MUTATIONS: [Mutation; 19] = [
     Mutation(
         "an unfused product",
         "update.cu",
@@ -43,8 +43,8 @@ const MUTATIONS: [Mutation; 17] = [
     Mutation(
         "sums in f32",
         "blend.cu",
-        "sum[m][v] = fma_f64(a.weights[k * M + m], value, sum[m][v]);",
-        "sum[m][v] = f64_to_f32(fma_f64(a.weights[k * M + m], value, sum[m][v]));",
+        "sum[m][v] = fma_f64(a.weights[(k + u) * M + m], value, sum[m][v]);",
+        "sum[m][v] = f64_to_f32(fma_f64(a.weights[(k + u) * M + m], value, sum[m][v]));",
         "blend::",
     ),
     Mutation("sums restarted at 0", "blend.cu", "a.first ? 0.0 : load(sum_at(a, m, i + v))", "0.0", "blend::"),
@@ -52,9 +52,17 @@ const MUTATIONS: [Mutation; 17] = [
     Mutation(
         "the last source left out",
         "blend.cu",
-        "        for (; k < end; k++) one(",
-        "        for (; k + 1 < end; k++) one(",
+        "if constexpr (U > 1) AddSources",
+        "if constexpr (U > 2) AddSources",
         "blend::",
+    ),
+    Mutation("a run that ends early", "blend.cu", "end = a.ends[r];", "end = a.ends[r] - 1;", "blend::"),
+    Mutation(
+        "a profile left out",
+        "update.cu",
+        "N = PROFILES * (GROUP + 1) / GROUPS - FIRST;",
+        "N = PROFILES / GROUPS;",
+        "update::",
     ),
     Mutation(
         "bytes left behind",

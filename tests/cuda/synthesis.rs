@@ -68,13 +68,13 @@ fn synthesis_on_device_writes_files_of_cpu() {
     }
 }
 
-/// Synthesizes more blocks than the two that run at the same time.
+/// Synthesizes more blocks than the three that run at the same time.
 #[test]
 fn synthesis_of_many_blocks_writes_files_of_cpu() {
     driver();
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
-    let mut model = vec![("large", vec![1.0f32; 3_000_001]), ("small", vec![2.0f32; 5])];
+    let mut model = vec![("large", vec![1.0f32; 4_000_001]), ("small", vec![2.0f32; 5])];
     let mut ema = PostHocEma::options(&dir).update_every(1).checkpoint_every(1).create(&model).unwrap();
     for step in 0..8 {
         model.iter_mut().for_each(|(_, v)| v.iter_mut().enumerate().for_each(|(i, v)| *v += (i % 97 * step) as f32));
@@ -262,6 +262,39 @@ fn overflowing_average_leaves_model_unchanged() {
     let error = ema.switch_to(Profile::sigma_rel(0.1).unwrap(), &mut model.device).unwrap_err();
     assert!(error.to_string().contains("element 7, beyond F16"), "{error}");
     assert!(model.on_device() == before);
+}
+
+/// Counts the launches for many small tensors, in its own process.
+#[test]
+#[ignore = "run by `small_tensors_are_blended_in_one_launch`"]
+fn small_tensors() {
+    let owner = Owner::new();
+    let tensor = |i: usize| {
+        let tensor = posthoc_ema::Tensor::new(&[3 + i % 5], &vec![i as f32; 3 + i % 5]).unwrap();
+        let owned = owner.own(&tensor.bytes, 0);
+        (format!("{i:03}"), tensor, owned)
+    };
+    let model = crate::model::OnDevice { tensors: (0..100).map(tensor).collect(), until_fence: false };
+    let temp = tempfile::tempdir().unwrap();
+    let options = PostHocEma::options(temp.path()).sigma_rels([0.2]).update_every(1).device(Device::Cuda(0));
+    let mut ema = options.create(&model).unwrap();
+    ema.update(&model).unwrap();
+    let mut outputs: Vec<Vec<u8>> = model.tensors.iter().map(|(_, tensor, _)| vec![9; tensor.bytes.len()]).collect();
+    let mut views = Vec::new();
+    for ((name, tensor, _), bytes) in model.tensors.iter().zip(&mut outputs) {
+        views.push(posthoc_ema::TensorViewMut::host(name, tensor.dtype, &tensor.shape, bytes).unwrap());
+    }
+    let launches = count("launches").unwrap();
+    ema.load_tracked_into(0, views).unwrap();
+    assert_eq!(count("launches").unwrap(), launches + 1);
+    for ((name, tensor, _), bytes) in model.tensors.iter().zip(&outputs) {
+        assert!(*bytes == tensor.bytes, "{name}");
+    }
+}
+
+#[test]
+fn small_tensors_are_blended_in_one_launch() {
+    crate::driver::check_in_own_process("synthesis::small_tensors", &[]);
 }
 
 /// Measures the memory that an evaluation takes in addition to the model.

@@ -107,11 +107,12 @@ pub(super) struct BlendArgs {
     pub overflow: u64,
     pub elements: u64,
     pub limit: f64,
-    pub count: u32,
+    pub runs: u32,
     pub output: u32,
     pub first: u32,
     pub last: u32,
     pub aligned: u32,
+    pub ends: [u8; MAX_SOURCES],
     pub kinds: [u8; MAX_SOURCES],
 }
 
@@ -126,11 +127,12 @@ impl Default for BlendArgs {
             overflow: 0,
             elements: 0,
             limit: 0.0,
-            count: 0,
+            runs: 0,
             output: 0,
             first: 0,
             last: 0,
             aligned: 0,
+            ends: [0; MAX_SOURCES],
             kinds: [0; MAX_SOURCES],
         }
     }
@@ -155,7 +157,7 @@ unsafe impl DeviceRepr for GatherArgs {}
 
 const _: () = assert!(size_of::<Chunk>() == 24);
 const _: () = assert!(size_of::<UpdateArgs>() == 192);
-const _: () = assert!(size_of::<BlendArgs>() == 3920 && std::mem::offset_of!(BlendArgs, kinds) == 3868);
+const _: () = assert!(size_of::<BlendArgs>() == 3976 && std::mem::offset_of!(BlendArgs, kinds) == 3920);
 const _: () = assert!(size_of::<GatherArgs>() == 24);
 
 /// Kernels that are loaded on a device, indexed by the number of profiles or targets minus 1.

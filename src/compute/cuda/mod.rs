@@ -36,4 +36,4 @@ pub use reader::AveragesReader;
 pub use staging::Staging;
 pub use timed_stream::{BlendWorkspace, PinnedMemory, TimedStream};
 
-pub use crate::tensor::NonFiniteElement;
+pub use crate::tensor::{NonFiniteElement, ScatteredElements};

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::tensor::CudaMemoryMut;
 
 /// Alignment in bytes of every area of a slot, which the kernels' vectors need.
-const ALIGNMENT: usize = 16;
+pub(super) const ALIGNMENT: usize = 16;
 
 /// Block whose work is queued.
 pub(super) struct BlendJob<'a> {
@@ -99,6 +99,23 @@ pub(super) fn group_parts(parts: &[BlendPart<'_>], targets: usize) -> Vec<Launch
         before += bytes;
     }
     groups
+}
+
+/// Calls `act` with the offset and the input of every source of every part, in the order of the offsets.
+pub(super) fn for_each_input<'a>(
+    groups: &[LaunchGroup],
+    parts: &[BlendPart<'a>],
+    mut act: impl FnMut(usize, BlendInput<'a>),
+) {
+    for group in groups {
+        for (k, &start) in group.sources.iter().enumerate() {
+            let mut at = start;
+            for part in &parts[group.parts.clone()] {
+                act(at, part.sources[k]);
+                at += part.sources[k].len();
+            }
+        }
+    }
 }
 
 impl<'a> BlendJob<'a> {

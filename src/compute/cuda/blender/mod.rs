@@ -1,8 +1,10 @@
 //! Blends on a device with sources on the host.
 //!
 //! Parts of tensors are copied through pinned memory and blended. The results are copied back, or into memory of
-//! another library on the device. Two slots alternate: the CPU fills one while the other is copied or blended.
+//! another library on the device. Three slots take turns: the CPU fills one, the device works on another, and the
+//! results of the third are delivered.
 
+mod fill;
 mod job;
 mod pieces;
 mod queue;
@@ -104,11 +106,14 @@ pub enum Destination<'a, 'm> {
 /// Callback that returns the error for an overflow in the part of this index.
 pub type OverflowHandler<'a> = Box<dyn FnOnce(usize, Overflow) -> Error + 'a>;
 
+/// Number of blocks that are in work.
+const SLOTS: usize = 3;
+
 /// Blender of blocks of parts on one device.
 pub struct Blender<'a> {
     device: Arc<CudaDevice>,
-    slots: [BlendSlot<'a>; 2],
-    next: usize,
+    /// From the oldest block to the newest.
+    slots: [BlendSlot<'a>; SLOTS],
     /// Most elements of a piece, if the device has no memory for whole blocks.
     piece: Option<usize>,
 }
@@ -139,8 +144,8 @@ impl<'a> Blender<'a> {
     /// # Errors
     /// [`Error::Cuda`] if the driver fails.
     pub fn new(device: &Arc<CudaDevice>) -> Result<Blender<'a>> {
-        let slots = [BlendSlot::new(device)?, BlendSlot::new(device)?];
-        Ok(Blender { device: device.clone(), slots, next: 0, piece: None })
+        let slots = [BlendSlot::new(device)?, BlendSlot::new(device)?, BlendSlot::new(device)?];
+        Ok(Blender { device: device.clone(), slots, piece: None })
     }
 
     /// Returns the device.
@@ -176,11 +181,14 @@ impl<'a> Blender<'a> {
         if self.piece.is_some() {
             return self.blend_in_pieces(job, &to);
         }
-        let slot = &mut self.slots[self.next % 2];
-        self.next += 1;
+        self.slots.rotate_left(1);
+        let [oldest, _, slot] = &mut self.slots;
         slot.finish(&device)?;
         match slot.prepare(&device, &job) {
-            Ok(()) => slot.queue(&device, job, &to),
+            Ok(()) => {
+                slot.fill(&job, || oldest.finish(&device))?;
+                slot.queue(&device, job, &to)
+            }
             Err(Error::DeviceMemory { reason, .. }) => {
                 self.flush()?;
                 self.warn_of_pieces(&job, &reason);
@@ -197,9 +205,7 @@ impl<'a> Blender<'a> {
     pub fn flush(&mut self) -> Result<()> {
         let device = self.device.clone();
         let _bound = device.bind()?;
-        let first = self.next % 2;
-        self.slots[first].finish(&device)?;
-        self.slots[1 - first].finish(&device)
+        self.slots.iter_mut().try_for_each(|slot| slot.finish(&device))
     }
 }
 
@@ -245,7 +251,24 @@ impl<'a> BlendSlot<'a> {
         Ok(())
     }
 
-    /// Queues a job, whose results are copied to `to` if they stay on the device.
+    /// Copies the inputs of a job from the host into pinned memory. An older block is delivered meanwhile.
+    fn fill(&mut self, job: &BlendJob<'_>, deliver_older: impl FnOnce() -> Result<()>) -> Result<()> {
+        let (groups, parts) = (&job.groups, &job.parts);
+        // SAFETY: the slot's earlier block is finished, so no pending work uses the buffer.
+        let to = unsafe { allocated(&mut self.inputs)?.host.bytes_mut() };
+        if job.input_bytes() < fill::PIECE {
+            // Another thread would take longer to wake up.
+            deliver_older()?;
+            fill::fill(groups, parts, to);
+            return Ok(());
+        }
+        rayon::in_place_scope(|scope| {
+            scope.spawn(move |_| fill::fill(groups, parts, to));
+            deliver_older()
+        })
+    }
+
+    /// Queues a job whose inputs were filled in. Its results are copied to `to` if they stay on the device.
     fn queue(&mut self, device: &CudaDevice, job: BlendJob<'a>, to: &[CudaMemory<'_>]) -> Result<()> {
         let owner = to.first().map(|memory| device.borrow_stream(memory.stream)).transpose()?;
         // From here on the slot has pending work. It is awaited even if the rest cannot be queued.
@@ -254,7 +277,6 @@ impl<'a> BlendSlot<'a> {
         let inputs = allocated(&mut self.inputs)?;
         let outputs = allocated(&mut self.outputs)?;
         let overflows = allocated(&mut self.overflows)?;
-        queue.fill(inputs)?;
         queue.send(inputs)?;
         queue.clear(overflows)?;
         queue.blend(&inputs.device, &outputs.device, &overflows.device, self.sums.as_ref())?;

@@ -99,6 +99,7 @@ impl<'a> Blender<'a> {
         let job = BlendJob::new(vec![part], weights, targets, deliver, on_overflow);
         let slot = &mut self.slots[0];
         slot.prepare(&device, &job)?;
+        slot.fill(&job, || Ok(()))?;
         slot.queue(&device, job, to.as_slice())?;
         let finished = slot.finish(&device);
         found.take().map_or(finished.map(|()| None), |overflow| Ok(Some(overflow)))

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use cudarc::driver::{CudaStream, result};
-use rayon::prelude::*;
 
-use super::job::{BlendJob, LaunchGroup, group_parts};
+use super::fill::host_ranges;
+use super::job::{BlendJob, LaunchGroup, for_each_input, group_parts};
 use super::{BlendInput, BlendPart, MirroredBuffer, OverflowHandler};
 use crate::compute::cpu;
 use crate::compute::cuda::CudaDevice;
@@ -15,9 +15,6 @@ use crate::compute::cuda::memory::{Buffer, copy_on_device, copy_to_device, copy_
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
 
-/// Bytes per task of the copy into a pinned buffer.
-const PIECE: usize = 1 << 20;
-
 /// Queue of one block's work. The methods are called in their order.
 pub(super) struct JobQueue<'q, 'a> {
     pub device: &'q CudaDevice,
@@ -25,53 +22,17 @@ pub(super) struct JobQueue<'q, 'a> {
     pub job: &'q BlendJob<'a>,
 }
 
-impl<'a> JobQueue<'_, 'a> {
-    /// Calls `act` with the offset and the input of every source of every part, in the order of the offsets.
-    fn for_each_input(&self, mut act: impl FnMut(usize, BlendInput<'a>)) {
-        for group in &self.job.groups {
-            for (k, &start) in group.sources.iter().enumerate() {
-                let mut at = start;
-                for part in &self.job.parts[group.parts.clone()] {
-                    act(at, part.sources[k]);
-                    at += part.sources[k].len();
-                }
-            }
-        }
-    }
-
-    /// Copies the inputs on the host into pinned memory, with all threads.
-    pub(super) fn fill(&self, inputs: &mut MirroredBuffer) -> Result<()> {
-        // SAFETY: the slot's earlier block is finished, so no pending work uses the buffer.
-        let mut rest = unsafe { inputs.host.bytes_mut() };
-        let mut end = 0;
-        let mut pieces = Vec::new();
-        self.for_each_input(|at, input| {
-            if matches!(input, BlendInput::Device { .. }) {
-                return;
-            }
-            let (_, tail) = std::mem::take(&mut rest).split_at_mut(at - end);
-            let (place, tail) = tail.split_at_mut(input.len());
-            rest = tail;
-            end = at + input.len();
-            for (i, to) in place.chunks_mut(PIECE).enumerate() {
-                pieces.push((input.slice(i * PIECE..i * PIECE + to.len()), to));
-            }
-        });
-        pieces.into_par_iter().for_each(|(from, to)| match from {
-            BlendInput::Host(bytes) => to.copy_from_slice(bytes),
-            BlendInput::Scattered { elements, start, .. } => elements.copy(to, start),
-            BlendInput::Device { .. } => {}
-        });
-        Ok(())
-    }
-
+impl JobQueue<'_, '_> {
     /// Queues the copy of the pinned inputs over the bus, and that of the inputs on the device.
     pub(super) fn send(&self, inputs: &MirroredBuffer) -> Result<()> {
         let to = inputs.device.address();
-        // SAFETY: both have that many bytes, and do not change until `finish` has waited.
-        unsafe { copy_to_device(self.device, self.stream, to, &inputs.host, 0, self.job.input_bytes()) }?;
+        for Range { start, end } in host_ranges(&self.job.groups, &self.job.parts) {
+            let device = to + start as u64;
+            // SAFETY: both have these bytes, which do not change until `finish` has waited.
+            unsafe { copy_to_device(self.device, self.stream, device, &inputs.host, start, end - start) }?;
+        }
         let mut outcome = Ok(());
-        self.for_each_input(|at, input| {
+        for_each_input(&self.job.groups, &self.job.parts, |at, input| {
             if let (BlendInput::Device { address, bytes }, Ok(())) = (input, &outcome) {
                 // SAFETY: the place is as long as the source, which its owner keeps allocated.
                 outcome = unsafe { copy_on_device(self.device, self.stream, to + at as u64, address, bytes) };
@@ -88,7 +49,7 @@ impl<'a> JobQueue<'_, 'a> {
             .map_err(self.device.driver_error("clear memory"))
     }
 
-    /// Queues the launches of each group, for 8 targets and 64 sources at a time.
+    /// Queues the launches of each group, for 8 targets and 52 sources at a time.
     pub(super) fn blend(
         &self,
         inputs: &Buffer,
@@ -130,7 +91,6 @@ impl<'a> JobQueue<'_, 'a> {
             elements: group.elements as u64,
             pitch: group.elements.next_multiple_of(4) as u64,
             limit: cpu::max_finite(part.output).unwrap_or(f64::MAX),
-            count: sources.len() as u32,
             output: kind(part.output),
             first: u32::from(sources.start == 0),
             last: u32::from(sources.end == count),
@@ -140,9 +100,15 @@ impl<'a> JobQueue<'_, 'a> {
         for (m, target) in targets.clone().enumerate() {
             args.targets[m] = outputs.address() + (group.outputs + target * group.pitch) as u64;
         }
+        let mut end = 0;
+        for (r, run) in part.dtypes[sources.clone()].chunk_by(|a, b| a == b).enumerate() {
+            end += run.len();
+            args.runs = r as u32 + 1;
+            args.ends[r] = end as u8;
+            args.kinds[r] = kind(run[0]) as u8;
+        }
         for (i, k) in sources.enumerate() {
             args.sources[i] = inputs.address() + group.sources[k] as u64;
-            args.kinds[i] = kind(part.dtypes[k]) as u8;
             for (m, target) in targets.clone().enumerate() {
                 args.weights[i * targets.len() + m] = self.job.weights[target * count + k];
             }
