@@ -11,6 +11,7 @@ mod load_into;
 mod on_device;
 mod options;
 mod prefetch;
+mod progress;
 mod source_set;
 mod streaming;
 mod swap;

@@ -12,6 +12,7 @@ use super::files::{OutputFiles, Shards};
 use super::on_device;
 use super::options::WriteOptions;
 use super::prefetch::Prefetcher;
+use super::progress::PassProgress;
 use super::source_set::{Selection, SourceSet};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda;
@@ -40,7 +41,7 @@ pub(super) struct Streaming<'a> {
     before: Vec<usize>,
     /// Files of each target.
     files: &'a [OutputFiles],
-    options: &'a WriteOptions<'a>,
+    progress: PassProgress<'a>,
     prefetcher: Prefetcher,
 }
 
@@ -86,7 +87,23 @@ impl<'a> Streaming<'a> {
             before.push(before[tensors.len()] + location.range.len() / size);
             tensors.push(PlacedBlend { blend, file: location.file, offset: location.range.start, size });
         }
-        Ok(Streaming { tensors, before, files, options, prefetcher: Prefetcher::new() })
+        Ok(Streaming {
+            tensors,
+            before,
+            files,
+            progress: PassProgress::new(options.progress),
+            prefetcher: Prefetcher::new(),
+        })
+    }
+
+    /// Blends and writes all averaged tensors on the CPU, after a device could not.
+    ///
+    /// # Errors
+    /// As [`Streaming::run`].
+    #[cfg(feature = "cuda")]
+    pub(super) fn run_again(&self) -> Result<()> {
+        self.progress.restart();
+        self.run()
     }
 
     /// Blends and writes all averaged tensors on the CPU.
@@ -146,7 +163,7 @@ impl<'a> Streaming<'a> {
         self.prefetcher.run(bytes, || self.prefetch(next), || self.blend(&spans, buffers))?;
         let results: Vec<&[u8]> = buffers.iter().map(Vec::as_slice).collect();
         self.write(&spans, &results)?;
-        self.report(bytes);
+        self.progress.add(bytes);
         Ok(())
     }
 
@@ -205,12 +222,6 @@ impl<'a> Streaming<'a> {
             |buffers, block| self.blend(&self.spans(block * each..elements.min((block + 1) * each)), buffers),
         )
     }
-
-    fn report(&self, bytes: u64) {
-        if let Some(progress) = self.options.progress {
-            progress(bytes);
-        }
-    }
 }
 
 #[cfg(feature = "cuda")]
@@ -226,7 +237,7 @@ impl Streaming<'_> {
             let parts = self.parts(&spans);
             let deliver = move |results: &[&[u8]]| {
                 self.write(&spans, results)?;
-                self.report(self.bytes_read(&spans));
+                self.progress.add(self.bytes_read(&spans));
                 Ok(())
             };
             on_device::submit(&mut blender, &parts, self.files.len(), cuda::Destination::Host(Box::new(deliver)))?;

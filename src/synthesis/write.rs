@@ -70,7 +70,7 @@ impl SourceSet<'_> {
             #[cfg(feature = "cuda")]
             Backend::Cuda(device) => match streaming.run_on(device) {
                 // Only the CPU keeps infinities that all sources share.
-                Err(error @ Error::Tensor { .. }) => streaming.run().map(|()| Device::Cpu).map_err(|_| error)?,
+                Err(error @ Error::Tensor { .. }) => streaming.run_again().map(|()| Device::Cpu).map_err(|_| error)?,
                 done => done.map(|()| backend.device())?,
             },
         };
