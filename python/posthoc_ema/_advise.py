@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
 from . import _native
 from ._dtypes import average_dtype_name
 from ._options import DEFAULTS, SNAPSHOT_GROWTH
-from ._plans import growth_number
+from ._plans import Predicted, check_one_movement, growth_number
 from ._profiles import Profile
 from ._progress import Progress, byte_progress
 
@@ -36,6 +37,8 @@ class Advice:
     """Length at which that error is largest."""
     disk: int
     """Largest size of the run on disk, in bytes."""
+    predicted: Predicted | None = None
+    """Largest predicted error over the range at the end of the training; None without `movement` or `like`."""
 
 
 def advise(
@@ -48,6 +51,8 @@ def advise(
     update_every: int = DEFAULTS["update_every"],
     update_after_step: int = DEFAULTS["update_after_step"],
     snapshot_growth: float | None = SNAPSHOT_GROWTH,
+    movement: str | None = None,
+    like: str | os.PathLike[str] | None = None,
     progress: Progress = None,
 ) -> list[Advice]:
     """Finds the best choices of two, three and four profiles for half, all and twice a disk, in this order.
@@ -64,6 +69,8 @@ def advise(
         update_every: Steps between updates.
         update_after_step: First step at which an update may happen.
         snapshot_growth: Factor between the times of further snapshots early in the training, None for none.
+        movement: Movement of the weights, as for `plan`: each choice then has a predicted error.
+        like: Directory of another training's run, to predict errors as if the weights moved as there.
         progress: Function of the parts of the search done so far and in total, True for a bar, or False for none;
             default a bar on a terminal.
 
@@ -72,9 +79,11 @@ def advise(
         that more disk does not change, are left out.
 
     Raises:
-        ValueError: If the disk is too small for one step's snapshots of two profiles, or the range or the schedule is
-            not valid.
+        ValueError: If the disk is too small for one step's snapshots of two profiles, the range, the schedule or the
+            movement is not valid, or `like` does not show how its weights move.
+        OSError: If `like` cannot be read.
     """
+    check_one_movement(movement, like)
     known = {
         "steps": int(steps),
         "parameters": int(parameters),
@@ -84,12 +93,15 @@ def advise(
         "update_every": int(update_every),
         "update_after_step": int(update_after_step),
         "snapshot_growth": growth_number(snapshot_growth),
+        "movement": movement,
+        "like": None if like is None else os.fspath(like),
     }
     with byte_progress(progress, _native.advice_parts, "trying profiles and spacings", unit="part") as report:
         text = _native.advise(json.dumps(known), report)
-    return [_advice(found) for found in json.loads(text)]
+    return [_advice(found, predicted) for found, predicted in json.loads(text)]
 
 
-def _advice(found: dict[str, Any]) -> Advice:
+def _advice(found: dict[str, Any], predicted: dict[str, float] | None) -> Advice:
     del found["sigma_rels"]
-    return Advice(profiles=tuple(map(Profile, found.pop("tracked"))), **found)
+    profiles = tuple(map(Profile, found.pop("tracked")))
+    return Advice(profiles=profiles, predicted=Predicted(**predicted) if predicted is not None else None, **found)

@@ -115,10 +115,12 @@ def average(
         key: Entry that holds the model in training checkpoints of PyTorch: a key, or keys that lead to it, joined by
             dots. By default it is found by the names that trainers use.
         copy: Names or globs of tensors to copy from the newest checkpoint instead of averaging them.
-        leave_out: Names or globs of tensors, or of other entries of the model, to leave out.
+        leave_out: Names or globs of tensors, or of other entries of the model, to leave out; with `like`, also of
+            tensors that only this folder has.
         product: Average of low-rank adapters (LoRA). "factors" averages each factor. "svd" averages the products, each
             with its scale, and cuts them back to their rank.
-        ignore_config: Settings in which the `config.json` of the checkpoints may differ: keys joined by dots, or globs.
+        ignore_config: Settings of `config.json` and other configurations in which the checkpoints may differ: keys
+            joined by dots, or globs.
         like: Folder of a model that averages are written like, as for `PostHocEMA.write`.
         shard_size: Largest size of a shard, as for `PostHocEMA.write`.
         rename: Rules that rename tensors, as for `PostHocEMA.write`.
@@ -143,15 +145,17 @@ def average(
     given = None if steps is None else [int(step) for step in steps]
     copied, left_out = patterns("copy", copy), patterns("leave_out", leave_out)
     ignored = patterns("ignore_config", ignore_config)
-    checkpoints = _native.Checkpoints(_paths(paths), given, key, copied, left_out, ignored, product, follow_links)
+    form = output_form(like, shard_size, rename, left_out if like is not None else (), follow_links)
+    checkpoints = _native.Checkpoints(
+        _paths(paths), given, key, copied, left_out, form.left_out(), ignored, product, follow_links
+    )
     outputs = None if out is None else _paths(out)
     if outputs is not None and len(outputs) != len(jsons):
         raise ValueError(f"out names {len(outputs)} paths for {len(jsons)} targets: give one for each")
     if outputs is None and (like is not None or shard_size is not None or rename):
         raise ValueError("like, shard_size and rename are for averages that are written: name a path with out")
-    form = output_form(like, shard_size, rename, (), follow_links)
     text, notes = checkpoints.plans(jsons, at)
-    notes += checkpoints.check_form(jsons, at, form)
+    notes += _native.check_form(checkpoints, jsons, at, form)
     stored = average_dtype_name(dtype)
 
     def total() -> int:

@@ -233,6 +233,16 @@ def growth_number(snapshot_growth: float | None) -> float:
     return growth
 
 
+def check_one_movement(movement: str | None, like: str | os.PathLike[str] | None) -> None:
+    """Checks that the movement of the weights is given in one way.
+
+    Raises:
+        ValueError: If it is given in two.
+    """
+    if movement is not None and like is not None:
+        raise ValueError(f"movement = {movement!r} and like = {os.fspath(like)!r}: give one of them")
+
+
 def plan(
     targets: Iterable[Target],
     *,
@@ -282,8 +292,7 @@ def plan(
             move.
         OSError: If `like` cannot be read.
     """
-    if movement is not None and like is not None:
-        raise ValueError(f"movement = {movement!r} and like = {os.fspath(like)!r}: give one of them")
+    check_one_movement(movement, like)
     if noise == "auto" and movement is None and like is None:
         raise ValueError("noise = 'auto' needs to know how the weights move: give movement or like, or a number")
     tracked = [*(Profile.sigma_rel(sigma_rel) for sigma_rel in sigma_rels or ()), *profiles]

@@ -20,6 +20,7 @@ from ._run_reader import RunReader
 from ._save_pretrained import saver
 from ._sweep import JointOptions, SweepProgress, sweep
 from ._trials import Swept
+from ._written_averages import FormOptions
 
 
 class RunAverages:
@@ -289,6 +290,12 @@ class RunAverages:
         with_run: RunAverages | None = None,
         with_model: Model = None,
         rounds: int = 2,
+        like: str | os.PathLike[str] | None = None,
+        with_like: str | os.PathLike[str] | None = None,
+        shard_size: int | str | None = None,
+        rename: str | Iterable[str] = (),
+        leave_out: Iterable[str] = (),
+        follow_links: bool = False,
     ) -> Swept:
         """Evaluates averages of many lengths, refines around the best one, and returns it.
 
@@ -301,7 +308,9 @@ class RunAverages:
 
         Args:
             evaluate: Returns the score of an average. It takes a state dict of new tensors; with `model`, that model
-                with the average in it, in eval mode, as in a block of `PostHocEMA.model`.
+                with the average in it, in eval mode, as in a block of `PostHocEMA.model`. With `like`, `shard_size`,
+                `rename` or `leave_out`, and without `model`, it takes the path of a file or folder, which is removed
+                after the evaluation.
             targets: Profiles, or numbers as sigma_rel.
             sigma_rels: Further targets.
             model: Tracked model, or another of its structure. It has its own bits again after each evaluation.
@@ -331,13 +340,21 @@ class RunAverages:
                 argument, at the newest step of that run, whose length is varied in turns with the others.
             with_model: As `model`, for the averages of the second run.
             rounds: Turns in which each length of a joint sweep is varied at most, for each metric.
+            like: Folder of a model that averages are written like, as for `PostHocEMA.write`: the evaluation loads a
+                folder by `from_pretrained`. The best is the folder `best` in `out`.
+            with_like: As `like`, for the averages of the second run; default that of `like`.
+            shard_size: Largest size of a shard, as for `PostHocEMA.write`.
+            rename: Rules that rename tensors, as for `PostHocEMA.write`.
+            leave_out: Names or globs of tensors to leave out.
+            follow_links: Copy files of `like` even if they are links that lead out of its folder.
 
         Returns:
             The best average and all trials.
 
         Raises:
             ValueError: If no target is given, one is not valid, the step is outside the run, or `out` holds another
-                sweep or one that may be of another evaluation.
+                sweep or one that may be of another evaluation. Also if an average would not load strictly in the place
+                of the weights of `like`, or is of the newest update and a form is given.
             RuntimeError: If all evaluations failed, caused by the exception of the first.
             OSError: If the directory cannot be written.
         """
@@ -346,6 +363,7 @@ class RunAverages:
         second = None if with_run is None else (with_run.local, with_run.local._reader)
         if (with_model is not None) != (model is not None and with_run is not None):
             raise ValueError("with_model goes with `model` and `with_run`: give all three, or evaluate state dicts")
+        form = FormOptions.given(like, shard_size, rename, leave_out, follow_links)
         with ExitStack() as stack:
             stack.enter_context(alone._reader.opened(step))
             if second is not None:
@@ -367,7 +385,8 @@ class RunAverages:
                 batch=batch,
                 progress=progress,
                 jobs=jobs,
-                joint=JointOptions(tuple(groups), second, with_model, rounds),
+                joint=JointOptions(tuple(groups), second, with_model, rounds, form.of_second(with_like, second)),
+                form=form,
             )
 
     @staticmethod

@@ -13,12 +13,11 @@ from typing import Any
 
 from . import _accuracy, _native, _swap
 from ._dtypes import average_dtype_name
-from ._form import output_form
 from ._lend import is_torch, torch_module
 from ._model import MappingTensors, Model, ModuleTensors, tensors_of
 from ._outputs import OutputBuffers, complex_names, join_pairs
 from ._plans import Noise, Plan, noise_text
-from ._profiles import Target, as_profile, profile_json, to_json
+from ._profiles import Profile, Target, as_profile, profile_json, to_json
 from ._progress import Progress, byte_progress
 from ._tracker import ModelTracker
 
@@ -203,7 +202,7 @@ class RunReader:
         run = self.run()
         jsons = to_json(profiles)
         plans = Plan.from_json(run.plans(jsons, step, "off"))
-        for note in run.check_form(jsons, step, form):
+        for note in _native.check_form(run, jsons, step, form):
             warnings.warn(note, stacklevel=3)
         extension = "" if form.is_folder() else ".safetensors"
         names = [f"{str(plan.profile).replace(' ', '-')}.step-{plan.at}{extension}" for plan in plans]
@@ -217,9 +216,15 @@ class RunReader:
         _accuracy.warn()
         return paths
 
-    def write_best(self, target: Target, path: Path, step: int | None, noise: Noise) -> None:
-        """Writes one average to a path, on the CPU and in the dtypes of its tensors."""
-        self.run().write(to_json([target]), step, noise_text(noise), [path], None, "cpu", output_form(), None)
+    def write_paths(
+        self, targets: list[Profile], paths: list[Path], step: int | None, noise: Noise, form: _native.OutputForm
+    ) -> None:
+        """Writes averages to paths in one pass, on the CPU and in the dtypes of the tensors or the form."""
+        self.run().write(to_json(targets), step, noise_text(noise), paths, None, "cpu", form, None)
+
+    def check_form(self, targets: list[Profile], step: int | None, form: _native.OutputForm) -> list[str]:
+        """Checks that averages fit a form, and returns notes on it."""
+        return _native.check_form(self.run(), to_json(targets), step, form)
 
     def identity(self) -> str:
         """Returns the name under which a sweep records the run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ._progress import wants_bar
 from ._run_reader import RunReader
 from ._sweep_averages import WITH, SweepAverages, SweptRun, Synthesizer, grouped
 from ._trials import Best, Comparison, Swept, Trial, lines_from_json, profiles_from, trials_from_json
+from ._written_averages import AverageWriter, FormOptions
 
 LOG = logging.getLogger("posthoc_ema")
 
@@ -44,16 +46,24 @@ class JointOptions:
     """Model that holds its averages, or one for each job."""
     rounds: int = 2
     """Turns in which each length is swept at most."""
+    second_form: FormOptions = FormOptions()
+    """Form of the second run's averages."""
 
     def __post_init__(self) -> None:
         if self.second is not None and WITH in self.groups:
             raise ValueError(f"groups: {WITH!r} is the name of the second run: write '[w]ith'")
 
-    def swept_run(self, noise: Noise, jobs: int) -> SweptRun | None:
+    def settings(self, profiles: list[Profile], noise: Noise) -> dict[str, Any]:
+        """Returns the settings as the native part takes them."""
+        rounds = whole_number("rounds", self.rounds) or 0
+        return {"groups": self.groups, "with": second_identity(self, profiles, noise), "rounds": rounds}
+
+    def swept_run(self, noise: Noise, jobs: int, directory: Path | None) -> SweptRun | None:
         """Returns the second run as a sweep takes it."""
         if self.second is None:
             return None
-        return SweptRun(*self.second, None, noise, models("with_model", self.second_model, jobs))
+        writer = AverageWriter(self.second_form.read(), directory, "evaluating-with")
+        return SweptRun(*self.second, None, noise, models("with_model", self.second_model, jobs), writer)
 
 
 def sweep(
@@ -75,6 +85,7 @@ def sweep(
     progress: SweepProgress,
     jobs: int = 1,
     joint: JointOptions = JointOptions(),
+    form: FormOptions,
 ) -> Swept:
     """Evaluates averages of many lengths; see `PostHocEMA.sweep`.
 
@@ -83,14 +94,13 @@ def sweep(
         reader: Reading side of the same run.
         profiles: Targets to evaluate.
         joint: Groups and second run that have lengths of their own.
+        form: Form of the averages.
 
     The other arguments are those of `PostHocEMA.sweep`.
     """
-    if batch < 1:
-        raise ValueError(f"batch = {batch}: must be at least 1")
+    positive("batch", batch)
     if not profiles:
         raise ValueError("there is nothing to evaluate: give targets or sigma_rels")
-    positive("jobs", jobs)
     if joint.groups and reader.live(step) is not None:
         raise ValueError("groups: an average of the newest update has one length: give the `step` of a snapshot")
     first_target = grouped(profiles[0], {group: profiles[0] for group in joint.groups})
@@ -105,18 +115,18 @@ def sweep(
         "metrics": [f"{metric}:{direction}" for metric, direction in (metrics or {}).items()],
         "repeats": positive("repeats", repeats),
         "refine": whole_number("refine", refine) or 0,
-        "jobs": jobs,
-        "groups": joint.groups,
-        "with": second_identity(joint, profiles, noise),
-        "rounds": whole_number("rounds", joint.rounds) or 0,
+        "jobs": positive("jobs", jobs),
+        **joint.settings(profiles, noise),
         "run": reader.identity(),
         "at": at,
         "evaluation": name,
         "noise": noise_text(noise),
     }
-    first = SweptRun(ema, reader, step, noise, models("model", model, jobs))
-    averages = SweepAverages(first, joint.swept_run(noise, jobs))
-    search = _native.Sweep(to_json(profiles), json.dumps(settings), directory)
+    writer = AverageWriter(form.read(), directory, "evaluating")
+    first = SweptRun(ema, reader, step, noise, models("model", model, jobs), writer)
+    averages = SweepAverages(first, joint.swept_run(noise, jobs, directory))
+    warn_of_form(averages.check(first_target, profiles[0]))
+    search = _native.Sweep(to_json(profiles), json.dumps(settings), directory, *averages.forms())
     try:
         check_recorded_scores(search, name, is_unique, directory)
         loop = EvaluationLoop(search, averages, joint.groups, evaluate, tuple(metrics or ()), jobs)
@@ -125,7 +135,14 @@ def sweep(
                 loop.run(batch, report)
             return result(search, averages, at, directory, loop.first_error)
     finally:
+        averages.close()
         search.close()
+
+
+def warn_of_form(notes: list[str]) -> None:
+    """Warns of tensors that are renamed or left out to fit a form."""
+    for note in notes:
+        warnings.warn(note, stacklevel=4)
 
 
 def positive(name: str, value: int) -> int:
@@ -214,22 +231,23 @@ def best(averages: SweepAverages, trial: Trial, score: float, directory: Path | 
         averages: Averages of the sweep.
         trial: Trial of the average.
         score: Its score.
-        directory: Directory of the file; None for no file.
-        metric: Metric that the file is named after; None for the first one.
+        directory: Directory of the file or folder; None for none.
+        metric: Metric that it is named after; None for the first one.
     """
     stem = "best" if metric is None else f"best-{metric}"
     groups = {name: profile for name, profile in trial.groups.items() if averages.second is None or name != WITH}
     target = grouped(trial.profile, groups)
     second, with_target = averages.second, trial.groups.get(WITH)
+    extension, with_extension = averages.extensions()
     with_state, with_path = None, None
     if second is not None and with_target is not None:
         with_state = second.synthesize(with_target)
-        with_path = second.write(with_target, directory and directory / f"{stem}-with.safetensors")
+        with_path = second.write(with_target, directory and directory / f"{stem}-with{with_extension}")
     return Best(
         profile=trial.profile,
         score=score,
         state_dict=averages.first.synthesize(target),
-        path=averages.first.write(target, directory and directory / f"{stem}.safetensors"),
+        path=averages.first.write(target, directory and directory / f"{stem}{extension}"),
         groups=trial.groups,
         with_state_dict=with_state,
         with_path=with_path,

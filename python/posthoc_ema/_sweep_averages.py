@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import _native
 from ._model import Model
 from ._plans import Noise, Plan
 from ._profiles import Profile, Target
 from ._run_reader import RunReader
+from ._written_averages import AverageWriter
 
 WITH = "with"
 """Name of the second run among the parts of a joint sweep."""
@@ -72,17 +74,27 @@ class SweptRun:
         reader: Reading side of the same run.
         step: Step of the averages; None for the newest update of a training.
         noise: Noise option of the synthesis.
-        models: Models that hold the averages, one for each job; None to evaluate state dicts.
+        models: Models that hold the averages, one for each job; None to evaluate state dicts or paths.
+        writer: Writer of averages in a form, whose paths are evaluated unless there are models.
     """
 
     def __init__(
-        self, ema: Synthesizer, reader: RunReader, step: int | None, noise: Noise, models: Sequence[Model] | None
+        self,
+        ema: Synthesizer,
+        reader: RunReader,
+        step: int | None,
+        noise: Noise,
+        models: Sequence[Model] | None,
+        writer: AverageWriter,
     ):
         self._ema = ema
         self._reader = reader
         self._step = step
         self._noise = noise
         self._models = models
+        self._writer = writer
+        self.form = writer.form
+        """Form of its averages."""
 
     def plans(self, profiles: list[Profile]) -> list[Plan]:
         """Returns the plan of each profile."""
@@ -103,6 +115,8 @@ class SweptRun:
         """
         if self._models is not None:
             return [self._in_model(target) for target in targets]
+        if not self._writer.form.is_plain():
+            return self._written(targets)
         try:
             state_dicts = self._ema.synthesize(targets, self._step, noise=self._noise, progress=False)
         except ValueError:
@@ -122,8 +136,49 @@ class SweptRun:
         """Writes an average. Returns None, and writes nothing, without a path and for the newest update."""
         if path is None or self._reader.live(self._step) is not None:
             return None
-        self._reader.write_best(target, path, self._step, self._noise)
+        self._writer.replace(path, target, self._write_paths)
         return path
+
+    def extension(self) -> str:
+        """Returns the extension of written averages."""
+        return self._writer.extension()
+
+    def _write_paths(self, targets: list[Profile], paths: list[Path], form: _native.OutputForm) -> None:
+        self._reader.write_paths(targets, paths, self._step, self._noise, form)
+
+    def check(self, target: Profile) -> list[str]:
+        """Checks that averages fit the form, and returns notes on it.
+
+        Raises:
+            ValueError: If they do not, or are of the newest update of a training, which is not written.
+        """
+        if self._writer.form.is_plain():
+            return []
+        if self._reader.live(self._step) is not None:
+            raise ValueError("like, shard_size, rename: give the `step` of a snapshot, as only these are written")
+        return self._reader.check_form([target], self._step, self._writer.form)
+
+    def close(self) -> None:
+        """Removes written averages."""
+        self._writer.close()
+
+    def _written(self, targets: list[Profile]) -> list[Enter]:
+        """Returns the paths of averages, each of which is removed after its evaluations."""
+        plans = self.plans(targets)
+        try:
+            return list(self._writer.write(targets, plans, self._write_paths))
+        except ValueError:
+            if len(targets) == 1:
+                # Only its own evaluation fails.
+                return [self._failed(targets[0], plans[0])]
+            return [enter for target in targets for enter in self._written([target])]
+
+    def _failed(self, target: Profile, plan: Plan) -> Enter:
+        def enter(stack: ExitStack, job: int) -> object:
+            [average] = self._writer.write([target], [plan], self._write_paths)
+            return average(stack, job)
+
+        return enter
 
     def _alone(self, target: Profile) -> Enter:
         return lambda stack, job: self.synthesize(target)
@@ -168,3 +223,22 @@ class SweepAverages:
         if self.second is not None:
             prepared.append(self.second.prepare([c.second for c in candidates if c.second is not None]))
         return deque(map(list, zip(*prepared)))
+
+    def check(self, target: Profile, second: Profile) -> list[str]:
+        """Checks that the averages of all runs fit their forms, and returns notes on these."""
+        notes = self.first.check(target)
+        return notes if self.second is None else notes + self.second.check(second)
+
+    def forms(self) -> tuple[_native.OutputForm, _native.OutputForm]:
+        """Returns the forms of the averages of the run and of the second one."""
+        return self.first.form, (self.second or self.first).form
+
+    def extensions(self) -> tuple[str, str]:
+        """Returns the extensions of written averages of the run and of the second one."""
+        return self.first.extension(), self.second.extension() if self.second is not None else ""
+
+    def close(self) -> None:
+        """Removes written averages."""
+        self.first.close()
+        if self.second is not None:
+            self.second.close()

@@ -16,10 +16,11 @@ use crate::process;
 
 /// Checkpoints of one model, opened and checked against each other.
 #[pyclass(frozen, module = "posthoc_ema._native")]
-pub struct Checkpoints(posthoc_ema::Checkpoints);
+pub struct Checkpoints(pub posthoc_ema::Checkpoints);
 
 impl Checkpoints {
-    fn merges(&self, py: Python<'_>, targets: &[String], step: Option<u64>) -> PyResult<Vec<Merge>> {
+    /// Weighs the checkpoints for targets.
+    pub fn merges(&self, py: Python<'_>, targets: &[String], step: Option<u64>) -> PyResult<Vec<Merge>> {
         process::check()?;
         let targets = parse_profiles(targets)?;
         py.detach(|| self.0.plans(&targets, at(step))).map_err(to_python)
@@ -38,6 +39,7 @@ impl Checkpoints {
         key: Option<String>,
         copy: Vec<String>,
         leave_out: Vec<String>,
+        other_names: Vec<String>,
         ignore_config: Vec<String>,
         product: &str,
         follow_links: bool,
@@ -48,7 +50,7 @@ impl Checkpoints {
             "svd" => AdapterProduct::Svd,
             other => return Err(argument(format!("product: {other:?} is not one of \"factors\" and \"svd\""))),
         };
-        let options = CheckpointOptions { steps, key, copy, leave_out, ignore_config, product };
+        let options = CheckpointOptions { steps, key, copy, leave_out, other_names, ignore_config, product };
         let opened = py.detach(|| posthoc_ema::Checkpoints::open_with(&paths, &options)).map_err(to_python)?;
         Ok(Checkpoints(opened.follow_links(follow_links)))
     }
@@ -56,18 +58,6 @@ impl Checkpoints {
     /// Returns notes on how the checkpoints were read.
     fn notes(&self) -> Vec<String> {
         self.0.notes().to_vec()
-    }
-
-    /// Checks that targets fit a form, and returns notes on it.
-    fn check_form(
-        &self,
-        py: Python<'_>,
-        targets: Vec<String>,
-        step: Option<u64>,
-        form: &OutputForm,
-    ) -> PyResult<Vec<String>> {
-        let merges = self.merges(py, &targets, step)?;
-        py.detach(|| self.0.check_form(&merges, &form.0)).map_err(to_python)
     }
 
     /// Returns name, dtype and shape of the tensors of an average.

@@ -27,6 +27,16 @@ impl OutputForm {
         py.detach(|| posthoc_ema::OutputForm::new(&options)).map(OutputForm).map_err(to_python)
     }
 
+    /// Returns the names of the tensors of the folder that are left out.
+    fn left_out(&self) -> Vec<String> {
+        self.0.left_out().to_vec()
+    }
+
+    /// Returns true if averages are written as they are without a form.
+    fn is_plain(&self) -> bool {
+        self.0.recorded().is_none()
+    }
+
     /// Returns true if an average becomes a folder.
     fn is_folder(&self) -> bool {
         self.0.is_folder()

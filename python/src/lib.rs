@@ -4,6 +4,7 @@
 //! shape, a device and an address. Profiles, options and plans are passed as JSON in the library's own format.
 
 mod average;
+mod check_form;
 mod dtypes;
 mod errors;
 mod form;
@@ -46,6 +47,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(plans::as_sigma_rel, module)?)?;
     module.add_function(wrap_pyfunction!(plans::cumulative, module)?)?;
     module.add_function(wrap_pyfunction!(plans::forecast, module)?)?;
+    module.add_function(wrap_pyfunction!(check_form::check_form, module)?)?;
     module.add_function(wrap_pyfunction!(plans::advise, module)?)?;
     module.add_function(wrap_pyfunction!(plans::advice_parts, module)?)?;
     module.add_function(wrap_pyfunction!(import::import_run, module)?)?;

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use posthoc_ema::math::Schedule;
-use posthoc_ema::{ADVICE_PARTS, AdviceRequest, At, Dtype, Forecast, NamedMovement, Noise, Profile, Retention, Run};
+use posthoc_ema::{
+    ADVICE_PARTS, AdviceRequest, At, Dtype, Forecast, NamedMovement, Noise, Plan, Profile, Retention, Run,
+};
 use pyo3::prelude::*;
 use serde::Deserialize;
 
@@ -132,8 +134,7 @@ struct PlannedTraining {
 pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: Option<u64>) -> PyResult<String> {
     let training: PlannedTraining = from_json(training)?;
     let noise = parse_noise(&training.noise)?;
-    let movement = training.movement.as_deref().map(str::parse::<NamedMovement>).transpose();
-    let movement = movement.map_err(|why| argument(format!("movement: {why}")))?;
+    let movement = parse_movement(training.movement.as_deref())?;
     let PlannedTraining {
         steps,
         update_every,
@@ -151,13 +152,36 @@ pub fn forecast(py: Python<'_>, training: &str, targets: Vec<String>, at_step: O
     let schedule = Schedule { update_every, update_after_step, checkpoint_every, snapshot_growth };
     let forecast = Forecast { schedule, steps, keep: max_checkpoints, retention, tracked };
     let targets = parse_profiles(&targets)?;
-    let plans = py.detach(|| match (movement, like, noise) {
-        (Some(movement), _, noise) => forecast.plans_moving(&targets, at(at_step), noise, &movement, dtype),
-        (None, Some(run), noise) => Run::open(run)?.plans_like(&forecast, &targets, at(at_step), noise, dtype),
-        (None, None, Noise::Rho(rho)) => forecast.plans_with(&targets, at(at_step), rho),
-        (None, None, _) => forecast.plans(&targets, at(at_step)),
+    let plans = py.detach(|| {
+        let like = like.map(Run::open).transpose()?;
+        match (movement, like, noise) {
+            (None, None, Noise::Rho(rho)) => forecast.plans_with(&targets, at(at_step), rho),
+            (None, None, _) => forecast.plans(&targets, at(at_step)),
+            (movement, like, noise) => moving(&forecast, &targets, at(at_step), noise, (&movement, &like), dtype),
+        }
     });
     to_json(&plans.map_err(to_python)?)
+}
+
+fn parse_movement(movement: Option<&str>) -> PyResult<Option<NamedMovement>> {
+    let movement = movement.map(str::parse::<NamedMovement>).transpose();
+    movement.map_err(|why| argument(format!("movement: {why}")))
+}
+
+/// Solves targets of a forecast, and predicts their errors: of a movement, or as if the weights moved as in a run.
+fn moving(
+    forecast: &Forecast,
+    targets: &[Profile],
+    at: At,
+    noise: Noise,
+    (movement, like): (&Option<NamedMovement>, &Option<Run>),
+    dtype: Dtype,
+) -> posthoc_ema::Result<Vec<Plan>> {
+    match (movement, like) {
+        (Some(movement), _) => forecast.plans_moving(targets, at, noise, movement, dtype),
+        (None, Some(run)) => run.plans_like(forecast, targets, at, noise, dtype),
+        (None, None) => Ok(Vec::new()),
+    }
 }
 
 /// Returns the factor of early snapshots; `None` for 0.
@@ -178,15 +202,23 @@ struct AdviceInput {
     dtype: Dtype,
     disk: u64,
     range: (f64, f64),
+    /// Movement that is expected of the weights.
+    movement: Option<String>,
+    /// Directory of a run that moves alike.
+    like: Option<PathBuf>,
 }
 
-/// Returns choices of profiles, spacing and number of snapshots for a disk, as JSON.
+/// Returns choices of profiles, spacing and number of snapshots for a disk, as JSON. Each has its largest predicted
+/// error: null without a movement or a run that moves alike.
 ///
 /// `progress` is called with the parts of the search that have ended, of [`ADVICE_PARTS`].
 #[pyfunction]
 pub fn advise(py: Python<'_>, input: &str, progress: Option<&Bound<'_, PyAny>>) -> PyResult<String> {
     let input: AdviceInput = from_json(input)?;
-    let AdviceInput { steps, update_every, update_after_step, snapshot_growth, parameters, dtype, disk, range } = input;
+    let movement = parse_movement(input.movement.as_deref())?;
+    let like = input.like.map(|run| py.detach(|| Run::open(run))).transpose().map_err(to_python)?;
+    let AdviceInput { steps, update_every, update_after_step, snapshot_growth, parameters, dtype, disk, range, .. } =
+        input;
     let snapshot_growth = given(snapshot_growth);
     let request =
         AdviceRequest { steps, update_every, update_after_step, snapshot_growth, parameters, dtype, disk, range };
@@ -194,7 +226,15 @@ pub fn advise(py: Python<'_>, input: &str, progress: Option<&Bound<'_, PyAny>>) 
         let report = |_| progress.iter().for_each(|progress| progress(1));
         posthoc_ema::advise(&request, &report).map_err(to_python)
     })?;
-    to_json(&advice)
+    let predicted = advice.iter().map(|advice| {
+        let plans = advice.lengths(&request).and_then(|targets| {
+            moving(&advice.forecast, &targets, At::Latest, Noise::Off, (&movement, &like), request.dtype)
+        })?;
+        let predicted = plans.iter().filter_map(|plan| plan.predicted);
+        Ok(predicted.max_by(|a, b| a.total.total_cmp(&b.total)))
+    });
+    let predicted: posthoc_ema::Result<Vec<_>> = py.detach(|| predicted.collect());
+    to_json(&advice.iter().zip(predicted.map_err(to_python)?).collect::<Vec<_>>())
 }
 
 /// Returns the number of parts of the search for advice.

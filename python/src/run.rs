@@ -18,10 +18,11 @@ use crate::saved_weights::SavedWeights;
 
 /// Snapshots of a run, mapped into memory.
 #[pyclass(frozen, module = "posthoc_ema._native")]
-pub struct Run(posthoc_ema::Run);
+pub struct Run(pub posthoc_ema::Run);
 
 impl Run {
-    fn solve(&self, py: Python<'_>, targets: &[String], step: Option<u64>, noise: &str) -> PyResult<Vec<Plan>> {
+    /// Solves targets; `noise` is "off", "auto" or a number.
+    pub fn solve(&self, py: Python<'_>, targets: &[String], step: Option<u64>, noise: &str) -> PyResult<Vec<Plan>> {
         process::check()?;
         let (targets, groups) = parse_targets(targets)?;
         let noise = parse_noise(noise)?;
@@ -108,18 +109,6 @@ impl Run {
         let views = output_views(layout, addresses)?;
         jobs::run(py, progress, |progress| self.0.load_into(&plans, views, progress).map_err(to_python))?;
         to_json(&plans)
-    }
-
-    /// Checks that targets fit a form, and returns notes on it.
-    fn check_form(
-        &self,
-        py: Python<'_>,
-        targets: Vec<String>,
-        step: Option<u64>,
-        form: &OutputForm,
-    ) -> PyResult<Vec<String>> {
-        let plans = self.solve(py, &targets, step, "off")?;
-        py.detach(|| self.0.check_form(&plans, &form.0)).map_err(to_python)
     }
 
     /// Writes each target to a file or folder, in one pass; returns the plans and the device of the blend.

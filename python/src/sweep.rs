@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::errors::to_python;
+use crate::form::OutputForm;
 use crate::json::{from_json, to_json};
 use crate::plans::{parse_profile, parse_profiles};
 
@@ -86,7 +87,13 @@ impl Sweep {
     ///
     /// A record belongs to one `run`, `at`, `evaluation`, goal and `noise`; that of another search is an error.
     #[new]
-    fn new(targets: Vec<String>, settings: &str, directory: Option<PathBuf>) -> PyResult<Sweep> {
+    fn new(
+        targets: Vec<String>,
+        settings: &str,
+        directory: Option<PathBuf>,
+        form: &OutputForm,
+        with_form: &OutputForm,
+    ) -> PyResult<Sweep> {
         let settings: SearchSettings = from_json(settings)?;
         let SearchSettings { minimize, metrics, repeats, refine, jobs, groups, with, rounds, .. } = settings;
         let SearchSettings { run, at, evaluation, noise, .. } = settings;
@@ -97,8 +104,12 @@ impl Sweep {
         let search = sweep::Sweep::new(&parse_profiles(&targets)?, goal, refine).map_err(to_python)?;
         let search = search.with_metrics(&metrics).map_err(to_python)?.with_repeats(repeats).with_jobs(jobs);
         let parts: Vec<String> = groups.iter().cloned().chain(with.iter().map(|_| WITH.to_owned())).collect();
-        let key = SweepKey { run, at, evaluation, goal, metrics, groups, with, dtype: None, form: None, noise };
+        let (form, with_form) = (form.0.recorded(), with.as_ref().and_then(|_| with_form.0.recorded()));
+        let key = SweepKey { run, at, evaluation, goal, metrics, groups, with, dtype: None, form, with_form, noise };
         let opened = directory.map(|directory| Record::open(&directory, key)).transpose().map_err(to_python)?;
+        if let Some((record, _)) = &opened {
+            sweep::remove_pending(record.dir()).map_err(to_python)?;
+        }
         let (record, trials) = opened.map_or((None, Vec::new()), |(record, trials)| (Some(record), trials));
         let search = JointSearch::new(search, &parts, rounds, trials);
         Ok(Sweep(Mutex::new(RecordedSearch { search, record })))
@@ -244,9 +255,9 @@ impl Sweep {
         state.search.evaluations() + sweep.planned() - sweep.done()
     }
 
-    /// Releases the directory for another sweep.
-    fn close(&self) {
-        self.lock().record = None;
+    /// Releases the directory for another sweep, without averages that were to be evaluated.
+    fn close(&self) -> PyResult<()> {
+        self.lock().record.take().map_or(Ok(()), |record| sweep::remove_pending(record.dir())).map_err(to_python)
     }
 }
 

@@ -27,6 +27,7 @@ def test_advice_fits_the_disk_and_agrees_with_plans() -> None:
     default = max(each.relative_error for each in plan([0.06, 0.1, 0.2, 0.26], steps=20_000, max_checkpoints=19))
     assert best.relative_error < default
     assert all(isinstance(profile, Profile) for profile in best.profiles)
+    assert all(each.predicted is None for each in advice)
 
 
 def test_invalid_questions_are_refused() -> None:
@@ -34,3 +35,20 @@ def test_invalid_questions_are_refused() -> None:
         advise(steps=20_000, parameters=10_000_000, disk=1e6)
     with pytest.raises(ValueError, match="the shorter sigma_rel first"):
         advise(steps=20_000, parameters=10_000_000, disk=1e9, sigma_rels=(0.2, 0.1))
+
+
+def test_advice_predicts_errors_if_the_movement_is_known() -> None:
+    known = {"steps": 400, "parameters": 1_000_000, "disk": 1e8, "sigma_rels": (0.1, 0.25)}
+    for each in advise(**known, movement="walk:0.3"):
+        found = plan(
+            [each.sigma_rel],
+            steps=400,
+            profiles=each.profiles,
+            checkpoint_every=each.checkpoint_every,
+            max_checkpoints=each.max_checkpoints,
+            retention=(0.1, 0.25),
+            movement="walk:0.3",
+        )[0].predicted
+        assert each.predicted is not None and found is not None and each.predicted.total >= found.total > 0
+    with pytest.raises(ValueError, match="give one of them"):
+        advise(**known, movement="walk", like="runs/old")

@@ -26,6 +26,7 @@ mod sharded;
 mod steps;
 mod weight_file;
 mod wrappers;
+mod yaml;
 
 use std::path::Path;
 
@@ -89,7 +90,8 @@ fn open_found(found: Vec<FoundCheckpoint>, options: &CheckpointOptions) -> Resul
     let (steps, mut models): (Vec<u64>, Vec<CheckpointModel>) = stepped.models.into_iter().unzip();
     for patterns in [&read.copy, &read.leave_out] {
         let entries = models[0].tensors.keys().map(String::as_str);
-        patterns.check(entries.chain(models[0].left_out.iter().map(String::as_str)))?;
+        let others = models[0].left_out.iter().chain(&options.other_names).map(String::as_str);
+        patterns.check(entries.chain(others))?;
     }
     let mut notes = notes::of_models(&models);
     notes.extend(stepped.notes);

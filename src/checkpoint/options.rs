@@ -17,8 +17,11 @@ pub struct CheckpointOptions {
     pub copy: Vec<String>,
     /// Tensors, or other entries of the model, to leave out of the average.
     pub leave_out: Vec<String>,
-    /// Settings of `config.json` in which the checkpoints may differ: keys, joined by dots, or globs. They need not
-    /// occur.
+    /// Names that a pattern may match instead: of tensors that only the folder has that averages are written like
+    /// ([`OutputForm::left_out`](crate::OutputForm::left_out)).
+    pub other_names: Vec<String>,
+    /// Settings of `config.json`, `params.json` and other configurations in which the checkpoints may differ: keys,
+    /// joined by dots, or globs. They need not occur.
     pub ignore_config: Vec<String>,
     /// Average of low-rank adapters.
     pub product: AdapterProduct,

@@ -8,7 +8,7 @@ use super::mapped::MappedModels;
 use super::plan::{Merge, MergeRow};
 use crate::checkpoint::{CheckpointModel, file_name};
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, listed};
 use crate::output::{
     Averaged, FilePlan, OutputForm, OutputTarget, check_inputs, check_path, is_named_as_file, resolve,
 };
@@ -65,7 +65,14 @@ pub(super) fn notes(checkpoints: &Checkpoints, merges: &[Merge], form: &OutputFo
     let row = MergeRow::new(checkpoints, merge)?;
     let is_folder = form.is_folder() || checkpoints.models[row.newest].found.folder.is_some();
     let output = MergeOutput { merge, path: Path::new(""), row, is_folder };
-    Ok(file_plan(checkpoints, &checkpoints.source_set(), &output, form, &WriteOptions::default())?.notes)
+    let mut notes = file_plan(checkpoints, &checkpoints.source_set(), &output, form, &WriteOptions::default())?.notes;
+    let read = &checkpoints.models[output.row.newest].left_out;
+    let only_there: Vec<&str> =
+        form.left_out().iter().filter(|name| !read.contains(name)).map(String::as_str).collect();
+    if !only_there.is_empty() {
+        notes.push(format!("left out, though the folder that averages are like has it: {}", listed(&only_there)));
+    }
+    Ok(notes)
 }
 
 /// Plans the files of averages that have one newest checkpoint.
@@ -85,6 +92,7 @@ fn file_plan(
         is_folder: output.is_folder && newest.found.folder.is_some(),
         follow_links: checkpoints.follow_links,
         is_tied: &|a, b| models.iter().all(|model| is_one(model, a, b)),
+        left_out: &newest.left_out,
     };
     FilePlan::new(&averaged, form, options.dtype)
 }

@@ -67,6 +67,8 @@ pub(crate) struct Averaged<'a> {
     /// True if links in the example's folder may lead out of it.
     pub follow_links: bool,
     pub is_tied: IsTied<'a>,
+    /// Names of tensors that were left out of the set.
+    pub left_out: &'a [String],
 }
 
 impl FilePlan {
@@ -78,17 +80,17 @@ impl FilePlan {
     /// - [`Error::Setting`] for rules, patterns and sizes that do not fit.
     /// - [`Error::Io`], [`Error::Damaged`] and [`Error::Tensor`].
     pub(crate) fn new(averaged: &Averaged<'_>, form: &OutputForm, dtype: Option<Dtype>) -> Result<FilePlan> {
-        let Averaged { set, example, is_tied, .. } = *averaged;
+        let Averaged { set, example, is_tied, left_out, .. } = *averaged;
         let mut notes = Vec::new();
         let mut tied = BTreeMap::new();
         let files = match &form.like {
             Some(like) => {
-                let fit = fit(set, form, like, dtype, is_tied)?;
+                let fit = fit(set, left_out, form, like, dtype, is_tied)?;
                 notes = fit.notes;
                 fit.files
             }
             None => {
-                let named = NamedTensors::new(set, form)?;
+                let named = NamedTensors::new(set, left_out, form)?;
                 let files = files_of_example(set, &named, example.filter(|_| averaged.is_folder), dtype);
                 tied = named.tied;
                 files

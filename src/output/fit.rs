@@ -36,12 +36,13 @@ struct Misfits {
 /// [`Error::Unexpected`] with all tensors that are missing, unexpected, or of another shape.
 pub(super) fn fit(
     set: &SourceSet<'_>,
+    left_out: &[String],
     form: &OutputForm,
     like: &CheckpointModel,
     dtype: Option<Dtype>,
     is_tied: IsTied<'_>,
 ) -> Result<Fit> {
-    let named = NamedTensors::new(set, form)?;
+    let named = NamedTensors::new(set, left_out, form)?;
     let misfits = match match_names(set, &named, like, dtype, is_tied) {
         Ok(fit) => return Ok(fit),
         Err(misfits) => misfits,

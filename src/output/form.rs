@@ -86,6 +86,16 @@ impl OutputForm {
         self.like.is_none() && self.shard_size.is_none() && self.rename.is_empty() && self.leave_out.is_empty()
     }
 
+    /// Returns the options that it was made of, with an absolute path; `None` if averages are written as without it.
+    pub fn recorded(&self) -> Option<FormOptions> {
+        (!self.is_plain()).then(|| self.options.clone())
+    }
+
+    /// Returns the names of the tensors of the folder that are left out.
+    pub fn left_out(&self) -> &[String] {
+        self.like.as_ref().map_or(&[], |like| &like.left_out)
+    }
+
     /// Returns the folder that averages are like.
     pub(crate) fn folder(&self) -> impl Iterator<Item = &PathBuf> {
         self.like.iter().filter_map(|like| like.found.folder.as_ref())

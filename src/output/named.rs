@@ -16,13 +16,14 @@ pub(super) struct NamedTensors {
 }
 
 impl NamedTensors {
-    /// Renames the tensors of a set by the rules of a form, and leaves out what the form does.
+    /// Renames the tensors of a set by the rules of a form, and leaves out what the form does. The tensors `left_out`
+    /// are not in the set any more.
     ///
     /// # Errors
     /// [`Error::Setting`] if two tensors get one name, and for rules and patterns that match nothing.
-    pub(super) fn new(set: &SourceSet<'_>, form: &OutputForm) -> Result<NamedTensors> {
+    pub(super) fn new(set: &SourceSet<'_>, left_out: &[String], form: &OutputForm) -> Result<NamedTensors> {
         let names = || set.tensors.iter().map(|tensor| tensor.name.as_str()).chain(set.tied.keys().map(String::as_str));
-        let others = form.like.iter().flat_map(|like| &like.left_out).map(String::as_str);
+        let others = form.left_out().iter().chain(left_out).map(String::as_str);
         form.leave_out.check(names().chain(others))?;
         for (i, rule) in form.rename.iter().enumerate().filter(|(_, rule)| rule.must_match()) {
             let is_changed = |name: &str| {

@@ -21,6 +21,9 @@ const DISK_SHARES: [(u64, u64); 3] = [(1, 2), (1, 1), (2, 1)];
 /// Numbers of profiles that advice is given for.
 const PROFILES: [usize; 3] = [2, 3, 4];
 
+/// Number of lengths of a range at which errors are predicted, apart from that of the largest error.
+const LENGTHS: usize = 12;
+
 /// Number of parts of the search, for its progress.
 #[doc(hidden)]
 pub const ADVICE_PARTS: usize = PROFILES.len() * DISK_SHARES.len() * search::PARTS;
@@ -108,6 +111,19 @@ struct AdviceDocument<'a> {
     #[serde(flatten)]
     worst: WorstCase,
     disk: u64,
+}
+
+impl Advice {
+    /// Returns the lengths at which its predicted errors are compared: evenly spaced in their logarithms over the range
+    /// of `request`, and that of the largest error.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] for a range that has no such lengths.
+    pub fn lengths(&self, request: &AdviceRequest) -> Result<Vec<Profile>> {
+        let (from, to) = request.range;
+        let at = |i: usize| from * (to / from).powf(i as f64 / (LENGTHS - 1) as f64);
+        (0..LENGTHS).map(at).chain([self.worst.sigma_rel]).map(Profile::sigma_rel).collect()
+    }
 }
 
 impl Serialize for Advice {

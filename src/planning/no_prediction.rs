@@ -54,7 +54,8 @@ impl fmt::Display for NoPrediction {
             }
             NoPrediction::Zeros => "all sampled weights are 0, and errors are relative to them: train on",
             NoPrediction::Groups => {
-                "groups of tensors have targets of their own: plan each target for all tensors to see its prediction"
+                "the movement is measured for all tensors together, and groups have targets of their own: plan each \
+                 target for all tensors to see its prediction"
             }
             NoPrediction::NotAsked => "a synthesis does not predict: ask for the plan of the target",
         };

@@ -62,5 +62,6 @@ impl Run {
 
 fn file_plan(set: &SourceSet<'_>, form: &OutputForm, options: &WriteOptions<'_>) -> Result<FilePlan> {
     let is_tied = &|_: &str, _: &str| false;
-    FilePlan::new(&Averaged { set, example: None, is_folder: false, follow_links: false, is_tied }, form, options.dtype)
+    let averaged = Averaged { set, example: None, is_folder: false, follow_links: false, is_tied, left_out: &[] };
+    FilePlan::new(&averaged, form, options.dtype)
 }

@@ -6,10 +6,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::folders;
+use super::options::SweepOptions;
 use super::trial::{Metric, Trial};
 use crate::error::{Error, Result};
 use crate::fs::{is_temporary, replace_by_link, sync_directory};
 use crate::math::Profile;
+use crate::output::OutputForm;
 use crate::planning::{Plan, groups_json, profile_json};
 use crate::snapshot::{GROUPS, PROFILE};
 
@@ -78,8 +80,9 @@ impl SweepDir {
     }
 
     /// As [`SweepDir::new`], for the averages of the second run. They have the file names of the others.
-    pub(super) fn second(dir: &Path, keep_all: bool) -> Result<SweepDir> {
-        let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all, is_second: true, are_folders: false };
+    pub(super) fn second(dir: &Path, options: &SweepOptions<'_>) -> Result<SweepDir> {
+        let are_folders = options.with_form.is_some_and(OutputForm::is_folder);
+        let sweep_dir = SweepDir { dir: dir.to_owned(), keep_all: options.keep_all, is_second: true, are_folders };
         clear(&dir.join(SECOND_PENDING), |_| true)?;
         let folder = sweep_dir.folder();
         fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
@@ -88,7 +91,9 @@ impl SweepDir {
 
     /// Path of the second run's average that goes with a candidate.
     pub(super) fn beside(&self, candidate: &Path) -> PathBuf {
-        self.folder().join(candidate.file_name().unwrap_or_default())
+        let name = candidate.file_name().unwrap_or_default().to_string_lossy();
+        let stem = name.strip_suffix(extension(false)).unwrap_or(&name);
+        self.folder().join(format!("{stem}{}", extension(self.are_folders)))
     }
 
     fn folder(&self) -> PathBuf {
@@ -134,15 +139,19 @@ impl SweepDir {
     pub(super) fn make_best(&self, candidate: &Path, best: &[PathBuf]) -> Result<()> {
         let Some((last, others)) = best.split_last().filter(|_| candidate.exists()) else { return Ok(()) };
         best.iter().try_for_each(|best| folders::check_best(best, self.are_folders))?;
-        let link = if self.are_folders { folders::link } else { replace_by_link };
-        others.iter().try_for_each(|best| link(candidate, best))?;
+        others.iter().try_for_each(|best| self.link(candidate, best))?;
         // The candidate stays if all are kept.
         if self.keep_all {
-            link(candidate, last)?
+            self.link(candidate, last)?
         } else {
             folders::rename(candidate, last)?
         }
         sync_directory(&self.dir)
+    }
+
+    /// Puts a copy that shares its bytes in the place of an average.
+    pub(super) fn link(&self, from: &Path, to: &Path) -> Result<()> {
+        if self.are_folders { folders::link(from, to) } else { replace_by_link(from, to) }
     }
 
     /// Removes a candidate, unless all averages are kept.
@@ -205,6 +214,18 @@ fn candidate_targets(path: &Path) -> Option<String> {
     let is_second = path.parent().is_some_and(|folder| folder.ends_with(SECOND_PENDING));
     let is_named = is_second || target.starts_with(&profile.to_string().replace(' ', "-"));
     (is_named && rest.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-')).then_some(stored)
+}
+
+/// Removes the averages that a killed sweep left in its directory to be evaluated.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn remove_pending(dir: &Path) -> Result<()> {
+    [PENDING, SECOND_PENDING]
+        .into_iter()
+        .map(|name| dir.join(name))
+        .filter(|folder| !folder.is_symlink())
+        .try_for_each(|folder| clear(&folder, |_| true))
 }
 
 /// Removes temporary files from a folder, and the candidates whose targets `is_leftover` selects. Removes the folder if

@@ -26,7 +26,7 @@ mod second;
 mod template;
 mod trial;
 
-pub use candidates::{Candidate, WITH};
+pub use candidates::{Candidate, WITH, remove_pending};
 pub use command::Command;
 pub use comparison::Comparison;
 pub use joint::{JointSearch, SweepLine};

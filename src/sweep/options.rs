@@ -2,15 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
+use super::folders;
 use super::joint::SweepLine;
 use super::observer::Observer;
 use super::search::Sweep;
 use super::trial::{Goal, Metric, Trial};
 use crate::device::Device;
+use crate::error::Result;
 use crate::math::Profile;
 use crate::output::OutputForm;
 use crate::planning::{At, Noise};
 use crate::run::Run;
+use crate::synthesis::{Output, WriteOptions};
 use crate::tensor::Dtype;
 
 /// Default number of averages in one pass: the most that a pass allows.
@@ -58,8 +61,10 @@ pub struct SweepOptions<'a> {
     /// Dtype of averaged tensors; `None` for the model's own.
     pub dtype: Option<Dtype>,
     /// Form of the averages: they may be folders that the model's own library loads. The best is then the folder
-    /// `best`. It is not for sweeps with a second run.
+    /// `best`.
     pub form: Option<&'a OutputForm>,
+    /// Form of the second run's averages; `None` for plain files.
+    pub with_form: Option<&'a OutputForm>,
     /// Device that blends them.
     pub device: Device,
     /// Keeps every average in the folder `candidates` of the directory, instead of the best one only.
@@ -87,6 +92,7 @@ impl<'a> SweepOptions<'a> {
             noise: Noise::Off,
             dtype: None,
             form: None,
+            with_form: None,
             device: Device::Cpu,
             keep_all: false,
             observer: &(),
@@ -98,6 +104,18 @@ impl SweepOptions<'_> {
     /// Returns true if averages are folders.
     pub(super) fn are_folders(&self) -> bool {
         self.form.is_some_and(OutputForm::is_folder)
+    }
+
+    /// Writes averages of a run, in the place of earlier ones of the same targets.
+    pub(super) fn write(&self, run: &Run, outputs: &[Output<'_>], form: Option<&OutputForm>) -> Result<()> {
+        let progress = |bytes| self.observer.read(bytes);
+        let write = WriteOptions { dtype: self.dtype, device: self.device, progress: Some(&progress) };
+        let Some(form) = form else { return run.write_all(outputs, &write).map(drop) };
+        if form.is_folder() {
+            // A file would be replaced.
+            outputs.iter().try_for_each(|output| folders::remove(output.path))?;
+        }
+        run.write_as(outputs, form, &write).map(drop)
     }
 }
 
@@ -119,7 +137,7 @@ pub struct SweepResult {
     pub settled: bool,
     /// Safetensors file or folder of the best average by each metric. Empty if no evaluation succeeded.
     pub best: Vec<PathBuf>,
-    /// Files of the second run that go with them. Empty without a second run.
+    /// Files or folders of the second run that go with them. Empty without a second run.
     pub best_with: Vec<PathBuf>,
     /// Time of the targets.
     pub at: u64,

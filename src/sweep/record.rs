@@ -13,7 +13,7 @@ use super::search::Sweep;
 use super::trial::{Goal, Metric, Trial};
 use crate::error::{Error, Result};
 use crate::fs::{AtomicFile, Lock, find_document, remove_leftovers};
-use crate::output::FormOptions;
+use crate::output::{FormOptions, OutputForm};
 use crate::run::Run;
 use crate::snapshot::{STATE_FILE, any_snapshot_file};
 
@@ -51,6 +51,9 @@ pub struct SweepKey {
     /// Form of the averages, unless they are plain files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub form: Option<FormOptions>,
+    /// Form of the second run's averages, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub with_form: Option<FormOptions>,
     /// Treatment of the snapshots' rounding, as [`Noise`](crate::Noise) is written.
     pub noise: String,
 }
@@ -94,17 +97,20 @@ impl Record {
         // The path is made absolute, because an evaluation may change the working directory.
         let dir = &std::path::absolute(dir).map_err(Error::io("read", dir))?;
         let metrics = 0..key.metrics.len().max(1);
-        let are_folders = key.form.as_ref().is_some_and(FormOptions::is_folder);
-        let best = |metric| [false, true].map(|is_second| best_name(&key.metrics, metric, is_second, are_folders));
-        let runs = if key.with.is_some() { 2 } else { 1 };
-        let names: Vec<String> = metrics.flat_map(|metric| best(metric).into_iter().take(runs)).collect();
+        let runs: &[bool] = if key.with.is_some() { &[false, true] } else { &[false] };
+        let best = |metric| runs.iter().map(move |&is_second| (metric, is_second));
+        let best: Vec<(usize, bool)> = metrics.flat_map(best).collect();
+        let name = |&(metric, is_second)| best_name(&key.metrics, metric, is_second, key.are_folders(is_second));
+        let names: Vec<String> = best.iter().map(name).collect();
         if let Some(name) = names.iter().enumerate().find_map(|(i, name)| names[..i].contains(name).then_some(name)) {
             let reason = format!("{name} would be the best average of two: give the metric another name");
             return Err(Error::Setting { option: "metric", reason });
         }
         check_own(dir, &names)?;
         // The best averages are written last, after all evaluations.
-        names.iter().try_for_each(|name| check_best(&dir.join(name), are_folders))?;
+        for (name, &(_, is_second)) in names.iter().zip(&best) {
+            check_best(&dir.join(name), key.are_folders(is_second))?;
+        }
         let lock = Lock::acquire(dir).map_err(|error| match error {
             Error::Locked { path } | Error::LockedHere { path } => {
                 Error::unexpected(&path, "another sweep is writing here: wait for it, or choose another directory")
@@ -148,6 +154,7 @@ impl Record {
             && self.key.groups.is_empty()
             && self.key.with.is_none()
             && self.key.form.is_none()
+            && self.key.with_form.is_none()
             && trials.iter().all(|trial| trial.repeats.is_empty());
         let version = if is_plain { PLAIN_VERSION } else { VERSION };
         let document =
@@ -172,9 +179,16 @@ impl SweepKey {
             groups: options.groups.to_vec(),
             with: options.with.map(second_identity),
             dtype: options.dtype.map(|dtype| dtype.to_string()),
-            form: options.form.filter(|form| !form.is_plain()).map(|form| form.options.clone()),
+            form: options.form.and_then(OutputForm::recorded),
+            with_form: options.with.and(options.with_form).and_then(OutputForm::recorded),
             noise: options.noise.to_string(),
         }
+    }
+
+    /// Returns true if averages of the run, or of the second one, are folders.
+    fn are_folders(&self, is_second: bool) -> bool {
+        let form = if is_second { &self.with_form } else { &self.form };
+        form.as_ref().is_some_and(FormOptions::is_folder)
     }
 
     /// Describes the first difference from the stored key, for a message that begins with "the sweep here".
@@ -189,7 +203,7 @@ impl SweepKey {
         };
         let with = |key: &SweepKey| key.with.clone().unwrap_or_else(|| "none".into());
         let dtype = |key: &SweepKey| key.dtype.clone().unwrap_or_else(|| "the model's".into());
-        let form = |key: &SweepKey| serde_json::json!(key.form).to_string();
+        let form = |form: &Option<FormOptions>| serde_json::json!(form).to_string();
         let parts = [
             ("is over another run", self.run.clone(), stored.run.clone()),
             ("is at another step", self.at.to_string(), stored.at.to_string()),
@@ -199,7 +213,8 @@ impl SweepKey {
             ("has another second run", with(self), with(stored)),
             ("has another direction", self.goal.to_string(), stored.goal.to_string()),
             ("has another dtype", dtype(self), dtype(stored)),
-            ("has another form", form(self), form(stored)),
+            ("has another form", form(&self.form), form(&stored.form)),
+            ("has another form of the second run", form(&self.with_form), form(&stored.with_form)),
             ("has another regularisation", self.noise.clone(), stored.noise.clone()),
         ];
         let (what, now, then) = parts.into_iter().find(|(_, now, then)| now != then)?;
@@ -274,6 +289,7 @@ mod tests {
             with: None,
             dtype: None,
             form: None,
+            with_form: None,
             noise: "off".into(),
         }
     }
@@ -358,6 +374,10 @@ mod tests {
             (SweepKey { evaluation: "true".into(), ..key() }, "has another evaluation (eval {}, and now true)"),
             (SweepKey { metrics: vec![fid], ..key() }, "has other metrics (one number, and now fid:min)"),
             (SweepKey { goal: Goal::Maximize, ..key() }, "has another direction (minimize, and now maximize)"),
+            (
+                SweepKey { with_form: Some(FormOptions { shard_size: Some(5), ..Default::default() }), ..key() },
+                "has another form of the second run (null, and now {\"",
+            ),
             (SweepKey { dtype: Some("F16".into()), ..key() }, "has another dtype (the model's, and now F16)"),
         ] {
             let text = Record::open(temp.path(), other).unwrap_err().to_string();

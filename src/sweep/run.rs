@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use super::candidates::{Candidate, SweepDir, WITH};
 use super::evaluator::{BatchProgress, Evaluator, Parallel, Serial, Task, TaskEvent};
-use super::folders;
 use super::joint::JointSearch;
 use super::options::{SweepOptions, SweepResult};
 use super::record::{Record, SweepKey};
@@ -18,7 +17,7 @@ use crate::math::Profile;
 use crate::output::check_inputs;
 use crate::planning::{At, Plan, log_warnings};
 use crate::run::Run;
-use crate::synthesis::{Output, WriteOptions};
+use crate::synthesis::Output;
 
 impl Run {
     /// Synthesizes and evaluates the targets, refines around the best one, and keeps the best average as
@@ -99,12 +98,12 @@ impl Run {
                 let reason = format!("`{WITH}` is the name of the second run: write [w]ith");
                 return Err(Error::Setting { option: "group", reason });
             }
-            if options.form.is_some_and(|form| !form.is_plain()) {
-                let reason = "averages of a second run have a form of their own: sweep without one".into();
-                return Err(Error::Setting { option: "form", reason });
-            }
-            run.plans_with(sweep.targets(), At::Latest, options.noise)?;
+            let plans = run.plans_with(sweep.targets(), At::Latest, options.noise)?;
             run.check_apart(options.dir)?;
+            if let Some(form) = options.with_form {
+                run.check_form(&plans, form)?;
+                check_inputs(options.dir, form.folder())?;
+            }
         }
         self.check_apart(options.dir)?;
         if let Some(form) = options.form {
@@ -270,25 +269,18 @@ impl ActiveSweep<'_> {
             Err(Error::Tensor { .. }) => {}
             Err(other) => return Err(other),
         }
-        let write_one = |output: &Output<'_>| match self.write(std::slice::from_ref(output)) {
-            Err(other) if !matches!(other, Error::Tensor { .. }) => Err(other),
-            result => Ok(result),
+        let write_one = |output: &Output<'_>| {
+            self.options.observer.synthesizing(1, self.run.bytes_to_read(std::slice::from_ref(output.plan)));
+            match self.write(std::slice::from_ref(output)) {
+                Err(other) if !matches!(other, Error::Tensor { .. }) => Err(other),
+                result => Ok(result),
+            }
         };
         outputs.iter().map(write_one).collect()
     }
 
     fn write(&self, outputs: &[Output<'_>]) -> Result<()> {
-        let SweepOptions { dtype, device, observer, .. } = *self.options;
-        let progress = |bytes| observer.read(bytes);
-        let write = WriteOptions { dtype, device, progress: Some(&progress) };
-        if self.options.are_folders() {
-            // Kept averages of the same targets. A file would be replaced.
-            outputs.iter().try_for_each(|output| folders::remove(output.path))?;
-        }
-        match self.options.form {
-            Some(form) => self.run.write_as(outputs, form, &write).map(drop),
-            None => self.run.write_all(outputs, &write).map(drop),
-        }
+        self.options.write(self.run, outputs, self.options.form)
     }
 
     fn record(

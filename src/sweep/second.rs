@@ -6,11 +6,10 @@ use std::path::{Path, PathBuf};
 use super::candidates::SweepDir;
 use super::options::SweepOptions;
 use crate::error::Result;
-use crate::fs::replace_by_link;
 use crate::math::Profile;
 use crate::planning::{At, Plan};
 use crate::run::Run;
-use crate::synthesis::{Output, WriteOptions};
+use crate::synthesis::Output;
 
 /// Second run, with the folder of its averages. Each stands beside the candidate that it is evaluated with.
 pub(super) struct SecondRun<'a> {
@@ -21,7 +20,7 @@ pub(super) struct SecondRun<'a> {
 
 impl<'a> SecondRun<'a> {
     pub(super) fn new(run: &'a Run, options: &'a SweepOptions<'a>, dir: &Path) -> Result<SecondRun<'a>> {
-        Ok(SecondRun { run, options, dir: SweepDir::second(dir, options.keep_all)? })
+        Ok(SecondRun { run, options, dir: SweepDir::second(dir, options)? })
     }
 
     /// Returns true if the run makes this average with a relative error of at most 5%.
@@ -29,7 +28,7 @@ impl<'a> SecondRun<'a> {
         self.plans(std::slice::from_ref(profile)).is_ok_and(|plans| plans[0].shortfall.is_none())
     }
 
-    /// Checks the file that goes with a best average, and writes it again if it is not that.
+    /// Checks the file or folder that goes with a best average, and writes it again if it is not that.
     pub(super) fn ensure_best(&self, profile: &Profile, path: &PathBuf) -> Result<()> {
         if !self.dir.holds(path, profile, &BTreeMap::new()) {
             let written = self.write(std::slice::from_ref(profile), &["best.step-0.safetensors".into()])?;
@@ -48,13 +47,11 @@ impl<'a> SecondRun<'a> {
         let paths: Vec<PathBuf> = candidates.iter().map(|candidate| self.dir.beside(candidate)).collect();
         let outputs: Vec<Output<'_>> =
             plans.iter().map(|plan| Output { plan, path: &paths[first(&plan.profile)] }).collect();
-        let SweepOptions { dtype, device, observer, .. } = *self.options;
-        observer.synthesizing(plans.len(), self.run.bytes_to_read(&plans));
-        let progress = |bytes| observer.read(bytes);
-        self.run.write_all(&outputs, &WriteOptions { dtype, device, progress: Some(&progress) })?;
+        self.options.observer.synthesizing(plans.len(), self.run.bytes_to_read(&plans));
+        self.options.write(self.run, &outputs, self.options.with_form)?;
         for (i, profile) in profiles.iter().enumerate() {
             if first(profile) != i {
-                replace_by_link(&paths[first(profile)], &paths[i])?;
+                self.dir.link(&paths[first(profile)], &paths[i])?;
             }
         }
         Ok(paths)

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use posthoc_ema::{Advice, AdviceRequest, At, Noise, PredictedError, Profile, Retention, advise};
+use posthoc_ema::{Advice, AdviceRequest, At, Noise, PredictedError, Retention, advise};
 use serde_json::json;
 
 use super::forecast::{ExpectedMovement, ForecastArgs};
@@ -11,9 +11,6 @@ use super::open::OpenArgs;
 use super::output::{bytes, print, print_json, round_bar};
 use super::{Failure, Outcome};
 use crate::tables;
-
-/// Number of lengths of the range at which errors are predicted, apart from that of the worst error.
-const LENGTHS: usize = 12;
 
 /// Shows the best profiles, spacing and number of snapshots for a disk, and for half and twice that disk.
 pub fn run(arguments: &ForecastArgs, open: &OpenArgs, disk: Count, as_json: bool) -> Outcome {
@@ -67,10 +64,7 @@ fn worst_predicted(
     movement: &ExpectedMovement,
     request: &AdviceRequest,
 ) -> Result<Option<PredictedError>, Failure> {
-    let (from, to) = request.range;
-    let at = |i: usize| from * (to / from).powf(i as f64 / (LENGTHS - 1) as f64);
-    let lengths = (0..LENGTHS).map(at).chain([advice.worst.sigma_rel]);
-    let targets: Vec<Profile> = lengths.map(Profile::sigma_rel).collect::<Result<_, _>>()?;
+    let targets = advice.lengths(request)?;
     let plans = movement.plans(&advice.forecast, &targets, At::Latest, Noise::Off, request.dtype)?;
     let predicted = plans.iter().filter_map(|plan| plan.predicted);
     Ok(predicted.max_by(|a, b| a.total.total_cmp(&b.total)))

@@ -43,14 +43,15 @@ pub struct Arguments {
     /// times
     #[arg(long, value_name = "GLOB")]
     copy: Vec<String>,
-    /// Leave these tensors, or other entries of the model, out: a name or a glob; may be given several times
+    /// Leave these tensors, or other entries of the model, out, also of the folder of --like: a name or a glob; may be
+    /// given several times
     #[arg(long, value_name = "GLOB")]
     leave_out: Vec<String>,
     /// Average of low-rank adapters (LoRA)
     #[arg(long, value_enum, default_value_t = Product::Factors)]
     product: Product,
-    /// Average checkpoints whose config.json differ in this setting: keys joined by dots, or a glob; may be given
-    /// several times
+    /// Average checkpoints whose config.json or other configurations differ in this setting: keys joined by dots, or a
+    /// glob; may be given several times
     #[arg(long, value_name = "KEY")]
     ignore_config: Vec<String>,
     /// Time of the targets; later checkpoints are left out [default: the newest checkpoint]
@@ -95,8 +96,8 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
     check_output(arguments, profiles.len())?;
     arguments.destination().check(arguments.json)?;
-    let options = arguments.options()?;
-    let form = arguments.form.form(None)?;
+    let form = arguments.form.of_checkpoints(&arguments.leave_out)?;
+    let options = arguments.options(&form)?;
     let checkpoints = Checkpoints::open_with(&arguments.paths, &options).map_err(Failure::of_argument)?;
     let checkpoints = checkpoints.follow_links(arguments.follow_links);
     let at = arguments.at.map_or(At::Latest, At::Step);
@@ -121,12 +122,13 @@ pub fn run(arguments: &Arguments) -> Outcome {
 }
 
 impl Arguments {
-    fn options(&self) -> Result<CheckpointOptions, Failure> {
+    fn options(&self, form: &OutputForm) -> Result<CheckpointOptions, Failure> {
         Ok(CheckpointOptions {
             steps: self.steps.as_ref().map(whole_steps).transpose()?,
             key: self.key.clone(),
             copy: self.copy.clone(),
             leave_out: self.leave_out.clone(),
+            other_names: form.left_out().to_vec(),
             ignore_config: self.ignore_config.clone(),
             product: match self.product {
                 Product::Factors => AdapterProduct::Factors,

@@ -37,14 +37,29 @@ pub struct LikeArgs {
 }
 
 impl FormArgs {
-    /// Reads the form. `like` has the options of a run; checkpoints have their own.
-    pub fn form(&self, like: Option<&LikeArgs>) -> Result<OutputForm, Failure> {
+    /// Reads the form for a run.
+    pub fn of_run(&self, like: &LikeArgs) -> Result<OutputForm, Failure> {
+        self.form(self.like.as_ref(), like.leave_out.clone(), like.follow_links)
+    }
+
+    /// Reads the form of a second run's averages, whose folder is `folder`, or that of the first run's.
+    pub fn of_second_run(&self, folder: Option<&PathBuf>, like: &LikeArgs) -> Result<OutputForm, Failure> {
+        self.form(folder.or(self.like.as_ref()), like.leave_out.clone(), like.follow_links)
+    }
+
+    /// Reads the form for checkpoints. What is left out of them is left out of the folder, too.
+    pub fn of_checkpoints(&self, leave_out: &[String]) -> Result<OutputForm, Failure> {
+        let leave_out = if self.like.is_some() { leave_out.to_vec() } else { Vec::new() };
+        self.form(self.like.as_ref(), leave_out, false)
+    }
+
+    fn form(&self, like: Option<&PathBuf>, leave_out: Vec<String>, follow_links: bool) -> Result<OutputForm, Failure> {
         let options = FormOptions {
-            like: self.like.clone(),
+            like: like.cloned(),
             shard_size: self.shard_size.map(|size| size.0),
             rename: self.rename.clone(),
-            leave_out: like.map_or(Vec::new(), |like| like.leave_out.clone()),
-            follow_links: like.is_some_and(|like| like.follow_links),
+            leave_out,
+            follow_links,
         };
         OutputForm::new(&options).map_err(Failure::of_argument)
     }

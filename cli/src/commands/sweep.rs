@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Args;
 use indicatif::ProgressBar;
 use posthoc_ema::sweep::{Candidate, Command, Edge, Goal, Metric, Observer, Sweep, SweepLine, Trial, TrialOutcome};
-use posthoc_ema::{Profile, SweepOptions, SweepResult, shown};
+use posthoc_ema::{At, OutputForm, Plan, Profile, Run, SweepOptions, SweepResult, shown};
 use serde_json::{Value, json};
 
 use super::args::{AtArgs, BlendArgs, NoiseArgs};
@@ -65,6 +65,9 @@ pub struct Arguments {
     /// POSTHOC_EMA_WITH holds it. Its length is swept in turns with the other one, at its newest snapshot
     #[arg(long, value_name = "RUN")]
     with: Option<PathBuf>,
+    /// With --with: folder of the second run's model, which its averages are written like [default: that of --like]
+    #[arg(long, value_name = "MODEL_DIR", requires = "with")]
+    with_like: Option<PathBuf>,
     /// Turns in which each length is swept at most, with --group or --with; for each metric
     #[arg(long, value_name = "N", default_value_t = 2)]
     rounds: usize,
@@ -110,15 +113,17 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
     arguments.plot.check()?;
-    let command = Command::new(&arguments.eval, timeout(arguments.timeout)?).map_err(Failure::of_argument)?;
-    let command = command.with_metrics(&arguments.metric);
-    let command = if arguments.with.is_some() { command.with_second().map_err(Failure::of_argument)? } else { command };
+    let command = command(arguments)?;
     let (run, _) = arguments.open.open(&arguments.run)?;
     let second = arguments.with.as_ref().map(|path| arguments.open.open(path)).transpose()?;
-    let form = arguments.form.form(Some(&arguments.like))?;
+    let form = arguments.form.of_run(&arguments.like)?;
+    let with_form = arguments.form.of_second_run(arguments.with_like.as_ref(), &arguments.like)?;
     let plans = run.plans_with(&profiles, arguments.at.at(), arguments.noise.noise)?;
     print_warnings(&plans);
-    run.check_form(&plans, &form).map_err(Failure::of_argument)?.iter().for_each(|note| print_report(note));
+    check_form(&run, &plans, &form)?;
+    if let Some((second, _)) = &second {
+        check_form(second, &second.plans_with(&profiles, At::Latest, arguments.noise.noise)?, &with_form)?;
+    }
     let bars = ProgressBars::default();
     let options = SweepOptions {
         at: arguments.at.at(),
@@ -134,6 +139,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         noise: arguments.noise.noise,
         dtype: arguments.blend.dtype(),
         form: Some(&form),
+        with_form: Some(&with_form),
         device: arguments.blend.device,
         keep_all: arguments.keep_all,
         observer: &bars,
@@ -162,6 +168,18 @@ pub fn run(arguments: &Arguments) -> Outcome {
         SweepCurve::of_lines(&swept.lines, &title)
     };
     Ok(arguments.plot.draw(|path| pictures::draw_sweep(path, &curves))?)
+}
+
+fn command(arguments: &Arguments) -> Result<Command, Failure> {
+    let command = Command::new(&arguments.eval, timeout(arguments.timeout)?).map_err(Failure::of_argument)?;
+    let command = command.with_metrics(&arguments.metric);
+    if arguments.with.is_some() { command.with_second().map_err(Failure::of_argument) } else { Ok(command) }
+}
+
+/// Checks that averages fit a form, and prints notes on it.
+fn check_form(run: &Run, plans: &[Plan], form: &OutputForm) -> Outcome {
+    run.check_form(plans, form).map_err(Failure::of_argument)?.iter().for_each(|note| print_report(note));
+    Ok(())
 }
 
 fn timeout(seconds: Option<f64>) -> Result<Option<Duration>, Failure> {

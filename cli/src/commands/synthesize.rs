@@ -60,7 +60,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let profiles = arguments.targets.profiles()?;
     check_output(arguments, profiles.len())?;
     arguments.destination().check(arguments.json)?;
-    let form = arguments.form.form(Some(&arguments.like))?;
+    let form = arguments.form.of_run(&arguments.like)?;
     let (run, left_out) = arguments.open.open(&arguments.run)?;
     let plans = run.plans_with(&profiles, arguments.at.at(), arguments.noise.noise)?;
     print_warnings(&plans);

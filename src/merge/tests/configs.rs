@@ -6,13 +6,18 @@ use super::*;
 
 /// Opens two checkpoints with these configurations.
 fn open(name: &str, configs: [Value; 2], ignored: &[&str]) -> std::result::Result<(), String> {
+    open_texts(name, configs.map(|config| config.to_string()), ignored)
+}
+
+/// Opens two checkpoints with configurations of this text.
+fn open_texts(name: &str, configs: [String; 2], ignored: &[&str]) -> std::result::Result<(), String> {
     let temp = tempfile::tempdir().unwrap();
     for (step, config) in (1..).zip(configs) {
         let dir = temp.path().join(format!("checkpoint-{step}"));
         fs::create_dir_all(dir.join("2_Dense")).unwrap();
         save(&dir.join("model.safetensors"), &[("x.lora_A", Tensor::new(&[1], &[1f32]).unwrap())], &[]);
         fs::write(dir.join("modules.json"), r#"[{"path": "2_Dense"}]"#).unwrap();
-        fs::write(dir.join(name), config.to_string()).unwrap();
+        fs::write(dir.join(name), config).unwrap();
     }
     let ignore_config = ignored.iter().map(|key| key.to_string()).collect();
     let options = CheckpointOptions { ignore_config, ..Default::default() };
@@ -78,4 +83,46 @@ fn adapters_of_another_kind_or_scale_are_refused() {
         let text = changed(key, value).unwrap_err();
         assert!(text.contains(part) && text.contains("checkpoint-2/adapter_config.json"), "{text}");
     }
+}
+
+#[test]
+fn configurations_of_other_libraries_are_compared() {
+    let two = |a: &str, b: &str| [a.to_owned(), b.to_owned()];
+    for (name, configs, part) in [
+        (
+            "params.json",
+            two(r#"{"dim": 8, "norm_eps": 1e-5}"#, r#"{"dim": 8, "norm_eps": 1e-6}"#),
+            "`norm_eps` is 1e-6",
+        ),
+        ("model_config.yaml", two("rope_base: 10000\n", "rope_base: 500000\n"), "`rope_base` is 500000.0, but 10000.0"),
+        ("hparams.yaml", two("model:\n  n_heads: 4\nlr: 1\n", "model:\n  n_heads: 8\n"), "`model.n_heads` is 8.0"),
+        ("args.yaml", two("task: detect\n", "task: segment\n"), r#"`task` is "segment", but "detect" in"#),
+    ] {
+        let text = open_texts(name, configs.clone(), &[]).unwrap_err();
+        assert!(text.contains(part) && text.contains(&format!("checkpoint-2/{name}")), "{text}");
+        assert_eq!(open_texts(name, configs, &["*norm_eps", "rope_base", "*n_heads", "task"]), Ok(()));
+    }
+    // Settings of a training, paths and dates.
+    let training = |lr: &str, path: &str| format!("lr: {lr}\nhead_lr: {lr}\nsave_dir: {path}\nepochs: 1{lr}\n");
+    for name in ["hparams.yaml", "args.yaml"] {
+        assert_eq!(open_texts(name, [training("1", "/a/head"), training("2", "/b/head")], &[]), Ok(()));
+    }
+    assert_eq!(open_texts("model_config.yaml", two("hf_config:\n  name: a\n", "hf_config:\n  name: b\n"), &[]), Ok(()));
+    assert_eq!(open_texts("params.json", two(r#"{"max_batch_size": 1}"#, r#"{"max_batch_size": 8}"#), &[]), Ok(()));
+}
+
+/// Lightning writes them in the folder above that of the checkpoints.
+#[test]
+fn settings_above_the_folder_of_a_file_are_compared() {
+    let temp = tempfile::tempdir().unwrap();
+    let paths = [(1, "relu"), (2, "gelu")].map(|(step, activation)| {
+        let dir = temp.path().join(format!("version_{step}"));
+        fs::create_dir_all(dir.join("checkpoints")).unwrap();
+        fs::write(dir.join("hparams.yaml"), format!("activation: {activation}\n")).unwrap();
+        let path = dir.join(format!("checkpoints/step={step}.safetensors"));
+        save(&path, &[("x", Tensor::new(&[1], &[1f32]).unwrap())], &[]);
+        path
+    });
+    let text = Checkpoints::open(&paths, None).unwrap_err().to_string();
+    assert!(text.contains(r#"version_2/hparams.yaml: `activation` is "gelu", but "relu" in"#), "{text}");
 }

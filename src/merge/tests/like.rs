@@ -163,3 +163,29 @@ fn matrix_that_is_tied_to_another_is_left_out_with_a_note() {
     let text = Checkpoints::open(&paths, None).unwrap().check_form(&[merge], &form).unwrap_err().to_string();
     assert!(text.contains("the folder has no `head`"), "{text}");
 }
+
+/// A task head that only the folder has is left out of it, and said.
+#[test]
+fn tensors_that_only_the_folder_has_can_be_left_out() {
+    let temp = tempfile::tempdir().unwrap();
+    let like = model_folder(&temp.path().join("like"), Dtype::F32);
+    let mut tensors = model(1);
+    tensors.retain(|(name, _)| *name != "a.weight");
+    tensors.push(("head.weight", Tensor::new(&[1], &[0f32]).unwrap()));
+    save(&like.join("model.safetensors"), &tensors, &[]);
+    let leave_out: Vec<String> = ["head.*", "a.weight"].map(str::to_owned).to_vec();
+    let form = form(FormOptions { like: Some(like), leave_out: leave_out.clone(), ..Default::default() });
+    let (_temp, paths) = series();
+    let options = |other_names| CheckpointOptions { leave_out: leave_out.clone(), other_names, ..Default::default() };
+    let text = Checkpoints::open_with(&paths, &options(Vec::new())).unwrap_err().to_string();
+    assert!(text.contains("`head.*` matches no tensor"), "{text}");
+    let checkpoints = Checkpoints::open_with(&paths, &options(form.left_out().to_vec())).unwrap();
+    let merge = checkpoints.plan(plain_mean(), At::Latest).unwrap();
+    assert_eq!(checkpoints.notes(), ["left out: `a.weight`"]);
+    let notes = checkpoints.check_form(std::slice::from_ref(&merge), &form).unwrap();
+    assert_eq!(notes, ["left out, though the folder that averages are like has it: `head.weight`"]);
+    let out = temp.path().join("out");
+    checkpoints.write_as(&[(&merge, &out)], &form, &WriteOptions::default()).unwrap();
+    let (found, _) = read(&out.join("model.safetensors"));
+    assert!(found.get("head.weight").is_none() && found.get("a.weight").is_none() && found.len() == tensors.len() - 1);
+}

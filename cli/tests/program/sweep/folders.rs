@@ -92,3 +92,37 @@ fn folders_of_others_and_other_forms_are_left_alone() {
         "{refused}"
     );
 }
+
+/// Averages of both runs are folders, each like its own model's, and the best pair is kept as two.
+#[test]
+fn averages_of_a_second_run_are_folders_of_their_own() {
+    let (case, guide) = (Case::new(), Case::scaled(0.5));
+    let (first, second) = (like(&case), like(&guide));
+    fs::write(guide.temp.path().join("like/guide.json"), "{}").unwrap();
+    let eval =
+        "test -f {}/config.json && test -f {with}/guide.json && ! test -e {}/guide.json && echo $POSTHOC_EMA_JOB";
+    let out = case.out.to_str().unwrap();
+    let fixed = ["sweep", &case.run, "--with", &guide.run, "--eval", eval, "--out-dir", out, "--json"];
+    let forms = ["--like", &first, "--with-like", &second, "--rounds", "1"];
+    let arguments = [&fixed[..], &FEW, &forms].concat();
+    let output = posthoc_ema(&arguments);
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(output.status.success() && document["failed"] == 0, "{document}");
+    assert_eq!(case.names(), ["best", "best-with", "sweep.json"]);
+    assert_eq!(names(&case.out.join("best-with")), ["config.json", "guide.json", "model.safetensors"]);
+    let profile = |value: &Value| serde_json::from_value(value.clone()).unwrap();
+    let of_second = profile(&document["best"]["groups"]["with"]);
+    assert_eq!(weight(&case.out.join("best-with/model.safetensors")), guide.average(&of_second));
+    // A folder that is gone is written again, and one sweep has one form.
+    fs::remove_dir_all(case.out.join("best-with")).unwrap();
+    assert!(posthoc_ema(&arguments).status.success());
+    assert_eq!(weight(&case.out.join("best-with/model.safetensors")), guide.average(&of_second));
+    let (status, text) = failure(&[&fixed[..], &FEW, &forms[..2]].concat());
+    assert!(status == 1 && text.contains("has another form of the second run"), "{text}");
+    // Without a folder of its own, the second average must fit that of the first one.
+    let missing = guide.temp.path().join("like/model.safetensors");
+    let view = |bytes| safetensors::tensor::TensorView::new(posthoc_ema::Dtype::F32, vec![3], bytes).unwrap();
+    fs::write(&missing, safetensors::serialize([("other", view(&[0; 12]))], None).unwrap()).unwrap();
+    let (status, text) = failure(&arguments);
+    assert!(status == 1 && text.contains("the average has no `other`") && text.contains("guide"), "{text}");
+}
