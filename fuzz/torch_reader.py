@@ -157,7 +157,9 @@ def compare(target: str, content: bytes) -> str:
             return "refused"
         try:
             found = read_by_torch(target, paths[0])
-        except Exception:
+        except BaseException as error:  # An error of a distributed checkpoint is not an Exception.
+            if isinstance(error, KeyboardInterrupt):
+                raise
             return "refused by PyTorch alone"
         odd = [name for name, tensor in (mean.state_dict or {}).items() if not holds(found, tensor)]
         return f"DIFFERENT: {odd}" if odd else "same"

@@ -53,15 +53,12 @@ fn collect(
     if depth > MAX_DEPTH {
         return Err(PickleError::TooLarge);
     }
-    let named = |key: &str| {
-        let dict = pickle.get(attributes, key).and_then(|dict| pickle.entries(dict)).unwrap_or_default();
-        dict.iter().filter_map(|(name, value)| Some((pickle.text(*name)?, *value)))
-    };
+    let named = |key: &str| pickle.get(attributes, key).map(|dict| pickle.named(dict)).unwrap_or_default();
     let is_none = |id: NodeId| matches!(pickle.node(id), Node::None);
     let skipped =
         pickle.get(attributes, "_non_persistent_buffers_set").map(|set| texts(pickle, set)).unwrap_or_default();
-    let buffers = named("_buffers").filter(|(name, _)| !skipped.contains(name));
-    for (name, value) in named("_parameters").chain(buffers).filter(|(_, value)| !is_none(*value)) {
+    let buffers = named("_buffers").into_iter().filter(|(name, _)| !skipped.contains(name));
+    for (name, value) in named("_parameters").into_iter().chain(buffers).filter(|(_, value)| !is_none(*value)) {
         memory.take(prefix.len() + name.len() + size_of::<(String, NodeId)>())?;
         entries.push((format!("{prefix}{name}"), value));
     }
@@ -79,4 +76,37 @@ fn texts(pickle: &Pickle, set: NodeId) -> Vec<&str> {
         _ => pickle.items(set),
     };
     items.unwrap_or_default().iter().filter_map(|&item| pickle.text(item)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(text: &str) -> Vec<u8> {
+        [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat()
+    }
+
+    fn dict(entries: &[(&str, Vec<u8>)]) -> Vec<u8> {
+        let entries: Vec<u8> = entries.iter().flat_map(|(key, value)| [text(key), value.clone()].concat()).collect();
+        [b"}(", &entries[..], b"u"].concat()
+    }
+
+    /// Returns a pickled module, less the end of the pickle.
+    fn module(parameters: &[(&str, Vec<u8>)], modules: &[(&str, Vec<u8>)]) -> Vec<u8> {
+        let parts = [("_parameters", dict(parameters)), ("_buffers", dict(&[])), ("_modules", dict(modules))];
+        [b"cnn\nNet\n)\x81", &dict(&parts)[..], b"b"].concat()
+    }
+
+    /// Python's dict has one value for a key. The module that was replaced has no parameters of its own left.
+    #[test]
+    fn last_of_equal_names_replaces_a_module() {
+        let int = |value: u8| vec![b'K', value];
+        let first = module(&[("w", int(1)), ("b", int(2))], &[]);
+        let last = module(&[("w", int(3)), ("w", int(4))], &[]);
+        let pickled = [module(&[], &[("0", first), ("0", last)]), b".".to_vec()].concat();
+        let pickle = Pickle::parse(&pickled, &mut 0, &mut MemoryBudget::new(1 << 20)).unwrap();
+        let entries = state_dict(&pickle, pickle.root(), &mut MemoryBudget::new(1 << 20)).unwrap();
+        let found: Vec<_> = entries.iter().map(|(name, id)| (name.as_str(), pickle.int(*id))).collect();
+        assert_eq!(found, [("0.w", Some(4))]);
+    }
 }

@@ -79,9 +79,11 @@ impl ModuleState {
         let pickle = &self.file.pickle;
         let wrong = || Error::damaged(&self.file.path, "its shapes of parameters are not sizes by names");
         let mut shapes = Vec::new();
-        for (name, shape) in pickle.entries(dict).ok_or_else(wrong)? {
-            let shape = pickle.sizes(*shape).ok_or_else(wrong)?;
-            shapes.push((pickle.text(*name).ok_or_else(wrong)?.to_owned(), shape));
+        if pickle.entries(dict).ok_or_else(wrong)?.iter().any(|(key, _)| pickle.text(*key).is_none()) {
+            return Err(wrong());
+        }
+        for (name, shape) in pickle.named(dict) {
+            shapes.push((name.to_owned(), pickle.sizes(shape).ok_or_else(wrong)?));
         }
         Ok(shapes)
     }

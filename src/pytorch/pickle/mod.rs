@@ -9,6 +9,7 @@ mod opcodes;
 
 pub(super) use memory_budget::MemoryBudget;
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 /// Number of a node in its pickle.
@@ -150,6 +151,21 @@ impl Pickle {
             Node::Object(object) if !object.entries.is_empty() => Some(&object.entries),
             _ => None,
         }
+    }
+
+    /// Lists the entries of a dict whose keys are texts. Of equal keys, the last counts, at the place of the first.
+    pub(super) fn named(&self, dict: NodeId) -> Vec<(&str, NodeId)> {
+        let mut places: HashMap<&str, usize> = HashMap::new();
+        let mut named = Vec::new();
+        for (key, value) in self.entries(dict).unwrap_or_default() {
+            let Some(name) = self.text(*key) else { continue };
+            let place = *places.entry(name).or_insert(named.len());
+            if place == named.len() {
+                named.push((name, *value));
+            }
+            named[place].1 = *value;
+        }
+        named
     }
 
     /// Returns the value of a text key in a dict. Of equal keys, the last counts.
