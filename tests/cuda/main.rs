@@ -17,3 +17,4 @@ mod synthesis;
 mod tracker;
 mod update;
 mod values;
+mod waiting;

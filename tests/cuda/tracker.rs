@@ -2,14 +2,11 @@
 
 use cudarc::driver::sys::CUstreamCaptureMode;
 use posthoc_ema::compute::cuda::devices;
-use posthoc_ema::{
-    Device, Dtype, Error, OnNonFinite, Options, Parameters, PostHocEma, Precision, Profile, Result, TensorView,
-    Tensors, UpdateOutcome,
-};
+use posthoc_ema::{Device, Dtype, Error, OnNonFinite, Options, PostHocEma, Precision, Profile, Tensors, UpdateOutcome};
 
-use crate::driver::{check_in_own_process, count, driver, stalled, work};
+use crate::driver::{count, driver};
 use crate::model::{Model, files};
-use crate::owner::{Owned, Owner};
+use crate::owner::Owner;
 
 fn options(dir: &std::path::Path) -> Options {
     let options = PostHocEma::options(dir).update_every(2).checkpoint_every(10).snapshot_growth(None);
@@ -445,117 +442,4 @@ fn unaligned_tensor_is_rejected() {
     }
     let error = options(temp.path()).create(&Unaligned(memory)).unwrap_err().to_string();
     assert!(error.contains("`w`") && error.contains("not a multiple of its element size of 4 bytes"), "{error}");
-}
-
-/// A step of 1 ms for an update of 0.04 ms on the bus: by the stand-in's clocks, the training never waits.
-#[test]
-#[ignore = "run by `training_does_not_wait_for_the_bus`"]
-fn step_time() {
-    driver();
-    let owner = Owner::new();
-    let memory = owner.own(&vec![0; 2 << 20], 0);
-    let stall = |until_fence: bool, device_copy: bool| {
-        let temp = tempfile::tempdir().unwrap();
-        let model = OneTensor { memory: &memory, until_fence };
-        let options = options(temp.path()).update_every(1).checkpoint_every(1000).device_copy(device_copy);
-        let mut ema = options.create(&model).unwrap();
-        assert!(ema.placement().contains(if device_copy { "for that alone" } else { "waits for the bus" }));
-        let before = stalled(owner.stream());
-        for step in 1..=8 {
-            work(owner.stream(), 900_000); // forward and backward
-            if let Some(fence) = ema.fence() {
-                // SAFETY: the owner's stream, in the primary context.
-                unsafe { fence.wait_on(owner.stream()) }.unwrap();
-            }
-            work(owner.stream(), 100_000); // the optimizer's step
-            memory.set(&vec![step; 2 << 20]);
-            ema.update(&model).unwrap();
-        }
-        stalled(owner.stream()) - before
-    };
-    let bus = (2 << 20) / 50;
-    assert!(stall(false, false) >= 8 * bus);
-    assert_eq!(stall(true, false), 0);
-    assert!(stall(false, true) < 8 * bus / 20);
-}
-
-#[test]
-fn training_does_not_wait_for_the_bus() {
-    check_in_own_process("tracker::step_time", &[]);
-}
-
-/// Model of one tensor of f32.
-struct OneTensor<'o> {
-    memory: &'o Owned<'o>,
-    until_fence: bool,
-}
-
-impl Parameters for OneTensor<'_> {
-    fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
-        // SAFETY: the tests change the memory only after its stream has waited for the fence.
-        let lent = if self.until_fence { unsafe { self.memory.lend().until_fence() } } else { self.memory.lend() };
-        read(&[TensorView::cuda("w", Dtype::F32, &[self.memory.bytes / 4], lent)?])
-    }
-}
-
-/// On a device with 40 MB, of which a training of 2.5 million parameters needs 30 MB.
-#[test]
-#[ignore = "run by `automatic_copy_leaves_memory_to_the_training`"]
-fn little_memory() {
-    driver();
-    let owner = Owner::new();
-    let memory = owner.own(&vec![1; 10_000_000], 0);
-    let model = OneTensor { memory: &memory, until_fence: false };
-    let placement = |device_copy: Option<bool>, device: Device| {
-        let temp = tempfile::tempdir().unwrap();
-        let mut ema = options(temp.path()).update_every(1).device(device).device_copy(device_copy).create(&model)?;
-        ema.update(&model)?;
-        Ok::<String, Error>(ema.placement())
-    };
-    let enough = std::env::var_os("STANDIN_MEMORY").is_none();
-    let automatic = placement(None, Device::Cpu).unwrap();
-    assert_eq!(automatic.contains("10.0 MB on cuda:0") && automatic.contains("for that alone"), enough, "{automatic}");
-    assert!(placement(Some(false), Device::Cpu).unwrap().contains("waits for the bus"));
-    match placement(Some(true), Device::Cpu) {
-        Ok(way) => assert!(enough && way.contains("for that alone")),
-        Err(error) => {
-            let text = error.to_string();
-            assert!(!enough && text.contains("a copy of the parameters") && text.contains("`device_copy`"), "{text}");
-        }
-    }
-    // 12 MB of averages are less than a quarter of 90 MB, but not of what the training leaves.
-    let chosen = placement(None, Device::Auto).unwrap();
-    assert_eq!(chosen.contains("averages on cuda:0"), enough, "{chosen}");
-}
-
-#[test]
-fn automatic_copy_leaves_memory_to_the_training() {
-    check_in_own_process("tracker::little_memory", &[]);
-    check_in_own_process("tracker::little_memory", &[("STANDIN_MEMORY", "18000000")]);
-}
-
-#[test]
-#[ignore = "run by `no_wait_spins`"]
-fn spins() {
-    driver();
-    let Some(before) = count("spins") else { return };
-    for device in [Device::Cuda(0), Device::Cpu] {
-        let temp = tempfile::tempdir().unwrap();
-        let owner = Owner::new();
-        let mut model = Model::new(&owner);
-        let mut ema = options(temp.path()).update_every(1).device(device).create(&model.device).unwrap();
-        for step in 1..=12 {
-            model.train(step);
-            ema.update(&model.device).unwrap();
-        }
-        ema.swap_in(Profile::sigma_rel(0.1).unwrap(), &mut model.device).unwrap().restore().unwrap();
-        ema.finish().unwrap();
-        drop(ema);
-        assert_eq!(count("spins").unwrap() - before, 0, "{device}");
-    }
-}
-
-#[test]
-fn no_wait_spins() {
-    check_in_own_process("tracker::spins", &[]);
 }
