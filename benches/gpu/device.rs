@@ -22,8 +22,8 @@ const PERIOD: usize = 1009;
 /// Repetitions of the parameters that the host writes. The device makes the others.
 const REPETITIONS: usize = 1 << 10;
 
-/// Kind of update, from the command line.
-pub struct Kind {
+/// Update to time, from the command line.
+pub struct UpdateCase {
     pub profiles: usize,
     pub dtype: Dtype,
     pub parameters: usize,
@@ -40,7 +40,7 @@ pub fn open(device: Device) -> Result<Arc<CudaDevice>, Box<dyn Error>> {
 }
 
 /// Prints the seconds of an update with compensated averages, after two updates that are compared with the CPU's.
-pub fn update_times(device: &Arc<CudaDevice>, kind: &Kind, repeats: usize) -> Result<(), Box<dyn Error>> {
+pub fn update_times(device: &Arc<CudaDevice>, kind: &UpdateCase, repeats: usize) -> Result<(), Box<dyn Error>> {
     let size = kind.dtype.bitsize() / 8;
     if !kind.off.is_multiple_of(size) {
         return Err(format!("{} bytes off: not a multiple of the {size} bytes of an element", kind.off).into());
@@ -84,7 +84,7 @@ pub fn update_times(device: &Arc<CudaDevice>, kind: &Kind, repeats: usize) -> Re
 fn check(
     stream: &TimedStream,
     averages: &DeviceAverages,
-    kind: &Kind,
+    kind: &UpdateCase,
     layout: &Layout,
     weights: &[f32],
     pattern: &[u8],

@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 other => return Err(format!("dtype {other}: choose f32, bf16 or f16").into()),
             };
             let (profiles, parameters, off) = (profiles.parse()?, parameters.parse()?, off.parse()?);
-            let kind = device::Kind { profiles, dtype, parameters, off };
+            let kind = device::UpdateCase { profiles, dtype, parameters, off };
             device::update_times(&device::open(at.parse()?)?, &kind, repeats.parse()?)
         }
         #[cfg(feature = "cuda")]

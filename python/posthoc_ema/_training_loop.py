@@ -104,7 +104,7 @@ class TrainingLoop:
 
     @property
     def placement(self) -> str:
-        """Where the averages are, and how the parameters come there, in words.
+        """Place of the averages, and the way of the parameters to it, in words.
 
         Raises:
             RuntimeError: If the run was closed, or was opened by path.

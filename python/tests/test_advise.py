@@ -38,7 +38,7 @@ def test_invalid_questions_are_refused() -> None:
 
 
 def test_advice_predicts_errors_if_the_movement_is_known() -> None:
-    known = {"steps": 400, "parameters": 1_000_000, "disk": 1e8, "sigma_rels": (0.1, 0.25)}
+    known = {"steps": 400, "parameters": 1_000_000, "disk": 6e7, "sigma_rels": (0.1, 0.25)}
     for each in advise(**known, movement="walk:0.3"):
         found = plan(
             [each.sigma_rel],

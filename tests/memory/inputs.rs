@@ -121,7 +121,7 @@ fn save_deepspeed(folder: &Path, value: f32, stage: usize) {
         } else if rank == 0 {
             save(&folder.join("mp_rank_00_model_states.pt"), &dict(state));
         }
-        // Of stage 2, a half of all elements in one list; of stage 3, halves of each parameter after each other.
+        // Stage 2 stores half of all elements in one list, stage 3 the halves of all parameters after each other.
         let length = if is_in_parts { LARGE[0] * LARGE[1] / 2 + SMALL[0].div_ceil(2) } else { count.div_ceil(2) };
         let key = if is_in_parts { "fp32_flat_groups" } else { "single_partition_of_fp32_groups" };
         let processes = Value::List(vec![Value::Int(2)]);
