@@ -96,7 +96,7 @@ pub use planning::{ADVICE_PARTS, rounding};
 pub use run::{Run, SavedState, VerifyReport, verify};
 pub use snapshot::{Snapshot, SnapshotId};
 pub use sweep::{SweepOptions, SweepResult};
-pub use synthesis::{Output, SavedWeights, SwapGuard, WriteOptions, cuda_devices};
+pub use synthesis::{Output, SavedWeights, SwapGuard, WriteOptions, cuda_devices, describe_cuda_devices};
 pub use tensor::{
     CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorSpec,
     TensorView, TensorViewMut, Tensors, byte_size, is_averaged,

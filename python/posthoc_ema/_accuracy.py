@@ -24,7 +24,7 @@ def warn() -> None:
     """
     texts = _native.take_warnings()
     for text in [] if _silenced.get() else texts:
-        warnings.warn(text, RuntimeWarning, stacklevel=_stacklevel())
+        warnings.warn(text, RuntimeWarning, stacklevel=external_stacklevel())
 
 
 @contextlib.contextmanager
@@ -37,8 +37,8 @@ def silenced() -> Iterator[None]:
         _silenced.reset(token)
 
 
-def _stacklevel() -> int:
-    """Returns the level of the first caller outside of the package, for a warning of `warn`."""
+def external_stacklevel() -> int:
+    """Returns the level of the first caller outside of the package, for a warning of the calling function."""
     frame = sys._getframe(1)
     level = 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):

@@ -116,12 +116,12 @@ class CollectiveReader(RunReader):
             originals = _native.SavedWeights()
             written = frozenset(offer["written"])
             device = device_of(offer["device"], _cuda_device(lender.tensors))
-            with lender.writing() as (lent, stream):
+            with lender.writing() as (lent, streams):
                 try:
-                    _share(call, lender, device, act, written, originals, lender.layout, lent, stream)
+                    _share(call, lender, device, act, written, originals, lender.layout, lent, streams)
                 except BaseException:
                     if originals.filled:
-                        originals.restore(lender.layout, lent, stream)
+                        originals.restore(lender.layout, lent, streams)
                     raise
             # A backward pass through results of the old weights must fail instead of being wrong.
             _swap.mark_changed(lender.tensors)
@@ -134,10 +134,15 @@ class CollectiveReader(RunReader):
         return self._tracker
 
     def _save_and_switch(
-        self, target: Target, originals: _native.SavedWeights, layout: _native.Layout, lent: list[int], stream: int
+        self,
+        target: Target,
+        originals: _native.SavedWeights,
+        layout: _native.Layout,
+        lent: list[int],
+        streams: dict[int, int],
     ) -> None:
-        originals.save(layout, lent, stream)
-        self._live().native.switch_to(profile_json(target), layout, lent, stream)
+        originals.save(layout, lent, streams)
+        self._live().native.switch_to(profile_json(target), layout, lent, streams)
         _accuracy.warn()
 
     def _offer_swap(
@@ -239,7 +244,7 @@ def _share(
     originals: _native.SavedWeights,
     layout: _native.Layout,
     lent: list[int],
-    stream: int,
+    streams: dict[int, int],
 ) -> None:
     """Writes rank 0's average to the lent tensors of every rank, whose elements are saved before.
 
@@ -252,11 +257,11 @@ def _share(
         originals: Receives the elements that the tensors had.
         layout: Layout of the tensors.
         lent: Addresses of the tensors.
-        stream: Stream on which the tensors are used.
+        streams: Stream on which the tensors of each device are used.
     """
 
     def prepare() -> tuple[Broadcast, None]:
-        act(originals, layout, lent, stream)
+        act(originals, layout, lent, streams)
         return Broadcast(Bytes(places(lender, lent, names)), device), None
 
     broadcast, _ = call.part(prepare)

@@ -87,7 +87,7 @@ class CopyFence:
             return
         _pending.discard(self)
         if not self._is_trial:
-            self._native.wait_for_copy(lender.stream)
+            self._native.wait_for_copy(lender.streams)
         versions = [lender.tensors[i]._version for i in self._fenced]
         changed = [lender.names[i] for i, now, then in zip(self._fenced, versions, self._versions) if now != then]
         self._storages = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _native
+from ._accuracy import external_stacklevel
 from ._dtypes import PAIRS, dtype_text, lent_dtype_name
 
 HOST = -1
@@ -32,6 +34,20 @@ def torch_module() -> Any | None:
 def cuda_usable() -> bool:
     """Returns True if the native part can work on CUDA devices."""
     return _native.CUDA and _native.cuda_devices()[0] > 0
+
+
+@cache
+def warn_of_copies() -> None:
+    """Warns once in a process that tensors on a device are copied one by one, with the reason and the remedy."""
+    reason = _native.cuda_devices()[1] or ""
+    if not _native.CUDA:
+        reason += ": install posthoc_ema again with nvcc on the PATH and POSTHOC_EMA_CUDA=1"
+    warnings.warn(
+        f"posthoc_ema cannot use its CUDA kernels, so each update copies the tensors to the host one by one while the "
+        f"training waits: {reason}",
+        RuntimeWarning,
+        stacklevel=external_stacklevel(),
+    )
 
 
 def is_torch(tensor: Any) -> bool:
@@ -95,6 +111,11 @@ class Lender:
         self.originals = [tensor for _, tensor in named]
         self.tensors = [as_array(name, tensor) for name, tensor in named]
         self._torch = [is_torch(tensor) for tensor in self.tensors]
+        if (
+            any(of_torch and tensor.is_cuda for of_torch, tensor in zip(self._torch, self.tensors))
+            and not cuda_usable()
+        ):
+            warn_of_copies()
         self._facts = [self._facts_of(i) for i in range(len(self.tensors))]
         native = buffers | stored_complex
         dtypes = [lent_dtype_name(name, facts.dtype, name in native) for name, facts in zip(self.names, self._facts)]
@@ -103,7 +124,8 @@ class Lender:
         self._buffers: dict[int, Any] = {}
         self._indirect = [i for i in range(len(self.tensors)) if not self._is_direct(i)]
         devices = [self._device_number(i) for i in range(len(self.tensors))]
-        self._device = next((device for device in devices if device != HOST), None)
+        self._devices = sorted(set(devices) - {HOST})
+        """Numbers of the CUDA devices of the tensors."""
         self.described = [
             (name, dtype, [*facts.shape, 2] if i in self._pairs else list(facts.shape), device)
             for i, (name, dtype, facts, device) in enumerate(zip(self.names, dtypes, self._facts, devices))
@@ -194,12 +216,12 @@ class Lender:
         )
 
     @property
-    def stream(self) -> int:
-        """`CUstream` on which PyTorch works with the tensors at the moment; 0 if they are in host memory."""
+    def streams(self) -> dict[int, int]:
+        """`CUstream` on which PyTorch works at the moment with the tensors of each device, by its number."""
         torch = torch_module()
-        if self._device is None or torch is None:
-            return 0
-        return int(torch.cuda.current_stream(self._device).cuda_stream)
+        if not self._devices or torch is None:
+            return {}
+        return {device: int(torch.cuda.current_stream(device).cuda_stream) for device in self._devices}
 
     def _contiguous_copy(self, i: int) -> Any:
         """Returns a tensor's elements in contiguous memory that the native part can reach: a copy, or its own."""
@@ -243,22 +265,22 @@ class Lender:
         return [self.names[i] for i in sorted(self._pairs)]
 
     @contextmanager
-    def reading(self) -> Iterator[tuple[list[int], int]]:
-        """Lends the tensors to be read: yields their addresses and the stream."""
+    def reading(self) -> Iterator[tuple[list[int], dict[int, int]]]:
+        """Lends the tensors to be read: yields their addresses and the streams."""
         if not self._indirect and self._all_torch:
-            yield list(map(self._kind.data_ptr, self.tensors)), self.stream
+            yield list(map(self._kind.data_ptr, self.tensors)), self.streams
             return
         # The variable keeps the copies alive until the block ends.
         copies = self._copies()
-        yield self._addresses_with(copies), self.stream
+        yield self._addresses_with(copies), self.streams
         del copies
 
     @contextmanager
-    def writing(self) -> Iterator[tuple[list[int], int]]:
-        """Lends the tensors to be read and written: yields their addresses and the stream."""
+    def writing(self) -> Iterator[tuple[list[int], dict[int, int]]]:
+        """Lends the tensors to be read and written: yields their addresses and the streams."""
         self._check_writable()
         copies = self._copies()
-        yield self._addresses_with(copies), self.stream
+        yield self._addresses_with(copies), self.streams
         for i, copy in copies.items():
             self._copy_back(i, copy)
 

@@ -166,8 +166,8 @@ def open_tracker(directory: Path, lender: Lender, options: dict[str, Any], resum
         RuntimeError: If a tracker is writing the run that is to be resumed.
     """
     try:
-        with lender.reading() as (addresses, stream):
-            lent = (lender.layout, addresses, stream, _state(resume))
+        with lender.reading() as (addresses, streams):
+            lent = (lender.layout, addresses, streams, _state(resume))
             return _native.Tracker.open(str(directory), "either" if resume else "create", json.dumps(options), *lent)
     except FileExistsError as error:
         remedy = f"there is no {STATE} to resume from" if resume else "continue it with `resume=True`"

@@ -124,8 +124,10 @@ class RunReader:
         source, at = self._source(step, noise)
         swap_in = partial(source.swap_in, profile_json(profile), *at)
 
-        def swap(originals: _native.SavedWeights, layout: _native.Layout, addresses: list[int], stream: int) -> None:
-            swap_in(originals, layout, addresses, stream)
+        def swap(
+            originals: _native.SavedWeights, layout: _native.Layout, addresses: list[int], streams: dict[int, int]
+        ) -> None:
+            swap_in(originals, layout, addresses, streams)
             # A warning that is an exception restores the model.
             _accuracy.warn()
 

@@ -15,8 +15,8 @@ from ._model import MappingTensors, ModuleTensors
 from ._module_state import ModuleState, Problems, TensorStates, attempt, restore_contents
 from ._spectral import refresh_spectral_norms
 
-Swap = Callable[[_native.SavedWeights, _native.Layout, list[int], int], None]
-"""Writes an average to tensors at addresses, on a stream, and moves their old elements into the first argument."""
+Swap = Callable[[_native.SavedWeights, _native.Layout, list[int], dict[int, int]], None]
+"""Writes an average to tensors at addresses, on streams, and moves their old elements into the first argument."""
 
 holding: dict[_Block, frozenset[int]] = {}
 """Tensors that hold an average at the moment, by their marks, for each open block in the order of their beginning."""
@@ -118,8 +118,8 @@ class _Block:
         self._record(written)
         # An interrupt between any two lines finds either the originals filled or nothing written.
         wait_for_copies()
-        with self._lender.writing() as (lent, stream):
-            swap(self._originals, self._lender.layout, lent, stream)
+        with self._lender.writing() as (lent, streams):
+            swap(self._originals, self._lender.layout, lent, streams)
         self._versions.mark_changed()
         if self._tensors is not None:
             self._tensors.begin()
@@ -183,8 +183,8 @@ class _Block:
 
     def _write_originals(self) -> None:
         self._lender.check_storages()
-        with self._lender.writing() as (addresses, stream):
-            self._originals.restore(self._lender.layout, addresses, stream)
+        with self._lender.writing() as (addresses, streams):
+            self._originals.restore(self._lender.layout, addresses, streams)
 
 
 def _owner() -> tuple[int, Any]:

@@ -67,23 +67,23 @@ class ModelTracker:
         """
         lender = self._lender(model)
         fenced = self.fence.begin(lender, parameters)
-        with self._storing(6), lender.reading() as (addresses, stream):
-            self.native.update(lender.layout, addresses, stream, fenced)
+        with self._storing(6), lender.reading() as (addresses, streams):
+            self.native.update(lender.layout, addresses, streams, fenced)
 
     def update_at(self, time: int, model: Model) -> None:
         """Updates the averages at a time of the caller's own clock, if that is due."""
         lender = self._lender(model)
         self.fence.wait()
-        with self._storing(5), lender.reading() as (addresses, stream):
-            self.native.update_at(time, lender.layout, addresses, stream)
+        with self._storing(5), lender.reading() as (addresses, streams):
+            self.native.update_at(time, lender.layout, addresses, streams)
 
     def switch(self, model: Model, target: Target) -> None:
         """Replaces the model's weights by an average at the newest update."""
         profile = profile_json(target)
         lender = self._lender(model)
         wait_for_copies()
-        with lender.writing() as (addresses, stream):
-            self.native.switch_to(profile, lender.layout, addresses, stream)
+        with lender.writing() as (addresses, streams):
+            self.native.switch_to(profile, lender.layout, addresses, streams)
         # A backward pass through results of the old weights must fail instead of being wrong.
         _swap.mark_changed(lender.tensors)
         if isinstance(self.tensors, ModuleTensors):

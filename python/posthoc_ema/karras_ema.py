@@ -107,12 +107,12 @@ class KarrasEMA:
         """Updates the average with tensors at a time."""
         lender = tensors.lender()
         check_own_weights(lender.tensors)
-        with lender.reading() as (addresses, stream):
+        with lender.reading() as (addresses, streams):
             if self._tracker is None:
-                self._tracker = self._start(lender.names, (lender.layout, addresses, stream))
-            self._tracker.update_at(time, lender.layout, addresses, stream)
+                self._tracker = self._start(lender.names, (lender.layout, addresses, streams))
+            self._tracker.update_at(time, lender.layout, addresses, streams)
 
-    def _start(self, names: list[str], lent: tuple[_native.Layout, list[int], int]) -> _native.Tracker:
+    def _start(self, names: list[str], lent: tuple[_native.Layout, list[int], dict[int, int]]) -> _native.Tracker:
         """Opens a tracker that never stores anything; its lock still needs a directory."""
         left_out = [name for name in names if name in self._left_alone or name.startswith(self._prefixes or "\0")]
         options = {

@@ -1,6 +1,6 @@
 //! Tensors that Python's libraries lend by address. Only this module is `unsafe`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::slice;
 
 #[cfg(feature = "cuda")]
@@ -50,7 +50,10 @@ impl Layout {
     }
 }
 
-/// Tensors at their addresses, used in the order of one stream if they are on a device.
+/// `CUstream` on which the owner works with the tensors of each device, by the device's number.
+pub type Streams = HashMap<usize, usize>;
+
+/// Tensors at their addresses. Those on a device are used in the order of its stream.
 ///
 /// The Python code keeps the tensors alive, initialised, contiguous and in place during the call that lends them, and
 /// does not write them meanwhile. The package holds references to all of them. As for every operation of PyTorch, only
@@ -61,20 +64,23 @@ pub struct Lent<'a> {
     /// True for the tensors that do not change before the fence of the call has passed. Missing ones are false.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only devices have fences"))]
     fenced: Vec<bool>,
-    /// `CUstream` on which the owner works with the tensors.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only devices have streams"))]
-    stream: usize,
+    streams: Streams,
 }
 
 impl<'a> Lent<'a> {
-    pub fn new(layout: &'a Layout, addresses: Vec<u64>, stream: usize) -> PyResult<Lent<'a>> {
+    pub fn new(layout: &'a Layout, addresses: Vec<u64>, streams: Streams) -> PyResult<Lent<'a>> {
         if addresses.len() != layout.0.len() {
             return Err(argument(format!("{} addresses for {} tensors", addresses.len(), layout.0.len())));
         }
         if let Some((entry, _)) = layout.0.iter().zip(&addresses).find(|(e, address)| e.bytes > 0 && **address == 0) {
             return Err(argument(format!("tensor `{}`: its elements have the address 0", entry.name)));
         }
-        Ok(Lent { layout, addresses, stream, fenced: Vec::new() })
+        let lacks_stream = |entry: &&TensorEntry| entry.device.is_some_and(|device| !streams.contains_key(&device));
+        if let Some(entry) = layout.0.iter().find(lacks_stream) {
+            return Err(argument(format!("tensor `{}`: its device has no stream", entry.name)));
+        }
+        Ok(Lent { layout, addresses, streams, fenced: Vec::new() })
     }
 
     /// Lends some of the tensors until the fence of the call that reads them.
@@ -82,6 +88,12 @@ impl<'a> Lent<'a> {
     /// The package keeps them allocated, and makes the stream that changes them wait for the fence.
     pub fn until_fence(self, fenced: Vec<bool>) -> Lent<'a> {
         Lent { fenced, ..self }
+    }
+
+    /// Returns the stream of a device; `new` has checked that there is one.
+    #[cfg(feature = "cuda")]
+    fn stream(&self, device: usize) -> usize {
+        self.streams.get(&device).copied().unwrap_or(0)
     }
 
     fn entries(&self) -> impl Iterator<Item = (&'a TensorEntry, u64)> {
@@ -98,8 +110,8 @@ impl<'a> Lent<'a> {
         #[cfg(feature = "cuda")]
         if let Some(device) = entry.device {
             // SAFETY: see the contract of `Lent`. PyTorch allocates in the primary context, and frees and reuses memory
-            // in the order of the stream, which is the current one of the calling thread.
-            let memory = unsafe { CudaMemory::from_raw(device, self.stream, address, entry.bytes) };
+            // in the order of the stream, which is the current one of the calling thread on that device.
+            let memory = unsafe { CudaMemory::from_raw(device, self.stream(device), address, entry.bytes) };
             let is_fenced = self.fenced.get(i).copied().unwrap_or_default();
             // SAFETY: see `until_fence`.
             let memory = if is_fenced { unsafe { memory.until_fence() } } else { memory };
@@ -118,7 +130,7 @@ impl<'a> Lent<'a> {
         #[cfg(feature = "cuda")]
         if let Some(device) = entry.device {
             // SAFETY: as in `view`, and all use of the memory is in the order of the stream.
-            let memory = unsafe { CudaMemoryMut::from_raw(device, self.stream, address, entry.bytes) };
+            let memory = unsafe { CudaMemoryMut::from_raw(device, self.stream(device), address, entry.bytes) };
             return TensorViewMut::cuda(&entry.name, entry.dtype, &entry.shape, memory);
         }
         check_on_host(entry)?;
@@ -142,16 +154,17 @@ impl<'a> Lent<'a> {
 /// # Errors
 /// If two tensors overlap, also those of different lists.
 pub fn output_views(layout: &Layout, addresses: Vec<Vec<u64>>) -> PyResult<Vec<Vec<TensorViewMut<'_>>>> {
-    let mut lists = addresses.into_iter().map(|list| Lent::new(layout, list, 0)).collect::<PyResult<Vec<_>>>()?;
+    let mut lists =
+        addresses.into_iter().map(|list| Lent::new(layout, list, Streams::new())).collect::<PyResult<Vec<_>>>()?;
     check_disjoint(&lists)?;
     lists.iter_mut().map(Lent::views_mut).collect::<Result<_>>().map_err(to_python)
 }
 
-/// Makes the stream that works with the tensors wait for a fence.
+/// Makes the streams that work with the tensors wait for a fence, each for the copies of its device.
 #[cfg(feature = "cuda")]
-pub fn wait_on_stream(fence: &posthoc_ema::compute::cuda::Fence, stream: usize) -> Result<()> {
-    // SAFETY: the stream is the current one of PyTorch on the device of the tensors, in its primary context.
-    unsafe { fence.wait_on(stream) }
+pub fn wait_on_streams(fence: &posthoc_ema::compute::cuda::Fence, streams: &Streams) -> Result<()> {
+    // SAFETY: each stream is the current one of PyTorch on its device, in the primary context.
+    streams.iter().try_for_each(|(&device, &stream)| unsafe { fence.wait_on_device(device, stream) })
 }
 
 /// Refuses tensors on a device in a build without CUDA; the package copies them to the host before.

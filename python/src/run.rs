@@ -11,7 +11,7 @@ use crate::errors::{argument, to_python};
 use crate::form::OutputForm;
 use crate::jobs;
 use crate::json::to_json;
-use crate::lend::{Layout, Lent, output_views};
+use crate::lend::{Layout, Lent, Streams, output_views};
 use crate::plans::{at, parse_noise, parse_targets};
 use crate::process;
 use crate::saved_weights::SavedWeights;
@@ -150,10 +150,10 @@ impl Run {
         originals: &SavedWeights,
         layout: &Layout,
         addresses: Vec<u64>,
-        stream: usize,
+        streams: Streams,
     ) -> PyResult<()> {
         let plan = self.solve(py, &[target.to_owned()], step, noise)?.remove(0);
-        let mut lent = Lent::new(layout, addresses, stream)?;
+        let mut lent = Lent::new(layout, addresses, streams)?;
         let swap = || originals.fill(|| self.0.swap_in(&plan, &mut lent).map(|swapped| swapped.into_saved_weights()));
         py.detach(swap).map_err(to_python)
     }

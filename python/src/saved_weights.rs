@@ -6,7 +6,7 @@ use posthoc_ema::Result;
 use pyo3::prelude::*;
 
 use crate::errors::to_python;
-use crate::lend::{Layout, Lent};
+use crate::lend::{Layout, Lent, Streams};
 
 /// Elements of lent tensors before an average replaced them; empty until then.
 ///
@@ -40,14 +40,14 @@ impl SavedWeights {
     }
 
     /// Copies the elements, which the caller replaces.
-    fn save(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, stream: usize) -> PyResult<()> {
-        let lent = Lent::new(layout, addresses, stream)?;
+    fn save(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, streams: Streams) -> PyResult<()> {
+        let lent = Lent::new(layout, addresses, streams)?;
         py.detach(|| self.fill(|| posthoc_ema::SavedWeights::copy_of(&lent))).map_err(to_python)
     }
 
     /// Restores every tensor's own bits; may be called again.
-    fn restore(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, stream: usize) -> PyResult<()> {
-        let mut lent = Lent::new(layout, addresses, stream)?;
+    fn restore(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, streams: Streams) -> PyResult<()> {
+        let mut lent = Lent::new(layout, addresses, streams)?;
         py.detach(|| self.lock().as_ref().map_or(Ok(()), |saved| saved.restore(&mut lent))).map_err(to_python)
     }
 }

@@ -16,7 +16,7 @@ use crate::dtypes::describe;
 use crate::errors::{argument, to_python};
 use crate::jobs;
 use crate::json::{from_json, to_json};
-use crate::lend::{Layout, Lent, output_views};
+use crate::lend::{Layout, Lent, Streams, output_views};
 use crate::plans::{parse_profile, parse_profiles};
 use crate::process;
 use crate::saved_weights::SavedWeights;
@@ -161,7 +161,7 @@ fn with_open<R>(tracker: &mut Option<PostHocEma>, act: impl FnOnce(&mut PostHocE
 impl Tracker {
     /// Opens a run: `mode` is "create", "resume" or "either". With `state`, goes on from that live state.
     #[staticmethod]
-    #[pyo3(signature = (directory, mode, options, layout, addresses, stream, state=None))]
+    #[pyo3(signature = (directory, mode, options, layout, addresses, streams, state=None))]
     #[expect(clippy::too_many_arguments, reason = "one argument for each of the caller's")]
     fn open(
         py: Python<'_>,
@@ -170,13 +170,13 @@ impl Tracker {
         options: &str,
         layout: &Layout,
         addresses: Vec<u64>,
-        stream: usize,
+        streams: Streams,
         state: Option<PathBuf>,
     ) -> PyResult<Tracker> {
         process::check()?;
         let settings: Settings = from_json(options)?;
         let options = settings.into_options(directory)?;
-        let lent = Lent::new(layout, addresses, stream)?;
+        let lent = Lent::new(layout, addresses, streams)?;
         let opened = py.detach(|| match (mode, state) {
             (_, Some(state)) => options.resume_from(state, &lent),
             ("create", None) => options.create(&lent),
@@ -204,16 +204,16 @@ impl Tracker {
     /// Counts a step and does the work that is due. Returns 0 for none, 1 for an update, 2 for a snapshot, too.
     ///
     /// `fenced` is true for the tensors that do not change before `wait_for_copy`, and stay allocated until then.
-    #[pyo3(signature = (layout, addresses, stream, fenced=Vec::new()))]
+    #[pyo3(signature = (layout, addresses, streams, fenced=Vec::new()))]
     fn update(
         &self,
         py: Python<'_>,
         layout: &Layout,
         addresses: Vec<u64>,
-        stream: usize,
+        streams: Streams,
         fenced: Vec<bool>,
     ) -> PyResult<u8> {
-        let lent = Lent::new(layout, addresses, stream)?.until_fence(fenced);
+        let lent = Lent::new(layout, addresses, streams)?.until_fence(fenced);
         self.fold(py, |tracker| tracker.update(&lent))
     }
 
@@ -224,18 +224,18 @@ impl Tracker {
         time: u64,
         layout: &Layout,
         addresses: Vec<u64>,
-        stream: usize,
+        streams: Streams,
     ) -> PyResult<u8> {
-        let lent = Lent::new(layout, addresses, stream)?;
+        let lent = Lent::new(layout, addresses, streams)?;
         self.fold(py, |tracker| tracker.update_at(time, &lent))
     }
 
-    /// Makes a stream wait until the tensors of the newest update have been read.
+    /// Makes the stream of each device wait until the tensors of the newest update have been read.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only devices have streams"))]
-    fn wait_for_copy(&self, py: Python<'_>, stream: usize) -> PyResult<()> {
+    fn wait_for_copy(&self, py: Python<'_>, streams: Streams) -> PyResult<()> {
         #[cfg(feature = "cuda")]
         if let Some(fence) = self.lock_fence().clone() {
-            return py.detach(|| crate::lend::wait_on_stream(&fence, stream)).map_err(to_python);
+            return py.detach(|| crate::lend::wait_on_streams(&fence, &streams)).map_err(to_python);
         }
         Ok(())
     }
@@ -372,10 +372,10 @@ impl Tracker {
         originals: &SavedWeights,
         layout: &Layout,
         addresses: Vec<u64>,
-        stream: usize,
+        streams: Streams,
     ) -> PyResult<()> {
         let target = parse_profile(target)?;
-        let mut lent = Lent::new(layout, addresses, stream)?;
+        let mut lent = Lent::new(layout, addresses, streams)?;
         self.with(py, |tracker| {
             originals.fill(|| tracker.swap_in(target, &mut lent).map(SwapGuard::into_saved_weights))
         })
@@ -388,10 +388,10 @@ impl Tracker {
         target: &str,
         layout: &Layout,
         addresses: Vec<u64>,
-        stream: usize,
+        streams: Streams,
     ) -> PyResult<()> {
         let target = parse_profile(target)?;
-        let mut lent = Lent::new(layout, addresses, stream)?;
+        let mut lent = Lent::new(layout, addresses, streams)?;
         self.with(py, |tracker| tracker.switch_to(target, &mut lent))
     }
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,15 +30,17 @@ pytestmark = [
     pytest.mark.skipif(not (REAL or STANDIN), reason="no GPU, and POSTHOC_EMA_STANDIN names no stand-in driver"),
 ]
 
-ToDevice = Callable[[torch.nn.Module], torch.nn.Module]
+ToDevice = Callable[..., torch.nn.Module]
 
 
 def call(name: str, *arguments: object) -> None:
     assert getattr(DRIVER, name)(*arguments) == 0, name
 
 
-def in_device_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Copies a tensor to memory of the stand-in's device."""
+def in_device_memory(tensor: torch.Tensor, context: ctypes.c_void_p | None = None) -> torch.Tensor:
+    """Copies a tensor to memory of the stand-in's device with this context, by default the current one."""
+    if context is not None:
+        call("cuCtxSetCurrent", context)
     address, size = ctypes.c_uint64(), tensor.numel() * tensor.element_size()
     call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
     memory = (ctypes.c_char * size).from_address(address.value)
@@ -47,29 +49,49 @@ def in_device_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def to_device(monkeypatch: pytest.MonkeyPatch) -> ToDevice:
-    """Returns a function that moves a module to the device, whose tensors are then lent as tensors of that device."""
-    if REAL:
-        return lambda module: module.cuda()
-    context, stream = ctypes.c_void_p(), ctypes.c_void_p()
-    call("cuInit", 0)
-    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
-    call("cuCtxSetCurrent", context)
-    call("cuStreamCreate", ctypes.byref(stream), 1)
-    moved: set[int] = set()
+    """Returns a function that moves a module to the device, whose tensors are then lent as tensors of that device.
 
-    def move(module: torch.nn.Module) -> torch.nn.Module:
+    With numbers of devices, the tensors go to them in turns; `HOST` leaves one in host memory.
+    """
+    if REAL:
+        return move_to_gpus
+    call("cuInit", 0)
+    contexts, streams = [ctypes.c_void_p() for _ in range(2)], [ctypes.c_void_p() for _ in range(2)]
+    for number in reversed(range(2)):
+        call("cuDevicePrimaryCtxRetain", ctypes.byref(contexts[number]), number)
+        call("cuCtxSetCurrent", contexts[number])
+        call("cuStreamCreate", ctypes.byref(streams[number]), 1)
+    moved: dict[int, int] = {}
+
+    def move(module: torch.nn.Module, numbers: Sequence[int] = (0,)) -> torch.nn.Module:
         with torch.no_grad():
-            for tensor in [*module.parameters(), *module.buffers()]:
-                tensor.data = in_device_memory(tensor)
-                moved.add(tensor.data_ptr())
+            for i, tensor in enumerate([*module.parameters(), *module.buffers()]):
+                number = numbers[i % len(numbers)]
+                if number != _lend.HOST:
+                    tensor.data = in_device_memory(tensor, contexts[number])
+                    moved[tensor.data_ptr()] = number
+        call("cuCtxSetCurrent", contexts[0])
         return module
 
     def device_number(lender: _lend.Lender, i: int) -> int:
-        return 0 if lender.tensors[i].data_ptr() in moved else _lend.HOST
+        return moved.get(lender.tensors[i].data_ptr(), _lend.HOST)
+
+    def current_streams(lender: _lend.Lender) -> dict[int, int | None]:
+        return {number: streams[number].value for number in lender._devices}
 
     monkeypatch.setattr(_lend.Lender, "_device_number", device_number)
-    monkeypatch.setattr(_lend.Lender, "stream", property(lambda lender: stream.value if lender._device == 0 else 0))
+    monkeypatch.setattr(_lend.Lender, "streams", property(current_streams))
     return move
+
+
+def move_to_gpus(module: torch.nn.Module, numbers: Sequence[int] = (0,)) -> torch.nn.Module:
+    """Moves the tensors of a module to GPUs in turns, as far as there are so many."""
+    with torch.no_grad():
+        for i, tensor in enumerate([*module.parameters(), *module.buffers()]):
+            number = numbers[i % len(numbers)]
+            if number != _lend.HOST:
+                tensor.data = tensor.to(f"cuda:{number % torch.cuda.device_count()}")
+    return module
 
 
 def net() -> torch.nn.Module:
@@ -97,9 +119,12 @@ def on_host(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in state_dict.items()}
 
 
+@pytest.mark.parametrize("numbers", [(0,), (0, 1), (1, _lend.HOST, 0)])
 @pytest.mark.parametrize("device", ["cpu", "cuda", "auto"])
-def test_averages_have_the_bits_of_the_host(tmp_path: Path, to_device: ToDevice, device: str) -> None:
-    host, model = net(), to_device(net())
+def test_averages_have_the_bits_of_the_host(
+    tmp_path: Path, to_device: ToDevice, device: str, numbers: tuple[int, ...]
+) -> None:
+    host, model = net(), to_device(net(), numbers)
     expected, ema = trained(host, tmp_path / "host", "cpu"), trained(model, tmp_path / "device", device)
     before = on_host(model.state_dict())
     for right, got in zip(expected.synthesize([0.06, 0.15]), ema.synthesize([0.06, 0.15])):
@@ -118,6 +143,30 @@ def test_averages_have_the_bits_of_the_host(tmp_path: Path, to_device: ToDevice,
     ema.finish(), expected.finish()
     stored, right = (PostHocEMA.from_path(tmp_path / run).synthesize([0.1])[0] for run in ("device", "host"))
     assert all(torch.equal(stored[name], tensor) for name, tensor in right.items())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_run_continues_with_its_tensors_on_other_devices(tmp_path: Path, to_device: ToDevice, device: str) -> None:
+    def trained_further(model: torch.nn.Module, run: str, device: str) -> dict[str, torch.Tensor]:
+        ema = PostHocEMA.from_model(model, tmp_path / run, device=device, resume=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        ema.attach(optimizer, model)
+        for _ in range(20):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 0.25)
+            optimizer.step()
+        ema.close()
+        return PostHocEMA.from_path(tmp_path / run).synthesize([0.1])[0]
+
+    host, model = net(), to_device(net(), (0, 1))
+    trained(host, tmp_path / "host", "cpu").close()
+    trained(model, tmp_path / "device", device).close()
+    moved = to_device(net(), (1, _lend.HOST))
+    with torch.no_grad():
+        for ours, theirs in zip(moved.state_dict().values(), host.state_dict().values()):
+            ours.copy_(theirs)
+    expected, got = trained_further(host, "host", "cpu"), trained_further(moved, "device", device)
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
 def test_average_of_a_run_is_swapped_into_a_model_on_the_device(tmp_path: Path, to_device: ToDevice) -> None:

@@ -87,14 +87,14 @@ def stalled(ema: PostHocEMA) -> int:
     from test_cuda import DRIVER
 
     DRIVER.standin_stalled.restype = ctypes.c_uint64
-    return int(DRIVER.standin_stalled(ctypes.c_void_p(ema._tracker.tensors.lender().stream)))
+    return int(DRIVER.standin_stalled(ctypes.c_void_p(next(iter(ema._tracker.tensors.lender().streams.values())))))
 
 
 def work(ema: PostHocEMA, nanoseconds: int) -> None:
     """Lets the stream that trains be busy."""
     from test_cuda import DRIVER
 
-    stream = ctypes.c_void_p(ema._tracker.tensors.lender().stream)
+    stream = ctypes.c_void_p(next(iter(ema._tracker.tensors.lender().streams.values())))
     DRIVER.standin_work(stream, ctypes.c_uint64(nanoseconds))
 
 

@@ -10,6 +10,8 @@ mod mapping;
 mod memory_room;
 pub(crate) mod process;
 mod scattered;
+#[cfg(feature = "cuda")]
+mod shared_libraries;
 mod stream;
 mod temporary;
 mod threads;
@@ -29,6 +31,8 @@ pub(crate) use mapping::{Mapping, release_pages, use_large_pages};
 #[cfg(feature = "cuda")]
 pub(crate) use memory_room::{MemoryRoom, memory_room};
 pub(crate) use scattered::ScatteredFile;
+#[cfg(feature = "cuda")]
+pub(crate) use shared_libraries::driver_libraries;
 pub use stream::{Stream, check_output};
 pub use temporary::remove_unfinished;
 pub(crate) use temporary::{is_temporary, remove_leftovers};

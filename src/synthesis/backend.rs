@@ -63,6 +63,20 @@ pub fn cuda_devices() -> Result<usize, String> {
     Err("this program was built without the feature `cuda`".into())
 }
 
+/// Describes each CUDA device: its product name, the CUDA version of the driver, and the code of the kernels that it
+/// runs. No device is opened, which would take memory of it.
+///
+/// # Errors
+/// Returns the reason if CUDA cannot be used, as [`cuda_devices`] does.
+pub fn describe_cuda_devices() -> Result<Vec<String>, String> {
+    let count = cuda_devices()?;
+    #[cfg(feature = "cuda")]
+    let describe = |number| crate::compute::cuda::describe(number).map_err(|why| why.to_string());
+    #[cfg(not(feature = "cuda"))]
+    let describe = |number: usize| Ok(format!("cuda:{number}"));
+    (0..count).map(describe).collect()
+}
+
 /// Opens the device of a pass. For [`Device::Auto`], it is the one that is faster in a trial on the pass's own data.
 pub(super) fn choose(streaming: &Streaming<'_>, wanted: Device) -> Result<Backend> {
     #[cfg(feature = "cuda")]

@@ -176,6 +176,11 @@ pub(super) fn overflow_error(tensor: &str, output: Dtype, overflow: Overflow, st
 /// Parts of a blend on a device.
 #[cfg(feature = "cuda")]
 impl<'a> TensorBlend<'a> {
+    /// Device that holds the tensor in some of the sources; `None` if all of them are on the host.
+    pub(super) fn device(&self) -> Option<usize> {
+        self.sources.iter().find_map(|source| source.device_of(&self.tensor.name))
+    }
+
     /// Weights of target 0 for all sources, then those of target 1, and so on.
     pub(super) fn weights(&self) -> &'a [f64] {
         self.weights

@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use super::backend::Backend;
 use super::blend::TensorBlend;
 #[cfg(feature = "cuda")]
-use super::on_device::blend_in_blocks;
+use super::on_device::blend_by_device;
 use super::options::{MAX_TARGETS, Progress};
 use super::prefetch::Prefetcher;
 use super::source_set::{ModelTensor, Selection, SourceSet};
@@ -166,7 +166,7 @@ impl SourceSet<'_> {
         })
     }
 
-    /// Blends the averaged tensors of a single target on the device of the sources.
+    /// Blends the averaged tensors of a single target on the devices of the sources.
     #[cfg(feature = "cuda")]
     fn fill_on_cuda(
         &self,
@@ -184,7 +184,7 @@ impl SourceSet<'_> {
             blends.push(TensorBlend::new(selection, tensor, dtype)?);
             results.push(bytes);
         }
-        blend_in_blocks(device, &blends, results, progress)
+        blend_by_device(device, &blends, results, progress)
     }
 }
 

@@ -18,7 +18,7 @@ mod swap;
 mod write;
 
 pub(crate) use backend::check_device;
-pub use backend::cuda_devices;
+pub use backend::{cuda_devices, describe_cuda_devices};
 pub(crate) use files::{OutputFile, ShardTensor, Shards};
 pub(crate) use options::MAX_TARGETS;
 pub use options::{Output, WriteOptions};

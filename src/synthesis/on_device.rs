@@ -1,6 +1,8 @@
 //! Blend on a CUDA device. Sources are copied there in blocks; results are copied back, or stay there for a live model.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -45,8 +47,28 @@ pub(super) fn submit<'a>(
     blender.submit(inputs, weights, targets, destination, report)
 }
 
+/// Blenders of all devices that a synthesis uses.
+#[derive(Default)]
+pub(super) struct Blenders<'a>(BTreeMap<usize, Blender<'a>>);
+
+impl<'a> Blenders<'a> {
+    /// Returns the blender of a device.
+    pub(super) fn on(&mut self, number: usize) -> Result<&mut Blender<'a>> {
+        Ok(match self.0.entry(number) {
+            Entry::Occupied(blender) => blender.into_mut(),
+            Entry::Vacant(place) => place.insert(Blender::new(&CudaDevice::open(number)?)?),
+        })
+    }
+
+    /// Waits for all blocks and delivers them.
+    pub(super) fn flush(&mut self) -> Result<()> {
+        self.0.values_mut().try_for_each(Blender::flush)
+    }
+}
+
 impl SourceSet<'_> {
-    /// Blends a plan into new host memory on a device. Tied tensors are left to the caller.
+    /// Blends a plan into new host memory on the devices of the sources. Tensors whose sources are all on the host are
+    /// blended on `device`. Tied tensors are left to the caller.
     pub(super) fn load_on(&self, device: &Arc<CudaDevice>, selection: &Selection<'_>) -> Result<Tensors> {
         let averaged: Vec<&ModelTensor> = self.averaged().collect();
         let mut blends = Vec::with_capacity(averaged.len());
@@ -58,7 +80,7 @@ impl SourceSet<'_> {
             results.push(vec![0u8; byte_size(&tensor.name, tensor.dtype, &tensor.shape)?]);
         }
         let places = results.iter_mut().map(Vec::as_mut_slice).collect();
-        blend_in_blocks(device, &blends, places, None)?;
+        blend_by_device(device, &blends, places, None)?;
         let mut tensors = Tensors::default();
         for (tensor, bytes) in averaged.into_iter().zip(results) {
             tensors.insert(&*tensor.name, Tensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes });
@@ -70,31 +92,53 @@ impl SourceSet<'_> {
         Ok(tensors)
     }
 
-    /// Blends a single target into a model on a device that holds the model or a source. After an error the caller has
-    /// to restore the tensors that were written.
+    /// Blends a single target into a model, each tensor on its device, or on that of its average. After an error the
+    /// caller has to restore the tensors that were written.
     pub(super) fn blend_into_on(
         &self,
-        device: &Arc<CudaDevice>,
         selection: &Selection<'_>,
         params: &mut (impl ParametersMut + ?Sized),
     ) -> Result<()> {
-        let mut blender = Blender::new(device)?;
+        let mut blenders = Blenders::default();
         params.for_each_mut(&mut |view: TensorViewMut<'_>| {
             let Some(tensor) = self.find_averaged(view.name) else { return Ok(()) };
             let blend = TensorBlend::new(selection, tensor, view.dtype)?;
-            match view.memory {
-                MemoryMut::Cuda(memory) => into_device(&mut blender, &blend, memory.0),
-                MemoryMut::Host(bytes) => into_host(&mut blender, &blend, bytes),
+            match (view.memory, blend.device()) {
+                (MemoryMut::Cuda(memory), average) => {
+                    into_device(blenders.on(average.unwrap_or(memory.0.device))?, &blend, memory.0)
+                }
+                (MemoryMut::Host(bytes), Some(number)) => into_host(blenders.on(number)?, &blend, bytes),
+                (MemoryMut::Host(bytes), None) => blend.blend_all(bytes),
             }
         })?;
-        blender.flush()
+        blenders.flush()
     }
 }
 
-/// Blends all tensors into host memory. Small tensors share a block.
-pub(super) fn blend_in_blocks<'a>(
+/// Blends all tensors into host memory, each on the device of its average. Those whose sources are all on the host are
+/// blended on `device`.
+pub(super) fn blend_by_device<'a>(
     device: &Arc<CudaDevice>,
     blends: &'a [TensorBlend<'a>],
+    results: Vec<&'a mut [u8]>,
+    progress: Progress<'a>,
+) -> Result<()> {
+    let mut by_device: BTreeMap<usize, (Vec<&TensorBlend<'_>>, Vec<&mut [u8]>)> = BTreeMap::new();
+    for (blend, result) in blends.iter().zip(results) {
+        let (blends, results) = by_device.entry(blend.device().unwrap_or(device.number())).or_default();
+        blends.push(blend);
+        results.push(result);
+    }
+    for (number, (blends, results)) in by_device {
+        blend_in_blocks(&CudaDevice::open(number)?, &blends, results, progress)?;
+    }
+    Ok(())
+}
+
+/// Blends tensors into host memory on one device. Small tensors share a block.
+fn blend_in_blocks<'a>(
+    device: &Arc<CudaDevice>,
+    blends: &[&'a TensorBlend<'a>],
     results: Vec<&'a mut [u8]>,
     progress: Progress<'a>,
 ) -> Result<()> {
@@ -102,7 +146,7 @@ pub(super) fn blend_in_blocks<'a>(
     let mut parts = Vec::new();
     let mut places = Vec::new();
     let mut bytes = 0;
-    for (blend, result) in blends.iter().zip(results) {
+    for (&blend, mut rest) in blends.iter().zip(results) {
         if parts.first().is_some_and(|(first, _): &Part<'_>| !first.has_weights_of(blend)) {
             deliver_into(&mut blender, &parts, std::mem::take(&mut places), progress)?;
             parts.clear();
@@ -110,7 +154,6 @@ pub(super) fn blend_in_blocks<'a>(
         }
         let size = blend.size();
         let bytes_per_element = blend.bytes_read(1) as usize + size;
-        let mut rest = result;
         for elements in blocks(rest.len() / size, bytes_per_element) {
             let (place, tail) = rest.split_at_mut(elements.len() * size);
             rest = tail;

@@ -108,9 +108,15 @@ pub(crate) trait TensorSource: Sync {
     /// Announces that bytes borrowed by [`TensorSource::stored`] will soon be read.
     fn will_need(&self, _bytes: &[u8]) {}
 
-    /// CUDA device of the averaged tensors; `None` for host memory.
+    /// CUDA device of the averaged tensors, the first one if there are several; `None` for host memory.
     fn device(&self) -> Option<usize> {
         None
+    }
+
+    /// CUDA device of one averaged tensor; `None` for host memory.
+    #[cfg(feature = "cuda")]
+    fn device_of(&self, _name: &str) -> Option<usize> {
+        self.device()
     }
 }
 

@@ -1,6 +1,8 @@
 //! Temporary swap of an average into a live model.
 
 use std::borrow::Cow;
+#[cfg(feature = "cuda")]
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -120,7 +122,7 @@ impl SourceSet<'_> {
         match backend {
             Backend::Cpu => self.blend_into(&selection, swapped.params)?,
             #[cfg(feature = "cuda")]
-            Backend::Cuda(device) => self.blend_into_on(&device, &selection, swapped.params)?,
+            Backend::Cuda(_) => self.blend_into_on(&selection, swapped.params)?,
         }
         Ok(swapped)
     }
@@ -266,8 +268,9 @@ fn tensor(view: &TensorView<'_>, bytes: Vec<u8>) -> Tensor {
 /// Copies between host memory and a model's memory on any device.
 #[derive(Default)]
 struct Transfer {
+    /// Pinned buffers of each device.
     #[cfg(feature = "cuda")]
-    staging: Option<Staging>,
+    staging: BTreeMap<usize, Staging>,
 }
 
 impl Transfer {
@@ -302,11 +305,10 @@ impl Transfer {
     /// Pinned buffers for copies from and to a device.
     #[cfg(feature = "cuda")]
     fn staging(&mut self, device: usize) -> Result<&mut Staging> {
-        let staging = match self.staging.take() {
-            Some(staging) if staging.device().number() == device => staging,
-            _ => Staging::new(&cuda::CudaDevice::open(device)?, usize::MAX)?,
-        };
-        Ok(self.staging.insert(staging))
+        Ok(match self.staging.entry(device) {
+            Entry::Occupied(staging) => staging.into_mut(),
+            Entry::Vacant(place) => place.insert(Staging::new(&cuda::CudaDevice::open(device)?, usize::MAX)?),
+        })
     }
 }
 

@@ -134,9 +134,9 @@ fn first_values(
         first = TensorRegistry::resumed(&views, &choice, registry.tied(), &is_averaged)?;
         let config = EngineConfig::new(&first, settings);
         let ordered = first.order_views(&views)?;
-        let device = engine::model_device(ordered.all())?;
+        let places = engine::places(ordered.all());
         let layout = first.layout();
-        let mut engine = engine::start(dir, layout, device, Device::Cpu, config)?;
+        let mut engine = engine::start(dir, layout, &places, Device::Cpu, config)?;
         let weights = vec![1.0; settings.profiles.len()];
         engine.fold(&ordered, layout, UpdateWeights::at(0, &weights), false)?;
         engine.flush()?;

@@ -285,6 +285,11 @@ impl PostHocEma {
             averages.wait()?;
             return Ok(LiveGuard::Device(averages, averages.reader()?.copies()?));
         }
+        #[cfg(feature = "cuda")]
+        if let Some(averages) = self.engine.spread() {
+            averages.wait()?;
+            return Ok(LiveGuard::Spread(averages, averages.copies()?));
+        }
         self.engine.values().map(LiveGuard::Host)
     }
 

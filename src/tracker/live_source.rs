@@ -3,6 +3,8 @@
 use safetensors::Dtype;
 
 use super::engine::AveragesGuard;
+#[cfg(feature = "cuda")]
+use super::engine::SpreadAverages;
 use super::registry::TensorRegistry;
 use super::values::Values;
 #[cfg(feature = "cuda")]
@@ -24,6 +26,8 @@ pub(super) enum LiveValues<'a> {
     Host(Values<'a>),
     #[cfg(feature = "cuda")]
     Device(&'a DeviceAverages, &'a [Vec<u8>]),
+    #[cfg(feature = "cuda")]
+    Spread(&'a SpreadAverages, &'a [Vec<u8>]),
 }
 
 /// Guard of an engine's averages during a synthesis.
@@ -32,6 +36,9 @@ pub(super) enum LiveGuard<'a> {
     /// Averages that stay on the device; only the copied tensors are copied to the host.
     #[cfg(feature = "cuda")]
     Device(&'a DeviceAverages, Vec<Vec<u8>>),
+    /// Averages that stay beside each tensor.
+    #[cfg(feature = "cuda")]
+    Spread(&'a SpreadAverages, Vec<Vec<u8>>),
 }
 
 impl LiveGuard<'_> {
@@ -40,6 +47,8 @@ impl LiveGuard<'_> {
             LiveGuard::Host(averages) => LiveValues::Host(averages.values()),
             #[cfg(feature = "cuda")]
             LiveGuard::Device(averages, copies) => LiveValues::Device(averages, copies),
+            #[cfg(feature = "cuda")]
+            LiveGuard::Spread(averages, copies) => LiveValues::Spread(averages, copies),
         }
     }
 }
@@ -60,7 +69,9 @@ impl TensorSource for LiveSource<'_> {
                 Some((Dtype::F32, Elements::Device(averages.input(self.index, i))))
             }
             #[cfg(feature = "cuda")]
-            (LiveValues::Device(_, copies), Err(i)) => {
+            (LiveValues::Spread(averages, _), Ok(i)) => Some((Dtype::F32, averages.elements(self.index, i))),
+            #[cfg(feature = "cuda")]
+            (LiveValues::Device(_, copies) | LiveValues::Spread(_, copies), Err(i)) => {
                 Some((self.registry.copied()[i].dtype, Elements::Host(&copies[i])))
             }
         }
@@ -71,6 +82,18 @@ impl TensorSource for LiveSource<'_> {
             LiveValues::Host(_) => None,
             #[cfg(feature = "cuda")]
             LiveValues::Device(averages, _) => Some(averages.device().number()),
+            #[cfg(feature = "cuda")]
+            LiveValues::Spread(averages, _) => {
+                (0..self.registry.averaged().len()).find_map(|tensor| averages.device_of(tensor))
+            }
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn device_of(&self, name: &str) -> Option<usize> {
+        match self.values {
+            LiveValues::Spread(averages, _) => averages.device_of(self.registry.find(name)?.ok()?),
+            _ => self.device(),
         }
     }
 }
@@ -81,7 +104,12 @@ impl SampledSource for LiveSource<'_> {
         #[cfg(feature = "cuda")]
         let mut reader = match self.values {
             LiveValues::Device(averages, _) => Some(averages.reader().ok()?),
-            LiveValues::Host(_) => None,
+            LiveValues::Host(_) | LiveValues::Spread(..) => None,
+        };
+        #[cfg(feature = "cuda")]
+        let mut readers = match self.values {
+            LiveValues::Spread(averages, _) => averages.readers(Vec::new()).ok()?,
+            _ => Vec::new(),
         };
         for Segment { tensor, elements } in segments {
             let i = self.registry.find(&tensors[*tensor].name)?.ok()?;
@@ -93,6 +121,11 @@ impl SampledSource for LiveSource<'_> {
                 #[cfg(feature = "cuda")]
                 LiveValues::Device(..) => {
                     let values = reader.as_mut()?.elements(self.index, i, elements.clone()).ok()?;
+                    sampled.append(Dtype::F32, bytemuck::cast_slice(&values))?;
+                }
+                #[cfg(feature = "cuda")]
+                LiveValues::Spread(averages, _) => {
+                    let values = averages.read(&mut readers, self.index, i, elements.clone()).ok()?;
                     sampled.append(Dtype::F32, bytemuck::cast_slice(&values))?;
                 }
             }

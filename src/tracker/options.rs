@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
-use super::engine::{self, EngineConfig, model_device};
+use super::engine::{self, EngineConfig};
 use super::non_finite::{NonFinitePolicy, OnNonFinite};
 use super::registry::TensorRegistry;
 use super::tensor_choice::TensorChoice;
@@ -236,6 +236,10 @@ impl Options {
     ///
     /// The averages are the same, bit for bit, and a resume may choose differently. The averages of parameters in host
     /// memory stay there; choosing a device for them is an [`Error::Setting`].
+    ///
+    /// The parameters may be on several devices and in host memory. [`Device::AnyCuda`] then keeps each tensor's
+    /// averages beside it, [`Device::Auto`] does if every device has room for its own, and [`Device::Cuda`] is an
+    /// [`Error::Setting`]. With averages beside the parameters, an update waits until all devices have looked for NaN.
     pub fn device(mut self, device: Device) -> Self {
         self.device = device;
         self
@@ -311,7 +315,7 @@ impl Options {
         let settings = self.settings(Settings::default())?;
         settings.check()?;
         start_threads()?;
-        let (registry, model_device) = register(params, |views| {
+        let (registry, places) = register(params, |views| {
             let choice = TensorChoice::new(&settings)?;
             choice.check(views)?;
             TensorRegistry::new(views, &choice)
@@ -325,7 +329,7 @@ impl Options {
         snapshot::recover(&self.dir)?;
         snapshot::remove_leftovers(&self.dir)?;
         let config = EngineConfig { device_copy: self.device_copy, ..EngineConfig::new(&registry, &settings) };
-        let engine = engine::start(&self.dir, registry.layout(), model_device, self.device, config)?;
+        let engine = engine::start(&self.dir, registry.layout(), &places, self.device, config)?;
         if self.in_background {
             engine.prepare();
         }
@@ -397,17 +401,18 @@ impl Options {
     }
 }
 
-/// Registers the tensors of `params` and returns the registry with the model's device.
+/// Registers the tensors of `params`, and returns the registry with the place of each: the number of its CUDA device,
+/// none for the host.
 pub(super) fn register(
     params: &(impl Parameters + ?Sized),
     build: impl Fn(&[TensorView<'_>]) -> Result<TensorRegistry>,
-) -> Result<(TensorRegistry, Option<usize>)> {
+) -> Result<(TensorRegistry, Vec<Option<usize>>)> {
     let mut registry = TensorRegistry::default();
-    let mut device = None;
+    let mut places = Vec::new();
     params.with_tensors(&mut |views| {
         registry = build(views)?;
-        device = model_device(registry.order_views(views)?.all())?;
+        places = engine::places(registry.order_views(views)?.all());
         Ok(())
     })?;
-    Ok((registry, device))
+    Ok((registry, places))
 }

@@ -86,10 +86,10 @@ impl Options {
         if !self.extend {
             saved.document.settings.check_same_choice(&settings)?;
         }
-        let (registry, device) = register(params, |views| self.resumed(saved, &settings, views))?;
+        let (registry, places) = register(params, |views| self.resumed(saved, &settings, views))?;
         let non_finite = NonFinitePolicy::new(self.on_non_finite);
         let (values, extensions) = self.resumed_values(saved, &settings, &registry, params)?;
-        Ok(Prepared { settings, registry, device, non_finite, values, extensions })
+        Ok(Prepared { settings, registry, places, non_finite, values, extensions })
     }
 
     /// Registers the tensors of a resumed run. Known ones keep their roles, unless an extension chooses again.
@@ -137,13 +137,13 @@ impl Options {
 
     /// Starts an engine with the averages of a live state.
     fn start(&self, model: Prepared) -> Result<Started> {
-        let Prepared { settings, registry, device, non_finite, values, extensions } = model;
+        let Prepared { settings, registry, places, non_finite, values, extensions } = model;
         let config = EngineConfig {
             values: Some(values),
             device_copy: self.device_copy,
             ..EngineConfig::new(&registry, &settings)
         };
-        let engine = engine::start(&self.dir, registry.layout(), device, self.device, config)?;
+        let engine = engine::start(&self.dir, registry.layout(), &places, self.device, config)?;
         if self.in_background {
             engine.prepare();
         }
@@ -205,8 +205,8 @@ impl Options {
 struct Prepared {
     settings: Settings,
     registry: TensorRegistry,
-    /// Number of the model's device, if it is on one.
-    device: Option<usize>,
+    /// Number of each tensor's CUDA device; none for the host.
+    places: Vec<Option<usize>>,
     non_finite: NonFinitePolicy,
     values: StateValues,
     extensions: Vec<Extension>,

@@ -7,6 +7,7 @@ use posthoc_ema::compute::cuda::{BlendInput, BlendPart, Blender, CudaDevice, Des
 use posthoc_ema::{Dtype, Error, Result};
 use rand::Rng;
 
+use crate::log::logged;
 use crate::owner::{Owned, Owner};
 use crate::values::{AVERAGED, encode, random, size, tame};
 
@@ -336,21 +337,46 @@ fn block_that_does_not_fit_is_blended_in_pieces() {
 
 /// Runs in its own process, with too little memory for the smallest piece.
 #[test]
-#[ignore = "run by `too_little_memory_for_any_piece_is_an_error`"]
+#[ignore = "run by `blend_without_device_memory_has_bits_of_cpu`"]
 fn no_piece_fits() {
-    crate::driver::driver();
-    let case = Case::new(&[Dtype::F32; 3], Dtype::F16, 600_000, 3);
+    let owner = Owner::new();
+    let dtypes = [Dtype::F16, Dtype::F32, Dtype::BF16];
+    for targets in [1, 3, 9] {
+        let cases = [70_001, 0, 3].map(|elements| Case::new(&dtypes, Dtype::F32, elements, 7));
+        check(&cases, targets);
+        check(&[Case::new(&dtypes, Dtype::BF16, 600_000, 8)], targets);
+    }
+    // A source on the device, and results for it.
+    let case = Case::new(&[Dtype::F32; 2], Dtype::BF16, 301, 9);
+    let target = owner.own(&vec![9; case.elements * 2], 2);
+    let source = owner.own(&case.sources[1], 0);
+    owner.wait();
+    let mut blender = Blender::new(&CudaDevice::open(0).unwrap()).unwrap();
+    let device = BlendInput::Device { address: source.address(), bytes: source.bytes };
+    let part = BlendPart { sources: vec![BlendInput::Host(&case.sources[0]), device], ..case.part() };
+    let to = Destination::Device(vec![target.lend_mut()]);
+    let lines = logged(|| {
+        for _ in 0..2 {
+            let to = Destination::Device(vec![target.lend_mut()]);
+            blender.submit(vec![part.clone()], &[0.75, -2.5], 1, to, Box::new(report)).unwrap();
+        }
+        blender.submit(vec![part.clone()], &[0.75, -2.5], 1, to, Box::new(report)).unwrap();
+    });
+    assert!(target.get() == case.expected(&[0.75, -2.5], 1)[0]);
+    let of_host: Vec<&String> = lines.iter().filter(|line| line.contains("the CPU blends")).collect();
+    assert!(matches!(of_host[..], [line] if line.contains("empty_cache")), "{lines:?}");
+
+    let mut case = Case::new(&[Dtype::F32; 3], Dtype::F16, 600_000, 3);
+    case.sources[1][4 * 599_998..][..4].copy_from_slice(&encode(65_520.0, Dtype::F32));
     let mut blender = Blender::new(&CudaDevice::open(0).unwrap()).unwrap();
     let deliver = |_: &[&[u8]]| -> Result<()> { panic!("delivered") };
     let destination = Destination::Host(Box::new(deliver));
-    let outcome = blender.submit(vec![case.part()], &[0.5, 1.0, 0.0], 1, destination, Box::new(report));
-    let error = outcome.unwrap_err();
-    assert!(matches!(error, Error::DeviceMemory { device: 0, .. }), "{error}");
-    let text = error.to_string();
-    assert!(text.contains("a block of snapshots") && text.contains("empty_cache"), "{text}");
+    let outcome = blender.submit(vec![case.part()], &[0.0, 1.0, 0.0], 1, destination, Box::new(report));
+    let text = outcome.unwrap_err().to_string();
+    assert!(text.contains("part 0 target 0 element 599998 is 65520"), "{text}");
 }
 
 #[test]
-fn too_little_memory_for_any_piece_is_an_error() {
+fn blend_without_device_memory_has_bits_of_cpu() {
     crate::driver::check_in_own_process("blend::no_piece_fits", &[("STANDIN_MEMORY", "5000")]);
 }

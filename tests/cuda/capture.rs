@@ -14,7 +14,7 @@ fn options(dir: &Path, device: Device) -> Options {
 }
 
 /// Begins a capture of an owner's stream in the mode that `torch.cuda.graph` uses.
-fn begin_capture(owner: &Owner) {
+pub fn begin_capture(owner: &Owner) {
     owner.make_current();
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
     // SAFETY: the stream exists, and its context is current.
@@ -22,7 +22,7 @@ fn begin_capture(owner: &Owner) {
 }
 
 /// Ends a capture, which fails if a call has invalidated it.
-fn end_capture(owner: &Owner) {
+pub fn end_capture(owner: &Owner) {
     owner.make_current();
     let mut graph = std::ptr::null_mut();
     // SAFETY: as above, and the pointer is valid for the call.

@@ -6,6 +6,7 @@ use posthoc_ema::compute::cuda::{self, KernelCode, Unavailable, devices};
 use posthoc_ema::{At, Device, Options, Output, PostHocEma, Profile, Run, WriteOptions};
 
 use crate::driver::{check_in_own_process, count, driver, is_standin, run_in_own_process, standin};
+use crate::log::logged;
 use crate::model::{Model, files};
 use crate::owner::Owner;
 
@@ -30,6 +31,7 @@ fn every_fault_is_reported() {
     );
     check_in_own_process("faults::too_little_memory", &[("STANDIN_MEMORY", "60000")]);
     check_in_own_process("faults::full_device", &[("STANDIN_MEMORY", "2000000")]);
+    check_in_own_process("faults::no_device_memory_at_all", &[("STANDIN_MEMORY", "2000000")]);
     check_in_own_process("faults::too_little_to_pin", &[("STANDIN_PINNED", "15000")]);
     check_in_own_process("faults::failed_synthesis", &[("STANDIN_FAIL_LAUNCH", "1")]);
     for launch in ["1", "3", "12", "20", "40"] {
@@ -73,7 +75,7 @@ fn driver_that_does_not_start() {
 #[ignore = "run by `every_fault_is_reported`"]
 fn old_driver() {
     let text = reason();
-    assert!(text.contains("CUDA 11.8, the kernels need 12.0") && text.contains("update the driver"), "{text}");
+    assert!(text.contains("CUDA 11.8, the kernels need 12.0") && text.contains("update it to version 525"), "{text}");
 }
 
 #[test]
@@ -148,6 +150,58 @@ fn full_device() {
     twin.finish().unwrap();
     assert!(files(&temp.path().join("device")) == files(&temp.path().join("host")));
     drop(rest);
+}
+
+/// Evaluates and synthesizes on the CPU if another library has taken all of the device, and says so once for each.
+#[test]
+#[ignore = "run by `every_fault_is_reported`"]
+fn no_device_memory_at_all() {
+    let temp = tempfile::tempdir().unwrap();
+    let owner = Owner::new();
+    for device in [Device::AnyCuda, Device::Cpu] {
+        let mut model = Model::new(&owner);
+        let dirs = ["device", "host"].map(|name| temp.path().join(format!("{name}-{device}")));
+        let mut ema = options(&dirs[0]).device(device).create(&model.device).unwrap();
+        let mut twin = options(&dirs[1]).create(&model.host).unwrap();
+        for step in 1..=20 {
+            model.train(step);
+            ema.update(&model.device).unwrap();
+            twin.update(&model.host).unwrap();
+        }
+        ema.flush().unwrap();
+        owner.make_current();
+        let rest = owner.own(&vec![1; cudarc::driver::result::mem_get_info().unwrap().0 - 1], 0);
+        let profile = Profile::sigma_rel(0.1).unwrap();
+        let average = twin.synthesize(profile.clone()).unwrap();
+        let once = |act: &mut dyn FnMut()| {
+            let lines = logged(act);
+            let of_host = lines.iter().filter(|line| line.contains("the CPU blends"));
+            assert_eq!(of_host.count(), 1, "{lines:?}");
+        };
+        once(&mut || {
+            let swapped = ema.swap_in(profile.clone(), &mut model.device).unwrap();
+            for (name, tensor, owned) in &swapped.tensors {
+                assert!(owned.get() == average.get(name).unwrap().bytes, "{name} {}", tensor.dtype);
+            }
+            swapped.restore().unwrap();
+        });
+        if device == Device::AnyCuda {
+            once(&mut || assert!(ema.synthesize(profile.clone()).unwrap() == average));
+        }
+        let run = Run::open(&dirs[0]).unwrap();
+        let plan = run.plan(profile.clone(), At::Latest).unwrap();
+        let write = |device, name: &str| {
+            let path = temp.path().join(name);
+            let options = WriteOptions { device, ..WriteOptions::default() };
+            run.write_all(&[Output { plan: &plan, path: &path }], &options).unwrap();
+            std::fs::read(path).unwrap()
+        };
+        once(&mut || assert!(write(Device::Cuda(0), "cuda.safetensors") == write(Device::Cpu, "cpu.safetensors")));
+        drop(rest);
+        ema.finish().unwrap();
+        twin.finish().unwrap();
+        assert!(files(&dirs[0]) == files(&dirs[1]));
+    }
 }
 
 #[test]

@@ -6,6 +6,9 @@ mod blend;
 mod capture;
 mod driver;
 mod faults;
+mod frees;
+#[path = "../../src/tracker/tests/log.rs"]
+mod log;
 mod model;
 mod mutations;
 mod non_finite;
@@ -13,6 +16,7 @@ mod offload;
 mod ordering;
 mod owner;
 mod reader;
+mod spread;
 mod synthesis;
 mod tracker;
 mod update;

@@ -1,11 +1,11 @@
 //! `posthoc-ema inspect`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use posthoc_ema::snapshot::{self, Extension, SetAside, Snapshot, SnapshotId};
-use posthoc_ema::{Error, Profile, Run, SavedState, shown};
+use posthoc_ema::{Error, Profile, Run, SavedState, describe_cuda_devices, shown};
 use serde_json::json;
 
 use super::output::{bytes, print, print_json};
@@ -49,6 +49,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         print(&table(&entries).to_string());
         print(&summary(&arguments.run, &entries));
         extensions(&entries).iter().for_each(|extension| print(&extension_text(extension)));
+        cuda_devices().iter().for_each(|(device, described)| print(&format!("{device}: {described}")));
     }
     if !arguments.json {
         snapshot::set_aside(&arguments.run)?.iter().for_each(|left| print(&left_course(left)));
@@ -63,6 +64,16 @@ pub fn run(arguments: &Arguments) -> Outcome {
 
 fn open(id: SnapshotId, files: Result<Vec<PathBuf>, Error>) -> Entry {
     Entry { id, opened: files.and_then(|files| Snapshot::open(id, &files)).map_err(|error| error.to_string()) }
+}
+
+/// Returns the CUDA devices that can synthesize from the run: each with its product name, driver and kernels, or the
+/// reason why there is none. A program without CUDA lists none.
+fn cuda_devices() -> Vec<(String, String)> {
+    match describe_cuda_devices() {
+        Ok(devices) => devices.into_iter().enumerate().map(|(i, text)| (format!("cuda:{i}"), text)).collect(),
+        Err(why) if cfg!(feature = "cuda") => vec![("cuda".to_owned(), why)],
+        Err(_) => Vec::new(),
+    }
 }
 
 /// Returns the name of a snapshot's profile, or its metadata if they cannot be parsed.
@@ -202,6 +213,7 @@ fn document(run: &Path, entries: &[Entry], problem: Option<&str>) -> serde_json:
         "aside": aside_json(run),
         "trouble": problem,
         "extensions": extensions(entries),
+        "cuda": cuda_devices().into_iter().collect::<BTreeMap<_, _>>(),
     })
 }
 

@@ -172,6 +172,9 @@ fn inspect_lists_sound_and_damaged_snapshots() {
     let document = json(&["inspect", &dir, "--json"]);
     assert_eq!(document["snapshots"][0]["parameters"], 1010);
     assert_eq!(document["trouble"], Value::Null);
+    // A build with CUDA names its devices, or the reason why there is none.
+    assert_eq!(document["cuda"].as_object().unwrap().is_empty(), !cfg!(feature = "cuda"));
+    assert_eq!(text.contains("\ncuda"), cfg!(feature = "cuda"), "{text}");
 
     let path = Path::new(&dir).join("1.200.safetensors");
     let bytes = fs::read(&path).unwrap();

@@ -172,6 +172,63 @@ impl DeviceAverages {
         self.queue(averaged, copied, weights, true)
     }
 
+    /// Queues a look at the parameters without an update. [`DeviceAverages::refused`] returns what it has found.
+    ///
+    /// It is for a model on several devices, where every device looks before any average changes.
+    ///
+    /// # Errors
+    /// Those of [`DeviceAverages::update_if_finite`].
+    pub fn look(&mut self, averaged: &[(Dtype, CudaMemory<'_>)], copied: &[CudaMemory<'_>]) -> Result<()> {
+        let device = self.device().clone();
+        let _bound = device.bind()?;
+        self.has_looked = false;
+        let Some(stream) = self.begin(averaged, copied)? else { return Ok(()) };
+        // SAFETY: the parameters are borrowed in the order of the stream.
+        let looked = unsafe { self.look.queue(&stream, self.table.address(), self.averaged_chunks) };
+        let looked = looked.and_then(|()| self.look.fetch(&stream)).and_then(|()| self.mark_updated(&stream));
+        if looked.is_err() {
+            // No event covers the queued work, so it is waited for.
+            let _ = stream.synchronize();
+        }
+        self.has_looked = looked.is_ok();
+        looked
+    }
+
+    /// Checks that an update with these parameters can be queued, without a change.
+    ///
+    /// # Errors
+    /// Those of [`DeviceAverages::update_if_finite`] that leave the averages unchanged.
+    pub fn check(&self, averaged: &[(Dtype, CudaMemory<'_>)], copied: &[CudaMemory<'_>]) -> Result<()> {
+        self.checked_stream(averaged, copied).map(drop)
+    }
+
+    /// Checks the parameters of an update, and returns their stream; none if there are none.
+    fn checked_stream(
+        &self,
+        averaged: &[(Dtype, CudaMemory<'_>)],
+        copied: &[CudaMemory<'_>],
+    ) -> Result<Option<Arc<CudaStream>>> {
+        let tensors = averaged.iter().map(|(_, memory)| memory).chain(copied);
+        let Some((number, stream)) = common_stream(tensors)? else { return Ok(None) };
+        self.device().check_number(number)?;
+        self.check_tensors(averaged, copied)?;
+        self.device().borrow_stream(stream).map(Some)
+    }
+
+    /// Checks the parameters of an update, and prepares their stream and the table. Returns none if there are none.
+    fn begin(
+        &mut self,
+        averaged: &[(Dtype, CudaMemory<'_>)],
+        copied: &[CudaMemory<'_>],
+    ) -> Result<Option<Arc<CudaStream>>> {
+        let Some(borrowed) = self.checked_stream(averaged, copied)? else { return Ok(None) };
+        // Needed even if the handle is that of the last update. A handle may be reused for another stream, and the one
+        // of the per-thread default stream means another stream on each thread.
+        borrowed.wait(&self.updated).map_err(self.device().driver_error("order two streams"))?;
+        self.refresh_table(&borrowed, averaged, copied)?;
+        Ok(Some(borrowed))
+    }
+
     fn queue(
         &mut self,
         averaged: &[(Dtype, CudaMemory<'_>)],
@@ -179,17 +236,12 @@ impl DeviceAverages {
         weights: UpdateWeights<'_>,
         looks: bool,
     ) -> Result<()> {
-        let tensors = averaged.iter().map(|(_, memory)| memory).chain(copied);
-        let Some((number, stream)) = common_stream(tensors)? else { return Ok(()) };
         let device = self.device().clone();
-        device.check_number(number)?;
-        self.check_tensors(averaged, copied, weights)?;
         let _bound = device.bind()?;
-        let borrowed = device.borrow_stream(stream)?;
-        // Needed even if the handle is that of the last update. A handle may be reused for another stream, and the one
-        // of the per-thread default stream means another stream on each thread.
-        borrowed.wait(&self.updated).map_err(device.driver_error("order two streams"))?;
-        self.refresh_table(&borrowed, averaged, copied)?;
+        if weights.each.len() != self.profiles() {
+            return Err(self.error("update the averages", "there is not one weight for each profile"));
+        }
+        let Some(borrowed) = self.begin(averaged, copied)? else { return Ok(()) };
         let queued = self.queue_launches(&borrowed, weights, looks);
         if queued.is_err() {
             // No event covers the queued work, so it is waited for.
@@ -239,17 +291,10 @@ impl DeviceAverages {
     }
 
     /// Checks that the tensors have the sizes that the averages were created for.
-    fn check_tensors(
-        &self,
-        averaged: &[(Dtype, CudaMemory<'_>)],
-        copied: &[CudaMemory<'_>],
-        weights: UpdateWeights<'_>,
-    ) -> Result<()> {
+    fn check_tensors(&self, averaged: &[(Dtype, CudaMemory<'_>)], copied: &[CudaMemory<'_>]) -> Result<()> {
         let arenas = &self.arenas;
         let layout = &arenas.layout;
-        let counts_match = averaged.len() == layout.len()
-            && copied.len() == arenas.copy_ranges.len()
-            && weights.each.len() == self.profiles();
+        let counts_match = averaged.len() == layout.len() && copied.len() == arenas.copy_ranges.len();
         let averaged_match = averaged.iter().enumerate().all(|(i, (dtype, memory))| {
             i < layout.len() && memory.bytes == layout.range(i).len() * dtype.bitsize() / 8
         });

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
 use super::kernels::{KernelCode, Kernels};
-use super::probe::{DriverVersion, KERNELS, devices};
+use super::probe::{DriverVersion, KERNELS, described, devices};
+use super::remedies::{oldest_driver, remedy};
 use crate::error::{Error, Result};
 
 /// CUDA device that is ready for use.
@@ -119,7 +120,8 @@ impl CudaDevice {
         if driver.code() == KernelCode::Ptx {
             tracing::warn!(
                 "cuda:{number}: the driver supports CUDA {driver}, the kernels are of CUDA {KERNELS}: it compiles them \
-                 now, and keeps them in its cache; a driver of version 580 or later need not"
+                 now, and keeps them in its cache; a driver of version {} or later need not",
+                oldest_driver(KERNELS)
             );
         }
         let kernels = Kernels::load(&context, driver.code()).map_err(|error| {
@@ -148,6 +150,11 @@ impl CudaDevice {
     /// Returns the kind of the kernels' code that the driver has loaded.
     pub fn code(&self) -> KernelCode {
         self.driver.code()
+    }
+
+    /// Returns the product name, the CUDA version of the driver, and the kind of the kernels' code.
+    pub fn description(&self) -> String {
+        described(&self.name, self.driver)
     }
 
     /// Returns the number of multiprocessors.
@@ -248,34 +255,9 @@ fn cuda_error(device: usize, action: impl Into<String>, error: DriverError) -> E
     use sys::CUresult as Code;
     let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
     let text = text.unwrap_or_else(|_| format!("{:?}", error.0));
-    let remedy = match error.0 {
-        Code::CUDA_ERROR_OUT_OF_MEMORY => {
-            ": free memory of the device (torch.cuda.empty_cache() returns what PyTorch has cached), or keep the \
-             averages on the host and blend on the CPU"
-        }
-        Code::CUDA_ERROR_NO_BINARY_FOR_GPU | Code::CUDA_ERROR_INVALID_PTX => {
-            ": build for this device with POSTHOC_EMA_CUDA_ARCHS, or use the CPU"
-        }
-        Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
-            ": the driver is older than the kernels' compiler: update it, or build with an nvcc of its CUDA version"
-        }
-        Code::CUDA_ERROR_INVALID_CONTEXT | Code::CUDA_ERROR_INVALID_HANDLE => {
-            ": the stream that came with the memory belongs to another device or no longer exists"
-        }
-        code if (900..=907).contains(&(code as u32)) => ": do not call this while a CUDA graph is captured",
-        Code::CUDA_ERROR_ILLEGAL_ADDRESS
-        | Code::CUDA_ERROR_LAUNCH_FAILED
-        | Code::CUDA_ERROR_MISALIGNED_ADDRESS
-        | Code::CUDA_ERROR_ECC_UNCORRECTABLE
-        | Code::CUDA_ERROR_LAUNCH_TIMEOUT
-        | Code::CUDA_ERROR_HARDWARE_STACK_ERROR
-        | Code::CUDA_ERROR_ILLEGAL_INSTRUCTION
-        | Code::CUDA_ERROR_INVALID_PC => {
-            ": a kernel of this process failed: restart the process to use the device again; files on disk are intact"
-        }
-        _ => "",
-    };
-    let (action, reason) = (action.into(), format!("{text} ({}){remedy}", error.0 as u32));
+    let code = error.0 as u32;
+    let remedy = remedy(code).map_or(String::new(), |remedy| format!(": {remedy}"));
+    let (action, reason) = (action.into(), format!("{text} ({code}){remedy}"));
     match error.0 {
         Code::CUDA_ERROR_OUT_OF_MEMORY => Error::DeviceMemory { device, action, reason },
         _ => Error::Cuda { device, action, reason },

@@ -1,5 +1,6 @@
 //! Kernels and their arguments, as declared in `kernels/*.cu`.
 
+use std::fmt;
 use std::sync::Arc;
 
 use cudarc::driver::{
@@ -49,6 +50,15 @@ pub enum KernelCode {
     Fatbin,
     /// PTX that the driver compiles, because it is older than the compiler of the build.
     Ptx,
+}
+
+impl fmt::Display for KernelCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            KernelCode::Fatbin => "machine code of the build",
+            KernelCode::Ptx => "kernels compiled by the driver",
+        })
+    }
 }
 
 /// Returns the number of an averaged dtype in the kernels (`Kind`).
@@ -280,4 +290,17 @@ unsafe fn launch<T: DeviceRepr>(
     let config = LaunchConfig { grid_dim, block_dim: (BLOCK_THREADS as u32, 1, 1), shared_mem_bytes: 0 };
     // SAFETY: guaranteed by the caller.
     unsafe { stream.launch_builder(kernel).arg(args).launch(config) }.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every program and every wheel carries this code.
+    #[test]
+    fn embedded_code_of_all_architectures_stays_below_six_megabytes() {
+        let files = [&UPDATE, &LOOK, &BLEND, &GATHER];
+        let bytes: usize = files.iter().map(|file| file.fatbin.len() + file.ptx.len()).sum();
+        assert!((100_000..6_000_000).contains(&bytes), "{bytes} bytes of kernels are embedded");
+    }
 }

@@ -21,6 +21,7 @@ mod offload;
 mod pinned;
 mod probe;
 mod reader;
+mod remedies;
 mod staging;
 mod timed_stream;
 
@@ -31,7 +32,7 @@ pub use kernels::KernelCode;
 pub use memory::Buffer;
 pub use offload::{Fence, HostCopy, Offload, PendingCopy};
 pub use pinned::{Pinned, check_host_memory};
-pub use probe::{Unavailable, devices};
+pub use probe::{Unavailable, describe, devices};
 pub use reader::AveragesReader;
 pub use staging::Staging;
 pub use timed_stream::{BlendWorkspace, PinnedMemory, TimedStream};

@@ -88,11 +88,10 @@ pub struct PendingCopy {
 pub struct HostCopy(PendingCopy);
 
 /// Fence that passes when all parameters of the newest update have been read and may be changed.
+///
+/// Parameters on several devices have one event each.
 #[derive(Clone, Debug)]
-pub struct Fence {
-    device: Arc<CudaDevice>,
-    all_read: Arc<Event>,
-}
+pub struct Fence(Vec<(Arc<CudaDevice>, Arc<Event>)>);
 
 /// Returns the size in bytes of the chunks of small tensors, among `total` bytes.
 fn small_chunk_size(device: &CudaDevice, total: usize) -> Result<usize> {
@@ -181,7 +180,7 @@ impl Offload {
             self.arrangement = Arrangement::new(&self.sizes, ordered, self.gathered.len().max(SMALL));
         }
         let slot = self.free.take();
-        let fence = Fence { device: device.clone(), all_read: slot.all_read.clone() };
+        let fence = Fence(vec![(device.clone(), slot.all_read.clone())]);
         let ranges = self.arrangement.ranges.clone();
         let pending = PendingCopy { slot: Some(slot), free: self.free.clone(), ranges };
         let _bound = device.bind()?;
@@ -361,18 +360,48 @@ impl HostCopy {
 }
 
 impl Fence {
-    /// Makes a stream of the device wait for the fence. The host does not wait.
+    /// Combines the fences of several devices.
+    pub fn of_all(fences: impl IntoIterator<Item = Fence>) -> Fence {
+        Fence(fences.into_iter().flat_map(|fence| fence.0).collect())
+    }
+
+    /// Returns the numbers of the parameters' devices.
+    pub fn devices(&self) -> impl Iterator<Item = usize> + '_ {
+        self.0.iter().map(|(device, _)| device.number())
+    }
+
+    /// Makes a stream of the parameters' only device wait for the fence. The host does not wait.
     ///
     /// `stream` is a `CUstream` as a number.
+    ///
+    /// # Errors
+    /// [`crate::Error::Cuda`] if the driver fails, or if the parameters are on several devices:
+    /// [`Fence::wait_on_device`] is for them.
+    ///
+    /// # Safety
+    /// The stream belongs to the device's primary context and exists.
+    pub unsafe fn wait_on(&self, stream: usize) -> Result<()> {
+        match &self.0[..] {
+            [(device, done)] => wait_for(device, done, stream),
+            several => {
+                let reason = "the parameters are on several devices: each of them has a stream, which waits by \
+                              `wait_on_device`";
+                let device = several.first().map_or(0, |(device, _)| device.number());
+                Err(Error::Cuda { device, action: "wait for the fence".into(), reason: reason.into() })
+            }
+        }
+    }
+
+    /// Makes a stream of one device wait until the parameters on that device have been read. The host does not wait.
     ///
     /// # Errors
     /// [`crate::Error::Cuda`] if the driver fails.
     ///
     /// # Safety
-    /// The stream belongs to the device's primary context and exists.
-    pub unsafe fn wait_on(&self, stream: usize) -> Result<()> {
-        let _bound = self.device.bind()?;
-        self.device.borrow_stream(stream)?.wait(&self.all_read).map_err(self.device.driver_error("order two streams"))
+    /// The stream belongs to the primary context of the device of this number and exists.
+    pub unsafe fn wait_on_device(&self, number: usize, stream: usize) -> Result<()> {
+        let on_device = self.0.iter().filter(|(device, _)| device.number() == number);
+        on_device.into_iter().try_for_each(|(device, done)| wait_for(device, done, stream))
     }
 
     /// Waits for the fence on the host.
@@ -380,7 +409,15 @@ impl Fence {
     /// # Errors
     /// [`crate::Error::Cuda`] if the copy failed.
     pub fn wait(&self) -> Result<()> {
-        let _bound = self.device.bind()?;
-        self.all_read.synchronize().map_err(self.device.driver_error("copy the parameters to the host"))
+        self.0.iter().try_for_each(|(device, done)| {
+            let _bound = device.bind()?;
+            done.synchronize().map_err(device.driver_error("copy the parameters to the host"))
+        })
     }
+}
+
+/// Makes a stream of a device wait for an event of it.
+fn wait_for(device: &CudaDevice, done: &Event, stream: usize) -> Result<()> {
+    let _bound = device.bind()?;
+    device.borrow_stream(stream)?.wait(done).map_err(device.driver_error("order two streams"))
 }

@@ -4,10 +4,12 @@ use std::ffi::{c_int, c_uint};
 use std::fmt;
 use std::sync::OnceLock;
 
-use cudarc::driver::sys;
+use cudarc::driver::{DriverError, result, sys};
 use libloading::Library;
 
 use super::KernelCode;
+use super::remedies::{oldest_driver, remedy};
+use crate::fs::driver_libraries;
 
 /// Reason why no CUDA device can be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,26 +34,28 @@ pub enum Unavailable {
 impl fmt::Display for Unavailable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Unavailable::NoDriver => f.write_str("the machine has no NVIDIA driver (libcuda.so.1)"),
+            Unavailable::NoDriver => write!(
+                f,
+                "the machine has no NVIDIA driver ({}): install one; under WSL, on Windows; a container needs \
+                 `--gpus all`",
+                driver_libraries().join(", ")
+            ),
             Unavailable::Incomplete(name) => {
                 write!(f, "the NVIDIA driver lacks {name}: it is damaged or far too old: install a current one")
             }
-            Unavailable::TooOld { driver, kernels } => {
-                write!(f, "the NVIDIA driver supports CUDA {driver}, the kernels need {kernels}: update the driver")
-            }
-            Unavailable::Refused(34) => f.write_str(
-                "the loaded libcuda.so is a stub of the CUDA toolkit: remove its folder from LD_LIBRARY_PATH",
-            ),
-            Unavailable::Refused(802) => {
-                f.write_str("the NVIDIA driver is not ready (error 802): with NVSwitch, start its fabric manager first")
-            }
-            Unavailable::Refused(803) => f.write_str(
-                "parts of the NVIDIA driver have different versions (error 803): reboot after the driver's update",
+            Unavailable::TooOld { driver, kernels } => write!(
+                f,
+                "the NVIDIA driver supports CUDA {driver}, the kernels need {kernels}: update it to version {} \
+                 or later",
+                oldest_driver(kernels)
             ),
             Unavailable::Refused(code) => {
-                write!(f, "the NVIDIA driver does not start (error {code}): check that nvidia-smi works")
+                let remedy = remedy(*code).unwrap_or("check that nvidia-smi works");
+                write!(f, "the NVIDIA driver does not start (error {code}): {remedy}")
             }
-            Unavailable::NoDevice => f.write_str("the NVIDIA driver finds no device: check CUDA_VISIBLE_DEVICES"),
+            Unavailable::NoDevice => {
+                write!(f, "the NVIDIA driver finds no device: {}", remedy(100).unwrap_or_default())
+            }
         }
     }
 }
@@ -122,10 +126,9 @@ pub fn devices() -> Result<usize, Unavailable> {
 }
 
 fn probe() -> Result<usize, Unavailable> {
-    // The names are in cudarc's order, so that it loads the same library.
     // SAFETY: loading the driver's library runs its initialisers, as in every CUDA program.
     let open = |name: &&str| unsafe { Library::new(*name) }.ok();
-    let library = ["libcuda.so", "libcuda.so.1"].iter().find_map(open).ok_or(Unavailable::NoDriver)?;
+    let library = driver_libraries().iter().find_map(open).ok_or(Unavailable::NoDriver)?;
     for name in NEEDED {
         // SAFETY: the symbol is looked up but never called through this type.
         if unsafe { library.get::<*const ()>(name.as_bytes()) }.is_err() {
@@ -151,6 +154,28 @@ fn probe() -> Result<usize, Unavailable> {
         (0, _) => Err(Unavailable::NoDevice),
         (code, _) => Err(Unavailable::Refused(code)),
     }
+}
+
+/// Returns the product name of a device, the CUDA version of its driver, and the kind of the kernels' code. The device
+/// is not opened, which would take memory of it.
+///
+/// # Errors
+/// Returns the reason if no device can be used, or none of this number.
+pub fn describe(number: usize) -> Result<String, Unavailable> {
+    let count = devices()?;
+    if number >= count {
+        return Err(Unavailable::Refused(101));
+    }
+    let driver = DriverVersion::read()?;
+    let refused = |error: DriverError| Unavailable::Refused(error.0 as c_uint);
+    let device = result::device::get(number as c_int).map_err(refused)?;
+    let name = result::device::get_name(device).map_err(refused)?;
+    Ok(described(&name, driver))
+}
+
+/// Returns the words for a device.
+pub(super) fn described(name: &str, driver: DriverVersion) -> String {
+    format!("{name}, driver for CUDA {driver}, {}", driver.code())
 }
 
 /// Newest CUDA version that the driver supports.

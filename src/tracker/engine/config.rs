@@ -45,7 +45,13 @@ impl EngineConfig {
     /// Returns the bytes of memory that the averages take.
     #[cfg(feature = "cuda")]
     pub(super) fn bytes(&self, layout: &Layout) -> usize {
+        self.bytes_of_averages(layout) + self.copied.iter().sum::<usize>()
+    }
+
+    /// Returns the bytes of memory that the averages of some tensors take, without copied tensors.
+    #[cfg(feature = "cuda")]
+    pub(super) fn bytes_of_averages(&self, layout: &Layout) -> usize {
         let each = if self.precision == Precision::Compensated { 6 } else { 4 };
-        self.profiles * layout.total() * each + self.copied.iter().sum::<usize>()
+        self.profiles * layout.total() * each
     }
 }

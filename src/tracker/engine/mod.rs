@@ -7,9 +7,16 @@ mod config;
 mod copy_buffer;
 #[cfg(feature = "cuda")]
 mod device;
+#[cfg(feature = "cuda")]
+mod gathered_copies;
 mod host;
 #[cfg(feature = "cuda")]
 mod offloaded;
+mod places;
+#[cfg(feature = "cuda")]
+mod spread;
+#[cfg(feature = "cuda")]
+mod spread_averages;
 mod start;
 
 use std::any::Any;
@@ -27,7 +34,10 @@ pub(super) use averages::AveragesGuard;
 pub(super) use config::EngineConfig;
 #[cfg(test)]
 pub(super) use host::HostEngine;
-pub(super) use start::{model_device, start};
+pub(super) use places::places;
+#[cfg(feature = "cuda")]
+pub(super) use spread_averages::SpreadAverages;
+pub(super) use start::start;
 
 /// Averages of a tracker, with the means to update and to store them.
 ///
@@ -132,6 +142,12 @@ pub(super) trait Engine: Any + Send + Sync {
     /// Returns the averages if they are on a device.
     #[cfg(feature = "cuda")]
     fn on_device(&self) -> Option<&DeviceAverages> {
+        None
+    }
+
+    /// Returns the averages if they are in several places.
+    #[cfg(feature = "cuda")]
+    fn spread(&self) -> Option<&SpreadAverages> {
         None
     }
 }

@@ -1,4 +1,4 @@
-//! Averages on the host of parameters on a CUDA device.
+//! Averages on the host of parameters on CUDA devices, some of which may be in host memory.
 //!
 //! Each update copies the parameters once, in their own dtype, beside the training. A thread folds them in when they
 //! have arrived.
@@ -11,11 +11,12 @@ use safetensors::Dtype;
 use super::averages::{AveragesGuard, HostAverages, first_refused};
 use super::background::Background;
 use super::copy_buffer::CopyBuffer;
-use super::{Engine, EngineConfig, Pending, cuda_memory};
+use super::gathered_copies::{ArrivedCopies, Gathering};
+use super::{Engine, EngineConfig, Pending};
 use crate::compute::cpu::{Incoming, Layout, UpdateWeights};
-use crate::compute::cuda::{CudaDevice, Fence, HostCopy, Offload, check_host_memory};
+use crate::compute::cuda::{CudaDevice, Fence, Offload, check_host_memory};
 use crate::error::{Error, Result};
-use crate::tensor::{CudaMemory, NonFiniteElement};
+use crate::tensor::{NonFiniteElement, TensorView};
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::tracker::registry::OrderedViews;
 
@@ -23,7 +24,7 @@ use crate::tracker::registry::OrderedViews;
 pub(in crate::tracker) struct OffloadedEngine {
     // Declared first, so that it is dropped first: its thread folds in what has arrived.
     background: Background,
-    offload: Offload,
+    gathering: Gathering,
     averages: Arc<OffloadedAverages>,
     layout: Arc<Layout>,
     /// Result of the newest look.
@@ -55,7 +56,7 @@ impl Drop for Promise {
 
 /// Averages, with a record of a lost update.
 struct OffloadedAverages {
-    /// Number of the parameters' device.
+    /// Number of the first of the parameters' devices.
     device: usize,
     host: Mutex<HostAverages>,
     /// Reason why an update was not folded in completely; nothing may be stored after that. Outside the lock, so that
@@ -92,20 +93,28 @@ impl OffloadedAverages {
 
 impl OffloadedEngine {
     pub(super) fn start(
-        device: &Arc<CudaDevice>,
         dir: &Path,
         layout: &Layout,
+        places: &[Option<usize>],
         config: EngineConfig,
-        device_copy: DeviceCopy,
     ) -> Result<OffloadedEngine> {
         let sizes: Vec<usize> = config.averaged.iter().chain(&config.copied).copied().collect();
-        check_host_memory(device, Offload::pinned_bytes(&sizes) + config.bytes(layout), "averages in host memory")?;
-        let offload = offload(device, &sizes, device_copy)?;
+        let number = places.iter().flatten().min().copied().unwrap_or(0);
+        let on_devices = places.iter().zip(&sizes).filter(|(place, _)| place.is_some()).map(|(_, &bytes)| bytes);
+        let pinned = Offload::pinned_bytes(&on_devices.collect::<Vec<_>>());
+        let device = CudaDevice::open(number)?;
+        check_host_memory(&device, pinned + config.bytes(layout), "averages in host memory")?;
+        let prepare = |device: &Arc<CudaDevice>, tensors: &[usize], sizes: &[usize]| {
+            let averaged = tensors.iter().filter(|&&tensor| tensor < layout.len());
+            let elements = averaged.map(|&tensor| layout.range(tensor).len()).sum();
+            offload(device, sizes, device_copy(device, elements, sizes, config.device_copy)?)
+        };
+        let gathering = Gathering::new(places, &sizes, &prepare)?;
         let averages =
-            OffloadedAverages { device: device.number(), host: Mutex::new(config.host(layout)), lost: OnceLock::new() };
+            OffloadedAverages { device: number, host: Mutex::new(config.host(layout)), lost: OnceLock::new() };
         Ok(OffloadedEngine {
             background: Background::start(dir)?,
-            offload,
+            gathering,
             averages: Arc::new(averages),
             layout: Arc::new(layout.clone()),
             looked: Arc::new(OnceLock::from(None)),
@@ -123,9 +132,9 @@ impl Engine for OffloadedEngine {
         weights: UpdateWeights<'_>,
         looks: bool,
     ) -> Result<()> {
-        let tensors = views.all().map(cuda_memory).collect::<Result<Vec<CudaMemory<'_>>>>()?;
+        let tensors: Vec<&TensorView<'_>> = views.all().collect();
         self.averages.check()?;
-        let (staged, fence) = self.offload.copy(&tensors)?;
+        let (staged, fence) = self.gathering.copy(&tensors)?;
         self.fence = Some(fence);
         let dtypes: Vec<Dtype> = views.averaged.iter().map(|view| view.dtype).collect();
         let averages = self.averages.clone();
@@ -185,21 +194,43 @@ impl Engine for OffloadedEngine {
     }
 
     fn placement(&self) -> String {
-        let (number, bytes) = (self.offload.device().number(), self.offload.device_bytes());
-        let way = match self.offload.copies_on_device() {
-            true => "each update copies the parameters there, and the training waits for that alone",
-            false => "the training waits for the bus, at each update or at its fence",
+        let device = |offload: &Offload| {
+            let (number, bytes) = (offload.device().number(), offload.device_bytes());
+            let way = match offload.copies_on_device() {
+                true => "each update copies the parameters there, and the training waits for that alone",
+                false => "the training waits for the bus, at each update or at its fence",
+            };
+            format!("; {:.1} MB on cuda:{number}: {way}", bytes as f64 / 1e6)
         };
-        format!("averages in host memory; {:.1} MB on cuda:{number}: {way}", bytes as f64 / 1e6)
+        format!("averages in host memory{}", self.gathering.offloads().map(device).collect::<String>())
     }
 
     fn needs_fence(&self) -> bool {
-        !self.offload.copies_on_device()
+        !self.gathering.offloads().all(Offload::copies_on_device)
     }
 
     fn fence(&self) -> Option<&Fence> {
         self.fence.as_ref()
     }
+}
+
+/// Chooses if the parameters of a device are copied within it: with no wish, if they fit beside the training.
+fn device_copy(device: &CudaDevice, elements: usize, sizes: &[usize], wish: Option<bool>) -> Result<DeviceCopy> {
+    Ok(match wish {
+        None if fits_beside_training(device, elements, sizes.iter().sum())? => DeviceCopy::IfPossible,
+        None | Some(false) => DeviceCopy::Never,
+        Some(true) => DeviceCopy::Always,
+    })
+}
+
+/// Returns true if memory on a device leaves enough for the training, which may not have begun.
+///
+/// It may take a quarter of the free memory that is left after a gradient and two moments in f32 for each parameter.
+pub(super) fn fits_beside_training(device: &CudaDevice, elements: usize, bytes: usize) -> Result<bool> {
+    const TRAINING: usize = 12;
+    const SHARE: usize = 4;
+    let free = device.memory()?.0.saturating_sub(TRAINING * elements);
+    Ok(bytes <= free / SHARE)
 }
 
 /// Prepares the copies of tensors to the host.
@@ -217,6 +248,6 @@ fn offload(device: &Arc<CudaDevice>, sizes: &[usize], device_copy: DeviceCopy) -
     }
 }
 
-fn incoming<'a>(arrived: &'a HostCopy, dtypes: &[Dtype]) -> Vec<Incoming<'a>> {
+fn incoming<'a>(arrived: &'a ArrivedCopies, dtypes: &[Dtype]) -> Vec<Incoming<'a>> {
     dtypes.iter().enumerate().map(|(i, &dtype)| Incoming { dtype, bytes: arrived.tensor(i) }).collect()
 }

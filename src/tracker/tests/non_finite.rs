@@ -151,7 +151,7 @@ fn later(dir: &std::path::Path, reaction: OnNonFinite) -> PostHocEma {
     let model = vec![("w", vec![1.0f32; 3])];
     let mut ema = options(dir).checkpoint_every(10).on_non_finite(reaction).create(&model).unwrap();
     let config = EngineConfig::new(&ema.registry, &ema.settings);
-    let engine = engine::start(dir, ema.registry.layout(), None, Device::Cpu, config).unwrap();
+    let engine = engine::start(dir, ema.registry.layout(), &[], Device::Cpu, config).unwrap();
     ema.engine = Box::new(Later(engine));
     ema
 }

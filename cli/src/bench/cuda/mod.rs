@@ -11,7 +11,7 @@ mod update;
 use std::ops::Range;
 use std::sync::Arc;
 
-use posthoc_ema::compute::cuda::{CudaDevice, KernelCode};
+use posthoc_ema::compute::cuda::CudaDevice;
 use posthoc_ema::{Device, Result};
 
 use super::cases::Sizes;
@@ -30,11 +30,7 @@ impl BenchDevice for Cuda {
     }
 
     fn model(&self) -> String {
-        let code = match self.0.code() {
-            KernelCode::Fatbin => "machine code of the build",
-            KernelCode::Ptx => "kernels compiled by the driver",
-        };
-        format!("{}, driver for CUDA {}, {code}", self.0.name(), self.0.driver())
+        self.0.description()
     }
 
     fn default_parameters(&self, sizes: &Sizes) -> Result<usize> {

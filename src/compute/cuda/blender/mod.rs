@@ -6,6 +6,7 @@
 
 mod fill;
 mod job;
+mod on_host;
 mod pieces;
 mod queue;
 
@@ -116,6 +117,8 @@ pub struct Blender<'a> {
     slots: [BlendSlot<'a>; SLOTS],
     /// Most elements of a piece, if the device has no memory for whole blocks.
     piece: Option<usize>,
+    /// True if not even the smallest piece fits, so that the CPU blends.
+    is_on_host: bool,
 }
 
 /// Pinned host memory and device memory of the same size.
@@ -145,7 +148,7 @@ impl<'a> Blender<'a> {
     /// [`Error::Cuda`] if the driver fails.
     pub fn new(device: &Arc<CudaDevice>) -> Result<Blender<'a>> {
         let slots = [BlendSlot::new(device)?, BlendSlot::new(device)?, BlendSlot::new(device)?];
-        Ok(Blender { device: device.clone(), slots, piece: None })
+        Ok(Blender { device: device.clone(), slots, piece: None, is_on_host: false })
     }
 
     /// Returns the device.
@@ -157,11 +160,10 @@ impl<'a> Blender<'a> {
     /// before it returns.
     ///
     /// `weights` holds those of target 0 for all sources, then those of target 1, and so on. A block for which the
-    /// device has too little memory is blended in smaller pieces.
+    /// device has too little memory is blended in smaller pieces, and on the CPU if not even those fit.
     ///
     /// # Errors
-    /// The error of an earlier block's delivery or overflow handler, [`Error::Cuda`], or [`Error::DeviceMemory`] if not
-    /// even a small piece fits.
+    /// The error of an earlier block's delivery or overflow handler, or [`Error::Cuda`].
     pub fn submit(
         &mut self,
         parts: Vec<BlendPart<'a>>,

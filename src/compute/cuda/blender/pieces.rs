@@ -5,13 +5,14 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use super::job::BlendJob;
+use super::on_host::HOST_PIECE;
 use super::{BlendPart, Blender};
 use crate::compute::cpu::Overflow;
 use crate::compute::cuda::device::format_bytes;
 use crate::error::{Error, Result};
 use crate::tensor::CudaMemory;
 
-/// Fewest elements of a piece. If not even these fit, the blend fails.
+/// Fewest elements of a piece on the device. If not even these fit, the CPU blends.
 const MIN_PIECE: usize = 1 << 9;
 
 impl<'a> BlendPart<'a> {
@@ -47,7 +48,7 @@ impl<'a> Blender<'a> {
             let size = part.output.bitsize() / 8;
             let mut start = 0;
             while start < part.elements {
-                let most = self.piece.unwrap_or(MIN_PIECE);
+                let most = if self.is_on_host { HOST_PIECE } else { self.piece.unwrap_or(MIN_PIECE) };
                 let elements = start..part.elements.min(start + most);
                 let place = to.get(i).map(|memory| CudaMemory {
                     address: memory.address + (start * size) as u64,
@@ -56,9 +57,12 @@ impl<'a> Blender<'a> {
                 });
                 let arrived = deliver.is_some().then(|| arrived.clone());
                 match self.blend_piece(part.slice(elements.clone()), weights, targets, place, arrived) {
-                    Err(Error::DeviceMemory { .. }) if most > MIN_PIECE => {
+                    Err(Error::DeviceMemory { reason, .. }) => {
                         self.slots[0].release();
                         self.piece = Some((most / 2).max(MIN_PIECE));
+                        if most <= MIN_PIECE {
+                            self.warn_of_host(&reason);
+                        }
                     }
                     Ok(None) => start = elements.end,
                     Ok(Some(overflow)) => {
@@ -73,6 +77,15 @@ impl<'a> Blender<'a> {
         deliver(&arrived.iter().map(Vec::as_slice).collect::<Vec<_>>())
     }
 
+    /// Chooses the CPU for the rest, and says why.
+    fn warn_of_host(&mut self, reason: &str) {
+        self.is_on_host = true;
+        tracing::warn!(
+            "cuda:{}: no memory for {MIN_PIECE} elements of a blend: the CPU blends, which takes longer: {reason}",
+            self.device.number(),
+        );
+    }
+
     /// Blends one piece and waits. Returns an overflow, if there is one.
     fn blend_piece(
         &mut self,
@@ -82,6 +95,18 @@ impl<'a> Blender<'a> {
         to: Option<CudaMemory<'_>>,
         arrived: Option<Rc<RefCell<Vec<Vec<u8>>>>>,
     ) -> Result<Option<Overflow>> {
+        if self.is_on_host {
+            return Ok(match self.blend_on_host(&part, weights, targets, to)? {
+                Err(overflow) => Some(overflow),
+                Ok(results) => {
+                    if let Some(arrived) = arrived {
+                        let mut arrived = arrived.borrow_mut();
+                        arrived.iter_mut().zip(&results).for_each(|(all, piece)| all.extend_from_slice(piece));
+                    }
+                    None
+                }
+            });
+        }
         let device = self.device.clone();
         let deliver = arrived.map(|arrived| -> super::Deliver<'a> {
             Box::new(move |results| {
