@@ -5,7 +5,8 @@
 // device's memory, and calls of the host take no time. It shows how long a stream waits for another one.
 //
 // A lane is a stream's place in the clocks. All host threads share one clock, because the driver cannot see how they
-// wait for each other: a wait of one thread counts for all.
+// wait for each other: a wait of one thread counts for all. The time alone is each thread's own, so that stalls do not
+// depend on when another thread runs.
 #pragma once
 #include <algorithm>
 #include <set>
@@ -78,6 +79,12 @@ static inline Ordering& ordering() {
     return *all;
 }
 
+// Time that the calling thread has waited until. The time of `Ordering::host` is not used.
+static inline uint64_t& host_time() {
+    static thread_local uint64_t time = 0;
+    return time;
+}
+
 static inline bool done_before(Work work, const Clock& clock) {
     const Operation& it = ordering().operations[work];
     return clock.at(it.lane) >= it.time;
@@ -98,6 +105,7 @@ static inline Stream* new_stream(Context& context, decltype(Stream::kind) kind, 
 // streams also wait for each other.
 static inline void catch_up(Stream& stream) {
     stream.clock.join(ordering().host);
+    stream.clock.time = std::max(stream.clock.time, host_time());
     if (stream.kind == Stream::legacy) stream.clock.join(stream.context->blocking);
     if (stream.kind == Stream::blocking) stream.clock.join(stream.context->legacy->clock);
 }

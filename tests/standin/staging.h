@@ -119,6 +119,8 @@ static inline void delay(const Span& to, const Span& from, Work work) {
 static inline void host_reaches(const Clock& clock) {
     Clock& host = ordering().host;
     host.join(clock);
+    host.time = 0;
+    host_time() = std::max(host_time(), clock.time);
     if (on_reached) on_reached(host);
     for (auto at = staged().begin(); at != staged().end();) {
         Allocation& allocation = **at;
