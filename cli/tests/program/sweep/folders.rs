@@ -97,21 +97,27 @@ fn folders_of_others_and_other_forms_are_left_alone() {
 #[test]
 fn averages_of_a_second_run_are_folders_of_their_own() {
     let (case, guide) = (Case::new(), Case::scaled(0.5));
-    let (first, second) = (like(&case), like(&guide));
+    let (like_first, like_second) = (like(&case), like(&guide));
     fs::write(guide.temp.path().join("like/guide.json"), "{}").unwrap();
-    let eval =
-        "test -f {}/config.json && test -f {with}/guide.json && ! test -e {}/guide.json && echo $POSTHOC_EMA_JOB";
+    let read = |path: &str| format!("$(od -An -tf4 -j$((8 + $(od -An -tu8 -N8 {path}))) -N4 {path})");
+    let eval = format!(
+        "test -f {{}}/config.json && test -f {{with}}/guide.json && ! test -e {{}}/guide.json && \
+         awk -v \"x={x}\" -v \"y={y}\" 'BEGIN {{ print (x - {first}) ^ 2 + (y - {second}) ^ 2 }}'",
+        x = read("$POSTHOC_EMA_WEIGHTS/model.safetensors"),
+        y = read("$POSTHOC_EMA_WITH/model.safetensors"),
+        first = case.average(&profile(0.1)),
+        second = guide.average(&profile(0.2)),
+    );
     let out = case.out.to_str().unwrap();
-    let fixed = ["sweep", &case.run, "--with", &guide.run, "--eval", eval, "--out-dir", out, "--json"];
-    let forms = ["--like", &first, "--with-like", &second, "--rounds", "1"];
+    let fixed = ["sweep", &case.run, "--with", &guide.run, "--eval", &eval, "--out-dir", out, "--json"];
+    let forms = ["--like", &like_first, "--with-like", &like_second, "--rounds", "1"];
     let arguments = [&fixed[..], &FEW, &forms].concat();
     let output = posthoc_ema(&arguments);
     let document: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(output.status.success() && document["failed"] == 0, "{document}");
     assert_eq!(case.names(), ["best", "best-with", "sweep.json"]);
     assert_eq!(names(&case.out.join("best-with")), ["config.json", "guide.json", "model.safetensors"]);
-    let profile = |value: &Value| serde_json::from_value(value.clone()).unwrap();
-    let of_second = profile(&document["best"]["groups"]["with"]);
+    let of_second = serde_json::from_value(document["best"]["groups"]["with"].clone()).unwrap();
     assert_eq!(weight(&case.out.join("best-with/model.safetensors")), guide.average(&of_second));
     // A folder that is gone is written again, and one sweep has one form.
     fs::remove_dir_all(case.out.join("best-with")).unwrap();
