@@ -18,7 +18,9 @@ pub(crate) use finite::{first_non_finite, first_non_finite_of};
 pub(crate) use numbers::to_f64;
 pub(crate) use patterns::NamePatterns;
 pub use scattered::ScatteredElements;
-pub(crate) use scattered::{equal_elements, first_non_finite_in, for_each_piece};
+pub(crate) use scattered::equal_elements;
+#[cfg(feature = "pytorch")]
+pub(crate) use scattered::{first_non_finite_in, for_each_piece};
 
 /// Element type of a tensor in a safetensors file.
 pub use safetensors::Dtype;

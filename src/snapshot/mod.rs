@@ -45,7 +45,9 @@ pub(crate) use rewind::{Rewind, header_hash};
 pub use session::Session;
 pub(crate) use session::new_run_id;
 pub use tensors::{StoredTensor, StoredTensors};
-pub(crate) use write::{Fill, write_file, write_snapshot};
+#[cfg(feature = "pytorch")]
+pub(crate) use write::Fill;
+pub(crate) use write::{write_file, write_snapshot};
 
 /// File name of the live state of a run.
 pub const STATE_FILE: &str = "state.safetensors";

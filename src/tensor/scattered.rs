@@ -3,8 +3,8 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
-use super::Dtype;
-use super::finite::first_non_finite;
+#[cfg(feature = "pytorch")]
+use super::{Dtype, finite::first_non_finite};
 
 /// Elements of a tensor, in C order and little endian, that are read in ranges. Ranges are in bytes, and of whole
 /// elements.
@@ -58,6 +58,7 @@ pub(crate) fn equal_elements(a: &dyn ScatteredElements, b: &dyn ScatteredElement
 }
 
 /// Returns the index and the value of the first element that is NaN or infinite.
+#[cfg(feature = "pytorch")]
 pub(crate) fn first_non_finite_in(dtype: Dtype, elements: &dyn ScatteredElements) -> Option<(usize, f64)> {
     let mut copy = Vec::new();
     pieces(elements.len()).find_map(|range| {
@@ -68,6 +69,7 @@ pub(crate) fn first_non_finite_in(dtype: Dtype, elements: &dyn ScatteredElements
 }
 
 /// Calls a function with all bytes, piece by piece.
+#[cfg(feature = "pytorch")]
 pub(crate) fn for_each_piece(elements: &dyn ScatteredElements, act: &mut dyn FnMut(&[u8])) {
     let mut copy = Vec::new();
     pieces(elements.len()).for_each(|range| act(read(elements, range, &mut copy)));
