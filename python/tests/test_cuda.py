@@ -85,7 +85,7 @@ def to_device(monkeypatch: pytest.MonkeyPatch) -> ToDevice:
 
 
 def move_to_gpus(module: torch.nn.Module, numbers: Sequence[int] = (0,)) -> torch.nn.Module:
-    """Moves the tensors of a module to GPUs in turns, as far as there are so many."""
+    """Moves the tensors of a module to these GPUs in turns."""
     with torch.no_grad():
         for i, tensor in enumerate([*module.parameters(), *module.buffers()]):
             number = numbers[i % len(numbers)]
