@@ -9,6 +9,7 @@ mod text;
 
 pub(crate) use remedy::remedy;
 pub(crate) use text::listed;
+use text::named_processes;
 #[doc(hidden)]
 pub use text::{escape_controls, is_control, shown};
 
@@ -352,6 +353,14 @@ pub enum Error {
         /// Name of the option.
         option: &'static str,
         /// Fault and remedy.
+        reason: String,
+    },
+    /// Processes of a sharded run do not fit together.
+    #[error("{}: {reason}", named_processes(processes))]
+    Disagreement {
+        /// Numbers of the processes.
+        processes: Vec<usize>,
+        /// Tensor or option in which they differ, and the remedy.
         reason: String,
     },
     /// A benchmarked computation returned a wrong result.

@@ -98,10 +98,10 @@ pub use snapshot::{Snapshot, SnapshotId};
 pub use sweep::{SweepOptions, SweepResult};
 pub use synthesis::{Output, SavedWeights, SwapGuard, WriteOptions, cuda_devices, describe_cuda_devices};
 pub use tensor::{
-    CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorSpec,
+    CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Part, Tensor, TensorSpec,
     TensorView, TensorViewMut, Tensors, byte_size, is_averaged,
 };
-pub use tracker::{OnError, OnNonFinite, Options, PostHocEma, UpdateOutcome};
+pub use tracker::{OnError, OnNonFinite, Options, PostHocEma, ShardManifest, ShardRole, UpdateOutcome, agree};
 
 /// Compiles the examples of the README with the documentation tests.
 #[cfg(doctest)]

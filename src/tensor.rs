@@ -10,12 +10,14 @@ use crate::error::{Difference, Error, Result};
 
 mod finite;
 mod numbers;
+mod part;
 mod patterns;
 mod scattered;
 
 pub use finite::NonFiniteElement;
 pub(crate) use finite::{first_non_finite, first_non_finite_of};
 pub(crate) use numbers::to_f64;
+pub use part::Part;
 pub(crate) use patterns::NamePatterns;
 pub use scattered::ScatteredElements;
 pub(crate) use scattered::equal_elements;
@@ -149,6 +151,10 @@ pub struct TensorView<'a> {
     /// True for state that is not trained. Of floating-point buffers, only batch-norm statistics are averaged:
     /// `running_mean` and `running_var`. All others are copied.
     pub is_buffer: bool,
+    /// Place in a larger tensor, of which this process holds only these elements. `None` for a whole tensor.
+    pub part: Option<Part<'a>>,
+    /// True if another process of a sharded run stores the same elements. This one averages them, too.
+    pub is_replica: bool,
 }
 
 impl<'a> TensorView<'a> {
@@ -158,7 +164,7 @@ impl<'a> TensorView<'a> {
     /// [`Error::Tensor`] if the number of bytes is not that of shape and dtype.
     pub fn host(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Result<Self> {
         check_size(name, dtype, shape, bytes.len())?;
-        Ok(TensorView { name, dtype, shape, memory: Memory::Host(bytes), is_buffer: false })
+        Ok(TensorView::new(name, dtype, shape, Memory::Host(bytes)))
     }
 
     /// Creates a view of elements in memory of a CUDA device.
@@ -167,7 +173,11 @@ impl<'a> TensorView<'a> {
     /// [`Error::Tensor`] if the number of bytes is not that of shape and dtype.
     pub fn cuda(name: &'a str, dtype: Dtype, shape: &'a [usize], memory: CudaMemory<'a>) -> Result<Self> {
         check_size(name, dtype, shape, memory.bytes)?;
-        Ok(TensorView { name, dtype, shape, memory: Memory::Cuda(memory), is_buffer: false })
+        Ok(TensorView::new(name, dtype, shape, Memory::Cuda(memory)))
+    }
+
+    fn new(name: &'a str, dtype: Dtype, shape: &'a [usize], memory: Memory<'a>) -> Self {
+        TensorView { name, dtype, shape, memory, is_buffer: false, part: None, is_replica: false }
     }
 
     /// Marks the tensor as a buffer: state that is not trained, such as the `u` and `v` of a spectral norm.

@@ -46,6 +46,19 @@ pub fn is_control(c: char) -> bool {
     c.is_control() || is_separator || is_direction
 }
 
+/// Returns the numbers of processes for a message: "processes 0, 3 and 5".
+pub(super) fn named_processes(processes: &[usize]) -> String {
+    let mut numbers: Vec<String> = processes.iter().take(MOST_NAMES).map(usize::to_string).collect();
+    if processes.len() > MOST_NAMES {
+        numbers.push(format!("{} more", processes.len() - MOST_NAMES));
+    }
+    match numbers.split_last() {
+        None => "no process".to_owned(),
+        Some((only, [])) => format!("process {only}"),
+        Some((last, others)) => format!("processes {} and {last}", others.join(", ")),
+    }
+}
+
 /// Most names in a message, and most letters of each.
 const MOST_NAMES: usize = 10;
 const MOST_LETTERS: usize = 60;

@@ -1,6 +1,6 @@
 //! Lock of a run, held while it is being written.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -14,11 +14,23 @@ use crate::error::{Error, Result};
 /// File name of the lock within a run. The file is never removed: that would race with the next writer.
 const LOCK_FILE: &str = ".lock";
 
-/// Files that this process has locked, each with the process: a forked child holds none of its parent's locks.
-static HELD: Mutex<BTreeSet<(u32, FileId)>> = Mutex::new(BTreeSet::new());
+/// Number of locks on each file that this process has locked, with the process: a forked child holds none of its
+/// parent's locks.
+static HELD: Mutex<BTreeMap<(u32, FileId), usize>> = Mutex::new(BTreeMap::new());
 
-fn held() -> MutexGuard<'static, BTreeSet<(u32, FileId)>> {
+fn held() -> MutexGuard<'static, BTreeMap<(u32, FileId), usize>> {
     HELD.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes one lock of a file from the list.
+fn release(process: u32, file: FileId) {
+    let mut held = held();
+    if let Some(count) = held.get_mut(&(process, file)) {
+        *count -= 1;
+        if *count == 0 {
+            held.remove(&(process, file));
+        }
+    }
 }
 
 /// Number of attempts to lock the file that is at the path.
@@ -31,6 +43,8 @@ pub struct Lock {
     id: LockId,
     /// Process that took the lock. A forked child shares the open file and must not release it.
     process: u32,
+    /// Lock of the number of a process of a sharded run.
+    number: Option<Box<Lock>>,
 }
 
 /// Unlocks explicitly: closing the file is not enough while a forked child, such as a data loader, has it open.
@@ -39,7 +53,7 @@ impl Drop for Lock {
         if self.is_own() {
             // Before the release, after which another thread may lock the file.
             if let Some(file) = self.id.file {
-                held().remove(&(self.process, file));
+                release(self.process, file);
             }
             // If this fails, closing the file releases the lock.
             let _ = self.file.unlock();
@@ -56,8 +70,35 @@ impl Lock {
     /// [`Error::Locked`] or [`Error::LockedHere`] if another writer holds it, [`Error::Io`] if the lock cannot be
     /// taken, [`Error::Unexpected`] if the lock file is not a regular file.
     pub fn acquire(dir: &Path) -> Result<Lock> {
-        let path = dir.join(LOCK_FILE);
-        let mut lock = Lock::open(dir, &path)?;
+        Lock::acquire_file(dir, LOCK_FILE, Kind::Exclusive)
+    }
+
+    /// Locks a run for one of the processes that write it together: the run against others, and the number of this
+    /// process, if it has one, against a second process of that number.
+    ///
+    /// # Errors
+    /// Those of [`Lock::acquire`].
+    #[cfg_attr(not(test), expect(dead_code, reason = "sharded runs store nothing yet"))]
+    pub fn acquire_shared(dir: &Path, number: Option<usize>) -> Result<Lock> {
+        let mut lock = Lock::acquire_file(dir, LOCK_FILE, Kind::Shared)?;
+        if let Some(number) = number {
+            let name = format!("{LOCK_FILE}-{number:05}");
+            let own = Lock::acquire_file(dir, &name, Kind::Exclusive)?;
+            lock.id.number = Some(Box::new(own.id.clone()));
+            lock.number = Some(Box::new(own));
+        }
+        Ok(lock)
+    }
+
+    /// Returns true if a tracker has opened the directory at any time.
+    #[cfg_attr(not(test), expect(dead_code, reason = "sharded runs store nothing yet"))]
+    pub fn has_been_taken(dir: &Path) -> bool {
+        dir.join(LOCK_FILE).symlink_metadata().is_ok()
+    }
+
+    fn acquire_file(dir: &Path, name: &str, kind: Kind) -> Result<Lock> {
+        let path = dir.join(name);
+        let mut lock = Lock::open(dir, name, kind)?;
         for _ in 0..ATTEMPTS {
             let found = path.symlink_metadata().ok().map(|metadata| file_id(&metadata));
             if found == lock.id.file {
@@ -65,16 +106,17 @@ impl Lock {
             }
             // The file was removed between its opening and its lock.
             drop(lock);
-            lock = Lock::open(dir, &path)?;
+            lock = Lock::open(dir, name, kind)?;
         }
         // The numbers of files change from call to call here.
         if let Some(file) = lock.id.file.take() {
-            held().remove(&(lock.process, file));
+            release(lock.process, file);
         }
         Ok(lock)
     }
 
-    fn open(dir: &Path, path: &Path) -> Result<Lock> {
+    fn open(dir: &Path, name: &str, kind: Kind) -> Result<Lock> {
+        let path = &dir.join(name);
         if path.symlink_metadata().is_ok_and(|metadata| !metadata.is_file()) {
             return Err(not_regular(path));
         }
@@ -86,16 +128,22 @@ impl Lock {
             return Err(not_regular(path));
         }
         let parent = fs::metadata(dir).map_err(Error::io("read", dir))?;
-        let id = LockId { dir: dir.to_owned(), parent: file_id(&parent), file: Some(file_id(&metadata)) };
-        match fail_point(path).map_err(TryLockError::Error).and_then(|()| try_lock(&file)) {
+        let id = LockId {
+            dir: dir.to_owned(),
+            name: name.to_owned(),
+            parent: file_id(&parent),
+            file: Some(file_id(&metadata)),
+            number: None,
+        };
+        match fail_point(path).map_err(TryLockError::Error).and_then(|()| try_lock(&file, kind)) {
             Ok(()) => {
                 let process = std::process::id();
-                held().insert((process, file_id(&metadata)));
-                Ok(Lock { file, id, process })
+                *held().entry((process, file_id(&metadata))).or_default() += 1;
+                Ok(Lock { file, id, process, number: None })
             }
             Err(TryLockError::WouldBlock) => {
                 let path = dir.to_owned();
-                let is_here = held().contains(&(std::process::id(), file_id(&metadata)));
+                let is_here = held().contains_key(&(std::process::id(), file_id(&metadata)));
                 Err(if is_here { Error::LockedHere { path } } else { Error::Locked { path } })
             }
             Err(TryLockError::Error(error)) => Err(Error::io("lock", path)(error)),
@@ -113,10 +161,21 @@ impl Lock {
     }
 }
 
+/// Kind of a lock.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Exclusive,
+    Shared,
+}
+
 /// Locks a file. Network file systems let a signal interrupt that.
-fn try_lock(file: &File) -> std::result::Result<(), TryLockError> {
+fn try_lock(file: &File, kind: Kind) -> std::result::Result<(), TryLockError> {
     loop {
-        match file.try_lock() {
+        let locked = match kind {
+            Kind::Exclusive => file.try_lock(),
+            Kind::Shared => file.try_lock_shared(),
+        };
+        match locked {
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
             done => return done,
         }
@@ -129,9 +188,13 @@ fn try_lock(file: &File) -> std::result::Result<(), TryLockError> {
 #[derive(Clone, Debug)]
 pub struct LockId {
     dir: PathBuf,
+    /// Name of the lock file.
+    name: String,
     parent: FileId,
     /// Identity of the lock file, if it is the same from call to call.
     file: Option<FileId>,
+    /// Lock of the number of a process of a sharded run.
+    number: Option<Box<LockId>>,
 }
 
 /// Device and number of a file.
@@ -150,9 +213,11 @@ impl LockId {
     /// # Errors
     /// [`Error::LockLost`], and [`Error::Io`] if the directory cannot be read.
     pub fn check(&self) -> Result<()> {
-        let path = self.dir.join(LOCK_FILE);
+        let path = self.dir.join(&self.name);
         let found = match path.symlink_metadata() {
-            Ok(metadata) if self.file.is_none_or(|file| file == file_id(&metadata)) => return Ok(()),
+            Ok(metadata) if self.file.is_none_or(|file| file == file_id(&metadata)) => {
+                return self.number.as_ref().map_or(Ok(()), |number| number.check());
+            }
             Ok(_) => true,
             Err(error) if error.kind() == io::ErrorKind::NotFound => false,
             Err(error) => return Err(Error::io("read", &path)(error)),
@@ -161,6 +226,7 @@ impl LockId {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(Error::io("read", &self.dir)(error)),
             Ok(parent) if file_id(&parent) != self.parent => "the directory was replaced by another one",
+            Ok(_) if self.name != LOCK_FILE => "the lock file of this process, `.lock-` and its number, was removed",
             Ok(_) if found => "its lock file `.lock` was replaced by another one",
             Ok(_) => "its lock file `.lock` was removed",
         };
@@ -190,11 +256,36 @@ mod tests {
         drop(first);
         // The lock of another process, of which this one knows nothing.
         let other = Lock::acquire(dir.path()).unwrap();
-        held().remove(&(other.process, other.id.file.unwrap()));
+        release(other.process, other.id.file.unwrap());
         let text = Lock::acquire(dir.path()).unwrap_err().to_string();
         assert!(text.contains("another tracker") && text.contains(dir.path().to_str().unwrap()), "{text}");
         drop(other);
         Lock::acquire(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn processes_of_a_sharded_run_share_it_and_exclude_others() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!Lock::has_been_taken(dir.path()));
+        let first = Lock::acquire_shared(dir.path(), Some(1)).unwrap();
+        assert!(Lock::has_been_taken(dir.path()));
+        let second = Lock::acquire_shared(dir.path(), Some(2)).unwrap();
+        let third = Lock::acquire_shared(dir.path(), None).unwrap();
+        let refused = |locked: Result<Lock>| assert!(matches!(locked, Err(Error::LockedHere { .. })), "{locked:?}");
+        refused(Lock::acquire_shared(dir.path(), Some(2)));
+        refused(Lock::acquire(dir.path()));
+        drop((first, second));
+        refused(Lock::acquire(dir.path()));
+        drop(third);
+        let alone = Lock::acquire(dir.path()).unwrap();
+        refused(Lock::acquire_shared(dir.path(), Some(1)));
+        drop(alone);
+        let again = Lock::acquire_shared(dir.path(), Some(2)).unwrap();
+        again.id().check().unwrap();
+        fs::remove_file(dir.path().join(".lock-00002")).unwrap();
+        let text = again.id().check().unwrap_err().to_string();
+        assert!(text.contains("the lock file of this process"), "{text}");
+        assert!(held().keys().all(|(process, _)| *process == std::process::id()));
     }
 
     #[test]

@@ -131,7 +131,7 @@ fn first_values(
     params.with_tensors(&mut |views| {
         let views: Vec<TensorView<'_>> = views.iter().filter(|view| is_read(view)).copied().collect();
         let is_averaged = |name: &str| registry.find(name).map(|found| found.is_ok());
-        first = TensorRegistry::resumed(&views, &choice, registry.tied(), &is_averaged)?;
+        first = TensorRegistry::resumed(&views, &choice, registry.tied(), &is_averaged, None)?;
         let config = EngineConfig::new(&first, settings);
         let ordered = first.order_views(&views)?;
         let places = engine::places(ordered.all());

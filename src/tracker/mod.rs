@@ -1,5 +1,6 @@
 //! Tracker for a training loop: updates, snapshots, resume, Switch EMA.
 
+mod agreement;
 mod checkpoint;
 mod checkpoint_meta;
 mod engine;
@@ -13,6 +14,7 @@ mod resume;
 mod rewind;
 mod save_to;
 mod settle;
+mod sharding;
 mod state;
 mod tensor_choice;
 mod thread;
@@ -29,6 +31,7 @@ use crate::math::{History, Profile, Schedule};
 use crate::run::{SavedState, Settings};
 use crate::snapshot::{Extension, STATE_FILE, Session};
 use crate::tensor::{Parameters, TensorView};
+pub use agreement::{ShardManifest, ShardRole, agree};
 use engine::Engine;
 use non_finite::NonFinitePolicy;
 pub use non_finite::OnNonFinite;

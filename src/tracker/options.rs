@@ -8,6 +8,7 @@ use safetensors::Dtype;
 use super::engine::{self, EngineConfig};
 use super::non_finite::{NonFinitePolicy, OnNonFinite};
 use super::registry::TensorRegistry;
+use super::sharding::Sharding;
 use super::tensor_choice::TensorChoice;
 use super::{PostHocEma, state};
 use crate::compute::cpu::Precision;
@@ -67,6 +68,7 @@ pub struct Options {
     pub(super) on_error: OnError,
     pub(super) on_non_finite: OnNonFinite,
     pub(super) extend: bool,
+    pub(super) shard: Option<Sharding>,
 }
 
 /// Reaction of an update to a snapshot that cannot be stored, for example because the disk is full.
@@ -104,6 +106,7 @@ impl Options {
             on_error: OnError::Stop,
             on_non_finite: OnNonFinite::default(),
             extend: false,
+            shard: None,
         }
     }
 
@@ -312,13 +315,14 @@ impl Options {
     /// * [`Error::Tensor`] for a tensor that cannot be averaged, [`Error::NothingToAverage`] if none can.
     /// * [`Error::Locked`], [`Error::LockedHere`], [`Error::Io`], [`Error::Threads`] and [`Error::Cuda`].
     pub fn create(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
+        self.check_sharding()?;
         let settings = self.settings(Settings::default())?;
         settings.check()?;
         start_threads()?;
         let (registry, places) = register(params, |views| {
             let choice = TensorChoice::new(&settings)?;
             choice.check(views)?;
-            TensorRegistry::new(views, &choice)
+            TensorRegistry::new(views, &choice, self.shard.as_ref())
         })?;
         let non_finite = NonFinitePolicy::new(self.on_non_finite);
         state::check_header(&registry, &settings)?;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use safetensors::Dtype;
 
+use super::sharding::Sharding;
 use super::tensor_choice::{Roles, TensorChoice};
 use crate::compute::cpu::Layout;
 use crate::error::{Difference, Error, Result};
@@ -15,14 +16,49 @@ use crate::tensor::{TensorSpec, TensorView, byte_size};
 pub(super) struct Entry {
     pub name: String,
     pub dtype: Dtype,
+    /// Shape in this process.
     pub shape: Vec<usize>,
+    /// Shape of the whole tensor, of which this process may hold a part.
+    pub global: Vec<usize>,
+    /// First element of the part.
+    pub offset: Vec<usize>,
     /// Size in bytes in the model.
     pub bytes: usize,
+    /// True if this process stores the tensor.
+    pub is_stored: bool,
 }
 
 impl Entry {
+    fn new(view: &TensorView<'_>, sharding: Option<&Sharding>) -> Result<Entry> {
+        let TensorView { name, dtype, shape, .. } = *view;
+        let bytes = byte_size(name, dtype, shape)?;
+        let (global, offset) = view.placed();
+        view.part.map_or(Ok(()), |part| part.check(name, shape))?;
+        let is_stored = match sharding {
+            None if global != shape || view.is_replica => {
+                let reason = "it is a part or a replica, and this run is not sharded: set the option `shard`";
+                return Err(Error::tensor(name, reason));
+            }
+            None => true,
+            // Of a tensor without elements, all parts are empty.
+            Some(Sharding { rank, replicas, .. }) => {
+                let is_empty = shape.contains(&0) && !global.contains(&0);
+                rank.is_some() && !view.is_replica && !replicas.contains(name) && !is_empty
+            }
+        };
+        Ok(Entry { name: name.to_owned(), dtype, shape: shape.to_vec(), global, offset, bytes, is_stored })
+    }
+
     pub(super) fn spec(&self) -> TensorSpec {
         TensorSpec { name: self.name.clone(), dtype: self.dtype, shape: self.shape.clone() }
+    }
+
+    /// Returns true if a view is at the place of this tensor.
+    fn is_at(&self, view: &TensorView<'_>) -> bool {
+        match view.part {
+            Some(part) => part.global == self.global && part.offset == self.offset,
+            None => view.shape == self.global && self.offset.iter().all(|&offset| offset == 0),
+        }
     }
 }
 
@@ -63,8 +99,18 @@ impl<'v, 'a> OrderedViews<'v, 'a> {
 
 impl TensorRegistry {
     /// Registers the tensors of a new run and finds which are tied.
-    pub(super) fn new(views: &[TensorView<'_>], choice: &TensorChoice) -> Result<TensorRegistry> {
-        TensorRegistry::extended(views, choice, &|_| None, |_| true)
+    pub(super) fn new(
+        views: &[TensorView<'_>],
+        choice: &TensorChoice,
+        sharding: Option<&Sharding>,
+    ) -> Result<TensorRegistry> {
+        match sharding.and_then(|sharding| sharding.ties.as_ref()) {
+            Some(ties) => TensorRegistry::resumed(views, choice, ties, &|_| None, sharding),
+            None => {
+                let roles = Roles::new(views, choice, &|_| None).of_part(sharding);
+                TensorRegistry::build(views, &roles, ties_of(views, choice, |_| true), sharding)
+            }
+        }
     }
 
     /// Registers the tensors of a run that is extended. Of tied tensors, one that `is_known` to the run is kept.
@@ -74,8 +120,8 @@ impl TensorRegistry {
         was_averaged: &dyn Fn(&str) -> Option<bool>,
         is_known: impl Fn(&str) -> bool,
     ) -> Result<TensorRegistry> {
-        let kept: Vec<&TensorView<'_>> = views.iter().filter(|view| !choice.leave_out.contains(view.name)).collect();
-        TensorRegistry::build(views, &Roles::new(views, choice, was_averaged), find_tied(&kept, is_known))
+        let ties = ties_of(views, choice, is_known);
+        TensorRegistry::build(views, &Roles::new(views, choice, was_averaged), ties, None)
     }
 
     /// Registers the tensors of a resumed run, whose ties are known. `was_averaged` returns `None` for a new tensor.
@@ -84,11 +130,23 @@ impl TensorRegistry {
         choice: &TensorChoice,
         tied: &BTreeMap<String, String>,
         was_averaged: &dyn Fn(&str) -> Option<bool>,
+        sharding: Option<&Sharding>,
     ) -> Result<TensorRegistry> {
-        TensorRegistry::build(views, &Roles::new(views, choice, was_averaged), tied.clone())
+        let mut tied = tied.clone();
+        if sharding.is_some() {
+            // The ties are those of the whole model, of which this process may lack one or both.
+            let names: BTreeSet<&str> = views.iter().map(|view| view.name).collect();
+            tied.retain(|dropped, kept| names.contains(dropped.as_str()) && names.contains(kept.as_str()));
+        }
+        TensorRegistry::build(views, &Roles::new(views, choice, was_averaged).of_part(sharding), tied, sharding)
     }
 
-    fn build(views: &[TensorView<'_>], roles: &Roles<'_>, tied: BTreeMap<String, String>) -> Result<TensorRegistry> {
+    fn build(
+        views: &[TensorView<'_>],
+        roles: &Roles<'_>,
+        tied: BTreeMap<String, String>,
+        sharding: Option<&Sharding>,
+    ) -> Result<TensorRegistry> {
         let mut sorted: Vec<&TensorView<'_>> = views.iter().collect();
         sorted.sort_by_key(|view| view.name);
         if let Some(pair) = sorted.windows(2).find(|pair| pair[0].name == pair[1].name) {
@@ -96,10 +154,11 @@ impl TensorRegistry {
         }
         let mut registry = TensorRegistry { tied, ..TensorRegistry::default() };
         for view in sorted {
-            let role = registry.add(view, roles)?;
+            let role = registry.add(view, roles, sharding)?;
             registry.roles.insert(view.name.to_owned(), role);
         }
-        if registry.averaged.is_empty() {
+        // A process of a sharded run may have only tensors that are copied.
+        if registry.averaged.is_empty() && sharding.is_none() {
             return Err(Error::NothingToAverage);
         }
         // Fails now, and not at the first snapshot, if a file cannot hold these tensors.
@@ -109,15 +168,14 @@ impl TensorRegistry {
         Ok(registry)
     }
 
-    fn add(&mut self, view: &TensorView<'_>, roles: &Roles<'_>) -> Result<TensorRole> {
+    fn add(&mut self, view: &TensorView<'_>, roles: &Roles<'_>, sharding: Option<&Sharding>) -> Result<TensorRole> {
         if roles.choice.leave_out.contains(view.name) {
             return Ok(TensorRole::LeftOut);
         }
         if let Some(kept) = self.tied.get(view.name) {
             return Ok(TensorRole::Tied(kept.clone()));
         }
-        let bytes = byte_size(view.name, view.dtype, view.shape)?;
-        let entry = Entry { name: view.name.to_owned(), dtype: view.dtype, shape: view.shape.to_vec(), bytes };
+        let entry = Entry::new(view, sharding)?;
         check(view, &entry)?;
         let names: Vec<&str> = self.names_of(view.name).collect();
         if roles.is_averaged(view, &names)? {
@@ -187,7 +245,8 @@ impl TensorRegistry {
         for (dropped, kept) in &self.tied {
             let Some(dropped_view) = by_name.get(dropped.as_str()) else { continue };
             let Some(kept_view) = by_name.get(kept.as_str()) else { continue };
-            if memory_key(dropped_view) != memory_key(kept_view) {
+            let is_empty = dropped_view.byte_len() == 0 && kept_view.byte_len() == 0;
+            if memory_key(dropped_view) != memory_key(kept_view) && !is_empty {
                 let expected = format!("shared with `{kept}` when the run began");
                 return Err(Error::changed(dropped, Difference::new("its memory", expected, "separate")));
             }
@@ -231,6 +290,14 @@ fn check<'v, 'a>(view: &'v TensorView<'a>, entry: &Entry) -> Result<&'v TensorVi
     if view.dtype != entry.dtype {
         return Err(Error::changed(view.name, Difference::new("its dtype", entry.dtype, view.dtype)));
     }
+    if !entry.is_at(view) {
+        let (global, offset) = view.placed();
+        let expected = format!("{:?} of {:?}", entry.offset, entry.global);
+        return Err(Error::changed(
+            view.name,
+            Difference::new("its place", expected, format!("{offset:?} of {global:?}")),
+        ));
+    }
     let size = (entry.dtype.bitsize() / 8).max(1) as u64;
     if let (Some(device), address) = view.place()
         && !address.is_multiple_of(size)
@@ -251,6 +318,16 @@ fn check<'v, 'a>(view: &'v TensorView<'a>, entry: &Entry) -> Result<&'v TensorVi
 /// Returns the properties that two views share if they are the same memory.
 fn memory_key<'v>(view: &'v TensorView<'_>) -> ((Option<usize>, u64), usize, Dtype, &'v [usize]) {
     (view.place(), view.byte_len(), view.dtype, view.shape)
+}
+
+/// Finds the ties among the tensors that are not left out.
+pub(super) fn ties_of(
+    views: &[TensorView<'_>],
+    choice: &TensorChoice,
+    is_known: impl Fn(&str) -> bool,
+) -> BTreeMap<String, String> {
+    let kept: Vec<&TensorView<'_>> = views.iter().filter(|view| !choice.leave_out.contains(view.name)).collect();
+    find_tied(&kept, is_known)
 }
 
 /// Finds tensors that share their elements with another tensor: `dropped name -> kept name`.

@@ -97,7 +97,7 @@ impl Options {
         let choice = TensorChoice::new(settings)?;
         let was_averaged = |name: &str| saved.was_averaged(name);
         if !self.extend {
-            return TensorRegistry::resumed(views, &choice, &saved.document.tied, &was_averaged);
+            return TensorRegistry::resumed(views, &choice, &saved.document.tied, &was_averaged, self.shard.as_ref());
         }
         let is_known = |name: &str| saved.was_averaged(name).is_some();
         // The run's own patterns may name tensors that end, so only new ones are checked.

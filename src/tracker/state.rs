@@ -181,7 +181,7 @@ pub(super) fn read_values(
         read_averages(averages, saved, index, registry, begun)?;
     }
     let mut copies = Vec::with_capacity(registry.copied().len());
-    for Entry { name, dtype, shape, bytes } in registry.copied() {
+    for Entry { name, dtype, shape, bytes, .. } in registry.copied() {
         copies.push(match begun.contains(name) {
             true => vec![0; *bytes],
             false => saved.bytes(&copy_name(name), *dtype, shape)?.to_vec(),

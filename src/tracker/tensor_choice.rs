@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use safetensors::Dtype;
 
+use super::sharding::Sharding;
 use crate::error::{Error, Result};
 use crate::run::Settings;
 use crate::tensor::{NamePatterns, TensorView, is_averaged};
@@ -35,10 +36,13 @@ impl TensorChoice {
     /// # Errors
     /// [`Error::Setting`] for one that does not.
     pub(super) fn check(&self, views: &[TensorView<'_>]) -> Result<()> {
-        self.average
-            .iter()
-            .chain([&self.copy, &self.leave_out])
-            .try_for_each(|patterns| patterns.check(views.iter().map(|view| view.name)))
+        self.check_names(views.iter().map(|view| view.name))
+    }
+
+    /// Does the same as [`TensorChoice::check`] for names.
+    pub(super) fn check_names<'n>(&self, names: impl Iterator<Item = &'n str> + Clone) -> Result<()> {
+        let mut patterns = self.average.iter().chain([&self.copy, &self.leave_out]);
+        patterns.try_for_each(|patterns| patterns.check(names.clone()))
     }
 }
 
@@ -63,6 +67,12 @@ impl<'a> Roles<'a> {
         let average = choice.average.as_ref();
         let only_named = average.is_some_and(|patterns| parameters.iter().any(|name| patterns.contains(name)));
         Roles { choice, was_averaged, parameters, only_named }
+    }
+
+    /// Does the same for a process of a sharded run, which knows only some of the model's names.
+    pub(super) fn of_part(self, sharding: Option<&Sharding>) -> Roles<'a> {
+        let only_named = sharding.and_then(|sharding| sharding.only_named).unwrap_or(self.only_named);
+        Roles { only_named, ..self }
     }
 
     /// Returns true for a tensor to average, false for one to copy; `names` are its name and those tied to it.

@@ -255,7 +255,16 @@ fn views_of_wrong_size_are_refused() {
         fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
             let bytes = [0u8; 64];
             let memory = crate::tensor::Memory::Host(&bytes[..self.0]);
-            read(&[TensorView { name: "w", dtype: Dtype::F32, shape: &[4], memory, is_buffer: false }])
+            let (part, is_replica) = (None, false);
+            read(&[TensorView {
+                name: "w",
+                dtype: Dtype::F32,
+                shape: &[4],
+                memory,
+                is_buffer: false,
+                part,
+                is_replica,
+            }])
         }
     }
     let (_temp, dir) = scratch();
