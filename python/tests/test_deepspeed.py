@@ -164,3 +164,21 @@ def test_left_out_tensors_are_named(recorded: Path) -> None:
         (found,) = average([recorded / "stage3"], EVEN, leave_out=["count", "first.w*"])
     assert found.state_dict is not None
     assert found.state_dict.keys() == SHAPES.keys() - {"count", "first.weight"}
+
+
+def test_shapes_that_differ_from_the_list_are_refused(runs: Path) -> None:
+    path = runs / "stage2/global_step2/mp_rank_00_model_states.pt"
+    state = torch.load(path, weights_only=False)
+    group = next(shapes for shapes in state["param_shapes"] if "first.weight" in shapes)
+    group["first.weight"] = torch.Size([7, 5])
+    torch.save(state, path)
+    message = r"`first.weight` has the shape \[7, 5\] in the list of shapes, but the shape \[5, 7\] in `module`: the files"
+    with pytest.raises(ValueError, match=message):
+        mean([runs / "stage2"])
+    for path in (runs / "stage3/global_step2").glob("*_model_states.pt"):
+        state = torch.load(path, weights_only=False)
+        state["frozen_param_shapes"]["frozen.weight"] = torch.Size([2, 2])
+        torch.save(state, path)
+    message = r"`frozen.weight` has the shape \[2, 2\] in the list of shapes, but 9 elements in its parts: the files"
+    with pytest.raises(ValueError, match=message):
+        mean([runs / "stage3"])

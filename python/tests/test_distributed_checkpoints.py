@@ -6,6 +6,7 @@ import io
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +265,59 @@ def test_incomplete_folders_name_what_is_missing(run: Path, tmp_path: Path) -> N
         average([folder, run / "step-20"], EVEN)
     with pytest.raises(ValueError, match=r"--key \(`key`\) may be one of `epoch`, `model` and `optim`"):
         average([run / "step-10", run / "step-20"], EVEN, key="net")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "columns",
+            lambda entry: setattr(entry.properties, "dtype", torch.float32),
+            r"__0_0\.distcp: a part of tensor `model\.columns` is bfloat16, but float32 in \.metadata: "
+            "the files are of different saves; copy all files of one save, or save again$",
+        ),
+        (
+            "rows",
+            lambda entry: setattr(entry.properties, "dtype", torch.complex128),
+            r"a part of tensor `model\.rows` is float32, but complex128 in \.metadata",
+        ),
+        (
+            "rows",
+            lambda entry: setattr(entry.chunks[0], "sizes", torch.Size([3, 4])),
+            r"a part of tensor `model\.rows` is of shape \[3, 5\], but of shape \[3, 4\] in \.metadata",
+        ),
+        (
+            "rows",
+            lambda entry: setattr(entry, "size", torch.Size([8, 5])),
+            r"the parts of tensor `model\.rows` hold 35 of its 40 elements",
+        ),
+    ],
+)
+def test_contents_that_differ_from_the_list_are_refused(
+    run: Path, tmp_path: Path, name: str, change: Callable[[Any], None], message: str
+) -> None:
+    import pickle
+    import shutil
+
+    folder = shutil.copytree(run / "step-10", tmp_path / "other-10")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata.state_dict_metadata[f"model.{name}"])
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=message):
+        average([folder, run / "step-20"], EVEN)
+
+
+def test_shards_of_two_dtypes_are_refused(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(run / "shards-10", tmp_path / "mixed-10")
+    path = folder / "shard-00002-model-00001-of-00001.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors | {"rows": tensors["rows"].half()}, path, metadata)
+    with pytest.raises(ValueError, match=r"the parts of tensor `rows` have different dtypes \(F32 and F16\)"):
+        average([folder, run / "shards-20"], EVEN)

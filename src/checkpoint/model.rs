@@ -6,7 +6,7 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use super::find::{FoundCheckpoint, safetensors_name, without_extension};
+use super::find::{FoundCheckpoint, file_name, safetensors_name, without_extension};
 use super::options::{AdapterProduct, ReadOptions};
 use super::weight_file::WeightFile;
 use super::{adapter, model_config};
@@ -93,7 +93,7 @@ impl CheckpointModel {
         Ok(model)
     }
 
-    /// Checks that each tensor is in the file that the index names.
+    /// Checks that each tensor is in the file that the index names, and that the index names all.
     fn check_index(&self) -> Result<()> {
         let Some((path, index)) = &self.found.index else { return Ok(()) };
         for (name, file) in index.weight_map() {
@@ -103,6 +103,16 @@ impl CheckpointModel {
             }
             if !entry.is_some_and(|entry| self.found.files[entry.file].ends_with(file)) {
                 return Err(Error::damaged(path, format!("tensor `{name}` is not in `{file}`, as the index has it")));
+            }
+        }
+        for (name, entry) in self.tensors.iter().filter(|(_, entry)| entry.file < self.found.own_files) {
+            if !index.weight_map().contains_key(name) {
+                let index = file_name(path);
+                let why = format!(
+                    "it holds the tensor `{name}`, which {index} does not name: the files are of different saves; copy \
+                     all files of one save, or leave it out with --leave-out (`leave_out`)"
+                );
+                return Err(Error::unexpected(&self.found.files[entry.file], why));
             }
         }
         Ok(())

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use super::model::CheckpointModel;
+use super::model::{CheckpointModel, TensorEntry};
 #[cfg(feature = "pytorch")]
 use super::weight_file::WeightFile;
-use crate::error::listed;
+use crate::error::{listed, shown};
 
 /// Returns the notes on some checkpoints.
 pub(super) fn of_models(models: &[CheckpointModel]) -> Vec<String> {
@@ -14,12 +14,27 @@ pub(super) fn of_models(models: &[CheckpointModel]) -> Vec<String> {
     notes.extend(models.iter().flat_map(|model| &model.files).filter_map(choice));
     #[cfg(feature = "pytorch")]
     notes.extend(nones(models));
+    notes.extend(models.iter().find_map(wrong_size));
     let left_out: BTreeSet<&str> = models.iter().flat_map(|model| &model.left_out).map(String::as_str).collect();
     if !left_out.is_empty() {
         let names: Vec<&str> = left_out.into_iter().collect();
         notes.insert(format!("left out: {}", listed(&names)));
     }
     notes.into_iter().collect()
+}
+
+/// Names an index of shards whose total size is not that of their tensors. Libraries load such models, too.
+fn wrong_size(model: &CheckpointModel) -> Option<String> {
+    let (path, index) = model.found.index.as_ref()?;
+    let total = index.total_size().filter(|_| model.left_out.is_empty())?;
+    let own = model.tensors.values().filter(|entry| entry.file < model.found.own_files);
+    let found: u64 = own.map(TensorEntry::bytes).sum();
+    (found != total).then(|| {
+        format!(
+            "{} has a `total_size` of {total} bytes, but its shards hold {found}: check that they are of one save",
+            shown(path)
+        )
+    })
 }
 
 /// Names the entry of a training checkpoint that was taken for the model.

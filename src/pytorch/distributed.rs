@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::file::{PickledFile, map_file, parse_archive};
 use super::pickle::{MemoryBudget, NodeId, Pickle};
+use super::storage;
 use super::tensor::{NotRead, PickledTensor, TensorReader};
 use super::tensor_file::TensorFile;
 use super::tiled::{TensorPart, TiledTensor};
@@ -29,8 +30,10 @@ pub struct DistributedCheckpoint {
 }
 
 /// Place of an entry of the folder.
-struct StoragePlace {
+struct StoragePlace<'a> {
     file: usize,
+    /// Name of the file.
+    path: &'a str,
     start: usize,
     end: usize,
 }
@@ -58,8 +61,8 @@ impl DistributedCheckpoint {
     /// or `None` to leave it out.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::Damaged`], with the file; [`Error::Unexpected`] for tensors that are compressed or of
-    /// a kind that is not read.
+    /// [`Error::Io`] and [`Error::Damaged`], with the file; [`Error::Unexpected`] for tensors that are compressed, of a
+    /// kind that is not read, or in files of different saves.
     pub fn read(&self, rename: &dyn Fn(&str) -> Option<String>) -> Result<TensorFile> {
         let mut maps = Vec::new();
         let places = self.places(&mut maps)?;
@@ -97,7 +100,7 @@ impl DistributedCheckpoint {
     }
 
     /// Finds the places of all rectangles, by the tensor and the offset, and maps the files.
-    fn places(&self, maps: &mut Vec<Mapping>) -> Result<BTreeMap<(String, Vec<usize>), StoragePlace>> {
+    fn places(&self, maps: &mut Vec<Mapping>) -> Result<BTreeMap<(String, Vec<usize>), StoragePlace<'_>>> {
         let pickle = self.pickle();
         let mut files: BTreeMap<String, usize> = BTreeMap::new();
         let mut places = BTreeMap::new();
@@ -127,7 +130,7 @@ impl DistributedCheckpoint {
                 let why = format!("tensor `{name}` ends after it: the file is incomplete");
                 Error::damaged(&self.folder.join(path), why)
             })?;
-            places.insert((name.to_owned(), offset), StoragePlace { file, start, end });
+            places.insert((name.to_owned(), offset), StoragePlace { file, path, start, end });
         }
         Ok(places)
     }
@@ -147,7 +150,7 @@ impl DistributedCheckpoint {
         &self,
         name: &str,
         id: NodeId,
-        places: &BTreeMap<(String, Vec<usize>), StoragePlace>,
+        places: &BTreeMap<(String, Vec<usize>), StoragePlace<'_>>,
         maps: &Arc<Vec<Mapping>>,
     ) -> Result<TiledTensor> {
         let pickle = self.pickle();
@@ -160,6 +163,7 @@ impl DistributedCheckpoint {
             );
             return Err(Error::unexpected(&self.file.path, why));
         }
+        let listed_dtype = self.listed_dtype(id);
         let mut parts: Vec<TensorPart> = Vec::with_capacity(chunks.len());
         for chunk in chunks {
             let attribute = |key| pickle.attribute(*chunk, key).and_then(|value| pickle.sizes(value));
@@ -173,12 +177,33 @@ impl DistributedCheckpoint {
             })?;
             let tensor = self.part(name, place, &maps[place.file])?;
             if tensor.shape != extent {
-                return Err(self.damaged(format!("the part of tensor `{name}` at {offset:?} has another shape")));
+                let [found, listed] = [&tensor.shape, &extent].map(|shape| format!("of shape {shape:?}"));
+                return Err(self.unlike(name, place, &found, &listed));
+            }
+            if let Some(listed) = listed_dtype.filter(|dtype| storage::dtype_named(dtype) != Some(tensor.dtype)) {
+                return Err(self.unlike(name, place, storage::dtype_name(tensor.dtype), listed));
             }
             parts.push(TensorPart { file: place.file, offset, tensor });
         }
         TiledTensor::new(shape.clone(), shape, parts, maps)
             .map_err(|why| self.damaged(format!("the parts of tensor `{name}` {why}")))
+    }
+
+    /// Returns the dtype of a tensor in the list of contents, such as `float32`.
+    fn listed_dtype(&self, id: NodeId) -> Option<&str> {
+        let pickle = self.pickle();
+        // The properties are pickled as a tuple that begins with the dtype.
+        let state = pickle.items(pickle.state(pickle.attribute(id, "properties")?)?)?;
+        pickle.class(*state.first()?)?.strip_prefix("torch.")
+    }
+
+    /// Returns the error for a part that is not what the list of contents says.
+    fn unlike(&self, name: &str, place: &StoragePlace<'_>, found: &str, listed: &str) -> Error {
+        let why = format!(
+            "a part of tensor `{name}` is {found}, but {listed} in {METADATA}: the files are of different saves; \
+             copy all files of one save, or save again"
+        );
+        Error::unexpected(&self.folder.join(place.path), why)
     }
 
     /// Returns true for a tensor whose shape in the files Megatron changed.
@@ -189,7 +214,7 @@ impl DistributedCheckpoint {
     }
 
     /// Reads the archive of one rectangle.
-    fn part(&self, name: &str, place: &StoragePlace, map: &Mapping) -> Result<PickledTensor> {
+    fn part(&self, name: &str, place: &StoragePlace<'_>, map: &Mapping) -> Result<PickledTensor> {
         let path = &self.file.path;
         let mut memory = MemoryBudget::new(PART_MEMORY);
         let archive = &map[place.start..place.end];

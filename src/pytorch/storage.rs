@@ -68,6 +68,11 @@ pub(super) fn dtype_named(name: &str) -> Option<Dtype> {
     DTYPES.iter().find(|(_, dtype, _)| !name.is_empty() && *dtype == name).map(|(_, _, dtype)| *dtype)
 }
 
+/// Returns PyTorch's name of a dtype, such as `float32`.
+pub(super) fn dtype_name(dtype: Dtype) -> &'static str {
+    DTYPES.iter().find(|(_, _, known)| *known == dtype).map_or("of an unknown dtype", |(_, name, _)| name)
+}
+
 /// Bytes of an element; `None` for an unknown storage.
 pub(super) fn element_size(kind: &str) -> Option<usize> {
     match kind {

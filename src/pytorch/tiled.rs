@@ -87,8 +87,8 @@ impl TiledTensor {
         maps: &Arc<Vec<Mapping>>,
     ) -> Result<TiledTensor, String> {
         let dtype = parts.first().map(|part| part.tensor.dtype).ok_or("are missing")?;
-        if parts.iter().any(|part| part.tensor.dtype != dtype) {
-            return Err("have different dtypes".into());
+        if let Some(other) = parts.iter().map(|part| part.tensor.dtype).find(|other| *other != dtype) {
+            return Err(format!("have different dtypes ({dtype} and {other}): its files are of different saves"));
         }
         check_tiling(&grid, &parts)?;
         parts.retain(|part| !part.tensor.shape.contains(&0));

@@ -51,6 +51,11 @@ impl ShardIndex {
         &self.weight_map
     }
 
+    /// Returns the size of all tensors in bytes, if the index has it.
+    pub(crate) fn total_size(&self) -> Option<u64> {
+        self.metadata.get("total_size")?.as_u64()
+    }
+
     /// Returns the file names of the shards, in order.
     pub(crate) fn shards(&self) -> BTreeSet<&str> {
         self.weight_map.values().map(String::as_str).collect()

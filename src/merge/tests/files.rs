@@ -55,6 +55,8 @@ fn folders_in_shards_become_a_folder_in_shards() {
     let checkpoints = Checkpoints::open(&[&run], None).unwrap();
     assert_eq!(checkpoints.steps(), STEPS);
     assert!(checkpoints.are_folders());
+    let [note] = checkpoints.notes() else { panic!("{:?}", checkpoints.notes()) };
+    assert!(note.contains("has a `total_size` of 1 bytes, but its shards hold "), "{note}");
     for (at, newest) in [(At::Latest, 340), (At::Step(310), 300)] {
         let merge = checkpoints.plan(Profile::sigma_rel(0.2).unwrap(), at).unwrap();
         let out = temp.path().join(format!("deep/average-{newest}"));

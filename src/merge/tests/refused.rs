@@ -73,6 +73,7 @@ fn invalid_checkpoints_are_refused_with_the_reason() {
         ("bad-7", r#"{"weight_map": {"a": "../x"}}"#),
         ("gone-8", r#"{"weight_map": {"a": "x.safetensors"}}"#),
         ("wrong-9", r#"{"weight_map": {"zz": "step_40.safetensors"}}"#),
+        ("fewer-10", r#"{"weight_map": {"a.weight": "step_40.safetensors"}}"#),
     ] {
         fs::write(path(&format!("{name}.safetensors.index.json")), text).unwrap();
     }
@@ -93,6 +94,7 @@ fn invalid_checkpoints_are_refused_with_the_reason() {
         ("bad-7.safetensors.index.json", "it names the file `../x`"),
         ("gone-8.safetensors.index.json", "cannot read"),
         ("wrong-9.safetensors.index.json", "tensor `zz` is not in `step_40.safetensors`"),
+        ("fewer-10.safetensors.index.json", "`b.half`, which fewer-10.safetensors.index.json does not name: the files"),
         ("0.9.safetensors", "this is a snapshot of a run"),
         ("coarse-11.safetensors", "tensor `q` is of F8_E4M3, which cannot be averaged"),
         ("evil-12.pt", "`evil` is a Python object (`os.system`), whose code is never run"),

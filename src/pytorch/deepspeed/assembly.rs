@@ -151,22 +151,46 @@ impl Assembly {
         }
         for (list, (name, shape)) in lists.iter().zip(&frozen) {
             let size = volume(folder, name, shape)?;
+            // Each process's stretch has the same length, so the last one may be filled up.
+            if list.len() >= size.saturating_add(processes) {
+                return Err(wrong_shape(folder, name, shape, &format!("{} elements in its parts", list.len())));
+            }
             self.add_cut(folder, name, shape, list.cut(0..size, 0))?;
         }
         Ok(())
     }
 
-    /// Adds the tensors of the module that are not there yet.
+    /// Checks that a tensor of the whole module has the shape by which the optimizer's lists were cut.
+    fn check_shape(&self, path: &Path, name: &str, found: &[usize]) -> Result<()> {
+        match self.cut.get(name) {
+            Some((shape, _)) if shape != found => {
+                Err(wrong_shape(path, name, shape, &format!("the shape {found:?} in `module`")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Adds the tensors of the module that are not there yet. Those of a module in parts are empty.
     ///
     /// # Errors
     /// [`Error::Damaged`], and [`Error::Unexpected`] for entries that are not tensors.
-    pub(super) fn add_module(&mut self, module: ModuleState, leave_out: &NamePatterns) -> Result<()> {
+    pub(super) fn add_module(
+        &mut self,
+        module: ModuleState,
+        is_in_parts: bool,
+        leave_out: &NamePatterns,
+    ) -> Result<()> {
         let id = module.entry("module").ok_or_else(|| {
             let why = "it has no weights of a module, as those of a pipeline are in other files: save the whole model \
                        in the training, and average that";
             Error::unexpected(&module.file.path, why)
         })?;
         let entries = read_entries(&module.file, id, true, leave_out)?;
+        if !is_in_parts {
+            for (name, tensor) in &entries.tensors {
+                self.check_shape(&module.file.path, name, &tensor.shape)?;
+            }
+        }
         self.left_out.extend(entries.left_out);
         self.nones = entries.nones;
         self.aliases = module.aliases();
@@ -233,6 +257,14 @@ fn wrong_size(path: &Path, wanted: usize, found: usize) -> Error {
         "the parameters have {wanted} elements in it, but its lists {found}: the files are of different checkpoints"
     );
     Error::damaged(path, why)
+}
+
+fn wrong_shape(path: &Path, name: &str, listed: &[usize], found: &str) -> Error {
+    let why = format!(
+        "parameter `{name}` has the shape {listed:?} in the list of shapes, but {found}: the files are of different \
+         saves; copy all files of one save, or save again"
+    );
+    Error::unexpected(path, why)
 }
 
 /// Returns the number of elements of a shape.

@@ -59,7 +59,7 @@ impl DeepSpeedModel {
         if with_masters {
             assembly.add_optimizer(folder, &files, &module)?;
         }
-        assembly.add_module(module, leave_out)?;
+        assembly.add_module(module, files.is_in_parts(), leave_out)?;
         let nones = std::mem::take(&mut assembly.nones);
         let (tensors, left_out) = assembly.finish(folder, leave_out)?;
         Ok(DeepSpeedModel { tensors, left_out, nones, note, step })

@@ -182,8 +182,13 @@ impl Pickle {
 
     /// Returns an attribute of an object that was pickled with a dict of them.
     pub(super) fn attribute(&self, id: NodeId, name: &str) -> Option<NodeId> {
+        self.get(self.state(id)?, name)
+    }
+
+    /// Returns the state that was set after an object was made.
+    pub(super) fn state(&self, id: NodeId) -> Option<NodeId> {
         let Node::Object(object) = self.node(id) else { return None };
-        self.get(object.state?, name)
+        object.state
     }
 
     pub(super) fn class(&self, id: NodeId) -> Option<&str> {
