@@ -172,7 +172,7 @@ def test_shapes_that_differ_from_the_list_are_refused(runs: Path) -> None:
     group = next(shapes for shapes in state["param_shapes"] if "first.weight" in shapes)
     group["first.weight"] = torch.Size([7, 5])
     torch.save(state, path)
-    message = r"`first.weight` has the shape \[7, 5\] in the list of shapes, but the shape \[5, 7\] in `module`: the files"
+    message = r"`first.weight` has the shape \[7, 5\] in the list of shapes, but the shape \[5, 7\] in `module`: "
     with pytest.raises(ValueError, match=message):
         mean([runs / "stage2"])
     for path in (runs / "stage3/global_step2").glob("*_model_states.pt"):
