@@ -2,16 +2,6 @@
 
 use faer::{Mat, MatRef};
 
-/// Product of two factors in an average: `w B A`.
-pub struct FactorProduct {
-    /// Weight.
-    pub weight: f64,
-    /// `B`, row by row: as many rows as the product, as many columns as the rank.
-    pub up: Vec<f64>,
-    /// `A`, row by row: as many rows as the rank, as many columns as the product.
-    pub down: Vec<f64>,
-}
-
 /// Rows and columns of products, and the rank of their factors.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ProductShape {
@@ -37,49 +27,77 @@ pub struct CutProduct {
     pub of_factors: f64,
 }
 
-/// Averages products, and cuts the average back to the rank of the factors.
+/// Weighted products of two factors, whose average is taken.
 ///
 /// The average `P = sum_k w_k B_k A_k` is the product of two stacks, `[w_1 B_1 ...]` and `[A_1; ...]`. With the QR
 /// decompositions of both, `P = Q (R S^T) W^T`, so that the singular values of `P` are those of the small core `R S^T`
 /// and `P` itself is never formed. Those of the largest `rank` singular values are the nearest matrix of that rank
 /// (Eckart and Young, 1936). Each factor gets the square root of the singular values.
-///
-/// Returns `None` if the singular values do not converge.
-pub fn average_products(products: &[FactorProduct], shape: ProductShape) -> Option<CutProduct> {
-    let ProductShape { rows, columns, rank } = shape;
-    let stacked = products.len() * rank;
-    let element = |k: usize| (&products[k / rank.max(1)], k % rank.max(1));
-    let up = Mat::from_fn(rows, stacked, |i, k| {
-        let (product, k) = element(k);
-        product.weight * product.up[i * rank + k]
-    });
-    let down = Mat::from_fn(columns, stacked, |j, k| {
-        let (product, k) = element(k);
-        product.down[k * columns + j]
-    });
-    let [up, down] = [up, down].map(|stack| stack.qr());
-    let core = up.thin_R() * down.thin_R().transpose();
-    let svd = core.thin_svd().ok()?;
-    let values: Vec<f64> = svd.S().column_vector().iter().copied().collect();
-    let kept = rank.min(values.len());
-    // The average of each factor is the sum of the blocks of its stack, with the weights in it.
-    let sum = |stack: MatRef<'_, f64>, weight: &dyn Fn(usize) -> f64| {
-        Mat::from_fn(stack.nrows(), rank, |i, k| {
-            (0..products.len()).map(|p| weight(p) * stack[(i, p * rank + k)]).sum::<f64>()
+pub struct ProductStack {
+    shape: ProductShape,
+    weights: Vec<f64>,
+    /// Factors `w B` beside each other.
+    up: Mat<f64>,
+    /// Transposed factors `A` beside each other.
+    down: Mat<f64>,
+}
+
+impl ProductStack {
+    /// Takes memory for some products.
+    pub fn new(shape: ProductShape, products: usize) -> ProductStack {
+        let stack = |extent| Mat::zeros(extent, products * shape.rank);
+        ProductStack { shape, weights: Vec::with_capacity(products), up: stack(shape.rows), down: stack(shape.columns) }
+    }
+
+    /// Bytes of memory that the average of some products takes, with its result.
+    pub fn bytes(shape: ProductShape, products: usize) -> usize {
+        let stacked = products * shape.rank;
+        // Both stacks, the decomposition of one of them, the result and its product, and the core's decomposition.
+        let elements = (3 * stacked / 2 + 3 * shape.rank) * (shape.rows + shape.columns) + 10 * stacked * stacked;
+        elements * size_of::<f64>()
+    }
+
+    /// Adds the product `weight B A`. `up` is `B` and `down` is `A`, row by row.
+    pub fn push(&mut self, weight: f64, up: &[f64], down: &[f64]) {
+        let ProductShape { rows, columns, rank } = self.shape;
+        let first = self.weights.len() * rank;
+        for k in 0..rank {
+            (0..rows).for_each(|i| self.up[(i, first + k)] = weight * up[i * rank + k]);
+            (0..columns).for_each(|j| self.down[(j, first + k)] = down[k * columns + j]);
+        }
+        self.weights.push(weight);
+    }
+
+    /// Averages the products, and cuts the average back to the rank of the factors.
+    ///
+    /// Returns `None` if the singular values do not converge.
+    pub fn average(self) -> Option<CutProduct> {
+        let ProductStack { shape: ProductShape { rows, columns, rank }, weights, up, down } = self;
+        let [up, down] = [up, down].map(|stack| stack.qr());
+        let core = up.thin_R() * down.thin_R().transpose();
+        let svd = core.thin_svd().ok()?;
+        let values: Vec<f64> = svd.S().column_vector().iter().copied().collect();
+        let kept = rank.min(values.len());
+        // The average of each factor is the sum of the blocks of its stack, with the weights in it.
+        let sum = |stack: MatRef<'_, f64>, weight: &dyn Fn(usize) -> f64| {
+            Mat::from_fn(stack.nrows(), rank, |i, k| {
+                (0..weights.len()).map(|p| weight(p) * stack[(i, p * rank + k)]).sum::<f64>()
+            })
+        };
+        let factors = sum(up.thin_R(), &|_| 1.0) * sum(down.thin_R(), &|p| weights[p]).transpose();
+        let root = Mat::from_fn(kept, kept, |i, j| if i == j { values[i].sqrt() } else { 0.0 });
+        let new_up = up.compute_thin_Q() * (svd.U().get(.., ..kept) * &root);
+        drop(up);
+        let new_down = down.compute_thin_Q() * (svd.V().get(.., ..kept) * &root);
+        let of = |factor: &Mat<f64>, i: usize, k: usize| if k < kept { factor[(i, k)] } else { 0.0 };
+        Some(CutProduct {
+            up: (0..rows * rank).map(|i| of(&new_up, i / rank, i % rank)).collect(),
+            down: (0..rank * columns).map(|i| of(&new_down, i % columns, i / columns)).collect(),
+            norm: values.iter().map(|value| value * value).sum(),
+            cut: values[kept..].iter().map(|value| value * value).sum(),
+            of_factors: (factors - core).squared_norm_l2(),
         })
-    };
-    let factors = sum(up.thin_R(), &|_| 1.0) * sum(down.thin_R(), &|p| products[p].weight).transpose();
-    let root = Mat::from_fn(kept, kept, |i, j| if i == j { values[i].sqrt() } else { 0.0 });
-    let new_up = up.compute_thin_Q() * (svd.U().get(.., ..kept) * &root);
-    let new_down = down.compute_thin_Q() * (svd.V().get(.., ..kept) * &root);
-    let of = |factor: &Mat<f64>, i: usize, k: usize| if k < kept { factor[(i, k)] } else { 0.0 };
-    Some(CutProduct {
-        up: (0..rows * rank).map(|i| of(&new_up, i / rank, i % rank)).collect(),
-        down: (0..rank * columns).map(|i| of(&new_down, i % columns, i / columns)).collect(),
-        norm: values.iter().map(|value| value * value).sum(),
-        cut: values[kept..].iter().map(|value| value * value).sum(),
-        of_factors: (factors - core).squared_norm_l2(),
-    })
+    }
 }
 
 #[cfg(test)]
@@ -102,21 +120,17 @@ mod tests {
     fn average_is_the_nearest_product_of_the_rank() {
         for (rows, columns, rank, count) in [(9, 7, 2, 3), (5, 20, 3, 4), (3, 4, 6, 2), (8, 8, 1, 1), (1, 6, 1, 5)] {
             let shape = ProductShape { rows, columns, rank };
-            let products: Vec<FactorProduct> = (0..count)
-                .map(|k| FactorProduct {
-                    weight: [0.5, 0.2, 0.15, 0.1, 0.05][k],
-                    up: numbers(2 * k + 1, rows * rank),
-                    down: numbers(2 * k + 2, rank * columns),
-                })
-                .collect();
+            let mut stack = ProductStack::new(shape, count);
             let mut whole = Mat::<f64>::zeros(rows, columns);
             let [mut up, mut down] = [vec![0.0; rows * rank], vec![0.0; rank * columns]];
-            for FactorProduct { weight, up: b, down: a } in &products {
-                whole += product(b, a, shape) * Scale(*weight);
-                up.iter_mut().zip(b).for_each(|(sum, b)| *sum += weight * b);
-                down.iter_mut().zip(a).for_each(|(sum, a)| *sum += weight * a);
+            for (k, weight) in [0.5, 0.2, 0.15, 0.1, 0.05].into_iter().take(count).enumerate() {
+                let [b, a] = [numbers(2 * k + 1, rows * rank), numbers(2 * k + 2, rank * columns)];
+                stack.push(weight, &b, &a);
+                whole += product(&b, &a, shape) * Scale(weight);
+                up.iter_mut().zip(&b).for_each(|(sum, b)| *sum += weight * b);
+                down.iter_mut().zip(&a).for_each(|(sum, a)| *sum += weight * a);
             }
-            let cut = average_products(&products, shape).unwrap();
+            let cut = stack.average().unwrap();
             let values: Vec<f64> = whole.singular_values().unwrap();
             let expected: f64 = values.iter().skip(rank).map(|value| value * value).sum();
             let norm = whole.squared_norm_l2();
@@ -133,8 +147,9 @@ mod tests {
     #[test]
     fn products_of_zeros_stay_zeros() {
         let shape = ProductShape { rows: 3, columns: 2, rank: 2 };
-        let zero = FactorProduct { weight: 1.0, up: vec![0.0; 6], down: numbers(1, 4) };
-        let cut = average_products(&[zero], shape).unwrap();
+        let mut stack = ProductStack::new(shape, 1);
+        stack.push(1.0, &[0.0; 6], &numbers(1, 4));
+        let cut = stack.average().unwrap();
         assert_eq!((cut.up, cut.norm, cut.cut, cut.of_factors), (vec![0.0; 6], 0.0, 0.0, 0.0));
     }
 }

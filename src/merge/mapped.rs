@@ -1,48 +1,43 @@
 //! The checkpoints that some targets read.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 use super::Checkpoints;
 use super::plan::{Merge, MergeRow};
-use super::products::{AveragedProducts, Products};
+use super::products::{ProductAverages, Products};
 use crate::checkpoint::{CheckpointModel, first_odd};
 use crate::error::{Error, Result};
-use crate::synthesis::{LaterSelection, Selection, TensorSource, WeightedSources};
+use crate::synthesis::{ComputedSources, Selection, TensorSource, WeightedSources};
 
 /// Checkpoints that some targets read, by their index.
 pub(super) struct MappedModels<'a> {
     models: BTreeMap<usize, &'a CheckpointModel>,
-    /// Averaged products of adapters, for each target.
-    products: Vec<Arc<AveragedProducts>>,
-    /// Names of the factors of these.
-    factors: BTreeSet<String>,
+    /// Averages of the products of adapters, if these are asked for.
+    products: Option<ProductAverages<'a>>,
 }
 
 impl<'a> MappedModels<'a> {
-    /// Maps the checkpoints that the targets read, and averages the products of adapters if these are asked for.
+    /// Maps the checkpoints that the targets read. `progress` is called with the bytes of factors whose products are
+    /// averaged.
+    pub(super) fn new(
+        checkpoints: &'a Checkpoints,
+        rows: &[&'a MergeRow],
+        progress: &'a (dyn Fn(u64) + Sync),
+    ) -> MappedModels<'a> {
+        let models: BTreeMap<usize, &CheckpointModel> = used(checkpoints, rows).collect();
+        let sources = || models.iter().map(|(&i, model)| (i, *model as &dyn TensorSource)).collect();
+        let products = checkpoints.products.as_ref();
+        let products = products.map(|products| ProductAverages::new(products, rows, sources(), progress));
+        MappedModels { models, products }
+    }
+
+    /// Computes the errors of all targets' averages of products.
     ///
     /// # Errors
     /// [`Error::Unexpected`] for factors that are not finite.
-    pub(super) fn new(
-        checkpoints: &'a Checkpoints,
-        rows: &[&MergeRow],
-        progress: &(dyn Fn(u64) + Sync),
-    ) -> Result<MappedModels<'a>> {
-        let models = used(checkpoints, rows).collect();
-        let mut mapped = MappedModels { models, products: Vec::new(), factors: BTreeSet::new() };
-        if let Some(products) = &checkpoints.products {
-            let sources = mapped.models.iter().map(|(&i, model)| (i, *model as &dyn TensorSource)).collect();
-            let averaged: Result<_> = rows.iter().map(|row| products.average(row, &sources, progress)).collect();
-            mapped.products = averaged.map_err(|error| mapped.blame(error))?;
-            mapped.factors = products.factors().map(str::to_owned).collect();
-        }
-        Ok(mapped)
-    }
-
-    /// Returns the averaged products of adapters, for each target; none if factors are averaged.
-    pub(super) fn products(&self) -> &[Arc<AveragedProducts>] {
-        &self.products
+    pub(super) fn compute_products(&self) -> Result<()> {
+        let computed = self.products.iter().try_for_each(|products| products.for_each_group(&mut |_| Ok(())));
+        computed.map_err(|error| self.blame(error))
     }
 
     /// Selects the checkpoints that have a weight in a target.
@@ -56,18 +51,9 @@ impl<'a> MappedModels<'a> {
                 weights: rows.iter().flat_map(|row| chosen.iter().map(|&i| row.weights[i])).collect(),
             },
             newest: rows.iter().map(|row| source(row.newest)).collect(),
-            later: self.factors_of_products().into_iter().collect(),
+            later: Vec::new(),
+            computed: self.products.as_ref().map(|products| products as &dyn ComputedSources),
         }
-    }
-
-    /// Returns the factors of averaged products as sources with weights of their own: 1 for the target's.
-    fn factors_of_products(&self) -> Option<LaterSelection<'_>> {
-        let targets = 0..self.products.len();
-        let weight = |target, source| if target == source { 1.0 } else { 0.0 };
-        let weights = targets.clone().flat_map(|i| targets.clone().map(move |j| weight(i, j))).collect();
-        let sources = self.products.iter().map(|products| products.as_ref() as &dyn TensorSource).collect();
-        let weighted = WeightedSources { sources, weights };
-        (!self.products.is_empty()).then(|| LaterSelection { tensors: self.factors.clone(), weighted })
     }
 
     /// Finds the checkpoint to blame for a tensor that could not be averaged: the first that holds NaN, or an infinity

@@ -226,8 +226,9 @@ impl Checkpoints {
     /// [`Error::Io`](crate::Error::Io).
     pub fn load(&self, merge: &Merge) -> Result<Tensors> {
         let row = MergeRow::new(self, merge)?;
-        let mapped = MappedModels::new(self, &[&row], &|_| ())?;
-        self.source_set().load_selection(&mapped.selection(&[&row])).map_err(|error| mapped.blame(error))
+        let rows = [&row];
+        let mapped = MappedModels::new(self, &rows, &|_| ());
+        self.source_set().load_selection(&mapped.selection(&rows)).map_err(|error| mapped.blame(error))
     }
 
     /// Blends averages into the caller's memory in one pass, as [`Run::load_into`](crate::Run::load_into) does.
@@ -244,7 +245,7 @@ impl Checkpoints {
     ) -> Result<()> {
         let rows: Vec<MergeRow> = merges.iter().map(|merge| MergeRow::new(self, merge)).collect::<Result<_>>()?;
         let rows: Vec<&MergeRow> = rows.iter().collect();
-        let mapped = MappedModels::new(self, &rows, progress.unwrap_or(&|_| ()))?;
+        let mapped = MappedModels::new(self, &rows, progress.unwrap_or(&|_| ()));
         let loaded = self.source_set().load_selection_into(&mapped.selection(&rows), outputs, progress);
         loaded.map_err(|error| mapped.blame(error))
     }
@@ -259,12 +260,12 @@ impl Checkpoints {
     /// [`Error::Unexpected`](crate::Error::Unexpected) for factors that are not finite, and
     /// [`Error::Io`](crate::Error::Io).
     pub fn product_errors(&self, merge: &Merge) -> Result<Option<ProductErrors>> {
-        if self.products.is_none() {
-            return Ok(None);
-        }
+        let Some(products) = &self.products else { return Ok(None) };
         let row = MergeRow::new(self, merge)?;
-        let mapped = MappedModels::new(self, &[&row], &|_| ())?;
-        Ok(mapped.products().first().map(|products| products.errors))
+        if products.errors(&row).is_none() {
+            MappedModels::new(self, &[&row], &|_| ()).compute_products()?;
+        }
+        Ok(products.errors(&row))
     }
 
     /// Returns the tensors of an average; the checkpoints that hold them are in a selection.

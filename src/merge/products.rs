@@ -1,7 +1,8 @@
 //! Averages of the products of low-rank adapters.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -10,8 +11,8 @@ use serde::Serialize;
 use super::plan::MergeRow;
 use crate::checkpoint::{Adapters, FactorPair};
 use crate::error::{Error, Result};
-use crate::math::{CutProduct, FactorProduct, ProductShape, average_products};
-use crate::synthesis::{Elements, TensorSource};
+use crate::math::{CutProduct, ProductStack};
+use crate::synthesis::{ComputedSources, Elements, LaterSelection, TensorSource, WeightedSources};
 use crate::tensor::{first_non_finite, to_f64};
 
 /// Errors of an average of low-rank adapters, in the Frobenius norm of all their products together.
@@ -26,28 +27,18 @@ pub struct ProductErrors {
     pub factors_error: f64,
 }
 
-/// Adapters, and the averages of their products that were computed.
+/// Bytes that the averages of a group of pairs may take, unless a single pair takes more.
+const GROUP_BYTES: usize = 32 << 20;
+
+/// Adapters, and the errors of the averages of their products that were computed.
 #[derive(Debug)]
 pub(super) struct Products {
     pub adapters: Adapters,
-    computed: Mutex<Vec<(RowKey, Arc<AveragedProducts>)>>,
+    computed: Mutex<Vec<(RowKey, ProductErrors)>>,
 }
 
 /// Bits of the weights of a target, and the index of its newest checkpoint.
 type RowKey = (Vec<u64>, usize);
-
-/// Factors of averaged products, in f64.
-#[derive(Debug)]
-pub(super) struct AveragedProducts {
-    factors: BTreeMap<String, Vec<u8>>,
-    pub errors: ProductErrors,
-}
-
-impl TensorSource for AveragedProducts {
-    fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
-        self.factors.get(name).map(|factor| (Dtype::F64, Elements::Host(factor)))
-    }
-}
 
 impl Products {
     pub(super) fn new(adapters: Adapters) -> Products {
@@ -64,68 +55,163 @@ impl Products {
         self.adapters.pairs.iter().map(|pair| pair.rank * (pair.rows + pair.columns))
     }
 
-    /// Averages the products for a target, or returns those that were computed for the same weights. `sources` are the
-    /// checkpoints with their indices. `progress` is called with the bytes read since the last call.
+    /// Returns the number of targets whose averages of any one pair take at most half the memory of a group.
+    pub(super) fn targets_in_one_pass(&self) -> usize {
+        let largest = self.elements().max().unwrap_or(0) * size_of::<f64>();
+        (GROUP_BYTES / 2 / largest.max(1)).max(1)
+    }
+
+    /// Returns the errors of a target, if its averages were computed.
+    pub(super) fn errors(&self, row: &MergeRow) -> Option<ProductErrors> {
+        let key = key(row);
+        self.computed().iter().find(|(other, _)| *other == key).map(|(_, errors)| *errors)
+    }
+
+    fn computed(&self) -> MutexGuard<'_, Vec<(RowKey, ProductErrors)>> {
+        self.computed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn key(row: &MergeRow) -> RowKey {
+    (row.weights.iter().map(|weight| weight.to_bits()).collect(), row.newest)
+}
+
+/// Averages of the products of adapters for some targets, which are computed for a group of pairs at a time.
+pub(super) struct ProductAverages<'a> {
+    pub products: &'a Products,
+    pub rows: Vec<&'a MergeRow>,
+    /// Checkpoints by their indices.
+    pub sources: BTreeMap<usize, &'a dyn TensorSource>,
+    /// Called with the bytes read since the last call.
+    pub progress: &'a (dyn Fn(u64) + Sync),
+    factors: BTreeSet<&'a str>,
+}
+
+/// Factors of the averaged products of some pairs for one target, by name.
+#[derive(Default)]
+struct AveragedFactors<'a>(BTreeMap<&'a str, Vec<f64>>);
+
+impl TensorSource for AveragedFactors<'_> {
+    fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
+        self.0.get(name).map(|factor| (Dtype::F64, Elements::Host(bytemuck::cast_slice(factor))))
+    }
+}
+
+/// Squares of the norm of averaged products, and of the distances from them.
+#[derive(Clone, Default)]
+struct ErrorSums {
+    norm: f64,
+    cut: f64,
+    of_factors: f64,
+}
+
+impl ErrorSums {
+    fn add(&mut self, product: &CutProduct) {
+        self.norm += product.norm;
+        self.cut += product.cut;
+        self.of_factors += product.of_factors;
+    }
+
+    fn errors(&self, pairs: usize) -> ProductErrors {
+        let relative = |square: f64| if self.norm > 0.0 { (square / self.norm).sqrt() } else { 0.0 };
+        ProductErrors { pairs, truncation_error: relative(self.cut), factors_error: relative(self.of_factors) }
+    }
+}
+
+impl ComputedSources for ProductAverages<'_> {
+    fn computes(&self, tensor: &str) -> bool {
+        self.factors.contains(tensor)
+    }
+
+    fn for_each_group(&self, take: &mut dyn FnMut(&LaterSelection<'_>) -> Result<()>) -> Result<()> {
+        let pairs = &self.products.adapters.pairs;
+        let mut sums = vec![ErrorSums::default(); self.rows.len()];
+        for group in self.groups() {
+            let averaged = self.average(&pairs[group.clone()], group.start, &mut sums)?;
+            let targets = 0..averaged.len();
+            let weight = |target, source| if target == source { 1.0 } else { 0.0 };
+            take(&LaterSelection {
+                tensors: pairs[group].iter().flat_map(|pair| [pair.up.clone(), pair.down.clone()]).collect(),
+                weighted: WeightedSources {
+                    sources: averaged.iter().map(|factors| factors as &dyn TensorSource).collect(),
+                    weights: targets.clone().flat_map(|i| targets.clone().map(move |j| weight(i, j))).collect(),
+                },
+            })?;
+        }
+        let errors = self.rows.iter().zip(&sums).map(|(row, sums)| (key(row), sums.errors(pairs.len())));
+        self.products.computed().extend(errors);
+        Ok(())
+    }
+}
+
+impl<'a> ProductAverages<'a> {
+    pub(super) fn new(
+        products: &'a Products,
+        rows: &[&'a MergeRow],
+        sources: BTreeMap<usize, &'a dyn TensorSource>,
+        progress: &'a (dyn Fn(u64) + Sync),
+    ) -> ProductAverages<'a> {
+        ProductAverages { products, rows: rows.to_vec(), sources, progress, factors: products.factors().collect() }
+    }
+
+    /// Cuts the pairs into groups that take [`GROUP_BYTES`] or have a single pair.
+    fn groups(&self) -> Vec<Range<usize>> {
+        let of_all = |row: &&MergeRow| row.weights.iter().filter(|weight| **weight != 0.0).count();
+        let products = self.rows.iter().map(of_all).max().unwrap_or(0);
+        let (mut groups, mut start, mut bytes) = (Vec::new(), 0, 0);
+        for (i, (pair, elements)) in self.products.adapters.pairs.iter().zip(self.products.elements()).enumerate() {
+            let results = self.rows.len() * elements * size_of::<f64>();
+            let more = ProductStack::bytes(pair.shape(), products) + results;
+            if i > start && bytes + more > GROUP_BYTES {
+                groups.push(start..i);
+                (start, bytes) = (i, 0);
+            }
+            bytes += more;
+        }
+        groups.push(start..self.products.adapters.pairs.len());
+        groups
+    }
+
+    /// Averages the products of some pairs for each target. `first` is the index of the first pair.
     ///
     /// # Errors
     /// [`Error::Tensor`] for factors that are not finite.
-    pub(super) fn average(
+    fn average(
         &self,
-        row: &MergeRow,
-        sources: &BTreeMap<usize, &dyn TensorSource>,
-        progress: &(dyn Fn(u64) + Sync),
-    ) -> Result<Arc<AveragedProducts>> {
-        let key: RowKey = (row.weights.iter().map(|weight| weight.to_bits()).collect(), row.newest);
-        let computed = || self.computed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, found)) = computed().iter().find(|(other, _)| *other == key) {
-            return Ok(found.clone());
-        }
-        let average = |i: usize| self.average_pair(i, row, sources, progress);
+        pairs: &'a [FactorPair],
+        first: usize,
+        sums: &mut [ErrorSums],
+    ) -> Result<Vec<AveragedFactors<'a>>> {
+        let of_pair = |i: usize| self.rows.iter().map(|row| self.average_pair(first + i, row)).collect();
         // Collected before errors are looked for, so that the first one does not depend on the threads.
-        let cut: Vec<Result<CutProduct>> = (0..self.adapters.pairs.len()).into_par_iter().map(average).collect();
-        let mut factors = BTreeMap::new();
-        let [mut norm, mut truncated, mut of_factors] = [0.0; 3];
-        for (pair, cut) in self.adapters.pairs.iter().zip(cut) {
-            let cut = cut?;
-            norm += cut.norm;
-            truncated += cut.cut;
-            of_factors += cut.of_factors;
-            factors.insert(pair.up.clone(), bytemuck::cast_slice(&cut.up).to_vec());
-            factors.insert(pair.down.clone(), bytemuck::cast_slice(&cut.down).to_vec());
+        let cut: Vec<Vec<Result<CutProduct>>> = (0..pairs.len()).into_par_iter().map(of_pair).collect();
+        let mut averaged: Vec<AveragedFactors<'_>> = self.rows.iter().map(|_| AveragedFactors::default()).collect();
+        for (pair, cut) in pairs.iter().zip(cut) {
+            for ((AveragedFactors(factors), sums), cut) in averaged.iter_mut().zip(&mut *sums).zip(cut) {
+                let cut = cut?;
+                sums.add(&cut);
+                factors.insert(&pair.up, cut.up);
+                factors.insert(&pair.down, cut.down);
+            }
         }
-        let relative = |square: f64| if norm > 0.0 { (square / norm).sqrt() } else { 0.0 };
-        let errors = ProductErrors {
-            pairs: self.adapters.pairs.len(),
-            truncation_error: relative(truncated),
-            factors_error: relative(of_factors),
-        };
-        let averaged = Arc::new(AveragedProducts { factors, errors });
-        computed().push((key, averaged.clone()));
         Ok(averaged)
     }
 
     /// Averages the products of one pair of factors. Scales are those relative to the newest checkpoint, whose own
     /// scale is kept.
-    fn average_pair(
-        &self,
-        i: usize,
-        row: &MergeRow,
-        sources: &BTreeMap<usize, &dyn TensorSource>,
-        progress: &(dyn Fn(u64) + Sync),
-    ) -> Result<CutProduct> {
-        let FactorPair { up, down, rows, columns, rank, .. } = &self.adapters.pairs[i];
-        let scale_of = |model: usize| self.adapters.scales[model][i];
-        let mut products = Vec::new();
-        for (model, &weight) in row.weights.iter().enumerate().filter(|(_, weight)| **weight != 0.0) {
-            let source = sources.get(&model).copied();
-            let scale = scale_of(model) / scale_of(row.newest);
-            let mut scaled = read(source, up, progress)?;
+    fn average_pair(&self, i: usize, row: &MergeRow) -> Result<CutProduct> {
+        let Adapters { pairs, scales } = &self.products.adapters;
+        let FactorPair { up, down, .. } = &pairs[i];
+        let used = || row.weights.iter().enumerate().filter(|(_, weight)| **weight != 0.0);
+        let mut stack = ProductStack::new(pairs[i].shape(), used().count());
+        for (model, &weight) in used() {
+            let source = self.sources.get(&model).copied();
+            let scale = scales[model][i] / scales[row.newest][i];
+            let mut scaled = read(source, up, self.progress)?;
             scaled.iter_mut().for_each(|element| *element *= scale);
-            products.push(FactorProduct { weight, up: scaled, down: read(source, down, progress)? });
+            stack.push(weight, &scaled, &read(source, down, self.progress)?);
         }
-        let shape = ProductShape { rows: *rows, columns: *columns, rank: *rank };
-        let cut = average_products(&products, shape);
-        cut.ok_or_else(|| Error::tensor(down, "the singular values of its products do not converge"))
+        stack.average().ok_or_else(|| Error::tensor(down, "the singular values of its products do not converge"))
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::Checkpoints;
 use super::mapped::MappedModels;
 use super::plan::{Merge, MergeRow};
+use super::products::Products;
 use crate::checkpoint::{CheckpointModel, file_name};
 use crate::device::Device;
 use crate::error::{Error, Result, listed};
@@ -49,7 +50,8 @@ pub(super) fn write(
     let sources = checkpoints.source_set();
     for alike in planned.chunk_by(|a, b| (a.row.newest, a.is_folder) == (b.row.newest, b.is_folder)) {
         let files = file_plan(checkpoints, &sources, &alike[0], form, options)?;
-        for outputs in alike.chunks(files.targets_in_one_pass()) {
+        let most = checkpoints.products.as_ref().map_or(usize::MAX, Products::targets_in_one_pass);
+        for outputs in alike.chunks(files.targets_in_one_pass().min(most)) {
             device = write_in_one_pass(checkpoints, &sources, &files, outputs, options)?;
         }
     }
@@ -151,7 +153,7 @@ fn write_in_one_pass(
         outputs.iter().map(|output| OutputTarget { path: output.path, metadata: metadata(output.merge) }).collect();
     let open = files.create(&targets)?;
     let rows: Vec<&MergeRow> = outputs.iter().map(|output| &output.row).collect();
-    let mapped = MappedModels::new(checkpoints, &rows, options.progress.unwrap_or(&|_| ()))?;
+    let mapped = MappedModels::new(checkpoints, &rows, options.progress.unwrap_or(&|_| ()));
     let written = sources.write_files(&mapped.selection(&rows), &files.shards, &open.files, options);
     let device = written.map_err(|error| mapped.blame(error))?;
     drop(mapped);

@@ -7,7 +7,7 @@ use safetensors::Dtype;
 
 use super::infinities;
 use super::prefetch::Prefetcher;
-use super::source_set::{Elements, ModelTensor, Selection, TensorSource, WeightedSources};
+use super::source_set::{Elements, ModelTensor, TensorSource, WeightedSources};
 use crate::compute::cpu::{self, Overflow};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda;
@@ -34,8 +34,8 @@ impl<'a> TensorBlend<'a> {
     ///
     /// # Errors
     /// [`Error::Tensor`] if a source lacks it.
-    pub(super) fn new(selection: &'a Selection<'a>, tensor: &'a ModelTensor, output: Dtype) -> Result<Self> {
-        let WeightedSources { sources, weights } = selection.of(&tensor.name);
+    pub(super) fn new(weighted: &'a WeightedSources<'a>, tensor: &'a ModelTensor, output: Dtype) -> Result<Self> {
+        let WeightedSources { sources, weights } = weighted;
         let mut dtypes = Vec::with_capacity(sources.len());
         let mut stored = Vec::with_capacity(sources.len());
         let mut place = 0;

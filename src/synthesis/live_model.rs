@@ -63,7 +63,7 @@ impl SourceSet<'_> {
             for view in views {
                 if let Some(tensor) = self.find_averaged(view.name) {
                     check_target(tensor, view.dtype, view.shape)?;
-                    let blend = TensorBlend::new(selection, tensor, view.dtype)?;
+                    let blend = TensorBlend::new(selection.of(&tensor.name), tensor, view.dtype)?;
                     if check_sums {
                         blend.check(view.elements())?;
                     }
@@ -81,7 +81,7 @@ impl SourceSet<'_> {
     ) -> Result<()> {
         params.for_each_mut(&mut |view: TensorViewMut<'_>| {
             let Some(tensor) = self.find_averaged(view.name) else { return Ok(()) };
-            let blend = TensorBlend::new(selection, tensor, view.dtype)?;
+            let blend = TensorBlend::new(selection.of(&tensor.name), tensor, view.dtype)?;
             let bytes = view.into_host_bytes().ok_or_else(|| Error::on_device(&tensor.name))?;
             blend.blend_all(bytes)
         })

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::backend::Backend;
 use super::blend::TensorBlend;
-use super::source_set::{ModelTensor, Selection, SourceSet};
+use super::source_set::{ModelTensor, Selection, SourceSet, WeightedSources};
 use crate::compute::cpu;
 use crate::device::Device;
 use crate::error::Result;
@@ -40,18 +40,33 @@ impl SourceSet<'_> {
     }
 
     fn load_cpu(&self, selection: &Selection<'_>) -> Result<Tensors> {
-        let loaded = self.tensors.par_iter().map(|tensor| Ok((tensor.name.clone(), load_tensor(selection, tensor)?)));
-        Ok(loaded.collect::<Result<Vec<_>>>()?.into_iter().collect())
+        let stored = self.tensors.par_iter().filter(|tensor| !selection.is_computed(&tensor.name));
+        let load = |tensor: &ModelTensor| match tensor.averaged {
+            true => blend(selection.of(&tensor.name), tensor),
+            false => copy(selection, tensor),
+        };
+        let loaded = stored.map(|tensor| Ok((tensor.name.clone(), load(tensor)?)));
+        let mut tensors: Tensors = loaded.collect::<Result<Vec<_>>>()?.into_iter().collect();
+        selection.for_each_group(|group| {
+            for tensor in group.tensors.iter().filter_map(|name| self.find_kept(name)) {
+                tensors.insert(tensor.name.clone(), blend(&group.weighted, tensor)?);
+            }
+            Ok(())
+        })?;
+        Ok(tensors)
     }
 }
 
-/// Blends or copies one tensor into new memory.
-fn load_tensor(selection: &Selection<'_>, tensor: &ModelTensor) -> Result<Tensor> {
+/// Blends one tensor into new memory.
+fn blend(sources: &WeightedSources<'_>, tensor: &ModelTensor) -> Result<Tensor> {
     let mut bytes = cpu::zeros(byte_size(&tensor.name, tensor.dtype, &tensor.shape)?);
-    if tensor.averaged {
-        TensorBlend::new(selection, tensor, tensor.dtype)?.blend_all(&mut bytes)?;
-    } else {
-        bytes.copy_from_slice(&selection.copied(0, tensor)?.to_bytes());
-    }
+    TensorBlend::new(sources, tensor, tensor.dtype)?.blend_all(&mut bytes)?;
+    Ok(Tensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes })
+}
+
+/// Copies one tensor into new memory.
+fn copy(selection: &Selection<'_>, tensor: &ModelTensor) -> Result<Tensor> {
+    let mut bytes = cpu::zeros(byte_size(&tensor.name, tensor.dtype, &tensor.shape)?);
+    bytes.copy_from_slice(&selection.copied(0, tensor)?.to_bytes());
     Ok(Tensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes })
 }

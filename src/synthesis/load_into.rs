@@ -139,30 +139,27 @@ impl SourceSet<'_> {
         Ok(())
     }
 
-    /// Blends the averaged tensors of all targets on the CPU, a chunk of all targets at a time.
+    /// Blends the averaged tensors of all targets on the CPU.
     fn fill_on_cpu(&self, selection: &Selection<'_>, targets: &mut [Target<'_>], progress: Progress<'_>) -> Result<()> {
-        let mut slices: BTreeMap<&str, Vec<(Dtype, &mut [u8])>> = BTreeMap::new();
+        let mut slices: BTreeMap<&str, Slices<'_>> = BTreeMap::new();
         for (name, (dtype, bytes)) in targets.iter_mut().flatten() {
             slices.entry(name).or_default().push((*dtype, bytes));
         }
         let mut blends = Vec::with_capacity(self.tensors.len());
-        for tensor in self.averaged() {
+        for tensor in self.averaged().filter(|tensor| !selection.is_computed(&tensor.name)) {
             let slices = slices.remove(tensor.name.as_str()).unwrap_or_default();
-            blends.push((TensorBlend::new(selection, tensor, common_dtype(tensor, &slices)?)?, slices));
+            let dtype = common_dtype(tensor, &slices)?;
+            blends.push((TensorBlend::new(selection.of(&tensor.name), tensor, dtype)?, slices));
         }
-        let pieces: Vec<_> = blends.iter_mut().flat_map(|(blend, slices)| pieces(&*blend, slices)).collect();
-        let places: Vec<_> = pieces.iter().map(|piece| (piece.blend, piece.elements.clone())).collect();
-        let prefetcher = Prefetcher::new();
-        pieces.into_par_iter().enumerate().try_for_each(|(i, Piece { blend, elements, mut dst })| {
-            let prefetch = || {
-                if let Some((blend, elements)) = places.get(i + PREFETCH_DISTANCE) {
-                    blend.prefetch(elements.clone());
-                }
-            };
-            let bytes = blend.bytes_read(elements.len());
-            prefetcher.run(bytes, prefetch, || blend.blend_range(&mut dst, elements))?;
-            progress.inspect(|progress| progress(bytes));
-            Ok(())
+        fill(&mut blends, progress)?;
+        drop(blends);
+        selection.for_each_group(|group| {
+            let mut blends = Vec::with_capacity(group.tensors.len());
+            for tensor in group.tensors.iter().filter_map(|name| self.find_kept(name)) {
+                let slices = slices.remove(tensor.name.as_str()).unwrap_or_default();
+                blends.push((TensorBlend::new(&group.weighted, tensor, common_dtype(tensor, &slices)?)?, slices));
+            }
+            fill(&mut blends, progress)
         })
     }
 
@@ -181,11 +178,32 @@ impl SourceSet<'_> {
         let mut results = Vec::with_capacity(places.len());
         for tensor in self.averaged() {
             let Some((dtype, bytes)) = places.remove(tensor.name.as_str()) else { continue };
-            blends.push(TensorBlend::new(selection, tensor, dtype)?);
+            blends.push(TensorBlend::new(selection.of(&tensor.name), tensor, dtype)?);
             results.push(bytes);
         }
         blend_by_device(device, &blends, results, progress)
     }
+}
+
+/// Memory of one tensor in each target.
+type Slices<'s> = Vec<(Dtype, &'s mut [u8])>;
+
+/// Blends tensors into the memory of all targets, a chunk of all targets at a time.
+fn fill(blends: &mut [(TensorBlend<'_>, Slices<'_>)], progress: Progress<'_>) -> Result<()> {
+    let pieces: Vec<_> = blends.iter_mut().flat_map(|(blend, slices)| pieces(&*blend, slices)).collect();
+    let places: Vec<_> = pieces.iter().map(|piece| (piece.blend, piece.elements.clone())).collect();
+    let prefetcher = Prefetcher::new();
+    pieces.into_par_iter().enumerate().try_for_each(|(i, Piece { blend, elements, mut dst })| {
+        let prefetch = || {
+            if let Some((blend, elements)) = places.get(i + PREFETCH_DISTANCE) {
+                blend.prefetch(elements.clone());
+            }
+        };
+        let bytes = blend.bytes_read(elements.len());
+        prefetcher.run(bytes, prefetch, || blend.blend_range(&mut dst, elements))?;
+        progress.inspect(|progress| progress(bytes));
+        Ok(())
+    })
 }
 
 /// Returns the dtype of a tensor's memory, which all targets share.

@@ -23,7 +23,7 @@ pub(crate) use files::{OutputFile, ShardTensor, Shards};
 pub(crate) use options::MAX_TARGETS;
 pub use options::{Output, WriteOptions};
 pub(crate) use source_set::{
-    Elements, LaterSelection, ModelTensor, Selection, SourceSet, TensorSource, WeightedSources,
+    ComputedSources, Elements, LaterSelection, ModelTensor, Selection, SourceSet, TensorSource, WeightedSources,
 };
 pub use swap::{SavedWeights, SwapGuard};
 pub(crate) use write::{check_distinct, metadata};

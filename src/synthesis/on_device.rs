@@ -73,7 +73,7 @@ impl SourceSet<'_> {
         let averaged: Vec<&ModelTensor> = self.averaged().collect();
         let mut blends = Vec::with_capacity(averaged.len());
         for tensor in &averaged {
-            blends.push(TensorBlend::new(selection, tensor, tensor.dtype)?);
+            blends.push(TensorBlend::new(selection.of(&tensor.name), tensor, tensor.dtype)?);
         }
         let mut results = Vec::with_capacity(averaged.len());
         for tensor in &averaged {
@@ -102,7 +102,7 @@ impl SourceSet<'_> {
         let mut blenders = Blenders::default();
         params.for_each_mut(&mut |view: TensorViewMut<'_>| {
             let Some(tensor) = self.find_averaged(view.name) else { return Ok(()) };
-            let blend = TensorBlend::new(selection, tensor, view.dtype)?;
+            let blend = TensorBlend::new(selection.of(&tensor.name), tensor, view.dtype)?;
             match (view.memory, blend.device()) {
                 (MemoryMut::Cuda(memory), average) => {
                     into_device(blenders.on(average.unwrap_or(memory.0.device))?, &blend, memory.0)

@@ -168,6 +168,20 @@ pub(crate) struct Selection<'a> {
     pub newest: Vec<&'a dyn TensorSource>,
     /// Tensors whose averages began after the run did, with sources and weights of their own.
     pub later: Vec<LaterSelection<'a>>,
+    /// Tensors whose sources are computed while the others are not in memory.
+    pub computed: Option<&'a dyn ComputedSources>,
+}
+
+/// Sources that are computed for a group of tensors at a time, so that they are never all in memory.
+pub(crate) trait ComputedSources: Sync {
+    /// Returns true if the sources of a tensor are computed.
+    fn computes(&self, tensor: &str) -> bool;
+
+    /// Computes the sources of one group after the other, and calls `take` with each. Keeps nothing of a group.
+    ///
+    /// # Errors
+    /// Those of `take`, and [`Error::Tensor`] for tensors that cannot be computed from.
+    fn for_each_group(&self, take: &mut dyn FnMut(&LaterSelection<'_>) -> Result<()>) -> Result<()>;
 }
 
 /// Sources of tensors whose averages began after the run did.
@@ -210,6 +224,7 @@ impl<'a> SourceSet<'a> {
             first: self.weighted(&rows),
             newest: plans.iter().map(|plan| self.newest(plan.at)).collect::<Result<_>>()?,
             later,
+            computed: None,
         })
     }
 
@@ -267,6 +282,19 @@ impl<'a> Selection<'a> {
     pub(super) fn of(&self, tensor: &str) -> &WeightedSources<'a> {
         let later = self.later.iter().find(|later| later.tensors.contains(tensor));
         later.map_or(&self.first, |later| &later.weighted)
+    }
+
+    /// Returns true if the sources of a tensor are computed, and so are not among those of this selection.
+    pub(super) fn is_computed(&self, tensor: &str) -> bool {
+        self.computed.is_some_and(|computed| computed.computes(tensor))
+    }
+
+    /// Computes the sources of one group of tensors after the other.
+    ///
+    /// # Errors
+    /// As [`ComputedSources::for_each_group`].
+    pub(super) fn for_each_group(&self, mut take: impl FnMut(&LaterSelection<'_>) -> Result<()>) -> Result<()> {
+        self.computed.map_or(Ok(()), |computed| computed.for_each_group(&mut take))
     }
 
     /// Returns the elements of a copied tensor for a target: those of its newest source.

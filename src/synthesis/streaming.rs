@@ -13,7 +13,7 @@ use super::on_device;
 use super::options::WriteOptions;
 use super::prefetch::Prefetcher;
 use super::progress::PassProgress;
-use super::source_set::{Selection, SourceSet};
+use super::source_set::{LaterSelection, ModelTensor, Selection, SourceSet, WeightedSources};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda;
 use crate::error::Result;
@@ -64,7 +64,8 @@ struct OutputSpan {
 }
 
 impl<'a> Streaming<'a> {
-    /// Prepares a pass over a selection of `set`, with the files of each target.
+    /// Prepares a pass over a selection of `set`, with the files of each target. Tensors whose sources are computed
+    /// are left to [`Streaming::of_group`].
     ///
     /// # Errors
     /// As [`TensorBlend::new`].
@@ -75,15 +76,42 @@ impl<'a> Streaming<'a> {
         files: &'a [OutputFiles],
         options: &'a WriteOptions<'a>,
     ) -> Result<Self> {
+        let sources = |tensor: &ModelTensor| {
+            (tensor.averaged && !selection.is_computed(&tensor.name)).then(|| selection.of(&tensor.name))
+        };
+        Streaming::of(set, &sources, shards, files, options)
+    }
+
+    /// Prepares a pass over a group of tensors whose sources were computed.
+    ///
+    /// # Errors
+    /// As [`TensorBlend::new`].
+    pub(super) fn of_group(
+        set: &'a SourceSet<'a>,
+        group: &'a LaterSelection<'a>,
+        shards: &Shards,
+        files: &'a [OutputFiles],
+        options: &'a WriteOptions<'a>,
+    ) -> Result<Self> {
+        let sources = |tensor: &ModelTensor| group.tensors.contains(&tensor.name).then_some(&group.weighted);
+        Streaming::of(set, &sources, shards, files, options)
+    }
+
+    /// Prepares a pass over the tensors that have `sources`.
+    fn of(
+        set: &'a SourceSet<'a>,
+        sources: &dyn Fn(&ModelTensor) -> Option<&'a WeightedSources<'a>>,
+        shards: &Shards,
+        files: &'a [OutputFiles],
+        options: &'a WriteOptions<'a>,
+    ) -> Result<Self> {
         let mut tensors = Vec::new();
         let mut before = vec![0];
         for location in shards.locations() {
             let tensor = &set.tensors[location.tensor];
-            if !tensor.averaged {
-                continue;
-            }
+            let Some(sources) = sources(tensor) else { continue };
             let size = location.dtype.bitsize() / 8;
-            let blend = TensorBlend::new(selection, tensor, location.dtype)?;
+            let blend = TensorBlend::new(sources, tensor, location.dtype)?;
             before.push(before[tensors.len()] + location.range.len() / size);
             tensors.push(PlacedBlend { blend, file: location.file, offset: location.range.start, size });
         }

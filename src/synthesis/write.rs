@@ -64,18 +64,29 @@ impl SourceSet<'_> {
         let files = outputs.iter().map(|target| shards.create(target)).collect::<Result<Vec<_>>>()?;
         self.copy(selection, shards, &files)?;
         let streaming = Streaming::new(self, selection, shards, &files, options)?;
-        let backend = choose(&streaming, self.device(options.device))?;
-        let device = match &backend {
-            Backend::Cpu => streaming.run().map(|()| Device::Cpu)?,
+        let device = self.blend(&streaming, options.device)?;
+        drop(streaming);
+        // The CPU blends what it has computed.
+        selection.for_each_group(|group| Streaming::of_group(self, group, shards, &files, options)?.run())?;
+        files.into_iter().try_for_each(OutputFiles::commit)?;
+        Ok(device)
+    }
+
+    /// Blends the tensors of a pass. Returns the device that blended.
+    fn blend(&self, streaming: &Streaming<'_>, wanted: Device) -> Result<Device> {
+        if streaming.elements() == 0 {
+            return Ok(Device::Cpu);
+        }
+        let backend = choose(streaming, self.device(wanted))?;
+        match &backend {
+            Backend::Cpu => streaming.run().map(|()| Device::Cpu),
             #[cfg(feature = "cuda")]
             Backend::Cuda(device) => match streaming.run_on(device) {
                 // Only the CPU keeps infinities that all sources share.
-                Err(error @ Error::Tensor { .. }) => streaming.run_again().map(|()| Device::Cpu).map_err(|_| error)?,
-                done => done.map(|()| backend.device())?,
+                Err(error @ Error::Tensor { .. }) => streaming.run_again().map(|()| Device::Cpu).map_err(|_| error),
+                done => done.map(|()| backend.device()),
             },
-        };
-        files.into_iter().try_for_each(OutputFiles::commit)?;
-        Ok(device)
+        }
     }
 
     /// Copies the tensors that are not averaged.

@@ -1,5 +1,6 @@
 //! Bounds on memory: synthesis, averages and imports of models larger than the bound, measured in a process of its own.
 
+mod adapters;
 #[cfg(feature = "pytorch")]
 mod inputs;
 #[cfg(feature = "pytorch")]
