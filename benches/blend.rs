@@ -58,8 +58,8 @@ fn bench(criterion: &mut Criterion, name: &str, dtype: Dtype, tensors: usize) {
     group.bench_function(name, |bench| bench.iter(load));
     group.finish();
     let snapshots = run.snapshots().iter();
-    let slices: Vec<&[u8]> =
-        snapshots.flat_map(|s| s.tensors().filter_map(|(n, _)| s.tensor(n)).map(|t| t.1)).collect();
+    let stored: Vec<_> = snapshots.flat_map(|s| s.tensors().filter_map(|(n, _)| s.tensor(n)).map(|t| t.1)).collect();
+    let slices: Vec<&[u8]> = stored.iter().map(|bytes| &**bytes).collect();
     let scan = limits::scan_bytes_per_second(&slices);
     let seconds = limits::best_seconds(|| drop(load()));
     limits::report(name, bytes, seconds, scan, "adding up the same mapped files");

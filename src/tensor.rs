@@ -13,6 +13,10 @@ mod numbers;
 mod part;
 mod patterns;
 mod scattered;
+#[allow(dead_code, reason = "sharded tracking will use the rest")]
+mod tiled;
+#[allow(dead_code, reason = "sharded tracking will use the rest")]
+mod tiling;
 
 pub use finite::NonFiniteElement;
 pub(crate) use finite::{first_non_finite, first_non_finite_of};
@@ -23,6 +27,8 @@ pub use scattered::ScatteredElements;
 pub(crate) use scattered::equal_elements;
 #[cfg(feature = "pytorch")]
 pub(crate) use scattered::{first_non_finite_in, for_each_piece};
+pub(crate) use tiled::{ElementRange, TensorParts, TiledElements};
+pub(crate) use tiling::{Stretch, Tile, Tiling, TilingFault, volume};
 
 /// Element type of a tensor in a safetensors file.
 pub use safetensors::Dtype;

@@ -2,8 +2,9 @@
 //!
 //! Reading a pipe may block forever, a device may never end, and a device that is replaced is lost to the system.
 
-use std::fs::{self, FileType, Metadata, OpenOptions};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::fs::{self, File, FileType, Metadata, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::OFlags;
@@ -24,6 +25,29 @@ pub fn check_regular(path: &Path) -> Result<Metadata> {
     } else {
         Err(Error::unexpected(path, "this is not a regular file: move it out of the directory"))
     }
+}
+
+/// Opens a regular file for reading. Returns it and its length.
+///
+/// # Errors
+/// As [`check_regular`].
+pub fn open_regular(path: &Path) -> Result<(File, u64)> {
+    // A pipe does not wait for a writer, so that it can be refused.
+    let opened = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path);
+    let opened = opened.and_then(|file| file.metadata().map(|metadata| (file, metadata)));
+    let (file, metadata) = opened.map_err(Error::io("read", path))?;
+    if metadata.is_file() {
+        Ok((file, metadata.len()))
+    } else {
+        Err(Error::unexpected(path, "this is not a regular file: move it out of the directory"))
+    }
+}
+
+/// Reads the first bytes of a file, after those that are in `bytes` already.
+pub fn read_start(file: &File, bytes: &mut Vec<u8>, length: u64) -> io::Result<()> {
+    let known = bytes.len();
+    bytes.resize(length as usize, 0);
+    file.read_exact_at(&mut bytes[known..], known as u64)
 }
 
 /// Checks that a file may be written at a path: that nothing is there, a regular file, or a link to one.

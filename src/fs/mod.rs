@@ -20,7 +20,7 @@ pub use atomic::AtomicFile;
 pub(crate) use atomic::{parent_dir, sync_directory};
 pub(crate) use fail_point::attempt;
 pub use file_checks::check_replaceable;
-pub(crate) use file_checks::{check_regular, find_document, read_document};
+pub(crate) use file_checks::{check_regular, find_document, open_regular, read_document, read_start};
 pub(crate) use folder::{AtomicFolder, CreatedDirs, check_vacant};
 pub(crate) use link::replace_by_link;
 pub(crate) use lock::{Lock, LockId};

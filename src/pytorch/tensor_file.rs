@@ -101,7 +101,7 @@ impl TensorFile {
 
     /// Returns the elements of a tensor, wherever they are.
     pub fn scattered(&self, name: &str) -> Option<&dyn ScatteredElements> {
-        self.tensors.get(name).map(|tensor| tensor as &dyn ScatteredElements)
+        self.tensors.get(name).map(TiledTensor::elements)
     }
 
     /// Returns true if another file has a tensor of this name with the same bytes.

@@ -107,9 +107,9 @@ impl Run {
             for tensor in &averaged {
                 let group = groups.get(tensor.name.as_str()).copied().unwrap_or(0);
                 if used[group].contains(&snapshot.id)
-                    && let Some((_, bytes)) = snapshot.tensor_near(&tensor.name, &mut place)
+                    && let Some(bytes) = snapshot.bytes_of(&tensor.name, &mut place)
                 {
-                    total += bytes.len() as u64;
+                    total += bytes;
                 }
                 place += 1;
             }

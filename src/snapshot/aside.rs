@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use super::STATE_FILE;
 use super::id::{SnapshotId, parse};
 use super::listing::names;
+use super::part_sets::parse_state_part;
 use super::rewind::{ASIDE, MARKER_FILE, Rewind, is_folder_name};
 use crate::error::{Error, Result};
 use crate::fs::{self as files, attempt, sync_directory};
@@ -48,9 +49,13 @@ pub fn set_aside(run: impl AsRef<Path>) -> Result<Vec<SetAside>> {
             names => names?,
         };
         let snapshots = names.iter().filter_map(|name| parse(name)).map(|(id, _)| id).collect();
-        found.push(SetAside { has_state: names.iter().any(|name| name == STATE_FILE), path, snapshots });
+        found.push(SetAside { has_state: names.iter().any(|name| is_state(name)), path, snapshots });
     }
     Ok(found)
+}
+
+fn is_state(name: &str) -> bool {
+    name == STATE_FILE || parse_state_part(name).is_some()
 }
 
 /// Ends a rewind that a killed process left: carries it out if it counts, and takes it back otherwise.
@@ -118,7 +123,7 @@ pub(crate) fn create_aside(dir: &Path, rewind: &Rewind) -> Result<()> {
 pub(crate) fn remove_set_aside(found: &SetAside, is_own: impl Fn(&Path) -> bool) -> Result<()> {
     for name in names(&found.path)? {
         let path = found.path.join(&name);
-        if (name == STATE_FILE || parse(&name).is_some()) && is_own(&path) {
+        if (is_state(&name) || parse(&name).is_some()) && is_own(&path) {
             remove_file(&path)?;
         }
     }

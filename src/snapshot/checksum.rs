@@ -14,6 +14,11 @@ const ALGORITHM: &str = "blake3:";
 /// Number of hexadecimal digits of a checksum.
 const DIGITS: usize = 64;
 
+/// Returns true for the key of a checksum.
+pub(super) fn is_key(key: &str) -> bool {
+    key == DATA || key == HEADER
+}
+
 /// Formats a checksum for the metadata.
 fn text(hasher: &blake3::Hasher) -> String {
     format!("{ALGORITHM}{}", hasher.finalize().to_hex())

@@ -6,7 +6,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::STATE_FILE;
-use super::id::{FileRole, SnapshotId, parse};
+use super::id::{FileRole, PartNumber, SnapshotId, parse};
+use super::part_sets::{PartNumbers, list_states, parse_state_part};
 use super::rewind::{MARKER_FILE, Rewind};
 use crate::error::{Error, Result, shown};
 use crate::fs::{attempt, is_temporary, sync_directory};
@@ -21,7 +22,8 @@ pub fn list(dir: &Path) -> Result<BTreeMap<SnapshotId, Vec<PathBuf>>> {
 
 /// Lists the snapshots of a run with the files of each, or the reason why a snapshot is incomplete.
 ///
-/// An incomplete set of shards without an index was never finished: it is left out, with a warning.
+/// An incomplete set of shards without an index was never finished: it is left out, with a warning. So is an incomplete
+/// set of a sharded training.
 ///
 /// # Errors
 /// [`Error::NoRun`] if the directory does not exist, [`Error::Io`] if it cannot be read.
@@ -77,8 +79,8 @@ pub fn any_snapshot_file(dir: &Path) -> Result<Option<String>> {
 /// # Errors
 /// [`Error::RunExists`], and as [`list_each`].
 pub fn check_empty(dir: &Path) -> Result<()> {
-    let state = dir.join(STATE_FILE).exists().then(|| STATE_FILE.to_owned());
-    let found = if state.is_some() { state } else { any_snapshot_file(dir)? };
+    let is_state = |name: &String| name == STATE_FILE || parse_state_part(name).is_some();
+    let found = names(dir)?.into_iter().find(|name| is_state(name) || parse(name).is_some());
     match found {
         Some(found) => Err(Error::RunExists { path: dir.to_owned(), found }),
         None => Ok(()),
@@ -87,6 +89,30 @@ pub fn check_empty(dir: &Path) -> Result<()> {
 
 /// Returns the files of a snapshot in order, or `None` if it was never finished.
 fn complete(dir: &Path, id: SnapshotId, roles: &BTreeSet<FileRole>) -> Result<Option<Vec<PathBuf>>> {
+    let mut parts = PartNumbers::default();
+    let mut others = BTreeSet::new();
+    for &role in roles {
+        match role {
+            FileRole::Part(part) => parts.add(part),
+            _ => drop(others.insert(role)),
+        }
+    }
+    let other = if others.is_empty() { None } else { complete_unsharded(dir, id, &others)? };
+    let name = |part: PartNumber| id.part_name(part.i, part.n);
+    parts.warn_of_incomplete(dir, &format!("snapshot {id}"), &name);
+    let sets = parts.complete().map(|n| (1..=n).map(|i| dir.join(id.part_name(i, n))).collect());
+    let mut found = other.into_iter().chain(sets);
+    match (found.next(), found.next()) {
+        (Some(_), Some(second)) => {
+            let why = "this snapshot exists twice, in two sets of files: move one of the two out";
+            Err(Error::unexpected(&second[0], why))
+        }
+        (first, _) => Ok(first),
+    }
+}
+
+/// As [`complete`], for the files of a training that is not sharded.
+fn complete_unsharded(dir: &Path, id: SnapshotId, roles: &BTreeSet<FileRole>) -> Result<Option<Vec<PathBuf>>> {
     let shard_count = |role: &FileRole| if let FileRole::Shard { n, .. } = role { Some(*n) } else { None };
     let count = roles.iter().filter_map(shard_count).max();
     // The search ends after at most as many shards as there are files, whatever number a file name claims.
@@ -137,18 +163,21 @@ fn no_run(dir: &Path, reason: &str) -> Error {
     Error::NoRun { path: dir.to_owned(), reason: reason.to_owned() }
 }
 
-/// Removes the files that a killed writer left: temporary files, and shards of sets that were never finished.
+/// Removes the files that a killed writer left: temporary files, shards of sets that were never finished, and
+/// incomplete sets of a sharded training.
 ///
 /// The caller holds the lock of the run.
 ///
 /// # Errors
 /// [`Error::Io`].
 pub fn remove_leftovers(dir: &Path) -> Result<()> {
-    let finished: BTreeSet<PathBuf> = list(dir)?.into_values().flatten().collect();
+    let states = list_states(dir)?.into_iter().flat_map(|state| state.files);
+    let finished: BTreeSet<PathBuf> = list(dir)?.into_values().flatten().chain(states).collect();
     for name in names(dir)? {
         let path = dir.join(&name);
-        let is_shard = matches!(parse(&name), Some((_, FileRole::Shard { .. })));
-        let is_leftover = is_temporary(&name) || is_shard && !finished.contains(&path);
+        let is_part = matches!(parse(&name), Some((_, FileRole::Shard { .. } | FileRole::Part(_))))
+            || parse_state_part(&name).is_some();
+        let is_leftover = is_temporary(&name) || is_part && !finished.contains(&path);
         if is_leftover && path.is_file() {
             attempt("remove", &path, || fs::remove_file(&path))?;
         }

@@ -28,6 +28,12 @@ const RUN: &str = "run";
 const SESSION: &str = "session";
 const EXTENSIONS: &str = "extensions";
 
+/// Keys of metadata that concern the tensors of a file alone.
+pub(super) const OF_TENSORS: &[&str] = &[DTYPES, COPIED, TIED];
+
+/// Keys of metadata that are equal in all files of a snapshot.
+pub(super) const OF_SNAPSHOT: &[&str] = &[PROFILE, STEP, HISTORY, RUN, SESSION, EXTENSIONS];
+
 /// Version of files whose tensors all began with the run.
 const FIRST_VERSION: &str = "1";
 
@@ -36,6 +42,9 @@ const EXTENDED_VERSION: &str = "2";
 
 /// Version of live states whose low-order terms are integers, extended or not. Older readers would take them for bf16.
 const TERMS_VERSION: &str = "3";
+
+/// Version of files that hold parts of tensors. Older readers would take a part for the whole.
+const PARTS_VERSION: &str = "4";
 
 /// Metadata of a snapshot.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -177,6 +186,11 @@ pub(crate) fn versioned_strings(extensions: &[Extension]) -> BTreeMap<String, St
     strings_of(version)
 }
 
+/// Returns the strings that every file with parts of tensors carries.
+pub(super) fn parts_strings() -> BTreeMap<String, String> {
+    strings_of(PARTS_VERSION)
+}
+
 /// Returns the strings that every live state with low-order terms carries.
 pub(crate) fn terms_strings() -> BTreeMap<String, String> {
     strings_of(TERMS_VERSION)
@@ -189,10 +203,10 @@ fn strings_of(version: &str) -> BTreeMap<String, String> {
 /// Checks that a file belongs to a run and that this version can read it. Returns its version.
 pub(crate) fn check_version<'a>(path: &Path, strings: &'a BTreeMap<String, String>) -> Result<&'a str> {
     match strings.get(VERSION).map(String::as_str) {
-        Some(version @ (FIRST_VERSION | EXTENDED_VERSION | TERMS_VERSION)) => Ok(version),
+        Some(version @ (FIRST_VERSION | EXTENDED_VERSION | TERMS_VERSION | PARTS_VERSION)) => Ok(version),
         Some(version) => {
             let why =
-                format!("the file is of version {version}, and this program reads versions 1 to 3: use a newer one");
+                format!("the file is of version {version}, and this program reads versions 1 to 4: use a newer one");
             Err(Error::unexpected(path, why))
         }
         None => Err(Error::unexpected(
@@ -259,7 +273,7 @@ mod tests {
     fn missing_and_malformed_keys_are_named() {
         for (key, value, expected) in [
             ("posthoc_ema", None, "not a snapshot of a run"),
-            ("posthoc_ema", Some("4"), "use a newer one"),
+            ("posthoc_ema", Some("5"), "use a newer one"),
             ("profile", None, "lack `profile`"),
             ("step", Some("-3"), "`step` is `-3`"),
             ("dtypes", Some("[]"), "`dtypes` is `[]`"),

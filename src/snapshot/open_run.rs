@@ -11,6 +11,9 @@ use super::listing::{list, list_each};
 use super::open_snapshot::Snapshot;
 use crate::error::{Error, Result};
 
+/// Number of files up to which all files of a run are mapped at once. Linux allows a process 65,530 mappings.
+const MAX_MAPPED: usize = 16_384;
+
 /// Opens all snapshots of a run, in order of profile and step, and checks that they belong together.
 ///
 /// # Errors
@@ -29,8 +32,9 @@ pub fn open_all(dir: &Path) -> Result<Vec<Snapshot>> {
 fn try_open_all(dir: &Path) -> Result<Vec<Snapshot>> {
     let listed: Vec<(SnapshotId, Vec<PathBuf>)> = list(dir)?.into_iter().collect();
     let Some(((id, paths), others)) = listed.split_first() else { return Err(no_snapshot(dir)) };
-    let first = Snapshot::open(*id, paths)?;
-    let open = |(id, paths): &(SnapshotId, Vec<PathBuf>)| Snapshot::open_like(*id, paths, Some(&first));
+    let is_mapped = listed.iter().map(|(_, paths)| paths.len()).sum::<usize>() <= MAX_MAPPED;
+    let first = Snapshot::open_like(*id, paths, None, is_mapped)?;
+    let open = |(id, paths): &(SnapshotId, Vec<PathBuf>)| Snapshot::open_like(*id, paths, Some(&first), is_mapped);
     // Collected before the check, so that the first snapshot's error is returned, not that of the fastest thread.
     let opened: Vec<Result<Snapshot>> = others.par_iter().map(open).collect();
     let others: Vec<Snapshot> = opened.into_iter().collect::<Result<_>>()?;

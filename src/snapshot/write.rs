@@ -12,6 +12,7 @@ use super::checksum;
 use super::id::SnapshotId;
 use super::layout::{FileLayout, PlacedTensor};
 use super::meta::Meta;
+use super::part_places::{PartPlace, place_strings};
 use super::shards;
 use crate::error::{Error, Result};
 use crate::fs::AtomicFile;
@@ -133,6 +134,25 @@ pub fn write_snapshot(
     }
     shards::write_index(dir, id, &specs, &shards)?;
     Ok(paths)
+}
+
+/// Writes the file of one process of a sharded training: the parts of tensors that it stores.
+///
+/// `specs` have the shapes of the parts, and `places` their places in the tensors, in the same order. `metadata` are
+/// all strings of the file but those of the places.
+///
+/// # Errors
+/// As [`write_file`].
+pub(crate) fn write_part(
+    path: &Path,
+    specs: Vec<TensorSpec>,
+    places: &[PartPlace],
+    mut metadata: BTreeMap<String, String>,
+    fill: &Fill<'_>,
+) -> Result<()> {
+    let named = specs.iter().map(|spec| spec.name.as_str()).zip(places);
+    metadata.extend(place_strings(named));
+    write_file(path, specs, metadata, fill)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::planning::{IndexedSource, LaterTensors, Plan, Weight};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Snapshot, StoredElements};
 use crate::tensor::{ScatteredElements, TensorSpec, equal_elements};
 
 /// Elements of a stored tensor.
@@ -18,7 +18,6 @@ pub(crate) enum Elements<'a> {
     /// Bytes in host memory, mapped files included.
     Host(&'a [u8]),
     /// Pieces of host memory.
-    #[cfg_attr(not(feature = "pytorch"), expect(dead_code, reason = "other files have tensors in one piece"))]
     Scattered(&'a dyn ScatteredElements),
     /// Memory of the source's device.
     #[cfg(feature = "cuda")]
@@ -105,6 +104,14 @@ pub(crate) trait TensorSource: Sync {
         self.stored(name)
     }
 
+    /// Opens what [`TensorSource::stored`] reads.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Damaged`] for a file that cannot be read any more.
+    fn prepare(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Announces that bytes borrowed by [`TensorSource::stored`] will soon be read.
     fn will_need(&self, _bytes: &[u8]) {}
 
@@ -120,13 +127,27 @@ pub(crate) trait TensorSource: Sync {
     }
 }
 
+impl<'a> From<StoredElements<'a>> for Elements<'a> {
+    fn from(stored: StoredElements<'a>) -> Elements<'a> {
+        match stored {
+            StoredElements::Whole(bytes) => Elements::Host(bytes),
+            StoredElements::Tiled(elements) => Elements::Scattered(elements),
+        }
+    }
+}
+
 impl TensorSource for Snapshot {
+    fn prepare(&self) -> Result<()> {
+        self.set().map_files()
+    }
+
     fn stored(&self, name: &str) -> Option<(Dtype, Elements<'_>)> {
         self.stored_near(name, &mut 0)
     }
 
     fn stored_near(&self, name: &str, place: &mut usize) -> Option<(Dtype, Elements<'_>)> {
-        self.tensor_near(name, place).map(|(tensor, bytes)| (tensor.dtype, Elements::Host(bytes)))
+        let (tensor, elements) = self.tensor_near(name, place)?;
+        Some((tensor.dtype, elements.into()))
     }
 
     fn will_need(&self, bytes: &[u8]) {
@@ -220,12 +241,11 @@ impl<'a> SourceSet<'a> {
             let rows: Vec<&[Weight]> = plans.iter().map(|plan| plan.later[i].weights.as_slice()).collect();
             later.push(LaterSelection { tensors: tensors.iter().cloned().collect(), weighted: self.weighted(&rows) });
         }
-        Ok(Selection {
-            first: self.weighted(&rows),
-            newest: plans.iter().map(|plan| self.newest(plan.at)).collect::<Result<_>>()?,
-            later,
-            computed: None,
-        })
+        let first = self.weighted(&rows);
+        let newest: Vec<_> = plans.iter().map(|plan| self.newest(plan.at)).collect::<Result<_>>()?;
+        let weighted = later.iter().flat_map(|later| &later.weighted.sources).chain(&first.sources);
+        weighted.chain(&newest).try_for_each(|source| source.prepare())?;
+        Ok(Selection { first, newest, later, computed: None })
     }
 
     /// Returns the sources that have a weight in any row, with the weights of each row.

@@ -211,7 +211,7 @@ fn stored_profile_and_constant_are_reproduced_exactly() {
     assert!(plan.relative_error < 1e-11 && (plan.noise_gain - 1.0).abs() < 1e-9);
     let stored = run.snapshots().iter().find(|s| s.id.index == 0 && s.id.step == 1000).unwrap();
     for (name, tensor) in run.load(&plan).unwrap().iter() {
-        assert_eq!(tensor.bytes, stored.tensor(name).unwrap().1, "{name}");
+        assert_eq!(tensor.bytes, *stored.tensor(name).unwrap().1, "{name}");
     }
 
     let (_temp, dir) = scratch();

@@ -26,7 +26,7 @@ impl Rounding {
         let mut elements: BTreeMap<String, (f64, f64)> = BTreeMap::new();
         let newest = run.snapshots().iter().max_by_key(|snapshot| snapshot.id.step);
         for name in run.averaged() {
-            if let Some((tensor, _)) = newest.and_then(|snapshot| snapshot.tensor(&name)) {
+            if let Some(tensor) = newest.and_then(|snapshot| snapshot.stored(&name)) {
                 let dtype = tensor.dtype.to_string().to_lowercase();
                 let count = tensor.shape.iter().map(|&n| n as f64).product::<f64>();
                 elements.entry(dtype).or_insert((0.0, rounding(tensor.dtype))).0 += count;

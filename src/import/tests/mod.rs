@@ -137,7 +137,7 @@ fn chains_match_the_tools_loops() {
                 let ours: f64 =
                     shares.iter().zip(&updates).map(|(w, &t)| w * (t as f64 / 100.0 + element as f64).sin()).sum();
                 let theirs = loops(gamma, first, options.update_every, options.step_size_correction, call, element);
-                let stored = value(tensor.dtype, bytes, element);
+                let stored = value(tensor.dtype, &bytes, element);
                 assert!((ours - theirs[call as usize]).abs() < 1e-12, "{case} {call}: {ours}");
                 assert!((stored - ours).abs() < rounding, "{case} {call}: {stored} is not {ours}");
             }
@@ -193,7 +193,7 @@ fn tensors_of_every_dtype_shape_and_stride_are_in_c_order() {
         ] {
             let (tensor, bytes) = snapshot.tensor(name).unwrap();
             assert_eq!((tensor.dtype, &tensor.shape), (dtype, &shape), "{name}");
-            let values: Vec<f64> = (0..shape.iter().product()).map(|i| value(dtype, bytes, i)).collect();
+            let values: Vec<f64> = (0..shape.iter().product()).map(|i| value(dtype, &bytes, i)).collect();
             let wanted = expected[name].as_array().unwrap();
             assert_eq!(values, wanted.iter().map(|v| v.as_f64().unwrap()).collect::<Vec<_>>(), "{name}");
         }
@@ -210,9 +210,9 @@ fn strides_and_booleans_are_read_as_pytorch_reads_them() {
     let run = Run::open(&dir).unwrap();
     let snapshot = &run.snapshots()[0];
     let (mask, bytes) = snapshot.tensor("mask").unwrap();
-    assert_eq!((mask.dtype, bytes), (Dtype::BOOL, &[1, 0, 1][..]));
+    assert_eq!((mask.dtype, &*bytes), (Dtype::BOOL, &[1, 0, 1][..]));
     let (columns, bytes) = snapshot.tensor("columns").unwrap();
-    let values: Vec<f64> = (0..6).map(|i| value(columns.dtype, bytes, i)).collect();
+    let values: Vec<f64> = (0..6).map(|i| value(columns.dtype, &bytes, i)).collect();
     assert_eq!(values, [0.0, 2.0, 4.0, 1.0, 3.0, 5.0]);
 }
 
@@ -222,7 +222,7 @@ fn rounded_counts_become_integers_and_infinite_ones_warn() {
     let name = "norm.num_batches_tracked";
     let run = Run::open(&dir).unwrap();
     let (tensor, bytes) = run.snapshots()[3].tensor(name).unwrap();
-    assert_eq!((tensor.dtype, value(tensor.dtype, bytes, 0)), (Dtype::I64, 2240.0));
+    assert_eq!((tensor.dtype, value(tensor.dtype, &bytes, 0)), (Dtype::I64, 2240.0));
     assert!(report.warnings.is_empty(), "{report:?}");
 
     let temp = tempfile::tempdir().unwrap();
@@ -239,7 +239,7 @@ fn rounded_counts_become_integers_and_infinite_ones_warn() {
     let run = Run::open(&dir).unwrap();
     let of = |snapshot: usize, name: &str| {
         let (tensor, bytes) = run.snapshots()[snapshot].tensor(name).unwrap();
-        (tensor.dtype, value(tensor.dtype, bytes, 0))
+        (tensor.dtype, value(tensor.dtype, &bytes, 0))
     };
     assert_eq!(of(0, "a.num_batches_tracked"), (Dtype::I64, 1000.0));
     assert_eq!(of(1, "a.num_batches_tracked"), (Dtype::I64, 69_991.0));
