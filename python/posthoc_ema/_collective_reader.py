@@ -23,6 +23,7 @@ from ._profiles import Profile, Target, as_profile, profile_json
 from ._progress import Progress
 from ._ranks import Call, Notices, RankGroup
 from ._run_reader import RunReader
+from ._sharded_reader import ShardedReader
 from ._spectral import refresh_spectral_norms
 from ._tracker import ModelTracker
 
@@ -328,7 +329,9 @@ def reader_of(
     leave_out: Sequence[str] | None,
     tracker: ModelTracker | None,
 ) -> RunReader:
-    """Returns the reader of a run that trains: of this process, or under `rank_zero_only` of all."""
+    """Returns the reader of a run that trains: of this process, or of all for a sharded model or `rank_zero_only`."""
+    if tracker is not None and tracker.tensors.lender().parts:
+        return ShardedReader(directory, RankGroup(), tracker)
     if not rank_zero_only:
         return RunReader(directory, tracker=tracker)
     return CollectiveReader(

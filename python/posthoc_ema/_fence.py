@@ -59,16 +59,16 @@ class CopyFence:
             i
             for i in lender.lent_on_devices
             if lender.names[i] not in self._waited_for
-            and (i not in lender.buffers if parameters is None else id(lender.tensors[i]) in parameters)
+            and (i not in lender.buffers if parameters is None else id(lender.owners[i]) in parameters)
         ]
         if not chosen:
             return []
         self._is_trial = parameters is not None and not self._has_tried
         self._lender, self._fenced = lender, chosen
-        tensors = [lender.tensors[i] for i in chosen]
-        self._versions = [tensor._version for tensor in tensors]
+        # Of a sharded parameter, an optimizer changes the one that it holds.
+        self._versions = [lender.owners[i]._version for i in chosen]
         # An assignment to `data` must not free them.
-        self._storages = [tensor.untyped_storage() for tensor in tensors]
+        self._storages = [lender.tensors[i].untyped_storage() for i in chosen]
         _pending.add(self)
         _Steps.watch()
         fenced = [False] * len(lender.tensors)
@@ -88,7 +88,7 @@ class CopyFence:
         _pending.discard(self)
         if not self._is_trial:
             self._native.wait_for_copy(lender.streams)
-        versions = [lender.tensors[i]._version for i in self._fenced]
+        versions = [lender.owners[i]._version for i in self._fenced]
         changed = [lender.names[i] for i, now, then in zip(self._fenced, versions, self._versions) if now != then]
         self._storages = []
         self._has_tried = True
@@ -110,7 +110,7 @@ class CopyFence:
     def reads_any(self, parameters: Any) -> bool:
         """Returns True if the copy reads one of some tensors."""
         lender = self._lender
-        ids = {id(lender.tensors[i]) for i in self._fenced} if lender is not None else set()
+        ids = {id(lender.owners[i]) for i in self._fenced} if lender is not None else set()
         return any(id(parameter) in ids for parameter in parameters)
 
 

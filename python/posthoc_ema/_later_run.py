@@ -18,6 +18,7 @@ import numpy as np
 from . import _native
 from ._lend import is_torch, torch_module
 from ._model import Model
+from ._parts import is_sharded
 from .posthoc_ema import PostHocEMA
 
 STATE_NAME = "posthoc-ema.safetensors"
@@ -31,13 +32,13 @@ class LaterRun:
 
     Args:
         directory: Directory of the run; None if it is set before the run is opened.
-        options: Options of `PostHocEMA.from_model`. `rank_zero_only` is on by default.
+        options: Options of `PostHocEMA.from_model`. `rank_zero_only` is on by default, unless the model is sharded.
         defaults: Further defaults of a new run; one that is continued keeps its own values.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None, options: Mapping[str, Any], **defaults: Any):
         self.directory = None if directory is None else Path(directory)
-        self._options = {"rank_zero_only": True, **options}
+        self._options = dict(options)
         self._defaults = defaults
         self.ema: PostHocEMA | None = None
         """The run, once it is open."""
@@ -49,9 +50,17 @@ class LaterRun:
         """State to continue from: a path, a tensor of bytes, or None; that of the newest step once the run is open.
 
         None on a process that leaves the tracking to another rank.
+
+        Raises:
+            ValueError: If the model is sharded: its state is in files of all ranks.
         """
         if self.ema is None:
             return self._state
+        if self.ema._is_sharded:
+            raise ValueError(
+                "the model is sharded, so no rank has the whole state of its averages: save it with `save(folder)` on "
+                "all ranks, and continue with `resume=folder`"
+            )
         with tempfile.TemporaryDirectory() as folder:
             self.ema.save(folder)
             file = Path(folder, STATE_NAME)
@@ -106,7 +115,9 @@ class LaterRun:
         """
         assert self.directory is not None
         with self._state_file() as path:
-            options = self._options if path is None else {**self._options, "resume": path}
+            options = {"rank_zero_only": not is_sharded(model), **self._options}
+            if path is not None:
+                options["resume"] = path
             if not options.get("resume"):
                 options = {**self._defaults, **options}
             ema = PostHocEMA.from_model(model, self.directory, **options)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import operator
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,6 +92,26 @@ def as_array(name: str, tensor: Any) -> Any:
     )
 
 
+class Part(NamedTuple):
+    """Rectangle of a tensor that this process holds, or range of its flattened elements."""
+
+    local: Any
+    """Tensor of the elements."""
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    offset: tuple[int, ...]
+    """First index along each dimension. One number for a tensor of several dimensions is that of a range."""
+    is_replica: bool
+    """True if another process stores the same elements."""
+    kind: str
+    """Layout in words, for messages."""
+
+    @property
+    def is_range(self) -> bool:
+        """True for a range of the flattened elements."""
+        return len(self.offset) != len(self.shape)
+
+
 class Lender:
     """Named tensors that are lent again and again.
 
@@ -99,6 +120,7 @@ class Lender:
         buffers: Names of those that are not trained.
         stored_complex: Names of those that the run stores as complex numbers. Other complex tensors are lent as pairs
             of reals along a last dimension of size 2, except for complex64 buffers, which are copied only.
+        parts: Parts of those of which other processes hold the rest, by name.
     """
 
     def __init__(
@@ -106,10 +128,15 @@ class Lender:
         named: Sequence[tuple[str, Any]],
         buffers: frozenset[str] = frozenset(),
         stored_complex: frozenset[str] = frozenset(),
+        parts: Mapping[str, Part] = MappingProxyType({}),
     ):
         self.names = [name for name, _ in named]
         self.originals = [tensor for _, tensor in named]
-        self.tensors = [as_array(name, tensor) for name, tensor in named]
+        self.parts = parts
+        """Parts of the tensors of which other processes hold the rest, by name."""
+        self.tensors = [parts[name].local if name in parts else as_array(name, tensor) for name, tensor in named]
+        self.owners = [own if name in parts else lent for (name, own), lent in zip(named, self.tensors)]
+        """Tensors that an optimizer may hold; those of parts are made of `tensors`."""
         self._torch = [is_torch(tensor) for tensor in self.tensors]
         if (
             any(of_torch and tensor.is_cuda for of_torch, tensor in zip(self._torch, self.tensors))
@@ -131,7 +158,7 @@ class Lender:
             for i, (name, dtype, facts, device) in enumerate(zip(self.names, dtypes, self._facts, devices))
         ]
         """Name, dtype, shape and device of each tensor, as it is lent."""
-        self.layout = _native.Layout(self.described, buffers)
+        self.layout = _native.Layout(self.described, buffers, self._places())
         self.buffers = {i for i, name in enumerate(self.names) if name in buffers}
         """Indices of the tensors that are not trained."""
         indirect = set(self._indirect)
@@ -150,6 +177,25 @@ class Lender:
             self._direct = [tensor for i, tensor in enumerate(self.tensors) if i not in indirect]
             self._addresses = [tensor.data_ptr() for tensor in self.tensors]
         self.check_storages()
+
+    def all_tensors(self, names: Container[str] | None = None) -> list[Any]:
+        """Returns the tensors and those that are made of them, by default of all names."""
+        chosen = [i for i, name in enumerate(self.names) if names is None or name in names]
+        owners = [self.owners[i] for i in chosen if self.owners[i] is not self.tensors[i]]
+        return [*(self.tensors[i] for i in chosen), *{id(owner): owner for owner in owners}.values()]
+
+    def _places(self) -> dict[str, tuple[list[int], list[int], bool]]:
+        """Returns global shape and offset of each part as it is lent, and if another process stores it."""
+        last = {self.names[i]: ([2], [0]) for i in self._pairs}
+        if of_pairs := [name for name in last if name in self.parts and self.parts[name].is_range]:
+            raise ValueError(
+                f"tensor `{of_pairs[0]}`: it is complex, in a {self.parts[of_pairs[0]].kind}: leave it out"
+            )
+        return {
+            name: ([*part.shape, *shape], [*part.offset, *offset], part.is_replica)
+            for name, part in self.parts.items()
+            for shape, offset in [last.get(name, ([], []))]
+        }
 
     def check_storages(self) -> None:
         """Refuses tensors that reach beyond their storage, which was resized."""
@@ -302,7 +348,7 @@ class Lender:
     def _check_writable(self) -> None:
         """Refuses tensors that cannot be written, before anything is written."""
         for name, own, tensor, of_torch in zip(self.names, self.originals, self.tensors, self._torch):
-            if own is not tensor:
+            if own is not tensor and name not in self.parts:
                 # DLPack does not say if the owner allows it.
                 reason = "it came by DLPack, which is only read: pass a tensor of PyTorch or an array of NumPy"
             elif not of_torch and not tensor.flags.writeable:

@@ -155,7 +155,8 @@ def begins(directory: Path, resume: Resume) -> bool:
         TypeError: If `resume` is neither a truth value nor a path.
         ValueError: If it is an empty path.
     """
-    return _state(resume) is None and not (resume and (directory / STATE).exists())
+    has_state = (directory / STATE).exists() or any(directory.glob("state-*-part-*.safetensors"))
+    return _state(resume) is None and not (resume and has_state)
 
 
 def open_tracker(directory: Path, lender: Lender, options: dict[str, Any], resume: Resume) -> _native.Tracker:

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ._dtypes import lent_dtype_name
-from ._lend import Lender, torch_module
+from ._lend import Lender, Part, torch_module
+from ._parts import FLAT_PARAMETER, ModuleSources, Source
 
 Model = Any
 """A module of PyTorch, or a mapping of names to tensors of PyTorch, arrays of NumPy, or objects with DLPack."""
@@ -87,18 +88,19 @@ def check_tensor(name: str, tensor: Any, is_gathered: bool = False) -> None:
         reason = "it is on the meta device and has no elements: materialise the model first (`to_empty`, then load it)"
     elif hasattr(tensor, "ds_id") and tensor.numel() == 0 and getattr(tensor, "ds_numel", 0) > 0:
         reason = (
-            "ZeRO-3 has moved its elements to other processes: call this within "
-            "`deepspeed.zero.GatheredParameters(params)`, with `modifier_rank=0` for the methods that write"
+            "ZeRO-3 has moved its elements to other processes: leave `rank_zero_only` out, so that each rank tracks "
+            "its part with `PostHocEMA.from_model`, or call this within `deepspeed.zero.GatheredParameters(params)`, "
+            "with `modifier_rank=0` for the methods that write"
         )
     elif type(tensor).__name__ == "FlatParameter" or (hasattr(tensor, "_fsdp_flattened") and not is_gathered):
         reason = (
-            "FSDP has cut it into shards: call this within `FullyShardedDataParallel.summon_full_params(model)`, or "
-            "pass a mapping of names to gathered tensors"
+            "FSDP has cut it into shards: leave `rank_zero_only` out, so that each rank tracks its shards with "
+            "`PostHocEMA.from_model`, or call this within `FullyShardedDataParallel.summon_full_params(model)`"
         )
     elif hasattr(tensor, "to_local") and hasattr(tensor, "device_mesh"):
         reason = (
-            "it is a DTensor, of which this process has a part: pass a mapping of names to gathered tensors "
-            "(`full_tensor()`) instead of the module"
+            "it is a DTensor, of which this process has a part: leave `rank_zero_only` out, so that each rank tracks "
+            "its part with `PostHocEMA.from_model`, or pass a mapping of names to gathered tensors (`full_tensor()`)"
         )
     elif tensor.layout is not torch.strided:
         reason = f"its layout is {tensor.layout}: name it in `leave_out`, or convert it to a dense tensor"
@@ -144,10 +146,18 @@ def state_dict_keys(model: Any, names: Sequence[str], tensors: Sequence[Any]) ->
 class MappingTensors:
     """Tensors of a mapping of names to tensors, looked up at every call."""
 
-    def __init__(self, model: Mapping[str, Any], stored_complex: frozenset[str] = frozenset()):
+    def __init__(self, model: Mapping[str, Any], stored_complex: frozenset[str] = frozenset(), in_parts: bool = False):
         self.model = model
         self.stored_complex = stored_complex
-        self._lender = Lender(list(model.items()), stored_complex=stored_complex)
+        self.in_parts = in_parts
+        self._list()
+
+    def _list(self) -> None:
+        self._sources = {name: Source(tensor) for name, tensor in self.model.items()} if self.in_parts else {}
+        found = {name: source.part(name) for name, source in self._sources.items()}
+        parts = {name: part for name, part in found.items() if part is not None}
+        self._marks = [source.mark() for source in self._sources.values()]
+        self._lender = Lender(list(self.model.items()), stored_complex=self.stored_complex, parts=parts)
 
     def patterns_in_use(self, patterns: Sequence[str]) -> list[str]:
         """Returns all patterns: every tensor of a mapping can be lent."""
@@ -172,8 +182,9 @@ class MappingTensors:
         same = self._lender.names == list(self.model) and all(
             map(operator.is_, self._lender.originals, self.model.values())
         )
+        same = same and [source.mark() for source in self._sources.values()] == self._marks
         if not (same and self._lender.is_current()):
-            self._lender = Lender(list(self.model.items()), stored_complex=self.stored_complex)
+            self._list()
         return self._lender
 
 
@@ -189,6 +200,7 @@ class ModuleTensors:
         keep: Names that stay even if they no longer require grad.
         leave_out: Names and globs of tensors of any kind to leave out.
         stored_complex: Names of the tensors that the run stores as complex numbers, not as pairs of reals.
+        in_parts: Lend what this process holds of sharded tensors, instead of refusing them.
     """
 
     def __init__(
@@ -198,8 +210,10 @@ class ModuleTensors:
         keep: Container[str] = (),
         leave_out: Sequence[str] = (),
         stored_complex: frozenset[str] = frozenset(),
+        in_parts: bool = False,
     ):
         self.model = module
+        self.in_parts = in_parts
         self._only_save_diff = only_save_diff
         self.keep = keep
         self._leave_out = leave_out
@@ -224,6 +238,9 @@ class ModuleTensors:
         # Tensors that match `leave_out` because they cannot be lent.
         self._left_out: list[str] = []
         chosen: dict[str, _Slot] = {}
+        sources = ModuleSources(self.model, self.in_parts)
+        self._sources: dict[str, Source] = {}
+        parts: dict[str, Part] = {}
         buffer_names: set[str] = set()
         self._gathered: frozenset[int] = frozenset()
         if "torch.distributed.fsdp" in sys.modules:
@@ -238,47 +255,58 @@ class ModuleTensors:
             self._absent += [
                 (place, key) for place in (parameters, buffers) for key, value in place.items() if value is None
             ]
-            for dictionary, key in self._tensor_slots(module):
+            for key, (dictionary, at) in [*self._tensor_slots(module), *sources.hidden_slots(module)]:
                 name = plain_name(f"{prefix}.{key}" if prefix else key)
                 if name in chosen:
                     raise ValueError(
                         f"tensor `{name}`: two tensors of the model have this name without the parts that wrappers "
                         f"insert: rename one, or pass a mapping of names to tensors"
                     )
-                if self._is_wanted(name, key, dictionary[key]) and self._can_be_lent(name, dictionary[key]):
-                    chosen[name] = (dictionary, key)
+                source = sources.of(module, key, dictionary[at])
+                if self._is_wanted(name, key, source.owner) and self._can_be_lent(name, source, parts):
+                    chosen[name] = (dictionary, at)
+                    self._sources[name] = source
                     if dictionary is buffers:
                         buffer_names.add(name)
         self._sizes = list(map(len, self._dictionaries))
         self._child_modules = [children[key] for children, key in self._children]
         self._requires_grad = self._requires_grad_now()
         self._slots = list(chosen.values())
-        named = [(name, dictionary[key]) for name, (dictionary, key) in chosen.items()]
-        self._lender = Lender(named, frozenset(buffer_names), self.stored_complex)
+        self._in_slots = [dictionary[key] for dictionary, key in self._slots]
+        named = [(name, source.owner) for name, source in self._sources.items()]
+        self._marks = [source.mark() for source in self._sources.values()] if parts else []
+        self._lender = Lender(named, frozenset(buffer_names), self.stored_complex, parts)
 
-    @staticmethod
-    def _tensor_slots(module: Any) -> list[_Slot]:
+    def _tensor_slots(self, module: Any) -> list[tuple[str, _Slot]]:
         """Returns the slots of a module's own tensors: parameters, and the buffers that its state dict holds."""
         skipped = module._non_persistent_buffers_set
         slots = [(module._parameters, key, value) for key, value in module._parameters.items()]
         slots += [(module._buffers, key, value) for key, value in module._buffers.items() if key not in skipped]
-        return [(dictionary, key) for dictionary, key, value in slots if value is not None]
+        own = [(dictionary, key) for dictionary, key, value in slots if value is not None]
+        return [(key, (dictionary, key)) for dictionary, key in own if not self.in_parts or key != FLAT_PARAMETER]
 
-    def _can_be_lent(self, name: str, tensor: Any) -> bool:
-        """Returns False for a tensor that cannot be lent and is left out; raises if it is not left out."""
+    def _can_be_lent(self, name: str, source: Source, parts: dict[str, Part]) -> bool:
+        """Returns False for a tensor that cannot be lent and is left out; raises if it is not left out.
+
+        Adds the part of a sharded tensor to `parts`.
+        """
+        tensor = source.owner
         is_left_out = any(_matches(pattern, name) for pattern in self._leave_out)
         # Some tensors answer no question at all, so one that is left out is asked none.
         if is_left_out and is_wrapper_subclass(tensor):
             self._left_out.append(name)
             return False
         try:
-            check_tensor(name, tensor, id(tensor) in self._gathered)
+            part = source.part(name) if self.in_parts else None
+            check_tensor(name, tensor if part is None else part.local, id(tensor) in self._gathered)
             lent_dtype_name(name, tensor.dtype)
         except ValueError:
             if not is_left_out:
                 raise
             self._left_out.append(name)
             return False
+        if part is not None and not is_left_out:
+            parts[name] = part
         return True
 
     def _is_wanted(self, name: str, key: str, tensor: Any) -> bool:
@@ -310,7 +338,8 @@ class ModuleTensors:
             return (
                 list(map(len, self._dictionaries)) == self._sizes
                 and all(map(operator.is_, [children[key] for children, key in self._children], self._child_modules))
-                and all(map(operator.is_, [place[key] for place, key in self._slots], self._lender.originals))
+                and all(map(operator.is_, [place[key] for place, key in self._slots], self._in_slots))
+                and (not self._marks or [source.mark() for source in self._sources.values()] == self._marks)
                 and all(place[key] is None for place, key in self._absent)
                 and (not self._only_save_diff or self._requires_grad_now() == self._requires_grad)
                 and self._lender.is_current()
@@ -334,6 +363,7 @@ def tensors_of(
     keep: Container[str] = (),
     leave_out: Sequence[str] = (),
     stored_complex: frozenset[str] = frozenset(),
+    in_parts: bool = False,
 ) -> ModuleTensors | MappingTensors:
     """Lists the tensors of a model; the options are those of `ModuleTensors`.
 
@@ -341,10 +371,10 @@ def tensors_of(
         TypeError: If the object is neither a module nor a mapping.
     """
     if isinstance(model, Mapping):
-        return MappingTensors(model, stored_complex)
+        return MappingTensors(model, stored_complex, in_parts)
     torch = torch_module()
     if torch is not None and isinstance(unwrap(model), torch.nn.Module):
-        return ModuleTensors(model, only_save_diff, keep, leave_out, stored_complex)
+        return ModuleTensors(model, only_save_diff, keep, leave_out, stored_complex, in_parts)
     raise TypeError(
         f"{type(model).__name__} is not a model: pass a module of PyTorch, or a mapping of names to tensors or arrays"
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from ._lend import is_torch, torch_module
 from ._model import is_wrapper_subclass
+from ._parts import is_dtensor
 
 # Bytes of a tensor that are compared before and after a block.
 _SAMPLED = 4096
@@ -126,10 +127,13 @@ class TensorStates:
         assert torch is not None
         # `data` is a second handle that keeps the elements in place if the block moves the model.
         placed = [tensor for tensor in tensors if tensor.layout is torch.strided]
+        # A sharded tensor has no place of its own, but the tensor that it is made of has.
+        self._locals = [(tensor, tensor._local_tensor) for tensor in placed if is_dtensor(tensor)]
         leaves = [tensor for tensor in placed if tensor.is_leaf]
         gradients = [tensor.grad for tensor in leaves]
         self._leaves = [(tensor, tensor.requires_grad, grad) for tensor, grad in zip(leaves, gradients)]
-        self._places = [(t, t.data) for t in [*placed, *(grad for grad in gradients if grad is not None)]]
+        with_place = [*placed, *(grad for grad in gradients if grad is not None), *(held for _, held in self._locals)]
+        self._places = [(t, t.data) for t in with_place if not is_dtensor(t)]
         self._sizes = [_storage_size(data) for _, data in self._places]
 
     def begin(self) -> None:
@@ -140,6 +144,11 @@ class TensorStates:
 
     def restore(self, problems: Problems) -> None:
         """Gives places, flags and gradients back."""
+        if any(tensor._local_tensor is not held for tensor, held in self._locals):
+            problems.append(
+                "the block moved or converted sharded parameters, which cannot be undone: load them again, or convert "
+                "no sharded model in a block"
+            )
         for (tensor, data), size in zip(self._places, self._sizes):
             attempt(problems, "a tensor's place", _restore_place, tensor, data, size)
         for tensor, requires_grad, grad in self._leaves:

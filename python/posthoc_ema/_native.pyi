@@ -1,6 +1,6 @@
 """Native part, private to the package. Profiles, options and plans are JSON; tensors are lent by address."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Literal
 
@@ -12,11 +12,15 @@ Progress = Callable[[int], object] | None
 class Layout:
     """Description of tensors: `(name, dtype as in safetensors files, shape, number of the CUDA device or -1)`.
 
-    `buffers` has the names of those that are not trained.
+    `buffers` has the names of those that are not trained, `parts` global shape and offset of each part of a tensor, and
+    if another process stores it.
     """
 
     def __new__(
-        cls, tensors: Sequence[tuple[str, str, Sequence[int], int]], buffers: frozenset[str] | set[str] = ...
+        cls,
+        tensors: Sequence[tuple[str, str, Sequence[int], int]],
+        buffers: frozenset[str] | set[str] = ...,
+        parts: Mapping[str, tuple[Sequence[int], Sequence[int], bool]] = ...,
     ) -> Layout: ...
 
 class SavedWeights:
@@ -219,6 +223,15 @@ class Checkpoints:
 def take_warnings() -> list[str]: ...
 def saved_step(directory: str | PathLike[str]) -> int | None: ...
 def state_step(path: str | PathLike[str]) -> int: ...
+def shard_manifest(
+    process: int,
+    directory: str,
+    options: str,
+    layout: Layout,
+    addresses: Sequence[int],
+    streams: dict[int, int],
+) -> str: ...
+def agree(manifests: list[str]) -> list[str]: ...
 def cuda_devices() -> tuple[int, str | None]: ...
 def check_profile(json: str) -> tuple[str, str]: ...
 def track(kind: str, value: float) -> str: ...

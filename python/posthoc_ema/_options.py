@@ -84,8 +84,9 @@ def whole_number(name: str, value: Any) -> int | None:
     return int(value)
 
 
-def check_reactions(on_error: str, on_nonfinite: str | None) -> None:
-    """Checks the options `on_error` and `on_nonfinite`."""
+def check_given(calculation_dtype: Any, on_error: str, on_nonfinite: str | None) -> None:
+    """Checks the options that the native part does not see, and the reactions of an update."""
+    check_calculation_dtype(calculation_dtype)
     if on_error not in ("raise", "warn"):
         raise ValueError(f'on_error = {on_error!r}: must be "raise" or "warn"')
     if on_nonfinite not in (None, "raise", "skip", "ignore"):

@@ -18,6 +18,9 @@ from ._launch import distributed, launched
 
 T = TypeVar("T")
 
+Decide = Callable[[list[Any]], list[Any]]
+"""Function of rank 0, from the values of all ranks to the answer for each."""
+
 _PREFIX = "posthoc_ema/"
 """Start of all keys in the store."""
 
@@ -25,7 +28,7 @@ PATIENCE = 30.0
 """Seconds of waiting after which a warning names the ranks that are missing."""
 
 _ALL_RANKS = (
-    "under `rank_zero_only` all ranks must make this call; a block that only rank 0 runs uses `ema.local` instead"
+    "all ranks must make this call; under `rank_zero_only` a block that only rank 0 runs uses `ema.local` instead"
 )
 
 _ASK_RANK_0 = (
@@ -99,6 +102,7 @@ class Call:
             self.text = name
             self.problem = error
         self._exchanges = exchanges
+        self._decide: Decide | None = None
         self._part = 0
         self._is_open = False
 
@@ -127,7 +131,8 @@ class Call:
             if self.problem is not None:
                 raise self.problem
             result, answer = act()
-            message = {"call": self.text, "part": self._part, "answer": answer if self.rank == 0 else None}
+            is_answer = self.rank == 0 or self._decide is not None
+            message = {"call": self.text, "part": self._part, "answer": answer if is_answer else None}
         except BaseException as error:
             self._exchange({"error": _described(error)})
             raise
@@ -137,13 +142,36 @@ class Call:
         self._is_open = not is_last
         return result, verdict["answer"]
 
+    def do(self, act: Callable[[], object], *, is_last: bool = False) -> None:
+        """Does a part whose results nobody needs; see `part`."""
+        self.part(lambda: (act(), None), is_last=is_last)
+
+    def gather(self, act: Callable[[], Any], decide: Decide) -> Any:
+        """Does a part in which rank 0 answers each rank by what all have said.
+
+        Args:
+            act: Function of this rank, which returns a value for JSON.
+            decide: Function of rank 0, from the values of all ranks to their answers.
+
+        Returns:
+            The answer to this rank.
+
+        Raises:
+            BaseException: As `part`. An error of `decide` is a ValueError on all ranks.
+        """
+        self._decide = decide
+        try:
+            return self.part(lambda: (None, act()))[1]
+        finally:
+            self._decide = None
+
     def abandon(self, error: BaseException) -> None:
         """Reports a failure to communicate, after which this rank waits for no other."""
         self._is_open = False
         self._exchanges.abandon(error)
 
     def _exchange(self, message: dict[str, Any]) -> dict[str, Any]:
-        return self._exchanges.exchange(message, self.text)
+        return self._exchanges.exchange(message, self.text, self._decide)
 
     def __enter__(self) -> Call:
         return self
@@ -215,18 +243,19 @@ class _Exchanges:
         # True once this rank has had its say in the present exchange.
         self._is_sent = False
 
-    def exchange(self, message: dict[str, Any], text: str) -> dict[str, Any]:
+    def exchange(self, message: dict[str, Any], text: str, decide: Decide | None = None) -> dict[str, Any]:
         """Sends a message and returns the answer, which has the key "error" if one rank failed.
 
         Args:
             message: Message of this rank, for JSON.
             text: Call that is being made, for messages.
+            decide: Function of rank 0 that returns the answer to each rank; by default all get that of rank 0.
 
         Raises:
             RuntimeError: If a rank is missing until the time-out of the process group, or the store fails.
         """
         try:
-            verdict = self._collect(message, text) if self.rank == 0 else self._ask(message, text)
+            verdict = self._collect(message, text, decide) if self.rank == 0 else self._ask(message, text)
         except BaseException as error:
             # The others may go on to the next exchange, and must not wait for this rank there.
             self.abandon(error)
@@ -251,6 +280,11 @@ class _Exchanges:
         self._is_sent = True
         self._set(self.rank, message)
         answer: dict[str, Any] = self.wait_for(self._key(), text)
+        if answer.get("is_own"):
+            # Written before the common answer, and read by this rank alone.
+            key = f"{self._key()}/to/{self.rank}"
+            answer = self._get(key)
+            self.store.delete_key(key)
         return answer
 
     def next_notice(self) -> str:
@@ -265,13 +299,20 @@ class _Exchanges:
         self._wait([key], lambda: "rank 0, which computes, waits for another rank, or is elsewhere", text, limit)
         return self._get(key)
 
-    def _collect(self, message: dict[str, Any], text: str) -> dict[str, Any]:
+    def _collect(self, message: dict[str, Any], text: str, decide: Decide | None) -> dict[str, Any]:
         """Waits for the messages of all ranks, as rank 0, and sends the answer."""
         keys = [self._key(rank) for rank in range(1, self._size)]
         self._wait(keys, lambda: self._missing(keys), text, self.store.timeout.total_seconds())
-        verdict = _verdict([message, *map(self._get, keys)])
+        verdict = _verdict([message, *map(self._get, keys)], decide)
         self._is_sent = True
-        self._set(None, verdict)
+        if decide is None or "error" in verdict:
+            self._set(None, verdict)
+        else:
+            answers = [{"answer": answer} for answer in verdict["answer"]]
+            for rank in range(1, self._size):
+                self.store.set(f"{self._key()}/to/{rank}", json.dumps(answers[rank]))
+            self._set(None, {"is_own": True})
+            verdict = answers[0]
         # All ranks have read the answer before, or they would not have sent another message.
         for key in [*keys, f"{_PREFIX}{self._number - 1}"]:
             self.store.delete_key(key)
@@ -328,8 +369,8 @@ def _exchanges(group: Any) -> _Exchanges:
     return _current
 
 
-def _verdict(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the answer to the messages of all ranks: the first error, or the result of rank 0."""
+def _verdict(messages: list[dict[str, Any]], decide: Decide | None) -> dict[str, Any]:
+    """Returns the answer to the messages of all ranks: the first error, or the result of rank 0, or the decision."""
     for rank, message in enumerate(messages):
         if "error" in message:
             return {"error": {**message["error"], "rank": rank}}
@@ -339,7 +380,12 @@ def _verdict(messages: list[dict[str, Any]]) -> dict[str, Any]:
             problem = f"rank {rank} calls {message['call']}, and rank 0 {first['call']}"
             text = f"{problem}: all ranks must make the same calls in the same order, with equal arguments"
             return {"error": {"text": text, "rank": None}}
-    return {"answer": first["answer"]}
+    if decide is None:
+        return {"answer": first["answer"]}
+    try:
+        return {"answer": decide([message["answer"] for message in messages])}
+    except Exception as error:
+        return {"error": {"text": str(error), "rank": None}}
 
 
 def _described(error: BaseException) -> dict[str, Any]:

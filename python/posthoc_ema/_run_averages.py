@@ -81,7 +81,7 @@ class RunAverages:
         not begin a block of the same model meanwhile.
 
         Under `rank_zero_only` all ranks call it with equal arguments. Each gets rank 0's average, bit for bit, and
-        leaves the block by itself.
+        leaves the block by itself. Of a sharded model each rank gets the average of its own shards.
 
         Args:
             model: Tracked model, or another of its structure.
@@ -131,9 +131,10 @@ class RunAverages:
 
         Raises:
             TypeError: If no library is known to save the model.
-            ValueError: As for `model`.
+            ValueError: As for `model`; if the model is sharded, of which no rank has the whole average.
             RuntimeError: As for `model`.
         """
+        self._reader.check_whole("save_pretrained")
         save = saver(model)
         with self.model(model, sigma_rel, step, noise=noise):
             if launched().rank == 0:
@@ -148,7 +149,9 @@ class RunAverages:
         *,
         noise: Noise = "off",
     ) -> Iterator[dict[str, Any]]:
-        """Synthesizes an average as a state dict for `load_state_dict`; under `rank_zero_only` a call of all ranks.
+        """Synthesizes an average as a state dict for `load_state_dict`.
+
+        Under `rank_zero_only` and of a sharded model it is a call of all ranks.
 
         Args:
             sigma_rel: Length of the average, or any profile.
@@ -179,7 +182,8 @@ class RunAverages:
     ) -> list[dict[str, Any]]:
         """Synthesizes averages of several lengths in one pass over the snapshots.
 
-        Under `rank_zero_only` all ranks call it with equal arguments, and get the same bits.
+        Under `rank_zero_only` all ranks call it with equal arguments, and get the same bits. Of a sharded model
+        each rank gets DTensors of its own shards.
 
         Args:
             targets: Profiles, or numbers as sigma_rel.
@@ -359,6 +363,7 @@ class RunAverages:
             OSError: If the directory cannot be written.
         """
         profiles = [*map(as_profile, targets), *map(Profile.sigma_rel, sigma_rels)]
+        self._reader.check_whole("sweep")
         alone = self.local
         second = None if with_run is None else (with_run.local, with_run.local._reader)
         if (with_model is not None) != (model is not None and with_run is not None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -138,6 +138,17 @@ class RunReader:
         source, at = self._source(step, noise)
         source.log_warnings(to_json(targets), *at)
         _accuracy.warn()
+
+    def together(self, name: str, act: Callable[[], None]) -> None:
+        """Calls a function on each rank that tracks; `name` is that of the method, for messages."""
+        act()
+
+    def check_whole(self, name: str) -> None:
+        """Refuses a method for which this process needs the whole model.
+
+        Raises:
+            ValueError: If the model is sharded.
+        """
 
     @property
     def alone(self) -> RunReader:

@@ -13,6 +13,7 @@ from ._fence import wait_for_copies
 from ._lend import Lender, address, is_torch, torch_module
 from ._model import MappingTensors, ModuleTensors
 from ._module_state import ModuleState, Problems, TensorStates, attempt, restore_contents
+from ._parts import reshard
 from ._spectral import refresh_spectral_norms
 
 Swap = Callable[[_native.SavedWeights, _native.Layout, list[int], dict[int, int]], None]
@@ -115,6 +116,8 @@ class _Block:
                     )
             holding[self] = self._marks
         # Only now: the state that another thread's block leaves behind is not the model's own.
+        if self._lender.parts:
+            reshard(self._model)
         self._record(written)
         # An interrupt between any two lines finds either the originals filled or nothing written.
         wait_for_copies()
@@ -130,7 +133,7 @@ class _Block:
 
     def _record(self, written: frozenset[str]) -> None:
         """Records the state that the end of the block gives back."""
-        changing = [t for name, t in zip(self._lender.names, self._lender.tensors) if name in written]
+        changing = self._lender.all_tensors(written)
         of_torch = [tensor for tensor in self._lender.originals if is_torch(tensor)]
         if self._is_module:
             self._module = ModuleState(self._model, changing)
@@ -171,6 +174,9 @@ class _Block:
         holding.pop(self, None)
 
     def _restore(self, problems: Problems) -> None:
+        if self._lender.parts:
+            # The next pass must not read the averages that FSDP has put together in the block.
+            attempt(problems, "the shards of the parameters", reshard, self._model)
         restore_contents(self._contents)
         if self._tensors is not None:
             self._tensors.restore(problems)

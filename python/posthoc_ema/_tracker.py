@@ -13,7 +13,9 @@ from ._fence import CopyFence, Fenced, wait_for_copies
 from ._lend import Lender
 from ._lifetime import Resume, TrackerLifetime, open_tracker, state_file, stored_complex
 from ._model import MappingTensors, Model, ModuleTensors, tensors_of
+from ._parts import reshard
 from ._profiles import Target, profile_json
+from ._sharded_start import ShardedStart
 from ._spectral import refresh_spectral_norms
 
 
@@ -28,6 +30,8 @@ class ModelTracker:
         leave_out: Names and globs of tensors to leave out; None if not given.
         resume: Continue the run in the directory, if there is one; or the path of the live state to continue it from.
         on_error: Effect of a storage error on an update: "raise" or "warn".
+        in_parts: Track what this process holds of sharded tensors.
+        start: Start of a run that all ranks track; None if this process tracks alone.
     """
 
     def __init__(
@@ -40,18 +44,22 @@ class ModelTracker:
         *,
         resume: Resume,
         on_error: str,
+        in_parts: bool = False,
+        start: ShardedStart | None = None,
     ):
         self._only_save_diff = only_save_diff
         self._leave_out = tuple(leave_out or ())
         self._on_error = on_error
+        self._in_parts = in_parts
         self._stored_complex = stored_complex(state_file(directory, resume)) if resume else frozenset()
-        self.tensors = tensors_of(model, only_save_diff, (), leave_out or (), self._stored_complex)
+        self.tensors = tensors_of(model, only_save_diff, (), leave_out or (), self._stored_complex, in_parts)
         """Tensors of the model that trains."""
         lender = self.tensors.lender()
         _swap.check_own_weights(lender.tensors)
         if leave_out is not None:
             options = {**options, "leave_out": self.tensors.patterns_in_use(leave_out)}
-        self.lifetime = TrackerLifetime(open_tracker(directory, lender, options, resume), directory)
+        open_native = open_tracker if start is None else start.open
+        self.lifetime = TrackerLifetime(open_native(directory, lender, options, resume), directory)
         self.native: _native.Tracker = self.lifetime.native
         self.fence = CopyFence(self.native)
         """Copy of the newest update that the training has not waited for."""
@@ -82,10 +90,12 @@ class ModelTracker:
         profile = profile_json(target)
         lender = self._lender(model)
         wait_for_copies()
+        if lender.parts:
+            reshard(model)
         with lender.writing() as (addresses, streams):
             self.native.switch_to(profile, lender.layout, addresses, streams)
         # A backward pass through results of the old weights must fail instead of being wrong.
-        _swap.mark_changed(lender.tensors)
+        _swap.mark_changed(lender.all_tensors())
         if isinstance(self.tensors, ModuleTensors):
             refresh_spectral_norms(model)
         _accuracy.warn()
@@ -122,4 +132,4 @@ class ModelTracker:
         if self.tensors.model is model:
             return self.tensors
         keep = self.tensors.keep if isinstance(self.tensors, ModuleTensors) else ()
-        return tensors_of(model, self._only_save_diff, keep, self._leave_out, self._stored_complex)
+        return tensors_of(model, self._only_save_diff, keep, self._leave_out, self._stored_complex, self._in_parts)

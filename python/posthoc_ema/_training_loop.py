@@ -178,6 +178,11 @@ class TrainingLoop:
     def _is_closed(self) -> bool:
         return self._tracker is not None and self._tracker.lifetime.closed_at is not None
 
+    @property
+    def _is_sharded(self) -> bool:
+        """True if all ranks track, each its own parts."""
+        return self._tracker is not None and bool(self._tracker.tensors.lender().parts)
+
     def _rewind(self, path: Resume) -> None:
         """Goes back to a live state that `save(path)` wrote, and stays attached.
 

@@ -20,6 +20,8 @@ from ._plans import Plan, Retention, plan
 from ._profiles import Profile, Target
 from ._run_averages import RunAverages
 from ._run_reader import RunReader
+from ._sharded_reader import ShardedReader
+from ._sharded_start import sharded_start
 from ._tracked_average import TrackedAverage
 from ._tracker import ModelTracker
 from ._training_loop import TrainingLoop, reopened
@@ -148,7 +150,8 @@ class PostHocEMA(RunAverages, TrainingLoop):
                 parallelism all ranks hold the same parameters, and a run has one writer. Call
                 `torch.distributed.init_process_group` before, so that the ranks are known; the others then wait for
                 rank 0 here, and raise its error. `model`, `state_dict`, `synthesize` and `switch_` are calls of all
-                ranks, which get the same bits, or the error of any. `local` computes on rank 0 alone.
+                ranks, which get the same bits, or the error of any. `local` computes on rank 0 alone. A sharded model
+                (FSDP, DTensor, ZeRO-3) is tracked by all ranks without this option, each its own shards.
 
         Raises:
             ValueError: If the directory "already contains checkpoints" and `resume` is not set, if it holds another run
@@ -156,32 +159,34 @@ class PostHocEMA(RunAverages, TrainingLoop):
             FileNotFoundError: If nothing is at the path `resume`.
             OSError: If the directory cannot be created or written.
         """
-        _options.check_calculation_dtype(calculation_dtype)
-        _options.check_reactions(on_error, on_nonfinite)
-        directory = Path(checkpoint_dir)
-        _lifetime.check_old_checkpoints(directory, "already contains checkpoints")
-        options = _options.tracker_options(
-            is_new=_lifetime.begins(directory, resume),
-            profiles=_options.tracked_profiles(sigma_rels, gammas, betas, profiles),
-            device=device,
-            device_copy=device_copy,
-            schedule=dict(zip(_options.DEFAULTS, (update_every, update_after_step, checkpoint_every, max_checkpoints))),
-            snapshot_growth=snapshot_growth,
-            checkpoint_dtype=checkpoint_dtype,
-            retention=retention,
-            compensated=compensated,
-            checkpoint_in_background=checkpoint_in_background,
-            average=average,
-            copy=copy,
-            extend=extend or None,
-            on_nonfinite=on_nonfinite,
-        )
-        read = partial(reader_of, directory, model, rank_zero_only, only_save_diff, leave_out)
-        if rank_zero_only and launched().rank != 0:
-            return cls._new(directory, read(None), _lifetime.step_counter(directory, resume, options))
-        _options.check_device(device)
-        tracker = ModelTracker(model, directory, options, only_save_diff, leave_out, resume=resume, on_error=on_error)
-        return cls._new(directory, read(tracker), tracker.native.skip)._track(tracker, options)
+        schedule = (update_every, update_after_step, checkpoint_every, max_checkpoints)
+        with sharded_start(model, rank_zero_only) as start:
+            directory = Path(checkpoint_dir)
+            _options.check_given(calculation_dtype, on_error, on_nonfinite)
+            _lifetime.check_old_checkpoints(directory, "already contains checkpoints")
+            options = _options.tracker_options(
+                is_new=_lifetime.begins(directory, resume),
+                profiles=_options.tracked_profiles(sigma_rels, gammas, betas, profiles),
+                device=device,
+                device_copy=device_copy,
+                schedule=dict(zip(_options.DEFAULTS, schedule)),
+                snapshot_growth=snapshot_growth,
+                checkpoint_dtype=checkpoint_dtype,
+                retention=retention,
+                compensated=compensated,
+                checkpoint_in_background=checkpoint_in_background,
+                average=average,
+                copy=copy,
+                extend=extend or None,
+                on_nonfinite=on_nonfinite,
+            )
+            read = partial(reader_of, directory, model, rank_zero_only, only_save_diff, leave_out)
+            if rank_zero_only and launched().rank != 0:
+                return cls._new(directory, read(None), _lifetime.step_counter(directory, resume, options))
+            _options.check_device(device)
+            how: dict[str, Any] = {"resume": resume, "on_error": on_error, "in_parts": not rank_zero_only}
+            tracker = ModelTracker(model, directory, options, only_save_diff, leave_out, start=start, **how)
+            return cls._new(directory, read(tracker), tracker.native.skip)._track(tracker, options)
 
     @classmethod
     def from_path(
@@ -257,7 +262,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
         return self
 
     def _list_averages(self, tensors: ModuleTensors | MappingTensors, source: _native.Tracker | Path) -> None:
-        if isinstance(tensors, ModuleTensors):
+        if isinstance(tensors, ModuleTensors) and not tensors.lender().parts:
             self.ema_models = [
                 TrackedAverage(index, profile, tensors.model, source) for index, profile in enumerate(self.profiles)
             ]
@@ -359,7 +364,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
             ValueError: If the model has another structure, or the target is not valid.
             RuntimeError: If there was no update yet, or the run was opened by path.
         """
-        if isinstance(self._reader, CollectiveReader):
+        if isinstance(self._reader, (CollectiveReader, ShardedReader)):
             self._reader.switch(model, sigma_rel)
         elif self._tracker is not None:
             self._tracker.switch(model, sigma_rel)
@@ -376,15 +381,16 @@ class PostHocEMA(RunAverages, TrainingLoop):
         goes back to it then continues with `resume=path`.
 
         Args:
-            path: File to write, or an existing folder to write `posthoc-ema.safetensors` into. It appears whole or not
-                at all. By default the state of the run itself, from which `resume=True` continues.
+            path: File to write, or an existing folder to write `posthoc-ema.safetensors` into; of a sharded model a
+                folder, into which each rank writes a file. It appears whole or not at all. By default the state of the
+                run itself, from which `resume=True` continues.
 
         Raises:
             OSError: If the state cannot be written.
             ValueError: If `path` is in the run's own directory, or cannot be a file.
         """
         if self._tracker is not None:
-            self._tracker.native.save(path)
+            self._reader.together("save", partial(self._tracker.native.save, path))
 
     def flush(self) -> None:
         """Waits until every snapshot so far is on disk, for readers of the run's directory during the training.
@@ -393,7 +399,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
             OSError: If one could not be written and no call has raised it yet.
         """
         if self._tracker is not None:
-            self._tracker.lifetime.flush()
+            self._reader.together("flush", self._tracker.lifetime.flush)
 
     def finish(self) -> None:
         """Stores a snapshot of the newest update, unless there is one, and the live state.
@@ -402,7 +408,7 @@ class PostHocEMA(RunAverages, TrainingLoop):
             OSError: If a file cannot be written.
         """
         if self._tracker is not None:
-            self._tracker.native.finish()
+            self._reader.together("finish", self._tracker.native.finish)
 
     def close(self) -> None:
         """Stores the live state if it is not on disk, and releases the run for another tracker.

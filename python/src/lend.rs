@@ -20,14 +20,18 @@ struct TensorEntry {
     /// Number of the CUDA device; `None` for the host.
     device: Option<usize>,
     is_buffer: bool,
+    part: Option<PartEntry>,
 }
+
+/// Global shape and offset of a part of a tensor, and if another process stores it.
+type PartEntry = (Vec<usize>, Vec<usize>, bool);
 
 impl TensorEntry {
     fn new(name: String, dtype: &str, shape: Vec<usize>, device: i64, is_buffer: bool) -> PyResult<TensorEntry> {
         let dtype = parse_dtype(dtype)?;
         let bytes = posthoc_ema::byte_size(&name, dtype, &shape).map_err(to_python)?;
         let device = usize::try_from(device).ok();
-        Ok(TensorEntry { name, dtype, shape, bytes, device, is_buffer })
+        Ok(TensorEntry { name, dtype, shape, bytes, device, is_buffer, part: None })
     }
 }
 
@@ -38,13 +42,18 @@ pub struct Layout(Vec<TensorEntry>);
 #[pymethods]
 impl Layout {
     /// Takes `(name, dtype, shape, device)` of each tensor. The dtype is named as in safetensors files; the device is a
-    /// number, or -1 for the host. `buffers` has the names of those that are not trained.
+    /// number, or -1 for the host. `buffers` has the names of those that are not trained. `parts` has global shape and
+    /// offset of each part of a tensor, and if it is a replica.
     #[new]
-    #[pyo3(signature = (tensors, buffers = HashSet::new()))]
-    fn new(tensors: Vec<(String, String, Vec<usize>, i64)>, buffers: HashSet<String>) -> PyResult<Layout> {
+    #[pyo3(signature = (tensors, buffers = HashSet::new(), parts = HashMap::new()))]
+    fn new(
+        tensors: Vec<(String, String, Vec<usize>, i64)>,
+        buffers: HashSet<String>,
+        mut parts: HashMap<String, PartEntry>,
+    ) -> PyResult<Layout> {
         let entry = |(name, dtype, shape, device): (String, String, Vec<usize>, i64)| {
-            let is_buffer = buffers.contains(&name);
-            TensorEntry::new(name, &dtype, shape, device, is_buffer)
+            let (is_buffer, part) = (buffers.contains(&name), parts.remove(&name));
+            TensorEntry::new(name, &dtype, shape, device, is_buffer).map(|entry| TensorEntry { part, ..entry })
         };
         Ok(Layout(tensors.into_iter().map(entry).collect::<PyResult<_>>()?))
     }
@@ -102,7 +111,12 @@ impl<'a> Lent<'a> {
 
     fn view(&self, i: usize) -> Result<TensorView<'a>> {
         let entry = &self.layout.0[i];
-        self.plain_view(i).map(|view| TensorView { is_buffer: entry.is_buffer, ..view })
+        let view = TensorView { is_buffer: entry.is_buffer, ..self.plain_view(i)? };
+        match &entry.part {
+            Some((global, offset, true)) => view.as_part_of(global, offset).map(TensorView::as_replica),
+            Some((global, offset, false)) => view.as_part_of(global, offset),
+            None => Ok(view),
+        }
     }
 
     fn plain_view(&self, i: usize) -> Result<TensorView<'a>> {

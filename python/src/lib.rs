@@ -42,6 +42,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(plans::cuda_devices, module)?)?;
     module.add_function(wrap_pyfunction!(tracker::saved_step, module)?)?;
     module.add_function(wrap_pyfunction!(tracker::state_step, module)?)?;
+    module.add_function(wrap_pyfunction!(tracker::shard_manifest, module)?)?;
+    module.add_function(wrap_pyfunction!(tracker::agree, module)?)?;
     module.add_function(wrap_pyfunction!(plans::check_profile, module)?)?;
     module.add_function(wrap_pyfunction!(plans::track, module)?)?;
     module.add_function(wrap_pyfunction!(plans::as_sigma_rel, module)?)?;

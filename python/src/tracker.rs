@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use posthoc_ema::{
-    Dtype, OnNonFinite, Options, Parameters, PostHocEma, Precision, Profile, Result, Retention, SavedState, SwapGuard,
-    TensorView, UpdateOutcome,
+    Dtype, OnNonFinite, Options, Parameters, PostHocEma, Precision, Profile, Result, Retention, SavedState,
+    ShardManifest, ShardRole, SwapGuard, TensorView, UpdateOutcome, agree as agree_on_roles,
 };
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -46,6 +46,8 @@ struct Settings {
     leave_out: Option<Vec<String>>,
     device: Option<String>,
     device_copy: Option<bool>,
+    /// Role of this process in a sharded run.
+    role: Option<ShardRole>,
 }
 
 /// Deserializer that distinguishes `null` from an absent field.
@@ -87,6 +89,9 @@ impl Settings {
         }
         if let Some(compensated) = self.compensated {
             options = options.precision(if compensated { Precision::Compensated } else { Precision::Plain });
+        }
+        if let Some(role) = self.role {
+            options = options.role(role);
         }
         match self.device {
             Some(device) => Ok(options.device(device.parse().map_err(argument)?)),
@@ -418,6 +423,31 @@ fn code(outcome: UpdateOutcome) -> u8 {
         UpdateOutcome::Updated => 1,
         UpdateOutcome::Stored => 2,
     }
+}
+
+/// Describes what this process would track, for `agree`, as JSON.
+#[pyfunction]
+pub fn shard_manifest(
+    py: Python<'_>,
+    process: usize,
+    directory: &str,
+    options: &str,
+    layout: &Layout,
+    addresses: Vec<u64>,
+    streams: Streams,
+) -> PyResult<String> {
+    let settings: Settings = from_json(options)?;
+    let options = settings.into_options(directory)?;
+    let lent = Lent::new(layout, addresses, streams)?;
+    py.detach(|| options.manifest(process, &lent)).map(|manifest| manifest.to_json()).map_err(to_python)
+}
+
+/// Returns the role of each process by the manifests of all, as JSON.
+#[pyfunction]
+pub fn agree(manifests: Vec<String>) -> PyResult<Vec<String>> {
+    let manifests: Result<Vec<_>> = manifests.iter().map(|text| ShardManifest::from_json(text)).collect();
+    let roles = manifests.and_then(|manifests| agree_on_roles(&manifests)).map_err(to_python)?;
+    Ok(roles.iter().map(ShardRole::to_json).collect())
 }
 
 /// Returns the step of a live state that was saved to a path.

@@ -31,11 +31,9 @@ def groups() -> Iterator[list[Any]]:
 @pytest.fixture
 def group(groups: list[Any]) -> Any:
     """Processes that run functions together; see `process_group.Group`."""
-    from process_group import Group
+    from process_group import SIZE, sized_group
 
-    if not groups or not groups[-1].is_alive:
-        groups.append(Group())
-    return groups[-1]
+    return sized_group(groups, SIZE)
 
 
 @pytest.fixture

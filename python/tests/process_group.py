@@ -26,7 +26,7 @@ LIMIT = 120
 OPTIONS = {"update_every": 1, "update_after_step": 0, "checkpoint_every": 10, "rank_zero_only": True}
 
 
-def serve(connection: Connection, rank: int, port: int) -> None:
+def serve(connection: Connection, rank: int, size: int, port: int) -> None:
     """Runs functions in a process of the group, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def serve(connection: Connection, rank: int, port: int) -> None:
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
-        world_size=SIZE,
+        world_size=size,
         timeout=datetime.timedelta(seconds=60),
     )
     connection.send("ready")
@@ -53,15 +53,16 @@ def serve(connection: Connection, rank: int, port: int) -> None:
 class Group:
     """Processes that wait for functions to run together."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
+        self.size = size
         self.is_alive = True
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         context = multiprocessing.get_context("spawn")
-        pairs = [context.Pipe() for _ in range(SIZE)]
+        pairs = [context.Pipe() for _ in range(size)]
         self.connections = [own for own, _ in pairs]
         self.processes = [
-            context.Process(target=serve, args=(other, rank, port), daemon=True)
+            context.Process(target=serve, args=(other, rank, size, port), daemon=True)
             for rank, (_, other) in enumerate(pairs)
         ]
         for process in self.processes:
@@ -92,6 +93,15 @@ class Group:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def sized_group(groups: list[Group], size: int) -> Group:
+    """Returns a living group of a number of processes, in the place of the last one of another number."""
+    if not groups or not groups[-1].is_alive or groups[-1].size != size:
+        for group in groups:
+            group.close()
+        groups.append(Group(size))
+    return groups[-1]
 
 
 class Net(torch.nn.Module):

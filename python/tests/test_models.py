@@ -218,7 +218,7 @@ def test_tensors_that_cannot_be_averaged_can_be_copied(run_dir: Path) -> None:
         assert "phase" not in state_dict
 
 
-def test_dtensors_are_refused_with_the_remedy(run_dir: Path, process_group: None) -> None:
+def test_dtensors_of_one_process_are_tracked_as_whole_tensors(run_dir: Path, process_group: None) -> None:
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor, init_device_mesh
 
     mesh = init_device_mesh("cpu", (1,))
@@ -229,11 +229,20 @@ def test_dtensors_are_refused_with_the_remedy(run_dir: Path, process_group: None
             "weight", torch.nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
         ),
     )
-    with pytest.raises(ValueError, match="`weight`: it is a DTensor"):
-        PostHocEMA.from_model(model, run_dir)
-    gathered = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
-    ema = PostHocEMA.from_model({name: tensor.detach() for name, tensor in gathered.items()}, run_dir, **OPTIONS)
-    assert ema.ema_models is None
+    with pytest.raises(ValueError, match="`weight`: it is a DTensor.*leave `rank_zero_only` out"):
+        PostHocEMA.from_model(model, run_dir, rank_zero_only=True)
+    ema = PostHocEMA.from_model(model, run_dir, **OPTIONS)
+
+    def step(_: int) -> None:
+        with torch.no_grad():
+            model.weight.mul_(0.9)
+
+    train(ema, model, 20, step)
+    with ema.state_dict(0.28) as average, ema.model(model, 0.28):
+        assert torch.equal(model.weight.full_tensor(), average["weight"].full_tensor())
+    ema.close()
+    (stored,) = PostHocEMA.from_path(run_dir).synthesize([0.28])
+    assert stored["weight"].shape == (4, 4) and ema.ema_models is None
 
 
 def test_mapping_of_arrays_is_averaged(run_dir: Path) -> None:

@@ -210,7 +210,7 @@ def _missing(rank: int, run_dir: str) -> Any:
 def test_missing_rank_is_named_in_a_warning_and_then_in_an_error(group: Group, tmp_path: Path) -> None:
     results = group(_missing, str(tmp_path / "ema"))
     errors = [result[0] for result in results]
-    assert "waits for rank 2: under `rank_zero_only` all ranks must make this call" in results[0][1]
+    assert "waits for rank 2: all ranks must make this call" in results[0][1]
     assert errors[0].startswith("TimeoutError: model(sigma_rel 0.28") and "for rank 2: " in errors[0]
     assert errors[1] == errors[2] and errors[1].startswith("TimeoutError: rank 0: model(")
     equal([result[2] for result in results])

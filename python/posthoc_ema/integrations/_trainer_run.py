@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._lifetime import STATE
+from .._parts import is_sharded
 from .._profiles import Target
 from ..posthoc_ema import PostHocEMA
 
@@ -17,7 +18,7 @@ STATE_FILE = "posthoc-ema.safetensors"
 
 
 def check_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options for `PostHocEMA.from_model`, with which only rank 0 tracks.
+    """Returns the options for `PostHocEMA.from_model`.
 
     Raises:
         ValueError: If they contain `resume`.
@@ -26,7 +27,14 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "resume: the averages resume when the trainer does, from the state in its checkpoint: leave the option out"
         )
-    return {"rank_zero_only": True, **options}
+    return options
+
+
+def saved_state(folder: str | os.PathLike[str]) -> Path | None:
+    """Returns a checkpoint's folder if it holds the live state of the averages, else None."""
+    path = Path(folder)
+    has_state = (path / STATE_FILE).is_file() or any(path.glob("posthoc-ema-part-*.safetensors"))
+    return path if has_state else None
 
 
 def open_run(
@@ -34,23 +42,26 @@ def open_run(
     directory: str | os.PathLike[str],
     options: dict[str, Any],
     *,
-    state: Path | None,
+    state: Path | bool | None,
     trained: int,
     begin_late: bool,
 ) -> PostHocEMA:
     """Begins the run of a training, or resumes it from the state in the trainer's checkpoint.
 
+    All ranks track a sharded model, and rank 0 any other.
+
     Args:
         model: Model that trains.
         directory: Directory of the run.
         options: Options of `PostHocEMA.from_model`.
-        state: File with the live state, if there is one.
+        state: File or folder with the live state, if there is one; True for that of the run itself.
         trained: Steps that the trainer has taken before.
         begin_late: Begin a run although the trainer has taken steps.
 
     Raises:
         ValueError: If the trainer resumes without a state, and the run may not begin late.
     """
+    options = {"rank_zero_only": not is_sharded(model), **options}
     if state is not None:
         return PostHocEMA.from_model(model, directory, resume=state, **options)
     if trained > 0 and not begin_late:

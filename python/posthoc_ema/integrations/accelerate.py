@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from .._swap import check_own_weights
 from ..posthoc_ema import PostHocEMA
-from ._trainer_run import STATE_FILE
+from ._trainer_run import STATE_FILE, saved_state
 
 __all__ = ["AcceleratorAttachment", "attach"]
 
@@ -44,7 +44,8 @@ def attach(accelerator: Accelerator, ema: PostHocEMA, model: Any, optimizer: Any
 
     Args:
         accelerator: Accelerator of the training.
-        ema: Averages of `PostHocEMA.from_model`; with several processes, tracked with `rank_zero_only=True`.
+        ema: Averages of `PostHocEMA.from_model`; with several processes, tracked with `rank_zero_only=True` unless the
+            model is sharded.
         model: Model that trains, as `prepare` returned it.
         optimizer: Its optimizer, as `prepare` returned it.
 
@@ -59,17 +60,18 @@ def attach(accelerator: Accelerator, ema: PostHocEMA, model: Any, optimizer: Any
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:
         check_own_weights(tensor for each in models for tensor in each.parameters())
-        ema.save(Path(folder) / STATE_FILE)
+        ema.save(folder)
 
     def load(models: list[Any], folder: str) -> None:
-        path = Path(folder) / STATE_FILE
-        if accelerator.is_main_process and not path.is_file():
+        tracks = accelerator.is_main_process or ema._is_sharded
+        path = saved_state(folder)
+        if tracks and path is None:
             raise FileNotFoundError(
-                f"{path}: the checkpoint holds no state of the averages in {ema.checkpoint_dir}: load one that was "
-                f"saved with them attached, or attach after load_state to begin a new run there"
+                f"{Path(folder) / STATE_FILE}: the checkpoint holds no state of the averages in {ema.checkpoint_dir}: "
+                f"load one that was saved with them attached, or attach after load_state to begin a new run there"
             )
         # The other ranks count from the step of rank 0.
-        ema._rewind(path if accelerator.is_main_process else False)
+        ema._rewind(path if tracks else False)
 
     updates = ema.attach(optimizer, model)
     saving = accelerator.register_save_state_pre_hook(save)

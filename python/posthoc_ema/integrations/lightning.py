@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .._parts import is_sharded
 from .._profiles import Target
 from ..posthoc_ema import PostHocEMA
 from ._trainer_run import STATE_FILE, average_in, check_options, open_run
@@ -81,13 +82,13 @@ class PostHocEMACallback(*_Callbacks):  # type: ignore[misc]
         optimizer = self._chosen(trainer.optimizers)
         trained = trainer.global_step
         loaded = self._state if trained > 0 else {}
-        tracks = trainer.is_global_zero
+        tracks = trainer.is_global_zero or is_sharded(pl_module)
         with _file_of(loaded.get("state") if tracks else None, self.directory) as state:
             ema = open_run(
                 pl_module,
                 self.directory,
                 self._options,
-                state=state,
+                state=True if loaded.get("is_in_run") else state,
                 trained=trained if tracks else 0,
                 begin_late=self._begin_late,
             )
@@ -140,10 +141,16 @@ class PostHocEMACallback(*_Callbacks):  # type: ignore[misc]
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the live state of the averages, as bytes in a tensor that is mapped from a file."""
+        """Returns the live state of the averages, as bytes in a tensor that is mapped from a file.
+
+        That of a sharded model stays in the run, as its newest state.
+        """
         ema = self._open()
         if ema is None:
             return self._state
+        if ema._is_sharded:
+            ema.save()
+            return {"step": ema.step, "state": None, "is_in_run": True}
         if ema._tracker is None:
             return {"step": ema.step, "state": None}
         with _temporary_file(self.directory) as path:
@@ -163,11 +170,14 @@ class PostHocEMACallback(*_Callbacks):  # type: ignore[misc]
     def _close(self) -> None:
         self._updates.close()
         ema = self._open()
-        if ema is not None:
-            try:
-                self._state = self.state_dict()
-            finally:
-                ema.close()
+        if ema is None:
+            return
+        try:
+            # Closing stores the state in the run, without a wait for ranks that may have failed.
+            is_in_run = {"step": ema.step, "state": None, "is_in_run": True}
+            self._state = is_in_run if ema._is_sharded else self.state_dict()
+        finally:
+            ema.close()
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from .._attach import Attachment
+from .._parts import is_sharded
 from .._profiles import Target
 from ..posthoc_ema import PostHocEMA
-from ._trainer_run import STATE_FILE, average_in, check_options, open_run
+from ._trainer_run import average_in, check_options, open_run, saved_state
 
 __all__ = ["PostHocEMACallback"]
 
@@ -58,13 +59,12 @@ class PostHocEMACallback(TrainerCallback):  # type: ignore[misc]
         self._close(trainer)
         model = kwargs["model"]
         folder = resumed_from or os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        saved = Path(folder) / STATE_FILE
-        trained = state.global_step if args.process_index == 0 else 0
+        trained = state.global_step if args.process_index == 0 or is_sharded(model) else 0
         ema = open_run(
             model,
             self.directory,
             self._options,
-            state=saved if trained > 0 and saved.is_file() else None,
+            state=saved_state(folder) if trained > 0 else None,
             trained=trained,
             begin_late=self._begin_late,
         )
@@ -97,9 +97,12 @@ class PostHocEMACallback(TrainerCallback):  # type: ignore[misc]
         """Stores the live state in the checkpoint's folder."""
         assert self.ema is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.ema._is_sharded:
+            # Rank 0 may not have come to it yet.
+            folder.mkdir(parents=True, exist_ok=True)
         if self.ema._tracker is not None and not folder.is_dir():
             raise FileNotFoundError(f"{folder}: the trainer has saved no checkpoint there to store the averages in")
-        self.ema.save(folder / STATE_FILE)
+        self.ema.save(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stores the newest update, and releases the run."""
