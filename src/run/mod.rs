@@ -12,6 +12,8 @@ mod grouped;
 mod like;
 mod lineage;
 mod parsed_snapshot;
+#[cfg(test)]
+mod part_tests;
 mod sessions;
 mod settings;
 mod state;

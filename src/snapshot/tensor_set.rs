@@ -220,6 +220,17 @@ fn has_tensors_of(files: &[StoredFile], places: &[Option<Arc<FilePlaces>>], sibl
         && places.iter().zip(&sibling.places).all(same_places)
 }
 
+/// Converts elements of a part in half precision to f32, the dtype of the whole tensor. That is exact.
+pub(super) fn widen(dst: &mut [u8], stored: &[u8], dtype: Dtype) {
+    for (wide, half) in dst.as_chunks_mut::<4>().0.iter_mut().zip(stored.as_chunks::<2>().0) {
+        let value = match dtype {
+            Dtype::BF16 => bf16::from_le_bytes(*half).to_f32(),
+            _ => f16::from_le_bytes(*half).to_f32(),
+        };
+        *wide = value.to_le_bytes();
+    }
+}
+
 impl FileParts {
     fn part(&self, part: usize) -> (&StoredFile, &StoredTensor) {
         let PartLocation { file, tensor } = self.parts[part];
@@ -244,14 +255,7 @@ impl TensorParts for FileParts {
             dst.copy_from_slice(stored);
             return;
         }
-        // The whole tensor is f32, and this part has half the precision.
-        for (wide, half) in dst.as_chunks_mut::<4>().0.iter_mut().zip(stored.as_chunks::<2>().0) {
-            let value = match tensor.dtype {
-                Dtype::BF16 => bf16::from_le_bytes(*half).to_f32(),
-                _ => f16::from_le_bytes(*half).to_f32(),
-            };
-            *wide = value.to_le_bytes();
-        }
+        widen(dst, stored, tensor.dtype);
     }
 
     fn will_need(&self, part: usize, elements: Range<usize>) {
