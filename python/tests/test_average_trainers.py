@@ -43,28 +43,35 @@ def test_checkpoints_of_timm(tmp_path: Path) -> None:
         checkpoint_dir=str(out),
         recovery_dir=str(out),
     )
-    for epoch in (1, 2):
+    for epoch in (0, 1):
         with torch.no_grad():
             for parameter in [*model.parameters(), *ema.module.parameters()]:
                 parameter.add_(torch.randn_like(parameter))
         saver.save_checkpoint(epoch, metric=epoch)
     files = sorted(out.glob("checkpoint-*.pth.tar"))
     stored = [torch.load(path, weights_only=False) for path in files]
-    with pytest.warns(
-        UserWarning, match="the entry `state_dict` of each checkpoint is averaged; `state_dict_ema` hold"
-    ):
+    from_zero = "epochs are counted from 0 in the names, so the first is step 1"
+    entry = "the entry `state_dict` of each checkpoint is averaged; `state_dict_ema` hold"
+    with pytest.warns(UserWarning, match=entry), pytest.warns(UserWarning, match=from_zero):
         average(files, EVEN, tmp_path / "mean.safetensors")
     assert_is_mean(load_file(tmp_path / "mean.safetensors"), [each["state_dict"] for each in stored])
-    average(files, EVEN, tmp_path / "ema.safetensors", key="state_dict_ema")
+    with pytest.warns(UserWarning, match=from_zero):
+        average(files, EVEN, tmp_path / "ema.safetensors", key="state_dict_ema")
     found = load_file(tmp_path / "ema.safetensors")
     assert_is_mean(found, [each["state_dict_ema"] for each in stored])
     model.load_state_dict(found, strict=True)
-    # The whole folder: the last and the best are names of a numbered one.
+    # The whole folder: the last and the best are names of a numbered one, and the others are within an epoch.
+    for batch in (50, 100):
+        saver.save_recovery(1, batch)
+    saver.save_recovery(2, 50)
     with pytest.warns(UserWarning) as said:
         (whole,) = average([out], EVEN, key="state_dict_ema")
     texts = [str(warning.message) for warning in said]
     for name in ("last", "model_best"):
-        assert f"left out, the same as `checkpoint-2.pth.tar`: `{name}.pth.tar`" in texts
+        assert f"left out, the same as `checkpoint-1.pth.tar`: `{name}.pth.tar`" in texts
+    recovery = "`recovery-1-100.pth.tar` and `recovery-2-50.pth.tar`"
+    assert f"left out, saved within an epoch to recover from a crash: {recovery}" in texts
+    assert [weight.step for weight in whole.weights] == [1, 2]
     assert whole.state_dict is not None
     assert_is_mean(whole.state_dict, [each["state_dict_ema"] for each in stored])
 

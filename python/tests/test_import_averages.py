@@ -78,17 +78,25 @@ def test_timm_s_checkpoints(tmp_path: Path, warmup: bool) -> None:
         ema.update(model, step=step)
         if step % EVERY == 0:
             saver.save_checkpoint(step // EVERY - 1, metric=float(step))
+        elif step % EVERY == EVERY // 2:
+            saver.save_recovery(step // EVERY, step % EVERY)
     ramp = "inverse-gamma" if warmup else None
     with pytest.raises(ValueError, match="steps"):
         import_averages(out, tmp_path / "run", beta=BETA, ramp=ramp)
     steps = range(EVERY, STEPS + 1, EVERY)
-    with pytest.warns(UserWarning, match="last.pth.tar"):
+    with (
+        pytest.warns(UserWarning, match="last.pth.tar"),
+        pytest.warns(UserWarning, match="within an epoch.*`recovery-"),
+    ):
         imported = import_averages(out, tmp_path / "run", beta=BETA, ramp=ramp, steps=steps)
     assert imported.snapshots == 2 * len(steps) and imported.steps == tuple(steps)
     assert "timm: `state_dict_ema` is the average" in imported.notes[0]
     check(tmp_path / "run", ("weight", "bias"), weights_after(model), 1e-5)
     # The files record decay and warm-up.
-    with pytest.warns(UserWarning, match="last.pth.tar"):
+    with (
+        pytest.warns(UserWarning, match="last.pth.tar"),
+        pytest.warns(UserWarning, match="within an epoch.*`recovery-"),
+    ):
         recorded = import_averages(out, tmp_path / "recorded", steps=steps)
     assert any(f"the decay {BETA}" in note and "`args.model_ema_decay`" in note for note in recorded.notes)
     check(tmp_path / "recorded", ("weight", "bias"), weights_after(model), 1e-5)

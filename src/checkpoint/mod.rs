@@ -20,6 +20,7 @@ mod quantized;
 mod repeated;
 #[cfg(feature = "pytorch")]
 mod series;
+mod set_aside;
 mod settings;
 #[cfg(feature = "pytorch")]
 mod sharded;

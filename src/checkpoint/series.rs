@@ -7,8 +7,9 @@ use safetensors::Dtype;
 
 use super::find::{file_name, find_all_in_folder, find_one, is_pytorch};
 use super::model::CheckpointModel;
+use super::set_aside::without_recovery;
 use super::{CheckpointOptions, OpenedCheckpoints, open_found, wrappers};
-use crate::error::{Difference, Error, Result};
+use crate::error::{Difference, Error, Result, listed};
 use crate::synthesis::{Elements, TensorSource};
 use crate::tensor::is_averaged;
 
@@ -22,19 +23,25 @@ pub(crate) struct CheckpointSeries {
     pub steps: Option<Vec<u64>>,
 }
 
-/// Lists the checkpoints in a folder, and the names of those that are left out: names without a number, if others have
-/// one. They repeat another checkpoint, such as `last.ckpt`.
+/// Lists the checkpoints in a folder, with notes on those that are left out if there are others: names without a
+/// number, which repeat another checkpoint, such as `last.ckpt`, and files that were saved within an epoch.
 ///
 /// # Errors
 /// As [`Checkpoints::open`](crate::Checkpoints::open).
 pub(crate) fn list_checkpoints(dir: &Path) -> Result<(Vec<PathBuf>, Vec<String>)> {
     let paths: Vec<PathBuf> = find_all_in_folder(dir)?.into_iter().map(|found| found.path).collect();
+    let (paths, recovery) = without_recovery(paths);
+    let mut notes: Vec<String> = recovery.into_iter().collect();
     let has_number = |path: &PathBuf| file_name(path).contains(|c: char| c.is_ascii_digit());
     if !paths.iter().any(has_number) {
-        return Ok((paths, Vec::new()));
+        return Ok((paths, notes));
     }
     let (numbered, others): (Vec<PathBuf>, Vec<PathBuf>) = paths.into_iter().partition(has_number);
-    Ok((numbered, others.iter().map(|path| file_name(path)).collect()))
+    if !others.is_empty() {
+        let names: Vec<String> = others.iter().map(|path| file_name(path)).collect();
+        notes.push(format!("left out, without a number in the name: {}", listed(&names)));
+    }
+    Ok((numbered, notes))
 }
 
 /// Returns true for a file of PyTorch, by its name.

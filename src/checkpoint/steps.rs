@@ -7,7 +7,8 @@ use super::find::{FoundCheckpoint, file_name, has_usual_name, without_extension}
 use super::json;
 use super::model::CheckpointModel;
 use super::repeated::{self, SteppedModels};
-use super::weight_file::STEP_KEYS;
+use super::set_aside::without_odd;
+use super::weight_file::{EPOCH_KEY, STEP_KEYS};
 use crate::error::{Error, Result, shown};
 
 /// File that Hugging Face's trainer writes beside the weights.
@@ -40,7 +41,8 @@ pub(super) fn steps(models: Vec<CheckpointModel>, given: Option<&[u64]>) -> Resu
 }
 
 /// Reads the steps. A checkpoint without one may repeat another.
-fn read_steps(mut models: Vec<CheckpointModel>) -> Result<SteppedModels> {
+fn read_steps(models: Vec<CheckpointModel>) -> Result<SteppedModels> {
+    let (mut models, notes) = without_odd(models);
     let mut odd = Vec::new();
     let steps = loop {
         match read_all(&models)? {
@@ -48,11 +50,15 @@ fn read_steps(mut models: Vec<CheckpointModel>) -> Result<SteppedModels> {
             Err(i) => odd.push(models.remove(i)),
         }
     };
+    let (steps, from_zero) = after_epochs(steps, &models);
     let numbered = steps.into_iter().zip(models).collect();
-    repeated::settle(numbered, odd).map_err(|path| {
+    let settled = repeated::settle(numbered, odd).map_err(|path| {
         let why = format!("no step can be read from its name as from the others', nor from metadata: {REMEDY}");
         Error::unexpected(&path, why)
-    })
+    });
+    let mut stepped = settled?;
+    stepped.notes.extend(notes.into_iter().chain(from_zero));
+    Ok(stepped)
 }
 
 /// Reads the steps of all checkpoints, or finds the first whose name is unlike the others.
@@ -71,6 +77,19 @@ fn read_all(models: &[CheckpointModel]) -> Result<std::result::Result<Vec<u64>, 
     }
     let found: Vec<&FoundCheckpoint> = models.iter().map(|model| &model.found).collect();
     Ok(steps_of_names(&found))
+}
+
+/// Returns the steps after epochs that are counted from 0, as timm counts them, with a note.
+fn after_epochs(steps: Vec<u64>, models: &[CheckpointModel]) -> (Vec<u64>, Option<String>) {
+    let is_epoch = |(step, model): (&u64, &CheckpointModel)| match model.number(EPOCH_KEY) {
+        Some(epoch) => epoch == *step,
+        None => label(&identifying_path(&model.found)).contains(EPOCH_WORDS[0]),
+    };
+    if !steps.contains(&0) || !steps.iter().zip(models).all(is_epoch) {
+        return (steps, None);
+    }
+    let note = "epochs are counted from 0 in the names, so the first is step 1".to_owned();
+    (steps.into_iter().map(|step| step.saturating_add(1)).collect(), Some(note))
 }
 
 /// Checks that steps are positive and distinct.

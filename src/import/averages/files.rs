@@ -97,7 +97,7 @@ struct AverageEntries {
 /// # Errors
 /// As [`ImportAverages::open`].
 pub(super) fn find(import: &ImportAverages, dir: &Path) -> Result<FoundSet> {
-    let (paths, left_out) = list_checkpoints(dir)?;
+    let (paths, warnings) = list_checkpoints(dir)?;
     let first = paths.first().filter(|path| is_pytorch_file(path));
     let first = first.map(|path| Checkpoint::open_values(path)).transpose()?;
     let entries = entries(import, first.as_ref())?;
@@ -126,11 +126,6 @@ pub(super) fn find(import: &ImportAverages, dir: &Path) -> Result<FoundSet> {
         (None, _) => None,
     };
     let series = entries.series(&decays, &paths, steps.as_deref());
-    let names: Vec<&str> = left_out.iter().map(String::as_str).collect();
-    let warnings = match names.as_slice() {
-        [] => Vec::new(),
-        names => vec![format!("left out, without a number in the name: {}", listed(names))],
-    };
     Ok(FoundSet { series, clock: Some(clock), notes, warnings })
 }
 

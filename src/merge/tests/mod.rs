@@ -2,6 +2,7 @@
 
 mod configs;
 mod files;
+mod left_out;
 mod like;
 mod links;
 mod products;
