@@ -37,19 +37,20 @@ def import_averages(
 
     The source is any series of checkpoints that hold an EMA of a known decay: files of PyTorch, safetensors, folders,
     or distributed checkpoints. Raw weights in the same checkpoints join as averages of their own step. The entries of
-    timm, Lightning, ultralytics, diffusers and EDM2 are found. The source is only read, and no code in it is run. After
-    an error no part of the run is left behind.
+    timm, torchvision, Lightning, ultralytics, diffusers, OpenAI and EDM2 are found. The source is only read, and no
+    code in it is run. After an error no part of the run is left behind.
 
     Args:
         source: Folder of the checkpoints. Files without a number in their name are left out if others have one.
         run: Directory of the new run, empty or missing.
-        beta: Decay per update of each average, in the order of `key`. The files of diffusers and EDM2 record theirs, as
-            do those of trainings that store their arguments, such as timm's.
+        beta: Decay per update of each average, in the order of `key`. The files of diffusers record theirs, as do those
+            of trainings that store their arguments, such as timm's and torchvision's, and names of files.
         ramp: Growth of the decay at the start: "ratio[:OFFSET]", "inverse-gamma[:GAMMA[:POWER]]" or "exponential:TAU".
         sigma_rel: Averages by power functions instead, after those of `beta`.
         gamma: Averages by power functions, by exponent.
         key: Entry of each checkpoint that holds an average, or folder of this name in each checkpoint's folder.
-        raw: Entry, or folder, of the raw weights; found for timm, Lightning and diffusers if `key` is not given.
+        raw: Entry, or folder, of the raw weights; found for timm, torchvision, Lightning, OpenAI and diffusers if `key`
+            is not given.
         update_every: Steps between updates; default 1 for files of a known tool.
         update_after_step: Last step before the average began, as a copy of the weights one step later. By default it
             began with the initial weights, or as the tool has it.

@@ -102,6 +102,66 @@ def test_timm_s_checkpoints(tmp_path: Path, warmup: bool) -> None:
     check(tmp_path / "recorded", ("weight", "bias"), weights_after(model), 1e-5)
 
 
+class ExponentialMovingAverage(torch.optim.swa_utils.AveragedModel):
+    """The average of torchvision's references (`references/classification/utils.py`)."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        def ema_avg(avg: torch.Tensor, parameter: torch.Tensor, count: Any) -> torch.Tensor:
+            return decay * avg + (1 - decay) * parameter
+
+        super().__init__(model, None, ema_avg, use_buffers=True)
+
+
+def test_torchvision_s_checkpoints(tmp_path: Path) -> None:
+    """Loops as torchvision's `train.py`: updates begin again in each epoch, and the warm-up copies the weights."""
+    args = argparse.Namespace(
+        model_ema=True,
+        model_ema_decay=0.997,
+        model_ema_steps=3,
+        world_size=8,
+        batch_size=16,
+        epochs=12,
+        lr_warmup_epochs=2,
+    )
+    adjust = args.world_size * args.batch_size * args.model_ema_steps / args.epochs
+    alpha = min(1.0, (1.0 - args.model_ema_decay) * adjust)
+    model = nn.Linear(4, 3)
+    ema = ExponentialMovingAverage(model, 1.0 - alpha)
+    out = tmp_path / "out"
+    out.mkdir()
+    counted = 0
+    # Ten batches, which the steps between updates do not divide.
+    for epoch in range(args.lr_warmup_epochs + STEPS // 4):
+        for i in range(10):
+            is_update = i % args.model_ema_steps == 0
+            if is_update and epoch >= args.lr_warmup_epochs:
+                counted += 1
+                move(model, counted)
+            if is_update:
+                ema.update_parameters(model)
+                if epoch < args.lr_warmup_epochs:
+                    ema.n_averaged.fill_(0)
+        checkpoint = {"model": model.state_dict(), "model_ema": ema.state_dict(), "epoch": epoch, "args": args}
+        if epoch % 2:
+            torch.save(checkpoint, out / f"model_{epoch}.pth")
+        torch.save(checkpoint, out / "checkpoint.pth")
+    assert counted == STEPS
+    with pytest.warns(UserWarning) as said:
+        imported = import_averages(out, tmp_path / "run")
+    texts = [str(warning.message) for warning in said]
+    assert any("saved in the warm-up, in which the average is a copy: `model_1.pth`" in text for text in texts), texts
+    assert f"the decay {1.0 - alpha}, by torchvision's adjustment of 0.997, is that of" in "; ".join(imported.notes)
+    assert imported.steps == tuple(range(8, STEPS + 1, 8)) and imported.snapshots == 2 * len(imported.steps)
+    check(tmp_path / "run", ("weight", "bias"), weights_after(model), 1e-5)
+    for path in out.glob("model_*.pth"):
+        if path.name != "model_1.pth":
+            path.unlink()
+    with pytest.raises(ValueError, match="is a copy, as all others here: name a folder with later checkpoints"):
+        import_averages(out, tmp_path / "other")
+    with pytest.raises(ValueError, match="torchvision's files count the updates of the average"):
+        import_averages(out, tmp_path / "other", update_every=3)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_s_ema_weight_averaging(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning.pytorch")

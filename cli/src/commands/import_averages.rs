@@ -16,7 +16,8 @@ use super::{Failure, Outcome};
 #[command(next_help_heading = "Averages that a training kept (--from averages)")]
 pub struct AveragesArgs {
     /// Decay per update of each average, in the order of --key; --sigma-rels and --gammas give those of power functions
-    /// [default: as recorded by diffusers, EDM2, and trainings that store their arguments, such as timm's]
+    /// [default: as recorded by diffusers, in the names of files, or by trainings that store their arguments, such as
+    /// timm's and torchvision's]
     #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
     beta: Vec<Numbers>,
     /// Growth of the decay at the start: ratio[:OFFSET] is (1+k)/(OFFSET+k) with 10 as in diffusers,
@@ -25,11 +26,12 @@ pub struct AveragesArgs {
     #[arg(long, value_name = "RAMP")]
     ramp: Option<Ramp>,
     /// Entry of each checkpoint that holds an average, or folder of this name in each checkpoint's folder; may be given
-    /// several times [default: found by the names that timm, Lightning, ultralytics, diffusers and EDM2 use]
+    /// several times [default: found by the names that timm, torchvision, Lightning, ultralytics, diffusers, OpenAI and
+    /// EDM2 use]
     #[arg(long, value_name = "NAME")]
     key: Vec<String>,
     /// Entry, or folder, of the raw weights, which join as averages of their own step [default: found for timm,
-    /// Lightning and diffusers, unless --key is given]
+    /// torchvision, Lightning, OpenAI and diffusers, unless --key is given]
     #[arg(long, value_name = "NAME")]
     raw: Option<String>,
     /// Steps of the checkpoints, in the order of their names [default: from metadata or names]

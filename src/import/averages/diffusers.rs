@@ -60,7 +60,7 @@ impl EmaConfig {
 pub(super) fn find(import: &ImportAverages, dir: &Path) -> Result<Option<FoundSet>> {
     let Some(names) = folder_names(import, dir)? else { return Ok(None) };
     let folders = folders_with(dir, &names[0])?;
-    let mut set = FoundSet { series: Vec::new(), clock: None, notes: Vec::new(), warnings: Vec::new() };
+    let mut set = FoundSet::default();
     for (i, name) in names.iter().enumerate() {
         let (series, clock) = average(import, &folders, name, i)?;
         if set.clock.is_some_and(|other| other != clock) {

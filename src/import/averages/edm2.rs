@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::found::{FoundSeries, FoundSet};
+use super::found::{FoundSeries, FoundSet, check_replaced};
 use super::{AverageDecay, ImportAverages};
 use crate::checkpoint::CheckpointSeries;
 use crate::error::{Error, Result};
@@ -31,7 +31,7 @@ pub(super) fn find(import: &ImportAverages, dir: &Path) -> Result<Option<FoundSe
     if groups.is_empty() {
         return Ok(None);
     }
-    check_options(import)?;
+    check_replaced(import, "the names of EDM2's snapshots have their times and lengths: leave it out")?;
     let mut series = Vec::with_capacity(groups.len());
     for (length, mut files) in groups {
         files.sort();
@@ -41,7 +41,7 @@ pub(super) fn find(import: &ImportAverages, dir: &Path) -> Result<Option<FoundSe
         series.push(FoundSeries { source, decay: Some(AverageDecay::Power(profile)) });
     }
     let notes = vec!["EDM2's snapshots: steps are thousands of images, and lengths those of the names".to_owned()];
-    Ok(Some(FoundSet { series, clock: None, notes, warnings: Vec::new() }))
+    Ok(Some(FoundSet { series, notes, ..Default::default() }))
 }
 
 /// Returns the time and the text of `sigma_rel` in a name.
@@ -51,24 +51,6 @@ fn parse(name: &str) -> Option<(u64, &str)> {
     let is_length = length.split_once('.').is_some_and(|(whole, rest)| is_number(whole) && is_number(rest));
     (is_number(time) && is_length).then_some(())?;
     Some((time.parse().ok()?, length))
-}
-
-fn check_options(import: &ImportAverages) -> Result<()> {
-    let given = [
-        ("key", !import.keys.is_empty()),
-        ("beta", !import.decays.is_empty()),
-        ("raw", import.raw.is_some()),
-        ("update_every", import.update_every.is_some()),
-        ("update_after_step", import.update_after_step.is_some()),
-        ("steps", import.steps.is_some()),
-    ];
-    match given.into_iter().find(|(_, given)| *given) {
-        Some((option, _)) => {
-            let reason = "the names of EDM2's snapshots have their times and lengths: leave it out".to_owned();
-            Err(Error::Setting { option, reason })
-        }
-        None => Ok(()),
-    }
 }
 
 #[cfg(test)]

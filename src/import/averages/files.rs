@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::clock::UpdateClock;
-use super::found::{FoundSeries, FoundSet};
+use super::found::{FoundSeries, FoundSet, check_replaced};
 use super::recorded_decay::RecordedDecay;
 use super::{AverageDecay, ImportAverages, lightning, steps};
-use crate::checkpoint::{CheckpointSeries, is_pytorch_file, list_checkpoints};
+use crate::checkpoint::{CheckpointSeries, file_name, is_pytorch_file, list_checkpoints};
 use crate::error::{Error, Result, listed};
 use crate::pytorch::{Checkpoint, is_average};
 
@@ -15,6 +15,8 @@ use crate::pytorch::{Checkpoint, is_average};
 enum TrainerLayout {
     /// timm's `CheckpointSaver`.
     Timm,
+    /// torchvision's reference trainings: `model_ema` counts its updates.
+    Torchvision,
     /// Lightning's `WeightAveraging`: `state_dict` is the average.
     Lightning,
     /// ultralytics' trainer: `ema` is a pickled module, and `updates` its count.
@@ -30,6 +32,8 @@ impl TrainerLayout {
             Some(TrainerLayout::Lightning)
         } else if has(&["state_dict_ema"]) {
             Some(TrainerLayout::Timm)
+        } else if has(&["model_ema"]) && values.int(&COUNT_OF_TORCHVISION).is_some() {
+            Some(TrainerLayout::Torchvision)
         } else if has(&["ema"]) && values.int(&["updates"]).is_some() {
             Some(TrainerLayout::Ultralytics)
         } else {
@@ -40,6 +44,7 @@ impl TrainerLayout {
     fn name(self) -> &'static str {
         match self {
             TrainerLayout::Timm => "timm",
+            TrainerLayout::Torchvision => "torchvision",
             TrainerLayout::Lightning => "Lightning",
             TrainerLayout::Ultralytics => "ultralytics",
         }
@@ -48,6 +53,7 @@ impl TrainerLayout {
     fn average(self) -> &'static str {
         match self {
             TrainerLayout::Timm => "state_dict_ema",
+            TrainerLayout::Torchvision => "model_ema",
             TrainerLayout::Lightning => "state_dict",
             TrainerLayout::Ultralytics => "ema",
         }
@@ -57,7 +63,7 @@ impl TrainerLayout {
         match self {
             TrainerLayout::Timm => "state_dict",
             TrainerLayout::Lightning => "current_model_state",
-            TrainerLayout::Ultralytics => "model",
+            TrainerLayout::Torchvision | TrainerLayout::Ultralytics => "model",
         }
     }
 
@@ -78,12 +84,16 @@ impl TrainerLayout {
             Some(TrainerLayout::Timm) => {
                 "--beta 0.9998 for --model-ema-decay 0.9998, with --ramp for --model-ema-warmup"
             }
+            Some(TrainerLayout::Torchvision) => "--beta 0.9998 for its `model_ema.decay`",
             Some(TrainerLayout::Lightning) => "--beta 0.999, the default of EMAWeightAveraging",
             Some(TrainerLayout::Ultralytics) => "--beta 0.9999 --ramp exponential:2000, the constants of its ModelEMA",
             None => "--beta 0.9999",
         }
     }
 }
+
+/// Keys of the count of updates in torchvision's checkpoints.
+const COUNT_OF_TORCHVISION: [&str; 2] = ["model_ema", "n_averaged"];
 
 /// AverageEntries of the checkpoints that are averages, and that of raw weights.
 struct AverageEntries {
@@ -97,16 +107,27 @@ struct AverageEntries {
 /// # Errors
 /// As [`ImportAverages::open`].
 pub(super) fn find(import: &ImportAverages, dir: &Path) -> Result<FoundSet> {
-    let (paths, warnings) = list_checkpoints(dir)?;
+    let (mut paths, mut warnings) = list_checkpoints(dir)?;
     let first = paths.first().filter(|path| is_pytorch_file(path));
     let first = first.map(|path| Checkpoint::open_values(path)).transpose()?;
     let entries = entries(import, first.as_ref())?;
+    let mut counts = Vec::new();
+    if entries.layout == Some(TrainerLayout::Torchvision) {
+        check_counted(import)?;
+        warnings.extend(leave_out_copies(&mut paths)?);
+        counts.push(COUNT_OF_TORCHVISION[1].to_owned());
+    }
     let every = match (import.update_every, entries.layout) {
         (Some(every), _) => every,
         (None, Some(_)) => 1,
         (None, None) => {
-            let reason = "the files do not record it: give the steps between the updates of the average, such as 1";
-            return Err(Error::Setting { option: "update_every", reason: reason.into() });
+            let mut reason =
+                "the files do not record it: give the steps between the updates of the average, such as 1".to_owned();
+            if import.decays.is_empty() {
+                reason +=
+                    ", and the decay of an update, such as --beta 0.9999 (`beta`), if they do not record that either";
+            }
+            return Err(Error::Setting { option: "update_every", reason });
         }
     };
     let mut notes = entries.notes();
@@ -122,11 +143,49 @@ pub(super) fn find(import: &ImportAverages, dir: &Path) -> Result<FoundSet> {
     }
     let steps = match (&import.steps, entries.layout) {
         (Some(steps), _) => Some(steps.clone()),
-        (None, Some(TrainerLayout::Ultralytics)) => steps::numbers(&paths, "updates")?,
+        (None, Some(TrainerLayout::Ultralytics)) => steps::numbers(&paths, &["updates"])?,
+        (None, Some(TrainerLayout::Torchvision)) => steps::numbers(&paths, &COUNT_OF_TORCHVISION)?,
         (None, _) => None,
     };
     let series = entries.series(&decays, &paths, steps.as_deref());
-    Ok(FoundSet { series, clock: Some(clock), notes, warnings })
+    Ok(FoundSet { series, clock: Some(clock), notes, warnings, counts })
+}
+
+/// Checks that no option is given that torchvision's counts of updates replace.
+///
+/// # Errors
+/// [`Error::Setting`].
+fn check_counted(import: &ImportAverages) -> Result<()> {
+    let of_time = ImportAverages {
+        update_every: import.update_every,
+        update_after_step: import.update_after_step,
+        steps: import.steps.clone(),
+        ..Default::default()
+    };
+    check_replaced(&of_time, "torchvision's files count the updates of the average, which are the steps: leave it out")
+}
+
+/// Leaves out checkpoints of torchvision's warm-up, in which the average is a copy. Returns a note on them.
+///
+/// # Errors
+/// [`Error::Unexpected`] if no other is left.
+fn leave_out_copies(paths: &mut Vec<PathBuf>) -> Result<Option<String>> {
+    let Some(counted) = steps::numbers(paths, &COUNT_OF_TORCHVISION)? else { return Ok(None) };
+    let mut counted = counted.into_iter();
+    let (copies, others) = paths.drain(..).partition(|_| counted.next() == Some(0));
+    *paths = others;
+    let copies: Vec<PathBuf> = copies;
+    let saved = "saved in the warm-up, in which the average is a copy";
+    match (paths.is_empty(), copies.as_slice()) {
+        (true, [first, ..]) => {
+            Err(Error::unexpected(first, format!("{saved}, as all others here: name a folder with later checkpoints")))
+        }
+        (_, []) => Ok(None),
+        _ => {
+            let names: Vec<String> = copies.iter().map(|path| file_name(path)).collect();
+            Ok(Some(format!("left out, {saved}: {}", listed(&names))))
+        }
+    }
 }
 
 /// Chooses the entries, by the options or by what tools write.
@@ -176,7 +235,11 @@ fn decays(
     }
     let mut why_none = "the files do not record the decay of the average".to_owned();
     if given == 0 && averages == 1 && entries.layout != Some(TrainerLayout::Ultralytics) {
-        match RecordedDecay::read(paths)? {
+        let recorded = match RecordedDecay::read(paths)? {
+            RecordedDecay::Missing => RecordedDecay::of_names(paths),
+            recorded => recorded,
+        };
+        match recorded {
             RecordedDecay::Known(decay, note) => {
                 notes.push(note);
                 return Ok(vec![AverageDecay::Ema(decay)]);
@@ -199,6 +262,9 @@ impl AverageEntries {
         let mut notes = Vec::new();
         if let Some(layout) = self.layout {
             notes.push(format!("checkpoints of {}: `{}` is the average", layout.name(), layout.average()));
+            if layout == TrainerLayout::Torchvision {
+                notes.push("steps are the updates of the average since the warm-up of the learning rate".to_owned());
+            }
         } else if let [Some(key)] = self.averages.as_slice() {
             notes.push(format!("`{key}` is the average"));
         }

@@ -10,6 +10,7 @@ mod edm2;
 mod files;
 mod found;
 mod lightning;
+mod openai;
 mod plan;
 mod recorded_decay;
 mod search;
@@ -49,15 +50,15 @@ pub enum AverageDecay {
 pub struct ImportAverages {
     /// Entries of the files that hold the averages, or folders of this name in the checkpoints' folders.
     ///
-    /// By default, those of timm, Lightning, ultralytics, diffusers and EDM2 are found, and the only entry that holds
-    /// weights or is called an average.
+    /// By default, those of timm, torchvision, Lightning, ultralytics, diffusers, OpenAI and EDM2 are found, and the
+    /// only entry that holds weights or is called an average.
     pub keys: Vec<String>,
-    /// Decay of each average, in the order of `keys`. None are given if the files record them, as those of diffusers
-    /// and EDM2 do, and those of timm's and other trainings that store their arguments with the decay.
+    /// Decay of each average, in the order of `keys`. None are given if the files record them: those of diffusers do,
+    /// those of EDM2 and OpenAI in their names, and those of trainings that store their arguments with the decay.
     pub decays: Vec<AverageDecay>,
     /// Entry, or folder, of the raw weights, which join as averages of their own step.
     ///
-    /// By default, those of timm, Lightning and diffusers are found if `keys` is empty.
+    /// By default, those of timm, torchvision, Lightning, OpenAI and diffusers are found if `keys` is empty.
     pub raw: Option<String>,
     /// Steps between the updates of the averages. The default is 1 for files of a known layout.
     pub update_every: Option<u64>,

@@ -43,10 +43,11 @@ impl AveragesPlan {
     /// # Errors
     /// As [`ImportAverages::open`].
     pub(super) fn new(import: &ImportAverages, source: &Path, found: FoundSet) -> Result<AveragesPlan> {
-        let FoundSet { series, clock, mut notes, mut warnings } = found;
+        let FoundSet { series, clock, mut notes, mut warnings, counts } = found;
         let options = CheckpointOptions {
             copy: import.copy.clone(),
-            leave_out: import.leave_out.clone(),
+            leave_out: [&import.leave_out[..], &counts].concat(),
+            other_names: counts,
             ignore_config: import.ignore_config.clone(),
             ..Default::default()
         };

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::found::FoundSet;
-use super::{ImportAverages, diffusers, edm2, files};
+use super::{ImportAverages, diffusers, edm2, files, openai};
 use crate::error::Result;
 
 /// Finds the averages in a folder.
@@ -12,6 +12,9 @@ use crate::error::Result;
 /// As [`ImportAverages::open`].
 pub(super) fn find(import: &ImportAverages, dir: &Path) -> Result<FoundSet> {
     if let Some(found) = edm2::find(import, dir)? {
+        return Ok(found);
+    }
+    if let Some(found) = openai::find(import, dir)? {
         return Ok(found);
     }
     if let Some(found) = diffusers::find(import, dir)? {

@@ -13,10 +13,10 @@ const STEP_KEYS: [&str; 3] = ["step", "global_step", "steps"];
 ///
 /// # Errors
 /// As [`Checkpoint::open_values`].
-pub(super) fn numbers(paths: &[PathBuf], key: &str) -> Result<Option<Vec<u64>>> {
+pub(super) fn numbers(paths: &[PathBuf], keys: &[&str]) -> Result<Option<Vec<u64>>> {
     let mut numbers = Vec::with_capacity(paths.len());
     for path in paths {
-        let Some(number) = Checkpoint::open_values(path)?.int(&[key]).and_then(|number| number.try_into().ok()) else {
+        let Some(number) = Checkpoint::open_values(path)?.int(keys).and_then(|number| number.try_into().ok()) else {
             return Ok(None);
         };
         numbers.push(number);

@@ -188,3 +188,39 @@ fn edm2_s_names_have_times_and_lengths() {
     let error = options(EmaDecay::constant(0.9), 1).open(&out).unwrap_err().to_string();
     assert!(error.contains("option beta") && error.contains("leave it out"), "{error}");
 }
+
+/// The loops of `improved-diffusion` and `guided-diffusion` save before they count a step.
+#[test]
+fn openai_s_names_have_steps_and_decays() {
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("out");
+    fs::create_dir(&out).unwrap();
+    let loops = [EmaLoop::constant(0.9), EmaLoop::constant(0.97)];
+    let counts: Vec<u64> = (0..=300).step_by(25).collect();
+    for (ema, decay) in loops.iter().zip(["0.9", "0.97"]) {
+        let averages: Vec<Vec<f64>> = (0..ELEMENTS).map(|i| ema.averages(301, i)).collect();
+        for &count in &counts {
+            let average = f32s(|i| averages[i][count as usize + 1]);
+            Pt::default().floats("w", &average).save(out.join(format!("ema_{decay}_{count:06}.pt")));
+        }
+    }
+    for &count in &counts {
+        Pt::default().floats("w", &f32s(|i| value(count + 1, i))).save(out.join(format!("model{count:06}.pt")));
+        Pt::default().nested("state", "m", &[1.0]).save(out.join(format!("opt{count:06}.pt")));
+    }
+    let import = ImportAverages::default();
+    let notes = import.open(&out).unwrap().notes().join("\n");
+    assert!(notes.contains("the decay 0.97 is that in the names of `ema_0.97_*.pt`"), "{notes}");
+    let (dir, report) = imported(&import, &temp);
+    assert_eq!((report.snapshots, report.profiles.len(), report.steps[1]), (3 * counts.len(), 3, 26));
+    let response = |index: usize, step: u64| match loops.get(index) {
+        Some(ema) => ema.response(step),
+        None => (0..=step).map(|t| f64::from(t == step)).collect(),
+    };
+    let worst = check(&dir, &near(), 1e-5, &response);
+    assert!(worst < 0.5, "{worst}");
+    for import in [options(EmaDecay::constant(0.9), 1), ImportAverages { steps: Some(vec![1]), ..Default::default() }] {
+        let error = import.open(&out).unwrap_err().to_string();
+        assert!(error.contains("the names of these averages have their steps and decays: leave it out"), "{error}");
+    }
+}

@@ -87,3 +87,60 @@ fn recorded_decays_that_may_not_hold_are_refused() {
         assert!(error.contains("option beta: ") && error.contains(expected), "{error}");
     }
 }
+
+#[test]
+fn decay_of_torchvision_is_adjusted_as_its_training_does() {
+    // References of torchvision: `adjust = world_size * batch_size * model_ema_steps / epochs`.
+    let arguments = |batch: u8| {
+        namespace(&[
+            ("model_ema", b"\x88".to_vec()),
+            ("model_ema_decay", float(0.99998)),
+            ("model_ema_steps", b"K\x20".to_vec()),
+            ("world_size", b"K\x08".to_vec()),
+            ("batch_size", vec![b'K', batch]),
+            ("epochs", b"M\x58\x02".to_vec()),
+        ])
+    };
+    let import = ImportAverages { update_every: Some(1), ..Default::default() };
+    for (batch, expected) in [(128, "0.9989077333333323"), (255, "0.9978239999999978")] {
+        let temp = training("model_ema", &EmaLoop::constant(0.9), &|_| arguments(batch));
+        let notes = import.open(temp.path().join("out")).unwrap().notes().join("\n");
+        let text = format!("the decay {expected}");
+        assert!(notes.contains(&text) && notes.contains("by torchvision's adjustment of 0.99998, is that"), "{notes}");
+    }
+}
+
+#[test]
+fn decays_are_read_from_names() {
+    let ema = EmaLoop::constant(0.9);
+    let steps = [50, 100, 150, 200, 250, 300];
+    let import = ImportAverages { update_every: Some(1), ..Default::default() };
+    let out = |name: &dyn Fn(u64) -> String| {
+        let temp = tempfile::tempdir().unwrap();
+        save_averages(&temp, &ema, &steps, name);
+        temp
+    };
+    for name in [
+        &(|step| format!("ema_0.90-step{step}.safetensors")) as &dyn Fn(u64) -> String,
+        &|step| format!("checkpoint-{step}-ema0.9.safetensors"),
+        &|step| format!("checkpoint-{step}-ema=0.9/model.safetensors"),
+    ] {
+        let temp = out(name);
+        let found = import.open(temp.path().join("out")).unwrap();
+        assert!(found.notes().join("\n").contains("is that in the names of the files"), "{:?}", found.notes());
+        let (dir, report) = imported(&import, &temp);
+        assert_eq!((report.profiles, &report.steps[..]), (vec![Profile::beta(0.9).unwrap()], &steps[..]));
+        check(&dir, &[Profile::sigma_rel(0.1).unwrap()], 1e-11, &|_, step| ema.response(step));
+    }
+    for (name, part) in [
+        (
+            &(|step: u64| format!("ema0.9{}-step{step}.safetensors", step % 3)) as &dyn Fn(u64) -> String,
+            "different decays, 0.9",
+        ),
+        (&|step| format!("schema0.9-{step}.safetensors"), "the files do not record the decay"),
+        (&|step| format!("ema-{step}.safetensors"), "the files do not record the decay"),
+    ] {
+        let error = import.open(out(name).path().join("out")).unwrap_err().to_string();
+        assert!(error.contains("option beta: ") && error.contains(part), "{error}");
+    }
+}
