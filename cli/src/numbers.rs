@@ -25,6 +25,12 @@ pub fn percent(share: f64) -> String {
     format!("{:.0}%", 100.0 * share)
 }
 
+/// Formats a share in percent to four digits; `<0.001%` for the smallest above 0.
+pub fn share(share: f64) -> String {
+    let percent = 100.0 * share;
+    if percent > 0.0 && percent < 1e-3 { "<0.001%".into() } else { format!("{}%", number(percent)) }
+}
+
 /// Formats a share in percent to about two digits, and the smallest shares as powers of ten.
 pub fn short_percent(share: f64) -> String {
     let percent = 100.0 * share;
@@ -94,6 +100,20 @@ mod tests {
             (3.5e8, "3.500e8"),
         ] {
             assert_eq!(number(value), text);
+        }
+    }
+
+    #[test]
+    fn shares_have_four_digits() {
+        for (value, text) in [
+            (1.0 / 3.0, "33.33%"),
+            (1.0, "100.0%"),
+            (0.0, "0%"),
+            (0.9943170, "99.43%"),
+            (3.9e-5, "0.003900%"),
+            (1e-11, "<0.001%"),
+        ] {
+            assert_eq!(share(value), text);
         }
     }
 

@@ -5,7 +5,7 @@ use posthoc_ema::math::Profile;
 use posthoc_ema::{Advice, Merge, Plan, PredictedError, shown};
 
 use crate::bench::Measurement;
-use crate::numbers::{number, percent};
+use crate::numbers::{number, percent, share};
 
 /// Returns an empty table in the style of all tables: no rules, numbers to the right.
 pub fn table(header: &[&str]) -> Table {
@@ -161,7 +161,7 @@ pub fn merges(merges: &[Merge]) -> Table {
 pub fn checkpoint_weights(merge: &Merge) -> Table {
     let mut table = table(&["checkpoint", "step", "weight"]);
     for weight in &merge.weights {
-        table.add_row([shown(&weight.path), weight.step.to_string(), format!("{:.6e}", weight.weight)]);
+        table.add_row([shown(&weight.path), weight.step.to_string(), share(weight.weight)]);
     }
     table
 }

@@ -254,7 +254,10 @@ fn find_in_folder(dir: &Path) -> Result<Option<FoundCheckpoint>> {
 fn several_in_folder(dir: &Path, first: &Path, second: &Path) -> Error {
     let first = file_name(first);
     let second = file_name(second);
-    let why = format!("both `{first}` and `{second}` are in this folder: name the file of each checkpoint instead");
+    let why = format!(
+        "both `{first}` and `{second}` are in this folder: name the file of each checkpoint, or \
+         this folder alone to take all that is in it"
+    );
     Error::unexpected(dir, why)
 }
 

@@ -12,7 +12,10 @@ pub(crate) fn check_inputs<'p>(path: &Path, folders: impl Iterator<Item = &'p Pa
     let place = resolve(path)?;
     for folder in folders {
         if resolve(folder).is_ok_and(|dir| place.starts_with(dir)) {
-            let why = format!("this is inside {}, which is left untouched: write elsewhere", shown(folder));
+            let why = format!(
+                "this is inside {}, which is left untouched: write elsewhere, such as beside that folder",
+                shown(folder)
+            );
             return Err(Error::unexpected(path, why));
         }
     }

@@ -78,12 +78,22 @@ impl Failure {
     /// Classifies an error that an argument may have caused: a value out of range is bad usage.
     fn of_argument(error: Error) -> Failure {
         match error {
-            Error::Parameter { .. } | Error::NotTrackable { .. } | Error::Setting { .. } => {
-                Failure::Usage(error.to_string())
-            }
+            Error::Setting { option, reason } => match flag(option) {
+                Some(flag) => Failure::Usage(format!("{flag}: {reason}")),
+                None => Failure::Usage(Error::Setting { option, reason }.to_string()),
+            },
+            Error::Parameter { .. } | Error::NotTrackable { .. } => Failure::Usage(error.to_string()),
             other => Failure::Failed(other),
         }
     }
+}
+
+/// Returns the flag of an option of the library, if a command has one: `--update-every` for `update_every`.
+fn flag(option: &str) -> Option<String> {
+    let long = option.replace('_', "-");
+    let command = Arguments::command();
+    let mut all = command.get_subcommands().flat_map(|command| command.get_arguments());
+    all.any(|argument| argument.get_long() == Some(&long)).then(|| format!("--{long}"))
 }
 
 impl From<Error> for Failure {

@@ -57,6 +57,9 @@ pub struct TargetArgs {
     profile_csv: Vec<PathBuf>,
 }
 
+const NO_TARGET: &str = "no target: name at least one, such as --uniform 100% for the plain mean of the whole time, \
+                         or --sigma-rel 0.15 for an average whose weights grow towards its end";
+
 impl TargetArgs {
     /// Returns all targets, in the order of the flags' documentation.
     pub fn profiles(&self) -> Result<Vec<Profile>, Failure> {
@@ -73,7 +76,7 @@ impl TargetArgs {
             targets.push(read_profile(path)?);
         }
         if targets.is_empty() {
-            return Err(Failure::Usage("no target: name at least one, such as --sigma-rel 0.15".into()));
+            return Err(Failure::Usage(NO_TARGET.into()));
         }
         Ok(targets)
     }

@@ -44,8 +44,8 @@ fn series_of_averages_becomes_a_run() {
 
     let usual = ["--from", "averages", "--key", "ema"];
     for (given, status, part) in [
-        (&["--beta", "0.95"][..], 2, "option update_every"),
-        (&["--update-every", "1"], 2, "option beta"),
+        (&["--beta", "0.95"][..], 2, "--update-every: the files do not record it"),
+        (&["--update-every", "1"], 2, "--beta: the files do not record it: give the decay of the training"),
         (&["--ramp", "linear"], 2, "exponential:TAU"),
         (&["--ramp", "ratio", "--update-every", "1"], 2, "give its decay with --beta"),
         (&["--beta", "0.95", "--update-every", "1", "--step-size-correction"], 2, "nitrous-ema"),

@@ -438,7 +438,7 @@ fn import_reports_summary_warnings_and_errors() {
     for (arguments, expected, part) in [
         (vec!["import", &ramp, &none, "--from", "keras", "--update-every", "10"], 2, "ema-pytorch"),
         (vec!["import", &ramp, &none, "--from", "ema-pytorch", "--update-every", "10"], 2, "--sigma-rels"),
-        ([&["import", &ramp, &none], &usual[..4], &["--update-every", "0"]].concat(), 2, "option update_every"),
+        ([&["import", &ramp, &none], &usual[..4], &["--update-every", "0"]].concat(), 2, "--update-every: "),
         ([&["import", &ramp, &none], &usual[..4]].concat(), 2, "--update-every"),
         ([&["import", &ramp, &none], &usual[..], &["--step-size-correction"]].concat(), 2, "no such option"),
         ([&["import", &ramp, &none], &usual[..], &["--update-after-step", "0"]].concat(), 1, "100 would fit"),
