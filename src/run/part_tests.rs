@@ -228,16 +228,16 @@ fn file_of_another_snapshot_in_a_set_is_named() {
     Run::open(&dir).unwrap();
 }
 
-/// Prints the times of opening and planning, and of synthesis beside that of the unsharded run.
+/// Prints the times of opening and planning a run of 1,024 processes.
 #[test]
 #[ignore = "measures time: run it alone, in a release build"]
-fn times_of_sharded_runs() {
+fn time_of_opening() {
     let temp = tempfile::tempdir().unwrap();
     let whole = temp.path().join("whole");
     train(&whole, |options| options.checkpoint_every(3));
     let many = temp.path().join("many");
     write_again(&whole, &many, &[Some((Cut::Rows, 1024))]);
-    for _ in 0..5 {
+    for _ in 0..7 {
         let start = std::time::Instant::now();
         let run = Run::open(&many).unwrap();
         let opened = start.elapsed();
@@ -246,4 +246,43 @@ fn times_of_sharded_runs() {
         drop(run);
         println!("opened in {opened:?}, planned after {planned:?}, closed after {:?}", start.elapsed());
     }
+}
+
+/// Prints the times of a synthesis of parts beside that of the unsharded run.
+#[test]
+#[ignore = "measures time: run it alone, in a release build"]
+fn time_of_synthesis() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = |name: &str| temp.path().join(name);
+    let options = PostHocEma::options(dir("whole")).sigma_rels([0.05, 0.28]).checkpoint_every(1);
+    let large = |step: usize| -> Tensors {
+        let values: Vec<f32> = (0..1 << 22).map(|i| (i * 7 + step) as f32 * 1e-6).collect();
+        ["a", "b"].map(|name| (name.to_owned(), Tensor::new(&[2048, 2048], &values).unwrap())).into_iter().collect()
+    };
+    let mut ema = options.snapshot_growth(None).update_every(1).create(&large(0)).unwrap();
+    for step in 0..4 {
+        ema.update(&large(step)).unwrap();
+    }
+    ema.finish().unwrap();
+    write_again(&dir("whole"), &dir("rows"), &[Some((Cut::Rows, 8))]);
+    write_again(&dir("whole"), &dir("columns"), &[Some((Cut::Columns, 8))]);
+    write_again(&dir("whole"), &dir("many"), &[Some((Cut::Columns, 64))]);
+    let mut best = [f64::INFINITY; 4];
+    for _ in 0..15 {
+        for (name, best) in ["whole", "rows", "columns", "many"].iter().zip(&mut best) {
+            let run = Run::open(dir(name)).unwrap();
+            let plan = run.plan(Profile::sigma_rel(0.15).unwrap(), At::Latest).unwrap();
+            let start = std::time::Instant::now();
+            let tensors = run.load(&plan).unwrap();
+            *best = best.min(start.elapsed().as_secs_f64());
+            assert_eq!(tensors.iter().len(), 2);
+        }
+    }
+    let [whole, rows, columns, many] = best;
+    println!(
+        "whole {whole:.4} s, rows {:.0}%, columns of 8 {:.0}%, of 64 {:.0}%",
+        100.0 * whole / rows,
+        100.0 * whole / columns,
+        100.0 * whole / many
+    );
 }
