@@ -62,8 +62,10 @@ fn compare<'a>(snapshots: &'a [Snapshot], model: &Snapshot) -> Vec<Result<()>> {
 pub fn open_sound(dir: &Path, progress: &mut dyn FnMut(u64)) -> Result<(Vec<Snapshot>, Vec<Error>)> {
     let mut whole = Vec::new();
     let mut damaged = Vec::new();
-    for (id, files) in list_each(dir)? {
-        match files.and_then(|files| open_verified(id, &files, progress)) {
+    let listed = list_each(dir)?;
+    let is_mapped = listed.values().flatten().map(Vec::len).sum::<usize>() <= MAX_MAPPED;
+    for (id, files) in listed {
+        match files.and_then(|files| open_verified(id, &files, whole.first(), is_mapped, progress)) {
             Ok(snapshot) => whole.push(snapshot),
             Err(error) if is_gone(&error) => {}
             Err(error) => damaged.push(error),
@@ -84,8 +86,14 @@ pub fn open_sound(dir: &Path, progress: &mut dyn FnMut(u64)) -> Result<(Vec<Snap
 }
 
 /// Opens a snapshot and compares every byte with its checksums.
-fn open_verified(id: SnapshotId, files: &[PathBuf], progress: &mut dyn FnMut(u64)) -> Result<Snapshot> {
-    let snapshot = Snapshot::open(id, files)?;
+fn open_verified(
+    id: SnapshotId,
+    files: &[PathBuf],
+    sibling: Option<&Snapshot>,
+    is_mapped: bool,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Snapshot> {
+    let snapshot = Snapshot::open_like(id, files, sibling, is_mapped)?;
     for file in snapshot.files() {
         file.verify()?;
         progress(file.len());
