@@ -39,12 +39,16 @@ WORKS = {
     "synthesis": (
         "Synthesis",
         "One state dict or file from 40 snapshots in the page cache. The limit is a loop in C that maps the same files "
-        "and adds their 64-bit words up, with as many threads. For many targets, it is the multiply-adds in f64 alone, "
-        "if they take longer, or the same sums and files made in C if a row has that. GB/s are of snapshots read. "
-        "Programs are timed as whole processes, Python after its imports. Memory is anonymous: it includes results, "
-        "but not mapped files. Off from f64 is the largest difference, in a sample of elements, from a sum in f64 with "
-        "the weights of our plan, relative to the RMS. "
-        "Packages that solve for their own weights differ by those, too.",
+        "and adds their 64-bit words up, with as many threads. GB/s are of snapshots read. Programs are timed as whole "
+        "processes, Python after its imports. Memory is anonymous: it includes results, but not mapped files. Off from "
+        "f64 is the largest difference, in a sample of elements, from a sum in f64 with the weights of our plan, "
+        "relative to the RMS. Packages that solve for their own weights differ by those, too.",
+    ),
+    "targets": (
+        "Synthesis to many targets",
+        "All averages from one pass over 40 snapshots in the page cache. The program's limit is a loop in C that does "
+        "the same sums in f64 and writes as many results to fresh files in memory, with as many threads. The other "
+        "limits are parts of it: reading the mapped files, and the multiply-adds alone.",
     ),
     "cold": (
         "Synthesis with a cold page cache",
@@ -54,7 +58,24 @@ WORKS = {
     "folders": (
         "Averages of folders",
         "The mean of three folders of one model, each of two shards, into a folder of the same kind, with the files in "
-        "the page cache. Both are timed as whole processes. The limit is that of a synthesis.",
+        "the page cache. All are timed as whole processes. The limit is that of a synthesis.",
+    ),
+    "formats": (
+        "Averages of other libraries' checkpoints",
+        "The mean of two checkpoints of one model, stored as safetensors, by `torch.save`, by "
+        "`torch.distributed.checkpoint` from two processes, and as the f32 weights of DeepSpeed's optimizer in two "
+        "processes. All files are in the page cache, and results go into files in memory. Programs are timed as whole "
+        "processes, Python after its imports. The limit is a loop in C that maps the safetensors files, adds them up "
+        "in f64 and writes the mean into a fresh file, with as many threads. Each row of ours is compared with ours on "
+        "safetensors files, each other row with ours on the same kind of files. All results are equal in all bits.",
+    ),
+    "adapters": (
+        "Averages of the products of adapters",
+        "`average --product svd`: the average of the products of low-rank adapters, cut back to their rank, with the "
+        "files in the page cache. The program is timed as a whole process, numpy after its import. One row of numpy "
+        "takes the QR decompositions of the stacked factors and the SVD of the small core, as ours does. The other one "
+        "takes the SVD of a whole product. The limit adds up the mapped files, as that of a synthesis. Off from f64 is "
+        "the largest distance of a product from the best of its rank, relative to its norm.",
     ),
     "writing": (
         "Storing",
@@ -135,6 +156,10 @@ def newest_cases(folder: Path) -> Record | None:
         own: dict[str, list[Record]] = {}
         for case in record["cases"]:
             own.setdefault(case["work"], []).append({**case, "record": record})
+        # A case may have moved to another kind of work.
+        titles = {table.heading(case) for case in record["cases"]}
+        for work, older in cases.items():
+            cases[work] = [case for case in older if table.heading(case) not in titles]
         cases |= own
     return {"cases": [case for work in cases.values() for case in work]} if cases else None
 

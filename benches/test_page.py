@@ -94,6 +94,17 @@ def test_each_work_uses_its_newest_record(folders: tuple[Path, Path]) -> None:
     assert "yesterday" not in updates
 
 
+def test_case_of_another_work_is_shown_once(folders: tuple[Path, Path]) -> None:
+    older = record(cases=[{**case("synthesis"), "title": "31 targets"}, case("synthesis")])
+    (folders[0] / "2000-01-01-peers.json").write_text(json.dumps(older))
+    newer = record(cases=[{**case("targets"), "title": "31 targets"}])
+    (folders[0] / "2000-01-03-peers.json").write_text(json.dumps(newer))
+    assert run(folders).returncode == 0
+    text = (folders[1] / "explanation" / "performance.md").read_text()
+    synthesis, targets = text.split("## Synthesis to many targets")
+    assert "31 targets" in targets and "31 targets" not in synthesis and "## Synthesis" in synthesis
+
+
 def test_check_passes_only_the_generated_page(folders: tuple[Path, Path]) -> None:
     assert run(folders, "--check").returncode == 1
     assert run(folders).returncode == 0

@@ -21,7 +21,7 @@ VENV = ROOT / "target" / "peers-venv"
 NEEDED = ("torch", "numpy", "safetensors", "matplotlib", "pillow", "tqdm", "timm")
 # Packages in a folder of their own: the first has our import name.
 APART = ("pytorch-posthoc-ema", "ema-pytorch")
-LIMITS = ("update", "scan", "peak", "many")
+LIMITS = ("update", "scan", "peak", "many", "mean")
 FLAGS = ("-O3", "-march=native", "-pthread")
 
 
@@ -36,6 +36,8 @@ class Environment:
     peers: Path | None
     # The command mergekit-pytorch, or why there is none.
     mergekit: Path | str
+    # The Python of an environment with OLMo-core, or why there is none.
+    olmo: Path | str
     # For snapshots on a disk.
     folder: Path
     # For files that should not wait for a disk.
@@ -92,17 +94,18 @@ def build_program() -> Path | str:
     return (target if target.is_absolute() else ROOT / target) / "release" / "posthoc-ema"
 
 
-def install_mergekit() -> Path | str:
-    """Installs mergekit in a virtual environment of its own, since it pins other versions."""
-    venv = TARGET / "mergekit"
-    command = venv / "bin" / "mergekit-pytorch"
-    if not command.exists():
+def install_apart(package: str, command: str) -> Path | str:
+    """Installs a package that pins other versions in a virtual environment of its own. Returns one of its commands."""
+    venv = TARGET / package
+    installed = venv / "installed"
+    if not installed.exists():
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        pip = [venv / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "mergekit"]
+        pip = [venv / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", package]
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode != 0:
-            return f"pip install mergekit: {(done.stderr.strip().splitlines() or ['failed'])[-1]}"
-    return command
+            return f"pip install {package}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}"
+        installed.touch()
+    return venv / "bin" / command
 
 
 def build_limits() -> dict[str, Path | str]:
@@ -159,10 +162,10 @@ def versions(environment: Environment) -> dict[str, str]:
     found |= {name: installed[name] for name in ("torch", "numpy", "safetensors", "timm") if name in installed}
     apart = importlib.metadata.distributions(path=[str(environment.peers)] if environment.peers else [])
     found |= {each.name: each.version for each in apart if each.name in APART}
-    if isinstance(environment.mergekit, Path):
-        python = environment.mergekit.with_name("python")
-        script = "import importlib.metadata as m; print(m.version('mergekit'))"
-        found["mergekit"] = environment.run(python, "-c", script).strip()
+    for package, command in (("mergekit", environment.mergekit), ("ai2-olmo-core", environment.olmo)):
+        if isinstance(command, Path):
+            script = f"import importlib.metadata as m; print(m.version('{package}'))"
+            found[package] = environment.run(command.with_name("python"), "-c", script).strip()
     if isinstance(environment.program, Path):
         found["posthoc-ema"] = environment.run(environment.program, "--version").split()[-1]
     else:

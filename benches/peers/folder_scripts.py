@@ -35,7 +35,24 @@ def make(folder: Path, model: str, size: str, steps: list[int]) -> None:
             save_file(tensors, out / file, {"format": "pt"})
         weight_map = {name: file for file, part in halves.items() for name in part}
         (out / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
-        (out / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "float32"}))
+        (out / "config.json").write_text(json.dumps(configuration(shapes)))
+
+
+def configuration(shapes: models.Shapes) -> dict[str, Any]:
+    """Returns the configuration of a Llama with these shapes."""
+    vocabulary, width = shapes["model.embed_tokens.weight"]
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": "float32",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": shapes["model.layers.0.mlp.up_proj.weight"][0],
+        "num_hidden_layers": sum(name.endswith("up_proj.weight") for name in shapes),
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    }
 
 
 def average(out: Path, folders: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,13 @@ from contenders import Absent, Checked, limit
 from environment import Environment
 from turns import Row
 
-MODEL = "150 tensors"
+MODEL = "Llama"
 STEPS = (1, 2, 3)
 ROUNDS = 5
 SCAN = "adding the mapped files up in C"
 OURS = "posthoc-ema, the program, into a folder in memory"
 TORCH = "a torch script, into a folder in memory"
+MERGEKIT = "mergekit, mergekit-yaml, into a folder in memory"
 
 
 def measure(environment: Environment) -> Iterator[dict[str, Any]]:
@@ -59,6 +61,7 @@ def case_of(environment: Environment, folder: Path, memory: Path) -> dict[str, A
         ]
         contenders.append(contender(OURS, command, memory / "ours", check))
     contenders.append(contender(TORCH, script, memory / "torch", check))
+    contenders.append(mergekit(environment, inputs, memory, check))
     try:
         rows = turns.in_turns(contenders, environment.rounds(ROUNDS))
     finally:
@@ -89,6 +92,24 @@ def contender(name: str, command: list[Any], out: Path, check: Check) -> turns.C
     return Checked(turns.Command(name, command, clear), lambda: check(out))
 
 
+def mergekit(environment: Environment, inputs: list[Path], memory: Path, check: Check) -> turns.Contender:
+    """Returns mergekit as a contender: a linear merge of folders with equal weights."""
+    if isinstance(environment.mergekit, str):
+        return Absent(MERGEKIT, environment.mergekit)
+    memory.mkdir(exist_ok=True)
+    described = memory / "mergekit.yml"
+    given = [{"model": str(path), "parameters": {"weight": 1.0}} for path in inputs]
+    # JSON is YAML.
+    described.write_text(json.dumps({"merge_method": "linear", "models": given, "dtype": "float32"}))
+    out = memory / "mergekit"
+    made = turns.Command(
+        MERGEKIT,
+        [environment.mergekit.with_name("mergekit-yaml"), described, out],
+        lambda: shutil.rmtree(out, ignore_errors=True),
+    )
+    return Checked(made, lambda: check.weights(out))
+
+
 class Check:
     """Compares a sample of an average with the mean in f64, and its files with those of the newest folder."""
 
@@ -101,6 +122,9 @@ class Check:
         found = sorted(path.name for path in out.iterdir())
         if found != self.names:
             raise turns.Failed(f"it has the files {found}")
+        return self.weights(out)
+
+    def weights(self, out: Path) -> Row:
         off = answers.difference(sample_folder(out), self.expected)
         if not off < 1e-6:
             raise turns.Failed(f"it is off by {off:.1e}")

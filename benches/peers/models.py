@@ -29,6 +29,18 @@ def transformer(width: int, vocabulary: int, layers: int = 12) -> Shapes:
     return shapes
 
 
+def llama(width: int, hidden: int, vocabulary: int, layers: int = 12) -> Shapes:
+    """Returns the parameters of transformers' Llama; 111 tensors for 12 layers."""
+    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, width)}
+    for layer in range(layers):
+        name = f"model.layers.{layer}"
+        shapes |= {f"{name}.self_attn.{part}_proj.weight": (width, width) for part in "qkvo"}
+        shapes |= {f"{name}.mlp.{part}_proj.weight": (hidden, width) for part in ("gate", "up")}
+        shapes[f"{name}.mlp.down_proj.weight"] = (width, hidden)
+        shapes |= {f"{name}.{part}_layernorm.weight": (width,) for part in ("input", "post_attention")}
+    return shapes | {"model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
+
+
 def small_tensors(count: int, elements: int) -> Shapes:
     """Returns `count` tensors of one size."""
     return {f"t{i:05}": (elements,) for i in range(count)}
@@ -43,6 +55,9 @@ def parameters(shapes: Shapes) -> int:
 MODELS = {
     "150 tensors": {"full": transformer(560, 4352), "quick": transformer(16, 64, layers=1)},
     "2,000 tensors": {"full": small_tensors(2000, 25_000), "quick": small_tensors(20, 500)},
+    "Llama": {"full": llama(544, 1456, 7168), "quick": llama(16, 24, 64, layers=1)},
+    # Twice as many parameters, for checkpoints of f32.
+    "150 tensors, twice": {"full": transformer(800, 6000), "quick": transformer(16, 64, layers=1)},
     # Half as many parameters, for snapshots of 4 bytes an element.
     "150 tensors, half": {"full": transformer(392, 3072), "quick": transformer(16, 64, layers=1)},
 }

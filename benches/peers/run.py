@@ -23,7 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 # Modules with a function `measure(environment)`, which returns their cases.
-WORKS = ("updates", "synthesis", "cold", "folders", "writing", "start")
+WORKS = ("updates", "synthesis", "targets", "cold", "folders", "formats", "adapters", "writing", "start")
 
 
 def main() -> None:
@@ -90,6 +90,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--peers", type=Path, metavar="DIR", help="with pytorch-posthoc-ema and ema-pytorch")
     group.add_argument("--program", type=Path, help="the program posthoc-ema")
     group.add_argument("--mergekit", metavar="PROGRAM", help="mergekit-pytorch, or none")
+    group.add_argument("--olmo", metavar="PYTHON", help="a Python with OLMo-core, or none")
     return parser.parse_args()
 
 
@@ -109,9 +110,11 @@ def prepare(options: argparse.Namespace, setup: Any) -> Any:
     program = options.program.resolve() if options.program else "left out: no --program FILE"
     if installing and options.program is None and blending:
         program = setup.build_program()
-    mergekit = "left out" if options.mergekit in (None, "none") else Path(options.mergekit).resolve()
-    if installing and options.mergekit is None and "synthesis" in options.only:
-        mergekit = setup.install_mergekit()
+    mergekit, olmo = (apart(given) for given in (options.mergekit, options.olmo))
+    if installing and options.mergekit is None and {"synthesis", "folders"} & set(options.only):
+        mergekit = setup.install_apart("mergekit", "mergekit-pytorch")
+    if installing and options.olmo is None and "formats" in options.only:
+        olmo = setup.install_apart("ai2-olmo-core", "python")
     peers = options.peers.resolve() if options.peers else setup.packages() if installing else None
     folder = tempfile.mkdtemp(prefix="data-", dir=options.folder or setup.TARGET)
     found = setup.Environment(
@@ -119,6 +122,7 @@ def prepare(options: argparse.Namespace, setup: Any) -> Any:
         program=program,
         peers=peers,
         mergekit=mergekit,
+        olmo=olmo,
         folder=Path(folder),
         memory=options.memory if options.memory.is_dir() else Path(folder),
         size="quick" if options.quick else "full",
@@ -128,6 +132,11 @@ def prepare(options: argparse.Namespace, setup: Any) -> Any:
     return found
 
 
+def apart(given: str | None) -> Path | str:
+    """Returns the path of a program in another environment, or why there is none."""
+    return "left out" if given in (None, "none") else Path(os.path.abspath(given))
+
+
 def without_paths(arguments: list[str]) -> list[str]:
     """Returns the arguments without the paths of this machine."""
     kept = []
@@ -135,7 +144,15 @@ def without_paths(arguments: list[str]) -> list[str]:
     for argument in arguments:
         if skip:
             skip = False
-        elif argument.split("=")[0] in ("--python", "--peers", "--program", "--mergekit", "--folder", "--record"):
+        elif argument.split("=")[0] in (
+            "--python",
+            "--peers",
+            "--program",
+            "--mergekit",
+            "--olmo",
+            "--folder",
+            "--record",
+        ):
             skip = "=" not in argument
         else:
             kept.append(argument)

@@ -23,7 +23,7 @@ from turns import Row
 STEPS, PROFILES = 20, 2
 TARGET = 0.15
 MANY = tuple(float(target) for target in np.linspace(0.05, 0.28, 31).round(6))
-ROUNDS, MANY_ROUNDS = 5, 3
+ROUNDS = 5
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 NAMES = {
@@ -112,8 +112,6 @@ def measure(environment: Environment) -> Iterator[dict[str, Any]]:
     for model in ("150 tensors", "2,000 tensors"):
         with stored(environment, model, "float16") as run:
             yield one_target(run.with_targets((TARGET,), "float32"))
-            if model == "150 tensors":
-                yield many_targets(run)
     for model, dtype in (("150 tensors", "bfloat16"), ("150 tensors, half", "float32")):
         with stored(environment, model, dtype) as run:
             yield other_dtype(run.with_targets((TARGET,), "bfloat16"))
@@ -127,30 +125,6 @@ def one_target(task: Task) -> dict[str, Any]:
     for kind in ("pytorch-posthoc-ema", "ema-pytorch", "edm2"):
         rows += peer_rows(task, check, kind)
     return case_of(task, "one target", rows)
-
-
-def many_targets(run: Task) -> dict[str, Any]:
-    """Measures 31 targets in one pass, one target, and the limits of the sums and of their results."""
-    one = run.with_targets((TARGET,), "float16")
-    all_ = run.with_targets(MANY, "float16")
-    check = Check(one)
-    check_all = Check(all_)
-    contenders = [
-        scan(run),
-        peak(all_),
-        *ours(all_, check_all, (TO_MEMORY,)),
-        many.limit(run.environment, run.run, run.memory, all_.weights, check_all),
-        worker(one, check, "posthoc-ema", "posthoc-ema, Python, one of the targets"),
-    ]
-    rows = take_turns(all_, contenders, MANY_ROUNDS)
-    # Shares of this limit mean nothing for other work: results in the process's memory, or one target.
-    for row in rows:
-        if row["name"] != TO_MEMORY:
-            row.pop("share_of_limit", None)
-    rows += peer_rows(all_, check_all, "edm2")
-    made = case_of(all_, f"{len(MANY)} targets in one pass, f16 results", rows)
-    made["multiply_adds"] = len(MANY) * STEPS * PROFILES * run.parameters
-    return made
 
 
 def other_dtype(task: Task) -> dict[str, Any]:
