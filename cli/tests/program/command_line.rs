@@ -352,7 +352,7 @@ fn bad_usage_exits_with_2_and_names_the_fix() {
         (vec!["plan", dir, "--sigma-rel", "0.1", "--keep", "5"], "cannot be used with"),
         (vec!["plan", "--sigma-rel", "0.1"], "--steps"),
         (vec!["plan", "--steps", "99", "--sigma-rel", "0.1"], "no snapshot is left"),
-        (vec!["plan", "--steps", "10000", "--update-every", "0", "--sigma-rel", "0.1"], "update_every"),
+        (vec!["plan", "--steps", "10000", "--update-every", "0", "--sigma-rel", "0.1"], "--update-every: "),
         (vec!["plan", "--steps", "1000000000000", "--update-every", "1", "--sigma-rel", "0.1"], "longer interval"),
         (vec!["plan", "--steps", "10000", "--noise", "auto", "--sigma-rel", "0.1"], "name it with --movement"),
         (vec!["error", "--steps", "10000", "--noise", "auto"], "name it with --movement"),
