@@ -27,8 +27,8 @@ pub use scattered::ScatteredElements;
 pub(crate) use scattered::equal_elements;
 #[cfg(feature = "pytorch")]
 pub(crate) use scattered::{first_non_finite_in, for_each_piece};
-pub(crate) use tiled::{ElementRange, TensorParts, TiledElements};
-pub(crate) use tiling::{Stretch, Tile, Tiling, TilingFault, volume};
+pub(crate) use tiled::{ElementRange, TensorParts, TiledElements, copy_each_row};
+pub(crate) use tiling::{Rows, Stretch, Tile, Tiling, TilingFault, volume};
 
 /// Element type of a tensor in a safetensors file.
 pub use safetensors::Dtype;

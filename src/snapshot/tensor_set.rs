@@ -13,7 +13,7 @@ use super::part_places::{FilePlaces, PartPlace};
 use super::read::StoredFile;
 use super::tensors::StoredTensor;
 use crate::error::{Error, Result};
-use crate::tensor::{ElementRange, ScatteredElements, TensorParts, TiledElements};
+use crate::tensor::{ElementRange, Rows, ScatteredElements, TensorParts, TiledElements, copy_each_row};
 
 /// Files of a snapshot or a live state as one set of tensors.
 #[derive(Debug)]
@@ -256,6 +256,20 @@ impl TensorParts for FileParts {
             return;
         }
         widen(dst, stored, tensor.dtype);
+    }
+
+    fn copy_rows(&self, dst: &mut [u8], rows: &Rows, size: usize) {
+        let Rows { first, count, stride, part_stride } = rows;
+        let (file, tensor) = self.part(first.part);
+        if tensor.dtype != self.dtype {
+            return copy_each_row(self, dst, rows, size);
+        }
+        let stored = file.bytes(tensor);
+        let length = first.elements.len() * size;
+        for i in 0..*count {
+            let (to, from) = (i * stride * size, (first.first + i * part_stride) * size);
+            dst[to..to + length].copy_from_slice(&stored[from..from + length]);
+        }
     }
 
     fn will_need(&self, part: usize, elements: Range<usize>) {

@@ -5,7 +5,7 @@ use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use super::scattered::ScatteredElements;
-use super::tiling::{Stretch, Tiling};
+use super::tiling::{Rows, Stretch, Tiling};
 
 /// Parts of a tensor, each with elements in a C order of its own.
 pub(crate) trait TensorParts: Debug + Sync {
@@ -15,8 +15,23 @@ pub(crate) trait TensorParts: Debug + Sync {
     /// Copies elements of a part from the element `first` on.
     fn copy(&self, part: usize, dst: &mut [u8], first: usize);
 
+    /// Copies elements of a part at equal distances: those of the first row to the start of `dst`. `size` is that of an
+    /// element in bytes.
+    fn copy_rows(&self, dst: &mut [u8], rows: &Rows, size: usize) {
+        copy_each_row(self, dst, rows, size);
+    }
+
     /// Announces that elements of a part will soon be read.
     fn will_need(&self, part: usize, elements: Range<usize>);
+}
+
+/// Copies rows one after the other, as [`TensorParts::copy_rows`].
+pub(crate) fn copy_each_row(parts: &(impl TensorParts + ?Sized), dst: &mut [u8], rows: &Rows, size: usize) {
+    let length = rows.first.elements.len() * size;
+    for i in 0..rows.count {
+        let start = i * rows.stride * size;
+        parts.copy(rows.first.part, &mut dst[start..start + length], rows.first.first + i * rows.part_stride);
+    }
 }
 
 /// Tensor in rectangles.
@@ -59,9 +74,9 @@ impl<P: TensorParts> ScatteredElements for TiledElements<P> {
     fn copy(&self, dst: &mut [u8], start: usize) {
         let from = start / self.size;
         let elements = from..from + dst.len() / self.size;
-        let _ = self.tiling.for_each_stretch(elements, &mut |Stretch { part, elements, first }| {
-            let place = (elements.start - from) * self.size..(elements.end - from) * self.size;
-            self.parts.copy(part, &mut dst[place], first);
+        let _ = self.tiling.for_each_rows(elements, &mut |rows| {
+            let start = (rows.first.elements.start - from) * self.size;
+            self.parts.copy_rows(&mut dst[start..], &rows, self.size);
             ControlFlow::Continue(())
         });
     }

@@ -116,6 +116,17 @@ pub(crate) struct Stretch {
     pub first: usize,
 }
 
+/// Stretches of equal length, at equal distances in the tensor and in the part.
+#[derive(Clone, Debug)]
+pub(crate) struct Rows {
+    pub first: Stretch,
+    pub count: usize,
+    /// Distance in the tensor, in elements.
+    pub stride: usize,
+    /// Distance in the part, in elements.
+    pub part_stride: usize,
+}
+
 /// Rectangles that cover a tensor, each element once.
 #[derive(Debug)]
 pub(crate) struct Tiling {
@@ -220,17 +231,43 @@ impl Tiling {
         elements: Range<usize>,
         act: &mut dyn FnMut(Stretch) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
+        self.for_each_rows(elements, &mut |Rows { first, count, stride, part_stride }| {
+            (0..count).try_for_each(|i| {
+                let elements = first.elements.start + i * stride..first.elements.end + i * stride;
+                act(Stretch { part: first.part, elements, first: first.first + i * part_stride })
+            })
+        })
+    }
+
+    /// As [`Tiling::for_each_stretch`], with all stretches at once that follow each other at equal distances.
+    pub(crate) fn for_each_rows(
+        &self,
+        elements: Range<usize>,
+        act: &mut dyn FnMut(Rows) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
         for placed in self.near(&elements) {
             let row_at = |row| placed.row_at(row, &self.strides);
-            let first_row = first_where(placed.rows, |row| row_at(row).0 + placed.row > elements.start);
-            for row in first_row..placed.rows {
+            let mut row = first_where(placed.rows, |row| row_at(row).0 + placed.row > elements.start);
+            while row < placed.rows {
                 let (start, first) = row_at(row);
                 if start >= elements.end {
                     break;
                 }
-                let stretch = start.max(elements.start)..(start + placed.row).min(elements.end);
-                let first = first + stretch.start - start;
-                act(Stretch { part: placed.tile.part, elements: stretch, first })?;
+                let end = start + placed.row;
+                let stretch = start.max(elements.start)..end.min(elements.end);
+                let first = Stretch { part: placed.tile.part, first: first + stretch.start - start, elements: stretch };
+                let mut rows = Rows { first, count: 1, stride: 0, part_stride: 0 };
+                if let Some(dim) = placed.rank.checked_sub(1)
+                    && start >= elements.start
+                    && end <= elements.end
+                {
+                    rows.stride = self.strides[dim];
+                    rows.part_stride = placed.tile.strides[dim];
+                    let extent = placed.tile.shape[dim];
+                    rows.count = (extent - row % extent).min(1 + (elements.end - end) / rows.stride);
+                }
+                row += rows.count;
+                act(rows)?;
             }
         }
         ControlFlow::Continue(())
