@@ -67,7 +67,8 @@ WORKS = {
         "processes. All files are in the page cache, and results go into files in memory. Programs are timed as whole "
         "processes, Python after its imports. The limit is a loop in C that maps the safetensors files, adds them up "
         "in f64 and writes the mean into a fresh file, with as many threads. Each row of ours is compared with ours on "
-        "safetensors files, each other row with ours on the same kind of files. All results are equal in all bits.",
+        "safetensors files, each other row with ours on the same kind of files. All results are "
+        "equal in all bits. CPU time is that of all threads: other work on the machine changes it less.",
     ),
     "adapters": (
         "Averages of the products of adapters",
@@ -186,9 +187,9 @@ def page(records: dict[str, Record | None]) -> str:
     parts = [
         "<!-- Made by benches/page.py from the records in benches/record: change those, not this. -->",
         "# Performance",
-        "One command measures everything here, and anyone can repeat it. Other packages and the limits of the machine "
-        "are measured in turns with ours, so ratios hold on other machines; seconds do not. "
-        "`benches/peers/README.md` describes the method.",
+        "`benches/peers/run.py` and `benches/scaling.py` measure everything here, and anyone can repeat it. Each section "
+        "names its command and its record. Other packages and the limits of the machine are measured in turns with "
+        "ours, so ratios hold on other machines; seconds do not. `benches/peers/README.md` describes the method.",
     ]
     parts += sections(peers) if peers else []
     parts += scaling_sections(scaling) if scaling else []
@@ -201,11 +202,13 @@ def provenance(record: Record) -> str:
     versions = record["versions"]
     memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    load = record.get("load_average", 0.0)
+    busy = f" Other work ran beside it: the load average was {load:.0f}." if load > machine["cores"] else ""
     warning = " **The figures mean nothing at these small sizes.**" if record["size"] != "full" else ""
     return (
         f"`{record['command']}`, {record['date']}: {machine['cpu']}, {machine['cores']} cores{memory}, "
         f"{machine['system']} {machine['kernel']}; {named}. All times are in "
-        f"`benches/record/{record['file']}`.{warning}"
+        f"`benches/record/{record['file']}`.{busy}{warning}"
     )
 
 

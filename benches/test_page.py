@@ -80,6 +80,12 @@ def test_figures_come_from_the_newest_records(folders: tuple[Path, Path]) -> Non
     assert "| a third | not measured: it is not installed |" in text
     assert "| 1,000 | not measured: no room |" in text
     assert "2000-01-02-peers.json" in text and "yesterday" not in text
+    assert "the load average was" not in text
+    busy = record(cases=[case("update")], load_average=7.2)
+    (folders[0] / "2000-01-03-peers.json").write_text(json.dumps(busy))
+    assert run(folders).returncode == 0
+    text = (folders[1] / "explanation" / "performance.md").read_text()
+    assert text.count("Other work ran beside it: the load average was 7.") == 1
 
 
 def test_each_work_uses_its_newest_record(folders: tuple[Path, Path]) -> None:

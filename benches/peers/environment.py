@@ -46,6 +46,8 @@ class Environment:
     device: str
     threads: int = len(os.sched_getaffinity(0))
     limits: dict[str, Path | str] = field(default_factory=dict)
+    # Processes that wanted to run in the minute before the measurement.
+    load_average: float = field(default_factory=lambda: os.getloadavg()[0])
 
     @property
     def quick(self) -> bool:

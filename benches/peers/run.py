@@ -67,6 +67,7 @@ def write(options: argparse.Namespace, found: Any, cases: list[dict[str, Any]], 
         "command": " ".join(["benches/peers/run.py", *without_paths(sys.argv[1:])]),
         "size": found.size,
         "seconds": seconds,
+        "load_average": found.load_average,
         **setup.about(found),
         "cases": cases,
     }

@@ -49,6 +49,7 @@ def exponent(value: float) -> str:
 # Columns: their heads, and a function from a row to a cell. A column that is empty for all rows is left out.
 COLUMNS = (
     ("time (median, range)", lambda row, ours: span(row)),
+    ("CPU time", lambda row, ours: seconds(row["cpu_seconds_median"]) if "cpu_seconds_median" in row else ""),
     ("training waits", lambda row, ours: seconds(row["held_seconds_median"]) if "held_seconds_median" in row else ""),
     ("GB/s", lambda row, ours: digits(row["bytes_per_second"] / 1e9) if "bytes_per_second" in row else ""),
     ("of the limit", lambda row, ours: f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else ""),
@@ -61,6 +62,9 @@ COLUMNS = (
 )
 
 
+TIMES_OURS = [name for name, _ in COLUMNS].index("times ours")
+
+
 def table(case: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Returns heads and cells: the limits first, then all rows."""
     rows = [*case["limits"], *case["rows"]]
@@ -69,7 +73,7 @@ def table(case: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     # No ratio to ours for ours itself and for a limit.
     for row, cells in zip(rows, shown):
         if row is ours or row in case["limits"]:
-            cells[4] = ""
+            cells[TIMES_OURS] = ""
     used = [i for i in range(len(COLUMNS)) if any(cells[i] for cells in shown)]
     heads = ["", *(COLUMNS[i][0] for i in used)]
     body = []

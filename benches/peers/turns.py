@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import statistics
 import subprocess
@@ -132,6 +133,8 @@ class Command:
         self.clear = clear
         # Standard output of the last run.
         self.printed = ""
+        # Seconds of all cores in each run.
+        self.cpu_seconds: list[float] = []
 
     def first(self) -> Row:
         return self._run(sample=True)
@@ -142,7 +145,7 @@ class Command:
     def _run(self, sample: bool) -> Row:
         self.clear()
         with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as printed:
-            start = time.perf_counter()
+            start, before = time.perf_counter(), children_seconds()
             process = subprocess.Popen(self.command, stdout=printed, stderr=errors)
             # A timer, because Popen.wait with a timeout polls only every 50 ms.
             patience = threading.Timer(self.patience, process.kill)
@@ -151,6 +154,7 @@ class Command:
             with Peak(process.pid if sample else None) as peak:
                 process.wait()
             seconds = time.perf_counter() - start
+            self.cpu_seconds.append(children_seconds() - before)
             patience.cancel()
             if seconds >= self.patience:
                 raise Failed(f"stopped after {self.patience:.0f} s")
@@ -164,6 +168,12 @@ class Command:
 
     def close(self) -> None:
         self.clear()
+
+
+def children_seconds() -> float:
+    """Returns the seconds of all cores that the processes took which have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 class Peak:
