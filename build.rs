@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 use std::{env, fs, thread};
 
-const KERNELS: [&str; 4] = ["update", "look", "blend", "gather"];
+const KERNELS: [&str; 5] = ["update", "look", "blend", "gather", "replay"];
 
 /// Architectures that get machine code. That of 8.0 also runs on 8.6 and 8.9, that of 10.0 on 10.3, and that of 12.0 on
 /// 12.1.

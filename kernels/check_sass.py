@@ -21,7 +21,7 @@ sys.dont_write_bytecode = True
 import in_flight
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["update", "look", "blend", "gather"]
+SOURCES = ["update", "look", "blend", "gather", "replay"]
 ARCHITECTURES = [75, 80, 90, 100, 120]
 # Flags of build.rs.
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ftz=false"]
@@ -49,19 +49,31 @@ def numbered(prefix, last):
 
 
 KERNELS = {
-    "update": numbered("update_plain", 8) + numbered("update_compensated", 8),
-    "look": ["look"],
+    "update": [
+        *(numbered("update_plain", 8) + numbered("update_compensated", 8)),
+        *(numbered("graph_plain", 4) + numbered("graph_compensated", 4)),
+    ],
+    "look": ["look", "look_in_graph"],
     "blend": numbered("blend", 8),
     "gather": ["gather"],
+    "replay": ["prepare_replay", "end_replay"],
 }
 ALL = [kernel for names in KERNELS.values() for kernel in names]
 # Kernels whose bytes in flight are in README.md: those that stream f32 and 16-bit values.
 COUNTED = KERNELS["update"] + KERNELS["blend"]
 
 
+def number_of(kernel):
+    """Returns the number of profiles or targets, or 0."""
+    last = kernel.rsplit("_", 1)[-1]
+    return int(last) if last.isdigit() else 0
+
+
 def blocks(kernel):
     """Returns the blocks per multiprocessor in the launch bounds."""
-    number = int(kernel.rsplit("_", 1)[-1]) if "_" in kernel else 0
+    number = number_of(kernel)
+    if kernel.startswith("graph"):
+        return 3
     if kernel.startswith("update"):
         return 4 if "plain" in kernel or number < 5 else 3 if number < 7 else 2
     if kernel.startswith("blend"):
@@ -86,13 +98,14 @@ def expected(kernel):
 
     A main loop is a piece of code without a jump, and with no access to global memory below 64 bits (README.md).
     """
-    number = int(kernel.rsplit("_", 1)[1]) if "_" in kernel else 0
-    if kernel.startswith("update"):
+    number = number_of(kernel)
+    if kernel.startswith(("update", "graph")):
         return expected_update(number, "compensated" in kernel)
     if kernel.startswith("blend"):
         return expected_blend(number)
     one = {
-        "look": [(3, {"LDG.128": 4})],  # f32, f16, bf16; of f64 only the halves with the exponents are loaded
+        **dict.fromkeys(KERNELS["look"], [(3, {"LDG.128": 4})]),  # f32, f16, bf16; of f64 the halves with the exponents
+        **dict.fromkeys(KERNELS["replay"], []),
         "gather": [(1, {"LDG.128": 1, "STG.128": 1})],
     }
     return one[kernel]
@@ -260,8 +273,9 @@ def arithmetic(kernel, counter):
     """Checks that the sums and products are those of the source, neither contracted nor split."""
     fused, sums, products = (pairs(counter, name) for name in ("FFMA", "FADD", "FMUL"))
     # Products by themselves are with powers of two: one for each low-order term that is decoded.
-    each = {"update_compensated": (2, 5, 1), "update_plain": (1, 1, 0)}
-    ratio = each.get(kernel.rsplit("_", 1)[0], (0, 0, 0))
+    ratio = (0, 0, 0)
+    if kernel.startswith(("update", "graph")):
+        ratio = (2, 5, 1) if "compensated" in kernel else (1, 1, 0)
     times = max(fused, sums, products) // max(ratio) if any(ratio) else 0
     if (fused, sums, products) != tuple(times * n for n in ratio) or any(ratio) and times == 0:
         found = f"{fused} fused products, {sums} sums and {products} products of f32"

@@ -21,8 +21,9 @@ struct Chunk {
     uint32_t kind;      // dtype, see Kind
 };
 
-// Key that stands for no element, in what `look` has found.
+// Keys of no element, in what `look` has found: all are finite, or no update is due in this replay of a CUDA graph.
 #define NOTHING_FOUND 0xffffffffffffffff
+#define NOT_DUE static_cast<uint64_t>(3)
 
 DEVICE Chunk load_chunk(const Chunk* table, uint64_t index) {
     const uint64_t* words = reinterpret_cast<const uint64_t*>(table + index);

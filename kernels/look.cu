@@ -65,7 +65,7 @@ template <class T> DEVICE void look_at_chunk(const LookArgs& a, const Chunk& c) 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) look(const __grid_constant__ LookArgs a) {
+DEVICE void look_at(const LookArgs& a) {
     const Chunk c = load_chunk(a.chunks, blockIdx.x);
     switch (c.kind) {
         case KIND_F32: look_at_chunk<F32>(a, c); break;
@@ -75,6 +75,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) look(const __grid_constant
     }
 }
 
-#define LOOK_KERNELS(X) X(look)
+extern "C" __global__ void __launch_bounds__(THREADS) look(const __grid_constant__ LookArgs a) { look_at(a); }
+
+// In a CUDA graph: it does not look before an update that is not due. Other blocks may change `found` meanwhile, but
+// never from or to NOT_DUE.
+extern "C" __global__ void __launch_bounds__(THREADS) look_in_graph(const __grid_constant__ LookArgs a) {
+    if (load(a.found) != NOT_DUE) look_at(a);
+}
+
+#define LOOK_KERNELS(X) X(look) X(look_in_graph)
 
 #undef THREADS

@@ -192,12 +192,38 @@ template <int PROFILES, bool COMPENSATED> DEVICE void update(const UpdateArgs& a
 #define UPDATE_BOTH(PROFILES) UPDATE(PROFILES, plain, false) UPDATE(PROFILES, compensated, true)
 UPDATE_ALL(UPDATE_BOTH)
 
+// Update in a CUDA graph, of up to 4 profiles. Their weights and the threshold are in memory (replay.cu), and then in
+// registers, of which 3 blocks leave enough.
+struct GraphUpdateArgs {
+    UpdateArgs update;
+    const float* weights;
+    const uint64_t* threshold;
+};
+
+template <int PROFILES, bool COMPENSATED> DEVICE void update_in_graph(const GraphUpdateArgs& a) {
+    UpdateArgs update_args = a.update;
+    #pragma unroll
+    for (int j = 0; j < PROFILES; j++) update_args.weights[j] = load(a.weights + j);
+    update_args.threshold = static_cast<uint32_t>(load(a.threshold));
+    update<PROFILES, COMPENSATED>(update_args);
+}
+
+#define UPDATE_GRAPH(PROFILES, name, COMPENSATED) \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3) \
+    graph_##name##_##PROFILES(const __grid_constant__ GraphUpdateArgs a) { \
+        update_in_graph<PROFILES, COMPENSATED>(a); \
+    }
+#define UPDATE_GRAPHS(PROFILES) UPDATE_GRAPH(PROFILES, plain, false) UPDATE_GRAPH(PROFILES, compensated, true)
+UPDATE_GRAPHS(1) UPDATE_GRAPHS(2) UPDATE_GRAPHS(3) UPDATE_GRAPHS(4)
+
 // Names of all kernels, for the stand-in driver.
 #define UPDATE_KERNELS(X) \
     X(update_plain_1) X(update_plain_2) X(update_plain_3) X(update_plain_4) \
     X(update_plain_5) X(update_plain_6) X(update_plain_7) X(update_plain_8) \
     X(update_compensated_1) X(update_compensated_2) X(update_compensated_3) X(update_compensated_4) \
-    X(update_compensated_5) X(update_compensated_6) X(update_compensated_7) X(update_compensated_8)
+    X(update_compensated_5) X(update_compensated_6) X(update_compensated_7) X(update_compensated_8) \
+    X(graph_plain_1) X(graph_plain_2) X(graph_plain_3) X(graph_plain_4) \
+    X(graph_compensated_1) X(graph_compensated_2) X(graph_compensated_3) X(graph_compensated_4)
 
 #undef V
 #undef THREADS

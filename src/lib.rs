@@ -72,7 +72,7 @@ mod tracker;
 pub use checkpoint::{AdapterProduct, CheckpointOptions};
 pub use compute::cpu::Precision;
 #[cfg(feature = "cuda")]
-pub use compute::cuda::Fence;
+pub use compute::cuda::{Fence, GraphStream};
 pub use device::Device;
 // Hidden: only the program uses it.
 pub use error::{Difference, Error, Result};

@@ -51,6 +51,8 @@ class ModelTracker:
         self._leave_out = tuple(leave_out or ())
         self._on_error = on_error
         self._in_parts = in_parts
+        # Tensors of the newest capture.
+        self._captured: Lender | None = None
         self._stored_complex = stored_complex(state_file(directory, resume)) if resume else frozenset()
         self.tensors = tensors_of(model, only_save_diff, (), leave_out or (), self._stored_complex, in_parts)
         """Tensors of the model that trains."""
@@ -84,6 +86,28 @@ class ModelTracker:
         self.fence.wait()
         with self._storing(5), lender.reading() as (addresses, streams):
             self.native.update_at(time, lender.layout, addresses, streams)
+
+    def capture_update(self, model: Model) -> None:
+        """Adds an update to the CUDA graph that PyTorch's current stream is captured into."""
+        lender = self._lender(model)
+        if len(lender.streams) != 1:
+            raise ValueError(
+                "an update in a CUDA graph needs a model on one GPU, averages beside it (`device='cuda'`), and a build "
+                "of the package with CUDA"
+            )
+        with lender.reading() as (addresses, streams):
+            self.native.capture_update(lender.layout, addresses, streams)
+        self._captured = lender
+
+    def replay(self, graph: Any, time: int | None) -> None:
+        """Counts a step and replays a CUDA graph, in which the averages are updated if that is due."""
+        lender = self._captured
+        if lender is None:
+            raise RuntimeError("no CUDA graph has an update of these averages: call `capture_update_` in its capture")
+        if _swap.holding:
+            _swap.check_own_weights(lender.tensors)
+        with self._storing(5):
+            self.native.replay(lender.streams, graph.replay, time)
 
     def switch(self, model: Model, target: Target) -> None:
         """Replaces the model's weights by an average at the newest update."""

@@ -139,7 +139,7 @@ class TrainingLoop:
         Micro-batches of an accumulation do not count, nor do steps that a GradScaler skips. Several closures of one
         step count once. With several optimizers, attach to the one whose steps count, such as a GAN's generator's.
 
-        A CUDA graph calls no hooks when it is replayed: call `update_` yourself there.
+        A CUDA graph calls no hooks when it is replayed: use `capture_update_` and `replay_` there.
 
         Args:
             optimizer: Optimizer of PyTorch, as it is or in a wrapper of accelerate, Lightning or Fabric. It holds the
@@ -168,6 +168,51 @@ class TrainingLoop:
         groups = () if wait else unwrap_optimizer(optimizer).param_groups
         self._attachment = Attachment(optimizer, _Updates(self, model, groups))
         return self._attachment
+
+    def capture_update_(self, model: Model) -> None:
+        """Adds an update to the CUDA graph that is being captured, in the place of `update_`; counts no step.
+
+        To be called within `torch.cuda.graph`, after the optimizer's step; `replay_` then replays the graph. The
+        averages must be beside the model (`device="cuda"`). As for every graph, the model's tensors stay in place.
+        Ranks that do not track do nothing.
+
+        Args:
+            model: Model that trains.
+
+        Raises:
+            ValueError: If the averages are in host memory, or if the model's tensors are not those of the run.
+            RuntimeError: If no graph is being captured, or if the driver is older than CUDA 12.3.
+        """
+        self._check_counts()
+        if self._tracker is not None:
+            self._tracker.capture_update(model)
+
+    def replay_(self, graph: Any, time: int | None = None) -> None:
+        """Replays a CUDA graph with a captured update, and counts a step; to be called in the place of `graph.replay`.
+
+        The averages are those of `update_` at the same steps. If no update is due, they do not change. A replay without
+        this call changes no average either, and a later call raises an error. Ranks that do not track replay the graph.
+
+        Args:
+            graph: Graph of PyTorch.
+            time: Time after the step on a clock of the caller's own, as for `update_at_`.
+
+        Raises:
+            RuntimeError: As for `update_`, and if an earlier replay did no update that was due, or was not counted.
+            OSError: As for `update_`.
+        """
+        self._check_counts()
+        if self._tracker is not None:
+            try:
+                self._tracker.replay(graph, time)
+            finally:
+                self._note_first_update(self._tracker)  # type: ignore[attr-defined]
+            return
+        graph.replay()
+        if isinstance(self._skip, StepCounter) and time is not None:
+            self._skip.count_to(time)
+        else:
+            self._skip()
 
     def _check_counts(self) -> None:
         """Raises the error of an update if this object was opened to synthesize from."""

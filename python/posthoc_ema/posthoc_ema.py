@@ -243,9 +243,8 @@ class PostHocEMA(RunAverages, TrainingLoop):
 
     @classmethod
     def _new(cls, directory: Path, reader: RunReader, skip: Callable[[], bool]) -> PostHocEMA:
-        keep_out_of_graphs(
-            PostHocEMA, ("update_", "_update", "update_at_", "switch_", "model", "state_dict", "synthesize")
-        )
+        names = ("update_", "_update", "update_at_", "capture_update_", "replay_", "switch_")
+        keep_out_of_graphs(PostHocEMA, (*names, "model", "state_dict", "synthesize"))
         self = object.__new__(cls)
         self.checkpoint_dir = directory
         self._reader = reader

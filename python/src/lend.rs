@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::slice;
 
 #[cfg(feature = "cuda")]
-use posthoc_ema::{CudaMemory, CudaMemoryMut};
+use posthoc_ema::{CudaMemory, CudaMemoryMut, GraphStream};
 use posthoc_ema::{Dtype, Parameters, ParametersMut, Result, TensorView, TensorViewMut};
 use pyo3::prelude::*;
 
@@ -179,6 +179,14 @@ pub fn output_views(layout: &Layout, addresses: Vec<Vec<u64>>) -> PyResult<Vec<V
 pub fn wait_on_streams(fence: &posthoc_ema::compute::cuda::Fence, streams: &Streams) -> Result<()> {
     // SAFETY: each stream is the current one of PyTorch on its device, in the primary context.
     streams.iter().try_for_each(|(&device, &stream)| unsafe { fence.wait_on_device(device, stream) })
+}
+
+/// Wraps a stream on which PyTorch captures or launches a CUDA graph.
+#[cfg(feature = "cuda")]
+pub fn graph_stream(device: usize, stream: usize) -> GraphStream<'static> {
+    // SAFETY: it is PyTorch's current stream, and PyTorch never destroys its streams. The package documents that the
+    // model's tensors stay in place as long as the graph is replayed, as every graph of PyTorch demands.
+    unsafe { GraphStream::from_raw(device, stream) }
 }
 
 /// Refuses tensors on a device in a build without CUDA; the package copies them to the host before.

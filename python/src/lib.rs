@@ -8,6 +8,7 @@ mod check_form;
 mod dtypes;
 mod errors;
 mod form;
+mod graphs;
 mod import;
 mod jobs;
 mod json;

@@ -14,6 +14,7 @@ use serde::Deserialize;
 
 use crate::dtypes::describe;
 use crate::errors::{argument, to_python};
+use crate::graphs;
 use crate::jobs;
 use crate::json::{from_json, to_json};
 use crate::lend::{Layout, Lent, Streams, output_views};
@@ -156,10 +157,16 @@ impl Drop for Tracker {
 /// # Errors
 /// If the run was closed.
 fn with_open<R>(tracker: &mut Option<PostHocEma>, act: impl FnOnce(&mut PostHocEma) -> Result<R>) -> PyResult<R> {
-    match tracker {
-        Some(tracker) => act(tracker).map_err(to_python),
-        None => Err(PyRuntimeError::new_err("the run was closed: open it again with `resume=True` to continue")),
-    }
+    act(opened(tracker)?).map_err(to_python)
+}
+
+/// Returns the tracker.
+///
+/// # Errors
+/// If the run was closed.
+fn opened(tracker: &mut Option<PostHocEma>) -> PyResult<&mut PostHocEma> {
+    let closed = || PyRuntimeError::new_err("the run was closed: open it again with `resume=True` to continue");
+    tracker.as_mut().ok_or_else(closed)
 }
 
 #[pymethods]
@@ -258,6 +265,20 @@ impl Tracker {
     #[getter]
     fn placement(&self, py: Python<'_>) -> PyResult<String> {
         self.with(py, |tracker| Ok(tracker.placement()))
+    }
+
+    /// Adds an update to the CUDA graph that the stream of the tensors is captured into.
+    fn capture_update(&self, py: Python<'_>, layout: &Layout, addresses: Vec<u64>, streams: Streams) -> PyResult<()> {
+        let lent = Lent::new(layout, addresses, streams.clone())?;
+        process::check()?;
+        py.detach(|| graphs::capture(opened(&mut self.lock())?, &lent, &streams))
+    }
+
+    /// Counts a step and calls `launch`, which replays a CUDA graph on a stream. Returns the same as `update`.
+    #[pyo3(signature = (streams, launch, time=None))]
+    fn replay(&self, py: Python<'_>, streams: Streams, launch: Py<PyAny>, time: Option<u64>) -> PyResult<u8> {
+        process::check()?;
+        py.detach(|| graphs::replay(opened(&mut self.lock())?, &streams, &launch, time)).map(code)
     }
 
     /// Stores the live state, in the run or at a path.

@@ -73,6 +73,8 @@ def to_device(monkeypatch: pytest.MonkeyPatch) -> ToDevice:
         call("cuCtxSetCurrent", contexts[0])
         return module
 
+    move.stream = streams[0]  # type: ignore[attr-defined]
+
     def device_number(lender: _lend.Lender, i: int) -> int:
         return moved.get(lender.tensors[i].data_ptr(), _lend.HOST)
 
@@ -197,6 +199,100 @@ def test_average_in_memory_has_the_bits_of_the_host(to_device: ToDevice) -> None
         for average in averages:
             average.update()
     assert bits(averages[0].ema_model) == bits(averages[1].ema_model)
+
+
+class Graph:
+    """CUDA graph of PyTorch on a GPU, or one of the stand-in."""
+
+    def __init__(self, to_device: ToDevice, work: Callable[[], object]):
+        if REAL:
+            self.real = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.real):
+                work()
+            return
+        self.stream = to_device.stream  # type: ignore[attr-defined]
+        graph, self.launchable = ctypes.c_void_p(), ctypes.c_void_p()
+        call("cuStreamBeginCapture_v2", self.stream, 0)
+        try:
+            work()
+        finally:
+            call("cuStreamEndCapture", self.stream, ctypes.byref(graph))
+        call("cuGraphInstantiateWithFlags", ctypes.byref(self.launchable), graph, ctypes.c_uint64(0))
+
+    def replay(self) -> None:
+        if REAL:
+            self.real.replay()
+        else:
+            call("cuGraphLaunch", self.launchable, self.stream)
+
+
+@pytest.mark.skipif(REAL, reason="the model trains on the host between the replays")
+def test_updates_in_graphs_have_the_bits_of_the_host(tmp_path: Path, to_device: ToDevice) -> None:
+    host, model = net(), to_device(net())
+    options = {"update_every": 2, "update_after_step": 0, "checkpoint_every": 10}
+    expected = PostHocEMA.from_model(host, tmp_path / "host", **options)
+    ema = PostHocEMA.from_model(model, tmp_path / "device", device="cuda", **options)
+    graph = Graph(to_device, lambda: ema.capture_update_(model))
+    for step in range(1, 26):
+        for each in (host, model):
+            with torch.no_grad():
+                each[0].weight.add_(0.01 * step)
+                each[1].num_batches_tracked.fill_(step)
+        expected.update_(host)
+        # At one step without the graph. The last call waits for the update before the weights change.
+        ema.update_(model) if step == 8 else ema.replay_(graph)
+        assert (ema.step, ema.last_update) == (expected.step, expected.last_update)
+        if step == 15:
+            with ema.model(model, 0.15), expected.model(host, 0.15):
+                held, right = on_host(model.state_dict()), on_host(host.state_dict())
+                assert all(torch.equal(held[name], tensor) for name, tensor in right.items())
+                with pytest.raises(RuntimeError, match="holds an average"):
+                    ema.replay_(graph)
+    ema.check_step(25)
+    ema.finish(), expected.finish()
+    for right, got in zip(expected.synthesize([0.06, 0.15]), ema.synthesize([0.06, 0.15])):
+        assert all(torch.equal(tensor, got[name]) for name, tensor in right.items())
+
+
+def test_replay_without_the_averages_is_reported(tmp_path: Path, to_device: ToDevice) -> None:
+    model = to_device(net())
+    ema = PostHocEMA.from_model(model, tmp_path / "ema", device="cuda", update_every=1, update_after_step=0)
+    with pytest.raises(RuntimeError, match="call `capture_update_` in its capture"):
+        ema.replay_(None)
+    with pytest.raises(RuntimeError, match="not being captured"):
+        ema.capture_update_(model)
+    graph = Graph(to_device, lambda: ema.capture_update_(model))
+    ema.replay_(graph)
+    assert ema.last_update == 1
+    graph.replay()
+    ema.replay_(graph)
+    with pytest.raises(RuntimeError, match="has run once outside of `replay`"):
+        ema.save()
+
+    class Failing:
+        def replay(self) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ema.replay_(Failing())
+    assert (ema.step, ema.last_update) == (2, 2)
+    ema.replay_(graph, time=7)
+    assert (ema.step, ema.last_update) == (7, 7)
+    ema.close()
+
+
+def test_captures_of_averages_on_the_host_are_refused(tmp_path: Path, to_device: ToDevice) -> None:
+    host, model = net(), to_device(net())
+    ema = PostHocEMA.from_model(host, tmp_path / "host", update_every=1)
+    with pytest.raises(ValueError, match="needs a model on one GPU"):
+        ema.capture_update_(host)
+    ema = PostHocEMA.from_model(model, tmp_path / "device", device="cpu", update_every=1)
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match="they are in host memory: make the tracker with device"):
+            ema.capture_update_(model)
+
+    Graph(to_device, refused)
 
 
 @pytest.mark.skipif(not REAL, reason="needs a GPU")

@@ -194,7 +194,7 @@ def unfit_models() -> dict[str, tuple[torch.nn.Module, str]]:
         "sparse": (sparse, "`values`: its layout is torch.sparse_coo"),
         "bits": (strange, "`codes`: torch.bits8 cannot be stored"),
         "made of others": (two, "`weight`: TwoTensor computes its elements from other tensors: name it in `leave_out`"),
-        "float8": (small, "`scale`: F8_E4M3 cannot be averaged: name it among those to copy or to leave out"),
+        "float8": (small, "`scale`: F8_E4M3 cannot be averaged: track its master weights in f32 or bf16"),
         "nothing": (torch.nn.ReLU(), "no floating-point tensor to average"),
     }
 

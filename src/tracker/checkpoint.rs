@@ -69,7 +69,7 @@ impl PostHocEma {
     }
 
     fn save_state(&self) -> Result<()> {
-        self.settle()?;
+        self.settle_replays()?;
         // A queued checkpoint holds an older state, which must not replace this one.
         let flushed = self.engine.flush();
         // Names a checkpoint that is still incomplete, so that a resume completes it.
@@ -83,7 +83,7 @@ impl PostHocEma {
     /// # Errors
     /// The first error of a snapshot, or of an update with NaN on a device, that no call has returned yet.
     pub fn flush(&self) -> Result<()> {
-        self.settle()?;
+        self.settle_replays()?;
         self.engine.flush()?;
         self.non_finite.take_error()
     }
@@ -93,6 +93,7 @@ impl PostHocEma {
     /// # Errors
     /// Those of [`PostHocEma::update`]; it can then be called again.
     pub fn finish(&mut self) -> Result<()> {
+        self.settle_replays()?;
         self.settle_history()?;
         self.store_newest()?;
         self.non_finite.take_error()

@@ -174,7 +174,7 @@ impl PostHocEma {
 
     /// Returns the step of the newest update that was done.
     fn newest_step(&self) -> Result<u64> {
-        self.settle()?;
+        self.settle_replays()?;
         self.non_finite.take_error()?;
         self.history().last().ok_or(Error::NoUpdate)
     }

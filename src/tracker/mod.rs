@@ -10,6 +10,8 @@ mod live_source;
 mod non_finite;
 mod options;
 mod registry;
+#[cfg(feature = "cuda")]
+mod replay;
 mod resume;
 mod rewind;
 mod save_to;
@@ -142,17 +144,29 @@ impl PostHocEma {
     /// # Errors
     /// Those of [`PostHocEma::update`], and [`Error::Time`] unless `time` grows from call to call.
     pub fn update_at(&mut self, time: u64, params: &(impl Parameters + ?Sized)) -> Result<UpdateOutcome> {
+        self.step_to(time, |tracker, is_due| {
+            if is_due {
+                params.with_tensors(&mut |views| tracker.fold(time, views))?;
+            }
+            Ok(true)
+        })
+    }
+
+    /// Calls `act`, which updates the averages if it is due, and counts the step if it returns true.
+    fn step_to(&mut self, time: u64, act: impl FnOnce(&mut Self, bool) -> Result<bool>) -> Result<UpdateOutcome> {
         let previous = self.clock;
         if time <= previous {
             return Err(Error::Time { time, last: previous });
         }
-        let mut outcome = UpdateOutcome::Skipped;
-        if self.settings.schedule.is_update_due(previous, time) {
+        let is_due = self.settings.schedule.is_update_due(previous, time);
+        if is_due {
             self.settle_history()?;
             self.retry();
-            params.with_tensors(&mut |views| self.fold(time, views))?;
-            outcome = UpdateOutcome::Updated;
         }
+        if !act(self, is_due)? {
+            return Ok(UpdateOutcome::Skipped);
+        }
+        let mut outcome = if is_due { UpdateOutcome::Updated } else { UpdateOutcome::Skipped };
         self.clock = time;
         let is_snapshot_due = self.settings.schedule.is_snapshot_due(previous, time);
         if is_snapshot_due || !self.engine.looks_later() {
@@ -189,9 +203,7 @@ impl PostHocEma {
     /// Folds the parameters at `time` into every average, unless they have NaN.
     fn fold(&mut self, time: u64, views: &[TensorView<'_>]) -> Result<()> {
         let views = self.registry.order_views(views)?;
-        let last = self.settled.last().unwrap_or(0) as f64;
-        let profiles = self.settings.profiles.iter();
-        let weights: Vec<f32> = profiles.map(|profile| profile.one_minus_beta(last, time as f64) as f32).collect();
+        let weights = self.weights(time);
         let looks = self.non_finite.looks();
         self.engine.fold(&views, self.registry.layout(), UpdateWeights::at(time, &weights), looks)?;
         if looks {
@@ -200,6 +212,12 @@ impl PostHocEma {
         }
         // Cannot fail once the averages have changed: the caller has checked that `time` is after the last update.
         self.settled.push(time)
+    }
+
+    /// Returns the weight of the parameters at `time` for each profile.
+    fn weights(&self, time: u64) -> Vec<f32> {
+        let last = self.settled.last().unwrap_or(0) as f64;
+        self.settings.profiles.iter().map(|profile| profile.one_minus_beta(last, time as f64) as f32).collect()
     }
 
     /// Returns the fence to wait for before the parameters of the newest update are changed or freed.

@@ -69,6 +69,12 @@ impl NonFinitePolicy {
         }
     }
 
+    /// Keeps an error of an update that was left out for another reason.
+    #[cfg(feature = "cuda")]
+    pub(super) fn note_error(&self, error: Error) {
+        self.errors.lock().unwrap_or_else(PoisonError::into_inner).push_back(error);
+    }
+
     /// Returns the oldest error of an update that was left out, once.
     pub(super) fn take_error(&self) -> Result<()> {
         self.errors.lock().unwrap_or_else(PoisonError::into_inner).pop_front().map_or(Ok(()), Err)

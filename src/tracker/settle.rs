@@ -48,6 +48,14 @@ impl PostHocEma {
         self.newest.as_ref().map_or(Ok(()), |newest| self.is_done(newest).map(drop))
     }
 
+    /// Does the same as [`PostHocEma::settle`], and looks for replays of CUDA graphs that changed nothing.
+    pub(super) fn settle_replays(&self) -> Result<()> {
+        self.settle()?;
+        #[cfg(feature = "cuda")]
+        self.note_strays()?;
+        Ok(())
+    }
+
     /// Does the same as [`PostHocEma::settle`], and adds the update to the history if it was done.
     pub(super) fn settle_history(&mut self) -> Result<()> {
         self.settle()?;
@@ -60,6 +68,11 @@ impl PostHocEma {
     fn is_done(&self, newest: &NewestUpdate) -> Result<bool> {
         if let Some(&is_done) = newest.is_done.get() {
             return Ok(is_done);
+        }
+        #[cfg(feature = "cuda")]
+        if !self.has_run(newest.time)? {
+            let _ = newest.is_done.set(false);
+            return Ok(false);
         }
         let refused = self.engine.refused()?;
         // Another thread may have been faster, and has reported it.

@@ -94,7 +94,11 @@ impl<'a> Roles<'a> {
             return Ok(is_asked_for || is_default);
         }
         if is_asked_for || is_default && !is_copied(view.dtype) {
-            let why = format!("{} cannot be averaged: name it among those to copy or to leave out", view.dtype);
+            // Names of 8-bit floats begin with `F8`, those of shorter ones with `F6` and `F4`.
+            let dtype = view.dtype.to_string();
+            let is_low = ["F8", "F6", "F4"].iter().any(|start| dtype.starts_with(start));
+            let masters = if is_low { "track its master weights in f32 or bf16 instead, or " } else { "" };
+            let why = format!("{dtype} cannot be averaged: {masters}name it among those to copy or to leave out");
             return Err(Error::tensor(view.name, why));
         }
         Ok(false)

@@ -263,7 +263,7 @@ fn blend_reads_and_writes_memory_of_another_library() {
 }
 
 #[test]
-fn overflow_is_reported_as_on_cpu() {
+pub fn overflow_is_reported_as_on_cpu() {
     crate::driver::driver();
     let mut case = Case::new(&[Dtype::F32; 3], Dtype::F16, 1000, 3);
     let finite = Case::new(&[Dtype::F32; 3], Dtype::F16, 50, 4);

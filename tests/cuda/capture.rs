@@ -85,8 +85,33 @@ fn update_on_a_captured_stream_is_refused_and_changes_nothing() {
     }
 }
 
+/// Acts while a blocking stream is captured, and checks that the capture stays valid. Such a stream is ordered with the
+/// default stream, on which no work may be queued meanwhile.
+pub fn beside_capture_of_blocking_stream(mode: sys::CUstreamCaptureMode, act: impl FnOnce()) {
+    let owner = Owner::new();
+    owner.make_current();
+    let mut stream = std::ptr::null_mut();
+    let mut graph = std::ptr::null_mut();
+    // SAFETY: the context is current, and the pointer is valid for the call.
+    unsafe { sys::cuStreamCreate(&raw mut stream, 0).result().unwrap() };
+    // SAFETY: the stream exists.
+    unsafe { sys::cuStreamBeginCapture_v2(stream, mode) }.result().unwrap();
+    act();
+    owner.make_current();
+    // SAFETY: as above, and the pointer is valid for the call.
+    unsafe { sys::cuStreamEndCapture(stream, &raw mut graph) }.result().unwrap();
+}
+
+#[test]
+#[ignore = "run by `captures_and_this_library_keep_apart`"]
+fn overflow_in_a_blend_keeps_the_capture_of_a_blocking_stream() {
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
+    beside_capture_of_blocking_stream(mode, crate::blend::overflow_is_reported_as_on_cpu);
+}
+
 #[test]
 fn captures_and_this_library_keep_apart() {
     check_in_own_process("capture::no_call_invalidates_a_capture_of_another_stream", &[]);
+    check_in_own_process("capture::overflow_in_a_blend_keeps_the_capture_of_a_blocking_stream", &[]);
     check_in_own_process("capture::update_on_a_captured_stream_is_refused_and_changes_nothing", &[]);
 }

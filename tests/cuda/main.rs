@@ -7,6 +7,7 @@ mod capture;
 mod driver;
 mod faults;
 mod frees;
+mod graphs;
 #[path = "../../src/tracker/tests/log.rs"]
 mod log;
 mod model;

@@ -9,7 +9,7 @@ use crate::driver::{build, is_standin, run_in_own_process};
 /// Fault in a kernel: its name, the file, the old and the new text, and the tests that must fail.
 struct Mutation(&'static str, &'static str, &'static str, &'static str, &'static str);
 
-const MUTATIONS: [Mutation; 19] = [
+const MUTATIONS: [Mutation; 21] = [
     Mutation(
         "an unfused product",
         "update.cu",
@@ -99,6 +99,8 @@ const MUTATIONS: [Mutation; 19] = [
         "",
         "non_finite::",
     ),
+    Mutation("a prepared replay stays so", "replay.cu", "    store(&a.replay->found, NOT_DUE);", "", "graphs::"),
+    Mutation("one weight for all profiles", "update.cu", "load(a.weights + j)", "load(a.weights)", "graphs::"),
     Mutation(
         "no look at the last element",
         "look.cu",
@@ -157,7 +159,7 @@ fn address_sanitizer_finds_no_fault() {
     });
     let preloaded = preloaded.join(" ");
     let variables = [("LD_PRELOAD", preloaded.as_str()), ("ASAN_OPTIONS", "detect_leaks=0:halt_on_error=1")];
-    for part in ["update::", "blend::", "offload::", "non_finite::", "tracker::", "synthesis::"] {
+    for part in ["update::", "blend::", "offload::", "non_finite::", "tracker::", "synthesis::", "graphs::"] {
         let output = run_in_own_process(part, &variables, &library);
         let text = [output.stdout, output.stderr].concat();
         assert!(output.status.success(), "{part}: {}", String::from_utf8_lossy(&text));

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use posthoc_ema::compute::cuda::devices;
 use posthoc_ema::{
-    Device, Dtype, Error, OnNonFinite, Options, Parameters, ParametersMut, PostHocEma, Profile, Result, Tensor,
-    TensorView, TensorViewMut, Tensors,
+    Device, Dtype, Error, GraphStream, OnNonFinite, Options, Parameters, ParametersMut, PostHocEma, Profile, Result,
+    Tensor, TensorView, TensorViewMut, Tensors,
 };
 
 use crate::capture::{begin_capture, end_capture};
@@ -272,6 +272,26 @@ fn impossible_and_moved_places_are_refused_without_a_change() {
         got.finish().unwrap();
         expected.finish().unwrap();
         assert_eq!(files(&temp.path().join(&name)), files(&temp.path().join(format!("{name}-host"))));
+    }
+}
+
+#[test]
+fn capture_of_an_update_in_several_places_is_refused() {
+    let Some(owners) = owners() else { return };
+    for places in PLACES {
+        let temp = tempfile::tempdir().unwrap();
+        let twins = Twins::new(&owners, places);
+        let mut got = options(temp.path()).device(Device::AnyCuda).create(&twins.spread).unwrap();
+        // SAFETY: the stream exists, and nothing is launched on it.
+        let stream = unsafe { GraphStream::from_raw(0, owners[0].stream()) };
+        for error in [
+            got.capture_update(&twins.spread, stream).unwrap_err(),
+            got.replay(stream, || Ok::<(), Error>(())).unwrap_err(),
+        ] {
+            let text = error.to_string();
+            assert!(text.contains("in several places: call `update` between the replays"), "{text}");
+        }
+        assert_eq!(got.step(), 0);
     }
 }
 

@@ -1,6 +1,7 @@
-// Captures of streams into graphs: which calls they forbid. The graphs are empty: work on a captured stream is refused.
+// Captures of streams into graphs: which calls they forbid, and the work that they keep. A capture has one stream, so
+// events on it are refused.
 #pragma once
-#include "handles.h"
+#include "graphs.h"
 
 namespace standin {
 
@@ -10,6 +11,7 @@ struct Capture {
     CaptureMode mode;
     std::thread::id thread;
     bool valid;
+    Graph* graph;
 };
 static std::map<const Stream*, Capture>& captures() {
     static auto* all = new std::map<const Stream*, Capture>;
@@ -40,34 +42,65 @@ static Stream& not_capturing(Stream& stream) {
     if (at == captures().end()) return stream;
     at->second.valid = false;
     const char* name = ordering().lanes[stream.lane].c_str();
-    refuse(capture_unsupported, "%s is captured, and the stand-in keeps no work for a graph", name);
+    refuse(capture_unsupported, "%s is captured, and this call is not part of a graph", name);
 }
-// Returns a stream that takes work. It must be of the current context; for a wait it need not be.
-static Stream& working_stream(void* handle) {
-    Stream& stream = not_capturing(stream_of(handle));
+// Does work on a stream now, or keeps it for the graph if the stream is captured.
+static void take(Stream& stream, const std::function<void(Stream&)>& work) {
+    auto at = captures().find(&stream);
+    if (at == captures().end()) return work(stream);
+    if (!at->second.valid) throw Failure{capture_invalidated, false, ""};
+    at->second.graph->work.push_back(work);
+}
+// Forbids work on the legacy default stream that a captured blocking stream would wait for.
+static void check_blocking(const Stream& legacy) {
+    bool met = false;
+    for (auto& [stream, it] : captures())
+        if (stream->context == legacy.context && stream->kind == Stream::blocking) it.valid = false, met = true;
+    if (met) refuse(capture_implicit, "work on the default stream, while a blocking stream is captured");
+}
+// Returns a stream of the current context. Only a wait may be for another.
+static Stream& own_stream(void* handle) {
+    Stream& stream = stream_of(handle);
+    if (stream.kind == Stream::legacy) check_blocking(stream);
     if (stream.context == &context()) return stream;
     const char* name = ordering().lanes[stream.lane].c_str();
     refuse(invalid_handle, "%s is used in the context of device %d", name, current->device);
 }
+static Stream& working_stream(void* handle) { return not_capturing(own_stream(handle)); }
 
 API cuStreamBeginCapture_v2(void* handle, int mode) {
     return call([=] {
         Stream& stream = working_stream(handle);
         if (stream.kind == Stream::legacy) refuse(capture_unsupported, "the legacy default stream is not captured");
-        captures()[&stream] = {(CaptureMode)mode, std::this_thread::get_id(), true};
+        captures()[&stream] = {(CaptureMode)mode, std::this_thread::get_id(), true, new_graph({})};
     });
 }
 API cuStreamEndCapture(void* handle, void** graph) {
     return call([=] {
         auto at = captures().find(&stream_of(handle));
         if (at == captures().end()) refuse(invalid_value, "no capture of this stream has begun");
-        bool valid = at->second.valid;
+        Capture ended = at->second;
         captures().erase(at);
-        *graph = valid ? new char : nullptr;
-        if (!valid) throw Failure{capture_invalidated, false, ""};
+        *graph = ended.valid ? ended.graph : nullptr;
+        if (ended.valid) return;
+        delete_graph(ended.graph);
+        throw Failure{capture_invalidated, false, ""};
     });
 }
-API cuGraphDestroy(void* graph) { return delete (char*)graph, success; }
+// Gives the graph that a capture makes, to which a caller may add user objects.
+API cuStreamGetCaptureInfo_v3(void* handle, int* status, uint64_t*, void** graph, void**, void**, size_t*) {
+    return call([=] {
+        auto at = captures().find(&stream_of(handle));
+        *status = at == captures().end() ? 0 : at->second.valid ? 1 : 2;
+        if (graph && *status == 1) *graph = at->second.graph;
+    });
+}
+API cuGraphLaunch(void* graph, void* handle) {
+    return call([=] {
+        Stream& stream = working_stream(handle);
+        for (auto& work : graph_of(graph).work) work(stream);
+    });
+}
 API cuStreamIsCapturing(void* handle, int* status) {
     return call([=] {
         Stream& stream = stream_of(handle);

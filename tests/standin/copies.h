@@ -18,33 +18,39 @@ static Work copy(const char* name, Stream& stream, const Span& to, const Span& f
     return work;
 }
 static void copy_to_device(const char* name, void* handle, Pointer dst, const void* src, size_t bytes, bool wait) {
-    Stream& stream = working_stream(handle);
+    Stream& stream = own_stream(handle);
     if (!bytes) return;
-    Span to = device_span(name, context().device, dst, bytes), from = host_span(name, src, bytes);
-    count_copy("h2d_bytes", bytes);
-    catch_up(stream);
-    // From pageable memory CUDA waits for the stream first, and returns as soon as it has read the source.
-    if (wait && !from.memory) host_waits(stream.clock);
-    copy(name, stream, to, from, settings().bus);
-    if (wait && from.memory) host_waits(stream.clock);
+    take(stream, [=](Stream& stream) {
+        Span to = device_span(name, stream.context->device, dst, bytes), from = host_span(name, src, bytes);
+        count_copy("h2d_bytes", bytes);
+        catch_up(stream);
+        // From pageable memory CUDA waits for the stream first, and returns as soon as it has read the source.
+        if (wait && !from.memory) host_waits(stream.clock);
+        copy(name, stream, to, from, settings().bus);
+        if (wait && from.memory) host_waits(stream.clock);
+    });
 }
 static void copy_to_host(const char* name, void* handle, void* dst, Pointer src, size_t bytes, bool wait) {
-    Stream& stream = working_stream(handle);
+    Stream& stream = own_stream(handle);
     if (!bytes) return;
-    Span to = host_span(name, dst, bytes), from = device_span(name, context().device, src, bytes);
-    count_copy("d2h_bytes", bytes);
-    Work work = copy(name, stream, to, from, settings().bus);
-    delay(to, from, work);
-    if (wait || !to.memory) host_waits(stream.clock);  // to pageable memory even the asynchronous form waits
+    take(stream, [=](Stream& stream) {
+        Span to = host_span(name, dst, bytes), from = device_span(name, stream.context->device, src, bytes);
+        count_copy("d2h_bytes", bytes);
+        Work work = copy(name, stream, to, from, settings().bus);
+        delay(to, from, work);
+        if (wait || !to.memory) host_waits(stream.clock);  // to pageable memory even the asynchronous form waits
+    });
 }
 static void copy_on_device(const char* name, void* handle, Pointer dst, Pointer src, size_t bytes,
                            const Context& dst_in, const Context& src_in) {
-    Stream& stream = working_stream(handle);
+    Stream& stream = own_stream(handle);
     if (!bytes) return;
-    Span to = device_span(name, dst_in.device, dst, bytes), from = device_span(name, src_in.device, src, bytes);
     if (dst < src + bytes && src < dst + bytes) refuse(invalid_value, "%s: source and destination overlap", name);
-    count_copy("d2d_bytes", bytes);
-    copy(name, stream, to, from, settings().dram);
+    take(stream, [=, dst_in = dst_in.device, src_in = src_in.device](Stream& stream) {
+        Span to = device_span(name, dst_in, dst, bytes), from = device_span(name, src_in, src, bytes);
+        count_copy("d2d_bytes", bytes);
+        copy(name, stream, to, from, settings().dram);
+    });
 }
 API cuMemcpyHtoD_v2(Pointer dst, const void* src, size_t bytes) {
     return call([=] { copy_to_device("cuMemcpyHtoD", nullptr, dst, src, bytes, true); });
@@ -68,17 +74,19 @@ API cuMemcpyPeerAsync(Pointer dst, Context* to, Pointer src, Context* from, size
 }
 
 template <class T> static void fill(const char* name, void* handle, Pointer dst, T value, size_t elements) {
-    Stream& stream = working_stream(handle);
+    Stream& stream = own_stream(handle);
     if (!elements) return;
     if (dst % sizeof(T)) refuse(invalid_value, "%s: 0x%llx is misaligned", name, dst);
-    Span to = device_span(name, context().device, dst, elements * sizeof(T));
-    count("memsets")++;
-    Work work = enqueue(stream, name);
-    note(to, writes, work, stream.clock);
-    open_for_device(to, writes);
-    std::fill_n((T*)to.data(), elements, value);
-    close_for_device(to, writes, work);
-    spend(stream, to.bytes * 1000 / settings().dram);
+    take(stream, [=](Stream& stream) {
+        Span to = device_span(name, stream.context->device, dst, elements * sizeof(T));
+        count("memsets")++;
+        Work work = enqueue(stream, name);
+        note(to, writes, work, stream.clock);
+        open_for_device(to, writes);
+        std::fill_n((T*)to.data(), elements, value);
+        close_for_device(to, writes, work);
+        spend(stream, to.bytes * 1000 / settings().dram);
+    });
 }
 API cuMemsetD8Async(Pointer dst, unsigned char value, size_t elements, void* stream) {
     return call([=] { fill("cuMemsetD8Async", stream, dst, value, elements); });

@@ -15,8 +15,8 @@ enum Code {
     success = 0, invalid_value = 1, out_of_memory = 2, not_initialized = 3, no_device = 100, invalid_device = 101,
     invalid_image = 200, invalid_context = 201, no_binary_for_gpu = 209, unsupported_ptx = 222, invalid_handle = 400,
     not_found = 500, not_ready = 600, illegal_address = 700, misaligned_address = 716, launch_failed = 719,
-    already_registered = 712, not_supported = 801, capture_unsupported = 900, capture_invalidated = 901,
-    capture_implicit = 906,
+    already_registered = 712, not_permitted = 800, not_supported = 801, capture_unsupported = 900,
+    capture_invalidated = 901, capture_implicit = 906,
 };
 
 struct CodeName { int code; const char *name, *text; };
@@ -38,6 +38,7 @@ static const CodeName code_names[] = {
     {misaligned_address, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
     {already_registered, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED", "part of the memory is pinned already"},
     {launch_failed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
+    {not_permitted, "CUDA_ERROR_NOT_PERMITTED", "operation not permitted"},
     {not_supported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
     {capture_unsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
     {capture_invalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "a previous error has ended the capture"},

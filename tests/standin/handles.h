@@ -22,11 +22,13 @@ static Driver& driver() {
     return *all;
 }
 static thread_local Context* current = nullptr;
+static thread_local bool in_callback = false;
 
 // Runs a call: one at a time, and only tolerant ones once the device is broken.
 enum Tolerance { strict, tolerant };
 template <class Body> static int call(Tolerance tolerance, Body body) {
     std::lock_guard<std::recursive_mutex> guard(driver().lock);
+    if (in_callback) return report(Failure{not_permitted, false, "a callback of the driver calls the driver"});
     if (tolerance == strict && sticky_code != success) return sticky_code;
     try {
         body();

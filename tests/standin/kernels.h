@@ -13,7 +13,9 @@
 #include "look.cu"
 #include "blend.cu"
 #include "gather.cu"
-#define STANDIN_KERNELS(X) UPDATE_KERNELS(X) LOOK_KERNELS(X) BLEND_KERNELS(X) GATHER_KERNELS(X)
+#include "replay.cu"
+#define STANDIN_KERNELS(X) UPDATE_KERNELS(X) LOOK_KERNELS(X) BLEND_KERNELS(X) GATHER_KERNELS(X) \
+    REPLAY_KERNELS(X)
 #endif
 
 namespace standin {
@@ -40,11 +42,14 @@ template <class Arguments, void (*kernel)(Arguments)> static void run(const void
 }
 template <class Arguments> static Arguments argument_of(void (*)(Arguments));
 
-static inline Runner kernel_named(const std::string& name) {
-#define STANDIN_ENTRY(kernel) {#kernel, run<decltype(argument_of(kernel)), kernel>},
-    static const auto* all = new std::map<std::string, Runner>{STANDIN_KERNELS(STANDIN_ENTRY)};
+struct Kernel { Runner run; size_t bytes; };  // bytes of its arguments
+template <class Arguments> static size_t bytes_of(void (*)(Arguments)) { return sizeof(Arguments); }
+
+static inline Kernel kernel_named(const std::string& name) {
+#define STANDIN_ENTRY(kernel) {#kernel, {run<decltype(argument_of(kernel)), kernel>, bytes_of(kernel)}},
+    static const auto* all = new std::map<std::string, Kernel>{STANDIN_KERNELS(STANDIN_ENTRY)};
     auto at = all->find(name);
-    return at == all->end() ? nullptr : at->second;
+    return at == all->end() ? Kernel{nullptr, 0} : at->second;
 }
 
 }  // namespace standin

@@ -8,7 +8,7 @@ namespace standin {
 
 struct Function;
 struct Module { Context* context; std::map<std::string, Function*> functions; };
-struct Function { Module* module; std::string name; Runner run; };
+struct Function { Module* module; std::string name; Kernel kernel; };
 
 // Checks the version and the target of PTX, as a driver that compiles it does.
 static void check_ptx(const char* text) {
@@ -44,10 +44,10 @@ API cuModuleUnload(void* handle) {
 API cuModuleGetFunction(void** out, void* handle, const char* name) {
     return call([=] {
         Module& module = live<Module>(driver().modules, handle, "module");
-        Runner run = kernel_named(name);
-        if (!run) refuse(not_found, "there is no kernel %s", name);
+        Kernel kernel = kernel_named(name);
+        if (!kernel.run) refuse(not_found, "there is no kernel %s", name);
         Function*& function = module.functions[name];
-        if (!function) driver().functions.insert(function = new Function{&module, name, run});
+        if (!function) driver().functions.insert(function = new Function{&module, name, kernel});
         *out = function;
     });
 }
@@ -98,14 +98,16 @@ static void finish_launch(Stream& stream, Work work) {
         close_for_device(*it, read, written, work);
     }
 }
-static void run_kernel(const Function& function, Stream& stream, const void* arguments) {
-    Work work = enqueue(stream, "kernel " + function.name);
+static void run_kernel(const std::string& name, Runner run, Stream& stream, const void* arguments) {
+    if (++count("launches") == settings().fail_launch)
+        break_device(illegal_address, "STANDIN_FAIL_LAUNCH fails this launch of kernel %s", name.c_str());
+    Work work = enqueue(stream, "kernel " + name);
     // The pinned memory that a kernel touches is not known before it runs: each allocation is opened at its first
     // touch.
     auto open = [](Allocation& it) { open_for_device(it, {0, it.bytes}, writes); };
-    begin_touching(function.name.c_str(), stream.context->device, open);
+    begin_touching(name.c_str(), stream.context->device, open);
     try {
-        function.run(arguments, settings().reverse);
+        run(arguments, settings().reverse);
     } catch (...) {
         finish_launch(stream, 0);
         throw;
@@ -116,14 +118,17 @@ API cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned
                    void* stream_handle, void** arguments, void**) {
     return call([=] {
         Function& function = live<Function>(driver().functions, handle, "function");
-        Stream& stream = working_stream(stream_handle);
+        Stream& stream = own_stream(stream_handle);
         const char* name = function.name.c_str();
         if (function.module->context != stream.context) refuse(invalid_handle, "kernel %s is of another context", name);
         check_extents(name, {gx, gy, gz}, {bx, by, bz});
-        if (++count("launches") == settings().fail_launch)
-            break_device(illegal_address, "STANDIN_FAIL_LAUNCH fails this launch of kernel %s", name);
-        gridDim = {gx, gy, gz}, blockDim = {bx, by, bz};
-        run_kernel(function, stream, arguments[0]);
+        // A launch copies its arguments: those of a graph do not change.
+        const char* values = (const char*)arguments[0];
+        std::vector<char> copied(values, values + function.kernel.bytes);
+        take(stream, [=, name = function.name, run = function.kernel.run](Stream& stream) {
+            gridDim = {gx, gy, gz}, blockDim = {bx, by, bz};
+            run_kernel(name, run, stream, copied.data());
+        });
     });
 }
 

@@ -8,8 +8,9 @@ use safetensors::Dtype;
 use super::arenas::Arenas;
 use super::chunks::{ChunkTable, TensorSpan, chunk_size, split_into_chunks};
 use super::device::Event;
-use super::kernels::{KIND_BYTES, MAX_PROFILES, UpdateArgs, kind};
+use super::kernels::{Chunk, KIND_BYTES, MAX_PROFILES, UpdateArgs, kind};
 use super::look::Look;
+use super::replays::{Replays, free_unused};
 use super::staging::Staging;
 use super::{AveragesReader, BlendInput, Buffer, CudaDevice};
 use crate::compute::cpu::{Averages, Layout, Precision, UpdateWeights};
@@ -22,25 +23,38 @@ const COPIED_CHUNK: usize = 4;
 /// Running averages of several profiles on a device, and the newest values of tensors that are copied.
 #[derive(Debug)]
 pub struct DeviceAverages {
-    arenas: Arc<Arenas>,
+    pub(super) arenas: Arc<Arenas>,
     table: ChunkTable,
     /// Number of chunks of averaged tensors, the first in `table`.
     averaged_chunks: usize,
     /// Address and dtype of each tensor in `table`: averaged tensors, then copied ones.
     tabulated: Vec<(u64, Dtype)>,
     look: Look,
-    /// True if the newest update looked at its parameters.
-    has_looked: bool,
+    pub(super) newest: NewestLook,
     /// Event that passes when the newest update has run.
-    updated: Event,
+    pub(super) updated: Event,
     /// True if an update was queued only in part, so that the averages are unusable.
-    incomplete: bool,
+    pub(super) incomplete: bool,
+    /// State of updates in CUDA graphs, after the first capture.
+    pub(super) replays: Option<Replays>,
+}
+
+/// Place of the result of the newest look at parameters.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum NewestLook {
+    /// The newest update did not look.
+    None,
+    /// It is in [`DeviceAverages::look`].
+    Update,
+    /// It is in [`DeviceAverages::replays`].
+    Replay,
 }
 
 impl Drop for DeviceAverages {
     fn drop(&mut self) {
         // NVIDIA does not promise that a free waits for kernels. An error here was already reported.
         let _ = self.wait();
+        let _ = self.replays.as_ref().map(Replays::wait);
     }
 }
 
@@ -74,6 +88,7 @@ impl DeviceAverages {
         precision: Precision,
         copied: &[usize],
     ) -> Result<DeviceAverages> {
+        free_unused();
         let arenas = Arenas::new(device, layout, profiles, precision, copied)?;
         let stream = device.stream()?;
         for buffer in arenas.high.iter().chain(&arenas.low).chain([&arenas.copies]) {
@@ -88,10 +103,11 @@ impl DeviceAverages {
             averaged_chunks: 0,
             tabulated: Vec::new(),
             look: Look::new(device)?,
-            has_looked: false,
+            newest: NewestLook::None,
             // The host waits for it if the next update comes soon.
             updated: device.event()?,
             incomplete: false,
+            replays: None,
         };
         averages.mark_updated(&stream)?;
         averages.wait()?;
@@ -181,7 +197,7 @@ impl DeviceAverages {
     pub fn look(&mut self, averaged: &[(Dtype, CudaMemory<'_>)], copied: &[CudaMemory<'_>]) -> Result<()> {
         let device = self.device().clone();
         let _bound = device.bind()?;
-        self.has_looked = false;
+        self.newest = NewestLook::None;
         let Some(stream) = self.begin(averaged, copied)? else { return Ok(()) };
         // SAFETY: the parameters are borrowed in the order of the stream.
         let looked = unsafe { self.look.queue(&stream, self.table.address(), self.averaged_chunks) };
@@ -190,7 +206,7 @@ impl DeviceAverages {
             // No event covers the queued work, so it is waited for.
             let _ = stream.synchronize();
         }
-        self.has_looked = looked.is_ok();
+        self.newest = if looked.is_ok() { NewestLook::Update } else { NewestLook::None };
         looked
     }
 
@@ -265,7 +281,7 @@ impl DeviceAverages {
         let fetched = if looks { self.look.fetch(stream) } else { Ok(()) };
         let marked = fetched.and_then(|()| self.mark_updated(stream));
         self.incomplete |= marked.is_err();
-        self.has_looked = looks;
+        self.newest = if looks { NewestLook::Update } else { NewestLook::None };
         marked
     }
 
@@ -274,14 +290,23 @@ impl DeviceAverages {
     /// # Errors
     /// [`Error::Cuda`] if the update failed.
     pub fn refused(&self) -> Result<Option<NonFiniteElement>> {
-        if !self.has_looked {
-            return Ok(None);
-        }
-        self.wait()?;
-        // SAFETY: the event that was waited for follows the copy.
-        let Some(found) = (unsafe { self.look.found() })? else { return Ok(None) };
+        let found = match (self.newest, &self.replays) {
+            (NewestLook::None, _) => return Ok(None),
+            (NewestLook::Replay, Some(replays)) => {
+                self.wait()?;
+                replays.found()?
+            }
+            _ => {
+                self.wait()?;
+                // SAFETY: the event that was waited for follows the copy.
+                unsafe { self.look.found() }?
+            }
+        };
+        let Some(found) = found else { return Ok(None) };
         let layout = &self.arenas.layout;
-        let position = self.table.offset(found.chunk).map(|offset| offset as usize + found.element);
+        let table = self.replays.as_ref().filter(|_| matches!(self.newest, NewestLook::Replay));
+        let offset = table.map_or_else(|| self.table.offset(found.chunk), |replays| replays.offset(found.chunk));
+        let position = offset.map(|offset| offset as usize + found.element);
         let place = |at: usize| Some((at, (0..layout.len()).find(|&i| layout.range(i).contains(&at))?));
         let Some((at, tensor)) = position.and_then(place) else {
             return Err(Error::Internal(format!("{found:?} is outside of the parameters")));
@@ -291,7 +316,7 @@ impl DeviceAverages {
     }
 
     /// Checks that the tensors have the sizes that the averages were created for.
-    fn check_tensors(&self, averaged: &[(Dtype, CudaMemory<'_>)], copied: &[CudaMemory<'_>]) -> Result<()> {
+    pub(super) fn check_tensors(&self, averaged: &[(Dtype, CudaMemory<'_>)], copied: &[CudaMemory<'_>]) -> Result<()> {
         let arenas = &self.arenas;
         let layout = &arenas.layout;
         let counts_match = averaged.len() == layout.len() && copied.len() == arenas.copy_ranges.len();
@@ -306,14 +331,14 @@ impl DeviceAverages {
         self.check_complete("update the averages")
     }
 
-    fn check_complete(&self, action: &str) -> Result<()> {
+    pub(super) fn check_complete(&self, action: &str) -> Result<()> {
         if self.incomplete {
             return Err(self.error(action, "part of an update was lost: restart the process and resume the run"));
         }
         Ok(())
     }
 
-    fn error(&self, action: &str, reason: &str) -> Error {
+    pub(super) fn error(&self, action: &str, reason: &str) -> Error {
         Error::Cuda { device: self.device().number(), action: action.into(), reason: reason.into() }
     }
 
@@ -330,6 +355,23 @@ impl DeviceAverages {
             return Ok(());
         }
         let tensors: Vec<(u64, Dtype)> = tensors.collect();
+        let (chunks, averaged_chunks) = self.chunks_of(averaged, copied)?;
+        self.averaged_chunks = averaged_chunks;
+        self.tabulated.clear();
+        self.table.set(stream, chunks)?;
+        self.tabulated = tensors;
+        Ok(())
+    }
+
+    /// Returns the chunks of all tensors, and the number of those of averaged ones, which come first.
+    ///
+    /// # Errors
+    /// Those of [`chunk_size`].
+    pub(super) fn chunks_of(
+        &self,
+        averaged: &[(Dtype, CudaMemory<'_>)],
+        copied: &[CudaMemory<'_>],
+    ) -> Result<(Vec<Chunk>, usize)> {
         let most = chunk_size(&self.arenas.device, self.arenas.layout.total())?;
         let mut chunks = Vec::new();
         for (i, (dtype, memory)) in averaged.iter().enumerate() {
@@ -342,7 +384,7 @@ impl DeviceAverages {
             };
             split_into_chunks(&mut chunks, span, dtype.bitsize() / 8, 1, most);
         }
-        self.averaged_chunks = chunks.len();
+        let averaged_chunks = chunks.len();
         for (memory, range) in copied.iter().zip(&self.arenas.copy_ranges) {
             let span = TensorSpan {
                 address: memory.address,
@@ -352,10 +394,7 @@ impl DeviceAverages {
             };
             split_into_chunks(&mut chunks, span, 1, 1, most * COPIED_CHUNK);
         }
-        self.tabulated.clear();
-        self.table.set(stream, chunks)?;
-        self.tabulated = tensors;
-        Ok(())
+        Ok((chunks, averaged_chunks))
     }
 
     /// Queues the update of the profiles from `first` on, one for each weight.
@@ -381,7 +420,7 @@ impl DeviceAverages {
     }
 
     /// Records the end of an update.
-    fn mark_updated(&self, stream: &CudaStream) -> Result<()> {
+    pub(super) fn mark_updated(&self, stream: &CudaStream) -> Result<()> {
         let _bound = self.device().bind()?;
         self.updated.record(stream).map_err(self.device().driver_error("record an event"))
     }

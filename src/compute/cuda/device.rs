@@ -22,6 +22,9 @@ pub struct CudaDevice {
     pub(super) kernels: Kernels,
 }
 
+/// Action of errors about streams of other libraries.
+const STREAM_ACTION: &str = "use the stream of the parameters";
+
 /// Guard that restores the thread's context, or the absence of one, and its capture mode. The caller's own CUDA work
 /// depends on both.
 pub(super) struct ContextGuard {
@@ -194,20 +197,40 @@ impl CudaDevice {
     /// [`Error::Cuda`] while the owner captures the stream's work: replays of the graph would write to memory that is
     /// in use for something else by then.
     pub(super) fn borrow_stream(&self, stream: usize) -> Result<Arc<CudaStream>> {
+        let (borrowed, is_captured) = self.wrap_stream(stream)?;
+        if !is_captured {
+            return Ok(borrowed);
+        }
+        let reason = "its work is being captured in a CUDA graph: call this after the capture, and between replays";
+        Err(Error::Cuda { device: self.number, action: STREAM_ACTION.into(), reason: reason.into() })
+    }
+
+    /// Wraps a stream of another library whose work is being captured in a CUDA graph.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] if it is not captured, or if the driver is too old.
+    pub(super) fn borrow_captured_stream(&self, stream: usize) -> Result<Arc<CudaStream>> {
+        let (borrowed, is_captured) = self.wrap_stream(stream)?;
+        let reason = match is_captured {
+            true if self.driver.keeps_memory_of_graphs() => return Ok(borrowed),
+            true => format!(
+                "the driver supports CUDA {}, and updates in CUDA graphs need 12.3: update the driver (545 or later), \
+                 or update the averages between replays",
+                self.driver
+            ),
+            false => "its work is not being captured: call this within the capture of a CUDA graph".to_owned(),
+        };
+        Err(Error::Cuda { device: self.number, action: STREAM_ACTION.into(), reason })
+    }
+
+    /// Wraps a stream of another library, and returns true if its work is being captured.
+    fn wrap_stream(&self, stream: usize) -> Result<(Arc<CudaStream>, bool)> {
         let _bound = self.bind()?;
         // SAFETY: the owner keeps the stream alive for the call (`CudaMemory::from_raw`), and the wrapper is not kept
         // longer.
         let borrowed = unsafe { self.context.wrap_borrowed_stream(stream as sys::CUstream) };
-        let action = "use the stream of the parameters";
-        match borrowed.capture_status().map_err(self.driver_error(action))? {
-            sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE => Ok(borrowed),
-            _ => {
-                let reason = "its work is being captured in a CUDA graph: call this after the capture, and between \
-                              replays"
-                    .to_owned();
-                Err(Error::Cuda { device: self.number, action: action.into(), reason })
-            }
-        }
+        let status = borrowed.capture_status().map_err(self.driver_error(STREAM_ACTION))?;
+        Ok((borrowed, status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE))
     }
 
     /// Creates an event on which the host sleeps instead of spinning.

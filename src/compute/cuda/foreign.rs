@@ -4,6 +4,26 @@ use std::marker::PhantomData;
 
 use crate::tensor::{CudaMemory, CudaMemoryMut};
 
+/// Stream of another library on which it captures or launches a CUDA graph with an update of averages.
+#[derive(Clone, Copy, Debug)]
+pub struct GraphStream<'a> {
+    pub(super) device: usize,
+    pub(super) stream: usize,
+    lent: PhantomData<&'a ()>,
+}
+
+impl GraphStream<'_> {
+    /// Wraps a stream for one capture or one launch. `stream` is its `CUstream` as a number.
+    ///
+    /// # Safety
+    /// * The stream belongs to the device's primary context, and exists for `'a`.
+    /// * A graph that is captured on it reads the parameters in each of its launches: as long as it is launched, they
+    ///   stay where they are, and are used in the order of the stream of the launch.
+    pub unsafe fn from_raw(device: usize, stream: usize) -> Self {
+        GraphStream { device, stream, lent: PhantomData }
+    }
+}
+
 impl CudaMemory<'_> {
     /// Wraps device memory of another library, such as PyTorch, with the stream on which its owner uses it.
     ///

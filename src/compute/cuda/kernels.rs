@@ -12,6 +12,9 @@ use safetensors::Dtype;
 /// Largest number of profiles per launch of the update.
 pub(super) const MAX_PROFILES: usize = 8;
 
+/// Largest number of profiles per launch of an update in a CUDA graph.
+pub(super) const MAX_GRAPH_PROFILES: usize = 4;
+
 /// Largest number of sources per launch of the blend.
 pub(super) const MAX_SOURCES: usize = 52;
 
@@ -42,6 +45,7 @@ static UPDATE: Compiled = compiled!("update");
 static LOOK: Compiled = compiled!("look");
 static BLEND: Compiled = compiled!("blend");
 static GATHER: Compiled = compiled!("gather");
+static REPLAY: Compiled = compiled!("replay");
 
 /// Code of the kernels that a driver loads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +160,36 @@ pub(super) struct GatherArgs {
     pub count: u64,
 }
 
+/// Update in a CUDA graph, whose weights are in device memory.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct GraphUpdateArgs {
+    pub update: UpdateArgs,
+    pub weights: u64,
+    pub threshold: u64,
+}
+
+/// Arguments of `prepare_replay`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PrepareArgs {
+    pub replay: u64,
+    pub weights: u64,
+    pub ticket: u64,
+    pub found: u64,
+    pub threshold: u32,
+    pub count: u32,
+    pub values: [f32; MAX_PROFILES],
+}
+
+/// Arguments of `end_replay`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct EndArgs {
+    pub replay: u64,
+    pub outcome: u64,
+}
+
 // SAFETY: it holds plain numbers in C's layout and no references. The sizes below are those of the C++ structures.
 unsafe impl DeviceRepr for UpdateArgs {}
 // SAFETY: as above.
@@ -164,11 +198,18 @@ unsafe impl DeviceRepr for LookArgs {}
 unsafe impl DeviceRepr for BlendArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for GatherArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for GraphUpdateArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for PrepareArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for EndArgs {}
 
 const _: () = assert!(size_of::<Chunk>() == 24);
 const _: () = assert!(size_of::<UpdateArgs>() == 192);
 const _: () = assert!(size_of::<BlendArgs>() == 3976 && std::mem::offset_of!(BlendArgs, kinds) == 3920);
 const _: () = assert!(size_of::<GatherArgs>() == 24);
+const _: () = assert!(size_of::<GraphUpdateArgs>() == 208 && size_of::<PrepareArgs>() == 72);
 
 /// Kernels that are loaded on a device, indexed by the number of profiles or targets minus 1.
 #[derive(Debug)]
@@ -178,6 +219,11 @@ pub(super) struct Kernels {
     look: CudaFunction,
     blend: Vec<CudaFunction>,
     gather: CudaFunction,
+    graph_plain: Vec<CudaFunction>,
+    graph_compensated: Vec<CudaFunction>,
+    look_in_graph: CudaFunction,
+    prepare_replay: CudaFunction,
+    end_replay: CudaFunction,
 }
 
 impl Kernels {
@@ -186,12 +232,18 @@ impl Kernels {
         let look = LOOK.load(context, code)?;
         let blend = BLEND.load(context, code)?;
         let gather = GATHER.load(context, code)?;
+        let replay = REPLAY.load(context, code)?;
         Ok(Kernels {
             plain: load_instances(&update, "update_plain", MAX_PROFILES)?,
             compensated: load_instances(&update, "update_compensated", MAX_PROFILES)?,
             look: look.load_function("look")?,
             blend: load_instances(&blend, "blend", MAX_TARGETS)?,
             gather: gather.load_function("gather")?,
+            graph_plain: load_instances(&update, "graph_plain", MAX_GRAPH_PROFILES)?,
+            graph_compensated: load_instances(&update, "graph_compensated", MAX_GRAPH_PROFILES)?,
+            look_in_graph: look.load_function("look_in_graph")?,
+            prepare_replay: replay.load_function("prepare_replay")?,
+            end_replay: replay.load_function("end_replay")?,
         })
     }
 
@@ -252,6 +304,58 @@ impl Kernels {
         const BLOCKS: usize = 8;
         // SAFETY: as in `update`.
         unsafe { launch(stream, &self.gather, args, (BLOCKS * multiprocessors).min(args.count as usize)) }
+    }
+}
+
+/// Kernels of updates in CUDA graphs.
+impl Kernels {
+    /// Does the same as [`Kernels::update`] for up to 4 profiles, with weights in device memory.
+    ///
+    /// # Safety
+    /// As [`Kernels::update`], and for every launch of a graph that captures it.
+    pub(super) unsafe fn update_in_graph(
+        &self,
+        stream: &CudaStream,
+        args: &GraphUpdateArgs,
+        profiles: usize,
+        compensated: bool,
+        chunks: usize,
+    ) -> Result<(), DriverError> {
+        let kernels = if compensated { &self.graph_compensated } else { &self.graph_plain };
+        // SAFETY: as in `update`.
+        unsafe { launch(stream, &kernels[profiles - 1], args, chunks) }
+    }
+
+    /// Does the same as [`Kernels::look`], unless no update is due.
+    ///
+    /// # Safety
+    /// As [`Kernels::update_in_graph`].
+    pub(super) unsafe fn look_in_graph(
+        &self,
+        stream: &CudaStream,
+        args: &LookArgs,
+        chunks: usize,
+    ) -> Result<(), DriverError> {
+        // SAFETY: as in `update`.
+        unsafe { launch(stream, &self.look_in_graph, args, chunks) }
+    }
+
+    /// Queues the preparation of the next replay.
+    ///
+    /// # Safety
+    /// As [`Kernels::update`].
+    pub(super) unsafe fn prepare_replay(&self, stream: &CudaStream, args: &PrepareArgs) -> Result<(), DriverError> {
+        // SAFETY: as in `update`.
+        unsafe { launch(stream, &self.prepare_replay, args, 1) }
+    }
+
+    /// Queues the end of an update in a graph.
+    ///
+    /// # Safety
+    /// As [`Kernels::update_in_graph`].
+    pub(super) unsafe fn end_replay(&self, stream: &CudaStream, args: &EndArgs) -> Result<(), DriverError> {
+        // SAFETY: as in `update`.
+        unsafe { launch(stream, &self.end_replay, args, 1) }
     }
 }
 

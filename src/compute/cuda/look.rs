@@ -13,7 +13,7 @@ use super::{Buffer, CudaDevice, Pinned};
 use crate::error::{Error, Result};
 
 /// Key in device memory that stands for no element (`NOTHING_FOUND`).
-const NOTHING_FOUND: u64 = u64::MAX;
+pub(super) const NOTHING_FOUND: u64 = u64::MAX;
 
 /// Result of a look, on the device and on the host.
 #[derive(Debug)]
@@ -87,8 +87,18 @@ impl Look {
         // SAFETY: guaranteed by the caller.
         let bytes = unsafe { self.pinned.bytes() };
         let key: u64 = bytemuck::pod_read_unaligned(bytes);
-        if key == NOTHING_FOUND {
+        let found = FoundElement::of(key)?;
+        if found.is_none() {
             self.may_be_set.store(false, Ordering::Relaxed);
+        }
+        Ok(found)
+    }
+}
+
+impl FoundElement {
+    /// Returns the element that a key of the kernels stands for; none for [`NOTHING_FOUND`].
+    pub(super) fn of(key: u64) -> Result<Option<FoundElement>> {
+        if key == NOTHING_FOUND {
             return Ok(None);
         }
         let rest = key as u32;

@@ -76,7 +76,7 @@ const OLDEST: &str = match option_env!("POSTHOC_EMA_CUDA_OLDEST") {
 const PTX_VARIABLE: &str = "POSTHOC_EMA_CUDA_PTX";
 
 /// Driver functions that are called here or by cudarc, which panics if one is missing.
-const NEEDED: [&str; 37] = [
+const NEEDED: [&str; 38] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuGetErrorString",
@@ -103,13 +103,14 @@ const NEEDED: [&str; 37] = [
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyDtoDAsync_v2",
-    "cuMemcpyDtoH_v2",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
     "cuStreamIsCapturing",
     "cuThreadExchangeStreamCaptureMode",
+    "cuUserObjectCreate",
+    "cuGraphRetainUserObject",
     "cuEventCreate",
     "cuEventDestroy_v2",
     "cuEventRecord",
@@ -189,6 +190,11 @@ impl DriverVersion {
         // SAFETY: the driver is initialised, and the pointer is valid for the call.
         let code = unsafe { sys::cuDriverGetVersion(&raw mut version) } as c_uint;
         if code == 0 { Ok(DriverVersion(version)) } else { Err(Unavailable::Refused(code)) }
+    }
+
+    /// Returns true if the driver can keep memory for a graph (`cuStreamGetCaptureInfo_v3`).
+    pub(super) fn keeps_memory_of_graphs(self) -> bool {
+        self.0 >= 12_030
     }
 
     /// Returns the kernels' code that the driver takes: machine code needs its compiler's major version.

@@ -3,15 +3,13 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use safetensors::Dtype;
-
 use super::averages::AveragesGuard;
 use super::background::Background;
-use super::{Engine, EngineConfig, Pending, cuda_memory};
+use super::{Engine, EngineConfig, Pending, cuda_tensors};
 use crate::compute::cpu::{Layout, UpdateWeights};
 use crate::compute::cuda::{AveragesReader, CudaDevice, DeviceAverages};
 use crate::error::Result;
-use crate::tensor::{CudaMemory, NonFiniteElement};
+use crate::tensor::NonFiniteElement;
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::tracker::registry::OrderedViews;
 use crate::tracker::values::OwnedValues;
@@ -51,9 +49,7 @@ impl Engine for DeviceEngine {
         weights: UpdateWeights<'_>,
         looks: bool,
     ) -> Result<()> {
-        let averaged = views.averaged.iter().map(|view| Ok((view.dtype, cuda_memory(view)?)));
-        let averaged = averaged.collect::<Result<Vec<(Dtype, CudaMemory<'_>)>>>()?;
-        let copied = views.copied.iter().map(|view| cuda_memory(view)).collect::<Result<Vec<_>>>()?;
+        let (averaged, copied) = cuda_tensors(views)?;
         // The averages must not change while a checkpoint reads them.
         self.background.wait_for_reads();
         match looks {
@@ -104,6 +100,13 @@ impl Engine for DeviceEngine {
 
     fn on_device(&self) -> Option<&DeviceAverages> {
         Some(&self.averages)
+    }
+
+    fn in_graphs(&mut self, is_due: bool) -> Result<&mut DeviceAverages> {
+        if is_due {
+            self.background.wait_for_reads();
+        }
+        Ok(&mut self.averages)
     }
 }
 

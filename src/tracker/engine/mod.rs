@@ -29,6 +29,8 @@ use crate::compute::cpu::{Layout, UpdateWeights};
 use crate::compute::cuda::{DeviceAverages, Fence};
 use crate::error::{Error, Result};
 use crate::tensor::NonFiniteElement;
+#[cfg(feature = "cuda")]
+use crate::tensor::{CudaMemory, Dtype, Memory, TensorView};
 
 pub(super) use averages::AveragesGuard;
 pub(super) use config::EngineConfig;
@@ -150,16 +152,39 @@ pub(super) trait Engine: Any + Send + Sync {
     fn spread(&self) -> Option<&SpreadAverages> {
         None
     }
+
+    /// Returns the averages for a capture or a replay of an update. If it is due, no checkpoint reads them any more.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if they are not on the device.
+    #[cfg(feature = "cuda")]
+    fn in_graphs(&mut self, _is_due: bool) -> Result<&mut DeviceAverages> {
+        let reason = "an update in a CUDA graph needs the averages on the model's device, and they are in host memory: \
+                      make the tracker with device \"cuda\", or update between the replays of the graph";
+        Err(Error::Setting { option: "device", reason: reason.into() })
+    }
 }
 
 /// Returns a view's memory on a device.
 #[cfg(feature = "cuda")]
-fn cuda_memory<'a>(view: &crate::tensor::TensorView<'a>) -> Result<crate::tensor::CudaMemory<'a>> {
+fn cuda_memory<'a>(view: &TensorView<'a>) -> Result<CudaMemory<'a>> {
     match view.memory {
-        crate::tensor::Memory::Cuda(memory) => Ok(memory),
-        crate::tensor::Memory::Host(_) => Err(Error::changed(
+        Memory::Cuda(memory) => Ok(memory),
+        Memory::Host(_) => Err(Error::changed(
             view.name,
             crate::error::Difference::new("the tensor", "on a CUDA device", "in host memory"),
         )),
     }
+}
+
+/// Averaged tensors with their dtypes, and copied ones.
+#[cfg(feature = "cuda")]
+type CudaTensors<'a> = (Vec<(Dtype, CudaMemory<'a>)>, Vec<CudaMemory<'a>>);
+
+/// Returns the memory of all tensors on a device.
+#[cfg(feature = "cuda")]
+pub(super) fn cuda_tensors<'a>(views: &OrderedViews<'_, 'a>) -> Result<CudaTensors<'a>> {
+    let averaged = views.averaged.iter().map(|view| Ok((view.dtype, cuda_memory(view)?))).collect::<Result<_>>()?;
+    let copied = views.copied.iter().map(|view| cuda_memory(view)).collect::<Result<_>>()?;
+    Ok((averaged, copied))
 }

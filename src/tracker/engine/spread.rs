@@ -10,8 +10,8 @@ use super::background::Background;
 use super::spread_averages::{PartReader, SpreadAverages, SpreadShape};
 use super::{Engine, EngineConfig, Pending};
 use crate::compute::cpu::{Layout, UpdateWeights};
-use crate::compute::cuda::AveragesReader;
-use crate::error::Result;
+use crate::compute::cuda::{AveragesReader, DeviceAverages};
+use crate::error::{Error, Result};
 use crate::tensor::NonFiniteElement;
 use crate::tracker::checkpoint_meta::{CheckpointMeta, Failure};
 use crate::tracker::registry::OrderedViews;
@@ -100,5 +100,11 @@ impl Engine for SpreadEngine {
 
     fn spread(&self) -> Option<&SpreadAverages> {
         Some(&self.averages)
+    }
+
+    fn in_graphs(&mut self, _: bool) -> Result<&mut DeviceAverages> {
+        let reason = "an update in a CUDA graph needs all tensors on one device, and they are in several places: \
+                      call `update` between the replays of the graph";
+        Err(Error::Setting { option: "device", reason: reason.into() })
     }
 }

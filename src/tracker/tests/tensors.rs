@@ -75,6 +75,7 @@ fn dtypes_without_a_default_treatment_are_refused() {
         let (_temp, dir) = scratch();
         let text = PostHocEma::options(&dir).create(&model).unwrap_err().to_string();
         assert!(text.contains("`odd`") && text.contains("to copy or to leave out"), "{text}");
+        assert_eq!(text.contains("track its master weights in f32 or bf16"), dtype == Dtype::F8_E4M3, "{text}");
         assert!(!dir.exists());
         PostHocEma::options(&dir).copy(["odd"]).create(&model).unwrap();
     }

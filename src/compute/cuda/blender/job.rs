@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use cudarc::driver::result;
+use cudarc::driver::{CudaStream, result};
 use safetensors::Dtype;
 
 use super::{BlendInput, BlendPart, Deliver, Destination, OverflowHandler};
@@ -143,6 +143,7 @@ impl<'a> BlendJob<'a> {
     pub(super) fn locate(
         &self,
         device: &CudaDevice,
+        stream: &CudaStream,
         inputs: &Buffer,
         group: usize,
         target: usize,
@@ -155,10 +156,12 @@ impl<'a> BlendJob<'a> {
         for ((value, dtype), start) in values.iter_mut().zip(&first.dtypes).zip(&group.sources) {
             let size = dtype.bitsize() / 8;
             let from = inputs.address() + (start + element * size) as u64;
-            // SAFETY: it is within the inputs, which no pending work writes.
-            unsafe { result::memcpy_dtoh_sync(&mut value[..size], from) }
+            // Not by the synchronous call, which uses the default stream: it breaks captures of blocking streams.
+            // SAFETY: it is within the inputs, which no pending work writes. The value is read after the wait below.
+            unsafe { result::memcpy_dtoh_async(&mut value[..size], from, stream.cu_stream()) }
                 .map_err(device.driver_error("read an element"))?;
         }
+        stream.synchronize().map_err(device.driver_error("read an element"))?;
         let sources: Vec<&[u8]> = values.iter().zip(&first.dtypes).map(|(v, d)| &v[..d.bitsize() / 8]).collect();
         let weights = &self.weights[target * count..][..count];
         let blend = Blend { dtypes: &first.dtypes, weights, output: first.output };

@@ -306,7 +306,7 @@ impl<'a> BlendSlot<'a> {
             let element = u64::from_le_bytes(words[found]) as usize;
             let group = found / job.targets;
             let target = found % job.targets;
-            let (part, overflow) = job.locate(device, &inputs.device, group, target, element)?;
+            let (part, overflow) = job.locate(device, &self.stream, &inputs.device, group, target, element)?;
             return Err((job.on_overflow)(part, overflow));
         }
         let Some(deliver) = job.deliver else { return Ok(()) };

@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use cudarc::driver::result;
+use cudarc::driver::{CudaStream, result};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
@@ -29,7 +29,9 @@ impl Blender<'_> {
         to: Option<CudaMemory<'_>>,
     ) -> Result<std::result::Result<Vec<Vec<u8>>, Overflow>> {
         let _bound = self.device.bind()?;
-        let sources = part.sources.iter().map(|source| bytes_of(&self.device, *source)).collect::<Result<Vec<_>>>()?;
+        let stream = &self.slots[0].stream;
+        let bytes = part.sources.iter().map(|source| bytes_of(&self.device, stream, *source));
+        let sources = bytes.collect::<Result<Vec<_>>>()?;
         let size = part.output.bitsize() / 8;
         let mut results = vec![vec![0u8; part.elements * size]; targets];
         if let Err(overflow) = blend_chunks(&mut results, &sources, &part.dtypes, weights, part.output) {
@@ -47,7 +49,7 @@ impl Blender<'_> {
 }
 
 /// Returns the bytes of a source, copied to the host unless they are there in one piece.
-fn bytes_of<'a>(device: &CudaDevice, source: BlendInput<'a>) -> Result<Cow<'a, [u8]>> {
+fn bytes_of<'a>(device: &CudaDevice, stream: &CudaStream, source: BlendInput<'a>) -> Result<Cow<'a, [u8]>> {
     match source {
         BlendInput::Host(bytes) => Ok(bytes.into()),
         BlendInput::Scattered { elements, start, bytes } => {
@@ -58,8 +60,10 @@ fn bytes_of<'a>(device: &CudaDevice, source: BlendInput<'a>) -> Result<Cow<'a, [
         BlendInput::Device { address, bytes } => {
             let mut copy = vec![0; bytes];
             if bytes > 0 {
+                // Not by the synchronous call, which uses the default stream: it breaks captures of blocking streams.
                 // SAFETY: the source's owner keeps that many bytes allocated, and no pending work writes them.
-                unsafe { result::memcpy_dtoh_sync(&mut copy, address) }
+                unsafe { result::memcpy_dtoh_async(&mut copy, address, stream.cu_stream()) }
+                    .and_then(|()| stream.synchronize())
                     .map_err(device.driver_error("copy to the host"))?;
             }
             Ok(copy.into())
