@@ -3,11 +3,9 @@
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 
-use bytemuck::Pod;
-use half::{bf16, f16};
-
 use crate::error::{Difference, Error, Result};
 
+mod element;
 mod finite;
 mod numbers;
 mod part;
@@ -18,6 +16,7 @@ mod tiled;
 #[allow(dead_code, reason = "sharded tracking will use the rest")]
 mod tiling;
 
+pub use element::Element;
 pub use finite::NonFiniteElement;
 pub(crate) use finite::{first_non_finite, first_non_finite_of};
 pub(crate) use numbers::to_f64;
@@ -309,22 +308,16 @@ pub trait ParametersMut: Parameters {
     /// # Errors
     /// Errors of `write`, and an error of the model if it cannot lend its tensors.
     fn for_each_mut(&mut self, write: &mut dyn FnMut(TensorViewMut<'_>) -> Result<()>) -> Result<()>;
-}
 
-/// Rust type of the elements of a tensor.
-pub trait Element: Pod {
-    /// Dtype of these elements.
-    const DTYPE: Dtype;
-}
-
-macro_rules! elements {
-    ($($rust:ty => $dtype:ident),* $(,)?) => {
-        $(impl Element for $rust { const DTYPE: Dtype = Dtype::$dtype; })*
-    };
-}
-elements! {
-    f32 => F32, f64 => F64, f16 => F16, bf16 => BF16,
-    u8 => U8, i8 => I8, u16 => U16, i16 => I16, u32 => U32, i32 => I32, u64 => U64, i64 => I64,
+    /// Calls `write` for every tensor, with views of several at a time; by default, of one at a time.
+    ///
+    /// A model on a device that lends all its tensors at once is written with few launches and waits.
+    ///
+    /// # Errors
+    /// As [`ParametersMut::for_each_mut`].
+    fn for_each_batch_mut(&mut self, write: &mut dyn FnMut(Vec<TensorViewMut<'_>>) -> Result<()>) -> Result<()> {
+        self.for_each_mut(&mut |view| write(vec![view]))
+    }
 }
 
 /// `(name, elements)` pairs. Each is a tensor of one dimension.

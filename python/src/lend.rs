@@ -224,4 +224,12 @@ impl ParametersMut for Lent<'_> {
         let tensors: Vec<_> = self.entries().collect();
         tensors.into_iter().try_for_each(|(entry, address)| write(self.view_mut(entry, address)?))
     }
+
+    fn for_each_batch_mut(&mut self, write: &mut dyn FnMut(Vec<TensorViewMut<'_>>) -> Result<()>) -> Result<()> {
+        // In host memory, tensors that share their elements must not be lent together. On a device they are addresses.
+        let (on_device, on_host): (Vec<_>, Vec<_>) = self.entries().partition(|(entry, _)| entry.device.is_some());
+        on_host.into_iter().try_for_each(|(entry, address)| write(vec![self.view_mut(entry, address)?]))?;
+        let views = on_device.into_iter().map(|(entry, address)| self.view_mut(entry, address));
+        write(views.collect::<Result<_>>()?)
+    }
 }

@@ -2,6 +2,8 @@
 
 mod backend;
 mod blend;
+#[cfg(feature = "cuda")]
+mod device_blocks;
 mod files;
 mod infinities;
 mod live_model;
@@ -15,6 +17,7 @@ mod progress;
 mod source_set;
 mod streaming;
 mod swap;
+mod transfer;
 mod write;
 
 pub(crate) use backend::check_device;

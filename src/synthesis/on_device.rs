@@ -2,36 +2,20 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use super::blend::TensorBlend;
+use super::device_blocks::{BLOCK_BYTES, Blenders, ModelBlocks, blocks};
 use super::options::Progress;
 use super::source_set::{ModelTensor, Selection, SourceSet};
 use crate::compute::cuda::{Blender, CudaDevice, Destination};
 use crate::error::Result;
-use crate::tensor::{CudaMemory, CudaMemoryMut, MemoryMut, ParametersMut, Tensor, TensorViewMut, Tensors, byte_size};
-
-/// Bytes of a block, sources and results together. Three blocks are held in the device's memory and in pinned host
-/// memory.
-const BLOCK_BYTES: usize = 32 << 20;
-
-/// Fewest elements of a block.
-const MIN_BLOCK_ELEMENTS: usize = 1 << 12;
-
-/// Most elements of a block.
-const MAX_BLOCK_ELEMENTS: usize = 1 << 26;
+use crate::tensor::{MemoryMut, ParametersMut, Tensor, TensorViewMut, Tensors, byte_size};
 
 /// Tensor and a range of its elements.
 pub(super) type Part<'a> = (&'a TensorBlend<'a>, Range<usize>);
-
-/// Cuts elements into blocks.
-pub(super) fn blocks(elements: usize, bytes_per_element: usize) -> impl Iterator<Item = Range<usize>> {
-    let each = (BLOCK_BYTES / bytes_per_element.max(1)).clamp(MIN_BLOCK_ELEMENTS, MAX_BLOCK_ELEMENTS);
-    (0..elements).step_by(each).map(move |start| start..elements.min(start + each))
-}
 
 /// Queues the blend of parts of tensors as one block. All parts have the same weights.
 pub(super) fn submit<'a>(
@@ -45,25 +29,6 @@ pub(super) fn submit<'a>(
     let weights = parts.first().map_or(&[][..], |(blend, _)| blend.weights());
     let report = Box::new(move |part: usize, overflow| origins[part].overflow_error(overflow));
     blender.submit(inputs, weights, targets, destination, report)
-}
-
-/// Blenders of all devices that a synthesis uses.
-#[derive(Default)]
-pub(super) struct Blenders<'a>(BTreeMap<usize, Blender<'a>>);
-
-impl<'a> Blenders<'a> {
-    /// Returns the blender of a device.
-    pub(super) fn on(&mut self, number: usize) -> Result<&mut Blender<'a>> {
-        Ok(match self.0.entry(number) {
-            Entry::Occupied(blender) => blender.into_mut(),
-            Entry::Vacant(place) => place.insert(Blender::new(&CudaDevice::open(number)?)?),
-        })
-    }
-
-    /// Waits for all blocks and delivers them.
-    pub(super) fn flush(&mut self) -> Result<()> {
-        self.0.values_mut().try_for_each(Blender::flush)
-    }
 }
 
 impl SourceSet<'_> {
@@ -100,16 +65,22 @@ impl SourceSet<'_> {
         params: &mut (impl ParametersMut + ?Sized),
     ) -> Result<()> {
         let mut blenders = Blenders::default();
-        params.for_each_mut(&mut |view: TensorViewMut<'_>| {
-            let Some(tensor) = self.find_averaged(view.name) else { return Ok(()) };
-            let blend = TensorBlend::new(selection.of(&tensor.name), tensor, view.dtype)?;
-            match (view.memory, blend.device()) {
-                (MemoryMut::Cuda(memory), average) => {
-                    into_device(blenders.on(average.unwrap_or(memory.0.device))?, &blend, memory.0)
+        params.for_each_batch_mut(&mut |mut views: Vec<TensorViewMut<'_>>| {
+            // In the order of the averages, in which neighbours are copied at once.
+            views.sort_by(|a, b| a.name.cmp(b.name));
+            let mut blocks = ModelBlocks::default();
+            for view in views {
+                let Some(tensor) = self.find_averaged(view.name) else { continue };
+                let blend = TensorBlend::new(selection.of(&tensor.name), tensor, view.dtype)?;
+                match (view.memory, blend.device()) {
+                    (MemoryMut::Cuda(memory), average) => {
+                        blocks.add(blenders.on(average.unwrap_or(memory.0.device))?, &blend, memory.0)?;
+                    }
+                    (MemoryMut::Host(bytes), Some(number)) => into_host(blenders.on(number)?, &blend, bytes)?,
+                    (MemoryMut::Host(bytes), None) => blend.blend_all(bytes)?,
                 }
-                (MemoryMut::Host(bytes), Some(number)) => into_host(blenders.on(number)?, &blend, bytes),
-                (MemoryMut::Host(bytes), None) => blend.blend_all(bytes),
             }
+            blocks.submit(&mut blenders)
         })?;
         blenders.flush()
     }
@@ -169,31 +140,6 @@ fn blend_in_blocks<'a>(
     }
     deliver_into(&mut blender, &parts, places, progress)?;
     blender.flush()
-}
-
-/// Blends a tensor into its memory in a model on the device.
-fn into_device<'a>(blender: &mut Blender<'a>, blend: &TensorBlend<'a>, memory: CudaMemory<'_>) -> Result<()> {
-    if memory.device != blender.device().number() {
-        let averages = blender.device().number();
-        return Err(blend.error(format!(
-            "it is on cuda:{}, but the averages are on cuda:{averages}: keep both on one device",
-            memory.device
-        )));
-    }
-    let size = blend.size();
-    if memory.bytes != blend.elements() * size {
-        let expected = blend.elements() * size;
-        return Err(blend.error(format!("{} bytes were given, but it takes {expected}", memory.bytes)));
-    }
-    for elements in blocks(blend.elements(), blend.bytes_read(1) as usize + size) {
-        let address = memory.address + (elements.start * size) as u64;
-        let place = CudaMemoryMut(CudaMemory { address, bytes: elements.len() * size, ..memory });
-        let origin = blend.origin(elements.start);
-        let report = Box::new(move |_, overflow| origin.overflow_error(overflow));
-        let destination = Destination::Device(vec![place]);
-        blender.submit(vec![blend.on_device(elements)], blend.weights(), 1, destination, report)?;
-    }
-    Ok(())
 }
 
 /// Blends a tensor into host memory on the device that holds some of the sources.

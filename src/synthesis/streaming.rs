@@ -8,12 +8,12 @@ use rayon::prelude::*;
 
 use super::blend::TensorBlend;
 use super::files::{OutputFiles, Shards};
-#[cfg(feature = "cuda")]
-use super::on_device;
 use super::options::WriteOptions;
 use super::prefetch::Prefetcher;
 use super::progress::PassProgress;
 use super::source_set::{LaterSelection, ModelTensor, Selection, SourceSet, WeightedSources};
+#[cfg(feature = "cuda")]
+use super::{device_blocks, on_device};
 #[cfg(feature = "cuda")]
 use crate::compute::cuda;
 use crate::error::Result;
@@ -292,7 +292,8 @@ impl Streaming<'_> {
         let each = self.bytes_per_element();
         let ranges: Vec<Range<usize>> = starts.windows(2).map(|pair| pair[0]..pair[1]).collect();
         ranges.into_iter().flat_map(move |range| {
-            on_device::blocks(range.len(), each).map(move |block| range.start + block.start..range.start + block.end)
+            device_blocks::blocks(range.len(), each)
+                .map(move |block| range.start + block.start..range.start + block.end)
         })
     }
 

@@ -1,23 +1,19 @@
 //! Temporary swap of an average into a live model.
 
 use std::borrow::Cow;
-#[cfg(feature = "cuda")]
-use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 
-use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::backend::Backend;
 use super::source_set::{ModelTensor, Selection, SourceSet};
+use super::transfer::Transfer;
 use crate::compute::cpu::{f32_to_bf16, f32_to_f16, to_f32};
-#[cfg(feature = "cuda")]
-use crate::compute::cuda::{self, Staging};
 use crate::error::{Difference, Error, Result};
 use crate::planning::Plan;
-use crate::tensor::{Memory, MemoryMut, Parameters, ParametersMut, Tensor, TensorView, TensorViewMut};
+use crate::tensor::{Parameters, ParametersMut, Tensor, TensorViewMut};
 
 /// Guard of parameters that hold an average. On drop, every tensor gets its own bits back.
 ///
@@ -145,13 +141,15 @@ impl SourceSet<'_> {
     /// Writes the stored values of the copied tensors into the model.
     fn copy_into_model(&self, selection: &Selection<'_>, params: &mut (impl ParametersMut + ?Sized)) -> Result<()> {
         let mut transfer = Transfer::default();
-        params.for_each_mut(&mut |view| match self.find(view.name) {
-            Some(tensor) if !tensor.averaged => {
+        params.for_each_batch_mut(&mut |views| {
+            let mut writes = Vec::with_capacity(views.len());
+            for view in views {
+                let Some(tensor) = self.find(view.name).filter(|tensor| !tensor.averaged) else { continue };
                 let stored = selection.copied(0, tensor)?.to_bytes();
-                let bytes = converted(&stored, tensor.dtype, view.dtype);
-                transfer.write(view.name, view.memory, &bytes)
+                let bytes = converted(&stored, tensor.dtype, view.dtype).into_owned();
+                writes.push((view, Cow::Owned(bytes)));
             }
-            _ => Ok(()),
+            transfer.write_all(writes)
         })
     }
 }
@@ -213,7 +211,7 @@ impl SavedWeights {
                     return Err(Error::tensor(view.name, "the name occurs twice: names must be unique"));
                 }
             }
-            saved.tensors = read_all(&distinct)?;
+            saved.tensors = Transfer::default().read_all(&distinct)?;
             Ok(())
         })?;
         Ok(saved)
@@ -227,12 +225,18 @@ impl SavedWeights {
         let mut first_error = None;
         let mut transfer = Transfer::default();
         let mut missing: BTreeSet<&str> = self.names.keys().map(String::as_str).collect();
-        params.for_each_mut(&mut |view| {
-            if let Some(&index) = self.names.get(view.name) {
+        params.for_each_batch_mut(&mut |views| {
+            let mut writes = Vec::with_capacity(views.len());
+            for view in views {
+                let Some(&index) = self.names.get(view.name) else { continue };
                 missing.remove(view.name);
-                if let Err(error) = restore_tensor(view, &self.tensors[index], &mut transfer) {
-                    first_error.get_or_insert(error);
+                match check_unchanged(&view, &self.tensors[index]) {
+                    Ok(()) => writes.push((view, Cow::Borrowed(self.tensors[index].bytes.as_slice()))),
+                    Err(error) => drop(first_error.get_or_insert(error)),
                 }
+            }
+            if let Err(error) = transfer.write_all(writes) {
+                first_error.get_or_insert(error);
             }
             Ok(())
         })?;
@@ -250,76 +254,13 @@ impl fmt::Debug for SavedWeights {
     }
 }
 
-/// Copies tensors to host memory: all threads copy those in host memory, one thread those on a device.
-fn read_all(views: &[&TensorView<'_>]) -> Result<Vec<Tensor>> {
-    if views.iter().all(|view| view.host_bytes().is_some()) {
-        let copies = views.par_iter().map(|view| tensor(view, view.host_bytes().unwrap_or_default().to_vec()));
-        return Ok(copies.collect());
-    }
-    let mut transfer = Transfer::default();
-    views.iter().map(|view| Ok(tensor(view, transfer.read(view)?))).collect()
-}
-
-/// Tensor with the dtype and shape of a view.
-fn tensor(view: &TensorView<'_>, bytes: Vec<u8>) -> Tensor {
-    Tensor { dtype: view.dtype, shape: view.shape.to_vec(), bytes }
-}
-
-/// Copies between host memory and a model's memory on any device.
-#[derive(Default)]
-struct Transfer {
-    /// Pinned buffers of each device.
-    #[cfg(feature = "cuda")]
-    staging: BTreeMap<usize, Staging>,
-}
-
-impl Transfer {
-    fn read(&mut self, view: &TensorView<'_>) -> Result<Vec<u8>> {
-        match view.memory {
-            Memory::Host(bytes) => Ok(bytes.to_vec()),
-            #[cfg(feature = "cuda")]
-            Memory::Cuda(memory) => self.staging(memory.device)?.read(&memory),
-            #[cfg(not(feature = "cuda"))]
-            Memory::Cuda(_) => Err(Error::on_device(view.name)),
-        }
-    }
-
-    fn write(&mut self, name: &str, memory: MemoryMut<'_>, bytes: &[u8]) -> Result<()> {
-        let length = match &memory {
-            MemoryMut::Host(dst) => dst.len(),
-            MemoryMut::Cuda(memory) => memory.0.bytes,
-        };
-        if length != bytes.len() {
-            return Err(not_restored(name, &format!("it has {length} bytes now, and had {}", bytes.len())));
-        }
-        match memory {
-            MemoryMut::Host(dst) => dst.copy_from_slice(bytes),
-            #[cfg(feature = "cuda")]
-            MemoryMut::Cuda(memory) => self.staging(memory.0.device)?.write(&memory, bytes)?,
-            #[cfg(not(feature = "cuda"))]
-            MemoryMut::Cuda(_) => return Err(Error::on_device(name)),
-        }
-        Ok(())
-    }
-
-    /// Pinned buffers for copies from and to a device.
-    #[cfg(feature = "cuda")]
-    fn staging(&mut self, device: usize) -> Result<&mut Staging> {
-        Ok(match self.staging.entry(device) {
-            Entry::Occupied(staging) => staging.into_mut(),
-            Entry::Vacant(place) => place.insert(Staging::new(&cuda::CudaDevice::open(device)?, usize::MAX)?),
-        })
-    }
-}
-
-/// Restores a tensor if it still has its shape and dtype.
-fn restore_tensor(view: TensorViewMut<'_>, saved: &Tensor, transfer: &mut Transfer) -> Result<()> {
-    let name = view.name;
+/// Checks that a tensor still has its shape and dtype.
+fn check_unchanged(view: &TensorViewMut<'_>, saved: &Tensor) -> Result<()> {
     if view.shape != saved.shape || view.dtype != saved.dtype {
         let why = format!("it is {} {:?} now, and was {} {:?}", view.dtype, view.shape, saved.dtype, saved.shape);
-        return Err(not_restored(name, &why));
+        return Err(not_restored(view.name, &why));
     }
-    transfer.write(name, view.memory, &saved.bytes)
+    Ok(())
 }
 
 fn not_restored(name: &str, why: &str) -> Error {

@@ -18,6 +18,7 @@ mod ordering;
 mod owner;
 mod reader;
 mod spread;
+mod submissions;
 mod synthesis;
 mod tracker;
 mod update;

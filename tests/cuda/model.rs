@@ -105,10 +105,15 @@ impl Parameters for OnDevice<'_> {
 
 impl ParametersMut for OnDevice<'_> {
     fn for_each_mut(&mut self, write: &mut dyn FnMut(TensorViewMut<'_>) -> Result<()>) -> Result<()> {
-        for (name, tensor, owned) in &self.tensors {
-            write(TensorViewMut::cuda(name, tensor.dtype, &tensor.shape, owned.lend_mut())?)?;
-        }
-        Ok(())
+        self.for_each_batch_mut(&mut |views| views.into_iter().try_for_each(&mut *write))
+    }
+
+    fn for_each_batch_mut(&mut self, write: &mut dyn FnMut(Vec<TensorViewMut<'_>>) -> Result<()>) -> Result<()> {
+        let views = self
+            .tensors
+            .iter()
+            .map(|(name, tensor, owned)| TensorViewMut::cuda(name, tensor.dtype, &tensor.shape, owned.lend_mut()));
+        write(views.collect::<Result<_>>()?)
     }
 }
 

@@ -15,7 +15,7 @@ pub(super) fn fill(groups: &[LaunchGroup], parts: &[BlendPart<'_>], to: &mut [u8
     let mut rest = to;
     let mut end = 0;
     let mut pieces = Vec::new();
-    for_each_input(groups, parts, |at, input| {
+    for_each_input(groups, parts, |_, at, input| {
         if matches!(input, BlendInput::Device { .. }) {
             return;
         }
@@ -38,7 +38,7 @@ pub(super) fn fill(groups: &[LaunchGroup], parts: &[BlendPart<'_>], to: &mut [u8
 /// Returns the ranges of the inputs on the host. Those that only an alignment separates are one range.
 pub(super) fn host_ranges(groups: &[LaunchGroup], parts: &[BlendPart<'_>]) -> Vec<Range<usize>> {
     let mut ranges: Vec<Range<usize>> = Vec::new();
-    for_each_input(groups, parts, |at, input| {
+    for_each_input(groups, parts, |_, at, input| {
         if matches!(input, BlendInput::Device { .. }) || input.is_empty() {
             return;
         }

@@ -101,17 +101,18 @@ pub(super) fn group_parts(parts: &[BlendPart<'_>], targets: usize) -> Vec<Launch
     groups
 }
 
-/// Calls `act` with the offset and the input of every source of every part, in the order of the offsets.
+/// Calls `act` with the number of the source, the offset and the input of every source of every part, in the order of
+/// the offsets.
 pub(super) fn for_each_input<'a>(
     groups: &[LaunchGroup],
     parts: &[BlendPart<'a>],
-    mut act: impl FnMut(usize, BlendInput<'a>),
+    mut act: impl FnMut(usize, usize, BlendInput<'a>),
 ) {
     for group in groups {
         for (k, &start) in group.sources.iter().enumerate() {
             let mut at = start;
             for part in &parts[group.parts.clone()] {
-                act(at, part.sources[k]);
+                act(k, at, part.sources[k]);
                 at += part.sources[k].len();
             }
         }

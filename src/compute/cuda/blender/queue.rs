@@ -22,6 +22,22 @@ pub(super) struct JobQueue<'q, 'a> {
     pub job: &'q BlendJob<'a>,
 }
 
+/// Copy within the device, to an offset in the inputs.
+struct DeviceCopy {
+    source: usize,
+    at: usize,
+    from: u64,
+    bytes: usize,
+}
+
+impl DeviceCopy {
+    /// Returns true if another copy of the same source begins where this one ends, on both sides. Other sources may be
+    /// in other allocations, which no copy may cross.
+    fn is_continued_by(&self, source: usize, at: usize, from: u64) -> bool {
+        (self.source, self.at + self.bytes, self.from + self.bytes as u64) == (source, at, from)
+    }
+}
+
 impl JobQueue<'_, '_> {
     /// Queues the copy of the pinned inputs over the bus, and that of the inputs on the device.
     pub(super) fn send(&self, inputs: &MirroredBuffer) -> Result<()> {
@@ -31,14 +47,19 @@ impl JobQueue<'_, '_> {
             // SAFETY: both have these bytes, which do not change until `finish` has waited.
             unsafe { copy_to_device(self.device, self.stream, device, &inputs.host, start, end - start) }?;
         }
-        let mut outcome = Ok(());
-        for_each_input(&self.job.groups, &self.job.parts, |at, input| {
-            if let (BlendInput::Device { address, bytes }, Ok(())) = (input, &outcome) {
-                // SAFETY: the place is as long as the source, which its owner keeps allocated.
-                outcome = unsafe { copy_on_device(self.device, self.stream, to + at as u64, address, bytes) };
+        // Tensors of an average that lie side by side are one copy.
+        let mut copies: Vec<DeviceCopy> = Vec::new();
+        for_each_input(&self.job.groups, &self.job.parts, |source, at, input| {
+            let BlendInput::Device { address, bytes } = input else { return };
+            match copies.last_mut() {
+                Some(last) if last.is_continued_by(source, at, address) => last.bytes += bytes,
+                _ => copies.push(DeviceCopy { source, at, from: address, bytes }),
             }
         });
-        outcome
+        copies.iter().try_for_each(|DeviceCopy { at, from, bytes, .. }| {
+            // SAFETY: the place is as long as the source, which its owner keeps allocated.
+            unsafe { copy_on_device(self.device, self.stream, to + *at as u64, *from, *bytes) }
+        })
     }
 
     /// Queues the reset of all first overflowing elements to the largest number, which means none.
