@@ -21,7 +21,8 @@ struct Chunk {
     uint32_t kind;      // dtype, see Kind
 };
 
-// Keys of no element, in what `look` has found: all are finite, or no update is due in this replay of a CUDA graph.
+// Keys of no element, in what `look` has found: all are finite, or no update is due. Then this replay of a CUDA graph
+// has none, or another device has found an element.
 #define NOTHING_FOUND 0xffffffffffffffff
 #define NOT_DUE static_cast<uint64_t>(3)
 

@@ -83,6 +83,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) look_in_graph(const __grid
     if (load(a.found) != NOT_DUE) look_at(a);
 }
 
-#define LOOK_KERNELS(X) X(look) X(look_in_graph)
+// For a model on several devices: if another device has found an element, this one does not update either.
+struct JoinArgs {
+    uint64_t* found;            // of this device
+    const uint64_t* others[7];  // copies of the others' keys, in host memory
+    uint64_t count;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) join_looks(const __grid_constant__ JoinArgs a) {
+    if (threadIdx.x != 0) return;
+    #pragma unroll
+    for (uint64_t i = 0; i < 7; i++) {
+        if (i < a.count && load(a.others[i]) != NOTHING_FOUND) store(a.found, NOT_DUE);
+    }
+}
+
+#define LOOK_KERNELS(X) X(look) X(look_in_graph) X(join_looks)
 
 #undef THREADS

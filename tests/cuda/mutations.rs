@@ -9,7 +9,7 @@ use crate::driver::{build, is_standin, run_in_own_process};
 /// Fault in a kernel: its name, the file, the old and the new text, and the tests that must fail.
 struct Mutation(&'static str, &'static str, &'static str, &'static str, &'static str);
 
-const MUTATIONS: [Mutation; 21] = [
+const MUTATIONS: [Mutation; 22] = [
     Mutation(
         "an unfused product",
         "update.cu",
@@ -101,6 +101,13 @@ const MUTATIONS: [Mutation; 21] = [
     ),
     Mutation("a prepared replay stays so", "replay.cu", "    store(&a.replay->found, NOT_DUE);", "", "graphs::"),
     Mutation("one weight for all profiles", "update.cu", "load(a.weights + j)", "load(a.weights)", "graphs::"),
+    Mutation(
+        "a device that ignores the others",
+        "look.cu",
+        "!= NOTHING_FOUND) store(a.found, NOT_DUE);",
+        "!= NOTHING_FOUND) {}",
+        "spread::",
+    ),
     Mutation(
         "no look at the last element",
         "look.cu",

@@ -9,7 +9,7 @@ use posthoc_ema::{
 };
 
 use crate::capture::{begin_capture, end_capture};
-use crate::driver::{check_in_own_process, driver};
+use crate::driver::{check_in_own_process, count, driver};
 use crate::model::{Model, files};
 use crate::owner::{Owned, Owner};
 
@@ -293,6 +293,37 @@ fn capture_of_an_update_in_several_places_is_refused() {
         }
         assert_eq!(got.step(), 0);
     }
+}
+
+/// Runs in its own process, because the driver counts the waits of all tests.
+#[test]
+#[ignore = "run by `update_on_several_devices_does_not_wait_for_the_look`"]
+fn waits() {
+    let Some(owners) = owners() else { return };
+    for until_fence in [false, true] {
+        let temp = tempfile::tempdir().unwrap();
+        let mut twins = Twins::new(&owners, PLACES[0]);
+        twins.spread.until_fence = until_fence;
+        let options = options(temp.path()).update_every(1).device(Device::AnyCuda);
+        let mut got = options.on_non_finite(OnNonFinite::Skip).create(&twins.spread).unwrap();
+        for step in 1..=6 {
+            twins.train(step);
+            if step == 4 {
+                // The last tensor of the second device; the look of the first finds nothing.
+                twins.set("d.half", 0, &crate::values::encode(f64::NAN, Dtype::F16));
+            }
+            let before = count("host_waits");
+            got.update(&twins.spread).unwrap();
+            assert!(step == 1 || count("host_waits") == before, "step {step}");
+            // Waits, so that the next update need not.
+            assert_eq!(got.history().last(), Some(if step == 4 { 3 } else { step }));
+        }
+    }
+}
+
+#[test]
+fn update_on_several_devices_does_not_wait_for_the_look() {
+    check_in_own_process("spread::waits", &[]);
 }
 
 /// Runs in its own process: in the default mode, calls of other tests invalidate a capture.

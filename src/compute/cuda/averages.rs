@@ -39,6 +39,16 @@ pub struct DeviceAverages {
     pub(super) replays: Option<Replays>,
 }
 
+/// Looks on which an update depends.
+#[derive(Clone, Copy, Debug)]
+enum Looking<'a> {
+    None,
+    /// One of the update itself.
+    Here,
+    /// One before the update, and those of other devices.
+    Joined(&'a [&'a Look]),
+}
+
 /// Place of the result of the newest look at parameters.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum NewestLook {
@@ -170,7 +180,7 @@ impl DeviceAverages {
         copied: &[CudaMemory<'_>],
         weights: UpdateWeights<'_>,
     ) -> Result<()> {
-        self.queue(averaged, copied, weights, false)
+        self.queue(averaged, copied, weights, Looking::None)
     }
 
     /// Queues an update of all averages and copied tensors on the stream of the parameters. It changes nothing if an
@@ -185,7 +195,26 @@ impl DeviceAverages {
         copied: &[CudaMemory<'_>],
         weights: UpdateWeights<'_>,
     ) -> Result<()> {
-        self.queue(averaged, copied, weights, true)
+        self.queue(averaged, copied, weights, Looking::Here)
+    }
+
+    /// Queues an update after a [`DeviceAverages::look`] at the same parameters here and at those of other devices. It
+    /// changes nothing if any of these looks has found an element.
+    ///
+    /// # Safety
+    /// The averages of the other devices live, and look again, only after this update has run.
+    ///
+    /// # Errors
+    /// Those of [`DeviceAverages::update_if_finite`].
+    pub unsafe fn update_after_looks(
+        &mut self,
+        averaged: &[(Dtype, CudaMemory<'_>)],
+        copied: &[CudaMemory<'_>],
+        weights: UpdateWeights<'_>,
+        others: &[&DeviceAverages],
+    ) -> Result<()> {
+        let others: Vec<&Look> = others.iter().map(|averages| &averages.look).collect();
+        self.queue(averaged, copied, weights, Looking::Joined(&others))
     }
 
     /// Queues a look at the parameters without an update. [`DeviceAverages::refused`] returns what it has found.
@@ -201,7 +230,7 @@ impl DeviceAverages {
         let Some(stream) = self.begin(averaged, copied)? else { return Ok(()) };
         // SAFETY: the parameters are borrowed in the order of the stream.
         let looked = unsafe { self.look.queue(&stream, self.table.address(), self.averaged_chunks) };
-        let looked = looked.and_then(|()| self.look.fetch(&stream)).and_then(|()| self.mark_updated(&stream));
+        let looked = looked.and_then(|()| self.look.publish(&stream)).and_then(|()| self.mark_updated(&stream));
         if looked.is_err() {
             // No event covers the queued work, so it is waited for.
             let _ = stream.synchronize();
@@ -250,7 +279,7 @@ impl DeviceAverages {
         averaged: &[(Dtype, CudaMemory<'_>)],
         copied: &[CudaMemory<'_>],
         weights: UpdateWeights<'_>,
-        looks: bool,
+        looking: Looking<'_>,
     ) -> Result<()> {
         let device = self.device().clone();
         let _bound = device.bind()?;
@@ -258,7 +287,7 @@ impl DeviceAverages {
             return Err(self.error("update the averages", "there is not one weight for each profile"));
         }
         let Some(borrowed) = self.begin(averaged, copied)? else { return Ok(()) };
-        let queued = self.queue_launches(&borrowed, weights, looks);
+        let queued = self.queue_launches(&borrowed, weights, looking);
         if queued.is_err() {
             // No event covers the queued work, so it is waited for.
             let _ = borrowed.synchronize();
@@ -267,21 +296,23 @@ impl DeviceAverages {
     }
 
     /// Queues the look and the launches of an update, and records their end.
-    fn queue_launches(&mut self, stream: &CudaStream, weights: UpdateWeights<'_>, looks: bool) -> Result<()> {
-        self.look.reset(stream)?;
-        if looks {
+    fn queue_launches(&mut self, stream: &CudaStream, weights: UpdateWeights<'_>, looking: Looking<'_>) -> Result<()> {
+        match looking {
+            Looking::None => self.look.reset(stream)?,
             // SAFETY: the parameters are borrowed in the order of the stream.
-            unsafe { self.look.queue(stream, self.table.address(), self.averaged_chunks) }?;
+            Looking::Here => unsafe { self.look.queue(stream, self.table.address(), self.averaged_chunks) }?,
+            // SAFETY: guaranteed by the caller of `update_after_looks`.
+            Looking::Joined(others) => unsafe { self.look.join(stream, others) }?,
         }
         for (group, each) in weights.each.chunks(MAX_PROFILES).enumerate() {
             let launched = self.launch(stream, group * MAX_PROFILES, UpdateWeights { each, ..weights });
             self.incomplete |= launched.is_err() && group > 0;
             launched?;
         }
-        let fetched = if looks { self.look.fetch(stream) } else { Ok(()) };
+        let fetched = if matches!(looking, Looking::Here) { self.look.fetch(stream) } else { Ok(()) };
         let marked = fetched.and_then(|()| self.mark_updated(stream));
         self.incomplete |= marked.is_err();
-        self.newest = if looks { NewestLook::Update } else { NewestLook::None };
+        self.newest = if matches!(looking, Looking::None) { NewestLook::None } else { NewestLook::Update };
         marked
     }
 

@@ -15,6 +15,9 @@ pub(super) const MAX_PROFILES: usize = 8;
 /// Largest number of profiles per launch of an update in a CUDA graph.
 pub(super) const MAX_GRAPH_PROFILES: usize = 4;
 
+/// Largest number of other devices' looks per launch of `join_looks`.
+pub(super) const MAX_JOINED: usize = 7;
+
 /// Largest number of sources per launch of the blend.
 pub(super) const MAX_SOURCES: usize = 52;
 
@@ -160,6 +163,15 @@ pub(super) struct GatherArgs {
     pub count: u64,
 }
 
+/// Arguments of `join_looks`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct JoinArgs {
+    pub found: u64,
+    pub others: [u64; MAX_JOINED],
+    pub count: u64,
+}
+
 /// Update in a CUDA graph, whose weights are in device memory.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -195,6 +207,8 @@ unsafe impl DeviceRepr for UpdateArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for LookArgs {}
 // SAFETY: as above.
+unsafe impl DeviceRepr for JoinArgs {}
+// SAFETY: as above.
 unsafe impl DeviceRepr for BlendArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for GatherArgs {}
@@ -208,7 +222,7 @@ unsafe impl DeviceRepr for EndArgs {}
 const _: () = assert!(size_of::<Chunk>() == 24);
 const _: () = assert!(size_of::<UpdateArgs>() == 192);
 const _: () = assert!(size_of::<BlendArgs>() == 3976 && std::mem::offset_of!(BlendArgs, kinds) == 3920);
-const _: () = assert!(size_of::<GatherArgs>() == 24);
+const _: () = assert!(size_of::<GatherArgs>() == 24 && size_of::<JoinArgs>() == 72);
 const _: () = assert!(size_of::<GraphUpdateArgs>() == 208 && size_of::<PrepareArgs>() == 72);
 
 /// Kernels that are loaded on a device, indexed by the number of profiles or targets minus 1.
@@ -217,6 +231,7 @@ pub(super) struct Kernels {
     plain: Vec<CudaFunction>,
     compensated: Vec<CudaFunction>,
     look: CudaFunction,
+    join_looks: CudaFunction,
     blend: Vec<CudaFunction>,
     gather: CudaFunction,
     graph_plain: Vec<CudaFunction>,
@@ -237,6 +252,7 @@ impl Kernels {
             plain: load_instances(&update, "update_plain", MAX_PROFILES)?,
             compensated: load_instances(&update, "update_compensated", MAX_PROFILES)?,
             look: look.load_function("look")?,
+            join_looks: look.load_function("join_looks")?,
             blend: load_instances(&blend, "blend", MAX_TARGETS)?,
             gather: gather.load_function("gather")?,
             graph_plain: load_instances(&update, "graph_plain", MAX_GRAPH_PROFILES)?,
@@ -271,6 +287,15 @@ impl Kernels {
     pub(super) unsafe fn look(&self, stream: &CudaStream, args: &LookArgs, chunks: usize) -> Result<(), DriverError> {
         // SAFETY: as in `update`.
         unsafe { launch(stream, &self.look, args, chunks) }
+    }
+
+    /// Queues that looks of other devices count, too.
+    ///
+    /// # Safety
+    /// As [`Kernels::update`].
+    pub(super) unsafe fn join_looks(&self, stream: &CudaStream, args: &JoinArgs) -> Result<(), DriverError> {
+        // SAFETY: as in `update`.
+        unsafe { launch(stream, &self.join_looks, args, 1) }
     }
 
     /// Queues the blend of up to 52 sources into up to 8 targets.

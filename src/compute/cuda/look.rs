@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::CudaStream;
 
-use super::kernels::LookArgs;
+use super::device::Event;
+use super::kernels::{JoinArgs, LookArgs, MAX_JOINED};
 use super::memory::copy_to_host;
 use super::{Buffer, CudaDevice, Pinned};
 use crate::error::{Error, Result};
@@ -23,8 +24,12 @@ pub(super) struct Look {
     found: Buffer,
     /// Copy of the key on the host.
     pinned: Pinned,
+    /// Event that passes when the newest copy has run, for looks that other devices join.
+    fetched: Event,
     /// True unless the key is known to be [`NOTHING_FOUND`].
     may_be_set: AtomicBool,
+    /// True if looks of other devices may have set the key, of which its copy knows nothing.
+    is_joined: AtomicBool,
 }
 
 /// First element that a look has found.
@@ -42,7 +47,8 @@ impl Look {
     pub(super) fn new(device: &Arc<CudaDevice>) -> Result<Look> {
         let found = Buffer::new(device, size_of::<u64>(), "the look at parameters")?;
         let pinned = Pinned::new(device, size_of::<u64>())?;
-        Ok(Look { device: device.clone(), found, pinned, may_be_set: AtomicBool::new(true) })
+        let (may_be_set, is_joined) = (AtomicBool::new(true), AtomicBool::new(false));
+        Ok(Look { device: device.clone(), found, pinned, fetched: device.order_event()?, may_be_set, is_joined })
     }
 
     /// Returns the address of the key on the device.
@@ -79,6 +85,33 @@ impl Look {
         unsafe { copy_to_host(&self.device, stream, &self.pinned, 0, self.found.address(), size_of::<u64>()) }
     }
 
+    /// Queues the copy of the key to the host, for looks of other devices that join this one.
+    pub(super) fn publish(&self, stream: &CudaStream) -> Result<()> {
+        self.fetch(stream)?;
+        self.fetched.record(stream).map_err(self.device.driver_error("record an event"))
+    }
+
+    /// Queues that what other devices have found counts, too, after their looks have been published.
+    ///
+    /// # Safety
+    /// The other looks live until this has run, and begin again only then.
+    pub(super) unsafe fn join(&self, stream: &CudaStream, others: &[&Look]) -> Result<()> {
+        self.may_be_set.store(true, Ordering::Relaxed);
+        self.is_joined.store(true, Ordering::Relaxed);
+        for others in others.chunks(MAX_JOINED) {
+            let mut args = JoinArgs { found: self.found.address(), count: others.len() as u64, ..Default::default() };
+            for (place, other) in args.others.iter_mut().zip(others) {
+                stream.wait(&other.fetched).map_err(self.device.driver_error("order two devices"))?;
+                *place = other.pinned.start().addr() as u64;
+            }
+            // SAFETY: we own the key. Memory that the driver has pinned has the same address on every device, and the
+            // caller keeps it.
+            unsafe { self.device.kernels.join_looks(stream, &args) }
+                .map_err(self.device.driver_error("launch the join of looks"))?;
+        }
+        Ok(())
+    }
+
     /// Returns the element that the newest look has found.
     ///
     /// # Safety
@@ -88,7 +121,7 @@ impl Look {
         let bytes = unsafe { self.pinned.bytes() };
         let key: u64 = bytemuck::pod_read_unaligned(bytes);
         let found = FoundElement::of(key)?;
-        if found.is_none() {
+        if found.is_none() && !self.is_joined.load(Ordering::Relaxed) {
             self.may_be_set.store(false, Ordering::Relaxed);
         }
         Ok(found)

@@ -1,6 +1,7 @@
 //! Engine of a model in several places, with each tensor's averages beside it.
 //!
 //! An update is done in all places or in none: a look for NaN therefore ends in all of them before any average changes.
+//! Devices wait for each other's looks. The host waits only if it holds averages itself.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,8 +24,8 @@ pub(in crate::tracker) struct SpreadEngine {
     averages: SpreadAverages,
     /// Readers of the devices, kept from checkpoint to checkpoint with their buffers.
     readers: Arc<Mutex<Vec<AveragesReader>>>,
-    /// Result of the newest look.
-    refused: Option<NonFiniteElement>,
+    /// True if the newest update looked for NaN.
+    has_looked: bool,
 }
 
 impl SpreadEngine {
@@ -34,7 +35,7 @@ impl SpreadEngine {
         let mut readers = device_readers(averages.readers(Vec::new())?);
         readers.iter_mut().try_for_each(AveragesReader::prepare)?;
         let readers = Arc::new(Mutex::new(readers));
-        Ok(SpreadEngine { background: Background::start(dir)?, averages, readers, refused: None })
+        Ok(SpreadEngine { background: Background::start(dir)?, averages, readers, has_looked: false })
     }
 }
 
@@ -59,15 +60,24 @@ impl Engine for SpreadEngine {
         self.averages.check_parameters(views)?;
         // The averages must not change while a checkpoint reads them.
         self.background.wait_for_reads();
-        self.refused = if looks { self.averages.look(views)? } else { None };
-        if self.refused.is_some() {
-            return Ok(());
+        self.has_looked = looks;
+        if looks {
+            self.averages.look(views)?;
+            // Averages in host memory change at once, so the looks of the devices must have ended.
+            if !self.averages.is_on_devices() && self.averages.refused()?.is_some() {
+                return Ok(());
+            }
         }
-        self.averages.update(views, weights)
+        self.averages.update(views, weights, looks)
     }
 
     fn refused(&self) -> Result<Option<NonFiniteElement>> {
-        self.averages.check().map(|()| self.refused)
+        self.averages.check()?;
+        if self.has_looked { self.averages.refused() } else { Ok(None) }
+    }
+
+    fn looks_later(&self) -> bool {
+        self.averages.is_on_devices()
     }
 
     fn values(&self) -> Result<AveragesGuard<'_>> {

@@ -23,6 +23,8 @@ pub(in crate::tracker) struct SpreadAverages {
     shape: Arc<SpreadShape>,
     /// Part of each averaged tensor, and its index there.
     averaged: Vec<(usize, usize)>,
+    /// Element that the newest look has found in host memory, and its part.
+    found_on_host: Option<(usize, NonFiniteElement)>,
     /// Reason why an update was done in some places only; nothing may be stored after that.
     lost: Option<String>,
 }
@@ -121,6 +123,22 @@ fn part_of(all: &Averages, tensors: &PlacedTensors, own: &Layout, layout: &Layou
     part
 }
 
+impl PartAverages {
+    fn on_device(&self) -> Option<&DeviceAverages> {
+        match self {
+            PartAverages::Device(averages) => Some(averages),
+            PartAverages::Host(_) => None,
+        }
+    }
+}
+
+impl Drop for SpreadAverages {
+    fn drop(&mut self) {
+        // Each device reads what the others have found. An error here was already reported.
+        self.parts.iter().filter_map(PartAverages::on_device).for_each(|averages| drop(averages.wait()));
+    }
+}
+
 impl PartReader {
     fn copies(&mut self) -> Result<Vec<Vec<u8>>> {
         match self {
@@ -161,7 +179,7 @@ impl SpreadAverages {
                 }
             });
         }
-        Ok(SpreadAverages { parts, shape: Arc::new(shape), averaged, lost: None })
+        Ok(SpreadAverages { parts, shape: Arc::new(shape), averaged, found_on_host: None, lost: None })
     }
 
     pub(super) fn shape(&self) -> &Arc<SpreadShape> {
@@ -215,12 +233,17 @@ impl SpreadAverages {
         Ok(())
     }
 
-    /// Looks for NaN and infinity in every place at once, waits, and returns the first such element of the model.
+    /// Returns true if every place is a device.
+    pub(super) fn is_on_devices(&self) -> bool {
+        self.shape.parts.iter().all(|(tensors, _)| tensors.place.is_some())
+    }
+
+    /// Looks for NaN and infinity in every place at once. On devices it only queues that.
     ///
     /// # Errors
     /// [`Error::Tensor`] for a tensor that has moved, and [`Error::Cuda`].
-    pub(super) fn look(&mut self, views: &OrderedViews<'_, '_>) -> Result<Option<NonFiniteElement>> {
-        let mut found = Vec::with_capacity(self.parts.len());
+    pub(super) fn look(&mut self, views: &OrderedViews<'_, '_>) -> Result<()> {
+        self.found_on_host = None;
         for k in 0..self.parts.len() {
             match self.shape.parts[k].0.place {
                 Some(number) => {
@@ -229,9 +252,22 @@ impl SpreadAverages {
                         averages.look(&averaged, &copied)?;
                     }
                 }
-                None => found.push((k, first_refused(&self.on_host(k, views)?.0))),
+                None => {
+                    let found = first_refused(&self.on_host(k, views)?.0);
+                    self.found_on_host = found.map(|found| (k, found));
+                }
             }
         }
+        Ok(())
+    }
+
+    /// Waits for the newest [`SpreadAverages::look`], and returns the first element of the model that it has found.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub(super) fn refused(&self) -> Result<Option<NonFiniteElement>> {
+        let mut found: Vec<(usize, Option<NonFiniteElement>)> =
+            self.found_on_host.iter().map(|&(k, found)| (k, Some(found))).collect();
         for (k, part) in self.parts.iter().enumerate() {
             if let PartAverages::Device(averages) = part {
                 found.push((k, averages.refused()?));
@@ -244,13 +280,19 @@ impl SpreadAverages {
         Ok(found.into_iter().filter_map(in_model).min_by_key(|element| element.tensor))
     }
 
-    /// Updates the averages of every place. No thread may read them meanwhile.
+    /// Updates the averages of every place. No thread may read them meanwhile. With `after_looks`, devices change
+    /// nothing if the look of any device has found an element.
     ///
     /// # Errors
     /// As [`SpreadAverages::look`]. If some averages have changed already, all later calls fail, too.
-    pub(super) fn update(&mut self, views: &OrderedViews<'_, '_>, weights: UpdateWeights<'_>) -> Result<()> {
+    pub(super) fn update(
+        &mut self,
+        views: &OrderedViews<'_, '_>,
+        weights: UpdateWeights<'_>,
+        after_looks: bool,
+    ) -> Result<()> {
         for k in 0..self.parts.len() {
-            let outcome = self.update_part(k, views, weights);
+            let outcome = self.update_part(k, views, weights, after_looks);
             if let (Err(error), true) = (&outcome, k > 0) {
                 self.lost = Some(error.to_string());
             }
@@ -259,12 +301,24 @@ impl SpreadAverages {
         Ok(())
     }
 
-    fn update_part(&mut self, k: usize, views: &OrderedViews<'_, '_>, weights: UpdateWeights<'_>) -> Result<()> {
+    fn update_part(
+        &mut self,
+        k: usize,
+        views: &OrderedViews<'_, '_>,
+        weights: UpdateWeights<'_>,
+        after_looks: bool,
+    ) -> Result<()> {
         match self.shape.parts[k].0.place {
             Some(number) => {
                 let (averaged, copied) = self.on_device(k, views, number)?;
-                let PartAverages::Device(averages) = &mut self.parts[k] else { return Ok(()) };
-                averages.update(&averaged, &copied, weights)
+                let (before, rest) = self.parts.split_at_mut(k);
+                let Some((PartAverages::Device(averages), after)) = rest.split_first_mut() else { return Ok(()) };
+                if !after_looks {
+                    return averages.update(&averaged, &copied, weights);
+                }
+                let others: Vec<_> = before.iter().chain(&*after).filter_map(PartAverages::on_device).collect();
+                // SAFETY: all parts look again only after `refused` has waited for this update, and the drop waits.
+                unsafe { averages.update_after_looks(&averaged, &copied, weights, &others) }
             }
             None => {
                 let (incoming, copied) = self.on_host(k, views)?;
