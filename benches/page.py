@@ -187,9 +187,9 @@ def page(records: dict[str, Record | None]) -> str:
     parts = [
         "<!-- Made by benches/page.py from the records in benches/record: change those, not this. -->",
         "# Performance",
-        "`benches/peers/run.py` and `benches/scaling.py` measure everything here, and anyone can repeat it. Each section "
-        "names its command and its record. Other packages and the limits of the machine are measured in turns with "
-        "ours, so ratios hold on other machines; seconds do not. `benches/peers/README.md` describes the method.",
+        "`benches/peers/run.py` and `benches/scaling.py` measure everything here, and anyone can repeat it. Each "
+        "section names its command and its record. Other packages and the limits of the machine are measured in turns "
+        "with ours, so ratios hold on other machines; seconds do not. `benches/peers/README.md` describes the method.",
     ]
     parts += sections(peers) if peers else []
     parts += scaling_sections(scaling) if scaling else []

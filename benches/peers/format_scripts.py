@@ -1,6 +1,6 @@
 """Worker of `formats`: writes one model as four libraries do, and averages by PyTorch and OLMo-core.
 
-make FOLDER MODEL SIZE STEP...          files and folders KIND-STEP of all kinds but those of torch.distributed.checkpoint
+make FOLDER MODEL SIZE STEP...          files and folders KIND-STEP, but none of torch.distributed.checkpoint
 distribute FOLDER MODEL SIZE STEP...    folders FOLDER-STEP of torch.distributed.checkpoint
 KIND OUT INPUT...                       the mean by hand, again for each request: `pt` files, `dcp` or `olmo` folders
 """

@@ -151,10 +151,12 @@ def case_of(task: Task, title: str, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def take_turns(task: Task, contenders: list[turns.Contender], rounds: int) -> list[Row]:
+def take_turns(
+    task: Task, contenders: list[turns.Contender], rounds: int, slow: float = turns.SLOW_SECONDS
+) -> list[Row]:
     """Runs contenders in turns, and adds their shares of the limit among them."""
     try:
-        rows = turns.in_turns(contenders, task.environment.rounds(rounds))
+        rows = turns.in_turns(contenders, task.environment.rounds(rounds), slow=slow)
     finally:
         for contender in contenders:
             contender.close()

@@ -218,20 +218,25 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def in_turns(
-    contenders: Iterable[Contender], rounds: int, before: Callable[[], None] = lambda: None, warm_up: bool = True
+    contenders: Iterable[Contender],
+    rounds: int,
+    before: Callable[[], None] = lambda: None,
+    warm_up: bool = True,
+    slow: float = SLOW_SECONDS,
 ) -> list[Row]:
     """Returns a row for each contender, in order: all seconds and their median, or the reason why there are none.
 
-    `before` runs before each piece of work, and is not timed. Without `warm_up` the first round counts, too.
+    `before` runs before each piece of work, and is not timed. Without `warm_up` the first round counts, too. Work of
+    more than `slow` seconds is done once.
     """
     rows: list[tuple[Contender, Row]] = []
     for contender in contenders:
         row: Row = {"name": contender.name, "seconds_all": []}
         rows.append((contender, row))
-        attempt(row, lambda: first_round(contender, row, before, warm_up))  # noqa: B023
+        attempt(row, lambda: first_round(contender, row, before, warm_up, slow))  # noqa: B023
     for _ in range(rounds):
         for contender, row in rows:
-            if "error" not in row and not row.get("once_only") and sum(row["seconds_all"]) < ENOUGH_SECONDS:
+            if "error" not in row and not row.get("once_only") and sum(row["seconds_all"]) < max(slow, ENOUGH_SECONDS):
                 attempt(row, lambda: timed_round(contender, row, before))  # noqa: B023
     for _, row in rows:
         add_median(row)
@@ -245,15 +250,15 @@ def attempt(row: Row, work: Callable[[], object]) -> None:
         row["error"] = str(why)
 
 
-def first_round(contender: Contender, row: Row, before: Callable[[], None], warm_up: bool) -> None:
+def first_round(contender: Contender, row: Row, before: Callable[[], None], warm_up: bool, slow: float) -> None:
     """Runs the first round, which counts only if it is slow or not a warm-up."""
     before()
     first = contender.first()
     seconds = first.pop("seconds")
     row.update(first)
-    if seconds > SLOW_SECONDS or not warm_up:
+    if seconds > slow or not warm_up:
         row["seconds_all"] = [seconds]
-    if seconds > SLOW_SECONDS:
+    if seconds > slow:
         row["once_only"] = True
 
 
