@@ -199,14 +199,11 @@ impl DeviceAverages {
     }
 
     /// Queues an update after a [`DeviceAverages::look`] at the same parameters here and at those of other devices. It
-    /// changes nothing if any of these looks has found an element.
-    ///
-    /// # Safety
-    /// The averages of the other devices live, and look again, only after this update has run.
+    /// changes nothing if any of these looks has found an element. The others look again only after it has run.
     ///
     /// # Errors
     /// Those of [`DeviceAverages::update_if_finite`].
-    pub unsafe fn update_after_looks(
+    pub fn update_after_looks(
         &mut self,
         averaged: &[(Dtype, CudaMemory<'_>)],
         copied: &[CudaMemory<'_>],
@@ -301,8 +298,7 @@ impl DeviceAverages {
             Looking::None => self.look.reset(stream)?,
             // SAFETY: the parameters are borrowed in the order of the stream.
             Looking::Here => unsafe { self.look.queue(stream, self.table.address(), self.averaged_chunks) }?,
-            // SAFETY: guaranteed by the caller of `update_after_looks`.
-            Looking::Joined(others) => unsafe { self.look.join(stream, others) }?,
+            Looking::Joined(others) => self.look.join(stream, others)?,
         }
         for (group, each) in weights.each.chunks(MAX_PROFILES).enumerate() {
             let launched = self.launch(stream, group * MAX_PROFILES, UpdateWeights { each, ..weights });

@@ -23,13 +23,13 @@ pub(super) struct Look {
     /// Key of the first element that was found. Updates do nothing unless it is [`NOTHING_FOUND`].
     found: Buffer,
     /// Copy of the key on the host.
-    pinned: Pinned,
+    pinned: Arc<Pinned>,
     /// Event that passes when the newest copy has run, for looks that other devices join.
     fetched: Event,
     /// True unless the key is known to be [`NOTHING_FOUND`].
     may_be_set: AtomicBool,
-    /// True if looks of other devices may have set the key, of which its copy knows nothing.
-    is_joined: AtomicBool,
+    /// Copies of the keys of other devices. They may have set this key too, of which its own copy knows nothing.
+    joined: Vec<Arc<Pinned>>,
 }
 
 /// First element that a look has found.
@@ -46,9 +46,9 @@ impl Look {
     /// Allocates all memory of later looks.
     pub(super) fn new(device: &Arc<CudaDevice>) -> Result<Look> {
         let found = Buffer::new(device, size_of::<u64>(), "the look at parameters")?;
-        let pinned = Pinned::new(device, size_of::<u64>())?;
-        let (may_be_set, is_joined) = (AtomicBool::new(true), AtomicBool::new(false));
-        Ok(Look { device: device.clone(), found, pinned, fetched: device.order_event()?, may_be_set, is_joined })
+        let pinned = Arc::new(Pinned::new(device, size_of::<u64>())?);
+        let (fetched, may_be_set) = (device.order_event()?, AtomicBool::new(true));
+        Ok(Look { device: device.clone(), found, pinned, fetched, may_be_set, joined: Vec::new() })
     }
 
     /// Returns the address of the key on the device.
@@ -93,19 +93,22 @@ impl Look {
 
     /// Queues that what other devices have found counts, too, after their looks have been published.
     ///
-    /// # Safety
-    /// The other looks live until this has run, and begin again only then.
-    pub(super) unsafe fn join(&self, stream: &CudaStream, others: &[&Look]) -> Result<()> {
+    /// The owner waits for it before a drop. It misses what others have found if they look again before it has run.
+    pub(super) fn join(&mut self, stream: &CudaStream, others: &[&Look]) -> Result<()> {
         self.may_be_set.store(true, Ordering::Relaxed);
-        self.is_joined.store(true, Ordering::Relaxed);
+        for other in others {
+            if !self.joined.iter().any(|pinned| Arc::ptr_eq(pinned, &other.pinned)) {
+                self.joined.push(other.pinned.clone());
+            }
+        }
         for others in others.chunks(MAX_JOINED) {
             let mut args = JoinArgs { found: self.found.address(), count: others.len() as u64, ..Default::default() };
             for (place, other) in args.others.iter_mut().zip(others) {
                 stream.wait(&other.fetched).map_err(self.device.driver_error("order two devices"))?;
                 *place = other.pinned.start().addr() as u64;
             }
-            // SAFETY: we own the key. Memory that the driver has pinned has the same address on every device, and the
-            // caller keeps it.
+            // SAFETY: we own the key, and share the copies. Memory that the driver has pinned has the same address on
+            // every device.
             unsafe { self.device.kernels.join_looks(stream, &args) }
                 .map_err(self.device.driver_error("launch the join of looks"))?;
         }
@@ -121,7 +124,7 @@ impl Look {
         let bytes = unsafe { self.pinned.bytes() };
         let key: u64 = bytemuck::pod_read_unaligned(bytes);
         let found = FoundElement::of(key)?;
-        if found.is_none() && !self.is_joined.load(Ordering::Relaxed) {
+        if found.is_none() && self.joined.is_empty() {
             self.may_be_set.store(false, Ordering::Relaxed);
         }
         Ok(found)

@@ -109,7 +109,7 @@ impl Staging {
         for (i, block) in split_into_blocks(sizes, size).into_iter().enumerate() {
             let stage = &mut self.stages[i % 2];
             stage.wait(&self.device)?;
-            let bytes = |piece: &Piece| &copies[piece.copy].1[piece.bytes.clone()];
+            let bytes = |piece: &BlockPiece| &copies[piece.copy].1[piece.bytes.clone()];
             stage.fill(block.iter().map(|piece| (piece.at, bytes(piece))));
             let queued = block.iter().try_for_each(|piece| {
                 let to = copies[piece.copy].0 + piece.bytes.start as u64;
@@ -158,14 +158,14 @@ type Places<'p> = Vec<(usize, &'p mut [u8])>;
 
 /// Part of a copy, and its place in a block.
 #[derive(Debug, PartialEq)]
-struct Piece {
+struct BlockPiece {
     copy: usize,
     bytes: Range<usize>,
     at: usize,
 }
 
 /// Splits copies of these sizes in bytes into blocks of at most `block` bytes. A copy may take several blocks.
-fn split_into_blocks(sizes: impl Iterator<Item = usize>, block: usize) -> Vec<Vec<Piece>> {
+fn split_into_blocks(sizes: impl Iterator<Item = usize>, block: usize) -> Vec<Vec<BlockPiece>> {
     let mut blocks = Vec::new();
     let mut pieces = Vec::new();
     let mut end = 0;
@@ -180,7 +180,7 @@ fn split_into_blocks(sizes: impl Iterator<Item = usize>, block: usize) -> Vec<Ve
             start = bytes.end;
             let at = end;
             end = (at + bytes.len()).next_multiple_of(ALIGNMENT);
-            pieces.push(Piece { copy, bytes, at });
+            pieces.push(BlockPiece { copy, bytes, at });
         }
     }
     blocks.push(pieces);
@@ -257,7 +257,7 @@ mod tests {
 
     #[test]
     fn copies_share_blocks_and_long_ones_are_split() {
-        let piece = |copy, bytes, at| Piece { copy, bytes, at };
+        let piece = |copy, bytes, at| BlockPiece { copy, bytes, at };
         let blocks = split_into_blocks([5, 0, 30, 100, 4].into_iter(), 64);
         let expected = [
             vec![piece(0, 0..5, 0), piece(2, 0..30, 16), piece(3, 0..16, 48)],

@@ -132,13 +132,6 @@ impl PartAverages {
     }
 }
 
-impl Drop for SpreadAverages {
-    fn drop(&mut self) {
-        // Each device reads what the others have found. An error here was already reported.
-        self.parts.iter().filter_map(PartAverages::on_device).for_each(|averages| drop(averages.wait()));
-    }
-}
-
 impl PartReader {
     fn copies(&mut self) -> Result<Vec<Vec<u8>>> {
         match self {
@@ -317,8 +310,8 @@ impl SpreadAverages {
                     return averages.update(&averaged, &copied, weights);
                 }
                 let others: Vec<_> = before.iter().chain(&*after).filter_map(PartAverages::on_device).collect();
-                // SAFETY: all parts look again only after `refused` has waited for this update, and the drop waits.
-                unsafe { averages.update_after_looks(&averaged, &copied, weights, &others) }
+                // All parts look again only after `refused` has waited for this update.
+                averages.update_after_looks(&averaged, &copied, weights, &others)
             }
             None => {
                 let (incoming, copied) = self.on_host(k, views)?;

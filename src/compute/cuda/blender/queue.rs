@@ -23,14 +23,14 @@ pub(super) struct JobQueue<'q, 'a> {
 }
 
 /// Copy within the device, to an offset in the inputs.
-struct DeviceCopy {
+struct InputCopy {
     source: usize,
     at: usize,
     from: u64,
     bytes: usize,
 }
 
-impl DeviceCopy {
+impl InputCopy {
     /// Returns true if another copy of the same source begins where this one ends, on both sides. Other sources may be
     /// in other allocations, which no copy may cross.
     fn is_continued_by(&self, source: usize, at: usize, from: u64) -> bool {
@@ -48,15 +48,15 @@ impl JobQueue<'_, '_> {
             unsafe { copy_to_device(self.device, self.stream, device, &inputs.host, start, end - start) }?;
         }
         // Tensors of an average that lie side by side are one copy.
-        let mut copies: Vec<DeviceCopy> = Vec::new();
+        let mut copies: Vec<InputCopy> = Vec::new();
         for_each_input(&self.job.groups, &self.job.parts, |source, at, input| {
             let BlendInput::Device { address, bytes } = input else { return };
             match copies.last_mut() {
                 Some(last) if last.is_continued_by(source, at, address) => last.bytes += bytes,
-                _ => copies.push(DeviceCopy { source, at, from: address, bytes }),
+                _ => copies.push(InputCopy { source, at, from: address, bytes }),
             }
         });
-        copies.iter().try_for_each(|DeviceCopy { at, from, bytes, .. }| {
+        copies.iter().try_for_each(|InputCopy { at, from, bytes, .. }| {
             // SAFETY: the place is as long as the source, which its owner keeps allocated.
             unsafe { copy_on_device(self.device, self.stream, to + *at as u64, *from, *bytes) }
         })
