@@ -34,7 +34,7 @@ fn train(dir: &Path, change: impl FnOnce(Options) -> Options) {
 
 /// Division of the tensors among processes.
 #[derive(Clone, Copy, Debug)]
-enum Cut {
+enum Division {
     Rows,
     Columns,
     /// Ranges of the flattened tensors.
@@ -51,18 +51,18 @@ fn share(extent: usize, rank: usize, ranks: usize) -> (usize, usize) {
 }
 
 /// Returns offset and shape of the part of a process; `None` if it stores none.
-fn part(shape: &[usize], cut: Cut, rank: usize, ranks: usize) -> Option<(Vec<usize>, Vec<usize>)> {
+fn part(shape: &[usize], cut: Division, rank: usize, ranks: usize) -> Option<(Vec<usize>, Vec<usize>)> {
     let (mut offset, mut extents) = (vec![0; shape.len()], shape.to_vec());
     let Some(last) = shape.len().checked_sub(1) else { return (rank == 0).then_some((offset, extents)) };
     match cut {
-        Cut::Lists if shape.len() != 1 => {
+        Division::Lists if shape.len() != 1 => {
             let (start, extent) = share(shape.iter().product(), rank, ranks);
             return Some((vec![start], vec![extent]));
         }
-        Cut::Rows => (offset[0], extents[0]) = share(shape[0], rank, ranks),
-        Cut::Columns | Cut::Lists => (offset[last], extents[last]) = share(shape[last], rank, ranks),
-        Cut::Grid if last == 0 => (offset[0], extents[0]) = share(shape[0], rank, ranks),
-        Cut::Grid => {
+        Division::Rows => (offset[0], extents[0]) = share(shape[0], rank, ranks),
+        Division::Columns | Division::Lists => (offset[last], extents[last]) = share(shape[last], rank, ranks),
+        Division::Grid if last == 0 => (offset[0], extents[0]) = share(shape[0], rank, ranks),
+        Division::Grid => {
             (offset[0], extents[0]) = share(shape[0], rank % 2, 2);
             (offset[last], extents[last]) = share(shape[last], rank / 2, ranks / 2);
         }
@@ -82,7 +82,7 @@ fn elements_of(bytes: &[u8], size: usize, shape: &[usize], offset: &[usize], ext
 }
 
 /// Writes a snapshot again as the set of files of some processes, and returns their paths.
-fn write_set(dir: &Path, snapshot: &Snapshot, cut: Cut, ranks: usize) -> Vec<PathBuf> {
+fn write_set(dir: &Path, snapshot: &Snapshot, cut: Division, ranks: usize) -> Vec<PathBuf> {
     let mut paths = Vec::new();
     for rank in 0..ranks {
         let (mut specs, mut places, mut contents) = (Vec::new(), Vec::new(), Vec::new());
@@ -104,7 +104,7 @@ fn write_set(dir: &Path, snapshot: &Snapshot, cut: Cut, ranks: usize) -> Vec<Pat
 }
 
 /// Writes a run again in parts, snapshot `i` as `cuts[i % n]` says; `None` leaves it in one file.
-fn write_again(from: &Path, to: &Path, cuts: &[Option<(Cut, usize)>]) {
+fn write_again(from: &Path, to: &Path, cuts: &[Option<(Division, usize)>]) {
     fs::create_dir(to).unwrap();
     for (i, snapshot) in Run::open(from).unwrap().snapshots().iter().enumerate() {
         match cuts[i % cuts.len()] {
@@ -130,12 +130,18 @@ fn written(run: &Run, plans: &[Plan]) -> Vec<Vec<u8>> {
 
 #[test]
 fn sharded_run_gives_the_bits_of_an_unsharded_one() {
-    let cuts: &[&[Option<(Cut, usize)>]] = &[
-        &[Some((Cut::Rows, 3))],
-        &[Some((Cut::Columns, 2))],
-        &[Some((Cut::Lists, 4))],
-        &[Some((Cut::Grid, 6))],
-        &[Some((Cut::Rows, 2)), None, Some((Cut::Columns, 5)), Some((Cut::Lists, 3)), Some((Cut::Rows, 1))],
+    let cuts: &[&[Option<(Division, usize)>]] = &[
+        &[Some((Division::Rows, 3))],
+        &[Some((Division::Columns, 2))],
+        &[Some((Division::Lists, 4))],
+        &[Some((Division::Grid, 6))],
+        &[
+            Some((Division::Rows, 2)),
+            None,
+            Some((Division::Columns, 5)),
+            Some((Division::Lists, 3)),
+            Some((Division::Rows, 1)),
+        ],
     ];
     for dtype in [Dtype::F16, Dtype::F32] {
         let temp = tempfile::tempdir().unwrap();
@@ -166,7 +172,7 @@ fn sharded() -> (tempfile::TempDir, PathBuf) {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("run");
     train(&temp.path().join("whole"), |options| options);
-    write_again(&temp.path().join("whole"), &dir, &[Some((Cut::Rows, 5))]);
+    write_again(&temp.path().join("whole"), &dir, &[Some((Division::Rows, 5))]);
     (temp, dir)
 }
 
@@ -211,8 +217,8 @@ fn file_of_another_snapshot_in_a_set_is_named() {
     let other = tempfile::tempdir().unwrap();
     let strange = other.path().join("run");
     train(&other.path().join("whole"), |options| options);
-    write_again(&other.path().join("whole"), &strange, &[Some((Cut::Rows, 5))]);
-    let wide = write_set(other.path(), &Run::open(&strange).unwrap().snapshots()[2], Cut::Rows, 4);
+    write_again(&other.path().join("whole"), &strange, &[Some((Division::Rows, 5))]);
+    let wide = write_set(other.path(), &Run::open(&strange).unwrap().snapshots()[2], Division::Rows, 4);
     for (source, expected) in [
         (path(20, 2, 5), "the name says step 30, but the file holds step 20"),
         (dir.join("1.30-part-00002-of-00005.safetensors"), "the profile is"),
@@ -236,7 +242,7 @@ fn time_of_opening() {
     let whole = temp.path().join("whole");
     train(&whole, |options| options.checkpoint_every(3));
     let many = temp.path().join("many");
-    write_again(&whole, &many, &[Some((Cut::Rows, 1024))]);
+    write_again(&whole, &many, &[Some((Division::Rows, 1024))]);
     for _ in 0..7 {
         let start = std::time::Instant::now();
         let run = Run::open(&many).unwrap();
@@ -264,9 +270,9 @@ fn time_of_synthesis() {
         ema.update(&large(step)).unwrap();
     }
     ema.finish().unwrap();
-    write_again(&dir("whole"), &dir("rows"), &[Some((Cut::Rows, 8))]);
-    write_again(&dir("whole"), &dir("columns"), &[Some((Cut::Columns, 8))]);
-    write_again(&dir("whole"), &dir("many"), &[Some((Cut::Columns, 64))]);
+    write_again(&dir("whole"), &dir("rows"), &[Some((Division::Rows, 8))]);
+    write_again(&dir("whole"), &dir("columns"), &[Some((Division::Columns, 8))]);
+    write_again(&dir("whole"), &dir("many"), &[Some((Division::Columns, 64))]);
     let mut best = [f64::INFINITY; 4];
     for _ in 0..15 {
         for (name, best) in ["whole", "rows", "columns", "many"].iter().zip(&mut best) {
