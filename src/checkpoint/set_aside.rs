@@ -14,6 +14,7 @@ const WITHIN_EPOCH: &str = "left out, saved within an epoch to recover from a cr
 const OWN_AVERAGE: &str = "left out, an average of such checkpoints itself";
 
 /// Leaves out files within an epoch if there are others. Returns the others, and a note.
+#[cfg(feature = "pytorch")]
 pub(super) fn without_recovery(paths: Vec<PathBuf>) -> (Vec<PathBuf>, Option<String>) {
     without(paths, WITHIN_EPOCH, |path| path, |path| is_recovery(path))
 }
