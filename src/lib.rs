@@ -31,6 +31,8 @@
 //!   [`UpdateOutcome`].
 //! * Tensors of a model: the traits [`Parameters`] and [`ParametersMut`], which lend [`TensorView`] and
 //!   [`TensorViewMut`] in [`Memory`] of the host or a device, and [`Tensors`] with memory of their own.
+//! * Models in parts on several processes: [`TensorView::as_part_of`], [`Options::manifest`], [`agree`] and
+//!   [`Options::role`].
 //! * Runs on disk: [`Run`], [`verify`], [`SavedState`], and the files themselves in [`snapshot`].
 //! * Averages: a [`Profile`] at a time ([`At`]) becomes a [`Plan`], with [`Noise`] against rounding. [`Output`] and
 //!   [`WriteOptions`] say where a result goes and which [`Device`] computes it. [`SwapGuard`] and [`SavedWeights`] put

@@ -70,7 +70,7 @@ impl Lock {
     /// [`Error::Locked`] or [`Error::LockedHere`] if another writer holds it, [`Error::Io`] if the lock cannot be
     /// taken, [`Error::Unexpected`] if the lock file is not a regular file.
     pub fn acquire(dir: &Path) -> Result<Lock> {
-        Lock::acquire_file(dir, LOCK_FILE, Kind::Exclusive)
+        Lock::acquire_file(dir, LOCK_FILE, LockKind::Exclusive)
     }
 
     /// Locks a run for one of the processes that write it together: the run against others, and the number of this
@@ -78,12 +78,11 @@ impl Lock {
     ///
     /// # Errors
     /// Those of [`Lock::acquire`].
-    #[cfg_attr(not(test), expect(dead_code, reason = "sharded runs store nothing yet"))]
     pub fn acquire_shared(dir: &Path, number: Option<usize>) -> Result<Lock> {
-        let mut lock = Lock::acquire_file(dir, LOCK_FILE, Kind::Shared)?;
+        let mut lock = Lock::acquire_file(dir, LOCK_FILE, LockKind::Shared)?;
         if let Some(number) = number {
             let name = format!("{LOCK_FILE}-{number:05}");
-            let own = Lock::acquire_file(dir, &name, Kind::Exclusive)?;
+            let own = Lock::acquire_file(dir, &name, LockKind::Exclusive)?;
             lock.id.number = Some(Box::new(own.id.clone()));
             lock.number = Some(Box::new(own));
         }
@@ -91,12 +90,11 @@ impl Lock {
     }
 
     /// Returns true if a tracker has opened the directory at any time.
-    #[cfg_attr(not(test), expect(dead_code, reason = "sharded runs store nothing yet"))]
     pub fn has_been_taken(dir: &Path) -> bool {
         dir.join(LOCK_FILE).symlink_metadata().is_ok()
     }
 
-    fn acquire_file(dir: &Path, name: &str, kind: Kind) -> Result<Lock> {
+    fn acquire_file(dir: &Path, name: &str, kind: LockKind) -> Result<Lock> {
         let path = dir.join(name);
         let mut lock = Lock::open(dir, name, kind)?;
         for _ in 0..ATTEMPTS {
@@ -115,7 +113,7 @@ impl Lock {
         Ok(lock)
     }
 
-    fn open(dir: &Path, name: &str, kind: Kind) -> Result<Lock> {
+    fn open(dir: &Path, name: &str, kind: LockKind) -> Result<Lock> {
         let path = &dir.join(name);
         if path.symlink_metadata().is_ok_and(|metadata| !metadata.is_file()) {
             return Err(not_regular(path));
@@ -161,19 +159,19 @@ impl Lock {
     }
 }
 
-/// Kind of a lock.
+/// LockKind of a lock.
 #[derive(Clone, Copy, Debug)]
-enum Kind {
+enum LockKind {
     Exclusive,
     Shared,
 }
 
 /// Locks a file. Network file systems let a signal interrupt that.
-fn try_lock(file: &File, kind: Kind) -> std::result::Result<(), TryLockError> {
+fn try_lock(file: &File, kind: LockKind) -> std::result::Result<(), TryLockError> {
     loop {
         let locked = match kind {
-            Kind::Exclusive => file.try_lock(),
-            Kind::Shared => file.try_lock_shared(),
+            LockKind::Exclusive => file.try_lock(),
+            LockKind::Shared => file.try_lock_shared(),
         };
         match locked {
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}

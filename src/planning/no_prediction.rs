@@ -27,6 +27,8 @@ pub enum NoPrediction {
     Zeros,
     /// Groups of tensors have targets of their own.
     Groups,
+    /// A process of a sharded run holds only parts of the tensors.
+    Parts,
     /// Nobody asked for a prediction: the plan belongs to a synthesis.
     NotAsked,
 }
@@ -56,6 +58,10 @@ impl fmt::Display for NoPrediction {
             NoPrediction::Groups => {
                 "the movement is measured for all tensors together, and groups have targets of their own: plan each \
                  target for all tensors to see its prediction"
+            }
+            NoPrediction::Parts => {
+                "this process of a sharded run holds only parts of the weights: plan the run's snapshots in its \
+                 directory"
             }
             NoPrediction::NotAsked => "a synthesis does not predict: ask for the plan of the target",
         };

@@ -14,6 +14,7 @@ mod lineage;
 mod parsed_snapshot;
 #[cfg(test)]
 mod part_tests;
+mod saved_state;
 mod sessions;
 mod settings;
 mod state;
@@ -21,11 +22,10 @@ mod state;
 mod tests;
 mod verify;
 
+pub use saved_state::SavedState;
+pub(crate) use saved_state::{newest_state, saved_files};
 pub(crate) use settings::Settings;
-pub use state::SavedState;
-pub(crate) use state::{
-    LiveState, STATE, StateDocument, check_snapshots, copy_name, find, high_name, low_name, saved_path,
-};
+pub(crate) use state::{LiveState, STATE, StateDocument, check_snapshots, copy_name, high_name, low_name};
 pub use verify::{VerifyReport, verify};
 
 pub(crate) use extended::later_groups;

@@ -7,11 +7,11 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::{Run, Settings};
-use crate::error::{Difference, Error, Result, shown};
+use crate::error::{Difference, Error, Result};
 use crate::math::History;
-use crate::snapshot::{self, Extension, SAVED_STATE_FILE, STATE_FILE, Session, StoredFile};
+use crate::snapshot::{self, Extension, PartPlace, STATE_FILE, Session, StoredFile, StoredTensor, TensorSet};
 
-/// Key of the JSON document in the metadata of the file.
+/// Key of the JSON document in the metadata of each file.
 pub(crate) const STATE: &str = "state";
 
 /// Prefix of the names of copied tensors in the file.
@@ -57,10 +57,9 @@ pub(crate) fn copy_name(tensor: &str) -> String {
     format!("{COPIED}{tensor}")
 }
 
-/// Opens a live state and reads its document, without its data.
-fn open(path: &Path) -> Result<(StoredFile, StateDocument)> {
-    let file = StoredFile::open(path)?;
-    file.check_header()?;
+/// Reads the document of one file of a live state, after a check of its header.
+pub(super) fn document(file: &StoredFile) -> Result<StateDocument> {
+    let path = file.path();
     snapshot::check_version(path, file.metadata())?;
     let text = file.metadata().get(STATE).map(String::as_str).unwrap_or_default();
     let document: StateDocument = serde_json::from_str(text)
@@ -69,79 +68,106 @@ fn open(path: &Path) -> Result<(StoredFile, StateDocument)> {
         let why = format!("its clock, {}, is before its last update", document.clock);
         return Err(Error::damaged(path, why));
     }
-    Ok((file, document))
+    Ok(document)
 }
 
-/// Summary of a run's live state, from which a resume continues.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SavedState {
-    /// Step of the last call.
-    pub step: u64,
-    /// Step of the last update, if there was one.
-    pub updated: Option<u64>,
-    /// Size of the file in bytes.
-    pub bytes: u64,
-}
-
-impl SavedState {
-    /// Reads the summary of a run's live state, without its data. Returns `None` if the file does not exist.
+impl StateDocument {
+    /// Adds what the document of another file of the same state says of the tensors in that file.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Damaged`] or [`Error::Unexpected`] if the file cannot be used.
-    pub fn of(run: impl AsRef<Path>) -> Result<Option<SavedState>> {
-        Ok(find(&run.as_ref().join(STATE_FILE))?.map(|(file, document)| SavedState::new(&file, &document)))
-    }
-
-    /// Reads the summary of a state that [`PostHocEma::save_to`](crate::PostHocEma::save_to) wrote, given its file or
-    /// the folder that it was saved into. Does not read its data.
-    ///
-    /// # Errors
-    /// [`Error::NoState`] if the file does not exist, and those of [`SavedState::of`].
-    pub fn at(path: impl AsRef<Path>) -> Result<SavedState> {
-        let (file, document) = open(&saved_path(path.as_ref())?)?;
-        Ok(SavedState::new(&file, &document))
-    }
-
-    fn new(file: &StoredFile, document: &StateDocument) -> SavedState {
-        SavedState { step: document.clock, updated: document.history.last(), bytes: file.len() }
-    }
-}
-
-/// Returns the file of a live state, given its path or that of a folder: one that it was saved into, or a run.
-///
-/// # Errors
-/// [`Error::NoState`] if it does not exist.
-pub(crate) fn saved_path(path: &Path) -> Result<PathBuf> {
-    let none = |reason: String| Err(Error::NoState { path: path.to_owned(), reason });
-    if !path.is_dir() {
-        return if path.exists() { Ok(path.to_owned()) } else { none("it does not exist".into()) };
-    }
-    match [SAVED_STATE_FILE, STATE_FILE].map(|name| path.join(name)).into_iter().find(|file| file.exists()) {
-        Some(file) => Ok(file),
-        None => none(format!("it has neither {SAVED_STATE_FILE} nor {STATE_FILE} to resume from")),
+    /// [`Error::Mismatch`] if the files are not of one state.
+    fn join(&mut self, path: &Path, (other_path, other): (&Path, StateDocument)) -> Result<()> {
+        let differs = |what: &str, own: String, others: String| {
+            Err(Error::mismatch(other_path, path, Difference::new(format!("the {what} of the state"), own, others)))
+        };
+        let shown = |session: &Option<Session>| session.as_ref().map_or("none".to_owned(), ToString::to_string);
+        if self.run != other.run {
+            return differs("run", self.run.clone(), other.run);
+        }
+        if self.clock != other.clock {
+            return differs("step", self.clock.to_string(), other.clock.to_string());
+        }
+        if self.session != other.session {
+            return differs("session", shown(&self.session), shown(&other.session));
+        }
+        let rest = |state: &StateDocument| {
+            serde_json::json!([state.history, state.lineage, state.settings, state.extensions]).to_string()
+        };
+        if rest(self) != rest(&other) {
+            return differs("history or settings", rest(self), rest(&other));
+        }
+        self.stored = self.stored.max(other.stored);
+        self.tied.extend(other.tied);
+        self.dtypes.extend(other.dtypes);
+        Ok(())
     }
 }
 
-/// Opens a live state and reads its document, without its data. Returns `None` if the file does not exist.
-pub(crate) fn find(path: &Path) -> Result<Option<(StoredFile, StateDocument)>> {
-    match open(path) {
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        opened => opened.map(Some),
-    }
-}
-
-/// Live state that was read from disk.
+/// Live state on disk: one file, or those of all processes of a sharded run.
 pub(crate) struct LiveState {
-    pub file: StoredFile,
+    set: TensorSet,
     pub document: StateDocument,
 }
 
 impl LiveState {
-    /// Reads and verifies a live state.
-    pub(crate) fn read(path: &Path) -> Result<LiveState> {
-        let (file, document) = open(path)?;
-        file.verify()?;
-        Ok(LiveState { file, document })
+    /// Opens the files of a live state, without a look at their data.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Damaged`] or [`Error::Unexpected`] for a file that cannot be used, and
+    /// [`Error::Mismatch`] for files that do not belong together.
+    pub(crate) fn open(paths: &[PathBuf]) -> Result<LiveState> {
+        let set = TensorSet::open(paths, None, true)?;
+        let Some((first, others)) = set.files().split_first() else {
+            return Err(Error::Internal("a live state has no file".into()));
+        };
+        let mut joined = document(first)?;
+        for file in others {
+            joined.join(first.path(), (file.path(), document(file)?))?;
+        }
+        Ok(LiveState { set, document: joined })
+    }
+
+    /// Reads the document of the first file of a live state.
+    ///
+    /// # Errors
+    /// As [`LiveState::open`].
+    pub(crate) fn first_document(paths: &[PathBuf]) -> Result<StateDocument> {
+        let Some(first) = paths.first() else { return Err(Error::Internal("a live state has no file".into())) };
+        let file = StoredFile::open(first)?;
+        file.check_header()?;
+        document(&file)
+    }
+
+    /// Opens a live state and compares its data with their checksums: all files, or those that `is_verified` selects by
+    /// their index.
+    ///
+    /// # Errors
+    /// As [`LiveState::open`].
+    pub(crate) fn read(paths: &[PathBuf], is_verified: impl Fn(usize) -> bool) -> Result<LiveState> {
+        let state = LiveState::open(paths)?;
+        let mut files = state.set.files().iter().enumerate().filter(|(i, _)| is_verified(*i));
+        files.try_for_each(|(_, file)| file.verify())?;
+        Ok(state)
+    }
+
+    /// Returns the first file, which stands for the state in messages.
+    pub(crate) fn path(&self) -> &Path {
+        self.set.files()[0].path()
+    }
+
+    /// Returns the files.
+    pub(crate) fn files(&self) -> &[StoredFile] {
+        self.set.files()
+    }
+
+    /// Returns true for the files of a sharded run.
+    pub(crate) fn is_sharded(&self) -> bool {
+        self.set.has_parts()
+    }
+
+    /// Returns a stored tensor by its name in the files. Its shape is that of the whole tensor.
+    pub(crate) fn stored(&self, name: &str) -> Option<&StoredTensor> {
+        self.set.get(name)
     }
 
     /// Returns true for a tensor that the run averages, false for one that it copies, and `None` for any other.
@@ -149,60 +175,64 @@ impl LiveState {
         if self.document.dtypes.contains_key(name) {
             return Some(true);
         }
-        self.file.tensors().get(&copy_name(name)).map(|_| false)
+        self.stored(&copy_name(name)).map(|_| false)
     }
 
     /// Iterates over the names of the copied tensors.
     pub(crate) fn copied(&self) -> impl Iterator<Item = &str> {
-        self.file.tensors().keys().filter_map(|name| name.strip_prefix(COPIED))
+        self.set.tensors().filter_map(|(name, _)| name.strip_prefix(COPIED))
     }
 
     /// Returns the shape of an averaged tensor.
     pub(crate) fn averaged_shape(&self, name: &str) -> Option<&Vec<usize>> {
-        self.file.tensors().get(&high_name(0, name)).map(|tensor| &tensor.shape)
+        self.stored(&high_name(0, name)).map(|tensor| &tensor.shape)
     }
 
     /// Returns true if the state has a copy of this dtype and shape.
     pub(crate) fn has_copy(&self, name: &str, dtype: Dtype, shape: &[usize]) -> bool {
-        let copy = self.file.tensors().get(&copy_name(name));
+        let copy = self.stored(&copy_name(name));
         copy.is_some_and(|tensor| tensor.dtype == dtype && tensor.shape == shape)
     }
 
-    /// Returns the bytes of a tensor of the given dtype and shape.
-    pub(crate) fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
-        let path = self.file.path();
-        let Some(tensor) = self.file.tensors().get(name) else {
-            return Err(Error::damaged(path, format!("it lacks the tensor `{name}`")));
+    /// Reads a part of a tensor of the given dtype. `shape` is that of the part.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if the state lacks it, [`Error::Changed`] if it has another shape or dtype.
+    pub(crate) fn read_part(&self, name: &str, dtype: Dtype, part: &PartPlace, shape: &[usize]) -> Result<Vec<u8>> {
+        let Some(tensor) = self.stored(name) else {
+            return Err(Error::damaged(self.path(), format!("it lacks the tensor `{name}`")));
         };
-        if tensor.dtype != dtype || tensor.shape != shape {
-            let stored = format!("{} {:?} in {}", tensor.dtype, tensor.shape, shown(path));
-            return Err(Error::changed(name, Difference::new("the tensor", stored, format!("{dtype} {shape:?}"))));
+        if tensor.dtype != dtype || tensor.shape != part.global {
+            let stored = format!("{} {:?} in {}", tensor.dtype, tensor.shape, self.path().display());
+            let now = format!("{dtype} {:?}", part.global);
+            return Err(Error::changed(name, Difference::new("the tensor", stored, now)));
         }
-        Ok(self.file.bytes(tensor))
+        let lacks = || Error::damaged(self.path(), format!("it lacks the tensor `{name}`"));
+        let region = self.set.region(name, part, shape)?.ok_or_else(lacks)?;
+        let mut bytes = vec![0; region.elements.len()];
+        region.elements.copy(&mut bytes, 0);
+        Ok(bytes)
     }
-}
-
-/// Checks that the live state, if there is one, is of the run and contains the steps of its snapshots.
-///
-/// # Errors
-/// As [`SavedState::of`], and [`Error::Unexpected`] for a snapshot of another run, or of a step that the state lacks.
-pub(super) fn check(dir: &Path, run: &Run) -> Result<()> {
-    find(&dir.join(STATE_FILE))?.map_or(Ok(()), |(_, document)| check_snapshots(run, &document))
 }
 
 /// Checks that the snapshots are of the run of a live state, of steps in its history, and of its session or an earlier
 /// one.
-pub(crate) fn check_snapshots(on_disk: &Run, state: &StateDocument) -> Result<()> {
+pub(crate) fn check_snapshots(on_disk: &Run, live: &LiveState) -> Result<()> {
+    let state = &live.document;
+    let name = match live.is_sharded() {
+        true => live.path().file_name().unwrap_or_default().to_string_lossy(),
+        false => STATE_FILE.into(),
+    };
     let history = &state.history;
     for snapshot in on_disk.snapshots() {
         if snapshot.meta.run.as_deref() != Some(&state.run) {
-            let why = format!("the snapshot belongs to another run than {STATE_FILE}: move it out of the directory");
+            let why = format!("the snapshot belongs to another run than {name}: move it out of the directory");
             return Err(Error::unexpected(snapshot.path(), why));
         }
         if !history.contains(snapshot.id.step) {
             let why = format!(
-                "the snapshot is of step {}, which is not in the history of {STATE_FILE} (at step {}): move it out of \
-                 the directory, or bring back the state that wrote it",
+                "the snapshot is of step {}, which is not in the history of {name} (at step {}): move it out of the \
+                 directory, or bring back the state that wrote it",
                 snapshot.id.step,
                 history.last().unwrap_or(0)
             );
@@ -213,8 +243,8 @@ pub(crate) fn check_snapshots(on_disk: &Run, state: &StateDocument) -> Result<()
         {
             let why = format!(
                 "two processes wrote this run at one time: the snapshot is of session {own}, which does not continue \
-                 into session {newest} of {STATE_FILE}: move the snapshots of session {own} out of the directory, or \
-                 bring back the state that belongs to them"
+                 into session {newest} of {name}: move the snapshots of session {own} out of the directory, or bring \
+                 back the state that belongs to them"
             );
             return Err(Error::unexpected(snapshot.path(), why));
         }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{Run, state};
+use super::{Run, saved_state};
 use crate::error::{Error, Result};
 use crate::fs::start_threads;
 use crate::snapshot::{self, Snapshot, StoredFile};
@@ -37,7 +37,7 @@ pub fn verify(dir: impl AsRef<Path>, progress: &mut dyn FnMut(u64)) -> Result<Ve
     }
     if findings.errors.is_empty() {
         // A running tracker writes the state before the snapshots, so a state that is read after them is never older.
-        findings.add(Run::open(dir).and_then(|run| state::check(dir, &run)));
+        findings.add(Run::open(dir).and_then(|run| saved_state::check(dir, &run)));
     }
     let paths = files(dir)?;
     let mut bytes = 0;

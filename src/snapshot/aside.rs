@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use super::STATE_FILE;
 use super::id::{SnapshotId, parse};
 use super::listing::names;
-use super::part_sets::parse_state_part;
 use super::rewind::{ASIDE, MARKER_FILE, Rewind, is_folder_name};
+use super::state_names::is_state;
 use crate::error::{Error, Result};
 use crate::fs::{self as files, attempt, sync_directory};
 
@@ -52,10 +52,6 @@ pub fn set_aside(run: impl AsRef<Path>) -> Result<Vec<SetAside>> {
         found.push(SetAside { has_state: names.iter().any(|name| is_state(name)), path, snapshots });
     }
     Ok(found)
-}
-
-fn is_state(name: &str) -> bool {
-    name == STATE_FILE || parse_state_part(name).is_some()
 }
 
 /// Ends a rewind that a killed process left: carries it out if it counts, and takes it back otherwise.
@@ -121,7 +117,12 @@ pub(crate) fn create_aside(dir: &Path, rewind: &Rewind) -> Result<()> {
 /// # Errors
 /// [`Error::Io`].
 pub(crate) fn remove_set_aside(found: &SetAside, is_own: impl Fn(&Path) -> bool) -> Result<()> {
-    for name in names(&found.path)? {
+    let names = match names(&found.path) {
+        // Another process of a sharded run has removed it.
+        Err(Error::NoRun { .. }) => return Ok(()),
+        names => names?,
+    };
+    for name in names {
         let path = found.path.join(&name);
         if (is_state(&name) || parse(&name).is_some()) && is_own(&path) {
             remove_file(&path)?;

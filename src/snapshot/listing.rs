@@ -5,12 +5,12 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::STATE_FILE;
 use super::id::{FileRole, PartNumber, SnapshotId, parse};
-use super::part_sets::{PartNumbers, list_states, parse_state_part};
+use super::part_numbers::PartNumbers;
 use super::rewind::{MARKER_FILE, Rewind};
+use super::state_names::is_state;
 use crate::error::{Error, Result, shown};
-use crate::fs::{attempt, is_temporary, sync_directory};
+use crate::fs::{attempt, sync_directory};
 
 /// Lists the snapshots of a run with the files of each, without opening them.
 ///
@@ -44,7 +44,7 @@ pub fn list_each(dir: &Path) -> Result<BTreeMap<SnapshotId, Result<Vec<PathBuf>>
 }
 
 /// Returns the names of a run's files without those that a rewind sets aside, in order.
-fn current_names(dir: &Path) -> Result<Vec<String>> {
+pub(super) fn current_names(dir: &Path) -> Result<Vec<String>> {
     loop {
         let mut names = names(dir)?;
         if !names.iter().any(|name| name == MARKER_FILE) {
@@ -79,7 +79,6 @@ pub fn any_snapshot_file(dir: &Path) -> Result<Option<String>> {
 /// # Errors
 /// [`Error::RunExists`], and as [`list_each`].
 pub fn check_empty(dir: &Path) -> Result<()> {
-    let is_state = |name: &String| name == STATE_FILE || parse_state_part(name).is_some();
     let found = names(dir)?.into_iter().find(|name| is_state(name) || parse(name).is_some());
     match found {
         Some(found) => Err(Error::RunExists { path: dir.to_owned(), found }),
@@ -161,28 +160,6 @@ pub(super) fn names(dir: &Path) -> Result<Vec<String>> {
 
 fn no_run(dir: &Path, reason: &str) -> Error {
     Error::NoRun { path: dir.to_owned(), reason: reason.to_owned() }
-}
-
-/// Removes the files that a killed writer left: temporary files, shards of sets that were never finished, and
-/// incomplete sets of a sharded training.
-///
-/// The caller holds the lock of the run.
-///
-/// # Errors
-/// [`Error::Io`].
-pub fn remove_leftovers(dir: &Path) -> Result<()> {
-    let states = list_states(dir)?.into_iter().flat_map(|state| state.files);
-    let finished: BTreeSet<PathBuf> = list(dir)?.into_values().flatten().chain(states).collect();
-    for name in names(dir)? {
-        let path = dir.join(&name);
-        let is_part = matches!(parse(&name), Some((_, FileRole::Shard { .. } | FileRole::Part(_))))
-            || parse_state_part(&name).is_some();
-        let is_leftover = is_temporary(&name) || is_part && !finished.contains(&path);
-        if is_leftover && path.is_file() {
-            attempt("remove", &path, || fs::remove_file(&path))?;
-        }
-    }
-    Ok(())
 }
 
 /// Removes a snapshot, its index first: shards without an index are not taken for a damaged set.

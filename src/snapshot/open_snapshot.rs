@@ -98,6 +98,11 @@ impl Snapshot {
         self.files().iter().for_each(StoredFile::unmap_pages);
     }
 
+    /// Announces that bytes of these files will soon be read.
+    pub(crate) fn will_need(&self, bytes: &[u8]) {
+        self.files().iter().for_each(|file| file.will_need(bytes));
+    }
+
     /// Returns the tensors, wherever their elements are.
     pub(crate) fn set(&self) -> &TensorSet {
         &self.set

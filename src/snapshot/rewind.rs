@@ -14,6 +14,7 @@ use super::STATE_FILE;
 use super::id::parse;
 use super::layout::MAX_HEADER;
 use super::session::random_digits;
+use super::state_names::is_state;
 use crate::error::{Error, Result};
 use crate::fs::{AtomicFile, check_regular, find_document};
 
@@ -29,7 +30,10 @@ const DIGITS: usize = 16;
 /// Rewind of a run, as its marker stores it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Rewind {
-    /// [`header_hash`] of the live state that the run goes back to.
+    /// Name of the file of the live state that the run goes back to; of several files, the one that is placed last.
+    #[serde(default = "state_file")]
+    file: String,
+    /// [`header_hash`] of that file.
     state: String,
     /// Name of the folder in `aside` that the files are moved to.
     pub id: String,
@@ -40,9 +44,9 @@ pub(crate) struct Rewind {
 }
 
 impl Rewind {
-    /// Creates a rewind to the state with this [`header_hash`].
-    pub(crate) fn new(state: String, away: Vec<String>, back: Vec<(String, String)>) -> Rewind {
-        Rewind { state, id: random_digits(), away, back }
+    /// Creates a rewind to the state of which this file has this [`header_hash`].
+    pub(crate) fn new(file: String, state: String, away: Vec<String>, back: Vec<(String, String)>) -> Rewind {
+        Rewind { file, state, id: random_digits(), away, back }
     }
 
     /// Writes the marker.
@@ -66,7 +70,10 @@ impl Rewind {
         // The names become paths: none may lead out of the run.
         let folder =
             rewind.back.iter().map(|(folder, _)| folder).chain([&rewind.id]).find(|name| !is_folder_name(name));
-        let name = rewind.back.iter().map(|(_, name)| name).chain(&rewind.away).find(|name| parse(name).is_none());
+        let is_snapshot = |name: &str| parse(name).is_some();
+        let back = rewind.back.iter().map(|(_, name)| name).find(|name| !is_snapshot(name));
+        let away = rewind.away.iter().find(|name| !is_snapshot(name) && !is_state(name));
+        let name = back.or(away).or(Some(&rewind.file).filter(|name| !is_state(name)));
         if let Some(name) = folder.or(name) {
             return Err(Error::damaged(&path, format!("it names `{name}`, which no rewind moves")));
         }
@@ -78,7 +85,7 @@ impl Rewind {
     /// # Errors
     /// [`Error::Io`].
     pub(crate) fn counts(&self, dir: &Path) -> Result<bool> {
-        Ok(header_hash(&dir.join(STATE_FILE))?.as_ref() == Some(&self.state))
+        Ok(header_hash(&dir.join(&self.file))?.as_ref() == Some(&self.state))
     }
 
     /// Returns true if a file of the run is to be set aside and has not been moved yet.
@@ -90,6 +97,11 @@ impl Rewind {
     pub(crate) fn folder(&self, dir: &Path) -> PathBuf {
         dir.join(ASIDE).join(&self.id)
     }
+}
+
+/// Name of the file of a live state, in markers of older versions.
+fn state_file() -> String {
+    STATE_FILE.to_owned()
 }
 
 /// Returns true for the name of a folder in `aside`.

@@ -7,6 +7,11 @@ use crate::error::Result;
 impl PostHocEma {
     /// Stores the live state and a snapshot of every average, in the background if that is allowed.
     pub(super) fn checkpoint(&mut self) -> Result<()> {
+        self.non_finite.check_shared()?;
+        if self.shard.is_some() {
+            self.kept.extend(self.settled.last());
+            self.retain();
+        }
         let meta = self.checkpoint_meta(self.settled.last());
         let done = if self.in_background { self.engine.checkpoint(meta) } else { self.engine.store(&meta) };
         match done {
@@ -37,6 +42,10 @@ impl PostHocEma {
     /// The snapshots carry the session of that process, whose state they are made of.
     pub(super) fn complete(&mut self) -> Result<()> {
         self.write_missing()?;
+        if self.shard.is_some() {
+            // The first process has removed surplus ones already, and has seen those of all.
+            return Ok(());
+        }
         if let Err(error) = self.checkpoint_meta(self.stored).drop_surplus() {
             tracing::warn!("surplus snapshots stay until the next checkpoint: {error}");
         }
@@ -48,7 +57,7 @@ impl PostHocEma {
             return Ok(());
         }
         let meta = self.checkpoint_meta(self.stored);
-        let missing = meta.missing()?;
+        let missing = if meta.stores_nothing() { Vec::new() } else { meta.missing()? };
         if missing.is_empty() {
             return Ok(());
         }
@@ -70,6 +79,7 @@ impl PostHocEma {
 
     fn save_state(&self) -> Result<()> {
         self.settle_replays()?;
+        self.non_finite.check_shared()?;
         // A queued checkpoint holds an older state, which must not replace this one.
         let flushed = self.engine.flush();
         // Names a checkpoint that is still incomplete, so that a resume completes it.
@@ -125,6 +135,9 @@ impl PostHocEma {
             session: self.session.clone(),
             extensions: self.extensions.clone(),
             lineage: self.lineage.clone(),
+            shard: self.shard,
+            kept: self.kept.clone(),
+            resumed_at: self.resumed_at,
             lock: self.lock.id().clone(),
         }
     }

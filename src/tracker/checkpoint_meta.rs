@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 
 use super::registry::{Entry, TensorRegistry};
+use super::shard_place::ShardNumber;
 use super::values::Values;
 use crate::compute::cpu::{self, Averages, Layout};
 use crate::error::{Error, Result, shown};
@@ -14,7 +15,7 @@ use crate::fs::LockId;
 use crate::math::{History, Retention};
 use crate::planning::profile_json;
 use crate::run::Settings;
-use crate::snapshot::{self, Extension, Meta, Session, Snapshot, SnapshotId, write_snapshot};
+use crate::snapshot::{self, Extension, Meta, PartPlace, Session, Snapshot, SnapshotId, write_part, write_snapshot};
 use crate::tensor::{TensorSpec, is_averaged};
 
 /// Checkpoint metadata, without tensor data.
@@ -38,6 +39,12 @@ pub(super) struct CheckpointMeta {
     pub extensions: Vec<Extension>,
     /// Sessions before it that led to these averages.
     pub lineage: Vec<Session>,
+    /// Number of this process in a sharded run.
+    pub shard: Option<ShardNumber>,
+    /// Steps whose snapshots a sharded run keeps.
+    pub kept: BTreeSet<u64>,
+    /// Time of the last call in the live state that a resume went on from.
+    pub resumed_at: Option<u64>,
     /// Lock of the run, which is checked before every file.
     pub lock: LockId,
 }
@@ -73,9 +80,13 @@ impl CheckpointMeta {
 
     /// Stores the live state and a snapshot of every average, then removes surplus snapshots.
     pub(super) fn store(&self, values: &Values<'_>) -> Result<(), Failure> {
+        if self.stores_nothing() {
+            return Ok(());
+        }
         let dtypes = self.stored_dtypes(values).map_err(Failure::Values)?;
         self.write_files(values, &dtypes).map_err(Failure::Files)?;
-        self.remove_left_course().and_then(|()| self.drop_surplus()).map_err(Failure::Removal)
+        let removed = self.remove_older_states().and_then(|()| self.remove_left_course());
+        removed.and_then(|()| self.drop_surplus()).map_err(Failure::Removal)
     }
 
     /// Writes the state first: if the process dies before all snapshots are written, a resume writes the rest.
@@ -89,8 +100,12 @@ impl CheckpointMeta {
 
     /// Stores only the live state.
     pub(super) fn save(&self, values: &Values<'_>) -> Result<()> {
+        if self.stores_nothing() {
+            return Ok(());
+        }
         self.stored_dtypes(values)?;
-        self.write_state(values)
+        self.write_state(values)?;
+        self.remove_older_states()
     }
 
     /// Stores the live state in a file of the caller's.
@@ -113,12 +128,16 @@ impl CheckpointMeta {
     ///
     /// This library reads shards without their index, but Hugging Face's loaders do not.
     fn is_complete(&self, id: SnapshotId, files: &[PathBuf]) -> bool {
-        files.len() == 1 || self.dir.join(id.index_name()).is_file()
+        let is_set = files.first().is_some_and(|file| file.ends_with(id.part_name(1, files.len())));
+        is_set || files.len() == 1 || self.dir.join(id.index_name()).is_file()
     }
 
     /// Stores the snapshots of these profiles, then removes surplus snapshots.
     pub(super) fn complete(&self, values: &Values<'_>, missing: &[usize]) -> Result<()> {
         let dtypes = self.stored_dtypes(values)?;
+        if self.shard.is_some() {
+            return missing.iter().try_for_each(|&index| self.write_average(values, index, &dtypes[index]));
+        }
         let on_disk = snapshot::list(&self.dir)?;
         for &index in missing {
             // Removes shards without an index: a changed shard size may give another number of files.
@@ -184,20 +203,27 @@ impl CheckpointMeta {
         let averaged = self.registry.averaged();
         let copied = self.registry.copied();
         let layout = self.registry.layout();
-        let mut specs: Vec<TensorSpec> =
-            averaged.iter().zip(dtypes).map(|(entry, &dtype)| TensorSpec { dtype, ..entry.spec() }).collect();
-        specs.extend(copied.iter().map(Entry::spec));
-        let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| match i.checked_sub(averaged.len()) {
+        // Tensors that this process stores, by their place among all: those that are averaged first.
+        let entries: Vec<&Entry> = averaged.iter().chain(copied).collect();
+        let stored: Vec<usize> = (0..entries.len()).filter(|&i| entries[i].is_stored).collect();
+        let dtype_of = |i: usize| dtypes.get(i).copied().unwrap_or(entries[i].dtype);
+        let specs: Vec<TensorSpec> =
+            stored.iter().map(|&i| TensorSpec { dtype: dtype_of(i), ..entries[i].spec() }).collect();
+        let fill = |place: usize, range: Range<usize>, dst: &mut [u8]| match stored[place].checked_sub(averaged.len()) {
             Some(copy) => dst.copy_from_slice(&values.copies[copy][range]),
             None => {
+                let i = stored[place];
                 let start = layout.range(i).start;
                 let size = dtypes[i].bitsize() / 8;
                 values.averages[index].store(dst, start + range.start / size..start + range.end / size, dtypes[i]);
             }
         };
-        let meta = self.snapshot_meta(index, dtypes);
-        write_snapshot(&self.dir, self.snapshot_id(index), specs, &meta, self.settings.shard_size, &fill)?;
-        Ok(())
+        let (id, meta) = (self.snapshot_id(index), self.snapshot_meta(index, dtypes));
+        let Some(shard) = self.shard else {
+            return write_snapshot(&self.dir, id, specs, &meta, self.settings.shard_size, &fill).map(drop);
+        };
+        let places: Vec<PartPlace> = stored.iter().map(|&i| entries[i].place()).collect();
+        write_part(&self.dir.join(shard.snapshot_name(id)), specs, &places, meta.to_strings(), &fill)
     }
 
     /// Warns of each tensor that is stored in another dtype than requested.
@@ -215,9 +241,10 @@ impl CheckpointMeta {
     }
 
     fn snapshot_meta(&self, index: usize, dtypes: &[Dtype]) -> Meta {
-        let averaged = self.registry.averaged().iter().zip(dtypes);
+        let averaged = self.registry.averaged().iter().zip(dtypes).filter(|(entry, _)| entry.is_stored);
         let converted = averaged.filter(|(entry, stored)| entry.dtype != **stored);
-        let copied_floats = self.registry.copied().iter().filter(|entry| is_averaged(entry.dtype));
+        let copied = self.registry.copied().iter().filter(|entry| entry.is_stored);
+        let copied_floats = copied.filter(|entry| is_averaged(entry.dtype));
         Meta {
             profile: profile_json(&self.settings.profiles[index]),
             step: self.step(),
@@ -226,7 +253,7 @@ impl CheckpointMeta {
             copied: copied_floats.map(|entry| entry.name.clone()).collect(),
             run: Some(self.run_id.clone()),
             session: self.session.clone(),
-            tied: self.registry.tied().clone(),
+            tied: self.registry.stored_ties(),
             extensions: self.extensions.clone(),
         }
     }
@@ -235,6 +262,9 @@ impl CheckpointMeta {
     ///
     /// Snapshots of other runs, or that cannot be read, are neither counted nor removed, whatever their names.
     pub(super) fn drop_surplus(&self) -> Result<()> {
+        if self.shard.is_some() {
+            return self.drop_shared_surplus();
+        }
         self.lock.check()?;
         let mut on_disk = snapshot::list(&self.dir)?;
         on_disk.retain(|id, _| self.history.contains(id.step));

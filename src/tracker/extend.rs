@@ -29,7 +29,7 @@ pub(super) fn change(saved: &LiveState, registry: &TensorRegistry) -> Extension 
     for entry in registry.averaged() {
         let shape = saved.averaged_shape(&entry.name);
         let is_known = rest.remove(&entry.name);
-        if shape == Some(&entry.shape) {
+        if shape == Some(&entry.global) {
             if saved.document.dtypes.get(&entry.name) != Some(&entry.dtype) {
                 extension.retyped.insert(entry.name.clone());
             }
@@ -39,7 +39,7 @@ pub(super) fn change(saved: &LiveState, registry: &TensorRegistry) -> Extension 
     }
     for entry in registry.copied() {
         let is_known = rest.remove(&entry.name);
-        if !saved.has_copy(&entry.name, entry.dtype, &entry.shape) {
+        if !saved.has_copy(&entry.name, entry.dtype, &entry.global) {
             begin(&mut extension, entry, is_known);
         }
     }
@@ -67,7 +67,7 @@ pub(super) fn values(
     params: &(impl Parameters + ?Sized),
 ) -> Result<StateValues> {
     let (mut averages, mut copies) = state::read_values(saved, registry, settings, begun)?;
-    let (first, (first_averages, first_copies)) = first_values(saved.file.path(), registry, settings, begun, params)?;
+    let (first, (first_averages, first_copies)) = first_values(saved.path(), registry, settings, begun, params)?;
     let missing = |entry: &Entry| Error::tensor(&entry.name, "its first value could not be read: give it one role");
     for (i, entry) in registry.averaged().iter().enumerate().filter(|(_, entry)| begun.contains(&entry.name)) {
         let Some(Ok(from)) = first.find(&entry.name) else { return Err(missing(entry)) };

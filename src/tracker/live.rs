@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::PostHocEma;
 use super::live_source::{LiveGuard, LiveSource};
+use super::regions::RegionSource;
 use super::registry::Entry;
 use crate::error::{Error, Result};
 use crate::math::{Chain, Profile};
@@ -175,6 +176,7 @@ impl PostHocEma {
     /// Returns the step of the newest update that was done.
     fn newest_step(&self) -> Result<u64> {
         self.settle_replays()?;
+        self.non_finite.check_shared()?;
         self.non_finite.take_error()?;
         self.history().last().ok_or(Error::NoUpdate)
     }
@@ -184,6 +186,7 @@ impl PostHocEma {
         let step = self.newest_step()?;
         // Without waiting, the result would depend on how many snapshots are written already.
         self.engine.wait_idle()?;
+        self.await_snapshots(step)?;
         let run = if crate::snapshot::list(&self.dir)?.is_empty() { None } else { Some(Run::open(&self.dir)?) };
         Ok((run, step))
     }
@@ -193,6 +196,10 @@ impl PostHocEma {
         let mut sources = run.map(Run::sources).unwrap_or_default();
         // A snapshot of the newest step duplicates the live average, perhaps in a narrower dtype.
         sources.retain(|source| source.step < step);
+        if self.shard.is_some() {
+            // Other processes may have removed their parts of the others.
+            sources.retain(|source| self.kept.contains(&source.step));
+        }
         sources.extend((0..self.settings.profiles.len()).map(|index| self.live_source(index, step)));
         sources.sort_by_key(|source| (source.index, source.step));
         sources
@@ -207,6 +214,9 @@ impl PostHocEma {
         sources: &[IndexedSource],
         step: u64,
     ) -> Result<Result<SnapshotNoise, NoPrediction>> {
+        if self.shard.is_some() {
+            return Ok(Err(NoPrediction::Parts));
+        }
         let guard = self.live_values()?;
         let live = self.live_sources(&guard);
         let stored: Vec<(IndexedSource, &dyn SampledSource)> =
@@ -266,12 +276,18 @@ impl PostHocEma {
         let guard = self.live_values()?;
         let live = self.live_sources(&guard);
         let snapshots = run.as_ref().map(Run::tensor_sources).unwrap_or_default();
+        let cut = |snapshot| RegionSource::new(snapshot, &self.registry);
+        let parts: Vec<RegionSource<'_>> = match (&run, self.shard) {
+            (Some(run), Some(_)) => run.snapshots().iter().map(cut).collect(),
+            _ => Vec::new(),
+        };
         let mut held: Vec<(IndexedSource, &dyn TensorSource)> = Vec::with_capacity(sources.len());
         for source in sources {
-            let snapshot = snapshots.iter().find(|(other, _)| (other.index, other.step) == (source.index, source.step));
-            let holder = match snapshot {
-                Some((_, snapshot)) if source.step < step => *snapshot,
-                _ => &live[source.index],
+            let of_source = |(other, _): &(IndexedSource, _)| (other.index, other.step) == (source.index, source.step);
+            let snapshot = snapshots.iter().position(of_source).filter(|_| source.step < step);
+            let holder: &dyn TensorSource = match snapshot {
+                Some(place) => parts.get(place).map_or(snapshots[place].1, |part| part),
+                None => &live[source.index],
             };
             held.push((source, holder));
         }

@@ -1,6 +1,7 @@
 //! Tracker for a training loop: updates, snapshots, resume, Switch EMA.
 
 mod agreement;
+mod awaited;
 mod checkpoint;
 mod checkpoint_meta;
 mod engine;
@@ -9,6 +10,7 @@ mod live;
 mod live_source;
 mod non_finite;
 mod options;
+mod regions;
 mod registry;
 #[cfg(feature = "cuda")]
 mod replay;
@@ -16,6 +18,8 @@ mod resume;
 mod rewind;
 mod save_to;
 mod settle;
+mod shard_files;
+mod shard_place;
 mod sharding;
 mod state;
 mod tensor_choice;
@@ -24,6 +28,7 @@ mod unfinished;
 mod values;
 mod writer;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use crate::compute::cpu::UpdateWeights;
@@ -31,7 +36,7 @@ use crate::error::{Error, Result};
 use crate::fs::Lock;
 use crate::math::{History, Profile, Schedule};
 use crate::run::{SavedState, Settings};
-use crate::snapshot::{Extension, STATE_FILE, Session};
+use crate::snapshot::{Extension, Session};
 use crate::tensor::{Parameters, TensorView};
 pub use agreement::{ShardManifest, ShardRole, agree};
 use engine::Engine;
@@ -40,6 +45,7 @@ pub use non_finite::OnNonFinite;
 pub use options::{OnError, Options};
 use registry::TensorRegistry;
 use settle::NewestUpdate;
+use shard_place::ShardNumber;
 
 /// Outcome of a call of [`PostHocEma::update`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +99,12 @@ pub struct PostHocEma {
     stored: Option<u64>,
     /// True if the snapshots of the newest update failed and must be tried again.
     needs_retry: bool,
+    /// Number of this process in a sharded run.
+    shard: Option<ShardNumber>,
+    /// Steps whose snapshots a sharded run keeps. Every process has the same ones.
+    kept: BTreeSet<u64>,
+    /// Time of the last call in the live state that a resume went on from.
+    resumed_at: Option<u64>,
     /// Random id of the run, which every snapshot carries.
     run_id: String,
     /// Session of this process. None while the checkpoint of a process of an older version is completed.
@@ -130,6 +142,7 @@ impl PostHocEma {
     ///   of this call's snapshot, which is tried again before the next update.
     /// * [`Error::LockLost`] if the run's lock was removed or its directory replaced. Nothing is stored any more, also
     ///   with [`OnError::Continue`].
+    /// * [`Error::Tensor`] in a sharded run after an update that this process left out: see [`Options::shard`].
     /// * [`Error::Cuda`] if a device fails. The call has no effect. If the error says that an update was lost, nothing
     ///   more is stored: resume the run in a new process.
     pub fn update(&mut self, params: &(impl Parameters + ?Sized)) -> Result<UpdateOutcome> {
@@ -158,6 +171,7 @@ impl PostHocEma {
         if time <= previous {
             return Err(Error::Time { time, last: previous });
         }
+        self.non_finite.check_shared()?;
         let is_due = self.settings.schedule.is_update_due(previous, time);
         if is_due {
             self.settle_history()?;
@@ -259,9 +273,6 @@ impl PostHocEma {
     /// # Errors
     /// [`Error::Damaged`] and [`Error::Io`] for a live state that cannot be read.
     pub fn saved_step(dir: impl AsRef<Path>) -> Result<Option<u64>> {
-        if !dir.as_ref().join(STATE_FILE).is_file() {
-            return Ok(None);
-        }
         Ok(SavedState::of(dir)?.map(|state| state.step))
     }
 

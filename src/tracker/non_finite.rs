@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::error::{Error, Result, shown};
 use crate::tensor::NonFiniteElement;
@@ -30,13 +30,33 @@ pub(super) struct NonFinitePolicy {
     reaction: OnNonFinite,
     /// True if the newest update was left out.
     has_left_out: AtomicBool,
+    /// True in a sharded run: an update that this process leaves out parts it from the others.
+    is_shared: bool,
+    /// Tensor and step of the first such update.
+    parting: OnceLock<(String, u64)>,
     /// Errors that no call has returned yet, the oldest first. A call may find that of two updates.
     errors: Mutex<VecDeque<Error>>,
 }
 
 impl NonFinitePolicy {
-    pub(super) fn new(reaction: OnNonFinite) -> NonFinitePolicy {
-        NonFinitePolicy { reaction, ..NonFinitePolicy::default() }
+    /// `is_shared` is true in a sharded run.
+    pub(super) fn new(reaction: OnNonFinite, is_shared: bool) -> NonFinitePolicy {
+        NonFinitePolicy { reaction, is_shared, ..NonFinitePolicy::default() }
+    }
+
+    /// Checks that this process of a sharded run has left out no update that the others may have done. If it has, its
+    /// averages must not be stored or used beside theirs.
+    ///
+    /// # Errors
+    /// The error of the update, once, and then [`Error::Tensor`].
+    pub(super) fn check_shared(&self) -> Result<()> {
+        let Some((tensor, step)) = self.parting.get() else { return Ok(()) };
+        self.take_error()?;
+        let reason = format!(
+            "it was NaN or infinite at step {step}, so that this process left out an update that the others of the \
+             sharded run may have done: it stores nothing more. Stop all processes, repair the model, and resume"
+        );
+        Err(Error::tensor(tensor, reason))
     }
 
     /// Returns true if updates look at their parameters.
@@ -57,6 +77,9 @@ impl NonFinitePolicy {
         NonFiniteElement { element, value, .. }: NonFiniteElement,
     ) {
         let is_first = !self.has_left_out.swap(true, Ordering::Relaxed);
+        if self.is_shared {
+            self.parting.get_or_init(|| (tensor.to_owned(), step));
+        }
         if self.reaction == OnNonFinite::Raise {
             let error = Error::NonFiniteParameter { tensor: tensor.to_owned(), element, value, step };
             self.errors.lock().unwrap_or_else(PoisonError::into_inner).push_back(error);

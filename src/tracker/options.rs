@@ -1,5 +1,6 @@
 //! Options of a run, with the defaults that users of the existing tools know.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -8,7 +9,7 @@ use safetensors::Dtype;
 use super::engine::{self, EngineConfig};
 use super::non_finite::{NonFinitePolicy, OnNonFinite};
 use super::registry::TensorRegistry;
-use super::sharding::Sharding;
+use super::shard_place::Sharding;
 use super::tensor_choice::TensorChoice;
 use super::{PostHocEma, state};
 use crate::compute::cpu::Precision;
@@ -17,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::fs::{Lock, attempt, start_threads};
 use crate::math::{History, Profile, Retention, Schedule};
 use crate::run::Settings;
-use crate::snapshot::{self, STATE_FILE, Session};
+use crate::snapshot::{self, STATE_FILE};
 use crate::tensor::{Parameters, TensorView};
 
 /// Profile as the user gave it; it is checked when the run is opened.
@@ -321,24 +322,21 @@ impl Options {
         start_threads()?;
         let (registry, places) = register(params, |views| {
             let choice = TensorChoice::new(&settings)?;
-            choice.check(views)?;
+            if self.shard.is_none() {
+                choice.check(views)?;
+            }
             TensorRegistry::new(views, &choice, self.shard.as_ref())
         })?;
-        let non_finite = NonFinitePolicy::new(self.on_non_finite);
+        let non_finite = NonFinitePolicy::new(self.on_non_finite, self.shard.is_some());
         state::check_header(&registry, &settings)?;
-        self.create_dir()?;
-        snapshot::check_empty(&self.dir)?;
-        let lock = Lock::acquire(&self.dir)?;
-        snapshot::check_empty(&self.dir)?;
-        snapshot::recover(&self.dir)?;
-        snapshot::remove_leftovers(&self.dir)?;
+        let lock = self.lock_empty()?;
         let config = EngineConfig { device_copy: self.device_copy, ..EngineConfig::new(&registry, &settings) };
         let engine = engine::start(&self.dir, registry.layout(), &places, self.device, config)?;
         if self.in_background {
             engine.prepare();
         }
         Ok(PostHocEma {
-            dir: self.dir,
+            dir: self.dir.clone(),
             engine,
             settings,
             registry,
@@ -347,8 +345,11 @@ impl Options {
             newest: None,
             stored: None,
             needs_retry: false,
-            run_id: snapshot::new_run_id(),
-            session: Some(Session::begin(0, 0)),
+            run_id: self.shard.as_ref().map_or_else(snapshot::new_run_id, |sharding| sharding.id.clone()),
+            shard: self.shard.as_ref().map(Sharding::number),
+            kept: BTreeSet::new(),
+            resumed_at: None,
+            session: Some(self.begin_session(0, 0)),
             extensions: Vec::new(),
             lineage: Vec::new(),
             in_background: self.in_background,
@@ -357,6 +358,22 @@ impl Options {
             non_finite,
             lock,
         })
+    }
+
+    /// Creates the directory of a new run and locks it.
+    fn lock_empty(&self) -> Result<Lock> {
+        if !self.repairs() {
+            let lock = self.lock()?;
+            snapshot::check_empty(&self.dir)?;
+            return Ok(lock);
+        }
+        self.create_dir()?;
+        snapshot::check_empty(&self.dir)?;
+        let lock = self.lock()?;
+        snapshot::check_empty(&self.dir)?;
+        snapshot::recover(&self.dir)?;
+        snapshot::remove_leftovers(&self.dir)?;
+        Ok(lock)
     }
 
     pub(super) fn create_dir(&self) -> Result<()> {

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use safetensors::Dtype;
 
-use super::sharding::Sharding;
+use super::shard_place::Sharding;
 use super::tensor_choice::{Roles, TensorChoice};
 use crate::compute::cpu::Layout;
 use crate::error::{Difference, Error, Result};
-use crate::snapshot::FileLayout;
+use crate::snapshot::{FileLayout, PartPlace};
 use crate::tensor::{TensorSpec, TensorView, byte_size};
 
 /// Tensor of the run.
@@ -51,6 +51,11 @@ impl Entry {
 
     pub(super) fn spec(&self) -> TensorSpec {
         TensorSpec { name: self.name.clone(), dtype: self.dtype, shape: self.shape.clone() }
+    }
+
+    /// Returns the place of the tensor's elements in the whole tensor.
+    pub(super) fn place(&self) -> PartPlace {
+        PartPlace { global: self.global.clone(), offset: self.offset.clone() }
     }
 
     /// Returns true if a view is at the place of this tensor.
@@ -264,6 +269,13 @@ impl TensorRegistry {
 
     pub(super) fn tied(&self) -> &BTreeMap<String, String> {
         &self.tied
+    }
+
+    /// Returns the ties of the tensors that this process stores.
+    pub(super) fn stored_ties(&self) -> BTreeMap<String, String> {
+        let stored: BTreeSet<&String> =
+            self.averaged.iter().chain(&self.copied).filter(|entry| entry.is_stored).map(|entry| &entry.name).collect();
+        self.tied.iter().filter(|(_, kept)| stored.contains(kept)).map(|(a, b)| (a.clone(), b.clone())).collect()
     }
 
     pub(super) fn layout(&self) -> &Layout {

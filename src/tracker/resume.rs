@@ -1,7 +1,7 @@
 //! Resuming a run, from its own live state or from one that the training stored elsewhere.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::engine::{self, Engine, EngineConfig};
 use super::extend::{self, StateValues};
@@ -9,14 +9,15 @@ use super::non_finite::{NonFinitePolicy, OnNonFinite};
 use super::options::register;
 use super::registry::TensorRegistry;
 use super::rewind::Course;
+use super::shard_place::Sharding;
 use super::tensor_choice::TensorChoice;
 use super::{Options, PostHocEma, state};
 #[cfg(doc)]
 use crate::error::Error;
 use crate::error::Result;
 use crate::fs::{Lock, start_threads};
-use crate::run::{LiveState, Run, Settings, StateDocument, check_snapshots, saved_path};
-use crate::snapshot::{self, Extension, STATE_FILE, Session};
+use crate::run::{LiveState, Run, Settings, StateDocument, check_snapshots, newest_state, saved_files};
+use crate::snapshot::{self, Extension, FileOf, ListedFile, Session, list_files};
 use crate::tensor::{Parameters, TensorView};
 
 impl Options {
@@ -32,18 +33,27 @@ impl Options {
     /// * [`Error::Damaged`], [`Error::Locked`], [`Error::LockedHere`], [`Error::Io`], [`Error::Threads`] and
     ///   [`Error::Cuda`].
     pub fn resume(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
-        let path = self.dir.join(STATE_FILE);
-        if !path.is_file() {
+        self.check_sharding()?;
+        if newest_state(&self.dir)?.is_none() {
             return Err(self.no_state());
         }
         start_threads()?;
-        let lock = Lock::acquire(&self.dir)?;
-        snapshot::recover(&self.dir)?;
-        let saved = LiveState::read(&path)?;
+        let lock = self.lock()?;
+        if self.repairs() {
+            snapshot::recover(&self.dir)?;
+        }
+        let Some(files) = newest_state(&self.dir)? else { return Err(self.no_state()) };
+        let saved = self.read_state(&files)?;
         let model = self.prepare(&saved, params)?;
-        let sessions = self.check_stored(&saved.document)?;
+        let sessions = self.check_stored(&saved)?;
         let model = self.start(model)?;
         self.go_on(saved.document, model, sessions, lock)
+    }
+
+    /// Reads a live state and verifies its data. The processes of a sharded run share the files out.
+    fn read_state(&self, files: &[PathBuf]) -> Result<LiveState> {
+        let number = self.shard.as_ref().map(Sharding::number);
+        LiveState::read(files, |i| number.is_none_or(|number| number.rank == Some(i % number.ranks)))
     }
 
     /// Resumes a run from a live state that [`PostHocEma::save_to`] wrote, such as one beside the training's own
@@ -64,17 +74,24 @@ impl Options {
     /// * Those of [`Options::resume`]. Nothing has changed, except after an [`Error::Io`]: the next resume then
     ///   completes what was begun.
     pub fn resume_from(self, path: impl AsRef<Path>, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
-        let path = saved_path(path.as_ref())?;
+        self.check_sharding()?;
+        let files = saved_files(path.as_ref())?;
         start_threads()?;
-        let saved = LiveState::read(&path)?;
+        let saved = self.read_state(&files)?;
         let model = self.prepare(&saved, params)?;
-        self.create_dir()?;
-        let lock = Lock::acquire(&self.dir)?;
-        snapshot::recover(&self.dir)?;
+        if self.repairs() {
+            self.create_dir()?;
+        }
+        let lock = self.lock()?;
+        if self.repairs() {
+            snapshot::recover(&self.dir)?;
+        }
         let course = Course::survey(&self.dir, &saved)?;
         let model = self.start(model)?;
-        course.take(&self.dir, &path)?;
-        self.check_stored(&saved.document)?;
+        if self.repairs() {
+            course.take(&self.dir)?;
+        }
+        self.check_stored(&saved)?;
         self.go_on(saved.document, model, course.sessions, lock)
     }
 
@@ -87,7 +104,7 @@ impl Options {
             saved.document.settings.check_same_choice(&settings)?;
         }
         let (registry, places) = register(params, |views| self.resumed(saved, &settings, views))?;
-        let non_finite = NonFinitePolicy::new(self.on_non_finite);
+        let non_finite = NonFinitePolicy::new(self.on_non_finite, self.shard.is_some());
         let (values, extensions) = self.resumed_values(saved, &settings, &registry, params)?;
         Ok(Prepared { settings, registry, places, non_finite, values, extensions })
     }
@@ -118,7 +135,7 @@ impl Options {
     ) -> Result<(StateValues, Vec<Extension>)> {
         let mut extensions = saved.document.extensions.clone();
         if !self.extend {
-            state::check_tensors(saved, registry)?;
+            state::check_tensors(saved, registry, self.shard.is_none())?;
             return Ok((state::read_values(saved, registry, settings, &BTreeSet::new())?, extensions));
         }
         state::check_header(registry, settings)?;
@@ -154,7 +171,10 @@ impl Options {
     fn go_on(self, document: StateDocument, model: Started, sessions: u64, lock: Lock) -> Result<PostHocEma> {
         let lineage = document.earlier_sessions();
         let mut tracker = PostHocEma {
-            dir: self.dir,
+            dir: self.dir.clone(),
+            shard: self.shard.as_ref().map(Sharding::number),
+            kept: BTreeSet::new(),
+            resumed_at: Some(document.clock),
             engine: model.engine,
             settings: model.settings,
             registry: model.registry,
@@ -173,20 +193,24 @@ impl Options {
             non_finite: model.non_finite,
             lock,
         };
-        snapshot::remove_leftovers(&tracker.dir)?;
+        if self.repairs() {
+            snapshot::remove_leftovers(&tracker.dir)?;
+        }
+        tracker.find_kept()?;
         tracker.complete()?;
-        tracker.session = Some(Session::begin(sessions, tracker.settled.last().unwrap_or(0)));
+        tracker.session = Some(self.begin_session(sessions, tracker.settled.last().unwrap_or(0)));
         Ok(tracker)
     }
 
     /// Checks the stored snapshots against the live state, and returns the number of the newest session.
-    fn check_stored(&self, state: &StateDocument) -> Result<u64> {
+    fn check_stored(&self, saved: &LiveState) -> Result<u64> {
+        let state = &saved.document;
         let number = |session: &Option<Session>| session.as_ref().map_or(0, |session| session.number);
         if snapshot::list(&self.dir)?.is_empty() {
             return Ok(number(&state.session));
         }
         let run = Run::open(&self.dir)?;
-        check_snapshots(&run, state)?;
+        check_snapshots(&run, saved)?;
         // A version that stores no session may have written the state after newer sessions.
         let stored = run.snapshots().iter().map(|snapshot| number(&snapshot.meta.session));
         Ok(stored.chain([number(&state.session)]).max().unwrap_or(0))
@@ -197,7 +221,21 @@ impl Options {
     /// # Errors
     /// Those of [`Options::create`] and [`Options::resume`].
     pub fn resume_or_create(self, params: &(impl Parameters + ?Sized)) -> Result<PostHocEma> {
-        if self.dir.join(STATE_FILE).exists() { self.resume(params) } else { self.create(params) }
+        if newest_state(&self.dir)?.is_some() {
+            return self.resume(params);
+        }
+        self.remove_unfinished()?;
+        self.create(params)
+    }
+
+    /// Removes what a sharded run wrote that was killed before its first live state was complete.
+    fn remove_unfinished(&self) -> Result<()> {
+        let is_state = |file: &ListedFile| matches!(file.of, FileOf::State(_));
+        if !self.repairs() || !self.dir.is_dir() || !list_files(&self.dir)?.iter().any(is_state) {
+            return Ok(());
+        }
+        let _lock = self.lock()?;
+        snapshot::remove_leftovers(&self.dir)
     }
 }
 

@@ -1,41 +1,13 @@
 //! Sharded runs: the place of this process among those that track one model together.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use super::agreement::ShardRole;
+use super::shard_place::Sharding;
 use super::{OnNonFinite, Options};
 use crate::error::{Error, Result};
-
-/// Place of a process in a sharded run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Sharding {
-    /// Number among the processes that store; none for a process that stores nothing.
-    pub rank: Option<usize>,
-    /// Number of processes that store.
-    pub ranks: usize,
-    /// Random identifier of this start, equal on all processes.
-    pub id: String,
-    /// Tied tensors, as `dropped name -> kept name`; found by their memory if there are none.
-    pub ties: Option<BTreeMap<String, String>>,
-    /// Tensors that another process stores.
-    pub replicas: BTreeSet<String>,
-    /// True if the option `average` names parameters of the model; decided by the names of this process if none.
-    pub only_named: Option<bool>,
-}
-
-impl Sharding {
-    fn check(&self) -> Result<()> {
-        let fail = |reason: String| Err(Error::Setting { option: "shard", reason });
-        let ranks = self.ranks;
-        match self.rank {
-            _ if ranks == 0 => fail("0 processes store: at least one must".into()),
-            Some(rank) if rank >= ranks => fail(format!("rank {rank} is not below the number of ranks, {ranks}")),
-            _ if ranks > 99_999 => fail(format!("{ranks} processes store, and a set has at most 99999 files")),
-            _ if self.id.is_empty() => fail("the id is empty: pass a random string, the same on all processes".into()),
-            _ => Ok(()),
-        }
-    }
-}
+use crate::fs::Lock;
+use crate::snapshot::Session;
 
 impl Options {
     /// Tracks one part of a model that several processes hold together. Default: this process holds the whole model.
@@ -67,6 +39,34 @@ impl Options {
         self
     }
 
+    /// Returns true if this process repairs the run at its opening: the only one, or the first of a sharded run.
+    pub(super) fn repairs(&self) -> bool {
+        self.shard.as_ref().is_none_or(|sharding| sharding.number().is_first())
+    }
+
+    /// Locks the run: for this process alone, or against all but the other processes of a sharded run.
+    ///
+    /// # Errors
+    /// Those of [`Lock::acquire`], and [`Error::Unexpected`] if the first process has not opened the run.
+    pub(super) fn lock(&self) -> Result<Lock> {
+        let Some(sharding) = &self.shard else { return Lock::acquire(&self.dir) };
+        if !self.repairs() && !Lock::has_been_taken(&self.dir) {
+            let why = "the process of rank 0 has not opened the run here: open it there first, in a directory that all \
+                       processes share";
+            return Err(Error::unexpected(&self.dir, why));
+        }
+        Lock::acquire_shared(&self.dir, sharding.rank.map(|rank| rank + 1))
+    }
+
+    /// Begins a session after session number `previous`, which all processes of a sharded run share.
+    pub(super) fn begin_session(&self, previous: u64, from: u64) -> Session {
+        let session = Session::begin(previous, from);
+        match &self.shard {
+            Some(Sharding { id, .. }) => Session { id: id.clone(), ..session },
+            None => session,
+        }
+    }
+
     /// Checks the options of a sharded run.
     ///
     /// # Errors
@@ -74,10 +74,6 @@ impl Options {
     pub(super) fn check_sharding(&self) -> Result<()> {
         let Some(sharding) = &self.shard else { return Ok(()) };
         sharding.check()?;
-        if cfg!(not(test)) {
-            let reason = "storing of sharded runs is not part of this version yet";
-            return Err(Error::Setting { option: "shard", reason: reason.into() });
-        }
         if self.on_non_finite == OnNonFinite::Skip {
             let reason = "in a sharded run, a process that leaves out an update of its own would have another history \
                           than the others: choose `raise` or `ignore`";

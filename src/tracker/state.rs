@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
@@ -12,7 +12,7 @@ use super::values::Values;
 use crate::compute::cpu::{Averages, Precision, low_order};
 use crate::error::{Difference, Error, Result};
 use crate::run::{LiveState, STATE, Settings, StateDocument, copy_name, high_name, low_name};
-use crate::snapshot::{self, MAX_HEADER, STATE_FILE, StoredFile, write_file};
+use crate::snapshot::{self, MAX_HEADER, STATE_FILE, StoredFile, write_file, write_part};
 use crate::tensor::TensorSpec;
 
 /// Bytes of a tensor's header entry beside its name and shape: name prefix, keys, dtype, and offsets of up to 13
@@ -21,6 +21,9 @@ const ENTRY: usize = 12 + 48 + 26;
 
 /// Bytes of an averaged tensor's dtype in the document, beside its name.
 const DTYPE: usize = 14;
+
+/// Bytes of the keys of a part's place, beside its name and numbers, with the prefix of the name.
+const PLACE: usize = 2 * 12 + 48;
 
 /// Bytes reserved for the history and the settings, which do not grow with the model.
 pub(super) const REST: usize = 1_000_000;
@@ -55,7 +58,12 @@ pub(super) fn header_len(registry: &TensorRegistry, settings: &Settings) -> usiz
 
 /// Returns an upper bound of the bytes of one header entry.
 fn entry_len(entry: &Entry) -> usize {
-    quoted(&entry.name).len() + format!("{:?}", entry.shape).len() + ENTRY
+    let own = quoted(&entry.name).len() + format!("{:?}", entry.shape).len() + ENTRY;
+    if entry.global == entry.shape {
+        return own;
+    }
+    // A part has its place twice, as JSON within a JSON string.
+    own + 2 * quoted(&quoted(&entry.name)).len() + format!("{:?}{:?}", entry.global, entry.offset).len() + PLACE
 }
 
 /// Returns an upper bound of the bytes of a tensor's dtype in the document, which is JSON within a JSON string.
@@ -70,7 +78,16 @@ fn quoted(text: &str) -> String {
 impl CheckpointMeta {
     /// Writes the live state of the run.
     pub(super) fn write_state(&self, values: &Values<'_>) -> Result<()> {
-        self.write_state_to(&self.dir.join(STATE_FILE), values)
+        let path = self.state_path();
+        if self.shard.is_some() && self.is_state_on_disk(&path) {
+            return Ok(());
+        }
+        self.write_state_to(&path, values)
+    }
+
+    /// Returns the file of the run's live state that this process writes.
+    pub(super) fn state_path(&self) -> PathBuf {
+        self.dir.join(self.shard.map_or_else(|| STATE_FILE.to_owned(), |shard| shard.state_name(self.clock)))
     }
 
     /// Writes the live state to a path.
@@ -78,21 +95,25 @@ impl CheckpointMeta {
         self.lock.check()?;
         let mut specs = Vec::new();
         let mut sources: Vec<&[u8]> = Vec::new();
-        let mut add = |name: String, dtype, shape: &[usize], bytes| {
-            specs.push(TensorSpec { name, dtype, shape: shape.to_vec() });
+        let mut places = Vec::new();
+        let mut add = |name: String, dtype, entry: &Entry, bytes| {
+            specs.push(TensorSpec { name, dtype, shape: entry.shape.clone() });
+            places.push(entry.place());
             sources.push(bytes);
         };
         for (index, averages) in values.averages.iter().enumerate() {
-            for (i, Entry { name, shape, .. }) in self.registry.averaged().iter().enumerate() {
-                let place = self.registry.layout().range(i);
-                add(high_name(index, name), Dtype::F32, shape, bytemuck::cast_slice(&averages.high[place.clone()]));
+            for (i, entry) in self.registry.averaged().iter().enumerate().filter(|(_, entry)| entry.is_stored) {
+                let range = self.registry.layout().range(i);
+                let high = bytemuck::cast_slice(&averages.high[range.clone()]);
+                add(high_name(index, &entry.name), Dtype::F32, entry, high);
                 if let Some(low) = &averages.low {
-                    add(low_name(index, name), Dtype::I16, shape, bytemuck::cast_slice(&low[place]));
+                    add(low_name(index, &entry.name), Dtype::I16, entry, bytemuck::cast_slice(&low[range]));
                 }
             }
         }
-        for (Entry { name, dtype, shape, .. }, bytes) in self.registry.copied().iter().zip(values.copies) {
-            add(copy_name(name), *dtype, shape, bytes);
+        let copied = self.registry.copied().iter().zip(values.copies);
+        for (entry, bytes) in copied.filter(|(entry, _)| entry.is_stored) {
+            add(copy_name(&entry.name), entry.dtype, entry, bytes);
         }
         let mut metadata = match self.settings.precision {
             Precision::Compensated => snapshot::terms_strings(),
@@ -102,18 +123,22 @@ impl CheckpointMeta {
         let fill = |i: usize, range: Range<usize>, dst: &mut [u8]| {
             dst.copy_from_slice(&sources[i][range]);
         };
-        write_file(path, specs, metadata, &fill)
+        match self.shard {
+            None => write_file(path, specs, metadata, &fill),
+            Some(_) => write_part(path, specs, &places, metadata, &fill),
+        }
     }
 
     /// Returns true if the live state of the run on disk is the one that [`CheckpointMeta::write_state`] would write.
     pub(super) fn is_stored(&self) -> bool {
         // A session is one process, so that the same document stands for the same averages.
-        let path = self.dir.join(STATE_FILE);
+        let path = self.state_path();
         let stored = StoredFile::open(&path).and_then(|file| file.check_header().map(|()| file));
         stored.is_ok_and(|file| file.metadata().get(STATE) == Some(&serde_json::json!(self.document()).to_string()))
     }
 
     fn document(&self) -> StateDocument {
+        let averaged = self.registry.averaged().iter().filter(|entry| entry.is_stored);
         StateDocument {
             run: self.run_id.clone(),
             session: self.session.clone(),
@@ -123,17 +148,18 @@ impl CheckpointMeta {
             stored: self.stored,
             tied: self.registry.tied().clone(),
             settings: self.settings.clone(),
-            dtypes: self.registry.averaged().iter().map(|entry| (entry.name.clone(), entry.dtype)).collect(),
+            dtypes: averaged.map(|entry| (entry.name.clone(), entry.dtype)).collect(),
             extensions: self.extensions.clone(),
         }
     }
 }
 
-/// Checks that the model averages and copies exactly the tensors of the state, in the same dtypes.
+/// Checks that the model averages and copies exactly the tensors of the state, in the same dtypes. A process of a
+/// sharded run may lack some of them.
 ///
 /// # Errors
 /// [`Error::Changed`] for the first tensor that differs.
-pub(super) fn check_tensors(saved: &LiveState, registry: &TensorRegistry) -> Result<()> {
+pub(super) fn check_tensors(saved: &LiveState, registry: &TensorRegistry, is_whole: bool) -> Result<()> {
     let dtypes = &saved.document.dtypes;
     for entry in registry.averaged() {
         let difference = match dtypes.get(&entry.name) {
@@ -144,22 +170,24 @@ pub(super) fn check_tensors(saved: &LiveState, registry: &TensorRegistry) -> Res
         return Err(Error::changed(&entry.name, difference));
     }
     for name in dtypes.keys() {
-        if !matches!(registry.find(name), Some(Ok(_))) {
+        let found = registry.find(name);
+        if !matches!(found, Some(Ok(_))) && (is_whole || found.is_some()) {
             return Err(Error::changed(name, Difference::new("the tensor", "averaged", "missing")));
         }
     }
-    check_copied(saved, registry)
+    check_copied(saved, registry, is_whole)
 }
 
 /// Checks that the model copies exactly the tensors that the state holds copies of.
-fn check_copied(saved: &LiveState, registry: &TensorRegistry) -> Result<()> {
+fn check_copied(saved: &LiveState, registry: &TensorRegistry, is_whole: bool) -> Result<()> {
     for Entry { name, .. } in registry.copied() {
-        if saved.file.tensors().get(&copy_name(name)).is_none() {
+        if saved.stored(&copy_name(name)).is_none() {
             return Err(Error::changed(name, Difference::new("the tensor", "missing when the run began", "new")));
         }
     }
     for name in saved.copied() {
-        if !matches!(registry.find(name), Some(Err(_))) {
+        let found = registry.find(name);
+        if !matches!(found, Some(Err(_))) && (is_whole || found.is_some()) {
             return Err(Error::changed(name, Difference::new("the tensor", "copied", "missing")));
         }
     }
@@ -181,10 +209,10 @@ pub(super) fn read_values(
         read_averages(averages, saved, index, registry, begun)?;
     }
     let mut copies = Vec::with_capacity(registry.copied().len());
-    for Entry { name, dtype, shape, bytes, .. } in registry.copied() {
-        copies.push(match begun.contains(name) {
-            true => vec![0; *bytes],
-            false => saved.bytes(&copy_name(name), *dtype, shape)?.to_vec(),
+    for entry in registry.copied() {
+        copies.push(match begun.contains(&entry.name) {
+            true => vec![0; entry.bytes],
+            false => read(saved, &copy_name(&entry.name), entry.dtype, entry)?,
         });
     }
     Ok((averages, copies))
@@ -198,27 +226,32 @@ fn read_averages(
     begun: &BTreeSet<String>,
 ) -> Result<()> {
     let entries = registry.averaged().iter().enumerate();
-    for (i, Entry { name, shape, .. }) in entries.filter(|(_, entry)| !begun.contains(&entry.name)) {
+    for (i, entry) in entries.filter(|(_, entry)| !begun.contains(&entry.name)) {
         let place = registry.layout().range(i);
         let high: &mut [u8] = bytemuck::cast_slice_mut(&mut averages.high[place.clone()]);
-        high.copy_from_slice(saved.bytes(&high_name(index, name), Dtype::F32, shape)?);
+        high.copy_from_slice(&read(saved, &high_name(index, &entry.name), Dtype::F32, entry)?);
         if let Some(low) = &mut averages.low {
-            read_terms(&mut low[place.clone()], &averages.high[place], saved, (&low_name(index, name), shape))?;
+            read_terms(&mut low[place.clone()], &averages.high[place], saved, (&low_name(index, &entry.name), entry))?;
         }
     }
     Ok(())
 }
 
+/// Reads this process's part of a tensor of a state.
+fn read(saved: &LiveState, name: &str, dtype: Dtype, entry: &Entry) -> Result<Vec<u8>> {
+    saved.read_part(name, dtype, &entry.place(), &entry.shape)
+}
+
 /// Reads the low-order terms of averages. Those in bf16, of older versions, become integers.
-fn read_terms(terms: &mut [i16], values: &[f32], saved: &LiveState, (name, shape): (&str, &[usize])) -> Result<()> {
-    if saved.file.tensors().get(name).is_none_or(|tensor| tensor.dtype != Dtype::BF16) {
+fn read_terms(terms: &mut [i16], values: &[f32], saved: &LiveState, (name, entry): (&str, &Entry)) -> Result<()> {
+    if saved.stored(name).is_none_or(|tensor| tensor.dtype != Dtype::BF16) {
         let terms: &mut [u8] = bytemuck::cast_slice_mut(terms);
-        terms.copy_from_slice(saved.bytes(name, Dtype::I16, shape)?);
+        terms.copy_from_slice(&read(saved, name, Dtype::I16, entry)?);
         return Ok(());
     }
-    let halves = saved.bytes(name, Dtype::BF16, shape)?;
-    low_order::from_bf16(terms, values, halves).map_err(|element| {
+    let halves = read(saved, name, Dtype::BF16, entry)?;
+    low_order::from_bf16(terms, values, &halves).map_err(|element| {
         let why = format!("element {element} of `{name}` is larger than the rounding error of its average");
-        Error::damaged(saved.file.path(), why)
+        Error::damaged(saved.path(), why)
     })
 }

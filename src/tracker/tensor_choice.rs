@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use safetensors::Dtype;
 
-use super::sharding::Sharding;
+use super::shard_place::Sharding;
 use crate::error::{Error, Result};
 use crate::run::Settings;
 use crate::tensor::{NamePatterns, TensorView, is_averaged};

@@ -11,6 +11,7 @@ mod locks;
 mod log;
 mod non_finite;
 mod rewind;
+mod sharded;
 mod storage;
 mod swapping;
 mod tensors;

@@ -8,7 +8,13 @@ impl PostHocEma {
     /// Returns true if the live state on disk is that of now, so that a resume would lose nothing.
     ///
     /// Before the first update there is nothing to lose.
+    ///
+    /// A process of a sharded run answers for its own file.
     pub fn is_saved(&self) -> bool {
+        if self.shard.is_some() {
+            let meta = self.checkpoint_meta(self.stored);
+            return meta.stores_nothing() || self.history().is_empty() || meta.is_state_on_disk(&meta.state_path());
+        }
         match SavedState::of(&self.dir) {
             Ok(Some(saved)) => saved.step == self.clock && saved.updated == self.history().last(),
             _ => self.history().is_empty(),
@@ -25,6 +31,9 @@ impl PostHocEma {
     /// Returns the steps that a resume would repeat, as text; none if it loses no update.
     fn unsaved(&self) -> Option<String> {
         let updated = self.history().last()?;
+        if self.shard.is_some() && self.is_saved() {
+            return None;
+        }
         let from = match SavedState::of(&self.dir) {
             Ok(Some(saved)) if saved.updated == Some(updated) => return None,
             Ok(Some(saved)) => format!("a resume goes on from step {}", saved.step),

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::fingerprint::Fingerprints;
 use super::parse;
 use crate::error::{Error, Result};
-use crate::run::Settings;
+use crate::run::{LiveState, Settings, StateDocument, newest_state};
 use crate::tensor::{Dtype, Parameters, TensorView, byte_size};
 use crate::tracker::Options;
 use crate::tracker::registry::ties_of;
@@ -119,7 +119,9 @@ impl Options {
 
     /// Returns the run in the directory, and the step that a resume goes on from.
     fn run_on_disk(&self) -> Result<Option<(String, String)>> {
-        Ok(None)
+        let Some(files) = newest_state(&self.dir)? else { return Ok(None) };
+        let StateDocument { run, clock, .. } = LiveState::first_document(&files)?;
+        Ok(Some(("resume (the run in the directory)".into(), format!("{run} at step {clock}"))))
     }
 }
 

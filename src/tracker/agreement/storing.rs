@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use super::compare::{Holding, TensorGroups};
 use super::disagreement;
 use super::manifest::{ManifestTensor, ShardManifest};
-use super::tiling::{Rectangle, first_overlap};
+use super::tiling::{HeldRectangle, first_overlap};
 use crate::error::{Result, shown};
 
 /// Returns the names of the tensors that each process stores.
@@ -45,12 +45,12 @@ fn storing_of(manifests: &[ShardManifest], name: &str, holders: &[Holding<'_>]) 
     if total == 0 {
         return Ok(ordered.first().map(|(i, _)| *i).into_iter().collect());
     }
-    let mut distinct: HashMap<Rectangle<'_>, Vec<&Holding<'_>>> = HashMap::new();
+    let mut distinct: HashMap<HeldRectangle<'_>, Vec<&Holding<'_>>> = HashMap::new();
     for holding in ordered.into_iter().filter(|(_, tensor)| !tensor.is_empty()) {
         let ManifestTensor { offset, shape, .. } = holding.1;
-        distinct.entry(Rectangle { offset, shape }).or_default().push(holding);
+        distinct.entry(HeldRectangle { offset, shape }).or_default().push(holding);
     }
-    let mut chosen: Vec<(Rectangle<'_>, usize)> = Vec::with_capacity(distinct.len());
+    let mut chosen: Vec<(HeldRectangle<'_>, usize)> = Vec::with_capacity(distinct.len());
     for (rectangle, replicas) in distinct {
         check_values(manifests, name, &replicas)?;
         let first = replicas.iter().find(|(_, tensor)| !tensor.is_replica);
@@ -83,10 +83,10 @@ fn check_tiling(
     manifests: &[ShardManifest],
     name: &str,
     global: &[usize],
-    chosen: &[(Rectangle<'_>, usize)],
+    chosen: &[(HeldRectangle<'_>, usize)],
 ) -> Result<()> {
     let processes = || chosen.iter().map(|(_, i)| manifests[*i].process).collect();
-    let rectangles: Vec<Rectangle<'_>> = chosen.iter().map(|(rectangle, _)| *rectangle).collect();
+    let rectangles: Vec<HeldRectangle<'_>> = chosen.iter().map(|(rectangle, _)| *rectangle).collect();
     let name = shown(name);
     if let Some(pair) = rectangles.windows(2).position(|pair| pair[0].shape.len() != pair[1].shape.len()) {
         let pair = [chosen[pair].1, chosen[pair + 1].1].map(|i| manifests[i].process);
@@ -104,7 +104,7 @@ fn check_tiling(
         return Err(disagreement(pair.to_vec(), reason));
     }
     let total: usize = global.iter().product();
-    let covered: usize = rectangles.iter().map(Rectangle::volume).sum();
+    let covered: usize = rectangles.iter().map(HeldRectangle::volume).sum();
     if covered != total {
         let reason = format!(
             "together they hold {covered} of the {total} elements of tensor `{name}`: a process with the other parts \

@@ -9,7 +9,7 @@ use crate::tracker::PostHocEma;
 
 /// Tensor of one process.
 #[derive(Clone)]
-struct Held {
+struct ProcessTensor {
     name: &'static str,
     global: Vec<usize>,
     offset: Vec<usize>,
@@ -18,23 +18,23 @@ struct Held {
     is_buffer: bool,
 }
 
-fn held(name: &'static str, global: &[usize], offset: &[usize], shape: &[usize]) -> Held {
+fn held(name: &'static str, global: &[usize], offset: &[usize], shape: &[usize]) -> ProcessTensor {
     let values = vec![1.0; shape.iter().product()];
-    Held { name, global: global.into(), offset: offset.into(), shape: shape.into(), values, is_buffer: false }
+    ProcessTensor { name, global: global.into(), offset: offset.into(), shape: shape.into(), values, is_buffer: false }
 }
 
-impl Held {
+impl ProcessTensor {
     fn view(&self) -> Result<TensorView<'_>> {
         let view = TensorView::host(self.name, Dtype::F32, &self.shape, bytemuck::cast_slice(&self.values))?;
         TensorView { is_buffer: self.is_buffer, ..view }.as_part_of(&self.global, &self.offset)
     }
 }
 
-struct Model(Vec<Held>);
+struct ProcessModel(Vec<ProcessTensor>);
 
-impl Parameters for Model {
+impl Parameters for ProcessModel {
     fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
-        read(&self.0.iter().map(Held::view).collect::<Result<Vec<_>>>()?)
+        read(&self.0.iter().map(ProcessTensor::view).collect::<Result<Vec<_>>>()?)
     }
 }
 
@@ -42,8 +42,8 @@ fn options() -> Options {
     PostHocEma::options("runs/of/all")
 }
 
-fn manifest(process: usize, tensors: Vec<Held>) -> ShardManifest {
-    let manifest = options().manifest(process, &Model(tensors)).unwrap();
+fn manifest(process: usize, tensors: Vec<ProcessTensor>) -> ShardManifest {
+    let manifest = options().manifest(process, &ProcessModel(tensors)).unwrap();
     ShardManifest::from_json(&manifest.to_json()).unwrap()
 }
 
@@ -56,7 +56,7 @@ fn refused(manifests: &[ShardManifest], processes: &[usize], parts: &[&str]) {
 }
 
 /// Rows of `w` on the first processes; all have `bias`.
-fn rows(process: usize) -> Vec<Held> {
+fn rows(process: usize) -> Vec<ProcessTensor> {
     vec![held("w", &[5, 2], &[2 * process, 0], &[if process < 2 { 2 } else { 1 }, 2]), held("bias", &[3], &[0], &[3])]
 }
 
@@ -81,14 +81,14 @@ fn lowest_process_stores_a_replica_and_ranks_count_those_that_store() {
 #[test]
 fn what_differs_is_named_with_both_processes() {
     let model = || vec![held("w", &[4, 2], &[0, 0], &[4, 2])];
-    let with = |options: Options| options.manifest(7, &Model(model())).unwrap();
+    let with = |options: Options| options.manifest(7, &ProcessModel(model())).unwrap();
     refused(&[manifest(0, model()), with(options().update_every(3))], &[0, 7], &["schedule", "\"update_every\":3"]);
     refused(&[manifest(0, model()), with(PostHocEma::options("other"))], &[0, 7], &["directory", "runs/of/all"]);
-    let other = |tensor: Held| [manifest(2, model()), manifest(4, vec![tensor])];
+    let other = |tensor: ProcessTensor| [manifest(2, model()), manifest(4, vec![tensor])];
     refused(&other(held("w", &[8, 2], &[4, 0], &[4, 2])), &[2, 4], &["`w`", "[4, 2]", "[8, 2]"]);
-    let buffer = Held { is_buffer: true, ..held("w", &[4, 2], &[0, 0], &[4, 2]) };
+    let buffer = ProcessTensor { is_buffer: true, ..held("w", &[4, 2], &[0, 0], &[4, 2]) };
     refused(&other(buffer), &[2, 4], &["`w`", "a buffer"]);
-    let apart = Held { values: vec![2.0; 8], ..held("w", &[4, 2], &[0, 0], &[4, 2]) };
+    let apart = ProcessTensor { values: vec![2.0; 8], ..held("w", &[4, 2], &[0, 0], &[4, 2]) };
     refused(&other(apart), &[2, 4], &["`w`", "different values", "names of their own"]);
     refused(&other(held("w", &[4, 2], &[0], &[8])), &[2, 4], &["`w`", "flattened"]);
     refused(&[manifest(3, model()), manifest(3, model())], &[3], &["two manifests"]);
@@ -112,7 +112,7 @@ fn holes_and_overlaps_are_refused() {
 
 #[test]
 fn buffers_may_differ_and_the_first_counts() {
-    let buffer = |value| Held { values: vec![value; 3], is_buffer: true, ..held("mean", &[3], &[0], &[3]) };
+    let buffer = |value| ProcessTensor { values: vec![value; 3], is_buffer: true, ..held("mean", &[3], &[0], &[3]) };
     let manifests = [0, 1].map(|i| manifest(i, vec![held("w", &[2, 2], &[i, 0], &[1, 2]), buffer(i as f32)]));
     let roles = agree(&manifests).unwrap();
     assert!(roles[0].replicas.is_empty() && roles[1].replicas.contains("mean"));
@@ -122,7 +122,11 @@ fn buffers_may_differ_and_the_first_counts() {
 fn patterns_are_checked_against_all_processes() {
     let stages = || [vec![held("first.w", &[2], &[0], &[2])], vec![held("last.w", &[2], &[0], &[2])]];
     let with = |options: fn() -> Options| -> Vec<ShardManifest> {
-        stages().into_iter().enumerate().map(|(i, model)| options().manifest(i, &Model(model)).unwrap()).collect()
+        stages()
+            .into_iter()
+            .enumerate()
+            .map(|(i, model)| options().manifest(i, &ProcessModel(model)).unwrap())
+            .collect()
     };
     let roles = agree(&with(|| options().average(["last.*"]))).unwrap();
     assert!(roles.iter().all(|role| role.only_named));
@@ -133,12 +137,12 @@ fn patterns_are_checked_against_all_processes() {
 }
 
 /// Model of one process in which `head` may share the memory of `embedding`.
-struct Tied {
+struct TiedPair {
     embedding: Vec<f32>,
     head: Option<Vec<f32>>,
 }
 
-impl Parameters for Tied {
+impl Parameters for TiedPair {
     fn with_tensors(&self, read: &mut dyn FnMut(&[TensorView<'_>]) -> Result<()>) -> Result<()> {
         let (shape, offset) = ([self.embedding.len()], [4 - self.embedding.len()]);
         let [embedding, head] =
@@ -154,11 +158,11 @@ impl Parameters for Tied {
 
 #[test]
 fn ties_hold_on_processes_with_empty_parts() {
-    let manifests = [vec![0.5; 4], vec![]].map(|embedding| Tied { embedding, head: None }).into_iter().enumerate();
+    let manifests = [vec![0.5; 4], vec![]].map(|embedding| TiedPair { embedding, head: None }).into_iter().enumerate();
     let manifests: Vec<ShardManifest> = manifests.map(|(i, model)| options().manifest(i, &model).unwrap()).collect();
     let roles = agree(&manifests).unwrap();
     assert_eq!(roles[1].ties, BTreeMap::from([("head".to_owned(), "embedding".to_owned())]));
-    let separate = options().manifest(1, &Tied { embedding: vec![0.5; 4], head: Some(vec![0.5; 4]) }).unwrap();
+    let separate = options().manifest(1, &TiedPair { embedding: vec![0.5; 4], head: Some(vec![0.5; 4]) }).unwrap();
     refused(&[manifests[0].clone(), separate], &[0, 1], &["`head`", "`embedding`", "not on another"]);
 }
 

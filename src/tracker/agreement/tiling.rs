@@ -2,20 +2,20 @@
 
 use std::collections::BTreeSet;
 
-/// Rectangle in a grid.
+/// HeldRectangle in a grid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Rectangle<'a> {
+pub(super) struct HeldRectangle<'a> {
     pub offset: &'a [usize],
     pub shape: &'a [usize],
 }
 
-impl Rectangle<'_> {
+impl HeldRectangle<'_> {
     /// Returns the number of elements. Its factors are those of a tensor in memory.
     pub(super) fn volume(&self) -> usize {
         self.shape.iter().product()
     }
 
-    fn overlaps(&self, other: &Rectangle<'_>) -> bool {
+    fn overlaps(&self, other: &HeldRectangle<'_>) -> bool {
         let meets =
             |i| self.offset[i] < other.offset[i] + other.shape[i] && other.offset[i] < self.offset[i] + self.shape[i];
         (0..self.shape.len()).all(meets)
@@ -25,7 +25,7 @@ impl Rectangle<'_> {
 /// Returns the indices of two rectangles that overlap, if there are such. All are of one grid, and none is empty.
 ///
 /// They are sorted along the dimension with most distinct starts, so that few are compared whatever the tiling.
-pub(super) fn first_overlap(rectangles: &[Rectangle<'_>]) -> Option<(usize, usize)> {
+pub(super) fn first_overlap(rectangles: &[HeldRectangle<'_>]) -> Option<(usize, usize)> {
     let dimensions = rectangles.first()?.shape.len();
     let starts = |d: usize| rectangles.iter().map(|rectangle| rectangle.offset[d]).collect::<BTreeSet<_>>().len();
     // Scalars have no dimension: two of them overlap.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::*;
 use crate::planning::Forecast;
+use crate::snapshot::STATE_FILE;
 use crate::tracker::Options;
 
 /// Returns the steps of the stored snapshots.
