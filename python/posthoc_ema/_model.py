@@ -10,7 +10,7 @@ from typing import Any
 
 from ._dtypes import lent_dtype_name
 from ._lend import Lender, Part, torch_module
-from ._parts import FLAT_PARAMETER, ModuleSources, Source
+from ._parts import FLAT_PARAMETER, ModuleSources, Source, is_dtensor
 
 Model = Any
 """A module of PyTorch, or a mapping of names to tensors of PyTorch, arrays of NumPy, or objects with DLPack."""
@@ -293,7 +293,7 @@ class ModuleTensors:
         tensor = source.owner
         is_left_out = any(_matches(pattern, name) for pattern in self._leave_out)
         # Some tensors answer no question at all, so one that is left out is asked none.
-        if is_left_out and is_wrapper_subclass(tensor):
+        if is_left_out and is_wrapper_subclass(tensor) and not (self.in_parts and is_dtensor(tensor)):
             self._left_out.append(name)
             return False
         try:
@@ -305,7 +305,7 @@ class ModuleTensors:
                 raise
             self._left_out.append(name)
             return False
-        if part is not None and not is_left_out:
+        if part is not None:
             parts[name] = part
         return True
 
