@@ -6,7 +6,6 @@ use std::path::Path;
 use super::adapter;
 use super::model::{CheckpointModel, TensorEntry};
 use crate::error::{Error, Result, shown};
-use crate::math::ProductShape;
 use crate::tensor::to_f64;
 
 /// Names of the two factors in the names of tensors, that of `A` first: PEFT's, kohya's, and those of diffusers.
@@ -54,13 +53,6 @@ pub(crate) struct Adapters {
     /// Value by which each checkpoint scales the product of each pair, over a power of the rank that is the same in all
     /// checkpoints. It is 1 if no checkpoint has it.
     pub scales: Vec<Vec<f64>>,
-}
-
-impl FactorPair {
-    /// Returns the shape of the product.
-    pub fn shape(&self) -> ProductShape {
-        ProductShape { rows: self.rows, columns: self.columns, rank: self.rank }
-    }
 }
 
 impl Adapters {

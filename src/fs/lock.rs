@@ -159,7 +159,7 @@ impl Lock {
     }
 }
 
-/// LockKind of a lock.
+/// Way in which a lock is held.
 #[derive(Clone, Copy, Debug)]
 enum LockKind {
     Exclusive,

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::plan::MergeRow;
 use crate::checkpoint::{Adapters, FactorPair};
 use crate::error::{Error, Result};
-use crate::math::{CutProduct, ProductStack};
+use crate::math::{CutProduct, ProductShape, ProductStack};
 use crate::synthesis::{ComputedSources, Elements, LaterSelection, TensorSource, WeightedSources};
 use crate::tensor::{first_non_finite, to_f64};
 
@@ -161,7 +161,7 @@ impl<'a> ProductAverages<'a> {
         let (mut groups, mut start, mut bytes) = (Vec::new(), 0, 0);
         for (i, (pair, elements)) in self.products.adapters.pairs.iter().zip(self.products.elements()).enumerate() {
             let results = self.rows.len() * elements * size_of::<f64>();
-            let more = ProductStack::bytes(pair.shape(), products) + results;
+            let more = ProductStack::bytes(shape_of(pair), products) + results;
             if i > start && bytes + more > GROUP_BYTES {
                 groups.push(start..i);
                 (start, bytes) = (i, 0);
@@ -203,7 +203,7 @@ impl<'a> ProductAverages<'a> {
         let Adapters { pairs, scales } = &self.products.adapters;
         let FactorPair { up, down, .. } = &pairs[i];
         let used = || row.weights.iter().enumerate().filter(|(_, weight)| **weight != 0.0);
-        let mut stack = ProductStack::new(pairs[i].shape(), used().count());
+        let mut stack = ProductStack::new(shape_of(&pairs[i]), used().count());
         for (model, &weight) in used() {
             let source = self.sources.get(&model).copied();
             let scale = scales[model][i] / scales[row.newest][i];
@@ -225,4 +225,9 @@ fn read(source: Option<&dyn TensorSource>, name: &str, progress: &(dyn Fn(u64) +
     }
     progress(bytes.len() as u64);
     to_f64(dtype, &bytes).ok_or_else(|| Error::tensor(name, format!("{dtype} is not averaged")))
+}
+
+/// Returns the shape of the product of two factors.
+fn shape_of(pair: &FactorPair) -> ProductShape {
+    ProductShape { rows: pair.rows, columns: pair.columns, rank: pair.rank }
 }
