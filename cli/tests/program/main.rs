@@ -9,6 +9,7 @@ mod damage;
 mod hostile;
 mod hostile_pickles;
 mod kill;
+mod kill_sharded;
 mod limits;
 mod oracles;
 mod outputs;
