@@ -12,8 +12,6 @@ mod grouped;
 mod like;
 mod lineage;
 mod parsed_snapshot;
-#[cfg(test)]
-mod part_tests;
 mod saved_state;
 mod sessions;
 mod settings;

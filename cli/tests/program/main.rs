@@ -16,5 +16,6 @@ mod outputs;
 mod pictures;
 mod planning;
 mod python;
+mod sharded_runs;
 mod sweep;
 mod terminal;

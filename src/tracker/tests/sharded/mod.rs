@@ -4,6 +4,7 @@ mod bad_input;
 mod bits;
 mod courses;
 mod model;
+mod reading;
 mod storage;
 
 use super::*;

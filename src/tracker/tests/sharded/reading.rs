@@ -1,12 +1,12 @@
 //! Tests of runs whose snapshots are sets of parts, beside the same runs in one file for each snapshot.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::snapshot::{Meta, PartPlace, write_part};
-use crate::tensor::{Dtype, Tensor};
-use crate::{Options, PostHocEma};
+use crate::planning::Plan;
+use crate::run::verify;
+use crate::snapshot::{Meta, PartPlace, Snapshot, SnapshotId, write_part};
+use crate::tensor::TensorSpec;
 
 /// Tensors with odd dimensions, one that is copied, and a scalar.
 const SHAPES: &[(&str, &[usize])] = &[("cube", &[3, 5, 7]), ("matrix", &[11, 13]), ("scalar", &[]), ("vector", &[17])];
