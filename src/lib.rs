@@ -85,7 +85,7 @@ pub use fs::install_sigbus_handler;
 pub use import::{AverageDecay, FoundAverages, Import, ImportAverages, ImportReport, Tool};
 pub use math::{Densities, EmaDecay, Family, History, Profile, Ramp, Retention, Schedule, Shape, Window};
 pub use merge::{CheckpointWeight, Checkpoints, Merge, ProductErrors};
-pub use output::{FormOptions, OutputForm};
+pub use output::{FormOptions, OutputForm, PartOutcome};
 // Hidden: only the program and the Python package use them.
 pub use math::noise::{MovementKind, NamedMovement};
 pub use planning::{
@@ -98,7 +98,7 @@ pub use planning::{ADVICE_PARTS, rounding};
 pub use run::{Run, SavedState, VerifyReport, verify};
 pub use snapshot::{Snapshot, SnapshotId};
 pub use sweep::{SweepOptions, SweepResult};
-pub use synthesis::{Output, SavedWeights, SwapGuard, WriteOptions, cuda_devices, describe_cuda_devices};
+pub use synthesis::{Output, OutputPart, SavedWeights, SwapGuard, WriteOptions, cuda_devices, describe_cuda_devices};
 pub use tensor::{
     CudaMemory, CudaMemoryMut, Dtype, Element, Memory, MemoryMut, Parameters, ParametersMut, Part, Tensor, TensorSpec,
     TensorView, TensorViewMut, Tensors, byte_size, is_averaged,

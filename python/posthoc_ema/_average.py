@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from . import _native
 from ._dtypes import average_dtype_name
-from ._form import output_form, patterns
+from ._form import output_form, part_text, patterns
 from ._outputs import OutputBuffers
 from ._profiles import Profile, Target, to_json
 from ._progress import Progress, byte_progress
@@ -90,6 +90,7 @@ def average(
     shard_size: int | str | None = None,
     rename: str | Iterable[str] = (),
     follow_links: bool = False,
+    part: tuple[int, int] | None = None,
     progress: Progress = None,
 ) -> list[Average]:
     """Averages the checkpoints of a training in which nothing was tracked, in one pass for all targets.
@@ -126,6 +127,7 @@ def average(
         rename: Rules that rename tensors, as for `PostHocEMA.write`.
         follow_links: If True, copies configuration, tokenizer and other small files even if they are links that lead
             out of the checkpoint's folder, which is otherwise an error. Hugging Face's cache does not need it.
+        part: Part (K, N) of what is written, counted from 1, as for `PostHocEMA.write`.
         progress: Function of the bytes read so far and in total, True for a bar, or False for none; default a bar
             on a terminal.
 
@@ -154,6 +156,8 @@ def average(
         raise ValueError(f"out names {len(outputs)} paths for {len(jsons)} targets: give one for each")
     if outputs is None and (like is not None or shard_size is not None or rename):
         raise ValueError("like, shard_size and rename are for averages that are written: name a path with out")
+    if outputs is None and part is not None:
+        raise ValueError("part is for averages that are written: name a path with out")
     text, notes = checkpoints.plans(jsons, at)
     notes += _native.check_form(checkpoints, jsons, at, form)
     stored = average_dtype_name(dtype)
@@ -168,7 +172,7 @@ def average(
             checkpoints.load_into(jsons, at, buffers.layout, buffers.addresses(), report)
             results: list[dict[str, Any]] = [{"state_dict": target} for target in buffers.targets]
         else:
-            checkpoints.write(jsons, at, outputs, stored, device, form, report)
+            checkpoints.write(jsons, at, outputs, stored, device, form, part_text(part), report)
             results = [{"path": path} for path in outputs]
     for note in filter(None, [*checkpoints.notes(), *notes]):
         warnings.warn(note, stacklevel=2)

@@ -24,6 +24,14 @@ def output_form(
     return _native.OutputForm(like, size, rules, patterns("leave_out", leave_out), follow_links)
 
 
+def part_text(part: tuple[int, int] | None) -> str | None:
+    """Returns a part as the program writes it: "K/N"."""
+    if part is None:
+        return None
+    number, count = part
+    return f"{number}/{count}"
+
+
 def patterns(option: str, given: Iterable[str]) -> list[str]:
     """Returns the names or globs of an option.
 

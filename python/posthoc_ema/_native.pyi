@@ -131,8 +131,9 @@ class Run:
         dtype: str | None,
         device: str,
         form: OutputForm,
+        part: str | None,
         progress: Progress,
-    ) -> tuple[str, str]: ...
+    ) -> str: ...
     def swap_in(
         self,
         target: str,
@@ -219,8 +220,9 @@ class Checkpoints:
         dtype: str | None,
         device: str,
         form: OutputForm,
+        part: str | None,
         progress: Progress,
-    ) -> str: ...
+    ) -> None: ...
 
 def take_warnings() -> list[str]: ...
 def saved_step(directory: str | PathLike[str]) -> int | None: ...

@@ -216,6 +216,7 @@ class RunAverages:
         rename: str | Iterable[str] = (),
         leave_out: Iterable[str] = (),
         follow_links: bool = False,
+        part: tuple[int, int] | None = None,
         progress: Progress = None,
     ) -> list[Path]:
         """Writes averages of several lengths as safetensors files or folders, in one pass over the stored snapshots.
@@ -239,6 +240,8 @@ class RunAverages:
                 not fit `like`, the last two are tried.
             leave_out: Names or globs of tensors to leave out.
             follow_links: Copy files of `like` even if they are links that lead out of its folder.
+            part: Part (K, N) of the averages, counted from 1: N processes write them together, as the program's
+                `--part` does. They appear when the last part is written.
             progress: As for `synthesize`.
 
         Returns:
@@ -253,7 +256,7 @@ class RunAverages:
             OSError: If a file cannot be read or written.
         """
         form = output_form(like, shard_size, rename, leave_out, follow_links)
-        return self._reader.write(targets, directory, step, dtype, device, noise, form, progress)
+        return self._reader.write(targets, directory, step, dtype, device, noise, form, part, progress)
 
     def plan(self, targets: Iterable[Target], step: int | None = None, *, noise: Noise = "off") -> list[Plan]:
         """Solves the weights of targets and predicts their errors; of stored tensors only a sample is read.

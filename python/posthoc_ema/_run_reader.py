@@ -13,6 +13,7 @@ from typing import Any
 
 from . import _accuracy, _native, _swap
 from ._dtypes import average_dtype_name
+from ._form import part_text
 from ._lend import is_torch, torch_module
 from ._model import MappingTensors, Model, ModuleTensors, tensors_of
 from ._outputs import OutputBuffers, complex_names, join_pairs
@@ -208,9 +209,11 @@ class RunReader:
         device: str,
         noise: Noise,
         form: _native.OutputForm,
+        part: tuple[int, int] | None,
         progress: Progress,
     ) -> list[Path]:
         """Writes a file or folder for each target; see `PostHocEMA.write`."""
+        share = part_text(part)
         profiles = [as_profile(target) for target in targets]
         run = self.run()
         jsons = to_json(profiles)
@@ -225,7 +228,7 @@ class RunReader:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in names]
         with byte_progress(progress, lambda: run.bytes_to_read(jsons, step), "synthesizing") as report:
-            run.write(jsons, step, noise_text(noise), paths, average_dtype_name(dtype), device, form, report)
+            run.write(jsons, step, noise_text(noise), paths, average_dtype_name(dtype), device, form, share, report)
         _accuracy.warn()
         return paths
 
@@ -233,7 +236,7 @@ class RunReader:
         self, targets: list[Profile], paths: list[Path], step: int | None, noise: Noise, form: _native.OutputForm
     ) -> None:
         """Writes averages to paths in one pass, on the CPU and in the dtypes of the tensors or the form."""
-        self.run().write(to_json(targets), step, noise_text(noise), paths, None, "cpu", form, None)
+        self.run().write(to_json(targets), step, noise_text(noise), paths, None, "cpu", form, None, None)
 
     def check_form(self, targets: list[Profile], step: int | None, form: _native.OutputForm) -> list[str]:
         """Checks that averages fit a form, and returns notes on it."""

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use posthoc_ema::{AdapterProduct, CheckpointOptions, Device, Merge, WriteOptions};
+use posthoc_ema::{AdapterProduct, CheckpointOptions, Device, Merge, OutputPart, WriteOptions};
 use pyo3::prelude::*;
 
 use crate::dtypes::{describe, parse_optional_dtype};
@@ -108,7 +108,7 @@ impl Checkpoints {
         jobs::run(py, progress, |progress| self.0.load_into(&merges, views, progress).map_err(to_python))
     }
 
-    /// Writes each target to a file or folder, in one pass; returns the device of the blend.
+    /// Writes each target to a file or folder, or a part `K/N` of it, in one pass.
     #[expect(clippy::too_many_arguments, reason = "called by name, by the package only")]
     fn write(
         &self,
@@ -119,8 +119,9 @@ impl Checkpoints {
         dtype: Option<&str>,
         device: &str,
         form: &OutputForm,
+        part: Option<&str>,
         progress: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<String> {
+    ) -> PyResult<()> {
         let merges = self.merges(py, &targets, step)?;
         if merges.len() != paths.len() {
             return Err(argument(format!("{} paths for {} targets", paths.len(), merges.len())));
@@ -128,9 +129,15 @@ impl Checkpoints {
         let outputs: Vec<(&Merge, &Path)> = merges.iter().zip(paths.iter().map(PathBuf::as_path)).collect();
         let dtype = parse_optional_dtype(dtype)?;
         let device: Device = device.parse().map_err(argument)?;
+        let part: Option<OutputPart> = part.map(str::parse).transpose().map_err(to_python)?;
         let write = |progress: jobs::Progress<'_>| {
-            self.0.write_as(&outputs, &form.0, &WriteOptions { dtype, device, progress }).map_err(to_python)
+            let options = WriteOptions { dtype, device, progress };
+            match part {
+                Some(part) => self.0.write_part(&outputs, &form.0, &options, part).map(drop),
+                None => self.0.write_as(&outputs, &form.0, &options).map(drop),
+            }
+            .map_err(to_python)
         };
-        Ok(jobs::run(py, progress, write)?.to_string())
+        jobs::run(py, progress, write)
     }
 }

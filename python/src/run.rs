@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use posthoc_ema::{Device, Output, Plan, WriteOptions};
+use posthoc_ema::{Device, Output, OutputPart, Plan, WriteOptions};
 use pyo3::prelude::*;
 
 use crate::dtypes::{describe, parse_optional_dtype};
@@ -111,7 +111,7 @@ impl Run {
         to_json(&plans)
     }
 
-    /// Writes each target to a file or folder, in one pass; returns the plans and the device of the blend.
+    /// Writes each target to a file or folder, or a part `K/N` of it, in one pass; returns the plans.
     #[expect(clippy::too_many_arguments, reason = "called by name, by the package only")]
     fn write(
         &self,
@@ -123,8 +123,9 @@ impl Run {
         dtype: Option<&str>,
         device: &str,
         form: &OutputForm,
+        part: Option<&str>,
         progress: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<(String, String)> {
+    ) -> PyResult<String> {
         let plans = self.solve(py, &targets, step, noise)?;
         if plans.len() != paths.len() {
             return Err(argument(format!("{} paths for {} targets", paths.len(), plans.len())));
@@ -132,11 +133,17 @@ impl Run {
         let outputs: Vec<Output<'_>> = plans.iter().zip(&paths).map(|(plan, path)| Output { plan, path }).collect();
         let dtype = parse_optional_dtype(dtype)?;
         let device: Device = device.parse().map_err(argument)?;
+        let part: Option<OutputPart> = part.map(str::parse).transpose().map_err(to_python)?;
         let write = |progress: jobs::Progress<'_>| {
-            self.0.write_as(&outputs, &form.0, &WriteOptions { dtype, device, progress }).map_err(to_python)
+            let options = WriteOptions { dtype, device, progress };
+            match part {
+                Some(part) => self.0.write_part(&outputs, &form.0, &options, part).map(drop),
+                None => self.0.write_as(&outputs, &form.0, &options).map(drop),
+            }
+            .map_err(to_python)
         };
-        let device = jobs::run(py, progress, write)?;
-        Ok((to_json(&plans)?, device.to_string()))
+        jobs::run(py, progress, write)?;
+        to_json(&plans)
     }
 
     /// Writes an average into the lent tensors, and keeps their old elements in `originals`.

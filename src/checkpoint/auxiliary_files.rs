@@ -64,6 +64,11 @@ pub(crate) struct AuxiliaryFile {
 }
 
 impl AuxiliaryFile {
+    /// Returns the path in the model's folder.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Checks that a file can be read, which is at `path` in the model's folder. It may be large, so it is not read
     /// yet.
     fn find(source: &CopySource, file: &Path, path: PathBuf) -> Result<AuxiliaryFile> {

@@ -78,9 +78,7 @@ impl AtomicFile {
     /// [`Error::Io`](crate::Error::Io), as for a full disk.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         attempt("write", &self.path, || write_within(self.limit, self.file.as_file(), offset, bytes))?;
-        if bytes.len() >= MIN_WRITEBACK {
-            start_writeback(self.file.as_file(), offset, bytes.len());
-        }
+        start_writeback(self.file.as_file(), offset, bytes.len());
         Ok(())
     }
 
@@ -121,18 +119,21 @@ pub(super) fn write_within(limit: Option<u64>, file: &File, offset: u64, bytes: 
     file.write_all_at(bytes, offset)
 }
 
-/// Starts the writeback of a range of a file, without waiting for it.
+/// Starts the writeback of a large range of a file, without waiting for it.
 ///
 /// The advice that pages are no longer needed writes back dirty pages, and almost all of them stay in memory. If it
 /// fails, the sync writes them.
 #[cfg(target_os = "linux")]
-fn start_writeback(file: &File, offset: u64, bytes: usize) {
+pub(super) fn start_writeback(file: &File, offset: u64, bytes: usize) {
+    if bytes < MIN_WRITEBACK {
+        return;
+    }
     let length = std::num::NonZeroU64::new(bytes as u64);
     let _ = rustix::fs::fadvise(file, offset, length, rustix::fs::Advice::DontNeed);
 }
 
 #[cfg(not(target_os = "linux"))]
-fn start_writeback(_: &File, _: u64, _: usize) {}
+pub(super) fn start_writeback(_: &File, _: u64, _: usize) {}
 
 /// Makes renames and removals in a directory durable.
 ///

@@ -10,6 +10,7 @@ mod mapping;
 mod memory_room;
 pub(crate) mod process;
 mod scattered;
+mod shared;
 #[cfg(feature = "cuda")]
 mod shared_libraries;
 mod stream;
@@ -31,6 +32,9 @@ pub(crate) use mapping::{Mapping, release_pages, use_large_pages};
 #[cfg(feature = "cuda")]
 pub(crate) use memory_room::{MemoryRoom, memory_room};
 pub(crate) use scattered::ScatteredFile;
+pub(crate) use shared::{
+    ScratchFolder, SharedFile, check_same_file_system, create_mark, discard, move_files, rename_into_place,
+};
 #[cfg(feature = "cuda")]
 pub(crate) use shared_libraries::driver_libraries;
 pub use stream::{Stream, check_output};

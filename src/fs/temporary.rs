@@ -143,8 +143,13 @@ pub(super) fn folder(dir: &Path, purpose: &str, permissions: Permissions) -> io:
     retry(|paths| {
         let prefix = with_machine(&format!("{PREFIX}{purpose}-"));
         let folder = Builder::new().prefix(&prefix).permissions(permissions.clone()).tempdir_in(dir)?;
-        // A folder that cannot be opened cannot be locked, and no process takes it for a leftover.
-        let Ok(handle) = File::open(folder.path()) else { return Ok(Some((folder, None))) };
+        let handle = match File::open(folder.path()) {
+            Ok(handle) => handle,
+            // Another process took it for a leftover before it was locked.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            // A folder that cannot be opened cannot be locked, and no process takes it for a leftover.
+            Err(_) => return Ok(Some((folder, None))),
+        };
         if !try_lock(&handle, folder.path()) {
             let path = folder.path().to_owned();
             drop(folder);

@@ -11,9 +11,9 @@ use crate::checkpoint::{CheckpointModel, CheckpointOptions, OpenedCheckpoints, o
 use crate::device::Device;
 use crate::error::Result;
 use crate::math::Profile;
-use crate::output::OutputForm;
+use crate::output::{OutputForm, PartOutcome};
 use crate::planning::At;
-use crate::synthesis::{ModelTensor, SourceSet, WriteOptions};
+use crate::synthesis::{ModelTensor, OutputPart, SourceSet, WriteOptions};
 use crate::tensor::{TensorSpec, TensorViewMut, Tensors};
 
 use mapped::MappedModels;
@@ -206,6 +206,24 @@ impl Checkpoints {
         options: &WriteOptions<'_>,
     ) -> Result<Device> {
         write::write(self, outputs, form, options)
+    }
+
+    /// Writes one part of averages, as [`Run::write_part`](crate::Run::write_part) does.
+    ///
+    /// Averages of the products of adapters ([`AdapterProduct::Svd`](crate::AdapterProduct::Svd)) are computed by each
+    /// part as a whole.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::write_as`], and [`Error::Unexpected`](crate::Error::Unexpected) for parts of other
+    /// checkpoints, targets or options, or of another number of parts.
+    pub fn write_part(
+        &self,
+        outputs: &[(&Merge, &Path)],
+        form: &OutputForm,
+        options: &WriteOptions<'_>,
+        part: OutputPart,
+    ) -> Result<PartOutcome> {
+        write::write_part(self, outputs, form, options, part)
     }
 
     /// Checks that averages fit a form, and returns what a user may want to know of it: names that were changed, and

@@ -116,4 +116,11 @@ impl MergeRow {
         weights.resize(checkpoints.steps.len(), 0.0);
         Ok(MergeRow { weights, newest: until - 1 })
     }
+
+    /// Returns the row with other weights of the checkpoints up to the newest.
+    pub(super) fn with_weights(&self, weights: &[f64]) -> MergeRow {
+        let mut weights = weights.to_vec();
+        weights.resize(self.weights.len(), 0.0);
+        MergeRow { weights, newest: self.newest }
+    }
 }

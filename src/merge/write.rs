@@ -11,11 +11,12 @@ use crate::checkpoint::{CheckpointModel, file_name};
 use crate::device::Device;
 use crate::error::{Error, Result, listed};
 use crate::output::{
-    Averaged, FilePlan, OutputForm, OutputTarget, check_inputs, check_path, is_named_as_file, resolve,
+    Averaged, FilePlan, OutputForm, OutputTarget, PartOutcome, PartSource, PartTarget, PendingPart, check_inputs,
+    check_path, is_named_as_file, resolve,
 };
 use crate::planning::profile_json;
 use crate::snapshot::{PROFILE, STEP};
-use crate::synthesis::{SourceSet, WriteOptions, check_device, check_distinct};
+use crate::synthesis::{OutputFile, OutputPart, SourceSet, WriteOptions, check_device, check_distinct};
 
 /// Average to be written.
 struct MergeOutput<'a> {
@@ -36,16 +37,8 @@ pub(super) fn write(
     form: &OutputForm,
     options: &WriteOptions<'_>,
 ) -> Result<Device> {
-    let places: Vec<PathBuf> = outputs.iter().map(|(_, path)| resolve(path)).collect::<Result<_>>()?;
-    check_distinct(places.iter().map(PathBuf::as_path))?;
-    options.check()?;
-    let mut planned = Vec::with_capacity(outputs.len());
-    for &(merge, path) in outputs {
-        planned.push(MergeOutput::new(checkpoints, merge, path, form)?);
-    }
-    if planned.is_empty() {
-        return Err(Error::NoTarget);
-    }
+    let planned = plan_outputs(checkpoints, outputs, form, options)?;
+    planned.iter().try_for_each(|output| check_path(output.path, output.is_folder))?;
     let mut device = check_device(options.device)?;
     let sources = checkpoints.source_set();
     for alike in planned.chunk_by(|a, b| (a.row.newest, a.is_folder) == (b.row.newest, b.is_folder)) {
@@ -56,6 +49,74 @@ pub(super) fn write(
         }
     }
     Ok(device)
+}
+
+/// Writes one part of averages, in one pass for all that have the same newest checkpoint.
+///
+/// # Errors
+/// As [`Checkpoints::write_part`].
+pub(super) fn write_part(
+    checkpoints: &Checkpoints,
+    outputs: &[(&Merge, &Path)],
+    form: &OutputForm,
+    options: &WriteOptions<'_>,
+    part: OutputPart,
+) -> Result<PartOutcome> {
+    let planned = plan_outputs(checkpoints, outputs, form, options)?;
+    check_device(options.device)?;
+    let sources = checkpoints.source_set();
+    let mut outcome = PartOutcome::default();
+    for alike in planned.chunk_by(|a, b| (a.row.newest, a.is_folder) == (b.row.newest, b.is_folder)) {
+        let files = file_plan(checkpoints, &sources, &alike[0], form, options)?;
+        for outputs in alike.chunks(files.targets_in_one_pass()) {
+            let targets: Vec<PartTarget<'_>> = outputs.iter().map(|output| part_target(checkpoints, output)).collect();
+            let blend = |pending: Vec<PendingPart>| {
+                let row = |part: &PendingPart| outputs[part.target].row.with_weights(&part.weights);
+                let rows: Vec<MergeRow> = pending.iter().map(row).collect();
+                let rows: Vec<&MergeRow> = rows.iter().collect();
+                let mapped = MappedModels::new(checkpoints, &rows, options.progress.unwrap_or(&|_| ()));
+                let parts: Vec<Vec<OutputFile>> = pending.into_iter().map(|part| part.files).collect();
+                let written = sources.write_part(&mapped.selection(&rows), &files.shards, &parts, part, options);
+                written.map_err(|error| mapped.blame(error))
+            };
+            outcome.join(files.write_part(&targets, part, options.dtype, &blend)?);
+        }
+    }
+    Ok(outcome)
+}
+
+/// Describes an average that is written in parts.
+fn part_target<'a>(checkpoints: &Checkpoints, output: &MergeOutput<'a>) -> PartTarget<'a> {
+    let MergeOutput { merge, path, ref row, .. } = *output;
+    let used = checkpoints.models.iter().enumerate().filter(|(i, _)| *i == row.newest || row.weights[*i] != 0.0);
+    let source = |(i, model): (usize, &CheckpointModel)| PartSource {
+        name: format!("{} (step {})", file_name(&model.found.path), checkpoints.steps[i]),
+        files: model.found.files.clone(),
+    };
+    let products = if checkpoints.products.is_some() { ", of products of adapters" } else { "" };
+    PartTarget {
+        path,
+        metadata: metadata(merge),
+        label: format!("{} at step {}{products}", merge.profile, merge.at),
+        sources: used.map(source).collect(),
+        weights: merge.weights.iter().map(|weight| weight.weight).collect(),
+    }
+}
+
+/// Checks outputs, and matches their averages to the open checkpoints.
+fn plan_outputs<'a>(
+    checkpoints: &Checkpoints,
+    outputs: &[(&'a Merge, &'a Path)],
+    form: &OutputForm,
+    options: &WriteOptions<'_>,
+) -> Result<Vec<MergeOutput<'a>>> {
+    let places: Vec<PathBuf> = outputs.iter().map(|(_, path)| resolve(path)).collect::<Result<_>>()?;
+    check_distinct(places.iter().map(PathBuf::as_path))?;
+    options.check()?;
+    if outputs.is_empty() {
+        return Err(Error::NoTarget);
+    }
+    outputs.iter().map(|&(merge, path)| MergeOutput::new(checkpoints, merge, path, form)).collect()
 }
 
 /// Returns notes on how the tensors of averages are written in a form.
@@ -100,14 +161,13 @@ fn file_plan(
 }
 
 impl<'a> MergeOutput<'a> {
-    /// Decides on file or folder, and checks that it can be written there.
+    /// Decides on file or folder, and checks that its place is outside of all inputs.
     fn new(checkpoints: &Checkpoints, merge: &'a Merge, path: &'a Path, form: &OutputForm) -> Result<MergeOutput<'a>> {
         let row = MergeRow::new(checkpoints, merge)?;
         let newest = &checkpoints.models[row.newest];
         let is_folder = form.is_folder() || newest.found.folder.is_some() && !is_named_as_file(path);
         check_place(checkpoints, path)?;
         check_inputs(path, form.folder())?;
-        check_path(path, is_folder)?;
         if !is_folder {
             check_single_model(newest)?;
         }

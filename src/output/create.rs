@@ -52,15 +52,12 @@ impl FilePlan {
     pub(crate) fn create(&self, targets: &[OutputTarget<'_>]) -> Result<OpenOutputs> {
         let mut open = OpenOutputs { files: Vec::new(), folders: Vec::new(), created: Vec::new() };
         for OutputTarget { path, metadata } in targets {
-            let file = |path: PathBuf, carried: &BTreeMap<String, String>| {
-                let mut strings = carried.clone();
-                strings.extend(metadata.clone());
-                OutputFile { path, metadata: strings }
-            };
+            let file = |i: usize, path: PathBuf| OutputFile { path, metadata: self.metadata_of(i, metadata) };
+            let planned = self.files.iter().enumerate();
             if self.is_folder {
                 let folder = AtomicFolder::create(path, "average")?;
-                let files = self.files.iter().map(|planned| file(folder.path().join(&planned.name), &planned.metadata));
-                let files: Vec<OutputFile> = files.collect();
+                let files: Vec<OutputFile> =
+                    planned.map(|(i, planned)| file(i, folder.path().join(&planned.name))).collect();
                 for dir in files.iter().filter_map(|file| file.path.parent()) {
                     fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
                 }
@@ -68,7 +65,7 @@ impl FilePlan {
                 open.folders.push(folder);
             } else {
                 open.created.insert(0, CreatedDirs::parents(parent_dir(path))?);
-                open.files.push(self.files.iter().map(|planned| file(path.to_path_buf(), &planned.metadata)).collect());
+                open.files.push(planned.map(|(i, _)| file(i, path.to_path_buf())).collect());
             }
         }
         Ok(open)
@@ -80,19 +77,32 @@ impl FilePlan {
     /// [`Error::Io`] and [`Error::Unexpected`].
     pub(crate) fn finish(&self, open: OpenOutputs) -> Result<()> {
         let OpenOutputs { folders, created, .. } = open;
-        for folder in &folders {
-            if let Some(PlannedIndex { name, index, permissions }) = &self.index {
-                let path = folder.path().join(name);
-                let file = match permissions {
-                    Some(permissions) => AtomicFile::create_within(&path, permissions)?,
-                    None => AtomicFile::create(&path)?,
-                };
-                file.write_at(0, index.to_json().as_bytes())?;
-                file.commit()?;
-            }
-            auxiliary_files::write_all(folder.path(), &self.auxiliary)?;
-        }
+        folders.iter().try_for_each(|folder| self.write_beside(folder.path()))?;
         folders.into_iter().try_for_each(AtomicFolder::commit)?;
         created.into_iter().try_for_each(CreatedDirs::keep)
+    }
+
+    /// Writes the index and the model's other files into a folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(super) fn write_beside(&self, folder: &Path) -> Result<()> {
+        if let Some(PlannedIndex { name, index, permissions }) = &self.index {
+            let path = folder.join(name);
+            let file = match permissions {
+                Some(permissions) => AtomicFile::create_within(&path, permissions)?,
+                None => AtomicFile::create(&path)?,
+            };
+            file.write_at(0, index.to_json().as_bytes())?;
+            file.commit()?;
+        }
+        auxiliary_files::write_all(folder, &self.auxiliary)
+    }
+
+    /// Returns the metadata of a file of a target, in which `metadata` replaces the planned ones.
+    pub(super) fn metadata_of(&self, file: usize, metadata: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+        let mut strings = self.files[file].metadata.clone();
+        strings.extend(metadata.clone());
+        strings
     }
 }

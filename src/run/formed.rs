@@ -3,9 +3,15 @@
 use super::Run;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::output::{Averaged, FilePlan, OutputForm, OutputTarget, check_inputs, check_path};
-use crate::planning::{Plan, log_warnings};
-use crate::synthesis::{Output, SourceSet, WriteOptions, check_device, check_distinct, metadata};
+use crate::output::{
+    Averaged, FilePlan, OutputForm, OutputTarget, PartOutcome, PartSource, PartTarget, PendingPart, check_inputs,
+    check_path,
+};
+use crate::planning::{Plan, Weight, log_warnings};
+use crate::snapshot::Snapshot;
+use crate::synthesis::{
+    Output, OutputFile, OutputPart, SourceSet, WriteOptions, check_device, check_distinct, metadata,
+};
 
 impl Run {
     /// Writes planned averages as [`Run::write_all`] does, in a form: like the folder of a model, in shards, or under
@@ -48,6 +54,73 @@ impl Run {
         Ok(device)
     }
 
+    /// Writes one part of planned averages. When all parts are written, by any processes that share a file system, the
+    /// averages appear, with the bytes of [`Run::write_as`].
+    ///
+    /// Parts do not wait for each other. They may run at the same time or one after the other, on any machines, and may
+    /// be run again. Each writes its share of all files, by bytes, into a hidden folder `.NAME.parts` beside the
+    /// average; the last one to finish gives the average its name and removes the folder. A part that was written
+    /// before does nothing. All parts use the weights that the first one solved for.
+    ///
+    /// # Errors
+    /// As [`Run::write_as`], and [`Error::Unexpected`] for parts of other snapshots, targets or options, or of another
+    /// number of parts.
+    pub fn write_part(
+        &self,
+        outputs: &[Output<'_>],
+        form: &OutputForm,
+        options: &WriteOptions<'_>,
+        part: OutputPart,
+    ) -> Result<PartOutcome> {
+        if outputs.is_empty() {
+            return Err(Error::NoTarget);
+        }
+        check_distinct(outputs.iter().map(|output| output.path))?;
+        for Output { path, .. } in outputs {
+            self.check_outside(path)?;
+            check_inputs(path, form.folder())?;
+        }
+        options.check()?;
+        let plans = || outputs.iter().map(|output| output.plan);
+        log_warnings(&self.dir, plans());
+        let set = self.source_set_of(plans())?;
+        let files = file_plan(&set, form, options)?;
+        check_device(options.device)?;
+        let mut outcome = PartOutcome::default();
+        for outputs in outputs.chunks(files.targets_in_one_pass()) {
+            let targets: Vec<PartTarget<'_>> = outputs.iter().map(|output| self.part_target(output, &files)).collect();
+            let blend = |pending: Vec<PendingPart>| {
+                let plan = |part: &PendingPart| with_weights(outputs[part.target].plan, &part.weights);
+                let plans: Vec<Plan> = pending.iter().map(plan).collect();
+                let selection = set.select(&plans.iter().collect::<Vec<_>>())?;
+                let parts: Vec<Vec<OutputFile>> = pending.into_iter().map(|part| part.files).collect();
+                set.write_part(&selection, &files.shards, &parts, part, options)
+            };
+            outcome.join(files.write_part(&targets, part, options.dtype, &blend)?);
+        }
+        Ok(outcome)
+    }
+
+    fn part_target<'a>(&self, output: &Output<'a>, files: &FilePlan) -> PartTarget<'a> {
+        let Output { plan, path } = *output;
+        let newest = self.snapshots.iter().map(|snapshot| snapshot.id.step).filter(|&step| step <= plan.at).max();
+        let is_used = |snapshot: &&Snapshot| {
+            let has_weight = |weight: &Weight| (weight.index, weight.step) == (snapshot.id.index, snapshot.id.step);
+            Some(snapshot.id.step) == newest || plan.all_weights().any(has_weight)
+        };
+        let source = |snapshot: &Snapshot| {
+            let files = snapshot.files().iter().map(|file| file.path().to_owned()).collect();
+            PartSource { name: format!("snapshot {}", snapshot.id), files }
+        };
+        PartTarget {
+            path,
+            metadata: metadata(plan, &files.tied),
+            label: format!("{} at step {}", plan.profile, plan.at),
+            sources: self.snapshots.iter().filter(is_used).map(source).collect(),
+            weights: plan.all_weights().map(|weight| weight.weight).collect(),
+        }
+    }
+
     /// Checks that planned averages fit a form, and returns what a user may want to know of it: names that were
     /// changed, and tied tensors that are not written.
     ///
@@ -58,6 +131,14 @@ impl Run {
     pub fn check_form(&self, plans: &[Plan], form: &OutputForm) -> Result<Vec<String>> {
         Ok(file_plan(&self.source_set_of(plans)?, form, &WriteOptions::default())?.notes)
     }
+}
+
+/// Returns a plan with other weights, in the order of [`Plan::all_weights`].
+fn with_weights(plan: &Plan, weights: &[f64]) -> Plan {
+    let mut plan = plan.clone();
+    let own = plan.weights.iter_mut().chain(plan.later.iter_mut().flat_map(|later| &mut later.weights));
+    own.zip(weights).for_each(|(own, &weight)| own.weight = weight);
+    plan
 }
 
 fn file_plan(set: &SourceSet<'_>, form: &OutputForm, options: &WriteOptions<'_>) -> Result<FilePlan> {

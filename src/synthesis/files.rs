@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
+use super::part::OutputPart;
 use super::source_set::{ModelTensor, SourceSet};
 use crate::error::Result;
-use crate::fs::{AtomicFile, Stream};
+use crate::fs::{AtomicFile, SharedFile, Stream};
 use crate::snapshot::FileLayout;
 use crate::tensor::TensorSpec;
 
@@ -31,6 +32,24 @@ pub(super) struct TensorLocation {
     pub dtype: Dtype,
     /// Range of its bytes in the file's data section.
     pub range: Range<usize>,
+    /// Offset of the file's data section in those of all files, one after the other.
+    pub base: usize,
+}
+
+impl TensorLocation {
+    /// Returns the tensor's elements of `size` bytes that begin within a range of all data sections.
+    pub(super) fn elements_in(&self, share: &Range<usize>, size: usize) -> Range<usize> {
+        let start = self.base + self.range.start;
+        let count = self.range.len() / size;
+        let before = |end: usize| end.saturating_sub(start).div_ceil(size).min(count);
+        before(share.start)..before(share.end)
+    }
+}
+
+/// Bytes before the data section of a file, and the length of the whole file.
+pub(crate) struct FileHeader {
+    pub bytes: Vec<u8>,
+    pub file_len: u64,
 }
 
 /// Path and metadata of one file of a target.
@@ -94,14 +113,57 @@ impl Shards {
 
     /// Iterates over the locations of all tensors, file by file, in the order of each file.
     pub(super) fn locations(&self) -> impl Iterator<Item = TensorLocation> {
-        self.0.iter().enumerate().flat_map(|(file, Shard { members, layout })| {
+        self.0.iter().zip(self.bases()).enumerate().flat_map(|(file, (Shard { members, layout }, base))| {
             layout.places().iter().map(move |place| TensorLocation {
                 file,
                 tensor: members[place.index],
                 dtype: layout.specs()[place.index].dtype,
                 range: place.range.clone(),
+                base,
             })
         })
+    }
+
+    /// Iterates over the offset of each file's data section in those of all files, one after the other.
+    fn bases(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().scan(0, |end, shard| Some(std::mem::replace(end, *end + shard.layout.data_len())))
+    }
+
+    /// Returns the header of a file.
+    ///
+    /// # Errors
+    /// As [`FileLayout::header`].
+    pub(crate) fn header(&self, file: usize, metadata: &BTreeMap<String, String>) -> Result<FileHeader> {
+        let layout = &self.0[file].layout;
+        let bytes = layout.header(metadata)?;
+        Ok(FileHeader { file_len: (bytes.len() + layout.data_len()) as u64, bytes })
+    }
+
+    /// Returns a part's range of all data sections.
+    pub(super) fn share(&self, part: OutputPart) -> Range<usize> {
+        part.share(self.data_len(self.len()))
+    }
+
+    /// Opens the files of one target that a part writes to. The first part writes the headers.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::Error::Io), and as [`FileLayout::header`].
+    pub(super) fn open(&self, outputs: &[OutputFile], part: OutputPart) -> Result<OutputFiles> {
+        let share = self.share(part);
+        let mut files = Vec::with_capacity(outputs.len());
+        for ((shard, base), output) in self.0.iter().zip(self.bases()).zip(outputs) {
+            let header = shard.layout.header(&output.metadata)?;
+            let own = share.start.max(base)..share.end.min(base + shard.layout.data_len());
+            let sink = match own.is_empty() && part.number() > 1 {
+                true => WeightSink::Nowhere,
+                false => WeightSink::Shared(SharedFile::open(&output.path)?),
+            };
+            if part.number() == 1 {
+                sink.write_at(0, &header)?;
+            }
+            files.push((sink, header.len() as u64));
+        }
+        Ok(OutputFiles(files))
     }
 
     /// Creates the files of one target under temporary names, and writes their headers.
@@ -124,10 +186,13 @@ impl Shards {
 /// Files of one target under temporary names, each with the offset of its data section.
 pub(super) struct OutputFiles(Vec<(WeightSink, u64)>);
 
-/// File under a temporary name, or a stream.
+/// File under a temporary name, one that several processes write to, or a stream.
 enum WeightSink {
     File(AtomicFile),
+    Shared(SharedFile),
     Stream(Stream),
+    /// File that only other processes write to.
+    Nowhere,
 }
 
 impl WeightSink {
@@ -141,21 +206,27 @@ impl WeightSink {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         match self {
             WeightSink::File(file) => file.write_at(offset, bytes),
+            WeightSink::Shared(file) => file.write_at(offset, bytes),
             WeightSink::Stream(stream) => stream.write_at(offset, bytes),
+            WeightSink::Nowhere => Ok(()),
         }
     }
 
     fn write_block_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         match self {
             WeightSink::File(file) => file.write_block_at(offset, bytes),
+            WeightSink::Shared(file) => file.write_at(offset, bytes),
             WeightSink::Stream(stream) => stream.write_at(offset, bytes),
+            WeightSink::Nowhere => Ok(()),
         }
     }
 
     fn commit(self) -> Result<()> {
         match self {
             WeightSink::File(file) => file.commit(),
+            WeightSink::Shared(file) => file.sync(),
             WeightSink::Stream(stream) => stream.commit(),
+            WeightSink::Nowhere => Ok(()),
         }
     }
 }
@@ -173,7 +244,7 @@ impl OutputFiles {
         file.write_block_at(data + offset as u64, bytes)
     }
 
-    /// Renames all files to their final names.
+    /// Renames all files to their final names. Files of several processes are only made durable.
     pub(super) fn commit(self) -> Result<()> {
         self.0.into_iter().try_for_each(|(file, _)| file.commit())
     }

@@ -12,6 +12,7 @@ mod load_into;
 #[cfg(feature = "cuda")]
 mod on_device;
 mod options;
+mod part;
 mod prefetch;
 mod progress;
 mod source_set;
@@ -22,9 +23,10 @@ mod write;
 
 pub(crate) use backend::check_device;
 pub use backend::{cuda_devices, describe_cuda_devices};
-pub(crate) use files::{OutputFile, ShardTensor, Shards};
+pub(crate) use files::{FileHeader, OutputFile, ShardTensor, Shards};
 pub(crate) use options::MAX_TARGETS;
 pub use options::{Output, WriteOptions};
+pub use part::OutputPart;
 pub(crate) use source_set::{
     ComputedSources, Elements, LaterSelection, ModelTensor, Selection, SourceSet, TensorSource, WeightedSources,
 };

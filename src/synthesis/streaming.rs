@@ -39,6 +39,8 @@ pub(super) struct Streaming<'a> {
     tensors: Vec<PlacedBlend<'a>>,
     /// Number of elements before each tensor, then the number of all elements.
     before: Vec<usize>,
+    /// Elements that are blended and written.
+    share: Range<usize>,
     /// Files of each target.
     files: &'a [OutputFiles],
     progress: PassProgress<'a>,
@@ -65,7 +67,7 @@ struct OutputSpan {
 
 impl<'a> Streaming<'a> {
     /// Prepares a pass over a selection of `set`, with the files of each target. Tensors whose sources are computed
-    /// are left to [`Streaming::of_group`].
+    /// are left to [`Streaming::of_group`]. Only elements within the share of all data sections are written.
     ///
     /// # Errors
     /// As [`TensorBlend::new`].
@@ -74,12 +76,13 @@ impl<'a> Streaming<'a> {
         selection: &'a Selection<'a>,
         shards: &Shards,
         files: &'a [OutputFiles],
+        share: &Range<usize>,
         options: &'a WriteOptions<'a>,
     ) -> Result<Self> {
         let sources = |tensor: &ModelTensor| {
             (tensor.averaged && !selection.is_computed(&tensor.name)).then(|| selection.of(&tensor.name))
         };
-        Streaming::of(set, &sources, shards, files, options)
+        Streaming::of(set, &sources, shards, files, share, options)
     }
 
     /// Prepares a pass over a group of tensors whose sources were computed.
@@ -91,10 +94,11 @@ impl<'a> Streaming<'a> {
         group: &'a LaterSelection<'a>,
         shards: &Shards,
         files: &'a [OutputFiles],
+        share: &Range<usize>,
         options: &'a WriteOptions<'a>,
     ) -> Result<Self> {
         let sources = |tensor: &ModelTensor| group.tensors.contains(&tensor.name).then_some(&group.weighted);
-        Streaming::of(set, &sources, shards, files, options)
+        Streaming::of(set, &sources, shards, files, share, options)
     }
 
     /// Prepares a pass over the tensors that have `sources`.
@@ -103,21 +107,27 @@ impl<'a> Streaming<'a> {
         sources: &dyn Fn(&ModelTensor) -> Option<&'a WeightedSources<'a>>,
         shards: &Shards,
         files: &'a [OutputFiles],
+        share: &Range<usize>,
         options: &'a WriteOptions<'a>,
     ) -> Result<Self> {
         let mut tensors = Vec::new();
         let mut before = vec![0];
+        let mut elements = 0..0;
         for location in shards.locations() {
             let tensor = &set.tensors[location.tensor];
             let Some(sources) = sources(tensor) else { continue };
             let size = location.dtype.bitsize() / 8;
             let blend = TensorBlend::new(sources, tensor, location.dtype)?;
+            let own = location.elements_in(share, size);
+            elements.start += own.start;
+            elements.end += own.end;
             before.push(before[tensors.len()] + location.range.len() / size);
             tensors.push(PlacedBlend { blend, file: location.file, offset: location.range.start, size });
         }
         Ok(Streaming {
             tensors,
             before,
+            share: elements,
             files,
             progress: PassProgress::new(options.progress),
             prefetcher: Prefetcher::new(),
@@ -139,11 +149,11 @@ impl<'a> Streaming<'a> {
     /// # Errors
     /// [`Error::Tensor`](crate::Error::Tensor) and [`Error::Io`](crate::Error::Io).
     pub(super) fn run(&self) -> Result<()> {
-        let total = self.elements();
+        let Range { start, end } = self.share;
         let each = self.block_elements();
-        (0..total.div_ceil(each)).into_par_iter().try_for_each_init(
+        (0..self.elements().div_ceil(each)).into_par_iter().try_for_each_init(
             || vec![Vec::new(); self.files.len()],
-            |buffers, block| self.block(block * each..total.min((block + 1) * each), buffers),
+            |buffers, block| self.block(start + block * each..end.min(start + (block + 1) * each), buffers),
         )
     }
 
@@ -186,7 +196,7 @@ impl<'a> Streaming<'a> {
     /// Blends and writes a block, and prefetches the next ones.
     fn block(&self, elements: Range<usize>, buffers: &mut [Vec<u8>]) -> Result<()> {
         let spans = self.spans(elements.clone());
-        let next = elements.end..self.elements().min(elements.end + BLOCKS_AHEAD * elements.len());
+        let next = elements.end..self.share.end.min(elements.end + BLOCKS_AHEAD * elements.len());
         let bytes = self.bytes_read(&spans);
         self.prefetcher.run(bytes, || self.prefetch(next), || self.blend(&spans, buffers))?;
         let results: Vec<&[u8]> = buffers.iter().map(Vec::as_slice).collect();
@@ -236,18 +246,21 @@ impl<'a> Streaming<'a> {
         self.tensors.iter().map(|placed| placed.blend.bytes_read(1) as usize).max().unwrap_or(0)
     }
 
-    /// Number of elements of all averaged tensors.
+    /// Number of averaged elements in the share.
     pub(super) fn elements(&self) -> usize {
-        self.before[self.tensors.len()]
+        self.share.len()
     }
 
     /// Blends the first `elements` elements on the CPU, as [`Streaming::run`] does, and discards the results.
     #[cfg(feature = "cuda")]
     pub(super) fn try_cpu(&self, elements: usize) -> Result<()> {
+        let (start, end) = (self.share.start, self.share.start + elements);
         let each = self.block_elements();
         (0..elements.div_ceil(each)).into_par_iter().try_for_each_init(
             || vec![Vec::new(); self.files.len()],
-            |buffers, block| self.blend(&self.spans(block * each..elements.min((block + 1) * each)), buffers),
+            |buffers, block| {
+                self.blend(&self.spans(start + block * each..end.min(start + (block + 1) * each)), buffers)
+            },
         )
     }
 }
@@ -260,7 +273,7 @@ impl Streaming<'_> {
     /// As [`Streaming::run`], and [`Error::Cuda`](crate::Error::Cuda).
     pub(super) fn run_on(&self, device: &Arc<cuda::CudaDevice>) -> Result<()> {
         let mut blender = cuda::Blender::new(device)?;
-        for block in self.device_blocks(self.elements()) {
+        for block in self.device_blocks(self.share.clone()) {
             let spans = self.spans(block);
             let parts = self.parts(&spans);
             let deliver = move |results: &[&[u8]]| {
@@ -275,20 +288,21 @@ impl Streaming<'_> {
 
     /// Blends the first `elements` elements on a device, and discards the results.
     pub(super) fn try_on<'s>(&'s self, blender: &mut cuda::Blender<'s>, elements: usize) -> Result<()> {
-        for block in self.device_blocks(elements) {
+        for block in self.device_blocks(self.share.start..self.share.start + elements) {
             let parts = self.parts(&self.spans(block));
             on_device::submit(blender, &parts, self.files.len(), cuda::Destination::Host(Box::new(|_| Ok(()))))?;
         }
         blender.flush()
     }
 
-    /// Cuts the first `elements` elements into blocks of a device: all tensors of a block have the same weights.
-    fn device_blocks(&self, elements: usize) -> impl Iterator<Item = Range<usize>> {
-        let mut starts = vec![0];
+    /// Cuts elements into blocks of a device: all tensors of a block have the same weights.
+    fn device_blocks(&self, elements: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let mut starts = vec![elements.start];
         let pairs = self.tensors.windows(2).enumerate();
         let changes = pairs.filter(|(_, pair)| !pair[0].blend.has_weights_of(&pair[1].blend));
-        starts.extend(changes.map(|(i, _)| self.before[i + 1]).filter(|&start| start < elements));
-        starts.push(elements);
+        starts.extend(changes.map(|(i, _)| self.before[i + 1]));
+        starts.retain(|start| elements.contains(start));
+        starts.push(elements.end);
         let each = self.bytes_per_element();
         let ranges: Vec<Range<usize>> = starts.windows(2).map(|pair| pair[0]..pair[1]).collect();
         ranges.into_iter().flat_map(move |range| {

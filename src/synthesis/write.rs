@@ -1,12 +1,14 @@
 //! Synthesis into files.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::Path;
 
 use super::backend::{Backend, choose};
 use super::blend::overflow_error;
 use super::files::{OutputFile, OutputFiles, Shards, TensorLocation};
 use super::options::{MAX_TARGETS, Output, WriteOptions};
+use super::part::OutputPart;
 use super::source_set::{Elements, ModelTensor, Selection, SourceSet};
 use super::streaming::Streaming;
 use crate::compute::cpu;
@@ -16,8 +18,8 @@ use crate::fs::{Stream, check_output, parent_dir, remove_leftovers};
 use crate::planning::{Plan, groups_json, profile_json};
 use crate::snapshot::{GROUPS, Meta, PROFILE, STEP};
 
-/// Elements of a copied tensor that are read and converted at a time.
-const COPIED_ELEMENTS: usize = 1 << 18;
+/// Bytes of a copied tensor that are read at a time.
+const COPIED_BYTES: usize = 1 << 20;
 
 impl SourceSet<'_> {
     /// Blends plans into files, up to [`MAX_TARGETS`] in one pass over the sources. Returns the device that blended.
@@ -62,12 +64,41 @@ impl SourceSet<'_> {
         let directories: BTreeSet<&Path> = files.map(|file| parent_dir(&file.path)).collect();
         directories.into_iter().for_each(remove_leftovers);
         let files = outputs.iter().map(|target| shards.create(target)).collect::<Result<Vec<_>>>()?;
-        self.copy(selection, shards, &files)?;
-        let streaming = Streaming::new(self, selection, shards, &files, options)?;
+        self.fill(selection, shards, files, 0..shards.data_len(shards.len()), options)
+    }
+
+    /// Blends a part's share of the targets of a selection into existing files, and makes it durable. Returns the
+    /// device that blended.
+    ///
+    /// # Errors
+    /// As [`SourceSet::write_files`].
+    pub(crate) fn write_part(
+        &self,
+        selection: &Selection<'_>,
+        shards: &Shards,
+        outputs: &[Vec<OutputFile>],
+        part: OutputPart,
+        options: &WriteOptions<'_>,
+    ) -> Result<Device> {
+        let files = outputs.iter().map(|target| shards.open(target, part)).collect::<Result<Vec<_>>>()?;
+        self.fill(selection, shards, files, shards.share(part), options)
+    }
+
+    /// Writes a range of the data sections of all targets, and commits the files.
+    fn fill(
+        &self,
+        selection: &Selection<'_>,
+        shards: &Shards,
+        files: Vec<OutputFiles>,
+        share: Range<usize>,
+        options: &WriteOptions<'_>,
+    ) -> Result<Device> {
+        self.copy(selection, shards, &files, &share)?;
+        let streaming = Streaming::new(self, selection, shards, &files, &share, options)?;
         let device = self.blend(&streaming, options.device)?;
         drop(streaming);
         // The CPU blends what it has computed.
-        selection.for_each_group(|group| Streaming::of_group(self, group, shards, &files, options)?.run())?;
+        selection.for_each_group(|group| Streaming::of_group(self, group, shards, &files, &share, options)?.run())?;
         files.into_iter().try_for_each(OutputFiles::commit)?;
         Ok(device)
     }
@@ -89,8 +120,14 @@ impl SourceSet<'_> {
         }
     }
 
-    /// Copies the tensors that are not averaged.
-    fn copy(&self, selection: &Selection<'_>, shards: &Shards, files: &[OutputFiles]) -> Result<()> {
+    /// Copies the tensors that are not averaged, as far as they are in the share.
+    fn copy(
+        &self,
+        selection: &Selection<'_>,
+        shards: &Shards,
+        files: &[OutputFiles],
+        share: &Range<usize>,
+    ) -> Result<()> {
         for location in shards.locations() {
             let tensor = &self.tensors[location.tensor];
             if tensor.averaged {
@@ -98,7 +135,7 @@ impl SourceSet<'_> {
             }
             for (target, files) in files.iter().enumerate() {
                 let elements = selection.copied(target, tensor)?;
-                copy(files, &location, tensor, elements)?;
+                copy(files, &location, tensor, elements, share)?;
             }
         }
         Ok(())
@@ -120,22 +157,33 @@ pub(crate) fn metadata(plan: &Plan, tied: &BTreeMap<String, String>) -> BTreeMap
     strings
 }
 
-/// Writes a copied tensor in pieces, converted if the file has another floating-point dtype.
-fn copy(files: &OutputFiles, location: &TensorLocation, tensor: &ModelTensor, elements: Elements<'_>) -> Result<()> {
-    let [from, to] = [tensor.dtype, location.dtype].map(|dtype| dtype.bitsize() / 8);
+/// Writes the share of a copied tensor in pieces, converted if the file has another floating-point dtype.
+fn copy(
+    files: &OutputFiles,
+    location: &TensorLocation,
+    tensor: &ModelTensor,
+    elements: Elements<'_>,
+    share: &Range<usize>,
+) -> Result<()> {
+    let is_converted = location.dtype != tensor.dtype;
+    // Bytes are copied as they are; elements may be smaller.
+    let [from, to] =
+        if is_converted { [tensor.dtype, location.dtype].map(|dtype| dtype.bitsize() / 8) } else { [1, 1] };
     let blend = cpu::Blend { dtypes: &[tensor.dtype], weights: &[1.0], output: location.dtype };
     let (mut piece, mut converted) = (Vec::new(), Vec::new());
-    for (i, start) in (0..elements.len()).step_by(COPIED_ELEMENTS * from).enumerate() {
-        let range = start..elements.len().min(start + COPIED_ELEMENTS * from);
+    let own = location.elements_in(share, to);
+    let each = COPIED_BYTES / from;
+    for start in own.clone().step_by(each) {
+        let range = start * from..own.end.min(start + each) * from;
         let piece = elements.read(range, &mut piece).unwrap_or_default();
-        let place = location.range.start + i * COPIED_ELEMENTS * to;
-        if location.dtype == tensor.dtype {
+        let place = location.range.start + start * to;
+        if !is_converted {
             files.write_block_at(location.file, place, piece)?;
             continue;
         }
         converted.resize(piece.len() / from * to, 0);
         let fits = cpu::blend(&mut [&mut converted], &[piece], &blend);
-        fits.map_err(|overflow| overflow_error(&tensor.name, location.dtype, overflow, i * COPIED_ELEMENTS))?;
+        fits.map_err(|overflow| overflow_error(&tensor.name, location.dtype, overflow, start))?;
         files.write_at(location.file, place, &converted)?;
     }
     Ok(())

@@ -17,7 +17,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("planning", &["error", "tensor", "fs", "math", "compute", "snapshot"]),
     ("synthesis", &["error", "tensor", "device", "fs", "compute", "snapshot", "planning"]),
     ("checkpoint", &["error", "tensor", "fs", "snapshot", "pytorch", "synthesis"]),
-    ("output", &["error", "tensor", "fs", "snapshot", "synthesis", "checkpoint"]),
+    ("output", &["error", "tensor", "device", "fs", "snapshot", "synthesis", "checkpoint"]),
     ("run", &["error", "tensor", "device", "fs", "math", "compute", "snapshot", "planning", "synthesis", "output"]),
     ("tracker", &["error", "tensor", "device", "fs", "math", "compute", "snapshot", "planning", "synthesis", "run"]),
     ("sweep", &["error", "tensor", "device", "fs", "math", "snapshot", "planning", "synthesis", "output", "run"]),

@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use posthoc_ema::{
-    AdapterProduct, At, CheckpointOptions, Checkpoints, Device, Merge, OutputForm, ProductErrors, WriteOptions, shown,
+    AdapterProduct, At, CheckpointOptions, Checkpoints, Device, Merge, OutputForm, PartOutcome, ProductErrors,
+    WriteOptions, shown,
 };
 use serde_json::{Value, json};
 
@@ -13,7 +14,8 @@ use super::args::BlendArgs;
 use super::destination::{Destination, output_parser};
 use super::form::FormArgs;
 use super::list::Numbers;
-use super::output::{byte_bar, bytes, print_json, print_report, print_warning};
+use super::output::{bytes, print_json, print_report, print_warning};
+use super::part::{PartArgs, describe, part_bar, part_json};
 use super::targets::{TargetArgs, target_name, whole_steps};
 use super::{Failure, Outcome};
 use crate::tables;
@@ -69,8 +71,10 @@ pub struct Arguments {
     #[arg(long)]
     follow_links: bool,
     /// Only show the weights and what they cost
-    #[arg(long, conflicts_with_all = ["output", "out_dir"])]
+    #[arg(long, conflicts_with_all = ["output", "out_dir", "part"])]
     plan: bool,
+    #[command(flatten)]
+    part: PartArgs,
     #[command(flatten)]
     form: FormArgs,
     #[command(flatten)]
@@ -115,7 +119,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     };
     let products = merges.iter().map(|merge| checkpoints.product_errors(merge)).collect::<Result<Vec<_>, _>>()?;
     match arguments.json {
-        true => print_json(&document(&notes, &merges, &paths, &products, written)),
+        true => print_json(&document(arguments, &notes, &merges, &paths, &products, written)),
         false => show(arguments, &merges, &paths, &products, written),
     }
     Ok(())
@@ -166,11 +170,12 @@ fn paths(arguments: &Arguments, are_folders: bool, merges: &[Merge]) -> Vec<Path
     names.map(|name| dir.join(format!("{name}{extension}"))).collect()
 }
 
-/// Bytes read, seconds taken, and the device that blended.
+/// Bytes read, seconds taken, the device that blended, and the state of the parts if there are several.
 struct Written {
     bytes: u64,
     seconds: f64,
-    device: Device,
+    device: Option<Device>,
+    part: Option<PartOutcome>,
 }
 
 fn write(
@@ -182,14 +187,20 @@ fn write(
 ) -> Result<Written, Failure> {
     let outputs: Vec<(&Merge, &Path)> = merges.iter().zip(paths.iter().map(PathBuf::as_path)).collect();
     let bytes = checkpoints.bytes_to_read(merges);
-    let bar = byte_bar(bytes, "averaging");
+    let part = arguments.part.part;
+    let bar = part_bar(bytes, "averaging", part);
     let progress = |bytes| bar.inc(bytes);
     let options =
         WriteOptions { dtype: arguments.blend.dtype(), device: arguments.blend.device, progress: Some(&progress) };
     let start = Instant::now();
-    let device = checkpoints.write_as(&outputs, form, &options);
+    let part = part.map(|part| checkpoints.write_part(&outputs, form, &options, part)).transpose()?;
+    let device = match &part {
+        Some(outcome) => outcome.device,
+        None => Some(checkpoints.write_as(&outputs, form, &options)?),
+    };
+    let bytes = if part.is_some() { bar.position() } else { bytes };
     bar.finish_and_clear();
-    Ok(Written { bytes, device: device?, seconds: start.elapsed().as_secs_f64() })
+    Ok(Written { bytes, seconds: start.elapsed().as_secs_f64(), device, part })
 }
 
 /// Prints a row for each target, the weights of a single one, and what was written.
@@ -208,11 +219,17 @@ fn show(
     for (merge, errors) in merges.iter().zip(products) {
         errors.iter().for_each(|errors| destination.print(&product_line(merge, errors)));
     }
-    if let Some(Written { bytes: read, seconds, device }) = written {
-        let names: Vec<String> = paths.iter().map(shown).collect();
-        let why = arguments.blend.why_not_cuda();
+    let Some(Written { bytes: read, seconds, device, part }) = written else { return };
+    let names: Vec<String> = paths.iter().map(shown).collect();
+    let why = arguments.blend.why_not_cuda();
+    if part.as_ref().is_none_or(|outcome| outcome.missing.is_empty()) {
         destination.print(&format!("written: {}", names.join(", ")));
+    }
+    if let Some(device) = device {
         destination.print(&format!("{} of checkpoints read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
+    }
+    if let (Some(part), Some(outcome)) = (arguments.part.part, &part) {
+        destination.print(&describe(part, outcome));
     }
 }
 
@@ -227,6 +244,7 @@ fn product_line(merge: &Merge, errors: &ProductErrors) -> String {
 }
 
 fn document(
+    arguments: &Arguments,
     notes: &[String],
     merges: &[Merge],
     paths: &[PathBuf],
@@ -242,10 +260,13 @@ fn document(
     }
     let warnings: Vec<String> = merges.iter().filter_map(Merge::warning).collect();
     let mut document = json!({ "targets": targets, "notes": notes, "warnings": warnings });
-    if let Some(Written { bytes, seconds, device }) = written {
+    if let Some(Written { bytes, seconds, device, part }) = written {
         document["bytes_read"] = bytes.into();
         document["seconds"] = seconds.into();
-        document["device"] = device.to_string().into();
+        document["device"] = device.map(|device| device.to_string()).into();
+        if let (Some(part), Some(outcome)) = (arguments.part.part, &part) {
+            document["part"] = part_json(part, outcome);
+        }
     }
     document
 }

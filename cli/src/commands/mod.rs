@@ -15,6 +15,7 @@ mod interrupt;
 mod list;
 mod open;
 mod output;
+mod part;
 mod plan;
 mod plot;
 mod profile;

@@ -1,5 +1,6 @@
 //! Printing to stdout and stderr, and progress bars.
 
+use std::borrow::Cow;
 use std::io::{ErrorKind, Write};
 use std::thread;
 use std::time::Duration;
@@ -85,7 +86,7 @@ pub fn print_json(document: &serde_json::Value) {
 }
 
 /// Returns a bar of bytes on stderr, which is hidden if stderr is not a terminal.
-pub fn byte_bar(total: u64, message: &'static str) -> ProgressBar {
+pub fn byte_bar(total: u64, message: impl Into<Cow<'static, str>>) -> ProgressBar {
     bar(total, "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}").with_message(message)
 }
 

@@ -5,14 +5,15 @@ use std::time::Instant;
 
 use clap::Args;
 use comfy_table::Table;
-use posthoc_ema::{Device, Error, Output, OutputForm, Plan, Run, WriteOptions, shown};
+use posthoc_ema::{Device, Error, Output, OutputForm, PartOutcome, Plan, Run, WriteOptions, shown};
 use serde_json::{Value, json};
 
 use super::args::{AtArgs, BlendArgs, NoiseArgs};
 use super::destination::{Destination, output_parser};
 use super::form::{FormArgs, LikeArgs};
 use super::open::{self, OpenArgs};
-use super::output::{byte_bar, bytes, print_json, print_report, print_warnings};
+use super::output::{bytes, print_json, print_report, print_warnings};
+use super::part::{PartArgs, describe, part_bar, part_json};
 use super::targets::{TargetArgs, target_name};
 use super::{Failure, Outcome};
 use crate::numbers::number;
@@ -45,6 +46,8 @@ pub struct Arguments {
     #[command(flatten)]
     like: LikeArgs,
     #[command(flatten)]
+    part: PartArgs,
+    #[command(flatten)]
     blend: BlendArgs,
     /// Print one JSON document
     #[arg(long)]
@@ -72,13 +75,16 @@ pub fn run(arguments: &Arguments) -> Outcome {
         open::verify(&run, &plans)?;
     }
     let paths = paths(arguments, &form, &plans)?;
-    let (seconds, device) = write(&run, &plans, &paths, &form, arguments)?;
-    let read = run.bytes_to_read(&plans);
+    let Written { bytes: read, seconds, device, part } = write(&run, &plans, &paths, &form, arguments)?;
+    let part = arguments.part.part.zip(part);
     if arguments.json {
         let targets: Vec<Value> = plans.iter().zip(&paths).map(|(plan, path)| target_json(plan, path)).collect();
-        let mut document =
-            json!({ "targets": targets, "bytes_read": read, "seconds": seconds, "device": device.to_string() });
+        let device = device.map(|device| device.to_string());
+        let mut document = json!({ "targets": targets, "bytes_read": read, "seconds": seconds, "device": device });
         document["notes"] = json!(notes);
+        if let Some((part, outcome)) = &part {
+            document["part"] = part_json(*part, outcome);
+        }
         if arguments.open.skip_damaged {
             document["left_out"] = json!(left_out);
         }
@@ -95,7 +101,12 @@ pub fn run(arguments: &Arguments) -> Outcome {
     if let Some(later) = tables::later(&plans) {
         destination.print(&later.to_string());
     }
-    destination.print(&format!("{} of snapshots read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
+    if let Some(device) = device {
+        destination.print(&format!("{} of snapshots read in {seconds:.2} s, blended on {device}{why}", bytes(read)));
+    }
+    if let Some((part, outcome)) = &part {
+        destination.print(&describe(*part, outcome));
+    }
     Ok(())
 }
 
@@ -141,23 +152,38 @@ fn paths(arguments: &Arguments, form: &OutputForm, plans: &[Plan]) -> Result<Vec
     Ok(names.map(|name| dir.join(format!("{name}{extension}"))).collect())
 }
 
-/// Writes all files. Returns the seconds that it took and the device that blended.
+/// Bytes read, seconds taken, the device that blended, and the state of the parts if there are several.
+struct Written {
+    bytes: u64,
+    seconds: f64,
+    device: Option<Device>,
+    part: Option<PartOutcome>,
+}
+
+/// Writes all files, or a part of them.
 fn write(
     run: &Run,
     plans: &[Plan],
     paths: &[PathBuf],
     form: &OutputForm,
     arguments: &Arguments,
-) -> Result<(f64, Device), Failure> {
+) -> Result<Written, Failure> {
     let outputs: Vec<Output<'_>> = plans.iter().zip(paths).map(|(plan, path)| Output { plan, path }).collect();
-    let bar = byte_bar(run.bytes_to_read(plans), "synthesizing");
+    let bytes = run.bytes_to_read(plans);
+    let part = arguments.part.part;
+    let bar = part_bar(bytes, "synthesizing", part);
     let progress = |bytes| bar.inc(bytes);
     let options =
         WriteOptions { dtype: arguments.blend.dtype(), device: arguments.blend.device, progress: Some(&progress) };
     let start = Instant::now();
-    let device = run.write_as(&outputs, form, &options)?;
+    let part = part.map(|part| run.write_part(&outputs, form, &options, part)).transpose()?;
+    let device = match &part {
+        Some(outcome) => outcome.device,
+        None => Some(run.write_as(&outputs, form, &options)?),
+    };
+    let bytes = if part.is_some() { bar.position() } else { bytes };
     bar.finish_and_clear();
-    Ok((start.elapsed().as_secs_f64(), device))
+    Ok(Written { bytes, seconds: start.elapsed().as_secs_f64(), device, part })
 }
 
 fn target_json(plan: &Plan, path: &Path) -> Value {

@@ -25,11 +25,11 @@ const MODE: &str = "POSTHOC_EMA_TEST_MODE";
 const STEPS: u64 = 150;
 
 /// Returns the number of kills.
-fn kills(default: usize) -> usize {
+pub fn kills(default: usize) -> usize {
     std::env::var("POSTHOC_EMA_KILLS").map_or(default, |kills| kills.parse().unwrap())
 }
 
-fn random() -> ChaCha8Rng {
+pub fn random() -> ChaCha8Rng {
     let seed = std::env::var("POSTHOC_EMA_SEED").map_or(1, |seed| seed.parse().unwrap());
     println!("POSTHOC_EMA_SEED={seed}");
     ChaCha8Rng::seed_from_u64(seed)
@@ -114,7 +114,7 @@ fn start(test: &str, dir: &Path, mode: &str) -> Child {
 }
 
 /// Waits, then kills the process. Returns true if it had succeeded before.
-fn kill(mut child: Child, after: Duration) -> bool {
+pub fn kill(mut child: Child, after: Duration) -> bool {
     let begun = Instant::now();
     while begun.elapsed() < after {
         if let Some(status) = child.try_wait().unwrap() {

@@ -13,6 +13,7 @@ mod kill_sharded;
 mod limits;
 mod oracles;
 mod outputs;
+mod parts;
 mod pictures;
 mod planning;
 mod python;

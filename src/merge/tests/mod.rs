@@ -5,6 +5,7 @@ mod files;
 mod left_out;
 mod like;
 mod links;
+mod parts;
 mod products;
 mod refused;
 
