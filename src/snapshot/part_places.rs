@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::meta::{OF_TENSORS, parts_strings};
+use super::meta::{OF_TENSORS, check_version, parts_strings};
 use super::read::StoredFile;
 use crate::error::{Error, Result};
 
@@ -62,8 +62,9 @@ impl FilePlaces {
     /// all metadata of the tensors are equal.
     ///
     /// # Errors
-    /// [`Error::Damaged`] if a tensor has no place, or one that cannot be.
+    /// [`Error::Damaged`] if a tensor has no place, or one that cannot be; [`Error::Unexpected`] for a file of no run.
     pub(super) fn read(file: &StoredFile, sibling: Option<&Arc<FilePlaces>>) -> Result<Option<Arc<FilePlaces>>> {
+        check_version(file.path(), file.metadata())?;
         let string = |key: &str| file.metadata().get(key);
         let Some(shapes) = string(GLOBAL_SHAPES) else { return Ok(None) };
         let missing = || Error::damaged(file.path(), format!("the metadata lack `{DCP_SHARDING_INFO}`"));

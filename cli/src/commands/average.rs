@@ -1,13 +1,9 @@
 //! `posthoc-ema average`.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use posthoc_ema::{
-    AdapterProduct, At, CheckpointOptions, Checkpoints, Device, Merge, OutputForm, PartOutcome, ProductErrors,
-    WriteOptions, shown,
-};
+use posthoc_ema::{AdapterProduct, At, CheckpointOptions, Checkpoints, Merge, OutputForm, ProductErrors, shown};
 use serde_json::{Value, json};
 
 use super::args::BlendArgs;
@@ -15,8 +11,9 @@ use super::destination::{Destination, output_parser};
 use super::form::FormArgs;
 use super::list::Numbers;
 use super::output::{bytes, print_json, print_report, print_warning};
-use super::part::{PartArgs, describe, part_bar, part_json};
+use super::part::{PartArgs, describe, part_json};
 use super::targets::{TargetArgs, target_name, whole_steps};
+use super::written::{Written, write_outputs};
 use super::{Failure, Outcome};
 use crate::tables;
 
@@ -170,14 +167,6 @@ fn paths(arguments: &Arguments, are_folders: bool, merges: &[Merge]) -> Vec<Path
     names.map(|name| dir.join(format!("{name}{extension}"))).collect()
 }
 
-/// Bytes read, seconds taken, the device that blended, and the state of the parts if there are several.
-struct Written {
-    bytes: u64,
-    seconds: f64,
-    device: Option<Device>,
-    part: Option<PartOutcome>,
-}
-
 fn write(
     checkpoints: &Checkpoints,
     merges: &[Merge],
@@ -186,21 +175,14 @@ fn write(
     arguments: &Arguments,
 ) -> Result<Written, Failure> {
     let outputs: Vec<(&Merge, &Path)> = merges.iter().zip(paths.iter().map(PathBuf::as_path)).collect();
-    let bytes = checkpoints.bytes_to_read(merges);
-    let part = arguments.part.part;
-    let bar = part_bar(bytes, "averaging", part);
-    let progress = |bytes| bar.inc(bytes);
-    let options =
-        WriteOptions { dtype: arguments.blend.dtype(), device: arguments.blend.device, progress: Some(&progress) };
-    let start = Instant::now();
-    let part = part.map(|part| checkpoints.write_part(&outputs, form, &options, part)).transpose()?;
-    let device = match &part {
-        Some(outcome) => outcome.device,
-        None => Some(checkpoints.write_as(&outputs, form, &options)?),
-    };
-    let bytes = if part.is_some() { bar.position() } else { bytes };
-    bar.finish_and_clear();
-    Ok(Written { bytes, seconds: start.elapsed().as_secs_f64(), device, part })
+    write_outputs(
+        checkpoints.bytes_to_read(merges),
+        "averaging",
+        &arguments.blend,
+        arguments.part.part,
+        |options| checkpoints.write_as(&outputs, form, options),
+        |options, part| checkpoints.write_part(&outputs, form, options, part),
+    )
 }
 
 /// Prints a row for each target, the weights of a single one, and what was written.

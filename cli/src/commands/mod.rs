@@ -26,6 +26,7 @@ mod sweep_errors;
 mod synthesize;
 mod targets;
 mod verify;
+mod written;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -1,11 +1,10 @@
 //! `posthoc-ema synthesize`.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use clap::Args;
 use comfy_table::Table;
-use posthoc_ema::{Device, Error, Output, OutputForm, PartOutcome, Plan, Run, WriteOptions, shown};
+use posthoc_ema::{Error, Output, OutputForm, Plan, Run, shown};
 use serde_json::{Value, json};
 
 use super::args::{AtArgs, BlendArgs, NoiseArgs};
@@ -13,8 +12,9 @@ use super::destination::{Destination, output_parser};
 use super::form::{FormArgs, LikeArgs};
 use super::open::{self, OpenArgs};
 use super::output::{bytes, print_json, print_report, print_warnings};
-use super::part::{PartArgs, describe, part_bar, part_json};
+use super::part::{PartArgs, describe, part_json};
 use super::targets::{TargetArgs, target_name};
+use super::written::{Written, write_outputs};
 use super::{Failure, Outcome};
 use crate::numbers::number;
 use crate::tables::{self, predicted, predicted_header};
@@ -152,14 +152,6 @@ fn paths(arguments: &Arguments, form: &OutputForm, plans: &[Plan]) -> Result<Vec
     Ok(names.map(|name| dir.join(format!("{name}{extension}"))).collect())
 }
 
-/// Bytes read, seconds taken, the device that blended, and the state of the parts if there are several.
-struct Written {
-    bytes: u64,
-    seconds: f64,
-    device: Option<Device>,
-    part: Option<PartOutcome>,
-}
-
 /// Writes all files, or a part of them.
 fn write(
     run: &Run,
@@ -169,21 +161,14 @@ fn write(
     arguments: &Arguments,
 ) -> Result<Written, Failure> {
     let outputs: Vec<Output<'_>> = plans.iter().zip(paths).map(|(plan, path)| Output { plan, path }).collect();
-    let bytes = run.bytes_to_read(plans);
-    let part = arguments.part.part;
-    let bar = part_bar(bytes, "synthesizing", part);
-    let progress = |bytes| bar.inc(bytes);
-    let options =
-        WriteOptions { dtype: arguments.blend.dtype(), device: arguments.blend.device, progress: Some(&progress) };
-    let start = Instant::now();
-    let part = part.map(|part| run.write_part(&outputs, form, &options, part)).transpose()?;
-    let device = match &part {
-        Some(outcome) => outcome.device,
-        None => Some(run.write_as(&outputs, form, &options)?),
-    };
-    let bytes = if part.is_some() { bar.position() } else { bytes };
-    bar.finish_and_clear();
-    Ok(Written { bytes, seconds: start.elapsed().as_secs_f64(), device, part })
+    write_outputs(
+        run.bytes_to_read(plans),
+        "synthesizing",
+        &arguments.blend,
+        arguments.part.part,
+        |options| run.write_as(&outputs, form, options),
+        |options, part| run.write_part(&outputs, form, options, part),
+    )
 }
 
 fn target_json(plan: &Plan, path: &Path) -> Value {
