@@ -65,7 +65,7 @@ class CopyFence:
             return []
         self._is_trial = parameters is not None and not self._has_tried
         self._lender, self._fenced = lender, chosen
-        # Of a sharded parameter, an optimizer changes the one that it holds.
+        # An optimizer changes the tensor that it holds, which is another one for a sharded parameter.
         self._versions = [lender.owners[i]._version for i in chosen]
         # An assignment to `data` must not free them.
         self._storages = [lender.tensors[i].untyped_storage() for i in chosen]

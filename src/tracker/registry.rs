@@ -40,7 +40,7 @@ impl Entry {
                 return Err(Error::tensor(name, reason));
             }
             None => true,
-            // Of a tensor without elements, all parts are empty.
+            // All parts of a tensor without elements are empty, and still stored.
             Some(Sharding { rank, replicas, .. }) => {
                 let is_empty = shape.contains(&0) && !global.contains(&0);
                 rank.is_some() && !view.is_replica && !replicas.contains(name) && !is_empty
