@@ -119,7 +119,8 @@ impl Lock {
             return Err(not_regular(path));
         }
         let mut options = OpenOptions::new();
-        let open = without_following(options.create(true).truncate(false).write(true)).open(path);
+        // NFS locks a file shared only if it is open for reading, and exclusively only if it is open for writing.
+        let open = without_following(options.create(true).truncate(false).read(true).write(true)).open(path);
         let file = open.map_err(Error::io("open", path))?;
         let metadata = file.metadata().map_err(Error::io("read", path))?;
         if !metadata.is_file() {

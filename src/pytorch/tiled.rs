@@ -154,6 +154,6 @@ mod tests {
         assert_eq!(new(outside), "lead out of its shape [4, 4]");
         let mut other = halves();
         other[1].tensor.dtype = Dtype::I16;
-        assert_eq!(new(other), "have different dtypes");
+        assert_eq!(new(other), "have different dtypes (U16 and I16): its files are of different saves");
     }
 }

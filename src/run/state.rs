@@ -207,6 +207,11 @@ impl LiveState {
             let now = format!("{dtype} {:?}", part.global);
             return Err(Error::changed(name, Difference::new("the tensor", stored, now)));
         }
+        if shape == tensor.shape
+            && let Some(bytes) = self.set.whole(name)?
+        {
+            return Ok(bytes.to_vec());
+        }
         let lacks = || Error::damaged(self.path(), format!("it lacks the tensor `{name}`"));
         let region = self.set.region(name, part, shape)?.ok_or_else(lacks)?;
         let mut bytes = vec![0; region.elements.len()];

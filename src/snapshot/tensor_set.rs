@@ -123,6 +123,15 @@ impl TensorSet {
         Some(&self.tensors[self.find(name, 0)?].stored)
     }
 
+    /// Returns the bytes of a tensor that is in one piece.
+    ///
+    /// # Errors
+    /// As [`TensorSet::elements`].
+    pub(crate) fn whole(&self, name: &str) -> Result<Option<&[u8]>> {
+        let Some(place) = self.find(name, 0).filter(|&place| self.tensors[place].is_whole) else { return Ok(None) };
+        Ok(if let StoredElements::Whole(bytes) = self.elements(place)? { Some(bytes) } else { None })
+    }
+
     /// Returns the elements of the tensor at a position, and maps the files that hold them.
     ///
     /// # Errors

@@ -24,9 +24,11 @@ impl PostHocEma {
     pub(super) fn await_snapshots(&self, step: u64) -> Result<()> {
         let Some(shard) = self.shard else { return Ok(()) };
         let begun = Instant::now();
+        // Snapshots of earlier starts are as complete as they will ever be.
+        let since = self.session.as_ref().map_or(0, |session| session.from).min(step);
         loop {
             let files = list_files(&self.dir)?;
-            let ids = self.kept.range(..step).flat_map(|&step| self.ids_of(step));
+            let ids = self.kept.range(since..step).flat_map(|&step| self.ids_of(step));
             let Some(missing) = ids.filter_map(|id| missing_part(&files, id, shard.ranks)).next() else {
                 return Ok(());
             };

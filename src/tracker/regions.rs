@@ -26,6 +26,10 @@ impl<'a> RegionSource<'a> {
     fn cut(&self) -> Result<BTreeMap<&'a str, Region>> {
         let mut regions = BTreeMap::new();
         for entry in self.registry.averaged().iter().chain(self.registry.copied()) {
+            // A tensor of another shape ended in an extension, and no plan reads it here.
+            if self.snapshot.stored(&entry.name).is_some_and(|stored| stored.shape != entry.global) {
+                continue;
+            }
             if let Some(region) = self.snapshot.set().region(&entry.name, &entry.place(), &entry.shape)? {
                 regions.insert(entry.name.as_str(), region);
             }

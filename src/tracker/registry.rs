@@ -83,6 +83,8 @@ pub(super) struct TensorRegistry {
     averaged: Vec<Entry>,
     copied: Vec<Entry>,
     tied: BTreeMap<String, String>,
+    /// Ties of the whole model. A process of a sharded run may lack some of their tensors.
+    model_tied: BTreeMap<String, String>,
     roles: BTreeMap<String, TensorRole>,
     layout: Layout,
     /// Order in which the model last listed its tensors, with their roles. It rarely changes.
@@ -137,27 +139,27 @@ impl TensorRegistry {
         was_averaged: &dyn Fn(&str) -> Option<bool>,
         sharding: Option<&Sharding>,
     ) -> Result<TensorRegistry> {
-        let mut tied = tied.clone();
-        if sharding.is_some() {
-            // The ties are those of the whole model, of which this process may lack one or both.
-            let names: BTreeSet<&str> = views.iter().map(|view| view.name).collect();
-            tied.retain(|dropped, kept| names.contains(dropped.as_str()) && names.contains(kept.as_str()));
-        }
-        TensorRegistry::build(views, &Roles::new(views, choice, was_averaged).of_part(sharding), tied, sharding)
+        let roles = Roles::new(views, choice, was_averaged).of_part(sharding);
+        TensorRegistry::build(views, &roles, tied.clone(), sharding)
     }
 
     fn build(
         views: &[TensorView<'_>],
         roles: &Roles<'_>,
-        tied: BTreeMap<String, String>,
+        model_tied: BTreeMap<String, String>,
         sharding: Option<&Sharding>,
     ) -> Result<TensorRegistry> {
+        let mut tied = model_tied.clone();
+        if sharding.is_some() {
+            let names: BTreeSet<&str> = views.iter().map(|view| view.name).collect();
+            tied.retain(|dropped, kept| names.contains(dropped.as_str()) && names.contains(kept.as_str()));
+        }
         let mut sorted: Vec<&TensorView<'_>> = views.iter().collect();
         sorted.sort_by_key(|view| view.name);
         if let Some(pair) = sorted.windows(2).find(|pair| pair[0].name == pair[1].name) {
             return Err(Error::tensor(pair[0].name, "the name occurs twice: names must be unique"));
         }
-        let mut registry = TensorRegistry { tied, ..TensorRegistry::default() };
+        let mut registry = TensorRegistry { tied, model_tied, ..TensorRegistry::default() };
         for view in sorted {
             let role = registry.add(view, roles, sharding)?;
             registry.roles.insert(view.name.to_owned(), role);
@@ -193,7 +195,7 @@ impl TensorRegistry {
 
     /// Iterates over a kept tensor's name and those tied to it; a user may give any of them.
     fn names_of<'n>(&'n self, kept: &'n str) -> impl Iterator<Item = &'n str> {
-        let dropped = self.tied.iter().filter(move |(_, k)| *k == kept).map(|(dropped, _)| dropped.as_str());
+        let dropped = self.model_tied.iter().filter(move |(_, k)| *k == kept).map(|(dropped, _)| dropped.as_str());
         std::iter::once(kept).chain(dropped)
     }
 
@@ -271,11 +273,16 @@ impl TensorRegistry {
         &self.tied
     }
 
+    /// Returns the ties of the whole model.
+    pub(super) fn model_tied(&self) -> &BTreeMap<String, String> {
+        &self.model_tied
+    }
+
     /// Returns the ties of the tensors that this process stores.
     pub(super) fn stored_ties(&self) -> BTreeMap<String, String> {
         let stored: BTreeSet<&String> =
             self.averaged.iter().chain(&self.copied).filter(|entry| entry.is_stored).map(|entry| &entry.name).collect();
-        self.tied.iter().filter(|(_, kept)| stored.contains(kept)).map(|(a, b)| (a.clone(), b.clone())).collect()
+        self.model_tied.iter().filter(|(_, kept)| stored.contains(kept)).map(|(a, b)| (a.clone(), b.clone())).collect()
     }
 
     pub(super) fn layout(&self) -> &Layout {

@@ -234,6 +234,10 @@ impl Options {
         if !self.repairs() || !self.dir.is_dir() || !list_files(&self.dir)?.iter().any(is_state) {
             return Ok(());
         }
+        // Each process writes its state before its snapshots: with a snapshot, files of a state are missing.
+        if !snapshot::list(&self.dir)?.is_empty() {
+            return Err(self.clone().no_state());
+        }
         let _lock = self.lock()?;
         snapshot::remove_leftovers(&self.dir)
     }

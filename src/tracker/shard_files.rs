@@ -1,5 +1,6 @@
 //! Files of a sharded run: which of them this process writes, and which it removes.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::PostHocEma;
@@ -13,15 +14,21 @@ impl PostHocEma {
     /// Finds the steps whose snapshots a sharded run has. Every process finds the same. The first one removes the files
     /// of all other steps, those of other processes too.
     pub(super) fn find_kept(&mut self) -> Result<()> {
+        let listed = snapshot::list(&self.dir)?;
+        // A state that was saved before the snapshots of its update does not name them. They are never written again.
+        let is_set = |id: &SnapshotId, files: &[PathBuf]| files[0].ends_with(id.part_name(1, files.len()));
+        let is_newest = |id: &SnapshotId| Some(id.step) == self.settled.last();
+        if listed.iter().any(|(id, files)| is_newest(id) && (self.shard.is_some() || is_set(id, files))) {
+            self.stored = self.settled.last();
+        }
         let Some(shard) = self.shard else { return Ok(()) };
-        let steps = snapshot::list(&self.dir)?.into_keys().map(|id| id.step);
+        let steps = listed.into_keys().map(|id| id.step);
         self.kept = steps.filter(|step| self.settled.contains(*step)).collect();
         self.kept.extend(self.stored.filter(|_| self.stored == self.settled.last()));
         self.retain();
         if shard.is_first() {
-            let meta = self.checkpoint_meta(self.stored);
-            meta.drop_files(&list_files(&self.dir)?)?;
-            meta.remove_older_states()?;
+            // Older states stay until a newer one is complete: other processes have not verified their files yet.
+            self.checkpoint_meta(self.stored).drop_files(&list_files(&self.dir)?, &BTreeSet::new())?;
         }
         Ok(())
     }
@@ -47,7 +54,10 @@ impl CheckpointMeta {
     /// is there is never written again, since a kill could leave files of two sessions.
     pub(super) fn is_state_on_disk(&self, path: &Path) -> bool {
         let is_same = |state: &crate::run::StateDocument| {
-            state.run == self.run_id && state.clock == self.clock && state.history == self.history
+            state.run == self.run_id
+                && state.session == self.session
+                && state.clock == self.clock
+                && state.history == self.history
         };
         self.resumed_at == Some(self.clock)
             || LiveState::first_document(&[path.to_owned()]).is_ok_and(|state| is_same(&state))
@@ -61,7 +71,21 @@ impl CheckpointMeta {
         if self.stores_nothing() || !self.is_step_complete(&files) {
             return Ok(());
         }
-        self.drop_files(&files)
+        self.drop_files(&files, &self.spared_steps(&files))
+    }
+
+    /// Returns the newest steps beyond those of the list that stay, one for each step of the list that was given up: a
+    /// disk that was full for long must not displace what is there.
+    fn spared_steps(&self, files: &[ListedFile]) -> BTreeSet<u64> {
+        let is_step_whole = |step: &u64| {
+            let of = |index| FileOf::Snapshot(SnapshotId { index, step: *step });
+            (0..self.settings.profiles.len()).all(|index| is_complete(files, of(index)))
+        };
+        let step_of = |file: &ListedFile| if let FileOf::Snapshot(id) = file.of { Some(id.step) } else { None };
+        let steps: BTreeSet<u64> = files.iter().filter_map(step_of).collect();
+        let whole: BTreeSet<u64> = steps.into_iter().filter(is_step_whole).collect();
+        let given_up = self.kept.difference(&whole).count();
+        whole.into_iter().rev().filter(|step| !self.kept.contains(step)).take(given_up).collect()
     }
 
     /// Returns true if all processes have written their files of this step's snapshots.
@@ -70,11 +94,12 @@ impl CheckpointMeta {
         (0..self.settings.profiles.len()).all(|index| is_complete(files, of(index)))
     }
 
-    fn drop_files(&self, files: &[ListedFile]) -> Result<()> {
+    fn drop_files(&self, files: &[ListedFile], spared: &BTreeSet<u64>) -> Result<()> {
         self.lock.check()?;
         for ListedFile { of, path, .. } in files {
             let FileOf::Snapshot(id) = *of else { continue };
-            let is_surplus = !self.kept.contains(&id.step) && self.history.contains(id.step);
+            let is_listed = self.kept.contains(&id.step) || spared.contains(&id.step);
+            let is_surplus = !is_listed && self.history.contains(id.step);
             if is_surplus && self.is_own_file(path) {
                 snapshot::remove(&self.dir, id, std::slice::from_ref(path))?;
             }
@@ -115,7 +140,7 @@ impl CheckpointMeta {
         let mut older: Vec<PathBuf> = files.iter().filter(is_older).map(|file| file.path.clone()).collect();
         let single = self.dir.join(STATE_FILE);
         let is_single_older =
-            || LiveState::first_document(std::slice::from_ref(&single)).is_ok_and(|state| state.clock <= newest);
+            || LiveState::first_document(std::slice::from_ref(&single)).is_ok_and(|state| state.clock < newest);
         if self.shard.is_some() && single.is_file() && is_single_older() {
             older.push(single);
         }

@@ -55,6 +55,10 @@ impl Options {
                        processes share";
             return Err(Error::unexpected(&self.dir, why));
         }
+        if self.repairs() {
+            // Fails while any process of an earlier start is alive, since all of them hold this lock.
+            drop(Lock::acquire(&self.dir)?);
+        }
         Lock::acquire_shared(&self.dir, sharding.rank.map(|rank| rank + 1))
     }
 

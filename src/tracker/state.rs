@@ -146,7 +146,7 @@ impl CheckpointMeta {
             clock: self.clock,
             history: self.history.clone(),
             stored: self.stored,
-            tied: self.registry.tied().clone(),
+            tied: self.registry.model_tied().clone(),
             settings: self.settings.clone(),
             dtypes: averaged.map(|entry| (entry.name.clone(), entry.dtype)).collect(),
             extensions: self.extensions.clone(),
