@@ -2,6 +2,20 @@
 
 use faer::{Mat, MatRef};
 
+/// Names what the bits of a decomposition depend on: faer chooses its kernels by the processor.
+pub fn instruction_set() -> String {
+    let mut name = std::env::consts::ARCH.to_owned();
+    #[cfg(target_arch = "x86_64")]
+    for (feature, is_there) in [
+        (" avx2", is_x86_feature_detected!("avx2")),
+        (" fma", is_x86_feature_detected!("fma")),
+        (" avx512f", is_x86_feature_detected!("avx512f")),
+    ] {
+        name += if is_there { feature } else { "" };
+    }
+    name
+}
+
 /// Rows and columns of products, and the rank of their factors.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ProductShape {

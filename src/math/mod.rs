@@ -37,7 +37,7 @@ pub use conversion::{
 pub use ema_chain::{EmaChain, EmaDecay, Ramp};
 pub use gram::power_function_gram;
 pub use history::History;
-pub(crate) use low_rank::{CutProduct, ProductShape, ProductStack};
+pub(crate) use low_rank::{CutProduct, ProductShape, ProductStack, instruction_set};
 pub use profile::{Family, Profile, Shape, Unit, Window};
 pub use resolution::Resolution;
 pub use retention::Retention;

@@ -10,6 +10,7 @@ use super::products::Products;
 use crate::checkpoint::{CheckpointModel, file_name};
 use crate::device::Device;
 use crate::error::{Error, Result, listed};
+use crate::math::instruction_set;
 use crate::output::{
     Averaged, FilePlan, OutputForm, OutputTarget, PartOutcome, PartSource, PartTarget, PendingPart, check_inputs,
     check_path, is_named_as_file, resolve,
@@ -65,10 +66,11 @@ pub(super) fn write_part(
     let planned = plan_outputs(checkpoints, outputs, form, options)?;
     check_device(options.device)?;
     let sources = checkpoints.source_set();
+    let most = checkpoints.products.as_ref().map_or(usize::MAX, Products::targets_in_one_pass);
     let mut outcome = PartOutcome::default();
     for alike in planned.chunk_by(|a, b| (a.row.newest, a.is_folder) == (b.row.newest, b.is_folder)) {
         let files = file_plan(checkpoints, &sources, &alike[0], form, options)?;
-        for outputs in alike.chunks(files.targets_in_one_pass()) {
+        for outputs in alike.chunks(files.targets_in_one_pass().min(most)) {
             let targets: Vec<PartTarget<'_>> = outputs.iter().map(|output| part_target(checkpoints, output)).collect();
             let blend = |pending: Vec<PendingPart>| {
                 let row = |part: &PendingPart| outputs[part.target].row.with_weights(&part.weights);
@@ -93,7 +95,11 @@ fn part_target<'a>(checkpoints: &Checkpoints, output: &MergeOutput<'a>) -> PartT
         name: format!("{} (step {})", file_name(&model.found.path), checkpoints.steps[i]),
         files: model.found.files.clone(),
     };
-    let products = if checkpoints.products.is_some() { ", of products of adapters" } else { "" };
+    // Each part computes the products. Factors of different decompositions do not fit together.
+    let products = checkpoints
+        .products
+        .as_ref()
+        .map_or(String::new(), |_| format!(", of products of adapters, computed with {}", instruction_set()));
     PartTarget {
         path,
         metadata: metadata(merge),

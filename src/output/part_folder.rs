@@ -74,7 +74,7 @@ pub(super) struct PartFolder {
 pub(super) fn is_gone(error: &Error) -> bool {
     let Error::Io { path, source, .. } = error else { return false };
     let in_folder = path.components().any(|name| name.as_os_str().to_string_lossy().ends_with(SUFFIX));
-    in_folder && source.kind() == ErrorKind::NotFound
+    in_folder && matches!(source.kind(), ErrorKind::NotFound | ErrorKind::StaleNetworkFileHandle)
 }
 
 impl FilePlan {
@@ -263,7 +263,9 @@ impl PartFolder {
         }
         for (i, file) in self.files(plan, target).iter().enumerate() {
             let expected = plan.header(target, i)?.file_len;
-            let found = fs::metadata(&file.path).map_err(Error::io("read", &file.path))?.len();
+            // Opening it makes a network file system ask for the length.
+            let opened = fs::File::open(&file.path).and_then(|file| file.metadata());
+            let found = opened.map_err(Error::io("read", &file.path))?.len();
             if found != expected {
                 let why = format!(
                     "this file has {found} bytes after all parts, and not {expected}: check that they wrote to one \

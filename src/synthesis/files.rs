@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
-use super::part::OutputPart;
+use super::part::{OutputPart, PAGE};
 use super::source_set::{ModelTensor, SourceSet};
 use crate::error::Result;
 use crate::fs::{AtomicFile, SharedFile, Stream};
@@ -125,8 +125,16 @@ impl Shards {
     }
 
     /// Iterates over the offset of each file's data section in those of all files, one after the other.
+    ///
+    /// Each begins at a page, so that a cut between parts is at a page of its file.
     fn bases(&self) -> impl Iterator<Item = usize> {
-        self.0.iter().scan(0, |end, shard| Some(std::mem::replace(end, *end + shard.layout.data_len())))
+        let padded = |shard: &Shard| shard.layout.data_len().next_multiple_of(PAGE);
+        self.0.iter().scan(0, move |end, shard| Some(std::mem::replace(end, *end + padded(shard))))
+    }
+
+    /// Returns the range of all data sections.
+    pub(super) fn all(&self) -> Range<usize> {
+        0..self.bases().last().unwrap_or(0) + self.0.last().map_or(0, |shard| shard.layout.data_len())
     }
 
     /// Returns the header of a file.
@@ -141,7 +149,7 @@ impl Shards {
 
     /// Returns a part's range of all data sections.
     pub(super) fn share(&self, part: OutputPart) -> Range<usize> {
-        part.share(self.data_len(self.len()))
+        part.share(self.all().end)
     }
 
     /// Opens the files of one target that a part writes to. The first part writes the headers.

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 const MAX_PARTS: usize = 100_000;
 
 /// Alignment of the cuts between parts in a data section: no two processes write to one page of a file.
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 
 /// Part `number` of `count`, counted from 1: the share of one process in a synthesis of several.
 ///

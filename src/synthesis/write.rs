@@ -64,7 +64,7 @@ impl SourceSet<'_> {
         let directories: BTreeSet<&Path> = files.map(|file| parent_dir(&file.path)).collect();
         directories.into_iter().for_each(remove_leftovers);
         let files = outputs.iter().map(|target| shards.create(target)).collect::<Result<Vec<_>>>()?;
-        self.fill(selection, shards, files, 0..shards.data_len(shards.len()), options)
+        self.fill(selection, shards, files, shards.all(), options)
     }
 
     /// Blends a part's share of the targets of a selection into existing files, and makes it durable. Returns the

@@ -28,6 +28,12 @@ pub fn part_bar(bytes: u64, message: &'static str, part: Option<OutputPart>) -> 
 /// Says how far the averages are after a part.
 pub fn describe(part: OutputPart, outcome: &PartOutcome) -> String {
     let own = match outcome.device {
+        None if outcome.missing.is_empty() => {
+            return format!(
+                "an average with this profile and step, newer than its sources, is there already, so part {part} wrote \
+                 nothing: remove the average to write it again"
+            );
+        }
         Some(_) => format!("part {part} is written"),
         None => format!("part {part} was written before, so nothing was written now"),
     };

@@ -131,7 +131,7 @@ fn early_snapshots_count_for_disk_and_advice() {
     // The interval is free, so either is good; at the default interval the error is 4% with early ones and 30% without.
     assert!(with < 0.016 && without < 0.016, "{with} with early snapshots, {without} without");
     let (status, text) = failure(&["plan", "--steps", "1000", "--sigma-rel", "0.2", "--snapshot-growth", "1"]);
-    assert!(status == 2 && text.contains("snapshot_growth: 1: a factor of at least 1.01"), "{text}");
+    assert!(status == 2 && text.contains("--snapshot-growth: 1: a factor of at least 1.01"), "{text}");
 }
 
 /// Returns the lines of stderr of a command that succeeds, and its output as JSON.
