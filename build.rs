@@ -209,11 +209,11 @@ fn compile_ptx(nvcc: &Path, architectures: &[u32], kernel: &str, out: &Path) -> 
     fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// Returns PTX that names [`OLD_PTX`] as its version, without comments.
+/// Returns PTX that names [`OLD_PTX`] as its version, without comments and indentation.
 fn in_old_version(text: &str) -> Option<String> {
     let mut is_named = false;
     let mut lines = Vec::new();
-    for line in text.lines().filter(|line| !line.starts_with("//") && !line.is_empty()) {
+    for line in text.lines().map(str::trim).filter(|line| !line.starts_with("//") && !line.is_empty()) {
         let is_version = line.starts_with(".version ");
         is_named |= is_version;
         lines.push(if is_version { format!(".version {OLD_PTX}") } else { line.to_owned() });
