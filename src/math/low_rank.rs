@@ -4,16 +4,16 @@ use faer::{Mat, MatRef};
 
 /// Names what the bits of a decomposition depend on: faer chooses its kernels by the processor.
 pub fn instruction_set() -> String {
-    let mut name = std::env::consts::ARCH.to_owned();
     #[cfg(target_arch = "x86_64")]
-    for (feature, is_there) in [
+    let features = [
         (" avx2", is_x86_feature_detected!("avx2")),
         (" fma", is_x86_feature_detected!("fma")),
         (" avx512f", is_x86_feature_detected!("avx512f")),
-    ] {
-        name += if is_there { feature } else { "" };
-    }
-    name
+    ];
+    #[cfg(not(target_arch = "x86_64"))]
+    let features: [(&str, bool); 0] = [];
+    let present: String = features.into_iter().filter(|(_, is_there)| *is_there).map(|(name, _)| name).collect();
+    format!("{}{present}", std::env::consts::ARCH)
 }
 
 /// Rows and columns of products, and the rank of their factors.
