@@ -19,7 +19,7 @@ use super::place::resolve;
 use crate::error::{Error, Result};
 use crate::fs::{
     AtomicFile, AtomicFolder, ScratchFolder, Stream, check_replaceable, check_same_file_system, create_mark, discard,
-    find_document, is_temporary, move_files, parent_dir, rename_into_place, sync_directory,
+    find_document, is_temporary, move_files, parent_dir, remove_leftovers, rename_into_place, sync_directory,
 };
 use crate::synthesis::{FileHeader, OutputFile, OutputPart};
 
@@ -95,10 +95,14 @@ impl FilePlan {
         let place = place_of(target.path, self.is_folder)?;
         let name = place.file_name().ok_or_else(|| Error::unexpected(target.path, "name a file or a folder"))?;
         let outer = parent_dir(&place).join(format!(".{}{SUFFIX}", name.to_string_lossy()));
+        // A process that was killed after the average was complete left what it was removing.
+        remove_leftovers(parent_dir(&place));
         let record = self.record(target, part, dtype)?;
         for _ in 0..ATTEMPTS {
             let Some(dir) = inner(&outer)? else {
                 if self.is_complete(target, &place)? {
+                    // Fails unless a killed process left it empty.
+                    let _ = fs::remove_dir(&outer);
                     return Ok(PartState::Complete);
                 }
                 check_path(&place, self.is_folder)?;
