@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::SystemTime;
 
 use safetensors::Dtype;
@@ -47,7 +48,8 @@ pub(crate) struct PartTarget<'a> {
     pub metadata: BTreeMap<String, String>,
     /// Profile and step, for messages.
     pub label: String,
-    pub sources: Vec<PartSource>,
+    /// Sources, which several targets share.
+    pub sources: Vec<Rc<PartSource>>,
     /// Weights that this process computed.
     pub weights: Vec<f64>,
 }
@@ -131,6 +133,11 @@ impl FilePlan {
                 continue;
             }
             folder.record.check(&record, &outer)?;
+            // Another process created it while others finished the average.
+            if self.is_complete(target, &place)? {
+                folder.remove()?;
+                return Ok(PartState::Complete);
+            }
             return Ok(PartState::Unfinished(folder));
         }
         Err(Error::unexpected(&outer, "other processes create and finish this folder all the time: wait for them"))

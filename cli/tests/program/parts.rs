@@ -281,9 +281,11 @@ fn finished_and_unusable_outputs() {
     let sources = Sources::new();
     let out = sources.path("out");
     let text = out.to_str().unwrap().to_owned();
-    let command = ["synthesize", &sources.run, "--sigma-rel=0.15", "--shard-size=20KB", "-o", &text];
-    let part =
-        |number: usize| json(&[&command[..], &["--json", &format!("--part={number}/2")]].concat())["part"].clone();
+    let part_of = |output: &str, number: usize| {
+        let command = ["synthesize", &sources.run, "--sigma-rel=0.15", "--shard-size=20KB", "-o", output, "--json"];
+        json(&[&command[..], &[&format!("--part={number}/2")]].concat())["part"].clone()
+    };
+    let part = |number: usize| part_of(&text, number);
     let report = |number, before: bool, missing: &[usize]| {
         serde_json::json!({ "number": number, "count": 2, "written_before": before, "missing": missing,
                             "complete": missing.is_empty() })
@@ -295,6 +297,12 @@ fn finished_and_unusable_outputs() {
     // A part of a finished average changes nothing.
     assert_eq!([part(1), part(2)], [report(1, true, &[]), report(2, true, &[])]);
     assert!(contents(&out) == before && names(sources.temp.path()).iter().all(|name| !name.starts_with('.')));
+    // So does one that finds a folder which was created while others finished the average.
+    assert_eq!(part_of(sources.path("other").to_str().unwrap(), 1), report(1, false, &[2]));
+    let [unfinished, stale] = [".other.parts", ".out.parts"].map(|name| sources.path(name));
+    fs::rename(unfinished, stale).unwrap();
+    assert_eq!([part(2), part(1)], [report(2, true, &[]), report(1, true, &[])]);
+    assert!(contents(&out) == before && !sources.path(".out.parts").exists());
     // Another average is not replaced if it is a folder, and is if it is a file.
     let other = ["synthesize", &sources.run, "--sigma-rel=0.2", "--shard-size=20KB", "-o", &text, "--part=1/2"];
     let (status, error) = failure(&other);
