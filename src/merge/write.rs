@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use super::Checkpoints;
 use super::mapped::MappedModels;
@@ -66,12 +67,18 @@ pub(super) fn write_part(
     let planned = plan_outputs(checkpoints, outputs, form, options)?;
     check_device(options.device)?;
     let sources = checkpoints.source_set();
+    let part_source = |(i, model): (usize, &CheckpointModel)| {
+        let name = format!("{} (step {})", file_name(&model.found.path), checkpoints.steps[i]);
+        Rc::new(PartSource::new(name, model.found.files.clone()))
+    };
+    let part_sources: Vec<Rc<PartSource>> = checkpoints.models.iter().enumerate().map(part_source).collect();
     let most = checkpoints.products.as_ref().map_or(usize::MAX, Products::targets_in_one_pass);
     let mut outcome = PartOutcome::default();
     for alike in planned.chunk_by(|a, b| (a.row.newest, a.is_folder) == (b.row.newest, b.is_folder)) {
         let files = file_plan(checkpoints, &sources, &alike[0], form, options)?;
         for outputs in alike.chunks(files.targets_in_one_pass().min(most)) {
-            let targets: Vec<PartTarget<'_>> = outputs.iter().map(|output| part_target(checkpoints, output)).collect();
+            let targets: Vec<PartTarget<'_>> =
+                outputs.iter().map(|output| part_target(checkpoints, output, &part_sources)).collect();
             let blend = |pending: Vec<PendingPart>| {
                 let row = |part: &PendingPart| outputs[part.target].row.with_weights(&part.weights);
                 let rows: Vec<MergeRow> = pending.iter().map(row).collect();
@@ -87,14 +94,10 @@ pub(super) fn write_part(
     Ok(outcome)
 }
 
-/// Describes an average that is written in parts.
-fn part_target<'a>(checkpoints: &Checkpoints, output: &MergeOutput<'a>) -> PartTarget<'a> {
+/// Describes an average that is written in parts. `sources` has an entry for each checkpoint.
+fn part_target<'a>(checkpoints: &Checkpoints, output: &MergeOutput<'a>, sources: &[Rc<PartSource>]) -> PartTarget<'a> {
     let MergeOutput { merge, path, ref row, .. } = *output;
-    let used = checkpoints.models.iter().enumerate().filter(|(i, _)| *i == row.newest || row.weights[*i] != 0.0);
-    let source = |(i, model): (usize, &CheckpointModel)| PartSource {
-        name: format!("{} (step {})", file_name(&model.found.path), checkpoints.steps[i]),
-        files: model.found.files.clone(),
-    };
+    let used = sources.iter().enumerate().filter(|(i, _)| *i == row.newest || row.weights[*i] != 0.0);
     // Each part computes the products. Factors of different decompositions do not fit together.
     let products = checkpoints
         .products
@@ -104,7 +107,7 @@ fn part_target<'a>(checkpoints: &Checkpoints, output: &MergeOutput<'a>) -> PartT
         path,
         metadata: metadata(merge),
         label: format!("{} at step {}{products}", merge.profile, merge.at),
-        sources: used.map(source).collect(),
+        sources: used.map(|(_, source)| Rc::clone(source)).collect(),
         weights: merge.weights.iter().map(|weight| weight.weight).collect(),
     }
 }

@@ -1,5 +1,6 @@
 //! Record of what all parts of an average have in common, so that parts which disagree are refused.
 
+use std::cell::OnceCell;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -21,14 +22,23 @@ const SAME_WEIGHT: f64 = 1e-6;
 pub(crate) struct PartSource {
     pub name: String,
     pub files: Vec<PathBuf>,
+    /// Fingerprint of the files, once they were read.
+    fingerprint: OnceCell<String>,
 }
 
 impl PartSource {
-    /// Returns a fingerprint of the files: of their lengths and both ends.
+    pub fn new(name: String, files: Vec<PathBuf>) -> PartSource {
+        PartSource { name, files, fingerprint: OnceCell::new() }
+    }
+
+    /// Returns a fingerprint of the files: of their lengths and both ends. Reads them once.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub(super) fn fingerprint(&self) -> Result<String> {
+        if let Some(known) = self.fingerprint.get() {
+            return Ok(known.clone());
+        }
         let mut hasher = blake3::Hasher::new();
         for path in &self.files {
             let mut read = || {
@@ -45,7 +55,8 @@ impl PartSource {
             };
             read().map_err(Error::io("read", path))?;
         }
-        Ok(hasher.finalize().to_hex()[..16].to_owned())
+        let found = hasher.finalize().to_hex()[..16].to_owned();
+        Ok(self.fingerprint.get_or_init(|| found).clone())
     }
 }
 

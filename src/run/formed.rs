@@ -1,5 +1,7 @@
 //! Averages of a run in a form: like a model's folder, in shards, or under other names.
 
+use std::rc::Rc;
+
 use super::Run;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -86,9 +88,15 @@ impl Run {
         let set = self.source_set_of(plans())?;
         let files = file_plan(&set, form, options)?;
         check_device(options.device)?;
+        let source = |snapshot: &Snapshot| {
+            let files = snapshot.files().iter().map(|file| file.path().to_owned()).collect();
+            Rc::new(PartSource::new(format!("snapshot {}", snapshot.id), files))
+        };
+        let sources: Vec<Rc<PartSource>> = self.snapshots.iter().map(source).collect();
         let mut outcome = PartOutcome::default();
         for outputs in outputs.chunks(files.targets_in_one_pass()) {
-            let targets: Vec<PartTarget<'_>> = outputs.iter().map(|output| self.part_target(output, &files)).collect();
+            let targets: Vec<PartTarget<'_>> =
+                outputs.iter().map(|output| self.part_target(output, &files, &sources)).collect();
             let blend = |pending: Vec<PendingPart>| {
                 let plan = |part: &PendingPart| with_weights(outputs[part.target].plan, &part.weights);
                 let plans: Vec<Plan> = pending.iter().map(plan).collect();
@@ -101,22 +109,20 @@ impl Run {
         Ok(outcome)
     }
 
-    fn part_target<'a>(&self, output: &Output<'a>, files: &FilePlan) -> PartTarget<'a> {
+    /// Describes an average that is written in parts. `sources` has an entry for each snapshot.
+    fn part_target<'a>(&self, output: &Output<'a>, files: &FilePlan, sources: &[Rc<PartSource>]) -> PartTarget<'a> {
         let Output { plan, path } = *output;
         let newest = self.snapshots.iter().map(|snapshot| snapshot.id.step).filter(|&step| step <= plan.at).max();
         let is_used = |snapshot: &&Snapshot| {
             let has_weight = |weight: &Weight| (weight.index, weight.step) == (snapshot.id.index, snapshot.id.step);
             Some(snapshot.id.step) == newest || plan.all_weights().any(has_weight)
         };
-        let source = |snapshot: &Snapshot| {
-            let files = snapshot.files().iter().map(|file| file.path().to_owned()).collect();
-            PartSource { name: format!("snapshot {}", snapshot.id), files }
-        };
+        let used = self.snapshots.iter().zip(sources).filter(|(snapshot, _)| is_used(snapshot));
         PartTarget {
             path,
             metadata: metadata(plan, &files.tied),
             label: format!("{} at step {}", plan.profile, plan.at),
-            sources: self.snapshots.iter().filter(is_used).map(source).collect(),
+            sources: used.map(|(_, source)| Rc::clone(source)).collect(),
             weights: plan.all_weights().map(|weight| weight.weight).collect(),
         }
     }
