@@ -10,7 +10,8 @@ import builtins
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -225,6 +226,13 @@ class Notices:
         return self._exchanges.wait_for(f"{self._key}/{number}", text)
 
 
+def open_alone(group: Any) -> None:
+    """Leaves word that this rank has opened a run of its own, for ranks that wait for it to open one together."""
+    if group.distributed_c10d._get_default_store() is not None:
+        with suppress(RuntimeError):
+            _exchanges(group).note_alone()
+
+
 class _Exchanges:
     """Numbered exchanges of messages between all ranks: each sends one, and rank 0 answers all alike.
 
@@ -296,7 +304,8 @@ class _Exchanges:
         """Waits for a message of rank 0."""
         # Rank 0 reports the ranks that are missing, and is given the time for it.
         limit = self.store.timeout.total_seconds() + 10
-        self._wait([key], lambda: "rank 0, which computes, waits for another rank, or is elsewhere", text, limit)
+        awaited = "rank 0, which computes, waits for another rank, or is elsewhere"
+        self._wait([key], lambda: awaited + self._alone(range(self._size)), text, limit)
         return self._get(key)
 
     def _collect(self, message: dict[str, Any], text: str, decide: Decide | None) -> dict[str, Any]:
@@ -336,9 +345,22 @@ class _Exchanges:
             raise RuntimeError(f"{text}: the process group's store failed, as if a rank had ended: {error}") from error
 
     def _missing(self, keys: list[str]) -> str:
-        ranks = [str(rank) for rank, key in enumerate(keys, 1) if not self.store.check([key])]
-        shown = ", ".join(ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-        return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"
+        ranks = [rank for rank, key in enumerate(keys, 1) if not self.store.check([key])]
+        return _named(ranks) + self._alone(ranks)
+
+    def note_alone(self) -> None:
+        """Notes that this rank has opened a run of its own before the present exchange."""
+        self.store.set(f"{self._key(self.rank)}/alone", "")
+
+    def _alone(self, ranks: Iterable[int]) -> str:
+        """Returns an addition to a message, of the ranks that have opened runs of their own meanwhile."""
+        alone = [rank for rank in ranks if self.store.check([f"{self._key(rank)}/alone"])]
+        if not alone:
+            return ""
+        return (
+            f" ({_named(alone)} opened a run alone meanwhile: no tensor of the model there is sharded; shard one on "
+            f"each rank, for example by `fully_shard`, so that all track together)"
+        )
 
     def _set(self, rank: int | None, message: dict[str, Any]) -> None:
         self.store.set(self._key(rank), json.dumps(message))
@@ -349,6 +371,11 @@ class _Exchanges:
     def _key(self, rank: int | None = None) -> str:
         """Returns the key of a rank's message in the present exchange, or of the answer."""
         return f"{_PREFIX}{self._number}" + ("" if rank is None else f"/{rank}")
+
+
+def _named(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"
 
 
 _current: _Exchanges | None = None

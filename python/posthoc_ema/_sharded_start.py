@@ -17,7 +17,7 @@ from ._launch import distributed
 from ._lend import Lender
 from ._lifetime import Resume, open_tracker
 from ._parts import is_sharded
-from ._ranks import Call, RankGroup
+from ._ranks import Call, RankGroup, open_alone
 
 PATIENCE = 30.0
 """Seconds in which a file of rank 0 must appear on the other ranks; network file systems keep listings for a while."""
@@ -138,7 +138,11 @@ def sharded_start(model: Any, rank_zero_only: bool) -> Iterator[ShardedStart | N
         RuntimeError: If the process group is missing.
     """
     group = distributed()
-    if rank_zero_only or group is None or group.get_world_size() == 1 or not is_sharded(model):
+    if rank_zero_only or group is None or group.get_world_size() == 1:
+        yield None
+        return
+    if not is_sharded(model):
+        open_alone(group)
         yield None
         return
     call = RankGroup().call("from_model")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import bits
 from process_group import Group, outcome, sized_group
 from sharded_models import CANNOT_RUN, LAYOUTS, optimizer_of, plain, step, whole
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+import posthoc_ema._ranks
 import posthoc_ema._sharded_start
 from posthoc_ema import PostHocEMA
 from posthoc_ema._model import tensors_of
@@ -258,3 +262,34 @@ def test_ranks_that_disagree_all_get_the_error(groups: list[Group], tmp_path: Pa
     errors = sized_group(groups, 3)(_begin, str(tmp_path / "ema"), what)
     assert all(re.search(message, error) for (error,) in errors), errors
     assert not list(tmp_path.glob("ema/*"))
+
+
+def _opens_alone(rank: int, run_dir: str) -> Any:
+    store = dist.distributed_c10d._get_default_store()
+    before, patience = store.timeout, posthoc_ema._ranks.PATIENCE
+    store.set_timeout(datetime.timedelta(seconds=3))
+    posthoc_ema._ranks.PATIENCE = 1.0
+
+    def begin(model: Any) -> str:
+        return outcome(lambda: PostHocEMA.from_model(model, f"{run_dir}-{rank}", **OPTIONS).close())
+
+    model: Any = LAYOUTS["fsdp2_ignoring"][0](3)
+    dist.barrier()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        error = begin(torch.nn.Linear(3, 3) if rank == 1 else model)
+    store.set_timeout(before)
+    posthoc_ema._ranks.PATIENCE = patience
+    dist.barrier()
+    # Takes part in the call that the others have given up.
+    late = begin(model) if rank == 1 else ""
+    return error, "".join(str(each.message) for each in caught), late
+
+
+def test_rank_without_a_sharded_tensor_is_named_to_those_that_wait(groups: list[Group], tmp_path: Path) -> None:
+    results = sized_group(groups, 3)(_opens_alone, str(tmp_path / "ema"))
+    named = "(rank 1 opened a run alone meanwhile: no tensor of the model there is sharded; shard one on each rank"
+    assert results[1][:2] == ("", "")
+    for error in (results[0][0], results[2][0], results[1][2]):
+        assert error.startswith("TimeoutError: ") and named in error
+    assert "from_model() waits for rank" in results[0][1] and named in results[0][1]
