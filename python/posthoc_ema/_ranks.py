@@ -82,6 +82,22 @@ class RankGroup:
         return None
 
 
+def on_all_ranks(name: str, act: Callable[[], object]) -> None:
+    """Calls a function on each rank of the process group, or in the only process. An error of one is raised on all.
+
+    Args:
+        name: Name of the method, for messages.
+        act: Function to call.
+    """
+    group = distributed()
+    call = None if group is None or group.get_world_size() == 1 else RankGroup().call(name)
+    if call is None:
+        act()
+        return
+    with call:
+        call.do(act, is_last=True)
+
+
 class Call:
     """One call of all ranks, in parts.
 

@@ -11,6 +11,7 @@ from typing import Any
 from .._lifetime import STATE
 from .._parts import is_sharded
 from .._profiles import Target
+from .._ranks import on_all_ranks
 from ..posthoc_ema import PostHocEMA
 
 STATE_FILE = "posthoc-ema.safetensors"
@@ -61,15 +62,20 @@ def open_run(
     Raises:
         ValueError: If the trainer resumes without a state, and the run may not begin late.
     """
-    options = {"rank_zero_only": not is_sharded(model), **options}
-    if state is not None:
-        return PostHocEMA.from_model(model, directory, resume=state, **options)
-    if trained > 0 and not begin_late:
+
+    def check() -> None:
+        if state is not None or trained == 0 or begin_late:
+            return
         remedy = "continue from a checkpoint that has one" if (Path(directory) / STATE).exists() else "pass begin_late"
         raise ValueError(
             f"the training continues from step {trained}, from a checkpoint without the state of the averages in "
             f"{directory}: {remedy}; with begin_late=True a new run begins here and counts from 0"
         )
+
+    on_all_ranks("on_train_begin", check)
+    options = {"rank_zero_only": not is_sharded(model), **options}
+    if state is not None:
+        options["resume"] = state
     return PostHocEMA.from_model(model, directory, **options)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from .._ranks import on_all_ranks
 from .._swap import check_own_weights
 from ..posthoc_ema import PostHocEMA
 from ._trainer_run import STATE_FILE, saved_state
@@ -65,11 +66,16 @@ def attach(accelerator: Accelerator, ema: PostHocEMA, model: Any, optimizer: Any
     def load(models: list[Any], folder: str) -> None:
         tracks = accelerator.is_main_process or ema._is_sharded
         path = saved_state(folder)
-        if tracks and path is None:
-            raise FileNotFoundError(
-                f"{Path(folder) / STATE_FILE}: the checkpoint holds no state of the averages in {ema.checkpoint_dir}: "
-                f"load one that was saved with them attached, or attach after load_state to begin a new run there"
-            )
+
+        def check() -> None:
+            if tracks and path is None:
+                raise FileNotFoundError(
+                    f"{Path(folder) / STATE_FILE}: the checkpoint holds no state of the averages in "
+                    f"{ema.checkpoint_dir}: load one that was saved with them attached, or attach after load_state to "
+                    f"begin a new run there"
+                )
+
+        on_all_ranks("load_state", check)
         # The other ranks count from the step of rank 0.
         ema._rewind(path if tracks else False)
 
