@@ -51,8 +51,8 @@ class ModelTracker:
         self._leave_out = tuple(leave_out or ())
         self._on_error = on_error
         self._in_parts = in_parts
-        # Tensors of the newest capture.
-        self._captured: Lender | None = None
+        # Tensors of all captures, the newest last. Their graphs use the memory of the copies.
+        self._captured: list[Lender] = []
         self._stored_complex = stored_complex(state_file(directory, resume)) if resume else frozenset()
         self.tensors = tensors_of(model, only_save_diff, (), leave_out or (), self._stored_complex, in_parts)
         """Tensors of the model that trains."""
@@ -97,13 +97,13 @@ class ModelTracker:
             )
         with lender.reading() as (addresses, streams):
             self.native.capture_update(lender.layout, addresses, streams)
-        self._captured = lender
+        self._captured = [each for each in self._captured if each is not lender] + [lender]
 
     def replay(self, graph: Any, time: int | None) -> None:
         """Counts a step and replays a CUDA graph, in which the averages are updated if that is due."""
-        lender = self._captured
-        if lender is None:
+        if not self._captured:
             raise RuntimeError("no CUDA graph has an update of these averages: call `capture_update_` in its capture")
+        lender = self._captured[-1]
         if _swap.holding:
             _swap.check_own_weights(lender.tensors)
         with self._storing(5):

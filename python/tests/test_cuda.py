@@ -8,7 +8,9 @@ lent as if it were on a device. Both need a build of the package with CUDA.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -278,6 +280,20 @@ def test_replay_without_the_averages_is_reported(tmp_path: Path, to_device: ToDe
     assert (ema.step, ema.last_update) == (2, 2)
     ema.replay_(graph, time=7)
     assert (ema.step, ema.last_update) == (7, 7)
+    ema.close()
+
+
+def test_copies_of_an_earlier_capture_stay(tmp_path: Path, to_device: ToDevice) -> None:
+    models = [to_device(net()) for _ in range(2)]
+    ema = PostHocEMA.from_model(models[0], tmp_path / "ema", device="cuda", update_every=1, update_after_step=0)
+    assert ema._tracker is not None
+    captured = []
+    for model in models:
+        Graph(to_device, lambda model=model: ema.capture_update_(model))
+        captured.append(weakref.ref(ema._tracker._captured[-1]))
+    gc.collect()
+    # The graph of the first capture copies strided tensors to memory of these.
+    assert captured[0]() is not None and captured[0]() is not captured[1]()
     ema.close()
 
 
