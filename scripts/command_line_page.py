@@ -21,7 +21,8 @@ INTRODUCTION = """\
 
 # Command line
 
-`cargo install --path cli` installs the program `posthoc-ema`. These are its help texts (`posthoc-ema COMMAND --help`).
+The program `posthoc-ema` comes with the Python package; `cargo install --path cli` installs it alone. These are
+its help texts (`posthoc-ema COMMAND --help`).
 
 All commands have in common:
 

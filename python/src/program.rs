@@ -1,4 +1,4 @@
-//! The program `posthoc-ema`, run by `python -m posthoc_ema`.
+//! The program `posthoc-ema` of the Python package: its console script, and `python -m posthoc_ema`.
 
 use std::ffi::OsString;
 
