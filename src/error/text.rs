@@ -13,8 +13,8 @@ pub fn shown(text: &(impl AsRef<OsStr> + ?Sized)) -> String {
     if text.len() <= MAX_SHOWN {
         return escape_controls(&text, &[]);
     }
-    let head = text.floor_char_boundary(MAX_SHOWN / 2);
-    let tail = text.ceil_char_boundary(text.len() - MAX_SHOWN / 2);
+    let head = (0..=MAX_SHOWN / 2).rfind(|&at| text.is_char_boundary(at)).unwrap_or(0);
+    let tail = (text.len() - MAX_SHOWN / 2..text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len());
     let left_out = tail - head;
     let escape = |part: &str| escape_controls(part, &[]);
     format!("{} [{left_out} bytes] {}", escape(&text[..head]), escape(&text[tail..]))
