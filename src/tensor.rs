@@ -11,9 +11,7 @@ mod numbers;
 mod part;
 mod patterns;
 mod scattered;
-#[allow(dead_code, reason = "sharded tracking will use the rest")]
 mod tiled;
-#[allow(dead_code, reason = "sharded tracking will use the rest")]
 mod tiling;
 
 pub use element::Element;

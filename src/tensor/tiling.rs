@@ -191,12 +191,6 @@ impl Tiling {
         &self.grid
     }
 
-    /// Returns all elements if they follow each other in one part; `None` for a tensor without elements too.
-    pub(crate) fn only_stretch(&self) -> Option<Stretch> {
-        let [only] = self.tiles.as_slice() else { return None };
-        (only.rows == 1).then_some(Stretch { part: only.tile.part, elements: 0..only.row, first: only.tile.first })
-    }
-
     /// Cuts out a rectangle, which becomes a tensor of its own.
     pub(crate) fn region(&self, offset: &[usize], shape: &[usize]) -> Tiling {
         let tiles = self.tiles.iter().filter_map(|placed| placed.tile.within(offset, shape)).collect();
