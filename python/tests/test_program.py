@@ -81,7 +81,12 @@ def sweep_that_waits(tiny: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
     out = tmp_path / "sweep"
     command = ["sweep", str(tiny), "--sigma-rel", "0.15", "--eval", evaluation, "--out-dir", str(out)]
     pipe = subprocess.PIPE
-    process = subprocess.Popen([*MODULE, *command], stdout=subprocess.DEVNULL, stderr=pipe)
+    # A shell may have started the tests with SIGINT ignored, which a process inherits.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen([*MODULE, *command], stdout=subprocess.DEVNULL, stderr=pipe)
+    finally:
+        signal.signal(signal.SIGINT, before)
     end = time.monotonic() + 60
     while not started.exists():
         assert process.poll() is None and time.monotonic() < end
